@@ -10,7 +10,8 @@ if these pass, with it.  A fault that neither finds may change nothing; the figu
 of what all tests find.  A second start goes on where the first stopped.
 
 `--sample N` draws N faults by `--seed`, in turns from each area.  Of the tests in the table only those files
-run that import the faulted module, where there are any.
+run that import the faulted module, where there are any.  `python tests/made_once.py python
+benchmarks/planted_faults.py ...` makes the data of `token_shards` and `packed_data` once.
 
 `layout_proofs.py` plants faults of the same form in functions of its own process (`mutated`).
 """
@@ -36,8 +37,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +54,8 @@ OPERATORS: dict[type[ast.AST], ast.AST] = {
     ast.NotEq: ast.Eq(), ast.In: ast.NotIn(), ast.NotIn: ast.In(), ast.Is: ast.IsNot(), ast.IsNot: ast.Is(),
     ast.Add: ast.Sub(), ast.Sub: ast.Add(), ast.Mult: ast.Add(), ast.FloorDiv: ast.Mult(),
     ast.Div: ast.Mult(), ast.Mod: ast.FloorDiv(), ast.And: ast.Or(), ast.Or: ast.And()}
+LIBRARIES = ("hypothesis", "numpy", "psutil", "pyarrow.parquet", "torch", "transformers")
+"""Imported once; the tests of each fault run in a fork."""
 PASSED_OVER = (ast.Raise, ast.Assert, ast.JoinedStr, ast.FormattedValue, ast.arguments, ast.AnnAssign)
 """Messages, checks of types and defaults: a fault there is none of what a program does."""
 
@@ -241,21 +245,44 @@ def drawn() -> list[tuple[Fault, list[str]]]:
 
 def run_tests(folder: Path, tests: list[str], marks: str, timeout_s: float = MOST_S) -> str:
     """Run tests in a copy; return the first that failed, "stands still", or an empty text."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:anyio",
-               "-p", "no:cacheprovider", "-m", marks, *tests]
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    with subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, start_new_session=True) as process:
-        try:
-            told = process.communicate(timeout=timeout_s)[0]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    output = folder.with_name(f"{folder.name}.out")
+    process = os.fork()
+    if process == 0:
+        _run_pytest(folder, output, ["-m", marks, *tests])
+    deadline_s = time.monotonic() + timeout_s
+    while not (ended := os.waitpid(process, os.WNOHANG))[0]:
+        if time.monotonic() > deadline_s:
+            os.killpg(process, signal.SIGKILL)
+            os.waitpid(process, 0)
             return "stands still"
-    if process.returncode in (0, 5):  # 5: no test has these marks
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):  # processes that the tests have started
+        os.killpg(process, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(ended[1])
+    if code in (0, 5):  # 5: no test has these marks
         return ""
-    failed = [line for line in told.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0][:200] if failed else f"exit code {process.returncode}: {told[-200:]}"
+    text = output.read_text(errors="replace")
+    failed = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0][:200] if failed else f"exit code {code}: {text[-200:]}"
+
+
+def _run_pytest(folder: Path, output: Path, arguments: list[str]) -> NoReturn:
+    """Run pytest in this fork, which has imported the libraries and none of our packages."""
+    code = 1
+    try:
+        os.setsid()
+        stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        os.chdir(folder)
+        sys.path[0] = str(folder)
+        os.environ.pop("SOV_TESTS_SERVERS", None)  # workers of made_once.py have imported the sound source
+        os.environ |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        code = int(pytest.main(["-x", "-q", "--no-header", "--tb=no", "-p", "no:anyio", "-p",
+                                "no:cacheprovider", *arguments]))
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def copied(folder: Path) -> None:
@@ -270,6 +297,8 @@ def copied(folder: Path) -> None:
 def measure(out: Path, faults: list[tuple[Fault, list[str]]], most: int, hours: float, area: str | None
             ) -> None:
     """Plant faults one by one; a line of JSON each."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {row["fault"] for row in rows}
     sound: dict[tuple[str, ...], tuple[str, float]] = {}

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from megatron_sov import recipes
+from megatron_sov import convert, recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.hints import removed
 from megatron_sov.cli import main
@@ -83,8 +84,6 @@ ODD: dict[str, Callable[[], dict[str, Any]]] = {
 
 def as_released(folder: Path, config: dict[str, Any]) -> None:
     """Give the tensors of dense layers their released names: transformers writes Kimi Linear's otherwise."""
-    from safetensors.torch import load_file, save_file
-
     tensors, dense = load_file(folder / "model.safetensors"), f"{config['first_k_dense_replace']}."
     save_file({name.replace("block_sparse_moe", "mlp") if name.split("layers.")[-1] < dense else name: tensor
                for name, tensor in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
@@ -152,10 +151,6 @@ def test_full_size_tensors_are_those_of_transformers(family: str) -> None:
 
 
 def test_names_that_transformers_gives_dense_layers_are_read_too(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    from megatron_sov import convert
-
     reference_of("kimi_linear")
     config = ODD["kimi_linear"]() | {"first_k_dense_replace": 1}
     exactness.make(config, tmp_path / "hf", 0)

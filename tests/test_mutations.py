@@ -19,7 +19,14 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.chat.vocabulary import tokenizer_digest
+from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.model.config import RolloutConfig
+from megatron_sov.omni.codecs.published import import_codec
+from megatron_sov.rollouts.prompts import read_prompts
+from megatron_sov.rollouts.store import RolloutStore
 from tests.breakers import TENSORS, break_a_file, break_an_argument
+from tests.omni import hf_folders
 
 pytestmark = pytest.mark.deep  # each case runs a command
 COUNT = int(os.environ.get("SOV_MUTATIONS", "1"))
@@ -151,12 +158,6 @@ def write_documents(folder: Path) -> None:
 
 def write_store(folder: Path, tokenizer: Path, write_round: Callable[..., None]) -> None:
     """Write two judged rounds of scripted responses, and the prompts that they answer."""
-    from megatron_sov.chat.vocabulary import tokenizer_digest
-    from megatron_sov.judge.rewards.registry import make, order
-    from megatron_sov.model.config import RolloutConfig
-    from megatron_sov.rollouts.prompts import read_prompts
-    from megatron_sov.rollouts.store import RolloutStore
-
     write_lines(folder / "asked.jsonl", [{"prompt": f"{i}?"} for i in range(4)])
     rollout = RolloutConfig(rounds=2, prompts_per_round=2, samples_per_prompt=2, steps_per_round=1,
                             piece_prompts=1, max_new_tokens=12, max_prompt_tokens=6)
@@ -168,9 +169,6 @@ def write_store(folder: Path, tokenizer: Path, write_round: Callable[..., None])
 
 def write_codec(folder: Path) -> None:
     """Write a codec of pictures with random weights."""
-    from megatron_sov.omni.codecs.published import import_codec
-    from tests.omni import hf_folders
-
     source = folder.with_name(f"{folder.name}-hf")
     hf_folders.save("vqmodel", source)
     import_codec("vqmodel", source, folder)

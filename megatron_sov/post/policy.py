@@ -361,7 +361,7 @@ class PolicyLearning(DataObjective):
         if KNOWLEDGE in self.coefficients:
             targets[KNOWLEDGE] = sum(float((m.weights.double() * _is_text(m)).sum()) for m in hosts)
         # Sharing removes prompt labels alone, which no denominator counts.
-        return share_prompts(with_denominators(batch, targets | self._mtp_targets(hosts)), self._config)
+        return share_prompts(with_denominators(batch, targets | self._count_mtp_targets(hosts)), self._config)
 
     def doubt(self, step: int, meters: Mapping[str, float]) -> str:
         """Return a warning if the first step in a round clips labels, or if the engine samples from another
@@ -389,7 +389,7 @@ class PolicyLearning(DataObjective):
         losses = -logprobs.detach()
         if KNOWLEDGE in self.coefficients:
             terms[KNOWLEDGE], losses = self._text_loss(hidden[0], head, batch, losses)
-        terms |= self._mtp_sum(hidden, head, batch)
+        terms |= self._compute_mtp_sum(hidden, head, batch)
         is_counted = batch.weights > 0
         by_source = per_source(losses.where(is_counted, 0.0), is_counted.to(losses.dtype), batch.sources,
                                self._num_sources)

@@ -316,7 +316,7 @@ class PairLearning(DataObjective):
         chosen = [self._cross_entropy_batch(m, r) for m, r in zip(hosts, responses, strict=True)]
         if CHOSEN in self.coefficients:
             targets[CHOSEN] = sum(float(m.weights.double().sum()) for m in chosen)
-        return with_denominators(batch, targets | self._mtp_targets(chosen))
+        return with_denominators(batch, targets | self._count_mtp_targets(chosen))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         responses = find_responses(batch)
@@ -346,7 +346,7 @@ class PairLearning(DataObjective):
         if CHOSEN in self.coefficients:
             # `where` instead of a product: labels that are not learned may have log p = -inf.
             terms[CHOSEN] = -logprobs.double().where(chosen.weights > 0, 0.0).sum()
-        return terms | self._mtp_sum(hidden, head, chosen)
+        return terms | self._compute_mtp_sum(hidden, head, chosen)
 
     def _compute_losses(self, sums: torch.Tensor, batch: MicroBatch,
                 responses: ResponseSpans) -> tuple[torch.Tensor, torch.Tensor]:
@@ -422,7 +422,7 @@ class GroupLearning(DataObjective):
         # A group's shares add up to 1 over all batches.
         groups = sum(float(find_responses(m).average_labels(m.columns[GROUP_SHARE]).sum()) for m in hosts)
         learning = [_restrict_weights(m, find_learned_labels(m)) for m in hosts]
-        return with_denominators(batch, {PREFERENCE: groups} | self._mtp_targets(learning))
+        return with_denominators(batch, {PREFERENCE: groups} | self._count_mtp_targets(learning))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         responses = find_responses(batch)
@@ -431,7 +431,7 @@ class GroupLearning(DataObjective):
         advantages, shares = (responses.average_labels(batch.columns[name])
                               for name in (ADVANTAGE, GROUP_SHARE))
         terms = {PREFERENCE: (grouper(means, advantages) * shares).sum()}
-        terms |= self._mtp_sum(hidden, head, _restrict_weights(batch, find_learned_labels(batch)))
+        terms |= self._compute_mtp_sum(hidden, head, _restrict_weights(batch, find_learned_labels(batch)))
         better, worse = ((advantages > 0).double(), (advantages < 0).double())
         return LossSums(terms, _logged_losses(logprobs, batch, find_learned_labels(batch), self._num_sources),
                         meters={"better_logprob": ((means.detach() * better).sum(), better.sum()),

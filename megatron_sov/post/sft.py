@@ -116,13 +116,13 @@ class SupervisedFineTuning(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count each term's denominator over the global batch, in units of `objective.loss_per`."""
         # Weights first: denominators sum the weights that `loss` uses.
-        batch = self._with_types(batch)
+        batch = self._scale_label_weights(batch)
         micro_batches = tuple(map(self._weigh_responses, batch.micro_batches))
         batch = dataclasses.replace(batch, micro_batches=micro_batches)
         hosts = [m.host for m in batch.micro_batches]
         targets = {term: sum(float(_read_weights(m, term).double().sum()) for m in hosts)
                    for term in TYPE_OF if term in self.coefficients}
-        return with_denominators(batch, targets | self._mtp_targets(map(_restrict_to_responses, hosts)))
+        return with_denominators(batch, targets | self._count_mtp_targets(map(_restrict_to_responses, hosts)))
 
     def _weigh_responses(self, batch: MicroBatch) -> MicroBatch:
         """Apply the weights of `objective.loss_per`, on the host and on the device."""
@@ -138,7 +138,7 @@ class SupervisedFineTuning(DataObjective):
         """Return the summed cross-entropy per term."""
         weights = {term: _read_weights(batch, term) for term in TYPE_OF if term in self.coefficients}
         terms, losses = head.cross_entropy(hidden[0], batch.labels, weights)
-        terms |= self._mtp_sum(hidden, head, _restrict_to_responses(batch))
+        terms |= self._compute_mtp_sum(hidden, head, _restrict_to_responses(batch))
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources),
                         self._typed.compute_meters(losses, batch))
 

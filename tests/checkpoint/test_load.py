@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from megatron_sov.base.artifacts import find_damaged_files, read_manifest
+from megatron_sov.base.errors import UserError
+from megatron_sov.checkpoint import load, sharded_tensors
+from megatron_sov.checkpoint.load import generate_normals
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.engine.model.local_shards import list_local_shards
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import world
 from tests.tiny import tiny_model
 
 SP = {"tp": 2, "sp": True}
@@ -17,9 +27,6 @@ ALL = {**SP, "pp": 2, "ep": 2}
 
 def parts(layout: dict[str, Any], precision: str = "fp32", vocab_size: int = 96) -> tuple[Any, Any]:
     """Return a tiny model and its optimizer at a layout."""
-    from megatron_sov.engine.optimizer.optimizer import Optimizer
-    from megatron_sov.engine.parallel import world
-
     world.leave_world()
     config, model = tiny_model("tiny-k-exaone", f"model.vocab_size={vocab_size}",
                                f"train.precision={precision}", layout=layout)
@@ -30,11 +37,6 @@ def parts(layout: dict[str, Any], precision: str = "fp32", vocab_size: int = 96)
 
 def fill(model: Any, optimizer: Any) -> None:
     """Fill weights and optimizer state with values that depend on key and global index only."""
-    import torch
-
-    from megatron_sov.checkpoint.load import generate_normals
-    from megatron_sov.engine.model.local_shards import list_local_shards
-
     for block in [*list_local_shards(model), *optimizer.state_shards()]:
         whole = generate_normals(9, block.key, 0, math.prod(block.global_shape)).reshape(block.global_shape)
         sizes = (1,) * (len(block.offset) - block.data.dim()) + tuple(block.data.shape)  # one expert, say
@@ -45,8 +47,6 @@ def fill(model: Any, optimizer: Any) -> None:
 
 def written(layout: dict[str, Any], path: str) -> None:
     """Write a checkpoint with known values."""
-    from megatron_sov.checkpoint import load
-
     model, optimizer = parts(layout)
     fill(model, optimizer)
     load.save_checkpoint(Path(path), model, optimizer, {"step": 7, "tokens": 70}, {"made": "here"}, None)
@@ -54,8 +54,6 @@ def written(layout: dict[str, Any], path: str) -> None:
 
 def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     """Load a checkpoint at a layout and write it again."""
-    from megatron_sov.checkpoint import load
-
     model, optimizer = parts(layout)
     load.check_weights(Path(source))
     load.load_model(Path(source), model)
@@ -66,10 +64,6 @@ def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
 
 def continued(path: str) -> dict[str, Any]:
     """Update, save and update in bf16; then load into a new model and repeat the second update."""
-    import torch
-
-    from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.local_shards import list_local_shards
 
     def update(model: Any, optimizer: Any, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -109,9 +103,6 @@ def continued(path: str) -> dict[str, Any]:
 @pytest.mark.distributed
 @pytest.mark.essential
 def test_checkpoint_is_bit_equal_across_layouts_and_resumes(ranks, job, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import find_damaged_files, read_manifest
-    from megatron_sov.checkpoint.sharded_tensors import TensorReader
-
     names = [tmp_path / n for n in ("written", "split", "alone")]
     layouts = [(4, ALL), (1, {})]
     (goes_on,), _, *results = ranks(job(__file__, "continued", 1, {"path": str(tmp_path / "step-1")}),
@@ -141,11 +132,6 @@ def test_checkpoint_is_bit_equal_across_layouts_and_resumes(ranks, job, tmp_path
 
 def failures(folder: str) -> dict[str, str]:
     """Return the errors of this process for failed saves and loads."""
-    import torch.distributed as dist
-
-    from megatron_sov.base.errors import UserError
-    from megatron_sov.checkpoint import load, sharded_tensors
-
     model, optimizer = parts(SP)
     said: dict[str, str] = {}
 
@@ -192,9 +178,6 @@ def failures(folder: str) -> dict[str, str]:
 
 def other_model(path: str) -> str:
     """Return the error for a checkpoint with a larger vocabulary."""
-    from megatron_sov.base.errors import UserError
-    from megatron_sov.checkpoint import load
-
     model, _ = parts(SP, vocab_size=64)
     try:
         load.load_model(Path(path), model)

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from megatron_sov.base.artifacts import find_damaged_files, read_manifest
+from megatron_sov.base.errors import UserError
+from megatron_sov.checkpoint import host_snapshot, load, save, sharded_tensors
+from megatron_sov.checkpoint.gather import TensorGatherer, iter_gathered
+from megatron_sov.checkpoint.host_snapshot import HostSnapshot
+from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver, SavedCheckpoint
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.engine.model.local_shards import LocalShard
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import world
+from megatron_sov.engine.parallel.collectives import all_reduce_world
+from megatron_sov.engine.parallel.values import sum_dict
+from megatron_sov.model.config import ParallelConfig
 from tests.tiny import tiny_model
 
 
 def parts(layout: dict[str, Any]) -> tuple[Any, Any]:
     """Return a tiny model and its optimizer at a layout."""
-    from megatron_sov.engine.optimizer.optimizer import Optimizer
-
     config, model = tiny_model("tiny-solar-open", "model.num_layers=2", layout=layout)
     return model, Optimizer(model, config.optim)
 
 
 def beside_the_training(folder: str) -> dict[str, Any]:
     """Save synchronously, then in the background while the model changes."""
-    import torch
-
-    from megatron_sov.checkpoint import host_snapshot, load, sharded_tensors
-    from megatron_sov.checkpoint.save import CheckpointMetadata, CheckpointSaver, SavedCheckpoint
-    from megatron_sov.engine.parallel.collectives import all_reduce_world
-    from megatron_sov.engine.parallel.values import sum_dict
-
     model, optimizer = parts({"tp": 2, "sp": True})
     at, saved, released = Path(folder), list[SavedCheckpoint](), threading.Event()
     load.save_checkpoint(at / "step-1", model, optimizer, {"step": 1, "tokens": 1}, {}, None)
@@ -60,14 +68,6 @@ def beside_the_training(folder: str) -> dict[str, Any]:
 def problems(folder: str) -> dict[str, Any]:
     """Return the errors of this process if a process cannot complete a checkpoint, hangs, or the name is
     taken."""
-    import os
-
-    import torch.distributed as dist
-
-    from megatron_sov.base.errors import UserError
-    from megatron_sov.checkpoint import save
-    from megatron_sov.checkpoint.host_snapshot import HostSnapshot
-
     model, optimizer = parts({"ep": 2})
     at, rank, said = Path(folder), dist.get_rank(), {}
 
@@ -118,13 +118,6 @@ def problems(folder: str) -> dict[str, Any]:
 def behind_an_error(folder: str) -> dict[str, Any]:
     """Return the completed checkpoints after an error, with a slow process and with a process that never
     writes."""
-    import time
-
-    import torch.distributed as dist
-
-    from megatron_sov.checkpoint import save
-    from megatron_sov.checkpoint.host_snapshot import HostSnapshot
-
     model, optimizer = parts({"ep": 2})
     at, write, saved = Path(folder), HostSnapshot.write, list[str]()
 
@@ -160,9 +153,6 @@ def _defect(*args: Any) -> None:
 
 @pytest.mark.distributed
 def test_background_save_writes_the_copy_and_reports_errors(ranks: Any, job: Any, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import find_damaged_files, read_manifest
-    from megatron_sov.checkpoint.sharded_tensors import TensorReader
-
     for name in ("beside", "problems"):
         (tmp_path / name).mkdir()
     beside, wrong = ranks(job(__file__, "beside_the_training", 2, {"folder": str(tmp_path / "beside")}),
@@ -200,8 +190,6 @@ def test_background_save_writes_the_copy_and_reports_errors(ranks: Any, job: Any
 
 @pytest.mark.distributed
 def test_finish_after_error_completes_written_checkpoints(ranks: Any, job: Any, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import find_damaged_files
-
     (found,) = ranks(job(__file__, "behind_an_error", 2, {"folder": str(tmp_path)}))
     assert [f["there"] for f in found] == [["step-1"]] * 2 and find_damaged_files(tmp_path / "step-1") == []
     assert [f["saved"] for f in found] == [["step-1"], []], "rank 0 tells"
@@ -212,13 +200,6 @@ def test_finish_after_error_completes_written_checkpoints(ranks: Any, job: Any, 
 
 def gathered(everywhere: bool) -> dict[str, Any]:
     """Gather two tensors that the ranks own in uneven parts; only rank 1 has `lonely`."""
-    import torch
-
-    from megatron_sov.checkpoint.gather import TensorGatherer, iter_gathered
-    from megatron_sov.engine.model.local_shards import LocalShard
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-
     rank = world.join_world(ParallelConfig()).rank
     whole = torch.arange(30.0).reshape(2, 3, 5)
     cuts = {0: [((0, 0, 0), (2, 1, 5)), ((1, 1, 0), (1, 2, 4))],

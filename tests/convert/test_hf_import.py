@@ -406,4 +406,3 @@ def test_duplicate_and_unknown_tensors_are_rejected(seeing: Path, tmp_path: Path
         with pytest.raises(UserError, match=expected):
             convert.from_hf(source, tmp_path / "out")
 
-

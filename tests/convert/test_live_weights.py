@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 
+from megatron_sov import convert, recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.checkpoint import load
+from megatron_sov.convert import export_weights, import_weights
+from megatron_sov.convert.live_import import LiveImport
+from megatron_sov.engine.model.language_model import build_model
+from megatron_sov.engine.model.local_shards import list_local_shards
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import LoraConfig, ParallelConfig, apply_settings
 from tests.tiny import tiny_model
 
 LAYOUTS = {
@@ -27,8 +39,6 @@ pipeline has a copy."""
 
 def bits(tensor: Any) -> str:
     """Return dtype, shape and hash of a tensor."""
-    import torch
-
     raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
 
@@ -36,15 +46,6 @@ def bits(tensor: Any) -> str:
 def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> dict[str, Any]:
     """Write a checkpoint, and return live exports: to rank 0, to all ranks, in another dtype, and stopped
     early."""
-    import torch
-    import torch.distributed as dist
-
-    from megatron_sov import recipes
-    from megatron_sov.checkpoint import load
-    from megatron_sov.convert import export_weights
-    from megatron_sov.engine.model.local_shards import list_local_shards
-    from megatron_sov.engine.parallel import world
-
     experts = ["model.num_experts=4"] if recipes.get(recipe).model.num_experts else []
     config, model = tiny_model(recipe, "model.vocab_size=95", *experts, f"train.precision={precision}",
                                layout=layout)
@@ -76,10 +77,6 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     ids=["all at once", "each"])
 def test_live_export_equals_file_export(ranks, job, tmp_path: Path,
                                         chosen: dict[str, tuple[str, ...]]) -> None:
-    from safetensors.torch import load_file
-
-    from megatron_sov import convert
-
     cases = [(recipe, RECIPES[recipe][0], name) for recipe, names in chosen.items() for name in names]
     results = ranks(*(job(__file__, "exported", LAYOUTS[name][0], {
         "recipe": recipe, "precision": precision, "layout": LAYOUTS[name][1],
@@ -114,18 +111,6 @@ TAKEN_IN = [("tiny-k-exaone", 2, {"tp": 2, "sp": True}, "fp32"), ("tiny-solar-op
 
 def taken_in(recipe: str, layout: dict[str, Any], precision: str) -> dict[str, Any]:
     """Return the weights of a model after importing another model, and the errors of invalid imports."""
-    import torch
-
-    from megatron_sov import recipes
-    from megatron_sov.base.errors import UserError
-    from megatron_sov.checkpoint import load
-    from megatron_sov.convert import export_weights, import_weights
-    from megatron_sov.convert.live_import import LiveImport
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.model.local_shards import list_local_shards
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig, apply_settings
-
     sizes = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8"]
     if recipes.get(recipe).model.num_experts:
         sizes += ["model.expert_ffn_dim=16", "model.num_experts=4"]
@@ -188,10 +173,6 @@ def test_live_import_equals_live_export(ranks, job) -> None:
 def test_live_import_rejects_a_model_with_adapter() -> None:
     """Exports contain the merged adapter, which would be applied twice."""
     from types import SimpleNamespace
-
-    from megatron_sov.base.errors import UserError
-    from megatron_sov.convert import import_weights
-    from megatron_sov.model.config import LoraConfig
 
     adapted: Any = SimpleNamespace(lora=LoraConfig(4))
     with pytest.raises(UserError, match=r"^lora\.rank = 4:"):

@@ -11,19 +11,28 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from megatron_sov import convert
+from megatron_sov import convert, recipes
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
+from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.convert import export_weights
 from megatron_sov.convert.peft import (
     CONFIG, WEIGHTS, find_frozen_copies, from_peft, get_base_name, merge_adapter, open_weights,
     parse_lora_config, to_peft)
+from megatron_sov.engine.decode.forward_only import ForwardModel
+from megatron_sov.engine.model.chunk import ModelInputs
+from megatron_sov.engine.model.language_model import build_model
+from megatron_sov.engine.model.local_shards import list_local_shards
+from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import LoraConfig, apply_settings
 from megatron_sov.model.families.adapters import MAGNITUDE, A, B, find_adapter_places
 from megatron_sov.model.pretrained import find_hub_name
 from megatron_sov.model.recipes import get
 from megatron_sov.runs.checkpoints import AdapterBase
+from megatron_sov.train.objectives.microbatch import MicroBatch
 
 SIZES = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8", "model.num_layers=2",
          "model.init_std=0.2", "train.precision=fp32", "lora.rank=3", "lora.alpha=7"]
@@ -32,17 +41,6 @@ TOKENS = [(7 * i + 3) % 95 for i in range(41)]
 
 def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
     """Write a base and a random adapter; return logits and hashes of the live export."""
-    from megatron_sov import recipes
-    from megatron_sov.checkpoint import load
-    from megatron_sov.convert import export_weights
-    from megatron_sov.engine.decode.forward_only import ForwardModel
-    from megatron_sov.engine.model.chunk import ModelInputs
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.model.local_shards import list_local_shards
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import apply_settings
-    from megatron_sov.train.objectives.microbatch import MicroBatch
-
     config = apply_settings(recipes.get(recipe), [*SIZES, *settings])
     frozen = apply_settings(config, ["lora.rank=0"])
     base, adapter, n = Path(folder) / "base", Path(folder) / "adapter", len(TOKENS)
@@ -284,8 +282,6 @@ def adapted_by_peft(folder: Path, kind: str, settings: dict[str, Any], dtype: to
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(folder / "model.safetensors")
 
 

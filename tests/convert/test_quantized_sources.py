@@ -96,4 +96,3 @@ def test_invalid_scales_are_named(change: Any, expected: str, tmp_path: Path) ->
         convert.from_hf(tmp_path / "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
-

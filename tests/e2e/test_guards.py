@@ -11,9 +11,17 @@ from typing import Any
 
 import pytest
 
+from megatron_sov import recipes
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.engine.parallel.world import STORE_PORT
+from megatron_sov.model.config import apply_settings
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.publish.report.sections import SECTIONS
+from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import read_events
+from megatron_sov.train.guards.fault_injection import parse_faults
+from megatron_sov.train.objectives.data_objective import LanguageModelling
+from megatron_sov.train.stages.stage import Stage, run_stage
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
          "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
@@ -39,14 +47,6 @@ ROLLED_PASSED_OVER = "data.skip_steps=[[7, 10]]"
 
 def runs(data: str, folder: str) -> dict[str, int]:
     """Runs in a process that has imported everything: forks launchers of two ranks; returns exit codes."""
-    from megatron_sov import recipes
-    from megatron_sov.engine.parallel.world import STORE_PORT
-    from megatron_sov.model.config import apply_settings
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.guards.fault_injection import parse_faults
-    from megatron_sov.train.objectives.data_objective import LanguageModelling
-    from megatron_sov.train.stages.stage import Stage, run_stage
-
     def run(name: str, settings: tuple[str, ...], faults: tuple[str, ...] = ()) -> int:
         began_s = time.monotonic()
         child = os.fork()
@@ -85,8 +85,6 @@ def events_of(run: Path, *kinds: str) -> list[dict[str, Any]]:
 def last_checkpoint(run: Path) -> dict[str, Any]:
     """Return the hashes of all files of a run's last checkpoint, and the loop's state apart from what
     happened on the way."""
-    from megatron_sov.base.artifacts import read_manifest
-
     path = max((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
     files = {name: record.digest for name, record in read_manifest(path).files.items()
              if name != "state.json"}

@@ -15,9 +15,18 @@ import psutil
 import pytest
 import torch
 
+from megatron_sov import recipes
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.checkpoint.host_snapshot import HostSnapshot
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.engine.parallel.world import STORE_PORT
+from megatron_sov.model.config import apply_settings
+from megatron_sov.runs.checkpoints import find_damage
+from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.lock import find_living_holder
 from megatron_sov.runs.obs.events import final_step_events, read_events
+from megatron_sov.train.objectives.data_objective import LanguageModelling
+from megatron_sov.train.stages.stage import Stage, run_stage
 
 STEPS = 30
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=5", "train.keep_checkpoints=0",
@@ -103,16 +112,6 @@ KILLED = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", 
 
 def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     """Runs in a process that has imported everything: forks runs of two ranks, and kills all but the last."""
-    from megatron_sov import recipes
-    from megatron_sov.checkpoint.host_snapshot import HostSnapshot
-    from megatron_sov.engine.parallel.world import STORE_PORT
-    from megatron_sov.model.config import apply_settings
-    from megatron_sov.runs.checkpoints import find_damage
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.runs.obs.events import read_events
-    from megatron_sov.train.objectives.data_objective import LanguageModelling
-    from megatron_sov.train.stages.stage import Stage, run_stage
-
     config = apply_settings(recipes.get("tiny-solar-open"),
                             [f"data.paths={json.dumps({data: 1.0})}", *KILLED])
     whole, broken = Path(folder) / "whole", Path(folder) / "broken"
@@ -187,8 +186,6 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
 @pytest.mark.deep
 @pytest.mark.distributed
 def test_kills_at_every_state_change_nothing(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
-    from megatron_sov.base.artifacts import read_manifest
-
     arguments = {"data": str(packed_data.text), "folder": str(tmp_path)}
     ((found,),) = ranks(job(__file__, "run_and_kill", 1, arguments))
     assert found["hung"] == 2, "a thread that hangs keeps no process from leaving"

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_sov.base.documents.shard_files import RouteShape
+from megatron_sov.engine.decode import forward_only
+from megatron_sov.engine.model.chunk import ModelInputs
+from megatron_sov.engine.model.expert_load import ExpertLoad
+from megatron_sov.engine.model.logprobs import build_head
+from megatron_sov.engine.model.replica_checks import list_gradients
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import collectives, world
+from megatron_sov.engine.router import BalancedRouter, RouteTable, replay_routes
 from tests.tiny import tiny_model
 
 EXPERTS, TOP_K, SEQ_LEN = 8, 2, 8
@@ -20,8 +31,6 @@ PADDED = 25
 
 def drawn_routes(num_tokens: int, layers: int, seed: int) -> np.ndarray:
     """Return random routes that no router would choose; one in eight is unknown."""
-    from megatron_sov.base.documents.shard_files import RouteShape
-
     shape, random = RouteShape(layers, TOP_K, EXPERTS), np.random.default_rng(seed)
     routes = random.permuted(np.tile(np.arange(EXPERTS), (num_tokens, layers, 1)), axis=2)[:, :, :TOP_K]
     routes = routes.astype(shape.dtype)
@@ -31,11 +40,6 @@ def drawn_routes(num_tokens: int, layers: int, seed: int) -> np.ndarray:
 
 def tables() -> list[list[Any]]:
     """Return look-ups in tables of both dtypes by parts of a mask."""
-    import torch
-
-    from megatron_sov.base.documents.shard_files import RouteShape
-    from megatron_sov.engine.router import RouteTable
-
     found = []
     for shape in (RouteShape(2, 2, 40), RouteShape(2, 2, 400)):
         routes = shape.absent(10)
@@ -58,10 +62,7 @@ def test_a_table_tells_where_each_token_went_and_of_which_it_does_not_know(ranks
 
 def routed() -> dict[str, Any]:
     """Return the results of a router without selection bias for recorded routes, and by formula."""
-    import torch
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-    from megatron_sov.engine.router import BalancedRouter, replay_routes
 
     _, model = tiny_model("tiny-qwen3-moe", *SETTINGS, "model.num_layers=1", layout={})
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
@@ -111,17 +112,6 @@ def steps(layout: dict[str, Any], settings: list[str], recorded: str, *, records
     Returns:
         Loss and gradient norm of each, and whether the first two have equal bits.
     """
-    import dataclasses
-
-    import torch
-
-    from megatron_sov.engine.decode import forward_only
-    from megatron_sov.engine.model.chunk import ModelInputs
-    from megatron_sov.engine.model.expert_load import ExpertLoad
-    from megatron_sov.engine.model.logprobs import build_head
-    from megatron_sov.engine.model.replica_checks import list_gradients
-    from megatron_sov.engine.optimizer.optimizer import Optimizer
-    from megatron_sov.engine.parallel import collectives, world
 
     @dataclasses.dataclass
     class Row:

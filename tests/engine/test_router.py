@@ -5,6 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+
+from megatron_sov import recipes
+from megatron_sov.engine.model.chunk import ModelInputs
+from megatron_sov.engine.model.language_model import build_model
+from megatron_sov.engine.parallel import context, world
+from megatron_sov.engine.router import BalancedRouter
+from megatron_sov.model.config import ParallelConfig, apply_settings
+from tests.tiny import tiny_model
 
 EXPERTS, TOP_K, SEQ_LEN, SEQUENCES, FACTOR, COEFF = 8, 2, 8, 3, 2.5, 0.3
 PADDING = [7, 22, 23]
@@ -12,8 +21,6 @@ PADDING = [7, 22, 23]
 
 def whole() -> tuple[Any, Any, Any]:
     """Return logits, selection bias, and the upstream gradient of the weights."""
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     return (torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator), torch.randn(
         EXPERTS, generator=generator) * 0.3, torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator))
@@ -21,14 +28,7 @@ def whole() -> tuple[Any, Any, Any]:
 
 def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = False) -> dict[str, Any]:
     """Route this process's tokens through the first router of a tiny model."""
-    import torch
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-    from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import context, world
-    from megatron_sov.engine.router import BalancedRouter
-    from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-solar-open"), [
         f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}",
@@ -58,14 +58,6 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
 
 def gate_bf16() -> dict[str, Any]:
     """Return the first router's logits for bf16 hidden states in a bf16 model."""
-    import torch
-
-    from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.engine.router import BalancedRouter
-    from megatron_sov.model.config import ParallelConfig, apply_settings
-
     config = apply_settings(recipes.get("tiny-solar-open"), ["train.precision=bf16", "model.num_layers=1"])
     world.join_world(ParallelConfig())
     model = build_model(config.model, ParallelConfig(), config.train)
@@ -81,11 +73,7 @@ def gate_bf16() -> dict[str, Any]:
 
 def left_by_a_pass() -> list[bool]:
     """Return for each dispatcher whether it holds no routes after a recomputed pass."""
-    import torch
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
-
-    from megatron_sov.engine.model.chunk import ModelInputs
-    from tests.tiny import tiny_model
 
     _, model = tiny_model("tiny-solar-open", "train.recompute=true")
     model.config.routing_step.begin(48, 1)
@@ -100,8 +88,6 @@ def left_by_a_pass() -> list[bool]:
 
 def expected(padding: list[int]) -> dict[str, Any]:
     """Return the same by plain formulas in float64."""
-    import torch
-
     logits, bias, upstream = (t.double() for t in whole())
     logits.requires_grad_()
     scores = logits.sigmoid()
@@ -126,8 +112,6 @@ def expected(padding: list[int]) -> dict[str, Any]:
 
 def joined(results: list[dict[str, Any]], name: str) -> Any:
     """Concatenate the tokens of all processes in row order, as float64."""
-    import torch
-
     rows = {i: row for r in results for i, row in zip(r["index"], r[name], strict=True)}
     values = torch.tensor([rows[i] for i in sorted(rows)])
     return values.double() if values.is_floating_point() else values
@@ -136,14 +120,7 @@ def joined(results: list[dict[str, Any]], name: str) -> Any:
 def grouped_choices() -> list[Any]:
     """Return [groups, chosen groups, our weights, transformers' weights] for random scores, with large biases
     and groups of two experts."""
-    import torch
     from transformers.models.solar_open.modeling_solar_open import SolarOpenConfig, SolarOpenTopkRouter
-
-    from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.engine.router import BalancedRouter
-    from megatron_sov.model.config import ParallelConfig, apply_settings
 
     world.join_world(ParallelConfig())
     found, generator = [], torch.Generator().manual_seed(5)
@@ -168,8 +145,6 @@ def grouped_choices() -> list[Any]:
 
 
 def test_experts_are_chosen_within_the_best_groups_as_in_transformers(ranks: Any, job: Any) -> None:
-    import torch
-
     ((cases,),) = ranks(job(__file__, "grouped_choices", 1, {}))
     for groups, kept, ours, theirs in cases:
         ours, theirs = torch.tensor(ours), torch.tensor(theirs)
@@ -180,8 +155,6 @@ def test_experts_are_chosen_within_the_best_groups_as_in_transformers(ranks: Any
 
 @pytest.mark.distributed
 def test_routing_is_the_formula_at_every_layout_without_padding(ranks, job) -> None:
-    import torch
-
     sp = {"tp": 2, "sp": True}
     plain, padded, other, split, cut, both = ranks(
         job(__file__, "route", 1, {"layout": {}, "padding": []}),
@@ -205,7 +178,6 @@ def test_routing_is_the_formula_at_every_layout_without_padding(ranks, job) -> N
 
 @pytest.mark.distributed
 def test_bf16_logits_are_summed_in_float32_as_in_transformers(ranks, job) -> None:
-    import torch
     from transformers import SolarOpenConfig
     from transformers.models.solar_open.modeling_solar_open import SolarOpenTopkRouter
 

@@ -13,7 +13,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
-from megatron_sov.eval.parity import compare_logits, draw_random_prompts, prove_logits
+from megatron_sov.eval.parity import _Difference, compare_logits, draw_random_prompts, prove_logits
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 FAMILIES = ("solar_open", "exaone_moe")
@@ -54,8 +54,6 @@ def test_wrong_detail_is_detected(family: str, change: dict, imported: dict[str,
 
 
 def test_different_vocabularies_are_rejected() -> None:
-    from megatron_sov.eval.parity import _Difference
-
     with pytest.raises(UserError, match="have 10 and 12"):
         _Difference().add_document(0, torch.zeros(3, 10), torch.zeros(3, 12))
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.parallel import world
 from megatron_sov.infer.request import GenerationResult, Sampling, StopRule, Tokens
+from megatron_sov.infer.tool_policy import EnginePolicy, run_with_policy
+from megatron_sov.model.config import ParallelConfig
 
 
 class Echo:
@@ -25,10 +29,6 @@ class Echo:
 
 def play() -> dict[str, Any]:
     """Play two rounds; runs on each rank."""
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.infer.tool_policy import EnginePolicy, run_with_policy
-    from megatron_sov.model.config import ParallelConfig
-
     world.join_world(ParallelConfig())
     engine = Echo()
 
@@ -43,11 +43,6 @@ def play() -> dict[str, Any]:
 
 def fail() -> list[str]:
     """Fail on the first process, between turns, and in the engine of all processes; runs on each rank."""
-    from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.infer.tool_policy import EnginePolicy, run_with_policy
-    from megatron_sov.model.config import ParallelConfig
-
     class Refusing(Echo):
         def generate(self, *asked: Any, **more: Any) -> GenerationResult:
             raise UserError("the engine refuses")

@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from megatron_sov import convert
+from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.checkpoint import load
+from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+from megatron_sov.engine.model.language_model import build_model
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import ParallelConfig, apply_settings, from_dict
+from megatron_sov.model.families import supported as models
+from megatron_sov.model.recipes.requested import load_plugins
 from tests.layouts.k_exaone2_reference import as_released
 
 LENGTH, BEFORE = 160, 37
@@ -126,8 +137,6 @@ def odd_sizes(family: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def make(config: dict[str, Any], folder: Path, seed: int) -> None:
     """Write a random transformers model with nonzero biases; MTP layers of K-EXAONE, GLM and DeepSeek are
     added by hand."""
-    import torch
-    from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -161,9 +170,6 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
 def add_layer_behind(folder: Path, num_layers: int) -> None:
     """Add an MTP layer with the names of published folders: a copy of the last layer's shapes, and its
     norms."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
     tensors, prefix = load_file(folder / "model.safetensors"), f"model.layers.{num_layers}."
     last = f"model.layers.{num_layers - 1}."
     like_last = {n.replace(last, prefix): torch.randn_like(t)
@@ -185,17 +191,6 @@ def documents(vocab_size: int) -> list[list[int]]:
 def run(names: list[str], layout: dict[str, Any], folder: str, label: str,
         plugins: Sequence[str] = ()) -> None:
     """Load each checkpoint, write its logits, and save it again from this layout."""
-    import torch
-    from safetensors.torch import save_file
-
-    from megatron_sov.base.artifacts import read_manifest
-    from megatron_sov.checkpoint import load
-    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig, apply_settings, from_dict
-    from megatron_sov.model.recipes.requested import load_plugins
-
     load_plugins(plugins)
     place = world.join_world(ParallelConfig(**layout))
     for name in names:
@@ -244,7 +239,6 @@ def taking_turns(configs: dict[str, dict[str, Any]], most: int) -> dict[str, lis
 
 def hf_logits(folder: Path) -> Any:
     """Return transformers' logits [LENGTH, vocabulary] float32 for the document alone."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     model = as_released(AutoModelForCausalLM.from_pretrained(
@@ -256,9 +250,6 @@ def hf_logits(folder: Path) -> Any:
 
 def same_bits(a: Path, b: Path) -> bool:
     """Return whether two Hugging Face folders contain tensors with equal bits."""
-    import torch
-    from safetensors.torch import load_file
-
     tensors, other_tensors = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
     return tensors.keys() == other_tensors.keys() and all(
         t.dtype == other_tensors[n].dtype
@@ -273,9 +264,6 @@ def same_bits(a: Path, b: Path) -> bool:
 def test_bits_survive_every_layout_and_logits_are_those_of_transformers(
         ranks: Any, job: Any, tmp_path: Path, every_seed: bool) -> None:
     """`make test` runs each family once, mostly on one process; test_gradients.py uses two."""
-    from megatron_sov import convert
-    from megatron_sov.model.families import supported as models
-
     families = (*models.FAMILIES, SECOND)
     configs = {f"{family}-{seed}": odd_config(family, seed) for i, family in enumerate(families)
                for seed in (SEEDS if every_seed else (i % 3,))}
@@ -295,10 +283,6 @@ def test_bits_survive_every_layout_and_logits_are_those_of_transformers(
 
 def check_equal(folder: Path, layouts: Iterable[str]) -> None:
     """Compare logits and exported tensors of a model at these layouts with transformers and its folder."""
-    from safetensors.torch import load_file
-
-    from megatron_sov import convert
-
     name, expected = folder.name, hf_logits(folder / "hf")
     assert expected.abs().max() > 1.5, f"{name}: logits too small to tell models apart"
     for layout in layouts:

@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron_sov import recipes
+from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.config import apply_settings
+from megatron_sov.checkpoint import load
+from megatron_sov.engine.model.language_model import build_model
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.plan.operation import (
     Conditions, best_interval_s, checkpoint_bytes, cost, goodput, operation, rank_bytes, write_times)
+from megatron_sov.runs.checkpoints import AdapterBase
 from megatron_sov.work.clusters import cluster
 
 RESTART_S = 600.0
@@ -179,16 +186,6 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 def written(folder: str, case: str) -> dict[str, Any]:
     """Write a checkpoint of a case as a run does; returns (rank 0) its bytes as the indices, the headers of
     its files and the manifest have them."""
-    import torch.distributed as dist
-
-    from megatron_sov.base.artifacts import read_manifest
-    from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.optimizer.optimizer import Optimizer
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-    from megatron_sov.runs.checkpoints import AdapterBase
-
     recipe, settings, layout = CASES[case]
     config, parallel = apply_settings(recipes.get(recipe), list(settings)), ParallelConfig(**layout)
     world.join_world(parallel)

@@ -177,8 +177,6 @@ def test_a_stage_with_more_layers_sends_more() -> None:
 # Products of one GPU: those of all GPUs together are the model's, however it is cut.
 
 
-
-
 def a_workload(name: str, **settings: object) -> Workload:
     """Return a micro-batch of 4,096 tokens of a published model on 16 GPUs."""
     return replace(Workload(published_shapes()[name], H100, default_links(H100), num_gpus=16, seq_len=4096,

@@ -4,7 +4,6 @@ layout."""
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_sov import recipes
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_TEXT
-from megatron_sov.model.config import PolicyConfig
+from megatron_sov.engine.decode.forward_only import DocumentBatch
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import PolicyConfig, apply_settings
 from megatron_sov.model.recipes import get
-from megatron_sov.post.policy import check_sources, open_text_sources
-from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.post.policy import PolicyLearning, build_policy_objective, check_sources, open_text_sources
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.loop import train_step
+from megatron_sov.train.objectives.objective import get_columns, get_formats
+from megatron_sov.train.trainer import Trainer
+from tests.layouts.layout_run import small_config
 
 TEMPERATURE, LOW, HIGH, CLIP = 0.7, 0.75, 1.35, 0.05
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]', "model.num_experts=8",
@@ -80,14 +88,6 @@ class Texts:
 
 
 def _trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
-    from layout_run import small_config
-
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.post.policy import build_policy_objective, check_sources
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.data.token_shards import Source
-    from megatron_sov.train.trainer import Trainer
 
     config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [], "policy")
     place = world.join_world(config.parallel)
@@ -103,8 +103,6 @@ def _trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
 def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, Any]]:
     """Train; return each step's losses, meters and gradient norm, and before the first what the first is by
     `_written_out`."""
-    from megatron_sov.engine.parallel import world
-
     trainer, results = _trainer(settings, run), []
     if write_out:
         collect = trainer.objective.collect
@@ -112,7 +110,7 @@ def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, A
         results.append(_written_out(trainer.policy, first))
         trainer.objective.collect = lambda policy, step: collect(policy, step) if step else first
     for _ in range(STEPS):
-        found = trainer.train_step()
+        found = train_step(trainer)
         results.append({"loss": found.loss, "grad_norm": found.grad_norm, **found.losses, **found.meters})
     trainer.close()
     world.leave_world()
@@ -121,10 +119,6 @@ def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, A
 
 def _written_out(model: Any, batch: Any) -> dict[str, float]:
     """Return the terms of a batch, each document passed through the model alone."""
-    import torch
-
-    from megatron_sov.engine.decode.forward_only import DocumentBatch
-
     gained, divergences, texts = [], [], []
     for m in batch.micro_batches:
         for first, end in zip(m.inputs.host_bounds, m.inputs.host_bounds[1:], strict=False):
@@ -167,12 +161,6 @@ def test_terms_are_those_written_out_and_masked_steps_learn_nothing(ranks: Any, 
 
 
 def test_it_reads_what_its_settings_need() -> None:
-    from megatron_sov import recipes
-    from megatron_sov.model.config import apply_settings
-    from megatron_sov.post.policy import build_policy_objective, check_sources
-    from megatron_sov.train.data.token_shards import Source
-    from megatron_sov.train.objectives.objective import get_columns, get_formats
-
     def made(*settings: str) -> Any:
         return build_policy_objective(apply_settings(recipes.get("tiny-k-exaone"), list(settings)))
 
@@ -197,8 +185,6 @@ def test_it_reads_what_its_settings_need() -> None:
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
 def test_a_gap_to_the_engine_blames_precision_only_where_the_round_is_fresh(max_staleness: int) -> None:
-    from megatron_sov.post.policy import PolicyLearning
-
     learning: Any = PolicyLearning.__new__(PolicyLearning)
     learning._rollout = SimpleNamespace(max_staleness=max_staleness, steps_per_round=1)
     said = learning.doubt(1, {"engine_kl": 0.2})

@@ -8,8 +8,12 @@ import random
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sov.model.config import PolicyConfig
+from megatron_sov.post import policy
+from megatron_sov.post.policy import PolicyLoss
+from megatron_sov.post.sft import ResponseSpans
 
 LENGTHS, LONGEST, SEED = (5, 1, 3, 4, 2), 6, 0
 CASES: list[dict[str, Any]] = [
@@ -36,10 +40,6 @@ CASES: list[dict[str, Any]] = [
 def row() -> tuple[dict[str, Any], Any, Any]:
     """Return columns and log-probabilities of a row, and its responses: between them lie labels that are not
     learned, some of them impossible."""
-    import torch
-
-    from megatron_sov.post.sft import ResponseSpans
-
     drawn = random.Random(SEED)
     index: list[int] = []
     for response, length in enumerate(LENGTHS):
@@ -61,10 +61,6 @@ def row() -> tuple[dict[str, Any], Any, Any]:
 
 def ours(policy: PolicyConfig, columns: Any, logprobs: Any, responses: Any) -> tuple[Any, Any, Any]:
     """Return the whole loss, its derivatives and the meters."""
-    import torch
-
-    from megatron_sov.post.policy import PolicyLoss
-
     made = PolicyLoss(policy, LONGEST)
     logprobs = logprobs.clone().requires_grad_()
     terms, meters = made.terms(logprobs, columns, responses)
@@ -160,11 +156,6 @@ def test_on_responses_of_the_policy_itself_every_method_is_reinforce(clip: Any, 
 @pytest.mark.parametrize("method", ["gspo", "grpo", "dapo", "cispo"])
 def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -> None:
     """At the mismatch that arXiv 2510.11370 measured for Qwen3-8B: KL of 6.4e-4 a token, Gaussian."""
-    import torch
-
-    from megatron_sov.post.policy import PolicyLoss
-    from megatron_sov.post.sft import ResponseSpans
-
     torch.manual_seed(0)
     num, length, kl = 32, 4096, 6.4e-4
     gap = torch.randn(num * length).double() * math.sqrt(2 * kl) - kl  # trainer - engine
@@ -187,10 +178,6 @@ def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -
 
 def test_a_loss_of_ones_own_stands_in_the_surrogates_place() -> None:
     """At ratios of 1 that of the settings is REINFORCE's, whose derivative it shares."""
-    import torch
-
-    from megatron_sov.post.policy import PolicyLoss
-
     columns, logprobs, responses = row()
     policy = PolicyConfig("grpo", clip_low=0.2, clip_high=0.2, kl="none", correction="none")
     columns["old_logprobs"] = logprobs.detach().clone()
@@ -205,8 +192,6 @@ def test_a_loss_of_ones_own_stands_in_the_surrogates_place() -> None:
 
 
 def test_a_token_is_worth_what_its_teacher_gives_it_more_than_the_student_did() -> None:
-    import torch
-
     columns, logprobs, responses = row()
     learned = responses.index < len(LENGTHS)
     # of what is not learned a teacher may say what it likes
@@ -231,8 +216,6 @@ def test_a_token_is_worth_what_its_teacher_gives_it_more_than_the_student_did() 
 def of_trl(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> Any:
     """Return the loss as `GRPOTrainer` of TRL 1.16 computes it with vLLM, in words of ours: over padded
     responses, `vllm_importance_sampling_mode` as the correction."""
-    import torch
-
     rows, width = sorted(set(index.tolist())), int(index.bincount().max())
     mask = torch.zeros(len(rows), width).double()
     padded = {name: torch.zeros(len(rows), width).double() for name in (*columns, "x")}
@@ -265,11 +248,6 @@ def of_trl(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> An
 @pytest.mark.parametrize("method", ["grpo", "gspo"])
 def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: Any, masked: str) -> None:
     """A linear model learns a round of two batches; in the first `old` is the step's own."""
-    import torch
-
-    from megatron_sov.post.policy import PolicyLoss
-    from megatron_sov.post.sft import ResponseSpans
-
     asked: dict[str, Any] = {"method": method, "clip_low": 0.1, "clip_high": 0.1, "correction": correction,
                              "correction_low": 0.8, "correction_high": 1.25}
     asked |= {"kl_coeff": 0.3} if method == "grpo" else {}
@@ -327,11 +305,6 @@ def test_what_is_masked_is_still_measured() -> None:
 
 def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
     """By enumeration of all responses of two tokens, so that expectations are exact."""
-    import torch
-
-    from megatron_sov.post import policy
-    from megatron_sov.post.sft import ResponseSpans
-
     torch.manual_seed(0)
     first, second, ref_first, ref_second = (torch.randn(s).double() for s in ((3,), (3, 3), (3,), (3, 3)))
     inputs = (first.requires_grad_(), second.requires_grad_())
@@ -362,11 +335,6 @@ def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
 
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_log_probabilities_that_are_infinitely_far_apart_leave_gradients_finite(kind: Any) -> None:
-    import torch
-
-    from megatron_sov.post import policy
-    from megatron_sov.post.sft import ResponseSpans
-
     responses = ResponseSpans(torch.zeros(2, dtype=torch.long), torch.tensor([2.0]).double())
     far = torch.tensor([-1.0, -2.0]).double()
     for sign in (1, -1):  # the policy, then the other one, holds the tokens for next to impossible

@@ -1,16 +1,29 @@
-"""Learning from preferences: losses of pairs and of single responses written out one by one."""
+"""Learning from preferences: losses of pairs, groups and single responses written out one by one."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from data_prep.cli import main as sov_data
+from megatron_sov.engine.decode.forward_only import DocumentBatch
+from megatron_sov.engine.parallel import world
+from megatron_sov.post import preference, reference
+from megatron_sov.post.preference import (
+    dpo, find_heldout_documents, grouper, orpo, select_objective, simper, simpo)
+from megatron_sov.post.reference import Reference
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.loop import train_step
+from megatron_sov.train.trainer import Trainer
+from tests.layouts.layout_run import small_config
 
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 128}]',
             "preference.chosen_coeff=0.1", "train.global_batch_size=4", "optim.lr=0.01",
@@ -23,16 +36,6 @@ KTO = ["preference.method=kto", f"preference.beta={BETA}", f"preference.desirabl
 
 def _trainer(settings: list[str], data: str, run: Path) -> Any:
     """Return a trainer with its reference made."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
-    from layout_run import small_config
-
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.post.preference import find_heldout_documents, select_objective
-    from megatron_sov.post.reference import Reference
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.data.token_shards import open_sources
-    from megatron_sov.train.trainer import Trainer
-
     config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [data], "preference")
     place = world.join_world(config.parallel)
     config.check(place.size)
@@ -60,8 +63,6 @@ class Picked:
 
 def measured_of(trainer: Any, batch: Any) -> dict[str, float]:
     """Return the held-out figures of the pairs of a training batch."""
-    from megatron_sov.post import preference
-
     origins = [origin for m in batch.micro_batches for origin in m.origins]
     with_reference = trainer.sources[0].open_split("train")
     documents = Picked(with_reference, [origin.segment.document for origin in origins])
@@ -100,10 +101,6 @@ def trl_meters(method: str, pairs: list[tuple[float, float, float, float, int, i
 def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]:
     """Return, for each of the methods, loss and meters of a batch after a step, and the same with each
     response passed through the model alone, in numpy."""
-    import torch
-
-    from megatron_sov.engine.decode.forward_only import DocumentBatch
-    from megatron_sov.engine.parallel import world
 
     def sums(policy: Any, batch: Any) -> list[tuple[float, int]]:
         """Return each response's log-probability and tokens."""
@@ -129,7 +126,7 @@ def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]
         objective = trainer.objective
         held = [*trainer.model.parameters(), *trainer.model.buffers()]  # routers' biases move as well
         initial = [tensor.detach().clone() for tensor in held]
-        trainer.train_step()
+        train_step(trainer)
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         now = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
         measured = measured_of(trainer, batch)
@@ -185,11 +182,6 @@ def test_losses_are_the_papers(ranks: Any, job: Any, pairs: Path, tmp_path: Path
 
 def kto_written_out(policy: Any, batch: Any) -> tuple[float, float]:
     """Return loss and z_0 of a batch on one process, each response passed through the model alone."""
-    import torch
-
-    from megatron_sov.engine.decode.forward_only import DocumentBatch
-    from megatron_sov.post import reference
-
     ratios, good = [], []
     for m in batch.micro_batches:
         for first, end in zip(m.inputs.host_bounds, m.inputs.host_bounds[1:], strict=False):
@@ -210,8 +202,6 @@ def kto_written_out(policy: Any, batch: Any) -> tuple[float, float]:
 
 def kto_curve(data: str, run: str) -> list[dict[str, Any]]:
     """Train; return each step's losses, meters and gradient norm, and what they are by hand."""
-    from megatron_sov.engine.parallel import world
-
     trainer = _trainer(KTO, data, Path(run))
     collect, expected = trainer.objective.collect, list[tuple[float, float]]()
 
@@ -221,7 +211,7 @@ def kto_curve(data: str, run: str) -> list[dict[str, Any]]:
         return batch
 
     trainer.objective.collect = seen
-    results = [trainer.train_step() for _ in range(STEPS)]
+    results = [train_step(trainer) for _ in range(STEPS)]
     trainer.close()
     world.leave_world()
     return [{**r.losses, **r.meters, "by hand": found} for r, found in zip(results, expected, strict=True)]
@@ -230,8 +220,6 @@ def kto_curve(data: str, run: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def judged(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sums, two in three of which are judged good, packed."""
-    from data_prep.cli import main as sov_data
-
     folder = tmp_path_factory.mktemp("judged")
     (folder / "judged.jsonl").write_text("\n".join(json.dumps({
         "prompt": f"What is {i} plus {i % 7}?", "label": i % 3 > 0,
@@ -256,3 +244,49 @@ def test_losses_of_single_responses_are_the_papers(ranks: Any, job: Any, judged:
         assert (step["preference"], step["distance"]) == pytest.approx((loss, distance), rel=1e-5, abs=1e-5)
     assert max(distance for _, distance in expected) > 0.01, "the estimate is told from none"
     assert steps[-1]["desirable_reward"] > steps[-1]["undesirable_reward"]
+
+
+MARGINS = (-30.0, -1.5, 0.0, 0.25, 4.0)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_dpo_is_the_papers(beta: float, smoothing: float) -> None:
+    margins = torch.tensor(MARGINS, dtype=torch.float64, requires_grad=True)
+    losses = dpo(margins, beta, smoothing)
+    (slopes,) = torch.autograd.grad(losses.sum(), margins)
+    for x, loss, slope in zip(MARGINS, losses.tolist(), slopes.tolist(), strict=True):
+        right = 1 / (1 + math.exp(-beta * x))  # sigma(beta x): how likely the pair is the right way round
+        assert loss == pytest.approx(-(1 - smoothing) * math.log(right) - smoothing * math.log(1 - right),
+                                     abs=1e-12)
+        assert slope == pytest.approx(beta * (right - (1 - smoothing)), abs=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_simpo_asks_for_a_lead(smoothing: float) -> None:
+    chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
+    # r = beta * mean log p; the chosen one has to lead by gamma
+    right = [1 / (1 + math.exp(-(2.5 * lead - 1.5))) for lead in (2.0, -1.5)]
+    assert simpo(chosen, rejected, 2.5, 1.5, smoothing).tolist() == pytest.approx(
+        [-(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p) for p in right], abs=1e-12)
+
+
+def test_orpo_weighs_odds_and_stays_finite_where_a_response_is_certain() -> None:
+    chosen, rejected = torch.tensor([-0.1, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
+    odds = [(math.exp(c) / (1 - math.exp(c)), math.exp(r) / (1 - math.exp(r)))
+            for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    assert orpo(chosen, rejected).tolist() == pytest.approx(
+        [-math.log((c / r) / (1 + c / r)) for c, r in odds], abs=1e-12)
+    certain = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    losses = orpo(certain, rejected) + orpo(rejected, certain)
+    (slopes,) = torch.autograd.grad(losses.sum(), certain)
+    assert losses.isfinite().all() and slopes.isfinite().all()
+
+
+def test_simper_and_grouper_weigh_inverse_perplexities() -> None:
+    chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
+    expected = [math.exp(-3) - math.exp(-1), math.exp(-0.5) - math.exp(-2)]
+    assert simper(chosen, rejected).tolist() == pytest.approx(expected, abs=1e-12)
+    both = torch.stack([chosen, rejected], dim=1).flatten()
+    assert grouper(both, torch.tensor([1.0, -1.0, 1.0, -1.0])).tolist() == pytest.approx(
+        [-math.exp(-1), math.exp(-3), -math.exp(-2), math.exp(-0.5)], abs=1e-12)

@@ -12,6 +12,8 @@ import torch
 
 from megatron_sov.model.config import DataConfig, PhaseConfig, TrainConfig
 from megatron_sov.model.config.post_training import PreferenceConfig
+from megatron_sov.post import preference
+from megatron_sov.post.preference import compare_values, compute_pair_meters
 from megatron_sov.train.data.token_shards import Source
 
 SEQ_LEN = 4
@@ -32,8 +34,6 @@ class Pairs:
 
 
 def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.post import preference
-
     def logprobs(view: Any, documents: Pairs, chosen: range, seq_len: int, rows: int) -> np.ndarray:
         """Of each response -1 (better) or -2 a token, 0 where `document_logprobs` has no number."""
         numbers = []
@@ -63,8 +63,6 @@ def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("method", ["dpo", "ipo", "dpo-norm"])
 def test_a_model_that_equals_its_reference_is_right_in_half_of_the_pairs(method: Any) -> None:
-    from megatron_sov.post.preference import compare_values, compute_pair_meters
-
     sums, lengths = torch.tensor([-3.0, -7.0, -2.0, -1.0]).double(), torch.tensor([1.0, 2, 3, 4]).double()
     asked = PreferenceConfig(method)
     found = compute_pair_meters(asked, compare_values(asked, sums, lengths, sums))

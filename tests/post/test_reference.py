@@ -13,6 +13,8 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import write_sealed
+from megatron_sov.post import reference
+from megatron_sov.post.reference import COLUMN, Reference
 from megatron_sov.train.data.requirements import NeededColumn, check_columns
 from megatron_sov.train.data.token_shards import Source, open_sources
 
@@ -22,8 +24,6 @@ def opened(pairs: Path) -> list[Source]:
 
 
 def test_pairs_that_are_held_out_stay_what_they_are(pairs: Path, tmp_path: Path) -> None:
-    from megatron_sov.post.reference import COLUMN, Reference
-
     [source] = opened(pairs)
     [learned] = Reference(tmp_path, pairs, [source], 128).sources
     held, found = source.open_split("heldout"), learned.open_split("heldout")
@@ -35,8 +35,6 @@ def test_pairs_that_are_held_out_stay_what_they_are(pairs: Path, tmp_path: Path)
 
 
 def test_numbers_of_measured_pairs_are_kept_like_those_of_samples(pairs: Path, tmp_path: Path) -> None:
-    from megatron_sov.post.reference import Reference
-
     [source] = opened(pairs)
     reference = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
     reference._open_files()
@@ -64,8 +62,6 @@ def start(folder: Path, weights: str) -> Path:
 
 def test_a_reference_is_known_again_by_its_weights_its_data_and_its_samples(pairs: Path,
                                                                             tmp_path: Path) -> None:
-    from megatron_sov.post.reference import Reference
-
     def reference(checkpoint: Path, max_tokens: int = 128) -> Reference:
         return Reference(tmp_path / "run", checkpoint, opened(pairs), max_tokens)
 
@@ -86,8 +82,6 @@ def flip(file: Path) -> None:
 
 def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_path: Path, capsys: Any
                                                              ) -> None:
-    from megatron_sov.post.reference import Reference
-
     def reference(max_tokens: int) -> Reference:
         return Reference(tmp_path / "run", pairs, opened(pairs), max_tokens)
 
@@ -111,8 +105,6 @@ def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_pa
 
 def test_a_model_is_not_asked_beyond_its_context(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                                                  ) -> None:
-    from megatron_sov.post import reference
-
     other = SimpleNamespace(path="other", max_tokens=16)
     monkeypatch.setattr(reference, "Target", lambda *_: other)
     monkeypatch.setattr(reference, "run_forward_model", lambda *_: None)

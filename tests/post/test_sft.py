@@ -14,7 +14,8 @@ import torch
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.train.setup.training import check_chats
-from megatron_sov.engine.parallel import collectives
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.parallel import collectives, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.rows import PackedRow, join_rows
@@ -50,9 +51,6 @@ def config_of(*settings: str) -> RunConfig:
 def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     """Runs inside a rank: losses and gradient for one response and some copies of a text,
     through a head of 32 tokens."""
-    from megatron_sov.engine.model.logprobs import Head
-    from megatron_sov.engine.parallel import world
-
     config = config_of()
     world.join_world(config.parallel)
     row = join_rows([a_row(RESPONSE, 1)] + [a_row(TEXT, 3 if swap_texts else 2)] * num_texts)

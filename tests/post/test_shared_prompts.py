@@ -3,16 +3,29 @@ experts as where each response has its own."""
 
 from __future__ import annotations
 
-import sys
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_sov import recipes
 from megatron_sov.base.documents import ROLLOUTS
-from megatron_sov.model.config import apply_settings
+from megatron_sov.engine.model import attention
+from megatron_sov.engine.model.chunk import ModelInputs
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import ParallelConfig, apply_settings
+from megatron_sov.post import shared_prompts
+from megatron_sov.post.policy import build_policy_objective
+from megatron_sov.post.shared_prompts import find_sharing_problem, remove_repeated_prompts
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.loop import train_step
+from megatron_sov.train.objectives.microbatch import MicroBatch
+from megatron_sov.train.trainer import Trainer
+from tests.layouts.layout_run import small_config
 
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]', "optim.lr=0.01",
             "rollout.max_new_tokens=64", "policy.method=grpo", "policy.kl=none",
@@ -59,15 +72,6 @@ class Groups:
 def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     """Train; return each step's losses, meters, gradient norm, loads of experts, and the share of tokens that
     were computed."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
-    from layout_run import small_config
-
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.post.policy import build_policy_objective
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.data.token_shards import Source
-    from megatron_sov.train.trainer import Trainer
-
     config = small_config("tiny-solar-open", [*SETTINGS, f"policy.share_prompts={str(shares).lower()}"], [],
                           "policy")
     made: Any = Groups(60)
@@ -86,7 +90,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     setattr(trainer.objective, "prepare", noted)  # noqa: B010
     results = []
     for _ in range(STEPS):
-        found = trainer.train_step()
+        found = train_step(trainer)
         assert found is not None
         results.append({"loss": found.loss, "grad_norm": found.grad_norm, "tokens": found.num_tokens,
                         **found.meters, "load": trainer.expert_load.gather().flatten().tolist(),
@@ -96,15 +100,10 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     return results
 
 
-def attention() -> list[float]:
+def compare_attention() -> list[float]:
     """Return for each window and block the largest difference of outputs and gradients from those of the row
     in which each document has its own beginning."""
-    import torch
     from megatron.core.transformer import TransformerConfig
-
-    from megatron_sov.engine.model import attention as module
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
 
     world.join_world(ParallelConfig())
     config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
@@ -116,19 +115,19 @@ def attention() -> list[float]:
     bounds = torch.tensor([0, *(stop for _, _, stop in SPANS)], dtype=torch.int32)
     generator, found = torch.Generator().manual_seed(0), []
     for window, block in CASES:
-        module.QUERY_BLOCK = block
-        layer = module.DocumentAttention(config, 1, None, "self", window_tokens=window)
+        attention.QUERY_BLOCK = block
+        layer = attention.DocumentAttention(config, 1, None, "self", window_tokens=window)
         row = [torch.randn(len(kept), heads, 8, dtype=torch.float64, generator=generator)
                for heads in (4, 2, 2)]
         upstream = torch.randn(len(kept), 32, dtype=torch.float64, generator=generator)
         ours = [t.clone().requires_grad_() for t in row]
-        shared = module.SharedPrompts(places, SPANS, torch.zeros(42, dtype=torch.bool))
+        shared = attention.SharedPrompts(places, SPANS, torch.zeros(42, dtype=torch.bool))
         out = layer(*ours, None,
-                    packed_seq_params=module.pack_documents(bounds, 11, len(kept), shared=shared))
+                    packed_seq_params=attention.pack_documents(bounds, 11, len(kept), shared=shared))
         out.backward(upstream)
         theirs = [t.clone().requires_grad_() for t in row]
         whole = layer(*(t[places] for t in theirs), None,
-                      packed_seq_params=module.pack_documents(bounds, 11, 42))
+                      packed_seq_params=attention.pack_documents(bounds, 11, 42))
         whole[kept].backward(upstream)
         found.append(max(float((a - b).abs().max()) for a, b in [
             (out, whole[kept]), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]))
@@ -138,7 +137,7 @@ def attention() -> list[float]:
 
 def both(run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[float]]:
     """Return `curve` with shared prompts and without, and `attention`."""
-    return curve(True, run), curve(False, run), attention()
+    return curve(True, run), curve(False, run), compare_attention()
 
 
 def test_prompts_that_are_shared_change_nothing_that_is_learned(ranks: Any, job: Any, tmp_path: Path) -> None:
@@ -153,12 +152,6 @@ def test_prompts_that_are_shared_change_nothing_that_is_learned(ranks: Any, job:
 
 def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
     """Two responses to a prompt of four tokens, one to another prompt that begins alike, text, padding."""
-    import torch
-
-    from megatron_sov.engine.model.chunk import ModelInputs
-    from megatron_sov.post.shared_prompts import remove_repeated_prompts
-    from megatron_sov.train.objectives.microbatch import MicroBatch
-
     documents = [[7, 8, 9, 1, 4, 4], [7, 8, 9, 1, 5], [7, 8, 9, 2, 4], [7, 8], [0, 0]]
     learned = [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 0], [1, 1], [0, 0]]
     tokens = torch.tensor(list(chain(*documents)))
@@ -188,11 +181,14 @@ def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
     "train.hidden_dropout=0.1", "policy.router_replay=true", "train.fp8=tensorwise",
     "parallel.ep=2 parallel.expert_dispatcher=allgather"])
 def test_where_it_would_change_something_each_has_its_own(settings: str) -> None:
-    from megatron_sov import recipes
-    from megatron_sov.post.shared_prompts import find_sharing_problem
-
     alone = recipes.get("tiny-solar-open")
     assert not find_sharing_problem(alone) and not find_sharing_problem(apply_settings(alone,
                                                                                        ["parallel.ep=2"]))
     (reason,) = find_sharing_problem(apply_settings(alone, settings.split()))
     assert settings.split()[-1].split("=")[0].split(".")[-1] in reason
+
+
+def test_attention_of_transformer_engine_shares_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prompts, "uses_transformer_engine", lambda precision: True)
+    (reason,) = find_sharing_problem(apply_settings(recipes.get("tiny-solar-open"), ["gpu.attention=flash"]))
+    assert reason.startswith("gpu.attention = flash: ")

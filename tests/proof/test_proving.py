@@ -18,6 +18,8 @@ import torch
 
 from megatron_sov import cli
 from megatron_sov.base.errors import UserError
+from megatron_sov.checkpoint import host_snapshot
+from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
@@ -96,8 +98,6 @@ def test_what_a_guard_refuses_in_the_layout_alone_differs(small: Miniature, whol
 @pytest.mark.deep
 def test_a_checkpoint_that_is_read_at_another_place_is_found(small: Miniature, whole: Any,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.checkpoint.sharded_tensors import TensorReader
-
     read = TensorReader.read
     monkeypatch.setattr(TensorReader, "read", lambda self, key, offset, shape: read(
         self, key, (0,) * len(offset), shape))
@@ -111,8 +111,6 @@ def test_a_checkpoint_that_is_read_at_another_place_is_found(small: Miniature, w
 @pytest.mark.deep
 def test_a_checkpoint_with_other_numbers_is_found(small: Miniature, whole: Any,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.checkpoint import host_snapshot
-
     add = host_snapshot.TensorWriter.add
     monkeypatch.setattr(host_snapshot.TensorWriter, "add", lambda self, key, block, *place: add(
         self, key, block.flip(0) if "linear_qkv.weight" in key else block, *place))

@@ -17,8 +17,6 @@ OVERLAPPED = ("parallel.zero1=true", "parallel.overlap_grad_reduce=true",
               "parallel.overlap_param_gather=true")
 
 
-
-
 def _stored(settings: tuple[str, ...]) -> tuple[str, ...]:
     """Return the settings without recomputation."""
     kept = [s for s in settings if not s.startswith(("train.recompute", "gpu.recompute_modules"))]

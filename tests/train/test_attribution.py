@@ -12,7 +12,10 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
+from megatron_sov.engine.model import replica_checks
 from megatron_sov.model.config import apply_settings
+from megatron_sov.train.loop import train_step
+from megatron_sov.train.recovery import attribute_rejected_step
 from tests.tiny import tiny_trainer
 
 SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
@@ -22,9 +25,7 @@ SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
 
 def update(trainer: Any) -> Any:
     """Do a step as the loop does."""
-    from megatron_sov.train.recovery import attribute_rejected_step
-
-    result = trainer.train_step()
+    result = train_step(trainer)
     attribute_rejected_step(trainer)
     return result
 
@@ -62,8 +63,6 @@ def test_a_process_whose_losses_are_others_the_second_time_is_named(make: Any) -
 
 def test_a_process_whose_gradients_alone_are_others_is_named(make: Any,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.engine.model import replica_checks
-
     trainer, told = make()
     assert update(trainer) is not None
     sound, faults = trainer.expert_load.before_sync, [torch.nan]

@@ -18,7 +18,10 @@ from megatron_sov import recipes
 from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.base.errors import UserError
+from megatron_sov.engine.model.replica_checks import list_gradients
+from megatron_sov.engine.parallel import rng
 from megatron_sov.model.config import apply_settings
+from megatron_sov.train.data.requirements import build_route_shape
 from megatron_sov.train.data.token_shards import open_sources
 from tests.tiny import tiny_trainer
 
@@ -54,9 +57,7 @@ def flat(sums: Any) -> torch.Tensor:
 
 def gradients(model: Any) -> torch.Tensor:
     """Return copies of all gradients, as one vector."""
-    from megatron_sov.engine.model.replica_checks import list_gradients as of
-
-    return torch.cat([g.detach().flatten().clone() for g in of(model)])
+    return torch.cat([g.detach().flatten().clone() for g in list_gradients(model)])
 
 
 def test_gradients_and_sums_are_those_of_the_whole_batch_however_it_is_cut(make: Make) -> None:
@@ -109,8 +110,6 @@ def test_meters_are_means_over_the_whole_batch_however_it_is_cut(make: Make) -> 
 
 def with_routes(data: Path, folder: Path, known: float) -> Path:
     """Write token shards once more, with drawn routes of so many of their tokens."""
-    from megatron_sov.train.data.requirements import build_route_shape
-
     shape = build_route_shape(apply_settings(recipes.get("tiny-solar-open"), SETTINGS).model)
     random, manifest = np.random.default_rng(0), read_manifest(data, "tokens")
     with create_artifact(folder, "tokens") as artifact:
@@ -161,8 +160,6 @@ def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make:
 
 
 def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trace(make: Make) -> None:
-    from megatron_sov.engine.parallel import rng
-
     settings = ("train.micro_batch_size=2", "train.hidden_dropout=0.2")
     probed, plain = make(*settings), make(*settings)
     own = []

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.config import GuardConfig
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import GuardConfig, apply_settings
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train import recovery
+from megatron_sov.train.checkpointer import Checkpointer, TrainState, find_sound_checkpoint
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
 from megatron_sov.train.guards.step_guard import StepGuard, StepRejection
 from tests.tiny import tiny_model
@@ -31,8 +36,6 @@ def run(tmp_path: Path) -> RunFolder:
 
 def found(run: RunFolder, place: Any, **options: int) -> str | None:
     """Return the name of the checkpoint to go on from."""
-    from megatron_sov.train.checkpointer import find_sound_checkpoint
-
     checkpoint = find_sound_checkpoint(run, place, **options)
     return checkpoint.name if checkpoint is not None else None
 
@@ -90,16 +93,6 @@ def test_where_all_are_damaged_there_is_none(run: RunFolder, alone: Any) -> None
 def synced(run: str) -> dict[str, Any]:
     """Runs inside ranks: take a checkpoint, and go on with steps that do nothing;
     only rank 1 is asked to stop."""
-    import time
-
-    import torch
-
-    from megatron_sov.engine.optimizer.optimizer import Optimizer
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import apply_settings
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.checkpointer import Checkpointer, TrainState
-
     config, model = tiny_model("tiny-solar-open", "model.num_layers=1")
     folder, optimizer = RunFolder(Path(run)), Optimizer(model, config.optim)
     parts = {name: Memory(name) for name in ("order", "guard")}

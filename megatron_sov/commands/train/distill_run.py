@@ -72,7 +72,7 @@ def add_teacher(request: TrainingRequest, stage: Stage) -> Stage:
 
     inputs = tuple(describe_input(TEACHER_STATES, path) for path in states if (path / MANIFEST).is_file())
     return replace(stage, objective=TeacherFactory(stage.objective, opened), sources=tuple(sources),
-                   before=measure, after=measure, besides=inputs)
+                   before=measure, after=measure, extra_inputs=inputs)
 
 
 def _make_states(request: TrainingRequest, reader: DataReader, sources: list[Source]) -> None:

@@ -49,7 +49,7 @@ def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
 
     inputs = () if other_model is None else (describe_input(REFERENCE, other_model),)
     return replace(stage, sources=sources if reference is None else reference.sources, before=before,
-                   after=after, besides=inputs)
+                   after=after, extra_inputs=inputs)
 def _refuse_other_judgements(config: RunConfig, sources: Sequence[Source]) -> None:
     """Raise `UserError` where pairs of a response and a mismatched one would be learned as preferences."""
     method = config.preference.method

@@ -327,7 +327,7 @@ class Distillation(DataObjective):
         targets = {DIVERGENCE: sum(float(self._teacher.heard(m).double().sum()) for m in hosts)}
         if CROSS_ENTROPY in self.coefficients:
             targets[CROSS_ENTROPY] = sum(float(m.weights.double().sum()) for m in hosts)
-        return with_denominators(batch, targets | self._mtp_targets(hosts))
+        return with_denominators(batch, targets | self._count_mtp_targets(hosts))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed divergence over learned labels, and cross-entropy if `ce_coeff` is above 0."""
@@ -336,7 +336,7 @@ class Distillation(DataObjective):
                                           self._teacher.divergence)
         if CROSS_ENTROPY in self.coefficients:
             terms |= head.cross_entropy(hidden[0], batch.labels, {CROSS_ENTROPY: batch.weights})[0]
-        terms |= self._mtp_sum(hidden, head, batch)
+        terms |= self._compute_mtp_sum(hidden, head, batch)
         learned = (weights > 0).double()
         return LossSums(
             terms, per_source(measured.divergence, weights, batch.sources, self._num_sources),

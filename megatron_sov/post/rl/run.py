@@ -5,9 +5,9 @@
     publish(round)          turn groups into training documents     publish/
     train(round)            steps_per_round optimizer steps         train/loop.py
 
-The training loop calls `RolloutCycle.bring` before each step. The first step of a round finds no open round,
-so `bring` runs the first three phases; the loop then trains. A phase is skipped if its results are on disk,
-so a killed run repeats at most a piece of a phase, and rollbacks repeat nothing.
+The training loop calls `RolloutCycle.prepare_data` before each step. The first step of a round finds no open
+round, so `prepare_data` runs the first three phases; the loop then trains. A phase is skipped if its results
+are on disk, so a killed run repeats at most a piece of a phase, and rollbacks repeat nothing.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class RolloutCycle:
     """Figures of the open round, see `train.feed.Feed`."""
     _has_announced: bool = False
 
-    def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
-        """Write, judge and publish the next step's round, and open it for training; see `Feed.bring`."""
+    def prepare_data(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """Write, judge, publish and open the round of the next step; see `Feed.prepare_data`."""
         self._announce_store(view)
         num_completed, step = divmod(view.step, self.rollout.steps_per_round)
         number, is_first = num_completed + 1, step == 0
@@ -91,8 +91,8 @@ class RolloutCycle:
         self.meters = opened.meters
         return None
 
-    def conclude(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
-        """Validate the last policy, see `Feed.conclude`."""
+    def finish(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """Validate the last policy, see `Feed.finish`."""
         return self._validate_policy(view, view.step // self.rollout.steps_per_round + 1, asked_to_stop)
 
     def needs_checkpoint(self, step: int) -> bool:

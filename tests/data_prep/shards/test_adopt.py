@@ -60,8 +60,9 @@ def bytes_of(data: Path) -> dict[str, bytes]:
             for shard in shards_of(data, read_tokens_manifest(data).content) for suffix in ("bin", "idx")}
 
 
-def test_the_artifact_is_the_one_that_pack_makes_of_the_text(tokenizer: Path, pair: Path, texts: list[str],
-                                                             tmp_path: Path) -> None:
+def test_the_artifact_is_the_one_that_pack_makes_of_the_text(
+        tokenizer: Path, pair: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        ) -> None:
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["--tokenizer", str(tokenizer), "--heldout", "0.1", "--output"]
     assert cli.main(["pack", "--input", str(tmp_path / "corpus.jsonl"), *words, str(tmp_path / "packed"),
@@ -72,8 +73,10 @@ def test_the_artifact_is_the_one_that_pack_makes_of_the_text(tokenizer: Path, pa
     assert adopted["sources"][0]["splits"] == packed["sources"][0]["splits"]
     assert {name: adopted[name] for name in packed if name != "sources"} == {
         name: packed[name] for name in packed if name != "sources"}
-    for command in (["verify", "adopted"], ["inspect", "adopted"], ["sample", "adopted"]):
-        assert cli.main([command[0], str(tmp_path / command[1])]) == 0
+    for command in ("verify", "inspect", "sample"):
+        assert cli.main([command, str(tmp_path / "adopted")]) == 0
+    assert cli.main(["adopt", "none", *words, str(tmp_path / "adopted")]) == 2
+    assert "adopted: already exists" in capsys.readouterr().err, "before any pair is opened"
 
 
 def test_files_are_linked_and_sequences_of_a_document_joined(tokenizer: Path, texts: list[str],

@@ -7,7 +7,14 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_sov.engine.decode import forward_only
+from megatron_sov.engine.model.chunk import ModelInputs
+from megatron_sov.engine.model.expert_load import ExpertLoad
+from megatron_sov.engine.model.logprobs import build_head
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import collectives
 from tests.tiny import tiny_model
 
 SELECTIVE = ["train.recompute=selective", 'gpu.recompute_modules=["core_attn", "mlp", "moe"]']
@@ -15,14 +22,6 @@ SELECTIVE = ["train.recompute=selective", 'gpu.recompute_modules=["core_attn", "
 
 def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) -> dict[str, Any]:
     """Take one step on four micro-batches with two sequences each."""
-    import torch
-
-    from megatron_sov.engine.decode import forward_only
-    from megatron_sov.engine.model.chunk import ModelInputs
-    from megatron_sov.engine.model.expert_load import ExpertLoad
-    from megatron_sov.engine.model.logprobs import build_head
-    from megatron_sov.engine.optimizer.optimizer import Optimizer
-    from megatron_sov.engine.parallel import collectives
 
     @dataclasses.dataclass
     class Row:
@@ -94,11 +93,7 @@ def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(ranks, job) -> None:
 
 def offloading_plans() -> dict[str, Any]:
     """Evaluate, train and evaluate with a group of offloaded activations."""
-    import torch
     from megatron.core.pipeline_parallel import fine_grained_activation_offload as library
-
-    from megatron_sov.engine.decode import forward_only
-    from megatron_sov.engine.optimizer.optimizer import Optimizer
 
     config, model = tiny_model("tiny-qwen3", layout={})
     model.config.fine_grained_activation_offloading = True

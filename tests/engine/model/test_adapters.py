@@ -7,6 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from megatron_sov import recipes
+from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint.gather import TensorGatherer
+from megatron_sov.engine.decode import forward_only
+from megatron_sov.engine.model.adapters import LinearAdapter
+from megatron_sov.engine.model.chunk import ModelInputs
+from megatron_sov.engine.model.expert_load import ExpertLoad
+from megatron_sov.engine.model.language_model import build_model
+from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
+from megatron_sov.engine.model.logprobs import build_head
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import apply_settings
+from megatron_sov.model.families.adapters import A, B, find_adapted_modules
+from megatron_sov.train.objectives.microbatch import MicroBatch
 
 SMALL = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8", "model.num_layers=2",
          "model.init_std=0.2", "train.precision=fp64", "optim.clip_grad=0.05", "optim.weight_decay=0.1",
@@ -26,9 +43,6 @@ ROW_TOKENS, ROWS = 24, 4
 
 def config_of(recipe: str, layout: dict[str, Any], settings: list[str]) -> Any:
     """Return a tiny config."""
-    from megatron_sov import recipes
-    from megatron_sov.model.config import apply_settings
-
     base = recipes.get(recipe)
     sizes = [*SMALL, *(EXPERTS if base.model.num_experts else ())]
     places = [f"parallel.{name}={str(value).lower()}" for name, value in layout.items()]
@@ -37,11 +51,7 @@ def config_of(recipe: str, layout: dict[str, Any], settings: list[str]) -> Any:
 
 def micro_batches(vocab_size: int) -> list[Any]:
     """Return this data-parallel rank's share of four rows with two documents each."""
-    import torch
     from megatron.core import parallel_state
-
-    from megatron_sov.engine.model.chunk import ModelInputs
-    from megatron_sov.train.objectives.microbatch import MicroBatch
 
     found = []
     for row in range(ROWS):
@@ -62,11 +72,6 @@ class Learning:
     """A model, its optimizer and its objective, without a run."""
 
     def __init__(self, config: Any, seed: int = 1) -> None:
-        from megatron_sov.checkpoint import load
-        from megatron_sov.engine.model.expert_load import ExpertLoad
-        from megatron_sov.engine.model.language_model import build_model
-        from megatron_sov.engine.optimizer.optimizer import Optimizer
-
         self.config = config
         self.model = build_model(config.model, config.parallel, config.train, config.gpu, config.lora)
         load.initialize_weights(self.model, config.model, seed)
@@ -78,11 +83,6 @@ class Learning:
 
     def gradients(self) -> float:
         """Compute the gradients of all rows; return the loss on the last stage."""
-        import torch
-
-        from megatron_sov.engine.decode import forward_only
-        from megatron_sov.engine.model.logprobs import build_head
-
         routing = self.model.config.routing_step
         routing.seq_len, routing.num_sequences, routing.aux_loss = ROW_TOKENS, ROWS, {}
 
@@ -100,9 +100,6 @@ class Learning:
 
     def tensors(self, prefix: str = "adapter.") -> dict[str, Any]:
         """Gather whole tensors as nested lists on rank 0."""
-        from megatron_sov.checkpoint.gather import TensorGatherer
-        from megatron_sov.engine.model.local_shards import list_local_shards
-
         gatherer = TensorGatherer([b for b in list_local_shards(self.model) if b.key.startswith(prefix)])
         whole = {key: gatherer.gather(key) for key in gatherer.get_shapes()}
         return {key: t.tolist() for key, t in whole.items() if t is not None}
@@ -110,9 +107,6 @@ class Learning:
 
 def trained(recipe: str, layout: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """Train three steps; return the adapter, its norms, and the frozen tensors that changed."""
-    from megatron_sov.engine.model.local_shards import list_local_shards
-    from megatron_sov.engine.parallel import world
-
     config = config_of(recipe, layout, settings)
     world.join_world(config.parallel)
     learning = Learning(config)
@@ -132,12 +126,6 @@ def trained(recipe: str, layout: dict[str, Any], settings: list[str]) -> dict[st
 
 def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
     """Return the first gradients of B, and the gradients of the adapted weights under full training."""
-    import torch
-
-    from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.families.adapters import A, B, find_adapted_modules
-
     config = config_of(recipe, {}, settings)
     full = config_of(recipe, {}, [*settings, "lora.rank=0"])
     world.join_world(config.parallel)
@@ -196,11 +184,6 @@ def wrong_lengths() -> dict[str, int]:
     """Return the number of trained lengths of a bf16 model that differ from the rounded row lengths, and the
     total.
     """
-    import torch
-
-    from megatron_sov.engine.model.adapters import LinearAdapter
-    from megatron_sov.engine.parallel import world
-
     config = config_of("tiny-qwen2", {}, ["lora.dora=true", "train.precision=bf16"])
     world.join_world(config.parallel)
     learning = Learning(config)

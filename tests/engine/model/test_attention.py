@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+
+from megatron_sov.engine.model import attention
+from megatron_sov.engine.model.attention import attend_document as attend_one
+from megatron_sov.engine.parallel import context, world
+from megatron_sov.model.config import ParallelConfig
 
 LENGTHS = {"few": [1, 7, 40, 16], "one": [64], "many": [3, 1, 1, 8, 2, 17, 5, 11, 16], "half": [32, 32]}
 """Documents in rows of 64 tokens; with four processes a piece has 8 tokens."""
@@ -16,8 +22,6 @@ WATCHED = slice(1, None, 2)
 def _dense(inputs: list[Any], document: Any, window: int) -> Any:
     """Return [tokens, heads * dim] of a softmax over the whole row with one mask for documents, causality and
     window."""
-    import torch
-
     q, k, v = inputs
     place = torch.arange(len(q))
     visible = (document[:, None] == document) & (place[:, None] >= place)
@@ -35,12 +39,7 @@ def attend(cp: int, rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
 
     A leak is a nonzero gradient of the watched documents' output with respect to another document's inputs.
     """
-    import torch
     from megatron.core.transformer import TransformerConfig
-
-    from megatron_sov.engine.model import attention
-    from megatron_sov.engine.parallel import context, world
-    from megatron_sov.model.config import ParallelConfig
 
     world.join_world(ParallelConfig(cp=cp))
     config = TransformerConfig(num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS)
@@ -97,10 +96,6 @@ def test_each_document_attends_to_itself_alone(ranks, job, cp: int) -> None:
 def kept_bytes() -> list[int]:
     """Return the bytes that autograd saves for attention from the second half of a document, for two
     lengths."""
-    import torch
-
-    from megatron_sov.engine.model.attention import attend_document as attend_one
-
     found = []
     for length in (2048, 8192):
         q, k, v = (torch.randn(n, 1, DIM, requires_grad=True) for n in (length // 2, length, length))
@@ -125,9 +120,5 @@ def test_memory_grows_with_the_length_and_not_with_its_square(ranks, job) -> Non
 
 @pytest.mark.parametrize(("longest", "tabled"), [(1, 1), (5, 8), (64, 64), (65, 100)])
 def test_the_librarys_attention_is_told_few_different_lengths(longest: int, tabled: int) -> None:
-    import torch
-
-    from megatron_sov.engine.model import attention
-
     packed = attention.pack_documents(torch.tensor([0, longest, 100]), longest, 100, own=False)
     assert packed.max_seqlen_q == packed.max_seqlen_kv == tabled

@@ -5,6 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+
+from megatron_sov import recipes
+from megatron_sov.engine.model import language_model, specs
+from megatron_sov.engine.model.chunk import OutputHead
+from megatron_sov.engine.model.language_model import build_model
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import ParallelConfig, apply_settings
 
 
 def layers_built() -> dict[str, Any]:
@@ -13,11 +21,6 @@ def layers_built() -> dict[str, Any]:
     from unittest import mock
 
     from megatron.core.transformer.moe.router import TopKRouter
-
-    from megatron_sov import recipes
-    from megatron_sov.engine.model import language_model, specs
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-k-exaone"), ["model.mtp_experts=true"])
     world.join_world(ParallelConfig())
@@ -65,13 +68,8 @@ def test_every_layer_has_the_number_of_its_entry_in_our_lists(ranks: Any, job: A
 def heads() -> list[Any]:
     """Return the fusion setting of a head and of the model's config, and the library's error for its own
     head."""
-    import torch
     from megatron.core import tensor_parallel
     from megatron.core.transformer import TransformerConfig
-
-    from megatron_sov.engine.model.chunk import OutputHead
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
 
     world.join_world(ParallelConfig())
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1,
@@ -91,11 +89,6 @@ def heads() -> list[Any]:
 
 def built_head() -> list[Any]:
     """Return the type of a model's output head."""
-    from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-
     config = recipes.get("tiny-qwen3")
     world.join_world(ParallelConfig())
     return [type(build_model(config.model, ParallelConfig(), config.train).chunks[0].output_layer).__name__]

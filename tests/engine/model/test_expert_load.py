@@ -5,25 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_sov.engine.decode.forward_only import DocumentBatch
+from megatron_sov.engine.model.expert_load import ExpertLoad
+from megatron_sov.engine.parallel import world
+from megatron_sov.train.loop import train_step
 from tests.tiny import tiny_trainer
 
 
 def counted(data: str, run: str) -> dict[str, Any]:
     """Inside ranks: an accepted step, a rejected step, and a forward pass with counted tokens."""
-
-    import torch
-
-    from megatron_sov.engine.decode.forward_only import DocumentBatch
-    from megatron_sov.engine.parallel import world
-
     trainer = tiny_trainer(data, "model.num_layers=2", "train.global_batch_size=8",
                            "train.micro_batch_size=2", "train.steps=9", "guards.hang_timeout_s=0",
                            "parallel.ep=2", run=run, faults="nan@step=2,rank=1")
     experts = trainer.expert_load
     seen, states = [], []
     for _ in range(2):
-        trainer.train_step()
+        train_step(trainer)
         seen.append(experts.gather().sum(dim=1).tolist())
         states.append([experts.biases(), *(p.detach().clone() for p in trainer.model.parameters())])
     documents = DocumentBatch([[1, 2, 3], [4, 5]], torch.device("cpu"), min_tokens=16)
@@ -58,10 +57,6 @@ def test_tokens_are_counted_once_and_a_refused_step_moves_no_bias(ranks: Any, jo
 
 def test_all_layers_loads_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
-
-    import torch
-
-    from megatron_sov.engine.model.expert_load import ExpertLoad
 
     model: Any = SimpleNamespace(architecture=SimpleNamespace(
         num_layers=3, num_experts=2, num_mtp_moe_layers=lambda: 1))

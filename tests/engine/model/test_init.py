@@ -5,17 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_sov import recipes
+from megatron_sov.checkpoint import load
+from megatron_sov.checkpoint.load import find_init_rule, generate_normals
+from megatron_sov.engine.model.language_model import build_model
+from megatron_sov.engine.model.local_shards import list_local_shards
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import ParallelConfig, apply_settings
 
 SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16"]
 
 
 def numbers() -> dict[str, Any]:
     """Return statistics of the normal distribution, and whether ranges equal slices of the whole."""
-    import numpy as np
-
-    from megatron_sov.checkpoint.load import generate_normals
-
     whole = generate_normals(5, "w", 0, 200_003)
     ranges = [(0, 1), (1, 1), (7, 2), (8, 8), (1001, 50_000), (199_990, 13)]
     with_itself = float(np.corrcoef(whole[:-1], whole[1:])[0, 1])
@@ -30,16 +37,6 @@ def numbers() -> dict[str, Any]:
 
 def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool = False) -> dict[str, Any]:
     """Initialize a model. The reference writes its tensors; other layouts count differing blocks."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from megatron_sov import recipes
-    from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.model.local_shards import list_local_shards
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig, apply_settings
-
     config = apply_settings(recipes.get(recipe), SETTINGS)
     world.join_world(ParallelConfig(**layout))
     model = build_model(config.model, ParallelConfig(**layout), config.train)
@@ -67,14 +64,6 @@ def with_threads(num_threads: int) -> dict[str, Any]:
     import hashlib
     import itertools
     import threading
-
-    import torch
-
-    from megatron_sov import recipes
-    from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get("tiny-k-exaone"), SETTINGS)
     world.join_world(ParallelConfig())
@@ -107,8 +96,6 @@ def _place(block: Any) -> tuple[slice, ...]:
 
 def unknown() -> str:
     """Return the error for a tensor without an initialization rule."""
-    from megatron_sov.checkpoint.load import find_init_rule
-
     try:
         return find_init_rule("decoder.layers.0.mystery.weight")
     except ValueError as e:

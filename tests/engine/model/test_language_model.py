@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from megatron_sov import recipes
+from megatron_sov.engine import router
+from megatron_sov.engine.model import chunk, language_model, specs
 from megatron_sov.engine.model.language_model import check_device
+from megatron_sov.engine.parallel import world
+from megatron_sov.engine.parallel.cpu_shims import prepare_without_gpu
+from megatron_sov.model.config import ParallelConfig, apply_settings
 
 # Every weight must be on its process's device; the meta device reveals weights created on other devices.
 
@@ -16,14 +22,6 @@ def devices(recipe: str, precision: str) -> dict[str, list[str]]:
     """Build as on a GPU, with the meta device in its place; return the devices of all weights and of the
     rotary frequencies."""
     from unittest import mock
-
-    import torch
-
-    from megatron_sov import recipes
-    from megatron_sov.engine import router
-    from megatron_sov.engine.model import chunk, language_model, specs
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig, apply_settings
 
     meta = torch.device("meta")
     config = apply_settings(recipes.get(recipe), [f"train.precision={precision}"])
@@ -54,8 +52,6 @@ def test_nothing_stays_on_the_cpu(ranks: Any, job: Any) -> None:
 
 
 def test_a_weight_elsewhere_is_named() -> None:
-    import torch
-
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
     with pytest.raises(RuntimeError, match=r"^1\.weight is on meta"):
         check_device(module, torch.device("cpu"))
@@ -67,8 +63,6 @@ def test_a_weight_elsewhere_is_named() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_values_and_gradients_are_autograds(dtype: torch.dtype, weighted: bool) -> None:
-    from megatron_sov.engine.parallel.cpu_shims import prepare_without_gpu
-
     prepare_without_gpu()
     from megatron_sov.engine.model.language_model import _apply_swiglu, _apply_weighted_swiglu
 

@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+from megatron_sov.engine.model.adapters import LinearAdapter
 from megatron_sov.engine.model.attention import pack_documents
 from megatron_sov.engine.model.kv_cache import LatentDocumentAttention
+from megatron_sov.engine.parallel import context, world
+from megatron_sov.infer.decoder.generator import MegatronEngine
+from megatron_sov.infer.request import Batching, Sampling
+from tests.engine.model.test_adapters import LATENT, Learning, config_of
 
 HEADS, BOUNDS = 3, [0, 5, 5, 6, 20]
 
@@ -17,8 +23,6 @@ HEADS, BOUNDS = 3, [0, 5, 5, 6, 20]
 @pytest.mark.parametrize(("nope", "rope", "value_width"), [(6, 4, 7), (6, 4, 10), (2, 4, 9)])
 def test_values_of_any_width_are_attended_to_inside_documents(
         nope: int, rope: int, value_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.engine.parallel import context
-
     monkeypatch.setattr(context, "get_cp_size", lambda: 1)
     draw = torch.Generator().manual_seed(nope)
     query, key = (torch.randn(20, HEADS, nope + rope, generator=draw, dtype=torch.float64) for _ in range(2))
@@ -42,13 +46,6 @@ def test_values_of_any_width_are_attended_to_inside_documents(
 def generated_while_trained() -> list[tuple[list[list[int]], list[list[int]], int]]:
     """Return tokens generated before and after a training step of a `kv_b_proj` adapter, tokens by full
     forward passes, and the number of merges of the weight."""
-    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
-    from megatron_sov.engine.model.adapters import LinearAdapter
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.request import Batching, Sampling
-    from tests.engine.model.test_adapters import LATENT, Learning, config_of
-
     config = config_of("tiny-deepseek-v3", {}, [*LATENT, "model.num_mtp_layers=0",
                                                 'lora.targets=["kv_b_proj"]', "optim.clip_grad=0"])
     world.join_world(config.parallel)

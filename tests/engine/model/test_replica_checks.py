@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sov import recipes
+from megatron_sov.base.errors import SilentCorruption
+from megatron_sov.checkpoint import load
+from megatron_sov.engine.model import replica_checks
+from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.model.replica_checks import compute_checksum, flip_bit
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import ParallelConfig, apply_settings
+from megatron_sov.train.loop import train_step
 from tests.tiny import tiny_trainer
 
 
@@ -35,13 +43,6 @@ def test_a_checksum_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> list[Any]:
     """Inside ranks: differing ranks before and after flipping a bit of some ranks, in a shared weight or a
     routed expert."""
-    from megatron_sov import recipes
-    from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model import replica_checks
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig, apply_settings
-
     config = apply_settings(recipes.get("tiny-solar-open"), ["model.vocab_size=368", "model.num_layers=1"])
     place = world.join_world(ParallelConfig(**layout))
     model = build_model(config.model, ParallelConfig(**layout), config.train)
@@ -73,10 +74,6 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
 
     Returns the losses of each, and the final error.
     """
-
-    from megatron_sov.base.errors import SilentCorruption
-    from megatron_sov.engine.parallel import world
-
     found = []
     for every, lie in ((0, ""), (1, ""), (1, "miscompute@step=2,rank=1")):
         trainer = tiny_trainer(
@@ -86,7 +83,7 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
             f"guards.probe_every_steps={every}", *settings, run=run, faults=lie)
         losses, said = [], ""
         try:
-            losses += [trainer.train_step().loss for _ in range(2)]
+            losses += [train_step(trainer).loss for _ in range(2)]
         except SilentCorruption as e:
             said = str(e)
         found.append([losses, said])

@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from megatron_sov import recipes
-from megatron_sov.engine.model.rotary import compute_frequencies
-from megatron_sov.model.config import apply_settings
+from megatron_sov.engine.model import kv_cache, specs
+from megatron_sov.engine.model.cache_rows import CacheSize
+from megatron_sov.engine.model.language_model import build_model
+from megatron_sov.engine.model.rotary import compute_frequencies, patch_packed_rotation
+from megatron_sov.engine.parallel import world
+from megatron_sov.engine.parallel.cpu_shims import prepare_without_gpu
+from megatron_sov.model.config import ParallelConfig, apply_settings
 
 YARN = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'
 
 
 def angles(precision: str, changes: list[str]) -> list[list[float]]:
     """Return [positions, channels] of the library's embedding in a model of this precision."""
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-
     config = apply_settings(recipes.get("tiny-solar-open"),
                             [*changes, f"train.precision={precision}", "model.num_layers=1"])
     world.join_world(ParallelConfig())
@@ -44,10 +45,6 @@ def test_float64_models_rotate_by_float64_angles(ranks: Any, job: Any) -> None:
 
 def shapes(recipe: str) -> list[int]:
     """Return the shape of a model's rotary table for a row of 4,096 tokens."""
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-
     config = apply_settings(recipes.get(recipe), ["train.precision=fp64"])
     world.join_world(ParallelConfig())
     found = build_model(config.model, ParallelConfig(), config.train).chunks[0].rotary_pos_emb(4096)
@@ -84,12 +81,6 @@ def scales(recipe: str) -> dict[str, Any]:
     scale in training and with a KV cache."""
     from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
     from megatron.core.transformer.moe import moe_utils
-
-    from megatron_sov.engine.model import kv_cache, specs
-    from megatron_sov.engine.model.cache_rows import CacheSize
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
 
     config = apply_settings(recipes.get(recipe), [YARN, "model.num_layers=4"])
     world.join_world(ParallelConfig())
@@ -138,8 +129,6 @@ def rotations() -> dict[str, Any]:
 
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_sov.engine.model.rotary import patch_packed_rotation
-
     class Alone:
         """A process group of one."""
 
@@ -172,8 +161,6 @@ def test_a_row_is_rotated_without_a_look_at_its_documents(ranks: Any, job: Any) 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(16, torch.float32), (24, torch.float32),
                                                  (16, torch.bfloat16)])
 def test_a_rotation_has_the_librarys_bits(head_dim: int, dtype: torch.dtype) -> None:
-    from megatron_sov.engine.parallel.cpu_shims import prepare_without_gpu
-
     prepare_without_gpu()
     from megatron.core.models.common.embeddings import rope_utils
 

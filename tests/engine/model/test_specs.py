@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
+from megatron_sov.engine.model import specs
+from megatron_sov.engine.router import BalancedRouter
+from megatron_sov.model.config import ParallelConfig, apply_settings
 
 
 def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
     """Return each layer's settings in the library's config and specs."""
     from megatron.core.transformer.spec_utils import get_submodules
-
-    from megatron_sov import recipes
-    from megatron_sov.engine.model import specs
-    from megatron_sov.engine.router import BalancedRouter
-    from megatron_sov.model.config import ParallelConfig, apply_settings
 
     config = apply_settings(recipes.get(recipe), changes)
     library = specs.build_transformer_config(config.model, ParallelConfig(), config.train)
@@ -63,10 +63,6 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
 def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.MonkeyPatch,
                                                        tmp_path: Path) -> None:
     """A broken installation is reported with its own error; float32 and float64 do not need it."""
-    import torch
-
-    from megatron_sov.engine.model import specs
-
     broken = tmp_path / "transformer_engine"
     broken.mkdir()
     (broken / "__init__.py").write_text("raise OSError('libcublas.so.13: cannot open shared object file')")

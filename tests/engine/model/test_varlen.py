@@ -65,8 +65,6 @@ CASES = [(documents, window, 1024) for documents in ("few", "one", "many", "half
 
 def attend(cp: int, signature: str) -> list[dict[str, Any]]:
     """Run `test_attention.attend` with the double and count its calls."""
-    from megatron_sov.engine.model import attention
-
     calls = 0
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -94,8 +92,6 @@ def test_one_call_for_each_piece_is_a_dense_softmax(ranks: Any, job: Any, cp: in
 
 
 def test_bounds_are_sent_once_for_a_row_and_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.engine.model import attention
-
     sent = []
     monkeypatch.setattr(attention, "to_device", lambda values, device: sent.append(values) or values)
     # the third of four processes: tokens 16 to 24 and 40 to 48 of 64, documents of 20 and 44 tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -11,7 +12,11 @@ import pytest
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
+from megatron_sov.checkpoint.gather import TensorGatherer
+from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
 from megatron_sov.engine.optimizer.muon import compute_update_scale, orthogonalize
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.parallel import world
 from tests.tiny import tiny_model
 
 STEPS, LR = 3, 0.02
@@ -27,8 +32,6 @@ def gradient(key: str, shape: tuple[int, ...], seed: int) -> Any:
     """Return the gradient of a global tensor, a function of its name and the seed."""
     import hashlib
 
-    import torch
-
     generator = torch.Generator().manual_seed(int(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()[:12],
                                                   16))
     return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -36,10 +39,6 @@ def gradient(key: str, shape: tuple[int, ...], seed: int) -> Any:
 
 def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
     """Write this process's parts of all gradients, as if reduced over data-parallel processes."""
-    import torch
-
-    from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
-
     lookup = ParameterLookup(model)
     for block in list_local_shards(model):
         parameter = lookup.find_parameter(block)
@@ -55,13 +54,6 @@ def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
 
 def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
     """Gather the updated weights (under bf16 the masters) on every process."""
-    import dataclasses
-
-    import torch
-
-    from megatron_sov.checkpoint.gather import TensorGatherer
-    from megatron_sov.engine.model.local_shards import list_local_shards
-
     blocks = list_local_shards(model)
     if model.config.params_dtype == torch.bfloat16:
         blocks = [dataclasses.replace(b, key=b.key.removeprefix("master/")) for b in optimizer.state_shards()
@@ -92,8 +84,6 @@ class Reference:
     """torch.optim.Muon and torch.optim.AdamW over the whole matrices of a model."""
 
     def __init__(self, weights: dict[str, Any], optim: Any, full: Any) -> None:
-        import torch
-
         self.full, self.shapes = full, {key: tuple(w.shape) for key, w in weights.items()}
         self.matrices = {key: [torch.nn.Parameter(m.to(full)) for m in matrices_of(key, w)]
                          for key, w in weights.items() if is_matrix(key, w, optim)}
@@ -112,8 +102,6 @@ class Reference:
     def step(self, seed: int, *, low_precision: bool) -> None:
         """Take one step. Without `low_precision` Newton-Schulz runs in the weights' dtype, not in
         bfloat16."""
-        import torch
-
         for key, parameters in self.matrices.items():
             shape = parameters[0].shape
             whole = gradient(key, self.shapes[key], seed).to(self.full)
@@ -132,11 +120,6 @@ class Reference:
 
 def updates(settings: list[str], seed: int) -> dict[str, Any]:
     """Take some steps next to torch's optimizers; return each tensor's difference after each step."""
-    import torch
-
-    from megatron_sov.engine.optimizer.optimizer import Optimizer
-    from megatron_sov.engine.parallel import world
-
     config, model = tiny_model("tiny-k-exaone", *SETTINGS, *settings, seed=seed)
     optimizer = Optimizer(model, config.optim, config.parallel)
     optimizer.sync_master_weights()

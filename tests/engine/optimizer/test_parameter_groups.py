@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.model.language_model import build_model
+from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
+from megatron_sov.engine.optimizer import parameter_groups
+from megatron_sov.engine.optimizer.optimizer import Optimizer
+from megatron_sov.engine.optimizer.parameter_groups import assign_shards, find_rule
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import OptimConfig, apply_settings
 from tests.tiny import tiny_model
 
 # Overlapped communication: it overlaps, and no reader sees a weight before it has arrived.
@@ -48,12 +59,9 @@ def test_overlap_is_overlap_and_evaluation_waits_for_the_weights(
 def zero1_layouts() -> list[Any]:
     """Return for each kind of overlap: whether parameters have the places that the library computes without a
     given layout, the number of buckets, and whether the library asks for a layout."""
-    import dataclasses
     from unittest import mock
 
     from megatron.core.distributed import distributed_data_parallel as library
-
-    from megatron_sov.engine.optimizer import parameter_groups
 
     config, model = tiny_model("tiny-solar-open", layout={"ep": 2})
 
@@ -103,11 +111,6 @@ def expected_setting(key: str) -> tuple[float, float]:
 def grouped(settings: list[str]) -> dict[str, float]:
     """Take three updates next to torch.optim.AdamW with one group per tensor; return each tensor's
     difference."""
-    import torch
-
-    from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
-    from megatron_sov.engine.optimizer.optimizer import Optimizer
-
     config, model = tiny_model("tiny-k-exaone", *SMALL, *settings)
     optimizer = Optimizer(model, config.optim, config.parallel)
     lookup = ParameterLookup(model)
@@ -134,10 +137,6 @@ def grouped(settings: list[str]) -> dict[str, float]:
 
 def rules_of(settings: list[str]) -> list[Any]:
     """Return algorithm, factor, weight decay and frozen flag of some tensors."""
-    from megatron_sov import recipes
-    from megatron_sov.engine.optimizer.parameter_groups import find_rule
-    from megatron_sov.model.config import apply_settings
-
     config = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, *settings]).optim
     tensors = {"decoder.layers.1.mlp.router.weight": 2,
                "decoder.layers.1.self_attention.linear_qkv.weight": 2,
@@ -149,13 +148,6 @@ def rules_of(settings: list[str]) -> list[Any]:
 
 def refusals(settings: list[list[str]]) -> list[str]:
     """Return the optimizer's errors for invalid settings."""
-    from megatron_sov import recipes
-    from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.optimizer.optimizer import Optimizer
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import apply_settings
-
     found = []
     base = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, "parallel.pp=2"])
     world.join_world(base.parallel)
@@ -193,11 +185,6 @@ def test_groups_change_what_their_names_match_and_nothing_else(ranks: Any, job: 
 
 def test_a_process_with_nothing_to_update_has_nothing_to_offload() -> None:
     """With few trained parameters, the range of some ZeRO-1 processes is padding only."""
-    import torch
-
-    from megatron_sov.engine.optimizer.parameter_groups import assign_shards
-    from megatron_sov.model.config import OptimConfig
-
     adam = torch.optim.AdamW([{"params": [], "is_expert_parallel": False}])
     library: Any = SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=adam)])
     model: Any = None

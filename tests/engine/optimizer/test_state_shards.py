@@ -7,9 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given, strategies as st
 
-from megatron_sov.engine.optimizer.state_shards import iter_rectangles
+from megatron_sov.engine.optimizer.state_shards import (
+    allow_float64, iter_rectangles, list_shards, set_update_count)
+from megatron_sov.engine.parallel import cpu_shims, library_patches
+from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
+from megatron_sov.model.config import ParallelConfig
 from tests.tiny import tiny_model
 
 
@@ -17,10 +23,7 @@ def counted(fused: bool) -> dict[str, Any]:
     """Return the number of updates after a restore, in torch's Adam or in an optimizer that counts in its
     groups.
     """
-    import torch
     from torch.optim import AdamW, Optimizer
-
-    from megatron_sov.engine.optimizer.state_shards import list_shards, set_update_count
 
     class Fused(Optimizer):
         """Counts as transformer_engine.pytorch.optimizers.FusedAdam does: in the group, from the first update
@@ -57,7 +60,6 @@ def test_every_parameter_counts_its_own_updates_and_fused_optimizers_count_in_gr
 
 def zero1_shards(precision: str) -> dict[str, Any]:
     """Return the ranges of both data-parallel processes under ZeRO-1 before the first step."""
-    import torch.distributed as dist
 
     from megatron_sov.engine.optimizer.optimizer import Optimizer
 
@@ -116,13 +118,6 @@ def test_a_range_of_elements_is_a_few_rectangles_in_the_order_of_the_elements(sh
 
 
 def test_processes_that_take_turns_change_the_names_of_types_once() -> None:
-    import torch
-
-    from megatron_sov.engine.optimizer.state_shards import allow_float64
-    from megatron_sov.engine.parallel import cpu_shims, library_patches
-    from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
-    from megatron_sov.model.config import ParallelConfig
-
     cpu_shims.prepare_without_gpu()
     library_patches.patch_defects()
     before, number = torch.Tensor.type, torch.zeros(1, dtype=torch.float64)

@@ -16,9 +16,16 @@ import torch.distributed as dist
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel import device as own_gpu
+from megatron_sov.checkpoint import load
+from megatron_sov.engine.model.local_shards import list_local_shards
+from megatron_sov.engine.parallel import device as own_gpu, rng, world
 from megatron_sov.engine.parallel.device import DETERMINISM_VARIABLES, enable_determinism
-from megatron_sov.model.config import apply_settings
+from megatron_sov.model.config import ParallelConfig, apply_settings
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.loop import train_step
+from megatron_sov.train.objectives.data_objective import LanguageModelling
+from megatron_sov.train.trainer import Trainer
 from megatron_sov.work.clusters.units import GIB
 
 
@@ -68,18 +75,6 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
            recompute: bool = False) -> dict[str, Any]:
     """Train once, then in two pieces with a checkpoint between; return the losses and whether all bits
     agree."""
-    import torch.distributed as dist
-
-    from megatron_sov import recipes
-    from megatron_sov.checkpoint import load
-    from megatron_sov.engine.model.local_shards import list_local_shards
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig, apply_settings
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.data.token_shards import open_sources
-    from megatron_sov.train.objectives.data_objective import LanguageModelling
-    from megatron_sov.train.trainer import Trainer
-
     config = apply_settings(recipes.get("tiny-solar-open"), [
         "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
         "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
@@ -97,7 +92,7 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
         return Trainer(config, place, folder, open_sources({data: 1.0}, 368), LanguageModelling)
 
     def steps(trainer: Any, count: int) -> list[tuple[float, float]]:
-        results = [trainer.train_step() for _ in range(count)]
+        results = [train_step(trainer) for _ in range(count)]
         return [(r.loss, r.grad_norm) for r in results]
 
     whole = trainer()
@@ -135,11 +130,7 @@ def test_dropout_resumes_to_the_bit(ranks: Any, job: Any, packed_data: Any, tmp_
 
 def draws() -> list[Any]:
     """Return draws of the default and the tensor-parallel generator at some steps, at tp = 2."""
-    import torch
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    from megatron_sov.engine.parallel import rng, world
-    from megatron_sov.model.config import ParallelConfig
 
     world.join_world(ParallelConfig(tp=2))
     found = []

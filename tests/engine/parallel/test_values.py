@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from megatron_sov.engine.parallel.values import flatten_tensors, sum_dict, unflatten_tensors
+from megatron_sov.engine.parallel import world
+from megatron_sov.engine.parallel.collectives import all_reduce_world
+from megatron_sov.engine.parallel.values import (
+    broadcast_object, flatten_tensors, gather_objects, sum_dict, unflatten_tensors)
+from megatron_sov.model.config import ParallelConfig
 
 
 def test_what_is_packed_comes_back_by_name() -> None:
@@ -33,10 +38,6 @@ def test_another_number_of_elements_is_refused() -> None:
 
 def sums() -> list[Any]:
     """Inside ranks: named values of each rank."""
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.engine.parallel.collectives import all_reduce_world
-    from megatron_sov.model.config import ParallelConfig
-
     place = world.join_world(ParallelConfig())
     found = sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, all_reduce_world)
     world.leave_world()
@@ -54,12 +55,6 @@ def test_every_process_gets_the_same(ranks: Any, job: Any) -> None:
 
 def exchanged() -> list[Any]:
     """Inside ranks: gathered values of all ranks, of a group, and rank 0's value."""
-    import torch.distributed as dist
-
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.engine.parallel.values import broadcast_object, gather_objects
-    from megatron_sov.model.config import ParallelConfig
-
     place = world.join_world(ParallelConfig())
     alone = [dist.new_group([rank]) for rank in range(place.size)][place.rank]
     found = [gather_objects({"rank": place.rank}), gather_objects(place.rank, alone),

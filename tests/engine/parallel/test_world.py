@@ -6,13 +6,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import ParallelConfig
 
 
 def place(layout: dict[str, int]) -> list[int | bool]:
     """Return this process's place after it left another layout."""
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-
     world.join_world(ParallelConfig(pp=2))
     world.leave_world()
     w = world.join_world(ParallelConfig(**layout))
@@ -23,8 +26,6 @@ def test_what_one_join_leaves_in_a_store_the_next_does_not_meet(monkeypatch: pyt
     import datetime
 
     import torch.distributed as dist
-
-    from megatron_sov.engine.parallel import world
 
     kept = dist.HashStore()
     monkeypatch.delenv(world.STORE_PORT, raising=False)
@@ -43,11 +44,7 @@ def test_a_process_knows_its_place_and_can_take_another(ranks, job) -> None:
 
 def joining(timeout_s: float) -> list[Any]:
     """Return the requests for groups on a double of a GPU."""
-    import torch
     from megatron.core import parallel_state
-
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
 
     asked: list[Any] = []
 
@@ -82,10 +79,6 @@ def joined(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[An
     """Return for some ranks of a world without communication the number of groups that each creates, and the
     members of the library's groups."""
     from torch import distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
 
     found = []
     for place in places:
@@ -112,7 +105,6 @@ def unshared(num_ranks: int, layout: dict[str, int], places: list[int]) -> list[
     """Return the same members with one separate group each, as the library creates them."""
     from megatron.core import parallel_state
     from torch import distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     found = []
     for place in places:
@@ -142,10 +134,6 @@ def test_a_rank_helps_to_make_few_groups_and_has_those_of_the_library(
 
 def on_main(fail: bool) -> list[Any]:
     """Inside ranks: rank 0 returns or raises an error; return each rank's result."""
-    from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-
     place = world.join_world(ParallelConfig())
     asked: list[int] = []
 

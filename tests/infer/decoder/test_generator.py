@@ -10,6 +10,22 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sov import recipes
+from megatron_sov.checkpoint import load
+from megatron_sov.convert import export_weights
+from megatron_sov.engine.decode.cached_decoder import CachedDecoder
+from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
+from megatron_sov.engine.model.language_model import build_model
+from megatron_sov.engine.parallel import collectives, world
+from megatron_sov.infer import request
+from megatron_sov.infer.decoder.generator import MegatronEngine
+from megatron_sov.infer.engines.load import load_forward_model
+from megatron_sov.infer.engines.target import build_inference_config
+from megatron_sov.infer.engines.transformers_engine import load_hf
+from megatron_sov.infer.request import Batching, GenerationBounds, Sampling, StopRule
+from megatron_sov.model.config import ParallelConfig, apply_settings
+from tests.tiny import tiny_model
+
 WINDOW, NEW = 8, 8
 PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 44)), [7] * 9, [80, 81, 82, 83, 84],
            [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
@@ -28,13 +44,6 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
 def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = False,
                   family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the continuations of a random model, computed in several ways, on this process."""
-    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.infer import request
-    from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.request import Batching, GenerationBounds, Sampling, StopRule
-    from tests.tiny import tiny_model
-
     config, model = tiny_model(f"tiny-{family}", *SETTINGS, *settings, layout=layout)
     policy = ForwardModel(model, 50)
     attention = [type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
@@ -87,10 +96,6 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
 def _repeated(policy: Any, warm: Any, routed: Any) -> dict[str, Any]:
     """Return continuations of repeated prompts, in rows of several sizes and alone, with routes, and the
     tokens read."""
-    from megatron_sov.engine.decode.cached_decoder import CachedDecoder
-    from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.request import Batching
-
     prompts, read = [PROMPTS[i] for i in REPEATED], list[int]()
     inner = CachedDecoder.read
 
@@ -167,16 +172,6 @@ FAMILIES = {"k-exaone": SETTINGS[:-1], "solar-open": [*SETTINGS[:-1], "model.sli
 def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[str, Any]:
     """Return the distance of the engine's log-probabilities from the trainer's (fp32) for each sampling
     setting, and the continuations of another model before and after an update."""
-    from megatron_sov import recipes
-    from megatron_sov.checkpoint import load
-    from megatron_sov.convert import export_weights
-    from megatron_sov.engine.decode.forward_only import DocumentBatch, ForwardModel
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import collectives, world
-    from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.request import Batching, Sampling, StopRule
-    from megatron_sov.model.config import ParallelConfig, apply_settings
-
     parallel = ParallelConfig(**layout)
     config = apply_settings(recipes.get(f"tiny-{family}"), [*FAMILIES[family], "train.precision=fp32"])
     world.join_world(parallel)
@@ -262,14 +257,6 @@ def test_greedy_text_equals_transformers(family: str, hf_models: dict[str, Path]
                                          one_rank: None) -> None:
     """Token by token on an exported folder, with prompts of mixed lengths beyond the sliding window of 8
     tokens."""
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.engines.load import load_forward_model
-    from megatron_sov.infer.engines.target import build_inference_config
-    from megatron_sov.infer.engines.transformers_engine import load_hf
-    from megatron_sov.infer.request import Batching, Sampling
-    from megatron_sov.model.config import ParallelConfig
-
     model = load_hf(hf_models[family])
     expected = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=24, do_sample=False,
                                pad_token_id=0)[0].tolist() for p in PROMPTS]

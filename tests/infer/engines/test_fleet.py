@@ -266,7 +266,6 @@ def test_joined_prompts_use_one_request_per_server(fleets: Callable[..., Fleet],
         fleet.submit(TokenRequest("bad", [3], 3, others=([VOCAB],)))
 
 
-
 def test_bounds_abort_running_requests(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     engine = ServerEngine("vllm", fleets([DoubleKeeper(0.01)]), tmp_path, tmp_path / "w", 4)
     ended = threading.Event()

@@ -247,7 +247,6 @@ def test_a_rule_between_settings_is_told_by_its_key(settings: str, num_ranks: in
     assert [(problem.code, problem.key) for problem in problems] == [("rule", key) for key in keys.split()]
 
 
-
 @pytest.mark.parametrize(("recipe", "settings", "key"), [
     ("tiny-qwen2", 'lora.targets=["lm_head"]', "lora.targets"),
     ("tiny-qwen2", 'lora.targets=["embed_tokens"]', "lora.targets"),

@@ -127,4 +127,3 @@ def test_two_sections_may_not_claim_one_tensor() -> None:
     with pytest.raises(ValueError, match="names a tensor twice"):
         build_links([section, section], TINY)
 
-

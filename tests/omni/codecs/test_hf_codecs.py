@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.omni.codecs.folder import WEIGHTS, inspected, open_codec
+from megatron_sov.omni.codecs.hf_codecs import DacCodec, HfAudioSettings
 from megatron_sov.omni.codecs.published import import_codec
 from tests.omni.hf_folders import MADE, save, vqmodel
 
@@ -120,8 +122,6 @@ def test_weights_of_another_network_are_refused(tmp_path: Path, kind: str) -> No
     ({"block_out_channels": "x"}, "makes no VQModel"), ({"num_vq_embeddings": 17}, "has the shape"),
     ({"in_channels": "${oc.env:HOME}"}, "makes no VQModel")])
 def test_a_hostile_manifest_is_one_sentence(tmp_path: Path, config: dict[str, Any], said: str) -> None:
-    from megatron_sov.base.artifacts import create_artifact, read_manifest
-
     save("vqmodel", tmp_path / "hf")
     import_codec("vqmodel", tmp_path / "hf", tmp_path / "codec")
     content = read_manifest(tmp_path / "codec", "codec").content
@@ -135,8 +135,6 @@ def test_a_hostile_manifest_is_one_sentence(tmp_path: Path, config: dict[str, An
 
 @pytest.mark.parametrize("rate_hz", [0, -1, None])
 def test_a_sound_codec_needs_a_rate(tmp_path: Path, rate_hz: int | None) -> None:
-    from megatron_sov.omni.codecs.hf_codecs import DacCodec, HfAudioSettings
-
     save("dac", tmp_path / "hf")
     config = DacCodec.of_folder(tmp_path / "hf").settings.config
     with pytest.raises(UserError, match="the codec's configuration"):
@@ -160,8 +158,6 @@ def test_a_side_and_codebooks_that_do_not_fit_are_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["simvq", "fsq", "dit", "unit-bigvgan"])
 def test_codecs_that_an_earlier_version_trained_are_refused(tmp_path: Path, kind: str) -> None:
-    from megatron_sov.base.artifacts import create_artifact
-
     with create_artifact(tmp_path / "old", "codec") as writer:
         save_file({"a": torch.zeros(1)}, writer.path / WEIGHTS)
         writer.content = {"codec": kind, "config": {}}

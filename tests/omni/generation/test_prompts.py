@@ -18,10 +18,17 @@ from PIL import Image
 from data_prep.cli import main as sov_data
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD
+from megatron_sov.infer.decoder.generator import MegatronEngine
+from megatron_sov.infer.decoder.logprobs import AnswerChoice, compute_answer_logprobs
+from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
+from megatron_sov.infer.engines.target import find_target
+from megatron_sov.infer.request import Batching, Sampling
+from megatron_sov.omni.generation.prompts import ShownMedia, prompts_of
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, build_row
 from megatron_sov.train.data.streams import PackedSegment
 from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.objectives.microbatch import build_micro_batch
 from tests.omni_model import save_codecs, save_omni_model
 
 RECORD = [{"type": "image", "path": "one.png"}, {"type": "audio", "path": "word.wav"},
@@ -81,9 +88,6 @@ def site(made: Site, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Site:
 
 def asked(tokenizers: dict[str, Path] | None = None, **options: Any) -> Any:
     """Return both prompts as the model reads them."""
-    from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.omni.generation.prompts import ShownMedia, prompts_of
-
     shown = ShownMedia(Path(), tokenizers or {"image": Path("pictures"), "audio": Path("sounds")})
     return prompts_of(find_target(Path("model")), [RECORD, OTHER], shown, **options)
 
@@ -111,13 +115,6 @@ def test_a_prompt_is_the_begin_of_its_training_row(site: Site) -> None:
 def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
     """By one forward pass over the training row, by the decoder that writes, and by the one that compares;
     prompts of the same ids and other pictures are told apart."""
-    from megatron_sov.infer.decoder.generator import MegatronEngine
-    from megatron_sov.infer.decoder.logprobs import AnswerChoice, compute_answer_logprobs
-    from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
-    from megatron_sov.infer.engines.target import find_target
-    from megatron_sov.infer.request import Batching, Sampling
-    from megatron_sov.train.objectives.microbatch import build_micro_batch
-
     prompts, answers = asked(), site.answers
     seen, second = prompts.encoder_inputs
     other = {**seen, "pictures": replace(seen["pictures"], records=second["pictures"].records)}

@@ -31,8 +31,6 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
          "train.eval_every_steps=0")
 
 
-
-
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A `VirtualCluster`; where none can be had tests are skipped."""

@@ -18,7 +18,7 @@ from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.operate.slurm.stages import STAGES
 from megatron_sov.operate.slurm.submission import Prepared, SubmitRequest, prepare
 from megatron_sov.work.clusters import client, cluster
-from megatron_sov.work.clusters.cluster import ClusterProfile, ContainerConfig
+from megatron_sov.work.clusters.cluster import ClusterProfile, ContainerConfig, load_profile
 from megatron_sov.work.submit.arrays import _step_lines
 
 PAGE = Path(__file__).parents[3] / "docs/slurm.md"
@@ -181,8 +181,6 @@ def test_what_a_user_types_reaches_the_program_unchanged(tmp_path: Path) -> None
 
 
 def test_a_profile_is_quoted_too(site: Path, cluster: Any) -> None:
-    from megatron_sov.work.clusters.cluster import load_profile
-
     profile = dataclasses.replace(load_profile("local"), environment={"X": NASTY}, modules=(NASTY,),
                                   scratch=NASTY)
     text = script("pretrain", profile)

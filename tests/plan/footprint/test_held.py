@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
+from torch import distributed as dist
 
 from megatron_sov import recipes
+from megatron_sov.engine.optimizer.meta import count_process_memory, use_fake_world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.calibration.fitting import fullest
 from megatron_sov.plan.footprint.held import held, quantized_weight_bytes as kept_bytes, weight_bytes
@@ -35,8 +37,6 @@ def config_of(recipe: str, settings: list[str], precision: str) -> RunConfig:
 
 def shapes_of_modules(precision: str) -> list[Any]:
     """Return [pipeline stage, shapes of every chunk's parameters] of each run."""
-    from megatron_sov.engine.optimizer.meta import count_process_memory
-
     found = []
     for recipe, settings, num_ranks, rank in RUNS:
         made = count_process_memory(config_of(recipe, settings, precision), num_ranks, rank)
@@ -136,9 +136,6 @@ LAYOUTS: tuple[tuple[str, list[str], int], ...] = (
 def groups_of_a_step() -> list[int]:
     """Return how many groups of more than one process the first process of each layout uses."""
     from megatron.core import parallel_state as groups
-    from torch import distributed as dist
-
-    from megatron_sov.engine.optimizer.meta import use_fake_world
 
     found = []
     for recipe, settings, num_ranks in LAYOUTS:

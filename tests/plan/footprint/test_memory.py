@@ -13,9 +13,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
+from megatron_sov.engine.model.divergence import Divergence, TeacherStates, TeacherTopK
+from megatron_sov.engine.model.language_model import build_model
+from megatron_sov.engine.model.logprobs import Head
+from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import count_params
 from megatron_sov.plan.calibration import fitting
@@ -39,11 +46,6 @@ def config_of(recipe: str, **settings: Any) -> RunConfig:
 
 def bytes_of_an_adapted_head() -> list[int]:
     """Return [bytes that are allocated for the head with its adapter inside, the account of it]."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import world
 
     class Allocated(TorchDispatchMode):
         """Keeps the size of every operation's result in memory of its own."""
@@ -80,13 +82,6 @@ def test_a_head_with_an_adapter_inside_is_there_once_more(ranks: Any, job: Any) 
 def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
     """Return [bytes that a divergence of two chunks and its gradients take at most, those of a
     cross-entropy, and those of one whose logits are capped]."""
-
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    from megatron_sov.engine.model.divergence import Divergence, TeacherStates, TeacherTopK
-    from megatron_sov.engine.model.logprobs import Head
-    from megatron_sov.engine.parallel import world
 
     def peak(compute: Any) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

@@ -3,12 +3,24 @@ time, and the same at every layout."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.decode.forward_only import DocumentBatch
+from megatron_sov.engine.parallel import world
+from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, TeacherFactory
+from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, StateFormat, unpack_rows
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.loop import train_step
+from megatron_sov.train.trainer import Trainer
+from tests.layouts.layout_run import small_config
 
 WHOLE = ["distillation.beta=0.3", "distillation.temperature=1.5", "distillation.ce_coeff=0.1"]
 KINDS = {
@@ -30,16 +42,6 @@ FEWER = ["train.global_batch_size=4", "data.heldout_tokens=200"]
 
 def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tuple[Any, Any, list[Any]]:
     """Return a trainer, its teacher, and its sources."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "layouts"))
-    from layout_run import small_config
-
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, TeacherFactory
-    from megatron_sov.post.distillation.state_files import StateFiles
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.data.token_shards import open_sources
-    from megatron_sov.train.trainer import Trainer
-
     config = small_config("tiny-k-exaone", [*SETTINGS, *KINDS[kind], *settings], data, "distill")
     place = world.join_world(config.parallel)
     config.check(place.size)
@@ -55,8 +57,6 @@ def kept(kept_by_a_teacher: Any, packed_data: Any, tmp_path_factory: pytest.Temp
          ) -> dict[str, Any]:
     """Arguments of the jobs: conversations and texts, of which the longer ones are cut, and what is kept of
     the teacher."""
-    from megatron_sov.post.distillation.state_files import StateFormat
-
     data, states = [packed_data.chats, packed_data.text], tmp_path_factory.mktemp("kept")
     kept_by_a_teacher(states / "whole", data, StateFormat("float32"))
     kept_by_a_teacher(states / "first", data[:1], StateFormat("float32"))
@@ -69,13 +69,6 @@ def kept(kept_by_a_teacher: Any, packed_data: Any, tmp_path_factory: pytest.Temp
 def written_out(data: list[str], states: str) -> list[dict[str, float]]:
     """Return, for each kind, terms and meters of the second batch, ours and the formula's, each segment
     passed through the model alone."""
-    import torch
-    from safetensors.torch import load_file
-
-    from megatron_sov.engine.decode.forward_only import DocumentBatch
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, unpack_rows
-
     results = []
     for kind in KINDS:
         trainer, _, sources = _begin(kind, FEWER, data, states)
@@ -83,7 +76,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
         said = StateFiles(Path(states) / FOLDERS.get(kind, ("top",))[0], sources)
         exact = {index: files for name in (FOLDERS["two"] if kind == "two" else FOLDERS["whole"])
                  for files in [StateFiles(Path(states) / name, sources)] for index in files.sources}
-        trainer.train_step()
+        train_step(trainer)
         objective = trainer.objective
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         wanted = {"divergence": 0.0, "cross_entropy": 0.0, "kl": 0.0, "entropy": 0.0, "tokens": 0.0,
@@ -151,9 +144,6 @@ def test_losses_are_the_papers(ranks: Any, job: Any, kept: dict[str, Any]) -> No
 
 
 def test_a_run_goes_on_with_its_own_teacher_alone() -> None:
-    from megatron_sov.base.errors import UserError
-    from megatron_sov.post.distillation.distill import Distillation
-
     run: Any = SimpleNamespace(_teacher=SimpleNamespace(teacher="blake3:one"))
     Distillation.restore(run, Distillation.state(run))
     with pytest.raises(UserError, match="--teacher: is blake3:one,"):

@@ -11,7 +11,7 @@ import torch
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import DistillationConfig
-from megatron_sov.post.distillation import state_files
+from megatron_sov.post.distillation import distill, state_files
 from megatron_sov.post.distillation.state_files import StateFiles, StateFormat
 from megatron_sov.train.data.token_shards import open_sources
 
@@ -24,8 +24,6 @@ def test_most_probable_tokens_keep_every_bit() -> None:
 
 def test_a_flipped_bit_in_what_is_kept_is_named_on_every_process(
         kept_by_a_teacher: Any, packed_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_sov.post.distillation import distill
-
     kept_by_a_teacher(tmp_path / "kept", [packed_data.chats], StateFormat("float32"), part_tokens=1000)
     sources = open_sources({str(packed_data.chats): 1.0}, 368)
     files = StateFiles(tmp_path / "kept", sources)

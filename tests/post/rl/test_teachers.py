@@ -12,7 +12,10 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import find_seal_damage
+from megatron_sov.post.rl import teachers
+from megatron_sov.post.rl.teachers import ScoringTeacher, _check_scores, compute_reverse_kl, write_teachers
 from megatron_sov.train.data.rounds import PublishedRound
+from megatron_sov.work.endpoints.answers import BadAnswer
 from tests.token_servers import VllmDouble
 
 LENGTHS = (3, 1, 4, 2, 5)
@@ -45,8 +48,6 @@ def servers() -> Iterator[list[Any]]:
 
 @pytest.fixture
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishedRound:
-    from megatron_sov.post.rl import teachers
-
     manifest = SimpleNamespace(content={"document_domains": DOMAINS})
     monkeypatch.setattr(teachers, "read_manifest", lambda path: manifest)
     monkeypatch.setattr(teachers, "BACKOFF_S", (0.001, 0.001))
@@ -60,8 +61,6 @@ VIEW: Any = SimpleNamespace(world=None, checkpointer=SimpleNamespace(advance=lam
 
 def told(opened: PublishedRound, *teachers: Any) -> list[float]:
     """Return what teachers say of a round, in hundredths."""
-    from megatron_sov.post.rl.teachers import write_teachers
-
     file = opened.path.with_name("0001.teacher_logprobs.f32")
     write_teachers(VIEW, teachers, opened, file, "these")
     assert find_seal_damage(file, "these") is None and [f.name for f in file.parent.iterdir()] == [file.name]
@@ -71,8 +70,6 @@ def told(opened: PublishedRound, *teachers: Any) -> list[float]:
 def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: PublishedRound,
                                                                      servers: list[Any]
                                                                      ) -> None:
-    from megatron_sov.post.rl.teachers import ScoringTeacher, compute_reverse_kl
-
     one, other = servers
     expected = [0, 6, 7, 0, 0, 8, 9, 10, 0, 9, 0, 10, 11, 12, 13]
     teachers = ScoringTeacher("", urls=(one.url,)), ScoringTeacher("code", urls=(other.url,))
@@ -91,8 +88,6 @@ def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Pub
 def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opened: PublishedRound,
                                                                            servers: list[Any]
                                                                            ) -> None:
-    from megatron_sov.post.rl.teachers import ScoringTeacher
-
     one, other = servers
     expected = told(opened, ScoringTeacher("", urls=(one.url,)))
     other.is_dead = True
@@ -108,9 +103,6 @@ def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opene
 
 
 def test_what_is_no_probability_is_no_answer() -> None:
-    from megatron_sov.post.rl.teachers import _check_scores
-    from megatron_sov.work.endpoints.answers import BadAnswer
-
     with pytest.raises(BadAnswer, match="and returned 2, 1"):
         _check_scores([-1.0, float("-inf")], 2, "http://a")
     with pytest.raises(BadAnswer, match="return 3 log-probabilities"):

@@ -13,10 +13,13 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RolloutConfig
+from megatron_sov.post.rl import validation
+from megatron_sov.post.rl.validation import SampledRounds, Validation, compute_figures, digest_conditions
 from megatron_sov.rollouts.prompts import PromptList, RolloutPrompt
 from megatron_sov.rollouts.rows import Key, RewardRow, Rollout, format_part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.obs.events import EventLog
+from megatron_sov.runs.obs.validation import extract_curves, format_validation
 from megatron_sov.runs.rounds import Policy
 
 VERSION = "0123456789abcdef"
@@ -45,8 +48,6 @@ def store(tmp_path: Path) -> RolloutStore:
 
 @pytest.fixture
 def view(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from megatron_sov.post.rl import validation
-
     monkeypatch.setattr(validation, "run_on_main", lambda world, action: action())
     told: list[tuple[str, dict[str, Any]]] = []
     return SimpleNamespace(step=0, world=None, told=told, events=SimpleNamespace(
@@ -55,8 +56,6 @@ def view(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def validation_of(store: RolloutStore, every: int = 2, num_responses: int = 6,
                   measured: Mapping[str, str] = MEASURED) -> tuple[Any, list[int]]:
-    from megatron_sov.post.rl.validation import SampledRounds, Validation
-
     asked: list[int] = []
 
     def write(view: Any, number: int, policy: Any, asked_to_stop: Any) -> dict[str, float]:
@@ -124,8 +123,6 @@ def test_a_run_that_was_validated_by_something_else_is_refused_before_anything_i
 
 def test_what_a_validation_is_measured_with() -> None:
     """What no response or verdict depends on is left out: the order of prompts, and how many at a time."""
-    from megatron_sov.post.rl.validation import digest_conditions
-
     prompts = PromptList.from_prompts(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
     rollout = RolloutConfig().for_validation(3)
 
@@ -152,9 +149,6 @@ def test_a_validation_that_was_stopped_ends_the_run_and_is_not_told(store: Rollo
 
 
 def test_without_a_reward_lengths_are_told(tmp_path: Path, store: RolloutStore) -> None:
-    from megatron_sov.post.rl.validation import compute_figures
-    from megatron_sov.runs.obs.validation import extract_curves, format_validation
-
     failed = [RewardRow(row.key, 0, "other", None, "failed", {}) for row in
               store.read_rollouts(format_part_name(1, 1))]
     store.add_rewards("other", format_part_name(1, 1), failed, {})

@@ -151,8 +151,6 @@ def test_rows_are_packed_of_whole_pieces(make_source: Callable[..., Source]) -> 
 @pytest.mark.parametrize(("name", "said"), [("web/0", "after the / stands a number of tokens, e.g. web/8192"),
                                             ("web/many", "after the / stands a number of tokens")])
 def test_what_is_no_number_is_named(name: str, said: str, make_source: Callable[..., Source]) -> None:
-    import dataclasses
-
     data = DataConfig(phases=(PhaseConfig("a", seq_len=16, blend={name: 1.0}),))
     with pytest.raises(UserError, match=said):
         add_source_views(dataclasses.replace(recipes.get("tiny-solar-open"), data=data),

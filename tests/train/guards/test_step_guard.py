@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.model.config import GuardConfig
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import GuardConfig, ParallelConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry
 from megatron_sov.train.guards import step_guard
 from megatron_sov.train.guards.step_guard import StepGuard
@@ -103,12 +104,12 @@ def test_gradients_that_stay_large_become_usual_and_take_nothing_back() -> None:
 def test_where_the_data_change_nothing_is_usual_yet() -> None:
     guard = StepGuard(GuardConfig(window_steps=20), is_main=True)
     for step in range(60):
-        guard.enter(step, LEDGER)
+        guard.begin_step(step, LEDGER)
         assert guard.accept_step(2.0 + 0.01 * (step % 3), 1.0)
-    guard.enter(60, LEDGER)
+    guard.begin_step(60, LEDGER)
     assert guard.accept_step(3.0, 2.0), "another length, another loss"
     for step in range(61, 90):
-        guard.enter(step, LEDGER)
+        guard.begin_step(step, LEDGER)
         assert guard.accept_step(3.0 + 0.01 * (step % 3), 2.0)
     assert len(guard.state()["losses"]) == 20, "another batch size is no other kind of data"
 
@@ -122,9 +123,6 @@ def test_switched_off_a_spike_is_learned_and_a_nan_still_refused() -> None:
 def disagree() -> list[Any]:
     """Runs inside ranks: only rank 1 sees a bad number; returns what each rank decides,
     and what it remembers."""
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-
     place = world.join_world(ParallelConfig())
     guard = StepGuard(GuardConfig(), place.is_main)
     first = guard.accept_step(2.0 + 1e-9 * place.rank, 1.0)

@@ -6,23 +6,29 @@ import itertools
 import json
 import math
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from data_prep.cli import main as sov_data
+from megatron_sov.checkpoint import load
+from megatron_sov.convert import to_hf
+from megatron_sov.engine.parallel import world
+from megatron_sov.eval.heldout_loss import evaluate_rows, open_heldout
+from megatron_sov.model.config import ParallelConfig
 from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.train.loop import train_step
+from megatron_sov.train.objectives.heldout_evaluator import HeldoutEvaluator, _count_accepted_drafts
+from megatron_sov.train.objectives.microbatch import MicroBatch
 from tests.tiny import tiny_trainer
 
 
 def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-solar-open") -> dict[str, Any]:
     """Runs inside ranks: evaluate initial weights on everything held out; OUT is written as a checkpoint."""
-    from dataclasses import asdict
-
-    from megatron_sov.checkpoint import load
-    from megatron_sov.engine.parallel import world
-
     trainer = tiny_trainer(
         data, "model.num_layers=1", 'data.phases=[{"name": "main", "seq_len": 48}]',
         "train.global_batch_size=4", "train.micro_batch_size=2", "data.heldout_tokens=100000",
@@ -39,8 +45,6 @@ def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-sola
 def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data: Any,
                                                tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from megatron_sov.convert import to_hf
 
     out = tmp_path / "checkpoint"
     (alone,), shared, cut = ranks(
@@ -80,9 +84,6 @@ def drafts() -> list[list[float]]:
     over documents find."""
     from types import SimpleNamespace
 
-    from megatron_sov.train.objectives.heldout_evaluator import _count_accepted_drafts
-    from megatron_sov.train.objectives.microbatch import MicroBatch
-
     generator = torch.Generator().manual_seed(3)
     bounds = [0, 7, 8, 20, 24]
     n = bounds[-1]
@@ -117,12 +118,7 @@ def test_accepted_drafts_are_those_that_the_trunk_then_chooses(ranks: Any, job: 
 
 def losses_of_turns(data: str) -> dict[str, Any]:
     """Runs inside a rank: evaluate a model for which the loss of a token is its id, modulo 7."""
-    from dataclasses import asdict
     from types import SimpleNamespace
-
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-    from megatron_sov.train.objectives.heldout_evaluator import HeldoutEvaluator
 
     head = SimpleNamespace(logprobs=lambda hidden, labels: -(labels % 7).float())
     policy: Any = SimpleNamespace(map=lambda batches, work: [work([None], head, batch) for batch in batches])
@@ -148,9 +144,6 @@ def said_of(ids: Any, types: Any, inside: int, tokenizer: Any) -> str:
 def test_turns_of_conversations_and_what_they_say_are_told_apart(ranks: Any, job: Any, packed_data: Any,
                                                                  tmp_path: Path) -> None:
     from transformers import AutoTokenizer
-
-    from data_prep.cli import main as sov_data
-    from megatron_sov.eval.heldout_loss import evaluate_rows, open_heldout
 
     def turns(i: int, count: int) -> list[dict[str, str]]:
         call = "<tool_call>{}</tool_call>" if i % 2 else ""
@@ -206,10 +199,6 @@ def first_losses(data: str) -> dict[str, Any]:
     """Runs in a rank: losses of two steps without and with an evaluation before them."""
     import random
 
-    import numpy as np
-
-    from megatron_sov.engine.parallel import world
-
     losses, same_state = [], []
     for evaluates in (False, True):
         trainer = tiny_trainer(
@@ -221,7 +210,7 @@ def first_losses(data: str) -> dict[str, Any]:
             trainer.evaluate()
         same_state.append(bool(torch.equal(before[0], torch.get_rng_state()))
                           and before[1:] == (random.getstate(), np.random.get_state()[1].tolist()))
-        steps = [trainer.train_step() for _ in range(2)]
+        steps = [train_step(trainer) for _ in range(2)]
         losses.append([[step.loss.hex(), step.grad_norm.hex()] for step in steps if step is not None])
         trainer.close()
         world.leave_world()

@@ -37,6 +37,12 @@ def data(tmp_path: Path, token_shards: Path) -> Path:
     return tmp_path
 
 
+def test_the_model_of_a_start_gives_the_settings_of_tuning_without_a_recipe() -> None:
+    assert [parsed("--from", "s").model_settings(objective) is not None for objective in ("sft", "lm", None)
+            ] == [True, False, False]
+    assert parsed("tiny-k-exaone").model_settings("sft") is None
+
+
 def test_settings_override_the_recipe(data: Path) -> None:
     args = parsed("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7")
     config = stage_request(args, "lm").config(["train.steps=5", "train.micro_batch_size=1"])

@@ -133,8 +133,6 @@ def test_a_wrong_outline_is_a_sentence(raw: Path, text: str, sentence: str) -> N
     assert sentence in str(error.value)
 
 
-
-
 @pytest.mark.parametrize(("kind", "first", "told"), [
     ("ko", "", "no source here is of such a kind"), ("auto", "", "the kind of source 'web' is auto"),
     ("auto", "  - language\n  - kind\n", ""), ("en", "", "")])
