@@ -77,7 +77,7 @@ class RefusedRequest(Exception):
 
 
 @dataclass(frozen=True)
-class ServedRequest:
+class CompletionRequest:
     """A parsed request body."""
 
     prompts: tuple[Conversation | str | tuple[int, ...], ...]
@@ -137,7 +137,7 @@ class _Body(BaseModel):
     stream_options: Annotated[dict[Literal["include_usage", "include_obfuscation"], bool],
                               BeforeValidator(_check_few_options)] = {}
 
-    def build_request(self, prompts: tuple[Any, ...], max_tokens: int | None) -> ServedRequest:
+    def build_request(self, prompts: tuple[Any, ...], max_tokens: int | None) -> CompletionRequest:
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise RefusedRequest(400, f"temperature is {self.temperature:g}: below {MIN_TEMPERATURE:g} "
                                       "numbers overflow; use 0 for the most probable token", "temperature")
@@ -149,7 +149,7 @@ class _Body(BaseModel):
         sampling = Sampling(temperature=self.temperature, top_k=max(self.top_k, 0), top_p=self.top_p,
                             seed=seed)
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        return ServedRequest(prompts, self.n, sampling, max_tokens, stops, tuple(self.stop_token_ids),
+        return CompletionRequest(prompts, self.n, sampling, max_tokens, stops, tuple(self.stop_token_ids),
                              self.ignore_eos, self.stream, self.stream_options.get("include_usage", False))
 
 
@@ -166,7 +166,7 @@ class _CompletionBody(_Body):
     max_tokens: Count = DEFAULT_COMPLETION_TOKENS
 
 
-def parse_chat_body(raw: bytes, model: str) -> ServedRequest:
+def parse_chat_body(raw: bytes, model: str) -> CompletionRequest:
     """Parse a body for `/v1/chat/completions`; `model` is the served name.
 
     Raises:
@@ -191,7 +191,7 @@ def parse_chat_body(raw: bytes, model: str) -> ServedRequest:
     return body.build_request((chat,), body.max_completion_tokens or body.max_tokens)
 
 
-def parse_completion_body(raw: bytes, model: str) -> ServedRequest:
+def parse_completion_body(raw: bytes, model: str) -> CompletionRequest:
     """Parse a body for `/v1/completions`; see `parse_chat_body`."""
     body: _CompletionBody = _validate_body(_CompletionBody, _parse_fields(raw), model)
     values: Any = body.prompt
@@ -299,7 +299,7 @@ class RequestEncoder:
     def has_chat(self) -> bool:
         return self._chat is not None
 
-    def encode_request(self, request: ServedRequest) -> EncodedRequest:
+    def encode_request(self, request: CompletionRequest) -> EncodedRequest:
         """Encode the prompts.
 
         Raises:
@@ -327,17 +327,17 @@ class RequestEncoder:
         return EncodedRequest(prompts, tuple(sorted({*model_ids, *special_ids, *request.stop_ids})),
                               [self._compute_limit(request, len(ids), field) for ids in prompts], in_thoughts)
 
-    def list_text_stops(self, request: ServedRequest) -> tuple[str, ...]:
+    def list_text_stops(self, request: CompletionRequest) -> tuple[str, ...]:
         """Return the stop strings without special tokens."""
         return tuple(text for text in request.stops if text not in self._special_ids)
 
-    def get_decoder(self, request: ServedRequest) -> Decode:
+    def get_decoder(self, request: CompletionRequest) -> Decode:
         """Return the function from token ids to text (`chat.marks.build_text_decoder`)."""
         if request.is_chat and self._chat is not None:
             return self._chat.decode
         return lambda ids: unquote_marks(self._plain.decode(ids))
 
-    def _compute_limit(self, request: ServedRequest, prompt_tokens: int, field: str) -> int:
+    def _compute_limit(self, request: CompletionRequest, prompt_tokens: int, field: str) -> int:
         room = self._max_length - prompt_tokens
         limit = room if request.max_tokens is None else request.max_tokens
         if room < 1 or limit > room:

@@ -20,7 +20,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import render_chat
 from megatron_sov.serve.bodies import (
-    RefusedRequest, RequestEncoder, ServedRequest, parse_chat_body, parse_completion_body)
+    CompletionRequest, RefusedRequest, RequestEncoder, parse_chat_body, parse_completion_body)
 from megatron_sov.serve.replies import DONE, CompletionReply, format_event
 from megatron_sov.serve.scheduler import (
     RETRY_S, Event, QueuedRequest, RequestQueue, RequestStarted, TokenWritten)
@@ -151,7 +151,7 @@ class HttpServer:
     async def _list_models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._card]})
 
-    def _build_handler(self, parse_body: Callable[[bytes, str], ServedRequest]) -> Handler:
+    def _build_handler(self, parse_body: Callable[[bytes, str], CompletionRequest]) -> Handler:
         async def handle_request(request: web.Request) -> web.StreamResponse:
             # browsers send other content types across sites without a preflight request
             if request.content_type != "application/json":

@@ -13,7 +13,7 @@ from megatron_sov.chat.marks import (
 from megatron_sov.chat.tool_calls import (
     ServedTurn, ToolCall, build_served_turn, parse_served_turn, split_thoughts)
 from megatron_sov.infer.request import STOP, StopRule
-from megatron_sov.serve.bodies import RequestEncoder, ServedRequest
+from megatron_sov.serve.bodies import CompletionRequest, RequestEncoder
 from megatron_sov.serve.scheduler import RequestStarted
 
 REPLACEMENT_CHARACTER = "\ufffd"
@@ -33,7 +33,7 @@ class CompletionReply:
         model: served name.
     """
 
-    def __init__(self, request: ServedRequest, started: RequestStarted, encoder: RequestEncoder,
+    def __init__(self, request: CompletionRequest, started: RequestStarted, encoder: RequestEncoder,
                  model: str) -> None:
         self._request, self._started, self._encoder = request, started, encoder
         is_chat = request.is_chat

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_sov.infer.engines.live_generation import BatchChanges, NewSequence, TokenEvent
-from megatron_sov.serve.bodies import EncodedRequest, RefusedRequest, RequestEncoder, ServedRequest
+from megatron_sov.serve.bodies import CompletionRequest, EncodedRequest, RefusedRequest, RequestEncoder
 
 RETRY_S = 5
 """`Retry-After` for refused clients."""
@@ -50,7 +50,7 @@ Event = RequestStarted | TokenWritten | RefusedRequest
 
 @dataclass(eq=False)
 class QueuedRequest:
-    request: ServedRequest
+    request: CompletionRequest
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     """Events for the HTTP thread."""
     is_abandoned: bool = False
@@ -83,7 +83,7 @@ class RequestQueue:
         """Reason for refusing new requests; None while open."""
         return self._close_reason
 
-    def submit(self, request: ServedRequest) -> QueuedRequest:
+    def submit(self, request: CompletionRequest) -> QueuedRequest:
         """Add a request (HTTP thread).
 
         Raises:
@@ -228,7 +228,7 @@ class BatchScheduler:
             self._next_number += 1
         return True
 
-    def _encode_request(self, request: ServedRequest) -> EncodedRequest:
+    def _encode_request(self, request: CompletionRequest) -> EncodedRequest:
         try:
             return self._encoder.encode_request(request)
         except RefusedRequest:

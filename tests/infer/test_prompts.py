@@ -87,8 +87,8 @@ def test_checkpoint_and_its_export_stop_at_the_same_tokens(case: str, hf_models:
     from transformers import AutoTokenizer, GenerationConfig
 
     from megatron_sov import convert
+    from megatron_sov.bench.lm.engine_runs import resolve_subject
     from megatron_sov.bench.lm.settings import LmEvalSettings
-    from megatron_sov.bench.lm.subject import resolve_subject
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.infer.prompts import PromptEncoder
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.documents import Conversation
-from megatron_sov.serve.bodies import RefusedRequest, ServedRequest, parse_chat_body, parse_completion_body
+from megatron_sov.serve.bodies import (
+    CompletionRequest, RefusedRequest, parse_chat_body, parse_completion_body)
 
 MANY = 20_000
 HI = '"messages": [{"role": "user", "content": "hi"}]'
@@ -47,7 +48,7 @@ def test_prompts_are_texts_or_ids(prompt: str, prompts: Any) -> None:
 @pytest.mark.parametrize(("options", "tells"), [("", False), (', "stream_options": {}', False),
                                                 (', "stream_options": {"include_usage": true}', True)])
 def test_a_stream_tells_usage_where_it_is_asked_to(options: str, tells: bool) -> None:
-    asked: ServedRequest = parse_chat_body(f'{{{HI}, "stream": true{options}}}'.encode(), "m")
+    asked: CompletionRequest = parse_chat_body(f'{{{HI}, "stream": true{options}}}'.encode(), "m")
     assert asked.include_usage is tells
 
 

@@ -21,13 +21,12 @@ from megatron_sov.base.errors import StopRequested, UserError, escape_controls, 
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import SettingsError, find_all_problems
 from megatron_sov.bench.lm.answers import AnswerCache, Request, get_answer_folder
-from megatron_sov.bench.lm.engine_runs import answer_requests
+from megatron_sov.bench.lm.engine_runs import Subject, answer_requests, resolve_subject
 from megatron_sov.bench.lm.evaluated_lm import EvaluatedLM
 from megatron_sov.bench.lm.harness import configure_downloads, suppress_output
 from megatron_sov.bench.lm.results import DEFAULT_MODE, ResultItem, Results, write_results
 from megatron_sov.bench.lm.scoring import BuiltTask, check_scorable, hash_prompts, score_tasks
 from megatron_sov.bench.lm.settings import LmEvalSettings
-from megatron_sov.bench.lm.subject import Subject, resolve_subject
 from megatron_sov.bench.lm.tasks import LoadedTasks, load_tasks
 from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank

@@ -17,12 +17,12 @@ from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm import scoring
 from megatron_sov.bench.lm.answers import LikelihoodRequest
+from megatron_sov.bench.lm.engine_runs import hash_model
 from megatron_sov.bench.lm.evaluated_lm import EvaluatedLM
 from megatron_sov.bench.lm.results import (
     Contamination, EvaluatedModel, Metric, ResultItem, Results, ResultSample, TaskScores, format_scores,
     get_items_path, read_items, read_results, write_results)
 from megatron_sov.bench.lm.settings import LmEvalSettings, TaskSources
-from megatron_sov.bench.lm.subject import hash_model
 from megatron_sov.bench.lm.tasks import load_tasks
 
 
