@@ -1,4 +1,4 @@
-"""The program `megatron-sov COMMAND ...`. Imports only the module of the typed command."""
+"""The program `megatron-sov COMMAND ...`. Imports only the typed command's module."""
 
 import argparse
 import shlex
@@ -11,7 +11,7 @@ from megatron_sov.base.command_line import (
     HelpFormatter, Parser, append_examples, build_program_parser, check_arguments, find_check,
     format_command_list, format_version, import_commands, run_to_exit_code)
 from megatron_sov.base.errors import ExitCode, Fix, UserError
-from megatron_sov.base.hints.commands import command_comes_first, unknown_command, unwrap_launcher
+from megatron_sov.base.hints.commands import build_command_error, build_order_error, unwrap_launcher
 from megatron_sov.base.hints.lines import propose_line
 from megatron_sov.base.hints.removed import check_command
 from megatron_sov.commands import COMMANDS
@@ -22,17 +22,15 @@ PROGRAM = "megatron-sov"
 
 
 def build_help_parser() -> argparse.ArgumentParser:
-    """Build the top-level parser, which prints the program's help only."""
+    """Build the top-level parser, which prints only the program's help."""
     texts = {name: c.help for name, c in COMMANDS.items()}
     groups = {name: c.group for name, c in COMMANDS.items()}
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage=f"{PROGRAM} COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train your own language model, from raw text to a Hugging Face folder.",
-        epilog=f"{format_command_list(texts, groups)}\n\n{PROGRAM} COMMAND --help explains one of them and "
-               "shows examples.\n"
-               "exit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, 75 stopped with "
-               "everything saved,\n"
-               "76 a step hung, 77 a process gave wrong bits",
+        epilog=f"{format_command_list(texts, groups)}\n\n{PROGRAM} COMMAND --help explains a command and "
+               "shows examples.\nexit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, "
+               "75 stopped with everything saved,\n76 a step hung, 77 a process gave wrong bits",
     )
     parser.add_argument("--version", action="version", version=format_version(PROGRAM))
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
@@ -41,7 +39,7 @@ def build_help_parser() -> argparse.ArgumentParser:
 
 
 def build_parser() -> Parser:
-    """Build the parser of all commands; commands of two words are below their first word."""
+    """Build the parser for all commands; a command with two words is a subcommand under the first word."""
     parser = build_program_parser(PROGRAM, "Train your own language model.",
                                   {name: command for name, command in COMMANDS.items() if " " not in name})
     top = _find_subparsers(parser)
@@ -63,7 +61,7 @@ def _find_subparsers(parser: argparse.ArgumentParser) -> Any:
 
 
 def run_command(argv: list[str], began_s: float) -> int:
-    """Parse and run one command.
+    """Parse and run a command.
 
     Args:
         argv: name and arguments.
@@ -92,7 +90,7 @@ def _run_once(argv: list[str], only_checks: bool = False) -> int:
         build_help_parser().print_help()
         return ExitCode.OK if argv else ExitCode.USER_ERROR
     if argv[0].startswith("-") and argv[0] not in ("--version",):
-        raise command_comes_first(PROGRAM, argv, COMMANDS)
+        raise build_order_error(PROGRAM, argv, COMMANDS)
     if (meant := unwrap_launcher(argv)) is not None:
         raise UserError(f"{PROGRAM} {argv[0]}: starts another program; {PROGRAM} starts its processes itself",
                         Fix(f"{PROGRAM} {shlex.join(meant)}"))
@@ -105,7 +103,7 @@ def _run_once(argv: list[str], only_checks: bool = False) -> int:
     if children and name not in COMMANDS:
         return _run_group(name, children, rest)
     if name not in COMMANDS:
-        raise unknown_command(PROGRAM, name, list(COMMANDS), rest)
+        raise build_command_error(PROGRAM, name, list(COMMANDS), rest)
     command = COMMANDS[name]
     module = command.load()
     sub = Parser(prog=f"{PROGRAM} {name}", description=command.help, formatter_class=HelpFormatter)
@@ -124,21 +122,21 @@ def _run_once(argv: list[str], only_checks: bool = False) -> int:
 
 
 def split_command(argv: list[str]) -> tuple[str, list[str]]:
-    """Split a command line into the command, of one or two words, and its arguments."""
+    """Split a command line into the command (one or two words) and the arguments."""
     words = 2 if " ".join(argv[:2]) in COMMANDS else 1
     return " ".join(argv[:words]), argv[words:]
 
 
 def list_subcommands(name: str) -> dict[str, str]:
-    """Return second word -> help of the two-word commands that begin with `name`."""
+    """Return second word -> help for the two-word commands that begin with `name`."""
     return {command.removeprefix(f"{name} "): c.help for command, c in COMMANDS.items()
             if command.startswith(f"{name} ")}
 
 
 def _run_group(name: str, children: dict[str, str], rest: list[str]) -> int:
-    """Print the help of a first word that needs a second word."""
+    """Print the help for a first word that needs a second word."""
     if rest and rest[0] not in ("-h", "--help"):
-        raise unknown_command(f"{PROGRAM} {name}", rest[0], list(children), rest[1:])
+        raise build_command_error(f"{PROGRAM} {name}", rest[0], list(children), rest[1:])
     argparse.ArgumentParser(prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} COMMAND ...",
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             epilog=format_command_list(children, dict.fromkeys(
@@ -147,7 +145,7 @@ def _run_group(name: str, children: dict[str, str], rest: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `megatron-sov`; a `UserError` becomes one message and `ExitCode.USER_ERROR`.
+    """Run `megatron-sov`; a `UserError` becomes a message and `ExitCode.USER_ERROR`.
 
     Args:
         argv: command and arguments; None: `sys.argv`, with the start time of the process.
