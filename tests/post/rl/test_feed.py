@@ -293,5 +293,5 @@ def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch
     opened(math, served)
     assert [told["reverse_kl"] for name, told in view.told if name == "round"] == [2]
     opened(math, replace(served, urls=("http://b",)))  # servers may move
-    with pytest.raises(UserError, match=r"teachers.json: the run's teachers"):
+    with pytest.raises(UserError, match=r"teachers.json: earlier rounds"):
         opened(replace(math, sha256="b" * 64), served)
