@@ -38,7 +38,7 @@ from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 REWARD, RESPONSE_TOKENS, GROUPS_LEARNING = "reward", "response_tokens", "groups_learning"
-"""Round meters, shown at every step."""
+"""Meters of a round, shown at every step."""
 REVERSE_KL = "reverse_kl"
 """Meter: KL(student || teacher), in nats per token."""
 MAX_LOG_RATIO = 20.0
@@ -169,7 +169,7 @@ def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return ``q / p - log(q / p) - 1`` with p by the policy and q by the reference, [T] float64, never
+    """Return ``q / p - log(q / p) - 1`` for p of the policy and q of the reference, [T] float64, never
     negative (arXiv 2402.03300, equation 4)."""
     log_ratios = reference.double() - logprobs.double()
     return exp_clamped(log_ratios) - log_ratios - 1

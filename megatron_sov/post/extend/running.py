@@ -1,4 +1,4 @@
-"""Runs the stages in a context extension; a stage starts from the previous stage's checkpoint."""
+"""Runs the stages of a context extension; a stage starts from the previous stage's checkpoint."""
 
 from __future__ import annotations
 
@@ -152,7 +152,8 @@ def measure_checkpoint_loss(start: Path, short: HeldoutData, config: RunConfig, 
 
 
 class StageGate:
-    """Gate for an extension stage: needle retrieval at all lengths and depths, and no loss on short context.
+    """Gate for an extension stage: needle retrieval at all lengths and depths, without degradation on short
+    context.
 
     Answers and held-out losses are equal on all processes, and hence the verdicts.
     """
