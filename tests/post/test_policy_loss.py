@@ -191,7 +191,7 @@ def test_a_loss_of_ones_own_stands_in_the_surrogates_place() -> None:
     assert slopes[0].abs().sum() > 0
 
 
-def test_a_token_is_worth_what_its_teacher_gives_it_more_than_the_student_did() -> None:
+def test_teacher_signal_is_the_difference_of_logprobs() -> None:
     columns, logprobs, responses = row()
     learned = responses.index < len(LENGTHS)
     # of what is not learned a teacher may say what it likes
@@ -285,7 +285,7 @@ def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: 
     assert (ours_at.tolist() == begin.tolist()) is still
 
 
-def test_what_is_masked_is_still_measured() -> None:
+def test_masked_labels_are_measured() -> None:
     columns, logprobs, responses = row()
     written = responses.index < len(responses)
     gaps = (columns["old_logprobs"] - columns["behaviour_logprobs"])[written]
@@ -303,7 +303,7 @@ def test_what_is_masked_is_still_measured() -> None:
         assert masked is None or 0 < masked < 1
 
 
-def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
+def test_divergences_have_the_documented_gradients() -> None:
     """By enumeration of all responses of two tokens, so that expectations are exact."""
     torch.manual_seed(0)
     first, second, ref_first, ref_second = (torch.randn(s).double() for s in ((3,), (3, 3), (3,), (3, 3)))
