@@ -26,10 +26,10 @@ from megatron_sov.bench.suites.scorers import ROW_MAKERS, SCORERS
 from megatron_sov.chat.marks import to_hermes_form
 from megatron_sov.eval.pass_at_k import PromptCounts, compute_majority_at_k, compute_pass_at_k
 from megatron_sov.judge.rewards import patterns, registry
-from megatron_sov.judge.rewards.answers import last_boxed, normalized
-from megatron_sov.judge.rewards.reward import Refused, Result, Row, Score, checked, judged
-from megatron_sov.judge.rewards.scoring import runner
-from megatron_sov.judge.rewards.version import version_of
+from megatron_sov.judge.rewards.answers import extract_last_box, normalize_answer
+from megatron_sov.judge.rewards.reward import Refused, Result, Row, Score, run_reward, to_result
+from megatron_sov.judge.rewards.scoring import create_runner
+from megatron_sov.judge.rewards.version import compute_version
 
 KEY = "sov"
 """Of a task's metadata."""
@@ -38,7 +38,7 @@ BOXED = "boxed"
 BATCH_ROWS = 32
 """Answers that are judged together; a row may carry megabytes of tests."""
 THINKING_BEGIN, THINKING_END = "<think>", "</think>"
-WRONG = checked(Score(0.0, {"extracted": None}))
+WRONG = to_result(Score(0.0, {"extracted": None}))
 """Of an answer without a final answer."""
 DESCRIBING = frozenset(("suite", "source", "licence", "release", "items", "prompt_source", "remarks",
                         "fields", "aliases", "group_field", "cluster_field", "shots_file",
@@ -48,7 +48,7 @@ DESCRIBING = frozenset(("suite", "source", "licence", "release", "items", "promp
 def _no_pattern(text: str) -> Violation | None:
     if text in ("", BOXED):
         return None
-    if wrong := patterns.problem(text):
+    if wrong := patterns.find_pattern_problem(text):
         return ProblemCode.BOUND, f"is no regular expression ({wrong})", ""
     return None if regex.compile(text).groups else (ProblemCode.BOUND, "must have a group, the answer", "")
 
@@ -199,10 +199,10 @@ class AnswerJudge:
         try:
             if name in SCORERS:
                 scorer = SCORERS[name](**settings)
-                self.judges[variant] = f"{name} {version_of(scorer, settings)}"
-                return [row if isinstance(row, Result) else judged(scorer, row) for row in rows]
-            order = registry.order(name, settings)
-            made = registry.make(order)
+                self.judges[variant] = f"{name} {compute_version(scorer, settings)}"
+                return [row if isinstance(row, Result) else run_reward(scorer, row) for row in rows]
+            order = registry.request_reward(name, settings)
+            made = registry.build_versioned_reward(order)
         except (UserError, TypeError) as e:
             hint = ""
             if name == "judge" and "endpoint" not in settings:
@@ -210,7 +210,7 @@ class AnswerJudge:
             raise UserError(f"task {self.judging.task}: {e}{hint}") from None
         self.judges[variant] = f"{name} {made.version}"
         results: list[Result] = []
-        with runner(order, made, self.workers or count_cores()) as judging:
+        with create_runner(order, made, self.workers or count_cores()) as judging:
             for begin in range(0, len(rows), BATCH_ROWS):
                 batch = rows[begin:begin + BATCH_ROWS]
                 # Rows that cannot be judged have a result already, and keep their place.
@@ -246,7 +246,7 @@ def metrics_of(judging: Judging, results: Sequence[Result]) -> dict[str, float]:
         if is_right:
             votes.num_right += 1
         elif isinstance(answer, str) and answer.strip():
-            votes.wrong[normalized(answer)] += 1
+            votes.wrong[normalize_answer(answer)] += 1
         else:
             votes.num_silent += 1
     for k in judging.ks:
@@ -301,7 +301,7 @@ def extract_answer(pattern: str, text: str) -> str | None:
         TimeoutError: the pattern takes too long over this text.
     """
     if pattern == BOXED:
-        box = last_boxed(text)
+        box = extract_last_box(text)
         return text if box is None else f"\\boxed{{{box}}}"
     found = patterns.findall(pattern, text)
     if not found:

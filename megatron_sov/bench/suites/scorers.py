@@ -22,7 +22,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from megatron_sov.chat.marks import unquote_marks
-from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of, told_short
+from megatron_sov.judge.rewards.reward import Refused, Row, Score, format_short, get_text
 
 
 class Copied:
@@ -38,8 +38,8 @@ class Copied:
         Raises:
             Refused: the row has no prefix or answer.
         """
-        response = unquote_marks(text_of(row, "response"))
-        answer, prefix = text_of(row, "answer"), text_of(row, "prefix")
+        response = unquote_marks(get_text(row, "response"))
+        answer, prefix = get_text(row, "answer"), get_text(row, "prefix")
         if not response.startswith(prefix):
             return Score(0.0, {"prefix": False})
         ratio = SequenceMatcher(None, response.removeprefix(prefix), answer.removeprefix(prefix)).ratio()
@@ -63,7 +63,7 @@ class ShortAnswer:
         Raises:
             Refused: the row has no answer.
         """
-        said, known = (_plain(text_of(row, name)) for name in ("response", "answer"))
+        said, known = (_plain(get_text(row, name)) for name in ("response", "answer"))
         if self.exact or (said != known and {said, known} & {"yes", "no", "noanswer"}):
             return Score(float(said == known), {"extracted": said})
         words, known_words = Counter(said.split()), Counter(known.split())
@@ -158,13 +158,13 @@ def _json(text: str, field: str) -> Any:
 def _test(test: Any, name: Any) -> dict[str, Any]:
     """Return a test as an input with what has to be printed, or as a call of the solution's method."""
     if not isinstance(test, dict) or not all(isinstance(test.get(key), str) for key in ("input", "output")):
-        raise Refused(f"test {told_short(test)} must have the texts input and output")
+        raise Refused(f"test {format_short(test)} must have the texts input and output")
     kind = test.get("testtype", "functional" if name else "stdin")
     if kind == "stdin":
         return {"stdin": test["input"], "stdout": test["output"]}
     if kind != "functional" or not isinstance(name, str):
-        raise Refused(f"testtype = {told_short(kind)} with func_name = {told_short(name)}; it must be stdin, "
-                      "or functional with a name")
+        raise Refused(f"testtype = {format_short(kind)} with func_name = {format_short(name)}; it must be "
+                      "stdin, or functional with a name")
     # each line is one argument, as the publisher's runner reads them
     arguments = [_value(line) for line in test["input"].split("\n") if line.strip()]
     return {"function": f"Solution().{name}", "arguments": arguments, "expected": _value(test["output"])}
@@ -177,7 +177,7 @@ def _value(text: str) -> Any:
         try:
             return ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            raise Refused(f"{told_short(text)} is no value that a test can be called with") from None
+            raise Refused(f"{format_short(text)} is no value that a test can be called with") from None
 
 
 ROW_MAKERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {

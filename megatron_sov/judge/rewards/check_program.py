@@ -21,7 +21,7 @@ MAX_REASON_BYTES = 300
 _PR_SET_DUMPABLE = 4
 
 
-def judge(source: str, texts: list[str], first: int, call_s: float, out: int) -> None:
+def judge_texts(source: str, texts: list[str], first: int, call_s: float, out: int) -> None:
     """Ask the function about texts from one of them on; runs in a process of its own."""
     # what a check prints must not look like a line of a verdict
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -42,11 +42,11 @@ def judge(source: str, texts: list[str], first: int, call_s: float, out: int) ->
         except BaseException as e:
             reason = f"{type(e).__name__}: {e}"
         signal.setitimer(signal.ITIMER_PROF, 0)
-        told = [place, verdict if isinstance(verdict, bool) else None, reason[:MAX_REASON_BYTES], "ended"]
-        os.write(out, json.dumps(told).encode("utf-8", "replace") + b"\n")
+        line = [place, verdict if isinstance(verdict, bool) else None, reason[:MAX_REASON_BYTES], "ended"]
+        os.write(out, json.dumps(line).encode("utf-8", "replace") + b"\n")
 
 
-def sound(line: Any, place: int) -> list[Any]:
+def check_line(line: Any, place: int) -> list[Any]:
     """Return a line for a text; raises ValueError where `judge` has not written it."""
     if not isinstance(line, list) or len(line) != 4 or line[0] is True or line[0] != place \
             or not (line[1] is None or isinstance(line[1], bool)) or not isinstance(line[2], str) \
@@ -55,13 +55,13 @@ def sound(line: Any, place: int) -> list[Any]:
     return line
 
 
-def tell(line: list[Any]) -> list[Any]:
+def write_line(line: list[Any]) -> list[Any]:
     """Write a line to standard output; return it."""
     os.write(1, json.dumps(line).encode() + b"\n")
     return line
 
 
-def judged_from(source: str, texts: list[str], first: int, call_s: float) -> list[list[Any]]:
+def judge_remaining(source: str, texts: list[str], first: int, call_s: float) -> list[list[Any]]:
     """Write and return the lines of the texts from one of them on, up to one at which the process ends."""
     read_end, write_end = os.pipe()
     # a child that crashes takes its own text along; the parent goes on behind it
@@ -69,7 +69,7 @@ def judged_from(source: str, texts: list[str], first: int, call_s: float) -> lis
     if child == 0:
         try:
             os.close(read_end)
-            judge(source, texts, first, call_s, write_end)
+            judge_texts(source, texts, first, call_s, write_end)
         finally:
             os._exit(0)
     # held open here, it would keep the pipe from ever ending
@@ -79,9 +79,9 @@ def judged_from(source: str, texts: list[str], first: int, call_s: float) -> lis
     try:
         # a part of a line stays in `rest` until its end has come
         while first + len(lines) < len(texts) and (part := os.read(read_end, 1 << 16)):
-            *whole, rest = (rest + part).split(b"\n")
-            for line in whole:
-                lines.append(tell(sound(json.loads(line), first + len(lines))))
+            *complete, rest = (rest + part).split(b"\n")
+            for line in complete:
+                lines.append(write_line(check_line(json.loads(line), first + len(lines))))
     except (ValueError, RecursionError):  # the function has written there itself
         forged = True
     finally:
@@ -94,7 +94,7 @@ def judged_from(source: str, texts: list[str], first: int, call_s: float) -> lis
         # whoever forges lines is treated as one that did not end: the function is no check
         slow = forged or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF)
         reason = f"did not end within {call_s:g} s" if slow else "ended its process"
-        lines.append(tell([place, None, reason, "slow" if slow else "ended"]))
+        lines.append(write_line([place, None, reason, "slow" if slow else "ended"]))
     return lines
 
 
@@ -105,7 +105,7 @@ def main() -> None:
     lines: list[list[Any]] = []
     texts = request["texts"]
     while len(lines) < len(texts):
-        lines += judged_from(request["source"], texts, len(lines), request["call_s"])
+        lines += judge_remaining(request["source"], texts, len(lines), request["call_s"])
         if lines[-1][3] != "ended":
             break
 

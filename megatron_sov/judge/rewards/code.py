@@ -18,15 +18,16 @@ from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, NotNegative, SettingsProblem, Share, find_broken_rules)
 from megatron_sov.judge.rewards import solution_frameworks, solution_peer, solution_tests
 from megatron_sov.judge.rewards.code_tests import CANDIDATE, CompareBy, RowTests, is_same_output, read_tests
-from megatron_sov.judge.rewards.program_text import find_entry_points, program_in
-from megatron_sov.judge.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
-from megatron_sov.judge.rewards.version import code_of
+from megatron_sov.judge.rewards.program_text import extract_program, find_entry_points
+from megatron_sov.judge.rewards.reward import (
+    OPERATION, Refused, Row, Score, format_short, get_text, shorten_reason)
+from megatron_sov.judge.rewards.version import hash_code
 from megatron_sov.sandbox.program import Limits, Outcome, Program
 from megatron_sov.sandbox.sandbox import Sandbox, shared_sandbox
 
-MAX_PROVED = 10_000
+MAX_CACHED_FAULTS = 10_000
 """Rows whose tests a process remembers to have proved."""
-_PROVED: dict[tuple[Any, ...], str] = {}
+_CACHED_FAULTS: dict[tuple[Any, ...], str] = {}
 """Settings and hash of a row's tests -> what is wrong with them; empty: nothing."""
 
 
@@ -66,7 +67,7 @@ class CodeReward:
         """Return what judges beside this process: the code of the sandbox's server, its Python, its numpy."""
         from importlib.metadata import version  # takes as long as all else of a help
 
-        return {"server": code_of("megatron_sov.sandbox.server"),
+        return {"server": hash_code("megatron_sov.sandbox.server"),
                 "python": list(sys.version_info[:2]), "numpy": version("numpy")}
 
     def prepare(self) -> None:
@@ -75,7 +76,7 @@ class CodeReward:
         Raises:
             UserError: this machine has none.
         """
-        self._sandbox()
+        self._get_sandbox()
 
     def score(self, row: Row) -> Score:
         """Return whether the program in the response passes the row's `tests`.
@@ -84,21 +85,21 @@ class CodeReward:
             Refused: the row has no tests, or tests that cannot be read, test nothing, or fail by themselves.
             RuntimeError: the sandbox failed, or the machine was too busy to run the program.
         """
-        tests = self._read(row)
-        if fault := self._prove(tests):
+        tests = self._read_tests(row)
+        if fault := self._find_cached_fault(tests):
             raise Refused(fault)
-        return self._score(row, tests)
+        return self._score_tests(row, tests)
 
     def score_unproved(self, row: Row) -> Score:
         """Return the score of a row whose tests the caller has proved: tests that pass for every program are
         not refused.  Raises as `score` does."""
-        return self._score(row, self._read(row))
+        return self._score_tests(row, self._read_tests(row))
 
-    def _score(self, row: Row, tests: RowTests) -> Score:
-        passed, why, too_slow = self._judge(row, tests)
+    def _score_tests(self, row: Row, tests: RowTests) -> Score:
+        passed, why, too_slow = self._run_response(row, tests)
         share = sum(passed) / len(tests)
         reward = float(share == 1.0) if self.all_or_nothing else share
-        return Score(reward, {"passed": sum(passed), "tests": len(tests), "why": short(why)},
+        return Score(reward, {"passed": sum(passed), "tests": len(tests), "why": shorten_reason(why)},
                      timed_out=too_slow and share < 1)
 
     def passed(self, row: Row) -> list[bool]:
@@ -106,15 +107,15 @@ class CodeReward:
 
         Tests after one that never ends are not reached, and count as not passed.
         """
-        tests = self._read(row)
-        passed, _, _ = self._judge(row, tests)
+        tests = self._read_tests(row)
+        passed, _, _ = self._run_response(row, tests)
         # all tests by place: pass@k compares them one by one
         return passed + [False] * (len(tests) - len(passed))
 
-    def _read(self, row: Row) -> RowTests:
+    def _read_tests(self, row: Row) -> RowTests:
         return read_tests(row, self.number_tolerance, self.compare_by)
 
-    def _prove(self, tests: RowTests) -> str:
+    def _find_cached_fault(self, tests: RowTests) -> str:
         """Return why the tests judge no program; empty: they do.
 
         Two programs whose functions do nothing run through the tests.  A test that fails before it calls one
@@ -126,11 +127,11 @@ class CodeReward:
         read = json.dumps([tests.texts, tests.entry_point, tests.number_tolerance])
         digest = hashlib.sha256(read.encode()).digest()
         key = (self.test_time_s, self.memory_bytes, self.enclosure, self.command, digest)
-        if key not in _PROVED:
-            if len(_PROVED) >= MAX_PROVED:
-                _PROVED.clear()
-            _PROVED[key] = self._find_fault(tests)
-        return _PROVED[key]
+        if key not in _CACHED_FAULTS:
+            if len(_CACHED_FAULTS) >= MAX_CACHED_FAULTS:
+                _CACHED_FAULTS.clear()
+            _CACHED_FAULTS[key] = self._find_fault(tests)
+        return _CACHED_FAULTS[key]
 
     def _find_fault(self, tests: RowTests) -> str:
         # what is left of the row's time, for two programs
@@ -147,10 +148,10 @@ class CodeReward:
                 return ""
         return "tests pass for programs whose functions do nothing"
 
-    def _judge(self, row: Row, tests: RowTests) -> tuple[list[bool], str, bool]:
+    def _run_response(self, row: Row, tests: RowTests) -> tuple[list[bool], str, bool]:
         """Return which tests are passed, as far as they ran, why one is not, and whether time ran out."""
         names = frozenset[str]() if tests.needs_entry_point else tests.names
-        source = program_in(text_of(row, "response"), names if tests.texts else None)
+        source = extract_program(get_text(row, "response"), names if tests.texts else None)
         # half of a surrogate pair cannot be sent to the sandbox
         source = source.encode(errors="replace").decode()
         return self._call_functions(source, tests) if tests.texts else self._compare_outputs(source, tests)
@@ -164,7 +165,7 @@ class CodeReward:
             # of one that is too slow no test is begun that the row's time may not be enough for
             if too_slow and self.time_limit_s - taken_s < self.patience * self.test_time_s:
                 break
-            outcome = self._run(Program(source, stdin=stdin), self.test_time_s,
+            outcome = self._run_program(Program(source, stdin=stdin), self.test_time_s,
                                 len(expected.encode(errors="replace")))
             # time that it waited for a processor is not the program's
             taken_s += outcome.wall_s - outcome.starved_s
@@ -173,7 +174,7 @@ class CodeReward:
                                                               tests.number_tolerance)
             passed.append(right)
             if not right:
-                why = why or outcome.reason or f"printed {told_short(outcome.stdout)}"
+                why = why or outcome.reason or f"printed {format_short(outcome.stdout)}"
                 # one failure decides: the other tests would only take time
                 if self.all_or_nothing:
                     break
@@ -189,14 +190,14 @@ class CodeReward:
                 return passed, "defines no function", False
             entry_point = functions[0]
         lines, outcome = self._run_texts(source, tests, entry_point, self.test_time_s)
-        why, done = "", False
+        why, completed = "", False
         for line in lines:
-            done = done or "done" in line or "loaded" in line
+            completed = completed or "done" in line or "loaded" in line
             if "test" in line:
                 passed[line["test"]] = line["passed"]
             why = why or line.get("reason", "")
         # without a last line the tests ended early, by a crash or a limit
-        why = why if done else why or outcome.reason or "ended before its tests did"
+        why = why if completed else why or outcome.reason or "ended before its tests did"
         return passed, why, outcome.status == "timeout" or outcome.cpu_s >= self.test_time_s
 
     def _run_texts(self, source: str, tests: RowTests, entry_point: str, time_s: float
@@ -204,15 +205,15 @@ class CodeReward:
         """Return the lines that `solution_tests` writes for a program, and its outcome."""
         request = json.dumps({"tests": tests.texts, "entry_point": entry_point,
                               "tolerance": tests.number_tolerance})
-        program = Program(_read_source(solution_tests), _frame(source) + _frame(request), {
+        program = Program(_read_source(solution_tests), _add_length(source) + _add_length(request), {
             **{f"{'/'.join(parts)}/__init__.py": "" for parts in _PACKAGES},
             **{module.__name__.replace(".", "/") + ".py": _read_source(module)
                for module in (solution_frameworks, solution_peer)}})
-        outcome = self._run(program, time_s)
+        outcome = self._run_program(program, time_s)
         # every line is of `solution_tests`: the solution's own output goes nowhere
         return [json.loads(line) for line in filter(None, outcome.stdout.split("\n"))], outcome
 
-    def _run(self, program: Program, time_s: float, expected_bytes: int = 0) -> Outcome:
+    def _run_program(self, program: Program, time_s: float, expected_bytes: int = 0) -> Outcome:
         """Return the outcome of a program; it may write as much more than it should as any program may write.
 
         Raises:
@@ -222,21 +223,21 @@ class CodeReward:
         limits = Limits(wall_s=self.patience * time_s, cpu_s=time_s, memory_bytes=self.memory_bytes)
         # a right answer may be long: it is never cut by the limit of wrong ones
         limits = replace(limits, output_bytes=limits.output_bytes + expected_bytes)
-        outcome = self._sandbox().run(program, limits)
+        outcome = self._get_sandbox().run(program, limits)
         if outcome.status == "infrastructure":
             raise RuntimeError(outcome.reason)
         if outcome.status == "refused":
             raise Refused(f"response and tests together: the program {outcome.reason}")
         return outcome
 
-    def _sandbox(self) -> Sandbox:
+    def _get_sandbox(self) -> Sandbox:
         return shared_sandbox(self.enclosure, self.command)
 
 
 _PACKAGES = [__name__.split(".")[:length] for length in (1, 2, 3)]
 
 
-def _frame(text: str) -> str:
+def _add_length(text: str) -> str:
     return f"{len(text.encode()):012d}{text}"
 
 

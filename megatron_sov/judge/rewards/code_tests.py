@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_sov.judge.rewards.program_text import find_definitions
-from megatron_sov.judge.rewards.reward import Refused, Row, told_short
+from megatron_sov.judge.rewards.reward import Refused, Row, format_short
 from megatron_sov.judge.rewards.solution_frameworks import calls_name, is_assertion
 from megatron_sov.judge.rewards.solution_tests import SHARED_MODULES
 
@@ -83,19 +83,19 @@ def read_tests(row: Row, number_tolerance: float, compare_by: CompareBy) -> RowT
     tolerance = number_tolerance if tolerance is None else tolerance
     compared = compare_by if compared is None else compared
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance <= 1:
-        raise Refused(f"number_tolerance = {told_short(tolerance)} must be a number from 0 to 1")
+        raise Refused(f"number_tolerance = {format_short(tolerance)} must be a number from 0 to 1")
     if compared not in ("lines", "tokens"):
-        raise Refused(f"compare_by = {told_short(compared)} must be lines or tokens")
+        raise Refused(f"compare_by = {format_short(compared)} must be lines or tokens")
     entry_point = row.get("entry_point") or ""
     if entry_point and not (isinstance(entry_point, str) and _FUNCTION.fullmatch(entry_point)):
-        raise Refused(f"entry_point = {told_short(entry_point)} must be the name of a function, such as add "
-                      "or Solution().add")
-    found = _list_tests(row)
-    texts = tuple(test for test in found if isinstance(test, str))
-    if texts and len(texts) < len(found):
+        raise Refused(f"entry_point = {format_short(entry_point)} must be the name of a function, such as "
+                      "add or Solution().add")
+    tests = _list_tests(row)
+    texts = tuple(test for test in tests if isinstance(test, str))
+    if texts and len(texts) < len(tests):
         raise Refused("tests has inputs to read beside calls or assertions: give them rows of their own")
     if not texts:
-        return _read_runs(found, tolerance, compared)
+        return _read_runs(tests, tolerance, compared)
     trees = [_parse_test(text) for text in texts]
     checks = any(isinstance(find_definitions(tree).get("check"), ast.FunctionDef)
                  and not calls_name(tree, "check") for tree in trees)
@@ -104,8 +104,8 @@ def read_tests(row: Row, number_tolerance: float, compare_by: CompareBy) -> RowT
                     needs_entry_point=checks and not entry_point, number_tolerance=tolerance)
 
 
-def _read_runs(found: list[Any], tolerance: float, compared: CompareBy) -> RowTests:
-    runs = tuple((test["stdin"], test["stdout"]) for test in found)
+def _read_runs(tests: list[Any], tolerance: float, compared: CompareBy) -> RowTests:
+    runs = tuple((test["stdin"], test["stdout"]) for test in tests)
     if not any(stdout.split() for _, stdout in runs):
         raise Refused("tests expect no output: a program that does nothing passes them")
     return RowTests(runs=runs, number_tolerance=tolerance, compare_by=compared)
@@ -123,7 +123,7 @@ def _list_tests(row: Row) -> list[Any]:
         tests = _pair_tests(tests)
     tests = [tests] if isinstance(tests, str) else tests
     if not isinstance(tests, list) or not 0 < len(tests) <= MAX_TESTS:
-        raise Refused(f"tests = {told_short(tests)} must be a list of 1 to {MAX_TESTS:,} tests")
+        raise Refused(f"tests = {format_short(tests)} must be a list of 1 to {MAX_TESTS:,} tests")
     return [_read_test(test) for test in tests]
 
 
@@ -135,7 +135,7 @@ def _pair_tests(tests: Mapping[str, Any]) -> list[dict[str, Any]]:
     if tests.get("fn_name"):
         # data sets disagree on whether a result stands in a list of its own
         raise Refused("tests with fn_name: write each as function, arguments and expected")
-    return [{"stdin": given, "stdout": expected} for given, expected in zip(inputs, outputs, strict=True)]
+    return [{"stdin": stdin, "stdout": expected} for stdin, expected in zip(inputs, outputs, strict=True)]
 
 
 def _read_test(test: Any) -> str | Mapping[str, str]:
@@ -147,12 +147,12 @@ def _read_test(test: Any) -> str | Mapping[str, str]:
     if isinstance(test, dict) and {"stdin", "stdout"} <= set(test):
         texts = {name: _join_lines(test[name]) for name in ("stdin", "stdout")}
         if not all(isinstance(text, str) for text in texts.values()):
-            raise Refused(f"test {told_short(test)}: stdin and stdout must be texts")
+            raise Refused(f"test {format_short(test)}: stdin and stdout must be texts")
         return texts
     if isinstance(test, dict) and {"function", "expected"} <= set(test):
         return _write_call(test)
-    raise Refused(f"test {told_short(test)} must be a text of Python, or have stdin and stdout, or function, "
-                  "arguments and expected")
+    raise Refused(f"test {format_short(test)} must be a text of Python, or have stdin and stdout, or "
+                  "function, arguments and expected")
 
 
 def _join_lines(value: Any) -> Any:
@@ -165,9 +165,9 @@ def _write_call(test: Mapping[str, Any]) -> str:
     """Return the assertion of a call: its result is compared as JSON has it."""
     function, arguments = test["function"], test.get("arguments", [])
     if not (isinstance(function, str) and _FUNCTION.fullmatch(function)):
-        raise Refused(f"function = {told_short(function)} must be a name, such as add or Solution().add")
+        raise Refused(f"function = {format_short(function)} must be a name, such as add or Solution().add")
     if not isinstance(arguments, (list, dict)):
-        raise Refused(f"arguments = {told_short(arguments)} must be a list, or an object by name")
+        raise Refused(f"arguments = {format_short(arguments)} must be a list, or an object by name")
     # arguments stand in the test as Python literals
     stars = "**" if isinstance(arguments, dict) else "*"
     return f"assert __same__({function}({stars}{arguments!r}), {test['expected']!r})"
@@ -183,14 +183,14 @@ def _parse_test(text: str) -> ast.Module:
         compile(text, "test", "exec")
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        raise Refused(f"test {told_short(text)} is no Python: {e}") from None
-    if not _asserts(tree):
-        raise Refused(f"test {told_short(text)} asserts nothing when it runs; write an assertion, a function "
-                      "named test..., or `check`")
+        raise Refused(f"test {format_short(text)} is no Python: {e}") from None
+    if not _runs_assertion(tree):
+        raise Refused(f"test {format_short(text)} asserts nothing when it runs; write an assertion, a "
+                      "function named test..., or `check`")
     return tree
 
 
-def _asserts(tree: ast.Module) -> bool:
+def _runs_assertion(tree: ast.Module) -> bool:
     """Return whether an assertion stands in code that runs: at the top level, in functions that are called
     by their form, or in functions and classes that such code names."""
     functions = {name: node for name, node in find_definitions(tree).items()
@@ -270,7 +270,7 @@ def is_same_output(printed: str, expected: str, compare_by: CompareBy, tolerance
     """
     if compare_by == "tokens":
         return _are_same_tokens(printed, expected, tolerance)
-    lines, expected_lines = _lines(printed), _lines(expected)
+    lines, expected_lines = _split_output_lines(printed), _split_output_lines(expected)
     if lines == expected_lines:
         return True
     return tolerance > 0 and len(lines) == len(expected_lines) and all(
@@ -302,7 +302,7 @@ def _is_close(token: str, expected: str, tolerance: float) -> bool:
         return abs(decimal.Decimal(token) - right) <= bound
 
 
-def _lines(text: str) -> list[str]:
+def _split_output_lines(text: str) -> list[str]:
     """Return what counts of an output: its lines without blanks at their ends, and no empty ones last.
 
     Only "\\n" and "\\r\\n" end a line, and only blanks, tabs and "\\r" are blank: all else a program printed.

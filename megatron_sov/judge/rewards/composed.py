@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from annotated_types import MinLen
 
 from megatron_sov.base.settings import Finite, ProblemCode, SettingsProblem
-from megatron_sov.judge.rewards.reward import Result, Row, told_short
+from megatron_sov.judge.rewards.reward import Result, Row, format_short
 
 WORST_FIRST = ("failed", "timeout", "refused")
 
@@ -49,35 +49,35 @@ class Composed:
              part in self.parts.items() if part.reward == "composed"]
         return p
 
-    def orders(self) -> dict[str, tuple[str, dict[str, Any]]]:
+    def get_part_requests(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Return name -> (reward, settings) of what has to be made."""
         return {name: (part.reward, part.settings) for name, part in self.parts.items()}
 
-    def judging(self, versions: Mapping[str, str]) -> dict[str, Any]:
+    def get_version_inputs(self, versions: Mapping[str, str]) -> dict[str, Any]:
         """Return what the version of the whole depends on: of the parts their versions, not settings."""
-        kept = asdict(self)
+        inputs = asdict(self)
         # settings go: a part's version has those that count, and operational ones must not change the whole
-        for made in kept["parts"].values():
-            del made["settings"]
-        return {**kept, "order": list(self.parts), "versions": dict(versions)}
+        for part in inputs["parts"].values():
+            del part["settings"]
+        return {**inputs, "order": list(self.parts), "versions": dict(versions)}
 
-    def in_order(self) -> list[tuple[str, RewardPart]]:
+    def sort_parts(self) -> list[tuple[str, RewardPart]]:
         # False sorts before True, and the sort is stable: gates first, each group in the order of the
         # settings
         return sorted(self.parts.items(), key=lambda item: item[1].gate is None)
 
-    def judges(self, part: RewardPart, row: Row) -> bool:
+    def applies_to(self, part: RewardPart, row: Row) -> bool:
         return not part.domains or row.get(self.domain_field) in part.domains
 
-    def stops(self, part: RewardPart, result: Result) -> bool:
+    def is_final(self, part: RewardPart, result: Result) -> bool:
         """Return whether nothing has to be asked behind this result."""
         return result.reward is None or (part.gate is not None and result.reward < part.gate)
 
-    def combined(self, row: Row, results: Mapping[str, Result]) -> Result:
+    def combine_results(self, row: Row, results: Mapping[str, Result]) -> Result:
         """Return the result of a row from those of its parts; without one of them there is no reward."""
         if not results:
             return Result(None, "refused", {}, f"no part judges {self.domain_field} = "
-                                               f"{told_short(row.get(self.domain_field))}")
+                                               f"{format_short(row.get(self.domain_field))}")
         components = {name: {"reward": result.reward, "status": result.status, **result.components}
                       for name, result in results.items()}
         # a fault of the machine outranks one of the row: it may be gone tomorrow
@@ -86,7 +86,7 @@ class Composed:
                 if result.reward is None and result.status == status:
                     return Result(None, result.status, components, f"{name}: {result.reason}")
         for name, result in results.items():
-            if self.stops(self.parts[name], result):
+            if self.is_final(self.parts[name], result):
                 return Result(self.gated_reward, "scored", {**components, "gate": name})
         total = math.fsum(self.parts[name].weight * (r.reward or 0.0) for name, r in results.items())
         return Result(total, "scored", components)
@@ -122,14 +122,15 @@ class ComposedRunner(Runner):
 
     def score(self, rows: Sequence[Row]) -> list[Result]:
         composed = self._composed
-        found: list[dict[str, Result]] = [{} for _ in rows]
+        part_results: list[dict[str, Result]] = [{} for _ in rows]
         # part by part over the whole batch, so that each runner gets many rows at a time
-        going_on = list(range(len(rows)))
-        for name, part in composed.in_order():
-            asked = [i for i in going_on if composed.judges(part, rows[i])]
-            results = dict(zip(asked, self._runners[name].score([rows[i] for i in asked]), strict=True))
+        active = list(range(len(rows)))
+        for name, part in composed.sort_parts():
+            indices = [i for i in active if composed.applies_to(part, rows[i])]
+            results = dict(zip(indices, self._runners[name].score([rows[i] for i in indices]), strict=True))
             for i, result in results.items():
-                found[i][name] = result
+                part_results[i][name] = result
             # a gate that has stopped a row spares it the costlier parts
-            going_on = [i for i in going_on if i not in results or not composed.stops(part, results[i])]
-        return [composed.combined(row, results) for row, results in zip(rows, found, strict=True)]
+            active = [i for i in active if i not in results or not composed.is_final(part, results[i])]
+        return [composed.combine_results(row, results) for row,
+                results in zip(rows, part_results, strict=True)]

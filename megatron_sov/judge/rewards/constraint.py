@@ -26,8 +26,8 @@ from megatron_sov.base.settings import Bound, ProblemCode, Share
 from megatron_sov.chat.marks import unquote_marks
 from megatron_sov.judge.rewards import check_program
 from megatron_sov.judge.rewards.reward import (
-    OPERATION, Refused, Row, Score, content_of, short, text_of, told_short)
-from megatron_sov.judge.rewards.version import code_of
+    OPERATION, Refused, Row, Score, format_short, get_content, get_text, shorten_reason)
+from megatron_sov.judge.rewards.version import hash_code
 from megatron_sov.sandbox.program import Limits, Outcome, Program
 from megatron_sov.sandbox.sandbox import Sandbox, shared_sandbox
 
@@ -44,9 +44,9 @@ MODULES = frozenset(("__future__", "bisect", "collections", "csv", "dataclasses"
 MAX_SOURCE_CHARS = 20_000
 MAX_TEXT_CHARS = 400_000
 """Of a text that is checked; patterns over a longer one would take long."""
-CALLS_OF_TIME = 4
+TOTAL_TIME_FACTOR = 4
 """A function has so many times the time of a call for all its texts together, and twice that by the clock."""
-_QUIET = threading.Lock()
+_WARNINGS_LOCK = threading.Lock()
 """Which warnings are shown is a matter of the whole process: one thread at a time changes it."""
 _BANNED_NAMES = frozenset(("open", "exec", "eval", "compile", "input", "globals", "locals", "vars",
                            "breakpoint", "exit", "quit", "getattr", "setattr", "delattr", "memoryview", "id",
@@ -56,7 +56,7 @@ _BANNED_ATTRIBUTES = frozenset(("now", "today", "utcnow"))
 MAX_FUNCTIONS = 20
 
 
-def views_of(text: str, segmenter: Segmenter) -> list[str]:
+def segment_text(text: str, segmenter: Segmenter) -> list[str]:
     """Return a text, with its sentences set apart by full stops, and with its words by blanks as well; each
     different one once.
 
@@ -87,7 +87,7 @@ class ConstraintVerdict:
     """Whether the call ended in time; behind one that did not, the function is not asked again."""
 
 
-def problem_of(source: str, modules: Sequence[str] = ()) -> str:
+def find_check_problem(source: str, modules: Sequence[str] = ()) -> str:
     """Return why a source is no check; empty: it is one.
 
     Args:
@@ -98,7 +98,7 @@ def problem_of(source: str, modules: Sequence[str] = ()) -> str:
         return f"has {len(source):,} characters, at most {MAX_SOURCE_CHARS:,} are taken"
     try:
         # `catch_warnings` changes a filter of the whole process, and rewards may judge in threads
-        with _QUIET, warnings.catch_warnings():
+        with _WARNINGS_LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a model's "\d" is its own affair
             tree = ast.parse(source)
             compile(source, "check", "exec")
@@ -116,10 +116,10 @@ def problem_of(source: str, modules: Sequence[str] = ()) -> str:
         return "evaluate must take one argument, the response"
     # a module is named by its top package: `import os.path` is `os`
     allowed = MODULES | {name.partition(".")[0] for name in modules}
-    return next(filter(None, (_problem(node, allowed) for node in ast.walk(tree))), "")
+    return next(filter(None, (_find_node_problem(node, allowed) for node in ast.walk(tree))), "")
 
 
-def _problem(node: ast.AST, allowed: frozenset[str]) -> str:
+def _find_node_problem(node: ast.AST, allowed: frozenset[str]) -> str:
     imported: list[str] = []
     if isinstance(node, ast.Import):
         imported = [alias.name for alias in node.names]
@@ -141,7 +141,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith("__") and name != "__name__"
 
 
-def verdicts(sandbox: Sandbox, source: str, texts: Sequence[str], *, call_s: float = 5.0,
+def check_texts(sandbox: Sandbox, source: str, texts: Sequence[str], *, call_s: float = 5.0,
              memory_bytes: int = 512 << 20) -> list[ConstraintVerdict]:
     """Return what a check says of each text; it runs in the sandbox, each call in a process of its own.
 
@@ -155,34 +155,34 @@ def verdicts(sandbox: Sandbox, source: str, texts: Sequence[str], *, call_s: flo
     Raises:
         RuntimeError: the sandbox failed, or the machine was too busy to say whether the function is too slow.
     """
-    total_s = CALLS_OF_TIME * call_s
+    total_s = TOTAL_TIME_FACTOR * call_s
     # the clock is twice the processor's time: a machine shared with others must not decide
     limits = Limits(wall_s=2 * total_s + 1, cpu_s=total_s, memory_bytes=memory_bytes)
     request = json.dumps({"source": source, "texts": list(texts), "call_s": call_s})
-    outcome = sandbox.run(Program(_program(), stdin=request), limits)
+    outcome = sandbox.run(Program(_read_program(), stdin=request), limits)
     # no verdict of the function: the row fails, and does not count against the response
     if outcome.status in ("infrastructure", "refused"):
         raise RuntimeError(f"check function: {outcome.reason}")
-    return _read(outcome, len(texts))
+    return _read_verdicts(outcome, len(texts))
 
 
-def _read(outcome: Outcome, count: int) -> list[ConstraintVerdict]:
+def _read_verdicts(outcome: Outcome, count: int) -> list[ConstraintVerdict]:
     """Return the verdicts that a program wrote, and for the other texts why there is none."""
-    told: dict[int, ConstraintVerdict] = {}
+    verdict_by_index: dict[int, ConstraintVerdict] = {}
     for line in outcome.stdout.split("\n"):
         try:
             place, accepts, reason, how = json.loads(line)
         except (ValueError, TypeError, RecursionError):  # cut off where the program was ended
             break
         # lines come one by one: what was written before the program was ended still counts
-        told[place] = ConstraintVerdict(accepts, reason, how == "ended")
-    over = ConstraintVerdict(None, "was not asked: an earlier call did not end", ended=False)
+        verdict_by_index[place] = ConstraintVerdict(accepts, reason, how == "ended")
+    default = ConstraintVerdict(None, "was not asked: an earlier call did not end", ended=False)
     if outcome.status != "ok":
-        over = ConstraintVerdict(None, outcome.reason or outcome.status, ended=False)
-    return [told.get(place, over) for place in range(count)]
+        default = ConstraintVerdict(None, outcome.reason or outcome.status, ended=False)
+    return [verdict_by_index.get(place, default) for place in range(count)]
 
 
-def _program() -> str:
+def _read_program() -> str:
     try:
         return Path(check_program.__file__).read_text(encoding="utf-8")
     except OSError as e:
@@ -216,7 +216,7 @@ class Constraint:
 
     def inputs(self) -> dict[str, Any]:
         """Return what judges beside this process: the code of the sandbox's server, and its Python."""
-        return {"server": code_of("megatron_sov.sandbox.server"),
+        return {"server": hash_code("megatron_sov.sandbox.server"),
                 "python": list(sys.version_info[:2])}
 
     def prepare(self) -> None:
@@ -234,15 +234,15 @@ class Constraint:
             Refused: there are no functions, or one is none.
             TimeoutError: the machine was too busy.
         """
-        response = content_of(row) if self.hide_thinking else unquote_marks(text_of(row, "response"))
+        response = get_content(row) if self.hide_thinking else unquote_marks(get_text(row, "response"))
         if len(response) > MAX_TEXT_CHARS:
             raise Refused(f"response has {len(response):,} characters; at most {MAX_TEXT_CHARS:,} are "
                           "checked")
-        functions = functions_of(row, self.modules)
-        views = views_of(response.strip(), self.segmenter)
+        functions = get_functions(row, self.modules)
+        views = segment_text(response.strip(), self.segmenter)
         sandbox = shared_sandbox(self.enclosure, self.command)
         # every function sees every view: each call has a process of its own, so order does not matter
-        told = [verdicts(sandbox, function, views, call_s=self.call_time_s) for function in functions]
+        told = [check_texts(sandbox, function, views, call_s=self.call_time_s) for function in functions]
         # one view that it accepts is enough, as in Typhoon-S
         accepting = sum(any(one.accepts for one in each) for each in told)
         share = accepting / len(functions)
@@ -252,10 +252,11 @@ class Constraint:
         reward = float(kept)
         if self.give_share:
             reward = share if response.strip() else 0.0
-        return Score(reward, {"accepting": accepting, "functions": len(functions), "why": short(why)})
+        return Score(reward,
+                     {"accepting": accepting, "functions": len(functions), "why": shorten_reason(why)})
 
 
-def functions_of(row: Row, modules: tuple[str, ...] = ()) -> list[str]:
+def get_functions(row: Row, modules: tuple[str, ...] = ()) -> list[str]:
     """Return the sources of a row's check functions.
 
     Raises:
@@ -263,11 +264,11 @@ def functions_of(row: Row, modules: tuple[str, ...] = ()) -> list[str]:
     """
     functions = row.get("functions")
     if not isinstance(functions, list) or not 0 < len(functions) <= MAX_FUNCTIONS:
-        raise Refused(f"functions = {told_short(functions)} must be a list of 1 to {MAX_FUNCTIONS} texts of "
-                      "Python, each with a function evaluate(response)")
+        raise Refused(f"functions = {format_short(functions)} must be a list of 1 to {MAX_FUNCTIONS} texts "
+                      "of Python, each with a function evaluate(response)")
     for place, function in enumerate(functions):
         if not isinstance(function, str):
-            raise Refused(f"functions[{place}] = {told_short(function)} must be a text of Python")
-        if problem := problem_of(function, modules):
+            raise Refused(f"functions[{place}] = {format_short(function)} must be a text of Python")
+        if problem := find_check_problem(function, modules):
             raise Refused(f"functions[{place}] {problem}")
     return functions

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from megatron_sov.base.errors import UserError, format_error, format_install_command, suggest_name
 from megatron_sov.chat.marks import unquote_marks
-from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of, told_short
+from megatron_sov.judge.rewards.reward import Refused, Row, Score, format_short, get_text
 
 MAX_CHARS = 400_000
 """Longest response that is checked: patterns over a longer one would take long."""
@@ -58,14 +58,14 @@ class IfEval:
             Refused: an instruction is unknown, has wrong arguments, or needs data that are not installed.
         """
         # Thoughts and calls as the model wrote them: the checks read the whole text.
-        response = unquote_marks(text_of(row, "response"))
+        response = unquote_marks(get_text(row, "response"))
         if len(response) > MAX_CHARS:
             raise Refused(f"response has {len(response):,} characters; at most {MAX_CHARS:,} are checked")
         instructions = read_instructions(row)
-        texts = loosen(response) if self.loose else [response]
+        texts = loosen_response(response) if self.loose else [response]
         # An empty response follows nothing, though "no commas" holds for it.
         texts = [text for text in texts if text.strip()]
-        followed = [any(follows(name, text, arguments) for text in texts)
+        followed = [any(follows_instruction(name, text, arguments) for text in texts)
                     for name, arguments in instructions]
         share = sum(followed) / len(followed)
         components = {f"{i}:{name}": followed[i] for i, (name, _) in enumerate(instructions)}
@@ -79,23 +79,23 @@ def read_instructions(row: Row) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         Refused: there are none, or an instruction is unknown.
     """
-    given = row.get("instructions")
-    if given is None and isinstance(row.get("instruction_id_list"), list):
+    instructions = row.get("instructions")
+    if instructions is None and isinstance(row.get("instruction_id_list"), list):
         names, arguments = row["instruction_id_list"], row.get("kwargs")
         if not isinstance(arguments, list) or len(arguments) != len(names):
             raise Refused("kwargs must be a list as long as instruction_id_list")
         # The id last: an argument of that name must not replace it.
-        given = [{**kwargs, "id": name} if isinstance(kwargs, Mapping) else name
+        instructions = [{**kwargs, "id": name} if isinstance(kwargs, Mapping) else name
                  for name, kwargs in zip(names, arguments, strict=True)]
-    if not isinstance(given, list) or not given:
-        raise Refused(f"instructions = {told_short(given)} must be a list of objects with an id")
-    return [_read_instruction(item) for item in given]
+    if not isinstance(instructions, list) or not instructions:
+        raise Refused(f"instructions = {format_short(instructions)} must be a list of objects with an id")
+    return [_read_instruction(item) for item in instructions]
 
 
 def _read_instruction(item: Any) -> tuple[str, dict[str, Any]]:
     name = item.get("id") if isinstance(item, Mapping) else None
     if not isinstance(name, str) or name not in load_checks():
-        raise Refused(f"instruction {told_short(name or item)} is not known"
+        raise Refused(f"instruction {format_short(name or item)} is not known"
                       f"{suggest_name(str(name), load_checks())}")
     # The data set's table has a column for each argument of any instruction, empty for all others.
     arguments = {key: _read_argument(name, key, value) for key, value in item.items()
@@ -108,33 +108,33 @@ def _read_argument(name: str, key: str, value: Any) -> Any:
     an empty or negative one would make a check draw a random argument."""
     if key in WHOLE_NUMBERS:
         least = 1 if key in ("n_start", "n_end") else 0
-        wanted = f"a whole number of at least {least}"
+        requirement = f"a whole number of at least {least}"
         # JSON may bring 3.0.
         is_whole = type(value) is int or (isinstance(value, float) and value.is_integer())
         fits = is_whole and value >= least
         value = int(value) if fits else value
     elif key in TEXT_LISTS:
-        wanted = "a list of texts"
+        requirement = "a list of texts"
         fits = isinstance(value, list) and bool(value) and all(isinstance(part, str) for part in value)
     else:
-        wanted, fits = "a text", isinstance(value, str) and bool(value)
+        requirement, fits = "a text", isinstance(value, str) and bool(value)
     if not fits:
-        raise Refused(f"instruction {name}: {key} = {told_short(value)} must be {wanted}")
+        raise Refused(f"instruction {name}: {key} = {format_short(value)} must be {requirement}")
     return value
 
 
-def follows(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
+def follows_instruction(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
     """Return whether a text follows an instruction.
 
     Raises:
         Refused: the arguments are not those of the instruction, or its check needs data of NLTK.
     """
     check = load_checks()[name](name)
-    wanted = check.get_instruction_args_keys()
+    argument_names = check.get_instruction_args_keys()
     # Without one of its arguments a check draws it at random.
-    if set(wanted) != set(arguments):
-        raise Refused(f"instruction {name}: takes other arguments than {told_short(dict(arguments))}; write "
-                      f"{', '.join(wanted) or 'none'}")
+    if set(argument_names) != set(arguments):
+        raise Refused(f"instruction {name}: takes other arguments than {format_short(dict(arguments))}; "
+                      f"write {', '.join(argument_names) or 'none'}")
     try:
         check.build_description(**arguments)
         return bool(check.check_following(text))
@@ -143,7 +143,7 @@ def follows(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
     except (TypeError, ValueError, AttributeError, LookupError) as e:
         if isinstance(e, LookupError) and "NLTK" in str(e):
             raise Refused(f"instruction {name}: needs data of NLTK; run `{NLTK_DATA}`") from None
-        raise Refused(f"instruction {name}: cannot be checked with {told_short(dict(arguments))} "
+        raise Refused(f"instruction {name}: cannot be checked with {format_short(dict(arguments))} "
                       f"({format_error(e):.200})") from None
 
 
@@ -168,7 +168,7 @@ def load_checks() -> Mapping[str, Any]:
     return {**ifeval, **ifbench}
 
 
-def loosen(response: str) -> list[str]:
+def loosen_response(response: str) -> list[str]:
     """Return a response as it is, without its first line, its last, both; and each without asterisks."""
     lines = response.split("\n")
     texts = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]

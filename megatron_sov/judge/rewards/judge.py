@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal, TypeGuard
 from megatron_sov.base.errors import warn
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Finite, NotNegative, SettingsProblem, below_field, find_broken_rules, to_problem)
-from megatron_sov.judge.rewards.patterns import json_of
+from megatron_sov.judge.rewards.patterns import parse_json
 from megatron_sov.judge.rewards.reward import (
-    OPERATION, Refused, Row, Score, content_of, messages_of, prompt_text, text_of)
+    OPERATION, Refused, Row, Score, format_prompt, get_content, get_messages, get_text)
 from megatron_sov.work.endpoints.answers import BadAnswer, get_single_item
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
@@ -36,7 +36,7 @@ MAX_ANSWER_CHARS = 100_000
 RUBRIC = "Is the response correct, complete, honest and to the point?"
 
 
-def fenced_messages(model: str, rubric: str, material: Mapping[str, str], low: float,
+def build_fenced_messages(model: str, rubric: str, material: Mapping[str, str], low: float,
                     high: float) -> list[dict[str, str]]:
     """Return the messages that ask for a grade.
 
@@ -55,7 +55,7 @@ def fenced_messages(model: str, rubric: str, material: Mapping[str, str], low: f
             {"role": "user", "content": f"RUBRIC:\n{rubric}\n\n{text}"}]
 
 
-def grade_of(answer: Any, low: float, high: float) -> tuple[float, str]:
+def read_grade(answer: Any, low: float, high: float) -> tuple[float, str]:
     """Return score and reason of a chat completion.
 
     Raises:
@@ -75,24 +75,24 @@ def grade_of(answer: Any, low: float, high: float) -> tuple[float, str]:
     content = message.get("content")
     if not isinstance(content, str):
         raise BadAnswer("the judge's answer has no text")
-    return grade_in(content, low, high)
+    return parse_grade(content, low, high)
 
 
-def grade_in(content: str, low: float, high: float) -> tuple[float, str]:
+def parse_grade(content: str, low: float, high: float) -> tuple[float, str]:
     """Return score and reason of what a judge wrote; raises BadAnswer where it gives no sound score."""
     # a judge that thinks may write drafts of a grade before it
-    found = (json_of(content.rpartition(THINKING_END)[2].strip()) if len(content) < MAX_ANSWER_CHARS
+    grade = (parse_json(content.rpartition(THINKING_END)[2].strip()) if len(content) < MAX_ANSWER_CHARS
              else None)
-    found = found if isinstance(found, dict) else {}
-    value = found.get("score")
+    grade = grade if isinstance(grade, dict) else {}
+    value = grade.get("score")
     # a grade out of bounds is none: clipping it would pay for a judge that was talked into 100
     if not is_number(value) or not low <= value <= high:
         raise BadAnswer(f"the judge gave no score from {low:g} to {high:g}")
-    reason = found.get("reason")
+    reason = grade.get("reason")
     return float(value), reason if isinstance(reason, str) else ""
 
 
-def sound(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Return a text as UTF-8 can hold it: half of a surrogate pair becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
@@ -168,22 +168,22 @@ class Judge:
             BadAnswer: it gave no score.
         """
         # thoughts are no part of the response that is graded
-        response = content_of(row) if self.hide_thinking else text_of(row, "response")
+        response = get_content(row) if self.hide_thinking else get_text(row, "response")
         if len(response) > self.max_chars:
             raise Refused(f"response has {len(response):,} characters; the judge reads at most "
                           f"{self.max_chars:,}")
-        response = sound(response)
+        response = replace_surrogates(response)
         if self.kind == "reward-model":
-            before = [{name: sound(text) for name, text in m.items()} for m in messages_of(row)]
+            before = [{name: replace_surrogates(text) for name, text in m.items()} for m in get_messages(row)]
             messages = [*before, {"role": "assistant", "content": response}]
-            value = self._asked.ask({"model": self.model, "messages": messages}, _pooled)
+            value = self._endpoint.ask({"model": self.model, "messages": messages}, _read_pooled_score)
             return Score(value, {"judge": value})
-        value, reason = self._asked.ask(self._payload(row, response), self._graded)
+        value, reason = self._endpoint.ask(self._build_request(row, response), self._read_grade)
         reward = (value - self.min_score) / (self.max_score - self.min_score)
         return Score(reward, {"judge": value, "said": reason[:500]})
 
     @cached_property
-    def _asked(self) -> Endpoint:
+    def _endpoint(self) -> Endpoint:
         # /pooling is vLLM's own path, beside the OpenAI-like /v1
         base = self.endpoint.rstrip("/")
         url = f"{base}/chat/completions" if self.kind == "rubric" else f"{base.removesuffix('/v1')}/pooling"
@@ -192,21 +192,22 @@ class Judge:
                                 self.input_price, self.output_price)
         return Endpoint(url, self.api_key_env, limits, EndpointCache(Path(self.cache)), report=warn)
 
-    def _payload(self, row: Row, response: str) -> dict[str, Any]:
+    def _build_request(self, row: Row, response: str) -> dict[str, Any]:
         """Return the request: the response fenced by a line that its writer could not know."""
-        rubric = self.rubric if row.get("rubric") is None else sound(text_of(row, "rubric"))
-        material = {"prompt": sound(prompt_text(row)), "response": response}
+        rubric = self.rubric if row.get("rubric") is None else replace_surrogates(get_text(row, "rubric"))
+        material = {"prompt": replace_surrogates(format_prompt(row)), "response": response}
         # a reference is material too: it stands inside of a fence
         if row.get("answer") is not None:
-            material["known answer"] = sound(text_of(row, "answer"))
+            material["known answer"] = replace_surrogates(get_text(row, "answer"))
         return {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens,
-                "messages": fenced_messages(self.model, rubric, material, self.min_score, self.max_score)}
+                "messages": build_fenced_messages(self.model, rubric, material, self.min_score,
+                                                  self.max_score)}
 
-    def _graded(self, answer: Any) -> tuple[float, str]:
-        return grade_of(answer, self.min_score, self.max_score)
+    def _read_grade(self, answer: Any) -> tuple[float, str]:
+        return read_grade(answer, self.min_score, self.max_score)
 
 
-def _pooled(answer: Any) -> float:
+def _read_pooled_score(answer: Any) -> float:
     """Return the number of a reward model: that of the last token, where there is one for each."""
     value = get_single_item(answer, "data").get("data")
     while isinstance(value, list) and value:

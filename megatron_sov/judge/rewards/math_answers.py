@@ -16,8 +16,9 @@ from typing import Any
 from megatron_sov.base.errors import format_install_command
 from megatron_sov.base.settings import AboveZero, AtLeastOne, SettingsProblem, to_problem
 from megatron_sov.judge.rewards.answers import (
-    final_answer, last_box, last_boxed, normalized, read_quantity, same)
-from megatron_sov.judge.rewards.reward import Refused, Row, Score, content_of, text_of
+    are_equal_quantities, extract_final_answer, extract_last_box, find_last_box, normalize_answer,
+    read_quantity)
+from megatron_sov.judge.rewards.reward import Refused, Row, Score, get_content, get_text
 
 MAX_ANSWER_CHARS = 10_000
 MAX_BOXES = 12
@@ -26,7 +27,8 @@ UNIT_TOLERANCE = 0.01
 """Numbers are compared by math-verify; one with a prefix too many is off by ten at least."""
 _FULL_STOP = re.compile(r"(?<=\d)\.(?=\s*\}(?:[^{}]|\Z))")
 """At the end of a box: 42. is 42."""
-_SPELLED = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}", "∞": "\\infty ", "≤": "\\le ",
+_UNICODE_TO_LATEX = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}", "∞": "\\infty ",
+                                   "≤": "\\le ",
                           "≥": "\\ge ", "≠": "\\neq ", "²": "^2", "³": "^3", "½": "\\frac{1}{2}",
                           **{chr(0xff10 + digit): str(digit) for digit in range(10)}})
 """Unicode signs, and digits as East Asian keyboards write them -> LaTeX that math-verify reads."""
@@ -40,7 +42,7 @@ _STYLED_NUMBER = re.compile(r"\\(?:math|text)(?:bf|rm|it|sf|tt|normal)?\s*\{([-+
 _ROOT = re.compile(r"\\?(?<![A-Za-z])sqrt\s*\(([^()]*)\)")
 _GROUPED_DIGITS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])")
 """1 000, which LaTeX reads as a product."""
-_DRESS = re.compile(r"\\(?:text)?color\s*\{\w+\}|\\(?:boldsymbol|bm|underline)(?=\s*\{)|(?<=\{)\\[,;:!]")
+_STYLES = re.compile(r"\\(?:text)?color\s*\{\w+\}|\\(?:boldsymbol|bm|underline)(?=\s*\{)|(?<=\{)\\[,;:!]")
 """Colour, weight, a line under it and a narrow space at its begin: nothing of an answer's value."""
 _FRAMED = re.compile(r"(?<=\\boxed\{)\s*(?:\\[(\[]|\$)"
                      r"((?:(?!\\[()\[\]]|\$).){1,1000})(?:\\[)\]]|\$)\s*(?=\})", re.S)
@@ -50,14 +52,14 @@ _TUPLE = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]")
 _THOUSANDS = re.compile(r"(?<=\d)\\[,!;: ]\s*(?=\d{3}(?!\d))")
 """LaTeX's narrow spaces between groups of three digits, which math-verify takes for a product."""
 _THREE_DIGITS = re.compile(r"\A\s*\{\s*(?=\d{3}(?!\d))")
-_BETWEEN = re.compile(r"(?:[\s$,;]|\\[()\[\]]|\b(?:and|or)\b)*", re.IGNORECASE)
+_BOX_SEPARATORS = re.compile(r"(?:[\s$,;]|\\[()\[\]]|\b(?:and|or)\b)*", re.IGNORECASE)
 """Between boxes that are one answer of several values: all else makes the last one a correction."""
 _MIXED = re.compile(r"(?<![\d.,/^_}])(\d{1,9}) +(\d{1,4})/(\d{1,4})(?![\d.,]*[\d/^])")
 """3 1/2, which is 7/2, and nothing where the fraction is no part of one."""
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d{1,30}(?:\.\d{1,30})?)[eE]\+?(-?\d{1,3})(?![\w.])", re.ASCII)
-_COUNTED = re.compile(r"(?<=\d)\s*(개|명|원|마리|권|번|장|대|살|가지)(?=\s*(?:\}|\Z))")
+_KOREAN_COUNTER = re.compile(r"(?<=\d)\s*(개|명|원|마리|권|번|장|대|살|가지)(?=\s*(?:\}|\Z))")
 """A Korean counter after a number that is the whole of an answer."""
-_MEASURED = re.compile(r"(?<=\\boxed\{)([-+]?[\d.,]{1,99}(?:/\d{1,9})?) ?"
+_BOXED_MEASURE = re.compile(r"(?<=\\boxed\{)([-+]?[\d.,]{1,99}(?:/\d{1,9})?) ?"
                        r"((?:[A-Za-z]{2}|[A-Za-z](?=/))[A-Za-z/ .]{0,60}(?:\^\{?[23]\}?)?)(?=\})")
 """All of a box as a number with a unit in plain letters."""
 _DELIMITED = re.compile(r"\s*(?:\$\$?([^$]+)\$\$?|\\\((.+)\\\)|\\\[(.+)\\\])\s*\.?\s*", re.DOTALL)
@@ -80,24 +82,25 @@ _LITERAL = re.compile(
 """A number as it is written, blanks, brackets around it and units taken away."""
 _NAME = re.compile(r"\\?[A-Za-z]\w{0,20}(?:_?\{?\w{0,8}\}?)?(?:\(\w{0,8}\))?'*", re.ASCII)
 _SIDES = re.compile(r"(?<![\\<>!])=|\\approx|≈|\\in(?![A-Za-z])")
-_UNDONE = re.compile(r"\\(?:i{0,3}int|oint|sum|prod|lim|det)(?![A-Za-z])|frac\s*\{\s*(?:d|\\partial)[^{}]*\}"
-                     r"\s*\{\s*(?:d|\\partial)\s*[A-Za-z]")
+_OPEN_OPERATORS = re.compile(r"\\(?:i{0,3}int|oint|sum|prod|lim|det)(?![A-Za-z])|"
+                             r"frac\s*\{\s*(?:d|\\partial)[^{}]*\}\s*\{\s*(?:d|\\partial)\s*[A-Za-z]")
 """Operators that state a question and answer none."""
 _FORMULA = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end|operatorname)\s*\{[^{}]*\}")
-_HEDGE = re.compile(r"n't\b|\b(?:not|never|neither|either|between|among|one of|below|above|unknown|maybe"
+_HEDGES = re.compile(r"n't\b|\b(?:not|never|neither|either|between|among|one of|below|above|unknown|maybe"
                     r"|perhaps|at (?:most|least)|(?:less|greater|more|fewer|other) than)\b|不是|ไม่ใช่",
                     re.IGNORECASE)
 """Words before a number that make it none that is given as the answer."""
-_ANOTHER = re.compile(r"[\s$(]*(?:(?:or|to|and(?!\s+not))\b|또는|이나|或|または|หรือ)[^.]*\d", re.IGNORECASE)
+_SECOND_NUMBER = re.compile(r"[\s$(]*(?:(?:or|to|and(?!\s+not))\b|또는|이나|或|または|หรือ)[^.]*\d",
+                            re.IGNORECASE)
 """Behind a number: another one."""
-_TAKEN_BACK = re.compile(r"[\s$().,;:?!*]*(?:(?:no|wait|actually|sorry|hmm)\s*[,:.]|(?:not sure|could be"
+_RETRACTION = re.compile(r"[\s$().,;:?!*]*(?:(?:no|wait|actually|sorry|hmm)\s*[,:.]|(?:not sure|could be"
                          r"|maybe|perhaps)\b)", re.IGNORECASE)
 """Behind a number that was said too early: what comes behind this counts."""
-_LISTED = re.compile(r"\d[$)\]]*(?:,\s+|;\s*|\s+)(?!\d{3}(?!\d))[$(\[]*[-+]?\d[\d.,]*[\s$)\].]*\Z")
+_NUMBER_LIST = re.compile(r"\d[$)\]]*(?:,\s+|;\s*|\s+)(?!\d{3}(?!\d))[$(\[]*[-+]?\d[\d.,]*[\s$)\].]*\Z")
 """At the end: numbers beside each other, of which math-verify takes the last one."""
-_OPEN = re.compile(r"\\(?:neg|neq?|not|[lc]?dots|pm|mp|lor|vee|[lg]t|propto)(?![A-Za-z])"
+_OPEN_BOX = re.compile(r"\\(?:neg|neq?|not|[lc]?dots|pm|mp|lor|vee|[lg]t|propto)(?![A-Za-z])"
                    r"|\\(?:text|mathrm|mbox)\s*\{[^{}]*\b(?:or|wrong|false|incorrect|not|at least|at most)\b")
 """In a box: what takes its number back, or leaves it open."""
 _SCALE = (r"\d[\s$)}]*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?"
@@ -105,7 +108,7 @@ _SCALE = (r"\d[\s$)}]*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?"
 _SCALED = re.compile(_SCALE + r"|[xyzn](?=[\s$).}]*\Z))", re.IGNORECASE)
 _SCALED_GOLD = re.compile(_SCALE + ")", re.IGNORECASE)
 """Words after a number that multiply it, and that math-verify takes for a unit."""
-_DENIED = re.compile(r"[^\d]{0,8}(?:아(?:니|닙|닌)|않|ではな)")
+_NEGATION = re.compile(r"[^\d]{0,8}(?:아(?:니|닙|닌)|않|ではな)")
 """Behind a number, where verbs stand there: that it is not the answer."""
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _SHORT_WORDS = frozenset(("no", "yes", "on", "off", "odd"))
@@ -162,180 +165,182 @@ class Math:
             Refused: the row has no answer, or one that is no mathematics.
         """
         # the gold answer first: a row that cannot be judged is refused whatever the response says
-        answer = text_of(row, "answer")
+        answer = get_text(row, "answer")
         if not 0 < len(answer.strip()) <= MAX_ANSWER_CHARS:
             raise Refused(f"answer has {len(answer):,} characters; it must have 1 to {MAX_ANSWER_CHARS:,}")
-        answer = _undelimited(answer)
+        answer = _strip_delimiters(answer)
         # a box in the thoughts of a response, or in a call, is no answer of it
-        said = content_of(row)[-self.tail_chars:]
-        if wanted := _as_text(answer):
-            if normalized(final_answer(f"\\boxed{{{answer}}}") or "") != wanted:
-                raise _refused(answer, "is no short text")
-            given = final_answer(said) or ""
-            text = normalized(given)
+        content = get_content(row)[-self.tail_chars:]
+        if gold_words := _normalize_words(answer):
+            if normalize_answer(extract_final_answer(f"\\boxed{{{answer}}}") or "") != gold_words:
+                raise _refuse_answer(answer, "is no short text")
+            extracted = extract_final_answer(content) or ""
+            text = normalize_answer(extracted)
             if _CAPITALS.fullmatch(answer.strip()):
                 text = re.sub(r"[\s,]", "", text)
-            return Score(float(text == wanted), {"extracted": given[:200]})
+            return Score(float(text == gold_words), {"extracted": extracted[:200]})
         box = answer if "\\boxed" in answer else f"\\boxed{{{answer}}}"
-        gold = self._gold(answer, box)
+        gold = self._parse_gold(answer, box)
         # the proof that the answer was read whole and can be judged: in a box, it equals itself
-        if not self._verdict(box, gold, _without_dollars(box))[0]:
-            raise _refused(answer, "is not equal to itself for math-verify, which reads a part of it")
-        right, shown = self._verdict(box, gold, said)
+        if not self._compare_response(box, gold, _strip_dollars(box))[0]:
+            raise _refuse_answer(answer, "is not equal to itself for math-verify, which reads a part of it")
+        right, shown = self._compare_response(box, gold, content)
         return Score(float(right), {"extracted": shown[:200]})
 
-    def _verdict(self, answer: str, gold: list[Any], said: str) -> tuple[bool, str]:
+    def _compare_response(self, answer: str, gold: list[Any], response: str) -> tuple[bool, str]:
         """Return whether a response gives the gold answer, and the answer that it gives, as LaTeX.
 
         Args:
             answer: the gold answer in a box.
             gold: the gold answer as math-verify reads it.
-            said: the response without thoughts and calls.
+            response: the response without thoughts and calls.
         """
-        said = _in_latex(said, counter=_counter_of(answer))
-        found = self._found(said, gold)
+        response = _to_latex(response, counter=_find_counter(answer))
+        parsed = self._parse_response(response, gold)
         # the text, since showing a number such as 10**10**10 would compute it
-        shown = next((item for item in reversed(found) if isinstance(item, str)), "")
-        right = (self._states(shown, found, gold, last_boxed(said) or "") and self._equal(gold, found)
-                 and not (self.strict and _is_of_other_kind(gold, shown))
-                 and _has_its_unit(answer, said) and _has_its_scale(answer, said)
-                 and _has_its_base(answer, shown))
-        return right, shown
+        extracted = next((item for item in reversed(parsed) if isinstance(item, str)), "")
+        right = (self._states_value(extracted, parsed, gold, extract_last_box(response) or "")
+                 and self._verify(gold, parsed)
+                 and not (self.strict and _mixes_set_and_tuple(gold, extracted))
+                 and _has_matching_unit(answer, response) and _has_no_scale_word(answer, response)
+                 and _has_matching_base(answer, extracted))
+        return right, extracted
 
-    def _equal(self, gold: list[Any], found: list[Any]) -> bool:
+    def _verify(self, gold: list[Any], parsed: list[Any]) -> bool:
         from math_verify import verify
 
         # no limit of time of its own: those are signals, and need a main thread
-        return bool(verify(gold, found, float_rounding=self.float_rounding, strict=self.strict,
+        return bool(verify(gold, parsed, float_rounding=self.float_rounding, strict=self.strict,
                            timeout_seconds=None))
 
-    def _found(self, response: str, gold: list[Any]) -> list[Any]:
+    def _parse_response(self, response: str, gold: list[Any]) -> list[Any]:
         """Return the answer of a response as math-verify reads it: from the last box on, else where an answer
         is announced."""
         is_number = all(isinstance(item, str) or getattr(item, "is_number", False) for item in gold)
-        boxed = _from_last_boxes(response, alone=is_number)
+        boxed = _cut_to_last_boxes(response, alone=is_number)
         if boxed or not self.marked_only:
-            return _parsed(boxed, latex_only=True) if boxed else _parsed(response)
-        said = final_answer(response) or ""
-        if _is_hedged(said) or (is_number and _LISTED.search(said)):
+            return _parse_expressions(boxed, latex_only=True) if boxed else _parse_expressions(response)
+        announced = extract_final_answer(response) or ""
+        if _is_hedged(announced) or (is_number and _NUMBER_LIST.search(announced)):
             return []
         # math-verify reads plain expressions in part (14 of 14 - i): they are read in a box, or not at all
-        if expression := _plain_expression(said):
-            return _parsed(f"\\boxed{{{expression}}}", latex_only=True)
+        if expression := _plain_expression(announced):
+            return _parse_expressions(f"\\boxed{{{expression}}}", latex_only=True)
         # no box: first where "the answer is" stands, then the last line, unless that is prose
-        found = _parsed(response, anchored=True)
-        if all(isinstance(item, str) for item in found):
-            found = [] if _is_prose(said) else _parsed(said)
-        return found
+        parsed = _parse_expressions(response, anchored=True)
+        if all(isinstance(item, str) for item in parsed):
+            parsed = [] if _is_prose(announced) else _parse_expressions(announced)
+        return parsed
 
-    def _states(self, shown: str, found: list[Any], gold: list[Any], box: str) -> bool:
+    def _states_value(self, extracted: str, parsed: list[Any], gold: list[Any], box: str) -> bool:
         """Return whether an answer gives what was asked for, and does not ask for it again."""
         if not self.literal:
             return True
-        wanted = next((item for item in reversed(gold) if isinstance(item, str)), "")
+        gold_text = next((item for item in reversed(gold) if isinstance(item, str)), "")
         # an integral written down again equals its value for sympy, and answers nothing
-        if _UNDONE.search(shown) and not _UNDONE.search(wanted):
+        if _OPEN_OPERATORS.search(extracted) and not _OPEN_OPERATORS.search(gold_text):
             return False
-        *names, last = _SIDES.split(wanted)
+        *names, last = _SIDES.split(gold_text)
         # an equation is answered by an equation, and has no value: x + y = 5 is not 5
-        if any(_is_side_of_equation(name) for name in names):
-            return len(_SIDES.split(shown)) > 1
+        if any(_is_equation_side(name) for name in names):
+            return len(_SIDES.split(extracted)) > 1
         value = literal_value(last)
-        is_one = all(isinstance(item, str) or getattr(item, "is_number", False)
+        is_single_value = all(isinstance(item, str) or getattr(item, "is_number", False)
                      or getattr(item, "is_Relational", False) for item in gold)
-        if value is None or not is_one:
+        if value is None or not is_single_value:
             return True
-        if _OPEN.search(box):  # math-verify takes words and such signs away
+        if _OPEN_BOX.search(box):  # math-verify takes words and such signs away
             return False
-        *sides, last = _SIDES.split(shown)
-        given = literal_value(last)
-        if given is None:
+        *sides, last = _SIDES.split(extracted)
+        extracted_value = literal_value(last)
+        if extracted_value is None:
             # what math-verify shows may be another match than the one that it reads: a number in the text
-            plain = [] if "\\boxed" in shown else _parsed(shown, expressions=True)
-            return bool(found and plain) and getattr(found[0], "is_Number", False) and plain[0] == found[0]
+            plain = [] if "\\boxed" in extracted else _parse_expressions(extracted, expressions=True)
+            return bool(parsed and plain) and getattr(parsed[0], "is_Number", False) and plain[0] == parsed[0]
         # relative: math-verify rounds to decimals, by which all charges of particles are equal
-        if not any(math.isclose(given * factor, value, rel_tol=0.01)
+        if not any(math.isclose(extracted_value * factor, value, rel_tol=0.01)
                    # percent and share are both accepted: 50 % is 0.5
                    for factor in (1, 100, 0.01)):
             return False
         # "a + b = 42" leaves open what its beginning is; all else before the number has to be the number
-        for i, side in enumerate(side for side in sides if _bare(side)):
-            read = [] if _NAME.fullmatch(_bare(side)) else _parsed(f"\\boxed{{{side}}}")
+        for i, side in enumerate(side for side in sides if _strip_brackets(side)):
+            read = [] if _NAME.fullmatch(_strip_brackets(side)) else _parse_expressions(f"\\boxed{{{side}}}")
             is_open = i == 0 and "," not in side and bool(read and getattr(read[0], "free_symbols", None))
-            if not (_NAME.fullmatch(_bare(side)) or is_open or self._equal(gold, read)):
+            if not (_NAME.fullmatch(_strip_brackets(side)) or is_open or self._verify(gold, read)):
                 return False
         return True
 
-    def _gold(self, answer: str, box: str) -> list[Any]:
+    def _parse_gold(self, answer: str, box: str) -> list[Any]:
         """Return a gold answer as math-verify reads it: always LaTeX, in a box unless it has formulas.
 
         Raises:
             Refused: math-verify does not read it, or reads a part of it.
         """
         if found := _UNREADABLE.search(answer) or _SCALED_GOLD.search(answer):
-            raise _refused(answer, f"has {found[0]!r}, which math-verify leaves out; write the value alone")
+            raise _refuse_answer(answer,
+                                 f"has {found[0]!r}, which math-verify leaves out; write the value alone")
         has_formulas = re.search(r"\$[^$]+\$|\\[(\[]", answer) and "\\boxed" not in answer
-        read = _in_latex(answer if has_formulas else box, counter=_counter_of(box))
-        gold = _parsed(read, latex_only=True)
+        read = _to_latex(answer if has_formulas else box, counter=_find_counter(box))
+        gold = _parse_expressions(read, latex_only=True)
         if not gold or isinstance(gold[0], str):
-            raise _refused(answer, "is no mathematics that math-verify reads")
+            raise _refuse_answer(answer, "is no mathematics that math-verify reads")
         plain = _COMMAND.sub(" ", _ENVIRONMENT.sub(" ", str(gold[-1])))
         if word := re.search(r"[A-Za-z]{4,}|\b(?:of|is|to|the|per|out)\b", plain):
-            raise _refused(answer, f"has the word {word[0]!r}, which is no mathematics")
+            raise _refuse_answer(answer, f"has the word {word[0]!r}, which is no mathematics")
         value = literal_value(answer)
         if value is not None and getattr(gold[0], "is_Number", False) and not any(
                 math.isclose(float(gold[0]) * factor, value) for factor in (1, 100, 0.01)):
-            raise _refused(answer, f"is {value:g}, and {float(gold[0]):g} for math-verify")
+            raise _refuse_answer(answer, f"is {value:g}, and {float(gold[0]):g} for math-verify")
         # f(3) = 42 is given by 42 too, as x = 42 is for math-verify
         name, _, last = str(gold[-1]).rpartition("=")
-        if name and literal_value(last) is not None and not _is_side_of_equation(name):
-            number = _parsed(f"\\boxed{{{last}}}", latex_only=True)
-            gold = gold if self._equal(gold[:1], number[:1]) else [*number[:1], *gold]
+        if name and literal_value(last) is not None and not _is_equation_side(name):
+            number = _parse_expressions(f"\\boxed{{{last}}}", latex_only=True)
+            gold = gold if self._verify(gold[:1], number[:1]) else [*number[:1], *gold]
         return gold
 
 
 def literal_value(text: str) -> float | None:
     """Return the number that a text is, written out: whole, decimal, mixed, a fraction that is no whole
     number, in scientific notation, with a sign of percent; None for expressions that have to be computed."""
-    found = _LITERAL.fullmatch(_bare(text))
+    match = _LITERAL.fullmatch(_strip_brackets(text))
     # "1, 2" and tuples are several values; "1,000" is one
     several = re.search(r",\s", text) or ("," in text and text.lstrip().startswith(("(", "\\{", "\\left")))
-    if found is None or several or not any(char.isdigit() for char in found[0]):
+    if match is None or several or not any(char.isdigit() for char in match[0]):
         return None
     # an odd number of minus signs in front is a minus
-    sign = -1.0 if found[0][:len(found[0]) - len(found[0].lstrip("+-"))].count("-") % 2 else 1.0
+    sign = -1.0 if match[0][:len(match[0]) - len(match[0].lstrip("+-"))].count("-") % 2 else 1.0
     try:
-        over, under = found["over"] or found["top"], found["under"] or found["bottom"]
+        over, under = match["over"] or match["top"], match["under"] or match["bottom"]
         if over:
             # 6/2 restates a division that the question asks for; 7/2 is a value
-            if (above := _number(over)) % (below := _number(under)) == 0:
+            if (above := _parse_number(over)) % (below := _parse_number(under)) == 0:
                 return None
-            return sign * (float(found["whole"] or 0) + above / below)
-        power = re.search(r"[+-]?\d+\}?\Z", found["power"] or "0")
+            return sign * (float(match["whole"] or 0) + above / below)
+        power = re.search(r"[+-]?\d+\}?\Z", match["power"] or "0")
         assert power is not None
         exponent = int(power[0].rstrip("}"))
-        return sign * _number(found["number"] or "1") * 10.0 ** exponent
+        return sign * _parse_number(match["number"] or "1") * 10.0 ** exponent
     except (OverflowError, ZeroDivisionError):
         return None
 
 
-def _refused(answer: str, why: str) -> Refused:
+def _refuse_answer(answer: str, why: str) -> Refused:
     return Refused(f"answer = {answer[:80]!r} {why}; a gold answer has to be one value in LaTeX, or words")
 
 
-def _undelimited(answer: str) -> str:
+def _strip_delimiters(answer: str) -> str:
     """Return an answer without the delimiters of a formula around the whole of it."""
-    found = _DELIMITED.fullmatch(answer)
-    return next(filter(None, found.groups())).strip() if found else answer
+    match = _DELIMITED.fullmatch(answer)
+    return next(filter(None, match.groups())).strip() if match else answer
 
 
-def _without_dollars(box: str) -> str:
+def _strip_dollars(box: str) -> str:
     return box if box.count("$") < 2 else re.sub(r"(?<!\\)\$", "", box)
 
 
-def _as_text(answer: str) -> str:
+def _normalize_words(answer: str) -> str:
     """Return a gold answer of words as it is compared, by letters; empty: it is mathematics."""
-    text = normalized(answer)
+    text = normalize_answer(answer)
     # an order, or a choice of several letters: as a product ACB would equal ABC
     if _CAPITALS.fullmatch(answer.strip()):
         return text
@@ -346,19 +351,19 @@ def _as_text(answer: str) -> str:
     return text if is_word and _TEXT_ANSWER.fullmatch(text) and text != "infinity" else ""
 
 
-def _with_marked_unit(found: re.Match[str]) -> str:
+def _mark_unit(match: re.Match[str]) -> str:
     """Return a quantity with its plain unit marked as text: math-verify would multiply by c and m."""
-    is_unit = read_quantity(found[0]) is not None or re.match("[A-Za-z]{3}", found[2])
-    is_function = re.match(f"(?:{_FUNCTIONS}|sqrt|infinity)", found[2])
-    return f"{found[1]} \\text{{ {found[2]}}}" if is_unit and not is_function else found[0]
+    is_unit = read_quantity(match[0]) is not None or re.match("[A-Za-z]{3}", match[2])
+    is_function = re.match(f"(?:{_FUNCTIONS}|sqrt|infinity)", match[2])
+    return f"{match[1]} \\text{{ {match[2]}}}" if is_unit and not is_function else match[0]
 
 
-def _counter_of(answer: str) -> str:
-    found = _COUNTED.search(answer)
-    return found[1] if found else ""
+def _find_counter(answer: str) -> str:
+    match = _KOREAN_COUNTER.search(answer)
+    return match[1] if match else ""
 
 
-def _in_latex(text: str, *, counter: str) -> str:
+def _to_latex(text: str, *, counter: str) -> str:
     """Return a text with its numbers and signs as math-verify reads them.
 
     Args:
@@ -366,96 +371,98 @@ def _in_latex(text: str, *, counter: str) -> str:
         counter: Korean counter of the gold answer; another one stays, and makes another answer. Empty: all
             go.
     """
-    text = text.translate(_SPELLED).replace("\\fbox{", "\\boxed{")
-    text = _BRACKET.sub(lambda found: _BRACKETS[found[1]], _STYLED_NUMBER.sub(r"\1\2", _DRESS.sub("", text)))
+    text = text.translate(_UNICODE_TO_LATEX).replace("\\fbox{", "\\boxed{")
+    text = _BRACKET.sub(lambda found: _BRACKETS[found[1]],
+                        _STYLED_NUMBER.sub(r"\1\2", _STYLES.sub("", text)))
     text = _FRAMED.sub(r"\1", _FULL_STOP.sub("", text.replace("~", " ")))
     text = re.sub(r"(?<=\{)\s*=", "", re.sub(r"\\approx(?![A-Za-z])|≈", "=", text))
     text = _GROUPED_DIGITS.sub(lambda found: found[0].replace(" ", ""), text)
     # mixed numbers and powers of ten go in as LaTeX, in which math-verify cannot take them apart
-    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _MIXED.sub(_as_fraction, text))
-    text = _COUNTED.sub(lambda found: "" if counter in ("", found[1]) else found[0], text)
-    return _MEASURED.sub(_with_marked_unit, text)
+    text = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", _MIXED.sub(_format_mixed_number, text))
+    text = _KOREAN_COUNTER.sub(lambda found: "" if counter in ("", found[1]) else found[0], text)
+    return _BOXED_MEASURE.sub(_mark_unit, text)
 
 
-def _is_side_of_equation(side: str) -> bool:
+def _is_equation_side(side: str) -> bool:
     """Return whether a side of a gold equation is an expression in variables, and no name of a value."""
-    bare = _bare(side)
+    bare = _strip_brackets(side)
     has_variable = re.search("[A-Za-z]", _COMMAND.sub("", bare))
     return bool(has_variable and not _NAME.fullmatch(bare)
                 and re.search(r"[-+*/^\d]|\\(?:cdot|times|[dt]?frac|sqrt)", bare))
 
 
-def _plain_expression(said: str) -> str:
+def _plain_expression(announced: str) -> str:
     """Return the expression that an announced answer begins with, if that is more than a number, a name or a
     quantity with its unit; else an empty text."""
-    found = _PLAIN_EXPRESSION.match(said)
-    expression = re.sub(r"[-+*/^_=(\[<>,\s]+\Z", "", found[1]) if found else ""
+    match = _PLAIN_EXPRESSION.match(announced)
+    expression = re.sub(r"[-+*/^_=(\[<>,\s]+\Z", "", match[1]) if match else ""
     is_more = re.search(rf"[-+*/^=(\[{{<>]|\\|(?:{_FUNCTIONS})(?![A-Za-z])", expression)
     is_number = literal_value(expression) is not None or read_quantity(expression) is not None
     return expression if is_more and not is_number else ""
 
 
-def _is_of_other_kind(gold: list[Any], shown: str) -> bool:
+def _mixes_set_and_tuple(gold: list[Any], extracted: str) -> bool:
     """Return whether one is written as a set and the other as a tuple or interval: sympy takes the first for
     whatever the second is."""
-    wanted = next((item for item in reversed(gold) if isinstance(item, str)), "")
+    gold_text = next((item for item in reversed(gold) if isinstance(item, str)), "")
     one, other = (re.sub(r"\\(?:left|right)(?![A-Za-z])|[\s$]", "", _SIDES.split(text)[-1])
-                  for text in (wanted, shown))
+                  for text in (gold_text, extracted))
     return any(_SET.fullmatch(a) and _TUPLE.fullmatch(b) for a, b in ((one, other), (other, one)))
 
 
-def _has_its_unit(answer: str, response: str) -> bool:
+def _has_matching_unit(answer: str, response: str) -> bool:
     """Return whether a response gives no other unit than the answer's: math-verify takes units away, and 5 m
     would be 5 km.  A unit that either leaves out, or that is not known, is no other one."""
-    wanted = read_quantity(last_boxed(answer) or answer)
-    given = read_quantity(final_answer(response) or "")
-    if wanted is None or given is None or wanted.dimension is None or given.dimension is None:
+    gold_quantity = read_quantity(extract_last_box(answer) or answer)
+    quantity = read_quantity(extract_final_answer(response) or "")
+    if gold_quantity is None or quantity is None or None in (gold_quantity.dimension, quantity.dimension):
         return True
-    return same(wanted, given, UNIT_TOLERANCE)
+    return are_equal_quantities(gold_quantity, quantity, UNIT_TOLERANCE)
 
 
-def _has_its_scale(answer: str, response: str) -> bool:
+def _has_no_scale_word(answer: str, response: str) -> bool:
     """Return whether a response says no "million" or "x" behind its number, where the answer is one."""
-    said = last_boxed(response) or final_answer(response) or ""
-    return literal_value(last_boxed(answer) or answer) is None or not _SCALED.search(said)
+    extracted = extract_last_box(response) or extract_final_answer(response) or ""
+    return literal_value(extract_last_box(answer) or answer) is None or not _SCALED.search(extracted)
 
 
-def _has_its_base(answer: str, shown: str) -> bool:
+def _has_matching_base(answer: str, extracted: str) -> bool:
     """Return whether a response has no other base than 101_2; math-verify leaves the 2 out."""
-    wanted, given = (_BASE.findall(text) for text in (answer, shown))
-    return not wanted or not given or wanted[-1] == given[-1]
+    gold_bases, bases = (_BASE.findall(text) for text in (answer, extracted))
+    return not gold_bases or not bases or gold_bases[-1] == bases[-1]
 
 
-def _as_fraction(mixed: re.Match[str]) -> str:
+def _format_mixed_number(mixed: re.Match[str]) -> str:
     whole, over, under = mixed.groups()
     return f"{whole}\\frac{{{over}}}{{{under}}}" if 0 < int(over) < int(under) else mixed[0]
 
 
-def _is_hedged(said: str) -> bool:
+def _is_hedged(announced: str) -> bool:
     """Return whether what stands behind "the answer is" names a number that it does not give as the answer:
     "not 42", "more than 41", "42 or 43", "42. No, 43"."""
-    before = re.match(r"[^\d\\$]*", said)
-    first = re.match(r"[^\d]*[\d.,]*\d", said)
-    behind = said[first.end():first.end() + 40] if first else ""
-    numbers = re.findall(r"\d[\d.,]*\d|\d", said)
-    return any((_HEDGE.search(before[0] if before else ""), _DENIED.match(behind), _ANOTHER.match(behind),
+    before = re.match(r"[^\d\\$]*", announced)
+    first = re.match(r"[^\d]*[\d.,]*\d", announced)
+    following = announced[first.end():first.end() + 40] if first else ""
+    numbers = re.findall(r"\d[\d.,]*\d|\d", announced)
+    return any((_HEDGES.search(before[0] if before else ""), _NEGATION.match(following),
+                _SECOND_NUMBER.match(following),
                 # "42. Wait, let me see: 6 * 7 = 42" comes to the same
-                _TAKEN_BACK.match(behind) and numbers[-1] != numbers[0]))
+                _RETRACTION.match(following) and numbers[-1] != numbers[0]))
 
 
-def _is_prose(said: str) -> bool:
+def _is_prose(line: str) -> bool:
     """Return whether a last line tells something instead of being an answer, as "between 1 and 42"."""
-    plain, formulas = _FORMULA.subn(" ", said)
-    is_one = formulas == 1 and not any(char.isdigit() for char in plain)
-    return not is_one and len(_WORD.findall(_COMMAND.sub(" ", plain))) > 1
+    plain, formulas = _FORMULA.subn(" ", line)
+    is_single_formula = formulas == 1 and not any(char.isdigit() for char in plain)
+    return not is_single_formula and len(_WORD.findall(_COMMAND.sub(" ", plain))) > 1
 
 
-def _number(digits: str) -> float:
+def _parse_number(digits: str) -> float:
     sign = -1 if digits.count("-") % 2 else 1
     return sign * float(re.sub(r"[^\d.]", "", digits))
 
 
-def _bare(text: str) -> str:
+def _strip_brackets(text: str) -> str:
     """Return an answer without blanks, dollars, brackets around it and text marks."""
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(?:left|right|quad|qquad)(?![A-Za-z])|\\[;: ]|[\s$~]", "", text)
@@ -466,7 +473,7 @@ def _bare(text: str) -> str:
     return text
 
 
-def _from_last_boxes(response: str, *, alone: bool) -> str:
+def _cut_to_last_boxes(response: str, *, alone: bool) -> str:
     """Return a response from its last box on, with those beside it that make one answer of several values;
     empty: it has no box.
 
@@ -480,17 +487,19 @@ def _from_last_boxes(response: str, *, alone: bool) -> str:
     end, start = len(text), -1
     # backwards from the end: the first box that does not belong to the others ends the answer
     for _ in range(MAX_BOXES):
-        place = last_box(text[:end])
+        place = find_last_box(text[:end])
         if place is None:
             break
         between = text[place[1]:start]
-        if start >= 0 and not (_BETWEEN.fullmatch(between) and (not alone or between.strip(" \n$\\()[]"))):
+        if start >= 0 and not (_BOX_SEPARATORS.fullmatch(between)
+                               and (not alone or between.strip(" \n$\\()[]"))):
             break
         start = end = place[0]
     return text[start:] if start >= 0 else ""
 
 
-def _parsed(text: str, *, anchored: bool = False, expressions: bool = False, latex_only: bool = False
+def _parse_expressions(text: str, *, anchored: bool = False, expressions: bool = False,
+                       latex_only: bool = False
             ) -> list[Any]:
     """Return the expression that math-verify reads, with its text.
 

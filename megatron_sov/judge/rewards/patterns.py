@@ -25,14 +25,14 @@ _FENCE = re.compile(r"\A```(?:json)?[ \t]*\n(.*?)\n?```\Z", re.DOTALL | re.IGNOR
 
 
 @lru_cache(maxsize=4096)
-def _compiled(pattern: str, flags: int) -> Any:
+def _compile_pattern(pattern: str, flags: int) -> Any:
     return regex.compile(pattern, flags)
 
 
-def problem(pattern: str) -> str:
+def find_pattern_problem(pattern: str) -> str:
     """Return what is wrong with a pattern, or an empty text."""
     try:
-        _compiled(pattern, 0)
+        _compile_pattern(pattern, 0)
     except (regex.error, RecursionError, OverflowError) as e:
         return str(e) or type(e).__name__
     return ""
@@ -44,20 +44,20 @@ def search(pattern: str, text: str, flags: int = 0) -> Any:
     Raises:
         TooLong: it takes longer than `TIME_LIMIT_S`.
     """
-    return _limited(_compiled(pattern, flags).search, pattern, text)
+    return _run_limited(_compile_pattern(pattern, flags).search, pattern, text)
 
 
 def fullmatch(pattern: str, text: str, flags: int = 0) -> Any:
     """Return the match of a whole text, or None; raises as `search` does."""
-    return _limited(_compiled(pattern, flags).fullmatch, pattern, text)
+    return _run_limited(_compile_pattern(pattern, flags).fullmatch, pattern, text)
 
 
 def findall(pattern: str, text: str, flags: int = 0) -> list[Any]:
     """Return all matches as `re.findall` does; raises as `search` does."""
-    return list(_limited(_compiled(pattern, flags).findall, pattern, text))
+    return list(_run_limited(_compile_pattern(pattern, flags).findall, pattern, text))
 
 
-def _limited(action: Any, pattern: str, text: str) -> Any:
+def _run_limited(action: Any, pattern: str, text: str) -> Any:
     try:
         # `regex` looks at the processor's time itself, in the middle of a match
         return action(text, timeout=TIME_LIMIT_S)
@@ -67,7 +67,7 @@ def _limited(action: Any, pattern: str, text: str) -> Any:
                       "response; write it without nested repetitions") from None
 
 
-def json_of(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """Return the JSON value that a whole text is, without a Markdown fence around it; `NO_JSON` for none.
 
     NaN and Infinity are no JSON (RFC 8259); what is nested deeper than Python reads is none either.

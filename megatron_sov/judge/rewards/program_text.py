@@ -18,7 +18,7 @@ _CLOSING_INDENT = 4
 a fence deeper inside is a line of a docstring."""
 
 
-def program_in(response: str, names: Collection[str] | None = None) -> str:
+def extract_program(response: str, names: Collection[str] | None = None) -> str:
     """Return a response's program, outside of its thoughts.
 
     Blocks marked as Python come first, then blocks without a language. Of those that Python can parse, the
@@ -74,21 +74,21 @@ def find_definitions(tree: ast.Module) -> dict[str, ast.stmt]:
 
     Imports define nothing: a block that shows how to use a program imports its functions.
     """
-    found: dict[str, ast.stmt] = {}
+    definitions: dict[str, ast.stmt] = {}
     # a list and no recursion: `elif` may be nested as deep as the parser allows
     waiting = list(reversed(tree.body))
     while waiting:
         statement = waiting.pop()
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found[statement.name] = statement
+            definitions[statement.name] = statement
             continue
         if isinstance(statement, (ast.Assign, ast.AnnAssign)):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            found |= {node.id: statement for target in targets for node in ast.walk(target)
+            definitions |= {node.id: statement for target in targets for node in ast.walk(target)
                       if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         for part in ("finalbody", "orelse", "body"):
             waiting += reversed(getattr(statement, part, []))
-    return found
+    return definitions
 
 
 def find_entry_points(source: str) -> list[str] | None:
@@ -107,10 +107,10 @@ def find_entry_points(source: str) -> list[str] | None:
 
 def _ends_block(opening: re.Match[str], fence: re.Match[str]) -> bool:
     return (fence[2].startswith(opening[2])
-            and _width(fence[1]) < _width(opening[1]) + _CLOSING_INDENT)
+            and _count_columns(fence[1]) < _count_columns(opening[1]) + _CLOSING_INDENT)
 
 
-def _width(blanks: str) -> int:
+def _count_columns(blanks: str) -> int:
     return len(blanks.expandtabs(4))
 
 
@@ -119,7 +119,7 @@ def _read_block(opening: re.Match[str], lines: list[str]) -> Iterator[tuple[str,
     text = "\n".join(lines).rstrip() + "\n"
     if not text.strip():
         return
-    indent = _width(opening[1])
+    indent = _count_columns(opening[1])
     if indent:
         text = re.sub(rf"(?m)^[ \t]{{1,{indent}}}", "", text)
     if parse_python(text) is None:

@@ -90,7 +90,7 @@ class Reward(Protocol):
         ...
 
 
-def text_of(row: Row, name: str) -> str:
+def get_text(row: Row, name: str) -> str:
     """Return a field of a row that has to be text; thoughts and calls of a response in one form for all
     families of models (`chat.marks`).
 
@@ -99,22 +99,22 @@ def text_of(row: Row, name: str) -> str:
     """
     value = row.get(name)
     if not isinstance(value, str):
-        raise Refused(f"{name} = {told_short(value)} must be text" if name in row else f"has no {name!r}")
+        raise Refused(f"{name} = {format_short(value)} must be text" if name in row else f"has no {name!r}")
     # one form for all families, so that a reward need not know each family's marks
     return to_hermes_form(value) if name == "response" else value
 
 
-def content_of(row: Row) -> str:
+def get_content(row: Row) -> str:
     """Return what a row's response says, without its thoughts and calls of tools; thoughts without an end
     reach to its end.
 
     Raises:
         Refused: it is missing or no text.
     """
-    return parse_turn(text_of(row, "response")).content
+    return parse_turn(get_text(row, "response")).content
 
 
-def messages_of(row: Row) -> list[dict[str, str]]:
+def get_messages(row: Row) -> list[dict[str, str]]:
     """Return a row's `prompt` as messages with role and content.
 
     Raises:
@@ -125,67 +125,67 @@ def messages_of(row: Row) -> list[dict[str, str]]:
     if isinstance(prompt, list) and prompt and all(
             isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
         return [{"role": str(m.get("role", "user")), "content": m["content"]} for m in prompt]
-    return [{"role": "user", "content": text_of(row, "prompt")}]
+    return [{"role": "user", "content": get_text(row, "prompt")}]
 
 
-def prompt_text(row: Row) -> str:
+def format_prompt(row: Row) -> str:
     """Return a row's `prompt` as one text: as it is, or its messages with their roles; raises as
     `messages_of` does."""
     if isinstance(row.get("prompt"), str):
-        return text_of(row, "prompt")
-    return "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in messages_of(row))
+        return get_text(row, "prompt")
+    return "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in get_messages(row))
 
 
-def told_short(value: Any) -> str:
+def format_short(value: Any) -> str:
     """Return what Python shows of a value, cut."""
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def judged(reward: Any, row: Row | list[Row]) -> Result:
+def run_reward(reward: Any, row: Row | list[Row]) -> Result:
     """Return the result of a row, or one result of the rows of a group (`components[REWARDS]`), whatever the
     reward does; `UserError` alone passes, for it would meet every row."""
     try:
-        return checked(reward.score_group(row) if isinstance(row, list) else reward.score(row))
+        return to_result(reward.score_group(row) if isinstance(row, list) else reward.score(row))
     except Refused as e:
-        return Result(None, "refused", {}, short(str(e)))
+        return Result(None, "refused", {}, shorten_reason(str(e)))
     # before Exception: `TooLong` is one, and the kind decides who is to blame
     except TimeoutError as e:
-        return Result(None, "timeout", {}, short(str(e) or "took too long"), isinstance(e, TooLong))
+        return Result(None, "timeout", {}, shorten_reason(str(e) or "took too long"), isinstance(e, TooLong))
     # a response that makes judging so large is suspect, see `scoring.ProcessRunner`
     except MemoryError:
         return Result(None, "refused", {}, "asks for more memory than a process of the reward may have",
                       spent=True)
     except RecursionError as e:
-        return Result(None, "failed", {}, short(format_error(e)), spent=True)
+        return Result(None, "failed", {}, shorten_reason(format_error(e)), spent=True)
     except UserError:
         raise
     except Exception as e:
-        return Result(None, "failed", {}, short(format_error(e)))
+        return Result(None, "failed", {}, shorten_reason(format_error(e)))
 
 
-def checked(given: Any) -> Result:
+def to_result(given: Any) -> Result:
     """Return the result that a reward's return value stands for: one that is no finite number has failed."""
     value = given.reward if isinstance(given, Score) else given
     components = given.components if isinstance(given, Score) else {}
     # numbers of numpy are Real too; a bool is, and stands for 0 or 1
     if not isinstance(value, numbers.Real):
-        return Result(None, "failed", {}, f"returned {told_short(value)}, a {type(value).__name__}, "
+        return Result(None, "failed", {}, f"returned {format_short(value)}, a {type(value).__name__}, "
                                           "where a number belongs")
     try:
         number = float(value)
     except (OverflowError, ValueError):
         number = math.inf
     if not math.isfinite(number):
-        return Result(None, "failed", {}, f"returned {told_short(value)}, which is no finite number")
+        return Result(None, "failed", {}, f"returned {format_short(value)}, which is no finite number")
     if abs(number) > MAX_REWARD:
-        return Result(None, "failed", {}, f"returned {told_short(value)}, and may not pass {MAX_REWARD:g}")
-    plain = {str(name): _plain(part) for name, part in components.items()}
+        return Result(None, "failed", {}, f"returned {format_short(value)}, and may not pass {MAX_REWARD:g}")
+    plain = {str(name): _to_json_value(part) for name, part in components.items()}
     timed_out = isinstance(given, Score) and given.timed_out
     return Result(number, "timeout" if timed_out else "scored", plain)
 
 
-def agreeing(first: Result, second: Result) -> Result:
+def merge_repeated_results(first: Result, second: Result) -> Result:
     """Return the result of a row that was judged twice: one that changed under one version has failed."""
     # one None may be a passing fault; two different numbers cannot both be the row's
     one, other = ((given.reward, given.components.get(REWARDS)) for given in (first, second))
@@ -195,12 +195,12 @@ def agreeing(first: Result, second: Result) -> Result:
     return first
 
 
-def short(text: str) -> str:
+def shorten_reason(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= MAX_REASON_CHARS else line[:MAX_REASON_CHARS - 3] + "..."
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, numbers.Real):
@@ -212,7 +212,7 @@ def _plain(value: Any) -> Any:
             return int(value)
         return number if math.isfinite(number) else None
     if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
+        return {str(name): _to_json_value(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return told_short(value)
+        return [_to_json_value(part) for part in value]
+    return format_short(value)

@@ -41,7 +41,7 @@ class AssertionCounter(ast.NodeTransformer):
 
     def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
         self.generic_visit(node)
-        return [_tick(node), node]
+        return [_build_tick(node), node]
 
     def visit_If(self, node: ast.If) -> list[ast.stmt]:
         """Count `if f(1) != 2: raise ValueError`, whichever way it goes, and in its `elif` and `else` too."""
@@ -51,7 +51,7 @@ class AssertionCounter(ast.NodeTransformer):
             branches += [*last.body, *last.orelse]
         self.generic_visit(node)
         raises = any(isinstance(statement, ast.Raise) for statement in branches)
-        return [_tick(node), node] if raises else [node]
+        return [_build_tick(node), node] if raises else [node]
 
     def visit_Try(self, node: ast.Try) -> ast.Try:
         """Count the handler of an error that has to come, after `try: f(1); assert False`."""
@@ -59,7 +59,7 @@ class AssertionCounter(ast.NodeTransformer):
                       for inner in ast.walk(statement))
         self.generic_visit(node)
         for handler in node.handlers if expects else ():
-            handler.body.insert(0, _tick(handler))
+            handler.body.insert(0, _build_tick(handler))
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.Call:
@@ -69,7 +69,7 @@ class AssertionCounter(ast.NodeTransformer):
         return node
 
 
-def _tick(place: ast.AST) -> ast.Expr:
+def _build_tick(place: ast.AST) -> ast.Expr:
     return ast.copy_location(ast.Expr(ast.Call(ast.Name(TICK, ast.Load()), [], [])), place)
 
 
@@ -98,7 +98,7 @@ class TestText:
             Exception: whatever the test raises; AssertionError if it evaluates no assertion.
         """
         calls_check = calls_name(self._tree, "check")
-        self._names[TICK] = self._count
+        self._names[TICK] = self._count_assertion
         before = dict(self._names)
         tree = ast.fix_missing_locations(AssertionCounter().visit(self._tree))
         try:
@@ -121,7 +121,7 @@ class TestText:
         if not self.num_assertions:
             raise AssertionError("evaluates no assertion")
 
-    def _count(self, function: Any = None) -> Any:
+    def _count_assertion(self, function: Any = None) -> Any:
         self.num_assertions += 1
         return function
 
@@ -188,10 +188,10 @@ def guard_numpy() -> None:
     for path in _NUMPY_COMPARISONS:
         *modules, name = path.split(".")
         owner = getattr(numpy, modules[0]) if modules else numpy
-        setattr(owner, name, _refuse_empty(getattr(owner, name), numpy.size))
+        setattr(owner, name, _guard_comparison(getattr(owner, name), numpy.size))
 
 
-def _refuse_empty(compare: Callable[..., Any], count: Callable[[Any], int]) -> Callable[..., Any]:
+def _guard_comparison(compare: Callable[..., Any], count: Callable[[Any], int]) -> Callable[..., Any]:
     @functools.wraps(compare)
     def guarded(*arguments: Any, **named: Any) -> Any:
         sizes = []
@@ -271,11 +271,11 @@ def raises(expected: Any, *call: Any, match: str | None = None, **named: Any) ->
     return context
 
 
-def _fail(reason: str = "", **settings: Any) -> None:
+def _fail_test(reason: str = "", **settings: Any) -> None:
     raise AssertionError(reason or "pytest.fail")
 
 
-def _main(*arguments: Any, **settings: Any) -> int:
+def _run_pytest_main(*arguments: Any, **settings: Any) -> int:
     """Return success: the tests of this text run after it."""
     return 0
 
@@ -283,5 +283,5 @@ def _main(*arguments: Any, **settings: Any) -> int:
 def make_pytest() -> types.ModuleType:
     """Return a module `pytest` with what tests of functions use."""
     module = types.ModuleType("pytest")
-    module.__dict__.update(approx=Approx, raises=raises, fail=_fail, main=_main)
+    module.__dict__.update(approx=Approx, raises=raises, fail=_fail_test, main=_run_pytest_main)
     return module

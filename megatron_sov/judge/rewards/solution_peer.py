@@ -58,47 +58,47 @@ class Peer:
             SolutionEnded: the other process has ended.
         """
         self.num_uses += 1
-        self.send(["ask", operation, [self.encoded(value) for value in values], list(names)])
+        self.send(["ask", operation, [self.encode_value(value) for value in values], list(names)])
         while True:
             # the other side may ask back before it answers: arguments of a call are used while it runs
             message = self.receive()
             if message[0] == "ask":
-                self._answer(message)
+                self._answer_request(message)
                 continue
             # a solution may sort its argument in place, and tests look at that list afterwards
             for value, changed in zip(values, message[2], strict=False):
                 if changed is not None and isinstance(value, MUTABLE):
-                    self._change(value, self.decoded(changed))
+                    self._replace_content(value, self.decode_value(changed))
             if message[0] == "error":
-                error = self._error(*message[1])
+                error = self._build_error(*message[1])
                 if isinstance(error, StopIteration) and operation != "next":  # it would end a test's loop
                     raise RuntimeError("StopIteration")
                 raise error
-            return self.decoded(message[1])
+            return self.decode_value(message[1])
 
     def serve(self) -> None:
         """Answer until the other process ends, which raises `SolutionEnded`."""
         while True:
-            self._answer(self.receive())
+            self._answer_request(self.receive())
 
-    def _answer(self, message: list[Any]) -> None:
+    def _answer_request(self, message: list[Any]) -> None:
         _, operation, encoded, names = message
         values: list[Any] = []
         try:
-            values = [self.decoded(value) for value in encoded]
-            told = ["value", self.encoded(self._done(operation, values, names))]
+            values = [self.decode_value(value) for value in encoded]
+            reply = ["value", self.encode_value(self._run_operation(operation, values, names))]
         # nobody is left to answer
         except SolutionEnded:
             raise
         except BaseException as e:
             kinds = [kind.__name__ for kind in type(e).__mro__]
-            told = ["error", [kinds, str(e)[:500]]]
+            reply = ["error", [kinds, str(e)[:500]]]
         try:
             # after an error too: what was changed before it stays changed
-            changed = [self.encoded(value) if isinstance(value, MUTABLE) else None for value in values]
+            changed = [self.encode_value(value) if isinstance(value, MUTABLE) else None for value in values]
         except Exception:
             changed = []
-        self.send([*told, changed])
+        self.send([*reply, changed])
 
     def send(self, message: Any) -> None:
         data = json.dumps(message).encode()
@@ -109,13 +109,13 @@ class Peer:
 
     def receive(self) -> Any:
         """Return the next message; raises SolutionEnded if the other process has ended."""
-        (length,) = struct.unpack("<Q", self._read(8))
+        (length,) = struct.unpack("<Q", self._read_bytes(8))
         # the length is the solution's claim: no memory is reserved for it unchecked
         if length > MAX_MESSAGE_BYTES:
             raise SolutionEnded(f"the solution announced a message of {length:,} bytes")
-        return json.loads(self._read(length))
+        return json.loads(self._read_bytes(length))
 
-    def _read(self, length: int) -> bytes:
+    def _read_bytes(self, length: int) -> bytes:
         parts = []
         while length:
             try:
@@ -130,7 +130,7 @@ class Peer:
 
     # --- operations on what lives here
 
-    def _done(self, operation: str, values: list[Any], names: list[str]) -> Any:
+    def _run_operation(self, operation: str, values: list[Any], names: list[str]) -> Any:
         target, *rest = values
         # the solution may use what it was given, and not reach into the tests from there
         if not self._trusts and not any(target is handed for handed in self.handed.values()):
@@ -141,17 +141,17 @@ class Peer:
         if operation in ("get", "set"):
             # of the tests' objects it sees public attributes of plain instances: not __class__, not
             # __globals__
-            own = type(target).__module__ == "__main__" and not isinstance(target, type)
-            if not self._trusts and (not own or rest[0].startswith("_")):
+            is_instance = type(target).__module__ == "__main__" and not isinstance(target, type)
+            if not self._trusts and (not is_instance or rest[0].startswith("_")):
                 raise AttributeError(rest[0])
         return OPERATIONS[operation](target, *rest)
 
-    def _change(self, value: Any, new: Any) -> None:
+    def _replace_content(self, value: Any, new: Any) -> None:
         value.clear()
         # in place: tests hold the object itself, and a new one would be another
         (value.update if hasattr(value, "update") else value.extend)(new)
 
-    def _error(self, kinds: list[str], text: str) -> BaseException:
+    def _build_error(self, kinds: list[str], text: str) -> BaseException:
         """Return the error to raise here for one that the other side has raised.
 
         Args:
@@ -171,7 +171,7 @@ class Peer:
 
     # --- values
 
-    def encoded(self, value: Any) -> list[Any]:
+    def encode_value(self, value: Any) -> list[Any]:
         """Return a value as JSON: plain data by its content, all else as a number to find it by."""
         # bool before int, for it is one; subclasses become the plain type, so that no __eq__ of theirs comes
         # along
@@ -186,12 +186,12 @@ class Peer:
         if isinstance(value, Remote):
             return ["yours", object.__getattribute__(value, "_number")]
         if isinstance(value, dict):
-            return ["dict", [[self.encoded(k), self.encoded(v)] for k, v in value.items()]]
+            return ["dict", [[self.encode_value(k), self.encode_value(v)] for k, v in value.items()]]
         if isinstance(value, (bytes, bytearray)):
             return [type(value).__name__, base64.b64encode(value).decode()]
         for name, kind in COLLECTIONS.items():
             if isinstance(value, kind):
-                return [name, [self.encoded(item) for item in value]]
+                return [name, [self.encode_value(item) for item in value]]
         if isinstance(value, range):
             return ["range", [value.start, value.stop, value.step]]
         if isinstance(value, complex):
@@ -200,14 +200,15 @@ class Peer:
             return [type(value).__name__, str(value)]
         numpy = sys.modules.get("numpy")
         if numpy is not None and isinstance(value, numpy.generic) and type(value.item()) in PLAIN_NUMBERS:
-            return self.encoded(value.item())
+            return self.encode_value(value.item())
         if numpy is not None and isinstance(value, numpy.ndarray) and _NUMPY_TYPE.fullmatch(value.dtype.str):
-            return ["ndarray", [value.dtype.str, list(value.shape), self.encoded(value.ravel().tolist())]]
+            return ["ndarray",
+                    [value.dtype.str, list(value.shape), self.encode_value(value.ravel().tolist())]]
         number = id(value)
         self.handed[number] = value  # kept, so that the number stays its own
         return ["coroutine" if isinstance(value, types.CoroutineType) else "mine", number]
 
-    def decoded(self, encoded: list[Any]) -> Any:
+    def decode_value(self, encoded: list[Any]) -> Any:
         """Return the value of what the other side has encoded."""
         kind, content = encoded
         if kind == "plain":
@@ -215,25 +216,25 @@ class Peer:
         if kind == "mine":
             return Remote(self, content)
         if kind == "coroutine":
-            return wait_for(Remote(self, content))
+            return await_remote(Remote(self, content))
         if kind == "ndarray":
-            return self._decoded_array(*content)
+            return self._decode_array(*content)
         if kind == "yours":
             return self.handed[content]
         if kind == "dict":
-            return {self.decoded(k): self.decoded(v) for k, v in content}
+            return {self.decode_value(k): self.decode_value(v) for k, v in content}
         if kind in ("bytes", "bytearray"):
             return (bytes if kind == "bytes" else bytearray)(base64.b64decode(content))
         if kind in ("range", "complex"):
             return (range if kind == "range" else complex)(*content)
         if kind in ("Decimal", "Fraction"):
             return (decimal.Decimal if kind == "Decimal" else fractions.Fraction)(content)
-        return COLLECTIONS[kind](self.decoded(item) for item in content)
+        return COLLECTIONS[kind](self.decode_value(item) for item in content)
 
-    def _decoded_array(self, dtype: str, shape: list[int], values: list[Any]) -> Any:
+    def _decode_array(self, dtype: str, shape: list[int], values: list[Any]) -> Any:
         if not _NUMPY_TYPE.fullmatch(dtype):
             raise ValueError(f"{dtype!r} is no type of an array")
-        return importlib.import_module("numpy").array(self.decoded(values), dtype).reshape(shape)
+        return importlib.import_module("numpy").array(self.decode_value(values), dtype).reshape(shape)
 
 
 class Remote:
@@ -304,7 +305,7 @@ class Remote:
         return str(self._ask("shown"))
 
 
-async def wait_for(remote: Remote) -> Any:
+async def await_remote(remote: Remote) -> Any:
     """Return the result of a coroutine of the other process, which runs to its end there."""
     return object.__getattribute__(remote, "_ask")("wait")
 
@@ -318,8 +319,8 @@ def run_coroutine(coroutine: Any) -> Any:
 class RemoteObject:
     """An iterator that stays where it is."""
 
-    def __init__(self, held: Any) -> None:
-        self.held = held
+    def __init__(self, iterator: Any) -> None:
+        self.iterator = iterator
 
 
 OPERATIONS: dict[str, Any] = {
@@ -327,7 +328,7 @@ OPERATIONS: dict[str, Any] = {
     "equal": lambda a, b: bool(a == b), "less": lambda a, b: bool(a < b),
     "has instance": lambda kind, value: isinstance(value, kind), "iterate": lambda a: RemoteObject(iter(a)),
     # an iterator is wrapped, else it would be sent as a list of what it yields
-    "next": lambda a: next(a.held if isinstance(a, RemoteObject) else a), "length": len, "truth": bool,
+    "next": lambda a: next(a.iterator if isinstance(a, RemoteObject) else a), "length": len, "truth": bool,
     "item": lambda a, key: a[key], "set item": lambda a, key, value: a.__setitem__(key, value),
     "text": str, "shown": repr, "wait": run_coroutine}
 PLAIN_NUMBERS = (bool, int, float, complex, str, bytes)

@@ -34,7 +34,7 @@ TEST_MODULES = ("np", "numpy", "pytest", "unittest")
 _PR_SET_DUMPABLE = 4
 
 
-def be_solution(source: str, channel: socket.socket) -> None:
+def run_solution(source: str, channel: socket.socket) -> None:
     """Run a solution, tell which names it has, and do what is asked of them."""
     peer = Peer(channel, trusts=True)
     main = types.ModuleType("__main__")
@@ -60,43 +60,43 @@ def be_solution(source: str, channel: socket.socket) -> None:
             names[name] = ["error class", [kind.__name__ for kind in value.__mro__]]
         else:
             try:
-                names[name] = ["value", peer.encoded(value)]
+                names[name] = ["value", peer.encode_value(value)]
             except Exception:  # it lies in itself, say
                 continue
     peer.send(names)
     peer.serve()
 
 
-def names_of(told: dict[str, list[Any]], peer: Peer) -> dict[str, Any]:
+def build_names(descriptions: dict[str, list[Any]], peer: Peer) -> dict[str, Any]:
     """Return what the tests find of a solution's names: nothing by which they would compare."""
-    found: dict[str, Any] = {}
-    for name, (kind, content) in told.items():
+    names: dict[str, Any] = {}
+    for name, (kind, content) in descriptions.items():
         # what tests call abs or set, and where Python finds these, is not the solution's
         if hasattr(builtins, name) or name.startswith("__"):
             continue
         if name in SHARED_MODULES and name not in TEST_MODULES:
-            found[name] = importlib.import_module(name)
+            names[name] = importlib.import_module(name)
         elif kind == "module" and content in SHARED_MODULES:
-            found[name] = importlib.import_module(content)
+            names[name] = importlib.import_module(content)
         elif kind == "shared" and content[0] in SHARED_MODULES:
             if (value := getattr(importlib.import_module(content[0]), content[1], None)) is not None:
-                found[name] = value
+                names[name] = value
         elif name in TEST_MODULES:
             continue
         elif kind == "error class":
             base = next((BUILT_IN_ERRORS[base] for base in content if base in BUILT_IN_ERRORS), Exception)
-            found[name] = peer.errors[content[0]] = type(content[0], (base,), {})
+            names[name] = peer.errors[content[0]] = type(content[0], (base,), {})
         elif kind == "value":
-            found[name] = peer.decoded(content)
-    return found
+            names[name] = peer.decode_value(content)
+    return names
 
 
-def plain(value: Any) -> Any:
+def to_plain_data(value: Any) -> Any:
     """Return data as JSON has it: tuples and arrays are lists there."""
     value = value.tolist() if type(value).__module__ == "numpy" else value
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [to_plain_data(item) for item in value]
+    return {key: to_plain_data(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def read_exactly(length: int) -> bytes:
@@ -108,7 +108,7 @@ def read_exactly(length: int) -> bytes:
     return b"".join(parts)
 
 
-def tell(fd: int, **what: Any) -> None:
+def write_verdict(fd: int, **what: Any) -> None:
     os.write(fd, json.dumps(what).encode() + b"\n")
 
 
@@ -119,32 +119,32 @@ def main() -> None:
     # no buffered reader: it would take the tests behind the source into memory before the fork
     source = read_exactly(int(read_exactly(12))).decode()
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)  # else /proc/PID/fd leads the solution to input and verdict
-    here, there = socket.socketpair()
+    test_channel, solution_channel = socket.socketpair()
     if os.fork() == 0:
-        here.close()
+        test_channel.close()
         nothing = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(nothing, fd)
         try:
-            be_solution(source, there)
+            run_solution(source, solution_channel)
         finally:
             os._exit(0)
-    there.close()
+    solution_channel.close()
     # a file named json.py there would be imported by the tests
     sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.getcwd()]  # the solution writes there
     # the verdict goes over a copy that no test prints to
     verdict = os.dup(1)
     os.dup2(2, 1)  # what tests print is no verdict
     request = json.loads(read_exactly(int(read_exactly(12))))
-    peer = Peer(here, trusts=False)
+    peer = Peer(test_channel, trusts=False)
     try:
-        told = peer.receive()
-        if isinstance(told.get("error"), str):
-            tell(verdict, loaded=False, reason=told["error"])
+        descriptions = peer.receive()
+        if isinstance(descriptions.get("error"), str):
+            write_verdict(verdict, loaded=False, reason=descriptions["error"])
             return
-        names = names_of(told, peer)
+        names = build_names(descriptions, peer)
     except (Exception, SolutionEnded) as e:
-        tell(verdict, loaded=False, reason=f"{type(e).__name__}: {e}")
+        write_verdict(verdict, loaded=False, reason=f"{type(e).__name__}: {e}")
         return
     run_tests(request, names, peer, verdict)
 
@@ -167,23 +167,23 @@ def run_tests(request: dict[str, Any], names: dict[str, Any], peer: Peer, verdic
     tolerance = request["tolerance"]
     close = functools.partial(is_close, relative=tolerance, absolute=tolerance, exact_integers=True)
     names |= {"__name__": "__main__", "__file__": "test.py",
-              "__same__": lambda actual, expected: close(plain(actual), expected)}
+              "__same__": lambda actual, expected: close(to_plain_data(actual), expected)}
     failed = faulty = False
     for index, text in enumerate(request["tests"]):
         num_uses = peer.num_uses
         try:
             TestText(text, names, request["entry_point"]).run()
-            tell(verdict, test=index, passed=True)
+            write_verdict(verdict, test=index, passed=True)
         except (Exception, SystemExit, SolutionEnded) as e:
-            told = f"{type(e).__name__}: {e}"[:300]
+            error = f"{type(e).__name__}: {e}"[:300]
             # a TypeError may come of `LIMIT + 1` where the solution has another LIMIT
             unused = peer.num_uses == num_uses and not isinstance(e, TypeError)
             is_fault = unused or isinstance(e, ImportError)
             # the first reasons alone: those of thousands of tests would pass the limit of an output
-            tell(verdict, test=index, passed=False, **({} if failed else {"reason": told}),
-                 **({"fault": told} if is_fault and not faulty else {}))
+            write_verdict(verdict, test=index, passed=False, **({} if failed else {"reason": error}),
+                 **({"fault": error} if is_fault and not faulty else {}))
             failed, faulty = True, faulty or is_fault
-    tell(verdict, done=True)
+    write_verdict(verdict, done=True)
 
 
 if __name__ == "__main__":

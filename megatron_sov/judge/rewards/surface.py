@@ -15,7 +15,7 @@ from megatron_sov.base.settings import (
     AtLeastOne, Bound, NotNegativeInt, ProblemCode, SettingsProblem, Share, Violation, at_most_field,
     choice_from)
 from megatron_sov.judge.rewards import patterns
-from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of
+from megatron_sov.judge.rewards.reward import Refused, Row, Score, get_text
 
 MAX_CHARS = 400_000
 """Of a longer response the end is looked at: loops stand there."""
@@ -44,13 +44,13 @@ class Length:
     """tokens: the row's field `num_tokens`, as the engine that wrote the response counts them."""
 
     def score(self, row: Row) -> Score:
-        length = self._length(row)
+        length = self._measure_length(row)
         if length < self.min_length:
             return Score(-1.0, {"length": length, "too_short": True})
-        return Score(soft_overlong(length, self.max_length, self.buffer), {"length": length})
+        return Score(compute_overlong_penalty(length, self.max_length, self.buffer), {"length": length})
 
-    def _length(self, row: Row) -> int:
-        text = text_of(row, "response")
+    def _measure_length(self, row: Row) -> int:
+        text = get_text(row, "response")
         if self.unit == "characters":
             return len(text)
         if self.unit == "words":
@@ -62,7 +62,7 @@ class Length:
         return length
 
 
-def soft_overlong(length: int, max_length: int, buffer: int) -> float:
+def compute_overlong_penalty(length: int, max_length: int, buffer: int) -> float:
     """Return R_length of arXiv 2503.14476, equation 13."""
     # 0 up to max_length - buffer, then a line down to -1 at max_length
     return max(-1.0, min(0.0, (max_length - buffer - length) / buffer))
@@ -89,9 +89,9 @@ class Repetition:
 
     def score(self, row: Row) -> Score:
         """Return the worst of what was seen, as a number from -1 to 0."""
-        text = text_of(row, "response")[-MAX_CHARS:]
-        share = repeated_share(words_of(text), self.ngram)
-        piece, repeats = loop_at_end(text, self.min_loop_chars)
+        text = get_text(row, "response")[-MAX_CHARS:]
+        share = compute_repeated_share(split_words(text), self.ngram)
+        piece, repeats = find_final_loop(text, self.min_loop_chars)
         loops = repeats >= self.min_loop_repeats
         unended = row.get("finish_reason") == "length"
         # what is beyond the allowed share, over all that could be: 0 to 1
@@ -103,7 +103,7 @@ class Repetition:
                                    "loop_repeats": repeats if loops else 0, "no_end": unended})
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Return the words and signs of a text; each character where a script has no spaces."""
     words: list[str] = []
     for word in _WORD.findall(text.lower()):
@@ -115,7 +115,7 @@ def words_of(text: str) -> list[str]:
     return words
 
 
-def repeated_share(words: list[str], ngram: int) -> float:
+def compute_repeated_share(words: list[str], ngram: int) -> float:
     """Return the share of n-grams that have stood before; 0 where there are none."""
     count = len(words) - ngram + 1
     if count <= 0:
@@ -123,7 +123,7 @@ def repeated_share(words: list[str], ngram: int) -> float:
     return 1 - len({tuple(words[i:i + ngram]) for i in range(count)}) / count
 
 
-def loop_at_end(text: str, min_chars: int = 1) -> tuple[str, int]:
+def find_final_loop(text: str, min_chars: int = 1) -> tuple[str, int]:
     """Return the piece of at least `min_chars` in all that a text ends with over and over, and how often it
     stands there in a row; an empty text and 1 where nothing does.
 
@@ -169,10 +169,10 @@ class LanguageReward:
 
     def score(self, row: Row) -> Score:
         """Return the share of letters that may stand there, less what is too many of the others."""
-        language = self.language or text_of(row, "language")
+        language = self.language or get_text(row, "language")
         if language not in LANGUAGES:
             raise Refused(f"language = {language!r} is not known (languages: {', '.join(sorted(LANGUAGES))})")
-        text = text_of(row, "response")
+        text = get_text(row, "response")
         if self.ignore_code:
             # code first: a dollar sign inside of it begins no formula
             text = _ADDRESS.sub(" ", _FORMULA.sub(" ", _CODE.sub(" ", text)))
@@ -180,20 +180,21 @@ class LanguageReward:
         total = sum(counts.values())
         if not total:
             return Score(0.0, {"language": language, "num_letters": 0})
-        own = set(LANGUAGES[language])
+        own_scripts = set(LANGUAGES[language])
         # scripts that both languages use count as the language's own
-        beside = {script for name in self.also for script in LANGUAGES[name]} - own
-        own_share = sum(counts[s] for s in own) / total
-        also_share = sum(counts[s] for s in beside) / total
-        foreign_share = 1 - own_share - also_share
+        other_scripts = {script for name in self.also for script in LANGUAGES[name]} - own_scripts
+        language_share = sum(counts[s] for s in own_scripts) / total
+        also_share = sum(counts[s] for s in other_scripts) / total
+        foreign_share = 1 - language_share - also_share
         # other letters are paid up to their limit; below `min_share` it is another language
-        reward = own_share + min(also_share, self.max_also_share) if own_share >= self.min_share else 0.0
+        reward = language_share + min(also_share,
+                                      self.max_also_share) if language_share >= self.min_share else 0.0
         return Score(min(reward, 1.0), {
-            "language": language, "own_share": own_share, "also_share": also_share,
-            "foreign_share": max(foreign_share, 0.0), "switches_per_100_words": switches(text)})
+            "language": language, "own_share": language_share, "also_share": also_share,
+            "foreign_share": max(foreign_share, 0.0), "switches_per_100_words": count_script_switches(text)})
 
 
-def switches(text: str) -> float:
+def count_script_switches(text: str) -> float:
     """Return how often the script changes from one word to the next, per 100 words that have letters."""
     scripts = [script for word in text.split()
                if (script := next(filter(None, map(get_script, word)), ""))]
@@ -202,12 +203,12 @@ def switches(text: str) -> float:
     return 100 * sum(a != b for a, b in pairwise(scripts)) / len(scripts)
 
 
-def _no_regex(text: str) -> Violation | None:
-    wrong = patterns.problem(text) if text else ""
+def _find_regex_problem(text: str) -> Violation | None:
+    wrong = patterns.find_pattern_problem(text) if text else ""
     return (ProblemCode.RULE, f"is no regular expression ({wrong})", "mend it") if wrong else None
 
 
-def _no_name(text: str) -> Violation | None:
+def _find_name_problem(text: str) -> Violation | None:
     return None if re.fullmatch(r"[A-Za-z_][\w-]*", text) else (
         ProblemCode.RULE, "must be a name of letters, digits, - and _", "")
 
@@ -218,9 +219,9 @@ class Format:
 
     CONTROL, cpu_limit_s = "", 10.0
 
-    regex: Annotated[str, Bound(_no_regex)] = ""
+    regex: Annotated[str, Bound(_find_regex_problem)] = ""
     """A pattern that the response, white space around it removed, matches as a whole; `.` takes line ends."""
-    tags: tuple[Annotated[str, Bound(_no_name)], ...] = ()
+    tags: tuple[Annotated[str, Bound(_find_name_problem)], ...] = ()
     """Names such as think, answer: each stands once as <think>...</think>, in this order, with something in
     it, and nothing but white space stands around them."""
     json: bool = False
@@ -239,23 +240,23 @@ class Format:
 
     def score(self, row: Row) -> Score:
         """Return the share of checks that pass, or whether all do."""
-        passed = dict(self._checks(text_of(row, self.field).strip()))
+        passed = dict(self._run_checks(get_text(row, self.field).strip()))
         share = sum(passed.values()) / len(passed)
         return Score(float(share == 1) if self.all_or_nothing else share, passed)
 
-    def _checks(self, text: str) -> Iterator[tuple[str, bool]]:
+    def _run_checks(self, text: str) -> Iterator[tuple[str, bool]]:
         if self.regex:
             yield "regex", patterns.fullmatch(self.regex, text, patterns.regex.DOTALL) is not None
         if self.tags:
-            yield "tags", tagged(text, self.tags)
+            yield "tags", has_tag_sequence(text, self.tags)
         if self.json or self.json_keys:
-            found = patterns.json_of(text)
-            yield "json", found is not patterns.NO_JSON
+            value = patterns.parse_json(text)
+            yield "json", value is not patterns.NO_JSON
             if self.json_keys:
-                yield "json_keys", isinstance(found, dict) and set(self.json_keys) <= set(found)
+                yield "json_keys", isinstance(value, dict) and set(self.json_keys) <= set(value)
 
 
-def tagged(text: str, tags: tuple[str, ...]) -> bool:
+def has_tag_sequence(text: str, tags: tuple[str, ...]) -> bool:
     """Return whether a text is these elements one after the other, each once and not empty."""
     place = 0
     for tag in tags:

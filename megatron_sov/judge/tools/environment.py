@@ -38,7 +38,7 @@ FAULTS = {
     "infrastructure": "what the tool runs on is broken: the episode has no reward",
 }
 """Code -> what it means."""
-BY_THE_MODEL = ("json", "form", "unclosed", "many", "unknown_tool", "arguments")
+MALFORMED_CALLS = ("json", "form", "unclosed", "many", "unknown_tool", "arguments")
 """Codes of calls that never reached a tool."""
 INFRASTRUCTURE = "infrastructure"
 
@@ -72,7 +72,7 @@ _SECTION = re.compile(r"^(Args|Returns|Raises|Yields):[ \t]*$", re.MULTILINE)
 _ARGUMENT = re.compile(r"^(\w+)(?: \([^)]*\))?: *(.*(?:\n+[ \t]+.*)*)", re.MULTILINE)
 # made of values, which type checkers do not follow
 _TYPED_DICT, _ANNOTATED, _NOT_REQUIRED = cast(Any, TypedDict), cast(Any, Annotated), cast(Any, NotRequired)
-MAX_TOLD = 5
+MAX_SHOWN_ERRORS = 5
 """Wrong arguments that a model is told of."""
 
 
@@ -109,22 +109,22 @@ class Tool:
     _adapter: TypeAdapter[Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        fields = {name: _annotated(parameter) for name, parameter in self.parameters.items()}
+        fields = {name: _annotate_parameter(parameter) for name, parameter in self.parameters.items()}
         try:
-            object.__setattr__(self, "_adapter", strict_record(self.name, fields))
+            object.__setattr__(self, "_adapter", build_strict_adapter(self.name, fields))
             self._adapter.json_schema()
         except Exception as e:  # whatever a type's own hooks raise
             raise UserError(f"tool {self.name}: its arguments have no JSON schema ({first_error_line(e)}); "
                             "use str, int, float, bool, list, dict, Literal and None") from None
 
-    def description_for_models(self) -> dict[str, Any]:
+    def describe_for_models(self) -> dict[str, Any]:
         """Return it as OpenAI describes functions, which chat templates show."""
-        schema = _without_titles(self._adapter.json_schema())
-        shown = {"type": "object", "properties": schema.pop("properties", {}),
+        schema = _strip_titles(self._adapter.json_schema())
+        schema_parameters = {"type": "object", "properties": schema.pop("properties", {}),
                  "required": schema.pop("required", [])}
-        shown |= {key: schema[key] for key in ("$defs",) if key in schema}
+        schema_parameters |= {key: schema[key] for key in ("$defs",) if key in schema}
         return {"type": "function", "function": {"name": self.name, "description": self.description,
-                                                 "parameters": shown}}
+                                                 "parameters": schema_parameters}}
 
     def call(self, arguments: Mapping[str, Any]) -> Any:
         """Return what the function gives for a model's arguments.
@@ -138,15 +138,16 @@ class Tool:
             # as JSON: a tuple is a list there
             checked = self._adapter.validate_json(json.dumps(arguments, allow_nan=False))
         except ValidationError as e:
-            told = [f"{'.'.join(map(str, error['loc'])) or 'arguments'}: {_told(error)}"
+            problems = [f"{'.'.join(map(str, error['loc'])) or 'arguments'}: {_format_argument_error(error)}"
                     for error in e.errors(include_url=False)]
-            more = f"; and {len(told) - MAX_TOLD} more" if len(told) > MAX_TOLD else ""
+            num_more = len(problems) - MAX_SHOWN_ERRORS
+            more = f"; and {num_more} more" if num_more > 0 else ""
             raise ToolFault("arguments", f"{self.name} was given wrong arguments: "
-                                         f"{'; '.join(told[:MAX_TOLD])}{more}") from None
+                                         f"{'; '.join(problems[:MAX_SHOWN_ERRORS])}{more}") from None
         return self.function(**checked)
 
 
-def strict_record(name: str, fields: Mapping[str, Any]) -> TypeAdapter[Any]:
+def build_strict_adapter(name: str, fields: Mapping[str, Any]) -> TypeAdapter[Any]:
     """Return the check of an object with these fields (name -> type) and no others, of these exact types."""
     from pydantic import ConfigDict, TypeAdapter, with_config
 
@@ -155,7 +156,7 @@ def strict_record(name: str, fields: Mapping[str, Any]) -> TypeAdapter[Any]:
     return TypeAdapter(with_config(config)(_TYPED_DICT(name, dict(fields))))
 
 
-def tool_of(function: Callable[..., Any]) -> Tool:
+def build_tool(function: Callable[..., Any]) -> Tool:
     """Return a function, or a bound method, as a tool.
 
     Raises:
@@ -163,13 +164,14 @@ def tool_of(function: Callable[..., Any]) -> Tool:
     """
     name = function.__name__
     hints = get_type_hints(function, include_extras=True)
-    found = {}
-    for given in inspect.signature(function).parameters.values():
-        if given.kind not in (given.POSITIONAL_OR_KEYWORD, given.KEYWORD_ONLY) or given.name not in hints:
-            raise UserError(f"tool {name}: its argument {str(given)!r} must have a name and a type; "
+    parameters = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD,
+                                  parameter.KEYWORD_ONLY) or parameter.name not in hints:
+            raise UserError(f"tool {name}: its argument {str(parameter)!r} must have a name and a type; "
                             "write it as `name: str`")
-        found[given.name] = Parameter(hints[given.name], "", given.default)
-    return describe_tool(name, inspect.getdoc(function) or "", found, function)
+        parameters[parameter.name] = Parameter(hints[parameter.name], "", parameter.default)
+    return describe_tool(name, inspect.getdoc(function) or "", parameters, function)
 
 
 def describe_tool(name: str, docstring: str, parameters: Mapping[str, Parameter],
@@ -182,58 +184,58 @@ def describe_tool(name: str, docstring: str, parameters: Mapping[str, Parameter]
     text = textwrap.dedent(docstring)
     if not text.strip():
         raise UserError(f"tool {name}: has no docstring; models are shown it, so say what the tool does")
-    described = _described(text)
+    described = _parse_argument_docs(text)
     return Tool(name, " ".join(_SECTION.split(text)[0].split()),
                 {argument: replace(parameter, description=described.get(argument, ""))
                  for argument, parameter in parameters.items()}, function)
 
 
-def tools_of(environment: Any) -> tuple[Tool, ...]:
+def collect_tools(environment: Any) -> tuple[Tool, ...]:
     """Return the methods of an environment that are marked as tools, in the order in which they are written;
     raises as `tool_of` does."""
     # base classes first, each name once: a dict is an ordered set
     names: dict[str, None] = {}
-    for made in reversed(type(environment).__mro__):
-        names |= {name: None for name, value in vars(made).items() if getattr(value, _MARK, False)}
-    return tuple(tool_of(getattr(environment, name)) for name in names)
+    for base_class in reversed(type(environment).__mro__):
+        names |= {name: None for name, value in vars(base_class).items() if getattr(value, _MARK, False)}
+    return tuple(build_tool(getattr(environment, name)) for name in names)
 
 
-def _annotated(parameter: Parameter) -> Any:
+def _annotate_parameter(parameter: Parameter) -> Any:
     from pydantic import Field
 
     optional = parameter.default is not inspect.Parameter.empty
-    shown = {"default": parameter.default} if optional and parameter.default is not None else None
-    info = Field(description=parameter.description or None, json_schema_extra=shown)
+    schema_extra = {"default": parameter.default} if optional and parameter.default is not None else None
+    info = Field(description=parameter.description or None, json_schema_extra=schema_extra)
     # the default is shown and not filled in: models see what happens without it
     kind = _ANNOTATED[parameter.type, info]
     return _NOT_REQUIRED[kind] if optional else kind
 
 
-def _described(text: str) -> dict[str, str]:
+def _parse_argument_docs(text: str) -> dict[str, str]:
     """Return name -> description of the arguments in a Google-style docstring."""
     # odd places have the names of sections, even ones their texts
     parts = _SECTION.split(text)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     lines = textwrap.dedent(sections.get("Args", "").strip("\n"))
-    return {name: " ".join(said.split()) for name, said in _ARGUMENT.findall(lines)}
+    return {name: " ".join(description.split()) for name, description in _ARGUMENT.findall(lines)}
 
 
-def _without_titles(value: Any, inside_properties: bool = False) -> Any:
+def _strip_titles(value: Any, inside_properties: bool = False) -> Any:
     """Return a schema without the titles that pydantic makes of names; models need none."""
     if isinstance(value, dict):
-        return {key: _without_titles(part, key == "properties") for key, part in value.items()
+        return {key: _strip_titles(part, key == "properties") for key, part in value.items()
                 # inside of `properties` a key is an argument's name, and "title" may be one
                 if inside_properties or not (key == "title" or (key == "additionalProperties" and not part))}
-    return [_without_titles(part) for part in value] if isinstance(value, list) else value
+    return [_strip_titles(part) for part in value] if isinstance(value, list) else value
 
 
-def _told(error: Any) -> str:
+def _format_argument_error(error: Any) -> str:
     """Return what is wrong with an argument, without its value, which may be a megabyte."""
     return {"missing": "is missing", "extra_forbidden": "there is no such argument"}.get(
         error["type"], str(error["msg"])[:200])
 
 
-MOST_TIMEOUT_S = 86_400.0
+MAX_TIMEOUT_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ class EpisodeLimits:
     samples do not depend on that."""
     max_calls_per_turn: AtLeastOne = 8
     """More calls of a turn are not made, and the model is told so."""
-    call_timeout_s: Annotated[float, Gt(0), Le(MOST_TIMEOUT_S)] = 30.0
+    call_timeout_s: Annotated[float, Gt(0), Le(MAX_TIMEOUT_S)] = 30.0
     """For one call, without the time that it waits for a processor; what takes longer is ended."""
     max_state_bytes: AtLeastOne = 16 << 20
     """Of an environment's state as JSON, which the journal keeps for each turn."""
@@ -264,7 +266,7 @@ LIMITS = {"train": EpisodeLimits(), "test": EpisodeLimits(max_turns=12, max_tool
 turns and 1,024 characters of a tool's answer, and judged with 12 and 4,000."""
 
 
-def cut(text: str, max_chars: int) -> tuple[str, bool]:
+def cut_text(text: str, max_chars: int) -> tuple[str, bool]:
     """Return a tool's result within the limit, with a note of what was cut, and whether anything was."""
     if len(text) <= max_chars:
         return text, False
@@ -342,7 +344,7 @@ class TurnReply:
     """Whether the model is asked for no more."""
 
 
-class Conversing(Environment, Protocol):
+class ConversingEnvironment(Environment, Protocol):
     """An environment that is told whole turns and not calls one by one, and whose user may answer."""
 
     def reply(self, turn: ServedTurn) -> TurnReply:
@@ -370,7 +372,7 @@ class World:
     def reset(self, task: Task) -> Observation:
         # a copy: the task is reused for other episodes, and tools change the state in place
         self.task, self.state = task, copy.deepcopy(self.first_state(task))
-        return Observation(text_in(task, "question"), text_in(task, "system", self.rules()))
+        return Observation(get_text_field(task, "question"), get_text_field(task, "system", self.rules()))
 
     def rules(self) -> str:
         """Return what models are told where a task has no `system` of its own."""
@@ -381,17 +383,17 @@ class World:
         return {}
 
     @cached_property
-    def by_name(self) -> dict[str, Tool]:
+    def tools_by_name(self) -> dict[str, Tool]:
         """Name -> tool; of methods that are marked, unless a world makes its own."""
-        return {tool.name: tool for tool in tools_of(self)}
+        return {tool.name: tool for tool in collect_tools(self)}
 
     def tools(self) -> list[dict[str, Any]]:
-        return [tool.description_for_models() for tool in self.by_name.values()]
+        return [tool.describe_for_models() for tool in self.tools_by_name.values()]
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        if name not in self.by_name:
-            raise ToolFault("unknown_tool", unknown(name, self.by_name))
-        return self.by_name[name].call(arguments)
+        if name not in self.tools_by_name:
+            raise ToolFault("unknown_tool", format_unknown_tool(name, self.tools_by_name))
+        return self.tools_by_name[name].call(arguments)
 
     def snapshot(self) -> Any:
         return copy.deepcopy(self.state)
@@ -400,12 +402,12 @@ class World:
         self.state = copy.deepcopy(state)
 
 
-def unknown(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+def format_unknown_tool(name: str, tools: Mapping[str, Any] | Sequence[str]) -> str:
     """Return what a model is told that calls a tool which does not exist."""
-    return f"there is no tool {name[:60]!r}; the tools are {', '.join(known)}"
+    return f"there is no tool {name[:60]!r}; the tools are {', '.join(tools)}"
 
 
-def text_in(task: Task, name: str, default: str | None = None) -> str:
+def get_text_field(task: Task, name: str, default: str | None = None) -> str:
     """Return a field of a task that has to be text.
 
     Raises:
@@ -413,6 +415,6 @@ def text_in(task: Task, name: str, default: str | None = None) -> str:
     """
     value = task.get(name, default)
     if not isinstance(value, str):
-        said = f"{name} = {str(value)[:60]!r}: must be text" if name in task else f"has no {name!r}"
-        raise UserError(f"the task {said}")
+        problem = f"{name} = {str(value)[:60]!r}: must be text" if name in task else f"has no {name!r}"
+        raise UserError(f"the task {problem}")
     return value

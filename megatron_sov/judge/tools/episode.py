@@ -22,7 +22,7 @@ from megatron_sov.chat.tool_calls import (
     BadCall, ServedTurn, ToolCall, WrittenTurn, parse_served_turn, parse_turn)
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import (
-    INFRASTRUCTURE, EpisodeLimits, InfrastructureFault, Observation, Task, cut)
+    INFRASTRUCTURE, EpisodeLimits, InfrastructureFault, Observation, Task, cut_text)
 from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, Opening
 from megatron_sov.work.progress.journal import Journal
 
@@ -49,7 +49,7 @@ class GeneratedTurn:
     """Of all that was read for it, from the beginning of the conversation; None: not asked for."""
 
     @property
-    def line(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Return what is kept of it: routes are the episode's."""
         return {"ids": self.ids, "logprobs": self.logprobs, "versions": self.versions}
 
@@ -77,16 +77,16 @@ class EpisodeTurn:
     reply: str | None = None
     """What a user of the environment says behind it; None: nothing."""
 
-    def parse(self) -> WrittenTurn:
+    def parse_text(self) -> WrittenTurn:
         """Return what it says and calls."""
-        return parse_turn(self.whole_text, form=self.form)
+        return parse_turn(self.standalone_text, form=self.form)
 
-    def served(self, tools: Sequence[dict[str, Any]]) -> ServedTurn:
+    def to_served_turn(self, tools: Sequence[dict[str, Any]]) -> ServedTurn:
         """Return it as a server would give it to a client; raises nothing: a malformed call is text."""
-        return parse_served_turn(self.whole_text, False, tools, self.form)
+        return parse_served_turn(self.standalone_text, False, tools, self.form)
 
     @property
-    def whole_text(self) -> str:
+    def standalone_text(self) -> str:
         """Return it as a text that stands by itself."""
         return prepend_mark(self.text, self.opened)
 
@@ -116,8 +116,8 @@ class Episode:
     def end(self) -> str:
         """Return how it ended; empty: it goes on."""
         # one that could not be continued has a result, and its last turn no end
-        said = self.turns[-1].end if self.turns else ""
-        return said or ("infrastructure" if self.result is not None else "")
+        last_end = self.turns[-1].end if self.turns else ""
+        return last_end or ("infrastructure" if self.result is not None else "")
 
     @property
     def written(self) -> list[GeneratedTurn]:
@@ -132,11 +132,11 @@ class Episode:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """Return the places that the model wrote, as half-open intervals of `ids`."""
-        found, place = [], len(self.prompt)
+        spans, place = [], len(self.prompt)
         for turn in self.turns:
-            found.append((place, place + len(turn.written.ids)))
+            spans.append((place, place + len(turn.written.ids)))
             place += len(turn.written.ids) + len(turn.behind)
-        return found if self.begun is None else [*found, (place, place + len(self.begun.ids))]
+        return spans if self.begun is None else [*spans, (place, place + len(self.begun.ids))]
 
     @property
     def num_response_tokens(self) -> int:
@@ -146,9 +146,9 @@ class Episode:
     @property
     def answer(self) -> str:
         """Return what the model said in the end; empty where it did not come to one."""
-        return self.turns[-1].parse().content if self.end == "answered" else ""
+        return self.turns[-1].parse_text().content if self.end == "answered" else ""
 
-    def grow(self, more: GeneratedTurn) -> GeneratedTurn:
+    def extend_turn(self, more: GeneratedTurn) -> GeneratedTurn:
         """Return a turn up to here: what had been begun of it, and more; its routes become the episode's."""
         if more.routes is not None or self.routes is not None:
             from megatron_sov.base.documents.shard_files import merge_routes  # numpy, which no help needs
@@ -157,27 +157,28 @@ class Episode:
         before, self.begun = self.begun, None
         if before is None:
             return replace(more, routes=None)
-        return GeneratedTurn([*before.ids, *more.ids], _joined(before.logprobs, more.logprobs),
-                             _joined(before.versions, more.versions))
+        return GeneratedTurn([*before.ids, *more.ids], _join_lists(before.logprobs, more.logprobs),
+                             _join_lists(before.versions, more.versions))
 
-    def faults(self) -> Counter[str]:
+    def count_faults(self) -> Counter[str]:
         return Counter(call["fault"] for turn in self.turns for call in turn.calls if call["fault"])
 
 
-def _joined(before: list[Any] | None, more: list[Any] | None) -> list[Any] | None:
+def _join_lists(before: list[Any] | None, more: list[Any] | None) -> list[Any] | None:
     return None if before is None or more is None else [*before, *more]
 
 
-def begun(number: int, task: Task, opening: Opening, encoder: TurnEncoder, limits: EpisodeLimits) -> Episode:
+def begin_episode(number: int, task: Task, opening: Opening, encoder: TurnEncoder,
+                  limits: EpisodeLimits) -> Episode:
     """Return an episode that has just begun.
 
     Raises:
         UserError: the model's template refuses the question or the tools, or they are too long.
     """
-    seen = opening.observation
+    observation = opening.observation
     # an empty system message is not the same as none to many templates
-    messages = [Message("system", seen.system)] if seen.system else []
-    chat = Conversation((*messages, Message("user", seen.user)), opening.tools)
+    messages = [Message("system", observation.system)] if observation.system else []
+    chat = Conversation((*messages, Message("user", observation.user)), opening.tools)
     try:
         prompt = encoder.opening(chat)
     except BadRecord as e:
@@ -201,24 +202,24 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
     """
     turn = EpisodeTurn(written, encoder.text(written.ids), [], [], host.state,
                        opened=encoder.opened_thoughts(episode.ids), form=encoder.call_form)
-    left = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)
+    remaining = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)
     # a turn that was cut may hold half a call: none of it is made
     if not written.ids or written.ids[-1] not in encoder.end_ids:
         return replace(turn, end="unended")
     # calls are made even where no turn can follow: their effect is what is scored
-    turn = with_calls(turn, episode, host, limits)
+    turn = run_calls(turn, episode, host, limits)
     if turn.end:
         return turn
-    behind = encoder.encode_after_turn([call["text"] for call in turn.calls],
+    following = encoder.encode_after_turn([call["text"] for call in turn.calls],
                                        [call["name"] for call in turn.calls],
                                        turn.reply)
     # a token at least has to be left for the model
-    if len(behind) >= left:
+    if len(following) >= remaining:
         return replace(turn, end="tokens")
-    return replace(turn, behind=behind)
+    return replace(turn, behind=following)
 
 
-def with_calls(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
+def run_calls(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
                limits: EpisodeLimits) -> EpisodeTurn:
     """Return a turn that the model has ended with the results of its calls, and its end where it has come.
 
@@ -229,58 +230,58 @@ def with_calls(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
         limits: of the episode.
     """
     if host.converses:
-        return _with_reply(turn, episode, host, limits)
-    found = turn.parse().calls
+        return _run_reply(turn, episode, host, limits)
+    parsed_calls = turn.parse_text().calls
     # no call is an answer, which ends the episode
-    if not found:
+    if not parsed_calls:
         return replace(turn, end="answered")
     # in order, one after the other: a call may depend on what the one before has changed
-    made = [_made(call, place, host, limits) for place, call in enumerate(found)]
-    calls = [{**asked, "text": result.text, "fault": result.fault, "is_cut": result.is_cut}
-             for asked, result in made]
+    outcomes = [_run_call(call, place, host, limits) for place, call in enumerate(parsed_calls)]
+    calls = [{**call_record, "text": result.text, "fault": result.fault, "is_cut": result.is_cut}
+             for call_record, result in outcomes]
     turn = replace(turn, calls=calls, state=host.state)
-    if any(result.fault == INFRASTRUCTURE for _, result in made):
+    if any(result.fault == INFRASTRUCTURE for _, result in outcomes):
         return replace(turn, end="infrastructure")
     return replace(turn, end="turns") if len(episode.turns) + 1 >= limits.max_turns else turn
 
 
-def _with_reply(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
+def _run_reply(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
                 limits: EpisodeLimits) -> EpisodeTurn:
     """Return a turn with what an environment that is told all of it says behind it; as `with_calls`."""
-    said = turn.served(episode.opening.tools)
+    served = turn.to_served_turn(episode.opening.tools)
     try:
-        heard = host.reply(said)
+        heard = host.reply(served)
     except InfrastructureFault as e:
-        text, is_cut = cut(f"error: {e.reason}", limits.max_tool_chars)
+        text, is_cut = cut_text(f"error: {e.reason}", limits.max_tool_chars)
         lost = {"name": "", "arguments": {}, "text": text, "fault": e.code, "is_cut": is_cut}
         return replace(turn, calls=[lost], end="infrastructure")
     # an episode that is over behind a call shows no result of it
-    results = heard.results or (CallResult(""),) * len(said.calls)
+    results = heard.results or (CallResult(""),) * len(served.calls)
     calls = [{**asdict(call), "text": result.text, "fault": result.fault, "is_cut": result.is_cut}
-             for call, result in zip(said.calls, results, strict=True)]
+             for call, result in zip(served.calls, results, strict=True)]
     turn = replace(turn, calls=calls, reply=heard.user, state=host.state)
     if heard.is_over:
         return replace(turn, end="answered")
     return replace(turn, end="turns") if len(episode.turns) + 1 >= limits.max_turns else turn
 
 
-def _made(call: ToolCall | BadCall, place: int, host: EnvironmentHost,
+def _run_call(call: ToolCall | BadCall, place: int, host: EnvironmentHost,
           limits: EpisodeLimits) -> tuple[dict[str, Any], CallResult]:
     if isinstance(call, BadCall):
-        return {"name": "", "arguments": {}}, _told(call.code, call.reason, limits)
-    asked = {"name": call.name, "arguments": call.arguments}
+        return {"name": "", "arguments": {}}, _build_fault(call.code, call.reason, limits)
+    call_record = {"name": call.name, "arguments": call.arguments}
     if place >= limits.max_calls_per_turn:
-        return asked, _told("many", f"a turn may have {limits.max_calls_per_turn} calls; this one was not "
-                                    "made", limits)
-    return asked, host.call(call)
+        reason = f"a turn may have {limits.max_calls_per_turn} calls; this one was not made"
+        return call_record, _build_fault("many", reason, limits)
+    return call_record, host.call(call)
 
 
-def _told(code: str, reason: str, limits: EpisodeLimits) -> CallResult:
-    text, is_cut = cut(f"error: {reason}", limits.max_tool_chars)
+def _build_fault(code: str, reason: str, limits: EpisodeLimits) -> CallResult:
+    text, is_cut = cut_text(f"error: {reason}", limits.max_tool_chars)
     return CallResult(text, code, is_cut)
 
 
-def row_of(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
+def build_row(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
     """Return an ended episode as a row: its reward, its tokens, and what was counted."""
     assert episode.result is not None, "the episode has not been scored"
     written = episode.written
@@ -290,7 +291,7 @@ def row_of(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
         "reward": episode.result.reward, "status": episode.result.status,
         "components": dict(episode.result.components), "reason": episode.result.reason,
         "answer": episode.answer, "num_turns": len(episode.turns),
-        "num_calls": sum(len(turn.calls) for turn in episode.turns), "faults": dict(episode.faults()),
+        "num_calls": sum(len(turn.calls) for turn in episode.turns), "faults": dict(episode.count_faults()),
         "num_cut": sum(call["is_cut"] for turn in episode.turns for call in turn.calls),
         "num_turns_that_differ": sum(encoder.differs(w.ids) for w in written),
         "ids": episode.ids, "spans": [list(span) for span in episode.spans],
@@ -299,13 +300,13 @@ def row_of(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
     }
 
 
-def left_of(episode: Episode, limits: EpisodeLimits) -> int:
+def count_remaining_tokens(episode: Episode, limits: EpisodeLimits) -> int:
     """Return the tokens that the next turn may have, or the rest of one that is begun."""
     turn = min(limits.max_response_tokens - episode.num_response_tokens, limits.max_turn_tokens)
     return turn - (len(episode.begun.ids) if episode.begun else 0)
 
 
-def within(written: GeneratedTurn, most: int) -> GeneratedTurn:
+def truncate_turn(written: GeneratedTurn, most: int) -> GeneratedTurn:
     """Return what a model wrote up to its limit; engines are asked for several episodes at a time."""
     logprobs = written.logprobs
     return replace(written, ids=written.ids[:most], logprobs=None if logprobs is None else logprobs[:most])
@@ -319,49 +320,50 @@ class EpisodeLines:
         """`keep`: is given the lines of each round."""
         self._lines, self.add = lines, keep
 
-    def episodes(self, tasks: Sequence[Task] | Mapping[int, Task]) -> dict[int, Episode]:
+    def read_episodes(self, tasks: Sequence[Task] | Mapping[int, Task]) -> dict[int, Episode]:
         """Return number -> the episodes that had begun, as far as they had come."""
-        found: dict[int, Episode] = {}
+        episodes: dict[int, Episode] = {}
         for line in self._lines:
             number = line["episode"]
             # lines come in the order in which they were kept: begin, turns, result
             if "prompt" in line:
                 opening = Opening(Observation(**line["observation"]), tuple(line["tools"]))
-                found[number] = Episode(number, tasks[number], opening, line["prompt"],
+                episodes[number] = Episode(number, tasks[number], opening, line["prompt"],
                                         routes=line.get("routes"))
             elif "turn" in line:
                 turn = line["turn"]
-                found[number].turns.append(EpisodeTurn(**turn
+                episodes[number].turns.append(EpisodeTurn(**turn
                                                        | {"written": GeneratedTurn(**turn["written"])}))
             elif "begun" in line:
-                found[number].begun = GeneratedTurn(**line["begun"])
+                episodes[number].begun = GeneratedTurn(**line["begun"])
             else:
-                found[number].result = Result(**line["result"])
-        return found
+                episodes[number].result = Result(**line["result"])
+        return episodes
 
 
-def begin_line(episode: Episode) -> dict[str, Any]:
+def build_opening_record(episode: Episode) -> dict[str, Any]:
     return {"episode": episode.number, "prompt": episode.prompt,
             "observation": asdict(episode.opening.observation), "tools": list(episode.opening.tools)}
 
 
-def turn_line(episode: Episode, place: int = -1) -> dict[str, Any]:
+def build_turn_record(episode: Episode, place: int = -1) -> dict[str, Any]:
     turn = episode.turns[place]
-    return {"episode": episode.number, "turn": asdict(turn) | {"written": turn.written.line}}
+    return {"episode": episode.number, "turn": asdict(turn) | {"written": turn.written.record}}
 
 
-def lines_of(episode: Episode) -> list[dict[str, Any]]:
+def build_episode_records(episode: Episode) -> list[dict[str, Any]]:
     """Return all lines of an episode that goes on: what another process needs to go on with it."""
-    left = [] if episode.begun is None else [{"episode": episode.number, "begun": episode.begun.line}]
-    return [begin_line(episode), *(turn_line(episode, n) for n in range(len(episode.turns))), *left]
+    unfinished = [] if episode.begun is None else [{"episode": episode.number, "begun": episode.begun.record}]
+    return [build_opening_record(episode),
+            *(build_turn_record(episode, n) for n in range(len(episode.turns))), *unfinished]
 
 
-def result_line(episode: Episode) -> dict[str, Any]:
+def build_result_record(episode: Episode) -> dict[str, Any]:
     assert episode.result is not None
     return {"episode": episode.number, "result": asdict(episode.result)}
 
 
-def lines_in(journal: Journal) -> EpisodeLines:
+def open_episode_lines(journal: Journal) -> EpisodeLines:
     def keep(lines: Sequence[dict[str, Any]]) -> None:
         journal.add([(line["episode"], json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass"))
                      for line in lines])

@@ -19,12 +19,12 @@ from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import EpisodeLimits, Task
 from megatron_sov.judge.tools.episode import (
-    Episode, EpisodeLines, GeneratedTurn, begin_line, begun, left_of, result_line, take_turn, turn_line,
-    within)
+    Episode, EpisodeLines, GeneratedTurn, begin_episode, build_opening_record, build_result_record,
+    build_turn_record, count_remaining_tokens, take_turn, truncate_turn)
 from megatron_sov.judge.tools.host import EnvironmentHost, EpisodeLost, Opening
 
 
-def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what is counted over ended episodes; the mean is that of those with a reward."""
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
     faults: Counter[str] = Counter()
@@ -42,7 +42,7 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-STREAMS = 1 << 16
+STREAMS_PER_EPISODE = 1 << 16
 """Streams of random numbers that an episode has, one for each turn."""
 
 
@@ -63,10 +63,10 @@ class ToolPolicy(Protocol):
 
 
 @dataclass(frozen=True)
-class EpisodeTable:
+class EpisodeSettings:
     """What episodes are played with."""
 
-    asked: PluginRequest
+    request: PluginRequest
     """The environment."""
     encoder: TurnEncoder
     """Of the model."""
@@ -77,14 +77,14 @@ class EpisodeTable:
 
 
 @dataclass
-class _Seat:
+class _Slot:
     """A process of the environment, and the episode that it plays."""
 
     host: EnvironmentHost
     episode: Episode | None = None
 
 
-def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal: EpisodeLines,
+def play_episodes(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeSettings, journal: EpisodeLines,
          ended: Callable[[int], object] = lambda count: None,
          should_stop: Callable[[], bool] = lambda: False) -> list[Episode]:
     """Return the episodes of tasks, in order, each played to its end.
@@ -101,36 +101,37 @@ def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal
     Raises:
         UserError: a task is none of this environment's, or the environment cannot be made.
     """
-    episodes = journal.episodes(tasks)
+    episodes = journal.read_episodes(tasks)
     waiting = deque(n for n in range(len(tasks)) if n not in episodes or episodes[n].result is None)
     ended(len(tasks) - len(waiting))
     with ExitStack() as stack:
         # processes are started once and serve one episode after the other
-        seats = [_Seat(stack.enter_context(EnvironmentHost(table.asked, table.limits)))
+        slots = [_Slot(stack.enter_context(EnvironmentHost(table.request, table.limits)))
                  for _ in range(min(table.parallel, len(waiting)))]
-        pool = stack.enter_context(ThreadPoolExecutor(max(len(seats), 1)))
+        pool = stack.enter_context(ThreadPoolExecutor(max(len(slots), 1)))
 
-        def sit(newcomer: tuple[_Seat, int]) -> Episode:
+        def start_episode(newcomer: tuple[_Slot, int]) -> Episode:
             seat, number = newcomer
-            seat.episode = take_up(
+            seat.episode = resume_or_begin(
                 seat.host, number, tasks[number], episodes.get(number),
-                lambda opening: begun(number, tasks[number], opening, table.encoder, table.limits))
+                lambda opening: begin_episode(number, tasks[number], opening, table.encoder, table.limits))
             return seat.episode
 
         stopped = False
-        while waiting or any(seat.episode for seat in seats):
+        while waiting or any(seat.episode for seat in slots):
             newcomers = []
-            for seat in seats:
+            for seat in slots:
                 if seat.episode is None and waiting:
                     newcomers.append((seat, waiting.popleft()))
             # processes start side by side
-            fresh = [episode for episode in pool.map(sit, newcomers) if episode.number not in episodes]
+            fresh = [episode for episode in pool.map(start_episode, newcomers)
+                     if episode.number not in episodes]
             # before the first turn is asked for: a turn in the journal always finds its episode
-            journal.add([begin_line(episode) for episode in fresh])
+            journal.add([build_opening_record(episode) for episode in fresh])
             # where the play is to stop, waiting tasks are still begun, and come back without a turn
             if not stopped:
-                _round(seats, policy, table, journal, pool)
-            for seat in seats:
+                _play_round(slots, policy, table, journal, pool)
+            for seat in slots:
                 if seat.episode is not None and (stopped or seat.episode.result is not None):
                     ended(seat.episode.result is not None)
                     episodes[seat.episode.number], seat.episode = seat.episode, None
@@ -138,7 +139,7 @@ def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal
     return [episodes[n] for n in range(len(tasks))]
 
 
-def take_up(host: EnvironmentHost, number: int, task: Task, known: Episode | None,
+def resume_or_begin(host: EnvironmentHost, number: int, task: Task, earlier: Episode | None,
             begin: Callable[[Opening], Episode]) -> Episode:
     """Return an episode that begins in an environment, or goes on there where it is known.
 
@@ -146,47 +147,50 @@ def take_up(host: EnvironmentHost, number: int, task: Task, known: Episode | Non
         UserError: the task is none of the environment's, or the environment cannot be made.
     """
     try:
-        if known is None:
+        if earlier is None:
             return begin(host.reset(task))
-        if known.turns:
+        if earlier.turns:
             # the process of the run before is gone; the journal has the state behind its last turn
             try:
-                host.resume(task, known.turns[-1].state)
+                host.resume(task, earlier.turns[-1].state)
             except EpisodeLost as e:
-                known.result = Result(None, "failed", {}, str(e))
-        elif host.reset(task) != known.opening:
-            known.result = Result(None, "failed", {}, "the environment asks something else than before")
-        return known
+                earlier.result = Result(None, "failed", {}, str(e))
+        elif host.reset(task) != earlier.opening:
+            earlier.result = Result(None, "failed", {}, "the environment asks something else than before")
+        return earlier
     except UserError as e:
         raise UserError(f"task {number + 1}: {e}") from None
 
 
-def _round(seats: Sequence[_Seat], policy: ToolPolicy, table: EpisodeTable, journal: EpisodeLines,
+def _play_round(slots: Sequence[_Slot], policy: ToolPolicy, table: EpisodeSettings, journal: EpisodeLines,
            pool: ThreadPoolExecutor) -> None:
-    playing = [(seat.host, seat.episode) for seat in seats if seat.episode is not None]
+    playing = [(seat.host, seat.episode) for seat in slots if seat.episode is not None]
     open_ = [(host, episode) for host, episode in playing if not episode.end]
     if open_:
         # the engine is asked for the longest turn, and each is cut here: so samples do not depend on what is
         # left
-        left = [left_of(episode, table.limits) for _, episode in open_]
+        remaining = [count_remaining_tokens(episode, table.limits) for _, episode in open_]
         # a function of episode and turn: a resumed play draws the same
-        streams = [episode.number * STREAMS + len(episode.turns) for _, episode in open_]
-        found = policy.sample([episode.ids for _, episode in open_], table.limits.max_turn_tokens, streams)
+        streams = [episode.number * STREAMS_PER_EPISODE + len(episode.turns) for _, episode in open_]
+        generated = policy.sample([episode.ids for _, episode in open_], table.limits.max_turn_tokens,
+                                  streams)
         # tools of different episodes run at the same time, those of one in order
         turns = pool.map(
-            lambda given: take_turn(given[0][1], given[0][1].grow(within(given[1], given[2])), given[0][0],
-                                    table.encoder, table.limits), zip(open_, found, left, strict=True))
+            lambda given: take_turn(given[0][1], given[0][1].extend_turn(truncate_turn(given[1], given[2])),
+                                    given[0][0],
+                                    table.encoder, table.limits), zip(open_, generated, remaining,
+                                                                      strict=True))
         for (_, episode), turn in zip(open_, turns, strict=True):
             episode.turns.append(turn)
     over = [(host, episode) for host, episode in playing if episode.end]
-    for (_, episode), result in zip(over, pool.map(lambda given: scored(*given), over), strict=True):
+    for (_, episode), result in zip(over, pool.map(lambda given: score_episode(*given), over), strict=True):
         episode.result = result
     # all lines of a round are kept before the next one begins
-    journal.add([*(turn_line(episode) for _, episode in open_),
-                 *(result_line(episode) for _, episode in over)])
+    journal.add([*(build_turn_record(episode) for _, episode in open_),
+                 *(build_result_record(episode) for _, episode in over)])
 
 
-def scored(host: EnvironmentHost, episode: Episode) -> Result:
+def score_episode(host: EnvironmentHost, episode: Episode) -> Result:
     """Return the reward of an episode that has ended, or why there is none."""
     if episode.result is not None:  # it could not be continued
         return episode.result
@@ -197,7 +201,7 @@ def scored(host: EnvironmentHost, episode: Episode) -> Result:
     return host.score(episode.answer)
 
 
-def identity_of(tasks_digest: str, version: str, limits: EpisodeLimits, model: dict[str, object],
+def build_identity(tasks_digest: str, version: str, limits: EpisodeLimits, model: dict[str, object],
                 sampling: dict[str, object]) -> dict[str, object]:
     """Return what episodes depend on: another one of these is another set of episodes."""
     return {"tasks": tasks_digest, "environment": version, "limits": asdict(limits), "model": model,

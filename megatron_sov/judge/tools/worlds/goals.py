@@ -33,11 +33,11 @@ class AnsweredWorld(World):
                            else {"response": answer})
 
 
-def plain(text: str) -> str:
+def normalize_text(text: str) -> str:
     """Return a text by which answers are compared: lower case, no commas in numbers, single spaces."""
     return " ".join(re.sub(r"(?<=\d),(?=\d)", "", text.casefold()).split())
 
 
-def says(said: str, wanted: str) -> bool:
+def contains_words(text: str, words: str) -> bool:
     """Return whether a text holds another one as words of their own: 5 does not stand in 150 or 5.5."""
-    return re.search(rf"(?<![\w.])(?<!\d,){re.escape(wanted)}(?!\w|\.\d)", said) is not None
+    return re.search(rf"(?<![\w.])(?<!\d,){re.escape(words)}(?!\w|\.\d)", text) is not None

@@ -29,14 +29,14 @@ class Python(AnsweredWorld):
     """For a program."""
 
     @cached_property
-    def _sandbox(self) -> Sandbox:
+    def _python_sandbox(self) -> Sandbox:
         return Sandbox(Limits(wall_s=self.time_limit_s, cpu_s=self.time_limit_s,
                               memory_bytes=self.memory_bytes))  # ends with the process of the environment
 
     def first_state(self, task: Task) -> dict[str, Any]:
         """Nothing changes here; a machine without a sandbox is told before the first call, of which it would
         be no fault."""
-        self._sandbox  # noqa: B018  (it starts)
+        self._python_sandbox  # noqa: B018  (it starts)
         return {}
 
     @tool
@@ -46,7 +46,7 @@ class Python(AnsweredWorld):
         Args:
             code: the whole program.
         """
-        outcome = self._sandbox.run(Program(code))
+        outcome = self._python_sandbox.run(Program(code))
         if outcome.status == "infrastructure":
             raise InfrastructureFault(f"the sandbox failed ({outcome.reason})")
         if outcome.status == "refused":

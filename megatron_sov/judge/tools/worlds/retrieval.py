@@ -36,16 +36,16 @@ _NAME = re.compile(r"[A-Za-z_]\w{0,63}")
 # logarithm, as in Lucene, so that it is never negative).
 
 
-def terms_of(text: str) -> list[str]:
+def split_terms(text: str) -> list[str]:
     """Return the words of a text in lower case; of scripts without spaces, each two characters that stand
     together."""
-    found: list[str] = []
+    terms: list[str] = []
     for word in _WORD.findall(text.casefold()):
         if len(word) > 1 and get_script(word[0]) in _NO_SPACES:
-            found += [word[i:i + 2] for i in range(len(word) - 1)]
+            terms += [word[i:i + 2] for i in range(len(word) - 1)]
         else:
-            found.append(word)
-    return found
+            terms.append(word)
+    return terms
 
 
 class Bm25:
@@ -56,7 +56,7 @@ class Bm25:
         # term -> (document, times): a search touches only documents that have a word of it
         self._counts: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         for number, document in enumerate(documents):
-            counts = Counter(terms_of(document))
+            counts = Counter(split_terms(document))
             self._lengths.append(sum(counts.values()))
             for term, count in counts.items():
                 self._counts[term].append((number, count))
@@ -66,7 +66,7 @@ class Bm25:
         """Return (document, score) of the best, best first, of equal ones the earlier first; those without
         any of the words are left out."""
         scores: defaultdict[int, float] = defaultdict(float)
-        for term, times in Counter(terms_of(query)).items():
+        for term, times in Counter(split_terms(query)).items():
             places = self._counts.get(term, [])
             # ln(1 + (N - n + 0.5) / (n + 0.5)), n of N documents having the term
             idf = math.log(1 + (len(self._lengths) - len(places) + 0.5) / (len(places) + 0.5))
@@ -77,17 +77,17 @@ class Bm25:
         return sorted(scores.items(), key=lambda found: (-found[1], found[0]))[:count]
 
 
-def _no_name(text: str) -> Violation | None:
+def _find_name_problem(text: str) -> Violation | None:
     return None if _NAME.fullmatch(text) else (ProblemCode.BOUND, "must be a name of letters, digits and _",
                                                "")
 
 
-def _no_file(path: str) -> Violation | None:
+def _find_file_problem(path: str) -> Violation | None:
     return None if Path(path).is_file() else (
         ProblemCode.FILE, "is no file", "name one in JSON lines, a document each")
 
 
-ToolName = Annotated[str, Bound(_no_name)]
+ToolName = Annotated[str, Bound(_find_name_problem)]
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Retrieval(AnsweredWorld):
     """A tool that searches and a tool that reads; their names and arguments are settings, so that the world
     looks as the one that a model was, or will be, used in."""
 
-    corpus: Annotated[str, Bound(_no_file)]
+    corpus: Annotated[str, Bound(_find_file_problem)]
     """File in JSON lines: a document each."""
     text: str = "text"
     """Field of its text."""
@@ -125,7 +125,7 @@ class Retrieval(AnsweredWorld):
         return {"corpus": hash_file(Path(self.corpus))}
 
     @cached_property
-    def by_name(self) -> dict[str, Tool]:
+    def tools_by_name(self) -> dict[str, Tool]:
         """Both tools, by the settings' names."""
         asked = Parameter(list[str] if self.queries == "list" else str,
                           "queries, each of which is searched for" if self.queries == "list"
@@ -135,11 +135,12 @@ class Retrieval(AnsweredWorld):
                 for i, key in enumerate(self.keys)}
         return {self.search: Tool(self.search, f"Search the documents; gives the {self.top_k} best of each "
                                                "query, with the beginning of their text.",
-                                  {self.query: asked}, self._search),
-                self.read: Tool(self.read, f"Read documents by {', '.join(self.keys)}.", read, self._read)}
+                                  {self.query: asked}, self._run_search),
+                self.read: Tool(self.read, f"Read documents by {', '.join(self.keys)}.", read,
+                                self._run_read)}
 
     @cached_property
-    def _documents(self) -> list[dict[str, Any]]:
+    def _loaded_documents(self) -> list[dict[str, Any]]:
         found = []
         for line, document in read_objects(Path(self.corpus), "corpus"):
             where = f"corpus {self.corpus}: line {line}"
@@ -158,41 +159,41 @@ class Retrieval(AnsweredWorld):
         return found
 
     @cached_property
-    def _index(self) -> Bm25:
+    def _search_index(self) -> Bm25:
         return Bm25([" ".join([*(str(d.get(key, "")) for key in self.keys), d[self.text]])
-                     for d in self._documents])
+                     for d in self._loaded_documents])
 
     @cached_property
     def _by_key(self) -> dict[str, list[dict[str, Any]]]:
-        found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-        for document in self._documents:
-            found[str(document[self.keys[0]])].append(document)
-        return dict(found)
+        documents: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        for document in self._loaded_documents:
+            documents[str(document[self.keys[0]])].append(document)
+        return dict(documents)
 
     def first_state(self, task: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing changes here; the documents are read before the first call is timed."""
-        assert self._index and self._by_key
+        assert self._search_index and self._by_key
         return {}
 
-    def _search(self, **arguments: Any) -> list[Any]:
-        asked = arguments[self.query]
+    def _run_search(self, **arguments: Any) -> list[Any]:
+        queries = arguments[self.query]
         if self.queries == "one":
-            return self._found(asked)
-        if len(asked) > MAX_QUERIES:
-            raise ToolRefused(f"{self.query} has {len(asked)} queries, at most {MAX_QUERIES}")
-        return [{"query": query, "results": self._found(query)} for query in asked]
+            return self._find_documents(queries)
+        if len(queries) > MAX_QUERIES:
+            raise ToolRefused(f"{self.query} has {len(queries)} queries, at most {MAX_QUERIES}")
+        return [{"query": query, "results": self._find_documents(query)} for query in queries]
 
-    def _found(self, query: str) -> list[dict[str, Any]]:
-        return [self._given(self._documents[number], self.snippet_chars)
-                for number, _ in self._index.search(query, self.top_k)]
+    def _find_documents(self, query: str) -> list[dict[str, Any]]:
+        return [self._format_document(self._loaded_documents[number], self.snippet_chars)
+                for number, _ in self._search_index.search(query, self.top_k)]
 
-    def _given(self, document: dict[str, Any], most_chars: int | None = None) -> dict[str, Any]:
+    def _format_document(self, document: dict[str, Any], most_chars: int | None = None) -> dict[str, Any]:
         return {**{key: document.get(key) for key in self.keys}, self.text: document[self.text][:most_chars]}
 
-    def _read(self, **wanted: str | None) -> list[dict[str, Any]]:
-        asked = {key: value for key, value in wanted.items() if value is not None}
-        found = [d for d in self._by_key.get(asked[self.keys[0]], [])
-                 if all(str(d.get(key, "")) == value for key, value in asked.items())]
-        if not found:
-            raise ToolRefused(f"there is no document with {asked}; search for it first")
-        return [self._given(document) for document in found]
+    def _run_read(self, **wanted: str | None) -> list[dict[str, Any]]:
+        keys = {key: value for key, value in wanted.items() if value is not None}
+        documents = [d for d in self._by_key.get(keys[self.keys[0]], [])
+                 if all(str(d.get(key, "")) == value for key, value in keys.items())]
+        if not documents:
+            raise ToolRefused(f"there is no document with {keys}; search for it first")
+        return [self._format_document(document) for document in documents]

@@ -31,13 +31,13 @@ REFUSAL = {"error": {"message": "the model may write no more: maximum context le
 Answer = dict[str, Any]
 
 
-class ChatDoor:
+class ChatEndpoint:
     """A chat endpoint whose requests are answered elsewhere, one after the other."""
 
     def __init__(self) -> None:
-        self.begin()
+        self.start_episode()
 
-    def begin(self) -> None:
+    def start_episode(self) -> None:
         """Forget an episode."""
         self.requests: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
@@ -46,14 +46,14 @@ class ChatDoor:
         """Whether requests are refused: the model writes no more."""
 
     @contextlib.asynccontextmanager
-    async def opened(self) -> AsyncIterator[str]:
+    async def serve_requests(self) -> AsyncIterator[str]:
         """Serve; gives the address."""
         from aiohttp import web
 
         self._web = web
         os.environ[KEY] = secrets.token_urlsafe()
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/chat/completions", self._handle_chat)
         runner = web.AppRunner(app, shutdown_timeout=0)
         await runner.setup()
         try:
@@ -62,12 +62,12 @@ class ChatDoor:
         finally:
             await runner.cleanup()
 
-    def answer(self, message: Answer | None) -> None:
+    def answer_request(self, message: Answer | None) -> None:
         """Answer the request that waits; None: refuse it, and all that come."""
         self._is_closed = message is None
         self._answers.put_nowait(message)
 
-    async def _chat(self, request: Any) -> Any:
+    async def _handle_chat(self, request: Any) -> Any:
         web = self._web
         if request.headers.get("Authorization") != f"Bearer {os.environ[KEY]}":
             return web.json_response({"error": {"message": "unauthorized"}}, status=401)
@@ -95,44 +95,44 @@ class ChatDoor:
 class VerifiersBridge:
     """An environment of the library, which plays one episode at a time."""
 
-    def __init__(self, environment: Any, context: Any, door: ChatDoor) -> None:
-        self._environment, self._context, self._door = environment, context, door
+    def __init__(self, environment: Any, context: Any, endpoint: ChatEndpoint) -> None:
+        self._environment, self._context, self._endpoint = environment, context, endpoint
         self._stream: Iterator[Any] = iter(environment.taskset)
         self._tasks: list[Any] = []
         self._run: asyncio.Task[Any] | None = None
 
-    async def said(self, line: dict[str, Any]) -> dict[str, Any]:
+    async def handle_message(self, line: dict[str, Any]) -> dict[str, Any]:
         """Return what comes of a line."""
         if "task" in line:
-            await self.drop()
-            if (task := self._task(line["task"])) is None:
+            await self.cancel_episode()
+            if (task := self._get_task(line["task"])) is None:
                 return {"error": f"there is no task {line['task']}: the taskset has {len(self._tasks)}"}
-            self._door.begin()
+            self._endpoint.start_episode()
             self._run = asyncio.create_task(self._environment.run_episode(task, self._context))
         else:
-            self._door.answer(line.get("answer"))
+            self._endpoint.answer_request(line.get("answer"))
         assert self._run is not None
-        asked = asyncio.create_task(self._door.requests.get())
+        asked = asyncio.create_task(self._endpoint.requests.get())
         await asyncio.wait((asked, self._run), return_when=asyncio.FIRST_COMPLETED)
         if asked.done():
             body = asked.result()
             return {"request": {"messages": body.get("messages"), "tools": body.get("tools") or []}}
         asked.cancel()
-        return self._ended(self._run.result())
+        return self._describe_result(self._run.result())
 
-    async def drop(self) -> None:
+    async def cancel_episode(self) -> None:
         """End the episode that goes on."""
         if self._run is not None:
             self._run.cancel()
             await asyncio.wait((self._run,))
             self._run = None
 
-    def _task(self, number: int) -> Any:
+    def _get_task(self, number: int) -> Any:
         while len(self._tasks) <= number and (task := next(self._stream, None)) is not None:
             self._tasks.append(task)
         return self._tasks[number] if number < len(self._tasks) else None
 
-    def _ended(self, episode: Any) -> dict[str, Any]:
+    def _describe_result(self, episode: Any) -> dict[str, Any]:
         """Return the reward of the one trace that the model wrote, by the environment's own verdict."""
         traces = [trace for trace in episode.traces if trace.agent.config.client == self._context.client]
         if not self._environment.complete(episode):
@@ -146,50 +146,50 @@ class VerifiersBridge:
                         "stop": traces[0].stop_condition}}
 
 
-def settings_in(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """Return the `env` table of a file of settings for `vf-eval`, in TOML or JSON."""
     text = path.read_text(encoding="utf-8")
-    found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    return dict(found["env"])
+    settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    return dict(settings["env"])
 
 
 @contextlib.asynccontextmanager
-async def opened(path: Path) -> AsyncIterator[VerifiersBridge]:
+async def open_bridge(path: Path) -> AsyncIterator[VerifiersBridge]:
     """Load the environment of a file of settings and what serves it."""
     from verifiers.v1 import EvalClientConfig, ModelContext
     from verifiers.v1.configs.agent import agent_config_fields
     from verifiers.v1.utils.loaders import load_environment, resolve_env_config
 
-    environment = load_environment(resolve_env_config(settings_in(path)))
+    environment = load_environment(resolve_env_config(read_settings(path)))
     seats = [name for name, agent in agent_config_fields(environment.config).items() if agent.client is None]
     if len(seats) != 1:
         raise ValueError(f"the seats without a client are {', '.join(seats) or 'none'}: the model plays one, "
                          "so give each other one `client` and `model`")
-    door = ChatDoor()
-    async with door.opened() as url, environment.serving():
+    endpoint = ChatEndpoint()
+    async with endpoint.serve_requests() as url, environment.serving():
         bridge = VerifiersBridge(environment, ModelContext(model=MODEL, client=EvalClientConfig(
-            base_url=url, api_key_var=KEY)), door)
+            base_url=url, api_key_var=KEY)), endpoint)
         try:
             yield bridge
         finally:
-            await bridge.drop()
+            await bridge.cancel_episode()
 
 
-async def main(path: Path, told: IO[bytes], tell: IO[bytes]) -> None:
+async def main(path: Path, source: IO[bytes], target: IO[bytes]) -> None:
     """Play until the standard input ends."""
     def say(line: dict[str, Any]) -> None:
-        tell.write(json.dumps(line).encode() + b"\n")
-        tell.flush()
+        target.write(json.dumps(line).encode() + b"\n")
+        target.flush()
 
     async with contextlib.AsyncExitStack() as stack:
         try:
-            bridge = await stack.enter_async_context(opened(path))
+            bridge = await stack.enter_async_context(open_bridge(path))
         except Exception as e:
             return say({"problem": f"{type(e).__name__}: {e}"})
         say({"ready": True})
-        while line := await asyncio.to_thread(told.readline):
+        while line := await asyncio.to_thread(source.readline):
             try:
-                said = await bridge.said(json.loads(line))
+                said = await bridge.handle_message(json.loads(line))
             except Exception as e:
                 said = {"error": f"{type(e).__name__}: {e}"}
             say(said)

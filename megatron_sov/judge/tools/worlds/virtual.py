@@ -29,10 +29,10 @@ from megatron_sov.base.errors import UserError, first_error_line, format_problem
 from megatron_sov.judge.rewards.constraint import MODULES
 from megatron_sov.judge.rewards.reward import Score
 from megatron_sov.judge.tools.environment import (
-    InfrastructureFault, Observation, Parameter, Task, Tool, ToolFault, ToolRefused, World, describe_tool,
-    strict_record, text_in)
+    InfrastructureFault, Observation, Parameter, Task, Tool, ToolFault, ToolRefused, World,
+    build_strict_adapter, describe_tool, get_text_field)
 from megatron_sov.judge.tools.worlds import virtual_program
-from megatron_sov.judge.tools.worlds.goals import plain, says
+from megatron_sov.judge.tools.worlds.goals import contains_words, normalize_text
 from megatron_sov.sandbox.program import Limits, Program
 from megatron_sov.sandbox.sandbox import shared_sandbox
 
@@ -56,7 +56,7 @@ _TYPE_NODES = (ast.Expression, ast.Name, ast.Load, ast.Subscript, ast.Tuple, ast
                ast.Constant)
 
 
-def type_of(text: str) -> Any:
+def parse_type(text: str) -> Any:
     """Return the Python type that a text spells.
 
     A text constant stands in `Literal[...]` alone: anywhere else typing makes a forward reference of it,
@@ -68,10 +68,10 @@ def type_of(text: str) -> Any:
     try:
         tree = ast.parse(text, mode="eval")
         in_literals = {id(part) for node in ast.walk(tree) if _is_literal(node) for part in ast.walk(node)}
-        if all(_is_part_of_type(node, id(node) in in_literals) for node in ast.walk(tree)):
-            found = eval(compile(tree, "type", "eval", dont_inherit=True), {"__builtins__": {}, **TYPES})
-            if found is None or isinstance(found, (type, UnionType)) or get_origin(found):
-                return found
+        if all(_is_type_node(node, id(node) in in_literals) for node in ast.walk(tree)):
+            parsed = eval(compile(tree, "type", "eval", dont_inherit=True), {"__builtins__": {}, **TYPES})
+            if parsed is None or isinstance(parsed, (type, UnionType)) or get_origin(parsed):
+                return parsed
     except Exception:  # whatever parsing or subscripting a type raises
         pass
     raise ValueError(f"{text[:60]!r} is no type; a type is made of {', '.join(TYPES)}, | and [...]")
@@ -81,7 +81,7 @@ def _is_literal(node: ast.AST) -> bool:
     return isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal"
 
 
-def _is_part_of_type(node: ast.AST, is_in_literal: bool) -> bool:
+def _is_type_node(node: ast.AST, is_in_literal: bool) -> bool:
     if isinstance(node, ast.Name):
         return node.id in TYPES
     if isinstance(node, ast.Constant) and node.value is not None:
@@ -117,11 +117,11 @@ class VirtualWorld:
     examples: tuple[Mapping[str, Any], ...]
     """Calls: objects with `name` and `arguments`."""
 
-    def first_tables(self) -> Tables:
+    def copy_first_tables(self) -> Tables:
         return {name: {key: dict(row) for key, row in table.rows.items()}
                 for name, table in self.tables.items()}
 
-    def problem(self, tables: Any) -> str:
+    def find_table_problem(self, tables: Any) -> str:
         """Return why a value is not the tables of this world; empty: it is."""
         if not isinstance(tables, dict) or tables.keys() != self.tables.keys():
             return f"the tables must be {', '.join(self.tables)}"
@@ -129,12 +129,12 @@ class VirtualWorld:
             if not isinstance(tables[name], dict):
                 return f"{name} must be an object of rows by key"
             for key, row in tables[name].items():
-                if wrong := _row_problem(table.adapter, row):
+                if wrong := _find_row_problem(table.adapter, row):
                     return f"row {key} of {name}: {wrong}"
         return ""
 
 
-def _row_problem(adapter: TypeAdapter[Any], row: Any) -> str:
+def _find_row_problem(adapter: TypeAdapter[Any], row: Any) -> str:
     from pydantic import ValidationError
 
     try:
@@ -150,12 +150,12 @@ def _row_problem(adapter: TypeAdapter[Any], row: Any) -> str:
 # Reading a description.
 
 
-def problems_of(world: Any) -> list[str]:
+def find_world_problems(world: Any) -> list[str]:
     """Return all problems of a description, a sentence each."""
-    return _read(world)[1]
+    return _parse_world(world)[1]
 
 
-def world_of(world: Any) -> VirtualWorld:
+def read_world(world: Any) -> VirtualWorld:
     """Return a described world.
 
     Raises:
@@ -165,18 +165,18 @@ def world_of(world: Any) -> VirtualWorld:
         text = json.dumps(world, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise UserError(f"the task's world is no JSON ({e})") from None
-    return _known(text)
+    return _read_world_text(text)
 
 
 @lru_cache(maxsize=32)
-def _known(text: str) -> VirtualWorld:
-    found, problems = _read(json.loads(text))
-    if found is None:
+def _read_world_text(text: str) -> VirtualWorld:
+    parsed, problems = _parse_world(json.loads(text))
+    if parsed is None:
         raise UserError(format_problems("the task's world", problems))
-    return found
+    return parsed
 
 
-def _read(world: Any) -> tuple[VirtualWorld | None, list[str]]:
+def _parse_world(world: Any) -> tuple[VirtualWorld | None, list[str]]:
     problems: list[str] = []
     try:
         is_too_long = len(json.dumps(world, allow_nan=False)) > MAX_WORLD_CHARS
@@ -201,17 +201,17 @@ def _read(world: Any) -> tuple[VirtualWorld | None, list[str]]:
     examples = _read_examples(world.get("examples"), tools, problems)
     if problems:
         return None, problems[:MAX_PROBLEMS]
-    found = VirtualWorld(world["name"], world["rules"], tables, world["code"], functions, tools, examples)
-    wrong = found.problem(found.first_tables())
-    return (None, [f"tables: {wrong}"]) if wrong else (found, [])
+    parsed = VirtualWorld(world["name"], world["rules"], tables, world["code"], functions, tools, examples)
+    wrong = parsed.find_table_problem(parsed.copy_first_tables())
+    return (None, [f"tables: {wrong}"]) if wrong else (parsed, [])
 
 
-def _read_tables(given: Any, problems: list[str]) -> dict[str, VirtualTable]:
-    if not isinstance(given, dict) or not 0 < len(given) <= MAX_TABLES:
+def _read_tables(tables: Any, problems: list[str]) -> dict[str, VirtualTable]:
+    if not isinstance(tables, dict) or not 0 < len(tables) <= MAX_TABLES:
         problems.append(f"tables: must be an object of 1 to {MAX_TABLES} tables")
         return {}
-    found = {}
-    for name, table in given.items():
+    parsed = {}
+    for name, table in tables.items():
         where = f"tables.{name[:40]}"
         if not isinstance(table, dict) or not {"columns", "rows"} <= table.keys() <= _TABLE:
             problems.append(f"{where}: must be an object with columns and rows, and free if it likes")
@@ -231,12 +231,13 @@ def _read_tables(given: Any, problems: list[str]) -> dict[str, VirtualTable]:
                             "object")
             continue
         try:
-            adapter = strict_record(name, {column: type_of(kind) for column, kind in columns.items()})
+            adapter = build_strict_adapter(name,
+                                           {column: parse_type(kind) for column, kind in columns.items()})
         except Exception as e:  # also what pydantic raises for a type that no JSON has
             problems.append(f"{where}.columns: {first_error_line(e)}")
             continue
-        found[name] = VirtualTable(rows, frozenset(free), adapter)
-    return found
+        parsed[name] = VirtualTable(rows, frozenset(free), adapter)
+    return parsed
 
 
 def _read_functions(code: str, problems: list[str]) -> dict[str, ast.FunctionDef]:
@@ -256,12 +257,12 @@ def _read_functions(code: str, problems: list[str]) -> dict[str, ast.FunctionDef
         # the same calls must lead to the same tables on another day
         if isinstance(node, ast.Attribute) and node.attr in _CLOCKS:
             problems.append(f"code: uses .{node.attr}, which differs from day to day")
-    found = {node.name: node for node in tree.body
+    functions = {node.name: node for node in tree.body
              if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
-    if not 0 < len(found) <= MAX_TOOLS:
-        problems.append(f"code: has {len(found)} functions whose name does not begin with _, must have 1 to "
-                        f"{MAX_TOOLS}")
-    return found
+    if not 0 < len(functions) <= MAX_TOOLS:
+        problems.append(f"code: has {len(functions)} functions whose name does not begin with _, must have "
+                        f"1 to {MAX_TOOLS}")
+    return functions
 
 
 def _read_tool(function: ast.FunctionDef) -> Tool:
@@ -272,26 +273,27 @@ def _read_tool(function: ast.FunctionDef) -> Tool:
         ValueError: likewise.
     """
     spec = function.args
-    if [given.arg for given in spec.args[:1]] != ["tables"] or spec.posonlyargs or spec.vararg or spec.kwarg:
+    if [argument.arg
+        for argument in spec.args[:1]] != ["tables"] or spec.posonlyargs or spec.vararg or spec.kwarg:
         raise ValueError("must take `tables` first, and then arguments by name")
     places = [*zip(reversed(spec.args), reversed(spec.defaults), strict=False),
               *zip(spec.kwonlyargs, spec.kw_defaults, strict=True)]
-    defaults = {given.arg: value for given, value in places if value is not None}
+    defaults = {argument.arg: value for argument, value in places if value is not None}
     parameters = {}
-    for given in (*spec.args[1:], *spec.kwonlyargs):
-        if given.annotation is None:
-            raise ValueError(f"its argument {given.arg} must have a type, as in `{given.arg}: str`")
-        default = ast.literal_eval(defaults[given.arg]) if given.arg in defaults else Parameter.default
-        parameters[given.arg] = Parameter(type_of(ast.unparse(given.annotation)), "", default)
+    for argument in (*spec.args[1:], *spec.kwonlyargs):
+        if argument.annotation is None:
+            raise ValueError(f"its argument {argument.arg} must have a type, as in `{argument.arg}: str`")
+        default = ast.literal_eval(defaults[argument.arg]) if argument.arg in defaults else Parameter.default
+        parameters[argument.arg] = Parameter(parse_type(ast.unparse(argument.annotation)), "", default)
     return describe_tool(function.name, ast.get_docstring(function) or "", parameters, dict)
 
 
-def _read_examples(given: Any, tools: Mapping[str, Tool],
+def _read_examples(calls: Any, tools: Mapping[str, Tool],
                    problems: list[str]) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(given, list) or not all(_is_call(call) for call in given):
+    if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
         problems.append("examples: must be a list of objects with name and arguments")
         return ()
-    for place, call in enumerate(given):
+    for place, call in enumerate(calls):
         if call["name"] not in tools:
             problems.append(f"examples[{place}]: there is no tool {call['name'][:60]!r}")
             continue
@@ -300,8 +302,8 @@ def _read_examples(given: Any, tools: Mapping[str, Tool],
         except ToolFault as e:
             problems.append(f"examples[{place}]: {e.reason}")
     problems += [f"examples: have no call of {name}"
-                 for name in tools if name not in {call["name"] for call in given}]
-    return tuple(given)
+                 for name in tools if name not in {call["name"] for call in calls}]
+    return tuple(calls)
 
 
 def _is_call(call: Any) -> bool:
@@ -313,7 +315,7 @@ def _is_call(call: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class ToolOutcome:
+class CallOutcome:
     """A call of a tool: its result and the tables after it, or the fault."""
 
     result: Any = None
@@ -322,7 +324,7 @@ class ToolOutcome:
 
 
 def call_tools(world: VirtualWorld,
-               calls: Sequence[tuple[Tables, str, Mapping[str, Any]]]) -> list[ToolOutcome]:
+               calls: Sequence[tuple[Tables, str, Mapping[str, Any]]]) -> list[CallOutcome]:
     """Make calls, each on its own tables, in one program in the sandbox.
 
     Args:
@@ -335,43 +337,43 @@ def call_tools(world: VirtualWorld,
     """
     request = json.dumps({"code": world.code, "calls": calls})
     program = Path(virtual_program.__file__).read_text(encoding="utf-8")
-    ended = shared_sandbox().run(Program(program, stdin=request), CALL_LIMITS)
-    if ended.status == "infrastructure":
-        raise InfrastructureFault(f"the sandbox failed ({ended.reason})")
-    found = []
-    for line in ended.stdout.splitlines()[:len(calls)]:
+    outcome = shared_sandbox().run(Program(program, stdin=request), CALL_LIMITS)
+    if outcome.status == "infrastructure":
+        raise InfrastructureFault(f"the sandbox failed ({outcome.reason})")
+    outcomes = []
+    for line in outcome.stdout.splitlines()[:len(calls)]:
         try:
-            found.append(_outcome(world, json.loads(line)))
+            outcomes.append(_parse_outcome(world, json.loads(line)))
         # cut off at the limit of output, or written there by the code itself
         except (ValueError, TypeError, KeyError, RecursionError):
             break
-    failed = ToolFault("failed", f"failed ({ended.reason or 'it ended its process'})")
-    return found + [ToolOutcome(fault=failed)] * (len(calls) - len(found))
+    failed = ToolFault("failed", f"failed ({outcome.reason or 'it ended its process'})")
+    return outcomes + [CallOutcome(fault=failed)] * (len(calls) - len(outcomes))
 
 
-def _outcome(world: VirtualWorld, told: Mapping[str, Any]) -> ToolOutcome:
-    if "refused" in told:
-        return ToolOutcome(fault=ToolRefused(told["refused"] or "is not allowed"))
-    if "failed" in told:
-        return ToolOutcome(fault=ToolFault("failed", f"failed ({told['failed']})"))
-    if wrong := world.problem(told["tables"]):
+def _parse_outcome(world: VirtualWorld, record: Mapping[str, Any]) -> CallOutcome:
+    if "refused" in record:
+        return CallOutcome(fault=ToolRefused(record["refused"] or "is not allowed"))
+    if "failed" in record:
+        return CallOutcome(fault=ToolFault("failed", f"failed ({record['failed']})"))
+    if wrong := world.find_table_problem(record["tables"]):
         reason = f"left tables that its world does not allow ({wrong})"
-        return ToolOutcome(fault=ToolFault("state", reason))
-    return ToolOutcome(told["result"], told["tables"])
+        return CallOutcome(fault=ToolFault("state", reason))
+    return CallOutcome(record["result"], record["tables"])
 
 
-def _examples(name: str) -> tuple[Task, ...]:
+def _load_examples(name: str) -> tuple[Task, ...]:
     """Return the tasks of a file beside this one, which share its world."""
-    given = json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
-    world = {**given["world"], "code": "\n".join(given["world"]["code"])}
-    return tuple({**task, "world": world} for task in given["tasks"])
+    content = json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    world = {**content["world"], "code": "\n".join(content["world"]["code"])}
+    return tuple({**task, "world": world} for task in content["tasks"])
 
 
 @dataclass
 class Virtual(World):
     """A task has `world` and `goal`: `calls`, which lead to the wanted tables, and `answers` to be said."""
 
-    EXAMPLES = _examples("library.json")
+    EXAMPLES = _load_examples("library.json")
     MAX_MEMORY_BYTES = 0
     """The sandbox limits the code itself."""
 
@@ -381,9 +383,9 @@ class Virtual(World):
 
     def reset(self, task: Task) -> Observation:
         """Begin an episode in the task's world, and work out the tables at its end."""
-        self.world = world_of(task.get("world"))
+        self.world = read_world(task.get("world"))
         # of the instance: each task has a world of its own
-        self.by_name = dict(self.world.tools)
+        self.tools_by_name = dict(self.world.tools)
         observation = super().reset(task)
         goal = task.get("goal")
         if not isinstance(goal, dict) or not isinstance(goal.get("calls", []), list) or goal.keys() - {
@@ -395,7 +397,7 @@ class Virtual(World):
             raise UserError("the task's goal.answers must be a list of texts")
         self._answers = answers
         # by the tools themselves: a change of a tool changes the goal as well
-        self._wanted = self._led_to(goal.get("calls", []))
+        self._wanted = self._run_goal_calls(goal.get("calls", []))
         return observation
 
     def rules(self) -> str:
@@ -407,11 +409,11 @@ class Virtual(World):
         Raises:
             UserError: a table is not the world's, or a row is not of its types.
         """
-        own = task.get("tables", {})
-        if not isinstance(own, dict) or not own.keys() <= self.world.tables.keys():
+        task_tables = task.get("tables", {})
+        if not isinstance(task_tables, dict) or not task_tables.keys() <= self.world.tables.keys():
             raise UserError(f"the task's tables must be an object of {', '.join(self.world.tables)}")
-        tables = self.world.first_tables() | own
-        if wrong := self.world.problem(tables):
+        tables = self.world.copy_first_tables() | task_tables
+        if wrong := self.world.find_table_problem(tables):
             raise UserError(f"the task's tables: {wrong}")
         self._first = {name: frozenset(rows) for name, rows in tables.items()}
         return tables
@@ -425,44 +427,46 @@ class Virtual(World):
         self.state = outcome.tables
         return outcome.result
 
-    def _led_to(self, calls: list[Any]) -> dict[str, Any]:
+    def _run_goal_calls(self, calls: list[Any]) -> dict[str, Any]:
         """Return the tables after the goal's calls; the episode's own stay as they are."""
         first = self.snapshot()
         for i, call in enumerate(calls):
             if not _is_call(call):
                 raise UserError(f"the task's goal.calls[{i}] must be an object with name and arguments")
             try:
-                self.call(text_in(call, "name"), call["arguments"])
+                self.call(get_text_field(call, "name"), call["arguments"])
             except InfrastructureFault:
                 raise
             except ToolFault as e:
                 raise UserError(f"the task's goal.calls[{i}] gives no result: {e.reason}") from None
-        wanted, self.state = self.state, first
-        return wanted
+        goal_tables, self.state = self.state, first
+        return goal_tables
 
     def score(self, answer: str) -> Score:
         """Return 1 if the tables are as wanted and all answers are said, else 0."""
-        said = plain(answer)
-        missing = [wanted for wanted in self._answers if not says(said, plain(wanted))]
+        normalized_answer = normalize_text(answer)
+        missing = [wanted for wanted in self._answers
+                   if not contains_words(normalized_answer, normalize_text(wanted))]
         # the content counts: other calls with the same effect are right
-        tables = {name: self.compared(name, self.state[name]) == self.compared(name, self._wanted[name])
+        tables = {name: self.project_rows(name, self.state[name]) == self.project_rows(name,
+                                                                                       self._wanted[name])
                   for name in self.world.tables}
         return Score(float(not missing and all(tables.values())), {"tables": tables, "unsaid": missing})
 
-    def compared(self, table: str, rows: Mapping[str, Any]) -> Any:
+    def project_rows(self, table: str, rows: Mapping[str, Any]) -> Any:
         """Return rows as goals compare them: without free columns, and new rows without their keys."""
         free, first = self.world.tables[table].free, self._first[table]
-        shown = {key: {name: value for name, value in row.items() if name not in free}
+        projected = {key: {name: value for name, value in row.items() if name not in free}
                  for key, row in rows.items()}
-        return ({key: row for key, row in shown.items() if key in first},
-                sorted(json.dumps(row, sort_keys=True) for key, row in shown.items() if key not in first))
+        return ({key: row for key, row in projected.items() if key in first},
+                sorted(json.dumps(row, sort_keys=True) for key, row in projected.items() if key not in first))
 
 
 @dataclass
 class Booking(Virtual):
     """Rooms of a chain of hotels; a task has `goal`, and `tables` if it likes, and leaves out the world."""
 
-    EXAMPLES = _examples("booking.json")
+    EXAMPLES = _load_examples("booking.json")
 
     def reset(self, task: Task) -> Observation:
         """Begin an episode of a task; it may also bring a world of its own."""
