@@ -61,6 +61,7 @@ def main() -> None:
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.data.token_shards import Source, TokenShard
+    from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
@@ -76,7 +77,7 @@ def main() -> None:
                         train_documents=TokenShard(Path(folder) / "text"))
         trainer = Trainer(config, place, RunFolder(Path(folder) / "run"), [source], LanguageModelling)
         for _ in range(args.steps):
-            trainer.train_step()
+            train_step(trainer)
         device = torch.cuda.get_device_name() if on_gpu() else "CPU, 1 thread"
         print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), {device}, "
               f"Python {platform.python_version()}, torch {torch.__version__}")

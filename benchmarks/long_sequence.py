@@ -79,6 +79,7 @@ def config_of(tokens: int) -> RunConfig:
 def step(config: RunConfig, folder: Path) -> None:
     """Train one step and write what this process needed; runs on every rank."""
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
@@ -88,7 +89,7 @@ def step(config: RunConfig, folder: Path) -> None:
     source = Source("long", None, "text", {}, {"train": 2 * tokens}, 1.0,
                     train_documents=OneDocument(tokens, config.model.vocab_size))
     trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
-    result = trainer.train_step()
+    result = train_step(trainer)
     assert result is not None and result.num_tokens == tokens
     grown, seconds = resident_bytes("VmHWM") - before, time.perf_counter() - start
     np.save(folder / f"{place.rank}.npy", np.array([before, grown, seconds, result.loss]))

@@ -64,6 +64,7 @@ def our_step(config: RunConfig, place: world.ParallelWorld, source: Source, fold
                                                                                                       None]:
     """Return one step of the training loop, with its records."""
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
     from megatron_sov.work.processes.stop_signals import StopFlag
@@ -73,7 +74,7 @@ def our_step(config: RunConfig, place: world.ParallelWorld, source: Source, fold
         trainer.recorder.events = EventLog(folder / "events.jsonl")
 
     def step() -> None:
-        result = trainer.train_step()
+        result = train_step(trainer)
         assert result is not None
         trainer.recorder.record_step(trainer.state, result, trainer.observe_step())
         trainer.checkpointer.sync(stop)

@@ -157,6 +157,7 @@ def saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     from megatron.core import parallel_state
 
     from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
@@ -167,7 +168,7 @@ def saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
     counter = Counter({weight.untyped_storage().data_ptr() for weight in trainer.model.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(counter.save, counter.give):
-        trainer.train_step()
+        train_step(trainer)
     found = parallel_state.get_pipeline_model_parallel_rank(), counter.most
     trainer.close()
     world.leave_world()

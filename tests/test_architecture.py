@@ -106,7 +106,6 @@ ALONE = {
     "megatron_sov/publish/report/validations.py": "held-out prompts of rl, not of the loss",
     "megatron_sov/sandbox/process_tree.py": "starts processes; tools are another subject",
     "data_prep/synth/declared/functions.py": "functions of templates; steps are another subject",
-    "megatron_sov/train/loop.py": "the loop and nothing else",
     "megatron_sov/train/guards/watchdog.py": "a thread that watches for steps that hang",
     "megatron_sov/proof/given.py": "data of objectives; proving a layout is another subject",
     "megatron_sov/operate/contract.py": "parses sources of libraries; a machine is another subject",

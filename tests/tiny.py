@@ -41,9 +41,10 @@ def tiny_trainer(data: str, *settings: str, run: str | Path = "not-written", rec
     from megatron_sov.train.data.token_shards import open_sources
     from megatron_sov.train.guards.fault_injection import parse_faults
     from megatron_sov.train.objectives.data_objective import LanguageModelling
-    from megatron_sov.train.trainer import Trainer
+    from megatron_sov.train.trainer import Trainer, TrainerOptions
 
     config = apply_settings(recipes.get(recipe), [*RUN, *settings])
     place = place or world.join_world(config.parallel)
     return Trainer(config, place, RunFolder(Path(run)), open_sources({data: 1.0}, config.model.vocab_size),
-                   LanguageModelling, faults=parse_faults([faults] if faults else [], place.size))
+                   LanguageModelling,
+                   TrainerOptions(faults=parse_faults([faults] if faults else [], place.size)))

@@ -24,7 +24,7 @@ from megatron_sov.train.data.rows import PackedRow, build_heldout_samples
 from megatron_sov.train.data.token_bytes import count_token_bytes
 from megatron_sov.train.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
 from megatron_sov.train.objectives.heldout_evaluator import (
-    PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, compute_result, heldout_row)
+    PARTS, SUMS, HeldoutEvaluator, HeldoutLoss, build_heldout_row, compute_heldout_loss)
 from megatron_sov.work.progress.progress_bar import create_bar
 
 ROW_TOKENS = 8192
@@ -62,7 +62,7 @@ class HeldoutData:
     def rows(self, index: int) -> Iterator[PackedRow]:
         shard, samples = self._cut_sources[index]
         for sample in samples:
-            yield heldout_row(sample, shard, self.sources[index], self.seq_len)
+            yield build_heldout_row(sample, shard, self.sources[index], self.seq_len)
 
     def bytes_of_token(self, vocab_size: int) -> np.ndarray | None:
         """Return UTF-8 bytes per token [vocab_size]; None if the data have no tokenizer."""
@@ -126,7 +126,7 @@ def evaluate_rows(data: HeldoutData, compute_losses: Callable[[PackedRow], np.nd
                     sums[f"{part}_tokens"] += int(in_part.sum())
                 bar.update()
             if sums["tokens"]:
-                results[source.name] = compute_result(sums)
+                results[source.name] = compute_heldout_loss(sums)
     return results
 
 
@@ -138,7 +138,7 @@ def evaluate_forward_model(loaded: LoadedModel, data: HeldoutData) -> dict[str, 
     evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows, data.max_tokens, loaded.world)
     shows_progress = loaded.world.rank == loaded.world.size - 1  # always on the last pipeline stage
     with create_bar("judging", evaluator.num_micro_batches, "row", shows_progress) as bar:
-        return evaluator.run(loaded.policy, done=bar.update)
+        return evaluator.run(loaded.policy, on_micro_batch=bar.update)
 
 
 def compute_rows_per_batch(loaded: LoadedModel, seq_len: int, max_tokens: int = ROW_TOKENS) -> int:

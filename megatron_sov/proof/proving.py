@@ -39,6 +39,7 @@ from megatron_sov.proof.miniature import Miniature, miniature
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, MODEL
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
 from megatron_sov.work.progress.progress_bar import create_bar
 
@@ -420,7 +421,7 @@ def _trainer(config: RunConfig, place: ParallelWorld) -> Trainer:
 
 def _step(trainer: Trainer) -> dict[str, float] | None:
     """Do a step; returns its numbers by name, or None: a guard refuses it."""
-    result = trainer.train_step()
+    result = train_step(trainer)
     if result is None:
         return None
     usual = trainer.guards.step_guard.state()

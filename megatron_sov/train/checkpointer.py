@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saving, loading, the search for a sound one, and start weights of encoders."""
+"""Saving and loading a run's checkpoints, searching for a sound checkpoint, and loading encoder weights."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.train.data.token_shards import Source, tokenizer_folder
 from megatron_sov.work.processes.stop_signals import StopFlag
 
-ANY_STEP = 2**62
-STOP = "asked to stop"
+MAX_STEP = 2**62
+STOP = "stop requests"
 ENCODER_SECTIONS = ("vision_config", "audio_config", "thinker_config")
-"""Fields of a multimodal model's config.json that contain the fields of an encoder."""
+"""Sections of a multimodal model's `config.json` with the fields of an encoder."""
 ENCODER_FIELDS = {
     "siglip": {"hidden_size": "hidden_size", "num_hidden_layers": "num_layers",
                "num_attention_heads": "num_heads", "intermediate_size": "ffn_dim", "image_size": "image_size",
@@ -55,8 +55,8 @@ ENCODER_FIELDS = {
                 "num_mel_bins": "num_mels"},
 }
 ENCODER_FIELDS["qwen2_audio"] = ENCODER_FIELDS["whisper"]
-"""Kind of encoder -> field of the transformers config -> our field. They must agree, because shapes of
-weights do not determine all of them, such as the number of heads."""
+"""Encoder kind -> field of the transformers config -> our field. Values must agree: weight shapes alone do
+not determine `num_heads`, for example."""
 
 
 @dataclass
@@ -64,44 +64,37 @@ class TrainState:
     """Counters of the training loop, stored in every checkpoint."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     tokens: int = 0
     """Learned tokens, without padding."""
     wall_s: float = 0.0
-    """Seconds that the run has worked, over all its restarts."""
+    """Seconds of work on the run, summed over restarts."""
     trained_tokens: int = 0
-    """Tokens of the longest sample that the weights were trained on, in this run or the runs before it."""
+    """Length of the longest sample that trained the weights, in tokens, including earlier runs."""
 
 
 class Stateful(Protocol):
-    """A part of the run with a state that checkpoints store."""
+    """A part of the run whose state is stored in checkpoints."""
 
     def state(self) -> dict[str, Any]:
-        """Return plain values for the checkpoint."""
+        """Return JSON values for the checkpoint."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a result of `state`."""
+        """Continue from a result that `state` returned."""
         ...
 
 
 class Checkpointer:
-    """Saves and loads the checkpoints of a run; all ranks call every method together."""
+    """Saves and loads a run's checkpoints; every method but `finish_alone` is collective."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, sources: list[Source], model: LanguageModel,
                  optimizer: Optimizer, batches: Stateful, parts: Mapping[str, Stateful],
                  on_saved: Callable[[SavedCheckpoint], None]) -> None:
-        """Start without a checkpoint.
+        """Start without a checkpoint; `on_saved` will be called with each complete checkpoint.
 
-        Args:
-            config: settings of the run.
-            folder: folder of the run.
-            sources: training data; checkpoints store the hashes of their manifests.
-            model: of this rank.
-            optimizer: with moments and master weights.
-            batches: the data order.
-            parts: name in the checkpoint -> further part of the run with a state.
-            on_saved: called when a checkpoint is complete.
+        Checkpoints store `model`, `optimizer`, the data order `batches`, the manifest hashes of `sources`,
+        and `parts` (name -> further part).
         """
         self._config, self._folder, self._model, self._optimizer = config, folder, model, optimizer
         self._batches, self._parts = batches, parts
@@ -111,58 +104,45 @@ class Checkpointer:
         self._carried: dict[str, Any] = {}
         self._saver = CheckpointSaver(on_saved, config.train.save_timeout_s)
 
-    def save(self, done: TrainState) -> None:
-        """Start to write a checkpoint in the background, after the outstanding one is complete.
+    def save(self, counters: TrainState) -> None:
+        """Start writing a checkpoint in the background, after the outstanding checkpoint is complete.
 
         If `train.async_save` is off, `finish` must be called before the next step.
-
-        Args:
-            done: counters of the training loop.
         """
         settings, folder = self._config.train, self._folder.checkpoints
-        state = {"step": done.step, "tokens": done.tokens, "wall_s": done.wall_s,
-                 "trained_tokens": done.trained_tokens, "num_updates": self._optimizer.num_updates,
+        state = {"step": counters.step, "tokens": counters.tokens, "wall_s": counters.wall_s,
+                 "trained_tokens": counters.trained_tokens, "num_updates": self._optimizer.num_updates,
                  "order": self._batches.state(), "data": self._data,
                  **{name: part.state() for name, part in self._parts.items()}}
-        self._saver.begin(self._folder.checkpoint(done.step), self._model, self._optimizer,
-                          CheckpointMetadata(state, self._config.to_dict(), self._tokenizer, self._companions,
-                                     self._carried),
-                          # after the rename: a crash during the write must leave the previous checkpoint
-                          on_complete=lambda: checkpoints.prune_checkpoints(folder, settings.keep_checkpoints,
-                                                         settings.keep_every_steps),
-                          wait=not settings.async_save)
+        metadata = CheckpointMetadata(state, self._config.to_dict(), self._tokenizer, self._companions,
+                                      self._carried)
+        # pruned after the rename: a crash during the write must leave the previous checkpoint
+        prune = partial(checkpoints.prune_checkpoints, folder, settings.keep_checkpoints,
+                        settings.keep_every_steps)
+        self._saver.begin(self._folder.checkpoint(counters.step), self._model, self._optimizer, metadata,
+                          on_complete=prune, wait=not settings.async_save)
 
     def sync(self, stop: StopFlag) -> bool:
-        """Share stop requests and the progress of the outstanding checkpoint, by one all-reduce after a step.
+        """Share stop requests and progress of the outstanding checkpoint by an all-reduce after a step.
 
-        Once all ranks have written their part of the checkpoint, it appears under its name.
-
-        Returns:
-            Whether any rank was asked to stop.
-
-        Raises:
-            UserError: the outstanding checkpoint failed.
+        The checkpoint gets its final name after every rank has written its part. Returns whether a rank got
+        a stop request. Raises `UserError` if the checkpoint failed.
         """
-        # one message for both: the cost of a small all-reduce is its latency
+        # a single message: the cost of a small all-reduce is its latency
         sums = sum_dict({STOP: float(stop.reason is not None), **self._saver.progress()},
                         collectives.all_reduce_world)
         self._saver.advance(sums)
         return sums[STOP] > 0
 
     def advance(self) -> None:
-        """Complete the outstanding checkpoint once all ranks have written their part, between long steps.
+        """Complete the outstanding checkpoint if every rank has written its part; for use during long steps.
 
-        Raises:
-            UserError: the checkpoint failed.
+        Raises `UserError` if the checkpoint failed.
         """
         self._saver.advance(sum_dict(self._saver.progress(), collectives.all_reduce_world))
 
     def finish(self) -> None:
-        """Wait for the outstanding checkpoint, if any.
-
-        Raises:
-            UserError: the checkpoint failed.
-        """
+        """Wait for the outstanding checkpoint. Raises `UserError` if it failed."""
         self._saver.finish()
 
     def finish_alone(self) -> None:
@@ -174,19 +154,15 @@ class Checkpointer:
         self._load_model(path, new_encoders=True)
 
     def load(self, path: Path, *, load_data_order: bool = True) -> TrainState:
-        """Restore the state of a sound checkpoint of this run and return its counters.
+        """Restore a sound checkpoint of this run and return its counters.
 
-        Args:
-            path: the checkpoint.
-            load_data_order: True: restore the data order, too; False: it continues at its position.
-
-        Raises:
-            UserError: the data of a source changed since the checkpoint.
+        `load_data_order=False` leaves the data order at its position. Raises `UserError` if the data of a
+        source changed after the checkpoint was written.
         """
         state = load.read_state(path)
-        for name, read_so_far in state["data"].items():
-            # before any weight changes; cursors of removed sources are not used
-            if self._data.get(name, read_so_far) != read_so_far:
+        for name, manifest_hash in state["data"].items():
+            # before a weight changes; cursors of removed sources are not used
+            if self._data.get(name, manifest_hash) != manifest_hash:
                 raise UserError(f"source {name!r}: its data was packed anew since {path} was written, "
                                 "and the cursor into it means nothing now; resume with the data of before, "
                                 "or start a new --run --from that checkpoint")
@@ -201,21 +177,21 @@ class Checkpointer:
                           checkpoints.read_trained_tokens(path))
 
     def _load_model(self, path: Path, *, new_encoders: bool = False) -> None:
-        # read now: the checkpoint may be pruned before the next one is written
+        # read now: the checkpoint may be pruned before the next save
         self._carried = copy_carried_fields(path)
         if self._tokenizer is not None:
             self._companions = _read_companions(path / "tokenizer", self._tokenizer)
         load.load_model(path, self._model, new_encoders=new_encoders)
-        # without it, the next update would overwrite the loaded weights with older master weights
+        # the next update would otherwise overwrite the loaded weights with older master weights
         self._optimizer.sync_master_weights()
 
 
-def find_sound_checkpoint(folder: RunFolder, world: ParallelWorld, last_step: int = ANY_STEP) -> Path | None:
-    """Return the newest sound checkpoint of a run up to `last_step`, or None; all ranks call this together.
+def find_sound_checkpoint(folder: RunFolder, world: ParallelWorld, last_step: int = MAX_STEP) -> Path | None:
+    """Return the newest sound checkpoint of a run up to `last_step`, or None. Collective.
 
     Damaged checkpoints are renamed, with a warning and an event.
     """
-    # rank 0 lists the folder: on a network file system the other ranks may see an older listing
+    # rank 0 lists the folder: on a network file system, ranks may see different listings
     while ((newest := run_on_main(
             world, lambda: checkpoints.latest_checkpoint_until(folder.checkpoints, last_step)))
            is not None):
@@ -239,7 +215,7 @@ def _rename_damaged(folder: RunFolder, damaged: Path, problem: str) -> None:
 
 
 def check_adapter_base(newest: Path, start_from: Path) -> None:
-    """Raise `UserError` if an adapter's run would continue with other frozen weights."""
+    """Raise `UserError` if an adapter's run would continue with different frozen weights."""
     base = checkpoints.read_adapter_base(newest)
     if base is not None:
         start = (checkpoints.read_adapter_base(start_from)
@@ -251,10 +227,9 @@ def check_adapter_base(newest: Path, start_from: Path) -> None:
 
 @torch.no_grad()
 def load_encoder_weights(model: LanguageModel, config: RunConfig) -> None:
-    """Load encoder weights from the folders in `media.*_from`; all ranks call this together.
+    """Load encoder weights from the folders `media.vision_from` and `media.audio_from`. Collective.
 
-    Raises:
-        UserError: on all ranks; a folder has no such encoder, or an encoder of other sizes.
+    Raises `UserError` on every rank if a folder's encoder is missing or has different sizes.
     """
     for prefix, folder in ((VISION, config.media.vision_from), (AUDIO, config.media.audio_from)):
         if not folder:
@@ -268,19 +243,12 @@ def load_encoder_weights(model: LanguageModel, config: RunConfig) -> None:
 
 
 def open_encoder(folder: Path, prefix: str,
-               model: ModelConfig) -> tuple[dict[str, TensorFile], dict[str, str]]:
-    """Open an encoder in a Hugging Face folder, on its own or inside a larger model.
+                 model: ModelConfig) -> tuple[dict[str, TensorFile], dict[str, str]]:
+    """Open an encoder in a Hugging Face folder, alone or inside a larger model.
 
-    Args:
-        folder: with config.json and safetensors files.
-        prefix: `VISION` or `AUDIO`.
-        model: config of our model with the encoder.
-
-    Returns:
-        Name in the folder -> file, and our key of each encoder tensor -> name in the folder.
-
-    Raises:
-        UserError: the folder has no such encoder, several of them, or an encoder of other sizes.
+    `prefix` is `VISION` or `AUDIO`. Returns tensor name in the folder -> file, and key of each encoder tensor
+    in our `model` -> name in the folder. Raises `UserError` if the folder has no such encoder, has several,
+    or has an encoder of different sizes.
     """
     check_model_path(folder)
     setting = f"media.{prefix[:-1]}_from = {str(folder)!r}"
@@ -330,10 +298,10 @@ def _check_encoder_fields(folder: Path, setting: str,
 
 
 def _read_companions(start: Path, data: Path) -> dict[str, bytes]:
-    """Return the files next to tokenizer.json for the run's checkpoints.
+    """Return name -> content of the files that checkpoints store in addition to `tokenizer.json`.
 
-    They come from the tokenizer folder of the start weights, with special tokens and chat template of the
-    data's tokenizer folder. {} if the data have another tokenizer.
+    Files come from the tokenizer folder `start` of the start weights, with special tokens and chat template
+    from the tokenizer folder `data`. Returns {} if their vocabularies differ.
     """
     if find_difference(start, data) is not None:
         return {}

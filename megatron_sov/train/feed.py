@@ -1,4 +1,4 @@
-"""Protocol of a feed: data that become available during the run."""
+"""Protocol of a feed, which supplies data that appear during the run, such as rollouts."""
 
 from __future__ import annotations
 
@@ -11,45 +11,42 @@ from megatron_sov.train.objectives.data_batches import DataBatches
 
 
 class FeedView(GateView, Protocol):
-    """Part of the trainer that a feed uses."""
+    """Part of `Trainer` that a feed uses."""
 
     @property
     def batches(self) -> DataBatches:
-        """Batches of the data order."""
+        """Batches in the data order."""
 
     @property
     def checkpointer(self) -> Checkpointer:
-        """Checkpoints of the run: data may wait for a checkpoint that is still being written."""
+        """The run's checkpoints: new data may depend on a checkpoint that is being written."""
 
 
 class Feed(Protocol):
-    """Makes the data of each step available."""
+    """Supplies the data of each step."""
 
     def close(self) -> None:
-        """End background work on this process; no other method is called afterwards."""
+        """End background work on this process; called last."""
 
     @property
     def meters(self) -> Mapping[str, float]:
-        """Meter -> value for the data of the next step; on rank 0 only."""
+        """Meter -> value for the next step's data, on rank 0 only."""
 
-    def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
-        """Make the data of the next step available. Collective; due checkpoints are saved before.
+    def prepare_data(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """Make the next step's data available, after due checkpoints are saved. Collective.
 
-        Returns:
-            None if the data are available, otherwise the reason why the run has to end first.
-
-        Raises:
-            UserError: the data cannot be used.
+        Returns the reason to end the run if the data are missing, else None. Raises `UserError` if the data
+        cannot be used.
         """
 
-    def conclude(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
-        """Do the remaining work after the last step, also after a resume. Returns as `bring`."""
+    def finish(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
+        """Do the remaining work after the last step, also after a resume; return as `prepare_data`."""
 
     def needs_checkpoint(self, step: int) -> bool:
-        """Return whether data are generated from the checkpoint after a step."""
+        """Return whether data will be generated from the checkpoint after `step`."""
 
     def state(self) -> dict[str, Any]:
-        """As `Stateful.state`."""
+        """See `Stateful.state`."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """As `Stateful.restore`."""
+        """See `Stateful.restore`."""

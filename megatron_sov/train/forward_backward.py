@@ -29,13 +29,13 @@ from megatron_sov.train.objectives.objective import (
     GlobalBatch, LossSums, Objective, compute_total_loss, get_meters)
 
 BY_SOURCE, METERS, ROUTES = "by source", "all meters", "all routes"
-"""Entries of the all-reduced message next to the loss terms, whose names have no spaces."""
+"""Entries of the all-reduced message in addition to loss terms, whose names contain no spaces."""
 REPLAYED = "replayed_routes"
-"""Meter for data with routes: share of expert choices that were replayed."""
+"""Meter for data with recorded routes: share of expert choices replayed."""
 
 
 class ForwardBackward:
-    """Forward and backward passes on one rank; all ranks call every method together."""
+    """Forward and backward passes on one rank; every method is collective."""
 
     def __init__(self, config: RunConfig, model: LanguageModel, optimizer: Optimizer, expert_load: ExpertLoad,
                  num_sources: int, faults: FaultInjector, clock: ComputeClock | None) -> None:
@@ -44,19 +44,16 @@ class ForwardBackward:
         self._num_sources, self._faults, self._clock = num_sources, faults, clock
         self._step = 0
         self.is_finite = True
-        """Whether this rank's loss sums of the last step were finite."""
+        """Whether this rank's loss sums were finite in the last step."""
         self.local_result: LocalResult | None = None
-        """This rank's result of the last step; set if `guards.attribute` is on."""
+        """This rank's result in the last step, if `guards.attribute` is on."""
         self._local_checksum: int | None = None
         expert_load.before_sync = self._end_local_passes
 
     def run(self, batch: GlobalBatch, objective: Objective, step: int) -> StepSums:
-        """Compute the gradients of the global batch, left in the model, and return its loss sums.
+        """Compute gradients of `step` (from 1) in the model, and return the loss sums.
 
-        Args:
-            batch: this rank's part of the global batch, with denominators.
-            objective: loss terms and meters.
-            step: from 1.
+        `batch` is this rank's part of the global batch, with denominators from `Objective.prepare`.
         """
         self._step = step
         if self._clock is not None:
@@ -69,14 +66,14 @@ class ForwardBackward:
         if packed_sums:
             local_sums = torch.stack(packed_sums).sum(0).cpu()
         else:
-            # a stage without losses sends zeros of the same length: the sum over ranks needs equal shapes
+            # a stage without losses sends zeros: the sum over ranks needs equal shapes
             size = len(objective.coefficients) + 2 * self._num_sources + 2 * len(names)
             local_sums = torch.zeros(size, dtype=torch.float64)
-        # before the sum over ranks, which would spread the NaN of one rank to all
+        # before the sum over ranks, which would spread a NaN to every rank
         self.is_finite = bool(local_sums.isfinite().all())
         # after the check for finite values: route counts are equal on all stages
         local_sums = torch.cat([local_sums, _count_replayed_routes(batch.micro_batches)])
-        # only the last stage has losses: one message over data-parallel ranks, then one over stages
+        # only the last stage has losses: a message over data-parallel ranks, then a message over stages
         global_sums = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local_sums))
         totals = unflatten_tensors(global_sums, {**self._list_shapes(objective), ROUTES: (2,)})
         by_source = totals.pop(BY_SOURCE)
@@ -87,16 +84,12 @@ class ForwardBackward:
 
     def compute_local_gradients(self, batch: GlobalBatch, objective: Objective, step: int,
                                 turn: int) -> None:
-        """Compute this rank's gradients of the first micro-batches, left in the model without a sum over
-        ranks.
+        """Compute gradients of the first micro-batches in the model, without a sum over ranks.
 
-        Args:
-            batch: of the step.
-            objective: loss terms.
-            step: from 1; seeds dropout, so that every turn draws the same.
-            turn: from 0; an injected fault corrupts later turns only, so that turns differ.
+        `step` (from 1) seeds dropout, so that each `turn` (from 0) draws equal numbers. An injected
+        `miscompute` fault corrupts later turns only, so that turns differ.
         """
-        # an interleaved schedule takes whole multiples of pp micro-batches
+        # an interleaved schedule takes multiples of pp micro-batches
         count = self._config.parallel.pp if self._config.parallel.vpp > 1 else 1
         seed_step(self._config.train.seed, step - 1)
         self._run_unsynced(batch, batch.micro_batches[:count], objective)
@@ -106,7 +99,7 @@ class ForwardBackward:
         seed_step(self._config.train.seed, step - 1)
 
     def recompute_step(self, batch: GlobalBatch, objective: Objective, step: int) -> LocalResult:
-        """Compute this rank's part of `step` (from 1) again, with the random numbers of the first time."""
+        """Compute this rank's part of `step` (from 1) again, with the random numbers of the first pass."""
         seed_step(self._config.train.seed, step - 1)
         packed_sums = self._run_unsynced(batch, batch.micro_batches, objective)
         result = self._build_local_result(packed_sums, objective, self._compute_checksum())
@@ -120,13 +113,10 @@ class ForwardBackward:
 
     def _run_passes(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch], objective: Objective,
                     loss_factor: float) -> list[Any]:
-        """Run the pipeline schedule; on the last stage, return the packed sums of each micro-batch.
+        """Run the pipeline schedule; on the last stage, return packed sums of each micro-batch.
 
-        Args:
-            batch: of the step.
-            micro_batches: all of the batch, or its first ones.
-            objective: loss terms and meters.
-            loss_factor: 1, or the factor of an injected fault.
+        `micro_batches` may be a prefix of `batch.micro_batches`. `loss_factor` is 1, or the factor of an
+        injected fault.
         """
         self._model.config.routing_step.begin(batch.seq_len, batch.num_sequences)
         terms, meters = sorted(objective.coefficients), get_meters(objective)
@@ -160,7 +150,7 @@ class ForwardBackward:
         return LocalResult(sums, checksum, tuple((total / count.clamp(min=1)).tolist()))
 
     def _end_local_passes(self) -> None:
-        """Stop the clock and take the gradient checksum: this rank now waits for the gradients of others."""
+        """Stop the clock and compute the gradient checksum, before gradients are summed over ranks."""
         # before the clock stops: an injected delay has to count as computing time
         time.sleep(self._faults.delay_s(self._step))
         self._inject_miscompute(self._step)
@@ -185,29 +175,35 @@ class ForwardBackward:
 
 @dataclass(frozen=True)
 class StepSums:
-    """Loss sums and meters of a step over the global batch."""
+    """Loss sums and meters of a step, over the global batch."""
 
     terms: dict[str, float]
     """Term -> weighted sum of its losses, sorted by name."""
     by_source: torch.Tensor
-    """[sources, 2] float64: sum of losses and number of targets of each source."""
+    """[sources, 2] float64: sum of losses and number of targets."""
     meters: dict[str, float]
     """Meter -> mean; meters with a count of 0 are left out."""
+
+    def normalize(self, batch: GlobalBatch, objective: Objective) -> tuple[float, dict[str, float]]:
+        """Return the total loss, and each term's sum divided by its targets in the global batch."""
+        losses = {term: total / batch.targets[term]
+                  for term, total in self.terms.items() if batch.targets[term] > 0}
+        return sum(objective.coefficients[term] * loss for term, loss in losses.items()), losses
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """Result of one rank for a step, before any sum over ranks."""
+    """A rank's result for a step, before sums over ranks."""
 
     sums: torch.Tensor
-    """[micro-batches, values] float64 on the host: packed sums; empty except on the last pipeline stage."""
+    """[micro-batches, values] float64 on the host: packed sums; empty before the last pipeline stage."""
     gradients: int | None
-    """Checksum of the local gradients; None: they were summed over ranks during the backward pass."""
+    """Checksum of local gradients; `None` if `overlap_grad_reduce` summed them over ranks."""
     losses: tuple[float, ...] = ()
-    """Mean loss per target of each micro-batch."""
+    """Mean loss per target, for each micro-batch."""
 
     def __eq__(self, other: object) -> bool:
-        """Compare bits: NaN equals the same NaN. A missing gradient checksum equals any."""
+        """Compare bits, so that NaN equals NaN; a missing gradient checksum equals every checksum."""
         if not isinstance(other, LocalResult):
             return False
         if self.sums.shape != other.sums.shape:
@@ -222,8 +218,7 @@ class LocalResult:
 def _stack_meters(sums: LossSums, names: tuple[str, ...]) -> torch.Tensor:
     """Return [meters, 2] float64: sum and count of each meter, in the order of `names`.
 
-    Raises:
-        UserError: `sums.meters` has other names than the objective declares; all ranks rely on `names`.
+    Raises `UserError` if `sums.meters` differs from `names`, which the objective declares on every rank.
     """
     if set(sums.meters) != set(names):
         raise UserError(f"the objective returned the meters {sorted(sums.meters)} and declares "
@@ -235,12 +230,12 @@ def _stack_meters(sums: LossSums, names: tuple[str, ...]) -> torch.Tensor:
 
 
 def _count_replayed_routes(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
-    """Return [2] float64: recorded expert choices and all expert choices of rows with routes."""
+    """Return [2] float64: recorded and total expert choices in rows with routes."""
     counts = torch.zeros(2, dtype=torch.float64)
     for inputs in (micro_batch.host.inputs for micro_batch in micro_batches):
         if inputs.routes is None:
             continue
-        # one choice stands for all of a layer; the largest number of the dtype marks "not recorded"
+        # the first choice stands for its layer; the largest number of the dtype marks "not recorded"
         first_choices = inputs.routes[~inputs.padding.numpy(), :, 0]
         num_recorded = (first_choices != np.iinfo(first_choices.dtype).max).sum()
         counts += torch.tensor([num_recorded, first_choices.size])

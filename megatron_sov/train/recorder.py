@@ -1,6 +1,6 @@
 """Records of a training run on rank 0: events, trackers, the progress bar and warnings.
 
-On the other ranks the same calls write nothing. No method is a collective.
+On ranks above 0 the same calls write nothing. No method is collective.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ CPU_INFO = Path("/proc/cpuinfo")
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 """Unit of `ru_maxrss`, the peak memory of a process, in bytes."""
 CARD_TFLOPS = {"NVIDIA H100 PCIe": 756.0, "NVIDIA H100 NVL": 835.5, "NVIDIA H200 NVL": 835.5}
-"""CUDA's name of a PCIe card outside the table of chips -> dense bf16 peak, half of the data sheet's figure
-with sparsity."""
+"""CUDA device name of a PCIe card outside the chip table -> dense bf16 peak, which is half the data sheet's
+figure with sparsity."""
 
 
 @dataclass(frozen=True)
@@ -50,80 +50,71 @@ class StepResult:
     """Figures of one optimizer step."""
 
     loss: float
-    """Total loss: coefficients times normalised terms."""
+    """Total loss: sum over terms of coefficient x normalised loss."""
     losses: dict[str, float]
     """Term -> normalised loss."""
     losses_by_source: dict[str, float]
-    """Source -> mean loss of its targets in this batch."""
+    """Source -> mean loss per target in the batch."""
     grad_norm: float
     """Gradient norm before clipping."""
     lr: float
-    """Learning rate of the step."""
+    """Learning rate."""
     num_tokens: int
-    """Tokens of the batch, without padding."""
+    """Tokens in the batch, without padding."""
     phase: str
-    """Phase of the curriculum."""
+    """Curriculum phase."""
     padding_share: float
-    """Share of padding among the batch's tokens."""
+    """Padding tokens / all tokens in the batch."""
     seq_len: int
-    """Tokens of a sample."""
+    """Tokens per sample."""
     seconds: float = field(default=0.0)
-    """Wall time of the step."""
+    """Wall time."""
     meters: dict[str, float] = field(default_factory=dict)
-    """Meter of the objective -> its mean over the batch."""
+    """Meter of objective or feed -> mean over the batch."""
 
 
 class Recorder:
-    """Writes the records of one run; see the module."""
+    """Writes a run's records."""
 
     def __init__(self, config: RunConfig, world: ParallelWorld, num_steps: int,
                  began_s: float | None = None) -> None:
         """Prepare records without opening a file.
 
-        Args:
-            config: settings of the run.
-            world: rank and size of this process's world.
-            num_steps: number of the run's last step.
-            began_s: Unix time at which work on the run began; None: now.
+        `began_s` is the Unix time at which work on the run began; default: now.
         """
         self.headline: tuple[Meter, ...] = (LOSS,)
-        """Meters by which the run is judged."""
+        """Main meters of the run, see `get_headline`."""
         self._comparable = True
         self._config, self._world, self._num_steps = config, world, num_steps
         self._began_s = time.time() if began_s is None else began_s
         self._efficiency = Efficiency(config, world.size)
         self.events = EventLog(None)
-        """The run's events; closed on all ranks but 0."""
+        """Event log; closed on ranks above 0."""
         self._trackers: Trackers | None = None
         self._progress: ProgressBar | None = None
         self._over_epochs: set[str] = set()
-        self._has_doubted = False
+        self._has_warned_about_meters = False
 
     def show_meters(self, headline: tuple[Meter, ...], *, comparable: bool) -> None:
-        """Show an objective's headline meters from now on, and its loss if `comparable`."""
+        """Set the headline meters; `comparable`: whether to show the loss, too."""
         self.headline, self._comparable = headline, comparable
 
     def open(self, run: Path) -> None:
-        """Open events.jsonl and trackers of the folder `run`; called on rank 0 only."""
+        """Open `events.jsonl` and trackers in the folder `run`, on rank 0 only."""
         self._trackers = Trackers(self._config.obs, run, self._config.to_dict())
         self.events = EventLog(run / EVENTS, self._trackers.observe)
 
-    def record_start(self, step: int, continued_from: str | None, sources: list[Source],
+    def record_start(self, step: int, resumed_from: str | None, sources: list[Source],
                      entries: Sequence[LedgerEntry], start: Path | None = None,
                      extra_inputs: Sequence[Mapping[str, str]] = ()) -> None:
-        """Record settings, inputs and machine of the run, and open the progress bar.
+        """Record settings, inputs and machine of the run, and open the progress bar at `step`.
 
-        Args:
-            step: optimizer steps done before.
-            continued_from: name of the run's own checkpoint that it resumes from; None: a new run.
-            sources: training data.
-            entries: the ledger.
-            start: checkpoint with the start weights; None: initial weights, or a resumed run.
-            extra_inputs: further inputs, each as `describe_inputs` returns them.
+        `resumed_from` names the run's own checkpoint, and `start` is the checkpoint with start weights.
+        `extra_inputs` are results of `describe_input`.
         """
         config, write = self._config, self.events.write
-        if continued_from is not None:
-            write("resume", step=step, reason=f"continued from {continued_from}")
+        if resumed_from is not None:
+            write("resume", step=step, reason=f"continued from {resumed_from}")
         count = count_params(config.model)
         te = specs.uses_transformer_engine(specs.PRECISION[config.train.precision])
         inputs = describe_inputs(sources)
@@ -149,13 +140,9 @@ class Recorder:
         return step % self._config.train.log_every_steps == 0 or step == self._num_steps
 
     def record_step(self, state: TrainState, result: StepResult, load: torch.Tensor | None) -> None:
-        """Record a learned step in events, trackers and the progress bar.
+        """Record a learned step in events, trackers and the progress bar, unless `load` is None.
 
-        Args:
-            state: counters of the run, including this step.
-            result: figures of the step.
-            load: [layers, experts] tokens of each expert, zero for dense layers; None: the step is not due
-                and is not recorded.
+        `state` counts this step, too. `load` is [layers, experts]: tokens per expert, 0 in dense layers.
         """
         if load is None:
             return
@@ -182,13 +169,9 @@ class Recorder:
             self._progress.update(state.step, text, tokens_per_s)
 
     def record_skipped_step(self, step: int, meters: Mapping[str, float]) -> None:
-        """Record that the batch of `step` (from 1) was skipped.
+        """Record that the batch of `step` (from 1) was skipped, with `meters` of its round.
 
-        `data.skip_steps` requests it, or a batch of a round would change no weight.
-
-        Args:
-            step: from 1.
-            meters: of the step's round.
+        Either `data.skip_steps` names the step, or its batch would change no weight.
         """
         is_setting = any(first <= step <= last for first, last in self._config.data.skip_steps)
         fields = {"meters": dict(meters)} if meters else {}
@@ -198,22 +181,22 @@ class Recorder:
             self._trackers.log_step(step, {f"meter/{name}": value for name, value in meters.items()})
 
     def record_rejected_step(self, step: int, rejection: StepRejection, ranks: list[int]) -> None:
-        """Record a step that was computed and not learned; `ranks` had loss sums that are not finite."""
+        """Record a step that was computed and not learned; `ranks` had non-finite loss sums."""
         self.events.write("skip", step=step, reason=rejection.reason, loss=rejection.loss,
                           grad_norm=rejection.grad_norm, ranks=ranks)
         if self._world.is_main:
             where = f" (not finite on rank {', '.join(map(str, ranks))})" if ranks else ""
             warn(f"step {step} is not learned: {rejection.reason}{where}")
 
-    def warn_of_doubt(self, step: int, doubt: str) -> None:
-        """Warn once a run of an objective's `doubt` about its meters; "": no doubt."""
-        if doubt and not self._has_doubted:
-            self._has_doubted = True
+    def warn_about_meters(self, step: int, doubt: str) -> None:
+        """Print the result of `get_doubt` the first time it is not empty."""
+        if doubt and not self._has_warned_about_meters:
+            self._has_warned_about_meters = True
             if self._world.is_main:
                 warn(f"step {step}: {doubt}", self.events.write, step=step)
 
-    def warn_of_epochs(self, step: int, epochs: dict[str, float]) -> None:
-        """Warn once per source if it is read more often than `data.max_epochs` times."""
+    def warn_about_epochs(self, step: int, epochs: dict[str, float]) -> None:
+        """Warn once per source if its passes in `epochs` exceed `data.max_epochs`."""
         limit = self._config.data.max_epochs
         if limit and self._config.train.epochs:  # requested; the last step is completed with another epoch
             limit = max(limit, self._config.train.epochs + 1)
@@ -225,12 +208,9 @@ class Recorder:
                          f"{limit:g}; add data or lower its weight", self.events.write, step=step)
 
     def record_expert_load(self, step: int, load: torch.Tensor, **fields: Any) -> None:
-        """Record every expert's share of the tokens of its layer.
+        """Record each expert's share of its layer's tokens.
 
-        Args:
-            step: optimizer steps done.
-            load: [layers, experts] token counts, zero for dense layers.
-            fields: further fields of the event.
+        `load` is [layers, experts]: token counts, 0 in dense layers. `fields` go into the event.
         """
         layers = [layer for layer in range(len(load)) if load[layer].sum() > 0]
         if layers:
@@ -240,14 +220,10 @@ class Recorder:
 
     def record_evaluation(self, step: int, results: dict[str, HeldoutLoss], consumed: dict[str, int],
                           planned: dict[str, int], over_long: dict[str, int]) -> None:
-        """Record held-out losses, and tokens read of each source next to the ledger's plan.
+        """Record held-out losses, and tokens read per source next to the ledger's plan.
 
-        Args:
-            step: optimizer steps done.
-            results: source -> held-out loss.
-            consumed: source -> tokens read.
-            planned: source -> tokens that the ledger plans up to this step.
-            over_long: source -> conversations that did not fit a sample.
+        Each dict maps source names: `consumed` to tokens read, `planned` to tokens that the ledger plans up
+        to `step`, `over_long` to the number of conversations longer than a sample.
         """
         self.events.write("eval", step=step, heldout={name: asdict(r) for name, r in results.items()})
         fields: dict[str, Any] = {}
@@ -260,11 +236,9 @@ class Recorder:
                           save_s=saved.save_s, stall_s=saved.stall_s)
 
     def record_memory(self, step: int, by_rank_bytes: Sequence[float]) -> None:
-        """Record the peak memory of each pipeline stage and the rank that reached it.
+        """Record each pipeline stage's peak memory and the rank with this peak.
 
-        Args:
-            step: optimizer steps done.
-            by_rank_bytes: peak of each rank; the ranks of a stage are consecutive.
+        `by_rank_bytes` has the peak of each rank; ranks of a stage are consecutive.
         """
         num_stages = self._config.parallel.pp
         per_stage = len(by_rank_bytes) // num_stages
@@ -277,15 +251,15 @@ class Recorder:
         self.events.write("memory", step=step, peak_memory_bytes=peaks, ranks=ranks)
 
     def record_gate_failure(self, step: int, text: str) -> None:
-        """Record that the stage ended before its gate passed."""
+        """Record that the stage ended before `Gate.passed`."""
         self.events.write("gate_failed", step=step, text=text)
 
     def record_hang(self, step: int, places: dict[str, list[int]]) -> None:
-        """Record a step without progress; `places` maps a place in the code to the ranks that wait there."""
+        """Record a step without progress; `places` maps a code location to the ranks waiting there."""
         self.events.write("hang", step=step, places=places)
 
     def record_stop(self, step: int, reason: str | None) -> None:
-        """Record that the run ends early with everything saved; None: another rank was asked to stop."""
+        """Record that the run stops early, fully saved; `reason` is None if another rank got the signal."""
         self.events.write("stop", step=step, reason=reason or "another process was asked to stop")
 
     def record_end(self, step: int, wall_s: float, final_loss: float | None) -> None:
@@ -303,7 +277,7 @@ class Recorder:
 
 
 class Efficiency:
-    """Computes throughput, model FLOPs utilisation (MFU) and memory of this process."""
+    """Computes throughput, model FLOPs utilisation (MFU) and peak memory of this process."""
 
     def __init__(self, config: RunConfig, num_ranks: int) -> None:
         peak_tflops = find_peak_tflops(torch.cuda.get_device_name()) if on_gpu() else None
@@ -313,10 +287,7 @@ class Efficiency:
     def compute_figures(self, num_tokens: int, seq_len: int, seconds: float) -> dict[str, float]:
         """Return field of a `step` event -> value.
 
-        Args:
-            num_tokens: tokens of the step over all ranks.
-            seq_len: tokens of a sample.
-            seconds: wall time of the step.
+        `num_tokens` counts over all ranks, `seq_len` is tokens per sample, `seconds` the step's wall time.
         """
         tokens_per_s = num_tokens / seconds / self._num_ranks
         tflops = tokens_per_s * compute_train_flops_per_token(self._model, seq_len) / 1e12
@@ -327,13 +298,13 @@ class Efficiency:
 
 
 def find_peak_tflops(device_name: str) -> float | None:
-    """Return a GPU's dense bf16 peak in TFLOP/s by its CUDA name; None if it is unknown."""
+    """Return a GPU's dense bf16 peak in TFLOP/s by its CUDA name, or None for unknown devices."""
     chip = find_device_chip(device_name)
     return chip.bf16_flops_per_s / 1e12 if chip else CARD_TFLOPS.get(device_name)
 
 
 def read_peak_memory() -> dict[str, float]:
-    """Return the peak memory of this process so far: on its GPU, else of the host."""
+    """Return this process's peak memory in bytes: on its GPU, or on the host without a GPU."""
     if on_gpu():
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated(),
                 "reserved_memory_bytes": torch.cuda.max_memory_reserved()}
@@ -341,7 +312,7 @@ def read_peak_memory() -> dict[str, float]:
 
 
 def read_device_name() -> str:
-    """Return the name of this machine's GPU, or of its processor if it has none."""
+    """Return the name of this machine's GPU, or of its processor without a GPU."""
     if on_gpu():
         return str(torch.cuda.get_device_name())
     lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.is_file() else []

@@ -3,7 +3,8 @@
 A rejected step is computed again from the same weights, batch and random numbers. A sound process reproduces
 its bits, so a process with other bits is faulty. If all processes reproduce them, weights that differ between
 replicas name a process with corrupt memory. Otherwise the last learned batch is computed with the current
-weights: if its loss is as unusual as that of the rejected batch, the optimisation is at fault, else the data.
+weights: if its loss is as unusual as the loss of the rejected batch, the optimisation is at fault, else the
+data.
 
 The order follows NVIDIA's rerun state machine (`megatron.core.rerun_state_machine`), which separates
 transient from persistent results of one process and leaves further diagnosis to people.
@@ -24,12 +25,13 @@ from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.runs import checkpoints
 from megatron_sov.train.checkpointer import find_sound_checkpoint
 from megatron_sov.train.forward_backward import LocalResult
+from megatron_sov.train.guards.step_guard import StepRejection
 from megatron_sov.train.objectives.objective import GlobalBatch
 from megatron_sov.train.trainer import Trainer
 
 Verdict = Literal["process", "weights", "data", "optimisation", "undecided"]
 MAX_DOCUMENTS = 8
-"""Documents of a micro-batch that an attribution names."""
+"""Number of documents that an `Attribution` names."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Attribution:
     """Cause of a rejected step."""
 
     verdict: Verdict
-    """process: a rank computed other bits the second time; weights: the weights of a rank differ from its
-    replicas; data: the last learned batch has a usual loss with the same weights; optimisation: its loss is
-    unusual, too; undecided: no batch was learned yet."""
+    """`process`: a rank computed other bits in the repetition. `weights`: a rank's weights differ from its
+    replicas. `data`: the last learned batch has a usual loss with the current weights. `optimisation`: its
+    loss is unusual, too. `undecided`: no batch was learned before."""
     text: str
     """Explanation for the user."""
     ranks: tuple[int, ...] = ()
@@ -47,13 +49,36 @@ class Attribution:
     hosts: tuple[str, ...] = ()
     """Host names of the faulty ranks."""
     documents: tuple[str, ...] = ()
-    """Documents of the micro-batch with the largest loss, for the verdict `data` or `undecided`."""
+    """Documents of the micro-batch with the largest loss, for the verdicts `data` and `undecided`."""
+
+
+def reject_step(trainer: Trainer, rejection: StepRejection, batch: GlobalBatch) -> None:
+    """Record that the current step is not learned, and store `batch` for `attribute_rejected_step`.
+
+    Collective. Raises `UserError` if `guards.skip` is off.
+    """
+    step, config = trainer.step, trainer.config
+    if not config.guards.skip:
+        trainer.checkpointer.finish()
+        newest = checkpoints.latest_checkpoint(trainer.folder.checkpoints)
+        start = "--run, since there is no checkpoint yet"
+        if newest is not None:
+            start = f"--run --from {newest}, the last checkpoint"
+        raise UserError(f"step {step}: the loss is {rejection.loss:g} and the gradient norm "
+                        f"{rejection.grad_norm:g}; lower optim.lr = {config.optim.lr:g} and start a "
+                        f"new {start}, or switch on guards.skip")
+    trainer.expert_load.restore_biases()
+    trainer.batches.ledger.skip_steps(step - 1, step)
+    ranks = replica_checks.gather_ranks_where(not trainer.forward_backward.is_finite)
+    trainer.recorder.record_rejected_step(step, rejection, ranks)
+    if config.guards.attribute:
+        trainer.rejected_batch = batch
 
 
 def attribute_rejected_step(trainer: Trainer) -> Attribution | None:
-    """Find and record the cause of the last step's rejection; None if the step was not rejected.
+    """Find and record the cause if the last step was rejected, else return None. Collective.
 
-    All ranks call this together, right after the step: weights and batch must be those of the rejected step.
+    Called right after the step, before weights, batch or random state change.
     """
     if trainer.rejected_batch is None:
         return None
@@ -66,14 +91,10 @@ def attribute_rejected_step(trainer: Trainer) -> Attribution | None:
 
 
 def rollback_weights(trainer: Trainer) -> None:
-    """Load weights and optimizer of the last good checkpoint, and continue with the data after the rejected
-    samples; all ranks call this together.
+    """Load weights and optimizer from the last good checkpoint, and skip the samples trained on since.
 
-    The ledger marks the samples since that checkpoint as skipped, as PaLM did by hand (arXiv 2204.02311,
-    section 5.1).
-
-    Raises:
-        UserError: no checkpoint is left to which the run has not been rolled back before.
+    Collective. PaLM did so by hand (arXiv 2204.02311, section 5.1). Raises `UserError` if the run was rolled
+    back to every good checkpoint before.
     """
     guard, step = trainer.guards.step_guard, trainer.step
     # read before the load below, which restores the guard's state of the checkpoint
@@ -106,7 +127,7 @@ def rollback_weights(trainer: Trainer) -> None:
 
 
 def _find_rollback_target(trainer: Trainer, last_good: int) -> Path | None:
-    """Return the newest sound checkpoint up to `last_good` to which the run was not rolled back before."""
+    """Return the newest sound checkpoint up to step `last_good` that no earlier rollback loaded."""
     rollbacks = trainer.guards.step_guard.rollbacks
     while (checkpoint := find_sound_checkpoint(trainer.folder, trainer.world, last_good)) is not None:
         step = checkpoints.checkpoint_step(checkpoint)
@@ -122,7 +143,7 @@ def _find_cause(trainer: Trainer, batch: GlobalBatch, learned_batch: GlobalBatch
     forward_backward = trainer.forward_backward
     first = forward_backward.local_result
     repeated = forward_backward.recompute_step(batch, trainer.objective, trainer.step)
-    # cheapest and surest first: other bits from the same input can only be the machine
+    # cheapest and surest check first: only the machine can turn one input into different bits
     if ranks := replica_checks.gather_ranks_where(first != repeated):
         return _name_ranks("process", ranks,
                            "gave other numbers when it computed the step again: its machine is "
@@ -155,12 +176,12 @@ def _name_ranks(verdict: Verdict, ranks: list[int], fault: str) -> Attribution:
 
 
 def _compute_loss_and_norm(trainer: Trainer, batch: GlobalBatch) -> tuple[float, float]:
-    """Return loss and gradient norm of a batch with the current weights, without updating them."""
+    """Return loss and gradient norm of a batch with the current weights, which do not change."""
     sums = trainer.forward_backward.run(batch, trainer.objective, trainer.step)
-    # a step that is never accepted computes the norm and changes no weight
+    # a rejected update computes the norm and changes no weight
     norm = trainer.optimizer.step(0.0, lambda _: False)
     trainer.expert_load.restore_biases()
-    return trainer.normalize_losses(sums, batch)[0], norm
+    return sums.normalize(batch, trainer.objective)[0], norm
 
 
 def _is_norm_reproduced(trainer: Trainer, batch: GlobalBatch) -> bool:
@@ -178,7 +199,7 @@ def _is_unusual(trainer: Trainer, batch: GlobalBatch) -> bool:
 
 
 def _find_worst_documents(trainer: Trainer, batch: GlobalBatch, result: LocalResult) -> tuple[str, ...]:
-    """Return the documents of the micro-batch with the largest loss on any rank."""
+    """Return names of the documents in the micro-batch with the largest loss over all ranks."""
     worst: tuple[float, tuple[str, ...]] = (-math.inf, ())
     for loss, micro_batch in zip(result.losses, batch.micro_batches, strict=False):
         # every comparison with NaN is false: as infinity, a NaN loss counts as the largest

@@ -22,6 +22,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 
@@ -87,7 +88,7 @@ def _trainer(config: RunConfig, run: str = "not-written") -> Trainer:
 
 
 def _step(trainer: Trainer) -> dict[str, Any]:
-    result = trainer.train_step()
+    result = train_step(trainer)
     biases: list[Any] = [None] * trainer.world.size
     dist.all_gather_object(biases, {m.layer_number: m.expert_bias.tolist() for m in trainer.model.modules()
                                     if getattr(m, "expert_bias", None) is not None})
@@ -184,11 +185,11 @@ def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
         finalize(*args, **kwargs)
 
     trainer.model.config.finalize_model_grads_func = count_reductions
-    losses = [trainer.train_step().loss for _ in range(2)]
+    losses = [train_step(trainer).loss for _ in range(2)]
     updated = _digest(trainer.model)
     heldout = {name: result.loss for name, result in trainer.evaluate().items()}
     evaluated = _digest(trainer.model)
-    losses += [trainer.train_step().loss for _ in range(2)]
+    losses += [train_step(trainer).loss for _ in range(2)]
     trainer.model.finish_param_gather()
     result = {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated,
               "ended": _digest(trainer.model), "groups": len(groups), "on their way": reductions_in_flight,

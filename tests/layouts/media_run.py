@@ -22,6 +22,7 @@ from megatron_sov.model.modality import PICTURES, SOUNDS, EncoderInput, EncoderI
 from megatron_sov.omni.media.banks import BankShape
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 
@@ -135,7 +136,7 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
 
 def _step(found: Trainer) -> dict[str, Any]:
     """Train a step; return its loss and a hash of weights and optimizer state."""
-    loss = found.train_step().loss
+    loss = train_step(found).loss
     digest = hashlib.sha256()
     for block in (*list_local_shards(found.model), *found.optimizer.state_shards()):
         digest.update(block.key.encode() + block.data.detach().contiguous().numpy().tobytes())

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_sov.engine.model import logprobs
 from megatron_sov.engine.parallel import device, world
 from megatron_sov.engine.router import BalancedRouter
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import _trainer, small_config
 
@@ -53,7 +54,7 @@ def dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
     with (Operations() as seen,
           _noted(BalancedRouter, "gating", lambda out: record_dtype("router logits", out)),
           _noted(logprobs.Head, "cross_entropy", lambda out: record_dtype("losses", out[1]))):
-        result = built.train_step()
+        result = train_step(built)
     assert result is not None
     for parameter in built.model.parameters():
         record_dtype("weights", parameter)
@@ -97,7 +98,7 @@ def repeatable(settings: list[str], data: str, threads: int) -> dict[str, Any]:
         'data.phases=[{"name": "main", "seq_len": 256}]', "train.micro_batch_size=2",
         "train.global_batch_size=4", "train.head_chunk_tokens=2048", "train.deterministic=true", *settings],
                     data)
-    losses = [built.train_step().loss for _ in range(2)]  # type: ignore[union-attr]
+    losses = [train_step(built).loss for _ in range(2)]  # type: ignore[union-attr]
     result = {"losses": losses, "bits": bits(built), "threads": torch.get_num_threads(),
               "torch": torch.are_deterministic_algorithms_enabled(),
               "library": built.model.config.deterministic_mode}

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_sov.engine.parallel import world
+from megatron_sov.train.loop import train_step
 from tests.layouts.layout_run import _trainer, maker, small_config
 
 FETCHES = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
@@ -25,10 +26,10 @@ OPERATIONS = {"tiny-solar-open": 820, "tiny-k-exaone": 880}
 CPU update processes whole vectors and remainders separately."""
 PER_ROUTED_LAYER = {"moe_utils.py:permute": 2, "moe_utils.py:sort_chunks_by_idxs": 6, "experts.py:forward": 1}
 """Copies by Megatron-Core per MoE layer and micro-batch: numbers of tokens per expert."""
-PER_MICRO_BATCH = {"data_objective.py:prepare": 1, "data_objective.py:_mtp_targets": 1,
+PER_MICRO_BATCH = {"data_objective.py:prepare": 1, "data_objective.py:_count_mtp_targets": 1,
                    "objective.py:with_denominators": 1}
 """Copies per row of counts that are already on the host, see test_data_batches.py."""
-PER_STEP = {"values.py:sum_dict": 2, "trainer.py:train_step": 1, "forward_backward.py:run": 5,
+PER_STEP = {"values.py:sum_dict": 2, "loop.py:train_step": 1, "forward_backward.py:run": 5,
             "collectives.py:all_reduce_dp": 2, "collectives.py:all_reduce_world": 1,
             "collectives.py:broadcast_from_last_stage": 1, "optimizer.py:_compute_grad_norm": 1}
 """Sums over processes, losses and the gradient norm."""
@@ -62,11 +63,11 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
 
     config = small_config(recipe, settings, [data], "lm")
     trainer = _trainer(config, "not-written")
-    trainer.train_step()
+    train_step(trainer)
     with pytest.MonkeyPatch.context() as patched, Operations() as seen:
         for name in FETCHES:
             patched.setattr(torch.Tensor, name, _counted(fetches, getattr(torch.Tensor, name)))
-        trainer.train_step()
+        train_step(trainer)
     world.leave_world()
     return {"operations": seen.count, "fetches": fetches, "routed_layers": config.model.num_moe_layers(),
             "micro_batches": config.train.global_batch_size // config.train.micro_batch_size}

@@ -24,6 +24,7 @@ from megatron_sov.model.recipes import get
 from megatron_sov.post.policy import PolicyLearning, build_policy_objective, check_sources, open_text_sources
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.objective import get_columns, get_formats
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config
@@ -109,7 +110,7 @@ def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, A
         results.append(_written_out(trainer.policy, first))
         trainer.objective.collect = lambda policy, step: collect(policy, step) if step else first
     for _ in range(STEPS):
-        found = trainer.train_step()
+        found = train_step(trainer)
         results.append({"loss": found.loss, "grad_norm": found.grad_norm, **found.losses, **found.meters})
     trainer.close()
     world.leave_world()
@@ -178,7 +179,7 @@ def test_it_reads_what_its_settings_need() -> None:
     with pytest.raises(UserError, match="add --data with packed"):
         check_sources(config, [only_heldout])
     namesakes = [Source(ROLLOUTS, None, kind, {}, {"train": 9}, 1.0) for kind in ("text", ROLLOUTS)]
-    with pytest.raises(UserError, match="--data: has a source"):
+    with pytest.raises(UserError, match="--data: the source name"):
         check_sources(config, namesakes)
 
 

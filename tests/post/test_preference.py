@@ -21,6 +21,7 @@ from megatron_sov.post.preference import (
 from megatron_sov.post.reference import Reference
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config
 
@@ -125,7 +126,7 @@ def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]
         objective = trainer.objective
         held = [*trainer.model.parameters(), *trainer.model.buffers()]  # routers' biases move as well
         initial = [tensor.detach().clone() for tensor in held]
-        trainer.train_step()
+        train_step(trainer)
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         now = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
         measured = measured_of(trainer, batch)
@@ -210,7 +211,7 @@ def kto_curve(data: str, run: str) -> list[dict[str, Any]]:
         return batch
 
     trainer.objective.collect = seen
-    results = [trainer.train_step() for _ in range(STEPS)]
+    results = [train_step(trainer) for _ in range(STEPS)]
     trainer.close()
     world.leave_world()
     return [{**r.losses, **r.meters, "by hand": found} for r, found in zip(results, expected, strict=True)]

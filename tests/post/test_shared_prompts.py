@@ -22,6 +22,7 @@ from megatron_sov.post.policy import build_policy_objective
 from megatron_sov.post.shared_prompts import find_sharing_problem, remove_repeated_prompts
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config
@@ -89,7 +90,7 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
     setattr(trainer.objective, "prepare", noted)  # noqa: B010
     results = []
     for _ in range(STEPS):
-        found = trainer.train_step()
+        found = train_step(trainer)
         assert found is not None
         results.append({"loss": found.loss, "grad_norm": found.grad_norm, "tokens": found.num_tokens,
                         **found.meters, "load": trainer.expert_load.gather().flatten().tolist(),

@@ -20,6 +20,7 @@ from megatron_sov.engine.model.quantized_weights import get_raw_data, is_quantiz
 from megatron_sov.engine.optimizer.adamw import HostAdamW
 from megatron_sov.engine.parallel import cpu_shims, device, world
 from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives import microbatch
 from megatron_sov.train.trainer import Trainer
 from tests.layouts import layout_run
@@ -113,7 +114,7 @@ def each(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str, Any]]:
         trainer = layout_run._trainer(config_of(recipe, settings, path))
         _products()
         again[0] = 0
-        loss = trainer.train_step().loss
+        loss = train_step(trainer).loss
         found.append({"loss": loss, "weights": _digest(trainer), "products": _products(), "again": again[0]})
         world.leave_world()
     return found
@@ -141,9 +142,9 @@ def losses(recipe: str, settings: list[str], path: str, steps: int) -> dict[str,
         device.enable_determinism()
     trainer = _trainer(recipe, settings, path)
     _products()
-    first = trainer.train_step().loss
+    first = train_step(trainer).loss
     products = _products()
-    taken = [first, *(trainer.train_step().loss for _ in range(steps - 1))]
+    taken = [first, *(train_step(trainer).loss for _ in range(steps - 1))]
     world.leave_world()
     return {"losses": taken, "products": products}
 
@@ -153,7 +154,7 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
     Return the final hashes of both runs, and the evaluation's products."""
     trainer = _trainer(recipe, settings, path, run)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"straight": [trainer.train_step().loss for _ in range(2)]}
+    found: dict[str, Any] = {"straight": [train_step(trainer).loss for _ in range(2)]}
     trainer.save()
     trainer.checkpointer.finish()
     found["saved"] = _saved(trainer.folder.checkpoint(2))
@@ -164,10 +165,10 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
     _products()
     found["heldout"] = {name: result.loss for name, result in trainer.evaluate().items()}
     found["products of the evaluation"] = _products()
-    found["straight"] += [trainer.train_step().loss for _ in range(2)]
+    found["straight"] += [train_step(trainer).loss for _ in range(2)]
     found["straight ends"] = _digest(trainer)
     trainer.resume(trainer.folder.checkpoint(2))
-    found["resumed"] = [trainer.train_step().loss for _ in range(2)]
+    found["resumed"] = [train_step(trainer).loss for _ in range(2)]
     found["resumed ends"] = _digest(trainer)
     trainer.close()
     world.leave_world()
@@ -194,7 +195,7 @@ def placed(cases: list[tuple[str, list[str]]], path: str, run: str, *, sends: bo
             trainer = layout_run._trainer(config_of(recipe, settings, path), f"{run}-{number}")
             trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
             try:
-                trainer.train_step()
+                train_step(trainer)
             except (RuntimeError, ValueError) as e:
                 found.append(str(e))
                 continue
@@ -202,7 +203,7 @@ def placed(cases: list[tuple[str, list[str]]], path: str, run: str, *, sends: bo
             trainer.checkpointer.finish()
             trainer.evaluate()
             trainer.resume(trainer.folder.checkpoint(1))
-            trainer.train_step()
+            train_step(trainer)
             trainer.close()
             world.leave_world()
         found.append(mode.marked)
@@ -224,7 +225,7 @@ def moments(recipe: str, settings: list[str], path: str, before: str) -> dict[st
         return inner_step()
 
     trainer.optimizer.library.step_with_ready_grads = step
-    loss = trainer.train_step().loss
+    loss = train_step(trainer).loss
     optim, wrong, dtypes = trainer.config.optim, 0, set()
     for shard in trainer.optimizer.shards:
         place = (shard.parameter, shard.start)
@@ -253,9 +254,9 @@ def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]
 
     first = next(m for m in trainer.model.modules() if hasattr(m, "is_first_microbatch"))
     first.register_forward_pre_hook(note)
-    trainer.train_step()
+    train_step(trainer)
     trainer.evaluate()
-    trainer.train_step()
+    train_step(trainer)
     world.leave_world()
     return told
 

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 from megatron_sov.engine.parallel import world
+from megatron_sov.train.loop import train_step
 from tests.layouts import layout_run
 from tests.te_double.library_shapes import CONTRACT
 
@@ -20,7 +21,7 @@ def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, An
 
     trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
     COUNTS.clear()
-    trainer.train_step()
+    train_step(trainer)
     modules = Counter(type(m).__name__ for m in trainer.model.modules())
     optimizers = {type(o.optimizer).__name__ for o in trainer.optimizer.library.chained_optimizers}
     world.leave_world()
@@ -44,7 +45,7 @@ def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[l
         elif inspect.isfunction(found):
             _replace_everywhere(found, _recorder(found, (name, None), calls, bound=False))
     trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
-    trainer.train_step()
+    train_step(trainer)
     world.leave_world()
     return sorted(map(list, calls), key=str)
 

@@ -14,6 +14,7 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.model import replica_checks
 from megatron_sov.model.config import apply_settings
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.recovery import attribute_rejected_step
 from tests.tiny import tiny_trainer
 
@@ -24,7 +25,7 @@ SETTINGS = ("model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
 
 def update(trainer: Any) -> Any:
     """Do a step as the loop does."""
-    result = trainer.train_step()
+    result = train_step(trainer)
     attribute_rejected_step(trainer)
     return result
 

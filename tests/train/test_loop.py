@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.train.loop import train
+from megatron_sov.train.loop import start_run, train
 from megatron_sov.train.trainer import CurrentWork
 
 
@@ -23,7 +23,7 @@ class Recorded:
         self.num_steps, self.step, self.state = num_steps, step, "counters"
         self.config = SimpleNamespace(train=SimpleNamespace(**{"eval_every_steps": 0,
                                                                "checkpoint_every_steps": 100, **settings}))
-        self.actions: list[str] = []
+        self.actions, self.saved_step = list[str](), step
         self.gate: Any = None
         self.rejected_batch: Any = None
         self.stop_after = 10 ** 9
@@ -52,7 +52,6 @@ class Recorded:
         return self.step >= self.num_steps or (self.gate is not None and self.gate.passed)
 
     missing: str | None = None
-    is_saved = True
     is_new = has_heldout = False
     work = CurrentWork()
 
@@ -62,9 +61,13 @@ class Recorded:
 
     missing_at_the_end: str | None = None
 
-    def conclude_data(self, stop: Any) -> str | None:
+    def finish_data(self, stop: Any) -> str | None:
         assert self.watched is None, "what is still to be done at the end is no hang"
         return self.missing_at_the_end
+
+    def is_evaluation_due(self) -> bool:
+        every_steps = self.config.train.eval_every_steps
+        return bool(every_steps and self.step % every_steps == 0)
 
     def is_checkpoint_due(self, step: int) -> bool:
         return bool(step % self.config.train.checkpoint_every_steps == 0)
@@ -85,14 +88,28 @@ class Recorded:
     def wall_s(self) -> float:
         return 0.0
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("announce", "evaluate", "save"):
-            raise AttributeError(name)
+    @property
+    def is_saved(self) -> bool:
+        return self.saved_step == self.step
+
+    def save(self) -> None:
+        self.saved_step = self.step
+        self.evaluate("save")
+
+    def evaluate(self, name: str = "evaluate") -> None:
         assert self.watched is None, f"{name} may take longer than a step"
-        return lambda: self.note(name)
+        self.note(name)
+
+    def record_start(self) -> None:
+        self.note("start")
 
 
-EVERY_STEP = ("announce", "observe", "poll", "record", "expert load", "sync")
+@pytest.fixture(autouse=True)
+def recorded_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sov.train.loop.train_step", lambda trainer: trainer.train_step())
+
+
+EVERY_STEP = ("observe", "poll", "record", "expert load", "sync")
 
 
 def actions(trainer: Recorded, stop_after: int = 10 ** 9, until: int | None = None
@@ -109,7 +126,8 @@ def test_a_new_run_is_evaluated_before_its_first_step(is_new: bool, has_heldout:
                                                       evaluated: list[str]) -> None:
     trainer = Recorded(1)
     trainer.is_new, trainer.has_heldout = is_new, has_heldout
-    assert actions(trainer)[1] == [*evaluated, "evaluate 1", "save 1", "saved 1", "run_end 1"]
+    start_run(trainer)  # type: ignore[arg-type]
+    assert actions(trainer)[1] == ["start 0", *evaluated, "evaluate 1", "save 1", "saved 1", "run_end 1"]
 
 
 def test_a_run_ends_behind_the_step_that_is_named() -> None:
@@ -150,7 +168,7 @@ def test_a_gate_that_passes_ends_the_run_with_all_that_the_last_step_gets() -> N
 def test_a_step_is_looked_at_recorded_and_then_agreed_on() -> None:
     trainer = Recorded(1)
     actions(trainer)
-    assert trainer.actions == ["announce 0", "observe 1", "poll 1", "record 1", "expert load 1", "evaluate 1",
+    assert trainer.actions == ["observe 1", "poll 1", "record 1", "expert load 1", "evaluate 1",
                                "sync 1", "save 1", "saved 1", "run_end 1"]
 
 
@@ -193,10 +211,10 @@ def test_data_that_are_not_there_end_the_run_with_what_is_saved_already() -> Non
     trainer: Any = Recorded(3, step=2)
     trainer.missing = "round 2 is not there yet"
     assert train(trainer, SimpleNamespace(reason=None)) is False  # type: ignore[arg-type]
-    assert trainer.actions == ["announce 2", "saved 2", "stop 2"]
-    trainer.actions, trainer.is_saved = [], False
+    assert trainer.actions == ["saved 2", "stop 2"]
+    trainer.actions, trainer.saved_step = [], 0
     assert train(trainer, SimpleNamespace(reason=None)) is False  # type: ignore[arg-type]
-    assert trainer.actions == ["announce 2", "save 2", "saved 2", "stop 2"]
+    assert trainer.actions == ["save 2", "saved 2", "stop 2"]
 
 
 # A signal that asks for a stop is remembered, and ends nothing by itself.
@@ -238,16 +256,16 @@ def test_the_time_that_work_still_needs_follows_from_earlier_work(monkeypatch: p
     now_s = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now_s)
     work = CurrentWork()
-    assert work.text() == "the start of the run (the first start: its time is not known yet)"
+    assert work.describe() == "the start of the run (the first start: its time is not known yet)"
     for number, (kind, seconds) in enumerate((("step", 100.0), ("evaluation", 7.0), ("step", 300.0),
                                               ("step", 240.0), ("step", 40.0)), 1):
         work.begin(kind, f"{kind} {number}")
-        told, now_s = work.text(), now_s + seconds
+        told, now_s = work.describe(), now_s + seconds
     assert told == "step 5 (about 5 min 0 s)"
     work.begin("step", "step 5")  # which goes on
-    assert work.text() == "step 5 (about 4 min 20 s)"
+    assert work.describe() == "step 5 (about 4 min 20 s)"
     now_s += 1000
-    assert work.text() == "step 5 (about 1.0 s)"
+    assert work.describe() == "step 5 (about 1.0 s)"
 
 
 def test_what_is_still_to_be_done_at_the_end_holds_the_run_open() -> None:

@@ -90,16 +90,16 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
             expected -= weight * float(logits[depth][place].log_softmax(-1)[wanted])
     found = objective_with(depths)
     assert found._mtp_coefficient == {MTP: 0.3}
-    assert found._mtp_targets([batch, batch]) == {MTP: pytest.approx(2 * counted)} and counted > 3
-    assert (float(found._mtp_sum(logits, Logits(), batch)[MTP])  # type: ignore[arg-type]
+    assert found._count_mtp_targets([batch, batch]) == {MTP: pytest.approx(2 * counted)} and counted > 3
+    assert (float(found._compute_mtp_sum(logits, Logits(), batch)[MTP])  # type: ignore[arg-type]
             == pytest.approx(expected, rel=1e-5))
 
 
 def test_without_prediction_layers_there_is_no_such_term() -> None:
     found = objective_with(0)
     batch: Any = SimpleNamespace(weights=torch.ones(1))
-    assert found._mtp_coefficient == {} and found._mtp_targets([]) == {}
-    assert found._mtp_sum([], None, batch) == {}  # type: ignore[arg-type]
+    assert found._mtp_coefficient == {} and found._count_mtp_targets([]) == {}
+    assert found._compute_mtp_sum([], None, batch) == {}  # type: ignore[arg-type]
 
 
 # Losses by type of label, against sums taken label by label.

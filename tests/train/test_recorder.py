@@ -71,7 +71,7 @@ def told(run: Path) -> list[dict[str, Any]]:
 def tell_all(r: Recorder) -> None:
     """Call everything that a run calls."""
     r.record_start(0, None, [], [LedgerEntry(0, "main", 32, 2, {"web": 1.0})])
-    r.warn_of_epochs(1, {"web": 9.0})
+    r.warn_about_epochs(1, {"web": 9.0})
     r.record_step(TrainState(1, 64), RESULT, LOAD)
     r.record_skipped_step(2, {})
     r.record_skipped_step(3, {"reward": 1.0})
@@ -156,12 +156,12 @@ def test_a_source_is_named_once_and_only_above_the_limit(tmp_path: Path) -> None
     r = recorder(tmp_path, "data.max_epochs=4")
     for step, epochs in enumerate([{"web": 4.0}, {"web": 4.1, "rare": 1.0}, {"web": 5.0, "rare": 6.0}],
                                   start=1):
-        r.warn_of_epochs(step, epochs)
+        r.warn_about_epochs(step, epochs)
     free = recorder(tmp_path, "data.max_epochs=0")
-    free.warn_of_epochs(4, {"web": 99.0})
+    free.warn_about_epochs(4, {"web": 99.0})
     asked = recorder(tmp_path, "data.max_epochs=4", "train.steps=0", "train.epochs=20")
-    asked.warn_of_epochs(4, {"web": 20.5})
-    asked.warn_of_epochs(5, {"web": 21.5})
+    asked.warn_about_epochs(4, {"web": 20.5})
+    asked.warn_about_epochs(5, {"web": 21.5})
     for one in (r, free, asked):
         one.close()
     assert [(e["step"], e["text"].split()[1]) for e in told(tmp_path)] == [

@@ -19,6 +19,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.runs.obs.events import EVENTS, read_events
     from megatron_sov.train.data.token_shards import open_sources
+    from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
@@ -59,7 +60,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     trainer = Trainer(config, place, folder, sources, Remembering)
     trainer.open_records()
     trainer.guards.watchdog.begin(1)
-    trainer.train_step()
+    train_step(trainer)
     planned, consumed = trainer.batches.planned_tokens(), trainer.batches.consumed_tokens()
     trainer.save()
     trainer.checkpointer.finish()
@@ -88,9 +89,11 @@ def refusals(data: str, run: str) -> dict[str, Any]:
 
 
 def _spoil(trainer: Any) -> None:
+    from megatron_sov.train.loop import train_step
+
     with torch.no_grad():
         next(trainer.model.parameters()).fill_(float("nan"))
-    trainer.train_step()
+    train_step(trainer)
 
 
 def test_a_spoilt_step_and_changed_data_are_refused(ranks: Any, job: Any, packed_data: Any,

@@ -49,7 +49,7 @@ def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
 
     inputs = () if other_model is None else (describe_input(REFERENCE, other_model),)
     return replace(stage, sources=sources if reference is None else reference.sources, before=before,
-                   after=after, besides=inputs)
+                   after=after, extra_inputs=inputs)
 def _refuse_other_judgements(config: RunConfig, sources: Sequence[Source]) -> None:
     """Raise `UserError` where pairs of a response and a mismatched one would be learned as preferences."""
     method = config.preference.method
@@ -75,5 +75,5 @@ def _open_reference(request: TrainingRequest, sources: tuple[Source, ...], pairs
             reference.score_in_processes(other_model, config, options.nproc)
     # a resumed run must compare with the same reference as before
     elif latest_checkpoint(folder.checkpoints) is not None:
-        reference.refuse_changed()
+        reference.check_unchanged()
     return reference

@@ -24,7 +24,7 @@ from megatron_sov.plan.calibration.fitting import refuse_on_this_node, refuse_to
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 from megatron_sov.train.stages.shared_copies import (
-    SEEN, SHARED, digest_files, digest_stats, find_copy, list_model_files)
+    SHARED, STAMPS, digest_files, digest_stats, find_copy, list_model_files)
 from megatron_sov.train.stages.stage import Stage, report_completion, run_stage
 from megatron_sov.work.progress.locks import critical_section
 
@@ -98,7 +98,7 @@ def convert_start(start: Path, run: Path) -> Path:
         return found
     stamp, name = digest_stats(start), find_hub_name(start).replace("/", "--")[:100]
     copy = run.parent / SHARED / f"{name}-{digest_files(list_model_files(start))}"
-    seen = copy.parent / SEEN / copy.name
+    seen = copy.parent / STAMPS / copy.name
     with translate_disk_errors(seen):
         seen.mkdir(parents=True, exist_ok=True)
         with critical_section(seen):  # of two runs that begin at once the second finds the copy of the first

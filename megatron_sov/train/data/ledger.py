@@ -1,7 +1,7 @@
-"""The ledger: blend, sample length and batch size of each step, as an append-only list in the checkpoint.
+"""The ledger: blend, sample length and batch size for each step, as an append-only list in the checkpoint.
 
-The order of all samples is a function of (seed, ledger, documents). Past steps are never reinterpreted: a
-changed setting or an added source becomes a new entry from the step at which the run resumed.
+The sample order is a function of (seed, ledger, documents). Past steps are never reinterpreted: a changed
+setting or an added source becomes a new entry from the step at which the run resumed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class LedgerEntry:
     """Blend, sample length and batch size from `first_step` to the next entry."""
 
     first_step: int
-    """First optimizer step (0-based)."""
+    """First optimizer step (from 0)."""
     phase: str
-    """Name of the curriculum's phase."""
+    """Curriculum phase."""
     seq_len: int
-    """Tokens of a sample."""
+    """Tokens per sample."""
     global_batch_size: int
-    """Samples of a step."""
+    """Samples per step."""
     weights: dict[str, float]
     """Source -> share of the samples, with sum 1; sources without a share are left out. In rounds, the number
     of rows depends on their documents: `global_batch_size` stands for these rows, without added text."""
@@ -38,23 +38,22 @@ class LedgerEntry:
 
     @property
     def is_round(self) -> bool:
-        """Whether its samples come from published rounds (`data.rounds`)."""
+        """Whether samples come from published rounds (`data.rounds`)."""
         return ROUNDS_SOURCE in self.weights
 
-    def continues(self, other: LedgerEntry) -> bool:
-        """Return whether this entry equals `other` except for the first step."""
+    def has_same_values(self, other: LedgerEntry) -> bool:
+        """Return whether this entry equals `other` except for `first_step`."""
         return dataclasses.replace(self, first_step=other.first_step) == other
 
 
 def plan_ledger(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
-    """Compute the ledger of the whole run from its settings; phases shorter than a step have no entry.
+    """Compute the ledger for a whole run from its settings; phases shorter than a step have no entry.
 
-    Raises:
-        UserError: a blend names a source that does not exist or has no training tokens, or a phase has none.
+    Raises `UserError` if a blend names an unknown source or a source without training tokens, or if a phase
+    has no training tokens.
     """
     starts = [*config.phase_starts(), config.num_steps()]
-    # `skip_steps` counts from 1 and includes `last`, entries count from 0: they begin at first - 1 and at
-    # last
+    # `skip_steps` counts from 1 and includes `last`, entries count from 0: they begin at first - 1 and last
     skip_changes: list[int] = []
     for first, last in config.data.skip_steps:
         skip_changes += [first - 1, last]
@@ -71,16 +70,16 @@ def plan_ledger(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
 
 
 def _merge_equal_entries(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
-    """Drop entries that continue the previous entry, so that equal sample orders have equal ledgers."""
+    """Drop entries equal to the previous entry, so that equal sample orders have equal ledgers."""
     merged: list[LedgerEntry] = []
     for entry in entries:
-        if not (merged and entry.continues(merged[-1])):
+        if not (merged and entry.has_same_values(merged[-1])):
             merged.append(entry)
     return merged
 
 
 def _compute_weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str, float]:
-    """Return source -> share of a phase: from its blend, or from the shares of the sources."""
+    """Return source -> share of a phase, from `phase.blend` or else from `Source.share`."""
     tokens = {s.name: s.num_tokens["train"] for s in sources}
     for name, weight in phase.blend.items():
         if name not in tokens:
@@ -97,7 +96,7 @@ def _compute_weights(index: int, phase: PhaseConfig, sources: list[Source]) -> d
 
 
 def _compute_round_weights(config: RunConfig, sources: list[Source]) -> dict[str, float]:
-    """Return the mean shares of rows of rounds, and of text learned with them (InK-GRPO) or instead (GKD)."""
+    """Return mean shares of round documents and of text learned with (InK-GRPO) or instead of them (GKD)."""
     policy, parts = config.policy, config.policy.parts
     if policy.has_text:
         rows = parts.knowledge_share * parts.knowledge_batch_size / config.train.global_batch_size
@@ -113,31 +112,32 @@ def _compute_round_weights(config: RunConfig, sources: list[Source]) -> dict[str
 
 
 class Ledger:
-    """Past entries up to the current step, and planned entries from there on."""
+    """Past entries up to the current step, then planned entries."""
 
     def __init__(self, planned: Sequence[LedgerEntry], history: Sequence[LedgerEntry] = (),
                  step: int = 0) -> None:
         past = [e for e in history if e.first_step < step]
         running = next((e for e in reversed(planned) if e.first_step <= step), None)
         future = [e for e in planned if e.first_step > step]
-        if running is not None and not (past and running.continues(past[-1])):
+        if running is not None and not (past and running.has_same_values(past[-1])):
             past.append(dataclasses.replace(running, first_step=step))
         self.entries = past + future
 
-    def at(self, step: int) -> LedgerEntry:
+    def get_entry(self, step: int) -> LedgerEntry:
         return next(e for e in reversed(self.entries) if e.first_step <= step)
 
     def skip_steps(self, first: int, end: int) -> None:
-        """Mark the samples of the steps from `first` to `end` - 1 (from 0) as not learned."""
+        """Mark the samples of steps `first` to `end` - 1 (from 0) as not learned."""
         entries: list[LedgerEntry] = []
         for step in sorted({first, end, *(e.first_step for e in self.entries)}):
-            at = self.at(step)
-            entries.append(dataclasses.replace(at, first_step=step, skip=at.skip or first <= step < end))
-        # one assignment: the batches of later steps are prepared in another thread
+            entry = self.get_entry(step)
+            entries.append(dataclasses.replace(entry, first_step=step,
+                                               skip=entry.skip or first <= step < end))
+        # one assignment, because a second thread prepares the batches of later steps
         self.entries = _merge_equal_entries(entries)
 
     def history(self, step: int) -> list[LedgerEntry]:
-        """Return the entries of the steps before `step`."""
+        """Return the entries that begin before `step`."""
         return [e for e in self.entries if e.first_step < step]
 
     def max_seq_len(self) -> int:
@@ -146,67 +146,63 @@ class Ledger:
 
 @dataclass(frozen=True)
 class OverLongUnits:
-    """Units of a source that are longer than its shortest sample."""
+    """Conversations or pairs of a source that are longer than the source's shortest sample."""
 
     source: str
-    """Name of the source."""
+    """Source name."""
     seq_len: int
-    """Tokens of the shortest sample."""
+    """Tokens in the shortest sample."""
     count: int
-    """Units longer than the sample, in one epoch."""
+    """Over-long conversations or pairs per epoch."""
     total: int
-    """Conversations or pairs in one epoch."""
+    """Conversations or pairs per epoch."""
     longest_tokens: int
-    """Tokens of the longest unit."""
+    """Tokens in the longest conversation or pair."""
 
 
 def count_over_long(sources: Sequence[Source], entries: Sequence[LedgerEntry]) -> list[OverLongUnits]:
-    """Count the units of each chat source that are longer than a sample; sources that fit are left out.
-
-    Args:
-        sources: training data.
-        entries: the ledger.
-    """
+    """Count over-long units in each chat source for ledger `entries`; sources that fit are left out."""
     counts = []
     for source in sources:
-        # `RoundDocuments.read` checks rounds
-        stays_whole = source.is_chat and not isinstance(source.train_documents, RoundDocuments)
-        lengths = [e.seq_len for e in entries if stays_whole and e.weights.get(source.name)]
-        if lengths:
-            tokens = count_unit_tokens(source.open_split("train").lengths, source.group)
-            too_long = int((tokens > min(lengths)).sum())
-            if too_long:
-                counts.append(OverLongUnits(source.name, min(lengths), too_long, len(tokens),
-                                            int(tokens.max())))
+        # texts may be cut, and `RoundDocuments.read` checks rounds
+        if not source.is_chat or isinstance(source.train_documents, RoundDocuments):
+            continue
+        lengths = [e.seq_len for e in entries if e.weights.get(source.name)]
+        if not lengths:
+            continue
+        tokens = count_unit_tokens(source.open_split("train").lengths, source.group)
+        num_over_long = int((tokens > min(lengths)).sum())
+        if num_over_long:
+            counts.append(OverLongUnits(source.name, min(lengths), num_over_long, len(tokens),
+                                        int(tokens.max())))
     return counts
 
 
 def check_units_fit(over_long: Sequence[OverLongUnits]) -> None:
-    """Raise `UserError` if units are longer than a sample, for `data.over_long=refuse`."""
+    """Raise `UserError` for over-long units if `data.over_long` is "refuse"."""
     if over_long:
         counts = "; ".join(f"source {units.source!r}: {units.count:,} of {units.total:,} are longer than a "
                            f"sample of {units.seq_len} tokens, the longest has {units.longest_tokens}"
                            for units in over_long)
         longest_tokens = max(units.longest_tokens for units in over_long)
         raise UserError(f"data.over_long = refuse, and {counts}; make samples longer "
-                        f"(seq_len={longest_tokens}), or set data.over_long to drop or "
-                        "cut")
+                        f"(seq_len={longest_tokens}), or set data.over_long to drop or cut")
 
 
 def check_pairs_fit(over_long: Sequence[OverLongUnits]) -> None:
     """Raise `UserError` if every pair of a source is longer than a sample.
 
-    Cut to half a sample each, most pairs would hold the same text twice, and the run would learn nothing.
+    After cutting, both responses of most pairs would be equal, and the run would learn nothing.
     """
-    for f in over_long:
-        if f.count == f.total:
-            raise UserError(f"source {f.source!r}: each of its {f.total:,} pairs is longer than a sample of "
-                            f"{f.seq_len} tokens, and cut they may not differ any more; make samples longer "
-                            f"(seq_len={f.longest_tokens} fits all)")
+    for pairs in over_long:
+        if pairs.count == pairs.total:
+            raise UserError(f"source {pairs.source!r}: each of its {pairs.total:,} pairs is longer than a "
+                            f"sample of {pairs.seq_len} tokens, and cut they may not differ any more; make "
+                            f"samples longer (seq_len={pairs.longest_tokens} fits all)")
 
 
 def count_unit_tokens(lengths: Lengths, group: int) -> np.ndarray:
-    """Return [units] int64: tokens of each unit of `group` documents; no unit spans two shards."""
+    """Return [units] int64: tokens in each unit of `group` documents; no unit spans two shards."""
     parts = lengths.parts if isinstance(lengths, ChainedLengths) else [np.asarray(lengths)]
     return np.concatenate([np.zeros(0, np.int64), *(
         part[:len(part) // group * group].reshape(-1, group).sum(axis=1, dtype=np.int64) for part in parts)])

@@ -1,7 +1,7 @@
 """The order of training samples: a function of (seed, ledger) with resumable cursors.
 
-The state is a few integers per source and the ledger's entries. It is equal on all ranks and for every
-data-parallel size, and part of each checkpoint.
+Its state is a few integers per source and the ledger's entries, equal on every rank and for every
+data-parallel size. Checkpoints contain the state.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from megatron_sov.train.data.token_shards import Documents, Source
 
 @dataclass(frozen=True)
 class OrderedSample:
-    """Content of one row of a batch; padding fills the rest of the row."""
+    """Content of a batch's row; padding fills the rest of the row."""
 
     source: int
-    """Index of the source."""
+    """Source index."""
     segments: Row
     """Parts of documents, in order."""
     contexts: tuple[int, ...] = ()
-    """Labels at the beginning of each segment that belong to an earlier sample and do not count; (): none."""
+    """Number of labels at the start of each segment that an earlier sample evaluates; (): 0."""
 
 
 def choose_source(weights: dict[str, float], taken: dict[str, int]) -> str:
-    """Return the source of the next sample.
+    """Return the source of the next sample, for source -> weight and source -> samples taken.
 
-    After n samples, a source of weight w has more than n w - 1 and less than n w + 1 samples: among the
+    After n samples, a source with weight w has more than n w - 1 and fewer than n w + 1 samples: among the
     sources below their share, the next sample of the chosen source is due first (Tijdeman, "The chairman
-    assignment problem", 1980). The source furthest below its share would not keep this bound.
+    assignment problem", 1980). Choosing the source furthest below its share would break the bound.
     """
     due = sum(taken.values()) + 1
     # shares sum to 1, so that at least one source is below its share
@@ -46,16 +46,16 @@ def choose_source(weights: dict[str, float], taken: dict[str, int]) -> str:
 
 @dataclass
 class OrderState:
-    """Resumable state of the sample order; plain values."""
+    """Resumable state of `SampleOrder`."""
 
     cursors: dict[str, Cursor] = field(default_factory=dict)
     """Source name -> cursor."""
     history: list[LedgerEntry] = field(default_factory=list)
-    """Ledger entries of past steps."""
+    """Ledger entries for past steps."""
     step: int = 0
-    """Steps whose batches were returned."""
+    """Number of returned batches."""
     taken: dict[str, int] = field(default_factory=dict)
-    """Source name -> samples returned since the weights last changed."""
+    """Source name -> samples returned since the last change of weights."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -67,18 +67,11 @@ class OrderState:
 
 
 class SampleOrder:
-    """Returns the samples of each global batch, step by step."""
+    """Returns the samples of global batches, step by step."""
 
     def __init__(self, config: RunConfig, sources: list[Source], state: OrderState | None = None,
                  planned: Sequence[LedgerEntry] | None = None) -> None:
-        """Continue after `state`.
-
-        Args:
-            config: settings of the run.
-            sources: training data.
-            state: of an earlier order; None: the beginning.
-            planned: the ledger as `plan` gives it for these settings and sources; None: it is planned here.
-        """
+        """Continue after `state`, or begin; `planned` is the result of `plan_ledger`, computed by default."""
         self.sources = sources
         self.state = state or OrderState()
         self.ledger = Ledger(plan_ledger(config, sources) if planned is None else planned, self.state.history,
@@ -95,41 +88,44 @@ class SampleOrder:
         self._streams: dict[str, DocumentStream] = {}
 
     def next_batch(self) -> tuple[LedgerEntry, list[OrderedSample]]:
-        """Return ledger entry and samples of the next global batch, and advance all cursors."""
-        s = self.state
-        entry = self.ledger.at(s.step)
-        # counts belong to one set of weights: with new weights, a source would catch up on its old share
-        if s.step and entry.weights != self.ledger.at(s.step - 1).weights:
-            s.taken = {}
-        if self._rounds is not None and entry.is_round:  # a source of any run may have the name
-            # rounds ignore the ledger's weights: all their documents are learned
-            samples = (self._build_round_samples(entry, self._rounds) if self._is_on_policy(s.step)
-                       else self._take_text_samples(entry, entry.global_batch_size))
-        else:
+        """Return ledger entry and samples of the next global batch, and advance the cursors."""
+        state = self.state
+        entry = self.ledger.get_entry(state.step)
+        # after a change of weights, old counts would make a source catch up on its old share
+        if state.step and entry.weights != self.ledger.get_entry(state.step - 1).weights:
+            state.taken = {}
+        # a source outside rounds may have the name `ROUNDS_SOURCE`, too
+        if self._rounds is None or not entry.is_round:
             samples = [self._take_sample(entry.weights, entry.seq_len)
                        for _ in range(entry.global_batch_size)]
-        s.step += 1
-        # after the step: a checkpoint stores the entries of past steps, not planned ones
-        s.history = self.ledger.history(s.step)
+        elif self._is_on_policy(state.step):
+            # the ledger's weights do not apply: every document of the round is learned
+            samples = self._build_round_samples(entry, self._rounds)
+        else:
+            samples = self._take_text_samples(entry, entry.global_batch_size)
+        state.step += 1
+        # after the step, because checkpoints store only the entries of past steps
+        state.history = self.ledger.history(state.step)
         return entry, samples
 
     def is_ready(self, step: int) -> bool:
-        """Return whether the documents of a step exist; those of a round do once it is open."""
-        return (self._rounds is None or not self.ledger.at(step).is_round or not self._is_on_policy(step)
+        """Return whether the documents for `step` exist; a step of a round waits until the round is open."""
+        return (self._rounds is None or not self.ledger.get_entry(step).is_round
+                or not self._is_on_policy(step)
                 or self._rounds.is_open(step // self._steps_per_round + 1))
 
     def _is_on_policy(self, step: int) -> bool:
         return self._policy.is_on_policy(self._round_seed, step // self._steps_per_round + 1)
 
     def _build_round_samples(self, entry: LedgerEntry, rounds: RoundDocuments) -> list[OrderedSample]:
-        """Return the rows of a round's step: all its documents, whole, and text that is learned with them."""
+        """Return the rows for a round's step: its documents, whole, and text learned in the same step."""
         number, step = divmod(self.state.step, self._steps_per_round)
         segments = rounds.step_segments(number + 1, step)
         cursor = self.state.cursors.setdefault(ROUNDS_SOURCE, Cursor())
-        # the documents of a pair share a row
+        # both documents of a pair share a row
         units = [tuple(segments[i:i + self._unit]) for i in range(0, len(segments), self._unit)]
         if self._shared_rows > 1:
-            # responses to one prompt are consecutive, and share it if they are in one micro-batch
+            # responses to a prompt are consecutive, and share the prompt's tokens inside a micro-batch
             rows = pack_units_nearby(units, entry.seq_len, self._shared_rows)
         else:
             rows = pack_units(units, entry.seq_len)
@@ -144,7 +140,7 @@ class SampleOrder:
         return self._take_text_samples(entry, self._policy.parts.knowledge_batch_size)
 
     def _take_text_samples(self, entry: LedgerEntry, count: int) -> list[OrderedSample]:
-        """Take samples from all sources but the rounds."""
+        """Take `count` samples from sources other than rounds."""
         text = {name: weight for name, weight in entry.weights.items() if name != ROUNDS_SOURCE}
         shares = {name: weight / sum(text.values()) for name, weight in text.items()}
         return [self._take_sample(shares, entry.seq_len) for _ in range(count)]
@@ -154,7 +150,7 @@ class SampleOrder:
         self.state.taken[name] = self.state.taken.get(name, 0) + 1
         return OrderedSample(self._index[name], self._get_stream(name).next_sample(seq_len))
 
-    def documents(self, source: int) -> Documents:
+    def open_documents(self, source: int) -> Documents:
         if source not in self._documents:
             self._documents[source] = self.sources[source].open_split("train")
         return self._documents[source]
@@ -165,10 +161,10 @@ class SampleOrder:
             cursor = self.state.cursors.setdefault(name, Cursor())
             source = self.sources[index]
             packing = self._chat_packing if source.is_chat else self._packing
-            self._streams[name] = DocumentStream(name, self.documents(index), self._seed,
+            self._streams[name] = DocumentStream(name, self.open_documents(index), self._seed,
                                                  packing, cursor, source.group)
         return self._streams[name]
 
-    def epochs(self) -> dict[str, float]:
-        """Return source -> passes over it so far, for sources in use."""
-        return {name: stream.epochs() for name, stream in self._streams.items()}
+    def count_epochs(self) -> dict[str, float]:
+        """Return source -> passes over the source so far, for sources in use."""
+        return {name: stream.count_epochs() for name, stream in self._streams.items()}

@@ -1,4 +1,4 @@
-"""Checks of sources before a run reads them: columns of the objective, routes and encoders of the model."""
+"""Checks of sources before reading: columns for the objective, routes and encoders for the model."""
 
 from __future__ import annotations
 
@@ -24,17 +24,12 @@ class NeededColumn:
     made_by: str
     """Command that makes data with the column, for error messages."""
     formats: tuple[str, ...] = ()
-    """Formats whose documents must have the column; (): all formats. In other formats a missing column is
-    0."""
+    """Formats whose documents must have the column; () requires it in every format. In formats not listed, a
+    missing column is 0."""
 
 
 def check_columns(sources: Sequence[Source], needed: Mapping[str, NeededColumn]) -> None:
-    """Raise `UserError` if a source lacks a column of the objective.
-
-    Args:
-        sources: training data.
-        needed: name -> column that the objective reads.
-    """
+    """Raise `UserError` if a source lacks a column that the objective reads (`get_columns`)."""
     for name, column in needed.items():
         for source in sources:
             columns = source.columns
@@ -48,11 +43,7 @@ def check_columns(sources: Sequence[Source], needed: Mapping[str, NeededColumn])
 
 
 def build_route_shape(model: ModelConfig) -> RouteShape:
-    """Return the shape of a model's routes.
-
-    Raises:
-        UserError: no layer of the model has experts.
-    """
+    """Return the shape of a model's routes. Raises `UserError` if no layer has experts."""
     if not model.num_moe_layers():
         raise UserError(f"model.num_experts = {model.num_experts} and model.num_dense_layers = "
                         f"{model.num_dense_layers}: no layer has experts, so there are no routes; leave them "
@@ -61,30 +52,29 @@ def build_route_shape(model: ModelConfig) -> RouteShape:
 
 
 def build_replay_shape(config: RunConfig) -> RouteShape | None:
-    """Return the shape of the routes that the run replays; None if `policy.router_replay` is off.
+    """Return the shape of replayed routes, or None if `policy.router_replay` is off.
 
-    Raises:
-        UserError: no layer of the model has experts.
+    Raises `UserError` if no layer has experts.
     """
     return build_route_shape(config.model) if config.policy.router_replay else None
 
 
 def check_route_shapes(sources: Sequence[Source], model: ModelConfig) -> None:
-    """Raise `UserError` if the routes of a source have another shape than the model's."""
+    """Raise `UserError` if a source's route shape differs from the model's route shape."""
     for source in sources:
         if source.routes is None:
             continue
         where, shape = source.artifact or "a source made on the fly", build_route_shape(model)
         for name, setting in (("layers", "layers with experts"), ("top_k", "num_experts_per_token"),
                               ("num_experts", "num_experts")):
-            theirs, ours = getattr(source.routes, name), getattr(shape, name)
-            if theirs != ours:
-                raise UserError(f"{where}: source {source.name!r} has routes with {name} = {theirs}, and the "
-                                f"model's {setting} are {ours}; replay routes of the same model, or write "
-                                "the data without them")
+            source_size, model_size = getattr(source.routes, name), getattr(shape, name)
+            if source_size != model_size:
+                raise UserError(f"{where}: source {source.name!r} has routes with {name} = {source_size}, "
+                                f"and the model's {setting} are {model_size}; replay routes of the same "
+                                "model, or write the data without them")
 
 
 def check_routes_and_encoders(sources: Sequence[Source], model: ModelConfig) -> None:
-    """Raise `UserError` if routes, pictures or sounds of a source do not fit the model."""
+    """Raise `UserError` if routes, pictures or sounds in a source do not fit the model."""
     check_route_shapes(sources, model)
     check_encoders(model, sources)

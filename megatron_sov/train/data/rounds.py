@@ -1,7 +1,7 @@
-"""Published rounds of reinforcement learning: the documents of one source that is opened round by round.
+"""Published rounds of reinforcement learning: documents of a source that the trainer opens round by round.
 
 A round is a token artifact RUN/rounds/0001 whose manifest lists the documents of each step. The trainer opens
-a round before its first step.
+a round before the round's first step.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from megatron_sov.train.data.streams import PackedSegment
 from megatron_sov.train.data.token_shards import Documents, DocumentView, Source, open_sources
 
 ROUNDS_SOURCE = "rollouts"
-"""Name of the source."""
+"""Source name."""
 BEHAVIOUR, ADVANTAGE, GROUP_SHARE = "behaviour_logprobs", "advantage", "group_share"
-"""Columns of published rounds. `GROUP_SHARE` is 1 / responses of the group, for objectives over groups."""
+"""Columns of published rounds. `GROUP_SHARE` is 1 / responses in the group, for objectives over groups."""
 DOCUMENT_DOMAINS = "document_domains"
-"""Manifest field of a round that teachers read: [domain, number of documents] of consecutive documents."""
+"""Manifest field for teachers: [domain, number of documents] of consecutive documents."""
 _ROUND_BITS = 32
-"""Lower bits of a document number: its index in the round; the upper bits are the round."""
+"""Lower bits of a document number: index in the round; the upper bits are the round."""
 
 
 def round_folder(rounds: Path, number: int) -> Path:
-    """Return the folder of round `number` (from 1) in RUN/rounds."""
+    """Return the folder for round `number` (from 1) in RUN/rounds."""
     return rounds / f"{number:04d}"
 
 
@@ -45,36 +45,32 @@ class PublishedRound:
     """A published round."""
 
     path: Path
-    """Folder of its token artifact."""
+    """Folder of the token artifact."""
     documents: Documents | None
-    """None: nothing of the round is learned."""
+    """Documents, or None if nothing in the round is learned."""
     steps: tuple[range, ...]
-    """Indices of the documents of each optimizer step."""
+    """Document indices for each optimizer step."""
     trainer_columns: dict[str, np.ndarray]
     """Column -> number for each token, computed by the trainer after publication."""
     starts: np.ndarray
     """[documents + 1] int64: first index of each document in `trainer_columns`."""
     idle: frozenset[int] = frozenset()
-    """Indices of skipped steps: they would change no weight."""
+    """Indices of skipped steps, which would change no weight."""
 
 
 class RoundDocuments(DocumentView):
-    """Documents of all open rounds.
+    """Documents of the open rounds.
 
-    Another thread prepares batches: a round is open completely or not at all.
+    A second thread prepares batches: a round is open completely or not at all.
     """
 
     is_plain = False
 
     def __init__(self, rounds: Path, vocab_size: int = sys.maxsize, columns: Sequence[str] = (),
                  published: Sequence[str] = (BEHAVIOUR, ADVANTAGE)) -> None:
-        """Start without an open round.
+        """Start without an open round, in the folder `rounds` (RUN/rounds).
 
-        Args:
-            rounds: RUN/rounds.
-            vocab_size: limit of token ids.
-            columns: columns that the trainer computes, see `open`.
-            published: columns of the published artifact.
+        `published` are columns in the published artifacts, `columns` are computed by the trainer, see `open`.
         """
         self.folder, self._vocab_size = rounds, vocab_size
         self.trainer_columns = tuple(columns)
@@ -86,30 +82,20 @@ class RoundDocuments(DocumentView):
         return number in self._rounds
 
     def verify(self, number: int, rank: int = 0, size: int = 1) -> None:
-        """Check the hashes of a published round's files; done each time a run opens the round.
+        """Check file hashes of a published round each time a run opens the round.
 
-        Args:
-            number: of the round.
-            rank: this process checks every `size`-th file, from this index on.
-            size: processes that check files.
-
-        Raises:
-            UserError: a file is missing or changed.
+        Each of `size` processes checks every `size`-th file from index `rank` on. Raises `UserError` if a
+        file is missing or changed.
         """
         path = round_folder(self.folder, number)
         if damage := find_damaged_files(path, sorted(read_manifest(path).files)[rank::size]):
             raise UserError(f"{damage[0]}; delete {path}, and the round is published anew from the store")
 
     def read(self, number: int, seq_len: int, num_steps: int) -> PublishedRound:
-        """Read a published round without opening it.
+        """Read a published round, without opening it.
 
-        Args:
-            number: of the round.
-            seq_len: tokens of a row; no document may be longer.
-            num_steps: required number of optimizer steps.
-
-        Raises:
-            UserError: the artifact cannot be read, has another number of steps, or a longer document.
+        Raises `UserError` if the artifact cannot be read, its number of steps is not `num_steps`, or a
+        document has more than `seq_len` tokens.
         """
         path = round_folder(self.folder, number)
         content = read_manifest(path, "tokens").content
@@ -126,7 +112,7 @@ class RoundDocuments(DocumentView):
         if steps[-1].stop != len(lengths):
             raise UserError(f"{path}: has {len(lengths)} documents, and its steps {steps[-1].stop}; delete "
                             "the folder, and the round is published anew")
-        # checked here: later the thread that prepares batches would fail in the middle of a step
+        # checked here, because the thread that prepares batches would fail in the middle of a step
         if lengths.max() > seq_len:
             raise UserError(f"{path}: document {int(lengths.argmax())} has {lengths.max()} tokens, and a row "
                             f"data.phases.0.seq_len = {seq_len}; a response is never cut: make rows longer, "
@@ -134,21 +120,19 @@ class RoundDocuments(DocumentView):
         return PublishedRound(path, documents, steps, {}, np.concatenate([[0], np.cumsum(lengths)]))
 
     def open(self, number: int, opened: PublishedRound) -> None:
-        """Open a round, and close all rounds before its predecessor.
+        """Open round `number`, and close the rounds before its predecessor.
 
-        Args:
-            number: of the round.
-            opened: result of `read`, with a value for each of `self.trainer_columns`.
+        `opened` is the result of `read`, with a value for each of `self.trainer_columns`.
         """
         missing = [name for name in self.trainer_columns if name not in opened.trainer_columns]
         if missing and opened.documents is not None:
             raise ValueError(f"round {number} lacks the columns {missing}")
-        # one assignment: the thread that prepares batches sees the old table or the new one. The previous
-        # round stays open, because its last batches may be under way
+        # one assignment, because a second thread reads the table. The previous round stays open, because its
+        # last batches may not be prepared yet
         self._rounds = {n: r for n, r in self._rounds.items() if n >= number - 1} | {number: opened}
 
     def step_segments(self, number: int, step: int) -> list[PackedSegment]:
-        """Return the whole documents of a step (from 0 in its round), in order."""
+        """Return the whole documents of `step` (from 0 in the round), in order."""
         first = first_document(number)
         return [PackedSegment(first + i, 0, self.lengths[first + i])
                 for i in self._rounds[number].steps[step]]
@@ -169,7 +153,7 @@ class RoundDocuments(DocumentView):
 
 
 class _Lengths:
-    """Tokens of each open document."""
+    """Token counts of the documents in open rounds."""
 
     def __init__(self, rounds: RoundDocuments) -> None:
         self._rounds = rounds
@@ -179,8 +163,8 @@ class _Lengths:
 
     def __getitem__(self, documents: Any) -> Any:
         if isinstance(documents, int):
-            found, index, _ = self._rounds.locate(documents)
-            return int(found.lengths[index])
+            stored, index, _ = self._rounds.locate(documents)
+            return int(stored.lengths[index])
         return np.array([self[int(document)] for document in documents], np.int64)
 
     def __iter__(self) -> Iterator[int]:
@@ -189,31 +173,25 @@ class _Lengths:
 
 
 def build_rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | None,
-                  columns: Sequence[str] = (), routes: RouteShape | None = None,
-                  published: Sequence[str] = (BEHAVIOUR, ADVANTAGE)) -> Source:
-    """Build the source of a run's rounds.
+                        columns: Sequence[str] = (), routes: RouteShape | None = None,
+                        published: Sequence[str] = (BEHAVIOUR, ADVANTAGE)) -> Source:
+    """Build the source for rounds in `run_rounds` (RUN/rounds).
 
-    Args:
-        run_rounds: RUN/rounds.
-        vocab_size: of the model.
-        tokenizer: folder of the responses' tokenizer; None: unknown.
-        columns: see `RoundDocuments`.
-        routes: shape of the published routes; None: no routes.
-        published: see `RoundDocuments`.
+    `tokenizer` is the tokenizer folder of the responses, and `routes` the shape of published routes. See
+    `RoundDocuments` for `columns` and `published`.
     """
     return Source(ROUNDS_SOURCE, None, ROLLOUTS, {}, {"train": 0}, 0.0,
                   train_documents=RoundDocuments(run_rounds, vocab_size, columns, published),
-                  vocab_size=vocab_size,
-                  tokenizer=tokenizer, routes=routes)
+                  vocab_size=vocab_size, tokenizer=tokenizer, routes=routes)
 
 
 def find_round_documents(sources: Sequence[Source]) -> RoundDocuments | None:
-    """Return the documents of the rounds among sources; None without rounds."""
+    """Return the documents of the source of rounds, or None without rounds."""
     return next((s.train_documents for s in sources if isinstance(s.train_documents, RoundDocuments)), None)
 
 
 def _parse_steps(path: Path, content: dict[str, Any]) -> tuple[range, ...]:
-    """Return the indices of the documents of each step from the manifest."""
+    """Parse each step's document indices from a round's manifest."""
     try:
         steps = tuple(range(int(first), int(first) + int(count)) for first, count in content["steps"])
     except (KeyError, TypeError, ValueError) as e:

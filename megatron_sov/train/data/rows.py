@@ -1,5 +1,5 @@
-"""Packed rows: samples become tokens, labels, document bounds, loss weights and types, and rows become this
-rank's batches, prepared ahead."""
+"""Packed rows: tokens, labels, document bounds, loss weights and types of samples, joined to this rank's
+batches, which a thread prepares ahead."""
 
 from __future__ import annotations
 
@@ -22,60 +22,53 @@ from megatron_sov.train.data.token_shards import Documents
 
 
 class RowOrigin(NamedTuple):
-    """Source and document of a segment of a row."""
+    """Source and document of a row's segment."""
 
     first: int
-    """Index in the row of its first token."""
+    """Row index of the segment's first token."""
     source: int
-    """Index of the source."""
+    """Source index."""
     segment: PackedSegment
     """Document and tokens of the segment."""
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A row of n tokens with one or several samples."""
+    """A row of n tokens with at least one sample."""
 
     tokens: np.ndarray
     """[n] int64."""
     labels: np.ndarray
-    """[n] int64: next token of the same document, 0 without one."""
+    """[n] int64: next token of the document, 0 at its end."""
     weights: np.ndarray
-    """[n] float32: weight of each label in the loss, 0 without a label."""
+    """[n] float32: loss weight of the label, 0 without a label."""
     positions: np.ndarray
-    """[n] int64 from the start of each segment."""
+    """[n] int64, counted from the start of the segment."""
     types: np.ndarray
-    """[n] uint8: type of the label (0 text, 1 prompt, 2 response)."""
+    """[n] uint8: label type (0 text, 1 prompt, 2 response)."""
     sources: np.ndarray
-    """[n] int64: index of the source."""
+    """[n] int64: source index."""
     padding: np.ndarray
     """[n] bool."""
     bounds: np.ndarray
-    """[segments + 1] int32: cumulative lengths of the segments; padding is the last segment."""
+    """[segments + 1] int32: cumulative segment lengths; padding is the last segment."""
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Column -> [n] float32: number of each label, 0 without a label."""
+    """Column -> [n] float32: number for the label, 0 without a label."""
     origins: tuple[RowOrigin, ...] = ()
     """Origin of each segment, without padding."""
     routes: np.ndarray | None = None
-    """[n, layers, top_k]: experts of each token during generation (`documents.shard_files`), marked if
-    unknown; None: all unknown."""
+    """[n, layers, top_k]: experts of each token during generation (`base.documents.shard_files`); the
+    largest number of the dtype marks unknown routes."""
     encoder_inputs: EncoderInputs | None = None
-    """Pictures and sounds whose features replace placeholder tokens; None: no such tokens."""
+    """Pictures and sounds whose features replace placeholder tokens."""
 
 
 def build_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id: int = 0,
-               columns: tuple[str, ...] = (), routes: RouteShape | None = None) -> PackedRow:
-    """Build the row of one sample.
+              columns: tuple[str, ...] = (), routes: RouteShape | None = None) -> PackedRow:
+    """Build a row of `seq_len` tokens from a sample of `documents`.
 
-    The last token of a segment has a label if the document continues.
-
-    Args:
-        sample: segments of the row.
-        documents: of the sample's source.
-        seq_len: tokens of the row.
-        pad_id: token of padding.
-        columns: names of the row's columns; all 0 if the documents lack the column.
-        routes: shape of the documents' routes; None: documents without routes.
+    The last token of a segment has a label if the document continues. `columns` missing from the documents
+    are 0. `routes` is the shape of the documents' routes.
     """
     numbers = {name: np.zeros(seq_len, np.float32) for name in columns}
     tokens, labels = np.full(seq_len, pad_id, np.int64), np.zeros(seq_len, np.int64)
@@ -141,28 +134,22 @@ def join_rows(rows: list[PackedRow]) -> PackedRow:
 
 
 def _join_routes(rows: list[PackedRow]) -> np.ndarray | None:
-    """Concatenate the routes of rows, marked as unknown for rows without; None if no row has routes."""
-    known = next((row.routes for row in rows if row.routes is not None), None)
-    if known is None:
+    """Concatenate the rows' routes, marking missing routes as unknown; return None if no row has routes."""
+    first = next((row.routes for row in rows if row.routes is not None), None)
+    if first is None:
         return None
-    mark = np.iinfo(known.dtype).max
-    return np.concatenate([np.full((len(row.tokens), *known.shape[1:]), mark, known.dtype)
+    unknown = np.iinfo(first.dtype).max
+    return np.concatenate([np.full((len(row.tokens), *first.shape[1:]), unknown, first.dtype)
                            if row.routes is None else row.routes for row in rows])
 
 
 def build_heldout_samples(documents: Documents, source: int, seq_len: int,
                           max_tokens: int) -> list[OrderedSample]:
-    """Build samples of the first documents of a split; each label counts in exactly one sample.
+    """Build samples from the first `max_tokens` tokens of a split; each label counts in exactly one sample.
 
     A document that fits a sample stays whole, so that its loss depends neither on other documents nor on
     `seq_len`. A longer document is read in windows of `seq_len` tokens that overlap by half (strided
     perplexity), so that labels after the first window have at least half a window of context.
-
-    Args:
-        documents: of the split.
-        source: index of their source.
-        seq_len: tokens of a sample.
-        max_tokens: total tokens; the last document may lose its tail.
     """
     contexts: dict[PackedSegment, int] = {}
     for part in _iter_first_documents(documents, max_tokens):
@@ -172,12 +159,9 @@ def build_heldout_samples(documents: Documents, source: int, seq_len: int,
 
 
 def _iter_windows(part: PackedSegment, length: int, seq_len: int) -> Iterator[tuple[PackedSegment, int]]:
-    """Yield windows over the first tokens of a document, with the number of labels in earlier windows.
+    """Yield windows of at most `seq_len` tokens over `part`, with the number of labels in earlier windows.
 
-    Args:
-        part: first tokens of the document.
-        length: tokens of the whole document.
-        seq_len: most tokens of a window.
+    `part` begins a document of `length` tokens.
     """
     if part.count <= seq_len:
         yield part, 0
@@ -186,107 +170,98 @@ def _iter_windows(part: PackedSegment, length: int, seq_len: int) -> Iterator[tu
     yield PackedSegment(part.document, 0, seq_len), 0
     stride, num_counted = max(1, seq_len // 2), seq_len
     while num_counted < num_labels:
-        # the last window has full length, too: it needs the context
+        # the last window has full length, too, for the context
         end = min(num_counted + stride, num_labels)
         yield PackedSegment(part.document, end - seq_len, seq_len), num_counted - (end - seq_len)
         num_counted = end
 
 
 def _iter_first_documents(documents: Documents, max_tokens: int) -> Iterator[PackedSegment]:
-    left = max_tokens
+    num_tokens = 0
     for document, length in enumerate(documents.lengths):
-        if left <= 0:
+        if num_tokens >= max_tokens:
             return
-        count = min(int(length), left)
+        count = min(int(length), max_tokens - num_tokens)
         yield PackedSegment(document, 0, count)
-        left -= count
+        num_tokens += count
 
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's part of a global batch."""
+    """A rank's part of a global batch."""
 
     entry: LedgerEntry
-    """Ledger entry of the batch."""
+    """Ledger entry."""
     rows: tuple[PackedRow, ...]
-    """One joined row per micro-batch; () if the entry skips its samples."""
+    """One joined row per micro-batch; () if `entry.skip` is set."""
     num_samples: int
-    """Samples of the global batch, without added padding samples."""
+    """Samples in the global batch, without padding samples."""
     order_state: dict[str, Any]
-    """State of the sample order after this batch, for a checkpoint after this step."""
+    """State of `SampleOrder` after the batch, for a checkpoint after the step."""
     epochs: dict[str, float]
-    """Source -> passes over it."""
+    """Source -> passes over the source."""
 
 
-def compute_micro_batch_rows(num_rows: int, most: int, together: int) -> int:
-    """Return the equal number of rows of each micro-batch, with the fewest micro-batches and least padding.
+def compute_micro_batch_rows(num_rows: int, max_rows: int, multiple: int) -> int:
+    """Return the number of rows per micro-batch with the fewest micro-batches, then the least padding.
 
-    Args:
-        num_rows: rows without padding; in rounds, any number.
-        most: most rows of a micro-batch.
-        together: the number of micro-batches must be a multiple of it.
+    A micro-batch has at most `max_rows` rows, and the number of micro-batches is a multiple of `multiple`.
     """
-    count = -(-num_rows // (most * together)) * together
+    count = -(-num_rows // (max_rows * multiple)) * multiple
     return max(1, -(-num_rows // max(1, count)))
 
 
 class BatchStream:
-    """Returns this rank's batches in order; a thread prepares `data.prefetch_steps` of them ahead."""
+    """Returns this rank's batches in order; a thread prepares `data.prefetch_steps` batches ahead."""
 
     def __init__(self, config: RunConfig, order: SampleOrder, dp_rank: int, dp_size: int,
                  num_steps: int, columns: tuple[str, ...] = (),
                  routes: Sequence[RouteShape | None] = ()) -> None:
-        """Start at the position of `order`.
+        """Start at the position of `order`, which the thread advances up to `num_steps` in all.
 
-        Args:
-            config: settings of the run.
-            order: sample order; advanced by the thread.
-            dp_rank: data-parallel rank of this process.
-            dp_size: number of data-parallel ranks.
-            num_steps: of the whole run.
-            columns: names of the rows' columns.
-            routes: shape of the routes of each source; (): no source has routes.
+        `columns` are the columns of the rows, and `routes` has the route shape of each source.
         """
         self.order, self._columns, self._routes = order, columns, routes
         self._micro_batch_size = config.train.micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._num_steps, self._left = num_steps, num_steps - order.state.step
+        self._num_steps, self._remaining = num_steps, num_steps - order.state.step
         # interleaved pipeline schedules need a multiple of pp micro-batches
-        self._together = dp_size * (config.parallel.pp if config.parallel.vpp > 1 else 1)
+        self._multiple = dp_size * (config.parallel.pp if config.parallel.vpp > 1 else 1)
         self._prefetch = config.data.prefetch_steps
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: deque[Future[RankBatch]] = deque()
 
     def next(self) -> RankBatch:
-        """Return the next batch and start to prepare later ones."""
-        # the next batch and `prefetch_steps` more; a batch of a round waits until the round is open
-        while (self._left > 0 and len(self._ahead) <= self._prefetch
-               and self.order.is_ready(self._num_steps - self._left)):
-            self._ahead.append(self._worker.submit(self._prepare))
-            self._left -= 1
+        """Return the next batch, and start preparing later batches."""
+        # submits the next batch and `prefetch_steps` more, unless their round is not open
+        while (self._remaining > 0 and len(self._ahead) <= self._prefetch
+               and self.order.is_ready(self._num_steps - self._remaining)):
+            self._ahead.append(self._worker.submit(self._prepare_batch))
+            self._remaining -= 1
         return self._ahead.popleft().result()
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
 
-    def _prepare(self) -> RankBatch:
+    def _prepare_batch(self) -> RankBatch:
         entry, samples = self.order.next_batch()
         rows: tuple[PackedRow, ...] = ()
         if not entry.skip:
-            size = compute_micro_batch_rows(len(samples), self._micro_batch_size, self._together)
-            # empty samples at the end: every rank runs the same number of micro-batches, or a collective
+            size = compute_micro_batch_rows(len(samples), self._micro_batch_size, self._multiple)
+            # empty samples at the end give every rank an equal number of micro-batches, or a collective
             # would hang
-            num_empty = -len(samples) % (size * self._together)
+            num_empty = -len(samples) % (size * self._multiple)
             filled = samples + [OrderedSample(samples[0].source, ())] * num_empty
             micro_batches = self._select_local(filled, size)
             rows = tuple(join_rows([self._build_row(sample, entry.seq_len) for sample in part])
                          for part in micro_batches)
-        return RankBatch(entry, rows, len(samples), self.order.state.to_dict(), self.order.epochs())
+        return RankBatch(entry, rows, len(samples), self.order.state.to_dict(),
+                         self.order.count_epochs())
 
     def _select_local(self, samples: list[OrderedSample], size: int) -> list[list[OrderedSample]]:
-        """Return this rank's samples by micro-batch of `size`: rank r of n takes every n-th micro-batch."""
+        """Return this rank's samples in micro-batches of `size`: rank r of n takes every n-th micro-batch."""
         return [samples[i:i + size] for i in range(self._dp_rank * size, len(samples), size * self._dp_size)]
 
     def _build_row(self, sample: OrderedSample, seq_len: int) -> PackedRow:
-        return build_row(sample, self.order.documents(sample.source), seq_len, columns=self._columns,
-                          routes=self._routes[sample.source] if self._routes else None)
+        return build_row(sample, self.order.open_documents(sample.source), seq_len, columns=self._columns,
+                         routes=self._routes[sample.source] if self._routes else None)

@@ -1,8 +1,10 @@
-"""The endless stream of shuffled, packed documents of one source, with a cursor of a few integers.
+"""An endless stream of shuffled, packed documents from a source, with a cursor of a few integers.
 
 A stream reads its source in windows of at most `WINDOW_DOCUMENTS` shuffled documents. Each window is packed
 separately, so memory and start-up do not depend on the size of the source. If the sample length changes
 inside a window, the rest of the window is packed again at the new length: no document is repeated or lost.
+
+A unit is a group of documents that are shuffled and packed together, such as a preference pair.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.train.data.token_shards import Documents
 
 WINDOW_DOCUMENTS = 8192
-"""Units of a window."""
+"""Units per window."""
 _ROUNDS = 6
-"""Rounds of the Feistel network."""
+"""Rounds in the Feistel network."""
 _U = np.uint64
 Item = TypeVar("Item")
 Packing = Literal["best_fit", "concat", "truncate", "drop"]
@@ -33,7 +35,7 @@ class PackedSegment(NamedTuple):
     """A contiguous part of a document in a row."""
 
     document: int
-    """Index of the document in its source."""
+    """Document index in the source."""
     start: int
     """First token."""
     count: int  # type: ignore[assignment]  # hides tuple.count
@@ -45,52 +47,42 @@ Row = tuple[PackedSegment, ...]
 
 @dataclass
 class Cursor:
-    """Position of a stream in its source; plain values."""
+    """Position of a stream in its source, as JSON values."""
 
     epoch: int = 0
     """Complete passes over the source."""
     window: int = 0
-    """Complete windows of this epoch."""
+    """Complete windows in the current epoch."""
     taken: list[list[int]] = field(default_factory=list)
-    """[sample length, rows taken at that length] of the current window, in order of use."""
+    """[sample length, rows taken at the length] for the current window, in order of use."""
     tokens: int = 0
     """Total tokens taken."""
     samples: int = 0
     """Total samples taken."""
     window_documents: int = field(default_factory=lambda: WINDOW_DOCUMENTS)
-    """Units of a window when the stream began, so that a resumed run reads the same windows."""
+    """Units per window when the stream began, so that a resumed run reads equal windows."""
     over_long: int = 0
-    """Units read that were longer than a sample."""
+    """Number of units read that were longer than a sample."""
 
 
 class DocumentStream:
-    """Samples of one source, one after another."""
+    """Returns the samples of a source."""
 
     def __init__(self, name: str, documents: Documents, seed: int, packing: Packing, cursor: Cursor,
                  group: int = 1) -> None:
-        """Continue at the position of `cursor`.
-
-        Args:
-            name: of the source.
-            documents: training documents of the source.
-            seed: of the sample order.
-            packing: method that packs documents into rows.
-            cursor: position; updated by `next_sample`.
-            group: consecutive documents of a unit, shuffled together and packed into one row.
-        """
+        """Continue at `cursor`, which `next_sample` advances; `group` is the number of documents per unit."""
         self.name, self.documents, self.cursor, self._group = name, documents, cursor, group
         self._key = (seed, name)
         self._packing = packing
         self.num_windows = -(-(len(documents.lengths) // group) // cursor.window_documents)
-        """Windows of documents in one epoch."""
+        """Windows per epoch."""
         self._rows: list[Row] = []
-        self._replay()
+        self._replay_cursor()
 
     def next_sample(self, seq_len: int) -> Row:
-        """Return the segments of the next sample of at most `seq_len` tokens and advance the cursor.
+        """Return the segments of the next sample, with at most `seq_len` tokens, and advance the cursor.
 
-        Raises:
-            UserError: the source has no token, or every unit is longer than a sample and dropped.
+        Raises `UserError` if the source has no token, or if every unit is longer than a sample and dropped.
         """
         empty_windows = 0
         while (row := self._take_row(seq_len)) is None:
@@ -110,24 +102,24 @@ class DocumentStream:
         return row
 
     def count_samples(self, seq_len: int, windows: int) -> int:
-        """Return the number of samples of `seq_len` tokens in the next windows; advances the cursor."""
+        """Return the number of `seq_len`-token samples in the next windows; advances the cursor."""
         count = 0
         for _ in range(windows):
             self._rows, self.cursor.taken = [], []
-            count += len(self._pack(self._shuffle_window(), seq_len))
+            count += len(self._pack_rows(self._shuffle_window(), seq_len))
             self._next_window()
         return count
 
-    def epochs(self) -> float:
-        """Return the passes over the source, with the current window counted by rows."""
+    def count_epochs(self) -> float:
+        """Return the passes over the source; the current window counts by its share of taken rows."""
         taken = sum(rows for _, rows in self.cursor.taken)
         windows = self.cursor.window + (taken / (taken + len(self._rows)) if taken else 0.0)
         return self.cursor.epoch + windows / self.num_windows
 
-    def _replay(self) -> None:
-        """Take the rows of the current window that the cursor has taken before."""
-        # rows are not stored: the same calls in the same order reproduce them. Packing counts over-long units
-        # a second time, so their number is restored
+    def _replay_cursor(self) -> None:
+        """Take the rows of the current window that the cursor has already taken."""
+        # rows are not stored: repeating the calls reproduces them. Packing counts over-long units a second
+        # time, so their number is restored
         taken, self.cursor.taken, over_long = self.cursor.taken, [], self.cursor.over_long
         for seq_len, rows in taken:
             for _ in range(rows):
@@ -135,17 +127,17 @@ class DocumentStream:
         self.cursor.over_long = over_long
 
     def _next_window(self) -> None:
-        c = self.cursor
-        c.window, c.taken, self._rows = c.window + 1, [], []
-        if c.window >= self.num_windows:
-            c.window, c.epoch = 0, c.epoch + 1
+        cursor = self.cursor
+        cursor.window, cursor.taken, self._rows = cursor.window + 1, [], []
+        if cursor.window >= self.num_windows:
+            cursor.window, cursor.epoch = 0, cursor.epoch + 1
 
     def _take_row(self, seq_len: int) -> Row | None:
-        """Return the next row of the window at this length; None if the window is used up."""
+        """Return the window's next row of at most `seq_len` tokens, or None at the end of the window."""
         taken = self.cursor.taken
         # a new length packs the rest of the window again, so that no document is repeated or lost
         if not taken or taken[-1][0] != seq_len:
-            rows = self._pack(self._join_rest() if taken else self._shuffle_window(), seq_len)
+            rows = self._pack_rows(self._join_rest() if taken else self._shuffle_window(), seq_len)
             if not rows:
                 return None
             self._rows = rows
@@ -158,16 +150,15 @@ class DocumentStream:
     def _shuffle_window(self) -> list[PackedSegment]:
         """Return the documents of the cursor's window, shuffled by units.
 
-        The sizes of windows differ by at most one unit, so that no window is too small to be packed well.
+        Window sizes differ by at most one unit, so that no window is too small to be packed well.
         """
-        # units are shuffled, not documents: the documents of a pair stay together, and an incomplete last
-        # unit is never read
+        # shuffling units instead of documents leaves pairs together; an incomplete last unit is never read
         count, group = len(self.documents.lengths) // self._group, self._group
-        shuffle = Permutation(count, *self._key, self.cursor.epoch)
+        permutation = Permutation(count, *self._key, self.cursor.epoch)
         first, last = (count * w // self.num_windows for w in (self.cursor.window, self.cursor.window + 1))
-        documents = (shuffle.span(first, last)[:, None] * group + np.arange(group)).reshape(-1)
+        documents = (permutation.permute(first, last)[:, None] * group + np.arange(group)).reshape(-1)
         lengths = np.asarray(self.documents.lengths[documents])
-        # an empty document removes its whole unit: half a pair is useless
+        # an empty document removes its unit, because half a pair is useless
         filled = (lengths.reshape(-1, group) > 0).all(axis=1).repeat(group)
         return [PackedSegment(d, 0, n) for d, n in zip(documents[filled].tolist(), lengths[filled].tolist(),
                                                        strict=True)]
@@ -175,11 +166,11 @@ class DocumentStream:
     def _join_rest(self) -> list[PackedSegment]:
         """Return the rest of the window, shuffled, with the parts of each document joined."""
         rest = sorted(segment for row in self._rows for segment in row)
-        # documents get their tails back: the unit may fit whole at the new length
+        # documents get their tails back, because the unit may fit whole at the new length
         if self._packing in ("truncate", "drop"):
             whole = [PackedSegment(s.document, 0, int(self.documents.lengths[s.document])) for s in rest]
             units = [whole[i:i + self._group] for i in range(0, len(whole), self._group)]
-            return [part for unit in self._shuffle(units, "left") for part in unit]
+            return [part for unit in self._shuffle_items(units, "left") for part in unit]
         parts: list[PackedSegment] = []
         for s in rest:
             last = parts[-1] if parts else None
@@ -187,10 +178,10 @@ class DocumentStream:
                 parts[-1] = PackedSegment(s.document, last.start, last.count + s.count)
             else:
                 parts.append(s)
-        return self._shuffle(parts, "left")
+        return self._shuffle_items(parts, "left")
 
-    def _pack(self, parts: list[PackedSegment], seq_len: int) -> list[Row]:
-        """Pack parts into rows, in the reverse of the order in which `_take_row` returns them."""
+    def _pack_rows(self, parts: list[PackedSegment], seq_len: int) -> list[Row]:
+        """Pack parts into rows, in reverse order, because `_take_row` takes the last row."""
         if self._packing == "concat":
             return concatenate_segments(parts, seq_len)[::-1]
         if self._packing == "best_fit":
@@ -200,17 +191,17 @@ class DocumentStream:
             self.cursor.over_long += over_long
             rows = pack_units(units, seq_len)
         # best fit sorts rows by length: shuffled, so that length and position are independent
-        return self._shuffle(rows, "rows")
+        return self._shuffle_items(rows, "rows")
 
-    def _shuffle(self, items: list[Item], purpose: str) -> list[Item]:
-        """Shuffle items by a key of the position in the source."""
-        shuffle = Permutation(len(items), *self._key, self.cursor.epoch, self.cursor.window, purpose,
-                              len(self.cursor.taken))
-        return [items[i] for i in shuffle.span(0, len(items))]
+    def _shuffle_items(self, items: list[Item], purpose: str) -> list[Item]:
+        """Shuffle `items` by a permutation whose key is `purpose` and the cursor's position."""
+        permutation = Permutation(len(items), *self._key, self.cursor.epoch, self.cursor.window, purpose,
+                                  len(self.cursor.taken))
+        return [items[i] for i in permutation.permute(0, len(items))]
 
 
 def cut_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[PackedSegment]:
-    """Split segments into segments of at most `seq_len` tokens."""
+    """Split long segments into segments of at most `seq_len` tokens."""
     short: list[PackedSegment] = []
     for part in parts:
         document, first, count = part
@@ -225,15 +216,10 @@ def cut_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[PackedSeg
 
 def fit_units(parts: Sequence[PackedSegment], group: int, seq_len: int, *,
               drop: bool) -> tuple[list[Row], int]:
-    """Return units of at most `seq_len` tokens, and the number of longer units.
+    """Return units (`group` documents) of at most `seq_len` tokens, and the number of longer units.
 
-    Conversations are never split over rows: later turns make no sense without earlier turns.
-
-    Args:
-        parts: whole documents.
-        group: consecutive documents of a unit, such as the two of a preference pair.
-        seq_len: tokens of a row.
-        drop: True: leave longer units out; False: cut the tails of their longest documents.
+    `drop` leaves longer units out; otherwise the tails of their longest documents are cut. Conversations are
+    never split over rows, because later turns make no sense without earlier turns.
     """
     units: list[Row] = []
     over_long = 0
@@ -249,7 +235,7 @@ def fit_units(parts: Sequence[PackedSegment], group: int, seq_len: int, *,
 
 
 def _shorten_unit(unit: Row, seq_len: int) -> Row:
-    """Cut the tails of the longest documents of a unit to one length, so that the unit fits `seq_len`."""
+    """Cut the tails of a unit's longest documents to one length, so that the unit fits `seq_len`."""
     limit, room = 0, seq_len
     for num_longer, count in zip(range(len(unit), 0, -1), sorted(p.count for p in unit), strict=True):
         limit = room // num_longer
@@ -261,7 +247,7 @@ def _shorten_unit(unit: Row, seq_len: int) -> Row:
 
 def pack_units(units: Sequence[Row], seq_len: int) -> list[Row]:
     """Pack whole units into rows of at most `seq_len` tokens by `pack_best_fit`."""
-    # a segment stands for each unit: its document is the unit's index
+    # a segment stands for each unit, with the unit's index as its document
     segments = (PackedSegment(i, 0, sum(part.count for part in unit)) for i, unit in enumerate(units))
     rows: list[Row] = []
     for row in pack_best_fit(segments, seq_len):
@@ -275,19 +261,19 @@ def pack_units(units: Sequence[Row], seq_len: int) -> list[Row]:
 def pack_units_nearby(units: Sequence[Row], seq_len: int, num_open: int) -> list[Row]:
     """Pack whole units into rows of at most `seq_len` tokens, with consecutive units in nearby rows.
 
-    Bounded-space best fit (Csirik and Johnson, Algorithmica 31, 2001): among the last `num_open` rows, each
-    unit goes into the fullest row with enough room.
+    Bounded-space best fit (Csirik and Johnson, Algorithmica 31, 2001): a unit goes into the fullest row with
+    enough room among the last `num_open` rows.
     """
     rows: list[list[PackedSegment]] = []
     room: list[int] = []
     for unit in units:
         count = sum(part.count for part in unit)
-        holding = [i for i in range(max(0, len(rows) - num_open), len(rows)) if room[i] >= count]
-        if not holding:
-            holding = [len(rows)]
+        candidates = [i for i in range(max(0, len(rows) - num_open), len(rows)) if room[i] >= count]
+        if not candidates:
+            candidates = [len(rows)]
             rows.append([])
             room.append(seq_len)
-        row = min(holding, key=room.__getitem__)
+        row = min(candidates, key=room.__getitem__)
         rows[row] += unit
         room[row] -= count
     return [tuple(row) for row in rows]
@@ -297,9 +283,9 @@ def pack_best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
     """Pack segments into rows of at most `seq_len` tokens by best-fit decreasing.
 
     The longest segment goes first, into the fullest row with enough room. The result has at most 11/9 of the
-    fewest possible rows, plus four (Johnson et al., SIAM J. Comput. 3, 1974), in the order in which they were
-    opened. Documents stay whole, and the rest of a row is padding (Ding et al., "Fewer Truncations Improve
-    Language Modeling", arXiv 2404.10830).
+    fewest possible rows, plus four (Johnson et al., SIAM J. Comput. 3, 1974), in the order of opening.
+    Documents stay whole, and the rest of a row is padding (Ding et al., "Fewer Truncations Improve Language
+    Modeling", arXiv 2404.10830).
     """
     rows: list[list[PackedSegment]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
@@ -319,8 +305,7 @@ def pack_best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
 
 
 def concatenate_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[Row]:
-    """Pack documents into full rows one after another, cut at the end of each row; the last row may be
-    shorter."""
+    """Pack documents into full rows in order, cut at the end of each row; the last row may be shorter."""
     rows: list[Row] = []
     row: list[PackedSegment] = []
     room = seq_len
@@ -337,9 +322,9 @@ def concatenate_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[R
 
 
 class Permutation:
-    """A pseudo-random permutation of `size` indices, determined by its key; it stores no list.
+    """A pseudo-random permutation of `size` indices, computed from its key without a stored list.
 
-    A balanced Feistel network over the next power of four, applied again until the result is below `size`
+    A balanced Feistel network over the next power of four is applied again until the result is below `size`
     (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
 
@@ -350,29 +335,28 @@ class Permutation:
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * _ROUNDS).digest()
         self._keys = np.frombuffer(digest, "<u8").astype(np.uint64)
 
-    def span(self, first: int, last: int) -> np.ndarray:
-        """Return [last - first] int64: images of the indices first, ..., last - 1.
+    def permute(self, first: int, last: int) -> np.ndarray:
+        """Return [last - first] int64: images of indices `first` to `last` - 1.
 
-        Raises:
-            IndexError: an index is not below `size`.
+        Raises `IndexError` if an index is not below `size`.
         """
         if not 0 <= first <= last <= self.size:
             raise IndexError(f"indices {first} to {last - 1} are not all inside a permutation of {self.size}")
-        # the network permutes a power of four of at most 4 x `size`; an index outside the range moves on
-        # along its own cycle, so two indices never meet and the walk ends
-        values = self._encrypt(np.arange(first, last, dtype=np.uint64))
+        # the network permutes a power of four of at most 4 x `size`; an index outside the range moves along
+        # its cycle, so two indices never meet and the walk ends
+        values = self._encrypt_indices(np.arange(first, last, dtype=np.uint64))
         while len(outside := np.flatnonzero(values >= _U(self.size))):
-            values[outside] = self._encrypt(values[outside])
+            values[outside] = self._encrypt_indices(values[outside])
         return values.astype(np.int64)
 
-    def _encrypt(self, values: np.ndarray) -> np.ndarray:
+    def _encrypt_indices(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self._half_bits, values & self._mask
         for key in self._keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._mask)
+            left, right = right, left ^ (_mix_bits(right ^ key) & self._mask)
         return left << self._half_bits | right
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix_bits(x: np.ndarray) -> np.ndarray:
     """Apply the finaliser of splitmix64 (Steele, Lea, Flood 2014), modulo 2^64."""
     x = x + _U(0x9E3779B97F4A7C15)
     x = (x ^ x >> _U(30)) * _U(0xBF58476D1CE4E5B9)

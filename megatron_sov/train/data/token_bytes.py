@@ -1,4 +1,4 @@
-"""Bytes of text of each token, which convert nats per token to bits per byte."""
+"""UTF-8 bytes per token, which convert nats per token to bits per byte."""
 
 from __future__ import annotations
 
@@ -16,23 +16,19 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def count_token_bytes(tokenizer: Path, vocab_size: int) -> np.ndarray:
-    """Return [vocab_size] int64: UTF-8 bytes of each token; 0 for special and unused ids.
+    """Return [vocab_size] int64: number of UTF-8 bytes per token; 0 for special and unused ids.
 
-    Raises:
-        UserError: the tokenizer.json cannot be read.
+    Raises `UserError` if `tokenizer.json` cannot be read.
     """
     return np.array([len(text) for text in read_token_bytes(tokenizer, vocab_size)], np.int64)
 
 
 def read_token_bytes(tokenizer: Path, vocab_size: int) -> list[bytes]:
-    """Return the bytes of text of each token; b"" for special and unused ids.
+    """Return each token's text as UTF-8 bytes; b"" for special and unused ids.
 
     In a byte-level vocabulary, every character of a token's name is one byte. In a sentencepiece vocabulary,
-    a mark is a space and ``<0x0A>`` a byte; the space that it inserts before a text counts, too. Added tokens
-    are literal text.
-
-    Raises:
-        UserError: the tokenizer.json cannot be read.
+    a mark is a space and ``<0x0A>`` a byte; the space inserted before a text counts, too. Added tokens are
+    literal text. Raises `UserError` if `tokenizer.json` cannot be read.
     """
     file = read_tokenizer(tokenizer)
     to_bytes = _build_name_decoder(file.parts)
@@ -47,12 +43,12 @@ def read_token_bytes(tokenizer: Path, vocab_size: int) -> list[bytes]:
 
 
 def _build_name_decoder(parts: list[dict[str, Any]]) -> Callable[[str], bytes]:
-    """Return a function from a token's name to its bytes."""
+    """Return a function that converts a token's name to bytes."""
     kinds = {part.get("type") for part in parts}
     if "ByteLevel" in kinds:
-        byte_of = byte_alphabet()
-        # a character outside the 256 is damage: it becomes 0 and keeps its length of one byte
-        return lambda name: bytes(byte_of.get(character, 0) for character in name)
+        byte_values = byte_alphabet()
+        # a character outside the alphabet is damage and becomes a zero byte
+        return lambda name: bytes(byte_values.get(character, 0) for character in name)
     spaces = set()
     for part in parts:
         if part.get("type") == "Metaspace":
@@ -63,7 +59,7 @@ def _build_name_decoder(parts: list[dict[str, Any]]) -> Callable[[str], bytes]:
     marks = [mark for mark in spaces if isinstance(mark, str) and mark]
 
     def decode_name(name: str) -> bytes:
-        # before the marks: the name of a byte has no mark and is not text
+        # before the marks, because the name of a byte has no mark and is not text
         if "ByteFallback" in kinds and (byte := _BYTE.fullmatch(name)):
             return bytes([int(byte[1], 16)])
         for mark in marks:

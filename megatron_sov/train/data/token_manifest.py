@@ -1,4 +1,4 @@
-"""Manifests of token artifacts: the record of a source, and the check for required fields."""
+"""Manifests of token artifacts: building the record of a source, and checking for required fields."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ ARTIFACT_FIELDS = ("tokenizer_sha256", "vocab_size", "sources")
 SOURCE_FIELDS = ("name", "format", "splits")
 SPLIT_FIELDS = ("num_tokens", "shards")
 COUNTS = ("num_documents", "num_tokens", "num_bytes")
-"""Counts of a shard, summed over the shards of a split."""
+"""Counts per shard, summed over a split's shards."""
 
 
-def build_source_record(name: str, format: str, sidecars: Iterable[str], shards: Sequence[Mapping[str, Any]]
-                  ) -> dict[str, Any]:
-    """Build the manifest's record of a source without held-out documents.
+def build_source_record(name: str, format: str, sidecars: Iterable[str],
+                        shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Build the manifest record for a source without held-out documents; each document is a unit.
 
-    Args:
-        name: of the source.
-        format: of its documents ("chat", `documents.ROLLOUTS`); each document is a unit.
-        sidecars: suffixes of the files next to the tokens.
-        shards: `prefix` and `COUNTS` of each shard.
+    `format` is "chat" or `documents.ROLLOUTS`, `sidecars` are suffixes of files next to the tokens, and
+    `shards` has `prefix` and `COUNTS` of each shard.
     """
     counts = {count: sum(shard[count] for shard in shards) for count in COUNTS}
     return {"name": name, "format": format, "group_documents": 1, "sidecars": list(sidecars), "num_bad": {},
@@ -31,18 +28,13 @@ def build_source_record(name: str, format: str, sidecars: Iterable[str], shards:
 
 
 def check_token_manifest(path: str, content: dict[str, Any]) -> None:
-    """Raise `UserError` if the manifest lacks fields; the message names all of them.
-
-    Args:
-        path: of the artifact.
-        content: of its manifest.
-    """
+    """Raise `UserError` with the missing fields in `content`, the manifest of the artifact `path`."""
     try:
-        lacking = list(_iter_missing_fields(content))
+        missing = list(_iter_missing_fields(content))
     except (TypeError, AttributeError, KeyError) as e:
-        lacking = [f"readable sources ({e})"]
-    if lacking:
-        raise UserError(f"{path}: its manifest lacks {', '.join(lacking)}; pack the data again, or restore "
+        missing = [f"readable sources ({e})"]
+    if missing:
+        raise UserError(f"{path}: its manifest lacks {', '.join(missing)}; pack the data again, or restore "
                         "it from a copy")
 
 

@@ -1,4 +1,4 @@
-"""Token shards (Megatron-Core's `.bin` and `.idx`, with sidecars) by memory maps, and the sources of token
+"""Memory-mapped token shards (Megatron-Core's `.bin` and `.idx`, with sidecars), and the sources of token
 artifacts."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_sov.train.data.token_manifest import check_token_manifest
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
                                            6: np.float64, 7: np.float32, 8: np.uint16}
-"""Dtype codes of the `.idx` header, as in megatron.core.datasets.indexed_dataset."""
+"""Dtype codes in the `.idx` header, as in `megatron.core.datasets.indexed_dataset`."""
 _HEADER_BYTES = len(IDX_MAGIC) + 8 + 1 + 8 + 8
 
 
@@ -43,7 +43,7 @@ class ShardIndex:
     dtype: np.dtype
     """Dtype of token ids."""
     lengths: np.ndarray
-    """[documents] int32: tokens of each document."""
+    """[documents] int32: tokens per document."""
     pointers: np.ndarray
     """[documents] int64: first byte of each document in `.bin`."""
 
@@ -55,11 +55,10 @@ class ShardIndex:
 
 
 def read_index(file: Path) -> ShardIndex:
-    """Open an `.idx` file.
+    """Map an `.idx` file.
 
-    Raises:
-        UserError: the file is not a Megatron index.
-        IndexError, KeyError, ValueError: the file is damaged.
+    Raises `UserError` if the file is not a Megatron index, and `IndexError`, `KeyError` or `ValueError` if it
+    is damaged.
     """
     content = map_file(file)
     if content[:9] != IDX_MAGIC:
@@ -67,16 +66,12 @@ def read_index(file: Path) -> ShardIndex:
                         "pack the data again")
     count = int(np.frombuffer(content, np.uint64, 1, offset=18)[0])
     return ShardIndex(np.dtype(IDX_DTYPES[content[17]]),
-                 np.frombuffer(content, np.int32, count, offset=_HEADER_BYTES),
-                 np.frombuffer(content, np.int64, count, offset=_HEADER_BYTES + 4 * count))
+                      np.frombuffer(content, np.int32, count, offset=_HEADER_BYTES),
+                      np.frombuffer(content, np.int64, count, offset=_HEADER_BYTES + 4 * count))
 
 
 def map_numbers(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """Map a flat file of numbers.
-
-    Raises:
-        UserError: the file does not hold `count` numbers.
-    """
+    """Map a flat file of `count` numbers. Raises `UserError` if the file has a different size."""
     size_bytes, expected_bytes = file.stat().st_size, count * dtype.itemsize
     if size_bytes != expected_bytes:  # a slice beyond the end would silently be short
         raise UserError(f"{file}: has {size_bytes} bytes, the index asks for {expected_bytes}; "
@@ -85,38 +80,38 @@ def map_numbers(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
 
 
 def map_file(file: Path) -> mmap.mmap | bytes:
-    """Map a file's bytes; b"" for an empty file."""
+    """Map a file's bytes; return b"" for an empty file."""
     with open(file, "rb") as f:
         return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
 
 
 def raise_open_file_limit() -> None:
-    """Raise this process's limit on open files to the hard limit: each CPython mmap keeps a descriptor."""
+    """Raise `RLIMIT_NOFILE` to its hard limit, because each CPython mmap needs a file descriptor."""
     _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 class Lengths(Protocol):
-    """Tokens of each document: an array or a class like it."""
+    """Tokens per document: an array, or a class with this part of an array's interface."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, documents: Any, /) -> Any:
-        """Return the tokens of a document, or of an array of documents."""
+        """Return the token count for a document or an array of documents."""
         ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
 
 class ChainedLengths:
-    """The lengths of several shards as one sequence, read on access."""
+    """The lengths of several shards in sequence, read on access."""
 
     def __init__(self, parts: list[np.ndarray]) -> None:
         self.parts = parts
         self._ends = np.cumsum([len(p) for p in parts], dtype=np.int64).tolist()
 
-    def find(self, document: int) -> tuple[int, int]:
-        """Return the part that holds a document, and the document's index there."""
+    def locate(self, document: int) -> tuple[int, int]:
+        """Return the part that contains a document, and the document's index there."""
         if not 0 <= document < self._ends[-1]:
             raise IndexError(f"document {document} of {self._ends[-1]}")
         part = bisect_right(self._ends, document)
@@ -127,9 +122,9 @@ class ChainedLengths:
 
     def __getitem__(self, documents: Any) -> Any:
         if isinstance(documents, int):
-            part, index = self.find(documents)
+            part, index = self.locate(documents)
             return int(self.parts[part][index])
-        # by shard and ascending, so that each map is read once and forwards
+        # by shard and ascending, so that each map is read once and in order
         order = np.argsort(documents)
         ascending = np.asarray(documents)[order]
         lengths = np.empty(len(order), np.int64)
@@ -146,30 +141,32 @@ class ChainedLengths:
 
 
 TEXTS = ("text", "chat")
-"""Formats with a loss on single tokens."""
+"""Data formats with a loss on single tokens."""
 COMMANDS_BY_FORMAT = {"text": "`megatron-sov pretrain` learns from text",
                       "chat": "`megatron-sov sft` learns from chats",
                       "preference": "`megatron-sov prefer` learns from pairs of responses",
                       "prompt": "`megatron-sov rl run` takes a file of prompts, unpacked, as --prompts"}
-"""Format of a source -> sentence about the command that learns from it."""
+"""Data format -> sentence about the command that trains on it."""
 NO_COLUMNS = ("loss", "type", WRITTEN, ROUTES, FEATURES)
 """Sidecars that are not columns with a number per label."""
 COLUMN_DTYPES = {KIND: np.dtype(np.uint8)}
-"""Column -> dtype, if it is not float32."""
+"""Column -> dtype other than float32."""
 
 
 def list_column_names(endings: Iterable[str]) -> tuple[str, ...]:
-    """Return the names of columns from the suffixes of their files."""
+    """Return column names from file suffixes."""
     return tuple(ending.removesuffix(PER_DOCUMENT) for ending in endings)
 
 
 CONTENT_VERSION = 2
-"""Supported layout of a token manifest's content."""
+"""Supported version of a token manifest's content."""
 
 
 def warn_about_heldout_rules(contents: dict[str, dict[str, Any]]) -> None:
-    """Warn if artifacts with documents of one format used different rules to hold out documents: a document
-    may be in the training split of one artifact and held out in another."""
+    """Warn if artifacts with one data format have different rules for held-out documents.
+
+    A document may then be in the training split of an artifact and in the held-out split of another.
+    """
     for kind in sorted({s["format"] for content in contents.values() for s in content["sources"]}):
         rules = {path: content.get("heldout") for path, content in contents.items()
                  if any(s["format"] == kind for s in content["sources"])}
@@ -179,50 +176,49 @@ def warn_about_heldout_rules(contents: dict[str, dict[str, Any]]) -> None:
 
 
 class Documents(Protocol):
-    """Documents of a source: token shards of a split, or documents built in memory."""
+    """Documents in a source: token shards of a split, or documents built in memory."""
 
     @property
     def lengths(self) -> Lengths:
-        """Tokens of each document."""
+        """Tokens per document."""
         ...
 
     @property
     def is_plain(self) -> bool:
-        """Whether every token has weight 1 and type 0, so that neither is read."""
+        """Whether every token has loss weight 1 and type 0, so that `build_row` reads neither."""
         ...
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token ids, int64."""
+        """Return token ids, [count] int64."""
         ...
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return each token's weight as a target, float32."""
+        """Return loss weights of tokens as targets, [count] float32."""
         ...
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token types, uint8."""
+        """Return token types, [count] uint8."""
         ...
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of columns in addition to weights and types."""
+        """Names of columns in addition to loss weights and types."""
         ...
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """Return each token's number in one of `columns`, as a target, float32."""
+        """Return numbers from a column for tokens as targets, [count] float32."""
         ...
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return the experts of each token, [count, layers, top_k] (`documents.shard_files`); called only for
-        sources with `routes`."""
+        """Return experts of tokens, [count, layers, top_k], for sources with `Source.routes`."""
         ...
 
 
 class DocumentView:
-    """Documents that are stored in other documents; a subclass implements `locate`."""
+    """Documents that are stored in other `Documents`; subclasses implement `locate`."""
 
     def locate(self, document: int) -> tuple[Documents, int, int]:
-        """Return the documents that store `document`, its index there, and its first token there."""
+        """Return the `Documents` that store a document, and the document's index and first token there."""
         raise NotImplementedError
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
@@ -251,43 +247,42 @@ class DocumentView:
 
 
 class TokenShard:
-    """Documents of a shard; the time to open it does not depend on its size."""
+    """Documents in a token shard; the time to open a shard does not depend on its size."""
 
     def __init__(self, prefix: Path, vocab_size: int = sys.maxsize, columns: tuple[str, ...] = (),
                  routes: RouteShape | None = None, banks: Banks = NO_BANKS) -> None:
-        """Open the files.
+        """Map the files `prefix` + suffix.
 
-        Args:
-            prefix: path of the files without suffix.
-            vocab_size: limit of token ids.
-            columns: suffixes of column files (`PER_DOCUMENT`: a number per document).
-            routes: shape of the routes in `.routes`; None: no such file.
-            banks: kind -> bank of pictures or sounds next to the feature sidecar.
-
-        Raises:
-            UserError: a file is damaged, or this process has too many open files.
+        `columns` are suffixes of column files (`PER_DOCUMENT`: a number per document), `routes` is the shape
+        of `.routes`, and `banks` maps a kind to its bank of pictures or sounds. Raises `UserError` if a file
+        is damaged or this process has too many open files.
         """
         self.prefix, self._vocab_size = prefix, vocab_size
         self._opened_by = prefix, vocab_size, columns, routes, banks
         try:
-            index = read_index(self._file(".idx"))
+            index = read_index(self._get_file(".idx"))
             self.dtype, self.lengths, self.pointers = index.dtype, index.lengths, index.pointers
             self._num_tokens = index.num_tokens
-            self._tokens = self._map(".bin", self.dtype)
-            self._loss = self._map(".loss", np.dtype(np.float32)) if self._file(".loss").exists() else None
-            self._type = self._map(".type", np.dtype(np.uint8)) if self._file(".type").exists() else None
-            self._written = (map_numbers(self._file(f".{WRITTEN}"), np.dtype(np.uint8),
-                                         -(-self._num_tokens // 8))
-                             if self._file(f".{WRITTEN}").exists() else None)
-            self._columns = {name: self._map(f".{name}", COLUMN_DTYPES.get(name, np.dtype(np.float32)))
-                             for name in columns if not name.endswith(PER_DOCUMENT)}
-            self._of_documents = {name.removesuffix(PER_DOCUMENT): map_numbers(
-                self._file(f".{name}"), np.dtype(np.float32), len(self.lengths))
-                for name in columns if name.endswith(PER_DOCUMENT)}
+            self._tokens = self._map_sidecar(".bin", self.dtype)
+            self._loss = self._map_optional(".loss", np.float32)
+            self._type = self._map_optional(".type", np.uint8)
+            written = self._get_file(f".{WRITTEN}")
+            self._written = None
+            if written.exists():
+                self._written = map_numbers(written, np.dtype(np.uint8), -(-self._num_tokens // 8))
+            self._columns: dict[str, np.ndarray] = {}
+            self._document_columns: dict[str, np.ndarray] = {}
+            for name in columns:
+                if name.endswith(PER_DOCUMENT):
+                    self._document_columns[name.removesuffix(PER_DOCUMENT)] = map_numbers(
+                        self._get_file(f".{name}"), np.dtype(np.float32), len(self.lengths))
+                else:
+                    dtype = COLUMN_DTYPES.get(name, np.dtype(np.float32))
+                    self._columns[name] = self._map_sidecar(f".{name}", dtype)
             self.columns, self._route_shape = list_column_names(columns), routes
             if routes is not None:
                 row = np.dtype((routes.dtype, (routes.layers, routes.top_k)))
-                self._routes = self._map(f".{ROUTES}", row)
+                self._routes = self._map_sidecar(f".{ROUTES}", row)
             self.banks = banks
             if banks:
                 self._features = self._map_features()
@@ -305,109 +300,107 @@ class TokenShard:
     def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
         return TokenShard, self._opened_by
 
-    def _file(self, suffix: str) -> Path:
+    def _get_file(self, suffix: str) -> Path:
         return self.prefix.with_name(self.prefix.name + suffix)
 
-    def _map(self, suffix: str, dtype: np.dtype) -> np.ndarray:
-        return map_numbers(self._file(suffix), dtype, self._num_tokens)
+    def _map_sidecar(self, suffix: str, dtype: np.dtype) -> np.ndarray:
+        return map_numbers(self._get_file(suffix), dtype, self._num_tokens)
+
+    def _map_optional(self, suffix: str, dtype: type[np.generic]) -> np.ndarray | None:
+        return self._map_sidecar(suffix, np.dtype(dtype)) if self._get_file(suffix).exists() else None
 
     def _map_features(self) -> np.ndarray:
         try:
-            return self._map(f".{FEATURES}", np.dtype(FEATURE_DTYPE).newbyteorder("<"))
+            return self._map_sidecar(f".{FEATURES}", np.dtype(FEATURE_DTYPE).newbyteorder("<"))
         except OSError as e:
-            raise UserError(f"{self._file(f'.{FEATURES}')}: cannot be read ({e.strerror or e}); "
+            raise UserError(f"{self._get_file(f'.{FEATURES}')}: cannot be read ({e.strerror or e}); "
                             f"{DAMAGED}") from None
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return `count` token ids of a document from `start`, int64.
 
-        Raises:
-            UserError: an id is outside the vocabulary, which a vocabulary-parallel embedding would ignore.
+        Raises `UserError` if an id is outside the vocabulary, because a vocabulary-parallel embedding would
+        ignore it.
         """
-        found: np.ndarray = self._tokens[self._range(document, start, count)].astype(np.int64)
-        # as uint64, a negative number is a large one
-        if count and found.view(np.uint64).max() >= self._vocab_size:
-            wrong = next(int(i) for i in found if not 0 <= i < self._vocab_size)
-            raise UserError(f"{self._file('.bin')}: document {document} has token id {wrong}, and its "
+        ids: np.ndarray = self._tokens[self._get_range(document, start, count)].astype(np.int64)
+        # as uint64, negative numbers are large
+        if count and ids.view(np.uint64).max() >= self._vocab_size:
+            wrong = next(int(i) for i in ids if not 0 <= i < self._vocab_size)
+            raise UserError(f"{self._get_file('.bin')}: document {document} has token id {wrong}, and its "
                             f"tokenizer has {self._vocab_size} ids; `sov-data verify` names what is "
                             "damaged, pack the data again")
-        return found
+        return ids
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return the loss weight of each token as a target, float32; 1 without a sidecar."""
+        """Return loss weights of tokens as targets, [count] float32; 1 without a sidecar."""
         if self._written is not None:
-            return self._flags(document, start, count).astype(np.float32)
+            return self._read_flags(document, start, count).astype(np.float32)
         if self._loss is None:
             return np.ones(count, np.float32)
-        return self._loss[self._range(document, start, count)]
+        return self._loss[self._get_range(document, start, count)]
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return the type of each token, uint8: 0 text, 1 prompt, 2 response."""
+        """Return token types, [count] uint8: 0 text, 1 prompt, 2 response."""
         if self._written is not None:
-            return np.where(self._flags(document, start, count), np.uint8(TYPE_RESPONSE),
+            return np.where(self._read_flags(document, start, count), np.uint8(TYPE_RESPONSE),
                             np.uint8(TYPE_PROMPT))
         if self._type is None:
             return np.zeros(count, np.uint8)
-        return self._type[self._range(document, start, count)]
+        return self._type[self._get_range(document, start, count)]
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """Return the number of each token in a column, as a target, float32.
+        """Return numbers from a column for tokens as targets, [count] float32.
 
-        Raises:
-            UserError: a number is not finite. The loss would name neither the file nor the column.
+        Raises `UserError` if a number is not finite, because a NaN loss would name neither file nor column.
         """
-        ending = name
-        if name in self._of_documents:
-            ending, found = name + PER_DOCUMENT, np.full(count, self._of_documents[name][document])
-            found[self._flags(document, start, count) == 0] = 0
+        suffix = name
+        if name in self._document_columns:
+            suffix, numbers = name + PER_DOCUMENT, np.full(count, self._document_columns[name][document])
+            numbers[self._read_flags(document, start, count) == 0] = 0
         else:
-            found = self._columns[name][self._range(document, start, count)].astype(np.float32)
-        if not np.isfinite(found).all():
-            raise UserError(f"{self._file(f'.{ending}')}: document {document} has "
-                            f"{found[~np.isfinite(found)][0]} in column {name!r}, must be a finite number; "
-                            "`sov-data verify` names what is damaged, make the column again")
-        return found
+            numbers = self._columns[name][self._get_range(document, start, count)].astype(np.float32)
+        if not np.isfinite(numbers).all():
+            wrong = numbers[~np.isfinite(numbers)][0]
+            raise UserError(f"{self._get_file(f'.{suffix}')}: document {document} has {wrong} in column "
+                            f"{name!r}, must be a finite number; `sov-data verify` names what is damaged, "
+                            "make the column again")
+        return numbers
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return the experts of each token, [count, layers, top_k].
-
-        Raises:
-            UserError: a route is invalid, see `RouteShape.problem`.
-        """
-        found = self._routes[self._range(document, start, count)]
+        """Return experts of tokens, [count, layers, top_k]. Raises `UserError` if a route is invalid."""
+        routes = self._routes[self._get_range(document, start, count)]
         assert self._route_shape is not None
-        if problem := self._route_shape.problem(found):
-            raise UserError(f"{self._file('.routes')}: document {document}, from token {start} on, {problem};"
-                            " write the routes again")
-        return found
+        if problem := self._route_shape.problem(routes):
+            raise UserError(f"{self._get_file('.routes')}: document {document}, from token {start} on, "
+                            f"{problem}; write the routes again")
+        return routes
 
     def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        """Return encoder inputs of the tokens, with positions relative to `start`.
+        """Return encoder inputs for the tokens, with positions relative to `start`.
 
-        Raises:
-            UserError: the bank lacks a feature, or a placeholder has no feature.
+        Raises `UserError` if the bank lacks a feature, or a placeholder token has no feature.
         """
-        features = self._features[self._range(document, start, count)]
+        features = self._features[self._get_range(document, start, count)]
         return self._bank_reader.inputs(self.tokens(document, start, count), features,
-                                        f"{self._file(f'.{FEATURES}')}: document {document}")
+                                        f"{self._get_file(f'.{FEATURES}')}: document {document}")
 
-    def _flags(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return whether a policy generated each token, uint8."""
+    def _read_flags(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return 1 for tokens that a policy generated, else 0, [count] uint8."""
         if self._written is None:
             return np.ones(count, np.uint8)
-        return unpack_flags(self._written, self._range(document, start, count).start, count)
+        return unpack_flags(self._written, self._get_range(document, start, count).start, count)
 
-    def _range(self, document: int, start: int, count: int) -> slice:
+    def _get_range(self, document: int, start: int, count: int) -> slice:
         first = int(self.pointers[document]) // self.dtype.itemsize + start
         if not 0 <= first <= first + count <= len(self._tokens):  # a slice beyond the end would be short
-            raise UserError(f"{self._file('.idx')}: document {document} has {self.lengths[document]} tokens "
-                            f"from byte {self.pointers[document]}, and the shard ends before; `sov-data "
-                            "verify` names what is damaged, pack the data again")
+            raise UserError(f"{self._get_file('.idx')}: document {document} has {self.lengths[document]} "
+                            f"tokens from byte {self.pointers[document]}, and the shard ends before; "
+                            "`sov-data verify` names what is damaged, pack the data again")
         return slice(first, first + count)
 
 
 class ShardChain(DocumentView):
-    """Documents of several shards in sequence; the time to open them does not depend on their size."""
+    """Documents in several shards, in sequence."""
 
     def __init__(self, prefixes: list[Path], vocab_size: int = sys.maxsize,
                  columns: tuple[str, ...] = (), routes: RouteShape | None = None,
@@ -423,48 +416,49 @@ class ShardChain(DocumentView):
         return ShardChain, self._opened_by
 
     def locate(self, document: int) -> tuple[Documents, int, int]:
-        shard, index = self.lengths.find(document)
+        shard, index = self.lengths.locate(document)
         return self._shards[shard], index, 0
 
 
 @dataclass(frozen=True)
 class Source:
-    """A named source of a token artifact."""
+    """A named source in a token artifact, with training and held-out documents."""
 
     name: str
     """Name in blends, events and the report."""
     artifact: Path | None
-    """Folder of the token artifact; None: `train_documents` are built in memory."""
+    """Folder of the token artifact; None if `train_documents` are built in memory."""
     format: str
-    """Format of its documents: "text", "chat", "prompt", "rollouts" (`data.rounds`), or "preference", in
-    which documents 2i and 2i + 1 are the chosen and the rejected response to a prompt."""
+    """Data format: "text", "chat", "prompt", "rollouts" (`data.rounds`), or "preference", with chosen and
+    rejected response to a prompt in documents 2i and 2i + 1."""
     prefixes: dict[str, tuple[str, ...]]
-    """Split ("train", "heldout") -> prefixes of shards inside the artifact."""
+    """Split ("train", "heldout") -> shard prefixes inside the artifact."""
     num_tokens: dict[str, int]
     """Split -> tokens."""
     share: float
-    """Share in an empty blend; the shares of all sources have sum 1."""
+    """Share in an empty blend; the sum over sources is 1."""
     train_documents: Documents | None = None
-    """Training documents that replace those of the artifact."""
+    """Training documents that replace the artifact's training split."""
     vocab_size: int = sys.maxsize
-    """Number of token ids of its tokenizer."""
+    """Size of the tokenizer's vocabulary."""
     columns: tuple[str, ...] = ()
-    """Columns of its shards in addition to weights and types."""
+    """Columns of the shards, in addition to loss weights and types."""
     group: int = 1
-    """Consecutive documents of a unit: 2 for preference pairs, else 1."""
+    """Consecutive documents per unit: 2 for preference pairs, else 1."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer; None: the one in the artifact."""
+    """Tokenizer folder; by default the artifact's folder `tokenizer`."""
     routes: RouteShape | None = None
-    """Shape of its documents' routes; None: no routes."""
+    """Shape of recorded expert routes; None for documents without routes."""
     banks: Banks = field(default_factory=dict)
     """Kind -> bank of pictures or sounds whose features replace placeholder tokens."""
 
     @property
     def is_chat(self) -> bool:
-        """Whether its documents have loss weights and are never split over rows."""
+        """Whether documents have loss weights and are never split over rows."""
         return self.format != "text"
 
     def open_split(self, split: str) -> Documents:
+        """Open the documents of "train" or "heldout"."""
         if self.train_documents is not None and split == "train":
             return self.train_documents
         if self.artifact is None:
@@ -478,16 +472,12 @@ def open_sources(paths: dict[str, float], vocab_size: int,
                  ) -> list[Source]:
     """Open the sources of token artifacts, and check that they fit each other and the model.
 
-    Args:
-        paths: [NAME=]folder -> weight; with a name a single source is called NAME, several NAME-SOURCE.
-        vocab_size: of the model.
-        formats: formats that the caller supports, see `Source.format`; None: any.
-        warns: False: another call warns about held-out rules.
-        is_fixed: the model exists, and its vocabulary cannot be set.
+    `paths` maps [NAME=]folder to a weight: NAME renames a single source, and several become NAME-SOURCE.
+    `vocab_size` belongs to the model; `is_fixed` means that it cannot be set. `formats` are supported values
+    of `Source.format` (None: any). `warns=False` omits `warn_about_heldout_rules`.
 
-    Raises:
-        UserError: no data, artifacts of different tokenizers, two sources of one name,
-            or a vocabulary larger than the model's.
+    Raises `UserError` if `paths` is empty, tokenizers differ, two sources have one name, or a tokenizer has
+    more ids than the model.
     """
     if not paths:
         raise UserError("data.paths is empty: pass at least one folder made by `sov-data pack` "
@@ -529,52 +519,52 @@ def open_sources(paths: dict[str, float], vocab_size: int,
 
 
 def name_sources(path: str, content: dict[str, Any]) -> dict[str, str]:
-    """Return name in the artifact -> name in this run."""
+    """Return source name in the manifest `content` -> name in the run, for `path` = [NAME=]folder."""
     name, names = split_source_name(path)[0], [source["name"] for source in content.get("sources", [])]
     if not name:
-        return {own: own for own in names}
+        return {source: source for source in names}
     if len(names) == 1:
         return {names[0]: name}
-    return {own: f"{name}-{own}" for own in names}
+    return {source: f"{name}-{source}" for source in names}
 
 
-def _build_sources(typed: str, content: dict[str, Any], share: float, formats: tuple[str, ...] | None
-                 ) -> list[Source]:
-    described, path = content["sources"], Path(split_source_name(typed)[1])
-    names = name_sources(typed, content)
-    for s in described:
-        if formats is not None and s["format"] not in formats:
-            raise UserError(f"{path}: source {s['name']!r} holds data of format {s['format']!r}, "
+def _build_sources(named_path: str, content: dict[str, Any], share: float,
+                   formats: tuple[str, ...] | None) -> list[Source]:
+    records, path = content["sources"], Path(split_source_name(named_path)[1])
+    names = name_sources(named_path, content)
+    for record in records:
+        if formats is not None and record["format"] not in formats:
+            raise UserError(f"{path}: source {record['name']!r} holds data of format {record['format']!r}, "
                             f"this stage learns from {' or '.join(formats)}; "
-                            f"{COMMANDS_BY_FORMAT.get(s['format'], 'pass other data')}")
-    train_tokens = sum(s["splits"]["train"]["num_tokens"] for s in described)
+                            f"{COMMANDS_BY_FORMAT.get(record['format'], 'pass other data')}")
+    train_tokens = sum(record["splits"]["train"]["num_tokens"] for record in records)
     if train_tokens == 0:
         raise UserError(f"{path}: holds no training tokens; pack more text")
-    found = []
-    for s in described:
-        where, sidecars, prefixes = f"{path}: source {s['name']!r}", s.get("sidecars", ()), {}
-        for split, d in s["splits"].items():
-            prefixes[split] = tuple(shard["prefix"] for shard in d["shards"])
-        found.append(Source(
-            name=names[s["name"]], artifact=path, format=s["format"], prefixes=prefixes,
-            num_tokens={split: d["num_tokens"] for split, d in s["splits"].items()},
-            share=share * s.get("weight", s["splits"]["train"]["num_tokens"] / train_tokens),
+    sources = []
+    for record in records:
+        where, sidecars, prefixes = f"{path}: source {record['name']!r}", record.get("sidecars", ()), {}
+        for split, counts in record["splits"].items():
+            prefixes[split] = tuple(shard["prefix"] for shard in counts["shards"])
+        sources.append(Source(
+            name=names[record["name"]], artifact=path, format=record["format"], prefixes=prefixes,
+            num_tokens={split: counts["num_tokens"] for split, counts in record["splits"].items()},
+            share=share * record.get("weight", record["splits"]["train"]["num_tokens"] / train_tokens),
             vocab_size=content["vocab_size"],
             columns=tuple(name for name in sidecars if name not in NO_COLUMNS),
-            group=s.get("group_documents", 1),
-            routes=RouteShape.from_record(s.get(ROUTES), where) if ROUTES in sidecars else None,
-            banks=read_banks(s.get(FEATURES), where)))
-    return found
+            group=record.get("group_documents", 1),
+            routes=RouteShape.from_record(record.get(ROUTES), where) if ROUTES in sidecars else None,
+            banks=read_banks(record.get(FEATURES), where)))
+    return sources
 
 
 def tokenizer_folder(sources: list[Source]) -> Path | None:
-    """Return the tokenizer folder of the data; None without one."""
-    folders = (s.tokenizer or (s.artifact and s.artifact / "tokenizer") for s in sources)
+    """Return the tokenizer folder of the data, or None."""
+    folders = (source.tokenizer or (source.artifact and source.artifact / "tokenizer") for source in sources)
     return next((f for f in folders if f is not None and (f / "tokenizer.json").is_file()), None)
 
 
 def describe_inputs(sources: list[Source]) -> list[dict[str, str]]:
-    """Return kind, path and manifest hash of each artifact of the sources, for records."""
+    """Return kind, path and manifest hash of each artifact in `sources`, for records."""
     folders = dict.fromkeys(s.artifact for s in sources if s.artifact is not None)
     return [describe_input("tokens", folder) for folder in folders]
 

@@ -1,5 +1,5 @@
-"""Views of sources: documents of a minimum length (NAME@N in a blend), pieces of documents (NAME/N), chats as
-text, and the blends of the data's own phases."""
+"""Views of sources: documents with a minimum length (NAME@N in a blend), pieces of documents (NAME/N), and
+chats as text; also blends from the phases in a token artifact."""
 
 from __future__ import annotations
 
@@ -23,13 +23,11 @@ TEXT_FORMAT = "text"
 
 
 def add_source_views(config: RunConfig, sources: list[Source]) -> list[Source]:
-    """Return the sources and the views that the blends name.
+    """Return the sources, followed by the views that the blends name.
 
-    NAME@N has the documents of NAME with at least N tokens, NAME/N all its documents in pieces of at most N.
-    Each view is a stream of its own: NAME reads its long documents as well.
-
-    Raises:
-        UserError: N is not a number, NAME has no document of N tokens, or its conversations would be cut.
+    NAME@N has the documents of NAME with at least N tokens, NAME/N has pieces of at most N tokens of every
+    document. A view is an additional stream: NAME still reads the documents, too. Raises `UserError` if N is
+    not a number, NAME has no document with N tokens, or conversations would be cut.
     """
     sources_by_name = {source.name: source for source in sources}
     new_names = dict.fromkeys(name for phase in config.data.phases for name in phase.blend
@@ -39,7 +37,7 @@ def add_source_views(config: RunConfig, sources: list[Source]) -> list[Source]:
 
 
 def _build_view(name: str, sources_by_name: dict[str, Source]) -> Source | None:
-    """Return the view called `name`; None if it names no view: `plan_ledger` reports the unknown source."""
+    """Build the view `name`, or return None for other names, which `plan_ledger` reports as unknown."""
     for mark in (LONG_MARK, PIECES_MARK):
         base, _, number = name.rpartition(mark)
         if base in sources_by_name:
@@ -67,7 +65,7 @@ def _build_view(name: str, sources_by_name: dict[str, Source]) -> Source | None:
 
 
 def view_as_text(source: Source) -> Source:
-    """Return a source of text with the tokens of `source`: conversations are cut at the end of a row.
+    """Return a text source with the tokens of `source`, so that conversations are cut at the end of a row.
 
     The view has no held-out documents, because they would be evaluated as responses.
     """
@@ -83,7 +81,7 @@ def _replace_documents(source: Source, documents: Documents, num_tokens: int, **
 
 
 class LongDocuments(DocumentView):
-    """Documents with at least `min_tokens` tokens; their index is computed on first use."""
+    """Documents with at least `min_tokens` tokens; the index is computed on first use."""
 
     def __init__(self, documents: Documents, min_tokens: int) -> None:
         self._documents, self._min_tokens = documents, min_tokens
@@ -93,7 +91,7 @@ class LongDocuments(DocumentView):
 
     @cached_property
     def index(self) -> np.ndarray:
-        """[long documents] int64: their numbers in the source, ascending."""
+        """[long documents] int64: document numbers in the source, ascending."""
         lengths = self._documents.lengths
         parts = lengths.parts if isinstance(lengths, ChainedLengths) else [np.asarray(lengths)]
         starts = np.cumsum([0, *(len(part) for part in parts)])
@@ -102,7 +100,7 @@ class LongDocuments(DocumentView):
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[long documents] int64: tokens of each document."""
+        """[long documents] int64: tokens per document."""
         return np.asarray(self._documents.lengths[self.index], np.int64)
 
     def locate(self, document: int) -> tuple[Documents, int, int]:
@@ -110,7 +108,7 @@ class LongDocuments(DocumentView):
 
 
 class TextView(DocumentView):
-    """Documents whose tokens are all of the type text; loss weights still mark the tokens to learn."""
+    """Documents with every token of type text; loss weights still mark the tokens to learn."""
 
     is_plain = False
 
@@ -130,7 +128,7 @@ class TextView(DocumentView):
 
 
 class DocumentPieces(DocumentView):
-    """Documents in pieces of at most `max_tokens` tokens; a piece has no context of the piece before it."""
+    """Documents in pieces of at most `max_tokens` tokens, without context from the previous piece."""
 
     def __init__(self, documents: Documents, max_tokens: int) -> None:
         self._documents, self._max_tokens = documents, max_tokens
@@ -144,18 +142,18 @@ class DocumentPieces(DocumentView):
         return PieceLengths(np.asarray(lengths[np.arange(len(lengths))], np.int64), self._max_tokens)
 
     def locate(self, document: int) -> tuple[Documents, int, int]:
-        return self._documents, *self.lengths.find(document)
+        return self._documents, *self.lengths.locate_piece(document)
 
 
 class PieceLengths:
-    """Tokens of each piece, computed on access: it stores 8 bytes a document and none a piece."""
+    """Tokens per piece, computed on access from 8 stored bytes per document."""
 
     def __init__(self, document_tokens: np.ndarray, max_tokens: int) -> None:
         self._tokens, self._max_tokens = document_tokens, max_tokens
         self._ends = np.cumsum(-(-document_tokens // max_tokens))
 
-    def find(self, piece: int) -> tuple[int, int]:
-        """Return the document that holds a piece, and the first token of the piece there."""
+    def locate_piece(self, piece: int) -> tuple[int, int]:
+        """Return the document that contains a piece, and the piece's first token."""
         document = int(np.searchsorted(self._ends, piece, side="right"))
         first_piece = int(self._ends[document - 1]) if document else 0
         return document, (piece - first_piece) * self._max_tokens
@@ -175,18 +173,11 @@ class PieceLengths:
 
 
 def apply_data_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
-    """Return the settings with the blends of the data's own phases, as `sov-data mix --blend` writes them.
+    """Return the settings with blends from the phases in the data's manifest (`sov-data mix --blend`).
 
-    A phase takes the blend of the data's phase of the same name if its own blend is empty, or is the recipe's
-    and names a source that the data does not have. Its tokens, length and batch size do not change. Data of
-    several folders have no phases.
-
-    Args:
-        config: settings of the run.
-        recipe: the same settings without --set; a blend of --set is never replaced.
-
-    Raises:
-        UserError: the phases in the manifest cannot be read.
+    A phase takes the blend of the manifest's phase with its name if its own blend is empty, or if its blend
+    comes from `recipe` (the settings without `--set`) and names a source missing from the data. Several data
+    folders have no phases. Raises `UserError` if the phases in the manifest cannot be read.
     """
     if len(config.data.paths) != 1:
         return config
@@ -194,7 +185,7 @@ def apply_data_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
     try:
         content = read_manifest(split_source_name(path)[1], "tokens").content
     except UserError:
-        return config  # `open_sources` reports it, with all other problems of the data
+        return config  # `open_sources` reports the error, with other problems of the data
     names = name_sources(path, content)
     blends = {phase: {names.get(name, name): share for name, share in blend.items()}
               for phase, blend in _read_blends(path, content).items()}
@@ -215,7 +206,7 @@ def apply_data_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
 
 
 def _read_blends(path: str, content: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return phase -> source -> share of a manifest's content."""
+    """Return phase -> source -> share from a manifest's content."""
     blends: dict[str, dict[str, float]] = {}
     try:
         for phase in content.get("phases", []):
@@ -226,7 +217,7 @@ def _read_blends(path: str, content: dict[str, Any]) -> dict[str, dict[str, floa
 
 
 def _list_source_names(phase: PhaseConfig) -> set[str]:
-    """Return the sources that a blend names, without marks of views."""
+    """Return the sources that a blend names, without view marks."""
     names = set()
     for name in phase.blend:
         mark = next((mark for mark in (LONG_MARK, PIECES_MARK) if mark in name), None)

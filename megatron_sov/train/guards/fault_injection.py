@@ -26,23 +26,23 @@ FAULT_STATES: dict[str, tuple[str, ...]] = {
     "kill": ("start", "load", "step", "save"), "raise": ("start", "load", "step", "save"), "hang": ("step",),
     "nan": ("step",), "spike": ("step",), "bitflip": ("step",), "miscompute": ("step",),
     "slow-rank": ("step",), "corrupt-checkpoint": ("save",)}
-"""Kind of fault -> states of a run in which it can occur."""
+"""Fault kind -> states of the run in which a fault can occur."""
 FAULT_OPTIONS: dict[str, dict[str, float | None]] = {
     "spike": {"factor": 1e4}, "slow-rank": {"seconds": 0.1, "steps": 100.0},
     "bitflip": {"bit": None}, "miscompute": {"bit": None}}
-"""Kind of fault -> option -> default. `bit` None flips a bit of the mantissa, which no figure shows; bit 30
-of a float32 is in its exponent."""
+"""Fault kind -> option -> default. `bit` = None flips a mantissa bit, which no figure shows; bit 30 of a
+float32 belongs to the exponent."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault of `--inject`."""
+    """A fault from `--inject`."""
 
     kind: str
     state: str
-    """State of the run in which it occurs: start, load, step or save."""
+    """State of the run: start, load, step or save."""
     at: int
-    """First step at which it occurs."""
+    """First possible step."""
     rank: int = 0
     options: dict[str, float] = field(default_factory=dict)
 
@@ -62,15 +62,15 @@ class FaultInjector:
         self._recorded: set[str] = set()
 
     def take_due(self, kind: str, state: str, step: int) -> Fault | None:
-        """Return a fault that occurs on this rank now, and record that it occurred; None if none is due."""
+        """Return a fault that is due on this rank after recording its occurrence, else None."""
         for fault in self._faults:
-            is_here = (fault.kind, fault.state, fault.rank) == (kind, state, self._rank)
-            if is_here and step >= fault.at and self._record_occurrence(fault, step):
+            matches = (fault.kind, fault.state, fault.rank) == (kind, state, self._rank)
+            if matches and step >= fault.at and self._record_occurrence(fault, step):
                 return fault
         return None
 
     def trigger(self, state: str, step: int) -> None:
-        """Kill this process, raise an error or hang if such a fault is due."""
+        """Kill this process, raise `RuntimeError` or hang, if a fault of such a kind is due."""
         if not self._faults:
             return
         if self.take_due("kill", state, step):
@@ -82,7 +82,7 @@ class FaultInjector:
                 time.sleep(1)
 
     def get_loss_factor(self, step: int) -> float:
-        """Return the factor of this rank's loss at `step`: NaN, a spike, or 1."""
+        """Return the factor for this rank's loss at `step`: NaN, a spike, or 1."""
         if not self._faults:
             return 1.0
         if self.take_due("nan", "step", step):
@@ -91,7 +91,7 @@ class FaultInjector:
         return 1.0 if spike is None else spike.options["factor"]
 
     def delay_s(self, step: int) -> float:
-        """Return the seconds by which this rank is slowed down at `step`; `slow-rank` lasts several steps."""
+        """Return the seconds by which `slow-rank` faults, which last several steps, delay this rank."""
         faults = [fault for fault in self._faults if (fault.kind, fault.rank) == ("slow-rank", self._rank)
                   and fault.at <= step < fault.at + fault.options["steps"]]
         for fault in faults:
@@ -99,7 +99,7 @@ class FaultInjector:
         return sum(fault.options["seconds"] for fault in faults)
 
     def record_events(self, events: EventLog) -> None:
-        """Write a `fault` event for every fault of any rank that has no event yet."""
+        """Write a `fault` event for every fault, on any rank, without an event."""
         if not self._faults or not events.is_open or not self._folder.is_dir():
             return
         for file in sorted(self._folder.glob("*.json"), key=lambda f: f.stat().st_mtime_ns):
@@ -115,7 +115,7 @@ class FaultInjector:
             self._recorded.add(file.name)
 
     def _record_occurrence(self, fault: Fault, step: int) -> bool:
-        """Record on the disk that a fault occurs now; False if it occurred before."""
+        """Record in RUN/faults that a fault occurs now; return False if it occurred before."""
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             # synced before the fault takes effect: a restarted run must not meet it again and again
@@ -133,9 +133,8 @@ class FaultInjector:
 def parse_faults(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
     """Parse the arguments of `--inject`.
 
-    Raises:
-        UserError: an unknown kind, state or option, a value that is no number, a rank that does not exist, or
-            a fault that is given twice.
+    Raises `UserError` for an unknown kind, state or option, a value that is not a number, a rank outside
+    `num_ranks`, or a repeated fault.
     """
     faults: list[Fault] = []
     for text in texts:
@@ -152,7 +151,7 @@ def parse_faults(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
 
 
 def list_pending_faults(faults: Sequence[Fault], run: Path) -> list[Fault]:
-    """Return the faults that have not occurred in the run folder."""
+    """Return the faults without an occurrence in the run folder."""
     return [fault for fault in faults if not _get_record_file(fault, run / FAULTS).is_file()]
 
 
@@ -161,14 +160,14 @@ def corrupt_checkpoint(checkpoint: Path) -> None:
     file = max((f for f in checkpoint.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     with open(file, "r+b") as f:
         f.seek(file.stat().st_size // 2)
-        # the size does not change, so that only the hash can find the damage
+        # the size stays, so that only the hash can reveal the damage
         byte = f.read(1)[0]
         f.seek(-1, os.SEEK_CUR)
         f.write(bytes([byte ^ 0xFF]))
 
 
 def _split_faults(text: str) -> Iterator[str]:
-    """Split at each comma before a new fault, which contains an @."""
+    """Yield the faults in a comma-separated list; each begins with KIND@."""
     current: list[str] = []
     for piece in text.split(","):
         if "@" in piece and current:
@@ -191,10 +190,9 @@ def _parse_fault(text: str) -> Fault:
             values[name] = float(value)
         except ValueError:
             values[name] = math.nan
-        must_be_whole = name in (*states, "rank", "bit")
-        is_known = must_be_whole or name in defaults
-        is_valid = 0 <= values[name] < math.inf and not (must_be_whole and values[name] % 1)
-        if not is_known or not is_valid:
+        must_be_integer = name in (*states, "rank", "bit")
+        is_valid = 0 <= values[name] < math.inf and not (must_be_integer and values[name] % 1)
+        if not is_valid or not (must_be_integer or name in defaults):
             allowed = " or ".join(f"{option}=NUMBER" for option in (*states, "rank", *defaults))
             raise UserError(f"--inject {text}: {setting!r} must be {allowed}")
     named_states = [name for name in states if name in values]

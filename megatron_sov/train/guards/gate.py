@@ -1,4 +1,4 @@
-"""Protocols of gates: checks that a stage must pass, during training or on its last checkpoint."""
+"""Protocols for gates: checks that a stage must pass, during training or on its last checkpoint."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 class GateView(Protocol):
-    """Part of the trainer that gates and hooks use: enough to measure the model and record results."""
+    """Part of `Trainer` with which gates and hooks measure the model and record results."""
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Completed optimizer steps."""
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps in the whole run."""
 
     @property
     def finished(self) -> bool:
@@ -42,11 +42,11 @@ class GateView(Protocol):
 
     @property
     def events(self) -> EventLog:
-        """Event log of the run; drops events on ranks other than 0."""
+        """Event log of the run, which drops events on ranks above 0."""
 
 
 class Gate(Protocol):
-    """Judges the model during training; the stage is complete only after the gate has passed."""
+    """Judges the model during training; the stage is complete only after `passed` becomes True."""
 
     passed: bool
     """Whether the stage may end."""
@@ -55,38 +55,40 @@ class Gate(Protocol):
         """Judge the model before the first step of a new run. Collective."""
 
     def check(self, run: GateView) -> None:
-        """Judge the model if a check is due after this step. Collective."""
+        """Judge the model if a check is due after the last step. Collective."""
 
     def failure(self) -> str:
-        """Describe the failure: one sentence, and lines below it."""
+        """Describe the failure in a sentence with detail lines below."""
 
     def state(self) -> dict[str, Any]:
-        """Return plain values for the checkpoint."""
+        """Return JSON values for the checkpoint."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore the result of `state`."""
+        """Continue from a result that `state` returned."""
 
 
 @dataclass(frozen=True)
 class EndVerdict:
-    """Verdict on the last checkpoint of a stage."""
+    """Verdict on a stage's last checkpoint."""
 
     failure: str | None
-    """Description of the failure: one sentence, and lines below it; None: passed."""
+    """Sentence about the failure with detail lines below, or None if the checkpoint passed."""
     completion: dict[str, Any]
-    """Fields of the completion manifest."""
+    """Fields for the completion manifest."""
 
 
 class EndGate(Protocol):
-    """Judges the last checkpoint of a stage after the training processes have ended."""
+    """Judges a stage's last checkpoint after the training processes have ended."""
 
     @property
     def name(self) -> str:
-        """Key of the verdict in the completion manifest."""
+        """Key under which the completion manifest stores the verdict."""
 
     def begin(self) -> None:
-        """Prepare before the first step, so that mistakes show early. Called by the launcher, or by every
-        process under torchrun or Slurm."""
+        """Prepare before the first step, so that mistakes show early.
+
+        Called by the launcher, or by every process under torchrun or Slurm.
+        """
 
     def judge(self, checkpoint: Path) -> EndVerdict | None:
-        """Return the verdict; None on processes other than the first."""
+        """Return the verdict on the first process, and None on the others."""

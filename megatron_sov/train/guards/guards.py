@@ -1,6 +1,6 @@
 """Guards of a training run (settings `guards.*`): expert routing, slow processes and silent data corruption.
 
-Step guard and watchdog have files of their own.
+`step_guard.py` and `watchdog.py` have further guards.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from megatron_sov.train.guards.fault_injection import Fault, FaultInjector
 from megatron_sov.train.guards.step_guard import StepGuard
 from megatron_sov.train.guards.watchdog import Watchdog
 
-MAX_SHOWN_RANKS = 64
-"""Slowest ranks in a `compute_time` event."""
-MAX_SHOWN_EXPERTS = 8
-"""Experts named by an alarm."""
+MAX_LISTED_RANKS = 64
+"""Number of slowest ranks in a `compute_time` event."""
+MAX_LISTED_EXPERTS = 8
+"""Number of dead experts that an alarm names."""
 
 _waited_s = 0.0
-"""Seconds that this process has waited for collectives on CPU tensors."""
+"""Time this process has waited for collectives on CPU tensors."""
 _is_wait_timed = False
 
 
@@ -46,19 +46,11 @@ class Guards:
 
     def __init__(self, settings: GuardConfig, world: ParallelWorld, run: Path, faults: Sequence[Fault],
                  on_hang: Callable[[int, dict[str, list[int]]], None]) -> None:
-        """Build the guards and start the watchdog's thread.
-
-        Args:
-            settings: `guards.*`.
-            world: rank and groups of this process.
-            run: folder of the run.
-            faults: faults to inject.
-            on_hang: see `Watchdog`.
-        """
+        """Build the guards and start the thread of `Watchdog`, which calls `on_hang`."""
         self.step_guard = StepGuard(settings, world.is_main)
-        """Rejects steps with unusual loss or gradient norm."""
+        """Rejects steps with an unusual loss or gradient norm."""
         self.watchdog = Watchdog(run, world.rank, settings.hang_timeout_s, on_hang)
-        """Ends a process whose step makes no progress."""
+        """Ends the process if a step makes no progress."""
         self.sdc = SdcChecks(settings)
         """Finds silent data corruption (SDC): hardware that computes wrong bits."""
         self.stragglers = Stragglers(settings)
@@ -68,11 +60,11 @@ class Guards:
         self.faults = FaultInjector(faults, run, world.rank)
         """Injects faults to test the other guards."""
 
-    def observe(self, step: int, expert_load: ExpertLoad, events: EventLog) -> None:
-        """Run the checks that are due after a learned step (from 1); all ranks call this together."""
-        self.stragglers.report(step, events)
+    def check_step(self, step: int, expert_load: ExpertLoad, events: EventLog) -> None:
+        """Run the checks due after learned step `step` (from 1). Collective."""
+        self.stragglers.add_step(step, events)
         if self.routing.is_due(step):
-            self.routing.follow(step, expert_load.gather(), expert_load.biases(), events)
+            self.routing.record_load(step, expert_load.gather(), expert_load.biases(), events)
 
 
 class SdcChecks:
@@ -82,18 +74,15 @@ class SdcChecks:
         self._settings = settings
 
     def is_probe_due(self, step: int) -> bool:
-        """Return whether `step` (from 1) computes a micro-batch twice."""
+        """Return whether `step` (from 1) computes a micro-batch twice (`guards.probe_every_steps`)."""
         return self._settings.probe_every_steps > 0 and step % self._settings.probe_every_steps == 0
 
-    def repeat(self, step: int, model: LanguageModel, compute: Callable[[int], None],
-               events: EventLog) -> None:
-        """Compute gradients twice and compare their checksums; all ranks call this together.
+    def compare_repetition(self, step: int, model: LanguageModel, compute: Callable[[int], None],
+                           events: EventLog) -> None:
+        """Compute gradients twice and compare checksums. Collective.
 
-        Args:
-            step: from 1.
-            model: holds the gradients.
-            compute: runs forward and backward passes of a turn (0, then 1), without a sum over ranks.
-            events: of the run.
+        `compute(turn)` runs forward and backward passes of turn 0, then 1, without a sum over ranks. Raises
+        `SilentCorruption` on every rank if a rank's checksums differ and `guards.on_sdc` is "exit".
         """
         checksums = []
         for turn in range(2):
@@ -103,8 +92,8 @@ class SdcChecks:
         self._report_ranks(step, replica_checks.gather_ranks_where(checksums[0] != checksums[1]),
                            "the same micro-batch gave other gradients when it was computed again", events)
 
-    def compare(self, step: int, model: LanguageModel, events: EventLog) -> None:
-        """Compare replicas of weights before a checkpoint; all ranks call this together."""
+    def compare_replicas(self, step: int, model: LanguageModel, events: EventLog) -> None:
+        """Compare replicas of weights before a checkpoint; raises like `compare_repetition`. Collective."""
         if self._settings.compare_replicas:
             self._report_ranks(step, replica_checks.find_differing_replicas(model),
                                "weights differ from those of their replicas", events)
@@ -116,7 +105,7 @@ class SdcChecks:
         places = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
         text = f"silent corruption after step {step}: {finding} ({places})"
         fields = {"step": step, "ranks": ranks, "hosts": [hosts[rank] for rank in ranks]}
-        # `ranks` is equal on all ranks, so all raise and none waits in a collective
+        # `ranks` is equal on every rank: they raise together, and no rank waits in a collective
         if self._settings.on_sdc == "exit":
             events.write("sdc", **fields, text=text)
             raise SilentCorruption(f"{text}; nothing is saved from here on, "
@@ -126,9 +115,9 @@ class SdcChecks:
 
 
 class Stragglers:
-    """Averages the computing time of each process and reports those far above the median.
+    """Averages each process's computing time and reports processes far above the median.
 
-    The step time does not show a slow process: all others wait for it.
+    The step time does not reveal a slow process, because the whole world waits for it.
     """
 
     def __init__(self, settings: GuardConfig) -> None:
@@ -136,8 +125,8 @@ class Stragglers:
         self.clock = ComputeClock() if self._every_steps else None
         self._total_s, self._num_steps = 0.0, 0
 
-    def report(self, step: int, events: EventLog) -> None:
-        """Add the time of `step` (from 1); every `guards.straggler_every_steps` steps, compare all ranks."""
+    def add_step(self, step: int, events: EventLog) -> None:
+        """Add the time of `step` (from 1), and compare ranks every `guards.straggler_every_steps` steps."""
         if self.clock is None:
             return
         self._total_s += self.clock.seconds()
@@ -146,9 +135,9 @@ class Stragglers:
             return
         compute_s = collectives.gather_numbers(self._total_s / self._num_steps)
         self._total_s, self._num_steps = 0.0, 0
-        # the lower median: with two processes, the mean of both would hide the slower one
+        # the lower median: with two processes, the mean of both would hide the slower process
         median_s = statistics.median_low(compute_s)
-        slowest = sorted(range(len(compute_s)), key=lambda rank: -compute_s[rank])[:MAX_SHOWN_RANKS]
+        slowest = sorted(range(len(compute_s)), key=lambda rank: -compute_s[rank])[:MAX_LISTED_RANKS]
         slow = [rank for rank in slowest if compute_s[rank] > self._ratio * median_s]
         events.write("compute_time", step=step, median_s=median_s,
                      seconds={str(rank): compute_s[rank] for rank in sorted(slowest)}, slow=slow)
@@ -161,9 +150,8 @@ class Stragglers:
 class ComputeClock:
     """Times forward and backward passes until gradients are summed over data-parallel ranks.
 
-    On a CPU, waits for tensor-, expert-, context- and pipeline-parallel collectives are subtracted, so the
-    time is the process's own. On a GPU, the host does not wait: the time is the device's, which the ranks of
-    a model replica share.
+    On a CPU, waits for tensor-, expert-, context- and pipeline-parallel collectives are subtracted. On a GPU,
+    the host does not wait: the device's time includes these waits, so a model replica's ranks have one time.
     """
 
     def __init__(self) -> None:
@@ -181,7 +169,7 @@ class ComputeClock:
         self._stop = self._read_time()
 
     def seconds(self) -> float:
-        """Return the seconds between `start` and `stop`; on a GPU, wait until the device reaches `stop`."""
+        """Return seconds between `start` and `stop`, after waiting until the device reaches `stop`."""
         if self._on_gpu:
             self._stop.synchronize()
             return float(self._start.elapsed_time(self._stop)) / 1e3
@@ -192,14 +180,14 @@ class ComputeClock:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             return event
-        # a clock that stops during waits for collectives
+        # this clock stops during waits for collectives
         return time.perf_counter() - _waited_s
 
 
 def _time_waits() -> None:
-    """Patch `Work.wait`, in which all of torch's collectives on CPU tensors end, to add to `_waited_s`."""
+    """Patch `dist.Work.wait`, which ends torch's collectives on CPU tensors, to add to `_waited_s`."""
     global _is_wait_timed
-    # once a process: a second patch would count every wait twice
+    # once per process: a second patch would count every wait twice
     if _is_wait_timed:
         return
     _is_wait_timed = True
@@ -218,26 +206,22 @@ def _time_waits() -> None:
 
 
 class RoutingMonitor:
-    """Records routing figures of each layer with experts; an alarm is raised once until it has passed."""
+    """Records routing figures of MoE layers; a lasting alarm is raised once."""
 
     def __init__(self, settings: GuardConfig) -> None:
         self._settings = settings
         self._idle: np.ndarray | None = None
-        """[layers, experts]: consecutive records in which an expert got no token. Not in checkpoints: a
-        resumed run counts from 0."""
+        """[layers, experts]: consecutive records in which an expert got no token; not in checkpoints."""
         self._active: set[tuple[str, int]] = set()
 
     def is_due(self, step: int) -> bool:
         return self._settings.routing_every_steps > 0 and step % self._settings.routing_every_steps == 0
 
-    def follow(self, step: int, load: torch.Tensor, biases: torch.Tensor, events: EventLog) -> None:
-        """Record routing figures, and alarms that are new.
+    def record_load(self, step: int, load: torch.Tensor, biases: torch.Tensor, events: EventLog) -> None:
+        """Record routing figures and new alarms after `step` (from 1).
 
-        Args:
-            step: from 1.
-            load: [layers, experts] token counts, zero for dense layers.
-            biases: [layers, experts] selection biases.
-            events: of the run.
+        `load` [layers, experts] has token counts, 0 in dense layers; `biases` [layers, experts] has selection
+        biases.
         """
         layers = torch.nonzero(load.sum(dim=1) > 0).flatten()
         if not len(layers):
@@ -258,7 +242,7 @@ class RoutingMonitor:
 
     def _iter_alarms(self, layers: list[int], entropy: np.ndarray, spread: np.ndarray,
                      idle: np.ndarray) -> Iterator[tuple[tuple[str, int], str]]:
-        """Yield (kind, layer) and text of each alarm."""
+        """Yield (kind, layer) and text for each alarm."""
         settings = self._settings
         for i, layer in enumerate(layers):
             if entropy[i] < settings.min_load_entropy:
@@ -272,8 +256,8 @@ class RoutingMonitor:
             dead = np.flatnonzero(idle[i] >= settings.dead_after_records).tolist()
             if dead:
                 plural = "s" if len(dead) > 1 else ""
-                names = ", ".join(map(str, dead[:MAX_SHOWN_EXPERTS]))
-                if len(dead) > MAX_SHOWN_EXPERTS:
-                    names += f" and {len(dead) - MAX_SHOWN_EXPERTS} others"
+                names = ", ".join(map(str, dead[:MAX_LISTED_EXPERTS]))
+                if len(dead) > MAX_LISTED_EXPERTS:
+                    names += f" and {len(dead) - MAX_LISTED_EXPERTS} others"
                 yield ("dead experts", layer), (f"layer {layer}: expert{plural} {names} got no token "
                                                 f"in {settings.dead_after_records} routing records in a row")

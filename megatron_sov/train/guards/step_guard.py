@@ -21,56 +21,51 @@ from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.data.ledger import Ledger
 
 MIN_STEPS = 20
-"""Fewest steps in the window before values above the limit are rejected."""
+"""Smallest window in which values above the limit are rejected."""
 
 
 class StepGuard:
-    """Decides before each update whether the step is learned; the decision is equal on all ranks."""
+    """Decides before each update whether the step is learned, with one decision for every rank."""
 
     def __init__(self, settings: GuardConfig, is_main: bool) -> None:
-        """Start with an empty window.
-
-        Args:
-            settings: `guards.*`.
-            is_main: whether this process is rank 0.
-        """
+        """Start with empty windows; `is_main`: whether this process is rank 0."""
         self._settings, self._is_main = settings, is_main
         self.compares_losses = True
-        """Whether a loss above the limit is rejected; a loss that is not finite always is."""
+        """Whether to reject a loss above the limit; a non-finite loss is always rejected."""
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
         self._windows_at_rejection: tuple[list[float], list[float]] = [], []
         self.consecutive_rejections = 0
-        """Steps rejected since the last learned step."""
+        """Number of steps rejected since the last learned step."""
         self._consecutive_suspects = 0
         self.rollbacks: list[dict[str, int]] = []
-        """``{"at": step, "to": step of the checkpoint}`` of each rollback."""
+        """`{"at": step, "to": step of the checkpoint}` for each rollback."""
         self.rejection: StepRejection | None = None
-        """Rejection of the last step; None: the step was learned."""
+        """Why the last step was rejected, or None if it was learned."""
 
     @property
     def wants_rollback(self) -> bool:
-        """Whether `guards.rollback_after_skips` steps in a row were rejected with suspect weights."""
+        """Whether `guards.rollback_after_skips` consecutive rejections made the weights suspect."""
         return 0 < self._settings.rollback_after_skips <= self._consecutive_suspects
 
     def reset_rejections(self) -> None:
-        """Restart the count of rejections, after a learned step or a rollback."""
+        """Count rejections from 0, after a learned step or a rollback."""
         self.consecutive_rejections, self._consecutive_suspects, self.rejection = 0, 0, None
 
-    def enter(self, step: int, ledger: Ledger) -> None:
-        """Clear the windows if the data change at `step` (from 0)."""
+    def begin_step(self, step: int, ledger: Ledger) -> None:
+        """Clear the windows if sample length or blend change at `step` (from 0)."""
         if step and _get_data_kind(ledger, step - 1) != _get_data_kind(ledger, step):
-            # another length or blend has another usual loss: its first steps would all look like outliers
+            # the usual loss changes with length and blend: the first steps would look like outliers
             self._losses, self._grad_norms = [], []
 
     def accept_step(self, loss: float, grad_norm: float) -> bool:
-        """Return whether the step may be learned; all ranks call this together before the update.
+        """Return whether the step may be learned; called before the update. Collective.
 
-        A value that is not finite on any rank rejects the step. The windows hold the values of rank 0, which
-        go into the checkpoint.
+        A non-finite value on any rank rejects the step. The windows contain values of rank 0, which
+        checkpoints store.
         """
-        is_rejected = self._find_objection(loss, grad_norm) is not None
-        # all ranks but 0 send zeros, so that the sums are the values of rank 0
+        is_rejected = self._find_rejection(loss, grad_norm) is not None
+        # ranks above 0 send zeros, so that the sums are the values of rank 0
         sums = sum_dict({"rejections": float(is_rejected), "loss": loss if self._is_main else 0.0,
                          "grad_norm": grad_norm if self._is_main else 0.0}, collectives.all_reduce_world)
         main_loss, main_grad_norm = sums["loss"], sums["grad_norm"]
@@ -80,9 +75,9 @@ class StepGuard:
             return True
         # for `would_have_rejected`, which `attribute_rejected_step` calls after this step
         self._windows_at_rejection = list(self._losses), list(self._grad_norms)
-        self.rejection = self._find_objection(main_loss, main_grad_norm)
+        self.rejection = self._find_rejection(main_loss, main_grad_norm)
         if self.rejection is None:
-            # the values of rank 0 are usual, so another rank has NaN
+            # rank 0 has usual values, so NaN was computed on another rank
             self.rejection = StepRejection("another process has a number that is not finite", main_loss,
                                            main_grad_norm, finite=False, weights_suspect=True)
         self.consecutive_rejections += 1
@@ -94,11 +89,11 @@ class StepGuard:
         return False
 
     def would_have_rejected(self, loss: float, grad_norm: float) -> bool:
-        """Return whether these values would have been rejected in place of the last rejected step."""
+        """Return whether `loss` or `grad_norm` would have been rejected at the last rejected step."""
         current = self._losses, self._grad_norms
         self._losses, self._grad_norms = self._windows_at_rejection
         try:
-            return self._find_objection(loss, grad_norm) is not None
+            return self._find_rejection(loss, grad_norm) is not None
         finally:
             self._losses, self._grad_norms = current
 
@@ -107,7 +102,7 @@ class StepGuard:
             window.append(value)
             del window[:-self._settings.window_steps]
 
-    def _find_objection(self, loss: float, grad_norm: float) -> StepRejection | None:
+    def _find_rejection(self, loss: float, grad_norm: float) -> StepRejection | None:
         figures = [("loss", loss, self._losses), ("gradient norm", grad_norm, self._grad_norms)]
         for name, value, _ in figures:
             if not math.isfinite(value):
@@ -123,7 +118,7 @@ class StepGuard:
             if len(window) < min_steps:
                 continue
             mean, sigma = float(np.mean(window)), float(np.std(window, ddof=1))
-            # one-sided: a loss or norm far below the others does no harm
+            # one-sided: an unusually low loss or norm does no harm
             if value > mean + self._settings.sigma * sigma:
                 distance = (value - mean) / sigma if sigma else math.inf
                 reason = (f"the {name} is {value:g}, {distance:.1f} "
@@ -145,7 +140,7 @@ class StepGuard:
 
 @dataclass(frozen=True)
 class StepRejection:
-    """Reason for a rejected step, with loss and gradient norm of rank 0."""
+    """Reason for rejecting a step, with loss and gradient norm of rank 0."""
 
     reason: str
     """Sentence for the user, without a period."""
@@ -154,11 +149,11 @@ class StepRejection:
     grad_norm: float
     """Gradient norm on rank 0, before clipping."""
     finite: bool
-    """Whether loss and gradient norm are finite on all ranks."""
+    """Whether loss and gradient norm are finite on every rank."""
     weights_suspect: bool
-    """False: only the gradient norm was above the limit, which the data can cause."""
+    """Whether bad weights may be the cause; a high gradient norm alone can come from the data."""
 
 
 def _get_data_kind(ledger: Ledger, step: int) -> tuple[Any, ...]:
-    entry = ledger.at(step)
+    entry = ledger.get_entry(step)
     return entry.seq_len, entry.weights

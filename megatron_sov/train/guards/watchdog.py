@@ -18,10 +18,10 @@ from pathlib import Path
 from megatron_sov.base.errors import ExitCode
 
 HANG_FOLDER = "hang"
-"""Folder inside a run folder with the stacks of hanging processes."""
+"""Subfolder of a run folder for stacks of hanging processes."""
 MAX_GRACE_S = 10.0
-"""Longest wait for the other processes to notice the hang, before the first exit breaks their connections."""
-OWN_CODE = f"{os.sep}megatron_sov{os.sep}"
+"""Longest wait for other processes to notice the hang, before the first exit breaks their connections."""
+PACKAGE_PATH = f"{os.sep}megatron_sov{os.sep}"
 
 
 class Watchdog:
@@ -29,38 +29,34 @@ class Watchdog:
 
     def __init__(self, run: Path, rank: int, timeout_s: float,
                  on_hang: Callable[[int, dict[str, list[int]]], None]) -> None:
-        """Start the thread, without a step to watch.
+        """Start the thread, which waits for `begin`.
 
-        Args:
-            run: folder of the run.
-            rank: of this process.
-            timeout_s: longest time of a step.
-            on_hang: called on rank 0 with the step, and the ranks by the place in the code where they hang.
+        Rank 0 calls `on_hang(step, places)`, with code location -> ranks that hang there.
         """
         self._folder, self._rank, self._timeout_s, self._on_hang = run / HANG_FOLDER, rank, timeout_s, on_hang
         self._watched: tuple[int, float] | None = None
         self._main_thread = threading.get_ident()
         self._closed = threading.Event()
         if timeout_s:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            threading.Thread(target=self._watch_steps, name="watchdog", daemon=True).start()
 
     def begin(self, step: int) -> None:
         """Watch `step` (from 1) from now on."""
         self._watched = (step, time.monotonic())
         if self._timeout_s:
-            # a hang that holds Python's lock stops this thread, too; faulthandler's own thread needs no lock
+            # a hang in code that holds the GIL stops this thread, too; faulthandler's thread needs no GIL
             limit_s = 2 * self._timeout_s + MAX_GRACE_S
             faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__ or sys.stderr)
 
     def end(self) -> None:
-        """Watch no step until `begin`: evaluations, gates and checkpoints may take long."""
+        """Watch no step until `begin`, because evaluations, gates and checkpoints may take long."""
         self._watched = None
         if self._timeout_s:
             faulthandler.cancel_dump_traceback_later()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Pause the watch; the time of the current step restarts at 0 afterwards."""
+    def pause(self) -> Iterator[None]:
+        """Watch no step inside the context; afterwards, the time of the current step restarts at 0."""
         watched = self._watched
         self.end()
         try:
@@ -73,18 +69,17 @@ class Watchdog:
         self.end()
         self._closed.set()
 
-    def _watch(self) -> None:
+    def _watch_steps(self) -> None:
         while not self._closed.wait(min(1.0, self._timeout_s / 10)):
             watched = self._watched
             if watched is not None and time.monotonic() - watched[1] > self._timeout_s:
                 self._exit_on_hang(watched[0])
 
     def _exit_on_hang(self, step: int) -> None:
-        """Write this process's stacks, give the other processes time to write theirs, and exit."""
+        """Write this process's stacks, wait until other processes have written stacks, and exit."""
         try:
             self._write_stacks(step)
-            # the others notice soon, since all wait for each other; each needs time to write its stacks
-            # before a connection breaks
+            # every process hangs by now and needs time to write its stacks before a connection breaks
             grace_s = min(MAX_GRACE_S, max(1.0, self._timeout_s / 4))
             time.sleep(grace_s)
             if self._rank == 0:
@@ -116,9 +111,9 @@ class Watchdog:
         self._on_hang(step, places)
 
     def _find_place(self) -> str:
-        """Return file and function of this project in which the main thread hangs."""
+        """Return the file and function of `megatron_sov` in which the main thread hangs."""
         frame = sys._current_frames().get(self._main_thread)
-        while frame is not None and OWN_CODE not in frame.f_code.co_filename:
+        while frame is not None and PACKAGE_PATH not in frame.f_code.co_filename:
             frame = frame.f_back
         if frame is None:
             return "outside"

@@ -1,1 +1,1 @@
-"""What is learned: the contract of an objective, its micro-batches, and next-token prediction."""
+"""Objectives: their interface, micro-batches, next-token prediction, and evaluation of held-out documents."""

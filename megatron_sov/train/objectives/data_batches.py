@@ -1,4 +1,4 @@
-"""Batches of the data order for objectives, and the position in the data for checkpoints and records."""
+"""Batches of the data order for objectives, and the data position for checkpoints and records."""
 
 from __future__ import annotations
 
@@ -26,12 +26,8 @@ class DataBatches:
                  planned: Sequence[LedgerEntry] | None = None, columns: Iterable[str] = ()) -> None:
         """Start before the first step.
 
-        Args:
-            config: settings of the run.
-            sources: training data.
-            world: rank and groups of this process.
-            planned: entries of `plan_ledger`; None: they are computed here.
-            columns: names of the columns that the objective reads.
+        `planned` is the result of `plan_ledger`, computed here by default. `columns` are the columns that the
+        objective reads (`get_columns`).
         """
         self._columns = tuple(columns)
         self._config, self._sources, self._world, self._planned = config, sources, world, planned
@@ -39,7 +35,6 @@ class DataBatches:
         self._start_stream(OrderState())
 
     def _start_stream(self, state: OrderState) -> None:
-        """Start a stream at `state`."""
         order = SampleOrder(self._config, self._sources, state, self._planned)
         self.ledger = order.ledger
         self._step = order.state.step
@@ -48,21 +43,21 @@ class DataBatches:
                                    self._config.num_steps(), self._columns,
                                    [source.routes for source in self._sources])
         self.epochs: dict[str, float] = {}
-        """Source -> passes over it, up to the last returned batch."""
+        """Source -> passes over the source, up to the last returned batch."""
 
     def next(self) -> GlobalBatch:
-        batch = self._advance()
+        batch = self._take_batch()
         return GlobalBatch(tuple(build_micro_batch(row) for row in batch.rows), batch.entry.seq_len,
                            batch.num_samples, batch.entry.phase)
 
     def skip(self) -> None:
-        self._advance()
+        self._take_batch()
 
     def next_entry(self) -> LedgerEntry:
-        return self.ledger.at(self._step)
+        return self.ledger.get_entry(self._step)
 
     def state(self) -> dict[str, Any]:
-        """Return the state of the sample order after the last returned batch, for a checkpoint.
+        """Return the state of `SampleOrder` after the last returned batch, for a checkpoint.
 
         The ledger's history includes steps that were skipped or rejected after their batch was prepared.
         """
@@ -76,12 +71,12 @@ class DataBatches:
         return {name: cursor["tokens"] for name, cursor in self._state["cursors"].items()}
 
     def over_long(self) -> dict[str, int]:
-        """Return source -> conversations (or pairs) read so far that were longer than a sample."""
+        """Return source -> number of conversations or pairs read that were longer than a sample."""
         return {name: cursor["over_long"] for name, cursor in self._state["cursors"].items()
                 if cursor.get("over_long")}
 
     def planned_tokens(self) -> dict[str, int]:
-        """Return source -> tokens that the ledger plans up to this step, removed sources included."""
+        """Return source -> tokens that the ledger plans up to the current step, with removed sources."""
         planned = dict.fromkeys((s.name for s in self._sources), 0.0)
         entries = self.ledger.entries
         ends = [*(entry.first_step for entry in entries[1:]), self._config.num_steps()]
@@ -95,8 +90,8 @@ class DataBatches:
     def close(self) -> None:
         self._stream.close()
 
-    def _advance(self) -> RankBatch:
-        # the batch stores its own state: the order is ahead by the prepared batches
+    def _take_batch(self) -> RankBatch:
+        # the state is stored in the batch, because the order is ahead by the prepared batches
         batch = self._stream.next()
         self._step, self._state, self.epochs = self._step + 1, batch.order_state, batch.epochs
         return batch
@@ -104,20 +99,21 @@ class DataBatches:
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """The run of an objective, on one process."""
+    """Inputs of an objective's constructor, on one process."""
 
     config: RunConfig
     """Resolved settings."""
     batches: DataBatches
-    """Batches of the data order."""
+    """Batches in the data order."""
     world: ParallelWorld
-    """Rank and groups of this process."""
+    """Rank and process groups."""
     folder: Path
-    """Folder of the run."""
+    """Run folder."""
     write_event: Callable[..., None]
-    """`write_event(name, **fields)` writes an event of the run; only rank 0 of a started run writes it."""
+    """`write_event(name, **fields)` writes an event; does nothing except on rank 0 after the run has
+    started."""
     waiting: Callable[[], AbstractContextManager[None]]
-    """`with waiting(): ...` pauses the watchdog, for work longer than `guards.hang_timeout_s` such as
+    """`with waiting(): ...` pauses the watchdog for work longer than `guards.hang_timeout_s`, such as
     rollouts."""
     teacher: Any = None
-    """`post.distillation.distill.RunTeacher` of distill and gkd, whose distributions are learned."""
+    """`post.distillation.distill.RunTeacher` for distill and gkd."""

@@ -1,7 +1,7 @@
 """Objectives over the data order: next-token prediction, with a term for multi-token prediction (MTP).
 
-The MTP term follows DeepSeek-V3 (arXiv 2412.19437, eq. 24-25): the cross-entropy of each further depth,
-summed over depths and divided by all their targets. Models without prediction layers have no such term.
+The MTP term follows DeepSeek-V3 (arXiv 2412.19437, eq. 24-25): cross-entropies at further depths, summed over
+depths and divided by their targets. Models without prediction layers have no MTP term.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from megatron_sov.train.objectives.microbatch import MicroBatch, shift_labels
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 TEXT, AUDIO, IMAGE = "text_loss", "audio_loss", "image_loss"
-"""Meters: mean loss of the learned labels of a type."""
-MTP = "mtp"
-
+"""Meters: mean loss over learned labels of a type."""
+LM, MTP = "lm", "mtp"
+"""Loss terms."""
 
 
 class TypedLosses:
-    """Loss weights and meters of label types: text, or discrete tokens of sounds and pictures by their id
-    block."""
+    """Loss weights and meters by label type: text, or discrete audio and image tokens, by id block."""
 
     def __init__(self, config: RunConfig) -> None:
         blocks = ((AUDIO, config.model.audio_tokens, config.objective.audio_weight),
@@ -36,7 +35,7 @@ class TypedLosses:
         self.meters = (TEXT, *(name for name, _, _ in self._blocks)) if self._blocks else ()
 
     def scale_weights(self, batch: MicroBatch) -> MicroBatch:
-        """Multiply the label weights of a micro-batch by the weights of their types, on host and device."""
+        """Multiply label weights by `objective.audio_weight` and `image_weight`, on host and device."""
         if not self._scales:
             return batch
         scaled = self._scale_copy(batch)
@@ -52,8 +51,8 @@ class TypedLosses:
         return dataclasses.replace(batch, weights=weights)
 
     def compute_meters(self, losses: torch.Tensor,
-                 batch: MicroBatch) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return meter -> sum and count of the unweighted losses [n] of labels with a positive weight."""
+                       batch: MicroBatch) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return meter -> sum and count of unweighted `losses` [n] where `batch.weights` is positive."""
         if not self._blocks:
             return {}
         learned = batch.weights > 0
@@ -68,33 +67,33 @@ class TypedLosses:
 
 
 class DataObjective:
-    """Base of objectives over the data order."""
+    """Base class for objectives over the data order."""
 
     def __init__(self, context: ObjectiveContext) -> None:
         config = context.config
         self._batches, self._num_sources = context.batches, context.batches.num_sources
         self._depths = range(1, config.model.num_predictions + 1)
         self._mtp_coefficient = {MTP: config.model.mtp_loss_coeff} if self._depths else {}
-        """The MTP entry of `coefficients`."""
+        """MTP entry for `coefficients`."""
         self._typed = TypedLosses(config)
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
         return self._batches.next()
 
-    def _with_types(self, batch: GlobalBatch) -> GlobalBatch:
-        """Scale the label weights of a batch by the weights of their types."""
+    def _scale_label_weights(self, batch: GlobalBatch) -> GlobalBatch:
         micro_batches = tuple(map(self._typed.scale_weights, batch.micro_batches))
         return dataclasses.replace(batch, micro_batches=micro_batches)
 
-    def _mtp_targets(self, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
-        """Return the sum of label weights of the MTP term over host micro-batches of this rank."""
+    def _count_mtp_targets(self, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
+        """Return the MTP term's sum of label weights over this rank's host micro-batches."""
         if not self._depths:
             return {}
         return {MTP: sum(float(shift_labels(m, depth).weights.double().sum()) for m in micro_batches
                          for depth in self._depths)}
 
-    def _mtp_sum(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Return the sum of the MTP term over a micro-batch, see `Objective.loss`."""
+    def _compute_mtp_sum(self, hidden: list[torch.Tensor], head: Head,
+                         batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Return the MTP term's sum over a micro-batch, see `Objective.loss`."""
         total = torch.zeros((), device=batch.weights.device)
         for depth in self._depths:
             shifted = shift_labels(batch, depth)
@@ -102,14 +101,10 @@ class DataObjective:
         return {MTP: total} if self._depths else {}
 
 
-LM = "lm"
-
-
 class LanguageModelling(DataObjective):
     """Cross-entropy on every token, plus multi-token prediction.
 
-    Derive a class to change a part of it, and select the class by `--set
-    objective.name=my_objective.py:Halved`:
+    Derive a class to change a part, and select the class by `--set objective.name=my_objective.py:Halved`:
 
     >>> class Halved(LanguageModelling):
     ...     def __init__(self, context):
@@ -123,15 +118,15 @@ class LanguageModelling(DataObjective):
         self.meters = self._typed.meters
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count targets: label weights of the trunk, and of all depths for the MTP term."""
-        batch = self._with_types(batch)
+        """Count targets: label weights of the trunk, and over depths for the MTP term."""
+        batch = self._scale_label_weights(batch)
         hosts = [m.host for m in batch.micro_batches]
         targets = {LM: sum(float(m.weights.double().sum()) for m in hosts)}
-        return with_denominators(batch, targets | self._mtp_targets(hosts))
+        return with_denominators(batch, targets | self._count_mtp_targets(hosts))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return the summed cross-entropy of the trunk and of the prediction depths."""
+        """Return summed cross-entropies of the trunk and the prediction depths."""
         terms, losses = head.cross_entropy(hidden[0], batch.labels, {LM: batch.weights})
-        terms |= self._mtp_sum(hidden, head, batch)
+        terms |= self._compute_mtp_sum(hidden, head, batch)
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources),
                         self._typed.compute_meters(losses, batch))

@@ -1,7 +1,6 @@
-"""Loss on held-out documents, per source, in nats per token and bits per byte.
+"""Loss on held-out documents per source, in nats per token and bits per byte.
 
-Bits per byte, not only the mean loss: it does not depend on the tokenizer, so runs with different
-ones can be compared.
+Bits per byte do not depend on the tokenizer, so runs with different tokenizers can be compared.
 """
 
 from __future__ import annotations
@@ -33,71 +32,53 @@ from megatron_sov.train.data.token_shards import Documents, Source, tokenizer_fo
 from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch, shift_labels
 
 TURN = "turn"
-"""Column of a row: 1 for labels of a conversation's first learned turn, 2 for the second, ...; 0 for labels
-that no learned turn holds."""
-
-
-def with_turns(row: PackedRow, documents: Documents) -> PackedRow:
-    """Return a row of conversations with the column `TURN`; a conversation that was begun in another row
-    goes on counting."""
-    numbers = np.zeros(len(row.tokens), np.float32)
-    for first, _, (document, start, count) in row.origins:
-        end = min(start + count + 1, int(documents.lengths[document]))  # behind its last label
-        learned = ((documents.types(document, 0, end) == TYPE_RESPONSE)
-                   & (documents.loss_weights(document, 0, end) > 0))
-        # a turn begins where a learned token follows one that is not; the running count of beginnings numbers
-        # the turns, and tokens between them get 0
-        begins = learned.copy()
-        begins[1:] &= ~learned[:-1]
-        numbers[first:first + end - start - 1] = (begins.cumsum() * learned)[start + 1:]
-    return dataclasses.replace(row, columns={**row.columns, TURN: numbers})
-
-
+"""Column of a row: 1 for labels in a conversation's first learned turn, 2 in the second, ...; 0 for labels
+outside learned turns."""
 TURNS: dict[str, Callable[[Any], Any]] = {"first": lambda turn: turn == 1, "later": lambda turn: turn > 1}
-"""Learned turns of a conversation that are told apart -> which numbers of the column `TURN` they have."""
+"""Part of a conversation -> test for numbers in the column `TURN`."""
 PARTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    **{part: (TURN, chosen) for part, chosen in TURNS.items()},
+    **{part: (TURN, selects) for part, selects in TURNS.items()},
     **{name: (KIND, partial(operator.eq, kind)) for name, kind in KINDS.items()}}
-"""Parts of conversations that are told apart -> column, and which of its numbers they have."""
+"""Part of a conversation -> column, and test for numbers in the column."""
 SUMS: Shapes = dict.fromkeys(("nats", "tokens", "size_bytes", "accepted", "drafts",
-                              *(f"{part}_{of}" for part in PARTS for of in ("nats", "tokens"))), ())
-"""What is summed over the targets of a source: loss, targets, their bytes,
-drafts that the trunk accepts, drafts; loss and targets of each of `PARTS`."""
-Around = Callable[[str, Callable[[], Any]], Any]
-"""(source, action) -> what the action returns."""
+                              *(f"{part}_{unit}" for part in PARTS for unit in ("nats", "tokens"))), ())
+"""Sums over a source's targets, as scalars: loss, targets, UTF-8 bytes, drafts that the trunk accepts,
+drafts, and loss and targets for each part in `PARTS`."""
+ActionWrapper = Callable[[str, Callable[[], Any]], Any]
+"""Function that calls an action for a source and returns the action's result."""
 
 
 @dataclass(frozen=True)
 class PartLoss:
-    """Result on a part of conversations."""
+    """Loss on a part of conversations."""
 
     loss: float
     """Nats per token."""
     tokens: int
-    """Targets evaluated."""
+    """Evaluated targets."""
 
 
 @dataclass(frozen=True)
 class HeldoutLoss:
-    """Result on one source."""
+    """Loss on a source's held-out documents."""
 
     loss: float
     """Nats per token."""
     bits_per_byte: float
-    """Nats of all targets / ln 2 / UTF-8 bytes of all targets; NaN where the tokenizer is not known."""
+    """Total nats / ln 2 / total UTF-8 bytes of the targets; NaN for data without a tokenizer."""
     tokens: int
-    """Targets evaluated."""
+    """Evaluated targets."""
     mtp_acceptance: float | None = None
-    """Share of the prediction layer's best tokens that the trunk then chooses too: what greedy
-    self-speculative decoding would accept of its drafts; None without such a layer."""
+    """Share of the prediction layer's drafts that greedy self-speculative decoding would accept, because the
+    trunk chooses equal tokens; None for models without prediction layers."""
     turns: Mapping[str, PartLoss] = field(default_factory=dict)
-    """Of conversations: "first", the first learned turn of each, and "later", all others."""
+    """For conversations: "first" has each conversation's first learned turn, "later" has further turns."""
     kinds: Mapping[str, PartLoss] = field(default_factory=dict)
-    """Of conversations: "thought", "call" and "answer" (`chat.marks`); none of data that tell no kinds."""
+    """For conversations with the column `KIND`: "thought", "call" and "answer" (`chat.marks`)."""
 
 
 class HeldoutEvaluator:
-    """Evaluates a policy on the held-out split of each source; the same documents each time."""
+    """Evaluates a policy on the held-out split of each source, with a fixed choice of documents."""
 
     def __init__(self, sources: list[Source], bytes_of_token: np.ndarray | None, seq_len: int,
                  rows_per_batch: int, max_tokens: int, world: ParallelWorld) -> None:
@@ -109,61 +90,59 @@ class HeldoutEvaluator:
             for index, source in enumerate(sources) if source.num_tokens.get("heldout", 0) > 1}
 
     @classmethod
-    def of(cls, config: RunConfig, sources: list[Source], max_seq_len: int,
-           world: ParallelWorld) -> HeldoutEvaluator:
-        """Return the evaluator of a run, whose documents are cut as long as its longest samples."""
+    def from_config(cls, config: RunConfig, sources: list[Source], max_seq_len: int,
+                    world: ParallelWorld) -> HeldoutEvaluator:
+        """Build the evaluator of a run; documents are cut to the run's longest sample `max_seq_len`."""
         tokenizer = tokenizer_folder(sources)
         sizes = count_token_bytes(tokenizer, config.model.vocab_size) if tokenizer else None
         return cls(sources, sizes, max_seq_len, config.train.micro_batch_size,
                    config.data.heldout_tokens, world)
 
     def _load_micro_batches(self, index: int, source: Source, seq_len: int, max_tokens: int,
-              world: ParallelWorld) -> list[PackedRow]:
-        """Return this rank's micro-batches; every rank has the same number,
-        the last ones may be padding only."""
+                            world: ParallelWorld) -> list[PackedRow]:
+        """Return this rank's micro-batches; the last micro-batches may contain only padding."""
         shard = source.open_split("heldout")
         samples = build_heldout_samples(shard, index, seq_len, max_tokens)
         per_round = self._rows_per_batch * world.dp_size
-        # every rank runs as many micro-batches, or the collectives of the forward pass would not meet
+        # every rank needs an equal number of micro-batches, or a collective in the forward pass would hang
         samples += [OrderedSample(index, ())] * (-len(samples) % per_round)
-        rows = [heldout_row(s, shard, source, seq_len) for s in samples]
+        rows = [build_heldout_row(s, shard, source, seq_len) for s in samples]
         first = world.dp_rank * self._rows_per_batch
         return [join_rows(rows[i:i + self._rows_per_batch]) for i in range(first, len(rows), per_round)]
 
     @property
     def num_micro_batches(self) -> int:
-        """Those of this process, of all sources."""
+        """Micro-batches on this rank, summed over sources."""
         return sum(map(len, self._batches.values()))
 
-    def run(self, policy: ForwardModel, around: Around = lambda source, action: action(),
-            done: Callable[[], object] = lambda: None) -> dict[str, HeldoutLoss]:
-        """Return the result of every source that has held-out targets; called by all processes together.
+    def run(self, policy: ForwardModel, wrap: ActionWrapper = lambda source, action: action(),
+            on_micro_batch: Callable[[], object] = lambda: None) -> dict[str, HeldoutLoss]:
+        """Return the loss on each source with held-out targets. Collective.
 
-        Args:
-            around: does the forward passes of a source, and may look at the model meanwhile.
-            done: called on the last pipeline stage after each micro-batch.
+        `wrap` calls the forward passes of a source. `on_micro_batch` is called on the last pipeline stage
+        after each micro-batch.
         """
-        def sums_of(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
+        def compute_sums(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
             sums = self._sum_losses(hidden, head, batch)
-            done()
+            on_micro_batch()
             return sums
 
         results = {}
         for name, rows in self._batches.items():
             micro_batches = [build_micro_batch(r) for r in rows]
-            sums = around(name, partial(policy.map, micro_batches, sums_of))
+            sums = wrap(name, partial(policy.map, micro_batches, compute_sums))
             local = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64)
             reduced = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu()))
             total = unflatten_tensors(reduced, SUMS)
-            if total["tokens"] > 0:  # of prompts alone nothing is learned, and a loss of 0 would look perfect
-                results[name] = compute_result({key: float(value) for key, value in total.items()})
+            if total["tokens"] > 0:  # prompts alone have no targets, and a loss of 0 would look perfect
+                results[name] = compute_heldout_loss({key: float(value) for key, value in total.items()})
         return results
 
     def _sum_losses(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
         losses = -head.logprobs(hidden[0], batch.labels).double()
         counted = (batch.weights > 0).double()
         if self._bytes is None:
-            # no tokenizer, no bytes: NaN goes through the sums, so that bits per byte are NaN too
+            # without a tokenizer, NaN passes through the sums to bits per byte
             size_bytes = torch.full_like(losses, math.nan)
         else:
             size_bytes = self._bytes[batch.labels].double()
@@ -172,21 +151,36 @@ class HeldoutEvaluator:
             accepted, drafts = _count_accepted_drafts(hidden, head, batch)
         sums = {"nats": (losses * counted).sum(), "tokens": counted.sum(),
                 "size_bytes": (size_bytes * counted).sum(), "accepted": accepted, "drafts": drafts}
-        for part, (column, chosen) in PARTS.items():
-            of_part = counted * chosen(batch.columns.get(column, torch.zeros_like(losses)))
-            sums |= {f"{part}_nats": (losses * of_part).sum(), f"{part}_tokens": of_part.sum()}
+        for part, (column, selects) in PARTS.items():
+            mask = counted * selects(batch.columns.get(column, torch.zeros_like(losses)))
+            sums |= {f"{part}_nats": (losses * mask).sum(), f"{part}_tokens": mask.sum()}
         return flatten_tensors({name: sums[name] for name in SUMS})
 
 
-def heldout_row(sample: OrderedSample, documents: Documents, source: Source, seq_len: int) -> PackedRow:
-    """Return held-out documents as a row; of conversations with the columns `TURN` and `KIND`."""
+def build_heldout_row(sample: OrderedSample, documents: Documents, source: Source,
+                      seq_len: int) -> PackedRow:
+    """Build a row of held-out documents; conversations get the columns `TURN` and `KIND`."""
     if source.format != "chat":
         return build_row(sample, documents, seq_len)
-    return with_turns(build_row(sample, documents, seq_len, columns=(KIND,)), documents)
+    return _add_turns(build_row(sample, documents, seq_len, columns=(KIND,)), documents)
 
 
-def compute_result(sums: Mapping[str, float]) -> HeldoutLoss:
-    """Return the means that a source's sums make."""
+def _add_turns(row: PackedRow, documents: Documents) -> PackedRow:
+    """Add the column `TURN`; a conversation's later windows continue the numbers of earlier windows."""
+    numbers = np.zeros(len(row.tokens), np.float32)
+    for first, _, (document, start, count) in row.origins:
+        end = min(start + count + 1, int(documents.lengths[document]))  # includes the last label
+        learned = ((documents.types(document, 0, end) == TYPE_RESPONSE)
+                   & (documents.loss_weights(document, 0, end) > 0))
+        # a turn begins at a learned token after an unlearned token, and its number is the running count
+        begins = learned.copy()
+        begins[1:] &= ~learned[:-1]
+        numbers[first:first + end - start - 1] = (begins.cumsum() * learned)[start + 1:]
+    return dataclasses.replace(row, columns={**row.columns, TURN: numbers})
+
+
+def compute_heldout_loss(sums: Mapping[str, float]) -> HeldoutLoss:
+    """Compute means from a source's `SUMS`."""
     nats, size_bytes = sums["nats"], sums["size_bytes"]
     bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
     parts = {part: PartLoss(sums[f"{part}_nats"] / tokens, int(tokens))
@@ -198,12 +192,8 @@ def compute_result(sums: Mapping[str, float]) -> HeldoutLoss:
 
 
 def _count_accepted_drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
-    """Return [2] float64: how many drafts of the first prediction layer the trunk accepts,
-    and how many there are.
-
-    The layer drafts at each place the token after the next one; the trunk chooses that one place further on.
-    """
+    """Return [2] float64: number of accepted drafts, and number of drafts, of the first prediction layer."""
     chosen, drafted = head.predict_row(hidden[0]), head.predict_row(hidden[1])
     counted = shift_labels(batch, 1).weights > 0
-    # position t of depth 1 drafts token t + 2, which the trunk chooses at t + 1
+    # the layer drafts token t + 2 at position t, and the trunk chooses it at t + 1
     return torch.stack([((drafted == chosen.roll(-1)) & counted).sum(), counted.sum()]).double()

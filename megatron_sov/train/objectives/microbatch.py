@@ -1,4 +1,4 @@
-"""Micro-batches on the device: inputs of the model, and labels and weights for objectives."""
+"""Micro-batches on the device: model inputs, with labels and weights for objectives."""
 
 from __future__ import annotations
 
@@ -14,39 +14,37 @@ from megatron_sov.engine.parallel.device import CPU, get_local_device, to_device
 from megatron_sov.train.data.rows import PackedRow, RowOrigin
 
 WIDE, NARROW = ("tokens", "labels", "positions", "sources", "weights", "bounds"), ("types", "padding")
-"""Fields of a row sent to the device: wide dtypes first (with the columns), so that each is aligned to its
-size."""
+"""Fields of `PackedRow` in the order of the transfer: wide dtypes first (with `columns`), for alignment."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One row of packed documents, n tokens."""
+    """A row of packed documents with n tokens."""
 
     inputs: ModelInputs
     """Tokens, positions, document bounds, padding."""
     labels: torch.Tensor
     """[n] int64: next token."""
     weights: torch.Tensor
-    """[n] float32: weight of each label, 0 without a label."""
+    """[n] float32: label weight, 0 without a label."""
     types: torch.Tensor
-    """[n] uint8: type of each label: 0 text, 1 prompt, 2 response."""
+    """[n] uint8: label type (0 text, 1 prompt, 2 response)."""
     sources: torch.Tensor
-    """[n] int64: index of the source."""
+    """[n] int64: source index."""
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Column of the objective -> [n] float32: number of each label, 0 without a label."""
+    """Column -> [n] float32: number for each label, 0 without a label."""
     teacher_output: torch.Tensor | None = None
-    """[n, width]: output of `post.distillation.distill.LiveTeacher` for each token; None without a
-    teacher."""
+    """[n, width]: output of `post.distillation.distill.LiveTeacher` for each token."""
     origins: tuple[RowOrigin, ...] = ()
-    """Origin of each segment of the row."""
+    """Origin of each segment."""
     denominators: dict[str, float] = field(default_factory=dict)
     """Term -> divisor of its sum, counted over the global batch by `Objective.prepare`."""
     on_host: MicroBatch | None = None
-    """Copy on the host; None: the micro-batch itself is on the host."""
+    """Host copy; None if the micro-batch itself is on the host."""
 
     @property
     def host(self) -> MicroBatch:
-        """The host copy, in which `Objective.prepare` counts without a wait for the device."""
+        """Host copy, in which `Objective.prepare` counts without waiting for the device."""
         return self if self.on_host is None else self.on_host
 
 
@@ -62,7 +60,7 @@ def build_micro_batch(row: PackedRow) -> MicroBatch:
 
 
 def _unpack_values(flat: torch.Tensor, row: PackedRow, values: list[np.ndarray]) -> MicroBatch:
-    """Build the micro-batch of a row from its concatenated values `flat`, uint8."""
+    """Build a micro-batch from `flat`, the bytes of `values` in one uint8 tensor."""
     slices = flat.split([value.nbytes for value in values])
     parts = [part.view(torch.from_numpy(value[:0]).dtype)
              for part, value in zip(slices, values, strict=True)]
@@ -78,7 +76,7 @@ def _unpack_values(flat: torch.Tensor, row: PackedRow, values: list[np.ndarray])
 
 
 def compute_segments(batch: MicroBatch) -> torch.Tensor:
-    """Return [n] int64: number of each token's segment, documents and padding alike."""
+    """Return [n] int64: segment number of each token; padding is a segment, too."""
     bounds = batch.inputs.cu_seqlens
     # right=True: the token at a bound begins the next segment
     return torch.searchsorted(bounds[1:].long(), torch.arange(len(batch.labels), device=bounds.device),
@@ -88,11 +86,11 @@ def compute_segments(batch: MicroBatch) -> torch.Tensor:
 def shift_labels(batch: MicroBatch, depth: int) -> MicroBatch:
     """Shift labels, weights, types and columns `depth` positions to the left inside each segment.
 
-    Position t of depth d predicts token t + 1 + d; the last d positions of a segment have no label.
+    Position t at depth d predicts token t + 1 + d; the last d positions of a segment have no label.
     """
     n = len(batch.labels)
     index, segment = torch.arange(n, device=batch.labels.device), compute_segments(batch)
-    # clamped only to be a valid index: `inside` masks what is read there
+    # clamped to a valid index; `inside` masks the clamped positions
     source = (index + depth).clamp(max=n - 1)
     inside = (index + depth < n) & (segment[source] == segment)
     return dataclasses.replace(

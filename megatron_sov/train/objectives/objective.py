@@ -1,4 +1,4 @@
-"""The interface of objectives: an objective provides batches and losses, the training loop runs steps."""
+"""The interface of objectives, which provide batches and losses to the training loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENS = "all tokens"
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """This data-parallel rank's part of the batch of one optimizer step.
+    """This data-parallel rank's part of the global batch for an optimizer step.
 
     >>> batch = GlobalBatch(micro_batches=(), seq_len=64, num_sequences=8, phase="main")
     >>> dataclasses.replace(batch, num_tokens=512, targets={"lm": 504.0}).targets["lm"]
@@ -32,22 +32,22 @@ class GlobalBatch:
     """
 
     micro_batches: tuple[MicroBatch, ...]
-    """Micro-batches in order; all ranks have the same number."""
+    """Micro-batches in order; their number is equal on every rank."""
     seq_len: int
-    """Tokens of one sequence."""
+    """Tokens per sequence."""
     num_sequences: int
-    """Sequences of the batch over all ranks."""
+    """Sequences in the global batch."""
     phase: str
-    """Phase of the curriculum."""
+    """Curriculum phase."""
     num_tokens: int = 0
-    """Tokens over all ranks, without padding; set by `prepare`."""
+    """Tokens in the global batch, without padding; set by `Objective.prepare`."""
     targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Term -> its denominator over all ranks; set by `prepare`."""
+    """Term -> denominator over the global batch; set by `Objective.prepare`."""
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Loss sums of one micro-batch, never means.
+    """Loss sums over a micro-batch, never means.
 
     >>> losses = torch.tensor([2.0, 1.0, 3.0])
     >>> sums = LossSums({"lm": losses.sum()}, by_source=torch.tensor([[6.0, 3.0]], dtype=torch.float64),
@@ -59,14 +59,14 @@ class LossSums:
     terms: dict[str, torch.Tensor]
     """Term -> differentiable scalar: weighted sum over the micro-batch."""
     by_source: torch.Tensor
-    """[sources, 2] float64: sum of losses and number of targets per source, for the log."""
+    """[sources, 2] float64: sum of losses and number of targets, for the log."""
     meters: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]] = dataclasses.field(
         default_factory=dict)
     """Meter -> sum and count over the micro-batch, for the log; names as in `get_meters`."""
 
 
 class Objective(Protocol):
-    """Batches and losses of a training stage, built with an `ObjectiveContext`.
+    """Batches and losses for a training stage, built with an `ObjectiveContext`.
 
     Optional attributes are documented at the functions that read them: `get_formats` and `get_columns` (class
     attributes, because data are checked before the objective is built), `get_meters`, `get_headline`,
@@ -75,11 +75,11 @@ class Objective(Protocol):
 
     @property
     def coefficients(self) -> Mapping[str, float]:
-        """Term -> its weight in the total loss."""
+        """Term -> weight in the total loss."""
         ...
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
-        """Return the batch of a step, from the data order or from rollouts of `policy`."""
+        """Return the batch for `step` (from 0), from the data order or from rollouts of `policy`."""
         ...
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
@@ -87,31 +87,27 @@ class Objective(Protocol):
         ...
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return the sum of each term, on the last pipeline stage.
+        """Return each term's sum over a micro-batch, on the last pipeline stage.
 
-        Args:
-            hidden: hidden states [tokens / sequence-parallel size, 1, hidden] of the trunk, then of each
-                prediction depth.
-            head: applies the output head in chunks.
-            batch: with labels, weights and denominators.
+        `hidden` has hidden states [tokens / sequence-parallel size, 1, hidden] of the trunk, then of each
+        prediction depth. `head` applies the output head in chunks.
         """
         ...
 
 
 def get_formats(factory: Any) -> tuple[str, ...]:
-    """Return the data formats of an objective (`Source.format`): class attribute `formats`, by default text
-    and chats."""
+    """Return the supported data formats (`Source.format`): class attribute `formats`, default `TEXTS`."""
     return tuple(getattr(factory, "formats", TEXTS))
 
 
 def get_columns(factory: Any) -> Mapping[str, NeededColumn]:
-    """Return the columns that an objective reads: class attribute `columns`, by default none."""
+    """Return the columns that an objective reads: class attribute `columns`, default {}."""
     columns: Mapping[str, NeededColumn] = getattr(factory, "columns", {})
     return columns
 
 
 def get_meters(objective: Any) -> tuple[str, ...]:
-    """Return the meters of an objective: attribute `meters`, by default none.
+    """Return the meters of an objective: attribute `meters`, default ().
 
     A meter is a mean that is logged but not learned, such as the share of clipped tokens.
     """
@@ -119,43 +115,32 @@ def get_meters(objective: Any) -> tuple[str, ...]:
 
 
 def get_headline(objective: Any) -> tuple[Meter, ...]:
-    """Return the meters by which a run is judged: attribute `headline`, by default the loss."""
+    """Return the main meters of a run: attribute `headline`, default `(LOSS,)`."""
     return tuple(getattr(objective, "headline", (LOSS,)))
 
 
 def has_comparable_loss(objective: Any) -> bool:
-    """Return whether a loss far above earlier losses indicates an error: attribute `comparable_loss`, by
-    default True.
+    """Return whether an unusually high loss indicates an error: attribute `comparable_loss`, default True.
 
-    The loss of a policy does not: it is near 0, of either sign, and scales with the advantages.
+    A policy loss does not: it is near 0, with either sign, and scales with the advantages.
     """
     return bool(getattr(objective, "comparable_loss", True))
 
 
 def get_doubt(objective: Any, step: int, meters: Mapping[str, float]) -> str:
-    """Return a warning about a step's meters from the method `doubt`; "" without a warning or the method.
-
-    Args:
-        objective: of the run.
-        step: from 1.
-        meters: means over the step.
-    """
+    """Return a warning about `meters` (means over `step`, from 1) from the method `doubt`; "" by default."""
     doubt: str = objective.doubt(step, meters) if hasattr(objective, "doubt") else ""
     return doubt
 
 
 class ObjectiveState:
-    """State of an objective, as a part of a checkpoint."""
+    """Stores the state of an objective in checkpoints."""
 
     def __init__(self, objective: Any) -> None:
         self._objective = objective
 
     def state(self) -> dict[str, Any]:
-        """Return plain values for the checkpoint.
-
-        Raises:
-            UserError: the values of the objective do not survive JSON.
-        """
+        """Return JSON values for the checkpoint. Raises `UserError` if JSON changes the values."""
         state: dict[str, Any] = self._objective.state()
         try:
             json.dumps(state)
@@ -174,7 +159,7 @@ class ObjectiveState:
 
 
 def _find_json_change(value: Any, where: str) -> str | None:
-    """Return a sentence about a part of `value` that JSON changes; None if JSON changes nothing."""
+    """Return a sentence about a part of `value` that JSON changes, else None."""
     if isinstance(value, tuple):
         return f"{where} is a tuple, which comes back as a list"
     if isinstance(value, dict):
@@ -192,14 +177,15 @@ def _find_json_change(value: Any, where: str) -> str | None:
 
 
 def get_checkpoint_parts(objective: Any) -> dict[str, ObjectiveState]:
-    """Return ``{"objective": ObjectiveState}`` if the objective has the methods `state`, which returns plain
-    JSON values that are equal on all ranks, and `restore`; else {}."""
+    """Return `{"objective": ObjectiveState}` if the objective has the methods `state` and `restore`, else {}.
+
+    `state` must return equal JSON values on every rank.
+    """
     return {"objective": ObjectiveState(objective)} if hasattr(objective, "state") else {}
 
 
 def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:
-    """Sum each term's local target weight, and the tokens, over data-parallel ranks; the sums become the
-    denominators of every micro-batch."""
+    """Sum tokens and each term's target weight over data-parallel ranks, as denominators of micro-batches."""
     tokens = sum(int((~m.host.inputs.padding).sum()) for m in batch.micro_batches)
     counts = {**{name: local_targets[name] for name in sorted(local_targets)}, TOKENS: tokens}
     targets = sum_dict(counts, collectives.all_reduce_dp)
@@ -209,11 +195,9 @@ def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) ->
 
 
 def check_has_targets(batch: GlobalBatch, step: int) -> None:
-    """Raise `UserError` on all ranks if no term has a target: a loss of 0 would look perfect.
+    """Raise `UserError` on every rank if no term has a target at `step` (from 1).
 
-    Args:
-        batch: result of `prepare`.
-        step: from 1, for the message.
+    A loss of 0 would otherwise look perfect.
     """
     if not any(count > 0 for count in batch.targets.values()):
         raise UserError(f"step {step}: none of its {batch.num_tokens} tokens is learned "
@@ -224,11 +208,11 @@ def check_has_targets(batch: GlobalBatch, step: int) -> None:
 
 
 def compute_total_loss(sums: LossSums, coefficients: Mapping[str, float],
-               denominators: Mapping[str, float]) -> torch.Tensor:
-    """Return the sum of coefficient * sum / denominator over terms; a term without targets adds 0."""
+                       denominators: Mapping[str, float]) -> torch.Tensor:
+    """Return the total of coefficient * sum / denominator over terms; a term without targets adds 0."""
     total = torch.zeros((), dtype=torch.float32, device=next(iter(sums.terms.values())).device)
     for name, value in sums.terms.items():
-        # `+ value * 0` keeps every parameter in the graph: each rank must run the same backward pass
+        # `value * 0` leaves every parameter in the graph: ranks must run equal backward passes
         has_targets = denominators[name] > 0
         total = total + (coefficients[name] * value / denominators[name] if has_targets else value * 0.0)
     return total
@@ -236,6 +220,6 @@ def compute_total_loss(sums: LossSums, coefficients: Mapping[str, float],
 
 def per_source(losses: torch.Tensor, weights: torch.Tensor, sources: torch.Tensor,
                num_sources: int) -> torch.Tensor:
-    """Return [num_sources, 2] float64: sum of weighted losses and sum of weights of each source."""
+    """Return [num_sources, 2] float64: sum of weighted losses and sum of weights."""
     both = torch.stack([losses.detach().double() * weights, weights.double()], dim=1)
     return torch.zeros(num_sources, 2, dtype=torch.float64, device=losses.device).index_add_(0, sources, both)

@@ -1,9 +1,9 @@
 """Evaluation of a run's exports by background processes or Slurm jobs.
 
 `RUN/evaluations/step-N.TASK.json` has the results, `step-N.TASK.failed` the reason for a failure, and
-`.step-N.TASK.submitted` marks a submitted job. An export with none of these files still waits, so that a
-resumed run continues. Scores of `lm` become events of the run; the report reads the results of jobs that end
-after the run, and the next `--resume` writes their events.
+`.step-N.TASK.submitted` marks a submitted job. An export without such a file waits for its evaluation, so
+that a resumed run continues. Scores of `lm` become events of the run; the report reads the results of jobs
+that end after the run, and the next `--resume` writes their events.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WAIT_S = 0.05
 
 @dataclass(frozen=True)
 class EvalJob:
-    """A task on an export."""
+    """An evaluation task on the export of a step."""
 
     step: int
     task: str
@@ -44,9 +44,9 @@ class EvalJob:
 
 
 TASK_FORMATS: dict[EvalTask, tuple[str, ...]] = {"ppl": TEXTS, "needle": TEXTS, "pairs": ("preference",)}
-"""Task -> data formats that it can evaluate; `lm` has its own data."""
+"""Task -> supported data formats; `lm` has its own data."""
 CommandBuilder = Callable[[EvalJob, Path, Path], list[str]]
-"""(job, folder of the export, file for the results) -> command that writes the results or submits a job."""
+"""Returns a command for (job, export folder, result file) that writes the results or submits a job."""
 
 
 @dataclass
@@ -56,17 +56,13 @@ class _RunningEvaluation:
 
 
 class ExportEvaluations:
-    """Evaluates the exports of a run on rank 0."""
+    """Evaluates a run's exports, on rank 0."""
 
     def __init__(self, run: Path, config: RunConfig, record: Callable[..., None],
                  build_command: CommandBuilder | None = None) -> None:
-        """Find the waiting jobs of an earlier process, without starting them.
+        """Find waiting jobs of an earlier process; `record(name, **fields)` writes an event.
 
-        Args:
-            run: folder of the run.
-            config: settings of the run.
-            record: writes an event: `record(name, **fields)`.
-            build_command: builds another command than `megatron-sov eval`.
+        `build_command` replaces `build_eval_command`.
         """
         self.folder, self._exports, self._settings = (run / EVALUATIONS, run / EXPORTS,
                                                       config.evaluate.background)
@@ -77,17 +73,17 @@ class ExportEvaluations:
         steps = [int(folder.name[5:]) for folder in self._exports.glob("step-*")
                  if folder.name[5:].isdigit() and (folder / MANIFEST).is_file()]
         jobs = [EvalJob(step, name) for step in sorted(steps) for name in self._settings.tasks]
-        # also jobs with results: their events are still to be written
+        # includes jobs with results, whose events are not written yet
         self._submitted = [job for job in jobs if self._get_file(job, ".submitted").is_file()]
         self._waiting = [job for job in jobs if job not in self._submitted and self._is_open(job)]
 
     def offer(self, step: int) -> None:
-        """Queue the evaluation of an export, also if the export was made again; returns at once."""
+        """Queue the evaluation of a new or repeated export, without waiting."""
         jobs = [EvalJob(step, name) for name in self._settings.tasks]
         if self._running is not None and self._running.job in jobs:
             self.close()
         for job in jobs:
-            # results of an earlier export of the step must not count for this one
+            # results of an earlier export must not count for the repeated export
             for file in (self._get_result(job), self._get_result(job).with_suffix(".failed"),
                          self._get_file(job, ".submitted")):
                 file.unlink(missing_ok=True)
@@ -98,14 +94,14 @@ class ExportEvaluations:
         excess_steps = steps[:-self._settings.max_waiting]
         for job in [job for job in self._waiting if job.step in excess_steps]:
             self._waiting.remove(job)
-            self._fail(job, f"{self._settings.max_waiting} newer exports were ready before it was begun")
+            self._record_failure(
+                job, f"{self._settings.max_waiting} newer exports were ready before it was begun")
         self.poll(now=True)
 
     def poll(self, now: bool = False) -> None:
-        """Handle jobs that ended or timed out, and start the next one; returns at once.
+        """Handle finished and late jobs, and start the next job, without waiting.
 
-        Args:
-            now: poll even if the last poll was less than `POLL_INTERVAL_S` ago.
+        Does nothing if the last poll was less than `POLL_INTERVAL_S` ago, unless `now` is set.
         """
         if not self._settings.tasks or (not now and time.monotonic() - self._polled_s < POLL_INTERVAL_S):
             return
@@ -118,7 +114,7 @@ class ExportEvaluations:
             self._start_job(self._waiting.pop(0))
 
     def wait(self) -> None:
-        """Wait for local evaluations and submit the remaining jobs, at the end of a run."""
+        """Finish local evaluations and submit remaining jobs, at the end of a run."""
         self.poll(now=True)
         while self._running is not None or (
                 self._waiting and len(self._submitted) < self._settings.max_waiting):
@@ -126,7 +122,7 @@ class ExportEvaluations:
             self.poll(now=True)
 
     def close(self) -> None:
-        """Stop the running evaluation; a resumed run starts it again."""
+        """Stop the running evaluation, which a resumed run repeats."""
         if self._running is not None:
             self._running.process.kill()
             self._running = None
@@ -147,49 +143,49 @@ class ExportEvaluations:
             self.folder.mkdir(exist_ok=True)
             self._running = _RunningEvaluation(job, BackgroundProcess(command, self._get_file(job, ".log")))
         except OSError as e:
-            self._fail(job, f"its process cannot be started ({e})")
+            self._record_failure(job, f"its process cannot be started ({e})")
 
     def _check_process(self, running: _RunningEvaluation) -> None:
         job, took_s = running.job, running.process.took_s
         if running.process.exit_code is None:
             if took_s > self._settings.timeout_s:
                 self.close()
-                self._fail(job,
-                           f"it took more than evaluate.background.timeout_s = {self._settings.timeout_s:g}")
+                limit = f"evaluate.background.timeout_s = {self._settings.timeout_s:g}"
+                self._record_failure(job, f"it took more than {limit}")
             return
         self._running = None
         if running.process.exit_code == ExitCode.STOPPED:  # by a signal to the whole run
             self._waiting.insert(0, job)
         elif running.process.exit_code:
-            self._fail(job, running.process.last_words)
+            self._record_failure(job, running.process.last_words)
         elif self._get_result(job).is_file():
-            self._succeed(job, took_s)
+            self._record_success(job, took_s)
         elif self._settings.where == "slurm":
-            # on the disk: the job outlives this process, and a resumed run reads its results
+            # on the disk, because the job outlives this process and a resumed run reads its results
             self._get_file(job, ".submitted").touch()
             self._submitted.append(job)
         else:
-            self._fail(job, "its process ended without a result")
+            self._record_failure(job, "its process ended without a result")
 
     def _check_submitted(self, job: EvalJob) -> None:
-        """Read the results of a submitted job, or fail it after a timeout: failing jobs leave no sign."""
+        """Read a submitted job's results, or record a failure after a timeout: failed jobs write no file."""
         mark = self._get_file(job, ".submitted")
         waited_s = time.time() - mark.stat().st_mtime if mark.is_file() else 0.0
         if self._get_result(job).is_file():
             self._submitted.remove(job)
             mark.unlink(missing_ok=True)
-            self._succeed(job, waited_s)
+            self._record_success(job, waited_s)
         elif waited_s > self._settings.timeout_s:
             self._submitted.remove(job)
             mark.unlink(missing_ok=True)
             limit = f"evaluate.background.timeout_s = {self._settings.timeout_s:g}"
-            self._fail(job, f"its job gave no result within {limit}; see its log")
+            self._record_failure(job, f"its job gave no result within {limit}; see its log")
 
-    def _succeed(self, job: EvalJob, took_s: float) -> None:
+    def _record_success(self, job: EvalJob, took_s: float) -> None:
         try:
             scores = _read_score_events(self._get_result(job), job.step) if job.task == "lm" else []
         except UserError as e:
-            self._fail(job, str(e))
+            self._record_failure(job, str(e))
             return
         shutil.rmtree(_get_cache(self._get_result(job)), ignore_errors=True)
         for score in scores:
@@ -198,8 +194,8 @@ class ExportEvaluations:
         self._record("evaluation", step=job.step, task=job.task, path=f"{EVALUATIONS}/{job.name}.json",
                      took_s=took_s)
 
-    def _fail(self, job: EvalJob, reason: str) -> None:
-        """Record a failure; an error of the file system does not end the run."""
+    def _record_failure(self, job: EvalJob, reason: str) -> None:
+        """Record a failure; an `OSError` becomes a warning and does not end the run."""
         self._record("evaluation", step=job.step, task=job.task, error=reason)
         warn(f"the {job.task} of step {job.step} was not measured: {reason}", self._record, step=job.step)
         try:
@@ -210,10 +206,7 @@ class ExportEvaluations:
 
 
 def check_eval_tasks(config: RunConfig, sources: Sequence[Source]) -> None:
-    """Raise `UserError` if a task of `evaluate.background` cannot evaluate the run's data.
-
-    The message names the tasks that can. Such a task would fail on every export.
-    """
+    """Raise `UserError` with the possible tasks if `evaluate.background.tasks` do not fit the run's data."""
     for task in config.evaluate.background.tasks:
         for source in sources:
             if source.format not in TASK_FORMATS.get(task, (source.format,)):
@@ -225,11 +218,7 @@ def check_eval_tasks(config: RunConfig, sources: Sequence[Source]) -> None:
 
 
 def _read_score_events(file: Path, step: int) -> list[dict[str, Any]]:
-    """Read the events of a job's results.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Build the events for a job's results. Raises `UserError` if the file cannot be read."""
     try:
         results = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as e:
@@ -238,15 +227,15 @@ def _read_score_events(file: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _get_cache(result: Path) -> Path:
-    """Return the cache folder of `eval lm` for its answers; a failed evaluation keeps it."""
+    """Return the folder in which `eval lm` caches answers, also after a failure."""
     return result.with_name(f".{result.name.removesuffix('.json')}.cache")
 
 
 def build_eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path) -> list[str]:
-    """Build the command that evaluates an export, or submits a job for it, from the run's settings."""
+    """Build the command that evaluates an export, or submits an evaluation job, from the run's settings."""
     argv = [job.task, str(export)]
     if job.task == "lm":
-        argv += _lm_arguments(config.evaluate.lm, out)
+        argv += _list_lm_arguments(config.evaluate.lm, out)
     else:
         argv += ["--output", str(out)]
         for path in config.data.paths:
@@ -271,8 +260,8 @@ def build_eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path)
     return [*program, "eval", *argv]
 
 
-def _lm_arguments(lm: LmEvalConfig, out: Path) -> list[str]:
-    """Return the arguments of `eval lm` after the model."""
+def _list_lm_arguments(lm: LmEvalConfig, out: Path) -> list[str]:
+    """Return the arguments of `eval lm` that follow the model."""
     single: dict[str, Any] = {
         "--tasks": ",".join(lm.tasks), "--output": out, "--cache": _get_cache(out),
         "--data-dir": lm.data_dir or None, "--limit": lm.limit, "--num-fewshot": lm.num_fewshot,

@@ -1,5 +1,5 @@
-"""Background work of a training run: checkpoint exports and their evaluation (rank 0), checkpoint averaging
-after the last step, garbage collection and profiling (all ranks)."""
+"""Background work during training: checkpoint exports, their evaluation and checkpoint averaging on rank 0,
+garbage collection and profiling on every rank."""
 
 from __future__ import annotations
 
@@ -33,34 +33,28 @@ POLL_S = 0.05
 
 
 class SideJobs:
-    """Exports, evaluations and the average of a run, in background processes of rank 0."""
+    """Runs exports, evaluations and checkpoint averaging in background processes of rank 0."""
 
     def __init__(self, run: Path, config: RunConfig, record: Callable[..., None]) -> None:
-        """Find the waiting jobs of an earlier process, without starting them.
-
-        Args:
-            run: folder of the run.
-            config: settings of the run.
-            record: writes an event: `record(name, **fields)`.
-        """
+        """Find waiting jobs of an earlier process; `record(name, **fields)` writes an event."""
         self._average = partial(average_checkpoints, run, config.train, record)
         self._evaluations = ExportEvaluations(run, config, record)
-        self._exports = CheckpointExports(run, config.train, record,
-                                lambda step: _warn_on_os_error(lambda: self._evaluations.offer(step)))
+        self._exports = CheckpointExports(
+            run, config.train, record, lambda step: _warn_on_os_error(lambda: self._evaluations.offer(step)))
 
     def offer(self, step: int, checkpoint: Path, last: bool) -> None:
-        """Queue the export of a complete checkpoint and its evaluation if they are due; returns at once."""
+        """Queue export and evaluation of a complete checkpoint if they are due, without waiting."""
         self._exports.offer(step, checkpoint, last)
 
     def poll(self) -> None:
-        """Handle jobs that ended, and start the next ones; returns at once."""
+        """Handle finished jobs and start waiting jobs, without waiting."""
         self._exports.poll()
         _warn_on_os_error(self._evaluations.poll)
 
     def wait(self) -> None:
-        """Wait until all queued work is done, at the end of a run."""
+        """Finish the queued work at the end of a run."""
         self._average()
-        # before the evaluations: each export that ends queues one
+        # before the evaluations, which finished exports queue
         self._exports.wait()
         self._evaluations.wait()
 
@@ -71,7 +65,7 @@ class SideJobs:
 
 
 def _warn_on_os_error(action: Callable[[], None]) -> None:
-    """Run `action`; an error of the file system is a warning and does not end the run."""
+    """Run `action`, and turn an `OSError` into a warning, so that it does not end the run."""
     try:
         action()
     except OSError as e:
@@ -79,14 +73,14 @@ def _warn_on_os_error(action: Callable[[], None]) -> None:
 
 
 class GarbageCollector:
-    """Runs Python's garbage collector every `every_steps` steps on all ranks at once; 0 leaves it to Python.
+    """Runs Python's garbage collector every `every_steps` steps on every rank; 0 leaves collection to Python.
 
-    Python collects at different times on each rank: with hundreds of ranks, one collects in nearly every
-    step, and all others wait for it in the next collective.
+    Python would collect at different times on each rank: with hundreds of ranks, some rank collects in nearly
+    every step, and the world waits for this rank in the next collective.
     """
 
     def __init__(self, every_steps: int) -> None:
-        """Collect once, and exclude the surviving objects from later collections."""
+        """Collect once, and exclude surviving objects from later collections."""
         self._every_steps = every_steps
         if every_steps:
             gc.collect()
@@ -106,12 +100,11 @@ class GarbageCollector:
 
 
 class StepProfiler:
-    """Profiles the steps from `gpu.profile_first_step` to `gpu.profile_last_step`, by torch or Nsight
-    Systems."""
+    """Profiles steps `gpu.profile_first_step` to `gpu.profile_last_step` with torch or Nsight Systems."""
 
     def __init__(self, config: GpuConfig, run: Path, is_main: bool) -> None:
         self._for_nsys = config.profiler == "nsys"
-        # nsys itself selects the processes that it records
+        # Nsight Systems selects processes itself
         is_active = is_main or self._for_nsys
         self._steps = range(config.profile_first_step, config.profile_last_step + 1 if is_active else 0)
         self._folder = run / PROFILE_FOLDER
@@ -133,11 +126,11 @@ class StepProfiler:
             self._profile.start()
 
     def after_step(self, step: int) -> None:
-        """Write the trace if `step` was the last step to profile."""
+        """Write the trace after the last profiled step."""
         if (self._profile is not None or self._records) and step >= self._steps[-1]:
-            self._write(step)
+            self._write_trace(step)
 
-    def _write(self, step: int) -> None:
+    def _write_trace(self, step: int) -> None:
         if self._records:
             self._records = False
             toggle_nsys_recording(on=False)
@@ -153,21 +146,16 @@ class StepProfiler:
         self._profile = None
 
     def close(self, step: int) -> None:
-        """Write the trace of a run that ends before the last step to profile."""
+        """Write the trace of a run that ends before the last profiled step."""
         if self._profile is not None or self._records:
-            self._write(step)
+            self._write_trace(step)
 
 
 def average_checkpoints(run: Path, train: TrainConfig, record: Callable[..., None]) -> None:
-    """Write RUN/average, the mean of the newest checkpoints, and record an event; a failure is a warning.
+    """Write RUN/average, the mean of the last `train.average_last` checkpoints (0: none), and an event.
 
-    Averages of checkpoints at a constant learning rate can replace its decay (arXiv 2507.17634); averages of
-    fine-tuned models lower the loss a little (arXiv 2203.05482).
-
-    Args:
-        run: folder of a complete run.
-        train: settings `average_*`; nothing is written if `average_last` is 0.
-        record: writes an event: `record(name, **fields)`.
+    A failure is a warning. Averages of checkpoints at a constant learning rate can replace its decay
+    (arXiv 2507.17634); averages of fine-tuned models lower the loss a little (arXiv 2203.05482).
     """
     newest = latest_checkpoint(run / CHECKPOINTS_FOLDER)
     if not train.average_last or newest is None or (run / AVERAGE / MANIFEST).is_file():
@@ -198,35 +186,26 @@ def _record_average_failure(record: Callable[..., None], step: int, reason: str)
 
 @dataclass(frozen=True)
 class _RunningJob:
-    """A running export."""
-
     step: int
     process: BackgroundProcess
 
 
 class CheckpointExports:
-    """Exports checkpoints of a run to Hugging Face folders, in a background process of rank 0.
+    """Exports checkpoints to Hugging Face folders in a background process of rank 0.
 
     `RUN/exports/step-N` is converted from `RUN/exports/.step-N.source`, hard links to the checkpoint's files,
-    because the run may delete the checkpoint meanwhile. One export runs and one waits; a resumed run
-    continues them. A failure becomes an event and a warning.
+    because the run may delete the checkpoint meanwhile. At most one export runs and one waits; a resumed run
+    continues both. A failure becomes an event and a warning.
     """
 
     def __init__(self, run: Path, train: TrainConfig, record: Callable[..., None],
                  on_exported: Callable[[int], None] = lambda step: None) -> None:
-        """Find the waiting exports of an earlier process, without starting them.
-
-        Args:
-            run: folder of the run.
-            train: settings of exports and checkpoints.
-            record: writes an event: `record(name, **fields)`.
-            on_exported: called with the step of a complete export.
-        """
+        """Find waiting exports of an earlier process; `on_exported(step)` is called after each export."""
         self.folder, self._train, self._record = run / EXPORTS, train, record
         self._on_exported = on_exported
         self._waiting: list[int] = []
         for source in self.folder.glob(".step-*.source"):
-            # the manifest is linked last: a source without it is incomplete
+            # the manifest is linked last: a source without a manifest is incomplete
             if (source / MANIFEST).is_file():
                 self._waiting.append(int(source.name.removeprefix(".step-").removesuffix(".source")))
             else:
@@ -235,30 +214,27 @@ class CheckpointExports:
         self._running: _RunningJob | None = None
 
     def offer(self, step: int, checkpoint: Path, last: bool) -> None:
-        """Queue the export of a complete checkpoint if it is due; returns at once.
+        """Queue the export of a complete checkpoint if it is due, without waiting.
 
-        Args:
-            step: of the checkpoint; every `export_every_checkpoints`-th regular checkpoint is due.
-            checkpoint: its folder.
-            last: whether it is the last checkpoint of the run, which is always due.
+        Every `train.export_every_checkpoints`-th regular checkpoint is due, and the `last` of the run.
         """
         every = self._train.export_every_checkpoints * self._train.checkpoint_every_steps
         if every and (last or step % every == 0):
             try:
                 if self._running is not None and self._running.step == step:
-                    self.close()  # a resumed run did the step again
+                    self.close()  # a resumed run has repeated the step
                 self._link_files(step, checkpoint)
             except OSError as e:
-                self._fail(step, f"its files cannot be linked into {self.folder} ({e})")
+                self._record_failure(step, f"its files cannot be linked into {self.folder} ({e})")
                 return
             self._waiting = [*(s for s in self._waiting if s != step), step]
         self.poll()
-        # exports slower than checkpoints would pile up, and the links of each keep a checkpoint on the disk
+        # exports slower than checkpoints would pile up, and their links would fill the disk
         while len(self._waiting) > 1:
-            self._fail(self._waiting.pop(0), "a newer checkpoint was ready before it was begun")
+            self._record_failure(self._waiting.pop(0), "a newer checkpoint was ready before it was begun")
 
     def poll(self) -> None:
-        """Handle an export that ended, and start the next one; returns at once."""
+        """Handle a finished export and start the next, without waiting."""
         if self._running is not None and self._running.process.exit_code is not None:
             self._handle_end(self._running)
         if self._running is None and self._waiting:
@@ -266,10 +242,10 @@ class CheckpointExports:
             try:
                 self._running = self._start_export(step)
             except OSError as e:
-                self._fail(step, f"its process cannot be started ({e})")
+                self._record_failure(step, f"its process cannot be started ({e})")
 
     def wait(self) -> None:
-        """Wait until all queued work is done, at the end of a run."""
+        """Finish the queued exports at the end of a run."""
         self.poll()
         while self._running is not None:
             time.sleep(POLL_S)
@@ -288,7 +264,7 @@ class CheckpointExports:
         return self.folder / f".step-{step}.log"
 
     def _link_files(self, step: int, checkpoint: Path) -> None:
-        """Link the files that a conversion reads, without those of the optimizer; the manifest last."""
+        """Link the files that a conversion reads, without optimizer files; the manifest last."""
         manifest = read_manifest(checkpoint)
         excluded = tuple(f"{part}/" for part in manifest.content["parts"] if part not in (MODEL, ADAPTER))
         source = self._get_source(step)
@@ -312,9 +288,9 @@ class CheckpointExports:
             self._remove_source(step)
             self._on_exported(step)
         else:
-            self._fail(step, running.process.last_words)
+            self._record_failure(step, running.process.last_words)
 
-    def _fail(self, step: int, reason: str) -> None:
+    def _record_failure(self, step: int, reason: str) -> None:
         self._record("export", step=step, error=reason)
         warn(f"the export of step {step} was not made: {reason}", self._record, step=step)
         self._remove_source(step)

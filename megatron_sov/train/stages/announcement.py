@@ -1,4 +1,4 @@
-"""Texts that a run prints: its plan before the first step, and its results after the last step."""
+"""Texts that a run prints: a banner with its plan before the first step, and a summary after the last."""
 
 from __future__ import annotations
 
@@ -20,32 +20,36 @@ from megatron_sov.train.data.token_shards import Source
 
 
 def format_banner(config: RunConfig, num_ranks: int, run: Path, steps: range, entries: Sequence[LedgerEntry],
-           sources: Sequence[Source], memory: MemoryEstimate | None = None, num_threads: int = 0) -> str:
-    """Describe the rest of a run: model, layout, memory (if estimated) and data of `steps` (0-based)."""
+                  sources: Sequence[Source], memory: MemoryEstimate | None = None,
+                  num_threads: int = 0) -> str:
+    """Describe a run's remaining `steps` (from 0): model, layout, estimated memory and data."""
     count, p, rollout = count_params(config.model), config.parallel, config.rollout
     dp_size = num_ranks // (p.tp * p.pp * p.cp)
-    planned = planned_tokens(entries, steps)
+    planned = count_planned_tokens(entries, steps)
     needs = "" if memory is None else f", {_format_estimate(config, memory)}"
     layout = ", ".join(f"{name} {size}" for name, size in (
         ("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("dp", dp_size)) if size > 1)
     tokens = {s.name: s.num_tokens.get("train", 0) for s in sources}
     padded = {s.name for s in sources if s.is_chat}
-    read = ", ".join(f"{name} {format_count(n)} tokens{_share_read(n, tokens.get(name, 0), name in padded)}"
-                     for name, n in planned.items() if n)
+    read = ", ".join(
+        f"{name} {format_count(size)} tokens{_format_epochs(size, tokens.get(name, 0), name in padded)}"
+        for name, size in planned.items() if size)
     length = f", {format_count(sum(planned.values()))} tokens"
     if rollout.rounds:  # the lengths of responses are unknown
         length, read = "", (f"{rollout.rounds:,} rounds of {rollout.prompts_per_round:,} prompts, each with "
                             f"{rollout.samples_per_prompt:,} responses")
-    fate = {"cut": "their tails are left out", "drop": "they are left out"}.get(config.data.over_long)
-    too_long = "".join(f"\n  over-long  {o.source}: {o.count:,} of {o.total:,} are longer than {o.seq_len} "
-                       f"tokens, {fate} (data.over_long)" for o in count_over_long(sources, entries))
+    loss = {"cut": "their tails are left out", "drop": "they are left out"}.get(config.data.over_long)
+    over_long = "".join(f"\n  over-long  {units.source}: {units.count:,} of {units.total:,} are longer than "
+                        f"{units.seq_len} tokens, {loss} (data.over_long)"
+                        for units in count_over_long(sources, entries))
+    encoders = f", {format_count(count.encoders)} of encoders" if count.encoders else ""
+    threads = f"threads {num_threads}; " if num_threads else ""
     return (f"{config.recipe}: {format_count(count.total)} parameters ({format_count(count.active)} active)"
-            f"{f', {format_count(count.encoders)} of encoders' if count.encoders else ''}, steps "
-            f"{steps.start + 1} to {steps.stop}{length}\n"
+            f"{encoders}, steps {steps.start + 1} to {steps.stop}{length}\n"
             f"  processes  {num_ranks}{f': {layout}' if layout else ''}; "
-            f"{f'threads {num_threads}; ' if num_threads else ''}{config.train.precision}{needs}\n"
-            f"{_adapter(config, count.total)}"
-            f"  data       {read}{too_long}\n"
+            f"{threads}{config.train.precision}{needs}\n"
+            f"{_format_adapter(config, count.total)}"
+            f"  data       {read}{over_long}\n"
             f"  run        {run}, a checkpoint {'at least ' if rollout.rounds else ''}every "
             f"{config.train.checkpoint_every_steps} steps")
 
@@ -59,14 +63,14 @@ def _format_estimate(config: RunConfig, memory: MemoryEstimate) -> str:
     return text
 
 
-def _share_read(num_tokens: float, available_tokens: int, is_padded: bool) -> str:
-    """Return " (1.5 epochs)" for the tokens that a run reads from a source; rows of chats are padded."""
+def _format_epochs(num_tokens: float, available_tokens: int, is_padded: bool) -> str:
+    """Format tokens that a run reads from a source, as " (1.5 epochs)"; chat rows are padded."""
     if is_padded:
         return " with padding"
     return f" ({format_value(num_tokens / available_tokens, 3)} epochs)" if available_tokens else ""
 
 
-def _adapter(config: RunConfig, total: int) -> str:
+def _format_adapter(config: RunConfig, total: int) -> str:
     if not config.lora.on:
         return ""
     learn = count_adapter_params(config.model, config.lora)
@@ -76,8 +80,8 @@ def _adapter(config: RunConfig, total: int) -> str:
             f"learn ({format_share(share)}); `megatron-sov convert to-peft` writes it for PEFT\n")
 
 
-def planned_tokens(entries: Sequence[LedgerEntry], steps: range) -> dict[str, float]:
-    """Return source -> tokens that the ledger plans for `steps` (0-based)."""
+def count_planned_tokens(entries: Sequence[LedgerEntry], steps: range) -> dict[str, float]:
+    """Return source -> tokens that the ledger plans for `steps` (from 0)."""
     planned: dict[str, float] = {}
     ends = [*(e.first_step for e in entries[1:]), steps.stop]
     for entry, end in zip(entries, ends, strict=True):
@@ -87,11 +91,12 @@ def planned_tokens(entries: Sequence[LedgerEntry], steps: range) -> dict[str, fl
     return planned
 
 
-def format_summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float, config: RunConfig,
-            headline: Sequence[Meter], sources: Sequence[Source]) -> str:
+def format_summary(run: Path, checkpoint: Path, counters: TrainState, wall_s: float, config: RunConfig,
+                   headline: Sequence[Meter], sources: Sequence[Source]) -> str:
     """Describe a complete run by its last checkpoint and `headline` meters, and propose the next commands."""
-    words = shlex.quote(str(run))
-    ask = f"chat {words}" if any(source.is_chat for source in sources) else f"generate {words} --prompt TEXT"
+    path = shlex.quote(str(run))
+    is_chat = any(source.is_chat for source in sources)
+    try_out = f"chat {path}" if is_chat else f"generate {path} --prompt TEXT"
     heldout = HeldoutFigures()
 
     def collect_heldout() -> Iterator[Mapping[str, Any]]:
@@ -99,15 +104,16 @@ def format_summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
             heldout.add(event)
             yield event
 
-    means = format_recent_means(collect_heldout(), headline)  # reads all events, once for both figures
-    then = "\n              megatron-sov "
-    adapter = f"{then}convert to-peft {words} PEFT_DIR" if config.lora.on else ""
+    means = format_recent_means(collect_heldout(), headline)  # reads events once, for both figures
+    command = "\n              megatron-sov "
+    adapter = f"{command}convert to-peft {path} PEFT_DIR" if config.lora.on else ""
     minutes, seconds = divmod(round(wall_s), 60)
-    # the loss of compared responses says nothing
+    # a loss over pairs of responses has no meaning
     compared = {source.name for source in sources if source.group > 1 or source.train_documents is not None}
     figures = (heldout.text(headline, lambda source: source not in compared), means)
-    return (f"complete: step {done.step}, {format_count(done.tokens)} tokens in {minutes}:{seconds:02d} min"
-            + "".join(f"; {text}" for text in figures if text)
-            + f"\n  checkpoint  {checkpoint}\n"
-            f"  next        megatron-sov report {words}{then}{ask}{then}convert to-hf {words} HF_DIR"
-            + adapter)
+    results = "".join(f"; {text}" for text in figures if text)
+    return (f"complete: step {counters.step}, {format_count(counters.tokens)} tokens in "
+            f"{minutes}:{seconds:02d} min{results}\n"
+            f"  checkpoint  {checkpoint}\n"
+            f"  next        megatron-sov report {path}{command}{try_out}{command}convert to-hf {path} HF_DIR"
+            f"{adapter}")

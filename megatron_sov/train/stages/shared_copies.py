@@ -1,8 +1,9 @@
-"""Checkpoints made of the Hugging Face folders that runs start from: one for each content, shared by the runs
-of a folder and deleted by none, since a run of adapters needs its base for its whole life.
+"""Checkpoints converted from Hugging Face folders, shared by the runs of a parent folder RUNS.
 
-    RUNS/.from-hf/NAME-KEY/               the checkpoint; KEY is the digest of the files that it is made of
-    RUNS/.from-hf/seen/NAME-KEY/STAMP     a folder whose files had these sizes and times had that content
+Runs never delete a shared checkpoint, because adapters need their base model for their whole life.
+
+    RUNS/.from-hf/NAME-KEY/               the checkpoint; KEY is the digest of the converted files
+    RUNS/.from-hf/seen/NAME-KEY/STAMP     a Hugging Face folder with file sizes and times STAMP had digest KEY
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from pathlib import Path
 from megatron_sov.base.artifacts import MANIFEST, format_json
 from megatron_sov.base.digests import hash_file
 
-SHARED, SEEN = ".from-hf", "seen"
+SHARED, STAMPS = ".from-hf", "seen"
 WEIGHTS = (".bin", ".safetensors")
 SUFFIXES = (*WEIGHTS, ".json", ".jinja", ".model", ".txt")
-"""Endings of the files that a conversion may read."""
+"""Suffixes of files that a conversion may read."""
 
 
 def find_copy(start: Path, run: Path) -> Path | None:
-    """Return the checkpoint that a Hugging Face folder became for `run` or a run beside it, without reading
-    weights; None: there is none, or the folder's files have other times."""
-    notes = (run.parent / SHARED / SEEN).glob(f"*/{digest_stats(start)}")
-    copies = [run.parent / SHARED / note.parent.name for note in notes]
+    """Return the shared checkpoint converted from the Hugging Face folder `start`, without reading weights.
+
+    Returns None if `run.parent` has no such checkpoint, or if files in `start` have changed sizes or times.
+    """
+    stamps = (run.parent / SHARED / STAMPS).glob(f"*/{digest_stats(start)}")
+    copies = [run.parent / SHARED / stamp.parent.name for stamp in stamps]
     return next((copy for copy in copies if (copy / MANIFEST).is_file()), None)
 
 
@@ -34,7 +37,7 @@ def list_model_files(folder: Path) -> list[Path]:
 
 
 def digest_stats(folder: Path) -> str:
-    """Return a digest that changes with the files of a folder, without reading them."""
+    """Digest names, sizes and times of a folder's files, without reading the files."""
     stats = [(file.name, file.stat()) for file in list_model_files(folder)]
     # the kernel sets the time of change (ctime) at each write, and no program can set it back
     facts = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats]
@@ -42,12 +45,12 @@ def digest_stats(folder: Path) -> str:
 
 
 def digest_tokenizer(folder: Path) -> str:
-    """Return the digest of the names and contents of a folder's files that are not weights."""
+    """Digest names and contents of a folder's files, without weights."""
     return digest_files([file for file in list_model_files(folder) if file.suffix not in WEIGHTS])
 
 
 def digest_files(files: Sequence[Path]) -> str:
-    """Return the digest of the names and contents of files."""
+    """Digest names and contents of files."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(hash_file, files))
     return hashlib.sha256(format_json([[file.name for file in files], digests]).encode()).hexdigest()[:16]

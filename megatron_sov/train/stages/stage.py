@@ -1,4 +1,4 @@
-"""Runs a training stage: checks folder, data and start, starts the ranks, and reports the end."""
+"""Running a training stage: checks of folder, data and start, then the ranks, then the end gate."""
 
 from __future__ import annotations
 
@@ -44,79 +44,72 @@ from megatron_sov.train.data.views import add_source_views
 from megatron_sov.train.feed import Feed
 from megatron_sov.train.guards.fault_injection import Fault, FaultInjector, list_pending_faults
 from megatron_sov.train.guards.gate import EndGate, Gate, GateView
-from megatron_sov.train.loop import train
+from megatron_sov.train.loop import start_run, train
 from megatron_sov.train.objectives.objective import get_columns, get_formats
 from megatron_sov.train.side_jobs.evaluations import check_eval_tasks
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stages.announcement import format_banner, format_summary
 from megatron_sov.train.stages.shared_copies import SHARED, find_copy
-from megatron_sov.train.trainer import ObjectiveFactory, Trainer
+from megatron_sov.train.trainer import ObjectiveFactory, Trainer, TrainerOptions
 from megatron_sov.work.processes.stop_signals import StopFlag
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Inputs and hooks of a training stage."""
+    """Inputs and hooks of a training stage, such as pretraining or a step of an extension."""
 
     config: RunConfig
     folder: RunFolder
     objective: ObjectiveFactory
     start_from: Path | None = None
-    """Checkpoint of the start (in a dry run: Hugging Face folder to convert); None: initial weights."""
+    """Checkpoint with start weights (in a dry run, a Hugging Face folder to convert); default: initial
+    weights."""
     resume: bool = False
-    """Continue a run that is already in the folder."""
+    """Whether to continue a run that is already in `folder`."""
     sources: tuple[Source, ...] | None = None
-    """Open sources of `config.data.paths`; None: `run_stage` opens them."""
+    """Sources in `config.data.paths`; opened by `run_stage` by default."""
     extra_sources: tuple[Source, ...] = ()
-    """Sources that are made on the fly."""
-    besides: tuple[dict[str, str], ...] = ()
-    """Artifacts in addition to data and start, as `provenance` describes them, for the records."""
+    """Sources whose documents are built in memory or during the run."""
+    extra_inputs: tuple[dict[str, str], ...] = ()
+    """Artifacts in addition to data and start (`describe_input`), for the records."""
     before: Callable[[GateView], object] | None = None
     """Called on every rank before the first step of a new run."""
     after: Callable[[GateView], dict[str, Any]] | None = None
-    """Called on every rank after the last step; returns fields of the completion manifest."""
+    """Called on every rank after the last step; returns fields for the completion manifest."""
     gate: Gate | None = None
-    """Must pass for the stage to be complete."""
+    """Judges the model during training; must pass before the stage is complete."""
     end_gate: EndGate | None = None
-    """Judges the last checkpoint; must pass for the stage to be complete."""
+    """Judges the last checkpoint; must pass before the stage is complete."""
     feed: Feed | None = None
-    """Makes data available during the run."""
+    """Supplies data that appear during the run."""
     faults: tuple[Fault, ...] = ()
     """Faults to inject."""
     until: int | None = None
-    """Stop after this step and save; None: after the last step."""
+    """Step after which the run stops early; default: train to the last step."""
     dry_run: bool = False
-    """Check and describe the stage without running it."""
+    """Whether to check and describe the stage without running it."""
     notes: tuple[str, ...] = ()
-    """Defaults that were chosen, with reasons."""
+    """Automatically chosen defaults, with reasons."""
     memory: MemoryEstimate | None = None
-    """Predicted memory of the processes, for the announcement and the check of each GPU's free memory."""
+    """Predicted memory, for the banner and the check of each GPU's free memory."""
 
 
 def run_stage(stage: Stage, nproc: int | None, start_s: float | None = None) -> bool:
-    """Run a stage to its end.
+    """Run a stage with `nproc` local processes, and return True if it is complete or `stage.dry_run` is set.
 
-    Args:
-        stage: inputs and hooks.
-        nproc: local processes.
-        start_s: Unix time at which the work on the stage began; None: the start of the command.
+    `start_s` is the Unix time at which work on the stage began; default: the start of the command.
 
-    Returns:
-        Whether the stage is complete, or a dry run. False only under a launcher, whose ranks exit normally
-        however the run ended.
-
-    Raises:
-        UserError: settings, data or folder do not allow the stage; nothing was changed.
-        StopRequested: the run was asked to stop, and everything is saved.
-        GateFailed: the gate has not passed within the steps, and everything is saved.
+    Raises `UserError` before any change if settings, data or folder do not allow the stage, and, with
+    everything saved, `StopRequested` after a stop request and `GateFailed` if the gate did not pass. Under
+    torchrun or Slurm it returns False in these two cases, so that the ranks exit normally.
     """
-    begin = _Begin(get_command_start() if start_s is None else start_s, stage.resume)
+    launch = _Launch(get_command_start() if start_s is None else start_s, stage.resume)
     stage.config.check(num_ranks(nproc))
     models.get_family(stage.config.model.family).check(stage.config.model)
-    # torchrun starts the same command again
+    # torchrun restarts a run by repeating the command, without --resume
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    begin.goes_on = begin.goes_on or restarted
-    stage.folder.enter(stage.config, begin.goes_on)
+    launch.may_resume = launch.may_resume or restarted
+    stage.folder.enter(stage.config, launch.may_resume)
     completion = stage.folder.completion()
     if completion is not None:
         gate = None if stage.end_gate is None else stage.end_gate.name
@@ -125,33 +118,33 @@ def run_stage(stage: Stage, nproc: int | None, start_s: float | None = None) -> 
     data = _open_data(stage)
     _check_start(stage, data)
     if stage.dry_run:
-        _tell(stage, data, num_ranks(nproc))
+        _print_plan(stage, data, num_ranks(nproc))
         return True
     if stage.notes and is_first_rank():
-        print(_defaults(stage), file=sys.stderr, flush=True)
-    return _run_ranks(stage, data, begin, nproc)
+        print(_format_defaults(stage), file=sys.stderr, flush=True)
+    return _launch_ranks(stage, data, launch, nproc)
 
 
-def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> bool:
+def _launch_ranks(stage: Stage, data: _Data, launch: _Launch, nproc: int | None) -> bool:
     """Start the ranks and wait for their end; return and raise as `run_stage`."""
     stage.folder.clear_gate_failure()
     if stage.end_gate is not None:
         stage.end_gate.begin()
-    restarts = launcher.RestartPolicy(stage.config.train.max_restarts,
-                              lambda: checkpoints.latest_checkpoint(stage.folder.checkpoints),
-                              partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
+    restarts = launcher.RestartPolicy(
+        stage.config.train.max_restarts, lambda: checkpoints.latest_checkpoint(stage.folder.checkpoints),
+        partial(_record_restart, stage.folder, launch), partial(_record_failure, stage))
     try:
-        code = launcher.launch_ranks(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads,
-                                     restarts)
-    except KeyboardInterrupt:  # the second one; before the folder holds the run there is nothing to resume
-        if not begin.declared[0]:
+        code = launcher.launch_ranks(lambda: _run_rank(stage, data, launch), nproc,
+                                     stage.config.train.num_threads, restarts)
+    except KeyboardInterrupt:  # the second Ctrl-C; nothing can be resumed before the folder contains the run
+        if not launch.declared[0]:
             raise
-        raise StopRequested(f"left at once; {_way_on(stage.folder)}") from None
+        raise StopRequested(f"left at once; {_format_resume_hint(stage.folder)}") from None
     if code != 0:
-        # only a folder that these ranks declared; one that was there before is another run's
-        if code == ExitCode.USER_ERROR and begin.declared[0] and not begin.goes_on:
+        # a folder that these ranks did not declare belongs to an earlier run
+        if code == ExitCode.USER_ERROR and launch.declared[0] and not launch.may_resume:
             stage.folder.remove_unstarted()
-        raise SystemExit(code)  # the rank that failed has said why
+        raise SystemExit(code)  # the failed rank has printed the reason
     _conclude_end_gate(stage.folder, stage.end_gate)
     if stage.folder.completion() is not None:
         for fault in list_pending_faults(stage.faults, stage.folder.path):
@@ -165,28 +158,28 @@ def _run_ranks(stage: Stage, data: _Data, begin: _Begin, nproc: int | None) -> b
         return False
     if failure is not None:
         raise GateFailed(f"{stage.folder.path}: {failure}")
-    raise StopRequested(f"everything is saved; {_way_on(stage.folder)}")
+    raise StopRequested(f"everything is saved; {_format_resume_hint(stage.folder)}")
 
 
 def _conclude_end_gate(folder: RunFolder, gate: EndGate | None) -> None:
-    """Have the gate judge the last checkpoint if it waits for a verdict, and complete or fail the stage."""
-    held = folder.held()
-    if gate is None or held is None:
+    """Let the gate judge the last checkpoint if its verdict is outstanding; complete or fail the stage."""
+    completion = folder.held()
+    if gate is None or completion is None:
         return
-    verdict = gate.judge(folder.path / held["checkpoint"])
+    verdict = gate.judge(folder.path / completion["checkpoint"])
     if verdict is None or not is_first_rank():
         return
     if verdict.failure is None:
-        folder.complete({**held, **verdict.completion})
+        folder.complete({**completion, **verdict.completion})
     else:
-        RunEvents(folder.path).add("gate_failed", step=held["step"], text=verdict.failure)
+        RunEvents(folder.path).add("gate_failed", step=completion["step"], text=verdict.failure)
         folder.mark_gate_failed(verdict.failure)
-    # last: a crash before this line has the checkpoint judged again, or finds the verdict on the disk
+    # last: after a crash before this line, the checkpoint is judged again or the verdict is on the disk
     folder.release()
 
 
-def _way_on(folder: RunFolder) -> str:
-    """Format the step of the last checkpoint and the command that continues the run."""
+def _format_resume_hint(folder: RunFolder) -> str:
+    """Return the last checkpoint's step and the command that continues the run."""
     newest = checkpoints.latest_checkpoint(folder.checkpoints)
     step = "no checkpoint yet"
     if newest is not None:
@@ -197,7 +190,7 @@ def _way_on(folder: RunFolder) -> str:
 
 
 def report_completion(folder: RunFolder, config: RunConfig, completion: dict[str, Any], gate: str | None, *,
-                  dry_run: bool) -> None:
+                      dry_run: bool) -> None:
     """Print that a run is complete, and finish its side jobs unless in a dry run."""
     if is_first_rank():
         print(f"{folder.path}: is complete at step {completion['step']}")
@@ -207,30 +200,30 @@ def report_completion(folder: RunFolder, config: RunConfig, completion: dict[str
         _finish_side_jobs(folder, config)
 
 
-def _tell(stage: Stage, data: _Data, count: int) -> None:
-    """Print the plan of `count` processes."""
+def _print_plan(stage: Stage, data: _Data, num_processes: int) -> None:
+    """Print the result of a dry run."""
     if not is_first_rank():
         return
     newest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
     steps = range(checkpoints.checkpoint_step(newest) if newest else 0, stage.config.num_steps())
     if stage.notes:
-        print(_defaults(stage))
-    print(format_banner(stage.config, count, stage.folder.path, steps, data.planned, data.sources,
+        print(_format_defaults(stage))
+    print(format_banner(stage.config, num_processes, stage.folder.path, steps, data.planned, data.sources,
                         stage.memory))
-    told = newest or stage.start_from or f"initial weights, train.seed = {stage.config.train.seed}"
-    print(f"  start      {told}")
-    start, run = stage.start_from, stage.folder.path
-    if start is not None and is_hf_folder(start) and find_copy(start, run) is None:
-        print(f"  converts   {start} into {run.parent / SHARED} first")
+    start = newest or stage.start_from or f"initial weights, train.seed = {stage.config.train.seed}"
+    print(f"  start      {start}")
+    hf_folder, run = stage.start_from, stage.folder.path
+    if hf_folder is not None and is_hf_folder(hf_folder) and find_copy(hf_folder, run) is None:
+        print(f"  converts   {hf_folder} into {run.parent / SHARED} first")
     print("dry run: nothing was written, and nothing ran")
 
 
-def _defaults(stage: Stage) -> str:
+def _format_defaults(stage: Stage) -> str:
     return f"defaults: {', '.join(stage.notes)}"
 
 
 def _check_start(stage: Stage, data: _Data) -> None:
-    """Raise `UserError` if the start does not fit data or settings, or is after --until."""
+    """Raise `UserError` if the start does not fit data or settings, or lies after `--until`."""
     newest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
     if stage.until is not None and newest is not None and checkpoints.checkpoint_step(newest) >= stage.until:
         raise UserError(f"--until {stage.until}: the run is at step {checkpoints.checkpoint_step(newest)} "
@@ -244,12 +237,12 @@ def _check_start(stage: Stage, data: _Data) -> None:
 
 @dataclass(frozen=True)
 class _Data:
-    """Data of all ranks, opened once: forked ranks inherit it."""
+    """Training data, opened once and inherited by forked ranks."""
 
     sources: list[Source]
-    """All sources, including views and sources made on the fly."""
+    """Sources, with views and `Stage.extra_sources`."""
     planned: list[LedgerEntry]
-    """Ledger of the settings."""
+    """Result of `plan_ledger`."""
 
 
 def _open_data(stage: Stage) -> _Data:
@@ -264,7 +257,7 @@ def _open_data(stage: Stage) -> _Data:
              "`megatron-sov sft` is made for them")
     tokenizer = tokenizer_folder(list(packed))
     if tokenizer is not None:
-        read_tokenizer(tokenizer)  # damage would otherwise show at the first evaluation, steps later
+        read_tokenizer(tokenizer)  # damage would otherwise show only at the first evaluation
     for source in packed:
         if source.num_tokens.get("heldout"):
             source.open_split("heldout")
@@ -280,35 +273,35 @@ def _open_data(stage: Stage) -> _Data:
 
 
 def _finish_side_jobs(folder: RunFolder, config: RunConfig) -> None:
-    """Finish exports and their evaluations on the first rank; no other rank waits in a collective."""
+    """Finish exports and their evaluations on rank 0, after collectives have ended."""
     if is_first_rank():
         SideJobs(folder.path, config, RunEvents(folder.path).add).wait()
 
 
 @dataclass
-class _Begin:
+class _Launch:
     """State of the launcher when it starts the ranks."""
 
     time_s: float
     """Unix time."""
-    goes_on: bool
-    """Whether the folder may hold the run already."""
+    may_resume: bool
+    """Whether the folder may already contain the run."""
     restarts: list[dict[str, Any]] = field(default_factory=list)
-    """`restart` events from before the folder held the run, to be written when its records open."""
+    """`restart` events from before the folder contained the run, to be written when its records open."""
     shared: int = field(default_factory=lambda: _create_shared_byte())
-    """File descriptor of `declared`; -1: only forked ranks share it."""
+    """File descriptor for `declared`; -1: only forked ranks share it."""
     declared: mmap.mmap = field(init=False)
-    """One byte shared with the ranks: 1 once the folder holds this run."""
+    """One byte shared with the ranks: 1 once the folder contains this run."""
 
     def __post_init__(self) -> None:
         self.declared = mmap.mmap(self.shared, 1)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Begin, (self.time_s, self.goes_on, self.restarts, self.shared)
+        return _Launch, (self.time_s, self.may_resume, self.restarts, self.shared)
 
 
 def _create_shared_byte() -> int:
-    """Create a file of one byte in memory, which new processes inherit; -1: not supported."""
+    """Create a memory file of one byte, which new processes inherit; return -1 if not supported."""
     if not hasattr(os, "memfd_create"):
         return -1
     file = os.memfd_create("declared", 0)
@@ -316,33 +309,34 @@ def _create_shared_byte() -> int:
     return file
 
 
-def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> None:
-    """Report that the processes start again; none of them holds the records now."""
-    begin.time_s, begin.goes_on = time.time(), True
+def _record_restart(folder: RunFolder, launch: _Launch, code: int, cause: str) -> None:
+    """Record that the ranks start again; called while no rank has the records open."""
+    launch.time_s, launch.may_resume = time.time(), True
     newest = checkpoints.latest_checkpoint(folder.checkpoints)
     text = f"{cause}; all processes are started again, from {newest.name if newest else 'the beginning'}"
     warn(text)
     event = {"step": checkpoints.checkpoint_step(newest) if newest else 0, "exit_code": code, "text": text}
-    if not (folder.path / EVENTS).is_file():  # it ended before the run had begun
-        begin.restarts.append(event)
+    if not (folder.path / EVENTS).is_file():  # the ranks ended before the run had begun
+        launch.restarts.append(event)
         return
-    begin.restarts.clear()
+    launch.restarts.clear()
     RunEvents(folder.path).add("restart", **event)
 
 
-def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
-    """Report that the processes do not start again."""
+def _record_failure(stage: Stage, code: int, cause: str) -> None:
+    """Record that the ranks do not start again."""
     limit, newest = stage.config.train.max_restarts, checkpoints.latest_checkpoint(stage.folder.checkpoints)
-    text = (f"{cause}, and train.max_restarts = {limit} " + ("starts in a row have left no new checkpoint"
-                                                             if limit else "lets no process start again")
-            + "; find the cause above, and go on with --resume")
+    reason = "starts in a row have left no new checkpoint" if limit else "lets no process start again"
+    text = (f"{cause}, and train.max_restarts = {limit} {reason}; find the cause above, and go on with "
+            "--resume")
     print(f"error: {text}", file=sys.stderr, flush=True)
     if (stage.folder.path / EVENTS).is_file():
         RunEvents(stage.folder.path).add(
             "failure", step=checkpoints.checkpoint_step(newest) if newest else 0, exit_code=code, text=text)
 
 
-def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
+def _run_rank(stage: Stage, data: _Data, launch: _Launch) -> int:
+    """Train on one rank, and return its exit code."""
     stop = StopFlag()
     if stage.config.train.deterministic:
         device.enable_determinism()
@@ -359,27 +353,28 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
         te = specs.uses_transformer_engine(specs.PRECISION[stage.config.train.precision])
         run_on_main(place, lambda: gpu_settings.check_gpu_settings(stage.config, te))
         run_on_main(place, lambda: check_fp8_support(stage.config.train, te))
-        run_on_main(place, lambda: _lock(stage, lock, begin))
-        newest = _own_checkpoint(stage, place)
-        trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, stage.gate,
-                          stage.faults, begin.time_s, data.planned,
-                          initial_weights=newest is None and stage.start_from is None, feed=stage.feed)
-        resumed = _restore(stage, trainer, newest)
-        run_on_main(place, lambda: _open(stage, trainer, begin))
+        run_on_main(place, lambda: _lock_folder(stage, lock, launch))
+        newest = _find_own_checkpoint(stage, place)
+        trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, TrainerOptions(
+            stage.gate, stage.faults, launch.time_s, data.planned, stage.feed,
+            initial_weights=newest is None and stage.start_from is None))
+        resumed = _load_start(stage, trainer, newest)
+        run_on_main(place, lambda: _open_records(stage, trainer, launch))
         with stop.answer_first_signal(trainer.answer_stop) if place.is_main else contextlib.nullcontext():
             if stage.before is not None and not resumed:
                 stage.before(trainer)
             if stage.gate is not None and not resumed:
                 stage.gate.begin(trainer)
             if place.is_main:
-                _announce(stage, trainer)
+                _print_banner(stage, trainer)
+            start_run(trainer)
             is_complete = train(trainer, stop, stage.until)
         if is_complete:
-            _finish(stage, trainer)
+            _complete_stage(stage, trainer)
     except Exception as e:
         if trainer is not None:
-            with contextlib.suppress(UserError):  # a full disk may be what the mistake is about
-                trainer.abandon()
+            with contextlib.suppress(UserError):  # the error may be about a full disk
+                trainer.finish_after_error()
                 if isinstance(e, UserError):
                     trainer.events.write("failure", step=trainer.step, text=str(e))
         raise
@@ -391,29 +386,29 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
         if lock is not None:
             lock.release()
             stage.folder.remove_if_empty()
-    # a process that ends breaks the connections of all, so every rank waits for rank 0
+    # the exit of a process breaks its connections, so every rank waits for rank 0
     dist.barrier()
     world.leave_world()
     return 0
 
 
-def _announce(stage: Stage, trainer: Trainer) -> None:
+def _print_banner(stage: Stage, trainer: Trainer) -> None:
     text = format_banner(stage.config, trainer.world.size, stage.folder.path,
                          range(trainer.step, trainer.num_steps), trainer.batches.ledger.entries,
                          trainer.sources, stage.memory, torch.get_num_threads())
     print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
-def _lock(stage: Stage, lock: RunLock | None, begin: _Begin) -> None:
+def _lock_folder(stage: Stage, lock: RunLock | None, launch: _Launch) -> None:
     stage.folder.create()
     if lock is not None:
         lock.acquire()
-    # checked again under the lock: another run may have used the folder since
-    stage.folder.enter(stage.config, begin.goes_on)
+    # checked again under the lock: a run may have started in the folder since `run_stage`
+    stage.folder.enter(stage.config, launch.may_resume)
 
 
-def _own_checkpoint(stage: Stage, place: world.ParallelWorld) -> Path | None:
-    """Return the newest sound checkpoint of the run; None: the run has none yet."""
+def _find_own_checkpoint(stage: Stage, place: world.ParallelWorld) -> Path | None:
+    """Return the newest sound checkpoint of the run, or None for a new run."""
     folder = stage.folder.checkpoints
     run_on_main(place, lambda: checkpoints.delete_leftovers(folder))
     newest = find_sound_checkpoint(stage.folder, place)
@@ -422,10 +417,11 @@ def _own_checkpoint(stage: Stage, place: world.ParallelWorld) -> Path | None:
     return newest
 
 
-def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
-    """Load the start; return whether the run resumes from its own checkpoint."""
+def _load_start(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
+    """Load the run's checkpoint `newest`, or else `stage.start_from`; return whether the run resumes."""
     start = newest or stage.start_from
-    if stage.config.lora.on and start is not None:  # before it is read: its run may be pruning
+    if stage.config.lora.on and start is not None:
+        # before loading: the base's own run may be pruning its checkpoints
         run_on_main(trainer.world, lambda: checkpoints.protect_adapter_base(
             (checkpoints.read_adapter_base(start) or checkpoints.AdapterBase.from_checkpoint(start)).path))
     if newest is not None:
@@ -433,31 +429,31 @@ def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
             check_adapter_base(newest, stage.start_from)
         trainer.guards.faults.trigger("load", checkpoints.checkpoint_step(newest))
         trainer.resume(newest)
-        _tell_changes(stage, trainer)
+        _warn_about_schedule_change(stage, trainer)
         return True
     if stage.start_from is not None:
         trainer.load_start_weights(stage.start_from)
     return False
 
 
-def _tell_changes(stage: Stage, trainer: Trainer) -> None:
-    """Warn if the resumed run has another learning rate schedule than before."""
+def _warn_about_schedule_change(stage: Stage, trainer: Trainer) -> None:
     earlier = stage.folder.config()
-    told = describe_schedule_change(earlier, stage.config, trainer.step) if earlier is not None else None
-    if told is not None and trainer.world.is_main:
-        warn(f"{stage.folder.path}: {told}")
+    change = describe_schedule_change(earlier, stage.config, trainer.step) if earlier is not None else None
+    if change is not None and trainer.world.is_main:
+        warn(f"{stage.folder.path}: {change}")
 
 
-def _open(stage: Stage, trainer: Trainer | None, begin: _Begin) -> None:
+def _open_records(stage: Stage, trainer: Trainer | None, launch: _Launch) -> None:
     stage.folder.declare(stage.config, 0 if trainer is None else trainer.step)
-    begin.declared[0] = 1
+    launch.declared[0] = 1
     if trainer is not None:
-        trainer.open_records(stage.besides)
-        for restart in begin.restarts:
+        trainer.open_records(stage.extra_inputs)
+        for restart in launch.restarts:
             trainer.events.write("restart", **restart)
 
 
-def _finish(stage: Stage, trainer: Trainer) -> None:
+def _complete_stage(stage: Stage, trainer: Trainer) -> None:
+    """Write the completion manifest and print the summary, or record that the gate has not passed."""
     if stage.gate is not None and not stage.gate.passed:
         failure = stage.gate.failure()
         trainer.recorder.record_gate_failure(trainer.step, failure)
@@ -465,13 +461,13 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
         return
     extra = stage.after(trainer) if stage.after is not None else {}
     last = stage.folder.checkpoint(trainer.step)
-    # with a gate at the end the completion manifest waits for its verdict: chains look at that file alone
-    end = stage.folder.complete if stage.end_gate is None else stage.folder.mark_awaiting_gate
-    run_on_main(trainer.world, lambda: end({
+    # with an end gate, the completion manifest waits for the verdict: later stages look only for this file
+    complete = stage.folder.complete if stage.end_gate is None else stage.folder.mark_awaiting_gate
+    run_on_main(trainer.world, lambda: complete({
         "step": trainer.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}",
         "checkpoint_sha256": manifest_sha256(last), **extra}))
     if trainer.world.is_main:
-        told = format_summary(stage.folder.path, last, trainer.state, trainer.wall_s(), trainer.config,
-                       trainer.recorder.headline, trainer.sources)
-        print(f"{told}\n", end="", file=sys.stderr, flush=True)
+        summary = format_summary(stage.folder.path, last, trainer.state, trainer.wall_s(), trainer.config,
+                                 trainer.recorder.headline, trainer.sources)
+        print(f"{summary}\n", end="", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ import torch
 from megatron_sov.engine.decode.forward_only import DocumentBatch
 from megatron_sov.engine.model.expert_load import ExpertLoad
 from megatron_sov.engine.parallel import world
+from megatron_sov.train.loop import train_step
 from tests.tiny import tiny_trainer
 
 
@@ -21,7 +22,7 @@ def counted(data: str, run: str) -> dict[str, Any]:
     experts = trainer.expert_load
     seen, states = [], []
     for _ in range(2):
-        trainer.train_step()
+        train_step(trainer)
         seen.append(experts.gather().sum(dim=1).tolist())
         states.append([experts.biases(), *(p.detach().clone() for p in trainer.model.parameters())])
     documents = DocumentBatch([[1, 2, 3], [4, 5]], torch.device("cpu"), min_tokens=16)

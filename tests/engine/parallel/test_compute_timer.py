@@ -51,7 +51,7 @@ def measured(folder: str) -> list[Any]:
         clock.stop()
         steps_s.append(time.perf_counter() - begun_s)
         seconds.append(clock.seconds())
-        stragglers.report(step, Events())  # type: ignore[arg-type]
+        stragglers.add_step(step, Events())  # type: ignore[arg-type]
     world.leave_world()
     return [seconds, steps_s, collectives_s, found]
 

@@ -23,6 +23,7 @@ from megatron_sov.engine.parallel.device import DETERMINISM_VARIABLES, enable_de
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 from megatron_sov.work.clusters.units import GIB
@@ -91,7 +92,7 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
         return Trainer(config, place, folder, open_sources({data: 1.0}, 368), LanguageModelling)
 
     def steps(trainer: Any, count: int) -> list[tuple[float, float]]:
-        results = [trainer.train_step() for _ in range(count)]
+        results = [train_step(trainer) for _ in range(count)]
         return [(r.loss, r.grad_norm) for r in results]
 
     whole = trainer()

@@ -182,10 +182,10 @@ def test_one_server_imports_what_all_runners_need() -> None:
 
 KILLED = '''
 import sys
-from megatron_sov.judge.rewards.registry import order
+from megatron_sov.judge.rewards.registry import request_reward
 from megatron_sov.judge.rewards.scoring import ProcessRunner
 
-with ProcessRunner(order(sys.argv[1], {}), 3600.0, 1) as running:
+with ProcessRunner(request_reward(sys.argv[1], {}), 3600.0, 1) as running:
     running.score([{"response": "loop"}])
 '''
 

@@ -18,6 +18,7 @@ from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, 
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, StateFormat, unpack_rows
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config
 
@@ -75,7 +76,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
         said = StateFiles(Path(states) / FOLDERS.get(kind, ("top",))[0], sources)
         exact = {index: files for name in (FOLDERS["two"] if kind == "two" else FOLDERS["whole"])
                  for files in [StateFiles(Path(states) / name, sources)] for index in files.sources}
-        trainer.train_step()
+        train_step(trainer)
         objective = trainer.objective
         batch = objective.prepare(objective.collect(trainer.policy, 1))
         wanted = {"divergence": 0.0, "cross_entropy": 0.0, "kl": 0.0, "entropy": 0.0, "tokens": 0.0,
@@ -86,7 +87,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                 logits = trainer.policy.logits(DocumentBatch([m.inputs.tokens[here].tolist()],
                                                              torch.device("cpu")), torch.arange(count))
                 head = load_file(exact[source].head)[HEAD_WEIGHT].double()
-                seen = exact[source].states(source, "train", document, start, count).double() @ head.T
+                seen = exact[source].read_states(source, "train", document, start, count).double() @ head.T
                 log_p, log_q = ((x / asked.temperature).log_softmax(-1) for x in (logits, seen))
                 entropy = -(log_p.exp() * log_p).sum(-1)
                 if asked.top_k:
@@ -106,7 +107,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                 learned = (m.weights[here] > 0).double()
                 heard = learned
                 if asked.other_tokenizer:
-                    rows = said.states(source, "train", document, start, count)
+                    rows = said.read_states(source, "train", document, start, count)
                     heard = learned * (unpack_rows(rows)[1][:, 0] <= 0)
                 wanted["cross_entropy"] += float((picked.double() * learned).sum())
                 for name, values in (("divergence", divergence), ("kl", kl), ("entropy", entropy),

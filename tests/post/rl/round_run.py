@@ -21,7 +21,8 @@ from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.rounds import Policy, RunPolicies
 from megatron_sov.train.data.rounds import BEHAVIOUR, build_rounds_source, find_round_documents
-from megatron_sov.train.trainer import Trainer
+from megatron_sov.train.loop import train_step
+from megatron_sov.train.trainer import Trainer, TrainerOptions
 from megatron_sov.work.processes.stop_signals import StopFlag
 
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
@@ -54,11 +55,12 @@ def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
     loader = RoundLoader(documents=rounds, rollout=config.rollout, columns=columns)
     feed = RolloutCycle(rollout=config.rollout, policies=policies, rollouts=None, publisher=published,
                         loader=loader)
-    trainer = Trainer(config, place, RunFolder(Path("not-written")), [source], objective, feed=feed)
+    trainer = Trainer(config, place, RunFolder(Path("not-written")), [source], objective,
+                      TrainerOptions(feed=feed))
     stop, taken = StopFlag(), []
     while not trainer.finished:
         assert trainer.fetch_data(stop) is None
-        result = trainer.train_step()
+        result = train_step(trainer)
         if result is None:
             taken.append({"passed over": 1.0})
             continue

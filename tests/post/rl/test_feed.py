@@ -103,21 +103,21 @@ def test_a_round_is_waited_for_with_everything_saved(view: Any, tmp_path: Path,
                                                      monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     lacks = iter(["one piece"] * 3 + [""])
     feed = feed_of(tmp_path, monkeypatch, lambda number: next(lacks), wait_s=60)
-    assert feed.bring(view, lambda: False) is None
+    assert feed.prepare_data(view, lambda: False) is None
     assert [name for name, _ in view.told] == ["saved", "waiting", "warning", "round"]
     assert capsys.readouterr().err.startswith("waits up to 60 s for round 1: one piece\n")
-    assert feed.bring(view, lambda: False) is None  # it is open: nothing is asked
+    assert feed.prepare_data(view, lambda: False) is None  # it is open: nothing is asked
 
     view.step = 2
     late = feed_of(tmp_path, monkeypatch, lambda number: "one piece")
-    assert late.bring(view, lambda: False) == "round 2 is not there yet: one piece"
+    assert late.prepare_data(view, lambda: False) == "round 2 is not there yet: one piece"
     assert "warning: round 2 is not there yet: one piece" in capsys.readouterr().err
     waited = feed_of(tmp_path, monkeypatch, lambda number: "one part is not judged", wait_s=0.02)
-    assert waited.bring(view, lambda: False) == (
-        "round 2 is not there yet: one part is not judged; it was waited for 0.02 s: see whether "
-        "`rl generate` and `rl reward` are still at work, and give the same command with --resume")
+    assert waited.prepare_data(view, lambda: False) == (
+        "round 2 is not there yet: one part is not judged; the run waited 0.02 s: check that "
+        "`rl generate` and `rl reward` are running, and give the same command with --resume")
     asked = feed_of(tmp_path, monkeypatch, lambda number: "one piece", wait_s=60)
-    assert asked.bring(view, lambda: True) == "asked to stop while waiting for round 2: one piece"
+    assert asked.prepare_data(view, lambda: True) == "asked to stop while waiting for round 2: one piece"
 
 
 def test_what_a_round_asks_further_is_produced_too(view: Any, tmp_path: Path,
@@ -135,13 +135,13 @@ def test_what_a_round_asks_further_is_produced_too(view: Any, tmp_path: Path,
 
     feed = feed_of(tmp_path, monkeypatch, lambda number: next(lacks))
     feed.rollouts = SimpleNamespace(write=write, judge=judge)
-    assert feed.bring(view, lambda: False) is None and produced == [1, 1, 1]
+    assert feed.prepare_data(view, lambda: False) is None and produced == [1, 1, 1]
     ((_, told),) = [event for event in view.told if event[0] == "round"]
     assert "saved" not in dict(view.told), "no checkpoint is waited for"
     assert (told["write_s"], told["judge_s"]) == (6.0, 1.5)
     view.step = 2
     feed.publisher.publish = lambda number: "2 pieces"  # it was asked to stop, and wrote nothing
-    assert feed.bring(view, lambda: True) == "asked to stop while waiting for round 2: 2 pieces"
+    assert feed.prepare_data(view, lambda: True) == "asked to stop while waiting for round 2: 2 pieces"
     assert produced == [1, 1, 1, 2]
 
 
@@ -176,8 +176,8 @@ def test_a_step_is_passed_over_where_nothing_has_a_gradient(
     view.config.model = replace(recipes.get(changes.pop("recipe", DENSE)).model, **changes)
     feed = feed_of(tmp_path, monkeypatch, lambda number: "")
     feed.rollout = replace(feed.rollout, steps_per_round=3)
-    assert feed.bring(view, lambda: False) is None
-    assert [step + 1 for step in range(3) if not view.batches.ledger.at(step).skip] == computed
+    assert feed.prepare_data(view, lambda: False) is None
+    assert [step + 1 for step in range(3) if not view.batches.ledger.get_entry(step).skip] == computed
 
 
 RATES = [
@@ -207,7 +207,7 @@ def test_the_pass_rate_of_the_start_is_told_once_before_the_first_step(
                "means": {"responses": 64, "reward": 0.1, "pass_rate": 1 / 64}}
     monkeypatch.setattr(round_loader, "read_manifest", lambda path: SimpleNamespace(content=content))
     feed = feed_of(tmp_path, monkeypatch, lambda number: "")
-    assert feed.bring(view, lambda: False) is None
+    assert feed.prepare_data(view, lambda: False) is None
     said = capsys.readouterr().err
     assert ("before the first step: 1.6% of 64 responses have a reward of at least policy.right_from = 1\n"
             ) in said
@@ -215,7 +215,7 @@ def test_the_pass_rate_of_the_start_is_told_once_before_the_first_step(
     assert feed.meters["groups_learning"] == 1 / 8
     content["groups"] = {"learns": 0, "no_advantage": 8}
     for view.step in (2, 4):
-        assert feed.bring(view, lambda: False) is None
+        assert feed.prepare_data(view, lambda: False) is None
     said = capsys.readouterr().err
     assert "before the first step" not in said and "round 3" not in said, "it is warned of a stretch once"
 
@@ -225,7 +225,7 @@ def test_what_the_trainer_says_is_of_the_weights_before_the_round(
     def opened(step: int) -> RoundDocuments:
         view.step = step
         feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs", "reference_logprobs"))
-        assert feed.bring(view, lambda: False) is None
+        assert feed.prepare_data(view, lambda: False) is None
         return feed.loader.documents
 
     document = (3 << 32) + 1
@@ -255,7 +255,7 @@ def test_what_the_first_step_learns_is_left_to_it(view: Any, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",))
     for view.step in (0, 2, 4, 5):
-        assert feed.bring(view, lambda: False) is None
+        assert feed.prepare_data(view, lambda: False) is None
     # of the second round the first step learns nothing, and moves nothing
     assert not any((tmp_path / f"000{n}.old_logprobs.f32").exists() for n in (1, 2)), "nothing needs a pass"
     column = feed.loader.documents.column
@@ -267,7 +267,7 @@ def test_a_resumed_run_keeps_its_reference(view: Any, tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(reference: str) -> None:
         feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("reference_logprobs",), reference=reference)
-        assert feed.bring(view, lambda: False) is None
+        assert feed.prepare_data(view, lambda: False) is None
 
     for _ in range(2):
         opened("a" * 64)
@@ -286,7 +286,7 @@ def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch
     def opened(*teachers: ScoringTeacher) -> None:
         made = feed_of(tmp_path, monkeypatch, lambda number: "", ("teacher_logprobs",))
         made.loader.columns = replace(made.loader.columns, teachers=teachers)
-        assert made.bring(view, lambda: False) is None
+        assert made.prepare_data(view, lambda: False) is None
         assert made.loader.documents.column("teacher_logprobs", 1 << 32, 1, 3).tolist() == [-2.0] * 3
 
     math, served = ScoringTeacher("math", tmp_path, "a" * 64), ScoringTeacher("", urls=("http://a",))

@@ -89,7 +89,7 @@ def test_what_has_happened_is_not_reinterpreted_and_the_change_counts_from_the_r
     first = Ledger([entry(0), entry(10, "b")])
     second = Ledger([entry(0, seq_len=32), entry(6, "c")], first.history(4), 4)
     assert second.entries == [entry(0), entry(4, seq_len=32), entry(6, "c")]
-    assert ([second.at(s) for s in (0, 3, 4, 5, 6, 99)]
+    assert ([second.get_entry(s) for s in (0, 3, 4, 5, 6, 99)]
             == [entry(0)] * 2 + [entry(4, seq_len=32)] * 2 + [entry(6, "c")] * 2)
     third = Ledger([entry(0)], second.history(12), 12)
     assert third.entries == [entry(0), entry(4, seq_len=32), entry(6, "c"), entry(12)]

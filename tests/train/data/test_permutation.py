@@ -13,14 +13,14 @@ from megatron_sov.train.data.streams import Permutation
 @settings(max_examples=40)
 @given(st.integers(1, 300), st.integers(0, 2**31), st.text(max_size=5), st.integers(0, 9))
 def test_every_index_occurs_once(size: int, seed: int, name: str, epoch: int) -> None:
-    assert sorted(Permutation(size, seed, name, epoch).span(0, size)) == list(range(size))
+    assert sorted(Permutation(size, seed, name, epoch).permute(0, size)) == list(range(size))
 
 
 @given(st.integers(1, 10**12), st.data())
 def test_any_stretch_is_the_network_walked_index_by_index(size: int, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, size - 1))
     last = min(size, first + 5)
-    assert Permutation(size, "key").span(first, last).tolist() == [
+    assert Permutation(size, "key").permute(first, last).tolist() == [
         walked(i, size, "key") for i in range(first, last)]
 
 
@@ -44,4 +44,4 @@ def walked(index: int, size: int, *key: object) -> int:
 @pytest.mark.parametrize("span", [(0, 6), (-1, 2), (3, 2)])
 def test_indices_outside_are_refused(span: tuple[int, int]) -> None:
     with pytest.raises(IndexError, match="permutation of 5"):
-        Permutation(5).span(*span)
+        Permutation(5).permute(*span)

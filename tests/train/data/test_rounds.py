@@ -117,7 +117,7 @@ def test_text_beside_comes_in_the_steps_that_are_drawn_and_goes_on_after_a_resum
     for samples, drawn in zip(given, has_text, strict=True):
         assert sum(s.source != 2 for s in samples) == (3 if drawn else 0)
         assert [s.source == 2 for s in samples] == sorted((s.source == 2 for s in samples), reverse=True)
-    assert whole.ledger.at(0).weights == {"rollouts": 1.0, "a": 1.5 / 4 / 3, "b": 1.5 / 4 * 2 / 3}
+    assert whole.ledger.get_entry(0).weights == {"rollouts": 1.0, "a": 1.5 / 4 / 3, "b": 1.5 / 4 * 2 / 3}
     part = order()
     again = [part.next_batch()[1] for _ in range(2)]
     part = order(OrderState.from_dict(part.state.to_dict()))

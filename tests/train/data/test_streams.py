@@ -121,7 +121,7 @@ def test_windows_are_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
     source = stream([1] * 15, "best_fit")
     rows = [source.next_sample(5) for _ in range(3)]
     assert [len(row) for row in rows] == [5, 5, 5]
-    assert source.epochs() == 1.0
+    assert source.count_epochs() == 1.0
 
 
 def test_the_share_of_an_epoch_is_counted_by_rows() -> None:
@@ -129,7 +129,7 @@ def test_the_share_of_an_epoch_is_counted_by_rows() -> None:
     found = []
     for _ in range(9):
         source.next_sample(4)
-        found.append(source.epochs())
+        found.append(source.count_epochs())
     assert found == [pytest.approx(k / 8) for k in range(1, 10)]
 
 

@@ -45,16 +45,16 @@ def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pyt
                                                                 told: list[Any]) -> None:
     monkeypatch.setattr(guards.replica_checks, "find_differing_replicas", lambda model: [2])
     with pytest.raises(SilentCorruption, match=r"2 on n2\); nothing"):
-        SdcChecks(GuardConfig()).compare(7, None, Events(told))  # type: ignore[arg-type]
+        SdcChecks(GuardConfig()).compare_replicas(7, None, Events(told))  # type: ignore[arg-type]
     assert told[0]["event"] == "sdc" and told[0]["ranks"] == [2] and told[0]["hosts"] == ["n2"]
-    SdcChecks(GuardConfig(compare_replicas=False)).compare(7, None, Events(told))  # type: ignore[arg-type]
+    SdcChecks(GuardConfig(compare_replicas=False)).compare_replicas(7, None, Events(told))  # type: ignore[arg-type]
     assert len(told) == 1, "switched off nothing is looked at"
 
 
 def test_on_request_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, told: list[Any],
                                     capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(guards.replica_checks, "find_differing_replicas", lambda model: [0, 1])
-    SdcChecks(GuardConfig(on_sdc="record")).compare(7, None, Events(told))  # type: ignore[arg-type]
+    SdcChecks(GuardConfig(on_sdc="record")).compare_replicas(7, None, Events(told))  # type: ignore[arg-type]
     assert told[0]["ranks"] == [0, 1] and "rank 0 on n1, rank 1 on n1" in capsys.readouterr().err
 
 
@@ -74,9 +74,9 @@ def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, t
 
     if again:
         with pytest.raises(SilentCorruption, match="rank 0 on n1"):
-            checks.repeat(5, None, compute, Events(told))  # type: ignore[arg-type]
+            checks.compare_repetition(5, None, compute, Events(told))  # type: ignore[arg-type]
     else:
-        checks.repeat(5, None, compute, Events(told))  # type: ignore[arg-type]
+        checks.compare_repetition(5, None, compute, Events(told))  # type: ignore[arg-type]
     assert turns == [0, 1] and bool(told) == bool(again)
 
 
@@ -107,7 +107,7 @@ if case in ("hang", "off"):
     dog.begin(3)
 elif case == "paused":
     dog.begin(3)
-    with dog.paused():
+    with dog.pause():
         stands_still()
     assert dog._watched[0] == 3
     dog.end()
@@ -152,7 +152,7 @@ def test_computing_times_and_routing_are_looked_at_in_their_own_rhythms(
     told: list[tuple[str, int]] = []
     events: Any = SimpleNamespace(write=lambda event, **fields: told.append((event, fields["step"])))
     for step in range(1, 7):
-        guards.observe(step, load, events)
+        guards.check_step(step, load, events)
     assert told == [("compute_time", 2), ("routing", 3), ("compute_time", 4), ("compute_time", 6),
                     ("routing", 6)]
     assert gathered == [3, 6], "a step that is not due costs no all-reduce"

@@ -12,7 +12,7 @@ import torch
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.runs.obs.events import EventLog, read_events
 from megatron_sov.train.guards import guards
-from megatron_sov.train.guards.guards import MAX_SHOWN_RANKS, RoutingMonitor, Stragglers
+from megatron_sov.train.guards.guards import MAX_LISTED_RANKS, RoutingMonitor, Stragglers
 
 EVEN, ONE, HALF = [4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [8.0, 8.0, 0.0, 0.0]
 DENSE, FLAT, APART = [0.0] * 4, [0.1] * 4, [0.9, 0.0, 0.0, -0.2]
@@ -26,7 +26,7 @@ def alarms(tmp_path: Path,
     for step in range(10, 10 * len(records) + 10, 10):
         assert watch.is_due(step) and not watch.is_due(step + 1)
         load, biases = records[step // 10 - 1]
-        watch.follow(step, torch.tensor(load, dtype=torch.float64),
+        watch.record_load(step, torch.tensor(load, dtype=torch.float64),
                      torch.tensor(biases, dtype=torch.float64), log)
     log.close()
     raised = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "alarm"]
@@ -69,7 +69,7 @@ def reported(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[flo
     events: Any = SimpleNamespace(write=lambda event, **fields: told.append({"event": event, **fields}))
     for step, seconds in enumerate(own, start=3):
         watch.clock = SimpleNamespace(seconds=lambda seconds=seconds: seconds)  # type: ignore[assignment]
-        watch.report(step, events)
+        watch.add_step(step, events)
     return told
 
 
@@ -90,4 +90,4 @@ def test_the_slow_are_those_far_above_the_median(monkeypatch: pytest.MonkeyPatch
 
 def test_of_many_processes_the_slowest_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     (measured,) = reported(monkeypatch, [0.2 + 0.0001 * i for i in range(200)], [0.1, 0.1])
-    assert [int(rank) for rank in measured["seconds"]] == list(range(201 - MAX_SHOWN_RANKS, 201))
+    assert [int(rank) for rank in measured["seconds"]] == list(range(201 - MAX_LISTED_RANKS, 201))

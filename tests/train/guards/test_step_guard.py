@@ -104,12 +104,12 @@ def test_gradients_that_stay_large_become_usual_and_take_nothing_back() -> None:
 def test_where_the_data_change_nothing_is_usual_yet() -> None:
     guard = StepGuard(GuardConfig(window_steps=20), is_main=True)
     for step in range(60):
-        guard.enter(step, LEDGER)
+        guard.begin_step(step, LEDGER)
         assert guard.accept_step(2.0 + 0.01 * (step % 3), 1.0)
-    guard.enter(60, LEDGER)
+    guard.begin_step(60, LEDGER)
     assert guard.accept_step(3.0, 2.0), "another length, another loss"
     for step in range(61, 90):
-        guard.enter(step, LEDGER)
+        guard.begin_step(step, LEDGER)
         assert guard.accept_step(3.0 + 0.01 * (step % 3), 2.0)
     assert len(guard.state()["losses"]) == 20, "another batch size is no other kind of data"
 

@@ -52,11 +52,11 @@ def test_what_a_checkpoint_holds_is_behind_the_last_batch_that_was_given(packed_
         assert batches.state() == order.state.to_dict()
         assert batches.consumed_tokens() == {name: cursor.tokens
                                              for name, cursor in order.state.cursors.items()}
-        assert batches.epochs == order.epochs()
+        assert batches.epochs == order.count_epochs()
         resumed = DataBatches(settings, sources, place)
         resumed.next()  # which counts for nothing, nor does what it prepared ahead
         resumed.restore(json.loads(json.dumps(batches.state())))
-        assert resumed.state() == batches.state() and resumed.next_entry() == order.ledger.at(step + 1)
+        assert resumed.state() == batches.state() and resumed.next_entry() == order.ledger.get_entry(step + 1)
         resumed.close()
     batches.close()
 

@@ -21,6 +21,7 @@ from megatron_sov.engine.parallel import world
 from megatron_sov.eval.heldout_loss import evaluate_rows, open_heldout
 from megatron_sov.model.config import ParallelConfig
 from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutEvaluator, _count_accepted_drafts
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from tests.tiny import tiny_trainer
@@ -209,7 +210,7 @@ def first_losses(data: str) -> dict[str, Any]:
             trainer.evaluate()
         same_state.append(bool(torch.equal(before[0], torch.get_rng_state()))
                           and before[1:] == (random.getstate(), np.random.get_state()[1].tolist()))
-        steps = [trainer.train_step() for _ in range(2)]
+        steps = [train_step(trainer) for _ in range(2)]
         losses.append([[step.loss.hex(), step.grad_norm.hex()] for step in steps if step is not None])
         trainer.close()
         world.leave_world()

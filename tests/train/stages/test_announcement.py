@@ -21,7 +21,7 @@ from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry
 from megatron_sov.train.data.token_shards import Source
-from megatron_sov.train.stages.announcement import format_banner, format_summary, planned_tokens
+from megatron_sov.train.stages.announcement import count_planned_tokens, format_banner, format_summary
 
 CONFIG = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=4"])
 ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
@@ -50,7 +50,7 @@ def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("steps", "web", "code"), [
     (range(6), 1000, 600), (range(4), 800, 0), (range(5, 6), 100, 300)])
 def test_tokens_are_those_of_the_ledger(steps: range, web: float, code: float) -> None:
-    found = planned_tokens(ENTRIES, steps)
+    found = count_planned_tokens(ENTRIES, steps)
     assert (found["web"], found["code"]) == (web, code)
 
 

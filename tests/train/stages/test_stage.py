@@ -116,7 +116,8 @@ def test_processes_are_told_when_the_work_began_and_after_a_restart_anew(
         stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     begun_s: list[float] = []
-    monkeypatch.setattr(stage_module, "_rank", lambda stage, data, begin: begun_s.append(begin.time_s) or 0)
+    monkeypatch.setattr(stage_module, "_run_rank",
+                        lambda stage, data, launch: begun_s.append(launch.time_s) or 0)
 
     def started_three_times(main: Callable[[], int], restarts: RestartPolicy) -> int:
         open_run(ready)
@@ -224,13 +225,13 @@ def test_what_was_checked_is_checked_again_under_the_lock(stage: Callable[..., S
     ready, other = stage("train.seed=2"), stage()
     ready.folder.enter(ready.config, resume=False)
     open_run(other)
-    begin = stage_module._Begin(0.0, goes_on=False)
+    launch = stage_module._Launch(0.0, may_resume=False)
     with pytest.raises(UserError, match="already holds a run"):
-        stage_module._lock(ready, None, begin)
-    begin.goes_on = True
+        stage_module._lock_folder(ready, None, launch)
+    launch.may_resume = True
     with pytest.raises(UserError, match=r"was started with train\.seed = "):
-        stage_module._lock(ready, None, begin)
-    stage_module._lock(other, None, begin)
+        stage_module._lock_folder(ready, None, launch)
+    stage_module._lock_folder(other, None, launch)
 
 
 def test_a_refused_run_takes_back_what_it_made_and_nothing_else(
@@ -249,10 +250,10 @@ def test_a_refused_run_takes_back_what_it_made_and_nothing_else(
         with pytest.raises(SystemExit):
             run_stage(made, 1)
 
-    begins: list[stage_module._Begin] = []
-    begin = stage_module._Begin
+    begins: list[stage_module._Launch] = []
+    begin = stage_module._Launch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage_module, "_Begin", lambda *given: begins.append(begin(*given)) or begins[-1])
+        patch.setattr(stage_module, "_Launch", lambda *given: begins.append(begin(*given)) or begins[-1])
         refused(declares=False)
         assert made.folder.config() is not None, "another run's, which came in between"
         shutil.rmtree(made.folder.path)

@@ -64,7 +64,7 @@ def test_an_epoch_is_what_the_order_gives_until_a_source_is_gone_through(packed_
     order = SampleOrder(config, sources)
     for _ in range(config.num_steps()):
         order.next_batch()
-    assert order.epochs()[sources[0].name] == pytest.approx(1.0)
+    assert order.count_epochs()[sources[0].name] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("stage", "settings", "params", "lr"), [
