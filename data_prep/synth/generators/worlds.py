@@ -335,4 +335,4 @@ def _idle_calls(virtual: Virtual, first: Any, calls: Sequence[Mapping[str, Any]]
 
 
 def _compared(virtual: Virtual) -> dict[str, Any]:
-    return {table: virtual.compared(table, rows) for table, rows in virtual.state.items()}
+    return {table: virtual.project_rows(table, rows) for table, rows in virtual.state.items()}

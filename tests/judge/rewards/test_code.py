@@ -220,7 +220,7 @@ def test_a_program_that_computes_a_little_and_then_waits_gets_nothing(enclosure:
 def test_one_that_is_too_slow_is_not_run_beyond_its_rows_time(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Outcome("timeout", None, "", "", "took more than 10 s of processors", 10, 10.0)
     runs: list[None] = []
-    monkeypatch.setattr(CodeReward, "_run", lambda *_: (runs.append(None), slow)[1])
+    monkeypatch.setattr(CodeReward, "_run_program", lambda *_: (runs.append(None), slow)[1])
     row = {"response": "while 1: pass", "tests": [{"stdin": "", "stdout": "1"}] * 100}
     result = run_reward(CodeReward(all_or_nothing=False), row)
     assert (result.status, result.reward) == ("timeout", 0.0) and 20 < len(runs) < 30

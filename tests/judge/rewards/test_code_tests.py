@@ -242,13 +242,13 @@ def test_a_row_or_a_setting_gives_the_tolerance() -> None:
 
 def test_the_tests_of_a_row_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
-    run = CodeReward._run
+    run = CodeReward._run_program
 
     def note_run(self: CodeReward, program: Program, *more: Any) -> Outcome:
         runs.append(program.stdin)
         return run(self, program, *more)
 
-    monkeypatch.setattr(CodeReward, "_run", note_run)
+    monkeypatch.setattr(CodeReward, "_run_program", note_run)
     row = {"response": ADD, "tests": ["assert add(1, 2) == 3 # proved once"]}
     assert [run_reward(CodeReward(), row).reward for _ in range(3)] == [1.0] * 3
     assert len(runs) == 4 and sum("_Stub" in stdin for stdin in runs) == 1
