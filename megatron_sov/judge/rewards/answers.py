@@ -1,7 +1,8 @@
-"""The final answer of a response, and STEM's rewards for it.
+"""Extract the final answer from a response, and compare answers for the reward `stem`.
 
-An answer stands in a box, in answer tags, behind "the answer is"; numbers with units are read, brought to SI
-units, and compared."""
+The final answer is in a box, in answer tags, or after "the answer is". Numbers with units are converted to SI
+units before they are compared.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +16,9 @@ from megatron_sov.base.settings import Fraction
 from megatron_sov.judge.rewards.reward import Refused, Row, Score, format_short, get_content
 
 MAX_CHARS = 100_000
-"""Of a longer response the end is read."""
+"""Longer responses are cut to their last characters."""
 MAX_ANSWER_CHARS = 500
-# "answer" alone is a word like others ("I hope this answer helps"): a mark has to follow it
+# "answer" alone is an ordinary word ("I hope this answer helps"), so a mark must follow.
 _ANNOUNCEMENT = re.compile(r"(?:\banswer\b(?:[\s*]{0,6}is\b|(?=[ \t*]{0,6}\n|\W{0,6}(?:[:：=$\\]|[-+.]?\d|"
                    r"(?:option|choice)\b|(?-i:[A-HJ])\b)))|"
                    r"정답(?:은|:)?|답(?:은|:)|คำตอบ(?:คือ)?|答案(?:是)?|答え(?:は)?)"
@@ -26,7 +27,7 @@ _DISPLAYED = re.compile(r"(?:\$\$|\\\[)((?:(?!\$\$|\\[\[\]]).){1,500}?)(?:\$\$|\
 _LAST_DISPLAYED = re.compile(_DISPLAYED.pattern + r"[\s.]*\Z", re.DOTALL)
 _TAG = re.compile(r"<answer>([^<]{1,500})</answer>")
 Dimension = tuple[float, float, float, float, float, float]
-"""Exponents of metre, kilogram, second, ampere, kelvin, mole."""
+"""Exponents for metre, kilogram, second, ampere, kelvin and mole."""
 _PREFIXED_UNITS: dict[str, tuple[float, Dimension]] = {
     "m": (1, (1, 0, 0, 0, 0, 0)), "g": (1e-3, (0, 1, 0, 0, 0, 0)), "s": (1, (0, 0, 1, 0, 0, 0)),
     "A": (1, (0, 0, 0, 1, 0, 0)), "K": (1, (0, 0, 0, 0, 1, 0)), "mol": (1, (0, 0, 0, 0, 0, 1)),
@@ -38,7 +39,7 @@ _PREFIXED_UNITS: dict[str, tuple[float, Dimension]] = {
     "eV": (1.602176634e-19, (2, 1, -2, 0, 0, 0)), "cal": (4.184, (2, 1, -2, 0, 0, 0)),
     "bar": (1e5, (-1, 1, -2, 0, 0, 0)), "M": (1e3, (-3, 0, 0, 0, 0, 1)),
 }
-"""Units that take prefixes: factor to SI, dimension (SI brochure, 9th edition)."""
+"""Units with prefixes: factor to SI, dimension (SI brochure, 9th edition)."""
 _PLAIN_UNITS: dict[str, tuple[float, Dimension]] = {
     "min": (60, (0, 0, 1, 0, 0, 0)), "h": (3600, (0, 0, 1, 0, 0, 0)), "hr": (3600, (0, 0, 1, 0, 0, 0)),
     "day": (86400, (0, 0, 1, 0, 0, 0)), "atm": (101325, (-1, 1, -2, 0, 0, 0)),
@@ -48,7 +49,7 @@ _PLAIN_UNITS: dict[str, tuple[float, Dimension]] = {
     "mi": (1609.344, (1, 0, 0, 0, 0, 0)),
     "lb": (0.45359237, (0, 1, 0, 0, 0, 0)),
 }
-"""Units that take none."""
+"""Units without prefixes."""
 _PREFIXES = {"": 1, "f": 1e-15, "p": 1e-12, "n": 1e-9, "µ": 1e-6, "u": 1e-6, "m": 1e-3, "c": 1e-2, "d": 1e-1,
              "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _UNIT_NAMES = {"meters": "m", "meter": "m", "metres": "m", "metre": "m", "seconds": "s", "second": "s",
@@ -66,38 +67,39 @@ _POWER = re.compile(r"\s*(?:[eE]([+-]?\d{1,4})\b|"
                     r"(?:x|×|\*|·)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?)",
                      re.ASCII)
 _DIVISOR = re.compile(r"\s*/\s*(\d{1,400}(?:\.\d{1,400})?)", re.ASCII)
-# beside a digit it is a part of a mixed number, which is not read: two and a half is not 21/2
+# Next to a digit the fraction belongs to a mixed number, which is not parsed: two and a half is not 21/2.
 _FRACTION = re.compile(r"(?<![\d.])\\[dt]?frac\s*\{\s*([+-]?[\d.,]+)\s*\}\s*\{\s*([\d.]+)\s*\}(?!\.?\d)",
                        re.ASCII)
 _FACTOR = re.compile(r"([*/]?)([^\d\s*/^+-]+)(?:\^?\(?([+-]?\d{1,2}(?:\.5)?)\)?)?", re.ASCII)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _EXPONENT_START = re.compile(r"(?<=[0-9])(?=[⁰¹²³⁴⁵⁶⁷⁸⁹⁻])")
-"""Between a number and its exponent: 10² is not 102."""
+"""Place between a number and its exponent: 10² is not 102."""
 
 
 def extract_final_answer(response: str) -> str | None:
-    """Return what a response says in the end, by its clearest mark; None where nothing is marked.
+    """Return the final answer in a response by its clearest mark; None without a mark.
 
-    The marks, of which the last of the first kind that there is counts: \\boxed{...}; <answer>...</answer>;
-    "the answer is ..." (also in Korean, Thai, Chinese, Japanese); a displayed formula at the end, as $...$; a
-    last line of few words.
+    Marks in this order, the last occurrence counts: \\boxed{...}; <answer>...</answer>; "the answer is ..."
+    (English, Korean, Thai, Chinese, Japanese); a displayed formula at the end, returned as $...$; a short
+    last line.
     """
     text = response[-MAX_CHARS:].strip()
-    # the clearest mark wins, and of its kind the last: a response may correct itself
+    # The clearest mark wins; its last occurrence counts, because a response may correct itself.
     boxed = extract_last_box(text)
     if boxed is not None:
         return boxed.strip()
     tagged = _TAG.findall(text)
     if tagged:
         return tagged[-1].strip()
-    # an announcement ends with its line: what follows is talk about it; a displayed formula is one line
+    # An announcement ends with its line, because explanations may follow; a displayed formula counts as a
+    # line.
     announcement_ends = [match.end() for match in _ANNOUNCEMENT.finditer(text)]
     if announcement_ends:
         announced = text[announcement_ends[-1]:]
         displayed = _DISPLAYED.match(announced.lstrip())
         line = f"${displayed[1].strip()}$" if displayed else announced.partition("\n")[0]
         return line[:MAX_ANSWER_CHARS].strip().strip("*").strip()
-    # nothing is marked: a displayed formula, or a short last line, is an answer; a long one is prose
+    # Without a mark, a displayed formula or a short last line is the answer; a long line is prose.
     if displayed := _LAST_DISPLAYED.search(text):
         return f"${displayed[1].strip()}$"
     line = text.rsplit("\n", 1)[-1].strip()
@@ -105,21 +107,21 @@ def extract_final_answer(response: str) -> str | None:
 
 
 def extract_last_box(text: str) -> str | None:
-    """Return the content of the last whole \\boxed{...}, braces in it balanced; None where there is none."""
+    """Return the content between the balanced braces in the last complete \\boxed{...}, or None."""
     place = find_last_box(text)
     return None if place is None else text[place[0] + len("\\boxed{"):place[1] - 1]
 
 
 def find_last_box(text: str) -> tuple[int, int] | None:
-    """Return where the last whole \\boxed{...} begins and ends; None where there is none."""
+    """Return start and end index for the last complete \\boxed{...}, or None."""
     end = len(text)
-    for _ in range(20):  # of a response of boxes that are never closed the last ones are enough
+    for _ in range(20):  # unclosed boxes could be many; the last few suffice
         start = text.rfind("\\boxed{", 0, end)
         if start < 0:
             return None
         depth = 0
         for i in range(start + len("\\boxed"), min(len(text), start + MAX_ANSWER_CHARS)):
-            # braces nest in LaTeX (\boxed{\frac{1}{2}}), which no regular expression counts
+            # Braces nest in LaTeX (\boxed{\frac{1}{2}}), which regular expressions cannot match.
             if text[i] == "{":
                 depth += 1
             elif text[i] == "}":
@@ -131,9 +133,9 @@ def find_last_box(text: str) -> tuple[int, int] | None:
 
 
 def normalize_answer(text: str) -> str:
-    """Return a short answer without case, articles, punctuation at its ends, LaTeX's text marks, and with
-    single spaces."""
-    # full-width letters and digits of East Asian keyboards become the plain ones
+    """Return a short answer in lower case, without articles, surrounding punctuation and LaTeX text commands,
+    with single spaces."""
+    # Full-width letters and digits from East Asian keyboards become ASCII.
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"^(?:the|an?)\s+", "", text.strip().strip("$").strip())
@@ -142,21 +144,20 @@ def normalize_answer(text: str) -> str:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number in SI units."""
+    """A parsed number with its unit."""
 
     value: float
-    """In SI units."""
+    """Value in SI units."""
     dimension: Dimension | None
-    """None: no unit was given."""
+    """SI dimension; None without a unit."""
     plain: float
-    """The number as it was written."""
+    """The number in its written unit."""
     is_whole: bool = False
-    """Whether it was written as a whole number: digits, and no power of ten."""
+    """Written as an integer: digits without a power of ten."""
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """Return the number that a short text is, with its unit; None where it is none, has a unit that is not
-    known, or a number that no float holds."""
+    """Parse a short text as a number with a unit; return None for other texts, unknown units and overflow."""
     text = _simplify_quantity(text)
     number = _NUMBER.match(text)
     if number is None or not any(char.isdigit() for char in number[0]):
@@ -166,13 +167,12 @@ def read_quantity(text: str) -> Quantity | None:
     below = _DIVISOR.match(rest)
     if below:
         divisor = float(below[1])
-        # a division by zero becomes infinity, which is refused below: no error of a response reaches the
-        # caller
+        # Division by zero becomes infinity, which is refused below.
         plain, rest, is_whole = plain / divisor if divisor else math.inf, rest[below.end():], False
     power = _POWER.match(rest)
     if power:
         exponent = int(power[1] or power[2])
-        # beyond 1e300 a float overflows, and `**` would raise
+        # Beyond 1e300 floats overflow, and `**` would raise.
         plain, rest = (plain * 10.0 ** exponent if abs(exponent) <= 300 else math.inf), rest[power.end():]
         is_whole = False
     if not math.isfinite(plain):
@@ -185,9 +185,8 @@ def read_quantity(text: str) -> Quantity | None:
 
 
 def are_equal_quantities(first: Quantity, second: Quantity, relative_tolerance: float) -> bool:
-    """Return whether two quantities are equal within a tolerance; one without a unit is taken to have the
-    other's."""
-    # the numbers as they were written are compared: a factor to SI of one side alone would be wrong
+    """Return whether two quantities agree within a relative tolerance; a missing unit is assumed to match."""
+    # Compare the written numbers, because only one side could be converted to SI.
     if first.dimension is None or second.dimension is None:
         return math.isclose(first.plain, second.plain, rel_tol=relative_tolerance)
     return (first.dimension == second.dimension
@@ -195,8 +194,8 @@ def are_equal_quantities(first: Quantity, second: Quantity, relative_tolerance: 
 
 
 def _simplify_quantity(text: str) -> str:
-    """Return a quantity without LaTeX's dress: $9.8\\,\\mathrm{m/s^{2}}$ is 9.8 m/s^2."""
-    # the caret goes in before superscripts become digits: 10² would be 102
+    """Strip LaTeX from a quantity: $9.8\\,\\mathrm{m/s^{2}}$ becomes 9.8 m/s^2."""
+    # Insert the caret before superscripts become digits, because 10² would become 102.
     text = _EXPONENT_START.sub("^",
                                text[:500]).translate(_SUPERSCRIPTS).strip().rstrip(".;").strip("$").strip()
     text = _FRACTION.sub(r"\1/\2", text)
@@ -205,16 +204,16 @@ def _simplify_quantity(text: str) -> str:
     text = re.sub(r"\s+\^", "^", text)  # \text{s}^2
     text = text.replace("\\%", "%").replace("^\\circ", "°").replace("\\Omega", "Ω").replace("\\mu", "µ")
     text = re.sub(r"\\[,;!: ]|~", " ", text).replace("\\times", "*").replace("\\cdot", "*")
-    # minus, micro and ohm have two code points each; the tables above know one
+    # Minus, micro and ohm have two code points each; the tables above have one.
     text = unicodedata.normalize("NFC", text).replace("−", "-").replace("μ", "µ").replace("\u2126", "Ω")
     return re.sub(r"^(?:=|≈|~|about|approximately)\s*", "", text.strip())
 
 
 def _parse_unit(text: str) -> tuple[float, Dimension] | None:
-    """Return factor and dimension of a compound unit such as kg m/s^2; None where a part is not known."""
+    """Return factor and dimension for a compound unit such as kg m/s^2; None for unknown parts."""
     if len(text) > 40:
         return None
-    # a slash holds for the unit behind it alone, so m/(s kg) becomes m/s/kg first
+    # A slash applies to the next unit only, so m/(s kg) is rewritten as m/s/kg.
     text = re.sub(r"\s*([*/])\s*", r"\1", text.replace("·", "*"))
     text = re.sub(r"/\(([^()]*)\)", lambda below: "/" + re.sub(r"[\s*]+", "/", below[1].strip()), text)
     text = text.replace("(", "").replace(")", "")
@@ -226,7 +225,7 @@ def _parse_unit(text: str) -> tuple[float, Dimension] | None:
                 place += 1
                 continue
             return None
-        # one unknown part makes the whole unit unknown: a guess could pay a wrong answer
+        # An unknown part makes the whole unit unknown, because a guess could reward a wrong answer.
         single = _parse_simple_unit(part[2])
         if single is None:
             return None
@@ -242,9 +241,9 @@ def _parse_unit(text: str) -> tuple[float, Dimension] | None:
 
 
 def _parse_simple_unit(name: str) -> tuple[float, Dimension] | None:
-    # short names are symbols, where case counts: mW is no MW
+    # Short names are case-sensitive symbols: mW is not MW.
     name = _UNIT_NAMES.get(name.lower(), name) if len(name) > 2 else name
-    # these take no prefix: a kilominute is no unit
+    # No prefixes: a kilominute is not a unit.
     if name in _PLAIN_UNITS:
         return _PLAIN_UNITS[name]
     for prefix, scale in _PREFIXES.items():
@@ -264,21 +263,21 @@ _LEADING = re.compile(r"[\s(\[*\"']*(?:option|choice)?\s*[(\[]?([A-J])(?:[)\].:,
 
 @dataclass(frozen=True)
 class Stem:
-    """1 for a right final answer, 0 for a wrong one or none."""
+    """Reward `stem`: 1 for a correct final answer, else 0."""
 
     CONTROL, cpu_limit_s = "", 10.0
 
     kind: Literal["auto", "choice", "number", "text"] = "auto"
-    """auto: a single letter is a choice, what reads as a number is one, all else is text."""
+    """auto: single letters are choices, parsable quantities are numbers, other answers are text."""
     relative_tolerance: Fraction = 0.01
-    """For numbers."""
+    """Relative tolerance for numbers."""
     exact_integers: bool = True
-    """A whole number without a unit is a count: another whole number is no rounding of it, however near."""
+    """Integers without a unit are counts, which must be equal."""
     unit_required: bool = False
-    """A number without the answer's unit is wrong; without, it is taken to have that unit."""
+    """Require the answer's unit; otherwise a missing unit is assumed to match."""
 
     def score(self, row: Row) -> Score:
-        """Return whether the response's final answer is the row's `answer`, or one of several in a list."""
+        """Compare the response's final answer with the row's `answer`, a text or a list of alternatives."""
         golds = _get_gold_answers(row)
         kind: Kind = self._classify_answers(golds)
         for gold in golds:
@@ -307,17 +306,17 @@ class Stem:
             raise Refused(f"answer = {format_short(gold)} is no number with a known unit")
         if quantity is None or (self.unit_required and expected.dimension and not quantity.dimension):
             return False
-        # a count has no tolerance: 100 people are not 101 within one per cent
+        # Counts have no tolerance: 100 people are not 101 within one per cent.
         if self.exact_integers and expected.dimension is None and expected.is_whole and quantity.is_whole:
             return expected.plain == quantity.plain
         return are_equal_quantities(expected, quantity, self.relative_tolerance)
 
 
 def _get_gold_answers(row: Row) -> list[str]:
-    """Return the answers that are right.
+    """Return the accepted answers in a row.
 
     Raises:
-        Refused: there are none, or something else than text.
+        Refused: `answer` is missing or not text.
     """
     answer = row.get("answer")
     answers = answer if isinstance(answer, list) else [answer]
@@ -336,8 +335,8 @@ def _get_gold_letter(gold: str) -> str:
 
 
 def _parse_choice(answer: str, row: Row) -> str | None:
-    """Return the letter that a final answer names, or whose choice it is, word for word; None for several."""
-    # "A or B" hedges, and would be right for two answers
+    """Return the letter in a final answer, or the letter for a choice written out; None if ambiguous."""
+    # "A or B" would be right for two answers.
     if _SEVERAL.fullmatch(answer.upper()):
         return None
     match = _LETTER.fullmatch(answer.upper()) or _LEADING.match(answer)
@@ -346,7 +345,7 @@ def _parse_choice(answer: str, row: Row) -> str | None:
     choices = row.get("choices")
     if isinstance(choices, list) and len(choices) <= 10:
         normalized_answer = normalize_answer(answer)
-        # a response may write the choice out; two equal choices would leave its letter open
+        # The response may write the choice out; equal choices would be ambiguous.
         hits = [letter for letter, choice in zip("ABCDEFGHIJ", choices, strict=False)
                 if isinstance(choice, str) and normalize_answer(choice) == normalized_answer]
         if len(hits) == 1:
@@ -355,9 +354,9 @@ def _parse_choice(answer: str, row: Row) -> str | None:
 
 
 def _parse_quantity(answer: str) -> Quantity | None:
-    """Return the quantity of a final answer; of v = 3 m/s what stands behind the last sign of equality, where
-    no other number is said to be equal to it."""
-    # in "v = 3 m/s" the name may stand before; in "2 = 3" two numbers contradict each other
+    """Parse a final answer; for v = 3 m/s, parse the part after the last equals sign, unless an earlier part
+    is another number."""
+    # "v = 3 m/s" starts with a name, but in "2 = 3" the numbers contradict each other.
     *sides, last = re.split(r"=|≈|\\approx", answer)
     quantity = read_quantity(last)
     left_quantities = list(filter(None, map(read_quantity, sides)))

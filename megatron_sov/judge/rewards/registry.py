@@ -1,4 +1,4 @@
-"""Which rewards there are, by name, and how one is made from settings."""
+"""Registry: find rewards by name and build them from settings."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "code": ("megatron_sov.judge.rewards.code", "CodeReward"),
     "constraint": ("megatron_sov.judge.rewards.constraint", "Constraint"),
 }
-"""Name -> module and class of what is built in."""
+"""Name -> (module, class) for built-in rewards."""
 REQUIRED_FIELDS: Mapping[str, tuple[str, ...]] = {
     "math": ("answer",), "stem": ("answer",), "code": ("tests",), "constraint": ("functions",),
     "ifeval": ("instructions", "instruction_id_list"), "language": ("language",)}
-"""Name -> fields of which a row needs one, unless a setting of that name stands in its place."""
+"""Name -> alternative row fields, which a setting with the same name can replace."""
 
 
 NOT_JUDGED = "the function returned None, which says that it does not judge this row"
 
 
 def _adapt_function(loaded: LoadedPlugin) -> LoadedPlugin:
-    """Return a TRL reward function, or an object that can be called as one, as a class with `score`."""
+    """Wrap a TRL reward function in a class with `score`."""
     function = loaded.value
     if inspect.isclass(function) or not callable(function):
         return loaded
@@ -53,7 +53,7 @@ def _adapt_function(loaded: LoadedPlugin) -> LoadedPlugin:
     parameter_names = frozenset(parameters)
 
     class AdaptedFunction:
-        """A TRL reward function: it takes lists with an item for each response to one prompt."""
+        """TRL reward function, called with lists that have an item per response to a prompt."""
 
         def score(self, row: Row) -> float:
             (reward,) = _call_function(function, parameter_names, has_var_keyword, [row])
@@ -62,7 +62,7 @@ def _adapt_function(loaded: LoadedPlugin) -> LoadedPlugin:
             return reward
 
         def score_group(self, rows: Sequence[Row]) -> Score:
-            """Return the rewards of all responses to a prompt as `components[REWARDS]`."""
+            """Return the rewards for all responses to a prompt in `components[REWARDS]`."""
             rewards = _call_function(function, parameter_names, has_var_keyword, rows)
             return Score(math.fsum(reward or 0.0 for reward in rewards), {REWARDS: rewards})
 
@@ -73,18 +73,17 @@ def _adapt_function(loaded: LoadedPlugin) -> LoadedPlugin:
 def _call_function(function: Callable[..., Any], parameter_names: frozenset[str], has_var_keyword: bool,
                    rows: Sequence[Row]
                    ) -> list[float | None]:
-    """Call a TRL reward function as GRPOTrainer does and return its reward for each row; None: not judged.
+    """Call a TRL reward function like GRPOTrainer does; return a reward, or None, per row.
 
     Args:
-        function: takes a list for each field of the rows, with prompts and completions. Returns, or has a
-            coroutine that returns, a list, array or tensor of numbers; None and NaN stand for no reward.
-        parameter_names: its parameters.
-        has_var_keyword: whether it takes other keywords too.
-        rows: of one prompt. If that is a list of messages, the completions are messages too.
+        function: TRL reward function; may be a coroutine function. None and NaN mean no reward.
+        parameter_names: the function's parameters.
+        has_var_keyword: the function accepts **kwargs.
+        rows: rows with the same prompt. For a list prompt, completions are messages too.
 
     Raises:
-        Refused: it takes token ids, and a row has none.
-        TypeError: it returned something else.
+        Refused: the function needs token ids, which a row lacks.
+        TypeError: the result is malformed.
     """
     texts = [get_text(row, "response") for row in rows]
     if "completion_ids" in parameter_names and any(row.get("completion_ids") is None for row in rows):
@@ -98,7 +97,7 @@ def _call_function(function: Callable[..., Any], parameter_names: frozenset[str]
                           or name in parameter_names})
     if inspect.isawaitable(rewards):
         rewards = asyncio.run(_await_result(rewards))
-    # arrays and tensors know how they become a list: numpy and torch are not imported for that
+    # Arrays and tensors convert themselves, without importing numpy or torch.
     rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards
     values = list(rewards) if isinstance(rewards, Iterable) and not isinstance(rewards, str | Mapping) else []
     if len(values) != len(rows):
@@ -119,44 +118,44 @@ def _check_reward_class(loaded: LoadedPlugin) -> None:
 
 
 REWARD_PLUGINS: Registry[type[Any]] = Registry("reward", BUILT_IN, _check_reward_class, adapt=_adapt_function)
-"""Rewards that are not built in."""
+"""Registered rewards besides the built-in ones."""
 
 
 @dataclass(frozen=True)
 class VersionedReward:
-    """A reward that is ready."""
+    """A reward with its version."""
 
     reward: Any
-    """A `Reward`; or a `Composed` of the parts."""
+    """A `Reward`, or a `Composed` with `parts`."""
     version: str
-    """Hash of its code and settings."""
+    """Hash over code and settings."""
     parts: Mapping[str, tuple[PluginRequest, VersionedReward]] = field(default_factory=dict)
-    """Of a composition: name -> its parts."""
+    """Part name -> (request, reward) in a composition."""
 
 
 def request_reward(name: str, settings: Mapping[str, Any]) -> PluginRequest:
-    """Return the order for a reward that a person named, a built-in one or FILE.py:NAME.
+    """Return a request for a built-in reward or FILE.py:NAME.
 
     Raises:
-        UserError: there is none of that name, or its file cannot be run.
+        UserError: the name is unknown, or the file cannot be executed.
     """
     return registry.request_plugin(name, settings, BUILT_IN, REWARD_PLUGINS)
 
 
 def build_versioned_reward(request: PluginRequest) -> VersionedReward:
-    """Return the reward of an order.
+    """Build a reward and compute its version.
 
     Raises:
-        UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named. Or
-            its file fails, or has changed since it was ordered.
+        UserError: settings are unknown or invalid (all are named), or the file fails or has changed since the
+            request.
     """
     built = registry.build_plugin(request, BUILT_IN, REWARD_PLUGINS)
     reward = built.value
-    # a composition is made of other rewards: it is versioned by their versions, not by its own code alone
+    # A composition's version derives from its parts' versions.
     if not hasattr(reward, "get_part_requests"):
         return VersionedReward(reward,
                                compute_version(reward, collect_settings(reward, built.settings), built.files))
-    # all orders before any part is made: a wrong name is told before models are loaded
+    # Resolve all names before building parts, because parts may load models.
     requests = {name: request_reward(*part) for name, part in reward.get_part_requests().items()}
     parts = {name: (part, build_versioned_reward(part)) for name, part in requests.items()}
     versions = {name: part.version for name, (_, part) in parts.items()}
@@ -165,13 +164,12 @@ def build_versioned_reward(request: PluginRequest) -> VersionedReward:
 
 
 def build_reward(request: PluginRequest) -> Any:
-    """Return the reward of an order without its version, for a process that judges; raises as `make` does."""
+    """Build a reward without computing its version; raises like `build_versioned_reward`."""
     return registry.build_plugin(request, BUILT_IN, REWARD_PLUGINS).value
 
 
 def find_missing_field(request: PluginRequest, versioned: VersionedReward, row: Row) -> str:
-    """Return the field that a reward needs and a row, whose response is not written yet, does not have; "":
-    none is known."""
+    """Return a field that the reward needs and a row lacks before generation; "" if none."""
     if isinstance(versioned.reward, Composed):
         return next((field for name, part in versioned.reward.parts.items()
                      if versioned.reward.applies_to(part, row)

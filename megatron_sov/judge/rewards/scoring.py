@@ -1,7 +1,8 @@
-"""Scoring: a reward over batches of rows, and over a file of them: rows are kept as they come, and counted.
+"""Score batches of rows and files; results are journaled and counted.
 
-A reward runs in processes of its own, each row with a limit of time and memory, or in threads where it waits
-for an endpoint.  One that hangs, or a response that makes a verifier eat the machine, costs its row alone."""
+A reward runs in child processes with time and memory limits per row, or in threads if it waits for an
+endpoint. A hanging reward, or a response that exhausts a verifier's memory, affects a single row.
+"""
 
 from __future__ import annotations
 
@@ -27,34 +28,34 @@ from megatron_sov.work.processes.workers import Answer, LostAnswer, Workers
 from megatron_sov.work.progress.jobs import Job, local_executor, run_job
 
 TIME_LIMIT_S = 30.0
-"""Per row, where a reward has no setting `time_limit_s`."""
+"""Time per row for rewards without `time_limit_s`, in seconds."""
 NUM_FIRST_REPEATED, REPEAT_EVERY = 32, 32
-"""The first rows, and one of so many behind them, are judged twice: a reward must not change by itself."""
+"""The first rows, and every 32nd row after them, are judged twice to detect random rewards."""
 RESPONSE_SIGNALS = frozenset((signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE,
                     signal.SIGILL))
-"""Signals that end a process for what it does itself: its time of a processor is over, its stack, ..."""
+"""Signals that the judged response can cause: processor time, stack overflow, ..."""
 
 
 def create_runner(request: PluginRequest, versioned: VersionedReward, workers: int) -> Runner:
-    """Return what runs a reward.
+    """Create a runner for a reward.
 
     Args:
-        request: the reward's order, from which processes make their own.
-        versioned: the reward of this process.
-        workers: processes; a reward that waits for an endpoint says itself how many threads it wants.
+        request: request from which child processes build the reward.
+        versioned: the reward in this process.
+        workers: processes; rewards with endpoints define their own number of threads.
     """
     reward: Any = versioned.reward
-    # parts have runners of their own: one may wait for an endpoint while another needs processes
+    # Parts have their own runners: one may wait for an endpoint while another needs processes.
     if versioned.parts:
         return ComposedRunner(reward,
                               {name: create_runner(*part, workers) for name, part in versioned.parts.items()})
     if hasattr(reward, "threads"):
         return ThreadRunner(reward, reward.threads)
-    # a file of a user's is no module that can be found by name, and is run by each process
+    # Files from users are not importable by name; each process executes them.
     modules = [type(reward).__module__, *getattr(reward, "PRELOAD", ())] if request.name in BUILT_IN else []
     if hasattr(reward, "score_group"):
         return GroupRunner(ProcessRunner(request, TIME_LIMIT_S, workers))
-    # a reward that holds a model takes one process, however many were asked for
+    # A reward that holds a model uses a single process.
     workers = min(workers, getattr(reward, "MAX_WORKERS", workers))
     return ProcessRunner(request, getattr(reward, "time_limit_s", TIME_LIMIT_S), workers, modules,
                          getattr(reward, "VARIABLES", ()), control=getattr(reward, "CONTROL", None),
@@ -62,7 +63,7 @@ def create_runner(request: PluginRequest, versioned: VersionedReward, workers: i
 
 
 class ThreadRunner(Runner):
-    """A reward that waits for others, in threads of this process: they share its limits of rate and cost."""
+    """Runs a reward in threads that share its rate and cost limits."""
 
     def __init__(self, reward: Reward, threads: int) -> None:
         self._reward, self._pool = reward, ThreadPoolExecutor(threads)
@@ -75,10 +76,10 @@ class ThreadRunner(Runner):
 
 
 class GroupRunner(Runner):
-    """Judges the responses to one prompt together, as TRL does: rewards may compare them.
+    """Scores the responses to a prompt together, as TRL does, so that rewards can compare them.
 
     Args:
-        running: judges a group as if it were a row, in the time of its rows together.
+        running: runner that judges a group like a row, within the rows' total time.
     """
 
     def __init__(self, running: ProcessRunner) -> None:
@@ -90,7 +91,7 @@ class GroupRunner(Runner):
     def score(self, rows: Sequence[Row]) -> list[Result]:
         groups: dict[str, list[int]] = {}
         for i, row in enumerate(rows):
-            # a row without a response is refused, and not its group
+            # A row without a response is refused alone.
             key = get_prompt_key(row) if isinstance(row.get("response"), str) else ""
             groups.setdefault(key or str(i), []).append(i)
         results: dict[int, Result] = {}
@@ -104,23 +105,23 @@ class GroupRunner(Runner):
 
 
 def get_prompt_key(row: Row) -> str:
-    """Return a text that rows of one prompt share; empty: the row has no prompt."""
+    """Return a text shared by rows with the same prompt; "" without a prompt."""
     prompt = row.get("prompt", row.get("messages"))
     return "" if prompt is None else json.dumps([prompt], sort_keys=True, default=repr)
 
 
 class ProcessRunner(Runner):
-    """A reward in `workers` processes; a context, since processes have to end.
+    """Runs a reward in `workers` processes.
 
     Args:
-        asked: which reward.
-        time_limit_s: for a row.
+        request: the reward.
+        time_limit_s: clock time per row.
         workers: processes.
-        modules: what the reward needs and can be found by name; imported once for all processes.
-        variables: of the environment that it needs, beside those of `children.SAFE_VARIABLES`.
-        cpu_limit_s: of a processor, for a row; infinite: the clock alone counts.
-        control: a response that takes nothing to judge: where a row passes a limit with its own response and
-            not with this one, its response is worth 0; None: rows that pass a limit have no reward.
+        modules: importable modules to load once for all processes.
+        variables: environment variables in addition to `children.SAFE_VARIABLES`.
+        cpu_limit_s: processor time per row; infinite: only the clock counts.
+        control: harmless response. If a row exceeds a limit with its own response but not with this one, its
+            response scores 0. None: rows beyond a limit have no reward.
     """
 
     def __init__(self, request: PluginRequest, time_limit_s: float, workers: int, modules: Sequence[str] = (),
@@ -136,30 +137,29 @@ class ProcessRunner(Runner):
         self._workers.end()
 
     def score(self, rows: Sequence[Any]) -> list[Result]:
-        """Return the result of each row, or of each group of rows in a list."""
+        """Return the result for each row, or for each group in a list."""
         results: dict[int, Result] = {}
         suspects: dict[int, Result] = {}
         late: set[int] = set()
-        # (row, whether it is judged twice)
-        # places count over all batches, so that a rerun judges the same rows twice
+        # (row, whether to judge twice). Places count over all batches, so that reruns judge the same rows
+        # twice.
         places = range(self._num_seen, self._num_seen + len(rows))
         waiting = deque((i, (row if isinstance(row, list) else dict(row),
                              place < NUM_FIRST_REPEATED or place % REPEAT_EVERY == 0))
                         for i, (place, row) in enumerate(zip(places, rows, strict=True)))
-        # `waiting` grows while answers come: a row goes back into it at most twice
+        # `waiting` grows during iteration: rows return to the queue at most twice.
         limit_s = self._time_limit_s * max((len(row) for row in rows if isinstance(row, list)), default=1)
         for i, answer in self._workers.answers(waiting, limit_s):
             is_lost = isinstance(answer, LostAnswer)
             result = self._explain_lost_answer(answer.exit_code, limit_s) if is_lost else Result(**answer)
-            # the second answer for a suspect is the one to its control response
+            # The second answer for a suspect belongs to its control response.
             if i in suspects:
                 results[i] = _compare_with_control(suspects[i], result)
-            # was it the response or the row? The same row with a harmless response says it
+            # Response or row at fault? The same row with a harmless response decides.
             elif result.spent and self._control is not None:
                 suspects[i] = result
                 waiting.append((i, ({**rows[i], "response": self._control}, False)))
-            # the clock alone ran out: a busy machine is no fault of the response, so the row gets one more
-            # chance
+            # Only the clock ran out, maybe because the machine is busy, so the row is judged a second time.
             elif answer == LostAnswer(None) and self._control is not None and i not in late:
                 late.add(i)
                 waiting.append((i, (dict(rows[i]), False)))
@@ -179,8 +179,8 @@ class ProcessRunner(Runner):
 
 
 def _compare_with_control(suspect: Result, control: Result) -> Result:
-    """Return the result of a row that passed a limit, from the one that it has with an ordinary response."""
-    # the row itself is too heavy to judge: nothing is known about the response
+    """Decide a row that exceeded a limit by its result for the control response."""
+    # The row itself is too heavy to judge.
     if control.reward is None:
         return suspect
     reason = f"the response: {suspect.reason}"
@@ -188,10 +188,10 @@ def _compare_with_control(suspect: Result, control: Result) -> Result:
 
 
 def _start_judge(asked: PluginRequest, variables: Sequence[str], cpu_limit_s: float) -> Answer:
-    # keys of the user's environment do not reach code of a user's file
+    # Keys in the user's environment must not reach code from files.
     remove_unsafe_variables(variables)
     reward = build_reward(asked)
-    # before memory is limited: loading a model may need more than judging with it
+    # Before memory is limited, because loading a model may need more.
     if hasattr(reward, "prepare"):
         reward.prepare()
     limit_memory(getattr(reward, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
@@ -200,7 +200,7 @@ def _start_judge(asked: PluginRequest, variables: Sequence[str], cpu_limit_s: fl
         row, twice = request
         result = _run_reward_with_limit(cpu_limit_s, reward, row)
         if twice and result.reward is not None:
-            again()  # each has the whole time
+            again()  # each run has the full time
             result = merge_repeated_results(result, _run_reward_with_limit(cpu_limit_s, reward, row))
         return vars(result)
 
@@ -208,12 +208,11 @@ def _start_judge(asked: PluginRequest, variables: Sequence[str], cpu_limit_s: fl
 
 
 def _run_reward_with_limit(cpu_limit_s: float, reward: Any, row: Row | list[Row]) -> Result:
-    """Return what a reward makes of a row; where it takes longer, the kernel ends this process, whatever
-    that is doing."""
+    """Score a row; the kernel ends this process when the processor time is over."""
     if not math.isfinite(cpu_limit_s):
         return run_reward(reward, row)
-    # ITIMER_PROF counts processor time, so that neighbours on the machine do not make a row late; SIGPROF is
-    # not handled and ends the process even inside of C code
+    # ITIMER_PROF counts processor time, so that other processes do not make a row late. SIGPROF is unhandled
+    # and ends the process even inside C code.
     signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
     try:
         return run_reward(reward, row)
@@ -222,34 +221,34 @@ def _run_reward_with_limit(cpu_limit_s: float, reward: Any, row: Row | list[Row]
 
 
 MAX_EXAMPLES = 10
-"""Rows without a reward that are named."""
+"""Rows without a reward to report."""
 BATCH_ROWS = 128
-"""Rows that are scored together, and lost at most when the command is killed."""
+"""Rows per batch, which is lost if the command is killed."""
 T = TypeVar("T")
 Batch = list[tuple[int, Row]]
-"""Lines of the file, and their rows."""
+"""(line number, row)."""
 
 
 @dataclass
 class ScoringTally:
-    """Of the verdicts that were counted."""
+    """Counts over results."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     """Status -> rows."""
     num_rewards: int = 0
-    """Rows that have a reward."""
+    """Rows with a reward."""
     reward_sum: float = 0.0
-    """Of all of them."""
+    """Sum over all rewards."""
     examples: list[str] = field(default_factory=list)
-    """The first rows without a reward, of those that were counted with their place."""
+    """Descriptions of the first rows without a reward."""
 
     @property
     def mean(self) -> float | None:
-        """Return the mean reward; None: no row has one."""
+        """The mean reward; None without rewards."""
         return self.reward_sum / self.num_rewards if self.num_rewards else None
 
     def add(self, reward: float | None, status: str, reason: str = "", where: str = "") -> None:
-        """Count a row; `where` it stands is examples if it has no reward."""
+        """Count a row; describe it by `where` if it has no reward."""
         self.statuses[status] += 1
         if reward is not None:
             self.num_rewards += 1
@@ -258,10 +257,10 @@ class ScoringTally:
             self.examples.append(f"{where}: {status}: {reason}")
 
     def format_counts(self, rows: str) -> str:
-        """Return the counts as commands print them, e.g. "2 failed, 7 scored rows, mean reward 0.5000".
+        """Format the counts, such as "2 failed, 7 scored rows, mean reward 0.5000".
 
         Args:
-            rows: what the rows are, in the plural.
+            rows: plural noun.
         """
         counts = ", ".join(f"{count:,} {status}" for status, count in sorted(self.statuses.items())) or "0"
         return f"{counts} {rows}" + ("" if self.mean is None else f", mean reward {self.mean:.4f}")
@@ -269,33 +268,32 @@ class ScoringTally:
 
 @dataclass
 class ScoringSummary:
-    """What became of the rows."""
+    """Counts for a scored file."""
 
     tally: ScoringTally = field(default_factory=ScoringTally)
-    """Of all rows."""
+    """Counts over all rows."""
     num_kept: int = 0
-    """Rows that an earlier, killed command had scored."""
+    """Rows scored by an earlier, interrupted run."""
 
 
 def score_file(request: PluginRequest, versioned: VersionedReward, source: Path, output: Path, workers: int,
                progress: Callable[[int], object], *, redo: bool = False) -> ScoringSummary:
-    """Score a file that `check_rows` has passed; the output appears whole, when all rows are there.
+    """Score a file checked by `check_rows`; the output appears when all rows are scored.
 
     Args:
-        request: the reward's order.
+        request: request for the reward.
         versioned: the reward.
         source: rows.
-        output: the file to make.
+        output: output file.
         workers: processes.
-        progress: is called with a number of rows that are done.
-        redo: begin anew where rows were scored by another reward, or are of another file.
+        progress: called with the number of finished rows.
+        redo: start over if an earlier run used another reward or file.
     """
     summary, by_group = ScoringSummary(), judges_in_groups(versioned)
     batches = iter_batches(read_rows(source), lambda item: get_prompt_key(item[1]) if by_group else "")
     with create_runner(request, versioned, workers) as running:
 
-        # the journal holds the lines of the output themselves: they are joined at the end, nothing is scored
-        # again
+        # The journal holds output lines, which are joined at the end.
         def score(batch: Batch) -> bytes:
             results = running.score([row for _, row in batch])
             for (line, _), result in zip(batch, results, strict=True):
@@ -303,7 +301,7 @@ def score_file(request: PluginRequest, versioned: VersionedReward, source: Path,
             return b"".join(_format_scored_row(row, result, versioned.version)
                             for (_, row), result in zip(batch, results, strict=True))
 
-        # rows of an earlier run are counted from their lines, so that the summary is that of the whole file
+        # Rows from an earlier run are counted from their lines.
         def count(batch: Batch, record: bytes) -> None:
             summary.num_kept += len(batch)
             for (line, _), raw in zip(batch, record.split(b"\n")[:-1], strict=True):
@@ -312,8 +310,7 @@ def score_file(request: PluginRequest, versioned: VersionedReward, source: Path,
 
         run_job(Job(made_by="megatron-sov score", output=output, items=batches, do=local_executor(score),
                     identity={"input": hash_file(source), "reward": request.name,
-                              # another reward, input or batch size would mix with what a killed run left, so
-                              # it is refused
+                              # Another reward, input or batch size would not fit the interrupted run.
                               "reward_version": versioned.version, "batch_rows": BATCH_ROWS},
                     sink=lambda journal: journal.write_payloads(output), known=count,
                     done=lambda batch: progress(len(batch))), redo=redo)
@@ -327,17 +324,17 @@ def _format_scored_row(row: Row, result: Result, version: str) -> bytes:
 
 
 def judges_in_groups(versioned: VersionedReward) -> bool:
-    """Return whether a reward, or a part of it, judges the responses to a prompt together."""
+    """Return whether a reward, or a part, judges the responses to a prompt together."""
     return hasattr(versioned.reward, "score_group") or any(judges_in_groups(part) for _,
                                                            part in versioned.parts.values())
 
 
 def iter_batches(items: Iterable[T], get_key: Callable[[T], str]) -> Iterator[list[T]]:
-    """Yield batches of `BATCH_ROWS` items, and more until neighbours of one key are together.
+    """Yield batches with at least `BATCH_ROWS` items, keeping adjacent items with equal keys together.
 
     Args:
         items: rows.
-        get_key: an item -> the key of its group; empty: it is in none.
+        get_key: item -> group key; "" for no group.
     """
     batch: list[T] = []
     for item in items:

@@ -1,9 +1,8 @@
-"""The version of a reward, or of a tool environment: a hash of the code that judges and of the settings that
-it judges by.
+"""Compute the version of a reward or tool environment: a hash over judging code and settings.
 
-Code is read, not run: the module of the reward and what it imports from its own room, from this one, from
-that of the sandbox and from that which reads what models write, without comments, docstrings and layout, so
-that a version changes when the judgement may and stays when words do.
+The code is parsed, not executed: the module and its imports from its own package, from the rewards, the
+sandbox, `work` and `chat`, without comments, docstrings and layout. The version changes with the code, but
+not with its texts.
 """
 
 from __future__ import annotations
@@ -25,43 +24,43 @@ from megatron_sov.judge.rewards.reward import OPERATION
 
 SANDBOX = "megatron_sov.sandbox"
 HASHED_PACKAGES = {__name__.rpartition(".")[0], SANDBOX, "megatron_sov.work", "megatron_sov.chat"}
-"""Their code counts wherever it is imported."""
+"""Packages whose modules always count."""
 DIGITS = 16
-"""Of the hash; 64 bits tell versions apart."""
+"""Hash digits; 64 bits distinguish versions."""
 
 
 def compute_version(reward: Any, settings: Mapping[str, Any], files: Mapping[str, str] | None = None) -> str:
     """Return the version of a reward.
 
     Args:
-        reward: the reward, whose class says with `LIBRARIES` which distributions judge along.
-        settings: all its settings, defaults among them.
-        files: file -> hash of a reward that is not built in; None: it is.
+        reward: reward, whose class may name distributions in `LIBRARIES`.
+        settings: settings including defaults.
+        files: file -> hash for rewards from files; None: built-in.
     """
     reward_class = type(reward)
     libraries = {name: _get_installed_version(name) for name in getattr(reward_class, "LIBRARIES", ())}
     identity = {"class": reward_class.__qualname__,
             "code": dict(files) if files is not None else hash_code(reward_class.__module__),
-            # Python's tables of characters decide what a letter is, and change with its version
+            # Python's character tables classify letters, and change with the Python version.
             "libraries": libraries, "unicode": unicodedata.unidata_version,
             "inputs": reward.inputs() if hasattr(reward, "inputs") else {},
             "settings": {name: value for name, value in settings.items()
                          if name not in find_operational_settings(reward_class)}}
-    # sorted keys: the order in which settings were given is no difference
+    # Sorted keys, because the order of settings does not matter.
     text = json.dumps(identity, sort_keys=True, default=_to_json)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:DIGITS]
 
 
 def find_operational_settings(reward_class: type) -> set[str]:
-    """Return the settings of a reward that say how it is run, not what it gives."""
+    """Return the names of operational settings, which do not enter the version."""
     fields = dataclasses.fields(reward_class) if dataclasses.is_dataclass(reward_class) else ()
     return {f.name for f in fields if f.metadata.get("operation") == OPERATION["operation"]}
 
 
 @lru_cache
 def hash_code(module: str) -> dict[str, str]:
-    """Return module -> hash of its code for a module and all that it imports of its room and of `ROOMS`."""
-    # the closure over imports: a changed helper is a changed judgement
+    """Return module -> code hash for a module and its imports from its package and `HASHED_PACKAGES`."""
+    # Transitive imports, because a changed helper changes the judgement.
     hashes: dict[str, str] = {}
     to_read = [module]
     while to_read:
@@ -84,20 +83,20 @@ def _read_source(module: str) -> str:
 
 
 def _get_package(module: str) -> str:
-    """Return the folder of its hall that a module is in: `megatron_sov.judge.tools` of all of its worlds."""
+    """Return a module's package below its hall, such as `megatron_sov.judge.tools`."""
     return ".".join(module.split(".")[:3])
 
 
 def _find_imports(tree: ast.AST, rooms: set[str]) -> list[str]:
-    """Return the modules of some rooms that a module imports, wherever it does."""
+    """Return the modules from `rooms` that a module imports, including local imports."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from a import b` may name a module or something inside of one: both are tried
+            # `from a import b` may import a module or a name inside a module.
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    # a name of the sandbox's package is taken from its __init__.py
+    # Names from the sandbox package itself come from its __init__.py.
     ours = [name for name in names if name == SANDBOX or name.startswith(tuple(f"{room}." for room in rooms))]
     return [name for name in ours if importlib.util.find_spec(name.rpartition(".")[0]) is not None
             and _is_module(name)]
@@ -106,13 +105,12 @@ def _find_imports(tree: ast.AST, rooms: set[str]) -> list[str]:
 def _is_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # something inside a module
+    except ModuleNotFoundError:  # a name inside a module
         return False
 
 
 def _strip_docstrings(tree: ast.Module) -> str:
-    """Return a module's code without comments, layout and strings that stand alone: docstrings, and those
-    under a field."""
+    """Return a module's code without comments, layout and docstrings, including field docstrings."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
@@ -123,7 +121,7 @@ def _strip_docstrings(tree: ast.Module) -> str:
 
 
 def collect_settings(reward: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all settings that a reward was made with, defaults among them."""
+    """Return a reward's settings including defaults."""
     if dataclasses.is_dataclass(reward) and not isinstance(reward, type):
         return {f.name: getattr(reward, f.name) for f in dataclasses.fields(reward)}
     bound = inspect.signature(type(reward)).bind(**arguments)
@@ -132,7 +130,7 @@ def collect_settings(reward: Any, arguments: Mapping[str, Any]) -> dict[str, Any
 
 
 def _get_installed_version(distribution: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version  # takes as long as all else of a help
+    from importlib.metadata import PackageNotFoundError, version  # slow to import; `--help` must be fast
 
     try:
         return version(distribution)

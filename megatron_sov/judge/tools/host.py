@@ -1,8 +1,7 @@
-"""An environment in a process of its own: a tool that hangs, eats the machine or ends its process costs its
-call and nothing else.
+"""Run an environment in a child process, so that a tool that hangs, exhausts memory or exits only affects its
+call.
 
-The state behind the last call lies here as JSON; where a process had to be ended, the next one goes on from
-it.
+The state after the last call is held here as JSON, so that a new process can continue after a crash.
 """
 
 from __future__ import annotations
@@ -24,49 +23,49 @@ from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
 from megatron_sov.work.processes.workers import START_LIMIT_S, Answer, LostAnswer, Workers
 
 _ANSWER_BYTES = 64 << 20
-"""An answer's size beside the state's."""
+"""Size of an answer beyond the state."""
 
 
 @dataclass(frozen=True)
 class CallResult:
-    """What became of one call."""
+    """Result of a call."""
 
     text: str
-    """What the model is told."""
+    """Text for the model."""
     fault: str = ""
-    """One of `environment.FAULTS`; empty: the tool gave this."""
+    """Key of `environment.FAULTS`, or ""."""
     is_cut: bool = False
-    """Whether the tool said more."""
+    """The text was cut."""
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How an episode begins."""
+    """Start of an episode."""
 
     observation: Observation
-    """What the model is told."""
+    """First messages."""
     tools: tuple[dict[str, Any], ...]
-    """What it may call, as OpenAI describes functions."""
+    """Tools in OpenAI's format."""
 
 
 @dataclass(frozen=True)
 class EnvironmentReply:
-    """What became of a turn that an environment was told."""
+    """Reply of a conversing environment."""
 
     results: tuple[CallResult, ...] = ()
-    """Of its calls, in order."""
+    """Results of the calls, in order."""
     user: str | None = None
-    """What a user says behind them; None: nothing."""
+    """User message, if any."""
     is_over: bool = False
-    """Whether the model is asked for no more."""
+    """The episode is over."""
 
 
 class EpisodeLost(UserError):
-    """An episode cannot be continued, by no fault of its task: it has no reward."""
+    """The episode cannot continue, through no fault of its task, and has no reward."""
 
 
 class _ProcessEnded(Exception):
-    """The process did not answer: a fault's code and reason."""
+    """The process did not answer; fault code and reason."""
 
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)
@@ -74,27 +73,27 @@ class _ProcessEnded(Exception):
 
 
 class EnvironmentHost:
-    """An environment that plays one episode at a time; a context, since its process has to end."""
+    """Runs an environment in a child process, one episode at a time."""
 
     def __init__(self, request: PluginRequest, limits: EpisodeLimits) -> None:
-        """Nothing is started yet.
+        """Prepare without starting the process.
 
         Args:
-            request: which environment.
-            limits: of calls and of what they leave.
+            request: the environment.
+            limits: limits for calls and state.
         """
         self._asked, self._limits = request, limits
-        self._workers = Workers(  # whose sandbox is a process of its own
+        self._workers = Workers(  # sandboxes are processes too
             f"tool environment {request.name}", _start_environment,
             (request, {"max_tool_chars": limits.max_tool_chars, "max_state_bytes": limits.max_state_bytes}),
             modules=[module for module, _, _ in BUILT_IN.values()], may_start_processes=True,
-            # the process runs code of others: its answers are bounded before they are read
+            # The process runs foreign code, so its answers are bounded.
             most_bytes=limits.max_state_bytes + _ANSWER_BYTES)
         self._task: Task = {}
         self.state = "null"
-        """Of the environment behind the last call, as JSON."""
+        """State after the last call, as JSON."""
         self.converses = False
-        """Whether the environment is told whole turns; known when an episode has begun."""
+        """The environment takes whole turns; set by `reset`."""
 
     def __enter__(self) -> Self:
         return self
@@ -103,52 +102,52 @@ class EnvironmentHost:
         self.end()
 
     def end(self) -> None:
-        """End the process without a word to servers that it has asked: their sessions stay.  The next episode
-        begins another process."""
+        """End the process without notifying servers, whose sessions remain. The next episode starts a new
+        process."""
         self._workers.end()
 
     def reset(self, task: Task) -> Opening:
         """Begin an episode.
 
         Raises:
-            UserError: the environment cannot be made, or the task is none of its own.
+            UserError: the environment cannot be built, or the task does not fit.
         """
         self._task = task
         answer = self._request_opening("reset", task=dict(task))
         return Opening(Observation(**answer["observation"]), tuple(answer["tools"]))
 
     def resume(self, task: Task, state: str) -> Opening:
-        """Go on in an episode whose state is known; raises as `reset` does.
+        """Continue an episode from its state; raises like `reset`.
 
         Raises:
-            EpisodeLost: the world cannot come to that state again.
+            EpisodeLost: the environment cannot reach the state.
         """
-        # the task first: a state alone has no goal and no tools
+        # Task first, because the state has no goal and no tools.
         opening = self.reset(task)
         self._request_opening("restore", task=dict(task), state=json.loads(state))
         return opening
 
     def call(self, call: ToolCall) -> CallResult:
-        """Return what a call gives, whatever the tool does."""
+        """Call a tool; failures become results with a fault."""
         try:
             answer = self._request("call", self._limits.call_timeout_s, name=call.name,
                                    arguments=call.arguments)
         except _ProcessEnded as gone:
             try:
                 self._request_opening("restore", task=dict(self._task), state=json.loads(self.state))
-            except UserError as e:  # it could before: nothing is known about the model's doing
+            except UserError as e:  # restoring worked before, so the machine is at fault
                 return CallResult(f"error: {call.name}: {gone.reason}, and {shorten_reason(str(e))}",
                                   INFRASTRUCTURE)
             return CallResult(f"error: {call.name}: {gone.reason}", gone.code)
-        # a call that failed sends none: the state is what it was
+        # Failed calls have no state: it is unchanged.
         self.state = answer.get("state", self.state)
         return CallResult(answer["text"], answer["fault"], answer["is_cut"])
 
     def reply(self, turn: ServedTurn) -> EnvironmentReply:
-        """Return what an environment that converses says behind a turn.
+        """Return a conversing environment's reply to a turn.
 
         Raises:
-            InfrastructureFault: the episode cannot go on.
+            InfrastructureFault: the episode cannot continue.
         """
         try:
             answer = self._request("reply", self._limits.call_timeout_s, turn=asdict(turn))
@@ -168,7 +167,7 @@ class EnvironmentHost:
         return Result(result["reward"], result["status"], result["components"], result["reason"])
 
     def _request_opening(self, operation: str, **request: Any) -> dict[str, Any]:
-        """Ask for what begins an episode, of a process that is started where there is none."""
+        """Send a request that begins or resumes an episode, starting a process if needed."""
         try:
             answer = self._request(operation, START_LIMIT_S, **request)
         except _ProcessEnded as gone:
@@ -182,7 +181,7 @@ class EnvironmentHost:
         return answer
 
     def _request(self, operation: str, timeout_s: float, **request: Any) -> dict[str, Any]:
-        """Return what the process answers; it is ended where it does not."""
+        """Send a request and return the answer; end the process on a timeout."""
         ((_, answer),) = self._workers.answers(deque([(operation, {"what": operation, **request})]),
                                                timeout_s)
         if isinstance(answer, LostAnswer):
@@ -192,10 +191,10 @@ class EnvironmentHost:
 
 
 def _start_environment(asked: PluginRequest, limits: dict[str, int]) -> Answer:
-    """Return what does as it is asked, in the environment's process."""
-    # without its version: to read all its code took most of the start
+    """Build the environment in the child process; return the request handler."""
+    # Without its version, because hashing the code would dominate the start.
     environment = build_environment(asked)
-    # behind that: making the world is not limited itself
+    # Afterwards, because building the environment is not limited.
     limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
     return lambda request, again: _REQUEST_HANDLERS[request.pop("what")](environment, request | limits)
 
@@ -220,7 +219,7 @@ def _restore_environment(environment: Environment, request: dict[str, Any]) -> d
     try:
         environment.restore(request["state"])
         return answer | {"state": _dump_state(environment, request)}
-    except ToolFault as e:  # also of a call that is made again, and was granted before
+    except ToolFault as e:  # also for a repeated call that worked before
         return {"lost": e.reason}
     except (Exception, SystemExit) as e:
         return {"problem": f"tool environment {type(environment).__name__}: its state "
@@ -229,8 +228,8 @@ def _restore_environment(environment: Environment, request: dict[str, Any]) -> d
 
 
 def _call_tool(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
-    """Make a call; one that gives no result leaves the state as it was."""
-    # before each call, since a tool may fail half way through its changes
+    """Run a call; restore the state if it has no result."""
+    # Before each call, because a tool may fail halfway.
     before = environment.snapshot()
     try:
         text, is_cut = _format_value(_get_call_value(environment, request), request["max_tool_chars"])
@@ -241,7 +240,7 @@ def _call_tool(environment: Environment, request: dict[str, Any]) -> dict[str, A
         fault = ToolFault("memory", "asked for more memory than it may have")
     except (Exception, SystemExit) as e:
         fault = ToolFault("failed", f"failed ({shorten_reason(format_error(e))})")
-    # also where the result could not be shown: the model must not see a state that no call explains
+    # Also if the result could not be formatted: no call would explain the new state.
     environment.restore(before)
     problem = fault.reason if fault.code in ("unknown_tool", "arguments") else (
         f"{request['name']}: {fault.reason}")
@@ -257,12 +256,12 @@ def _get_reply(environment: Environment, request: dict[str, Any]) -> dict[str, A
                 "state": _dump_state(environment, request)}
     except ToolFault as e:
         return {"lost": e.reason}
-    except (Exception, SystemExit) as e:  # MemoryError too: half a conversation cannot go on
+    except (Exception, SystemExit) as e:  # MemoryError too: a broken conversation cannot continue
         return {"lost": f"failed ({shorten_reason(format_error(e))})"}
 
 
 def _get_call_value(environment: Environment, request: dict[str, Any]) -> Any:
-    # by what this episode shows, not by what the class has: tools may depend on the task
+    # By the episode's tools, which may depend on the task.
     names = [tool["function"]["name"] for tool in environment.tools()]
     if request["name"] not in names:
         raise ToolFault("unknown_tool", format_unknown_tool(request["name"], names))
@@ -277,7 +276,7 @@ def _format_value(value: Any, max_chars: int) -> tuple[str, bool]:
             raise ToolFault("result",
                             f"returned something that is no JSON ({shorten_reason(str(e))})") from None
     text, is_cut = cut_text(value, max_chars)
-    return text.encode("utf-8", "replace").decode(), is_cut  # half a surrogate pair is no text
+    return text.encode("utf-8", "replace").decode(), is_cut  # lone surrogates are not valid UTF-8
 
 
 def _dump_state(environment: Environment, request: dict[str, Any]) -> str:
@@ -285,7 +284,7 @@ def _dump_state(environment: Environment, request: dict[str, Any]) -> str:
         state = json.dumps(environment.snapshot(), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise ToolFault("state", f"left a state that is no JSON ({shorten_reason(str(e))})") from None
-    # ASCII by json.dumps: characters are bytes
+    # json.dumps writes ASCII, so characters are bytes.
     if len(state) > request["max_state_bytes"]:
         raise ToolFault("state", f"left a state of {len(state):,} bytes, more than "
                                  f"{request['max_state_bytes']:,}")

@@ -1,4 +1,4 @@
-"""Which tool environments there are, by name, how one is made from settings, and the tasks that it gets."""
+"""Registry: find tool environments by name, build them, and read their tasks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
                 "tables and tools in Python that a task describes"),
     "verifiers": ("megatron_sov.judge.tools.worlds.verifiers", "Verifiers", "an environment of verifiers"),
 }
-"""Name -> module, class and line in the list of what is built in."""
+"""Name -> (module, class, description)."""
 METHODS: dict[str, tuple[str, ...]] = {"reset": ("task",), "tools": (), "call": ("name", "arguments"),
                                        "score": ("answer",), "snapshot": (), "restore": ("state",)}
 
@@ -40,29 +40,29 @@ def _check_environment_class(loaded: LoadedPlugin) -> None:
 
 
 ENVIRONMENT_PLUGINS: Registry[type[Any]] = Registry("tool environment", BUILT_IN, _check_environment_class)
-"""Environments that are not built in."""
+"""Registered environments besides the built-in ones."""
 
 
 def request_environment(name: str, settings: Mapping[str, Any]) -> PluginRequest:
-    """Return the order for an environment that a person named, a built-in one or FILE.py:NAME.
+    """Return a request for a built-in environment or FILE.py:NAME.
 
     Raises:
-        UserError: there is none of that name, or its file cannot be run.
+        UserError: the name is unknown, or the file cannot be executed.
     """
     return registry.request_plugin(name, settings, BUILT_IN, ENVIRONMENT_PLUGINS)
 
 
 def build_environment(request: PluginRequest) -> Environment:
-    """Return the environment of an order; raises as `make`."""
+    """Build an environment; raises like `build_versioned_environment`."""
     return cast(Environment, registry.build_plugin(request, BUILT_IN, ENVIRONMENT_PLUGINS).value)
 
 
 def build_versioned_environment(request: PluginRequest) -> tuple[Environment, str]:
-    """Return the environment of an order, and its version: a hash of its code and settings.
+    """Build an environment and compute its version, a hash over code and settings.
 
     Raises:
-        UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named. Or
-            its file fails, or has changed since it was ordered.
+        UserError: settings are unknown or invalid (all are named), or the file fails or has changed since the
+            request.
     """
     built = registry.build_plugin(request, BUILT_IN, ENVIRONMENT_PLUGINS)
     return (cast(Environment, built.value),
@@ -70,10 +70,10 @@ def build_versioned_environment(request: PluginRequest) -> tuple[Environment, st
 
 
 def read_tasks(environment: Environment, name: str, path: Path | None) -> list[Task]:
-    """Return the tasks of a file in JSON lines, or without one an environment's examples.
+    """Read tasks from a JSON Lines file, or return the environment's examples.
 
     Raises:
-        UserError: there are none, or a line is no JSON object.
+        UserError: there are no tasks, or a line is not a JSON object.
     """
     if path is None:
         examples: Sequence[Task] = getattr(environment, "EXAMPLES", ())

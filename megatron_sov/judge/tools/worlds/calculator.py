@@ -1,4 +1,4 @@
-"""A calculator: arithmetic, exact where it can be, in bounds."""
+"""Calculator environment: exact arithmetic within bounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_sov.judge.tools.environment import ToolRefused, tool
 from megatron_sov.judge.tools.worlds.goals import AnsweredWorld
 
 MAX_CHARS, MAX_NODES, MAX_BITS = 1000, 200, 4096
-"""Of an expression, of its parts, and of the whole numbers that it may come to."""
+"""Bounds for expression length, syntax nodes, and integer size."""
 Number = int | float | Fraction
 _BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -27,21 +27,21 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "asin": math.asin, "acos": math.acos, "atan": math.atan, "floor": math.floor, "ceil": math.ceil,
     "gcd": math.gcd, "factorial": math.factorial, "comb": math.comb}
 _MAX_ARGUMENTS = {"factorial": 400, "comb": 1000}
-"""Largest argument of functions that grow fast."""
+"""Largest argument for fast-growing functions."""
 MAX_DIGITS = 300
-"""To round to, on either side of the point."""
+"""Largest number of digits for rounding."""
 
 
 @dataclass
 class Calculator(AnsweredWorld):
-    """Numbers, and an answer that is one."""
+    """Arithmetic tasks with a numeric answer."""
 
     SYSTEM = 'Use the calculator for arithmetic. End with "The answer is" and the number.'
     EXAMPLES = ({"question": "What is 17 * 23 + 2 ** 10?", "answer": "1415"},
                 {"question": "What is 1/3 + 1/6?", "answer": "0.5"})
 
     relative_tolerance: float = 1e-6
-    """Between the answer and the task's."""
+    """Relative tolerance for answers."""
 
     @tool
     def calculate(self, expression: str) -> str:
@@ -55,10 +55,10 @@ class Calculator(AnsweredWorld):
 
 
 def evaluate_expression(expression: str) -> str:
-    """Return the value of an expression: a whole number, a fraction with its decimal value, or a decimal.
+    """Evaluate an expression; return an integer, a fraction with its decimal value, or a decimal.
 
     Raises:
-        ToolRefused: it is no arithmetic, has no value, or goes beyond the bounds.
+        ToolRefused: the expression is invalid, undefined, or out of bounds.
     """
     if len(expression) > MAX_CHARS:
         raise ToolRefused(f"the expression has {len(expression):,} characters, at most {MAX_CHARS:,}")
@@ -95,11 +95,11 @@ def _evaluate_node(node: ast.AST) -> Number:
 
 
 def _apply_operator(op: ast.operator, left: Number, right: Number) -> Number:
-    # whole numbers divide exactly: 1/3 + 1/6 is 1/2, without rounding
+    # Integers divide exactly: 1/3 + 1/6 is 1/2.
     if isinstance(op, ast.Div) and not isinstance(left, float) and not isinstance(right, float):
         return _check_bounds(Fraction(left) / Fraction(right))
     if isinstance(op, ast.Pow) and not isinstance(left, float):
-        # known before it is worked out: 9 ** 9 ** 9 has 369 million digits
+        # Check before computing: 9 ** 9 ** 9 has 369 million digits.
         bits = max(Fraction(left).numerator.bit_length(), Fraction(left).denominator.bit_length())
         if not -MAX_BITS <= right * bits <= MAX_BITS:
             raise ToolRefused(f"a power has more than {MAX_BITS} bits")
@@ -118,7 +118,7 @@ def _call_function(name: str, arguments: list[Number]) -> Number:
 def _check_bounds(value: Any) -> Number:
     if isinstance(value, float) and not math.isfinite(value):
         raise ToolRefused("has no finite value")
-    # (-1) ** 0.5 is complex in Python
+    # (-1) ** 0.5 is complex in Python.
     if isinstance(value, complex) or not isinstance(value, Number):
         raise ToolRefused("has no real value")
     if not isinstance(value, float) and max(Fraction(value).numerator.bit_length(),

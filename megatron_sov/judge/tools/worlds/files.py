@@ -1,4 +1,4 @@
-"""A tree of text files that lies in the state, not on the disk."""
+"""Environment with a tree of text files in its state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_sov.judge.tools.environment import Observation, Task, ToolRefused,
 
 MAX_FILES, MAX_TREE_CHARS = 10_000, 8_000_000
 MAX_MATCHES = 200
-"""Lines that a search gives."""
+"""Lines per search."""
 _FILES = {"app/main.py": "from app import greet\n\nprint(greet('Mina'))\n",
           "app/__init__.py": "def greet(name):\n    return 'Helo ' + name\n",
           "notes.txt": "Fix the greeting.\n"}
@@ -20,7 +20,7 @@ _FILES = {"app/main.py": "from app import greet\n\nprint(greet('Mina'))\n",
 
 @dataclass
 class Files(World):
-    """The goal says what files hold in the end; the others have to be as they were."""
+    """File editing tasks; the goal defines final contents, and other files must stay unchanged."""
 
     SYSTEM = "You work in a tree of text files. Change what you are asked to change, and nothing else."
     EXAMPLES = ({"question": "The greeting is misspelt. Mend it.", "files": _FILES, "goal": {"files": {
@@ -29,7 +29,7 @@ class Files(World):
             "notes.txt": None, "NOTES.md": "Fix the greeting.\n"}}})
 
     def reset(self, task: Task) -> Observation:
-        """Begin an episode, and work out what its end should be."""
+        """Begin an episode and compute the wanted files."""
         observation = super().reset(task)
         goal = task.get("goal")
         changed = goal.get("files") if isinstance(goal, dict) else None
@@ -55,7 +55,7 @@ class Files(World):
         return files
 
     def score(self, answer: str) -> Score:
-        """Return 1 where all files are as wanted, else 0."""
+        """Return 1 if all files are as wanted, else 0."""
         paths = sorted({*self.files, *self._wanted})
         wrong = [path for path in paths if self.files.get(path) != self._wanted.get(path)]
         return Score(float(not wrong), {"wrong_files": len(wrong), "first_wrong": wrong[:5]})

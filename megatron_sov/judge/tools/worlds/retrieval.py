@@ -1,4 +1,4 @@
-"""Documents of a user's own, to be searched and read."""
+"""Retrieval environment: search and read documents from a file."""
 
 from __future__ import annotations
 
@@ -26,19 +26,18 @@ K1, B = 1.2, 0.75
 _WORD = re.compile(r"\w+")
 _NO_SPACES = {"THAI", "LAO", "KHMER", "MYANMAR", "CJK", "HIRAGANA", "KATAKANA"}
 MAX_DOCUMENTS = 500_000
-"""The index lies in the memory of each process."""
+"""Most documents, because each process holds the index in memory."""
 MAX_QUERIES = 16
 _NAME = re.compile(r"[A-Za-z_]\w{0,63}")
 
 
-# BM25: documents ranked by the words of a query (Robertson and Zaragoza, "The Probabilistic Relevance
-# Framework: BM25 and Beyond", 2009, equation 3.15; the inverse document frequency with one added inside the
-# logarithm, as in Lucene, so that it is never negative).
+# BM25 ranking (Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009,
+# equation 3.15), with 1 added inside the logarithm for a non-negative inverse document frequency, as in
+# Lucene.
 
 
 def split_terms(text: str) -> list[str]:
-    """Return the words of a text in lower case; of scripts without spaces, each two characters that stand
-    together."""
+    """Return lower-case words; for scripts without spaces, pairs of adjacent characters."""
     terms: list[str] = []
     for word in _WORD.findall(text.casefold()):
         if len(word) > 1 and get_script(word[0]) in _NO_SPACES:
@@ -49,11 +48,11 @@ def split_terms(text: str) -> list[str]:
 
 
 class Bm25:
-    """An index of documents, in memory."""
+    """In-memory BM25 index."""
 
     def __init__(self, documents: Sequence[str]) -> None:
         self._lengths: list[int] = []
-        # term -> (document, times): a search touches only documents that have a word of it
+        # term -> (document, count): a search only touches documents with its terms
         self._counts: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         for number, document in enumerate(documents):
             counts = Counter(split_terms(document))
@@ -63,15 +62,15 @@ class Bm25:
         self._mean_length = sum(self._lengths) / max(len(self._lengths), 1) or 1.0
 
     def search(self, query: str, count: int) -> list[tuple[int, float]]:
-        """Return (document, score) of the best, best first, of equal ones the earlier first; those without
-        any of the words are left out."""
+        """Return the best (document, score), best first, ties by index; documents without any term are
+        omitted."""
         scores: defaultdict[int, float] = defaultdict(float)
         for term, times in Counter(split_terms(query)).items():
             places = self._counts.get(term, [])
-            # ln(1 + (N - n + 0.5) / (n + 0.5)), n of N documents having the term
+            # ln(1 + (N - n + 0.5) / (n + 0.5)) for n out of N documents with the term
             idf = math.log(1 + (len(self._lengths) - len(places) + 0.5) / (len(places) + 0.5))
             for number, tf in places:
-                # B: how far long documents are held back; K1: how soon more of a term counts no more
+                # B: penalty for long documents; K1: saturation for repeated terms.
                 length = K1 * (1 - B + B * self._lengths[number] / self._mean_length)
                 scores[number] += times * idf * tf * (K1 + 1) / (tf + length)
         return sorted(scores.items(), key=lambda found: (-found[1], found[0]))[:count]
@@ -92,41 +91,41 @@ ToolName = Annotated[str, Bound(_find_name_problem)]
 
 @dataclass
 class Retrieval(AnsweredWorld):
-    """A tool that searches and a tool that reads; their names and arguments are settings, so that the world
-    looks as the one that a model was, or will be, used in."""
+    """Search and read tools over documents; tool and argument names are settings, to match a model's other
+    uses."""
 
     corpus: Annotated[str, Bound(_find_file_problem)]
-    """File in JSON lines: a document each."""
+    """JSON Lines file with a document per line."""
     text: str = "text"
-    """Field of its text."""
+    """Document field with the text."""
     keys: Annotated[tuple[ToolName, ...], MinLen(1), UNIQUE_ITEMS] = ("id",)
-    """Fields by which a document is read: the first one is needed, the others narrow it down."""
+    """Fields for reading documents: the first is required, the others narrow the selection."""
     search: ToolName = "search"
-    """Name of the tool that searches."""
+    """Name of the search tool."""
     read: Annotated[ToolName, differs_from_field("search")] = "read"
-    """Name of the tool that reads."""
+    """Name of the read tool."""
     query: ToolName = "query"
-    """Name of its argument."""
+    """Argument name in the search tool."""
     queries: Literal["one", "list"] = "one"
-    """Whether the argument is a text, or a list of them."""
+    """The argument is a text, or a list of texts."""
     top_k: AtLeastOne = 3
-    """Documents that a query gives."""
+    """Documents per query."""
     snippet_chars: NotNegativeInt = 200
-    """Of a document that is found."""
+    """Characters per found document."""
     system: str = ("Answer from the documents: search them, read what looks right. End with "
                    '"The answer is" and the answer.')
-    """Rules for the model, where a task has none of its own."""
+    """Rules for tasks without their own."""
 
     def rules(self) -> str:
         return self.system
 
     def inputs(self) -> dict[str, str]:
-        """Return the digest of the corpus: other documents are another world."""
+        """Return version inputs: the digest of the corpus."""
         return {"corpus": hash_file(Path(self.corpus))}
 
     @cached_property
     def tools_by_name(self) -> dict[str, Tool]:
-        """Both tools, by the settings' names."""
+        """Both tools by their configured names."""
         asked = Parameter(list[str] if self.queries == "list" else str,
                           "queries, each of which is searched for" if self.queries == "list"
                           else "words to search for")
@@ -171,7 +170,7 @@ class Retrieval(AnsweredWorld):
         return dict(documents)
 
     def first_state(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        """Nothing changes here; the documents are read before the first call is timed."""
+        """Return {}; load the documents before calls are timed."""
         assert self._search_index and self._by_key
         return {}
 

@@ -1,11 +1,11 @@
-"""Environments of the library `verifiers` (0.4): tasksets with their harness, tools, users and rewards.
+"""Environments from the library `verifiers` (0.4): tasksets with harness, tools, users and rewards.
 
-The library runs in a Python of its own (`verifiers_bridge.py`), where an environment asks a chat endpoint for
-each turn of the model.  What a request has more than the conversation so far is what the model is shown; the
-turn that it writes is the answer.  So the environment makes the calls, plays the user, and gives the reward.
+The library runs in its own Python (`verifiers_bridge.py`) and requests each model turn from a chat endpoint.
+The new messages in a request are shown to the model; the model's turn is the answer. The library runs the
+calls, plays the user, and computes the reward.
 
-The environment keeps its world to itself: the state of an episode is its turns and what came of them, and one
-that is continued is played again up to there, where all must come as it did.
+The library's world cannot be saved: the state holds the turns and replies, and resuming replays them, which
+must give the same replies.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from megatron_sov.sandbox.process_tree import ProcessTree
 from megatron_sov.work.processes.children import foreign_environment
 
 MAX_LINE_BYTES = 256 << 20
-"""Of a message of the library's process."""
+"""Longest message from the library's process."""
 BRIDGE = __name__ + "_bridge"
-"""Module that the library's Python runs."""
+"""Module run by the library's Python."""
 SYSTEM_ROLES = ("system", "developer")
 NETWORK_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
               "https_proxy", "no_proxy", "UV_INDEX_URL", "UV_DEFAULT_INDEX")
-"""Variables without which uv, behind a proxy, installs nothing."""
-"""Roles of the rules."""
+"""Variables that uv needs behind a proxy."""
+"""Roles that carry rules."""
 
 
 def find_program_problem(command: tuple[str, ...]) -> Violation | None:
@@ -60,36 +60,36 @@ def _find_config_problem(text: str) -> Violation | None:
 
 @dataclass
 class Verifiers(World):
-    """One run of the library's environment for each episode; a task is a number in its taskset."""
+    """An environment from `verifiers`; a task is an index into its taskset."""
 
     EXAMPLES = ({"task": 0},)
     MAX_MEMORY_BYTES = 0
-    """The library, its programs and servers may ask for as much address space as they like."""
+    """No limit for the library, its programs and servers."""
 
     config: Annotated[str, MinLen(1), Bound(_find_config_problem)]
-    """Settings of `vf-eval`: its table `env` names the taskset, the harness, and where it runs.  Modules that
-    lie beside the file can be imported."""
+    """`vf-eval` settings file: its table `env` names taskset, harness and location. Modules next to the file
+    are importable."""
     python: Annotated[str, MinLen(1), Bound(lambda text: find_program_problem((text,)))] = "python3"
-    """Interpreter that has `verifiers` installed."""
+    """Python interpreter with `verifiers`."""
     repeat: bool = False
-    """Whether a continued episode may make its calls again: for tools whose world is the episode's own, never
-    for those that act on the one outside.  Otherwise one that has made calls gets no reward."""
+    """Calls may be repeated when an episode resumes: only for tools without effects outside the episode.
+    Otherwise a resumed episode with calls has no reward."""
     env: tuple[Annotated[str, Bound(find_variable_problem)], ...] = ()
-    """Names of variables that the library is given of this command's environment, such as that of a judge's
-    key, besides HOME, LOGNAME, PATH, SHELL, TERM and USER."""
+    """Environment variables passed to the library, such as a judge's key, besides HOME, LOGNAME, PATH, SHELL,
+    TERM and USER."""
     _tools: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
     _seen: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
-    """The conversation that the next request must go on with."""
+    """Conversation that the next request must extend."""
 
     def __post_init__(self) -> None:
-        self._bridge: ProcessTree | None = None  # no field: those are settings, of plain types
+        self._bridge: ProcessTree | None = None  # not a field, because fields are settings
 
     def inputs(self) -> dict[str, Any]:
-        """Return what judges beside this module: the settings' file, and the bridge."""
+        """Return version inputs: settings file and bridge code."""
         return {"config": hash_file(Path(self.config)), "bridge": hash_code(BRIDGE)}
 
     def reset(self, task: Task) -> Observation:
-        """Begin a run of the environment on a task."""
+        """Begin an episode on a task."""
         number = task.get("task")
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise UserError('the task has no number: write {"task": 0} for the first one of the taskset')
@@ -109,7 +109,7 @@ class Verifiers(World):
         return self._tools
 
     def reply(self, turn: ServedTurn) -> TurnReply:
-        """Return what the environment says behind a turn."""
+        """Return the environment's reply to a turn."""
         message = _to_message(turn, len(self.state["turns"]))
         request = self._exchange({"answer": message})
         self.state["turns"].append(asdict(turn))
@@ -125,8 +125,7 @@ class Verifiers(World):
         return reply
 
     def score(self, answer: str) -> Score:
-        """Return the environment's reward; where a limit has ended the episode it is told that the model can
-        write no more."""
+        """Return the environment's reward; after a limit, first report that the model stops."""
         if (result := self.state["result"]) is None:
             result = self._exchange({"stop": True}).get("end")
         if result is None:
@@ -134,10 +133,10 @@ class Verifiers(World):
         return Score(result["reward"], {**result["components"], "stop": result["stop"]})
 
     def restore(self, state: Any) -> None:
-        """Give the turns of a state again, unless this run has had just them.
+        """Replay the turns in a state, unless this process already played them.
 
         Raises:
-            InfrastructureFault: the environment did not go as before, or calls may have acted.
+            InfrastructureFault: the replies differ, or calls may have had effects.
         """
         if state == self.state:
             return
@@ -149,7 +148,7 @@ class Verifiers(World):
                 self.reset(self.task)
             for turn in state["turns"]:
                 self.reply(ServedTurn.from_dict(turn))
-            # through JSON, as the state has come
+            # Through JSON, like the stored state.
             if json.loads(json.dumps(self.state)) != state:
                 raise InfrastructureFault("the environment does not repeat itself: its conversation is "
                                           "another one than before")
@@ -158,21 +157,21 @@ class Verifiers(World):
     # The library's process.
 
     def end(self) -> None:
-        """End it; it also ends with this process."""
+        """End the process, which also ends with this one."""
         if self._bridge is not None:
             self._bridge.end()
             self._bridge = None
 
     def _start_bridge(self) -> None:
-        """Start the bridge, unless it runs."""
+        """Start the bridge unless it is running."""
         if self._bridge is not None:
             return
         program, folder = shutil.which(self.python) or self.python, str(Path(self.config).resolve().parent)
         variables = foreign_environment(self.env)
-        # programs of the library's own Python first, such as uv
+        # Programs next to the library's Python first, such as uv.
         path = os.pathsep.join((str(Path(program).absolute().parent), variables.get("PATH", os.defpath)))
         bridge = Path(__file__).with_name("verifiers_bridge.py")
-        # -P: this folder's modules have names of others
+        # -P: modules in this folder would shadow other packages.
         self._bridge = ProcessTree([program, "-P", str(bridge), self.config],
                                    {**variables, "PATH": path, "PYTHONPATH": folder})
         message = self._receive()
@@ -181,19 +180,19 @@ class Verifiers(World):
             raise InfrastructureFault(shorten_reason(str(message.get("problem"))) + self._describe_withheld())
 
     def _describe_withheld(self) -> str:
-        """Return what the library was not given of the environment that programs reach the network by."""
+        """Describe network variables that were not passed to the library."""
         names = [name for name in NETWORK_VARIABLES if name in os.environ and name not in self.env]
         return (f"; it was not given {', '.join(names)} of this environment: where it needs the network, as "
                 f"uv does, set env={json.dumps([*self.env, *names])}" if names else "")
 
     def _exchange(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Return what the environment wants of the model, or how it ended.
+        """Send a message; return the next request to the model, or the end.
 
         Raises:
-            InfrastructureFault: it cannot go on.
+            InfrastructureFault: the environment cannot continue.
         """
         assert self._bridge is not None
-        with contextlib.suppress(OSError):  # it has ended; that nothing comes says so
+        with contextlib.suppress(OSError):  # the process ended; the missing answer reports it
             self._bridge.stdin.write(json.dumps(line).encode() + b"\n")
             self._bridge.stdin.flush()
         answer = self._receive()
@@ -220,10 +219,10 @@ class Verifiers(World):
 
 
 def _simplify_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message of the chat completions API as what it says: thoughts and names are left out.
+    """Reduce a chat completions message to its content and calls.
 
     Raises:
-        InfrastructureFault: it has more than text.
+        InfrastructureFault: the content is not text.
     """
     content = message.get("content") or ""
     if isinstance(content, list):
@@ -239,7 +238,7 @@ def _simplify_message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _split_opening(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Return rules and question with which an episode begins."""
+    """Return the opening's rules and question."""
     roles = [message["role"] for message in messages]
     if roles not in (["user"], ["system", "user"]):
         raise InfrastructureFault(f"it begins with messages of {', '.join(map(str, roles)) or 'nobody'}; it "
@@ -248,7 +247,7 @@ def _split_opening(messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def _to_message(turn: ServedTurn, number: int) -> dict[str, Any]:
-    """Return a turn as the message of a chat completion."""
+    """Convert a turn to a chat completions message."""
     calls = [{"id": f"call_{number}_{place}", "type": "function", "function": {
         "name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}}
         for place, call in enumerate(turn.calls)]
@@ -259,10 +258,10 @@ def _to_message(turn: ServedTurn, number: int) -> dict[str, Any]:
 
 def _get_new_messages(messages: list[dict[str, Any]],
                       before: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what a conversation has more than before.
+    """Return the messages after a known conversation.
 
     Raises:
-        InfrastructureFault: it is another one.
+        InfrastructureFault: the conversation was rewritten.
     """
     earlier = [_simplify_message(message) for message in before]
     if messages[:len(earlier)] == earlier:
@@ -275,7 +274,7 @@ def _get_new_messages(messages: list[dict[str, Any]],
 
 
 def _parse_reply(more: Sequence[Mapping[str, Any]], message: Mapping[str, Any]) -> TurnReply:
-    """Return what new messages say behind a turn: results of its calls in order, and then a user."""
+    """Parse the messages after a turn: results in call order, then optionally a user message."""
     calls = [call["id"] for call in message.get("tool_calls", [])]
     results, rest = more[:len(calls)], more[len(calls):]
     if [result.get("tool_call_id") for result in results] != calls or len(rest) > 1 or any(

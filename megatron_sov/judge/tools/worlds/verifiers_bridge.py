@@ -1,11 +1,8 @@
-"""Plays an environment of `verifiers` (0.4) for `worlds.verifiers`, which starts this with that library's own
-Python: its first argument is a file of the library's settings.
+"""Bridge that runs a `verifiers` (0.4) environment in the library's own Python, for `worlds.verifiers`.
 
-A line in JSON on the standard input begins an episode (`task`), gives the model's turn (`answer`) or says
-that there will be none (`stop`).  A line on the standard output says what the environment wants of the model
-(`request`), how the episode came out (`end`), or why it cannot be played (`error`; `problem` at the start).
-
-The environment asks a chat endpoint as it asks any; the endpoint is this process.
+The argument is a settings file. Messages are JSON lines. Input: `task` begins an episode, `answer` is a model
+turn, `stop` ends the turns. Output: `request` asks for a model turn, `end` has the result, `error` reports a
+failed episode, `problem` a failed start. The environment requests turns from a chat endpoint in this process.
 """
 
 from __future__ import annotations
@@ -23,31 +20,31 @@ from typing import IO, Any
 
 MODEL = "policy"
 KEY = "POLICY_API_KEY"
-"""Variable of the endpoint's key, which `verifiers` gives no program of its own."""
+"""Variable with the endpoint's key, which `verifiers` passes to no program."""
 MAX_BODY_BYTES = 64 << 20
 REFUSAL = {"error": {"message": "the model may write no more: maximum context length", "type":
                      "invalid_request_error", "code": "context_length_exceeded"}}
-"""What servers answer where a context is full: harnesses end there and are scored."""
+"""A server's error for a full context, after which harnesses stop and are scored."""
 Answer = dict[str, Any]
 
 
 class ChatEndpoint:
-    """A chat endpoint whose requests are answered elsewhere, one after the other."""
+    """Chat endpoint whose requests are answered by another process, one at a time."""
 
     def __init__(self) -> None:
         self.start_episode()
 
     def start_episode(self) -> None:
-        """Forget an episode."""
+        """Reset for a new episode."""
         self.requests: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
         self._turn = asyncio.Lock()
         self._is_closed = False
-        """Whether requests are refused: the model writes no more."""
+        """Requests are refused."""
 
     @contextlib.asynccontextmanager
     async def serve_requests(self) -> AsyncIterator[str]:
-        """Serve; gives the address."""
+        """Serve requests; yield the address."""
         from aiohttp import web
 
         self._web = web
@@ -63,7 +60,7 @@ class ChatEndpoint:
             await runner.cleanup()
 
     def answer_request(self, message: Answer | None) -> None:
-        """Answer the request that waits; None: refuse it, and all that come."""
+        """Answer the waiting request; None: refuse this and all later requests."""
         self._is_closed = message is None
         self._answers.put_nowait(message)
 
@@ -93,7 +90,7 @@ class ChatEndpoint:
 
 
 class VerifiersBridge:
-    """An environment of the library, which plays one episode at a time."""
+    """Runs an environment from the library, one episode at a time."""
 
     def __init__(self, environment: Any, context: Any, endpoint: ChatEndpoint) -> None:
         self._environment, self._context, self._endpoint = environment, context, endpoint
@@ -102,7 +99,7 @@ class VerifiersBridge:
         self._run: asyncio.Task[Any] | None = None
 
     async def handle_message(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Return what comes of a line."""
+        """Execute a message and return the reply."""
         if "task" in line:
             await self.cancel_episode()
             if (task := self._get_task(line["task"])) is None:
@@ -121,7 +118,7 @@ class VerifiersBridge:
         return self._describe_result(self._run.result())
 
     async def cancel_episode(self) -> None:
-        """End the episode that goes on."""
+        """Cancel the running episode."""
         if self._run is not None:
             self._run.cancel()
             await asyncio.wait((self._run,))
@@ -133,7 +130,7 @@ class VerifiersBridge:
         return self._tasks[number] if number < len(self._tasks) else None
 
     def _describe_result(self, episode: Any) -> dict[str, Any]:
-        """Return the reward of the one trace that the model wrote, by the environment's own verdict."""
+        """Return the reward of the model's trace."""
         traces = [trace for trace in episode.traces if trace.agent.config.client == self._context.client]
         if not self._environment.complete(episode):
             errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
@@ -147,7 +144,7 @@ class VerifiersBridge:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the `env` table of a file of settings for `vf-eval`, in TOML or JSON."""
+    """Return the `env` table from a TOML or JSON settings file for `vf-eval`."""
     text = path.read_text(encoding="utf-8")
     settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     return dict(settings["env"])
@@ -155,7 +152,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def open_bridge(path: Path) -> AsyncIterator[VerifiersBridge]:
-    """Load the environment of a file of settings and what serves it."""
+    """Load the environment from a settings file and start the endpoint."""
     from verifiers.v1 import EvalClientConfig, ModelContext
     from verifiers.v1.configs.agent import agent_config_fields
     from verifiers.v1.utils.loaders import load_environment, resolve_env_config
@@ -176,7 +173,7 @@ async def open_bridge(path: Path) -> AsyncIterator[VerifiersBridge]:
 
 
 async def main(path: Path, source: IO[bytes], target: IO[bytes]) -> None:
-    """Play until the standard input ends."""
+    """Handle messages until standard input ends."""
     def say(line: dict[str, Any]) -> None:
         target.write(json.dumps(line).encode() + b"\n")
         target.flush()
@@ -196,7 +193,7 @@ async def main(path: Path, source: IO[bytes], target: IO[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    # what the environment prints is no message of the bridge, and what it reads is not for it
+    # Keep the environment's prints and reads apart from the bridge's messages.
     ours_in, ours_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)

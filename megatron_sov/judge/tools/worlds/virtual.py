@@ -1,16 +1,16 @@
-"""Worlds that a task describes: tables, and tools written as Python functions, which run in the sandbox.
+"""Environments described by tasks: tables, and tools as Python functions that run in the sandbox.
 
 A world is a JSON object:
 
     name, rules   texts
     tables        name -> {"columns": {name: type}, "rows": {key: row}, "free": [column, ...]}
-    code          Python: each function whose name does not begin with _ is a tool
-    examples      calls that give a result on the first tables, at least one of each tool
+    code          Python; functions without a leading _ are tools
+    examples      calls that succeed on the first tables, at least one per tool
 
 A tool takes `tables` (name -> key -> row), which it may change, and typed arguments; it returns a JSON value,
-or raises `Refused("sentence")`. Types are written as in Python (`TYPES`). Goals are in the style of tau-bench
-(arXiv 2406.12045): the calls of a goal lead from the first tables to the wanted ones. Further reading is no
-fault; a further change is.
+or raises `Refused("sentence")`. Types are Python types (`TYPES`). Goals follow tau-bench (arXiv 2406.12045):
+the goal's calls lead from the first tables to the wanted ones. Additional reads are allowed, additional
+changes are not.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 Tables = dict[str, dict[str, dict[str, Any]]]
 TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict,
                          "Literal": Literal, "None": None}
-"""Names that the type of a column or an argument may use."""
+"""Names allowed in column and argument types."""
 MAX_WORLD_CHARS = 200_000
-"""Of a world as JSON."""
+"""Largest world, as JSON."""
 MAX_TABLES, MAX_ROWS, MAX_TOOLS = 12, 500, 32
 MAX_PROBLEMS = 40
 CALL_LIMITS = Limits(wall_s=30, cpu_s=5, memory_bytes=512 << 20, output_bytes=32 << 20)
-"""Of the calls that are made together."""
+"""Sandbox limits for a batch of calls."""
 _CLOCKS = frozenset(("now", "today", "utcnow"))
 _WORLD = {"name", "rules", "tables", "code", "examples"}
 _TABLE = {"columns", "rows", "free"}
@@ -57,13 +57,13 @@ _TYPE_NODES = (ast.Expression, ast.Name, ast.Load, ast.Subscript, ast.Tuple, ast
 
 
 def parse_type(text: str) -> Any:
-    """Return the Python type that a text spells.
+    """Parse a Python type.
 
-    A text constant stands in `Literal[...]` alone: anywhere else typing makes a forward reference of it,
+    String constants are only allowed in `Literal[...]`: elsewhere typing would create forward references,
     which pydantic evaluates as Python in this process.
 
     Raises:
-        ValueError: it uses something else than `TYPES`, `|` and `[...]`, or is no type.
+        ValueError: the text uses more than `TYPES`, `|` and `[...]`, or is not a type.
     """
     try:
         tree = ast.parse(text, mode="eval")
@@ -72,7 +72,7 @@ def parse_type(text: str) -> Any:
             parsed = eval(compile(tree, "type", "eval", dont_inherit=True), {"__builtins__": {}, **TYPES})
             if parsed is None or isinstance(parsed, (type, UnionType)) or get_origin(parsed):
                 return parsed
-    except Exception:  # whatever parsing or subscripting a type raises
+    except Exception:  # parsing or subscripting a type may raise any exception
         pass
     raise ValueError(f"{text[:60]!r} is no type; a type is made of {', '.join(TYPES)}, | and [...]")
 
@@ -91,38 +91,38 @@ def _is_type_node(node: ast.AST, is_in_literal: bool) -> bool:
 
 @dataclass(frozen=True)
 class VirtualTable:
-    """A table of a world."""
+    """A table in a world."""
 
     rows: Mapping[str, Mapping[str, Any]]
-    """Key -> row, at the start."""
+    """Key -> row at the start."""
     free: frozenset[str]
-    """Columns of the user's own words, which no goal compares."""
+    """Free-text columns, which goals do not compare."""
     adapter: TypeAdapter[Any] = field(compare=False)
-    """Checks a row."""
+    """Row validator."""
 
 
 @dataclass(frozen=True)
 class VirtualWorld:
-    """A world whose description is sound."""
+    """A validated world."""
 
     name: str
     rules: str
-    """What the model reads before it begins."""
+    """Rules for the model."""
     tables: Mapping[str, VirtualTable]
     code: str
     functions: Mapping[str, ast.FunctionDef] = field(compare=False)
-    """Name of a tool -> its source."""
+    """Tool name -> source."""
     tools: Mapping[str, Tool] = field(compare=False)
-    """Name -> a tool that checks arguments and gives them back."""
+    """Name -> tool that validates and returns its arguments."""
     examples: tuple[Mapping[str, Any], ...]
-    """Calls: objects with `name` and `arguments`."""
+    """Calls with `name` and `arguments`."""
 
     def copy_first_tables(self) -> Tables:
         return {name: {key: dict(row) for key, row in table.rows.items()}
                 for name, table in self.tables.items()}
 
     def find_table_problem(self, tables: Any) -> str:
-        """Return why a value is not the tables of this world; empty: it is."""
+        """Return the reason why a value does not fit the tables; "" if it fits."""
         if not isinstance(tables, dict) or tables.keys() != self.tables.keys():
             return f"the tables must be {', '.join(self.tables)}"
         for name, table in self.tables.items():
@@ -151,15 +151,15 @@ def _find_row_problem(adapter: TypeAdapter[Any], row: Any) -> str:
 
 
 def find_world_problems(world: Any) -> list[str]:
-    """Return all problems of a description, a sentence each."""
+    """Return all problems in a description, a sentence each."""
     return _parse_world(world)[1]
 
 
 def read_world(world: Any) -> VirtualWorld:
-    """Return a described world.
+    """Parse and cache a world.
 
     Raises:
-        UserError: the description breaks rules; all of them are told.
+        UserError: the description breaks rules; all are named.
     """
     try:
         text = json.dumps(world, allow_nan=False)
@@ -196,7 +196,7 @@ def _parse_world(world: Any) -> tuple[VirtualWorld | None, list[str]]:
     for name, function in functions.items():
         try:
             tools[name] = _read_tool(function)
-        except Exception as e:  # whatever typing, pydantic and literals raise for a model's code
+        except Exception as e:  # typing, pydantic and literals may raise any exception on generated code
             problems.append(f"tool {name}: {first_error_line(e)}")
     examples = _read_examples(world.get("examples"), tools, problems)
     if problems:
@@ -233,7 +233,7 @@ def _read_tables(tables: Any, problems: list[str]) -> dict[str, VirtualTable]:
         try:
             adapter = build_strict_adapter(name,
                                            {column: parse_type(kind) for column, kind in columns.items()})
-        except Exception as e:  # also what pydantic raises for a type that no JSON has
+        except Exception as e:  # also pydantic's errors for types without a JSON form
             problems.append(f"{where}.columns: {first_error_line(e)}")
             continue
         parsed[name] = VirtualTable(rows, frozenset(free), adapter)
@@ -241,7 +241,7 @@ def _read_tables(tables: Any, problems: list[str]) -> dict[str, VirtualTable]:
 
 
 def _read_functions(code: str, problems: list[str]) -> dict[str, ast.FunctionDef]:
-    """Return name -> function of the tools of a world's code."""
+    """Return tool name -> function in a world's code."""
     try:
         tree = ast.parse(code)
         compile(code, "world.py", "exec")
@@ -254,7 +254,7 @@ def _read_functions(code: str, problems: list[str]) -> dict[str, ast.FunctionDef
             names = [node.module or "."]
         problems += [f"code: imports {name}; it may import {', '.join(sorted(MODULES))}"
                      for name in names if name.partition(".")[0] not in MODULES]
-        # the same calls must lead to the same tables on another day
+        # Goals must not depend on the date.
         if isinstance(node, ast.Attribute) and node.attr in _CLOCKS:
             problems.append(f"code: uses .{node.attr}, which differs from day to day")
     functions = {node.name: node for node in tree.body
@@ -266,11 +266,11 @@ def _read_functions(code: str, problems: list[str]) -> dict[str, ast.FunctionDef
 
 
 def _read_tool(function: ast.FunctionDef) -> Tool:
-    """Return a tool that gives back the arguments which it has checked.
+    """Build a tool that validates and returns its arguments.
 
     Raises:
-        UserError: it has no docstring, or an argument without a type that JSON has.
-        ValueError: likewise.
+        UserError: the docstring is missing, or a type has no JSON form.
+        ValueError: the signature or a type is invalid.
     """
     spec = function.args
     if [argument.arg
@@ -316,7 +316,7 @@ def _is_call(call: Any) -> bool:
 
 @dataclass(frozen=True)
 class CallOutcome:
-    """A call of a tool: its result and the tables after it, or the fault."""
+    """Result of a call with the tables after it, or its fault."""
 
     result: Any = None
     tables: Tables = field(default_factory=dict)
@@ -325,15 +325,15 @@ class CallOutcome:
 
 def call_tools(world: VirtualWorld,
                calls: Sequence[tuple[Tables, str, Mapping[str, Any]]]) -> list[CallOutcome]:
-    """Make calls, each on its own tables, in one program in the sandbox.
+    """Run calls in a single sandboxed program, each on its own tables.
 
     Args:
-        world: whose code runs.
-        calls: tables, name, and arguments that the tool has checked.
+        world: world with the code.
+        calls: tables, tool name and validated arguments.
 
     Raises:
         InfrastructureFault: the sandbox failed.
-        UserError: this machine has no sandbox.
+        UserError: the machine cannot sandbox programs.
     """
     request = json.dumps({"code": world.code, "calls": calls})
     program = Path(virtual_program.__file__).read_text(encoding="utf-8")
@@ -344,7 +344,7 @@ def call_tools(world: VirtualWorld,
     for line in outcome.stdout.splitlines()[:len(calls)]:
         try:
             outcomes.append(_parse_outcome(world, json.loads(line)))
-        # cut off at the limit of output, or written there by the code itself
+        # Truncated by the output limit, or written by the world's code.
         except (ValueError, TypeError, KeyError, RecursionError):
             break
     failed = ToolFault("failed", f"failed ({outcome.reason or 'it ended its process'})")
@@ -363,7 +363,7 @@ def _parse_outcome(world: VirtualWorld, record: Mapping[str, Any]) -> CallOutcom
 
 
 def _load_examples(name: str) -> tuple[Task, ...]:
-    """Return the tasks of a file beside this one, which share its world."""
+    """Load the tasks in a file next to this module, which share a world."""
     content = json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
     world = {**content["world"], "code": "\n".join(content["world"]["code"])}
     return tuple({**task, "world": world} for task in content["tasks"])
@@ -371,20 +371,20 @@ def _load_examples(name: str) -> tuple[Task, ...]:
 
 @dataclass
 class Virtual(World):
-    """A task has `world` and `goal`: `calls`, which lead to the wanted tables, and `answers` to be said."""
+    """Tasks have `world` and `goal`: `calls`, which lead to the wanted tables, and `answers` to state."""
 
     EXAMPLES = _load_examples("library.json")
     MAX_MEMORY_BYTES = 0
-    """The sandbox limits the code itself."""
+    """The sandbox limits memory."""
 
     def inputs(self) -> dict[str, Any]:
-        """Return what judges beside this module: the world of tasks that bring none, and Python."""
+        """Return version inputs: the default world and the Python version."""
         return {"world": self.EXAMPLES[0]["world"], "python": list(sys.version_info[:2])}
 
     def reset(self, task: Task) -> Observation:
-        """Begin an episode in the task's world, and work out the tables at its end."""
+        """Begin an episode in the task's world and compute the wanted tables."""
         self.world = read_world(task.get("world"))
-        # of the instance: each task has a world of its own
+        # Set on the instance, because each task has its own world.
         self.tools_by_name = dict(self.world.tools)
         observation = super().reset(task)
         goal = task.get("goal")
@@ -396,7 +396,7 @@ class Virtual(World):
         if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
             raise UserError("the task's goal.answers must be a list of texts")
         self._answers = answers
-        # by the tools themselves: a change of a tool changes the goal as well
+        # By calling the tools, so that changed tools change the goal.
         self._wanted = self._run_goal_calls(goal.get("calls", []))
         return observation
 
@@ -404,10 +404,10 @@ class Virtual(World):
         return self.world.rules
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        """Return the world's tables; a task's own `tables` replace those that it names.
+        """Return the world's tables, with replacements from the task's `tables`.
 
         Raises:
-            UserError: a table is not the world's, or a row is not of its types.
+            UserError: a table or a row does not fit the world.
         """
         task_tables = task.get("tables", {})
         if not isinstance(task_tables, dict) or not task_tables.keys() <= self.world.tables.keys():
@@ -419,7 +419,7 @@ class Virtual(World):
         return tables
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        """Return the result of a tool; without a result the tables stay as they are."""
+        """Call a tool; without a result the tables stay unchanged."""
         checked = super().call(name, arguments)
         [outcome] = call_tools(self.world, [(self.state, name, checked)])
         if outcome.fault is not None:
@@ -428,7 +428,7 @@ class Virtual(World):
         return outcome.result
 
     def _run_goal_calls(self, calls: list[Any]) -> dict[str, Any]:
-        """Return the tables after the goal's calls; the episode's own stay as they are."""
+        """Return the tables after the goal's calls, without changing the episode's tables."""
         first = self.snapshot()
         for i, call in enumerate(calls):
             if not _is_call(call):
@@ -443,18 +443,18 @@ class Virtual(World):
         return goal_tables
 
     def score(self, answer: str) -> Score:
-        """Return 1 if the tables are as wanted and all answers are said, else 0."""
+        """Return 1 if the tables are as wanted and all answers are stated, else 0."""
         normalized_answer = normalize_text(answer)
         missing = [wanted for wanted in self._answers
                    if not contains_words(normalized_answer, normalize_text(wanted))]
-        # the content counts: other calls with the same effect are right
+        # Compare contents, so that other calls with the same effect count.
         tables = {name: self.project_rows(name, self.state[name]) == self.project_rows(name,
                                                                                        self._wanted[name])
                   for name in self.world.tables}
         return Score(float(not missing and all(tables.values())), {"tables": tables, "unsaid": missing})
 
     def project_rows(self, table: str, rows: Mapping[str, Any]) -> Any:
-        """Return rows as goals compare them: without free columns, and new rows without their keys."""
+        """Return rows as goals compare them: without free columns, and new rows without keys."""
         free, first = self.world.tables[table].free, self._first[table]
         projected = {key: {name: value for name, value in row.items() if name not in free}
                  for key, row in rows.items()}
@@ -464,10 +464,10 @@ class Virtual(World):
 
 @dataclass
 class Booking(Virtual):
-    """Rooms of a chain of hotels; a task has `goal`, and `tables` if it likes, and leaves out the world."""
+    """Hotel bookings; a task has `goal` and optionally `tables`."""
 
     EXAMPLES = _load_examples("booking.json")
 
     def reset(self, task: Task) -> Observation:
-        """Begin an episode of a task; it may also bring a world of its own."""
+        """Begin an episode; a task may bring its own world."""
         return super().reset({"world": self.EXAMPLES[0]["world"], **task})
