@@ -20,7 +20,7 @@ from torch import nn
 
 from megatron_sov.base.artifacts import create_artifact, find_damaged_files, read_manifest
 from megatron_sov.base.errors import UserError, format_install_command
-from megatron_sov.base.hints.removed import was_removed
+from megatron_sov.base.hints.removed import suggest_successor
 from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.base.settings import parse_settings, to_plain_values
 
@@ -139,7 +139,7 @@ def load_codec_class(kind: str, where: str) -> Any:
         UserError: the kind is unknown, or a package is not installed; `where` names the folder.
     """
     if kind not in CODEC_CLASSES:
-        raise UserError(f"{where}: {kind!r} is not a kind of codec{was_removed(kind)}; there are "
+        raise UserError(f"{where}: {kind!r} is not a kind of codec{suggest_successor(kind)}; there are "
                         f"{', '.join(CODEC_CLASSES)}")
     module, _, name = CODEC_CLASSES[kind].partition(":")
     try:
