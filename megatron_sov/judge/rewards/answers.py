@@ -157,7 +157,7 @@ class Quantity:
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """Parse a short text as a number with a unit; return None for other texts, unknown units and overflow."""
+    """Parse a short text as a `Quantity`; return None for prose, unknown units and overflow."""
     text = _simplify_quantity(text)
     number = _NUMBER.match(text)
     if number is None or not any(char.isdigit() for char in number[0]):
@@ -268,7 +268,7 @@ class Stem:
     CONTROL, cpu_limit_s = "", 10.0
 
     kind: Literal["auto", "choice", "number", "text"] = "auto"
-    """auto: single letters are choices, parsable quantities are numbers, other answers are text."""
+    """`auto`: single letters are choices, parsable quantities are numbers, other answers are text."""
     relative_tolerance: Fraction = 0.01
     """Relative tolerance for numbers."""
     exact_integers: bool = True
@@ -359,6 +359,6 @@ def _parse_quantity(answer: str) -> Quantity | None:
     # "v = 3 m/s" starts with a name, but in "2 = 3" the numbers contradict each other.
     *sides, last = re.split(r"=|≈|\\approx", answer)
     quantity = read_quantity(last)
-    left_quantities = list(filter(None, map(read_quantity, sides)))
-    return quantity if quantity is None or all(are_equal_quantities(other, quantity, 0.01)
-                                               for other in left_quantities) else None
+    earlier = list(filter(None, map(read_quantity, sides)))
+    return quantity if quantity is None or all(are_equal_quantities(number, quantity, 0.01)
+                                               for number in earlier) else None

@@ -21,12 +21,12 @@ from megatron_sov.judge.rewards.code_tests import CANDIDATE, CompareBy, RowTests
 from megatron_sov.judge.rewards.program_text import extract_program, find_entry_points
 from megatron_sov.judge.rewards.reward import (
     OPERATION, Refused, Row, Score, format_short, get_text, shorten_reason)
-from megatron_sov.judge.rewards.version import hash_code
+from megatron_sov.judge.rewards.version import get_installed_version, hash_code
 from megatron_sov.sandbox.program import Limits, Outcome, Program
 from megatron_sov.sandbox.sandbox import Sandbox, shared_sandbox
 
 MAX_CACHED_FAULTS = 10_000
-"""Cached test sets per process."""
+"""Most entries in `_CACHED_FAULTS`."""
 _CACHED_FAULTS: dict[tuple[Any, ...], str] = {}
 """(settings, hash of a row's tests) -> fault; "" for valid tests."""
 
@@ -49,11 +49,11 @@ class CodeReward:
     enclosure: Literal["auto", "namespaces", "landlock"] = field(default="auto", metadata=OPERATION)
     """Sandbox type; auto: the strongest on this machine."""
     command: tuple[str, ...] = field(default=(), metadata=OPERATION)
-    """Enclosing command instead, such as ["bwrap", ...]; `{folder}` is replaced by the program's folder."""
+    """Enclosing command instead, e.g. ["bwrap", ...]; `{folder}` is replaced by the program's folder."""
     patience: Annotated[NotNegative, Ge(1)] = field(default=3.0, metadata=OPERATION)
     """Clock time per processor time, for programs that sleep; waiting for a processor does not count."""
     time_limit_s: AboveZero = field(default=300.0, metadata=OPERATION)
-    """Time per row; afterwards the status is timeout."""
+    """Time per row; afterwards the status is `timeout`."""
 
     def problems(self) -> list[SettingsProblem]:
         longest_s = self.patience * self.test_time_s
@@ -63,11 +63,9 @@ class CodeReward:
             "ended after so many seconds"))
 
     def inputs(self) -> dict[str, Any]:
-        """Return version inputs beyond this process: sandbox server code, Python and numpy versions."""
-        from importlib.metadata import version  # slow to import; `--help` must be fast
-
+        """Return version inputs beyond this process: sandbox server code, Python and `numpy` versions."""
         return {"server": hash_code("megatron_sov.sandbox.server"),
-                "python": list(sys.version_info[:2]), "numpy": version("numpy")}
+                "python": list(sys.version_info[:2]), "numpy": get_installed_version("numpy")}
 
     def prepare(self) -> None:
         """Start the sandbox.
@@ -89,27 +87,12 @@ class CodeReward:
             raise Refused(fault)
         return self._score_tests(row, tests)
 
-    def score_unproved(self, row: Row) -> Score:
-        """Return the score of a row whose tests the caller has proved: tests that pass for every program are
-        not refused.  Raises as `score` does."""
-        return self._score_tests(row, self._read_tests(row))
-
     def _score_tests(self, row: Row, tests: RowTests) -> Score:
         passed, why, too_slow = self._run_response(row, tests)
         share = sum(passed) / len(tests)
         reward = float(share == 1.0) if self.all_or_nothing else share
         return Score(reward, {"passed": sum(passed), "tests": len(tests), "why": shorten_reason(why)},
                      timed_out=too_slow and share < 1)
-
-    def passed(self, row: Row) -> list[bool]:
-        """Return whether the program passes each of the row's `tests`; raises as `score_unproved` does.
-
-        Tests after one that never ends are not reached, and count as not passed.
-        """
-        tests = self._read_tests(row)
-        passed, _, _ = self._run_response(row, tests)
-        # all tests by place: pass@k compares them one by one
-        return passed + [False] * (len(tests) - len(passed))
 
     def _read_tests(self, row: Row) -> RowTests:
         return read_tests(row, self.number_tolerance, self.compare_by)

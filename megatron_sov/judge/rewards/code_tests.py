@@ -1,4 +1,4 @@
-"""Read the tests in a row, check that they test something, and compare outputs."""
+"""Read and validate the tests in a row, and compare outputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RowTests:
     names: frozenset[str] = frozenset()
     """Names that the Python tests use from the program."""
     entry_point: str = ""
-    """Function passed to `check`, such as add or Solution().add."""
+    """Function passed to `check`, e.g. add or Solution().add."""
     needs_entry_point: bool = False
     """A test has a `check`, and the row has no `entry_point`."""
     number_tolerance: float = 0.0
@@ -208,10 +208,10 @@ def _runs_assertion(tree: ast.Module) -> bool:
 
 
 def _is_called(name: str, node: ast.stmt) -> bool:
-    """Return whether HumanEval or pytest conventions call a function.
+    """Return whether HumanEval or `pytest` conventions call a function.
 
     Raises:
-        Refused: pytest or unittest would call a class or pass arguments, which is not supported.
+        Refused: `pytest` or unittest would call a class or pass arguments, which is not supported.
     """
     if isinstance(node, ast.ClassDef):
         if any(getattr(part, "name", "").startswith("test") for part in node.body):
@@ -274,15 +274,15 @@ def is_same_output(printed: str, expected: str, compare_by: CompareBy, tolerance
     if lines == expected_lines:
         return True
     return tolerance > 0 and len(lines) == len(expected_lines) and all(
-        line == other or _are_same_tokens(line, other, tolerance)
-        for line, other in zip(lines, expected_lines, strict=True))
+        line == expected_line or _are_same_tokens(line, expected_line, tolerance)
+        for line, expected_line in zip(lines, expected_lines, strict=True))
 
 
 def _are_same_tokens(printed: str, expected: str, tolerance: float) -> bool:
     tokens, expected_tokens = (re.split("[ \t\r\n]+", text.strip(" \t\r\n")) for text in (printed, expected))
     return len(tokens) == len(expected_tokens) and all(
-        token == other or (tolerance > 0 and _is_close(token, other, tolerance))
-        for token, other in zip(tokens, expected_tokens, strict=True))
+        token == expected_token or (tolerance > 0 and _is_close(token, expected_token, tolerance))
+        for token, expected_token in zip(tokens, expected_tokens, strict=True))
 
 
 def _is_close(token: str, expected: str, tolerance: float) -> bool:

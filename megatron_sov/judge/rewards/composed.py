@@ -23,11 +23,11 @@ class RewardPart:
     reward: str
     """Reward name, or FILE.py:NAME."""
     weight: Finite = 1.0
-    """Weight in the sum over parts."""
+    """Weight in the sum over `parts`."""
     gate: Finite | None = None
     """Threshold: for lower scores the row gets `gated_reward`, and later parts are skipped."""
     domains: tuple[str, ...] = ()
-    """Domains to score; empty: all rows."""
+    """Values in `domain_field` to score; empty: all rows."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The part's own settings."""
 
@@ -39,7 +39,7 @@ class Composed:
     parts: Annotated[dict[str, RewardPart], MinLen(1)]
     """Name -> part; gates run first, then the other parts in this order."""
     gated_reward: Finite = 0.0
-    """Reward for rows below a gate."""
+    """Reward for rows below a `gate`."""
     domain_field: str = "domain"
     """Row field with the domain."""
 

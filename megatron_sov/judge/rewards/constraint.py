@@ -34,8 +34,8 @@ INSTALLED = Bound(lambda segmenter: None if segmenter != "pythainlp" or find_spe
     ProblemCode.RULE, "needs pythainlp, which is not installed",
     "pip install pythainlp, or set segmenter=rules"))
 Segmenter = Annotated[Literal["none", "rules", "pythainlp"], INSTALLED]
-"""none: the text only; rules: line ends end sentences; pythainlp: Thai words and sentences, if the package is
-installed."""
+"""`none`: the text only; `rules`: line ends end sentences; `pythainlp`: Thai words and sentences, if the
+package is installed."""
 MODULES = frozenset(("__future__", "bisect", "collections", "csv", "dataclasses", "datetime", "decimal",
                      "difflib", "fractions", "functools", "heapq", "html", "itertools", "json", "math",
                      "operator", "re", "statistics", "string", "textwrap", "typing", "unicodedata"))
@@ -44,14 +44,14 @@ MAX_SOURCE_CHARS = 20_000
 MAX_TEXT_CHARS = 400_000
 """Longest text to check, because patterns are slow on longer texts."""
 TOTAL_TIME_FACTOR = 4
-"""Time for all texts together, in calls; the clock limit is twice as long."""
+"""Total time for a function, in multiples of `call_s`; the clock limit is twice as long."""
 _WARNINGS_LOCK = threading.Lock()
-"""Warning filters are global to the process, so one thread at a time changes them."""
+"""Guards the warning filters, which are global to the process."""
 _BANNED_NAMES = frozenset(("open", "exec", "eval", "compile", "input", "globals", "locals", "vars",
                            "breakpoint", "exit", "quit", "getattr", "setattr", "delattr", "memoryview", "id",
                            "hash"))
 _BANNED_ATTRIBUTES = frozenset(("now", "today", "utcnow"))
-"""Attributes in datetime."""
+"""Attributes in `datetime`."""
 MAX_FUNCTIONS = 20
 
 
@@ -67,7 +67,8 @@ def segment_text(text: str, segmenter: Segmenter) -> list[str]:
     if segmenter == "rules":
         views = [text.replace("\n", ". ").strip(), " ".join(text.split())]
     else:
-        from pythainlp import sent_tokenize, word_tokenize
+        from pythainlp import sent_tokenize, word_tokenize  # optional package
+
         sentences = sent_tokenize(text)
         views = [".".join(sentences), ".".join(" ".join(word_tokenize(part)) for part in sentences)]
         views = [view.strip().strip(".").strip() for view in views]
@@ -76,7 +77,7 @@ def segment_text(text: str, segmenter: Segmenter) -> list[str]:
 
 @dataclass(frozen=True)
 class ConstraintVerdict:
-    """Verdict on a text."""
+    """Verdict by `evaluate` on a text."""
 
     accepts: bool | None
     """None without a verdict."""
@@ -211,7 +212,7 @@ class Constraint:
     enclosure: Literal["auto", "namespaces", "landlock"] = field(default="auto", metadata=OPERATION)
     """Sandbox type; auto: the strongest on this machine."""
     command: tuple[str, ...] = field(default=(), metadata=OPERATION)
-    """Enclosing command instead, such as ["bwrap", ...]; `{folder}` is replaced by the program's folder."""
+    """Enclosing command instead, e.g. ["bwrap", ...]; `{folder}` is replaced by the program's folder."""
 
     def inputs(self) -> dict[str, Any]:
         """Return version inputs beyond this process: sandbox server code and Python version."""
@@ -241,14 +242,16 @@ class Constraint:
         views = segment_text(response.strip(), self.segmenter)
         sandbox = shared_sandbox(self.enclosure, self.command)
         # Order does not matter, because each call has its own process.
-        told = [check_texts(sandbox, function, views, call_s=self.call_time_s) for function in functions]
+        verdicts = [check_texts(sandbox, function, views, call_s=self.call_time_s) for function in functions]
         # One accepted variant suffices, as in Typhoon-S.
-        accepting = sum(any(one.accepts for one in each) for each in told)
+        accepting = sum(any(verdict.accepts for verdict in function_verdicts)
+                        for function_verdicts in verdicts)
         share = accepting / len(functions)
-        why = next((one.reason for each in told for one in each if one.reason), "")
+        reasons = [verdict.reason for function_verdicts in verdicts for verdict in function_verdicts]
+        why = next(filter(None, reasons), "")
         # An empty response satisfies many constraints ("no commas") but scores 0.
-        kept = accepting > 0 and share >= self.min_share and bool(response.strip())
-        reward = float(kept)
+        passes = accepting > 0 and share >= self.min_share and bool(response.strip())
+        reward = float(passes)
         if self.give_share:
             reward = share if response.strip() else 0.0
         return Score(reward,

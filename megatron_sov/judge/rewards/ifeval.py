@@ -45,7 +45,7 @@ class IfEval:
         """Import the checks in the judging process.
 
         Raises:
-            UserError: if-verifiable is not installed.
+            UserError: `if-verifiable` is not installed.
         """
         load_checks()
         # The checks log whole responses in unknown languages.
@@ -151,13 +151,13 @@ def follows_instruction(name: str, text: str, arguments: Mapping[str, Any]) -> b
 
 @lru_cache
 def load_checks() -> Mapping[str, Any]:
-    """Return instruction name -> class in if-verifiable.
+    """Return instruction name -> class in `if-verifiable`.
 
     Raises:
-        UserError: if-verifiable is not installed.
+        UserError: `if-verifiable` is not installed.
     """
     try:
-        import langdetect
+        import langdetect  # optional packages
 
         # The package downloads NLTK data on import.
         with patch("nltk.download"):

@@ -112,17 +112,17 @@ class Judge:
     """Reward `judge`: the judge's score scaled to 0..1, or a reward model's number."""
 
     endpoint: str
-    """API base address, such as http://localhost:8000/v1."""
+    """API base address, e.g. http://localhost:8000/v1."""
     model: str
     """Model name at the endpoint."""
     kind: Literal["rubric", "reward-model"] = "rubric"
-    """rubric: a chat model; reward-model: vLLM's /pooling."""
+    """`rubric`: a chat model; `reward-model`: vLLM's /pooling."""
     rubric: str = RUBRIC
     """Grading instructions; a row's own `rubric` takes precedence."""
     min_score: Annotated[Finite, below_field("max_score")] = 1.0
-    """Worst score in the rubric: reward 0."""
+    """Worst score in `rubric`: reward 0."""
     max_score: Finite = 10.0
-    """Best score in the rubric: reward 1."""
+    """Best score in `rubric`: reward 1."""
     temperature: NotNegative = 0.0
     """Sampling temperature for the judge."""
     max_tokens: AtLeastOne = 512
@@ -146,7 +146,7 @@ class Judge:
     requests_per_minute: NotNegative = field(default=0.0, metadata=OPERATION)
     """Rate limit; 0: none."""
     max_cost: NotNegative = field(default=0.0, metadata=OPERATION)
-    """Cost limit for all requests in the cache; 0: none."""
+    """Cost limit for all requests in `cache`; 0: none."""
     input_price: NotNegative = field(default=0.0, metadata=OPERATION)
     """Price per million input tokens."""
     output_price: NotNegative = field(default=0.0, metadata=OPERATION)

@@ -1,7 +1,7 @@
-"""Reward `math`: compare final answers with math-verify (Apache-2.0, extra `rl`).
+"""Reward `math`: compare final answers with `math-verify` (Apache-2.0, extra `rl`).
 
-math-verify parses LaTeX and plain expressions and compares them with sympy. Its own time limits use signals,
-which need a main thread and cannot stop C code; therefore the judging process is ended instead.
+`math-verify` parses LaTeX and plain expressions and compares them with `sympy`. Its own time limits use
+signals, which need a main thread and cannot stop C code; therefore the judging process is ended instead.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from megatron_sov.base.errors import format_install_command
@@ -24,17 +25,17 @@ MAX_ANSWER_CHARS = 10_000
 MAX_BOXES = 12
 """Boxes that may form a single answer with several values."""
 UNIT_TOLERANCE = 0.01
-"""math-verify compares numbers; a wrong prefix changes a value by a factor of at least ten."""
+"""`math-verify` compares numbers; a wrong prefix changes a value by a factor of at least ten."""
 _FULL_STOP = re.compile(r"(?<=\d)\.(?=\s*\}(?:[^{}]|\Z))")
 """Full stop at the end inside a box: 42. is 42."""
 _UNICODE_TO_LATEX = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}", "∞": "\\infty ",
                                    "≤": "\\le ",
                           "≥": "\\ge ", "≠": "\\neq ", "²": "^2", "³": "^3", "½": "\\frac{1}{2}",
                           **{chr(0xff10 + digit): str(digit) for digit in range(10)}})
-"""Unicode signs and full-width digits -> LaTeX for math-verify."""
+"""Unicode signs and full-width digits -> LaTeX for `math-verify`."""
 _BRACKETS = {"langle": "(", "rangle": ")", "lbrace": "\\{", "rbrace": "\\}", "varnothing": "\\emptyset"}
 _BRACKET = re.compile(rf"\\({'|'.join(_BRACKETS)})(?![A-Za-z])\s*")
-"""Commands unknown to math-verify -> supported commands."""
+"""Commands unknown to `math-verify` -> supported commands."""
 _FUNCTIONS = "pi|infty|(?:arc)?(?:sin|cos|tan)|sec|csc|cot|(?:sin|cos|tan)h|ln|log|exp|max|min|gcd|lcm|det"
 _PLAIN_FUNCTION = re.compile(rf"(?<![\\A-Za-z])(?={_FUNCTIONS})(?=(?:{_FUNCTIONS})(?![A-Za-z]))")
 """Place before a function or constant without backslash: sin(x) would be s times i times n(x)."""
@@ -50,7 +51,7 @@ _FRAMED = re.compile(r"(?<=\\boxed\{)\s*(?:\\[(\[]|\$)"
 _SET = re.compile(r"\\(?:\{|lbrace).*\\(?:\}|rbrace)", re.DOTALL)
 _TUPLE = re.compile(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]")
 _THOUSANDS = re.compile(r"(?<=\d)\\[,!;: ]\s*(?=\d{3}(?!\d))")
-"""Narrow spaces between groups of three digits, which math-verify reads as a product."""
+"""Narrow spaces between groups of three digits, which `math-verify` reads as a product."""
 _THREE_DIGITS = re.compile(r"\A\s*\{\s*(?=\d{3}(?!\d))")
 _BOX_SEPARATORS = re.compile(r"(?:[\s$,;]|\\[()\[\]]|\b(?:and|or)\b)*", re.IGNORECASE)
 """Text between boxes that form a single answer; other text makes the last box a correction."""
@@ -67,8 +68,8 @@ _UNREADABLE = re.compile(
     r"\\[lc]?dots(?![A-Za-z])|\.\.\.|…|\\\{\s*[A-Za-z]\w*\s*(?:\\in[^{}]*)?(?:\\mid|\||:)"
     r"|\\(?:text|mathrm|mbox)\s*\{[^{}]*\b(?:is|are|if|when|where|for|not|unless|all|any|[ap]\.?m)\b"
     r"|\([A-J]\)\s*\}?\s+[-\d\\$]", re.IGNORECASE)
-"""Parts that math-verify drops or misreads in gold answers: dots, set-builder notation, conditions in words,
-a choice's letter."""
+"""Parts that `math-verify` drops or misreads in gold answers: dots, set-builder notation, conditions in
+words, a choice's letter."""
 _BASE = re.compile(r"\d_\{?(\d{1,2})(?!\d)")
 _SIGNS = r"[+-]*"
 _INTEGER = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|\\!|,\\!)\d{3})+|\d{1,5000})"
@@ -91,7 +92,7 @@ _ENVIRONMENT = re.compile(r"\\(?:begin|end|operatorname)\s*\{[^{}]*\}")
 _HEDGES = re.compile(r"n't\b|\b(?:not|never|neither|either|between|among|one of|below|above|unknown|maybe"
                     r"|perhaps|at (?:most|least)|(?:less|greater|more|fewer|other) than)\b|不是|ไม่ใช่",
                     re.IGNORECASE)
-"""Words before a number that is not given as the answer."""
+"""Words that withdraw the following number."""
 _SECOND_NUMBER = re.compile(r"[\s$(]*(?:(?:or|to|and(?!\s+not))\b|또는|이나|或|または|หรือ)[^.]*\d",
                             re.IGNORECASE)
 """A second number after the first."""
@@ -99,7 +100,7 @@ _RETRACTION = re.compile(r"[\s$().,;:?!*]*(?:(?:no|wait|actually|sorry|hmm)\s*[,
                          r"|maybe|perhaps)\b)", re.IGNORECASE)
 """Retraction after a number: the later number counts."""
 _NUMBER_LIST = re.compile(r"\d[$)\]]*(?:,\s+|;\s*|\s+)(?!\d{3}(?!\d))[$(\[]*[-+]?\d[\d.,]*[\s$)\].]*\Z")
-"""Adjacent numbers at the end; math-verify takes the last."""
+"""Adjacent numbers at the end; `math-verify` takes the last."""
 _OPEN_BOX = re.compile(r"\\(?:neg|neq?|not|[lc]?dots|pm|mp|lor|vee|[lg]t|propto)(?![A-Za-z])"
                    r"|\\(?:text|mathrm|mbox)\s*\{[^{}]*\b(?:or|wrong|false|incorrect|not|at least|at most)\b")
 """Parts in a box that negate the number or leave the answer open."""
@@ -107,7 +108,7 @@ _SCALE = (r"\d[\s$)}]*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?"
           r"(?:(?:hundred|thousand|million|billion|trillion|dozen|squared|cubed)\b")
 _SCALED = re.compile(_SCALE + r"|[xyzn](?=[\s$).}]*\Z))", re.IGNORECASE)
 _SCALED_GOLD = re.compile(_SCALE + ")", re.IGNORECASE)
-"""Words after a number that multiply the value; math-verify reads them as units."""
+"""Multiplying words after a number; `math-verify` reads them as units."""
 _NEGATION = re.compile(r"[^\d]{0,8}(?:아(?:니|닙|닌)|않|ではな)")
 """Negation after a number, in languages with the verb at the end."""
 _WORD = re.compile(r"[^\W\d_]{2,}")
@@ -140,23 +141,19 @@ class Math:
     strict: bool = True
     """Variables must have the same names, and a set is not a tuple."""
     marked_only: bool = True
-    """Require a marked answer (a box, answer tags, "the answer is", or a bare last line). math-verify alone
+    """Require a marked answer (a box, answer tags, "the answer is", or a bare last line). `math-verify` alone
     accepts any number in the text, which rewards listing numbers."""
     literal: bool = True
     """Require a number if the answer is a number: 6 \\times 7 restates the question."""
 
     def problems(self) -> list[SettingsProblem]:
-        found = importlib.util.find_spec("math_verify") is not None
-        return [] if found else [to_problem(f"math-verify is not installed; {format_install_command('rl')}")]
+        is_installed = importlib.util.find_spec("math_verify") is not None
+        return [] if is_installed else [
+            to_problem(f"math-verify is not installed; {format_install_command('rl')}")]
 
     def prepare(self) -> None:
-        """Import math-verify, so that the first row need not wait."""
-        import math_verify
-
-        # sympy takes seconds to import, which must not count towards a row's time.
-        assert math_verify
-        for name in ("math_verify", "latex2sympy2_extended"):  # both log every response without a formula
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        """Import `math_verify`, which must not count towards a row's time."""
+        _load_math_verify()
 
     def score(self, row: Row) -> Score:
         """Compare the response's final answer with the row's `answer`.
@@ -184,15 +181,15 @@ class Math:
         # Proof that math-verify reads the whole gold answer: in a box, it equals itself.
         if not self._compare_response(box, gold, _strip_dollars(box))[0]:
             raise _refuse_answer(answer, "is not equal to itself for math-verify, which reads a part of it")
-        right, shown = self._compare_response(box, gold, content)
-        return Score(float(right), {"extracted": shown[:200]})
+        right, extracted_text = self._compare_response(box, gold, content)
+        return Score(float(right), {"extracted": extracted_text[:200]})
 
     def _compare_response(self, answer: str, gold: list[Any], response: str) -> tuple[bool, str]:
         """Return whether a response states the gold answer, and the extracted answer as LaTeX.
 
         Args:
             answer: boxed gold answer.
-            gold: gold answer parsed by math-verify.
+            gold: gold answer parsed by `math-verify`.
             response: response without thoughts and calls.
         """
         response = _to_latex(response, counter=_find_counter(answer))
@@ -207,11 +204,9 @@ class Math:
         return right, extracted
 
     def _verify(self, gold: list[Any], parsed: list[Any]) -> bool:
-        from math_verify import verify
-
         # Without math-verify's own time limit, which uses signals and needs a main thread.
-        return bool(verify(gold, parsed, float_rounding=self.float_rounding, strict=self.strict,
-                           timeout_seconds=None))
+        return bool(_load_math_verify().verify(gold, parsed, float_rounding=self.float_rounding,
+                                               strict=self.strict, timeout_seconds=None))
 
     def _parse_response(self, response: str, gold: list[Any]) -> list[Any]:
         """Parse the answer in a response: from the last box on, else after an announcement."""
@@ -274,11 +269,11 @@ class Math:
         """Parse a gold answer as LaTeX, in a box unless it contains formulas.
 
         Raises:
-            Refused: math-verify cannot parse all parts.
+            Refused: `math-verify` cannot parse all parts.
         """
-        if found := _UNREADABLE.search(answer) or _SCALED_GOLD.search(answer):
+        if unreadable := _UNREADABLE.search(answer) or _SCALED_GOLD.search(answer):
             raise _refuse_answer(answer,
-                                 f"has {found[0]!r}, which math-verify leaves out; write the value alone")
+                                 f"has {unreadable[0]!r}, which math-verify ignores; write the value alone")
         has_formulas = re.search(r"\$[^$]+\$|\\[(\[]", answer) and "\\boxed" not in answer
         read = _to_latex(answer if has_formulas else box, counter=_find_counter(box))
         gold = _parse_expressions(read, latex_only=True)
@@ -352,7 +347,7 @@ def _normalize_words(answer: str) -> str:
 
 
 def _mark_unit(match: re.Match[str]) -> str:
-    """Mark a plain unit as text, because math-verify would multiply by c and m."""
+    """Mark a plain unit as text, because `math-verify` would multiply by c and m."""
     is_unit = read_quantity(match[0]) is not None or re.match("[A-Za-z]{3}", match[2])
     is_function = re.match(f"(?:{_FUNCTIONS}|sqrt|infinity)", match[2])
     return f"{match[1]} \\text{{ {match[2]}}}" if is_unit and not is_function else match[0]
@@ -364,7 +359,7 @@ def _find_counter(answer: str) -> str:
 
 
 def _to_latex(text: str, *, counter: str) -> str:
-    """Rewrite numbers and signs for math-verify.
+    """Rewrite numbers and signs for `math-verify`.
 
     Args:
         text: response, or boxed gold answer.
@@ -401,16 +396,17 @@ def _plain_expression(announced: str) -> str:
 
 
 def _mixes_set_and_tuple(gold: list[Any], extracted: str) -> bool:
-    """Return whether one answer is a set and the other a tuple or interval, which sympy would not
+    """Return whether one answer is a set and the other a tuple or interval, which `sympy` would not
     distinguish."""
     gold_text = next((item for item in reversed(gold) if isinstance(item, str)), "")
-    one, other = (re.sub(r"\\(?:left|right)(?![A-Za-z])|[\s$]", "", _SIDES.split(text)[-1])
+    gold_value, value = (re.sub(r"\\(?:left|right)(?![A-Za-z])|[\s$]", "", _SIDES.split(text)[-1])
                   for text in (gold_text, extracted))
-    return any(_SET.fullmatch(a) and _TUPLE.fullmatch(b) for a, b in ((one, other), (other, one)))
+    return any(_SET.fullmatch(a) and _TUPLE.fullmatch(b)
+               for a, b in ((gold_value, value), (value, gold_value)))
 
 
 def _has_matching_unit(answer: str, response: str) -> bool:
-    """Return whether units agree, because math-verify drops units and 5 m would equal 5 km; missing or
+    """Return whether units agree, because `math-verify` drops units and 5 m would equal 5 km; missing or
     unknown units match."""
     gold_quantity = read_quantity(extract_last_box(answer) or answer)
     quantity = read_quantity(extract_final_answer(response) or "")
@@ -426,14 +422,14 @@ def _has_no_scale_word(answer: str, response: str) -> bool:
 
 
 def _has_matching_base(answer: str, extracted: str) -> bool:
-    """Return whether bases as in 101_2 agree, because math-verify drops them."""
+    """Return whether bases as in 101_2 agree, because `math-verify` drops them."""
     gold_bases, bases = (_BASE.findall(text) for text in (answer, extracted))
     return not gold_bases or not bases or gold_bases[-1] == bases[-1]
 
 
 def _format_mixed_number(mixed: re.Match[str]) -> str:
-    whole, over, under = mixed.groups()
-    return f"{whole}\\frac{{{over}}}{{{under}}}" if 0 < int(over) < int(under) else mixed[0]
+    integer, over, under = mixed.groups()
+    return f"{integer}\\frac{{{over}}}{{{under}}}" if 0 < int(over) < int(under) else mixed[0]
 
 
 def _is_hedged(announced: str) -> bool:
@@ -497,10 +493,18 @@ def _cut_to_last_boxes(response: str, *, alone: bool) -> str:
     return text[start:] if start >= 0 else ""
 
 
+@lru_cache
+def _load_math_verify() -> Any:
+    import math_verify  # optional package; imports sympy, which takes seconds
+
+    for name in ("math_verify", "latex2sympy2_extended"):  # both log every response without a formula
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return math_verify
+
+
 def _parse_expressions(text: str, *, anchored: bool = False, expressions: bool = False,
-                       latex_only: bool = False
-            ) -> list[Any]:
-    """Parse text with math-verify; return expressions and their text.
+                       latex_only: bool = False) -> list[Any]:
+    """Parse text with `math-verify`; return expressions and their text.
 
     Args:
         text: text with boxes or formulas, or plain text.
@@ -508,15 +512,14 @@ def _parse_expressions(text: str, *, anchored: bool = False, expressions: bool =
         expressions: only numbers and expressions without LaTeX.
         latex_only: only formulas and boxes, without falling back to the last number.
     """
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
+    library = _load_math_verify()
     # `not anchored` also tries a match without an announcement.
-    kinds = [ExprExtractionConfig(not anchored)]
+    kinds = [library.ExprExtractionConfig(not anchored)]
     if not expressions:
-        kinds = [LatexExtractionConfig(not anchored), *([] if latex_only else kinds)]
+        kinds = [library.LatexExtractionConfig(not anchored), *([] if latex_only else kinds)]
     # math-verify joins adjacent boxes by commas, and reads 20 and 204 as 20,204.
     text = _ROOT.sub(r"\\sqrt{\1}", _THOUSANDS.sub("", text).replace("infinity", "infty"))
     text = _PLAIN_FUNCTION.sub(r"\\", text)
     first, *more = text.split("\\boxed")
     more[1:] = [_THREE_DIGITS.sub(r"{\\,", box) for box in more[1:]]
-    return list(parse("\\boxed".join([first, *more]), kinds, parsing_timeout=None))
+    return list(library.parse("\\boxed".join([first, *more]), kinds, parsing_timeout=None))

@@ -62,9 +62,9 @@ def _run_limited(action: Any, pattern: str, text: str) -> Any:
         # `regex` checks processor time during a match.
         return action(text, timeout=TIME_LIMIT_S)
     except TimeoutError:
-        shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
-        raise TooLong(f"the pattern {shown!r} takes longer than {TIME_LIMIT_S:g} s of a processor over this "
-                      "response; write it without nested repetitions") from None
+        short_pattern = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
+        raise TooLong(f"the pattern {short_pattern!r} takes longer than {TIME_LIMIT_S:g} s of a processor "
+                      "over this response; write it without nested repetitions") from None
 
 
 def parse_json(text: str) -> Any:

@@ -91,7 +91,7 @@ def find_definitions(tree: ast.Module) -> dict[str, ast.stmt]:
 
 
 def find_entry_points(source: str) -> list[str] | None:
-    """Return the functions that no other definition uses, or all functions; None for invalid Python."""
+    """Return the functions unused by other definitions, or all functions; None for invalid Python."""
     tree = parse_python(source)
     if tree is None:
         return None
@@ -127,7 +127,7 @@ def _read_block(opening: re.Match[str], lines: list[str]) -> Iterator[tuple[str,
 
 
 def _rate_tree(tree: ast.Module, names: Collection[str] | None) -> int:
-    """Return the number of `names` that a program defines, or 1 for a program that does anything."""
+    """Count the `names` defined by a program; without names, 1 for a program with effects."""
     if names is None:
         # Sample outputs such as `5` or `[1, 2]` are valid Python without calls.
         return int(any(isinstance(node, ast.Call) for node in ast.walk(tree)))

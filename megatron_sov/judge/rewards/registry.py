@@ -118,7 +118,7 @@ def _check_reward_class(loaded: LoadedPlugin) -> None:
 
 
 REWARD_PLUGINS: Registry[type[Any]] = Registry("reward", BUILT_IN, _check_reward_class, adapt=_adapt_function)
-"""Registered rewards besides the built-in ones."""
+"""Registered rewards besides `BUILT_IN`."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def build_reward(request: PluginRequest) -> Any:
 
 
 def find_missing_field(request: PluginRequest, versioned: VersionedReward, row: Row) -> str:
-    """Return a field that the reward needs and a row lacks before generation; "" if none."""
+    """Return a name from `REQUIRED_FIELDS` missing in a row before generation, or ""."""
     if isinstance(versioned.reward, Composed):
         return next((field for name, part in versioned.reward.parts.items()
                      if versioned.reward.applies_to(part, row)

@@ -13,7 +13,7 @@ from megatron_sov.chat.marks import to_hermes_form
 from megatron_sov.chat.tool_calls import parse_turn
 
 Row = Mapping[str, Any]
-"""A row with a `response` text and the fields that its reward needs."""
+"""A row with a `response` text and the fields for its reward."""
 Status = Literal["scored", "timeout", "failed", "refused"]
 OPERATION: Mapping[str, bool] = {"operation": True}
 """Metadata for operational settings (speed, cost, key location), which do not enter the version."""
@@ -54,10 +54,10 @@ class Result:
     """Result for a row."""
 
     reward: float | None
-    """None means no reward, which differs from 0."""
+    """None: no reward, unlike 0."""
     status: Status
-    """scored; timeout (with a reward if the response itself was slow); failed: a fault in the reward or its
-    environment; refused: the reward does not apply."""
+    """`scored`; `timeout` (with a reward if the response itself was slow); `failed`: a fault in the reward or
+    its environment; `refused`: the reward does not apply."""
     components: Mapping[str, Any] = field(default_factory=dict)
     """Components from `Score`."""
     reason: str = ""
@@ -132,9 +132,9 @@ def format_prompt(row: Row) -> str:
 
 
 def format_short(value: Any) -> str:
-    """Return a value's repr, truncated."""
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    """Return `repr(value)`, truncated."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def run_reward(reward: Any, row: Row | list[Row]) -> Result:
@@ -159,10 +159,10 @@ def run_reward(reward: Any, row: Row | list[Row]) -> Result:
         return Result(None, "failed", {}, shorten_reason(format_error(e)))
 
 
-def to_result(given: Any) -> Result:
+def to_result(returned: Any) -> Result:
     """Convert a reward's return value; non-finite numbers become failures."""
-    value = given.reward if isinstance(given, Score) else given
-    components = given.components if isinstance(given, Score) else {}
+    value = returned.reward if isinstance(returned, Score) else returned
+    components = returned.components if isinstance(returned, Score) else {}
     # numpy numbers are Real; bool counts as 0 or 1.
     if not isinstance(value, numbers.Real):
         return Result(None, "failed", {}, f"returned {format_short(value)}, a {type(value).__name__}, "
@@ -176,15 +176,16 @@ def to_result(given: Any) -> Result:
     if abs(number) > MAX_REWARD:
         return Result(None, "failed", {}, f"returned {format_short(value)}, and may not pass {MAX_REWARD:g}")
     plain = {str(name): _to_json_value(part) for name, part in components.items()}
-    timed_out = isinstance(given, Score) and given.timed_out
+    timed_out = isinstance(returned, Score) and returned.timed_out
     return Result(number, "timeout" if timed_out else "scored", plain)
 
 
 def merge_repeated_results(first: Result, second: Result) -> Result:
     """Merge the results from judging a row twice; different rewards become a failure."""
     # A single None may be a transient fault; two different numbers cannot both be right.
-    one, other = ((given.reward, given.components.get(REWARDS)) for given in (first, second))
-    if None not in (first.reward, second.reward) and one != other:
+    first_value, second_value = ((result.reward, result.components.get(REWARDS))
+                                 for result in (first, second))
+    if None not in (first.reward, second.reward) and first_value != second_value:
         return Result(None, "failed", {}, f"gave {first.reward:g}, then {second.reward:g} for the same row "
                                           "under one version: it depends on something else than the row")
     return first

@@ -63,7 +63,7 @@ def create_runner(request: PluginRequest, versioned: VersionedReward, workers: i
 
 
 class ThreadRunner(Runner):
-    """Runs a reward in threads that share its rate and cost limits."""
+    """Runs a reward in threads with common rate and cost limits."""
 
     def __init__(self, reward: Reward, threads: int) -> None:
         self._reward, self._pool = reward, ThreadPoolExecutor(threads)
@@ -76,7 +76,7 @@ class ThreadRunner(Runner):
 
 
 class GroupRunner(Runner):
-    """Scores the responses to a prompt together, as TRL does, so that rewards can compare them.
+    """Scores the responses to a prompt together, like TRL, for comparing rewards.
 
     Args:
         running: runner that judges a group like a row, within the rows' total time.
@@ -179,7 +179,7 @@ class ProcessRunner(Runner):
 
 
 def _compare_with_control(suspect: Result, control: Result) -> Result:
-    """Decide a row that exceeded a limit by its result for the control response."""
+    """Decide a row beyond a limit by the result for the `control` response."""
     # The row itself is too heavy to judge.
     if control.reward is None:
         return suspect
@@ -187,20 +187,20 @@ def _compare_with_control(suspect: Result, control: Result) -> Result:
     return Result(0.0, "timeout" if suspect.status == "timeout" else "scored", {"why": reason}, reason)
 
 
-def _start_judge(asked: PluginRequest, variables: Sequence[str], cpu_limit_s: float) -> Answer:
+def _start_judge(reward_request: PluginRequest, variables: Sequence[str], cpu_limit_s: float) -> Answer:
     # Keys in the user's environment must not reach code from files.
     remove_unsafe_variables(variables)
-    reward = build_reward(asked)
+    reward = build_reward(reward_request)
     # Before memory is limited, because loading a model may need more.
     if hasattr(reward, "prepare"):
         reward.prepare()
     limit_memory(getattr(reward, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
 
-    def answer(request: tuple[Row | list[Row], bool], again: Callable[[], None]) -> dict[str, Any]:
+    def answer(request: tuple[Row | list[Row], bool], restart_limit: Callable[[], None]) -> dict[str, Any]:
         row, twice = request
         result = _run_reward_with_limit(cpu_limit_s, reward, row)
         if twice and result.reward is not None:
-            again()  # each run has the full time
+            restart_limit()  # each run has the full time
             result = merge_repeated_results(result, _run_reward_with_limit(cpu_limit_s, reward, row))
         return vars(result)
 
@@ -231,10 +231,10 @@ Batch = list[tuple[int, Row]]
 
 @dataclass
 class ScoringTally:
-    """Counts over results."""
+    """Counts over `Result` objects."""
 
     statuses: Counter[str] = field(default_factory=Counter)
-    """Status -> rows."""
+    """`Status` -> rows."""
     num_rewards: int = 0
     """Rows with a reward."""
     reward_sum: float = 0.0
@@ -257,7 +257,7 @@ class ScoringTally:
             self.examples.append(f"{where}: {status}: {reason}")
 
     def format_counts(self, rows: str) -> str:
-        """Format the counts, such as "2 failed, 7 scored rows, mean reward 0.5000".
+        """Format the counts, e.g. "2 failed, 7 scored rows, mean reward 0.5000".
 
         Args:
             rows: plural noun.

@@ -82,7 +82,7 @@ class TestText:
     Args:
         source: Python source.
         names: the solution's names, to which the test adds.
-        entry_point: function passed to `check`, such as add or Solution().add.
+        entry_point: function passed to `check`, e.g. add or Solution().add.
     """
 
     def __init__(self, source: str, names: dict[str, Any], entry_point: str) -> None:

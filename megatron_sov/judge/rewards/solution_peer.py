@@ -333,5 +333,5 @@ OPERATIONS: dict[str, Any] = {
     "item": lambda a, key: a[key], "set item": lambda a, key, value: a.__setitem__(key, value),
     "text": str, "shown": repr, "wait": run_coroutine}
 PLAIN_NUMBERS = (bool, int, float, complex, str, bytes)
-"""Types that numpy items may convert to."""
+"""Types that `numpy` items may convert to."""
 COLLECTIONS: dict[str, Any] = {k.__name__: k for k in (list, tuple, set, frozenset, collections.deque)}

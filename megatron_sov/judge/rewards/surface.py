@@ -41,7 +41,7 @@ class Length:
     min_length: Annotated[NotNegativeInt, at_most_field("max_length")] = 0
     """Shorter responses get full punishment."""
     unit: Literal["tokens", "characters", "words"] = "tokens"
-    """tokens: from the row's `num_tokens`, as counted by the engine."""
+    """`tokens`: from the row's `num_tokens`, as counted by the engine."""
 
     def score(self, row: Row) -> Score:
         length = self._measure_length(row)
@@ -183,11 +183,11 @@ class LanguageReward:
         total = sum(counts.values())
         if not total:
             return Score(0.0, {"language": language, "num_letters": 0})
-        own_scripts = set(LANGUAGES[language])
+        language_scripts = set(LANGUAGES[language])
         # Shared scripts count as the language's own.
-        other_scripts = {script for name in self.also for script in LANGUAGES[name]} - own_scripts
-        language_share = sum(counts[s] for s in own_scripts) / total
-        also_share = sum(counts[s] for s in other_scripts) / total
+        also_scripts = {script for name in self.also for script in LANGUAGES[name]} - language_scripts
+        language_share = sum(counts[s] for s in language_scripts) / total
+        also_share = sum(counts[s] for s in also_scripts) / total
         foreign_share = 1 - language_share - also_share
         # Other letters count up to their limit.
         reward = language_share + min(also_share,

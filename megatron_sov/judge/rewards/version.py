@@ -38,7 +38,7 @@ def compute_version(reward: Any, settings: Mapping[str, Any], files: Mapping[str
         files: file -> hash for rewards from files; None: built-in.
     """
     reward_class = type(reward)
-    libraries = {name: _get_installed_version(name) for name in getattr(reward_class, "LIBRARIES", ())}
+    libraries = {name: get_installed_version(name) for name in getattr(reward_class, "LIBRARIES", ())}
     identity = {"class": reward_class.__qualname__,
             "code": dict(files) if files is not None else hash_code(reward_class.__module__),
             # Python's character tables classify letters, and change with the Python version.
@@ -69,8 +69,8 @@ def hash_code(module: str) -> dict[str, str]:
             continue
         tree = ast.parse(_read_source(name))
         hashes[name] = hashlib.sha256(_strip_docstrings(tree).encode()).hexdigest()
-        to_read += [other for other in _find_imports(tree, {_get_package(name), *HASHED_PACKAGES})
-                    if other not in hashes]
+        to_read += [imported for imported in _find_imports(tree, {_get_package(name), *HASHED_PACKAGES})
+                    if imported not in hashes]
     return hashes
 
 
@@ -83,7 +83,7 @@ def _read_source(module: str) -> str:
 
 
 def _get_package(module: str) -> str:
-    """Return a module's package below its hall, such as `megatron_sov.judge.tools`."""
+    """Return a module's package below its hall, e.g. `megatron_sov.judge.tools`."""
     return ".".join(module.split(".")[:3])
 
 
@@ -129,7 +129,7 @@ def collect_settings(reward: Any, arguments: Mapping[str, Any]) -> dict[str, Any
     return dict(bound.arguments)
 
 
-def _get_installed_version(distribution: str) -> str:
+def get_installed_version(distribution: str) -> str:
     from importlib.metadata import PackageNotFoundError, version  # slow to import; `--help` must be fast
 
     try:

@@ -38,7 +38,7 @@ FAULTS = {
 }
 """Fault code -> meaning."""
 MALFORMED_CALLS = ("json", "form", "unclosed", "many", "unknown_tool", "arguments")
-"""Fault codes for calls that reach no tool."""
+"""Keys of `FAULTS` for calls that reach no tool."""
 INFRASTRUCTURE = "infrastructure"
 
 
@@ -131,7 +131,7 @@ class Tool:
         Raises:
             ToolFault: an argument is missing, unknown or mistyped.
         """
-        from pydantic import ValidationError
+        from pydantic import ValidationError  # slow to import; `--help` must be fast
 
         try:
             # Validate as JSON, in which tuples are lists.
@@ -148,7 +148,7 @@ class Tool:
 
 def build_strict_adapter(name: str, fields: Mapping[str, Any]) -> TypeAdapter[Any]:
     """Return a validator for objects with exactly these fields (name -> type) and exact types."""
-    from pydantic import ConfigDict, TypeAdapter, with_config
+    from pydantic import ConfigDict, TypeAdapter, with_config  # slow to import; `--help` must be fast
 
     # Strict: "3" is not 3, and true is not 1. A TypedDict omits optional fields.
     config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -199,7 +199,7 @@ def collect_tools(environment: Any) -> tuple[Tool, ...]:
 
 
 def _annotate_parameter(parameter: Parameter) -> Any:
-    from pydantic import Field
+    from pydantic import Field  # slow to import; `--help` must be fast
 
     optional = parameter.default is not inspect.Parameter.empty
     schema_extra = {"default": parameter.default} if optional and parameter.default is not None else None
@@ -219,7 +219,7 @@ def _parse_argument_docs(text: str) -> dict[str, str]:
 
 
 def _strip_titles(value: Any, inside_properties: bool = False) -> Any:
-    """Return a schema without the titles that pydantic derives from names."""
+    """Return a schema without the titles that `pydantic` derives from names."""
     if isinstance(value, dict):
         return {key: _strip_titles(part, key == "properties") for key, part in value.items()
                 # Inside `properties`, keys are argument names, which may be "title".

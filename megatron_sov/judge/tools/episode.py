@@ -64,7 +64,7 @@ class EpisodeTurn:
     behind: list[int]
     """Token ids for the results and the next turn's opening; [] at the end."""
     state: str
-    """Environment state as JSON."""
+    """Environment state (`snapshot`) as JSON."""
     end: str = ""
     """A value from `ENDS` for the last turn, else ""."""
     opened: str = ""
@@ -350,7 +350,7 @@ def build_turn_record(episode: Episode, place: int = -1) -> dict[str, Any]:
 
 
 def build_episode_records(episode: Episode) -> list[dict[str, Any]]:
-    """Return the records with which another process can continue an episode."""
+    """Return the records for continuing an episode in another process."""
     unfinished = [] if episode.begun is None else [{"episode": episode.number, "begun": episode.begun.record}]
     return [build_opening_record(episode),
             *(build_turn_record(episode, n) for n in range(len(episode.turns))), *unfinished]

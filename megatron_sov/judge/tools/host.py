@@ -91,7 +91,7 @@ class EnvironmentHost:
             most_bytes=limits.max_state_bytes + _ANSWER_BYTES)
         self._task: Task = {}
         self.state = "null"
-        """State after the last call, as JSON."""
+        """State (`snapshot`) after the last call, as JSON."""
         self.converses = False
         """The environment takes whole turns; set by `reset`."""
 
@@ -190,10 +190,10 @@ class EnvironmentHost:
         return dict(answer)
 
 
-def _start_environment(asked: PluginRequest, limits: dict[str, int]) -> Answer:
+def _start_environment(environment_request: PluginRequest, limits: dict[str, int]) -> Answer:
     """Build the environment in the child process; return the request handler."""
     # Without its version, because hashing the code would dominate the start.
-    environment = build_environment(asked)
+    environment = build_environment(environment_request)
     # Afterwards, because building the environment is not limited.
     limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
     return lambda request, again: _REQUEST_HANDLERS[request.pop("what")](environment, request | limits)

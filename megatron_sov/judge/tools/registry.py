@@ -40,7 +40,7 @@ def _check_environment_class(loaded: LoadedPlugin) -> None:
 
 
 ENVIRONMENT_PLUGINS: Registry[type[Any]] = Registry("tool environment", BUILT_IN, _check_environment_class)
-"""Registered environments besides the built-in ones."""
+"""Registered environments besides `BUILT_IN`."""
 
 
 def request_environment(name: str, settings: Mapping[str, Any]) -> PluginRequest:

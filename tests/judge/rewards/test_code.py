@@ -240,14 +240,6 @@ def test_tests_that_are_none_are_refused(tests: Any, what: str) -> None:
     assert result.status == "refused" and (what in result.reason or "has no 'tests'" in result.reason)
 
 
-def test_each_test_is_told_by_itself_and_one_that_is_not_reached_is_not_passed() -> None:
-    tests = ["assert f(1) == 1", "assert f(1) == 2", "assert f(3)"]
-    row = {"response": "def f(x):\n    return x\n", "tests": tests}
-    assert CodeReward().passed(row) == [True, False, True]
-    printing = [{"stdin": "", "stdout": said} for said in ("1", "2", "1")]
-    assert CodeReward().passed({"response": "print(1)", "tests": printing}) == [True, False, False]
-
-
 def test_the_version_tells_the_code_that_runs_programs() -> None:
     told = hash_code(CodeReward.__module__)
     assert {f"megatron_sov.{name}" for name in ("sandbox.sandbox", "sandbox.supervise",

@@ -34,7 +34,7 @@ class Python(AnsweredWorld):
                               memory_bytes=self.memory_bytes))  # ends with the environment's process
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        """Return {}; start the sandbox, so that a machine without one fails before the first call."""
+        """Return {}; start the sandbox, which fails on unsupported machines before the first call."""
         self._python_sandbox  # noqa: B018  (it starts)
         return {}
 

@@ -126,7 +126,7 @@ class Retrieval(AnsweredWorld):
     @cached_property
     def tools_by_name(self) -> dict[str, Tool]:
         """Both tools by their configured names."""
-        asked = Parameter(list[str] if self.queries == "list" else str,
+        query = Parameter(list[str] if self.queries == "list" else str,
                           "queries, each of which is searched for" if self.queries == "list"
                           else "words to search for")
         read = {key: Parameter(str, f"{key} of the document") if i == 0 else
@@ -134,13 +134,13 @@ class Retrieval(AnsweredWorld):
                 for i, key in enumerate(self.keys)}
         return {self.search: Tool(self.search, f"Search the documents; gives the {self.top_k} best of each "
                                                "query, with the beginning of their text.",
-                                  {self.query: asked}, self._run_search),
+                                  {self.query: query}, self._run_search),
                 self.read: Tool(self.read, f"Read documents by {', '.join(self.keys)}.", read,
                                 self._run_read)}
 
     @cached_property
     def _loaded_documents(self) -> list[dict[str, Any]]:
-        found = []
+        documents = []
         for line, document in read_objects(Path(self.corpus), "corpus"):
             where = f"corpus {self.corpus}: line {line}"
             if not isinstance(document.get(self.text), str):
@@ -149,13 +149,13 @@ class Retrieval(AnsweredWorld):
                 raise UserError(f"{where}: its {missing[0]!r} must be text or a whole number")
             if self.keys[0] not in document:
                 raise UserError(f"{where}: has no {self.keys[0]!r}; name the fields with keys=[...]")
-            found.append(document)
-            if len(found) > MAX_DOCUMENTS:
+            documents.append(document)
+            if len(documents) > MAX_DOCUMENTS:
                 raise UserError(f"corpus {self.corpus}: has more than {MAX_DOCUMENTS:,} documents, which lie "
                                 "in the memory of each process; take a search server of your own")
-        if not found:
+        if not documents:
             raise UserError(f"corpus {self.corpus}: has no documents")
-        return found
+        return documents
 
     @cached_property
     def _search_index(self) -> Bm25:

@@ -37,10 +37,10 @@ MAX_LINE_BYTES = 256 << 20
 BRIDGE = __name__ + "_bridge"
 """Module run by the library's Python."""
 SYSTEM_ROLES = ("system", "developer")
+"""Roles that carry rules."""
 NETWORK_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
               "https_proxy", "no_proxy", "UV_INDEX_URL", "UV_DEFAULT_INDEX")
-"""Variables that uv needs behind a proxy."""
-"""Roles that carry rules."""
+"""Variables that uv needs for a proxy."""
 
 
 def find_program_problem(command: tuple[str, ...]) -> Violation | None:
@@ -75,7 +75,7 @@ class Verifiers(World):
     """Calls may be repeated when an episode resumes: only for tools without effects outside the episode.
     Otherwise a resumed episode with calls has no reward."""
     env: tuple[Annotated[str, Bound(find_variable_problem)], ...] = ()
-    """Environment variables passed to the library, such as a judge's key, besides HOME, LOGNAME, PATH, SHELL,
+    """Environment variables passed to the library, e.g. a judge's key, besides HOME, LOGNAME, PATH, SHELL,
     TERM and USER."""
     _tools: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
     _seen: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
@@ -278,9 +278,9 @@ def _parse_reply(more: Sequence[Mapping[str, Any]], message: Mapping[str, Any]) 
     calls = [call["id"] for call in message.get("tool_calls", [])]
     results, rest = more[:len(calls)], more[len(calls):]
     if [result.get("tool_call_id") for result in results] != calls or len(rest) > 1 or any(
-            said["role"] != "user" for said in rest) or not more:
+            new["role"] != "user" for new in rest) or not more:
         raise InfrastructureFault(
             f"behind a turn with {len(calls)} calls the environment has messages of "
-            f"{', '.join(str(said['role']) for said in more) or 'nobody'}; it must have a result for each "
+            f"{', '.join(str(new['role']) for new in more) or 'nobody'}; it must have a result for each "
             "call in order, and a message of the user at most")
     return TurnReply(tuple(result["content"] for result in results), rest[0]["content"] if rest else None)

@@ -45,7 +45,7 @@ class ChatEndpoint:
     @contextlib.asynccontextmanager
     async def serve_requests(self) -> AsyncIterator[str]:
         """Serve requests; yield the address."""
-        from aiohttp import web
+        from aiohttp import web  # installed with `verifiers`; a failure is reported as a problem
 
         self._web = web
         os.environ[KEY] = secrets.token_urlsafe()
@@ -83,8 +83,8 @@ class ChatEndpoint:
         calls = [{**call, "index": place} for place, call in enumerate(message.get("tool_calls", []))]
         delta = {**message, **({"tool_calls": calls} if calls else {})}
         chunks = [{**head, "object": "chat.completion.chunk",
-                   "choices": [{"index": 0, "delta": part, "finish_reason": said}]}
-                  for part, said in ((delta, None), ({}, reason))]
+                   "choices": [{"index": 0, "delta": part, "finish_reason": finish_reason}]}
+                  for part, finish_reason in ((delta, None), ({}, reason))]
         text = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
         return web.Response(text=text, content_type="text/event-stream")
 
@@ -109,12 +109,12 @@ class VerifiersBridge:
         else:
             self._endpoint.answer_request(line.get("answer"))
         assert self._run is not None
-        asked = asyncio.create_task(self._endpoint.requests.get())
-        await asyncio.wait((asked, self._run), return_when=asyncio.FIRST_COMPLETED)
-        if asked.done():
-            body = asked.result()
+        request = asyncio.create_task(self._endpoint.requests.get())
+        await asyncio.wait((request, self._run), return_when=asyncio.FIRST_COMPLETED)
+        if request.done():
+            body = request.result()
             return {"request": {"messages": body.get("messages"), "tools": body.get("tools") or []}}
-        asked.cancel()
+        request.cancel()
         return self._describe_result(self._run.result())
 
     async def cancel_episode(self) -> None:
@@ -153,7 +153,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 @contextlib.asynccontextmanager
 async def open_bridge(path: Path) -> AsyncIterator[VerifiersBridge]:
     """Load the environment from a settings file and start the endpoint."""
-    from verifiers.v1 import EvalClientConfig, ModelContext
+    from verifiers.v1 import EvalClientConfig, ModelContext  # a failure is reported as a problem
     from verifiers.v1.configs.agent import agent_config_fields
     from verifiers.v1.utils.loaders import load_environment, resolve_env_config
 
@@ -186,10 +186,10 @@ async def main(path: Path, source: IO[bytes], target: IO[bytes]) -> None:
         say({"ready": True})
         while line := await asyncio.to_thread(source.readline):
             try:
-                said = await bridge.handle_message(json.loads(line))
+                reply = await bridge.handle_message(json.loads(line))
             except Exception as e:
-                said = {"error": f"{type(e).__name__}: {e}"}
-            say(said)
+                reply = {"error": f"{type(e).__name__}: {e}"}
+            say(reply)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def parse_type(text: str) -> Any:
     """Parse a Python type.
 
     String constants are only allowed in `Literal[...]`: elsewhere typing would create forward references,
-    which pydantic evaluates as Python in this process.
+    which `pydantic` evaluates as Python in this process.
 
     Raises:
         ValueError: the text uses more than `TYPES`, `|` and `[...]`, or is not a type.
@@ -135,7 +135,7 @@ class VirtualWorld:
 
 
 def _find_row_problem(adapter: TypeAdapter[Any], row: Any) -> str:
-    from pydantic import ValidationError
+    from pydantic import ValidationError  # slow to import; `--help` must be fast
 
     try:
         adapter.validate_json(json.dumps(row, allow_nan=False))
@@ -445,8 +445,8 @@ class Virtual(World):
     def score(self, answer: str) -> Score:
         """Return 1 if the tables are as wanted and all answers are stated, else 0."""
         normalized_answer = normalize_text(answer)
-        missing = [wanted for wanted in self._answers
-                   if not contains_words(normalized_answer, normalize_text(wanted))]
+        missing = [answer_text for answer_text in self._answers
+                   if not contains_words(normalized_answer, normalize_text(answer_text))]
         # Compare contents, so that other calls with the same effect count.
         tables = {name: self.project_rows(name, self.state[name]) == self.project_rows(name,
                                                                                        self._wanted[name])
