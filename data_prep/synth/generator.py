@@ -207,8 +207,8 @@ class Ask:
         sound grade is none, and not 0: another one is asked for."""
         door = self._doors["judge"]
         messages = build_fenced_messages(door.model, replace_surrogates(rubric),
-                                   {name: replace_surrogates(text) for name,
-                                    text in material.items()}, 0.0, 10.0)
+                                         {name: replace_surrogates(text) for name,
+                                          text in material.items()}, 0.0, 10.0)
         num_cut = 0
         for attempt in range(MAX_ATTEMPTS):
             # the first grade is the likeliest answer; sampling is for the retry alone

@@ -52,8 +52,8 @@ _PLAIN_UNITS: dict[str, tuple[float, Dimension]] = {
 """Units without prefixes."""
 _PREFIXES = {"": 1, "f": 1e-15, "p": 1e-12, "n": 1e-9, "µ": 1e-6, "u": 1e-6, "m": 1e-3, "c": 1e-2, "d": 1e-1,
              "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_UNIT_NAMES = {"meters": "m", "meter": "m", "metres": "m", "metre": "m", "seconds": "s", "second": "s",
-               "sec": "s",
+_NAMES = {"meters": "m", "meter": "m", "metres": "m", "metre": "m", "seconds": "s", "second": "s",
+          "sec": "s",
           "grams": "g", "gram": "g", "kilograms": "kg", "kilogram": "kg", "newtons": "N", "newton": "N",
           "joules": "J", "joule": "J", "watts": "W", "watt": "W", "volts": "V", "volt": "V", "ohms": "Ω",
           "ohm": "Ω", "kelvin": "K", "kelvins": "K", "moles": "mol", "mole": "mol", "hours": "h", "hour": "h",
@@ -242,7 +242,7 @@ def _parse_unit(text: str) -> tuple[float, Dimension] | None:
 
 def _parse_simple_unit(name: str) -> tuple[float, Dimension] | None:
     # Short names are case-sensitive symbols: mW is not MW.
-    name = _UNIT_NAMES.get(name.lower(), name) if len(name) > 2 else name
+    name = _NAMES.get(name.lower(), name) if len(name) > 2 else name
     # No prefixes: a kilominute is not a unit.
     if name in _PLAIN_UNITS:
         return _PLAIN_UNITS[name]

@@ -149,7 +149,7 @@ class CodeReward:
             if too_slow and self.time_limit_s - taken_s < self.patience * self.test_time_s:
                 break
             outcome = self._run_program(Program(source, stdin=stdin), self.test_time_s,
-                                len(expected.encode(errors="replace")))
+                                        len(expected.encode(errors="replace")))
             # Waiting for a processor is not the program's fault.
             taken_s += outcome.wall_s - outcome.starved_s
             too_slow = too_slow or outcome.status == "timeout"

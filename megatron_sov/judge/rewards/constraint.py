@@ -142,7 +142,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def check_texts(sandbox: Sandbox, source: str, texts: Sequence[str], *, call_s: float = 5.0,
-             memory_bytes: int = 512 << 20) -> list[ConstraintVerdict]:
+                memory_bytes: int = 512 << 20) -> list[ConstraintVerdict]:
     """Run a check on texts in the sandbox, each call in its own process.
 
     Args:

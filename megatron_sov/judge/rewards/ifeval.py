@@ -86,7 +86,7 @@ def read_instructions(row: Row) -> list[tuple[str, dict[str, Any]]]:
             raise Refused("kwargs must be a list as long as instruction_id_list")
         # The id comes last, so that an argument named id cannot replace it.
         instructions = [{**kwargs, "id": name} if isinstance(kwargs, Mapping) else name
-                 for name, kwargs in zip(names, arguments, strict=True)]
+                        for name, kwargs in zip(names, arguments, strict=True)]
     if not isinstance(instructions, list) or not instructions:
         raise Refused(f"instructions = {format_short(instructions)} must be a list of objects with an id")
     return [_read_instruction(item) for item in instructions]

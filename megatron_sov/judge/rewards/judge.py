@@ -37,7 +37,7 @@ RUBRIC = "Is the response correct, complete, honest and to the point?"
 
 
 def build_fenced_messages(model: str, rubric: str, material: Mapping[str, str], low: float,
-                    high: float) -> list[dict[str, str]]:
+                          high: float) -> list[dict[str, str]]:
     """Return the messages for a grading request.
 
     Args:

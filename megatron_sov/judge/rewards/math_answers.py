@@ -30,8 +30,8 @@ _FULL_STOP = re.compile(r"(?<=\d)\.(?=\s*\}(?:[^{}]|\Z))")
 """Full stop at the end inside a box: 42. is 42."""
 _UNICODE_TO_LATEX = str.maketrans({"\u2212": "-", "\uff0d": "-", "°": "^{\\circ}", "∞": "\\infty ",
                                    "≤": "\\le ",
-                          "≥": "\\ge ", "≠": "\\neq ", "²": "^2", "³": "^3", "½": "\\frac{1}{2}",
-                          **{chr(0xff10 + digit): str(digit) for digit in range(10)}})
+                                   "≥": "\\ge ", "≠": "\\neq ", "²": "^2", "³": "^3", "½": "\\frac{1}{2}",
+                                   **{chr(0xff10 + digit): str(digit) for digit in range(10)}})
 """Unicode signs and full-width digits -> LaTeX for `math-verify`."""
 _BRACKETS = {"langle": "(", "rangle": ")", "lbrace": "\\{", "rbrace": "\\}", "varnothing": "\\emptyset"}
 _BRACKET = re.compile(rf"\\({'|'.join(_BRACKETS)})(?![A-Za-z])\s*")
@@ -91,7 +91,7 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end|operatorname)\s*\{[^{}]*\}")
 _HEDGES = re.compile(r"n't\b|\b(?:not|never|neither|either|between|among|one of|below|above|unknown|maybe"
                     r"|perhaps|at (?:most|least)|(?:less|greater|more|fewer|other) than)\b|不是|ไม่ใช่",
-                    re.IGNORECASE)
+                     re.IGNORECASE)
 """Words that withdraw the following number."""
 _SECOND_NUMBER = re.compile(r"[\s$(]*(?:(?:or|to|and(?!\s+not))\b|또는|이나|或|または|หรือ)[^.]*\d",
                             re.IGNORECASE)
@@ -241,7 +241,7 @@ class Math:
             return len(_SIDES.split(extracted)) > 1
         value = literal_value(last)
         is_single_value = all(isinstance(item, str) or getattr(item, "is_number", False)
-                     or getattr(item, "is_Relational", False) for item in gold)
+                              or getattr(item, "is_Relational", False) for item in gold)
         if value is None or not is_single_value:
             return True
         if _OPEN_BOX.search(box):  # math-verify strips words and signs like these
@@ -400,7 +400,7 @@ def _mixes_set_and_tuple(gold: list[Any], extracted: str) -> bool:
     distinguish."""
     gold_text = next((item for item in reversed(gold) if isinstance(item, str)), "")
     gold_value, value = (re.sub(r"\\(?:left|right)(?![A-Za-z])|[\s$]", "", _SIDES.split(text)[-1])
-                  for text in (gold_text, extracted))
+                         for text in (gold_text, extracted))
     return any(_SET.fullmatch(a) and _TUPLE.fullmatch(b)
                for a, b in ((gold_value, value), (value, gold_value)))
 

@@ -84,7 +84,7 @@ def find_definitions(tree: ast.Module) -> dict[str, ast.stmt]:
         if isinstance(statement, (ast.Assign, ast.AnnAssign)):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             definitions |= {node.id: statement for target in targets for node in ast.walk(target)
-                      if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+                            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         for part in ("finalbody", "orelse", "body"):
             waiting += reversed(getattr(statement, part, []))
     return definitions

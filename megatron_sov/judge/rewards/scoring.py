@@ -32,7 +32,7 @@ TIME_LIMIT_S = 30.0
 NUM_FIRST_REPEATED, REPEAT_EVERY = 32, 32
 """The first rows, and every 32nd row after them, are judged twice to detect random rewards."""
 RESPONSE_SIGNALS = frozenset((signal.SIGPROF, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE,
-                    signal.SIGILL))
+                              signal.SIGILL))
 """Signals that the judged response can cause: processor time, stack overflow, ..."""
 
 

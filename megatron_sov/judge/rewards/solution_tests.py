@@ -181,7 +181,7 @@ def run_tests(request: dict[str, Any], names: dict[str, Any], peer: Peer, verdic
             is_fault = unused or isinstance(e, ImportError)
             # Only the first reasons, because thousands would exceed the output limit.
             write_verdict(verdict, test=index, passed=False, **({} if failed else {"reason": error}),
-                 **({"fault": error} if is_fault and not faulty else {}))
+                          **({"fault": error} if is_fault and not faulty else {}))
             failed, faulty = True, faulty or is_fault
     write_verdict(verdict, done=True)
 

@@ -40,12 +40,12 @@ def compute_version(reward: Any, settings: Mapping[str, Any], files: Mapping[str
     reward_class = type(reward)
     libraries = {name: get_installed_version(name) for name in getattr(reward_class, "LIBRARIES", ())}
     identity = {"class": reward_class.__qualname__,
-            "code": dict(files) if files is not None else hash_code(reward_class.__module__),
-            # Python's character tables classify letters, and change with the Python version.
-            "libraries": libraries, "unicode": unicodedata.unidata_version,
-            "inputs": reward.inputs() if hasattr(reward, "inputs") else {},
-            "settings": {name: value for name, value in settings.items()
-                         if name not in find_operational_settings(reward_class)}}
+                "code": dict(files) if files is not None else hash_code(reward_class.__module__),
+                # Python's character tables classify letters, and change with the Python version.
+                "libraries": libraries, "unicode": unicodedata.unidata_version,
+                "inputs": reward.inputs() if hasattr(reward, "inputs") else {},
+                "settings": {name: value for name, value in settings.items()
+                             if name not in find_operational_settings(reward_class)}}
     # Sorted keys, because the order of settings does not matter.
     text = json.dumps(identity, sort_keys=True, default=_to_json)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:DIGITS]

@@ -120,7 +120,7 @@ class Tool:
         """Return the OpenAI-style description, as used in chat templates."""
         schema = _strip_titles(self._adapter.json_schema())
         schema_parameters = {"type": "object", "properties": schema.pop("properties", {}),
-                 "required": schema.pop("required", [])}
+                             "required": schema.pop("required", [])}
         schema_parameters |= {key: schema[key] for key in ("$defs",) if key in schema}
         return {"type": "function", "function": {"name": self.name, "description": self.description,
                                                  "parameters": schema_parameters}}
@@ -138,7 +138,7 @@ class Tool:
             checked = self._adapter.validate_json(json.dumps(arguments, allow_nan=False))
         except ValidationError as e:
             problems = [f"{'.'.join(map(str, error['loc'])) or 'arguments'}: {_format_argument_error(error)}"
-                    for error in e.errors(include_url=False)]
+                        for error in e.errors(include_url=False)]
             num_more = len(problems) - MAX_SHOWN_ERRORS
             more = f"; and {num_more} more" if num_more > 0 else ""
             raise ToolFault("arguments", f"{self.name} was given wrong arguments: "

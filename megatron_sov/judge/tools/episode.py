@@ -209,8 +209,8 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
     if turn.end:
         return turn
     following = encoder.encode_after_turn([call["text"] for call in turn.calls],
-                                       [call["name"] for call in turn.calls],
-                                       turn.reply)
+                                          [call["name"] for call in turn.calls],
+                                          turn.reply)
     # At least one token must remain for the model.
     if len(following) >= remaining:
         return replace(turn, end="tokens")
@@ -218,7 +218,7 @@ def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, e
 
 
 def run_calls(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
-               limits: EpisodeLimits) -> EpisodeTurn:
+              limits: EpisodeLimits) -> EpisodeTurn:
     """Run the calls in a completed turn; return the turn with results and end.
 
     Args:
@@ -244,7 +244,7 @@ def run_calls(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
 
 
 def _run_reply(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
-                limits: EpisodeLimits) -> EpisodeTurn:
+               limits: EpisodeLimits) -> EpisodeTurn:
     """Send a whole turn to a conversing environment; like `run_calls`."""
     served = turn.to_served_turn(episode.opening.tools)
     try:
@@ -264,7 +264,7 @@ def _run_reply(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
 
 
 def _run_call(call: ToolCall | BadCall, place: int, host: EnvironmentHost,
-          limits: EpisodeLimits) -> tuple[dict[str, Any], CallResult]:
+              limits: EpisodeLimits) -> tuple[dict[str, Any], CallResult]:
     if isinstance(call, BadCall):
         return {"name": "", "arguments": {}}, _build_fault(call.code, call.reason, limits)
     call_record = {"name": call.name, "arguments": call.arguments}
@@ -327,11 +327,11 @@ class EpisodeLines:
             if "prompt" in line:
                 opening = Opening(Observation(**line["observation"]), tuple(line["tools"]))
                 episodes[number] = Episode(number, tasks[number], opening, line["prompt"],
-                                        routes=line.get("routes"))
+                                           routes=line.get("routes"))
             elif "turn" in line:
                 turn = line["turn"]
                 episodes[number].turns.append(EpisodeTurn(**turn
-                                                       | {"written": GeneratedTurn(**turn["written"])}))
+                                                          | {"written": GeneratedTurn(**turn["written"])}))
             elif "begun" in line:
                 episodes[number].begun = GeneratedTurn(**line["begun"])
             else:

@@ -84,8 +84,8 @@ class _Slot:
 
 
 def play_episodes(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeSettings, journal: EpisodeLines,
-         ended: Callable[[int], object] = lambda count: None,
-         should_stop: Callable[[], bool] = lambda: False) -> list[Episode]:
+                  ended: Callable[[int], object] = lambda count: None,
+                  should_stop: Callable[[], bool] = lambda: False) -> list[Episode]:
     """Play tasks to the end; return the episodes in order.
 
     Args:
@@ -139,7 +139,7 @@ def play_episodes(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeSetti
 
 
 def resume_or_begin(host: EnvironmentHost, number: int, task: Task, earlier: Episode | None,
-            begin: Callable[[Opening], Episode]) -> Episode:
+                    begin: Callable[[Opening], Episode]) -> Episode:
     """Begin an episode, or resume a known one.
 
     Raises:
@@ -162,7 +162,7 @@ def resume_or_begin(host: EnvironmentHost, number: int, task: Task, earlier: Epi
 
 
 def _play_round(slots: Sequence[_Slot], policy: ToolPolicy, table: EpisodeSettings, journal: EpisodeLines,
-           pool: ThreadPoolExecutor) -> None:
+                pool: ThreadPoolExecutor) -> None:
     playing = [(seat.host, seat.episode) for seat in slots if seat.episode is not None]
     open_ = [(host, episode) for host, episode in playing if not episode.end]
     if open_:
@@ -201,7 +201,7 @@ def score_episode(host: EnvironmentHost, episode: Episode) -> Result:
 
 
 def build_identity(tasks_digest: str, version: str, limits: EpisodeLimits, model: dict[str, object],
-                sampling: dict[str, object]) -> dict[str, object]:
+                   sampling: dict[str, object]) -> dict[str, object]:
     """Return the inputs that identify a set of episodes."""
     return {"tasks": tasks_digest, "environment": version, "limits": asdict(limits), "model": model,
             "sampling": sampling}

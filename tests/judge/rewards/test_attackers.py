@@ -280,7 +280,7 @@ PROGRAM_TESTS = [{"stdin": "1\n", "stdout": "7431\n"}, {"stdin": "2\n", "stdout"
 
 def paid(enclosure: str, response: str, tests: list) -> tuple[float | None, object]:
     result = run_reward(CodeReward(all_or_nothing=False, enclosure=enclosure),
-                    {"response": response, "tests": tests})
+                        {"response": response, "tests": tests})
     return result.reward, result
 
 
@@ -296,7 +296,7 @@ def test_no_attacker_is_paid(enclosure: str, name: str) -> None:
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
     result = run_reward(CodeReward(all_or_nothing=False, enclosure=enclosure, number_tolerance=1e-6),
-                    {"response": FORGE + FRAMEWORKS[name], "tests": FRAMEWORK_TESTS, "entry_point": "f"})
+                        {"response": FORGE + FRAMEWORKS[name], "tests": FRAMEWORK_TESTS, "entry_point": "f"})
     assert (result.reward, result.status) == (0.0, "scored"), result
 
 

@@ -16,7 +16,7 @@ from tests.typed_words import keys_of
 
 def share(enclosure: str, response: str, tests: Any, **fields: Any) -> Result:
     return run_reward(CodeReward(all_or_nothing=False, enclosure=enclosure, test_time_s=2),
-                  {"response": response, "tests": tests, **fields})
+                      {"response": response, "tests": tests, **fields})
 
 
 SOLUTIONS = {
@@ -187,7 +187,7 @@ def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
     broken = run_reward(CodeReward(enclosure=enclosure), {**row, "response": "```python\ndef f(x)\n```"})
     assert broken.reward == 0 and "SyntaxError" in broken.components["why"]
     endless = run_reward(CodeReward(enclosure=enclosure, test_time_s=0.3, patience=100),
-                     {**row, "response": "def f(x):\n    while 1: pass"})
+                         {**row, "response": "def f(x):\n    while 1: pass"})
     assert (endless.status, endless.reward) == ("timeout", 0.0) and "processors" in endless.components["why"]
 
 
@@ -213,7 +213,7 @@ def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str
 def test_a_program_that_computes_a_little_and_then_waits_gets_nothing(enclosure: str, waits: str) -> None:
     source = f"import os, time\nwhile time.process_time() < 0.06:\n    pass\n{waits}"
     result = run_reward(CodeReward(enclosure=enclosure, test_time_s=0.3),
-                    {"response": source, "tests": [{"stdin": "", "stdout": "1"}]})
+                        {"response": source, "tests": [{"stdin": "", "stdout": "1"}]})
     assert (result.status, result.reward) == ("timeout", 0.0), result
 
 

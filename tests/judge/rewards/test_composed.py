@@ -111,8 +111,8 @@ def test_real_parts_run_together(tmp_path: Path) -> None:
     code = "class Own:\n    def score(self, row):\n        return len(row['response'])\n"
     (tmp_path / "own.py").write_text(code)
     asked = request_reward("composed", {"parts": {"rule": {"reward": "length",
-                                                  "settings": {"unit": "words", "max_length": 2,
-                                                               "buffer": 1}},
-                                         "own": {"reward": f"{tmp_path}/own.py:Own", "weight": 10}}})
+                                                           "settings": {"unit": "words", "max_length": 2,
+                                                                        "buffer": 1}},
+                                                  "own": {"reward": f"{tmp_path}/own.py:Own", "weight": 10}}})
     with create_runner(asked, build_versioned_reward(asked), 1) as running:
         assert [r.reward for r in running.score([{"response": "a"}, {"response": "a b"}])] == [10.0, 29.0]

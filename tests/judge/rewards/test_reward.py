@@ -79,7 +79,7 @@ def test_components_are_plain_json() -> None:
     given = Score(1, {"nan": math.nan, "words": 3, "list": (1, 2.5), "set": {1}, 7: {"a": None},
                       "huge": 10**400})
     assert to_result(given).components == {"nan": None, "words": 3, "list": [1, 2.5], "set": "{1}",
-                                         "7": {"a": None}, "huge": None}
+                                           "7": {"a": None}, "huge": None}
 
 
 def test_two_rewards_for_one_row_are_a_failure() -> None:

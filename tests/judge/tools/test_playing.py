@@ -102,8 +102,8 @@ def scripted(tmp_path: Path, turns: list[str], limits: EpisodeLimits, world: str
 
     with open_journal(tmp_path / "one", "play", {}) as journal:
         (episode,) = play_episodes([{"question": "Try.", "answer": "1"}], Script(),
-                          EpisodeSettings(request_environment(world, {}), encoder,
-                                          limits), open_episode_lines(journal))
+                                   EpisodeSettings(request_environment(world, {}), encoder,
+                                                   limits), open_episode_lines(journal))
     return episode, encoder
 
 

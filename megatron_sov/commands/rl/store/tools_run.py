@@ -49,7 +49,7 @@ def _build_identity(request: EpisodesRequest, player: EpisodePlayer) -> dict[str
     model: dict[str, object] = {"path": str(target.path), "step": target.step,
                                 "weights": hash_weights(target), "chat": player.chat}
     identity: dict[str, object] = build_identity(hash_tasks(request.tasks), request.version, request.limits,
-                                              model, settings)
+                                                 model, settings)
     return identity
 
 

@@ -146,7 +146,7 @@ class Files(World):
         if not text:
             raise ToolRefused("there is nothing to look for")
         matches = [f"{path}:{number}: {line}" for path in sorted(self.files)
-                 for number, line in enumerate(self.files[path].split("\n"), start=1) if text in line]
+                   for number, line in enumerate(self.files[path].split("\n"), start=1) if text in line]
         return matches[:MAX_MATCHES]
 
     def _get_file(self, path: str) -> str:

@@ -192,7 +192,7 @@ class Retrieval(AnsweredWorld):
     def _run_read(self, **wanted: str | None) -> list[dict[str, Any]]:
         keys = {key: value for key, value in wanted.items() if value is not None}
         documents = [d for d in self._by_key.get(keys[self.keys[0]], [])
-                 if all(str(d.get(key, "")) == value for key, value in keys.items())]
+                     if all(str(d.get(key, "")) == value for key, value in keys.items())]
         if not documents:
             raise ToolRefused(f"there is no document with {keys}; search for it first")
         return [self._format_document(document) for document in documents]

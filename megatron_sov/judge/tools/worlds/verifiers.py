@@ -39,7 +39,7 @@ BRIDGE = __name__ + "_bridge"
 SYSTEM_ROLES = ("system", "developer")
 """Roles that carry rules."""
 NETWORK_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy",
-              "https_proxy", "no_proxy", "UV_INDEX_URL", "UV_DEFAULT_INDEX")
+                     "https_proxy", "no_proxy", "UV_INDEX_URL", "UV_DEFAULT_INDEX")
 """Variables that uv needs for a proxy."""
 
 

@@ -258,7 +258,7 @@ def _read_functions(code: str, problems: list[str]) -> dict[str, ast.FunctionDef
         if isinstance(node, ast.Attribute) and node.attr in _CLOCKS:
             problems.append(f"code: uses .{node.attr}, which differs from day to day")
     functions = {node.name: node for node in tree.body
-             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
+                 if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
     if not 0 < len(functions) <= MAX_TOOLS:
         problems.append(f"code: has {len(functions)} functions whose name does not begin with _, must have "
                         f"1 to {MAX_TOOLS}")
@@ -457,7 +457,7 @@ class Virtual(World):
         """Return rows as goals compare them: without free columns, and new rows without keys."""
         free, first = self.world.tables[table].free, self._first[table]
         projected = {key: {name: value for name, value in row.items() if name not in free}
-                 for key, row in rows.items()}
+                     for key, row in rows.items()}
         return ({key: row for key, row in projected.items() if key in first},
                 sorted(json.dumps(row, sort_keys=True) for key, row in projected.items() if key not in first))
 

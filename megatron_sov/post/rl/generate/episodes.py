@@ -285,7 +285,7 @@ class ServerEpisodePlayer:
         if self._sampling.with_routes:
             routes = self._engine.extract_routes(answer, len(episode.ids) + len(ids) - 1)
         turn = episode.extend_turn(GeneratedTurn(ids, answer.logprobs[:len(ids)],
-                                          answer.token_versions(len(ids), running.version), routes))
+                                                 answer.token_versions(len(ids), running.version), routes))
         is_complete = answer.reason != ABORTED or bool(set(turn.ids[-1:]) & set(self._end_ids))
         if not is_complete and len(turn.ids) < count_remaining_tokens(episode, self._table.limits):
             episode.begun = turn if turn.ids else None
