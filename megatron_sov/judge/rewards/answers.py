@@ -53,13 +53,12 @@ _PLAIN_UNITS: dict[str, tuple[float, Dimension]] = {
 _PREFIXES = {"": 1, "f": 1e-15, "p": 1e-12, "n": 1e-9, "µ": 1e-6, "u": 1e-6, "m": 1e-3, "c": 1e-2, "d": 1e-1,
              "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _NAMES = {"meters": "m", "meter": "m", "metres": "m", "metre": "m", "seconds": "s", "second": "s",
-          "sec": "s",
-          "grams": "g", "gram": "g", "kilograms": "kg", "kilogram": "kg", "newtons": "N", "newton": "N",
-          "joules": "J", "joule": "J", "watts": "W", "watt": "W", "volts": "V", "volt": "V", "ohms": "Ω",
-          "ohm": "Ω", "kelvin": "K", "kelvins": "K", "moles": "mol", "mole": "mol", "hours": "h", "hour": "h",
-          "minutes": "min", "minute": "min", "days": "day", "degrees": "°", "degree": "°", "percent": "%",
-          "kilometers": "km", "kilometres": "km", "kilometer": "km", "centimeters": "cm", "liters": "L",
-          "litres": "L", "liter": "L", "hertz": "Hz", "pascals": "Pa", "pascal": "Pa", "amperes": "A",
+          "sec": "s", "grams": "g", "gram": "g", "kilograms": "kg", "kilogram": "kg", "newtons": "N",
+          "newton": "N", "joules": "J", "joule": "J", "watts": "W", "watt": "W", "volts": "V", "volt": "V",
+          "ohms": "Ω", "ohm": "Ω", "kelvin": "K", "kelvins": "K", "moles": "mol", "mole": "mol", "hours": "h",
+          "hour": "h", "minutes": "min", "minute": "min", "days": "day", "degrees": "°", "degree": "°",
+          "percent": "%", "kilometers": "km", "kilometres": "km", "kilometer": "km", "centimeters": "cm",
+          "liters": "L", "litres": "L", "liter": "L", "hertz": "Hz", "pascals": "Pa", "pascal": "Pa", "amperes": "A",
           "amps": "A", "miles": "mi", "mile": "mi", "feet": "ft", "foot": "ft", "inches": "in", "inch": "in",
           "pounds": "lb", "pound": "lb", "radians": "rad", "radian": "rad"}
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})?(?:\.\d{0,400})?", re.ASCII)
