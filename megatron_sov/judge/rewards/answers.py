@@ -58,7 +58,8 @@ _NAMES = {"meters": "m", "meter": "m", "metres": "m", "metre": "m", "seconds": "
           "ohms": "Ω", "ohm": "Ω", "kelvin": "K", "kelvins": "K", "moles": "mol", "mole": "mol", "hours": "h",
           "hour": "h", "minutes": "min", "minute": "min", "days": "day", "degrees": "°", "degree": "°",
           "percent": "%", "kilometers": "km", "kilometres": "km", "kilometer": "km", "centimeters": "cm",
-          "liters": "L", "litres": "L", "liter": "L", "hertz": "Hz", "pascals": "Pa", "pascal": "Pa", "amperes": "A",
+          "liters": "L", "litres": "L", "liter": "L", "hertz": "Hz", "pascals": "Pa", "pascal": "Pa",
+          "amperes": "A",
           "amps": "A", "miles": "mi", "mile": "mi", "feet": "ft", "foot": "ft", "inches": "in", "inch": "in",
           "pounds": "lb", "pound": "lb", "radians": "rad", "radian": "rad"}
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})?(?:\.\d{0,400})?", re.ASCII)
