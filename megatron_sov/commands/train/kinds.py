@@ -1,4 +1,4 @@
-"""The kinds of training stages: one row per command that trains a model.
+"""The kinds of training stages: a row per command that trains a model.
 
 A command is three steps: options (a subclass of `StageOptions`), checks without torch
 (`setup.training.check_training`), and the run (`training_run.run_training`). A row names the parts in which
@@ -17,40 +17,40 @@ from megatron_sov.commands.train.setup.stage_options import (
 from megatron_sov.model.recipes.requested import BuiltIn
 
 CHECKS = "megatron_sov.commands.train.setup.training"
-"""Module of the checks, which imports numpy: help does without."""
+"""Module with the checks. It imports numpy, which `--help` does not need."""
 RUN = "megatron_sov.commands.train.training_run:run_training"
 
 
 @dataclass(frozen=True)
-class StageKind:
+class TrainingKind:
     """Differences between training commands."""
 
     name: BuiltIn
-    """`objective.name` of the run; its data formats are in `model.objectives.COMMAND_FORMATS`."""
+    """`objective.name` of the run; `model.objectives.COMMAND_FORMATS` lists its data formats."""
     objective: str
-    """`module:NAME` of the objective class, or of a function of the settings that returns the class."""
+    """`module:NAME` for the objective class, or for a function (settings) -> class."""
     is_chosen_by_settings: bool = False
-    """Whether `objective` is a function of the settings."""
+    """Whether `objective` is a function."""
     fill_stage: str = ""
-    """`module:function` that adds data, inputs and hooks of this kind to a `Stage`. "": nothing to add."""
+    """`module:function` that adds data, inputs and hooks to a `Stage`. "": nothing to add."""
     needs_data: bool = True
     """Whether --data is required."""
 
 
 LANGUAGE_MODELLING = "megatron_sov.train.objectives.data_objective:LanguageModelling"
-STAGE_KINDS: dict[str, StageKind] = {
-    "pretrain": StageKind("lm", LANGUAGE_MODELLING),
+STAGE_KINDS: dict[str, TrainingKind] = {
+    "pretrain": TrainingKind("lm", LANGUAGE_MODELLING),
     # a sequence of stages, which `extend_run` plans and runs
-    "extend": StageKind("lm", LANGUAGE_MODELLING),
-    "sft": StageKind("sft", "megatron_sov.post.sft:SupervisedFineTuning"),
-    "prefer": StageKind("preference", "megatron_sov.post.preference:select_objective",
-                        is_chosen_by_settings=True,
-                        fill_stage="megatron_sov.commands.train.prefer_run:add_reference"),
-    "distill": StageKind("distill", "megatron_sov.post.distillation.distill:Distillation",
-                         fill_stage="megatron_sov.commands.train.distill_run:add_teacher"),
+    "extend": TrainingKind("lm", LANGUAGE_MODELLING),
+    "sft": TrainingKind("sft", "megatron_sov.post.sft:SupervisedFineTuning"),
+    "prefer": TrainingKind("preference", "megatron_sov.post.preference:select_objective",
+                           is_chosen_by_settings=True,
+                           fill_stage="megatron_sov.commands.train.prefer_run:add_reference"),
+    "distill": TrainingKind("distill", "megatron_sov.post.distillation.distill:Distillation",
+                            fill_stage="megatron_sov.commands.train.distill_run:add_teacher"),
     # filled by `commands.rl`, which passes the store, and for `rl run` the engine, to `run_training`
-    "rl": StageKind("policy", "megatron_sov.post.policy:build_policy_objective", is_chosen_by_settings=True,
-                    needs_data=False),
+    "rl": TrainingKind("policy", "megatron_sov.post.policy:build_policy_objective",
+                       is_chosen_by_settings=True, needs_data=False),
 }
 """`StageOptions.stage` -> kind."""
 
