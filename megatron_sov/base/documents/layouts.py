@@ -292,7 +292,8 @@ def propose_field(record: Mapping[str, Any], target: str) -> str:
     """Return the field of a record whose name says that it holds a field of ours; "": none does."""
     words = _FIELD_WORDS.get(target, ())
     parts = {name: re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()) for name in record}
-    candidates = [(words.index(word), len(name), name) for name in record for word in words if word in parts[name]]
+    candidates = [(words.index(word), len(name), name) for name in record
+                  for word in words if word in parts[name]]
     return min(candidates, default=(0, 0, ""))[2]
 
 

@@ -17,6 +17,8 @@ from megatron_sov.base.hints.values import find_value
 
 DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
 INPUT_OPTIONS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--reference", "--base")
+_PACKING = {"sft": "--format chat ", "prefer": "--format preference ", "eval": "--heldout 0.5 "}
+"""Command -> options of `sov-data pack` for its data."""
 _PLACEHOLDER = re.compile(r"[A-Z]+(?:_[A-Z]+)*(?:\.[a-z]+)?")
 
 
@@ -60,7 +62,7 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
         return None
     tokenizer, before = _choose_tokenizer(line)
     shards = choose_free_path(f"{place.name.partition('.')[0]}-tokens")
-    form = {"sft": "--format chat ", "prefer": "--format preference ", "eval": "--heldout 0.5 "}.get(line[0], "")
+    form = _PACKING.get(line[0], "")
     pack = f"sov-data pack --tokenizer {tokenizer} {form}" + shlex.join(["--input", path, "--output", shards])
     return UserError(f"--data {path}: is {'a file' if is_file else 'a folder of text'}; pack it first",
                      Fix(words={path: shards}, before=(*before, pack)))
@@ -71,7 +73,7 @@ def _choose_tokenizer(line: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     create the folder."""
     model = next((word for word in (find_value(line, "--from"), *line[:3])
                   if (Path(word) / "tokenizer.json").is_file()), "")
-    if model and (Path(model) / "tokenizer.json").is_file():
+    if model:
         output = choose_free_path(f"{Path(model).name}-tokenizer")
         return output, (shlex.join(["sov-tokenizer", "import", model, "--output", output]),)
     return _find_only_folder("tokenizer") or "DIR", ()
