@@ -102,9 +102,10 @@ def check_proposal(args: TokenizerTrainOptions) -> None:
     """Learn from a short text in a temporary folder, to check whether its vocabulary can be reached."""
     from tokenizer.bpe.count_pipeline import learn
 
-    if args.input in _CHECKED_INPUTS:  # the size of the vocabulary has been corrected
+    inputs = tuple(map(os.path.abspath, args.input))
+    if inputs in _CHECKED_INPUTS:  # the size of the vocabulary has been corrected
         return
-    _CHECKED_INPUTS.add(args.input)
+    _CHECKED_INPUTS.add(inputs)
     groups = gather_groups(args.input, args.mixture)
     paths = [file for group in groups for path in group.paths for file in (path, *path.rglob("*"))]
     if sum(path.stat().st_size for path in paths if path.is_file()) > MAX_CHECKED_BYTES:
