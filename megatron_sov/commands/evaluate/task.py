@@ -6,14 +6,18 @@ from typing import Annotated, Any
 
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
+<<<<<<< HEAD
 from megatron_sov.commands.shared_options import RecordOptions
 from megatron_sov.model.config import parse_data_paths
+=======
+from megatron_sov.commands.shared_options import FigureOptions
+>>>>>>> main
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutOptions(RecordOptions):
+class OutOptions(FigureOptions):
     """`--output` for tasks that print figures."""
 
     out: Annotated[Path | None, Flag("--output", "FILE")] = None
@@ -21,7 +25,7 @@ class OutOptions(RecordOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldoutOptions(RecordOptions):
+class HeldoutOptions(FigureOptions):
     """Options for tasks on held-out documents."""
 
     data: Annotated[tuple[str, ...], Flag(value="DIR")]
