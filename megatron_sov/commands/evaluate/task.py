@@ -6,12 +6,8 @@ from typing import Annotated, Any
 
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
-<<<<<<< HEAD
-from megatron_sov.commands.shared_options import RecordOptions
-from megatron_sov.model.config import parse_data_paths
-=======
 from megatron_sov.commands.shared_options import FigureOptions
->>>>>>> main
+from megatron_sov.model.config import parse_data_paths
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 
