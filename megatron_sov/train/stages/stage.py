@@ -56,7 +56,7 @@ from megatron_sov.work.processes.stop_signals import StopFlag
 
 @dataclass(frozen=True)
 class Stage:
-    """Inputs and hooks of a training stage, such as pretraining or a step of an extension."""
+    """Inputs and hooks for a training stage, such as pretraining or one stage of an extension."""
 
     config: RunConfig
     folder: RunFolder
@@ -73,7 +73,7 @@ class Stage:
     extra_inputs: tuple[dict[str, str], ...] = ()
     """Artifacts in addition to data and start (`describe_input`), for the records."""
     before: Callable[[GateView], object] | None = None
-    """Called on every rank before the first step of a new run."""
+    """Called on every rank before a new run's first step."""
     after: Callable[[GateView], dict[str, Any]] | None = None
     """Called on every rank after the last step; returns fields for the completion manifest."""
     gate: Gate | None = None
@@ -91,7 +91,7 @@ class Stage:
     notes: tuple[str, ...] = ()
     """Automatically chosen defaults, with reasons."""
     memory: MemoryEstimate | None = None
-    """Predicted memory, for the banner and the check of each GPU's free memory."""
+    """Predicted memory, for the banner and for checking each GPU's free memory."""
 
 
 def run_stage(stage: Stage, nproc: int | None, start_s: float | None = None) -> bool:
@@ -201,7 +201,7 @@ def report_completion(folder: RunFolder, config: RunConfig, completion: dict[str
 
 
 def _print_plan(stage: Stage, data: _Data, num_processes: int) -> None:
-    """Print the result of a dry run."""
+    """Print a dry run's result."""
     if not is_first_rank():
         return
     newest = checkpoints.latest_checkpoint(stage.folder.checkpoints)
@@ -242,7 +242,7 @@ class _Data:
     sources: list[Source]
     """Sources, with views and `Stage.extra_sources`."""
     planned: list[LedgerEntry]
-    """Result of `plan_ledger`."""
+    """Entries from `plan_ledger`."""
 
 
 def _open_data(stage: Stage) -> _Data:
@@ -280,7 +280,7 @@ def _finish_side_jobs(folder: RunFolder, config: RunConfig) -> None:
 
 @dataclass
 class _Launch:
-    """State of the launcher when it starts the ranks."""
+    """Launcher state, inherited by the ranks."""
 
     time_s: float
     """Unix time."""
@@ -408,7 +408,7 @@ def _lock_folder(stage: Stage, lock: RunLock | None, launch: _Launch) -> None:
 
 
 def _find_own_checkpoint(stage: Stage, place: world.ParallelWorld) -> Path | None:
-    """Return the newest sound checkpoint of the run, or None for a new run."""
+    """Return the run's newest sound checkpoint, or None for a new run."""
     folder = stage.folder.checkpoints
     run_on_main(place, lambda: checkpoints.delete_leftovers(folder))
     newest = find_sound_checkpoint(stage.folder, place)
