@@ -169,7 +169,8 @@ def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trac
     assert torch.equal(own[0], own[1])
     probed_sums = flat(probed.forward_backward.compute_gradients(probed.batch, probed.objective, 1))
     rng.seed_step(plain.seed, 0)
-    assert torch.equal(flat(plain.forward_backward.compute_gradients(plain.batch, plain.objective, 1)), probed_sums)
+    plain_sums = flat(plain.forward_backward.compute_gradients(plain.batch, plain.objective, 1))
+    assert torch.equal(plain_sums, probed_sums)
     assert torch.equal(gradients(plain.model), gradients(probed.model))
     assert torch.equal(plain.load(), probed.load()), "experts are counted once"
     assert not torch.equal(gradients(probed.model), own[0]), "a part of the batch is not the batch"
