@@ -11,7 +11,7 @@ from megatron_sov.base.command_line import (
     HelpFormatter, Parser, append_examples, build_program_parser, check_arguments, find_check,
     format_command_list, format_version, import_commands, run_to_exit_code)
 from megatron_sov.base.errors import ExitCode, Fix, UserError
-from megatron_sov.base.hints.commands import command_comes_first, unknown_command, unwrap_launcher
+from megatron_sov.base.hints.commands import build_command_error, build_order_error, unwrap_launcher
 from megatron_sov.base.hints.lines import propose_line
 from megatron_sov.base.hints.removed import check_command
 from megatron_sov.commands import COMMANDS
@@ -92,7 +92,7 @@ def _run_once(argv: list[str], only_checks: bool = False) -> int:
         build_help_parser().print_help()
         return ExitCode.OK if argv else ExitCode.USER_ERROR
     if argv[0].startswith("-") and argv[0] not in ("--version",):
-        raise command_comes_first(PROGRAM, argv, COMMANDS)
+        raise build_order_error(PROGRAM, argv, COMMANDS)
     if (meant := unwrap_launcher(argv)) is not None:
         raise UserError(f"{PROGRAM} {argv[0]}: starts another program; {PROGRAM} starts its processes itself",
                         Fix(f"{PROGRAM} {shlex.join(meant)}"))
@@ -105,7 +105,7 @@ def _run_once(argv: list[str], only_checks: bool = False) -> int:
     if children and name not in COMMANDS:
         return _run_group(name, children, rest)
     if name not in COMMANDS:
-        raise unknown_command(PROGRAM, name, list(COMMANDS), rest)
+        raise build_command_error(PROGRAM, name, list(COMMANDS), rest)
     command = COMMANDS[name]
     module = command.load()
     sub = Parser(prog=f"{PROGRAM} {name}", description=command.help, formatter_class=HelpFormatter)
@@ -138,7 +138,7 @@ def list_subcommands(name: str) -> dict[str, str]:
 def _run_group(name: str, children: dict[str, str], rest: list[str]) -> int:
     """Print the help of a first word that needs a second word."""
     if rest and rest[0] not in ("-h", "--help"):
-        raise unknown_command(f"{PROGRAM} {name}", rest[0], list(children), rest[1:])
+        raise build_command_error(f"{PROGRAM} {name}", rest[0], list(children), rest[1:])
     argparse.ArgumentParser(prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} COMMAND ...",
                             formatter_class=argparse.RawDescriptionHelpFormatter,
                             epilog=format_command_list(children, dict.fromkeys(

@@ -57,8 +57,8 @@ itself, and where it does not stand they are free.  A wing imports those on lowe
 TORCH_FREE = {"version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
               "omni", "plan", "operate", "publish", "commands", "cli", "api", "__init__", "tokenizer",
               "data_prep"}
-NETWORKS = "megatron_sov/omni/codecs/"
-"""Of a hall without torch, what is imported where networks are wanted alone."""
+NETWORKS = ("megatron_sov/omni/codecs/", "megatron_sov/omni/generation/")
+"""Folders of a hall without torch whose importers run networks."""
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 MAY_UNPICKLE = {"megatron_sov/engine/parallel/launcher.py", "megatron_sov/work/submit/array_job.py",
@@ -95,6 +95,7 @@ MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "megatron_sov/base/documents/arrow_rows.py": "imports pyarrow, which its user must not import at the top",
     "megatron_sov/work/endpoints/http_client.py": "imports openai, which its user must not import at the top",
+    "megatron_sov/base/hints/paths.py": "faults of paths; correcting a line is another subject",
     "megatron_sov/base/hints/search.py": "search by meaning; words of a line are another subject",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",
     "megatron_sov/infer/decoder/logprobs.py": "log-probabilities of given answers, at any layout",

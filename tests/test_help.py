@@ -60,7 +60,7 @@ def test_the_other_programs_group_theirs_too(program: str, capsys: pytest.Captur
 
 @pytest.mark.parametrize(("program", "word", "text"), [
     pytest.param(program, row.split()[0], text, id=f"{program} {row.split()[0]}")
-    for program, rows in words.table()["commands"].items() for row, text in rows.items()])
+    for program, rows in words.load_table()["commands"].items() for row, text in rows.items()])
 def test_a_word_of_the_trade_leads_to_a_command_that_parses(
         program: str, word: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     first, *group = program.split()
@@ -93,7 +93,7 @@ def _begin(line: str) -> str:
 
 def test_no_word_of_the_table_is_a_command() -> None:
     """A row for a command that exists would never be read."""
-    for program, rows in words.table()["commands"].items():
+    for program, rows in words.load_table()["commands"].items():
         first, *group = program.split()
         known = {name.split()[len(group)] for name in importlib.import_module(ENTRIES[first]).COMMANDS
                  if name.split()[:len(group)] == group and len(name.split()) > len(group)}
@@ -137,8 +137,8 @@ def test_a_setting_is_found_by_what_people_call_it(words: str, meant: str,
 
 def test_names_of_other_programs_lead_to_settings_that_exist() -> None:
     names = {*setting_names(), "data.phases.0.seq_len"}
-    assert {meant.partition("=")[0] for meant in words.table()["settings"]} <= names
-    assert {str(value).partition("=")[0] for rows in words.table()["values"].values()
+    assert {meant.partition("=")[0] for meant in words.load_table()["settings"]} <= names
+    assert {str(value).partition("=")[0] for rows in words.load_table()["values"].values()
             for value in rows.values() if "." in str(value)} <= names
     assert find_settings("beta", ("distillation",))[0] == "distillation.beta"
     assert find_settings("nothing_like_this") == []

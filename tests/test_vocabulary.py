@@ -67,7 +67,8 @@ def test_one_help_text_is_of_one_option() -> None:
 
 
 @pytest.mark.parametrize(("command", "old", "new"), [
-    (command, old, new) for command, rows in words.table()["renamed"].items() for old, new in rows.items()])
+    (command, old, new) for command, rows in words.load_table()["renamed"].items()
+    for old, new in rows.items()])
 def test_an_option_of_the_release_before_is_taken_with_a_note(
         command: str, old: str, new: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = _options()
@@ -76,7 +77,7 @@ def test_an_option_of_the_release_before_is_taken_with_a_note(
     parser = argparse.ArgumentParser(prog=sorted(commands)[0])
     parser.add_argument(new)
     for typed, expected in (([old, "x"], [new, "x"]), ([f"{old}=x"], [f"{new}=x"])):
-        assert words.check_words(parser, typed) == expected
+        assert words.translate_options(parser, typed) == expected
         assert capsys.readouterr().err == (f"warning: {old} is called {new} now; the old name goes with the "
                                            "next release\n")
     assert not re.search(rf"{old}(?![\w-])", parser.format_help())
@@ -91,8 +92,8 @@ def test_the_old_name_reaches_the_command(tmp_path: Path, capsys: pytest.Capture
 def test_an_old_name_is_no_option_where_another_thing_has_it() -> None:
     parser = argparse.ArgumentParser(prog="megatron-sov eval ppl")
     parser.add_argument("--max-tokens")
-    assert words.check_words(parser, ["--max-tokens", "5"]) == ["--max-tokens", "5"]
+    assert words.translate_options(parser, ["--max-tokens", "5"]) == ["--max-tokens", "5"]
     parser = argparse.ArgumentParser(prog="megatron-sov generate")
     parser.add_argument("--max-new-tokens")
     with pytest.raises(UserError, match=r"is --max-new-tokens here; write\n.* --max-new-tokens 5"):
-        words.check_words(parser, ["--max-tokens", "5"])
+        words.translate_options(parser, ["--max-tokens", "5"])

@@ -197,7 +197,7 @@ class Seed:
 
 def ceilings(shared: Shared) -> dict[str, tuple[float, float]]:
     """Return what judges recognise in held-out media: as they are, and through the codec and back."""
-    from megatron_sov.omni.generation.reconstruction import reconstruct
+    from megatron_sov.omni.generation.reconstruction import reconstruct_media
 
     found: dict[str, tuple[float, float]] = {}
     for name, rows in questions(shared.index, 0).items():
@@ -206,7 +206,7 @@ def ceilings(shared: Shared) -> dict[str, tuple[float, float]]:
             continue
         files = [shared.media / part["path"] for part in shown if part]
         kind, judge = (("image-tokenizer", pictures) if name == "image-text" else ("audio-tokenizer", sounds))
-        again = list(reconstruct(shared.work / kind, files, shared.work / "reconstructed"))
+        again = list(reconstruct_media(shared.work / kind, files, shared.work / "reconstructed"))
         labels = [row["labels"] for row in rows]
         languages = np.array([of[0].isascii() for of in labels])
         right = [np.array([a == row["answer"] for a, row in zip(judge(of, labels), rows, strict=True)])

@@ -25,10 +25,10 @@ from megatron_sov.base.settings import (
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, find_media_token
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.banks import BankShape
-from megatron_sov.omni.media.items import discrete_audio, discrete_image
-from megatron_sov.omni.media.reading.kinds import MediaLimits, VideoFrames
-from megatron_sov.omni.media.reading.reader import MediaReader, ReadMedia, place_of
-from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, Spectrograms
+from megatron_sov.omni.media.items import format_audio_tokens, format_image_tokens
+from megatron_sov.omni.media.reading.limits import MediaLimits, VideoSampling
+from megatron_sov.omni.media.reading.reader import DecodedMedia, MediaReader, resolve_media_path
+from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, SpectrogramExtractor
 from megatron_sov.work.submit.cluster_options import ClusterOptions
 
 CODE_VERSION = 2
@@ -224,7 +224,7 @@ class MediaRecordEncoder:
         self.sounds = _opened(settings.audio_tokenizer, "--audio-tokenizer", settings.device,
                               "samples_per_token", "encode")
         bank = settings.sound_bank
-        self._spectrograms = Spectrograms(bank[0], bank[1]) if bank else None
+        self._spectrograms = SpectrogramExtractor(bank[0], bank[1]) if bank else None
         self._banks = settings.banks()
         self._known: OrderedDict[str, str] = OrderedDict()
 
@@ -266,7 +266,7 @@ class MediaRecordEncoder:
         return found | {part: contents[name] for part, name in names.items()}
 
     def _place(self, part: MessagePart) -> Path:
-        file = place_of(self._settings.media_root.resolve(), part.value)
+        file = resolve_media_path(self._settings.media_root.resolve(), part.value)
         if not file.is_file():
             raise BadRecord("missing", "is no file; name a picture, a sound or a video")
         most = self._settings.limits.file_bytes
@@ -275,34 +275,34 @@ class MediaRecordEncoder:
                                     "raise --max-file-bytes")
         return file
 
-    def _read(self, part: MessagePart) -> list[ReadMedia] | BadRecord:
+    def _read(self, part: MessagePart) -> list[DecodedMedia] | BadRecord:
         settings = self._settings
         try:
             if part.kind == VIDEO:
                 if settings.picture_bank is None:
                     raise BadRecord("no_bank", "is a video, which needs --continuous-pictures")
-                sampling = VideoFrames(settings.picture_bank[0], settings.video_frames_per_s,
+                sampling = VideoSampling(settings.picture_bank[0], settings.video_frames_per_s,
                                        settings.video_frames)
-                return [self._reader.video(part.value, sampling)]
+                return [self._reader.read_video(part.value, sampling)]
             if part.kind == IMAGE:
                 sides = [*([self.images.side_pixels] if self.images else []),
                          *([settings.picture_bank[0]] if settings.picture_bank else [])]
                 if not sides:
                     raise BadRecord("no_codec", "is a picture, which needs --image-tokenizer or "
                                                 "--continuous-pictures")
-                return [self._reader.picture(part.value, tuple(sides), settings.animated)]
+                return [self._reader.read_picture(part.value, tuple(sides), settings.animated)]
             # First for the codec, last for the spectrograms: taken by place.
             rates = [*([self.sounds.sample_rate_hz] if self.sounds else []),
                      *([SAMPLE_RATE_HZ] if settings.sound_bank else [])]
             if not self.sounds and not settings.sound_bank:
                 raise BadRecord("no_codec", "is a sound, which needs --audio-tokenizer or "
                                             "--continuous-sounds")
-            by_rate = {rate: self._reader.sound(part.value, rate) for rate in dict.fromkeys(rates)}
+            by_rate = {rate: self._reader.read_sound(part.value, rate) for rate in dict.fromkeys(rates)}
             return [by_rate[rate] for rate in rates]
         except BadRecord as e:
             return e
 
-    def _encoded(self, names: list[str], reads: list[list[ReadMedia] | BadRecord],
+    def _encoded(self, names: list[str], reads: list[list[DecodedMedia] | BadRecord],
                  banks: UnitBanks) -> dict[str, Medium | BadRecord]:
         self._encode_pictures({name: read[0] for name, read in zip(names, reads, strict=True)
                                if not isinstance(read, BadRecord) and name.startswith(f"{IMAGE}/")})
@@ -316,7 +316,7 @@ class MediaRecordEncoder:
                            else self._picture(name, read[0], banks, is_video=kind == VIDEO))
         return found
 
-    def _encode_pictures(self, reads: dict[str, ReadMedia]) -> None:
+    def _encode_pictures(self, reads: dict[str, DecodedMedia]) -> None:
         if self.images is None:
             return
         import torch
@@ -333,10 +333,10 @@ class MediaRecordEncoder:
                 ids = self.images.encode(torch.from_numpy(batch).to(self._settings.device)).cpu().numpy()
             for i, name in enumerate(here):
                 numbers = _checked(ids[i], self.images, self._settings.image_tokenizer)
-                self._remember(name, discrete_image(numbers, self.images.grid, reads[name].width,
+                self._remember(name, format_image_tokens(numbers, self.images.grid, reads[name].width,
                                                     reads[name].height))
 
-    def _picture(self, name: str, read: ReadMedia, banks: UnitBanks, *, is_video: bool) -> Medium:
+    def _picture(self, name: str, read: DecodedMedia, banks: UnitBanks, *, is_video: bool) -> Medium:
         rows: list[int] = []
         if PICTURES in self._banks:
             records = read.arrays[-1] if is_video else read.arrays[-1][None]
@@ -345,15 +345,15 @@ class MediaRecordEncoder:
         return Medium(read.mime_type, "" if is_video else self._known.get(name, ""), read.duration_s,
                       PICTURES if rows else "", tuple((row, slots) for row in rows))
 
-    def _sound(self, name: str, reads: list[ReadMedia], banks: UnitBanks) -> Medium:
+    def _sound(self, name: str, reads: list[DecodedMedia], banks: UnitBanks) -> Medium:
         if self.sounds is not None and name not in self._known:
             numbers = [n for piece in self._pieces(reads[0].arrays[0]) for n in piece]
-            self._remember(name, discrete_audio(numbers))
+            self._remember(name, format_audio_tokens(numbers))
         rows: list[tuple[int, int]] = []
         if self._spectrograms is not None:
-            records, frames = self._spectrograms.pieces(reads[-1].arrays[0])
+            records, frames = self._spectrograms.compute_pieces(reads[-1].arrays[0])
             shape = self._banks[SOUNDS]
-            rows = [(row, shape.slots_of(used))
+            rows = [(row, shape.count_slots(used))
                     for row, used in zip(banks.add(SOUNDS, name, records), frames, strict=True)]
         return Medium(reads[0].mime_type, self._known.get(name, ""), reads[0].duration_s,
                       SOUNDS if rows else "", tuple(rows))

@@ -17,7 +17,7 @@ from megatron_sov.base.documents.shard_files import FEATURE_DTYPE, FEATURES, NO_
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.media_tokens import MEDIA as BLOCKS, read_blocks
 from megatron_sov.model.modality import FeatureTokens, MediaEncoding
-from megatron_sov.omni.media.banks import BankShape, open_bank, read_shapes
+from megatron_sov.omni.media.banks import BankShape, open_bank, read_bank_shapes
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SourceBanks:
 
     def record(self) -> dict[str, Any]:
         """Return what the manifest of token shards says of them."""
-        return {kind: shape.record() for kind, shape in self.shapes.items()}
+        return {kind: shape.to_record() for kind, shape in self.shapes.items()}
 
     def open_shard(self, prefix: Path) -> ShardBanks:
         """Begin the banks of a shard of the source."""
@@ -152,7 +152,7 @@ def _encoding_of(folders: Iterable[Path]) -> MediaEncoding:
 
 
 def _shapes(folder: Path) -> dict[str, BankShape]:
-    return read_shapes(read_manifest(folder, MEDIA_CORPUS).content.get(FEATURES), str(folder))
+    return read_bank_shapes(read_manifest(folder, MEDIA_CORPUS).content.get(FEATURES), str(folder))
 
 
 # Whether the banks of a shard are whole, and what its sidecar names is in them.
@@ -168,7 +168,7 @@ def media_problems(prefix: Path, source: dict[str, Any], tokens: NDArray[np.gene
     """
     file = Path(f"{prefix}.{FEATURES}")
     try:
-        shapes = read_shapes(source.get(FEATURES), f"source {source['name']!r}")
+        shapes = read_bank_shapes(source.get(FEATURES), f"source {source['name']!r}")
         rows = {kind: len(open_bank(Path(f"{prefix}.{kind}"), shape)) for kind, shape in shapes.items()}
     except UserError as e:
         return [str(e)]

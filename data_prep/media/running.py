@@ -36,8 +36,8 @@ from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, add_options, read_options, to_problem)
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.model.modality import PICTURES, SOUNDS
-from megatron_sov.omni.media.banks import KINDS, BankShape, open_bank
-from megatron_sov.omni.media.items import MediaItem, drawing_call
+from megatron_sov.omni.media.banks import BANK_KINDS, BankShape, open_bank
+from megatron_sov.omni.media.items import MediaItem, build_drawing_call
 from megatron_sov.work.progress.journal import slurm_folder, work_folder
 from megatron_sov.work.progress.progress_bar import create_bar
 from megatron_sov.work.progress.resumable import begin_parts, build_part, open_parts, part_folder
@@ -80,7 +80,7 @@ class _Writer:
         self._numbers[part.kind] += 1
         name = PurePosixPath(part.value).name
         return MediaItem(part.kind, number, medium.mime_type, name, medium.duration_s, medium.discrete,
-                         sum(used for _, used in medium.rows)).text()
+                         sum(used for _, used in medium.rows)).format_text()
 
     def _drawn(self, message: MediaMessage) -> dict[str, Any]:
         """Return what a model says: sounds as discrete blocks in the text, pictures as tool calls or
@@ -96,7 +96,7 @@ class _Writer:
                 raise BadRecord("answer", f"has a {part.kind} ({part.value}) in what the assistant says, " + (
                     f"which needs {needed}" if needed else "and a model draws no videos; remove it"))
             if part.kind == IMAGE and self._calls:
-                calls.append(drawing_call(block))
+                calls.append(build_drawing_call(block))
             else:
                 said.append(block)
         return {**message.fields, "content": "\n".join(said), **({"tool_calls": calls} if calls else {})}
@@ -113,7 +113,7 @@ def encoded(record: MediaRecord, media: Mapping[MessagePart, Medium], drawn: str
         found: dict[str, Any] = {"text": writer.join_parts(record.messages[0].parts or ())}
     else:
         found = {"messages": [writer.message(message) for message in record.messages]}
-    rows = {kind: writer.rows[kind] for kind in KINDS if kind in writer.rows}
+    rows = {kind: writer.rows[kind] for kind in BANK_KINDS if kind in writer.rows}
     return {**record.fields, **found, FEATURES: rows}
 
 
@@ -215,7 +215,7 @@ class MediaUnitEncoder:
                 records.append((number, parse_record(line)))
             except BadRecord as e:
                 self._note(bad, unit, number, "", e)
-        files = {kind: folder / f"{kind}.bin" for kind in KINDS}
+        files = {kind: folder / f"{kind}.bin" for kind in BANK_KINDS}
         with open(files[PICTURES], "wb") as pictures, open(files[SOUNDS], "wb") as sounds:
             banks = UnitBanks({PICTURES: pictures.write, SOUNDS: sounds.write})
             media = self._encoder.encode([p for _, record in records for p in record.media()], banks)
@@ -237,7 +237,7 @@ class MediaUnitEncoder:
                 counts.update(p.kind for p in record.media())
                 counts["records"] += 1
         (folder / BAD).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
-        (folder / ROWS).write_text(format_json({kind: banks.keys[kind] for kind in KINDS}))
+        (folder / ROWS).write_text(format_json({kind: banks.keys[kind] for kind in BANK_KINDS}))
         # Last: a folder with a summary is a unit that is done.
         (folder / SUMMARY).write_text(format_json({"counts": counts, "kinds": sorted(kinds),
                                                    "codebooks": self._encoder.codebooks()}))
@@ -411,7 +411,7 @@ def _finish(asked: EncodeMediaOptions, units: list[MediaUnit]) -> None:
         artifact.content = {
             "format": kind, "num_records": joined.counts["records"], "num_media": media,
             "num_bad": dict(sorted(joined.num_bad.items())), "codecs": _codecs(settings, joined.codebooks),
-            FEATURES: {kind: shape.record() for kind, shape in banks.items()},
+            FEATURES: {kind: shape.to_record() for kind, shape in banks.items()},
             "num_rows": {kind: len(joined.rows[kind]) for kind in banks}}
         artifact.settings = {**vars(settings)}
     print(f"{joined.counts['records']:,} records of kind {kind} with {media[IMAGE]:,} pictures, "
@@ -432,7 +432,7 @@ class _JoinedRecords:
     files: dict[str, IO[bytes]]
     stops: bool
     """Whether a bad record, which an earlier command has listed, is an end."""
-    rows: dict[str, dict[str, int]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
+    rows: dict[str, dict[str, int]] = field(default_factory=lambda: {kind: {} for kind in BANK_KINDS})
     """Bank -> content of a record -> its row."""
     counts: Counter[str] = field(default_factory=Counter)
     num_bad: Counter[str] = field(default_factory=Counter)

@@ -21,7 +21,7 @@ from megatron_sov.base.documents import BadRecord, Conversation, Document
 from megatron_sov.base.documents.byte_bpe import (
     NotByteBpe, build_ranks, iter_adversarial_texts, parse_split_pattern)
 from megatron_sov.base.documents.shard_files import NO_FEATURE
-from megatron_sov.base.errors import Fix, UserError, fix_missing
+from megatron_sov.base.errors import Fix, UserError, fix_missing, suggest_download
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.chat.segments import find_odd_opening
@@ -275,10 +275,10 @@ class Encoder:
         return found
 
 
-def fix_foreign(path: Path) -> Fix:
+def fix_foreign(path: Path) -> Fix | None:
     """Return the fix for a tokenizer that is not imported yet, or not downloaded."""
     fix = None if path.exists() else fix_missing(path, is_bare=True)
-    if fix is not None and not fix.before:
+    if (fix is None and not path.exists()) or (fix is not None and not fix.before):
         return fix
     name = path.stem if path.is_file() else path.resolve().name
     output = f"{name}-tokenizer"
@@ -295,7 +295,7 @@ def explain_foreign(path: Path) -> str:
     """
     if (path / MANIFEST).is_file() and read_manifest(path).kind == "tokenizer":
         return ""
-    if not path.exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+    if suggest_download(path, is_bare=True) and not path.exists():
         name = shlex.quote(path.name)
         return (f"does not exist; check the path. If it is a model's name on the Hugging Face hub: "
                 f"`hf download {path} --local-dir {name}`, then `sov-tokenizer import {name} --output "

@@ -163,7 +163,7 @@ class PackOptions:
     def problems(self) -> list[SettingsProblem]:
         problem = explain_foreign(self.tokenizer) if self.tokenizer.exists() else ""
         return [SettingsProblem(ProblemCode.FILE, "tokenizer", problem, self.tokenizer,
-                                fix=fix_foreign(self.tokenizer))] if problem else []
+                                fix=fix_foreign(self.tokenizer) or "")] if problem else []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sov.base.errors import UserError, suggest_name
-from megatron_sov.base.hints.removed import was_removed
+from megatron_sov.base.hints.removed import suggest_successor
 
 if TYPE_CHECKING:
     from data_prep.synth.generator import Generator
@@ -47,8 +47,8 @@ def generator_class(name: str) -> type[Generator]:
         return _of_file(Path(name))
     if name in FILES:
         return _packaged(name)
-    raise UserError(f"{name}: is no generator{was_removed(name) or suggest_name(name, FILES)}; known are "
-                    f"{', '.join(FILES)}, and files that end with {' or '.join(ENDINGS)}")
+    raise UserError(f"{name}: is no generator{suggest_successor(name) or suggest_name(name, FILES)}; known "
+                    f"are {', '.join(FILES)}, and files that end with {' or '.join(ENDINGS)}")
 
 
 @lru_cache(maxsize=len(FILES))

@@ -31,7 +31,7 @@ from megatron_sov.base.artifacts import format_json, translate_disk_errors, writ
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import (
     ExitCode, StopRequested, UserError, escape_controls, format_error, format_problems)
-from megatron_sov.base.hints.removed import was_removed
+from megatron_sov.base.hints.removed import suggest_successor
 from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, count_cores, parse_nested, parse_settings, to_problem)
@@ -188,7 +188,7 @@ def make_generator(name: str, settings: Mapping[str, Any]) -> Generator:
     lists = {key for key, hint in hints.items() if get_origin(hint) is tuple}
     given = {key: value.split(",") if isinstance(value, str) and key in lists else value
              for key, value in settings.items()}
-    return cls(parse_settings(cls.Settings, given, f"generator {name}", instead=lambda key: was_removed(
+    return cls(parse_settings(cls.Settings, given, f"generator {name}", instead=lambda key: suggest_successor(
         f"{name}.{key}", REMOVED).removeprefix("; ")))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.digests import SHA256, hash_file, parse_digest_algorithm
-from megatron_sov.base.errors import UserError, suggest_download
+from megatron_sov.base.errors import Fix, UserError, choose_free_path, stop_check, suggest_download
 from megatron_sov.base.outputs import check_creatable, resolve_link
 
 MANIFEST = "manifest.json"
@@ -104,13 +104,10 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Replace the content of `path` atomically: readers see the old or the new bytes, never a mixture.
-
-    Raises:
-        UserError: the disk is full or the folder is not writable.
-    """
-    with create_file(Path(path)) as temporary:
+def write_atomically(path: Path, data: str | bytes, *, create_parents: bool = False) -> None:
+    """Replace the content of `path` atomically: readers see the old or the new bytes, never a mixture. Raises
+    `UserError`: the disk is full or the folder is not writable."""
+    with create_file(Path(path), create_parents=create_parents) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
@@ -125,6 +122,7 @@ def create_file(path: Path, *, create_parents: bool = False) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
+    stop_check()
     temporary = _get_temporary_path(path)
     with translate_disk_errors(path):
         if create_parents:
@@ -145,7 +143,6 @@ def create_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`; on success, sync its files and rename it to `path`.
 
     Args:
-        path: the final folder.
         first_stays: keep an equal folder that another process wrote meanwhile; otherwise replace it.
 
     Raises:
@@ -183,10 +180,7 @@ def rename_unless_taken(built: Path, path: Path) -> bool:
 
 def delete_folder(path: Path, hidden: Path) -> None:
     """Rename a folder to `hidden`, then delete: a kill leaves no half-deleted folder under the old name.
-
-    Raises:
-        FileNotFoundError: another process deleted it first.
-    """
+    Raises `FileNotFoundError`: another process deleted it first."""
     # the rename is atomic; the deletion may be interrupted at any file
     os.rename(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
@@ -203,14 +197,9 @@ def _get_temporary_path(path: Path) -> Path:
 
 
 def write_output(path: Path, data: str | bytes) -> None:
-    """Write a command's result to `path`, creating missing parent folders.
-
-    Raises:
-        UserError: the disk is full or a folder is not writable.
-    """
-    with translate_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data)
+    """Write a command's result to `path`, creating missing parent folders. Raises `UserError`: the disk is
+    full or a folder is not writable."""
+    write_atomically(path, data, create_parents=True)
 
 
 def try_lock(fd: int) -> bool | None:
@@ -330,6 +319,8 @@ def create_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> 
     # the temporary folder must be on the final folder's disk: renames do not cross disks
     path = resolve_link(Path(path))
     check_creatable(path)
+    check_output_folder(path, kind, overwrite)
+    stop_check()
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -391,10 +382,11 @@ def check_output_folder(path: Path, kind: str, overwrite: bool) -> None:
     is_ours = (path / MANIFEST).is_file() and read_manifest(path).kind == kind
     if not overwrite:
         alternative = ", or pass --overwrite to replace it" if is_ours else ""
-        raise UserError(f"{path}: already exists; choose another output folder{alternative}")
+        raise UserError(f"{path}: already exists; choose another output folder{alternative}",
+                        Fix(words={str(path): choose_free_path(str(path))}))
     if not is_ours:
         raise UserError(f"{path}: exists and is not a '{kind}' artifact, so it is not replaced; "
-                        "choose another output folder")
+                        "choose another output folder", Fix(words={str(path): choose_free_path(str(path))}))
 
 
 def clear_leftovers(path: Path) -> None:
@@ -430,11 +422,8 @@ def _has_ended(pid: int) -> bool:
 
 
 def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
-    """Read an artifact's manifest.
-
-    Raises:
-        UserError: the manifest is missing, damaged or newer than this code, or its kind is not `kind`.
-    """
+    """Read an artifact's manifest. Raises `UserError`: the manifest is missing, damaged or newer than this
+    code, or its kind is not `kind`."""
     file = Path(path) / MANIFEST
     try:
         written = file.read_bytes()
@@ -474,11 +463,8 @@ def _is_inside(name: str) -> bool:
 
 
 def parse_inputs(path: Path, manifest: Manifest) -> list[dict[str, str]]:
-    """Return `kind`, `path` and `manifest_sha256` per input artifact.
-
-    Raises:
-        UserError: an input in the manifest lacks one of these fields.
-    """
+    """Return `kind`, `path` and `manifest_sha256` per input artifact. Raises `UserError`: an input in the
+    manifest lacks one of these fields."""
     inputs: list[Any] = list(manifest.inputs)
     for item in inputs:
         is_complete = isinstance(item, dict) and all(
@@ -526,8 +512,6 @@ def trace_origins(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) 
     """Return an artifact's inputs and, recursively, the inputs of existing inputs.
 
     Args:
-        path: the artifact.
-        manifest: its manifest.
         seen: hashes of manifests whose inputs are already listed.
 
     Returns:
@@ -573,7 +557,6 @@ def find_damaged_files(path: str | Path, names: Iterable[str] | None = None, wor
     """Return a sentence per file that is missing or differs from the manifest.
 
     Args:
-        path: the artifact.
         names: the files to check; None: all.
         workers: number of hashing threads.
         on_checked: called with each checked file's size in bytes, from any thread.

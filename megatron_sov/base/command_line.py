@@ -22,11 +22,11 @@ from typing import Any, NoReturn
 
 from megatron_sov.base.errors import (
     DryRun, ExitCode, Fix, GateFailed, StopRequested, UserError, escape_controls, to_exit_code)
-from megatron_sov.base.hints.commands import find_action, unknown_command
+from megatron_sov.base.hints.commands import build_command_error, find_action
 from megatron_sov.base.hints.lines import is_placeholder, propose_line
-from megatron_sov.base.hints.missing import missing_words, text_option
+from megatron_sov.base.hints.missing import complete_line, find_text_option
 from megatron_sov.base.hints.removed import check_command
-from megatron_sov.base.hints.words import check_words
+from megatron_sov.base.hints.words import translate_options
 from megatron_sov.version import __version__
 
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"{self.prog}: an action comes before the options: "
                                 f"{', '.join(action.choices)} (`{self.prog} ACTION --help` shows more)")
             start = 0 if typed[0].startswith("-") else typed.index(value)
-            raise unknown_command(self.prog, typed[start], list(action.choices), typed[start + 1:])
+            raise build_command_error(self.prog, typed[start], list(action.choices), typed[start + 1:])
         if not getattr(action, "is_setting", False):
             super()._check_value(action, value)
 
@@ -92,18 +92,14 @@ class Parser(argparse.ArgumentParser):
             message += "; `megatron-sov resume RUN` goes on without them"
         elif "are required: " in message and not self.listing:
             names = message.partition("are required: ")[2]
-            choices, line = missing_words(self, self._typed, names)
+            choices, line = complete_line(self, self._typed, names)
             raise UserError(f"{self.prog}: {message}{choices}", Fix(line))
         raise UserError(f"{self.prog}: {message} (--help lists what it takes)")
 
     def parse_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
                    namespace: Any = None) -> argparse.Namespace:
-        """Parse the command line.
-
-        Raises:
-            UserError: the first mistake, with the corrected line; it names all unknown words
-                (`check_words`).
-        """
+        """Parse the command line. Raises `UserError`: the first mistake, with the corrected line; it names
+        all unknown words (`translate_options`)."""
         parsed, rest = self.parse_known_args(self._update_words(list(sys.argv[1:] if args is None else args)),
                                              namespace)
         if not rest:
@@ -115,7 +111,7 @@ class Parser(argparse.ArgumentParser):
                               for part in (["--set", word] if word in settings else [word]))
             raise UserError(f"{self.prog}: {settings[0]}: every setting needs a --set of its own",
                             Fix(f"{self.prog} {line}"))
-        if len(rest) == 1 and (option := text_option(self, rest[0], self._typed)):
+        if len(rest) == 1 and (option := find_text_option(self, rest[0], self._typed)):
             line = shlex.join([*(word for word in self._typed if word != rest[0]), option, rest[0]])
             raise UserError(f"{self.prog}: {rest[0]}: takes an option before it, {option}",
                             Fix(f"{self.prog} {line}"))
@@ -132,17 +128,15 @@ class Parser(argparse.ArgumentParser):
         parser."""
         if any(isinstance(action, argparse._SubParsersAction) for action in self._actions):
             return typed
-        return check_words(self, typed)
+        return translate_options(self, typed)
 
 
 def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
-    """Check parsed arguments as far as it takes no work: by a dry run, or by the options' own rules and the
-    checks of a `DeclaredCommand` or of a command's `check_proposal(options)`.
-
-    Raises:
-        UserError: a fault; values that stand for what nobody typed have none.
-    """
+    """Run a command's checks with parsed arguments: those of a `DeclaredCommand`, its dry run, or the command
+    itself until its first write or long work (`stop_check`). Raises `UserError`: a fault of a value that is
+    no placeholder."""
     from megatron_sov.base.settings import DeclaredCommand, SettingsError, read_options
+    from megatron_sov.base.settings.reading import find_rule_problems
 
     try:
         options_class = getattr(parsed, "options_class", None)
@@ -153,15 +147,16 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
         action = action.load() if isinstance(action, Command) else action
         if isinstance(action, DeclaredCommand) and action.run_function:  # else the check does the work
             action.check(options)
-        elif hasattr(options_class, "dry_run"):
-            parsed.dry_run = True
-            command.run(parsed)
-        elif check := getattr(action, "check_proposal", None):
-            check(options)
+        else:
+            if check := getattr(action, "check_proposal", None):
+                check(options)
+            # some commands take --dry-run with certain options only
+            if hasattr(options, "dry_run") and not find_rule_problems(
+                    dataclasses.replace(options, dry_run=True)):
+                parsed.dry_run = True
+            command.run(parsed)  # up to its first write
     except SettingsError as e:
-        # some commands take --dry-run with other options alone
-        problems = [problem for problem in e.problems
-                    if not is_placeholder(str(problem.value)) and problem.key != "--dry-run"]
+        problems = [problem for problem in e.problems if not is_placeholder(str(problem.value))]
         if problems:
             raise SettingsError(e.where, problems) from None
 

@@ -52,11 +52,7 @@ def hash_file(path: Path, algorithm: str = BLAKE3) -> str:
 
 
 def parse_digest_algorithm(digest: str) -> str:
-    """Return the algorithm name in a digest.
-
-    Raises:
-        ValueError: the algorithm is unknown.
-    """
+    """Return the algorithm name in a digest. Raises `ValueError`: the algorithm is unknown."""
     algorithm = digest.partition(":")[0]
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"the digest {digest!r} must begin with one of {', '.join(_ALGORITHMS)}")

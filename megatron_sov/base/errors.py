@@ -8,9 +8,10 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ MAX_ROW_PROBLEMS = 10
 """Different problems of rows that a message lists."""
 MAX_PLACES = 3
 """Rows that are named for each of them."""
+_FILE_NAME = re.compile(r".*\.(?:jsonl?|parquet|txt|[ct]sv|gz|zst|arrow|md|ya?ml|toml|py|html|gguf|bin|idx"
+                        r"|pth?|safetensors|model)", re.IGNORECASE)
+"""Names of files: such a path is no name on the Hugging Face hub."""
 _PRINTED_CONTROLS = {"\n", "\t"}
 _ESCAPES = {code: repr(chr(code))[1:-1] for code in (
     *range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
@@ -44,7 +48,6 @@ def warn(text: str, record: EventRecorder | None = None, event: str = "warning",
     """Print `warning: TEXT` to stderr and record an event with the same text.
 
     Args:
-        text: the warning.
         record: writes the event; None: print only.
         event: name of the event; its field `text` holds the warning.
         fields: further fields of the event, such as `step`.
@@ -140,6 +143,17 @@ class UserError(Exception):
 
 class DryRun(Exception):
     """A dry run finished; commands print the text and exit with `ExitCode.OK`."""
+
+
+IS_CHECKING = ContextVar("is_checking", default=False)
+"""Whether a proposed command line is being checked: work of several seconds is skipped."""
+
+
+def stop_check() -> None:
+    """End the check of a proposed command line before the first write or long work. Raises `DryRun`: a
+    proposed line is being checked; it has passed all checks until here."""
+    if IS_CHECKING.get():
+        raise DryRun
 
 
 class StopRequested(Exception):
@@ -241,24 +255,34 @@ def find_spelling(name: str, known: Iterable[str]) -> str:
     return ""
 
 
-def suggest_download(path: str | os.PathLike[str], is_bare: bool = False) -> str:
-    """Return the end of an error message about a missing path that may name a Hugging Face model.
+def suggest_download(path: str | os.PathLike[str], is_bare: bool = False, is_data: bool = False) -> str:
+    """Return the end of an error message about a missing path that may name a Hugging Face model or dataset.
 
     Args:
-        path: the missing path.
         is_bare: whether a model name without an owner counts, e.g. gpt2.
+        is_data: whether the path names a dataset.
 
     Returns:
-        ``"; nothing is fetched ..."`` with the download command, or "" if `path` cannot be a model name.
+        The download command in a clause; "" if `path` cannot be a name on the hub.
     """
-    owner = r"(?:\w[\w.-]*/)?" if is_bare else r"\w[\w.-]*/"
-    match = re.fullmatch(rf"{owner}(\w[\w.-]*)", os.fspath(path))
+    # a bare name without digit or hyphen is rather a folder's
+    bare = r"|(?=.*[\d-])" if is_bare else ""
+    match = re.fullmatch(rf"(?:\w[\w.-]*/{bare})(\w[\w.-]*)", os.fspath(path))
     # OWNER/NAME may be a path too: if the folder OWNER exists, the user meant a path
-    if match is None or (os.path.dirname(path) and os.path.exists(os.path.dirname(path))):
+    is_path = bool(os.path.dirname(path)) and os.path.exists(os.path.dirname(path))
+    if match is None or _FILE_NAME.fullmatch(match[1]) or is_path:
         return ""
     name = shlex.quote(match[1])
+    if is_data:
+        return (f"; if it is a dataset's name on the Hugging Face hub, download it first: hf download "
+                f"{os.fspath(path)} --repo-type dataset --local-dir {name}")
     return (f"; nothing is fetched from the Hugging Face hub: run `hf download {os.fspath(path)} --local-dir "
             f"{name}` where there is a network, and pass {name}")
+
+
+def choose_free_path(name: str) -> str:
+    """Return the first of NAME, NAME-2, NAME-3, ... that does not exist."""
+    return next(path for n in count(1) if not Path(path := f"{name}-{n}" if n > 1 else name).exists())
 
 
 def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data: bool = False) -> Fix | None:
@@ -279,23 +303,10 @@ def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data:
     same_stem = [other for other in neighbours if is_data and other.partition(".")[0] == name]
     if spelling := (same_stem[0] if len(same_stem) == 1 else find_spelling(name, neighbours)):
         return Fix(words={text: os.path.join(folder, spelling)})
-    hint = suggest_dataset_download(text) if is_data else suggest_download(text, is_bare)
-    if not hint:
+    if not suggest_download(text, is_bare and not is_data, is_data):
         return None
     kind = " --repo-type dataset" if is_data else ""
     return Fix(words={text: name}, before=(f"hf download {text}{kind} --local-dir {shlex.quote(name)}",))
-
-
-def suggest_dataset_download(path: str | os.PathLike[str]) -> str:
-    """Return the end of an error message about missing data that may name a Hugging Face dataset.
-
-    The text holds the download command; an empty string means that `path` cannot be a dataset name.
-    """
-    match = re.fullmatch(r"[\w-][\w.-]*/([\w-][\w.-]*)", os.fspath(path))
-    if match is None:
-        return ""
-    return (f"; if it is a dataset's name on the Hugging Face hub, download it first: hf download "
-            f"{os.fspath(path)} --repo-type dataset --local-dir {match[1]}")
 
 
 def format_install_command(extra: str, options: str = "") -> str:

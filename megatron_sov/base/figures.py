@@ -92,7 +92,6 @@ def _format_scaled(value: float, units: Sequence[tuple[float, str]], whole_below
     """Divide `value` by the largest unit that leaves at least 1 after rounding, and append the unit's name.
 
     Args:
-        value: the figure.
         units: size and name of each unit, the largest first.
         whole_below: a smaller value has no unit; other values below every unit are written in the smallest.
         hundreds_digits: significant digits from 100 of a unit on; smaller figures have three.

@@ -17,10 +17,7 @@ RUN_RECORDS = ("config.json", "events.jsonl")
 
 def check_output(option: str, path: Path | None) -> None:
     """Check that a command can write a file at `path` (None: no output requested); changes nothing on disk.
-
-    Raises:
-        UserError: `path` is a folder, a device or a record of a run, or its folder is not writable.
-    """
+    Raises `UserError`: `path` is a folder, a device or a record of a run, or its folder is not writable."""
     if path is None:
         return
     if os.path.isdir(path):
@@ -36,11 +33,8 @@ def check_output(option: str, path: Path | None) -> None:
 
 
 def check_page(option: str, path: Path | None) -> None:
-    """Check that a command can write an HTML page at `path` (None: no page requested).
-
-    Raises:
-        UserError: as `check_output`, or the suffix is not .html or .htm.
-    """
+    """Check that a command can write an HTML page at `path` (None: no page requested). Raises `UserError`: as
+    `check_output`, or the suffix is not .html or .htm."""
     check_output(option, path)
     if path is not None and path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{option} {path}: is written as HTML; name it {path.with_suffix('.html')}, and "
@@ -48,11 +42,8 @@ def check_page(option: str, path: Path | None) -> None:
 
 
 def refuse_input_as_output(option: str, path: Path, *inputs: Path) -> None:
-    """Check that an output does not overwrite an input.
-
-    Raises:
-        UserError: `path` and an input are the same file, also through links.
-    """
+    """Check that an output does not overwrite an input. Raises `UserError`: `path` and an input are the same
+    file, also through links."""
     for source in inputs:
         if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
             raise UserError(f"{option} {path}: is {source} itself, which is read; choose another path")
@@ -71,11 +62,7 @@ def check_creatable(path: Path) -> None:
 
 def resolve_link(path: Path) -> Path:
     """Return the target folder if `path` is a link, else `path`; an artifact replaces the target, not the
-    link.
-
-    Raises:
-        UserError: the target does not exist.
-    """
+    link. Raises `UserError`: the target does not exist."""
     if not os.path.islink(path):
         return path
     target = path.resolve()
@@ -88,10 +75,8 @@ def resolve_link(path: Path) -> Path:
 def refuse_outside_link(folder: Path, file: Path) -> None:
     """Refuse a link that leads out of a foreign folder: a copy would expose another file on this machine.
 
-    Links inside the folder, and from a snapshot in Hugging Face's cache to its blobs, are allowed.
-
-    Raises:
-        UserError: names the link's target.
+    Links inside the folder, and from a snapshot in Hugging Face's cache to its blobs, are allowed. Raises
+    `UserError`: names the link's target.
     """
     root, target = folder.resolve(), file.resolve()
     # the hub's cache is made of links: snapshots/HASH/FILE leads to blobs/HASH

@@ -68,11 +68,8 @@ def seal_file(file: Path, owner: str = "") -> str:
 
 
 def write_sealed(file: Path, data: bytes, owner: str = "") -> None:
-    """Write `data` followed by a seal; memory maps find the data at offset 0.
-
-    Raises:
-        UserError: the disk is full or the folder is not writable.
-    """
+    """Write `data` followed by a seal; memory maps find the data at offset 0. Raises `UserError`: the disk is
+    full or the folder is not writable."""
     write_atomically(file, data + _MARK + _hash_parts([data, SEAL_PLACEHOLDER.encode()], owner))
 
 
@@ -87,7 +84,6 @@ def find_seal_damage(file: Path, owner: str = "", *, is_required: bool = True,
     """Return a sentence if a file is missing or damaged, else None; a process reads unchanged files once.
 
     Args:
-        file: the file.
         owner: identity of the owner.
         is_required: whether a missing seal counts as damage.
         seal: the expected checksum, as recorded in another file; None: unknown.
@@ -104,10 +100,7 @@ def find_seal_damage(file: Path, owner: str = "", *, is_required: bool = True,
 def check_seal(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, is_required: bool = True,
                seal: str | None = None) -> None:
     """Raise `UserError` with the fix `remedy` if a file is damaged. Other arguments as in `find_seal_damage`.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    Raises `OSError`: the file cannot be read."""
     stat = os.stat(file)
     # cache key: changes with the content, because `touch` cannot set back the change time
     version = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
@@ -201,11 +194,8 @@ def write_sealed_json(file: Path, value: Any, owner: str = "") -> None:
 
 
 def read_sealed_json(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, seal: str | None = None) -> Any:
-    """Return the value written by `write_sealed_json`.
-
-    Raises:
-        UserError: the file is missing, unreadable or damaged.
-    """
+    """Return the value written by `write_sealed_json`. Raises `UserError`: the file is missing, unreadable or
+    damaged."""
     try:
         value = json.loads(_read_checked(file, remedy, owner, seal))
         del value[SEAL]
@@ -224,11 +214,8 @@ def try_read_sealed_json(file: Path, owner: str = "") -> Any:
 
 def read_sealed_lines(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *,
                       seal: str | None = None) -> list[bytes]:
-    """Return a sealed JSONL file's lines without the seal's line.
-
-    Raises:
-        UserError: the file is missing, unreadable or damaged.
-    """
+    """Return a sealed JSONL file's lines without the seal's line. Raises `UserError`: the file is missing,
+    unreadable or damaged."""
     return [line + b"\n" for line in _read_checked(file, remedy, owner, seal).split(b"\n")[:-2]]
 
 
@@ -252,7 +239,6 @@ def open_sealed_parquet(file: Path, remedy: str = RUN_AGAIN, *, is_required: boo
     """Check a Parquet file's seal, and open the file with pyarrow.
 
     Args:
-        file: the file.
         remedy: the fix in the error message.
         is_required: refuse a file without a seal; files written by a pipeline always have one.
         seal: as in `find_seal_damage`.

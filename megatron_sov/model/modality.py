@@ -260,5 +260,5 @@ PROVIDER = "megatron_sov.omni.modality"
 @cache
 def load_modality() -> Modality:
     """Import and return the implementation of `Modality`."""
-    implementation: Modality = import_module(PROVIDER).Omni()
+    implementation: Modality = import_module(PROVIDER).OmniModality()
     return implementation

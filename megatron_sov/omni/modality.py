@@ -1,5 +1,4 @@
-"""What the core is given of pictures and sounds (`model.modality.Modality`): banks of token shards, encoders,
-tokens, and the files of processors."""
+"""Implementation of `model.modality.Modality`: banks, encoders, media tokens and processor files."""
 
 from __future__ import annotations
 
@@ -18,31 +17,35 @@ from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEnc
 from megatron_sov.model.families.encoders import HF_PREFIXES
 from megatron_sov.model.modality import (
     ENCODERS, Banks, EncoderInput, EncoderInputs, FeatureTokens, MediaEncoding, take_records)
-from megatron_sov.omni.media.banks import KINDS, BankShape, codecs_of, open_bank, read_shapes
+from megatron_sov.omni.media.banks import BANK_KINDS, BankShape, find_data_codecs, open_bank, read_bank_shapes
 from megatron_sov.omni.media.items import MediaVocabulary
 from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, WINDOW_SAMPLES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+BICUBIC = 3
+"""Pillow's number for bicubic resampling."""
 
-class Omni:
-    """The seam's other side; nothing here computes before it is asked for."""
+
+class OmniModality:
+    """Multimodal operations for text code; see `model.modality.Modality`."""
 
     def read_banks(self, record: Any, where: str) -> Banks:
-        return read_shapes(record, where)
+        return read_bank_shapes(record, where)
 
-    def open_banks(self, prefix: Path, banks: Banks) -> ShardRecords:
-        return ShardRecords(prefix, banks)
+    def open_banks(self, prefix: Path, banks: Banks) -> ShardBankReader:
+        return ShardBankReader(prefix, banks)
 
     def check_banks(self, model: ModelConfig, banks: Mapping[str, Banks]) -> None:
-        problems = [problem for source, of_source in banks.items() for kind in KINDS if kind in of_source
-                    if (problem := _unread(model, of_source[kind], source))]
-        if problems:
+        problems = [_find_bank_problem(model, source_banks[kind], source)
+                    for source, source_banks in banks.items() for kind in BANK_KINDS if kind in source_banks]
+        if problems := [problem for problem in problems if problem]:
             raise UserError("; ".join(problems))
 
     def encoder(self, config: VisionEncoderConfig | AudioEncoderConfig, hidden_size: int) -> Any:
-        from megatron_sov.omni.codecs.encoders import MediaEncoder
+        from megatron_sov.omni.codecs.encoders import MediaEncoder  # imports torch; packing needs none
 
         return MediaEncoder(config, hidden_size)
 
@@ -51,18 +54,18 @@ class Omni:
 
     def processor_files(self, model: ModelConfig, tokenizer: Path,
                         data: Iterable[str]) -> dict[str, dict[str, Any]]:
-        return processor_files(model, tokenizer, codecs_of(data))
+        return build_processor_files(model, tokenizer, find_data_codecs(data))
 
 
-class ShardRecords:
-    """The banks of one token shard."""
+class ShardBankReader:
+    """A token shard's open banks; implements `model.modality.BankReader`."""
 
     def __init__(self, prefix: Path, shapes: Mapping[str, BankShape]) -> None:
-        """Open the files.
+        """Open the bank files.
 
         Args:
-            prefix: path of the shard, without endings.
-            shapes: kind -> its bank.
+            prefix: path of the shard without suffix.
+            shapes: kind -> bank shape.
 
         Raises:
             UserError: a file is damaged or missing.
@@ -72,27 +75,29 @@ class ShardRecords:
                        for kind, shape in shapes.items()}
 
     def inputs(self, tokens: np.ndarray, features: np.ndarray, where: str) -> EncoderInputs:
-        """Return what a stretch of the shard has for encoders, see `model.modality.BankReader`."""
-        found, rest = dict[str, EncoderInput](), features != NO_FEATURE
+        """Return the encoder inputs for a shard range, see `model.modality.BankReader`."""
+        inputs, unassigned = dict[str, EncoderInput](), features != NO_FEATURE
         for kind, shape in self._shapes.items():
-            mine = np.isin(tokens, shape.placeholder_ids)
-            if not mine.any():
+            is_placeholder = np.isin(tokens, shape.placeholder_ids)
+            if not is_placeholder.any():
                 continue
-            these, bank = features[mine], self._banks[kind]
-            if wrong := these[(these < 0) | (these >= len(bank) * shape.slots)][:1].tolist():
-                raise UserError(f"{where} has a placeholder of {kind} for "
-                                f"feature {wrong[0]}, and there are {len(bank) * shape.slots}; {DAMAGED}")
-            found[kind] = take_records(np.flatnonzero(mine), these, bank, shape.slots)
-            rest = rest & ~mine
-        if rest.any():
-            place = int(np.flatnonzero(rest)[0])
-            raise UserError(f"{where} has feature {features[place]} at token id "
-                            f"{tokens[place]}, which is no placeholder; {DAMAGED}")
-        return found
+            kind_features, bank = features[is_placeholder], self._banks[kind]
+            num_features = len(bank) * shape.slots
+            invalid = kind_features[(kind_features < 0) | (kind_features >= num_features)]
+            if len(invalid):
+                raise UserError(f"{where} has a placeholder of {kind} for feature {invalid[0]}, and there "
+                                f"are {num_features}; {DAMAGED}")
+            inputs[kind] = take_records(np.flatnonzero(is_placeholder), kind_features, bank, shape.slots)
+            unassigned = unassigned & ~is_placeholder
+        if unassigned.any():
+            place = int(np.flatnonzero(unassigned)[0])
+            raise UserError(f"{where} has feature {features[place]} at token id {tokens[place]}, which is "
+                            f"not a placeholder; {DAMAGED}")
+        return inputs
 
 
-def _unread(model: ModelConfig, bank: BankShape, source: str) -> str | None:
-    """Return why a model cannot read a bank, or None."""
+def _find_bank_problem(model: ModelConfig, bank: BankShape, source: str) -> str | None:
+    """Return the reason why a model cannot read a bank, or None."""
     name = ENCODERS[bank.kind]
     encoder = getattr(model, name)
     where = f"source {source!r} has {bank.kind}"
@@ -109,99 +114,94 @@ def _unread(model: ModelConfig, bank: BankShape, source: str) -> str | None:
     return None
 
 
-PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
-BICUBIC = 3
-"""Pillow's number of this resampling."""
+def build_processor_files(model: ModelConfig, tokenizer: Path,
+                          codecs: Mapping[str, Set[str]]) -> dict[str, dict[str, Any]]:
+    """Return file name -> content of the processor files in a Hugging Face folder; {} for text models.
 
-
-# What stands beside the weights of a Hugging Face folder of a model that reads or writes media: how
-# pictures and sounds become the records of its encoders, in transformers' form, and which tokens stand for
-# media.
-
-
-def processor_files(model: ModelConfig, tokenizer: Path,
-                    codecs: Mapping[str, Set[str]]) -> dict[str, dict[str, Any]]:
-    """Return file -> content of what transformers' processors of pictures and sounds read; {} for a model of
-    text alone.
-
-    `processor_config.json` has a part for each processor, and under `media` what no class of transformers
-    knows; `preprocessor_config.json` has the fields of both processors side by side, for older readers.
+    `processor_config.json` has a section per transformers processor, and a section `media` with media tokens
+    and encoder weights, which transformers ignores. `preprocessor_config.json` has the fields of all
+    processors without sections, for older readers.
 
     Args:
-        model: the architecture.
-        tokenizer: folder whose tokenizer.json tells how ids are spelled.
-        codecs: kind -> hashes of the manifests of the codecs that its data were encoded with; a kind of which
-            nothing is known is left out.
+        model: architecture.
+        tokenizer: tokenizer folder, whose tokenizer.json has the names of placeholder ids.
+        codecs: kind -> manifest hashes of the codecs that encoded the training data, if known.
 
     Raises:
         UserError: tokenizer.json cannot be read.
     """
-    spelled = _added_tokens(tokenizer)
-    parts: dict[str, dict[str, Any]] = {}
+    added_tokens = _read_added_tokens(tokenizer)
+    processors: dict[str, dict[str, Any]] = {}
     media: dict[str, Any] = {}
     if model.vision is not None:
-        parts["image_processor"] = _image_processor(model.vision)
-        media["pictures"] = _placeholders(model.vision, spelled, "vision.")
+        processors["image_processor"] = _build_image_processor(model.vision)
+        media["pictures"] = _describe_encoder(model.vision, added_tokens, "vision.")
     if model.audio is not None:
-        if model.audio.num_frames * HOP_SAMPLES % SAMPLE_RATE_HZ == 0:  # else no class has such pieces
-            parts["feature_extractor"] = _feature_extractor(model.audio)
-        media["sounds"] = _placeholders(model.audio, spelled, "audio.")
-    for kind, block, around in ((IMAGE, model.image_tokens, marks.DISCRETE_IMAGE),
-                                (AUDIO, model.audio_tokens, marks.DISCRETE_AUDIO)):
-        if block is not None:
-            media[f"{kind}_tokens"] = {
-                "first": block.first, "size": block.size, "first_token": marks.codebook_token(kind, 0),
-                "marks": list(around),
-                **({"end_of_line": marks.END_OF_LINE, "end_of_frame": marks.END_OF_FRAME,
-                    "ratios": [marks.ratio_token(w, h) for w, h in marks.RATIOS]} if kind == IMAGE else {}),
-                "codecs": sorted(codecs.get(kind, ()))}
-    if not media:
-        return {}
-    flat = {name: value for part in parts.values() for name, value in part.items()}
-    return {PROCESSOR: {**parts, "media": media}, **({PREPROCESSOR: flat} if flat else {})}
+        # `WhisperFeatureExtractor` only supports pieces of whole seconds.
+        if model.audio.num_frames * HOP_SAMPLES % SAMPLE_RATE_HZ == 0:
+            processors["feature_extractor"] = _build_feature_extractor(model.audio)
+        media["sounds"] = _describe_encoder(model.audio, added_tokens, "audio.")
+    for kind, block, block_marks in ((IMAGE, model.image_tokens, marks.DISCRETE_IMAGE),
+                                     (AUDIO, model.audio_tokens, marks.DISCRETE_AUDIO)):
+        if block is None:
+            continue
+        description = {"first": block.first, "size": block.size,
+                       "first_token": marks.codebook_token(kind, 0), "marks": list(block_marks)}
+        if kind == IMAGE:
+            description |= {"end_of_line": marks.END_OF_LINE, "end_of_frame": marks.END_OF_FRAME,
+                            "ratios": [marks.ratio_token(w, h) for w, h in marks.RATIOS]}
+        media[f"{kind}_tokens"] = {**description, "codecs": sorted(codecs.get(kind, ()))}
+    files: dict[str, dict[str, Any]] = {}
+    if media:
+        files[PROCESSOR] = {**processors, "media": media}
+    if processors:
+        files[PREPROCESSOR] = dict(item for fields in processors.values() for item in fields.items())
+    return files
 
 
-def _image_processor(c: VisionEncoderConfig) -> dict[str, Any]:
-    """Return the fields of transformers' class of a kind of encoder, which gives pictures of its one size."""
-    found: dict[str, Any] = {"do_convert_rgb": True, "do_resize": True, "resample": BICUBIC,
-                             "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-                             "image_mean": list(c.mean), "image_std": list(c.std)}
+def _build_image_processor(c: VisionEncoderConfig) -> dict[str, Any]:
+    """Return the config for the encoder's transformers image processor, at a fixed picture size."""
+    fields: dict[str, Any] = {"do_convert_rgb": True, "do_resize": True, "resample": BICUBIC,
+                              "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+                              "image_mean": list(c.mean), "image_std": list(c.std)}
     if c.kind == "siglip":
         return {"image_processor_type": "SiglipImageProcessor",
-                "size": {"height": c.image_size, "width": c.image_size}, **found}
+                "size": {"height": c.image_size, "width": c.image_size}, **fields}
     pixels = c.image_size ** 2
-    return {"image_processor_type": "Qwen2VLImageProcessor", **found,
+    return {"image_processor_type": "Qwen2VLImageProcessor", **fields,
             "size": {"shortest_edge": pixels, "longest_edge": pixels}, "patch_size": c.patch_size,
             "temporal_patch_size": c.temporal_patch_size, "merge_size": c.merge_size}
 
 
-def _feature_extractor(c: AudioEncoderConfig) -> dict[str, Any]:
+def _build_feature_extractor(c: AudioEncoderConfig) -> dict[str, Any]:
     return {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": c.num_mels,
             "sampling_rate": SAMPLE_RATE_HZ, "hop_length": HOP_SAMPLES, "n_fft": WINDOW_SAMPLES,
             "chunk_length": c.num_frames * HOP_SAMPLES // SAMPLE_RATE_HZ, "padding_side": "right",
             "padding_value": 0.0, "return_attention_mask": False}
 
 
-def _placeholders(c: VisionEncoderConfig | AudioEncoderConfig, spelled: Mapping[int, str],
-                  encoder: str) -> dict[str, Any]:
-    """Return what stands for features, how many a record has, and where the encoder's tensors are."""
+def _describe_encoder(c: VisionEncoderConfig | AudioEncoderConfig, added_tokens: Mapping[int, str],
+                      prefix: str) -> dict[str, Any]:
+    """Return an encoder's placeholders, features per record, marks and weight prefixes."""
+    is_vision = prefix == "vision."
+    block_marks = ([list(marks.CONTINUOUS_IMAGE), list(marks.CONTINUOUS_VIDEO)] if is_vision
+                   else [list(marks.CONTINUOUS_AUDIO)])
+    has_compressor = getattr(c, "compression", 1) > 1
     return {"placeholder_ids": list(c.placeholder_ids),
-            "placeholders": [spelled.get(i) for i in c.placeholder_ids], "slots": c.slots,
-            "record_shape": list(c.record_shape),
-            "marks": ([list(marks.CONTINUOUS_IMAGE), list(marks.CONTINUOUS_VIDEO)] if encoder == "vision."
-                      else [list(marks.CONTINUOUS_AUDIO)]),
-            "prefixes": [prefix for name, prefix in HF_PREFIXES.items() if name.startswith(encoder)
-                         and ("compressor" not in name or getattr(c, "compression", 1) > 1)]}
+            "placeholders": [added_tokens.get(i) for i in c.placeholder_ids], "slots": c.slots,
+            "record_shape": list(c.record_shape), "marks": block_marks,
+            "prefixes": [hf_prefix for name, hf_prefix in HF_PREFIXES.items() if name.startswith(prefix)
+                         and ("compressor" not in name or has_compressor)]}
 
 
-def _added_tokens(folder: Path) -> dict[int, str]:
-    """Return how ids are spelled that a tokenizer has beside its pieces; {} where there is none."""
+def _read_added_tokens(folder: Path) -> dict[int, str]:
+    """Return id -> text for a tokenizer's added tokens; {} without tokenizer.json."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or []
-        return {int(token["id"]): str(token["content"]) for token in found}
+        tokens = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or []
+        return {int(token["id"]): str(token["content"]) for token in tokens}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: its added tokens cannot be read ({e!r}); restore it from its "
                         "source") from None

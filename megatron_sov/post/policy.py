@@ -1,11 +1,13 @@
-"""Policy-gradient losses for reinforcement learning (GRPO and its relatives), and the training objective.
+"""Policy-gradient losses for reinforcement learning (GRPO, DAPO, GSPO, CISPO), and the training objective.
 
 `PolicyLoss` combines the parts that `PolicyConfig` selects: importance ratios of the policy to the weights
-that began the round, a surrogate that bounds each step, the aggregation over tokens or responses, a
-divergence from a reference model, and a correction for engines whose log-probabilities differ from the
-trainer's.
+at the start of the round, a surrogate that bounds the step, the aggregation over tokens or responses, a
+divergence from a reference model, a distillation signal from a teacher, and a correction for the difference
+between the log-probabilities of the generation engine and the trainer.
 
-Shapes: T labels of a row, R responses. Columns hold one number for each label, [T].
+Shapes: T labels in a row, R responses. Arguments with the same meaning everywhere: `logprobs`, [T], log
+p(label) by the policy, differentiable and finite; `reference`, [T], log p(label) by the reference model;
+`ratios` and `advantages`, [T]; `responses`, the learned labels.
 """
 
 from __future__ import annotations
@@ -36,40 +38,41 @@ from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 REWARD, RESPONSE_TOKENS, GROUPS_LEARNING = "reward", "response_tokens", "groups_learning"
-"""Meters of a round, shown with each step."""
+"""Round meters, shown at every step."""
 REVERSE_KL = "reverse_kl"
 """Meter: KL(student || teacher), in nats per token."""
 MAX_LOG_RATIO = 20.0
 """Bound for log-probability ratios, in nats, as in verl's losses."""
 POLICY, KL = "policy", "kl"
-"""Names of loss terms."""
+"""Loss terms: `surrogate_loss`, and the divergence from the reference model."""
 ADVANTAGE, BEHAVIOUR, OLD, REFERENCE, TEACHER = (
     "advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs", "teacher_logprobs")
-"""Columns: the advantage of the response; log p(label) by the engine that generated it; by the trainer before
-the first step of the round (NaN for labels of that step); by the initial model of the run; by a teacher."""
+"""Columns: the response's advantage, and log p(label) by four models: the generation engine, the trainer
+at the round's start (NaN for labels in the first step), the run's initial model, a teacher."""
 KNOWLEDGE = "knowledge"
+"""Loss term: cross-entropy on packed text."""
 MAX_CLIP_SHARE, MAX_ENGINE_KL = 0.05, 0.05
-"""Above these values the first step of a round warns. Published engines differ from trainers by a KL of about
-1e-3 per token (arXiv 2510.11370)."""
+"""Limits for `clip_share` and `engine_kl` in a round's first step, beyond which `doubt` warns. Published
+engines differ from trainers by a KL of about 1e-3 nats per token (arXiv 2510.11370)."""
 Columns = Mapping[str, torch.Tensor]
 LabelLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(ratios, log-probabilities, advantages), each [T], -> losses [T]."""
+"""(`ratios`, `logprobs`, `advantages`), [T] tensors, -> losses [T]."""
 Measured = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""Meter -> sum and count over a row's labels."""
+"""Meter -> sum and count over the labels in a row."""
 
 
 class PolicyLoss:
-    """``-sum over labels of weight * engine correction * surrogate``, and the divergence from a reference."""
+    """Loss ``-sum(weight * engine_correction * surrogate) + kl_coeff * divergence``, summed over labels."""
 
     def __init__(self, policy: PolicyConfig, max_new_tokens: int, loss: LabelLoss | None = None) -> None:
-        """Select the parts of the loss."""
+        """Select the columns, terms and meters for `policy`; `loss` replaces `surrogate_loss`."""
         self._loss = loss or partial(surrogate_loss, parts=policy.parts)
         self._policy, self._parts, self._longest = policy, policy.parts, max_new_tokens
         self.coefficients = {POLICY: 1.0}
         if self._parts.kl != "none" and self._parts.kl_coeff > 0:
             self.coefficients[KL] = self._parts.kl_coeff
-        # Ratios never use the engine's log-probabilities. A clip as narrow as GSPO's would mistake the
-        # engine's rounding for a policy step and drop responses below the group mean.
+        # Ratios never use the log-probabilities of the engine: a clip as narrow as in GSPO would mistake
+        # rounding in the engine for a policy step and drop responses below the group mean.
         self.columns = (ADVANTAGE, BEHAVIOUR, OLD, *([REFERENCE] if KL in self.coefficients else []),
                         *([TEACHER] if self._parts.opd_coeff else []))
         self._masks = policy.correction.endswith("mask") or policy.geo_bounds is not None
@@ -79,8 +82,7 @@ class PolicyLoss:
                        *([REVERSE_KL] if self._parts.opd_coeff else []))
 
     def denominators(self, responses: ResponseSpans) -> dict[str, float]:
-        """Return the share of `responses` (on the host) in each term's denominator. Masked labels count, as
-        in IcePop and TRL; otherwise the remaining labels would weigh more.
+        """Count the share of `responses`, on the host, in the denominator per term.
 
         Masked labels count, as in IcePop and TRL; otherwise the remaining labels would weigh more.
         """
@@ -90,17 +92,18 @@ class PolicyLoss:
 
     def terms(self, logprobs: torch.Tensor, columns: Columns,
               responses: ResponseSpans) -> tuple[dict[str, torch.Tensor], Measured]:
-        """Return each term's sum over the row, and each meter's sum and count.
+        """Sum the loss terms and meters over a row, [] float64.
 
         Args:
-            logprobs: [T] of the policy, differentiable; any value for labels that are not learned.
-            columns: column name -> [T].
+            logprobs: [T] log p(label) by the policy, differentiable; -inf is allowed for labels that are not
+                learned.
+            columns: column name -> [T], for `self.columns`.
             responses: the learned labels.
         """
-        # The first step in a round runs at the weights that began the round, so the ratios are 1.
+        # The first step runs at the weights of the start of the round, where ratios are 1.
         old = columns[OLD].double()
         columns = {**columns, OLD: torch.where(old.isnan(), logprobs.detach().double(), old)}
-        # The engine's error has a separate factor and never enters the policy's ratio.
+        # The engine error has a separate factor and never enters the ratio.
         factors = compute_engine_correction(columns[OLD], columns[BEHAVIOUR], responses, self._policy)
         is_learned = responses.index < len(responses)
         # `where` instead of a product: labels that are not learned may have log p = -inf.
@@ -108,17 +111,17 @@ class PolicyLoss:
         numbers = {name: torch.where(is_learned, columns[name].double(), 0.0) for name in self.columns}
         ratio = importance_ratios(logprobs, numbers[OLD], responses, self._parts.ratio)
         if self._parts.opd_coeff:
-            # log p of the student is taken before the step, at the weights that sampled the tokens. The
-            # advantage then has no gradient, and advantage * grad log p is the gradient of the reverse KL.
-            numbers[ADVANTAGE] = numbers[ADVANTAGE] + self._parts.opd_coeff * (
-                numbers[TEACHER] - numbers[OLD])
+            # On-policy distillation. `old` is log p of the student before the step, so the advantage has no
+            # gradient, and advantage * grad log p is the gradient of KL(student || teacher).
+            signal = self._parts.opd_coeff * (numbers[TEACHER] - numbers[OLD])
+            numbers[ADVANTAGE] = numbers[ADVANTAGE] + signal
         losses = self._loss(ratio, logprobs, numbers[ADVANTAGE]) * factors
         weights = compute_label_weights(responses, self._parts.aggregation)
         terms = {POLICY: (losses * weights).sum()}
         if KL in self.coefficients:
             reference = numbers[REFERENCE]
             if self._parts.kl == "sequence":
-                # Without label weights: the term's denominator counts responses.
+                # Without label weights, because the denominator counts responses.
                 terms[KL] = sequence_kl(logprobs, reference, responses).sum()
             else:
                 if self._parts.kl == "k1":
@@ -131,7 +134,7 @@ class PolicyLoss:
 
     def _token_meters(self, ratio: torch.Tensor, logprobs: torch.Tensor, numbers: Columns,
                       factors: torch.Tensor) -> Columns:
-        """Return each meter per label, masked labels included: a mask must not hide its own cause."""
+        """Return the meters per label, [T], masked labels included: a mask must not hide the cause."""
         old, behaviour = numbers[OLD], numbers[BEHAVIOUR]
         meters = {"ratio": ratio, "clip_share": find_clipped_tokens(ratio, numbers[ADVANTAGE], self._parts),
                   "entropy_estimate": -logprobs, "engine_gap": old - behaviour,
@@ -151,33 +154,29 @@ def _sum_meters(is_counted: torch.Tensor, meters: Columns) -> Measured:
 
 
 def exp_clamped(log_ratios: torch.Tensor) -> torch.Tensor:
-    """Exponentiate log-probability ratios, clamped to +-MAX_LOG_RATIO so that gradients stay finite."""
+    """Exponentiate log-probability ratios, clamped to +-MAX_LOG_RATIO to keep gradients finite."""
     return log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-# Each estimator has the expectation KL(policy || reference) over responses of the policy; the gradients
-# differ (arXiv 2506.09477). The plain gradient of k1 is 0 in expectation. So k1 and `sequence_kl` use value *
-# grad log p, in expectation the gradient of the divergence. k3 is differentiated directly: alone, as in GRPO,
-# its gradient is in expectation that of KL(reference || policy); times the differentiable ratio
-# (`kl_weighted`, as in DeepSeek-V3.2 and TRL) that of KL(policy || reference).
+# Estimators of KL(policy || reference) over responses of the policy: equal expectations, different gradients
+# (arXiv 2506.09477). The plain gradient of k1 has expectation 0, which is why k1 and `sequence_kl` use
+# value * grad log p, with the gradient of KL(policy || reference) as expectation. k3 is differentiated
+# directly. Alone, as in GRPO, k3 has the expected gradient of KL(reference || policy); times the
+# differentiable ratio (`kl_weighted`, as in DeepSeek-V3.2 and TRL), of KL(policy || reference).
 def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return log p - log q, [T] float64, with the score-function gradient.
-
-    Args:
-        logprobs: [T] log p of the policy, differentiable and finite.
-        reference: [T] log q.
-    """
+    """Return ``logprobs - reference``, [T] float64, with the score-function gradient."""
     return _score_gradient(logprobs.double() - reference.double())
 
 
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return ``q / p - log(q / p) - 1``, [T] float64, never negative (arXiv 2402.03300, equation 4)."""
+    """Return ``q / p - log(q / p) - 1`` with p by the policy and q by the reference, [T] float64, never
+    negative (arXiv 2402.03300, equation 4)."""
     log_ratios = reference.double() - logprobs.double()
     return exp_clamped(log_ratios) - log_ratios - 1
 
 
 def sequence_kl(logprobs: torch.Tensor, reference: torch.Tensor, responses: ResponseSpans) -> torch.Tensor:
-    """Return log p - log q for whole responses, [R] float64, with the score-function gradient."""
+    """Return ``logprobs - reference`` of whole responses, [R] float64, with the score-function gradient."""
     return _score_gradient(responses.sum_labels(logprobs) - responses.sum_labels(reference))
 
 
@@ -189,39 +188,35 @@ def _score_gradient(log_ratios: torch.Tensor) -> torch.Tensor:
 
 def importance_ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: ResponseSpans, kind: Ratio
                       ) -> torch.Tensor:
-    """Return the importance ratio per label, [T] float64; 1 for labels that are not learned.
+    """Return the importance ratio per label, [T] float64, differentiable; 1 for labels without learning.
 
-    Args:
-        logprobs: [T] of the policy, differentiable.
-        old: [T] of the policy that generated the responses.
-        responses: the learned labels.
-        kind: token: ratio of each label (arXiv 2402.03300, equation 3); sequence: geometric mean over the
-            response (arXiv 2507.18071, equation 7).
+    `kind` token: ``exp(logprobs - old)`` per label (GRPO, arXiv 2402.03300, equation 3); sequence: the
+    geometric mean over the response (GSPO, arXiv 2507.18071, equation 7).
     """
     # `where` instead of a product: labels that are not learned may have log p = -inf.
     log_ratios = torch.where(responses.index < len(responses), logprobs.double() - old.double(), 0.0)
     if kind == "sequence":
-        # GSPO: the mean of log ratios, so that long responses do not leave the clip range by length alone.
+        # The mean of the log ratios keeps long responses from leaving the clip range by length alone.
         log_ratios = responses.spread_to_labels(responses.average_labels(log_ratios))
     return exp_clamped(log_ratios)
 
 
 def compute_label_weights(responses: ResponseSpans, kind: Aggregation) -> torch.Tensor:
-    """Return the weight per label, [T] float64; 0 for labels that are not learned."""
+    """Return the weight per label, [T] float64; 0 for labels that are not learned.
+
+    `sequence` weighs responses equally (1 / length per label); other kinds weigh labels equally.
+    """
     if kind == "sequence":
         return responses.spread_to_labels(1 / responses.lengths.clamp(min=1))
     return responses.spread_to_labels(torch.ones_like(responses.lengths))
 
 
 def count_denominator(responses: ResponseSpans, kind: Aggregation, max_new_tokens: int) -> float:
-    """Return the share of `responses` in the step's denominator.
+    """Count the share of `responses`, on the host, in the step's denominator.
 
-    Args:
-        responses: on the host.
-        kind: token: tokens (arXiv 2503.14476, equation 8); sequence: responses, each with the mean over its
-            tokens (arXiv 2402.03300, equation 3); constant: responses times `max_new_tokens` (arXiv
-            2503.20783, section 3.2).
-        max_new_tokens: length limit of responses.
+    `kind` token: tokens (DAPO, arXiv 2503.14476, equation 8); sequence: responses, with the mean over the
+    tokens of each (GRPO, arXiv 2402.03300, equation 3); constant: responses times `max_new_tokens`, the
+    length limit (Dr. GRPO, arXiv 2503.20783, section 3.2).
     """
     if kind == "token":
         return float(responses.lengths.sum())
@@ -233,20 +228,14 @@ def compute_surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: 
                       parts: PolicyParts) -> torch.Tensor:
     """Return the surrogate objective per label, [T] float64, to be maximized.
 
-    At ratios of 1 the gradient of each kind is that of REINFORCE: advantage * grad log p.
-
-    Args:
-        ratios: [T] importance ratios, differentiable.
-        logprobs: [T] of the policy, differentiable and finite.
-        advantages: [T].
-        parts: `clip` selects the kind. two_sided: PPO (arXiv 1707.06347, equation 7) with separate bounds
-            (arXiv 2503.14476, equation 8); cispo: the ratio is a weight with an upper bound (arXiv
-            2506.13585, equations 4 and 5, without the lower bound, which its authors leave out); none: plain
-            importance sampling.
+    `parts.clip` two_sided: PPO (arXiv 1707.06347, equation 7) with separate bounds (DAPO, arXiv 2503.14476,
+    equation 8); cispo: the ratio is a weight with an upper bound (arXiv 2506.13585, equations 4 and 5,
+    without the lower bound, which the authors leave out); none: plain importance sampling. At ratios of 1
+    every kind has the gradient of REINFORCE: advantage * grad log p.
     """
     advantages = advantages.double()
     if parts.clip == "cispo":
-        # The bounded ratio is a weight without gradient, so clipped labels still contribute.
+        # The bounded ratio is a weight without gradient: clipped labels still contribute.
         return ratios.clamp(max=1 + parts.clip_high).detach() * advantages * logprobs.double()
     if parts.clip == "none":
         return ratios * advantages
@@ -262,8 +251,7 @@ def surrogate_loss(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: tor
 
 
 def find_clipped_tokens(ratios: torch.Tensor, advantages: torch.Tensor, parts: PolicyParts) -> torch.Tensor:
-    """Return the clipped labels, [T] bool: labels without gradient (two_sided) or with a bounded weight
-    (cispo)."""
+    """Return the clipped labels, [T] bool: without gradient (two_sided) or with a bounded weight (cispo)."""
     above = ratios > 1 + parts.clip_high
     if parts.clip == "cispo":
         return above
@@ -275,23 +263,20 @@ def find_clipped_tokens(ratios: torch.Tensor, advantages: torch.Tensor, parts: P
 
 def compute_engine_correction(old: torch.Tensor, behaviour: torch.Tensor, responses: ResponseSpans,
                       policy: PolicyConfig) -> torch.Tensor:
-    """Return the factor that corrects the loss for the engine, [T] float64; 0 for masked labels.
+    """Return the factor ``exp(old - behaviour)``, bounded or masked, [T] float64; 0 for masked labels.
 
-    Args:
-        old: [T] log p by the trainer.
-        behaviour: [T] log p by the engine that sampled the tokens.
-        responses: the learned labels.
-        policy: `correction` and its bounds: the ratio is truncated at the larger bound ("Your efficient RL
-            framework secretly brings you off-policy RL training", Yao et al. 2025), or masked outside of both
-            (IcePop); sequence: the product over the response. `geo_bounds` add geometric rejection ("When
-            speed kills stability", Liu et al. 2025; `seq_mean_k1` in verl).
+    `old` and `behaviour`, [T], are log p(label) by the trainer and by the engine that sampled the tokens.
+    `policy.correction` truncate clamps the ratio ("Your efficient RL framework secretly brings you off-policy
+    RL training", Yao et al. 2025), mask drops labels outside of the bounds (IcePop); token: ratio per label,
+    sequence: the product over the response. `policy.geo_bounds` add geometric rejection ("When speed kills
+    stability", Liu et al. 2025; `seq_mean_k1` in verl).
     """
     is_learned = responses.index < len(responses)
-    # Labels that are not learned get a ratio of 1, whatever `old` and `behaviour` contain.
+    # Labels that are not learned get a ratio of 1, for arbitrary `old` and `behaviour`.
     log_ratios = torch.where(is_learned, old.double() - behaviour.double(), 0.0)
     accepted = torch.ones_like(log_ratios)
     if bounds := policy.geo_bounds:
-        # The mean of log ratios, so that the bounds suit responses of every length.
+        # The mean of the log ratios, because equal bounds must suit responses of every length.
         means = exp_clamped(responses.average_labels(log_ratios))
         is_accepted = (means >= bounds[0]) & (means <= bounds[1])
         accepted = responses.spread_to_labels(is_accepted.double()).where(is_learned, 1.0)
@@ -308,8 +293,8 @@ def compute_engine_correction(old: torch.Tensor, behaviour: torch.Tensor, respon
 
 
 class PolicyLearning(DataObjective):
-    """Objective ``policy + kl_coeff * kl + knowledge_coeff * CE(text) / text tokens``, with multi-token
-    prediction on all learned labels.
+    """Objective ``policy + kl_coeff * kl + knowledge_coeff * CE(text) / text_tokens``, with multi-token
+    prediction on the learned labels.
 
     Override `policy_loss` in a subclass to define your own loss per token (docs/own_code.md).
     """
@@ -345,27 +330,27 @@ class PolicyLearning(DataObjective):
         """Return the loss per response token, [T] float64.
 
         Args:
-            ratio: [T] importance ratio of the policy to the weights that began the round, differentiable.
-            logprobs: [T] of the policy, differentiable.
-            advantage: [T] of the response that contains the token, teacher signal included.
+            ratio: [T] importance ratio of the policy to the weights at the start of the round,
+                differentiable.
+            logprobs: [T] log p by the policy, differentiable.
+            advantage: [T] advantage of the response that contains the token, teacher signal included.
         """
         return surrogate_loss(ratio, logprobs, advantage, self._parts)
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the denominators in the global batch, then share prompts inside each micro-batch."""
+        """Count the denominators in the global batch, then share prompts inside micro-batches."""
         hosts = [m.host for m in batch.micro_batches]
         counts = [self._loss.denominators(find_responses(m)) for m in hosts]
-        # Counted before the first forward pass, so that the mean does not depend on the split into micro-
-        # batches.
+        # Counted before the first forward pass: the mean must not depend on the split into micro-batches.
         targets = {term: sum(count[term] for count in counts) for term in self._loss.coefficients}
         if KNOWLEDGE in self.coefficients:
             targets[KNOWLEDGE] = sum(float((m.weights.double() * _is_text(m)).sum()) for m in hosts)
-        # Sharing removes prompt labels alone, which no denominator counts.
+        # Sharing removes prompt labels only, and no denominator counts prompt labels.
         return share_prompts(with_denominators(batch, targets | self._count_mtp_targets(hosts)), self._config)
 
     def doubt(self, step: int, meters: Mapping[str, float]) -> str:
-        """Return a warning if the first step in a round clips labels, or if the engine samples from another
-        model; see `train.objectives.objective.get_doubt`."""
+        """Return a warning if a round's first step exceeds `MAX_CLIP_SHARE` or `MAX_ENGINE_KL`; see
+        `train.objectives.objective.get_doubt`."""
         # Later steps have moved the policy and may clip for good reasons.
         is_first = (step - 1) % self._rollout.steps_per_round == 0
         if is_first and (share := meters.get("clip_share", 0.0)) > MAX_CLIP_SHARE:
@@ -380,11 +365,11 @@ class PolicyLearning(DataObjective):
         return ""
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return the summed losses over responses and text in a micro-batch."""
+        """Sum the losses over responses and text in a micro-batch."""
         # The head is applied to learned labels only: most labels belong to prompts.
         needed = find_learned_labels(batch.host) if KNOWLEDGE in self.coefficients else batch.host.weights > 0
         logprobs = head.logprobs(hidden[0], batch.labels, self._temperature, needed)
-        # Text labels belong to no response, so these sums leave them out.
+        # Text labels belong to no response, hence these sums leave text out.
         terms, meters = self._loss.terms(logprobs, batch.columns, find_responses(batch))
         losses = -logprobs.detach()
         if KNOWLEDGE in self.coefficients:
@@ -397,8 +382,8 @@ class PolicyLearning(DataObjective):
 
     def _text_loss(self, hidden: torch.Tensor, head: Head, batch: MicroBatch,
                    losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the summed cross-entropy over text labels at temperature 1, and `losses` [T] with these
-        labels filled in. Micro-batches without text skip the second pass through the head."""
+        """Sum the cross-entropy over text labels at temperature 1, and fill the text labels in `losses` [T].
+        Micro-batches without text skip the second pass through the head."""
         if not bool((_is_text(batch.host) & (batch.host.weights > 0)).any()):
             return losses.new_zeros(()), losses
         is_text = _is_text(batch)
@@ -411,8 +396,8 @@ def _is_text(batch: MicroBatch) -> torch.Tensor:
 
 
 def has_other_gradients(config: RunConfig) -> bool:
-    """Return whether a step with advantages 0 still has gradients: from a divergence, a teacher, preferences,
-    multi-token prediction, expert balancing, or a custom loss."""
+    """Return whether a step with advantages 0 has gradients: from a divergence, a teacher, preferences,
+    multi-token prediction (`mtp_loss_coeff`), expert balancing, or a custom loss."""
     model, parts = config.model, config.policy.parts
     balances = model.num_moe_layers() and (model.seq_aux_loss_coeff or model.router_bias_update_rate)
     return (config.objective.name != "policy" or not config.policy.learns_from_rewards
@@ -422,7 +407,7 @@ def has_other_gradients(config: RunConfig) -> bool:
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """Factory for the objective, with the required data."""
+    """Factory for an objective, with the required data."""
 
     formats: tuple[str, ...]
     """See `train.objectives.objective.get_formats`."""
@@ -440,28 +425,32 @@ def build_policy_objective(config: RunConfig) -> PolicyObjective:
 
 
 def open_text_sources(config: RunConfig) -> tuple[Source, ...]:
-    """Open the packed text of a run, and with policy.knowledge_coeff its chats as text. With policy.method =
-    gkd both keep their own labels.
+    """Open the packed text in `data.paths`, and with `policy.knowledge_coeff` chats as text.
+
+    With `policy.method = gkd`, text and chats keep the labels that `distill` learns.
 
     Raises:
-        UserError: `data.paths` cannot be read, hold another format, or do not fit the model's vocabulary.
+        UserError: `data.paths` cannot be read, hold another format, or do not fit the vocabulary of the
+            model.
     """
     if not config.data.paths:
         return ()
     policy = config.policy
     sources = open_sources(config.data.paths, config.model.vocab_size,
                            TEXTS if policy.has_text or policy.learns_distributions else (TEXT_FORMAT,))
-    # gkd learns the same labels as `distill`: assistant turns in chats.
-    return tuple(sources if policy.learns_distributions else map(view_as_text, sources))
+    if policy.learns_distributions:
+        return tuple(sources)
+    return tuple(map(view_as_text, sources))
 
 
 def check_sources(config: RunConfig, sources: list[Source]) -> None:
-    """Check that the text term has data, and that no source has the name of the rounds."""
+    """Raise `UserError` if the text term or `policy.on_policy_share` lacks data, or if a source has the name
+    `ROUNDS_SOURCE`."""
     if [source.name for source in sources].count(ROUNDS_SOURCE) > 1:
-        raise UserError(f"--data: has a source {ROUNDS_SOURCE!r}, as the run's own rounds are called; pack "
-                        "it under another name")
-    policy, used = config.policy, [source for source in sources if source.share > 0 and source.num_tokens[
-        "train"]]
+        raise UserError(f"--data: the source name {ROUNDS_SOURCE!r} is reserved for the rounds of the run; "
+                        "pack the data under another name")
+    policy = config.policy
+    used = [source for source in sources if source.share > 0 and source.num_tokens["train"]]
     if policy.on_policy_share < 1 and not used:
         raise UserError(f"policy.on_policy_share = {policy.on_policy_share:g}: the other rounds learn from "
                         "data; add --data, or set it to 1")

@@ -1,14 +1,14 @@
 """Preference losses: pairs (DPO, IPO, SimPO, ORPO, SimPER), groups with rewards (GrouPER), and single
 responses (KTO).
 
-Losses are functions of log-probabilities of whole responses, in float64. P is the number of pairs. The margin
-of a pair is the log ratio of policy to reference of the chosen response minus that of the rejected response.
-Each pair, or group, counts the same at any length: denominators count pairs, or groups, of the whole global
-batch.
+Losses are functions of log-probabilities of whole responses, in float64. P is the number of pairs. `chosen`
+and `rejected`, [P], are mean log-probabilities per token. The margin of a pair is the log ratio log p(policy)
+- log p(reference) of the chosen response, minus the log ratio of the rejected response. Pairs and groups
+count equally at any length: denominators count the pairs, or groups, in the global batch.
 
-For KTO (arXiv 2402.01306) each response is followed by a response to another prompt, after its own prompt.
-The log ratios of these mismatched responses estimate the divergence of the policy (z_0), one number per
-global batch, which takes an extra forward pass before the losses.
+For KTO (arXiv 2402.01306) a mismatched response follows each judged response: the same prompt with a response
+to another prompt. The log ratios of the mismatched responses estimate the divergence of the policy (z_0), one
+number per global batch, in an extra forward pass before the losses.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from megatron_sov.post.reference import score_documents
 from megatron_sov.post.sft import ResponseSpans, find_learned_labels, find_responses
 from megatron_sov.post.shared_prompts import share_prompts
 from megatron_sov.runs.obs.meters import Meter
-from megatron_sov.runs.obs.validation import VALIDATION
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.rounds import ADVANTAGE, GROUP_SHARE
 from megatron_sov.train.data.token_shards import Documents, Source
@@ -50,19 +49,19 @@ PREFERENCE, CHOSEN = "preference", "chosen"
 PAIRS_RIGHT, MARGIN, CHOSEN_LIKELIER = "pairs_right", "margin", "chosen_likelier"
 """Meters for pairs, see `compute_pair_meters` and `measure_pairs`."""
 HELDOUT_PAIRS = "heldout_pairs"
-"""Event with the meters for a source's held-out pairs."""
+"""Event with the meters for the held-out pairs in a source."""
 MAX_PAIRS = 2048
 """Limit for measured held-out pairs per source."""
-LogprobsOf = Callable[[Documents, range], np.ndarray]
-"""(documents, indices) -> log-probabilities of their tokens, see `score_documents`."""
-ReferenceOf = Callable[[Source], np.ndarray | None]
-"""Source -> reference log-probabilities for `find_heldout_documents`; None if unknown."""
-MADE_BY = "`sov-data unpaired`, and then `sov-data pack --format preference --column desirable`,"
+LogprobScorer = Callable[[Documents, range], np.ndarray]
+"""(documents, indices) -> log p per token in the documents at `indices`, see `score_documents`."""
+ReferenceReader = Callable[[Source], np.ndarray | None]
+"""Source -> reference log p for the tokens of `find_heldout_documents`; None if unknown."""
+UNPAIRED_COMMANDS = "`sov-data unpaired`, and then `sov-data pack --format preference --column desirable`,"
 
 
 def dpo(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Return the loss of each pair by direct preference optimisation, [P] (arXiv 2305.18290, eq. 7;
-    smoothing: eq. 3 of "A note on DPO with noisy preferences", Mitchell 2023).
+    """Return DPO losses, [P]: ``-log sigmoid(beta * margin)`` (arXiv 2305.18290, eq. 7; smoothing: eq. 3 in
+    "A note on DPO with noisy preferences", Mitchell 2023).
 
     Args:
         margins: [P] differences of sums over responses, or of means (Tülu 3, arXiv 2411.15124, eq. 6).
@@ -75,23 +74,23 @@ def dpo(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> tor
 
 
 def ipo(margins: torch.Tensor, beta: float) -> torch.Tensor:
-    """Return the loss of each pair by identity preference optimisation, [P] (arXiv 2310.12036, eq. 17).
+    """Return IPO losses, [P]: ``(margin - 1 / (2 beta))^2`` (arXiv 2310.12036, eq. 17).
 
     Args:
-        margins: [P] differences of means over responses, as in the authors' code.
-        beta: the paper's tau.
+        margins: [P] differences of means over responses, as in the code of the authors.
+        beta: tau in the paper.
     """
     return (margins - 1 / (2 * beta)) ** 2
 
 
 def kto(ratios: torch.Tensor, desirable: torch.Tensor, distance: float, beta: float,
         desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> torch.Tensor:
-    """Return the loss of each response by Kahneman-Tversky optimisation, [N] (arXiv 2402.01306, eq. 8),
-    without the constant weight of each response.
+    """Return KTO losses, [N]: ``w (1 - sigmoid(+-beta (ratio - z_0)))`` (arXiv 2402.01306, eq. 8, without the
+    constant lambda_y).
 
     Args:
-        ratios: [N] log ratio of policy to reference of each response.
-        desirable: [N] bool: responses that were judged good.
+        ratios: [N] log p(policy) - log p(reference) per response.
+        desirable: [N] bool: responses judged good.
         distance: z_0, the estimated divergence of the policy from the reference.
         beta: strength of the reference.
         desirable_weight: weight of good responses.
@@ -104,24 +103,18 @@ def kto(ratios: torch.Tensor, desirable: torch.Tensor, distance: float, beta: fl
 
 
 def simper(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Return the loss of each pair by SimPER, [P] (arXiv 2502.00883, eq. 6): it raises the inverse perplexity
-    of chosen responses and lowers that of rejected responses.
-
-    Args:
-        chosen: [P] mean log-probabilities of the chosen responses.
-        rejected: [P] mean log-probabilities of the rejected responses.
-    """
+    """Return SimPER losses, [P]: the rejected minus the chosen response's inverse perplexity (arXiv
+    2502.00883, eq. 6)."""
     return rejected.exp() - chosen.exp()
 
 
 def simpo(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, gamma: float,
           label_smoothing: float = 0.0) -> torch.Tensor:
-    """Return the loss of each pair by SimPO, [P] (arXiv 2405.14734, eq. 6): `dpo` of means without a
-    reference, with a target margin.
+    """Return SimPO losses, [P]: `dpo` on means without a reference, with a target margin (arXiv 2405.14734,
+    eq. 6).
 
     Args:
-        chosen: [P] mean log-probabilities of the chosen responses.
-        rejected: [P] mean log-probabilities of the rejected responses.
+        chosen, rejected: see the module.
         beta: slope of the loss in the difference of the means.
         gamma: the target margin, in units of beta times log-probability, as in the paper.
         label_smoothing: see `dpo`.
@@ -130,108 +123,99 @@ def simpo(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, gamma: floa
 
 
 def orpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Return the odds ratio loss of each pair by ORPO, [P] (arXiv 2403.07691, eq. 7), without the weight and
-    the cross-entropy of its eq. 6.
-
-    Args:
-        chosen: [P] mean log-probabilities of the chosen responses.
-        rejected: [P] mean log-probabilities of the rejected responses.
-    """
+    """Return ORPO's odds ratio losses, [P] (arXiv 2403.07691, eq. 7), without the weight and the
+    cross-entropy in eq. 6."""
     return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def _log_odds(means: torch.Tensor) -> torch.Tensor:
-    """Return log(p / (1 - p)) for p = exp(means), finite if p rounds to 1."""
-    # Above one half expm1 keeps the digits of 1 - p, below one half log1p does.
+    """Return ``log(p / (1 - p))`` for ``p = exp(means)``, finite if p rounds to 1."""
+    # expm1 keeps the digits of 1 - p above one half, log1p below.
     certain = means.clamp(max=-2.0**-40)
     return certain - torch.where(certain > -math.log(2), (-certain.expm1()).log(), (-certain.exp()).log1p())
 
 
 def grouper(means: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """Return the loss of each response by GrouPER, [R] (K-EXAONE's technical report): SimPER over groups.
-
-    Args:
-        means: [R] mean log-probabilities of the responses.
-        advantages: [R] from -1 for the worst response of a group to 1 for the best.
-    """
+    """Return GrouPER losses, [R]: `simper` over groups, with `advantages` from -1 for the worst response in a
+    group to 1 for the best (K-EXAONE's technical report)."""
     return -advantages * means.exp()
 
 
-def compare_values(asked: PreferenceConfig, sums: torch.Tensor, lengths: torch.Tensor,
-                    reference_sums: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the value by which a method compares each response, [2 P] float64, without `beta`.
+def compare_values(preference: PreferenceConfig, sums: torch.Tensor, lengths: torch.Tensor,
+                   reference_sums: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the value per response that `preference.method` compares, [2 P] float64, without `beta`.
 
     Args:
-        asked: the settings of the method.
-        sums: [2 P] float64 log-probabilities of chosen and rejected responses, alternating.
+        preference: the settings of the method.
+        sums: [2 P] float64 log-probabilities for chosen and rejected responses, alternating.
         lengths: [2 P] tokens of the responses.
         reference_sums: [2 P] log-probabilities by the reference; None: the method has no reference.
     """
     ratios = sums if reference_sums is None else sums - reference_sums
     # DPO compares whole responses, other methods means over tokens.
-    return ratios if asked.method == "dpo" else ratios / lengths.clamp(min=1)
+    return ratios if preference.method == "dpo" else ratios / lengths.clamp(min=1)
 
 
-def compute_pair_meters(asked: PreferenceConfig, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the meters "pairs_right" and "margin" of each pair, [P] float64.
+def compute_pair_meters(preference: PreferenceConfig, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the meters `PAIRS_RIGHT` and `MARGIN` per pair, [P] float64.
 
-    They equal TRL's rewards/accuracies and rewards/margins, except that a tie counts half: a model that
-    equals its reference has an accuracy of 50 %, not 0 %.
+    Both equal rewards/accuracies and rewards/margins of TRL, except that a tie counts half: a model equal to
+    the reference has an accuracy of 50 %, not 0 %.
 
     Args:
-        asked: the method and its strength.
+        preference: the method and its strength.
         values: [2 P] from `compare_values`.
     """
-    strength = 1.0 if asked.method in ("simper", "orpo") else asked.effective_beta
+    strength = 1.0 if preference.method in ("simper", "orpo") else preference.effective_beta
     rewards = strength * values
     margins = rewards[0::2] - rewards[1::2]
     return {PAIRS_RIGHT: (margins > 0).double() + (margins == 0).double() / 2, MARGIN: margins}
 
 
 def find_heldout_documents(source: Source) -> range:
-    """Return a source's measured held-out documents, chosen and rejected alternating."""
+    """Return the indices of the measured held-out documents in a source, chosen and rejected alternating."""
     if not source.num_tokens.get("heldout"):
         return range(0)
     return range(min(len(source.open_split("heldout").lengths), 2 * MAX_PAIRS))
 
 
-def measure_heldout_pairs(view: GateView, sources: Sequence[Source], reference_of: ReferenceOf | None
+def measure_heldout_pairs(view: GateView, sources: Sequence[Source], read_reference: ReferenceReader | None
                           ) -> dict[str, dict[str, Any]]:
-    """Measure the held-out pairs of a run, and record them; called by all processes together.
+    """Measure a run's held-out pairs, and record events `HELDOUT_PAIRS`; called by all processes.
 
     Args:
         view: the run.
         sources: preferences.
-        reference_of: see `ReferenceOf`; if it returns None, pair meters are left out. None: the method has
+        read_reference: if the `ReferenceReader` returns None, pair meters are left out. None: the method has
             no reference.
     """
     seq_len, size = view.config.data.max_seq_len(), view.config.train.micro_batch_size
 
-    def logprobs_of(documents: Documents, chosen: range) -> np.ndarray:
+    def compute_logprobs(documents: Documents, chosen: range) -> np.ndarray:
         return score_documents(view, documents, chosen, seq_len, size)
 
-    source_figures = measure_pairs(sources, logprobs_of, seq_len, view.config.preference, reference_of)
+    source_figures = measure_pairs(sources, compute_logprobs, seq_len, view.config.preference, read_reference)
     for name, figures in source_figures.items():
         view.events.write(HELDOUT_PAIRS, step=view.step, source=name, **figures)
     return source_figures
 
 
-def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: int,
-                  asked: PreferenceConfig | None = None,
-                  reference_of: ReferenceOf | None = None) -> dict[str, dict[str, Any]]:
-    """Measure the held-out pairs in each source.
+def measure_pairs(sources: Sequence[Source], compute_logprobs: LogprobScorer, seq_len: int,
+                  preference: PreferenceConfig | None = None,
+                  read_reference: ReferenceReader | None = None) -> dict[str, dict[str, Any]]:
+    """Measure the held-out pairs per source.
 
     Args:
         sources: preferences.
-        logprobs_of: computes log-probabilities by the model.
-        seq_len: number of tokens of a document that the model reads.
-        asked: method whose meters are measured too; None: no meters.
-        reference_of: see `measure_heldout_pairs`.
+        compute_logprobs: computes log-probabilities by the model.
+        seq_len: tokens of a document that the model reads.
+        preference: method for `compute_pair_meters`; None: no meters.
+        read_reference: see `measure_heldout_pairs`.
 
     Returns:
-        Source -> `pairs`; `chosen_likelier`, the share of pairs whose chosen response has the greater
-        log-probability per token; with `asked` the means of `compute_pair_meters`. Ties count half. Pairs
-        with a response that begins after `seq_len` tokens are left out.
+        Source -> `pairs`; `chosen_likelier`, the share of pairs in which the chosen response has the greater
+        log-probability per token; with `preference` the means of `compute_pair_meters`. Ties count half.
+        Pairs with a response that begins after `seq_len` tokens are left out.
     """
     source_figures = {}
     for source in sources:
@@ -241,45 +225,42 @@ def measure_pairs(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: i
         documents = source.open_split("heldout")
         learned = [_learned_tokens(documents, document, seq_len) for document in chosen]
         lengths = torch.tensor([float(mask.sum()) for mask in learned], dtype=torch.float64)
-        # A pair's documents are neighbours, the chosen response first.
+        # The documents of a pair are neighbours, the chosen response first.
         is_complete = (lengths.reshape(-1, 2) > 0).all(dim=1)
         if not is_complete.any():
             continue
         both = is_complete.repeat_interleave(2)
-        sums, lengths = _learned_sums(logprobs_of(documents, chosen), learned)[both], lengths[both]
+        sums, lengths = _learned_sums(compute_logprobs(documents, chosen), learned)[both], lengths[both]
         means = sums / lengths
         figures = {CHOSEN_LIKELIER: _share_above(means[0::2] - means[1::2])}
-        numbers = None if reference_of is None else reference_of(source)
-        if asked is not None and (reference_of is None or numbers is not None):
+        numbers = None if read_reference is None else read_reference(source)
+        if preference is not None and (read_reference is None or numbers is not None):
             reference_sums = None if numbers is None else _learned_sums(numbers, learned)[both]
-            meters = compute_pair_meters(asked, compare_values(asked, sums, lengths, reference_sums))
-            figures |= {name: float(values.mean()) for name, values in meters.items()}
+            values = compare_values(preference, sums, lengths, reference_sums)
+            meters = compute_pair_meters(preference, values)
+            figures |= {name: float(column.mean()) for name, column in meters.items()}
         source_figures[source.name] = {"pairs": int(is_complete.sum()), **figures}
     return source_figures
 
 
 def _share_above(differences: torch.Tensor) -> float:
-    """Return the share of positive numbers; 0 counts half."""
+    """Return the positive share; 0 counts half."""
     return float(((differences > 0).double() + (differences == 0).double() / 2).mean())
 
 
 def _learned_tokens(documents: Documents, document: int, seq_len: int) -> np.ndarray:
-    """Return the learned tokens in a document up to `seq_len`, [tokens] bool."""
+    """Return the learned tokens up to `seq_len` in a document, [tokens] bool."""
     length = int(documents.lengths[document])
     learned: np.ndarray = ((documents.types(document, 0, length) == TYPE_RESPONSE)
                            & (documents.loss_weights(document, 0, length) > 0))
-    # The first token is not a label; tokens after a sample's last label have no number.
+    # The first token is not a label; tokens after the last label of a sample have no log-probability.
     learned[:1] = learned[seq_len + 1:] = False
     return learned
 
 
 def _learned_sums(logprobs: np.ndarray, learned: Sequence[np.ndarray]) -> torch.Tensor:
-    """Return the sum of learned log-probabilities per document, [documents] float64.
-
-    Args:
-        logprobs: [tokens of all documents].
-        learned: [tokens] bool for each document.
-    """
+    """Sum `logprobs`, [tokens of all documents], over the learned tokens per document, [documents]
+    float64."""
     ends = np.cumsum([len(mask) for mask in learned])[:-1]
     return torch.tensor([float(numbers[mask].astype(np.float64).sum())
                          for numbers, mask in zip(np.split(logprobs, ends), learned, strict=True)],
@@ -287,7 +268,7 @@ def _learned_sums(logprobs: np.ndarray, learned: Sequence[np.ndarray]) -> torch.
 
 
 class PairLearning(DataObjective):
-    """Objective ``sum of pair losses / pairs + chosen_coeff * CE(chosen) / chosen tokens``, with multi-token
+    """Objective ``sum(pair_losses) / pairs + chosen_coeff * CE(chosen) / chosen_tokens``, with multi-token
     prediction on chosen responses."""
 
     formats = ("preference",)
@@ -300,12 +281,12 @@ class PairLearning(DataObjective):
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
-        self._asked = context.config.preference
+        self._preference = context.config.preference
         self.coefficients = {PREFERENCE: 1.0}
-        if self._asked.method == "orpo":  # its eq. 6
-            self.coefficients = {PREFERENCE: self._asked.effective_beta, CHOSEN: 1.0}
-        if self._asked.chosen_coeff > 0:
-            self.coefficients[CHOSEN] = self._asked.chosen_coeff
+        if self._preference.method == "orpo":  # eq. 6 of the paper
+            self.coefficients = {PREFERENCE: self._preference.effective_beta, CHOSEN: 1.0}
+        if self._preference.chosen_coeff > 0:
+            self.coefficients[CHOSEN] = self._preference.chosen_coeff
         self.coefficients |= self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
@@ -326,10 +307,10 @@ class PairLearning(DataObjective):
         losses, compared = self._compute_losses(sums, batch, responses)
         complete = responses.select_pairs()
         terms = self._compute_terms((losses * complete).sum(), logprobs, hidden, head,
-                            self._cross_entropy_batch(batch, responses))
-        # Truncated pairs have numbers too; `whole` removes them from every sum.
-        meters, means = compute_pair_meters(self._asked,
-                                            compared.detach()), responses.average_labels(logprobs.detach())
+                                    self._cross_entropy_batch(batch, responses))
+        # Truncated pairs have values too; `complete` removes truncated pairs from every sum.
+        meters = compute_pair_meters(self._preference, compared.detach())
+        means = responses.average_labels(logprobs.detach())
         values = (meters[PAIRS_RIGHT], meters[MARGIN], means[0::2], means[1::2])
         return LossSums(terms, _logged_losses(logprobs, batch, find_learned_labels(batch), self._num_sources),
                         meters={name: ((value * complete).sum(), complete.sum())
@@ -339,9 +320,8 @@ class PairLearning(DataObjective):
         return _restrict_weights(batch, responses.select_side(0))
 
     def _compute_terms(self, loss: torch.Tensor, logprobs: torch.Tensor, hidden: list[torch.Tensor],
-                       head: Head,
-               chosen: MicroBatch) -> dict[str, torch.Tensor]:
-        """Return the terms for a micro-batch: the preference `loss`, and cross-entropy on `chosen`."""
+                       head: Head, chosen: MicroBatch) -> dict[str, torch.Tensor]:
+        """Return the loss terms in a micro-batch: the preference `loss`, and cross-entropy on `chosen`."""
         terms = {PREFERENCE: loss}
         if CHOSEN in self.coefficients:
             # `where` instead of a product: labels that are not learned may have log p = -inf.
@@ -349,15 +329,10 @@ class PairLearning(DataObjective):
         return terms | self._compute_mtp_sum(hidden, head, chosen)
 
     def _compute_losses(self, sums: torch.Tensor, batch: MicroBatch,
-                responses: ResponseSpans) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the losses [P] and `compare_values` [2 P] for the pairs.
-
-        Args:
-            sums: [2 P] log-probabilities of chosen and rejected responses, alternating.
-            batch: the micro-batch.
-            responses: the learned labels.
-        """
-        preference = self._asked
+                        responses: ResponseSpans) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the losses [P] and `compare_values` [2 P] for pairs; `sums`, [2 P], are log-probabilities
+        for chosen and rejected responses, alternating."""
+        preference = self._preference
         means = compare_values(preference, sums, responses.lengths)
         chosen, rejected = means[0::2], means[1::2]
         if preference.method == "simper":
@@ -369,38 +344,38 @@ class PairLearning(DataObjective):
 
 
 class PairLearningWithReference(PairLearning):
-    """`PairLearning` with losses relative to the initial model."""
+    """`PairLearning` with losses relative to a reference model, DPO and IPO."""
 
     columns = {reference.COLUMN: NeededColumn("`megatron-sov prefer`")}
     comparable_loss = True
 
     def _compute_losses(self, sums: torch.Tensor, batch: MicroBatch,
-                responses: ResponseSpans) -> tuple[torch.Tensor, torch.Tensor]:
-        ratios = compare_values(self._asked, sums, responses.lengths,
-                                 self._reference_sums(sums, batch, responses))
+                        responses: ResponseSpans) -> tuple[torch.Tensor, torch.Tensor]:
+        ratios = compare_values(self._preference, sums, responses.lengths,
+                                self._reference_sums(sums, batch, responses))
         return self.pair_loss(ratios[0::2] - ratios[1::2]), ratios
 
     def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: ResponseSpans
                         ) -> torch.Tensor:
-        """Return the reference log-probabilities of the responses, [2 P]; `sums` are the policy's."""
+        """Return response log-probabilities by the reference, [2 P]; `sums`: by the policy."""
         return responses.sum_labels(batch.columns[reference.COLUMN])
 
     def pair_loss(self, margins: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each pair, [P] float64. Override it in a subclass to define your own.
+        """Return the loss per pair, [P] float64; override `pair_loss` in a subclass to define your own.
 
         Args:
-            margins: [P] log ratio of policy to reference of the chosen response, minus that of the rejected
-                response: sums with method dpo, otherwise means over tokens.
+            margins: [P] log p(policy) - log p(reference) of the chosen response, minus the same difference
+                of the rejected response: sums over tokens for method dpo, otherwise means.
         """
-        preference = self._asked
+        preference = self._preference
         if preference.method == "ipo":
             return ipo(margins, preference.effective_beta)
         return dpo(margins, preference.effective_beta, preference.label_smoothing)
 
 
 class GroupLearning(DataObjective):
-    """GrouPER: objective ``sum over responses of loss / responses of its group / groups``, with multi-token
-    prediction on all responses."""
+    """GrouPER: objective ``sum(loss / responses_in_group) / groups`` over responses, with multi-token
+    prediction on responses."""
 
     formats = ("chat",)
     columns: Mapping[str, NeededColumn] = dict.fromkeys((ADVANTAGE, GROUP_SHARE), NeededColumn(
@@ -416,10 +391,10 @@ class GroupLearning(DataObjective):
         self.coefficients = {PREFERENCE: 1.0} | self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the groups in the global batch; a group split over batches counts in each batch by its
-        share."""
+        """Count the groups in the global batch; a group that spans batches counts by the share of responses
+        in each."""
         hosts = [m.host for m in batch.micro_batches]
-        # A group's shares add up to 1 over all batches.
+        # The shares of a group add up to 1 over all batches.
         groups = sum(float(find_responses(m).average_labels(m.columns[GROUP_SHARE]).sum()) for m in hosts)
         learning = [_restrict_weights(m, find_learned_labels(m)) for m in hosts]
         return with_denominators(batch, {PREFERENCE: groups} | self._count_mtp_targets(learning))
@@ -448,22 +423,23 @@ def select_objective(config: RunConfig) -> type[PairLearning | GroupLearning | U
 
 
 def _restrict_weights(batch: MicroBatch, labels: torch.Tensor) -> MicroBatch:
-    """Set the weights outside `labels` [T] bool to 0."""
+    """Set the weights outside `labels`, [T] bool, to 0."""
     return dataclasses.replace(batch, weights=batch.weights * labels)
 
 
 def _logged_losses(logprobs: torch.Tensor, batch: MicroBatch, counted: torch.Tensor,
                    num_sources: int) -> torch.Tensor:
-    """Return the cross-entropy on `counted` labels [T] bool per source, see `per_source`."""
+    """Return the cross-entropy per source on `counted` labels, [T] bool; see `per_source`."""
     return per_source((-logprobs.detach()).where(counted, 0.0), counted.to(batch.weights.dtype),
                       batch.sources, num_sources)
 
 
 class UnpairedLearning(PairLearning):
-    """KTO: objective ``sum of response losses / responses + chosen_coeff * CE(good) / good tokens``, with
+    """KTO: objective ``sum(response_losses) / responses + chosen_coeff * CE(good) / good_tokens``, with
     multi-token prediction on good responses."""
 
-    columns = {reference.COLUMN: NeededColumn("`megatron-sov prefer`"), DESIRABLE: NeededColumn(MADE_BY)}
+    columns = {reference.COLUMN: NeededColumn("`megatron-sov prefer`"),
+               DESIRABLE: NeededColumn(UNPAIRED_COMMANDS)}
     meters = ("desirable_reward", "undesirable_reward", "distance")
     comparable_loss = True
     headline = (Meter("desirable_reward", "reward of good responses", better="higher"),
@@ -475,13 +451,13 @@ class UnpairedLearning(PairLearning):
         """z_0 in the current step."""
 
     def collect(self, policy: object, step: int) -> GlobalBatch:
-        """Return the next batch in the data order, and compute z_0, which all losses in the step use."""
+        """Return the next batch in the data order, and compute z_0 for the losses in the step."""
         batch = super().collect(policy, step)
         self._distance = _estimate_distance(policy, batch)
         return batch
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        preference, responses = self._asked, find_responses(batch)
+        preference, responses = self._preference, find_responses(batch)
         logprobs = head.logprobs(hidden[0], batch.labels)
         # Even documents are the judged responses; odd documents are mismatched, for `_estimate_distance`.
         ratios = _log_ratios(responses, logprobs, batch)[0::2]
@@ -490,9 +466,9 @@ class UnpairedLearning(PairLearning):
                      desirable_weight=preference.desirable_weight,
                      undesirable_weight=preference.undesirable_weight)
         terms = self._compute_terms((losses * complete).sum(), logprobs, hidden, head,
-                            self._cross_entropy_batch(batch, responses))
-        rewards, sides = preference.effective_beta * ratios.detach(), (desirable.double(),
-                                                                       (~desirable).double())
+                                    self._cross_entropy_batch(batch, responses))
+        rewards = preference.effective_beta * ratios.detach()
+        sides = desirable.double(), (~desirable).double()
         counted = find_learned_labels(batch) & responses.select_side(0)
         return LossSums(
             terms, _logged_losses(logprobs, batch, counted, self._num_sources),
@@ -502,7 +478,7 @@ class UnpairedLearning(PairLearning):
 
     def _cross_entropy_batch(self, batch: MicroBatch, responses: ResponseSpans) -> MicroBatch:
         desirable = _is_desirable(responses, batch)
-        # Back to a flag per document: the mismatched neighbour is not learned.
+        # Back to a flag per document; mismatched neighbours are not learned.
         good = torch.stack([desirable, torch.zeros_like(desirable)], 1)
         is_good = responses.spread_to_labels(good.flatten().double()) > 0
         return _restrict_weights(batch, responses.select_side(0) & is_good)
@@ -514,35 +490,30 @@ def _estimate_distance(policy: object, batch: GlobalBatch) -> float:
     def outputs(hidden: list[torch.Tensor], head: Head, micro_batch: MicroBatch) -> torch.Tensor:
         responses = find_responses(micro_batch)
         ratios = _log_ratios(responses, head.logprobs(hidden[0], micro_batch.labels), micro_batch)[1::2]
-        whole = responses.select_pairs()
-        return torch.stack([(ratios * whole).sum(), whole.sum()])
+        complete = responses.select_pairs()
+        return torch.stack([(ratios * complete).sum(), complete.sum()])
 
-    # Other pipeline stages have no outputs, add 0 and share the sum.
+    # Earlier pipeline stages have no outputs and add 0.
     sums_of_batches = policy.map(batch.micro_batches, outputs)  # type: ignore[attr-defined]
     total, count = torch.stack(sums_of_batches).sum(0).tolist() if sums_of_batches else (0.0, 0.0)
     sums = sum_dict({"total": total, "count": count}, collectives.all_reduce_dp)
-    # A negative estimate for a divergence is noise.
+    # A divergence is never negative; negative estimates are noise.
     return max(sums["total"] / sums["count"], 0.0) if sums["count"] else 0.0
 
 
 def _log_ratios(responses: ResponseSpans, logprobs: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """Return the log ratio between policy and reference per response, [R]."""
+    """Return log p(policy) - log p(reference) per response, [R]."""
     return responses.sum_labels(logprobs) - responses.sum_labels(batch.columns[reference.COLUMN])
 
 
 def _is_desirable(responses: ResponseSpans, batch: MicroBatch) -> torch.Tensor:
-    """Return the responses that were judged good, [R / 2] bool."""
+    """Return the responses judged good in column `DESIRABLE`, [R / 2] bool."""
     return responses.average_labels(batch.columns[DESIRABLE])[0::2] > 0.5
 
 
-ROUND_METERS = (Meter(policy.REWARD, better="higher", heldout=f"{VALIDATION}.reward"),
-             Meter(policy.RESPONSE_TOKENS, "response length", "tokens"),
-             Meter(policy.GROUPS_LEARNING, "groups that learn", "share", "higher"))
-
-
-class LearningOfRounds(DataObjective):
-    """Mixin: preferences among the model's own responses (`policy.method = preference`), with shared prompts.
-    Rounds publish the better response of a pair first, like packed pairs."""
+class RoundLearning(DataObjective):
+    """Mixin: preferences among the policy's responses (`policy.method = preference`), with shared prompts.
+    Rounds publish a pair's better response first, like packed pairs."""
 
     formats = (ROLLOUTS,)
     comparable_loss = False
@@ -552,33 +523,35 @@ class LearningOfRounds(DataObjective):
         self._config = context.config
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count denominators by the next class, then share prompts."""
+        """Count denominators, then share prompts."""
         counted = super().prepare(batch)  # type: ignore[misc]  # the next class of the inheritance order
         return share_prompts(counted, self._config)
 
 
-class RoundPairs(LearningOfRounds, PairLearning):
+class RoundPairs(RoundLearning, PairLearning):
     """`PairLearning` on rounds."""
 
-    headline = (ROUND_METERS[0], PairLearning.headline[0], *ROUND_METERS[1:])
+    headline = (policy.PolicyLearning.headline[0], PairLearning.headline[0],
+                *policy.PolicyLearning.headline[1:])
 
 
-class RoundPairsWithReference(LearningOfRounds, PairLearningWithReference):
-    """`PairLearningWithReference` on rounds: the reference is the policy that began the round, or the run."""
+class RoundPairsWithReference(RoundLearning, PairLearningWithReference):
+    """`PairLearningWithReference` on rounds; reference: the policy at the round's start, or the run."""
 
     headline = RoundPairs.headline
 
     def _reference_sums(self, sums: torch.Tensor, batch: MicroBatch, responses: ResponseSpans
                         ) -> torch.Tensor:
         reference_sums = responses.sum_labels(batch.columns[_reference_column(self._config)])
-        # The first step in a round has NaN: its weights are the weights that began the round.
+        # NaN marks the first step of the round, which runs at the weights of the reference.
         return torch.where(reference_sums.isnan(), sums.detach(), reference_sums)
 
 
-class RoundGroups(LearningOfRounds, GroupLearning):
+class RoundGroups(RoundLearning, GroupLearning):
     """`GroupLearning` on rounds."""
 
-    headline = (ROUND_METERS[0], *GroupLearning.headline, *ROUND_METERS[1:])
+    headline = (policy.PolicyLearning.headline[0], *GroupLearning.headline,
+                *policy.PolicyLearning.headline[1:])
 
 
 def _reference_column(config: RunConfig) -> str:
@@ -588,7 +561,7 @@ def _reference_column(config: RunConfig) -> str:
 def build_round_objective(config: RunConfig) -> policy.PolicyObjective:
     """Return the objective factory for `policy.method = preference`."""
     method, needed = config.preference.method, NeededColumn("`megatron-sov rl train`")
-    kind: type[LearningOfRounds] = RoundPairs
+    kind: type[RoundLearning] = RoundPairs
     columns: dict[str, NeededColumn] = {}
     if method == "grouper":
         kind, columns = RoundGroups, dict.fromkeys((ADVANTAGE, GROUP_SHARE), needed)

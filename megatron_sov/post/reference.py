@@ -1,8 +1,8 @@
-"""Log-probabilities of a reference model, computed once before the first training step.
+"""Log-probabilities for packed documents by a reference model, computed once before the first training step.
 
-The reference is the initial model, or another checkpoint that is scored before the run starts; it is never a
-second model in memory. RUN/reference holds its log-probabilities in parts of `PART_DOCUMENTS` documents, so a
-killed job continues at the next part, and a resumed run finds all of them.
+The reference is the initial model, or another checkpoint that computes the numbers before the run starts; no
+second model stays in memory. RUN/reference contains the log-probabilities in parts of `PART_DOCUMENTS`
+documents: a killed job continues at the next part, and a resumed run reads the existing parts.
 """
 
 from __future__ import annotations
@@ -37,29 +37,30 @@ from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
 from megatron_sov.model.families.adapters import PREFIX
-from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
+from megatron_sov.model.modality import get_banks
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import build_row, compute_micro_batch_rows, join_rows
 from megatron_sov.train.data.streams import PackedSegment, Row, pack_best_fit
-from megatron_sov.train.data.token_shards import Documents, Source
+from megatron_sov.train.data.token_shards import Documents, DocumentView, Source
 from megatron_sov.train.feed import FeedView
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.microbatch import MicroBatch, build_micro_batch
 from megatron_sov.work.progress.progress_bar import create_bar
 
 MICRO_BATCHES = 8
-"""Micro-batches that a process runs through the model at a time."""
+"""Micro-batches per process and model call."""
 IDENTITY = "reference.json"
+"""File in RUN/reference with digests of the reference and the data, and the sample length."""
 COLUMN = "reference_logprobs"
 """Column: log p(label) by the reference."""
 PART_DOCUMENTS = 4096
-"""Documents per part; a part is a file."""
+"""Documents per part, a file."""
 
 
 class RunningLogprobs(Protocol):
-    """A model that all processes run together."""
+    """A model that all processes run together: `LoadedModel`, `GateView` or `FeedView`."""
 
     @property
     def policy(self) -> ForwardModel:
@@ -71,18 +72,18 @@ class RunningLogprobs(Protocol):
 
 
 class Reference:
-    """Computes a run's reference columns before the first step."""
+    """Computes a run's column `COLUMN` before the first step."""
 
     def __init__(self, run: Path, start: Path, sources: Sequence[Source], max_tokens: int,
                  heldout: Mapping[str, range] = MappingProxyType({})) -> None:
-        """Describe the sources; compute nothing yet.
+        """Describe the sources, without computing log-probabilities.
 
         Args:
             run: folder of the run.
             start: checkpoint of the reference.
             sources: preferences.
-            max_tokens: length of the longest sample; later tokens of a document have no number.
-            heldout: source -> its first held-out documents, which the run measures.
+            max_tokens: length of the longest sample; later tokens of a document get no log-probability.
+            heldout: source -> indices of the first held-out documents, which the run measures.
         """
         self._folder, self._max_tokens = run / REFERENCE, max_tokens
         self._identity: dict[str, Any] = {
@@ -90,26 +91,26 @@ class Reference:
             "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
         self._parts = {s.name: ReferenceFiles(self._folder, s.name, s.open_split("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
-            s, train_documents=WithReference(self._parts[s.name])) for s in sources)
-        """Sources with the column; `score_heldout` computes the numbers."""
+            s, train_documents=ReferencedDocuments(self._parts[s.name])) for s in sources)
+        """Sources with the column `COLUMN`; `score_heldout` computes the values."""
         self._heldout = {s.name: ReferenceFiles(self._folder, f"{s.name}.heldout", s.open_split("heldout"),
                                                 len(heldout[s.name]))
                          for s in sources if heldout.get(s.name)}
-        # Held-out documents are computed and checked like the samples.
+        # Held-out documents are computed and checked like training documents.
         self._parts |= {f"{name}.heldout": parts for name, parts in self._heldout.items()}
 
     def heldout_logprobs(self, source: Source) -> np.ndarray | None:
-        """Return the log-probabilities of a source's measured held-out documents, float32; None without such
-        documents."""
+        """Return log p for the tokens in measured held-out documents in a source, float32; None without
+        held-out documents."""
         parts = self._heldout.get(source.name)
         return None if parts is None else parts.numbers()
 
     def score_heldout(self, view: GateView) -> None:
-        """Compute missing parts by the model, which must have the reference's weights; called by all
+        """Compute missing parts by the trained model, whose weights must equal the reference; called by all
         processes.
 
         Raises:
-            UserError: the folder holds another reference, or the disk is full.
+            UserError: RUN/reference belongs to another reference, or the disk is full.
         """
         begin_s = time.monotonic()
         parts, num_tokens = self._compute_missing(view, view.config.train.micro_batch_size)
@@ -117,16 +118,16 @@ class Reference:
                           seconds=time.monotonic() - begin_s, **self._identity)
 
     def score_in_processes(self, checkpoint: Path, config: RunConfig, nproc: int | None) -> None:
-        """Compute missing parts by another model than the trained one, on processes that end before the run
-        begins.
+        """Compute missing parts by `checkpoint`, on processes that end before the run begins.
 
         Args:
             checkpoint: the reference.
-            config: layout and precision of the run, which the reference uses too.
+            config: settings of the run; the reference uses the same layout and precision.
             nproc: local processes.
 
         Raises:
-            UserError: the folder holds another reference, a document is too long for it, or the disk is full.
+            UserError: RUN/reference belongs to another reference, a document is too long for `checkpoint`, or
+                the disk is full.
         """
         if self._read_identity() == self._identity and not self._find_missing():
             return
@@ -145,36 +146,38 @@ class Reference:
                                 "samples shorter (data.phases)")
 
     def _find_missing(self) -> list[tuple[str, int]]:
-        """Return missing and damaged parts, and warn about damaged parts."""
-        damages = {(name, part): damage for name, parts in self._parts.items() for part in range(len(parts))
-                   if (damage := parts.damage(part))}
-        for (name, part), damage in damages.items():
-            if self._parts[name].file(part).exists():
-                warn(f"{damage}; it is computed again")
-        return list(damages)
+        """Return (source, part) of missing and damaged parts, and warn about damaged parts."""
+        missing: list[tuple[str, int]] = []
+        for name, parts in self._parts.items():
+            for part in range(len(parts)):
+                if damage := parts.damage(part):
+                    missing.append((name, part))
+                    if parts.file(part).exists():
+                        warn(f"{damage}; it is computed again")
+        return missing
 
     def _compute_missing(self, model: RunningLogprobs, rows_per_batch: int) -> tuple[int, int]:
-        # The identity is written before the first part, because the part's checksum includes it.
+        """Compute and write the missing parts; return part and token counts."""
+        # IDENTITY is written before the first part, because the checksum of a part covers IDENTITY.
         run_on_main(model.world, self._open_files)
         # Rank 0 decides: processes with different lists would wait in a collective forever.
-        todo, num_tokens = run_on_main(model.world, self._find_missing), 0
-        with create_bar("reference", len(todo), "part", model.world.is_main) as bar:
-            for name, part in todo:
+        missing, num_tokens = run_on_main(model.world, self._find_missing), 0
+        with create_bar("reference", len(missing), "part", model.world.is_main) as bar:
+            for name, part in missing:
                 parts = self._parts[name]
                 numbers = score_documents(model, parts.documents, parts.find_range(part), self._max_tokens,
-                                            rows_per_batch)
+                                          rows_per_batch)
                 run_on_main(model.world, partial(write_sealed, parts.file(part), numbers.tobytes(),
-                                             parts.identify(part)))
+                                                 parts.identify(part)))
                 num_tokens += len(numbers)
                 bar.update(1)
-        return len(todo), num_tokens
+        return len(missing), num_tokens
 
-    def refuse_changed(self) -> None:
-        """Check that a resumed run, whose weights are no longer the reference's, has all numbers that it
-        needs.
+    def check_unchanged(self) -> None:
+        """Check that a resumed run, whose weights differ from the reference by now, has every part.
 
         Raises:
-            UserError: the data changed, samples became longer, or numbers are missing.
+            UserError: the data changed, samples became longer, or a part is missing or damaged.
         """
         file, identity = self._folder / IDENTITY, self._read_identity()
         data, max_tokens = identity.get("data_sha256", {}), identity.get("max_tokens", 0)
@@ -212,18 +215,18 @@ class Reference:
 
 
 class ReferenceFiles:
-    """Log-probabilities for the documents in one split of a source: float32 files with one number per token
-    as a label (0 for the first token in a document)."""
+    """Log-probabilities for the documents in a split: float32 files with log p per token as a label, 0 for
+    the first token in a document."""
 
     def __init__(self, folder: Path, name: str, documents: Documents,
                  num_documents: int | None = None) -> None:
-        """Read nothing yet.
+        """Prepare, without reading a file.
 
         Args:
             folder: RUN/reference.
             name: name of source and split, the prefix of the files.
             documents: documents of the split.
-            num_documents: number of first documents that are scored; None: all.
+            num_documents: number of scored documents, the first ones; None: all.
         """
         self._folder, self._name, self.documents = folder, name, documents
         self._num_documents = len(documents.lengths) if num_documents is None else num_documents
@@ -243,34 +246,38 @@ class ReferenceFiles:
         return range(part * PART_DOCUMENTS, min((part + 1) * PART_DOCUMENTS, self._num_documents))
 
     def starts(self, part: int) -> np.ndarray:
-        """Return the offsets of the documents in a part, [documents + 1] int64."""
+        """Return document offsets in a part, [documents + 1] int64."""
         lengths = self.documents.lengths[np.asarray(self.find_range(part))]
         return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     def column(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return log p of `count` tokens of a document from `start`, float32."""
+        """Return log p for `count` tokens in a document from `start`, float32.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
         part, index = divmod(document, PART_DOCUMENTS)
         starts, numbers = self._open(part)
         logprobs: np.ndarray = numbers[starts[index] + start:starts[index] + start + count]
         return logprobs
 
     def numbers(self) -> np.ndarray:
-        """Return the numbers for all documents, joined; errors as in `column`."""
+        """Return log p for all documents' tokens, joined; errors as in `column`."""
         return np.concatenate([self._open(part)[1] for part in range(len(self))])
 
     def damage(self, part: int) -> str | None:
-        """Return a sentence if a part's file is missing or damaged, otherwise None."""
+        """Return the problem if a part's file is missing or damaged, otherwise None."""
         return find_seal_damage(self.file(part), self.identify(part))
 
     def identify(self, part: int) -> str:
-        """Return the text for a part's checksum: reference, data and lengths in RUN/reference."""
+        """Return the text that a part's checksum covers: the content of `IDENTITY` and the file name."""
         file = self._folder / IDENTITY
         identity = file.read_text(encoding="utf-8") if file.is_file() else ""
         return f"{identity}{self.file(part).name}"
 
     def _open_part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
         starts = self.starts(part)
-        # Verified once per process: the checksum reads the whole file.
+        # Verified once per process, because the checksum reads the whole file.
         if part not in self._verified and (damage := self.damage(part)):
             raise UserError(f"{damage}; start the run again in another folder")
         self._verified.add(part)
@@ -280,8 +287,8 @@ class ReferenceFiles:
         return starts, np.memmap(self.file(part), np.float32, "r", shape=(count,))
 
 
-class WithReference:
-    """Documents in a split, with the reference column."""
+class ReferencedDocuments(DocumentView):
+    """Documents in a split, with the column `COLUMN`."""
 
     def __init__(self, parts: ReferenceFiles) -> None:
         self._documents, self._parts = parts.documents, parts
@@ -290,54 +297,42 @@ class WithReference:
         self.banks = get_banks(parts.documents)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WithReference, (self._parts,)
+        return ReferencedDocuments, (self._parts,)
 
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.tokens(document, start, count)
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.loss_weights(document, start, count)
-
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.types(document, start, count)
+    def locate(self, document: int) -> tuple[Documents, int, int]:
+        return self._documents, document, 0
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
         if name == COLUMN:
             return self._parts.column(document, start, count)
-        return self._documents.column(name, document, start, count)
-
-    def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.routes(document, start, count)
-
-    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        return get_encoder_inputs(self._documents, document, start, count)
+        return super().column(name, document, start, count)
 
 
 def score_documents(model: RunningLogprobs, documents: Documents, chosen: range, seq_len: int,
-                      rows_per_batch: int, temperature: float = 1.0,
-                      routes: RouteShape | None = None) -> np.ndarray:
-    """Return log p(token | previous tokens), [tokens of the documents] float32, on every process; 0 for the
-    first token of a document and for tokens beyond the longest sample.
+                    rows_per_batch: int, temperature: float = 1.0,
+                    routes: RouteShape | None = None) -> np.ndarray:
+    """Return log p(token | previous tokens), [document tokens] float32, on every process; 0 for the
+    first token in a document and for tokens beyond `seq_len`.
 
     Args:
-        model: the model; called by all of its processes together.
+        model: the model; all processes call `score_documents` together.
         documents: documents of a split.
         chosen: indices of the scored documents.
         seq_len: tokens of a row, the longest sample.
-        rows_per_batch: limit of the rows of a micro-batch.
+        rows_per_batch: maximum rows per micro-batch.
         temperature: divisor of logits before the softmax.
-        routes: shape of the documents' expert routes, which are replayed; None: no replay.
+        routes: shape of the expert routes of documents, which are replayed; None: no replay.
     """
     numbers = np.zeros(_compute_starts(documents, chosen)[-1], np.float32)
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:
         filled, size = _pad_rows(model.world, rows, rows_per_batch)
         values = torch.zeros(len(filled) // size, size * seq_len, dtype=torch.float64)
-        # Each process fills its own micro-batches and leaves zeros elsewhere, so the sum contains all values.
-        own = _own_logprobs(model, documents, filled, size, seq_len=seq_len, temperature=temperature,
-                            routes=routes)
-        if own:
-            values[model.world.dp_rank::model.world.dp_size] = torch.stack(own).double().cpu()
+        # Processes leave zeros for the micro-batches of other processes, and the sum joins the values.
+        local = _compute_local_logprobs(model, documents, filled, size, seq_len=seq_len,
+                                        temperature=temperature, routes=routes)
+        if local:
+            values[model.world.dp_rank::model.world.dp_size] = torch.stack(local).double().cpu()
         summed = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(values))
         yield from summed.float().numpy().reshape(len(filled), seq_len)
 
@@ -349,19 +344,19 @@ def score_documents(model: RunningLogprobs, documents: Documents, chosen: range,
 def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, identity: str, *, seq_len: int,
                    rows_per_batch: int, num_skipped: int = 0, temperature: float = 1.0,
                    routes: RouteShape | None = None) -> None:
-    """Write log p(label) of documents to a sealed file of float32, one number per token. Each process writes
-    the numbers of its own rows in place, so that no process holds all of them.
+    """Write log p(label) for documents to a sealed float32 file, a number per token. Processes write local
+    rows in place, and no process holds the whole column.
 
     Args:
-        model: the model; called by all of its processes together.
+        model: the model; all processes call `write_logprobs` together.
         documents: documents of a split.
         file: the file.
         identity: text that the checksum covers.
         seq_len: tokens of a row, the longest sample.
-        rows_per_batch: limit of the rows of a micro-batch.
-        num_skipped: first documents that get NaN instead.
+        rows_per_batch: maximum rows per micro-batch.
+        num_skipped: number of first documents that get NaN.
         temperature: divisor of logits before the softmax.
-        routes: shape of the documents' expert routes, which are replayed; None: no replay.
+        routes: shape of the expert routes of documents, which are replayed; None: no replay.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -374,17 +369,17 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray | None]:
         filled, size = _pad_rows(world, rows, rows_per_batch)
-        own = iter(_own_logprobs(model, documents, filled, size, seq_len=seq_len, temperature=temperature,
-                                 routes=routes))
+        local = iter(_compute_local_logprobs(model, documents, filled, size, seq_len=seq_len,
+                                             temperature=temperature, routes=routes))
         for i in range(len(filled) // size):
             if writes and i % world.dp_size == world.dp_rank:
-                yield from next(own).float().cpu().numpy().reshape(size, seq_len)
+                yield from next(local).float().cpu().numpy().reshape(size, seq_len)
             else:
                 yield from [None] * size
 
     def put(opened: int, first: int, numbers: np.ndarray) -> None:
         try:
-            # pwrite instead of a memory map: two machines would write back whole pages over each other.
+            # pwrite instead of a memory map: two machines would overwrite pages of one another.
             os.pwrite(opened, np.ascontiguousarray(numbers, "<f4").data, 4 * (first_number + first))
         except OSError as e:
             problems.append(e)
@@ -397,7 +392,7 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
 
     with contextlib.ExitStack() as building:
         temporary = run_on_main(world, partial(_create_file, building, file, first_number,
-                                           int(_compute_starts(documents, chosen)[-1])))
+                                               int(_compute_starts(documents, chosen)[-1])))
         opened = os.open(temporary, os.O_WRONLY)
         try:
             _place_numbers(documents, chosen, seq_len, rows_per_batch * world.dp_size * MICRO_BATCHES,
@@ -409,8 +404,8 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
 
 
 def _create_file(building: contextlib.ExitStack, file: Path, num_nan: int, num_zeros: int) -> Path:
-    """Create a temporary file with NaN and zeros, which `building` renames to `file` at the end; return the
-    temporary path."""
+    """Create a temporary file with `num_nan` NaN and `num_zeros` zeros, which `building` renames to `file` on
+    exit; return the temporary path."""
     temporary, block = building.enter_context(create_file(file)), np.full(1 << 20, np.nan, "<f4")
     with translate_disk_errors(file), open(temporary, "wb") as f:
         for first in range(0, num_nan, len(block)):
@@ -425,7 +420,7 @@ def _seal_numbers(building: contextlib.ExitStack, temporary: Path, identity: str
 
 
 def score_documents_by_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
-    """Return the log-probabilities of `score_documents`, computed by a transformers model."""
+    """Compute the log-probabilities of `score_documents` by a transformers model."""
     numbers = np.zeros(_compute_starts(documents, chosen)[-1], np.float32)
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray]:
@@ -441,51 +436,52 @@ def _write_numbers(numbers: np.ndarray, first: int, values: np.ndarray) -> None:
 
 
 def _compute_starts(documents: Documents, chosen: range) -> np.ndarray:
-    """Return the offsets of `chosen` documents in their joined tokens, [documents + 1] int64."""
+    """Return the offsets for the joined `chosen` documents, [documents + 1] int64."""
     lengths = np.asarray(documents.lengths[np.asarray(chosen, np.int64)])
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def _place_numbers(documents: Documents, chosen: range, seq_len: int, at_a_time: int, *,
+def _place_numbers(documents: Documents, chosen: range, seq_len: int, rows_per_call: int, *,
                    score_rows: Callable[[list[Row]], Iterable[np.ndarray | None]],
                    put: Callable[[int, np.ndarray], None]) -> None:
-    """Pack documents into rows, score the rows, and store the numbers per document."""
+    """Pack documents into rows, score the rows, and pass (offset, numbers) per document to `put`."""
     starts = _compute_starts(documents, chosen)
     lengths = np.diff(starts)
-    # A document of one token has no label.
+    # Documents with a single token have no label.
     rows = pack_best_fit([PackedSegment(d, 0, min(n, seq_len))
-                     for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
-    for begin in range(0, len(rows), at_a_time):
-        batch = rows[begin:begin + at_a_time]
+                          for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
+    for begin in range(0, len(rows), rows_per_call):
+        batch = rows[begin:begin + rows_per_call]
         for row, scores in zip(batch, score_rows(batch), strict=False):
             if scores is None:
                 continue  # a row on another process
             offset = 0
             for document, start, count in row:
                 index = document - chosen.start
-                # A document that continues after the row has another label: the first token outside.
+                # A document that continues after the row has one more label: the first token outside.
                 labels = min(count, int(lengths[index]) - start - 1)
-                # The number for a label is stored at the label's own token, one position later.
+                # log p of a label is stored at the token of the label, one position later.
                 put(int(starts[index]) + start + 1, scores[offset:offset + labels])
                 offset += count
 
 
 def _pad_rows(world: ParallelWorld, rows: list[Row], rows_per_batch: int) -> tuple[list[Row], int]:
-    """Append empty rows, so that all processes run equally many micro-batches (they may share experts);
-    return the rows, and the number of rows of a micro-batch."""
+    """Append empty rows until processes, which may share experts, have equally many micro-batches; return the
+    rows, and the rows per micro-batch."""
     size = compute_micro_batch_rows(len(rows), rows_per_batch, world.dp_size)
     return [*rows, *[()] * (-len(rows) % (size * world.dp_size))], size
 
 
-def _own_logprobs(model: RunningLogprobs, documents: Documents, rows: list[Row], size: int, *, seq_len: int,
-                  temperature: float, routes: RouteShape | None) -> list[torch.Tensor]:
-    """Return log p(label) for micro-batches dp_rank, dp_rank + dp_size, ... on the last pipeline stage; an
-    empty list on other stages."""
-    groups = [rows[i:i + size] for i in range(0, len(rows), size)]
-    local_batches = [build_micro_batch(join_rows([build_row(OrderedSample(0, row), documents, seq_len,
-                                                            routes=routes)
-                               for row in group]))
-           for group in groups[model.world.dp_rank::model.world.dp_size]]
+def _compute_local_logprobs(model: RunningLogprobs, documents: Documents, rows: list[Row], size: int, *,
+                            seq_len: int, temperature: float, routes: RouteShape | None
+                            ) -> list[torch.Tensor]:
+    """Return log p(label) for micro-batches dp_rank, dp_rank + dp_size, ... on the last pipeline stage, []
+    on other stages."""
+    local_batches = []
+    for first in range(model.world.dp_rank * size, len(rows), model.world.dp_size * size):
+        filled = [build_row(OrderedSample(0, row), documents, seq_len, routes=routes)
+                  for row in rows[first:first + size]]
+        local_batches.append(build_micro_batch(join_rows(filled)))
     return model.policy.map(local_batches, partial(_compute_logprobs, temperature))
 
 
@@ -496,18 +492,17 @@ def _compute_logprobs(temperature: float, hidden: list[torch.Tensor], head: Head
 
 @torch.no_grad()
 def run_with_weights(start: Path, view: FeedView, compute: Callable[[], None]) -> None:
-    """Call `compute` while the model has the weights of a checkpoint; called by all processes between two
-    steps.
+    """Call `compute` while the model has a checkpoint's weights; called by all processes between two steps.
 
-    A second model would double the memory. Only a copy of the weights is held, while `compute` runs.
+    A second model would double the memory; `run_with_weights` holds only a copy of the weights meanwhile.
 
     Args:
         start: the checkpoint.
-        view: the run; its weights and optimizer are restored afterwards.
+        view: the run, whose weights are restored afterwards.
         compute: runs forward passes of the model.
     """
     model = view.policy.model
-    # The copy must hold the newest weights, and no gather may overwrite the loaded ones.
+    # The copy must hold the newest weights, and no pending gather may overwrite the loaded weights.
     model.finish_param_gather()
     blocks = list(list_local_shards(model))
     saved, base = [block.data.clone() for block in blocks], model.adapter_base
@@ -519,7 +514,7 @@ def run_with_weights(start: Path, view: FeedView, compute: Callable[[], None]) -
         compute()
     finally:
         for block, data in zip(blocks, saved, strict=True):
-            # After a failure too: the optimizer state belongs to these weights.
+            # After a failure too, because the optimizer state belongs to the saved weights.
             block.data.copy_(data)
         model.requantize_weights()
         model.adapter_base = base

@@ -1,9 +1,8 @@
-"""Supervised fine-tuning: cross-entropy on responses, and an auxiliary term on plain text with its own
-denominator.
+"""Supervised fine-tuning: cross-entropy on responses, and an auxiliary term on plain text.
 
 `objective.loss_per` weighs every token, turn or sample of responses equally. The mean over turns of the mean
-loss of each turn is ``sum over tokens of (w / W) loss / number of turns``, with w the weight of a token and W
-the sum over its turn: a sum over tokens with other weights, which stays exact for every split of the batch.
+loss per turn is ``sum over tokens of (w / W) loss / number of turns``, with w the weight of a token and W the
+sum of the weights in the turn: a weighted sum over tokens, exact for every split of the batch.
 """
 
 from __future__ import annotations
@@ -26,45 +25,43 @@ from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_s
 
 @dataclass(frozen=True)
 class ResponseSpans:
-    """Learned labels in the R documents of a micro-batch with T tokens, without padding."""
+    """Learned labels in a micro-batch's R documents with T tokens, padding excluded."""
 
     index: torch.Tensor
-    """[T] int64: document of each learned label; R for other labels."""
+    """[T] int64: document index for learned labels, R for labels without learning."""
     lengths: torch.Tensor
-    """[R] float64: learned labels per document; 0 if the document's end was cut off."""
+    """[R] float64: learned labels per document; 0 if the row cut the document before the response."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def sum_labels(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values` [T] over each response, [R] float64; differentiable. In float32, responses with 32,768
-        tokens would lose digits and depend on the order of additions.
+        """Sum `values` [T] over the labels per response, [R] float64; differentiable.
 
-        In float32 responses of 32,768 tokens would lose digits and depend on the order of additions.
+        In float32, responses of 32,768 tokens would lose digits and depend on the order of additions.
         """
         # The last bin collects labels that are not learned, and is cut off.
         total = torch.zeros(len(self) + 1, dtype=torch.float64, device=values.device)
         return total.index_add(0, self.index, values.double())[:-1]
 
     def average_labels(self, values: torch.Tensor) -> torch.Tensor:
-        """Average `values` [T] over each response, [R] float64; 0 for responses without labels."""
+        """Average `values` [T] over the labels per response, [R] float64; 0 for responses without labels."""
         return self.sum_labels(values) / self.lengths.clamp(min=1)
 
     def spread_to_labels(self, values: torch.Tensor) -> torch.Tensor:
-        """Copy `values` [R] to the learned labels of each response, [T] float64; 0 for other labels;
-        differentiable."""
+        """Copy `values` [R] to the learned labels, [T] float64, 0 elsewhere; differentiable."""
         zero = torch.zeros(1, dtype=torch.float64, device=values.device)
         return torch.cat([values.double(), zero])[self.index]
 
     def select_pairs(self) -> torch.Tensor:
-        """Return 1 for pairs whose documents both have learned labels, otherwise 0, [R / 2] float64."""
+        """Return 1 for document pairs with learned labels in both, otherwise 0, [R / 2] float64."""
         return (self.lengths.reshape(-1, 2) > 0).all(dim=1).double()
 
     def select_side(self, side: int) -> torch.Tensor:
-        """Return the learned labels in documents 2 i + side of complete pairs, [T] bool."""
+        """Return the learned labels in documents ``2 i + side`` in complete pairs, [T] bool."""
         # Index R, for labels that are not learned, reads the zero at the end.
         complete = torch.cat([self.select_pairs().repeat_interleave(2, output_size=len(self)),
-                           self.lengths.new_zeros(1)])
+                              self.lengths.new_zeros(1)])
         return (self.index % 2 == side) & (complete[self.index] > 0)
 
 
@@ -74,10 +71,10 @@ def find_learned_labels(batch: MicroBatch) -> torch.Tensor:
 
 
 def find_responses(batch: MicroBatch) -> ResponseSpans:
-    """Return the responses in a micro-batch, computed on the host so that nothing waits for the device."""
+    """Find the responses in a micro-batch, on the host, without waiting for the device."""
     host = batch.host
     is_learned, bounds = find_learned_labels(host), host.inputs.cu_seqlens.long()
-    # Samples joined to one row have padding between them, which is not counted as a document.
+    # Padding between samples in a row is not counted as a document.
     is_document = ~host.inputs.padding[bounds[:-1]]
     num_documents = int(is_document.sum())
     segment_documents = is_document.cumsum(0) - 1
@@ -89,15 +86,15 @@ def find_responses(batch: MicroBatch) -> ResponseSpans:
 
 RESPONSE, TEXT = "response", "text"
 TYPE_OF = {TEXT: TYPE_TEXT, RESPONSE: TYPE_RESPONSE}
-"""Term -> token type (the `.type` sidecar) of its labels; no term learns prompts."""
+"""Loss term -> token type for the learned labels, from the `.type` sidecar; no term learns prompts."""
 
 
 class SupervisedFineTuning(DataObjective):
-    """Objective ``CE(responses) / response tokens + text_coeff * CE(text) / text tokens``, with multi-token
-    prediction on responses; or means over turns or samples of the responses.
+    """Objective ``CE(responses) / response_tokens + text_coeff * CE(text) / text_tokens``, with multi-token
+    prediction on responses; `objective.loss_per` may average over turns or samples instead of tokens.
 
-    Each term is divided by its own count over the global batch, so the share of text in the data does not
-    change the weight of the auxiliary term.
+    Every term has a separate denominator, counted over the global batch. Hence the share of text in the data
+    does not change the weight of the auxiliary term.
     """
 
     headline = (Meter(RESPONSE, "response loss", "nats per token", "lower"),)
@@ -114,8 +111,8 @@ class SupervisedFineTuning(DataObjective):
         self.meters = self._typed.meters
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count each term's denominator over the global batch, in units of `objective.loss_per`."""
-        # Weights first: denominators sum the weights that `loss` uses.
+        """Count the denominators over the global batch, in units of `objective.loss_per`."""
+        # Weights first: the denominators sum the weights in `loss`.
         batch = self._scale_label_weights(batch)
         micro_batches = tuple(map(self._weigh_responses, batch.micro_batches))
         batch = dataclasses.replace(batch, micro_batches=micro_batches)
@@ -135,7 +132,7 @@ class SupervisedFineTuning(DataObjective):
         return dataclasses.replace(weighted, on_host=on_host)
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return the summed cross-entropy per term."""
+        """Sum the cross-entropy per term."""
         weights = {term: _read_weights(batch, term) for term in TYPE_OF if term in self.coefficients}
         terms, losses = head.cross_entropy(hidden[0], batch.labels, weights)
         terms |= self._compute_mtp_sum(hidden, head, _restrict_to_responses(batch))
@@ -144,7 +141,7 @@ class SupervisedFineTuning(DataObjective):
 
 
 def _read_weights(batch: MicroBatch, term: str) -> torch.Tensor:
-    """Return the label weights in a term, [T]."""
+    """Return `batch.weights` [T], 0 for labels outside `term`."""
     return batch.weights * (batch.types == TYPE_OF[term])
 
 
@@ -153,11 +150,11 @@ def _restrict_to_responses(batch: MicroBatch) -> MicroBatch:
 
 
 def weigh_per_unit(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: torch.dtype) -> MicroBatch:
-    """Scale the weights of response labels so that they add up to 1 in each unit; other weights stay. Unit
-    `turn`: consecutive learned labels; `sample`: the responses in one conversation."""
+    """Scale the weights of response labels to a sum of 1 per unit: `turn` (consecutive learned labels) or
+    `sample` (the responses in a conversation); leave other weights unchanged."""
     is_learned, number = find_learned_labels(batch), compute_segments(batch)
     if unit == "turn":
-        # A turn begins at a learned label whose predecessor is not learned or belongs to another sample.
+        # A turn begins at a learned label after a label without learning or at the start of a sample.
         continues = torch.zeros_like(is_learned)
         continues[1:] = is_learned[:-1] & (number[1:] == number[:-1])
         number = ((is_learned & ~continues).cumsum(0) - 1).clamp(min=0)

@@ -1,8 +1,7 @@
-"""Compute the prompt of a group of responses once per micro-batch (arXiv 2506.05433).
+"""Compute a prompt once per micro-batch for all responses to the prompt (arXiv 2506.05433).
 
-Hidden states of a token depend on the tokens before it alone. So the tokens of a document before its first
-learned label have the same hidden states in every response to the prompt. Labels, weights and columns of the
-removed tokens carry no loss.
+Attention is causal: the tokens before the first learned label of a document have equal hidden states in every
+response to the prompt. Labels, weights and columns of the removed tokens carry no loss.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from megatron_sov.train.objectives.objective import GlobalBatch
 
 
 def find_sharing_problem(config: RunConfig) -> list[str]:
-    """Return the settings that prevent sharing, each with a reason; empty: prompts are shared."""
+    """List the settings that prevent sharing, with reasons; [] if `share_prompts` may remove prompts."""
     reasons = config.why_prompts_not_shared()
     place = KernelContext(uses_transformer_engine(PRECISION[config.train.precision]), config.model,
                           config.parallel)
@@ -33,16 +32,14 @@ def find_sharing_problem(config: RunConfig) -> list[str]:
 
 
 def share_prompts(batch: GlobalBatch, config: RunConfig) -> GlobalBatch:
-    """Remove repeated prompts from each micro-batch after its denominators are counted, if `config` allows
-    sharing."""
+    """Remove repeated prompts from micro-batches with counted denominators, if `config` allows sharing."""
     if find_sharing_problem(config):
         return batch
     return dataclasses.replace(batch, micro_batches=tuple(map(remove_repeated_prompts, batch.micro_batches)))
 
 
 def remove_repeated_prompts(batch: MicroBatch) -> MicroBatch:
-    """Return a micro-batch without repeated prompts; without repetitions `batch` itself. Micro-batches with
-    images stay whole: placeholder tokens for different images are equal.
+    """Remove repeated prompts from `batch`, or return `batch` itself if no prompt repeats.
 
     Micro-batches with images stay whole: the placeholder tokens of two different images are equal.
     """
@@ -54,7 +51,7 @@ def remove_repeated_prompts(batch: MicroBatch) -> MicroBatch:
     if is_retained.all() or host.inputs.routes is not None:
         return batch
     index = torch.from_numpy(is_retained.nonzero()[0])
-    # Map positions in the whole row to positions among the kept tokens.
+    # Map positions in the original row to positions among the retained tokens.
     source = (is_retained.cumsum() - 1)[source]
     host_batch = _select_tokens(host, index, torch.from_numpy(source), spans)
     if batch.on_host is None:
@@ -65,13 +62,13 @@ def remove_repeated_prompts(batch: MicroBatch) -> MicroBatch:
     return dataclasses.replace(device_batch, on_host=host_batch)
 
 
-def _find_spans(host: MicroBatch, source: np.ndarray, is_kept: np.ndarray) -> list[Span]:
-    """Return (start, first kept token, end) of each document.
+def _find_spans(host: MicroBatch, source: np.ndarray, is_retained: np.ndarray) -> list[Span]:
+    """Return (start, first retained token, end) per document.
 
     Args:
         host: the micro-batch on the host.
-        source: [tokens] int64; entries of repeated tokens are set to the position of their first occurrence.
-        is_kept: [tokens] bool; entries of repeated tokens are set to False.
+        source: [tokens] int64; set here for repeated tokens: the position of the first occurrence.
+        is_retained: [tokens] bool; set to False here for repeated tokens.
     """
     tokens, positions = host.inputs.tokens.numpy(), host.inputs.positions.numpy()
     is_learned = (host.weights > 0).numpy()
@@ -81,13 +78,13 @@ def _find_spans(host: MicroBatch, source: np.ndarray, is_kept: np.ndarray) -> li
         if start == stop:
             continue
         prompt_tokens = int(is_learned[start:stop].argmax())  # 0 for padding, which has no learned label
-        # The position is part of the key: equal tokens at other positions have other hidden states.
+        # The position is part of the key: hidden states depend on positions.
         key = int(positions[start]), tokens[start:start + prompt_tokens].tobytes()
         first = first_starts.setdefault(key, start)
         if prompt_tokens and first != start:
-            # The first document with this prompt keeps the prompt; this document keeps the remaining tokens.
+            # The first document with the prompt retains the prompt tokens.
             source[start:start + prompt_tokens] = np.arange(first, first + prompt_tokens)
-            is_kept[start:start + prompt_tokens] = False
+            is_retained[start:start + prompt_tokens] = False
             spans.append((start, start + prompt_tokens, stop))
         else:
             spans.append((start, start, stop))
@@ -96,15 +93,14 @@ def _find_spans(host: MicroBatch, source: np.ndarray, is_kept: np.ndarray) -> li
 
 def _select_tokens(batch: MicroBatch, index: torch.Tensor, source: torch.Tensor, spans: list[Span]
                    ) -> MicroBatch:
-    """Return a micro-batch with the tokens at `index` ([kept tokens] int64); see `SharedPrompts` for `source`
-    and `spans`."""
+    """Select the tokens at `index`, [retained tokens] int64; `source` and `spans` as in `SharedPrompts`."""
     inputs = batch.inputs
     bounds = list(accumulate((stop - first for _, first, stop in spans), initial=0))
     selected = dataclasses.replace(
         inputs, tokens=inputs.tokens[index], positions=inputs.positions[index],
         cu_seqlens=to_device(torch.tensor(bounds, dtype=torch.int32), inputs.tokens.device),
-        padding=inputs.padding[index], host_bounds=bounds, shared=SharedPrompts(source, spans,
-                                                                                inputs.padding))
+        padding=inputs.padding[index], host_bounds=bounds,
+        shared=SharedPrompts(source, spans, inputs.padding))
     return dataclasses.replace(
         batch, inputs=selected, labels=batch.labels[index], weights=batch.weights[index],
         types=batch.types[index], sources=batch.sources[index],

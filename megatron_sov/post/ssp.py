@@ -1,10 +1,10 @@
-"""Spectrum phase of VibeThinker (arXiv 2511.06221): the best checkpoint of each domain, with its confidence,
-and the gain of a merged checkpoint over it. The folder of a probe:
+"""VibeThinker's spectrum phase (arXiv 2511.06221): the best checkpoint per domain, with a confidence
+interval, and a merged checkpoint's gain over the best. A probe's folder:
 
     asked.json       problems, reward and samples, equal for all checkpoints
     problems.jsonl   problems of all domains, the input of `eval passk`
     checkpoints/     NAME-DIGEST: output of `eval passk` for a checkpoint, reused by later commands
-    table/           an artifact: pass@k of each checkpoint in each domain, and the choices
+    table/           an artifact: pass@k per checkpoint and domain, and the choices
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ CONDITIONS, PROBLEMS, CHECKPOINTS, TABLE, RESULTS = ("asked.json", "problems.jso
 DOMAIN = "probe_domain"
 """Field with the domain, in problems and responses."""
 SAMPLES, PROBLEM = "samples.jsonl", "prompt_index"
-"""File of `eval passk` with all responses, and its field with the problem's index."""
+"""File from `eval passk` with all responses, and the field with the problem's index."""
 
 
 @dataclass(frozen=True)
 class MeasuredCheckpoint:
-    """Results for a checkpoint in a domain."""
+    """A checkpoint's results in a domain."""
 
     checkpoint: str
     domain: str
     figures: Mapping[str, Any]
-    """See `JudgedItem.figures`."""
+    """See `ScoredResponses.figures`."""
     solved: Mapping[int, Mapping[str, float]]
     """k -> problem -> pass@k; problems with fewer than k scored samples are left out."""
 
@@ -74,10 +74,9 @@ class DomainChoice:
     domain: str
     checkpoint: str
     value: float
-    """pass@k of `checkpoint`; the maximum of several estimates is biased upwards."""
+    """pass@k of `checkpoint`; a maximum over several estimates is biased upwards."""
     as_good: tuple[str, ...]
-    """Checkpoints that are not significantly worse: the 95 % interval of the mean difference over problems
-    contains 0."""
+    """Checkpoints that are not significantly worse: the 95 % interval of the mean difference contains 0."""
 
     def row(self) -> dict[str, Any]:
         return {**asdict(self), "as_good": list(self.as_good),
@@ -85,10 +84,10 @@ class DomainChoice:
 
 
 def choose_checkpoint(candidates: Sequence[MeasuredCheckpoint], k: int) -> DomainChoice:
-    """Return the best candidate in a domain; candidates are ordered from the earliest."""
+    """Choose the best candidate in a domain; `candidates` are ordered from the earliest."""
     best = max(candidates, key=lambda measured: measured.mean_pass_at_k(k))  # max returns the first tie
-    as_good = tuple(other.checkpoint for other in candidates
-                    if other is not best and not _compare_values(best, other, k)[1][0] > 0)
+    as_good = tuple(candidate.checkpoint for candidate in candidates
+                    if candidate is not best and not _compare_values(best, candidate, k)[1][0] > 0)
     return DomainChoice(best.domain, best.checkpoint, best.mean_pass_at_k(k), as_good)
 
 
@@ -98,12 +97,12 @@ def compare_with_expert(merged: MeasuredCheckpoint, expert: MeasuredCheckpoint, 
             "gain": value, "interval": list(interval)}
 
 
-def _compare_values(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int
+def _compare_values(first: MeasuredCheckpoint, second: MeasuredCheckpoint, k: int
                     ) -> tuple[float, tuple[float, float]]:
-    """Return the mean difference in pass@k over common problems, and its 95 % interval; (-1, 1) without
+    """Return the mean difference in pass@k over common problems, and the 95 % interval; (-1, 1) without
     common problems."""
-    differences = [share - other.solved[k][problem] for problem, share in one.solved[k].items()
-                   if problem in other.solved[k]]
+    differences = [share - second.solved[k][problem] for problem, share in first.solved[k].items()
+                   if problem in second.solved[k]]
     if not differences:
         return 0.0, (-1.0, 1.0)
     return fmean(differences), compute_difference_interval(differences)
@@ -111,11 +110,11 @@ def _compare_values(one: MeasuredCheckpoint, other: MeasuredCheckpoint, k: int
 
 @dataclass(frozen=True)
 class ProbedCheckpoint:
-    """A checkpoint in the probe."""
+    """A checkpoint in a probe."""
 
     path: Path
     is_merged: bool
-    """Whether the checkpoint is an average; averages are compared and never chosen."""
+    """Whether the checkpoint is an average; averages are compared with experts and never chosen."""
 
     @property
     def name(self) -> str:
@@ -129,7 +128,7 @@ class ProbedCheckpoint:
         return probe / CHECKPOINTS / f"{self.name.replace('/', '-')}-{digest}"
 
     def is_done(self, probe: Path) -> bool:
-        """Return whether the probe has responses by the files that `path` has now."""
+        """Return whether the probe has responses by the present files in `path`."""
         folder = self.folder(probe)
         if not (folder / MANIFEST).is_file():
             return False
@@ -139,7 +138,8 @@ class ProbedCheckpoint:
 
 
 def find_candidates(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
-    """Return the distinct checkpoints in `paths`; a run stands for its complete checkpoints, oldest first."""
+    """Return the distinct checkpoints in `paths`; a run folder gives the complete checkpoints, oldest
+    first."""
     candidates: dict[Path, ProbedCheckpoint] = {}
     for path in paths:
         check_model_path(path)
@@ -159,28 +159,28 @@ def _read_candidate(path: Path) -> ProbedCheckpoint:
 
 
 def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
-    """Write the problems of all domains into the probe's folder, and return the file."""
+    """Write the problems in all domains to `PROBLEMS` in the probe's folder; return the file."""
     lines = [json.dumps({**row, DOMAIN: domain}) + "\n" for domain, file in domains.items()
              for _, row in read_rows(file, "--problems", "prompt")]
     write_atomically(probe / PROBLEMS, "".join(lines))
     return probe / PROBLEMS
 
 
-def read_candidates(probe: Path, asked: Sequence[ProbedCheckpoint]) -> list[ProbedCheckpoint]:
-    """Return the checkpoints in the existing table, then the new checkpoints."""
+def read_candidates(probe: Path, requested: Sequence[ProbedCheckpoint]) -> list[ProbedCheckpoint]:
+    """Return the checkpoints in the existing table, then the `requested` checkpoints."""
     earlier = _read_table(probe)[0] if (probe / TABLE / MANIFEST).is_file() else []
-    candidates = {c.path: c for c in [*earlier, *asked]}
+    candidates = {c.path: c for c in [*earlier, *requested]}
     names: dict[str, Path] = {}
     for candidate in candidates.values():
-        if (other := names.setdefault(candidate.name, candidate.path)) != candidate.path:
-            raise UserError(f"{candidate.path}: would be called {candidate.name} in the table, as {other} "
-                            "is; give one of the two another name")
+        if (first := names.setdefault(candidate.name, candidate.path)) != candidate.path:
+            raise UserError(f"{candidate.path}: has the name {candidate.name} in the table, as {first} has; "
+                            "rename one of the two")
     return list(candidates.values())
 
 
 def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, right_from: float
                 ) -> dict[str, Any]:
-    """Write the table and return its content.
+    """Write the artifact `TABLE` and return the manifest content.
 
     Raises:
         UserError: responses of a checkpoint in a domain have too few rewards.
@@ -189,7 +189,6 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
     measured = {(m.checkpoint, m.domain): m for c in candidates
                 for m in _measure_checkpoint(probe, c, ks, right_from)}
     domains = list(dict.fromkeys(domain for _, domain in measured))
-    # Averages are compared with their experts and never chosen.
     single = [c for c in candidates if not c.is_merged]
     choices = [choose_checkpoint([measured[c.name, domain] for c in single], k) for domain in domains
                if single]
@@ -197,7 +196,7 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
     for candidate in candidates:
         if candidate.is_merged:
             merged += [compare_with_expert(measured[candidate.name, choice.domain],
-                            measured[choice.checkpoint, choice.domain], size)
+                                           measured[choice.checkpoint, choice.domain], size)
                        for choice in choices for size in ks]
     content = {
         "k": k, "domains": domains,
@@ -214,10 +213,9 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
 
 
 def _measure_checkpoint(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[int],
-             right_from: float) -> Iterator[MeasuredCheckpoint]:
+                        right_from: float) -> Iterator[MeasuredCheckpoint]:
     if problems := find_damaged_files(candidate.folder(probe)):
-        raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command makes "
-                        "it again")
+        raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and repeat the command")
     parts = read_scored_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
     for domain, judged in parts.items():
         try:
@@ -227,7 +225,7 @@ def _measure_checkpoint(probe: Path, candidate: ProbedCheckpoint, ks: Sequence[i
 
 
 def read_experts(probe: Path) -> list[tuple[Path, float]]:
-    """Return the best checkpoints with weights: the number of domains in which each is best."""
+    """Return (checkpoint, weight) per best checkpoint; weight: domains with this choice."""
     weights: dict[Path, float] = {}
     for path in _read_table(probe)[1]:
         weights[path] = weights.get(path, 0.0) + 1.0
@@ -243,7 +241,7 @@ def _read_table(probe: Path) -> tuple[list[ProbedCheckpoint], list[Path]]:
         return list(candidates.values()), best
     except (KeyError, TypeError) as e:
         raise UserError(f"{probe / TABLE}: is damaged ({e!r}); delete it, and `ssp probe` writes it again "
-                        "from the existing answers") from None
+                        "from the existing responses") from None
 
 
 def format_table(content: Mapping[str, Any]) -> str:

@@ -117,14 +117,14 @@ class _GivenTeacher(StoredTeacher):
 
     def __init__(self, config: RunConfig, sources: Sequence[Source]) -> None:
         asked = config.distillation
-        kept = StateFormat("float32", asked.top_k, asked.temperature, asked.other_tokenizer)
+        state_format = StateFormat("float32", asked.top_k, asked.temperature, asked.other_tokenizer)
         [folder] = config.data.paths
         files: Any = SimpleNamespace(
-            folder=Path(folder), kept=kept, vocab_size=config.model.vocab_size, teacher=SOURCE,
-            logits_softcap=None,
+            folder=Path(folder), state_format=state_format, vocab_size=config.model.vocab_size,
+            teacher=SOURCE, logits_softcap=None,
             dtype=torch.int32 if asked.top_k else torch.float32, sources={0: 0}, hidden_size=TEACHER_WIDTH,
             width=2 * asked.top_k or TEACHER_WIDTH, head=_head_of(Path(folder)),
-            states=lambda source, split, document, start, count: _states(
+            read_states=lambda source, split, document, start, count: _states(
                 asked.top_k, config.model.vocab_size, asked.other_tokenizer, document)[start:start + count])
         super().__init__([files], asked, sources, config.model.vocab_size)
 
@@ -134,8 +134,8 @@ class _GivenTeacher(StoredTeacher):
 
 @functools.lru_cache(maxsize=1024)
 def _states(top_k: int, vocab_size: int, is_silent: bool, document: int) -> torch.Tensor:
-    """Return rows as `StateFiles.states`, of all tokens of a document; a teacher of another tokenizer says
-    nothing at some."""
+    """Return rows as `StateFiles.read_states`, of all tokens of a document; a teacher of another tokenizer
+    says nothing at some."""
     random = torch.Generator().manual_seed(document)
     if not top_k:
         return torch.randn(_LONGEST, TEACHER_WIDTH, generator=random)

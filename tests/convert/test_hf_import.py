@@ -29,7 +29,7 @@ from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.modality import PICTURES, SOUNDS, take_records
 from megatron_sov.model.recipes import get
-from megatron_sov.omni.modality import processor_files
+from megatron_sov.omni.modality import build_processor_files
 from megatron_sov.runs.checkpoints import read_checkpoint_settings
 from tests.omni_model import NUM_PICTURE_TOKENS, save_omni_model
 
@@ -282,7 +282,7 @@ def test_multimodal_export_has_processor_classes(tmp_path: Path) -> None:
     model = dataclasses.replace(get("tiny-qwen3").model, vision=VisionEncoderConfig(
         "siglip", (5,), image_size=24, patch_size=8), audio=AudioEncoderConfig("whisper", (6,), num_mels=8,
                                                                                num_frames=200))
-    files = processor_files(model, tmp_path, {})
+    files = build_processor_files(model, tmp_path, {})
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     for kept in ([*files], ["preprocessor_config.json"]):  # either file alone will do
@@ -295,9 +295,9 @@ def test_multimodal_export_has_processor_classes(tmp_path: Path) -> None:
         heard = AutoFeatureExtractor.from_pretrained(tmp_path)(np.zeros(5), sampling_rate=16_000)
         assert np.shape(heard["input_features"]) == (1, 8, 200)
     plain = get("tiny-qwen3").model
-    assert processor_files(plain, tmp_path, {}) == {}
+    assert build_processor_files(plain, tmp_path, {}) == {}
     part = dataclasses.replace(plain, audio=AudioEncoderConfig("whisper", (6,), num_frames=60))
-    assert "feature_extractor" not in processor_files(part, tmp_path, {})["processor_config.json"]
+    assert "feature_extractor" not in build_processor_files(part, tmp_path, {})["processor_config.json"]
 
 
 # The text model inside a folder of a model that sees, as transformers writes it: it is read alone, computes

@@ -179,7 +179,7 @@ def test_it_reads_what_its_settings_need() -> None:
     with pytest.raises(UserError, match="add --data with packed"):
         check_sources(config, [only_heldout])
     namesakes = [Source(ROLLOUTS, None, kind, {}, {"train": 9}, 1.0) for kind in ("text", ROLLOUTS)]
-    with pytest.raises(UserError, match="--data: has a source"):
+    with pytest.raises(UserError, match="--data: the source name"):
         check_sources(config, namesakes)
 
 

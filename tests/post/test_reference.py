@@ -44,10 +44,10 @@ def test_numbers_of_measured_pairs_are_kept_like_those_of_samples(pairs: Path, t
         write_sealed(parts.file(0), np.arange(count, dtype=np.float32).tobytes(), parts.identify(0))
     lengths = source.open_split("heldout").lengths[np.arange(4)]
     again = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
-    again.refuse_changed()
+    again.check_unchanged()
     assert again.heldout_logprobs(source).tolist() == list(range(sum(lengths)))
     flip(again._parts["pairs.heldout"].file(0))
-    for read in (again.refuse_changed, lambda: Reference(
+    for read in (again.check_unchanged, lambda: Reference(
             tmp_path, pairs, [source], 128, {"pairs": range(4)}).heldout_logprobs(source)):
         with pytest.raises(UserError, match=r"pairs\.heldout\.000000\.f32: is damaged"):
             read()
@@ -86,16 +86,16 @@ def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_pa
         return Reference(tmp_path / "run", pairs, opened(pairs), max_tokens)
 
     with pytest.raises(UserError, match=r"reference.json: holds no log-probabilities"):
-        reference(128).refuse_changed()
+        reference(128).check_unchanged()
     reference(128)._open_files()
     parts = reference(128)._parts["pairs"]
     write_sealed(parts.file(0), np.zeros(parts.starts(0)[-1], np.float32).tobytes(), parts.identify(0))
-    reference(64).refuse_changed()
+    reference(64).check_unchanged()
     assert parts.column(0, 0, 2).tolist() == [0, 0] and reference(128)._find_missing() == []
     with pytest.raises(UserError, match=r"samples have 256 \(data"):
-        reference(256).refuse_changed()
+        reference(256).check_unchanged()
     flip(parts.file(0))
-    for read in (reference(128).refuse_changed, lambda: reference(128)._parts["pairs"].column(0, 0, 2)):
+    for read in (reference(128).check_unchanged, lambda: reference(128)._parts["pairs"].column(0, 0, 2)):
         with pytest.raises(UserError, match=r"000000.f32: is damaged"):
             read()
     assert reference(128)._find_missing() == [("pairs", 0)]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import create_file, write_atomically
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.work.processes.pool import map_in_processes
 from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable, gather_words
 from tokenizer.bpe.merging import JoinRule, LowestPieces
@@ -479,7 +479,7 @@ def _check_reached(plan_: CountPlan, vocabulary: Vocabulary, wanted: int, seen_b
                         f"tokens were reached from {seen_bytes / 1e6:.3g} MB (pairs must occur at least "
                         f"{MIN_COUNT} times); give it about "
                         f"{max(needed_bytes, 1.2 * seen_bytes) / 1e6:.3g} MB like it, or ask for at most "
-                        f"{reached} tokens")
+                        f"{reached} tokens", Fix(options=("--vocab-size", str(reached))))
 
 
 def _samples(groups: list[SourceGroup], counted: _Counted) -> dict[str, str]:

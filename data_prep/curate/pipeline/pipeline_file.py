@@ -19,7 +19,7 @@ from data_prep.curate.pipelines import READY
 from data_prep.curate.sources.source import KINDS, SourceSettings
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError, format_problems, suggest_name
-from megatron_sov.base.hints.removed import PIPELINE, was_removed
+from megatron_sov.base.hints.removed import PIPELINE, suggest_successor
 from megatron_sov.base.settings import (
     AtLeastOne, Bound, Fraction, LocatedDocument, NotBlank, Place, ProblemCode, SettingsProblem,
     find_rule_problems, parse_located_yaml, read_settings_text, split_key, try_parse_settings)
@@ -223,7 +223,7 @@ class _FileReader:
             self.tell(place, f"{place[-1]} = {written!r}: must be a mapping of settings")
             return None
         settings, problems = try_parse_settings(
-            cls, written, lambda key: was_removed(f"{place[-1]}.{key}", PIPELINE).removeprefix("; "))
+            cls, written, lambda key: suggest_successor(f"{place[-1]}.{key}", PIPELINE).removeprefix("; "))
         if settings is not None:
             settings = resolved(settings, self.folder)
             # Rules may open files, so paths are resolved first.
@@ -270,7 +270,7 @@ class _FileReader:
                 self.tell(place, f"step {i + 1}: must be the name of one step with its settings, and at most "
                                  "`only` beside it")
             elif kinds[0] not in STEPS:
-                close = was_removed(kinds[0], PIPELINE) or suggest_name(kinds[0], STEPS)
+                close = suggest_successor(kinds[0], PIPELINE) or suggest_name(kinds[0], STEPS)
                 self.tell((*place, kinds[0]), f"{kinds[0]}: is no step{close} "
                                               f"(there are: {', '.join(STEPS)})")
             else:

@@ -14,7 +14,7 @@ from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, Reader, So
 from data_prep.libraries import require
 from megatron_sov.base.documents.files import is_description, is_records
 from megatron_sov.base.errors import UserError, suggest_name
-from megatron_sov.base.hints.removed import PIPELINE, was_removed
+from megatron_sov.base.hints.removed import PIPELINE, suggest_successor
 from megatron_sov.base.plugins.registry import load_built_in
 from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, find_all_problems, to_problem, try_parse_settings)
@@ -61,11 +61,13 @@ def reader(source: SourceSettings) -> Reader:
 
 def format_problems(format_: str, options: Mapping[str, Any]) -> list[SettingsProblem]:
     if format_ not in FORMATS:
-        close = was_removed(format_, PIPELINE) or suggest_name(format_, FORMATS)
+        close = suggest_successor(format_, PIPELINE) or suggest_name(format_, FORMATS)
         return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
                                 close.removeprefix("; "))]
-    problems = try_parse_settings(reader_class(format_).Options, options,
-                                  lambda key: was_removed(f"{format_}.{key}", PIPELINE).removeprefix("; "))[1]
+    def suggest_key(key: str) -> str:
+        return suggest_successor(f"{format_}.{key}", PIPELINE).removeprefix("; ")
+
+    problems = try_parse_settings(reader_class(format_).Options, options, suggest_key)[1]
     return [*map(to_problem, require(f"format {format_}", *LIBRARIES.get(format_, ()))),
             *(problem.with_prefix("options") for problem in problems)]
 

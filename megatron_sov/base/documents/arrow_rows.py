@@ -23,11 +23,8 @@ _JSON_TYPE = "extension<arrow.json>"
 
 @contextlib.contextmanager
 def open_arrow_batches(file: Path) -> Iterator[tuple[list[str], Iterator[Any]]]:
-    """Yield the column names and the batches of an Arrow file or stream, of at most `_ROWS` rows.
-
-    Raises:
-        BadRecord: another format or damage; raised also while reading batches.
-    """
+    """Yield the column names and the batches of an Arrow file or stream, of at most `_ROWS` rows. Raises
+    `BadRecord`: another format or damage; raised also while reading batches."""
     try:
         with pyarrow.OSFile(str(file)) as opened:
             begin = opened.read(6)
@@ -87,7 +84,6 @@ def convert_value(scalar: Any, is_padded: bool) -> Any:
     """Convert an Arrow scalar to a Python value.
 
     Args:
-        scalar: the scalar.
         is_padded: whether to remove the nulls that the table adds to objects.
 
     Raises:
@@ -108,10 +104,6 @@ def _remove_padding(value: Any, form: Any) -> Any:
     A field that is null in the whole file was written as null and stays. Strings of Arrow's JSON type become
     JSON values with their nulls: `datasets` stores values of several types this way, such as arguments of
     calls.
-
-    Args:
-        value: the Python value.
-        form: its Arrow type.
     """
     if value is None:
         return None

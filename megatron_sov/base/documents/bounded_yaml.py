@@ -13,11 +13,7 @@ class BoundedLoader(yaml.SafeLoader):
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Merge mappings named by `<<`, up to `MAX_MERGED` values: each level with ten aliases multiplies the
-        size by ten.
-
-        Raises:
-            yaml.constructor.ConstructorError: the mapping would be too large.
-        """
+        size by ten. Raises `yaml.constructor.ConstructorError`: the mapping would be too large."""
         merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
         parts = [part for value in merged
                  for part in (value.value if isinstance(value, yaml.SequenceNode) else [value])]

@@ -21,11 +21,8 @@ class NotByteBpe(Exception):
 
 
 def parse_split_pattern(raw: dict[str, Any]) -> str:
-    """Return the regular expression by which a tokenizer.json splits text.
-
-    Raises:
-        NotByteBpe: the tokenizer splits in another way.
-    """
+    """Return the regular expression by which a tokenizer.json splits text. Raises `NotByteBpe`: the tokenizer
+    splits in another way."""
     steps = raw.get("pre_tokenizer") or {}
     if steps.get("type") == "ByteLevel" and steps.get("use_regex", True) and not steps["add_prefix_space"]:
         return GPT2_PATTERN
@@ -42,11 +39,7 @@ def parse_split_pattern(raw: dict[str, Any]) -> str:
 
 def build_ranks(raw: dict[str, Any]) -> dict[bytes, int]:
     """Return bytes -> id for every token that was not added later; ids rise with the merges and serve as
-    ranks.
-
-    Raises:
-        NotByteBpe: the model is not byte-level BPE, or its ids are not ranks.
-    """
+    ranks. Raises `NotByteBpe`: the model is not byte-level BPE, or its ids are not ranks."""
     model, added = raw["model"], raw["added_tokens"]
     if (model["type"] != "BPE" or model.get("dropout") or model.get("byte_fallback") or model.get("unk_token")
             or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")):

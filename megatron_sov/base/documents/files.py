@@ -17,7 +17,7 @@ from megatron_sov.base import sealed
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.documents.records import BadRecord
 from megatron_sov.base.errors import (
-    UserError, escape_controls, first_error_line, fix_missing, suggest_dataset_download)
+    UserError, escape_controls, first_error_line, fix_missing, suggest_download)
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -154,7 +154,7 @@ def _refuse_missing(path: Path) -> NoReturn:
     if longer := [name for name in siblings if name.startswith(f"{path.name} ")]:
         raise UserError(f"{path}: does not exist; {longer[0]!r} does: put a name with a blank in quotes")
     is_file = _is_text(path.name) or is_records(path.name) or _is_json(path.name)
-    hint = "" if is_file else suggest_dataset_download(path)
+    hint = "" if is_file else suggest_download(path, is_data=True)
     raise UserError(f"{path}: does not exist; pass a text file, a .jsonl, .json, .parquet or .arrow "
                     f"file, or a folder of them{hint}", fix_missing(path, is_data=not is_file))
 
@@ -167,7 +167,6 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
     list of records are skipped too. In an output of `sov-data synth`, only `KEPT` is data.
 
     Args:
-        path: a file or a folder.
         tell: called with sentences about skipped files.
 
     Raises:
@@ -212,11 +211,8 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
 
 
 def refuse_tables(path: Path, option: str) -> None:
-    """Refuse a table or a folder for an option that takes JSON lines.
-
-    Raises:
-        UserError: the path is a table or a folder.
-    """
+    """Refuse a table or a folder for an option that takes JSON lines. Raises `UserError`: the path is a table
+    or a folder."""
     if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, PARQUET_SUFFIX, ".csv", ".tsv"}:
         form = "a folder" if path.is_dir() else f"a table ({path.suffix})"
         raise UserError(f"{option} {path}: is {form}, and JSON lines are read; write its rows into a .jsonl "
@@ -230,7 +226,6 @@ def walk_files(folder: Path, skipped: list[Path]) -> Iterator[str]:
     files except `KEPT`. Each folder is walked once, links to folders last, so circular links end.
 
     Args:
-        folder: the folder.
         skipped: receives hidden entries (`is_hidden`) and unreadable entries.
 
     Raises:
@@ -371,7 +366,6 @@ def iter_spans(file: Path, span_bytes: int = SPAN_BYTES, *, read_as: str = "") -
     """Yield a file's consecutive spans with about `span_bytes` each.
 
     Args:
-        file: the file.
         span_bytes: approximate size of a span.
         read_as: ending that declares the content, such as ".jsonl"; "": the file's own ending.
 
@@ -433,11 +427,8 @@ def _iter_row_groups(whole: FileSpan, span_bytes: int) -> Iterator[FileSpan]:
 
 
 def open_parquet(file: Path) -> Any:
-    """Open a Parquet file with pyarrow; a string repeated within a page is held in memory once.
-
-    Raises:
-        BadRecord: the file is not Parquet, or truncated.
-    """
+    """Open a Parquet file with pyarrow; a string repeated within a page is held in memory once. Raises
+    `BadRecord`: the file is not Parquet, or truncated."""
     import pyarrow  # not at the top: it is slow to import, and `--help` reads no data
 
     try:
@@ -476,11 +467,8 @@ class ZstdFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        """Fill `buffer` and return the byte count, 0 at the end.
-
-        Raises:
-            EOFError: the file is truncated or damaged.
-        """
+        """Fill `buffer` and return the byte count, 0 at the end. Raises `EOFError`: the file is truncated or
+        damaged."""
         try:
             return int(self._stream.readinto(buffer))
         except OSError as e:

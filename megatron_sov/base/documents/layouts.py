@@ -49,11 +49,8 @@ def split_response(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_media(record: Mapping[str, Any], is_prompt: bool) -> None:
-    """Refuse media next to a text: packing would drop the media silently.
-
-    Raises:
-        BadRecord: the record has a non-empty field of `MEDIA`.
-    """
+    """Refuse media next to a text: packing would drop the media silently. Raises `BadRecord`: the record has
+    a non-empty field of `MEDIA`."""
     for name in MEDIA:
         value = record.get(name)
         # a prompt's other fields belong to the reward: a string may be a file name, for example
@@ -237,11 +234,8 @@ def parse_renames(arguments: Iterable[str], targets: Collection[str] = TARGETS) 
 
 
 def rename_fields(record: dict[str, Any], renames: Renames) -> dict[str, Any]:
-    """Rename a record's fields by `--columns`; several fields for a target are joined by line feeds.
-
-    Raises:
-        BadRecord: a field is missing, or a field to be joined is not text.
-    """
+    """Rename a record's fields by `--columns`; several fields for a target are joined by line feeds. Raises
+    `BadRecord`: a field is missing, or a field to be joined is not text."""
     renamed_fields = {name for _, sources in renames for name in sources}
     renamed = {name: value for name, value in record.items() if name not in renamed_fields}
     for target, sources in renames:
@@ -263,7 +257,6 @@ def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Col
     """Return a record's non-empty fields that are not read, in record order.
 
     Args:
-        record: the original record.
         kind: kind to read it as.
         renames: the user's renames.
         read: fields that are read.

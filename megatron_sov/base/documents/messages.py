@@ -117,11 +117,8 @@ def _iter_strings(value: Any) -> Iterator[str]:
 
 
 def check_depth(value: Any, levels: int = MAX_LEVELS) -> None:
-    """Refuse a JSON value with more than `levels` nested objects and lists.
-
-    Raises:
-        BadRecord: the value is nested deeper.
-    """
+    """Refuse a JSON value with more than `levels` nested objects and lists. Raises `BadRecord`: the value is
+    nested deeper."""
     if isinstance(value, (dict, list, tuple)):
         if not levels:
             raise BadRecord("json", f"is nested more than {MAX_LEVELS} levels deep; flatten it")
@@ -151,19 +148,13 @@ def parse_messages(messages: Any, name: str) -> Messages:
 
 def parse_sharegpt(turns: Any, name: str) -> Messages:
     """Parse messages of the form `{"from": ..., "value": ...}`; a `function_call`'s value is JSON text.
-
-    Raises:
-        BadRecord: as `parse_messages`.
-    """
+    Raises `BadRecord`: as `parse_messages`."""
     return parse_messages(convert_sharegpt(turns, name), name)
 
 
 def convert_sharegpt(turns: Any, name: str) -> list[dict[str, Any]]:
-    """Convert ShareGPT turns to messages with `role` and `content`; messages stay unchanged.
-
-    Raises:
-        BadRecord: `turns` is not a list, or a speaker is unknown.
-    """
+    """Convert ShareGPT turns to messages with `role` and `content`; messages stay unchanged. Raises
+    `BadRecord`: `turns` is not a list, or a speaker is unknown."""
     if not isinstance(turns, list) or not turns:
         raise BadRecord("fields", f"'{name}' must be a non-empty list of objects with 'from' and 'value'")
     messages: list[dict[str, Any]] = []
@@ -186,11 +177,8 @@ def convert_sharegpt(turns: Any, name: str) -> list[dict[str, Any]]:
 
 
 def parse_tools(tools: Any) -> tuple[dict[str, Any], ...]:
-    """Parse tool descriptions from a list or JSON text.
-
-    Raises:
-        BadRecord: the value is not a list of objects.
-    """
+    """Parse tool descriptions from a list or JSON text. Raises `BadRecord`: the value is not a list of
+    objects."""
     descriptions = _parse_json(tools, "tools") if isinstance(tools, str) else tools
     if not isinstance(descriptions, list) or not all(isinstance(tool, dict) for tool in descriptions):
         raise BadRecord("fields", f"'tools' is {str(tools)[:40]!r}, must be a list of objects that describe "
@@ -221,10 +209,7 @@ def parse_tools_and_kwargs(tools: Any, template_kwargs: Any) -> dict[str, Any]:
 
 def check_is_json(value: Any, where: str, allow_nan: bool = True) -> None:
     """Refuse values that templates cannot print as JSON, for example times and bytes from Parquet files.
-
-    Raises:
-        BadRecord: a value is not JSON.
-    """
+    Raises `BadRecord`: a value is not JSON."""
     try:
         json.dumps(value, allow_nan=allow_nan)
     except (TypeError, ValueError) as e:

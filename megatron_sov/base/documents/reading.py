@@ -74,11 +74,8 @@ class _ByteWindow:
             self._grow()
 
     def parse_item(self) -> Any:
-        """Parse the item at the current position, and move past the item.
-
-        Raises:
-            BadRecord: the item is not valid JSON, or too long.
-        """
+        """Parse the item at the current position, and move past the item. Raises `BadRecord`: the item is not
+        valid JSON, or too long."""
         self.next_char()
         while True:
             try:
@@ -132,11 +129,8 @@ TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
 
 
 def read_documents(files: Iterable[Path], reading: RecordReading | None = None) -> Iterator[Document]:
-    """Yield the non-empty documents in `files`, in order.
-
-    Raises:
-        UserError: a file is unreadable or not UTF-8, or has a malformed record (named by line or row).
-    """
+    """Yield the non-empty documents in `files`, in order. Raises `UserError`: a file is unreadable or not
+    UTF-8, or has a malformed record (named by line or row)."""
     reading = reading or RecordReading()
     for file in files:
         line = 0
@@ -156,7 +150,6 @@ def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: No
     """Yield (location, fields) per record in a file or dataset folder, without conversion.
 
     Args:
-        path: the file or folder.
         tell: as in `list_files`.
         renames: columns of a table that hold messages, in addition to those with known names.
 
@@ -215,11 +208,7 @@ class CountedSpan:
         self.num_lines = 0
 
     def __iter__(self) -> Iterator[Document | BadRecord]:
-        """Read the span.
-
-        Raises:
-            UserError: the file is unreadable.
-        """
+        """Read the span. Raises `UserError`: the file is unreadable."""
         try:
             if self.span.suffix == PARQUET_SUFFIX or self.span.suffix in ARROW_SUFFIXES:
                 yield from self._read_table()
@@ -378,11 +367,8 @@ def _open_span(span: FileSpan) -> IO[bytes]:
 
 
 def _read_guarded(read: Callable[[int], bytes], size: int) -> bytes:
-    """Read from a possibly compressed stream.
-
-    Raises:
-        BadRecord: the compressed data is truncated or damaged.
-    """
+    """Read from a possibly compressed stream. Raises `BadRecord`: the compressed data is truncated or
+    damaged."""
     try:
         return read(size)
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
@@ -412,11 +398,8 @@ def _prepend_block(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _choose_columns(names: list[str], reading: RecordReading) -> list[str]:
-    """Return the columns to read: every column for prompts, otherwise the kind's fields.
-
-    Raises:
-        BadRecord: the rows are of another kind, or two columns have the same name.
-    """
+    """Return the columns to read: every column for prompts, otherwise the kind's fields. Raises `BadRecord`:
+    the rows are of another kind, or two columns have the same name."""
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise BadRecord("parquet", f"has two columns {repeated[0]!r}; rename or remove one")
     # a prompt's remaining columns are for the reward

@@ -51,11 +51,8 @@ def read_columns(record: Mapping[str, Any], names: Iterable[str],
 
 
 def read_bucket(record: Mapping[str, Any], field: str) -> str:
-    """Return a record field's value as a bucket name.
-
-    Raises:
-        BadRecord: the field is missing, or its value is not a valid name.
-    """
+    """Return a record field's value as a bucket name. Raises `BadRecord`: the field is missing, or its value
+    is not a valid name."""
     value = _require_field(record, field, "--bucket-by")
     name = str(value) if isinstance(value, (str, int)) else ""
     if not BUCKET_NAME.fullmatch(name):
@@ -73,10 +70,8 @@ def format_tag(value: Any) -> str | None:
 def read_tags(record: Mapping[str, Any], names: Iterable[str]) -> tuple[str, ...]:
     """Return a tag per field; "" if the record lacks the field.
 
-    The field `synthetic` of records from `sov-data synth` holds an object, which counts as `True`.
-
-    Raises:
-        BadRecord: a value cannot be a tag.
+    The field `synthetic` of records from `sov-data synth` holds an object, which counts as `True`. Raises
+    `BadRecord`: a value cannot be a tag.
     """
     tags = []
     for name in names:
@@ -237,7 +232,6 @@ def decode_utf8(raw: bytes, start_bytes: int = 0) -> str:
     """Decode UTF-8 bytes.
 
     Args:
-        raw: the bytes.
         start_bytes: their offset in the file, for the error message.
 
     Raises:
@@ -268,11 +262,7 @@ def explain_bytes(begin: bytes) -> str:
 
 
 def parse_line(line: bytes, where: str, number: int, reading: RecordReading, parse: RecordParser) -> Any:
-    """Parse a line of JSONL.
-
-    Raises:
-        BadRecord: the line is not a JSON object of the expected kind.
-    """
+    """Parse a line of JSONL. Raises `BadRecord`: the line is not a JSON object of the expected kind."""
     try:
         record = json.loads(decode_utf8(line))
     except (ValueError, RecursionError) as e:
@@ -284,11 +274,7 @@ def parse_line(line: bytes, where: str, number: int, reading: RecordReading, par
 
 def parse_json_value(record: Any, where: str, number: int, reading: RecordReading,
                      parse: RecordParser) -> Any:
-    """Parse a decoded JSON value.
-
-    Raises:
-        BadRecord: the value is not an object of the expected kind.
-    """
+    """Parse a decoded JSON value. Raises `BadRecord`: the value is not an object of the expected kind."""
     if not isinstance(record, dict):
         raise BadRecord("json",
                         f"is a JSON {type(record).__name__}, must be an object with 'text' or 'messages'")
@@ -296,11 +282,8 @@ def parse_json_value(record: Any, where: str, number: int, reading: RecordReadin
 
 
 def parse_record(record: dict[str, Any], where: str, number: int, reading: RecordReading) -> Document:
-    """Convert a record to a `Document`.
-
-    Raises:
-        BadRecord: fields are missing or malformed, a value is too long, or the record has no text.
-    """
+    """Convert a record to a `Document`. Raises `BadRecord`: fields are missing or malformed, a value is too
+    long, or the record has no text."""
     if reading.renames:
         record = rename_fields(record, reading.renames)
     # a record with plain text is text even if it has another layout's fields

@@ -67,7 +67,6 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
     """Check every row in a file, and return the number of rows.
 
     Args:
-        path: the file.
         option: its command-line option, for messages.
         field: required field of each row, a key of `FIELDS`; "": none.
 
@@ -99,11 +98,8 @@ def read_rows(path: Path, option: str = "--input", field: str = "response") -> I
 
 
 def read_lines(path: Path, option: str = "--input") -> Iterator[tuple[int, bytes]]:
-    """Yield (line number, raw bytes) for lines that are not blank.
-
-    Raises:
-        UserError: the file is unreadable or has a line over `MAX_LINE_BYTES`.
-    """
+    """Yield (line number, raw bytes) for lines that are not blank. Raises `UserError`: the file is unreadable
+    or has a line over `MAX_LINE_BYTES`."""
     refuse_tables(path, option)
     if path.exists() and not path.is_file():  # a pipe would be empty at the second reading
         raise UserError(f"{option} {path}: is not a regular file, and it is read more than once; write the "
@@ -155,7 +151,6 @@ def read_objects(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line, object) from a JSONL file, refusing lone surrogates, which cannot be written as UTF-8.
 
     Args:
-        path: the file.
         what: subject of messages, e.g. "--tasks".
 
     Raises:

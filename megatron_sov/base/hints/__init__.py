@@ -1,1 +1,1 @@
-"""Answers to commands, options and settings that do not exist: words of other programs, and removed parts."""
+"""Corrections of command lines: options and commands of other programs, removed options, faulty paths."""

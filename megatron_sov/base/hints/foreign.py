@@ -1,4 +1,5 @@
-"""Configuration files of other programs (axolotl, TRL, torchtitan, NeMo RL), recognised by their keys."""
+"""Readers of files and arguments of other programs: configuration files (axolotl, TRL, torchtitan, NeMo RL),
+recognised by their keys, and data blends (Megatron-LM)."""
 
 from __future__ import annotations
 
@@ -9,92 +10,97 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.hints.table import by_word, last_part, settings_called
+import yaml
+
+from megatron_sov.base.hints.table import get_last_part, index_words, translate_to_settings
 
 MAX_BYTES = 1 << 20
 MAX_KEYS = 2_000
 """Maximum number of keys: aliases in a short file can stand for any number of keys."""
 
 
-def read_foreign(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str]]:
-    """Return the settings of another program's configuration file, as words of a command line.
+def read_foreign_config(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str]]:
+    """Read another program's configuration file as words of a command line.
 
     Args:
         file: YAML, JSON or TOML.
-        exists: key with dots -> whether it is a setting of ours.
+        exists: dotted key -> whether it is a setting of this program.
 
     Returns:
-        Key with dots -> its values, of scalars, lists of scalars and paths in lists of sections; empty if
-        the file is ours, cannot be read, or has no key that the table of words has.
+        Dotted key -> its values (scalars, lists of scalars, paths in lists of sections); empty if the file
+        is a config of this program, cannot be read, or has no key in `words.yaml`.
     """
     try:
-        visited = list(islice(_leaves(_parse(file), ""), MAX_KEYS))
-    except RecursionError:  # aliases that hold themselves
+        leaves = list(islice(_iter_leaves(_parse_file(file), ""), MAX_KEYS))
+    except RecursionError:  # aliases that contain themselves
         return {}
-    leaves = {key: words for key, words in visited if words is not None}
-    theirs = [key for key in leaves if not exists(key)]
-    is_known = any(settings_called(last_part(key)) for key in theirs)
-    return leaves if is_known and 2 * len(theirs) > len(leaves) and "recipe" not in leaves else {}
+    values = {key: words for key, words in leaves if words is not None}
+    foreign = [key for key in values if not exists(key)]
+    has_counterpart = any(translate_to_settings(get_last_part(key)) for key in foreign)
+    is_foreign = has_counterpart and 2 * len(foreign) > len(values) and "recipe" not in values
+    return values if is_foreign else {}
 
 
-def recipe_of(run: Path) -> str:
-    """Return the recipe that `config.json` of a run's folder names; "": none."""
-    found = _parse(run / "config.json") if (run / "events.jsonl").is_file() else None
-    return str(found.get("recipe") or "") if isinstance(found, dict) else ""
+def read_recipe_name(run: Path) -> str:
+    """Return the recipe in a run folder's `config.json`; "": none."""
+    config = _parse_file(run / "config.json") if (run / "events.jsonl").is_file() else None
+    return str(config.get("recipe") or "") if isinstance(config, dict) else ""
 
 
-def blend_of(words: Sequence[str]) -> list[str]:
-    """Return weights and folders in turn, as Megatron-LM takes them, as --data FOLDER:WEIGHT of ours; the
-    weights of a folder that comes several times are added."""
+def parse_blend(words: Sequence[str]) -> list[str]:
+    """Convert Megatron-LM's alternating weights and folders to `--data FOLDER:WEIGHT` options.
+
+    Weights of a repeated folder are added. Without such a blend the result is empty.
+    """
     weights: dict[str, float] = {}
-    for weight, folder in zip(words[::2], words[1::2], strict=False):
-        if not re.fullmatch(r"\d*\.?\d+", weight) or folder.startswith("-"):
+    for weight, path in zip(words[::2], words[1::2], strict=False):
+        if not re.fullmatch(r"\d*\.?\d+", weight) or path.startswith("-"):
             break
-        weights[shards_of(folder)] = weights.get(shards_of(folder), 0.0) + float(weight)
+        folder = find_shards(path)
+        weights[folder] = weights.get(folder, 0.0) + float(weight)
     return [word for folder, weight in weights.items() for word in ("--data", f"{folder}:{weight:g}")]
 
 
-def shards_of(path: str) -> str:
-    """Return the folder of shards of ours that holds a pair of .bin and .idx; other paths as they are."""
+def find_shards(path: str) -> str:
+    """Return the folder of token shards with the .bin/.idx pair `path`; other paths unchanged."""
     if not Path(f"{path}.idx").is_file():
         return path
     return next((str(folder) for folder in Path(path).parents if (folder / "manifest.json").is_file()), path)
 
 
-def is_translated(key: str) -> bool:
-    """Return whether the table has the last part of a key as a setting or an option."""
-    return bool(settings_called(last_part(key)) or last_part(key) in by_word("options"))
+def has_translation(key: str) -> bool:
+    """Return whether `words.yaml` has the last part of a dotted key as a setting or an option."""
+    return bool(translate_to_settings(get_last_part(key)) or get_last_part(key) in index_words("options"))
 
 
-def _parse(file: Path) -> Any:
-    import yaml
-
+def _parse_file(file: Path) -> Any:
     try:
-        # a pipe can be read once, by the command
+        # only regular files: the command itself reads a pipe
         if not file.is_file() or file.stat().st_size > MAX_BYTES:
             return None
         text = file.read_text(encoding="utf-8")
-        if text.count("[") + text.count("{") > MAX_KEYS:  # YAML takes seconds for deep ones
+        if text.count("[") + text.count("{") > MAX_KEYS:  # YAML takes seconds for deep nesting
             return None
         return tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # the command's own reader names the fault
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # the command's reader reports the fault
         return None
 
 
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, list[str] | None]]:
-    """Yield keys and their values, None of sections and nulls, which aliases multiply too."""
+def _iter_leaves(value: Any, key: str) -> Iterator[tuple[str, list[str] | None]]:
+    """Yield (dotted key, values); None for sections and nulls, which count towards `MAX_KEYS` too."""
     if isinstance(value, Mapping):
         yield key, None
         for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+            yield from _iter_leaves(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
-        # of datasets: [{path: FILE, type: ...}] the paths
-        items = [one.get("path", one.get("name")) if isinstance(one, Mapping) else one
-                 for one in value[:MAX_KEYS]]
-        yield key, [_text(one) for one in items if one is not None and not isinstance(one, (Mapping, list))]
+        # datasets: [{path: FILE, type: ...}] -> the paths
+        items = [item.get("path", item.get("name")) if isinstance(item, Mapping) else item
+                 for item in value[:MAX_KEYS]]
+        yield key, [_format_scalar(item) for item in items
+                    if item is not None and not isinstance(item, (Mapping, list))]
     elif key:
-        yield key, None if value is None else [_text(value)]
+        yield key, None if value is None else [_format_scalar(value)]
 
 
-def _text(value: Any) -> str:
+def _format_scalar(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

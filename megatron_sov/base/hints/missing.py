@@ -1,4 +1,4 @@
-"""Proposes what a command line lacks: required options and arguments with their values or placeholders."""
+"""Completes command lines that lack required options and arguments, with values or placeholders."""
 
 from __future__ import annotations
 
@@ -8,70 +8,87 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sov.base.hints.paths import name_free_path
-from megatron_sov.base.hints.table import table
+from megatron_sov.base.errors import choose_free_path
+from megatron_sov.base.hints.table import load_table
+
+_TEXT_OPTIONS = ("--prompts", "--input", "--text", "--data", "--prompt")
 
 
-def missing_words(parser: argparse.ArgumentParser, typed: Sequence[str], names: str) -> tuple[str, str]:
-    """Return the end of a message about arguments that are required: their choices; and a line with them.
+def complete_line(parser: argparse.ArgumentParser, typed: Sequence[str], names: str) -> tuple[str, str]:
+    """Complete a command line with required arguments.
 
     Args:
-        parser: of the command.
-        typed: what follows the command's name.
-        names: the arguments, as argparse names them.
+        parser: the command's parser.
+        names: the missing arguments as argparse names them in its message.
+
+    Returns:
+        The choices of the missing options as the end of a message, and the complete line.
     """
-    lacking = [action for action in parser._actions if action.required and (
-        set(action.option_strings) & set(re.split(r"[/,\s]+", names))
-        or (not action.option_strings and str(action.metavar or action.dest) in names.split(", ")))]
-    rows = table()["missing"]
-    choices = [f"{name} takes {rows.get(name, {}).get('takes') or ', '.join(map(str, action.choices or ()))}"
-               for action in lacking for name in action.option_strings[:1]
-               if action.choices or rows.get(name, {}).get("takes")]
+    lacking = [action for action in parser._actions if action.required and _is_listed(action, names)]
+    rows = load_table()["missing"]
+    choices = []
+    for action in lacking:
+        name = "".join(action.option_strings[:1])
+        text = rows.get(name, {}).get("takes") or ", ".join(map(str, action.choices or ()))
+        choices += [f"; {name} takes {text}"] if name and text else []
     first = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
-    last = [f"{action.option_strings[0]} {placeholder(action)}" for action in lacking
+    last = [f"{action.option_strings[0]} {choose_placeholder(action)}" for action in lacking
             if action.option_strings]
-    named, rest = split_words(parser, typed)  # argparse fills positional arguments in their order
-    takes_none = all(action.option_strings for action in parser._actions)
-    if takes_none and len(named) == 1 and (option := text_option(parser, named[0], typed)):
-        rest, named = [*rest, option, *named], []
+    # argparse fills positional arguments in their order
+    positionals, options = split_positionals(parser, typed)
+    has_no_positional = all(action.option_strings for action in parser._actions)
+    if has_no_positional and len(positionals) == 1 and (
+            option := find_text_option(parser, positionals[0], typed)):
+        options, positionals = [*options, option, *positionals], []
         last = [word for word in last if not word.startswith(f"{option} ")]
-    line = " ".join(filter(None, [parser.prog, shlex.join(named), *first, shlex.join(rest), *last]))
-    return "".join(f"; {text}" for text in choices), line
+    parts = [parser.prog, shlex.join(positionals), *first, shlex.join(options), *last]
+    return "".join(choices), " ".join(filter(None, parts))
 
 
-def text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence[str]) -> str:
-    """Return the option that a word without one belongs to, as a prompt or a file of text; "": none."""
-    known = parser._option_string_actions
-    order = ("--prompts", "--input", "--text", "--data", "--prompt")
-    return next((one for one in (order if Path(word).is_file() else ("--prompt", *order))
-                 if one in known and one not in typed and not word.startswith("-")
-                 and (one == "--prompt" or Path(word).exists())), "")
+def _is_listed(action: argparse.Action, names: str) -> bool:
+    """Return whether argparse's message about missing arguments lists an argument."""
+    if action.option_strings:
+        return bool(set(action.option_strings) & set(re.split(r"[/,\s]+", names)))
+    return str(action.metavar or action.dest) in names.split(", ")
 
 
-def placeholder(action: argparse.Action) -> str:
-    """Return the value of a missing option: a new folder, its first choice, or its name."""
-    row = table()["missing"].get(action.option_strings[0], {})
+def find_text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence[str]) -> str:
+    """Return the option that takes a free word as a prompt or a text file; "": none."""
+    if word.startswith("-"):
+        return ""
+    order = _TEXT_OPTIONS if Path(word).is_file() else ("--prompt", *_TEXT_OPTIONS)
+    return next((option for option in order
+                 if option in parser._option_string_actions and option not in typed
+                 and (option == "--prompt" or Path(word).exists())), "")
+
+
+def choose_placeholder(action: argparse.Action) -> str:
+    """Return the value to write for a missing option: a new folder, the first choice, or the value's
+    name."""
+    row = load_table()["missing"].get(action.option_strings[0], {})
     if new := row.get("new"):
-        return name_free_path(new)
+        return choose_free_path(new)
     choices = list(action.choices or ())
     return str(row.get("write") or (choices[0] if choices else action.metavar or action.dest.upper()))
 
 
-def split_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split words into those of positional arguments, and options with their values."""
-    takes = {name: action.nargs for action in parser._actions for name in action.option_strings}
-    free: list[str] = []
-    others: list[str] = []
-    room = 0.0
+def split_positionals(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split words into positional arguments, and options with their values."""
+    nargs_by_option = {name: action.nargs for action in parser._actions for name in action.option_strings}
+    positionals: list[str] = []
+    options: list[str] = []
+    num_open = 0.0  # values that the last option may still take
     for word in words:
         name, equals, _ = word.partition("=")
-        if name in takes:
-            nargs = takes[name]
-            room = 0 if equals or nargs == 0 else 1 if nargs in (None, "?") else float("inf")
-            others.append(word)
-        elif room:
-            room -= 1
-            others.append(word)
+        if name in nargs_by_option:
+            nargs = nargs_by_option[name]
+            num_open = 1 if nargs in (None, "?") else float("inf")
+            if equals or nargs == 0:
+                num_open = 0
+            options.append(word)
+        elif num_open:
+            num_open -= 1
+            options.append(word)
         else:
-            free.append(word)
-    return free, others
+            positionals.append(word)
+    return positionals, options

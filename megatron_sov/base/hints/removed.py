@@ -1,6 +1,6 @@
-"""Commands, options, settings and folders of earlier versions that this one has no part for.
+"""Removed commands, options, settings, values and artifacts, refused with a message that names the successor.
 
-Each is refused by its name, with what serves in its place. An entry of `removed.json` stays for one release.
+Entries in `removed.json` stay for one release.
 """
 
 from __future__ import annotations
@@ -16,83 +16,77 @@ from megatron_sov.base.errors import UserError
 _TABLES: Mapping[str, dict[str, Any]] = json.loads(
     Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 COMMANDS: dict[str, str] = _TABLES["commands"]
-"""Program and command -> what to use in its place."""
+"""Program and command -> successor."""
 OPTIONS: dict[str, str] = _TABLES["options"]
-"""Program, command and option -> what to use in its place."""
-SETTINGS: dict[str, tuple[Any, str]] = {
-    name: (default, instead) for name, (default, instead) in _TABLES["settings"].items()}
-"""Setting of a run -> its default, and what to use in its place."""
+"""Program, command and option -> successor."""
+SETTINGS: dict[str, tuple[Any, str]] = {name: tuple(row) for name, row in _TABLES["settings"].items()}
+"""Setting of a run -> (default, successor)."""
 VALUES: dict[str, str] = _TABLES["values"]
-"""Value of an option or setting, such as an engine, recipe or model family -> what to use in its place."""
+"""Value of an option or setting, such as an engine, recipe or model family -> successor."""
 PIPELINE: dict[str, str] = _TABLES["pipeline"]
-"""Format, step, or FORMAT.option or STEP.setting of a pipeline file -> what to use in its place."""
+"""Format, step, or FORMAT.option or STEP.setting of a pipeline file -> successor."""
 KINDS: dict[str, str] = _TABLES["kinds"]
-"""Kind of artifact -> what to use in its place."""
+"""Kind of artifact -> successor."""
 FOLDERS: dict[str, tuple[str, str]] = _TABLES["folders"]
-"""File that a folder of a removed command holds -> what made the folder, and what to use in its place."""
+"""File in a folder that a removed command wrote -> (the removed command, successor)."""
 
 
 def check_command(program: str, words: Sequence[str]) -> None:
-    """Refuse a command line of a removed command or option.
+    """Refuse a command line with a removed command or option.
 
     Args:
         program: e.g. "megatron-sov".
-        words: the words after it, as they were typed.
+        words: the words after the program, as typed.
 
     Raises:
-        UserError: the command or option was removed; the message says what serves in its place.
+        UserError: names the removed command or option and its successor.
     """
+    has_endpoint = any(word.startswith(("http://", "https://")) for word in words)
     for count in (3, 2, 1):
-        typed = " ".join([program, *words[:count]])
-        if instead := COMMANDS.get(typed):
-            raise UserError(f"{typed}: was removed in this version; {instead}")
+        command = " ".join([program, *words[:count]])
+        if successor := COMMANDS.get(command):
+            raise UserError(f"{command}: was removed in this version; {successor}")
         for word in words[count:]:
             option = word.partition("=")[0]
-            # next to an endpoint it named the model there; else it is a word of lm-eval, which `words` reads
-            if option == "--model" and any(one.startswith(("http://", "https://")) for one in words):
-                option = "--key-env"
-            if instead := OPTIONS.get(f"{typed} {option}"):
-                raise UserError(f"{typed} {word.partition('=')[0]}: was removed in this version; {instead}")
+            # --model named the model at an endpoint; without endpoint it is an lm-eval option (`words.py`)
+            key = "--key-env" if option == "--model" and has_endpoint else option
+            if successor := OPTIONS.get(f"{command} {key}"):
+                raise UserError(f"{command} {option}: was removed in this version; {successor}")
 
 
-def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of saved settings of a run without removed settings that have their default: the run
-    did not use them."""
-    kept = copy.deepcopy(dict(raw))
-    for code in kept.get("code") or ():
+def drop_removed_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a run's saved settings without removed settings at their defaults, which had no
+    effect."""
+    settings = copy.deepcopy(dict(raw))
+    for code in settings.get("code") or ():
         if isinstance(code, dict):
             code.pop("package", None)
     for name, (default, _) in SETTINGS.items():
         *groups, last = name.split(".")
-        block: Any = kept
+        block: Any = settings
         for group in groups:
             block = block.get(group) if isinstance(block, dict) else None
         if isinstance(block, dict) and last in block and block[last] == default:
             del block[last]
-    return kept
+    return settings
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder that a removed command wrote.
-
-    Raises:
-        UserError: it is one; the message says what serves in its place.
+    """Refuse a folder that a removed command wrote. Raises `UserError`: names the command and its successor.
     """
-    for name, (maker, instead) in FOLDERS.items():
+    for name, (command, successor) in FOLDERS.items():
         if (path / name).is_file():
-            raise UserError(f"{path}: holds {name} of {maker}, which was removed in this version; {instead}")
+            raise UserError(f"{path}: holds {name} of {command}, which was removed in this version; "
+                            f"{successor}")
 
 
 def check_kind(path: str | Path, kind: str) -> None:
-    """Refuse an artifact of a kind that only a removed command made.
-
-    Raises:
-        UserError: it is one; the message says what serves in its place.
-    """
-    if instead := KINDS.get(kind):
-        raise UserError(f"{path}: is a '{kind}' artifact, which this version cannot read; {instead}")
+    """Refuse an artifact of a kind that only a removed command made. Raises `UserError`: names the kind and
+    its successor."""
+    if successor := KINDS.get(kind):
+        raise UserError(f"{path}: is a '{kind}' artifact, which this version cannot read; {successor}")
 
 
-def was_removed(value: str, table: Mapping[str, str] = VALUES) -> str:
-    """Return the end of a sentence about a value that an earlier version took; "" for others."""
+def suggest_successor(value: str, table: Mapping[str, str] = VALUES) -> str:
+    """Return the end of a sentence about a removed value; "" for other values."""
     return f"; it was removed in this version: {table[value]}" if value in table else ""

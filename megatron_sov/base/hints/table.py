@@ -1,5 +1,5 @@
-"""Words of Megatron-LM, Hugging Face, TRL, axolotl, lm-eval and nanochat as ours: reads `words.yaml`, the one
-table for options, settings and commands of all programs."""
+"""Lookups in `words.yaml`, which maps words of Megatron-LM, Hugging Face, TRL, axolotl, lm-eval and nanochat
+to options, settings and commands."""
 
 from __future__ import annotations
 
@@ -8,61 +8,64 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 FILE = Path(__file__).with_name("words.yaml")
-OPTIONS_OF_FILES = ("--from", "--data", "--run", "--nproc", "--reward", "--prompts", "--nodes")
+FILE_OPTIONS = ("--from", "--data", "--run", "--nproc", "--reward", "--prompts", "--nodes")
+"""Options that `explain_key` may name for an unknown key of a configuration file."""
 
 
 @cache
-def table() -> Mapping[str, Any]:
-    """Return `words.yaml`: part -> its rows."""
-    import yaml
-
-    found: Mapping[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
-    return found
+def load_table() -> Mapping[str, Any]:
+    """Load `words.yaml`: section name -> rows."""
+    rows: Mapping[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return rows
 
 
-def normalize(word: str) -> str:
-    """Return the form in which the table has a word: `--Learning-Rate` -> `learning_rate`."""
+def normalize_word(word: str) -> str:
+    """Convert a word to the spelling of `words.yaml`: `--Learning-Rate` -> `learning_rate`."""
     return word.lstrip("-").replace("-", "_").lower()
 
 
-def last_part(word: str) -> str:
-    """Return the part after the last dot, as the table has words: `--training.seq-len` -> `seq_len`."""
-    return normalize(word).rpartition(".")[2]
+def get_last_part(word: str) -> str:
+    """Normalize the part after the last dot: `--training.seq-len` -> `seq_len`."""
+    return normalize_word(word).rpartition(".")[2]
 
 
 @cache
-def by_word(part: str) -> Mapping[str, tuple[str, ...]]:
-    """Return word -> what a part of the table has for it, in the order of its rows."""
-    found: dict[str, list[str]] = {}
-    for ours, words in table()[part].items():
+def index_words(section: str) -> Mapping[str, tuple[str, ...]]:
+    """Invert a section of `words.yaml`: foreign word -> options or settings, in the order of the rows."""
+    names: dict[str, list[str]] = {}
+    for name, words in load_table()[section].items():
         for word in str(words).split():
-            found.setdefault(word, []).append(ours)
-    return {word: tuple(meant) for word, meant in found.items()}
+            names.setdefault(word, []).append(name)
+    return {word: tuple(options) for word, options in names.items()}
 
 
-def settings_called(word: str) -> tuple[str, ...]:
-    """Return the settings that other programs call `word`, as `name` or, of a switch, `name=value`."""
-    by_value = [meant for meant in table()["values"].get(normalize(word), {}).values() if "." in str(meant)]
-    return by_word("settings").get(normalize(word), tuple(dict.fromkeys(by_value)))
+def translate_to_settings(word: str) -> tuple[str, ...]:
+    """Return the settings for a foreign word, as `name`, or as `name=value` if the word is a switch."""
+    by_value = [text for text in load_table()["values"].get(normalize_word(word), {}).values()
+                if "." in str(text)]
+    return index_words("settings").get(normalize_word(word), tuple(dict.fromkeys(by_value)))
 
 
-def note_on(word: str) -> str:
-    """Return why a setting or option of another program has no counterpart, and what to do; "": not known."""
-    return next((note for part in ("notes", "instead", "no_need")
-                 if (note := notes(part).get(normalize(word)))), "")
+def find_note(word: str) -> str:
+    """Return why a foreign setting or option has no counterpart, with the remedy; "": unknown word."""
+    sections = map(_index_notes, ("notes", "instead", "no_need"))
+    return next((notes[normalize_word(word)] for notes in sections if normalize_word(word) in notes), "")
 
 
-def instead_of(word: str) -> str:
-    """Return the end of a sentence about a key that is no setting: why, or the option that it is here."""
-    if note := note_on(word):
+def explain_key(word: str) -> str:
+    """Return the end of a sentence about an unknown setting: `find_note`, or the option of the same
+    meaning; "": unknown word."""
+    if note := find_note(word):
         return note
-    found = next((one for one in by_word("options").get(normalize(word), ())
-                  if one in OPTIONS_OF_FILES), "")
-    return f"it is the option {found} here, and no setting" if found else ""
+    options = index_words("options").get(normalize_word(word), ())
+    option = next((name for name in options if name in FILE_OPTIONS), "")
+    return f"it is the option {option} here, and no setting" if option else ""
 
 
 @cache
-def notes(part: str) -> dict[str, str]:
-    """Return word -> sentence, of the part `notes`, `instead` or `no_need`."""
-    return {word: text for words, text in table()[part].items() for word in words.split()}
+def _index_notes(section: str) -> dict[str, str]:
+    """Return word -> sentence for the section `notes`, `instead` or `no_need`."""
+    return {word: text for words, text in load_table()[section].items() for word in words.split()}

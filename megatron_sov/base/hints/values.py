@@ -1,5 +1,5 @@
-"""Values of options and settings of other programs, as ours: what follows from several of theirs, GPUs as
-nodes, a GPU's name as a profile."""
+"""Translation of option and setting values from other programs: computed values, GPUs as nodes, GPU names as
+cluster profiles."""
 
 from __future__ import annotations
 
@@ -8,83 +8,88 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from megatron_sov.base.hints.foreign import shards_of
-from megatron_sov.base.hints.table import last_part, settings_called, table
+from megatron_sov.base.hints.foreign import find_shards
+from megatron_sov.base.hints.table import get_last_part, load_table, translate_to_settings
 
-SWITCHED = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
+SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
             "off": False, "none": False, "full": False}
-GPUS_OF_A_NODE = 8
+GPUS_PER_NODE = 8
 FindSetting = Callable[[str], str]
-"""Word or setting, without a value -> the setting that it means; "": it exists, or nothing is known."""
+"""Word or setting without value -> setting of the same meaning; "": the setting exists, or none is known."""
 
 
-def setting_with_value(word: str, values: list[str], find: FindSetting, typed: Sequence[str]) -> str:
-    """Return `name=value` for a word of another program and its values; "": no setting is known."""
-    last = last_part(word)
-    given = values[0] if values else ""
-    by_value = table()["values"].get(last, {})
-    known = by_value.get(given.lower()) if given else None
-    if known and "=" in str(known):
-        return str(known)
+def translate_setting(word: str, values: list[str], find: FindSetting, typed: Sequence[str]) -> str:
+    """Return `name=value` for a foreign word and its values; "": no counterpart.
+
+    Args:
+        word: the foreign option or setting.
+        values: its values, possibly none.
+        find: finds the setting.
+        typed: the command line, for values computed from several options.
+    """
+    last = get_last_part(word)
+    value = values[0] if values else ""
+    translated = load_table()["values"].get(last, {}).get(value.lower()) if value else None
+    if "=" in str(translated):
+        return str(translated)
     name = find(word)
     if not name:
         return ""
-    fixed = next((one for one in settings_called(last) if one.startswith(f"{name}=")), "")
-    # finetuning_type: lora; a number is a value of the setting itself
-    is_word = bool(re.fullmatch(r"[A-Za-z]*", given))
-    if fixed and (is_word or given == "1") and SWITCHED.get(given.lower(), True):
-        return fixed
-    if last in table()["computed"]:
-        return f"{name}={_compute_value(last, given, typed)}"
-    if name == "lora.targets" and "," in given and given[0] != "[":
-        values = [part.strip() for part in given.split(",")]
+    switch = next((setting for setting in translate_to_settings(last) if setting.startswith(f"{name}=")), "")
+    # finetuning_type: lora is a switch; a number is a value of the setting itself
+    is_switch = value == "1" or bool(re.fullmatch(r"[A-Za-z]*", value))
+    if switch and is_switch and SWITCHES.get(value.lower(), True):
+        return switch
+    if last in load_table()["computed"]:
+        return f"{name}={_compute_value(last, value, typed)}"
+    if name == "lora.targets" and "," in value and value[0] != "[":
+        values = [part.strip() for part in value.split(",")]
     if len(values) > 1:
         return f"{name}={json.dumps(values)}"
-    known = known or table()["values"].get(name, {}).get(given.lower(), given or "VALUE")
-    if "=" in str(known):  # of another setting
-        return str(known)
-    return f"{name}={known}"
+    if not translated:
+        translated = load_table()["values"].get(name, {}).get(value.lower(), value or "VALUE")
+    return str(translated) if "=" in str(translated) else f"{name}={translated}"
 
 
-def value_of_option(word: str, option: str, value: str) -> str:
-    """Return the value that an option of ours takes for one of theirs."""
+def translate_value(word: str, option: str, value: str) -> str:
+    """Return the value of our `option` for the value of a foreign option `word`."""
     if word == "model_args":  # lm-eval: pretrained=FOLDER,dtype=bfloat16
         return next((part.partition("=")[2] for part in value.split(",") if part.startswith("pretrained=")),
                     value)
     if option == "--nproc" and re.fullmatch(r"\d+(,\d+)+", value):
         return str(value.count(",") + 1)  # GPUs by their numbers
     if option == "--data":
-        return shards_of(value)
+        return find_shards(value)
     if option == "--nodes" and ("gpu" in word or word == "world_size") and value.isdigit():
-        return str(-(-int(value) // GPUS_OF_A_NODE))
-    values = table()["values"]
+        return str(-(-int(value) // GPUS_PER_NODE))
+    values = load_table()["values"]
     return str({**values.get(option, {}), **values.get(word, {})}.get(value.lower(), value))
 
 
-def _compute_value(word: str, given: str, typed: Sequence[str]) -> str:
-    """Return the value of a setting that follows from several of theirs; a letter if a number is missing."""
-    def number(*names: str) -> float | None:
+def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
+    """Compute a setting from several foreign options; return a placeholder if a number is missing."""
+    def find_number(*names: str) -> float | None:
         words = [word for text in typed for word in text.split("=") if word and word != "--set"]
-        for name, value in pairwise(words):
-            if last_part(name) in names and re.fullmatch(r"[\d.]+(e\d+)?", value):
-                return float(value)
+        for name, number in pairwise(words):
+            if get_last_part(name) in names and re.fullmatch(r"[\d.]+(e\d+)?", number):
+                return float(number)
         return None
 
-    if word == "warmup_ratio" or word == "lr_warmup_fraction":
-        steps = number("max_steps", "train_iters", "steps", "num_steps", "num_iterations")
-        return str(round(float(given) * steps)) if steps and re.fullmatch(r"[\d.]+", given) else "STEPS"
-    micro = number("per_device_train_batch_size", "micro_batch_size") or 1
-    processes = number("nproc", "nproc_per_node", "num_processes") or 1
-    return str(round(int(given) * micro * processes)) if given.isdigit() else "SAMPLES"
+    if word in ("warmup_ratio", "lr_warmup_fraction"):
+        steps = find_number("max_steps", "train_iters", "steps", "num_steps", "num_iterations")
+        return str(round(float(value) * steps)) if steps and re.fullmatch(r"[\d.]+", value) else "STEPS"
+    micro_batch = find_number("per_device_train_batch_size", "micro_batch_size") or 1
+    processes = find_number("nproc", "nproc_per_node", "num_processes") or 1
+    return str(round(int(value) * micro_batch * processes)) if value.isdigit() else "SAMPLES"
 
 
-def value_after(words: Sequence[str], *options: str) -> str:
-    """Return the value of the first option of some that was typed; "": none was."""
-    given = [part for word in words for part in word.split("=", 1)]
-    return next((value for word, value in pairwise(given) if word in options), "")
+def find_value(words: Sequence[str], *options: str) -> str:
+    """Return the value of the first option in `words` that is in `options`; "": none."""
+    parts = [part for word in words for part in word.split("=", 1)]
+    return next((value for word, value in pairwise(parts) if word in options), "")
 
 
-def name_cluster(name: str) -> str:
-    """Return the profile of a GPU that others name e.g. NVIDIA-A100-80GB."""
-    found = re.search(r"gb200|gb300|[abhv]\d{3}", name.lower())
-    return found.group() if found else name.lower()
+def parse_cluster(name: str) -> str:
+    """Return the cluster profile for a GPU name: NVIDIA-A100-80GB -> a100."""
+    match = re.search(r"gb200|gb300|[abhv]\d{3}", name.lower())
+    return match.group() if match else name.lower()

@@ -56,11 +56,8 @@ def is_reference(text: str) -> bool:
 def load_plugin(reference: str) -> LoadedPlugin:
     """Execute a reference's file or module, and return the named object.
 
-    This executes code: pass only references from the command line, or from code named there.
-
-    Raises:
-        UserError: the reference is malformed, the file or module is missing or fails, or the name is
-            undefined.
+    This executes code: pass only references from the command line, or from code named there. Raises
+    `UserError`: the reference is malformed, the file or module is missing or fails, or the name is undefined.
     """
     # split at the last colon: paths may contain colons
     place, _, name = reference.rpartition(":")
@@ -81,11 +78,8 @@ def load_plugin(reference: str) -> LoadedPlugin:
 
 
 def call_plugin(reference: str, action: Callable[[], Any]) -> Any:
-    """Call a user's function; imports from the function's folder are allowed.
-
-    Raises:
-        UserError: the function fails; names the line.
-    """
+    """Call a user's function; imports from the function's folder are allowed. Raises `UserError`: the
+    function fails; names the line."""
     file = _get_reference_file(reference)
     with report_plugin_errors(str(file or reference)), _allow_imports_from(file.parent if file else None):
         return action()
@@ -143,11 +137,7 @@ def list_executed_files() -> dict[Path, str]:
 
 def execute_files(files: Mapping[Path, str]) -> None:
     """Execute the files that another process executed, so that objects of the files' classes can be
-    unpickled.
-
-    Raises:
-        UserError: a file fails or has changed.
-    """
+    unpickled. Raises `UserError`: a file fails or has changed."""
     for path, digest in files.items():
         if _execute_file(path)[1] != digest:
             raise UserError(f"{path}: has changed since this command began; run it again")

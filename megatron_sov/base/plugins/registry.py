@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar, cast
 
 from megatron_sov.base.errors import (
     Fix, UserError, find_nearest_name, format_install_command, suggest_name, suggest_spelling)
-from megatron_sov.base.hints.removed import was_removed
-from megatron_sov.base.hints.table import table
+from megatron_sov.base.hints.removed import suggest_successor
+from megatron_sov.base.hints.table import load_table
 from megatron_sov.base.plugins.loading import (
     Kind, LoadedPlugin, PluginCode, is_reference, load_plugin, report_plugin_errors)
 from megatron_sov.base.settings import SettingsError, find_rule_problems, parse_arguments
@@ -33,7 +33,6 @@ def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, t
     """Check that a plug-in class has the required methods.
 
     Args:
-        value: the loaded object.
         reference: its reference, for messages.
         what: expected kind, e.g. "an objective".
         methods: name -> arguments after `self`.
@@ -98,19 +97,13 @@ class Registry(Generic[T]):
         self._known: dict[str, _Known[T]] = {}
 
     def load(self, reference: str) -> str:
-        """Execute code named by the user, and return the registered name.
-
-        Raises:
-            UserError: the code fails, is not of this kind, or its name is taken.
-        """
+        """Execute code named by the user, and return the registered name. Raises `UserError`: the code fails,
+        is not of this kind, or its name is taken."""
         return self.add(load_plugin(reference))
 
     def add(self, loaded: LoadedPlugin) -> str:
-        """Register a loaded object, and return the name.
-
-        Raises:
-            UserError: the object is not of this kind, or its name is taken.
-        """
+        """Register a loaded object, and return the name. Raises `UserError`: the object is not of this kind,
+        or its name is taken."""
         loaded = self._adapt(loaded) if self._adapt else loaded
         self._check(loaded)
         name = self._own_name(loaded.value) if self._own_name else loaded.attribute
@@ -140,7 +133,7 @@ class Registry(Generic[T]):
         if name in self._known:
             return self._known[name].value
         nearest = find_nearest_name(name, [*self._built_in, *self._known])
-        if meant := table()["values"].get(f"--{self.kind}", {}).get(name.lower()):
+        if meant := load_table()["values"].get(f"--{self.kind}", {}).get(name.lower()):
             raise UserError(f"{self.kind} {name!r}: is {meant} here; write {meant}", Fix(words={name: meant}))
         raise UserError(self._explain_unknown(name, recorded), Fix(words={name: nearest}) if nearest else
                         Fix(stand_ins={name: next(iter(self._built_in), name)}))
@@ -171,9 +164,9 @@ class Registry(Generic[T]):
         absent, plural = UNKNOWN_WORDINGS.get(self.kind, ("does not exist", f"{self.kind}s"))
         listed = LIST_COMMANDS.get(self.kind, f"{plural}: {', '.join(names)}")
         if self.kind in UNKNOWN_WORDINGS:
-            close = was_removed(name) or suggest_spelling(name, names)
+            close = suggest_successor(name) or suggest_spelling(name, names)
         else:
-            close = (was_removed(name) or suggest_longer_names(name, names) or suggest_name(name, names)
+            close = (suggest_successor(name) or suggest_longer_names(name, names) or suggest_name(name, names)
                      or suggest_same_family(name, names))
         return f"{self.kind} {name!r}: {absent}{close} ({listed}; your own are named FILE.py:NAME)"
 
@@ -253,11 +246,8 @@ class BuiltPlugin:
 
 def request_plugin(name: str, settings: Mapping[str, Any], built_in: BuiltIn,
                    own: Registry[type[Any]]) -> PluginRequest:
-    """Create a request from a name or a reference to a user's code.
-
-    Raises:
-        UserError: the name is unknown or taken, or the file fails.
-    """
+    """Create a request from a name or a reference to a user's code. Raises `UserError`: the name is unknown
+    or taken, or the file fails."""
     if name in built_in:
         return PluginRequest(name, settings)
     if is_reference(name):
@@ -271,12 +261,8 @@ def request_plugin(name: str, settings: Mapping[str, Any], built_in: BuiltIn,
 
 
 def build_plugin(request: PluginRequest, built_in: BuiltIn, own: Registry[type[Any]]) -> BuiltPlugin:
-    """Build a plug-in from a request.
-
-    Raises:
-        UserError: lists unknown settings, wrong types and broken rules (`problems()` of the class); or a file
-            fails or has changed since the request.
-    """
+    """Build a plug-in from a request. Raises `UserError`: lists unknown settings, wrong types and broken
+    rules (`problems()` of the class); or a file fails or has changed since the request."""
     plugin_class, files = _find_class(request, built_in, own)
     subject = f"{own.kind} {request.reference or request.name}"
     settings = parse_arguments(plugin_class, request.settings, subject)

@@ -345,11 +345,7 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
 
 
 def _end_dry_run(settings: Any, raw: Mapping[str, Any]) -> list[SettingsProblem]:
-    """Return a problem for each missing input path.
-
-    Raises:
-        DryRun: all input paths exist.
-    """
+    """Return a problem for each missing input path. Raises `DryRun`: all input paths exist."""
     inputs: list[Path] = []
     outputs: list[Path] = []
     changed: list[tuple[str, Any]] = []

@@ -13,8 +13,8 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from megatron_sov.base.errors import find_nearest_name, suggest_name
-from megatron_sov.base.hints.removed import was_removed
-from megatron_sov.base.hints.table import note_on, table
+from megatron_sov.base.hints.removed import suggest_successor
+from megatron_sov.base.hints.table import find_note, load_table
 from megatron_sov.base.settings.problem import (
     TOKENS_KEY, UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, to_problem)
 
@@ -246,7 +246,7 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
         choices = [word for word in _list_choices(hint) if isinstance(word, str)]
         close, nearest = "", ""
         if isinstance(value, str):
-            close = (was_removed(value) or _suggest_lower_case(value, choices)
+            close = (suggest_successor(value) or _suggest_lower_case(value, choices)
                      or _suggest_equivalent(key, value) or suggest_name(value, choices))
             words = re.findall(r"[\w.-]+", value.lower())
             ours = (value.lower(), _find_equivalent(key, value), find_nearest_name(value, choices))
@@ -282,18 +282,18 @@ def _suggest_lower_case(value: str, known: Collection[str]) -> str:
 def _suggest_equivalent(key: str, value: str) -> str:
     """Suggest our equivalent of another program's value: a value, a setting, a note or a command; "":
     unknown."""
-    command_notes = table()["commands"]["megatron-sov"] if key.rpartition(".")[2] == "method" else {}
+    command_notes = load_table()["commands"]["megatron-sov"] if key.rpartition(".")[2] == "method" else {}
     command = next((text for words, text in command_notes.items() if value.lower() in words.split()), "")
     equivalent = _find_equivalent(key, value)
     if equivalent and not command:
         return f"; {'pass --set' if '=' in equivalent else 'it is'} {equivalent} here"
-    hint = command or note_on(value)
+    hint = command or find_note(value)
     return f"; {hint}" if hint else ""
 
 
 def _find_equivalent(key: str, value: str) -> str:
     """Return what another program's value of a setting or option is here; "": unknown."""
-    values = table()["values"]
+    values = load_table()["values"]
     known = {**values.get(key.rpartition(".")[2], {}), **values.get(key, {})}
     return str(known.get(value.lower(), ""))
 

@@ -60,8 +60,6 @@ def read_settings_file(cls: type[S], file: Path, where: str = "", *, rules: bool
     """Read settings from a YAML or JSON file.
 
     Args:
-        cls: a frozen dataclass.
-        file: the file.
         where: beginning of error messages, e.g. "--cluster big.yaml"; "": the file's path.
         rules: whether to check rules between settings, as in `parse_settings`.
 
@@ -82,11 +80,8 @@ def parse_settings_yaml(cls: type[S], text: str, where: str, *, rules: bool = Tr
 
 
 def read_settings_text(file: Path, where: str = "") -> str:
-    """Read a settings file as text.
-
-    Raises:
-        SettingsError: the file is unreadable, longer than `MAX_BYTES`, or not UTF-8.
-    """
+    """Read a settings file as text. Raises `SettingsError`: the file is unreadable, longer than `MAX_BYTES`,
+    or not UTF-8."""
     where = where or str(file)
     try:
         size_bytes = file.stat().st_size
@@ -297,11 +292,8 @@ def parse_value(text: str) -> Any:
 
 
 def parse_nested(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
-    """Parse `key=value` changes to nested dictionaries: dots in keys separate levels.
-
-    Raises:
-        SettingsError: as `parse_changes`, or a key has both a value and fields.
-    """
+    """Parse `key=value` changes to nested dictionaries: dots in keys separate levels. Raises `SettingsError`:
+    as `parse_changes`, or a key has both a value and fields."""
     values: dict[str, Any] = {}
     for key, value in parse_changes(given, option).items():
         *path, last = key.split(".")
@@ -320,7 +312,6 @@ def apply_changes(settings: S, given: Iterable[str], option: str = "--set", *,
     """Return settings with `key=value` changes applied, e.g. ``train.steps=100`` or ``phases.0.seq_len=512``.
 
     Args:
-        settings: a frozen dataclass.
         given: the changes.
         option: name of the option, for error messages.
         instead: hints for unknown keys.
@@ -335,11 +326,8 @@ def apply_changes(settings: S, given: Iterable[str], option: str = "--set", *,
 
 def assign_values(settings: Any, given: Mapping[str, Any], option: str, instead: KeyHint = no_hint
                ) -> dict[str, Any]:
-    """Convert settings to plain values and assign the given values by dotted key.
-
-    Raises:
-        SettingsError: lists all unknown keys.
-    """
+    """Convert settings to plain values and assign the given values by dotted key. Raises `SettingsError`:
+    lists all unknown keys."""
     raw = to_plain_values(settings)
     results = [_assign_value(type(settings), raw, key, value, instead) for key, value in given.items()]
     problems = [problem for problem in results if problem]

@@ -8,12 +8,12 @@ from typing import Any
 from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.commands.evaluate.eval_media import (
     IMAGE, PAIRS, TEXT, EvalMediaOptions, MediaEvaluation, MediaJudge, MediaRow)
-from megatron_sov.commands.models.generate_media_run import build_media_decoders, build_shown_media
+from megatron_sov.commands.models.generate_media_run import build_media_decoders, build_prompt_media_encoder
 from megatron_sov.commands.shared_options import get_target_step
 from megatron_sov.eval.statistics import compute_mean_interval, compute_wilson_interval
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.request import Batching
-from megatron_sov.omni.generation.replies import Asking, Replied, replies
+from megatron_sov.omni.generation.replies import MediaGeneration, MediaReply, generate_replies
 
 
 def evaluate_media(request: MediaEvaluation) -> None:
@@ -44,12 +44,12 @@ def _evaluate_pair(options: EvalMediaOptions, target: Target, name: str, rows: l
     """Return figures and samples of a pair; None on ranks after the first."""
     kind = PAIRS[name][1]
     output_folders = {} if kind == TEXT or options.files is None else {kind: options.files / name}
-    asking = Asking(build_shown_media(options, options.media_root), build_media_decoders(options),
-                    output_folders, options.sampling, chat=not options.no_chat,
-                    max_audio_tokens=options.max_audio_tokens, batching=Batching(options.batch_size),
-                    with_features=not options.no_features)
-    replied = replies(target, [row.content for row in rows], asking, settings=options.settings,
-                      nproc=options.nproc)
+    generation = MediaGeneration(
+        build_prompt_media_encoder(options, options.media_root), build_media_decoders(options),
+        output_folders, options.sampling, chat=not options.no_chat, max_audio_tokens=options.max_audio_tokens,
+        batching=Batching(options.batch_size), with_features=not options.no_features)
+    replied = generate_replies(target, [row.content for row in rows], generation, settings=options.settings,
+                               nproc=options.nproc)
     if replied is None:
         return None
     texts = _recognize(rows, replied, kind, judges)
@@ -58,11 +58,11 @@ def _evaluate_pair(options: EvalMediaOptions, target: Target, name: str, rows: l
     return {**compute_media_figures(rows, texts), "samples": samples}
 
 
-def _list_files(reply: Replied, kind: str) -> list[Path]:
-    return reply.made.pictures if kind == IMAGE else reply.made.sounds
+def _list_files(reply: MediaReply, kind: str) -> list[Path]:
+    return reply.media.pictures if kind == IMAGE else reply.media.sounds
 
 
-def _recognize(rows: Sequence[MediaRow], replied: Sequence[Replied], kind: str,
+def _recognize(rows: Sequence[MediaRow], replied: Sequence[MediaReply], kind: str,
                judges: dict[str, MediaJudge]) -> list[str]:
     """Return each reply's text, or the judge's text for its first file; "" without a file."""
     if kind == TEXT:
@@ -77,14 +77,14 @@ def _recognize(rows: Sequence[MediaRow], replied: Sequence[Replied], kind: str,
     return texts
 
 
-def _describe_sample(row: MediaRow, reply: Replied, text: str, root: Path) -> dict[str, Any]:
+def _describe_sample(row: MediaRow, reply: MediaReply, text: str, root: Path) -> dict[str, Any]:
     """Return a sample for --output, with absolute paths."""
     content = [{**part, "path": str((root / part["path"]).resolve())} if "path" in part else part
                for part in row.content]
     return {"content": content, "answer": row.answer, "recognised": text, "text": reply.text,
-            "pictures": [str(file.resolve()) for file in reply.made.pictures],
-            "sounds": [str(file.resolve()) for file in reply.made.sounds],
-            "broken_pictures": reply.made.num_broken, "tokens": reply.made.tokens}
+            "pictures": [str(file.resolve()) for file in reply.media.pictures],
+            "sounds": [str(file.resolve()) for file in reply.media.sounds],
+            "broken_pictures": reply.media.num_broken, "tokens": reply.media.tokens}
 
 
 def compute_media_figures(rows: Sequence[MediaRow], texts: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.base.errors import ExitCode, UserError, escape_controls, suggest_name
+from megatron_sov.base.errors import ExitCode, UserError, escape_controls, stop_check, suggest_name
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, ProblemCode, SettingsProblem
 from megatron_sov.commands.models.serve import ServeOptions
 from megatron_sov.commands.shared_options import AnyTarget, list_option_words
@@ -67,6 +67,7 @@ def chat(options: ChatOptions) -> int:
         check_model_folder(Path(options.target))
     if missing := find_missing_libraries():
         raise UserError(missing[0])
+    stop_check()
     with _serve_model(options) as model:
         settings = {"temperature": options.sampling.temperature, "top_p": options.sampling.top_p,
                     "seed": options.sampling.seed}

@@ -3,9 +3,9 @@
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.commands.models.codec import (
     OWN_OPTIONS, CodecImportOptions, CodecInspectOptions, ReconstructOptions)
-from megatron_sov.omni.codecs.folder import inspected
+from megatron_sov.omni.codecs.folder import describe_codec
 from megatron_sov.omni.codecs.published import import_codec
-from megatron_sov.omni.generation.reconstruction import reconstruct
+from megatron_sov.omni.generation.reconstruction import reconstruct_media
 
 
 def import_files(options: CodecImportOptions) -> None:
@@ -16,12 +16,12 @@ def import_files(options: CodecImportOptions) -> None:
 
 
 def reconstruct_files(options: ReconstructOptions) -> None:
-    for file in reconstruct(options.codec, options.files, options.output):
+    for file in reconstruct_media(options.codec, options.files, options.output):
         print(f"wrote {file}")
 
 
 def inspect_codec(options: CodecInspectOptions) -> None:
-    facts = inspected(options.codec)
+    facts = describe_codec(options.codec)
     if options.json:
         print(format_json(facts), end="")
         return

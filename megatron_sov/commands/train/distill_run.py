@@ -31,10 +31,11 @@ from megatron_sov.train.stages.stage import Stage
 def save_states(options: DistillStatesOptions) -> None:
     """Run the teacher over the documents and print the size of the artifact."""
     # states are exact; the most probable tokens are smaller
-    kept = StateFormat(options.dtype, options.top_k, options.temperature, options.other_tokenizer)
-    reading = TeacherReading(find_target(options.teacher), parse_data_paths(options.data), kept=kept)
-    teacher_module.read_documents(reading, options.output, options.settings, options.nproc,
-                                  overwrite=options.overwrite, redo=options.redo)
+    state_format = StateFormat(options.dtype, options.top_k, options.temperature, options.other_tokenizer)
+    reading = TeacherReading(find_target(options.teacher), parse_data_paths(options.data),
+                             state_format=state_format)
+    teacher_module.write_outputs(reading, options.output, options.settings, options.nproc,
+                                 overwrite=options.overwrite, redo=options.redo)
     if not is_first_rank():
         return
     manifest = read_manifest(options.output, TEACHER_STATES)
@@ -104,27 +105,27 @@ def _make_states(request: TrainingRequest, reader: DataReader, sources: list[Sou
     RunFolder(options.run).enter(config, options.resume)
     for path in existing:
         _check_same_form(options, distillation, StateFiles(path, sources), config.model.vocab_size)
-    kept = StateFormat(options.states_dtype)
+    state_format = StateFormat(options.states_dtype)
     if distillation.top_k:
-        kept = StateFormat(top_k=distillation.top_k, temperature=distillation.temperature,
-                    translated=distillation.other_tokenizer)
+        state_format = StateFormat(top_k=distillation.top_k, temperature=distillation.temperature,
+                                   translated=distillation.other_tokenizer)
     # compared above: the existing folders have this teacher's digest
     digest = read_manifest(existing[0], TEACHER_STATES).settings["teacher"] if existing else ""
     if options.dry_run:
         print(f"{teacher} would read {', '.join(data)} first, into {missing[0]}")
         return
-    teacher_module.read_documents(TeacherReading(target, data, kept=kept, digest=digest), missing[0],
-                                  options.teacher_settings, options.nproc, redo=True)
+    reading = TeacherReading(target, data, state_format=state_format, digest=digest)
+    teacher_module.write_outputs(reading, missing[0], options.teacher_settings, options.nproc, redo=True)
 
 
 def _check_same_form(options: DistillOptions, distillation: DistillationConfig, states: StateFiles,
                      vocab_size: int) -> None:
     """Raise `UserError` if existing states cannot be learned together with the states still to be made."""
     check_outputs(states, distillation, vocab_size)
-    if not distillation.top_k and states.kept.dtype != options.states_dtype:
-        raise UserError(f"--states-dtype {options.states_dtype}: {states.folder} is in {states.kept.dtype}, "
-                        "and all folders of a run are in one; pass --states-dtype "
-                        f"{states.kept.dtype}")
+    dtype = states.state_format.dtype
+    if not distillation.top_k and dtype != options.states_dtype:
+        raise UserError(f"--states-dtype {options.states_dtype}: {states.folder} is in {dtype}, and all "
+                        f"folders of a run are in one; pass --states-dtype {dtype}")
 
 
 def _refuse_other_teacher(teacher: Path, target: Target, existing: list[Path]) -> None:

@@ -75,5 +75,5 @@ def _open_reference(request: TrainingRequest, sources: tuple[Source, ...], pairs
             reference.score_in_processes(other_model, config, options.nproc)
     # a resumed run must compare with the same reference as before
     elif latest_checkpoint(folder.checkpoints) is not None:
-        reference.refuse_changed()
+        reference.check_unchanged()
     return reference

@@ -5,6 +5,7 @@ Settings and data come from RUN/config.json, other options from RUN/command.json
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_sov.base.command_line import Parser
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.command_line import Parser, check_arguments
+from megatron_sov.base.errors import IS_CHECKING, ExitCode, UserError
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import DeclaredCommand, Flag, read_options
 from megatron_sov.commands import COMMANDS
@@ -50,6 +51,10 @@ def resume_run(options: ResumeOptions) -> int:
     resumed = _replace_by_folder(first_options, folder, first)
     _refuse_unsaid_code(folder, first, list_option_words(resumed), options.arguments)
     words = [*list_option_words(dataclasses.replace(resumed, plugins=())), *options.arguments]
+    if IS_CHECKING.get():  # later checks need the present folder
+        with contextlib.chdir(first.folder if first.folder.is_dir() else Path.cwd()):
+            check_arguments(parser.parse_args(words), COMMANDS[name].load())
+        return ExitCode.OK
     if first.folder != Path.cwd() and first.folder.is_dir():
         os.chdir(first.folder)  # the command's paths are relative to it
         if is_first_rank():

@@ -16,9 +16,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
-from megatron_sov.base.errors import UserError, fix_missing, suggest_dataset_download, suggest_name
-from megatron_sov.base.hints.removed import SETTINGS as REMOVED_SETTINGS, without_removed
-from megatron_sov.base.hints.table import instead_of, note_on, settings_called
+from megatron_sov.base.errors import UserError, fix_missing, suggest_download, suggest_name
+from megatron_sov.base.hints.removed import SETTINGS as REMOVED_SETTINGS, drop_removed_settings
+from megatron_sov.base.hints.table import explain_key, find_note, translate_to_settings
 from megatron_sov.base.plugins.loading import PluginCode
 from megatron_sov.base.settings import (
     ActsWhen, NotNegative, ProblemCode as Kind, SettingsError, SettingsProblem, assign_values,
@@ -333,7 +333,7 @@ def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
     Raises:
         SettingsError: unknown settings (with the nearest known name), wrong types or values out of bounds.
     """
-    return parse_settings(RunConfig, without_removed(raw) if isinstance(raw, dict) else raw, where,
+    return parse_settings(RunConfig, drop_removed_settings(raw) if isinstance(raw, dict) else raw, where,
                 instead=_suggest_setting,
                           rules=False)
 
@@ -345,16 +345,16 @@ def _suggest_setting(key: str) -> str:
     if key in REMOVED_SETTINGS:
         return f"it was removed in this version; {REMOVED_SETTINGS[key][1]}"
     last = key.rpartition(".")[2]
-    if "." in key and (note := note_on(key)):
+    if "." in key and (note := find_note(key)):
         return note
     # A similar name in the same group is likelier than the same name in another group, unless other
     # programs use the name.
-    is_misspelled = "." in key and not settings_called(last) and not note_on(last)
+    is_misspelled = "." in key and not translate_to_settings(last) and not find_note(last)
     group: Any = get_inner_hint(RunConfig, key.partition(".")[0]) if is_misspelled else None
     if dataclasses.is_dataclass(group) and suggest_name(last, list_fields(cast(Any, group))):
         return ""
     candidates = find_settings(last)
-    return f"did you mean {' or '.join(map(repr, candidates[:4]))}?" if candidates else instead_of(last)
+    return f"did you mean {' or '.join(map(repr, candidates[:4]))}?" if candidates else explain_key(last)
 
 
 @cache
@@ -389,7 +389,7 @@ def find_settings(word: str, groups: Sequence[str] = ()) -> list[str]:
         word: a setting's last part, or another program's name, such as "lr".
         groups: groups to sort first, e.g. "preference".
     """
-    names = list(dict.fromkeys(setting.partition("=")[0] for setting in settings_called(word)))
+    names = list(dict.fromkeys(setting.partition("=")[0] for setting in translate_to_settings(word)))
     names = names or [name for name in setting_names() if name.rpartition(".")[2] == word]
     order = {group: index for index, group in enumerate(groups)}
     return sorted(names, key=lambda name: (order.get(name.partition(".")[0], len(order)), name.count(".")))
@@ -404,7 +404,7 @@ def correct_setting(word: str, groups: Sequence[str] = ()) -> str:
         groups: see `find_settings`.
     """
     # `optim` is a group here, but other programs use it for the optimizer's name.
-    means_other = "." not in word and settings_called(word)
+    means_other = "." not in word and translate_to_settings(word)
     if is_setting(word) and not means_other:
         return ""
     # checkpoint.every_steps may be train.checkpoint_every_steps
@@ -522,7 +522,7 @@ def _explain_missing(folder: str) -> str:
     if Path(f"{folder}.bin").exists() or Path(f"{folder}.idx").exists():
         return ("is the prefix of a Megatron indexed dataset; pass a folder from `sov-data pack`, or convert "
                 "the dataset by `sov-data adopt`")
-    if not Path(folder).parent.exists() and (hint := suggest_dataset_download(folder)):
+    if not Path(folder).parent.exists() and (hint := suggest_download(folder, is_data=True)):
         return f"does not exist{hint}"
     return "does not exist; check its path (`sov-data pack` writes folders of token shards)"
 

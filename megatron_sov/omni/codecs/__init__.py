@@ -1,1 +1,1 @@
-"""Networks between media and tokens: tokenizers, which see and hear, and decoders, which draw and speak."""
+"""Codecs between media and tokens, and encoders from media to features."""

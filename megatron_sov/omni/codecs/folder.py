@@ -1,6 +1,7 @@
-"""A codec on disk: an artifact of kind "codec" whose manifest has its kind and settings, and whose weights
-lie in `model.safetensors`.  Opening one runs nothing that the folder brings, and reserves no memory that its
-files do not fill.
+"""Save and open codec folders: artifacts with kind and settings in the manifest and weights in safetensors.
+
+Opening a codec runs no code from the folder, downloads nothing, and reserves no more memory than its files
+fill. Codecs are deterministic per device.
 """
 
 from __future__ import annotations
@@ -19,49 +20,11 @@ from torch import nn
 
 from megatron_sov.base.artifacts import create_artifact, find_damaged_files, read_manifest
 from megatron_sov.base.errors import UserError, format_install_command
-from megatron_sov.base.hints.removed import was_removed
+from megatron_sov.base.hints.removed import suggest_successor
 from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.base.settings import parse_settings, to_plain_values
 
-# What all codecs do, whoever made them.
-#
-# Each is opened from a local folder; nothing is downloaded.  All are deterministic on one device, given a
-# generator where they draw.
-
-class ImageTokenizer(Protocol):
-    """Pictures as a fixed number of ids."""
-
-    side_pixels: int
-    """Height and width of what it reads."""
-    grid: int
-    """Tokens of a row and of a column: a picture has grid * grid of them, row by row."""
-    codebook_size: int
-    """Ids are below it."""
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return [n, grid * grid] int64 ids of [n, 3, side, side] float32 pictures in 0..1."""
-        ...
-
-
-class AudioTokenizer(Protocol):
-    """Speech as ids at a fixed rate."""
-
-    sample_rate_hz: int
-    """Of what it hears: one channel, float32 in -1..1."""
-    samples_per_token: float
-    """Of what it hears; the silence behind a sound is filled up to a whole frame of tokens."""
-    codebook_size: int
-    """Ids are below it."""
-    max_piece_s: float
-    """A longer sound is cut into pieces of this length."""
-
-    def encode(self, sound: torch.Tensor) -> torch.Tensor:
-        """Return [t] int64 ids of [s] samples; the last token's silence is filled up."""
-        ...
-
-
-# The kinds of codec there are; none is imported before it is asked for.
-
-KNOWN = {
+CODEC_CLASSES = {
     "vqmodel": "megatron_sov.omni.codecs.hf_codecs:VQModelCodec",
     "janus-vq": "megatron_sov.omni.codecs.hf_codecs:JanusCodec",
     "mimi": "megatron_sov.omni.codecs.hf_codecs:MimiCodec",
@@ -69,54 +32,62 @@ KNOWN = {
     "ta-tok": "megatron_sov.omni.codecs.ta_tok:TATok",
     "cosyvoice2": "megatron_sov.omni.codecs.published:CosyVoice2Tokenizer",
 }
-"""Kind, as manifests have it -> module and class.  A class is an `nn.Module` that is made of its `Settings`
-and keeps them as `.settings`."""
-
-
-def codec_class(kind: str, where: str) -> Any:
-    """Return the class of a kind.
-
-    Raises:
-        UserError: there is no such kind, or a package that it needs is not installed.
-    """
-    if kind not in KNOWN:
-        raise UserError(f"{where}: {kind!r} is no kind of codec{was_removed(kind)}; there are "
-                        f"{', '.join(KNOWN)}")
-    module, _, name = KNOWN[kind].partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except ModuleNotFoundError as e:
-        # a defect of ours must not read as a missing package
-        if (e.name or "").startswith("megatron_sov"):
-            raise
-        raise UserError(f"{where}: a codec of kind {kind!r} needs the package {e.name}; install it by "
-                        f"`{format_install_command('omni')}`") from None
-
-
-KIND = "codec"
-"""Of the artifact."""
+"""Codec kind -> module:class of an `nn.Module` that is built from its `Settings`, stored as `.settings`."""
+ARTIFACT_KIND = "codec"
 WEIGHTS = "model.safetensors"
 MAX_CONFIG_BYTES = 1_000_000
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _REMEDY = "make the codec again, or restore it from a copy"
 
 
+class ImageTokenizer(Protocol):
+    """Encodes a picture as grid * grid ids."""
+
+    side_pixels: int
+    """Input height and width."""
+    grid: int
+    """Tokens per row and column; a picture has grid * grid tokens, row by row."""
+    codebook_size: int
+    """Vocabulary size."""
+
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Return int64 ids [n, grid * grid] for float32 pictures [n, 3, side, side] in 0..1."""
+        ...
+
+
+class AudioTokenizer(Protocol):
+    """Encodes sounds as ids at a fixed rate."""
+
+    sample_rate_hz: int
+    """Input sample rate; input is mono float32 in -1..1."""
+    samples_per_token: float
+    """Input samples per token; the last frame is padded with silence."""
+    codebook_size: int
+    """Vocabulary size."""
+    max_piece_s: float
+    """Length at which callers cut longer sounds, in seconds."""
+
+    def encode(self, sound: torch.Tensor) -> torch.Tensor:
+        """Return int64 ids [tokens] for samples [s]; the last frame is padded with silence."""
+        ...
+
+
 def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, Any] | None = None,
                overwrite: bool = False) -> None:
-    """Write a codec's folder.
+    """Write a codec folder.
 
     Args:
-        path: the folder.
-        kind: one of `folder.KNOWN`.
-        codec: has `.settings`; its state is written as it is.
-        facts: goes into the manifest's content beside kind and config, e.g. figures of held-out media.
-        overwrite: replace a codec that is already there.
+        path: output folder.
+        kind: key of `CODEC_CLASSES`.
+        codec: network with `.settings`.
+        facts: further manifest content, such as figures on held-out media.
+        overwrite: replace an existing codec.
 
     Raises:
-        UserError: the folder is taken, or the disk refuses.
+        UserError: the folder exists, or cannot be written.
     """
-    with create_artifact(path, KIND, overwrite=overwrite) as writer:
-        # cloned: safetensors refuses tensors that share memory
+    with create_artifact(path, ARTIFACT_KIND, overwrite=overwrite) as writer:
+        # Cloned, because safetensors refuses tensors that share memory.
         state = {name: tensor.detach().cpu().clone().contiguous()
                  for name, tensor in codec.state_dict().items()}
         save_file(state, writer.path / WEIGHTS)
@@ -124,101 +95,120 @@ def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, A
 
 
 def open_codec(folder: str | Path, device: str | torch.device = "cpu") -> Any:
-    """Return the codec of a folder, ready for use: on `device`, without dropout, its weights frozen.
+    """Load a codec in evaluation mode, with frozen weights.
 
     Args:
-        folder: what `megatron-sov codec import` wrote.
-        device: where it computes.
+        folder: output of `megatron-sov codec import`.
+        device: target device.
 
     Raises:
-        UserError: there is no codec, its settings break a rule, a file is not what the manifest says, or
-            its weights are not the ones that these settings ask for.
+        UserError: the folder is not a codec, a setting is invalid, a file differs from the manifest, or the
+            weights do not fit the settings.
     """
     folder = Path(folder)
-    _, settings, cls = read_codec(folder)
+    _, settings, codec_class = read_codec(folder)
     file = folder / WEIGHTS
-    # a link could name any file of this machine
+    # A link could point to a file outside the codec.
     refuse_outside_link(folder, file)
     if problems := find_damaged_files(folder):
         raise UserError(f"{problems[0]}; {_REMEDY}")
-    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
+    # The constructor draws initial weights; the caller's random state must not change.
+    with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
-            # on no device: shapes cost nothing there, and are compared before memory is reserved
-            expected = cls(settings).state_dict()
-        codec = load_weights(file, expected, lambda: cls(settings))
+            expected = codec_class(settings).state_dict()
+        codec = load_module_weights(file, expected, lambda: codec_class(settings))
     return codec.to(device).eval().requires_grad_(False)
 
 
 def read_codec(folder: Path) -> tuple[str, Any, Any]:
-    """Return kind, settings and class of a codec's folder; reads no weights.
-
-    Raises:
-        UserError: as `open_codec`.
-    """
-    content = read_manifest(folder, KIND).content
+    """Return a codec's kind, settings and class without reading weights; raises like `open_codec`."""
+    content = read_manifest(folder, ARTIFACT_KIND).content
     where = f"{folder}: config of the manifest"
     if not isinstance(content, dict) or not isinstance(content.get("codec"), str):
         raise UserError(f"{folder}: its manifest names no kind of codec; {_REMEDY}")
     if len(json.dumps(content.get("config"))) > MAX_CONFIG_BYTES:
         raise UserError(f"{where}: is larger than {MAX_CONFIG_BYTES:,} bytes; {_REMEDY}")
-    cls = codec_class(content["codec"], str(folder))
-    return content["codec"], parse_settings(cls.Settings, content.get("config"), where), cls
+    codec_class = load_codec_class(content["codec"], str(folder))
+    return content["codec"], parse_settings(codec_class.Settings, content.get("config"), where), codec_class
 
 
-def load_weights(file: Path, expected: Mapping[str, torch.Tensor], build: Any) -> Any:
-    """Return what `build` makes, with the weights of a safetensors file.
-
-    Names, shapes and kinds of number are compared with `expected` (on no device) by the file's header before
-    anything is made, so that settings cannot reserve more memory than the file has bytes.
+def load_codec_class(kind: str, where: str) -> Any:
+    """Import and return a codec kind's class.
 
     Raises:
-        UserError: naming the first tensor that is missing, unknown, of another shape, or not finite.
+        UserError: the kind is unknown, or a package is not installed; `where` names the folder.
+    """
+    if kind not in CODEC_CLASSES:
+        raise UserError(f"{where}: {kind!r} is not a kind of codec{suggest_successor(kind)}; there are "
+                        f"{', '.join(CODEC_CLASSES)}")
+    module, _, name = CODEC_CLASSES[kind].partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as e:
+        # Defects in our own modules must not look like a missing package.
+        if (e.name or "").startswith("megatron_sov"):
+            raise
+        raise UserError(f"{where}: a codec of kind {kind!r} needs the package {e.name}; install it by "
+                        f"`{format_install_command('omni')}`") from None
+
+
+def load_module_weights(file: Path, expected: Mapping[str, torch.Tensor], build: Any) -> Any:
+    """Build a network and load its weights from a safetensors file.
+
+    Names, shapes and dtypes in the file's header are checked first, so that settings from a manifest cannot
+    reserve more memory than the file fills.
+
+    Args:
+        file: safetensors file.
+        expected: state of the network on the meta device.
+        build: function that builds the network.
+
+    Raises:
+        UserError: a tensor is missing, unknown, of another shape or dtype, or not finite.
     """
     try:
         with safe_open(file, "pt") as opened:
-            _compare(file, {name: opened.get_slice(name) for name in opened.keys()}, expected)  # noqa: SIM118
+            header = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            _check_header(file, header, expected)
             network = build()
-            own = network.state_dict()
-            for name, tensor in own.items():
-                read = opened.get_tensor(name)
-                if read.is_floating_point() and not bool(read.isfinite().all()):
+            for name, target in network.state_dict().items():
+                tensor = opened.get_tensor(name)
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                     raise UserError(f"{file}: {name} has numbers that are not finite; {_REMEDY}")
-                tensor.copy_(read)
+                target.copy_(tensor)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{file}: cannot be read as a safetensors file ({e}); {_REMEDY}") from None
     return network
 
 
-def _compare(file: Path, found: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) -> None:
+def _check_header(file: Path, header: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in expected.items():
-        if name not in found:
+        if name not in header:
             raise UserError(f"{file}: lacks {name}, which its settings ask for; {_REMEDY}")
-        shape, dtype = list(found[name].get_shape()), found[name].get_dtype()
+        shape, dtype = list(header[name].get_shape()), header[name].get_dtype()
         if shape != list(tensor.shape):
             raise UserError(f"{file}: {name} has the shape {shape}, its settings say {list(tensor.shape)}; "
                             f"{_REMEDY}")
-        # bf16 for float32 may pass, since it is converted; ids for weights may not
+        # Another float dtype is converted; integers in place of weights are an error.
         if (dtype in _FLOATS) != tensor.dtype.is_floating_point:
             raise UserError(f"{file}: {name} has numbers of kind {dtype}, not {tensor.dtype}; {_REMEDY}")
-    if extra := [name for name in found if name not in expected]:
+    if extra := [name for name in header if name not in expected]:
         raise UserError(f"{file}: has {extra[0]}, which its settings do not ask for; {_REMEDY}")
 
 
-# What a codec's folder says of itself, its weights unread.
-
-def inspected(folder: Path) -> dict[str, Any]:
-    """Return kind, settings, number of parameters, and figures on held-out media where its maker wrote some.
+def describe_codec(folder: Path) -> dict[str, Any]:
+    """Return a codec's `codec` (kind), `config`, `num_parameters` and `heldout` figures, if recorded.
 
     Raises:
-        UserError: it is no codec, or one that no network can be made of.
+        UserError: the folder is not a codec, or a file is damaged.
     """
     kind, settings, _ = read_codec(folder)
-    heldout = read_manifest(folder, KIND).content.get("heldout")
+    heldout = read_manifest(folder, ARTIFACT_KIND).content.get("heldout")
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read as a safetensors file ({e}); make the codec "
-                        "again, or restore it from a copy") from None
+        raise UserError(f"{folder / WEIGHTS}: cannot be read as a safetensors file ({e}); "
+                        f"{_REMEDY}") from None
     return {"codec": kind, "config": to_plain_values(settings), "num_parameters": sum(sizes),
             "heldout": heldout if isinstance(heldout, dict) else {}}

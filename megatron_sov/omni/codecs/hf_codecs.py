@@ -1,7 +1,6 @@
-"""Codecs of transformers and diffusers, which encode and decode, read from folders of `save_pretrained`.
+"""Codecs from transformers and diffusers with `encode` and `decode`, in `save_pretrained` folders.
 
-A sound's token is one number: of a codec with several codebooks, a frame's codes follow one another, each
-moved behind the codebooks before it.
+Audio codecs with several codebooks interleave the codes of a frame; each codebook has its own range of ids.
 """
 
 from __future__ import annotations
@@ -24,39 +23,38 @@ from megatron_sov.base.errors import UserError, first_error_line, format_problem
 from megatron_sov.model.pretrained import CONFIG, load_pretrained, read_json
 
 MAX_PIECE_S = 30.0
-MAX_TENSORS = 5000
-"""Of a network: ten times what published codecs have."""
-_PASSED_OVER = ("architectures", "transformers_version", "dtype")
-_REFUSED = ("auto_map", "attn_implementation", "quantization_config")
-"""Fields by which transformers loads code or other weights."""
 MAX_ELEMENTS = 1 << 29
-"""Of all tensors together: 2 GiB in float32, several times what published codecs have."""
-_MAX_DEPTH, _MAX_ITEMS, _MAX_SHOWN_CHARS = 20, 100_000, 200
+"""Largest network, in tensor elements: 2 GiB in float32, several times the published codecs."""
+MAX_TENSORS = 5000
+"""Largest network, in tensors: ten times the published codecs."""
+_IGNORED_FIELDS = ("architectures", "transformers_version", "dtype")
+_REFUSED_FIELDS = ("auto_map", "attn_implementation", "quantization_config")
+"""Config fields that make transformers load code or other weights."""
+_MAX_DEPTH, _MAX_ITEMS, _MAX_PATH_CHARS = 20, 100_000, 200
 _MAX_NUMBER = 1_000_000
-"""Sizes and rates: tables of filters are made outside of torch, and a layer of each count."""
+"""Largest number in a config: `BoundedTensors` does not see filter tables built outside torch."""
 Config = dict[str, Any]
 
 
 class BoundedTensors(TorchDispatchMode):
-    """While it is entered, tensors beyond the bounds raise `MemoryError` before they are made."""
+    """Context that raises `MemoryError` before torch allocates too many elements or tensors."""
 
     def __init__(self, max_elements: int = MAX_ELEMENTS, max_tensors: int = MAX_TENSORS) -> None:
         super().__init__()
         self._max_elements, self._max_tensors = max_elements, max_tensors
         self.problem = ""
-        """Numbers and tensors that were asked for, if they were too many."""
+        """Message about the exceeded bound, or ""."""
         self._num_elements = self._num_tensors = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
-        """Count what an operation makes that begins with sizes (`empty`, `zeros`, ...) or a range."""
-        # operations that make a tensor have its size first; the dispatcher sees them before memory is
-        # reserved
-        asked = args[0] if args else None
-        if isinstance(asked, (list, tuple)) and asked and all(isinstance(n, int) for n in asked):
-            self._num_elements += math.prod(asked)
+        """Add up the sizes passed to factory operations (`empty`, `zeros`, `arange`, ...)."""
+        # Factory operations take the size, or the range, as first argument.
+        size = args[0] if args else None
+        if isinstance(size, (list, tuple)) and size and all(isinstance(n, int) for n in size):
+            self._num_elements += math.prod(size)
             self._num_tensors += 1
-        elif isinstance(asked, (int, float)):
+        elif isinstance(size, (int, float)):
             self._num_elements += int(max(abs(n) for n in args if isinstance(n, (int, float))))
         if self._num_elements > self._max_elements or self._num_tensors > self._max_tensors:
             self.problem = (f"asks for {self._num_elements:,} numbers in {self._num_tensors:,} tensors, and "
@@ -65,9 +63,9 @@ class BoundedTensors(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def config_problems(config: object) -> Iterator[str]:
-    """Yield one sentence for each part of a configuration that is nested too deep or no size of a codec."""
-    # without recursion: the file decides how deep it is nested
+def find_config_problems(config: object) -> Iterator[str]:
+    """Yield a message for each config entry that is too deep or too large."""
+    # Without recursion, because the file decides the depth.
     stack: list[tuple[str, object, int]] = [("config", config, 0)]
     num_items = 0
     while stack:
@@ -77,232 +75,239 @@ def config_problems(config: object) -> Iterator[str]:
             yield f"{where}: is nested deeper than {_MAX_DEPTH}, or has too many items ({_MAX_ITEMS:,})"
             return
         if isinstance(node, dict):
-            stack += [(f"{where}.{str(key)[:100]}"[:_MAX_SHOWN_CHARS], value, depth + 1)
+            stack += [(f"{where}.{str(key)[:100]}"[:_MAX_PATH_CHARS], value, depth + 1)
                       for key, value in node.items()]
         elif isinstance(node, list):
-            stack += [(f"{where}.{i}"[:_MAX_SHOWN_CHARS], value, depth + 1) for i, value in enumerate(node)]
+            stack += [(f"{where}.{i}"[:_MAX_PATH_CHARS], value, depth + 1) for i, value in enumerate(node)]
         elif isinstance(node, (int, float)) and not abs(node) <= _MAX_NUMBER:
-            yield f"{where} = {str(node)[:40]}: is no number of a codec; each is at most {_MAX_NUMBER:,}"
+            yield f"{where} = {str(node)[:40]}: is too large for a codec; at most {_MAX_NUMBER:,}"
 
 
-def _refused_fields(config: object, where: str = "config") -> Iterator[str]:
+def _find_refused_fields(config: object, where: str = "config") -> Iterator[str]:
     if isinstance(config, dict):
         for name, value in config.items():
-            if name in _REFUSED or str(name).startswith("_"):
-                yield f"{where}.{str(name)[:80]}: is no size of a codec; leave it out"
-            yield from _refused_fields(value, f"{where}.{str(name)[:80]}")
+            if name in _REFUSED_FIELDS or str(name).startswith("_"):
+                yield f"{where}.{str(name)[:80]}: is not a size of a codec; leave it out"
+            yield from _find_refused_fields(value, f"{where}.{str(name)[:80]}")
     elif isinstance(config, list):
         for i, value in enumerate(config):
-            yield from _refused_fields(value, f"{where}.{i}")
+            yield from _find_refused_fields(value, f"{where}.{i}")
 
 
-def _problems(config: Config) -> list[str]:
-    # the first reads without recursion, and bounds the depth for the second
-    return list(config_problems(config)) or list(_refused_fields(config))
+def _validate_config(config: Config) -> list[str]:
+    # `_find_refused_fields` recurses, and needs the bounded depth.
+    return list(find_config_problems(config)) or list(_find_refused_fields(config))
 
 
 @dataclass(frozen=True)
 class HfImageSettings:
-    """A codec of pictures."""
+    """Picture codec settings."""
 
     config: Config
-    """`config.json` of its folder, sizes alone."""
+    """Sizes from `config.json`."""
     side_pixels: Annotated[int, Ge(1), Le(4096)]
-    """Height and width of a picture."""
+    """Picture height and width."""
 
     def problems(self) -> list[str]:
-        return _problems(self.config)
+        return _validate_config(self.config)
 
 
 @dataclass(frozen=True)
 class HfAudioSettings:
-    """A codec of sounds."""
+    """Audio codec settings."""
 
     config: Config
-    """`config.json` of its folder, sizes alone."""
+    """Sizes from `config.json`."""
     num_codebooks: Annotated[int, Ge(1), Le(128)] = 1
-    """Codes of a frame, the first ones of those that the codec has."""
+    """Codebooks to use, from the first."""
 
     def problems(self) -> list[str]:
-        return _problems(self.config)
+        return _validate_config(self.config)
 
 
 class HfCodec(nn.Module):
-    """A network of a library, made of its own configuration."""
+    """A library's network, built from its own config."""
 
     MODEL: ClassVar[str]
-    """Module and class."""
+    """The network's module:class."""
     network: Any
 
     @classmethod
-    def model_class(cls) -> Any:
+    def load_model_class(cls) -> Any:
         module, _, name = cls.MODEL.partition(":")
         return getattr(importlib.import_module(module), name)
 
     @classmethod
-    def _load(cls, folder: Path) -> tuple[Any, Config]:
-        """Return the library's model of a folder, and the sizes in its configuration.
+    def _load_network(cls, folder: Path) -> tuple[Any, Config]:
+        """Load a network in float32 and return it with the sizes in its config.
 
         Raises:
-            UserError: its files are missing, damaged, pickled or of another model.
+            UserError: files are missing, damaged, pickled, or belong to another model.
         """
-        if found := _raw_problems(folder):
-            raise UserError(format_problems(f"{folder / CONFIG}", found[:20]))
-        model = load_pretrained(cls.model_class(), folder)
+        if problems := list(find_config_problems(read_json(folder / CONFIG))):
+            raise UserError(format_problems(f"{folder / CONFIG}", problems[:20]))
+        model = load_pretrained(cls.load_model_class(), folder)
         config = model.config
         text = (config.to_json_string(use_diff=False) if hasattr(config, "to_json_string")
                 else json.dumps(dict(config)))
-        sizes: Config = _sizes(json.loads(text))
+        sizes: Config = _extract_sizes(json.loads(text))
         return model.float().eval(), sizes
 
-    def _build(self, config: Config) -> None:
-        """Make the network, its weights not read, within the bounds of a codec."""
-        model, bounded = self.model_class(), BoundedTensors()
+    def _build_network(self, config: Config) -> None:
+        """Build the network with initial weights, within `BoundedTensors`."""
+        model_class, bounds = self.load_model_class(), BoundedTensors()
         try:
-            with bounded:
-                self.network = (model(model.config_class.from_dict(dict(config)))
-                                if hasattr(model, "config_class") else model(**config))
+            with bounds:
+                if hasattr(model_class, "config_class"):
+                    self.network = model_class(model_class.config_class.from_dict(dict(config)))
+                else:
+                    self.network = model_class(**config)
         except Exception as e:
-            said = bounded.problem or (f"makes no {model.__name__} ({type(e).__name__}: "
-                                       f"{first_error_line(e)[:200]})")
-            raise UserError(f"the codec's configuration {said}; import the codec again") from None
+            problem = bounds.problem or (f"cannot build {model_class.__name__} ({type(e).__name__}: "
+                                         f"{first_error_line(e)[:200]})")
+            raise UserError(f"the codec's configuration {problem}; import the codec again") from None
 
 
-def _raw_problems(folder: Path) -> list[str]:
-    return list(config_problems(read_json(folder / CONFIG)))
-
-
-def _sizes(config: Any) -> Any:
+def _extract_sizes(config: Any) -> Any:
     if isinstance(config, dict):
-        return {name: _sizes(value) for name, value in config.items()
-                if not name.startswith("_") and name not in (*_PASSED_OVER, *_REFUSED)}
-    return [_sizes(value) for value in config] if isinstance(config, list) else config
+        return {name: _extract_sizes(value) for name, value in config.items()
+                if not name.startswith("_") and name not in (*_IGNORED_FIELDS, *_REFUSED_FIELDS)}
+    return [_extract_sizes(value) for value in config] if isinstance(config, list) else config
 
 
 class HfImageCodec(HfCodec):
-    """Pictures as ids and back."""
+    """Encodes pictures as ids and decodes ids."""
 
     Settings = HfImageSettings
 
     def __init__(self, settings: HfImageSettings) -> None:
         super().__init__()
         self.settings, self.side_pixels = settings, settings.side_pixels
-        self._build(settings.config)
-        self.grid, rest = divmod(settings.side_pixels, self._patch_pixels())
-        if rest:
+        self._build_network(settings.config)
+        self.grid, remainder = divmod(settings.side_pixels, self._get_patch_pixels())
+        if remainder:
             raise UserError(f"side_pixels = {settings.side_pixels}: must be a multiple of the codec's "
-                            f"{self._patch_pixels()} pixels for a token; import the codec with --side-pixels")
-        self.codebook_size = self._codebook_size()
+                            f"{self._get_patch_pixels()} pixels for a token; import the codec with "
+                            "--side-pixels")
+        self.codebook_size = self._get_codebook_size()
 
     @classmethod
-    def of_folder(cls, folder: Path, side_pixels: int | None = None) -> Self:
-        """Return the codec of a folder; `side_pixels`: of its pictures, unless the configuration says."""
-        network, config = cls._load(folder)
-        codec = cls(HfImageSettings(config, side_pixels or cls._own_side(config)))
+    def from_folder(cls, folder: Path, side_pixels: int | None = None) -> Self:
+        """Load a codec from a `save_pretrained` folder.
+
+        Args:
+            folder: config and weights.
+            side_pixels: height and width of pictures; None: from the config.
+        """
+        network, config = cls._load_network(folder)
+        codec = cls(HfImageSettings(config, side_pixels or cls._get_default_side(config)))
         codec.network = network
         return codec
 
     @classmethod
-    def _own_side(cls, config: Config) -> int:
+    def _get_default_side(cls, config: Config) -> int:
         raise NotImplementedError
 
-    def _patch_pixels(self) -> int:
+    def _get_patch_pixels(self) -> int:
         raise NotImplementedError
 
-    def _codebook_size(self) -> int:
+    def _get_codebook_size(self) -> int:
         raise NotImplementedError
 
-    def _ids(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return ids, row by row, of pixels [n, 3, side, side] in -1..1."""
+    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return ids, row by row, for pixels [n, 3, side, side] in -1..1."""
         raise NotImplementedError
 
-    def _pixels(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return pixels in -1..1 of ids [n, grid * grid]."""
+    def _decode_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return pixels [n, 3, side, side] in -1..1 for ids [n, grid * grid]."""
         raise NotImplementedError
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return [n, grid * grid] int64 ids of [n, 3, side, side] float32 pictures in 0..1."""
+        """Return int64 ids [n, grid * grid] for float32 pictures [n, 3, side, side] in 0..1."""
         with torch.no_grad():
-            return self._ids(pictures * 2 - 1).view(len(pictures), -1).long()
+            return self._encode_pixels(pictures * 2 - 1).view(len(pictures), -1).long()
 
     def decode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return [n, 3, side, side] float32 pictures in 0..1 of [n, grid * grid] ids."""
+        """Return float32 pictures [n, 3, side, side] in 0..1 for ids [n, grid * grid]."""
         with torch.no_grad():
-            return (self._pixels(ids) / 2 + 0.5).clamp(0, 1)
+            return (self._decode_ids(ids) / 2 + 0.5).clamp(0, 1)
 
 
 class VQModelCodec(HfImageCodec):
-    """diffusers' VQModel."""
+    """`VQModel` from diffusers."""
 
     MODEL = "diffusers:VQModel"
 
     @classmethod
-    def _own_side(cls, config: Config) -> int:
+    def _get_default_side(cls, config: Config) -> int:
         return int(config["sample_size"])
 
-    def _patch_pixels(self) -> int:
+    def _get_patch_pixels(self) -> int:
         return int(2 ** (len(self.network.config.block_out_channels) - 1))
 
-    def _codebook_size(self) -> int:
+    def _get_codebook_size(self) -> int:
         return int(self.network.config.num_vq_embeddings)
 
-    def _ids(self, pixels: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.network.quantize(self.network.encode(pixels).latents)[2][2]
-        return found
+    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        ids: torch.Tensor = self.network.quantize(self.network.encode(pixels).latents)[2][2]
+        return ids
 
-    def _pixels(self, ids: torch.Tensor) -> torch.Tensor:
+    def _decode_ids(self, ids: torch.Tensor) -> torch.Tensor:
         network = self.network
         shape = (len(ids), self.grid, self.grid, network.quantize.vq_embed_dim)
-        entries = ids.flatten()
+        latents = ids.flatten()
         if not network.config.lookup_from_codebook:
-            entries = network.quantize.get_codebook_entry(entries, shape)
-        found: torch.Tensor = network.decode(entries, force_not_quantize=True, shape=shape).sample
-        return found
+            latents = network.quantize.get_codebook_entry(latents, shape)
+        pixels: torch.Tensor = network.decode(latents, force_not_quantize=True, shape=shape).sample
+        return pixels
 
 
 class JanusCodec(HfImageCodec):
-    """transformers' JanusVQVAE."""
+    """`JanusVQVAE` from transformers."""
 
     MODEL = "transformers:JanusVQVAE"
 
     def __init__(self, settings: HfImageSettings) -> None:
         super().__init__(settings)
         num_patches = self.network.config.num_patches
-        if self.grid != num_patches:  # it decodes pictures of one size alone
+        if self.grid != num_patches:  # the decoder has a fixed picture size
             raise UserError(f"side_pixels = {settings.side_pixels}: must be "
-                            f"{num_patches * self._patch_pixels()} for this codec; import the codec again")
+                            f"{num_patches * self._get_patch_pixels()} for this codec; import the codec "
+                            "again")
 
     @classmethod
-    def _own_side(cls, config: Config) -> int:
+    def _get_default_side(cls, config: Config) -> int:
         return int(config["num_patches"] * 2 ** (len(config["channel_multiplier"]) - 1))
 
-    def _patch_pixels(self) -> int:
+    def _get_patch_pixels(self) -> int:
         return int(2 ** (len(self.network.config.channel_multiplier) - 1))
 
-    def _codebook_size(self) -> int:
+    def _get_codebook_size(self) -> int:
         return int(self.network.config.num_embeddings)
 
-    def _ids(self, pixels: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.network.encode(pixels).image_tokens
-        return found
+    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        ids: torch.Tensor = self.network.encode(pixels).image_tokens
+        return ids
 
-    def _pixels(self, ids: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.network.decode(ids)
-        return found
+    def _decode_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        pixels: torch.Tensor = self.network.decode(ids)
+        return pixels
 
 
 class HfAudioCodec(HfCodec):
-    """Sounds as ids and back."""
+    """Encodes sounds as ids and decodes ids."""
 
     Settings = HfAudioSettings
-    COUNT: ClassVar[str]
-    """Argument of the network's `encode` for the number of codebooks."""
+    CODEBOOKS_ARGUMENT: ClassVar[str]
+    """Argument for the codebook count in the network's `encode`."""
+    CODEBOOKS_FIELD: ClassVar[str]
+    """Config field with the network's codebook count."""
     max_piece_s = MAX_PIECE_S
 
     def __init__(self, settings: HfAudioSettings) -> None:
         super().__init__()
         self.settings, self.num_codebooks = settings, settings.num_codebooks
-        self._build(settings.config)
+        self._build_network(settings.config)
         config = self.network.config
         try:
             self._frame_samples = round(config.sampling_rate / config.frame_rate)
@@ -310,42 +315,44 @@ class HfAudioCodec(HfCodec):
             self._frame_samples = 0
         if self._frame_samples < 1:
             raise UserError(f"the codec's configuration has sampling_rate = {config.sampling_rate}, and no "
-                            "rate of frames; import the codec again")
+                            "valid frame rate; import the codec again")
         self._size = int(config.codebook_size)
-        if self.num_codebooks > self._most():
-            raise UserError(f"num_codebooks = {self.num_codebooks}: the codec has {self._most()}; import it "
+        max_codebooks = int(getattr(config, self.CODEBOOKS_FIELD))
+        if self.num_codebooks > max_codebooks:
+            raise UserError(f"num_codebooks = {self.num_codebooks}: the codec has {max_codebooks}; import it "
                             "with fewer --codebooks")
         self.sample_rate_hz, self.codebook_size = int(config.sampling_rate), self._size * self.num_codebooks
         self.samples_per_token = self._frame_samples / self.num_codebooks
 
     @classmethod
-    def of_folder(cls, folder: Path, num_codebooks: int = 1) -> Self:
-        """Return the codec of a folder, of which the first codebooks are used."""
-        network, config = cls._load(folder)
+    def from_folder(cls, folder: Path, num_codebooks: int = 1) -> Self:
+        """Load a codec from a `save_pretrained` folder, to be used with its first `num_codebooks`."""
+        network, config = cls._load_network(folder)
         codec = cls(HfAudioSettings(config, num_codebooks))
         codec.network = network
         return codec
 
-    def _most(self) -> int:
-        raise NotImplementedError
-
     def encode(self, sound: torch.Tensor) -> torch.Tensor:
-        """Return [frames * num_codebooks] int64 ids of [s] samples; the last frame's silence is filled up."""
-        piece = int(self.max_piece_s * self.sample_rate_hz / self._frame_samples) * self._frame_samples
+        """Return int64 ids [frames * num_codebooks] for samples [s]; silence pads the last frame."""
+        num_frames = int(self.max_piece_s * self.sample_rate_hz / self._frame_samples)
+        if not len(sound):
+            return torch.zeros(0, dtype=torch.int64)
         with torch.no_grad():
-            found = [self._codes(part) for part in sound.split(piece)] if len(sound) else []
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+            pieces = sound.split(num_frames * self._frame_samples)
+            return torch.cat([self._encode_piece(piece) for piece in pieces])
 
-    def _codes(self, sound: torch.Tensor) -> torch.Tensor:
-        filled = F.pad(sound, (0, -len(sound) % self._frame_samples))[None, None]
-        codes = self.network.encode(filled, **{self.COUNT: self.num_codebooks}).audio_codes[0].long()
-        # [codebooks, frames]: each codebook has ids of its own
-        moved = codes + self._size * torch.arange(self.num_codebooks, device=codes.device)[:, None]
-        return moved.T.flatten()
+    def _encode_piece(self, sound: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(sound, (0, -len(sound) % self._frame_samples))[None, None]
+        encoded = self.network.encode(padded, **{self.CODEBOOKS_ARGUMENT: self.num_codebooks})
+        codes = encoded.audio_codes[0].long()  # [codebooks, frames]
+        # Offset the codebooks to disjoint id ranges.
+        ids = codes + self._size * torch.arange(self.num_codebooks, device=codes.device)[:, None]
+        return ids.T.flatten()
 
     def decode(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return [samples] float32 in -1..1 of ids; codes of a last frame that is not whole are left out."""
-        frames = ids[:len(ids) - len(ids) % self.num_codebooks].view(-1, self.num_codebooks) % self._size
+        """Return float32 samples [s] in -1..1 for ids [tokens]; an incomplete last frame is dropped."""
+        num_complete = len(ids) - len(ids) % self.num_codebooks
+        frames = ids[:num_complete].view(-1, self.num_codebooks) % self._size
         if not len(frames):
             return torch.zeros(0)
         with torch.no_grad():
@@ -354,18 +361,13 @@ class HfAudioCodec(HfCodec):
 
 
 class MimiCodec(HfAudioCodec):
-    """transformers' Mimi, whose first codebook is what is said."""
+    """`MimiModel` from transformers; its first codebook encodes the words."""
 
-    MODEL, COUNT = "transformers:MimiModel", "num_quantizers"
-
-    def _most(self) -> int:
-        return int(self.network.config.num_quantizers)
+    MODEL = "transformers:MimiModel"
+    CODEBOOKS_ARGUMENT = CODEBOOKS_FIELD = "num_quantizers"
 
 
 class DacCodec(HfAudioCodec):
-    """transformers' DAC."""
+    """`DacModel` from transformers."""
 
-    MODEL, COUNT = "transformers:DacModel", "n_quantizers"
-
-    def _most(self) -> int:
-        return int(self.network.config.n_codebooks)
+    MODEL, CODEBOOKS_ARGUMENT, CODEBOOKS_FIELD = "transformers:DacModel", "n_quantizers", "n_codebooks"

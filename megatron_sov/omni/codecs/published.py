@@ -1,6 +1,7 @@
-"""Published tokenizers as codecs: CosyVoice 2's network, and how files of others are read.
+"""Import published tokenizers as codecs: TA-Tok, CosyVoice 2, transformers and diffusers.
 
-Tensors are read without unpickling, and written under our names."""
+Reading a published file executes no code from the file.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +21,34 @@ from megatron_sov.base.artifacts import check_output_folder
 from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.base.settings import ProblemCode, SettingsError, SettingsProblem, find_all_problems
 from megatron_sov.chat.limits import TemplateTimeout, limit_resources
-from megatron_sov.omni.codecs.folder import KIND, codec_class, save_codec
-from megatron_sov.omni.codecs.ta_tok import ta_tok_state
+from megatron_sov.omni.codecs.folder import ARTIFACT_KIND, load_codec_class, save_codec
+from megatron_sov.omni.codecs.ta_tok import convert_ta_tok_state
 
 LEVELS, NUM_LEVELS = 3, 8
 _HOP_SAMPLES, _FRAMES_PER_TOKEN = 160, 4
 _MAX_PIECE_S = 30
-_NAME = "speech_tokenizer_v2_25hz"
-"""As s3tokenizer calls the published one."""
+_S3_NAME = "speech_tokenizer_v2_25hz"
+"""The published model's name in the package s3tokenizer."""
+RELEASED_PREFIXES = {"ta-tok": "model.discrete_vision_model.", "cosyvoice2": "model.discrete_audio_model."}
+"""Codec kind -> prefix for the tokenizer's tensors inside HyperCLOVA X 8B Omni."""
+_LOAD_TIME_S, _LOAD_BYTES, _LOAD_COPIES = 300.0, 1 << 29, 4
+"""Limits for unpickling tensors: processor time; and memory, plus `_LOAD_COPIES` times the file
+size. A hostile 100-byte pickle can ask for terabytes."""
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class CosyVoice2Settings:
-    """Sizes: the published ones."""
+    """CosyVoice 2's tokenizer sizes. Defaults: the published model."""
 
     num_mels: Annotated[int, Ge(80), Le(128)] = 128
-    """Bands of a frame."""
+    """Mel bands."""
     width: Annotated[int, Ge(64), Le(16384)] = 1280
-    """Of the transformer; its heads are 64 wide."""
+    """Hidden size; attention heads have size 64."""
     num_heads: Annotated[int, Ge(1), Le(256)] = 20
-    """Of attention."""
+    """Attention heads."""
     num_layers: Annotated[int, Ge(1), Le(100)] = 6
-    """Of the transformer."""
+    """Transformer layers."""
 
     def problems(self) -> list[SettingsProblem]:
         return [] if self.width == 64 * self.num_heads else [
@@ -50,8 +57,10 @@ class CosyVoice2Settings:
 
 
 class CosyVoice2Tokenizer(nn.Module):
-    """Speech as ids, 25 a second out of 6,561 (https://arxiv.org/abs/2412.10117); networks and log-mel frames
-    are those of the package s3tokenizer (xingchensong/S3Tokenizer on GitHub)."""
+    """CosyVoice 2's speech tokenizer (https://arxiv.org/abs/2412.10117): 25 ids per second, vocabulary 6,561.
+
+    Networks and log-mel frames come from the package s3tokenizer (GitHub: xingchensong/S3Tokenizer).
+    """
 
     Settings = CosyVoice2Settings
     sample_rate_hz = 16_000
@@ -62,159 +71,160 @@ class CosyVoice2Tokenizer(nn.Module):
     def __init__(self, settings: CosyVoice2Settings) -> None:
         super().__init__()
         try:
-            from s3tokenizer.model_v2 import ModelConfig, S3TokenizerV2
+            from s3tokenizer.model_v2 import ModelConfig, S3TokenizerV2  # optional package
+            from s3tokenizer.utils import log_mel_spectrogram
         except ImportError as e:
             raise UserError(f"codec of kind 'cosyvoice2': needs the package s3tokenizer ({e}); install it by "
                             "`pip install s3tokenizer`") from None
         self.settings = settings
-        self.network = S3TokenizerV2(_NAME, ModelConfig(
+        self._compute_frames = log_mel_spectrogram
+        self.network = S3TokenizerV2(_S3_NAME, ModelConfig(
             n_mels=settings.num_mels, n_audio_state=settings.width, n_audio_head=settings.num_heads,
             n_audio_layer=settings.num_layers))
 
     def encode(self, sound: torch.Tensor) -> torch.Tensor:
-        """Return [t] int64 ids of [s] samples; the last token's silence is filled up, and a sound longer than
-        30 s is cut into pieces."""
-        piece = _MAX_PIECE_S * self.sample_rate_hz
+        """Return int64 ids [tokens] for samples [s].
+
+        Sounds longer than 30 s are cut into pieces; the last token of a piece is padded with silence.
+        """
+        if not len(sound):
+            return torch.zeros(0, dtype=torch.int64)
         with torch.no_grad():
-            ids = [self._piece(part) for part in sound.split(piece)] if len(sound) else []
-        return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64)
+            pieces = sound.split(_MAX_PIECE_S * self.sample_rate_hz)
+            return torch.cat([self._encode_piece(piece) for piece in pieces])
 
-    def _piece(self, sound: torch.Tensor) -> torch.Tensor:
-        from s3tokenizer.utils import log_mel_spectrogram
-
-        filled = F.pad(sound, (0, -len(sound) % self.samples_per_token))
-        frames = log_mel_spectrogram(filled, n_mels=self.settings.num_mels)[None]
+    def _encode_piece(self, sound: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(sound, (0, -len(sound) % self.samples_per_token))
+        frames = self._compute_frames(padded, n_mels=self.settings.num_mels)[None]
         ids, lengths = self.network.quantize(frames, torch.tensor([frames.shape[-1]], device=frames.device))
-        found: torch.Tensor = ids[0, :int(lengths[0])].long().clone()
-        return found
+        encoded: torch.Tensor = ids[0, :int(lengths[0])].long().clone()
+        return encoded
 
 
-def cosyvoice2_state(found: Mapping[str, torch.Tensor],
-                     where: str) -> tuple[CosyVoice2Settings, dict[str, torch.Tensor]]:
-    """Return settings and state of `CosyVoice2Tokenizer` from the tensors of s3tokenizer's network.
+def convert_cosyvoice2_state(tensors: Mapping[str, torch.Tensor],
+                             where: str) -> tuple[CosyVoice2Settings, Tensors]:
+    """Convert s3tokenizer's tensors to the settings and state of `CosyVoice2Tokenizer`.
 
     Args:
-        found: its names -> tensors.
-        where: the file, for sentences.
+        tensors: s3tokenizer's name -> tensor.
+        where: file name for error messages.
 
     Raises:
-        UserError: it is no such tokenizer.
+        UserError: a tensor is missing or has another number of axes.
     """
-    first, codes = "encoder.conv1.weight", "quantizer._codebook.project_down.weight"
-    if missing := [name for name in (first, codes) if name not in found]:
-        raise UserError(f"{where}: lacks {missing[0]}, so it is no tokenizer of CosyVoice 2; pass "
+    conv, codes = "encoder.conv1.weight", "quantizer._codebook.project_down.weight"
+    if missing := [name for name in (conv, codes) if name not in tensors]:
+        raise UserError(f"{where}: lacks {missing[0]}, so it is not CosyVoice 2's tokenizer; pass "
                         "speech_tokenizer_v2.onnx, or its weights as s3tokenizer names them")
-    if found[first].ndim != 3:
-        raise UserError(f"{where}: {first} has the shape {list(found[first].shape)}; it is no tokenizer of "
-                        "CosyVoice 2")
-    width, num_mels, _ = found[first].shape
-    layers = 1 + max((int(name.split(".")[2]) for name in found
-                      if name.startswith("encoder.blocks.") and name.split(".")[2].isdigit()), default=0)
+    if tensors[conv].ndim != 3:
+        raise UserError(f"{where}: {conv} has the shape {list(tensors[conv].shape)}; it is not CosyVoice 2's "
+                        "tokenizer")
+    width, num_mels, _ = tensors[conv].shape
+    layers = [int(name.split(".")[2]) for name in tensors
+              if name.startswith("encoder.blocks.") and name.split(".")[2].isdigit()]
     settings = CosyVoice2Settings(num_mels=num_mels, width=width, num_heads=max(1, width // 64),
-                                  num_layers=layers)
-    return settings, {f"network.{name}": tensor for name, tensor in found.items()}
+                                  num_layers=1 + max(layers, default=0))
+    return settings, {f"network.{name}": tensor for name, tensor in tensors.items()}
 
 
-INSIDE = {"ta-tok": "model.discrete_vision_model.", "cosyvoice2": "model.discrete_audio_model."}
-"""Kind -> how its tensors' names begin inside a released any-to-any model (HyperCLOVA X 8B Omni)."""
-_LOADING_S, _LOADING_BYTES, _LOADING_COPIES = 300.0, 1 << 29, 4
-"""What reading a pickle of tensors may take: processor time; memory, and times the file's size beside it.
-One of a hundred bytes may ask for all there is."""
-Tensors = dict[str, torch.Tensor]
 _CONVERTERS: dict[str, Callable[[Mapping[str, torch.Tensor], str], tuple[Any, Tensors]]] = {
-    "ta-tok": ta_tok_state, "cosyvoice2": cosyvoice2_state}
+    "ta-tok": convert_ta_tok_state, "cosyvoice2": convert_cosyvoice2_state}
 
 
-def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = False, **given: Any) -> None:
-    """Write a codec of what others published.
+def import_codec(kind: str, source: Path, output: Path, *, overwrite: bool = False, **options: Any) -> None:
+    """Write a codec folder from a published tokenizer.
 
     Args:
-        kind: one of `folder.KNOWN`.
-        source: a file (.safetensors, .pth, .pt, .onnx), or a folder of safetensors files.
-        output: the codec's folder.
-        overwrite: replace a codec that is already there.
-        given: what `of_folder` of a codec of transformers or diffusers takes.
+        kind: key of `folder.CODEC_CLASSES`.
+        source: a file (.safetensors, .pth, .pt, .onnx), a folder of safetensors files, or a
+            `save_pretrained` folder.
+        output: codec folder.
+        overwrite: replace an existing codec.
+        options: further arguments of `from_folder` in `hf_codecs`.
 
     Raises:
-        UserError: the source cannot be read without running it, or is another network.
+        UserError: the source cannot be read without executing code, or is another network.
     """
-    check_output_folder(output, KIND, overwrite)
-    cls = codec_class(kind, str(source))
-    if hasattr(cls, "of_folder"):
-        save_codec(output, kind, cls.of_folder(source, **given), overwrite=overwrite)
+    check_output_folder(output, ARTIFACT_KIND, overwrite)
+    codec_class = load_codec_class(kind, str(source))
+    if hasattr(codec_class, "from_folder"):
+        save_codec(output, kind, codec_class.from_folder(source, **options), overwrite=overwrite)
         return
-    settings, state = _CONVERTERS[kind](_tensors(source, INSIDE[kind]), str(source))
-    if found := find_all_problems(settings):
-        raise SettingsError(f"{source}: its sizes", found)
-    with torch.device("meta"):  # sizes that small tensors tell apart may ask for much together
-        expected = cls(settings).state_dict()
-    _compare(expected, state, source)
-    codec: nn.Module = cls(settings)
-    # names and shapes have been compared: what is left is a copy
+    settings, state = _CONVERTERS[kind](_read_tensors(source, RELEASED_PREFIXES[kind]), str(source))
+    if problems := find_all_problems(settings):
+        raise SettingsError(f"{source}: its sizes", problems)
+    with torch.device("meta"):  # small tensors may imply a huge network
+        expected = codec_class(settings).state_dict()
+    _check_state(expected, state, source)
+    codec: nn.Module = codec_class(settings)
     codec.load_state_dict(state)
     save_codec(output, kind, codec, overwrite=overwrite)
 
 
-def _compare(own: Mapping[str, torch.Tensor], state: Tensors, source: Path) -> None:
-    """Raise `UserError` where a weight is missing, unknown, of another shape or not finite."""
-    for name in sorted(own.keys() | state.keys()):
-        if name not in state or name not in own:
-            said = "lacks" if name not in state else "has more than the codec needs:"
-            raise UserError(f"{source}: {said} what is {name} here; it is of another version of it")
-        if own[name].shape != state[name].shape:
-            raise UserError(f"{source}: what is {name} here has the shape {list(state[name].shape)}, not "
-                            f"{list(own[name].shape)}; it is of another version of it")
+def _check_state(expected: Mapping[str, torch.Tensor], state: Tensors, source: Path) -> None:
+    """Raise `UserError` if a tensor is missing, unknown, misshapen or not finite."""
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state or name not in expected:
+            problem = "lacks" if name not in state else "has an unknown tensor,"
+            raise UserError(f"{source}: {problem} {name} in our naming; it is another version of the "
+                            "tokenizer")
+        if expected[name].shape != state[name].shape:
+            raise UserError(f"{source}: {name} in our naming has the shape {list(state[name].shape)}, not "
+                            f"{list(expected[name].shape)}; it is another version of the tokenizer")
         if not bool(state[name].isfinite().all()):
-            raise UserError(f"{source}: what is {name} here has numbers that are not finite; download it "
+            raise UserError(f"{source}: {name} in our naming has numbers that are not finite; download it "
                             "again")
 
 
-def _tensors(source: Path, inside: str) -> Tensors:
-    # of a folder safetensors alone: other files in it may be pickles
+def _read_tensors(source: Path, prefix: str) -> Tensors:
+    """Read tensors from a file or folder, floats as float32; see `_read_file` for `prefix`."""
+    # From folders only safetensors files, because further files may be pickles.
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     if not files or not all(file.is_file() for file in files):
-        raise UserError(f"{source}: {'has no safetensors files' if source.is_dir() else 'does not exist'}; "
-                        "pass the file or folder that you downloaded")
-    found: Tensors = {}
+        problem = "has no safetensors files" if source.is_dir() else "does not exist"
+        raise UserError(f"{source}: {problem}; pass the file or folder that you downloaded")
+    tensors: Tensors = {}
     for file in files:
-        found |= _read(file, inside)
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
+        tensors |= _read_file(file, prefix)
+    return {name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()}
 
 
-def _read(file: Path, inside: str) -> Tensors:
-    """Return the tensors of one file; where some begin with `inside`, these alone, without it."""
+def _read_file(file: Path, prefix: str) -> Tensors:
+    """Read tensors from a file; if names start with `prefix`, only these, without the prefix."""
     if file.suffix == ".onnx":
-        return _onnx(file)
+        return _read_onnx(file)
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
                 names = list(opened.keys())
-                own = [name for name in names if name.startswith(inside)] or names
-                return {name.removeprefix(inside): opened.get_tensor(name) for name in own}
-        _refuse_inflated(file)
-        with limit_resources(_LOADING_S, _LOADING_BYTES + _LOADING_COPIES * file.stat().st_size):
-            # torch's restricted unpickler runs no code of the file; time and memory are bounded around it
-            raw = torch.load(file, map_location="cpu", weights_only=True)
+                names = [name for name in names if name.startswith(prefix)] or names
+                return {name.removeprefix(prefix): opened.get_tensor(name) for name in names}
+        _check_uncompressed(file)
+        with limit_resources(_LOAD_TIME_S, _LOAD_BYTES + _LOAD_COPIES * file.stat().st_size):
+            # The restricted unpickler executes no code, but a hostile file could exhaust time and memory.
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (TemplateTimeout, MemoryError):
         raise UserError(f"{file}: takes more memory or time to read than weights of its size can need; pass "
                         "them as safetensors") from None
-    except Exception as e:  # what is no pickle of tensors raises as it likes
-        raise UserError(f"{file}: cannot be read without running what it holds ({format_error(e)[:200]}); "
-                        "pass its weights as safetensors, e.g. those of a model with it inside") from None
-    # published files wrap their weights, some of them twice
+    except Exception as e:  # malformed pickles raise arbitrary exceptions
+        raise UserError(f"{file}: cannot be read without executing code ({format_error(e)[:200]}); pass its "
+                        "weights as safetensors, e.g. from a model that contains the tokenizer") from None
+    # Published files wrap the weights, sometimes twice.
     for key in ("model", "sd", "state_dict"):
-        if isinstance(raw, dict) and isinstance(raw.get(key), dict):
-            raw = raw[key]
-    if not isinstance(raw, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in raw.values()):
-        raise UserError(f"{file}: holds no names with tensors; pass the file with a tokenizer's weights")
-    if not _are_held(raw.values(), file.stat().st_size):
-        raise UserError(f"{file}: its tensors are not numbers that it holds; pass the file with a "
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor)
+                                                for tensor in content.values()):
+        raise UserError(f"{file}: does not map names to tensors; pass the file with a tokenizer's weights")
+    if not _are_plain_tensors(content.values(), file.stat().st_size):
+        raise UserError(f"{file}: has tensors that are not plain numbers in the file; pass the file with a "
                         "tokenizer's weights")
-    return {str(name): tensor for name, tensor in raw.items()}
+    return {str(name): tensor for name, tensor in content.items()}
 
 
-def _refuse_inflated(file: Path) -> None:
-    """Raise ValueError where an archive of torch.save would be larger in memory than it is on the disk."""
+def _check_uncompressed(file: Path) -> None:
+    """Raise ValueError if a `torch.save` archive would be larger in memory than on disk."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -223,26 +233,29 @@ def _refuse_inflated(file: Path) -> None:
             raise ValueError("it is compressed, which torch.save never does")
 
 
-def _are_held(tensors: Iterable[torch.Tensor], size_bytes: int) -> bool:
-    """Return whether tensors are plain numbers, none of them spread out of fewer ones; two may be one."""
-    kept = list(tensors)
-    # expanded views (stride 0) claim more numbers than the file has; twice, as two names may share one
-    # tensor
-    return all(t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized
-               and not t.is_complex() for t in kept) \
-        and sum(t.numel() * t.element_size() for t in kept) <= 2 * size_bytes
+def _are_plain_tensors(tensors: Iterable[torch.Tensor], size_bytes: int) -> bool:
+    """Return whether all tensors are dense CPU tensors whose elements fit into the file.
+
+    Expanded views (stride 0) have more elements than the file. Twice its size is allowed, because two names
+    may share a tensor.
+    """
+    tensors = list(tensors)
+    num_bytes = sum(t.numel() * t.element_size() for t in tensors)
+    are_dense = all(t.layout == torch.strided and t.device.type == "cpu" and not t.is_quantized
+                    and not t.is_complex() for t in tensors)
+    return are_dense and num_bytes <= 2 * size_bytes
 
 
-def _onnx(file: Path) -> Tensors:
-    """Return the tensors of CosyVoice 2's published file, under s3tokenizer's names."""
+def _read_onnx(file: Path) -> Tensors:
+    """Read CosyVoice 2's published ONNX file; return tensors by s3tokenizer's names."""
     try:
-        from s3tokenizer.utils import onnx2torch
+        from s3tokenizer.utils import onnx2torch  # optional package
     except ImportError as e:
         raise UserError(f"{file}: needs the package s3tokenizer ({e}); install it by "
                         "`pip install s3tokenizer`") from None
     try:
-        found: Tensors = onnx2torch(str(file), None, False)
+        tensors: Tensors = onnx2torch(str(file), None, False)
     except Exception as e:
         raise UserError(f"{file}: is not CosyVoice's tokenizer ({format_error(e)[:200]}); pass "
                         "speech_tokenizer_v2.onnx") from None
-    return found
+    return tensors

@@ -1,1 +1,1 @@
-"""Prompts with pictures and sounds, and replies that hold them."""
+"""Prompts with pictures and sounds, and replies that contain them."""

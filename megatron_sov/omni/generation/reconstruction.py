@@ -1,93 +1,80 @@
-"""Pictures and sounds as files: those that a codec decodes, and those that it gives back of media."""
+"""Write PNG and WAV files, and run media files through a codec and back."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from megatron_sov.base.artifacts import write_output
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import refuse_input_as_output
+from megatron_sov.omni.codecs.folder import open_codec
 from megatron_sov.omni.media.reading.reader import MediaReader
 
-if TYPE_CHECKING:
-    import torch
 
-
-def reconstruct(folder: Path, files: Sequence[Path], output: Path) -> Iterator[Path]:
-    """Write a PNG or WAV file for each medium, and yield each as it is written.
+def reconstruct_media(folder: Path, files: Sequence[Path], output: Path) -> Iterator[Path]:
+    """Encode and decode media files; write a PNG or WAV file for each and yield its path.
 
     Args:
-        folder: a codec that encodes and decodes.
+        folder: codec with `encode` and `decode`.
         files: pictures or sounds.
-        output: folder; a file is called as its medium, with another ending.
+        output: output folder; files keep their names, with another suffix.
 
     Raises:
-        UserError: the codec does not decode, a medium cannot be read, or two have one name.
+        UserError: the codec does not decode, a file cannot be read, or two outputs have the same name.
     """
-    from megatron_sov.omni.codecs.folder import open_codec
-
     codec = open_codec(folder)
     if not hasattr(codec, "encode") or not hasattr(codec, "decode"):
-        raise UserError(f"{folder}: does not decode the ids that it gives ({type(codec).__name__}); pass a "
-                        "codec of kind vqmodel, janus-vq, mimi or dac")
-    sees = hasattr(codec, "side_pixels")
-    targets = [output / f"{file.stem}{'.png' if sees else '.wav'}" for file in files]
-    # before anything is written: the second would silently replace the first
+        raise UserError(f"{folder}: does not both encode and decode ({type(codec).__name__}); pass a codec "
+                        "of kind vqmodel, janus-vq, mimi or dac")
+    is_image_codec = hasattr(codec, "side_pixels")
+    targets = [output / f"{file.stem}{'.png' if is_image_codec else '.wav'}" for file in files]
     if len(set(targets)) < len(targets):
         raise UserError(f"--output {output}: two of the files would be written under one name; call the "
                         "command once for each of them")
     for target in targets:
         refuse_input_as_output("--output", target, *files)
     for file, target in zip(files, targets, strict=True):
-        with MediaReader(file.parent) as reader, _naming(file):
-            write_output(target, (_picture if sees else _sound)(codec, reader, file.name))
+        with MediaReader(file.parent) as reader:
+            try:
+                content = (_reconstruct_picture if is_image_codec else _reconstruct_sound)(codec, reader,
+                                                                                           file.name)
+            except BadRecord as e:
+                raise UserError(f"{file}: {e.reason}") from None
+            write_output(target, content)
         yield target
 
 
-@contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Turn the refusal of a medium into a sentence that begins with its name."""
-    try:
-        yield
-    except BadRecord as e:
-        raise UserError(f"{file}: {e.reason}") from None
+def _reconstruct_picture(codec: Any, reader: MediaReader, name: str) -> bytes:
+    pixels = reader.read_picture(name, (codec.side_pixels,)).arrays[0]
+    return encode_png(codec.decode(codec.encode(torch.from_numpy(pixels.copy())[None].float() / 255))[0])
 
 
-def _picture(codec: Any, reader: MediaReader, name: str) -> bytes:
-    import torch
-
-    seen = reader.picture(name, (codec.side_pixels,)).arrays[0]
-    return png_of(codec.decode(codec.encode(torch.from_numpy(seen.copy())[None].float() / 255))[0])
-
-
-def _sound(codec: Any, reader: MediaReader, name: str) -> bytes:
-    import torch
-
-    heard = torch.from_numpy(reader.sound(name, codec.sample_rate_hz).arrays[0].copy())
-    # without the silence that filled up the last frame
-    return wav_of(codec.decode(codec.encode(heard))[:len(heard)], codec.sample_rate_hz)
+def _reconstruct_sound(codec: Any, reader: MediaReader, name: str) -> bytes:
+    samples = torch.from_numpy(reader.read_sound(name, codec.sample_rate_hz).arrays[0].copy())
+    # Cut off the silence after the sound, which padded the last frame.
+    return encode_wav(codec.decode(codec.encode(samples))[:len(samples)], codec.sample_rate_hz)
 
 
-def png_of(picture: torch.Tensor) -> bytes:
-    """Return the PNG file of a picture [3, height, width] in 0..1."""
-    import torch
-    from PIL import Image
+def encode_png(picture: torch.Tensor) -> bytes:
+    """Encode a picture, [3, height, width] in 0..1, as a PNG file."""
+    from PIL import Image  # optional package; `MediaReader` reports a missing package
 
     pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    written = io.BytesIO()
-    Image.fromarray(pixels).save(written, "PNG")
-    return written.getvalue()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
-def wav_of(sound: torch.Tensor, rate_hz: int) -> bytes:
-    """Return the WAV file of a sound [samples] in -1..1, 16 bits a sample."""
-    import soundfile
+def encode_wav(sound: torch.Tensor, rate_hz: int) -> bytes:
+    """Encode a sound, [samples] in -1..1, as a 16-bit WAV file."""
+    import soundfile  # optional package; `MediaReader` reports a missing package
 
-    written = io.BytesIO()
-    soundfile.write(written, sound.clamp(-1, 1).numpy(), rate_hz, subtype="PCM_16", format="WAV")
-    return written.getvalue()
+    file = io.BytesIO()
+    soundfile.write(file, sound.clamp(-1, 1).numpy(), rate_hz, subtype="PCM_16", format="WAV")
+    return file.getvalue()

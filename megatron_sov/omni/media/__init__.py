@@ -1,1 +1,1 @@
-"""Pictures and sounds as the rest meets them: read safely, placed in a text, and numbered in a vocabulary."""
+"""Media files, media items in text, and banks of media records."""

@@ -1,11 +1,11 @@
-"""Teacher outputs on disk: final hidden states, or the most probable tokens, of packed documents.
+"""Teacher outputs for packed documents on disk: final hidden states, or the most probable tokens.
 
-An artifact of kind "teacher_states" has one file per part, a range of documents of one source and split: one
-row per token, without a header. The lengths in the token shards give the offset of each document.
+An artifact of kind "teacher_states" has a file per part, a range of documents in one source and split: a row
+per token, without a header. The lengths in the token shards give the offset of every document.
 
-A row of states is [hidden size]. With the teacher's output head, `head.safetensors`, the states give the full
-distribution at a hidden size per token instead of a vocabulary. A row of the K most probable tokens is [2 K]
-int32: their ids, and the bits of their float32 log-probabilities.
+A row of states is [hidden size]. With the output head of the teacher, `head.safetensors`, states give the
+full distribution and take a hidden size per token instead of a vocabulary. A row of the K most probable
+tokens is [2 K] int32: K ids, and the bits of K float32 log-probabilities.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ KIND = "teacher_states"
 HEAD, HEAD_WEIGHT = "head.safetensors", "weight"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 OPEN_PARTS = 32
-"""Limit for concurrently mapped files; a corpus has thousands."""
+"""Limit for concurrently mapped files; a corpus has thousands of parts."""
 
 
 @dataclass(frozen=True)
 class StatesPart:
-    """A document range whose states are in one file."""
+    """A document range with states in one `file`."""
 
     source: int
-    """Index among the data's sources."""
+    """Index among the sources."""
     split: str
     first_document: int
     num_documents: int
@@ -54,15 +54,14 @@ def read_lengths(source: Source, split: str) -> np.ndarray:
 
 
 def plan_parts(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -> list[StatesPart]:
-    """Return the parts for all documents, in shard order. A document belongs to the part with its first
-    token, so no document is split."""
+    """Return the parts for all documents, in shard order. No document is split: a part contains the documents
+    that start in a range of `part_tokens`."""
     parts = []
     for index, source in enumerate(sources):
         for split in splits:
             lengths = read_lengths(source, split)
             starts = lengths.cumsum() - lengths
-            # The first document that starts in each range of `part_tokens`; a long document covers several
-            # ranges.
+            # First document per range of `part_tokens`; a long document covers several ranges.
             firsts = np.unique(starts // part_tokens, return_index=True)[1]
             counts = np.diff(firsts, append=len(lengths))
             parts += [StatesPart(index, split, int(first), int(count),
@@ -73,45 +72,49 @@ def plan_parts(sources: list[Source], splits: tuple[str, ...], part_tokens: int)
 
 @dataclass(frozen=True)
 class StateFormat:
-    """Outputs to keep per token."""
+    """Outputs per token: a final hidden state, or the `top_k` most probable tokens."""
 
     dtype: str = "bfloat16"
     """Dtype of states: bfloat16 or float32."""
     top_k: int = 0
-    """Number of most probable tokens to keep instead of a state; 0: states."""
+    """Number of most probable tokens; 0: states."""
     temperature: float = 1.0
     """Divisor of logits before the softmax."""
     translated: bool = False
-    """Whether the tokens were translated to the student's tokenizer (`distillation.translation`)."""
+    """Whether `TokenTranslation` translated the tokens to the student's tokenizer."""
 
 
-def build_content(parts: list[StatesPart], hidden_size: int, vocab_size: int, kept: StateFormat,
-               logits_softcap: float | None = None) -> dict[str, Any]:
+def build_content(parts: list[StatesPart], hidden_size: int, vocab_size: int, state_format: StateFormat,
+                  logits_softcap: float | None = None) -> dict[str, Any]:
+    """Return the manifest content."""
     return {"hidden_size": hidden_size, "vocab_size": vocab_size, "logits_softcap": logits_softcap,
-            **asdict(kept),
+            **asdict(state_format),
             "num_tokens": sum(p.num_tokens for p in parts), "parts": [asdict(p) for p in parts]}
 
 
-def pack_rows(token: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+def pack_rows(ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
     """Join token ids [n, K] and log-probabilities [n, K] to rows [n, 2 K] int32."""
-    return torch.cat([token.int(), logprobs.float().view(torch.int32)], dim=1)
+    return torch.cat([ids.int(), logprobs.float().view(torch.int32)], dim=1)
 
 
 def unpack_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Split rows from `pack_rows` into token ids [n, K] int64 and log-probabilities [n, K] float32."""
-    token, bits = rows.chunk(2, dim=1)
-    return token.long(), bits.contiguous().view(torch.float32)
+    ids, bits = rows.chunk(2, dim=1)
+    return ids.long(), bits.contiguous().view(torch.float32)
 
 
 class StateFiles:
     """Memory-mapped teacher outputs for token artifacts."""
 
     def __init__(self, folder: Path, sources: list[Source]) -> None:
-        """Open an artifact.
+        """Open the artifact `folder`.
 
         Args:
-            folder: the artifact.
-            sources: sources of the run, which must include those of the artifact.
+            folder: an artifact of kind `KIND`.
+            sources: sources of the run.
+
+        Raises:
+            UserError: the artifact has outputs for other data than `sources`.
         """
         self._opened_by = folder, sources
         manifest = read_manifest(folder, KIND)
@@ -120,20 +123,21 @@ class StateFiles:
         self.logits_softcap: float | None = content.get("logits_softcap")
         """Soft cap for the head's logits."""
         self.teacher = str(manifest.settings["teacher"])
-        """Digest of the teacher's weights, configuration and adapter base."""
-        self.kept = StateFormat(content["dtype"], content.get("top_k", 0), content.get("temperature", 1.0),
-                         content.get("translated", False))
-        self.dtype = torch.int32 if self.kept.top_k else DTYPES[self.kept.dtype]
-        self.width = 2 * self.kept.top_k or self.hidden_size
+        """Teacher digest from `hash_weights`."""
+        self.state_format = StateFormat(content["dtype"], content.get("top_k", 0),
+                                        content.get("temperature", 1.0), content.get("translated", False))
+        self.dtype = torch.int32 if self.state_format.top_k else DTYPES[self.state_format.dtype]
+        self.width = 2 * self.state_format.top_k or self.hidden_size
         indices = self._find_sources(sources, [i for i in manifest.inputs if i["kind"] == "tokens"])
-        self.sources = {index: own for own, index in enumerate(indices)}
+        self.sources = {index: stored for stored, index in enumerate(indices)}
         """Source index in the run -> source index in the artifact."""
         self._sources = [sources[index] for index in indices]
         self._parts: dict[tuple[int, str], list[StatesPart]] = {}
         for raw in content["parts"]:
             part = StatesPart(**raw)
             self._parts.setdefault((part.source, part.split), []).append(part)
-        self._firsts = {of: np.array([p.first_document for p in parts]) for of, parts in self._parts.items()}
+        self._first_documents = {key: np.array([part.first_document for part in parts])
+                                 for key, parts in self._parts.items()}
         # Caches on the object: a cache on the class would keep the files of closed objects open.
         self._open = lru_cache(maxsize=OPEN_PARTS)(self._map_part)
         self._lengths = lru_cache(maxsize=None)(self._read_lengths)
@@ -143,22 +147,23 @@ class StateFiles:
 
     @property
     def head(self) -> Path:
-        """File with the teacher's output head, a tensor [vocabulary, hidden size] named `HEAD_WEIGHT`."""
+        """File with the teacher's output head: tensor `HEAD_WEIGHT`, [vocabulary, hidden size]."""
         return self.folder / HEAD
 
-    def states(self, source: int, split: str, document: int, start: int, count: int) -> torch.Tensor:
-        """Return the rows of `count` tokens of a document, [count, width], as a view. The row of a token
-        predicts the next token."""
-        source_index = self.sources[source]
-        parts = self._parts.get((source_index, split), [])
-        part_index = int(np.searchsorted(self._firsts.get((source_index, split), ()), document,
-                                         side="right")) - 1
+    def read_states(self, source: int, split: str, document: int, start: int, count: int) -> torch.Tensor:
+        """Return the rows of `count` tokens in a document, [count, width], as a view. A token's row predicts
+        the next token.
+
+        Raises:
+            UserError: the artifact has no states for the document, or a file has another size.
+        """
+        key = self.sources[source], split
+        part_index = int(np.searchsorted(self._first_documents.get(key, ()), document, side="right")) - 1
+        part = self._parts[key][part_index] if part_index >= 0 else None
         # Parts are ordered by documents and may have gaps.
-        if part_index < 0 or document >= (parts[part_index].first_document
-                                             + parts[part_index].num_documents):
+        if part is None or document >= part.first_document + part.num_documents:
             raise UserError(f"{self.folder}: has no states of document {document} of source "
-                            f"{self._sources[source_index].name!r} ({split}); make them again from this data")
-        part = parts[part_index]
+                            f"{self._sources[key[0]].name!r} ({split}); make them again from this data")
         starts, states = self._open(part)
         index = document - part.first_document
         first = int(starts[index]) + start
@@ -176,7 +181,7 @@ class StateFiles:
         if size_bytes != expected_bytes or lengths.sum() != part.num_tokens:
             raise UserError(f"{file}: has {size_bytes} bytes, its {part.num_tokens} tokens need "
                             f"{expected_bytes}; make the states again")
-        # A private mapping: changes to the tensor never reach the disk.
+        # A private mapping, so that changes to the tensor never reach the disk.
         rows = torch.from_file(str(file), size=part.num_tokens * self.width, dtype=self.dtype)
         return np.concatenate([[0], lengths.cumsum()]), rows.view(-1, self.width)
 

@@ -1,8 +1,8 @@
-"""The teacher's job of a distillation: a model at any layout reads packed documents and writes its final
-hidden states, or its most probable tokens (`state_files`).
+"""The job `distill states`: a teacher reads packed documents and writes its final hidden states, or its most
+probable tokens (state_files.py).
 
-Megatron-Core has one set of process groups per process, so teacher and student of different layouts
-communicate by files. A killed job continues after its last finished part.
+Megatron-Core has one set of process groups per process, so a teacher and a student with different layouts
+communicate by files. A killed job continues after the last finished part.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megatron_sov.infer.engines.target import Target
 from megatron_sov.post.distillation.state_files import (
     DTYPES, HEAD, HEAD_WEIGHT, KIND, StateFormat, StatesPart, build_content, pack_rows, plan_parts,
     read_lengths, unpack_rows)
-from megatron_sov.post.distillation.translation import TokenTranslation, TranslatedStates
+from megatron_sov.post.distillation.translation import TokenTranslation, TranslatedDocument
 from megatron_sov.runs.checkpoints import ADAPTER, CHECKPOINT_KIND as CHECKPOINT, MODEL, read_adapter_base
 from megatron_sov.runs.launch_environment import is_first_rank, num_ranks
 from megatron_sov.train.data.token_shards import Source, describe_inputs, open_sources, tokenizer_folder
@@ -45,51 +45,52 @@ from megatron_sov.work.progress.resumable import ResumableArtifact, resumable_ar
 
 FORMATS = ("text", "chat", "preference", "prompt")
 PART_TOKENS = 65_536
-"""Tokens of a part: half a gigabyte at a hidden size of 4,096 in bf16."""
+"""Tokens per part: half a gigabyte at a hidden size of 4,096 in bf16."""
 
 
 @dataclass(frozen=True)
 class TeacherReading:
-    """Documents that a teacher reads, and the outputs to keep."""
+    """Documents for a teacher to read, and the outputs to write."""
 
     target: Target
+    """The teacher's model."""
     data: dict[str, float]
     """Token artifact -> weight, which is ignored."""
     splits: tuple[str, ...] = ("train", "heldout")
-    kept: StateFormat = StateFormat()
+    state_format: StateFormat = StateFormat()
     part_tokens: int = PART_TOKENS
     digest: str = ""
-    """The teacher's `weights_digest`; "": not computed yet."""
+    """Digest from `hash_weights`; "": not computed yet."""
 
 
-def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], nproc: int | None, *,
-                   overwrite: bool = False, redo: bool = False) -> None:
-    """Write the outputs of a teacher for all documents as an artifact.
+def write_outputs(reading: TeacherReading, out: Path, settings: Sequence[str], nproc: int | None, *,
+                  overwrite: bool = False, redo: bool = False) -> None:
+    """Write a teacher's outputs for all documents as an artifact.
 
     Args:
         reading: teacher and documents.
-        out: the artifact; it appears when complete, and a killed job continues.
-        settings: the teacher's layout and precision, ``key=value``.
+        out: the artifact, which appears when complete; a killed job continues.
+        settings: layout and precision of the teacher, ``key=value``.
         nproc: local processes; under torchrun or Slurm the environment decides.
         overwrite: replace an existing artifact.
         redo: start again if unfinished work has other settings.
 
     Raises:
-        UserError: the teacher has another tokenizer, a document is too long for it, or the data cannot be
-            read.
+        UserError: the teacher has another tokenizer, a document is too long for the teacher, or the data
+            cannot be read.
     """
     _check_format(reading)
     if is_first_rank():  # checked before a large model is loaded
         check_output_folder(out, KIND, overwrite)
-    translated = reading.kept.translated
-    # The vocabulary of a translated teacher does not bound the ids of the data.
+    translated = reading.state_format.translated
+    # With translation, the vocabulary of the teacher does not bound the ids in the data.
     sources = open_sources(reading.data, sys.maxsize if translated else reading.target.vocab_size, FORMATS)
     if not translated:
         check_same_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
     translation = _build_translation(reading, sources)
     parts = plan_parts(sources, reading.splits, reading.part_tokens)
-    # The layout changes the last digits at most, so a killed job may continue at another layout.
-    plan = {"parts": parts, "kept": asdict(reading.kept),
+    # The layout changes only the last digits: a killed job may continue at another layout.
+    plan = {"parts": parts, "kept": asdict(reading.state_format),
             "settings": [s for s in settings if not s.startswith("parallel.")]}
     # Recorded for a bit-exact repetition.
     layout = {"settings": list(settings), "processes": num_ranks(nproc)}
@@ -103,8 +104,8 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
             missing = [p for p in parts if p.file not in artifact.finished]
             for first in range(0, len(missing), loaded.world.dp_size):
                 batch = missing[first:first + loaded.world.dp_size]
-                _read_parts(loaded, _Documents(sources, reading, translation), batch, artifact.folder)
-                # A barrier: parts are recorded as finished after every rank has written its own.
+                _read_parts(loaded, TeacherDocuments(sources, reading, translation), batch, artifact.folder)
+                # A barrier: every rank has written its part before the parts are recorded as finished.
                 collectives.all_reduce_world(torch.zeros(1, dtype=torch.float64))
                 artifact.on_main(partial(_record_finished, batch))
             return len(missing)
@@ -115,19 +116,20 @@ def read_documents(reading: TeacherReading, out: Path, settings: Sequence[str], 
 
 @dataclass(frozen=True)
 class ArtifactOnRanks:
-    """An artifact that all ranks write into."""
+    """An artifact into which all ranks write."""
 
     folder: Path
     finished: frozenset[str]
+    """Finished file names."""
     on_main: Callable[[Callable[[ResumableArtifact], None]], None]
-    """Calls a function with the artifact on the first rank; called by all ranks together."""
+    """Calls a function with the artifact on rank 0; called by all ranks together."""
 
 
 @contextlib.contextmanager
 def build_artifact_on_ranks(world: ParallelWorld,
-                      opened: Callable[[], contextlib.AbstractContextManager[ResumableArtifact]]
-                      ) -> Iterator[ArtifactOnRanks]:
-    """Yield an artifact that the first rank opens; called by all ranks together."""
+                            opened: Callable[[], contextlib.AbstractContextManager[ResumableArtifact]]
+                            ) -> Iterator[ArtifactOnRanks]:
+    """Yield an artifact that rank 0 opens; called by all ranks together."""
     with contextlib.ExitStack() as stack:
         artifacts: list[ResumableArtifact] = []
 
@@ -141,8 +143,7 @@ def build_artifact_on_ranks(world: ParallelWorld,
 
 
 def hash_weights(target: Target) -> str:
-    """Return the digest of a model: names and contents of its weight files, its configuration, and the base
-    of an adapter."""
+    """Return a model's BLAKE3 digest over weight files, configuration and adapter base."""
     if target.is_hf:
         model: dict[str, Any] = {p.name: hash_file(p) for p in target.path.glob("*.safetensors")}
         model["config.json"] = hash_file(target.path / "config.json")
@@ -164,18 +165,17 @@ def _open_artifact(reading: TeacherReading, sources: list[Source], plan: dict[st
     teacher = reading.digest or hash_weights(reading.target)
     weights = convert.open_weights(reading.target.path)
     model = weights.model
-    # Work with another plan is not continued.
+    # `resumable_artifact` continues unfinished work only with an equal plan.
     plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in describe_inputs(sources)]}
     with resumable_artifact(out, KIND, "megatron-sov distill states", plan, overwrite=overwrite,
                             redo=redo) as artifact:
         (artifact.path / "states").mkdir(exist_ok=True)
-        if not reading.kept.top_k:
+        if not reading.state_format.top_k:
             head = weights.read("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight")
-            # States need the head of their model; log-probabilities do not.
             save_file({HEAD_WEIGHT: head.contiguous()}, artifact.path / HEAD)
-        vocab_size = sources[0].vocab_size if reading.kept.translated else model.vocab_size
-        artifact.writer.content = build_content(plan["parts"], model.hidden_size, vocab_size, reading.kept,
-                                             model.logits_softcap)
+        vocab_size = sources[0].vocab_size if reading.state_format.translated else model.vocab_size
+        artifact.writer.content = build_content(plan["parts"], model.hidden_size, vocab_size,
+                                                reading.state_format, model.logits_softcap)
         artifact.writer.settings = {"teacher": teacher, "teacher_path": str(reading.target.path), **layout}
         artifact.writer.inputs += describe_inputs(sources)
         yield artifact
@@ -187,15 +187,15 @@ def _record_finished(parts: list[StatesPart], artifact: ResumableArtifact) -> No
 
 
 def _check_format(reading: TeacherReading) -> None:
-    outputs, vocab_size = reading.kept, reading.target.vocab_size
+    outputs, vocab_size = reading.state_format, reading.target.vocab_size
     if outputs.dtype not in DTYPES:
         raise UserError(f"dtype {outputs.dtype!r}: must be one of {', '.join(DTYPES)}")
     if not 0 <= outputs.top_k < vocab_size:
         raise UserError(f"--top-k {outputs.top_k}: must lie in [0, {vocab_size}), the token ids of the "
                         f"teacher {reading.target.path}")
     if outputs.translated and not outputs.top_k:
-        raise UserError("--top-k 0: a teacher of another tokenizer is kept by its most probable tokens; "
-                        "pass e.g. --top-k 64")
+        raise UserError("--top-k 0: hidden states of a teacher with another tokenizer cannot be translated; "
+                        "write its most probable tokens, e.g. --top-k 64")
     if not 0 < outputs.temperature < math.inf:
         raise UserError(f"--temperature {outputs.temperature}: must be a number greater than 0")
 
@@ -211,19 +211,20 @@ def _refuse_too_long(reading: TeacherReading, sources: list[Source]) -> None:
 
 
 @dataclass(frozen=True)
-class _Documents:
-    """Documents of the teacher, in its own tokens."""
+class TeacherDocuments:
+    """Documents in the data, in teacher tokens."""
 
     sources: list[Source]
     reading: TeacherReading
     translation: TokenTranslation | None
-    """None: the data have the tokenizer of the teacher."""
+    """None: the data have the teacher's tokenizer."""
 
-    def read_part(self, part: StatesPart) -> tuple[list[list[int]], list[TranslatedStates]]:
-        """Return the teacher's tokens of a part's documents, and their alignment with the data's tokens.
+    def read_part(self, part: StatesPart) -> tuple[list[list[int]], list[TranslatedDocument]]:
+        """Return the teacher token ids per document in a part, and with `translation` the translations.
 
         Raises:
-            UserError: a document is too long for the teacher, or its tokenizer changes the text.
+            UserError: a document is too long for the teacher, or the tokenizer of the teacher changes the
+                text.
         """
         shard = self.sources[part.source].open_split(part.split)
         numbers = range(part.first_document, part.first_document + part.num_documents)
@@ -238,48 +239,47 @@ class _Documents:
                             f"most {self.reading.target.max_tokens}; pack the data into shorter documents")
         return [t.ids for t in translated], translated
 
-    def translate(self, part: StatesPart, translated: list[TranslatedStates], outputs: list[torch.Tensor]
+    def translate(self, part: StatesPart, translated: list[TranslatedDocument], outputs: list[torch.Tensor]
                   ) -> list[torch.Tensor]:
-        """Convert the teacher's outputs for each document to the data's tokens."""
+        """Translate outputs per document, [teacher tokens, 2 K + 1], to student tokens, [tokens, 2 k]."""
         assert self.translation is not None
-        shard, kept = self.sources[part.source].open_split(part.split), self.reading.kept
+        shard, top_k = self.sources[part.source].open_split(part.split), self.reading.state_format.top_k
         rows = []
-        for i, (document, row) in enumerate(zip(translated, outputs, strict=True)):
+        for i, (document, output) in enumerate(zip(translated, outputs, strict=True)):
             number = part.first_document + i
             ids = shard.tokens(number, 0, int(shard.lengths[number])).tolist()
-            next_logprobs = row[:, -1].contiguous().view(torch.float32)
-            rows.append(pack_rows(*self.translation.translate_rows(document, ids, *unpack_rows(row[:, :-1]),
-                                                                   next_logprobs,
-                                                      kept.top_k)))
+            next_logprobs = output[:, -1].contiguous().view(torch.float32)
+            teacher_ids, logprobs = unpack_rows(output[:, :-1])
+            rows.append(pack_rows(*self.translation.translate_rows(
+                document, ids, teacher_ids, logprobs, next_logprobs, top_k)))
         return rows
 
 
 def _build_translation(reading: TeacherReading, sources: list[Source]) -> TokenTranslation | None:
-    if not reading.kept.translated:
+    if not reading.state_format.translated:
         return None
     folder = tokenizer_folder(sources)
     if folder is None:
-        raise UserError(f"{', '.join(map(str, reading.data))}: has no tokenizer, which the translation "
-                        "of another tokenizer needs; pack the data again")
-    if reading.kept.top_k >= sources[0].vocab_size:
-        raise UserError(f"--top-k {reading.kept.top_k}: must be less than the data's {sources[0].vocab_size} "
-                        "token ids")
+        raise UserError(f"{', '.join(map(str, reading.data))}: has no tokenizer, which the translation from "
+                        "another tokenizer needs; pack the data again")
+    if reading.state_format.top_k >= sources[0].vocab_size:
+        raise UserError(f"--top-k {reading.state_format.top_k}: must be less than the data's "
+                        f"{sources[0].vocab_size} token ids")
     return TokenTranslation(folder, reading.target.tokenizer_folder, sources[0].vocab_size,
                             reading.target.vocab_size)
 
 
-def _read_parts(loaded: LoadedModel, documents: _Documents, parts: Sequence[StatesPart],
+def _read_parts(loaded: LoadedModel, documents: TeacherDocuments, parts: Sequence[StatesPart],
                 folder: Path) -> None:
-    """Run the teacher on one part per data-parallel rank and write the outputs; called by all ranks.
+    """Run the teacher on a part per data-parallel rank, and write the outputs; called by all ranks.
 
-    Data-parallel ranks that share experts must run equal batches, so each rank gets as many rows as the
-    largest part, the last ones of padding alone.
+    Data-parallel ranks that share experts must run equal batches: rows are padded to the longest row, and
+    rows of padding are added up to the largest part.
     """
-    device, dp_rank, kept = get_local_device(), loaded.world.dp_rank, documents.reading.kept
+    device, dp_rank, state_format = get_local_device(), loaded.world.dp_rank, documents.reading.state_format
     read = [documents.read_part(part) for part in parts]
     lengths = [[len(ids) for ids in part_ids] for part_ids, _ in read]
     rows = [group_into_rows(part_lengths, ROW_TOKENS) for part_lengths in lengths]
-    # Rows of ranks that share experts must have equal lengths.
     longest = 0
     for part_lengths, part_rows in zip(lengths, rows, strict=True):
         longest = max(longest, *(sum(part_lengths[i] for i in row) for row in part_rows))
@@ -287,29 +287,29 @@ def _read_parts(loaded: LoadedModel, documents: _Documents, parts: Sequence[Stat
     local_rows = rows[dp_rank] if part else []
     micro_batches = [] if part is None else [
         DocumentBatch([read[dp_rank][0][i] for i in row], device, longest) for row in local_rows]
-    # Padding up to the rank with the most rows, and for ranks without a part.
     micro_batches += [DocumentBatch([[0]], device, longest)] * (max(map(len, rows)) - len(local_rows))
-    # With translation more tokens are kept, since several of them may become one token of the student.
-    num_tokens = min(2 * kept.top_k, documents.reading.target.vocab_size) if kept.translated else kept.top_k
+    num_tokens = state_format.top_k
+    if state_format.translated:  # several teacher tokens may become one student token
+        num_tokens = min(2 * num_tokens, documents.reading.target.vocab_size)
 
     def compute_outputs(hidden: list[torch.Tensor], head: Head, batch: DocumentBatch) -> torch.Tensor:
-        if not kept.top_k:
-            return gather_states(hidden[0], loaded.policy).to("cpu", DTYPES[kept.dtype])
-        most_probable = pack_rows(*head.find_most_probable(hidden[0], num_tokens, kept.temperature)).cpu()
-        if not kept.translated:
+        if not state_format.top_k:
+            return gather_states(hidden[0], loaded.policy).to("cpu", DTYPES[state_format.dtype])
+        most_probable = pack_rows(
+            *head.find_most_probable(hidden[0], num_tokens, state_format.temperature)).cpu()
+        if not state_format.translated:
             return most_probable
-        # The next token of the document, which may not be among the most probable tokens.
-        next_logprobs = head.logprobs(hidden[0], batch.inputs.tokens.roll(-1), kept.temperature)
-        # Its bits form another integer column.
+        # The next token of the document may not be among the most probable tokens: one more column of bits.
+        next_logprobs = head.logprobs(hidden[0], batch.inputs.tokens.roll(-1), state_format.temperature)
         return torch.cat([most_probable, next_logprobs.float().cpu()[:, None].view(torch.int32)], 1)
 
     computed = loaded.policy.map(micro_batches, compute_outputs)
-    # One process of each row has all of its tokens and writes them.
+    # Tensor- and context-parallel ranks have the same rows; the first rank of a row writes.
     if part is not None and loaded.world.last_stage and collectives.is_first_of_row():
         row_lengths = [[lengths[dp_rank][i] for i in row] for row in local_rows]
-        # Without the padding inside rows and without rows of padding alone.
+        # Padding is dropped: the end of rows, and the rows after `row_lengths`.
         outputs = [output[:sum(row)] for output, row in zip(computed, row_lengths, strict=False)]
-        if kept.translated:
+        if state_format.translated:
             by_document = []
             for output, row in zip(outputs, row_lengths, strict=True):
                 by_document += output.split(row)
@@ -318,12 +318,12 @@ def _read_parts(loaded: LoadedModel, documents: _Documents, parts: Sequence[Stat
 
 
 def gather_states(hidden: torch.Tensor, model: ForwardModel) -> torch.Tensor:
-    """Return the inputs of the output head for all tokens of a row, [tokens, hidden]."""
+    """Return the output head's inputs for all tokens in a row, [tokens, hidden]."""
     return context.gather_row(prepare_head_input(hidden, model.config))
 
 
 def _write_states(file: Path, states: list[torch.Tensor]) -> None:
-    """Write rows to a file atomically; raise `UserError` if the disk is full."""
+    """Write rows to `file` atomically; raise `UserError` if the disk is full."""
     with create_file(file) as temporary, open(temporary, "wb") as f:
         for row in states:
             f.write(row.contiguous().view(torch.uint8).numpy().data)

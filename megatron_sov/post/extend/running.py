@@ -1,4 +1,4 @@
-"""Runs the stages of a context extension, each from the checkpoint of the previous complete stage."""
+"""Runs the stages in a context extension; a stage starts from the previous stage's checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import GateConfig, RunConfig
 from megatron_sov.model.process_memory import MemoryEstimate
 from megatron_sov.post.extend.stages import (
-    Decontamination, PlannedStage, refuse_contaminated, search_contamination)
+    Decontamination, PlannedStage, check_contamination, search_contamination)
 from megatron_sov.runs.checkpoints import find_checkpoint, find_tokenizer_folder, latest_checkpoint
 from megatron_sov.runs.launch_environment import get_command_start, is_first_rank
 from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
@@ -40,25 +40,25 @@ from megatron_sov.train.trainer import ObjectiveFactory
 
 @dataclass(frozen=True)
 class Needles:
-    """Needle documents of an extension: training documents, and the retrieval test before and after."""
+    """Needle documents for training, and the needle retrieval test before and after a stage."""
 
     suite: NeedleSuite
-    """The test: held-out text, and keys and values reserved for tests."""
+    """The test: held-out text, with keys and values reserved for tests."""
     data: tuple[Source, ...]
     """The packed data, open."""
     sources: tuple[Source, ...]
-    """Training documents; empty if `needle.train_share` is 0 and no blend names them."""
+    """Needle documents for training; () if `needle.train_share` is 0 and no blend names `SOURCE_NAME`."""
 
     def before(self, run: GateView) -> None:
-        """Test the model before the first step, with the rotary embedding of the stage."""
+        """Test the model before the first step, with the stage's rotary embedding."""
         self.record(run, "before", self.measure_scores(run))
 
     def after(self, run: GateView) -> dict[str, Any]:
-        """Test the trained model; return fields of the completion manifest."""
+        """Test the trained model; return fields for the completion manifest."""
         return {"needle": self.record(run, "after", self.measure_scores(run))}
 
     def measure_scores(self, run: GateView) -> NeedleResult:
-        """Test the current model; called by all processes together."""
+        """Test the current model by `run_suite`; called by all processes together."""
         return run_suite(self.suite, MegatronEngine(run.policy))
 
     def record(self, run: GateView, when: str, result: NeedleResult) -> dict[str, Any]:
@@ -69,12 +69,12 @@ class Needles:
 
 
 def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXTS) -> Needles:
-    """Build test and training documents of an extension.
+    """Build the needle test and the needle documents for training.
 
     Args:
         config: resolved settings.
-        start: checkpoint or Hugging Face folder of the start; its tokenizer is used if the data have none.
-        formats: data formats of the objective; needles are hidden in text alone.
+        start: checkpoint or Hugging Face folder with the tokenizer for data without one.
+        formats: data formats of the objective; needles are hidden in text only.
     """
     needle = config.needle
     data = open_sources(config.data.paths, config.model.vocab_size, formats)
@@ -89,13 +89,13 @@ def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEX
     haystacks = open_haystacks(data, "train", tokenizer, languages=needle.languages)
     return Needles(suite, tuple(data), tuple(
         build_needle_source(NeedleDocuments(haystacks, length, config.train.seed, needle),
-                      needle.train_share if name == SOURCE_NAME else 0.0, name)
+                            needle.train_share if name == SOURCE_NAME else 0.0, name)
         for name, length in lengths.items()))
 
 
 def _document_lengths(config: RunConfig) -> dict[str, int]:
-    """Return source -> document length in tokens: `needle`, as long as the longest phase, and `needle/N` if a
-    blend has it."""
+    """Return source -> document length in tokens: `needle`, as long as the longest phase, and `needle/N` in
+    blends."""
     named = dict.fromkeys(name for phase in config.data.phases for name in phase.blend)
     lengths: dict[str, int] = {}
     if config.needle.train_share or SOURCE_NAME in named:
@@ -111,14 +111,14 @@ def _document_lengths(config: RunConfig) -> dict[str, int]:
 
 
 def add_needles_to_blends(config: RunConfig) -> RunConfig:
-    """Add the share of needle documents to every explicit blend that does not name them."""
+    """Add `needle.train_share` of needle documents to every explicit blend without `SOURCE_NAME`."""
     share = config.needle.train_share
     if share == 0:
         return config
     phases = []
     for phase in config.data.phases:
         if phase.blend and SOURCE_NAME not in phase.blend:
-            # share / (1 - share) of the other weights is `share` of the sum.
+            # share / (1 - share) of the other weights becomes `share` of the sum.
             weight = sum(phase.blend.values()) * share / (1 - share)
             phase = dataclasses.replace(phase, blend={**phase.blend, SOURCE_NAME: weight})
         phases.append(phase)
@@ -126,21 +126,20 @@ def add_needles_to_blends(config: RunConfig) -> RunConfig:
 
 
 def find_short_context(config: RunConfig, trained_tokens: int, formats: tuple[str, ...]) -> HeldoutData:
-    """Open the held-out documents of the short-context check, in rows of the earlier training length."""
+    """Open held-out documents in rows of `trained_tokens`, the length before the extension."""
     return open_heldout(config.data.paths, trained_tokens, config.data.heldout_tokens,
                         model_vocab_size=config.model.vocab_size, formats=formats)
 
 
 def compute_mean_loss(losses: dict[str, HeldoutLoss]) -> float:
-    """Return the mean over all held-out tokens, in nats."""
+    """Average the losses over all held-out tokens, in nats per token."""
     tokens = sum(r.tokens for r in losses.values())
     return sum(r.loss * r.tokens for r in losses.values()) / max(1, tokens)
 
 
 def measure_checkpoint_loss(start: Path, short: HeldoutData, config: RunConfig, nproc: int | None
                             ) -> float | None:
-    """Return the loss of a checkpoint on the short context, with its own rotary embedding instead of the
-    stage's.
+    """Measure a checkpoint's loss on the short context, with the checkpoint's rotary embedding.
 
     Returns:
         Nats per token; None on processes of a torchrun or Slurm job other than the first.
@@ -154,10 +153,9 @@ def measure_checkpoint_loss(start: Path, short: HeldoutData, config: RunConfig, 
 
 
 class StageGate:
-    """Gate of an extension stage: needle retrieval at all lengths and depths, without loss of the short
-    context.
+    """Gate for an extension stage: needle retrieval at all lengths and depths, and no loss on short context.
 
-    Answers and held-out losses are equal on all processes, so every process reaches the same verdict.
+    Answers and held-out losses are equal on all processes, and hence the verdicts.
     """
 
     def __init__(self, settings: GateConfig, needles: Needles, short: HeldoutData, start_loss: float | None,
@@ -166,11 +164,11 @@ class StageGate:
 
         Args:
             settings: threshold, tolerance, interval.
-            needles: the test.
+            needles: the needle test.
             short: held-out rows of the earlier length.
-            start_loss: loss on `short` before the first stage, nats per token; required on the first process.
+            start_loss: loss on `short` before the first stage, nats per token; required on rank 0.
             min_steps: steps before the gate may end the stage.
-            clean: result of the contamination search.
+            clean: result of `search_contamination`.
         """
         self.passed = False
         self._settings, self._needles, self._short, self._clean = settings, needles, short, clean
@@ -193,17 +191,17 @@ class StageGate:
         step = run.step
         result = self._needles.measure_scores(run)
         losses = evaluate_forward_model(LoadedModel(run.policy, run.config, run.world), self._short)
-        # The first process knows the loss; zeros of the others make the sum its value everywhere.
-        own = self._start_loss if run.world.is_main and self._start_loss is not None else 0.0
+        # Only rank 0 knows the loss: a sum with zeros broadcasts it.
+        local_loss = self._start_loss if run.world.is_main and self._start_loss is not None else 0.0
         start_loss = self._start_loss = float(collectives.all_reduce_world(
-            torch.tensor([own], dtype=torch.float64)))
+            torch.tensor([local_loss], dtype=torch.float64)))
         verdict = decide_verdict(result.cells, compute_mean_loss(losses), start_loss, self._settings)
-        # A stage that passes early still trains for its planned steps.
+        # A stage that passes early still trains for the planned steps.
         self.passed = verdict.passed and step >= self._min_steps
         self._checks.append({"step": step, "passed": self.passed, "failures": verdict.lines()})
         run.events.write("gate", step=step, passed=self.passed, start_loss=start_loss,
-                             losses={name: r.loss for name, r in losses.items()}, seq_len=self._short.seq_len,
-                             min_steps=self._min_steps, **verdict.fields())
+                         losses={name: r.loss for name, r in losses.items()}, seq_len=self._short.seq_len,
+                         min_steps=self._min_steps, **verdict.fields())
         if step == 0:
             self._needles.record(run, "before", result)
         elif run.finished:
@@ -211,7 +209,7 @@ class StageGate:
         if run.world.is_main:
             outcome = "passes" if verdict.passed else "does not pass\n  " + "\n  ".join(verdict.lines())
             if verdict.passed and not self.passed:
-                outcome += f", and the stage goes on to step {self._min_steps}"
+                outcome += f", and the stage continues to step {self._min_steps}"
             print(f"gate at step {step} {outcome}", flush=True)
 
     def failure(self) -> str:
@@ -230,7 +228,7 @@ class StageGate:
                 "result": self._result}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; a stage whose gate failed is tested again with more steps."""
+        """Continue from `state`; after more steps, a failed gate is checked again."""
         self.passed, self._start_loss, self._checks = (state["passed"], state["start_loss"],
                                                        list(state["checks"]))
         self._result = state["result"]
@@ -238,18 +236,18 @@ class StageGate:
 
 @dataclass(frozen=True)
 class GateVerdict:
-    """Result of one check of the gate."""
+    """Result of a gate check."""
 
     failing_cells: list[Cell]
-    """Cells whose whole confidence interval is below the threshold."""
+    """Cells with a confidence interval below `threshold`."""
     failing_rows: list[dict[str, Any]]
-    """Rows (kind, language, length) whose accuracy over all depths is below the threshold."""
+    """Rows (kind, language, length) with an accuracy over all depths below `threshold`."""
     loss: float
     """Held-out loss on the short context, nats per token."""
     loss_limit: float
     threshold: float
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Accuracy of every row."""
+    """Accuracy per row."""
 
     @property
     def passed(self) -> bool:
@@ -259,14 +257,15 @@ class GateVerdict:
         return {**asdict(self), "judged": self.passed}
 
     def lines(self) -> list[str]:
+        """Return a line per failure."""
         lines = [f"{_describe_row(r)}: {r['correct']} of {r['samples']} right over all depths = "
                  f"{r['accuracy']:.1%}, below {self.threshold:.0%}" for r in self.failing_rows]
         lines += [f"{_describe_row(asdict(c))}, depth {c.depth:.0%}: {c.correct} of {c.samples} right, "
-                 f"interval {c.interval[0]:.1%} to {c.interval[1]:.1%}, below {self.threshold:.0%}"
-                 for c in self.failing_cells]
-        if not self.loss <= self.loss_limit:  # written so that NaN fails
+                  f"interval {c.interval[0]:.1%} to {c.interval[1]:.1%}, below {self.threshold:.0%}"
+                  for c in self.failing_cells]
+        if not self.loss <= self.loss_limit:  # NaN fails too
             lines.append(f"short context: held-out loss {self.loss:.4f} nats per token, "
-                        f"above {self.loss_limit:.4f}")
+                         f"above {self.loss_limit:.4f}")
         return lines
 
 
@@ -275,11 +274,11 @@ def _describe_row(cell: dict[str, Any]) -> str:
 
 
 def decide_verdict(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConfig) -> GateVerdict:
-    """Return the verdict of a check.
+    """Decide a gate check: no cell and no row below `gate.min_accuracy`, no loss above the tolerance.
 
-    A cell of 20 samples cannot prove 90 %: a model that is right 97 % of the time misses two or more in 12 %
-    of all tests. So a cell fails if its whole interval is below the threshold, and all samples of a row
-    together must reach it.
+    A cell of 20 samples cannot prove 90 %: a model with 97 % accuracy misses two or more samples in 12 % of
+    tests. So a cell fails if the upper end of the confidence interval is below the threshold, and a row if
+    the accuracy over all samples is.
 
     Args:
         cells: cells of the test.
@@ -306,18 +305,18 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
                resume: bool, faults: tuple[Fault, ...] = (),
                end_gate: EndGate | None = None, *, dry_run: bool = False,
                memory: Sequence[MemoryEstimate] = ()) -> None:
-    """Run all stages. If a stage is not complete, return under a launcher and raise otherwise.
+    """Run the stages in order. If a stage is incomplete, return under a launcher and raise otherwise.
 
     Args:
         stages: the planned stages.
-        start: checkpoint of the start, whose short-context loss is the limit of all stages.
+        start: checkpoint of the start; its loss on the short context, plus a tolerance, limits every stage.
         objective: factory of the objective.
         nproc: local processes.
         resume: whether folders may contain the runs already.
-        faults: injected faults, once in each stage.
+        faults: injected faults, once per stage.
         end_gate: gate of the last checkpoint.
-        dry_run: check and describe each stage without running it or searching its data.
-        memory: predicted memory per stage; empty: unknown.
+        dry_run: check and describe the stages without training or searching data.
+        memory: predicted memory per stage; (): unknown.
 
     Raises:
         UserError: settings, data or a folder do not allow a stage.
@@ -328,10 +327,10 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
     stage_start_s = get_command_start()
     prepared = [build_needles(stage.config, start, formats) for stage in stages]
     start_loss: float | None = None
-    # With one stage the gate begins inside the stage.
+    # A single stage begins `end_gate` itself.
     begins = len(stages) > 1 and stages[0].folder.completion() is None and not dry_run
     if end_gate is not None and begins:
-        end_gate.begin()  # its mistakes show before the first stage
+        end_gate.begin()  # mistakes in its settings show before the first stage
     estimates: Sequence[MemoryEstimate | None] = memory or [None] * len(stages)
     for planned, needles, estimate in zip(stages, prepared, estimates, strict=True):
         judge = end_gate if planned is stages[-1] else None
@@ -342,11 +341,11 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         if planned.config.extend.gate.every_steps and not dry_run:
             fresh = latest_checkpoint(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
-                # A resumed stage has the loss in the state of its gate.
+                # A resumed stage has the loss in the state of the gate.
                 start_loss = measure_checkpoint_loss(
                     first, find_short_context(planned.config, Target(first, False).trained_tokens, formats),
                     planned.config, nproc)
-            gate = _run_gate(planned, needles, find_short_context(
+            gate = _build_gate(planned, needles, find_short_context(
                 planned.config, Target(first, False).trained_tokens, formats), start_loss)
             stage = Stage(stage.config, stage.folder, stage.objective, start, resume, sources=needles.data,
                           extra_sources=needles.sources, after=gate.completion, gate=gate,
@@ -359,20 +358,20 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         start = planned.folder.path if dry_run else find_checkpoint(planned.folder.path)
 
 
-def _run_gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_loss: float | None
-              ) -> StageGate:
-    config: RunConfig = planned.config
-    settings = config.extend.gate
+def _build_gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_loss: float | None
+                ) -> StageGate:
+    """Search the data for contamination, and build a stage's gate."""
+    config, settings = planned.config, planned.config.extend.gate
     if (text := describe_small_suite(config)) and is_first_rank():
         warn(f"{planned.folder.path.name}: {text}")
     clean = search_contamination(list(needles.suite.questions()), [*needles.data, *needles.sources],
                                  settings.scan_tokens)
-    refuse_contaminated(clean, settings.max_overlap)
+    check_contamination(clean, settings.max_overlap)
     return StageGate(settings, needles, short, start_loss, min_steps=planned.min_steps, clean=clean)
 
 
 def describe_small_suite(config: RunConfig) -> str | None:
-    """Return a warning if settings make the gate's needles shorter than its stage, otherwise None."""
+    """Return a warning if `needle.lengths_tokens` are shorter than the stage, otherwise None."""
     longest, seq_len = max(config.needle.lengths_tokens), max(phase.seq_len for phase in config.data.phases)
     if longest >= seq_len:
         return None

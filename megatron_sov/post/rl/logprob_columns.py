@@ -1,9 +1,10 @@
-"""Log-probability columns of a round: by the policy that began it, by a reference model, and by teachers.
+"""Log-probability columns for a round: by the policy at the round's start (`OLD`), by a reference model
+(`REFERENCE`), and by teachers (`TEACHER`).
 
-Each column is a file RUN/rounds/0001.COLUMN.f32: one float32 per token, and a checksum that is verified when
-the file is read. The policy's column is computed whenever a run stands before the first step of the round;
-later the weights have changed, and the file is read. Labels of the first step get NaN there: the step itself
-computes them.
+A column is a file RUN/rounds/0001.COLUMN.f32: a float32 per token, and a checksum, verified when the file is
+read. `OLD` is computed before the first step of the round; at later steps the weights have changed, and the
+file is read. Labels of the first step have NaN in `OLD`, because the forward pass of the step yields the same
+log-probabilities.
 """
 
 from __future__ import annotations
@@ -40,20 +41,20 @@ TEACHERS_NOTE = "teachers.json"
 
 @dataclass(frozen=True)
 class LogprobColumns:
-    """The log-probability columns of a run."""
+    """A run's log-probability columns."""
 
     names: tuple[str, ...]
-    """Columns to compute. `OLD`: log p(label) by the policy that begins a round; `REFERENCE`: by the initial
-    model; `TEACHER`: by the teachers."""
+    """Columns to compute, among `OLD`, `REFERENCE`, `TEACHER`."""
     temperature: float
     routes: RouteShape | None
-    """Shape of the expert routes that the policy replays; None: no replay. The reference routes by itself."""
+    """Shape of the expert routes for replay in `OLD`; None: no replay. `REFERENCE` never replays routes."""
     start: Path
+    """Reference checkpoint."""
     reference_sha256: str = ""
     teachers: tuple[ScoringTeacher, ...] = ()
 
     def compute(self, view: FeedView, opened: PublishedRound, *, is_first: bool) -> dict[str, np.ndarray]:
-        """Return column -> [tokens in the round] float32; all processes call this together.
+        """Return column -> [tokens in the round] float32; called by all processes together.
 
         Args:
             view: the run.
@@ -61,46 +62,44 @@ class LogprobColumns:
             is_first: whether the next step is the first of the round.
 
         Raises:
-            UserError: the run stands inside a round whose column file is missing or damaged, or the reference
-                or a teacher has changed since earlier rounds.
+            UserError: the file of `OLD` is missing or damaged after the first step of a round, or the
+                reference or a teacher has changed since earlier rounds.
         """
         if opened.documents is None:
             return {}
         if REFERENCE in self.names:
             run_on_main(view.world, partial(
                 _check_models, opened.path.with_name(REFERENCE_NOTE), {"sha256": self.reference_sha256},
-                "the run's divergence is from a model of {begun}, and --from is of {given}; resume --from "
-                "the one that it began with"))
+                "earlier rounds used the reference {recorded}, and --from is {current}; resume --from the "
+                "checkpoint that the run began with"))
         if TEACHER in self.names:
             run_on_main(view.world, partial(
                 _check_models, opened.path.with_name(TEACHERS_NOTE), describe_teachers(self.teachers),
-                "the run's teachers are {begun}, and those of the command {given}; resume with the ones that "
-                "it began with"))
+                "earlier rounds used the teachers {recorded}, and the command names {current}; resume with "
+                "the teachers that the run began with"))
         return {name: self._load_column(view, name, opened, is_first=is_first) for name in self.names}
 
     def _load_column(self, view: FeedView, name: str, opened: PublishedRound, *,
                      is_first: bool) -> np.ndarray:
         file, count = column_file(opened.path, name), int(opened.starts[-1])
-        # Documents of the first learning step need no column: the weights have not changed until then.
+        # Documents of the first learning step need no column: the weights are unchanged until then.
         num_documents, num_skipped = len(opened.starts) - 1, 0
         if name == OLD:
             num_skipped = next((step.stop for i, step in enumerate(opened.steps) if i not in opened.idle),
                                num_documents)
         if num_skipped == num_documents:
             return np.broadcast_to(np.float32(np.nan), count)
-        # At the first step the live weights are those that begin the round; later only the file has the
-        # column.
+        # Before the first step the live weights give the column; later only the file has the column.
         is_live = is_first and name == OLD
         identity = run_on_main(view.world, partial(self._identify_column, opened, name))
         damage = None if is_live else run_on_main(view.world, partial(find_seal_damage, file, identity))
         if is_live or damage:
-            # The weights that began the round no longer exist.
-            if damage and name == OLD:
+            if damage and name == OLD:  # the weights of the start of the round no longer exist
                 raise UserError(f"{damage}; the run stands inside the round: {_describe_fix(opened)}")
             if damage and view.world.is_main and file.exists():
                 warn(f"{damage}; it is computed again", view.events.write, step=view.step)
             self._write_column(view, name, opened, num_skipped, identity)
-        # Mapped: a process reads the numbers for its own rows.
+        # Mapped, because a process reads only the numbers for local rows.
         return np.memmap(file, np.float32, "r", shape=(count,))
 
     def _write_column(self, view: FeedView, name: str, opened: PublishedRound, num_skipped: int,
@@ -120,38 +119,38 @@ class LogprobColumns:
             run_with_weights(self.start, view, write)
 
     def _identify_column(self, opened: PublishedRound, name: str) -> str:
-        """Return the text for the column's checksum: digests of the documents and of models other than the
-        policy."""
+        """Return the text that the checksum covers: document digests, and reference or teacher digests."""
         models = {REFERENCE: self.reference_sha256,
                   TEACHER: json.dumps(describe_teachers(self.teachers), sort_keys=True)}
         return f"{hash_checkpoint_files(opened.path)} {name} {models.get(name, '')}"
 
 
-def _check_models(file: Path, given: Mapping[str, str], message: str) -> None:
-    """Record the models behind a run's columns in `file`, and raise `UserError` if `file` names other
-    models."""
+def _check_models(file: Path, current: Mapping[str, str], message: str) -> None:
+    """Record the reference or teacher digests in `file`, and raise `UserError` if `file` has others."""
     if not file.is_file():
-        write_atomically(file, format_json(dict(given)))
+        write_atomically(file, format_json(dict(current)))
         return
     try:
-        begun = {name: str(digest) for name, digest in json.loads(file.read_text(encoding="utf-8")).items()}
+        recorded = {name: str(digest)
+                    for name, digest in json.loads(file.read_text(encoding="utf-8")).items()}
     except (ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None
-    if begun != given:
-        raise UserError(f"{file}: {message.format(begun=_abbreviate(begun), given=_abbreviate(given))}")
+    if recorded != current:
+        raise UserError(f"{file}: " + message.format(recorded=_format_digests(recorded),
+                                                     current=_format_digests(current)))
 
 
-def _abbreviate(models: Mapping[str, str]) -> str:
+def _format_digests(models: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {digest[:12]}".strip() for name, digest in sorted(models.items()))
 
 
 def _describe_fix(opened: PublishedRound) -> str:
     run = RunFolder(opened.path.parents[1])
-    # Published rounds can be trained again from any earlier checkpoint, or from the start.
+    # Published rounds can be trained again from an earlier checkpoint, or from the start.
     first_step = (int(opened.path.name) - 1) * len(opened.steps)
     earlier = checkpoints.latest_checkpoint_until(run.checkpoints, first_step)
-    which = "all checkpoints" if earlier is None else f"the checkpoints after {earlier.name}"
-    return f"delete {which} in {run.checkpoints}, and give the same command with --resume"
+    stale = "all checkpoints" if earlier is None else f"the checkpoints after {earlier.name}"
+    return f"delete {stale} in {run.checkpoints}, and give the same command with --resume"
 
 
 def column_file(path: Path, name: str) -> Path:
@@ -161,7 +160,7 @@ def column_file(path: Path, name: str) -> Path:
 def select_columns(config: RunConfig, needed: Collection[str], start: Path,
                    teachers: Sequence[ScoringTeacher] = ()) -> LogprobColumns:
     """Return the columns in `needed`; `start` is the reference model's checkpoint."""
-    # Preferences compare the model itself; policy gradients compare the sampled distribution.
+    # Preferences compare distributions at temperature 1; policy gradients compare the sampled distribution.
     temperature = 1.0 if config.policy.learns_preferences else config.rollout.temperature
     return LogprobColumns(
         names=tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),

@@ -1,6 +1,6 @@
-"""The judging job: rewards of the responses in a rollout store, part by part. Does not import torch.
+"""The judging job: computes rewards for the responses in a rollout store, part by part, without torch.
 
-A changed reward has another version and judges the same responses; nothing is generated again.
+A changed reward has another version and judges the same responses again, without generation.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from megatron_sov.rollouts.store import RolloutStore
 
 ENVIRONMENT = "environment"
-"""Reward from an episode's environment, stored in the row; also its version, because the keys of rows contain
-the environment's version."""
+"""Name and version for the reward that copies an episode's outcome from the row; row keys contain the
+environment's version."""
 NO_REWARD = "none"
-"""Reward for runs that learn from teachers alone: 0 for every response; also its version."""
+"""Name and version for the reward 0 for every response, for runs that learn from teachers only."""
 COLUMNS = ("record", "tokens", "response", "finish_reason", "outcome")
-"""Columns in rollouts that the job reads."""
+"""Rollout columns that `JudgingJob` reads."""
 JudgeRows = Callable[[Sequence[Rollout]], Sequence[Result]]
+"""Responses -> a `Result` per response."""
 
 
 @dataclass
@@ -40,18 +41,19 @@ class RewardSummary:
     """Counts of a judging job."""
 
     parts: int = 0
+    """Judged parts."""
     tally: ScoringTally = field(default_factory=ScoringTally)
     unfinished: int = 0
-    """Responses without a reward, because a later attempt continues them."""
+    """Responses left to the attempt that finishes the response."""
     left: int = 0
     """Parts claimed by other jobs."""
     waited_for: str = ""
-    """Responses that were not generated within the wait time."""
+    """Describes responses that were not generated within `wait_s`."""
 
 
 @dataclass
 class JudgingJob:
-    """Judges the parts in a store that lack rewards with `version`."""
+    """Judges the parts in a rollout store that lack rewards with `version`."""
 
     store: RolloutStore
     claims: Claims
@@ -60,11 +62,12 @@ class JudgingJob:
     rounds: range | None
     """None: all rounds, including rounds that jobs generate later."""
     provenance: dict[str, Any]
+    """Manifest fields for every part."""
     wait_s: float = 0.0
-    """How long to wait for more responses, unless `rounds` are complete and cannot grow. Claims of possibly
-    dead jobs are waited for in any case."""
+    """Time to wait for more responses, unless `rounds` are complete and cannot grow. Possibly dead jobs'
+    claims always extend the wait."""
     claimed_wait_s: float = 0.0
-    """How long to wait at least for parts claimed by other jobs."""
+    """Minimum time to wait for parts claimed by other jobs."""
     progress: Callable[[int], object] = lambda count: None
     """Called with the number of judged responses."""
     patience: IdleTimeout = field(default_factory=IdleTimeout)
@@ -75,7 +78,7 @@ class JudgingJob:
     _has_judged: bool = False
 
     def run(self) -> RewardSummary:
-        """Judge until no part is left and none appears within the wait time."""
+        """Judge until no part is left and no part appears within the wait time."""
         while self.step():
             pass
         return self.summary
@@ -83,7 +86,7 @@ class JudgingJob:
     def step(self) -> bool:
         """Judge one part, or wait for a moment; return whether more parts may come."""
         if self._pending is None:
-            # One lookup for all parts, repeated at the end, because other jobs generate and judge meanwhile.
+            # A lookup of all parts, repeated at the end, because other jobs generate and judge meanwhile.
             self._pending, self._refused, self._has_judged = deque(self.find_unjudged()), [], False
         while self._pending:
             part = self._pending.popleft()
@@ -92,7 +95,7 @@ class JudgingJob:
                 return True
             self._refused.append(self.store.claim_name(part.name, self.version))
         self._pending = None
-        # Judging took time in which more parts may have come: look again at once.
+        # More parts may have appeared during the judging: look again at once.
         return self._has_judged or self._wait_for_parts()
 
     def find_unjudged(self) -> list[RolloutPart]:
@@ -101,7 +104,7 @@ class JudgingJob:
         return [part for part in self._parts if not self.store.has_part(part.name, self.version)]
 
     def _wait_for_parts(self) -> bool:
-        """Wait for a moment; return False if the wait time has passed."""
+        """Wait for a moment; return False after the wait time."""
         missing = describe_missing_rows(self._parts, self.rounds)
         if self._refused or self.rounds is None or can_grow(self._parts) or missing != "":
             most_s = max(self.wait_s, self.claimed_wait_s if self._refused else 0.0)
@@ -117,14 +120,13 @@ class JudgingJob:
         if claim is None:
             return False
         with claim.renew_while_open():
-            # Another job may have judged the part between the lookup and the claim.
+            # Another job may have judged the part between lookup and claim.
             if not self.store.has_part(part.name, self.version):
                 self._judge_part(part)
         return True
 
     def _judge_part(self, part: RolloutPart) -> None:
         rows = self.store.read_rollouts(part.name, COLUMNS)
-        # Unfinished responses are judged in the attempt that finishes them.
         finished = [row for row in rows if row.finish_reason != UNFINISHED]
         rewards = []
         for batch in whole_batches(finished, lambda row: row.key.prompt):
@@ -145,20 +147,22 @@ class JudgingJob:
             self._report_differences(part, rewards)
 
     def _report_differences(self, part: RolloutPart, rewards: Sequence[RewardRow]) -> None:
-        """Warn if another job, whose claim had expired, published different rewards for the same rows."""
+        """Warn if another job, after this job's claim expired, published different rewards for the same rows.
+
+        The first published rewards stay. A difference means that the reward depends on more than the row.
+        """
         published = self.store.read_rewards(self.version, part.name, part)
-        # The first published rewards stay. A difference means that the reward depends on more than the row.
         published_rewards = {(row.key, row.attempt): row.reward for row in published}
         num_different = sum(published_rewards.get((row.key, row.attempt)) != row.reward for row in rewards)
         if num_different:
             warn(f"{part.name}: {num_different:,} of {len(rewards):,} responses have another reward under "
-                 f"the same version {self.version}, given by another job, which stays: the reward depends on "
-                 "something else than the row")
+                 f"the same version {self.version}, published by another job, which stays: the reward "
+                 "depends on more than the row")
 
 
 @dataclass
 class RewardJudge:
-    """A reward whose worker processes start with the first rows and end with `close`."""
+    """A reward with worker processes, which start with the first rows and end with `close`."""
 
     name: str
     settings: Sequence[str]
@@ -177,7 +181,7 @@ class RewardJudge:
 
 
 def resolve_reward_version(name: str, settings: Sequence[str]) -> str:
-    """Return a reward's version, under which the store keeps rewards."""
+    """Return a reward's version, which names its rewards in the store."""
     if name in (ENVIRONMENT, NO_REWARD):
         if settings:
             action = "copies the rewards of the rows and" if name == ENVIRONMENT else "judges nothing and"
@@ -187,9 +191,9 @@ def resolve_reward_version(name: str, settings: Sequence[str]) -> str:
     return make(order(name, parse_nested(settings, "--reward-set"))).version
 
 
-def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[RolloutPrompt], given: str
+def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[RolloutPrompt], option: str
                         ) -> None:
-    """Check that a prompt exists with all fields that the reward needs."""
+    """Raise `UserError` if no prompt has all fields that the reward needs; `option` names the prompts."""
     if name in (ENVIRONMENT, NO_REWARD):
         return
     reward_order = order(name, parse_nested(settings, "--reward-set"))
@@ -199,14 +203,13 @@ def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[Ro
         if not field:
             return
         first = first or f"{prompt.place} has no {field!r}, which --reward {name} needs"
-    raise UserError(f"{given}: {first}, and no prompt of round 1 has all of its fields; add it, or "
-                    "read another field by --columns TARGET=FIELD")
+    raise UserError(f"{option}: {first}, and no prompt of round 1 has all fields of the reward; add the "
+                    "field, or rename another one by --columns TARGET=FIELD")
 
 
 @contextlib.contextmanager
 def start_judge(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeRows]:
-    """Start the worker processes of a reward and yield the judge; arguments as for
-    `resolve_reward_version`."""
+    """Start a reward's worker processes, and yield a function that judges rows."""
     if name == ENVIRONMENT:
         yield lambda rows: [_read_outcome(row) for row in rows]
         return
@@ -227,12 +230,12 @@ def start_judge(name: str, settings: Sequence[str], workers: int) -> Iterator[Ju
 
 
 def build_record(row: Rollout) -> dict[str, Any]:
-    """Return a response as a record for rewards: the prompt's fields, and the fields of `generate`. For an
-    episode, the response is the text in the last turn."""
+    """Convert a rollout to a record for rewards: the prompt's fields, and `response`, `num_tokens`,
+    `finish_reason`. An episode's `response` is the last turn's text."""
     record = dict(row.record)
     if "messages" in record:
         record.setdefault("prompt", record["messages"])
-    # Without a last turn the reward refuses the row: the row's text also contains tool results.
+    # Without a last turn the reward refuses the row, whose text contains tool results too.
     response = row.response if row.outcome is None else row.outcome.get(LAST_TURN)
     return {**record, "response": response, "num_tokens": len(row.tokens),
             "finish_reason": row.finish_reason}
@@ -250,6 +253,6 @@ def flatten_components(components: Mapping[str, Any], prefix: str = "") -> Itera
 def _read_outcome(row: Rollout) -> Result:
     outcome = row.outcome
     if outcome is None or "status" not in outcome:
-        return Result(None, "refused", {}, "was played in no environment; judge it by another reward")
+        return Result(None, "refused", {}, "has no outcome of an environment; judge it by another reward")
     return Result(outcome.get("reward"), outcome["status"], outcome.get("components", {}),
                   outcome.get("reason", ""))

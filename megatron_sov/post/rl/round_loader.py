@@ -1,4 +1,4 @@
-"""Opens published rounds for training: checks files, computes log-probability columns, finds idle steps."""
+"""Opens published rounds for training: verifies files, computes log-probability columns, skips idle steps."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from megatron_sov.train.data.rounds import ADVANTAGE, PublishedRound, RoundDocum
 from megatron_sov.train.feed import FeedView
 
 EVENT_FIELDS = ("groups", "unjudged", "reward_version", "policies", "means")
-"""Fields in a round's manifest that its event repeats."""
+"""Manifest fields that the event `round` repeats."""
 
 
 @dataclass(frozen=True)
 class OpenedRound:
-    """Identity and figures of a round opened for training."""
+    """Identity and figures for a round opened for training."""
 
     digest: str
+    """File digest from `hash_checkpoint_files`."""
     meters: Mapping[str, float]
-    """Headline meters; on process 0 alone."""
+    """Headline meters from `compute_round_meters`; {} on ranks other than 0."""
 
 
 @dataclass(kw_only=True)
 class RoundLoader:
-    """Opens a run's rounds; each process has an object, and all processes call it together."""
+    """Opens a run's rounds; every process has an object, and all processes call `open` together."""
 
     documents: RoundDocuments
     rollout: RolloutConfig
@@ -49,20 +50,23 @@ class RoundLoader:
     """Rollout store for sample responses; None: no samples."""
     samples: SampledRounds = field(default_factory=lambda: SampledRounds(0, 0))
     _has_warned: bool = False
-    """Whether few groups learned in the previous round."""
+    """Whether `find_round_problem` warned in the previous round."""
 
     def is_open(self, number: int) -> bool:
         return self.documents.is_open(number)
 
     def open(self, view: FeedView, number: int, *, is_first: bool, figures: Mapping[str, float]
              ) -> OpenedRound:
-        """Open a published round.
+        """Open a published round, and record the event `round`.
 
         Args:
             view: the run.
-            number: of the round, from 1.
+            number: number of the round, from 1.
             is_first: whether the next step is the first of the round.
             figures: seconds of generating and judging, for the event.
+
+        Raises:
+            UserError: a file is damaged, or `LogprobColumns.compute` fails.
         """
         seq_len = view.config.data.phases[0].seq_len
         read = partial(self.documents.read, number, seq_len, self.rollout.steps_per_round)
@@ -90,8 +94,8 @@ class RoundLoader:
         return OpenedRound(digest, meters)
 
     def _report_rewards(self, view: FeedView, number: int, content: Mapping[str, Any]) -> None:
-        """Print the initial policy's pass rate, and warn about the first of several rounds in which few
-        groups learn."""
+        """Print the initial policy's pass rate, and warn about the first of consecutive rounds in which
+        few groups learn (`find_round_problem`)."""
         means = content.get("means") or {}
         if not view.step and PASS_RATE in means:
             print(f"pass rate before the first step: {means[PASS_RATE]:.1%} of {means['responses']:,} "
@@ -107,8 +111,8 @@ class RoundLoader:
         self.samples.record(view, RolloutStore.open(store), number, version)
 
     def _find_idle_steps(self, view: FeedView, number: int, opened: PublishedRound) -> frozenset[int]:
-        """Return the steps in a round (from 0) without any gradient: steps without documents, and steps
-        without text whose advantages are all 0 while no other term has a gradient."""
+        """Find the steps in a round, from 0, without gradient: no documents, or only advantages 0, no
+        text, and no other term with a gradient (`has_other_gradients`)."""
         policy, first = view.config.policy, (number - 1) * self.rollout.steps_per_round + 1
         learns_anyway = has_other_gradients(view.config)
         idle = []
@@ -124,16 +128,16 @@ class RoundLoader:
         for step in sorted(first + i for i in opened.idle):
             if step < view.step:
                 continue
-            # The ledger records skipped steps, so a resumed run skips them too.
+            # The ledger records skipped steps for a resumed run.
             view.batches.ledger.skip_steps(step, step + 1)
             if view.world.is_main:
                 groups = describe_groups(read_manifest(opened.path).content.get("groups") or {})
-                warn(f"round {number}: step {step + 1} is passed over, for no group of it learns (groups of "
-                     f"the round: {groups})", view.events.write, step=step + 1)
+                warn(f"round {number}: step {step + 1} is skipped, because none of its groups learns (groups "
+                     f"of the round: {groups})", view.events.write, step=step + 1)
 
 
 def _has_advantages(opened: PublishedRound, documents: range) -> bool:
-    """Return whether a document in a step has an advantage other than 0."""
+    """Return whether a document in a step has a nonzero `ADVANTAGE`."""
     source = opened.documents
     return source is not None and any(
         has_advantage(source.column(ADVANTAGE, document, 0, int(source.lengths[document])))

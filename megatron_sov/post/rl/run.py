@@ -5,9 +5,9 @@
     publish(round)          turn groups into training documents     publish/
     train(round)            steps_per_round optimizer steps         train/loop.py
 
-The training loop calls `RolloutCycle.prepare_data` before each step. The first step of a round finds no open
-round, so `prepare_data` runs the first three phases; the loop then trains. A phase is skipped if its results
-are on disk, so a killed run repeats at most a piece of a phase, and rollbacks repeat nothing.
+The training loop calls `RolloutCycle.prepare_data` before each step. At the first step of a round no round is
+open, and `prepare_data` runs the first three phases; then the loop trains. A phase with results on disk is
+skipped: a killed run repeats at most a piece of a phase, and rollbacks repeat nothing.
 """
 
 from __future__ import annotations
@@ -31,33 +31,37 @@ from megatron_sov.runs.rounds import RunPolicies
 from megatron_sov.train.feed import FeedView
 
 NO_ROUND = "data"
-"""Digest for a round that learns from packed data instead of responses."""
+"""Digest for a round that learns from packed data."""
 POLL_S = (1.0, 10.0)
-"""Bounds for the interval between two looks at the store: a tenth of the time waited so far."""
+"""Bounds for the interval between two lookups in the store: a tenth of the time waited so far."""
 
 
 @dataclass(kw_only=True)
 class RolloutCycle:
-    """Makes a run's rounds available to the training loop: a `train.feed.Feed`."""
+    """Provides a run's rounds to the training loop: a `train.feed.Feed`."""
 
     rollout: RolloutConfig
     policies: RunPolicies
-    """Identities of the run's weights after each round."""
+    """Weight identities after each round."""
     rollouts: LiveRollouts | None
     """Generates and judges rounds; None: the jobs `rl generate` and `rl reward` do."""
     publisher: Publisher
     loader: RoundLoader
     validation: Validation | None = None
     wait_s: float = 0.0
-    """Time limit for other jobs."""
+    """Time limit for other jobs, per round."""
     store: Path | None = None
-    """Rollout store, for the event that tells viewers its path."""
+    """Rollout store, for the event `store`, which gives viewers the path."""
     meters: Mapping[str, float] = field(default_factory=dict)
-    """Figures of the open round, see `train.feed.Feed`."""
+    """The open round's figures, see `train.feed.Feed`."""
     _has_announced: bool = False
 
     def prepare_data(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
-        """Write, judge, publish and open the round of the next step; see `Feed.prepare_data`."""
+        """Generate, judge and publish the next step's round, and open it for training.
+
+        Returns:
+            The reason to end the run, e.g. a round that is not complete within `wait_s`; None to train.
+        """
         self._announce_store(view)
         num_completed, step = divmod(view.step, self.rollout.steps_per_round)
         number, is_first = num_completed + 1, step == 0
@@ -76,7 +80,7 @@ class RolloutCycle:
         begin_s, figures = time.monotonic(), dict[str, float]()
         wait, previous = RoundWait(view, number, self.wait_s, announces=self.rollouts is None), ""
         while lacking := self.publisher.publish(number):
-            # A published round may lack learning groups and need further prompts: `lacking` changes then.
+            # `lacking` changes if the round has too few learning groups and needs further prompts.
             if self.rollouts is not None and lacking != previous:
                 previous, policy = lacking, self.policies.at(view.step)
                 _add_figures(figures, self.rollouts.write(view, number, policy, asked_to_stop))
@@ -96,7 +100,7 @@ class RolloutCycle:
         return self._validate_policy(view, view.step // self.rollout.steps_per_round + 1, asked_to_stop)
 
     def needs_checkpoint(self, step: int) -> bool:
-        """Return whether the job `rl generate` needs a step's checkpoint, see `Feed.needs_checkpoint`."""
+        """Return whether the job `rl generate` needs a step's checkpoint; see `Feed.needs_checkpoint`."""
         return self.rollouts is None and step % self.rollout.steps_per_round == 0
 
     def close(self) -> None:
@@ -126,13 +130,15 @@ class RoundWait:
 
     view: FeedView
     number: int
+    """Round number, from 1."""
     wait_s: float
     announces: bool
-    """Whether to record the first wait: its checkpoint is the policy that other jobs need."""
+    """Whether to finish the checkpoint, the policy that other jobs need, and record an event before
+    waiting."""
     begin_s: float = field(default_factory=time.monotonic)
 
     def poll(self, lacking: str, asked_to_stop: Callable[[], bool]) -> str | None:
-        """Sleep before the next look at the store; return the reason to end the run, or None.
+        """Sleep before the next lookup in the store; return the reason to end the run, or None.
 
         Args:
             lacking: parts that the round lacks, as the end of a sentence.
@@ -142,7 +148,7 @@ class RoundWait:
             self.announces = False
             self._announce_wait(lacking)
         view, waited_s = self.view, time.monotonic() - self.begin_s
-        # Rank 0's clock decides for all ranks.
+        # The clock of rank 0 decides for all ranks.
         ends = sum_dict({"asked": float(asked_to_stop()),
                          "late": float(view.world.is_main and waited_s >= self.wait_s)},
                         collectives.all_reduce_world)
@@ -151,8 +157,8 @@ class RoundWait:
         if ends["late"]:
             reason = f"round {self.number} is not there yet: {lacking}"
             if self.wait_s:
-                reason += (f"; it was waited for {self.wait_s:g} s: see whether `rl generate` and "
-                           "`rl reward` are still at work, and give the same command with --resume")
+                reason += (f"; the run waited {self.wait_s:g} s: check that `rl generate` and `rl reward` "
+                           "are running, and give the same command with --resume")
             if view.world.is_main:
                 warn(reason)  # the event `stop` contains it too
             return reason
@@ -161,7 +167,7 @@ class RoundWait:
 
     def _announce_wait(self, lacking: str) -> None:
         view = self.view
-        view.checkpointer.finish()  # the policy that is to write the round
+        view.checkpointer.finish()  # the policy that generates the round
         view.events.write("waiting", step=view.step, round=self.number, reason=lacking)
         if view.world.is_main and self.wait_s:
             print(f"waits up to {self.wait_s:g} s for round {self.number}: {lacking}\n", end="",

@@ -1,10 +1,9 @@
-"""On-policy distillation: log-probabilities of the student's responses by teachers, the column
-`policy.TEACHER`.
+"""On-policy distillation: response log-probabilities by teachers, the column `policy.TEACHER`.
 
-A teacher of the student's architecture is a checkpoint whose weights the model loads for a while; other
-teachers are scored by their servers. With several teachers, each scores the responses to prompts of its
-domain. The log-probabilities of each teacher have a file of their own until the column is complete, so a
-killed run continues at the next teacher.
+A teacher with the architecture of the student is a checkpoint, whose weights the model loads temporarily;
+engine servers run teachers with another architecture. With several teachers, each scores the responses to
+prompts in one domain. Until the column is complete, the log-probabilities of every teacher have a separate
+file: a killed run continues at the next teacher.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import find_seal_damage, write_sealed
 from megatron_sov.engine.parallel.world import run_on_main
-from megatron_sov.model.modality import EncoderInputs, get_banks, get_encoder_inputs
+from megatron_sov.model.modality import get_banks
 from megatron_sov.post.policy import REVERSE_KL
 from megatron_sov.post.reference import run_with_weights, write_logprobs
 from megatron_sov.train.data.rounds import BEHAVIOUR, DOCUMENT_DOMAINS, PublishedRound
-from megatron_sov.train.data.token_shards import Documents
+from megatron_sov.train.data.token_shards import Documents, DocumentView
 from megatron_sov.train.feed import FeedView
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.vllm_server import VllmServer
@@ -36,28 +35,27 @@ from megatron_sov.work.endpoints.vllm_server import VllmServer
 REQUESTS = 32
 """Concurrent requests per server."""
 ATTEMPTS = 8
-"""Attempts at one response, over all servers."""
+"""Attempts per response, over all servers."""
 BACKOFF_S = (1.0, 60.0)
-"""Bounds for the pause before a retry; each pause is twice the previous one."""
+"""Bounds for the pause before a retry; every pause doubles the previous pause."""
 SLICE_S = 5.0
-"""Seconds of requests between two collectives; other processes wait for a message meanwhile."""
+"""Seconds of requests between two collectives, in which other processes wait for `run_on_main`."""
 
 
 @dataclass(frozen=True)
 class ScoringTeacher:
-    """A model that scores a student's responses."""
+    """A model that scores the student's responses: a `checkpoint`, or servers at `urls`."""
 
     domain: str
-    """Domain of the prompts whose responses the teacher scores; "": all prompts without another teacher."""
+    """Domain of the scored prompts; "": domains without a teacher."""
     checkpoint: Path | None = None
-    """Checkpoint; None: servers score."""
     sha256: str = ""
-    """Digest of the weights; servers report none."""
+    """Weight digest; "" for servers, which report no digest."""
     urls: tuple[str, ...] = ()
 
 
 def find_teacher(domain: str, teachers: Sequence[ScoringTeacher]) -> int | None:
-    """Return the index of a domain's teacher, or None."""
+    """Return the teacher's index for a domain, or None."""
     domain_indices = {teacher.domain: index for index, teacher in enumerate(teachers)}
     return domain_indices.get(domain, domain_indices.get(""))
 
@@ -67,7 +65,7 @@ def describe_teachers(teachers: Sequence[ScoringTeacher]) -> dict[str, str]:
 
 
 def read_document_domains(opened: PublishedRound) -> list[str]:
-    """Return the domain of each document in a round."""
+    """Return a domain per document in a round, from the manifest field `DOCUMENT_DOMAINS`."""
     runs: Sequence[tuple[str, int]] = read_manifest(opened.path).content.get(DOCUMENT_DOMAINS, ())
     domains = list(chain.from_iterable(repeat(str(name), int(count)) for name, count in runs))
     if len(domains) != len(opened.starts) - 1:
@@ -78,10 +76,8 @@ def read_document_domains(opened: PublishedRound) -> list[str]:
 
 
 def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: PublishedRound, file: Path,
-                   identity:
-str
-                   ) -> None:
-    """Write log p(label) by the teachers for each token of a round; called by all processes together.
+                   identity: str) -> None:
+    """Write log p(label) by the teachers per token in a round; called by all processes together.
 
     Raises:
         UserError: a domain has no teacher, a server rejects a response or does not answer, or the disk is
@@ -109,7 +105,7 @@ str
 
 
 def _assign_teachers(opened: PublishedRound, teachers: Sequence[ScoringTeacher]) -> np.ndarray:
-    """Return [documents] int64: index of the teacher of each document."""
+    """Return the index in `teachers` per document, [documents] int64."""
     domain_indices: dict[str, int] = {}
     domains = read_document_domains(opened)
     for domain in set(domains):
@@ -123,7 +119,7 @@ def _assign_teachers(opened: PublishedRound, teachers: Sequence[ScoringTeacher])
 
 def _join_parts(starts: np.ndarray, parts: Sequence[tuple[np.ndarray, Path]], file: Path, identity: str
                 ) -> None:
-    """Write the column of all documents from the files of the teachers."""
+    """Join the `parts`, (document indices, a teacher's file), to the column `file`, and delete the parts."""
     numbers = np.zeros(int(starts[-1]), np.float32)
     for chosen, part in parts:
         scores, offset = np.fromfile(part, np.float32, int((starts[chosen + 1] - starts[chosen]).sum())), 0
@@ -137,11 +133,11 @@ def _join_parts(starts: np.ndarray, parts: Sequence[tuple[np.ndarray, Path]], fi
 
 
 def compute_reverse_kl(opened: PublishedRound, teacher: np.ndarray) -> dict[str, object]:
-    """Estimate KL(student || teacher) in nats per token, for a round and each of its domains: the mean over
-    generated tokens of log p(student) - log p(teacher).
+    """Estimate KL(student || teacher) in nats per token, for a round and per domain: the mean over generated
+    tokens of log p(student) - log p(teacher).
 
     Args:
-        opened: the round.
+        opened: the round; log p(student) is the column `BEHAVIOUR`.
         teacher: [tokens] log p(label) by the teachers.
     """
     assert opened.documents is not None, f"{opened.path} has no documents"
@@ -159,36 +155,21 @@ def compute_reverse_kl(opened: PublishedRound, teacher: np.ndarray) -> dict[str,
     return {REVERSE_KL: sum_all / max(1.0, count_all), f"{REVERSE_KL}_domains": domains}
 
 
-class _SelectedDocuments:
-    """Some documents of a split, renumbered from 0."""
+class _SelectedDocuments(DocumentView):
+    """Selected documents in a split, renumbered from 0."""
 
     def __init__(self, documents: Documents, chosen: np.ndarray) -> None:
         self._documents, self._chosen = documents, chosen
         self.lengths = np.asarray(documents.lengths[chosen], np.int64)
         self.is_plain, self.columns, self.banks = documents.is_plain, documents.columns, get_banks(documents)
 
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.tokens(int(self._chosen[document]), start, count)
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.loss_weights(int(self._chosen[document]), start, count)
-
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.types(int(self._chosen[document]), start, count)
-
-    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.column(name, int(self._chosen[document]), start, count)
-
-    def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        return self._documents.routes(int(self._chosen[document]), start, count)
-
-    def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
-        return get_encoder_inputs(self._documents, int(self._chosen[document]), start, count)
+    def locate(self, document: int) -> tuple[Documents, int, int]:
+        return self._documents, int(self._chosen[document]), 0
 
 
 def _score_by_servers(view: FeedView, teacher: ScoringTeacher, documents: Documents, file: Path, identity: str
                       ) -> None:
-    """Write log p(label) of documents by the servers of a teacher."""
+    """Write log p(label) for documents, computed by a teacher's servers, to a sealed file."""
     jobs: list[_ScoringRequests] = []
 
     def advance() -> bool:
@@ -197,7 +178,7 @@ def _score_by_servers(view: FeedView, teacher: ScoringTeacher, documents: Docume
         return jobs[0].advance(SLICE_S)
 
     try:
-        # In slices, because collectives of the waiting processes time out.
+        # In slices of SLICE_S, because collectives of the waiting processes time out.
         while run_on_main(view.world, advance):
             view.checkpointer.advance()
         run_on_main(view.world, lambda: write_sealed(file, jobs[0].numbers.tobytes(), identity))
@@ -207,7 +188,7 @@ def _score_by_servers(view: FeedView, teacher: ScoringTeacher, documents: Docume
 
 
 class _ScoringRequests:
-    """Requests to the servers of a teacher, one per document; on process 0."""
+    """Requests to a teacher's servers, a request per document; on rank 0."""
 
     def __init__(self, teacher: ScoringTeacher, documents: Documents) -> None:
         self._servers = [VllmServer(url) for url in teacher.urls]
@@ -215,13 +196,13 @@ class _ScoringRequests:
         lengths = np.asarray(documents.lengths[np.arange(len(documents.lengths))], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
         self.numbers = np.zeros(int(self._starts[-1]), np.float32)
-        """log p of each token as a label; 0 for the first token of a document."""
+        """log p per token as a label; 0 for the first token in a document."""
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(REQUESTS * len(self._servers))
         self._pending = {self._pool.submit(self._score_rows, document) for document in range(len(lengths))}
 
     def advance(self, limit_s: float) -> bool:
-        """Collect answers for `limit_s` seconds; return whether some are pending."""
+        """Collect answers for `limit_s` seconds; return whether requests are pending."""
         done, self._pending = wait(self._pending, limit_s, FIRST_EXCEPTION)
         for future in done:
             future.result()
@@ -238,9 +219,13 @@ class _ScoringRequests:
             self.numbers[begin + 1:end] = self._request_scores(document, ids)
 
     def _request_scores(self, document: int, ids: Sequence[int]) -> np.ndarray:
-        """Return log p of the tokens of a response after the first, by one of the servers."""
+        """Return log p for `ids[1:]` by the first server that answers.
+
+        Raises:
+            UserError: a server rejects the tokens, or no server answers within `ATTEMPTS`.
+        """
         for attempt in range(ATTEMPTS):
-            # Each attempt uses the next server.
+            # Attempts rotate through the servers.
             server = self._servers[(document + attempt) % len(self._servers)]
             try:
                 return _check_scores(server.score(ids), len(ids) - 1, server.url)

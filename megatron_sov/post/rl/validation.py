@@ -1,9 +1,9 @@
-"""Validates the policies of a run on held-out prompts, and records sample responses.
+"""Validates a run's policies on held-out prompts, and records sample responses.
 
 A validation runs every `rollout.validation_every_rounds` rounds, before the first and after the last round.
-Responses and rewards have a store of their own, RUN/validation; its round r holds responses of the policy
-that writes round r of the training. So a kill costs at most a piece, and recorded figures are not computed
-again. Random numbers of a response depend on its prompt alone, so validations leave the training
+Responses and rewards have a separate store, RUN/validation; its round r has the responses of the policy that
+generates round r of the training. A killed run repeats at most a piece, and computes no recorded figure
+again. The random numbers of a response depend on the prompt, so that validations leave the training
 bit-identical.
 """
 
@@ -34,38 +34,39 @@ from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.feed import FeedView
 
 MAX_TABLES = 100
-"""Limit for rounds, and for validations, whose samples are recorded."""
+"""Limit for rounds, and for validations, with recorded samples (`SampledRounds`)."""
 MAX_SAMPLE_CHARACTERS = 2000
-"""Length limit for a prompt, and for a response, in a sample."""
+"""Length limit for a prompt, and for a response, in a recorded sample."""
 _COLUMNS = ("record", "tokens", "versions", "finish_reason", "response")
 
 
 @dataclass(kw_only=True)
 class Validation:
-    """Validates a run's policies; each process has an object, and all processes call it together."""
+    """Validates a run's policies; every process has an object, and all processes call `validate` together.
+    """
 
     run: Path
     rollouts: LiveRollouts
-    """Generates and judges the validation store."""
+    """Generates and judges responses in RUN/validation."""
     rollout: RolloutConfig
     num_responses: int
     """Responses in a complete validation."""
     right_from: float
-    """Smallest reward for a right response."""
+    """`policy.right_from`, the smallest reward of a right response."""
     samples: SampledRounds
     measured_by: Mapping[str, str]
-    """Digests of prompts, reward and sampling: figures with other digests belong to another curve."""
+    """Digests from `digest_conditions`: figures with other digests belong to another curve."""
     _recorded_steps: set[int] | None = None
-    """Steps with a validated policy; on the first process."""
+    """Steps with a recorded validation, on rank 0."""
     _has_read_events: bool = False
 
     def validate(self, view: FeedView, number: int, policy: Policy, asked_to_stop: Callable[[], bool]
                  ) -> str | None:
-        """Validate the policy that writes a round, if a validation is due and not recorded.
+        """Validate the policy that generates a round, if a validation is due and not recorded.
 
         Args:
             view: the run, whose model is the policy.
-            number: of the round, from 1; the number of rounds plus one stands for the last policy.
+            number: number of the round, from 1; the number of rounds plus 1 stands for the last policy.
             policy: identity of the live weights.
             asked_to_stop: polled after each piece and each judged part.
 
@@ -75,7 +76,7 @@ class Validation:
         Raises:
             UserError: earlier validations used other prompts, another reward or other sampling settings.
         """
-        # Checked before the first round even if none is due, so that no training continues a mixed curve.
+        # Checked before the first round, due or not: no training may continue a mixed curve.
         if not self._has_read_events:
             run_on_main(view.world, self._read_events)
             self._has_read_events = True
@@ -96,9 +97,9 @@ class Validation:
             changed = [name for name, digest in self.measured_by.items() if earlier.get(name) != digest]
             if changed:
                 raise UserError(f"{self.run}: its policies up to step {events[-1]['step']} were validated "
-                                f"with other {' and '.join(changed)}, and one curve would mix both; give "
-                                "those again, leave --validation out, or begin another --run")
-        # A resumed run repeats its steps bit for bit, so recorded validations remain valid.
+                                f"with other {' and '.join(changed)}, and one curve would mix both; pass "
+                                "the earlier ones, leave --validation out, or begin another --run")
+        # A resumed run repeats steps bit for bit: recorded validations remain valid.
         self._recorded_steps = {event["step"] for event in events}
 
     def _is_recorded(self, step: int) -> bool:
@@ -122,7 +123,7 @@ class Validation:
 
 def digest_conditions(*, prompts: PromptList, reward_version: str, rollout: RolloutConfig,
                       chosen_by: dict[str, Any], right_from: float) -> dict[str, str]:
-    """Return digests of the conditions of a validation: prompts, reward and sampling."""
+    """Return digests for `prompts`, `reward` and `sampling`, the conditions of a validation."""
     sampling = {"samples": rollout.samples_per_prompt,
                 "tokens": compute_sampling_digest(rollout, 0, chosen_by)}
     return {"prompts": sampling_digest({"ids": sorted(prompts.ids)}),
@@ -131,7 +132,7 @@ def digest_conditions(*, prompts: PromptList, reward_version: str, rollout: Roll
 
 
 def compute_figures(store: RolloutStore, number: int, version: str, right_from: float) -> dict[str, Any]:
-    """Return the figures of a validation, over all prompts and for each domain."""
+    """Compute a validation's figures, over all prompts and per domain."""
     total, domains, is_judged = _Tally(), defaultdict[str, _Tally](_Tally), version != NO_REWARD
     for parts, rows, _ in store.iter_pieces(store.parts(number), _COLUMNS):
         judgements = store.read_judgements(version, parts)
@@ -150,7 +151,7 @@ def compute_figures(store: RolloutStore, number: int, version: str, right_from: 
 
 @dataclass
 class _Tally:
-    """Sums over the responses of a validation or a domain."""
+    """Sums over the responses in a validation or a domain."""
 
     judged: ScoredResponses = field(default_factory=ScoredResponses)
     tokens: list[int] = field(default_factory=list)
@@ -166,7 +167,7 @@ class _Tally:
                 self.components[name].append(value)
 
     def to_json(self, *, is_judged: bool) -> dict[str, Any]:
-        """Return the figures as JSON values; without a reward lengths alone."""
+        """Return the figures as JSON values; only lengths if no reward `is_judged`."""
         judged = self.judged
         has_reward = is_judged and any(prompt.num_scored for prompt in judged.prompts.values())
         figures = judged.figures() if has_reward else {}
@@ -179,16 +180,16 @@ class _Tally:
 
 @dataclass(frozen=True)
 class SampledRounds:
-    """How many responses of a store's rounds are recorded as events."""
+    """Limits for the sample responses recorded as events `RESPONSES`."""
 
     num_rows: int
-    """Responses of a round; 0: none."""
+    """Responses per round; 0: record no samples."""
     num_rounds: int
+    """Rounds in the run, of which about `MAX_TABLES` are recorded."""
 
     def record(self, view: FeedView, store: RolloutStore, number: int, version: str, kind: str = ROUND_SAMPLES
                ) -> None:
-        """Record the first response to each of some prompts of a round, if the round is among the recorded
-        ones."""
+        """Record the first responses to `num_rows` prompts in a round, if the round is due."""
         every = -(-self.num_rounds // MAX_TABLES)
         if not self.num_rows or ((number - 1) % every and number != self.num_rounds):
             return

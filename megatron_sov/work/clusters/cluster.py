@@ -26,6 +26,9 @@ SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|P
                          re.IGNORECASE)
 """Pattern of variable names whose values must not appear in scripts."""
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_UNITS = re.compile(r"(\d+) ?([mhd])[a-z]*")
+_UNIT_FORMATS = {"m": "{}", "h": "{}:00:00", "d": "{}-00:00:00"}
+"""Unit in a time limit such as 24h -> sbatch format."""
 TIME_LIMIT = re.compile(r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?"
                         r"|((?P<h>\d+):(?=\d+:))?(?P<m>\d+)(:(?P<s>\d+))?")
 """Time formats of sbatch: with days, or hours:minutes:seconds, minutes:seconds, minutes."""
@@ -277,8 +280,11 @@ def parse_time_limit(text: str) -> float:
         return math.inf
     match = TIME_LIMIT.fullmatch(text)
     if match is None:
+        words = _UNITS.fullmatch(text.lower())
+        limit = _UNIT_FORMATS[words[2]].format(words[1]) if words else ""
         raise UserError(f"time limit {text!r}: must be minutes, H:MM:SS or D-HH:MM:SS; "
-                        "set --time, or the profile's time_limit")
+                        f"{f'write {limit}' if limit else 'set --time, or the time_limit in the profile'}",
+                        Fix(options=("--time", limit)) if limit else None)
     # seconds per pattern group; unmatched groups are None
     units = {"d": 86400, "dh": 3600, "dm": 60, "ds": 1, "h": 3600, "m": 60, "s": 1}
     return sum(int(match[name] or 0) * seconds for name, seconds in units.items()) or math.inf

@@ -24,7 +24,7 @@ from typing import IO, Any
 from megatron_sov.base.artifacts import (
     create_file, delete_folder, format_json, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.rows import iter_changes
-from megatron_sov.base.errors import UserError, format_problems
+from megatron_sov.base.errors import UserError, format_problems, stop_check
 from megatron_sov.work.progress.locks import LOCK, lock_folder
 
 JOB, RECORDS = "job.json", "records"
@@ -165,6 +165,7 @@ def lock_work_folder(output: Path, made_by: str, identity: Mapping[str, Any],
 
     If an exception escapes and the folder contains no records, delete it.
     """
+    stop_check()
     folder = work_folder(output)
     current = json.loads(format_json(dict(identity)))  # JSON turns tuples into lists, as in the file
     with lock_folder(folder, output):

@@ -8,6 +8,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Never, TextIO
 
+from megatron_sov.base.errors import stop_check
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -26,6 +28,7 @@ def create_bar(title: str, total: int, unit: str, visible: bool = True) -> tqdm[
         unit: noun for a part; large counts are abbreviated.
         visible: False on ranks that should stay silent.
     """
+    stop_check()  # the checks of the command are complete
     # disable=None: tqdm appears on a terminal only
     return _open_bar(total=total, desc=title, unit=unit, unit_scale=True, delay=SHOWN_AFTER_S,
                      disable=None if visible else True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import Fix, UserError
-from megatron_sov.base.hints.lines import mend_line, propose_line
+from megatron_sov.base.hints.lines import apply_fix, propose_line
 from tests.base.hints.test_words import answer
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
@@ -31,7 +31,7 @@ def lines(said: str) -> list[str]:
     ("sft --data n=a.csv:0.5 --from=a.csv", Fix(words={"a.csv": "b"}), "sft --data n=b:0.5 --from=b"),
     ("sft", Fix("megatron-sov prefer --data d"), "prefer --data d")])
 def test_a_fix_changes_its_part_of_the_line_alone(typed: str, fix: Fix, mended: str) -> None:
-    assert mend_line("megatron-sov", typed.split(), fix) == mended.split()
+    assert apply_fix("megatron-sov", typed.split(), fix) == mended.split()
 
 
 def test_faults_that_come_one_after_the_other_are_in_one_message() -> None:

@@ -11,7 +11,7 @@ import pytest
 from megatron_sov.base.documents.layouts import describe_turns
 from megatron_sov.base.errors import Fix, RowProblems, UserError
 from megatron_sov.base.hints.commands import unwrap_launcher
-from megatron_sov.base.hints.lines import mend_line, propose_line
+from megatron_sov.base.hints.lines import apply_fix, propose_line
 from megatron_sov.base.hints.paths import find_path_faults
 from tests.base.hints.test_lines import CHAT, lines
 from tests.base.hints.test_words import answer
@@ -66,7 +66,7 @@ def test_a_stand_in_lets_further_faults_be_found() -> None:
 
 def test_an_option_leaves_with_its_value() -> None:
     line = ["serve", "hf", "--set", "a.b=1", "--set", "c.d=2", "--nproc", "2"]
-    assert mend_line("megatron-sov", line, Fix(left_out=("--set a.b=1", "--nproc 2"))) == [
+    assert apply_fix("megatron-sov", line, Fix(left_out=("--set a.b=1", "--nproc 2"))) == [
         "serve", "hf", "--set", "c.d=2"]
 
 

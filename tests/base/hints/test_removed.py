@@ -75,7 +75,7 @@ def test_a_removed_setting_is_refused_and_its_default_in_an_old_run_is_passed_ov
 
 @pytest.mark.parametrize("raw", [{"data": 7}, {"data": None}, {}, {"data": {"phases": 3}}])
 def test_settings_of_another_form_pass_to_the_reader(raw: dict[str, object]) -> None:
-    assert removed.without_removed(raw) == raw
+    assert removed.drop_removed_settings(raw) == raw
 
 
 @pytest.mark.parametrize("file", list(removed.FOLDERS))

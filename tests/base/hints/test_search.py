@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_sov.base.hints.search import describe_found, find_by_meaning, first_sentence
+from megatron_sov.base.hints.search import describe_candidates, find_by_meaning, shorten_help
 from megatron_sov.model.recipes.requested import RecipeOptions
 from tests.base.hints.test_words import answer
 
@@ -35,6 +35,6 @@ def test_answer_names_what_was_found(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_long_help_is_cut_at_a_word() -> None:
-    assert first_sentence("One. Two.") == "One"
-    assert first_sentence(f"begin {'word ' * 40}").endswith("word ...")
-    assert describe_found([], {}) == ""
+    assert shorten_help("One. Two.") == "One"
+    assert shorten_help(f"begin {'word ' * 40}").endswith("word ...")
+    assert describe_candidates([], {}) == ""

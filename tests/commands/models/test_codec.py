@@ -16,7 +16,7 @@ from megatron_sov import cli
 from megatron_sov.chat.media_tokens import AUDIO, VocabularyBlock
 from megatron_sov.omni.codecs.folder import open_codec, save_codec
 from megatron_sov.omni.codecs.ta_tok import SiglipSettings, TATok, TATokSettings
-from megatron_sov.omni.generation.replies import MarkIds, parts_of
+from megatron_sov.omni.generation.replies import MarkIds, split_reply
 from tests.omni import hf_folders
 from tests.pages_typed import ROOT, commands_of
 
@@ -55,7 +55,8 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert open_codec("speech-tokenizer").codebook_size == 3 * 64
     assert cli.main(["codec", "inspect", "audio-tokenizer", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["config"]["config"]["codebook_size"] == 512
-    assert str(parts_of([7, 8, 1003, 1001, 9, 1002], [VocabularyBlock(AUDIO, 1000, 512)], MarkIds())) in PAGE
+    parts = split_reply([7, 8, 1003, 1001, 9, 1002], [VocabularyBlock(AUDIO, 1000, 512)], MarkIds())
+    assert str(parts) in PAGE
 
 
 @pytest.mark.parametrize(("line", "said"), [

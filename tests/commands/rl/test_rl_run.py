@@ -133,7 +133,7 @@ def killed(folder: Path, command: Command, run_command: Any) -> Path:
     assert f"{asked}: 1 of 7 prompts are asked in training too (line 7); they are left out" in done.stderr
     assert (f"{asked}: 7 prompts read: 5 asked, 2 set aside (1 asked in training too, 1 longer than "
             "rollout.max_prompt_tokens") in done.stderr
-    assert "were begun by policy" not in done.stderr
+    assert "began responses" not in done.stderr
     return folder / "killed"
 
 
@@ -202,13 +202,13 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
     (second,) = set(store.versions()) - {first}
     assert [e["reward_version"][:len(second)] for e in events(folder / "other", "round")] == [second] * 3
     assert losses(folder / "other") != losses(whole)
-    assert "responses of round 2 were begun by policy" in done.stderr
+    assert "began responses of round 2 and does not" in done.stderr
     # a run that writes nothing itself makes the same of the same rounds
     done = run_command(*command("trained", store="whole-store", word="train"))
     assert done.returncode == 0, done.stderr
     assert losses(folder / "trained") == losses(whole) and weights(folder / "trained") == weights(whole)
     # it is the same policies, and leaves a checkpoint of each
-    assert "were begun by policy" not in done.stderr
+    assert "began responses" not in done.stderr
     assert [e["step"] for e in events(folder / "trained", "checkpoint")] == [2, 4, 6]
     begun = {row.versions[row.is_written][0]: row.key.policy for row in rows(folder / "whole-store")}
     rollout = RolloutConfig(steps_per_round=2, max_staleness=1)

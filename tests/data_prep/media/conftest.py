@@ -15,9 +15,9 @@ from PIL import Image
 from data_prep.cli import main
 from data_prep.media import encoder
 from megatron_sov.base.artifacts import create_artifact
-from megatron_sov.omni.media.reading.kinds import (
-    MediaLimits, PictureRequest, VideoFrames, read_picture, read_sound, read_video)
-from megatron_sov.omni.media.reading.reader import ReadMedia, place_of
+from megatron_sov.omni.media.reading.decoders import read_picture, read_sound, read_video
+from megatron_sov.omni.media.reading.limits import MediaLimits, PictureRequest, VideoSampling
+from megatron_sov.omni.media.reading.reader import DecodedMedia, resolve_media_path
 from tests.data_prep.media.chats import Encode
 from tokenizer.media import MediaTokens, add_media
 
@@ -48,22 +48,22 @@ class Here:
     def __init__(self, root: Path, limits: MediaLimits, processes: int) -> None:
         self._root, self._limits = root.resolve(), limits
 
-    def picture(self, path: str, sides: tuple[int, ...], animated: str) -> ReadMedia:
-        return self._told(read_picture(place_of(self._root, path), PictureRequest(sides, animated),
+    def read_picture(self, path: str, sides: tuple[int, ...], animated: str) -> DecodedMedia:
+        return self._told(read_picture(resolve_media_path(self._root, path), PictureRequest(sides, animated),
                                        self._limits))
 
-    def sound(self, path: str, rate_hz: int) -> ReadMedia:
-        arrays, facts = read_sound(place_of(self._root, path), rate_hz, self._limits)
+    def read_sound(self, path: str, rate_hz: int) -> DecodedMedia:
+        arrays, facts = read_sound(resolve_media_path(self._root, path), rate_hz, self._limits)
         return self._told(([arrays], facts))
 
-    def video(self, path: str, sampling: VideoFrames) -> ReadMedia:
-        return self._told(read_video(place_of(self._root, path), sampling, self._limits))
+    def read_video(self, path: str, sampling: VideoSampling) -> DecodedMedia:
+        return self._told(read_video(resolve_media_path(self._root, path), sampling, self._limits))
 
     def close(self) -> None:
         pass
 
-    def _told(self, found: tuple[list[np.ndarray], dict[str, Any]]) -> ReadMedia:
-        return ReadMedia(found[0], **found[1])
+    def _told(self, found: tuple[list[np.ndarray], dict[str, Any]]) -> DecodedMedia:
+        return DecodedMedia(found[0], **found[1])
 
 
 @pytest.fixture

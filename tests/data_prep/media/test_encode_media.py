@@ -18,7 +18,7 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD, parse_codebook_tokens
 from megatron_sov.model.modality import PICTURES, SOUNDS
-from megatron_sov.omni.media.banks import open_bank, read_shapes
+from megatron_sov.omni.media.banks import open_bank, read_bank_shapes
 from megatron_sov.work.clusters import client
 from megatron_sov.work.submit.arrays import WORK_FILE, Jobs
 from tests.data_prep.media.chats import Encode, shown
@@ -29,7 +29,8 @@ def records(folder: Path) -> list[Any]:
 
 
 def bank(folder: Path, kind: str) -> np.ndarray:
-    return open_bank(folder / f"{kind}.bin", read_shapes(read_manifest(folder).content["media"], "it")[kind])
+    shapes = read_bank_shapes(read_manifest(folder).content["media"], "it")
+    return open_bank(folder / f"{kind}.bin", shapes[kind])
 
 
 def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
@@ -58,7 +59,8 @@ def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
 def test_spectrograms_are_those_of_whisper(encode: Encode, tmp_path: Path, media: Path) -> None:
     from transformers import WhisperFeatureExtractor
 
-    from megatron_sov.omni.media.reading.kinds import MediaLimits, read_sound
+    from megatron_sov.omni.media.reading.decoders import read_sound
+    from megatron_sov.omni.media.reading.limits import MediaLimits
 
     assert encode([shown(("audio", "short.wav"))]) == 0
     samples, _ = read_sound(media / "short.wav", 16_000, MediaLimits())

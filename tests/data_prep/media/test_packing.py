@@ -20,7 +20,7 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.shard_files import FEATURES, NO_FEATURE
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, VIDEO_PAD
 from megatron_sov.model.modality import MediaEncoding
-from megatron_sov.omni.media.banks import open_bank, read_shapes
+from megatron_sov.omni.media.banks import open_bank, read_bank_shapes
 from megatron_sov.omni.media.items import MediaVocabulary
 from tests.data_prep.media.chats import Encode, shown
 
@@ -47,7 +47,7 @@ def columns(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
     shards = []
     for record in source["splits"]["train"]["shards"]:
         prefix = folder / record["prefix"]
-        shapes = read_shapes(source[FEATURES], "it")
+        shapes = read_bank_shapes(source[FEATURES], "it")
         shards.append({"ids": np.asarray(open_split(prefix).tokens),
                        FEATURES: np.fromfile(f"{prefix}.{FEATURES}", "<i8"),
                        "loss": np.fromfile(f"{prefix}.loss", "<f4")}

@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.hints.table import note_on
+from megatron_sov.base.hints.table import find_note
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import (
     DataConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig, PolicyConfig,
@@ -139,7 +139,7 @@ def test_what_is_not_offered_says_why_and_is_the_librarys(small: Small) -> None:
         "num_distributed_optimizer_instances", "overlap_param_gather_with_optimizer_step",
         "fp8_dot_product_attention", "cross_entropy_loss_fusion", "cross_entropy_fusion_impl",
         "cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
-    assert set(not_offered) - theirs == set() and all(map(note_on, not_offered))
+    assert set(not_offered) - theirs == set() and all(map(find_note, not_offered))
     page = (Path(__file__).parents[3] / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert [name for name in not_offered if f"`{name}`" not in page] == []
 

@@ -1,4 +1,4 @@
-"""Encoders are transformers' own, at sizes that a config tells, and records never see each other."""
+"""Media encoders: shapes, independence of records, and the compressor's scan."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 from megatron_sov.model.families.encoders import count_encoder_params, encoder_shapes
 from megatron_sov.omni.codecs import encoders
-from megatron_sov.omni.codecs.encoders import Compressor, MediaEncoder, Mixer, fastest, patches, scan
+from megatron_sov.omni.codecs.encoders import Compressor, MediaEncoder, Mixer, cut_patches, scan, select_scan
 from megatron_sov.omni.codecs.ta_tok import UnitSimVQ
 
-# The compressor's scan and mixer against transformers' Mamba-2 and against the recurrence itself.
 
 def drawn(tokens: int) -> tuple[torch.Tensor, ...]:
     """Return x, dt, a, b, c for two sequences."""
@@ -27,7 +26,7 @@ def drawn(tokens: int) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
-def test_the_scan_is_the_recurrence(tokens: int) -> None:
+def test_scan_equals_the_recurrence(tokens: int) -> None:
     x, dt, a, b, c = drawn(tokens)
     state, expected = torch.zeros(2, 3, 4, 5).double(), []
     for t in range(tokens):
@@ -37,7 +36,7 @@ def test_the_scan_is_the_recurrence(tokens: int) -> None:
     assert float((scan(x, dt, a, b, c) - torch.stack(expected, 1)).abs().max()) < 1e-12
 
 
-def test_a_mixer_is_transformers_mixer_but_for_the_order_of_norm_and_gate() -> None:
+def test_mixer_equals_transformers_with_norm_before_gate() -> None:
     from transformers import Mamba2Config
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
@@ -59,7 +58,7 @@ def test_a_mixer_is_transformers_mixer_but_for_the_order_of_norm_and_gate() -> N
     assert float((ours(states) - theirs.eval()(states)).detach().abs().max()) < 1e-4
 
 
-def test_a_chunk_is_written_at_its_query_and_knows_what_came_before() -> None:
+def test_compressed_feature_depends_on_its_chunk_and_earlier_chunks() -> None:
     config = AudioEncoderConfig(placeholder_ids=(1,), num_frames=200, compression=25, compressor_size=16,
                                 compressor_head_dim=8, compressor_state_size=4)
     torch.manual_seed(0)
@@ -76,12 +75,11 @@ def test_a_chunk_is_written_at_its_query_and_knows_what_came_before() -> None:
     assert before.shape == (1, 2, 8)
     assert [changed[place].tolist() for place in (3, 24)] == [[True, True]] * 2
     assert [changed[place].tolist() for place in (25, 49)] == [[False, True]] * 2
-    # an average would not know their order
+    # an average would ignore the order
     assert float((network(features.flip(1))[:, -1] - before[:, -1]).detach().abs().max()) > 1e-3
 
 
-def test_the_kernel_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A double of `mamba_ssm`, whose kernel is asked as that package's is."""
+def test_installed_kernel_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, int] = {}
 
     def kernel(x: Any, dt: Any, a: Any, b: Any, c: Any, chunk_size: int) -> Any:
@@ -91,12 +89,12 @@ def test_the_kernel_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPat
     modules = {name: ModuleType(name) for name in (
         "mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton", "mamba_ssm.ops.triton.ssd_combined")}
     modules["mamba_ssm.ops.triton.ssd_combined"].mamba_chunk_scan_combined = kernel  # type: ignore[attr-defined]
-    assert fastest(torch.device("cuda")) is scan
+    assert select_scan(torch.device("cuda")) is scan
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: name == "mamba_ssm")
-    assert fastest(torch.device("cpu")) is scan
-    found = fastest(torch.device("cuda"))(*drawn(70))
+    assert select_scan(torch.device("cpu")) is scan
+    found = select_scan(torch.device("cuda"))(*drawn(70))
     assert found.equal(scan(*drawn(70))) and asked == {"groups": 1, "chunk_size": 64}
 
 
@@ -132,7 +130,7 @@ def records(config: Any, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("encoders", "hidden_size"), [
     ((QWEN, QWEN_AUDIO), 32), ((SIGLIP, WHISPER), 32), (PUBLISHED, 4096)])
-def test_names_and_shapes_follow_from_a_config_alone(encoders: tuple[Any, ...], hidden_size: int) -> None:
+def test_parameter_shapes_follow_from_the_config(encoders: tuple[Any, ...], hidden_size: int) -> None:
     made: dict[str, tuple[int, ...]] = {}
     with torch.device("meta"):
         for name, config in zip(("vision", "audio"), encoders, strict=True):
@@ -143,14 +141,14 @@ def test_names_and_shapes_follow_from_a_config_alone(encoders: tuple[Any, ...], 
     assert count_encoder_params(config) == sum(int(np.prod(shape)) for shape in made.values())
 
 
-def test_published_encoders_have_as_many_features_as_they_say() -> None:
+def test_published_encoders_have_the_published_number_of_features() -> None:
     vision, audio = PUBLISHED
     assert vision.slots == 14 * 14 and audio.slots == 30
     assert not vision.problems(10) and not audio.problems(10)
 
 
 @pytest.mark.parametrize("config", [QWEN, SIGLIP, QWEN_AUDIO, WHISPER])
-def test_a_record_has_the_same_features_whatever_is_beside_it(config: Any) -> None:
+def test_features_do_not_depend_on_the_batch(config: Any) -> None:
     torch.manual_seed(1)
     network = MediaEncoder(config, 32).double()
     for parameter in network.parameters():
@@ -163,7 +161,7 @@ def test_a_record_has_the_same_features_whatever_is_beside_it(config: Any) -> No
     assert float((together[0] - together[1]).detach().abs().max()) > 1e-3
 
 
-def test_pictures_are_cut_as_transformers_processor_cuts_them() -> None:
+def test_patches_equal_the_transformers_processor() -> None:
     pytest.importorskip("PIL")  # transformers' processor needs it
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -174,12 +172,12 @@ def test_pictures_are_cut_as_transformers_processor_cuts_them() -> None:
     theirs = processor(images=[picture.numpy() for picture in raw], input_data_format="channels_first",
                        return_tensors="pt")
     mean, std = (torch.tensor(x)[:, None, None] for x in (QWEN.mean, QWEN.std))
-    ours = patches((raw / 255 - mean) / std, QWEN)
+    ours = cut_patches((raw / 255 - mean) / std, QWEN)
     assert theirs["image_grid_thw"].tolist() == [[1, 8, 8]] * 2
     assert float((ours - theirs["pixel_values"]).abs().max()) < 1e-5
 
 
-def test_what_is_frozen_is_evaluated_while_the_rest_trains() -> None:
+def test_frozen_parts_stay_in_evaluation_mode() -> None:
     network = MediaEncoder(SIGLIP, 32)
     network.encoder.requires_grad_(False)
     network.train()
@@ -190,17 +188,17 @@ def test_what_is_frozen_is_evaluated_while_the_rest_trains() -> None:
     assert all(p.grad is None for p in network.encoder.parameters())
 
 
-def test_the_nearest_code_is_the_one_with_the_largest_cosine() -> None:
+def test_nearest_code_has_the_largest_cosine() -> None:
     torch.manual_seed(0)
     quantiser, vectors = UnitSimVQ(8, 50), torch.randn(3, 7, 8)
     layer = quantiser.book.code_transform[0]
     codes = quantiser.book.frozen_codebook @ layer.weight.T + layer.bias
     cosines = F.normalize(vectors, dim=-1) @ F.normalize(codes, dim=-1).T
-    assert torch.equal(quantiser.nearest(vectors), cosines.argmax(-1))
+    assert torch.equal(quantiser.find_nearest(vectors), cosines.argmax(-1))
 
 
-def test_a_large_codebook_is_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_codebooks_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     quantiser, vectors = UnitSimVQ(4, 30), torch.randn(5, 6, 4)
-    whole = quantiser.nearest(vectors)
-    monkeypatch.setattr("megatron_sov.omni.codecs.ta_tok._SCORES", 70)
-    assert torch.equal(quantiser.nearest(vectors), whole)
+    whole = quantiser.find_nearest(vectors)
+    monkeypatch.setattr("megatron_sov.omni.codecs.ta_tok._MAX_DISTANCES", 70)
+    assert torch.equal(quantiser.find_nearest(vectors), whole)

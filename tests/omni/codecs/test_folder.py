@@ -1,4 +1,4 @@
-"""Codecs on disk: what is written is read, and what others wrote is refused in one sentence."""
+"""Codec folders: round trip, hostile manifests and damaged weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import to_plain_values
-from megatron_sov.omni.codecs.folder import KIND, WEIGHTS, inspected, open_codec, save_codec
+from megatron_sov.omni.codecs.folder import ARTIFACT_KIND, WEIGHTS, describe_codec, open_codec, save_codec
 from megatron_sov.omni.codecs.ta_tok import SiglipSettings, TATok, TATokSettings
 
 SETTINGS = TATokSettings(side_pixels=8, encoder=SiglipSettings(
@@ -29,43 +29,42 @@ def codec(tmp_path: Path) -> Path:
 
 
 def written(folder: Path, content: Any, state: dict[str, torch.Tensor]) -> Path:
-    """Write an artifact as somebody else would."""
-    with create_artifact(folder, KIND) as writer:
+    """Write a codec artifact with arbitrary content."""
+    with create_artifact(folder, ARTIFACT_KIND) as writer:
         save_file(state, writer.path / WEIGHTS)
         writer.content = content
     return folder
 
 
-def test_a_codec_is_read_as_it_was_written(codec: Path) -> None:
+def test_saved_codec_opens_with_the_same_weights(codec: Path) -> None:
     torch.manual_seed(0)
     own, read = TATok(SETTINGS), open_codec(codec)
     pictures = torch.rand(2, 3, 8, 8)
     assert torch.equal(read.encode(pictures), own.eval().encode(pictures))
     assert (read.settings, read.training) == (SETTINGS, False)
     assert not any(p.requires_grad for p in read.parameters())
-    assert inspected(codec) == {"codec": "ta-tok", "config": to_plain_values(SETTINGS),
+    assert describe_codec(codec) == {"codec": "ta-tok", "config": to_plain_values(SETTINGS),
                                 "heldout": {"psnr_db": 20.5},
                                 "num_parameters": sum(t.numel() for t in own.state_dict().values())}
 
 
 @pytest.mark.parametrize(("content", "said"), [
     ([], "names no kind of codec"), ({"codec": 3}, "names no kind of codec"),
-    ({"codec": "os:system", "config": {}}, "'os:system' is no kind of codec; there are vqmodel"),
+    ({"codec": "os:system", "config": {}}, "'os:system' is not a kind of codec; there are vqmodel"),
     ({"codec": "ta-tok"}, "null must be an object of settings"),
     ({"codec": "ta-tok", "config": {"code_width": "8"}}, 'code_width = "8" must be a whole number'),
     ({"codec": "ta-tok", "config": {"code_wdith": 8}}, "code_wdith: no such setting; did you mean"),
     ({"codec": "ta-tok", "config": {"code_width": 10**30}}, "code_width"),
     ({"codec": "ta-tok", "config": {"codebook_size": 10**12}},
      "codebook_size = 1000000000000 must be at most 1,048,576")])
-def test_a_hostile_manifest_is_one_sentence(tmp_path: Path, content: Any, said: str) -> None:
+def test_hostile_manifests_are_refused(tmp_path: Path, content: Any, said: str) -> None:
     folder = written(tmp_path / "bad", content, {"a": torch.zeros(1)})
     with pytest.raises(UserError, match=re.escape(said)) as caught:
         open_codec(folder)
     assert str(folder) in str(caught.value)
 
 
-def test_weights_that_settings_do_not_ask_for_reserve_nothing(codec: Path, tmp_path: Path) -> None:
-    """A manifest may say a million codes of 16,384 numbers: none is made that the file does not have."""
+def test_weights_must_fit_the_settings(codec: Path, tmp_path: Path) -> None:
     state = load_file(codec / WEIGHTS)
     huge = replace(SETTINGS, code_width=16_384, codebook_size=1 << 20)
     cases: list[tuple[TATokSettings, dict[str, torch.Tensor], str]] = [
@@ -80,8 +79,8 @@ def test_weights_that_settings_do_not_ask_for_reserve_nothing(codec: Path, tmp_p
             open_codec(folder)
 
 
-def test_a_flipped_bit_is_seen(codec: Path) -> None:
-    """In the exponent of a weight, which leaves a number of the right kind."""
+def test_flipped_bit_is_detected(codec: Path) -> None:
+    """The flipped bit is in an exponent, so the weight stays finite."""
     weights = bytearray((codec / WEIGHTS).read_bytes())
     weights[-1] ^= 0x40
     (codec / WEIGHTS).write_bytes(weights)
@@ -89,13 +88,13 @@ def test_a_flipped_bit_is_seen(codec: Path) -> None:
         open_codec(codec)
 
 
-def test_a_damaged_file_is_one_sentence(codec: Path, tmp_path: Path) -> None:
+def test_damaged_weights_are_refused(codec: Path, tmp_path: Path) -> None:
     for damage in (b"", b"\x80\x04N.", (codec / WEIGHTS).read_bytes()[:-5]):
         (codec / WEIGHTS).write_bytes(damage)
         with pytest.raises(UserError, match=r"model\.safetensors: has \d+ bytes"):
             open_codec(codec)
         with pytest.raises(UserError, match="cannot be read"):
-            inspected(codec)
+            describe_codec(codec)
     (codec / WEIGHTS).unlink()
     (tmp_path / "elsewhere").write_bytes(b"")
     (codec / WEIGHTS).symlink_to(tmp_path / "elsewhere")

@@ -1,4 +1,4 @@
-"""Codecs from folders of transformers and diffusers: the ids and media of the official classes."""
+"""Codecs from transformers and diffusers folders agree with the official classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.omni.codecs.folder import WEIGHTS, inspected, open_codec
+from megatron_sov.omni.codecs.folder import WEIGHTS, describe_codec, open_codec
 from megatron_sov.omni.codecs.hf_codecs import DacCodec, HfAudioSettings
 from megatron_sov.omni.codecs.published import import_codec
 from tests.omni.hf_folders import MADE, save, vqmodel
@@ -23,7 +23,7 @@ SOUND = torch.rand(7001, generator=torch.Generator().manual_seed(2)) - 0.5
 
 
 def official(kind: str, network: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ids and the decoded pictures that the class itself gives for `PICTURES`."""
+    """Return ids and decoded pictures of the official class for `PICTURES`."""
     pixels = PICTURES * 2 - 1
     with torch.no_grad():
         if kind == "janus-vq":
@@ -34,7 +34,7 @@ def official(kind: str, network: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["vqmodel", "janus-vq"])
-def test_pictures_are_encoded_and_decoded_as_the_official_class_does(tmp_path: Path, kind: str) -> None:
+def test_picture_codecs_equal_official_classes(tmp_path: Path, kind: str) -> None:
     ids, decoded = official(kind, save(kind, tmp_path / "hf"))
     import_codec(kind, tmp_path / "hf", tmp_path / "codec")
     codec = open_codec(tmp_path / "codec")
@@ -44,20 +44,20 @@ def test_pictures_are_encoded_and_decoded_as_the_official_class_does(tmp_path: P
     again = codec.decode(found)
     torch.testing.assert_close(again, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
     assert again.shape == PICTURES.shape and float(again.std()) > 0.01
-    assert inspected(tmp_path / "codec")["codec"] == kind
+    assert describe_codec(tmp_path / "codec")["codec"] == kind
 
 
 @pytest.mark.tier1_cases(2)
 @pytest.mark.parametrize("kind", ["dac", "mimi"])
 @pytest.mark.parametrize("num_codebooks", [1, 3])
-def test_sounds_are_encoded_and_decoded_as_the_official_class_does(tmp_path: Path, kind: str,
+def test_sound_codecs_equal_official_classes(tmp_path: Path, kind: str,
                                                                    num_codebooks: int) -> None:
     network = save(kind, tmp_path / "hf")
     import_codec(kind, tmp_path / "hf", tmp_path / "codec", num_codebooks=num_codebooks)
     codec = open_codec(tmp_path / "codec")
     filled = torch.nn.functional.pad(SOUND, (0, -len(SOUND) % 640))[None, None]
     with torch.no_grad():
-        codes = network.encode(filled, **{codec.COUNT: num_codebooks}).audio_codes
+        codes = network.encode(filled, **{codec.CODEBOOKS_ARGUMENT: num_codebooks}).audio_codes
         decoded = network.decode(audio_codes=codes).audio_values.flatten()
     size = {"dac": 512, "mimi": 64}[kind]
     assert (codec.sample_rate_hz, codec.codebook_size) == (16_000, size * num_codebooks)
@@ -68,13 +68,13 @@ def test_sounds_are_encoded_and_decoded_as_the_official_class_does(tmp_path: Pat
     assert torch.equal(rows // size, torch.arange(num_codebooks).expand(11, -1))
     assert len(ids.unique()) > 3 or kind == "mimi"
     torch.testing.assert_close(codec.decode(ids), decoded.clamp(-1, 1))
-    # what is no whole frame is left out, and a code of another codebook is read as one of this place
+    # an incomplete frame is dropped, and an id is read modulo the codebook size
     torch.testing.assert_close(codec.decode(torch.cat([ids, ids[:num_codebooks - 1]])), decoded.clamp(-1, 1))
     torch.testing.assert_close(codec.decode(ids % size), decoded.clamp(-1, 1))
     assert len(codec.decode(ids[:0])) == 0 and len(codec.encode(SOUND[:0])) == 0
 
 
-def test_a_long_sound_is_heard_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sounds_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save("dac", tmp_path / "hf")
     import_codec("dac", tmp_path / "hf", tmp_path / "codec")
     codec = open_codec(tmp_path / "codec")
@@ -90,9 +90,9 @@ def changed(folder: Path, **fields: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "fields", "said"), [
     ("vqmodel", {"num_vq_embeddings": 17}, "17"),
-    ("dac", {"codebook_size": 2**60}, "is no number of a codec"),
+    ("dac", {"codebook_size": 2**60}, "is too large for a codec"),
     ("mimi", {"rope_parameters": {"rope_type": "none"}}, "cannot load it")])
-def test_another_configuration_is_one_sentence(tmp_path: Path, kind: str, fields: dict[str, Any],
+def test_invalid_configs_are_refused(tmp_path: Path, kind: str, fields: dict[str, Any],
                                                said: str) -> None:
     save(kind, tmp_path / "hf")
     changed(tmp_path / "hf", **fields)
@@ -102,7 +102,7 @@ def test_another_configuration_is_one_sentence(tmp_path: Path, kind: str, fields
 
 
 @pytest.mark.parametrize("kind", list(MADE))
-def test_weights_of_another_network_are_refused(tmp_path: Path, kind: str) -> None:
+def test_incomplete_weights_are_refused(tmp_path: Path, kind: str) -> None:
     save(kind, tmp_path / "hf")
     (file,) = (tmp_path / "hf").glob("*.safetensors")
     tensors = load_file(file)
@@ -116,12 +116,12 @@ def test_weights_of_another_network_are_refused(tmp_path: Path, kind: str) -> No
 
 @pytest.mark.tier1_cases(4)
 @pytest.mark.parametrize(("config", "said"), [
-    ({"auto_map": {"AutoModel": "evil.Model"}}, "config.auto_map: is no size of a codec"),
+    ({"auto_map": {"AutoModel": "evil.Model"}}, "config.auto_map: is not a size of a codec"),
     ({"nested": [{"_target_": "os.system"}]}, "config.nested.0._target_"),
     ({"layers_per_block": 900_000}, "tensors"), ({"block_out_channels": [1_000_000] * 3}, "numbers"),
-    ({"block_out_channels": "x"}, "makes no VQModel"), ({"num_vq_embeddings": 17}, "has the shape"),
-    ({"in_channels": "${oc.env:HOME}"}, "makes no VQModel")])
-def test_a_hostile_manifest_is_one_sentence(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    ({"block_out_channels": "x"}, "cannot build VQModel"), ({"num_vq_embeddings": 17}, "has the shape"),
+    ({"in_channels": "${oc.env:HOME}"}, "cannot build VQModel")])
+def test_hostile_manifests_are_refused(tmp_path: Path, config: dict[str, Any], said: str) -> None:
     save("vqmodel", tmp_path / "hf")
     import_codec("vqmodel", tmp_path / "hf", tmp_path / "codec")
     content = read_manifest(tmp_path / "codec", "codec").content
@@ -134,14 +134,14 @@ def test_a_hostile_manifest_is_one_sentence(tmp_path: Path, config: dict[str, An
 
 
 @pytest.mark.parametrize("rate_hz", [0, -1, None])
-def test_a_sound_codec_needs_a_rate(tmp_path: Path, rate_hz: int | None) -> None:
+def test_sound_codec_needs_a_rate(tmp_path: Path, rate_hz: int | None) -> None:
     save("dac", tmp_path / "hf")
-    config = DacCodec.of_folder(tmp_path / "hf").settings.config
+    config = DacCodec.from_folder(tmp_path / "hf").settings.config
     with pytest.raises(UserError, match="the codec's configuration"):
         DacCodec(HfAudioSettings({**config, "sampling_rate": rate_hz}))
 
 
-def test_a_side_and_codebooks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_invalid_side_and_codebook_count_are_refused(tmp_path: Path) -> None:
     save("vqmodel", tmp_path / "pictures", lambda: vqmodel(40))
     save("mimi", tmp_path / "sounds")
     import_codec("vqmodel", tmp_path / "pictures", tmp_path / "codec", side_pixels=32)
@@ -157,10 +157,10 @@ def test_a_side_and_codebooks_that_do_not_fit_are_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["simvq", "fsq", "dit", "unit-bigvgan"])
-def test_codecs_that_an_earlier_version_trained_are_refused(tmp_path: Path, kind: str) -> None:
+def test_removed_codec_kinds_are_refused(tmp_path: Path, kind: str) -> None:
     with create_artifact(tmp_path / "old", "codec") as writer:
         save_file({"a": torch.zeros(1)}, writer.path / WEIGHTS)
         writer.content = {"codec": kind, "config": {}}
-    said = f"'{kind}' is no kind of codec; it was removed in this version: import a codec"
+    said = f"'{kind}' is not a kind of codec; it was removed in this version: import a codec"
     with pytest.raises(UserError, match=said):
         open_codec(tmp_path / "old")

@@ -1,4 +1,4 @@
-"""Published tokenizers as codecs, through doubles with their authors' names; and hostile files."""
+"""Import of published tokenizers, with doubles that have the authors' tensor names; and hostile files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def published_network() -> PublishedTATok:
 
 
 @pytest.mark.parametrize("form", ["pth", "safetensors", "released"])
-def test_ta_tok_gives_the_ids_that_its_authors_code_gives(tmp_path: Path, published_network: PublishedTATok,
+def test_ta_tok_ids_equal_the_authors_code(tmp_path: Path, published_network: PublishedTATok,
                                                           form: str) -> None:
     state = published_network.state_dict()
     if form == "pth":
@@ -81,13 +81,13 @@ def test_ta_tok_gives_the_ids_that_its_authors_code_gives(tmp_path: Path, publis
     assert (codec.side_pixels, codec.grid, codec.codebook_size) == (20, 4, 40)
 
 
-def test_another_network_is_one_sentence(tmp_path: Path, published_network: PublishedTATok) -> None:
+def test_other_networks_are_refused(tmp_path: Path, published_network: PublishedTATok) -> None:
     state = {name: tensor.clone() for name, tensor in published_network.state_dict().items()}
     file = tmp_path / "model.safetensors"
     patches, code_bias = "encoder.embeddings.patch_embedding.weight", "bottleneck.in_linear.bias"
-    cases = [({"a": torch.zeros(1)}, f"lacks {re.escape(patches)}, so it is no TA-Tok"),
+    cases = [({"a": torch.zeros(1)}, f"lacks {re.escape(patches)}, so it is not TA-Tok"),
              ({**state, patches: torch.zeros(3)}, r"has the shape \[3\], not 4 axes"),
-             ({k: v for k, v in state.items() if k != code_bias}, "lacks what is to_code.bias"),
+             ({k: v for k, v in state.items() if k != code_bias}, "lacks to_code.bias"),
              ({**state, "encode_task_layer.0.bias": torch.zeros(9)}, r"has the shape \[9\], not \[32\]"),
              ({**state, "encode_task_layer.0.bias": torch.full((32,), torch.nan)}, "not finite")]
     for tensors, said in cases:
@@ -98,18 +98,18 @@ def test_another_network_is_one_sentence(tmp_path: Path, published_network: Publ
 
 
 class Evil:
-    """Runs a command where it is unpickled."""
+    """Runs a command when unpickled."""
 
     def __reduce__(self) -> Any:
         return os.system, ("touch was-run",)
 
 
 @pytest.mark.parametrize("kind", ["ta-tok", "cosyvoice2"])
-def test_pickles_that_run_something_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_pickles_that_execute_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                 kind: str) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {"sd": {"a": torch.zeros(1)}, "args": Evil()}}, "evil.pth")
-    with pytest.raises(UserError, match="read without running what"):
+    with pytest.raises(UserError, match="read without executing code"):
         import_codec(kind, Path("evil.pth"), Path("codec"))
     for name, content, said in [("none.pth", None, "does not exist"),
                                 ("text.pth", b"hello", "cannot be read"),
@@ -119,7 +119,7 @@ def test_pickles_that_run_something_are_refused(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(UserError, match=said):
             import_codec(kind, Path(name), Path("codec"))
     torch.save([1, 2], "list.pt")
-    with pytest.raises(UserError, match="holds no names with tensors"):
+    with pytest.raises(UserError, match="does not map names to tensors"):
         import_codec(kind, Path("list.pt"), Path("codec"))
     assert not Path("was-run").exists() and not Path("codec").exists()
 
@@ -127,7 +127,7 @@ def test_pickles_that_run_something_are_refused(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("opcodes", [
     b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",  # bytearray(2**31 - 1)
     b"]" + b"]a" * 1_000_000 + b"."], ids=["one object", "many objects"])
-def test_a_pickle_may_not_fill_the_memory_nor_read_without_end(
+def test_unpickling_is_bounded_in_memory_and_time(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opcodes: bytes) -> None:
     file = tmp_path / "small.pth"
     torch.save({}, file)
@@ -136,13 +136,13 @@ def test_a_pickle_may_not_fill_the_memory_nor_read_without_end(
     with zipfile.ZipFile(file, "w") as out:
         for name, content in members.items():
             out.writestr(name, b"\x80\x02" + opcodes if name.endswith("data.pkl") else content)
-    monkeypatch.setattr(published, "_LOADING_S", 0.05)
+    monkeypatch.setattr(published, "_LOAD_TIME_S", 0.05)
     with pytest.raises(UserError, match="takes more memory or time"):
         import_codec("ta-tok", file, tmp_path / "codec")
 
 
 @pytest.mark.parametrize("kind", ["spread", "sparse", "compressed"])
-def test_tensors_that_are_larger_than_their_file_are_refused(tmp_path: Path, kind: str) -> None:
+def test_tensors_larger_than_their_file_are_refused(tmp_path: Path, kind: str) -> None:
     """A file of some kilobytes would fill the memory."""
     file = tmp_path / "small.pth"
     many = {"spread": torch.zeros(1, dtype=torch.float16).expand(1 << 40),
@@ -154,12 +154,12 @@ def test_tensors_that_are_larger_than_their_file_are_refused(tmp_path: Path, kin
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as out:
             for name, content in members.items():
                 out.writestr(name, content)
-    with pytest.raises(UserError, match="compressed" if kind == "compressed" else "not numbers that it"):
+    with pytest.raises(UserError, match="compressed" if kind == "compressed" else "not plain numbers"):
         import_codec("ta-tok", file, tmp_path / "codec")
 
 
 def module(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
-    """Have a package of others be installed, for this test."""
+    """Install a fake package for a test."""
     parts = name.split(".")
     for i in range(1, len(parts) + 1):
         above = ".".join(parts[:i])
@@ -209,7 +209,7 @@ def log_mel_spectrogram(audio: torch.Tensor, n_mels: int = 128, padding: int = 0
     return audio.view(-1, 160)[:, :n_mels].T * 20
 
 
-def test_cosyvoice_2_is_heard_by_s3tokenizers_network(tmp_path: Path,
+def test_cosyvoice2_uses_the_network_of_s3tokenizer(tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network = S3TokenizerV2("speech_tokenizer_v2_25hz", ModelConfig(80, 1500, 64, 1, 2))

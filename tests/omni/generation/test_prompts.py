@@ -1,5 +1,4 @@
-"""Features of encoders in a prompt: what a model reads when it is asked is what it read in training, and it
-is as sure of what follows."""
+"""Prompts with encoder features equal training rows, and answers have the same probabilities."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from megatron_sov.infer.decoder.logprobs import AnswerChoice, compute_answer_log
 from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.infer.request import Batching, Sampling
-from megatron_sov.omni.generation.prompts import ShownMedia, prompts_of
+from megatron_sov.omni.generation.prompts import PromptMediaEncoder, encode_media_prompts
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import PackedRow, build_row
 from megatron_sov.train.data.streams import PackedSegment
@@ -39,20 +38,20 @@ CODECS = "--image-tokenizer pictures --audio-tokenizer sounds"
 
 @dataclass(frozen=True)
 class Site:
-    """A folder with a model, codecs, media, and rows as training reads them."""
+    """Folder with a model, codecs and media, and the training rows."""
 
     folder: Path
     rows: list[PackedRow]
 
     @property
     def answers(self) -> list[list[int]]:
-        """What the assistant says in each row."""
+        """The assistant's tokens per row."""
         return [row.tokens[1:][row.weights[:-1] > 0].tolist() for row in self.rows]
 
 
 @pytest.fixture(scope="module")
 def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Site:
-    """The model's data were encoded with both codecs and both banks."""
+    """Training data with both codecs and both banks."""
     folder, random = tmp_path_factory.mktemp("site"), np.random.default_rng(0)
     for name in ("one", "two"):
         Image.fromarray(random.integers(256, size=(20, 16, 3), dtype=np.uint8)).save(folder / f"{name}.png")
@@ -81,18 +80,19 @@ def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, 
 
 @pytest.fixture
 def site(made: Site, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """The folder, to work in."""
+    """The folder as working directory."""
     monkeypatch.chdir(made.folder)
     return made
 
 
 def asked(tokenizers: dict[str, Path] | None = None, **options: Any) -> Any:
-    """Return both prompts as the model reads them."""
-    shown = ShownMedia(Path(), tokenizers or {"image": Path("pictures"), "audio": Path("sounds")})
-    return prompts_of(find_target(Path("model")), [RECORD, OTHER], shown, **options)
+    """Encode both prompts."""
+
+    shown = PromptMediaEncoder(Path(), tokenizers or {"image": Path("pictures"), "audio": Path("sounds")})
+    return encode_media_prompts(find_target(Path("model")), [RECORD, OTHER], shown, **options)
 
 
-def test_a_prompt_is_the_begin_of_its_training_row(site: Site) -> None:
+def test_prompt_equals_the_start_of_its_training_row(site: Site) -> None:
     prompts = asked()
     for row, ids, inputs in zip(site.rows, prompts.ids, prompts.encoder_inputs, strict=True):
         assert ids == row.tokens[:len(ids)].tolist() and len(ids) + len(site.answers[0]) <= len(row.tokens)
@@ -107,14 +107,13 @@ def test_a_prompt_is_the_begin_of_its_training_row(site: Site) -> None:
     with pytest.raises(UserError, match="audio, which needs --audio-to"):
         asked(tokenizers={"image": Path("pictures")})
     bare = asked(with_features=False)
-    pads = {prompts.asker.find_token_id(IMAGE_PAD), prompts.asker.find_token_id(AUDIO_PAD)}
+    pads = {prompts.encoder.find_token_id(IMAGE_PAD), prompts.encoder.find_token_id(AUDIO_PAD)}
     assert pads < set(prompts.ids[0]) and not pads & set(bare.ids[0]) and bare.encoder_inputs == [{}, {}]
 
 
 @pytest.mark.deep
-def test_cached_answers_are_as_probable_as_in_training(site: Site) -> None:
-    """By one forward pass over the training row, by the decoder that writes, and by the one that compares;
-    prompts of the same ids and other pictures are told apart."""
+def test_decoder_and_training_logprobs_agree(site: Site) -> None:
+    """Prompts with equal ids and other pictures get other log-probabilities."""
     prompts, answers = asked(), site.answers
     seen, second = prompts.encoder_inputs
     other = {**seen, "pictures": replace(seen["pictures"], records=second["pictures"].records)}

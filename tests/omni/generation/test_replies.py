@@ -1,4 +1,4 @@
-"""A model that is shown a picture and a sound, and draws and speaks: by the commands, through files."""
+"""Generation of pictures and speech with the commands, and the token rules of media blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE, MARKS, VocabularyBlock, codebook_token
 from megatron_sov.omni.generation import replies
-from megatron_sov.omni.generation.replies import BlockRules, MarkIds, parts_of
+from megatron_sov.omni.generation.replies import BlockRules, MarkIds, split_reply
 from tests.omni_model import save_codecs, save_omni_model
 
 LIKES = ("<|discrete_image_start|>", "<|discrete_audio_start|>", "<|discrete_audio_end|>")
@@ -42,7 +42,7 @@ SPEECH = r"<\|discrete_audio_start\|>(<\|audio\d+\|>){1,3}<\|discrete_audio_end\
 
 @pytest.fixture(scope="module")
 def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Path:
-    """A folder with a model with encoders, codecs, a picture and a sound."""
+    """Folder with a model that has encoders, codecs, a picture and a sound."""
     folder, random = tmp_path_factory.mktemp("site"), np.random.default_rng(0)
     Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder / "seven.png")
     soundfile.write(folder / "word.wav", random.uniform(-0.5, 0.5, 4000), 16_000)
@@ -57,14 +57,14 @@ def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, 
 
 @pytest.fixture
 def site(made: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder, to work in."""
+    """The folder as working directory."""
     monkeypatch.chdir(made)
     shards_with({})
     return made
 
 
 def shards_with(media: dict[str, Any]) -> None:
-    """Write what is left of the model's data: their manifest."""
+    """Write a manifest of training data without the data."""
     with create_artifact(Path("shards"), "token_shards", overwrite=True) as shards:
         shards.content = {"sources": [{"media": media}]}
 
@@ -72,9 +72,8 @@ def shards_with(media: dict[str, Any]) -> None:
 @pytest.mark.deep
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", ["tp", pytest.param("pp", marks=pytest.mark.deep)])
-def test_pictures_are_whole_and_the_same_at_other_layouts(
+def test_pictures_are_complete_and_equal_at_other_layouts(
         layout: str, site: Path, capsys: pytest.CaptureFixture[str], run_command: Any) -> None:
-    """What is shown is discrete tokens, and features over placeholders behind them."""
     shards_with({"pictures": {}, "sounds": {}})
     assert cli.main([*shlex.split(ASK.format(site, "bare")), "--no-features"]) == 0
     bare = json.loads(capsys.readouterr().out)
@@ -95,8 +94,8 @@ def test_pictures_are_whole_and_the_same_at_other_layouts(
 
 
 @pytest.mark.deep
-def test_what_it_makes_is_judged(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By a judge that hears nothing but "seven"; a text that it writes is compared as it is."""
+def test_eval_media_scores_generated_pictures(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The judge always recognizes "seven"; texts are compared directly."""
     Path("judges.py").write_text("def seen(files, labels):\n    return ['seven' for _ in files]\n")
     drawn = {"content": [{"type": "text", "text": "Draw seven."}], "answer": "seven",
              "labels": ["six", "seven"]}
@@ -113,8 +112,7 @@ def test_what_it_makes_is_judged(site: Path, capsys: pytest.CaptureFixture[str])
     assert [file.parent.name for file in Path("made").rglob("*.png")][:1] == ["text-image"]
 
 
-def test_what_the_data_no_longer_tell_is_said(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Encoders whose features were in no data are not asked, nor those whose adapters never learned."""
+def test_missing_training_data_are_reported(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = "generate model --audio word.wav --audio-tokenizer sounds --max-new-tokens 2"
     assert cli.main(shlex.split(line)) == 0
     assert "encoder" not in capsys.readouterr().err
@@ -127,11 +125,11 @@ def test_what_the_data_no_longer_tell_is_said(site: Path, capsys: pytest.Capture
 
 
 def rules(grid: int = GRID, says: bool = True) -> BlockRules:
-    return BlockRules.of(len(NAMES), BLOCKS, IDS.get, grid=grid, says=says, max_audio_tokens=3)
+    return BlockRules.from_vocabulary(len(NAMES), BLOCKS, IDS.get, grid=grid, says=says, max_audio_tokens=3)
 
 
 def written(made: BlockRules, seed: int) -> list[int]:
-    """Return a reply of a model that finds all allowed tokens the same, and likes to begin media."""
+    """Return a random reply within the rules that often starts media."""
     draw, reply = random.Random(seed), list[int]()
     likes = {IDS[f"<|discrete_{kind}_start|>"] for kind in ("image", "audio")}
     while len(reply) < 200 and reply[-1:] != [IDS["<end>"]]:
@@ -142,20 +140,19 @@ def written(made: BlockRules, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_is_allowed_is_well_formed(seed: int) -> None:
+def test_allowed_replies_are_well_formed(seed: int) -> None:
     reply = written(rules(), seed)
     text = "".join(NAMES[i] for i in reply)
     assert re.fullmatch(rf"([ab]|{PICTURE}|{SPEECH})*<end>", text), text
-    parts = parts_of(reply, list(BLOCKS.values()), MarkIds.of(IDS.get))
-    pictures = [part for part in parts if isinstance(part, replies.Image)]
+    parts = split_reply(reply, list(BLOCKS.values()), MarkIds.from_vocabulary(IDS.get))
+    pictures = [part for part in parts if isinstance(part, replies.ImagePart)]
     assert all(part.complete and len(part.tokens) == GRID ** 2 for part in pictures)
     assert len(pictures) == text.count("discrete_image_start")
-    said = sum(len(part.tokens) for part in parts if isinstance(part, replies.Audio))
+    said = sum(len(part.tokens) for part in parts if isinstance(part, replies.AudioPart))
     assert said == len(re.findall(r"<\|audio\d", text))
 
 
-def test_every_well_formed_reply_is_allowed() -> None:
-    """No token of it is ruled out: the rules forbid nothing else."""
+def test_well_formed_replies_are_allowed() -> None:
     picture = ["<|discrete_image_start|>", "<|vision_ratio_9:16|>", codebook_token(IMAGE, 0),
                codebook_token(IMAGE, 5),
                "<|vision_eol|>", codebook_token(IMAGE, 3), codebook_token(IMAGE, 3), "<|vision_eol|>",
@@ -168,15 +165,15 @@ def test_every_well_formed_reply_is_allowed() -> None:
         assert rules().allowed(reply[:place])[token], NAMES[token]
 
 
-def test_what_is_not_asked_for_is_not_begun() -> None:
+def test_kinds_without_output_are_not_started() -> None:
     text = "".join(NAMES[i] for seed in range(5) for i in written(rules(grid=0, says=False), seed))
     assert re.fullmatch(r"([ab]*<end>)*|[ab]{200}", text)
     speaks = "".join(NAMES[i] for seed in range(5) for i in written(rules(grid=0), seed))
     assert "audio" in speaks and "vision" not in speaks
 
 
-def test_a_vocabulary_without_such_blocks_is_refused() -> None:
+def test_vocabulary_without_media_blocks_is_refused() -> None:
     with pytest.raises(UserError, match="discrete tokens of kind"):
-        BlockRules.of(10, {}, IDS.get, grid=4)
+        BlockRules.from_vocabulary(10, {}, IDS.get, grid=4)
     with pytest.raises(UserError, match="discrete tokens of kind"):
-        BlockRules.of(len(NAMES), BLOCKS, {"a": 0}.get, says=True)
+        BlockRules.from_vocabulary(len(NAMES), BLOCKS, {"a": 0}.get, says=True)

@@ -87,7 +87,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                 logits = trainer.policy.logits(DocumentBatch([m.inputs.tokens[here].tolist()],
                                                              torch.device("cpu")), torch.arange(count))
                 head = load_file(exact[source].head)[HEAD_WEIGHT].double()
-                seen = exact[source].states(source, "train", document, start, count).double() @ head.T
+                seen = exact[source].read_states(source, "train", document, start, count).double() @ head.T
                 log_p, log_q = ((x / asked.temperature).log_softmax(-1) for x in (logits, seen))
                 entropy = -(log_p.exp() * log_p).sum(-1)
                 if asked.top_k:
@@ -107,7 +107,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                 learned = (m.weights[here] > 0).double()
                 heard = learned
                 if asked.other_tokenizer:
-                    rows = said.states(source, "train", document, start, count)
+                    rows = said.read_states(source, "train", document, start, count)
                     heard = learned * (unpack_rows(rows)[1][:, 0] <= 0)
                 wanted["cross_entropy"] += float((picked.double() * learned).sum())
                 for name, values in (("divergence", divergence), ("kl", kl), ("entropy", entropy),

@@ -16,7 +16,7 @@ from megatron_sov.post.distillation.state_files import StateFormat
 
 
 def files_of(kept: StateFormat, **more: Any) -> Any:
-    fields = {"folder": Path("states"), "kept": kept, "vocab_size": 368, "teacher": "one",
+    fields = {"folder": Path("states"), "state_format": kept, "vocab_size": 368, "teacher": "one",
               "dtype": torch.bfloat16, "sources": {}}
     return SimpleNamespace(**(fields | more))
 

@@ -20,7 +20,7 @@ from megatron_sov.cli import main
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.post.distillation import teacher as teaching
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFiles, StateFormat, unpack_rows
-from megatron_sov.post.distillation.teacher import FORMATS, TeacherReading, hash_weights, read_documents
+from megatron_sov.post.distillation.teacher import FORMATS, TeacherReading, hash_weights, write_outputs
 from megatron_sov.train.data.token_shards import open_sources
 
 FAMILY, TOP_K = "exaone_moe", 5
@@ -47,14 +47,14 @@ def opened(out: Path, data: Path) -> StateFiles:
 
 
 def reading(model: Path, data: Path, is_hf: bool = False, top_k: int = 0) -> TeacherReading:
-    return TeacherReading(Target(model, is_hf), {str(data): 1.0}, kept=StateFormat("float32", top_k),
+    return TeacherReading(Target(model, is_hf), {str(data): 1.0}, state_format=StateFormat("float32", top_k),
                           part_tokens=80)
 
 
 def everything(out: Path, data: Path) -> torch.Tensor:
     """Return the states of all documents."""
     files = opened(out, data)
-    return torch.cat([files.states(i, "train", d, 0, int(n)) for i, s in enumerate(open_sources(
+    return torch.cat([files.read_states(i, "train", d, 0, int(n)) for i, s in enumerate(open_sources(
         {str(data): 1.0}, 1024, FORMATS)) for d, n in enumerate(s.open_split("train").lengths)])
 
 
@@ -72,13 +72,13 @@ def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict
         ids = shard.tokens(document, 0, int(shard.lengths[document]))
         with torch.no_grad():
             logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
-        found = files.states(1, "train", document, 2, len(ids) - 2) @ head.T
+        found = files.read_states(1, "train", document, 2, len(ids) - 2) @ head.T
         torch.testing.assert_close(found, logits[2:], rtol=2e-5, atol=2e-5)
     assert find_damaged_files(tmp_path / "states") == []
     with pytest.raises(UserError, match="99 of source 'second'"):
-        files.states(1, "train", 99, 0, 1)
+        files.read_states(1, "train", 99, 0, 1)
     with pytest.raises(UserError, match="document 7"):
-        files.states(1, "train", 7, 2, int(shard.lengths[7]))
+        files.read_states(1, "train", 7, 2, int(shard.lengths[7]))
 
 
 def test_a_teacher_of_another_tokenizer_is_heard_in_the_students_tokens(
@@ -96,7 +96,7 @@ def test_a_teacher_of_another_tokenizer_is_heard_in_the_students_tokens(
     (teacher / "tokenizer.json").write_text(json.dumps(file))
     command = ["distill", "states", str(teacher), "--data", str(data), "--output", str(tmp_path / "states"),
                "--other-tokenizer"]
-    assert main(command) == 2 and "--top-k 0: a teacher of another tokenizer" in capsys.readouterr().err
+    assert main(command) == 2 and "--top-k 0: hidden states of a teacher" in capsys.readouterr().err
     assert main([*command, "--top-k", "9"]) == 0
     sources = open_sources({str(data): 1.0}, 1024, FORMATS)
     files, shard = opened(tmp_path / "states", data), sources[0].open_split("train")
@@ -114,16 +114,16 @@ def test_a_teacher_of_another_tokenizer_is_heard_in_the_students_tokens(
     best = logprobs.topk(18)
     wanted, values = both.translate_rows(document, ids.tolist(), best.indices, best.values,
                                torch.cat([of_next, torch.zeros(1)]), 9)
-    got, found = unpack_rows(files.states(0, "train", 7, 0, len(ids)))
+    got, found = unpack_rows(files.read_states(0, "train", 7, 0, len(ids)))
     torch.testing.assert_close(found, values, rtol=1e-4, atol=1e-4)
     assert (got == wanted).double().mean() > 0.95, "equal ones may change places"
 
 
 def read(model: str, data: str, out: str, settings: list[str], top_too: bool) -> None:
     """Read the data, on this process as one of several."""
-    read_documents(reading(Path(model), Path(data)), Path(out), settings, None)
+    write_outputs(reading(Path(model), Path(data)), Path(out), settings, None)
     if top_too:
-        read_documents(reading(Path(model), Path(data), top_k=TOP_K), Path(f"{out}-top"), settings, None)
+        write_outputs(reading(Path(model), Path(data), top_k=TOP_K), Path(f"{out}-top"), settings, None)
 
 
 @pytest.mark.distributed
@@ -162,10 +162,10 @@ def test_a_killed_job_reads_no_part_twice(one_rank: None, imported: dict[str, Pa
 
     monkeypatch.setattr(teaching, "_read_parts", killed)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        read_documents(reading(imported[FAMILY], data), out, [], None)
+        write_outputs(reading(imported[FAMILY], data), out, [], None)
     assert not out.exists() and len(seen) == 2
     monkeypatch.setattr(teaching, "_read_parts", lambda *a: (seen.append(a[2]), read_parts(*a)))
-    read_documents(reading(imported[FAMILY], data), out, [], None)
+    write_outputs(reading(imported[FAMILY], data), out, [], None)
     files = [part.file for together in seen for part in together]
     assert sorted(files) == sorted(p.relative_to(out).as_posix() for p in (out / "states").iterdir())
     assert len(set(files)) == len(files) > 4
@@ -205,16 +205,16 @@ def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
 def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict[str, Path], data: Path,
                                                   packed_data: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"than in .* \(e.g."):
-        read_documents(reading(imported[FAMILY], packed_data.text), tmp_path / "states", [], None)
+        write_outputs(reading(imported[FAMILY], packed_data.text), tmp_path / "states", [], None)
     with pytest.raises(UserError, match="must be one of bfloat16, float32"):
-        read_documents(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0},
-                                      kept=StateFormat("int8")),
+        write_outputs(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0},
+                                      state_format=StateFormat("int8")),
                        tmp_path / "states", [], None)
     with pytest.raises(UserError, match="--top-k 1024: must lie"):
-        read_documents(reading(imported[FAMILY], data, top_k=1024), tmp_path / "states", [], None)
-    read_documents(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}), tmp_path / "states", [],
+        write_outputs(reading(imported[FAMILY], data, top_k=1024), tmp_path / "states", [], None)
+    write_outputs(TeacherReading(Target(imported[FAMILY], False), {str(data): 1.0}), tmp_path / "states", [],
                    None)
-    assert opened(tmp_path / "states", data).states(0, "train", 3, 0, 2).dtype == torch.bfloat16
+    assert opened(tmp_path / "states", data).read_states(0, "train", 3, 0, 2).dtype == torch.bfloat16
     other = shutil.copytree(data, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"sha256": "", "created_s": 1.0}))
@@ -223,4 +223,4 @@ def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict
     for part in (tmp_path / "states/states").iterdir():
         part.write_bytes(part.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"bytes, its .* tokens"):
-        opened(tmp_path / "states", data).states(0, "train", 0, 0, 1)
+        opened(tmp_path / "states", data).read_states(0, "train", 0, 0, 1)

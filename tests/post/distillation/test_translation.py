@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.post.distillation.translation import NOTHING, UNHEARD, TokenTranslation
+from megatron_sov.post.distillation.translation import NO_OUTPUT, PADDING_LOGPROB, TokenTranslation
 
 END = "<|end|>"
 def tokenizer(folder: Path, merges: list[str], end: str = END) -> Path:
@@ -63,11 +63,11 @@ def test_a_teacher_that_knows_the_texts_says_how_probable_the_students_tokens_ar
     both = translation(tokenizer(tmp_path / "s", student), tokenizer(tmp_path / "t", teacher, end="</s>"))
     ours, theirs = opened(tmp_path / "s"), opened(tmp_path / "t")
     wanted, known, size = counted(ours, END), counted(theirs, "</s>"), theirs.get_vocab_size()
-    num_heard = num_own = 0
+    num_rows = num_own = 0
     for text in SENTENCES:
         ids = [*ours.encode(text).ids, ours.token_to_id(END)]
         document = both.translate_document(ids)
-        whole = torch.full((len(document.ids), size), NOTHING)
+        whole = torch.full((len(document.ids), size), PADDING_LOGPROB)
         for row in range(len(document.ids) - 1):
             for token, share in known[tuple(document.ids[:row + 1])].items():
                 whole[row, token] = math.log(share)
@@ -76,14 +76,14 @@ def test_a_teacher_that_knows_the_texts_says_how_probable_the_students_tokens_ar
         got, values = both.translate_rows(document, ids, token[:, :9], logprobs[:, :9], of_next, 8)
         for row in range(len(ids) - 1):
             num_own += 1
-            if values[row, 0] == UNHEARD:
+            if values[row, 0] == NO_OUTPUT:
                 continue
-            num_heard += 1
+            num_rows += 1
             assert got[row, 0] == ids[row + 1]
             for i, value in zip(got[row].tolist(), values[row].exp().tolist(), strict=True):
                 exact = wanted[tuple(ids[:row + 1])].get(i, 0.0)
                 assert value == pytest.approx(exact, abs=1e-5) or (i != ids[row + 1] and value < 1e-9)
-    assert num_heard > 0.6 * num_own
+    assert num_rows > 0.6 * num_own
 
 
 def test_a_special_token_that_the_teacher_lacks_is_read_as_its_text(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_special_token_that_the_teacher_lacks_is_read_as_its_text(tmp_path: Pa
     teacher = tokenizer(tmp_path / "t", ["h i"])
     document = translation(student, teacher).translate_document(made.encode("<|user|>hi").ids)
     assert opened(teacher).decode(document.ids) == "<|user|>hi"
-    assert document.at.tolist() == [7, -1, 8]
+    assert document.aligned.tolist() == [7, -1, 8]
 
 
 def test_a_teacher_that_changes_texts_is_refused(tmp_path: Path) -> None:

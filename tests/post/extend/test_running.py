@@ -106,7 +106,7 @@ def test_it_looks_and_may_pass_from_the_stages_fewest_steps_on(judged: Any, caps
     gate = judged(run, min_steps=7)
     steps(run, (4, 20))
     assert not gate.passed and run.recorded == []
-    assert "gate at step 4 passes, and the stage goes on to step 7\n" in capsys.readouterr().out
+    assert "gate at step 4 passes, and the stage continues to step 7\n" in capsys.readouterr().out
     steps(run, (7, 20))
     assert gate.passed and run.gates() == [(4, False), (7, True)] and run.recorded == [("after", 7, 20)]
     assert capsys.readouterr().out == "gate at step 7 passes\n"

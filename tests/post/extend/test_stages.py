@@ -20,7 +20,7 @@ from megatron_sov.commands.train.setup.stage_options import ExtendOptions
 from megatron_sov.commands.train.setup.training import stage_request
 from megatron_sov.model.config import ExtendStageConfig, PartConfig, YarnConfig
 from megatron_sov.post.extend.stages import (
-    WINDOW_TOKENS, build_stage_blend, plan_stages, refuse_contaminated, search_contamination)
+    WINDOW_TOKENS, build_stage_blend, check_contamination, plan_stages, search_contamination)
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.data.token_shards import Source
@@ -77,7 +77,7 @@ def test_clean_text_is_clean() -> None:
     assert (found.questions_found, found.windows, found.windows_found,
             found.overlap) == (0, 20, 0, 0)
     assert found.scanned_tokens == found.train_tokens == {"web": 5000}
-    refuse_contaminated(found, 0.0)
+    check_contamination(found, 0.0)
 
 
 def test_a_shared_stretch_of_twice_the_window_is_found_at_any_place() -> None:
@@ -87,7 +87,7 @@ def test_a_shared_stretch_of_twice_the_window_is_found_at_any_place() -> None:
         found = search_contamination([QUESTION], [source([random_text(4, 90), train], [held])], 10_000)
         assert found.windows_found >= 1
     with pytest.raises(UserError, match="held-out text occurs"):
-        refuse_contaminated(found, 0.01)
+        check_contamination(found, 0.01)
 
 
 def test_a_question_is_found_inside_a_document_and_not_across_two() -> None:
@@ -96,7 +96,7 @@ def test_a_question_is_found_inside_a_document_and_not_across_two() -> None:
     across = search_contamination([QUESTION], [source([[1, 5, 6], [7, 2]], [random_text(2, 64)])], 10_000)
     assert (inside.questions_found, across.questions_found) == (1, 0)
     with pytest.raises(UserError, match="1 questions"):
-        refuse_contaminated(inside, 1.0)
+        check_contamination(inside, 1.0)
 
 
 def test_the_search_ends_at_its_bound_and_says_so() -> None:

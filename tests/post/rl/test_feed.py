@@ -114,8 +114,8 @@ def test_a_round_is_waited_for_with_everything_saved(view: Any, tmp_path: Path,
     assert "warning: round 2 is not there yet: one piece" in capsys.readouterr().err
     waited = feed_of(tmp_path, monkeypatch, lambda number: "one part is not judged", wait_s=0.02)
     assert waited.prepare_data(view, lambda: False) == (
-        "round 2 is not there yet: one part is not judged; it was waited for 0.02 s: see whether "
-        "`rl generate` and `rl reward` are still at work, and give the same command with --resume")
+        "round 2 is not there yet: one part is not judged; the run waited 0.02 s: check that "
+        "`rl generate` and `rl reward` are running, and give the same command with --resume")
     asked = feed_of(tmp_path, monkeypatch, lambda number: "one piece", wait_s=60)
     assert asked.prepare_data(view, lambda: True) == "asked to stop while waiting for round 2: one piece"
 

@@ -416,7 +416,7 @@ def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path, prompts
 
 def test_an_empty_prompt_is_named(tmp_path: Path, prompts: PromptList) -> None:
     job = Job(tmp_path / "store", prompts, lambda: 0)
-    job.source.asker.encode_prompts = lambda asked: [[]] * len(asked)  # type: ignore[method-assign]
+    job.source.encoder.encode_prompts = lambda asked: [[]] * len(asked)  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"--prompts: line \d+"):
         job.run()
     assert job.pending.claim_attempts(), "the claim was given back"

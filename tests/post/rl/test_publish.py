@@ -148,9 +148,9 @@ def test_rounds_that_no_resume_needs_are_manifests_alone(publisher: Publisher, w
 def test_what_a_round_lacks_is_told_until_it_is_there(publisher: Publisher, write_round: Any,
                                                       tmp_path: Path) -> None:
     elsewhere = dataclasses.replace(publisher, store=tmp_path / "no store")
-    assert elsewhere.publish(1) == f"nobody has written to {tmp_path / 'no store'} yet"
+    assert elsewhere.publish(1) == f"no job has written to {tmp_path / 'no store'} yet"
     elsewhere.store.mkdir()
-    assert elsewhere.publish(1) == f"nobody has written to {tmp_path / 'no store'} yet"
+    assert elsewhere.publish(1) == f"no job has written to {tmp_path / 'no store'} yet"
     assert publisher.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
     write(publisher, write_round, judge=False)
     assert publisher.publish(1) == ("2 of 2 parts are not judged yet by reward version aaaaaaaaaaaa, the "
@@ -195,7 +195,7 @@ def test_responses_of_another_runs_policy_are_told(publisher: Publisher, write_r
     assert publisher.publish(1) == "" and capsys.readouterr().err == ""
     assert publisher.publish(2) == ""
     said = capsys.readouterr().err
-    assert f"of round 2 were begun by policy {'0' * 12} of step 2, which {tmp_path} is not" in said
+    assert f"of step 2 began responses of round 2 and does not belong to {tmp_path}" in said
 
 
 def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none(
@@ -291,7 +291,7 @@ def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling: 
 
     assert filling.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
     write_pieces(filling, even, 0, 2)
-    told = "3 of 6 groups of round 1 learn, and it is to have 6: 8 further prompts are asked"
+    told = "3 of 6 groups of round 1 learn, and the round needs 6: 8 further prompts are requested"
     assert filling.publish(1) == told and read_further_pieces(filling.rounds, 1) == 2
     for _ in range(2):  # a resumed run goes on with what was asked
         assert filling.publish(1) == "2 of 4 pieces are not written yet, the first is 2"
@@ -311,22 +311,22 @@ def test_a_round_that_cannot_be_filled_is_trained_with_what_learns(
         return [place == 3, 0, 0, 0]
 
     write_pieces(filling, rare, 0, 99)
+    assert filling.publish(1) == (  # a batch at most
+        "1 of 6 groups of round 1 learn, and the round needs 6: 8 further prompts are requested")
     assert filling.publish(1) == (
-        "1 of 6 groups of round 1 learn, and it is to have 6: 8 further prompts are asked"), "a batch at most"
+        "1 of 14 groups of round 1 learn, and the round needs 6: 8 further prompts are requested")
     assert filling.publish(1) == (
-        "1 of 14 groups of round 1 learn, and it is to have 6: 8 further prompts are asked")
-    assert filling.publish(1) == (
-        "1 of 22 groups of round 1 learn, and it is to have 6: 8 further prompts are asked")
+        "1 of 22 groups of round 1 learn, and the round needs 6: 8 further prompts are requested")
     assert filling.publish(1) == ""
-    assert ("1 of 30 groups of round 1 learn, and it is to have 6; policy.max_gen_batches = 4: it is trained "
-            "with these") in capsys.readouterr().err
+    assert ("1 of 30 groups of round 1 learn, and the round needs 6; policy.max_gen_batches = 4: the run "
+            "trains on these groups") in capsys.readouterr().err
     assert learned_places(filling) == [[], [3]]
     few = dataclasses.replace(filling, prompts=filling.prompts[:9], rounds=tmp_path / "few",
                               store=tmp_path / "other")
     RolloutStore.create(few.store, RolloutStore.open(filling.store).tokenizer_digest, 368)
     write_pieces(few, rare, 0, 99)
     assert "3 further prompts" in few.publish(1) and few.publish(1) == ""
-    assert "1 of 9 groups of round 1 learn, and it is to have 6; there are no more prompts" in (
+    assert "1 of 9 groups of round 1 learn, and the round needs 6; no prompts are left" in (
         capsys.readouterr().err)
 
 
@@ -380,14 +380,14 @@ def test_a_run_goes_on_asking_as_it_began(publisher: Publisher, write_round: Any
                          ({"chat": {"chat_template.jinja": "sha256:2"}},
                           "chat.chat_template.jinja = sha256:1, and .* with sha256:2"),
                          ({"chat": {}}, "chat.chat_template.jinja = sha256:1, and .* with None")]:
-        with pytest.raises(UserError, match=f"rounds/0001: was written with {told}"):
+        with pytest.raises(UserError, match=f"rounds/0001: was generated with {told}"):
             dataclasses.replace(publisher, chosen_by=asked | change).publish(2)
     # whoever trains what others write does not know how they ask
     assert "pieces are not written" in dataclasses.replace(publisher).publish(2)
     assert not capsys.readouterr().err
     write_round(store, publisher.prompts, ROLLOUT, 2, VERSION)
     assert dataclasses.replace(publisher, chosen_by=asked | {"environment": "2"}).publish(2) == ""
-    assert "environment = 1, and the next round would be with 2: the env" in capsys.readouterr().err
+    assert "environment = 1, and the next round would be with 2: the code" in capsys.readouterr().err
 
 
 def test_routes_lie_beside_the_tokens_that_are_replayed(publisher: Publisher, write_round: Any,

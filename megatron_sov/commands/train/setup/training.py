@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.errors import DryRun, Fix, UserError
-from megatron_sov.base.hints.lines import is_check
+from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.commands.train.kinds import STAGE_KINDS
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
@@ -80,7 +79,7 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
     if formats := _check_shards(options, mixed):
         deciding_options["data"] = formats
     request.refuse_inert(mixed, **deciding_options)
-    if is_check() and options.data and not mixed.data.paths:  # the files are not packed for a check
+    if IS_CHECKING.get() and options.data and not mixed.data.paths:  # the files are not packed for a check
         if "train.global_batch_size" not in request.said:  # it would follow from the data
             size = mixed.train.micro_batch_size * num_ranks(options.nproc)
             mixed = apply_settings(mixed, [f"train.global_batch_size={size}"])
@@ -96,7 +95,7 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
     if options.start_from is not None:
         start = find_start(options.start_from)
         refuse_many_converters(start, options.run)
-    if is_check():
+    if IS_CHECKING.get():
         RunFolder(options.run).check_available(options.resume)
     check_benchmarks(config)
     gate = build_gate(options, config, start) if isinstance(options, GateOptions) else None
@@ -200,7 +199,7 @@ def stage_request(options: StageOptions, objective: BuiltIn, *, needs_data: bool
         if request.is_model_only and is_length_set and (problems := config.position_problems()):
             raise SettingsError(f"recipe {config.recipe}", problems)
         # packing takes seconds, and `find_files` has read the first record of each file
-        packed = {} if is_check() else packing.pack()
+        packed = {} if IS_CHECKING.get() else packing.pack()
         paths = parse_data_paths([packed.get(text, text) for text in options.data
                                   if packed or text not in packing.arguments])
     elif shards:

@@ -1,5 +1,7 @@
-"""Reading media through processes that are kept: one that hangs, eats memory or crashes its decoder costs the
-medium and nothing else."""
+"""Decode untrusted media files in restricted child processes.
+
+A file that hangs, exhausts memory or crashes its decoder becomes a `BadRecord`; later files still decode.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import math
 import queue
 import threading
 import weakref
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -15,74 +18,56 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.omni.media.reading.kinds import MediaLimits, VideoFrames
+from megatron_sov.base.errors import UserError, format_install_command
+from megatron_sov.omni.media.reading.limits import MediaLimits, VideoSampling
 from megatron_sov.sandbox.readers import KeptReader, ReaderEnded, Wording
 from megatron_sov.work.processes.channel import receive_message, send_message
 
-
-def place_of(root: Path, path: str) -> Path:
-    """Return where a medium lies.
-
-    Args:
-        root: the folder of media.
-        path: as a record names it, relative to the root.
-
-    Raises:
-        BadRecord: it leads out of the root, by its parts or by a link, or nothing is there.
-    """
-    parts = PurePosixPath(path)
-    if not path or "\0" in path or parts.is_absolute() or ".." in parts.parts or "\\" in path:
-        raise BadRecord("outside", "is no path below --media-root; name it relative to that folder, "
-                                   "without ..")
-    file = root / parts
-    try:
-        real = file.resolve(strict=True)
-    except (OSError, RuntimeError):
-        raise BadRecord("missing", f"is not in {root}; add it, or mend the record") from None
-    if not real.is_relative_to(root.resolve()):
-        raise BadRecord("outside", "is a link that leads out of --media-root; copy the file there")
-    return real
-
-
 WORDING = Wording("decoder", "decode", "--max-time")
-MOST_HEADER_BYTES = 1 << 16
+MAX_HEADER_BYTES = 1 << 16
 _DTYPES = {"picture": "uint8", "sound": "float32", "video": "uint8"}
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadMedia:
-    """A medium as numbers."""
+class DecodedMedia:
+    """A decoded picture, sound or video."""
 
     arrays: list[np.ndarray]
-    """Of a picture: one uint8 [3, side, side] for each side; of a sound: float32 [samples]; of a video: uint8
-    [frames, 3, side, side]."""
+    """Picture: uint8 [3, side, side] per requested side. Sound: float32 [samples]. Video: uint8 [frames, 3,
+    side, side]."""
     mime_type: str
-    """Type of its content, whatever its name says."""
+    """MIME type by content, independent from the file name."""
     width: int = 0
-    """Of a picture before it was made square, in pixels."""
+    """Picture width before resizing, in pixels."""
     height: int = 0
-    """Likewise."""
+    """Picture height before resizing, in pixels."""
     duration_s: float = 0.0
     """Length of a sound or video, in seconds."""
 
 
 class MediaReader:
-    """Decodes the media of one folder; several threads may ask at the same time."""
+    """Decodes media files below a folder; safe to use from several threads."""
 
     def __init__(self, root: Path, limits: MediaLimits | None = None, processes: int = 1) -> None:
-        """Start nothing yet.
+        """Prepare without starting a process.
 
         Args:
-            root: folder of the media; nothing outside of it is read.
-            limits: of each medium.
-            processes: that decode at the same time.
+            root: media folder; files outside are refused.
+            limits: limits per file.
+            processes: most decoding processes at a time.
+
+        Raises:
+            UserError: Pillow or soundfile is not installed.
         """
+        if missing := [name for name in ("PIL", "soundfile") if find_spec(name) is None]:
+            raise UserError(f"pictures and sounds need the package {missing[0]}; "
+                            f"{format_install_command('omni')}")
         self.root, self.limits = root.resolve(), limits or MediaLimits()
-        self._free: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[_DecoderProcess | None] = queue.SimpleQueue()
         for _ in range(processes):
-            # a place for a process, which is started when a medium wants it
-            self._free.put(None)
-        self._children: weakref.WeakSet[_Child] = weakref.WeakSet()
+            # None stands for a process that the first request will start.
+            self._idle.put(None)
+        self._processes: weakref.WeakSet[_DecoderProcess] = weakref.WeakSet()
         self._lock = threading.Lock()
 
     def __enter__(self) -> MediaReader:
@@ -93,92 +78,120 @@ class MediaReader:
         self.close()
 
     def close(self) -> None:
+        """End all decoding processes."""
         with self._lock:
-            for child in list(self._children):
-                child.end()
+            for process in list(self._processes):
+                process.end()
 
-    def picture(self, path: str, sides: tuple[int, ...], animated: str = "refuse") -> ReadMedia:
-        """Return a picture in each of the sides, as `kinds.read_picture`.
+    def read_picture(self, path: str, sides: tuple[int, ...], animated: str = "refuse") -> DecodedMedia:
+        """Decode a picture once per side, see `decoders.read_picture`.
 
         Raises:
-            BadRecord: it cannot be had; the reason completes a sentence that begins with its name.
+            BadRecord: the file cannot be decoded; the reason completes a sentence that begins with its name.
         """
-        most = sum(3 * side * side for side in sides)
-        return self._read(path, {"kind": "picture", "sides": list(sides), "animated": animated}, most)
+        max_bytes = sum(3 * side * side for side in sides)
+        return self._decode(path, {"kind": "picture", "sides": list(sides), "animated": animated}, max_bytes)
 
-    def sound(self, path: str, rate_hz: int) -> ReadMedia:
-        """Return a sound as `kinds.read_sound`; raises as `picture` does."""
-        most = 4 * (math.ceil(self.limits.duration_s * rate_hz) + rate_hz)
-        return self._read(path, {"kind": "sound", "rate_hz": rate_hz}, most)
+    def read_sound(self, path: str, rate_hz: int) -> DecodedMedia:
+        """Decode a sound, see `decoders.read_sound`; raises like `read_picture`."""
+        max_bytes = 4 * (math.ceil(self.limits.duration_s * rate_hz) + rate_hz)
+        return self._decode(path, {"kind": "sound", "rate_hz": rate_hz}, max_bytes)
 
-    def video(self, path: str, sampling: VideoFrames) -> ReadMedia:
-        """Return frames of a video as `kinds.read_video`; raises as `picture` does."""
-        most = sampling.most_frames * 3 * sampling.side ** 2
-        return self._read(path, {"kind": "video", "sampling": dataclasses.asdict(sampling)}, most)
+    def read_video(self, path: str, sampling: VideoSampling) -> DecodedMedia:
+        """Decode sampled frames, see `decoders.read_video`; raises like `read_picture`."""
+        max_bytes = sampling.max_frames * 3 * sampling.side ** 2
+        return self._decode(path, {"kind": "video", "sampling": dataclasses.asdict(sampling)}, max_bytes)
 
-    def _read(self, path: str, asked: dict[str, Any], most_bytes: int) -> ReadMedia:
-        file = place_of(self.root, path)
+    def _decode(self, path: str, request: dict[str, Any], max_bytes: int) -> DecodedMedia:
+        file = resolve_media_path(self.root, path)
         if not file.is_file():
-            raise BadRecord("missing", "is no file; name a picture, a sound or a video")
+            raise BadRecord("missing", "is not a file; name a picture, a sound or a video")
         if (size_bytes := file.stat().st_size) > self.limits.file_bytes:
             raise BadRecord("size", f"has {size_bytes:,} bytes, at most {self.limits.file_bytes:,} are read; "
                                     "shrink it, or raise --max-file-bytes")
-        child = self._free.get()
+        process = self._idle.get()
         try:
-            if child is None or child.is_worn:
-                if child is not None:
-                    child.end()
-                child = _Child(self.root, self.limits)
-                self._children.add(child)
+            if process is None or process.is_worn:
+                if process is not None:
+                    process.end()
+                process = _DecoderProcess(self.root, self.limits)
+                self._processes.add(process)
             try:
-                facts, arrays = child.ask({**asked, "file": str(file)}, most_bytes)
+                facts, arrays = process.request_arrays({**request, "file": str(file)}, max_bytes)
             except ReaderEnded as e:
-                child.end()
-                child = None
+                process.end()
+                process = None
                 raise BadRecord(e.code, e.reason) from None
         finally:
-            # whatever happened: a place that is lost is waited for without end
-            self._free.put(child)
-        return ReadMedia(arrays, str(facts["mime_type"]), int(facts.get("width", 0)),
-                         int(facts.get("height", 0)), float(facts.get("duration_s", 0.0)))
+            # Also after an error: threads would wait forever for a lost slot.
+            self._idle.put(process)
+        return DecodedMedia(arrays, str(facts["mime_type"]), int(facts.get("width", 0)),
+                            int(facts.get("height", 0)), float(facts.get("duration_s", 0.0)))
 
 
-class _Child(KeptReader):
-    """One decoding process."""
+def resolve_media_path(root: Path, path: str) -> Path:
+    """Return a media file's real path.
+
+    Args:
+        root: media folder.
+        path: path from a record, relative to `root`.
+
+    Raises:
+        BadRecord: the path leaves `root`, directly or through a link, or does not exist.
+    """
+    parts = PurePosixPath(path)
+    if not path or "\0" in path or parts.is_absolute() or ".." in parts.parts or "\\" in path:
+        raise BadRecord("outside", "is not a path below --media-root; name it relative to that folder, "
+                                   "without ..")
+    file = root / parts
+    try:
+        real_path = file.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise BadRecord("missing", f"is not in {root}; add it, or correct the record") from None
+    if not real_path.is_relative_to(root.resolve()):
+        raise BadRecord("outside", "is a link that leads out of --media-root; copy the file there")
+    return real_path
+
+
+class _DecoderProcess(KeptReader):
+    """Connection to a process that runs `decoder_process`."""
 
     def __init__(self, root: Path, limits: MediaLimits) -> None:
-        super().__init__("megatron_sov.omni.media.reading.child", str(root),
+        super().__init__("megatron_sov.omni.media.reading.decoder_process", str(root),
                          {"limits": dataclasses.asdict(limits)}, limits.time_s, WORDING)
 
-    def ask(self, message: dict[str, Any], most_bytes: int) -> tuple[dict[str, Any], list[np.ndarray]]:
-        """Return what a medium was, and its numbers.
+    def request_arrays(self, request: dict[str, Any],
+                       max_bytes: int) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """Return the facts about a file and its decoded arrays.
 
         Raises:
-            BadRecord: it cannot be decoded; `ReaderEnded`: and the process has gone, or is not to be trusted.
+            BadRecord: the file cannot be decoded.
+            ReaderEnded: the process ended or broke the protocol, and must be replaced.
         """
         with self.asking() as channel:
-            send_message(channel, message)
-            header = receive_message(channel, MOST_HEADER_BYTES)
+            send_message(channel, request)
+            header = receive_message(channel, MAX_HEADER_BYTES)
             if "bad" in header:
                 raise BadRecord(str(header["bad"]), str(header["reason"]))
+            dtype = _DTYPES[request["kind"]]
+            if any(array_dtype != dtype for _, array_dtype in header["arrays"]):
+                raise ValueError("arrays of another dtype")
             shapes = [tuple(int(n) for n in shape) for shape, _ in header["arrays"]]
-            if any(dtype != _DTYPES[message["kind"]] for _, dtype in header["arrays"]):
-                raise ValueError("numbers of another type")
-            return dict(header["facts"]), self._arrays(shapes, _DTYPES[message["kind"]], most_bytes)
+            return dict(header["facts"]), self._receive_arrays(shapes, dtype, max_bytes)
 
-    def _arrays(self, shapes: list[tuple[int, ...]], dtype: str, most_bytes: int) -> list[np.ndarray]:
+    def _receive_arrays(self, shapes: list[tuple[int, ...]], dtype: str, max_bytes: int) -> list[np.ndarray]:
         sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape in shapes]
-        # before memory is reserved: the process has read a stranger's bytes and may say anything
-        if any(n < 1 for shape in shapes for n in shape) or sum(sizes) > most_bytes:
-            raise ValueError(f"{sum(sizes)} bytes of numbers, of at most {most_bytes}")
-        found = []
+        # Check before reserving memory: a hostile file may have taken over the process that sent the shapes.
+        if min((n for shape in shapes for n in shape), default=1) < 1 or sum(sizes) > max_bytes:
+            raise ValueError(f"{sum(sizes)} bytes of numbers, of at most {max_bytes}")
+        arrays = []
         for shape, size_bytes in zip(shapes, sizes, strict=True):
             data = memoryview(bytearray(size_bytes))
-            place = 0
-            while place < size_bytes:
-                received = self.channel.recv_into(data[place:])
-                if not received:
+            num_received = 0
+            while num_received < size_bytes:
+                count = self.channel.recv_into(data[num_received:])
+                if not count:
                     raise EOFError
-                place += received
-            found.append(np.frombuffer(data, dtype).reshape(shape))
-        return found
+                num_received += count
+            arrays.append(np.frombuffer(data, dtype).reshape(shape))
+        return arrays

@@ -1,8 +1,9 @@
-"""Episodes with the tools of an environment, as rows, token for token.
+"""Episodes with an environment's tools, stored as rows, token for token.
 
-`Episodes` plays them on an engine in this process, turn by turn, and stops between turns at a deadline.
-`EpisodePlayer` requests turns from servers, each episode at its own pace, and stops inside a turn. The
-outcome of an unfinished row holds its turns and the state of its environment, for the next attempt.
+`Episodes` plays episodes on an engine in this process, all turn by turn, and stops between turns at a
+deadline. `ServerEpisodePlayer` requests turns from servers, every episode at a separate pace, and stops
+inside a turn. The `outcome` of an unfinished row contains the turns and the state of the environment for the
+next attempt.
 """
 
 from __future__ import annotations
@@ -38,18 +39,20 @@ from megatron_sov.rollouts.rows import LAST_TURN, NOT_WRITTEN, UNFINISHED, Key, 
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer
 
 CONTINUATION = "goes_on"
-"""Key in an unfinished row's outcome: lines of `EpisodeLines`, as JSON."""
+"""Key in an unfinished row's outcome: `EpisodeLines` as JSON."""
 
 
 @dataclass(frozen=True)
 class PlannedEpisode:
+    """An episode to begin or to continue."""
+
     task: Task
     key: Key
     previous: Rollout | None
     """The unfinished row to continue; None: a new episode."""
 
     def lines(self, number: int) -> list[dict[str, Any]]:
-        """Return the recorded lines from `previous`, renumbered to `number`."""
+        """Return the recorded lines in `previous`, renumbered to `number`."""
         if self.previous is None or not self.previous.outcome or CONTINUATION not in self.previous.outcome:
             return []
         recorded = json.loads(self.previous.outcome[CONTINUATION])
@@ -59,28 +62,28 @@ class PlannedEpisode:
 
 @dataclass(frozen=True)
 class Episodes:
-    """Plays episodes for `SampleAttempt`s. All processes of an engine call `write` together; the first
+    """Plays the episodes in a `SampleAttempt`. All processes in an engine call `write` together; the first
     process gets the rows."""
 
     table: EpisodeTable
     """Environment, limits and tokenizer."""
     version: str
-    """Version of the environment and of the reward."""
+    """Environment and reward version."""
     decode: Callable[[list[int]], str]
     end_ids: tuple[int, ...]
-    """Tokens that end a turn."""
+    """Token ids that end a turn."""
     rollout: RolloutConfig
     engine_name: str
     chosen_by: dict[str, Any]
-    """Sampling settings besides `rollout`, for the key."""
+    """See `RolloutSource.chosen_by`."""
     clock_s: Callable[[], float] = time.monotonic
     with_routes: bool = False
     """Whether engines return expert routes."""
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               should_yield: Callable[[], bool] = never_yield) -> list[list[Rollout]] | None:
-        """Return the rows of attempts played together, see `writers.RolloutSource`."""
-        policy = EnginePolicy(engine, self.build_turn_sampling, StopRule(self.end_ids))
+        """Play the attempts together; see `writers.RolloutSource.write`."""
+        policy = EnginePolicy(engine, self.turn_sampling, StopRule(self.end_ids))
         rows: list[list[Rollout]] | None = run_with_policy(
             policy, lambda sampler: self.play_attempts(sampler, attempts, should_yield))
         return rows
@@ -90,7 +93,7 @@ class Episodes:
         began_s, deadline_s = time.time(), self.rollout.deadline_s
         ends_s = self.clock_s() + deadline_s
         planned = [(attempt, episode) for attempt in attempts for episode in self.plan_episodes(attempt)]
-        # Random streams follow the response, not the index: joined pieces must not change the samples.
+        # Random streams depend on the response, not on the index: joined pieces must not change samples.
         policy = _StreamsByKey(policy, [(attempt.piece.round, episode.key) for attempt, episode in planned])
         lines = [line for number, (_, episode) in enumerate(planned) for line in episode.lines(number)]
         episodes = play([episode.task for _, episode in planned], policy, self.table, EpisodeLines(lines),
@@ -98,15 +101,15 @@ class Episodes:
                             self.clock_s() >= ends_s or should_yield()))
         rows = [(attempt, self.build_row(episode, plan, attempt, began_s))
                 for episode, (attempt, plan) in zip(episodes, planned, strict=True)]
-        return [[row for its_attempt, row in rows if its_attempt is attempt] for attempt in attempts]
+        return [[row for played, row in rows if played is attempt] for attempt in attempts]
 
     @property
-    def build_turn_sampling(self) -> Sampling:
-        """Return the sampling for turns; a turn has a length limit of its own."""
+    def turn_sampling(self) -> Sampling:
+        """Sampling settings; every turn replaces `max_new_tokens`."""
         return build_sampling(self.rollout, 1, with_routes=self.with_routes)
 
-    def ids_of(self, prompt: RolloutPrompt) -> list[int]:
-        """Return the task as token ids, without asking an environment."""
+    def encode_prompt(self, prompt: RolloutPrompt) -> list[int]:
+        """Encode the task, without calling the environment."""
         return self.table.encoder.encode(json.dumps(prompt.record, ensure_ascii=False))
 
     def plan_episodes(self, attempt: SampleAttempt) -> list[PlannedEpisode]:
@@ -126,7 +129,7 @@ class Episodes:
             versions[start:end] = attempt.policy.step if turn.versions is None else turn.versions
             logprobs[start:end] = np.minimum(np.array(turn.logprobs, np.float32), 0)
         if previous is not None:
-            # Tokens from earlier attempts keep the version of their policy.
+            # Tokens of earlier attempts have the version of an earlier policy.
             versions[first:first + len(previous.versions)] = previous.versions
         return Rollout(
             planned.key, attempt.piece.round, attempt.number, episode.task, ids[:first],
@@ -135,7 +138,7 @@ class Episodes:
             response=self.decode(ids[first:].tolist()), temperature=choose_logprob_temperature(self.rollout),
             engine=self.engine_name, began_s=began_s if previous is None else previous.began_s,
             ended_s=time.time(), outcome=self._describe_outcome(episode),
-            # Tool results after the last turn were not read yet, so no routes exist for them.
+            # Tool results after the last turn have no routes, because no policy has read them yet.
             routes=merge_routes(episode.routes, None, len(ids) - 1))
 
     def _describe_outcome(self, episode: Episode) -> dict[str, Any]:
@@ -144,12 +147,12 @@ class Episodes:
             return {CONTINUATION: json.dumps(lines_of(episode))}
         return {"reward": result.reward, "status": result.status, "components": dict(result.components),
                 "reason": result.reason, "reward_version": self.version,
-                # Rewards read the last turn; the row's text also contains tool results and the template.
+                # Rewards read the last turn; the text of the row contains tool results and template too.
                 LAST_TURN: episode.turns[-1].whole_text if episode.turns else ""}
 
 
 class _StreamsByKey:
-    """A policy whose random streams follow the response in an episode instead of the index in a batch."""
+    """A policy with random streams by response and turn, not by index in a batch."""
 
     def __init__(self, policy: ToolPolicy, keys: Sequence[tuple[int, Key]]) -> None:
         self._policy, self._keys = policy, keys
@@ -161,7 +164,7 @@ class _StreamsByKey:
 
     def _find_stream(self, number: int, turn: int) -> int:
         round_, key = self._keys[number]
-        # No turn is sampled twice, so the stream does not depend on the attempt.
+        # Independent of the attempt, because no turn is sampled twice.
         return compute_stream(round_, key.prompt, key.sample, turn=turn)
 
 
@@ -174,7 +177,7 @@ class _RunningEpisode:
     lines: list[dict[str, Any]]
     version: int
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """Guards the fields below: no request is sent after the abort."""
+    """Guards `is_aborted` and `request`: no request is sent after the abort."""
     is_aborted: bool = False
     request: str = ""
 
@@ -183,7 +186,7 @@ class ServerEpisodePlayer:
     """Plays episodes by servers, up to `num_threads` at a time.
 
     A thread per episode waits for turns and for a process of the environment. The prefix cache of a server
-    holds the earlier turns of a conversation, so a turn costs its new tokens.
+    has the earlier turns of a conversation: a turn costs only new tokens.
     """
 
     def __init__(self, *, engine: ServerEngine, table: EpisodeTable, sampling: Sampling,
@@ -200,10 +203,10 @@ class ServerEpisodePlayer:
         """Start an episode; return its name, and a future of the finished or aborted episode.
 
         Args:
-            number: of the task, for messages.
+            number: number of the task, for messages.
             task: the task.
             lines: recorded lines of an unfinished episode.
-            version: step of the weights, if servers do not report it.
+            version: policy step of the weights, for servers that do not report it.
         """
         name = str(next(self._numbers))
         self._running[name] = episode = _RunningEpisode(number, task, list(lines), version)
@@ -213,7 +216,7 @@ class ServerEpisodePlayer:
         return name, future
 
     def abort(self, names: Sequence[str]) -> None:
-        """End episodes early: inside a turn, or after the tool calls under way."""
+        """End episodes early: inside a turn, or after the running tool calls."""
         requests = []
         for name in names:
             episode = self._running.get(name)  # None: the episode has just ended in its thread
@@ -225,7 +228,7 @@ class ServerEpisodePlayer:
         self._engine.fleet.abort([name for name in requests if name])
 
     def close(self) -> None:
-        """Abort all episodes and end their environments; a tool call under way ends within its time limit."""
+        """Abort all episodes and end the environments; running tool calls end within `limits`."""
         self.abort(list(self._running))
         self._pool.shutdown(cancel_futures=True)
         self._hosts.close()
@@ -239,7 +242,7 @@ class ServerEpisodePlayer:
             while not episode.end:
                 answer = self._request_turn(running, episode)
                 if answer is None or not self._append_turn(running, episode, answer, host):
-                    # The next episode would end the server session, which may be continued.
+                    # Otherwise the next episode would end the session, which another attempt continues.
                     host.end()
                     return episode
             episode.result = scored(host, episode)
@@ -247,7 +250,7 @@ class ServerEpisodePlayer:
 
     @contextlib.contextmanager
     def _borrow_host(self) -> Iterator[EnvironmentHost]:
-        """Yield an idle environment; used environments keep their process."""
+        """Yield an idle environment, or start one; an environment's process serves many episodes."""
         try:
             host = self._free_hosts.pop()
         except IndexError:
@@ -272,7 +275,7 @@ class ServerEpisodePlayer:
 
     def _append_turn(self, running: _RunningEpisode, episode: Episode, answer: TokenAnswer,
                      host: EnvironmentHost) -> bool:
-        """Append a turn to the episode; return False for an incomplete turn."""
+        """Append a turn to the episode; return False if the turn is incomplete."""
         ids = StopRule(self._end_ids).cut(answer.tokens)
         routes = None
         if self._sampling.with_routes:

@@ -1,4 +1,4 @@
-"""Rollouts that a run generates and judges with its live weights."""
+"""Rollouts that a run generates with the live weights, and judges."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_sov.work.progress.locks import Claims
 
 @dataclass(kw_only=True)
 class LiveRollouts:
-    """Generates and judges rounds in a store; each process has an object, and all processes call it
+    """Generates and judges rounds in a store; every process has an object, and all processes call the methods
     together."""
 
     settings: GenerationSettings
@@ -26,16 +26,16 @@ class LiveRollouts:
 
     def write(self, view: FeedView, number: int, policy: Policy, asked_to_stop: Callable[[], bool]
               ) -> dict[str, float]:
-        """Generate the pending pieces of round `number` and of later rounds within `rollout.max_staleness`.
+        """Generate the pending pieces in round `number`, and in later rounds within `rollout.max_staleness`.
 
         Args:
             view: the run, whose model is the policy.
-            number: of the round, from 1.
+            number: number of the round, from 1.
             policy: identity of the live weights.
-            asked_to_stop: polled after each piece; the value of rank 0 counts.
+            asked_to_stop: polled after each piece; the value on rank 0 counts.
 
         Returns:
-            Seconds of generation, and figures of the servers.
+            `write_s`, seconds of generation, and figures of the servers.
         """
         begin_s = time.monotonic()
         # Rank 0 creates the store before other ranks open it.
@@ -44,7 +44,7 @@ class LiveRollouts:
         return {"write_s": time.monotonic() - begin_s, **figures}
 
     def judge(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> dict[str, float]:
-        """Judge the generated rows on rank 0; return the seconds."""
+        """Judge the generated rows on rank 0; return `judge_s`, the seconds."""
         begin_s = time.monotonic()
         rounds = self._find_rounds(number)
         if not self.writer.completes_all:

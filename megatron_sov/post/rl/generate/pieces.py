@@ -1,10 +1,10 @@
-"""Pieces of rounds that are not generated yet, and their claims by generating jobs.
+"""Pending pieces in rounds, and the claims that generating jobs have on them.
 
-A job can be killed at any moment: published pieces stay, and any job generates the others. Responses that a
-deadline cut off wait for a newer policy and are then continued before fresh pieces; otherwise a busy job
-would never finish the long ones. If no fresh piece can be generated, the same policy continues them.
-Unfinished responses are few per piece, so those of several pieces are continued together. A piece whose last
-attempt added no token comes last, once per policy, so that a hanging request delays nothing else.
+A job can be killed at any moment: published pieces stay, and any job generates the remaining pieces.
+Responses that a deadline cut off wait for a newer policy, which continues them before fresh pieces; otherwise
+a busy job would never finish long responses. Without a fresh piece to generate, the same policy continues
+them. A piece has few unfinished responses, so an engine continues several pieces together. A piece whose last
+attempt added no token comes last, once per policy, so that a hanging request delays no other piece.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from megatron_sov.work.progress.locks import POLL_S, Claims, IdleTimeout
 from megatron_sov.work.tables.table import AlreadyPublished
 
 LOOKUPS_PER_CLAIM = 64
-"""Open pieces that a call of `claim_attempts` looks up in the store, on average."""
+"""Open pieces per call of `claim_attempts` to look up in the store, on average."""
 NEWER, FRESH, SAME, STUCK = range(4)
-"""Order of attempts: continued by a newer policy than the previous attempt (or than this job first saw);
-fresh pieces; continued by the same policy; continued although the previous attempt added no token."""
+"""Attempt ranks, best first: continued by a newer policy; a fresh piece; continued by the same policy;
+continued although the previous attempt added no token."""
 WAIT = "wait"
-"""Returned instead of attempts: ask again."""
+"""Returned by `PieceQueue.next_attempts` without work at the moment: call again."""
 FurtherPieces = Callable[[int], tuple[int, bool]]
-"""Round -> required pieces of further prompts, and whether this number is final."""
+"""Round -> requested pieces with further prompts, and whether the count is final."""
 
 
 @dataclass(frozen=True)
 class SampleAttempt:
-    """An attempt at the responses of one piece."""
+    """An attempt at a piece's responses."""
 
     piece: PromptPiece
     number: int
-    """0: from the prompts; otherwise the attempt continues the unfinished rows of attempt `number - 1`."""
+    """0: from the prompts; above 0, the attempt continues the unfinished rows from attempt `number - 1`."""
     policy: Policy
     unfinished: tuple[Rollout, ...] = ()
 
@@ -56,7 +56,7 @@ def never_yield() -> bool:
 
 @dataclass
 class _PieceState:
-    """State of an incomplete piece, as this job knows it."""
+    """An incomplete piece's state, as this job sees it."""
 
     next_attempt: int = 0
     open_tokens: int = 0
@@ -64,30 +64,30 @@ class _PieceState:
     is_stuck: bool = False
     """Whether the previous attempt added no token."""
     previous_step: int | None = None
-    """Policy step of the previous attempt; if another job made the attempt, the first step that this job
-    saw."""
+    """Policy step in the previous attempt; after an attempt by another job, the policy step in which this job
+    first saw the piece."""
     claimed_step: int | None = None
-    """Policy step of the next attempt by this job."""
+    """Policy step in the next attempt by this job."""
 
 
 class PendingPieces:
-    """Pieces that the store lacks in `rounds`, with this job's claims."""
+    """Pieces that the store lacks in `rounds`, and this job's claims."""
 
     def __init__(self, *, store: RolloutStore, claims: Claims, prompts: PromptList, rollout: RolloutConfig,
                  rounds: range, find_policy: Callable[[int], Policy | None],
                  sampling_digest: Callable[[int], str], further: FurtherPieces | None = None) -> None:
-        """Read nothing yet.
+        """Prepare, without reading the store.
 
         Args:
             store: the rollout store.
             claims: claims of all jobs that write into the store.
-            prompts: all prompts of the file.
+            prompts: all prompts in the file.
             rollout: sizes of rounds and pieces.
             rounds: rounds to generate, from 1.
-            find_policy: round -> its policy, None if it is not trained yet (then later rounds have none
-                either).
-            sampling_digest: round -> digest of the sampling settings, part of each row's key.
-            further: pieces of further prompts per round; None: no round needs any.
+            find_policy: round -> policy that generates the round; None if the policy is not trained yet, also
+                for later rounds.
+            sampling_digest: round -> digest of the sampling settings, part of the key of rows.
+            further: pieces of further prompts per round; None: no round needs further prompts.
         """
         self._store, self._claims, self._prompts, self._rollout = store, claims, prompts, rollout
         self._find_policy, self._sampling_digest = find_policy, sampling_digest
@@ -114,7 +114,7 @@ class PendingPieces:
         return not self._open
 
     def add_rounds(self, rounds: range) -> None:
-        """Look for these rounds too. A complete round may need further prompts by now."""
+        """Add rounds to generate; a complete round may need further prompts by now."""
         for number in rounds:
             self._open.setdefault(number, {})
         self.num_pieces += max(0, rounds[-1] - self._last_round) * self.plan.pieces
@@ -126,12 +126,12 @@ class PendingPieces:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether some piece made no progress in a whole attempt and waits for another policy."""
+        """Whether a piece made no progress in an attempt and waits for another policy."""
         return not self._refused and any(state.is_stuck for state in self._states.values())
 
     @property
     def waiting_reason(self) -> str:
-        """Reason why no attempt can be claimed, as the end of a sentence."""
+        """The reason why no attempt can be claimed, as the end of a sentence."""
         number = next(iter(self._open))
         if self._find_policy(number) is None:
             at_least = number - 1 - self._rollout.max_staleness
@@ -144,28 +144,25 @@ class PendingPieces:
 
     @property
     def may_be_dead(self) -> bool:
-        """Whether a job with a conflicting claim has not renewed the claim since the last
-        `claim_attempts`."""
+        """Whether a job stopped renewing a claim that refused this job in the last `claim_attempts`."""
         return any(map(self._claims.may_be_dead, self._refused))
 
     def claim_attempts(self, num_rows: int = 0) -> tuple[SampleAttempt, ...]:
-        """Claim attempts to generate together by one policy: a fresh piece, or unfinished rows of several
-        pieces.
-
-        Claims last until `release`. Empty if there is nothing to do at this moment.
+        """Claim attempts to generate together by one policy: a fresh piece, or unfinished rows in several
+        pieces. () if there is no work at the moment; claims last until `release`.
 
         Args:
-            num_rows: claim pieces, fresh ones too, up to this many responses; 0: the responses of one piece.
+            num_rows: claim fresh and unfinished pieces up to `num_rows` responses; 0: the responses of one
+                piece.
         """
         attempts = self._claim_next(num_rows, reads_all=self._is_lookup_due())
-        # Other jobs may have published or cut off pieces since the last full look at the store.
+        # Other jobs may have published or cut off pieces since the last complete lookup.
         return attempts or (self._claim_next(num_rows, reads_all=True) if self._open and self._num_calls
                             else ())
 
     def _is_lookup_due(self) -> bool:
-        """Return whether to look up all open pieces, because other jobs publish meanwhile. Few pieces are
-        looked up in every call, many pieces so seldom that a call costs `LOOKUPS_PER_CLAIM` lookups on
-        average."""
+        """Return whether to look up all open pieces, because other jobs publish too. Few pieces are looked up
+        in every call; many pieces seldom, so that a call averages `LOOKUPS_PER_CLAIM` lookups."""
         self._num_calls += 1
         return self._num_calls * LOOKUPS_PER_CLAIM >= sum(map(len, self._open.values()))
 
@@ -176,7 +173,7 @@ class PendingPieces:
             self._update_round(number, reads_all=reads_all)
         if reads_all:
             self._num_calls = 0
-        # Released pieces have been looked up after their release.
+        # Released pieces have been looked up after the release.
         self._claimed_pieces = {name: piece for name, piece in self._claimed_pieces.items()
                                 if name in self._held}
         attempts: list[SampleAttempt] = []
@@ -184,10 +181,10 @@ class PendingPieces:
         most = num_rows or self._rollout.piece_prompts * self._rollout.samples_per_prompt
         count, self._is_idle = 0, False
         for rank, piece, policy in self._iter_candidates(ready):
-            # Attempts in a batch share policy and reason to yield to a newer policy.
+            # Attempts in a batch share the policy, and the rank, which decides whether to yield.
             if batch is not None and (policy != batch[1] or (rank != batch[0] and not num_rows)):
                 break
-            # The same policy continues cut-off responses only if there is nothing better to do.
+            # The same policy continues cut-off responses only without better work.
             if num_rows and rank in (SAME, STUCK) and (attempts or self._held):
                 break
             attempt = self._claim_piece(piece, policy)
@@ -196,7 +193,7 @@ class PendingPieces:
                 batch = rank, policy
                 self._is_idle = rank in (SAME, STUCK)
                 count += len(attempt.unfinished) or len(piece.prompts) * self._rollout.samples_per_prompt
-            # A fresh piece fills the engine alone; continued rows are joined up to the size of a piece.
+            # A fresh piece fills the engine; continued rows are joined up to the size of a piece.
             if attempts and (count >= most or (rank == FRESH and not num_rows)):
                 break
         return tuple(attempts)
@@ -208,8 +205,8 @@ class PendingPieces:
                 claim.close()
 
     def should_yield(self, policy: Policy) -> bool:
-        """Return whether the last attempts were claimed for lack of better work and a newer policy has
-        appeared."""
+        """Return whether a newer policy has appeared, and the last attempts were claimed for lack of better
+        work."""
         newest = self._find_policy(next(iter(self._open))) if self._is_idle and self._open else None
         return newest is not None and newest.step > policy.step
 
@@ -235,7 +232,7 @@ class PendingPieces:
 
     def _iter_candidates(self, ready: Sequence[tuple[int, Policy]]
                          ) -> Iterator[tuple[int, PromptPiece, Policy]]:
-        """Yield rank, piece and policy of possible attempts, ordered by rank, round and piece."""
+        """Yield rank, piece and policy per possible attempt, ordered by rank, round and piece."""
         continued = []
         for number, policy in ready:
             pieces = self._open.get(number, {})
@@ -283,18 +280,17 @@ class PendingPieces:
             if all(row.finish_reason != UNFINISHED for row in rows):
                 del self._states[piece.part()]
                 return False
-            # Rows hold the tokens of all attempts, so an equal number means that this attempt added no token.
+            # Rows have the tokens of all attempts: with an equal number, the attempt added no token.
             num_tokens = sum(len(row.versions) for row in rows)
             state.is_stuck = state.next_attempt > 0 and num_tokens == state.open_tokens
             state.open_tokens = sum(len(row.versions) for row in rows if row.finish_reason == UNFINISHED)
-            # `claimed_step` is None if another job made the attempt; `_rank_piece` then takes the first
-            # policy.
+            # After an attempt by another job, `claimed_step` is None, and `_rank_piece` sets `previous_step`.
             state.next_attempt += 1
             state.previous_step, state.claimed_step = state.claimed_step, None
         return True
 
     def _check_rows(self, piece: PromptPiece, number: int, rows: Sequence[Rollout]) -> None:
-        """Raise `UserError` if this job would never write these rows: the rows would count as complete."""
+        """Raise `UserError` for rows with other prompts or sampling, which would count as complete."""
         prompt_ids = set(piece.prompts.ids)
         sampling = self._sampling_digest(piece.round)
         for row in rows:
@@ -310,7 +306,7 @@ class PendingPieces:
                             "that began the store, or choose another --store")
 
     def _claim_piece(self, piece: PromptPiece, policy: Policy) -> SampleAttempt | None:
-        """Claim a piece's next attempt; None: another job holds the claim."""
+        """Claim the next attempt at a piece; None: another job has the claim, or published the attempt."""
         state = self._states[piece.part()]
         claim = self._claims.take(name := piece.part(state.next_attempt))
         if claim is None:
@@ -320,7 +316,7 @@ class PendingPieces:
             claim.release()
             self._claimed_pieces[name] = piece.part()
             return None
-        # Renewed until `release`: a piece may take longer than a lease.
+        # Renewed until `release`, because a piece may take longer than a lease.
         self._held.setdefault(name, contextlib.ExitStack()).enter_context(claim.renew_while_open())
         state.claimed_step = policy.step
         self._claimed_pieces[name] = piece.part()
@@ -333,20 +329,20 @@ class PendingPieces:
 
 @dataclass(kw_only=True)
 class PieceQueue:
-    """Claims attempts, waits, and publishes rows, on the first process of a generating job."""
+    """Claims attempts, waits, and publishes rows, on a generating job's first process."""
 
     pending: PendingPieces
     store: RolloutStore
     wait_s: float
-    """How long to wait without work before the job ends. Claims of possibly dead jobs are waited for
-    anyway."""
+    """Time to wait without work before the job ends. Possibly dead jobs' claims always extend the wait."""
     provenance: Mapping[str, Any]
+    """Manifest fields for every part."""
     patience: IdleTimeout = field(default_factory=IdleTimeout)
     asked_to_stop: Callable[[], bool] = lambda: False
     """Whether to begin no further attempt."""
     summary: dict[str, Any] = field(default_factory=lambda: {
         "parts": 0, "responses": 0, "unfinished": 0, "tokens": 0, "waits_for": ""})
-    """Counts for this job, and the reason if the job ended before all pieces were complete."""
+    """Counts of this job; `waits_for`: why the job ended before all pieces were complete."""
     clock_s: Callable[[], float] = time.monotonic
     _policy: Policy | None = None
     _checked_s: float = 0.0
@@ -398,6 +394,6 @@ class PieceQueue:
             self.summary["parts"] += 1
             self.summary["responses"] += len(rows)
             self.summary["unfinished"] += num_unfinished
-            # The jobs that generated the tokens of earlier attempts have counted them.
+            # The tokens of earlier attempts were counted by the jobs that generated them.
             earlier = sum(len(row.tokens) for row in attempt.unfinished)
             self.summary["tokens"] += sum(len(row.tokens) for row in rows) - earlier

@@ -1,9 +1,9 @@
-"""Generation by engine servers: a request per response, per group of short responses, or per turn of an
+"""Generation by engine servers: a request per response, per group with short responses, or per turn in an
 episode.
 
-A queue over whole rounds keeps the servers full, and a piece is published as soon as its own rows are there.
-While the last responses of a round are generated, those of later rounds (`rollout.max_staleness`) are under
-way and continue with the next weights. Each token has the version that generated it.
+A queue over complete rounds keeps the servers full; a piece is published when its rows are finished. During
+the last responses of a round, servers already generate responses of later rounds (`rollout.max_staleness`),
+and continue them with the next weights. Every token has the version of the policy that generated it.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, Token
 from megatron_sov.work.progress.progress_bar import create_bar
 
 SLICE_S = 5.0
-"""Seconds of generation between two collectives; other processes wait for a message meanwhile."""
+"""Seconds of generation between two collectives, in which other processes wait for `run_on_main`."""
 LOOKUP_S = 1.0
 """Seconds between two lookups for pending pieces in the store."""
 AHEAD = 2
-"""Limit of requested responses, as a multiple of `room`, if other jobs generate too or a deadline runs:
+"""Limit for requested responses, as a multiple of `room`, if other jobs generate too or a deadline runs:
 further claims would only wait in the queue."""
 
 
 @dataclass
 class RequestWriter:
-    """Generates rows by servers that receive the run's live weights."""
+    """Generates rows by servers that receive the live weights; a `RolloutWriter`."""
 
     completes_all: ClassVar[bool] = False
     settings: GenerationSettings
     servers: LiveServers
     _policy: Policy | None = None
     _queue: RolloutRequestQueue | None = None
-    """Requests across rounds; on the first process alone."""
+    """Requests across rounds, on rank 0."""
 
     def write(self, view: FeedView, rounds: range, policy: Policy, asked_to_stop: Callable[[], bool]
               ) -> dict[str, float]:
@@ -67,9 +67,9 @@ class RequestWriter:
             return {}
         servers.push_weights(view, policy)
         run_on_main(view.world, lambda: self._open_queue(rounds, asked_to_stop).begin(rounds, asked_to_stop))
-        # Checked while the servers generate; no piece is published before.
+        # Checked while the servers generate, before the first piece is published.
         first_prompt = select_round_prompts(self.settings.prompts, self.settings.rollout, rounds[0])[0]
-        servers.check(view, policy, source.ids_of(first_prompt))
+        servers.check(view, policy, source.encode_prompt(first_prompt))
 
         def advance() -> bool:
             queue = self._open_queue(rounds, asked_to_stop)
@@ -95,7 +95,7 @@ class RequestWriter:
         return self._queue
 
     def _find_policy(self, number: int) -> Policy | None:
-        """Return the live policy if round `number` allows its step."""
+        """Return the live policy if round `number` allows the policy's step."""
         policy = self._policy
         if policy is None or not can_generate_round(policy.step, number, self.settings.rollout):
             return None
@@ -104,7 +104,7 @@ class RequestWriter:
 
 def write_by_requests(requests: RowRequests, pieces: PieceQueue, room: int, load_policy: LoadPolicy
                       ) -> dict[str, Any]:
-    """Generate all pending pieces by checkpoints as checkpoints appear; return `pieces.summary`."""
+    """Generate all pending pieces, with every checkpoint that appears; return `pieces.summary`."""
     queue = RolloutRequestQueue(requests=requests, pieces=pieces, load_policy=load_policy, room=room)
     with create_bar("write", pieces.pending.num_pieces, "piece") as bar:
         try:
@@ -124,22 +124,23 @@ class PendingRow:
     """Name for `abort`."""
     future: Future[Any]
     build_row: Callable[[], Rollout]
-    """Returns the row once `future` is done."""
+    """Builds the row after `future` is done."""
     is_begun: Callable[[], bool]
-    """Whether a server has taken the request, or an episode has a thread: deadlines count from then."""
+    """Whether a server has accepted the request, or an episode has a thread: the deadline counts from
+    then."""
 
 
 class RowRequests(Protocol):
-    """Requests rows from servers, row by row."""
+    """Requests rows from servers."""
 
     rollout: RolloutConfig
 
     def begin(self, attempt: SampleAttempt) -> list[PendingRow]:
-        """Request all rows of an attempt, in order."""
+        """Request an attempt's rows, in order."""
         ...
 
     def abort(self, names: Sequence[str]) -> None:
-        """End rows early; tokens generated so far remain."""
+        """End rows early, with the tokens generated so far."""
         ...
 
     def close(self) -> None:
@@ -148,19 +149,19 @@ class RowRequests(Protocol):
 
 def build_requests(engine: ServerEngine, source: RolloutSource, room: int, *, is_live: bool = False
                    ) -> RowRequests:
-    """Return the requests for `source`, at most `room` at a time; `is_live`: this run changes the weights."""
+    """Build the requests for `source`, at most `room` at a time; `is_live`: this run updates the weights."""
     if isinstance(source, Episodes):
         return EpisodeRequests(engine, source, room)
     assert isinstance(source, ResponseSource), f"{type(source).__name__} sends no requests"
     rollout = source.rollout
-    # Join a prompt's samples if neither new weights nor a deadline interrupt the round and no slot waits.
+    # Join the samples of a prompt if neither weights nor a deadline interrupt the round, and no slot idles.
     are_joined = (is_live and not rollout.max_staleness and not rollout.deadline_s
                   and rollout.prompts_per_round * rollout.samples_per_prompt <= room)
     return ResponseRequests(engine, source, are_joined=are_joined)
 
 
 class ResponseRequests:
-    """Requests for single-turn responses: one per row, or one for several short rows."""
+    """Requests for single-turn responses: per row, or for several short rows."""
 
     def __init__(self, engine: ServerEngine, source: ResponseSource, *, are_joined: bool = False) -> None:
         self._engine, self._source, self.rollout = engine, source, source.rollout
@@ -171,7 +172,7 @@ class ResponseRequests:
         requests = self._engine.requests(
             [[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
             [self._source.build_row_sampling(row) for row in rows],
-            self._source.asker.end_ids, are_joined=self._are_joined)
+            self._source.encoder.end_ids, are_joined=self._are_joined)
         remaining = iter(rows)
         pending: list[PendingRow] = []
         for request in requests:
@@ -182,11 +183,11 @@ class ResponseRequests:
         self._engine.fleet.abort(names)
 
     def close(self) -> None:
-        """Leave requests to the fleet, which ends with the engine."""
+        """Do nothing: the engine's fleet ends the requests."""
 
     def _submit_row(self, attempt: SampleAttempt, request: TokenRequest, rows: list[Rollout]
                     ) -> list[PendingRow]:
-        """Submit a request for `rows`; each row has a future, done with the request."""
+        """Submit a request for `rows`; the rows' futures are done with the request."""
         answers = self._engine.fleet.submit(request)
         futures: list[Future[Any]] = [Future() for _ in rows]
 
@@ -202,7 +203,7 @@ class ResponseRequests:
     def _build_row(self, attempt: SampleAttempt, row: Rollout, answers: Future[list[TokenAnswer]], place: int
                    ) -> Rollout:
         answer = answers.result()[place]
-        tokens = StopRule(self._source.asker.end_ids).cut(answer.tokens)
+        tokens = StopRule(self._source.encoder.end_ids).cut(answer.tokens)
         reason = {STOP: STOP, LENGTH: LENGTH, ABORTED: UNFINISHED}[answer.reason]
         routes = None
         if self._source.with_routes:
@@ -214,13 +215,13 @@ class ResponseRequests:
 
 
 class EpisodeRequests:
-    """Requests for episodes with tools: one per turn and row."""
+    """Requests for episodes with tools: per turn and row."""
 
     def __init__(self, engine: ServerEngine, episodes: Episodes, room: int) -> None:
         self._episodes, self.rollout = episodes, episodes.rollout
         self._player = ServerEpisodePlayer(engine=engine, table=episodes.table,
-                                           sampling=episodes.build_turn_sampling,
-                                     end_ids=episodes.end_ids, num_threads=max(room, episodes.table.parallel))
+                                           sampling=episodes.turn_sampling, end_ids=episodes.end_ids,
+                                           num_threads=max(room, episodes.table.parallel))
 
     def begin(self, attempt: SampleAttempt) -> list[PendingRow]:
         return [self._begin_episode(attempt, number, episode)
@@ -242,21 +243,21 @@ class EpisodeRequests:
 
 @dataclass
 class PendingAttempt:
-    """An attempt whose rows servers generate."""
+    """An attempt under generation by servers."""
 
     attempt: SampleAttempt
     indices: dict[Future[Any], int]
     """Future of an unfinished row -> index in `rows`."""
     rows: list[PendingRow]
     deadlines_s: dict[int, float] = field(default_factory=dict)
-    """Index in `rows` -> deadline; only rows that have begun."""
+    """Index in `rows` -> deadline, for rows that have begun."""
     finished: dict[int, Rollout] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
 
 
 @dataclass(kw_only=True)
 class RolloutRequestQueue:
-    """Pending requests, on the process that owns the servers."""
+    """Pending requests, on the process with the servers."""
 
     requests: RowRequests
     pieces: PieceQueue
@@ -275,7 +276,7 @@ class RolloutRequestQueue:
         """Request the pending pieces in `rounds`, in addition to earlier rounds, if a policy exists."""
         self.pieces.asked_to_stop = asked_to_stop
         self.pieces.pending.add_rounds(rounds)
-        # The previous lookup found nothing; do not wait for the next one.
+        # At once, because the previous lookup did not include `rounds`.
         has_requests = not asked_to_stop() and self._request_attempts() and bool(self.under_way)
         self._next_lookup_s = self.clock_s() + LOOKUP_S if has_requests else 0.0
 
@@ -283,11 +284,11 @@ class RolloutRequestQueue:
         """Send requests, collect finished rows and publish complete pieces, for `limit_s` seconds.
 
         Args:
-            limit_s: time limit of this call.
-            is_needed: whether a required piece is still under way or pending.
+            limit_s: time limit of the call.
+            is_needed: whether a required piece is under way or pending.
 
         Returns:
-            Whether to call again: required pieces are missing, and may still come.
+            Whether to call again: required pieces are missing and may still come.
         """
         ends_s = self.clock_s() + limit_s
         while is_needed():
@@ -311,8 +312,8 @@ class RolloutRequestQueue:
         self.pieces.pending.release()
 
     def _is_lookup_due(self) -> bool:
-        """Return whether to look for pending pieces: after each published piece, and every `LOOKUP_S`
-        seconds, since a lookup reads the store piece by piece."""
+        """Return whether to look for pending pieces: after a published piece, and every `LOOKUP_S` seconds,
+        because a lookup reads the store piece by piece."""
         if self.clock_s() < self._next_lookup_s:
             return False
         self._next_lookup_s = self.clock_s() + LOOKUP_S
@@ -328,7 +329,7 @@ class RolloutRequestQueue:
             return False
         if isinstance(attempts, str):
             if self.load_policy is None and not self.under_way and self.pieces.pending.is_stuck:
-                # The next policy learns from this very round, so no newer policy will continue the rows.
+                # The next policy learns from this round: no newer policy will continue the rows.
                 raise UserError(f"rollout.deadline_s = {self.requests.rollout.deadline_s:g}: some responses "
                                 "did not get one token in a whole attempt; raise it, or request fewer at a "
                                 "time (rollout.piece_prompts)")
@@ -343,7 +344,7 @@ class RolloutRequestQueue:
 
     def _max_rows(self) -> int:
         if self.load_policy is None and not self.requests.rollout.deadline_s:
-            # During optimizer steps no requests are sent, and the servers need work all the time.
+            # Unlimited, because no requests are sent during optimizer steps, and the servers must not idle.
             return sys.maxsize
         return AHEAD * self.room
 
@@ -355,7 +356,7 @@ class RolloutRequestQueue:
         self.under_way.append(PendingAttempt(attempt, indices, rows))
 
     def _abort_late_rows(self) -> None:
-        """Abort the rows after `deadlines_s`."""
+        """Abort the rows past `deadlines_s`."""
         deadline_s, now_s = self.requests.rollout.deadline_s, self.clock_s()
         for attempt in self.under_way if deadline_s else ():
             late = set()
@@ -369,7 +370,7 @@ class RolloutRequestQueue:
                 self.requests.abort([attempt.rows[index].name for index in sorted(late)])
 
     def _wait_for_rows(self, limit_s: float) -> set[Future[Any]]:
-        """Return the futures of finished rows, after at most `limit_s` seconds."""
+        """Wait for finished rows, at most `limit_s` seconds; return their futures."""
         finished: set[Future[Any]] = set()
         with contextlib.suppress(Empty):
             finished.add(self._finished.get(timeout=limit_s))

@@ -1,4 +1,4 @@
-"""Single-turn responses: prompts become rows, token for token as the engine generated them."""
+"""Single-turn responses: prompts become rows with exactly the tokens that the engine generated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_sov.rollouts.prompts import RolloutPrompt, compute_stream, find_bu
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, Rollout
 
 CHUNK_PROMPTS = 1024
-"""Prompts whose token ids are in memory at a time in `measure_long_prompts`."""
+"""Prompts per chunk in `measure_long_prompts`, to bound the memory."""
 NO_TOKENS: dict[str, Any] = {
     "tokens": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32), "versions": np.zeros(0, np.int32),
     "response": ""}
@@ -45,25 +45,25 @@ class GeneratedTokens:
 
 @dataclass(frozen=True)
 class ResponseSource:
-    """Generates responses for attempts. All processes of an engine call `write` together, and all get the
-    rows."""
+    """Generates responses for attempts. All processes in an engine call `write` together and get the rows."""
 
-    asker: PromptEncoder
+    encoder: PromptEncoder
     """Prompt encoder with the policies' tokenizer."""
     rollout: RolloutConfig
     engine_name: str
     plain: bool
     """Whether prompts are continued without the chat template."""
     chosen_by: dict[str, Any]
-    """Sampling settings besides `rollout`, for the key."""
+    """See `RolloutSource.chosen_by`."""
     clock_s: Callable[[], float] = time.monotonic
     with_routes: bool = False
     """Whether rows keep expert routes."""
 
     def measure_long_prompts(self, prompts: Sequence[RolloutPrompt]) -> dict[str, int]:
-        """Return id -> tokens for prompts longer than `rollout.max_prompt_tokens`.
+        """Return prompt id -> token count for prompts longer than `rollout.max_prompt_tokens`.
 
-        All prompts are measured before the first round: a run could not replace a prompt of a late round.
+        All prompts are measured before the first round, because a run cannot replace a prompt of a late
+        round.
 
         Raises:
             UserError: a prompt is empty, the chat template rejects it, or all prompts are too long.
@@ -72,7 +72,7 @@ class ResponseSource:
         shortest: list[int] = []
         for first in range(0, len(prompts), CHUNK_PROMPTS):
             chunk = list(prompts[first:first + CHUNK_PROMPTS])
-            ids = self.asker.encode_prompts([self._read_prompt(prompt) for prompt in chunk])
+            ids = self.encoder.encode_prompts([self._read_prompt(prompt) for prompt in chunk])
             lengths = list(map(self._count_tokens, chunk, ids))
             self._check_not_empty(chunk, lengths)
             shortest.append(min(lengths))
@@ -86,7 +86,7 @@ class ResponseSource:
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               should_yield: Callable[[], bool] = never_yield) -> list[list[Rollout]]:
-        """Return the rows of attempts generated together, see `writers.RolloutSource`."""
+        """Generate the attempts' rows together; see `writers.RolloutSource.write`."""
         began_s, ends_s = time.time(), self.clock_s() + self.rollout.deadline_s
         pairs = [(attempt, row) for attempt in attempts
                  for row in attempt.unfinished or self._build_rows(attempt, began_s)]
@@ -95,20 +95,19 @@ class ResponseSource:
         limits = [self.rollout.max_new_tokens - len(row.tokens) for row in rows]
         options: dict[str, Any] = {}
         if self.rollout.deadline_s:
-            # Engines without `Bounds` serve runs without a deadline.
+            # Engines without `GenerationBounds` serve runs without a deadline.
             options["bounds"] = GenerationBounds(limits, lambda: self.clock_s() >= ends_s or should_yield())
         sampling = build_sampling(self.rollout, max(limits), with_routes=self.with_routes)
-        # The stream depends on the attempt: a continuation must not repeat the random numbers of its
-        # beginning.
+        # The stream depends on the attempt: a continuation must not repeat earlier random numbers.
         streams = [compute_stream(row.round, row.key.prompt, row.key.sample, attempt.number)
                    for attempt, row in pairs]
         generated = engine.generate([[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
-                                    sampling, stop=StopRule(self.asker.end_ids), streams=streams, **options)
+                                    sampling, stop=StopRule(self.encoder.end_ids), streams=streams, **options)
         finished = [(attempt, self._append_generated(row, generated, index, limits[index], attempt))
                     for index, (attempt, row) in enumerate(pairs)]
-        return [[row for its_attempt, row in finished if its_attempt is attempt] for attempt in attempts]
+        return [[row for source, row in finished if source is attempt] for attempt in attempts]
 
-    def ids_of(self, prompt: RolloutPrompt) -> list[int]:
+    def encode_prompt(self, prompt: RolloutPrompt) -> list[int]:
         return self._encode_prompts([prompt])[0]
 
     def begin(self, attempt: SampleAttempt) -> list[Rollout]:
@@ -116,7 +115,7 @@ class ResponseSource:
         return list(attempt.unfinished) or self._build_rows(attempt, time.time())
 
     def build_row_sampling(self, row: Rollout) -> Sampling:
-        """Return the sampling for the rest of a row, within `rollout.max_new_tokens` for all attempts."""
+        """Return the sampling for the rest of a row: all attempts share `rollout.max_new_tokens`."""
         return build_sampling(self.rollout, self.rollout.max_new_tokens - len(row.tokens),
                               with_routes=self.with_routes)
 
@@ -127,8 +126,8 @@ class ResponseSource:
             # Rounding may leave log p of a certain token slightly above 0.
             logprobs=np.concatenate([row.logprobs, np.minimum(np.array(more.logprobs, np.float32), 0)]),
             versions=np.concatenate([row.versions, np.array(more.versions, np.int32)]),
-            response=prepend_mark(self.asker.decode(tokens.tolist()),
-                                  self.asker.opened_thoughts(row.prompt_tokens.tolist())),
+            response=prepend_mark(self.encoder.decode(tokens.tolist()),
+                                  self.encoder.opened_thoughts(row.prompt_tokens.tolist())),
             routes=merge_routes(row.routes, more.routes, len(row.prompt_tokens) + len(tokens) - 1))
 
     def _append_generated(self, row: Rollout, generated: GenerationResult, index: int, limit: int,
@@ -138,7 +137,7 @@ class ResponseSource:
         reason = STOP if generated.finish_reasons[index] == STOP else LENGTH
         if len(generated.continuations[index]) > limit:
             reason = LENGTH
-        # Shorter than its limit without a stop token: cut off by the deadline.
+        # Shorter than the limit without a stop token: cut off by the deadline.
         elif reason == LENGTH and self.rollout.deadline_s and len(tokens) < limit:
             reason = UNFINISHED
         routes = None if generated.routes is None else generated.routes[index]
@@ -159,19 +158,19 @@ class ResponseSource:
         return rows
 
     def _encode_prompts(self, prompts: Sequence[RolloutPrompt]) -> list[list[int]]:
-        ids = self.asker.encode_prompts([self._read_prompt(prompt) for prompt in prompts])
+        ids = self.encoder.encode_prompts([self._read_prompt(prompt) for prompt in prompts])
         self._check_not_empty(prompts, list(map(self._count_tokens, prompts, ids)))
         return ids
 
     def _encode_budget(self, prompt: RolloutPrompt, sample: int) -> list[int]:
-        """Return the token ids of `rollout.budget_text`, with which a response of requested length begins."""
+        """Encode `rollout.budget_text`, the end of the prompt for a response with requested length."""
         budget = find_budget(self.rollout, prompt.id, prompt.record, sample)
         if budget is None or not self.rollout.budget_text:
             return []
-        return self.asker.encode_text(self.rollout.budget_text.replace("{tokens}", str(budget)))
+        return self.encoder.encode_text(self.rollout.budget_text.replace("{tokens}", str(budget)))
 
     def _count_tokens(self, prompt: RolloutPrompt, ids: Sequence[int]) -> int:
-        """Return a prompt's tokens, with the longest budget text among the samples; 0 for an empty prompt."""
+        """Count a prompt's tokens with the longest budget text among samples; 0 for an empty prompt."""
         if not len(ids):
             return 0
         # Samples with equal budgets are consecutive in a group.
@@ -196,7 +195,7 @@ class ResponseSource:
 
 def build_keys(attempt: SampleAttempt, rollout: RolloutConfig, chosen_by: dict[str, Any]
                ) -> list[tuple[RolloutPrompt, Key]]:
-    """Return prompt and key for each new response, ordered by prompt and sample."""
+    """Return (prompt, key) per new response, ordered by prompt and sample."""
     sampling = compute_sampling_digest(rollout, attempt.piece.round, chosen_by)
     return [(prompt, Key(prompt.id, sample, attempt.policy.sha256, sampling))
             for prompt in attempt.piece.prompts for sample in range(rollout.samples_per_prompt)]
@@ -208,19 +207,19 @@ def choose_logprob_temperature(rollout: RolloutConfig) -> float:
 
 
 def build_sampling(rollout: RolloutConfig, max_new_tokens: int, *, with_routes: bool) -> Sampling:
-    """Return the engine's sampling. Settings reject top_p < 1 if a trainer compares with the full
-    distribution."""
+    """Return the engine's sampling. `RolloutConfig` rejects top_p < 1 for trainers that compare with the
+    full distribution."""
     return Sampling(max_new_tokens, rollout.temperature, top_p=rollout.top_p, seed=rollout.seed,
                     for_training=True, allow_truncation=rollout.top_p < 1, with_routes=with_routes)
 
 
 def compute_sampling_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:
-    """Return the digest of sampling settings for the keys in a round.
+    """Return the sampling settings' digest for the keys in a round.
 
     Args:
-        rollout: its piece size and deadline are left out, since no token depends on them.
+        rollout: every setting that changes tokens; piece size and deadline do not.
         round: from 1.
-        more: JSON values: chat template, environment and its limits.
+        more: JSON values: chat template, environment and limits.
     """
     settings = dict(more)
     if rollout.budget_text:

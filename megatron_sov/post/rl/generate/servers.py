@@ -24,10 +24,10 @@ from megatron_sov.runs.rounds import Policy
 from megatron_sov.train.feed import FeedView
 
 COMPARED_TOKENS = 256
-"""Tokens of a prompt whose log-probabilities `check` compares after a weight update."""
+"""Tokens of a prompt for which `LiveServers.check` compares log-probabilities."""
 MAX_GAP_NATS = 0.25
-"""Limit for the mean difference in log-probabilities between trainer and engine per token: bf16 stays far
-below, a layer with wrong weights is above."""
+"""Limit for the mean log-probability difference between trainer and engine, in nats per token: bf16
+stays far below, a layer with wrong weights exceeds the limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class ServerSettings:
     places: ServerLocations
     servers: EngineServers
     longest: int
-    """Tokens in the longest sequence."""
+    """Tokens in the longest sequence, prompt and response."""
     vocab_size: int
     with_routes: bool
     """Whether servers return expert routes."""
@@ -48,7 +48,7 @@ class ServerSettings:
 
 @dataclass
 class LiveServers:
-    """Servers with the live weights; each process has an object, and the first process owns the servers."""
+    """Servers with the live weights; every process has an object, and rank 0 has the servers."""
 
     settings: ServerSettings
     meters: dict[str, float] = field(default_factory=dict)
@@ -59,14 +59,14 @@ class LiveServers:
     _closed: threading.Event = field(default_factory=threading.Event)
     """Ends the servers, also during their start."""
     _loaded_step: int | None = None
-    """Step of the servers' weights; None: unknown, because another client may have changed the weights."""
+    """Policy step of the weights on the servers; None: unknown, another client may have changed them."""
 
     @property
     def is_open(self) -> bool:
         return self.engine is not None and self._opening is None
 
     def is_opening(self, limit_s: float) -> bool:
-        """Start the servers on the first process, wait up to `limit_s`, and return whether they are still
+        """Start the servers on rank 0, wait up to `limit_s`, and return whether servers are still
         starting."""
         if self.engine is None and self._opening is None:
             self._opening = self._pool.submit(self._open_servers)
@@ -90,7 +90,7 @@ class LiveServers:
             self._loaded_step = 0
 
     def push_weights(self, view: FeedView, policy: Policy) -> None:
-        """Send the live weights to the servers; all processes call this together."""
+        """Send the live weights to the servers; called by all processes together."""
         began_s = time.monotonic()
         if run_on_main(view.world, lambda: self._loaded_step != policy.step):
             self._send_weights(view, policy)
@@ -103,7 +103,10 @@ class LiveServers:
         Args:
             view: the run, whose model is the policy.
             policy: identity of the live weights.
-            prompt: token ids, whose log-probabilities by trainer and servers must agree.
+            prompt: token ids to score by trainer and servers.
+
+        Raises:
+            UserError: the log-probabilities differ by more than `MAX_GAP_NATS`.
         """
         text = list(prompt[:COMPARED_TOKENS])
         if len(text) > 1:
@@ -128,7 +131,7 @@ class LiveServers:
             except UserError as e:
                 problem = str(e)
         else:
-            for _ in weights:  # this process takes part in the gathering and gets nothing
+            for _ in weights:  # gathers the weights with rank 0, and gets no tensor
                 pass
         run_on_main(view.world, partial(_raise_problem, problem))
 
@@ -139,9 +142,9 @@ class LiveServers:
         gap = self.meters["engine_gap_nats"] = max(gaps, default=0.0)
         if gap > MAX_GAP_NATS:
             raise UserError(f"--engine {self.settings.engine}: a server's log-probabilities of a known text "
-                            f"are {gap:.3g} nats a token from the trainer's at step "
-                            f"{policy.step} (at most {MAX_GAP_NATS:g}): it did not load the weights, or "
-                            "computes another model, and would not generate as this policy")
+                            f"are {gap:.3g} nats a token from the trainer's at step {policy.step} (at most "
+                            f"{MAX_GAP_NATS:g}): the server did not load the weights or computes another "
+                            "model; look at its log")
 
 
 def _raise_problem(problem: str) -> None:

@@ -1,5 +1,5 @@
-"""Writers for rollouts behind one protocol: `RowWriter` runs batches on the live model, `RequestWriter`
-(requests.py) sends requests to engine servers."""
+"""Rollout writers with a common protocol, `RolloutWriter`: `RowWriter` runs batches on the live model,
+`RequestWriter` (requests.py) sends requests to engine servers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from megatron_sov.work.progress.locks import Claims
 from megatron_sov.work.progress.progress_bar import create_bar
 
 LoadPolicy = Callable[[Policy], None]
-"""Loads another policy into the engine; all processes call it together."""
+"""Loads another policy into the engine; called by all processes together."""
 
 
 class RolloutSource(Protocol):
@@ -42,41 +42,40 @@ class RolloutSource(Protocol):
 
     @property
     def chosen_by(self) -> dict[str, Any]:
-        """Sampling settings besides `rollout`, see `compute_sampling_digest`."""
+        """Settings besides `rollout` that change tokens, see `compute_sampling_digest`."""
         ...
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               should_yield: Callable[[], bool]) -> list[list[Rollout]] | None:
-        """Return the rows per attempt. All processes of the engine call this; the first process needs the
-        rows.
+        """Generate the rows per attempt; called by all engine processes, and used on the first.
 
         Args:
             engine: generates the tokens.
             attempts: attempts by one policy.
-            should_yield: on the first process: whether to cut off unfinished rows before their deadline.
+            should_yield: on the first process, whether to cut off unfinished rows before the deadline.
         """
         ...
 
 
 class RolloutWriter(Protocol):
-    """Generates pending pieces into the store. All processes call `write` together."""
+    """Generates pending pieces into the rollout store."""
 
     completes_all: ClassVar[bool]
     """Whether `write` completes all rounds; otherwise only the first round."""
 
     def write(self, view: FeedView, rounds: range, policy: Policy, asked_to_stop: Callable[[], bool]
               ) -> dict[str, float]:
-        """Complete the first of `rounds` by the live model, and later rounds as far as `policy` may write
-        them.
+        """Complete `rounds[0]` by the live model, and further rounds if `policy` may generate them;
+        called by all processes together.
 
         Args:
             view: the run, whose model is the policy.
-            rounds: rounds that the policy may write.
+            rounds: rounds that the policy may generate.
             policy: identity of the live weights.
-            asked_to_stop: polled after each piece; the value of rank 0 counts.
+            asked_to_stop: polled after each piece; the value on rank 0 counts.
 
         Returns:
-            Figures for the event of the round.
+            Figures for the event `round`.
         """
         ...
 
@@ -87,7 +86,7 @@ class RolloutWriter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """Store, prompts and source for the rollouts of a run."""
+    """Store, prompts and source for a run's rollouts."""
 
     store: StoreSettings
     prompts: PromptList
@@ -111,12 +110,12 @@ class GenerationSettings:
             rollout=self.rollout, rounds=rounds, find_policy=find_policy, further=further,
             sampling_digest=lambda number: compute_sampling_digest(self.rollout, number,
                                                                    self.source.chosen_by))
-        # Pieces of another job are waited for until the job's claim expires.
+        # Wait for pieces of another job until the claim of the job expires.
         return PieceQueue(pending=pending, store=store, wait_s=2 * self.rollout.lease_s,
                           provenance=self.provenance, asked_to_stop=asked_to_stop)
 
     def _find_further(self, number: int) -> tuple[int, bool]:
-        # Final for this call: the publisher asks for further prompts only after rows are judged.
+        # Final for this call, because the publisher requests further prompts only after judging.
         return read_further_pieces(self.run / ROUNDS, number), True
 
 
@@ -127,13 +126,13 @@ class RowWriter:
     completes_all: ClassVar[bool] = True
     settings: GenerationSettings
     batching: Batching
-    """Memory bound for generation."""
+    """Rows per batch, bounded by memory."""
 
     def write(self, view: FeedView, rounds: range, policy: Policy, asked_to_stop: Callable[[], bool]
               ) -> dict[str, float]:
         rollout = self.settings.rollout
         engine = MegatronEngine(view.policy, self.batching)
-        # The model is the policy itself: no weights are copied, only their version is recorded.
+        # The model is the policy: no weights are copied, and the engine records the version.
         engine.update(None, policy.step)
 
         def find_policy(number: int) -> Policy | None:
@@ -145,20 +144,20 @@ class RowWriter:
         return {}
 
     def close(self) -> None:
-        """Do nothing: claims end with each `write`."""
+        """Do nothing: claims end with `write`."""
 
 
 def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, loaded: Policy,
                   load_policy: LoadPolicy | None = None, after_batch: Callable[[], None] = lambda: None
                   ) -> dict[str, Any]:
-    """Generate all pending pieces, batch by batch. All processes of the engine call this together.
+    """Generate all pending pieces, batch by batch; called by all engine processes together.
 
     Args:
         engine: generates the tokens.
         source: turns prompts into rows.
         queue: pending pieces.
         loaded: policy in the engine at the beginning.
-        load_policy: loads a later policy; None: the engine holds the live weights and no other policy comes.
+        load_policy: loads a later policy; None: the engine has the live weights, and no other policy comes.
         after_batch: called on all processes after each batch.
 
     Returns:
@@ -170,7 +169,7 @@ def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, l
             if isinstance(attempts, str):
                 continue
             try:
-                # Weights change between batches only, so each new token in a row has one version.
+                # Weights change between batches only: all new tokens in a row have the same version.
                 if attempts[0].policy != loaded:
                     assert load_policy is not None, f"the live model is the policy, not {attempts[0].policy}"
                     loaded = attempts[0].policy
@@ -187,7 +186,7 @@ def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, l
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """An engine with sequence limits."""
+    """An engine and the sequence limits."""
 
     name: str
     longest: int
@@ -197,7 +196,7 @@ class EngineSettings:
     """`key=value` changes to layout and precision (megatron), or to servers."""
     nproc: int | None = None
     option: str = "--set"
-    """Option that `settings` come from, for messages."""
+    """Option with `settings`, for messages."""
     with_routes: bool = False
     """Whether the engine returns expert routes."""
     places: ServerLocations | None = None
@@ -208,37 +207,37 @@ def run_policies(engine: EngineSettings, start: Target, work: Callable[[Engine, 
 
     Args:
         engine: the engine.
-        start: the policy that the run starts from.
-        work: called on every process with the engine and the function that loads later policies; its result
-            must consist of plain JSON values.
+        start: the initial policy of the run.
+        work: called on every process with the engine and a function that loads later policies; returns plain
+            JSON values.
 
     Returns:
-        The result; None on processes of a torchrun or Slurm job other than the first.
+        The result of `work`; None on processes of a torchrun or Slurm job other than the first.
 
     Raises:
         UserError: the engine is not installed, or cannot load the model.
         SystemExit: a process failed and has printed the cause.
     """
     if engine.name == MEGATRON:
-        def on_ranks(loaded: LoadedModel) -> Any:
-            own = MegatronEngine(loaded.policy, engine.batching)
-            return work(own, lambda policy: _load_checkpoint(policy, loaded, own))
+        def run_on_ranks(loaded: LoadedModel) -> Any:
+            live = MegatronEngine(loaded.policy, engine.batching)
+            return work(live, lambda policy: _load_checkpoint(policy, loaded, live))
 
-        return run_forward_model(start, list(engine.settings), engine.nproc, on_ranks, engine.option)
+        return run_forward_model(start, list(engine.settings), engine.nproc, run_on_ranks, engine.option)
 
-    def on_servers(servers: Engine) -> Any:
+    def run_on_servers(servers: Engine) -> Any:
         return work(servers, lambda policy: servers.update(_read_tensors(policy), policy.step))
 
-    return run_with_engine(engine.name, start, on_servers, longest=engine.longest, batching=engine.batching,
-                      settings=engine.settings, option=engine.option, with_routes=engine.with_routes,
-                      places=engine.places)
+    return run_with_engine(engine.name, start, run_on_servers, longest=engine.longest,
+                           batching=engine.batching, settings=engine.settings, option=engine.option,
+                           with_routes=engine.with_routes, places=engine.places)
 
 
 def _load_checkpoint(policy: Policy, loaded: LoadedModel, engine: MegatronEngine) -> None:
-    """Load a checkpoint into the live model; each process reads its own shard."""
+    """Load a checkpoint into the live model; processes read local shards."""
     model = loaded.policy.model
     if read_adapter_base(policy.path) is not None and not model.lora.on:
-        # The run trains an adapter, and the loaded model has none: use the weights with the adapter merged.
+        # The run trains an adapter, and the loaded model has none: load weights with the merged adapter.
         engine.update(_read_tensors(policy), policy.step)
         return
     load.check_weights(policy.path)

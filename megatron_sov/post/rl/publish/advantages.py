@@ -1,5 +1,8 @@
-"""Advantages of responses: rewards relative to a prompt's group, with length rewards and penalties, in
-float64 by numpy. Shapes: n responses per group."""
+"""Advantages for responses: rewards relative to a prompt's group, with length rewards and penalties.
+
+Arrays have shape [n], n responses to a prompt, and dtype float64. `lengths`: generated tokens; `right`, bool:
+the reward is at least `policy.right_from`; `budgets`: requested tokens; `longest`: `rollout.max_new_tokens`.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,15 @@ from megatron_sov.model.config.post_training import PolicyConfig
 EPSILON = 1e-4
 """Added to standard deviations in denominators, as in TRL."""
 LEARNS, TOO_FEW, ALL_RIGHT, ALL_WRONG = "", "too_few", "all_right", "all_wrong"
-"""Reasons why a group does not learn ("": it learns): too few responses; equal rewards that are right; equal
-rewards that are wrong."""
+"""Why a group does not learn, or `LEARNS`: too few responses; equal rewards, all right or all wrong."""
 LOW_PERCENT, HIGH_PERCENT = 30, 70
-"""Percentiles for the lengths of right responses that bound the full length reward (LAPO, arXiv 2507.15758,
-by the authors' code, ZJU-REAL/LAPO on GitHub)."""
+"""Length percentiles over right responses, between which the length reward is 1 (LAPO, arXiv
+2507.15758; code: ZJU-REAL/LAPO on GitHub)."""
 
 
 @dataclass(frozen=True)
 class GroupAdvantages:
-    """Advantages for the responses to one prompt."""
+    """Advantages of the responses to a prompt, before groups are compared."""
 
     advantages: np.ndarray
     """[n] float64; 0 if the group does not learn."""
@@ -33,16 +35,16 @@ class GroupAdvantages:
 
 
 def compute_advantages(rewards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], policy: PolicyConfig,
-                     max_new_tokens: int, budgets: Sequence[np.ndarray] | None = None
-                     ) -> list[GroupAdvantages]:
-    """Return advantages group by group, before `compute_step_advantages` compares the groups in a step.
+                       max_new_tokens: int, budgets: Sequence[np.ndarray] | None = None
+                       ) -> list[GroupAdvantages]:
+    """Compute advantages group by group, before `compute_step_advantages` compares the groups in a step.
 
     Args:
-        rewards: for each group [n], responses without a reward left out.
-        lengths: for each group [n]: tokens that the policy generated.
-        policy: the settings.
+        rewards: [n] per group, without unjudged responses.
+        lengths: [n] per group: tokens that the policy generated.
+        policy: `policy.parts` selects the baseline and the length rewards.
         max_new_tokens: `rollout.max_new_tokens`.
-        budgets: for each group [n]: requested length in tokens, NaN without a request; None: no requests.
+        budgets: [n] per group: requested length in tokens, NaN without a request; None: no requests.
     """
     if budgets is None:
         budgets = [np.full(len(group), np.nan) for group in rewards]
@@ -64,12 +66,12 @@ def has_advantage(advantages: np.ndarray) -> bool:
 
 
 def compute_step_advantages(groups: Sequence[GroupAdvantages], policy: PolicyConfig) -> list[GroupAdvantages]:
-    """Return the groups in an optimizer step, normalized together if `policy` requires it."""
+    """Return the groups in an optimizer step, with `normalise_over_batch` normalized together."""
     if not policy.parts.normalise_over_batch:
         return list(groups)
-    normalised = _normalize_advantages([group.advantages for group in groups],
-                            [group.reason == LEARNS for group in groups])
-    return [GroupAdvantages(values, group.reason) for values, group in zip(normalised, groups, strict=True)]
+    normalized = _normalize_advantages([group.advantages for group in groups],
+                                       [group.reason == LEARNS for group in groups])
+    return [GroupAdvantages(values, group.reason) for values, group in zip(normalized, groups, strict=True)]
 
 
 def find_exclusion(rewards: np.ndarray, policy: PolicyConfig) -> str:
@@ -83,15 +85,15 @@ def find_exclusion(rewards: np.ndarray, policy: PolicyConfig) -> str:
         return TOO_FEW
     if not are_equal(rewards.tolist()):
         return LEARNS
-    # All rewards are equal, so the first reward decides.
+    # All rewards are equal: the first reward decides.
     if rewards[0] >= policy.right_from:
         return LEARNS if parts.all_right == "keep" else ALL_RIGHT
     return LEARNS if parts.all_wrong == "keep" else ALL_WRONG
 
 
 def compute_overlong_penalty(lengths: np.ndarray, policy: PolicyConfig, max_new_tokens: int) -> np.ndarray:
-    """Return the penalty for each length [n] in tokens: DAPO's soft overlong punishment (arXiv 2503.14476,
-    equation 13), times `policy.overlong_penalty`."""
+    """Return the penalty per length [n] in tokens: soft overlong punishment (DAPO, arXiv 2503.14476, equation
+    13), times `policy.overlong_penalty`."""
     buffer = policy.overlong_buffer(max_new_tokens)
     if not buffer:
         return np.zeros(len(lengths))
@@ -99,33 +101,32 @@ def compute_overlong_penalty(lengths: np.ndarray, policy: PolicyConfig, max_new_
 
 
 def compute_group_relative(rewards: np.ndarray) -> np.ndarray:
-    """Return GRPO's advantages (arXiv 2402.03300, section 4.1.2)."""
+    """Return ``(reward - mean) / std``, [n] (GRPO, arXiv 2402.03300, section 4.1.2)."""
     return (rewards - rewards.mean()) / (rewards.std(ddof=1) + EPSILON)
 
 
 def center_rewards(rewards: np.ndarray) -> np.ndarray:
-    """Return Dr. GRPO's advantages (arXiv 2503.20783, section 3.2)."""
+    """Return ``reward - mean``, [n] (Dr. GRPO, arXiv 2503.20783, section 3.2)."""
     advantages: np.ndarray = rewards - rewards.mean()
     return advantages
 
 
 def subtract_leave_out_mean(rewards: np.ndarray) -> np.ndarray:
-    """Return rewards minus the mean reward over the other responses (RLOO, arXiv 2402.14740)."""
+    """Return rewards minus the mean reward over the other responses, [n] (RLOO, arXiv 2402.14740)."""
     advantages: np.ndarray = rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
     return advantages
 
 
-def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
-    """Return PKPO's advantages (arXiv 2505.15201, equation 33, times n): k times the increase of the maximum
-    reward by a response, averaged over all sets of `k` responses with it.
+def compute_pass_at_k_advantages(rewards: np.ndarray, k: int) -> np.ndarray:
+    """Return k times the increase that a response brings to the maximum reward, [n], averaged over all sets
+    with `k` responses that contain it (PKPO, arXiv 2505.15201, equation 33, times n).
 
-    For k = 1 the increase is the reward itself; its baseline is the mean of the others, as in
-    `leave_one_out`.
+    For k = 1 the increase is the reward itself, with the baseline of `subtract_leave_out_mean`.
     """
     n = len(rewards)
     if k == 1:
         return subtract_leave_out_mean(rewards)
-    # Probability that the best of k - 1 responses, drawn from n - 1, has this rank, counted from the worst.
+    # Probability of a rank, from the worst, for the best of k - 1 responses drawn from n - 1.
     odds = np.array([math.comb(rank, k - 2) / math.comb(n - 1, k - 1) for rank in range(n - 1)])
     order = np.argsort(rewards, kind="stable")
     ranked, advantages = rewards[order], np.empty(n)
@@ -135,7 +136,7 @@ def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
 
 
 def scale_to_range(rewards: np.ndarray) -> np.ndarray:
-    """Return GrouPER's advantages (`places_in_group`); 0 if all rewards are equal."""
+    """Return rewards scaled to [-1, 1], [n], by `compute_group_advantages` (GrouPER); 0 for equal rewards."""
     values = rewards.tolist()
     if are_equal(values):
         return np.zeros(len(values))
@@ -143,15 +144,15 @@ def scale_to_range(rewards: np.ndarray) -> np.ndarray:
 
 
 def compute_mgpo_weight(share_right: float, strength: float) -> float:
-    """Return MGPO's factor for a group's advantages (arXiv 2511.06221): exp(-lambda D), with D the
-    Kullback-Leibler divergence between the share of right responses and one half."""
+    """Return the factor ``exp(-strength * KL(share_right || 1/2))`` for the advantages in a group (MGPO,
+    arXiv 2511.06221)."""
     shares = (share_right, 1.0 - share_right)
     return math.exp(-strength * sum(p * math.log(p / 0.5) for p in shares if p > 0))
 
 
 def _add_length_reward(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, policy: PolicyConfig,
                        max_new_tokens: int) -> np.ndarray:
-    """Return the rewards [n] plus the length reward for right responses."""
+    """Add the length reward `policy.parts.length_reward` for right responses to `rewards`, [n]."""
     parts, right = policy.parts, rewards >= policy.right_from
     if parts.length_reward == "budget":
         return reward_length_budget(lengths, right, budgets, max_new_tokens, parts.length_reward_coeff)
@@ -160,37 +161,37 @@ def _add_length_reward(rewards: np.ndarray, lengths: np.ndarray, budgets: np.nda
                                                                          parts.length_width_tokens)
     if parts.length_reward == "target":
         return rewards + parts.length_reward_coeff * reward_target_length(lengths, right, budgets,
-                                                                 parts.length_width_tokens)
+                                                                          parts.length_width_tokens)
     return rewards
 
 
 def _compare_responses(rewards: np.ndarray, lengths: np.ndarray, budgets: np.ndarray, policy: PolicyConfig,
                        max_new_tokens: int) -> np.ndarray:
-    """Return a group's advantages, [n] float64."""
+    """Return the advantages in a group, [n] float64."""
     parts = policy.parts
     if parts.advantage == "none":
         return np.zeros(len(rewards))
     length_rewards = _add_length_reward(rewards, lengths, budgets, policy, max_new_tokens)
-    # The penalty is subtracted before the baseline, so the group comparison includes the penalty.
+    # Subtracted before the baseline, so that the comparison within the group includes the penalty.
     shaped = length_rewards - compute_overlong_penalty(lengths, policy, max_new_tokens)
     compare = {"group": compute_group_relative, "group_no_std": center_rewards,
-               "leave_one_out": subtract_leave_out_mean,
-               "pass_at_k": lambda r: pass_at_k(r, parts.pkpo_k), "range": scale_to_range}[parts.advantage]
-    # The mean of equal rewards may differ by rounding, which AdamW would scale to full updates.
+               "leave_one_out": subtract_leave_out_mean, "range": scale_to_range,
+               "pass_at_k": lambda r: compute_pass_at_k_advantages(r, parts.pkpo_k)}[parts.advantage]
+    # The mean of equal rewards may differ from the rewards by rounding, which AdamW scales to full updates.
     advantages = np.zeros(len(shaped)) if are_equal(shaped.tolist()) else compare(shaped)
     if parts.length_reward == "budget":
         advantages = advantages + compute_budget_advantages(length_rewards, budgets, max_new_tokens,
-                                                    parts.length_reward_coeff)
+                                                            parts.length_reward_coeff)
     if are_equal(rewards.tolist()) and rewards[0] < policy.right_from:
-        # Judged rewards, not shaped ones: lengths must not make a wrong group look mixed.
+        # Judged rewards instead of shaped rewards: lengths must not make a wrong group look mixed.
         advantages = advantages + parts.all_wrong_reward
     share_right = float((rewards >= policy.right_from).mean())
     return advantages * compute_mgpo_weight(share_right, parts.mgpo_lambda)
 
 
 def _normalize_advantages(advantages: list[np.ndarray], learns: list[bool]) -> list[np.ndarray]:
-    """Return the learning groups' advantages with mean 0 and standard deviation 1 over all groups."""
-    # Excluded groups stay at 0: shifted by the mean they would learn.
+    """Scale the advantages in learning groups to mean 0 and standard deviation 1 over all groups."""
+    # Excluded groups stay at 0, because a shift by the mean would make excluded groups learn.
     learning = [values for values, is_learning in zip(advantages, learns, strict=True) if is_learning]
     joined = np.concatenate(learning or [np.zeros(0)])
     if len(joined) < 2:
@@ -201,33 +202,22 @@ def _normalize_advantages(advantages: list[np.ndarray], learns: list[bool]) -> l
 
 
 def center_on_threshold(lengths: np.ndarray, right: np.ndarray, width_tokens: float) -> np.ndarray:
-    """Return LAPO's length reward of its first stage, [n] (reward_func_stage1.py): for right responses 1
-    between two percentiles of their lengths, falling linearly to 0 over `width_tokens` outside.
-
-    Args:
-        lengths: [n] tokens of the responses to one prompt.
-        right: [n] bool.
-        width_tokens: 100 in the authors' code.
-    """
+    """Return the length reward for right responses, [n]: 1 between the `LOW_PERCENT` and `HIGH_PERCENT`
+    percentiles over right responses' lengths, falling linearly to 0 over `width_tokens` outside (LAPO, stage
+    1, reward_func_stage1.py, width 100)."""
     if not right.any():
         return np.zeros(len(lengths))
     low, high = np.percentile(lengths[right], (LOW_PERCENT, HIGH_PERCENT))
-    # Tokens outside the window, 0 inside.
+    # Distance to the interval, 0 inside.
     distances = np.maximum(np.maximum(low - lengths, lengths - high), 0.0)
     return np.where(right, np.maximum(0.0, 1.0 - distances / width_tokens), 0.0)
 
 
 def reward_target_length(lengths: np.ndarray, right: np.ndarray, targets: np.ndarray, width_tokens: float
-                ) -> np.ndarray:
-    """Return LAPO's length reward of its second stage, [n] (reward_func_stage2.py): for right responses
-    exp(-(length - target)^2 / (2 width^2)).
-
-    Args:
-        lengths: [n] tokens of the responses to one prompt.
-        right: [n] bool.
-        targets: [n]; NaN: the median length of the right responses.
-        width_tokens: standard deviation; 120 in the authors' code.
-    """
+                         ) -> np.ndarray:
+    """Return the length reward ``exp(-(length - target)^2 / (2 width_tokens^2))`` for right responses, [n]
+    (LAPO, stage 2, reward_func_stage2.py, width 120). NaN targets become the right responses' median
+    length."""
     if not right.any():
         return np.zeros(len(lengths))
     distances = lengths - np.where(np.isnan(targets), np.median(lengths[right]), targets)
@@ -235,24 +225,19 @@ def reward_target_length(lengths: np.ndarray, right: np.ndarray, targets: np.nda
 
 
 def compute_budget_reward(budgets: np.ndarray, longest: int, scale: float) -> np.ndarray:
-    """Return HBPO's reward for right responses within their budget, [n] (arXiv 2507.15844, f_2 in section
-    3.2): scale cos(pi budget / (2 longest))."""
+    """Return ``scale cos(pi budget / (2 longest))``, [n], the reward for right responses within the budget
+    (HBPO, arXiv 2507.15844, f_2 in section 3.2)."""
     rewards: np.ndarray = scale * np.cos(np.pi * budgets / (2.0 * longest))
     return rewards
 
 
 def reward_length_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.ndarray, longest: int,
                          scale: float) -> np.ndarray:
-    """Return HBPO's rewards, [n] (arXiv 2507.15844, R of section 3.2), instead of the verifier's: for right
-    responses `compute_budget_reward` within the budget, and beyond it f_1: the reward for a budget of their
-    length, minus |length - budget| / longest.
+    """Return the rewards that replace the verifier's rewards, [n] (HBPO, arXiv 2507.15844, R in section 3.2).
 
-    Args:
-        lengths: [n] tokens of the responses to one prompt.
-        right: [n] bool.
-        budgets: [n] requested tokens.
-        longest: length limit of responses (L_max; its inverse is alpha, as in the authors' code).
-        scale: beta; 4 in the authors' code.
+    Right responses get `compute_budget_reward` within the budget. Beyond the budget they get f_1: the reward
+    for a budget equal to the length, minus |length - budget| / longest. In the code of the authors, L_max is
+    `longest`, alpha is 1 / longest, and beta is `scale`, 4.
     """
     beyond = compute_budget_reward(lengths, longest, scale) - np.abs(lengths - budgets) / longest
     rewards = np.where(lengths > budgets, beyond, compute_budget_reward(budgets, longest, scale))
@@ -261,14 +246,7 @@ def reward_length_budget(lengths: np.ndarray, right: np.ndarray, budgets: np.nda
 
 def compute_budget_advantages(rewards: np.ndarray, budgets: np.ndarray, longest: int, scale: float
                               ) -> np.ndarray:
-    """Return HBPO's advantage among responses of one budget, [n] (arXiv 2507.15844, section 3.3): their mean
-    reward minus `compute_budget_reward`.
-
-    Args:
-        rewards: [n] from `reward_length_budget`.
-        budgets: [n] requested tokens.
-        longest: see `reward_length_budget`.
-        scale: see `reward_length_budget`.
-    """
+    """Return the mean over `rewards` from `reward_length_budget` over responses with the same budget, minus
+    `compute_budget_reward`, [n] (HBPO, arXiv 2507.15844, section 3.3)."""
     means = {budget: rewards[budgets == budget].mean() for budget in np.unique(budgets)}
     return np.array([means[budget] for budget in budgets]) - compute_budget_reward(budgets, longest, scale)

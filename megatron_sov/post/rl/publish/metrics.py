@@ -1,4 +1,4 @@
-"""Figures for a round: means over responses, headline meters, and a warning if few groups learn."""
+"""Round figures: means over responses, headline meters, and a warning if few groups learn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_sov.post.rl.publish.groups import JudgedRound
 from megatron_sov.runs.rounds import TRAINED_GROUPS
 
 PASS_RATE = "pass_rate"
-"""Name of a mean: share of responses whose reward is at least `policy.right_from`."""
+"""Name of a mean: share of responses with a reward of at least `policy.right_from`."""
 MIN_LEARNING, MIN_LEARNING_EXTREME = 0.1, 0.5
 """Shares of learning groups below which a round warns; `MIN_LEARNING_EXTREME` is for a first round with an
 extreme pass rate."""
@@ -23,32 +23,36 @@ EXTREME_RATES = (0.05, 0.95)
 
 
 def compute_means(gathered: JudgedRound, rollout: RolloutConfig, right_from: float | None) -> dict[str, Any]:
-    """Return means over the judged responses in a round, trained or not.
+    """Return the manifest field `means` over the judged responses in a round, trained or not.
 
     Args:
         gathered: the round.
         rollout: `steps_per_round` gives the optimizer step before the round.
-        right_from: smallest reward of a right response; None: no reward judges the run, and the means have
-            none.
+        right_from: smallest reward of a right response; None: no reward judges the run.
     """
     rows, has_reward = gathered.rows, right_from is not None
     if not len(rows):
         return {"responses": 0}
     num_written = int(rows["written"].sum())
     trained_steps = (gathered.number - 1) * rollout.steps_per_round
-    # Steps between the policy that generated a token and the policy that begins to train on the token.
+    # Steps between the policy that generated a token and the policy at the start of the round, summed.
     stale_steps = trained_steps * num_written - int(rows["versions"].sum())
     rewards = defaultdict[str, list[float]](list)
     for domain, reward in zip(gathered.row_domains, rows["reward"].tolist(), strict=True):
         rewards[domain].append(reward)
-    return {
-        "responses": len(rows), **({} if right_from is None else {
-            "reward": _compute_mean(rows["reward"]), PASS_RATE: _compute_mean(rows["reward"] >= right_from)}),
+    domains: dict[str, dict[str, float]] = {}
+    for name, values in sorted(rewards.items()):
+        if name:
+            domains[name] = {"responses": len(values)} | (
+                {"reward": _compute_mean(values)} if has_reward else {})
+    means: dict[str, Any] = {"responses": len(rows)}
+    if right_from is not None:
+        means |= {"reward": _compute_mean(rows["reward"]),
+                  PASS_RATE: _compute_mean(rows["reward"] >= right_from)}
+    return means | {
         "components": {name: _compute_mean(values) for name, values in gathered.components.items()},
         "response_tokens": _compute_mean(rows["written"]), "truncated": _compute_mean(rows["is_cut"]),
-        "staleness_steps": stale_steps / max(1, num_written), "domains": {
-            name: {"responses": len(values), **({"reward": _compute_mean(values)} if has_reward else {})}
-            for name, values in sorted(rewards.items()) if name}}
+        "staleness_steps": stale_steps / max(1, num_written), "domains": domains}
 
 
 def _compute_mean(values: np.ndarray | Sequence[float]) -> float:
@@ -57,7 +61,7 @@ def _compute_mean(values: np.ndarray | Sequence[float]) -> float:
 
 
 def compute_round_meters(content: Mapping[str, Any]) -> dict[str, float]:
-    """Return a round's headline meters from its manifest."""
+    """Return the headline meters `REWARD`, `RESPONSE_TOKENS`, `GROUPS_LEARNING` from the manifest content."""
     means, groups = content.get("means") or {}, content.get("groups") or {}
     meters = {REWARD: means.get("reward"), RESPONSE_TOKENS: means.get("response_tokens")}
     count = sum(groups.values())
@@ -72,12 +76,12 @@ def describe_groups(groups: Mapping[str, int]) -> str:
 
 
 def find_round_problem(content: Mapping[str, Any], *, is_first: bool) -> str:
-    """Return a warning with a fix if few groups in a round learn, otherwise "".
+    """Return a warning with a fix if fewer groups learn than `MIN_LEARNING`, otherwise "".
 
     Args:
-        content: content of the round's manifest.
-        is_first: whether the initial model generated the round. Then a pass rate near 0 or 1 warns as soon as
-            less than half of the groups learn.
+        content: content of the manifest of the round.
+        is_first: whether the initial model generated the round: then a pass rate outside of `EXTREME_RATES`
+            warns below `MIN_LEARNING_EXTREME`.
     """
     groups, rate = content.get("groups") or {}, (content.get("means") or {}).get(PASS_RATE)
     count = sum(groups.values())
@@ -94,8 +98,6 @@ def find_round_problem(content: Mapping[str, Any], *, is_first: bool) -> str:
                 f"never; take prompts in between ({measured})")
     if rate < 0.5:
         return (f"{summary}, and only {rate:.1%} of the responses are right: take easier prompts "
-                f"({measured}), "
-                "or fine-tune on right answers first (`megatron-sov sft`)")
+                f"({measured}), or fine-tune on right answers first (`megatron-sov sft`)")
     return (f"{summary}, and {rate:.1%} of the responses are right already: take harder prompts "
-            f"({measured}), "
-            "or end the run")
+            f"({measured}), or end the run")

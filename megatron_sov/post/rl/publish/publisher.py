@@ -1,6 +1,8 @@
-"""Publishes rounds: judged groups in the store get advantages, and their responses become training
-documents. `publish` renames a round's folder once and never changes it, so a resumed run trains on the
-same documents."""
+"""Publishes rounds: judged groups in the rollout store get advantages, and responses become documents.
+
+`Publisher.publish` renames the folder of a round once and never changes it afterwards: a resumed run trains
+on the same documents.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +52,13 @@ from megatron_sov.train.data.token_manifest import build_source_record
 from megatron_sov.train.data.token_shards import CONTENT_VERSION
 
 NO_PAIR = "no_pair"
-"""Reason: no finished response in the group is better than the worst response."""
+"""Why a group does not learn: no finished response is better than the worst response."""
 SURPLUS = "surplus"
-"""Reason: the group would learn, and the round is full."""
+"""Why a group is not used: the round is full."""
 NO_ADVANTAGE = "no_advantage"
-"""Reason: all trained responses in the group have advantage 0."""
+"""Why a group does not learn: all trained responses have advantage 0."""
 PROMPTS = "prompts"
-"""Manifest field: digest of the prompts for all rounds, in order."""
+"""Manifest field: digest over the prompts for all rounds, in order."""
 CHOSEN_BY = "chosen_by"
 """Manifest field: see `RolloutSource.chosen_by`."""
 TRUNCATED = (LENGTH, "tokens", "unended")
@@ -65,25 +67,28 @@ TRUNCATED = (LENGTH, "tokens", "unended")
 
 @dataclass(kw_only=True)
 class Publisher:
+    """Publishes a run's rounds; every process has an object."""
+
     config: RunConfig
     rounds: Path
     """RUN/rounds."""
     store: Path
-    """Rollout store; the first writer creates it."""
+    """Rollout store, which the first writer creates."""
     prompts: PromptList
     reward_version: str
     tokenizer: Path
     is_own: Callable[[int, str], bool] = lambda step, sha256: True
-    """(step, digest) -> whether a policy belongs to this run, as far as known."""
+    """(step, digest) -> whether a policy may belong to this run, see `RunPolicies.is_own`."""
     chosen_by: Mapping[str, Any] = field(default_factory=dict)
-    """See `RolloutSource.chosen_by`; empty if other jobs generate."""
+    """See `RolloutSource.chosen_by`; {} if other jobs generate."""
     _has_compared: bool = False
     _artifact: ArtifactWriter | None = None
-    """The round under construction, on the process that completes it."""
+    """The round under construction, on rank 0."""
 
     def publish(self, number: int) -> str:
-        """Publish a round if it is complete and unpublished; return a description of missing parts, or "".
-        All processes call it together; each judges some pieces and writes some shards.
+        """Publish a complete round, unless published; describe missing parts, or "".
+
+        All processes call `publish` together; they share the pieces to judge and the shards to write.
 
         Raises:
             UserError: the store contains other rounds, a response is longer than a row or has another
@@ -99,8 +104,8 @@ class Publisher:
             if isinstance(plan, str):
                 return plan
             writer = self._shard_writer
-            written_by_rank = run_on_each_rank(lambda rank, size: [writer.write(plan.folder, shard)
-                                                          for shard in plan.shards[rank::size]])
+            written_by_rank = run_on_each_rank(
+                lambda rank, size: [writer.write(plan.folder, shard) for shard in plan.shards[rank::size]])
             # Rank r wrote the shards r, r + size, ...
             num_ranks = len(written_by_rank)
             written = [written_by_rank[i % num_ranks][i // num_ranks] for i in range(len(plan.shards))]
@@ -113,12 +118,12 @@ class Publisher:
             _ = self._opened_store
 
     def _find_inputs(self, number: int) -> str | _RoundInputs:
-        """Return the parts for a round; or a description of missing parts, "" if the round is published."""
+        """Find a round's parts, or describe missing parts; "" if the round is published."""
         # The manifest is written last, and a published round never changes.
         if is_published(self.rounds, number):
             return ""
         if not self._store_exists():
-            return f"nobody has written to {self.store} yet"
+            return f"no job has written to {self.store} yet"
         self._compare_with_previous(number)
         rollout, policy = self.config.rollout, self.config.policy
         num_pieces = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
@@ -131,9 +136,11 @@ class Publisher:
         return parts if isinstance(parts, str) else replace(inputs, parts=tuple(parts))
 
     def _compare_with_previous(self, number: int) -> None:
-        """Compare prompts, reward and sampling with the previous round, once per run: other prompts or
-        sampling settings raise, since rounds continue their order; another reward or environment warns, since
-        a new version of this program may have changed it."""
+        """Compare prompts, reward and sampling with the previous round, once per process.
+
+        Other prompts or sampling settings raise `UserError`, because rounds continue the order of prompts.
+        Another reward or environment warns, because a new version of this program may have changed it.
+        """
         if self._has_compared:
             return
         last = next((n for n in range(number - 1, 0, -1) if is_published(self.rounds, n)), 0)
@@ -146,8 +153,8 @@ class Publisher:
                             "--prompts that the run began with, or choose another --run")
         if previous["reward_version"] != self.reward_version:
             warn(f"{folder}: was judged by reward version {previous['reward_version'][:12]}, and round "
-                 f"{number} will be by {self.reward_version[:12]}: the reward's code or settings changed, "
-                 "and rewards of the two may not be compared")
+                 f"{number} will be by {self.reward_version[:12]}: the code or settings of the reward "
+                 "changed, and their rewards are not comparable")
         self._compare_sampling(folder, previous.get(CHOSEN_BY, {}))
 
     def _compare_sampling(self, folder: Path, previous: Mapping[str, Any]) -> None:
@@ -156,14 +163,15 @@ class Publisher:
         then, now = ({name: value for name, value in iter_leaves(settings) if value != {}}
                      for settings in (previous, current))
         for name in sorted(then.keys() | now.keys() if now else ()):
-            if (was := then.get(name)) == (given := now.get(name)):
+            old, new = then.get(name), now.get(name)
+            if old == new:
                 continue
-            change = f"{folder}: was written with {name} = {was}, and the next round would be with {given}"
-            if name != "environment" or was is None or given is None:
+            change = f"{folder}: was generated with {name} = {old}, and the next round would be with {new}"
+            if name != "environment" or old is None or new is None:
                 raise UserError(f"{change}; resume with the settings that began the run, or choose another "
                                 "--run and --store")
-            warn(f"{change}: the environment's code or settings changed, and episodes of the two may not be "
-                 "compared")
+            warn(f"{change}: the code or settings of the environment changed, and their episodes are not "
+                 "comparable")
 
     @cached_property
     def _prompts_digest(self) -> str:
@@ -178,7 +186,7 @@ class Publisher:
 
     def _judge_round(self, source: StoredRound, inputs: _RoundInputs, rank: int, size: int
                 ) -> list[JudgedPiece]:
-        """Return pieces rank, rank + size, ... of a round, judged."""
+        """Judge pieces rank, rank + size, ... in a round."""
         # All attempts at a response are in parts with the same piece number.
         parts = defaultdict[int, dict[int, RolloutPart]](dict)
         for i, part in enumerate(inputs.parts):
@@ -192,9 +200,8 @@ class Publisher:
         return read_domain(self._read_record(prompt))
 
     def _plan_round(self, source: StoredRound, inputs: _RoundInputs, shares: Sequence[Sequence[JudgedPiece]],
-              building: contextlib.ExitStack) -> str | RoundPlan:
-        """Return the files to write in a folder that `building` renames, or a description of missing
-        responses."""
+                    building: contextlib.ExitStack) -> str | RoundPlan:
+        """Plan the files in a folder that `building` renames on exit, or describe missing responses."""
         number, out = source.number, round_folder(self.rounds, source.number)
         pieces = sorted((piece for share in shares for piece in share), key=lambda piece: piece.number)
         gathered = JudgedRound(number, inputs.parts, tuple(pieces))
@@ -213,7 +220,7 @@ class Publisher:
         return RoundPlan(self._artifact.path, tuple(shards), content)
 
     def _prune_rounds(self, number: int) -> None:
-        """Delete tokens and columns of old rounds that no resume needs; the store can rebuild them. The
+        """Delete tokens and columns in old rounds that no resume needs and the store can rebuild. The
         manifests remain as records."""
         folder = self.rounds.parent / checkpoints.CHECKPOINTS_FOLDER
         oldest = min(map(checkpoints.checkpoint_step, checkpoints.list_complete(folder)), default=0)
@@ -231,7 +238,8 @@ class Publisher:
                 shutil.rmtree(round_ / ROUNDS_SOURCE)
 
     def _request_further(self, source: StoredRound, gathered: JudgedRound) -> str:
-        """Request further prompts if too few groups in a round learn; return the reason to wait, or ""."""
+        """Request further prompts if too few groups in a round learn (dynamic sampling, DAPO, arXiv
+        2503.14476, section 3.2); return the reason to wait, or ""."""
         rollout, policy = self.config.rollout, self.config.policy
         if policy.parts.max_gen_batches == 1:
             return ""
@@ -239,32 +247,32 @@ class Publisher:
         lacking, num_prompts = rollout.prompts_per_round - num_learn, len(source.prompts)
         if lacking <= 0:
             return ""
-        # Enough to fill the round, given the share of groups that learned so far.
+        # Enough to fill the round at the present share of learning groups.
         num_requested = min(lacking * num_prompts / num_learn if num_learn else math.inf,
                             rollout.prompts_per_round)
         num_pieces = math.ceil(rollout.prompts_per_round / rollout.piece_prompts)
         most = min(len(source.pieces), policy.parts.max_gen_batches * num_pieces)
         more = min(math.ceil(num_requested / rollout.piece_prompts), most - source.num_pieces)
-        state = (f"{num_learn} of {num_prompts} groups of round {source.number} learn, and it is to have "
+        state = (f"{num_learn} of {num_prompts} groups of round {source.number} learn, and the round needs "
                  f"{rollout.prompts_per_round}")
         if more <= 0:
-            why = f"policy.max_gen_batches = {policy.parts.max_gen_batches}"
+            reason = f"policy.max_gen_batches = {policy.parts.max_gen_batches}"
             if most < policy.parts.max_gen_batches * num_pieces:
-                why = "there are no more prompts"
-            warn(f"{state}; {why}: it is trained with these")
+                reason = "no prompts are left"
+            warn(f"{state}; {reason}: the run trains on these groups")
             return ""
         file = _further_file(self.rounds, source.number)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_sealed_json(file, {"pieces": source.num_pieces - num_pieces + more}, file.name)
         count = sum(len(piece.prompts) for piece in source.pieces[source.num_pieces:][:more])
-        return f"{state}: {count} further prompts are asked"
+        return f"{state}: {count} further prompts are requested"
 
     def _store_exists(self) -> bool:
         return self.store.exists() and (not self.store.is_dir() or any(self.store.iterdir()))
 
     @cached_property
     def _opened_store(self) -> RolloutStore:
-        """The store, opened once, so that warnings about invalid rows appear once."""
+        """The store, opened once: warnings about invalid rows appear once."""
         store = RolloutStore.open(self.store)
         if store.vocab_size > self.config.model.vocab_size:
             raise UserError(f"{self.store}: its tokenizer has {store.vocab_size} ids, the model only "
@@ -278,35 +286,34 @@ class Publisher:
         return store
 
     def _check_rewards(self, gathered: JudgedRound) -> None:
-        """Raise `UserError` if no response has a reward: the run would skip round after round."""
+        """Raise `UserError` if no response has a reward: the run would skip every round."""
         if len(gathered.rows) or not gathered.unjudged:
             return
         counts = ", ".join(f"{count:,} {status}" for status, count in gathered.unjudged.items())
         rewards = (reward for part in gathered.parts
                    for reward in self._opened_store.read_rewards(self.reward_version, part.name, part))
-        why = next((f", the first because {reward.reason}" for reward in rewards
-                    if reward.reward is None and reward.reason), "")
-        fix = ("mend what the reward runs on, and have it judge again after `megatron-sov rl store gc "
-               f"{self.store} --version {self.reward_version}`")
+        reason = next((f", the first because {reward.reason}" for reward in rewards
+                       if reward.reward is None and reward.reason), "")
+        fix = ("repair the programs and services of the reward, and judge again after `megatron-sov rl store "
+               f"gc {self.store} --version {self.reward_version}`")
         if {*gathered.unjudged} == {"refused"}:
-            fix = ("give --prompts what the reward reads (a field of another name by --columns "
+            fix = ("add the fields that the reward reads to --prompts (or rename fields by --columns "
                    "TARGET=FIELD), and begin with another --run and --store")
-        raise UserError(f"{self.store}: no response of round {gathered.number} has a reward ({counts}{why})"
-                        f"; {fix}")
+        raise UserError(f"{self.store}: no response of round {gathered.number} has a reward "
+                        f"({counts}{reason}); {fix}")
 
     def _warn_about_foreign_policies(self, gathered: JudgedRound) -> None:
-        """Warn if a policy outside this run began responses: a store returns its rows to every run with equal
-        settings."""
+        """Warn if a policy outside this run began responses: a store serves all runs with equal settings."""
         begun = set[tuple[int, str]]().union(*(piece.begun for piece in gathered.pieces))
         for step, sha256 in sorted(begun):
             if not self.is_own(step, sha256):
-                warn(f"{self.store}: responses of round {gathered.number} were begun by policy {sha256[:12]} "
-                     f"of step {step}, which {self.rounds.parent} is not: where another run has written "
-                     "them, give each run a store of its own")
+                warn(f"{self.store}: policy {sha256[:12]} of step {step} began responses of round "
+                     f"{gathered.number} and does not belong to {self.rounds.parent}: if another run wrote "
+                     "them, give each run a separate --store")
 
     def _build_content(self, source: StoredRound, gathered: JudgedRound, selection: _Selection
                        ) -> dict[str, Any]:
-        """Return the manifest's content except `sources`."""
+        """Return the manifest content except `sources`."""
         right_from = None if self.reward_version == NO_REWARD else self.config.policy.right_from
         parts = [{"name": part.name, "rollouts": part.manifest_sha256, "rewards": manifest_sha256(
             source.store.part_path(part.name, source.reward_version))} for part in gathered.parts]
@@ -329,7 +336,7 @@ class Publisher:
 
     def _complete_round(self, plan: RoundPlan, written: Sequence[WrittenShard],
                   building: contextlib.ExitStack) -> None:
-        """Write a round's manifest after its files, and rename the folder."""
+        """Write the manifest after the shards, and rename the folder."""
         artifact = self._artifact
         assert artifact is not None, "no round is under construction"
         shards = [{"prefix": shard.prefix, **files.counts}
@@ -345,17 +352,17 @@ class Publisher:
 
     @cached_property
     def _used_prompts(self) -> PromptList:
-        """Prompts for the rounds, without the prompts that generating jobs have set aside."""
+        """Prompts for the rounds, without the overlong prompts that generating jobs recorded."""
         return self.prompts.exclude(read_too_long(self.store))
 
     @cached_property
     def _read_record(self) -> Callable[[str], Mapping[str, Any]]:
-        """Prompt id -> record; consecutive calls mostly ask for prompts in one group."""
+        """Prompt id -> record, cached: consecutive calls mostly concern one group."""
         return lru_cache(maxsize=64)(self.prompts.read_record)
 
     @cached_property
     def _read_tokens(self) -> Any:
-        """Part name -> column of tokens; consecutive calls mostly ask for one part."""
+        """Part name -> column of tokens, cached: consecutive calls mostly concern one part."""
         return lru_cache(maxsize=2)(
             lambda part: self._opened_store.read_columns(self._opened_store.part(part),
                                                          ("tokens",))["tokens"])
@@ -373,7 +380,7 @@ class Publisher:
             numbers=list_number_columns(self.config))
 
     def _select_responses(self, gathered: JudgedRound) -> _Selection:
-        """Distribute a round's groups over the steps, and compute the advantages step by step."""
+        """Distribute a round's groups over the optimizer steps, and compute the advantages per step."""
         num_steps, reasons, rows = self.config.rollout.steps_per_round, Counter[str](), gathered.rows
         groups = [GroupAdvantages(rows["advantage"][place], reason)
                   for place, reason in zip(gathered.groups, gathered.reasons, strict=True)]
@@ -400,8 +407,8 @@ class Publisher:
         return _Selection(advantages, is_trained, steps, dict(reasons))
 
     def _choose_groups(self, gathered: JudgedRound, reasons: Counter[str]) -> Sequence[int]:
-        """Return the groups to use. With further prompts: the first groups that learn; `reasons` counts why
-        the others are excluded."""
+        """Return the group indices to use: all, or with further prompts the first groups that learn.
+        `reasons` counts the excluded groups."""
         if self.config.policy.parts.max_gen_batches == 1:
             return range(len(gathered.groups))
         learning = [i for i, reason in enumerate(gathered.reasons) if reason == GROUP_LEARNS]
@@ -424,8 +431,8 @@ class Publisher:
 
     def _choose_responses(self, group: Sequence[JudgedResponse], advantages: GroupAdvantages
                           ) -> tuple[list[int], str]:
-        """Return the indices of a group's responses to train on, in document order, and the reason if there
-        are none."""
+        """Return the response indices in a group to train on, in document order, and the reason if
+        the list is empty."""
         if advantages.reason:
             return [], advantages.reason
         policy = self.config.policy
@@ -442,12 +449,12 @@ class Publisher:
                           lambda i, j: self._has_equal_tokens(group[i].rollout, group[j].rollout))
         return (list(pair), "") if pair else ([], NO_PAIR)
 
-    def _has_equal_tokens(self, one: RolloutFacts, other: RolloutFacts) -> bool:
-        """Return whether two responses with different rewards have the same tokens."""
-        if one.num_tokens != other.num_tokens:
+    def _has_equal_tokens(self, first: RolloutFacts, second: RolloutFacts) -> bool:
+        """Return whether two responses have the same tokens: a pair of them would teach nothing."""
+        if first.num_tokens != second.num_tokens:
             return False
-        first, second = (self._read_tokens(row.part)[row.row] for row in (one, other))
-        return bool(first == second)
+        first_tokens, second_tokens = (self._read_tokens(row.part)[row.row] for row in (first, second))
+        return bool(first_tokens == second_tokens)
 
     def _find_budget(self, key: Key) -> float:
         """Return the requested response length in tokens; NaN without a request."""
@@ -457,10 +464,12 @@ class Publisher:
 
 @dataclass(frozen=True)
 class _RoundInputs:
-    """Parts in the store for a round, as the first process found them."""
+    """Parts in the store for a round, listed by rank 0."""
 
     num_further: int
+    """Pieces of further prompts that the round may have."""
     num_pieces: int
+    """Pieces in use, requested further pieces included."""
     parts: tuple[RolloutPart, ...] = ()
 
 
@@ -469,9 +478,10 @@ class RoundPlan:
     """Files to write for a round."""
 
     folder: Path
+    """Temporary folder."""
     shards: tuple[RoundShard, ...]
     content: dict[str, Any]
-    """Content of the manifest except `sources`."""
+    """Manifest content except `sources`."""
 
 
 @dataclass(frozen=True)
@@ -483,13 +493,13 @@ class _Selection:
     is_trained: np.ndarray
     """[rows in the round] bool."""
     steps: list[list[int]]
-    """First document and number of documents per optimizer step."""
+    """[first document, document count] per optimizer step."""
     reasons: dict[str, int]
-    """`LEARNS`, or a reason -> groups."""
+    """`TRAINED_GROUPS`, or why groups do not learn -> number of groups."""
 
 
 def read_further_pieces(rounds: Path, number: int) -> int:
-    """Return the requested pieces of further prompts for a round (`policy.max_gen_batches`)."""
+    """Read the number of requested pieces of further prompts for a round (`policy.max_gen_batches`)."""
     file = _further_file(rounds, number)
     if not file.is_file():
         return 0
@@ -502,7 +512,7 @@ def _further_file(rounds: Path, number: int) -> Path:
 
 
 def list_number_columns(config: RunConfig) -> tuple[str, ...]:
-    """Return the columns with one number per response."""
+    """Return the names of the columns with a number per response."""
     groups = config.policy.learns_preferences and config.documents_per_unit == 1
     return (ADVANTAGE, GROUP_SHARE) if groups else (ADVANTAGE,)
 
@@ -512,14 +522,13 @@ def is_published(rounds: Path, number: int) -> bool:
 
 
 def _list_domains(gathered: JudgedRound, selection: _Selection) -> list[tuple[str, int]]:
-    """Return the domains of the documents, run-length encoded."""
-    # In the order in which `_iter_pieces` yields.
+    """Return the documents' domains as (domain, number of documents), in the order of `_iter_pieces`."""
     domains = compress(gathered.row_domains, selection.is_trained.tolist())
     return [(domain, len(list(repeats))) for domain, repeats in groupby(domains)]
 
 
 def _iter_pieces(gathered: JudgedRound, selection: _Selection) -> Iterator[RoundPiece]:
-    """Yield a round's documents, piece by piece."""
+    """Yield a round's training documents, piece by piece."""
     counts = np.array([place.stop - place.start for place in gathered.groups])
     ends = np.cumsum([0, *(len(piece.rows) for piece in gathered.pieces)]).tolist()
     for first, end in pairwise(ends):

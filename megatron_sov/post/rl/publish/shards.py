@@ -1,8 +1,8 @@
-"""Shards of a round: one document per trained response, read from the store and written by several processes.
+"""Round shards: a document per trained response, read from the rollout store by several processes.
 
-A shard consists of whole pieces of the store, so its files do not depend on the number of processes. Columns
-with one number per response are stored once per document (`OF_DOCUMENTS`), and generated tokens as one bit
-per token.
+A shard consists of complete pieces in the store, so that the files do not depend on the number of processes.
+Columns with a number per response are stored once per document (`PER_DOCUMENT`), and generated tokens as a
+bit per token (`WRITTEN`).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, ROUNDS_SOURCE
 from megatron_sov.train.data.token_manifest import COUNTS
 
 SHARD_TOKENS = 1 << 22
-"""Response tokens after which a shard ends, at the end of a piece."""
+"""Response tokens per shard, rounded up to complete pieces."""
 DTYPE = "int32"
 
 
 @dataclass(frozen=True)
 class RoundPiece:
-    """Documents from one piece in the store, which are read together."""
+    """Training documents from a piece in the store, which are read together."""
 
     parts: tuple[str, ...]
-    """Names of the parts with the responses."""
+    """Part names with the responses."""
     places: np.ndarray
     """[documents, 2] int32: index in `parts`, and row in the part."""
     numbers: Mapping[str, np.ndarray]
@@ -44,18 +44,18 @@ class RoundPiece:
 
 @dataclass(frozen=True)
 class RoundShard:
-    """A shard, which one process writes."""
+    """A round's shard, written by a single process."""
 
     prefix: str
-    """Path in the round, without suffix."""
+    """Path in the round's folder, without suffix."""
     pieces: tuple[RoundPiece, ...]
 
 
 def split_into_shards(pieces: Iterable[RoundPiece]) -> list[RoundShard]:
-    """Group pieces into shards, in order; without pieces return one empty shard."""
+    """Group pieces into shards of about `SHARD_TOKENS`, in order; [an empty shard] without pieces."""
     groups: list[list[RoundPiece]] = [[]]
     for piece in pieces:
-        if sum(other.num_tokens for other in groups[-1]) >= SHARD_TOKENS:
+        if sum(grouped.num_tokens for grouped in groups[-1]) >= SHARD_TOKENS:
             groups.append([])
         groups[-1].append(piece)
     return [RoundShard(f"{ROUNDS_SOURCE}/train-{i:05d}", tuple(group)) for i, group in enumerate(groups)]
@@ -63,45 +63,47 @@ def split_into_shards(pieces: Iterable[RoundPiece]) -> list[RoundShard]:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """Counts and files for the manifest."""
+    """A shard's counts and files, for the manifest."""
 
     counts: Mapping[str, int]
     files: Mapping[str, FileRecord]
-    """Path in the round -> digest and size."""
+    """Path in the round's folder -> digest and size."""
 
 
 @dataclass(frozen=True)
 class ShardWriter:
+    """Reads responses from `store` and writes shards."""
+
     store: RolloutStore
     temperature: float
     """Required sampling temperature."""
     seq_len: int
-    """Tokens in a training row, the limit for a document."""
+    """Tokens per training row, the limit for a document."""
     routes: RouteShape | None
     """Shape of replayed expert routes; None: no replay."""
     bytes_of_token: np.ndarray
-    """[vocabulary]: bytes of text per token."""
+    """[vocabulary]: text bytes per token."""
     numbers: tuple[str, ...] = (ADVANTAGE,)
-    """Columns with one number per document."""
+    """Columns with a number per document."""
 
     @property
     def sidecars(self) -> list[str]:
-        """Suffixes of the files other than tokens."""
+        """Column file suffixes."""
         return [*self._column_dtypes, WRITTEN]
 
     @property
     def _column_dtypes(self) -> dict[str, str]:
-        """Suffix -> dtype for the files that `IndexedWriter` writes next to the tokens."""
+        """Suffix -> dtype for the column files that `IndexedWriter` writes."""
         dtypes = {BEHAVIOUR: "float32"} | {name + PER_DOCUMENT: "float32" for name in self.numbers}
         if self.routes is not None:
             dtypes[ROUTES] = self.routes.dtype
         return dtypes
 
     def write(self, folder: Path, shard: RoundShard) -> WrittenShard:
-        """Write a shard into the round's folder, and sync it to disk.
+        """Write a shard into the round's `folder`, and sync the files to disk.
 
         Raises:
-            UserError: a response is longer than a row or has another temperature, lacks routes or has those
+            UserError: a response is longer than a row or has another temperature, lacks routes or has routes
                 of another model, or the store or the disk is damaged.
         """
         prefix = folder / shard.prefix
@@ -123,7 +125,8 @@ class ShardWriter:
         return WrittenShard(counts, files)
 
     def _read_documents(self, piece: RoundPiece) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-        """Return lengths and columns of a piece's documents, and which tokens a policy generated."""
+        """Read a piece's documents: lengths, columns, and whether a policy generated the token, [tokens]
+        bool."""
         fields = (*RULES, ROUTES) if self.routes is not None else RULES
         tables = [self._read_part(name, fields) for name in piece.parts]
         starts = np.cumsum([0, *(table.num_rows for table in tables)])
@@ -134,13 +137,13 @@ class ShardWriter:
         tokens, token_lengths = _flatten_arrays(table, "tokens")
         lengths = prompt_lengths + token_lengths
         self._check_responses(table, lengths)
-        # Tokens of all documents in a row: True after each prompt.
+        # [tokens of all documents]: False in prompts, True in responses.
         is_response = np.repeat(np.tile([False, True], len(lengths)),
-                           np.stack([prompt_lengths, token_lengths], 1).reshape(-1))
+                                np.stack([prompt_lengths, token_lengths], 1).reshape(-1))
         ids, logprobs = np.empty(len(is_response), np.int32), np.zeros(len(is_response), np.float32)
         ids[~is_response], ids[is_response] = prompts, tokens
         logprobs[is_response] = _flatten_arrays(table, "logprobs")[0]
-        # Tokens from tools and prompts are in the document but are not labels.
+        # Tokens of prompts and tool results are not labels.
         written = np.zeros(len(is_response), bool)
         written[is_response] = _flatten_arrays(table, "versions")[0] != NOT_WRITTEN
         columns = {"bin": ids, BEHAVIOUR: logprobs,
@@ -154,8 +157,8 @@ class ShardWriter:
         table = self.store.read_columns(self.store.part(name), fields)
         checked = table.drop_columns([column for column in table.column_names if column.startswith("route")])
         if not are_rows_sound(checked, self.store.vocab_size):
-            raise UserError(f"{self.store.part_path(name)}: has a row that breaks a rule without a note of "
-                            "its problem; delete the part, and it is generated again")
+            raise UserError(f"{self.store.part_path(name)}: has a row that breaks a rule, without a recorded "
+                            "problem; delete the part, and it is generated again")
         return table
 
     def _check_responses(self, table: pa.Table, lengths: np.ndarray) -> None:
@@ -171,9 +174,11 @@ class ShardWriter:
                             f"data.phases.0.seq_len = {self.seq_len}; a response is never cut: make rows "
                             "longer")
 
+
 def _join_routes(shape: RouteShape, table: pa.Table, routes_of_row: Sequence[np.ndarray | None],
                  lengths: np.ndarray) -> np.ndarray:
-    """Return the expert routes for all tokens, [tokens, layers, K]; the last token in a document has none."""
+    """Join all documents' expert routes, [tokens, layers, K]; absent for the last token of a document.
+    """
     joined = shape.absent(int(lengths.sum()))
     for i, (routes, end) in enumerate(zip(routes_of_row, np.cumsum(lengths).tolist(), strict=True)):
         if routes is None:
@@ -189,7 +194,7 @@ def _join_routes(shape: RouteShape, table: pa.Table, routes_of_row: Sequence[np.
 
 
 def _flatten_arrays(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values in a column of lists, and each list's length."""
+    """Return the values in a column of lists, flattened, and the list lengths."""
     column = table[name].combine_chunks()
     return column.flatten().to_numpy(), column.value_lengths().to_numpy().astype(np.int64)
 

@@ -1,5 +1,4 @@
-"""Media through processes of their own: paths that lead out, decoders that die, and what goes on behind
-them."""
+"""Decoding in child processes: paths outside the root, and decoders that crash, hang or write."""
 
 from __future__ import annotations
 
@@ -14,15 +13,15 @@ import soundfile
 from PIL import Image
 
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.omni.media.reading.kinds import MediaLimits
+from megatron_sov.omni.media.reading.limits import MediaLimits
 from megatron_sov.omni.media.reading.reader import MediaReader
 from megatron_sov.sandbox import readers
 
 HOSTILE = '''
 import os, time
 from pathlib import Path
-from megatron_sov.omni.media.reading import child
-read = child.read_picture
+from megatron_sov.omni.media.reading import decoder_process
+read = decoder_process.read_picture
 
 def hostile(file, asked, limits):
     name = Path(file).stem
@@ -40,7 +39,7 @@ def hostile(file, asked, limits):
     arrays, facts = read(file, asked, limits)
     return (arrays * 1000 if name == "much" else arrays), facts
 
-child.read_picture = hostile
+decoder_process.read_picture = hostile
 '''
 
 
@@ -59,10 +58,10 @@ def reader(root: Path) -> Iterator[MediaReader]:
         yield found
 
 
-def test_pictures_and_sounds_come_as_numbers(reader: MediaReader) -> None:
-    picture = reader.picture("deep/a.png", (4, 2))
+def test_reader_decodes_pictures_and_sounds(reader: MediaReader) -> None:
+    picture = reader.read_picture("deep/a.png", (4, 2))
     assert [a.shape for a in picture.arrays] == [(3, 4, 4), (3, 2, 2)] and (picture.arrays[0] == 9).all()
-    sound = reader.sound("a.wav", 8000)
+    sound = reader.read_sound("a.wav", 8000)
     assert sound.arrays[0].dtype == np.float32 and (sound.arrays[0] == 0.25).all()
     assert (sound.duration_s, sound.mime_type, picture.width) == (0.1, "audio/wav", 8)
 
@@ -70,26 +69,25 @@ def test_pictures_and_sounds_come_as_numbers(reader: MediaReader) -> None:
 @pytest.mark.parametrize("path", ["../outside.png", "/etc/passwd", "", "deep/../../outside.png", "a\0b",
                                   "link.png",
                                   "links/outside.png", "deep\\a.png"])
-def test_nothing_outside_of_the_root_is_read(reader: MediaReader, root: Path, path: str) -> None:
+def test_paths_outside_the_root_are_refused(reader: MediaReader, root: Path, path: str) -> None:
     (root / "link.png").symlink_to(root.parent / "outside.png")
     (root / "links").symlink_to(root.parent)
     with pytest.raises(BadRecord) as found:
-        reader.picture(path, (4,))
+        reader.read_picture(path, (4,))
     assert found.value.code == "outside"
 
 
-def test_what_is_missing_or_too_large_is_told(root: Path) -> None:
+def test_missing_and_large_files_are_refused(root: Path) -> None:
     with MediaReader(root, MediaLimits(file_bytes=1000)) as reader:
         for path, code in (("gone.png", "missing"), ("deep", "missing"), ("a.wav", "size")):
             with pytest.raises(BadRecord) as found:
-                reader.picture(path, (4,))
+                reader.read_picture(path, (4,))
             assert found.value.code == code
 
 
 @pytest.fixture
 def hostile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """A function that reads a picture whose name tells its decoder what harm to do, and says what came of
-    it."""
+    """Function from the name of a misbehaviour to the error code of the read."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code/hostile.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path / "code")
@@ -99,7 +97,7 @@ def hostile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     def read(name: str) -> str:
         os.link(root / "deep/a.png", root / f"{name}.png")
         try:
-            reader.picture(f"{name}.png", (4,))
+            reader.read_picture(f"{name}.png", (4,))
         except BadRecord as e:
             return e.code
         return "read"
@@ -107,10 +105,10 @@ def hostile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return read
 
 
-def test_harm_costs_the_medium_and_nothing_else(hostile: Callable[[str], str]) -> None:
+def test_reader_survives_hostile_decoders(hostile: Callable[[str], str]) -> None:
     assert {name: hostile(name) for name in ("crash", "spin", "eat", "much", "write")} == {
         "crash": "crash", "spin": "time", "eat": "memory", "much": "decoder", "write": "broken"}
-    assert hostile("unharmed") == "read"  # by the process that was started after the others
+    assert hostile("unharmed") == "read"  # in a new process
     assert not os.path.exists("/tmp/left-by-a-decoder")
 
 
@@ -118,5 +116,5 @@ def test_several_threads_share_the_processes(root: Path) -> None:
     for i in range(6):
         Image.new("RGB", (8, 8), (i, i, i)).save(root / f"{i}.png")
     with MediaReader(root, processes=2) as reader, ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda i: reader.picture(f"{i}.png", (2,)).arrays[0], range(6)))
+        found = list(pool.map(lambda i: reader.read_picture(f"{i}.png", (2,)).arrays[0], range(6)))
     assert [int(a.max()) for a in found] == list(range(6))

@@ -1,4 +1,4 @@
-"""Pictures, sounds and videos of all kinds, as arrays of one kind."""
+"""Decoding of pictures, sounds and videos into arrays."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import soundfile
 from PIL import Image
 
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.omni.media.reading.kinds import (
-    MediaLimits, PictureRequest, VideoFrames, read_picture, read_sound, read_video)
+from megatron_sov.omni.media.reading.decoders import read_picture, read_sound, read_video
+from megatron_sov.omni.media.reading.limits import MediaLimits, PictureRequest, VideoSampling
 
 LIMITS = MediaLimits(pixels=10_000)
 
@@ -30,21 +30,21 @@ def save(folder: Path, picture: Image.Image, name: str = "a.png", **options: obj
     ("RGB", (10, 20, 30), (10, 20, 30)), ("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)),
     ("RGBA", (200, 0, 0, 0), (255, 255, 255)), ("LA", (0, 0), (255, 255, 255)), ("P", 0, (0, 0, 0)),
     ("RGBA", (0, 0, 0, 255), (0, 0, 0)), ("I;16", 0xABCD, (0xAB, 0xAB, 0xAB))])
-def test_every_mode_becomes_colours_on_white(tmp_path: Path, mode: str, colour: object,
+def test_pixel_modes_become_rgb_on_white(tmp_path: Path, mode: str, colour: object,
                                              expected: tuple[int, int, int]) -> None:
     pixels = read(save(tmp_path, Image.new(mode, (8, 8), colour)))
     assert pixels.shape == (3, 4, 4) and pixels.dtype == np.uint8
     assert all((pixels[c] == expected[c]).all() for c in range(3))
 
 
-def test_print_colours_become_screen_colours(tmp_path: Path) -> None:
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
     pixels = read(save(tmp_path, Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "a.jpg"))
     assert abs(pixels[:, 0, 0].astype(int) - (255, 0, 0)).max() <= 2
 
 
-def test_a_turned_picture_is_set_upright_and_its_width_told(tmp_path: Path) -> None:
+def test_exif_rotation_is_applied_before_measuring(tmp_path: Path) -> None:
     lying = np.zeros((8, 16, 3), np.uint8)
-    lying[:, :8] = 255  # the left half is white; turned by a quarter it is the upper half
+    lying[:, :8] = 255  # the left half is white; rotated by 90 degrees, it is the upper half
     exif = Image.Exif()
     exif[0x0112] = 6
     (pixels,), facts = read_picture(save(tmp_path, Image.fromarray(lying), exif=exif), PictureRequest((4,)),
@@ -53,7 +53,7 @@ def test_a_turned_picture_is_set_upright_and_its_width_told(tmp_path: Path) -> N
     assert (facts["width"], facts["height"], facts["mime_type"]) == (8, 16, "image/png")
 
 
-def test_several_sides_are_given_as_pillow_resizes(tmp_path: Path) -> None:
+def test_each_side_equals_a_bicubic_resize(tmp_path: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8))
     arrays, _ = read_picture(save(tmp_path, noise), PictureRequest((4, 7)), LIMITS)
     for array, side in zip(arrays, (4, 7), strict=True):
@@ -61,7 +61,7 @@ def test_several_sides_are_given_as_pillow_resizes(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, expected.transpose(2, 0, 1))
 
 
-def test_a_photograph_with_a_small_one_behind_it_is_no_animation(tmp_path: Path) -> None:
+def test_mpo_is_not_an_animation(tmp_path: Path) -> None:
     large, small = Image.new("RGB", (16, 16), (250, 0, 0)), Image.new("RGB", (8, 8))
     file = save(tmp_path, large, "a.jpg", format="MPO", save_all=True, append_images=[small])
     assert abs(int(read(file)[0, 0, 0]) - 250) <= 3
@@ -79,18 +79,15 @@ def bad_files(folder: Path) -> dict[str, Path]:
             "depth": save(folder, Image.new("F", (8, 8)), "f.tiff")}
 
 
-def test_bad_pictures_are_told_by_what_is_wrong(tmp_path: Path) -> None:
+def test_bad_pictures_are_reported_by_code(tmp_path: Path) -> None:
     for code, file in bad_files(tmp_path).items():
         with pytest.raises(BadRecord) as found:
             read(file)
         assert found.value.code == code, file
-    for name in ("empty.png", "svg.svg", "eps.eps"):  # EPS is a program, and nothing runs it
-        with pytest.raises(BadRecord, match="no picture in one of"):
+    for name in ("empty.png", "svg.svg", "eps.eps"):  # EPS is a program and must not run
+        with pytest.raises(BadRecord, match="not a picture in one of"):
             read(tmp_path / name)
     assert (read(tmp_path / "a.gif", "first") == 0).all()
-
-
-# Sounds of all kinds as one channel at one rate.
 
 
 SOUND_LIMITS = MediaLimits(duration_s=3.0)
@@ -104,7 +101,7 @@ def pitch_hz(samples: np.ndarray, rate_hz: int) -> float:
 @pytest.mark.parametrize(("name", "rate_hz"), [
     ("a.wav", 8_000), ("a.wav", 44_100), ("a.flac", 16_000), ("a.ogg", 48_000), ("a.mp3", 22_050),
     ("a.wav", 11_111)])
-def test_any_rate_and_format_keeps_pitch_length_and_loudness(tmp_path: Path, name: str, rate_hz: int) -> None:
+def test_resampling_keeps_pitch_length_and_loudness(tmp_path: Path, name: str, rate_hz: int) -> None:
     samples = np.sin(2 * np.pi * 440 * np.arange(rate_hz) / rate_hz) * 0.5
     soundfile.write(tmp_path / name, samples, rate_hz)
     found, facts = read_sound(tmp_path / name, 16_000, SOUND_LIMITS)
@@ -126,7 +123,7 @@ def test_channels_are_averaged(tmp_path: Path, channels: int) -> None:
 @pytest.mark.parametrize("file_format", ["WAV", "WAVEX", "RF64"])
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.9999])
-def test_a_cut_sound_is_set_aside_and_a_whole_one_is_read(tmp_path: Path, file_format: str, subtype: str,
+def test_truncated_wav_is_refused(tmp_path: Path, file_format: str, subtype: str,
                                                           share: float) -> None:
     soundfile.write(tmp_path / "a.wav", SECOND, 48_000, format=file_format, subtype=subtype)
     whole = (tmp_path / "a.wav").read_bytes()
@@ -138,7 +135,7 @@ def test_a_cut_sound_is_set_aside_and_a_whole_one_is_read(tmp_path: Path, file_f
 
 
 @pytest.mark.parametrize("extra", ["chunks behind", "chunks before", "written into a pipe"])
-def test_other_forms_of_wav_are_read_whole(tmp_path: Path, extra: str) -> None:
+def test_wav_variants_are_read_completely(tmp_path: Path, extra: str) -> None:
     soundfile.write(tmp_path / "a.wav", SECOND, 48_000, subtype="PCM_16")
     whole = bytearray((tmp_path / "a.wav").read_bytes())
     at = whole.index(b"data")
@@ -146,7 +143,7 @@ def test_other_forms_of_wav_are_read_whole(tmp_path: Path, extra: str) -> None:
         whole += b"note" + (3).to_bytes(4, "little") + b"abc\0"
     elif extra == "chunks before":
         whole[at:at] = b"bext" + (5).to_bytes(4, "little") + b"abcde\0"
-    else:  # the length of the file and of its data are not known
+    else:  # unknown lengths of file and data
         whole[4:8] = whole[at + 4:at + 8] = b"\xff" * 4
     (tmp_path / "a.wav").write_bytes(whole)
     assert read_sound(tmp_path / "a.wav", 16_000, SOUND_LIMITS)[1]["duration_s"] == pytest.approx(1)
@@ -161,7 +158,7 @@ def write_bad(folder: Path) -> None:
         soundfile.write(folder / name, samples, 16_000, subtype="FLOAT")
     (folder / "no_sound.wav").write_bytes(b"hello")
     soundfile.write(folder / "a.aiff", np.zeros(100), 16_000)
-    # a header that promises ten hours, and a body of a tenth of a second
+    # implausible rate in the header
     soundfile.write(folder / "rate.wav", np.zeros(100), 16_000)
     raw = bytearray((folder / "rate.wav").read_bytes())
     raw[24:28] = struct.pack("<I", 10)
@@ -172,14 +169,11 @@ def write_bad(folder: Path) -> None:
     ("silence.wav", "silence"), ("long.wav", "long"), ("numbers.wav", "numbers"), ("infinite.wav", "numbers"),
     ("loud.wav", "numbers"), ("no_sound.wav", "no_sound"), ("a.aiff", "no_sound"), ("rate.wav", "rate"),
     ("gone.wav", "no_sound")])
-def test_bad_sounds_are_told_by_what_is_wrong(tmp_path: Path, name: str, code: str) -> None:
+def test_bad_sounds_are_reported_by_code(tmp_path: Path, name: str, code: str) -> None:
     write_bad(tmp_path)
     with pytest.raises(BadRecord) as found:
         read_sound(tmp_path / name, 16_000, SOUND_LIMITS)
     assert found.value.code == code and str(tmp_path) not in found.value.reason
-
-
-# Videos as frames: which are taken, and from what.
 
 
 VIDEO_LIMITS = MediaLimits(duration_s=60.0)
@@ -190,11 +184,11 @@ def shades(array: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_an_animation_is_cut_at_the_middle_of_equal_parts(tmp_path: Path, suffix: str) -> None:
-    """Frames of 1, 1, 1 and 3 seconds: of 6 seconds three frames stand at 1, 3 and 5 s."""
+def test_animation_is_sampled_at_midpoints(tmp_path: Path, suffix: str) -> None:
+    """Frames last 1, 1, 1 and 3 s; samples are at 1, 3 and 5 s."""
     frames = [Image.new("RGB", (8, 8), (40 * i,) * 3) for i in range(4)]
     frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:],
                    duration=[1000, 1000, 1000, 3000], lossless=True)
-    (found,), facts = read_video(tmp_path / f"a{suffix}", VideoFrames(4, most_frames=3), VIDEO_LIMITS)
+    (found,), facts = read_video(tmp_path / f"a{suffix}", VideoSampling(4, max_frames=3), VIDEO_LIMITS)
     assert found.shape == (3, 3, 4, 4) and shades(found) == [40, 120, 120]
     assert facts["duration_s"] == pytest.approx(6.0)

@@ -1,0 +1,271 @@
+"""A command line whose words of other programs are replaced by the options and settings of `words.yaml`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.base.errors import find_nearest_name, fix_missing, suggest_name
+from megatron_sov.base.hints.foreign import parse_blend
+from megatron_sov.base.hints.search import describe_candidates, find_by_meaning
+from megatron_sov.base.hints.table import find_note, get_last_part, index_words, load_table, normalize_word
+from megatron_sov.base.hints.values import (
+    GPUS_PER_NODE, SWITCHES, FindSetting, find_value, parse_cluster, translate_setting, translate_value)
+
+MIN_SIMILARITY = 0.8
+"""Lowest `SequenceMatcher.ratio` between an unknown option and a suggested option."""
+FOLDER = "DIR[:WEIGHT]"
+"""Name of the positional argument that takes folders of token shards with weights."""
+_WEIGHT_WORDS = ("weights", "ratios", "proportions")
+_NEXT_SETTING = re.compile(r",\s*(?=[a-z]\w*(?:\.\w+)+=)")
+
+
+@dataclass
+class Rewrite:
+    """A command line whose unknown words are replaced."""
+
+    options: Sequence[str]
+    positionals: Sequence[str]
+    find: FindSetting | None
+    typed: Sequence[str]
+    read_texts: Callable[[], Mapping[str, str]] = dict
+    """Returns option or setting -> help; parses source files, so it is called for unknown words only."""
+    command: str = ""
+    """The command, after the program unless the program is megatron-sov."""
+    exists: FindSetting | None = None
+    """Whether a setting exists; None: unknown."""
+    line: str = ""
+    """The whole line, if another command is meant."""
+    resumed_run: str = ""
+    """Folder in both --save and --load."""
+    weights: Sequence[str] = ()
+    """Weights of the folders, typed as a list."""
+    weak_settings: set[str] = field(default_factory=set)
+    """Settings that give way to typed values of the same settings."""
+    first: list[str] = field(default_factory=list)
+    """Values of positional arguments, written before all options."""
+    first_by_name: dict[str, list[str]] = field(default_factory=dict)
+    """Positional argument -> its values in `first`."""
+    words: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+    is_changed: bool = False
+    unknown_settings: dict[str, str] = field(default_factory=dict)
+    """Unknown `name=value` -> message, printed only if another word is replaced."""
+
+    def add_words(self, message: str, *words: str) -> None:
+        self.messages.append(message)
+        self.words += words
+        self.is_changed = True
+
+    @property
+    def has_cluster(self) -> bool:
+        """Whether the command line names a cluster profile, by our option or a foreign one."""
+        rows = [row["words"] for row in load_table()["in_command"] if "--cluster" in row.get("write", "")]
+        names = {word for words in (load_table()["options"]["--cluster"], *rows) for word in words.split()}
+        return any(normalize_word(word.partition("=")[0]) in names
+                   for word in self.typed if word.startswith("-"))
+
+    def describe_nearest(self, word: str) -> str:
+        """Return the end of a sentence: the options and settings nearest in meaning to an unknown word."""
+        texts = self.read_texts()
+        return describe_candidates(find_by_meaning(word, texts), texts)
+
+    def is_setting(self, key: str) -> bool:
+        return self.exists is None or bool(self.exists(key))
+
+    def find_option(self, word: str) -> str:
+        """Return the command's option for a foreign word; "": none."""
+        return next((option for option in index_words("options").get(normalize_word(word), ())
+                     if option in self.options), "")
+
+    def add_setting(self, word: str, setting: str) -> None:
+        """Write `--set name=value` for a foreign word."""
+        name = setting.partition("=")[0]
+        if setting in index_words("settings").get(normalize_word(word), ()):
+            self.weak_settings.add(setting)
+        share = " (its share of the run's steps)" if setting.endswith("=STEPS") else ""
+        message = f"{word} is {name} here{share}" if word != name else f"{name} is a list"
+        self.add_words(message, "--set", setting)
+
+    def apply_row(self, option: str, values: list[str], *, is_existing: bool = False) -> bool:
+        """Write the words of the `in_command` row for an option; return whether a row applies.
+
+        An existing option of the command takes only rows with `value`.
+        """
+        value = values[0] if values else ""
+        row = next((row for row in load_table()["in_command"]
+                    if _matches_row(row, self.command, option, value, is_existing)
+                    and not any(fnmatch(word, row.get("unless", "-")) for word in self.typed)
+                    and set(str(row.get("needs", "")).split()) <= set(self.options)), None)
+        if row is None:
+            return False
+        holes = self._list_holes(value)
+        written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
+        if value and value == find_value(self.typed, row.get("unless_value_of", "")):
+            written = []  # prefer --ref_model MODEL --from MODEL
+        self.weak_settings |= set(written) if row.get("weak") else set()
+        if "line" in row:
+            self.line = row["line"].format(**{name: shlex.quote(text) for name, text in holes.items()})
+        self.add_words(f"{option}: {row['say']}", *written)
+        return True
+
+    def _list_holes(self, value: str) -> dict[str, str]:
+        """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {run}, {output},
+        {folder}."""
+        thousands = re.fullmatch(r"(\d+)[kK]", value)
+        value = str(1024 * int(thousands[1])) if thousands and self.command == "extend" else value
+        run = re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)
+        if not value or value.lower() in SWITCHES:
+            run = find_value(self.typed, "--run", "--output_dir", "--output-dir") or "RUN"
+        option_values = {word for option, word in pairwise(self.typed) if option.startswith("-")}
+        folder = next((word for word in self.typed
+                       if word not in option_values and not word.startswith("-")), "DIR")
+        fix = None if Path(folder).exists() else fix_missing(folder)
+        if fix is not None and folder in fix.words:
+            self.messages.append(f"{folder}: does not exist; did you mean {fix.words[folder]}?")
+            folder = fix.words[folder]
+        return {"value": value, "stem": Path(value).stem, "cluster": parse_cluster(value), "run": run,
+                "output": find_value(self.typed, "--output") or "DIR", "folder": folder}
+
+    def replace_option(self, option: str, values: list[str]) -> None:
+        """Write the counterpart of an option that the command does not have."""
+        word = normalize_word(option)
+        if self.apply_row(option, values):
+            return
+        if "." in word and not find_note(word) and word not in index_words("settings"):
+            word = get_last_part(word)  # torchtitan: --training.steps
+        same_name = f"--{word.replace('_', '-')}"
+        if word == "load" and values and values[0] == find_value(self.typed, "--save", "--run"):
+            self.add_words(f"{option}: --resume continues a folder's run", "--run", values[0], "--resume")
+            self.resumed_run = values[0]
+        elif word in _WEIGHT_WORDS and FOLDER in self.positionals:
+            self.weights = values
+            self.add_words(f"{option}: a weight follows its folder behind a colon")
+        elif same_name in self.options:  # --num_fewshot
+            self.add_words(f"{option} is {same_name} here", same_name, *values)
+        elif word in index_words("settings") and (setting := self._translate(word, values)):
+            self.add_setting(option, setting)
+        elif name := self._choose_option(word, values):
+            self._write_option(option, word, name, values)
+        elif setting := self._translate(word, values):
+            self.add_setting(option, setting)
+        elif note := find_note(option):
+            self.add_words(f"{option}: {note}")
+        else:
+            self._guess_option(option, values)
+
+    def _translate(self, word: str, values: list[str]) -> str:
+        return translate_setting(word, values, self.find, self.typed) if self.find is not None else ""
+
+    def _choose_option(self, word: str, values: list[str]) -> str:
+        """Return the command's option or positional argument for a foreign word; "": none."""
+        name = next((name for name in index_words("options").get(word, ())
+                     if name in self.options or name in self.positionals), "")
+        is_name = bool(values) and re.fullmatch(r"[\w.-]+", values[0]) and not Path(values[0]).exists()
+        if name == "--from" and self.command == "plan" and is_name:
+            return "RECIPE"
+        if name == "--nodes" and "gpu" in word and "--nproc" in self.options and not self.has_cluster:
+            return "--nproc"  # the number of GPUs per node follows from a profile
+        return FOLDER if word in ("input", "data", "inputs") and FOLDER in self.positionals else name
+
+    def _write_option(self, option: str, word: str, name: str, values: list[str]) -> None:
+        """Write an option or positional argument `name` for a foreign option."""
+        translated = [translate_value(word, name, value) for value in values]
+        if not name.startswith("-"):
+            self.first += translated
+            self.first_by_name[name] = translated
+            self.add_words(f"{option} is {name.partition('[')[0]} here, without an option")
+            return
+        default = load_table()["values"].get(word, {}).get("")
+        translated = translated or ([default] if default else [])
+        if name == "--nodes" and values and values[0].isdigit() and int(values[0]) % GPUS_PER_NODE:
+            self.messages.append(f"{values[0]} GPUs are no whole nodes of {GPUS_PER_NODE}: "
+                                 f"--nodes {translated[0]} is {int(translated[0]) * GPUS_PER_NODE}")
+        if name == "--data" and (blend := parse_blend(values)):
+            self.add_words(f"{option} is --data here, with weights behind a colon", *blend)
+        else:
+            self.add_words(f"{option} is {name} here", name, *translated)
+
+    def _guess_option(self, option: str, values: list[str]) -> None:
+        """Write the option with a similar name, or with the nearest meaning."""
+        if nearest := find_nearest_option(option, self.options):
+            self.add_words(f"{option}: nothing takes this; did you mean '{nearest}'?", nearest, *values)
+            return
+        texts = self.read_texts()
+        names = find_by_meaning(option, texts)
+        message = f"{option}: nothing takes this{describe_candidates(names, texts)}"
+        if len(names) == 1 and values and names[0] in self.options:
+            self.add_words(message, names[0], *values)
+        else:
+            self.add_words(f"{message}; leave it out")
+
+    def add_changes(self, texts: Sequence[str]) -> None:
+        """Write settings changes, `name=value`, under our names."""
+        for text in texts:
+            is_json = text.partition("=")[2][:1] in ("[", "{", '"', "'")
+            parts = [text] if is_json else _NEXT_SETTING.split(text)
+            if len(parts) > 1:
+                self.add_words("every setting needs a --set of its own")
+            for part in parts:
+                self._add_change(part)
+
+    def _add_change(self, text: str) -> None:
+        key, equals, value = text.partition("=")
+        find = self.find
+        assert find is not None
+        setting = translate_setting(key, [value], find, self.typed) if equals and find(key) else ""
+        if key == "lora.targets" and value[:1] not in ("[", ""):
+            setting = f"{key}={json.dumps([name.strip() for name in value.split(',')])}"
+        if equals and ("." in key or not find(key)) and (note := find_note(key)):
+            self.add_words(f"{key}: {note}")
+        elif setting:
+            self.add_setting(key, setting)
+        elif not equals or self.is_setting(key) or find(key):
+            self.words += ["--set", text]
+        else:
+            self._add_unknown_setting(key, value)
+
+    def _add_unknown_setting(self, key: str, value: str) -> None:
+        """Write the option with the meaning of an unknown setting, or record the setting as unknown."""
+        last = key.rpartition(".")[2]
+        if option := self.find_option(last):
+            self.add_words(f"{key} is {option} here", option,
+                           translate_value(normalize_word(last), option, value))
+        elif note := find_note(last):
+            self.add_words(f"{key}: {note}")
+        elif not _is_misspelt(key, self.read_texts()) and (nearest := self.describe_nearest(key)):
+            self.messages.append(f"{key}: there is no such setting{nearest}")
+        else:
+            self.unknown_settings[f"{key}={value}"] = f"{key}: there is no such setting"
+            self.words += ["--set", f"{key}={value}"]
+
+
+def _matches_row(row: Mapping[str, Any], command: str, option: str, value: str, is_existing: bool) -> bool:
+    """Return whether a row of `in_command` is about a command, an option and its value."""
+    commands = [name.strip() for name in row.get("at", "").split(",")]
+    patterns = row["value"].split("|") if "value" in row else []
+    if normalize_word(option) not in row["words"].split() or not (commands == [""] or command in commands):
+        return False
+    return any(fnmatch(value.lower(), pattern) for pattern in patterns) if patterns else not is_existing
+
+
+def find_nearest_option(option: str, options: Sequence[str]) -> str:
+    """Return the option with the most similar name; "" below `MIN_SIMILARITY`."""
+    nearest = find_nearest_name(option, options)
+    return nearest if difflib.SequenceMatcher(None, option, nearest).ratio() >= MIN_SIMILARITY else ""
+
+
+def _is_misspelt(key: str, texts: Mapping[str, str]) -> bool:
+    """Return whether a setting in the same group has a similar name."""
+    group, _, last = key.rpartition(".")
+    names = [name.removeprefix("--set ").removesuffix("=VALUE") for name in texts]
+    return bool(suggest_name(last,
+                             [name.rpartition(".")[2] for name in names if name.startswith(f"{group}.")]))
