@@ -19,7 +19,7 @@ COMMANDS = {
         DOCUMENTS, "data_pipeline.md",
         ("run notes.yaml --output corpus --dry-run", "run notes.yaml --output corpus --workers 8")),
     "scorer": Command(
-        "data_prep.curate.scorer",
+        "data_prep.curate.scorer:SCORER",
         "train a quality classifier or an educational regressor on your labels, or judge one",
         DOCUMENTS, "data_scoring.md",
         ("scorer train --labels quality.jsonl --kind classifier --output quality-model",
@@ -41,7 +41,7 @@ COMMANDS = {
         ("synth --list",
          "synth rewrite --input documents.jsonl --engine my-model --output rewritten")),
     "difficulty": Command(
-        "data_prep.synth.difficulty",
+        "data_prep.synth.difficulty:DIFFICULTY",
         "label problems by the models that solved them, and write difficulty into rows",
         RESPONSES, "difficulty.md",
         ("difficulty label --answers small large --output labels",

@@ -1,4 +1,4 @@
-"""The documented Python interface: the names in `__all__`, see docs/api.md.
+"""Documented Python interface: the names in `__all__`, see docs/api.md.
 
 Names are imported on first use, so that `import megatron_sov` imports neither torch nor megatron.
 """

@@ -1,4 +1,4 @@
-"""Commands as functions for scripts and notebooks. Each function runs a command in a new process.
+"""Commands as functions for scripts and notebooks; a function starts a new process for the command.
 
 A process that has used torch cannot fork ranks, and a notebook usually has. The commands write to stderr as
 usual.
@@ -34,7 +34,7 @@ _MARKS = ("error: ", "gate: ", "stopped: ")
 def pretrain(config: RunConfig, data: Mapping[AnyPath, float] | Iterable[AnyPath], run: AnyPath, *,
              nproc: int | None = None, start_from: AnyPath | None = None, resume: bool = False,
              plugins: Sequence[str] = ()) -> dict[str, Any]:
-    """Train a model by `megatron-sov pretrain --config`, and wait for its end.
+    """Train a model by `megatron-sov pretrain --config`, and wait until the run ends.
 
     Args:
         config: settings, e.g. `recipes.get(...)`, changed by `apply_settings` or `dataclasses.replace`.
@@ -64,7 +64,7 @@ def pretrain(config: RunConfig, data: Mapping[AnyPath, float] | Iterable[AnyPath
 
 def sft(start_from: AnyPath, data: Data, run: AnyPath, *, settings: Settings = (), **options: Any
         ) -> dict[str, Any]:
-    """Fine-tune on chats by `megatron-sov sft`, and wait for its end.
+    """Fine-tune on chats by `megatron-sov sft`, and wait until the run ends.
 
     Args:
         start_from: checkpoint, run or Hugging Face folder.
@@ -93,14 +93,15 @@ def prefer(start_from: AnyPath, data: Data, run: AnyPath, *, method: str = "dpo"
 
 def distill(start_from: AnyPath, teacher: AnyPath, data: Data, run: AnyPath, *, settings: Settings = (),
             **options: Any) -> dict[str, Any]:
-    """Learn a teacher's distributions by `megatron-sov distill`; arguments, result and errors as in `sft`."""
+    """Learn the distributions of `teacher` by `megatron-sov distill`; arguments, result and errors as in
+    `sft`."""
     words = [*_format_stage(start_from, data, settings), "--teacher", str(teacher)]
     return _run_training("distill", run, words, options)
 
 
 def rl_run(start_from: AnyPath, prompts: AnyPath, reward: str, store: AnyPath, run: AnyPath, *,
            reward_settings: Settings = (), settings: Settings = (), **options: Any) -> dict[str, Any]:
-    """Generate, judge and train all rounds by `megatron-sov rl run`; result and errors as in `sft`.
+    """Generate, judge and train by `megatron-sov rl run`; result and errors as in `sft`.
 
     Args:
         start_from: checkpoint, run or Hugging Face folder of the first policy.
@@ -119,7 +120,7 @@ def rl_run(start_from: AnyPath, prompts: AnyPath, reward: str, store: AnyPath, r
 
 def train_tokenizer(inputs: Paths, output: AnyPath, *, vocab_size: int, preset: str = "solar-open",
                     **options: Any) -> dict[str, Any]:
-    """Train a tokenizer by `sov-tokenizer train`, and return the content of its manifest."""
+    """Train a tokenizer by `sov-tokenizer train`, and return the manifest's content."""
     words = ["train", "--preset", preset, "--vocab-size", str(vocab_size), *_format_inputs(inputs),
              "--output", str(output)]
     _run_command([*words, *_format_options(options)], "tokenizer.cli")
@@ -128,7 +129,7 @@ def train_tokenizer(inputs: Paths, output: AnyPath, *, vocab_size: int, preset: 
 
 def pack(tokenizer: AnyPath, inputs: Paths, output: AnyPath, *, format: str = "text", **options: Any
          ) -> dict[str, Any]:
-    """Write token shards by `sov-data pack`, and return the content of their manifest.
+    """Write token shards by `sov-data pack`, and return the manifest's content.
 
     Args:
         tokenizer: folder of the tokenizer.
@@ -164,7 +165,7 @@ def evaluate(model: AnyPath, tasks: str | Sequence[str], output: AnyPath, **opti
 
 def generate(model: AnyPath, prompts: Sequence[str], *, max_new_tokens: int = 64, temperature: float = 0.0,
              chat: bool = False, **options: Any) -> list[str]:
-    """Continue prompts by `megatron-sov generate`; the model is loaded once for all prompts.
+    """Continue prompts by `megatron-sov generate`, which loads the model once.
 
     Args:
         model: checkpoint, run (its newest checkpoint) or Hugging Face folder.
@@ -189,7 +190,7 @@ def generate(model: AnyPath, prompts: Sequence[str], *, max_new_tokens: int = 64
 
 
 def read_meters(run: AnyPath, *, frame: bool = False) -> Any:
-    """Return a row per step of a run, with the loss, the learning rate and all meters.
+    """Return a row per step in `run`: loss, learning rate and meters.
 
     Args:
         run: folder of the run.
@@ -204,7 +205,7 @@ def read_meters(run: AnyPath, *, frame: bool = False) -> Any:
 
 
 def read_rounds(run: AnyPath, *, frame: bool = False) -> Any:
-    """Return a row per round of an RL run, with reward, components and lengths; see `read_meters`."""
+    """Return a row per round in an RL run: reward, components and lengths; see `read_meters`."""
     rounds = [event for event in _read_run_events(run) if event["event"] == "round"]
     means = [event.get("means") or {} for event in rounds]
     rows = [{"round": event.get("round"), "step": event.get("step"), "documents": event.get("documents"),
@@ -214,7 +215,7 @@ def read_rounds(run: AnyPath, *, frame: bool = False) -> Any:
 
 
 def _get_scalars(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scalar fields of an event."""
+    """Return the scalar fields in an event."""
     return {key: value for key, value in fields.items() if not isinstance(value, dict | list)
             and key != "event"}
 
@@ -238,7 +239,7 @@ def _to_table(rows: list[dict[str, Any]], *, frame: bool) -> Any:
 
 
 def _run_training(command: str, run: AnyPath, words: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a training command and return its completion manifest."""
+    """Run a training command and return the completion manifest."""
     recipe = [str(value) for key, value in options.items() if key == "recipe" and value is not None]
     further = _format_options({key: value for key, value in options.items() if key != "recipe"})
     sys.stdout.write(_run_command([*command.split(), *recipe, *words, "--run", str(run), *further]))
@@ -267,7 +268,7 @@ def _format_inputs(inputs: Paths) -> list[str]:
 
 
 def _format_settings(settings: Settings, option: str) -> list[str]:
-    """Format settings as words; values other than text become JSON."""
+    """Format settings as words; non-text values become JSON."""
     lines = settings
     if isinstance(settings, Mapping):
         lines = [f"{key}={value if isinstance(value, str) else json.dumps(value)}"
@@ -276,7 +277,7 @@ def _format_settings(settings: Settings, option: str) -> list[str]:
 
 
 def _format_options(options: Mapping[str, Any]) -> list[str]:
-    """Format options as words: True is a flag, a list repeats the option, None and False omit it."""
+    """Format options as words: True is a flag, a list repeats the option, None and False omit the option."""
     words: list[str] = []
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
@@ -289,7 +290,7 @@ def _format_options(options: Mapping[str, Any]) -> list[str]:
 
 
 def _run_command(words: list[str], module: str = "megatron_sov") -> str:
-    """Run a program, forward its stderr, and return its stdout."""
+    """Run a program, forward stderr, and return stdout."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed, start_command(
             [sys.executable, "-m", module, *words], stdout=printed,
             stderr=subprocess.PIPE) as process:
@@ -304,14 +305,13 @@ def _run_command(words: list[str], module: str = "megatron_sov") -> str:
         if code in _ERRORS:
             raise _ERRORS[code](message or f"megatron-sov {words[0]} ended with exit code {code}")
         if code:
-            raise RuntimeError(f"megatron-sov {words[0]} ended with exit code {code}; "
-                               "its last words stand on stderr")
+            raise RuntimeError(f"megatron-sov {words[0]} ended with exit code {code}; see stderr")
         printed.seek(0)
         return printed.read()
 
 
 def _forward_lines(lines: Iterable[str]) -> str:
-    """Forward lines to stderr, and return the last message without its prefix of `_MARKS`."""
+    """Forward lines to stderr, and return the last message without a `_MARKS` prefix."""
     message = ""
     for line in lines:
         sys.stderr.write(line)

@@ -1,4 +1,4 @@
-"""The program `megatron-sov COMMAND ...`. Imports only the module of the typed command."""
+"""The program `megatron-sov COMMAND ...`. Imports only the typed command's module."""
 
 import argparse
 import shlex
@@ -22,17 +22,15 @@ PROGRAM = "megatron-sov"
 
 
 def build_help_parser() -> argparse.ArgumentParser:
-    """Build the top-level parser, which prints the program's help only."""
+    """Build the top-level parser, which prints only the program's help."""
     texts = {name: c.help for name, c in COMMANDS.items()}
     groups = {name: c.group for name, c in COMMANDS.items()}
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage=f"{PROGRAM} COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train your own language model, from raw text to a Hugging Face folder.",
-        epilog=f"{format_command_list(texts, groups)}\n\n{PROGRAM} COMMAND --help explains one of them and "
-               "shows examples.\n"
-               "exit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, 75 stopped with "
-               "everything saved,\n"
-               "76 a step hung, 77 a process gave wrong bits",
+        epilog=f"{format_command_list(texts, groups)}\n\n{PROGRAM} COMMAND --help explains a command and "
+               "shows examples.\nexit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, "
+               "75 stopped with everything saved,\n76 a step hung, 77 a process gave wrong bits",
     )
     parser.add_argument("--version", action="version", version=format_version(PROGRAM))
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
@@ -41,7 +39,7 @@ def build_help_parser() -> argparse.ArgumentParser:
 
 
 def build_parser() -> Parser:
-    """Build the parser of all commands; commands of two words are below their first word."""
+    """Build the parser for all commands; a command with two words is a subcommand under the first word."""
     parser = build_program_parser(PROGRAM, "Train your own language model.",
                                   {name: command for name, command in COMMANDS.items() if " " not in name})
     top = _find_subparsers(parser)
@@ -63,7 +61,7 @@ def _find_subparsers(parser: argparse.ArgumentParser) -> Any:
 
 
 def run_command(argv: list[str], began_s: float) -> int:
-    """Parse and run one command.
+    """Parse and run a command.
 
     Args:
         argv: name and arguments.
@@ -124,19 +122,19 @@ def _run_once(argv: list[str], only_checks: bool = False) -> int:
 
 
 def split_command(argv: list[str]) -> tuple[str, list[str]]:
-    """Split a command line into the command, of one or two words, and its arguments."""
+    """Split a command line into the command (one or two words) and the arguments."""
     words = 2 if " ".join(argv[:2]) in COMMANDS else 1
     return " ".join(argv[:words]), argv[words:]
 
 
 def list_subcommands(name: str) -> dict[str, str]:
-    """Return second word -> help of the two-word commands that begin with `name`."""
+    """Return second word -> help for the two-word commands that begin with `name`."""
     return {command.removeprefix(f"{name} "): c.help for command, c in COMMANDS.items()
             if command.startswith(f"{name} ")}
 
 
 def _run_group(name: str, children: dict[str, str], rest: list[str]) -> int:
-    """Print the help of a first word that needs a second word."""
+    """Print the help for a first word that needs a second word."""
     if rest and rest[0] not in ("-h", "--help"):
         raise build_command_error(f"{PROGRAM} {name}", rest[0], list(children), rest[1:])
     argparse.ArgumentParser(prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} COMMAND ...",
@@ -147,7 +145,7 @@ def _run_group(name: str, children: dict[str, str], rest: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `megatron-sov`; a `UserError` becomes one message and `ExitCode.USER_ERROR`.
+    """Run `megatron-sov`; a `UserError` becomes a message and `ExitCode.USER_ERROR`.
 
     Args:
         argv: command and arguments; None: `sys.argv`, with the start time of the process.

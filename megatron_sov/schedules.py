@@ -1,5 +1,5 @@
-"""Learning rate, batch size, phase and tokens of each optimizer step, as functions of the step alone, so that
-a resumed run continues with the same learning rate at any layout."""
+"""Learning rate, batch size, phase and tokens of every optimizer step, computed from the step alone: a
+resumed run continues with the same learning rate at any layout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Stretch:
     seq_len: int
     """Tokens per sample."""
     tokens_before: int
-    """Tokens of all earlier steps, including padding."""
+    """Tokens in earlier steps, including padding."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -39,7 +39,7 @@ class Stretch:
 
 
 class Schedule:
-    """Phase, batch size, tokens and learning rate of every step of a run."""
+    """Phase, batch size, tokens and learning rate for every step in a run."""
 
     def __init__(self, config: RunConfig) -> None:
         self._optim, self._train, self.phases = config.optim, config.train, config.data.phases
@@ -68,12 +68,12 @@ class Schedule:
         return self.stretches[bisect.bisect_right(self.stretches, step, key=lambda s: s.first_step) - 1]
 
     def count_tokens(self, step: int) -> int:
-        """Count the tokens of steps 0 to `step`, including `step` and padding."""
+        """Count the tokens from step 0 through `step`, including padding."""
         stretch = self.get_stretch(step)
         return stretch.tokens_before + (step + 1 - stretch.first_step) * stretch.tokens_per_step
 
     def learning_rate(self, step: int) -> float:
-        """Return the learning rate of `step` (0-based): by the schedule of its phase if the phase sets `lr`,
+        """Return the learning rate at `step` (0-based), by the phase's schedule if the phase sets `lr`,
         otherwise by the run's schedule over all phases."""
         number = self.get_stretch(step).phase
         phase, start = self.phases[number], self._starts[number]
@@ -121,7 +121,7 @@ class Schedule:
 
 
 def compute_learning_rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
-    """Compute the learning rate at a position of a run, in steps or in tokens.
+    """Compute the learning rate at a position in a run, in steps or in tokens.
 
     A linear warm-up over at most half of the run, then by `optim.schedule`:
     cosine, linear: decay to `min_lr` over the rest; wsd: constant, then decay in `decay_form` over the last
@@ -152,7 +152,7 @@ def compute_learning_rate(optim: OptimConfig, at: int, end: int, warmup: int) ->
 
 
 def compute_decay_factor(form: str, progress: float) -> float:
-    """Compute the remaining factor of a decay, from 1 to 0.
+    """Compute the remaining factor in a decay, from 1 to 0.
 
     Args:
         form: linear: 1 - t; cosine: (1 + cos(pi t)) / 2 (arXiv 1608.03983); one_minus_sqrt: 1 - sqrt(t)
@@ -173,7 +173,7 @@ def _list_turning_points(optim: OptimConfig, end: int, warmup: int) -> list[int]
 
 
 def describe_schedule_change(before: RunConfig, now: RunConfig, done: int) -> str | None:
-    """Describe how changed settings change the next learning rate of a continued run; None: unchanged.
+    """Describe how changed settings change the next learning rate in a continued run; None: unchanged.
 
     Args:
         before: settings of the run until now.
@@ -185,13 +185,13 @@ def describe_schedule_change(before: RunConfig, now: RunConfig, done: int) -> st
     """
     old, new = Schedule(before), Schedule(now)
     if new.num_steps < done:
-        raise UserError(f"train.steps: the settings now make {new.num_steps} steps, and the run has done "
-                        f"{done}; ask for at least {done}, or start a new --run --from an earlier checkpoint")
+        raise UserError(f"train.steps: the settings make {new.num_steps} steps, but the run has done {done}; "
+                        f"set at least {done}, or start a new --run --from an earlier checkpoint")
     if done in (new.num_steps, 0):
         return None
     old_lr, new_lr = old.learning_rate(min(done, old.num_steps - 1)), new.learning_rate(done)
     if math.isclose(old_lr, new_lr, rel_tol=1e-6):
         return None
     steps = f" of {old.num_steps} -> {new.num_steps} steps" if old.num_steps != new.num_steps else ""
-    return (f"the schedule{steps} is another one than before: step {done + 1} has the learning rate "
-            f"{new_lr:.4g}, by the earlier settings {old_lr:.4g}")
+    return (f"the schedule{steps} has changed: step {done + 1} has the learning rate {new_lr:.4g}; by the "
+            f"earlier settings it was {old_lr:.4g}")

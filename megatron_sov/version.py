@@ -1,8 +1,8 @@
-"""Version and packages of the distribution. setup.py executes this file alone, so it imports nothing."""
+"""Version and packages. setup.py executes this file alone, without the package: no imports."""
 
 from __future__ import annotations
 
 __version__ = "0.1.0"
 
 OUR_PACKAGES = ("megatron_sov", "tokenizer", "data_prep", "slurm")
-"""Top-level packages of the wheel and of the code snapshot of jobs; `slurm` contains only data files."""
+"""Top-level packages in the wheel and in job snapshots; `slurm` contains only data files."""

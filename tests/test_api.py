@@ -125,7 +125,7 @@ def test_mistakes_are_raised_with_the_commands_own_words(tmp_path: Path) -> None
     (2, "warning: x\nerror: a: 2 problems\n  one\n  two\n", UserError("a: 2 problems\n  one\n  two")),
     (3, "gate: too low\n", GateFailed("too low")), (75, "step 3\nstopped: saved\n", StopRequested("saved")),
     (1, "Traceback ...\n",
-     RuntimeError("megatron-sov eval ended with exit code 1; its last words stand on stderr")),
+     RuntimeError("megatron-sov eval ended with exit code 1; see stderr")),
 ])
 def test_how_a_command_ended_is_how_the_function_ends(
     code: int, said: str, error: Exception, monkeypatch: pytest.MonkeyPatch,

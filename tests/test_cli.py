@@ -18,7 +18,7 @@ import pytest
 from megatron_sov import cli
 from megatron_sov.base import command_line
 from megatron_sov.base.errors import ExitCode
-from megatron_sov.base.settings import DeclaredCommand
+from megatron_sov.base.settings import ActionGroup, DeclaredCommand
 from megatron_sov.runs.launch_environment import get_command_start
 
 ROOT = Path(__file__).parents[1]
@@ -181,8 +181,8 @@ def test_every_run_function_exists() -> None:
     commands = [loaded for command in cli.COMMANDS.values() if isinstance(
         loaded := command.load(), DeclaredCommand)]
     commands += [action for command in cli.COMMANDS.values()
-                 for action in getattr(command.load(), "ACTIONS", {}).values()
-                 if isinstance(action, DeclaredCommand)]
+                 if isinstance(group := command.load(), ActionGroup)
+                 for action in group.actions.values() if isinstance(action, DeclaredCommand)]
     assert len(commands) > 20
     for declared in commands:
         functions = declared.run_function

@@ -143,10 +143,10 @@ def test_a_run_that_goes_on_with_another_schedule_is_told_its_rates() -> None:
     told = describe_schedule_change(short, long, 4)
     assert told is not None and "of 6 -> 12 steps" in told
     was, now = Schedule(short).learning_rate(4), Schedule(long).learning_rate(4)
-    assert f"step 5 has the learning rate {now:.4g}, by the earlier settings {was:.4g}" in told
+    assert f"step 5 has the learning rate {now:.4g}; by the earlier settings it was {was:.4g}" in told
     assert describe_schedule_change(short, short, 4) is None
     assert describe_schedule_change(short, short, 6) is None
     own = replace(short.data.phases[0], lr=0.5)
     assert "step 5 has" in (describe_schedule_change(short, run(6, (own,), schedule="cosine"), 4) or "")
-    with pytest.raises(UserError, match="now make 6 steps, and the run has done 7; ask for at least 7"):
+    with pytest.raises(UserError, match="make 6 steps, but the run has done 7; set at least 7"):
         describe_schedule_change(long, short, 7)

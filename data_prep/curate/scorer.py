@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from data_prep.curate.scoring.labels import describe_figures
-from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
+from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +39,6 @@ class ScorerCheckOptions:
     """Print the figures as JSON."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Train a model that gives texts a score, or judge one on other labels."
-    add_actions(parser, ACTIONS)
-
-
-def run(typed: argparse.Namespace) -> int:
-    return run_action(ACTIONS, typed)
-
-
 def _check(args: ScorerCheckOptions) -> int:
     from data_prep.curate.scoring.scorer import check
 
@@ -73,4 +63,6 @@ def _train(args: ScorerTrainOptions) -> int:
     return 0
 
 
-ACTIONS: Actions = {"train": (ScorerTrainOptions, _train), "check": (ScorerCheckOptions, _check)}
+SCORER = ActionGroup({"train": DeclaredCommand(ScorerTrainOptions, _train),
+                      "check": DeclaredCommand(ScorerCheckOptions, _check)},
+                     "Train a model that scores texts, or evaluate a model on other labels.")

@@ -7,7 +7,6 @@ comparisons`) into labels of `sov-data scorer train --kind regressor`: 0 for a p
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from bisect import bisect_right
@@ -22,7 +21,7 @@ from data_prep.synth.problems import TEXT_FIELDS, problem_text
 from megatron_sov.base.artifacts import (
     check_output_folder, create_artifact, find_damaged_files, read_manifest)
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Actions, Flag, add_actions, run_action
+from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
 
 KIND, GRADED = "difficulty_labels", "corpus"
 LABELS, KEPT = "labels.jsonl", "kept.jsonl"
@@ -71,15 +70,6 @@ class DifficultyGradeOptions(DifficultyOutputOptions):
     """Pass rates below LOW are hard, from HIGH on easy."""
     keep: Annotated[str, Flag(value="LOW:HIGH")] = "0:1"
     """Write rows with pass rates from LOW to HIGH alone."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Label problems by models that answered them, and grade problems by a scorer."
-    add_actions(parser, ACTIONS)
-
-
-def run(typed: argparse.Namespace) -> int:
-    return run_action(ACTIONS, typed)
 
 
 @dataclass
@@ -297,4 +287,6 @@ class _Grader:
         return 1.0 - self.scorer.score(with_form(text)) / HARDEST, "expected"
 
 
-ACTIONS: Actions = {"label": (DifficultyLabelOptions, _label), "grade": (DifficultyGradeOptions, _grade)}
+DIFFICULTY = ActionGroup({"label": DeclaredCommand(DifficultyLabelOptions, _label),
+                          "grade": DeclaredCommand(DifficultyGradeOptions, _grade)},
+                         "Label problems by models that answered them, and grade problems by a scorer.")

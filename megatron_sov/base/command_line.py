@@ -135,7 +135,7 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
     """Run a command's checks with parsed arguments: those of a `DeclaredCommand`, its dry run, or the command
     itself until its first write or long work (`stop_check`). Raises `UserError`: a fault of a value that is
     no placeholder."""
-    from megatron_sov.base.settings import DeclaredCommand, SettingsError, read_options
+    from megatron_sov.base.settings import ActionGroup, DeclaredCommand, SettingsError, read_options
     from megatron_sov.base.settings.reading import find_rule_problems
 
     try:
@@ -143,8 +143,7 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
         if options_class is None:
             return
         options = read_options(options_class, parsed)
-        action = getattr(command, "ACTIONS", {}).get(getattr(parsed, "action", ""), command)
-        action = action.load() if isinstance(action, Command) else action
+        action = command.load_action(parsed) if isinstance(command, ActionGroup) else command
         if isinstance(action, DeclaredCommand) and action.run_function:  # else the check does the work
             action.check(options)
         else:

@@ -1,20 +1,20 @@
-"""Registry of the commands of `megatron-sov`: module, help, page and examples of each."""
+"""Registry of `megatron-sov` commands: module, help, documentation page and examples."""
 
 from megatron_sov.base.command_line import Command
 
 DATA, TRAIN, POST_TRAIN, EVALUATE, PUBLISH, OPERATE = (
     "data (more: sov-data --help, sov-tokenizer --help)", "train", "post-train", "evaluate",
     "serve and publish", "operate")
-"""Headings of the help, in the order of a model's life."""
+"""Help headings, in the order in which a model is made."""
 
 COMMANDS = {
     "inspect": Command(
         "megatron_sov.commands.inspect:INSPECT",
-        "say what a folder or file is, what it was made from, and show some of its rows", DATA, "inspect.md",
+        "show the kind, inputs and sample rows of a folder or file", DATA, "inspect.md",
         ("inspect shards", "inspect runs/pretrain --verify")),
     "map": Command(
         "megatron_sov.commands.map:MAP",
-        "apply a class of yours to every row of a file, here or on a cluster", DATA, "own_code.md",
+        "apply your own class to every row in a file, locally or on a cluster", DATA, "own_code.md",
         ("map corpus.jsonl ./my_map.py:Shorten --output shortened --workers 2",
          "map corpus.jsonl ./my_map.py:Shorten --output shortened --set words=3")),
     "score": Command(
@@ -23,15 +23,16 @@ COMMANDS = {
         ("score --reward math --input answers.jsonl --output math.jsonl",
          "score --reward ./my_reward.py:Starts --input answers.jsonl --output own.jsonl")),
     "codec": Command(
-        "megatron_sov.commands.models.codec", "import, reconstruct, inspect: codecs of pictures and sounds",
-        DATA, "codecs.md", ("codec import ta-tok ta_tok.pth ta-tok", "codec inspect ta-tok")),
+        "megatron_sov.commands.models.codec:CODEC",
+        "import, reconstruct, inspect: codecs for pictures and sounds", DATA, "codecs.md",
+        ("codec import ta-tok ta_tok.pth ta-tok", "codec inspect ta-tok")),
     "recipes": Command(
         "megatron_sov.commands.models.recipes:RECIPES",
-        "list the recipes, or print one with every setting and its source", TRAIN, "recipes.md", ("recipes",
-         "recipes tiny-qwen3 --yaml")),
+        "list the recipes, or print a recipe's settings with their sources", TRAIN, "recipes.md",
+        ("recipes", "recipes tiny-qwen3 --yaml")),
     "plan": Command(
         "megatron_sov.commands.operate.plan.plan:PLAN",
-        "what a run will do at each step, and what it takes on a cluster: layout, memory, speed, days, cost",
+        "show a run's schedule, and its layout, memory, speed, days and cost on a cluster",
         TRAIN, "plan.md", ("plan tiny-solar-open", "plan solar-open-102b --cluster b200 --nodes 60")),
     "pretrain": Command(
         "megatron_sov.commands.train.kinds:PRETRAIN",
@@ -41,12 +42,12 @@ COMMANDS = {
          "optim.lr=1e-3")),
     "extend": Command(
         "megatron_sov.commands.train.kinds:EXTEND",
-        "train on at longer contexts, stage by stage, each behind a needle gate", TRAIN, "extend.md",
+        "continue training at longer contexts, in stages with needle gates", TRAIN, "extend.md",
         ("extend tiny-k-exaone-extend --from runs/pretrain --data tokens --run runs/long",
          "extend tiny-k-exaone-extend --from runs/pretrain --data tokens --run runs/long --dry-run")),
     "resume": Command(
         "megatron_sov.commands.train.resume:RESUME",
-        "continue a stopped run: its folder knows the command and its options", TRAIN, "pretrain.md",
+        "continue a stopped run with the command and options from its folder", TRAIN, "pretrain.md",
         ("resume runs/pretrain", "resume runs/pretrain --nproc 4 --set train.steps=400")),
     "sft": Command(
         "megatron_sov.commands.train.kinds:SFT", "fine-tune on chats, with an auxiliary text term",
@@ -66,12 +67,12 @@ COMMANDS = {
          "runs/top")),
     "distill states": Command(
         "megatron_sov.commands.train.distill:STATES",
-        "have a teacher read token shards, at a layout of its own, and keep its final hidden states",
+        "run a teacher over token shards, and save its final hidden states or top tokens",
         POST_TRAIN, "distill.md", ("distill states teacher --data chats --output states",
          "distill states teacher --data chats --top-k 128 --output top")),
     "rl run": Command(
         "megatron_sov.commands.rl.cycle:RUN",
-        "reinforcement learning by one command: the model that learns writes its own rounds", POST_TRAIN,
+        "reinforcement learning in one command: generate, judge and train every round", POST_TRAIN,
         "rl.md",
         ("rl run tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
          "--run runs/rl",
@@ -79,53 +80,51 @@ COMMANDS = {
          "--store store --run runs/rl --set policy.method=dapo")),
     "rl engines": Command(
         "megatron_sov.commands.rl.engines:ENGINES",
-        "keep the engine servers of a run whose trainer is on other machines", POST_TRAIN, "rl.md",
+        "run the engine servers for an `rl run` on other machines", POST_TRAIN, "rl.md",
         ("rl engines --from runs/sft --prompts prompts.jsonl --reward math --store store --run runs/rl "
          "--engine vllm --engine-set tp=8 --port 8000",
          "rl engines tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
          "--run runs/rl --engine vllm --engine-set servers=2 --engine-python vllm/bin/python")),
     "rl generate": Command(
         "megatron_sov.commands.rl.generate:GENERATE",
-        "write responses to the prompts of rounds into a store, by the newest policy", POST_TRAIN,
-        "rl_generate.md",
+        "generate responses for rounds with the newest policy, into a store", POST_TRAIN, "rl_generate.md",
         ("rl generate tiny-solar-open --from runs/sft --prompts prompts.jsonl --store store --run runs/rl",
          "rl generate tiny-solar-open --from runs/sft --prompts prompts.jsonl --store store --run "
          "runs/rl --wait 3600")),
     "rl reward": Command(
         "megatron_sov.commands.rl.store.reward:REWARD",
-        "judge the responses of a store that a reward has not judged yet", POST_TRAIN, "rl_generate.md",
+        "judge the responses in a store that have no reward yet", POST_TRAIN, "rl_generate.md",
         ("rl reward --store store --reward math", "rl reward --store store --reward math --wait 3600")),
     "rl train": Command(
         "megatron_sov.commands.rl.train:TRAIN",
-        "reinforcement learning: train the rounds of responses that are written and judged", POST_TRAIN,
-        "rl.md",
+        "reinforcement learning: train on generated and judged rounds", POST_TRAIN, "rl.md",
         ("rl train tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
          "--run runs/rl",
          "rl train tiny-solar-open --from runs/sft --prompts prompts.jsonl --reward math --store store "
          "--run runs/rl --wait 600")),
     "rl store": Command(
-        "megatron_sov.commands.rl.store.store",
+        "megatron_sov.commands.rl.store.store:STORE",
         "show, gc: the rollout store between generation, reward and training", POST_TRAIN, "rollout_store.md",
         ("rl store show store round-0001-piece-0000 0", "rl store gc store --rounds 1-3 --yes")),
     "rl knowledge": Command(
         "megatron_sov.commands.rl.ssp.knowledge:KNOWLEDGE",
-        "in-domain text for InK-GRPO: each section once, none of the test's answers", POST_TRAIN, "ssp.md",
+        "write in-domain text for InK-GRPO, without duplicates and test answers", POST_TRAIN, "ssp.md",
         ("rl knowledge --input laws.jsonl --text-field text --document-field law --section-field section "
          "--tests test.jsonl --output knowledge",
          "rl knowledge --input laws.jsonl --text-field text --document-field law --section-field section "
          "--tests test.jsonl --split split=train --output knowledge")),
     "tools": Command(
-        "megatron_sov.commands.rl.store.tools", "list, run: tool environments, played by a model", POST_TRAIN,
-        "tools.md", ("tools list", "tools run virtual work/sft --output work/episodes")),
+        "megatron_sov.commands.rl.store.tools:TOOLS", "list, run: tool environments, played by a model",
+        POST_TRAIN, "tools.md", ("tools list", "tools run virtual work/sft --output work/episodes")),
     "ssp probe": Command(
         "megatron_sov.commands.rl.ssp.probe:PROBE",
-        "pass@k of a run's checkpoints in each domain, and the best one of each", POST_TRAIN, "ssp.md",
+        "measure a run's checkpoints by pass@k, and find the best per domain", POST_TRAIN, "ssp.md",
         ("ssp probe runs/sft --problems algebra=algebra.jsonl --reward math --k 8 --output probe",
          "ssp probe runs/sft --problems algebra=algebra.jsonl geometry=geometry.jsonl --reward math "
          "--samples 16 --k 8 --output probe")),
     "ssp fuse": Command(
         "megatron_sov.commands.rl.ssp.fuse:FUSE",
-        "merge the best checkpoint of each domain, or any checkpoints, into one", POST_TRAIN, "ssp.md",
+        "average the best checkpoint per domain, or chosen checkpoints", POST_TRAIN, "ssp.md",
         ("ssp fuse probe --output merged",
          "ssp fuse runs/sft/checkpoints/step-50 runs/sft/checkpoints/step-100:2 --output merged")),
     "generate": Command(
@@ -133,8 +132,8 @@ COMMANDS = {
         "continue prompts with a checkpoint or a Hugging Face folder", EVALUATE, "generate.md",
         ('generate hf --prompt "The model"', 'generate runs/sft --chat --prompt "What is a list?"')),
     "eval": Command(
-        "megatron_sov.commands.evaluate.eval",
-        "ppl, needle, pairs, passk, lm, media: judge a checkpoint or a Hugging Face folder", EVALUATE,
+        "megatron_sov.commands.evaluate.eval:EVAL",
+        "ppl, needle, pairs, passk, lm, media: evaluate a checkpoint or a Hugging Face folder", EVALUATE,
         "eval.md", ("eval ppl runs/pretrain --data tokens",
          "eval lm hf --tasks quiz --task-dir tasks --output scores.json")),
     "eval difference": Command(
@@ -143,11 +142,11 @@ COMMANDS = {
         ("eval difference base.json tuned.json", "eval difference base.json tuned.json --tasks quiz --json")),
     "eval contamination": Command(
         "megatron_sov.commands.evaluate.scores.contamination:CONTAMINATION",
-        "find test items that are in the training data, and the score without them", EVALUATE, "compare.md",
+        "find evaluation items in the training data, and score the rest", EVALUATE, "compare.md",
         ("eval contamination base.json --data tokens",
          "eval contamination base.json --data tokens corpus.jsonl --workers 8")),
     "convert": Command(
-        "megatron_sov.commands.models.convert",
+        "megatron_sov.commands.models.convert:CONVERT",
         "from-hf, to-hf, from-megatron, verify, inspect, average, to-peft, from-peft: checkpoints, "
         "Hugging Face folders, adapters", PUBLISH, "convert.md", ("convert to-hf runs/sft hf",
          "convert from-hf hf checkpoint")),
@@ -161,7 +160,7 @@ COMMANDS = {
         ("serve runs/sft --name mine --port 8000", "serve hf --api-key-env SERVE_KEY")),
     "report": Command(
         "megatron_sov.commands.operate.runs.report:REPORT",
-        "write the self-contained HTML report of one or more runs", PUBLISH, "report.md",
+        "write a self-contained HTML report for one or more runs", PUBLISH, "report.md",
         ("report runs/pretrain", "report runs/sft runs/dpo")),
     "submit": Command(
         "megatron_sov.commands.operate.submit.submit",
@@ -170,14 +169,14 @@ COMMANDS = {
          "runs/big", "submit chain solar-open-102b --account mine --dry-run")),
     "status": Command(
         "megatron_sov.commands.operate.runs.status:STATUS",
-        "show step, speed, time left, restarts and use of time of runs", OPERATE, "watching.md",
+        "show step, speed, remaining time and restarts of runs", OPERATE, "watching.md",
         ("status runs", "status runs/pretrain --follow")),
     "logs": Command(
         "megatron_sov.commands.operate.runs.logs:LOGS",
-        "show what a run's processes wrote, across ranks and restarts", OPERATE, "watching.md",
+        "show the logs of a run's processes, across ranks and restarts", OPERATE, "watching.md",
         ("logs runs/pretrain", "logs runs/pretrain --rank 3 --tail 20")),
     "doctor": Command(
         "megatron_sov.commands.operate.doctor.doctor:DOCTOR",
-        "say what this machine has, what is missing, and how to add it", OPERATE, "install.md", ("doctor",
+        "check this machine, and show how to install missing parts", OPERATE, "install.md", ("doctor",
          "doctor --json")),
 }

@@ -10,16 +10,15 @@ from megatron_sov.base.settings import DeclaredCommand, Flag
 from megatron_sov.runs.inspection import STORE, ArtifactKind, InspectionOptions, inspect_path
 
 STORE_KIND = "megatron_sov.rollouts.inspection:KIND"
-"""`ArtifactKind` of rollout stores, imported only for a rollout store."""
+"""`ArtifactKind` for rollout stores, imported only for a rollout store."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(InspectionOptions):
-    """Say what a folder or file is, from what it was made, how far unfinished work on it is, and some of its
-    rows."""
+    """Show the kind, inputs and sample rows of a folder or file, and the progress of unfinished work."""
 
     path: Annotated[Path, Flag("PATH")]
-    """Any artifact, run, rollout store, file of rows, or the --output of a command that was killed."""
+    """Any artifact, run, rollout store or row file, or the --output path from an interrupted command."""
 
 
 def show_path(options: InspectOptions) -> int:

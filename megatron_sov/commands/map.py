@@ -38,31 +38,31 @@ Batch = list[tuple[int, bytes]]
 
 @dataclass(frozen=True, kw_only=True)
 class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
-    """Have a class of your own make rows of rows, in several processes, here or on Slurm; a killed command
-    goes on where it was."""
+    """Apply your own class to the rows in a JSONL file, locally or on Slurm. Repeat the command to continue
+    after a kill."""
 
     rows: Annotated[Path, Flag("ROWS")]
-    """A JSON object per line, or a folder that an earlier `map` has written."""
+    """JSONL file with one object per line, or a folder from an earlier `map`."""
     step: Annotated[str, Flag("FILE.py:STEP")]
-    """A class whose `do(row)` returns a row, a list of rows, or None to leave it out."""
+    """Your class. Its method `do(row)` returns a row, a list of rows, or None to drop the row."""
     output: Annotated[Path, Flag(value="DIR")]
-    """Folder to make: rows.jsonl, in the order of the input."""
+    """Output folder: rows.jsonl, in input order."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
-    """An argument of the class; may be repeated."""
+    """Constructor argument for the class; may be repeated."""
     workers: AtLeastOne = field(default_factory=count_cores)
-    """Processes (default: one for each core); with --cluster: jobs of the array; with --ray: at most."""
+    """Worker processes (default: one per core). With --cluster: array jobs. With --ray: upper limit."""
     threads: AtLeastOne = 1
-    """Rows at a time in each process, for a class that waits for an endpoint."""
+    """Concurrent rows per process, for a class that waits for an endpoint."""
     ray: Annotated[str, Flag(value="ADDRESS")] = ""
-    """Do it on a Ray cluster: HOST:PORT of its head, or auto on one of its nodes."""
+    """Run on a Ray cluster: HOST:PORT of the head node, or auto on a cluster node."""
     gpus: Annotated[NotNegative, requires_field("ray")] = 0.0
-    """GPUs of each process, or a part of one."""
+    """GPUs per process; may be a fraction."""
     skip_failures: bool = False
-    """List rows of which the class fails in failed.jsonl, and go on."""
+    """Write rows for which the class raises to failed.jsonl, and continue."""
 
     def problems(self) -> list[SettingsProblem]:
-        return [SettingsProblem(ProblemCode.RULE, "ray", "and --cluster are two places", self.ray,
-                                "name one of them")
+        return [SettingsProblem(ProblemCode.RULE, "ray", "and --cluster exclude each other", self.ray,
+                                "leave one out")
                 ] if self.ray and self.cluster else []
 
     @property
@@ -75,18 +75,18 @@ def _check_step(loaded: LoadedPlugin) -> None:
 
 
 STEPS: Registry[type[Any]] = Registry("step", {}, _check_step)
-"""Steps of users' files."""
+"""Steps from users' files."""
 
 
 @dataclass(frozen=True)
 class MapWork:
-    """A checked command, from which every process builds the same job."""
+    """Checked options from which every process builds the same job."""
 
     options: MapOptions
     step: PluginRequest
     input_digest: str
     num_rows: int
-    """Rows of the input."""
+    """Input rows."""
 
     def job(self, workers: int, done: Callable[[Batch], object] = lambda batch: None) -> Job[Batch]:
         """Build the job for `workers` local processes; `done` receives each finished batch."""
@@ -109,7 +109,7 @@ class MapWork:
         """Write the artifact and print its row counts."""
         options, counts = self.options, {"num_rows": 0, "num_failed": 0}
         with create_artifact(options.output, KIND, overwrite=options.overwrite) as artifact:
-            # the first byte of a record's line selects its file
+            # the first byte in a record's line selects the output file
             files = {b"+": artifact.path / ROWS, b"-": artifact.path / FAILED}
             with open(files[b"+"], "wb") as rows, open(files[b"-"], "wb") as failed:
                 for _, record in journal.records():
@@ -117,7 +117,7 @@ class MapWork:
                         (rows if line[:1] == b"+" else failed).write(line[1:] + b"\n")
                         counts["num_rows" if line[:1] == b"+" else "num_failed"] += 1
             if not options.skip_failures:
-                # an empty failed.jsonl would suggest that failures were allowed
+                # an empty failed.jsonl would suggest that --skip-failures was set
                 files[b"-"].unlink()
             artifact.content = counts | {"num_rows_in": self.num_rows}
             artifact.settings = {"step": self.step.reference, "code": dict(self.step.files),
@@ -131,20 +131,20 @@ class MapWork:
 
 @dataclass(frozen=True)
 class MapShare:
-    """Work of an array job: each task executes every `num_shares`-th batch."""
+    """Array job: a task executes every `num_shares`-th batch."""
 
     work: MapWork
     num_shares: int
 
     def __call__(self, task: int) -> None:
-        # Slurm would restart a step that kills its process forever
-        check_restarts("megatron-sov map", "take more --workers")
+        # Slurm would restart a crashing step forever
+        check_restarts("megatron-sov map", "raise --workers")
         run_share(self.work.job(1), task, self.num_shares)
 
 
 @dataclass(frozen=True)
 class MapFinish:
-    """Work of the last job: remaining batches and the artifact."""
+    """Last job: executes remaining batches and writes the artifact."""
 
     work: MapWork
 
@@ -161,7 +161,7 @@ def map_rows(options: MapOptions) -> int:
     if options.rows.is_dir():
         read_manifest(options.rows, KIND)
     step = registry.request_plugin(options.step, parse_nested(options.settings), {}, STEPS)
-    # report wrong arguments here, not in each worker
+    # report wrong arguments here, not in every worker
     registry.build_plugin(step, {}, STEPS)
     num_rows = check_rows(options.file, "ROWS", "")
     # `_submit_work` accepts a complete output
@@ -207,13 +207,14 @@ def _build_batch_step(request: PluginRequest, skip_failures: bool, threads: int)
         # SystemExit(0) of a step would end the worker with success
         except (Exception, SystemExit, GeneratorExit) as e:
             if not skip_failures:
-                raise UserError(f"line {number}: {request.reference} fails ({format_error(e)}); mend it, "
-                                "or pass --skip-failures to list such rows and go on") from None
+                raise UserError(f"line {number}: {request.reference} raises ({format_error(e)}); fix it, or "
+                                "pass --skip-failures to write such rows to failed.jsonl and "
+                                "continue") from None
             return b"-" + format_json_line({"line": number, "error": format_error(e), "row": row})
 
     if threads == 1:
         return lambda batch: b"".join(map(convert, batch))
-    # threads finish in any order: sort by line number
+    # threads finish out of order: sort by line number
     return lambda batch: b"".join(record for _, record in sorted(
         map_in_threads(lambda line: (line[0], convert(line)), batch, threads)))
 
@@ -223,19 +224,19 @@ def _format_rows(result: Any) -> list[bytes]:
         return []
     rows = result if isinstance(result, list) else [result]
     if wrong := [row for row in rows if not isinstance(row, dict)]:
-        raise TypeError(f"it returns a {type(wrong[0]).__name__}, must be a row, a list of rows, or None")
+        raise TypeError(f"step returned a {type(wrong[0]).__name__}, must be a row, a list of rows, or None")
     # JSON has no NaN
     return [format_json_line(row, allow_nan=False) for row in rows]
 
 
 def _submit_work(work: MapWork) -> None:
     """Submit the unfinished batches, or print the progress of active jobs."""
-    # jobs run in other folders
+    # jobs have different working folders
     options = replace(work.options, output=work.options.output.absolute(),
                       rows=work.options.rows.absolute())
     work, profile = replace(work, options=options), load_array_profile(options)
     if (options.output / MANIFEST).is_file() and not options.overwrite:
-        print(f"{options.output}: complete from before")
+        print(f"{options.output}: is already complete")
         return
     job = work.job(1)
     submit_shares(options.output, SharedWork(

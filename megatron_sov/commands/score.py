@@ -18,37 +18,38 @@ from megatron_sov.judge.rewards.scoring import ScoringSummary, score_file
 from megatron_sov.runs.folder import EVENTS, RunEvents
 from megatron_sov.work.progress.progress_bar import create_bar
 
-REWARDS = f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME"
+REWARDS = f"{', '.join(BUILT_IN)}, or your own class, FILE.py:NAME"
 RewardName = Annotated[str, Flag(value="NAME", help=REWARDS)]
 RewardSet = Annotated[tuple[str, ...], Flag(value="key=value",
-                                            help="A setting of the reward; may be repeated")]
+                                            help="Reward setting; may be repeated")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    """Parallelism of judging."""
+    """Judge processes."""
 
     workers: AtLeastOne = field(default_factory=count_cores)
-    """Processes that judge (default: one for each core)."""
+    """Judge processes (default: one per core)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(JudgeOptions, RedoOptions):
-    """Give each row of a JSONL file a reward."""
+    """Score the rows in a JSONL file with a reward."""
 
     reward: RewardName
     input: Annotated[Path, Flag(value="ROWS.jsonl")]
-    """A JSON object per line, with `response` and what the reward needs."""
+    """JSONL file with `response` and the fields that the reward needs."""
     output: Annotated[Path, Flag(value="OUT.jsonl")]
     """The same rows with reward, status, components, reason, reward_version."""
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
-    """A setting of the reward, e.g. max_length=4096; may be repeated."""
+    """Reward setting, e.g. max_length=4096; may be repeated."""
     run: Annotated[Path | None, Flag(value="DIR")] = None
-    """Also add the mean reward to the events of the run that wrote the responses, for its report."""
+    """Also record the mean reward in DIR/events.jsonl of the run that generated the responses, for the run's
+    report."""
 
 
 def score_rows(options: ScoreOptions) -> int:
-    """Score all rows and write the output at the end; a repeated command resumes a killed one.
+    """Score all rows and write the output at the end; a repeated command resumes after a kill.
 
     Raises:
         UserError: an unknown reward or setting, invalid rows, or an output that cannot be written.
@@ -75,8 +76,7 @@ def score_rows(options: ScoreOptions) -> int:
                    scored=summary.tally.num_rewards,
                    mean_reward=summary.tally.mean)
     if not summary.tally.num_rewards:
-        raise GateFailed(f"{options.output}: not one of its {num_rows:,} rows has a reward; see why "
-                         "in their `reason`")
+        raise GateFailed(f"{options.output}: none of its {num_rows:,} rows has a reward; see their `reason`")
     return ExitCode.OK
 
 
@@ -84,7 +84,7 @@ SCORE = DeclaredCommand(ScoreOptions, score_rows)
 
 
 def hash_questions(rows: Path) -> str:
-    """Return the SHA-256 of the rows' prompts: mean rewards are comparable only for equal prompts."""
+    """Return the SHA-256 of the prompts: mean rewards are comparable only for equal prompts."""
     digest = hashlib.sha256()
     for _, row in read_rows(rows):
         question = {name: row[name] for name in ("prompt", "messages") if name in row}
@@ -96,9 +96,9 @@ def hash_questions(rows: Path) -> str:
 
 def print_summary(summary: ScoringSummary, num_rows: int, name: str, version: str,
                   output: Path) -> None:
-    """Print the numbers of scored and unscored rows, with reasons and the mean reward."""
+    """Print the counts of scored and unscored rows, with reasons and the mean reward."""
     if summary.num_kept:
-        print(f"{summary.num_kept:,} rows were scored by an earlier command and are kept")
+        print(f"{summary.num_kept:,} rows were already scored")
     for message in summary.tally.told:
         print(escape_controls(message), file=sys.stderr)
     tally = summary.tally

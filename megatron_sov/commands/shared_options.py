@@ -1,4 +1,4 @@
-"""Options shared by several commands, and the command-line words of options."""
+"""Options shared by several commands, and conversion from options to command-line words."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ CheckpointOut = Annotated[Path, Flag("OUT", help="Checkpoint folder to write.")]
 
 @dataclass(frozen=True, kw_only=True)
 class OverwriteOptions:
-    """`--overwrite` of commands that write a file or a folder."""
+    """`--overwrite` for commands that write a file or a folder."""
 
     overwrite: bool = False
-    """Replace what is already there, where it is of the same kind."""
+    """Replace an existing output of the same kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RedoOptions:
-    """`--redo` of commands that continue after a kill."""
+    """`--redo` for commands that continue after a kill."""
 
     redo: bool = False
-    """Begin anew where unfinished work on the output was asked for otherwise."""
+    """Start over if the unfinished output was made with different options."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordOptions:
-    """Output of figures besides the terminal."""
+    """Outputs for figures besides the terminal."""
 
     json: bool = False
-    """Print the figures as JSON."""
+    """Print JSON."""
     run: Annotated[Path | None, Flag(value="DIR")] = None
-    """Also add the figures to this run's events, for its report."""
+    """Also record the figures in DIR/events.jsonl, for the run's report."""
 
 
 def list_option_words(options: Any) -> list[str]:
-    """Return the command line that `read_options` reads as `options`: positional arguments, then options that
-    differ from their defaults.
+    """Return a command line from which `read_options` reads equal options: positional arguments, then options
+    with non-default values.
 
     Args:
         options: instance of a class that `add_options` accepts.
@@ -73,17 +73,17 @@ def list_option_words(options: Any) -> list[str]:
             arguments += values
             continue
         (option,) = action.option_strings
-        # a value that begins with a dash would be parsed as an option: join it with "="
+        # join with "=": a value that begins with a dash would be parsed as an option
         for text in values:
             option_words += [f"{option}={text}"] if text.startswith("-") else [option, text]
     return [*arguments, *option_words]
 
 
 def parse_task_names(names: str | None) -> list[str]:
-    """Split the value of `--tasks` at commas."""
+    """Split a `--tasks` value at commas."""
     return [name for name in (part.strip() for part in (names or "").split(",")) if name]
 
 
 def get_target_step(target: Target, events: RunEvents) -> int | None:
-    """Return the step of a checkpoint; for a Hugging Face folder the run's last step."""
+    """Return a checkpoint's step; for a Hugging Face folder, the run's last step."""
     return events.last_step() if target.step is None else target.step

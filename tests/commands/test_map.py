@@ -106,7 +106,7 @@ def test_a_killed_command_goes_on_behind_its_batches_with_the_same_bytes() -> No
 @pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize(("more", "said"), [
     (["--set", "factor=9"], "line 10: "), (["--set", "factor=9"], "is not JSON serializable"),
-    (["--set", "factor=10"], "it returns a int, must be a row"), (["--set", "factr=1"], "factr"),
+    (["--set", "factor=10"], "step returned a int, must be a row"), (["--set", "factr=1"], "factr"),
     (["--set", "factor=x"], "factor")])
 def test_a_step_that_fails_is_named_with_its_line(more: list[str], said: str,
                                                   capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,7 @@ def test_rows_of_which_none_has_a_reward_are_written_and_the_command_fails(
     write([{"response": "a"}, {"response": "b"}])
     assert score() == 3
     assert [row["status"] for row in read()] == ["refused", "refused"]
-    assert "out.jsonl: not one of its 2 rows has a reward; see why in" in capsys.readouterr().err
+    assert "out.jsonl: none of its 2 rows has a reward; see their" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("lines", "said"), [
@@ -187,7 +187,7 @@ def test_a_killed_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str
     said = capsys.readouterr()
     assert 'reward was "Counts", and is "language"' in said.err
     assert "400 rows read: 400 scored, 0 set aside; mean reward 199.5000" in said.out
-    assert "256 rows were scored by an earlier command" in said.out
+    assert "256 rows were already scored" in said.out
     assert [row["reward"] for row in read()] == list(range(400))
     again = set(map(int, Path("judged").read_text().split()))
     assert again == set(range(256, 400))

@@ -104,9 +104,9 @@ def test_without_text_there_is_no_term_for_it() -> None:
 
 
 @pytest.mark.parametrize(("chats", "texts", "coeff", "message"), [
-    ([], ["web"], 0.1, r"none of the sources \(web\) holds conversations"),
-    (["chat"], ["web"], 0, r"--data holds text \(web\) that only the text term learns"),
-    (["chat"], [], 0.1, "text_coeff = 0.1 needs text beside the conversations"),
+    ([], ["web"], 0.1, r"no source \(web\) contains conversations"),
+    (["chat"], ["web"], 0, r"only the text term learns from the text in --data \(web\)"),
+    (["chat"], [], 0.1, "text_coeff = 0.1 needs text in addition to conversations"),
 ])
 def test_data_that_leaves_a_term_without_targets(chats: list[str], texts: list[str], coeff: float,
                                                  message: str) -> None:

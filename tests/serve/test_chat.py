@@ -159,7 +159,7 @@ def test_the_pages_commands_talk_to_a_checkpoint(talk: Any, tmp_path: Path, one_
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["nowhere"], "nowhere: does not exist"), ([""], "TARGET: is empty, where a model is to be named"),
+    (["nowhere"], "nowhere: does not exist"), ([""], "TARGET: is empty; must name a model"),
     (["http://h:0/v1"], "must be an address"),
     (["http://127.0.0.1:9/v1"], "the models cannot be listed (the connection failed"),
     (["a", "--tools", "no"], "--tools: was removed in this version")])

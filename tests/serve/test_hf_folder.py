@@ -92,4 +92,4 @@ def test_latent_attention_is_served_from_a_checkpoint(folder: Path, capsys: Any,
     assert main(["serve", str(folder), "--port", "0"]) == 2
     told = capsys.readouterr().err
     assert "kv_lora_rank = 8: latent attention has no cache" in told
-    assert "serve a checkpoint that `megatron-sov convert from-hf` makes of it" in told
+    assert "serve a checkpoint from `megatron-sov convert from-hf`" in told

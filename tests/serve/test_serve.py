@@ -199,9 +199,9 @@ def test_the_page_shows_a_client_that_gets_an_answer(server: Any, written: Any) 
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    (["--host", "0.0.0.0"], '--host "0.0.0.0": others than this machine reach it'),
-    (["--host", "example.org"], '--host "example.org": others than this machine'),
-    (["--host", "0.0.0.0", "--api-key-env", "NO_SUCH"], "--api-key-env NO_SUCH: the environment has no key"),
+    (["--host", "0.0.0.0"], '--host "0.0.0.0": is reachable from other machines'),
+    (["--host", "example.org"], '--host "example.org": is reachable from other machines'),
+    (["--host", "0.0.0.0", "--api-key-env", "NO_SUCH"], "--api-key-env NO_SUCH: the variable is unset"),
     (["--max-length", "9999"], "--max-length 9999: the model ends at 512"),
     (["--parent-pid", "4194999"], "--parent-pid 4194999: there is no such process"),
     (["--host", "203.0.113.1", "--api-key-env", "PATH"], "--host 203.0.113.1 --port 8000: cannot be"),

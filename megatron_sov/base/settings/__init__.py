@@ -5,8 +5,7 @@ from megatron_sov.base.settings.conditions import (
     DECIDING_FACTS, ActsWhen, AllOf, AnyOf, Condition, When, find_inert_settings, get_setting, is_none_of,
     is_one_of, is_set, is_unset, iter_conditions)
 from megatron_sov.base.settings.options import (
-    NO_FLAG, Actions, DeclaredCommand, Flag, add_actions, add_options, count_cores, read_command_options,
-    read_options, run_action)
+    NO_FLAG, ActionGroup, DeclaredCommand, Flag, add_options, count_cores, read_command_options, read_options)
 from megatron_sov.base.settings.problem import (
     ASCENDING_PAIR, UNIQUE_ITEMS, AboveZero, AtLeastOne, Bound, Finite, Fraction, NotBlank, NotNegative,
     NotNegativeInt, ProblemCode, Relation, SettingsError, SettingsProblem, Share, Violation, at_most_field,
@@ -20,16 +19,16 @@ from megatron_sov.base.settings.sources import (
     parse_settings_yaml, read_settings_file, read_settings_text)
 
 __all__ = [
-    "ASCENDING_PAIR", "DECIDING_FACTS", "NO_FLAG", "UNIQUE_ITEMS", "AboveZero", "Actions", "ActsWhen",
+    "ASCENDING_PAIR", "DECIDING_FACTS", "NO_FLAG", "UNIQUE_ITEMS", "AboveZero", "ActionGroup", "ActsWhen",
     "AllOf", "AnyOf", "AtLeastOne", "Bound", "Condition", "DeclaredCommand", "Finite", "Flag", "Fraction",
     "LocatedDocument", "NotBlank", "NotNegative", "NotNegativeInt", "Place", "ProblemCode", "Relation",
-    "SettingsError", "SettingsProblem", "Share", "Violation", "When", "add_actions", "add_options",
+    "SettingsError", "SettingsProblem", "Share", "Violation", "When", "add_options",
     "apply_changes", "assign_values", "at_most_field", "below_field", "choice_from",
     "count_cores", "differs_from_field", "excludes_field", "find_all_problems", "find_broken_rules",
     "find_declaration_problems", "find_inert_settings", "find_rule_problems", "get_field_hints",
     "get_inner_hint", "get_setting", "is_none_of", "is_one_of", "is_set", "is_unset", "iter_conditions",
     "iter_leaves", "list_fields", "multiple_of_field", "parse_arguments", "parse_changes",
     "parse_located_yaml", "parse_nested", "parse_settings", "parse_settings_yaml", "read_command_options",
-    "read_options", "read_settings_file", "read_settings_text", "requires_field", "run_action",
+    "read_options", "read_settings_file", "read_settings_text", "requires_field",
     "split_key", "to_plain_values", "to_problem", "try_parse_settings", "use_option_names",
 ]

@@ -188,7 +188,7 @@ class DeclaredCommand:
     """A command in two parts: options with checks, and a function in another module that runs the command.
     Help and refused input never import torch.
 
-    `Command.module` names an instance as `module:NAME`; an action of `Actions` may be an instance.
+    `Command.module` names an instance as `module:NAME`.
     """
 
     options: type
@@ -378,31 +378,33 @@ def _has_path(raw: Any, path: tuple[str, ...]) -> bool:
     return True
 
 
-Actions = Mapping[str, tuple[type, Callable[[Any], int]] | DeclaredCommand | Command]
-"""Action name -> `DeclaredCommand`, (settings class, function from settings to exit code), or a `Command`
-from a part of the package that may not be installed."""
+@dataclasses.dataclass(frozen=True)
+class ActionGroup:
+    """A command whose first argument is an action, e.g. `convert to-hf`."""
 
+    actions: Mapping[str, DeclaredCommand | Command]
+    """Action name -> command; a `Command` for a part of the package that may not be installed."""
+    description: str = ""
+    """Description in `--help`; "": the command's help line."""
 
-def add_actions(parser: argparse.ArgumentParser, actions: Actions) -> None:
-    """Declare a command's actions; the first sentence in a class docstring is the action's help."""
-    below = parser.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=CommandParser)
-    for name, action in actions.items():
-        if isinstance(action, Command):
-            action.declare(name, below)
-            continue
-        cls = action.options if isinstance(action, DeclaredCommand) else action[0]
-        summary = " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
-        add_options(below.add_parser(name, help=summary.removesuffix(".").replace("%", "%%")), cls)
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the actions; the first paragraph in a settings class's docstring is the action's help."""
+        parser.description = self.description or parser.description
+        below = parser.add_subparsers(dest="action", required=True, metavar="ACTION",
+                                      parser_class=CommandParser)
+        for name, action in self.actions.items():
+            if isinstance(action, Command):
+                action.declare(name, below)
+                continue
+            summary = " ".join(inspect.cleandoc(action.options.__doc__ or "").split("\n\n")[0].split())
+            action.add_arguments(below.add_parser(name, help=summary.removesuffix(".").replace("%", "%%")))
 
+    def load_action(self, typed: argparse.Namespace) -> DeclaredCommand:
+        action = self.actions[typed.action]
+        return action.load() if isinstance(action, Command) else action
 
-def run_action(actions: Actions, args: argparse.Namespace) -> int:
-    action = actions[args.action]
-    if isinstance(action, Command):
-        return int(action.load().run(args))
-    if isinstance(action, DeclaredCommand):
-        return action.run(args)
-    cls, run = action
-    return run(read_options(cls, args))
+    def run(self, typed: argparse.Namespace) -> int:
+        return self.load_action(typed).run(typed)
 
 
 def read_command_options(args: argparse.Namespace) -> Any:

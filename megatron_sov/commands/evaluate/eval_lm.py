@@ -13,14 +13,14 @@ from megatron_sov.runs.checkpoints import check_model_path
 
 @dataclass(frozen=True, kw_only=True)
 class EvalLmOptions:
-    """Score a model on tasks of lm-eval's form, by its own prompts and metrics, offline."""
+    """Score a model on lm-eval tasks with their own prompts and metrics, offline."""
 
     target: Annotated[str, Flag("TARGET", help=TARGET_HELP)]
     tasks: Annotated[str, Flag(value="A,B")]
-    """Names of tasks and groups."""
+    """Names of tasks and task groups."""
     settings: Settings
     json: bool = False
-    """Print the figures as JSON."""
+    """Print JSON."""
 
 
 def check_lm(options: EvalLmOptions) -> EvalLmOptions:

@@ -1,4 +1,4 @@
-"""Options and checks of `megatron-sov eval media`."""
+"""Options and checks for `megatron-sov eval media`."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -19,34 +19,34 @@ from megatron_sov.runs.folder import RunEvents
 TEXT, IMAGE, AUDIO = "text", "image", "audio"
 PAIRS = {f"{prompt}-{reply}": (prompt, reply) for prompt in (IMAGE, TEXT, AUDIO)
          for reply in (TEXT, IMAGE, AUDIO) if (prompt, reply) not in ((TEXT, TEXT), (IMAGE, IMAGE))}
-"""Name -> modality of the prompt and of the reply."""
+"""Name -> modalities of prompt and reply."""
 MediaJudge = Callable[[Sequence[Path], Sequence[Sequence[str]]], Sequence[str]]
 """(files, labels per file) -> recognised text per file, "" for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
-    """From text, pictures and speech to one another, judged by what is recognised."""
+    """Accuracy of replies between text, pictures and speech. A judge recognises pictures and sounds."""
 
     target: ModelPath
     data: Annotated[tuple[str, ...], Flag(value="PAIR=FILE.jsonl")]
-    """Rows of a pair (image-text, image-audio, text-image, text-audio, audio-text, audio-image,
-    audio-audio): {"content": [parts], "answer": "..."}, and "labels" where a judge chooses; may be
+    """Rows for a pair (image-text, image-audio, text-image, text-audio, audio-text, audio-image,
+    audio-audio): {"content": [parts], "answer": "..."}, and "labels" if a judge chooses from labels; may be
     repeated."""
     media_root: Annotated[Path, Flag(value="DIR")]
-    """Folder that paths of media begin from; nothing outside of it is read."""
+    """Root folder for relative media paths; files outside the folder are refused."""
     image_judge: Annotated[str | None, Flag(value="FILE.py:NAME")] = None
-    """Recognises what the model draws: a function (files, labels) -> texts."""
+    """Recogniser for generated pictures: a function (files, labels) -> texts."""
     audio_judge: Annotated[str | None, Flag(value="FILE.py:NAME")] = None
-    """Recognises what the model says, likewise."""
+    """Recogniser for generated sounds: a function (files, labels) -> texts."""
     files: Annotated[Path | None, Flag(value="DIR", writes=True)] = None
-    """Folder for what the model draws and says, where a pair asks for that."""
+    """Output folder for generated pictures and sounds; required if a pair generates media."""
     sampling: ReplySampling = field(default_factory=ReplySampling)
     no_chat: bool = False
     """Do not frame prompts by the chat template."""
     batch_size: BatchSize = Batching.batch_size
     output: Annotated[Path | None, Flag(value="FILE.json")] = None
-    """Write figures and every sample as JSON."""
+    """Write figures and samples to a JSON file."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class MediaRow:
     content: list[dict[str, Any]]
     """See `omni.generation.prompts.Parts`."""
     answer: str
-    """Expected text, or expected output of the judge."""
+    """Expected text, or expected judge output."""
     labels: tuple[str, ...] = ()
-    """Choices of the judge; (): free text."""
+    """Choices for the judge; (): free text."""
 
 
 @dataclass(frozen=True)
 class MediaEvaluation:
-    """Checked input of `eval_media_run.evaluate_media`."""
+    """Checked input for `eval_media_run.evaluate_media`."""
 
     options: EvalMediaOptions
     events: RunEvents
@@ -81,7 +81,7 @@ def check_media(options: EvalMediaOptions) -> MediaEvaluation:
     judges = _load_judges(options, {PAIRS[name][1] for name, _ in rows})
     kinds = [PAIRS[name][1] for name, _ in rows if PAIRS[name][1] != TEXT]
     if kinds and options.files is None:
-        raise UserError(f"--data: asks for media of kind {kinds[0]}, which need --files DIR to lie in")
+        raise UserError(f"--data: {kinds[0]} output needs --files DIR")
     check_decoders(options, {} if options.files is None else dict.fromkeys(kinds, options.files))
     return MediaEvaluation(options, events, rows, judges)
 
@@ -116,10 +116,10 @@ def read_media_rows(file: Path) -> list[MediaRow]:
         try:
             rows.append(_parse_row(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UserError(f"{file}:{number}: is no row ({type(e).__name__}: {e}); write "
-                            '{"content": [parts], "answer": "..."}') from None
+            raise UserError(f'{file}:{number}: is not a valid row ({type(e).__name__}: {e}); write '
+                            f'{{"content": [parts], "answer": "..."}}') from None
     if not rows:
-        raise UserError(f"--data {file}: has no row")
+        raise UserError(f"--data {file}: has no rows")
     return rows
 
 
@@ -136,8 +136,7 @@ def _load_judges(options: EvalMediaOptions, reply_kinds: set[str]) -> dict[str, 
     judges = {}
     for kind, reference in ((IMAGE, options.image_judge), (AUDIO, options.audio_judge)):
         if kind in reply_kinds and reference is None:
-            raise UserError(f"--data: asks for media of kind {kind}, which needs --{kind}-judge: who "
-                            "recognises what the model makes")
+            raise UserError(f"--data: {kind} output needs --{kind}-judge, which recognises it")
         if reference is not None:
             judges[kind] = load_judge(reference)
     return judges
@@ -151,7 +150,7 @@ def load_judge(reference: str) -> MediaJudge:
     """
     file, _, name = reference.rpartition(":")
     if not file.endswith(".py") or not name.isidentifier():
-        raise UserError(f"judge {reference!r}: is no code FILE.py:NAME; name one")
+        raise UserError(f"judge {reference!r}: must have the form FILE.py:NAME")
     loaded = load_plugin(reference)
     if not callable(loaded.value):
         raise UserError(f"judge {reference}: is {loaded.value!r}; a judge is a function of files and labels")
@@ -162,6 +161,6 @@ def load_judge(reference: str) -> MediaJudge:
 def _check_texts(reference: str, texts: object, count: int) -> list[str]:
     if not isinstance(texts, (list, tuple)) or len(texts) != count \
             or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"judge {reference}: gave {str(texts)[:200]} for {count} files; one text is needed "
-                        "for each")
+        raise UserError(f"judge {reference}: returned {str(texts)[:200]} for {count} files; must return a "
+                        "text per file")
     return list(texts)

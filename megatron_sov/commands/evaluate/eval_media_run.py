@@ -1,4 +1,4 @@
-"""Runs `megatron-sov eval media`: compares replies, as text or as recognised by judges, with the answers."""
+"""Runs `megatron-sov eval media`: compares replies, or the judges' recognised texts, with the answers."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def evaluate_media(request: MediaEvaluation) -> None:
 
 def _evaluate_pair(options: EvalMediaOptions, target: Target, name: str, rows: list[MediaRow],
                    judges: dict[str, MediaJudge]) -> dict[str, Any] | None:
-    """Return figures and samples of a pair; None on ranks after the first."""
+    """Return figures and samples for a pair; None except on rank 0."""
     kind = PAIRS[name][1]
     output_folders = {} if kind == TEXT or options.files is None else {kind: options.files / name}
     generation = MediaGeneration(
@@ -64,7 +64,7 @@ def _list_files(reply: MediaReply, kind: str) -> list[Path]:
 
 def _recognize(rows: Sequence[MediaRow], replied: Sequence[MediaReply], kind: str,
                judges: dict[str, MediaJudge]) -> list[str]:
-    """Return each reply's text, or the judge's text for its first file; "" without a file."""
+    """Return the text of every reply, or the judge's text for the reply's first file; "" without a file."""
     if kind == TEXT:
         return [reply.text for reply in replied]
     indices = [i for i, reply in enumerate(replied) if _list_files(reply, kind)]
@@ -123,10 +123,10 @@ def normalize_text(text: str) -> str:
 
 def _normalize_character(character: str) -> str:
     kind = unicodedata.category(character)
-    # vowels of Devanagari, Thai or Arabic are marks, and so are accents without a composed letter
+    # marks include vowels in Devanagari, Thai and Arabic, and accents without a composed letter
     if character.isalnum() or kind.startswith("M"):
         return character
-    # a zero width space separates words; other characters without width join or shape letters
+    # a zero width space separates words; further characters of zero width join or shape letters
     return "" if kind == "Cf" and character != "\N{ZERO WIDTH SPACE}" else " "
 
 

@@ -1,4 +1,4 @@
-"""Options and checks of `megatron-sov eval passk`."""
+"""Options and checks for `megatron-sov eval passk`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,12 @@ from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 
 PROMPT = "prompt"
-"""Field of a row."""
+"""Row field."""
 
 
 @dataclass(frozen=True)
 class JudgedSampling(ResponseSampling):
-    """Sampling of judged responses."""
+    """Sampling settings for judged responses."""
 
     max_new_tokens: AtLeastOne = 1024
     """Longest response."""
@@ -33,42 +33,42 @@ class JudgedSampling(ResponseSampling):
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedSamplingOptions(JudgeOptions):
-    """Sampling and judging of responses, without --k."""
+    """Sampling and judging options, without --k."""
 
     reward: RewardName
     reward_set: RewardSet = ()
     right_from: Annotated[Finite, Flag(value="R")] = 1.0
-    """Least reward of a right response."""
+    """Minimum reward of a correct response."""
     samples: AtLeastOne = 8
-    """Responses to each prompt."""
+    """Responses per prompt."""
     sampling: JudgedSampling = field(default_factory=JudgedSampling)
     stop: tuple[Annotated[str, MinLen(1)], ...] = ()
-    """Text that ends a response; repeat it."""
+    """Text that ends a response; may be repeated."""
     chat: bool = False
-    """Frame each prompt by the chat template."""
+    """Format prompts with the chat template."""
     engine: ChosenEngine = None
     batch_size: BatchSize = Batching.batch_size
 
     def problems(self) -> list[SettingsProblem]:
         return [] if self.samples == 1 or self.sampling.temperature else [
             SettingsProblem(ProblemCode.RULE, "samples",
-                            "are the same response again and again at --temperature 0",
+                            "are equal responses at --temperature 0",
                             self.samples, "raise the temperature, or take one sample")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, OverwriteOptions,
                        RedoOptions):
-    """Sample responses to prompts, have a reward judge them, estimate pass@k and maj@k."""
+    """Sample responses to prompts, score them with a reward, and estimate pass@k and maj@k."""
 
     target: Annotated[Path, Flag("TARGET")]
-    """Checkpoint, run (its newest one) or Hugging Face folder that answers --input."""
+    """Checkpoint, run (newest checkpoint) or Hugging Face folder that responds to --input."""
     input: Annotated[Path, Flag(value="PROMPTS.jsonl")]
-    """A JSON object per line, with `prompt` (text, or messages with --chat) and what the reward needs."""
+    """JSONL file with `prompt` (text, or messages with --chat) and the fields that the reward needs."""
     k: Annotated[tuple[AtLeastOne, ...], Flag(value="K", many=True)] = ()
-    """Sizes of the draws (default 1, 2, 4, ... up to the fewest scored samples of a prompt)."""
+    """Values of k (default 1, 2, 4, ... up to the smallest number of scored samples per prompt)."""
     output: Annotated[Path, Flag(value="DIR")]
-    """Folder to make: the figures, and every response with its reward."""
+    """Output folder: figures, and responses with rewards."""
 
     def problems(self) -> list[SettingsProblem]:
         p = super().problems()
@@ -80,7 +80,7 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, Overwr
 
 @dataclass(frozen=True)
 class PasskRequest:
-    """Checked input of `eval_passk_run.estimate_passk`."""
+    """Checked input for `eval_passk_run.estimate_passk`."""
 
     options: EvalPasskOptions
     events: RunEvents

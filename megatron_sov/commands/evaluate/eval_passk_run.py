@@ -1,5 +1,5 @@
 """Runs `megatron-sov eval passk`: samples and judges responses and estimates pass@k. A repeated command
-resumes a killed one."""
+resumes after a kill."""
 
 import hashlib
 import json
@@ -33,10 +33,10 @@ from megatron_sov.work.progress.resumable import resumable_artifact
 
 KIND = "passk"
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
-"""Files of the artifact: the figures, and the responses with their rewards."""
+"""Files in the artifact: the figures, and the responses with rewards."""
 PROMPT_INDEX = "prompt_index"
 CALL_SAMPLES = 1024
-"""Responses per call of the engine, and the most that a kill loses."""
+"""Responses per engine call; a kill loses at most one call."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PasskRun:
         return {"path": str(self.target.path), "step": self.target.step, "engine": self.engine,
                 "settings": list(options.settings), "chat": options.chat, "stop": list(options.stop),
                 "samples": options.samples, "samples_a_call": CALL_SAMPLES,
-                # an engine may round differently with another batch size
+                # the batch size may change an engine's rounding
                 "sampling": asdict(options.sampling), "batch_size": options.batch_size,
                 "files": fingerprint_folder(self.target.path)}
 
@@ -80,8 +80,8 @@ class PasskRun:
 
     @property
     def sampled_file(self) -> Path:
-        """File of unjudged responses; its name contains a hash of `responses`, so that responses of another
-        model or other prompts never mix."""
+        """File with unjudged responses. Its name contains a hash of `responses`, so that responses from
+        different models or prompts never mix."""
         digest = hashlib.sha256(json.dumps(self.responses, sort_keys=True).encode()).hexdigest()[:16]
         return work_folder(resolve_link(self.options.output)) / f"sampled-{digest}.jsonl"
 
@@ -90,7 +90,7 @@ def estimate_passk(request: PasskRequest) -> None:
     """Sample and judge missing responses, then write the artifact and print the estimates."""
     run = PasskRun(request, find_target(request.options.target))
     options = run.options
-    # ranks of torchrun, or ranks that repeat this command
+    # ranks under torchrun, or ranks that started with the same command
     if not is_first_rank():
         _sample(run)
         return
@@ -112,7 +112,7 @@ def _sample(run: PasskRun) -> Path:
     """Sample missing responses and return the file with all responses."""
     options, target, file, identity = run.options, run.target, run.sampled_file, run.responses
     # before `file.exists()`: the first rank may publish the file in between
-    done = list_finished_items(file, identity)
+    finished_calls = list_finished_items(file, identity)
     if file.exists():
         return file
     rows = [dict(row) for _, row in read_rows(options.input, field=PROMPT)]
@@ -122,7 +122,7 @@ def _sample(run: PasskRun) -> Path:
     longest = prompts.longest + options.sampling.max_new_tokens
     check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
     check_engine(run.engine, target, options.settings, options.nproc)
-    # fixed calls: samples of some engines depend on their batch, also after a kill
+    # fixed calls: in some engines, samples depend on the batch; a resumed command needs equal batches
     prompts_per_call = max(1, CALL_SAMPLES // options.samples)
     calls = [range(len(rows))[begin:begin + prompts_per_call]
              for begin in range(0, len(rows), prompts_per_call)]
@@ -132,9 +132,9 @@ def _sample(run: PasskRun) -> Path:
             assert engine is not None
             return _generate_rows(options, rows, prompts, indices, engine)
 
-        if not is_first_rank():  # the first rank writes the responses of all ranks
+        if not is_first_rank():  # rank 0 writes the responses
             for number, indices in enumerate(calls):
-                if number not in done:
+                if number not in finished_calls:
                     generate(indices)
             return
         with create_bar("sample", len(rows) * options.samples, "response") as bar:
@@ -142,11 +142,11 @@ def _sample(run: PasskRun) -> Path:
                         do=local_executor(generate), sink=lambda journal: journal.write_payloads(file),
                         done=lambda indices: bar.update(len(indices) * options.samples)))
 
-    if done and is_first_rank():
-        num_done = sum(len(calls[int(number)]) for number in done) * options.samples
-        print(f"{num_done:,} responses were sampled by an earlier command and are kept", file=sys.stderr)
-    # load no engine if all calls are done; the first rank then only publishes
-    if len(done) < len(calls):
+    if finished_calls and is_first_rank():
+        num_finished = sum(len(calls[int(number)]) for number in finished_calls) * options.samples
+        print(f"{num_finished:,} responses were already sampled", file=sys.stderr)
+    # without missing calls no engine is needed: rank 0 only publishes
+    if len(finished_calls) < len(calls):
         run_with_engine(run.engine, target, work, longest=longest, batching=Batching(options.batch_size),
                         settings=options.settings, nproc=options.nproc)
     elif is_first_rank():
@@ -160,7 +160,7 @@ def _generate_rows(options: EvalPasskOptions, rows: list[dict[str, Any]], prompt
     stop = StopRule(prompts.end_ids, tuple(options.stop), prompts.decode)
     # equal prompts are neighbours in a batch
     samples = [(i, sample) for i in indices for sample in range(options.samples)]
-    # one random stream per response, independent of the call
+    # random streams per response do not depend on the call
     streams = [i * options.samples + sample for i, sample in samples]
     result = engine.generate([prompts.ids[i] for i, _ in samples], options.sampling, stop=stop,
                              streams=streams)
@@ -184,10 +184,10 @@ def _parse_prompt(value: Any) -> str | Conversation:
 
 
 def _judge(run: PasskRun, responses: Path, folder: Path) -> dict[str, Any]:
-    """Judge the responses, write the files of the artifact to `folder`, and return the figures."""
+    """Judge the responses, write the artifact's files to `folder`, and return the figures."""
     request, options = run.request, run.options
     scored = folder.parent / "scored.jsonl"
-    # `redo`: rewards of other settings are of no use
+    # `redo`: rewards from different settings are useless
     with create_bar("score", check_rows(responses, "--input"), "row") as bar:
         summary = score_file(request.order, request.reward, responses, scored, options.workers, bar.update,
                              redo=True)

@@ -77,8 +77,7 @@ def evaluate_pairs(options: PairsOptions) -> None:
     sources = open_sources(parse_data_paths(options.data), target.vocab_size, ("preference",))
     check_same_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     if not any(source.num_tokens.get("heldout") for source in sources):
-        raise UserError(f"--data {', '.join(options.data)}: holds no pairs out, so there is nothing to judge "
-                        "by; pack with --heldout 0.02")
+        raise UserError(f"--data {', '.join(options.data)}: has no held-out pairs; pack with --heldout 0.02")
 
     def measure_policy(loaded: Any) -> dict[str, Any]:
         num_rows = compute_rows_per_batch(loaded, seq_len)
@@ -100,8 +99,7 @@ def evaluate_pairs(options: PairsOptions) -> None:
 
 def measure_target(options: RankOptions, target: Target, measure_policy: Callable[[Any], Any],
                    measure_hf: Callable[[Any], Any]) -> Any:
-    """Measure a checkpoint on ranks, or a Hugging Face folder with transformers; None on ranks after the
-    first."""
+    """Measure a checkpoint on ranks, or a Hugging Face folder with transformers; None except on rank 0."""
     if not target.is_hf:
         return run_forward_model(target, options.settings, options.nproc, measure_policy)
     rank_options = [f"--set {setting}" for setting in options.settings
@@ -115,7 +113,7 @@ def measure_target(options: RankOptions, target: Target, measure_policy: Callabl
 
 
 def record_figures(options: OutOptions, figures: Any, text: str) -> None:
-    """Write figures to --output and print them, as JSON or as `text`."""
+    """Write figures to --output and print JSON or `text`."""
     if options.out is not None:
         write_output(options.out, format_json(figures))
     print(json.dumps(figures, indent=1, ensure_ascii=False) if options.json else text)

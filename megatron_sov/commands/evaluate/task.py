@@ -1,4 +1,4 @@
-"""Options and checks shared by tasks of `megatron-sov eval`."""
+"""Options and checks shared by `megatron-sov eval` tasks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +13,24 @@ from megatron_sov.runs.folder import RunEvents
 
 @dataclass(frozen=True, kw_only=True)
 class OutOptions(RecordOptions):
-    """`--output` of tasks that print figures."""
+    """`--output` for tasks that print figures."""
 
     out: Annotated[Path | None, Flag("--output", "FILE")] = None
-    """Also write the figures into a JSON file, which appears whole."""
+    """Also write the figures to a JSON file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldoutOptions(RecordOptions):
-    """Options of tasks on held-out documents."""
+    """Options for tasks on held-out documents."""
 
     data: Annotated[tuple[str, ...], Flag(value="DIR")]
     """Token shards with held-out documents."""
     seq_len: AtLeastOne | None = None
-    """Tokens of a row (default: the longest that was trained on)."""
+    """Tokens per row (default: the longest trained length)."""
 
 
 def check_task(options: Any) -> Any:
-    """Check --run, --output and TARGET of a task's options, and return the options."""
+    """Check --run, --output and TARGET, and return the options."""
     RunEvents(options.run)
     check_output("--output", options.out)
     check_model_path(options.target)

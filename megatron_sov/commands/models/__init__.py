@@ -1,1 +1,1 @@
-"""Commands that turn a model into something else: a folder, a text, an address, a card."""
+"""Commands that convert, run or serve a model, and list recipes."""

@@ -23,45 +23,45 @@ from megatron_sov.work.endpoints.transport import find_address_problems, find_mi
 HELP = """/think  show the thoughts of the last answer
 /clear  begin a new conversation
 /quit   end, as Ctrl-D does
-Ctrl-C stops an answer. A line that ends with \\ goes on in the next one."""
+Ctrl-C stops an answer. A line that ends with \\ continues on the next line."""
 
 
 @dataclass(frozen=True)
 class ChatSampling:
-    """Sampling of answers."""
+    """Sampling settings for answers."""
 
     temperature: Temperature = 0.7
     top_p: TopP = 1.0
     max_tokens: Annotated[AtLeastOne | None, Flag("--max-new-tokens")] = None
-    """Longest answer (default: half of the model's context)."""
+    """Maximum tokens per answer (default: half of the model's context)."""
     seed: SampleSeed | None = None
-    """Of the samples (default: other ones each time)."""
+    """Random seed (default: a new seed per start)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(PluginOptions, RankOptions):
-    """With whom you talk, and how it answers."""
+    """Model and sampling for a chat."""
 
     target: AnyTarget
     system: Annotated[str, Flag(value="TEXT")] = ""
-    """System prompt, which goes before the conversation."""
+    """System prompt before the conversation."""
     sampling: ChatSampling = field(default_factory=ChatSampling)
     model: Annotated[str | None, Flag(value="NAME")] = None
-    """The model's name at an address that has several."""
+    """Model name at an endpoint that serves several models."""
     api_key_env: Annotated[str, Flag(value="VARIABLE")] = ""
-    """Variable of the environment with the key of an address."""
+    """Environment variable with the endpoint's API key."""
     max_length: AtLeastOne | None = None
-    """Tokens of the longest conversation with its answer (default: as the model takes, up to 8,192)."""
+    """Maximum tokens in the conversation, including the answer (default: the model's limit, up to 8,192)."""
 
     def problems(self) -> list[SettingsProblem]:
         if not self.target:
-            return [SettingsProblem(ProblemCode.TYPE, "target", "is empty, where a model is to be named")]
+            return [SettingsProblem(ProblemCode.TYPE, "target", "is empty; must name a model")]
         return (list(find_address_problems("target", self.target.rstrip("/"), "--api-key-env"))
                 if is_url(self.target) else [])
 
 
 def chat(options: ChatOptions) -> int:
-    """Answer lines of the standard input until it ends."""
+    """Answer lines from standard input until it ends."""
     if not is_url(options.target):
         check_model_path(Path(options.target))
         check_model_folder(Path(options.target))
@@ -84,7 +84,7 @@ CHAT = DeclaredCommand(ChatOptions, chat)
 def _choose_max_tokens(options: ChatOptions, model: ChatModel) -> dict[str, int]:
     if options.sampling.max_tokens is not None:
         return {"max_tokens": options.sampling.max_tokens}
-    # the other half of the context is for the conversation
+    # the second half of the context is for the conversation
     return {} if model.context_tokens is None else {"max_tokens": max(1, model.context_tokens // 2)}
 
 
@@ -118,8 +118,7 @@ class Terminal:
             with contextlib.suppress(ImportError):
                 # makes the line of `input` editable
                 import readline  # noqa: F401  # missing in some builds of Python
-            self.note(f"{self._session.model.name}: ask something, "
-                      "/help shows what else can be typed, Ctrl-D ends")
+            self.note(f"{self._session.model.name}: type a message; /help lists commands, Ctrl-D ends")
         for line in self._read_messages():
             if not line.strip():
                 continue
@@ -158,8 +157,8 @@ class Terminal:
 
     def _get_command(self, name: str) -> Callable[[], None]:
         if name not in self._commands:
-            raise UserError(f"/{name}: does not exist{suggest_name(name, self._commands)}; /help shows what "
-                            "does")
+            raise UserError(f"/{name}: does not exist{suggest_name(name, self._commands)}; /help lists the "
+                            "commands")
         return self._commands[name]
 
     def _answer(self, text: str) -> None:
@@ -169,9 +168,9 @@ class Terminal:
             session.ask(text, self)
             self._end_line()
             if not session.turns or session.turns[-1].user != text:
-                self.note("the model has ended its answer without a word")
+                self.note("the model returned an empty answer")
             elif not session.turns[-1].is_whole:
-                self.note("the answer is cut at the longest that it may be (--max-new-tokens)")
+                self.note("the answer is truncated at --max-new-tokens")
         except KeyboardInterrupt:
             self._end_line()
             self.note("stopped")
@@ -206,7 +205,7 @@ class Terminal:
     def _show_thoughts(self) -> None:
         turns = self._session.turns
         if not turns:
-            raise UserError("the chat has no turn yet; ask something first, then use /think")
+            raise UserError("the chat has no turns yet; type a message first")
         self.note(_join_thoughts(turns[-1]) or f"{self._session.model.name} has written no thoughts")
 
 

@@ -1,15 +1,15 @@
-"""Runs the actions of `megatron-sov codec`."""
+"""Runs the `megatron-sov codec` actions."""
 
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.commands.models.codec import (
-    OWN_OPTIONS, CodecImportOptions, CodecInspectOptions, ReconstructOptions)
+    KIND_OPTIONS, CodecImportOptions, CodecInspectOptions, ReconstructOptions)
 from megatron_sov.omni.codecs.folder import describe_codec
 from megatron_sov.omni.codecs.published import import_codec
 from megatron_sov.omni.generation.reconstruction import reconstruct_media
 
 
 def import_files(options: CodecImportOptions) -> None:
-    values = {argument: getattr(options, name) for name, (argument, _) in OWN_OPTIONS.items()}
+    values = {argument: getattr(options, name) for name, (argument, _) in KIND_OPTIONS.items()}
     arguments = {argument: value for argument, value in values.items() if value is not None}
     import_codec(options.kind, options.source, options.output, overwrite=options.overwrite, **arguments)
     print(f"wrote codec {options.output}")

@@ -1,9 +1,8 @@
-"""Options and checks of the actions of `megatron-sov convert`."""
+"""Options and checks for the `megatron-sov convert` actions."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,8 +10,7 @@ from annotated_types import Gt, Le
 
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.outputs import check_output
-from megatron_sov.base.settings import (
-    Actions, AtLeastOne, DeclaredCommand, Flag, add_actions, parse_nested, run_action)
+from megatron_sov.base.settings import ActionGroup, AtLeastOne, DeclaredCommand, Flag, parse_nested
 from megatron_sov.commands.shared_options import (
     CheckpointOut, CheckpointPath, OverwriteOptions, RecordOptions, RedoOptions)
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
@@ -29,29 +27,29 @@ DtypeName = Literal["keep", "float32", "bfloat16", "float16", "float64"]
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenOptions(PluginOptions, OverwriteOptions):
-    """Options of actions that write."""
+    """Options for actions that write."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersOptions:
-    """Parallelism of conversions."""
+    """Parallelism for conversions."""
 
     workers: AtLeastOne = DEFAULT_WORKERS
-    """Files at a time, each with two tensors in memory."""
+    """Files processed at a time; a file holds two tensors in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions(WrittenOptions, WorkersOptions, RedoOptions):
-    """Options of conversions of whole models."""
+    """Options for conversions of whole models."""
 
     dtype: Annotated[DtypeName, Flag(value="D")] = "keep"
-    """Dtype of the written weights: float32, bfloat16, float16, float64, or keep: that of the source; to-hf
-    then writes float32 for float64 and for an adapter."""
+    """Dtype of the written weights: float32, bfloat16, float16, float64, or keep (the source's dtype). With
+    keep, to-hf writes float32 for float64 and for an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FromHfOptions(ConversionOptions):
-    """Write a Hugging Face folder as a checkpoint that any layout can load."""
+    """Convert a Hugging Face folder to a checkpoint that loads at any layout."""
 
     hf_dir: Annotated[Path, Flag("HF_DIR")]
     """Folder with config.json and safetensors files."""
@@ -60,7 +58,7 @@ class FromHfOptions(ConversionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ToHfOptions(ConversionOptions):
-    """Write a checkpoint as a Hugging Face folder."""
+    """Convert a checkpoint to a Hugging Face folder."""
 
     checkpoint: CheckpointPath
     out: Annotated[Path, Flag("OUT")]
@@ -71,79 +69,79 @@ class ToHfOptions(ConversionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FromMegatronOptions(ConversionOptions):
-    """Write a torch_dist checkpoint of Megatron-LM, Megatron-Bridge or NeMo as one that any layout can
-    load."""
+    """Convert a torch_dist checkpoint from Megatron-LM, Megatron-Bridge or NeMo to a checkpoint that loads at
+    any layout."""
 
     megatron_dir: Annotated[Path, Flag("DIR")]
-    """Folder of an iteration (iter_0001000), or the one that holds them."""
+    """Iteration folder (iter_0001000), or its parent folder."""
     out: CheckpointOut
     family: Annotated[str, Flag(value="NAME")] = ""
-    """Family of the model (default: the only one that fits)."""
+    """Model family (default: the single family that fits)."""
     recipe: Annotated[str, Flag(value="RECIPE")] = ""
-    """Take the architecture from a recipe, and not from what the checkpoint says."""
+    """Take the architecture from a recipe instead of the checkpoint."""
     settings: Annotated[tuple[str, ...], Flag("--set", "model.NAME=VALUE")] = ()
-    """A field of the architecture that the checkpoint says wrongly or not at all; may be repeated."""
+    """Architecture field that is missing or wrong in the checkpoint; may be repeated."""
     tokenizer: Annotated[Path | None, Flag(value="DIR")] = None
-    """Folder of its tokenizer, to put beside the weights."""
+    """Tokenizer folder to copy into the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToPeftOptions(WrittenOptions):
-    """Write an adapter's checkpoint as a folder that PEFT loads."""
+    """Convert an adapter checkpoint to a folder that PEFT loads."""
 
     checkpoint: Annotated[Path, Flag("CHECKPOINT")]
-    """Checkpoint of an adapter, or run (its newest one)."""
+    """Adapter checkpoint, or run (newest checkpoint)."""
     out: Annotated[Path, Flag("OUT")]
     """Folder to write."""
     base_name: Annotated[str | None, Flag(value="NAME")] = None
-    """Name or folder of the Hugging Face model that the adapter belongs to, which PEFT's settings then say
-    (default: the name of the folder it was converted from)."""
+    """Name or folder of the adapter's Hugging Face base model, for adapter_config.json (default: the name of
+    the converted folder)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FromPeftOptions(WrittenOptions):
-    """Write a PEFT adapter as a checkpoint, to train on or to merge."""
+    """Convert a PEFT adapter to a checkpoint, for training or merging."""
 
     peft_dir: Annotated[Path, Flag("PEFT_DIR")]
     """Folder with adapter_config.json and adapter_model.safetensors."""
     out: CheckpointOut
     base: Annotated[Path, Flag(value="CHECKPOINT")]
-    """Checkpoint of the model that it belongs to (`convert from-hf` makes one)."""
+    """Checkpoint of the adapter's base model (from `convert from-hf`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AverageOptions(WrittenOptions, WorkersOptions, RedoOptions):
-    """Write the mean of a run's newest checkpoints as a checkpoint."""
+    """Average a run's newest checkpoints."""
 
     run: Annotated[Path, Flag("RUN")]
     """Run folder."""
     out: CheckpointOut
     last: int | None = None
-    """How many of its complete checkpoints (default: all)."""
+    """Number of complete checkpoints (default: all)."""
     from_step: int | None = None
-    """Only checkpoints from this step on."""
+    """Skip checkpoints before this step."""
     to_step: int | None = None
-    """Only checkpoints up to this step."""
+    """Skip checkpoints after this step."""
     weights: AverageKind = "uniform"
-    """What each weighs: the same; 1, 2, 3, ... in their order; or --decay times what the one behind it
-    weighs."""
+    """Checkpoint weights. uniform: equal; linear: 1, 2, 3, ... in step order; ema: --decay times the next
+    checkpoint's weight."""
     decay: Annotated[float, Gt(0), Le(1), Flag(value="D")] = 0.5
-    """Of --weights ema."""
+    """Decay for --weights ema."""
     workers: AtLeastOne = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(PluginOptions, RankOptions, WorkersOptions, RecordOptions):
-    """Compare two models, checkpoint or Hugging Face folder each; exit code 3 where they differ."""
+    """Compare two models (checkpoints or Hugging Face folders); exit code 3 if they differ."""
 
     a: Annotated[Path, Flag("A")]
-    """The one."""
+    """First model."""
     b: Annotated[Path, Flag("B")]
-    """The other."""
+    """Second model."""
     no_load: bool = False
     """Compare files alone: load and run no model (saves memory)."""
     lengths: Annotated[tuple[AtLeastOne, ...], Flag(many=True)] = (1, 7, 64, 200)
-    """Tokens of the random prompts that both sides are run on."""
+    """Token counts of the random prompts for both models."""
     card: Annotated[Path | None, Flag(value="FILE")] = None
     """Also write a verification card, e.g. OUT.verification.json."""
 
@@ -153,20 +151,20 @@ class ConvertInspectOptions(PluginOptions):
     """Show a checkpoint's or Hugging Face folder's architecture, parameters and dtypes."""
 
     a: Annotated[Path, Flag("A")]
-    """What is shown."""
+    """Checkpoint, run or Hugging Face folder."""
     json: bool = False
-    """Print as JSON."""
+    """Print JSON."""
 
 
 @dataclass(frozen=True)
 class MegatronImport:
-    """Checked input of `convert_run.import_megatron`."""
+    """Checked input for `convert_run.import_megatron`."""
 
     options: FromMegatronOptions
     family: str
-    """"": the only family that fits."""
+    """"": the single family that fits."""
     overrides: dict[str, Any]
-    """Fields of `ModelConfig`."""
+    """`ModelConfig` fields."""
 
 
 OptionsT = TypeVar("OptionsT", bound=PluginOptions)
@@ -174,7 +172,7 @@ OptionsT = TypeVar("OptionsT", bound=PluginOptions)
 
 def _check_paths(*names: str, kinds: tuple[str, ...] = (), expected: str = ""
                  ) -> Callable[[OptionsT], OptionsT]:
-    """Return a check that loads --plugin, and refuses missing models and models of other `kinds`.
+    """Return a check that loads --plugin, and refuses missing models and models outside `kinds`.
 
     Args:
         names: option fields with paths of models.
@@ -202,7 +200,7 @@ def _check_from_megatron(options: FromMegatronOptions) -> MegatronImport:
         family = family or recipe_family
         overrides = model | overrides
     if options.tokenizer is not None and not (options.tokenizer / "tokenizer.json").is_file():
-        raise UserError(f"--tokenizer {options.tokenizer}: has no tokenizer.json; name a tokenizer's folder")
+        raise UserError(f"--tokenizer {options.tokenizer}: has no tokenizer.json; pass a tokenizer folder")
     return MegatronImport(options, family, overrides)
 
 
@@ -212,22 +210,22 @@ def _check_verify(options: VerifyOptions) -> VerifyOptions:
 
 
 def parse_model_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """Parse `--set model.NAME=VALUE` to fields of `ModelConfig`.
+    """Parse `--set model.NAME=VALUE` to `ModelConfig` fields.
 
     Raises:
         UserError: a name that is no field of the architecture.
     """
-    known = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "family"]
+    field_names = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "family"]
     parsed = parse_nested(settings)
     values = parsed.pop("model", {})
-    for name in [*parsed, *(f"model.{name}" for name in values if name not in known)]:
-        instead = suggest_name(name.removeprefix("model."), known, "model.")
-        raise UserError(f"--set {name}: is no field of the architecture{instead}; fields are "
-                        "model.num_layers and the like")
+    for name in [*parsed, *(f"model.{name}" for name in values if name not in field_names)]:
+        instead = suggest_name(name.removeprefix("model."), field_names, "model.")
+        raise UserError(f"--set {name}: is not an architecture field{instead}; fields are model.num_layers "
+                        "and the like")
     return dict(values)
 
 
-ACTIONS: Actions = {
+CONVERT = ActionGroup({
     "from-hf": DeclaredCommand(
         FromHfOptions, _check_paths("hf_dir", kinds=(HF_MODEL,), expected="a Hugging Face folder"),
         f"{RUN_MODULE}:import_hf"),
@@ -242,6 +240,4 @@ ACTIONS: Actions = {
     "average": DeclaredCommand(AverageOptions, _check_paths(), f"{RUN_MODULE}:average_checkpoints"),
     "verify": DeclaredCommand(VerifyOptions, _check_verify,
                               "megatron_sov.commands.models.verify_run:verify_models"),
-    "inspect": DeclaredCommand(ConvertInspectOptions, _check_paths("a"), f"{RUN_MODULE}:show_weights")}
-add_arguments = partial(add_actions, actions=ACTIONS)
-run = partial(run_action, ACTIONS)
+    "inspect": DeclaredCommand(ConvertInspectOptions, _check_paths("a"), f"{RUN_MODULE}:show_weights")})

@@ -1,4 +1,4 @@
-"""Runs the actions of `megatron-sov convert` that write or show weights."""
+"""Runs the `megatron-sov convert` actions that write or show weights."""
 
 import dataclasses
 import math
@@ -37,10 +37,10 @@ def import_megatron(request: MegatronImport) -> None:
     iteration = "" if result.iteration is None else f", iteration {result.iteration}"
     print(f"wrote checkpoint {options.out}: a model of family {result.model.family}{iteration}")
     if result.num_padded_rows:
-        print(f"left out {result.num_padded_rows} rows of the vocabulary's matrices that stand behind the "
+        print(f"left out {result.num_padded_rows} padding rows of the vocabulary's matrices, after the "
               f"{result.model.vocab_size} token ids")
     if result.num_optimizer_tensors:
-        print(f"left out {result.num_optimizer_tensors} tensors of the optimizer, which begins anew")
+        print(f"left out {result.num_optimizer_tensors} optimizer tensors; the optimizer starts from zero")
 
 
 def export_peft(options: ToPeftOptions) -> None:
@@ -73,7 +73,7 @@ def show_weights(options: ConvertInspectOptions) -> None:
 
 
 def _describe_weights(path: Path) -> dict[str, Any]:
-    """Describe weights by the headers of their files."""
+    """Describe weights by their file headers."""
     weights = open_weights(path)
     dtypes: dict[str, int] = {}
     size_bytes = 0

@@ -1,4 +1,4 @@
-"""Options and checks of `megatron-sov generate TARGET --prompt TEXT ...`."""
+"""Options and checks for `megatron-sov generate TARGET --prompt TEXT ...`."""
 
 import os
 from dataclasses import dataclass, field
@@ -24,25 +24,25 @@ from megatron_sov.runs.folder import RunEvents
 
 @dataclass(frozen=True, kw_only=True)
 class CodecsOptions:
-    """Codecs of pictures and sounds."""
+    """Codecs for pictures and sounds."""
 
     image_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that its pictures were encoded with, to show it some."""
+    """Codec that encodes prompt pictures; the codec of the model's training data."""
     audio_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that its sounds were encoded with, to let it hear some."""
+    """Codec that encodes prompt sounds; the codec of the model's training data."""
     image_decoder: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that makes pictures of its tokens (vqmodel, janus-vq)."""
+    """Codec that decodes generated picture tokens (vqmodel, janus-vq)."""
     vocoder: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that makes sounds of its tokens (mimi, dac)."""
+    """Codec that decodes generated sound tokens (mimi, dac)."""
     no_features: bool = False
-    """Show discrete tokens alone, also to a model that has learned from features of its encoders."""
+    """Encode media as discrete tokens only, also for a model trained with encoder features."""
     max_audio_tokens: NotNegativeInt = 0
-    """Longest speech of a reply, in its tokens (default: the reply's length)."""
+    """Maximum speech tokens per reply (default: the reply's length)."""
 
 
 @dataclass(frozen=True)
 class ReplySampling(WholeSampling):
-    """Sampling of replies."""
+    """Sampling settings for replies."""
 
     max_new_tokens: AtLeastOne = 1024
     """Longest reply."""
@@ -54,36 +54,36 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
 
     target: ModelPath
     prompt: tuple[str, ...] = ()
-    """Text to continue; repeat it."""
+    """Text to continue; may be repeated."""
     prompts: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
     """Lines with "prompt" and, if wanted, "target"."""
     chat: bool = False
-    """Frame each prompt as a user's message by the chat template."""
+    """Format prompts as user messages with the chat template."""
     sampling: Sampling = field(default_factory=Sampling)
     samples: AtLeastOne = 1
-    """Continuations of each prompt, with --temperature above 0."""
+    """Continuations per prompt; more than one needs --temperature above 0."""
     stop: tuple[Annotated[str, MinLen(1)], ...] = ()
-    """Text that ends a continuation; repeat it."""
+    """Text that ends a continuation; may be repeated."""
     image: Annotated[tuple[Path, ...], Flag(value="FILE")] = ()
-    """Show it a picture before the prompt; repeat it."""
+    """Picture before the prompt; may be repeated."""
     audio: Annotated[tuple[Path, ...], Flag(value="FILE")] = ()
-    """Let it hear a sound before the prompt; repeat it."""
+    """Sound before the prompt; may be repeated."""
     out_image: Annotated[Path | None, Flag(value="DIR")] = None
-    """Let it draw, and write pictures there."""
+    """Generate pictures, and write them to this folder."""
     out_audio: Annotated[Path | None, Flag(value="DIR")] = None
-    """Let it speak, and write sounds there."""
+    """Generate sounds, and write them to this folder."""
     batching: Batching = field(default_factory=Batching)
     engine: ChosenEngine = None
     run: Annotated[Path | None, Flag(value="DIR")] = None
-    """Also add the texts to this run's events, for its report."""
+    """Also record the texts in DIR/events.jsonl, for the run's report."""
     output: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
-    """Write a line for each continuation, the prompt's fields and `response`, as `megatron-sov score` reads
-    them, and print nothing."""
+    """Write a JSONL row per continuation (the prompt's fields and `response`, the input of `megatron-sov
+    score`) instead of printing."""
     json: bool = False
-    """Print the texts and tokens as JSON."""
+    """Print texts and tokens as JSON."""
     logprobs: bool = False
-    """With --json: also each token's log-probability, the temperature it belongs to, and what ended the
-    text."""
+    """With --json: also print log-probabilities per token, the temperature that they belong to, and finish
+    reasons."""
 
     @property
     def has_media(self) -> bool:
@@ -94,13 +94,13 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
         return self._media_problems() if self.has_media else self._text_problems()
 
     def _text_problems(self) -> list[SettingsProblem]:
-        temperature = f"is of use with --temperature above 0, and it is {self.sampling.temperature:g}"
+        temperature = f"needs --temperature above 0, which is {self.sampling.temperature:g}"
         rules = [(self.samples > 1 and not self.sampling.temperature, "samples", self.samples, temperature,
                   "add --temperature 1"),
-                 (self.output is not None and self.json, "output", self.output, "goes without --json",
-                  "leave one of them out"),
-                 (self.logprobs and not self.json, "logprobs", UNSET, "goes with --json", "add it"),
-                 *((os.path.isfile(text), "prompt", text, "names a file, whose name would be continued",
+                 (self.output is not None and self.json, "output", self.output, "excludes --json",
+                  "leave one out"),
+                 (self.logprobs and not self.json, "logprobs", UNSET, "needs --json", "add it"),
+                 *((os.path.isfile(text), "prompt", text, "is the name of a file, not a text",
                     f"pass --prompts {text}, lines of JSON with \"prompt\"") for text in self.prompt)]
         return [SettingsProblem(ProblemCode.RULE, key, rule, value, fix)
                 for is_broken, key, value, rule, fix in rules if is_broken]
@@ -109,31 +109,31 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
         text_options = {"prompts": self.prompts, "sampling.num_drafts": self.sampling.num_drafts,
                         "output": self.output, "samples": self.samples if self.samples > 1 else None,
                         "stop": self.stop, "logprobs": self.logprobs, "run": self.run}
-        problems = [SettingsProblem(ProblemCode.RULE, key, "does not go with media", UNSET,
-                                    "leave it out (`eval media` asks many prompts)")
+        problems = [SettingsProblem(ProblemCode.RULE, key, "is not supported with media", UNSET,
+                                    "leave it out (`eval media` reads many prompts)")
                     for key, value in text_options.items() if value]
         if self.engine not in (None, MEGATRON):
-            problems.append(SettingsProblem(ProblemCode.RULE, "engine", "does not keep blocks of media whole",
+            problems.append(SettingsProblem(ProblemCode.RULE, "engine", "cannot enforce whole media blocks",
                                             self.engine, f"use {MEGATRON}"))
         if not (self.prompt or self.image or self.audio):
-            problems.append(SettingsProblem(ProblemCode.MISSING, "", "there is nothing to answer",
+            problems.append(SettingsProblem(ProblemCode.MISSING, "", "the prompt is empty",
                                             way_out="pass --prompt TEXT, --image FILE or --audio FILE"))
         return problems
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Checked input of `generate_run.generate_texts`."""
+    """Checked input for `generate_run.generate_texts`."""
 
     options: GenerateOptions
     prompts: list[ModelPrompt]
-    """Each prompt `options.samples` times, because each continuation has its own random numbers."""
+    """Every prompt `options.samples` times, because continuations have separate random numbers."""
     events: RunEvents
 
 
 @dataclass(frozen=True)
 class MediaRequest:
-    """Checked input of `generate_media_run.generate_media`."""
+    """Checked input for `generate_media_run.generate_media`."""
 
     options: GenerateOptions
     root: Path
@@ -177,14 +177,14 @@ def check_decoders(options: CodecsOptions, output_folders: dict[str, Path]) -> N
     for kind, option, codec in ((IMAGE, "--image-decoder", options.image_decoder),
                                 (AUDIO, "--vocoder", options.vocoder)):
         if kind in output_folders and codec is None:
-            raise UserError(f"--out-{kind} {output_folders[kind]}: needs {option} CODEC, which makes files "
-                            "of tokens")
+            raise UserError(f"--out-{kind} {output_folders[kind]}: needs {option} CODEC, which decodes "
+                            "tokens to files")
 
 
 def _find_common_folder(files: list[Path]) -> Path:
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file}: is no file; name a picture or a sound")
+            raise UserError(f"{file}: is not a file; pass a picture or a sound")
     if not files:
         return Path(os.getcwd())
     # links stay unresolved: the reader follows links and refuses targets outside the folder

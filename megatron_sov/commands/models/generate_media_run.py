@@ -11,7 +11,7 @@ from megatron_sov.omni.generation.replies import MediaDecoders, MediaGeneration,
 
 
 def generate_media(request: MediaRequest) -> None:
-    """Answer each prompt, preceded by all media of the command line; print texts and paths of files.
+    """Answer every prompt, preceded by the media from the command line; print texts and file paths.
 
     Raises:
         UserError: a missing codec; see `generate_replies`.
@@ -39,7 +39,7 @@ def generate_media(request: MediaRequest) -> None:
         for file in (*reply.media.pictures, *reply.media.sounds):
             print(f"wrote {file}")
         if reply.media.num_broken:
-            print(f"{reply.media.num_broken} pictures broke off; raise --max-new-tokens")
+            print(f"{reply.media.num_broken} pictures are incomplete; raise --max-new-tokens")
 
 
 def build_prompt_media_encoder(options: CodecsOptions, root: Path) -> PromptMediaEncoder:

@@ -35,7 +35,7 @@ def generate_texts(request: GenerateRequest) -> None:
 
 def _generate(options: GenerateOptions, target: Target, encoded: EncodedPrompts,
               stop: StopRule) -> GenerationResult | None:
-    """Generate with the chosen engine; None on ranks after the first."""
+    """Generate with the chosen engine; None except on rank 0."""
     sampling = options.sampling
     longest = encoded.longest + sampling.max_new_tokens
     engine_name = options.engine or choose_engine(target)
@@ -69,8 +69,8 @@ def _print_texts(options: GenerateOptions, prompts: list[ModelPrompt], texts: li
         return
     for prompt, text in zip(prompts, texts, strict=True):
         # a chat response does not continue the prompt's sentence: print the roles
-        shown = f"user: {prompt.text}\nassistant: {text}" if options.chat else f"{prompt.text}{text}"
+        line = f"user: {prompt.text}\nassistant: {text}" if options.chat else f"{prompt.text}{text}"
         # a terminal executes control characters; files and pipes receive the text unchanged
         if sys.stdout.isatty():
-            shown = escape_controls(shown)
-        print(f"{shown}\n" if len(prompts) > 1 else shown)
+            line = escape_controls(line)
+        print(f"{line}\n" if len(prompts) > 1 else line)

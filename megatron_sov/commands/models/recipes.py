@@ -20,29 +20,29 @@ from megatron_sov.model.recipes.sources import (
     Sources, ValueSource, derive_sources, label_changes, list_settings)
 
 TINY = "tiny-"
-"""Prefix of recipes that train on a laptop."""
+"""Prefix for recipes that train on a laptop."""
 JOBS = {"lm": "pretrain", "extend": "extend the context", "sft": "fine-tune", "distill": "distill",
         "preference": "learn from preferences", "policy": "reinforcement learning"}
-"""Objective, or `extend` -> heading in the list of recipes."""
+"""Objective, or `extend` -> heading in the list."""
 USER_VALUE = ValueSource("yours", "--config or --set")
 KINDS = {"L": "sliding", "D": "linear", "G": "global"}
-"""Letter of `attention_pattern` -> name of the attention."""
+"""Letter in `attention_pattern` -> attention name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipesOptions(RecipeOptions):
-    """List the recipes, or print one with every setting and its source."""
+    """List the recipes, or print a recipe's settings with their sources."""
 
     json: Annotated[bool, excludes_field("yaml")] = False
     """Print RECIPE's settings as JSON, without sources."""
     yaml: bool = False
-    """Print RECIPE's settings as YAML that --config takes: change what you like, and leave out the rest."""
+    """Print RECIPE's settings as YAML for --config; you may change values and omit unchanged settings."""
     tiny: bool = False
     """List the recipes for a laptop: the same structures with a few million parameters."""
 
 
 def show_recipes(options: RecipesOptions) -> int:
-    """Print the list of recipes, families and objectives, or the settings of one recipe with their sources.
+    """Print recipes, families and objectives, or the settings of one recipe with their sources.
 
     Raises:
         UserError: an unknown recipe or setting, or --set, --json or --yaml without a recipe.
@@ -51,7 +51,7 @@ def show_recipes(options: RecipesOptions) -> int:
         for option, is_set in (("--json", options.json), ("--yaml", options.yaml),
                                (f"--set {''.join(options.settings[:1])}", options.settings)):
             if is_set:
-                raise UserError(f"{option}: needs a recipe; name one of {', '.join(recipes.names())}")
+                raise UserError(f"{option}: needs a recipe; pass one of {', '.join(recipes.names())}")
         load_plugins(options.plugins)
         print(format_recipe_list(options.tiny))
         return ExitCode.OK
@@ -71,7 +71,7 @@ RECIPES = DeclaredCommand(RecipesOptions, show_recipes)
 
 
 def _derive_sources(name: str, base: RunConfig, config: RunConfig) -> Sources:
-    """Return the source of each value: the recipe, or --config and --set for changed values."""
+    """Return the source of every value: the recipe, or --config and --set for changed values."""
     try:
         sources, before = ({}, base) if is_reference(name) else (recipes.sources(name), recipes.get(name))
     except UserError:  # config.json of a run with an unknown recipe
@@ -103,8 +103,8 @@ def format_recipe_list(tiny: bool = False) -> str:
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
         lines += ["", "from files:",
                   *(f"  {name:<{widths[0]}}  {origin:<{widths[1]}}  {text}" for name, origin, text in rows)]
-    more = "without --tiny: the recipes of whole models" if tiny else (
-        f"--tiny: {len(recipes.names()) - len(configs)} recipes of the same structures for a laptop")
+    more = "without --tiny: recipes at full size" if tiny else (
+        f"--tiny: {len(recipes.names()) - len(configs)} recipes with the same structures for a laptop")
     return "\n".join([*lines, "", more])
 
 
@@ -113,7 +113,7 @@ def _get_job(config: RunConfig) -> str:
 
 
 def _try_summary(name: str) -> str:
-    """Format a plugin's recipe, or its error: a broken plugin must not hide the others."""
+    """Format a plugin's recipe, or its error: a broken plugin must not hide working plugins."""
     try:
         return format_recipe_summary(recipes.get(name))
     except UserError as e:
@@ -121,7 +121,7 @@ def _try_summary(name: str) -> str:
 
 
 def format_settings(config: RunConfig, sources: Sources) -> str:
-    """Format one line per setting: name, value, kind and location of its source."""
+    """Format a line per setting: name, value, kind and location of the source."""
     settings = list_settings(config, sources)
     values = [json.dumps(s.value, ensure_ascii=False) for s in settings]
     width, value_width = max(len(s.key) for s in settings), max(map(len, values))

@@ -1,4 +1,4 @@
-"""Options and checks of `megatron-sov serve TARGET`."""
+"""Options and checks for `megatron-sov serve TARGET`."""
 
 import dataclasses
 import importlib.util
@@ -22,42 +22,42 @@ from megatron_sov.serve.settings import ServeSettings
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(PluginOptions, RankOptions):
-    """Which model is served, how it is split over this machine's processes, and to whom."""
+    """Model, layout and network address for `megatron-sov serve`."""
 
     target: ModelPath
     serving: ServeSettings = field(default_factory=ServeSettings)
     name: Annotated[str | None, Flag(value="MODEL")] = None
-    """The model's name in requests (default: that of the folder)."""
+    """Model name in requests (default: the folder's name)."""
     api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
-    """Variable of the environment with the key that requests must bring."""
+    """Environment variable with the API key that requests must send."""
 
     @property
     def model_name(self) -> str:
-        # as it is typed: a link has a name of its own
+        # not resolved: the name of a link counts
         return os.path.basename(os.path.abspath(self.target)) if self.name is None else self.name
 
     def problems(self) -> list[SettingsProblem]:
-        """Return a name that no request can say, and what would leave the model open to all."""
-        found, name = [], self.model_name
+        """Return problems with the model name, and with an open port without an API key."""
+        violations, name = [], self.model_name
         if not self.serving.is_local and self.api_key_env is None:
-            found.append(SettingsProblem(
-                ProblemCode.RULE, "serving.host", "others than this machine reach it, and would need no key",
-                self.serving.host, "name an environment variable that holds one with --api-key-env, or take "
-                "127.0.0.1", fix=Fix(options=("--host", "127.0.0.1"))))
+            violations.append(SettingsProblem(
+                ProblemCode.RULE, "serving.host", "is reachable from other machines without an API key",
+                self.serving.host, "pass --api-key-env VARIABLE, or use 127.0.0.1",
+                fix=Fix(options=("--host", "127.0.0.1"))))
         if not (name.strip() and name.isprintable() and len(name) <= 200):
-            found.append(SettingsProblem(ProblemCode.BOUND, "name", "must be 1 to 200 printable characters",
-                                         name))
-        return found
+            violations.append(SettingsProblem(ProblemCode.BOUND, "name",
+                                              "must be 1 to 200 printable characters", name))
+        return violations
 
 
 @dataclass(frozen=True)
 class ServeRequest:
-    """Checked input of `serve_run.serve_target`."""
+    """Checked input for `serve_run.serve_target`."""
 
     target: Path
     settings: ServeSettings
     changes: tuple[str, ...]
-    """`--set` of the engine."""
+    """`--set` values for the engine."""
     nproc: int | None
 
 
@@ -71,20 +71,21 @@ def check_serve(options: ServeOptions) -> ServeRequest:
     _refuse_layout(options)
     check_output("--address-file", settings.address_file)
     if importlib.util.find_spec("aiohttp") is None:
-        raise UserError("aiohttp, which speaks HTTP, is not installed for this Python; "
+        raise UserError("aiohttp, the HTTP server, is not installed for this Python; "
                         f"{format_install_command('serve')}")
     return ServeRequest(options.target, settings, options.settings, options.nproc)
 
 
 def _refuse_layout(options: ServeOptions) -> None:
-    """Raise `UserError` for processes and settings of our own decoder, which does not run Hugging Face
-    folders."""
-    given = [f"--nproc {options.nproc}"] if options.nproc is not None else []
-    given += [f"--set {one}" for one in options.settings if one.partition("=")[0] != PRECISION_KEY]
-    if is_hf_folder(options.target) and (given or num_ranks(options.nproc) > 1):
-        raise UserError(f"{', '.join(given) or 'several processes'}: {options.target} is a Hugging Face "
-                        "folder, which transformers runs in one process; leave it out, or serve a checkpoint "
-                        "that `megatron-sov convert from-hf` makes of it", Fix(left_out=tuple(given)))
+    """Raise `UserError` for processes and settings that transformers ignores, if TARGET is a Hugging Face
+    folder."""
+    refused_words = [f"--nproc {options.nproc}"] if options.nproc is not None else []
+    refused_words += [f"--set {setting}" for setting in options.settings
+                      if setting.partition("=")[0] != PRECISION_KEY]
+    if is_hf_folder(options.target) and (refused_words or num_ranks(options.nproc) > 1):
+        raise UserError(f"{', '.join(refused_words) or 'several processes'}: {options.target} is a Hugging "
+                        "Face folder, which transformers runs in one process; leave it out, or serve a "
+                        "checkpoint from `megatron-sov convert from-hf`", Fix(left_out=tuple(refused_words)))
 
 
 SERVE = DeclaredCommand(ServeOptions, check_serve, "megatron_sov.commands.models.serve_run:serve_target")
@@ -96,6 +97,6 @@ def _read_api_key(variable: str | None) -> str:
         return ""
     key = os.environ.get(variable, "")
     if not key.strip() or not key.isascii() or not key.isprintable():
-        raise UserError(f"--api-key-env {variable}: the environment has no key there; set it to ASCII "
-                        "characters without line breaks, which no command line shows")
+        raise UserError(f"--api-key-env {variable}: the variable is unset or invalid; set it to printable "
+                        "ASCII characters")
     return key

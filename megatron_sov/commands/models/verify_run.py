@@ -14,7 +14,7 @@ from megatron_sov.runs.launch_environment import is_first_rank
 def verify_models(options: VerifyOptions) -> int:
     """Compare two models and return exit code 3 if they differ."""
     events = RunEvents(options.run)
-    # Logits first: ranks fork from this process, which must not have started threads yet.
+    # logits first: ranks fork from this process, before it starts threads
     if options.no_load:
         logits = LogitsProof([], {"not compared": "--no-load"})
     else:

@@ -1,1 +1,1 @@
-"""Commands that run, watch and price runs."""
+"""Commands that start, monitor and price runs."""

@@ -1,4 +1,4 @@
-"""Options and checks for `megatron-sov rl run`: one command generates, judges and trains all rounds."""
+"""Options and checks for `megatron-sov rl run`, which generates, judges and trains all rounds."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ RunEngine = Literal["megatron", "vllm"]
 
 @dataclass(frozen=True, kw_only=True)
 class RlRunOptions(RoundsOptions, SamplingOptions, JudgeOptions, ServerOptions):
-    """Train in rounds in which the model writes its responses itself."""
+    """Train in rounds whose responses the trained model generates."""
 
-    engine: Annotated[RunEngine, Flag(help="Engine that writes: the model that learns, or servers, which get "
-                                           "its weights in each round")] = MEGATRON
+    engine: Annotated[RunEngine, Flag(help="Engine that generates: the trained model itself, or servers, "
+                                           "which receive its weights every round")] = MEGATRON
     engine_set: Annotated[tuple[str, ...], Flag(ENGINE_SET, "key=value")] = ()
     """Servers, e.g. servers=2 or tp=8 (engine vllm)."""
 
     def problems(self) -> list[SettingsProblem]:
         if self.engine == MEGATRON and (self.engine_set or self.engine_url or self.engine_python):
-            return [SettingsProblem(ProblemCode.RULE, "engine", "has no servers, and settings of servers are "
-                                    "given", self.engine, "add --engine vllm, or leave them out")]
+            return [SettingsProblem(ProblemCode.RULE, "engine", "has no servers for the server options",
+                                    self.engine, "add --engine vllm, or leave the options out")]
         if self.reward == ENVIRONMENT and self.environment is None:
-            return [SettingsProblem(ProblemCode.RULE, "reward", "takes the rewards of an environment's "
-                                    "episodes, and there is none", self.reward,
+            return [SettingsProblem(ProblemCode.RULE, "reward", "takes its rewards from an environment, and "
+                                                                "--environment is missing", self.reward,
                                     "add --environment, or choose another reward")]
         return []
 
@@ -47,7 +47,7 @@ class CycleRequest:
 
 
 def check_cycle(options: RlRunOptions) -> CycleRequest | int:
-    """Check the options. If the run is complete, print its summary instead."""
+    """Check the options. For a complete run, print the summary instead."""
     if report_completed_run(options):
         return ExitCode.OK
     # checked before anything is written; the first process runs the servers

@@ -41,7 +41,7 @@ def run_cycle(request: CycleRequest) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutBuilder:
-    """Builds the rollouts for training and validation, which share start, environment and servers."""
+    """Builds the rollouts for training and validation with the same start, environment and servers."""
 
     request: CycleRequest
     start: Target
@@ -120,7 +120,7 @@ def _build_servers(request: CycleRequest, start: Target) -> LiveServers | None:
     options, config = request.options, request.rounds.stage.config
     if options.engine == MEGATRON:
         return None
-    # Servers load a Hugging Face folder; a checkpoint of --from is converted for them.
+    # Servers load a Hugging Face folder; a checkpoint in --from is converted.
     return LiveServers(ServerSettings(
         engine=options.engine, start=options.start_from, places=options.places(options.run),
         servers=parse_server_settings(options.engine, options.engine_set, ENGINE_SET),

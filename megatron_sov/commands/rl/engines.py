@@ -15,8 +15,8 @@ from megatron_sov.infer.engine import MEGATRON
 
 @dataclass(frozen=True, kw_only=True)
 class RlEnginesOptions(RlRunOptions):
-    """Keep the servers for an `rl run` on this machine. Takes the arguments of the run, which reaches the
-    servers by its --engine-url."""
+    """Run the engine servers for an `rl run` on other machines. Takes the run's arguments; the run connects
+    with --engine-url."""
 
     port: Annotated[int, Ge(1), Le(65535), Flag(value="N")] = 8000
     """Port of the first server; further servers use the next ports."""
@@ -24,7 +24,7 @@ class RlEnginesOptions(RlRunOptions):
 
 def check_engines(options: RlEnginesOptions) -> RlEnginesOptions:
     if options.engine == MEGATRON:
-        raise UserError(f"--engine {options.engine}: has no servers; add --engine vllm, as the run has it")
+        raise UserError(f"--engine {options.engine}: has no servers; add --engine vllm, as in the run")
     return options
 
 

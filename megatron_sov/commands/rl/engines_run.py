@@ -23,7 +23,8 @@ from megatron_sov.model.pretrained import CONFIG, is_hf_folder
 POLL_S = 1.0
 """Interval between two looks at a server, or at the model's folder."""
 RESTART_S = 10.0
-"""Pause before a restart, in which the trainer notices the failure: it sends its weights to a new server."""
+"""Pause before a restart. Meanwhile the trainer notices the failure, after which it sends its weights to the
+new server."""
 
 
 class RestartableServer(Protocol):
@@ -32,7 +33,7 @@ class RestartableServer(Protocol):
     log: Path
 
     def start(self, should_stop: Callable[[], bool]) -> Any:
-        """Return once the server answers, or None if `should_stop` returned True."""
+        """Return after the server's first answer, or None if `should_stop` returned True."""
         ...
 
     def is_alive(self) -> bool: ...
@@ -74,8 +75,7 @@ def keep_servers(options: RlEnginesOptions) -> None:
 
 def keep_server(server: RestartableServer, address: str, restarts: int, stop: threading.Event, *,
                 poll_s: float = POLL_S, restart_s: float = RESTART_S) -> str:
-    """Keep a server running until `stop` is set; return the reason if it cannot be started, or "".
-    """
+    """Keep a server running until `stop` is set; return the reason if it cannot be started, or ""."""
     num_failures = 0
     try:
         while not stop.is_set():
@@ -85,7 +85,7 @@ def keep_server(server: RestartableServer, address: str, restarts: int, stop: th
                 num_failures += 1
                 if num_failures > restarts:
                     return str(e)
-                warn(f"{e}; it is started again")
+                warn(f"{e}; restarting")
                 stop.wait(restart_s)
                 continue
             if answer is None:
@@ -95,7 +95,7 @@ def keep_server(server: RestartableServer, address: str, restarts: int, stop: th
             while server.is_alive() and not stop.wait(poll_s):
                 pass
             if not stop.is_set():
-                warn(f"{address}: its server has ended (see {server.log}), and is started again")
+                warn(f"{address}: its server has ended (see {server.log}); restarting")
                 stop.wait(restart_s)
         return ""
     finally:
@@ -103,12 +103,12 @@ def keep_server(server: RestartableServer, address: str, restarts: int, stop: th
 
 
 def _wait_for_model(options: RlEnginesOptions, stop: threading.Event) -> Path:
-    """Return the Hugging Face folder that the servers load: --from, or the run's conversion."""
+    """Return the Hugging Face folder for the servers: --from, or the run's conversion."""
     if is_hf_folder(options.start_from):
         return options.start_from
     model = options.run / "engines" / "model"
     if not (model / CONFIG).is_file():
-        print(f"waits for the run to make {model}", file=sys.stderr, flush=True)
+        print(f"waiting until the run writes {model}", file=sys.stderr, flush=True)
     while not (model / CONFIG).is_file() and not stop.wait(POLL_S):
         pass
     return model

@@ -21,19 +21,19 @@ from megatron_sov.runs.folder import FIXED_ROLLOUT_SETTINGS, RunFolder
 
 @dataclass(frozen=True, kw_only=True)
 class RlGenerateOptions(RecipeOptions, PromptOptions, SamplingOptions, EngineOptions, ServerOptions):
-    """Write responses for rounds, by the policies of a run."""
+    """Generate responses for rounds with the policies of a run."""
 
     store: Annotated[Path, Flag(value="DIR", writes=True)]
-    """The rollout store; created if it does not exist."""
+    """Rollout store; created if it does not exist."""
     start_from: Annotated[Path, Flag("--from", "CHECKPOINT|HF_DIR")]
-    """The policy of the first round: the start of `rl train`."""
+    """Policy of the first round: the start of `rl train`."""
     run: Annotated[Path, Flag(value="DIR", may_be_missing=True)]
-    """The run of `rl train`, whose checkpoints are the later policies; it need not be there yet."""
+    """Run folder of `rl train`, whose checkpoints are the later policies; may not exist yet."""
     rounds: Annotated[str | None, Flag(value="A-B")] = None
-    """Rounds to write (default: all in rollout.rounds)."""
+    """Rounds to generate (default: all in rollout.rounds)."""
     wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
-    """How long to wait for a policy, or for pieces that other jobs have claimed (default: only until it is
-    known that these jobs live; the command then ends with 75)."""
+    """Wait at most this long for a policy, or for pieces claimed by running jobs (default: only until the
+    jobs are known to run; the command then exits with 75)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class GenerateRequest:
     rounds: range
     """Rounds to write, from 1."""
     prompts: PromptList
-    """All prompts in --prompts."""
+    """Every prompt in --prompts."""
     environment: EnvironmentRequest | None
 
 
@@ -58,7 +58,7 @@ def check_generate(options: RlGenerateOptions) -> GenerateRequest:
     check_model_path(options.start_from, "--from ")
     prompts = options.read(is_asked=options.environment is None)
     request = request_with_model(options, options.start_from, "policy")
-    # completed as `rl train` completes them, so that both jobs count rounds alike
+    # completed like in `rl train`, so that both jobs count rounds equally
     config = complete_stage(request, request.config(), "policy", None, len(prompts)).config
     rollout = config.rollout
     problems = [*map(str, rollout.problems()), *find_other_settings(options.run, rollout)]
@@ -66,8 +66,8 @@ def check_generate(options: RlGenerateOptions) -> GenerateRequest:
         raise UserError(format_problems("rl generate", problems))
     rounds = choose_rounds(options.rounds, rollout.rounds)
     if 0 < rollout.rounds < rounds[-1]:
-        raise UserError(f"--rounds {options.rounds}: rollout.rounds = {rollout.rounds}, and nobody trains "
-                        "the policy of a later one; name rounds up to it, or raise it here and in `rl train`")
+        raise UserError(f"--rounds {options.rounds}: rollout.rounds = {rollout.rounds}, and no later round "
+                        "is trained; choose rounds up to it, or raise rollout.rounds here and in `rl train`")
     select_round_prompts(prompts, rollout, rounds[0])  # refuses a file with too few prompts
     return GenerateRequest(options, config, rounds, prompts, resolve_environment(options, config))
 
@@ -81,12 +81,12 @@ def choose_rounds(text: str | None, last: int) -> range:
     if text is not None:
         return parse_round_range(text)
     if not last:
-        raise UserError("rollout.rounds = 0: there are no rounds; set it, or name some with --rounds")
+        raise UserError("rollout.rounds = 0: there are no rounds; set it, or pass --rounds")
     return range(1, last + 1)
 
 
 def find_other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
-    """Return a sentence for each setting in `rollout` in which the trainer's run differs.
+    """Return a sentence for every `rollout` setting with another value in the trainer's run.
 
     Both jobs count rounds by these settings: with different values one waits for pieces that the other never
     writes. `rounds`, `max_staleness`, `deadline_s` and `lease_s` may differ, since a resumed run may change
@@ -96,5 +96,5 @@ def find_other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
     if trained is None:
         return []
     return [f"rollout.{name} = {getattr(rollout, name)}: --run {run} trains with "
-            f"{getattr(trained.rollout, name)}; give the same" for name in FIXED_ROLLOUT_SETTINGS
+            f"{getattr(trained.rollout, name)}; use equal values" for name in FIXED_ROLLOUT_SETTINGS
             if getattr(rollout, name) != getattr(trained.rollout, name)]

@@ -35,9 +35,9 @@ def generate_rollouts(request: GenerateRequest) -> int:
     options, config = request.options, request.config
     start = find_target(options.start_from)
     if not (start.path / MANIFEST).is_file():
-        raise UserError(f"--from {options.start_from}: has no {MANIFEST}, by whose hash its responses would "
-                        "be known; make a checkpoint of it with `megatron-sov convert from-hf`")
-    # The store records the digest of the tokenizer, since responses are its token ids.
+        raise UserError(f"--from {options.start_from}: has no {MANIFEST}, whose hash identifies its "
+                        "responses; convert the folder with `megatron-sov convert from-hf`")
+    # The store records the tokenizer's digest, because responses are token ids.
     check_tokenizer(options.start_from, start.tokenizer_folder)
     engine = _build_engine_settings(request, start)
     source, unused = build_rollout_source(options, config, request.prompts, start, engine_name=engine.name,
@@ -48,7 +48,7 @@ def generate_rollouts(request: GenerateRequest) -> int:
     initial_policy = build_start_policy(start.path)
 
     def write_rounds(engine: Engine, load_policy: LoadPolicy) -> dict[str, Any]:
-        # One process creates the store before the others open it.
+        # Rank 0 creates the store before further ranks open it.
         run_on_first(lambda: write_unused_rows(settings.open().path, unused))
         queue = _build_queue(request, settings.open(), prompts, source, start)
         if isinstance(engine, ServerEngine):
@@ -57,7 +57,7 @@ def generate_rollouts(request: GenerateRequest) -> int:
         return write_batches(engine, source, queue, loaded=initial_policy, load_policy=load_policy)
 
     summary = run_policies(engine, start, write_rounds)
-    if summary is None:  # a process other than the first
+    if summary is None:  # not rank 0
         return ExitCode.OK
     return _report_summary(options, request.rounds, summary)
 
@@ -68,8 +68,8 @@ def _build_engine_settings(request: GenerateRequest, start: Target) -> EngineSet
     check_engine(name, start, options.engine_set, options.nproc, ENGINE_SET)
     check_sequence_length(rollout, environment, start)
     if rollout.deadline_s and name not in (MEGATRON, *SERVER_ENGINES) and environment is None:
-        raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot be stopped in "
-                        f"the middle of a response; use --engine {MEGATRON}, or set it to 0")
+        raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot stop within a "
+                        f"response; use --engine {MEGATRON}, or set it to 0")
     places = options.places(options.run) if name in SERVER_ENGINES else None
     return EngineSettings(
         name=name, longest=count_max_tokens(rollout, environment), batching=Batching(options.batch_size),
@@ -81,7 +81,7 @@ def _build_queue(request: GenerateRequest, store: RolloutStore, prompts: PromptL
                  start: Target) -> PieceQueue:
     options, config = request.options, request.config
     rollout = config.rollout
-    # The keys of rows contain the digest, so rows of other sampling settings do not count as written.
+    # Row keys contain the digest: rows from different sampling settings do not count as written.
     pending = PendingPieces(
         store=store, claims=Claims(store.claims, rollout.lease_s), prompts=prompts, rollout=rollout,
         rounds=request.rounds, find_policy=partial(find_round_policy, options.run, start.path,
@@ -94,8 +94,8 @@ def _build_queue(request: GenerateRequest, store: RolloutStore, prompts: PromptL
 
 
 def _find_further_pieces(options: RlGenerateOptions, config: RunConfig) -> FurtherPieces | None:
-    """Return a function: round -> requested pieces of further prompts, and whether the round is published and
-    no longer grows. None without `policy.max_gen_batches`."""
+    """Return a function: round -> (requested pieces of further prompts, whether the round is published and
+    complete). None without `policy.max_gen_batches`."""
     if config.policy.parts.max_gen_batches <= 1:
         return None
     rounds = options.run / ROUNDS
@@ -107,7 +107,7 @@ def _report_summary(options: RlGenerateOptions, rounds: range, summary: dict[str
     print(f"{options.store}: {summary['parts']:,} parts with {summary['responses']:,} responses of "
           f"{summary['tokens']:,} tokens were written by this job{unfinished}")
     if summary["waits_for"]:
-        warn(f"{summary['waits_for']}; give the same command again, or more patience with --wait")
+        warn(f"{summary['waits_for']}; repeat the command, or raise --wait")
         return ExitCode.STOPPED
     print(f"rounds {rounds[0]} to {rounds[-1]} are written")
     return ExitCode.OK

@@ -29,7 +29,7 @@ class RoundsOptions(TunedOptions, PromptOptions, StoreRewardOptions, ScoringTeac
     stage: ClassVar[str] = "rl"
     groups: ClassVar[tuple[str, ...]] = ("policy", "rollout", "distillation", "preference")
     validation: Annotated[Path | None, Flag(VALIDATION_OPTION, "FILE|DIR")] = None
-    """Held-out prompts, in the form of --prompts, that `rl run` asks its policies every
+    """Held-out prompts in the form of --prompts. `rl run` evaluates its policies on them every
     rollout.validation_every_rounds."""
 
     def deciding_options(self) -> dict[str, Any]:
@@ -38,17 +38,16 @@ class RoundsOptions(TunedOptions, PromptOptions, StoreRewardOptions, ScoringTeac
 
 @dataclass(frozen=True, kw_only=True)
 class RlTrainOptions(RoundsOptions):
-    """Train on rounds that other jobs write and judge."""
+    """Train on rounds that separate jobs generate and judge."""
 
     wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
-    """How long to wait for a round that is not written and judged yet, before the run ends with 75
-    (default: not at all)."""
+    """Wait at most this long for the next judged round before the run exits with 75 (default: not at all)."""
 
     def problems(self) -> list[SettingsProblem]:
         if self.validation is None:
             return []
         return [SettingsProblem(
-            ProblemCode.RULE, "validation", "needs an engine that asks the policy, and `rl train` has none",
+            ProblemCode.RULE, "validation", "needs an engine to generate responses, and `rl train` has none",
             self.validation, "use `rl run`, or measure its checkpoints by `megatron-sov eval passk`")]
 
 
@@ -59,16 +58,16 @@ class RoundsRequest:
     options: RoundsOptions
     stage: TrainingRequest
     prompts: PromptList
-    """All prompts in --prompts."""
+    """Every prompt in --prompts."""
     reward_version: str
     validation_prompts: PromptList | None
     """Prompts in --validation that training does not use; None: no validation."""
     wait_s: float = 0.0
-    """Time limit for other jobs per round."""
+    """Time limit per round for generation and judging."""
 
 
 def check_train(options: RlTrainOptions) -> RoundsRequest | int:
-    """Check the options. If the run is complete, print its summary instead."""
+    """Check the options. For a complete run, print the summary instead."""
     if report_completed_run(options):
         return ExitCode.OK
     return replace(check_rounds(options, complete_train_settings), wait_s=options.wait)
@@ -78,7 +77,7 @@ TRAIN = DeclaredCommand(RlTrainOptions, check_train, "megatron_sov.commands.rl.t
 
 
 def report_completed_run(options: RoundsOptions) -> bool:
-    """Report a run that is complete, before its inputs are needed; return whether it is."""
+    """If the run is complete, print the summary and return True; needs no inputs."""
     # numpy and torch; the help of the command does without
     from megatron_sov.commands.train.setup.training import find_completed_run
 

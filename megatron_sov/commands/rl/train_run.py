@@ -33,7 +33,7 @@ from megatron_sov.train.objectives.objective import get_columns
 
 def train_rounds(request: RoundsRequest, rollouts: LiveRollouts | None = None,
                  validation: Validation | None = None) -> None:
-    """Train the rounds that `rollouts`, or other jobs, complete.
+    """Train the rounds that `rollouts`, or separate jobs, complete.
 
     Args:
         request: checked settings and prompts.
@@ -56,13 +56,13 @@ def train_rounds(request: RoundsRequest, rollouts: LiveRollouts | None = None,
         config=config, rounds=options.run / ROUNDS, store=options.store, prompts=request.prompts,
         reward_version=request.reward_version, tokenizer=tokenizer, is_own=policies.is_own,
         chosen_by={} if rollouts is None else rollouts.settings.source.chosen_by)
-    # Rounds published from another store would be trained as if they came from this store.
+    # Rounds published from a different store must not be trained as rounds from this store.
     publisher.check_store()
     teacher = open_live_teacher(options, config, tokenizer, options.nproc)
     objective = _build_objective(config, teacher)
     scoring_teachers = open_scoring_teachers(options, config, tokenizer) if teacher is None else ()
     columns = select_columns(config, get_columns(objective), start, scoring_teachers)
-    # The rounds of this source open one by one, as they are published.
+    # Rounds in this source open when they are published.
     source = build_rounds_source(options.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
                                  routes=columns.routes, published=(BEHAVIOUR, *list_number_columns(config)))
     check_sources(config, [*texts, source])
@@ -79,7 +79,7 @@ def train_rounds(request: RoundsRequest, rollouts: LiveRollouts | None = None,
 
 
 def _build_policies(run: Path, start: Path, config: RunConfig, texts: Sequence[Source]) -> RunPolicies:
-    """Return the policies of a run, identified by `fixed_settings(config)`, `train.steps` and data."""
+    """Return a run's policies, identified by `fixed_settings(config)`, `train.steps` and data."""
     digests = {text.name: hash_checkpoint_files(text.artifact) for text in texts if text.artifact is not None}
     settings = fixed_settings(config) | {"train.steps": config.train.steps, "data": digests}
     return RunPolicies(run, build_start_policy(start), config.rollout, settings)

@@ -1,4 +1,4 @@
-"""Options and checks of `megatron-sov distill` and `megatron-sov distill states`."""
+"""Options and checks for `megatron-sov distill` and `megatron-sov distill states`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import check_model_path
 
 TEACHER_STATES = "teacher_states"
-"""Kind of the artifact with a teacher's outputs (`post.distillation.state_files`)."""
+"""Artifact kind for teacher outputs (`post.distillation.state_files`)."""
 StatesDtype = Literal["bfloat16", "float32"]
 
 
@@ -30,20 +30,20 @@ class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOpt
     """Run a teacher over token shards and save its hidden states, or its most probable tokens."""
 
     teacher: Annotated[Path, Flag("TEACHER")]
-    """Checkpoint, run (its newest checkpoint) or Hugging Face folder."""
+    """Checkpoint, run (newest checkpoint) or Hugging Face folder."""
     data: Annotated[tuple[str, ...], Flag(value="DIR")]
-    """Token shards of the teacher's own tokenizer."""
+    """Token shards with the teacher's own tokenizer."""
     output: Annotated[Path, Flag(value="DIR")]
-    """The artifact; a killed command continues."""
+    """Artifact to write; a repeated command continues after a kill."""
     dtype: StatesDtype = "bfloat16"
-    """Of the states."""
+    """Dtype of the states."""
     top_k: Annotated[NotNegativeInt, Flag(value="K")] = 0
-    """Save the most probable tokens and their log-probabilities instead of states."""
+    """Save the K most probable tokens and their log-probabilities instead of states."""
     temperature: Annotated[AboveZero, Flag(value="T")] = 1.0
-    """--top-k: divisor of the logits."""
+    """--top-k: divisor for the logits."""
     other_tokenizer: bool = False
-    """The data use another tokenizer than the teacher: save its outputs where tokens of both end at the same
-    byte (needs --top-k)."""
+    """The data use a different tokenizer: save outputs where tokens in both vocabularies end at the same byte
+    (needs --top-k)."""
 
 
 def check_states(options: DistillStatesOptions) -> DistillStatesOptions:
@@ -64,19 +64,18 @@ class DistillOptions(GateOptions):
     groups: ClassVar[tuple[str, ...]] = ("distillation",)
 
     teacher: Annotated[tuple[str, ...], Flag(value="[NAME=]CHECKPOINT|RUN|HF_DIR")] = ()
-    """Learn the distributions of this model, which has the same tokenizer unless distillation.other_tokenizer
-    is set. NAME restricts the teacher to the data of --data NAME=DIR; repeat the option for more teachers.
-    Not needed if --states holds the outputs for all data."""
+    """Teacher model. Its tokenizer must be the student's unless distillation.other_tokenizer is set. NAME
+    restricts the teacher to the data from --data NAME=DIR; repeat the option for more teachers. Not needed if
+    --states covers all data."""
     states_dtype: StatesDtype = "bfloat16"
-    """Of the teacher's states, if this command makes them."""
+    """Dtype of teacher states made by this command."""
     teacher_settings: Annotated[tuple[str, ...], Flag("--teacher-set", "key=value")] = ()
-    """The teacher's layout and precision, e.g. --teacher-set parallel.tp=2."""
+    """Layout and precision of the teacher, e.g. --teacher-set parallel.tp=2."""
     states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
-    """Outputs of the teacher for the data, made by `megatron-sov distill states`. A missing folder is made
-    first, for the data that no other folder covers (default: RUN.states, for a teacher with NAME
-    RUN.states.NAME)."""
+    """Teacher outputs from `megatron-sov distill states`. If a folder is missing, the command first makes it
+    for the uncovered data (default: RUN.states; for a teacher with NAME, RUN.states.NAME)."""
     top_k: Annotated[int | None, Flag(value="K")] = None
-    """Use the teacher's most probable tokens instead of its states (--set
+    """Learn from the teacher's K most probable tokens instead of its states (--set
     distillation.top_k=...)."""
 
     def with_implied_settings(self) -> DistillOptions:
@@ -86,8 +85,8 @@ class DistillOptions(GateOptions):
 
     def check_paths(self) -> None:
         if not self.teacher and not self.states:
-            raise UserError("--teacher: is missing; name the model whose distributions are learned, or its "
-                            "outputs for the data (--states)", Fix(options=("--teacher", "TEACHER")))
+            raise UserError("--teacher: is missing; pass the teacher model, or --states with its outputs for "
+                            "the data", Fix(options=("--teacher", "TEACHER")))
         for teacher in self.teacher:
             check_model_path(Path(split_source_name(teacher)[1]), "--teacher ")
         if not self.teacher:
@@ -103,14 +102,14 @@ DISTILL = DeclaredCommand(DistillOptions, check_training, RUN)
 
 @dataclass(frozen=True)
 class DataReader:
-    """A teacher and the data that it reads."""
+    """A teacher with its data."""
 
     teacher: Path | None
-    """None: only its outputs exist."""
+    """None: only stored outputs exist."""
     data: dict[str, float]
     """[NAME=]folder -> weight."""
     states: tuple[Path, ...]
-    """Folders with its outputs; they may not exist yet."""
+    """Folders with outputs of the teacher; may not exist yet."""
 
 
 def assign_data(options: DistillOptions, paths: Mapping[str, float]) -> list[DataReader]:
@@ -130,38 +129,39 @@ def assign_data(options: DistillOptions, paths: Mapping[str, float]) -> list[Dat
     if len(teachers) == 1 and not teachers[0][0]:
         return [DataReader(Path(teachers[0][1]), dict(paths), options.states or (default,))]
     if missing := [path for path in options.states if not (path / MANIFEST).is_file()]:
-        raise UserError(f"--states {missing[0]}: is not there; with teachers by NAME leave it out, and it is "
-                        "made in RUN.states.NAME, or make it by `megatron-sov distill states`")
+        raise UserError(f"--states {missing[0]}: does not exist; make it with `megatron-sov distill states`, "
+                        "or leave it out: with NAME=TEACHER the command makes RUN.states.NAME")
     names = [name for name, _ in teachers]
     readers, unassigned = [], dict(paths)
     for number, (name, teacher) in enumerate(teachers):
         option = f"--teacher {options.teacher[number]}"
         if name in names[:number]:
-            what = f"the data {name}" if name else "the remaining data"
-            raise UserError(f"{option}: another one reads {what}; give each a NAME of --data NAME=DIR")
-        own = {}
+            subject = f"the data {name}" if name else "the remaining data"
+            raise UserError(f"{option}: another teacher reads {subject}; give every teacher a NAME from "
+                            "--data NAME=DIR")
+        assigned = {}
         for path, weight in paths.items():
             source = split_source_name(path)[0]
             if source == name or (not name and source not in names):
-                own[path] = weight
-        if not own:
-            raise UserError(f"{option}: there are no data for it among --data {', '.join(paths)}; name them: "
-                            f"--data {name or 'NAME'}=DIR")
-        for path in own:
+                assigned[path] = weight
+        if not assigned:
+            raise UserError(f"{option}: has no data in --data {', '.join(paths)}; pass --data "
+                            f"{name or 'NAME'}=DIR")
+        for path in assigned:
             del unassigned[path]
-        states = [path for path in options.states if len(find_unread(own, [path])) < len(own)]
-        if find_unread(own, states):
+        states = [path for path in options.states if len(find_unread(assigned, [path])) < len(assigned)]
+        if find_unread(assigned, states):
             states.append(options.run.with_name(f"{default.name}.{name}") if name else default)
-        readers.append(DataReader(Path(teacher), own, tuple(states)))
+        readers.append(DataReader(Path(teacher), assigned, tuple(states)))
     if unassigned:
-        raise UserError(f"--data {', '.join(unassigned)}: no --teacher reads it; name one without a NAME for "
-                        "all remaining data")
+        raise UserError(f"--data {', '.join(unassigned)}: no --teacher reads it; add a teacher without NAME "
+                        "for the remaining data")
     return readers
 
 
 def find_unread(paths: Mapping[str, float], states: Sequence[Path]) -> dict[str, float]:
-    """Return the data that none of the existing folders of states was made from."""
-    # by hash: data that were packed again under the same name are other data
+    """Return the data that are not in the existing folders of states."""
+    # by hash: repacked data under the same name are different data
     read = {source["manifest_sha256"] for folder in states
             for source in read_manifest(folder, TEACHER_STATES).inputs}
     return {path: weight for path, weight in paths.items()

@@ -29,7 +29,7 @@ from megatron_sov.train.stages.stage import Stage
 
 
 def save_states(options: DistillStatesOptions) -> None:
-    """Run the teacher over the documents and print the size of the artifact."""
+    """Run the teacher over the documents and print the artifact's size."""
     # states are exact; the most probable tokens are smaller
     state_format = StateFormat(options.dtype, options.top_k, options.temperature, options.other_tokenizer)
     reading = TeacherReading(find_target(options.teacher), parse_data_paths(options.data),
@@ -41,14 +41,14 @@ def save_states(options: DistillStatesOptions) -> None:
     manifest = read_manifest(options.output, TEACHER_STATES)
     size_bytes = sum(record.size_bytes for record in manifest.files.values())
     if options.top_k:
-        form = f"with the {options.top_k:,} most probable next tokens of each"
+        form = f"with the {options.top_k:,} most probable next tokens"
     else:
         form = f"of hidden size {manifest.content['hidden_size']:,} in {options.dtype}"
     print(f"{options.output}: {manifest.content['num_tokens']:,} tokens {form}, {size_bytes / 1e6:.1f} MB")
 
 
 def add_teacher(request: TrainingRequest, stage: Stage) -> Stage:
-    """Have the teachers read data that no folder of states covers, and open all states."""
+    """Run the teachers on data that no folder of states covers, and open all states."""
     config, options = request.config, request.options
     assert isinstance(options, DistillOptions)
     sources = open_sources(config.data.paths, config.model.vocab_size, get_formats(stage.objective))
@@ -64,7 +64,7 @@ def add_teacher(request: TrainingRequest, stage: Stage) -> Stage:
                 _make_states(request, reader, sources)
             states += reader.states
         if not options.dry_run:
-            # opened here, so that a mismatch shows before processes start
+            # opened here to find a mismatch before processes start
             opened.append(StoredTeacher([StateFiles(path, sources) for path in states], config.distillation,
                                       sources, config.model.vocab_size))
 
@@ -77,8 +77,8 @@ def add_teacher(request: TrainingRequest, stage: Stage) -> Stage:
 
 
 def _make_states(request: TrainingRequest, reader: DataReader, sources: list[Source]) -> None:
-    """Have a teacher read the data that no folder of its states covers, and check that the existing folders
-    are this teacher's.
+    """Run a teacher on data that no folder of states covers, and check that existing folders come from this
+    teacher.
 
     Raises:
         UserError: the teacher has another vocabulary, a folder is another teacher's, or several are missing.
@@ -88,16 +88,17 @@ def _make_states(request: TrainingRequest, reader: DataReader, sources: list[Sou
     distillation, target = config.distillation, find_target(teacher)
     if target.vocab_size != config.model.vocab_size and not distillation.other_tokenizer:
         raise UserError(f"--teacher {teacher}: has {target.vocab_size} token ids, the student "
-                        f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many, "
-                        "or, of another tokenizer, pass --set distillation.other_tokenizer=true --top-k 64")
+                        f"model.vocab_size = {config.model.vocab_size}; choose a teacher with an equal "
+                        "vocabulary or, for a different tokenizer, pass --set "
+                        "distillation.other_tokenizer=true --top-k 64")
     # a folder without manifest is incomplete
     missing = [path for path in reader.states if not (path / MANIFEST).is_file()]
     if len(missing) > 1:
-        raise UserError(f"--states {', '.join(map(str, missing))}: are not there; make all but one of them "
-                        "by `megatron-sov distill states`")
+        raise UserError(f"--states {', '.join(map(str, missing))}: do not exist; make all but one with "
+                        "`megatron-sov distill states`")
     existing = [path for path in reader.states if path not in missing]
     if is_first_rank():  # hashing a teacher's files takes a while
-        _refuse_other_teacher(teacher, target, existing)
+        _check_teacher_digest(teacher, target, existing)
     data = find_unread(reader.data, existing)
     if not missing or not data:
         return
@@ -109,7 +110,7 @@ def _make_states(request: TrainingRequest, reader: DataReader, sources: list[Sou
     if distillation.top_k:
         state_format = StateFormat(top_k=distillation.top_k, temperature=distillation.temperature,
                                    translated=distillation.other_tokenizer)
-    # compared above: the existing folders have this teacher's digest
+    # checked above: existing folders have the teacher's digest
     digest = read_manifest(existing[0], TEACHER_STATES).settings["teacher"] if existing else ""
     if options.dry_run:
         print(f"{teacher} would read {', '.join(data)} first, into {missing[0]}")
@@ -125,21 +126,21 @@ def _check_same_form(options: DistillOptions, distillation: DistillationConfig, 
     dtype = states.state_format.dtype
     if not distillation.top_k and dtype != options.states_dtype:
         raise UserError(f"--states-dtype {options.states_dtype}: {states.folder} is in {dtype}, and all "
-                        f"folders of a run are in one; pass --states-dtype {dtype}")
+                        f"folders of a run need one dtype; pass --states-dtype {dtype}")
 
 
-def _refuse_other_teacher(teacher: Path, target: Target, existing: list[Path]) -> None:
+def _check_teacher_digest(teacher: Path, target: Target, existing: list[Path]) -> None:
     digest = teacher_module.hash_weights(target) if existing else ""
     for path in existing:
-        made_by = read_manifest(path, TEACHER_STATES).settings
-        if made_by["teacher"] != digest:
-            raise UserError(f"{path}: holds what {made_by['teacher_path']} says of the data, and --teacher "
-                            f"{teacher} is another model; name another --states folder")
+        settings = read_manifest(path, TEACHER_STATES).settings
+        if settings["teacher"] != digest:
+            raise UserError(f"{path}: contains outputs of {settings['teacher_path']}, and --teacher "
+                            f"{teacher} is a different model; choose a different --states folder")
 
 
 def _refuse_views(config: RunConfig, sources: list[Source]) -> None:
     names = {source.name for source in sources}
     for phase in config.data.phases:
-        if other := [name for name in phase.blend if name not in names]:
-            raise UserError(f"data.phases blend {other[0]!r}: a teacher reads the sources as they are packed "
+        if unknown := [name for name in phase.blend if name not in names]:
+            raise UserError(f"data.phases blend {unknown[0]!r}: a teacher reads only packed sources "
                             f"({', '.join(sorted(names))}); blend those")

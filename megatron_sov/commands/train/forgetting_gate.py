@@ -1,4 +1,4 @@
-"""`--gate TASKS --tolerance T` of the training commands: what the model could do before, it can still do.
+"""Forgetting gate (`--gate TASKS --tolerance T`): benchmarks before and after a training stage.
 
 What the stage starts from is evaluated before its first step, and the last checkpoint when its processes have
 ended, each by `megatron-sov eval lm` as a command of its own; under torchrun or Slurm, whose processes cannot
@@ -23,81 +23,80 @@ from megatron_sov.runs.launch_environment import has_launcher, is_first_rank
 from megatron_sov.train.guards.gate import EndVerdict
 from megatron_sov.work.processes.children import run_command
 
-OWN = ("--tasks", "--output", "--cache", "--run", "--nproc")
-"""Arguments of `eval lm` that the gate gives itself."""
+GATE_OPTIONS = ("--tasks", "--output", "--cache", "--run", "--nproc")
+"""Arguments of `eval lm` that the gate sets."""
 
 
 @dataclass(frozen=True)
 class ForgettingGate:
-    """A `train.guards.gate.EndGate` that compares the last checkpoint with what the stage started from."""
+    """A `train.guards.gate.EndGate` that compares the last checkpoint with the start of the stage."""
 
     run: Path
     """The run's folder."""
     start: Path
-    """The checkpoint that it starts from."""
+    """Start checkpoint."""
     tasks: tuple[str, ...]
-    """What is evaluated; a group stands for its tasks."""
+    """Benchmark tasks; a group stands for its tasks."""
     tolerance: float
-    """How much worse a task's first figure may be."""
+    """Largest accepted loss in a task's first metric."""
     words: tuple[str, ...]
-    """Further arguments of `eval lm`."""
+    """Further arguments for `eval lm`."""
     name: str = FORGETTING_GATE
-    """Of the event, and of the verdict in the completion manifest."""
+    """Name of the event, and key of the verdict in the completion manifest."""
 
     def check_arguments(self) -> None:
-        """Raise `UserError` where `eval lm` would not take them."""
-        words = self._words(self.start, "start")
+        """Raise `UserError` if `eval lm` would refuse the arguments."""
+        words = self._build_words(self.start, "start")
         try:
-            found = _eval_options(words)
+            options = _eval_options(words)
         except UserError as e:
             raise UserError(f"--gate-with: {e}") from None
-        # an option may be shortened, and of two the last one counts
-        own = [words[words.index(option) + 1] for option in ("--tasks", "--output", "--cache")]
-        kept = found.settings
-        if [found.tasks, str(kept.output), str(kept.cache)] != own or kept.run is not None:
-            raise UserError("--gate-with: --tasks, --output, --cache and --run are the gate's own; leave "
-                            "them out")
+        # options may be abbreviated, and a repeated option overrides
+        expected = [words[words.index(option) + 1] for option in ("--tasks", "--output", "--cache")]
+        settings = options.settings
+        if [options.tasks, str(settings.output), str(settings.cache)] != expected or settings.run is not None:
+            raise UserError("--gate-with: the gate sets --tasks, --output, --cache and --run; leave them out")
 
     def begin(self) -> None:
-        """Evaluate what the stage starts from."""
+        """Evaluate the start."""
         self._evaluate(self.start, "start", [])
 
     def judge(self, checkpoint: Path) -> EndVerdict | None:
-        """Evaluate the last checkpoint, and compare; None on other processes than the first."""
+        """Evaluate the last checkpoint and compare with the start; None except on rank 0."""
         self._evaluate(checkpoint, "last", ["--run", str(self.run)])
         if not is_first_rank():
             return None
-        first, last = (read_scored(self._output(when)) for when in ("start", "last"))
-        found = judge(first, last, self.tolerance)
-        # before the verdict is told: a report shows a gate that did not pass as well
+        first, last = (read_scored(self._get_output(when)) for when in ("start", "last"))
+        forgetting = judge(first, last, self.tolerance)
+        # before the verdict, so that a report also shows a failed gate
         RunEvents(self.run).add(self.name, step=last.results.model.step, start=str(self.start),
-                                **found.fields())
-        self._tell(found)
-        lost = found.lines(FORGOTTEN, NOT_KNOWN)
-        failure = "\n".join([f"the forgetting gate has not passed: {len(lost)} of {len(found.tasks)} tasks; "
-                             "change the data (rehearsal of what is lost) or the learning rate in a new "
-                             "--run, or allow more by --tolerance and --resume",
+                                **forgetting.fields())
+        self._print_verdict(forgetting)
+        lost = forgetting.lines(FORGOTTEN, NOT_KNOWN)
+        failure = "\n".join([f"the forgetting gate did not pass: {len(lost)} of {len(forgetting.tasks)} "
+                             "tasks; change the data (rehearse the lost tasks) or the learning rate in a new "
+                             "--run, or raise --tolerance with --resume",
                              *(f"  {line}" for line in lost)])
-        return EndVerdict(None if found.passed else failure, {self.name: found.fields()})
+        return EndVerdict(None if forgetting.passed else failure, {self.name: forgetting.fields()})
 
-    def _tell(self, found: Forgetting) -> None:
-        for line in found.lines():
+    def _print_verdict(self, forgetting: Forgetting) -> None:
+        for line in forgetting.lines():
             print(f"forgetting gate: {line}", flush=True)
-        if found.passed and (open_ones := found.lines(NOT_PROVEN)):
-            warn(f"{self.run}: the forgetting gate passes, and {len(open_ones)} of {len(found.tasks)} tasks "
-                 "have too few items to prove that no more than the tolerance is lost; give them more")
+        if forgetting.passed and (unproven := forgetting.lines(NOT_PROVEN)):
+            warn(f"{self.run}: the forgetting gate passes, but {len(unproven)} of {len(forgetting.tasks)} "
+                 "tasks have too few items to prove that the loss is within --tolerance; add items")
 
-    def _output(self, when: str) -> Path:
+    def _get_output(self, when: str) -> Path:
         return self.run / GATE / f"{when}.json"
 
-    def _words(self, target: Path, when: str) -> list[str]:
-        return [str(target), "--tasks", ",".join(self.tasks), "--output", str(self._output(when)), "--cache",
-                str(self.run / GATE / "cache"), *self.words]
+    def _build_words(self, target: Path, when: str) -> list[str]:
+        return [str(target), "--tasks", ",".join(self.tasks), "--output", str(self._get_output(when)),
+                "--cache", str(self.run / GATE / "cache"), *self.words]
 
     def _evaluate(self, target: Path, when: str, more: list[str]) -> None:
-        # the same words for both models: a figure of another mode or prompt could not be compared
-        words = [*self._words(target, when), *more]
-        # the ranks are there already; else a command of its own starts them
+        # equal words for both models: figures from different modes or prompts are not comparable
+        words = [*self._build_words(target, when), *more]
+        # the launcher has started the ranks; otherwise a new command starts them
         if has_launcher():
             code = LM.run_options(_eval_options(words))
         else:
@@ -107,11 +106,11 @@ class ForgettingGate:
             raise StopRequested(f"{self.run}: the forgetting gate was stopped, and its answers are saved; "
                                 "continue with --resume")
         if code != ExitCode.OK:
-            raise SystemExit(code)  # it has said why
+            raise SystemExit(code)  # the command has printed the reason
 
 
 def _eval_options(words: list[str]) -> EvalLmOptions:
-    """Return what words ask of `eval lm`."""
+    """Parse arguments of `eval lm`."""
     parser = Parser(prog="megatron-sov eval lm")
     add_options(parser, EvalLmOptions)
     return read_options(EvalLmOptions, parser.parse_args(words))

@@ -1,4 +1,4 @@
-"""The kinds of training stages: one row per command that trains a model.
+"""The kinds of training stages: a row per command that trains a model.
 
 A command is three steps: options (a subclass of `StageOptions`), checks without torch
 (`setup.training.check_training`), and the run (`training_run.run_training`). A row names the parts in which
@@ -17,7 +17,7 @@ from megatron_sov.commands.train.setup.stage_options import (
 from megatron_sov.model.recipes.requested import BuiltIn
 
 CHECKS = "megatron_sov.commands.train.setup.training"
-"""Module of the checks, which imports numpy: help does without."""
+"""Module with the checks. It imports numpy, which `--help` does not need."""
 RUN = "megatron_sov.commands.train.training_run:run_training"
 
 
@@ -26,13 +26,13 @@ class StageKind:
     """Differences between training commands."""
 
     name: BuiltIn
-    """`objective.name` of the run; its data formats are in `model.objectives.COMMAND_FORMATS`."""
+    """`objective.name` of the run; `model.objectives.COMMAND_FORMATS` lists its data formats."""
     objective: str
-    """`module:NAME` of the objective class, or of a function of the settings that returns the class."""
+    """`module:NAME` for the objective class, or for a function (settings) -> class."""
     is_chosen_by_settings: bool = False
-    """Whether `objective` is a function of the settings."""
+    """Whether `objective` is a function."""
     fill_stage: str = ""
-    """`module:function` that adds data, inputs and hooks of this kind to a `Stage`. "": nothing to add."""
+    """`module:function` that adds data, inputs and hooks to a `Stage`. "": nothing to add."""
     needs_data: bool = True
     """Whether --data is required."""
 

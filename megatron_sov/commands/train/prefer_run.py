@@ -1,4 +1,4 @@
-"""Runs `megatron-sov prefer`: the reference model and its log-probabilities, and held-out pairs."""
+"""Runs `megatron-sov prefer`: reference model, reference log-probabilities, and held-out pairs."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from megatron_sov.train.stages.stage import Stage
 
 
 def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
-    """Open judged responses, and score them by the reference if the method compares with one."""
+    """Open judged responses. If the method needs a reference, score them with the reference."""
     config, options = request.config, request.options
     assert isinstance(options, PreferOptions)
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, get_formats(stage.objective)))
     needed_columns = get_columns(stage.objective)
     if DESIRABLE not in needed_columns:
-        _refuse_other_judgements(config, sources)
-    # single judged responses (kto) have no pairs that could be ranked
+        _refuse_single_judgements(config, sources)
+    # single judged responses (kto) contain no pairs to rank
     pairs = [s for s in sources if s.format == "preference" and DESIRABLE not in needed_columns]
-    other_model = None if options.reference is None else find_checkpoint(options.reference)
+    reference_path = None if options.reference is None else find_checkpoint(options.reference)
     reference = None
     if COLUMN in needed_columns:
-        reference = _open_reference(request, sources, pairs, other_model)
+        reference = _open_reference(request, sources, pairs, reference_path)
     compute_logprobs = None if reference is None else reference.heldout_logprobs
 
     def before(view: GateView) -> None:
@@ -47,33 +47,35 @@ def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
     def after(view: GateView) -> dict[str, Any]:
         return {HELDOUT_PAIRS: measure_heldout_pairs(view, pairs, compute_logprobs)}
 
-    inputs = () if other_model is None else (describe_input(REFERENCE, other_model),)
+    inputs = () if reference_path is None else (describe_input(REFERENCE, reference_path),)
     return replace(stage, sources=sources if reference is None else reference.sources, before=before,
                    after=after, extra_inputs=inputs)
-def _refuse_other_judgements(config: RunConfig, sources: Sequence[Source]) -> None:
-    """Raise `UserError` where pairs of a response and a mismatched one would be learned as preferences."""
+
+
+def _refuse_single_judgements(config: RunConfig, sources: Sequence[Source]) -> None:
+    """Raise `UserError` if a method that compares pairs would get pairs of unrelated responses."""
     method = config.preference.method
     for source in sources:
         if DESIRABLE in source.columns:
             raise UserError(f"{source.artifact}: source {source.name!r} has single responses with the column "
-                            f"{DESIRABLE!r}, no pairs, and preference.method = {method} compares pairs; pass "
-                            "--method kto, or make pairs (`sov-data pairs`)")
+                            f"{DESIRABLE!r}, and preference.method = {method} needs pairs; pass --method "
+                            "kto, or make pairs (`sov-data pairs`)")
 
 
 def _open_reference(request: TrainingRequest, sources: tuple[Source, ...], pairs: Sequence[Source],
-                    other_model: Path | None) -> Reference:
-    """Return the run's reference; if it is not the start of the run, with its log-probabilities."""
+                    reference_path: Path | None) -> Reference:
+    """Return the run's reference. If it differs from the start, compute its log-probabilities."""
     config, options = request.config, request.options
     assert request.start is not None, f"--from is required, it is {options.start_from}"
     folder = RunFolder(options.run)
-    reference = Reference(options.run, other_model or request.start, sources, config.data.max_seq_len(),
+    reference = Reference(options.run, reference_path or request.start, sources, config.data.max_seq_len(),
                           {source.name: find_heldout_documents(source) for source in pairs})
-    if other_model is not None:
-        check_same_tokens(tokenizer_folder(list(sources)), other_model / "tokenizer")
+    if reference_path is not None:
+        check_same_tokens(tokenizer_folder(list(sources)), reference_path / "tokenizer")
         folder.enter(config, options.resume)
         if not options.dry_run:
-            reference.score_in_processes(other_model, config, options.nproc)
-    # a resumed run must compare with the same reference as before
+            reference.score_in_processes(reference_path, config, options.nproc)
+    # a resumed run must compare with the same reference
     elif latest_checkpoint(folder.checkpoints) is not None:
         reference.check_unchanged()
     return reference

@@ -1,4 +1,4 @@
-"""`megatron-sov resume RUN [ARGUMENTS]`: runs the command that began a run again, with --resume.
+"""`megatron-sov resume RUN [ARGUMENTS]`: repeats the command that started a run, with --resume.
 
 Settings and data come from RUN/config.json, other options from RUN/command.json; ARGUMENTS override both.
 """
@@ -26,7 +26,7 @@ from megatron_sov.runs.folder import CONFIG, RunFolder, TypedCommand, read_comma
 from megatron_sov.runs.launch_environment import export_command, has_launcher, is_first_rank
 
 TAKES_CODE = ("RECIPE", "--plugin", "--reward", "--environment")
-"""Options of training commands whose value may be FILE.py:NAME or MODULE:NAME."""
+"""Training options whose value may be FILE.py:NAME or MODULE:NAME."""
 REPLACED = ("run", "resume", "recipe", "configs", "plugins", "data", "dry_run", "deterministic", "until")
 """Options whose values come from the run's folder."""
 
@@ -36,14 +36,13 @@ class ResumeOptions:
     """Continue a run."""
 
     run: Annotated[Path, Flag("RUN")]
-    """Folder of the run."""
+    """Run folder."""
     arguments: Annotated[tuple[str, ...], Flag("ARGUMENTS", rest=True)] = ()
-    """Options of the command that began the run, to change their values: --nproc 4, --set train.steps=400,
-    --dry-run."""
+    """Options of the original command, with new values: --nproc 4, --set train.steps=400, --dry-run."""
 
 
 def resume_run(options: ResumeOptions) -> int:
-    """Run the command that began a run, and return its exit code."""
+    """Repeat the command that started a run, and return its exit code."""
     folder = options.run.absolute()
     first = read_command(folder)
     name, parser = _build_parser(first)
@@ -56,9 +55,9 @@ def resume_run(options: ResumeOptions) -> int:
             check_arguments(parser.parse_args(words), COMMANDS[name].load())
         return ExitCode.OK
     if first.folder != Path.cwd() and first.folder.is_dir():
-        os.chdir(first.folder)  # the command's paths are relative to it
+        os.chdir(first.folder)  # base of the command's relative paths
         if is_first_rank():
-            print(f"resume: paths are read from {first.folder}, where the run was begun")
+            print(f"resume: relative paths start at {first.folder}, where the run was started")
     if is_first_rank():
         print(f"resume: megatron-sov {name} {shlex.join(words)}", flush=True)
         for change in _list_changes(first_options, _parse_options(parser, words)):
@@ -72,8 +71,8 @@ RESUME = DeclaredCommand(ResumeOptions, resume_run)
 
 def _refuse_unsaid_code(folder: Path, first: TypedCommand, words: list[str], arguments: Sequence[str]
                         ) -> None:
-    """Raise `UserError` if `words`, which continue the run, name code that neither `first` command nor typed
-    `arguments`, but only the run's folder brings: the folder may come from somebody else."""
+    """Raise `UserError` if `words` name code that only the run's folder mentions, neither the `first` command
+    nor typed `arguments`: the folder may come from a stranger."""
     typed = {_make_code_absolute(word, first.folder) for word in arguments}
     needed = [[option, _make_code_absolute(word, first.folder)]
               for option, word in itertools.pairwise(["RECIPE", *words])
@@ -90,8 +89,8 @@ def _refuse_unsaid_code(folder: Path, first: TypedCommand, words: list[str], arg
     if all(option.startswith("-") for option, _ in needed):
         options = " ".join(map(shlex.join, needed))
         fix = f"`megatron-sov resume {shlex.quote(str(folder))} {options}`"
-    raise UserError(f"{folder}: the run has code of yours ({untyped[0]}), and a file that is run is "
-                    f"named on the command line; type {fix}")
+    raise UserError(f"{folder}: the run uses your code ({untyped[0]}), which the command line must name; "
+                    f"type {fix}")
 
 
 def _make_code_absolute(word: str, folder: Path) -> str:
@@ -101,15 +100,15 @@ def _make_code_absolute(word: str, folder: Path) -> str:
 
 
 def _build_parser(first: TypedCommand) -> tuple[str, Parser]:
-    """Return the name and the parser of the command that began a run."""
+    """Return name and parser of the command that started a run."""
     names = [name for name in (" ".join(first.words[:2]), *first.words[:1]) if name in COMMANDS]
     if not names:
-        raise UserError(f"command {' '.join(first.words[:2])!r}: began the run and is none of ours; type the "
-                        "whole command again with --resume")
+        raise UserError(f"command {' '.join(first.words[:2])!r}: started the run and is not a command of "
+                        "megatron-sov; repeat the whole command with --resume")
     parser = Parser(prog=f"megatron-sov {names[0]}")
     COMMANDS[names[0]].load().add_arguments(parser)
     if not issubclass(parser.get_default("options_class") or object, StageOptions):
-        raise UserError(f"command {names[0]!r}: began the run and trains nothing; type it again")
+        raise UserError(f"command {names[0]!r}: started the run and is not a training command; repeat it")
     return names[0], parser
 
 
@@ -118,8 +117,8 @@ def _parse_options(parser: Parser, words: list[str]) -> Any:
 
 
 def _replace_by_folder(options: Any, folder: Path, first: TypedCommand) -> Any:
-    """Return the options for the run's current folder, with settings and data from its config.json. A run of
-    stages has none: its stages are planned again from the typed options."""
+    """Return the options with the run's current folder, and settings and data from config.json. An extension
+    has no config.json: its stages are planned again from the typed options."""
     nproc = options.nproc
     if has_launcher():
         nproc = None
@@ -134,7 +133,7 @@ def _replace_by_folder(options: Any, folder: Path, first: TypedCommand) -> Any:
 
 
 def _list_changes(before: Any, now: Any) -> list[str]:
-    """Describe the options that differ from the first command, one line each."""
+    """Describe the options that differ from the first command, a line per option."""
     lines = []
     for field in dataclasses.fields(now):
         old, new = getattr(before, field.name), getattr(now, field.name)

@@ -1,4 +1,4 @@
-"""Runs a training stage of any kind: converts the start, builds objective and stage, and trains."""
+"""Runs a training stage: converts the start, builds objective and stage, and trains."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def run_training(request: TrainingRequest, fill_stage: FillStage | None = None) 
 
 
 def load_objective(kind: StageKind, config: RunConfig) -> Factory:
-    """Import the objective class of a kind of stage."""
+    """Import the objective class for a kind of stage."""
     loaded: Any = import_reference(kind.objective)
     factory: Factory = loaded(config) if kind.is_chosen_by_settings else loaded
     return factory
 
 
 def check_rank_memory(config: RunConfig) -> None:
-    """Refuse a run too large for this process, if it is a rank of torchrun or Slurm; otherwise
+    """Refuse a run too large for this process, if it is a rank under torchrun or Slurm; otherwise
     `setup.feasibility` has checked the machine."""
     if not has_launcher():
         return
@@ -95,20 +95,20 @@ def convert_start(start: Path, run: Path) -> Path:
     parent folder has done so; `UserError` if the folder changes meanwhile."""
     if not is_hf_folder(start):
         return start
-    if (found := find_copy(start, run)) is not None:
-        return found
+    if (copy_found := find_copy(start, run)) is not None:
+        return copy_found
     stamp, name = digest_stats(start), find_hub_name(start).replace("/", "--")[:100]
     copy = run.parent / SHARED / f"{name}-{digest_files(list_model_files(start))}"
-    seen = copy.parent / STAMPS / copy.name
-    with translate_disk_errors(seen):
-        seen.mkdir(parents=True, exist_ok=True)
-        with critical_section(seen):  # of two runs that begin at once the second finds the copy of the first
+    stamps = copy.parent / STAMPS / copy.name
+    with translate_disk_errors(stamps):
+        stamps.mkdir(parents=True, exist_ok=True)
+        with critical_section(stamps):  # if two runs start together, the second finds the first run's copy
             if not (copy / MANIFEST).is_file():
                 if code := launcher.run_in_fork(lambda: convert.from_hf(start, copy, redo=True)):
                     raise SystemExit(code)
                 if digest_stats(start) != stamp:
                     shutil.rmtree(copy)
-                    raise UserError(f"--from {start}: its files changed while they were converted; begin "
-                                    "again when they are complete")
-            write_atomically(seen / stamp, "")
+                    raise UserError(f"--from {start}: its files changed while they were converted; repeat "
+                                    "the command after they are complete")
+            write_atomically(stamps / stamp, "")
     return copy

@@ -38,7 +38,7 @@ from tests.base.hints.test_words import answer
     ("megatron-sov generate hf Hello --max_tokens 20", ["generate hf --max-new-tokens 20 --prompt Hello"]),
     ("megatron-sov prefer --from hf --data d --run r --method DPO", ["write dpo"]),
     ("megatron-sov plan --model llama-3.1-8b --cluster h100", ["plan llama-3.1-8b --cluster h100"]),
-    ("megatron-sov generate hf --prompt t.jsonl", ["names a file", "--prompts t.jsonl"]),
+    ("megatron-sov generate hf --prompt t.jsonl", ["is the name of a file", "--prompts t.jsonl"]),
     ("megatron-sov pretrain x --data d:0.7,d:0.3 --run r", ["--data d:0.7 --data d:0.3"]),
     ("sov-data sample d --split val -n 5", ["'train' or 'heldout'", "--count 5"]),
     ("sov-data mix 0.7 d 0.3 d --output o", ["sov-data mix d:1 --output o"]),

@@ -39,7 +39,7 @@ def test_a_line_with_the_same_fault_is_not_proposed() -> None:
 
 
 @pytest.mark.parametrize(("sentence", "write"), [
-    ("--samples 4: is of use with --temperature above 0; add --temperature 1",
+    ("--samples 4: needs --temperature above 0; add --temperature 1",
      "sov-data pack --temperature 1"),
     ("x: set train.steps=5", "sov-data pack --set train.steps=5"),
     ("x: pass --data DIR", ""), ("x: pass --data NAME=FILE", ""), ("x: is damaged", "")])

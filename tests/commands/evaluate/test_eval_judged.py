@@ -88,7 +88,7 @@ def test_a_response_without_a_reward_is_no_wrong_one(hf_models: dict[str, Path],
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--k", "9"], "--k 9: is more than --samples 8"),
-    (["--temperature", "0"], "the same response again and again"),
+    (["--temperature", "0"], "are equal responses"),
     (["--input", "empty.jsonl"], "line 1: has no 'prompt'"),
     (["--input", "half.jsonl"], "has '\\ud800' at character 3, an unpaired surrogate"),
     (["--reward", "stemm"], "did you mean 'stem'?"),

@@ -34,9 +34,9 @@ def test_figures_count_what_was_recognised() -> None:
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ("{", ":1: is no row"), ('{"content": [], "answer": "a"}', ":1: is no row"), ("", "has no row"),
-    ('{"content": [{"type": "text"}], "answer": ""}', ":1: is no row"), ("[1]", ":1: is no row"),
-    ('{"content": [{"type": "text"}], "answer": "a", "labels": "b"}', ":1: is no row")])
+    ("{", ":1: is not a"), ('{"content": [], "answer": "a"}', ":1: is not a"), ("", "has no rows"),
+    ('{"content": [{"type": "text"}], "answer": ""}', ":1: is not a valid row"), ("[1]", ":1: is not a"),
+    ('{"content": [{"type": "text"}], "answer": "a", "labels": "b"}', ":1: is not a valid row")])
 def test_bad_rows_are_named(tmp_path: Path, line: str, said: str) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(line)
@@ -57,8 +57,8 @@ def test_a_function_of_a_file_judges(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "said"), [
-    ("def seen(files, labels):\n    return ['a']\n", "gave .* for 2 files"),
-    ("def seen(files, labels):\n    return [1, 2]\n", "gave .* for 2 files"),
+    ("def seen(files, labels):\n    return ['a']\n", "returned .* for 2 files"),
+    ("def seen(files, labels):\n    return [1, 2]\n", "returned .* for 2 files"),
     ("seen = 3\n", "a judge is a function")])
 def test_a_judge_that_is_none_is_refused(tmp_path: Path, code: str, said: str) -> None:
     (tmp_path / "mine.py").write_text(code)
@@ -68,5 +68,5 @@ def test_a_judge_that_is_none_is_refused(tmp_path: Path, code: str, said: str) -
 
 @pytest.mark.parametrize("said", ["", "python3 judge.py", "judge.py", "mine.txt:seen"])
 def test_a_judge_is_a_function(said: str) -> None:
-    with pytest.raises(UserError, match=r"is no code FILE\.py:NAME; name one"):
+    with pytest.raises(UserError, match=r"must have the form FILE\.py:NAME"):
         load_judge(said)

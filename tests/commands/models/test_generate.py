@@ -106,17 +106,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ("generate run --image none.png", "none.png: is no file"),
+    ("generate run --image none.png", "none.png: is not a file"),
     ("generate run --prompt a --out-image drawn", "needs --image-decoder CODEC"),
-    ("generate run --image a.png --speculative 1", "--speculative: does not go with media"),
-    ("generate run --image a.png --engine vllm", "does not keep blocks of media whole"),
+    ("generate run --image a.png --speculative 1", "--speculative: is not supported with media"),
+    ("generate run --image a.png --engine vllm", "cannot enforce whole media blocks"),
     ("generate run --image a.png --max-audio-tokens -1", "--max-audio-tokens -1"),
     ("generate run --image a.png", "run: does not exist"),
     ("eval media . --data smell-text=rows.jsonl --media-root . --files f", "must have the form PAIR=FILE"),
-    ("eval media . --data text-image=bad.jsonl --media-root . --files f", "bad.jsonl:1: is no row"),
+    ("eval media . --data text-image=bad.jsonl --media-root . --files f", "bad.jsonl:1: is not a valid row"),
     ("eval media . --data text-image=rows.jsonl --media-root . --files f", "needs --image-judge"),
     ("eval media . --data text-image=rows.jsonl --media-root . --files f --image-judge 'a b'",
-     "is no code FILE.py:NAME; name one"),
+     "must have the form FILE.py:NAME"),
 ])
 def test_a_bad_command_line_is_one_sentence(here: Path, capsys: pytest.CaptureFixture[str], line: str,
                                             said: str) -> None:

@@ -22,7 +22,7 @@ def submitted(capsys: Any, *words: str) -> tuple[int, str, str]:
 
 @pytest.mark.tier1_cases(2)
 @pytest.mark.parametrize(("settings", "sentence", "added"), [
-    ((), "its tokenizer has 368 ids, model.vocab_size = 151,936: recipe qwen3-8b is for another tokenizer",
+    ((), "its tokenizer has 368 ids, model.vocab_size = 151,936: recipe qwen3-8b is for a different",
      ("model.vocab_size=368", "train.epochs=1")),
     (("model.vocab_size=300",), "its tokenizer has 368 ids, the model only model.vocab_size = 300", ()),
     (("model.vocab_size=368",), "epochs, and the limit is 20", ("train.epochs=1",)),

@@ -52,7 +52,7 @@ def test_a_plan_without_a_cluster_has_size_memory_and_passes_over_the_data(
     (["solar-open-102b", "--cluster", "h100", "--nodes", "60", "--set", "parallel.ep=8",
       "--set", "train.fp8=none"],
      "the nearest layout that fits: --set parallel.pp=2"),
-    (["tiny-solar-open", "--nodes", "2"], "--nodes 2: looks at the nodes of a cluster; name it by --cluster"),
+    (["tiny-solar-open", "--nodes", "2"], "--nodes 2: needs a cluster; add --cluster, or pass --nproc"),
     (["tiny-solar-open", "--cluster", "local", "--nproc", "2"],
      "--nproc 2: --cluster local and --nodes decide"),
     (["tiny-solar-open", "--cluster", "h10"], "did you mean 'h100'?"),
@@ -179,16 +179,16 @@ def test_a_stage_without_data_is_as_long_as_a_setting_says(
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["--from", "MODEL"], "nothing says how long the stage is; pass --data DIR"),
-    (["qwen3-8b", "--from", "MODEL"], "and qwen3-8b: both say which model is trained"),
+    (["--from", "MODEL"], "the stage's length is unknown; pass --data DIR"),
+    (["qwen3-8b", "--from", "MODEL"], "and qwen3-8b: both name a model"),
     (["--from", "nowhere"], "--from nowhere: does not exist"),
     (["sft"], "sft: is a stage, which needs a model: add --from FOLDER"),
-    (["rl", "--from", "MODEL"], "and rl: both say which model is trained"),
+    (["rl", "--from", "MODEL"], "and rl: both name a model"),
     (["--from", "MODEL", "--data", "nowhere"], "nowhere"),
     (["--from", "MODEL", "--budget", "500", "--sweep", "--set", "train.steps=5"],
-     "--budget and --sweep: are two plans"),
+     "--budget and --sweep: exclude each other"),
     (["--days", "-1"], "--days"),
-    (["qwen3-8b", "--days", "3", "--prove"], "--days and --prove: are two plans"),
+    (["qwen3-8b", "--days", "3", "--prove"], "--days and --prove: exclude each other"),
 ])
 def test_a_model_or_a_budget_that_says_too_little_or_too_much_is_refused(
         words: list[str], sentence: str, own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,4 +220,4 @@ def test_epochs_of_data_are_the_length_of_a_stage(
     assert data.startswith("data: ") and " tokens (3 epochs of --data), 8 H100-80GB: " in headline
     assert "pass --set model.vocab_size" not in headline
     assert main(["plan", "sft", *command[2:]]) == 2
-    assert "holds conversations" in capsys.readouterr().err
+    assert "contains conversations" in capsys.readouterr().err

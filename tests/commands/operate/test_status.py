@@ -195,7 +195,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is empty, so it is not a run; pass the folder given to --run"):
         find_runs(tmp_path)
     (tmp_path / "more").mkdir()
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="contains no run"):
         find_runs(tmp_path)
     assert "none yet" in format_run_state(RunState(tmp_path))
 
@@ -304,7 +304,7 @@ def test_one_run_is_followed_and_not_as_json(tmp_path: Path, capsys: pytest.Capt
     for name in ("a", "b"):
         write_run(tmp_path / name, begin(100))
     assert cli.main(["status", str(tmp_path), "--follow"]) == 2
-    assert "--follow: follows one run, and there are 2" in capsys.readouterr().err
+    assert "--follow: follows one run, not 2 (" in capsys.readouterr().err
     assert cli.main(["status", str(tmp_path / "a"), "--follow", "--json"]) == 2
     assert "--json" in (told := capsys.readouterr().err) and "goes without --follow" in told
     assert cli.main(["status", str(tmp_path / "none"), "--follow"]) == 2

@@ -47,7 +47,7 @@ def test_a_server_that_ends_is_started_again_and_one_that_cannot_be_is_told(
     assert keep_server(server, "n2:8000", 2, is_over, poll_s=0, restart_s=0) == why
     assert server.done == [*starts, "end"]
     said = capsys.readouterr()
-    assert "n2:8000: its server has ended (see engine-0.log), and is started again" in said.err
+    assert "n2:8000: its server has ended (see engine-0.log); restarting" in said.err
     assert said.out.count("n2:8000 answers") == len([s for s in starts if s != "fails"])
 
 

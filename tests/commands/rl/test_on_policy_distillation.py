@@ -140,7 +140,7 @@ def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
 @pytest.mark.parametrize(("more", "said"), [
     (["--set", "rollout.max_staleness=1"], "max_staleness = 1 must be 0: with policy.on_policy_share = 0.5"),
     (["--set", "policy.method=opd"], 'on_policy_share = 0.5 has no effect with policy.method = "opd"'),
-    (["--teacher", "math=elsewhere"], "learns the distributions of one teacher"),
+    (["--teacher", "math=elsewhere"], "learns from exactly one teacher checkpoint"),
     (["--set", "distillation.other_tokenizer=true", "--set", "distillation.top_k=4"],
      "a teacher of another tokenizer reads whole documents"),
 ])

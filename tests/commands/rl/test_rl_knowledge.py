@@ -77,8 +77,8 @@ def test_of_chats_the_assistants_turns_are_taken_and_it_can_be_packed(packed_dat
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--split", "train"], '--split "train": must be FIELD=VALUE'),
-    (["--records-in", "split"], "rows.jsonl: line 1: split is no list of objects"),
-    (["--text-field", "nothing"], "no section is left (7 without text, 1 of another split)"),
+    (["--records-in", "split"], "rows.jsonl: line 1: split is not a list of objects"),
+    (["--text-field", "nothing"], "no section remains (7 without text, 1 of another split)"),
     (["--answer-field", "reply"], "--tests tests.jsonl: line 1 has no text in 'reply'"),
     (["--tests", "absent.jsonl"], "--tests absent.jsonl: cannot be read"),
 ])

@@ -130,7 +130,7 @@ def killed(folder: Path, command: Command, run_command: Any) -> Path:
                                     *validated(folder)))
     assert done.returncode == 0 and pids, done.stderr
     asked = f"--validation {folder / 'heldout.jsonl'}"
-    assert f"{asked}: 1 of 7 prompts are asked in training too (line 7); they are left out" in done.stderr
+    assert f"{asked}: 1 of 7 prompts are also training prompts (line 7); the validation" in done.stderr
     assert (f"{asked}: 7 prompts read: 5 asked, 2 set aside (1 asked in training too, 1 longer than "
             "rollout.max_prompt_tokens") in done.stderr
     assert "began responses" not in done.stderr
@@ -254,8 +254,8 @@ def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command
     assert done.returncode == 2, done.stderr
     assert "all 10 prompts have more tokens than rollout.max_prompt_tokens = 1, the shortest 2" in done.stderr
     prompts = str(folder / "prompts.jsonl")
-    assert (f"--validation {prompts}: 10 of 10 prompts are asked in training too (line 1, line 2, line 3, "
-            "...); give prompts that --prompts does not have") in refused("--plain", "--validation", prompts)
+    assert (f"--validation {prompts}: 10 of 10 prompts are also training prompts (line 1, line 2, line 3, "
+            "...); pass prompts outside --prompts") in refused("--plain", "--validation", prompts)
     assert main(command("refused", *validated(folder), word="train")) == 2
     assert "use `rl run`, or measure its checkpoints by `megatron-sov eval passk`" in capsys.readouterr().err
     assert "validation_samples" in refused("--plain", *validated(folder), "--set",
@@ -275,5 +275,5 @@ def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command
     bare = folder / "bare"
     shutil.copytree(teacher / "checkpoints/step-2", bare, ignore=shutil.ignore_patterns("tokenizer"))
     done = run_command(*command("refused", "--plain", "--from", str(bare)))
-    assert done.returncode == 2 and f"--from {bare}: has no tokenizer with it" in done.stderr, done.stderr
+    assert done.returncode == 2 and f"--from {bare}: has no tokenizer, which" in done.stderr, done.stderr
     assert not (folder / "refused").exists() and not (folder / "refused-store").exists()

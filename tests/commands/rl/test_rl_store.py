@@ -180,10 +180,10 @@ def test_gc_takes_what_nobody_needs_and_no_more(store: RolloutStore) -> None:
     assert len(store.parts()) == 3 and len(store.parts(version=VERSION)) == 3
 
     code, out, err = told("gc", str(store.path), "--rounds", "1")
-    assert code == 2 and out.count("would delete") == 6 and "nothing is deleted" in err
+    assert code == 2 and out.count("would delete") == 6 and "would delete 6 folders" in err
     assert len(store.parts()) == 3
     code, out, err = told("gc", str(store.path), "--version", "nonsense")
-    assert code == 2 and f"no rewards of it (there are: {VERSION[:12]})" in err
+    assert code == 2 and f"no rewards with this version (versions: {VERSION[:12]})" in err
     assert told("gc", str(store.path), "--version", VERSION)[0] == 0
     assert store.versions() == [] and len(store.parts()) == 3
     assert told("gc", str(store.path), "--rounds", "1-4", "--yes")[0] == 0
@@ -225,7 +225,7 @@ def test_a_store_that_is_not_made_yet_is_waited_for(tmp_path: Path) -> None:
 def test_one_that_never_comes_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"store: is no rollout store \(it has no store.json\)"):
         wait_for_store(tmp_path / "store", 0.0)
-    with pytest.raises(StopRequested, match=r"store: nobody has made this store within 0.1 s"):
+    with pytest.raises(StopRequested, match=r"store: the store was not created within 0.1 s"):
         wait_for_store(tmp_path / "store", 0.1)
 
 
@@ -240,8 +240,7 @@ def test_where_waiting_ends_before_the_last_round_the_command_is_not_done(
     store.add_rollouts("round-0001-piece-0000", [replace(row, outcome=outcome)],
                        StorePlan(3, 1).to_provenance(0))
     assert main([*asked, "--wait", "0.1"]) == 75
-    assert (f"warning: {store.path}: nothing more has come for 0.1 s, and 1 of 1 pieces of round 2 are not "
-            "written: whoever trains waits for their rewards; give the same command again"
-            ) in capsys.readouterr().err
+    assert (f"warning: {store.path}: no new response for 0.1 s, and 1 of 1 pieces of round 2 are not "
+            "written; repeat the command, or raise --wait, because training waits") in capsys.readouterr().err
     assert main([*asked, "--wait", "600", "--rounds", "1"]) == 0
     assert main(asked) == 0

@@ -135,8 +135,8 @@ def test_each_token_is_worth_what_its_teacher_gives_it_more_than_the_student(
 
 @pytest.mark.parametrize(("more", "said"), [
     (["--set", "policy.method=grpo", "--set", "rollout.samples_per_prompt=2"],
-     "learns from no teacher; set policy.method=opd or gkd, or policy.opd_coeff beside a reward"),
-    (["--teacher", "a=elsewhere"], "is of the same prompts; give each its domain"),
+     "learns from no teacher; set policy.method=opd or gkd, or policy.opd_coeff in addition to a reward"),
+    (["--teacher", "a=elsewhere"], "scores the same prompts; prefix each with its domain"),
     (["--set", "rollout.temperature=0.7"], "temperature = 0.7 must be 1: policy.opd_coeff = 1 compares"),
 ])
 def test_what_cannot_be_learned_is_told_before_anything_begins(
@@ -150,7 +150,7 @@ def test_what_cannot_be_learned_is_told_before_anything_begins(
 def test_prompts_that_nobody_reads_are_refused(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     words = command("refused")
     assert main(words[:-2]) == 2  # without the server
-    assert "line 2 is of domain 'b', and the teachers are of 'a'; add" in capsys.readouterr().err
+    assert "line 2 has domain 'b', and the teachers have 'a'; add" in capsys.readouterr().err
     assert main(words[:-4]) == 2
     assert "policy.opd_coeff = 1: needs a teacher; add --teacher" in capsys.readouterr().err
     assert main([*words[:-4], "--set", "policy.method=dapo", "--set", "rollout.samples_per_prompt=2"]) == 2
@@ -170,7 +170,7 @@ def test_a_teacher_whose_weights_would_not_fit_is_told_by_its_first_field(tmp_pa
         return str(told.value)
 
     assert refused(replace(own, rope_theta=5.0, mtp_loss_coeff=9.0), tmp_path).startswith(
-        f"--teacher here: has model.rope_theta = 5.0, the run {own.rope_theta}, and its weights take")
+        f"--teacher here: has model.rope_theta = 5.0, the run {own.rope_theta}, and its weights temp")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "c": 1}}}')
     assert re.search(r"has another tokenizer .*1: 'c' here, 'b' there.*choose a teacher with the model's",

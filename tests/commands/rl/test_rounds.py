@@ -87,7 +87,7 @@ def _greedy(run_command: Any, checkpoint: Path, file: Path) -> dict[str, tuple[l
 
 WRONG = {
     "rounds": (["--rounds", "3-2"], "must be a round, or the first and the last one"),
-    "later": (["--rounds", "2-9"], "--rounds 2-9: rollout.rounds = 2, and nobody trains the policy"),
+    "later": (["--rounds", "2-9"], "--rounds 2-9: rollout.rounds = 2, and no later round"),
     "task": (["--env-set", "a=1"], "is only for --environment"),
     "limit": (["--environment", "calculator", "--limit", "max_prompt_tokens=3"],
               "is rollout.max_prompt_tokens"),
@@ -114,7 +114,7 @@ def test_what_only_the_start_tells_is_told_by_its_option(asked: list[str], teach
 
     bare = tmp_path / "bare"
     shutil.copytree(teacher / "checkpoints/step-2", bare, ignore=shutil.ignore_patterns("tokenizer"))
-    assert f"--from {bare}: has no tokenizer with it" in refused("--from", str(bare))
+    assert f"--from {bare}: has no tokenizer, which" in refused("--from", str(bare))
     assert "--engine-set: parallel.epp: no such setting" in refused("--engine-set", "parallel.epp=2")
     assert "--engine-set lora.rank=2: the adapters of" in refused("--engine-set", "lora.rank=2")
     assert "rollout.max_new_tokens = 6000 make 6064 tokens, but the model has a context of" in refused(
@@ -129,7 +129,7 @@ def test_other_rounds_than_those_of_the_run_are_refused(asked: list[str], tmp_pa
     run.declare(recipes.get("tiny-solar-open"))  # one step in a round, at temperature 1
     assert main([*asked, "--set", "rollout.steps_per_round=2"]) == 2
     said = capsys.readouterr().err
-    assert f"rollout.steps_per_round = 2: --run {run.path} trains with 1; give the same" in said
+    assert f"rollout.steps_per_round = 2: --run {run.path} trains with 1; use equal" in said
     assert "rollout.temperature = 0.0001: --run" in said and "rollout.rounds" not in said
     assert not (tmp_path / "store").exists()
 

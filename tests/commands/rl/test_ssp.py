@@ -190,7 +190,7 @@ def test_frozen_sets_are_taken_as_they_were_frozen(capsys: pytest.CaptureFixture
     assert '"probe_domain": "statistics"' in Path("probe/problems.jsonl").read_text()
     Path("sets/statistics.jsonl").write_text(json.dumps({"prompt": "2 + 3?", "answer": "5"}) + "\n")
     assert main(["ssp", "probe", "first", *ASK, "--problems", "sets", "--dry-run"]) == 2
-    assert "these are not the problems that were frozen" in capsys.readouterr().err
+    assert "the files have changed since" in capsys.readouterr().err
 
 
 def test_what_would_not_be_comparable_is_refused(asked: list[str],

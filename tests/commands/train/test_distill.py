@@ -59,12 +59,12 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     beside = (*states, "--data", str(packed_data.text), "--states", str(tmp_path / "never"))
     for more, text in (
             (("--teacher", str(teacher / "checkpoints/step-1"), "--states", f"{whole}.states"),
-             "step-1 is another model; name another --states folder"),
+             "step-1 is a different model; choose"),
             ((*states, "--top-k", "4"), "asks for the 4 most probable tokens"),
             ((*beside, "--states-dtype", "float32"), "whole.states is in bfloat16, and all folders of a run"),
             ((*beside, "--top-k", "4"), "asks for the 4 most probable tokens"),
             ((*states, "--set", "model.vocab_size=400"), "has 368 token ids, the student model.vocab_size"),
-            ((*states, "--set", 'data.phases.0.blend={"chat@40": 1}'), "reads the sources as they")):
+            ((*states, "--set", 'data.phases.0.blend={"chat@40": 1}'), "reads only packed sources")):
         assert main(command(tmp_path / "no", *more)) == 2
         assert text in capsys.readouterr().err
     assert not (tmp_path / "no").exists() and not (tmp_path / "never").exists()
@@ -99,12 +99,12 @@ def test_each_teacher_reads_the_data_of_its_name(packed_data: Any, teacher: Path
     assert rest == [[text], "run.states"] and of_talk == (str(first), [talk], "run.states.talk")
     assert newest != str(first) and newest.startswith(str(teacher))
     for given, told in (
-            ([f"talk={first}"], f"--data {text}: no --teacher reads it; name one without a NAME for all"),
-            ([f"talk={first}", f"talk={teacher}"], "another one reads the data talk; give each a NAME of"),
-            ([str(teacher), str(first)], "another one reads the remaining data; give each a NAME of --data"),
-            ([str(teacher), f"code={first}"], "there are no data for it among --data talk="),
+            ([f"talk={first}"], f"--data {text}: no --teacher reads it; add a teacher without NAME"),
+            ([f"talk={first}", f"talk={teacher}"], "another teacher reads the data talk; give every"),
+            ([str(teacher), str(first)], "another teacher reads the remaining data; give every"),
+            ([str(teacher), f"code={first}"], "has no data in --data talk="),
             (["talk=gone"], "--teacher gone: does not exist")):
         assert told in run(*(word for one in given for word in ("--teacher", one)))
-    assert "never: is not there; with teachers by NAME leave it out" in run(
+    assert "never: does not exist; make it with" in run(
         "--teacher", str(teacher), "--teacher", f"talk={first}", "--states", str(tmp_path / "never"))
     assert len(read) == 2

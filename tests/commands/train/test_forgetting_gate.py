@@ -78,7 +78,7 @@ def test_what_is_lost_fails_the_stage_and_is_told_in_events(
     gate = gate_for(run, "--gate", "quiz", "--tolerance", "0.2")
     gate.begin()
     verdict = gate.judge(run / "checkpoints/step-4")
-    assert verdict.failure.startswith("the forgetting gate has not passed: 1 of 1 tasks")
+    assert verdict.failure.startswith("the forgetting gate did not pass: 1 of 1 tasks")
     assert "quiz, acc: forgotten; 1.0000 to 0.5000, difference -0.5000" in verdict.failure
     assert "forgetting gate: quiz, acc: forgotten" in capsys.readouterr().out
     (event,) = (e for e in read_events(run / "events.jsonl") if e["event"] == "forgetting_gate")
@@ -100,13 +100,13 @@ def test_an_evaluation_that_stops_or_fails_ends_the_command_as_it_did(
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--tolerance", "0.1"], "--tolerance 0.1: is for --gate TASKS"),
-    (["--gate-with", "x y"], "--gate-with x y: is for --gate TASKS"),
+    (["--tolerance", "0.1"], "--tolerance 0.1: needs --gate TASKS"),
+    (["--gate-with", "x y"], "--gate-with x y: needs --gate TASKS"),
     (["--gate", ","], "names no task"),
     (["--gate", "a", "--gate-with", "--task-dir 'x"], "close every quote"),
-    (["--gate", "a", "--gate-with", "--cache x"], "--cache is the gate's own"),
-    (["--gate", "a", "--gate-with=--run=x y"], "--run=x is the gate's own"),
-    (["--gate", "a", "--gate-with", "--outp x"], "the gate's own"),
+    (["--gate", "a", "--gate-with", "--cache x"], "the gate sets --cache"),
+    (["--gate", "a", "--gate-with=--run=x y"], "the gate sets --run=x"),
+    (["--gate", "a", "--gate-with", "--outp x"], "the gate sets --tasks"),
     (["--gate", "a", "--gate-with", "--no-such 3"], "--gate-with: .*--no-such"),
 ])
 def test_a_mistake_is_one_sentence_before_anything_runs(run: Path, words: list[str], said: str) -> None:
@@ -116,7 +116,7 @@ def test_a_mistake_is_one_sentence_before_anything_runs(run: Path, words: list[s
 
 def test_without_a_start_there_is_nothing_to_compare_with(run: Path) -> None:
     assert gate_for(run) is None
-    with pytest.raises(UserError, match="name it by --from"):
+    with pytest.raises(UserError, match="add --from"):
         build_gate(asked(run, "--gate", "quiz"), recipes.get("tiny-solar-open"), None)
 
 
@@ -135,5 +135,5 @@ def test_what_is_not_there_is_named_before_the_first_step(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"evaluate.lm.tasks = \['capitels'\]: .* did you mean .*capitals"):
         refuse(here, 'evaluate.lm.tasks=["capitels"]')
     for name, value in (("task_dirs", '["no such"]'), ("data_dir", "no such")):
-        with pytest.raises(UserError, match=f"evaluate.lm.{name} = no such: is no folder"):
+        with pytest.raises(UserError, match=f"evaluate.lm.{name} = no such: is not a folder"):
             refuse(here, f"evaluate.lm.{name}={value}")

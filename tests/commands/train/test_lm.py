@@ -113,8 +113,8 @@ def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_comman
         assert main(argv) == 2 and not (tmp_path / "no").exists()
         return capsys.readouterr().err
 
-    assert "set objective.text_coeff (e.g. 0.1) or leave that data out" in refused(both)
-    assert "holds conversations; pack some with `sov-data pack --format chat`" in refused([packed_data.text])
+    assert "set objective.text_coeff (e.g. 0.1) or leave the text out" in refused(both)
+    assert "contains conversations; pack some with `sov-data pack" in refused([packed_data.text])
     assert "use `megatron-sov pretrain`" in refused([packed_data.chats], "objective.name=lm")
     assert main(["sft", "tiny-solar-open", "--data", str(packed_data.chats), "--run",
                  str(tmp_path / "no")]) == 2

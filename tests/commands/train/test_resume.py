@@ -95,7 +95,7 @@ def test_from_another_folder_paths_are_read_where_the_run_was_begun(
     monkeypatch.chdir("/")
     assert cli.main(["resume", str(run)]) == 0
     assert Path.cwd() == tmp_path
-    assert capsys.readouterr().out.startswith(f"resume: paths are read from {tmp_path}, where")
+    assert capsys.readouterr().out.startswith(f"resume: relative paths start at {tmp_path}, where")
 
 
 def test_a_command_that_went_on_can_go_on_again(begun: Begin, given: list[argparse.Namespace]) -> None:
@@ -153,8 +153,8 @@ def test_a_complete_run_needs_none_of_its_inputs(
 @pytest.mark.parametrize(("content", "message"), [
     (None, "no command line of this version began it; type the whole command again with --resume"),
     ("{", "is damaged"), ('{"words": 3}', "is damaged"),
-    ('{"words": ["doctor"], "folder": "/", "processes": 1}', "began the run and trains nothing"),
-    ('{"words": ["rm", "-r"], "folder": "/", "processes": 1}', "began the run and is none of ours"),
+    ('{"words": ["doctor"], "folder": "/", "processes": 1}', "started the run and is not a training command"),
+    ('{"words": ["rm", "-r"], "folder": "/", "processes": 1}', "started the run and is not a command of"),
 ])
 def test_a_folder_that_does_not_say_how_it_was_begun(
         begun: Begin, content: str | None, message: str, capsys: pytest.CaptureFixture[str]) -> None:

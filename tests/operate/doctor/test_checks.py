@@ -132,8 +132,8 @@ def test_signatures_are_compared_with_those_that_this_project_calls(
                  "def f(a, *, b=2): ...", "def f(a, *, b=1): ...\nclass A: ..."):
         (tmp_path / "engine_double/__init__.py").write_text(text)
         said.append(only(doctor.iter_contract_checks()).detail)
-    read = "engine-double 1 differs from 2, against which this project was read: "
-    assert said == ["engine-double: as this project calls them",
+    read = "engine-double 1 differs from 2, which this project supports: "
+    assert said == ["engine-double: the signatures match",
                     f"{read}f of engine_double/__init__.py takes (a, *, b=2), not (a, *, b=1)",
                     f"{read}A.g of engine_double/__init__.py is gone"]
     (tmp_path / "engine_double/__init__.py").write_text("(")
@@ -181,8 +181,8 @@ def test_two_versions_of_cudnn_in_one_process_are_told(
 
 
 @pytest.mark.parametrize(("gpu", "text", "status", "detail"), [
-    (False, "", "missing", "none of its recipes: there is no GPU here"),
-    (True, "raise OSError", "missing", "none of its recipes: Transformer Engine does not work"),
+    (False, "", "missing", "no recipe works: this machine has no GPU"),
+    (True, "raise OSError", "missing", "no recipe works: Transformer Engine does not work"),
     # a Hopper
     (True, "def yes(return_reason): return True, ''\n"
            "def no(return_reason): return False, 'Device compute capability 10.0+ required.'\n"
@@ -215,7 +215,7 @@ def test_programs_are_asked_for_their_version(tmp_path: Path, monkeypatch: pytes
 def test_what_encloses_programs_is_found_by_enclosing_one(monkeypatch: pytest.MonkeyPatch) -> None:
     check = only(doctor.iter_sandbox_checks())
     assert (check.status, check.detail.partition(":")[0]) in (
-        ("ok", "namespaces"), ("ok", "landlock"), ("missing", "this machine cannot enclose a program"))
+        ("ok", "namespaces"), ("ok", "landlock"), ("missing", "this machine cannot isolate a program"))
 
     def refuse() -> str:
         raise UserError("none: 2 problems\n  namespaces: not allowed\n  landlock: version 0")
@@ -229,4 +229,4 @@ def test_little_disk_is_a_warning_with_the_figure(monkeypatch: pytest.MonkeyPatc
     usage = shutil.disk_usage("/")._replace(free=10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     disk = {c.name: c for c in doctor.iter_resource_checks()}["Disk"]
-    assert (disk.status, disk.detail) == ("warning", "1.0 GB free, less than the 5 GB that the demo wants")
+    assert (disk.status, disk.detail) == ("warning", "1.0 GB free, less than the 5 GB that the demo needs")

@@ -41,7 +41,7 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("pretrain", *HERE, *RUN[:4], "/dev/null/x", *RUN[5:]),
      "/dev/null/x/slurm: cannot be made, since a file is in the way"),
     (("data", *HERE, "--prove", "pack", "--input", "a", "--output", "x"),
-     "--prove: plays the layout of a training stage"),
+     "--prove: checks the layout of a training stage"),
     (("data", *HERE, "--array", "3", "pack", "--input", "a", "--output", "x"),
      "--array 3: must lie between 2 and the number of"),
     (("tokenizer", *HERE, "train", "--input", "en=nowhere:0.5", "--output", "x"),
@@ -123,7 +123,7 @@ UNUSED = TRAIN.replace("{", "{nodes_set: ['4:parallel.ep=2'], ")
      "stage 'dtaa': does not exist; did you mean 'data'?"),
     ("cluster: site.yaml\nstages: [{stage: data, argumets: x}]",
      "argumets: no such setting; did you mean 'stages.0.arguments'?"),
-    (f"stages: [{PACK}]", "names no cluster"),
+    (f"stages: [{PACK}]", "has no cluster"),
     (f"cluster: site.yaml\nstages: [{PACK}, {PACK.replace('{', '{name: two, ')}]", "two stages write to"),
     (f"cluster: site.yaml\nstages: [{TRAIN}]", "pretrain: {site}/tokens does not exist; make it before"),
     (f"cluster: site.yaml\nstages: [{PACK}, {TRAIN.replace('{', '{after: [dat], ')}]",
@@ -165,7 +165,7 @@ def test_a_job_that_could_not_begin_its_work_says_why(site: Path, capsys: pytest
     (site / "tokens.slurm/999998.log").write_text("job: modules of the profile cannot be loaded\n")
     assert cli.main(["submit", "chain", "chain.yaml"]) == 2
     said = capsys.readouterr().out
-    assert ("data: not complete, its job ended before it began its work: "
+    assert ("data: not complete, its job ended before it started work: "
             "modules of the profile cannot be loaded\n" in said)
     assert "pretrain: not complete, its job 999999 never began" in said
 

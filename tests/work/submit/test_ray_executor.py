@@ -111,7 +111,7 @@ def test_missing_cluster_raises_user_error(capsys: pytest.CaptureFixture[str],
     assert main(words) == 2
     assert "--ray nonsense: cannot connect to a Ray cluster" in capsys.readouterr().err
     assert main([*words, "--cluster", "a"]) == 2
-    assert "two places" in capsys.readouterr().err
+    assert "exclude each other" in capsys.readouterr().err
 
 
 class SlowFirst:

@@ -13,17 +13,17 @@ from megatron_sov.runs.folder import RunEvents
 
 @dataclass(frozen=True, kw_only=True)
 class EvalContaminationOptions(RecordOptions):
-    """Find items of a score that are in the training data, and the score without them."""
+    """Find evaluation items in the training data, and compute the score without them."""
 
     results: Annotated[Path, Flag("OUT.json")]
-    """Results of `megatron-sov eval lm`."""
+    """Results from `megatron-sov eval lm`."""
     data: Annotated[tuple[Path, ...], Flag(many=True)]
-    """What the model was trained on: folders of token shards (their training split), or files and folders
-    of text; several may follow, and it may be repeated."""
+    """Training data: folders with token shards (their training split), or text files and folders; takes
+    several values, and may be repeated."""
     text_field: Annotated[str, Flag(value="NAME")] = "text"
-    """Field that holds the text of JSONL and Parquet."""
+    """Text field in JSONL and Parquet."""
     workers: AtLeastOne = field(default_factory=count_cores)
-    """Processes that search (default: one for each core)."""
+    """Search processes (default: one per core)."""
 
 
 def check_contamination(options: EvalContaminationOptions) -> EvalContaminationOptions:
@@ -31,7 +31,7 @@ def check_contamination(options: EvalContaminationOptions) -> EvalContaminationO
     check_output("OUT.json", options.results)
     for path in options.data:
         if not path.exists():
-            raise UserError(f"--data {path}: does not exist; pass token shards, or files of text")
+            raise UserError(f"--data {path}: does not exist; pass token shards or text files")
     return options
 
 

@@ -15,15 +15,15 @@ class EvalDifferenceOptions:
     """Compare two models item by item, with confidence intervals."""
 
     first: Annotated[Path, Flag("A.json")]
-    """Results of `megatron-sov eval lm`."""
+    """Results from `megatron-sov eval lm`."""
     second: Annotated[Path, Flag("B.json")]
-    """Those of the model to compare with it."""
+    """Results of the second model."""
     tasks: Annotated[str | None, Flag(value="A,B")] = None
-    """These alone (default: all that both have)."""
+    """Compare only these tasks (default: tasks in both files)."""
     json: bool = False
-    """Print the figures as JSON."""
+    """Print JSON."""
     out: Annotated[Path | None, Flag("--output", "FILE")] = None
-    """Also write the figures into a JSON file, which appears whole."""
+    """Also write the figures to a JSON file."""
 
 
 def check_difference(options: EvalDifferenceOptions) -> EvalDifferenceOptions:
@@ -31,7 +31,7 @@ def check_difference(options: EvalDifferenceOptions) -> EvalDifferenceOptions:
         check_output("--output", options.out)
         refuse_input_as_output("--output", options.out, options.first, options.second)
     if options.tasks is not None and not parse_task_names(options.tasks):
-        raise UserError(f"--tasks {options.tasks!r}: names no task; name some, separated by commas")
+        raise UserError(f"--tasks {options.tasks!r}: names no task; pass task names, separated by commas")
     return options
 
 

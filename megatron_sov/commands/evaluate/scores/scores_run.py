@@ -1,4 +1,4 @@
-"""Runs `megatron-sov eval difference` and `eval contamination` on result files of `eval lm`."""
+"""Runs `megatron-sov eval difference` and `eval contamination` on result files from `eval lm`."""
 
 import json
 from dataclasses import asdict
@@ -17,7 +17,7 @@ EVENT = "eval_contamination"
 
 
 def compare_scores(options: EvalDifferenceOptions) -> None:
-    """Print the difference of each metric with its confidence interval.
+    """Print the differences per metric with confidence intervals.
 
     Raises:
         UserError: a damaged file, or results with different settings.
@@ -32,7 +32,7 @@ def compare_scores(options: EvalDifferenceOptions) -> None:
 
 
 def find_contamination(options: EvalContaminationOptions) -> None:
-    """Add the contamination of each task to OUT.json, and write the positions to OUT.hits.json.
+    """Add the contamination per task to OUT.json, and write the positions to OUT.hits.json.
 
     Raises:
         UserError: unreadable results or data.
@@ -41,7 +41,7 @@ def find_contamination(options: EvalContaminationOptions) -> None:
     scored = read_scored(options.results)
     checked = check(scored, options.data, RecordReading(text_field=options.text_field), options.workers)
     results = checked.results
-    # the positions first: results with contamination always have their file of hits
+    # positions first, so that results with contamination always have a file of hits
     hits_file = options.results.with_name(f"{options.results.name.removesuffix('.json')}.hits.json")
     write_output(hits_file, format_json(checked.hits))
     write_output(options.results, format_json(results))
@@ -74,6 +74,6 @@ def _format_contamination(checked: ContaminationCheck, hits_file: Path) -> str:
         line = (f"{name}: {contamination.items_hit:,} of {task.items:,} items found; "
                 f"{_get_first_metric(checked, name)} {value}, {value_without} without them")
         if too_short := checked.too_short.get(name, 0):
-            line += f"; {too_short:,} items are too short to be looked for"
+            line += f"; {too_short:,} items are too short for the search"
         lines.append(line)
-    return "\n".join([*lines, f"{checked.num_documents:,} documents searched; places in {hits_file}"])
+    return "\n".join([*lines, f"{checked.num_documents:,} documents searched; positions in {hits_file}"])

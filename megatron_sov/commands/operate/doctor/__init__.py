@@ -1,1 +1,1 @@
-"""Checks of this machine."""
+"""Machine checks."""

@@ -1,4 +1,4 @@
-"""Checks of `megatron-sov doctor`: one generator per subject. Checks change nothing on the machine.
+"""Checks for `megatron-sov doctor`: a generator per subject. They change nothing on the machine.
 
 Transformer Engine is checked by an import, because its package without GPU libraries installs and then fails
 to import.
@@ -40,19 +40,19 @@ OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "math-verif
                      "httpx": "judge", "aiohttp": "serve", "ray": "ray"}
 CONTRACT_LIBRARIES = {"megatron.core": "megatron-core", "torch": "torch",
                       "transformer_engine": "transformer-engine", "vllm": "vllm"}
-"""Package of `operate/contract.json` -> its distribution."""
+"""Package in `operate/contract.json` -> distribution."""
 TE_COMMAND = format_install_command("gpu",
                                     "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
 ENCLOSED_BY = {"namespaces": "programs have processes, files and a network of their own",
-               "landlock": "programs are kept to their folder and away from the network by Landlock and a "
-                           "filter of system calls; namespaces, which hold better, are not allowed"}
+               "landlock": "Landlock and a system-call filter confine programs to their folder and block the "
+                           "network; namespaces, which isolate better, are not allowed"}
 _COMMAND_TIMEOUT_S = 60
 ENGINE_CHECKS = "megatron_sov.commands.operate.doctor.gpu_checks:iter_engine_checks"
 
 
 @dataclass(frozen=True)
 class MachineCheck:
-    """Result of one check."""
+    """Result of a check."""
 
     name: str
     status: Status
@@ -64,7 +64,7 @@ class MachineCheck:
 
 
 def show_checks(options: DoctorOptions) -> int:
-    """Print every check; return 2 if training on this machine's CPU cannot work."""
+    """Print the checks; return 2 if training on this machine's CPU cannot work."""
     checks = run_checks()
     works = not any(check.status == "broken" for check in checks)
     if options.json:
@@ -73,15 +73,15 @@ def show_checks(options: DoctorOptions) -> int:
     else:
         print(format_checks(checks))
         print("\nThis machine can train." if works
-              else "\nThis machine cannot train yet: mend what is broken above.")
+              else "\nThis machine cannot train yet: repair the parts marked broken.")
     return ExitCode.OK if works else ExitCode.USER_ERROR
 
 
 def run_checks() -> list[MachineCheck]:
-    """Run all checks in display order: required parts, then accelerators, cluster and machine."""
+    """Run the checks in display order: required parts, then accelerators, cluster and machine."""
     checks = [*iter_python_checks(), *iter_package_checks(), *iter_shadow_checks(), *iter_torch_checks(),
               *iter_transformer_engine_checks(), *iter_contract_checks()]
-    # `megatron_sov.engine` imports torch, whose failure is reported above, and megatron-core
+    # `megatron_sov.engine` imports torch, reported above, and megatron-core
     if _import_torch() is not None:
         try:
             iter_engine_checks = import_reference(ENGINE_CHECKS)
@@ -122,19 +122,19 @@ def iter_package_checks() -> Iterator[MachineCheck]:
 
 
 def iter_shadow_checks() -> Iterator[MachineCheck]:
-    """Find foreign packages that install a top-level name of `OUR_PACKAGES` and shadow or overwrite it."""
+    """Find foreign packages that install a top-level name from `OUR_PACKAGES` and shadow or overwrite it."""
     root = Path(__file__).parents[4]
     owners = importlib.metadata.packages_distributions()
     for name in OUR_PACKAGES:
         # `find_spec`, not an import: an import would run the code of a foreign package
         spec = importlib.util.find_spec(name)
-        found = Path(spec.origin).parent if spec and spec.origin else None
+        location = Path(spec.origin).parent if spec and spec.origin else None
         foreign = sorted(set(owners.get(name, [])) - {"megatron-sov"})
-        if found != root / name:
+        if location != root / name:
             # pip cannot uninstall a plain folder of PYTHONPATH
             remedy = (f"pip uninstall {' '.join(foreign)}" if foreign
-                      else "remove that folder from PYTHONPATH, or start elsewhere")
-            yield MachineCheck(name, "broken", f"is imported from {found}, not from {root / name}", remedy)
+                      else "remove that folder from PYTHONPATH, or start in another folder")
+            yield MachineCheck(name, "broken", f"is imported from {location}, not from {root / name}", remedy)
         elif foreign:
             yield MachineCheck(name, "warning", f"{', '.join(foreign)} installs a package of the same name",
                                f"pip uninstall {' '.join(foreign)}, then make setup, or install the wheel "
@@ -156,7 +156,7 @@ def iter_torch_checks() -> Iterator[MachineCheck]:
                                                                   if torch.version.cuda
                                                                   else "CPU build"))
     if dist.is_available() and dist.is_gloo_available():
-        yield MachineCheck("gloo", "ok", "processes on CPUs can talk to each other")
+        yield MachineCheck("gloo", "ok", "CPU processes can communicate")
     else:
         yield MachineCheck("gloo", "broken", "this torch has no gloo process group",
                            "pip install the torch of constraints.txt")
@@ -184,7 +184,7 @@ def _format_cudnn_version(version: int) -> str:
 
 
 def iter_transformer_engine_checks() -> Iterator[MachineCheck]:
-    """Import Transformer Engine; a machine with GPUs needs it for `train.precision = bf16`."""
+    """Import Transformer Engine, which GPUs need for `train.precision = bf16`."""
     gpu = has_gpu()
     if importlib.util.find_spec("transformer_engine") is None:
         yield MachineCheck("Transformer Engine", "broken" if gpu else "missing",
@@ -199,15 +199,16 @@ def iter_transformer_engine_checks() -> Iterator[MachineCheck]:
         yield MachineCheck("Transformer Engine", "broken" if gpu else "warning",
                            f"is installed but does not import ({type(e).__name__}: {first_line})", TE_COMMAND)
         return
-    if gpu and (found := _describe_cudnn_mismatch()):
-        yield MachineCheck("Transformer Engine", "warning", found, 'export CUDNN_HOME="$(python -c \'import '
-                           'nvidia.cudnn as n; print(n.__path__[0])\')" for all processes: torch\'s own')
+    if gpu and (mismatch := _describe_cudnn_mismatch()):
+        yield MachineCheck("Transformer Engine", "warning", mismatch,
+                           'export CUDNN_HOME="$(python -c \'import nvidia.cudnn as n; '
+                           'print(n.__path__[0])\')" for all processes: torch\'s own')
         return
     yield MachineCheck("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
 
 
 def iter_contract_checks() -> Iterator[MachineCheck]:
-    """Compare the signatures in contract.json with the sources of each installed library."""
+    """Compare the signatures in contract.json with the sources of every installed library."""
     checked = []
     for package, distribution in CONTRACT_LIBRARIES.items():
         version = installed_version(distribution)
@@ -216,31 +217,29 @@ def iter_contract_checks() -> Iterator[MachineCheck]:
         remedy = (TE_COMMAND if package == "transformer_engine"
                   else f"pip install the {distribution} of constraints.txt")
         try:
-            wanted, difference = first_difference(package)
+            read_version, difference = first_difference(package)
         except (OSError, SyntaxError, ValueError, RecursionError) as e:
             yield MachineCheck("signatures", "warning", f"the sources of {distribution} cannot be read "
-                               f"({format_error(e)}), so they are not compared with the version that this "
-                               "project was read against", remedy)
+                               f"({format_error(e)}) and compared with the supported version", remedy)
             continue
         if difference:
-            yield MachineCheck("signatures", "warning", f"{distribution} {version} differs from {wanted}, "
-                               f"against which this project was read: {difference}", remedy)
+            yield MachineCheck("signatures", "warning", f"{distribution} {version} differs from "
+                               f"{read_version}, which this project supports: {difference}", remedy)
             continue
         checked.append(distribution)
     if checked:
-        yield MachineCheck("signatures", "ok", f"{', '.join(checked)}: as this project calls them")
+        yield MachineCheck("signatures", "ok", f"{', '.join(checked)}: the signatures match")
 
 
 def _describe_cudnn_mismatch() -> str:
-    """Describe a version mismatch between the cuDNN of Transformer Engine and of torch; "": none."""
+    """Describe a version mismatch between the cuDNN in Transformer Engine and in torch; "": none."""
     te = importlib.import_module("transformer_engine.pytorch")
     te_version = ".".join(map(str, te.get_cudnn_version()))
     torch_version = importlib.import_module("torch").backends.cudnn.version()
     if torch_version is None or _format_cudnn_version(torch_version) == te_version:
         return ""
-    return (f"has loaded cuDNN {te_version}, and torch {_format_cudnn_version(torch_version)}: parts of "
-            "the one do not load with the other, and Transformer Engine has no fused attention then "
-            "(gpu.attention)")
+    return (f"has loaded cuDNN {te_version}, and torch {_format_cudnn_version(torch_version)}: the versions "
+            "are incompatible, so Transformer Engine has no fused attention (gpu.attention)")
 
 
 def _import_torch() -> Any:
@@ -267,28 +266,28 @@ def iter_optional_checks() -> Iterator[MachineCheck]:
 
 
 def iter_sandbox_checks() -> Iterator[MachineCheck]:
-    """Start one program in the sandbox."""
+    """Start a program in the sandbox."""
     try:
-        found = machine_enclosure()
+        enclosure = machine_enclosure()
     except UserError as e:
         reasons = "; ".join(line.strip() for line in str(e).splitlines()[1:])
         yield MachineCheck("Sandbox", "missing",
-                           "this machine cannot enclose a program, which the reward code "
-                           f"needs: {reasons}",
-                           "allow user namespaces, or set a command that encloses (docs/sandbox.md)")
+                           f"this machine cannot isolate a program, which the reward code needs: {reasons}",
+                           "allow user namespaces, or set a sandbox command (docs/sandbox.md)")
     else:
-        yield MachineCheck("Sandbox", "ok", f"{found}: {ENCLOSED_BY[found]}")
+        yield MachineCheck("Sandbox", "ok", f"{enclosure}: {ENCLOSED_BY[enclosure]}")
 
 
 def _read_first_line(command: list[str]) -> str | None:
-    """Return the first line of a program's output; None: a missing, failed or hung program."""
+    """Return the first line in a program's output; None: a missing, failed or hung program."""
     if shutil.which(command[0]) is None:
         return None
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S,
+                                check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    lines = done.stdout.splitlines()
+    lines = result.stdout.splitlines()
     return lines[0].strip() if lines else None
 
 
@@ -303,7 +302,7 @@ def iter_slurm_checks() -> Iterator[MachineCheck]:
 
 
 def iter_resource_checks() -> Iterator[MachineCheck]:
-    """Check the cores, memory and disk space of this process."""
+    """Check cores, memory and disk space for this process."""
     # Slurm and containers allow fewer cores than the machine has
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield MachineCheck("CPU cores", "ok", str(cores))
@@ -320,11 +319,11 @@ def _check_free_space(name: str, free_bytes: int, wanted_bytes: int, remedy: str
     if free_bytes >= wanted_bytes:
         return MachineCheck(name, "ok", detail)
     return MachineCheck(name, "warning",
-                        f"{detail}, less than the {wanted_bytes / 1e9:.0f} GB that the demo wants", remedy)
+                        f"{detail}, less than the {wanted_bytes / 1e9:.0f} GB that the demo needs", remedy)
 
 
 def format_checks(checks: list[MachineCheck]) -> str:
-    """Format one line per check, and its remedy on the next line."""
+    """Format a line per check, and its remedy on the next line."""
     name_width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:

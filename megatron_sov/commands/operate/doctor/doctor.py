@@ -7,10 +7,10 @@ from megatron_sov.base.settings import DeclaredCommand
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """Show what this machine has, and what is missing."""
+    """Check this machine, and show how to install missing parts."""
 
     json: bool = False
-    """Print the checks as JSON."""
+    """Print JSON."""
 
 
 DOCTOR = DeclaredCommand(DoctorOptions,

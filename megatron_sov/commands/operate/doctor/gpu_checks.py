@@ -1,4 +1,4 @@
-"""Checks of `megatron-sov doctor` that need `megatron_sov.engine`, and therefore a working torch."""
+"""Checks for `megatron-sov doctor` that need `megatron_sov.engine`, and therefore a working torch."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -30,20 +30,20 @@ def iter_compiler_checks() -> Iterator[MachineCheck]:
 
 
 def iter_quantization_checks() -> Iterator[MachineCheck]:
-    """List the values of `train.fp8` that Transformer Engine supports on the first GPU."""
+    """List the `train.fp8` values that Transformer Engine supports on the first GPU."""
     if not has_gpu():
-        yield MachineCheck("train.fp8", "missing", "none of its recipes: there is no GPU here")
+        yield MachineCheck("train.fp8", "missing", "no recipe works: this machine has no GPU")
         return
     try:
         reasons = find_fp8_problems()
     except Exception:  # reported by `iter_transformer_engine_checks`
-        yield MachineCheck("train.fp8", "missing", "none of its recipes: Transformer Engine does not work")
+        yield MachineCheck("train.fp8", "missing", "no recipe works: Transformer Engine does not work")
         return
     yield MachineCheck("train.fp8", "missing" if all(reasons.values()) else "ok", _format_reasons(reasons))
 
 
 def iter_deep_ep_checks() -> Iterator[MachineCheck]:
-    """Check the values of `parallel.expert_dispatcher` that need DeepEP."""
+    """Check the `parallel.expert_dispatcher` values that need DeepEP."""
     if absence := _check_presence("DeepEP", "deep_ep", DEEP_EP_REMEDY):
         yield absence
         return
@@ -68,7 +68,7 @@ def _check_presence(name: str, module: str, remedy: str) -> MachineCheck | None:
     if importlib.util.find_spec(module) is None:
         return MachineCheck(name, "missing", "is not installed; optional", remedy)
     if not has_gpu():
-        return MachineCheck(name, "missing", "is installed, and serves on GPUs alone; there is none here")
+        return MachineCheck(name, "missing", "is installed, but needs a GPU, which this machine lacks")
     return None
 
 

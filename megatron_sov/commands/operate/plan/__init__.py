@@ -1,1 +1,1 @@
-"""Planning of runs before they start."""
+"""Plans for runs before they start."""

@@ -1,4 +1,4 @@
-"""Options and checks of `megatron-sov plan`."""
+"""Options and checks for `megatron-sov plan`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,47 +14,45 @@ RUN_OPTIONS = ("recipe", "configs", "plugins", "settings", "data", "nproc", "clu
                "prove", "json", "start_from", "days", "budget")
 """Options that --calibrate refuses."""
 STAGES: dict[str, Stage] = {"sft": "sft", "prefer": "preference", "distill": "distill"}
-"""Stage of --from, typed in place of RECIPE -> objective."""
-CLUSTER = ("Price the run on the GPUs of this cluster: take the layout that is recommended for them, where "
-           "no parallel.* is set, and tell memory, speed, days and cost "
-           f"({', '.join(cluster.list_profiles())}, or a YAML file of your own).")
+"""Stage for --from, typed instead of RECIPE -> objective."""
+CLUSTER = ("Show memory, speed, days and cost on this cluster, with the recommended layout unless parallel.* "
+           f"is set ({', '.join(cluster.list_profiles())}, or your own YAML file).")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(RecipeOptions):
-    """Show what a run will do at each step, and what it takes on a cluster."""
+    """Show a run's schedule, and its layout, memory, speed, days and cost on a cluster."""
 
     recipe: Annotated[str | None, Flag("RECIPE")] = None
-    """Name of a recipe (`megatron-sov recipes` lists them), or FILE.py:FUNCTION of your own; with --from: sft
-    (default), prefer or distill; without, --days or --budget compares all recipes."""
+    """Recipe name (`megatron-sov recipes` lists names), or FILE.py:FUNCTION. With --from: sft (default),
+    prefer or distill. Without RECIPE, --days or --budget compares all recipes."""
     start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = None
-    """Plan to fine-tune this model; of a Hugging Face folder only config.json is read."""
+    """Plan fine-tuning for this model; from a Hugging Face folder, only config.json is read."""
     days: Annotated[AboveZero | None, Flag(value="DAYS")] = None
-    """Say how many tokens RECIPE, or each recipe for pretraining, reaches on --cluster in so many days."""
+    """Show how many tokens RECIPE, or every pretraining recipe, processes on --cluster within DAYS days."""
     budget: Annotated[AboveZero | None, Flag(value="USD")] = None
-    """The same for so many US dollars; with --days the smaller limit decides."""
+    """Show how many tokens USD dollars buy on --cluster; with --days, the smaller limit applies."""
     data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
-    """Token shards made by `sov-data pack`: say how often the run reads them, and whether their vocabulary
-    fits."""
+    """Token shards from `sov-data pack`: show the number of epochs, and check the vocabulary."""
     nproc: AtLeastOne | None = None
-    """Check the settings for so many processes (default: as few as the layout needs)."""
+    """Check the settings for N processes (default: the fewest that the layout needs)."""
     cluster: Annotated[str | None, Flag(value="PROFILE", help=CLUSTER)] = None
     nodes: AtLeastOne | None = None
-    """Nodes of --cluster (default 1)."""
+    """Nodes in --cluster (default 1)."""
     sweep: bool = False
-    """Look at all layouts on --cluster, take the fastest that fits, and say why; what --set says of the
-    layout stays."""
+    """Compare all layouts on --cluster, take the fastest that fits, and explain the choice; --set parallel.*
+    restricts the layouts."""
     prove: bool = False
-    """Play two steps of the layout by all its processes here, in miniature and float64, and compare losses,
-    gradients, weights and states with one process'; ends with 3 where they differ."""
+    """Train two steps with all processes of the layout here, in miniature and float64, and compare losses,
+    gradients, weights and states with one process; exit code 3 if they differ."""
     json: bool = False
     """Print JSON instead of tables."""
     calibrate: Annotated[tuple[Path, ...], Flag(value="RUN", many=True)] = ()
-    """In place of RECIPE: learn the parameters of speed from these runs of yours."""
+    """Instead of RECIPE: fit the speed parameters to these runs."""
     out: Annotated[Path | None, Flag("--output", "FILE")] = None
-    """Where --calibrate writes its parameters."""
+    """Output file for --calibrate."""
     parameters: Annotated[Path | None, Flag(value="FILE")] = None
-    """Price by these parameters, which --calibrate wrote."""
+    """Use the speed parameters from --calibrate."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,11 @@ def check_plan(options: PlanOptions) -> PlanRequest:
         _check_calibration(options)
         return SpeedCalibration(options)
     if options.cluster is None and options.parameters is not None:
-        raise UserError(f"--parameters {options.parameters}: prices a run on a cluster; name it by --cluster")
+        raise UserError(f"--parameters {options.parameters}: needs a cluster; add --cluster")
     if options.cluster is None and (options.nodes is not None or options.sweep):
         option, fix = (("--sweep", "") if options.sweep
                        else (f"--nodes {options.nodes}", ", or pass --nproc"))
-        raise UserError(f"{option}: looks at the nodes of a cluster; name it by --cluster{fix}")
+        raise UserError(f"{option}: needs a cluster; add --cluster{fix}")
     if options.cluster is not None and options.nproc is not None:
         raise UserError(f"--nproc {options.nproc}: --cluster {options.cluster} and --nodes decide; leave it "
                         "out")
@@ -102,8 +100,7 @@ def check_plan(options: PlanOptions) -> PlanRequest:
     if options.prove:
         extra = next((name for name in ("sweep", "data", "parameters") if getattr(options, name)), None)
         if extra is not None:
-            raise UserError(f"--prove: plays a layout, and --{extra} belongs to another plan; leave one of "
-                            "them out")
+            raise UserError(f"--prove: checks a layout, and --{extra} belongs to another plan; leave one out")
         return LayoutProof(options)
     return RecipePlan(options) if options.start_from is None else TuningPlan(options)
 
@@ -124,16 +121,16 @@ def _check_model(options: PlanOptions) -> None:
     has_recipe = options.recipe is not None and options.recipe not in STAGES
     if has_recipe or options.configs:
         model = options.recipe if has_recipe else f"--config {options.configs[0]}"
-        raise UserError(f"--from {options.start_from} and {model}: both say which model is trained; leave "
-                        f"one out, or name a stage instead of a recipe ({', '.join(STAGES)})")
+        raise UserError(f"--from {options.start_from} and {model}: both name a model; leave one out, or name "
+                        f"a stage instead of a recipe ({', '.join(STAGES)})")
 
 
 def _check_budget(options: PlanOptions) -> None:
     option = "--days" if options.days is not None else "--budget"
     if options.cluster is None:
-        raise UserError(f"{option}: needs the GPUs that are paid for; name them by --cluster")
+        raise UserError(f"{option}: needs a cluster; add --cluster")
     if extra := [name for name in ("sweep", "prove") if getattr(options, name)]:
-        raise UserError(f"{option} and --{extra[0]}: are two plans; leave one of them out")
+        raise UserError(f"{option} and --{extra[0]}: exclude each other; leave one out")
 
 
 def _check_calibration(options: PlanOptions) -> None:
@@ -141,8 +138,8 @@ def _check_calibration(options: PlanOptions) -> None:
         raise UserError(f"--output {options.out}: is for --calibrate RUN ...; add it, or redirect stdout for "
                         "a plan")
     if extra := [name for name in RUN_OPTIONS if getattr(options, name)]:
-        raise UserError(f"--calibrate {options.calibrate[0]}: looks at runs that are written down, and "
-                        f"{extra[0]} belongs to one that is planned; leave one of them out")
+        raise UserError(f"--calibrate {options.calibrate[0]}: fits existing runs, and {extra[0]} belongs to "
+                        "a planned run; leave one out")
     if options.parameters is not None:
-        raise UserError(f"--parameters {options.parameters}: --calibrate begins with those of the package; "
-                        "leave it out")
+        raise UserError(f"--parameters {options.parameters}: --calibrate starts from the package's "
+                        "parameters; leave it out")

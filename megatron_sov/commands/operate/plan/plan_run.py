@@ -26,7 +26,7 @@ def plan_recipe(plan: RecipePlan) -> None:
 
 
 def print_plan(options: PlanOptions, request: RecipeRequest) -> None:
-    """Print the plan of one recipe or stage.
+    """Print the plan for a recipe or stage.
 
     Raises:
         UserError: settings without a valid schedule, or a run that does not fit the cluster's GPUs.
@@ -40,7 +40,7 @@ def print_plan(options: PlanOptions, request: RecipeRequest) -> None:
 
 
 def print_budget(options: PlanOptions, requests: dict[str, RecipeRequest]) -> None:
-    """Print the tokens that each recipe reaches within --days and --budget."""
+    """Print the tokens that every recipe reaches within --days and --budget."""
     assert options.cluster is not None
     where = machines(options.cluster, options.nodes)
     parameters = None if options.parameters is None else read_parameters(options.parameters)
@@ -103,12 +103,12 @@ def _describe_data(options: PlanOptions, config: RunConfig) -> list[str]:
     if vocab_size < config.model.vocab_size and options.start_from is None:
         lines.append(f"data: its tokenizer has {vocab_size:,} ids, model.vocab_size is "
                      f"{config.model.vocab_size:,}; pass --set model.vocab_size={vocab_size} for a model "
-                     "without unused ones")
+                     "without unused ids")
     return lines
 
 
 def _list_recipe_words(options: PlanOptions) -> list[str]:
-    """Return the command-line words that name the recipe."""
+    """Return the command-line words for the recipe."""
     words = [options.recipe] if options.recipe else []
     for path in options.configs:
         words += ["--config", str(path)]

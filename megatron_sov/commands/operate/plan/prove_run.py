@@ -4,14 +4,9 @@ from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.commands.operate.plan.plan import LayoutProof
 from megatron_sov.commands.operate.plan.tuning_run import request_plan
-from megatron_sov.engine.parallel.cpu_shims import prepare_without_gpu
 from megatron_sov.plan.on_cluster import placed
 from megatron_sov.plan.pricing import machines
-
-# a proof runs on CPUs even if the machine has a GPU: before the first import of megatron-core
-prepare_without_gpu()
-
-from megatron_sov.proof.proving import EQUAL, as_json, as_text, prove_run  # noqa: E402
+from megatron_sov.proof.proving import EQUAL, as_json, as_text, prove_run
 
 
 def prove_layout(proof: LayoutProof) -> int:

@@ -1,4 +1,4 @@
-"""Runs `megatron-sov plan --from FOLDER`: the plan of a stage of post-training."""
+"""Runs `megatron-sov plan --from FOLDER`: the plan for a post-training stage."""
 
 import dataclasses
 from functools import partial
@@ -24,7 +24,7 @@ from megatron_sov.runs.launch_environment import MAX_LOCAL_RANKS
 from megatron_sov.train.data.token_shards import open_sources
 
 QUANTIZATION = "quantization_config"
-"""Field of config.json with the number format of the weights, which a plan does not need."""
+"""Field in config.json with the number format of the weights, which a plan does not need."""
 
 
 def plan_tuning(plan: TuningPlan) -> None:
@@ -32,7 +32,7 @@ def plan_tuning(plan: TuningPlan) -> None:
 
 
 def request_plan(options: PlanOptions) -> RecipeRequest:
-    """Build the request of a recipe, or of a stage of post-training if --from names a model.
+    """Build the request for a recipe or, with --from, for a post-training stage.
 
     Raises:
         UserError: an unusable model, or a stage of unknown length.
@@ -49,7 +49,7 @@ def request_plan(options: PlanOptions) -> RecipeRequest:
 
 
 def _build_base(start_from: Path, stage: Stage) -> RunConfig:
-    """Build the default settings of a stage from the model's config; weights are not opened."""
+    """Build default settings for a stage from the model's config; weights are not opened."""
     # the config.json of a run has no `model_type`
     fields = read_json(start_from / CONFIG) if (start_from / CONFIG).is_file() else {}
     if "model_type" not in fields:
@@ -66,7 +66,7 @@ def _build_base(start_from: Path, stage: Stage) -> RunConfig:
 
 
 def _complete_request(options: PlanOptions, request: RecipeRequest, stage: Stage) -> RecipeRequest:
-    """Add the settings that follow from --data, or from the length of the stage.
+    """Add the settings that follow from --data, or from the stage's length.
 
     Raises:
         UserError: unreadable data, data of another format, or a stage of unknown length.
@@ -82,8 +82,8 @@ def _complete_request(options: PlanOptions, request: RecipeRequest, stage: Stage
         config = complete_stage(request, config, stage, min(num_gpus or 1, MAX_LOCAL_RANKS)).config
         return dataclasses.replace(request, base=config)
     if not changed & {"train.steps", "train.tokens"}:
-        raise UserError(f"--from {options.start_from}: nothing says how long the stage is; pass --data DIR "
-                        "made by `sov-data pack`, or --set train.tokens=100000000")
+        raise UserError(f"--from {options.start_from}: the stage's length is unknown; pass --data DIR made "
+                        "by `sov-data pack`, or --set train.tokens=100000000")
     rates = find_rate_settings(config, stage, count_params(config.model).total, changed)
     config = apply_settings(config, list(rates))
     train = dataclasses.replace(config.train, epochs=0.0)

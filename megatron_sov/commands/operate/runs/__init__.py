@@ -1,1 +1,1 @@
-"""State, logs and reports of run folders."""
+"""State, logs and reports for run folders."""

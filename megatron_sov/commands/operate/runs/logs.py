@@ -9,16 +9,16 @@ from megatron_sov.base.settings import DeclaredCommand, Flag, NotNegativeInt
 
 @dataclass(frozen=True, kw_only=True)
 class LogsOptions:
-    """Print the logs of runs, and follow them."""
+    """Print and follow a run's logs."""
 
     run: Annotated[Path, Flag("RUN")]
     """Run folder."""
     rank: tuple[int, ...] = ()
-    """Only what this rank wrote, in all its starts; may be given several times."""
+    """Only lines from this rank, in all its starts; may be repeated."""
     tail: NotNegativeInt = 0
-    """Only the last N lines of each file (default: all)."""
+    """Only the last N lines per file (default: all)."""
     follow: bool = False
-    """Go on with new lines until the run has ended."""
+    """Follow new lines until the run ends."""
 
 
 LOGS = DeclaredCommand(LogsOptions, run_function="megatron_sov.commands.operate.runs.logs_run:print_logs")

@@ -1,4 +1,4 @@
-"""Runs `megatron-sov logs`: lists the log files of a run in the order of its starts and prints their lines.
+"""Runs `megatron-sov logs`: lists a run's log files in start order and prints their lines.
 
 Under Slurm each start of a job writes `RUN/slurm/logs/<job>-<restart>/`: a file per rank, srun's output and
 the preflight check of the nodes. The job's script writes `RUN/slurm/<job>.log`; jobs that evaluate an export
@@ -31,9 +31,9 @@ SILENCE_S = 5.0
 class LogFile:
     path: Path
     label: str
-    """Attempt and process, the prefix of each printed line."""
+    """Attempt and process: prefix of the printed lines."""
     rank: int | None
-    """None: not written by a rank."""
+    """None: not a rank's file."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ class LogLine:
 
 
 def print_logs(options: LogsOptions) -> None:
-    """Print a run's lines, each with its start and rank.
+    """Print a run's lines with start and rank.
 
     Raises:
         UserError: a folder without a run, or a --rank without a file.
     """
     runs = find_runs(options.run)
     if runs[-1] != options.run:
-        raise UserError(f"{options.run}: holds runs and is none; name one of them: "
+        raise UserError(f"{options.run}: contains runs, but is not a run; pass one of "
                         f"{', '.join(map(str, runs))}")
     ranks = sorted({file.rank for file in list_log_files(options.run) if file.rank is not None})
     if options.rank and not set(options.rank) & set(ranks) and not options.follow:
         advice = (f"ranks with files: {ranks[0]} to {ranks[-1]}" if ranks
                   else "a run on one machine writes to its terminal")
-        raise UserError(f"--rank {options.rank[0]}: no file of {options.run} is this rank's ({advice}); "
+        raise UserError(f"--rank {options.rank[0]}: {options.run} has no file from this rank ({advice}); "
                         "leave --rank out")
     try:
         for line in RunLogReader(options.run, set(options.rank), options.tail).iter_lines(options.follow):
@@ -66,7 +66,7 @@ def print_logs(options: LogsOptions) -> None:
 
 
 class RunLogReader:
-    """Reads all log files of a run, including files that appear later."""
+    """Reads a run's log files, including files that appear later."""
 
     def __init__(self, run: Path, ranks: set[int], tail_lines: int) -> None:
         self._run, self._ranks, self._tail_lines = run, ranks, tail_lines
@@ -89,7 +89,7 @@ class RunLogReader:
                 return
 
     def _read_new_lines(self, first: bool = False, whole: bool = False) -> Iterator[LogLine]:
-        # list the files each time: a restart adds files
+        # list the files again: a restart adds files
         for file in list_log_files(self._run):
             if not self._ranks or file.rank in self._ranks:
                 tail = self._tails.setdefault(file.path, LogTail(file))
@@ -101,14 +101,14 @@ class RunLogReader:
 
 
 class LogTail:
-    """Reads the new lines of one log file as printable text."""
+    """Reads new lines from one log file as printable text."""
 
     def __init__(self, file: LogFile) -> None:
         self.file = file
         self._growing = GrowingFile(file.path)
 
     def lines(self, whole: bool = False) -> Iterator[LogLine]:
-        """Yield complete new lines; of events.jsonl, only events with a text for people.
+        """Yield complete new lines; from events.jsonl, only events with a text for people.
 
         Args:
             whole: also yield a last line without a newline.
@@ -117,7 +117,7 @@ class LogTail:
             if self.file.path.name == EVENTS:
                 text = _format_event(raw)
             else:
-                # a progress bar separates its states by carriage returns: print the last state
+                # a progress bar separates states by carriage returns: print the last state
                 text = raw.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
             if text is not None:
                 printable = "".join(c if c.isprintable() or c == "\t" else "·" for c in text)
@@ -125,8 +125,8 @@ class LogTail:
 
 
 def list_log_files(run: Path) -> list[LogFile]:
-    """Return a run's log files: job scripts and attempts in the order of their starts, then hangs, exports,
-    evaluations and events."""
+    """Return a run's log files: job scripts and attempts in start order, then hangs, exports, evaluations and
+    events."""
     files = _list_job_files(run / JOB_LOGS, "")
     for path in sorted(run.glob("hang/*.txt")):
         step = path.name.partition("-rank-")[0]
@@ -141,7 +141,7 @@ def list_log_files(run: Path) -> list[LogFile]:
 
 
 def _list_job_files(records: Path, prefix: str) -> list[LogFile]:
-    """Return the log files of the jobs with records in a folder; `prefix` begins their labels."""
+    """Return the jobs' log files from a folder with records; `prefix` begins their labels."""
     files = [LogFile(path, f"{prefix}job {path.stem}", None)
              for path in sorted(records.glob("*.log"), key=_get_order)]
     attempts = [folder for folder in records.glob("logs/*") if ATTEMPT_FOLDER.match(folder.name)]
@@ -159,7 +159,7 @@ def _parse_numbers(name: str) -> tuple[int, ...]:
 
 
 def _get_order(file: Path) -> tuple[bool, bool, tuple[int, ...], str]:
-    """Return the sort key of an attempt's files: preflight checks, srun's output, then ranks."""
+    """Return the sort key for an attempt's files: preflight checks, srun's output, then ranks."""
     is_rank = _parse_rank(file) is not None
     return file.parent.name != "preflight", is_rank, _parse_numbers(file.name), file.name
 
@@ -175,7 +175,7 @@ def _format_process(file: Path) -> str:
 
 
 def _format_event(raw: bytes) -> str | None:
-    """Format a line of events.jsonl; None for events without a text for people."""
+    """Format a line from events.jsonl; None for events without a text for people."""
     event = parse_event(raw)
     text = None if event is None else describe_event(event)
     if event is None or text is None:

@@ -11,27 +11,27 @@ from megatron_sov.base.settings import DeclaredCommand, Flag
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Write a run's report, or that of several that follow on each other, as one HTML file."""
+    """Write one HTML report for a run, or for several consecutive runs."""
 
     runs: Annotated[tuple[Path, ...], Flag("RUN")]
     """Run folders in order, e.g. of pretrain, extend and sft."""
     out: Annotated[Path | None, Flag("--output", "FILE")] = None
-    """The HTML file to write (default: report.html in the last RUN)."""
+    """HTML file to write (default: report.html in the last RUN)."""
 
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """Checked input of `report_run.write_report`."""
+    """Checked input for `report_run.write_report`."""
 
     runs: tuple[Path, ...]
     output: Path
 
 
 def check_report(options: ReportOptions) -> ReportRequest:
-    # resolved: a link and its target are the same run
+    # resolved: a link and its target are one run
     resolved = [path.resolve() for path in options.runs]
     if repeated := [path for path in options.runs if resolved.count(path.resolve()) > 1]:
-        raise UserError(f"{repeated[0]}: is named twice, and its tokens would count twice; name each run "
+        raise UserError(f"{repeated[0]}: is passed twice, so its tokens would count twice; pass every run "
                         "once")
     check_page("--output", options.out)
     return ReportRequest(options.runs, options.out or options.runs[-1] / "report.html")

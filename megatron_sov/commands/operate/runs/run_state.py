@@ -28,19 +28,19 @@ from megatron_sov.runs.obs.meters import HeldoutFigures, format_step, read_headl
 from megatron_sov.work.clusters import client
 
 SUBMITTED = f"{JOBS}/{SUBMISSIONS}"
-"""Submissions of a run's jobs; the first file of a submitted run."""
+"""Submissions of a run's jobs; the first file in a submitted run."""
 RECENT_STEPS = 50
-"""Steps of the current speed."""
+"""Steps over which the current speed is measured."""
 SILENT_AFTER_STEPS, SILENT_AFTER_S = 10, 60.0
 """A running run without events is silent after both limits."""
 UNCOUNTED_INCIDENTS = ("restart", "failure", "fault")
-"""Incidents that the list of starts shows, and faults on purpose."""
+"""Incidents that the list of starts shows, and intentional faults."""
 MAX_DEPTH = 3
-"""Depth of the search for runs in a folder."""
+"""Depth limit in the search for runs below a folder."""
 
 
 def add_slurm_reasons(run: Path, attempts: list[Attempt]) -> None:
-    """Add the reasons of the job script's records to attempts that ended by a kill or a signal."""
+    """Add the reasons in the job script's records to attempts that ended by a kill or a signal."""
     ends = [(parse_number(r.get("time_s")), str(r.get("outcome")), str(r.get("reason")))
             for r in read_events(run / JOBS / ATTEMPTS) if r["event"] == "end"]
     for i, attempt in enumerate(attempts):
@@ -48,7 +48,7 @@ def add_slurm_reasons(run: Path, attempts: list[Attempt]) -> None:
         after_s = parse_number(attempts[i + 1].start.get("time_s")) if i + 1 < len(attempts) else float("inf")
         # the last end between this start and the next start
         for outcome, reason in [words for time_s, *words in ends if began_s <= time_s < after_s][-1:]:
-            # a killed process could not record its own outcome
+            # a killed process cannot record an outcome
             if attempt.outcome == UNFINISHED:
                 attempt.outcome = f"{outcome}: {reason}"
             elif attempt.outcome.startswith("stopped: "):
@@ -56,14 +56,14 @@ def add_slurm_reasons(run: Path, attempts: list[Attempt]) -> None:
 
 
 def describe_job_end(run: Path) -> str:
-    """Return the last log line of the last job of a run that never began training; "": no job."""
+    """Return the last log line from the last job of a run that never began training; "": no job."""
     jobs = list_submitted_jobs(run / JOBS)
     line = read_last_log_line(run / JOBS, jobs[-1]) if jobs else ""
     return f"job {jobs[-1]}: {line}" if line else ""
 
 
 def describe_active_job(run: Path) -> str:
-    """Describe the waiting or running job of a run; "": none, or no answer from Slurm."""
+    """Describe a run's waiting or running job; "": none, or no answer from Slurm."""
     try:
         states = client.read_active_states(list_submitted_jobs(run / JOBS))
     except UserError:  # a machine without Slurm
@@ -73,7 +73,7 @@ def describe_active_job(run: Path) -> str:
 
 @dataclass(frozen=True)
 class RunStart:
-    """One start of a run's processes."""
+    """A start of a run's processes."""
 
     began_s: float
     from_step: int
@@ -94,21 +94,21 @@ class RunState:
     state: str = "not started"
     """running, stopping, silent, waiting, complete, stopped, gate failed, ended, not started."""
     why: str = ""
-    """Reason of `state`."""
+    """Reason for `state`."""
     step: int = 0
     num_steps: int = 0
     tokens: int = 0
     loss: float = math.nan
     heldout_bits_per_byte: float = math.nan
-    """Newest evaluation, over the bytes of all held-out sources."""
+    """Newest evaluation, over the bytes in all held-out sources."""
     told: str = ""
-    """Headline meters of the last step."""
+    """Headline meters at the last step."""
     headline: dict[str, float] = field(default_factory=dict)
     """Headline meter -> last value."""
     heldout: str = ""
     """Held-out figures before the first step and after the last evaluation."""
     tokens_per_s: float = math.nan
-    """Median over the last steps of the current attempt."""
+    """Median over the last steps in the current attempt."""
     eta_s: float = math.nan
     """Remaining seconds at the current wall time per step; NaN: not running."""
     checkpoint: str = ""
@@ -134,21 +134,21 @@ def find_runs(path: Path) -> list[Path]:
         UserError: no run.
     """
     if _is_run(path):
-        before = [*(path / STAGES).glob("*"), *(path / ROUNDS).glob("*/run")]
-        found = [*sorted(p for p in before if _is_run(p)), path]
+        parts = [*(path / STAGES).glob("*"), *(path / ROUNDS).glob("*/run")]
+        runs = [*sorted(p for p in parts if _is_run(p)), path]
     else:
-        found = sorted({p for depth in range(1, MAX_DEPTH + 1) for name in (CONFIG, EVENTS, SUBMITTED)
+        runs = sorted({p for depth in range(1, MAX_DEPTH + 1) for name in (CONFIG, EVENTS, SUBMITTED)
                         for file in path.glob("/".join(["*"] * depth + [name]))
                         if _is_run(p := file.parents[name.count("/")])})
-    if not found:
+    if not runs:
         check_folder_kind(path, (RUN,), "a run")
-        raise UserError(f"{path}: holds no run ({CONFIG} and {EVENTS}), nor do the folders in it; "
-                        "pass the folder of a training command's --run, or one that holds such folders")
-    return found
+        raise UserError(f"{path}: contains no run ({CONFIG} and {EVENTS}); pass the --run folder of a "
+                        "training command, or a parent folder")
+    return runs
 
 
 def _is_run(path: Path) -> bool:
-    """Return whether a folder contains the events, settings or jobs of a run."""
+    """Return whether a folder contains a run's events, settings or jobs."""
     if (path / EVENTS).is_file() or (path / SUBMITTED).is_file():
         return True
     try:
@@ -158,7 +158,7 @@ def _is_run(path: Path) -> bool:
 
 
 class RunStateReader:
-    """Computes the state of a run from its folder and the events passed to `add`."""
+    """Computes a run's state from its folder and the events passed to `add`."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._so_far = path, RunState(path)
@@ -241,7 +241,7 @@ class RunStateReader:
 
 
 def _overall_bits_per_byte(heldout: Any) -> float:
-    """Return the bits per byte over all sources of an evaluation; NaN for a source without figures."""
+    """Return an evaluation's bits per byte over all sources; NaN for a source without figures."""
     sources = [row for row in heldout.values() if isinstance(row, dict)] if isinstance(heldout, dict) else []
     bits = [parse_number(row.get("loss")) * parse_number(row.get("tokens")) for row in sources]
     num_bytes = [b / per_byte if (per_byte := parse_number(row.get("bits_per_byte"))) > 0 else math.nan
@@ -258,7 +258,7 @@ def read_run_state(path: Path, now_s: float | None = None) -> RunState:
 
 
 def _is_extension(path: Path, config: RunConfig) -> bool:
-    """Return whether a run is an extension or one of its stages."""
+    """Return whether a run is an extension or an extension's stage."""
     return (path.parent.name == STAGES or (path / STAGES).is_dir() or bool(config.extend.stages)
             or bool(config.extend.gate.every_steps) or any(p.name == PHASE for p in config.data.phases))
 
@@ -277,14 +277,14 @@ def _set_state(state: RunState, attempts: list[Attempt], recent: deque[tuple[int
     outcome = attempts[-1].outcome if attempts else ""
     if holder is not None:
         step_times_s = [row[3] for row in recent if math.isfinite(row[3])]
-        # relative to its step time: a step of a large model may take minutes
+        # relative to the step time: a step with a large model may take minutes
         patience_s = max(SILENT_AFTER_S,
                          SILENT_AFTER_STEPS * statistics.median(step_times_s) if step_times_s else 0.0)
         silent = state.last_event_age_s > patience_s
         state.state = "silent" if silent else "running"
-        state.why = f"process {holder['pid']} on {holder['host']}" + (" lives, and writes nothing"
+        state.why = f"process {holder['pid']} on {holder['host']}" + (" is alive, but writes nothing"
                                                                       if silent else "")
-        # a lock without an event of this start
+        # the lock exists, but not the first event
         if not attempts or (outcome != UNFINISHED and outcome != COMPLETE):
             state.why += ", starting"
         elif attempts[-1].stopping and outcome == UNFINISHED:
@@ -296,7 +296,7 @@ def _set_state(state: RunState, attempts: list[Attempt], recent: deque[tuple[int
         state.state, state.why = "gate failed", failure.partition("\n")[0]
     elif folder.held() is not None:
         state.state, state.why = "waiting", "its last checkpoint is not judged yet"
-    # query Slurm only if the folder does not tell
+    # query Slurm only if the folder gives no answer
     elif job := describe_active_job(folder.path):
         state.state, state.why = "waiting", job
     elif outcome.startswith("stopped: "):
@@ -317,7 +317,7 @@ def _estimate_speed(state: RunState, recent: deque[tuple[int, float, float, floa
         return tokens_per_s, math.nan
     # wall time, which includes evaluations and checkpoints
     wall_s = (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0])
-    # minus the time since the last event, so that the figure falls between steps
+    # minus the time since the last event, so the figure falls between steps
     return tokens_per_s, max(0.0, (state.num_steps - state.step) * wall_s - (now_s - recent[-1][1]))
 
 
@@ -338,13 +338,13 @@ def format_run_state(state: RunState) -> str:
     if state.heldout:
         lines.append(f"  held-out    {state.heldout.replace('held-out ', '')}")
     if math.isfinite(state.tokens_per_s):
-        left = f", {format_duration(state.eta_s)} left" if math.isfinite(state.eta_s) else ""
-        lines.append(f"  speed       {state.tokens_per_s:,.0f} tokens/s{left}")
+        remaining = f", {format_duration(state.eta_s)} left" if math.isfinite(state.eta_s) else ""
+        lines.append(f"  speed       {state.tokens_per_s:,.0f} tokens/s{remaining}")
     lines.append(f"  checkpoint  {state.checkpoint or 'none yet'}{_format_age(',', state.checkpoint_age_s)}")
     counted = {"warning": state.warnings,
                **{INCIDENT_NAMES[kind]: count for kind, count in state.incidents.items()}}
-    if told := ", ".join(f"{count:,} x {name}" for name, count in counted.items() if count):
-        lines.append(f"  incidents   {told} (megatron-sov logs {shlex.quote(str(state.path))})")
+    if incidents := ", ".join(f"{count:,} x {name}" for name, count in counted.items() if count):
+        lines.append(f"  incidents   {incidents} (megatron-sov logs {shlex.quote(str(state.path))})")
     return "\n".join([*lines, *_format_starts(state)])
 
 

@@ -12,11 +12,11 @@ class StatusOptions:
     """Show the state of runs."""
 
     runs: Annotated[tuple[Path, ...], Flag("RUN")]
-    """Run folders, or folders that hold runs."""
+    """Run folders, or folders that contain runs."""
     json: Annotated[bool, excludes_field("follow")] = False
     """Print the state of every run as JSON."""
     follow: bool = False
-    """Print a line for each new step, evaluation, checkpoint and incident of one run until it ends."""
+    """Print a line per new step, evaluation, checkpoint and incident until the run ends; for one run."""
 
 
 STATUS = DeclaredCommand(StatusOptions,

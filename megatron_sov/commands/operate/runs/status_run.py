@@ -1,5 +1,4 @@
-"""Runs `megatron-sov status`: one run in full, several runs as a table, or the events of one run as they are
-written."""
+"""Runs `megatron-sov status`: one run in full, several runs in a table, or new events of one run."""
 
 import json
 import math
@@ -19,7 +18,7 @@ from megatron_sov.runs.obs.figures import parse_number
 from megatron_sov.runs.obs.history import describe_event
 
 POLL_EVENTS_S, POLL_STATE_S = 0.5, 5.0
-"""Seconds between two reads of a followed run's events, and of its state."""
+"""Seconds between reads of a followed run's events, and of its state."""
 MAX_TIME_S = 1e11
 ALIVE = ("running", "silent", "waiting", "not started")
 """States in which a run may still write events."""
@@ -37,8 +36,8 @@ def show_status(options: StatusOptions) -> None:
     paths = list(dict.fromkeys(run for path in options.runs for run in find_runs(path)))
     if options.follow:
         if len(paths) > 1:
-            raise UserError(f"--follow: follows one run, and there are {len(paths)} "
-                            f"({', '.join(map(str, paths[:3]))}); name one")
+            raise UserError(f"--follow: follows one run, not {len(paths)} "
+                            f"({', '.join(map(str, paths[:3]))}); pass one")
         follow_run(paths[0])
         return
     states = [read_run_state(path) for path in paths]
@@ -51,7 +50,7 @@ def show_status(options: StatusOptions) -> None:
 
 
 def follow_run(run: Path) -> None:
-    """Print the state of a run, then a line per event, until the run ends or Ctrl-C."""
+    """Print a run's state, then a line per event, until the run ends or Ctrl-C."""
     file, reader = GrowingFile(run / EVENTS), RunStateReader(run)
     generation = file.generation
     polled_s = -math.inf
@@ -100,7 +99,7 @@ def _format_event(event: dict[str, Any], reader: RunStateReader) -> str | None:
 
 
 def _list_fields(state: RunState) -> dict[str, Any]:
-    """Return the fields of a state as JSON values; NaN becomes null."""
+    """Return a state's fields as JSON values; NaN becomes null."""
     fields = {**asdict(state), "path": str(state.path), "restarts": state.restarts}
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in fields.items()}

@@ -1,4 +1,4 @@
-"""Chain files of `megatron-sov submit chain`: stages and their order, in YAML."""
+"""Chain files for `megatron-sov submit chain`: stages and their order, in YAML."""
 
 import os
 import re
@@ -16,12 +16,13 @@ WORK = re.compile(r"\$WORK\b|\$\{WORK\}")
 
 @dataclass(frozen=True)
 class ChainStage:
-    """One stage of a chain file."""
+    """A stage in a chain file."""
 
     stage: str
     """Name in `operate.slurm.stages.STAGES`."""
     arguments: str
-    """Arguments of the stage's command, quoted as in a shell; `$WORK` stands for the variable WORK."""
+    """Arguments for the stage's command, quoted as in a shell; `$WORK` stands for the environment variable
+    WORK."""
     name: str = ""
     """Name in the chain; "": `stage`."""
     after: tuple[str, ...] | None = None
@@ -29,7 +30,7 @@ class ChainStage:
     cluster: str = ""
     """Cluster profile; "": the chain's profile."""
     nodes: AtLeastOne = 1
-    """Nodes of a training stage."""
+    """Nodes for a training stage."""
     min_nodes: NotNegativeInt = 0
     """Minimum nodes after a node failure; 0: all `nodes`."""
     nodes_set: tuple[str, ...] = ()
@@ -41,7 +42,7 @@ class ChainStage:
     time_limit: str | None = None
     """Replaces the profile's time limit."""
     note: str = ""
-    """Comment in the stage's script of --scripts."""
+    """Comment in the stage's script from --scripts."""
 
     @property
     def label(self) -> str:
@@ -59,8 +60,8 @@ class ChainStage:
         try:
             argv = shlex.split(self.arguments, comments=True)
         except ValueError as e:
-            raise UserError(f"arguments = {self.arguments!r}: cannot be read as a shell would ({e}); "
-                            "mend its quotes") from None
+            raise UserError(f"arguments = {self.arguments!r}: is not valid shell syntax ({e}); fix the "
+                            "quotes") from None
         return tuple(WORK.sub(lambda match: get_work_folder() if work is None else work, word)
                      for word in argv)
 
@@ -71,7 +72,7 @@ class ChainConfig:
 
     stages: tuple[ChainStage, ...]
     cluster: str = ""
-    """Cluster profile of all stages; "": --cluster."""
+    """Cluster profile for all stages; "": --cluster."""
     description: str = ""
     """One line."""
 
@@ -83,12 +84,12 @@ def get_work_folder() -> str:
         UserError: WORK is not set.
     """
     if not os.environ.get("WORK"):
-        raise UserError("$WORK is not set; export WORK=FOLDER, a folder on a disk that all nodes see")
+        raise UserError("$WORK is not set; export WORK=FOLDER, a folder on a disk shared by all nodes")
     return str(Path(os.environ["WORK"]).absolute())
 
 
 def list_chains() -> list[str]:
-    """Return the names of the package's chain files."""
+    """Return the names of the packaged chain files."""
     return [*cluster.list_packaged_files("chains")]
 
 
@@ -103,9 +104,9 @@ def read_chain(name: str) -> ChainConfig:
     elif Path(name).is_file():
         text = read_settings_text(Path(name), name)
     else:
-        known = list_chains()
-        raise UserError(f"{name}: does not exist{suggest_name(name, known)} (chains: {', '.join(known)}; "
-                        "your own: a YAML file with `stages`, docs/slurm.md)")
+        chain_names = list_chains()
+        raise UserError(f"{name}: does not exist{suggest_name(name, chain_names)} (chains: "
+                        f"{', '.join(chain_names)}; your own: a YAML file with `stages`, docs/slurm.md)")
     config = parse_settings_yaml(ChainConfig, text, name, rules=False)
     if not config.stages:
         raise UserError(f"{name}: has no stages")
@@ -116,6 +117,6 @@ def read_chain(name: str) -> ChainConfig:
         # only earlier stages: a chain has no cycle
         for before in stage.after or ():
             if before not in labels[:number]:
-                raise UserError(f"{name}: {stage.label} comes after {before!r}, which is no stage before it"
-                                f"{suggest_name(before, labels[:number])}")
+                raise UserError(f"{name}: {stage.label} comes after {before!r}, which is not an earlier "
+                                f"stage{suggest_name(before, labels[:number])}")
     return config

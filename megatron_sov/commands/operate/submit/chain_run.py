@@ -1,4 +1,4 @@
-"""Runs `megatron-sov submit chain`. A stage starts when its predecessors are complete. --scripts writes the
+"""Runs `megatron-sov submit chain`. A stage starts after its predecessors are complete. --scripts writes the
 stages' scripts for `sbatch` instead."""
 
 import json
@@ -23,7 +23,7 @@ from megatron_sov.work.clusters import client, cluster
 
 @dataclass(frozen=True)
 class ChainLink:
-    """A stage of a chain with its job scripts."""
+    """A stage in a chain with its job scripts."""
 
     name: str
     after: tuple[str, ...]
@@ -55,7 +55,7 @@ def run_chain(chain: str, options: SubmitOptions) -> None:
 
 
 def submit_chain(chain: str, options: SubmitOptions) -> None:
-    """Submit the incomplete stages of a chain, after checks of all stages.
+    """Submit a chain's incomplete stages, after checks of all stages.
 
     Raises:
         UserError: an invalid file or stage, a problem with Slurm, or jobs of an earlier submission.
@@ -82,12 +82,12 @@ def submit_chain(chain: str, options: SubmitOptions) -> None:
             print(f"{link.name}: {_describe_state(link, before, active)}")
         # a second job of a stage would write to the same folders
         if active:
-            raise UserError(f"{chain}: jobs of it wait or run; wait for them, "
-                            f"or `scancel {' '.join(active)}`")
+            raise UserError(f"{chain}: its jobs are waiting or running; wait until they end, or `scancel "
+                            f"{' '.join(active)}`")
         if not options.continue_chain:
-            raise UserError(f"{chain}: was submitted before; pass --continue to submit what is not complete")
+            raise UserError(f"{chain}: was submitted before; pass --continue to submit the incomplete stages")
     open_links = [link for link in links if not link.complete]
-    # check all stages with Slurm before the first submission
+    # ask Slurm about every stage before the first submission
     for link in open_links:
         submission.check(link.prepared)
     _submit_links(open_links, before, state_file)
@@ -107,12 +107,12 @@ def _submit_links(links: list[ChainLink], before: ChainSubmission, state_file: P
     now = ChainSubmission(time.time(), {})
     try:
         for link in links:
-            # stages that are already complete have no job
+            # a complete stage has no job
             after = [now.jobs[name][-1] for name in link.after if name in now.jobs]
             now.jobs[link.name] = jobs = submission.submit(link.prepared, after)
             print(f"{link.name}: submitted as job {' and '.join(jobs)}"
                   + (f", after job {' and '.join(after)}" if after else ""))
-        # inside `try`: --continue needs this file, so jobs are cancelled if it cannot be written
+        # inside `try`: --continue needs the file, so a failed write cancels the jobs
         if links:
             write_atomically(state_file, format_json(ChainSubmission(now.time_s, before.jobs | now.jobs)))
     except UserError:
@@ -122,7 +122,7 @@ def _submit_links(links: list[ChainLink], before: ChainSubmission, state_file: P
 
 
 def _describe_state(link: ChainLink, before: ChainSubmission, active: dict[str, str]) -> str:
-    """Describe the state of a stage of an earlier submission."""
+    """Describe a stage's state in an earlier submission."""
     if link.complete:
         return "complete"
     numbers = before.jobs.get(link.name, [])
@@ -130,20 +130,20 @@ def _describe_state(link: ChainLink, before: ChainSubmission, active: dict[str, 
         if number in active:
             return f"job {number} is {active[number].lower()}"
     records = link.prepared.work.records
-    # the records include attempts before this submission
+    # the records also contain attempts from earlier submissions
     ends = [r for file in (records / ATTEMPTS, *sorted(records.glob(f"task-*/{ATTEMPTS}")))
             for r in read_events(file)
             if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
     if ends:
         return f"not complete, its job ended by: {ends[-1]['outcome']}, {ends[-1]['reason']}"
     if lines := [line for number in numbers if (line := read_last_log_line(records, number))]:
-        return f"not complete, its job ended before it began its work: {lines[-1]}"
+        return f"not complete, its job ended before it started work: {lines[-1]}"
     return (f"not complete, its job {' and '.join(numbers) or '(none)'} never began: "
             "an earlier stage failed, or it was cancelled")
 
 
 def prepare_links(chain: str, options: SubmitOptions) -> list[ChainLink]:
-    """Build the job scripts of a chain's stages, without writing a file or querying Slurm.
+    """Build the job scripts for a chain's stages, without writing a file or querying Slurm.
 
     Raises:
         UserError: an invalid stage, or two stages with the same folder.
@@ -161,19 +161,19 @@ def prepare_links(chain: str, options: SubmitOptions) -> list[ChainLink]:
             links.append(ChainLink(stage.label, after, prepared))
         except UserError as e:
             raise UserError(f"{chain}: stage {stage.label}: {e}") from None
-    # records and logs of a stage lie in its folder
+    # a stage's folder contains its records and logs
     targets = Counter((link.prepared.work.records, link.prepared.work.stage) for link in links)
     if same := [records for (records, _), count in targets.items() if count > 1]:
-        raise UserError(f"{chain}: two stages write to {same[0].parent}; give each a folder of its own")
+        raise UserError(f"{chain}: two stages write to {same[0].parent}; use separate folders")
     return links
 
 
 def _build_request(config: ChainConfig, stage: ChainStage, options: SubmitOptions, needs: tuple[Path, ...],
              ready: ReadySubmission | None) -> submission.SubmitRequest:
-    """Build the request of a stage. `needs`: completion manifests of its predecessors."""
+    """Build a stage's request. `needs`: completion manifests of its predecessors."""
     chosen = stage.cluster or options.cluster or config.cluster
     if not chosen:
-        raise UserError("names no cluster; add a line `cluster: PROFILE` to the file, or pass --cluster")
+        raise UserError("has no cluster; add a line `cluster: PROFILE` to the file, or pass --cluster")
     profile = cluster.load_profile(chosen, account=options.account, partition=options.partition,
                                    needs_account=ready is None)
     return submission.SubmitRequest(
@@ -192,7 +192,7 @@ def _describe_script(chain: str, number: int, stage: ChainStage, options: Submit
 
 
 def write_scripts(chain: str, folder: Path, options: SubmitOptions) -> list[Path]:
-    """Write the scripts of a chain and return their paths in the order of submission.
+    """Write a chain's scripts and return their paths in submission order.
 
     Raises:
         UserError: an invalid chain, or an existing script, which a user may have edited.
@@ -201,8 +201,8 @@ def write_scripts(chain: str, folder: Path, options: SubmitOptions) -> list[Path
     scripts = {job.script: text for link in links
                for job, text in zip(link.prepared.jobs, link.prepared.texts, strict=True)}
     if existing := [path for path in scripts if path.exists()]:
-        raise UserError(f"{existing[0]}: is there already, and may have been changed; "
-                        "remove it, or choose another --scripts folder")
+        raise UserError(f"{existing[0]}: already exists and may have been edited; delete it, or choose "
+                        "another --scripts folder")
     with translate_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for path, text in scripts.items():

@@ -1,5 +1,4 @@
-"""What a training job of a cluster reads, takes and costs: checks of its data before it is submitted, and the
-summary that `submit` prints."""
+"""Data checks before a training job is submitted, and the printed summary of its data, time and cost."""
 
 import dataclasses
 import math
@@ -39,41 +38,41 @@ def check_data(work: StageWork) -> StageWork:
     """
     if work.config is None or work.request is None:
         return work
-    config, asked, own_data = work.config, work.request, work.config.data
-    given = work.data or tuple(own_data.paths)
+    config, request, recipe_data = work.config, work.request, work.config.data
+    given = work.data or tuple(recipe_data.paths)
     _refuse_files(work)
     if not given or not all((path_of(text) / MANIFEST).is_file() for text in given):
         return work
     config = dataclasses.replace(config,
                                  data=dataclasses.replace(config.data, paths=parse_data_paths(list(given))))
     is_initial = work.start_from is None
-    # the vocabulary of a checkpoint is its own, and not the recipe's
+    # a checkpoint has its own vocabulary, not the recipe's
     rows = config.model.vocab_size if is_initial else sys.maxsize
     sources = open_sources(config.data.paths, rows, FORMATS, warns=False, is_fixed=not is_initial)
     if not config.rollout.rounds:
-        stage = work.kind.objective if asked.is_model_only and work.kind.objective != "lm" else None
-        config = complete_stage(asked, config, stage, work.num_ranks or None).config
-    refuse_unfit_data(asked, config, sources, is_initial=is_initial)
+        stage = work.kind.objective if request.is_model_only and work.kind.objective != "lm" else None
+        config = complete_stage(request, config, stage, work.num_ranks or None).config
+    refuse_unfit_data(request, config, sources, is_initial=is_initial)
     if work.start_from is not None and work.start_from.exists():
         check_same_tokens(tokenizer_folder(sources), find_tokenizer_folder(find_start(work.start_from)))
     has_epochs = not config.rollout.rounds and not config.extend.stages
     return dataclasses.replace(
         work, config=dataclasses.replace(
-            config, data=dataclasses.replace(own_data, phases=config.data.phases)),
+            config, data=dataclasses.replace(recipe_data, phases=config.data.phases)),
         data_tokens=sum(source.num_tokens.get("train", 0) for source in sources),
         epochs=count_epochs(config, sources) if has_epochs else 0.0)
 
 
 def _refuse_files(work: StageWork) -> None:
-    """Refuse files of --data: the processes of a job would all pack them at once."""
+    """Refuse files in --data: all processes in a job would pack them at once."""
     if not any(path_of(text).is_file() for text in work.data):
         return
     formats = list_packable_formats(work.kind.objective)
     tokenizer = find_tokenizer_folder(find_start(work.start_from)) if work.start_from else None
     for file in find_files(work.data, work.target, formats, tokenizer):
         fix = fix_by_packing(file.file, tokenizer, ["--format", file.format]) if tokenizer else None
-        raise UserError(f"--data {file.argument}: is a file, and the processes of a job read packed folders; "
-                        "pack it before by `sov-data pack`", fix)
+        raise UserError(f"--data {file.argument}: is a file, and jobs read packed folders; pack it first "
+                        "with `sov-data pack`", fix)
 
 
 def show_dry_run(prepared: Prepared) -> None:
@@ -88,7 +87,7 @@ def show_dry_run(prepared: Prepared) -> None:
 
 
 def summarize(prepared: Prepared) -> list[str]:
-    """Return lines on what a training stage reads, takes and costs; [] of other stages."""
+    """Return a training stage's data, time and cost, a line each; [] for other stages."""
     work, job = prepared.work, prepared.jobs[0]
     if not work.kind.ranks or work.config is None:
         return []
@@ -96,23 +95,23 @@ def summarize(prepared: Prepared) -> list[str]:
     settings = job.layouts[nodes]
     config = apply_settings(work.config, list(settings)) if settings else work.config
     prices = pricing(Machines(job.cluster, profile, nodes))
-    found = quote_run(config, prices, (*work.settings, *settings)) if prices and _has_steps(config) else []
+    quotes = quote_run(config, prices, (*work.settings, *settings)) if prices and _has_steps(config) else []
     unit = f"{profile.gpus_per_node} {prices.chip.name}" if prices else f"{profile.tasks_per_node} processes"
     lines = [f"summary   {work.stage} {config.recipe} on {nodes} x {unit}"]
-    if not found:
-        return [*lines, _data_line(work, config)]
-    total = totals(found)
-    read = f"tokens    {format_count(total.tokens)}" if config.extend.stages else _data_line(work, config)
+    if not quotes:
+        return [*lines, _format_data(work, config)]
+    total = totals(quotes)
+    read = f"tokens    {format_count(total.tokens)}" if config.extend.stages else _format_data(work, config)
     return [*lines, read, f"time      {format_days(total.days * SECONDS_PER_DAY)}, "
             f"{format_value(total.gpu_hours, 3)} GPU-hours, predicted (docs/plan_speed.md)",
-            f"cost      {_cost(total)}", f"jobs      {_jobs(total, profile, job.time_limit)}"]
+            f"cost      {_format_cost(total)}", f"jobs      {_format_jobs(total, profile, job.time_limit)}"]
 
 
 def _has_steps(config: RunConfig) -> bool:
     return bool(config.extend.stages or config.num_steps())
 
 
-def _data_line(work: StageWork, config: RunConfig) -> str:
+def _format_data(work: StageWork, config: RunConfig) -> str:
     rollout = config.rollout
     if rollout.rounds:
         return (f"data      {rollout.rounds:,} rounds of {rollout.prompts_per_round:,} prompts, each with "
@@ -124,14 +123,14 @@ def _data_line(work: StageWork, config: RunConfig) -> str:
             f"{format_count(work.data_tokens)} tokens of the data")
 
 
-def _cost(total: QuoteTotals) -> str:
+def _format_cost(total: QuoteTotals) -> str:
     low, high = total.cost_range_usd
     if low == high:
         return format_money(total.cost_usd)
     return f"{format_money(total.cost_usd)} ({format_money(low)} to {format_money(high)})"
 
 
-def _jobs(total: QuoteTotals, profile: ClusterProfile, time_limit: str) -> str:
+def _format_jobs(total: QuoteTotals, profile: ClusterProfile, time_limit: str) -> str:
     """Return how often a job is requeued until the work is done."""
     work_s = parse_time_limit(time_limit) - profile.signal_lead_s
     requeues = max(0, math.ceil(total.days * SECONDS_PER_DAY / work_s) - 1)

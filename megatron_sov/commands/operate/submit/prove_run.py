@@ -2,18 +2,13 @@
 
 import sys
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_without_gpu
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm.submission import Prepared
-
-# a proof runs on CPUs even if the machine has a GPU: before the first import of megatron-core
-prepare_without_gpu()
-
-from megatron_sov.proof.proving import EQUAL, as_text, prove_run  # noqa: E402
+from megatron_sov.proof.proving import EQUAL, as_text, prove_run
 
 
 def prove_layouts(prepared: Prepared) -> bool:
-    """Print and return whether every layout of a training stage computes the same as one process."""
+    """Print and return whether every layout of a training stage computes the same results as one process."""
     config = prepared.work.config
     assert config is not None
     [job] = prepared.jobs

@@ -1,4 +1,4 @@
-"""Parsers of the commands that `megatron-sov submit` can submit."""
+"""Parsers for the commands that `megatron-sov submit` can submit."""
 
 import argparse
 from functools import partial
@@ -10,7 +10,7 @@ from megatron_sov.operate.slurm.stages import Commands
 STAGES = ("pretrain", "extend", "sft", "prefer", "distill", "convert", "eval", "rl-run", "rl-train",
           "rl-generate", "rl-reward")
 EVAL_LM = "megatron_sov.commands.evaluate.eval_lm:LM"
-"""An action of `eval`, and a stage of its own because several jobs may share its work."""
+"""An `eval` action that is also a stage, because several jobs may share its work."""
 
 
 def _add_arguments(reference: str, parser: argparse.ArgumentParser) -> None:

@@ -17,14 +17,15 @@ RUN_CHAIN = "megatron_sov.commands.operate.submit.chain_run:run_chain"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments; options of `submit` may precede the stage or follow it."""
-    parser.epilog = ("ARGUMENTS are what follows the stage's own command: megatron-sov pretrain, extend, "
+    """Declare the arguments; options for `submit` may precede the stage or follow it."""
+    parser.epilog = ("ARGUMENTS are the arguments of the stage's command: megatron-sov pretrain, extend, "
                      "sft, prefer, distill, convert, eval, eval lm, rl run, rl train, rl generate, rl "
-                     "reward; sov-tokenizer; sov-data.  Chains that come "
-                     f"with the package, besides files of your own: {', '.join(list_chains())}.")
-    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}, or chain: several, from a file")
+                     "reward; sov-tokenizer; sov-data.  Packaged chains, besides your own files: "
+                     f"{', '.join(list_chains())}.")
+    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}, or chain: several stages, from "
+                                                       "a file")
     parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER,
-                        help="the stage's own, or the chain's file")
+                        help="arguments of the stage's command, or the chain file")
     add_options(parser, SubmitOptions)
 
 
@@ -35,7 +36,7 @@ def run(typed: argparse.Namespace) -> int:
         return ExitCode.OK
     parser = Parser(prog="megatron-sov submit", add_help=False, allow_abbrev=False)
     add_options(parser, SubmitOptions)
-    # options of `submit` may stand among the arguments of the stage: parse them first
+    # options for `submit` may be mixed with the stage's arguments: parse them first
     typed, argv = parser.parse_known_args(typed.arguments, typed)
     options = read_options(SubmitOptions, typed)
     if typed.stage == "chain":
@@ -53,10 +54,10 @@ def run(typed: argparse.Namespace) -> int:
 
 
 def _print_help(stage: str) -> None:
-    """Print the options of `submit`, then the options of the stage's command."""
+    """Print the options for `submit`, then the options of the stage's command."""
     submit_parser = Parser(prog=f"megatron-sov submit {stage}", formatter_class=HelpFormatter,
                            usage=argparse.SUPPRESS, add_help=False,
-                           description="Options of submit, which may stand before the stage or behind it:")
+                           description="Options of submit, before or after the stage:")
     add_options(submit_parser, SubmitOptions)
     print(submit_parser.format_help())
     if stage in STAGE_PARSERS:
@@ -64,17 +65,17 @@ def _print_help(stage: str) -> None:
         STAGE_PARSERS[stage](parser)
         parser.print_help()
     elif stage in STAGES:
-        print(f"`{'sov-tokenizer' if stage == 'tokenizer' else 'sov-data'} --help` lists what comes behind "
+        print(f"`{'sov-tokenizer' if stage == 'tokenizer' else 'sov-data'} --help` lists the arguments after "
               f"submit {stage}")
     else:
-        print(f"submit chain takes one file: {', '.join(list_chains())}, or a YAML file of yours "
+        print(f"submit chain takes one file: {', '.join(list_chains())}, or your own YAML file "
               "(docs/slurm.md)")
 
 
 def _check_chain(argv: list[str], options: SubmitOptions) -> None:
     if len(argv) != 1:
-        raise UserError(f"submit chain: takes one file, not {' '.join(argv) or 'none'}; stages and their "
-                        f"arguments stand in it (chains of the package: {', '.join(list_chains())})")
+        raise UserError(f"submit chain: takes one file, not {' '.join(argv) or 'none'}; the file lists "
+                        f"stages and their arguments (packaged chains: {', '.join(list_chains())})")
     extra = [name for name in ("nodes", "min_nodes", "nodes_set", "engine_nodes", "array")
              if getattr(options, name)]
     if options.prove:

@@ -31,7 +31,8 @@ def submit_stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
                                        engine_nodes=options.engine_nodes)
     prepared = submission.prepare(request, STAGE_PARSERS, check_data)
     if options.prove and prepared.work.config is None:
-        raise UserError(f"--prove: plays the layout of a training stage, and {stage} has none; leave it out")
+        raise UserError(f"--prove: checks the layout of a training stage, and {stage} has no layout; leave "
+                        "it out")
     if not options.dry_run:
         check_inputs(prepared.work, set())
     if options.prove and not import_reference(PROVE)(prepared):
@@ -52,7 +53,7 @@ def _get_cluster(options: SubmitOptions, stage: str = "", argv: Sequence[str] = 
     """Return --cluster; the error for a missing --cluster proposes further missing options."""
     if options.cluster is not None:
         return options.cluster
-    advice = [f"pass one of {', '.join(cluster.list_profiles())}, or a YAML file of your own"]
+    advice = [f"pass one of {', '.join(cluster.list_profiles())}, or your own YAML file"]
     if options.account is None:
         advice.append("--account NAME if your Slurm asks for one")
     if options.nodes is None:

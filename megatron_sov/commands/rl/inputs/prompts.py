@@ -1,4 +1,4 @@
-"""Options that name prompts or an environment, and their checks before a model is loaded."""
+"""Options for prompts and environments, and checks that need no model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 VALIDATION_OPTION = "--validation"
 MAX_LISTED_PROMPTS = 3
-"""Held-out prompts that a warning names."""
+"""Limit on held-out prompts in a warning."""
 ROLLOUT_SETTINGS = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "max_new_tokens"}
 """Field in `EpisodeLimits` -> setting in `rollout` with the same meaning."""
 
@@ -40,7 +40,7 @@ class SamplingOptions:
     plain: Annotated[bool, excludes_field("environment")] = False
     """Continue each prompt without the chat template."""
     environment: Annotated[str | None, Flag(
-        value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or of your own class, "
+        value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or your own class, "
                           "FILE.py:NAME")] = None
     env_set: Annotated[tuple[str, ...], Flag(value="key=value"), requires_field("environment")] = ()
     """Setting for the environment; may be repeated."""
@@ -54,11 +54,10 @@ class PromptOptions:
     """Options that name the prompts."""
 
     prompts: Annotated[Path, Flag(value="FILE|DIR")]
-    """Rows of JSON lines, JSON, Parquet or Arrow, or a folder of `datasets`: `prompt` or `messages`, or a
+    """Rows in JSON lines, JSON, Parquet or Arrow, or a `datasets` folder. A row has `prompt`, `messages` or a
     task, and the fields that the reward needs."""
     renames: Annotated[tuple[str, ...], Flag("--columns", "TARGET=FIELD,...")] = ()
-    """Read fields with other names, as prompt=question,answer=solution; FIELD+FIELD joins two fields by a
-    line feed."""
+    """Rename fields: prompt=question,answer=solution; FIELD+FIELD joins two fields by a line feed."""
 
     def read(self, *, is_asked: bool = False) -> PromptList:
         """Read the distinct prompts.
@@ -82,7 +81,7 @@ def drop_unused_prompts(source: str, prompts: PromptList, unused: UnusedRows, st
 
 def read_validation_prompts(file: Path, renames: Sequence[str], training: PromptList, *, is_asked: bool
                             ) -> PromptList:
-    """Read the prompts in --validation that --prompts does not contain; warn about the others.
+    """Read the prompts that only --validation contains; warn about prompts in both files.
 
     Args:
         file: file of --validation.
@@ -95,18 +94,18 @@ def read_validation_prompts(file: Path, renames: Sequence[str], training: Prompt
     if shared:
         places = ", ".join(prompt.place for prompt in shared[:MAX_LISTED_PROMPTS])
         more = ", ..." if len(shared) > MAX_LISTED_PROMPTS else ""
-        overlap = (f"{VALIDATION_OPTION} {file}: {len(shared):,} of {len(prompts):,} prompts are asked in "
-                   f"training too ({places}{more})")
+        overlap = (f"{VALIDATION_OPTION} {file}: {len(shared):,} of {len(prompts):,} prompts are also "
+                   f"training prompts ({places}{more})")
         if len(shared) == len(prompts):
-            raise UserError(f"{overlap}; give prompts that --prompts does not have")
+            raise UserError(f"{overlap}; pass prompts outside --prompts")
         if is_first_rank():
-            warn(f"{overlap}; they are left out of the validation")
+            warn(f"{overlap}; the validation omits them")
     return replace(prompts.exclude(prompt.id for prompt in shared), num_trained=len(shared))
 
 
 @dataclass(frozen=True)
 class EnvironmentRequest:
-    """A tool environment with its settings, and `EpisodeLimits`."""
+    """A tool environment with settings and `EpisodeLimits`."""
 
     order: PluginRequest
     version: str
@@ -120,12 +119,12 @@ def resolve_environment(options: SamplingOptions, config: RunConfig) -> Environm
     rollout = config.rollout
     if rollout.budget_text:
         raise UserError(f"--environment {options.environment}: turns of episodes have no length budget, and "
-                        f"rollout.budget_text = {rollout.budget_text!r} sets one; leave one of them out")
+                        f"rollout.budget_text = {rollout.budget_text!r} sets one; leave one out")
     for limit in options.limit:
         name = limit.partition("=")[0]
         if name in ROLLOUT_SETTINGS:
             raise UserError(f"--limit {limit}: is rollout.{ROLLOUT_SETTINGS[name]}; set it there")
-    # A turn is one response, so `rollout.max_new_tokens` bounds it.
+    # A turn is a response, bounded by `rollout.max_new_tokens`.
     max_turn_tokens = min(EpisodeLimits.max_turn_tokens, rollout.max_new_tokens)
     from_rollout = [f"{name}={getattr(rollout, setting)}" for name, setting in ROLLOUT_SETTINGS.items()]
     changes = [*from_rollout, f"max_turn_tokens={max_turn_tokens}", *options.limit]
@@ -154,5 +153,5 @@ def count_max_tokens(rollout: RolloutConfig, environment: EnvironmentRequest | N
 def check_tokenizer(start_from: Path, folder: Path) -> None:
     """Check that the start has a tokenizer."""
     if not (folder / TOKENIZER_JSON).is_file():
-        raise UserError(f"--from {start_from}: has no tokenizer with it, and responses need one; start from "
-                        "a checkpoint or Hugging Face folder that has one")
+        raise UserError(f"--from {start_from}: has no tokenizer, which responses need; start from a "
+                        "checkpoint or Hugging Face folder with a tokenizer")

@@ -23,7 +23,7 @@ from megatron_sov.rollouts.prompts import PromptList, UnusedRows, find_unused_ro
 def build_rollout_source(options: SamplingOptions, config: RunConfig, prompts: PromptList, start: Target, *,
                          engine_name: str, environment: EnvironmentRequest | None
                          ) -> tuple[RolloutSource, UnusedRows]:
-    """Return the `RolloutSource`, and the rows of --prompts that no round uses.
+    """Return the `RolloutSource`, and the --prompts rows outside every round.
 
     Args:
         options: sampling options of the command.
@@ -36,8 +36,8 @@ def build_rollout_source(options: SamplingOptions, config: RunConfig, prompts: P
     folder, rollout = start.tokenizer_folder, config.rollout
     chat = read_chat_encoder(folder)
     if not options.plain and chat is None:
-        raise UserError(f"{folder}: has no chat template, by which prompts are asked; fine-tune on chats "
-                        "first, or continue the prompts as they are with --plain")
+        raise UserError(f"{folder}: has no chat template, which prompts need; fine-tune on chats first, or "
+                        "continue the prompts as plain text with --plain")
     encoder = PromptEncoder(start, not options.plain)
     chat_digests = {"tokenizer": tokenizer_digest(folder), "form": sampling_digest(read_chat_fields(folder))}
     chosen_by: dict[str, Any] = {"plain": options.plain, "chat": chat_digests}

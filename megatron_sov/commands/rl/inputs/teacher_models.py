@@ -17,7 +17,7 @@ from megatron_sov.runs.launch_environment import num_ranks
 
 SERVER_HINT = "serve it (`megatron-sov serve`), and pass --teacher-url"
 TRAINING_FIELDS = ("init_std", "mtp_loss_coeff", "router_bias_update_rate", "seq_aux_loss_coeff")
-"""Fields in `ModelConfig` that a forward pass does not read."""
+"""`ModelConfig` fields that do not change a forward pass."""
 
 
 def open_scoring_teachers(options: ScoringTeacherOptions, config: RunConfig, tokenizer: Path
@@ -48,15 +48,15 @@ def open_live_teacher(options: ScoringTeacherOptions, config: RunConfig, tokeniz
 
 
 def check_teacher_model(location: str, target: Target, config: RunConfig, tokenizer: Path) -> None:
-    """Check that a teacher has the run's architecture, since its weights replace the model's for a while."""
+    """Check that a teacher has the run's architecture, because its weights temporarily replace the
+    model's."""
     if not target.is_hf:
         model, teacher = asdict(config.model), asdict(target.model)
         different = [name for name in model if model[name] != teacher[name] and name not in TRAINING_FIELDS]
         if different:
             name = different[0]
             raise UserError(f"--teacher {location}: has model.{name} = {teacher[name]}, the run "
-                            f"{model[name]}, and its weights take the model's place for a while; "
-                            f"{SERVER_HINT}")
+                            f"{model[name]}, and its weights temporarily replace the model's; {SERVER_HINT}")
     _check_tokenizer(location, target, tokenizer)
 
 
@@ -67,8 +67,8 @@ def _find_checkpoint(location: str) -> Target:
 
 def _check_tokenizer(location: str, target: Target, tokenizer: Path) -> None:
     if target.is_hf:
-        raise UserError(f"--teacher {location}: is a Hugging Face folder; make a checkpoint of it with "
-                        f"`megatron-sov convert from-hf`, or {SERVER_HINT}")
+        raise UserError(f"--teacher {location}: is a Hugging Face folder; convert it with `megatron-sov "
+                        f"convert from-hf`, or {SERVER_HINT}")
     if problem := find_difference(target.tokenizer_folder, tokenizer):
-        raise UserError(f"--teacher {location}: has another tokenizer than the model, whose tokens it reads "
-                        f"({problem}); choose a teacher with the model's tokenizer")
+        raise UserError(f"--teacher {location}: has a different tokenizer than the model ({problem}); choose "
+                        "a teacher with the model's tokenizer")

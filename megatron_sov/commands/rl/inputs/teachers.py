@@ -1,4 +1,4 @@
-"""Options that name teachers for on-policy distillation, in `megatron-sov rl train` and `rl run`."""
+"""Teacher options for on-policy distillation, in `megatron-sov rl train` and `rl run`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CHECKPOINT_OPTION, URL_OPTION = "--teacher", "--teacher-url"
 
 
 class TeacherOption(NamedTuple):
-    """One value of --teacher or --teacher-url."""
+    """A value of --teacher or --teacher-url."""
 
     option: str
     domain: str
-    """The teacher scores responses to prompts in this domain; "": in all domains."""
+    """The teacher scores responses to prompts in this domain; "": in every domain."""
     location: str
-    """Path to a checkpoint or run, or URL of a server."""
+    """Path to a checkpoint or run, or server URL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,11 @@ class ScoringTeacherOptions:
     policy.opd_coeff)."""
 
     teacher: Annotated[tuple[str, ...], Flag(value="[DOMAIN=]CHECKPOINT|RUN")] = ()
-    """A teacher with the model's architecture (any architecture with policy.method=gkd). DOMAIN: only for
-    prompts with this `domain`. May be repeated."""
+    """Teacher with the model's architecture (any architecture with policy.method=gkd). DOMAIN restricts the
+    teacher to prompts with this `domain`. May be repeated."""
     teacher_url: Annotated[tuple[str, ...], Flag(value="[DOMAIN=]URL")] = ()
-    """A server of vLLM or `megatron-sov serve` with a teacher of any size and the model's tokenizer;
-    may be repeated, also for one teacher."""
+    """vLLM or `megatron-sov serve` address of a teacher of any size with the model's tokenizer. May be
+    repeated, also for replicas of a teacher."""
 
     def parse_teachers(self) -> list[TeacherOption]:
         return [TeacherOption(CHECKPOINT_OPTION, *_split_domain(text)) for text in self.teacher] + [
@@ -44,7 +44,7 @@ class ScoringTeacherOptions:
 
 
 def _split_domain(text: str) -> tuple[str, str]:
-    # The query of a URL may contain "=", so only the text before "://" is searched.
+    # Search only the text before "://": a URL's query may contain "=".
     domain, sign, _ = text.partition("://")[0].rpartition("=")
     return domain, text[len(domain + sign):]
 
@@ -59,7 +59,7 @@ def check_teachers(options: ScoringTeacherOptions, policy: PolicyConfig, reward:
     if teachers and not parts.opd_coeff:
         first = teachers[0]
         raise UserError(f"{first.option} {first.location}: policy.method = {policy.method} learns from no "
-                        "teacher; set policy.method=opd or gkd, or policy.opd_coeff beside a reward")
+                        "teacher; set policy.method=opd or gkd, or policy.opd_coeff in addition to a reward")
     if parts.opd_coeff and not teachers:
         raise UserError(f"policy.opd_coeff = {parts.opd_coeff:g}: needs a teacher; add --teacher or "
                         "--teacher-url")
@@ -74,25 +74,24 @@ def check_teachers(options: ScoringTeacherOptions, policy: PolicyConfig, reward:
     for prompt in prompts:
         domain = read_domain(prompt.record)
         if domain not in domains:
-            raise UserError(f"--prompts {file}: {prompt.place} is of domain {domain!r}, and the teachers are "
-                            f"of {', '.join(map(repr, sorted(domains)))}; add a teacher for this domain, "
-                            "or a teacher without a domain, which scores all other prompts")
+            raise UserError(f"--prompts {file}: {prompt.place} has domain {domain!r}, and the teachers have "
+                            f"{', '.join(map(repr, sorted(domains)))}; add a teacher for this domain, or a "
+                            "teacher without a domain, which scores all other prompts")
 
 
 def _check_single_teacher(teachers: list[TeacherOption]) -> None:
-    """Raise `UserError` unless there is exactly one teacher, a checkpoint for all domains."""
+    """Raise `UserError` unless there is exactly one teacher, a checkpoint for every domain."""
     is_single = len(teachers) == 1
     if is_single and teachers[0].option == CHECKPOINT_OPTION and not teachers[0].domain:
         return
     listed = ", ".join(f"{teacher.option} {teacher.location}" for teacher in teachers) or "there is none"
-    raise UserError("policy.method = gkd: learns the distributions of one teacher, of a checkpoint "
-                    f"that reads all prompts ({listed}); pass one --teacher CHECKPOINT, or "
-                    "set policy.method=opd")
+    raise UserError("policy.method = gkd: learns from exactly one teacher checkpoint, for all prompts "
+                    f"({listed}); pass one --teacher CHECKPOINT, or set policy.method=opd")
 
 
 def _check_one_per_domain(teachers: list[TeacherOption]) -> None:
     """Raise `UserError` if a domain has two teachers; several URLs are replicas of one teacher."""
     if len(teachers) > 1 and any(teacher.option == CHECKPOINT_OPTION for teacher in teachers):
         first, second = teachers[:2]
-        raise UserError(f"--teacher {first.location}: {second.option} {second.location} is of the same "
-                        "prompts; give each its domain, as math=...")
+        raise UserError(f"--teacher {first.location}: {second.option} {second.location} scores the same "
+                        "prompts; prefix each with its domain, as math=...")

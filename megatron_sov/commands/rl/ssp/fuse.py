@@ -13,15 +13,15 @@ from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 
 @dataclass(frozen=True, kw_only=True)
 class SspFuseOptions(PluginOptions, OverwriteOptions, RedoOptions):
-    """Merge the best checkpoint of each domain, or any checkpoints, into one."""
+    """Average the best checkpoint per domain, or chosen checkpoints."""
 
     checkpoints: Annotated[tuple[str, ...], Flag("PROBE_DIR|CHECKPOINT[:weight]")]
-    """The folder of a probe, whose best checkpoint in each domain counts once per domain; or checkpoints with
-    weights (default 1), a run standing for its newest checkpoint."""
+    """Probe folder: its best checkpoint per domain counts once per domain. Or checkpoints with weights
+    (default 1); a run stands for its newest checkpoint."""
     output: Annotated[Path, Flag(value="CHECKPOINT")]
-    """Checkpoint to write: the mean of all weights, in float64."""
+    """Checkpoint to write: the mean, computed in float64."""
     workers: AtLeastOne = 1
-    """Files at a time, each with two tensors in memory."""
+    """Files processed at a time; a file holds two tensors in memory."""
 
 
 def check_fuse(options: SspFuseOptions) -> SspFuseOptions:

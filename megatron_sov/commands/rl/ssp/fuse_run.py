@@ -15,12 +15,12 @@ from megatron_sov.post.ssp import TABLE, read_experts
 def fuse_checkpoints(options: SspFuseOptions) -> None:
     """Write the weighted mean of `checkpoints`, and print their shares."""
     first, min_checkpoints = Path(options.checkpoints[0]), 2
-    # The table of a probe lists the best checkpoints and their weights.
+    # A probe's table lists the best checkpoints with weights.
     if (first / TABLE / MANIFEST).is_file():
         if len(options.checkpoints) > 1:
-            raise UserError(f"{first}: is a probe, whose experts are merged by themselves; leave out "
-                            f"{options.checkpoints[1]}")
-        # One checkpoint may be the best in every domain; the next stage still needs its start.
+            raise UserError(f"{first}: is a probe, which already contains its checkpoints and weights; leave "
+                            f"out {options.checkpoints[1]}")
+        # A single checkpoint may be the best in every domain; the next stage still needs a start.
         experts, min_checkpoints = read_experts(first), 1
     else:
         pairs = [split_weight(text, text) for text in options.checkpoints]

@@ -19,13 +19,13 @@ def _check_split(text: str) -> Violation | None:
 
 @dataclass(frozen=True, kw_only=True)
 class KnowledgeOptions(OverwriteOptions):
-    """Write sections of documents as text for InK-GRPO, without those in the tests."""
+    """Write document sections as text for InK-GRPO, without sections that contain test answers."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE.jsonl", many=True)]
-    """Records of the training split, a JSON object per line, with a section's text, or with `messages`, whose
+    """Records in the training split: a JSON object per line with a section's text, or with `messages`, whose
     assistant turns are the text."""
     tests: Annotated[tuple[Path, ...], Flag(value="FILE.jsonl", many=True)]
-    """Rows of the test; a section that shares ten consecutive words with an answer is left out."""
+    """Test rows; a section that shares ten consecutive words with an answer is omitted."""
     answer_field: Annotated[str, Flag(value="FIELD")] = "answer"
     """Field with the answer in --tests."""
     text_field: Annotated[str, Flag(value="FIELD")] = "text"
@@ -35,11 +35,11 @@ class KnowledgeOptions(OverwriteOptions):
     section_field: Annotated[str, Flag(value="FIELD")] = "section"
     """Field that names the section."""
     records_in: Annotated[str, Flag(value="FIELD")] = ""
-    """Field of each record with a list of sections, e.g. a question's contexts."""
+    """Field with a list of sections per record, e.g. a question's contexts."""
     split: Annotated[Annotated[str, Bound(_check_split)] | None, Flag(value="FIELD=VALUE")] = None
-    """Take only records with this value, e.g. split=train."""
+    """Use only records with this value, e.g. split=train."""
     output: Annotated[Path, Flag(value="DIR")]
-    """Artifact to write: knowledge.jsonl, and counts of the excluded sections by reason."""
+    """Artifact to write: knowledge.jsonl, and counts of the omitted sections by reason."""
 
 
 def check_knowledge(options: KnowledgeOptions) -> KnowledgeOptions:

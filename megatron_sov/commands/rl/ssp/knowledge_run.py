@@ -1,5 +1,5 @@
 """Runs `megatron-sov rl knowledge`: writes text for InK-GRPO (arXiv 2601.18129) as chats with one assistant
-turn, which `sov-data pack --format chat` reads."""
+turn, the input of `sov-data pack --format chat`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.commands.rl.ssp.knowledge import KNOWLEDGE_KIND, KnowledgeOptions
 
 KNOWLEDGE_FILE = "knowledge.jsonl"
-INCLUDED, REPEATED, NO_TEXT, NO_NAME, OTHER_SPLIT, IN_ANSWERS = (
+INCLUDED, REPEATED, NO_TEXT, NO_NAME, DIFFERENT_SPLIT, IN_ANSWERS = (
     "kept", "repeated", "without_text", "without_document_or_section", "of_another_split", "in_test_answers")
-"""Outcomes for a section, as keys of the counts in the manifest."""
+"""Section outcomes: keys of the counts in the manifest."""
 
 
 @dataclass(frozen=True)
 class SectionFields:
-    """Names of a record's fields; a dot leads into an object."""
+    """Field names in a record; a dot leads into an object."""
 
     text: str = "text"
     """Field with the text; without it, the assistant turns in `messages` are the text."""
@@ -34,13 +34,13 @@ class SectionFields:
     inside: str = ""
     """Field with a list of records, e.g. a question's contexts; "": the row itself is the record."""
     split: tuple[str, str] | None = None
-    """Field of the row, and its value in training records; None: all rows."""
+    """Row field, and its value in training records; None: all rows."""
 
 
 def write_knowledge(options: KnowledgeOptions) -> None:
     """Write knowledge.jsonl and print the counts by outcome."""
     fields = _read_fields(options)
-    # The test is read first, since no section of its answers may be written.
+    # Read the test first: sections with test answers must not be written.
     answers = read_answers(options.tests, options.answer_field)
     counts: Counter[str] = Counter()
     with create_artifact(options.output, KNOWLEDGE_KIND, overwrite=options.overwrite) as artifact:
@@ -48,10 +48,10 @@ def write_knowledge(options: KnowledgeOptions) -> None:
             for chat in iter_sections(options.input, fields, answers.runs, counts):
                 out.write(json.dumps(chat) + "\n")
         listed = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in counts.items())
-        # Raised inside the context of the artifact, so that nothing is left on disk.
+        # Raised inside the artifact's context, which deletes the incomplete artifact.
         if not counts[INCLUDED]:
-            raise UserError(f"--input {', '.join(map(str, options.input))}: no section is left ({listed}); "
-                            "name its fields with --text-field, --document-field and --section-field")
+            raise UserError(f"--input {', '.join(map(str, options.input))}: no section remains ({listed}); "
+                            "set its fields with --text-field, --document-field and --section-field")
         artifact.content = {"knowledge": dict(counts), "tests": dict(answers.counts)}
         artifact.settings = {
             "fields": vars(fields), "answer_field": options.answer_field,
@@ -60,7 +60,7 @@ def write_knowledge(options: KnowledgeOptions) -> None:
     print(f"{options.output / KNOWLEDGE_FILE}: {listed}")
     if answers.counts["too_short"]:
         print(f"{answers.counts['too_short']:,} of {answers.counts['answers']:,} answers have fewer than ten "
-              "words, and were not looked for")
+              "words, and were not searched for")
 
 
 def _read_fields(options: KnowledgeOptions) -> SectionFields:
@@ -88,8 +88,8 @@ def read_answers(files: Iterable[Path], name: str) -> TestAnswers:
         for line, row in read_rows(file, "--tests", ""):
             answer = read_field(row, name)
             if not isinstance(answer, str) or not answer.strip():
-                raise UserError(f"--tests {file}: line {line} has no text in {name!r}; name the field of "
-                                "the answers with --answer-field")
+                raise UserError(f"--tests {file}: line {line} has no text in {name!r}; set the answer field "
+                                "with --answer-field")
             runs = set(hash_runs(answer))
             answers.counts["answers"] += 1
             answers.counts["too_short"] += not runs
@@ -99,7 +99,7 @@ def read_answers(files: Iterable[Path], name: str) -> TestAnswers:
 
 def iter_sections(files: Iterable[Path], fields: SectionFields, answers: set[int], counts: Counter[str]
                   ) -> Iterator[dict[str, Any]]:
-    """Yield a chat for each included section.
+    """Yield a chat per included section.
 
     Args:
         files: JSON lines of records.
@@ -125,7 +125,7 @@ def _judge_section(row: Mapping[str, Any], fields: SectionFields, text: str, key
                    *, answers: set[int]) -> str:
     """Return `INCLUDED`, or the first reason that excludes a section."""
     if fields.split is not None and str(read_field(row, fields.split[0])) != fields.split[1]:
-        return OTHER_SPLIT
+        return DIFFERENT_SPLIT
     if not text.strip():
         return NO_TEXT
     if key is None:
@@ -140,7 +140,7 @@ def _list_records(row: Mapping[str, Any], fields: SectionFields, place: str) -> 
         return [row]
     records = read_field(row, fields.inside)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{place}: {fields.inside} is no list of objects; name the field that is with "
+        raise UserError(f"{place}: {fields.inside} is not a list of objects; pass its field with "
                         "--records-in, or leave it out")
     return records
 
@@ -155,7 +155,7 @@ def _read_text(record: Mapping[str, Any], fields: SectionFields) -> str:
 
 
 def _build_key(record: Mapping[str, Any], fields: SectionFields) -> str | None:
-    """Return document and section as one name; None if a name is missing."""
+    """Return document and section in one name; None if a name is missing."""
     names = [read_field(record, name) for name in (fields.document, fields.section)]
     if not all(isinstance(name, (str, int)) and str(name).strip() for name in names):
         return None

@@ -16,26 +16,26 @@ from megatron_sov.judge.rewards.registry import make, order
 from megatron_sov.runs.checkpoints import check_model_path
 
 PROBING_SETS = "probing_sets"
-"""Kind of the artifact that `sov-data probing-sets` writes."""
+"""Artifact kind from `sov-data probing-sets`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SspProbeOptions(JudgedSamplingOptions, RankOptions):
-    """pass@k of a run's checkpoints in each domain, and the best one of each."""
+    """Measure pass@k of a run's checkpoints per domain, and find the best checkpoint per domain."""
 
     checkpoints: Annotated[tuple[Path, ...], Flag("RUN|CHECKPOINT")]
     """Checkpoints or Hugging Face folders; a run stands for its complete checkpoints."""
     problem_sets: Annotated[tuple[str, ...], Flag("--problems", "DOMAIN=FILE.jsonl|DIR", many=True)]
-    """Problems per domain: a JSON object per line, with `prompt` and the fields that the reward needs; or
-    sets written by `sov-data probing-sets`."""
+    """Problems per domain: a JSON object per line, with `prompt` and the fields that the reward needs; or a
+    folder from `sov-data probing-sets`."""
     k: Annotated[AtLeastOne, Flag(value="K"), at_most_field("samples")]
-    """The best checkpoint of a domain has the greatest pass@K."""
+    """The checkpoint with the greatest pass@K is the best in a domain."""
     output: Annotated[Path, Flag(value="DIR")]
-    """Folder for the probe; the same command continues the probe, and adds checkpoints to it."""
+    """Probe folder. A repeated command continues the probe, and may add checkpoints."""
     run: Annotated[Path | None, Flag(value="DIR")] = None
-    """Also add the table to this run's events, for its report."""
+    """Also record the table in DIR/events.jsonl, for the run's report."""
     dry_run: bool = False
-    """Print the command for each checkpoint without results, and start none."""
+    """Print the `eval passk` commands for checkpoints without results, and exit."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def check_probe(options: SspProbeOptions) -> ProbeRequest:
         files = _parse_problem_set(text)
         for domain in files:
             if domain in problems:
-                raise UserError(f"--problems {text}: domain {domain} has {problems[domain]} already; put its "
-                                "problems into one file")
+                raise UserError(f"--problems {text}: domain {domain} already has {problems[domain]}; merge "
+                                "the two files")
         problems |= files
     make(order(options.reward, parse_nested(options.reward_set, "--reward-set")))
     for path in options.checkpoints:
@@ -70,7 +70,7 @@ PROBE = DeclaredCommand(SspProbeOptions, check_probe,
 
 
 def _parse_problem_set(text: str) -> dict[str, Path]:
-    """Return domain -> file for one value of --problems."""
+    """Return domain -> file for a --problems value."""
     domain, equals, name = text.partition("=")
     if not equals and Path(text).is_dir():
         return _read_probing_sets(Path(text))
@@ -81,8 +81,9 @@ def _parse_problem_set(text: str) -> dict[str, Path]:
 
 
 def _read_probing_sets(folder: Path) -> dict[str, Path]:
-    """Return domain -> file in an artifact of `sov-data probing-sets`, whose files must be unchanged."""
+    """Return domain -> file in an artifact from `sov-data probing-sets`, whose files must be unchanged."""
     content = read_manifest(folder, PROBING_SETS).content
     if damage := find_damaged_files(folder):
-        raise UserError(f"--problems {folder}: {damage[0]}; these are not the problems that were frozen")
+        raise UserError(f"--problems {folder}: {damage[0]}; the files have changed since `sov-data "
+                        "probing-sets` wrote them")
     return {str(domain): folder / f"{domain}.jsonl" for domain in content.get("domains", {})}

@@ -1,4 +1,4 @@
-"""Runs `megatron-sov ssp probe`: an `eval passk` over all problems for each checkpoint, then the table.
+"""Runs `megatron-sov ssp probe`: an `eval passk` over all problems per checkpoint, then the table.
 
 Each checkpoint has a process of its own, so its weights are loaded once, and other machines may run the
 commands that --dry-run prints.
@@ -38,23 +38,23 @@ def probe_checkpoints(request: ProbeRequest) -> int:
     events, candidates = RunEvents(options.run), find_candidates(options.checkpoints)
     record_or_check_settings(options.output, options.output / CONDITIONS, _describe_conditions(request),
                              option="--output", noun="answers", rewritten_files={options.output / PROBLEMS})
-    # The table also contains the checkpoints of earlier commands in this folder.
+    # The table also contains checkpoints from earlier commands in the folder.
     checkpoints = read_candidates(options.output, candidates)
     with translate_disk_errors(options.output):
         problems = write_problems(options.output, request.problems)
     missing = [checkpoint for checkpoint in checkpoints if not checkpoint.is_done(options.output)]
-    # All commands are built before the first starts, so a mistake in the last is reported now.
+    # Build every command before the first starts, so that mistakes in the last command show now.
     commands = [_build_command(options, checkpoint, problems) for checkpoint in missing]
     if options.dry_run:
         for words in commands:
             print(shlex.join(["megatron-sov", *words]))
         return ExitCode.OK
     if commands and has_launcher():
-        raise UserError("ssp probe: starts a process of its own for each checkpoint; under torchrun or Slurm "
-                        "give the commands that --dry-run prints, then this one alone")
+        raise UserError("ssp probe: starts a process per checkpoint; under torchrun or Slurm run the "
+                        "commands from --dry-run, then this command in one process")
     for number, (checkpoint, words) in enumerate(zip(missing, commands, strict=True), 1):
         print(f"checkpoint {number} of {len(missing)}: {checkpoint.name}", file=sys.stderr, flush=True)
-        if (code := run_command(["megatron_sov", *words], "the same command goes on")) != ExitCode.OK:
+        if (code := run_command(["megatron_sov", *words], "the same command continues")) != ExitCode.OK:
             return code
     with create_bar("estimate", len(checkpoints), "checkpoint") as bar:
         content = write_table(options.output, checkpoints, options.k, options.right_from)
@@ -66,7 +66,7 @@ def probe_checkpoints(request: ProbeRequest) -> int:
 
 
 def _describe_conditions(request: ProbeRequest) -> dict[str, Any]:
-    """Return problems, reward and sampling, which a probe applies to all checkpoints."""
+    """Return problems, reward and sampling, which are equal for all checkpoints."""
     options, sampling = request.options, request.options.sampling
     version = make(order(options.reward, parse_nested(options.reward_set, "--reward-set"))).version
     # Digests of the files: results for changed problems cannot be compared.
@@ -80,11 +80,11 @@ def _describe_conditions(request: ProbeRequest) -> dict[str, Any]:
 
 
 def _build_command(options: SspProbeOptions, checkpoint: ProbedCheckpoint, problems: Path) -> list[str]:
-    """Return the words of the `eval passk` that evaluates a checkpoint on `problems`."""
+    """Return the words of the `eval passk` command for a checkpoint."""
     shared = {field.name: getattr(options, field.name) for cls in (JudgedSamplingOptions, RankOptions)
               for field in fields(cls)}
     folder = checkpoint.folder(options.output)
     passk = EvalPasskOptions(**shared, target=checkpoint.path, input=problems,
                              k=tuple(sorted({1, options.k})), output=folder,
-                             overwrite=folder.exists())  # results of files that have changed since
+                             overwrite=folder.exists())  # results from changed files
     return ["eval", "passk", *list_option_words(passk)]

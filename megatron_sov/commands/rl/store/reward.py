@@ -18,13 +18,12 @@ from megatron_sov.rollouts.prompts import parse_round_range
 
 @dataclass(frozen=True, kw_only=True)
 class StoreRewardOptions:
-    """A rollout store, and the reward that judges its responses."""
+    """A rollout store, and the reward for its responses."""
 
     store: Annotated[Path, Flag(value="DIR", writes=True)]
-    """Rollout store: responses of `rl generate`, and their rewards."""
-    reward: Annotated[str, Flag(value="NAME", help=f"{REWARDS}; {ENVIRONMENT}: the reward that the "
-                                                   "environment gave its episodes; or "
-                                                   f"{NO_REWARD}: 0, if a teacher is enough")]
+    """Rollout store with responses from `rl generate`, and their rewards."""
+    reward: Annotated[str, Flag(value="NAME", help=f"{REWARDS}; {ENVIRONMENT}: the environment's rewards for "
+                                f"its episodes; or {NO_REWARD}: 0, for training with a teacher only")]
     reward_set: RewardSet = ()
 
 
@@ -33,12 +32,12 @@ class RewardOptions(StoreRewardOptions, JudgeOptions):
     """Judge the responses in a store with a reward."""
 
     rounds: Annotated[str | None, Flag(value="A-B")] = None
-    """Rounds to judge (default: all that are in the store)."""
+    """Rounds to judge (default: all rounds in the store)."""
     wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0
-    """How long to wait for more responses after all are judged (default: not at all). Ends with 75 if the
-    jobs that write have not finished by then, and with 0 as soon as --rounds are judged."""
+    """Wait at most this long for more responses (default: not at all). Exits with 75 if generation is
+    incomplete by then, and with 0 after all --rounds are judged."""
     lease: Annotated[float, Ge(1), Lt(math.inf), Flag(value="SECONDS")] = RolloutConfig.lease_s
-    """Without a sign of life for so long, another job's claim is taken over."""
+    """Take over a claim after its job has been silent for this long."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class RewardRequest:
 
     options: RewardOptions
     rounds: range | None
-    """None: all rounds in the store."""
+    """None: every round in the store."""
     version: str
 
 

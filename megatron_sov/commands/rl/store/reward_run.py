@@ -30,15 +30,15 @@ def judge_store(request: RewardRequest) -> int:
 
 
 def wait_for_store(path: Path, wait_s: float) -> RolloutStore:
-    """Open a store, and wait up to `wait_s` seconds until the generating job has created it."""
-    # The jobs of a round start together, so this job may start before the store exists.
+    """Open a store; if it does not exist, wait up to `wait_s` seconds for the generating job."""
+    # Jobs for a round start together, so this job may start before the store exists.
     ends_s = time.monotonic() + wait_s
-    while not path.exists() and time.monotonic() < ends_s:  # created by a rename, so complete at once
+    while not path.exists() and time.monotonic() < ends_s:  # a rename creates the store: it is complete
         time.sleep(min(1.0, wait_s))
     # Without --wait, `RolloutStore.open` reports the missing store.
     if wait_s and not path.exists():
-        raise StopRequested(f"{path}: nobody has made this store within {wait_s:g} s; see whether "
-                            "`rl generate` is at work, and give the same command again")
+        raise StopRequested(f"{path}: the store was not created within {wait_s:g} s; check that `rl "
+                            "generate` is running, and repeat the command")
     return RolloutStore.open(path)
 
 
@@ -46,20 +46,19 @@ def _report_summary(options: RewardOptions, version: str, summary: RewardSummary
     tally = summary.tally
     for text in tally.told:
         print(escape_controls(text), file=sys.stderr)
-    more = f"; {summary.unfinished:,} are unfinished and wait for their end" if summary.unfinished else ""
+    more = f"; {summary.unfinished:,} are unfinished" if summary.unfinished else ""
     print(f"{options.store}: {options.reward} {version}: {summary.parts:,} parts, "
           f"{tally.line('responses')}{more}")
-    # Single responses may lack a reward; if all do, the reward is wrong or the judges are broken.
+    # Single responses may lack a reward; without a single reward, the judges are broken.
     if tally.statuses and not tally.num_rewards:
-        raise GateFailed(f"{options.store}: not one of {tally.statuses.total():,} responses has a reward; "
-                         "see why above")
+        raise GateFailed(f"{options.store}: none of {tally.statuses.total():,} responses has a reward; see "
+                         "the reasons above")
     if summary.left:
-        print(f"{summary.left:,} parts are with other jobs; give the same command again, or more patience "
-              "with --wait", file=sys.stderr)
+        print(f"{summary.left:,} parts are claimed by other jobs; repeat the command, or raise "
+              "--wait", file=sys.stderr)
         return ExitCode.STOPPED
     if summary.waited_for:
-        warn(f"{options.store}: nothing more has come for {options.wait:g} s, and {summary.waited_for} are "
-             "not written: whoever trains waits for their rewards; give the same command again, or more "
-             "patience with --wait")
+        warn(f"{options.store}: no new response for {options.wait:g} s, and {summary.waited_for} are not "
+             "written; repeat the command, or raise --wait, because training waits for their rewards")
         return ExitCode.STOPPED
     return ExitCode.OK

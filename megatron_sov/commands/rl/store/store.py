@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.base.settings import Actions, DeclaredCommand, Flag, add_actions, run_action
+from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
 from megatron_sov.rollouts.prompts import parse_round_range
 
 RUN_MODULE = "megatron_sov.commands.rl.store.store_run"
@@ -15,17 +14,17 @@ RUN_MODULE = "megatron_sov.commands.rl.store.store_run"
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:
-    """The rollout store that a command reads."""
+    """Rollout store that a command reads."""
 
     store: Annotated[Path, Flag("STORE")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreShowOptions(StoreOptions):
-    """Print one row with its rewards."""
+    """Print a row with its rewards."""
 
     part: Annotated[str, Flag("PART")]
-    """Name of the part, e.g. round-0001-piece-0000."""
+    """Part name, e.g. round-0001-piece-0000."""
     row: Annotated[int, Flag("ROW")]
     """Row in the part, from 0."""
     json: bool = False
@@ -34,14 +33,14 @@ class StoreShowOptions(StoreOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class StoreGcOptions(StoreOptions):
-    """Delete leftovers of killed jobs, claims on finished work, and the rewards or rounds that you name."""
+    """Delete leftovers of killed jobs, claims on finished work, and the named rewards or rounds."""
 
     version: Annotated[tuple[str, ...], Flag(value="V")] = ()
     """Also delete the rewards with this version; may be repeated."""
     rounds: Annotated[str | None, Flag(value="A-B")] = None
-    """Also delete these rounds with their rewards."""
+    """Also delete these rounds and their rewards."""
     yes: bool = False
-    """--rounds deletes nothing without it."""
+    """Confirm --rounds, which otherwise deletes nothing."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,6 @@ def check_gc(options: StoreGcOptions) -> StoreGcRequest:
     return StoreGcRequest(options, rounds)
 
 
-ACTIONS: Actions = {
+STORE = ActionGroup({
     "show": DeclaredCommand(StoreShowOptions, run_function=f"{RUN_MODULE}:show_row"),
-    "gc": DeclaredCommand(StoreGcOptions, check_gc, f"{RUN_MODULE}:clean_store")}
-add_arguments = partial(add_actions, actions=ACTIONS)
-run = partial(run_action, ACTIONS)
+    "gc": DeclaredCommand(StoreGcOptions, check_gc, f"{RUN_MODULE}:clean_store")})

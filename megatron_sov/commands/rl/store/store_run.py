@@ -15,15 +15,15 @@ from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.work.tables.table import delete_folders
 
 TIMES = {"began_s": "began", "ended_s": "ended"}
-"""Field with a Unix time -> its label."""
+"""Field with a Unix time -> label."""
 
 
 def show_row(options: StoreShowOptions) -> None:
-    """Print one row with its rewards."""
+    """Print a row with its rewards."""
     store = RolloutStore.open(options.store)
     if store.key_of(options.part) is None or not store.has_part(options.part):
         raise UserError(f"PART {options.part!r}: {options.store} has no such part (`megatron-sov inspect` "
-                        "lists them)")
+                        "lists parts)")
     rows, problems = store.read_rows_with_problems(options.part)
     if not 0 <= options.row < len(rows):
         raise UserError(f"ROW {options.row}: {options.part} has {len(rows):,} rows, which are numbered "
@@ -80,10 +80,10 @@ def clean_store(request: StoreGcRequest) -> None:
     folders = store.versions()
     for version in options.version:
         if not any(version.startswith(folder) for folder in folders):
-            raise UserError(f"--version {version}: {options.store} has no rewards of it (there are: "
-                            f"{', '.join(folders) or 'none'})")
+            raise UserError(f"--version {version}: {options.store} has no rewards with this version "
+                            f"(versions: {', '.join(folders) or 'none'})")
     items = store.clearable(options.version, request.rounds)
-    # No command can generate deleted responses again, so --rounds needs a confirmation.
+    # Deleted responses cannot be generated again, so --rounds needs a confirmation.
     is_unconfirmed = options.rounds is not None and not options.yes
     if not is_unconfirmed:
         delete_folders(items)
@@ -92,6 +92,6 @@ def clean_store(request: StoreGcRequest) -> None:
         print(escape_controls(f"{action} {item.path} ({format_size(item.size_bytes)}): {item.why}"))
     total = f"{len(items):,} folders, {format_size(sum(item.size_bytes for item in items))}"
     if is_unconfirmed:
-        raise UserError(f"--rounds {options.rounds}: nothing is deleted of {total}; add --yes if these "
-                        "responses may go, which no other command can write again")
+        raise UserError(f"--rounds {options.rounds}: would delete {total}, which no command can restore; add "
+                        "--yes to confirm")
     print(f"{options.store}: deleted {total}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,7 @@ from megatron_sov.base.artifacts import check_output_folder
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.base.settings import (
-    NO_FLAG, Actions, AtLeastOne, DeclaredCommand, Flag, add_actions, apply_changes, parse_nested, run_action)
+    NO_FLAG, ActionGroup, AtLeastOne, DeclaredCommand, Flag, apply_changes, parse_nested)
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.infer.prompts import EngineOptions
 from megatron_sov.infer.request import WholeSampling
@@ -25,19 +24,19 @@ EPISODES_KIND = "episodes"
 
 @dataclass(frozen=True, kw_only=True)
 class ToolsListOptions:
-    """List the environments that there are."""
+    """List the built-in environments, and environments from plug-ins."""
 
 
 @dataclass(frozen=True)
 class TurnSampling(WholeSampling):
     """Sampling within a turn."""
 
-    max_new_tokens: Annotated[AtLeastOne, NO_FLAG] = 1  # `EpisodeLimits` bounds each turn
+    max_new_tokens: Annotated[AtLeastOne, NO_FLAG] = 1  # `EpisodeLimits` bounds turns
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolsRunOptions(EngineOptions, RedoOptions, OverwriteOptions):
-    """Have a model play the tasks of an environment."""
+    """Play an environment's tasks with a model."""
 
     environment: Annotated[str, Flag("ENV", help=f"{', '.join(BUILT_IN)}, or your own class, FILE.py:NAME")]
     tasks: Annotated[Path | None, Flag(value="FILE.jsonl")] = None
@@ -45,11 +44,11 @@ class ToolsRunOptions(EngineOptions, RedoOptions, OverwriteOptions):
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """Setting for the environment, e.g. corpus=laws.jsonl; may be repeated."""
     limits: Literal["train", "test"] = "test"
-    """Limits for an episode, as in training or in testing."""
+    """Episode limits for training or for testing."""
     changes: Annotated[tuple[str, ...], Flag("--limit", "key=value")] = ()
-    """Another limit, e.g. max_turns=7; may be repeated."""
+    """Change a limit, e.g. max_turns=7; may be repeated."""
     target: Annotated[Path, Flag("TARGET")]
-    """Checkpoint, run (its newest one) or Hugging Face folder, with a chat template."""
+    """Checkpoint, run (newest checkpoint) or Hugging Face folder, with a chat template."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder to write: episodes.jsonl and a manifest."""
     parallel: Annotated[AtLeastOne, Flag("--concurrent")] = 8
@@ -87,9 +86,7 @@ def check_episodes(options: ToolsRunOptions) -> EpisodesRequest:
     return EpisodesRequest(options, request, version, limits, tasks)
 
 
-ACTIONS: Actions = {
-    "list": (ToolsListOptions, list_environments),
+TOOLS = ActionGroup({
+    "list": DeclaredCommand(ToolsListOptions, list_environments),
     "run": DeclaredCommand(ToolsRunOptions, check_episodes,
-                           "megatron_sov.commands.rl.store.tools_run:play_tasks")}
-add_arguments = partial(add_actions, actions=ACTIONS)
-run = partial(run_action, ACTIONS)
+                           "megatron_sov.commands.rl.store.tools_run:play_tasks")})

@@ -40,7 +40,7 @@ def play_tasks(request: EpisodesRequest) -> None:
 
 
 def _build_identity(request: EpisodesRequest, player: EpisodePlayer) -> dict[str, object]:
-    """Return tasks, environment, limits, model and sampling; a journal continues only with equal ones."""
+    """Return tasks, environment, limits, model and sampling. A journal continues only if they are equal."""
     sampling, target = request.options.sampling, player.target
     settings: dict[str, object] = {
         "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
@@ -54,7 +54,7 @@ def _build_identity(request: EpisodesRequest, player: EpisodePlayer) -> dict[str
 
 def _write_episodes(request: EpisodesRequest, episodes: Sequence[Episode], encoder: TurnEncoder,
                     identity: dict[str, object]) -> dict[str, Any]:
-    """Write the episodes as an artifact and return their summary."""
+    """Write the episodes to an artifact and return the summary."""
     options = request.options
     rows = [row_of(episode, encoder) for episode in episodes]
     summary = summary_of(rows)
@@ -77,5 +77,5 @@ def _print_summary(request: EpisodesRequest, summary: dict[str, Any]) -> None:
     print(f"  limits: {', '.join(f'{key} {value:g}' for key, value in asdict(request.limits).items())}")
     if faults:
         print(f"  of {summary['num_calls']:,} calls without result: {faults}")
-    print(f"  of {summary['num_turns']:,} turns {summary['num_turns_that_differ']:,} have other tokens when "
-          "their text is encoded again")
+    print(f"  of {summary['num_turns']:,} turns {summary['num_turns_that_differ']:,} have different tokens "
+          "after decoding and encoding")

@@ -1,1 +1,1 @@
-"""How the arguments of a training command become a checked stage."""
+"""Conversion of training arguments to a checked stage."""

@@ -1,4 +1,4 @@
-"""Completes the settings of a stage from its data and model. Numpy, no torch."""
+"""Completes stage settings from data and model. Imports numpy, but not torch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megatron_sov.train.data.streams import Cursor, DocumentStream
 from megatron_sov.train.data.token_shards import Source, open_sources
 
 LEAST_SEQ_LEN, MOST_SEQ_LEN, TEXT_SEQ_LEN = 256, 8192, 2048
-"""Limits of the default sample length in tokens, and the default length for text."""
-STEPS_OF_AN_EPOCH = 16
-"""Minimum steps of an epoch; default batches of small data are made smaller to reach it."""
+"""Limits for the default sample length in tokens, and the default length for text."""
+MIN_EPOCH_STEPS = 16
+"""Minimum steps per epoch; default batch sizes shrink to reach it."""
 MOST_WINDOWS = 8
-"""Windows of documents that are packed to count samples; larger sources are extrapolated."""
+"""Document windows packed to count samples; larger sources are extrapolated."""
 LEAST_ACTIVATION_BYTES = 2 << 30
-"""Allowed activation memory of a micro-batch of responses, unless weights, gradients and optimizer of one
+"""Allowed activation memory for a micro-batch of responses, unless weights, gradients and optimizer on one
 process take more."""
 PROMPTS_PER_ROUND = 64
 CHECKPOINT_ROUNDS = 10
@@ -34,7 +34,7 @@ CHECKPOINT_ROUNDS = 10
 
 @dataclass(frozen=True)
 class CompletedSettings:
-    """Settings of a stage, with settings that follow from its data."""
+    """Stage settings, with settings derived from the data."""
 
     config: RunConfig
     notes: tuple[str, ...] = ()
@@ -43,14 +43,14 @@ class CompletedSettings:
 
 def complete_stage(request: RecipeRequest, config: RunConfig, stage: Stage | None, nproc: int | None,
                    num_prompts: int = 0) -> CompletedSettings:
-    """Return the settings completed from data, model and the defaults of the stage.
+    """Return the settings completed from data, model and stage defaults.
 
     Args:
         stage: stage of post-training; None: complete `train.epochs` alone.
         num_prompts: prompts of reinforcement learning.
     """
     said = list_requested_settings(request)
-    # a default that counts for nothing must not stand in the run's settings, from which it is resumed
+    # an unused default must not enter the run's settings, which a resumed command reads
     if "train.epochs" not in said and said & {"train.steps", "train.tokens", "rollout.rounds"}:
         config = _with_train(config, epochs=0.0)
     if stage == "policy":
@@ -71,7 +71,7 @@ def _with_train(config: RunConfig, **changes: object) -> RunConfig:
 
 def _complete_model(config: RunConfig, stage: Stage, nproc: int | None, said: Collection[str]
                     ) -> CompletedSettings:
-    """Complete a stage without recipe, for the model of --from."""
+    """Complete a stage without recipe, for the model in --from."""
     total, name = count_params(config.model).total, COMMANDS[stage]
     config = apply_settings(config, list(find_rate_settings(config, stage, total, said)))
     sources = open_all_sources(config)
@@ -89,9 +89,9 @@ def _complete_model(config: RunConfig, stage: Stage, nproc: int | None, said: Co
         notes.append(f"batches of {size:,} (from {samples:,} samples an epoch)")
     completed = _with_steps(config, said, samples)
     config, schedule = completed.config, {}
-    steps, of_table = config.num_steps(), find_stage_defaults(config, stage)
+    steps, defaults = config.num_steps(), find_stage_defaults(config, stage)
     if not {"optim.warmup_steps", "optim.warmup_tokens", "optim.schedule_by"} & set(said):
-        schedule["optim.warmup_steps"] = round(of_table.warmup_share * steps)
+        schedule["optim.warmup_steps"] = round(defaults.warmup_share * steps)
     if "train.eval_every_steps" not in said:
         schedule["train.eval_every_steps"] = max(1, round(samples / config.train.global_batch_size))
     config = apply_settings(config, [f"{key}={value}" for key, value in schedule.items()])
@@ -104,7 +104,7 @@ def _format_reason(said: Collection[str], key: str, why: str) -> str:
 
 
 def _with_steps(config: RunConfig, said: Collection[str], samples: int | None = None) -> CompletedSettings:
-    """Set the steps that `train.epochs` takes, if it is not 0."""
+    """Set the steps for `train.epochs`, if it is not 0."""
     epochs = config.train.epochs
     if not epochs:
         return CompletedSettings(config)
@@ -115,7 +115,7 @@ def _with_steps(config: RunConfig, said: Collection[str], samples: int | None = 
 
 
 def open_all_sources(config: RunConfig) -> list[Source]:
-    # all formats: each command refuses formats in its own words
+    # all formats: commands refuse formats with specific messages
     return open_sources(config.data.paths, config.model.vocab_size, FORMATS, warns=False)
 
 
@@ -123,30 +123,30 @@ def _choose_seq_len(config: RunConfig, sources: Sequence[Source]) -> tuple[int, 
     """Return the sample length that holds the longest document, and the reason."""
     most = min(MOST_SEQ_LEN, config.model.max_position_tokens)
     most -= most % config.parallel.row_multiple
-    whole = [s for s in sources if s.is_chat and s.num_tokens["train"]]
-    if not whole:
+    chats = [s for s in sources if s.is_chat and s.num_tokens["train"]]
+    if not chats:
         return min(TEXT_SEQ_LEN, most), "text"
-    longest = max(int(count_unit_tokens(s.open_split("train").lengths, s.group).max()) for s in whole)
-    what = "pair" if any(s.group > 1 for s in whole) else "conversation"
+    longest = max(int(count_unit_tokens(s.open_split("train").lengths, s.group).max()) for s in chats)
+    unit = "pair" if any(s.group > 1 for s in chats) else "conversation"
     length = max(LEAST_SEQ_LEN, 1 << (longest - 1).bit_length())
     if length <= most:
-        return length, f"the longest {what} has {longest:,}"
-    return most, (f"the longest {what} has {longest:,}, and the model holds {most:,}"
-                  if most < MOST_SEQ_LEN else f"at most; the longest {what} has {longest:,}")
+        return length, f"the longest {unit} has {longest:,}"
+    return most, (f"the longest {unit} has {longest:,}, and the model holds {most:,}"
+                  if most < MOST_SEQ_LEN else f"at most; the longest {unit} has {longest:,}")
 
 
 def _choose_batch_size(config: RunConfig, nproc: int | None, most: int, samples: int) -> int:
-    """Return a batch size up to `most`: the samples that all processes compute at once, times a power of two.
-    """
+    """Return a batch size up to `most`: the samples that all processes compute at once, times a power of
+    two."""
     size = config.train.micro_batch_size * max(1, num_ranks(nproc) // config.parallel.ranks_per_replica)
     size *= config.parallel.pp if config.parallel.vpp > 1 else 1
-    while 2 * size <= min(most, samples // STEPS_OF_AN_EPOCH):
+    while 2 * size <= min(most, samples // MIN_EPOCH_STEPS):
         size *= 2
     return size
 
 
 def count_epoch_samples(config: RunConfig, sources: Sequence[Source]) -> int:
-    """Count the samples of an epoch over all data, at the length of the first phase."""
+    """Count the samples per epoch over all data, at the length of the first phase."""
     return sum(_count_samples(config, s) for s in sources if s.num_tokens["train"] and s.share > 0) or 1
 
 
@@ -162,7 +162,7 @@ def _count_samples(config: RunConfig, source: Source) -> int:
 
 def _complete_rounds(request: RecipeRequest, config: RunConfig, nproc: int | None, num_prompts: int,
                      said: Collection[str]) -> CompletedSettings:
-    """Complete rounds of reinforcement learning."""
+    """Complete the rounds in reinforcement learning."""
     notes: list[str] = []
     if request.is_model_only:
         total = count_params(config.model).total
@@ -183,7 +183,7 @@ def _complete_rounds(request: RecipeRequest, config: RunConfig, nproc: int | Non
         config = apply_settings(config, [f"rollout.rounds={rounds}"])
         notes.append(f"{config.train.epochs:g} passes over {num_prompts:,} prompts = {rounds:,} rounds of "
                      f"{config.rollout.prompts_per_round:,}")
-    # Runs of rounds have few steps, and long ones; checkpoints that stay for ever keep their rhythm.
+    # RL runs have few, long steps. The interval must divide that of permanent checkpoints.
     every = CHECKPOINT_ROUNDS * config.rollout.steps_per_round
     if "train.checkpoint_every_steps" not in said and config.train.keep_every_steps % every == 0:
         config = _with_train(config, checkpoint_every_steps=min(config.train.checkpoint_every_steps, every))
@@ -191,7 +191,7 @@ def _complete_rounds(request: RecipeRequest, config: RunConfig, nproc: int | Non
 
 
 def _with_lengths(config: RunConfig, said: Collection[str]) -> tuple[RunConfig, list[str]]:
-    """Limit the lengths of prompts and responses to the model's context; return settings and notes."""
+    """Limit prompt and response lengths to the model's context; return settings and notes."""
     most = config.model.max_position_tokens
     if "data.phases" in said:
         most = min(most, config.data.phases[0].seq_len)
@@ -204,7 +204,7 @@ def _with_lengths(config: RunConfig, said: Collection[str]) -> tuple[RunConfig, 
 
 
 def _with_row_length(request: RecipeRequest, config: RunConfig, said: Collection[str]) -> RunConfig:
-    """Make rows hold the longest prompt and response, or both of a pair, unless their length was set or the
+    """Make rows hold the longest prompt and response, or both in a pair, unless the length was set or the
     recipe's rows are long enough."""
     longest = config.documents_per_unit * (config.rollout.max_prompt_tokens + config.rollout.max_new_tokens)
     if "data.phases" in said or (not request.is_model_only and config.data.phases[0].seq_len >= longest):
@@ -219,15 +219,15 @@ def _with_row_length(request: RecipeRequest, config: RunConfig, said: Collection
 
 def _with_micro_batches(request: RecipeRequest, config: RunConfig, nproc: int | None, said: Collection[str]
                         ) -> RunConfig:
-    """Make micro-batches hold all responses to a prompt, which is then computed once, within the limits of
-    memory and batch size."""
+    """Make micro-batches hold all responses to a prompt, so that the prompt is computed once, within the
+    limits on memory and batch size."""
     is_open = request.is_model_only and "train.global_batch_size" not in said
     chosen = config
     if is_open:
         chosen = _with_train(config, global_batch_size=_choose_batch_size(config, nproc, 0, 0))
-    is_said = "train.micro_batch_size" in said or request.from_file or bool(request.base.code)
-    has_own_batches = config.policy.on_policy_share < 1 or config.train.ramp_from_batch_size > 0
-    if is_said or has_own_batches or not config.may_share_prompts:
+    is_set = "train.micro_batch_size" in said or request.from_file or bool(request.base.code)
+    has_fixed_batches = config.policy.on_policy_share < 1 or config.train.ramp_from_batch_size > 0
+    if is_set or has_fixed_batches or not config.may_share_prompts:
         return chosen
     rollout, seq_len = config.rollout, config.data.phases[0].seq_len
     responses = config.documents_per_unit if config.documents_per_unit > 1 else rollout.samples_per_prompt
@@ -243,8 +243,9 @@ def _with_micro_batches(request: RecipeRequest, config: RunConfig, nproc: int | 
 
 
 def _fits_activations(config: RunConfig, seq_len: int) -> bool:
-    """Return whether the activations of a micro-batch stay within `LEAST_ACTIVATION_BYTES`."""
+    """Return whether a micro-batch's activations stay within `LEAST_ACTIVATION_BYTES`."""
     alone = dataclasses.replace(config, parallel=ParallelConfig(), train=dataclasses.replace(
         config.train, global_batch_size=config.train.micro_batch_size))
-    found = account(alone, 1, 0, seq_len)
-    return found.layer_inputs + max(found.one_layer, found.head) <= max(LEAST_ACTIVATION_BYTES, found.states)
+    memory = account(alone, 1, 0, seq_len)
+    activation_bytes = memory.layer_inputs + max(memory.one_layer, memory.head)
+    return activation_bytes <= max(LEAST_ACTIVATION_BYTES, memory.states)

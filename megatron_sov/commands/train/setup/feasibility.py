@@ -1,4 +1,4 @@
-"""Checks that data, memory and hours of a run are reasonable, before torch is imported."""
+"""Checks data, memory and hours of a run before torch is imported."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from megatron_sov.work.clusters.chips import find_device_chip
 from megatron_sov.work.clusters.units import SECONDS_PER_HOUR
 
 CONSENTS = ("train.steps", "train.epochs")
-"""Settings that consent to many epochs; a budget of tokens does not, since it names no data."""
+"""Settings that consent to many epochs; a token budget does not, since it ignores the data's size."""
 LEAST_VOCABULARY_SHARE = 0.5
-"""Minimum share of `model.vocab_size` that the tokenizer of the data fills. Padding and reserved ids of the
+"""Minimum share of `model.vocab_size` that the data's tokenizer fills. Padding and reserved ids in the
 recipes take some percent; a smaller vocabulary belongs to another tokenizer."""
 CPU_FLOPS_PER_S, GPU_SHARE = 2e10, 0.5
-"""Upper bounds of a core's speed and of a run's share of the GPU peak; not predictions."""
+"""Upper bounds for a core's speed, and for a run's share of the GPU peak; not predictions."""
 
 
 def refuse_unfit(request: RecipeRequest, config: RunConfig, stage: Stage | None, nproc: int | None, *,
@@ -60,20 +60,22 @@ def refuse_unfit(request: RecipeRequest, config: RunConfig, stage: Stage | None,
 
 def refuse_unfit_data(request: RecipeRequest, config: RunConfig, sources: Sequence[Source], *,
                       is_initial: bool) -> None:
-    """Refuse data of another tokenizer than the recipe's, or data that would be read in very many epochs.
+    """Refuse data from another tokenizer, or data that would be read in very many epochs.
 
     A setting of the user is consent: `model.vocab_size` for the tokenizer; `CONSENTS`, `data.phases`,
     `extend.stages` and `data.max_epochs` for epochs. `is_initial` as in `refuse_unfit`.
     """
-    said = list_requested_settings(request)
+    requested = list_requested_settings(request)
     is_recipe = not request.from_file and not request.is_model_only and not request.base.code
-    if is_initial and is_recipe and "model.vocab_size" not in said:
+    if is_initial and is_recipe and "model.vocab_size" not in requested:
         _refuse_small_vocabulary(config, sources)
     if config.rollout.rounds:  # prompts are drawn, not read in epochs
         return
-    is_length_set = any(key in (*CONSENTS, "data.phases") or key.startswith("extend.stages") for key in said)
-    if (is_recipe and not is_length_set) or (request.is_model_only and "train.epochs" not in said):
-        lengths = [one for one in request.settings if one.startswith(("train.steps=", "train.tokens="))]
+    is_length_set = any(key in (*CONSENTS, "data.phases") or key.startswith("extend.stages")
+                        for key in requested)
+    if (is_recipe and not is_length_set) or (request.is_model_only and "train.epochs" not in requested):
+        lengths = [setting for setting in request.settings
+                   if setting.startswith(("train.steps=", "train.tokens="))]
         _refuse_many_epochs(config, sources, lengths)
 
 
@@ -83,44 +85,44 @@ def _refuse_small_vocabulary(config: RunConfig, sources: Sequence[Source]) -> No
     if size < LEAST_VOCABULARY_SHARE * rows:
         folder = next(source.artifact for source in sources if source.vocab_size == size)
         raise UserError(f"{folder}: its tokenizer has {size:,} ids, model.vocab_size = {rows:,}: recipe "
-                        f"{config.recipe} is for another tokenizer; pack the data with that one, or pass "
-                        f"--set model.vocab_size={size} to train from scratch with this one",
+                        f"{config.recipe} is for a different tokenizer; pack the data with the recipe's "
+                        f"tokenizer, or pass --set model.vocab_size={size} to train from scratch with this "
+                        "tokenizer",
                         Fix(options=("--set", f"model.vocab_size={size}")))
 
 
 def count_tokens(config: RunConfig) -> float:
-    """Return the tokens of all steps of a run."""
+    """Return the tokens in all steps of a run."""
     return sum(_tokens_by_length(config).values())
 
 
 def count_epochs(config: RunConfig, sources: Sequence[Source]) -> float:
-    """Return the mean number of epochs of a run, padding of conversations included."""
+    """Return the mean number of epochs in a run, including padding of conversations."""
     return count_tokens(config) / (count_epoch_samples(config, sources) * config.data.phases[0].seq_len)
 
 
 def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source], lengths: Sequence[str]) -> None:
-    """Raise `UserError` for data that would be read very often; `lengths`: settings that say how long the run
-    is."""
+    """Raise `UserError` for data that would be read very often; `lengths`: settings that determine the run's
+    length."""
     limit = max(MAX_DEFAULT_EPOCHS, config.data.max_epochs)
     if not config.data.max_epochs or (epochs := count_epochs(config, sources)) <= limit:
         return
     tokens = sum(source.num_tokens.get("train", 0) for source in sources)
     raise UserError(f"train.steps = {config.num_steps():,}: reads the {format_count(tokens)} tokens of the "
-                    f"data in {epochs:,.0f} epochs, and the limit is {limit:g}; set train.epochs to what you "
-                    "want, add data, or allow the epochs by --set "
-                    f"data.max_epochs={math.ceil(epochs)}",
+                    f"data in {epochs:,.0f} epochs, and the limit is {limit:g}; set train.epochs, add data, "
+                    f"or allow the epochs by --set data.max_epochs={math.ceil(epochs)}",
                     Fix(options=("--set", "train.epochs=1"),
                         left_out=tuple(f"--set {setting}" for setting in lengths)))
 
 
 def _refuse_many_passes(config: RunConfig, num_prompts: int, said: Collection[str]) -> None:
-    """Refuse the rounds of a recipe if they draw each prompt very often."""
+    """Refuse a recipe's rounds if they draw the prompts very often."""
     rollout, limit = config.rollout, max(MAX_DEFAULT_EPOCHS, config.data.max_epochs)
     passes = rollout.rounds * rollout.prompts_per_round / num_prompts
     if config.data.max_epochs and passes > limit and not {"rollout.rounds", "train.epochs"} & set(said):
         raise UserError(f"rollout.rounds = {rollout.rounds:,}: draw each of {num_prompts:,} prompts "
                         f"{passes:,.0f} times, and the limit is {limit:g}; add prompts, or set "
-                        "rollout.rounds or train.epochs to what you want",
+                        "rollout.rounds or train.epochs",
                         Fix(options=("--set", "train.epochs=1")))
 
 
@@ -134,7 +136,7 @@ def _refuse_days(config: RunConfig, count: int) -> None:
 
 
 def least_hours(config: RunConfig, count: int) -> float:
-    """Return a lower bound of the hours of a run on `count` processes of this machine."""
+    """Return a lower bound on a run's hours with `count` processes on this machine."""
     gpus = list_visible_gpus()
     chip = find_device_chip(gpus[0].name) if gpus else None
     if gpus and chip is None:
@@ -147,7 +149,7 @@ def least_hours(config: RunConfig, count: int) -> float:
 
 
 def _tokens_by_length(config: RunConfig) -> Mapping[int, float]:
-    """Return sample length -> tokens of the run."""
+    """Return sample length -> tokens in the run."""
     tokens: dict[int, float] = {}
     ends = [*config.phase_starts()[1:], config.num_steps()]
     for phase, start, end in zip(config.data.phases, config.phase_starts(), ends, strict=True):

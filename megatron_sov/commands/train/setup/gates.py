@@ -1,4 +1,4 @@
-"""Evaluations that a training command asks for: the forgetting gate, and benchmarks of exports.
+"""Evaluations in a training command: the forgetting gate, and benchmarks for exports.
 
 The evaluations are the optional part `bench`, which is imported only if a command asks for one.
 """
@@ -21,7 +21,7 @@ DEFAULT_TOLERANCE = 0.03
 
 
 def build_gate(options: GateOptions, config: RunConfig, start: Path | None) -> ForgettingGate | None:
-    """Return the gate of --gate, or None.
+    """Return the gate from --gate, or None.
 
     Args:
         options: parsed options.
@@ -34,23 +34,23 @@ def build_gate(options: GateOptions, config: RunConfig, start: Path | None) -> F
     if options.gate is None:
         for option, value in (("--tolerance", options.tolerance), ("--gate-with", options.gate_with)):
             if value is not None:
-                raise UserError(f"{option} {value}: is for --gate TASKS; add it, or leave this out")
+                raise UserError(f"{option} {value}: needs --gate TASKS; add it, or leave {option} out")
         return None
     tasks = parse_task_names(options.gate)
     if not tasks:
-        raise UserError(f"--gate {options.gate!r}: names no task; name some, separated by commas")
-    # a run from scratch has nothing to forget
+        raise UserError(f"--gate {options.gate!r}: names no task; pass task names, separated by commas")
+    # a run from scratch cannot forget
     if start is None:
-        raise UserError(f"--gate {options.gate}: compares with what the stage starts from; name it by --from")
+        raise UserError(f"--gate {options.gate}: compares with the start of the stage; add --from")
     try:
         arguments = shlex.split(options.gate_with or "")
     except ValueError as e:
         raise UserError(f"--gate-with {options.gate_with}: is not a command line ({e}); close every "
                         "quote") from None
-    from megatron_sov.commands.train.forgetting_gate import OWN, ForgettingGate  # optional: `bench`
+    from megatron_sov.commands.train.forgetting_gate import GATE_OPTIONS, ForgettingGate  # optional: `bench`
 
-    if own := [word for word in arguments if word.partition("=")[0] in OWN]:
-        raise UserError(f"--gate-with {options.gate_with}: {own[0]} is the gate's own; leave it out")
+    if reserved := [word for word in arguments if word.partition("=")[0] in GATE_OPTIONS]:
+        raise UserError(f"--gate-with {options.gate_with}: the gate sets {reserved[0]}; leave it out")
     tolerance = DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance
     layout = [word for setting in layout_settings(config) for word in ("--set", setting)]
     ranks = [] if options.nproc is None else ["--nproc", str(options.nproc)]
@@ -61,7 +61,7 @@ def build_gate(options: GateOptions, config: RunConfig, start: Path | None) -> F
 
 
 def check_benchmarks(config: RunConfig) -> None:
-    """Check that the benchmarks of exports (`evaluate.background.tasks`) can be measured.
+    """Check that the benchmarks for exports (`evaluate.background.tasks`) can be measured.
 
     Raises:
         UserError: lm-eval is not installed, a folder is missing, or no folder has a task.
@@ -76,8 +76,8 @@ def check_benchmarks(config: RunConfig) -> None:
     lm = config.evaluate.lm
     for name, folders in (("task_dirs", lm.task_dirs), ("data_dir", (lm.data_dir,) if lm.data_dir else ())):
         if missing := [folder for folder in folders if not Path(folder).is_dir()]:
-            raise UserError(f"evaluate.lm.{name} = {missing[0]}: is no folder; name one that is there before "
-                            "the run begins")
+            raise UserError(f"evaluate.lm.{name} = {missing[0]}: is not a folder; it must exist before the "
+                            "run starts")
     try:
         refuse_unknown(lm.tasks, TaskSources(folders=tuple(map(Path, lm.task_dirs)),
                                              allow_code=lm.allow_task_code,

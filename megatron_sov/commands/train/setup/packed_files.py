@@ -1,4 +1,4 @@
-"""Packs the files that --data names into the run's folder, by the commands that a user would type:
+"""Packs the files in --data into the run's folder, by the commands that a user would type:
 
     RUN/tokenizer/         `sov-tokenizer import` of the tokenizer of --from
     RUN/data/NAME/         `sov-data pack` of a file
@@ -35,14 +35,14 @@ from megatron_sov.work.processes.children import run_command
 from megatron_sov.work.progress.locks import critical_section
 
 HELDOUT_SHARE = 0.02
-"""Expected share of a file's documents that measure the held-out loss, chosen by the hash of their text."""
+"""Expected share of a file's documents in the held-out split, chosen by text hash."""
 LEARNED_BY = {"a preference": ("prefer", "is a pair of responses; `megatron-sov prefer` learns from pairs"),
               "a chat": ("sft", "is a chat, and this command learns from pairs with 'chosen' and 'rejected'; "
                                 "`megatron-sov sft` learns from chats"),
               "plain text": ("pretrain", "is plain text, which has no responses; `megatron-sov pretrain` "
                                          "learns from text")}
-"""Record type in messages of `sov-data pack` -> the command that learns from it, and a message."""
-OTHER_FILES = {
+"""Record type in `sov-data pack` messages -> the command that learns from it, and a message."""
+REFUSED_FILES = {
     ".csv .tsv .xlsx": "is a table; save its rows as JSON lines, e.g. pandas.read_csv(FILE).to_json(OUT, "
                        "orient='records', lines=True)",
     ".pdf .docx .html .epub .warc": "is a document; `sov-data run PIPELINE.yaml --output DIR` extracts its "
@@ -50,36 +50,36 @@ OTHER_FILES = {
     ".bin .idx": "is one file of token shards or of Megatron-LM; pass the folder of shards, or make one by "
                  "`sov-data adopt FILE.bin --tokenizer DIR --output DIR`",
     ".arrow": "is an Arrow file of datasets; save it by to_json or to_parquet"}
-"""Suffixes of files that --data refuses -> message with the fix."""
+"""File suffixes that --data refuses -> message with the fix."""
 RESERVED_NAME = "tokenizer"
-"""Name that `sov-data pack` refuses for a source: the tokenizer's folder has it."""
+"""Source name that `sov-data pack` refuses: the tokenizer's folder has it."""
 BEGUN = {"tokenizer": ""}
-"""Record of an incomplete folder of the run."""
+"""Record for an incomplete folder."""
 PROGRAMS = {"sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
-"""Program -> its module."""
+"""Program -> module."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataFile:
-    """An argument of --data, [NAME=]FILE[:weight], that names a file."""
+    """A --data argument, [NAME=]FILE[:weight], that names a file."""
 
     argument: str
     name: str
-    """Name of its source and of its folder in RUN/data."""
+    """Name of the source and of its folder in RUN/data."""
     file: Path
     is_renamed: bool
     """Whether NAME was typed."""
     weight: str
-    """As typed, with its colon; "": not typed."""
+    """Typed text, with its colon; "": not typed."""
     format: str = ""
-    """Format of its records; "": the file was deleted after packing."""
+    """Record format; "": the file was deleted after packing."""
 
     def shards(self, run: Path) -> Path:
-        """Return the folder of the packed file."""
+        """Return the packed file's folder."""
         return run / DATA / self.name
 
     def packed_argument(self, run: Path) -> str:
-        """Return the argument of --data that names the packed file."""
+        """Return the --data argument for the packed file."""
         prefix = f"{self.name}=" if self.is_renamed else ""
         return f"{prefix}{self.shards(run)}{self.weight}"
 
@@ -90,7 +90,7 @@ class DataFile:
 
 
 def list_packable_formats(objective: str) -> list[str]:
-    """Return the record formats of files that the command of an objective packs, the preferred one first."""
+    """Return the record formats that an objective's command packs, the preferred format first."""
     if objective == "preference":  # chats can only be added to packed pairs
         return ["preference"]
     return [name for name in COMMAND_FORMATS[objective] if name in KINDS] or ["text"]
@@ -98,7 +98,7 @@ def list_packable_formats(objective: str) -> list[str]:
 
 def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
                tokenizer: Path | None = None) -> list[DataFile]:
-    """Return the arguments of --data that name a file, or a deleted file that `run` has packed.
+    """Return the --data arguments that name a file, or a deleted file that `run` has packed.
 
     `formats` are those that the command learns from; proposed commands name `tokenizer`.
 
@@ -106,7 +106,7 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
         UserError: two files have the same name, a weight is not a number, or the first record of a file has
             another format.
     """
-    found: dict[str, DataFile] = {}
+    files: dict[str, DataFile] = {}
     for argument in data:
         path = split_weight(argument, f"--data {argument}")[0]
         name, typed = split_source_name(path)
@@ -119,35 +119,35 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
         if not named.file.is_file() and (named.file.exists() or not was_packed):
             continue
         suffix = named.file.suffix.lower()
-        if said := next((text for names, text in OTHER_FILES.items() if suffix in names.split()), ""):
-            raise UserError(f"--data {argument}: {said}", _fix_table(named.file))
-        if named.name in found:
-            raise UserError(f"--data {argument}: has the name {named.name!r} of --data "
-                            f"{found[named.name].argument}; name one of them, e.g. --data "
+        if refusal := next((text for names, text in REFUSED_FILES.items() if suffix in names.split()), ""):
+            raise UserError(f"--data {argument}: {refusal}", _fix_table(named.file))
+        if named.name in files:
+            raise UserError(f"--data {argument}: has the same name {named.name!r} as --data "
+                            f"{files[named.name].argument}; rename one, e.g. --data "
                             f"{shlex.quote(f'{named.name}2={typed}')}")
-        found[named.name] = dataclasses.replace(
+        files[named.name] = dataclasses.replace(
             named, format=_detect_format(named.file, formats, tokenizer) if named.file.exists() else "")
-    return list(found.values())
+    return list(files.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class FilePacking:
-    """Packing of the files in --data into token shards."""
+    """Conversion of the files in --data to token shards."""
 
     run: Path
     files: Sequence[DataFile]
     tokenizer: Path
-    """Folder of the model's tokenizer."""
+    """Folder with the model's tokenizer."""
     dry_run: bool
     """Pack into a temporary folder, which is deleted when this process ends."""
 
     @property
     def arguments(self) -> set[str]:
-        """Return the arguments of --data that name files."""
+        """Return the --data arguments that name files."""
         return {named.argument for named in self.files}
 
     def pack(self) -> dict[str, str]:
-        """Import the tokenizer and pack the files that the run's folder does not hold yet.
+        """Import the tokenizer and pack the files that are missing in the run's folder.
 
         Returns:
             Argument of --data -> the argument that names the packed folder.
@@ -156,7 +156,7 @@ class FilePacking:
             UserError: a file has changed since the run began, or many processes would pack.
             SystemExit: a command failed, and printed why; or it was stopped.
         """
-        records = {named: self._record_of(named) for named in self.files}
+        records = {named: self._build_record(named) for named in self.files}
         stale = [named for named in self.files if named.recorded(self.run) != records[named]]
         packed = {named.argument: named.packed_argument(self.run) for named in self.files}
         if not stale:
@@ -168,7 +168,7 @@ class FilePacking:
         commands = [self._import_command(self.run)]
         commands += [self._pack_command(self.run, named) for named in stale]
         if num_ranks(None) > 1:
-            raise UserError(f"--data {stale[0].argument}: many processes would pack it at once; run before: "
+            raise UserError(f"--data {stale[0].argument}: many processes would pack it at once; first run: "
                             f"{'; '.join(map(shlex.join, commands))}; and pass "
                             + " ".join(f"--data {named.packed_argument(self.run)}" for named in stale))
         target = Path(tempfile.mkdtemp(prefix="packed-")) if self.dry_run else self.run
@@ -178,15 +178,15 @@ class FilePacking:
             (target / DATA).mkdir(parents=True, exist_ok=True)
         if not self.dry_run:  # from here on `megatron-sov resume RUN` continues after a kill
             record_command(self.run)
-        print("\n".join(["packing --data; by hand it would be:", *map(shlex.join, commands)]), flush=True)
+        print("\n".join(["packing --data by these commands:", *map(shlex.join, commands)]), flush=True)
         with critical_section(target / DATA):
             self._import(target)
             for named in stale:
-                if named.recorded(target) != records[named]:  # another process was faster
+                if named.recorded(target) != records[named]:  # a second process was faster
                     self._pack_file(target, named, records[named])
         return packed | {named.argument: named.packed_argument(target) for named in stale}
 
-    def _record_of(self, named: DataFile) -> dict[str, str]:
+    def _build_record(self, named: DataFile) -> dict[str, str]:
         """Return the inputs of a file's shards: digests and format."""
         if not named.file.exists():
             return named.recorded(self.run)
@@ -198,9 +198,9 @@ class FilePacking:
         for named in stale:
             before = named.recorded(self.run)
             if before.get("file") == records[named]["file"]:
-                what = (str(named.file) if before.get("digest") != records[named]["digest"] else
+                changed = (str(named.file) if before.get("digest") != records[named]["digest"] else
                         f"tokenizer of {self.tokenizer}")
-                raise UserError(f"--data {named.argument}: {what} has changed since {self.run} packed it; "
+                raise UserError(f"--data {named.argument}: {changed} has changed since {self.run} packed it; "
                                 f"restore it, continue with {named.shards(self.run)} by `megatron-sov resume "
                                 f"{shlex.quote(str(self.run))}`, or start a new --run")
 
@@ -228,7 +228,7 @@ class FilePacking:
 
 
 def warn_of_changed_files(run: Path, folders: Iterable[str]) -> None:
-    """Warn of files that changed after `run` packed them into `folders` ([NAME=]DIR)."""
+    """Warn about files that changed after `run` packed them into `folders` ([NAME=]DIR)."""
     for path in folders:
         shards = Path(split_source_name(path)[1])
         record = _read_record(shards) if shards.absolute().parent == (run / DATA).absolute() else {}
@@ -238,30 +238,30 @@ def warn_of_changed_files(run: Path, folders: Iterable[str]) -> None:
 
 
 def _run(command: Sequence[str], output: Path) -> None:
-    """Run a command of `PROGRAMS` that writes `output`, in a process of its own."""
+    """Run a command from `PROGRAMS` that writes `output`, in a new process."""
     program, *words = command
-    again = ["--overwrite"] if output.exists() else []
-    if code := run_command([PROGRAMS[program], *words, *again], "the same command continues"):
+    overwrite = ["--overwrite"] if output.exists() else []
+    if code := run_command([PROGRAMS[program], *words, *overwrite], "the same command continues"):
         raise SystemExit(code)
 
 
 def _refuse_foreign(folder: Path, run: Path) -> None:
-    """Raise `UserError` if an output folder or its record exists and is not the run's."""
+    """Raise `UserError` if an output folder or its record exists and does not belong to the run."""
     record = _record_file(folder)
     if (folder.exists() or record.exists()) and not _read_record(folder):
-        found = folder if folder.exists() else record
-        raise UserError(f"{found}: was not made by a run in {run}, which would replace it; choose another "
-                        "--run, or move it away")
+        existing = folder if folder.exists() else record
+        raise UserError(f"{existing}: was not made by a run in {run}, which would replace it; choose a "
+                        "different --run, or move it away")
 
 
 def _record_file(folder: Path) -> Path:
-    """Return the record's path for a folder of shards or the tokenizer's folder."""
+    """Return the record's path for a folder with shards or with the tokenizer."""
     return folder.parent / DATA / f"{TOKENIZER}.json" if folder.name == TOKENIZER else (
         folder.with_name(f"{folder.name}.json"))
 
 
 def _read_record(folder: Path) -> dict[str, str]:
-    """Return the record of a folder; empty: no record of ours."""
+    """Return a folder's record; empty if there is no valid record."""
     try:
         record = json.loads(_record_file(folder).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -272,7 +272,7 @@ def _read_record(folder: Path) -> dict[str, str]:
 
 
 def _fix_table(file: Path) -> Fix | None:
-    """Return a command that writes a text table as Parquet; None for other files."""
+    """Return a command that converts a text table to Parquet; None for other files."""
     separator = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower())
     if separator is None:
         return None
@@ -284,7 +284,7 @@ def _fix_table(file: Path) -> Fix | None:
 
 
 def fix_by_packing(file: Path, tokenizer: Path, options: Sequence[str]) -> Fix:
-    """Return the commands that pack a file, with options of `sov-data pack`."""
+    """Return the commands that pack a file, with options for `sov-data pack`."""
     commands = []
     if not (tokenizer / MANIFEST).is_file() or read_manifest(tokenizer).kind != TOKENIZER:
         imported = Path(f"{tokenizer.name}-tokenizer")
@@ -297,22 +297,23 @@ def fix_by_packing(file: Path, tokenizer: Path, options: Sequence[str]) -> Fix:
 
 
 def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -> str:
-    """Return the first of `formats` that the first record of a file has; `UserError` if none."""
+    """Return the first format in `formats` that fits the file's first record; `UserError` if none fits."""
     spans = next(iter(plan_units([file])), ())[:1]
     faults: list[BadRecord] = []
     for kind in formats:
         items = (item for span in spans for item in read_span(span, RecordReading(kind)))
         first = next((item for item in items if getattr(item, "code", "") != "empty"), None)
         if not isinstance(first, BadRecord):
-            return kind  # of an empty file too, which `sov-data pack` refuses
+            return kind  # also for an empty file, which `sov-data pack` refuses
         faults.append(first)
-    # not of another format
+    # prefer a fault in a record with the right fields
     fault = next((fault for fault in faults if fault.code != "fields"), faults[0])
-    other = next((row for kind, row in LEARNED_BY.items() if fault.reason.startswith(f"is {kind},")), None)
-    if other:
-        raise UserError(f"--data {format_location(file, fault, 0)}: {other[1]}", Fix(command=other[0]))
+    location = format_location(file, fault, 0)
+    for kind, (command, sentence) in LEARNED_BY.items():
+        if fault.reason.startswith(f"is {kind},"):
+            raise UserError(f"--data {location}: {sentence}", Fix(command=command))
     fix = None
     if fault.options and tokenizer is not None and "FIELD" not in fault.options[-1]:
         fix = fix_by_packing(file, tokenizer, ["--format", formats[0], *fault.options])
-    raise UserError(f"--data {format_location(file, fault, 0)}: {fault.reason}; or pack it by hand "
+    raise UserError(f"--data {location}: {fault.reason}; or pack it yourself "
                     "(`sov-data pack --help`), and pass the folder", fix)

@@ -1,4 +1,4 @@
-"""Options that training commands share. Neither torch nor numpy."""
+"""Options shared by training commands. Imports neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -21,34 +21,33 @@ from megatron_sov.train.guards.fault_injection import FAULT_STATES
 
 FORGETTING_GATE = "forgetting_gate"
 """Event of the gate, and its key in RUN/complete.json."""
-INJECT = f"Do this to the run, once, to see what it does ({', '.join(FAULT_STATES)})."
+INJECT = f"Inject this fault once, to test the run's reaction ({', '.join(FAULT_STATES)})."
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions(TrainingOptions):
-    """Options of all training commands."""
+    """Options for all training commands."""
 
     stage: ClassVar[str] = ""
-    """Key of `commands.train.kinds.STAGE_KINDS`."""
+    """Key in `commands.train.kinds.STAGE_KINDS`."""
 
     run: Annotated[Path, Flag(value="DIR")]
-    """Folder of this run."""
+    """Run folder."""
     start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = None
-    """Start from these weights (and their architecture)."""
+    """Start from these weights and their architecture."""
     nproc: int | None = None
     """Local processes to start (under Slurm, or torchrun ... -m -- megatron_sov, the environment decides)."""
     inject: Annotated[tuple[str, ...], Flag(value="FAULT@step=N[,rank=R]", help=INJECT)] = ()
     resume: bool = False
-    """Continue the run that is in --run."""
+    """Continue the run in --run."""
     until: Annotated[AtLeastOne | None, Flag(value="STEP")] = None
-    """End after this step as if asked to stop: everything is saved, and schedules stay those of the whole
-    run."""
+    """Save and stop after this step; schedules stay unchanged."""
     dry_run: bool = False
-    """Check all that can be checked without processes, print inputs, work and outputs, and do nothing."""
+    """Check everything that needs no processes, print inputs, work and outputs, and exit."""
 
     def model_settings(self, objective: BuiltIn | None, has_gpus: bool | None = None
                        ) -> Callable[[], RunConfig] | None:
-        """Return a function that reads default settings from the model of --from; None: a recipe is required.
+        """Return a function that reads default settings from the model in --from; None: a recipe is required.
 
         Args:
             objective: of the command; None: the stage needs a recipe's settings.
@@ -59,46 +58,45 @@ class StageOptions(TrainingOptions):
         return partial(read_start_settings, self.start_from, objective, has_gpus)
 
     def with_implied_settings(self) -> StageOptions:
-        """Return the options with the --set values that other options stand for."""
+        """Return the options with --set values implied by other options."""
         return self
 
     def check_paths(self) -> None:
-        """Check options of the command that need no settings, before the recipe is read."""
+        """Check options that need no settings, before the recipe is read."""
 
     def check_settings(self, config: RunConfig) -> None:
-        """Check options of the command against the resolved settings."""
+        """Check options against the resolved settings."""
 
     def deciding_options(self) -> dict[str, Any]:
-        """Return the options, by name, that decide whether a setting acts."""
+        """Return option name -> value for options that decide whether a setting acts."""
         return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateOptions(StageOptions):
-    """Options of stages whose model may be compared with its start."""
+    """Options for stages whose model may be compared with its start."""
 
     gate: Annotated[str | None, Flag(value="TASKS")] = None
-    """Forgetting gate: evaluate the start and the trained model on these tasks of `megatron-sov eval lm`;
-    exit code 3 if a task got worse for sure."""
+    """Forgetting gate: evaluate the start and the trained model on these `megatron-sov eval lm` tasks; exit
+    code 3 if a task got significantly worse."""
     tolerance: Annotated[NotNegative | None, Flag(value="T")] = None
-    """--gate: how much worse each task's first figure may be, in its own unit (default 0.03: 3 of 100 for a
-    share of right answers)."""
+    """--gate: largest accepted loss in a task's first metric, in the metric's unit (default 0.03: three
+    percentage points of accuracy)."""
     gate_with: Annotated[str | None, Flag(value="ARGUMENTS")] = None
-    """--gate: further arguments of `eval lm`, in one word, e.g. --gate-with='--task-dir tasks
-    --limit 500'."""
+    """--gate: further `eval lm` arguments in one word, e.g. --gate-with='--task-dir tasks --limit 500'."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TunedOptions(GateOptions):
-    """Options of stages that start from a model."""
+    """Options for stages that start from a model."""
 
     start_from: Annotated[Path, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = dataclasses.field()
-    """Start from these weights (and their architecture)."""
+    """Start from these weights and their architecture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(StageOptions):
-    """Train by language modelling, or by an objective of your own."""
+    """Train by language modelling, or by a custom objective."""
 
     stage: ClassVar[str] = "pretrain"
 
@@ -127,7 +125,7 @@ class PreferOptions(TunedOptions):
     method: PreferenceMethod | None = None
     """The loss (--set preference.method=...; default dpo)."""
     reference: Annotated[Path | None, Flag(value="CHECKPOINT|RUN")] = None
-    """Compare with this model (dpo, ipo, dpo-norm, kto; default: the model of --from)."""
+    """Reference model (dpo, ipo, dpo-norm, kto; default: the model in --from)."""
 
     def with_implied_settings(self) -> PreferOptions:
         if self.method is None:
@@ -143,6 +141,6 @@ class PreferOptions(TunedOptions):
             return
         if config.preference.method not in REFERENCE_METHODS:
             raise UserError(f"--reference {self.reference}: preference.method = {config.preference.method} "
-                            "compares with no reference; leave it out")
+                            "uses no reference; leave it out")
         check_model_path(self.reference, "--reference ")
         find_checkpoint(self.reference)

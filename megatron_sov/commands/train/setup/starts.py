@@ -1,5 +1,5 @@
-"""The model that --from names: its folder, architecture and default settings. Neither torch nor numpy until
-the headers of a Hugging Face folder are read."""
+"""The model in --from: its folder, architecture and default settings. Imports neither torch nor numpy until
+it reads the headers of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from megatron_sov.train.stages.shared_copies import find_copy
 
 
 def find_start(start_from: Path) -> Path:
-    """Return the checkpoint or Hugging Face folder that --from names; of a run its newest checkpoint."""
+    """Return the checkpoint or Hugging Face folder in --from; for a run, its newest checkpoint."""
     check_model_path(start_from, "--from ")
     return start_from if is_hf_folder(start_from) else find_checkpoint(start_from)
 
 
 def find_start_tokenizer(start_from: Path | None) -> Path | None:
-    """Return the tokenizer's folder of --from; None without --from, or if the path is wrong."""
+    """Return the tokenizer's folder for --from; None without --from, or if the path is wrong."""
     if start_from is None:
         return None
     try:
@@ -41,14 +41,14 @@ def find_start_tokenizer(start_from: Path | None) -> Path | None:
 
 
 def read_start_model(start: Path) -> ModelConfig:
-    """Read the architecture of a checkpoint or Hugging Face folder, without weights."""
+    """Read the architecture from a checkpoint or Hugging Face folder, without weights."""
     if is_hf_folder(start):
         return convert.open_weights(start).model
     return read_checkpoint_settings(start).model
 
 
 def read_start_settings(start_from: Path, stage: Stage, has_gpus: bool | None = None) -> RunConfig:
-    """Return the default settings of a stage for the model of --from; `has_gpus` as in
+    """Return the default settings of a stage for the model in --from; `has_gpus` as in
     `StageOptions.model_settings`."""
     start = find_start(start_from)
     if is_hf_folder(start):
@@ -61,51 +61,52 @@ def read_start_settings(start_from: Path, stage: Stage, has_gpus: bool | None = 
 
 
 def request_with_model(options: RecipeOptions, start_from: Path, stage: Stage) -> RecipeRequest:
-    """Return the settings that a command next to the training command requests; see `request_recipe`."""
+    """Return the settings requested by a command that accompanies a training command; see
+    `request_recipe`."""
     request = request_recipe(options, partial(read_start_settings, start_from, stage))
     objective = dataclasses.replace(request.base.objective, name=stage)
     return dataclasses.replace(request, base=dataclasses.replace(request.base, objective=objective))
 
 
 def read_matching_model(start_from: Path, request: RecipeRequest) -> ModelConfig:
-    """Read the architecture of --from.
+    """Read the architecture from --from.
 
     Raises:
         UserError: --from names no model, or a model of another family than the recipe.
     """
     model = read_start_model(find_start(start_from))
     family = request.base.model.family
-    for setting in request.settings:  # the last one counts
+    for setting in request.settings:  # the last setting counts
         key, _, value = setting.partition("=")
         if key == "model.family":
             family = value.strip('"')
     if model.family == family:
         return model
-    known = ", ".join(recipes.find_family_recipes(model.family)) or "there is none: `megatron-sov recipes`"
+    names = ", ".join(recipes.find_family_recipes(model.family)) or "none: see `megatron-sov recipes`"
     raise UserError(f"--from {start_from}: is a {model.family} model, recipe {request.base.recipe} is for "
-                    f"{family}; leave RECIPE out: the model is that of --from (or choose of {known})",
+                    f"{family}; leave RECIPE out, which takes the model from --from (or choose from {names})",
                     Fix(left_out=(request.base.recipe,)))
 
 
 def propose_recipe(start_from: Path) -> None:
-    """Raise `UserError` for language modelling without RECIPE; propose recipes of the model's family."""
+    """Raise `UserError` for language modelling without RECIPE; propose recipes for the model's family."""
     model = read_start_model(find_start(start_from))
     configs = [recipes.get(name) for name in recipes.find_family_recipes(model.family)]
-    known = [config for config in configs if config.objective.name == "lm" and not config.extend.stages]
+    candidates = [config for config in configs if config.objective.name == "lm" and not config.extend.stages]
     size = count_params(model).total
-    known.sort(key=lambda config: (abs(math.log(count_params(config.model).total / size)),
-                                   len(config.recipe)))
-    if known:
-        raise UserError("RECIPE: is missing; steps, batches and learning rate come from a recipe of the "
-                        f"model's family, {model.family}: {', '.join(config.recipe for config in known[:4])}",
-                        Fix(arguments=(known[0].recipe,)))
+    candidates.sort(key=lambda config: (abs(math.log(count_params(config.model).total / size)),
+                                        len(config.recipe)))
+    if candidates:
+        names = ", ".join(config.recipe for config in candidates[:4])
+        raise UserError("RECIPE: is missing; steps, batches and learning rate come from a recipe for the "
+                        f"model's family, {model.family}: {names}", Fix(arguments=(candidates[0].recipe,)))
 
 
 def refuse_many_converters(start: Path, run: Path) -> None:
-    """Raise `UserError` if several processes of a launcher would convert the same Hugging Face folder."""
+    """Raise `UserError` if several launcher processes would convert the same Hugging Face folder."""
     if num_ranks(None) > 1 and is_hf_folder(start) and find_copy(start, run) is None:
-        raise UserError(f"--from {start}: many processes would convert it at once; "
-                        "run `megatron-sov convert from-hf` before, and pass its output",
+        raise UserError(f"--from {start}: many processes would convert it at once; run `megatron-sov convert "
+                        "from-hf` first, and pass its output",
                         Fix(words={str(start): f"{start.name}-checkpoint"},
                             before=(f"megatron-sov convert from-hf {shlex.quote(str(start))} "
                                     f"{shlex.quote(start.name)}-checkpoint",)))

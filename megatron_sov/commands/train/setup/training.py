@@ -1,4 +1,4 @@
-"""Checks the arguments of a training command and resolves its settings, before torch is imported."""
+"""Checks a training command's arguments and resolves its settings, before torch is imported."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Complete = Callable[[RunConfig], RunConfig]
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """A training command with checked arguments: input of `training_run.run_training`."""
+    """A training command with checked arguments: input for `training_run.run_training`."""
 
     options: StageOptions
     config: RunConfig
@@ -52,24 +52,24 @@ class TrainingRequest:
     faults: tuple[Fault, ...] = ()
     """Faults to inject."""
     notes: tuple[str, ...] = ()
-    """Defaults that were chosen, with reasons."""
+    """Chosen defaults, with reasons."""
     gate: ForgettingGate | None = None
-    """Judge of the last checkpoint."""
+    """Gate for the last checkpoint."""
     memory: MemoryEstimate | None = None
-    """Predicted memory per process; None of a complete run."""
+    """Predicted memory per process; None for a complete run."""
     completion: dict[str, Any] | None = None
-    """Manifest of a run that is complete already: nothing is left to check or train."""
+    """Manifest of a complete run, which needs no checks and no training."""
 
 
 def check_training(options: StageOptions) -> TrainingRequest:
-    """Check the arguments of a command of `STAGE_KINDS`; write nothing."""
+    """Check arguments for a command in `STAGE_KINDS`; write nothing."""
     options = options.with_implied_settings()
     return find_completed_run(options) or check_stage(options)
 
 
 def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Complete = lambda config: config
                 ) -> TrainingRequest:
-    """Check the arguments of a run that is not complete; `complete` adds settings that follow from others."""
+    """Check arguments for an incomplete run; `complete` adds settings that follow from other settings."""
     options.check_paths()
     kind = STAGE_KINDS[options.stage]
     request = stage_request(options, kind.name, needs_data=kind.needs_data)
@@ -80,7 +80,7 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
         deciding_options["data"] = formats
     request.refuse_inert(mixed, **deciding_options)
     if IS_CHECKING.get() and options.data and not mixed.data.paths:  # the files are not packed for a check
-        if "train.global_batch_size" not in request.said:  # it would follow from the data
+        if "train.global_batch_size" not in request.said:  # derived from the missing data
             size = mixed.train.micro_batch_size * num_ranks(options.nproc)
             mixed = apply_settings(mixed, [f"train.global_batch_size={size}"])
         mixed.check(num_ranks(options.nproc))
@@ -106,7 +106,7 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
 
 @dataclass(frozen=True)
 class ExtensionRequest:
-    """`megatron-sov extend` with checked arguments: input of `extend_run.run_extension`."""
+    """`megatron-sov extend` with checked arguments: input for `extend_run.run_extension`."""
 
     options: ExtendOptions
     request: RecipeRequest
@@ -116,14 +116,14 @@ class ExtensionRequest:
 
 def check_extension(options: ExtendOptions) -> ExtensionRequest:
     if options.until is not None:
-        raise UserError(f"--until {options.until}: each of the stages counts its own steps; leave it out, "
-                        "and stop the command by Ctrl-C or SIGTERM")
+        raise UserError(f"--until {options.until}: every stage counts its own steps; leave it out, and stop "
+                        "the command by Ctrl-C or SIGTERM")
     request = stage_request(options, STAGE_KINDS[options.stage].name, lengthens=True)
     return ExtensionRequest(options, request, parse_faults(options.inject, num_ranks(options.nproc)))
 
 
 def find_completed_run(options: StageOptions) -> TrainingRequest | None:
-    """Return the request for a run that is complete, or None. Data and start of a complete run may be gone.
+    """Return the request for a complete run, or None. A complete run's data and start may have been deleted.
 
     The command must be the command that began the run, or `megatron-sov resume`, without changed settings and
     without user code. Any other command may ask for more, and is checked as if the run continued.
@@ -136,8 +136,8 @@ def find_completed_run(options: StageOptions) -> TrainingRequest | None:
     if config.objective.name != STAGE_KINDS[options.stage].name:
         return None
     # `megatron-sov resume` passes the run's own settings
-    own_config = {(options.run / CONFIG).absolute()}
-    is_resumed = options.recipe is None and {file.absolute() for file in options.configs} == own_config
+    run_config = {(options.run / CONFIG).absolute()}
+    is_resumed = options.recipe is None and {file.absolute() for file in options.configs} == run_config
     try:
         is_first_command = not options.configs and (
             _drop_resume(typed_command() or ()) == _drop_resume(read_command(options.run).words))
@@ -153,7 +153,7 @@ def _drop_resume(words: Sequence[str]) -> list[str]:
 
 
 def _check_shards(options: StageOptions, config: RunConfig) -> list[str]:
-    """Check the manifests of token shards and return the formats of the sources."""
+    """Check the token shards' manifests and return the sources' formats."""
     if not config.data.paths:
         return []
     sources = open_sources(config.data.paths, config.model.vocab_size, None, warns=False,
@@ -164,26 +164,26 @@ def _check_shards(options: StageOptions, config: RunConfig) -> list[str]:
 
 
 def check_chats(config: RunConfig, sources: list[Source]) -> None:
-    """Check that each term of supervised fine-tuning has data, and that all data have a term."""
+    """Check that every term in supervised fine-tuning has data, and that all data have a term."""
     chats = [s.name for s in sources if s.is_chat]
     texts = [s.name for s in sources if not s.is_chat]
     if not chats:
-        raise UserError(f"--data: none of the sources ({', '.join(texts)}) holds conversations; "
-                        "pack some with `sov-data pack --format chat`")
+        raise UserError(f"--data: no source ({', '.join(texts)}) contains conversations; pack some with "
+                        "`sov-data pack --format chat`")
     if texts and config.objective.text_coeff <= 0:
-        raise UserError(f"objective.text_coeff = {config.objective.text_coeff}, but --data holds text "
-                        f"({', '.join(texts)}) that only the text term learns; "
-                        "set objective.text_coeff (e.g. 0.1) or leave that data out")
+        raise UserError(f"objective.text_coeff = {config.objective.text_coeff}, but only the text term "
+                        f"learns from the text in --data ({', '.join(texts)}); set objective.text_coeff "
+                        "(e.g. 0.1) or leave the text out")
     if not texts and config.objective.text_coeff > 0:
-        raise UserError(f"objective.text_coeff = {config.objective.text_coeff} needs text beside the "
+        raise UserError(f"objective.text_coeff = {config.objective.text_coeff} needs text in addition to "
                         "conversations; add --data with packed text")
 
 
 def stage_request(options: StageOptions, objective: BuiltIn, *, needs_data: bool = True,
                   lengthens: bool = False) -> RecipeRequest:
-    """Return the requested settings with the data of --data, whose files are packed, and the architecture of
-    --from instead of the recipe's; see `request_training`."""
-    # paths are checked before the model is opened, which takes seconds
+    """Return the requested settings with the packed data from --data and, with --from, its architecture
+    instead of the recipe's; see `request_training`."""
+    # check paths before the model is opened, which takes seconds
     if objective == "lm" and options.start_from is not None and options.recipe is None and (
             not options.configs):
         propose_recipe(options.start_from)
@@ -198,7 +198,7 @@ def stage_request(options: StageOptions, objective: BuiltIn, *, needs_data: bool
         is_length_set = any(key.startswith("data.phases") for key in request.said)
         if request.is_model_only and is_length_set and (problems := config.position_problems()):
             raise SettingsError(f"recipe {config.recipe}", problems)
-        # packing takes seconds, and `find_files` has read the first record of each file
+        # packing takes seconds, and `find_files` has read the first records
         packed = {} if IS_CHECKING.get() else packing.pack()
         paths = parse_data_paths([packed.get(text, text) for text in options.data
                                   if packed or text not in packing.arguments])
@@ -215,7 +215,7 @@ def stage_request(options: StageOptions, objective: BuiltIn, *, needs_data: bool
 
 
 def _plan_packing(options: StageOptions, objective: BuiltIn) -> FilePacking:
-    """Plan the packing of files in --data with the tokenizer of --from, or of packed data in --data."""
+    """Plan the packing for files in --data with the tokenizer in --from, or in packed --data."""
     formats = list_packable_formats(objective)
     files = find_files(options.data, options.run, formats, find_start_tokenizer(options.start_from))
     if objective == "sft" and len(files) == len(options.data) and {file.format for file in files} == {"text"}:
@@ -230,22 +230,23 @@ def _plan_packing(options: StageOptions, objective: BuiltIn) -> FilePacking:
 
 
 def _find_packing_tokenizer(options: StageOptions, first: DataFile) -> Path:
-    """Return the folder of the tokenizer that packs the files of --data; `UserError` if there is none."""
+    """Return the folder with the tokenizer that packs the files in --data; `UserError` without a
+    tokenizer."""
     if options.start_from is not None:
         return find_tokenizer_folder(find_start(options.start_from))
     folders = [Path(split_source_name(split_weight(text, "--data")[0])[1]) for text in options.data]
     for folder in folders:
         if folder.is_dir():
             return folder / "tokenizer"
-    raise UserError(f"--data {first.argument}: is a file, and no --from names a model whose tokenizer could "
-                    "pack it; make a tokenizer by `sov-tokenizer train`, pack by `sov-data pack --tokenizer "
+    raise UserError(f"--data {first.argument}: is a file, and packing needs a tokenizer, which --from would "
+                    "provide; make a tokenizer by `sov-tokenizer train`, pack by `sov-data pack --tokenizer "
                     f"DIR --input {shlex.quote(str(first.file))} --output SHARDS`, and pass --data SHARDS",
                     _fix_without_tokenizer(options.recipe, first))
 
 
 def _fix_without_tokenizer(recipe: str | None, first: DataFile) -> Fix | None:
-    """Return the commands that train a tokenizer of the recipe's size on a file of --data, and pack the file.
-    """
+    """Return the commands that train a tokenizer with the recipe's vocabulary size on a --data file, and pack
+    the file."""
     if recipe not in recipes.names():
         return None
     size, name = recipes.get(recipe).model.vocab_size, f"{first.file.stem}-tokenizer"

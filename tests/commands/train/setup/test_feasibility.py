@@ -48,7 +48,7 @@ def test_a_pretraining_rate_is_refused_until_it_is_said(packed_data: Any) -> Non
 def test_many_epochs_are_refused_until_they_are_said(packed_data: Any) -> None:
     data = [packed_data.chats]
     of_recipe = request(data, "optim.lr=1e-3", recipe="tiny-qwen3")
-    assert "epochs, and the limit is 20; set train.epochs to what you want, add data, or allow the epochs " \
+    assert "epochs, and the limit is 20; set train.epochs, add data, or allow the epochs " \
         "by --set data.max_epochs=" in refused(of_recipe)
     assert "train.steps = 90,000: reads the " in refused(request(data, "train.steps=90000"))
     meant(request(data, "train.epochs=30"))
@@ -133,8 +133,8 @@ def test_a_recipe_for_another_tokenizer_is_refused(packed_data: Any, rows: int, 
     said = why_refused(asked)
     assert said == ("" if allowed else (
         f"{packed_data.text}: its tokenizer has 368 ids, model.vocab_size = {rows:,}: recipe tiny-qwen3 is "
-        "for another tokenizer; pack the data with that one, or pass --set model.vocab_size=368 to train "
-        "from scratch with this one"))
+        "for a different tokenizer; pack the data with the recipe's tokenizer, or pass --set "
+        "model.vocab_size=368 to train from scratch with this tokenizer"))
     # a checkpoint has the rows that it has; a setting or a whole file is the user's word
     assert why_refused(asked, is_initial=False) == ""
     consent = (*asked.settings, f"model.vocab_size={rows}")

@@ -97,8 +97,8 @@ def test_name_and_format_follow_from_the_file(run: Path, file: str, records: lis
 
 
 @pytest.mark.parametrize(("data", "message"), [
-    (["a.jsonl", "deep/a.jsonl"], "--data deep/a.jsonl: has the name 'a' of --data a.jsonl; name one of "
-                                  "them, e.g. --data a2=deep/a.jsonl"),
+    (["a.jsonl", "deep/a.jsonl"], "--data deep/a.jsonl: has the same name 'a' as --data a.jsonl; "
+                                  "rename one, e.g. --data a2=deep/a.jsonl"),
     (["a.jsonl:x"], "'x' after the colon is not a weight"),
     (["a.jsonl:nan"], "--data a.jsonl:nan: the weight must be a number that is not negative"),
     (["a.jsonl:-1"], "--data a.jsonl:-1: the weight must be a number that is not negative"),
