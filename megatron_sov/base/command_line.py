@@ -135,6 +135,7 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
     """Run a command's checks with parsed arguments: those of a `DeclaredCommand`, its dry run, or the command
     itself until its first write or long work (`stop_check`). Raises `UserError`: a fault of a value that is
     no placeholder."""
+    # not at the top: `base.settings` imports this module
     from megatron_sov.base.settings import ActionGroup, DeclaredCommand, SettingsError, read_options
     from megatron_sov.base.settings.reading import find_rule_problems
 

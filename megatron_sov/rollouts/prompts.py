@@ -30,7 +30,7 @@ from megatron_sov.rollouts.rows import format_part_name
 from megatron_sov.runs.launch_environment import is_first_rank
 
 if TYPE_CHECKING:
-    import numpy as np
+    import numpy as np  # functions import numpy themselves: `--help` does not load it
 
 OPTION = "--prompts"
 TARGET = "target_tokens"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from megatron_sov.work.tables.table import TablePart
 
 if TYPE_CHECKING:
-    import numpy as np
+    import numpy as np  # functions import numpy themselves: `--help` does not load it
 
 STOP, LENGTH, UNFINISHED = "stop", "length", "unfinished"
 """Finish reasons: the model ended the response; the response reached the token limit; a deadline cut the

@@ -164,6 +164,7 @@ def _read_rows(path: Path, count: int) -> Iterator[Any]:
     if not files or not files[0].is_file():
         return
     if files[0].suffix == ".parquet":
+        # not at the top: `--help` reads no documents
         from megatron_sov.base.documents import BadRecord
         from megatron_sov.base.documents.files import open_parquet
 

@@ -30,7 +30,7 @@ def process_started_s() -> float:
             after_name = f.read().rpartition(")")[2].split()  # the name, field 2, may hold anything
         started_s = int(after_name[STARTTIME_FIELD - 3]) / os.sysconf("SC_CLK_TCK")
         return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
-    import psutil
+    import psutil  # not at the top: it is slow to import, and Linux does not need it
 
     return psutil.Process().create_time()
 

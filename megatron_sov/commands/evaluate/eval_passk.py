@@ -11,7 +11,7 @@ from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.base.settings import (
     AtLeastOne, DeclaredCommand, Finite, Flag, ProblemCode, SettingsProblem, parse_nested)
 from megatron_sov.commands.score import JudgeOptions, RewardName, RewardSet
-from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions, RedoOptions
+from megatron_sov.commands.shared_options import FigureOptions, OverwriteOptions, RedoOptions
 from megatron_sov.infer.engine import ChosenEngine
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions, ResponseSampling, Temperature
 from megatron_sov.judge.rewards.registry import MadeReward, make, order
@@ -57,7 +57,7 @@ class JudgedSamplingOptions(JudgeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, OverwriteOptions,
+class EvalPasskOptions(JudgedSamplingOptions, FigureOptions, RankOptions, OverwriteOptions,
                        RedoOptions):
     """Sample responses to prompts, score them with a reward, and estimate pass@k and maj@k."""
 

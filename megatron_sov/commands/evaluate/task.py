@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
-from megatron_sov.commands.shared_options import RecordOptions
+from megatron_sov.commands.shared_options import FigureOptions
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutOptions(RecordOptions):
+class OutOptions(FigureOptions):
     """`--output` for tasks that print figures."""
 
     out: Annotated[Path | None, Flag("--output", "FILE")] = None
@@ -20,7 +20,7 @@ class OutOptions(RecordOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldoutOptions(RecordOptions):
+class HeldoutOptions(FigureOptions):
     """Options for tasks on held-out documents."""
 
     data: Annotated[tuple[str, ...], Flag(value="DIR")]

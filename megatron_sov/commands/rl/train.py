@@ -84,7 +84,7 @@ def report_completed_run(options: RoundsOptions) -> bool:
     completed = find_completed_run(options)
     if completed is None:
         return False
-    from megatron_sov.commands.train.training_run import run_training
+    from megatron_sov.commands.train.training_run import run_training  # torch
 
     run_training(completed)
     return True
