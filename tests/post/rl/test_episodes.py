@@ -38,7 +38,7 @@ class Timed:
         return self._policy.sample(prompts, max_new_tokens, streams)
 
 
-def test_an_episode_goes_on_where_a_deadline_cut_it_off(tmp_path: Path) -> None:
+def test_an_episode_continues_after_a_deadline(tmp_path: Path) -> None:
     chat = chat_encoder()
     encoder = TurnEncoder(chat, "the test's tokenizer")
     asked = request_environment("files", {})

@@ -216,7 +216,7 @@ def test_servers_make_the_same_rows_as_an_engine_in_step(job: Callable[..., Job]
         assert row.routes is not None and np.array_equal(row.routes, routes_of(whole[:-1]))
 
 
-def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callable[..., Job]) -> None:
+def test_the_next_policy_continues_a_turn_after_a_deadline(job: Callable[..., Job]) -> None:
     model, now_s = Greedy(fuzzed), [0.0]
     server = Server(model, held_at=3)
     one = job("files", EXAMPLES.EXAMPLES[:2], [server], replace(ROLLOUT, deadline_s=10.0))

@@ -64,7 +64,7 @@ class PlannedEpisode:
 
 @dataclass(frozen=True)
 class Episodes:
-    """Plays the episodes in a `SampleAttempt`. All processes in an engine call `write` together; the first
+    """Plays the episodes in a `SampleAttempt`. All processes of an engine call `write` together; the first
     process gets the rows."""
 
     table: EpisodeSettings
