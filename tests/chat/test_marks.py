@@ -17,7 +17,7 @@ from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import (
     BadCall, ServedTurn, ToolCall, WrittenTurn, parse_served_turn, parse_turn)
 from megatron_sov.judge.rewards.reward import content_of, text_of
-from megatron_sov.serve.replies import turn_so_far
+from megatron_sov.serve.replies import parse_partial_turn
 from tokenizer.presets import PRESETS
 
 NOW = ToolCall("now", {})
@@ -73,7 +73,7 @@ def test_turn_parses_equally_in_every_family(
     assert (whole.thoughts, whole.content.strip(), whole.calls) == (thoughts, content, calls)
     told = ServedTurn("", "")
     for end in range(len(text) + 1):  # as it is served while it is written
-        turn = turn_so_far(text[:end], in_thoughts=False, tools=SHOWN)
+        turn = parse_partial_turn(text[:end], in_thoughts=False, tools=SHOWN)
         assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content), text[:end]
         told = turn
     assert whole.thoughts.startswith(told.thoughts) and whole.content.startswith(told.content)
