@@ -7,6 +7,7 @@ from typing import Annotated
 from annotated_types import MinLen
 
 from megatron_sov.base.documents.rows import check_rows
+from megatron_sov.base.errors import Fix
 from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.base.settings import (
     AtLeastOne, DeclaredCommand, Finite, Flag, ProblemCode, SettingsProblem, parse_nested)
@@ -74,7 +75,7 @@ class EvalPasskOptions(JudgedSamplingOptions, FigureOptions, RankOptions, Overwr
         p = super().problems()
         if max(self.k, default=1) > self.samples:
             p.append(SettingsProblem(ProblemCode.RULE, "k", f"is more than --samples {self.samples}",
-                                     max(self.k)))
+                                     max(self.k), fix=Fix(options=("--samples", str(max(self.k))))))
         return p
 
 

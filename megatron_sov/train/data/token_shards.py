@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
+import re
 import resource
 import sys
 from bisect import bisect_right
@@ -19,7 +20,7 @@ import numpy as np
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.documents.shard_files import (
     DAMAGED, FEATURE_DTYPE, FEATURES, PER_DOCUMENT, ROUTES, WRITTEN, RouteShape, unpack_flags)
-from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
 from megatron_sov.chat.vocabulary import find_difference
@@ -528,6 +529,12 @@ def name_sources(path: str, content: dict[str, Any]) -> dict[str, str]:
     return {source: f"{name}-{source}" for source in names}
 
 
+def _fix_stage(kind: str) -> Fix | None:
+    """Return the command that learns from data of a format."""
+    match = re.search(r"`megatron-sov (sft|prefer)`", COMMANDS_BY_FORMAT.get(kind, ""))
+    return Fix(command=match[1]) if match else None
+
+
 def _build_sources(named_path: str, content: dict[str, Any], share: float,
                    formats: tuple[str, ...] | None) -> list[Source]:
     records, path = content["sources"], Path(split_source_name(named_path)[1])
@@ -536,7 +543,8 @@ def _build_sources(named_path: str, content: dict[str, Any], share: float,
         if formats is not None and record["format"] not in formats:
             raise UserError(f"{path}: source {record['name']!r} holds data of format {record['format']!r}, "
                             f"this stage learns from {' or '.join(formats)}; "
-                            f"{COMMANDS_BY_FORMAT.get(record['format'], 'pass other data')}")
+                            f"{COMMANDS_BY_FORMAT.get(record['format'], 'pass other data')}",
+                            _fix_stage(record["format"]))
     train_tokens = sum(record["splits"]["train"]["num_tokens"] for record in records)
     if train_tokens == 0:
         raise UserError(f"{path}: holds no training tokens; pack more text")
