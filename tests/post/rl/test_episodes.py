@@ -1,5 +1,4 @@
-"""Episodes as rows: a deadline between turns, and what other policies make of the rest, change no token but
-who wrote it."""
+"""Episodes as rows: deadlines and later policies change only the versions of tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judging job: each response once under each version of a reward, and none generated again."""
+"""The judging job: each response once per version of a reward, without generation."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Episodes whose turns servers write: the same rows as an engine's that plays in step, whatever holds one of
-them up, and also where a deadline cuts off a turn in its middle."""
+"""Episodes by servers: rows equal those of an engine, with delays and deadlines inside turns."""
 
 from __future__ import annotations
 
