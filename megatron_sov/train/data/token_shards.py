@@ -1,4 +1,4 @@
-"""Memory-mapped token shards (Megatron-Core's `.bin` and `.idx`, with sidecars), and the sources of token
+"""Memory-mapped token shards (Megatron-Core's `.bin` and `.idx`, with sidecars), and the sources in token
 artifacts."""
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _HEADER_BYTES = len(IDX_MAGIC) + 8 + 1 + 8 + 8
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Content of an `.idx` file."""
+    """An `.idx` file's content."""
 
     dtype: np.dtype
-    """Dtype of token ids."""
+    """Token id dtype."""
     lengths: np.ndarray
     """[documents] int32: tokens per document."""
     pointers: np.ndarray
-    """[documents] int64: first byte of each document in `.bin`."""
+    """[documents] int64: each document's first byte in `.bin`."""
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +72,7 @@ def read_index(file: Path) -> ShardIndex:
 
 
 def map_numbers(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """Map a flat file of `count` numbers. Raises `UserError` if the file has a different size."""
+    """Map a flat file with `count` numbers. Raises `UserError` if the file has a different size."""
     size_bytes, expected_bytes = file.stat().st_size, count * dtype.itemsize
     if size_bytes != expected_bytes:  # a slice beyond the end would silently be short
         raise UserError(f"{file}: has {size_bytes} bytes, the index asks for {expected_bytes}; "
@@ -98,14 +98,14 @@ class Lengths(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, documents: Any, /) -> Any:
-        """Return the token count for a document or an array of documents."""
+        """Return the token count for a document, or counts for an array."""
         ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
 
 class ChainedLengths:
-    """The lengths of several shards in sequence, read on access."""
+    """Document lengths from several shards in sequence, read on access."""
 
     def __init__(self, parts: list[np.ndarray]) -> None:
         self.parts = parts
@@ -160,7 +160,7 @@ def list_column_names(endings: Iterable[str]) -> tuple[str, ...]:
 
 
 CONTENT_VERSION = 2
-"""Supported version of a token manifest's content."""
+"""Supported `content_version` in token manifests."""
 
 
 def warn_about_heldout_rules(contents: dict[str, dict[str, Any]]) -> None:
@@ -177,7 +177,7 @@ def warn_about_heldout_rules(contents: dict[str, dict[str, Any]]) -> None:
 
 
 class Documents(Protocol):
-    """Documents in a source: token shards of a split, or documents built in memory."""
+    """Documents in a source: a split's token shards, or documents built in memory."""
 
     @property
     def lengths(self) -> Lengths:
@@ -194,7 +194,7 @@ class Documents(Protocol):
         ...
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return loss weights of tokens as targets, [count] float32."""
+        """Return loss weights for tokens as targets, [count] float32."""
         ...
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
@@ -203,7 +203,7 @@ class Documents(Protocol):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of columns in addition to loss weights and types."""
+        """Column names, in addition to loss weights and types."""
         ...
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
@@ -211,7 +211,7 @@ class Documents(Protocol):
         ...
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return experts of tokens, [count, layers, top_k], for sources with `Source.routes`."""
+        """Return expert routes, [count, layers, top_k], for sources with `Source.routes`."""
         ...
 
 
@@ -318,7 +318,7 @@ class TokenShard:
                             f"{DAMAGED}") from None
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return `count` token ids of a document from `start`, int64.
+        """Return `count` token ids from `start` in a document, int64.
 
         Raises `UserError` if an id is outside the vocabulary, because a vocabulary-parallel embedding would
         ignore it.
@@ -333,7 +333,7 @@ class TokenShard:
         return ids
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return loss weights of tokens as targets, [count] float32; 1 without a sidecar."""
+        """Return loss weights for tokens as targets, [count] float32; 1 without a sidecar."""
         if self._written is not None:
             return self._read_flags(document, start, count).astype(np.float32)
         if self._loss is None:
@@ -368,7 +368,7 @@ class TokenShard:
         return numbers
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return experts of tokens, [count, layers, top_k]. Raises `UserError` if a route is invalid."""
+        """Return expert routes, [count, layers, top_k]. Raises `UserError` if a route is invalid."""
         routes = self._routes[self._get_range(document, start, count)]
         assert self._route_shape is not None
         if problem := self._route_shape.problem(routes):
@@ -428,7 +428,7 @@ class Source:
     name: str
     """Name in blends, events and the report."""
     artifact: Path | None
-    """Folder of the token artifact; None if `train_documents` are built in memory."""
+    """Token artifact folder; None if `train_documents` are built in memory."""
     format: str
     """Data format: "text", "chat", "prompt", "rollouts" (`data.rounds`), or "preference", with chosen and
     rejected response to a prompt in documents 2i and 2i + 1."""
@@ -441,17 +441,17 @@ class Source:
     train_documents: Documents | None = None
     """Training documents that replace the artifact's training split."""
     vocab_size: int = sys.maxsize
-    """Size of the tokenizer's vocabulary."""
+    """Tokenizer vocabulary size."""
     columns: tuple[str, ...] = ()
-    """Columns of the shards, in addition to loss weights and types."""
+    """Columns in the shards, in addition to loss weights and types."""
     group: int = 1
     """Consecutive documents per unit: 2 for preference pairs, else 1."""
     tokenizer: Path | None = None
     """Tokenizer folder; by default the artifact's folder `tokenizer`."""
     routes: RouteShape | None = None
-    """Shape of recorded expert routes; None for documents without routes."""
+    """Shape for recorded expert routes; None for documents without routes."""
     banks: Banks = field(default_factory=dict)
-    """Kind -> bank of pictures or sounds whose features replace placeholder tokens."""
+    """Kind -> bank with pictures or sounds whose features replace placeholder tokens."""
 
     @property
     def is_chat(self) -> bool:
@@ -459,7 +459,7 @@ class Source:
         return self.format != "text"
 
     def open_split(self, split: str) -> Documents:
-        """Open the documents of "train" or "heldout"."""
+        """Open the documents in the split "train" or "heldout"."""
         if self.train_documents is not None and split == "train":
             return self.train_documents
         if self.artifact is None:
@@ -471,7 +471,7 @@ class Source:
 def open_sources(paths: dict[str, float], vocab_size: int,
                  formats: tuple[str, ...] | None = TEXTS, *, warns: bool = True, is_fixed: bool = False
                  ) -> list[Source]:
-    """Open the sources of token artifacts, and check that they fit each other and the model.
+    """Open the sources in token artifacts, and check that they fit each other and the model.
 
     `paths` maps [NAME=]folder to a weight: NAME renames a single source, and several become NAME-SOURCE.
     `vocab_size` belongs to the model; `is_fixed` means that it cannot be set. `formats` are supported values
@@ -566,17 +566,17 @@ def _build_sources(named_path: str, content: dict[str, Any], share: float,
 
 
 def tokenizer_folder(sources: list[Source]) -> Path | None:
-    """Return the tokenizer folder of the data, or None."""
+    """Return the data's tokenizer folder, or None."""
     folders = (source.tokenizer or (source.artifact and source.artifact / "tokenizer") for source in sources)
     return next((f for f in folders if f is not None and (f / "tokenizer.json").is_file()), None)
 
 
 def describe_inputs(sources: list[Source]) -> list[dict[str, str]]:
-    """Return kind, path and manifest hash of each artifact in `sources`, for records."""
+    """Return kind, path and manifest hash for each artifact in `sources`."""
     folders = dict.fromkeys(s.artifact for s in sources if s.artifact is not None)
     return [describe_input("tokens", folder) for folder in folders]
 
 
 def describe_input(kind: str, folder: Path) -> dict[str, str]:
-    """Return kind, path and manifest hash of an artifact, for records."""
+    """Return kind, path and manifest hash for an artifact."""
     return {"kind": kind, "path": str(folder), "manifest_sha256": manifest_sha256(folder)}

@@ -114,7 +114,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                                      ("tokens", torch.ones(count))):
                     wanted[name] += float((values.double() * heard).sum())
                 wanted["starts"] = max(wanted["starts"], start)
-        sums = trainer.forward_backward.run(batch, objective, 2)
+        sums = trainer.forward_backward.compute_gradients(batch, objective, 2)
         tokens = wanted["tokens"]
         results.append({
             "kind": kind, "tokens": tokens, "denominator": batch.targets["divergence"],
