@@ -248,7 +248,7 @@ def _check_fit(parts: list[MixPart], manifests: list[Manifest]) -> None:
     if len({part.weight is None for part in parts}) > 1:
         raise UserError("FOLDER:WEIGHT: give a weight to every folder or to none; shares by tokens and by "
                         "weight cannot be compared",
-                        Fix(words={str(part.path): f"{part.path}:1" for part in parts if part.weight is None}))
+                        Fix(words={str(p.path): f"{p.path}:1" for p in parts if p.weight is None}))
 
 
 def _rule(manifests: list[Manifest]) -> dict[str, Any]:

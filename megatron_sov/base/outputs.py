@@ -38,8 +38,8 @@ def check_page(option: str, path: Path | None) -> None:
     check_output(option, path)
     if path is not None and path.suffix.lower() not in (".html", ".htm"):
         page = path.with_suffix(".html")
-        raise UserError(f"{option} {path}: is written as HTML; name it {page}, and print it from a browser for "
-                        "other formats", Fix(words={str(path): str(page)}))
+        raise UserError(f"{option} {path}: is written as HTML; name it {page}, and print it from a browser "
+                        "for other formats", Fix(words={str(path): str(page)}))
 
 
 def refuse_input_as_output(option: str, path: Path, *inputs: Path) -> None:

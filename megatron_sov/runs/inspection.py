@@ -72,7 +72,8 @@ def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, Art
     facts = {**_describe_artifact(path), **_describe_unfinished_work(path), **_describe_path(path)}
     artifact = next((folder for folder in path.parents if (folder / MANIFEST).is_file()), None)
     if not facts and artifact is not None and path.exists():
-        raise UserError(f"{path}: is part of {artifact}; pass {artifact}", Fix(words={str(path): str(artifact)}))
+        raise UserError(f"{path}: is part of {artifact}; pass {artifact}",
+                        Fix(words={str(path): str(artifact)}))
     if not facts:
         raise UserError(f"{path}: " + ("is nothing that megatron-sov has made" if path.exists() else
                                        "does not exist, and no work on it is unfinished") +

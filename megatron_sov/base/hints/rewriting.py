@@ -275,6 +275,6 @@ def find_nearest_option(option: str, options: Sequence[str]) -> str:
 def _find_misspelt(key: str, texts: Mapping[str, str]) -> str:
     """Return the setting in the same group with a similar name; "": none."""
     group, _, last = key.rpartition(".")
-    names = [name.removeprefix("--set ").removesuffix("=VALUE") for name in texts]
-    name = find_nearest_name(last, [name.rpartition(".")[2] for name in names if name.startswith(f"{group}.")])
+    settings = [name.removeprefix("--set ").removesuffix("=VALUE").rpartition(".") for name in texts]
+    name = find_nearest_name(last, [setting[2] for setting in settings if setting[0] == group])
     return f"{group}.{name}" if name else ""

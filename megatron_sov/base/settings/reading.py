@@ -336,10 +336,11 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
 
 
 def _suggest_numbers(expected: str, text: str, key: str) -> list[str]:
-    """Return the plain numbers that 8k, 2B, $5, 10 %, 0,1 or 3d may mean, the likeliest first; for a list such
-    as 4k,8k the numbers with blanks between."""
+    """Return the plain numbers that 8k, 2B, $5, 10 %, 0,1 or 3d may mean, the likeliest first; a list such
+    as 4k,8k gives numbers with blanks between."""
     if expected == "int" and re.fullmatch(r"\w+(,\w+)+", text):
-        items = [[part] if part.isdecimal() else _suggest_numbers("int", part, key) for part in text.split(",")]
+        items = [[part] if part.isdecimal() else _suggest_numbers("int", part, key)
+                 for part in text.split(",")]
         return [" ".join(numbers[0] for numbers in items)] if all(items) else []
     if expected == "int" and (match := _SHORT_NUMBER.fullmatch(text)):
         decimal = f"{float(match[1]) * _THOUSANDS[match[2].lower()]:.0f}"
