@@ -133,7 +133,8 @@ class Rewrite:
         if fix is not None and folder in fix.words:
             self.messages.append(f"{folder}: does not exist; did you mean {fix.words[folder]}?")
             folder = fix.words[folder]
-        return {"value": value, "stem": Path(value).stem, "cluster": parse_cluster(value), "run": run,
+        nodes = str(-(-int(value) // GPUS_PER_NODE)) if value.isdigit() else "N"
+        return {"value": value, "nodes": nodes, "stem": Path(value).stem, "cluster": parse_cluster(value), "run": run,
                 "output": find_value(self.typed, "--output") or "DIR", "folder": folder}
 
     def replace_option(self, option: str, values: list[str]) -> None:
