@@ -1,4 +1,4 @@
-"""Learning from preferences: losses of pairs, groups and single responses written out one by one."""
+"""Preference losses of pairs, groups and single responses against formulas."""
 
 from __future__ import annotations
 

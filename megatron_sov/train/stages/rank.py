@@ -49,9 +49,10 @@ def run_rank(stage: Stage, data: StageData, launch: LaunchState) -> int:
         run_on_main(place, lambda: check_fp8_support(stage.config.train, te))
         run_on_main(place, lambda: _lock_folder(stage, lock, launch))
         newest = _find_own_checkpoint(stage, place)
-        trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, TrainerOptions(
-            stage.gate, stage.faults, launch.time_s, data.planned, stage.feed,
-            initial_weights=newest is None and stage.start_from is None))
+        options = TrainerOptions(gate=stage.gate, faults=stage.faults, began_s=launch.time_s,
+                                 planned=data.planned, feed=stage.feed,
+                                 initial_weights=newest is None and stage.start_from is None)
+        trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, options)
         resumed = _load_start(stage, trainer, newest)
         run_on_main(place, lambda: _open_records(stage, trainer, launch))
         with stop.answer_first_signal(trainer.answer_stop) if place.is_main else contextlib.nullcontext():

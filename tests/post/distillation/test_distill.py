@@ -1,5 +1,4 @@
-"""Learning from a teacher that has read the data: the formula written out in float64, one document at a
-time, and the same at every layout."""
+"""Distillation losses against formulas in float64, document by document, and equal at every layout."""
 
 from __future__ import annotations
 
