@@ -134,8 +134,8 @@ class Rewrite:
             self.messages.append(f"{folder}: does not exist; did you mean {fix.words[folder]}?")
             folder = fix.words[folder]
         nodes = str(-(-int(value) // GPUS_PER_NODE)) if value.isdigit() else "N"
-        return {"value": value, "nodes": nodes, "stem": Path(value).stem, "cluster": parse_cluster(value), "run": run,
-                "output": find_value(self.typed, "--output") or "DIR", "folder": folder}
+        return {"value": value, "nodes": nodes, "stem": Path(value).stem, "run": run,
+                "cluster": parse_cluster(value), "output": find_value(self.typed, "--output") or "DIR", "folder": folder}
 
     def replace_option(self, option: str, values: list[str]) -> None:
         """Write the counterpart of an option that the command does not have."""
