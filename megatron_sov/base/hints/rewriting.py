@@ -135,7 +135,8 @@ class Rewrite:
             folder = fix.words[folder]
         nodes = str(-(-int(value) // GPUS_PER_NODE)) if value.isdigit() else "N"
         return {"value": value, "nodes": nodes, "stem": Path(value).stem, "run": run,
-                "cluster": parse_cluster(value), "output": find_value(self.typed, "--output") or "DIR", "folder": folder}
+                "cluster": parse_cluster(value), "folder": folder,
+                "output": find_value(self.typed, "--output") or "DIR"}
 
     def replace_option(self, option: str, values: list[str]) -> None:
         """Write the counterpart of an option that the command does not have."""
