@@ -1,4 +1,4 @@
-"""Pairs of answers, packed once; and what a made-up teacher says of packed data."""
+"""Packed preference pairs, and the states of a random teacher."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Learning from one's own responses: the loss written out from the model's logits, and the same at every
-layout."""
+"""The policy objective: the loss against formulas on the model's logits, and equal at every layout."""
 
 from __future__ import annotations
 

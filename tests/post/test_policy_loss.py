@@ -1,4 +1,4 @@
-"""A policy's loss and its derivatives against the papers' formulas, a response and a token at a time."""
+"""Policy losses and gradients against the formulas of the papers, token by token."""
 
 from __future__ import annotations
 

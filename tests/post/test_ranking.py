@@ -1,4 +1,4 @@
-"""Held-out pairs measured by the log-probabilities of their responses, as far as samples reach."""
+"""Held-out pairs ranked by response log-probabilities, within the sample length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reference says of documents: of those to train on, and known again by what it was made with."""
+"""Reference log-probabilities: of training and held-out documents, and after a resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The terms of supervised fine-tuning, each with a denominator of its own."""
+"""The terms of supervised fine-tuning and their denominators."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Prompts that several responses have are computed once: the same attention, loss, gradient and counts of
-experts as where each response has its own."""
+"""Shared prompts: attention, loss, gradient and expert counts equal those of separate prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The best checkpoint of a domain: the argmax of pass@k, and whether the problems tell it from the others."""
+"""The best checkpoint of a domain by pass@k, and its confidence."""
 
 from __future__ import annotations
 

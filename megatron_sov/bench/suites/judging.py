@@ -26,10 +26,10 @@ from megatron_sov.bench.suites.scorers import ROW_MAKERS, SCORERS
 from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, to_hermes_form
 from megatron_sov.eval.pass_at_k import PromptCounts, compute_majority_at_k, compute_pass_at_k
 from megatron_sov.judge.rewards import patterns, registry
-from megatron_sov.judge.rewards.answers import last_boxed, normalized
-from megatron_sov.judge.rewards.reward import Refused, Result, Row, Score, checked, judged
-from megatron_sov.judge.rewards.scoring import runner
-from megatron_sov.judge.rewards.version import version_of
+from megatron_sov.judge.rewards.answers import extract_last_box, normalize_answer
+from megatron_sov.judge.rewards.reward import Refused, Result, Row, Score, run_reward, to_result
+from megatron_sov.judge.rewards.scoring import create_runner
+from megatron_sov.judge.rewards.version import compute_version
 
 KEY = "sov"
 """Our key in a task's `metadata`."""
@@ -37,7 +37,7 @@ BOXED = "boxed"
 """Replaces a pattern in `extract`: a pattern cannot match nested braces."""
 BATCH_ROWS = 32
 """Answers per reward call; a row may contain megabytes of tests."""
-WRONG = checked(Score(0.0, {"extracted": None}))
+WRONG = to_result(Score(0.0, {"extracted": None}))
 """Result for an answer without a final answer."""
 DESCRIPTIONS = frozenset(("suite", "source", "licence", "release", "items", "prompt_source", "remarks",
                           "fields", "aliases", "group_field", "cluster_field", "shots_file",
@@ -48,7 +48,7 @@ DESCRIPTIONS = frozenset(("suite", "source", "licence", "release", "items", "pro
 def _find_pattern_violation(text: str) -> Violation | None:
     if text in ("", BOXED):
         return None
-    if problem := patterns.problem(text):
+    if problem := patterns.find_pattern_problem(text):
         return ProblemCode.BOUND, f"is no regular expression ({problem})", ""
     return None if regex.compile(text).groups else (ProblemCode.BOUND, "must have a group, the answer", "")
 
@@ -206,10 +206,10 @@ class AnswerJudge:
         try:
             if name in SCORERS:
                 scorer = SCORERS[name](**settings)
-                self.judges[variant] = f"{name} {version_of(scorer, settings)}"
-                return [row if isinstance(row, Result) else judged(scorer, row) for row in rows]
-            request = registry.order(name, settings)
-            reward = registry.make(request)
+                self.judges[variant] = f"{name} {compute_version(scorer, settings)}"
+                return [row if isinstance(row, Result) else run_reward(scorer, row) for row in rows]
+            request = registry.request_reward(name, settings)
+            reward = registry.build_versioned_reward(request)
         except (UserError, TypeError) as e:
             hint = ""
             if name == "judge" and "endpoint" not in settings:
@@ -217,7 +217,7 @@ class AnswerJudge:
             raise UserError(f"task {self.judging.task}: {e}{hint}") from None
         self.judges[variant] = f"{name} {reward.version}"
         results: list[Result] = []
-        with runner(request, reward, self.workers or count_cores()) as judge_runner:
+        with create_runner(request, reward, self.workers or count_cores()) as judge_runner:
             for begin in range(0, len(rows), BATCH_ROWS):
                 batch = rows[begin:begin + BATCH_ROWS]
                 # rows with a `Result` keep their place
@@ -256,7 +256,7 @@ def compute_metrics(judging: Judging, results: Sequence[Result]) -> dict[str, fl
         if right:
             votes.num_right += 1
         elif isinstance(answer, str) and answer.strip():
-            votes.wrong[normalized(answer)] += 1
+            votes.wrong[normalize_answer(answer)] += 1
         else:
             votes.num_silent += 1
     for k in judging.effective_k:
@@ -313,7 +313,7 @@ def extract_answer(pattern: str, text: str) -> str | None:
         TimeoutError: the pattern takes too long.
     """
     if pattern == BOXED:
-        box = last_boxed(text)
+        box = extract_last_box(text)
         return text if box is None else f"\\boxed{{{box}}}"
     matches = patterns.findall(pattern, text)
     if not matches:

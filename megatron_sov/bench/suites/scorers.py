@@ -20,7 +20,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from megatron_sov.chat.marks import unquote_marks
-from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of, told_short
+from megatron_sov.judge.rewards.reward import Refused, Row, Score, format_short, get_text
 
 MAX_BYTES = 1 << 30
 """Largest unpacked tests of a problem."""
@@ -40,8 +40,8 @@ class MrcrScorer:
         Raises:
             Refused: the row has no `prefix` or `answer`.
         """
-        response = unquote_marks(text_of(row, "response"))
-        answer, prefix = text_of(row, "answer"), text_of(row, "prefix")
+        response = unquote_marks(get_text(row, "response"))
+        answer, prefix = get_text(row, "answer"), get_text(row, "prefix")
         if not response.startswith(prefix):
             return Score(0.0, {"prefix": False})
         ratio = SequenceMatcher(None, response.removeprefix(prefix), answer.removeprefix(prefix)).ratio()
@@ -64,7 +64,7 @@ class ShortAnswerScorer:
         Raises:
             Refused: the row has no `answer`.
         """
-        response, answer = (_normalize_answer(text_of(row, name)) for name in ("response", "answer"))
+        response, answer = (_normalize_answer(get_text(row, name)) for name in ("response", "answer"))
         if self.exact or (response != answer and {response, answer} & {"yes", "no", "noanswer"}):
             return Score(float(response == answer), {"extracted": response})
         words, answer_words = Counter(response.split()), Counter(answer.split())
@@ -153,13 +153,13 @@ def _parse_json(text: str, field: str) -> Any:
 def _convert_test(test: Any, name: Any) -> dict[str, Any]:
     """Return a test as input and expected output, or as a call to the solution's method `name`."""
     if not isinstance(test, dict) or not all(isinstance(test.get(key), str) for key in ("input", "output")):
-        raise Refused(f"test {told_short(test)} must have the texts input and output")
+        raise Refused(f"test {format_short(test)} must have the texts input and output")
     kind = test.get("testtype", "functional" if name else "stdin")
     if kind == "stdin":
         return {"stdin": test["input"], "stdout": test["output"]}
     if kind != "functional" or not isinstance(name, str):
-        raise Refused(f"testtype = {told_short(kind)} with func_name = {told_short(name)}; it must be stdin, "
-                      "or functional with a name")
+        raise Refused(f"testtype = {format_short(kind)} with func_name = {format_short(name)}; it must be "
+                      "stdin, or functional with a name")
     # an argument per line, as in the publisher's runner
     arguments = [_parse_value(line) for line in test["input"].split("\n") if line.strip()]
     expected = _parse_value(test["output"])
@@ -173,7 +173,7 @@ def _parse_value(text: str) -> Any:
         try:
             return ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            raise Refused(f"{told_short(text)} is no value for a function call") from None
+            raise Refused(f"{format_short(text)} is no value for a function call") from None
 
 
 ROW_MAKERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {

@@ -33,7 +33,8 @@ from megatron_sov.train.guards.fault_injection import Fault
 from megatron_sov.train.guards.gate import EndGate, GateView
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 from megatron_sov.train.objectives.objective import get_formats
-from megatron_sov.train.stages.stage import Stage, run_stage
+from megatron_sov.train.stages.launch import run_stage
+from megatron_sov.train.stages.stage import Stage
 from megatron_sov.train.trainer import ObjectiveFactory
 
 

@@ -27,14 +27,14 @@ from megatron_sov.bench.suites.judging import (
 from megatron_sov.bench.suites.scorers import build_code_tests, unpack_tests
 from megatron_sov.eval.pass_at_k import compute_majority_at_k
 from megatron_sov.judge.rewards import patterns
-from megatron_sov.judge.rewards.reward import Refused, Result, Score, checked
+from megatron_sov.judge.rewards.reward import Refused, Result, Score, to_result
 
 ANSWERS = ("right", "a", "b", None)
 STEM = Judging("t", "stem", reward_settings={"kind": "number"}, row={"answer": "gold"})
 
 
 def results_of(answers: Sequence[str | None]) -> list[Result]:
-    return [checked(Score(float(answer == "right"), {"extracted": answer})) for answer in answers]
+    return [to_result(Score(float(answer == "right"), {"extracted": answer})) for answer in answers]
 
 
 def draws(answers: Sequence[str | None], k: int) -> tuple[float, float]:

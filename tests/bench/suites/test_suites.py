@@ -42,7 +42,7 @@ def payload_score(payload: dict[str, Any]) -> float:
 def test_answers_get_what_they_deserve(name: str, tmp_path: Path, load: Load,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     # a judge that reads one word, in place of an endpoint
-    monkeypatch.setattr(Judge, "_asked",
+    monkeypatch.setattr(Judge, "_endpoint",
                         SimpleNamespace(ask=lambda payload, read: (payload_score(payload), "said")))
     case = CASES[name]
     write(case, tmp_path)

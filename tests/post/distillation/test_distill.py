@@ -1,5 +1,4 @@
-"""Learning from a teacher that has read the data: the formula written out in float64, one document at a
-time, and the same at every layout."""
+"""Distillation losses against formulas in float64, document by document, and equal at every layout."""
 
 from __future__ import annotations
 
@@ -114,7 +113,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                                      ("tokens", torch.ones(count))):
                     wanted[name] += float((values.double() * heard).sum())
                 wanted["starts"] = max(wanted["starts"], start)
-        sums = trainer.forward_backward.run(batch, objective, 2)
+        sums = trainer.forward_backward.compute_gradients(batch, objective, 2)
         tokens = wanted["tokens"]
         results.append({
             "kind": kind, "tokens": tokens, "denominator": batch.targets["divergence"],

@@ -1,4 +1,4 @@
-"""What is kept of a teacher on disk: found by document and offset, with few files open at a time."""
+"""Stored teacher outputs: rows by document and offset, with few open files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept of a teacher is refused where it is not what the settings ask for."""
+"""Stored teacher outputs that do not match the settings are refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A teacher reads documents at a layout of its own: its states are those of transformers and of one process,
-go on after a kill, and are refused where they belong to something else."""
+"""The job `distill states`: hidden states equal those of transformers at every layout, killed jobs continue,
+and mismatched data or teachers are refused."""
 
 from __future__ import annotations
 

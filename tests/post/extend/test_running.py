@@ -1,6 +1,4 @@
-"""Stages one after the other: when each begins, and what is said of a gate that proves less
-than its stage is for.
-"""
+"""Stages of an extension: start times, gate checks and warnings."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""Stages of an extension: several in one command, a gate that gives up with exit code 3,
-goes on with more steps and passes.
-"""
+"""Stages of an extension in one command: a gate that fails with exit code 3, continues with more steps, and
+passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Advantages of groups against their papers' formulas, written out with loops and by enumeration."""
+"""Advantages against the formulas of the papers, by loops and enumeration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounds that are waited for, and what the trainer adds to them: with a model that says what it is asked."""
+"""Rounds for the training loop: waiting for rounds, and log-probability columns of a fake model."""
 
 from __future__ import annotations
 

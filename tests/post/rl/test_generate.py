@@ -1,5 +1,5 @@
-"""The generating job with an engine that counts: nothing is lost, nothing is written twice, and every token
-says which policy wrote it, whatever comes in between."""
+"""The generating job with a counting engine: no response is lost or written twice, and every token has its
+policy."""
 
 from __future__ import annotations
 

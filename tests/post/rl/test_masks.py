@@ -1,4 +1,4 @@
-"""What tools say is no label: a round of episodes from the store to packed rows."""
+"""Tool results are no labels: a round of episodes from the store to packed rows."""
 
 from __future__ import annotations
 

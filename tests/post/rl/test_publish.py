@@ -1,4 +1,4 @@
-"""A round from the store to documents, beside what its rows say."""
+"""Publishing a round: documents compared with the rows in the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounds that servers write: over HTTP, with a double of vLLM."""
+"""Rounds by engine servers: over HTTP, with a fake vLLM."""
 
 from __future__ import annotations
 

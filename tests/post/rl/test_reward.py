@@ -1,4 +1,4 @@
-"""The judging job: each response once under each version of a reward, and none generated again."""
+"""The judging job: each response once per version of a reward, without generation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.judge.rewards.math_answers import Math
-from megatron_sov.judge.rewards.reward import Result, judged
+from megatron_sov.judge.rewards.reward import Result, run_reward
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, build_record, resolve_reward_version, start_judge)
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, Key, RewardRow, Rollout, StorePlan
@@ -173,7 +173,7 @@ def test_rewards_get_fields_and_messages_of_the_prompt() -> None:
     # of an episode what the model itself wrote in the end, never what a tool printed
     played = rollout(1, 0, "\\boxed{7} said a tool", outcome={"last_turn": "It is 8."})
     assert build_record(played)["response"] == "It is 8."
-    assert judged(Math(), build_record(replace(played, outcome={}))).status == "refused"
+    assert run_reward(Math(), build_record(replace(played, outcome={}))).status == "refused"
 
 
 def test_a_built_in_reward_judges_in_processes(store: RolloutStore) -> None:

@@ -1,4 +1,4 @@
-"""Teachers at addresses: asked again, or told what is wrong; and each for its own documents."""
+"""Scoring teachers: retries, refusals, and teachers per domain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a run's policies are validated, and what is told of their responses: with a store of four prompts."""
+"""Validation of a run's policies: when it runs and which figures it records, on four prompts."""
 
 from __future__ import annotations
 
