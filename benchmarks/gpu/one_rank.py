@@ -40,7 +40,7 @@ class OneRank:
         self.config = config
         self.world = world.join_world(config.parallel)
         self.model = build_model(config.model, config.parallel, config.train, config.gpu)
-        with patch.object(load, "_made_ahead", _made_there):
+        with patch.object(load, "_generate_values", _made_there):
             load.initialize_weights(self.model, config.model, config.train.seed)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)

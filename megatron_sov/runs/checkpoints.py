@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_sov.base.artifacts import (
     MANIFEST, delete_folder, find_file_damage, format_json, fsync_path, manifest_sha256, read_manifest,
     translate_disk_errors, write_atomically)
-from megatron_sov.base.errors import Fix, UserError, fix_missing, suggest_download, warn
+from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing, suggest_download, warn
 from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import PROBE_PREFIX
 from megatron_sov.model.config import RunConfig, from_dict
@@ -173,6 +173,8 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         kinds: accepted keys of `KIND_CONSUMERS`.
         wanted: description of the accepted kinds for the message.
     """
+    if RUN in kinds and path.name == CHECKPOINTS_FOLDER:
+        _refuse_run_part(path)
     # Order matters: a run contains a config.json, and a converted folder may have a manifest next to it.
     if (path / EVENTS).is_file():
         kind = RUN
@@ -210,7 +212,7 @@ def _fix_adapter(path: Path) -> Fix:
         base = str(config["base_model_name_or_path"] or "HF_DIR")
     except (OSError, ValueError, KeyError, TypeError):
         base = "HF_DIR"
-    folder, adapter = Path(base).name, f"{path.name}-checkpoint"
+    folder, adapter = Path(base).name, choose_free_path(f"{path.name}-checkpoint")
     commands = [["convert", "from-hf", folder if suggest_download(base) else base, f"{folder}-checkpoint"],
                 ["convert", "from-peft", str(path), adapter, "--base", f"{folder}-checkpoint"]]
     download = [] if Path(base).exists() or not suggest_download(base) else [
@@ -255,13 +257,21 @@ def _describe_unknown_folder(path: Path) -> tuple[str, str] | None:
 
 def check_run_folder(path: Path) -> None:
     """Raise `UserError` if a folder has no `events.jsonl`."""
-    run = path.absolute().parent.parent
-    if path.absolute().parent.name == CHECKPOINTS_FOLDER and (run / EVENTS).is_file():
-        raise UserError(f"{path}: is a checkpoint of the run {path.parent.parent}; pass {path.parent.parent}")
+    _refuse_run_part(path)
     check_folder_kind(path, (RUN,), "a run")
     if not (path / EVENTS).is_file():
         raise UserError(f"{path}: contains no {EVENTS}, so it is not a run folder; "
                         "pass the folder given to --run")
+
+
+def _refuse_run_part(path: Path) -> None:
+    """Raise `UserError` for a file or folder inside a run."""
+    run = next((parent for parent in path.absolute().parents[:2] if (parent / EVENTS).is_file()), None)
+    if run is not None and not (path / EVENTS).is_file():
+        kind = "a checkpoint" if path.absolute().parent.name == CHECKPOINTS_FOLDER else "part"
+        typed = Path(os.path.relpath(run)) if os.path.relpath(path) == str(path) else run
+        raise UserError(f"{path}: is {kind} of the run {typed}; pass {typed}",
+                        Fix(words={str(path): str(typed), os.path.relpath(path): os.path.relpath(run)}))
 
 
 def find_tokenizer_folder(start: Path) -> Path:

@@ -26,13 +26,13 @@ KILLED = f"""
     from megatron_sov.convert import hf_import
 
     def convert_and_die(action, source, out, kill_after):
-        def counted(*args, real=hf_import.write_file, count=[0], lock=threading.Lock()):
+        def counted(*args, real=hf_import.write_tensors, count=[0], lock=threading.Lock()):
             with lock:
                 count[0] += 1
                 if count[0] > kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
             return real(*args)
-        hf_import.write_file, hf_import.MAX_FILE_BYTES = counted, {FILE_BYTES}
+        hf_import.write_tensors, hf_import.MAX_FILE_BYTES = counted, {FILE_BYTES}
         limits = {{}} if action == "from_hf" else {{"max_shard_bytes": {FILE_BYTES}}}
         getattr(convert, action)(source, out, workers=2, **limits)
 

@@ -227,8 +227,8 @@ class _FileReader:
         if not isinstance(written, dict):
             self.tell(place, f"{place[-1]} = {written!r}: must be a mapping of settings")
             return None
-        settings, problems = try_parse_settings(cls, written,
-                                                partial(_suggest_setting, kind or "".join(map(str, place[-1:]))))
+        kind = kind or "".join(map(str, place[-1:]))
+        settings, problems = try_parse_settings(cls, written, partial(_suggest_setting, kind))
         if settings is not None:
             settings = resolved(settings, self.folder)
             # Rules may open files, so paths are resolved first.

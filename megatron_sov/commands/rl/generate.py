@@ -37,7 +37,7 @@ class RlGenerateOptions(RecipeOptions, PromptOptions, SamplingOptions, EngineOpt
 
 
 @dataclass(frozen=True)
-class GenerateRequest:
+class RolloutsRequest:
     """Checked input for `generate_run.generate_rollouts`."""
 
     options: RlGenerateOptions
@@ -49,7 +49,7 @@ class GenerateRequest:
     environment: EnvironmentRequest | None
 
 
-def check_generate(options: RlGenerateOptions) -> GenerateRequest:
+def check_generate(options: RlGenerateOptions) -> RolloutsRequest:
     """Check settings, prompts and environment."""
     # numpy; the help of the command does without
     from megatron_sov.commands.train.setup.data_defaults import complete_stage
@@ -69,7 +69,7 @@ def check_generate(options: RlGenerateOptions) -> GenerateRequest:
         raise UserError(f"--rounds {options.rounds}: rollout.rounds = {rollout.rounds}, and no later round "
                         "is trained; choose rounds up to it, or raise rollout.rounds here and in `rl train`")
     select_round_prompts(prompts, rollout, rounds[0])  # refuses a file with too few prompts
-    return GenerateRequest(options, config, rounds, prompts, resolve_environment(options, config))
+    return RolloutsRequest(options, config, rounds, prompts, resolve_environment(options, config))
 
 
 GENERATE = DeclaredCommand(RlGenerateOptions, check_generate,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from megatron_sov.base.errors import ExitCode, Fix, UserError
 from megatron_sov.base.settings import DeclaredCommand, Flag, NotNegative, ProblemCode, SettingsProblem
-from megatron_sov.commands.rl.inputs.prompts import VALIDATION_OPTION, PromptOptions, read_validation_prompts
+from megatron_sov.commands.rl.inputs.prompts import (
+    VALIDATION_OPTION, PromptOptions, check_tokenizer, read_validation_prompts)
 from megatron_sov.commands.rl.inputs.teachers import ScoringTeacherOptions, check_teachers
 from megatron_sov.commands.rl.store.reward import StoreRewardOptions
 from megatron_sov.commands.train.setup.stage_options import TunedOptions
@@ -17,6 +18,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.run import add_rounds, retain_policies
 from megatron_sov.post.rl.reward import check_reward_fields, resolve_reward_version
 from megatron_sov.rollouts.prompts import PromptList, select_round_prompts
+from megatron_sov.runs.checkpoints import find_tokenizer_folder
 
 if TYPE_CHECKING:
     from megatron_sov.commands.train.setup.training import TrainingRequest
@@ -57,6 +59,10 @@ class RoundsRequest:
 
     options: RoundsOptions
     stage: TrainingRequest
+    start: Path
+    """Checkpoint of --from."""
+    tokenizer: Path
+    """Tokenizer folder of `start`."""
     prompts: PromptList
     """Every prompt in --prompts."""
     reward_version: str
@@ -89,7 +95,7 @@ def report_completed_run(options: RoundsOptions) -> bool:
     completed = find_completed_run(options)
     if completed is None:
         return False
-    from megatron_sov.commands.train.training_run import run_training
+    from megatron_sov.commands.train.training_run import run_training  # torch
 
     run_training(completed)
     return True
@@ -122,8 +128,11 @@ def check_rounds(options: RoundsOptions, complete: Callable[[RunConfig], RunConf
         from megatron_sov.commands.train.training_run import convert_request_start
 
         stage = convert_request_start(stage)
+    assert stage.start is not None, "--from is required"
+    tokenizer = find_tokenizer_folder(stage.start)
+    check_tokenizer(options.start_from, tokenizer)
     validation_prompts = None
     if options.validation is not None:
         validation_prompts = read_validation_prompts(options.validation, options.renames, prompts,
                                                      is_asked=is_asked)
-    return RoundsRequest(options, stage, prompts, version, validation_prompts)
+    return RoundsRequest(options, stage, stage.start, tokenizer, prompts, version, validation_prompts)

@@ -22,7 +22,7 @@ RUN = "megatron_sov.commands.train.training_run:run_training"
 
 
 @dataclass(frozen=True)
-class StageKind:
+class TrainingKind:
     """Differences between training commands."""
 
     name: BuiltIn
@@ -38,19 +38,19 @@ class StageKind:
 
 
 LANGUAGE_MODELLING = "megatron_sov.train.objectives.data_objective:LanguageModelling"
-STAGE_KINDS: dict[str, StageKind] = {
-    "pretrain": StageKind("lm", LANGUAGE_MODELLING),
+STAGE_KINDS: dict[str, TrainingKind] = {
+    "pretrain": TrainingKind("lm", LANGUAGE_MODELLING),
     # a sequence of stages, which `extend_run` plans and runs
-    "extend": StageKind("lm", LANGUAGE_MODELLING),
-    "sft": StageKind("sft", "megatron_sov.post.sft:SupervisedFineTuning"),
-    "prefer": StageKind("preference", "megatron_sov.post.preference:select_objective",
-                        is_chosen_by_settings=True,
-                        fill_stage="megatron_sov.commands.train.prefer_run:add_reference"),
-    "distill": StageKind("distill", "megatron_sov.post.distillation.distill:Distillation",
-                         fill_stage="megatron_sov.commands.train.distill_run:add_teacher"),
+    "extend": TrainingKind("lm", LANGUAGE_MODELLING),
+    "sft": TrainingKind("sft", "megatron_sov.post.sft:SupervisedFineTuning"),
+    "prefer": TrainingKind("preference", "megatron_sov.post.preference:select_objective",
+                           is_chosen_by_settings=True,
+                           fill_stage="megatron_sov.commands.train.prefer_run:add_reference"),
+    "distill": TrainingKind("distill", "megatron_sov.post.distillation.distill:Distillation",
+                            fill_stage="megatron_sov.commands.train.distill_run:add_teacher"),
     # filled by `commands.rl`, which passes the store, and for `rl run` the engine, to `run_training`
-    "rl": StageKind("policy", "megatron_sov.post.policy:build_policy_objective", is_chosen_by_settings=True,
-                    needs_data=False),
+    "rl": TrainingKind("policy", "megatron_sov.post.policy:build_policy_objective",
+                       is_chosen_by_settings=True, needs_data=False),
 }
 """`StageOptions.stage` -> kind."""
 

@@ -240,12 +240,12 @@ import re, sys
 from pathlib import Path
 import pyarrow.parquet
 from megatron_sov.base.documents import RecordReading, list_files
-from megatron_sov.base.documents.files import spans_of
+from megatron_sov.base.documents.files import iter_spans
 from megatron_sov.base.documents.reading import read_span
 def peak_mb():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1)) // 1024
 before, codes = peak_mb(), set()
-for span in spans_of(Path(sys.argv[1])):
+for span in iter_spans(Path(sys.argv[1])):
     codes |= {item.code for item in read_span(span, RecordReading(max_document_bytes=1_000_000))}
 print(peak_mb() - before, *codes)
 """

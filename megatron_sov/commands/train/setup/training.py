@@ -29,7 +29,7 @@ from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.plan.calibration.fitting import estimate_memory
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command, read_started_settings
-from megatron_sov.runs.launch_environment import num_ranks, typed_command
+from megatron_sov.runs.launch_environment import num_ranks, refuse_lone_world_size, typed_command
 from megatron_sov.train.data.token_shards import Source, open_sources
 from megatron_sov.train.data.views import apply_data_phases
 from megatron_sov.train.guards.fault_injection import Fault, parse_faults
@@ -194,6 +194,7 @@ def stage_request(options: StageOptions, objective: BuiltIn, *, needs_data: bool
                   lengthens: bool = False) -> RecipeRequest:
     """Return the requested settings with the packed data from --data and, with --from, its architecture
     instead of the recipe's; see `request_training`."""
+    refuse_lone_world_size(options.nproc)
     # check paths before the model is opened, which takes seconds
     if objective == "lm" and options.start_from is not None and options.recipe is None and (
             not options.configs):
