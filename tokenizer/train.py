@@ -4,9 +4,11 @@ it before its folder appears."""
 from __future__ import annotations
 
 import argparse
+import contextvars
 import dataclasses
 import importlib
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from tokenizer.bpe.count_pipeline import CountPlan, LearnedPattern
 
 SUPERWORD_SAMPLE_MB = 100
+MAX_CHECKED_BYTES = 2 << 20
+"""Longest text from which the check of a proposed line learns."""
+_CHECKED_INPUTS: set[tuple[str, ...]] = set()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,24 @@ def run(typed: argparse.Namespace) -> int:
     plan = make_plan(preset, args)
     train_tokenizer(plan, groups, args.output, overwrite=args.overwrite)
     return 0
+
+
+def check_proposal(args: TokenizerTrainOptions) -> None:
+    """Learn from a short text in a temporary folder, to check whether its vocabulary can be reached."""
+    from tokenizer.bpe.count_pipeline import learn
+
+    inputs = tuple(map(os.path.abspath, args.input))
+    if inputs in _CHECKED_INPUTS:  # the size of the vocabulary has been corrected
+        return
+    _CHECKED_INPUTS.add(inputs)
+    groups = gather_groups(args.input, args.mixture)
+    paths = [file for group in groups for path in group.paths for file in (path, *path.rglob("*"))]
+    if sum(path.stat().st_size for path in paths if path.is_file()) > MAX_CHECKED_BYTES:
+        return
+    plan = make_plan(adjusted(load_preset(args.preset, args.config), args), args)
+    with tempfile.TemporaryDirectory() as work:
+        # an empty context: the work itself is no check
+        contextvars.Context().run(learn, dataclasses.replace(plan, work=Path(work)), groups)
 
 
 def adjusted(preset: Preset, args: TokenizerTrainOptions) -> Preset:

@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
             line = shlex.join([*(word for word in self._typed if word != rest[0]), option, rest[0]])
             raise UserError(f"{self.prog}: {rest[0]}: takes an option before it, {option}",
                             Fix(f"{self.prog} {line}"))
-        if rest[0].startswith("-") and not Counter(rest) - Counter(self._typed):
+        if not Counter(rest) - Counter(self._typed):
             remaining = list(self._typed)
             for word in reversed(rest):
                 del remaining[len(remaining) - 1 - remaining[::-1].index(word)]
@@ -145,8 +145,13 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
             return
         options = read_options(options_class, parsed)
         action = command.load_action(parsed) if isinstance(command, ActionGroup) else command
+<<<<<<< HEAD
         if isinstance(action, DeclaredCommand) and action.run_function:  # else the check does the work
             action.check_options(options)
+=======
+        if isinstance(action, DeclaredCommand) and action.run_function and not action.runs_in_checks:
+            action.check(options)
+>>>>>>> main
         else:
             if check := getattr(action, "check_proposal", None):
                 check(options)

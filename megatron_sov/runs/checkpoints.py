@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from megatron_sov.base.artifacts import (
     MANIFEST, delete_folder, find_file_damage, format_json, fsync_path, manifest_sha256, read_manifest,
     translate_disk_errors, write_atomically)
-from megatron_sov.base.errors import Fix, UserError, fix_missing, suggest_download, warn
+from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing, suggest_download, warn
 from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import PROBE_PREFIX
 from megatron_sov.model.config import RunConfig, from_dict
@@ -169,6 +170,8 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         kinds: accepted keys of `KIND_CONSUMERS`.
         wanted: description of the accepted kinds for the message.
     """
+    if RUN in kinds and path.name == CHECKPOINTS_FOLDER:
+        _refuse_run_part(path)
     # Order matters: a run contains a config.json, and a converted folder may have a manifest next to it.
     if (path / EVENTS).is_file():
         kind = RUN
@@ -181,8 +184,13 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     if kind in KIND_CONSUMERS and kind not in kinds:
         description, advice = KIND_CONSUMERS[kind]
         command = _TAKEN_BY_COMMAND.get((kind, tuple(kinds)), "")
-        raise UserError(f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}",
-                        Fix(command=command) if command else None)
+        fix = Fix(command=command) if command else None
+        if kind == PEFT_ADAPTER and not command:
+            converted = choose_free_path(f"{path.name}-checkpoint")
+            words = ["megatron-sov", "convert", "from-peft", str(path), converted, "--base", _find_base(path)]
+            fix = Fix(words={str(path): converted}, before=(shlex.join(words),))
+        raise UserError(
+            f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}", fix)
     if not kind:
         check_folder(path)
     if not kind and RUN in kinds and (runs := find_runs(path)):
@@ -194,6 +202,15 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         description, advice = contents
         expected = " or ".join(KIND_LOCATIONS[kind] for kind in kinds)
         raise UserError(f"{path}: {description}, so it is not {wanted}; {advice}pass {expected}")
+
+
+def _find_base(adapter: Path) -> str:
+    """Return the base model in an adapter's configuration, or a placeholder."""
+    try:
+        base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, TypeError, KeyError):
+        base = ""
+    return str(base) if base and Path(str(base)).exists() else "BASE"
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -232,13 +249,21 @@ def _describe_unknown_folder(path: Path) -> tuple[str, str] | None:
 
 def check_run_folder(path: Path) -> None:
     """Raise `UserError` if a folder has no `events.jsonl`."""
-    run = path.absolute().parent.parent
-    if path.absolute().parent.name == CHECKPOINTS_FOLDER and (run / EVENTS).is_file():
-        raise UserError(f"{path}: is a checkpoint of the run {path.parent.parent}; pass {path.parent.parent}")
+    _refuse_run_part(path)
     check_folder_kind(path, (RUN,), "a run")
     if not (path / EVENTS).is_file():
         raise UserError(f"{path}: contains no {EVENTS}, so it is not a run folder; "
                         "pass the folder given to --run")
+
+
+def _refuse_run_part(path: Path) -> None:
+    """Raise `UserError` for a file or folder inside a run."""
+    run = next((parent for parent in path.absolute().parents[:2] if (parent / EVENTS).is_file()), None)
+    if run is not None and not (path / EVENTS).is_file():
+        kind = "a checkpoint" if path.absolute().parent.name == CHECKPOINTS_FOLDER else "part"
+        typed = Path(os.path.relpath(run)) if os.path.relpath(path) == str(path) else run
+        raise UserError(f"{path}: is {kind} of the run {typed}; pass {typed}",
+                        Fix(words={str(path): str(typed), os.path.relpath(path): os.path.relpath(run)}))
 
 
 def find_tokenizer_folder(start: Path) -> Path:

@@ -20,6 +20,7 @@ from data_prep.curate.sources.source import KINDS, SourceSettings
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError, format_problems, suggest_name
 from megatron_sov.base.hints.removed import PIPELINE, suggest_successor
+from megatron_sov.base.hints.table import index_words, normalize_word
 from megatron_sov.base.settings import (
     AtLeastOne, Bound, Fraction, LocatedDocument, NotBlank, Place, ProblemCode, SettingsProblem,
     find_rule_problems, parse_located_yaml, read_settings_text, split_key, try_parse_settings)
@@ -270,7 +271,9 @@ class _FileReader:
                 self.tell(place, f"step {i + 1}: must be the name of one step with its settings, and at most "
                                  "`only` beside it")
             elif kinds[0] not in STEPS:
-                close = suggest_successor(kinds[0], PIPELINE) or suggest_name(kinds[0], STEPS)
+                foreign = index_words("steps").get(normalize_word(kinds[0]), ())
+                close = f"; it is {' or '.join(foreign)} here" if foreign else (
+                    suggest_successor(kinds[0], PIPELINE) or suggest_name(kinds[0], STEPS))
                 self.tell((*place, kinds[0]), f"{kinds[0]}: is no step{close} "
                                               f"(there are: {', '.join(STEPS)})")
             else:

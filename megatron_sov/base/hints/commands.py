@@ -30,7 +30,9 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
         choices: the existing commands.
     """
     texts = _index_command_texts(program, word, typed)
-    if (text := texts.get(word.lower())) and classify_folder(Path(word)) == "other":
+    # `convert hf RUN OUT`: a direction, although a folder hf exists
+    is_word = classify_folder(Path(word)) == "other" or bool(typed and Path(typed[0]).exists())
+    if (text := texts.get(word.lower())) and is_word:
         return _fill_template(f"{program} {word}: does not exist", text, typed)
     action = find_action(program, (word, *typed))
     if word.startswith("-") and action:

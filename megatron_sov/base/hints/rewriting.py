@@ -146,8 +146,8 @@ class Rewrite:
         if word == "load" and values and values[0] == find_value(self.typed, "--save", "--run"):
             self.add_words(f"{option}: --resume continues a folder's run", "--run", values[0], "--resume")
             self.resumed_run = values[0]
-        elif word in _WEIGHT_WORDS and FOLDER in self.positionals:
-            self.weights = values
+        elif word in _WEIGHT_WORDS and any("[:weight]" in name.lower() for name in self.positionals):
+            self.weights = values[0].split(",") if len(values) == 1 else values
             self.add_words(f"{option}: a weight follows its folder behind a colon")
         elif same_name in self.options:  # --num_fewshot
             self.add_words(f"{option} is {same_name} here", same_name, *values)
@@ -172,7 +172,11 @@ class Rewrite:
         is_name = bool(values) and re.fullmatch(r"[\w.-]+", values[0]) and not Path(values[0]).exists()
         if name == "--from" and self.command == "plan" and is_name:
             return "RECIPE"
-        if name == "--nodes" and "gpu" in word and "--nproc" in self.options and not self.has_cluster:
+        same_name = [name for name in self.positionals if re.split(r"\W", name)[0].lower() == word]
+        if not name and same_name:
+            return same_name[0]
+        if name == "--nodes" and "gpu" in word and "--nproc" in self.options and not (
+                self.has_cluster or self.command.startswith("submit")):
             return "--nproc"  # the number of GPUs per node follows from a profile
         return FOLDER if word in ("input", "data", "inputs") and FOLDER in self.positionals else name
 
@@ -202,7 +206,7 @@ class Rewrite:
         texts = self.read_texts()
         names = find_by_meaning(option, texts)
         message = f"{option}: nothing takes this{describe_candidates(names, texts)}"
-        if len(names) == 1 and values and names[0] in self.options:
+        if len(names) == 1 and values and names[0] in self.options and names[0] not in self.typed:
             self.add_words(message, names[0], *values)
         else:
             self.add_words(f"{message}; leave it out")

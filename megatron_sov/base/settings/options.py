@@ -199,6 +199,8 @@ class DeclaredCommand:
     run_function: str | Mapping[type, str] = ""
     """`module:function`, or class of `check`'s result -> `module:function`, imported after the checks. It
     returns an exit code, or None for 0. "": `check` does the whole work."""
+    runs_in_checks: bool = False
+    """Whether the function runs in checks of proposed lines, up to `stop_check`: it has no heavy import."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_options(parser, self.options)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
 from megatron_sov.commands.shared_options import FigureOptions
+from megatron_sov.model.config import parse_data_paths
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 
@@ -34,4 +35,5 @@ def check_task(options: Any) -> Any:
     RunEvents(options.run)
     check_output("--output", options.out)
     check_model_path(options.target)
+    parse_data_paths(getattr(options, "data", ()))
     return options

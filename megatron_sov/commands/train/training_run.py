@@ -23,9 +23,10 @@ from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
 from megatron_sov.plan.calibration.fitting import refuse_on_this_node, refuse_too_large
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
+from megatron_sov.train.stages.launch import report_completion, run_stage
 from megatron_sov.train.stages.shared_copies import (
     SHARED, STAMPS, digest_files, digest_stats, find_copy, list_model_files)
-from megatron_sov.train.stages.stage import Stage, report_completion, run_stage
+from megatron_sov.train.stages.stage import Stage
 from megatron_sov.work.progress.locks import critical_section
 
 FillStage = Callable[[TrainingRequest, Stage], Stage]

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from megatron_sov.judge.rewards.answers import Stem, final_answer, last_boxed, normalized, read_quantity
+from megatron_sov.judge.rewards.answers import (
+    Stem, extract_final_answer, extract_last_box, normalize_answer, read_quantity)
 from megatron_sov.judge.rewards.reward import Refused
 
 
@@ -21,7 +22,8 @@ def right(response: str, answer: object, **more) -> bool:
     ("$$1$$ and\n$$2$$", "$2$"), ("$$1$$\n2", "2"), ("$$1$$\n" + "so " * 20, None), ("$$\n1", "1"),
     ("$$" + "1" * 501 + "$$", None), ("the answer is $$3$$ or so", "$3$"), ("\\[1\n\\boxed{2}\\]", "2")])
 def test_a_displayed_formula_is_an_answer(response: str, found: str | None) -> None:
-    assert final_answer(response) == found or (found is None and len(final_answer(response) or "") > 500)
+    assert extract_final_answer(response) == found or (found is None
+                                                       and len(extract_final_answer(response) or "") > 500)
 
 
 @pytest.mark.parametrize("answer", ["()", "...", "\"'\"", "[ ]", ["B", "?"]])
@@ -113,7 +115,7 @@ def test_short_answers_without_case_articles_and_signs() -> None:
     assert right("\\boxed{\\text{NaCl}}", "NaCl")
     assert right("정답은 엽록체", ["미토콘드리아", "엽록체"])
     assert not right("The answer is chloroplast", "mitochondrion")
-    assert normalized(" The  Ｗater. ") == "water"
+    assert normalize_answer(" The  Ｗater. ") == "water"
 
 
 @pytest.mark.parametrize("answer", [None, 4, "", [], ["a", 1]])
@@ -131,6 +133,6 @@ def test_hostile_responses_take_a_moment(text: str) -> None:
 
 
 def test_the_last_whole_box_counts() -> None:
-    assert last_boxed("\\boxed{1} \\boxed{\\frac{2}{3}} \\boxed{open") == "\\frac{2}{3}"
-    assert final_answer("\\boxed{1}\nthe answer is 2") == "1"
-    assert final_answer("x " * 100) is None
+    assert extract_last_box("\\boxed{1} \\boxed{\\frac{2}{3}} \\boxed{open") == "\\frac{2}{3}"
+    assert extract_final_answer("\\boxed{1}\nthe answer is 2") == "1"
+    assert extract_final_answer("x " * 100) is None

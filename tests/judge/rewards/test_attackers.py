@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_sov.judge.rewards.code import CodeReward
-from megatron_sov.judge.rewards.reward import judged
+from megatron_sov.judge.rewards.reward import run_reward
 
 FORGE = r'''
 import gc, glob, json, os, socket, struct, sys, threading
@@ -279,8 +279,8 @@ PROGRAM_TESTS = [{"stdin": "1\n", "stdout": "7431\n"}, {"stdin": "2\n", "stdout"
 
 
 def paid(enclosure: str, response: str, tests: list) -> tuple[float | None, object]:
-    result = judged(CodeReward(all_or_nothing=False, enclosure=enclosure),
-                    {"response": response, "tests": tests})
+    result = run_reward(CodeReward(all_or_nothing=False, enclosure=enclosure),
+                        {"response": response, "tests": tests})
     return result.reward, result
 
 
@@ -295,8 +295,8 @@ def test_no_attacker_is_paid(enclosure: str, name: str) -> None:
 @pytest.mark.tier1_cases(8)
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
-    result = judged(CodeReward(all_or_nothing=False, enclosure=enclosure, number_tolerance=1e-6),
-                    {"response": FORGE + FRAMEWORKS[name], "tests": FRAMEWORK_TESTS, "entry_point": "f"})
+    result = run_reward(CodeReward(all_or_nothing=False, enclosure=enclosure, number_tolerance=1e-6),
+                        {"response": FORGE + FRAMEWORKS[name], "tests": FRAMEWORK_TESTS, "entry_point": "f"})
     assert (result.reward, result.status) == (0.0, "scored"), result
 
 
@@ -320,4 +320,4 @@ def test_honest_ones_are_paid_behind_them(enclosure: str) -> None:
     assert paid(enclosure, HONEST + "print(f(int(input())))", PROGRAM_TESTS)[0] == 1.0
     honest = "def f(x, back=None):\n    if x == 'no':\n        raise KeyError(x)\n    return 7430 + x\n"
     row = {"response": honest, "tests": FRAMEWORK_TESTS, "entry_point": "f"}
-    assert judged(CodeReward(enclosure=enclosure), row).reward == 1.0
+    assert run_reward(CodeReward(enclosure=enclosure), row).reward == 1.0

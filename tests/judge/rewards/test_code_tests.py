@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sov.judge.rewards.code import CodeReward
 from megatron_sov.judge.rewards.code_tests import is_same_output, read_tests
-from megatron_sov.judge.rewards.reward import Refused, Result, judged
+from megatron_sov.judge.rewards.reward import Refused, Result, run_reward
 from megatron_sov.sandbox.program import Outcome, Program
 
 ADD = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -18,7 +18,7 @@ BROKEN = "```python\ndef add(a, b)\n    return a + b\n```"
 
 
 def score(response: str, tests: Any, **fields: Any) -> Result:
-    return judged(CodeReward(test_time_s=5), {"response": response, "tests": tests, **fields})
+    return run_reward(CodeReward(test_time_s=5), {"response": response, "tests": tests, **fields})
 
 
 NO_TESTS = [
@@ -232,9 +232,9 @@ def test_a_row_or_a_setting_gives_the_tolerance() -> None:
     for answer, tests, right in ((response, third, 1.0), (adds, calls, 1.0),
                                  (adds.replace("3", "4"), calls, 0.0),
                                  ("print(0.3, 1)", [{"stdin": "", "stdout": "0.3\n1"}], 1.0)):
-        assert judged(lenient, {"response": answer, "tests": tests}).reward == right
+        assert run_reward(lenient, {"response": answer, "tests": tests}).reward == right
     strict = {"response": response, "tests": third, "number_tolerance": 0, "compare_by": "lines"}
-    assert judged(lenient, strict).reward == 0.0
+    assert run_reward(lenient, strict).reward == 0.0
     for field, value in (("number_tolerance", -1), ("number_tolerance", "x"), ("number_tolerance", True),
                          ("compare_by", "words")):
         assert field in score(response, third, **{field: value}).reason
@@ -242,15 +242,15 @@ def test_a_row_or_a_setting_gives_the_tolerance() -> None:
 
 def test_the_tests_of_a_row_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
-    run = CodeReward._run
+    run = CodeReward._run_program
 
     def note_run(self: CodeReward, program: Program, *more: Any) -> Outcome:
         runs.append(program.stdin)
         return run(self, program, *more)
 
-    monkeypatch.setattr(CodeReward, "_run", note_run)
+    monkeypatch.setattr(CodeReward, "_run_program", note_run)
     row = {"response": ADD, "tests": ["assert add(1, 2) == 3 # proved once"]}
-    assert [judged(CodeReward(), row).reward for _ in range(3)] == [1.0] * 3
+    assert [run_reward(CodeReward(), row).reward for _ in range(3)] == [1.0] * 3
     assert len(runs) == 4 and sum("_Stub" in stdin for stdin in runs) == 1
 
 

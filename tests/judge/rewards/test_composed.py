@@ -9,9 +9,9 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.composed import Composed, ComposedRunner, RewardPart
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rewards.scoring import runner
+from megatron_sov.judge.rewards.scoring import create_runner
 
 
 class Field:
@@ -33,7 +33,7 @@ class Field:
 
 
 def results(composed: Composed, rows: list[dict]) -> tuple[list[Result], dict[str, list[int]]]:
-    runners = {name: Field(name) for name in composed.orders()}
+    runners = {name: Field(name) for name in composed.get_part_requests()}
     rows = [{"id": i, "response": str(i), **row} for i, row in enumerate(rows)]
     with ComposedRunner(composed, runners) as running:
         found = running.score(rows)
@@ -86,7 +86,7 @@ def test_a_part_without_a_reward_leaves_none() -> None:
 def test_the_version_is_of_the_parts_and_how_they_are_put_together() -> None:
     def version(**more: Any) -> str:
         part = {"reward": "length", "settings": {"unit": "words"}, **more}
-        return make(order("composed", {"parts": {"a": part}})).version
+        return build_versioned_reward(request_reward("composed", {"parts": {"a": part}})).version
 
     assert version() == version(weight=1.0, settings={"unit": "words", "max_length": 20_480})
     assert len({version(), version(weight=2.0), version(gate=0.0), version(domains=["x"]),
@@ -103,16 +103,16 @@ def test_the_version_is_of_the_parts_and_how_they_are_put_together() -> None:
 ])
 def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
     with pytest.raises(UserError) as e:
-        make(order("composed", settings))
+        build_versioned_reward(request_reward("composed", settings))
     assert problem in str(e.value)
 
 
 def test_real_parts_run_together(tmp_path: Path) -> None:
     code = "class Own:\n    def score(self, row):\n        return len(row['response'])\n"
     (tmp_path / "own.py").write_text(code)
-    asked = order("composed", {"parts": {"rule": {"reward": "length",
-                                                  "settings": {"unit": "words", "max_length": 2,
-                                                               "buffer": 1}},
-                                         "own": {"reward": f"{tmp_path}/own.py:Own", "weight": 10}}})
-    with runner(asked, make(asked), 1) as running:
+    asked = request_reward("composed", {"parts": {"rule": {"reward": "length",
+                                                           "settings": {"unit": "words", "max_length": 2,
+                                                                        "buffer": 1}},
+                                                  "own": {"reward": f"{tmp_path}/own.py:Own", "weight": 10}}})
+    with create_runner(asked, build_versioned_reward(asked), 1) as running:
         assert [r.reward for r in running.score([{"response": "a"}, {"response": "a b"}])] == [10.0, 29.0]

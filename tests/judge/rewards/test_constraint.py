@@ -11,8 +11,8 @@ import pytest
 
 from megatron_sov.base.settings import find_all_problems
 from megatron_sov.judge.rewards.constraint import (
-    Constraint, ConstraintVerdict, problem_of, verdicts, views_of)
-from megatron_sov.judge.rewards.reward import judged
+    Constraint, ConstraintVerdict, check_texts, find_check_problem, segment_text)
+from megatron_sov.judge.rewards.reward import run_reward
 from megatron_sov.sandbox.sandbox import shared_sandbox
 
 NO_COMMA = "def evaluate(response):\n    return ',' not in response"
@@ -36,7 +36,7 @@ BROKEN = "def evaluate(response):\n    return response[1000] == 'x'"
     ("  \n ", [TRUE], {"give_share": True}, 0.0),
 ])
 def test_reward(response: str, functions: list[str], settings: dict[str, Any], reward: float) -> None:
-    result = judged(Constraint(**settings), {"response": response, "functions": functions})
+    result = run_reward(Constraint(**settings), {"response": response, "functions": functions})
     assert (result.status, result.reward) == ("scored", reward)
 
 
@@ -49,7 +49,7 @@ def test_reward(response: str, functions: list[str], settings: dict[str, Any], r
     ({"response": "x" * 400_001, "functions": [TRUE]}, "at most 400,000"),
 ])
 def test_a_row_that_cannot_be_judged_is_refused(row: dict[str, Any], reason: str) -> None:
-    result = judged(Constraint(), row)
+    result = run_reward(Constraint(), row)
     assert result.status == "refused"
     assert reason in result.reason
 
@@ -61,14 +61,14 @@ def test_settings_are_checked_together() -> None:
 
 
 def test_views_are_those_of_typhoon_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert views_of("a b\nc", "none") == ["a b\nc"]
-    assert views_of("a b\nc", "rules") == ["a b\nc", "a b. c", "a b c"]
-    assert views_of("one", "rules") == ["one"]
+    assert segment_text("a b\nc", "none") == ["a b\nc"]
+    assert segment_text("a b\nc", "rules") == ["a b\nc", "a b. c", "a b c"]
+    assert segment_text("one", "rules") == ["one"]
     library = types.ModuleType("pythainlp")
     library.sent_tokenize = lambda text: text.split("|")  # type: ignore[attr-defined]
     library.word_tokenize = list  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pythainlp", library)
-    assert views_of("ab|cd", "pythainlp") == ["ab|cd", "ab.cd", "a b.c d"]
+    assert segment_text("ab|cd", "pythainlp") == ["ab|cd", "ab.cd", "a b.c d"]
 
 
 TEXTS = ["One line.", "a, b and c", "", "  ", "서울은 한국의 수도입니다.", "ภาษาไทย", "- x\n- y\n- z",
@@ -87,12 +87,12 @@ HONEST = [
 
 
 def asked(source: str, texts: Sequence[str], call_s: float = 0.5) -> list[ConstraintVerdict]:
-    return verdicts(shared_sandbox(), source, texts, call_s=call_s)
+    return check_texts(shared_sandbox(), source, texts, call_s=call_s)
 
 
 @pytest.mark.parametrize("source", HONEST)
 def test_verdicts_are_those_of_a_plain_interpreter(source: str) -> None:
-    assert problem_of(source) == ""
+    assert find_check_problem(source) == ""
     names: dict[str, object] = {}
     exec(source, names)
     expected = []
@@ -163,13 +163,13 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("source", PROBLEMS, ids=range(len(PROBLEMS)))
 def test_a_source_that_is_no_check_is_refused_before_it_runs(source: str) -> None:
-    assert PROBLEMS[source] in problem_of(source)
+    assert PROBLEMS[source] in find_check_problem(source)
 
 
 def test_a_setting_lets_a_library_in() -> None:
     source = "from pythainlp.tokenize import word_tokenize\ndef evaluate(r):\n    return True"
-    assert "imports pythainlp" in problem_of(source)
-    assert problem_of(source, ["pythainlp"]) == ""
+    assert "imports pythainlp" in find_check_problem(source)
+    assert find_check_problem(source, ["pythainlp"]) == ""
 
 
 @pytest.mark.parametrize("line", ["5", "null", '[[], true, "", "ended"]', '[0, "yes", 5, "ended"]',
@@ -184,5 +184,5 @@ def evaluate(response):
         except OSError:
             pass
     return True"""
-    assert problem_of(source) == ""
+    assert find_check_problem(source) == ""
     assert [one.accepts for one in asked(source, ["a"])] == [None]

@@ -9,8 +9,8 @@ import nltk
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.rewards.ifeval import IfEval, load_checks, loosen, read_instructions
-from megatron_sov.judge.rewards.reward import Refused, judged
+from megatron_sov.judge.rewards.ifeval import IfEval, load_checks, loosen_response, read_instructions
+from megatron_sov.judge.rewards.reward import Refused, run_reward
 
 pytest.importorskip("if_verifiable", reason="extra rl")
 INSTRUCTIONS = [{"id": "punctuation:no_comma"},
@@ -30,7 +30,8 @@ def test_all_instructions_have_to_be_followed_or_the_share_counts() -> None:
 def test_loose_forgives_lines_around_the_answer_and_asterisks() -> None:
     row = {"response": "Sure, here:\n*yes*", "instructions": INSTRUCTIONS[:1]}
     assert (IfEval().score(row).reward, IfEval(loose=True).score(row).reward) == (0.0, 1.0)
-    assert loosen("a\n*b*\nc") == ["a\n*b*\nc", "*b*\nc", "a\n*b*", "*b*", "a\nb\nc", "b\nc", "a\nb", "b"]
+    assert loosen_response("a\n*b*\nc") == ["a\n*b*\nc", "*b*\nc", "a\n*b*", "*b*", "a\nb\nc", "b\nc", "a\nb",
+                                            "b"]
 
 
 def test_the_columns_of_the_data_set_are_read() -> None:
@@ -66,7 +67,7 @@ def test_missing_data_of_nltk_and_packages_are_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(nltk.data, "path", [])
     row = {"response": "One. Two.", "instructions": [
         {"id": "length_constraints:number_sentences", "num_sentences": 2, "relation": "at least"}]}
-    found = judged(IfEval(), row)
+    found = run_reward(IfEval(), row)
     assert found.status == "refused" and "python -m nltk.downloader punkt_tab" in found.reason
     monkeypatch.setitem(sys.modules, "if_verifiable.ifbench.instructions_registry", None)
     load_checks.cache_clear()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.judge.rewards.math_answers import Math
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.judge.rewards.reward import Refused
-from megatron_sov.judge.rewards.scoring import runner
+from megatron_sov.judge.rewards.scoring import create_runner
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from math_verdicts import FOOLING, HONEST
@@ -39,8 +39,8 @@ def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
     golds = {gold: parse(gold if "$" in gold else f"\\boxed{{{gold}}}") for gold in GOLDS}
     found = {response: parse(response) for response in RESPONSES}
     own = [verify(golds[gold], found[response]) for gold, response in pairs]
-    asked = order("math", {})
-    with runner(asked, make(asked), 2) as running:
+    asked = request_reward("math", {})
+    with create_runner(asked, build_versioned_reward(asked), 2) as running:
         results = running.score([{"answer": gold, "response": response} for gold, response in pairs])
     assert len(pairs) > 200
     assert [pair for pair, result, verdict in zip(pairs, results, own, strict=True)
@@ -51,9 +51,9 @@ def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
 @pytest.mark.parametrize(("items", "reward"), [(FOOLING, 0.0), (HONEST, 1.0)], ids=["fooling", "honest"])
 def test_no_response_of_the_benchmark_fools_and_every_honest_one_is_paid(items: list[tuple[str, str]],
                                                                          reward: float) -> None:
-    asked = order("math", {})
+    asked = request_reward("math", {})
     assert len(items) == len(set(items)) == 44
-    with runner(asked, make(asked), 1) as running:
+    with create_runner(asked, build_versioned_reward(asked), 1) as running:
         results = running.score([{"answer": gold, "response": response} for gold, response in items])
     assert [item for item, result in zip(items, results, strict=True) if result.reward != reward] == []
 
@@ -187,8 +187,8 @@ def test_another_unit_is_another_answer(answer: str, response: str, reward: floa
 
 def test_hostile_answers_are_worth_nothing_and_cost_their_row_alone() -> None:
     rows = [{"answer": "42", "response": text} for text in [*HOSTILE, "\\boxed{42}"]]
-    asked = order("math", {"cpu_limit_s": 1.0})
-    with runner(asked, make(asked), 2) as running:
+    asked = request_reward("math", {"cpu_limit_s": 1.0})
+    with create_runner(asked, build_versioned_reward(asked), 2) as running:
         *results, honest = running.score(rows)
         (unfair,) = running.score([{"answer": "1000000000!", "response": "\\boxed{42}"}])
     assert honest.reward == 1.0
@@ -198,7 +198,9 @@ def test_hostile_answers_are_worth_nothing_and_cost_their_row_alone() -> None:
 
 
 def test_what_judges_is_part_of_the_version() -> None:
-    assert make(order("math", {})).version != make(order("math", {"float_rounding": 3})).version
+    versions = {build_versioned_reward(request_reward("math", settings)).version
+                for settings in ({}, {"float_rounding": 3})}
+    assert len(versions) == 2
     assert set(Math.LIBRARIES) >= {"math-verify", "sympy"}
 
 

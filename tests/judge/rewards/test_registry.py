@@ -14,9 +14,9 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards import version
-from megatron_sov.judge.rewards.registry import lacking, make, order
-from megatron_sov.judge.rewards.reward import OPERATION, REWARDS, judged
-from megatron_sov.judge.rewards.version import settings_of, version_of
+from megatron_sov.judge.rewards.registry import build_versioned_reward, find_missing_field, request_reward
+from megatron_sov.judge.rewards.reward import OPERATION, REWARDS, run_reward
+from megatron_sov.judge.rewards.version import collect_settings, compute_version
 
 OWN = '''
 class Contains:
@@ -38,14 +38,14 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_reward_of_ones_own_takes_its_settings(file: Path) -> None:
-    made = make(order(f"{file}:Contains", {"word": "ja", "times": 2}))
+    made = build_versioned_reward(request_reward(f"{file}:Contains", {"word": "ja", "times": 2}))
     assert made.reward.score({"response": "ja, ja"}) == 1.0
     assert made.reward.score({"response": "ja"}) == 0.0
 
 
 def test_its_version_is_of_its_file_and_settings(file: Path) -> None:
     def version(**settings: object) -> str:
-        return make(order(f"{file}:Contains", settings)).version
+        return build_versioned_reward(request_reward(f"{file}:Contains", settings)).version
 
     before = version()
     assert before == version(word="yes") != version(word="no")
@@ -54,12 +54,12 @@ def test_its_version_is_of_its_file_and_settings(file: Path) -> None:
 
 
 def test_a_file_that_changes_behind_the_order_is_refused(file: Path) -> None:
-    asked = order(f"{file}:Contains", {})
-    before = make(asked).version
+    asked = request_reward(f"{file}:Contains", {})
+    before = build_versioned_reward(asked).version
     file.write_text(OWN.replace(">=", ">"))
     with pytest.raises(UserError, match=r"contains\.py has changed since this command began"):
-        make(asked)
-    assert make(order(f"{file}:Contains", {})).version != before
+        build_versioned_reward(asked)
+    assert build_versioned_reward(request_reward(f"{file}:Contains", {})).version != before
 
 
 @pytest.mark.parametrize(("settings", "said"), [
@@ -68,7 +68,7 @@ def test_a_file_that_changes_behind_the_order_is_refused(file: Path) -> None:
 ])
 def test_wrong_settings_are_named(file: Path, settings: dict, said: str) -> None:
     with pytest.raises(UserError) as e:
-        make(order(f"{file}:Contains", settings))
+        build_versioned_reward(request_reward(f"{file}:Contains", settings))
     assert said in str(e.value)
 
 
@@ -82,13 +82,13 @@ def starts_well(completions, answer, **kwargs):
 def other(rows):
     return [1.0]
 """)
-    made = make(order(f"{file}:starts_well", {}))
+    made = build_versioned_reward(request_reward(f"{file}:starts_well", {}))
     row = {"response": "yes, it is", "answer": "yes", "prompt": "p"}
-    assert judged(made.reward, row).reward == 1.0
+    assert run_reward(made.reward, row).reward == 1.0
     # messages where the prompt is messages, as in TRL
-    assert judged(made.reward, {**row, "prompt": [{"role": "user", "content": "p"}]}).reward == 1.0
+    assert run_reward(made.reward, {**row, "prompt": [{"role": "user", "content": "p"}]}).reward == 1.0
     with pytest.raises(UserError, match=r"is a class with score\(self, row\) or a function f\(comp"):
-        order(f"{file}:other", {})
+        request_reward(f"{file}:other", {})
 
 
 FUNCTIONS = '''
@@ -160,25 +160,26 @@ def test_a_trl_function_gives_what_trl_would(name: str, tmp_path: Path) -> None:
     scope: dict[str, Any] = {}
     exec(FUNCTIONS, scope)
     wanted = by_trl(scope[name], rows)
-    asked = order(f"{file}:{name}", {})
-    reward = make(asked).reward
-    result = judged(reward, rows)
+    asked = request_reward(f"{file}:{name}", {})
+    reward = build_versioned_reward(asked).reward
+    result = run_reward(reward, rows)
     assert result.status == "scored" and result.components[REWARDS] == wanted
-    single = [judged(reward, row) for row in rows]
+    single = [run_reward(reward, row) for row in rows]
     assert [one.reward for one in single] == [by_trl(scope[name], [row])[0] for row in rows]
 
 
 @pytest.mark.parametrize("name", ["many", "matrix", "number", "text", "infinite"])
 def test_what_is_no_list_of_numbers_has_failed(name: str, tmp_path: Path) -> None:
     (tmp_path / "functions.py").write_text(FUNCTIONS)
-    reward = make(order(f"{tmp_path}/functions.py:{name}", {})).reward
-    result = judged(reward, [{"prompt": "p", "response": text} for text in RESPONSES])
+    reward = build_versioned_reward(request_reward(f"{tmp_path}/functions.py:{name}", {})).reward
+    result = run_reward(reward, [{"prompt": "p", "response": text} for text in RESPONSES])
     assert (result.reward, result.status) == (None, "failed")
 
 
 def test_a_function_of_token_ids_refuses_rows_without(tmp_path: Path) -> None:
     (tmp_path / "functions.py").write_text(FUNCTIONS)
-    result = judged(make(order(f"{tmp_path}/functions.py:short", {})).reward, {"response": "a"})
+    result = run_reward(build_versioned_reward(request_reward(f"{tmp_path}/functions.py:short", {})).reward,
+                        {"response": "a"})
     assert result.status == "refused" and "has no 'completion_ids'" in result.reason
 
 
@@ -206,7 +207,7 @@ class Long:
 
 
 def of(reward: Long, files: dict[str, str] | None = None) -> str:
-    return version_of(reward, settings_of(reward, {}), files or {"long.py": "1"})
+    return compute_version(reward, collect_settings(reward, {}), files or {"long.py": "1"})
 
 
 def test_every_setting_counts_but_those_of_its_operation() -> None:
@@ -232,7 +233,7 @@ def test_a_library_that_judges_along_counts(monkeypatch: pytest.MonkeyPatch) -> 
 ])
 def test_code_is_compared_without_its_words(old: str, new: str, same: bool) -> None:
     assert old in CODE
-    before, after = (version._without_words(ast.parse(text)) for text in (CODE, CODE.replace(old, new)))
+    before, after = (version._strip_docstrings(ast.parse(text)) for text in (CODE, CODE.replace(old, new)))
     assert (before == after) is same
 
 
@@ -240,11 +241,11 @@ def test_what_a_module_imports_from_the_room_is_part_of_its_code(monkeypatch: py
     files = {"megatron_sov.judge.rewards.registry":
              "from megatron_sov.judge.rewards import reward\nimport json\n",
              "megatron_sov.judge.rewards.reward": "x = 1\n", "megatron_sov.judge.rewards.version": "y = 1\n"}
-    monkeypatch.setattr(version, "_source", files.__getitem__)
+    monkeypatch.setattr(version, "_read_source", files.__getitem__)
 
     def code() -> dict[str, str]:
-        version.code_of.cache_clear()
-        return version.code_of("megatron_sov.judge.rewards.registry")
+        version.hash_code.cache_clear()
+        return version.hash_code("megatron_sov.judge.rewards.registry")
 
     before = code()
     assert set(before) == {"megatron_sov.judge.rewards.registry", "megatron_sov.judge.rewards.reward"}
@@ -252,7 +253,7 @@ def test_what_a_module_imports_from_the_room_is_part_of_its_code(monkeypatch: py
     assert code() == before
     files["megatron_sov.judge.rewards.reward"] = "x = 2\n"
     assert code() != before
-    version.code_of.cache_clear()
+    version.hash_code.cache_clear()
 
 
 def test_settings_of_a_class_that_is_no_dataclass() -> None:
@@ -260,11 +261,11 @@ def test_settings_of_a_class_that_is_no_dataclass() -> None:
         def __init__(self, *, low: float = 0.5, high: float = 1.0) -> None:
             """Nothing is kept."""
 
-    assert settings_of(Plain(), {"low": 0.25}) == {"low": 0.25, "high": 1.0}
+    assert collect_settings(Plain(), {"low": 0.25}) == {"low": 0.25, "high": 1.0}
 
 
 def test_the_sources_of_the_room_are_found() -> None:
-    code = version.code_of("megatron_sov.judge.rewards.reward")
+    code = version.hash_code("megatron_sov.judge.rewards.reward")
     assert set(code) == {"megatron_sov.judge.rewards.reward", "megatron_sov.chat.marks",
                          "megatron_sov.chat.tool_calls"}, "what it reads of a response is judged"
     assert Path(version.__file__).is_file()
@@ -280,9 +281,9 @@ def test_the_sources_of_the_room_are_found() -> None:
      {"domain": "chat"}, "")])
 def test_what_a_row_lacks_is_known_before_a_response_is(name: str, settings: dict[str, Any],
                                                         row: dict[str, Any], field: str) -> None:
-    made = make(asked := order(name, settings))
-    assert lacking(asked, made, row) == field
+    made = build_versioned_reward(asked := request_reward(name, settings))
+    assert find_missing_field(asked, made, row) == field
     if field and name != "composed":
         # what is said before is what judging would say
-        refused = judged(made.reward, {**row, "response": "42"})
+        refused = run_reward(made.reward, {**row, "response": "42"})
         assert refused.status == "refused" and field in refused.reason

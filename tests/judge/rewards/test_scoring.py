@@ -18,7 +18,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards import scoring as room
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ProcessRunner, score_file
 from megatron_sov.work.processes import workers
 from megatron_sov.work.processes.channel import send_message
@@ -66,7 +66,7 @@ class Does:
 @pytest.fixture
 def runner(tmp_path: Path) -> Callable[..., ProcessRunner]:
     (tmp_path / "does.py").write_text(CODE)
-    return lambda **more: ProcessRunner(order(f"{tmp_path}/does.py:Does", more.pop("settings", {})),
+    return lambda **more: ProcessRunner(request_reward(f"{tmp_path}/does.py:Does", more.pop("settings", {})),
                                         more.get("time_limit_s", 20.0), more.get("workers", 2),
                                         variables=more.get("variables", ()), control=more.get("control"),
                                         cpu_limit_s=more.get("cpu_limit_s", float("inf")))
@@ -176,16 +176,16 @@ def test_any_limit_of_time_can_be_waited_for(runner) -> None:
 
 def test_one_server_imports_what_all_runners_need() -> None:
     for name in ("colorsys", "wave"):
-        ProcessRunner(order("stem", {}), 1.0, 1, [name])
+        ProcessRunner(request_reward("stem", {}), 1.0, 1, [name])
     assert {"colorsys", "wave"} <= set(forkserver._forkserver._preload_modules)
 
 
 KILLED = '''
 import sys
-from megatron_sov.judge.rewards.registry import order
+from megatron_sov.judge.rewards.registry import request_reward
 from megatron_sov.judge.rewards.scoring import ProcessRunner
 
-with ProcessRunner(order(sys.argv[1], {}), 3600.0, 1) as running:
+with ProcessRunner(request_reward(sys.argv[1], {}), 3600.0, 1) as running:
     running.score([{"response": "loop"}])
 '''
 
@@ -218,7 +218,7 @@ def test_a_process_whose_command_has_ended_ends_without_a_traceback(
         else:
             send_message(command, [({"response": "1"}, True)])
             own.shutdown(socket.SHUT_WR)
-        serve_requests(own, room._judge, (order(f"{tmp_path}/does.py:Does", {}), (), 1.0))
+        serve_requests(own, room._start_judge, (request_reward(f"{tmp_path}/does.py:Does", {}), (), 1.0))
     command.close()
 
 
@@ -235,12 +235,12 @@ def longest(completions, prompts, **kwargs):
 
 def test_a_function_is_given_all_responses_to_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(LONGEST)
-    asked = order(f"{tmp_path}/own.py:longest", {})
+    asked = request_reward(f"{tmp_path}/own.py:longest", {})
     chat = [{"role": "user", "content": "c"}]
     given = [("a", "x"), ("a", "xyz"), ("b", "xy"), (chat, "x"), (chat, "xy"), ("d", "die"), ("d", "x"),
              ("a", "xy"), ("e", "x"), ("e", "none"), (None, "x"), (None, "xy"),
              ("b", None)]
-    with room.runner(asked, make(asked), 2) as running:
+    with room.create_runner(asked, build_versioned_reward(asked), 2) as running:
         found = running.score([{"prompt": prompt, "response": text} for prompt, text in given])
     assert [(result.reward, result.status) for result in found] == [
         (0.0, "scored"), (1.0, "scored"), (1.0, "scored"), (0.0, "scored"), (1.0, "scored"),
@@ -254,9 +254,10 @@ def test_a_part_of_a_composition_and_a_file_are_judged_in_whole_groups(tmp_path:
     lines = [{"prompt": f"p{i}", "response": "x"} for i in range(BATCH_ROWS - 1)]
     lines += [{"prompt": "last", "response": "x" * n} for n in (1, 2, 3)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    for asked in (order(f"{tmp_path}/own.py:longest", {}), order("composed", {"parts": {
+    for asked in (request_reward(f"{tmp_path}/own.py:longest", {}), request_reward("composed", {"parts": {
             "long": {"reward": f"{tmp_path}/own.py:longest"}}})):
-        score_file(asked, make(asked), tmp_path / "in.jsonl", tmp_path / "out.jsonl", 2, lambda count: None,
+        score_file(asked, build_versioned_reward(asked), tmp_path / "in.jsonl", tmp_path / "out.jsonl", 2,
+                   lambda count: None,
                    redo=True)
         written = (tmp_path / "out.jsonl").read_text().splitlines()
         rewards = [json.loads(line)["reward"] for line in written]

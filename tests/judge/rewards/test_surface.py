@@ -10,11 +10,11 @@ import pytest
 
 from megatron_sov.base.settings import find_all_problems
 from megatron_sov.judge.rewards import patterns
-from megatron_sov.judge.rewards.patterns import MAX_JSON_CHARS, NO_JSON, json_of
+from megatron_sov.judge.rewards.patterns import MAX_JSON_CHARS, NO_JSON, parse_json
 from megatron_sov.judge.rewards.reward import Refused
 from megatron_sov.judge.rewards.surface import (
-    Format, LanguageReward, Length, Repetition, loop_at_end, repeated_share, soft_overlong, switches, tagged,
-    words_of)
+    Format, LanguageReward, Length, Repetition, compute_overlong_penalty, compute_repeated_share,
+    count_script_switches, find_final_loop, has_tag_sequence, split_words)
 
 TAGS = ("think", "answer")
 
@@ -33,7 +33,7 @@ def reward(response: str, **settings) -> float:
     ("<THINK>why</THINK><answer>4</answer>", False),
 ])
 def test_tags_stand_once_in_order_with_nothing_around(text: str, has_them: bool) -> None:
-    assert tagged(text, TAGS) is has_them
+    assert has_tag_sequence(text, TAGS) is has_them
 
 
 @pytest.mark.parametrize(("text", "value"), [
@@ -44,12 +44,12 @@ def test_tags_stand_once_in_order_with_nothing_around(text: str, has_them: bool)
     ("[" * 5_000 + "]" * 5_000, NO_JSON), ("1" * 5_000, NO_JSON), ('"\x00"', NO_JSON),
 ])
 def test_json_is_the_whole_response(text: str, value: object) -> None:
-    assert json_of(text) == value
+    assert parse_json(text) == value
 
 
 def test_json_beyond_the_limit_is_refused() -> None:
     with pytest.raises(Refused, match="at most 1,000,000"):
-        json_of(json.dumps("x" * MAX_JSON_CHARS))
+        parse_json(json.dumps("x" * MAX_JSON_CHARS))
 
 
 def test_checks_are_counted_together() -> None:
@@ -75,7 +75,7 @@ def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
     (0, 0.0), (16_384, 0.0), (16_385, -1 / 4096), (18_432, -0.5), (20_479, -4095 / 4096), (20_480, -1.0),
     (20_481, -1.0), (10**9, -1.0)])
 def test_equation_13_of_dapo(length: int, reward: float) -> None:
-    assert soft_overlong(length, 20_480, 4_096) == pytest.approx(reward)
+    assert compute_overlong_penalty(length, 20_480, 4_096) == pytest.approx(reward)
     assert Length().score({"response": "", "num_tokens": length}).reward == pytest.approx(reward)
 
 
@@ -113,7 +113,7 @@ def test_a_loop_at_the_end_is_the_worst(loop: str) -> None:
 
 def test_what_stands_twice_is_no_loop_and_counts_by_its_share() -> None:
     paragraph = SOUND.partition(" ......")[0]
-    assert loop_at_end(paragraph * 2)[1] == 2
+    assert find_final_loop(paragraph * 2)[1] == 2
     assert -1 < reward_of_repetition(paragraph * 2) < 0
 
 
@@ -121,18 +121,18 @@ def test_what_stands_twice_is_no_loop_and_counts_by_its_share() -> None:
     ("xyabab", "ab", 2), ("abcabcabc", "abc", 3), ("abc", "", 1), ("", "", 1), ("aXbXaXbX", "aXbX", 2),
     ("zaaaa", "a", 4)])
 def test_loops_are_found_with_their_period(text: str, piece: str, repeats: int) -> None:
-    assert loop_at_end(text) == (piece, repeats)
+    assert find_final_loop(text) == (piece, repeats)
 
 
 def test_a_loop_inside_of_what_stands_twice_is_found() -> None:
     looping = SOUND + "no " * 20
-    assert loop_at_end(looping + looping, 24)[1] >= 19
+    assert find_final_loop(looping + looping, 24)[1] >= 19
 
 
 def test_repeated_n_grams_are_counted() -> None:
-    assert repeated_share(["a", "b", "c", "a", "b", "c"], 2) == pytest.approx(1 - 3 / 5)
-    assert repeated_share(["a"], 2) == 0.0
-    assert words_of("ab, 서울 กา 東京") == ["ab", ",", "서울", "ก", "า", "東", "京"]
+    assert compute_repeated_share(["a", "b", "c", "a", "b", "c"], 2) == pytest.approx(1 - 3 / 5)
+    assert compute_repeated_share(["a"], 2) == 0.0
+    assert split_words("ab, 서울 กา 東京") == ["ab", ",", "서울", "ก", "า", "東", "京"]
 
 
 def test_no_end_is_a_fault() -> None:
@@ -189,8 +189,8 @@ def test_the_row_may_name_its_language() -> None:
 
 
 def test_switches_are_counted_between_words() -> None:
-    assert switches("하나 둘 three 넷") == pytest.approx(50.0)
-    assert switches("하나 2 둘") == 0.0
+    assert count_script_switches("하나 둘 three 넷") == pytest.approx(50.0)
+    assert count_script_switches("하나 2 둘") == 0.0
 
 
 def test_a_catastrophic_pattern_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

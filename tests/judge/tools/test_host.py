@@ -12,7 +12,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.host import EnvironmentHost
-from megatron_sov.judge.tools.registry import order
+from megatron_sov.judge.tools.registry import request_environment
 
 FILE = Path(__file__).with_name("hostile_world.py")
 LIMITS = EpisodeLimits(max_tool_chars=200, call_timeout_s=20, max_state_bytes=1_000_000)
@@ -22,7 +22,7 @@ TASK = {"question": "Try."}
 @pytest.fixture(scope="module")
 def host() -> Iterator[EnvironmentHost]:
     """One process; where a test ends it, the next one is started."""
-    with EnvironmentHost(order(f"{FILE}:Hostile", {}), LIMITS) as found:
+    with EnvironmentHost(request_environment(f"{FILE}:Hostile", {}), LIMITS) as found:
         yield found
 
 

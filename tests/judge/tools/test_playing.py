@@ -12,9 +12,10 @@ import pytest
 
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.judge.tools.environment import EpisodeLimits
-from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
-from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play, summary_of
-from megatron_sov.judge.tools.registry import order
+from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, build_row, open_episode_lines
+from megatron_sov.judge.tools.playing import (
+    STREAMS_PER_EPISODE, EpisodeSettings, ToolPolicy, play_episodes, summarize_rows)
+from megatron_sov.judge.tools.registry import request_environment
 from megatron_sov.work.progress.journal import RECORDS, open_journal, work_folder
 from tests.judge.tools.fuzzed_episodes import WORLDS, chat_encoder, played, problems_of
 
@@ -33,8 +34,8 @@ def test_what_was_sampled_is_trained_and_what_tools_say_is_not(fuzzed: dict[str,
     rows = []
     for episodes, policy, encoder in fuzzed.values():
         assert [problem for episode in episodes for problem in problems_of(episode, policy)] == []
-        rows += [row_of(episode, encoder) for episode in episodes]
-    summary = summary_of(rows)
+        rows += [build_row(episode, encoder) for episode in episodes]
+    summary = summarize_rows(rows)
     assert summary["num_episodes"] == 80
     # the script has met every end, and every fault of a model's own
     assert {"answered", "turns", "tokens", "unended"} <= set(summary["ends"])
@@ -76,7 +77,7 @@ def _killed_at(round_: int) -> Callable[[ToolPolicy], ToolPolicy]:
 def test_killed_episodes_go_on_at_their_turn_to_the_same_end(fuzzed: dict[str, Any], tmp_path: Path,
                                                              round_: int, torn: bytes) -> None:
     episodes, _, encoder = fuzzed["files"]
-    expected = [row_of(episode, encoder) for episode in episodes[:12]]
+    expected = [build_row(episode, encoder) for episode in episodes[:12]]
     with pytest.raises(_Killed):
         played("files", 12, tmp_path, _killed_at(round_), parallel=2)
     journal = work_folder(tmp_path / "files") / RECORDS
@@ -84,7 +85,7 @@ def test_killed_episodes_go_on_at_their_turn_to_the_same_end(fuzzed: dict[str, A
     with open(journal, "ab") as f:
         f.write(torn)
     again, policy, _ = played("files", 12, tmp_path, parallel=2)
-    assert [row_of(episode, encoder) for episode in again] == expected
+    assert [build_row(episode, encoder) for episode in again] == expected
     assert len(policy.seen) == sum(row["num_turns"] for row in expected) - kept  # none is written twice
     assert not work_folder(tmp_path / "files").exists()
 
@@ -97,11 +98,12 @@ def scripted(tmp_path: Path, turns: list[str], limits: EpisodeLimits, world: str
     class Script:
         def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                    streams: Sequence[int]) -> list[GeneratedTurn]:
-            return [GeneratedTurn(encoder.encode(turns[stream % STREAMS])) for stream in streams]
+            return [GeneratedTurn(encoder.encode(turns[stream % STREAMS_PER_EPISODE])) for stream in streams]
 
     with open_journal(tmp_path / "one", "play", {}) as journal:
-        (episode,) = play([{"question": "Try.", "answer": "1"}], Script(),
-                          EpisodeTable(order(world, {}), encoder, limits), lines_in(journal))
+        (episode,) = play_episodes([{"question": "Try.", "answer": "1"}], Script(),
+                                   EpisodeSettings(request_environment(world, {}), encoder,
+                                                   limits), open_episode_lines(journal))
     return episode, encoder
 
 
@@ -113,10 +115,10 @@ def test_faults_of_tools_are_told_to_the_model_and_counted(tmp_path: Path) -> No
     hows = ["raises", "nan", "dies", "hang"]
     episode, encoder = scripted(tmp_path, [call("misbehave", how=how) + call("add") for how in hows] + ["so"],
                                 EpisodeLimits(call_timeout_s=5, max_tool_chars=80))
-    assert episode.faults() == Counter(failed=1, result=1, ended=1, timeout=1)
+    assert episode.count_faults() == Counter(failed=1, result=1, ended=1, timeout=1)
     assert episode.result is not None and episode.result.reward == 4  # each failed call was undone
     assert (episode.end, episode.answer) == ("answered", "so")
-    row = row_of(episode, encoder)
+    row = build_row(episode, encoder)
     assert row["num_calls"] == 8 and row["logprobs"] is None
     assert "error: misbehave: took longer than 5 s" in chat_encoder().decode(row["ids"])
 

@@ -109,7 +109,8 @@ PLAN = DeclaredCommand(PlanOptions, check_plan, {
     RecipePlan: "megatron_sov.commands.operate.plan.plan_run:plan_recipe",
     TuningPlan: "megatron_sov.commands.operate.plan.tuning_run:plan_tuning",
     LayoutProof: "megatron_sov.commands.operate.plan.prove_run:prove_layout",
-    SpeedCalibration: "megatron_sov.commands.operate.plan.calibrate_run:calibrate_speed"})
+    SpeedCalibration: "megatron_sov.commands.operate.plan.calibrate_run:calibrate_speed"},
+    runs_in_checks=True)
 
 
 def _check_model(options: PlanOptions) -> None:

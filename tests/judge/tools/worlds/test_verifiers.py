@@ -19,9 +19,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
 from megatron_sov.judge.rewards.reward import Score
 from megatron_sov.judge.tools.environment import EpisodeLimits, InfrastructureFault, Observation, TurnReply
-from megatron_sov.judge.tools.host import EnvironmentHost, HeardReply
-from megatron_sov.judge.tools.registry import make, order
-from megatron_sov.judge.tools.worlds.verifiers import OF_NETWORK, Verifiers
+from megatron_sov.judge.tools.host import EnvironmentHost, EnvironmentReply
+from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
+from megatron_sov.judge.tools.worlds.verifiers import NETWORK_VARIABLES, Verifiers
 
 LIBRARY = '''
 import asyncio, json, os
@@ -142,7 +142,8 @@ def play(tmp_path: Path) -> Iterator[Play]:
     worlds: list[Any] = []
 
     def made(**given: Any) -> Any:
-        worlds.append(make(order("verifiers", settings(tmp_path, **given)))[0])
+        worlds.append(build_versioned_environment(request_environment("verifiers",
+                                                                      settings(tmp_path, **given)))[0])
         return worlds[-1]
 
     yield made
@@ -212,12 +213,12 @@ def test_a_conversation_that_is_rewritten_is_not_learned_from(play: Play) -> Non
 
 
 def test_an_episode_goes_on_in_another_process_and_its_library_ends_with_it(tmp_path: Path) -> None:
-    asked, pids = order("verifiers", settings(tmp_path)), tmp_path / "pids"
+    asked, pids = request_environment("verifiers", settings(tmp_path)), tmp_path / "pids"
     with (tmp_path / "verifiers/v1/__init__.py").open("a") as file:
         file.write(f"\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\n")
     with EnvironmentHost(asked, EpisodeLimits()) as host:
         host.reset(TASK)
-        assert host.converses and host.reply(said("a")) == HeardReply(user="Say b.")
+        assert host.converses and host.reply(said("a")) == EnvironmentReply(user="Say b.")
         state = host.state
         host.end()
         host.resume(TASK, state)
@@ -248,7 +249,7 @@ def test_without_the_library_that_is_told(play: Play, tmp_path: Path) -> None:
 
 def test_a_world_that_fails_without_the_network_is_told_what_it_was_not_given(
         play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in OF_NETWORK:
+    for name in NETWORK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SSL_CERT_FILE", "/certificates.pem")
     with pytest.raises(UserError, match=r"401.*; it was not given SSL_CERT_FILE of this environment: .* as "
@@ -262,4 +263,4 @@ def test_a_world_that_fails_without_the_network_is_told_what_it_was_not_given(
     ({"python": "no-python"}, "names no program")])
 def test_settings_name_a_file_and_a_program(given: dict[str, str], match: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=match):
-        make(order("verifiers", settings(tmp_path) | given))
+        build_versioned_environment(request_environment("verifiers", settings(tmp_path) | given))

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.environment import ToolFault
-from megatron_sov.judge.tools.registry import make, order
-from megatron_sov.judge.tools.worlds.calculator import calculated
+from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
+from megatron_sov.judge.tools.worlds.calculator import evaluate_expression
 
 SOLUTIONS: dict[str, list[tuple[list[tuple[str, dict[str, Any]]], str]]] = {
     "calculator": [([("calculate", {"expression": "17 * 23 + 2 ** 10"})], "The answer is 1415."),
@@ -33,7 +33,7 @@ SOLUTIONS: dict[str, list[tuple[list[tuple[str, dict[str, Any]]], str]]] = {
 
 
 def world(name: str, **settings: Any) -> Any:
-    return make(order(name, settings))[0]
+    return build_versioned_environment(request_environment(name, settings))[0]
 
 
 @pytest.mark.parametrize("name", SOLUTIONS)
@@ -86,7 +86,7 @@ def test_paths_stay_in_the_tree(path: str) -> None:
     ("gcd(12, 18) + factorial(5)", "126"), ("round(2.567, 2)", "2.57"), ("(1/2) ** -3", "8"),
     ("2 ** 0.5", "1.4142135623730951"), ("round(pi, 4)", "3.1416")])
 def test_values(expression: str, value: str) -> None:
-    assert calculated(expression) == value
+    assert evaluate_expression(expression) == value
 
 
 @pytest.mark.parametrize("expression", [
@@ -99,5 +99,5 @@ def test_values(expression: str, value: str) -> None:
 def test_what_is_none_or_goes_beyond_the_bounds_is_refused_at_once(expression: str) -> None:
     began_s = time.process_time()
     with pytest.raises(ToolFault) as caught:
-        calculated(expression)
+        evaluate_expression(expression)
     assert caught.value.code == "refused" and time.process_time() - began_s < 0.5
