@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, find_nearest_name
 from megatron_sov.base.hints.foreign import read_foreign_config
-from megatron_sov.base.hints.kinds import classify_folder
+from megatron_sov.base.hints.kinds import classify_folder, classify_word
 from megatron_sov.base.hints.lines import is_placeholder
 from megatron_sov.base.hints.table import index_words, load_table, normalize_word
 
@@ -167,7 +167,10 @@ def _append_typed(line: str, typed: Sequence[str]) -> str:
 
 def _names_model(typed: Sequence[str]) -> bool:
     """Return whether an option, or a key of a foreign configuration file in `typed`, names a model."""
-    words = [normalize_word(word.partition("=")[0]) for word in typed if word.startswith("-")]
+    pairs = [word.split("=", 1) if "=" in word else [word, following]
+             for word, following in zip(typed, [*typed[1:], ""], strict=False)]
+    words = [normalize_word(name) for name, value in pairs if name.startswith("-") and not (
+        classify_word(value) == "recipe" and not Path(value).exists())]
     words += [key.lower() for key in _read_configurations(typed)]
     return any(word == "from" or "--from" in index_words("options").get(word, ()) for word in words)
 

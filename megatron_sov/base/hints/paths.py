@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing
-from megatron_sov.base.hints.kinds import DATA_SUFFIXES, classify_folder
+from megatron_sov.base.hints.kinds import DATA_SUFFIXES, classify_folder, find_only_folder
 from megatron_sov.base.hints.table import load_table
 from megatron_sov.base.hints.values import find_value
 
@@ -54,7 +54,7 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     kind, kinds = classify_folder(place), load_table()["kinds"]
     if kind in kinds and kind != "tokens":
         return UserError(f"--data {path}: is {kinds[kind]}; pass token shards or a file of records",
-                         Fix(options=("--data", _find_only_folder("tokens") or "DIR")))
+                         Fix(options=("--data", find_only_folder("tokens") or "DIR")))
     is_text = place.is_dir() and any(
         name.endswith(DATA_SUFFIXES) for name in os.listdir(place) if name != "manifest.json")
     is_file = place.is_file() and place.name.endswith(DATA_SUFFIXES) and line[0] == "eval"
@@ -76,13 +76,7 @@ def _choose_tokenizer(line: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     if model:
         output = choose_free_path(f"{Path(model).name}-tokenizer")
         return output, (shlex.join(["sov-tokenizer", "import", model, "--output", output]),)
-    return _find_only_folder("tokenizer") or "DIR", ()
-
-
-def _find_only_folder(kind: str) -> str:
-    """Return the only folder of a kind in the current folder; "": none or several."""
-    names = [path.name for path in Path().iterdir() if path.is_dir() and classify_folder(path) == kind]
-    return names[0] if len(names) == 1 else ""
+    return find_only_folder("tokenizer") or "DIR", ()
 
 
 def _find_output_fault(path: str) -> UserError | None:

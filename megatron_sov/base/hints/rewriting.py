@@ -13,8 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import find_nearest_name, fix_missing, suggest_name
+from megatron_sov.base.errors import find_nearest_name, fix_missing
 from megatron_sov.base.hints.foreign import parse_blend
+from megatron_sov.base.hints.kinds import classify_word
 from megatron_sov.base.hints.search import describe_candidates, find_by_meaning
 from megatron_sov.base.hints.table import find_note, get_last_part, index_words, load_table, normalize_word
 from megatron_sov.base.hints.values import (
@@ -132,8 +133,10 @@ class Rewrite:
         if fix is not None and folder in fix.words:
             self.messages.append(f"{folder}: does not exist; did you mean {fix.words[folder]}?")
             folder = fix.words[folder]
-        return {"value": value, "stem": Path(value).stem, "cluster": parse_cluster(value), "run": run,
-                "output": find_value(self.typed, "--output") or "DIR", "folder": folder}
+        nodes = str(-(-int(value) // GPUS_PER_NODE)) if value.isdigit() else "N"
+        return {"value": value, "nodes": nodes, "stem": Path(value).stem, "run": run,
+                "cluster": parse_cluster(value), "folder": folder,
+                "output": find_value(self.typed, "--output") or "DIR"}
 
     def replace_option(self, option: str, values: list[str]) -> None:
         """Write the counterpart of an option that the command does not have."""
@@ -170,7 +173,8 @@ class Rewrite:
         name = next((name for name in index_words("options").get(word, ())
                      if name in self.options or name in self.positionals), "")
         is_name = bool(values) and re.fullmatch(r"[\w.-]+", values[0]) and not Path(values[0]).exists()
-        if name == "--from" and self.command == "plan" and is_name:
+        is_recipe = is_name and (self.command == "plan" or classify_word(values[0]) == "recipe")
+        if name == "--from" and "RECIPE" in self.positionals and is_recipe:
             return "RECIPE"
         same_name = [name for name in self.positionals if re.split(r"\W", name)[0].lower() == word]
         if not name and same_name:
@@ -245,7 +249,10 @@ class Rewrite:
                            translate_value(normalize_word(last), option, value))
         elif note := find_note(last):
             self.add_words(f"{key}: {note}")
-        elif not _is_misspelt(key, self.read_texts()) and (nearest := self.describe_nearest(key)):
+        elif nearest := _find_misspelt(key, self.read_texts()):
+            self.add_words(f"{key}: there is no such setting; did you mean '{nearest}'?", "--set",
+                           f"{nearest}={value}")
+        elif nearest := self.describe_nearest(key):
             self.messages.append(f"{key}: there is no such setting{nearest}")
         else:
             self.unknown_settings[f"{key}={value}"] = f"{key}: there is no such setting"
@@ -267,9 +274,9 @@ def find_nearest_option(option: str, options: Sequence[str]) -> str:
     return nearest if difflib.SequenceMatcher(None, option, nearest).ratio() >= MIN_SIMILARITY else ""
 
 
-def _is_misspelt(key: str, texts: Mapping[str, str]) -> bool:
-    """Return whether a setting in the same group has a similar name."""
+def _find_misspelt(key: str, texts: Mapping[str, str]) -> str:
+    """Return the setting in the same group with a similar name; "": none."""
     group, _, last = key.rpartition(".")
-    names = [name.removeprefix("--set ").removesuffix("=VALUE") for name in texts]
-    return bool(suggest_name(last,
-                             [name.rpartition(".")[2] for name in names if name.startswith(f"{group}.")]))
+    settings = [name.removeprefix("--set ").removesuffix("=VALUE").rpartition(".") for name in texts]
+    name = find_nearest_name(last, [setting[2] for setting in settings if setting[0] == group])
+    return f"{group}.{name}" if name else ""

@@ -319,8 +319,10 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
     if expected == "float" and isinstance(value, str) and (match := _SHORT_NUMBER.fullmatch(value)) and (
             not float(match[1])):
         return "a shell reads $5 as a variable; write e.g. 50000"
-    if expected == "int" and isinstance(value, float) and 0 < value < 1 and "steps" in key:
-        return f"{value:g} of 1000 steps are {value * 1000:.0f}"
+    share = _PERCENT.fullmatch(value.strip()) if isinstance(value, str) else None
+    number = float(share[1]) / 100 if share else value
+    if expected == "int" and isinstance(number, float) and 0 < number < 1 and "steps" in key:
+        return f"{number:g} of 1000 steps are {number * 1000:.0f}"
     if expected == "string" and isinstance(value, bool):
         return "YAML reads no, off, yes and on as false and true; put it in quotes"
     if expected == "string" and isinstance(value, (int, float)):
@@ -334,7 +336,12 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
 
 
 def _suggest_numbers(expected: str, text: str, key: str) -> list[str]:
-    """Return the plain numbers that 8k, 2B, $5, 10 %, 0,1 or 3d may mean, the likeliest first."""
+    """Return the plain numbers that 8k, 2B, $5, 10 %, 0,1 or 3d may mean, the likeliest first; a list such
+    as 4k,8k gives numbers with blanks between."""
+    if expected == "int" and re.fullmatch(r"\w+(,\w+)+", text):
+        items = [[part] if part.isdecimal() else _suggest_numbers("int", part, key)
+                 for part in text.split(",")]
+        return [" ".join(numbers[0] for numbers in items)] if all(items) else []
     if expected == "int" and (match := _SHORT_NUMBER.fullmatch(text)):
         decimal = f"{float(match[1]) * _THOUSANDS[match[2].lower()]:.0f}"
         if match[2] not in "kK":

@@ -33,6 +33,7 @@ def print_plan(options: PlanOptions, request: RecipeRequest) -> None:
     """
     if options.cluster is not None:
         machines(options.cluster, options.nodes)
+    request.config()
     stop_check()
     if options.days is not None or options.budget is not None:
         print_budget(options, {request.base.recipe: request})
