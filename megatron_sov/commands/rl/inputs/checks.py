@@ -10,7 +10,7 @@ from megatron_sov.base.errors import ExitCode, UserError, format_problems
 from megatron_sov.commands.rl.cycle import RlRunOptions
 from megatron_sov.commands.rl.generate import RlGenerateOptions
 from megatron_sov.commands.rl.inputs.prompts import (
-    EnvironmentRequest, read_validation_prompts, resolve_environment)
+    EnvironmentRequest, check_tokenizer, read_validation_prompts, resolve_environment)
 from megatron_sov.commands.rl.inputs.teachers import check_teachers
 from megatron_sov.commands.rl.train import RlTrainOptions, RoundsOptions
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
@@ -23,7 +23,7 @@ from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import add_rounds, retain_policies
 from megatron_sov.post.rl.reward import check_reward_fields, resolve_reward_version
 from megatron_sov.rollouts.prompts import PromptList, parse_round_range, select_round_prompts
-from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.runs.checkpoints import check_model_path, find_tokenizer_folder
 from megatron_sov.runs.folder import FIXED_ROLLOUT_SETTINGS, RunFolder
 from megatron_sov.runs.launch_environment import is_first_rank
 
@@ -34,6 +34,10 @@ class RoundsRequest:
 
     options: RoundsOptions
     stage: TrainingRequest
+    start: Path
+    """Checkpoint of --from."""
+    tokenizer: Path
+    """Tokenizer folder of `start`."""
     prompts: PromptList
     """Every prompt in --prompts."""
     reward_version: str
@@ -135,11 +139,14 @@ def check_rounds(options: RoundsOptions, complete: Callable[[RunConfig], RunConf
         from megatron_sov.commands.train.training_run import convert_request_start  # imports torch
 
         stage = convert_request_start(stage)
+    assert stage.start is not None, "--from is required"
+    tokenizer = find_tokenizer_folder(stage.start)
+    check_tokenizer(options.start_from, tokenizer)
     validation_prompts = None
     if options.validation is not None:
         validation_prompts = read_validation_prompts(options.validation, options.renames, prompts,
                                                      is_asked=is_asked)
-    return RoundsRequest(options, stage, prompts, version, validation_prompts)
+    return RoundsRequest(options, stage, stage.start, tokenizer, prompts, version, validation_prompts)
 
 
 def choose_rounds(text: str | None, last: int) -> range:
