@@ -1,4 +1,4 @@
-"""Rewards of a test's own are forgotten behind it; programs have one sandbox per enclosure here."""
+"""Forget rewards registered by a test; share a sandbox per enclosure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs against tests: verdicts are those of a plain interpreter, and no solution makes its own."""
+"""Verdicts equal a plain interpreter, and solutions cannot forge them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ SOLUTIONS = {
 
 @pytest.mark.tier1_cases(4)
 @pytest.mark.parametrize("name", SOLUTIONS)
-def test_verdicts_are_those_of_a_plain_interpreter(enclosure: str, name: str) -> None:
+def test_verdicts_equal_a_plain_interpreter(enclosure: str, name: str) -> None:
     solution, tests = SOLUTIONS[name]
     right = 0
     for test in tests:
@@ -147,7 +147,7 @@ EXPECTED = ["assert f(1) == 1234", "assert abs(f(1) - 1234) < 1e-6", "assert set
 
 
 @pytest.mark.parametrize("name", CHEATS)
-def test_no_solution_makes_its_own_verdict(enclosure: str, name: str) -> None:
+def test_solutions_cannot_forge_verdicts(enclosure: str, name: str) -> None:
     result = share(enclosure, CHEATS[name], EXPECTED)
     assert (result.status, result.reward) == ("scored", 0.0), result
     assert result.components["why"]
@@ -198,7 +198,7 @@ def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
     (Outcome("timeout", None, "", "", "took more than 10 s of processors", 2, 10.0, 0.5), "timeout", 0.0),
     (Outcome("refused", None, "", "", "has 17 MiB", 0, 0), "refused", None),
     (Outcome("memory", None, "", "", "took more", 1, 1), "scored", 0.0)])
-def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str, reward: float | None,
+def test_machine_failures_have_no_reward(outcome: Outcome, status: str, reward: float | None,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def run(self, program: Program, limits: object) -> Outcome:
@@ -210,14 +210,14 @@ def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str
 
 
 @pytest.mark.parametrize("waits", ["time.sleep(60)", "os.read(os.pipe()[0], 1)"])
-def test_a_program_that_computes_a_little_and_then_waits_gets_nothing(enclosure: str, waits: str) -> None:
+def test_waiting_program_times_out(enclosure: str, waits: str) -> None:
     source = f"import os, time\nwhile time.process_time() < 0.06:\n    pass\n{waits}"
     result = run_reward(CodeReward(enclosure=enclosure, test_time_s=0.3),
                         {"response": source, "tests": [{"stdin": "", "stdout": "1"}]})
     assert (result.status, result.reward) == ("timeout", 0.0), result
 
 
-def test_one_that_is_too_slow_is_not_run_beyond_its_rows_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_program_stays_within_the_row_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Outcome("timeout", None, "", "", "took more than 10 s of processors", 10, 10.0)
     runs: list[None] = []
     monkeypatch.setattr(CodeReward, "_run_program", lambda *_: (runs.append(None), slow)[1])
@@ -235,17 +235,17 @@ def test_one_that_is_too_slow_is_not_run_beyond_its_rows_time(monkeypatch: pytes
     ([{"stdin": 1, "stdout": ""}], "must be texts"),
     ([{"function": "f(); import os", "expected": 1}], "must be a name"),
     ([{"function": "f", "arguments": 3, "expected": 1}], "must be a list, or an object")])
-def test_tests_that_are_none_are_refused(tests: Any, what: str) -> None:
+def test_invalid_tests_are_refused(tests: Any, what: str) -> None:
     result = run_reward(CodeReward(), {"response": "x = 1", "tests": tests})
     assert result.status == "refused" and (what in result.reason or "has no 'tests'" in result.reason)
 
 
-def test_the_version_tells_the_code_that_runs_programs() -> None:
+def test_version_covers_the_sandbox_code() -> None:
     told = hash_code(CodeReward.__module__)
     assert {f"megatron_sov.{name}" for name in ("sandbox.sandbox", "sandbox.supervise",
                                                 "work.processes.process_tree")} <= set(told)
 
 
-def test_the_version_tells_the_code_that_runs_programs_in_processes_of_its_own() -> None:
+def test_version_covers_the_sandbox_server() -> None:
     told = CodeReward().inputs()["server"]
     assert {f"megatron_sov.sandbox.{name}" for name in ("server", "restrictions", "enclosures")} <= set(told)

@@ -1,4 +1,4 @@
-"""The reward `constraint`: by the functions of its row."""
+"""Reward `constraint`: check functions of a row."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_reward(response: str, functions: list[str], settings: dict[str, Any], r
     ({"response": "x", "functions": [TRUE, "import os"]}, "functions[1] has no function evaluate"),
     ({"response": "x" * 400_001, "functions": [TRUE]}, "at most 400,000"),
 ])
-def test_a_row_that_cannot_be_judged_is_refused(row: dict[str, Any], reason: str) -> None:
+def test_invalid_rows_are_refused(row: dict[str, Any], reason: str) -> None:
     result = run_reward(Constraint(), row)
     assert result.status == "refused"
     assert reason in result.reason
@@ -60,7 +60,7 @@ def test_settings_are_checked_together() -> None:
     assert "pip install pythainlp" in str(find_all_problems(Constraint(segmenter="pythainlp"))[0])
 
 
-def test_views_are_those_of_typhoon_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segmented_texts_equal_typhoon_s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert segment_text("a b\nc", "none") == ["a b\nc"]
     assert segment_text("a b\nc", "rules") == ["a b\nc", "a b. c", "a b c"]
     assert segment_text("one", "rules") == ["one"]
@@ -91,7 +91,7 @@ def asked(source: str, texts: Sequence[str], call_s: float = 0.5) -> list[Constr
 
 
 @pytest.mark.parametrize("source", HONEST)
-def test_verdicts_are_those_of_a_plain_interpreter(source: str) -> None:
+def test_verdicts_equal_a_plain_interpreter(source: str) -> None:
     assert find_check_problem(source) == ""
     names: dict[str, object] = {}
     exec(source, names)
@@ -104,18 +104,18 @@ def test_verdicts_are_those_of_a_plain_interpreter(source: str) -> None:
     assert [one.accepts for one in asked(source, TEXTS)] == expected
 
 
-def test_what_a_function_keeps_is_gone_at_the_next_text() -> None:
+def test_function_state_does_not_survive_a_text() -> None:
     source = "seen = []\ndef evaluate(response):\n    seen.append(response)\n    return len(seen) == 1"
     assert [one.accepts for one in asked(source, ["a", "b", "c"])] == [True] * 3
 
 
-def test_a_process_that_ends_takes_no_other_text_with_it() -> None:
+def test_ended_process_costs_a_single_text() -> None:
     source = "import os\ndef evaluate(response):\n    return True if response != 'b' else os._exit(0)"
     assert asked(source, ["a", "b", "c"]) == [
         ConstraintVerdict(True), ConstraintVerdict(None, "ended its process"), ConstraintVerdict(True)]
 
 
-def test_a_call_that_does_not_end_is_the_last() -> None:
+def test_endless_call_is_the_last() -> None:
     source = "def evaluate(response):\n    while response == 'b': pass\n    return True"
     first, second, third = asked(source, ["a", "b", "c"])
     assert first == ConstraintVerdict(True)
@@ -133,7 +133,7 @@ def test_a_call_that_does_not_end_is_the_last() -> None:
     ("return evaluate(response)", "RecursionError"),
     ("print('[0, true, \"\", true]')", "gave a NoneType"),
 ])
-def test_what_gives_no_verdict_is_told(body: str, reason: str) -> None:
+def test_missing_verdicts_have_a_reason(body: str, reason: str) -> None:
     told, = asked(f"def evaluate(response):\n    {body}", ["x"])
     assert told.accepts is None
     assert reason in told.reason
@@ -162,11 +162,11 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("source", PROBLEMS, ids=range(len(PROBLEMS)))
-def test_a_source_that_is_no_check_is_refused_before_it_runs(source: str) -> None:
+def test_invalid_sources_are_refused_before_running(source: str) -> None:
     assert PROBLEMS[source] in find_check_problem(source)
 
 
-def test_a_setting_lets_a_library_in() -> None:
+def test_setting_allows_a_library() -> None:
     source = "from pythainlp.tokenize import word_tokenize\ndef evaluate(r):\n    return True"
     assert "imports pythainlp" in find_check_problem(source)
     assert find_check_problem(source, ["pythainlp"]) == ""
@@ -174,7 +174,7 @@ def test_a_setting_lets_a_library_in() -> None:
 
 @pytest.mark.parametrize("line", ["5", "null", '[[], true, "", "ended"]', '[0, "yes", 5, "ended"]',
                                   "[" * 5000], ids=["number", "null", "place", "kinds", "deep"])
-def test_a_function_that_writes_verdicts_of_its_own_gives_none(line: str) -> None:
+def test_forged_verdicts_are_ignored(line: str) -> None:
     source = f"""import collections
 def evaluate(response):
     os = collections._sys.modules["os"]

@@ -1,4 +1,4 @@
-"""Whatever a reward does, a row ends as one of four things; a fault is never a reward of 0."""
+"""Every row gets a status; a fault is never a reward of 0."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROW = {"response": "4"}
     ("<tool_call>5</tool_call>", ""), ("<tool_call>5", ""), ("<tool_call>f<arg_key>5</tool_call>", ""),
     ("<|tool_calls|><|tool_call:begin|>1<|tool_call:name|>f<|tool_call:args|>5<|tool_call:end|>", ""),
 ])
-def test_thoughts_and_calls_are_no_part_of_what_is_judged(response: str, said: str) -> None:
+def test_thoughts_and_calls_are_not_judged(response: str, said: str) -> None:
     assert get_content({"response": response}) == said
 
 
@@ -55,7 +55,7 @@ def test_numbers_are_scores(given: object, reward: float) -> None:
     (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
     (RecursionError("too deep"), "RecursionError: too deep"), (KeyError("answer"), "KeyError: 'answer'"),
 ])
-def test_everything_else_has_failed_and_is_no_0(given: object, reason: str) -> None:
+def test_invalid_return_values_fail_without_a_reward(given: object, reason: str) -> None:
     result = run_reward(Gives(given), ROW)
     assert (result.reward, result.status) == (None, "failed")
     assert reason in result.reason
@@ -63,7 +63,7 @@ def test_everything_else_has_failed_and_is_no_0(given: object, reason: str) -> N
 
 @pytest.mark.parametrize(("error", "status"), [
     (Refused("has no 'answer'"), "refused"), (TimeoutError(), "timeout"), (MemoryError(), "refused")])
-def test_what_cannot_be_judged_says_so(error: BaseException, status: str) -> None:
+def test_exceptions_become_results(error: BaseException, status: str) -> None:
     result = run_reward(Gives(error), ROW)
     assert (result.reward, result.status) == (None, status)
     assert result.reason
@@ -82,7 +82,7 @@ def test_components_are_plain_json() -> None:
                                            "7": {"a": None}, "huge": None}
 
 
-def test_two_rewards_for_one_row_are_a_failure() -> None:
+def test_different_rewards_for_a_row_are_a_failure() -> None:
     one, other = Result(0.0, "scored"), Result(1.0, "scored")
     assert merge_repeated_results(one, one) == one
     assert merge_repeated_results(one, other).status == "failed"
@@ -91,12 +91,12 @@ def test_two_rewards_for_one_row_are_a_failure() -> None:
 
 @pytest.mark.parametrize(("row", "reason"), [({}, "has no 'answer'"),
                                              ({"answer": 4}, "answer = 4 must be text")])
-def test_a_row_without_its_field_is_refused(row: dict, reason: str) -> None:
+def test_row_with_a_missing_field_is_refused(row: dict, reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         get_text(row, "answer")
 
 
-def test_verdicts_are_counted_and_the_first_without_a_reward_are_named() -> None:
+def test_tally_names_the_first_rows_without_a_reward() -> None:
     tally = ScoringTally()
     assert tally.mean is None and tally.format_counts("rows") == "0 rows"
     for i in range(1, 4):
@@ -108,7 +108,7 @@ def test_verdicts_are_counted_and_the_first_without_a_reward_are_named() -> None
     assert tally.format_counts("rows") == "2,000 failed, 3 scored rows, mean reward 1.0000"
 
 
-def test_rows_without_a_place_are_counted_alone() -> None:
+def test_tally_counts_rows_without_a_place() -> None:
     tally = ScoringTally()
     tally.add(None, "timeout")
     assert tally.statuses == {"timeout": 1} and tally.examples == []

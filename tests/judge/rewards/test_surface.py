@@ -32,7 +32,7 @@ def reward(response: str, **settings) -> float:
     ("</think><think><answer>4</answer>", False),
     ("<THINK>why</THINK><answer>4</answer>", False),
 ])
-def test_tags_stand_once_in_order_with_nothing_around(text: str, has_them: bool) -> None:
+def test_tags_are_required_once_and_in_order(text: str, has_them: bool) -> None:
     assert has_tag_sequence(text, TAGS) is has_them
 
 
@@ -59,7 +59,7 @@ def test_checks_are_counted_together() -> None:
     assert reward('{"a": 1}', **asked, all_or_nothing=False) == pytest.approx(2 / 3)
 
 
-def test_a_pattern_has_to_match_the_whole_response() -> None:
+def test_pattern_must_match_the_whole_response() -> None:
     assert reward(" The answer is 4. ", regex=r"The answer is \d+\.") == 1.0
     assert reward("The answer is 4. Or 5.", regex=r"The answer is \d+\.") == 0.0
 
@@ -67,7 +67,7 @@ def test_a_pattern_has_to_match_the_whole_response() -> None:
 @pytest.mark.parametrize(("settings", "problem"), [
     ({}, "nothing is asked for"), ({"regex": "("}, 'regex = "(" is no regular expression'),
     ({"tags": ("a b",)}, 'tags.0 = "a b" must be a name')])
-def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
+def test_invalid_settings_are_refused(settings: dict, problem: str) -> None:
     assert problem in str(find_all_problems(Format(**settings))[0])
 
 
@@ -79,7 +79,7 @@ def test_equation_13_of_dapo(length: int, reward: float) -> None:
     assert Length().score({"response": "", "num_tokens": length}).reward == pytest.approx(reward)
 
 
-def test_other_units_are_counted_in_the_response() -> None:
+def test_length_in_characters_and_words() -> None:
     row = {"response": "one two three four"}
     assert Length(max_length=4, buffer=2, unit="words").score(row).reward == -1.0
     assert Length(max_length=20, buffer=4, unit="characters").score(row).reward == -0.5
@@ -87,7 +87,7 @@ def test_other_units_are_counted_in_the_response() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [None, "4", -1, True, 2.5])
-def test_tokens_need_their_number(num_tokens: object) -> None:
+def test_length_in_tokens_requires_num_tokens(num_tokens: object) -> None:
     with pytest.raises(Refused, match="must be the number of the response's tokens"):
         Length().score({"response": "x", "num_tokens": num_tokens})
 
@@ -100,7 +100,7 @@ def reward_of_repetition(response: str, **row) -> float:
     return Repetition().score({"response": response, **row}).reward
 
 
-def test_sound_text_is_left_alone() -> None:
+def test_normal_text_has_no_penalty() -> None:
     assert reward_of_repetition(SOUND) == 0.0
     assert reward_of_repetition("") == 0.0
     assert reward_of_repetition("물은 산에서 더 낮은 온도에서 끓는다. 기압이 낮기 때문이다.") == 0.0
@@ -111,7 +111,7 @@ def test_a_loop_at_the_end_is_the_worst(loop: str) -> None:
     assert reward_of_repetition(SOUND + loop) == -1.0
 
 
-def test_what_stands_twice_is_no_loop_and_counts_by_its_share() -> None:
+def test_repeated_passage_counts_by_its_share() -> None:
     paragraph = SOUND.partition(" ......")[0]
     assert find_final_loop(paragraph * 2)[1] == 2
     assert -1 < reward_of_repetition(paragraph * 2) < 0
@@ -120,11 +120,11 @@ def test_what_stands_twice_is_no_loop_and_counts_by_its_share() -> None:
 @pytest.mark.parametrize(("text", "piece", "repeats"), [
     ("xyabab", "ab", 2), ("abcabcabc", "abc", 3), ("abc", "", 1), ("", "", 1), ("aXbXaXbX", "aXbX", 2),
     ("zaaaa", "a", 4)])
-def test_loops_are_found_with_their_period(text: str, piece: str, repeats: int) -> None:
+def test_final_loop_has_the_shortest_period(text: str, piece: str, repeats: int) -> None:
     assert find_final_loop(text) == (piece, repeats)
 
 
-def test_a_loop_inside_of_what_stands_twice_is_found() -> None:
+def test_loop_inside_a_repeated_passage_is_found() -> None:
     looping = SOUND + "no " * 20
     assert find_final_loop(looping + looping, 24)[1] >= 19
 
@@ -135,13 +135,13 @@ def test_repeated_n_grams_are_counted() -> None:
     assert split_words("ab, 서울 กา 東京") == ["ab", ",", "서울", "ก", "า", "東", "京"]
 
 
-def test_no_end_is_a_fault() -> None:
+def test_missing_end_is_penalized() -> None:
     assert reward_of_repetition(SOUND, finish_reason="length") == -1.0
     assert reward_of_repetition(SOUND, finish_reason="stop") == 0.0
     assert Repetition(no_end_penalty=0).score({"response": SOUND, "finish_reason": "length"}).reward == 0.0
 
 
-def test_megabytes_of_one_character_take_a_moment() -> None:
+def test_loop_search_is_linear() -> None:
     begin_s = time.process_time()
     assert reward_of_repetition("a" * 3_000_000) == -1.0
     assert time.process_time() - begin_s < 5
@@ -160,11 +160,11 @@ def reward_of_language(response: str, **settings) -> float:
     ("ar", "القاهرة"),
     ("hi", "दिल्ली भारत की राजधानी है"), ("ko", KOREAN + " `print(x)` $x^2 + y$ https://example.com/a"),
     ("en", "Ｆｕｌｌ width letters, and ﬁne ligatures")])
-def test_a_language_alone_is_1(language: str, text: str) -> None:
+def test_text_in_a_single_language_scores_1(language: str, text: str) -> None:
     assert reward_of_language(text, language=language) == pytest.approx(1.0)
 
 
-def test_a_few_words_of_another_language_are_fine_and_many_are_not() -> None:
+def test_other_languages_count_up_to_a_share() -> None:
     assert reward_of_language(KOREAN + " (Seoul)", language="ko") == pytest.approx(1.0)
     mixed = "서울은 대한민국의 capital이고 많은 people이 함께 모여 사는 아름다운 city입니다"
     switched = LanguageReward("ko").score({"response": mixed})
@@ -176,11 +176,11 @@ def test_a_few_words_of_another_language_are_fine_and_many_are_not() -> None:
 
 @pytest.mark.parametrize("text", ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀",
                                   "```\ncode only\n```"])
-def test_no_letters_are_no_language(text: str) -> None:
+def test_text_without_letters_scores_0(text: str) -> None:
     assert reward_of_language(text, language="en") == 0.0
 
 
-def test_the_row_may_name_its_language() -> None:
+def test_row_names_its_language() -> None:
     assert LanguageReward().score({"response": KOREAN, "language": "ko"}).reward == pytest.approx(1.0)
     with pytest.raises(Refused, match="has no 'language'"):
         LanguageReward().score({"response": KOREAN})

@@ -1,4 +1,4 @@
-"""Nothing of one test's own environments is known to the next."""
+"""Forget environments registered by a test module."""
 
 from __future__ import annotations
 

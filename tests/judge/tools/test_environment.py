@@ -1,4 +1,4 @@
-"""Signatures and docstrings as the schemas that models are shown, and arguments held to them."""
+"""Tool schemas from signatures and docstrings, and argument validation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def find_room(city: str, nights: int, kinds: list[str], view: Literal["sea", "ya
     return repr((city, nights, kinds, view, price))
 
 
-def test_a_schema_says_what_transformers_says_of_the_same_function() -> None:
+def test_schema_equals_transformers() -> None:
     ours, theirs = build_tool(find_room).describe_for_models(), get_json_schema(find_room)
     function, expected = ours["function"], theirs["function"]
     assert (ours["type"], function["name"], function["description"]) == (
@@ -82,6 +82,6 @@ def odd(x: Tool) -> None:
 @pytest.mark.parametrize("function, told", [(untyped, "must have a name and a type"),
                                             (silent, "has no docstring"), (many, "must have a name"),
                                             (odd, "have no JSON schema")])
-def test_functions_that_models_cannot_be_shown_are_refused(function: Any, told: str) -> None:
+def test_functions_without_a_schema_are_refused(function: Any, told: str) -> None:
     with pytest.raises(UserError, match=f"tool {function.__name__}: .*{told}"):
         build_tool(function)

@@ -1,4 +1,4 @@
-"""Documents of a user's own: found by BM25, read by their keys, under names of one's own."""
+"""Retrieval world: BM25 search, reading by keys, configured names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def legal(corpus: Path, change: Mapping[str, Any] = MappingProxyType({})) -> Any
     return made
 
 
-def test_the_legal_pair_is_a_configuration(corpus: Path) -> None:
+def test_legal_retrieval_is_a_configuration(corpus: Path) -> None:
     laws = legal(corpus)
     tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in laws.tools()}
     assert list(tools) == ["search_law", "read_law"]
@@ -60,7 +60,7 @@ def test_the_legal_pair_is_a_configuration(corpus: Path) -> None:
     assert laws.score("The answer is no.").reward == 1
 
 
-def test_ranks_are_those_of_the_formula() -> None:
+def test_ranks_follow_the_bm25_formula() -> None:
     rng = random.Random(0)
     words = [f"w{int(rng.paretovariate(0.7)) % 50}" for _ in range(4000)]
     documents = [" ".join(rng.choices(words, k=rng.randrange(1, 60))) for _ in range(200)]
@@ -89,7 +89,7 @@ def test_ranks_are_those_of_the_formula() -> None:
     ({"keys": []}, "keys"), ({"top_k": 0}, "top_k = 0"),
     ({"text": "body"}, "line 1: its 'body' must be text"),
     ({"keys": ["law"]}, "line 1: has no 'law'"), ({"query": "my query"}, 'query = "my query"')])
-def test_settings_that_have_no_meaning_are_named(corpus: Path, change: dict[str, Any], told: str) -> None:
+def test_invalid_settings_are_named(corpus: Path, change: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         legal(corpus, change)
 

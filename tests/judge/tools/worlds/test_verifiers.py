@@ -151,7 +151,7 @@ def play(tmp_path: Path) -> Iterator[Play]:
         world.end()
 
 
-def test_the_user_of_an_environment_answers_and_it_gives_the_reward(
+def test_environment_user_answers_and_scores(
         play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEY", "secret")
     world = play()
@@ -169,7 +169,7 @@ def test_an_environment_makes_the_calls_of_a_turn(play: Play) -> None:
     assert world.reply(said("3")).is_over and world.score("").reward == 2.5
 
 
-def test_where_the_model_can_write_no_more_the_environment_judges_what_there_is(play: Play) -> None:
+def test_environment_scores_truncated_episodes(play: Play) -> None:
     world = play()
     world.reset(TASK)
     world.reply(said("a"))
@@ -181,7 +181,7 @@ def test_where_the_model_can_write_no_more_the_environment_judges_what_there_is(
 
 
 @pytest.mark.parametrize("repeat", [False, True])
-def test_a_continued_episode_makes_calls_again_only_where_it_may(play: Play, repeat: bool) -> None:
+def test_resumed_episode_repeats_calls_only_if_allowed(play: Play, repeat: bool) -> None:
     world = play(tasks=[["Add.", "And?"]], repeat=repeat)
     world.reset(TASK)
     world.reply(ADD)
@@ -195,7 +195,7 @@ def test_a_continued_episode_makes_calls_again_only_where_it_may(play: Play, rep
             world.restore(state)
 
 
-def test_an_environment_that_goes_otherwise_again_gets_no_reward(play: Play, tmp_path: Path) -> None:
+def test_nondeterministic_environment_has_no_reward(play: Play, tmp_path: Path) -> None:
     world = play(counts=str(tmp_path / "count"))
     world.reset(TASK)
     assert world.reply(said("a")).user == "Say b. 2"
@@ -205,14 +205,14 @@ def test_an_environment_that_goes_otherwise_again_gets_no_reward(play: Play, tmp
         world.restore(state)
 
 
-def test_a_conversation_that_is_rewritten_is_not_learned_from(play: Play) -> None:
+def test_rewritten_conversation_has_no_reward(play: Play) -> None:
     world = play(forgets=True)
     world.reset(TASK)
     with pytest.raises(InfrastructureFault, match="rewrites the conversation from message 1 on"):
         world.reply(said("a"))
 
 
-def test_an_episode_goes_on_in_another_process_and_its_library_ends_with_it(tmp_path: Path) -> None:
+def test_episode_resumes_in_another_process(tmp_path: Path) -> None:
     asked, pids = request_environment("verifiers", settings(tmp_path)), tmp_path / "pids"
     with (tmp_path / "verifiers/v1/__init__.py").open("a") as file:
         file.write(f"\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\n")
@@ -235,19 +235,19 @@ def test_an_episode_goes_on_in_another_process_and_its_library_ends_with_it(tmp_
     (TASK, {"seats": ["agent", "user"]}, "seats without a client are agent, user: the model plays one"),
     (TASK, {"wrong_key": True}, "401"),
     (TASK, {"tasks": 3}, "TypeError: 'int' object is not iterable")])
-def test_what_cannot_be_played_is_told(play: Play, task: Any, how: dict[str, Any], match: str) -> None:
+def test_unplayable_environments_are_reported(play: Play, task: Any, how: dict[str, Any], match: str) -> None:
     with pytest.raises(UserError, match=match):
         play(**how).reset(task)
 
 
-def test_without_the_library_that_is_told(play: Play, tmp_path: Path) -> None:
+def test_missing_library_is_reported(play: Play, tmp_path: Path) -> None:
     world = play()
     (tmp_path / "verifiers/v1/__init__.py").write_text("")
     with pytest.raises(UserError, match="cannot import name 'EvalClientConfig'"):
         world.reset(TASK)
 
 
-def test_a_world_that_fails_without_the_network_is_told_what_it_was_not_given(
+def test_withheld_network_variables_are_reported(
         play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NETWORK_VARIABLES:
         monkeypatch.delenv(name, raising=False)

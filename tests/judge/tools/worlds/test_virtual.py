@@ -1,4 +1,4 @@
-"""Worlds that a task describes: how their tools act, and when a goal is reached."""
+"""Virtual worlds: tools and goals."""
 
 from __future__ import annotations
 
@@ -101,12 +101,12 @@ def test_a_task_may_have_tables_of_its_own() -> None:
     ({"world": LIBRARY, "goal": {}, "tables": {"flights": {}}}, "tables must be an object of members"),
     ({"world": LIBRARY, "goal": {"answers": [1]}}, "must be a list of texts"),
     ({"world": LIBRARY, "goal": {"calls": [call("borrow_book")]}}, r"calls\[0\] gives no result")])
-def test_a_task_that_is_none_is_refused(task: dict[str, Any], told: str) -> None:
+def test_invalid_tasks_are_refused(task: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         Virtual().reset({"question": "?", **task})
 
 
-def test_it_plays_in_a_process_of_its_own_and_goes_on_from_its_state() -> None:
+def test_world_resumes_in_a_process_from_its_state() -> None:
     task = {**Virtual.EXAMPLES[1]}
     with EnvironmentHost(request_environment("virtual", {}), LIMITS["test"]) as host:
         opening = host.reset(task)
@@ -120,7 +120,7 @@ def test_it_plays_in_a_process_of_its_own_and_goes_on_from_its_state() -> None:
 
 @pytest.mark.parametrize("said, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
                                           ("220.5", False), ("2200", False), ("A220", False)])
-def test_an_answer_stands_as_a_word(said: str, counts: bool) -> None:
+def test_answers_match_whole_words(said: str, counts: bool) -> None:
     assert begun({"answers": ["220"]}).score(said).reward == counts
 
 
@@ -134,7 +134,7 @@ def code(old: str, new: str) -> Callable[[Any], object]:
     return lambda world: world.update(code=world["code"].replace(old, new))
 
 
-def test_the_example_is_sound_and_shows_types_and_descriptions() -> None:
+def test_example_world_is_valid() -> None:
     assert find_world_problems(LIBRARY) == []
     borrow = begun().tools()[2]["function"]
     assert borrow["description"] == "Lend a book to a member."
@@ -164,7 +164,7 @@ def test_the_example_is_sound_and_shows_types_and_descriptions() -> None:
     ("examples[0]: find_member was given wrong arguments: email",
      lambda w: w["examples"][0].update(arguments={})),
     ("examples[0]: there is no tool 'fly'", lambda w: w["examples"][0].update(name="fly"))])
-def test_a_rule_that_is_broken_is_told(told: str, edit: Callable[[Any], object]) -> None:
+def test_broken_rules_are_reported(told: str, edit: Callable[[Any], object]) -> None:
     problems = find_world_problems(edited(edit))
     assert any(told in problem for problem in problems), problems
 
@@ -180,7 +180,7 @@ def test_no_type_of_a_world_is_evaluated_in_this_process(kind: str, tmp_path: Pa
     assert not (tmp_path / "made").exists()
 
 
-def test_a_tool_that_no_schema_describes_is_a_problem_of_the_world() -> None:
+def test_tool_without_a_schema_is_a_world_problem() -> None:
     assert find_world_problems(edited(code("title: str", "title: Literal[('a',)]")))
     assert find_world_problems(edited(lambda w: w["tables"]["books"].update(free=[["x"]])))
 
@@ -189,12 +189,12 @@ def test_a_tool_that_no_schema_describes_is_a_problem_of_the_world() -> None:
     None, [], "x", {"tables": float("nan")}, {"tables": {"a": 1}, "code": 3, "examples": [3, None]},
     {"tables": {"a": {"columns": {"b": 3}, "rows": {"A1": None}}}, "code": "def f(): pass"},
     {"name": "x", "rules": "y" * 500_000}])
-def test_rubbish_is_told_and_never_an_error(world: Any) -> None:
+def test_malformed_worlds_are_reported(world: Any) -> None:
     assert find_world_problems(world)
     with pytest.raises(UserError):
         read_world(world)
 
 
-def test_everything_is_told_at_once() -> None:
+def test_all_problems_are_reported() -> None:
     world = edited(lambda w: (w.pop("rules"), w["tables"]["books"].update(rows=[]), w["examples"].pop()))
     assert len(find_world_problems(world)) == 3
