@@ -146,7 +146,7 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
         options = read_options(options_class, parsed)
         action = command.load_action(parsed) if isinstance(command, ActionGroup) else command
         if isinstance(action, DeclaredCommand) and action.run_function and not action.runs_in_checks:
-            action.check(options)
+            action.check_options(options)
         else:
             if check := getattr(action, "check_proposal", None):
                 check(options)
