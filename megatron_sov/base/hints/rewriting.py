@@ -119,8 +119,8 @@ class Rewrite:
         return True
 
     def _list_holes(self, value: str) -> dict[str, str]:
-        """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {run}, {output},
-        {folder}."""
+        """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {nodes}, {run},
+        {output}, {folder}."""
         thousands = re.fullmatch(r"(\d+)[kK]", value)
         value = str(1024 * int(thousands[1])) if thousands and self.command == "extend" else value
         run = re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_sov.base.errors import ExitCode, UserError, format_problems
+from megatron_sov.base.errors import ExitCode, Fix, UserError, format_problems
 from megatron_sov.commands.rl.cycle import RlRunOptions
 from megatron_sov.commands.rl.generate import RlGenerateOptions
 from megatron_sov.commands.rl.inputs.prompts import (
@@ -72,6 +72,11 @@ def check_train(options: RlTrainOptions) -> RoundsRequest | int:
     """Check the options. For a complete run, print the summary instead."""
     if report_completed_run(options):
         return ExitCode.OK
+    # a job that a chain submits first may wait for the store
+    if not (options.wait or options.dry_run or options.store.exists()):
+        raise UserError(f"--store {options.store}: does not exist; `rl train` learns from rounds that `rl "
+                        "generate` and `rl reward` write, and `megatron-sov rl run` does all three (--wait "
+                        "SECONDS waits for them)", Fix(command="rl run"))
     return replace(check_rounds(options, complete_train_settings), wait_s=options.wait)
 
 
