@@ -148,7 +148,7 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
         if check := getattr(action, "check_proposal", None):
             check(options)
         if isinstance(action, DeclaredCommand) and action.run_function and not action.runs_in_checks:
-            action.check(options)
+            action.check_options(options)
         else:
             # some commands take --dry-run with certain options only
             if hasattr(options, "dry_run") and not find_rule_problems(

@@ -158,6 +158,9 @@ def check_model_path(path: Path, option: str = "") -> None:
         if path.is_file() and is_hf_folder(path.parent):
             raise UserError(f"{option}{path}: {problem}; pass its folder, {path.parent}",
                             Fix(words={str(path): str(path.parent)}))
+        if (path.parent / EVENTS).is_file():
+            raise UserError(f"{option}{path}: {problem}; pass the run, {path.parent}",
+                            Fix(words={str(path): str(path.parent)}))
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
                         f"folder{suggest_download(path)}", fix_missing(path))
 
@@ -171,7 +174,7 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         wanted: description of the accepted kinds for the message.
     """
     if RUN in kinds and path.name == CHECKPOINTS_FOLDER:
-        _refuse_run_part(path)
+        refuse_run_part(path)
     # Order matters: a run contains a config.json, and a converted folder may have a manifest next to it.
     if (path / EVENTS).is_file():
         kind = RUN
@@ -185,12 +188,10 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         description, advice = KIND_CONSUMERS[kind]
         command = _TAKEN_BY_COMMAND.get((kind, tuple(kinds)), "")
         fix = Fix(command=command) if command else None
-        if kind == PEFT_ADAPTER and not command:
-            converted = choose_free_path(f"{path.name}-checkpoint")
-            words = ["megatron-sov", "convert", "from-peft", str(path), converted, "--base", _find_base(path)]
-            fix = Fix(words={str(path): converted}, before=(shlex.join(words),))
-        raise UserError(
-            f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}", fix)
+        if kind == PEFT_ADAPTER and {CHECKPOINT_KIND, RUN} <= {*kinds}:
+            fix = _fix_adapter(path)
+        raise UserError(f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}",
+                        fix)
     if not kind:
         check_folder(path)
     if not kind and RUN in kinds and (runs := find_runs(path)):
@@ -204,13 +205,20 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         raise UserError(f"{path}: {description}, so it is not {wanted}; {advice}pass {expected}")
 
 
-def _find_base(adapter: Path) -> str:
-    """Return the base model in an adapter's configuration, or a placeholder."""
+def _fix_adapter(path: Path) -> Fix:
+    """Return the commands that make checkpoints of an adapter and of the base model that it names."""
     try:
-        base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, TypeError, KeyError):
-        base = ""
-    return str(base) if base and Path(str(base)).exists() else "BASE"
+        config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base = str(config["base_model_name_or_path"] or "HF_DIR")
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "HF_DIR"
+    folder, adapter = Path(base).name, choose_free_path(f"{path.name}-checkpoint")
+    commands = [["convert", "from-hf", folder if suggest_download(base) else base, f"{folder}-checkpoint"],
+                ["convert", "from-peft", str(path), adapter, "--base", f"{folder}-checkpoint"]]
+    download = [] if Path(base).exists() or not suggest_download(base) else [
+        shlex.join(["hf", "download", base, "--local-dir", folder])]
+    return Fix(words={str(path): adapter},
+               before=(*download, *(f"megatron-sov {shlex.join(command)}" for command in commands)))
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -249,14 +257,14 @@ def _describe_unknown_folder(path: Path) -> tuple[str, str] | None:
 
 def check_run_folder(path: Path) -> None:
     """Raise `UserError` if a folder has no `events.jsonl`."""
-    _refuse_run_part(path)
+    refuse_run_part(path)
     check_folder_kind(path, (RUN,), "a run")
     if not (path / EVENTS).is_file():
         raise UserError(f"{path}: contains no {EVENTS}, so it is not a run folder; "
                         "pass the folder given to --run")
 
 
-def _refuse_run_part(path: Path) -> None:
+def refuse_run_part(path: Path) -> None:
     """Raise `UserError` for a file or folder inside a run."""
     run = next((parent for parent in path.absolute().parents[:2] if (parent / EVENTS).is_file()), None)
     if run is not None and not (path / EVENTS).is_file():

@@ -74,6 +74,10 @@ def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, Art
     if not facts and artifact is not None and path.exists():
         raise UserError(f"{path}: is part of {artifact}; pass {artifact}",
                         Fix(words={str(path): str(artifact)}))
+    if not facts and path.suffix == ".parquet" and path.is_file():
+        problems = [row for row in _read_rows(path, 1) if isinstance(row, str)]
+        raise UserError(problems[0] if problems else f"{path}: is a file of rows; `sov-data pack --input` "
+                                                     "and --data of the training commands read it")
     if not facts:
         raise UserError(f"{path}: " + ("is nothing that megatron-sov has made" if path.exists() else
                                        "does not exist, and no work on it is unfinished") +

@@ -70,6 +70,14 @@ def num_ranks(nproc: int | None) -> int:
     return int(os.environ["WORLD_SIZE"]) if has_launcher() else nproc or 1
 
 
+def refuse_lone_world_size(nproc: int | None) -> None:
+    """Refuse a command without --nproc where WORLD_SIZE is set without RANK: it would train in 1 process."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if nproc is None and size != "1" and "RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE={size}: is set without RANK; unset WORLD_SIZE, pass --nproc (processes "
+                        "of this machine), or set RANK and MASTER_ADDR, too, as torchrun does")
+
+
 def is_first_rank() -> bool:
     """Return whether this process is rank 0 or has no rank; needs no process group."""
     return os.environ.get("RANK", "0") == "0"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_sov.base.errors import Fix, UserError, find_nearest_name
+from megatron_sov.base.errors import Fix, UserError, choose_free_path, find_nearest_name
 from megatron_sov.base.hints.foreign import read_foreign_config
 from megatron_sov.base.hints.kinds import classify_folder, classify_word
 from megatron_sov.base.hints.lines import is_placeholder
@@ -29,6 +29,8 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
         word: the unknown command.
         choices: the existing commands.
     """
+    if program == "sov-data" and (error := _propose_pipeline(word, typed)):
+        return error
     texts = _index_command_texts(program, word, typed)
     # `convert hf RUN OUT`: a direction, although a folder hf exists
     is_word = classify_folder(Path(word)) == "other" or bool(typed and Path(typed[0]).exists())
@@ -51,6 +53,31 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     fix = Fix(f"{program} {shlex.join([nearest, *typed])}") if nearest and typed else None
     return UserError(
         f"{program} {word}: does not exist{suggestion} (`{program} --help` lists what there is)", fix)
+
+
+def _propose_pipeline(word: str, typed: Sequence[str]) -> UserError | None:
+    """Build the error for `sov-data STEP`, with the commands that write a pipeline file and run it; None: no
+    step, or no input."""
+    index, words = index_words("steps"), [part for text in typed for part in text.split("=", 1)]
+    values = {normalize_word(option): value for option, value in pairwise(words) if option.startswith("-")}
+    step, settings = "", [""]
+    for name in reversed(index.get(normalize_word(word), ())):
+        known = [f"{key.rpartition('.')[2]}: {value}" for option, value in values.items()
+                 for key in index.get(f"{name}.{option}", ())]
+        if known or not any(settings):
+            step, settings = name, known
+    source = next((values[name] for name in ("input", "i", "data", "input_dir", "input_folder")
+                   if name in values), "")
+    if not step or not source:
+        return None
+    file = choose_free_path(f"{step}.yaml")
+    text = ["name: web", "sources:", f"  - {{name: web, path: {source}, kind: en}}", "steps:",
+            f"  - {step}: {{{', '.join(settings)}}}"]
+    output = values.get("output", values.get("o", "corpus"))
+    return UserError(f"sov-data {word}: does not exist; {step} is a step of a pipeline file (docs/"
+                     "data_pipeline.md), which `sov-data run` runs",
+                     Fix(f"printf '%s\\n' {shlex.join(text)} > {file}\n  sov-data run {file} --output "
+                         f"{shlex.quote(output)}"))
 
 
 def _index_command_texts(program: str, word: str, typed: Sequence[str]) -> Mapping[str, str]:

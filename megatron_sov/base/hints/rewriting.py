@@ -119,8 +119,8 @@ class Rewrite:
         return True
 
     def _list_holes(self, value: str) -> dict[str, str]:
-        """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {run}, {output},
-        {folder}."""
+        """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {nodes}, {run},
+        {output}, {folder}."""
         thousands = re.fullmatch(r"(\d+)[kK]", value)
         value = str(1024 * int(thousands[1])) if thousands and self.command == "extend" else value
         run = re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)
@@ -250,12 +250,12 @@ class Rewrite:
         elif note := find_note(last):
             self.add_words(f"{key}: {note}")
         elif nearest := _find_misspelt(key, self.read_texts()):
-            self.add_words(f"{key}: there is no such setting; did you mean '{nearest}'?", "--set",
+            self.add_words(f"{key}: no such setting; did you mean '{nearest}'?", "--set",
                            f"{nearest}={value}")
         elif nearest := self.describe_nearest(key):
-            self.messages.append(f"{key}: there is no such setting{nearest}")
+            self.messages.append(f"{key}: no such setting{nearest}")
         else:
-            self.unknown_settings[f"{key}={value}"] = f"{key}: there is no such setting"
+            self.unknown_settings[f"{key}={value}"] = f"{key}: no such setting"
             self.words += ["--set", f"{key}={value}"]
 
 

@@ -61,7 +61,7 @@ def serve_target(request: ServeRequest) -> None:
         run_forward_model(target, request.changes, request.nproc, run_ranks)
         return
     model = load_configured_hf(target.path, request.changes)
-    check_cache_support(model.config, "serve a checkpoint that `megatron-sov convert from-hf` makes of it")
+    check_cache_support(model.config, "serve a checkpoint from `megatron-sov convert from-hf`")
     with open_scheduler() as scheduler:
         run_transformers_batching(model, settings.batching, max_length, scheduler)
 

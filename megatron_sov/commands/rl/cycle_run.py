@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_sov.commands.rl.cycle import CycleRequest
+from megatron_sov.commands.rl.inputs.checks import CycleRequest
 from megatron_sov.commands.rl.inputs.prompts import (
     VALIDATION_OPTION, EnvironmentRequest, check_sequence_length, count_max_tokens, drop_unused_prompts,
     resolve_environment)

@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import ExitCode, UserError, warn
-from megatron_sov.commands.rl.generate import RlGenerateOptions, RolloutsRequest
+from megatron_sov.commands.rl.generate import RlGenerateOptions
+from megatron_sov.commands.rl.inputs.checks import RolloutsRequest
 from megatron_sov.commands.rl.inputs.prompts import check_sequence_length, check_tokenizer, count_max_tokens
 from megatron_sov.commands.rl.inputs.rollout_source import build_rollout_source
 from megatron_sov.engine.parallel.world import run_on_first

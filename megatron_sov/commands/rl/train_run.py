@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from megatron_sov.commands.rl.inputs.checks import RoundsRequest
 from megatron_sov.commands.rl.inputs.teacher_models import open_live_teacher, open_scoring_teachers
-from megatron_sov.commands.rl.train import RoundsRequest
 from megatron_sov.commands.train.training_run import run_training
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.objectives import Factory, get_factory

@@ -8,16 +8,13 @@ kinds differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from megatron_sov.base.command_line import import_reference
 from megatron_sov.base.settings import DeclaredCommand
 from megatron_sov.commands.train.setup.stage_options import (
-    ExtendOptions, PreferOptions, PretrainOptions, SftOptions, StageOptions)
+    ExtendOptions, PreferOptions, PretrainOptions, SftOptions)
 from megatron_sov.model.recipes.requested import BuiltIn
 
-CHECKS = "megatron_sov.commands.train.setup.training"
-"""Module with the checks. It imports numpy, which `--help` does not need."""
+CHECK = "megatron_sov.commands.train.setup.training:check_training"
 RUN = "megatron_sov.commands.train.training_run:run_training"
 
 
@@ -55,16 +52,8 @@ STAGE_KINDS: dict[str, TrainingKind] = {
 """`StageOptions.stage` -> kind."""
 
 
-def check_training(options: StageOptions) -> Any:
-    return import_reference(f"{CHECKS}:check_training")(options)
-
-
-def check_extension(options: ExtendOptions) -> Any:
-    return import_reference(f"{CHECKS}:check_extension")(options)
-
-
-PRETRAIN = DeclaredCommand(PretrainOptions, check_training, RUN)
-SFT = DeclaredCommand(SftOptions, check_training, RUN)
-PREFER = DeclaredCommand(PreferOptions, check_training, RUN)
-EXTEND = DeclaredCommand(ExtendOptions, check_extension,
+PRETRAIN = DeclaredCommand(PretrainOptions, CHECK, RUN)
+SFT = DeclaredCommand(SftOptions, CHECK, RUN)
+PREFER = DeclaredCommand(PreferOptions, CHECK, RUN)
+EXTEND = DeclaredCommand(ExtendOptions, "megatron_sov.commands.train.setup.training:check_extension",
                          "megatron_sov.commands.train.extend_run:run_extension")
