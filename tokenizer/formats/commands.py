@@ -50,7 +50,7 @@ class ImportRequest:
     """Checked input for `import_run.write_import`."""
 
     source: Foreign
-    special_tokens: dict[str, str | None]
+    special_tokens: dict[str, Any]
     """bos_token, eos_token and pad_token."""
     options: TokenizerImportOptions
 
