@@ -22,9 +22,9 @@ from pathlib import Path
 
 import yaml
 
-from megatron_sov.judge.rewards.registry import make, order
-from megatron_sov.judge.rewards.reward import judged
-from megatron_sov.judge.rewards.scoring import runner
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
+from megatron_sov.judge.rewards.reward import run_reward
+from megatron_sov.judge.rewards.scoring import create_runner
 
 Item = tuple[str, str]
 """A gold answer, and a response."""
@@ -100,9 +100,9 @@ def items_of(kinds: dict[str, Callable[[random.Random, int], Item]], count: int,
 
 def by_pool(items: list[Item], workers: int) -> tuple[list[float | None], float]:
     """Return the rewards that the pool gives, and how long it took without its start."""
-    asked = order("math", {})
+    asked = request_reward("math", {})
     rows = [{"answer": gold, "response": response} for gold, response in items]
-    with runner(asked, make(asked), workers) as running:
+    with create_runner(asked, build_versioned_reward(asked), workers) as running:
         running.score(rows[:2 * workers])  # starts the processes
         begun_s = time.monotonic()
         found = [result.reward for i in range(0, len(rows), BATCH_ROWS)
@@ -126,10 +126,11 @@ def confusion(count: int) -> None:
     Args:
         count: of each kind.
     """
-    asked = {"math": order("math", {}), "math, literal=false": order("math", {"literal": False}),
-             "math, marked_only=false": order("math", {"marked_only": False}),
-             "stem": order("stem", {})}
-    rewards = {name: make(one).reward for name, one in asked.items()}
+    asked = {"math": request_reward("math", {}),
+             "math, literal=false": request_reward("math", {"literal": False}),
+             "math, marked_only=false": request_reward("math", {"marked_only": False}),
+             "stem": request_reward("stem", {})}
+    rewards = {name: build_versioned_reward(one).reward for name, one in asked.items()}
     rewards["math"].prepare()
     for name, reward in rewards.items():
         totals: Counter[tuple[bool, float | None]] = Counter()
@@ -137,7 +138,7 @@ def confusion(count: int) -> None:
         for right, kinds in ((True, RIGHT), (False, WRONG)):
             for kind in kinds:
                 items = items_of({kind: kinds[kind]}, count, seed=7)
-                found = Counter(judged(reward, {"answer": gold, "response": text}).reward
+                found = Counter(run_reward(reward, {"answer": gold, "response": text}).reward
                                 for gold, text in items)
                 totals.update({(right, value): times for value, times in found.items()})
                 missed = len(items) - found[float(right)]
@@ -173,10 +174,10 @@ def by_hand() -> None:
 
 def by_reward(name: str, settings: dict[str, object]) -> Callable[[str, str], float | None]:
     """Return what judges a gold answer and a response by a reward of this project."""
-    reward = make(order(name, settings)).reward
+    reward = build_versioned_reward(request_reward(name, settings)).reward
     if name == "math":
         reward.prepare()
-    return lambda gold, text: judged(reward, {"answer": gold, "response": text}).reward
+    return lambda gold, text: run_reward(reward, {"answer": gold, "response": text}).reward
 
 
 def main() -> None:

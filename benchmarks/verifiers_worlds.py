@@ -28,7 +28,7 @@ from aiohttp import web
 from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
 from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.host import EnvironmentHost
-from megatron_sov.judge.tools.registry import order
+from megatron_sov.judge.tools.registry import request_environment
 from megatron_sov.work.processes.children import foreign_environment
 
 SUM = '''
@@ -181,7 +181,8 @@ def ours(library: Library, config: Path, task: int, turns: Sequence[Turn],
     """Play as a run does, and go on in another process in the middle; returns reward and components."""
     settings = {"config": str(config), "python": library.python, "repeat": True,
                 "env": [name for name in ("SSL_CERT_FILE", "NLTK_DATA") if name in os.environ]}
-    with EnvironmentHost(order("verifiers", settings), EpisodeLimits(call_timeout_s=120)) as host:
+    with EnvironmentHost(request_environment("verifiers", settings),
+                         EpisodeLimits(call_timeout_s=120)) as host:
         opening = host.reset({"task": task})
         seen = opening.observation
         tools = ", ".join(tool["function"]["name"] for tool in opening.tools) or "no tools"

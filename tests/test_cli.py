@@ -185,8 +185,9 @@ def test_every_run_function_exists() -> None:
                  for action in group.actions.values() if isinstance(action, DeclaredCommand)]
     assert len(commands) > 20
     for declared in commands:
-        functions = declared.run_function
-        for reference in [functions] if isinstance(functions, str) else functions.values():
+        functions, check = declared.run_function, declared.check
+        references = [functions] if isinstance(functions, str) else list(functions.values())
+        for reference in [*references, check if isinstance(check, str) else ""]:
             if reference:
                 module, _, name = reference.partition(":")
                 tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())

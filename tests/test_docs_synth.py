@@ -21,7 +21,7 @@ from data_prep.synth.declared.readers import READERS
 from data_prep.synth.declared.steps import VERBS
 from data_prep.synth.known import generator_class
 from megatron_sov.base.documents.messages import parse_messages
-from megatron_sov.judge.tools.worlds.virtual import Virtual, problems_of
+from megatron_sov.judge.tools.worlds.virtual import Virtual, find_world_problems
 from megatron_sov.work.progress.journal import iter_records_by_item, work_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -244,7 +244,7 @@ def test_the_page_leads_from_a_word_to_conversations(tmp_path: Path, monkeypatch
 
 def test_the_world_of_the_page_is_one() -> None:
     world = json.loads(blocks(WORLDS, "json world")[0])
-    assert problems_of(world) == []
+    assert find_world_problems(world) == []
     play = Virtual()
     play.reset({"question": "?", "world": world, "goal": {"calls": [
         {"name": "give_out", "arguments": {"coat_id": "C1"}}]}})

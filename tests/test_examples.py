@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.judge.tools.environment import ToolRefused
-from megatron_sov.judge.tools.registry import make, order
+from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 HEADER = re.compile(r"# What: (.+)\n# Run:  (.+)\n# See:  (.+)\n\n")
@@ -97,7 +97,7 @@ def test_own_reward(typed: Typed, site: Path) -> None:
 
 
 def test_own_tool_world() -> None:
-    world, _ = make(order(f"{EXAMPLES}/own_tool_world.py:Shop", {}))
+    world, _ = build_versioned_environment(request_environment(f"{EXAMPLES}/own_tool_world.py:Shop", {}))
     world.reset(world.EXAMPLES[0])
     with pytest.raises(ToolRefused, match="there are 1 of pear"):
         world.call("buy", {"fruit": "pear", "count": 9})

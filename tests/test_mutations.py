@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.chat.vocabulary import tokenizer_digest
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.omni.codecs.published import import_codec
 from megatron_sov.rollouts.prompts import read_prompts
@@ -164,7 +164,7 @@ def write_store(folder: Path, tokenizer: Path, write_round: Callable[..., None])
     store = RolloutStore.create(folder / "store", tokenizer_digest(tokenizer), 368)
     for number in (1, 2):
         write_round(store, read_prompts(folder / "asked.jsonl"), rollout, number,
-                    make(order("repetition", {})).version)
+                    build_versioned_reward(request_reward("repetition", {})).version)
 
 
 def write_codec(folder: Path) -> None:

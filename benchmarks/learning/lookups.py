@@ -17,7 +17,7 @@ from typing import Any
 
 from facts import KNOWN, PEOPLE, VALUES, WORDINGS, Fact, asked, drawn, told
 
-from megatron_sov.judge.tools.registry import make, order
+from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 
 ANSWERED, CALLS, WRONG_CALLS = 0.3, 0.3, 0.15
 """Shares of a start's conversations that are about known people, who are answered at once and rightly; of the
@@ -68,7 +68,8 @@ class LookupEpisodes:
             with tempfile.TemporaryDirectory() as folder:
                 corpus = Path(folder) / "library.jsonl"
                 corpus.write_text("".join(json.dumps(one) + "\n" for one in documents(facts)))
-                world = make(order("retrieval", {"corpus": str(corpus), "top_k": 1, "system": SYSTEM}))[0]
+                settings = {"corpus": str(corpus), "top_k": 1, "system": SYSTEM}
+                world = build_versioned_environment(request_environment("retrieval", settings))[0]
                 for _ in range(self.count // NUM_LIBRARIES):
                     guessed = rng.random() < ANSWERED
                     fact = rng.choice(known if guessed else facts)

@@ -148,7 +148,7 @@ def parse_part(argument: str) -> MixPart:
         weight = 0.0
     if not 0 < weight < float("inf"):
         is_percent = tail[:-1].isdecimal() and tail.endswith("%")
-        raise UserError(f"{argument!r}: the weight {tail!r} must be a positive number, e.g. {head}:0.5",
+        raise UserError(f"{argument!r}: the weight {tail!r} must be a positive number, such as 0.7",
                         Fix(words={argument: f"{head}:{int(tail[:-1]) / 100:g}"}) if is_percent else None)
     return MixPart(Path(head), weight)
 
@@ -247,7 +247,8 @@ def _check_fit(parts: list[MixPart], manifests: list[Manifest]) -> None:
                         "pack it under another name (--input NAME=PATH)")
     if len({part.weight is None for part in parts}) > 1:
         raise UserError("FOLDER:WEIGHT: give a weight to every folder or to none; shares by tokens and by "
-                        "weight cannot be compared")
+                        "weight cannot be compared",
+                        Fix(words={str(p.path): f"{p.path}:1" for p in parts if p.weight is None}))
 
 
 def _rule(manifests: list[Manifest]) -> dict[str, Any]:

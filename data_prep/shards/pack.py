@@ -185,17 +185,24 @@ def run(typed: argparse.Namespace) -> int:
     return 0
 
 
+MAX_CHECKED = 1000
+"""Records of a source that the check of a proposed line reads."""
+
+
 def check_proposal(args: PackOptions) -> None:
-    """Check the options and the first record of each source, for proposed lines."""
+    """Check the options and the first records of each source, for proposed lines."""
     tag_fields, _ = parse_tags(args.tags)
     reading = RecordReading(args.format, args.text_field, args.max_document_bytes, args.columns,
                             args.bucket_by or "", tag_fields, parse_renames(args.renames), args.lines)
     for source in parse_sources(args.input):
         units = _units_of(source.path, False)
         items = (item for unit in islice(units, 1) for span in unit for item in read_span(span, reading))
-        first = next((item for item in items if getattr(item, "code", "") != "empty"), None)
-        if isinstance(first, BadRecord) and args.on_bad == "refuse":
-            raise UserError(f"{source.path}: {first.reason}", _fix_record(first, args.format))
+        bad = next((item for item in islice(items, MAX_CHECKED) if isinstance(item, BadRecord)
+                    and item.code != "empty"), None)
+        if bad is not None and args.on_bad == "refuse":
+            fix = Fix(options=("--on-bad", "quarantine")) if bad.code == "json" else None
+            line = f":{bad.line}" if bad.line else ""
+            raise UserError(f"{source.path}{line}: {bad.reason}", _fix_record(bad, args.format) or fix)
 
 
 def _fix_record(fault: BadRecord | None, kind: str) -> Fix | None:

@@ -17,7 +17,7 @@ from megatron_sov.base.artifacts import Manifest, read_manifest
 from megatron_sov.base.documents import Document
 from megatron_sov.base.documents.shard_files import (
     DTYPE_CODES, FEATURE_DTYPE, FEATURES, HEADER, MAGIC, VERSION)
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError, find_nearest_name
 
 TRAIN, HELDOUT = "train", "heldout"
 SPLITS = (TRAIN, HELDOUT)
@@ -133,7 +133,9 @@ def shards_of(data: Path, content: dict[str, Any], source: str | None = None,
     """
     names = [s["name"] for s in content["sources"]]
     if source is not None and source not in names:
-        raise UserError(f"--source {source!r}: {data} has no such source (sources: {', '.join(names)})")
+        nearest = names[0] if len(names) == 1 else find_nearest_name(source, names)
+        raise UserError(f"--source {source!r}: {data} has no such source (sources: {', '.join(names)})",
+                        Fix(options=("--source", nearest)) if nearest else None)
     for described in content["sources"]:
         if source in (None, described["name"]):
             for name in SPLITS:

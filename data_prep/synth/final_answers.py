@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from data_prep.responses.trajectories import Solution, diverse
 from data_prep.synth.replies import NoReply
-from megatron_sov.judge.rewards.answers import last_boxed, normalized, read_quantity
+from megatron_sov.judge.rewards.answers import extract_last_box, normalize_answer, read_quantity
 from megatron_sov.judge.rewards.composed import Runner
-from megatron_sov.judge.rewards.program_text import program_in
-from megatron_sov.judge.rewards.registry import make, order
-from megatron_sov.judge.rewards.scoring import runner
+from megatron_sov.judge.rewards.program_text import extract_program
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
+from megatron_sov.judge.rewards.scoring import create_runner
 from megatron_sov.sandbox.program import Limits, Program
 from megatron_sov.sandbox.sandbox import Sandbox
 
@@ -41,7 +41,7 @@ MAX_PRINTED_CHARS = 200
 def boxes(text: str) -> list[str]:
     """Return what stands in the boxes of a solution, the last one first."""
     found: list[str] = []
-    while len(found) < MAX_BOXES and (inner := last_boxed(text)) is not None:
+    while len(found) < MAX_BOXES and (inner := extract_last_box(text)) is not None:
         found.append(inner.strip())
         # the search goes on in front of this box
         text = text[:text.rindex("\\boxed{" + inner)]
@@ -50,7 +50,7 @@ def boxes(text: str) -> list[str]:
 
 def ends_in_box(text: str) -> bool:
     """Return whether a solution ends with its box: nothing is said behind it, in letters or digits."""
-    inner = last_boxed(text)
+    inner = extract_last_box(text)
     if inner is None or not inner.strip():
         return False
     return _SAYS.search(text[text.rindex("\\boxed{" + inner) + len("\\boxed{" + inner):]) is None
@@ -72,13 +72,14 @@ class Verifier:
     """Compares answers; threads may share one. Its processes end with this one."""
 
     def __init__(self, name: Literal["math", "stem"]) -> None:
-        asked = order(name, _SETTINGS[name])
-        self._runner: Runner = runner(asked, make(asked), 1)
+        asked = request_reward(name, _SETTINGS[name])
+        self._runner: Runner = create_runner(asked, build_versioned_reward(asked), 1)
         self._lock = threading.Lock()
 
     def check(self, answers: Sequence[str], wanted: str, choices: Sequence[str] = ()) -> list[bool]:
         # equal texts need no process
-        known = {answer: True for answer in answers if normalized(answer) == normalized(wanted) != ""}
+        known = {answer: True for answer in answers
+                 if normalize_answer(answer) == normalize_answer(wanted) != ""}
         asked = [answer for answer in dict.fromkeys(answers) if answer not in known]
         rows = [{"response": f"\\boxed{{{answer}}}", "answer": wanted, "choices": list(choices)}
                 for answer in asked]
@@ -151,7 +152,7 @@ def run_programs(replies: Sequence[str]) -> list[str]:
     """
     printed = []
     for reply in replies:
-        source = "" if getattr(reply, "cut", False) else program_in(reply)
+        source = "" if getattr(reply, "cut", False) else extract_program(reply)
         if not source:
             continue
         outcome = _sandbox().run(Program(source), Limits(wall_s=30, cpu_s=10))

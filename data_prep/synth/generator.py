@@ -20,7 +20,7 @@ from annotated_types import Ge, Le
 from data_prep.synth.replies import NoReply, NoUsableReply, Reply, fault_of, read_reply
 from data_prep.synth.templates import PromptTemplate, read_prompts
 from megatron_sov.base.digests import hash_file
-from megatron_sov.judge.rewards.judge import fenced_messages, grade_in, sound
+from megatron_sov.judge.rewards.judge import build_fenced_messages, parse_grade, replace_surrogates
 from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, RequestRefused
 
 Temperature = Annotated[float, Ge(0), Le(2)]
@@ -206,8 +206,9 @@ class Ask:
         """Return the judge's grade from 0 to 10 of texts, which it is told not to obey.  An answer without a
         sound grade is none, and not 0: another one is asked for."""
         door = self._doors["judge"]
-        messages = fenced_messages(door.model, sound(rubric),
-                                   {name: sound(text) for name, text in material.items()}, 0.0, 10.0)
+        messages = build_fenced_messages(door.model, replace_surrogates(rubric),
+                                         {name: replace_surrogates(text) for name,
+                                          text in material.items()}, 0.0, 10.0)
         num_cut = 0
         for attempt in range(MAX_ATTEMPTS):
             # the first grade is the likeliest answer; sampling is for the retry alone
@@ -218,7 +219,7 @@ class Ask:
                 num_cut += 1
                 continue
             try:
-                score, _ = grade_in(reply.text, 0.0, 10.0)
+                score, _ = parse_grade(reply.text, 0.0, 10.0)
             except BadAnswer:
                 continue
             self._record_use(reply, "judge")
@@ -275,7 +276,7 @@ def _sound(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     try:
         text.encode()
     except UnicodeEncodeError:
-        found: list[dict[str, Any]] = json.loads(sound(text))
+        found: list[dict[str, Any]] = json.loads(replace_surrogates(text))
         return found
     return messages
 

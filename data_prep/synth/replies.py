@@ -11,7 +11,7 @@ from megatron_sov.base.documents.messages import BadRecord, check_depth
 from megatron_sov.base.documents.rows import parse_finite, reject_constant
 from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, to_hermes_form, unquote_marks
 from megatron_sov.chat.tool_calls import BadCall, parse_turn
-from megatron_sov.judge.rewards.surface import loop_at_end
+from megatron_sov.judge.rewards.surface import find_final_loop
 from megatron_sov.work.endpoints.answers import BadAnswer, read_model_name
 
 MIN_LOOP_REPEATS = 8
@@ -95,7 +95,7 @@ def fault_of(reply: Reply) -> str:
         json.dumps([reply.text, reply.thinking, reply.tool_calls], ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return "half a character"
-    _, repeats = loop_at_end(reply.text, MIN_LOOP_CHARS)
+    _, repeats = find_final_loop(reply.text, MIN_LOOP_CHARS)
     return "loop" if repeats >= MIN_LOOP_REPEATS else ""
 
 

@@ -23,7 +23,7 @@ from data_prep.synth.candidates import (
     ANSWERS, RUN, FinishedItem, SynthRunRecord, digest_of, read_finished, read_run)
 from data_prep.synth.generator import (
     Ask, Door, Drawn, GeneratedSample, Generator, GeneratorItem, Role, writable)
-from data_prep.synth.known import REMOVED, generator_class
+from data_prep.synth.known import FILES, REMOVED, generator_class
 from data_prep.synth.models import Budget, Model, opened
 from data_prep.synth.options import SynthOptions
 from data_prep.synth.replies import NoReply, NoUsableReply
@@ -118,7 +118,8 @@ def open_run(options: SynthOptions) -> SynthRun:
     from data_prep.synth.checks.settings import check_problems
 
     if not options.generator:
-        raise UserError("sov-data synth: name a generator, or the YAML file of one; --list lists them")
+        raise UserError(f"sov-data synth: name a generator ({', '.join(FILES)}), or the YAML file of one; "
+                        "--list describes them")
     output = options.output
     missing = [f"--{name}" for name in ("engine", "output") if not getattr(options, name)]
     if missing or output is None:

@@ -115,7 +115,7 @@ class Parser(argparse.ArgumentParser):
             line = shlex.join([*(word for word in self._typed if word != rest[0]), option, rest[0]])
             raise UserError(f"{self.prog}: {rest[0]}: takes an option before it, {option}",
                             Fix(f"{self.prog} {line}"))
-        if rest[0].startswith("-") and not Counter(rest) - Counter(self._typed):
+        if not Counter(rest) - Counter(self._typed):
             remaining = list(self._typed)
             for word in reversed(rest):
                 del remaining[len(remaining) - 1 - remaining[::-1].index(word)]
@@ -135,6 +135,7 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
     """Run a command's checks with parsed arguments: those of a `DeclaredCommand`, its dry run, or the command
     itself until its first write or long work (`stop_check`). Raises `UserError`: a fault of a value that is
     no placeholder."""
+    # not at the top: `base.settings` imports this module
     from megatron_sov.base.settings import ActionGroup, DeclaredCommand, SettingsError, read_options
     from megatron_sov.base.settings.reading import find_rule_problems
 
@@ -144,11 +145,11 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
             return
         options = read_options(options_class, parsed)
         action = command.load_action(parsed) if isinstance(command, ActionGroup) else command
-        if isinstance(action, DeclaredCommand) and action.run_function:  # else the check does the work
-            action.check(options)
+        if check := getattr(action, "check_proposal", None):
+            check(options)
+        if isinstance(action, DeclaredCommand) and action.run_function and not action.runs_in_checks:
+            action.check_options(options)
         else:
-            if check := getattr(action, "check_proposal", None):
-                check(options)
             # some commands take --dry-run with certain options only
             if hasattr(options, "dry_run") and not find_rule_problems(
                     dataclasses.replace(options, dry_run=True)):

@@ -218,6 +218,11 @@ def find_nearest_name(name: str, known: Iterable[str]) -> str:
     by_letters = {candidate.lstrip("-"): candidate for candidate in reversed(list(known))
                   if _has_same_number(name, candidate)}
     letters = name.lstrip("-")
+    # tiny-qwen3 for qwen3-tiny
+    parts = sorted(re.split(r"[-_ ]", letters))
+    if len(parts) > 1 and (swapped := [other for other in by_letters if other != letters
+                                       and sorted(re.split(r"[-_ ]", other)) == parts]):
+        return by_letters[swapped[0]]
     close = difflib.get_close_matches(letters, by_letters, n=1, cutoff=MIN_SIMILARITY)
     # two swapped letters are a typing error even in a short word
     if not close:
@@ -303,6 +308,8 @@ def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data:
     same_stem = [other for other in neighbours if is_data and other.partition(".")[0] == name]
     if spelling := (same_stem[0] if len(same_stem) == 1 else find_spelling(name, neighbours)):
         return Fix(words={text: os.path.join(folder, spelling)})
+    if folder and not is_data and {"config.json", "checkpoints"} & {*neighbours}:
+        return Fix(words={text: folder})  # inside a model folder
     if not suggest_download(text, is_bare and not is_data, is_data):
         return None
     kind = " --repo-type dataset" if is_data else ""

@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 
 PROBE_PREFIX = ".try-"
 """Name prefix for an empty folder created briefly to test write access."""
@@ -37,8 +37,9 @@ def check_page(option: str, path: Path | None) -> None:
     `check_output`, or the suffix is not .html or .htm."""
     check_output(option, path)
     if path is not None and path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"{option} {path}: is written as HTML; name it {path.with_suffix('.html')}, and "
-                        "print it from a browser for other formats")
+        page = path.with_suffix(".html")
+        raise UserError(f"{option} {path}: is written as HTML; name it {page}, and print it from a browser "
+                        "for other formats", Fix(words={str(path): str(page)}))
 
 
 def refuse_input_as_output(option: str, path: Path, *inputs: Path) -> None:

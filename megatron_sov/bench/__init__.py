@@ -1,1 +1,1 @@
-"""Benchmarks of others: the harness's tasks, suites, differences, contamination."""
+"""Benchmarks: lm-eval tasks, our suites, score differences and contamination."""

@@ -1,9 +1,8 @@
-"""Whether the items of a score stand in the text that a model was trained on, and the score without them.
+"""Search training data for the items of a result file, and compute the scores over the remaining items.
 
-An item is found by the same search that `sov-data decontaminate` takes text of benchmarks out by
-(`documents.item_search`): its question or its answer shares ten words in a row with a training document, or
-stands in one as a whole where it is shorter.
-"""
+`documents.item_search` finds an item if its question or its answer shares ten consecutive words with a
+training document, or stands in the document as a whole if shorter. `sov-data decontaminate` uses the same
+search. """
 
 from __future__ import annotations
 
@@ -22,17 +21,18 @@ from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, list
 from megatron_sov.base.documents.overlap import RUN_WORDS, find_units
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.results import Contamination, Results
-from megatron_sov.bench.score_differences import ScoredItem, is_mean, values_of
+from megatron_sov.bench.score_differences import ScoredResults, get_item_scores, is_mean_of_items
 from megatron_sov.chat.folder import open_tokenizer
+from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 from megatron_sov.work.processes.pool import map_in_processes
 from megatron_sov.work.progress.progress_bar import create_bar
 
 MIN_WORDS = 5
-"""An item of fewer words is not looked for: it says too little."""
+"""Shorter items are not searched: they occur by chance."""
 UNIT_DOCUMENTS = 2000
-"""Of a token shard that a process searches at a time."""
+"""Documents from a token shard per work unit."""
 PIECE_TOKENS, OVERLAP_TOKENS = 1 << 17, 1 << 10
-"""A longer document is searched in pieces, which have so much in common that no run of words is parted."""
+"""Longer documents are searched in pieces; the overlap keeps every run within a piece."""
 EXCERPT_CHARS = 200
 _ANY_VOCABULARY = sys.maxsize
 _FORMATS = ("text", "chat", "preference", "prompt", "rollouts")
@@ -40,87 +40,82 @@ _FORMATS = ("text", "chat", "preference", "prompt", "rollouts")
 
 @dataclass(frozen=True)
 class ItemHit:
-    """A place in a training document that an item has too."""
+    """A position in the training data that matches an item."""
 
     task: str
     item: str
-    """Number or name of the item."""
+    """`ResultItem.item`."""
     field: str
     """`question` or `answer`."""
     where: str
-    """The document: a file, or the folder, source and number of a packed one."""
+    """Training document: file and line, or folder, source and number in a token shard."""
     text: str
-    """What stands there, in one case and without what is passed over."""
+    """Matching text, folded to lower case."""
 
 
 @dataclass(frozen=True)
 class ContaminationCheck:
     results: Results
-    """With `contamination` in each task."""
+    """With `TaskScores.contamination` for each task."""
     hits: tuple[ItemHit, ...]
-    """The first place of each item and field."""
+    """First position per item and field."""
     too_short: Mapping[str, int]
-    """Task -> items with too few words to be searched for, of which nothing is known."""
+    """Task -> number of items that were too short for the search."""
     num_documents: int
 
 
-def check(scored: ScoredItem, data: Sequence[Path], reading: RecordReading, workers: int, shows: bool = True
-          ) -> ContaminationCheck:
-    """Search training text for the items of all tasks.
-
-    Args:
-        scored: results and their items.
-        data: folders of token shards, whose training split is searched, or files and folders of text.
-        reading: what the files hold.
-        workers: processes.
-        shows: a bar.
+def search_training_data(scored: ScoredResults, data: Sequence[Path], reading: RecordReading, workers: int,
+                         show_progress: bool = True) -> ContaminationCheck:
+    """Search the training split of token shards, and text files in the format `reading`, for items.
 
     Raises:
-        UserError: there are no texts of items, or the data cannot be read.
+        UserError: items without text, or unreadable data.
     """
-    texts = read_item_texts(scored)
-    units = list_units(data)
-    found: dict[tuple[str, str, str], ItemHit] = {}
+    texts = list_item_texts(scored)
+    units = list_search_units(data)
+    hits: dict[tuple[str, str, str], ItemHit] = {}
     num_documents = 0
-    with create_bar("searching", len(units), "part", shows) as bar:
-        for hits, count in map_in_processes(searching, (texts, reading), units, workers):
+    with create_bar("searching", len(units), "part", show_progress) as bar:
+        for unit_hits, count in map_in_processes(build_search, (texts, reading), units, workers):
             num_documents += count
-            for hit in hits:
-                # Parts come in order, so the first place is the same with any number of workers.
-                found.setdefault((hit.task, hit.item, hit.field), hit)
+            for hit in unit_hits:
+                # units arrive in order, so the first position does not depend on the number of workers
+                hits.setdefault((hit.task, hit.item, hit.field), hit)
             bar.update()
     short = set(ItemSearch(texts, RUN_WORDS, MIN_WORDS).too_short)
     searched = {(text.benchmark, text.id) for number, text in enumerate(texts) if number not in short}
     too_short = Counter(task for task, _ in {(text.benchmark, text.id) for text in texts} - searched)
     tasks = dict(scored.results.tasks)
-    for name in (name for name in tasks if scored.items[name]):  # a group has no items of its own
-        hit_items = {item for task, item, _ in found if task == name}
-        tasks[name] = dataclasses.replace(tasks[name], contamination=Contamination(
-            ", ".join(map(str, data)), len(hit_items), _value_without(scored, name, hit_items)))
-    return ContaminationCheck(dataclasses.replace(scored.results, tasks=tasks), tuple(found.values()),
-                              too_short, num_documents)
+    for name in tasks:
+        if not scored.items[name]:
+            continue  # a group
+        hit_items = {item for task, item, _ in hits if task == name}
+        contamination = Contamination(", ".join(map(str, data)), len(hit_items),
+                                      _compute_value_without(scored, name, hit_items))
+        tasks[name] = dataclasses.replace(tasks[name], contamination=contamination)
+    results = dataclasses.replace(scored.results, tasks=tasks)
+    return ContaminationCheck(results, tuple(hits.values()), too_short, num_documents)
 
 
-def read_item_texts(scored: ScoredItem) -> list[SearchItem]:
-    """Return the questions and answers of all items.
-
-    Raises:
-        UserError: a task's items have none.
-    """
+def list_item_texts(scored: ScoredResults) -> list[SearchItem]:
+    """Return the questions and answers to search for; raise `UserError` for a task without texts."""
     texts = []
     for task, items in scored.items.items():
-        own = [SearchItem(task, name, field, text) for name, item in items.items()
-               for field, text in (("question", item.question), ("answer", item.answer)) if text.strip()]
-        if items and not own:
-            raise UserError(f"{scored.path}: the items of task {task} have no text that could be searched "
-                            "for; run `megatron-sov eval lm` again")
-        texts += own
+        task_texts = []
+        for name, item in items.items():
+            task_texts += [SearchItem(task, name, field, text)
+                           for field, text in (("question", item.question), ("answer", item.answer))
+                           if text.strip()]
+        if items and not task_texts:
+            raise UserError(f"{scored.path}: the items of task {task} contain no text to search for; run "
+                            "`megatron-sov eval lm` again")
+        texts += task_texts
     return texts
 
 
 @dataclass(frozen=True)
-class _TextPart:
-    """Documents of a packed source."""
+class _ShardUnit:
+    """A range of documents from a source in token shards."""
 
     folder: str
     source: str
@@ -128,54 +123,53 @@ class _TextPart:
     end: int
 
 
-def list_units(data: Sequence[Path]) -> list[Any]:
-    """Return the parts of training data that processes search one by one.
+def list_search_units(data: Sequence[Path]) -> list[Any]:
+    """Return the work units of training data: file spans and ranges of `UNIT_DOCUMENTS` packed documents.
 
     Raises:
-        UserError: there is nothing to read.
+        UserError: no data files.
     """
-    found: list[Any] = []
+    units: list[Any] = []
     for path in data:
         if not (path / MANIFEST).is_file() or read_manifest(path).kind != "tokens":
-            found += plan_units(list_files(path))
+            units += plan_units(list_files(path))
             continue
-        from megatron_sov.train.data.token_shards import open_sources
-
         for source in open_sources({str(path): 1.0}, _ANY_VOCABULARY, _FORMATS):
             count = len(source.open_split("train").lengths) if source.num_tokens.get("train") else 0
-            found += [_TextPart(str(path), source.name, begin, min(begin + UNIT_DOCUMENTS, count))
+            units += [_ShardUnit(str(path), source.name, begin, min(begin + UNIT_DOCUMENTS, count))
                       for begin in range(0, count, UNIT_DOCUMENTS)]
-    return found
+    return units
 
 
-def searching(texts: list[SearchItem], reading: RecordReading) -> Callable[[Any], tuple[list[ItemHit], int]]:
-    """Return what searches a part of the training data: it returns what it found, and how many documents it
-    has seen."""
-    # Built once in each worker, and not sent to it.
+def build_search(texts: list[SearchItem], reading: RecordReading
+                 ) -> Callable[[Any], tuple[list[ItemHit], int]]:
+    """Build the function that searches a work unit and returns hits and number of documents."""
+    # built in each worker rather than pickled
     search = ItemSearch(texts, RUN_WORDS, MIN_WORDS)
 
-    def work(unit: Any) -> tuple[list[ItemHit], int]:
+    def search_unit(unit: Any) -> tuple[list[ItemHit], int]:
         hits: list[ItemHit] = []
         count = 0
-        documents = _read_packed(unit) if isinstance(unit, _TextPart) else _read(unit, reading)
-        for where, text, is_first in documents:
-            count += is_first
-            for units in map(find_units, list_search_forms(text)):
-                for one in search.find(units):
-                    item = texts[one.item]
-                    begin, end = units.span(one.begin, one.end)
+        documents = _read_shard(unit) if isinstance(unit, _ShardUnit) else _read_files(unit, reading)
+        for where, text, is_first_piece in documents:
+            count += is_first_piece
+            for words in map(find_units, list_search_forms(text)):
+                for match in search.find(words):
+                    item = texts[match.item]
+                    begin, end = words.span(match.begin, match.end)
                     hits.append(ItemHit(item.benchmark, item.id, item.field, where,
-                                        units.folded[begin:end][:EXCERPT_CHARS]))
+                                        words.folded[begin:end][:EXCERPT_CHARS]))
         return hits, count
 
-    return work
+    return search_unit
 
 
-def _read(spans: tuple[FileSpan, ...], reading: RecordReading) -> Iterator[tuple[str, str, bool]]:
+def _read_files(spans: tuple[FileSpan, ...], reading: RecordReading) -> Iterator[tuple[str, str, bool]]:
+    """Yield (position, text, whether the text is the document's first)."""
     for span in spans:
         for document in read_span(span, reading):
             if isinstance(document, BadRecord):
-                # a record that is skipped unread could be the one that holds an item
+                # a skipped record could contain an item
                 if document.code != "empty":
                     raise UserError(f"{span.file}: {document.reason}")
                 continue
@@ -183,31 +177,31 @@ def _read(spans: tuple[FileSpan, ...], reading: RecordReading) -> Iterator[tuple
                 yield document.where, text, i == 0
 
 
-def _read_packed(part: _TextPart) -> Iterator[tuple[str, str, bool]]:
-    from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
-
-    sources = open_sources({part.folder: 1.0}, _ANY_VOCABULARY, _FORMATS)
+def _read_shard(unit: _ShardUnit) -> Iterator[tuple[str, str, bool]]:
+    sources = open_sources({unit.folder: 1.0}, _ANY_VOCABULARY, _FORMATS)
     folder = tokenizer_folder(sources)
     if folder is None:
-        raise UserError(f"{part.folder}: has no tokenizer, without which its tokens are no text; put the "
-                        "tokenizer that packed it into its folder tokenizer")
+        raise UserError(f"{unit.folder}: has no tokenizer to decode its tokens; copy the tokenizer that "
+                        "packed the shards into its folder tokenizer")
     tokenizer = open_tokenizer(folder)
-    documents = next(s for s in sources if s.name == part.source).open_split("train")
-    for number in range(part.begin, part.end):
+    documents = next(source for source in sources if source.name == unit.source).open_split("train")
+    for number in range(unit.begin, unit.end):
         length, begin = int(documents.lengths[number]), 0
-        # The last piece must have more than what the one before had already.
+        # the last piece must extend beyond the previous piece
         while begin == 0 or begin + OVERLAP_TOKENS < length:
             ids = documents.tokens(number, begin, min(PIECE_TOKENS, length - begin)).tolist()
-            yield (f"{part.folder}: {part.source}, document {number}",
+            yield (f"{unit.folder}: {unit.source}, document {number}",
                    tokenizer.decode(ids, skip_special_tokens=True), begin == 0)
             begin += PIECE_TOKENS - OVERLAP_TOKENS
 
 
-def _value_without(scored: ScoredItem, task: str, hit: set[str]) -> float | None:
-    """Return a task's first figure over the items that were not found; None where that is no mean of them."""
+def _compute_value_without(scored: ScoredResults, task: str, hit_items: set[str]) -> float | None:
+    """Compute the mean of a task's first metric without `hit_items`; None if the metric is no mean."""
     metrics = scored.results.tasks[task].metrics
     if not metrics:
         return None
-    values = values_of(scored, task, metrics[0])
-    left = [value for item, value in values.items() if item not in hit]
-    return math.fsum(left) / len(left) if left and is_mean(metrics[0], values) else None
+    scores = get_item_scores(scored, task, metrics[0])
+    remaining = [score for item, score in scores.items() if item not in hit_items]
+    if not remaining or not is_mean_of_items(metrics[0], scores):
+        return None
+    return math.fsum(remaining) / len(remaining)

@@ -13,7 +13,7 @@ from megatron_sov.base.errors import ExitCode, GateFailed, UserError, escape_con
 from megatron_sov.base.outputs import check_output, refuse_input_as_output
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, count_cores, parse_nested
 from megatron_sov.commands.shared_options import RedoOptions
-from megatron_sov.judge.rewards.registry import BUILT_IN, make, order
+from megatron_sov.judge.rewards.registry import BUILT_IN, build_versioned_reward, request_reward
 from megatron_sov.judge.rewards.scoring import ScoringSummary, score_file
 from megatron_sov.runs.folder import EVENTS, RunEvents
 from megatron_sov.work.progress.progress_bar import create_bar
@@ -56,8 +56,8 @@ def score_rows(options: ScoreOptions) -> int:
         GateFailed: no row has a reward; the output is complete.
     """
     events = RunEvents(options.run)
-    reward_order = order(options.reward, parse_nested(options.settings))
-    reward = make(reward_order)
+    reward_order = request_reward(options.reward, parse_nested(options.settings))
+    reward = build_versioned_reward(reward_order)
     # before the first row, because judging may take hours
     check_output("--output", options.output)
     if options.run is not None:
@@ -99,7 +99,7 @@ def print_summary(summary: ScoringSummary, num_rows: int, name: str, version: st
     """Print the counts of scored and unscored rows, with reasons and the mean reward."""
     if summary.num_kept:
         print(f"{summary.num_kept:,} rows were already scored")
-    for message in summary.tally.told:
+    for message in summary.tally.examples:
         print(escape_controls(message), file=sys.stderr)
     tally = summary.tally
     unscored = {status: count for status, count in tally.statuses.items() if status != "scored"}

@@ -39,7 +39,7 @@ class RedoOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordOptions:
+class FigureOptions:
     """Outputs for figures besides the terminal."""
 
     json: bool = False

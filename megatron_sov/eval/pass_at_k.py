@@ -16,7 +16,7 @@ from typing import Any
 from megatron_sov.base.errors import UserError
 from megatron_sov.eval.statistics import compute_mean_interval
 from megatron_sov.infer.request import LENGTH
-from megatron_sov.judge.rewards.answers import normalized
+from megatron_sov.judge.rewards.answers import normalize_answer
 
 
 @dataclass
@@ -217,7 +217,7 @@ def extract_final_answer(components: Mapping[str, Any]) -> tuple[bool, str]:
     answer."""
     for values in (components, *(part for part in components.values() if isinstance(part, Mapping))):
         if EXTRACTED in values:
-            return True, normalized(str(values[EXTRACTED] or ""))
+            return True, normalize_answer(str(values[EXTRACTED] or ""))
     return False, ""
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.documents.files import refuse_tables
+from megatron_sov.base.documents.rows import fix_text_rows
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
@@ -83,7 +84,7 @@ def _read_file(file: Path) -> list[ModelPrompt]:
             json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError) as e:
             raise UserError(f"{file}:{number}: is not valid JSON ({e}); "
-                            "every line must be one JSON object") from None
+                            "every line must be one JSON object", fix_text_rows(file, "prompt")) from None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) \
                 or not isinstance(record.get("target", ""), str):
             raise UserError(f'{file}:{number}: must be an object with "prompt" and, optionally, '

@@ -1,1 +1,1 @@
-"""What says how good a response is: rewards and tool worlds."""
+"""Score responses: rewards and tool environments."""

@@ -198,7 +198,7 @@ def load_and_compare(model_class: Any, folder: str | Path, *, left_out: Sequence
 
 def _refuse_unknown_type(folder: Path) -> None:
     """Raise `UserError` if the installed transformers does not know the folder's `model_type`."""
-    from transformers import CONFIG_MAPPING, __version__
+    from transformers import CONFIG_MAPPING, __version__  # not at the top: it is slow to import
 
     kind = read_json(folder / CONFIG).get("model_type") if (folder / CONFIG).is_file() else None
     if isinstance(kind, str) and kind not in CONFIG_MAPPING:
@@ -222,7 +222,7 @@ def find_low_bit_options(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: transformers needs the package compressed-tensors for these weights; "
                         "install it (`pip install compressed-tensors`), or avoid transformers "
                         "(`convert verify --no-load`)")
-    from transformers import CompressedTensorsConfig
+    from transformers import CompressedTensorsConfig  # not at the top: it is slow to import
 
     return {"dtype": "bfloat16", "quantization_config": CompressedTensorsConfig(dequantize=True)}
 
@@ -242,7 +242,7 @@ def _silence_library(library: str) -> Iterator[None]:
 
 
 def _read_tensor_names(file: Path, remedy: str) -> list[str]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError, safe_open  # not at the top: plans read no weights
 
     try:
         with safe_open(file, "np") as opened:

@@ -38,13 +38,13 @@ from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 REWARD, RESPONSE_TOKENS, GROUPS_LEARNING = "reward", "response_tokens", "groups_learning"
-"""Round meters, shown at every step."""
+"""Meters of a round, shown at every step."""
 REVERSE_KL = "reverse_kl"
 """Meter: KL(student || teacher), in nats per token."""
 MAX_LOG_RATIO = 20.0
 """Bound for log-probability ratios, in nats, as in verl's losses."""
 POLICY, KL = "policy", "kl"
-"""Loss terms: `surrogate_loss`, and the divergence from the reference model."""
+"""Loss terms: `compute_surrogate_loss`, and the divergence from the reference model."""
 ADVANTAGE, BEHAVIOUR, OLD, REFERENCE, TEACHER = (
     "advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs", "teacher_logprobs")
 """Columns: the response's advantage, and log p(label) by four models: the generation engine, the trainer
@@ -65,8 +65,8 @@ class PolicyLoss:
     """Loss ``-sum(weight * engine_correction * surrogate) + kl_coeff * divergence``, summed over labels."""
 
     def __init__(self, policy: PolicyConfig, max_new_tokens: int, loss: LabelLoss | None = None) -> None:
-        """Select the columns, terms and meters for `policy`; `loss` replaces `surrogate_loss`."""
-        self._loss = loss or partial(surrogate_loss, parts=policy.parts)
+        """Select the columns, terms and meters for `policy`; `loss` replaces `compute_surrogate_loss`."""
+        self._loss = loss or partial(compute_surrogate_loss, parts=policy.parts)
         self._policy, self._parts, self._longest = policy, policy.parts, max_new_tokens
         self.coefficients = {POLICY: 1.0}
         if self._parts.kl != "none" and self._parts.kl_coeff > 0:
@@ -81,7 +81,7 @@ class PolicyLoss:
                        *(["reference_kl"] if KL in self.coefficients else []),
                        *([REVERSE_KL] if self._parts.opd_coeff else []))
 
-    def denominators(self, responses: ResponseSpans) -> dict[str, float]:
+    def count_denominators(self, responses: ResponseSpans) -> dict[str, float]:
         """Count the share of `responses`, on the host, in the denominator per term.
 
         Masked labels count, as in IcePop and TRL; otherwise the remaining labels would weigh more.
@@ -90,8 +90,8 @@ class PolicyLoss:
                  KL: "sequence" if self._parts.kl == "sequence" else self._parts.aggregation}
         return {term: count_denominator(responses, kinds[term], self._longest) for term in self.coefficients}
 
-    def terms(self, logprobs: torch.Tensor, columns: Columns,
-              responses: ResponseSpans) -> tuple[dict[str, torch.Tensor], Measured]:
+    def compute_terms(self, logprobs: torch.Tensor, columns: Columns,
+                      responses: ResponseSpans) -> tuple[dict[str, torch.Tensor], Measured]:
         """Sum the loss terms and meters over a row, [] float64.
 
         Args:
@@ -109,7 +109,7 @@ class PolicyLoss:
         # `where` instead of a product: labels that are not learned may have log p = -inf.
         logprobs = torch.where(is_learned, logprobs.double(), 0.0)
         numbers = {name: torch.where(is_learned, columns[name].double(), 0.0) for name in self.columns}
-        ratio = importance_ratios(logprobs, numbers[OLD], responses, self._parts.ratio)
+        ratio = compute_importance_ratios(logprobs, numbers[OLD], responses, self._parts.ratio)
         if self._parts.opd_coeff:
             # On-policy distillation. `old` is log p of the student before the step, so the advantage has no
             # gradient, and advantage * grad log p is the gradient of KL(student || teacher).
@@ -169,7 +169,7 @@ def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return ``q / p - log(q / p) - 1`` with p by the policy and q by the reference, [T] float64, never
+    """Return ``q / p - log(q / p) - 1`` for p of the policy and q of the reference, [T] float64, never
     negative (arXiv 2402.03300, equation 4)."""
     log_ratios = reference.double() - logprobs.double()
     return exp_clamped(log_ratios) - log_ratios - 1
@@ -186,8 +186,8 @@ def _score_gradient(log_ratios: torch.Tensor) -> torch.Tensor:
     return value + value * (log_ratios - value)
 
 
-def importance_ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: ResponseSpans, kind: Ratio
-                      ) -> torch.Tensor:
+def compute_importance_ratios(logprobs: torch.Tensor, old: torch.Tensor, responses: ResponseSpans, kind: Ratio
+                              ) -> torch.Tensor:
     """Return the importance ratio per label, [T] float64, differentiable; 1 for labels without learning.
 
     `kind` token: ``exp(logprobs - old)`` per label (GRPO, arXiv 2402.03300, equation 3); sequence: the
@@ -244,8 +244,8 @@ def compute_surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: 
                      ratios.clamp(1 - parts.clip_low, 1 + parts.clip_high) * advantages)
 
 
-def surrogate_loss(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor,
-                   parts: PolicyParts) -> torch.Tensor:
+def compute_surrogate_loss(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor,
+                           parts: PolicyParts) -> torch.Tensor:
     """Return the negative surrogate per label, [T] float64."""
     return -compute_surrogate(ratios, logprobs, advantages, parts)
 
@@ -335,12 +335,12 @@ class PolicyLearning(DataObjective):
             logprobs: [T] log p by the policy, differentiable.
             advantage: [T] advantage of the response that contains the token, teacher signal included.
         """
-        return surrogate_loss(ratio, logprobs, advantage, self._parts)
+        return compute_surrogate_loss(ratio, logprobs, advantage, self._parts)
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the denominators in the global batch, then share prompts inside micro-batches."""
         hosts = [m.host for m in batch.micro_batches]
-        counts = [self._loss.denominators(find_responses(m)) for m in hosts]
+        counts = [self._loss.count_denominators(find_responses(m)) for m in hosts]
         # Counted before the first forward pass: the mean must not depend on the split into micro-batches.
         targets = {term: sum(count[term] for count in counts) for term in self._loss.coefficients}
         if KNOWLEDGE in self.coefficients:
@@ -370,7 +370,7 @@ class PolicyLearning(DataObjective):
         needed = find_learned_labels(batch.host) if KNOWLEDGE in self.coefficients else batch.host.weights > 0
         logprobs = head.logprobs(hidden[0], batch.labels, self._temperature, needed)
         # Text labels belong to no response, hence these sums leave text out.
-        terms, meters = self._loss.terms(logprobs, batch.columns, find_responses(batch))
+        terms, meters = self._loss.compute_terms(logprobs, batch.columns, find_responses(batch))
         losses = -logprobs.detach()
         if KNOWLEDGE in self.coefficients:
             terms[KNOWLEDGE], losses = self._text_loss(hidden[0], head, batch, losses)
@@ -395,7 +395,7 @@ def _is_text(batch: MicroBatch) -> torch.Tensor:
     return batch.types == TYPE_TEXT
 
 
-def has_other_gradients(config: RunConfig) -> bool:
+def has_auxiliary_gradients(config: RunConfig) -> bool:
     """Return whether a step with advantages 0 has gradients: from a divergence, a teacher, preferences,
     multi-token prediction (`mtp_loss_coeff`), expert balancing, or a custom loss."""
     model, parts = config.model, config.policy.parts

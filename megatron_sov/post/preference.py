@@ -103,15 +103,14 @@ def kto(ratios: torch.Tensor, desirable: torch.Tensor, distance: float, beta: fl
 
 
 def simper(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Return SimPER losses, [P]: the rejected minus the chosen response's inverse perplexity (arXiv
-    2502.00883, eq. 6)."""
+    """Return SimPER losses, [P]: ``exp(rejected) - exp(chosen)``, inverse perplexities (arXiv 2502.00883, eq.
+    6)."""
     return rejected.exp() - chosen.exp()
 
 
 def simpo(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, gamma: float,
           label_smoothing: float = 0.0) -> torch.Tensor:
-    """Return SimPO losses, [P]: `dpo` on means without a reference, with a target margin (arXiv 2405.14734,
-    eq. 6).
+    """Return SimPO losses, [P]: ``-log sigmoid(beta (chosen - rejected) - gamma)`` (arXiv 2405.14734, eq. 6).
 
     Args:
         chosen, rejected: see the module.
@@ -123,8 +122,8 @@ def simpo(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, gamma: floa
 
 
 def orpo(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Return ORPO's odds ratio losses, [P] (arXiv 2403.07691, eq. 7), without the weight and the
-    cross-entropy in eq. 6."""
+    """Return ORPO's odds ratio losses, [P]: ``-log sigmoid(log_odds(chosen) - log_odds(rejected))`` (arXiv
+    2403.07691, eq. 7), without the weight and the cross-entropy in eq. 6."""
     return -logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
@@ -136,8 +135,8 @@ def _log_odds(means: torch.Tensor) -> torch.Tensor:
 
 
 def grouper(means: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """Return GrouPER losses, [R]: `simper` over groups, with `advantages` from -1 for the worst response in a
-    group to 1 for the best (K-EXAONE's technical report)."""
+    """Return GrouPER losses, [R]: ``-advantage * exp(mean)``, with `advantages` from -1 for the worst
+    response in a group to 1 for the best (K-EXAONE's technical report)."""
     return -advantages * means.exp()
 
 
@@ -244,7 +243,7 @@ def measure_pairs(sources: Sequence[Source], compute_logprobs: LogprobScorer, se
 
 
 def _share_above(differences: torch.Tensor) -> float:
-    """Return the positive share; 0 counts half."""
+    """Return the share of positive numbers; 0 counts half."""
     return float(((differences > 0).double() + (differences == 0).double() / 2).mean())
 
 

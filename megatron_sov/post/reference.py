@@ -100,7 +100,7 @@ class Reference:
         self._parts |= {f"{name}.heldout": parts for name, parts in self._heldout.items()}
 
     def heldout_logprobs(self, source: Source) -> np.ndarray | None:
-        """Return log p for the tokens in measured held-out documents in a source, float32; None without
+        """Return log p for the tokens of a source's measured held-out documents, float32; None without
         held-out documents."""
         parts = self._heldout.get(source.name)
         return None if parts is None else parts.numbers()

@@ -25,7 +25,7 @@ from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_s
 
 @dataclass(frozen=True)
 class ResponseSpans:
-    """Learned labels in a micro-batch's R documents with T tokens, padding excluded."""
+    """Learned labels in the R documents of a micro-batch with T tokens, padding excluded."""
 
     index: torch.Tensor
     """[T] int64: document index for learned labels, R for labels without learning."""

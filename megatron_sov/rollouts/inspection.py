@@ -28,7 +28,7 @@ class StoreCheck:
     rows: int = 0
     rewards: int = 0
     problems: list[str] = field(default_factory=list)
-    """Sentences that name the part and the row."""
+    """Sentences with the names of part and row."""
 
 
 def check_store(store: RolloutStore, done: Callable[[int], object] = lambda parts: None) -> StoreCheck:
@@ -57,7 +57,7 @@ def check_store(store: RolloutStore, done: Callable[[int], object] = lambda part
 
 def _build_heads(rows: list[Rollout], number: int) -> np.ndarray:
     heads = np.zeros(len(rows), _ROW)
-    # Keys as 128-bit digests, since they are only compared for equality.
+    # 128-bit digests suffice, since keys are only compared for equality.
     heads["key"] = np.frombuffer(b"".join(_hash_key(row.key) for row in rows), "<u8").reshape(-1, 2)
     heads["attempt"] = [row.attempt for row in rows]
     heads["is_unfinished"] = [row.finish_reason == UNFINISHED for row in rows]
@@ -71,11 +71,11 @@ def _hash_key(key: Key) -> bytes:
 
 def _find_key_problems(heads: np.ndarray, parts: list[RolloutPart]) -> list[str]:
     """Return a sentence for each key whose attempts are not 0, 1, ... after unfinished attempts."""
-    # lexsort takes its last key first: equal keys become neighbours, ordered by attempt.
+    # lexsort takes the last array first: equal keys become neighbours, ordered by attempt.
     heads = heads[np.lexsort((heads["attempt"], *heads["key"].T))]
     follows = np.append([False], (heads["key"][1:] == heads["key"][:-1]).all(1))[:len(heads)]
     previous = np.concatenate([heads[:1], heads[:-1]])
-    # A row is compared with its neighbour alone, so a row breaks at most one rule.
+    # A row is compared only with the previous row, and breaks at most one rule.
     repeats = follows & (heads["attempt"] == previous["attempt"])
     continues = follows & (heads["attempt"] == previous["attempt"] + 1)
     begins = ~follows & (heads["attempt"] == 0)

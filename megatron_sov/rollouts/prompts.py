@@ -30,14 +30,14 @@ from megatron_sov.rollouts.rows import format_part_name
 from megatron_sov.runs.launch_environment import is_first_rank
 
 if TYPE_CHECKING:
-    import numpy as np
+    import numpy as np  # functions import numpy themselves: `--help` does not load it
 
 OPTION = "--prompts"
 TARGET = "target_tokens"
 """Field in a prompt's record with the requested response length in tokens."""
 HASH_DIGITS, STREAM_DIGITS = 16, 15
-"""Hexadecimal digits of the ids of prompts and settings, and of random streams: 60 bits fit an engine's int64
-and differ for all responses of a run."""
+"""Hexadecimal digits in the ids of prompts and settings, and in random streams: 60 bits fit an engine's int64
+and differ between a run's responses."""
 _FURTHER = 1
 """Entropy for the order of further prompts, in addition to seed and round."""
 
@@ -49,7 +49,7 @@ class RolloutPrompt:
     id: str
     """First `HASH_DIGITS` digits of the record's SHA-256."""
     record: Mapping[str, Any]
-    """Row in the file: `prompt` or `messages`, or a task, and the fields that the reward needs."""
+    """Row in the file: `prompt` or `messages`, or a task, and the reward's fields."""
     place: str = field(default="", compare=False)
     """Place in the file, e.g. "line 7"."""
     option: str = field(default=OPTION, compare=False)
@@ -81,13 +81,13 @@ class PromptList(Sequence[RolloutPrompt]):
     _file: BinaryIO
     """Unnamed temporary file, deleted when the last process closes `_file`."""
     _numbers: np.ndarray
-    """[rows in the file] uint64: ids as numbers."""
+    """[rows in the file] uint64: numeric ids."""
     _starts: np.ndarray
     """[rows in the file + 1] int64: byte offsets."""
     _rows: np.ndarray
     """[prompts] int64: rows in the file, in list order."""
     num_trained: int = 0
-    """Prompts removed from --validation because training uses them."""
+    """Prompts removed from `--validation` because training uses these prompts."""
 
     @classmethod
     def from_prompts(cls, prompts: Iterable[RolloutPrompt], option: str = OPTION) -> PromptList:
@@ -95,7 +95,7 @@ class PromptList(Sequence[RolloutPrompt]):
         import numpy as np
 
         with translate_disk_errors(Path(tempfile.gettempdir())):
-            # Open as long as the list lives.
+            # Open until the list is deleted.
             file = tempfile.TemporaryFile()  # noqa: SIM115
             numbers, starts = array("Q"), array("q", [0])
             for prompt in prompts:
@@ -131,7 +131,7 @@ class PromptList(Sequence[RolloutPrompt]):
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pieces are sent to other ranks of an engine, which have no access to `_file`.
+        # An engine's ranks receive pieces, and have no access to `_file`.
         return PromptList.from_prompts, (list(self), self.option)
 
     @property
@@ -144,7 +144,7 @@ class PromptList(Sequence[RolloutPrompt]):
         return [f"{number:0{HASH_DIGITS}x}" for number in self._numbers[self._rows].tolist()]
 
     def read_record(self, prompt: str) -> Mapping[str, Any]:
-        """Return the record of the prompt with this id, or raise KeyError."""
+        """Return the record of the prompt with id `prompt`, or raise `KeyError`."""
         import numpy as np
 
         numbers, order = self._sorted_numbers
@@ -155,14 +155,14 @@ class PromptList(Sequence[RolloutPrompt]):
 
     @cached_property
     def _sorted_numbers(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids as sorted numbers, and the list index of each id."""
+        """Sorted numeric ids, and their indices in the list."""
         numbers = self._numbers[self._rows]
         order = numbers.argsort()
         return numbers[order], order
 
-    def select(self, places: np.ndarray) -> PromptList:
-        """Return the prompts at `indices`, in this order."""
-        return replace(self, _rows=self._rows[places])
+    def select(self, indices: np.ndarray) -> PromptList:
+        """Return the prompts at `indices`, in order."""
+        return replace(self, _rows=self._rows[indices])
 
     def find_indices(self, ids: Iterable[str]) -> np.ndarray:
         import numpy as np
@@ -184,7 +184,7 @@ class PromptList(Sequence[RolloutPrompt]):
 
 @dataclass(frozen=True)
 class PromptPiece:
-    """Prompts that a job claims together and publishes as one part in the store."""
+    """Prompts that a job claims together and publishes in a single part."""
 
     round: int
     """From 1."""
@@ -375,7 +375,7 @@ def select_round_prompts(prompts: PromptList, rollout: RolloutConfig, number: in
     # Position of the round's first prompt in the concatenated epochs.
     epoch, place = divmod((number - 1) * per_round, count)
     order = _epoch_order(rollout.seed, epoch, count, per_round)[place:place + per_round]
-    # The round ends in the next epoch, whose order avoids the prompts already in the round.
+    # The round ends in the next epoch, which avoids the prompts already in the round.
     if len(order) < per_round:
         following = _epoch_order(rollout.seed, epoch + 1, count, per_round)
         order = np.append(order, following[:per_round - len(order)])
@@ -389,17 +389,12 @@ def split_into_pieces(prompts: PromptList, number: int, piece_prompts: int, begi
             for i, first in enumerate(range(0, len(prompts), piece_prompts), begin)]
 
 
-def plan_round_pieces(prompts: PromptList, rollout: RolloutConfig, number: int, more: int = 0
-                 ) -> list[PromptPiece]:
-    """Return the pieces of a round: its own prompts, then `more` pieces of further prompts, which replace
-    groups that do not learn. The order of further prompts depends on seed and round alone, so all runs of a
-    store agree.
+def plan_round_pieces(prompts: PromptList, rollout: RolloutConfig, number: int,
+                      more: int = 0) -> list[PromptPiece]:
+    """Return the pieces for round `number` (from 1): its prompts, and `more` pieces of further prompts.
 
-    Args:
-        prompts: all prompts of the file.
-        rollout: seed, prompts of a round and of a piece.
-        number: of the round, from 1.
-        more: pieces of further prompts; fewer are returned if the file has no more prompts.
+    Further prompts replace groups that do not learn; fewer pieces are returned at the end of the file. Their
+    order depends on seed and round alone, so that the runs of a store agree.
     """
     import numpy as np
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from megatron_sov.work.tables.table import TablePart
 
 if TYPE_CHECKING:
-    import numpy as np
+    import numpy as np  # functions import numpy themselves: `--help` does not load it
 
 STOP, LENGTH, UNFINISHED = "stop", "length", "unfinished"
 """Finish reasons: the model ended the response; the response reached the token limit; a deadline cut the
-response off, and the next attempt continues it."""
+response off, for the next attempt to continue."""
 NOT_WRITTEN = -1
 """Version for tokens that no policy generated: tool results, and the opening of a turn."""
 LAST_TURN = "last_turn"
@@ -39,7 +39,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response, with the tokens exactly as the policy generated them."""
+    """A response, with exactly the tokens that the policy generated."""
 
     key: Key
     round: int
@@ -60,7 +60,7 @@ class Rollout:
     response: str
     """Decoded tokens, after the opening mark for thoughts if the template contains the mark."""
     temperature: float
-    """Sampling temperature, by which `logprobs` are computed."""
+    """Sampling temperature, applied to `logprobs`, too."""
     engine: str
     began_s: float
     """Unix time."""
@@ -111,7 +111,7 @@ class Rollout:
             (len(written) != len(self.logprobs) or not self.logprobs[~written].any(),
              "has log-probabilities of tokens that no policy generated"),
             (self.temperature > 0, f"has temperature {self.temperature}"),
-            # The last token was never read, so no route exists for it.
+            # The last token was never read, and has no route.
             (self.routes is None or len(self.routes) == len(self.prompt_tokens) + n - 1,
              f"has routes of {0 if self.routes is None else len(self.routes)} tokens; one belongs to each of "
              f"{len(self.prompt_tokens) + n - 1} that were read")]
@@ -120,14 +120,14 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class RewardRow:
-    """One reward for one response."""
+    """A reward for a response."""
 
     key: Key
     attempt: int
     reward_version: str
     """Version of code and settings."""
     reward: float | None
-    """None: `status` explains why there is no reward; never 0 instead."""
+    """Reward, or None with an explanation in `status`; a missing reward is never 0."""
     status: str
     """See `rewards.reward.Result`: scored, timeout, failed, refused."""
     components: Mapping[str, float] = field(default_factory=dict)
@@ -163,7 +163,7 @@ def select_last_attempts(rows: Sequence[R]) -> list[R]:
 
 
 class RolloutPart(TablePart):
-    """A part in a store: one attempt at one piece."""
+    """A part in a store: an attempt at a piece."""
 
     @property
     def round(self) -> int:
@@ -187,7 +187,7 @@ def format_part_name(round: int, piece: int, attempt: int = 0) -> str:
 
 
 def parse_part_name(name: str) -> tuple[int, int, int] | None:
-    """Return round, piece and attempt from a part's name; None for other names."""
+    """Parse round, piece and attempt from a part's name; return None for invalid names."""
     match = _NAME.fullmatch(name)
     if match is None or not int(match[1]):
         return None
@@ -221,8 +221,10 @@ class StorePlan:
 
 
 def describe_missing_rows(parts: Sequence[RolloutPart], rounds: range | None) -> str | None:
-    """Return the missing rows as the end of a sentence; "": no rows are missing; None: no part records the
-    plan."""
+    """Describe missing rows, to end a sentence.
+
+    Returns "" if no rows are missing, and None if no part records the plan.
+    """
     # A later command may have planned more rounds; the newest part records the last plan.
     newest = max(parts, key=lambda part: part.created_s, default=None)
     plan = None if newest is None else _read_plan(newest.provenance)

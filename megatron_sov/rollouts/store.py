@@ -130,7 +130,7 @@ def table_to_rollouts(table: pa.Table, columns: Sequence[str]) -> list[Rollout]:
 
 
 def select_schema(columns: Sequence[str]) -> pa.Schema:
-    """Return the columns that hold `columns`."""
+    """Return the stored columns for `columns`."""
     if unknown := set(columns) - set(NAMES):
         raise ValueError(f"{sorted(unknown)[0]!r} is not a field of a rollout (fields: {', '.join(NAMES)})")
     names = {*_ALWAYS, *columns, *(_ROUTES if "routes" in columns else ())}
@@ -257,7 +257,7 @@ class StoreSettings:
     vocab_size: int
 
     def open(self) -> RolloutStore:
-        """Open the store, or create it.
+        """Open or create the store.
 
         Raises:
             UserError: the tokenizer cannot be read, or `path` is no store or has another tokenizer.
@@ -291,7 +291,7 @@ class RolloutStore(Table[RolloutPart]):
         return f"tokenizer {str(identity.get('tokenizer'))[:24]}, {identity.get('vocab_size')} ids"
 
     def is_written_in(self, tokenizer: Path) -> bool:
-        """Return whether the store uses the tokenizer in this folder."""
+        """Return whether the store uses the tokenizer in the folder `tokenizer`."""
         return self.tokenizer_digest == tokenizer_digest(tokenizer)
 
     @property
@@ -304,7 +304,7 @@ class RolloutStore(Table[RolloutPart]):
         return int(self.identity["vocab_size"])
 
     def add_rollouts(self, name: str, rows: Sequence[Rollout], provenance: Mapping[str, Any]) -> None:
-        """Publish a part with rollouts. Rows with problems are written too; readers skip them.
+        """Publish a part with rollouts, including rows with problems, which readers skip.
 
         Raises:
             AlreadyPublished: the part exists with other rows, which stay.

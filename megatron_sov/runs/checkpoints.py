@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from megatron_sov.base.artifacts import (
     MANIFEST, delete_folder, find_file_damage, format_json, fsync_path, manifest_sha256, read_manifest,
     translate_disk_errors, write_atomically)
-from megatron_sov.base.errors import Fix, UserError, fix_missing, suggest_download, warn
+from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing, suggest_download, warn
 from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import PROBE_PREFIX
 from megatron_sov.model.config import RunConfig, from_dict
@@ -157,6 +158,9 @@ def check_model_path(path: Path, option: str = "") -> None:
         if path.is_file() and is_hf_folder(path.parent):
             raise UserError(f"{option}{path}: {problem}; pass its folder, {path.parent}",
                             Fix(words={str(path): str(path.parent)}))
+        if (path.parent / EVENTS).is_file():
+            raise UserError(f"{option}{path}: {problem}; pass the run, {path.parent}",
+                            Fix(words={str(path): str(path.parent)}))
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
                         f"folder{suggest_download(path)}", fix_missing(path))
 
@@ -169,6 +173,8 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         kinds: accepted keys of `KIND_CONSUMERS`.
         wanted: description of the accepted kinds for the message.
     """
+    if RUN in kinds and path.name == CHECKPOINTS_FOLDER:
+        refuse_run_part(path)
     # Order matters: a run contains a config.json, and a converted folder may have a manifest next to it.
     if (path / EVENTS).is_file():
         kind = RUN
@@ -181,8 +187,11 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
     if kind in KIND_CONSUMERS and kind not in kinds:
         description, advice = KIND_CONSUMERS[kind]
         command = _TAKEN_BY_COMMAND.get((kind, tuple(kinds)), "")
+        fix = Fix(command=command) if command else None
+        if kind == PEFT_ADAPTER and {CHECKPOINT_KIND, RUN} <= {*kinds}:
+            fix = _fix_adapter(path)
         raise UserError(f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}",
-                        Fix(command=command) if command else None)
+                        fix)
     if not kind:
         check_folder(path)
     if not kind and RUN in kinds and (runs := find_runs(path)):
@@ -194,6 +203,22 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         description, advice = contents
         expected = " or ".join(KIND_LOCATIONS[kind] for kind in kinds)
         raise UserError(f"{path}: {description}, so it is not {wanted}; {advice}pass {expected}")
+
+
+def _fix_adapter(path: Path) -> Fix:
+    """Return the commands that make checkpoints of an adapter and of the base model that it names."""
+    try:
+        config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base = str(config["base_model_name_or_path"] or "HF_DIR")
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "HF_DIR"
+    folder, adapter = Path(base).name, choose_free_path(f"{path.name}-checkpoint")
+    commands = [["convert", "from-hf", folder if suggest_download(base) else base, f"{folder}-checkpoint"],
+                ["convert", "from-peft", str(path), adapter, "--base", f"{folder}-checkpoint"]]
+    download = [] if Path(base).exists() or not suggest_download(base) else [
+        shlex.join(["hf", "download", base, "--local-dir", folder])]
+    return Fix(words={str(path): adapter},
+               before=(*download, *(f"megatron-sov {shlex.join(command)}" for command in commands)))
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -232,13 +257,21 @@ def _describe_unknown_folder(path: Path) -> tuple[str, str] | None:
 
 def check_run_folder(path: Path) -> None:
     """Raise `UserError` if a folder has no `events.jsonl`."""
-    run = path.absolute().parent.parent
-    if path.absolute().parent.name == CHECKPOINTS_FOLDER and (run / EVENTS).is_file():
-        raise UserError(f"{path}: is a checkpoint of the run {path.parent.parent}; pass {path.parent.parent}")
+    refuse_run_part(path)
     check_folder_kind(path, (RUN,), "a run")
     if not (path / EVENTS).is_file():
         raise UserError(f"{path}: contains no {EVENTS}, so it is not a run folder; "
                         "pass the folder given to --run")
+
+
+def refuse_run_part(path: Path) -> None:
+    """Raise `UserError` for a file or folder inside a run."""
+    run = next((parent for parent in path.absolute().parents[:2] if (parent / EVENTS).is_file()), None)
+    if run is not None and not (path / EVENTS).is_file():
+        kind = "a checkpoint" if path.absolute().parent.name == CHECKPOINTS_FOLDER else "part"
+        typed = Path(os.path.relpath(run)) if os.path.relpath(path) == str(path) else run
+        raise UserError(f"{path}: is {kind} of the run {typed}; pass {typed}",
+                        Fix(words={str(path): str(typed), os.path.relpath(path): os.path.relpath(run)}))
 
 
 def find_tokenizer_folder(start: Path) -> Path:

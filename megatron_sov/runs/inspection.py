@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_sov.base.artifacts import (
     MANIFEST, find_damaged_files, read_manifest, trace_origins, translate_disk_errors)
-from megatron_sov.base.errors import GateFailed, UserError, escape_controls
+from megatron_sov.base.errors import Fix, GateFailed, UserError, escape_controls
 from megatron_sov.base.hints.removed import check_folder, check_kind
 from megatron_sov.base.settings import NotNegativeInt
 from megatron_sov.runs.obs.events import EVENTS
@@ -72,7 +72,12 @@ def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, Art
     facts = {**_describe_artifact(path), **_describe_unfinished_work(path), **_describe_path(path)}
     artifact = next((folder for folder in path.parents if (folder / MANIFEST).is_file()), None)
     if not facts and artifact is not None and path.exists():
-        raise UserError(f"{path}: is part of {artifact}; pass {artifact}")
+        raise UserError(f"{path}: is part of {artifact}; pass {artifact}",
+                        Fix(words={str(path): str(artifact)}))
+    if not facts and path.suffix == ".parquet" and path.is_file():
+        problems = [row for row in _read_rows(path, 1) if isinstance(row, str)]
+        raise UserError(problems[0] if problems else f"{path}: is a file of rows; `sov-data pack --input` "
+                                                     "and --data of the training commands read it")
     if not facts:
         raise UserError(f"{path}: " + ("is nothing that megatron-sov has made" if path.exists() else
                                        "does not exist, and no work on it is unfinished") +
@@ -164,6 +169,7 @@ def _read_rows(path: Path, count: int) -> Iterator[Any]:
     if not files or not files[0].is_file():
         return
     if files[0].suffix == ".parquet":
+        # not at the top: `--help` reads no documents
         from megatron_sov.base.documents import BadRecord
         from megatron_sov.base.documents.files import open_parquet
 

@@ -30,7 +30,7 @@ def process_started_s() -> float:
             after_name = f.read().rpartition(")")[2].split()  # the name, field 2, may hold anything
         started_s = int(after_name[STARTTIME_FIELD - 3]) / os.sysconf("SC_CLK_TCK")
         return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
-    import psutil
+    import psutil  # not at the top: it is slow to import, and Linux does not need it
 
     return psutil.Process().create_time()
 
@@ -68,6 +68,14 @@ def num_ranks(nproc: int | None) -> int:
     if nproc is not None and nproc > MAX_LOCAL_RANKS:
         raise UserError(f"--nproc {nproc}: must be at most {MAX_LOCAL_RANKS:,}")
     return int(os.environ["WORLD_SIZE"]) if has_launcher() else nproc or 1
+
+
+def refuse_lone_world_size(nproc: int | None) -> None:
+    """Refuse a command without --nproc where WORLD_SIZE is set without RANK: it would train in 1 process."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if nproc is None and size != "1" and "RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE={size}: is set without RANK; unset WORLD_SIZE, pass --nproc (processes "
+                        "of this machine), or set RANK and MASTER_ADDR, too, as torchrun does")
 
 
 def is_first_rank() -> bool:

@@ -1,1 +1,1 @@
-"""A model behind an OpenAI-compatible address: requests, what is written to them, and the server."""
+"""An OpenAI-compatible server for one model: request bodies, scheduling and replies."""

@@ -1,5 +1,4 @@
-"""A conversation with one model behind an OpenAI-compatible address: its turns, its answers as they are
-written.  No torch here."""
+"""A conversation with a model at an OpenAI-compatible address. No torch here."""
 
 from __future__ import annotations
 
@@ -17,38 +16,35 @@ ANSWER_LIMIT_S = 3600.0
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A model that can be asked."""
-
     name: str
-    """At its address."""
+    """Model name in requests."""
     transport: Transport
-    """Posts to its `/chat/completions`."""
+    """Posts to `/chat/completions`."""
     context_tokens: int | None
-    """Longest conversation with its answer; None: the address does not say."""
+    """Longest conversation with its answer; None if the server does not report it."""
     takes_thoughts: bool
-    """Whether its template decides what becomes of earlier thoughts, so that they are sent back."""
+    """Whether to send back earlier thoughts, for the chat template to keep or drop."""
 
 
-def model_at(url: str, key_env: str, name: str = "", key: str = "") -> ChatModel:
-    """Return a model at an address.
+def find_chat_model(url: str, key_env: str, name: str = "", key: str = "") -> ChatModel:
+    """Find a chat model at an address.
 
     Args:
-        url: up to `/v1`.
-        key_env: variable of the environment with the key.
-        name: of the model; empty: the only one there.
-        key: of a server of one's own.
+        url: address up to `/v1`.
+        key_env: environment variable with the key.
+        name: model name; empty for the only model.
+        key: key of a local server.
 
     Raises:
-        UserError: nothing answers, or a model has no chat template, or several are there and none is named.
+        UserError: no answer, no chat template, or several models without `name`.
     """
     try:
-        came = Transport(f"{url}/models", key_env, 60.0, key).get()
-        if came.status != 200:
-            raise BadAnswer(read_error_text(came.body) or f"it answered HTTP {came.status}")
-        cards = {str(card["id"]): card for card in parse_json_answer(came.body)["data"]}
+        response = Transport(f"{url}/models", key_env, 60.0, key).get()
+        if response.status != 200:
+            raise BadAnswer(read_error_text(response.body) or f"it answered HTTP {response.status}")
+        cards = {str(card["id"]): card for card in parse_json_answer(response.body)["data"]}
     except (BadAnswer, TimeoutError, LookupError, TypeError) as e:
-        raise UserError(f"{url}: the models cannot be listed ({e}); look at the address and the "
-                        "key") from None
+        raise UserError(f"{url}: the models cannot be listed ({e}); check the address and the key") from None
     if not name and len(cards) != 1:
         raise UserError(f"{url}: has {len(cards)} models ({', '.join([*cards][:8])}); name one with --model")
     name = name or next(iter(cards))
@@ -65,122 +61,123 @@ def model_at(url: str, key_env: str, name: str = "", key: str = "") -> ChatModel
 
 @dataclass
 class ChatAnswer:
-    """One message of a model, as much of it as was written."""
+    """A model's message, complete or interrupted."""
 
     content: str = ""
     thoughts: str = ""
-    reason: str = ""
-    """Why it ended; empty: it was stopped."""
+    finish_reason: str = ""
+    """Empty after an interrupt."""
 
-    def message(self) -> dict[str, Any]:
-        return {"role": "assistant", "content": self.content,
-                **({"reasoning_content": self.thoughts} if self.thoughts else {})}
+    def to_message(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.thoughts:
+            message["reasoning_content"] = self.thoughts
+        return message
 
 
 @dataclass
 class ChatTurn:
-    """What the user said, and all that followed it."""
+    """A user message with the model's messages."""
 
     user: str
     messages: list[dict[str, Any]] = field(default_factory=list)
-    """Of the model."""
     is_whole: bool = False
-    """Whether the last message ended by itself."""
+    """Whether the last message ended with a stop token."""
 
-    def as_messages(self) -> list[dict[str, Any]]:
+    def to_messages(self) -> list[dict[str, Any]]:
         return [{"role": "user", "content": self.user}, *self.messages]
 
 
 class ChatScreen(Protocol):
-    """Where an answer is shown."""
+    """Display of a conversation."""
 
     def think(self, piece: str) -> None:
-        """Show a piece of the thoughts."""
+        """Show part of the thoughts."""
 
     def say(self, piece: str) -> None:
-        """Show a piece of the answer."""
+        """Show part of the content."""
 
     def note(self, text: str) -> None:
-        """Show what the user should know."""
+        """Show a note to the user."""
 
 
 class ChatSession:
     """A conversation.
 
     Args:
-        model: which answers.
-        sampling: fields of each request, such as `temperature`.
+        model: the model.
+        sampling: fields for each request, such as `temperature`.
     """
 
     def __init__(self, model: ChatModel, sampling: dict[str, Any]) -> None:
         self.model, self.sampling = model, sampling
         self.system = ""
-        """What goes before all turns."""
+        """System prompt."""
         self.turns: list[ChatTurn] = []
-        self._first = 0
+        self._first_turn = 0
 
     def ask(self, text: str, screen: ChatScreen) -> None:
-        """Have the model answer, shown as it is written.
+        """Send a user message, and show the answer while it arrives.
 
-        An answer that is stopped by KeyboardInterrupt, or breaks off, stays as far as it came; a turn without
-        any answer is forgotten.
+        KeyboardInterrupt and errors keep an incomplete answer; a turn without answer is dropped.
 
         Raises:
-            BadAnswer: the model does not answer.
-            TimeoutError: it takes too long.
+            BadAnswer: an error response.
+            TimeoutError: no answer within `ANSWER_LIMIT_S`.
         """
         turn = ChatTurn(text)
         self.turns.append(turn)
         try:
-            self._write(turn, screen)
+            self._receive_answer(turn, screen)
         finally:
             if not turn.messages:
                 self.turns.pop()
-                self._first = min(self._first, len(self.turns))
+                self._first_turn = min(self._first_turn, len(self.turns))
 
     def clear(self) -> None:
-        """Begin a conversation of the same system prompt."""
+        """Start a new conversation with the same system prompt."""
         self.turns.clear()
-        self._first = 0
+        self._first_turn = 0
 
-    def _system(self) -> list[dict[str, Any]]:
-        return [{"role": "system", "content": self.system}] if self.system else []
-
-    def _messages(self) -> list[dict[str, Any]]:
-        messages = [*self._system(), *(m for turn in self.turns[self._first:] for m in turn.as_messages())]
+    def _build_messages(self) -> list[dict[str, Any]]:
+        messages: list[dict[str, Any]] = []
+        if self.system:
+            messages.append({"role": "system", "content": self.system})
+        for turn in self.turns[self._first_turn:]:
+            messages += turn.to_messages()
         if self.model.takes_thoughts:
             return messages
         return [{key: value for key, value in m.items() if key != "reasoning_content"} for m in messages]
 
-    def _write(self, turn: ChatTurn, screen: ChatScreen) -> None:
+    def _receive_answer(self, turn: ChatTurn, screen: ChatScreen) -> None:
         answer = ChatAnswer()
         try:
-            for delta, reason in self._deltas(screen):
+            for delta, finish_reason in self._iter_deltas(screen):
                 if piece := delta.get("reasoning_content") or delta.get("reasoning"):
                     answer.thoughts += piece
                     screen.think(piece)
                 if piece := delta.get("content"):
                     answer.content += piece
                     screen.say(piece)
-                answer.reason = reason or answer.reason
+                answer.finish_reason = finish_reason or answer.finish_reason
         finally:
             if answer.content:
-                turn.messages.append(answer.message())
-                turn.is_whole = answer.reason == STOP
+                turn.messages.append(answer.to_message())
+                turn.is_whole = answer.finish_reason == STOP
 
-    def _deltas(self, screen: ChatScreen) -> Iterator[tuple[Mapping[str, Any], str | None]]:
-        """Yield the pieces of an answer and why it ended; without the oldest turns where all are too long."""
+    def _iter_deltas(self, screen: ChatScreen) -> Iterator[tuple[Mapping[str, Any], str | None]]:
+        """Yield (delta, finish reason); drop the oldest turns if the server refuses the length."""
         while True:
-            body = {"model": self.model.name, "messages": self._messages(), **self.sampling}
+            body = {"model": self.model.name, "messages": self._build_messages(), **self.sampling}
             try:
                 for part in self.model.transport.stream(body):
                     for choice in part.get("choices") or []:
                         yield choice.get("delta") or {}, choice.get("finish_reason")
                 return
             except RequestRefused:
-                if self._first >= len(self.turns) - 1:
+                if self._first_turn >= len(self.turns) - 1:
                     raise
-                self._first += 1
-                screen.note("the conversation is longer than the model's context: the "
-                            + ("oldest turn is" if self._first == 1 else f"{self._first} oldest turns are")
-                            + " left out")
+                self._first_turn += 1
+                count = self._first_turn
+                dropped = "oldest turn is" if count == 1 else f"{count} oldest turns are"
+                screen.note(f"the conversation is longer than the model's context: the {dropped} left out")

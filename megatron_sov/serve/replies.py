@@ -1,4 +1,4 @@
-"""Answers as OpenAI's objects: whole, or as the chunks of a stream."""
+"""Build OpenAI's response objects, whole or as chunks of a stream."""
 
 from __future__ import annotations
 
@@ -13,221 +13,209 @@ from megatron_sov.chat.marks import (
 from megatron_sov.chat.tool_calls import (
     ServedTurn, ToolCall, build_served_turn, parse_served_turn, split_thoughts)
 from megatron_sov.infer.request import STOP, StopRule
-from megatron_sov.serve.bodies import BodyReader, ServedQuestion
-from megatron_sov.serve.scheduler import Begun
+from megatron_sov.serve.bodies import CompletionRequest, RequestEncoder
+from megatron_sov.serve.scheduler import RequestStarted
 
-# What a model's turn says, thinks and calls, while it is being written and at its end.
-
-_OTHERS = (*(mark for family in FAMILIES[1:] for mark in family), PYTHON_TAG)
-
-
-def turn_so_far(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
-                form: CallForm | None = None) -> ServedTurn:
-    """Return what is sure of a turn that is being written: the beginning of the result of
-    `parse_served_turn`, without calls."""
-    # Llama 3's calls have no mark: what they are shows at their end.
-    if form == LLAMA and tools and text.lstrip()[:1] in ("{", ""):
-        return ServedTurn("", "")
-    has_tools = bool(tools)
-    # What may be the beginning of a mark is held back until the next token decides.
-    marks = (END_THOUGHTS, BEGIN_CALL) if has_tools else (END_THOUGHTS,)
-    sure = text[:len(text) - max(_begun_turn(text, mark) for mark in _OTHERS)]
-    text = to_hermes_form(sure, in_thoughts=in_thoughts)
-    has_tools = has_tools or text != sure  # what a call becomes shows at its end alone
-    text = text[:len(text) - max(_begun_turn(text, mark) for mark in marks)]
-    # It may still turn out to be thoughts, so nothing is sure.
-    if BEGIN_THOUGHTS.startswith(text.lstrip()):
-        return ServedTurn("", "")
-    thoughts, said = split_thoughts(text, in_thoughts)
-    if has_tools:
-        said = said.partition(BEGIN_CALL)[0].rstrip()
-    return build_served_turn(thoughts, said)
-
-
-def _begun_turn(text: str, mark: str) -> int:
-    """Return how many characters at the end of a text may begin a mark."""
-    return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
-
-
-CUT_CHARACTER = "\ufffd"
-"""What the beginning of a character of several tokens is shown as."""
+REPLACEMENT_CHARACTER = "\ufffd"
+"""Shown by decoders for the first tokens of a character."""
 DONE = b"data: [DONE]\n\n"
+"""Last event in a stream."""
+_OTHER_MARKS = (*(mark for family in FAMILIES[1:] for mark in family), PYTHON_TAG)
 
 
-# One answer as it grows: its tokens, its text up to what ends it, and how much of the text is sure.
-
-
-class ReplyWriting:
-    """An answer that is being written."""
-
-    def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...],
-                 end_ids: tuple[int, ...]) -> None:
-        """Begin with nothing.
-
-        Args:
-            decode: from ids to text.
-            stops: strings that end the answer, and do not belong to it.
-            end_ids: tokens that end it.
-        """
-        self._decode = decode
-        self._stop = StopRule(end_ids, stops, decode)
-        self.tokens: list[int] = []
-        """Ids, with the one that ends it."""
-        self.reason: str | None = None
-        """What has ended it; None: nothing yet."""
-        self._text, self._first, self._shown = "", 0, 0
-
-    def add(self, token: int, reason: str | None) -> None:
-        """Take the next token; what comes behind the end is passed over.
-
-        Args:
-            token: its id.
-            reason: why the model goes on no further; None: it does.
-        """
-        # A string ended it here, which the model does not know of; its next tokens may be under way.
-        if self.reason is not None:
-            return
-        self.tokens.append(token)
-        # Strings are found here, since the model sees tokens alone.
-        self.reason = STOP if self._stop.is_met(self.tokens) else reason
-
-    def text(self) -> str:
-        return self._stop.truncate_text(self._decode(self.tokens))
-
-    def sure_text(self) -> str:
-        """Return the beginning of the text that what comes will not change, while it is being written.
-
-        Tokens are decoded together with those before them that have been shown, from the last place where
-        that was whole, so that each is read a few times and not with all that went before.
-        """
-        # A token may decode differently alone: both texts begin at the same token.
-        before = self._decode(self.tokens[self._first:self._shown])
-        behind = self._decode(self.tokens[self._first:])
-        if len(behind) > len(before) and not behind.endswith(CUT_CHARACTER):
-            self._text += behind[len(before):]
-            self._first, self._shown = self._shown, len(self.tokens)
-        held = max((_begun(self._text, stop) for stop in self._stop.texts), default=0)
-        return self._stop.truncate_text(self._text[:len(self._text) - held])
-
-
-def _begun(text: str, stop: str) -> int:
-    """Return how many characters at the end of a text may begin a stop string."""
-    return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
-
-
-class ServedReply:
-    """What is said to one request.
+class CompletionReply:
+    """The response to a request.
 
     Args:
-        question: the request.
-        begun: how many tokens its prompts have.
-        reader: of the model.
-        model: its name.
+        request: parsed body.
+        started: prompt lengths and stop tokens.
+        encoder: for decoding and tool calls.
+        model: served name.
     """
 
-    def __init__(self, question: ServedQuestion, begun: Begun, reader: BodyReader, model: str) -> None:
-        self._question, self._begun, self._reader = question, begun, reader
-        chat = question.is_chat
-        self._head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-                      "object": "chat.completion" if chat else "text_completion",
+    def __init__(self, request: CompletionRequest, started: RequestStarted, encoder: RequestEncoder,
+                 model: str) -> None:
+        self._request, self._started, self._encoder = request, started, encoder
+        is_chat = request.is_chat
+        self._head = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+                      "object": "chat.completion" if is_chat else "text_completion",
                       "created": int(time.time()), "model": model}
-        self.writings = [ReplyWriting(reader.decoder(question), reader.stops(question), begun.end_ids)
-                         for _ in range(question.num_sequences)]
-        """The answers, prompt by prompt."""
-        self._told = [ServedTurn("", "") for _ in self.writings]
+        self.answers = [AnswerText(encoder.get_decoder(request), encoder.list_text_stops(request),
+                                   started.end_ids) for _ in range(request.num_sequences)]
+        """By prompt, then by choice."""
+        self._streamed = [ServedTurn("", "") for _ in self.answers]
 
     @property
-    def is_whole(self) -> bool:
-        return all(writing.reason is not None for writing in self.writings)
+    def is_complete(self) -> bool:
+        return all(answer.finish_reason is not None for answer in self.answers)
 
-    def whole(self) -> dict[str, Any]:
-        return self._head | {
-            "choices": [self._choice(i) for i in range(len(self.writings))], "usage": self.usage()}
+    def build_response(self) -> dict[str, Any]:
+        choices = [self._build_choice(i) for i in range(len(self.answers))]
+        return self._head | {"choices": choices, "usage": self.count_usage()}
 
-    def usage(self) -> dict[str, int]:
-        read = sum(self._begun.prompt_tokens)
-        written = sum(len(writing.tokens) for writing in self.writings)
-        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    def count_usage(self) -> dict[str, int]:
+        prompt_tokens = sum(self._started.prompt_tokens)
+        completion_tokens = sum(len(answer.tokens) for answer in self.answers)
+        return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
+                "total_tokens": prompt_tokens + completion_tokens}
 
-    def _choice(self, index: int) -> dict[str, Any]:
-        writing = self.writings[index]
-        if not self._question.is_chat:
-            return {"index": index, "text": writing.text(), "logprobs": None,
-                    "finish_reason": writing.reason}
-        turn = self._turn(writing)
+    def build_first_chunks(self) -> list[dict[str, Any]]:
+        if not self._request.is_chat:
+            return []
+        return [self._build_chunk(i, {"role": "assistant", "content": ""}, None)
+                for i in range(len(self.answers))]
+
+    def build_new_chunks(self, index: int) -> list[dict[str, Any]]:
+        """Build the chunks for text that became stable since the last call."""
+        answer = self.answers[index]
+        if self._request.is_chat:
+            return self._build_chat_chunks(index, answer)
+        text = answer.stable_text() if answer.finish_reason is None else answer.get_text()
+        # stable text only grows
+        new_text = text[len(self._streamed[index].content):]
+        if not new_text and answer.finish_reason is None:
+            return []
+        self._streamed[index] = ServedTurn("", text)
+        return [self._build_chunk(index, {"text": new_text}, answer.finish_reason)]
+
+    def build_last_chunks(self) -> list[dict[str, Any]]:
+        if not self._request.include_usage:
+            return []
+        return [self._build_chunk_head() | {"choices": [], "usage": self.count_usage()}]
+
+    def _build_choice(self, index: int) -> dict[str, Any]:
+        answer = self.answers[index]
+        if not self._request.is_chat:
+            return {"index": index, "text": answer.get_text(), "logprobs": None,
+                    "finish_reason": answer.finish_reason}
+        turn = self._parse_turn(answer)
         message: dict[str, Any] = {"role": "assistant", "content": turn.content, "refusal": None}
         if turn.thoughts:
             message["reasoning_content"] = turn.thoughts
         if turn.calls:
-            message |= {"content": turn.content or None, "tool_calls": _calls(turn.calls)}
+            message |= {"content": turn.content or None, "tool_calls": _build_calls(turn.calls)}
         return {"index": index, "message": message, "logprobs": None,
-                "finish_reason": "tool_calls" if turn.calls else writing.reason}
+                "finish_reason": "tool_calls" if turn.calls else answer.finish_reason}
 
-    def _turn(self, writing: ReplyWriting) -> ServedTurn:
-        if writing.reason is None:
-            return turn_so_far(writing.sure_text(), self._begun.in_thoughts, self._question.tools,
-                               self._reader.call_form)
-        return parse_served_turn(writing.text(), self._begun.in_thoughts, self._question.tools,
-                          self._reader.call_form)
+    def _parse_turn(self, answer: AnswerText) -> ServedTurn:
+        if answer.finish_reason is None:
+            return parse_partial_turn(answer.stable_text(), self._started.in_thoughts, self._request.tools,
+                                      self._encoder.call_form)
+        return parse_served_turn(answer.get_text(), self._started.in_thoughts, self._request.tools,
+                                 self._encoder.call_form)
 
-    # streams
-
-    def opening(self) -> list[dict[str, Any]]:
-        if not self._question.is_chat:
-            return []
-        return [self._chunk(i, {"role": "assistant", "content": ""}, None)
-                for i in range(len(self.writings))]
-
-    def news(self, index: int) -> list[dict[str, Any]]:
-        writing = self.writings[index]
-        if self._question.is_chat:
-            return self._chat_news(index, writing)
-        text = writing.sure_text() if writing.reason is None else writing.text()
-        # Sure text only grows, so what is new is its end.
-        new = text[len(self._told[index].content):]
-        if not new and writing.reason is None:
-            return []
-        self._told[index] = ServedTurn("", text)
-        return [self._chunk(index, {"text": new}, writing.reason)]
-
-    def _chat_news(self, index: int, writing: ReplyWriting) -> list[dict[str, Any]]:
-        turn, told = self._turn(writing), self._told[index]
+    def _build_chat_chunks(self, index: int, answer: AnswerText) -> list[dict[str, Any]]:
+        turn, streamed = self._parse_turn(answer), self._streamed[index]
         delta: dict[str, Any] = {}
-        if thoughts := turn.thoughts[len(told.thoughts):]:
+        if thoughts := turn.thoughts[len(streamed.thoughts):]:
             delta["reasoning_content"] = thoughts
-        if content := turn.content[len(told.content):]:
+        if content := turn.content[len(streamed.content):]:
             delta["content"] = content
         if turn.calls:
-            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(_calls(turn.calls))]
-        self._told[index] = turn
+            delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(_build_calls(turn.calls))]
+        self._streamed[index] = turn
         chunks = []
         if delta:
-            # The reason goes alone in the last chunk, as OpenAI sends it.
-            chunks.append(self._chunk(index, delta, None))
-        if writing.reason is not None:
-            reason = "tool_calls" if turn.calls else writing.reason
-            chunks.append(self._chunk(index, {}, reason))
+            chunks.append(self._build_chunk(index, delta, None))
+        if answer.finish_reason is not None:
+            # alone in the last chunk, as in OpenAI's API
+            reason = "tool_calls" if turn.calls else answer.finish_reason
+            chunks.append(self._build_chunk(index, {}, reason))
         return chunks
 
-    def closing(self) -> list[dict[str, Any]]:
-        if not self._question.tells_usage:
-            return []
-        return [self._chunk_head() | {"choices": [], "usage": self.usage()}]
+    def _build_chunk_head(self) -> dict[str, Any]:
+        return self._head | ({"object": "chat.completion.chunk"} if self._request.is_chat else {})
 
-    def _chunk_head(self) -> dict[str, Any]:
-        return self._head | ({"object": "chat.completion.chunk"} if self._question.is_chat else {})
-
-    def _chunk(self, index: int, said: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        choice = {"delta": said} if self._question.is_chat else said
-        return self._chunk_head() | {"choices": [
+    def _build_chunk(self, index: int, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        choice = {"delta": content} if self._request.is_chat else content
+        return self._build_chunk_head() | {"choices": [
             {"index": index, **choice, "logprobs": None, "finish_reason": reason}]}
 
 
-def _calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+class AnswerText:
+    """An answer in progress: tokens and decoded text."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...],
+                 end_ids: tuple[int, ...]) -> None:
+        """Start without tokens.
+
+        Args:
+            decode: token ids -> text.
+            stops: stop strings, removed from the text.
+            end_ids: stop tokens.
+        """
+        self._decode = decode
+        self._stop = StopRule(end_ids, stops, decode)
+        self.tokens: list[int] = []
+        """Token ids with the stop token."""
+        self.finish_reason: str | None = None
+        self._text, self._begin, self._decoded = "", 0, 0
+
+    def add_token(self, token: int, reason: str | None) -> None:
+        """Append a token; `reason` ends the answer. Tokens after a stop string are ignored."""
+        # the model does not know stop strings; its next tokens may be on their way
+        if self.finish_reason is not None:
+            return
+        self.tokens.append(token)
+        self.finish_reason = STOP if self._stop.is_met(self.tokens) else reason
+
+    def get_text(self) -> str:
+        return self._stop.truncate_text(self._decode(self.tokens))
+
+    def stable_text(self) -> str:
+        """Return the beginning of the text that later tokens cannot change.
+
+        Decodes from the last position with complete characters, so that each token is decoded a few times
+        rather than with every later token.
+        """
+        # a token may decode differently alone: both texts begin at the same token
+        previous = self._decode(self.tokens[self._begin:self._decoded])
+        current = self._decode(self.tokens[self._begin:])
+        if len(current) > len(previous) and not current.endswith(REPLACEMENT_CHARACTER):
+            self._text += current[len(previous):]
+            self._begin, self._decoded = self._decoded, len(self.tokens)
+        num_open = max((_count_open_chars(self._text, stop, len(stop)) for stop in self._stop.texts),
+                       default=0)
+        return self._stop.truncate_text(self._text[:len(self._text) - num_open])
+
+
+def parse_partial_turn(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
+                       form: CallForm | None = None) -> ServedTurn:
+    """Parse an unfinished turn to the stable beginning of the result of `parse_served_turn`, without
+    calls."""
+    # Llama 3's calls have no mark: only the end shows whether the text is a call
+    if form == LLAMA and tools and text.lstrip()[:1] in ("{", ""):
+        return ServedTurn("", "")
+    has_tools = bool(tools)
+    # hold back characters that may begin a mark
+    marks = (END_THOUGHTS, BEGIN_CALL) if has_tools else (END_THOUGHTS,)
+    stable = _drop_open_mark(text, _OTHER_MARKS)
+    text = to_hermes_form(stable, in_thoughts=in_thoughts)
+    has_tools = has_tools or text != stable  # a call changes its text at its end
+    text = _drop_open_mark(text, marks)
+    if BEGIN_THOUGHTS.startswith(text.lstrip()):  # may become thoughts
+        return ServedTurn("", "")
+    thoughts, content = split_thoughts(text, in_thoughts)
+    if has_tools:
+        content = content.partition(BEGIN_CALL)[0].rstrip()
+    return build_served_turn(thoughts, content)
+
+
+def _drop_open_mark(text: str, marks: Sequence[str]) -> str:
+    return text[:len(text) - max(_count_open_chars(text, mark, len(mark) - 1) for mark in marks)]
+
+
+def _count_open_chars(text: str, mark: str, max_chars: int) -> int:
+    """Return how many characters at the end of a text, at most `max_chars`, may begin a mark."""
+    return next((n for n in range(max_chars, 0, -1) if text.endswith(mark[:n])), 0)
+
+
+def format_event(value: dict[str, Any]) -> bytes:
+    """Format a server-sent event."""
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+
+
+def _build_calls(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
     return [{"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
              "function": {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}}
             for call in calls]

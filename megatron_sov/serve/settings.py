@@ -1,4 +1,4 @@
-"""How a model is served."""
+"""Settings of `megatron-sov serve`."""
 
 from __future__ import annotations
 
@@ -13,48 +13,46 @@ from megatron_sov.base.settings import NO_FLAG, AtLeastOne, Flag
 from megatron_sov.infer.request import Batching
 
 MAX_PORT = 65535
+DEFAULT_LENGTH_TOKENS = 8192
+"""Default for `max_length_tokens`: each slot in the cache reserves as many tokens."""
 
 
 @dataclass(frozen=True)
 class ServedBatching(Batching):
-    """What bounds memory."""
+    """Limits on memory."""
 
     batch_size: Annotated[AtLeastOne, Flag("--max-batch")] = 32
-    """Answers that are written at a time, on each process that has sequences of its own."""
+    """Answers generated at once, per data-parallel rank."""
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """What a server is given."""
+    """Address, key and limits of a server."""
 
     name: Annotated[str, NO_FLAG] = "model"
-    """The model's name, which requests say."""
+    """Model name in requests."""
     host: Annotated[str, MinLen(1), Flag(value="ADDRESS")] = "127.0.0.1"
-    """Address or name that is listened on; others than this machine's own need a key."""
+    """Address or name to listen on; addresses outside of this machine need a key."""
     port: Annotated[int, Ge(0), Le(MAX_PORT)] = 8000
-    """Port; 0: any that is free."""
+    """Port; 0 for a free port."""
     api_key: Annotated[str, NO_FLAG] = field(default="", repr=False)
-    """What requests must bring; empty: nothing, on addresses that this machine alone reaches."""
+    """Key for requests; empty only on addresses of this machine."""
     batching: ServedBatching = field(default_factory=ServedBatching)
     max_waiting: AtLeastOne = 256
-    """Answers that may wait; further requests are turned away."""
+    """Answers that may wait; the server refuses further requests."""
     max_length_tokens: Annotated[Annotated[int, Ge(2)] | None, Flag("--max-length")] = None
-    """Tokens of the longest prompt with its answer (default: as the model takes, up to 8,192)."""
+    """Longest prompt with its answer, in tokens (default: the model's context, up to 8,192)."""
     address_file: Annotated[Path | None, Flag(value="FILE")] = None
-    """Address, name and process as JSON: written once the model answers, removed at the end."""
+    """JSON file with address, name and process; written when the model is ready, deleted at the end."""
     parent_pid: Annotated[AtLeastOne | None, Flag(value="PID")] = None
-    """Process with which the server ends (default: it ends by a signal)."""
+    """Process whose end also ends the server (default: only a signal ends it)."""
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine reaches the address."""
+        """Whether `host` is only reachable from this machine."""
         if self.host == "localhost":
             return True
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
-
-
-DEFAULT_LENGTH_TOKENS = 8192
-"""Longest prompt with its answer unless told: every slot of the cache has room for it."""

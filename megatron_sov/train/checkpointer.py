@@ -40,7 +40,7 @@ from megatron_sov.work.processes.stop_signals import StopFlag
 MAX_STEP = 2**62
 STOP = "stop requests"
 ENCODER_SECTIONS = ("vision_config", "audio_config", "thinker_config")
-"""Sections of a multimodal model's `config.json` with the fields of an encoder."""
+"""Sections in a multimodal model's `config.json` that contain an encoder's fields."""
 ENCODER_FIELDS = {
     "siglip": {"hidden_size": "hidden_size", "num_hidden_layers": "num_layers",
                "num_attention_heads": "num_heads", "intermediate_size": "ffn_dim", "image_size": "image_size",
@@ -61,20 +61,20 @@ not determine `num_heads`, for example."""
 
 @dataclass
 class TrainState:
-    """Counters of the training loop, stored in every checkpoint."""
+    """Training-loop counters, stored in every checkpoint."""
 
     step: int = 0
     """Completed optimizer steps."""
     tokens: int = 0
     """Learned tokens, without padding."""
     wall_s: float = 0.0
-    """Seconds of work on the run, summed over restarts."""
+    """Working time in seconds, summed over restarts."""
     trained_tokens: int = 0
-    """Length of the longest sample that trained the weights, in tokens, including earlier runs."""
+    """Longest sample that trained the weights, in tokens, including earlier runs."""
 
 
 class Stateful(Protocol):
-    """A part of the run whose state is stored in checkpoints."""
+    """A part of the run whose state checkpoints store."""
 
     def state(self) -> dict[str, Any]:
         """Return JSON values for the checkpoint."""
@@ -154,7 +154,7 @@ class Checkpointer:
         self._load_model(path, new_encoders=True)
 
     def load(self, path: Path, *, load_data_order: bool = True) -> TrainState:
-        """Restore a sound checkpoint of this run and return its counters.
+        """Restore this run's sound checkpoint `path` and return the counters.
 
         `load_data_order=False` leaves the data order at its position. Raises `UserError` if the data of a
         source changed after the checkpoint was written.
@@ -298,7 +298,7 @@ def _check_encoder_fields(folder: Path, setting: str,
 
 
 def _read_companions(start: Path, data: Path) -> dict[str, bytes]:
-    """Return name -> content of the files that checkpoints store in addition to `tokenizer.json`.
+    """Return file name -> content for checkpoints to store in addition to `tokenizer.json`.
 
     Files come from the tokenizer folder `start` of the start weights, with special tokens and chat template
     from the tokenizer folder `data`. Returns {} if their vocabularies differ.

@@ -11,7 +11,7 @@ from megatron_sov.train.objectives.data_batches import DataBatches
 
 
 class FeedView(GateView, Protocol):
-    """Part of `Trainer` that a feed uses."""
+    """The `Trainer` interface for feeds."""
 
     @property
     def batches(self) -> DataBatches:
@@ -23,7 +23,7 @@ class FeedView(GateView, Protocol):
 
 
 class Feed(Protocol):
-    """Supplies the data of each step."""
+    """Supplies data for each step."""
 
     def close(self) -> None:
         """End background work on this process; called last."""

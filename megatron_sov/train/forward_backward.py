@@ -31,7 +31,7 @@ from megatron_sov.train.objectives.objective import (
 BY_SOURCE, METERS, ROUTES = "by source", "all meters", "all routes"
 """Entries of the all-reduced message in addition to loss terms, whose names contain no spaces."""
 REPLAYED = "replayed_routes"
-"""Meter for data with recorded routes: share of expert choices replayed."""
+"""Meter for data with recorded routes: replayed share among expert choices."""
 
 
 class ForwardBackward:
@@ -50,8 +50,8 @@ class ForwardBackward:
         self._local_checksum: int | None = None
         expert_load.before_sync = self._end_local_passes
 
-    def run(self, batch: GlobalBatch, objective: Objective, step: int) -> StepSums:
-        """Compute gradients of `step` (from 1) in the model, and return the loss sums.
+    def compute_gradients(self, batch: GlobalBatch, objective: Objective, step: int) -> StepSums:
+        """Compute gradients for `step` (from 1) in the model, and return the loss sums.
 
         `batch` is this rank's part of the global batch, with denominators from `Objective.prepare`.
         """
@@ -84,7 +84,7 @@ class ForwardBackward:
 
     def compute_local_gradients(self, batch: GlobalBatch, objective: Objective, step: int,
                                 turn: int) -> None:
-        """Compute gradients of the first micro-batches in the model, without a sum over ranks.
+        """Compute gradients for the first micro-batches in the model, without a sum over ranks.
 
         `step` (from 1) seeds dropout, so that each `turn` (from 0) draws equal numbers. An injected
         `miscompute` fault corrupts later turns only, so that turns differ.
@@ -99,7 +99,7 @@ class ForwardBackward:
         seed_step(self._config.train.seed, step - 1)
 
     def recompute_step(self, batch: GlobalBatch, objective: Objective, step: int) -> LocalResult:
-        """Compute this rank's part of `step` (from 1) again, with the random numbers of the first pass."""
+        """Repeat this rank's part in `step` (from 1) with equal random numbers."""
         seed_step(self._config.train.seed, step - 1)
         packed_sums = self._run_unsynced(batch, batch.micro_batches, objective)
         result = self._build_local_result(packed_sums, objective, self._compute_checksum())
@@ -113,7 +113,7 @@ class ForwardBackward:
 
     def _run_passes(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch], objective: Objective,
                     loss_factor: float) -> list[Any]:
-        """Run the pipeline schedule; on the last stage, return packed sums of each micro-batch.
+        """Run the pipeline schedule; on the last stage, return packed sums for each micro-batch.
 
         `micro_batches` may be a prefix of `batch.micro_batches`. `loss_factor` is 1, or the factor of an
         injected fault.
@@ -175,14 +175,14 @@ class ForwardBackward:
 
 @dataclass(frozen=True)
 class StepSums:
-    """Loss sums and meters of a step, over the global batch."""
+    """A step's loss sums and meters over the global batch."""
 
     terms: dict[str, float]
-    """Term -> weighted sum of its losses, sorted by name."""
+    """Loss term -> weighted sum, sorted by name."""
     by_source: torch.Tensor
-    """[sources, 2] float64: sum of losses and number of targets."""
+    """[sources, 2] float64: loss sum and target count."""
     meters: dict[str, float]
-    """Meter -> mean; meters with a count of 0 are left out."""
+    """Meter -> mean; meters with count 0 are left out."""
 
     def normalize(self, batch: GlobalBatch, objective: Objective) -> tuple[float, dict[str, float]]:
         """Return the total loss, and each term's sum divided by its targets in the global batch."""
@@ -198,7 +198,7 @@ class LocalResult:
     sums: torch.Tensor
     """[micro-batches, values] float64 on the host: packed sums; empty before the last pipeline stage."""
     gradients: int | None
-    """Checksum of local gradients; `None` if `overlap_grad_reduce` summed them over ranks."""
+    """Local gradient checksum; `None` if `overlap_grad_reduce` summed them over ranks."""
     losses: tuple[float, ...] = ()
     """Mean loss per target, for each micro-batch."""
 
@@ -216,7 +216,7 @@ class LocalResult:
 
 
 def _stack_meters(sums: LossSums, names: tuple[str, ...]) -> torch.Tensor:
-    """Return [meters, 2] float64: sum and count of each meter, in the order of `names`.
+    """Return [meters, 2] float64: sum and count for each meter in `names`.
 
     Raises `UserError` if `sums.meters` differs from `names`, which the objective declares on every rank.
     """

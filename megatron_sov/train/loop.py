@@ -50,7 +50,7 @@ def run_step(trainer: Trainer) -> StepResult | None:
 
 
 def train_step(trainer: Trainer) -> StepResult | None:
-    """Run forward and backward passes and the optimizer update of the next step. Collective.
+    """Run the next step's forward and backward passes and optimizer update. Collective.
 
     Returns None if the ledger skips the batch or `StepGuard` rejects the step: no weight has changed then.
     Raises `UserError` if loss or gradient norm is not finite and `guards.skip` is off, and `SilentCorruption`
@@ -74,7 +74,7 @@ def train_step(trainer: Trainer) -> StepResult | None:
     check_has_targets(batch, state.step + 1)
     trainer.inject_faults()
     trainer.probe_gradients(batch)
-    sums = trainer.forward_backward.run(batch, objective, state.step + 1)
+    sums = trainer.forward_backward.compute_gradients(batch, objective, state.step + 1)
     loss, losses = sums.normalize(batch, objective)
 
     # the guard decides after loss and gradient norm are known and before any weight changes
@@ -138,7 +138,7 @@ def start_run(trainer: Trainer) -> None:
 
 
 def _stop_early(trainer: Trainer, reason: str) -> bool:
-    """Save the run and record the stop; return False as the result of `train`."""
+    """Save the run and record the stop; return False, the result for `train`."""
     if not trainer.is_saved:
         trainer.save()
     trainer.profiling.close(trainer.step)

@@ -1,4 +1,4 @@
-"""Records of a training run on rank 0: events, trackers, the progress bar and warnings.
+"""Training records on rank 0: events, trackers, the progress bar and warnings.
 
 On ranks above 0 the same calls write nothing. No method is collective.
 """
@@ -39,7 +39,7 @@ from megatron_sov.work.progress.progress_bar import ProgressBar
 
 CPU_INFO = Path("/proc/cpuinfo")
 MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
-"""Unit of `ru_maxrss`, the peak memory of a process, in bytes."""
+"""Bytes per unit in `ru_maxrss`, a process's peak memory."""
 CARD_TFLOPS = {"NVIDIA H100 PCIe": 756.0, "NVIDIA H100 NVL": 835.5, "NVIDIA H200 NVL": 835.5}
 """CUDA device name of a PCIe card outside the chip table -> dense bf16 peak, which is half the data sheet's
 figure with sparsity."""
@@ -47,10 +47,10 @@ figure with sparsity."""
 
 @dataclass(frozen=True)
 class StepResult:
-    """Figures of one optimizer step."""
+    """Figures for an optimizer step."""
 
     loss: float
-    """Total loss: sum over terms of coefficient x normalised loss."""
+    """Total loss: coefficient x normalised loss, summed over terms."""
     losses: dict[str, float]
     """Term -> normalised loss."""
     losses_by_source: dict[str, float]
@@ -70,7 +70,7 @@ class StepResult:
     seconds: float = field(default=0.0)
     """Wall time."""
     meters: dict[str, float] = field(default_factory=dict)
-    """Meter of objective or feed -> mean over the batch."""
+    """Objective or feed meter -> mean over the batch."""
 
 
 class Recorder:
@@ -83,7 +83,7 @@ class Recorder:
         `began_s` is the Unix time at which work on the run began; default: now.
         """
         self.headline: tuple[Meter, ...] = (LOSS,)
-        """Main meters of the run, see `get_headline`."""
+        """The run's main meters, see `get_headline`."""
         self._comparable = True
         self._config, self._world, self._num_steps = config, world, num_steps
         self._began_s = time.time() if began_s is None else began_s
@@ -169,7 +169,7 @@ class Recorder:
             self._progress.update(state.step, text, tokens_per_s)
 
     def record_skipped_step(self, step: int, meters: Mapping[str, float]) -> None:
-        """Record that the batch of `step` (from 1) was skipped, with `meters` of its round.
+        """Record that the batch for `step` (from 1) was skipped, with its round's `meters`.
 
         Either `data.skip_steps` names the step, or its batch would change no weight.
         """
@@ -189,7 +189,7 @@ class Recorder:
             warn(f"step {step} is not learned: {rejection.reason}{where}")
 
     def warn_about_meters(self, step: int, doubt: str) -> None:
-        """Print the result of `get_doubt` the first time it is not empty."""
+        """Warn with the first non-empty result from `get_doubt`."""
         if doubt and not self._has_warned_about_meters:
             self._has_warned_about_meters = True
             if self._world.is_main:
@@ -277,7 +277,7 @@ class Recorder:
 
 
 class Efficiency:
-    """Computes throughput, model FLOPs utilisation (MFU) and peak memory of this process."""
+    """Computes this process's throughput, model FLOPs utilisation (MFU) and peak memory."""
 
     def __init__(self, config: RunConfig, num_ranks: int) -> None:
         peak_tflops = find_peak_tflops(torch.cuda.get_device_name()) if on_gpu() else None
@@ -285,7 +285,7 @@ class Efficiency:
         self._peak_tflops = config.gpu.peak_tflops or peak_tflops
 
     def compute_figures(self, num_tokens: int, seq_len: int, seconds: float) -> dict[str, float]:
-        """Return field of a `step` event -> value.
+        """Return `step` event field -> value.
 
         `num_tokens` counts over all ranks, `seq_len` is tokens per sample, `seconds` the step's wall time.
         """
@@ -312,7 +312,7 @@ def read_peak_memory() -> dict[str, float]:
 
 
 def read_device_name() -> str:
-    """Return the name of this machine's GPU, or of its processor without a GPU."""
+    """Return this machine's GPU name, or its processor name without a GPU."""
     if on_gpu():
         return str(torch.cuda.get_device_name())
     lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.is_file() else []

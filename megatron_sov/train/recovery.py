@@ -31,12 +31,12 @@ from megatron_sov.train.trainer import Trainer
 
 Verdict = Literal["process", "weights", "data", "optimisation", "undecided"]
 MAX_DOCUMENTS = 8
-"""Number of documents that an `Attribution` names."""
+"""Documents listed in an `Attribution`."""
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Cause of a rejected step."""
+    """Why a step was rejected."""
 
     verdict: Verdict
     """`process`: a rank computed other bits in the repetition. `weights`: a rank's weights differ from its
@@ -47,9 +47,9 @@ class Attribution:
     ranks: tuple[int, ...] = ()
     """Faulty ranks."""
     hosts: tuple[str, ...] = ()
-    """Host names of the faulty ranks."""
+    """Host names for `ranks`."""
     documents: tuple[str, ...] = ()
-    """Documents of the micro-batch with the largest loss, for the verdicts `data` and `undecided`."""
+    """Documents in the micro-batch with the largest loss, for the verdicts `data` and `undecided`."""
 
 
 def reject_step(trainer: Trainer, rejection: StepRejection, batch: GlobalBatch) -> None:
@@ -177,7 +177,7 @@ def _name_ranks(verdict: Verdict, ranks: list[int], fault: str) -> Attribution:
 
 def _compute_loss_and_norm(trainer: Trainer, batch: GlobalBatch) -> tuple[float, float]:
     """Return loss and gradient norm of a batch with the current weights, which do not change."""
-    sums = trainer.forward_backward.run(batch, trainer.objective, trainer.step)
+    sums = trainer.forward_backward.compute_gradients(batch, trainer.objective, trainer.step)
     # a rejected update computes the norm and changes no weight
     norm = trainer.optimizer.step(0.0, lambda _: False)
     trainer.expert_load.restore_biases()

@@ -55,12 +55,12 @@ from megatron_sov.work.processes.stop_signals import StopFlag
 
 ObjectiveFactory = Callable[[ObjectiveContext], Objective]
 MAX_TIMINGS = 20
-"""Number of latest durations from which `CurrentWork` predicts the next one."""
+"""Latest durations from which `CurrentWork` predicts the next."""
 
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """Optional parts of a `Trainer`."""
+    """Optional `Trainer` inputs."""
 
     gate: Gate | None = None
     """Must pass before the stage is complete."""
@@ -69,7 +69,7 @@ class TrainerOptions:
     began_s: float | None = None
     """Unix time at which work on the run began; default: now."""
     planned: Sequence[LedgerEntry] | None = None
-    """Result of `plan_ledger`; default: the trainer calls it."""
+    """Entries from `plan_ledger`; by default, the trainer calls it."""
     feed: Feed | None = None
     """Supplies data that appear during the run, such as rollouts."""
     initial_weights: bool = True
@@ -113,7 +113,7 @@ class Trainer:
         self.learned_batch: GlobalBatch | None = None
         """Last learned batch; stored if `guards.attribute` is on."""
         self.rejected_batch: GlobalBatch | None = None
-        """Batch of the last step if `StepGuard` rejected it and `guards.attribute` is on."""
+        """The last step's batch if `StepGuard` rejected it and `guards.attribute` is on."""
         self._evaluator: HeldoutEvaluator | None = None
         self._resumed_from: str | None = None
         self._started_from: Path | None = None
@@ -160,14 +160,14 @@ class Trainer:
 
     @property
     def feed_meters(self) -> Mapping[str, float]:
-        """Meter -> value for the data of the next step."""
+        """Meter -> value for the next step's data."""
         return {} if self._feed is None else self._feed.meters
 
     def _write_event(self, event: str, **fields: Any) -> None:
         self.events.write(event, **fields)  # looked up at each call: `open_records` replaces the log
 
     def _list_stateful_parts(self) -> dict[str, Stateful]:
-        """Return name in the checkpoint -> part of the run whose state it stores."""
+        """Return name in the checkpoint -> part whose state it stores."""
         parts: dict[str, Stateful] = {"guard": self.guards.step_guard,
                                       **get_checkpoint_parts(self.objective)}
         if self.gate is not None:
@@ -179,7 +179,7 @@ class Trainer:
     # starting and resuming
 
     def resume(self, path: Path) -> None:
-        """Restore model, optimizer, data order and counters from a sound checkpoint of this run.
+        """Restore model, optimizer, data order and counters from this run's sound checkpoint `path`.
 
         Raises `UserError` if the data of a source changed after the checkpoint was written.
         """
@@ -213,7 +213,7 @@ class Trainer:
         self.guards.faults.record_events(self.events)
 
     def record_start(self) -> None:
-        """Record settings, data and machine of the run in events.jsonl."""
+        """Record settings, data and machine in `events.jsonl`."""
         self.recorder.show_meters(get_headline(self.objective),
                                   comparable=has_comparable_loss(self.objective))
         self.recorder.record_start(self.step, self._resumed_from, self.sources, self.batches.ledger.entries,
@@ -251,7 +251,7 @@ class Trainer:
         return None if self._feed is None else self._feed.finish(self, lambda: stop.reason is not None)
 
     def inject_faults(self) -> None:
-        """Trigger the faults of `--inject` that are due in the next step."""
+        """Trigger `--inject` faults that are due in the next step."""
         step, faults = self.step + 1, self.guards.faults
         faults.record_events(self.events)
         faults.trigger("step", step)
@@ -261,7 +261,7 @@ class Trainer:
             replica_checks.flip_bit(get_raw_data(first_matrix), fault.options.get("bit"))
 
     def probe_gradients(self, batch: GlobalBatch) -> None:
-        """Compute gradients of a micro-batch twice if `guards.probe_every_steps` is due. Collective.
+        """Compute a micro-batch's gradients twice if `guards.probe_every_steps` is due. Collective.
 
         Raises `SilentCorruption` if a rank's results differ and `guards.on_sdc` is "exit".
         """
@@ -281,7 +281,7 @@ class Trainer:
     # evaluation and checkpoints
 
     def evaluate(self) -> dict[str, HeldoutLoss]:
-        """Record held-out loss and expert load of each source."""
+        """Record each source's held-out loss and expert load."""
         self.work.begin("evaluation", f"the evaluation at step {self.step}")
         if self._evaluator is None:
             self._evaluator = HeldoutEvaluator.from_config(self.config, self.sources,
@@ -317,7 +317,7 @@ class Trainer:
             self.side_jobs.offer(saved.step, saved.path, last=self.finished and saved.step == self.step)
 
     def wall_s(self) -> float:
-        """Return the seconds of work on the run, summed over restarts."""
+        """Return the run's working time in seconds, summed over restarts."""
         return self.state.wall_s + time.monotonic() - self._entered_s
 
     def finish_after_error(self) -> None:
@@ -337,7 +337,7 @@ class Trainer:
 
 
 class CurrentWork:
-    """Current work of the loop, such as a step, and durations of earlier work of the same kind."""
+    """The loop's current work, such as a step, and durations of earlier work."""
 
     def __init__(self) -> None:
         self._name, self._kind, self._began_s = "the start of the run", "start", time.monotonic()

@@ -92,7 +92,7 @@ def test_defect_keeps_traceback() -> None:
     ("recipes train.steps=3", "a setting follows --set; write\n  megatron-sov recipes --set train.steps=3\n"),
     ("eval ppl t --data d train.steps=3", "every setting needs a --set of its own; write\n"
      "  megatron-sov eval ppl t --data d --set train.steps=3\n"),
-    ("pretrain tiny-solar-open --run r more", "megatron-sov pretrain: more: nothing takes this (--help"),
+    ("pretrain tiny-solar-open --run r more", "megatron-sov pretrain: more: nothing takes this; leave"),
     ("pretrain tiny-solar-open --run r --resmue", "nothing takes this; did you mean '--resume'?"),
     ("eval ppl c h --data d", "h is --output here; write\n  megatron-sov eval ppl c --data d --output h\n"),
     ("eval ppl", "megatron-sov eval ppl: the following arguments are required: "),

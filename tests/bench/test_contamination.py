@@ -14,9 +14,9 @@ from data_prep.curate.decontamination.step import BenchmarkSearchSettings
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.bench import contamination
-from megatron_sov.bench.contamination import check
+from megatron_sov.bench.contamination import search_training_data
 from megatron_sov.bench.lm.results import read_results
-from megatron_sov.bench.score_differences import ScoredItem, read_scored
+from megatron_sov.bench.score_differences import ScoredResults, read_scored_results
 from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import EventLog, read_events
 
@@ -28,15 +28,15 @@ SCORES = [1.0, 1.0, 0.0, 0.0]
 
 
 @pytest.fixture
-def scored(tmp_path: Path, written_scores: Callable[..., Path]) -> ScoredItem:
+def scored(tmp_path: Path, written_scores: Callable[..., Path]) -> ScoredResults:
     """Return four questions, of which the first two are answered."""
-    found = read_scored(written_scores(tmp_path / "out.json", SCORES))
+    found = read_scored_results(written_scores(tmp_path / "out.json", SCORES))
     items = {str(i): dataclasses.replace(found.items["quiz"][str(i)], question=text)
              for i, text in enumerate(QUESTIONS)}
     return dataclasses.replace(found, items={"quiz": items})
 
 
-def test_what_the_decontamination_of_data_would_take_out_is_found(scored: ScoredItem, tmp_path: Path) -> None:
+def test_items_that_decontamination_removes_are_found(scored: ScoredResults, tmp_path: Path) -> None:
     texts = ["nothing here", "Asked: WHICH of the four rivers that cross the *old town* is the longest",
              "the lamp in the northern tower burns longer", QUESTIONS[3]]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
@@ -44,7 +44,7 @@ def test_what_the_decontamination_of_data_would_take_out_is_found(scored: Scored
                                                   for i, q in enumerate(QUESTIONS)))
     search = BenchmarkSearchSettings(benchmarks=(tmp_path / "bench.jsonl",)).search()
     expected = {search.items[f.item].id for t in texts for f in search.find(find_units(t))}
-    found = check(scored, [tmp_path / "train.jsonl"], RecordReading(), 1, shows=False)
+    found = search_training_data(scored, [tmp_path / "train.jsonl"], RecordReading(), 1, show_progress=False)
     assert {hit.item for hit in found.hits} == expected == {"0"}
     assert found.hits[0].where.endswith("train.jsonl:2") and found.hits[0].field == "question"
     assert found.too_short == {"quiz": 1} and found.num_documents == 4
@@ -53,7 +53,7 @@ def test_what_the_decontamination_of_data_would_take_out_is_found(scored: Scored
 
 
 def test_token_shards_are_read_as_text_and_pieces_lose_nothing(
-        scored: ScoredItem, packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        scored: ScoredResults, packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenizers import Tokenizer
 
     from megatron_sov.train.data.token_shards import open_sources
@@ -66,11 +66,11 @@ def test_token_shards_are_read_as_text_and_pieces_lose_nothing(
     asked = " ".join(words[len(words) // 2 - 7:len(words) // 2 + 7])
     items = {"quiz": {"0": dataclasses.replace(scored.items["quiz"]["0"], question=asked)}}
     one = dataclasses.replace(scored, items=items)
-    whole = check(one, [packed_data.text], RecordReading(), 1, shows=False)
+    whole = search_training_data(one, [packed_data.text], RecordReading(), 1, show_progress=False)
     assert any(hit.where == f"{packed_data.text}: {source.name}, document {longest}" for hit in whole.hits)
     monkeypatch.setattr(contamination, "PIECE_TOKENS", 150)
     monkeypatch.setattr(contamination, "OVERLAP_TOKENS", 100)
-    cut = check(one, [packed_data.text], RecordReading(), 1, shows=False)
+    cut = search_training_data(one, [packed_data.text], RecordReading(), 1, show_progress=False)
     assert len(cut.hits) == len(whole.hits) == 1 and cut.num_documents == whole.num_documents
 
 
@@ -86,7 +86,7 @@ def test_the_command_writes_results_places_and_events(
     assert main([*argv, "--run", str(run)]) == 0
     assert "quiz: 1 of 4 items found; acc 0.5000, 0.6667 without them" in capsys.readouterr().out
     assert read_results(out).tasks["quiz"].contamination.items_hit == 1
-    assert (tmp_path / "out.items.jsonl").read_bytes() == before and read_scored(out)
+    assert (tmp_path / "out.items.jsonl").read_bytes() == before and read_scored_results(out)
     assert json.loads((tmp_path / "out.hits.json").read_text())[0]["item"] == "2"
     (event,) = (e for e in read_events(run / "events.jsonl") if e["event"] == "eval_contamination")
     assert (event["task"], event["items_hit"], event["metric"]) == ("quiz", 1, "acc")

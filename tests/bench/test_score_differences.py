@@ -15,7 +15,8 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.results import TaskSampling
 from megatron_sov.bench.score_differences import (
-    FORGOTTEN, KEPT, NOT_PROVEN, Forgetting, differences, judge, read_scored, table)
+    FORGOTTEN, KEPT, NOT_PROVEN, Forgetting, compute_differences, format_differences, judge_forgetting,
+    read_scored_results)
 from megatron_sov.cli import main
 from megatron_sov.eval.statistics import estimate_difference
 
@@ -26,7 +27,7 @@ def test_pairs_are_items_of_one_name_and_clusters_are_theirs(written_scores: Wri
     clusters = ["x", "x", "y", "y", "z", "z"]
     first = written_scores(tmp_path / "a.json", before, clusters=clusters)
     second = written_scores(tmp_path / "b.json", after, clusters=clusters)
-    found, = differences(read_scored(first), read_scored(second))
+    found, = compute_differences(read_scored_results(first), read_scored_results(second))
     expected = estimate_difference([1, 0, 0, 1, 0], [1, 1, 0, 1, 1], clusters[:5])
     assert (found.before, found.after, found.value) == (0.4, 0.8, pytest.approx(0.4))
     assert (found.interval, found.standard_error) == (expected.interval, expected.standard_error)
@@ -36,24 +37,24 @@ def test_pairs_are_items_of_one_name_and_clusters_are_theirs(written_scores: Wri
 def test_a_loss_that_falls_is_a_better_one(written_scores: Written, tmp_path: Path) -> None:
     first = written_scores(tmp_path / "a.json", [3.0 + i / 10 for i in range(20)], metric="loss")
     second = written_scores(tmp_path / "b.json", [2.5 + i / 9 for i in range(20)], metric="loss")
-    found, = differences(read_scored(first), read_scored(second))
+    found, = compute_differences(read_scored_results(first), read_scored_results(second))
     assert found.value < 0 and found.verdict == "better"
-    assert differences(read_scored(second), read_scored(first))[0].verdict == "worse"
+    assert compute_differences(read_scored_results(second), read_scored_results(first))[0].verdict == "worse"
 
 
 def test_a_figure_of_the_whole_corpus_has_no_interval_from_its_items(written_scores: Written,
                                                                      tmp_path: Path) -> None:
     first = written_scores(tmp_path / "a.json", [2.0, 3.0], metric="loss", value=14.1)
     second = written_scores(tmp_path / "b.json", [2.5, 3.5], metric="loss", value=20.0)
-    found, = differences(read_scored(first), read_scored(second))
+    found, = compute_differences(read_scored_results(first), read_scored_results(second))
     assert (found.before, found.after, found.value) == (14.1, 20.0, pytest.approx(5.9))
     assert found.interval is None and found.verdict == "not known"
-    assert "is no mean of its items" in table([found])
+    assert "is no mean of its items" in format_differences([found])
 
 
 @pytest.mark.parametrize(("changed", "said"), [
     ({"task_hash": "u" * 64}, "task quiz: task_hash"), ({"num_fewshot": 3}, "num_fewshot 0 is not 3"),
-    ({"prompt_hash": "q"}, "its prompts are not the same"), ({"mode": "thinking"}, "mode"),
+    ({"prompt_hash": "q"}, "the prompts differ"), ({"mode": "thinking"}, "mode"),
     ({"limit": 2}, "limit None is not 2"), ({"judge": "j"}, "judge None is not 'j'"),
 ])
 def test_what_was_measured_in_another_way_is_refused_by_name(written_scores: Written, tmp_path: Path,
@@ -61,7 +62,7 @@ def test_what_was_measured_in_another_way_is_refused_by_name(written_scores: Wri
     first = written_scores(tmp_path / "a.json", [1.0, 0.0])
     second = written_scores(tmp_path / "b.json", [1.0, 0.0], **changed)
     with pytest.raises(UserError, match=said):
-        differences(read_scored(first), read_scored(second))
+        compute_differences(read_scored_results(first), read_scored_results(second))
 
 
 def test_sampling_must_agree_where_answers_are_written_and_seeds_may_differ(written_scores: Written,
@@ -70,19 +71,19 @@ def test_sampling_must_agree_where_answers_are_written_and_seeds_may_differ(writ
         return written_scores(tmp_path / name, [1.0, 0.0], output_type="generate_until",
                        sampling=TaskSampling(**sampling))
 
-    first = read_scored(of("a.json", temperature=0.6, seed=1))
-    differences(first, read_scored(of("b.json", temperature=0.6, seed=2)))
+    first = read_scored_results(of("a.json", temperature=0.6, seed=1))
+    compute_differences(first, read_scored_results(of("b.json", temperature=0.6, seed=2)))
     with pytest.raises(UserError, match=r"sampling.temperature 0.6 is not 1.0"):
-        differences(first, read_scored(of("c.json", temperature=1.0)))
+        compute_differences(first, read_scored_results(of("c.json", temperature=1.0)))
 
 
 def test_other_items_under_the_same_names_are_refused(written_scores: Written, tmp_path: Path) -> None:
     first, second = (written_scores(tmp_path / f"{name}.json", [1.0, 0.0]) for name in "ab")
-    scored = read_scored(second)
+    scored = read_scored_results(second)
     other = {"quiz": {name: dataclasses.replace(item, doc_sha256="else")
                       for name, item in scored.items["quiz"].items()}}
-    with pytest.raises(UserError, match="2 items are others than of the same name"):
-        differences(read_scored(first), dataclasses.replace(scored, items=other))
+    with pytest.raises(UserError, match="2 items have the same name and another content"):
+        compute_differences(read_scored_results(first), dataclasses.replace(scored, items=other))
 
 
 def test_the_command_prints_a_table_or_json_and_refuses_in_a_sentence(
@@ -122,14 +123,14 @@ def test_items_of_others_with_values_of_another_type_are_refused(written_scores:
     raw["items"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     path.write_text(json.dumps(raw))
     with pytest.raises(UserError, match=f"is damaged.*{said}"):
-        read_scored(path)
+        read_scored_results(path)
 
 
 def verdict(written_scores: Written, tmp_path: Path, before: list[float], after: list[float],
             tolerance: float, metric: str = "acc") -> Forgetting:
     paths = [written_scores(tmp_path / f"{name}.json", scores, metric=metric)
              for name, scores in (("start", before), ("last", after))]
-    return judge(*(read_scored(path) for path in paths), tolerance)
+    return judge_forgetting(*(read_scored_results(path) for path in paths), tolerance)
 
 
 @pytest.mark.parametrize(("lost", "items", "tolerance", "word"), [
@@ -140,32 +141,32 @@ def verdict(written_scores: Written, tmp_path: Path, before: list[float], after:
 def test_few_items_prove_little_and_many_prove_much(written_scores: Written, tmp_path: Path, lost: int,
                                                     items: int, tolerance: float, word: str) -> None:
     found = verdict(written_scores, tmp_path, [1.0] * items, [0.0] * lost + [1.0] * (items - lost), tolerance)
-    assert [task.word for task in found.tasks] == [word]
+    assert [task.verdict for task in found.tasks] == [word]
     assert found.passed == (word != FORGOTTEN)
-    assert word in found.lines()[0] and f"tolerance {tolerance:g}" in found.lines()[0]
+    assert word in found.format_lines()[0] and f"tolerance {tolerance:g}" in found.format_lines()[0]
 
 
 def test_a_loss_is_forgotten_upwards(written_scores: Written, tmp_path: Path) -> None:
     before = np.random.default_rng(0).normal(3, 1, 50)
     for change, word in ((0.5, FORGOTTEN), (-0.5, KEPT)):
         after = (before + change).tolist()
-        assert verdict(written_scores, tmp_path, before.tolist(), after, 0.1, "loss").tasks[0].word == word
+        assert verdict(written_scores, tmp_path, before.tolist(), after, 0.1, "loss").tasks[0].verdict == word
 
 
 def test_a_figure_that_is_missing_does_not_pass(written_scores: Written, tmp_path: Path) -> None:
     paths = written_scores(tmp_path / "a.json", [1.0, 0.0]), written_scores(tmp_path / "b.json", [None, None])
-    found = judge(*map(read_scored, paths), 0.03)
-    assert not found.passed and "not known" in found.lines()[0]
+    found = judge_forgetting(*map(read_scored_results, paths), 0.03)
+    assert not found.passed and "not known" in found.format_lines()[0]
 
 
 def test_a_group_is_judged_by_its_tasks(written_scores: Written, tmp_path: Path) -> None:
     """Its figure is a mean of theirs, without items of its own."""
-    scored = read_scored(written_scores(tmp_path / "a.json", [1.0] * 40))
+    scored = read_scored_results(written_scores(tmp_path / "a.json", [1.0] * 40))
     quiz = scored.results.tasks["quiz"]
     group = dataclasses.replace(scored.results, tasks={"all": quiz, "quiz": quiz})
     both = dataclasses.replace(scored, results=group, items={"all": {}, **scored.items})
-    assert [task.difference.task for task in judge(both, both, 0.1).tasks] == ["quiz"]
+    assert [task.difference.task for task in judge_forgetting(both, both, 0.1).tasks] == ["quiz"]
     nothing = dataclasses.replace(quiz, items=0, metrics=(dataclasses.replace(quiz.metrics[0], value=None),))
     empty = dataclasses.replace(scored, results=dataclasses.replace(group, tasks={"quiz": nothing}),
                                 items={"quiz": {}})
-    assert not judge(empty, empty, 0.1).passed
+    assert not judge_forgetting(empty, empty, 0.1).passed

@@ -15,7 +15,7 @@ from megatron_sov.chat.marks import CallForm
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import (
     BadCall, ServedTurn, ToolCall, WrittenTurn, parse_served_turn, parse_turn)
-from megatron_sov.serve.replies import turn_so_far
+from megatron_sov.serve.replies import parse_partial_turn
 
 ARGUMENTS = {"city": '서울\n<b> "x" & </y>', "nights": 3, "price": 1.5, "smoking": True,
              "guests": ["Kim", "Lee"], "address": {"zip": "04524"}, "code": "007"}
@@ -61,7 +61,7 @@ def test_calls_of_released_templates_round_trip(name: str) -> None:
             list(map(type, call.arguments.values())) for call in calls], "1 is no True"
     told = ServedTurn("", "")
     for end in range(0, len(text) + 1, 3):
-        turn = turn_so_far(text[:end], in_thoughts, TOOLS, form)
+        turn = parse_partial_turn(text[:end], in_thoughts, TOOLS, form)
         assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content), text[:end]
         told = turn
     whole = parse_served_turn(text, in_thoughts, TOOLS, form)

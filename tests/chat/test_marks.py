@@ -16,8 +16,8 @@ from megatron_sov.chat.marks import (
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import (
     BadCall, ServedTurn, ToolCall, WrittenTurn, parse_served_turn, parse_turn)
-from megatron_sov.judge.rewards.reward import content_of, text_of
-from megatron_sov.serve.replies import turn_so_far
+from megatron_sov.judge.rewards.reward import get_content, get_text
+from megatron_sov.serve.replies import parse_partial_turn
 from tokenizer.presets import PRESETS
 
 NOW = ToolCall("now", {})
@@ -73,12 +73,12 @@ def test_turn_parses_equally_in_every_family(
     assert (whole.thoughts, whole.content.strip(), whole.calls) == (thoughts, content, calls)
     told = ServedTurn("", "")
     for end in range(len(text) + 1):  # as it is served while it is written
-        turn = turn_so_far(text[:end], in_thoughts=False, tools=SHOWN)
+        turn = parse_partial_turn(text[:end], in_thoughts=False, tools=SHOWN)
         assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content), text[:end]
         told = turn
     assert whole.thoughts.startswith(told.thoughts) and whole.content.startswith(told.content)
     assert to_hermes_form(to_hermes_form(text)) == to_hermes_form(text)
-    assert ("<think>" in text_of({"response": text}, "response")) == bool(thoughts)
+    assert ("<think>" in get_text({"response": text}, "response")) == bool(thoughts)
 
 
 @pytest.mark.parametrize(("text", "code"), [
@@ -140,13 +140,13 @@ def test_response_text_contains_marks_without_frames(decode: Any) -> None:
     for behind in ("", end, f"{pad}{end}", pad):
         assert text_of_ids(encode(told + behind)) == told
     assert text_of_ids(encode("It is 4." + end)) == "It is 4." and text_of_ids([]) == ""
-    response = text_of({"response": text_of_ids(encode(told))}, "response")
+    response = get_text({"response": text_of_ids(encode(told))}, "response")
     assert response.startswith("<think>I guess 7.</think>The answer is 8.<tool_call>")
     # what `judge.hide_thinking`, `code` and the verifiers read, also where the template has opened thoughts
-    assert content_of({"response": text_of_ids(encode(told))}) == "The answer is 8."
+    assert get_content({"response": text_of_ids(encode(told))}) == "The answer is 8."
     opened = THOUGHT_MARKS[name == "solar-open"]
     cut = text_of_ids(encode(told)).removeprefix(opened).partition("7.")[0]
-    assert content_of({"response": prepend_mark(cut, opened)}) == "" != content_of({"response": cut})
+    assert get_content({"response": prepend_mark(cut, opened)}) == "" != get_content({"response": cut})
 
 
 def test_first_marks_of_families_differ() -> None:

@@ -19,7 +19,7 @@ from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.chat.folder import read_chat_encoder
 from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.rollouts.prompts import read_prompts
-from megatron_sov.serve.bodies import BodyReader, chat_question
+from megatron_sov.serve.bodies import RequestEncoder, parse_chat_body
 from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn
 from tokenizer.cli import main
 
@@ -110,9 +110,8 @@ def test_pack_shows_what_transformers_shows(folder: Path, shown: Any, tmp_path: 
 
 
 def test_serve_shows_what_transformers_shows(target: Any, shown: Any) -> None:
-    question = chat_question(json.dumps({"messages": SENT, "tools": TOOLS}).encode(), "m")
-    reader = BodyReader(target, 10_000)
-    [ids] = reader.read(question).prompts
+    question = parse_chat_body(json.dumps({"messages": SENT, "tools": TOOLS}).encode(), "m")
+    [ids] = RequestEncoder(target, 10_000).encode_request(question).prompts
     assert PromptEncoder(target, chat=True)._tokenizer.decode(ids) == shown(SHOWN)
 
 
@@ -147,9 +146,9 @@ def test_chat_sends_what_serve_shows_as_transformers_does(target: Any, shown: An
     session.system = "Be short."
     session.turns.append(ChatTurn("How is it\nin 서울? 🐻", [*SENT[2:], ANSWER]))
     session.ask("And now?", cast(Any, None))
-    question = chat_question(json.dumps(bodies[0]).encode(), "m")
+    question = parse_chat_body(json.dumps(bodies[0]).encode(), "m")
     [chat] = question.prompts
     assert isinstance(chat, Conversation)
-    reader, asker = BodyReader(target, 10_000), PromptEncoder(target, chat=True)
-    assert asker._tokenizer.decode(reader.read(question).prompts[0]) == shown(
+    encoder, asker = RequestEncoder(target, 10_000), PromptEncoder(target, chat=True)
+    assert asker._tokenizer.decode(encoder.encode_request(question).prompts[0]) == shown(
         [*SHOWN, ANSWER, say("user", "And now?")], tools=None)

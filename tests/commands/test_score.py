@@ -16,7 +16,7 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.commands.score import hash_questions
-from megatron_sov.judge.rewards.registry import OWN
+from megatron_sov.judge.rewards.registry import REWARD_PLUGINS
 from megatron_sov.work.progress.journal import RECORDS, work_folder
 from tests.pages_typed import page_text, shell_lines, shown_files
 
@@ -28,7 +28,7 @@ ROWS = [{"id": i, "response": "가" * i + "a" * (4 - i)} for i in range(5)]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, with rows, and no reward of another test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(OWN, "_known", {})
+    monkeypatch.setattr(REWARD_PLUGINS, "_known", {})
     write(ROWS)
     return tmp_path
 

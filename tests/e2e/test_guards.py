@@ -21,7 +21,8 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import read_events
 from megatron_sov.train.guards.fault_injection import parse_faults
 from megatron_sov.train.objectives.data_objective import LanguageModelling
-from megatron_sov.train.stages.stage import Stage, run_stage
+from megatron_sov.train.stages.launch import run_stage
+from megatron_sov.train.stages.stage import Stage
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
          "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',

@@ -26,7 +26,8 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.lock import find_living_holder
 from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.train.objectives.data_objective import LanguageModelling
-from megatron_sov.train.stages.stage import Stage, run_stage
+from megatron_sov.train.stages.launch import run_stage
+from megatron_sov.train.stages.stage import Stage
 
 STEPS = 30
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=5", "train.keep_checkpoints=0",

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from megatron_sov.bench.lm.settings import TaskSources
-from megatron_sov.bench.lm.tasks import SUITES, TaskFolder, find, load_tasks
-from megatron_sov.bench.suites.judging import judging_of
+from megatron_sov.bench.lm.task_files import SUITES, TaskFolder, find_tasks
+from megatron_sov.bench.lm.tasks import load_tasks
+from megatron_sov.bench.suites.judging import parse_judging
 from megatron_sov.cli import main
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -63,7 +64,8 @@ def test_commands_of_the_page_run(page: str, count: int, said: str, one_rank: No
 def test_table_of_the_page_matches_task_files() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", SUITES_PAGE, re.MULTILINE)
     told = {name: (suite, items, protocol) for name, suite, items, _, protocol in rows}
-    tasks = {name: made.config for name, made in find([TaskFolder(SUITES, trusted=True)]).definitions.items()}
+    catalog = find_tasks([TaskFolder(SUITES, trusted=True)])
+    tasks = {name: definition.config for name, definition in catalog.definitions.items()}
     assert told == {name: (config["metadata"]["sov"]["suite"], _items(config["metadata"]["sov"]),
                            _protocol(config)) for name, config in tasks.items()}
     files = {name: cell for name, _, _, cell, _ in rows}
@@ -76,7 +78,7 @@ def _items(sov: dict[str, Any]) -> str:
 
 
 def _protocol(config: dict[str, Any]) -> str:
-    judging = judging_of(config, allow_code=True)
+    judging = parse_judging(config, allow_code=True)
     if judging is None:
         return "log-likelihood of the choices"
     how = config["generation_kwargs"]
@@ -93,7 +95,7 @@ def test_task_of_the_page_runs(tmp_path: Path) -> None:
     judge = load_tasks(["capitals"], TaskSources((tmp_path / "tasks",), tmp_path)).judges["capitals"]
     judge.workers = 1
     answers = ["Answer: Seoul", "Answer: seoul.", "Answer: Busan", "I do not know where on earth it could be"]
-    [judged] = judge.judge([answers], [row])
-    scores = judge.count(row, [judged])
+    [judged] = judge.judge_answers([answers], [row])
+    scores = judge.count_metrics(row, [judged])
     assert (scores["avg@4"], scores["cons@4"]) == (0.5, 1.0)
     assert sorted(scores) == ["avg@4", "cons@1", "cons@4", "pass@1", "pass@4"]

@@ -87,8 +87,8 @@ def test_checkpoint_and_its_export_stop_at_the_same_tokens(case: str, hf_models:
     from transformers import AutoTokenizer, GenerationConfig
 
     from megatron_sov import convert
-    from megatron_sov.bench.lm.settings import Settings
-    from megatron_sov.bench.lm.subject import subject_of
+    from megatron_sov.bench.lm.engine_runs import resolve_subject
+    from megatron_sov.bench.lm.settings import LmEvalSettings
     from megatron_sov.infer.engines.target import find_target
     from megatron_sov.infer.prompts import PromptEncoder
 
@@ -116,6 +116,6 @@ def test_checkpoint_and_its_export_stop_at_the_same_tokens(case: str, hf_models:
             reference = {AutoTokenizer.from_pretrained(tmp_path / "export").eos_token_id,
                          *(read if isinstance(read, list) else [read])}
             assert set(ours) == reference - {None}
-        evaluation = Settings(output=tmp_path / "out.json", chat_template=chat)
-        judged = [subject_of(str(target.path), evaluation, whole=False).running for target in targets]
+        evaluation = LmEvalSettings(output=tmp_path / "out.json", chat_template=chat)
+        judged = [resolve_subject(str(target.path), evaluation, with_hash=False).engine for target in targets]
         assert [running.end_ids for running in judged if running is not None] == [ours, ours]

@@ -110,7 +110,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     load.save_checkpoint(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
-    sums = trainer.forward_backward.run(batch, trainer.objective, 1)
+    sums = trainer.forward_backward.compute_gradients(batch, trainer.objective, 1)
     losses = {t: total / batch.targets[t] for t, total in sums.terms.items()}
     with torch.no_grad():
         for parameter in trainer.model.parameters():

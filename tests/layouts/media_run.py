@@ -112,7 +112,7 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
     config, state = found.config, {"step": 0, "tokens": 0}
     load.save_checkpoint(Path(out) / "weights", found.model, None, state, config.to_dict(), None)
     batch = found.objective.prepare(found.objective.collect(found.policy, 0))
-    sums = found.forward_backward.run(batch, found.objective, 1)
+    sums = found.forward_backward.compute_gradients(batch, found.objective, 1)
     trained_ids = {id(p) for chunk in found.optimizer.wrapped for p in chunk.param_to_bucket_group}
     frozen = [name for chunk in found.model.chunks for name, p in chunk.named_parameters()
               if id(p) not in trained_ids]

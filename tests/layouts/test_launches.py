@@ -29,7 +29,7 @@ PER_ROUTED_LAYER = {"moe_utils.py:permute": 2, "moe_utils.py:sort_chunks_by_idxs
 PER_MICRO_BATCH = {"data_objective.py:prepare": 1, "data_objective.py:_count_mtp_targets": 1,
                    "objective.py:with_denominators": 1}
 """Copies per row of counts that are already on the host, see test_data_batches.py."""
-PER_STEP = {"values.py:sum_dict": 2, "loop.py:train_step": 1, "forward_backward.py:run": 5,
+PER_STEP = {"values.py:sum_dict": 2, "loop.py:train_step": 1, "forward_backward.py:compute_gradients": 5,
             "collectives.py:all_reduce_dp": 2, "collectives.py:all_reduce_world": 1,
             "collectives.py:broadcast_from_last_stage": 1, "optimizer.py:_compute_grad_norm": 1}
 """Sums over processes, losses and the gradient norm."""

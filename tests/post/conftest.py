@@ -1,4 +1,4 @@
-"""Pairs of answers, packed once; and what a made-up teacher says of packed data."""
+"""Packed preference pairs, and the states of a random teacher."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pairs(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def kept_by_a_teacher() -> Callable[..., None]:
+def write_teacher_states() -> Callable[..., None]:
     """Return `write(out, data, kept, part_tokens=400, teacher="one")`: an artifact as a teacher with random
     states leaves it, the same states whatever is kept of them; any other teacher is a wider model."""
     import torch

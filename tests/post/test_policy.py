@@ -1,5 +1,4 @@
-"""Learning from one's own responses: the loss written out from the model's logits, and the same at every
-layout."""
+"""The policy objective: the loss against formulas on the model's logits, and equal at every layout."""
 
 from __future__ import annotations
 
@@ -148,8 +147,8 @@ def _written_out(model: Any, batch: Any) -> dict[str, float]:
 
 
 @pytest.mark.distributed
-def test_terms_are_those_written_out_and_masked_steps_learn_nothing(ranks: Any, job: Any,
-                                                                    tmp_path: Path) -> None:
+def test_terms_equal_the_formulas_and_masked_steps_learn_nothing(
+        ranks: Any, job: Any, tmp_path: Path) -> None:
     (alone,), (masked,) = ranks(*(job(__file__, "curve", 1, {"settings": settings, "run": str(tmp_path),
                                                              "write_out": not settings})
                                   for settings in ([], ALL_MASKED)))
@@ -160,7 +159,7 @@ def test_terms_are_those_written_out_and_masked_steps_learn_nothing(ranks: Any, 
     assert [(step["loss"], step["grad_norm"], step["masked_share"]) for step in masked] == [(0, 0, 1)] * STEPS
 
 
-def test_it_reads_what_its_settings_need() -> None:
+def test_the_objective_requires_the_columns_of_its_settings() -> None:
     def made(*settings: str) -> Any:
         return build_policy_objective(apply_settings(recipes.get("tiny-k-exaone"), list(settings)))
 

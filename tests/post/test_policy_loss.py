@@ -1,4 +1,4 @@
-"""A policy's loss and its derivatives against the papers' formulas, a response and a token at a time."""
+"""Policy losses and gradients against the formulas of the papers, token by token."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def ours(policy: PolicyConfig, columns: Any, logprobs: Any, responses: Any) -> t
     """Return the whole loss, its derivatives and the meters."""
     made = PolicyLoss(policy, LONGEST)
     logprobs = logprobs.clone().requires_grad_()
-    terms, meters = made.terms(logprobs, columns, responses)
-    counts = made.denominators(responses)
+    terms, meters = made.compute_terms(logprobs, columns, responses)
+    counts = made.count_denominators(responses)
     loss = sum(made.coefficients[t] * terms[t] / counts[t] for t in made.coefficients)
     (slopes,) = torch.autograd.grad(loss, logprobs)
     return loss.item(), slopes.tolist(), {name: float(a / b) for name, (a, b) in meters.items()}
@@ -167,7 +167,7 @@ def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -
     responses = ResponseSpans(torch.arange(num).repeat_interleave(length),
                           torch.full((num,), float(length)).double())
     policy = PolicyConfig(method, clip_high=0.2 if method == "cispo" else None)
-    terms, meters = PolicyLoss(policy, length).terms(logprobs, columns, responses)
+    terms, meters = PolicyLoss(policy, length).compute_terms(logprobs, columns, responses)
     (slopes,) = torch.autograd.grad(terms["policy"], logprobs)
     teaches = (slopes.view(num, length).abs().sum(1) > 0).view(-1, 2).double().mean(0)
     assert teaches.tolist() == [1, 1] and float(meters["clip_share"][0]) == 0
@@ -185,13 +185,13 @@ def test_a_loss_of_ones_own_stands_in_the_surrogates_place() -> None:
     for loss in (None, lambda ratio, logprobs, advantage: -advantage * logprobs,
                  lambda ratio, logprobs, advantage: -2 * advantage * logprobs):
         at = logprobs.detach().clone().requires_grad_()
-        terms, _ = PolicyLoss(policy, LONGEST, loss).terms(at, columns, responses)
+        terms, _ = PolicyLoss(policy, LONGEST, loss).compute_terms(at, columns, responses)
         slopes.append(torch.autograd.grad(terms["policy"], at)[0].double())
     assert torch.allclose(slopes[0], slopes[1]) and torch.allclose(2 * slopes[0], slopes[2])
     assert slopes[0].abs().sum() > 0
 
 
-def test_a_token_is_worth_what_its_teacher_gives_it_more_than_the_student_did() -> None:
+def test_teacher_signal_is_the_difference_of_logprobs() -> None:
     columns, logprobs, responses = row()
     learned = responses.index < len(LENGTHS)
     # of what is not learned a teacher may say what it likes
@@ -267,8 +267,8 @@ def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: 
         index = torch.where(written, responses.index, len(LENGTHS))
         here = ResponseSpans(index, torch.tensor([n * (i in batch) for i, n in enumerate(LENGTHS)]).double())
         given = columns if step else columns | {"old_logprobs": torch.full_like(before, math.nan)}
-        terms, meters = made.terms(-torch.nn.functional.softplus(features @ ours_at), given, here)
-        counts = made.denominators(here)
+        terms, meters = made.compute_terms(-torch.nn.functional.softplus(features @ ours_at), given, here)
+        counts = made.count_denominators(here)
         loss = sum(made.coefficients[t] * terms[t] / counts[t] for t in made.coefficients)
         x = -torch.nn.functional.softplus(features @ trl_at)
         now = columns if step else columns | {"old_logprobs": x.detach()}
@@ -285,7 +285,7 @@ def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: 
     assert (ours_at.tolist() == begin.tolist()) is still
 
 
-def test_what_is_masked_is_still_measured() -> None:
+def test_masked_labels_are_measured() -> None:
     columns, logprobs, responses = row()
     written = responses.index < len(responses)
     gaps = (columns["old_logprobs"] - columns["behaviour_logprobs"])[written]
@@ -303,7 +303,7 @@ def test_what_is_masked_is_still_measured() -> None:
         assert masked is None or 0 < masked < 1
 
 
-def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
+def test_divergences_have_the_documented_gradients() -> None:
     """By enumeration of all responses of two tokens, so that expectations are exact."""
     torch.manual_seed(0)
     first, second, ref_first, ref_second = (torch.randn(s).double() for s in ((3,), (3, 3), (3,), (3, 3)))
@@ -340,7 +340,7 @@ def test_log_probabilities_that_are_infinitely_far_apart_leave_gradients_finite(
     for sign in (1, -1):  # the policy, then the other one, holds the tokens for next to impossible
         logprobs = (far - (2000 if sign < 0 else 0)).requires_grad_()
         other = far - (2000 if sign > 0 else 0)
-        ratios = policy.importance_ratios(logprobs, other, responses, kind)
+        ratios = policy.compute_importance_ratios(logprobs, other, responses, kind)
         policy_config = PolicyConfig(method="grpo", correction="sequence_truncate", correction_high=2.0)
         weights = policy.compute_engine_correction(logprobs.detach(), other, responses, policy_config)
         # of both a bound makes something finite in the end; an infinite factor on the way would make NaN

@@ -1,4 +1,4 @@
-"""Learning from preferences: losses of pairs, groups and single responses written out one by one."""
+"""Preference losses of pairs, groups and single responses against formulas."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def written_out(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]
         now = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
         measured = measured_of(trainer, batch)
         # which moves the routers' biases
-        sums_of_batch = trainer.forward_backward.run(batch, objective, 2)
+        sums_of_batch = trainer.forward_backward.compute_gradients(batch, objective, 2)
         loss = sums_of_batch.terms["preference"] / batch.targets["preference"]
         with torch.no_grad():
             for tensor, value in zip(held, initial, strict=True):

@@ -1,4 +1,4 @@
-"""Held-out pairs measured by the log-probabilities of their responses, as far as samples reach."""
+"""Held-out pairs ranked by response log-probabilities, within the sample length."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Pairs:
         return (self.types(document, start, count) == 2).astype(np.float32)
 
 
-def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_responses_after_the_sample_end_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def logprobs(view: Any, documents: Pairs, chosen: range, seq_len: int, rows: int) -> np.ndarray:
         """Of each response -1 (better) or -2 a token, 0 where `document_logprobs` has no number."""
         numbers = []

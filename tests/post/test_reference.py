@@ -1,4 +1,4 @@
-"""What a reference says of documents: of those to train on, and known again by what it was made with."""
+"""Reference log-probabilities: of training and held-out documents, and after a resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def opened(pairs: Path) -> list[Source]:
     return open_sources({str(pairs): 1.0}, 10**6, ("preference",))
 
 
-def test_pairs_that_are_held_out_stay_what_they_are(pairs: Path, tmp_path: Path) -> None:
+def test_held_out_pairs_do_not_change(pairs: Path, tmp_path: Path) -> None:
     [source] = opened(pairs)
     [learned] = Reference(tmp_path, pairs, [source], 128).sources
     held, found = source.open_split("heldout"), learned.open_split("heldout")
@@ -34,7 +34,7 @@ def test_pairs_that_are_held_out_stay_what_they_are(pairs: Path, tmp_path: Path)
     check_columns([learned], {COLUMN: NeededColumn("")})
 
 
-def test_numbers_of_measured_pairs_are_kept_like_those_of_samples(pairs: Path, tmp_path: Path) -> None:
+def test_held_out_logprobs_are_stored_like_samples(pairs: Path, tmp_path: Path) -> None:
     [source] = opened(pairs)
     reference = Reference(tmp_path, pairs, [source], 128, {"pairs": range(4)})
     reference._open_files()
@@ -80,8 +80,7 @@ def flip(file: Path) -> None:
     file.write_bytes(raw)
 
 
-def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_path: Path, capsys: Any
-                                                             ) -> None:
+def test_resume_rejects_missing_reference_logprobs(pairs: Path, tmp_path: Path, capsys: Any ) -> None:
     def reference(max_tokens: int) -> Reference:
         return Reference(tmp_path / "run", pairs, opened(pairs), max_tokens)
 
@@ -103,8 +102,7 @@ def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_pa
         capsys.readouterr().err)
 
 
-def test_a_model_is_not_asked_beyond_its_context(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                                 ) -> None:
+def test_reference_rejects_long_samples(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = SimpleNamespace(path="other", max_tokens=16)
     monkeypatch.setattr(reference, "Target", lambda *_: other)
     monkeypatch.setattr(reference, "run_forward_model", lambda *_: None)

@@ -1,4 +1,4 @@
-"""Responses of a row: each document's learned labels, added up; padding between joined samples is none."""
+"""`ResponseSpans`: learned labels per document, with padding between joined samples."""
 
 from __future__ import annotations
 

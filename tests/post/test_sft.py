@@ -1,4 +1,4 @@
-"""The terms of supervised fine-tuning, each with a denominator of its own."""
+"""The terms of supervised fine-tuning and their denominators."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
-def test_what_is_sent_to_a_device_has_the_weights_that_were_counted() -> None:
+def test_device_weights_equal_the_counted_weights() -> None:
     """As `tests/train/objectives/test_data_batches.py` does it: who sent a row keeps it on the host."""
     context: Any = SimpleNamespace(config=config_per("turn"), batches=SimpleNamespace(num_sources=1))
     host = build_micro_batch(a_chat_row((0, 1), np.random.default_rng(1)))

@@ -1,5 +1,4 @@
-"""Prompts that several responses have are computed once: the same attention, loss, gradient and counts of
-experts as where each response has its own."""
+"""Shared prompts: attention, loss, gradient and expert counts equal those of separate prompts."""
 
 from __future__ import annotations
 
@@ -150,7 +149,7 @@ def test_prompts_that_are_shared_change_nothing_that_is_learned(ranks: Any, job:
     assert max(attended) < 1e-12, dict(zip(CASES, attended, strict=True))
 
 
-def test_only_what_comes_before_what_is_learned_is_left_out() -> None:
+def test_sharing_removes_only_prompt_tokens() -> None:
     """Two responses to a prompt of four tokens, one to another prompt that begins alike, text, padding."""
     documents = [[7, 8, 9, 1, 4, 4], [7, 8, 9, 1, 5], [7, 8, 9, 2, 4], [7, 8], [0, 0]]
     learned = [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 0], [1, 1], [0, 0]]

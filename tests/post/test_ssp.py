@@ -1,4 +1,4 @@
-"""The best checkpoint of a domain: the argmax of pass@k, and whether the problems tell it from the others."""
+"""The best checkpoint of a domain by pass@k, and its confidence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def drawn(num_right: int) -> Fraction:
     return Fraction(sum(min(draw) < num_right for draw in draws), len(draws))
 
 
-def test_the_best_is_the_one_that_solves_most_in_k_draws_and_not_in_one() -> None:
+def test_the_best_checkpoint_has_the_best_pass_at_k() -> None:
     # the first is right more often in all, the second on more problems
     sure, wide = measured("step-100", [6, 6, 0, 0]), measured("step-200", [2, 2, 2, 2])
     assert sure.mean_pass_at_k(1) == 0.5 > wide.mean_pass_at_k(1)
@@ -39,7 +39,7 @@ def test_the_best_is_the_one_that_solves_most_in_k_draws_and_not_in_one() -> Non
     assert choose_checkpoint([sure, wide], 1).checkpoint == "step-100"
 
 
-def test_of_equals_the_earlier_one_is_taken_and_the_other_is_as_good() -> None:
+def test_ties_go_to_the_earliest_checkpoint() -> None:
     choice = choose_checkpoint([measured("step-100", [1, 2]), measured("step-200", [2, 1])], K)
     assert (choice.checkpoint, choice.as_good) == ("step-100", ("step-200",))
 
@@ -53,7 +53,7 @@ def test_a_choice_is_clear_where_the_problems_tell_the_best_from_every_other() -
     assert choose_checkpoint([worse, best], K).row()["is_clear"] is True
 
 
-def test_what_is_merged_gains_on_an_expert_is_a_mean_over_problems() -> None:
+def test_the_gain_of_a_merged_checkpoint_is_a_mean_over_problems() -> None:
     found = compare_with_expert(measured("merged", [2, 3]), measured("expert", [1, 3]), K)
     expected = float((drawn(2) - drawn(1)) / 2)
     assert found["gain"] == pytest.approx(expected)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from megatron_sov.judge.rewards.code import CodeReward
-from megatron_sov.judge.rewards.reward import judged
+from megatron_sov.judge.rewards.reward import run_reward
 from megatron_sov.sandbox.program import Limits, Program
 from megatron_sov.sandbox.sandbox import SANDBOXES, Sandbox
 
@@ -411,7 +411,8 @@ if "__file__" in vars(__main__) and "solution" not in __file__:
     print(f(0, 0))
 '''
     code = CodeReward(enclosure=sandbox.enclosure, all_or_nothing=False, test_time_s=20)
-    assert judged(code, {"response": honest, "tests": tests}).reward == 1.0
-    result = judged(code, {"response": cheat, "tests": tests})
+    assert run_reward(code, {"response": honest, "tests": tests}).reward == 1.0
+    result = run_reward(code, {"response": cheat, "tests": tests})
     assert (result.status, result.reward) == ("scored", 0.0), result
-    assert judged(code, {"response": cheat, "tests": ["assert f(0, 0) == 1"]}).reward == 1.0, "it did look"
+    assert run_reward(code,
+                      {"response": cheat, "tests": ["assert f(0, 0) == 1"]}).reward == 1.0, "it did look"

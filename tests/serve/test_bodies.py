@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.documents import Conversation
-from megatron_sov.serve.bodies import RefusedRequest, ServedQuestion, chat_question, completion_question
+from megatron_sov.serve.bodies import (
+    CompletionRequest, RefusedRequest, parse_chat_body, parse_completion_body)
 
 MANY = 20_000
 HI = '"messages": [{"role": "user", "content": "hi"}]'
 COSTLY = {
-    "parts": (completion_question, f'{{"prompt": [{",".join(["{}"] * MANY)}]}}', "prompt is"),
-    "messages": (chat_question, f'{{"messages": [{",".join(["0"] * MANY)}]}}', "messages is"),
-    "names": (chat_question, f'{{{HI}, {",".join(f"{chr(34)}a{i}{chr(34)}:0" for i in range(MANY))}}}',
+    "parts": (parse_completion_body, f'{{"prompt": [{",".join(["{}"] * MANY)}]}}', "prompt is"),
+    "messages": (parse_chat_body, f'{{"messages": [{",".join(["0"] * MANY)}]}}', "messages is"),
+    "names": (parse_chat_body, f'{{{HI}, {",".join(f"{chr(34)}a{i}{chr(34)}:0" for i in range(MANY))}}}',
               "a0 is not known"),
-    "options": (chat_question, f'{{{HI}, "stream_options": {{'
+    "options": (parse_chat_body, f'{{{HI}, "stream_options": {{'
                 + ",".join(f'"a{i}": true' for i in range(MANY)) + "}}", "stream_options is"),
-    "role": (chat_question, f'{{"messages": [{{"role": "{"x" * MANY}", "content": "hi"}}]}}', "role 'xxx"),
+    "role": (parse_chat_body, f'{{"messages": [{{"role": "{"x" * MANY}", "content": "hi"}}]}}', "role 'xxx"),
 }
 
 
@@ -34,27 +35,27 @@ def test_a_body_that_is_wrong_all_over_costs_little_and_is_told_in_a_sentence(na
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert refused.value.status == 400 and len(refused.value.body()) < 3000
+    assert refused.value.status == 400 and len(refused.value.format_body()) < 3000
     assert peak_bytes < 6_000_000
 
 
 @pytest.mark.parametrize(("prompt", "prompts"), [
     ('"a"', ("a",)), ('["a", "b"]', ("a", "b")), ("[1, 2]", ((1, 2),)), ("[[1], [2, 3]]", ((1,), (2, 3)))])
 def test_prompts_are_texts_or_ids(prompt: str, prompts: Any) -> None:
-    assert completion_question(f'{{"prompt": {prompt}}}'.encode(), "m").prompts == prompts
+    assert parse_completion_body(f'{{"prompt": {prompt}}}'.encode(), "m").prompts == prompts
 
 
 @pytest.mark.parametrize(("options", "tells"), [("", False), (', "stream_options": {}', False),
                                                 (', "stream_options": {"include_usage": true}', True)])
 def test_a_stream_tells_usage_where_it_is_asked_to(options: str, tells: bool) -> None:
-    asked: ServedQuestion = chat_question(f'{{{HI}, "stream": true{options}}}'.encode(), "m")
-    assert asked.tells_usage is tells
+    asked: CompletionRequest = parse_chat_body(f'{{{HI}, "stream": true{options}}}'.encode(), "m")
+    assert asked.include_usage is tells
 
 
 @pytest.mark.parametrize("options", ['{"include_usag": true}', '{"include_usage": 1}', "[]"])
 def test_options_of_a_stream_that_are_none_are_refused(options: str) -> None:
     with pytest.raises(RefusedRequest, match="stream_options is"):
-        chat_question(f'{{{HI}, "stream_options": {options}}}'.encode(), "m")
+        parse_chat_body(f'{{{HI}, "stream_options": {options}}}'.encode(), "m")
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "get", "arguments": '{"unit": null}'}}
@@ -90,7 +91,7 @@ OPENAI: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
 @pytest.mark.parametrize("name", OPENAI)
 def test_messages_of_openais_clients_are_read(name: str) -> None:
     sent, shown = OPENAI[name]
-    [chat] = chat_question(json.dumps({"messages": sent}).encode(), "m").prompts
+    [chat] = parse_chat_body(json.dumps({"messages": sent}).encode(), "m").prompts
     assert isinstance(chat, Conversation) and [m.to_dict() for m in chat.messages] == shown
 
 
@@ -104,4 +105,4 @@ def test_messages_of_openais_clients_are_read(name: str) -> None:
 def test_fields_of_messages_that_hold_something_are_refused(more: dict[str, Any], said: str) -> None:
     sent = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo", **more}]
     with pytest.raises(RefusedRequest, match=said):
-        chat_question(json.dumps({"messages": sent}).encode(), "m")
+        parse_chat_body(json.dumps({"messages": sent}).encode(), "m")

@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from synthesis.endpoint import ScriptedEndpoint, serving
 
 from megatron_sov.cli import main
-from megatron_sov.serve.chat_session import ChatSession, model_at
+from megatron_sov.serve.chat_session import ChatSession, find_chat_model
 from megatron_sov.work.endpoints.answers import RequestRefused
 from tests.pages_typed import ROOT, commands_of
 
@@ -87,7 +87,7 @@ def test_each_piped_line_gets_one_answer_and_nothing_else_is_printed(endpoint: S
 
 
 def test_oldest_turns_are_left_out_where_the_context_ends(endpoint: ScriptedEndpoint) -> None:
-    session, screen = ChatSession(model_at(endpoint.url, ""), {}), Shown()
+    session, screen = ChatSession(find_chat_model(endpoint.url, ""), {}), Shown()
     for text in ("a", "b", "c"):
         session.ask(text, screen)
     endpoint.next = ["too long", "too long"]

@@ -24,10 +24,10 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.infer.engines.live_generation import NewSequence, TokenEvent
 from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.infer.request import STOP
-from megatron_sov.serve import run
-from megatron_sov.serve.bodies import BodyReader
-from megatron_sov.serve.run import HttpServer
-from megatron_sov.serve.scheduler import Clerk, RequestQueue
+from megatron_sov.serve import http_server
+from megatron_sov.serve.bodies import RequestEncoder
+from megatron_sov.serve.http_server import HttpServer
+from megatron_sov.serve.scheduler import BatchScheduler, RequestQueue
 from megatron_sov.serve.settings import ServeSettings
 
 SLOTS, LONGEST = 2, 400
@@ -62,8 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Model:
     """Writes the answer that stands in the prompt."""
 
-    reader: BodyReader
-    clerk: Clerk
+    encoder: RequestEncoder
+    scheduler: BatchScheduler
     rows: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(10**6))
     """Rows that it may read."""
     wants_stop: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Model:
 
     def run(self) -> None:
         places: dict[int, list[int]] = {}
-        while not (orders := self.clerk.choose_changes(SLOTS - len(places), not places)).ends:
+        while not (orders := self.scheduler.choose_changes(SLOTS - len(places), not places)).ends:
             assert len(places) + len(orders.joining) <= SLOTS
             for number in orders.leaving:
                 places.pop(number, None)
@@ -85,12 +85,12 @@ class Model:
             self.rows.acquire()
             news = [TokenEvent(number, answer.pop(0), -0.5, None if answer else STOP)
                     for number, answer in places.items()]
-            self.clerk.report_tokens(news)
+            self.scheduler.report_tokens(news)
             places = {number: answer for number, answer in places.items() if answer}
 
     def answer(self, joining: NewSequence) -> list[int]:
         """Return what is between the user's mark and the end of the turn, and that end."""
-        tokenizer = self.reader._tokenizer
+        tokenizer = self.encoder._tokenizer
         said = tokenizer.decode(list(joining.prompt), skip_special_tokens=False)
         said = said.rpartition("<|user|>")[2].partition("<|endofturn|>")[0]
         return [*tokenizer.encode(said).ids, tokenizer.token_to_id("<|endofturn|>")]
@@ -120,12 +120,12 @@ def opened(folder: Path) -> Callable[..., AbstractContextManager[Open]]:
     def within(vocab: int = 300, **given: Any) -> Iterator[Open]:
         settings = ServeSettings("scripted", port=0, **given)
         target: Any = SimpleNamespace(tokenizer_folder=folder, path=folder, is_hf=True, vocab_size=vocab)
-        reader = BodyReader(target, LONGEST)
-        desk = RequestQueue(settings.max_waiting)
+        encoder = RequestEncoder(target, LONGEST)
+        queue = RequestQueue(settings.max_waiting)
         stop: list[str] = []
-        model = Model(reader, Clerk(desk, reader, lambda: stop[0] if stop else None, lambda: False),
-                      wants_stop=stop)
-        server = HttpServer(settings, desk, reader, 0.0, LONGEST)
+        scheduler = BatchScheduler(queue, encoder, lambda: stop[0] if stop else None, lambda: False)
+        model = Model(encoder, scheduler, wants_stop=stop)
+        server = HttpServer(settings, queue, encoder, 0.0, LONGEST)
         server.start()
         runs = threading.Thread(target=model.run)
         runs.start()
@@ -276,11 +276,11 @@ def test_what_is_not_done_in_time_is_given_up_with_a_word(opened: Any,
 
 def test_a_defect_costs_its_request_alone(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened() as server:
-        read = server.model.reader.read
-        monkeypatch.setattr(server.model.reader, "read", lambda question: 1 // 0)
+        encode_request = server.model.encoder.encode_request
+        monkeypatch.setattr(server.model.encoder, "encode_request", lambda request: 1 // 0)
         answer = server.chat("a")
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
-        monkeypatch.setattr(server.model.reader, "read", read)
+        monkeypatch.setattr(server.model.encoder, "encode_request", encode_request)
         assert server.message("b")["message"]["content"] == "b" and num_waiting(server) == 0
 
 
@@ -311,7 +311,7 @@ def talk(server: Open, said: bytes) -> bytes:
 
 def test_clients_that_dawdle_are_left(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BODY_S", "LINGERS_S"):
-        monkeypatch.setattr(run, name, 0.2)
+        monkeypatch.setattr(http_server, name, 0.2)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with opened() as server:
         assert b" 408 " in talk(server, f"{head}Content-Length: 99\r\nConnection: close\r\n\r\n{{".encode())
@@ -321,7 +321,7 @@ def test_clients_that_dawdle_are_left(opened: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_stream_that_nobody_takes_is_ended(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "TAKES_S", 0.2)
+    monkeypatch.setattr(http_server, "TAKES_S", 0.2)
 
     async def never(*args: Any) -> None:
         await asyncio.sleep(600)
@@ -330,14 +330,14 @@ def test_a_stream_that_nobody_takes_is_ended(opened: Any, monkeypatch: pytest.Mo
         monkeypatch.setattr("aiohttp.web.StreamResponse.write", never)
         with contextlib.suppress(httpx.HTTPError):
             server.chat("hello", stream=True)
-        until(lambda: not server.model.clerk._under_way)
+        until(lambda: not server.model.scheduler._active)
 
 
 def test_an_address_that_is_taken_is_a_mistake(opened: Any) -> None:
     with opened() as server:
         port = int(server.url.removesuffix("/v1").rpartition(":")[2])
         with pytest.raises(UserError, match=f"--port {port}: cannot be listened on"):
-            HttpServer(ServeSettings("m", port=port), RequestQueue(1), server.model.reader, 0.0, LONGEST)
+            HttpServer(ServeSettings("m", port=port), RequestQueue(1), server.model.encoder, 0.0, LONGEST)
 
 
 @pytest.mark.tier1_cases(4)

@@ -20,7 +20,7 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.infer.engines.target import find_target
-from megatron_sov.serve.bodies import BodyReader, completion_question
+from megatron_sov.serve.bodies import RequestEncoder, parse_completion_body
 from megatron_sov.work.processes.children import STOP_SIGNALS
 from tests.pages_typed import ROOT, commands_of
 
@@ -125,10 +125,11 @@ def test_ids_are_prompts_too_and_the_model_is_listed(client: openai.OpenAI, writ
 
 
 def test_the_models_own_ends_end_nothing_where_they_are_ignored(imported: dict[str, Path]) -> None:
-    reader = BodyReader(find_target(imported["solar_open"]), 64)
+    encoder = RequestEncoder(find_target(imported["solar_open"]), 64)
     body: dict[str, Any] = {"prompt": [5], "stop_token_ids": [7]}
-    told, ignored = (set(reader.read(completion_question(json.dumps(asked).encode(), "m")).end_ids)
-                     for asked in (body, body | {"ignore_eos": True}))
+    requests = [parse_completion_body(json.dumps(fields).encode(), "m")
+                for fields in (body, body | {"ignore_eos": True})]
+    told, ignored = (set(encoder.encode_request(request).end_ids) for request in requests)
     assert ignored == {7} < told
 
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models
 from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from megatron_sov.chat.tool_calls import ServedTurn, ToolCall, parse_served_turn
 from megatron_sov.infer.request import LENGTH, STOP
-from megatron_sov.serve.replies import ReplyWriting, turn_so_far
+from megatron_sov.serve.replies import AnswerText, parse_partial_turn
 
 TEXT = "Ein Bär 곰 sagt: stop. Und 🐻‍❄️ sagt nichts."
 
@@ -22,32 +22,33 @@ def by_bytes() -> Tokenizer:
 
 
 def test_what_is_sure_only_grows_and_is_never_a_part_of_a_character(by_bytes: Tokenizer) -> None:
-    writing, told = ReplyWriting(by_bytes.decode, (), ()), ""
+    writing, told = AnswerText(by_bytes.decode, (), ()), ""
     for byte in TEXT.encode():
-        writing.add(byte, None)
-        sure = writing.sure_text()
+        writing.add_token(byte, None)
+        sure = writing.stable_text()
         assert sure.startswith(told) and TEXT.startswith(sure)
         told = sure
-    assert told == TEXT == writing.text()
+    assert told == TEXT == writing.get_text()
 
 
 @pytest.mark.parametrize("stops", [("stop",), (": s", "sagt:"), ("곰 ",), ("🐻",), ("never",)])
 def test_a_stop_string_ends_it_and_no_part_of_it_is_told(by_bytes: Tokenizer, stops: tuple[str, ...]) -> None:
-    writing = ReplyWriting(by_bytes.decode, stops, ())
+    writing = AnswerText(by_bytes.decode, stops, ())
     wanted = min((TEXT.partition(stop)[0] for stop in stops), key=len)
     for byte in TEXT.encode():
-        writing.add(byte, None)
-        assert wanted.startswith(writing.sure_text())
-    assert writing.text() == wanted
-    assert writing.reason == (STOP if any(stop in TEXT for stop in stops) else None)
+        writing.add_token(byte, None)
+        assert wanted.startswith(writing.stable_text())
+    assert writing.get_text() == wanted
+    assert writing.finish_reason == (STOP if any(stop in TEXT for stop in stops) else None)
 
 
 def test_a_token_or_the_length_ends_it(by_bytes: Tokenizer) -> None:
-    ended, cut = (ReplyWriting(by_bytes.decode, (), (0,)) for _ in range(2))
+    ended, cut = (AnswerText(by_bytes.decode, (), (0,)) for _ in range(2))
     for token, reason in ((65, None), (0, STOP), (66, LENGTH)):
-        ended.add(token, reason)
-    cut.add(65, LENGTH)
-    assert (ended.tokens, ended.reason) == ([65, 0], STOP) and (cut.tokens, cut.reason) == ([65], LENGTH)
+        ended.add_token(token, reason)
+    cut.add_token(65, LENGTH)
+    assert (ended.tokens, ended.finish_reason) == ([65, 0], STOP)
+    assert (cut.tokens, cut.finish_reason) == ([65], LENGTH)
 
 
 ADD = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
@@ -85,7 +86,7 @@ def test_a_turn_that_is_being_written_is_the_beginning_of_the_whole(text: str, i
     for tools in (TOOLS, []):
         told = ServedTurn("", "")
         for end in range(len(text) + 1):
-            turn = turn_so_far(text[:end], in_thoughts, tools)
+            turn = parse_partial_turn(text[:end], in_thoughts, tools)
             assert turn.thoughts.startswith(told.thoughts) and turn.content.startswith(told.content)
             told = turn
         whole = parse_served_turn(text, in_thoughts, tools)

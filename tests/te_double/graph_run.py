@@ -48,13 +48,13 @@ def _trained(recipe: str, settings: list[str], path: str, steps: int, quantises:
     config = (quantized_run.config_of(recipe, settings, path) if quantises
               else layout_run.small_config(recipe, settings, [path], "lm"))
     trainer = layout_run._trainer(config)
-    sums, padding = trainer.forward_backward.run, [0]
+    sums, padding = trainer.forward_backward.compute_gradients, [0]
 
     def looked_at(batch: Any, *others: Any) -> Any:
         padding[0] += sum(int(m.inputs.padding.sum()) for m in batch.micro_batches)
         return sums(batch, *others)
 
-    trainer.forward_backward.run = looked_at  # type: ignore[method-assign]
+    trainer.forward_backward.compute_gradients = looked_at  # type: ignore[method-assign]
     found = []
     for _ in range(steps):
         replays[0] = 0

@@ -65,7 +65,7 @@ def test_gradients_and_sums_are_those_of_the_whole_batch_however_it_is_cut(make:
     for size in (1, 4, 8):
         run = make(f"train.micro_batch_size={size}")
         assert len(run.batch.micro_batches) == 8 // size
-        sums = run.forward_backward.run(run.batch, run.objective, 1)
+        sums = run.forward_backward.compute_gradients(run.batch, run.objective, 1)
         found.append((flat(sums), gradients(run.model)))
         assert run.forward_backward.is_finite
     for sums, gradient in found[1:]:
@@ -76,7 +76,7 @@ def test_gradients_and_sums_are_those_of_the_whole_batch_however_it_is_cut(make:
 
 def test_sums_are_terms_then_loss_and_targets_of_each_source(make: Make) -> None:
     run = make("train.micro_batch_size=2")
-    sums = run.forward_backward.run(run.batch, run.objective, 1)
+    sums = run.forward_backward.compute_gradients(run.batch, run.objective, 1)
     assert list(sums.terms) == sorted(run.objective.coefficients)
     losses, targets = sums.by_source.T
     assert len(losses) == 2, "even and odd"
@@ -101,11 +101,11 @@ def test_meters_are_means_over_the_whole_batch_however_it_is_cut(make: Make) -> 
                            for name in ("labels", "weights"))
         expected = float((labels % 2)[weights > 0].double().mean())
         assert 0 < expected < 1
-        assert run.forward_backward.run(run.batch, run.objective, 1).meters == {
+        assert run.forward_backward.compute_gradients(run.batch, run.objective, 1).meters == {
             "rows": 1.5, "odd": pytest.approx(expected, rel=1e-12)}
     run.objective.meters = ("rows",)
     with pytest.raises(UserError, match=r"meters \['never', 'odd', 'rows'\]"):
-        run.forward_backward.run(run.batch, run.objective, 1)
+        run.forward_backward.compute_gradients(run.batch, run.objective, 1)
 
 
 def with_routes(data: Path, folder: Path, known: float) -> Path:
@@ -138,7 +138,7 @@ def test_routes_of_data_are_replayed_and_the_share_is_told(make: Make, packed_da
                        ("unknown", with_routes(packed_data.text, tmp_path / "unknown", 0.0)),
                        ("recorded", with_routes(packed_data.text, tmp_path / "recorded", 0.75))):
         run = make("train.micro_batch_size=2", data=data)
-        sums = run.forward_backward.run(run.batch, run.objective, 1)
+        sums = run.forward_backward.compute_gradients(run.batch, run.objective, 1)
         found[name] = sums.terms["lm"], sums.meters
     routes = np.concatenate([m.inputs.routes for m in run.batch.micro_batches])
     padding = np.concatenate([m.inputs.padding.numpy() for m in run.batch.micro_batches])
@@ -153,7 +153,7 @@ def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make:
     run = make("train.micro_batch_size=2", faults="nan@step=2")
     finite = []
     for step in (1, 2, 3):
-        sums = run.forward_backward.run(run.batch, run.objective, step)
+        sums = run.forward_backward.compute_gradients(run.batch, run.objective, step)
         finite.append([run.forward_backward.is_finite,
                        *(bool(v.isfinite().all()) for v in (flat(sums), gradients(run.model)))])
     assert finite == [[True] * 3, [False] * 3, [True] * 3]
@@ -167,9 +167,10 @@ def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trac
         probed.forward_backward.compute_local_gradients(probed.batch, probed.objective, 1, turn)
         own.append(gradients(probed.model))
     assert torch.equal(own[0], own[1])
-    probed_sums = flat(probed.forward_backward.run(probed.batch, probed.objective, 1))
+    probed_sums = flat(probed.forward_backward.compute_gradients(probed.batch, probed.objective, 1))
     rng.seed_step(plain.seed, 0)
-    assert torch.equal(flat(plain.forward_backward.run(plain.batch, plain.objective, 1)), probed_sums)
+    plain_sums = flat(plain.forward_backward.compute_gradients(plain.batch, plain.objective, 1))
+    assert torch.equal(plain_sums, probed_sums)
     assert torch.equal(gradients(plain.model), gradients(probed.model))
     assert torch.equal(plain.load(), probed.load()), "experts are counted once"
     assert not torch.equal(gradients(probed.model), own[0]), "a part of the batch is not the batch"

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -18,8 +19,9 @@ from data_prep.curate.pipeline.step import SOURCE_COLUMNS, STEPS, ColumnType, St
 from data_prep.curate.pipelines import READY
 from data_prep.curate.sources.source import KINDS, SourceSettings
 from megatron_sov.base.artifacts import MANIFEST
-from megatron_sov.base.errors import UserError, format_problems, suggest_name
+from megatron_sov.base.errors import UserError, find_nearest_name, format_problems, suggest_name
 from megatron_sov.base.hints.removed import PIPELINE, suggest_successor
+from megatron_sov.base.hints.table import index_words, normalize_word
 from megatron_sov.base.settings import (
     AtLeastOne, Bound, Fraction, LocatedDocument, NotBlank, Place, ProblemCode, SettingsProblem,
     find_rule_problems, parse_located_yaml, read_settings_text, split_key, try_parse_settings)
@@ -217,13 +219,16 @@ class _FileReader:
             return None
         return Pipeline(self.folder, head.name, sources, steps, head.shard_bytes, head.on_bad, output, pack)
 
-    def _part(self, cls: type[Any], written: Any, place: Place) -> Any:
-        """Return a part of the file as its dataclass with paths resolved, or None; notes what is wrong."""
+    def _part(self, cls: type[Any], written: Any, place: Place, kind: str = "") -> Any:
+        """Return a part of the file as its dataclass with paths resolved, or None; notes what is wrong.
+
+        `kind` is the step, if the file writes another program's name for it.
+        """
         if not isinstance(written, dict):
             self.tell(place, f"{place[-1]} = {written!r}: must be a mapping of settings")
             return None
-        settings, problems = try_parse_settings(
-            cls, written, lambda key: suggest_successor(f"{place[-1]}.{key}", PIPELINE).removeprefix("; "))
+        kind = kind or "".join(map(str, place[-1:]))
+        settings, problems = try_parse_settings(cls, written, partial(_suggest_setting, kind))
         if settings is not None:
             settings = resolved(settings, self.folder)
             # Rules may open files, so paths are resolved first.
@@ -269,20 +274,35 @@ class _FileReader:
             if len(kinds) != 1:
                 self.tell(place, f"step {i + 1}: must be the name of one step with its settings, and at most "
                                  "`only` beside it")
-            elif kinds[0] not in STEPS:
-                close = suggest_successor(kinds[0], PIPELINE) or suggest_name(kinds[0], STEPS)
-                self.tell((*place, kinds[0]), f"{kinds[0]}: is no step{close} "
-                                              f"(there are: {', '.join(STEPS)})")
             else:
+                kind = kinds[0]
+                if kind not in STEPS:
+                    kind = self._tell_unknown(kind, (*place, kind))
+                if kind not in STEPS:
+                    continue
                 only = self._part(Only, entry.get("only") or {}, (*place, "only"))
                 if only is not None:
                     self._check_only(only, sources, (*place, "only"))
                     if not are_kinds_told:
                         self._check_kinds_before(only, sources, (*place, "only"))
                 # From the step `kind` on, any document may be of any kind.
-                are_kinds_told |= kinds[0] == "kind"
-                yield from self._step(StepEntry(i + 1, kinds[0], {}, only or Only()), entry[kinds[0]],
+                are_kinds_told |= kind == "kind"
+                yield from self._step(StepEntry(i + 1, kind, {}, only or Only()), entry[kinds[0]],
                                       (*place, kinds[0]))
+
+    def _tell_unknown(self, name: str, place: Place) -> str:
+        """Note a step of an unknown name; return the step that it means, or the name."""
+        meant = next(iter(index_words("steps").get(normalize_word(name), ())), "")
+        if meant in STEPS:
+            close = f"; it is {meant} here"
+        elif meant:
+            close = f"; `{meant}:` of the file does this, outside `steps`"
+        else:
+            meant = find_nearest_name(name, STEPS)
+            close = suggest_successor(name, PIPELINE) or suggest_name(name, STEPS)
+            close += f" (there are: {', '.join(STEPS)})"
+        self.tell(place, f"{name}: is no step{close}")
+        return meant or name
 
     def _check_kinds_before(self, only: Only, sources: Mapping[str, str], place: Place) -> None:
         """Note that a step would pass over documents of the kinds that it names, since the step `kind`, which
@@ -316,7 +336,7 @@ class _FileReader:
             return
         if cls.shorthand and isinstance(written, (str, int, float)):
             written = {cls.shorthand: written}
-        settings = self._part(cls.Settings, {} if written is None else written, place)
+        settings = self._part(cls.Settings, {} if written is None else written, place, entry.kind)
         if settings is None:
             # The columns count even so: steps behind would else be called wrong for this step's mistake.
             self._add_columns(cls.adds, entry.kind, place)
@@ -342,6 +362,13 @@ class _FileReader:
             if before != column_type:
                 self.tell(place, f"{kind}: adds the column {name!r} of type {column_type}, which has the "
                                  f"type {before} before it; leave one of the steps out")
+
+
+def _suggest_setting(kind: str, key: str) -> str:
+    """Return our name of a removed or foreign setting of a step; "": unknown."""
+    ours = index_words("steps").get(normalize_word(f"{kind}.{key}"), ())
+    return suggest_successor(f"{kind}.{key}", PIPELINE).removeprefix("; ") or "".join(
+        f"it is {name.rpartition('.')[2]} here" for name in ours)
 
 
 def _givers(column: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import regex
 
-from megatron_sov.judge.rewards.patterns import json_of
+from megatron_sov.judge.rewards.patterns import parse_json
 from megatron_sov.judge.rewards.reward import Refused
 
 TIMEOUT_S = 2.0
@@ -36,7 +36,7 @@ def read_tagged(text: str, names: Sequence[str]) -> dict[str, str] | None:
 def read_json_list(reply: str, names: Sequence[str]) -> list[dict[str, str]] | None:
     """Read a list of objects with these texts; those without them, or that repeat the first, are left out."""
     try:
-        listed = json_of(reply.strip())
+        listed = parse_json(reply.strip())
     except Refused:
         return None
     found: dict[str, dict[str, str]] = {}

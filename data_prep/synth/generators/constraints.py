@@ -17,8 +17,9 @@ from typing import Any
 
 from data_prep.synth.generator import SampleVerdict
 from data_prep.synth.replies import NoReply
-from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, ConstraintVerdict, problem_of, verdicts
-from megatron_sov.judge.rewards.program_text import program_in
+from megatron_sov.judge.rewards.constraint import (
+    MAX_TEXT_CHARS, ConstraintVerdict, check_texts, find_check_problem)
+from megatron_sov.judge.rewards.program_text import extract_program
 from megatron_sov.sandbox.sandbox import shared_sandbox
 
 MAX_CONSTRAINT_CHARS = 300
@@ -89,8 +90,8 @@ def read_draft(reply: str) -> FunctionDraft | str:
     fault."""
     if getattr(reply, "cut", False):
         return "was cut off"
-    source = program_in(reply, ("evaluate",)).strip()
-    if problem := problem_of(source):
+    source = extract_program(reply, ("evaluate",)).strip()
+    if problem := find_check_problem(source):
         return problem
     blocks = _JSON.findall(reply)
     try:
@@ -121,7 +122,7 @@ def run_check(source: str, texts: Sequence[str]) -> Sequence[ConstraintVerdict]:
         NoReply: the machine could not run it: the item is made again.
     """
     try:
-        return verdicts(shared_sandbox(workers=SANDBOX_WORKERS), source, texts, call_s=CALL_TIME_S)
+        return check_texts(shared_sandbox(workers=SANDBOX_WORKERS), source, texts, call_s=CALL_TIME_S)
     except (RuntimeError, TimeoutError) as e:
         raise NoReply(str(e)) from None
 

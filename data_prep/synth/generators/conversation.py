@@ -11,7 +11,8 @@ from typing import Any
 from data_prep.synth.generator import Ask
 from data_prep.synth.replies import NoReply, NoUsableReply, Reply
 from megatron_sov.chat.marks import BEGIN_CALL
-from megatron_sov.judge.tools.environment import BY_THE_MODEL, LIMITS, InfrastructureFault, ToolFault, cut
+from megatron_sov.judge.tools.environment import (
+    LIMITS, MALFORMED_CALLS, InfrastructureFault, ToolFault, cut_text)
 from megatron_sov.judge.tools.worlds.virtual import Virtual
 
 Message = dict[str, Any]
@@ -128,10 +129,11 @@ class Player:
             raise NoReply(e.reason) from None
         except ToolFault as e:
             fault = e.code
-            result = f"error: {e.reason}" if fault in BY_THE_MODEL else f"error: {call['name']}: {e.reason}"
+            tool = "" if fault in MALFORMED_CALLS else f"{call['name']}: "
+            result = f"error: {tool}{e.reason}"
         text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-        text, _ = cut(text, LIMITS["test"].max_tool_chars)
-        if fault in BY_THE_MODEL:
+        text, _ = cut_text(text, LIMITS["test"].max_tool_chars)
+        if fault in MALFORMED_CALLS:
             played.num_wrong_calls += 1
             # the turn may be read, and is not learned
             last_turn = max(i for i, m in enumerate(played.messages) if m["role"] == "assistant")

@@ -18,7 +18,7 @@ from data_prep.synth.generators.texts import LanguageCode
 from megatron_sov.base.documents.files import ACCEPTED_SAMPLES, list_files
 from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.base.settings import AtLeastOne, SettingsProblem, at_most_field, find_broken_rules
-from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, functions_of, views_of
+from megatron_sov.judge.rewards.constraint import MAX_TEXT_CHARS, get_functions, segment_text
 from megatron_sov.judge.rewards.reward import Refused
 
 MAX_LISTED = 10
@@ -83,7 +83,7 @@ def read_constraints(file: Path) -> list[KeptConstraint]:
     for where, record in read_objects(file):
         constraint, back = record.get("prompt"), record.get("back", [])
         try:
-            functions = functions_of(record, ())
+            functions = get_functions(record, ())
         except Refused as e:
             problems.append(f"{where}: {e}")
             continue
@@ -168,7 +168,7 @@ def accepted_by(functions: Sequence[str], text: str, segmenter: Literal["none", 
     if len(text) > MAX_TEXT_CHARS:
         return AcceptedBy(0, f"has {len(text):,} characters")
     try:
-        views = views_of(text, segmenter)
+        views = segment_text(text, segmenter)
     except ImportError:
         raise UserError("segmenter = pythainlp: is not installed; pip install pythainlp, or set "
                         "segmenter=rules") from None

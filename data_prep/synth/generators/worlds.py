@@ -20,12 +20,12 @@ from data_prep.synth.generators.drawing import draws_of
 from data_prep.synth.replies import NoReply
 from megatron_sov.base.documents.messages import BadRecord, check_depth
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.rewards.patterns import NO_JSON, json_of
+from megatron_sov.judge.rewards.patterns import NO_JSON, parse_json
 from megatron_sov.judge.rewards.reward import Refused
 from megatron_sov.judge.tools.environment import InfrastructureFault, ToolFault
-from megatron_sov.judge.tools.worlds.goals import plain, says
+from megatron_sov.judge.tools.worlds.goals import contains_words, normalize_text
 from megatron_sov.judge.tools.worlds.virtual import (
-    Tables, ToolOutcome, Virtual, VirtualWorld, call_tools, problems_of, world_of)
+    CallOutcome, Tables, Virtual, VirtualWorld, call_tools, find_world_problems, read_world)
 
 MIN_TOOLS, MIN_CHANGING_TOOLS, MIN_ROWS = 4, 2, 6
 MAX_STATES = 24
@@ -51,9 +51,9 @@ def json_object(reply: str) -> dict[str, Any] | str:
         return "the answer was cut off at its limit of tokens"
     begin, end = reply.find("{"), reply.rfind("}")
     try:
-        found = json_of(reply)
+        found = parse_json(reply)
         if found is NO_JSON and 0 <= begin < end:
-            found = json_of(reply[begin:end + 1])
+            found = parse_json(reply[begin:end + 1])
         if found is not NO_JSON:
             check_depth(found)
             # numbers and characters that the journal cannot hold fail here
@@ -79,9 +79,9 @@ def world_verdicts(world: Mapping[str, Any], name: str, calls_per_tool: int) -> 
     Raises:
         NoReply: the sandbox failed: the item is made again.
     """
-    if problems := problems_of(world):
+    if problems := find_world_problems(world):
         return [_verdict("sound", problems)]
-    spec = world_of(world)
+    spec = read_world(world)
     trial = Trial(spec, draws_of("trial", name))
     try:
         trial.run(calls_per_tool)
@@ -139,9 +139,9 @@ class Trial:
 
     def run(self, calls_per_tool: int) -> None:
         """Make the world's examples, and then so many drawn calls of each tool."""
-        states = [self.spec.first_tables()]
+        states = [self.spec.copy_first_tables()]
         calls: list[DrawnCall] = [(states[0], call["name"], call["arguments"]) for call in self.spec.examples]
-        made: list[tuple[DrawnCall, ToolOutcome]] = []
+        made: list[tuple[DrawnCall, CallOutcome]] = []
         for _ in range(calls_per_tool + 1):
             # an argument that fits another place may not be of this one's type
             calls = [call for call in calls if self._is_allowed(call)]
@@ -165,7 +165,7 @@ class Trial:
                       for argument in sorted(set(self.spec.tools[tool].parameters) - used)]
         return found
 
-    def _add(self, call: DrawnCall, outcome: ToolOutcome) -> None:
+    def _add(self, call: DrawnCall, outcome: CallOutcome) -> None:
         tables, name, arguments = call
         if outcome.fault is None:
             self.successful.add(name)
@@ -175,7 +175,7 @@ class Trial:
             self.faults.setdefault(name, f"tool {name}: its types allow {json_text(arguments)[:160]}, and "
                                          f"the call {outcome.fault.reason}")
 
-    def _repeat(self, made: Sequence[tuple[DrawnCall, ToolOutcome]]) -> None:
+    def _repeat(self, made: Sequence[tuple[DrawnCall, CallOutcome]]) -> None:
         """Make calls again in other processes: nothing may depend on time or chance."""
         for start in range(0, len(made), BATCH):
             batch = made[start:start + BATCH]
@@ -194,7 +194,7 @@ class Trial:
 
     def _draw_call(self, tool: str, tables: Tables) -> DrawnCall:
         """Return a call with arguments that the tool's types allow, many of which fit the tables."""
-        schema = self.spec.tools[tool].description_for_models()["function"]["parameters"]
+        schema = self.spec.tools[tool].describe_for_models()["function"]["parameters"]
         found = {}
         for name, part in schema["properties"].items():
             if name not in schema["required"] and self.draws.random() < LEFT_OUT_SHARE:
@@ -221,7 +221,7 @@ def fitting_values(spec: VirtualWorld, tool: str, argument: str, tables: Tables)
     given = [call["arguments"][argument] for call in spec.examples
              if call["name"] == tool and argument in call["arguments"]]
     found = list(given)
-    first = spec.first_tables()
+    first = spec.copy_first_tables()
     for table, rows in tables.items():
         if any(isinstance(value, str) and value in first[table] for value in given):
             found += rows
@@ -292,9 +292,10 @@ def task_verdicts(task: Mapping[str, Any], min_calls: int, max_calls: int) -> li
             return [SampleVerdict("reachable goal", False, f"call {place + 1}: {e.reason}")]
         if virtual.snapshot() != before:
             changing.append(place)
-    question = plain(task["question"])
-    told = [] if changing else [answer for answer in answers if says(question, plain(answer))]
-    tools = [name for name in virtual.by_name if "_" in name and name.casefold() in question]
+    question = normalize_text(task["question"])
+    told = [] if changing else [answer for answer in answers
+                                if contains_words(question, normalize_text(answer))]
+    tools = [name for name in virtual.tools_by_name if "_" in name and name.casefold() in question]
     idle = _idle_calls(virtual, first, calls, changing) if changing or answers else (
         "the calls change nothing, and nothing has to be said")
     return [
@@ -334,4 +335,4 @@ def _idle_calls(virtual: Virtual, first: Any, calls: Sequence[Mapping[str, Any]]
 
 
 def _compared(virtual: Virtual) -> dict[str, Any]:
-    return {table: virtual.compared(table, rows) for table, rows in virtual.state.items()}
+    return {table: virtual.project_rows(table, rows) for table, rows in virtual.state.items()}

@@ -277,8 +277,8 @@ _FIELD_WORDS = {
     "rejected": ("rejected", "dispreferred", "worse", "loser", "negative", "bad", "worst", "lose",
                  "neg"),
     "prompt": ("prompt", "question", "query", "instruction", "input", "problem", "user", "human", "request",
-               "ask"),
-    "response": ("response", "answer", "completion", "output", "reply", "solution", "target", "assistant",
+               "ask", "body", "post", "title"),
+    "response": ("response", "completion", "output", "reply", "answer", "solution", "target", "assistant",
                  "gpt", "bot", "summary", "generation", "prediction", "generated"),
     "answer": ("answer", "solution", "gold", "golden", "target", "reference", "truth", "expected", "label"),
     "text": ("text", "content", "body", "document", "article", "passage", "story", "markdown", "code"),
@@ -290,10 +290,11 @@ _NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", 
 
 def propose_field(record: Mapping[str, Any], target: str) -> str:
     """Return the field of a record whose name says that it holds a field of ours; "": none does."""
-    words = {*_FIELD_WORDS.get(target, ())}
-    names = [name for name in record
-             if words & {*re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())}]
-    return min(names, key=len, default="")
+    words = _FIELD_WORDS.get(target, ())
+    parts = {name: re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()) for name in record}
+    candidates = [(words.index(word), len(name), name) for name in record
+                  for word in words if word in parts[name]]
+    return min(candidates, default=(0, 0, ""))[2]
 
 
 def describe_turns(record: Mapping[str, Any]) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.documents.files import refuse_tables
 from megatron_sov.base.documents.layouts import propose_field
 from megatron_sov.base.documents.messages import MAX_LEVELS, BadRecord, check_depth
-from megatron_sov.base.errors import RowProblems, UserError
+from megatron_sov.base.errors import Fix, RowProblems, UserError
 
 
 def reject_constant(name: str) -> NoReturn:
@@ -81,11 +84,32 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
         if isinstance(row, str):
             problems.add(f"line {line}", row)
     if problems:
-        raise UserError(problems.format(f"{option} {path}", "correct or remove these lines"))
+        fix = fix_text_rows(path, field) or _fix_field(path, field, list(problems))
+        raise UserError(problems.format(f"{option} {path}", "correct or remove these lines"), fix)
     if not num_rows:
         needs = f" with a {ROW_FIELDS[field][1]} `{field}`" if field else ""
         raise UserError(f"{option} {path}: has no rows; each line is a JSON object{needs}")
     return num_rows
+
+
+def fix_text_rows(file: Path, field: str) -> Fix | None:
+    """Return the command that writes the lines of a text file as rows with `field`; None for other files."""
+    if file.suffix not in (".txt", ".md", ".list"):
+        return None
+    target = f"{file.with_suffix('')}.jsonl"
+    code = (f"import json; [print(json.dumps({{{field!r}: line.rstrip()}})) for line in open({str(file)!r}) "
+            "if line.strip()]")
+    return Fix(words={str(file): target}, before=(shlex.join([sys.executable, "-c", code]) + f" > {target}",))
+
+
+def _fix_field(file: Path, field: str, problems: Sequence[str]) -> Fix | None:
+    """Return the command that renames a field in all rows, if a row names its content otherwise."""
+    names = re.findall(r"; rename '([\w-]+)' to", " ".join(problems))
+    if len(problems) > 1 or not names:
+        return None
+    target = f"{file.with_suffix('')}-{field}{file.suffix}"
+    words = ["sed", f's/"{names[0]}":/"{field}":/', str(file)]
+    return Fix(words={str(file): target}, before=(f"{shlex.join(words)} > {shlex.quote(target)}",))
 
 
 def read_rows(path: Path, option: str = "--input", field: str = "response") -> Iterator[tuple[int, Row]]:
@@ -133,7 +157,8 @@ def parse_row(raw: bytes, field: str) -> Row | str:
     if not isinstance(row, dict):
         return f"is not a JSON object, but a {type(row).__name__}"
     if field and field not in row:
-        near = propose_field(row, field)
+        # an `answer` beside it is the reference, not the response
+        near = propose_field({name: row[name] for name in row if name != "answer"}, field)
         hint = f"; rename {near!r} to {field!r}" if near else ""
         return f"has no {field!r} (fields: {', '.join(list(row)[:8]) or 'none'}){hint}"
     types, type_name = ROW_FIELDS[field]

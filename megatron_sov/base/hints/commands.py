@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_sov.base.errors import Fix, UserError, find_nearest_name
+from megatron_sov.base.errors import Fix, UserError, choose_free_path, find_nearest_name
 from megatron_sov.base.hints.foreign import read_foreign_config
-from megatron_sov.base.hints.kinds import classify_folder
+from megatron_sov.base.hints.kinds import classify_folder, classify_word
 from megatron_sov.base.hints.lines import is_placeholder
 from megatron_sov.base.hints.table import index_words, load_table, normalize_word
 
@@ -29,8 +29,12 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
         word: the unknown command.
         choices: the existing commands.
     """
+    if program == "sov-data" and (error := _propose_pipeline(word, typed)):
+        return error
     texts = _index_command_texts(program, word, typed)
-    if (text := texts.get(word.lower())) and classify_folder(Path(word)) == "other":
+    # `convert hf RUN OUT`: a direction, although a folder hf exists
+    is_word = classify_folder(Path(word)) == "other" or bool(typed and Path(typed[0]).exists())
+    if (text := texts.get(word.lower())) and is_word:
         return _fill_template(f"{program} {word}: does not exist", text, typed)
     action = find_action(program, (word, *typed))
     if word.startswith("-") and action:
@@ -49,6 +53,31 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     fix = Fix(f"{program} {shlex.join([nearest, *typed])}") if nearest and typed else None
     return UserError(
         f"{program} {word}: does not exist{suggestion} (`{program} --help` lists what there is)", fix)
+
+
+def _propose_pipeline(word: str, typed: Sequence[str]) -> UserError | None:
+    """Build the error for `sov-data STEP`, with the commands that write a pipeline file and run it; None: no
+    step, or no input."""
+    index, words = index_words("steps"), [part for text in typed for part in text.split("=", 1)]
+    values = {normalize_word(option): value for option, value in pairwise(words) if option.startswith("-")}
+    step, settings = "", [""]
+    for name in reversed(index.get(normalize_word(word), ())):
+        known = [f"{key.rpartition('.')[2]}: {value}" for option, value in values.items()
+                 for key in index.get(f"{name}.{option}", ())]
+        if known or not any(settings):
+            step, settings = name, known
+    source = next((values[name] for name in ("input", "i", "data", "input_dir", "input_folder")
+                   if name in values), "")
+    if not step or not source:
+        return None
+    file = choose_free_path(f"{step}.yaml")
+    text = ["name: web", "sources:", f"  - {{name: web, path: {source}, kind: en}}", "steps:",
+            f"  - {step}: {{{', '.join(settings)}}}"]
+    output = values.get("output", values.get("o", "corpus"))
+    return UserError(f"sov-data {word}: does not exist; {step} is a step of a pipeline file (docs/"
+                     "data_pipeline.md), which `sov-data run` runs",
+                     Fix(f"printf '%s\\n' {shlex.join(text)} > {file}\n  sov-data run {file} --output "
+                         f"{shlex.quote(output)}"))
 
 
 def _index_command_texts(program: str, word: str, typed: Sequence[str]) -> Mapping[str, str]:
@@ -165,7 +194,10 @@ def _append_typed(line: str, typed: Sequence[str]) -> str:
 
 def _names_model(typed: Sequence[str]) -> bool:
     """Return whether an option, or a key of a foreign configuration file in `typed`, names a model."""
-    words = [normalize_word(word.partition("=")[0]) for word in typed if word.startswith("-")]
+    pairs = [word.split("=", 1) if "=" in word else [word, following]
+             for word, following in zip(typed, [*typed[1:], ""], strict=False)]
+    words = [normalize_word(name) for name, value in pairs if name.startswith("-") and not (
+        classify_word(value) == "recipe" and not Path(value).exists())]
     words += [key.lower() for key in _read_configurations(typed)]
     return any(word == "from" or "--from" in index_words("options").get(word, ()) for word in words)
 

@@ -10,8 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_sov.base.hints.table import get_last_part, index_words, translate_to_settings
 
 MAX_BYTES = 1 << 20
@@ -74,6 +72,8 @@ def has_translation(key: str) -> bool:
 
 
 def _parse_file(file: Path) -> Any:
+    import yaml  # not at the top: `--help` of a program reads no YAML
+
     try:
         # only regular files: the command itself reads a pipe
         if not file.is_file() or file.stat().st_size > MAX_BYTES:

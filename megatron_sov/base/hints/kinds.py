@@ -52,6 +52,12 @@ def find_recipe_option(path: Path) -> str:
     return "--from" if is_model or classify_folder(path) == "checkpoint" else ""
 
 
+def find_only_folder(kind: str) -> str:
+    """Return the only folder of a kind in the current folder; "": none or several."""
+    names = [path.name for path in Path().iterdir() if path.is_dir() and classify_folder(path) == kind]
+    return names[0] if len(names) == 1 else ""
+
+
 def classify_folder(path: Path) -> str:
     """Return a folder's kind by its file names: run, checkpoint, hf, peft, tokens, tokenizer, megatron or
     other."""

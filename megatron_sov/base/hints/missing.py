@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sov.base.errors import choose_free_path
+from megatron_sov.base.hints.kinds import find_only_folder
 from megatron_sov.base.hints.table import load_table
 
 _TEXT_OPTIONS = ("--prompts", "--input", "--text", "--data", "--prompt")
@@ -68,6 +69,8 @@ def choose_placeholder(action: argparse.Action) -> str:
     row = load_table()["missing"].get(action.option_strings[0], {})
     if new := row.get("new"):
         return choose_free_path(new)
+    if folder := find_only_folder(row["kind"]) if "kind" in row else "":
+        return folder
     choices = list(action.choices or ())
     return str(row.get("write") or (choices[0] if choices else action.metavar or action.dest.upper()))
 

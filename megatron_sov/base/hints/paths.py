@@ -11,12 +11,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing
-from megatron_sov.base.hints.kinds import DATA_SUFFIXES, classify_folder
+from megatron_sov.base.hints.kinds import DATA_SUFFIXES, classify_folder, find_only_folder
 from megatron_sov.base.hints.table import load_table
 from megatron_sov.base.hints.values import find_value
 
 DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
 INPUT_OPTIONS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--reference", "--base")
+_PACKING = {"sft": "--format chat ", "prefer": "--format preference ", "eval": "--heldout 0.5 "}
+"""Command -> options of `sov-data pack` for its data."""
 _PLACEHOLDER = re.compile(r"[A-Z]+(?:_[A-Z]+)*(?:\.[a-z]+)?")
 
 
@@ -52,32 +54,29 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     kind, kinds = classify_folder(place), load_table()["kinds"]
     if kind in kinds and kind != "tokens":
         return UserError(f"--data {path}: is {kinds[kind]}; pass token shards or a file of records",
-                         Fix(options=("--data", _find_only_folder("tokens") or "DIR")))
-    if kind == "tokens" or not place.is_dir() or not any(
-            name.endswith(DATA_SUFFIXES) for name in os.listdir(place) if name != "manifest.json"):
+                         Fix(options=("--data", find_only_folder("tokens") or "DIR")))
+    is_text = place.is_dir() and any(
+        name.endswith(DATA_SUFFIXES) for name in os.listdir(place) if name != "manifest.json")
+    is_file = place.is_file() and place.name.endswith(DATA_SUFFIXES) and line[0] == "eval"
+    if kind == "tokens" or not (is_text or is_file):
         return None
     tokenizer, before = _choose_tokenizer(line)
-    shards = choose_free_path(f"{place.name}-tokens")
-    form = {"sft": "--format chat ", "prefer": "--format preference "}.get(line[0], "")
+    shards = choose_free_path(f"{place.name.partition('.')[0]}-tokens")
+    form = _PACKING.get(line[0], "")
     pack = f"sov-data pack --tokenizer {tokenizer} {form}" + shlex.join(["--input", path, "--output", shards])
-    return UserError(f"--data {path}: is a folder of text; pack it first",
+    return UserError(f"--data {path}: is {'a file' if is_file else 'a folder of text'}; pack it first",
                      Fix(words={path: shards}, before=(*before, pack)))
 
 
 def _choose_tokenizer(line: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """Return a tokenizer folder for packing, from --from or the current folder, and the commands that
     create the folder."""
-    model = find_value(line, "--from")
-    if model and (Path(model) / "tokenizer.json").is_file():
+    model = next((word for word in (find_value(line, "--from"), *line[:3])
+                  if (Path(word) / "tokenizer.json").is_file()), "")
+    if model:
         output = choose_free_path(f"{Path(model).name}-tokenizer")
         return output, (shlex.join(["sov-tokenizer", "import", model, "--output", output]),)
-    return _find_only_folder("tokenizer") or "DIR", ()
-
-
-def _find_only_folder(kind: str) -> str:
-    """Return the only folder of a kind in the current folder; "": none or several."""
-    names = [path.name for path in Path().iterdir() if path.is_dir() and classify_folder(path) == kind]
-    return names[0] if len(names) == 1 else ""
+    return find_only_folder("tokenizer") or "DIR", ()
 
 
 def _find_output_fault(path: str) -> UserError | None:

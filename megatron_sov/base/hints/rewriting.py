@@ -13,8 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import find_nearest_name, fix_missing, suggest_name
+from megatron_sov.base.errors import find_nearest_name, fix_missing
 from megatron_sov.base.hints.foreign import parse_blend
+from megatron_sov.base.hints.kinds import classify_word
 from megatron_sov.base.hints.search import describe_candidates, find_by_meaning
 from megatron_sov.base.hints.table import find_note, get_last_part, index_words, load_table, normalize_word
 from megatron_sov.base.hints.values import (
@@ -118,8 +119,8 @@ class Rewrite:
         return True
 
     def _list_holes(self, value: str) -> dict[str, str]:
-        """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {run}, {output},
-        {folder}."""
+        """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {nodes}, {run},
+        {output}, {folder}."""
         thousands = re.fullmatch(r"(\d+)[kK]", value)
         value = str(1024 * int(thousands[1])) if thousands and self.command == "extend" else value
         run = re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)
@@ -132,8 +133,10 @@ class Rewrite:
         if fix is not None and folder in fix.words:
             self.messages.append(f"{folder}: does not exist; did you mean {fix.words[folder]}?")
             folder = fix.words[folder]
-        return {"value": value, "stem": Path(value).stem, "cluster": parse_cluster(value), "run": run,
-                "output": find_value(self.typed, "--output") or "DIR", "folder": folder}
+        nodes = str(-(-int(value) // GPUS_PER_NODE)) if value.isdigit() else "N"
+        return {"value": value, "nodes": nodes, "stem": Path(value).stem, "run": run,
+                "cluster": parse_cluster(value), "folder": folder,
+                "output": find_value(self.typed, "--output") or "DIR"}
 
     def replace_option(self, option: str, values: list[str]) -> None:
         """Write the counterpart of an option that the command does not have."""
@@ -146,8 +149,8 @@ class Rewrite:
         if word == "load" and values and values[0] == find_value(self.typed, "--save", "--run"):
             self.add_words(f"{option}: --resume continues a folder's run", "--run", values[0], "--resume")
             self.resumed_run = values[0]
-        elif word in _WEIGHT_WORDS and FOLDER in self.positionals:
-            self.weights = values
+        elif word in _WEIGHT_WORDS and any("[:weight]" in name.lower() for name in self.positionals):
+            self.weights = values[0].split(",") if len(values) == 1 else values
             self.add_words(f"{option}: a weight follows its folder behind a colon")
         elif same_name in self.options:  # --num_fewshot
             self.add_words(f"{option} is {same_name} here", same_name, *values)
@@ -170,9 +173,14 @@ class Rewrite:
         name = next((name for name in index_words("options").get(word, ())
                      if name in self.options or name in self.positionals), "")
         is_name = bool(values) and re.fullmatch(r"[\w.-]+", values[0]) and not Path(values[0]).exists()
-        if name == "--from" and self.command == "plan" and is_name:
+        is_recipe = is_name and (self.command == "plan" or classify_word(values[0]) == "recipe")
+        if name == "--from" and "RECIPE" in self.positionals and is_recipe:
             return "RECIPE"
-        if name == "--nodes" and "gpu" in word and "--nproc" in self.options and not self.has_cluster:
+        same_name = [name for name in self.positionals if re.split(r"\W", name)[0].lower() == word]
+        if not name and same_name:
+            return same_name[0]
+        if name == "--nodes" and "gpu" in word and "--nproc" in self.options and not (
+                self.has_cluster or self.command.startswith("submit")):
             return "--nproc"  # the number of GPUs per node follows from a profile
         return FOLDER if word in ("input", "data", "inputs") and FOLDER in self.positionals else name
 
@@ -202,7 +210,7 @@ class Rewrite:
         texts = self.read_texts()
         names = find_by_meaning(option, texts)
         message = f"{option}: nothing takes this{describe_candidates(names, texts)}"
-        if len(names) == 1 and values and names[0] in self.options:
+        if len(names) == 1 and values and names[0] in self.options and names[0] not in self.typed:
             self.add_words(message, names[0], *values)
         else:
             self.add_words(f"{message}; leave it out")
@@ -241,10 +249,13 @@ class Rewrite:
                            translate_value(normalize_word(last), option, value))
         elif note := find_note(last):
             self.add_words(f"{key}: {note}")
-        elif not _is_misspelt(key, self.read_texts()) and (nearest := self.describe_nearest(key)):
-            self.messages.append(f"{key}: there is no such setting{nearest}")
+        elif nearest := _find_misspelt(key, self.read_texts()):
+            self.add_words(f"{key}: no such setting; did you mean '{nearest}'?", "--set",
+                           f"{nearest}={value}")
+        elif nearest := self.describe_nearest(key):
+            self.messages.append(f"{key}: no such setting{nearest}")
         else:
-            self.unknown_settings[f"{key}={value}"] = f"{key}: there is no such setting"
+            self.unknown_settings[f"{key}={value}"] = f"{key}: no such setting"
             self.words += ["--set", f"{key}={value}"]
 
 
@@ -263,9 +274,9 @@ def find_nearest_option(option: str, options: Sequence[str]) -> str:
     return nearest if difflib.SequenceMatcher(None, option, nearest).ratio() >= MIN_SIMILARITY else ""
 
 
-def _is_misspelt(key: str, texts: Mapping[str, str]) -> bool:
-    """Return whether a setting in the same group has a similar name."""
+def _find_misspelt(key: str, texts: Mapping[str, str]) -> str:
+    """Return the setting in the same group with a similar name; "": none."""
     group, _, last = key.rpartition(".")
-    names = [name.removeprefix("--set ").removesuffix("=VALUE") for name in texts]
-    return bool(suggest_name(last,
-                             [name.rpartition(".")[2] for name in names if name.startswith(f"{group}.")]))
+    settings = [name.removeprefix("--set ").removesuffix("=VALUE").rpartition(".") for name in texts]
+    name = find_nearest_name(last, [setting[2] for setting in settings if setting[0] == group])
+    return f"{group}.{name}" if name else ""

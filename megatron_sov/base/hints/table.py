@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 FILE = Path(__file__).with_name("words.yaml")
 FILE_OPTIONS = ("--from", "--data", "--run", "--nproc", "--reward", "--prompts", "--nodes")
 """Options that `explain_key` may name for an unknown key of a configuration file."""
@@ -18,6 +16,8 @@ FILE_OPTIONS = ("--from", "--data", "--run", "--nproc", "--reward", "--prompts",
 @cache
 def load_table() -> Mapping[str, Any]:
     """Load `words.yaml`: section name -> rows."""
+    import yaml  # not at the top: `--help` of a program reads no YAML
+
     rows: Mapping[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     return rows
 

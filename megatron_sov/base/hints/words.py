@@ -43,9 +43,10 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
         return list(typed)
     typed = [_rename_option(word, parser.prog, options) for word in typed]
     # lm-eval: --model names a kind, --model_args the model
+    kind = ""
     if any(normalize_word(word.partition("=")[0]) == "model_args" for word in typed) and "--model" in typed:
         at = typed.index("--model")
-        typed = [*typed[:at], *typed[at + 2:]]
+        kind, typed = " ".join(typed[at:at + 2]), [*typed[:at], *typed[at + 2:]]
     optional = {name for action in parser._actions if not action.required for name in action.option_strings}
     cls = parser.get_default("options_class")
     positionals = [str(action.metavar or action.dest) for action in parser._actions
@@ -56,6 +57,8 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
                        getattr(cls, "find_setting", None) if "--set" in options else None, typed,
                        partial(list_help_texts, parser), parser.prog.removeprefix("megatron-sov "),
                        getattr(cls, "is_setting", None))
+    if kind:
+        rewrite.add_words(f"{kind}: lm-eval's kind of model; leave it out")
     _read_words(parser, rewrite)
     _move_model(parser, rewrite)
     _place_free_words(parser, rewrite)
@@ -352,11 +355,14 @@ def _order_positionals(parser: argparse.ArgumentParser, rewrite: Rewrite, words:
     """Return the positional arguments to write first, and the remaining words."""
     first = list(rewrite.first)
     free, others = split_positionals(parser, words)
-    if rewrite.first_by_name and free and len(rewrite.first_by_name) + len(free) == len(rewrite.positionals):
-        rest = iter(free)
-        first = [value for name in rewrite.positionals
-                 for value in rewrite.first_by_name.get(name) or [next(rest)]]
-        words = others
+    if rewrite.first_by_name:
+        rest, words = list(free), others
+        required = {str(action.metavar or action.dest) for action in parser._actions if action.required}
+        first = []
+        for name in rewrite.positionals:
+            placeholders = [name] if name in required else []
+            first += rewrite.first_by_name.get(name) or ([rest.pop(0)] if rest else placeholders)
+        first += rest
     folders = first or free
     if rewrite.weights and len(rewrite.weights) == len(folders):
         words = words if first else others

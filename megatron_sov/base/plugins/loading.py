@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from megatron_sov.base.errors import UserError, suggest_name
+from megatron_sov.base.errors import Fix, UserError, suggest_name
 from megatron_sov.version import OUR_PACKAGES
 
 Kind = Literal["recipe", "model family", "objective", "reward",
@@ -53,6 +54,16 @@ def is_reference(text: str) -> bool:
     return ":" in text or "/" in text or text.endswith(".py")
 
 
+def _list_names(file: Path) -> list[str]:
+    """Return the public functions and classes that a file of Python defines, classes last."""
+    try:
+        nodes = ast.parse(file.read_text(encoding="utf-8")).body if file.suffix == ".py" else []
+    except (OSError, ValueError, SyntaxError):
+        return []
+    return [node.name for kind in (ast.FunctionDef, ast.ClassDef) for node in nodes
+            if isinstance(node, kind) and not node.name.startswith("_")]
+
+
 def load_plugin(reference: str) -> LoadedPlugin:
     """Execute a reference's file or module, and return the named object.
 
@@ -62,7 +73,10 @@ def load_plugin(reference: str) -> LoadedPlugin:
     # split at the last colon: paths may contain colons
     place, _, name = reference.rpartition(":")
     if not place or not name.isidentifier():
-        raise UserError(f"{reference}: must have the form FILE.py:NAME or MODULE:NAME")
+        names = _list_names(Path(reference))
+        raise UserError(f"{reference}: must have the form FILE.py:NAME or MODULE:NAME"
+                        + (f"; write {reference}:{names[-1]}" if names else ""),
+                        Fix(words={reference: f"{reference}:{names[-1]}"}) if names else None)
     if place.endswith(".py") or "/" in place:
         path = Path(os.path.abspath(place))
         module, digest = _execute_file(path)

@@ -193,12 +193,16 @@ class DeclaredCommand:
 
     options: type
     """Settings class; its docstring is the command's description."""
-    check: Callable[[Any], Any] = lambda options: options
-    """Receives the options and runs the checks that need no heavy import. Returns the argument for
-    `run_function`, or an exit code if no work remains."""
+    check: Callable[[Any], Any] | str = lambda options: options
+    """Receives the options and runs the checks that need no torch. Returns the argument for `run_function`,
+    or an exit code if no work remains. A text `module:function` is imported after parsing."""
     run_function: str | Mapping[type, str] = ""
     """`module:function`, or class of `check`'s result -> `module:function`, imported after the checks. It
     returns an exit code, or None for 0. "": `check` does the whole work."""
+    runs_in_checks: bool = False
+    """Whether the function runs in checks of proposed lines, up to `stop_check`: it has no heavy import."""
+    proposal_function: str = ""
+    """`module:function` with further checks of proposed lines; receives the options."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_options(parser, self.options)
@@ -206,9 +210,17 @@ class DeclaredCommand:
     def run(self, typed: argparse.Namespace) -> int:
         return self.run_options(read_options(self.options, typed))
 
+    def check_proposal(self, options: Any) -> None:
+        if self.proposal_function:
+            import_reference(self.proposal_function)(options)
+
+    def check_options(self, options: Any) -> Any:
+        """Return the result of `check`."""
+        return (import_reference(self.check) if isinstance(self.check, str) else self.check)(options)
+
     def run_options(self, options: Any) -> int:
         """Run the command with an instance of `options` and return the exit code."""
-        request = self.check(options)
+        request = self.check_options(options)
         if isinstance(request, int):
             return request
         function = self.run_function

@@ -170,7 +170,7 @@ def _fix_value(problem: SettingsProblem) -> str | Fix:
     if value.startswith(TOKENS_KEY):  # the setting that was typed goes
         return Fix(words={f"{key}={problem.value}": value})
     if not value or key.startswith("--"):
-        return Fix(options=(key, value)) if value else ""
+        return Fix(options=(key, *value.split())) if value else ""
     return f"{key}={value}" if "." in key else ""
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
@@ -40,11 +41,11 @@ _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be 
            "too_long": "must have at most {max_length} items",
            "string_too_short": "must not be empty",
            "string_too_long": "must have at most {max_length} characters"}
-_SHORT_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmbtKMBT])")
+_SHORT_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgbtKMGBT])(?:i?[bB])?")
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
 _SPAN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([hdw])")
 _HOURS = {"h": 1, "d": 24, "w": 168}
-_THOUSANDS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+_THOUSANDS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 
 
 def no_hint(key: str) -> str:
@@ -260,7 +261,9 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
         kind = "finite_number"
     if kind in _BOUNDS:
         shown = {name: _format_number(number) for name, number in ctx.items()}
-        return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**shown), value)
+        nearest = _find_nearest_value(value, **ctx)
+        return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**shown), value,
+                               f"write {nearest}" if "." in nearest else "", value_to_write=nearest)
     for begin, rule in _TYPES.items():
         if kind.startswith(f"{begin}_"):
             numbers = _suggest_numbers(begin, value.strip(), key) if isinstance(value, str) else []
@@ -272,6 +275,15 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     code = ProblemCode.RULE if kind in ("value_error", "assertion_error") else ProblemCode.TYPE
     return SettingsProblem(code, key, rule, value)
+
+
+def _find_nearest_value(value: Any, lt: float = math.inf, le: float = math.inf, ge: float | None = None,
+                        **_: Any) -> str:
+    """Return the value within the bounds for a percentage or a number beyond an inclusive bound; "": none."""
+    if isinstance(value, (int, float)) and min(lt, le) == 1 and 2 <= value <= 100:
+        return f"{value / 100:g}"
+    bound = le if math.isfinite(le) else ge
+    return "" if bound is None else f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
 def _suggest_lower_case(value: str, known: Collection[str]) -> str:
@@ -307,8 +319,10 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
     if expected == "float" and isinstance(value, str) and (match := _SHORT_NUMBER.fullmatch(value)) and (
             not float(match[1])):
         return "a shell reads $5 as a variable; write e.g. 50000"
-    if expected == "int" and isinstance(value, float) and 0 < value < 1 and "steps" in key:
-        return f"{value:g} of 1000 steps are {value * 1000:.0f}"
+    share = _PERCENT.fullmatch(value.strip()) if isinstance(value, str) else None
+    number = float(share[1]) / 100 if share else value
+    if expected == "int" and isinstance(number, float) and 0 < number < 1 and "steps" in key:
+        return f"{number:g} of 1000 steps are {number * 1000:.0f}"
     if expected == "string" and isinstance(value, bool):
         return "YAML reads no, off, yes and on as false and true; put it in quotes"
     if expected == "string" and isinstance(value, (int, float)):
@@ -322,10 +336,18 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
 
 
 def _suggest_numbers(expected: str, text: str, key: str) -> list[str]:
-    """Return the plain numbers that 8k, 2B, $5, 10 %, 0,1 or 3d may mean, the likeliest first."""
+    """Return the plain numbers that 8k, 2B, $5, 10 %, 0,1 or 3d may mean, the likeliest first; a list such
+    as 4k,8k gives numbers with blanks between."""
+    if expected == "int" and re.fullmatch(r"\w+(,\w+)+", text):
+        items = [[part] if part.isdecimal() else _suggest_numbers("int", part, key)
+                 for part in text.split(",")]
+        return [" ".join(numbers[0] for numbers in items)] if all(items) else []
     if expected == "int" and (match := _SHORT_NUMBER.fullmatch(text)):
-        number = float(match[1]) * _THOUSANDS[match[2].lower()]
-        return [f"{number:.0f}", *([f"{float(match[1]) * 1024:.0f}"] if match[2] in "kK" else ())]
+        decimal = f"{float(match[1]) * _THOUSANDS[match[2].lower()]:.0f}"
+        if match[2] not in "kK":
+            return [decimal]
+        binary = f"{float(match[1]) * 1024:.0f}"
+        return [binary, decimal] if re.search("seq_len|length", key) else [decimal, binary]
     if expected != "float":
         return []
     if match := _SHORT_NUMBER.fullmatch(text.lstrip("$")):

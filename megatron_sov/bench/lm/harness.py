@@ -1,4 +1,4 @@
-"""The library lm-eval in this process: offline, quiet, and with templates that cannot reach Python."""
+"""Set up the library lm-eval: its downloads, caches and output."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.base.errors import UserError, escape_controls, format_install_command
 
 MAX_WARNINGS = 10
-"""Warnings of lm-eval that are printed at most while tasks are loaded, built or scored."""
+"""Warnings from lm-eval printed per `suppress_output`."""
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def require_harness() -> None:
@@ -22,55 +24,47 @@ def require_harness() -> None:
         raise UserError(f"eval lm: lm-eval is not installed; run `{format_install_command('eval')}`")
 
 
-def offline(allow_download: bool, cache: Path) -> Path:
-    """Have the libraries fetch nothing unless allowed, and keep their caches in a folder that nobody else
-    writes to, which is returned; before they are imported."""
+def configure_downloads(allow_download: bool, cache: Path) -> Path:
+    """Forbid downloads by the Hugging Face libraries unless allowed, and return their cache: a private folder
+    in `cache`."""
     if not allow_download:
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        for name in OFFLINE_VARIABLES:
             os.environ[name] = "1"
     private = cache / "datasets"
     private.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Private, since `datasets` reads back what lies in its cache.
+    # private, because `datasets` loads files from its cache without checks
     os.environ["HF_DATASETS_CACHE"] = str(private)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    if not allow_download:  # of libraries that have read it already
-        for module in ("datasets.config", "huggingface_hub.constants"):
-            for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-                if hasattr(sys.modules.get(module), name):
-                    setattr(sys.modules[module], name, True)
+    # loaded libraries have read the environment before
+    settings: dict[str, Any] = {} if allow_download else dict.fromkeys(OFFLINE_VARIABLES, True)
+    settings |= {"HF_DATASETS_CACHE": private, "DOWNLOADED_DATASETS_PATH": str(private / "downloads"),
+                 "EXTRACTED_DATASETS_PATH": str(private / "downloads" / "extracted"),
+                 "HF_DATASETS_DISABLE_PROGRESS_BARS": True}
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        for name, value in settings.items():
+            if hasattr(sys.modules.get(module), name):
+                setattr(sys.modules[module], name, value)
     return private
 
 
-def cage_templates() -> None:
-    """Have lm-eval render the templates of tasks where they cannot reach Python."""
-    import lm_eval.utils
-    from jinja2 import BaseLoader, StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    caged = ImmutableSandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined,
-                                          keep_trailing_newline=True)
-    caged.filters |= lm_eval.utils.env.filters
-    lm_eval.utils.env = caged
-
-
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the output of lm-eval and its libraries off the terminal, except lm-eval's first warnings."""
+def suppress_output() -> Iterator[None]:
+    """Discard the output of lm-eval and its libraries, except lm-eval's first `MAX_WARNINGS` warnings."""
     for name in ("datasets", "evaluate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    shown: set[str] = set()
+    printed: set[str] = set()
 
-    def is_new(record: logging.LogRecord) -> bool:
+    def should_print(record: logging.LogRecord) -> bool:
         record.msg, record.args = escape_controls(" ".join(record.getMessage().split()))[:300], ()
-        # lm-eval warns of every `custom_dataset`, with options of its own command line.
-        is_known = record.msg in shown or "Custom kwargs can be" in record.msg
-        shown.add(record.msg)
-        return not is_known and len(shown) <= MAX_WARNINGS
+        # lm-eval warns about each `custom_dataset`, with options from its own command line
+        is_known = record.msg in printed or "Custom kwargs can be" in record.msg
+        printed.add(record.msg)
+        return not is_known and len(printed) <= MAX_WARNINGS
 
     logger, printer = logging.getLogger("lm_eval"), logging.StreamHandler(sys.stderr)
     printer.setFormatter(logging.Formatter("lm-eval: %(message)s"))
-    printer.addFilter(is_new)
+    printer.addFilter(should_print)
     logger.setLevel(logging.WARNING)
     logger.addHandler(printer)
     try:

@@ -1,9 +1,7 @@
-"""Scorers that belong to one benchmark and are no reward of training, and fields of rewards that are no copy
-of a field of the data.
+"""Scorers for OpenAI-MRCR and HotpotQA, and rows for rewards from IFEval's and LiveCodeBench's data.
 
-LiveCodeBench's hidden tests are base64 of zlib of a pickled text that is JSON.  Nothing is unpickled here:
-the pickle is read opcode by opcode, and one that holds anything but a single text is refused.
-"""
+LiveCodeBench packs hidden tests as base64 of zlib of a pickled JSON text. Nothing is unpickled here: the
+pickle is read opcode by opcode, and anything but a single text is refused. """
 
 from __future__ import annotations
 
@@ -22,24 +20,28 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from megatron_sov.chat.marks import unquote_marks
-from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of, told_short
+from megatron_sov.judge.rewards.reward import Refused, Row, Score, format_short, get_text
+
+MAX_BYTES = 1 << 30
+"""Largest unpacked tests of a problem."""
+_TEXT_OPCODES = frozenset(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE"))
+_FRAME_OPCODES = frozenset(("PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"))
 
 
-class Copied:
-    """OpenAI-MRCR: how much of the answer is said again, word for word, behind a mark that was asked for.
+class MrcrScorer:
+    """OpenAI-MRCR: similarity to a text that the model has to repeat after a given prefix.
 
-    The ratio of Python's difflib, as the data's publisher computes it (openai/mrcr, `grade` of its page).
+    Ratio from Python's difflib, as in openai/mrcr (`grade`).
     """
 
     def score(self, row: Row) -> Score:
-        """Return 0 where the response does not begin with the row's `prefix`, else the ratio of what stands
-        behind it and behind the prefix of the `answer`.
+        """Score `response` against `answer`; 0 if the response does not begin with `prefix`.
 
         Raises:
-            Refused: the row has no prefix or answer.
+            Refused: the row has no `prefix` or `answer`.
         """
-        response = unquote_marks(text_of(row, "response"))
-        answer, prefix = text_of(row, "answer"), text_of(row, "prefix")
+        response = unquote_marks(get_text(row, "response"))
+        answer, prefix = get_text(row, "answer"), get_text(row, "prefix")
         if not response.startswith(prefix):
             return Score(0.0, {"prefix": False})
         ratio = SequenceMatcher(None, response.removeprefix(prefix), answer.removeprefix(prefix)).ratio()
@@ -47,86 +49,79 @@ class Copied:
 
 
 @dataclass(frozen=True)
-class ShortAnswer:
-    """HotpotQA: how many words an answer shares with the known one.
+class ShortAnswerScorer:
+    """HotpotQA: F1 or equality of words, as in hotpotqa/hotpot (hotpot_evaluate_v1.py).
 
-    As in the data's own script (hotpotqa/hotpot, hotpot_evaluate_v1.py): case, punctuation and articles do
-    not count, and `yes`, `no` and `noanswer` are right or wrong as a whole.
+    Case, punctuation and articles do not count; `yes`, `no` and `noanswer` are right or wrong as a whole.
     """
 
     exact: bool = False
-    """Whether all words have to be the same; else their F1 counts."""
+    """Require equal words instead of F1."""
 
     def score(self, row: Row) -> Score:
-        """Return F1 or equality.
+        """Score `response` against `answer`.
 
         Raises:
-            Refused: the row has no answer.
+            Refused: the row has no `answer`.
         """
-        said, known = (_plain(text_of(row, name)) for name in ("response", "answer"))
-        if self.exact or (said != known and {said, known} & {"yes", "no", "noanswer"}):
-            return Score(float(said == known), {"extracted": said})
-        words, known_words = Counter(said.split()), Counter(known.split())
-        shared = (words & known_words).total()
-        total = words.total() + known_words.total()
-        return Score(2 * shared / total if shared else 0.0, {"extracted": said})
+        response, answer = (_normalize_answer(get_text(row, name)) for name in ("response", "answer"))
+        if self.exact or (response != answer and {response, answer} & {"yes", "no", "noanswer"}):
+            return Score(float(response == answer), {"extracted": response})
+        words, answer_words = Counter(response.split()), Counter(answer.split())
+        shared = (words & answer_words).total()
+        total = words.total() + answer_words.total()
+        return Score(2 * shared / total if shared else 0.0, {"extracted": response})
 
 
-def _plain(answer: str) -> str:
+def _normalize_answer(answer: str) -> str:
     text = "".join(c for c in answer.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-SCORERS: dict[str, type[Any]] = {"mrcr": Copied, "short-answer": ShortAnswer}
-"""Name -> scorer."""
+SCORERS: dict[str, type[Any]] = {"mrcr": MrcrScorer, "short-answer": ShortAnswerScorer}
+"""Scorers that are no rewards for training."""
 
 
-def _instructions(doc: Mapping[str, Any]) -> dict[str, Any]:
-    """IFEval's and IFBench's columns; a table has every argument of any instruction, empty for most."""
+def _build_instructions(doc: Mapping[str, Any]) -> dict[str, Any]:
+    """Return IFEval's and IFBench's columns, which CSV files hold as JSON."""
     return {name: json.loads(value) if isinstance(value := doc[name], str) else value
             for name in ("instruction_id_list", "kwargs") if name in doc}
 
 
-MAX_BYTES = 1 << 30
-"""Of the tests of one problem, unpacked."""
-_TEXTS = frozenset(("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE"))
-_AROUND = frozenset(("PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"))
-
-
-def code_row(doc: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the field `tests` of a problem, as the reward `code` reads it.
+def build_code_tests(doc: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a LiveCodeBench problem's `tests` for the reward `code`.
 
     Raises:
-        Refused: the tests cannot be read.
+        Refused: unreadable tests.
     """
-    tests = [*_tests(doc, "public_test_cases"), *_tests(doc, "private_test_cases")]
+    tests = [*_read_tests(doc, "public_test_cases"), *_read_tests(doc, "private_test_cases")]
     if not tests:
         raise Refused("the problem has no tests")
-    metadata = _json(doc.get("metadata") or "{}", "metadata")
+    metadata = _parse_json(doc.get("metadata") or "{}", "metadata")
     if not isinstance(metadata, dict):
         raise Refused("metadata must be a JSON object")
-    return {"tests": [_test(test, metadata.get("func_name")) for test in tests]}
+    return {"tests": [_convert_test(test, metadata.get("func_name")) for test in tests]}
 
 
-def _tests(doc: Mapping[str, Any], field: str) -> list[Any]:
+def _read_tests(doc: Mapping[str, Any], field: str) -> list[Any]:
     value = doc.get(field) or "[]"
     if not isinstance(value, str):
         raise Refused(f"{field} must be text that is JSON, as the publisher has it")
-    found = _json(value if value.lstrip().startswith("[") else unpacked(value, field), field)
-    if not isinstance(found, list):
+    tests = _parse_json(value if value.lstrip().startswith("[") else unpack_tests(value, field), field)
+    if not isinstance(tests, list):
         raise Refused(f"{field} must be a list of tests")
-    return found
+    return tests
 
 
-def unpacked(value: str, field: str) -> str:
-    """Return the text that is packed in base64, zlib and a pickle.
+def unpack_tests(value: str, field: str) -> str:
+    """Decode base64, zlib and a pickled text.
 
     Raises:
-        Refused: it is packed otherwise, larger than `MAX_BYTES`, or the pickle is more than a text.
+        Refused: another format, more than `MAX_BYTES`, or a pickle with anything but a text.
     """
     try:
         stream = zlib.decompressobj()
-        # Bounded: a small text may unpack to more than there is memory.
+        # bounded: a small text may unpack to more than the memory
         raw = stream.decompress(base64.b64decode(value, validate=True), MAX_BYTES)
     except (binascii.Error, ValueError, zlib.error) as e:
         raise Refused(f"{field} is neither JSON nor packed as the publisher packs it ({e})") from None
@@ -135,51 +130,52 @@ def unpacked(value: str, field: str) -> str:
     texts = []
     try:
         for opcode, argument, _ in pickletools.genops(raw):
-            # Read opcode by opcode, and never executed: a pickle is a program.
-            if opcode.name in _TEXTS:
+            # read, never executed: a pickle is a program
+            if opcode.name in _TEXT_OPCODES:
                 texts.append(argument)
-            elif opcode.name not in _AROUND:
-                raise Refused(f"{field} holds a pickle with {opcode.name}; one of a single text is read, and "
+            elif opcode.name not in _FRAME_OPCODES:
+                raise Refused(f"{field} holds a pickle with {opcode.name}; only a single text is read, and "
                               "nothing is ever unpickled")
     except (ValueError, IndexError, KeyError) as e:
-        raise Refused(f"{field} holds no whole pickle ({e})") from None
+        raise Refused(f"{field} holds an incomplete pickle ({e})") from None
     if len(texts) != 1 or not isinstance(texts[0], str):
         raise Refused(f"{field} holds a pickle of {len(texts)} texts; it must be one")
     return texts[0]
 
 
-def _json(text: str, field: str) -> Any:
+def _parse_json(text: str, field: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError, TypeError) as e:
         raise Refused(f"{field} is no JSON ({str(e)[:120]})") from None
 
 
-def _test(test: Any, name: Any) -> dict[str, Any]:
-    """Return a test as an input with what has to be printed, or as a call of the solution's method."""
+def _convert_test(test: Any, name: Any) -> dict[str, Any]:
+    """Return a test as input and expected output, or as a call to the solution's method `name`."""
     if not isinstance(test, dict) or not all(isinstance(test.get(key), str) for key in ("input", "output")):
-        raise Refused(f"test {told_short(test)} must have the texts input and output")
+        raise Refused(f"test {format_short(test)} must have the texts input and output")
     kind = test.get("testtype", "functional" if name else "stdin")
     if kind == "stdin":
         return {"stdin": test["input"], "stdout": test["output"]}
     if kind != "functional" or not isinstance(name, str):
-        raise Refused(f"testtype = {told_short(kind)} with func_name = {told_short(name)}; it must be stdin, "
-                      "or functional with a name")
-    # each line is one argument, as the publisher's runner reads them
-    arguments = [_value(line) for line in test["input"].split("\n") if line.strip()]
-    return {"function": f"Solution().{name}", "arguments": arguments, "expected": _value(test["output"])}
+        raise Refused(f"testtype = {format_short(kind)} with func_name = {format_short(name)}; it must be "
+                      "stdin, or functional with a name")
+    # an argument per line, as in the publisher's runner
+    arguments = [_parse_value(line) for line in test["input"].split("\n") if line.strip()]
+    expected = _parse_value(test["output"])
+    return {"function": f"Solution().{name}", "arguments": arguments, "expected": expected}
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         try:
             return ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            raise Refused(f"{told_short(text)} is no value that a test can be called with") from None
+            raise Refused(f"{format_short(text)} is no value for a function call") from None
 
 
 ROW_MAKERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "instructions": _instructions, "livecodebench": code_row}
-"""Name -> what makes fields of a row from an item's data."""
+    "instructions": _build_instructions, "livecodebench": build_code_tests}
+"""Name -> function from an item's data to a reward's fields."""

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.settings import DeclaredCommand, Flag
-from megatron_sov.bench.lm.settings import Settings
-from megatron_sov.bench.lm.tasks import check_names
+from megatron_sov.bench.lm.harness import require_harness
+from megatron_sov.bench.lm.settings import LmEvalSettings
+from megatron_sov.bench.lm.task_files import check_task_names
 from megatron_sov.commands.shared_options import TARGET_HELP
 from megatron_sov.runs.checkpoints import check_model_path
 
@@ -18,14 +19,15 @@ class EvalLmOptions:
     target: Annotated[str, Flag("TARGET", help=TARGET_HELP)]
     tasks: Annotated[str, Flag(value="A,B")]
     """Names of tasks and task groups."""
-    settings: Settings
+    settings: LmEvalSettings
     json: bool = False
     """Print JSON."""
 
 
 def check_lm(options: EvalLmOptions) -> EvalLmOptions:
     check_model_path(Path(options.target))
-    check_names([name for name in options.tasks.split(",") if name], options.settings.sources)
+    require_harness()
+    check_task_names([name for name in options.tasks.split(",") if name], options.settings.sources)
     return options
 
 

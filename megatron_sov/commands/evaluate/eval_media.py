@@ -11,7 +11,7 @@ from megatron_sov.base.outputs import check_output
 from megatron_sov.base.plugins.loading import call_plugin, load_plugin
 from megatron_sov.base.settings import DeclaredCommand, Flag
 from megatron_sov.commands.models.generate import CodecsOptions, ReplySampling, check_decoders
-from megatron_sov.commands.shared_options import ModelPath, RecordOptions
+from megatron_sov.commands.shared_options import FigureOptions, ModelPath
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
@@ -25,7 +25,7 @@ MediaJudge = Callable[[Sequence[Path], Sequence[Sequence[str]]], Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalMediaOptions(CodecsOptions, RecordOptions, RankOptions):
+class EvalMediaOptions(CodecsOptions, FigureOptions, RankOptions):
     """Accuracy of replies between text, pictures and speech. A judge recognises pictures and sounds."""
 
     target: ModelPath

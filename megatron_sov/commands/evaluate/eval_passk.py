@@ -7,14 +7,15 @@ from typing import Annotated
 from annotated_types import MinLen
 
 from megatron_sov.base.documents.rows import check_rows
+from megatron_sov.base.errors import Fix
 from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.base.settings import (
     AtLeastOne, DeclaredCommand, Finite, Flag, ProblemCode, SettingsProblem, parse_nested)
 from megatron_sov.commands.score import JudgeOptions, RewardName, RewardSet
-from megatron_sov.commands.shared_options import OverwriteOptions, RecordOptions, RedoOptions
+from megatron_sov.commands.shared_options import FigureOptions, OverwriteOptions, RedoOptions
 from megatron_sov.infer.engine import ChosenEngine
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions, ResponseSampling, Temperature
-from megatron_sov.judge.rewards.registry import MadeReward, make, order
+from megatron_sov.judge.rewards.registry import VersionedReward, build_versioned_reward, request_reward
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 
@@ -57,7 +58,7 @@ class JudgedSamplingOptions(JudgeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, OverwriteOptions,
+class EvalPasskOptions(JudgedSamplingOptions, FigureOptions, RankOptions, OverwriteOptions,
                        RedoOptions):
     """Sample responses to prompts, score them with a reward, and estimate pass@k and maj@k."""
 
@@ -74,7 +75,7 @@ class EvalPasskOptions(JudgedSamplingOptions, RecordOptions, RankOptions, Overwr
         p = super().problems()
         if max(self.k, default=1) > self.samples:
             p.append(SettingsProblem(ProblemCode.RULE, "k", f"is more than --samples {self.samples}",
-                                     max(self.k)))
+                                     max(self.k), fix=Fix(options=("--samples", str(max(self.k))))))
         return p
 
 
@@ -85,14 +86,14 @@ class PasskRequest:
     options: EvalPasskOptions
     events: RunEvents
     order: PluginRequest
-    reward: MadeReward
+    reward: VersionedReward
 
 
 def check_passk(options: EvalPasskOptions) -> PasskRequest:
     events = RunEvents(options.run)
     check_model_path(options.target)
-    reward_order = order(options.reward, parse_nested(options.reward_set, "--reward-set"))
-    reward = make(reward_order)
+    reward_order = request_reward(options.reward, parse_nested(options.reward_set, "--reward-set"))
+    reward = build_versioned_reward(reward_order)
     check_rows(options.input, field=PROMPT)
     return PasskRequest(options, events, reward_order, reward)
 

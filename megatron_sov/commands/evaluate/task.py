@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
-from megatron_sov.commands.shared_options import RecordOptions
+from megatron_sov.commands.shared_options import FigureOptions
+from megatron_sov.model.config import parse_data_paths
 from megatron_sov.runs.checkpoints import check_model_path
 from megatron_sov.runs.folder import RunEvents
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutOptions(RecordOptions):
+class OutOptions(FigureOptions):
     """`--output` for tasks that print figures."""
 
     out: Annotated[Path | None, Flag("--output", "FILE")] = None
@@ -20,7 +21,7 @@ class OutOptions(RecordOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldoutOptions(RecordOptions):
+class HeldoutOptions(FigureOptions):
     """Options for tasks on held-out documents."""
 
     data: Annotated[tuple[str, ...], Flag(value="DIR")]
@@ -34,4 +35,5 @@ def check_task(options: Any) -> Any:
     RunEvents(options.run)
     check_output("--output", options.out)
     check_model_path(options.target)
+    parse_data_paths(getattr(options, "data", ()))
     return options

@@ -14,7 +14,7 @@ from megatron_sov.commands.shared_options import AnyTarget, list_option_words
 from megatron_sov.infer.request import RankOptions, SampleSeed, Temperature, TopP
 from megatron_sov.model.recipes.requested import PluginOptions
 from megatron_sov.runs.checkpoints import check_model_folder, check_model_path
-from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn, model_at
+from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn, find_chat_model
 from megatron_sov.serve.settings import ServeSettings
 from megatron_sov.work.endpoints.answers import BadAnswer
 from megatron_sov.work.endpoints.local_server import serve_model
@@ -92,7 +92,7 @@ def _choose_max_tokens(options: ChatOptions, model: ChatModel) -> dict[str, int]
 def _serve_model(options: ChatOptions) -> Iterator[ChatModel]:
     """Yield the model: at its address, or served by a local process until the context ends."""
     if is_url(options.target):
-        yield model_at(options.target.rstrip("/"), options.api_key_env, options.model or "")
+        yield find_chat_model(options.target.rstrip("/"), options.api_key_env, options.model or "")
         return
     folder = Path(options.target)
     print(f"loading {folder.absolute().name}", file=sys.stderr, flush=True)
@@ -100,7 +100,7 @@ def _serve_model(options: ChatOptions) -> Iterator[ChatModel]:
                                   plugins=options.plugins,
                                   serving=ServeSettings(max_length_tokens=options.max_length)))
     with serve_model(folder, "", options=words[1:]) as server:
-        yield model_at(server.url, "", server.model, server.key)
+        yield find_chat_model(server.url, "", server.model, server.key)
 
 
 class Terminal:

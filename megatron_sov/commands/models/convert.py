@@ -12,7 +12,7 @@ from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import ActionGroup, AtLeastOne, DeclaredCommand, Flag, parse_nested
 from megatron_sov.commands.shared_options import (
-    CheckpointOut, CheckpointPath, OverwriteOptions, RecordOptions, RedoOptions)
+    CheckpointOut, CheckpointPath, FigureOptions, OverwriteOptions, RedoOptions)
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model import recipes
@@ -131,7 +131,7 @@ class AverageOptions(WrittenOptions, WorkersOptions, RedoOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions(PluginOptions, RankOptions, WorkersOptions, RecordOptions):
+class VerifyOptions(PluginOptions, RankOptions, WorkersOptions, FigureOptions):
     """Compare two models (checkpoints or Hugging Face folders); exit code 3 if they differ."""
 
     a: Annotated[Path, Flag("A")]

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.settings import DeclaredCommand, Flag, ProblemCode, SettingsProblem
 from megatron_sov.commands.rl.inputs.prompts import SamplingOptions
-from megatron_sov.commands.rl.train import RoundsOptions, RoundsRequest, check_rounds, report_completed_run
+from megatron_sov.commands.rl.train import RoundsOptions
 from megatron_sov.commands.score import JudgeOptions
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON
 from megatron_sov.infer.prompts import ServerOptions
 from megatron_sov.post.rl.reward import ENVIRONMENT
-from megatron_sov.runs.launch_environment import is_first_rank
 
 RunEngine = Literal["megatron", "vllm"]
 
@@ -38,25 +36,5 @@ class RlRunOptions(RoundsOptions, SamplingOptions, JudgeOptions, ServerOptions):
         return []
 
 
-@dataclass(frozen=True)
-class CycleRequest:
-    """Checked input for `cycle_run.run_cycle`."""
-
-    options: RlRunOptions
-    rounds: RoundsRequest
-
-
-def check_cycle(options: RlRunOptions) -> CycleRequest | int:
-    """Check the options. For a complete run, print the summary instead."""
-    if report_completed_run(options):
-        return ExitCode.OK
-    # checked before anything is written; the first process runs the servers
-    if options.engine != MEGATRON and is_first_rank():
-        # clients of servers, which the help does without
-        from megatron_sov.infer.engines.server_process import check_engine_program
-
-        check_engine_program(options.engine, options.engine_url, options.engine_python)
-    return CycleRequest(options, check_rounds(options, is_asked=options.environment is None))
-
-
-RUN = DeclaredCommand(RlRunOptions, check_cycle, "megatron_sov.commands.rl.cycle_run:run_cycle")
+RUN = DeclaredCommand(RlRunOptions, "megatron_sov.commands.rl.inputs.checks:check_cycle",
+                      "megatron_sov.commands.rl.cycle_run:run_cycle")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_sov.commands.rl.cycle import CycleRequest
+from megatron_sov.commands.rl.inputs.checks import CycleRequest
 from megatron_sov.commands.rl.inputs.prompts import (
-    VALIDATION_OPTION, EnvironmentRequest, check_sequence_length, check_tokenizer, count_max_tokens,
-    drop_unused_prompts, resolve_environment)
+    VALIDATION_OPTION, EnvironmentRequest, check_sequence_length, count_max_tokens, drop_unused_prompts,
+    resolve_environment)
 from megatron_sov.commands.rl.inputs.rollout_source import build_rollout_source
 from megatron_sov.commands.rl.train_run import train_rounds
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON
@@ -51,13 +51,10 @@ class RolloutBuilder:
 
     @classmethod
     def open(cls, request: CycleRequest) -> RolloutBuilder:
-        """Open the start and check that responses fit its context."""
-        options, stage = request.options, request.rounds.stage
-        assert stage.start is not None, "--from is required"
-        start = find_target(stage.start)
-        check_tokenizer(options.start_from, start.tokenizer_folder)
-        environment = resolve_environment(options, stage.config)
-        check_sequence_length(stage.config.rollout, environment, start)
+        """Open the start, and check that responses fit the context length."""
+        config, start = request.rounds.stage.config, find_target(request.rounds.start)
+        environment = resolve_environment(request.options, config)
+        check_sequence_length(config.rollout, environment, start)
         return cls(request=request, start=start, environment=environment,
                    servers=_build_servers(request, start))
 

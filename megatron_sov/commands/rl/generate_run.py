@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import ExitCode, UserError, warn
-from megatron_sov.commands.rl.generate import GenerateRequest, RlGenerateOptions
+from megatron_sov.commands.rl.generate import RlGenerateOptions
+from megatron_sov.commands.rl.inputs.checks import RolloutsRequest
 from megatron_sov.commands.rl.inputs.prompts import check_sequence_length, check_tokenizer, count_max_tokens
 from megatron_sov.commands.rl.inputs.rollout_source import build_rollout_source
 from megatron_sov.engine.parallel.world import run_on_first
@@ -30,7 +31,7 @@ from megatron_sov.runs.rounds import build_start_policy, find_round_policy
 from megatron_sov.work.progress.locks import Claims
 
 
-def generate_rollouts(request: GenerateRequest) -> int:
+def generate_rollouts(request: RolloutsRequest) -> int:
     """Write the missing responses in `request.rounds`, and print how many."""
     options, config = request.options, request.config
     start = find_target(options.start_from)
@@ -62,7 +63,7 @@ def generate_rollouts(request: GenerateRequest) -> int:
     return _report_summary(options, request.rounds, summary)
 
 
-def _build_engine_settings(request: GenerateRequest, start: Target) -> EngineSettings:
+def _build_engine_settings(request: RolloutsRequest, start: Target) -> EngineSettings:
     options, rollout, environment = request.options, request.config.rollout, request.environment
     name = options.engine or choose_engine(start)
     check_engine(name, start, options.engine_set, options.nproc, ENGINE_SET)
@@ -77,7 +78,7 @@ def _build_engine_settings(request: GenerateRequest, start: Target) -> EngineSet
         with_routes=request.config.policy.router_replay, places=places)
 
 
-def _build_queue(request: GenerateRequest, store: RolloutStore, prompts: PromptList, source: RolloutSource,
+def _build_queue(request: RolloutsRequest, store: RolloutStore, prompts: PromptList, source: RolloutSource,
                  start: Target) -> PieceQueue:
     options, config = request.options, request.config
     rollout = config.rollout

@@ -7,9 +7,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_sov.commands.rl.inputs.prompts import check_tokenizer
+from megatron_sov.commands.rl.inputs.checks import RoundsRequest
 from megatron_sov.commands.rl.inputs.teacher_models import open_live_teacher, open_scoring_teachers
-from megatron_sov.commands.rl.train import RoundsRequest
 from megatron_sov.commands.train.training_run import run_training
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.objectives import Factory, get_factory
@@ -23,7 +22,7 @@ from megatron_sov.post.rl.publish.publisher import Publisher, list_number_column
 from megatron_sov.post.rl.round_loader import RoundLoader
 from megatron_sov.post.rl.run import RolloutCycle
 from megatron_sov.post.rl.validation import SampledRounds, Validation
-from megatron_sov.runs.checkpoints import find_tokenizer_folder, hash_checkpoint_files
+from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import ROUNDS, fixed_settings
 from megatron_sov.runs.rounds import RunPolicies, build_start_policy
 from megatron_sov.train.data.rounds import BEHAVIOUR, build_rounds_source, find_round_documents
@@ -46,10 +45,7 @@ def train_rounds(request: RoundsRequest, rollouts: LiveRollouts | None = None,
         StopRequested: a round is not complete in time, and everything is saved.
     """
     options = request.options
-    config, start = request.stage.config, request.stage.start
-    assert start is not None, f"--from is required, it is {options.start_from}"
-    tokenizer = find_tokenizer_folder(start)
-    check_tokenizer(options.start_from, tokenizer)
+    config, start, tokenizer = request.stage.config, request.start, request.tokenizer
     texts = open_text_sources(config)
     policies = _build_policies(options.run, start, config, texts)
     publisher = Publisher(

@@ -12,7 +12,7 @@ from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AboveZero, DeclaredCommand, Flag, NotNegativeInt
 from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
-from megatron_sov.commands.train.kinds import RUN, check_training
+from megatron_sov.commands.train.kinds import CHECK, RUN
 from megatron_sov.commands.train.setup.stage_options import GateOptions
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import RunConfig
@@ -97,7 +97,7 @@ class DistillOptions(GateOptions):
         assign_data(self, config.data.paths)
 
 
-DISTILL = DeclaredCommand(DistillOptions, check_training, RUN)
+DISTILL = DeclaredCommand(DistillOptions, CHECK, RUN)
 
 
 @dataclass(frozen=True)

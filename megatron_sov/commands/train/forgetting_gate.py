@@ -15,7 +15,7 @@ from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import ExitCode, StopRequested, UserError, warn
 from megatron_sov.base.settings import add_options, read_options
 from megatron_sov.bench.score_differences import (
-    FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge, read_scored)
+    FORGOTTEN, NOT_KNOWN, NOT_PROVEN, Forgetting, judge_forgetting, read_scored_results)
 from megatron_sov.commands.evaluate.eval_lm import LM, EvalLmOptions
 from megatron_sov.commands.train.setup.stage_options import FORGETTING_GATE
 from megatron_sov.runs.folder import GATE, RunEvents
@@ -66,23 +66,23 @@ class ForgettingGate:
         self._evaluate(checkpoint, "last", ["--run", str(self.run)])
         if not is_first_rank():
             return None
-        first, last = (read_scored(self._get_output(when)) for when in ("start", "last"))
-        forgetting = judge(first, last, self.tolerance)
+        first, last = (read_scored_results(self._get_output(when)) for when in ("start", "last"))
+        forgetting = judge_forgetting(first, last, self.tolerance)
         # before the verdict, so that a report also shows a failed gate
         RunEvents(self.run).add(self.name, step=last.results.model.step, start=str(self.start),
-                                **forgetting.fields())
+                                **forgetting.to_dict())
         self._print_verdict(forgetting)
-        lost = forgetting.lines(FORGOTTEN, NOT_KNOWN)
+        lost = forgetting.format_lines(FORGOTTEN, NOT_KNOWN)
         failure = "\n".join([f"the forgetting gate did not pass: {len(lost)} of {len(forgetting.tasks)} "
                              "tasks; change the data (rehearse the lost tasks) or the learning rate in a new "
                              "--run, or raise --tolerance with --resume",
                              *(f"  {line}" for line in lost)])
-        return EndVerdict(None if forgetting.passed else failure, {self.name: forgetting.fields()})
+        return EndVerdict(None if forgetting.passed else failure, {self.name: forgetting.to_dict()})
 
     def _print_verdict(self, forgetting: Forgetting) -> None:
-        for line in forgetting.lines():
+        for line in forgetting.format_lines():
             print(f"forgetting gate: {line}", flush=True)
-        if forgetting.passed and (unproven := forgetting.lines(NOT_PROVEN)):
+        if forgetting.passed and (unproven := forgetting.format_lines(NOT_PROVEN)):
             warn(f"{self.run}: the forgetting gate passes, but {len(unproven)} of {len(forgetting.tasks)} "
                  "tasks have too few items to prove that the loss is within --tolerance; add items")
 

@@ -8,21 +8,18 @@ kinds differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from megatron_sov.base.command_line import import_reference
 from megatron_sov.base.settings import DeclaredCommand
 from megatron_sov.commands.train.setup.stage_options import (
-    ExtendOptions, PreferOptions, PretrainOptions, SftOptions, StageOptions)
+    ExtendOptions, PreferOptions, PretrainOptions, SftOptions)
 from megatron_sov.model.recipes.requested import BuiltIn
 
-CHECKS = "megatron_sov.commands.train.setup.training"
-"""Module with the checks. It imports numpy, which `--help` does not need."""
+CHECK = "megatron_sov.commands.train.setup.training:check_training"
 RUN = "megatron_sov.commands.train.training_run:run_training"
 
 
 @dataclass(frozen=True)
-class StageKind:
+class TrainingKind:
     """Differences between training commands."""
 
     name: BuiltIn
@@ -38,33 +35,25 @@ class StageKind:
 
 
 LANGUAGE_MODELLING = "megatron_sov.train.objectives.data_objective:LanguageModelling"
-STAGE_KINDS: dict[str, StageKind] = {
-    "pretrain": StageKind("lm", LANGUAGE_MODELLING),
+STAGE_KINDS: dict[str, TrainingKind] = {
+    "pretrain": TrainingKind("lm", LANGUAGE_MODELLING),
     # a sequence of stages, which `extend_run` plans and runs
-    "extend": StageKind("lm", LANGUAGE_MODELLING),
-    "sft": StageKind("sft", "megatron_sov.post.sft:SupervisedFineTuning"),
-    "prefer": StageKind("preference", "megatron_sov.post.preference:select_objective",
-                        is_chosen_by_settings=True,
-                        fill_stage="megatron_sov.commands.train.prefer_run:add_reference"),
-    "distill": StageKind("distill", "megatron_sov.post.distillation.distill:Distillation",
-                         fill_stage="megatron_sov.commands.train.distill_run:add_teacher"),
+    "extend": TrainingKind("lm", LANGUAGE_MODELLING),
+    "sft": TrainingKind("sft", "megatron_sov.post.sft:SupervisedFineTuning"),
+    "prefer": TrainingKind("preference", "megatron_sov.post.preference:select_objective",
+                           is_chosen_by_settings=True,
+                           fill_stage="megatron_sov.commands.train.prefer_run:add_reference"),
+    "distill": TrainingKind("distill", "megatron_sov.post.distillation.distill:Distillation",
+                            fill_stage="megatron_sov.commands.train.distill_run:add_teacher"),
     # filled by `commands.rl`, which passes the store, and for `rl run` the engine, to `run_training`
-    "rl": StageKind("policy", "megatron_sov.post.policy:build_policy_objective", is_chosen_by_settings=True,
-                    needs_data=False),
+    "rl": TrainingKind("policy", "megatron_sov.post.policy:build_policy_objective",
+                       is_chosen_by_settings=True, needs_data=False),
 }
 """`StageOptions.stage` -> kind."""
 
 
-def check_training(options: StageOptions) -> Any:
-    return import_reference(f"{CHECKS}:check_training")(options)
-
-
-def check_extension(options: ExtendOptions) -> Any:
-    return import_reference(f"{CHECKS}:check_extension")(options)
-
-
-PRETRAIN = DeclaredCommand(PretrainOptions, check_training, RUN)
-SFT = DeclaredCommand(SftOptions, check_training, RUN)
-PREFER = DeclaredCommand(PreferOptions, check_training, RUN)
-EXTEND = DeclaredCommand(ExtendOptions, check_extension,
+PRETRAIN = DeclaredCommand(PretrainOptions, CHECK, RUN)
+SFT = DeclaredCommand(SftOptions, CHECK, RUN)
+PREFER = DeclaredCommand(PreferOptions, CHECK, RUN)
+EXTEND = DeclaredCommand(ExtendOptions, "megatron_sov.commands.train.setup.training:check_extension",
                          "megatron_sov.commands.train.extend_run:run_extension")

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from megatron_sov.base.command_line import Parser, check_arguments
 from megatron_sov.base.errors import IS_CHECKING, ExitCode, UserError
+from megatron_sov.base.hints.words import translate_options
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import DeclaredCommand, Flag, read_options
 from megatron_sov.commands import COMMANDS
@@ -46,6 +47,7 @@ def resume_run(options: ResumeOptions) -> int:
     folder = options.run.absolute()
     first = read_command(folder)
     name, parser = _build_parser(first)
+    _check_arguments(name, options)
     first_options = _parse_options(parser, [*first.words[len(name.split()):], "--resume"])
     resumed = _replace_by_folder(first_options, folder, first)
     _refuse_unsaid_code(folder, first, list_option_words(resumed), options.arguments)
@@ -67,6 +69,15 @@ def resume_run(options: ResumeOptions) -> int:
 
 
 RESUME = DeclaredCommand(ResumeOptions, resume_run)
+
+
+def _check_arguments(name: str, options: ResumeOptions) -> None:
+    """Raise `UserError` for unknown options and settings among the typed arguments, with a corrected line."""
+    parser = Parser(prog=f"megatron-sov resume {shlex.quote(str(options.run))}")
+    COMMANDS[name].load().add_arguments(parser)
+    for action in parser._actions:
+        action.required = False
+    translate_options(parser, options.arguments)
 
 
 def _refuse_unsaid_code(folder: Path, first: TypedCommand, words: list[str], arguments: Sequence[str]

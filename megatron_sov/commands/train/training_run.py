@@ -12,7 +12,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST, translate_disk_errors, write_atomically
 from megatron_sov.base.command_line import import_reference
 from megatron_sov.base.errors import UserError
-from megatron_sov.commands.train.kinds import STAGE_KINDS, StageKind
+from megatron_sov.commands.train.kinds import STAGE_KINDS, TrainingKind
 from megatron_sov.commands.train.setup.stage_options import FORGETTING_GATE, GateOptions
 from megatron_sov.commands.train.setup.training import TrainingRequest
 from megatron_sov.engine.parallel import launcher
@@ -23,9 +23,10 @@ from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
 from megatron_sov.plan.calibration.fitting import refuse_on_this_node, refuse_too_large
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
+from megatron_sov.train.stages.launch import report_completion, run_stage
 from megatron_sov.train.stages.shared_copies import (
     SHARED, STAMPS, digest_files, digest_stats, find_copy, list_model_files)
-from megatron_sov.train.stages.stage import Stage, report_completion, run_stage
+from megatron_sov.train.stages.stage import Stage
 from megatron_sov.work.progress.locks import critical_section
 
 FillStage = Callable[[TrainingRequest, Stage], Stage]
@@ -36,7 +37,7 @@ def run_training(request: TrainingRequest, fill_stage: FillStage | None = None) 
 
     Args:
         request: checked arguments.
-        fill_stage: adds data, inputs and hooks of the kind of stage; None: `StageKind.fill_stage`.
+        fill_stage: adds data, inputs and hooks of the kind of stage; None: `TrainingKind.fill_stage`.
 
     Raises:
         UserError: settings, data or folder do not allow the run.
@@ -61,7 +62,7 @@ def run_training(request: TrainingRequest, fill_stage: FillStage | None = None) 
     run_stage(stage if fill_stage is None else fill_stage(request, stage), options.nproc)
 
 
-def load_objective(kind: StageKind, config: RunConfig) -> Factory:
+def load_objective(kind: TrainingKind, config: RunConfig) -> Factory:
     """Import the objective class for a kind of stage."""
     loaded: Any = import_reference(kind.objective)
     factory: Factory = loaded(config) if kind.is_chosen_by_settings else loaded

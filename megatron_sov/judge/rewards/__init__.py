@@ -1,5 +1,5 @@
-"""What judges an answer: verifiers, rules and judges that give a response a reward, or say why there is none.
+"""Rewards: verifiers, rules and judges that score a response or report why it cannot be scored.
 
-Reinforcement learning, pass@k, synthesis and `megatron-sov score` ask the same rewards.  A broken judge or a
-verifier that hangs is told apart from a wrong answer: it leaves no reward, and never one of 0.
+Reinforcement learning, pass@k, synthesis and `megatron-sov score` use the same rewards. A failing judge or a
+verifier that hangs yields no reward, which differs from a reward of 0.
 """

@@ -1,11 +1,10 @@
-"""The program in the sandbox that asks a check function about texts; it imports nothing of ours.
+"""Sandboxed program that applies a check function to texts; imports nothing from this package.
 
-From standard input it reads an object with `source`, `texts` and `call_s`.  A process of its own loads the
-function anew for each text, so that a verdict does not depend on the texts before it; where that process ends
-of itself, another one goes on behind the text.  For each text there is a line [place, verdict, reason, how
-the call ended], where the verdict is true, false or null, and the call "ended" or was "slow"; behind one that
-did not end there are no more, for such a function is no check.  Lines are written as they come: a call that
-waits for something ends with the whole program, by whoever runs it.
+Standard input is a JSON object with `source`, `texts` and `call_s`. A child process loads the function anew
+for each text, so that verdicts do not depend on earlier texts. If the child exits, another child continues
+with the next text. The output has a line [index, verdict, reason, state] per text: verdict true, false or
+null, and state "ended" or "slow". After a slow call the program stops. Lines are written at once, because a
+call that waits forever ends with the whole program.
 """
 
 from __future__ import annotations
@@ -21,33 +20,34 @@ MAX_REASON_BYTES = 300
 _PR_SET_DUMPABLE = 4
 
 
-def judge(source: str, texts: list[str], first: int, call_s: float, out: int) -> None:
-    """Ask the function about texts from one of them on; runs in a process of its own."""
-    # what a check prints must not look like a line of a verdict
+def judge_texts(source: str, texts: list[str], first: int, call_s: float, out: int) -> None:
+    """Apply the function to `texts[first:]` in a child process."""
+    # Prints from a check must not look like verdict lines.
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)
-    # compiled and run again for each text: what a function remembers of earlier texts must not count
+    # Compile and run anew for each text, so that state from earlier texts does not count.
     for place in range(first, len(texts)):
-        signal.setitimer(signal.ITIMER_PROF, call_s)  # of a processor; its signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, call_s)  # processor time; the signal ends the process
         verdict: Any = None
         try:
             names: dict[str, Any] = {"__name__": "check"}
             exec(compile(source, "check.py", "exec"), names)
             verdict = names["evaluate"](texts[place])
             kind = type(verdict).__name__
-            # a truthy text is no verdict: `return "yes"` would accept everything
+            # A truthy text is not a verdict: `return "yes"` would accept everything.
             reason = "" if isinstance(verdict, bool) else f"gave a {kind}, not True or False"
-        # SystemExit too: it ends the call, and not the texts behind it
+        # SystemExit too: only this call ends.
         except BaseException as e:
             reason = f"{type(e).__name__}: {e}"
         signal.setitimer(signal.ITIMER_PROF, 0)
-        told = [place, verdict if isinstance(verdict, bool) else None, reason[:MAX_REASON_BYTES], "ended"]
-        os.write(out, json.dumps(told).encode("utf-8", "replace") + b"\n")
+        line = [place, verdict if isinstance(verdict, bool) else None, reason[:MAX_REASON_BYTES], "ended"]
+        os.write(out, json.dumps(line).encode("utf-8", "replace") + b"\n")
 
 
-def sound(line: Any, place: int) -> list[Any]:
-    """Return a line for a text; raises ValueError where `judge` has not written it."""
+def check_line(line: Any, place: int) -> list[Any]:
+    """Return a line for the text `place`; raises ValueError for a line from another source than
+    `judge_texts`."""
     if not isinstance(line, list) or len(line) != 4 or line[0] is True or line[0] != place \
             or not (line[1] is None or isinstance(line[1], bool)) or not isinstance(line[2], str) \
             or line[3] != "ended":
@@ -55,57 +55,58 @@ def sound(line: Any, place: int) -> list[Any]:
     return line
 
 
-def tell(line: list[Any]) -> list[Any]:
-    """Write a line to standard output; return it."""
+def write_line(line: list[Any]) -> list[Any]:
+    """Write a line to standard output and return the line."""
     os.write(1, json.dumps(line).encode() + b"\n")
     return line
 
 
-def judged_from(source: str, texts: list[str], first: int, call_s: float) -> list[list[Any]]:
-    """Write and return the lines of the texts from one of them on, up to one at which the process ends."""
+def judge_remaining(source: str, texts: list[str], first: int, call_s: float) -> list[list[Any]]:
+    """Write and return lines for `texts[first:]` until the child process ends."""
     read_end, write_end = os.pipe()
-    # a child that crashes takes its own text along; the parent goes on behind it
+    # A crashing child loses only its current text.
     child = os.fork()
     if child == 0:
         try:
             os.close(read_end)
-            judge(source, texts, first, call_s, write_end)
+            judge_texts(source, texts, first, call_s, write_end)
         finally:
             os._exit(0)
-    # held open here, it would keep the pipe from ever ending
+    # An open write end in the parent would keep the pipe from closing.
     os.close(write_end)
     lines: list[list[Any]] = []
     rest, forged = b"", False
     try:
-        # a part of a line stays in `rest` until its end has come
+        # `rest` holds an incomplete line.
         while first + len(lines) < len(texts) and (part := os.read(read_end, 1 << 16)):
-            *whole, rest = (rest + part).split(b"\n")
-            for line in whole:
-                lines.append(tell(sound(json.loads(line), first + len(lines))))
-    except (ValueError, RecursionError):  # the function has written there itself
+            *complete, rest = (rest + part).split(b"\n")
+            for line in complete:
+                lines.append(write_line(check_line(json.loads(line), first + len(lines))))
+    except (ValueError, RecursionError):  # the function wrote to the pipe
         forged = True
     finally:
         os.close(read_end)
-        # killed in any case: a function may have left threads that go on
+        # Kill in any case, because the function may have left threads.
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
     place = first + len(lines)
     if place < len(texts):
-        # whoever forges lines is treated as one that did not end: the function is no check
+        # Forged lines count as a slow call, so that the function is rejected.
         slow = forged or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF)
         reason = f"did not end within {call_s:g} s" if slow else "ended its process"
-        lines.append(tell([place, None, reason, "slow" if slow else "ended"]))
+        lines.append(write_line([place, None, reason, "slow" if slow else "ended"]))
     return lines
 
 
 def main() -> None:
-    """Judge all texts."""
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)  # else /proc/PID/fd leads the function to this output
+    """Read the request and judge all texts."""
+    # Otherwise the function could open this output through /proc/PID/fd.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
     request = json.loads(sys.stdin.buffer.read())
     lines: list[list[Any]] = []
     texts = request["texts"]
     while len(lines) < len(texts):
-        lines += judged_from(request["source"], texts, len(lines), request["call_s"])
+        lines += judge_remaining(request["source"], texts, len(lines), request["call_s"])
         if lines[-1][3] != "ended":
             break
 

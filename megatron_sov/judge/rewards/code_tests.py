@@ -1,4 +1,4 @@
-"""The tests of a row for programs: read, checked for whether they test anything, and output compared."""
+"""Read and validate the tests in a row, and compare outputs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_sov.judge.rewards.program_text import find_definitions
-from megatron_sov.judge.rewards.reward import Refused, Row, told_short
+from megatron_sov.judge.rewards.reward import Refused, Row, format_short
 from megatron_sov.judge.rewards.solution_frameworks import calls_name, is_assertion
 from megatron_sov.judge.rewards.solution_tests import SHARED_MODULES
 
 MAX_TESTS = 10_000
 CANDIDATE = "candidate"
-"""Function of a program that does nothing, for a `check` without an entry point."""
+"""Stub function for a `check` without an entry point."""
 CompareBy = Literal["lines", "tokens"]
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\(\))?(?:\.[A-Za-z_]\w*(?:\(\))?)*", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(?:\d++\.?+\d*+|\.\d++)(?:[eE][+-]?\d{1,6})?", re.ASCII)
@@ -29,31 +29,31 @@ _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 
 @dataclass(frozen=True)
 class RowTests:
-    """The tests of a row: either texts of Python or runs with an input."""
+    """Tests in a row: Python texts, or runs with standard input."""
 
     texts: tuple[str, ...] = ()
-    """Tests that call the program's functions."""
+    """Python tests that call the program's functions."""
     runs: tuple[tuple[str, str], ...] = ()
-    """Standard input and the expected output of each run."""
+    """(standard input, expected output) per run."""
     names: frozenset[str] = frozenset()
-    """Names that the texts take from the program."""
+    """Names that the Python tests use from the program."""
     entry_point: str = ""
-    """The function for a test's `check`, such as add or Solution().add."""
+    """Function passed to `check`, e.g. add or Solution().add."""
     needs_entry_point: bool = False
-    """A text has a `check`, and the row names no entry point."""
+    """A test has a `check`, and the row has no `entry_point`."""
     number_tolerance: float = 0.0
-    """Absolute and relative difference that decimals may have."""
+    """Absolute and relative tolerance for decimals."""
     compare_by: CompareBy = "lines"
-    """How outputs are compared."""
+    """Comparison by lines or tokens."""
 
     def __len__(self) -> int:
         return len(self.texts or self.runs)
 
     def stub_program(self, value: str) -> str:
-        """Return a program that has the functions and classes which the tests use, and does nothing.
+        """Return a program with stubs for the functions and classes in the tests.
 
         Args:
-            value: expression that each function and method returns.
+            value: expression that every stub returns.
         """
         lines = ["class _Stub:", "    def __init__(self, *arguments, **named): pass",
                  "    def __getattr__(self, name): return lambda *arguments, **named: _value",
@@ -69,33 +69,33 @@ class RowTests:
 
 
 def read_tests(row: Row, number_tolerance: float, compare_by: CompareBy) -> RowTests:
-    """Read a row's `tests`, and its `entry_point`, `number_tolerance` and `compare_by` if it has them.
+    """Read `tests`, and optional `entry_point`, `number_tolerance` and `compare_by`.
 
     Args:
         row: the row.
-        number_tolerance: of a row that names none.
-        compare_by: likewise.
+        number_tolerance: default for rows without the field.
+        compare_by: default for rows without the field.
 
     Raises:
-        Refused: there are no tests, they differ in kind, or one of them tests nothing.
+        Refused: tests are missing, mixed, malformed or trivial.
     """
     tolerance, compared = row.get("number_tolerance"), row.get("compare_by")
     tolerance = number_tolerance if tolerance is None else tolerance
     compared = compare_by if compared is None else compared
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 <= tolerance <= 1:
-        raise Refused(f"number_tolerance = {told_short(tolerance)} must be a number from 0 to 1")
+        raise Refused(f"number_tolerance = {format_short(tolerance)} must be a number from 0 to 1")
     if compared not in ("lines", "tokens"):
-        raise Refused(f"compare_by = {told_short(compared)} must be lines or tokens")
+        raise Refused(f"compare_by = {format_short(compared)} must be lines or tokens")
     entry_point = row.get("entry_point") or ""
     if entry_point and not (isinstance(entry_point, str) and _FUNCTION.fullmatch(entry_point)):
-        raise Refused(f"entry_point = {told_short(entry_point)} must be the name of a function, such as add "
-                      "or Solution().add")
-    found = _list_tests(row)
-    texts = tuple(test for test in found if isinstance(test, str))
-    if texts and len(texts) < len(found):
+        raise Refused(f"entry_point = {format_short(entry_point)} must be the name of a function, such as "
+                      "add or Solution().add")
+    tests = _list_tests(row)
+    texts = tuple(test for test in tests if isinstance(test, str))
+    if texts and len(texts) < len(tests):
         raise Refused("tests has inputs to read beside calls or assertions: give them rows of their own")
     if not texts:
-        return _read_runs(found, tolerance, compared)
+        return _read_runs(tests, tolerance, compared)
     trees = [_parse_test(text) for text in texts]
     checks = any(isinstance(find_definitions(tree).get("check"), ast.FunctionDef)
                  and not calls_name(tree, "check") for tree in trees)
@@ -104,38 +104,38 @@ def read_tests(row: Row, number_tolerance: float, compare_by: CompareBy) -> RowT
                     needs_entry_point=checks and not entry_point, number_tolerance=tolerance)
 
 
-def _read_runs(found: list[Any], tolerance: float, compared: CompareBy) -> RowTests:
-    runs = tuple((test["stdin"], test["stdout"]) for test in found)
+def _read_runs(tests: list[Any], tolerance: float, compared: CompareBy) -> RowTests:
+    runs = tuple((test["stdin"], test["stdout"]) for test in tests)
     if not any(stdout.split() for _, stdout in runs):
         raise Refused("tests expect no output: a program that does nothing passes them")
     return RowTests(runs=runs, number_tolerance=tolerance, compare_by=compared)
 
 
 def _list_tests(row: Row) -> list[Any]:
-    """Return tests as texts of Python or as objects with stdin and stdout."""
+    """Return tests as Python texts or as objects with stdin and stdout."""
     tests = row.get("tests")
     if tests is None:
         raise Refused("has no 'tests'")
     if isinstance(tests, str) and tests.lstrip()[:1] in ("{", "["):
         with contextlib.suppress(ValueError, RecursionError):
-            tests = json.loads(tests)  # as TACO and LiveCodeBench have them
+            tests = json.loads(tests)  # TACO and LiveCodeBench store JSON text
     if isinstance(tests, dict) and {"inputs", "outputs"} <= set(tests):
         tests = _pair_tests(tests)
     tests = [tests] if isinstance(tests, str) else tests
     if not isinstance(tests, list) or not 0 < len(tests) <= MAX_TESTS:
-        raise Refused(f"tests = {told_short(tests)} must be a list of 1 to {MAX_TESTS:,} tests")
+        raise Refused(f"tests = {format_short(tests)} must be a list of 1 to {MAX_TESTS:,} tests")
     return [_read_test(test) for test in tests]
 
 
 def _pair_tests(tests: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the tests of TACO and APPS, which list all inputs, then all outputs."""
+    """Pair the inputs and outputs in the format used by TACO and APPS."""
     inputs, outputs = tests["inputs"], tests["outputs"]
     if not (isinstance(inputs, list) and isinstance(outputs, list) and len(inputs) == len(outputs)):
         raise Refused("tests: inputs and outputs must be lists of one length")
     if tests.get("fn_name"):
-        # data sets disagree on whether a result stands in a list of its own
+        # Data sets disagree on whether a result is wrapped in a list.
         raise Refused("tests with fn_name: write each as function, arguments and expected")
-    return [{"stdin": given, "stdout": expected} for given, expected in zip(inputs, outputs, strict=True)]
+    return [{"stdin": stdin, "stdout": expected} for stdin, expected in zip(inputs, outputs, strict=True)]
 
 
 def _read_test(test: Any) -> str | Mapping[str, str]:
@@ -143,56 +143,56 @@ def _read_test(test: Any) -> str | Mapping[str, str]:
         return test
     if (isinstance(test, dict) and {"input", "output"} <= set(test)
             and test.get("testtype", "stdin") == "stdin"):
-        test = {"stdin": test["input"], "stdout": test["output"]}  # as LiveCodeBench names them
+        test = {"stdin": test["input"], "stdout": test["output"]}  # field names in LiveCodeBench
     if isinstance(test, dict) and {"stdin", "stdout"} <= set(test):
         texts = {name: _join_lines(test[name]) for name in ("stdin", "stdout")}
         if not all(isinstance(text, str) for text in texts.values()):
-            raise Refused(f"test {told_short(test)}: stdin and stdout must be texts")
+            raise Refused(f"test {format_short(test)}: stdin and stdout must be texts")
         return texts
     if isinstance(test, dict) and {"function", "expected"} <= set(test):
         return _write_call(test)
-    raise Refused(f"test {told_short(test)} must be a text of Python, or have stdin and stdout, or function, "
-                  "arguments and expected")
+    raise Refused(f"test {format_short(test)} must be a text of Python, or have stdin and stdout, or "
+                  "function, arguments and expected")
 
 
 def _join_lines(value: Any) -> Any:
-    """Return a list of lines, as TACO has some of them, as a text; everything else as it is."""
+    """Join a list with lines, as in TACO, into a text; return other values unchanged."""
     is_lines = isinstance(value, list) and all(isinstance(line, str) for line in value)
     return "\n".join(value) if is_lines else value
 
 
 def _write_call(test: Mapping[str, Any]) -> str:
-    """Return the assertion of a call: its result is compared as JSON has it."""
+    """Return an assertion that compares a call's result as JSON."""
     function, arguments = test["function"], test.get("arguments", [])
     if not (isinstance(function, str) and _FUNCTION.fullmatch(function)):
-        raise Refused(f"function = {told_short(function)} must be a name, such as add or Solution().add")
+        raise Refused(f"function = {format_short(function)} must be a name, such as add or Solution().add")
     if not isinstance(arguments, (list, dict)):
-        raise Refused(f"arguments = {told_short(arguments)} must be a list, or an object by name")
-    # arguments stand in the test as Python literals
+        raise Refused(f"arguments = {format_short(arguments)} must be a list, or an object by name")
+    # Arguments are Python literals in the test.
     stars = "**" if isinstance(arguments, dict) else "*"
     return f"assert __same__({function}({stars}{arguments!r}), {test['expected']!r})"
 
 
 def _parse_test(text: str) -> ast.Module:
-    """Return the tree of a test.
+    """Parse a test.
 
     Raises:
-        Refused: it is no Python, or asserts nothing when it runs.
+        Refused: the text is not Python, or asserts nothing.
     """
     try:
         compile(text, "test", "exec")
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        raise Refused(f"test {told_short(text)} is no Python: {e}") from None
-    if not _asserts(tree):
-        raise Refused(f"test {told_short(text)} asserts nothing when it runs; write an assertion, a function "
-                      "named test..., or `check`")
+        raise Refused(f"test {format_short(text)} is no Python: {e}") from None
+    if not _runs_assertion(tree):
+        raise Refused(f"test {format_short(text)} asserts nothing when it runs; write an assertion, a "
+                      "function named test..., or `check`")
     return tree
 
 
-def _asserts(tree: ast.Module) -> bool:
-    """Return whether an assertion stands in code that runs: at the top level, in functions that are called
-    by their form, or in functions and classes that such code names."""
+def _runs_assertion(tree: ast.Module) -> bool:
+    """Return whether code that runs contains an assertion: top level, test functions, and definitions used
+    there."""
     functions = {name: node for name, node in find_definitions(tree).items()
                  if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
     waiting: list[ast.AST] = [node for node in tree.body
@@ -208,10 +208,10 @@ def _asserts(tree: ast.Module) -> bool:
 
 
 def _is_called(name: str, node: ast.stmt) -> bool:
-    """Return whether HumanEval's or pytest's form has a function called.
+    """Return whether HumanEval or `pytest` conventions call a function.
 
     Raises:
-        Refused: pytest or unittest would call a class, or give arguments to a function; nothing does here.
+        Refused: `pytest` or unittest would call a class or pass arguments, which is not supported.
     """
     if isinstance(node, ast.ClassDef):
         if any(getattr(part, "name", "").startswith("test") for part in node.body):
@@ -246,7 +246,7 @@ def _find_names(texts: tuple[str, ...], trees: list[ast.Module]) -> set[str]:
 
 
 def _find_imported(tree: ast.Module) -> set[str]:
-    """Return the names of `from solution import name` and `solution.name`."""
+    """Return the names in `from solution import name` and `solution.name`."""
     aliases, names = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -263,30 +263,30 @@ def _find_imported(tree: ast.Module) -> set[str]:
 
 
 def is_same_output(printed: str, expected: str, compare_by: CompareBy, tolerance: float) -> bool:
-    """Return whether a program printed what it should have.
+    """Return whether the output is as expected.
 
-    Lines are compared without blanks at their ends and without empty lines at the end; tokens are what stands
-    between blanks and ends of lines. With a tolerance, lines are equal if their tokens are.
+    Trailing blanks and trailing empty lines are ignored. Tokens are separated by whitespace. With a
+    tolerance, lines are compared by tokens.
     """
     if compare_by == "tokens":
         return _are_same_tokens(printed, expected, tolerance)
-    lines, expected_lines = _lines(printed), _lines(expected)
+    lines, expected_lines = _split_output_lines(printed), _split_output_lines(expected)
     if lines == expected_lines:
         return True
     return tolerance > 0 and len(lines) == len(expected_lines) and all(
-        line == other or _are_same_tokens(line, other, tolerance)
-        for line, other in zip(lines, expected_lines, strict=True))
+        line == expected_line or _are_same_tokens(line, expected_line, tolerance)
+        for line, expected_line in zip(lines, expected_lines, strict=True))
 
 
 def _are_same_tokens(printed: str, expected: str, tolerance: float) -> bool:
     tokens, expected_tokens = (re.split("[ \t\r\n]+", text.strip(" \t\r\n")) for text in (printed, expected))
     return len(tokens) == len(expected_tokens) and all(
-        token == other or (tolerance > 0 and _is_close(token, other, tolerance))
-        for token, other in zip(tokens, expected_tokens, strict=True))
+        token == expected_token or (tolerance > 0 and _is_close(token, expected_token, tolerance))
+        for token, expected_token in zip(tokens, expected_tokens, strict=True))
 
 
 def _is_close(token: str, expected: str, tolerance: float) -> bool:
-    """Return whether two tokens are numbers within a tolerance, absolutely or relative to the expected one.
+    """Return whether two tokens are numbers within an absolute or relative tolerance.
 
     An expected integer has no relative tolerance: 1000000007 is not 1000000008.0.
     """
@@ -295,16 +295,16 @@ def _is_close(token: str, expected: str, tolerance: float) -> bool:
     is_integer = _INTEGER.fullmatch(expected) is not None
     if is_integer and _INTEGER.fullmatch(token):
         return False
-    # decimals and no floats: these do not tell large integers apart
+    # Decimal, because floats cannot distinguish large integers.
     with decimal.localcontext(decimal.Context(prec=60)):
         right = decimal.Decimal(expected)
         bound = decimal.Decimal(str(tolerance)) * (1 if is_integer else max(decimal.Decimal(1), abs(right)))
         return abs(decimal.Decimal(token) - right) <= bound
 
 
-def _lines(text: str) -> list[str]:
-    """Return what counts of an output: its lines without blanks at their ends, and no empty ones last.
+def _split_output_lines(text: str) -> list[str]:
+    """Split an output into lines without trailing blanks and trailing empty lines.
 
-    Only "\\n" and "\\r\\n" end a line, and only blanks, tabs and "\\r" are blank: all else a program printed.
+    Only "\\n" and "\\r\\n" end a line; only spaces, tabs and "\\r" are blank.
     """
     return "\n".join(line.rstrip(" \t\r") for line in text.split("\n")).rstrip("\n").split("\n")

@@ -1,4 +1,4 @@
-"""Rewards made of rewards: weights, gates, and a choice by domain."""
+"""Combine rewards: weights, gates, and selection by domain."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from typing import Annotated, Any, Self
 from annotated_types import MinLen
 
 from megatron_sov.base.settings import Finite, ProblemCode, SettingsProblem
-from megatron_sov.judge.rewards.reward import Result, Row, told_short
+from megatron_sov.judge.rewards.reward import Result, Row, format_short
 
 WORST_FIRST = ("failed", "timeout", "refused")
 
 
 @dataclass(frozen=True)
 class RewardPart:
-    """One of the rewards."""
+    """A part of a composed reward."""
 
     reward: str
-    """Its name, or FILE.py:NAME."""
+    """Reward name, or FILE.py:NAME."""
     weight: Finite = 1.0
-    """The row's reward is the sum of weight x reward over its parts."""
+    """Weight in the sum over `parts`."""
     gate: Finite | None = None
-    """Where this part gives less, the row gets `gated_reward`, and the parts behind are not asked."""
+    """Threshold: for lower scores the row gets `gated_reward`, and later parts are skipped."""
     domains: tuple[str, ...] = ()
-    """Rows that it judges; empty: all."""
+    """Values in `domain_field` to score; empty: all rows."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Its own settings."""
+    """The part's own settings."""
 
 
 @dataclass(frozen=True)
 class Composed:
-    """The weighted sum of the parts that a row's domain has."""
+    """Reward `composed`: weighted sum over the parts for a row's domain."""
 
     parts: Annotated[dict[str, RewardPart], MinLen(1)]
-    """Name -> part; they are asked in this order, gates first."""
+    """Name -> part; gates run first, then the other parts in this order."""
     gated_reward: Finite = 0.0
-    """Of a row that a gate stops."""
+    """Reward for rows below a `gate`."""
     domain_field: str = "domain"
-    """Field of a row with its domain."""
+    """Row field with the domain."""
 
     def problems(self) -> list[SettingsProblem]:
         p = [SettingsProblem(ProblemCode.RULE, f"parts.{name}.reward", "is a composition itself", part.reward,
@@ -49,63 +49,62 @@ class Composed:
              part in self.parts.items() if part.reward == "composed"]
         return p
 
-    def orders(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        """Return name -> (reward, settings) of what has to be made."""
+    def get_part_requests(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Return name -> (reward, settings) for building the parts."""
         return {name: (part.reward, part.settings) for name, part in self.parts.items()}
 
-    def judging(self, versions: Mapping[str, str]) -> dict[str, Any]:
-        """Return what the version of the whole depends on: of the parts their versions, not settings."""
-        kept = asdict(self)
-        # settings go: a part's version has those that count, and operational ones must not change the whole
-        for made in kept["parts"].values():
-            del made["settings"]
-        return {**kept, "order": list(self.parts), "versions": dict(versions)}
+    def get_version_inputs(self, versions: Mapping[str, str]) -> dict[str, Any]:
+        """Return the inputs to the version hash: the parts' versions in place of their settings."""
+        inputs = asdict(self)
+        # Remove settings, because operational settings must not change the version.
+        for part in inputs["parts"].values():
+            del part["settings"]
+        return {**inputs, "order": list(self.parts), "versions": dict(versions)}
 
-    def in_order(self) -> list[tuple[str, RewardPart]]:
-        # False sorts before True, and the sort is stable: gates first, each group in the order of the
-        # settings
+    def sort_parts(self) -> list[tuple[str, RewardPart]]:
+        # The sort is stable: gates first, each group in the order in the settings.
         return sorted(self.parts.items(), key=lambda item: item[1].gate is None)
 
-    def judges(self, part: RewardPart, row: Row) -> bool:
+    def applies_to(self, part: RewardPart, row: Row) -> bool:
         return not part.domains or row.get(self.domain_field) in part.domains
 
-    def stops(self, part: RewardPart, result: Result) -> bool:
-        """Return whether nothing has to be asked behind this result."""
+    def is_final(self, part: RewardPart, result: Result) -> bool:
+        """Return whether later parts can be skipped."""
         return result.reward is None or (part.gate is not None and result.reward < part.gate)
 
-    def combined(self, row: Row, results: Mapping[str, Result]) -> Result:
-        """Return the result of a row from those of its parts; without one of them there is no reward."""
+    def combine_results(self, row: Row, results: Mapping[str, Result]) -> Result:
+        """Combine the parts' results; any part without a reward leaves the row without a reward."""
         if not results:
             return Result(None, "refused", {}, f"no part judges {self.domain_field} = "
-                                               f"{told_short(row.get(self.domain_field))}")
+                                               f"{format_short(row.get(self.domain_field))}")
         components = {name: {"reward": result.reward, "status": result.status, **result.components}
                       for name, result in results.items()}
-        # a fault of the machine outranks one of the row: it may be gone tomorrow
+        # Failures come first, because they may be gone on the next run.
         for status in WORST_FIRST:
             for name, result in results.items():
                 if result.reward is None and result.status == status:
                     return Result(None, result.status, components, f"{name}: {result.reason}")
         for name, result in results.items():
-            if self.stops(self.parts[name], result):
+            if self.is_final(self.parts[name], result):
                 return Result(self.gated_reward, "scored", {**components, "gate": name})
         total = math.fsum(self.parts[name].weight * (r.reward or 0.0) for name, r in results.items())
         return Result(total, "scored", components)
 
 
 class Runner(contextlib.AbstractContextManager["Runner"]):
-    """Scores batches; a context, since what it started has to end."""
+    """Scores batches of rows; a context manager, because processes must end."""
 
     def score(self, rows: Sequence[Row]) -> list[Result]:
-        """Return the results of rows, in their order."""
+        """Return the results in the order of the rows."""
         raise NotImplementedError
 
 
 class ComposedRunner(Runner):
-    """A composition over batches of rows; each part is asked for the rows that it judges alone.
+    """Runs a composed reward; each part scores only the rows in its domains.
 
     Args:
-        composed: what is composed.
-        runners: name -> what runs a part.
+        composed: settings.
+        runners: part name -> runner.
     """
 
     def __init__(self, composed: Composed, runners: Mapping[str, Runner]) -> None:
@@ -122,14 +121,15 @@ class ComposedRunner(Runner):
 
     def score(self, rows: Sequence[Row]) -> list[Result]:
         composed = self._composed
-        found: list[dict[str, Result]] = [{} for _ in rows]
-        # part by part over the whole batch, so that each runner gets many rows at a time
-        going_on = list(range(len(rows)))
-        for name, part in composed.in_order():
-            asked = [i for i in going_on if composed.judges(part, rows[i])]
-            results = dict(zip(asked, self._runners[name].score([rows[i] for i in asked]), strict=True))
+        part_results: list[dict[str, Result]] = [{} for _ in rows]
+        # Part by part over the whole batch, so that runners get many rows at a time.
+        active = list(range(len(rows)))
+        for name, part in composed.sort_parts():
+            indices = [i for i in active if composed.applies_to(part, rows[i])]
+            results = dict(zip(indices, self._runners[name].score([rows[i] for i in indices]), strict=True))
             for i, result in results.items():
-                found[i][name] = result
-            # a gate that has stopped a row spares it the costlier parts
-            going_on = [i for i in going_on if i not in results or not composed.stops(part, results[i])]
-        return [composed.combined(row, results) for row, results in zip(rows, found, strict=True)]
+                part_results[i][name] = result
+            # A closed gate skips the remaining parts, which may be costly.
+            active = [i for i in active if i not in results or not composed.is_final(part, results[i])]
+        return [composed.combine_results(row, results) for row,
+                results in zip(rows, part_results, strict=True)]

@@ -1,6 +1,6 @@
-"""Judges: a model behind an endpoint that scores by a rubric, or a reward model that gives a number.
+"""Reward `judge`: a model behind an endpoint grades by a rubric, or a reward model returns a number.
 
-What is graded stands between lines that its writer could not know, and the answer is a number or none.
+Graded texts are enclosed in lines that their writer cannot guess.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal, TypeGuard
 from megatron_sov.base.errors import warn
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Finite, NotNegative, SettingsProblem, below_field, find_broken_rules, to_problem)
-from megatron_sov.judge.rewards.patterns import json_of
+from megatron_sov.judge.rewards.patterns import parse_json
 from megatron_sov.judge.rewards.reward import (
-    OPERATION, Refused, Row, Score, content_of, messages_of, prompt_text, text_of)
+    OPERATION, Refused, Row, Score, format_prompt, get_content, get_messages, get_text)
 from megatron_sov.work.endpoints.answers import BadAnswer, get_single_item
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
@@ -32,22 +32,22 @@ Answer with one JSON object and nothing else: {{"reason": "at most two sentences
 with a number from {low:g} (worst) to {high:g} (best)."""
 THINKING_END = "</think>"
 MAX_ANSWER_CHARS = 100_000
-"""A longer answer of a judge holds no grade."""
+"""Longest parsed judge answer."""
 RUBRIC = "Is the response correct, complete, honest and to the point?"
 
 
-def fenced_messages(model: str, rubric: str, material: Mapping[str, str], low: float,
-                    high: float) -> list[dict[str, str]]:
-    """Return the messages that ask for a grade.
+def build_fenced_messages(model: str, rubric: str, material: Mapping[str, str], low: float,
+                          high: float) -> list[dict[str, str]]:
+    """Return the messages for a grading request.
 
     Args:
-        model: that is asked; with the rest it makes the fence.
-        rubric: what is asked for.
-        material: name -> text that is graded, or is needed to grade.
-        low: the worst score.
-        high: the best score.
+        model: judge model; part of the fence's hash.
+        rubric: grading instructions.
+        material: name -> text to grade, or needed for grading.
+        low: worst score.
+        high: best score.
     """
-    # a hash of all that is graded: a response would have to hold the hash of itself to close the fence
+    # The fence hashes the graded text, so a response cannot contain its own fence.
     digest = hashlib.sha256(json.dumps([model, rubric, material], sort_keys=True).encode()).hexdigest()
     fence = f"=== {digest[:24]} ==="
     text = "\n".join(f"{name.upper()}:\n{fence}\n{part}\n{fence}" for name, part in material.items())
@@ -55,136 +55,136 @@ def fenced_messages(model: str, rubric: str, material: Mapping[str, str], low: f
             {"role": "user", "content": f"RUBRIC:\n{rubric}\n\n{text}"}]
 
 
-def grade_of(answer: Any, low: float, high: float) -> tuple[float, str]:
-    """Return score and reason of a chat completion.
+def read_grade(answer: Any, low: float, high: float) -> tuple[float, str]:
+    """Read score and reason from a chat completion.
 
     Raises:
-        BadAnswer: it gives no sound score.
-        Refused: the judge declines to look.
+        BadAnswer: the score is missing or invalid.
+        Refused: the judge declines.
     """
     choice = get_single_item(answer, "choices")
     message = choice.get("message")
     if not isinstance(message, dict):
         raise BadAnswer("the judge's answer has no message")
-    # declining is about the row, and no fault of the judge
+    # Declining depends on the row, not on the judge.
     if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
         raise Refused("the judge declines to look at this row")
-    # a cut answer may hold a number that is not the grade
+    # A truncated answer may contain a number that is not the grade.
     if choice.get("finish_reason") == "length":
         raise BadAnswer("the judge's answer was cut off; raise max_tokens")
     content = message.get("content")
     if not isinstance(content, str):
         raise BadAnswer("the judge's answer has no text")
-    return grade_in(content, low, high)
+    return parse_grade(content, low, high)
 
 
-def grade_in(content: str, low: float, high: float) -> tuple[float, str]:
-    """Return score and reason of what a judge wrote; raises BadAnswer where it gives no sound score."""
-    # a judge that thinks may write drafts of a grade before it
-    found = (json_of(content.rpartition(THINKING_END)[2].strip()) if len(content) < MAX_ANSWER_CHARS
+def parse_grade(content: str, low: float, high: float) -> tuple[float, str]:
+    """Parse score and reason from a judge's text; raises BadAnswer for missing or invalid scores."""
+    # A thinking judge may draft grades before the final one.
+    grade = (parse_json(content.rpartition(THINKING_END)[2].strip()) if len(content) < MAX_ANSWER_CHARS
              else None)
-    found = found if isinstance(found, dict) else {}
-    value = found.get("score")
-    # a grade out of bounds is none: clipping it would pay for a judge that was talked into 100
+    grade = grade if isinstance(grade, dict) else {}
+    value = grade.get("score")
+    # Out-of-range grades are invalid: clipping would reward a judge that was talked into 100.
     if not is_number(value) or not low <= value <= high:
         raise BadAnswer(f"the judge gave no score from {low:g} to {high:g}")
-    reason = found.get("reason")
+    reason = grade.get("reason")
     return float(value), reason if isinstance(reason, str) else ""
 
 
-def sound(text: str) -> str:
-    """Return a text as UTF-8 can hold it: half of a surrogate pair becomes a question mark."""
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates by question marks, for UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    # True is an int in Python, and a grade of true is none
+    # bool is an int in Python, but true is not a grade.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # JSON's whole numbers have no bounds
+    except OverflowError:  # JSON integers are unbounded
         return False
 
 
 @dataclass(frozen=True)
 class Judge:
-    """The judge's score, brought to 0 to 1; what a reward model says, as it says it."""
+    """Reward `judge`: the judge's score scaled to 0..1, or a reward model's number."""
 
     endpoint: str
-    """Base address of the API, e.g. http://localhost:8000/v1."""
+    """API base address, e.g. http://localhost:8000/v1."""
     model: str
-    """As the endpoint calls it."""
+    """Model name at the endpoint."""
     kind: Literal["rubric", "reward-model"] = "rubric"
-    """rubric: a chat model; reward-model: vLLM's /pooling beside the API."""
+    """`rubric`: a chat model; `reward-model`: vLLM's /pooling."""
     rubric: str = RUBRIC
-    """What is asked; a row's own field `rubric` goes before it."""
+    """Grading instructions; a row's own `rubric` takes precedence."""
     min_score: Annotated[Finite, below_field("max_score")] = 1.0
-    """Worst score of the rubric: the reward 0."""
+    """Worst score in `rubric`: reward 0."""
     max_score: Finite = 10.0
-    """Best score: the reward 1."""
+    """Best score in `rubric`: reward 1."""
     temperature: NotNegative = 0.0
-    """Of the judge."""
+    """Sampling temperature for the judge."""
     max_tokens: AtLeastOne = 512
-    """That the judge may write."""
+    """Longest judge answer, in tokens."""
     hide_thinking: bool = True
-    """Show what stands behind the last </think> alone."""
+    """Show only the text after the last </think>."""
     max_chars: AtLeastOne = 200_000
-    """A longer response is refused."""
+    """Longest response; longer responses are refused."""
     cache: str = field(default="judge-cache.sqlite", metadata=OPERATION)
-    """File of all answers and costs; nothing is asked twice."""
+    """File with all answers and costs; requests are never repeated."""
     api_key_env: str = field(default="OPENAI_API_KEY", metadata=OPERATION)
-    """Variable of the environment with the key; where it is not set, none is sent."""
+    """Environment variable with the API key; optional."""
     threads: AtLeastOne = field(default=16, metadata=OPERATION)
-    """Requests at a time."""
+    """Concurrent requests."""
     timeout_s: AboveZero = field(default=120.0, metadata=OPERATION)
-    """For an attempt."""
+    """Time per attempt, in seconds."""
     max_attempts: AtLeastOne = field(default=5, metadata=OPERATION)
-    """For a row."""
+    """Attempts per row."""
     backoff_s: NotNegative = field(default=1.0, metadata=OPERATION)
-    """Before the second attempt; doubles with each."""
+    """Delay before the second attempt, in seconds; doubles with each attempt."""
     requests_per_minute: NotNegative = field(default=0.0, metadata=OPERATION)
-    """0: no limit."""
+    """Rate limit; 0: none."""
     max_cost: NotNegative = field(default=0.0, metadata=OPERATION)
-    """Of all requests in the cache; 0: no limit."""
+    """Cost limit for all requests in `cache`; 0: none."""
     input_price: NotNegative = field(default=0.0, metadata=OPERATION)
-    """Of a million tokens that the judge reads."""
+    """Price per million input tokens."""
     output_price: NotNegative = field(default=0.0, metadata=OPERATION)
-    """Of a million tokens that it writes."""
+    """Price per million output tokens."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together, and what is missing."""
+        """Return inconsistent settings and missing packages."""
         return [*find_address_problems("endpoint", self.endpoint, "api_key_env"), *find_broken_rules(
             self, "", (not self.max_cost or bool(self.input_price or self.output_price), "max_cost",
              "needs input_price and output_price, or no cost is known")),
             *map(to_problem, find_missing_libraries())]
 
     def score(self, row: Row) -> Score:
-        """Return what the judge makes of the response to the row's `prompt`.
+        """Grade the response to the row's `prompt`.
 
         Raises:
-            Refused: the row has no prompt, is too long, or the judge declines.
+            Refused: the prompt is missing, the response too long, or the judge declines.
             TimeoutError: the judge did not answer in time.
-            BadAnswer: it gave no score.
+            BadAnswer: the judge gave no score.
         """
-        # thoughts are no part of the response that is graded
-        response = content_of(row) if self.hide_thinking else text_of(row, "response")
+        # Thoughts are not graded.
+        response = get_content(row) if self.hide_thinking else get_text(row, "response")
         if len(response) > self.max_chars:
             raise Refused(f"response has {len(response):,} characters; the judge reads at most "
                           f"{self.max_chars:,}")
-        response = sound(response)
+        response = replace_surrogates(response)
         if self.kind == "reward-model":
-            before = [{name: sound(text) for name, text in m.items()} for m in messages_of(row)]
+            before = [{name: replace_surrogates(text) for name, text in m.items()} for m in get_messages(row)]
             messages = [*before, {"role": "assistant", "content": response}]
-            value = self._asked.ask({"model": self.model, "messages": messages}, _pooled)
+            value = self._endpoint.ask({"model": self.model, "messages": messages}, _read_pooled_score)
             return Score(value, {"judge": value})
-        value, reason = self._asked.ask(self._payload(row, response), self._graded)
+        value, reason = self._endpoint.ask(self._build_request(row, response), self._read_grade)
         reward = (value - self.min_score) / (self.max_score - self.min_score)
         return Score(reward, {"judge": value, "said": reason[:500]})
 
     @cached_property
-    def _asked(self) -> Endpoint:
-        # /pooling is vLLM's own path, beside the OpenAI-like /v1
+    def _endpoint(self) -> Endpoint:
+        # vLLM serves /pooling outside the OpenAI-style /v1.
         base = self.endpoint.rstrip("/")
         url = f"{base}/chat/completions" if self.kind == "rubric" else f"{base.removesuffix('/v1')}/pooling"
         limits = EndpointLimits(self.timeout_s, self.max_attempts, self.backoff_s, self.requests_per_minute,
@@ -192,22 +192,23 @@ class Judge:
                                 self.input_price, self.output_price)
         return Endpoint(url, self.api_key_env, limits, EndpointCache(Path(self.cache)), report=warn)
 
-    def _payload(self, row: Row, response: str) -> dict[str, Any]:
-        """Return the request: the response fenced by a line that its writer could not know."""
-        rubric = self.rubric if row.get("rubric") is None else sound(text_of(row, "rubric"))
-        material = {"prompt": sound(prompt_text(row)), "response": response}
-        # a reference is material too: it stands inside of a fence
+    def _build_request(self, row: Row, response: str) -> dict[str, Any]:
+        """Return the request with the fenced response."""
+        rubric = self.rubric if row.get("rubric") is None else replace_surrogates(get_text(row, "rubric"))
+        material = {"prompt": replace_surrogates(format_prompt(row)), "response": response}
+        # The reference answer is material too, so it is fenced.
         if row.get("answer") is not None:
-            material["known answer"] = sound(text_of(row, "answer"))
+            material["known answer"] = replace_surrogates(get_text(row, "answer"))
         return {"model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens,
-                "messages": fenced_messages(self.model, rubric, material, self.min_score, self.max_score)}
+                "messages": build_fenced_messages(self.model, rubric, material, self.min_score,
+                                                  self.max_score)}
 
-    def _graded(self, answer: Any) -> tuple[float, str]:
-        return grade_of(answer, self.min_score, self.max_score)
+    def _read_grade(self, answer: Any) -> tuple[float, str]:
+        return read_grade(answer, self.min_score, self.max_score)
 
 
-def _pooled(answer: Any) -> float:
-    """Return the number of a reward model: that of the last token, where there is one for each."""
+def _read_pooled_score(answer: Any) -> float:
+    """Return a reward model's number; for one number per token, the last."""
     value = get_single_item(answer, "data").get("data")
     while isinstance(value, list) and value:
         value = value[-1]

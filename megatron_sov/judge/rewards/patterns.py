@@ -1,7 +1,7 @@
-"""What is looked for in a response: JSON, and regular expressions with a limit of time, since a user's
-pattern over a model's response may take for ever.
+"""Search a response for JSON or for regular expressions with a time limit.
 
-`regex` stops in the middle of a match, which the standard library's `re` cannot.
+A user's pattern on a model's response could run forever. `regex` can stop during a match; the standard `re`
+cannot.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from megatron_sov.base.documents.rows import reject_constant
 from megatron_sov.judge.rewards.reward import Refused, TooLong
 
 TIME_LIMIT_S = 2.0
-"""Of a processor, per search, as `regex` counts it; a sound pattern takes milliseconds over a megabyte."""
+"""Processor time per search; reasonable patterns take milliseconds per megabyte."""
 MAX_JSON_CHARS = 1_000_000
 NO_JSON = object()
-"""What `json_of` returns for a text that is none."""
+"""Result for text that is not JSON."""
 _FENCE = re.compile(r"\A```(?:json)?[ \t]*\n(.*?)\n?```\Z", re.DOTALL | re.IGNORECASE)
 
 
 @lru_cache(maxsize=4096)
-def _compiled(pattern: str, flags: int) -> Any:
+def _compile_pattern(pattern: str, flags: int) -> Any:
     return regex.compile(pattern, flags)
 
 
-def problem(pattern: str) -> str:
-    """Return what is wrong with a pattern, or an empty text."""
+def find_pattern_problem(pattern: str) -> str:
+    """Return the reason why a pattern is invalid, or ""."""
     try:
-        _compiled(pattern, 0)
+        _compile_pattern(pattern, 0)
     except (regex.error, RecursionError, OverflowError) as e:
         return str(e) or type(e).__name__
     return ""
@@ -42,42 +42,42 @@ def search(pattern: str, text: str, flags: int = 0) -> Any:
     """Return the first match, or None.
 
     Raises:
-        TooLong: it takes longer than `TIME_LIMIT_S`.
+        TooLong: the search takes longer than `TIME_LIMIT_S`.
     """
-    return _limited(_compiled(pattern, flags).search, pattern, text)
+    return _run_limited(_compile_pattern(pattern, flags).search, pattern, text)
 
 
 def fullmatch(pattern: str, text: str, flags: int = 0) -> Any:
-    """Return the match of a whole text, or None; raises as `search` does."""
-    return _limited(_compiled(pattern, flags).fullmatch, pattern, text)
+    """Match a whole text; raises like `search`."""
+    return _run_limited(_compile_pattern(pattern, flags).fullmatch, pattern, text)
 
 
 def findall(pattern: str, text: str, flags: int = 0) -> list[Any]:
-    """Return all matches as `re.findall` does; raises as `search` does."""
-    return list(_limited(_compiled(pattern, flags).findall, pattern, text))
+    """Return all matches like `re.findall`; raises like `search`."""
+    return list(_run_limited(_compile_pattern(pattern, flags).findall, pattern, text))
 
 
-def _limited(action: Any, pattern: str, text: str) -> Any:
+def _run_limited(action: Any, pattern: str, text: str) -> Any:
     try:
-        # `regex` looks at the processor's time itself, in the middle of a match
+        # `regex` checks processor time during a match.
         return action(text, timeout=TIME_LIMIT_S)
     except TimeoutError:
-        shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
-        raise TooLong(f"the pattern {shown!r} takes longer than {TIME_LIMIT_S:g} s of a processor over this "
-                      "response; write it without nested repetitions") from None
+        short_pattern = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
+        raise TooLong(f"the pattern {short_pattern!r} takes longer than {TIME_LIMIT_S:g} s of a processor "
+                      "over this response; write it without nested repetitions") from None
 
 
-def json_of(text: str) -> Any:
-    """Return the JSON value that a whole text is, without a Markdown fence around it; `NO_JSON` for none.
+def parse_json(text: str) -> Any:
+    """Parse a whole text as JSON, optionally inside a Markdown fence; return `NO_JSON` for other texts.
 
-    NaN and Infinity are no JSON (RFC 8259); what is nested deeper than Python reads is none either.
+    NaN and Infinity are invalid (RFC 8259), as is nesting beyond Python's limit.
 
     Raises:
         Refused: the text is longer than `MAX_JSON_CHARS`.
     """
     if len(text) > MAX_JSON_CHARS:
         raise Refused(f"has {len(text):,} characters; JSON is looked for in at most {MAX_JSON_CHARS:,}")
-    # a fence around the whole alone: JSON inside of a text is no JSON response
+    # Only a fence around the whole text: JSON within prose is not a JSON response.
     fenced = _FENCE.fullmatch(text.strip())
     try:
         return json.loads(fenced[1] if fenced else text, parse_constant=reject_constant)

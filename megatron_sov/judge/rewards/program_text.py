@@ -1,4 +1,4 @@
-"""A response's program: the fenced block that is run."""
+"""Extract the program from a response: the fenced block to run."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ from collections.abc import Collection, Iterator
 
 from megatron_sov.chat.tool_calls import parse_turn
 
-# possessive quantifiers: a line of many blanks or backticks must not take quadratic time
+# Possessive quantifiers avoid quadratic time on long lines with blanks or backticks.
 _FENCE = re.compile(r"([ \t]*+(?:(?:[-*+]|\d{1,9}[.)])[ \t]++)?+)(`{3,}+|~{3,}+)[ \t]*+([^`]*)")
 _LANGUAGE = re.compile(r"[{.]*(\w*)")
 _PYTHON = ("python", "py", "python3")
 _CLOSING_INDENT = 4
-"""Blanks by which a closing fence is indented less than this beyond its opening fence (CommonMark 0.31, 4.5):
-a fence deeper inside is a line of a docstring."""
+"""A closing fence must be indented by less than this beyond its opening fence (CommonMark 0.31, 4.5); deeper
+fences belong to a docstring."""
 
 
-def program_in(response: str, names: Collection[str] | None = None) -> str:
-    """Return a response's program, outside of its thoughts.
+def extract_program(response: str, names: Collection[str] | None = None) -> str:
+    """Return the program in a response, ignoring thoughts.
 
-    Blocks marked as Python come first, then blocks without a language. Of those that Python can parse, the
-    last block that defines the most of `names` is the program. Without any block the whole text is.
+    Blocks marked as Python take precedence over unmarked blocks. Among parsable blocks, the last block that
+    defines the most `names` wins. Without blocks, return the whole text.
 
     Args:
-        response: the text of a model.
-        names: what tests take from the program; empty: one function of any name; None: nothing, because the
-            program reads and prints.
+        response: model output.
+        names: names used by the tests; empty: any function; None: the program reads and prints.
     """
     content = parse_turn(response).content
     blocks = list(iter_blocks(content))
@@ -35,15 +34,15 @@ def program_in(response: str, names: Collection[str] | None = None) -> str:
     for texts in (marked, [text for language, text in blocks if not language]):
         trees = [(text, tree) for text in texts if (tree := parse_python(text)) is not None]
         if trees:
-            # max() returns the first of equals, and the last block is wanted
+            # max() returns the first among equals; the last block is wanted.
             return max(reversed(trees), key=lambda pair: _rate_tree(pair[1], names))[0]
     return marked[-1] if marked else content
 
 
 def iter_blocks(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the language (lower case, may be empty) and the text of each fenced block.
+    """Yield the lower-case language (or "") and the text for each fenced block.
 
-    A block without a closing fence ends at the next fence that names a language, or at the end of the text.
+    An unclosed block ends at the next fence with a language, or at the end.
     """
     opening: re.Match[str] | None = None
     lines: list[str] = []
@@ -61,7 +60,7 @@ def iter_blocks(text: str) -> Iterator[tuple[str, str]]:
 
 
 def parse_python(text: str) -> ast.Module | None:
-    """Return the tree of a Python text; None: Python cannot parse it."""
+    """Parse Python source; None if invalid."""
     try:
         return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -69,31 +68,30 @@ def parse_python(text: str) -> ast.Module | None:
 
 
 def find_definitions(tree: ast.Module) -> dict[str, ast.stmt]:
-    """Return name -> statement for the functions, classes and variables that a program defines at its top
-    level, in `if`, `try`, `with` and loops too.
+    """Return name -> statement for top-level functions, classes and variables, also inside `if`, `try`,
+    `with` and loops.
 
-    Imports define nothing: a block that shows how to use a program imports its functions.
+    Imports do not count, because usage examples import the program's functions.
     """
-    found: dict[str, ast.stmt] = {}
-    # a list and no recursion: `elif` may be nested as deep as the parser allows
+    definitions: dict[str, ast.stmt] = {}
+    # Iterative, because `elif` chains may be nested deeply.
     waiting = list(reversed(tree.body))
     while waiting:
         statement = waiting.pop()
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found[statement.name] = statement
+            definitions[statement.name] = statement
             continue
         if isinstance(statement, (ast.Assign, ast.AnnAssign)):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            found |= {node.id: statement for target in targets for node in ast.walk(target)
-                      if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+            definitions |= {node.id: statement for target in targets for node in ast.walk(target)
+                            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         for part in ("finalbody", "orelse", "body"):
             waiting += reversed(getattr(statement, part, []))
-    return found
+    return definitions
 
 
 def find_entry_points(source: str) -> list[str] | None:
-    """Return the functions of a program that none of its other functions and classes uses, or all functions
-    if each is used; None: it is no Python."""
+    """Return the functions unused by other definitions, or all functions; None for invalid Python."""
     tree = parse_python(source)
     if tree is None:
         return None
@@ -107,19 +105,19 @@ def find_entry_points(source: str) -> list[str] | None:
 
 def _ends_block(opening: re.Match[str], fence: re.Match[str]) -> bool:
     return (fence[2].startswith(opening[2])
-            and _width(fence[1]) < _width(opening[1]) + _CLOSING_INDENT)
+            and _count_columns(fence[1]) < _count_columns(opening[1]) + _CLOSING_INDENT)
 
 
-def _width(blanks: str) -> int:
+def _count_columns(blanks: str) -> int:
     return len(blanks.expandtabs(4))
 
 
 def _read_block(opening: re.Match[str], lines: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield a block without the indentation of its fence, unless it is blank."""
+    """Yield a non-blank block without its fence's indentation."""
     text = "\n".join(lines).rstrip() + "\n"
     if not text.strip():
         return
-    indent = _width(opening[1])
+    indent = _count_columns(opening[1])
     if indent:
         text = re.sub(rf"(?m)^[ \t]{{1,{indent}}}", "", text)
     if parse_python(text) is None:
@@ -129,9 +127,9 @@ def _read_block(opening: re.Match[str], lines: list[str]) -> Iterator[tuple[str,
 
 
 def _rate_tree(tree: ast.Module, names: Collection[str] | None) -> int:
-    """Return how many of the names a program defines, or 1 for a program that does anything at all."""
+    """Count the `names` defined by a program; without names, 1 for a program with effects."""
     if names is None:
-        # a sample output such as `5` or `[1, 2]` is Python, too, and calls nothing
+        # Sample outputs such as `5` or `[1, 2]` are valid Python without calls.
         return int(any(isinstance(node, ast.Call) for node in ast.walk(tree)))
     defined = find_definitions(tree)
     if names:

@@ -1,8 +1,8 @@
-"""How texts of tests run: plain assertions, `check` of HumanEval, functions that pytest would call.
+"""Run Python tests: plain assertions, HumanEval's `check`, and pytest-style functions.
 
-Every assertion that a test evaluates is counted, because a test that evaluates none has shown nothing.  All
-of it runs in the process of the tests, where a solution replaces nothing: neither this counter nor the module
-`pytest`.  Runs inside of the sandbox, and imports nothing of this package.
+Every evaluated assertion is counted, because a test without any shows nothing. The code runs in the test
+process, where a solution cannot replace the counter or the module `pytest`. It is sent to the sandbox as text
+and imports nothing from this package.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from collections.abc import Callable
 from typing import Any
 
 TICK = "__assertion__"
-"""Name by which instrumented tests call the counter; a solution hands out no name that begins so."""
+"""Name of the counter in instrumented tests; names from a solution never start like this."""
 _ASSERTING = re.compile(r"_*assert\w*|raises|warns|fail|fail_\w+")
 _RELATIVE, _ABSOLUTE = 1e-6, 1e-12
-"""Tolerances of `pytest.approx`."""
+"""Default tolerances in `pytest.approx`."""
 
 
 # --- assertions
 
 
 def is_assertion(node: ast.AST) -> bool:
-    """Return whether a node checks something: `assert`, `raise`, or a call such as `self.assertEqual`."""
+    """Return whether a node is an assertion: `assert`, `raise`, or a call such as `self.assertEqual`."""
     if isinstance(node, ast.Call):
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         return _ASSERTING.fullmatch(name) is not None
@@ -37,29 +37,29 @@ def is_assertion(node: ast.AST) -> bool:
 
 
 class AssertionCounter(ast.NodeTransformer):
-    """Insert a call of `TICK` where a test evaluates an assertion."""
+    """Insert a `TICK` call before every assertion."""
 
     def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
         self.generic_visit(node)
-        return [_tick(node), node]
+        return [_build_tick(node), node]
 
     def visit_If(self, node: ast.If) -> list[ast.stmt]:
-        """Count `if f(1) != 2: raise ValueError`, whichever way it goes, and in its `elif` and `else` too."""
+        """Count `if f(1) != 2: raise ValueError` in either branch, including `elif` and `else`."""
         branches, last = [*node.body, *node.orelse], node
         while len(last.orelse) == 1 and isinstance(last.orelse[0], ast.If):
             last = last.orelse[0]
             branches += [*last.body, *last.orelse]
         self.generic_visit(node)
         raises = any(isinstance(statement, ast.Raise) for statement in branches)
-        return [_tick(node), node] if raises else [node]
+        return [_build_tick(node), node] if raises else [node]
 
     def visit_Try(self, node: ast.Try) -> ast.Try:
-        """Count the handler of an error that has to come, after `try: f(1); assert False`."""
+        """Count the handler for an expected error, after `try: f(1); assert False`."""
         expects = any(is_assertion(inner) for statement in [*node.body, *node.orelse]
                       for inner in ast.walk(statement))
         self.generic_visit(node)
         for handler in node.handlers if expects else ():
-            handler.body.insert(0, _tick(handler))
+            handler.body.insert(0, _build_tick(handler))
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.Call:
@@ -69,46 +69,46 @@ class AssertionCounter(ast.NodeTransformer):
         return node
 
 
-def _tick(place: ast.AST) -> ast.Expr:
+def _build_tick(place: ast.AST) -> ast.Expr:
     return ast.copy_location(ast.Expr(ast.Call(ast.Name(TICK, ast.Load()), [], [])), place)
 
 
-# --- one test
+# --- a single test
 
 
 class TestText:
-    """A test as its author wrote it.
+    """A test as written by its author.
 
     Args:
-        source: Python.
-        names: of the solution, to which the test adds its own.
-        entry_point: the function for `check`, such as add or Solution().add.
+        source: Python source.
+        names: the solution's names, to which the test adds.
+        entry_point: function passed to `check`, e.g. add or Solution().add.
     """
 
     def __init__(self, source: str, names: dict[str, Any], entry_point: str) -> None:
         self._source, self._tree = source, ast.parse(source)
         self._names, self._entry_point = names, entry_point
         self.num_assertions = 0
-        """Evaluated so far."""
+        """Evaluated assertions so far."""
 
     def run(self) -> None:
-        """Run the text, then the functions that it defines to be called.
+        """Run the text, then its test functions.
 
         Raises:
-            Exception: whatever the test raises; AssertionError if it evaluates no assertion.
+            Exception: any error in the test; AssertionError without an evaluated assertion.
         """
         calls_check = calls_name(self._tree, "check")
-        self._names[TICK] = self._count
+        self._names[TICK] = self._count_assertion
         before = dict(self._names)
         tree = ast.fix_missing_locations(AssertionCounter().visit(self._tree))
         try:
             exec(compile(tree, "test.py", "exec"), self._names)
         except SystemExit as e:
-            # `sys.exit(pytest.main())` ends a file of tests; the solution's own exit is a failure
+            # `sys.exit(pytest.main())` may end a test file, but a solution's exit is a failure.
             if type(e) is not SystemExit or e.code:
                 raise
         for name, value in list(self._names.items()):
-            # names of the solution and of earlier tests are still there
+            # Names from the solution and from earlier tests are still defined.
             is_own = before.get(name) is not value and getattr(value, "__module__", "") == "__main__"
             if not is_own or not isinstance(value, types.FunctionType):
                 continue
@@ -121,13 +121,13 @@ class TestText:
         if not self.num_assertions:
             raise AssertionError("evaluates no assertion")
 
-    def _count(self, function: Any = None) -> Any:
+    def _count_assertion(self, function: Any = None) -> Any:
         self.num_assertions += 1
         return function
 
 
 def calls_name(tree: ast.Module, name: str) -> bool:
-    """Return whether a text calls a function of that name outside of its own functions and classes."""
+    """Return whether a text calls a function `name` outside its own functions and classes."""
     waiting: list[ast.AST] = list(tree.body)
     while waiting:
         node = waiting.pop()
@@ -144,15 +144,15 @@ def calls_name(tree: ast.Module, name: str) -> bool:
 
 def is_close(actual: Any, expected: Any, relative: float, absolute: float, *, nan_ok: bool = False,
              exact_integers: bool = False) -> bool:
-    """Return whether data is equal, with numbers anywhere in it within a tolerance.
+    """Return whether data are equal, with a tolerance for numbers at any depth.
 
     Args:
-        actual: lists, tuples and dicts of plain data.
-        expected: likewise.
-        relative: to the expected number.
-        absolute: the larger tolerance of both counts.
-        nan_ok: two NaN are equal.
-        exact_integers: an expected integer has no relative tolerance, and equals no other integer.
+        actual: plain data: lists, tuples, dicts, numbers.
+        expected: plain data.
+        relative: tolerance relative to the expected number.
+        absolute: absolute tolerance; the larger tolerance counts.
+        nan_ok: NaN equals NaN.
+        exact_integers: an expected integer has no relative tolerance and differs from every other integer.
     """
     options: dict[str, Any] = {"nan_ok": nan_ok, "exact_integers": exact_integers}
     if isinstance(expected, dict):
@@ -173,7 +173,8 @@ def is_close(actual: Any, expected: Any, relative: float, absolute: float, *, na
         if math.isnan(difference) or math.isinf(difference):
             return nan_ok and actual != actual and expected != expected
         return bool(difference <= max(absolute, relative * float(abs(expected))))
-    except (TypeError, OverflowError, ArithmeticError):  # a decimal beside a float, or an integer beyond one
+    # A decimal and a float, or an integer beyond the float range.
+    except (TypeError, OverflowError, ArithmeticError):
         return False
 
 
@@ -182,23 +183,23 @@ _NUMPY_COMPARISONS = ("allclose", "isclose", "testing.assert_allclose", "testing
 
 
 def guard_numpy() -> None:
-    """Let numpy's comparisons fail where one side is empty and the other is not: numpy broadcasts numbers to
-    the empty side, and all of nothing is equal."""
+    """Make numpy's comparisons fail if only one side is empty: broadcasting to the empty side compares
+    nothing."""
     numpy = importlib.import_module("numpy")
     for path in _NUMPY_COMPARISONS:
         *modules, name = path.split(".")
         owner = getattr(numpy, modules[0]) if modules else numpy
-        setattr(owner, name, _refuse_empty(getattr(owner, name), numpy.size))
+        setattr(owner, name, _guard_comparison(getattr(owner, name), numpy.size))
 
 
-def _refuse_empty(compare: Callable[..., Any], count: Callable[[Any], int]) -> Callable[..., Any]:
+def _guard_comparison(compare: Callable[..., Any], count: Callable[[Any], int]) -> Callable[..., Any]:
     @functools.wraps(compare)
     def guarded(*arguments: Any, **named: Any) -> Any:
         sizes = []
         for side in [*arguments, *named.values()][:2]:
             try:
                 sizes.append(count(side))
-            except (TypeError, ValueError):  # lists of unequal lengths: numpy says so itself
+            except (TypeError, ValueError):  # ragged lists; numpy reports the error
                 return compare(*arguments, **named)
         if min(sizes) == 0 < max(sizes):
             raise AssertionError("an empty array is compared with numbers")
@@ -207,16 +208,16 @@ def _refuse_empty(compare: Callable[..., Any], count: Callable[[Any], int]) -> C
     return guarded
 
 
-# --- the part of pytest that tests of functions use
+# --- the part of pytest for test functions
 
 
 class Approx:
-    """A number, or numbers in a list, tuple or dict, that equal what lies within a tolerance."""
+    """Numbers, possibly in a list, tuple or dict, that compare equal within a tolerance."""
 
     def __init__(self, expected: Any, rel: float | None = None, abs: float | None = None, *,
                  nan_ok: bool = False) -> None:
         self.expected = expected.tolist() if hasattr(expected, "tolist") else expected
-        # an absolute tolerance alone switches the relative one off
+        # An absolute tolerance alone disables the relative one.
         default = _RELATIVE if abs is None else 0.0
         self.relative = default if rel is None else rel
         self.absolute = _ABSOLUTE if abs is None else abs
@@ -227,7 +228,7 @@ class Approx:
         return is_close(data, self.expected, self.relative, self.absolute, nan_ok=self.nan_ok)
 
     __hash__ = None  # type: ignore[assignment]
-    # else numpy compares item by item
+    # Otherwise numpy compares item by item.
     __array_ufunc__ = None
 
     def __repr__(self) -> str:
@@ -235,7 +236,7 @@ class Approx:
 
 
 class ExpectedError:
-    """The context of `raises`, with the error in `value` afterwards."""
+    """Context manager returned by `raises`, with the error in `value`."""
 
     def __init__(self, expected: Any, match: str | None) -> None:
         self._expected, self._match = expected, match
@@ -255,14 +256,14 @@ class ExpectedError:
         return True
 
     def match(self, pattern: str) -> bool:
-        """Return True; raises AssertionError if the error does not match a regular expression."""
+        """Return True if the error's text matches a regular expression; else raise AssertionError."""
         if not re.search(pattern, str(self.value)):
             raise AssertionError(f"{str(self.value)!r} does not match {pattern!r}")
         return True
 
 
 def raises(expected: Any, *call: Any, match: str | None = None, **named: Any) -> ExpectedError:
-    """Return a context in which an error has to come, or call a function that has to raise it."""
+    """Return a context manager that expects an error, or call a function that must raise the error."""
     context = ExpectedError(expected, match)
     if call:
         function, *arguments = call
@@ -271,17 +272,17 @@ def raises(expected: Any, *call: Any, match: str | None = None, **named: Any) ->
     return context
 
 
-def _fail(reason: str = "", **settings: Any) -> None:
+def _fail_test(reason: str = "", **settings: Any) -> None:
     raise AssertionError(reason or "pytest.fail")
 
 
-def _main(*arguments: Any, **settings: Any) -> int:
-    """Return success: the tests of this text run after it."""
+def _run_pytest_main(*arguments: Any, **settings: Any) -> int:
+    """Return success; the tests in the text run afterwards."""
     return 0
 
 
 def make_pytest() -> types.ModuleType:
-    """Return a module `pytest` with what tests of functions use."""
+    """Build a module `pytest` with `approx`, `raises`, `fail` and `main`."""
     module = types.ModuleType("pytest")
-    module.__dict__.update(approx=Approx, raises=raises, fail=_fail, main=_main)
+    module.__dict__.update(approx=Approx, raises=raises, fail=_fail_test, main=_run_pytest_main)
     return module

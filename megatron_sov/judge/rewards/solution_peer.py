@@ -1,7 +1,7 @@
-"""The process of the tests and that of the solution ask each other over a pair of sockets.
+"""Protocol between the test process and the solution process over a socket pair.
 
-Plain data passes between them by its content.  Every other object stays in its process, and the other process
-uses it from afar.  Runs inside of the sandbox, and imports nothing of this package.
+Plain data are sent by value; other objects stay in their process and are used through proxies. The code is
+sent to the sandbox as text and imports nothing from this package.
 """
 
 from __future__ import annotations
@@ -29,76 +29,77 @@ _NUMPY_TYPE = re.compile(r"[<>|=][biufcSU]\d+")
 
 
 class SolutionEnded(BaseException):
-    """The process of the solution has ended; no `Exception`, so that no test takes it for one it expects."""
+    """The solution process ended; not an `Exception`, so that tests cannot expect it."""
 
 
 class SolutionExit(SystemExit):
-    """The solution has called `sys.exit`, which ends a test, as it would in one process, and fails it."""
+    """The solution called `sys.exit`, which ends and fails the test."""
 
 
 class Peer:
-    """One of the two processes: asks the other one, and answers it."""
+    """Either process: sends requests and answers requests."""
 
     def __init__(self, channel: socket.socket, *, trusts: bool) -> None:
         self._channel, self._trusts = channel, trusts
-        """A side that does not trust lets the other one see only what it hands out."""
+        """An untrusting side only gives access to objects that it sent."""
         self.handed: dict[int, Any] = {}
-        """Number -> what the other side has a `Remote` of."""
+        """Number -> object behind a `Remote` in the other process."""
         self.errors: dict[str, type[Exception]] = {}
-        """Errors of the solution's own."""
+        """Error classes defined by the solution."""
         self.num_uses = 0
-        """Times that this side has used an object of the other one."""
+        """Requests sent by this side."""
 
     # --- messages
 
     def ask(self, operation: str, *values: Any, names: Sequence[str] = ()) -> Any:
-        """Return the result of an operation on the other side, and answer its questions meanwhile.
+        """Request an operation and return its result, answering requests in the meantime.
 
         Raises:
-            SolutionEnded: the other process has ended.
+            SolutionEnded: the other process ended.
         """
         self.num_uses += 1
-        self.send(["ask", operation, [self.encoded(value) for value in values], list(names)])
+        self.send(["ask", operation, [self.encode_value(value) for value in values], list(names)])
         while True:
-            # the other side may ask back before it answers: arguments of a call are used while it runs
+            # The other side may send requests before it answers, because arguments are used during a call.
             message = self.receive()
             if message[0] == "ask":
-                self._answer(message)
+                self._answer_request(message)
                 continue
-            # a solution may sort its argument in place, and tests look at that list afterwards
+            # A solution may sort its argument in place, and tests may look at the list.
             for value, changed in zip(values, message[2], strict=False):
                 if changed is not None and isinstance(value, MUTABLE):
-                    self._change(value, self.decoded(changed))
+                    self._replace_content(value, self.decode_value(changed))
             if message[0] == "error":
-                error = self._error(*message[1])
-                if isinstance(error, StopIteration) and operation != "next":  # it would end a test's loop
+                error = self._build_error(*message[1])
+                # Would silently end a loop in a test.
+                if isinstance(error, StopIteration) and operation != "next":
                     raise RuntimeError("StopIteration")
                 raise error
-            return self.decoded(message[1])
+            return self.decode_value(message[1])
 
     def serve(self) -> None:
-        """Answer until the other process ends, which raises `SolutionEnded`."""
+        """Answer requests until `SolutionEnded`."""
         while True:
-            self._answer(self.receive())
+            self._answer_request(self.receive())
 
-    def _answer(self, message: list[Any]) -> None:
+    def _answer_request(self, message: list[Any]) -> None:
         _, operation, encoded, names = message
         values: list[Any] = []
         try:
-            values = [self.decoded(value) for value in encoded]
-            told = ["value", self.encoded(self._done(operation, values, names))]
-        # nobody is left to answer
+            values = [self.decode_value(value) for value in encoded]
+            reply = ["value", self.encode_value(self._run_operation(operation, values, names))]
+        # No recipient is left.
         except SolutionEnded:
             raise
         except BaseException as e:
             kinds = [kind.__name__ for kind in type(e).__mro__]
-            told = ["error", [kinds, str(e)[:500]]]
+            reply = ["error", [kinds, str(e)[:500]]]
         try:
-            # after an error too: what was changed before it stays changed
-            changed = [self.encoded(value) if isinstance(value, MUTABLE) else None for value in values]
+            # Also after errors: earlier changes persist.
+            changed = [self.encode_value(value) if isinstance(value, MUTABLE) else None for value in values]
         except Exception:
             changed = []
-        self.send([*told, changed])
+        self.send([*reply, changed])
 
     def send(self, message: Any) -> None:
         data = json.dumps(message).encode()
@@ -108,14 +109,14 @@ class Peer:
             raise SolutionEnded(f"the process of the solution has ended ({e.strerror})") from None
 
     def receive(self) -> Any:
-        """Return the next message; raises SolutionEnded if the other process has ended."""
-        (length,) = struct.unpack("<Q", self._read(8))
-        # the length is the solution's claim: no memory is reserved for it unchecked
+        """Return the next message; raises SolutionEnded if the other process ended."""
+        (length,) = struct.unpack("<Q", self._read_bytes(8))
+        # The length is untrusted, so check it before reserving memory.
         if length > MAX_MESSAGE_BYTES:
             raise SolutionEnded(f"the solution announced a message of {length:,} bytes")
-        return json.loads(self._read(length))
+        return json.loads(self._read_bytes(length))
 
-    def _read(self, length: int) -> bytes:
+    def _read_bytes(self, length: int) -> bytes:
         parts = []
         while length:
             try:
@@ -128,70 +129,68 @@ class Peer:
             length -= len(part)
         return b"".join(parts)
 
-    # --- operations on what lives here
+    # --- operations on local objects
 
-    def _done(self, operation: str, values: list[Any], names: list[str]) -> Any:
+    def _run_operation(self, operation: str, values: list[Any], names: list[str]) -> Any:
         target, *rest = values
-        # the solution may use what it was given, and not reach into the tests from there
+        # The solution may use the objects that it received, without access to the tests.
         if not self._trusts and not any(target is handed for handed in self.handed.values()):
             raise TypeError("is no object that was handed out")
         if operation == "call":
             positional = len(rest) - len(names)
             return target(*rest[:positional], **dict(zip(names, rest[positional:], strict=True)))
         if operation in ("get", "set"):
-            # of the tests' objects it sees public attributes of plain instances: not __class__, not
-            # __globals__
-            own = type(target).__module__ == "__main__" and not isinstance(target, type)
-            if not self._trusts and (not own or rest[0].startswith("_")):
+            # Only public attributes of plain instances in tests, not __class__ or __globals__.
+            is_instance = type(target).__module__ == "__main__" and not isinstance(target, type)
+            if not self._trusts and (not is_instance or rest[0].startswith("_")):
                 raise AttributeError(rest[0])
         return OPERATIONS[operation](target, *rest)
 
-    def _change(self, value: Any, new: Any) -> None:
+    def _replace_content(self, value: Any, new: Any) -> None:
         value.clear()
-        # in place: tests hold the object itself, and a new one would be another
+        # In place, because tests hold the object itself.
         (value.update if hasattr(value, "update") else value.extend)(new)
 
-    def _error(self, kinds: list[str], text: str) -> BaseException:
-        """Return the error to raise here for one that the other side has raised.
+    def _build_error(self, kinds: list[str], text: str) -> BaseException:
+        """Build the exception for an error in the other process.
 
         Args:
-            kinds: names of its class and the bases of that.
-            text: its message.
+            kinds: names of the error's class and bases.
+            text: message.
         """
         for name in kinds:
             kind = self.errors.get(name) or BUILT_IN_ERRORS.get(name)
             if kind is not None:
                 try:
                     return kind(text)
-                except TypeError:  # one that wants more than a text
+                except TypeError:  # needs more arguments than a text
                     continue
         if "SystemExit" in kinds:
             return SolutionExit(text)
-        return RuntimeError(f"{kinds[0]}: {text}")  # such as KeyboardInterrupt, which is not to end the tests
+        return RuntimeError(f"{kinds[0]}: {text}")  # such as KeyboardInterrupt, which must not end the tests
 
     # --- values
 
-    def encoded(self, value: Any) -> list[Any]:
-        """Return a value as JSON: plain data by its content, all else as a number to find it by."""
-        # bool before int, for it is one; subclasses become the plain type, so that no __eq__ of theirs comes
-        # along
+    def encode_value(self, value: Any) -> list[Any]:
+        """Encode plain data by value, and other objects by number."""
+        # bool before int, because bool is an int. Subclasses become the plain type, without their own __eq__.
         if value is None or isinstance(value, (bool, str)):
             return ["plain", str(value) if isinstance(value, str) else value]
         if isinstance(value, int):
             return ["plain", int(value)]
         if isinstance(value, float):
-            # JSON of Python carries inf and nan as they are
+            # Python's JSON supports inf and nan.
             return ["plain", float(value)]
-        # it goes home as itself: `f(x) is x` holds over there
+        # Returned as the original object, so that `f(x) is x` holds.
         if isinstance(value, Remote):
             return ["yours", object.__getattribute__(value, "_number")]
         if isinstance(value, dict):
-            return ["dict", [[self.encoded(k), self.encoded(v)] for k, v in value.items()]]
+            return ["dict", [[self.encode_value(k), self.encode_value(v)] for k, v in value.items()]]
         if isinstance(value, (bytes, bytearray)):
             return [type(value).__name__, base64.b64encode(value).decode()]
         for name, kind in COLLECTIONS.items():
             if isinstance(value, kind):
-                return [name, [self.encoded(item) for item in value]]
+                return [name, [self.encode_value(item) for item in value]]
         if isinstance(value, range):
             return ["range", [value.start, value.stop, value.step]]
         if isinstance(value, complex):
@@ -200,48 +199,51 @@ class Peer:
             return [type(value).__name__, str(value)]
         numpy = sys.modules.get("numpy")
         if numpy is not None and isinstance(value, numpy.generic) and type(value.item()) in PLAIN_NUMBERS:
-            return self.encoded(value.item())
+            return self.encode_value(value.item())
         if numpy is not None and isinstance(value, numpy.ndarray) and _NUMPY_TYPE.fullmatch(value.dtype.str):
-            return ["ndarray", [value.dtype.str, list(value.shape), self.encoded(value.ravel().tolist())]]
+            return ["ndarray",
+                    [value.dtype.str, list(value.shape), self.encode_value(value.ravel().tolist())]]
         number = id(value)
-        self.handed[number] = value  # kept, so that the number stays its own
+        self.handed[number] = value  # kept alive, so that the number stays unique
         return ["coroutine" if isinstance(value, types.CoroutineType) else "mine", number]
 
-    def decoded(self, encoded: list[Any]) -> Any:
-        """Return the value of what the other side has encoded."""
+    def decode_value(self, encoded: list[Any]) -> Any:
+        """Decode a value from the other process; inverse of `encode_value`."""
         kind, content = encoded
         if kind == "plain":
             return content
         if kind == "mine":
             return Remote(self, content)
         if kind == "coroutine":
-            return wait_for(Remote(self, content))
+            return await_remote(Remote(self, content))
         if kind == "ndarray":
-            return self._decoded_array(*content)
+            return self._decode_array(*content)
         if kind == "yours":
             return self.handed[content]
         if kind == "dict":
-            return {self.decoded(k): self.decoded(v) for k, v in content}
+            return {self.decode_value(k): self.decode_value(v) for k, v in content}
         if kind in ("bytes", "bytearray"):
             return (bytes if kind == "bytes" else bytearray)(base64.b64decode(content))
         if kind in ("range", "complex"):
             return (range if kind == "range" else complex)(*content)
         if kind in ("Decimal", "Fraction"):
             return (decimal.Decimal if kind == "Decimal" else fractions.Fraction)(content)
-        return COLLECTIONS[kind](self.decoded(item) for item in content)
+        return COLLECTIONS[kind](self.decode_value(item) for item in content)
 
-    def _decoded_array(self, dtype: str, shape: list[int], values: list[Any]) -> Any:
+    def _decode_array(self, dtype: str, shape: list[int], values: list[Any]) -> Any:
         if not _NUMPY_TYPE.fullmatch(dtype):
             raise ValueError(f"{dtype!r} is no type of an array")
-        return importlib.import_module("numpy").array(self.decoded(values), dtype).reshape(shape)
+        return importlib.import_module("numpy").array(self.decode_value(values), dtype).reshape(shape)
 
 
 class Remote:
-    """An object of the other process. Compared with data of this one it is never equal: else an object that
-    says that it equals everything would pass every test."""
+    """Proxy for an object in the other process.
+
+    A proxy never equals local data: an object that claims to equal everything would pass every test.
+    """
 
     def __init__(self, peer: Peer, number: int) -> None:
-        # past `__setattr__` below, which would ask the other side
+        # Bypass `__setattr__` below, which would send a request.
         object.__setattr__(self, "_peer", peer)
         object.__setattr__(self, "_number", number)
 
@@ -266,11 +268,11 @@ class Remote:
 
     def __hash__(self) -> int:
         object.__getattribute__(self, "_note_use")()
-        # sets and keys of dicts need one; equal objects of the other side may differ in it
+        # For sets and dict keys; equal remote objects may have different hashes.
         return int(object.__getattribute__(self, "_number"))
 
     def __lt__(self, other: object) -> bool:
-        # so that lists of a solution's objects can be sorted; against plain data it says nothing
+        # For sorting lists with a solution's objects; not comparable with plain data.
         return bool(self._ask("less", other)) if isinstance(other, Remote) else NotImplemented
 
     def __contains__(self, value: object) -> bool:
@@ -304,32 +306,32 @@ class Remote:
         return str(self._ask("shown"))
 
 
-async def wait_for(remote: Remote) -> Any:
-    """Return the result of a coroutine of the other process, which runs to its end there."""
+async def await_remote(remote: Remote) -> Any:
+    """Await a coroutine that runs to its end in the other process."""
     return object.__getattribute__(remote, "_ask")("wait")
 
 
 def run_coroutine(coroutine: Any) -> Any:
-    """Return the result of a coroutine."""
-    # asyncio takes 0.1 s to import, and few solutions need it
+    """Run a coroutine and return its result."""
+    # asyncio takes 0.1 s to import, and few solutions need it.
     return importlib.import_module("asyncio").run(coroutine)
 
 
 class RemoteObject:
-    """An iterator that stays where it is."""
+    """Iterator that stays in its process."""
 
-    def __init__(self, held: Any) -> None:
-        self.held = held
+    def __init__(self, iterator: Any) -> None:
+        self.iterator = iterator
 
 
 OPERATIONS: dict[str, Any] = {
     "get": getattr, "set": setattr,
     "equal": lambda a, b: bool(a == b), "less": lambda a, b: bool(a < b),
     "has instance": lambda kind, value: isinstance(value, kind), "iterate": lambda a: RemoteObject(iter(a)),
-    # an iterator is wrapped, else it would be sent as a list of what it yields
-    "next": lambda a: next(a.held if isinstance(a, RemoteObject) else a), "length": len, "truth": bool,
+    # Iterators are wrapped; otherwise their items would be sent as a list.
+    "next": lambda a: next(a.iterator if isinstance(a, RemoteObject) else a), "length": len, "truth": bool,
     "item": lambda a, key: a[key], "set item": lambda a, key, value: a.__setitem__(key, value),
     "text": str, "shown": repr, "wait": run_coroutine}
 PLAIN_NUMBERS = (bool, int, float, complex, str, bytes)
-"""Types that an item of numpy may become."""
+"""Types that `numpy` items may convert to."""
 COLLECTIONS: dict[str, Any] = {k.__name__: k for k in (list, tuple, set, frozenset, collections.deque)}

@@ -1,10 +1,9 @@
-"""The program that tests a solution, itself run in the sandbox: it is sent there as text with the two modules
-that it imports of this package, and these import nothing of it.
+"""Sandboxed program that tests a solution; sent as text together with the two modules imported below.
 
-It first forks the process of the solution, and only then reads the tests, which therefore are nowhere in
-that process. The two talk over a pair of sockets in plain data; what is no plain data stays where it is and
-is used from afar. So a solution sees the arguments of its calls and nothing of what is expected, and nothing
-that it prints, overwrites or exits with is taken for a verdict.
+The program forks the solution process before it reads the tests, so the tests are nowhere in that process.
+The two processes exchange plain data over a socket pair; other objects are used through proxies. A solution
+sees the arguments of its calls but not the expected results, and cannot forge a verdict by printing,
+overwriting or exiting.
 """
 
 from __future__ import annotations
@@ -28,31 +27,31 @@ SHARED_MODULES = (
     "bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools",
     "json", "math", "numpy", "operator", "random", "re", "statistics", "string", "typing",
 )
-"""Whose functions a solution and its tests have from the interpreter, each for itself."""
+"""Modules that solution and tests import separately."""
 TEST_MODULES = ("np", "numpy", "pytest", "unittest")
-"""Names that tests have from the interpreter alone: a solution's own would decide what is equal."""
+"""Names that only the tests' own modules provide, because a solution's versions could decide equality."""
 _PR_SET_DUMPABLE = 4
 
 
-def be_solution(source: str, channel: socket.socket) -> None:
-    """Run a solution, tell which names it has, and do what is asked of them."""
+def run_solution(source: str, channel: socket.socket) -> None:
+    """Run a solution, describe its names, and answer requests."""
     peer = Peer(channel, trusts=True)
     main = types.ModuleType("__main__")
-    # classes of the solution have `__module__` "__main__", by which `_done` knows them
+    # Classes from the solution have `__module__` "__main__", which `_run_operation` checks.
     sys.modules["__main__"] = main
     try:
         exec(compile(source, "solution.py", "exec"), main.__dict__)
     except BaseException as e:
         peer.send({"error": "".join(traceback.format_exception_only(type(e), e)).strip()[-500:]})
         return
-    # the tests' side gets a description and makes the names itself: nothing of the solution is run there
+    # The test side rebuilds names from descriptions and runs no solution code.
     names: dict[str, list[Any]] = {}
     for name, value in list(vars(main).items()):
         if name.startswith("__"):
             continue
         if isinstance(value, types.ModuleType):
             names[name] = ["module", value.__name__]
-        # math.gcd is the same on both sides: each side uses its own
+        # Each side uses its own math.gcd.
         elif getattr(value, "__module__", None) in SHARED_MODULES and isinstance(
                 getattr(value, "__name__", None), str):
             names[name] = ["shared", [value.__module__, value.__name__]]
@@ -60,47 +59,47 @@ def be_solution(source: str, channel: socket.socket) -> None:
             names[name] = ["error class", [kind.__name__ for kind in value.__mro__]]
         else:
             try:
-                names[name] = ["value", peer.encoded(value)]
-            except Exception:  # it lies in itself, say
+                names[name] = ["value", peer.encode_value(value)]
+            except Exception:  # contains itself, for example
                 continue
     peer.send(names)
     peer.serve()
 
 
-def names_of(told: dict[str, list[Any]], peer: Peer) -> dict[str, Any]:
-    """Return what the tests find of a solution's names: nothing by which they would compare."""
-    found: dict[str, Any] = {}
-    for name, (kind, content) in told.items():
-        # what tests call abs or set, and where Python finds these, is not the solution's
+def build_names(descriptions: dict[str, list[Any]], peer: Peer) -> dict[str, Any]:
+    """Rebuild a solution's names for the tests, excluding names that decide comparisons."""
+    names: dict[str, Any] = {}
+    for name, (kind, content) in descriptions.items():
+        # Builtins such as abs or set, and import settings, must not come from the solution.
         if hasattr(builtins, name) or name.startswith("__"):
             continue
         if name in SHARED_MODULES and name not in TEST_MODULES:
-            found[name] = importlib.import_module(name)
+            names[name] = importlib.import_module(name)
         elif kind == "module" and content in SHARED_MODULES:
-            found[name] = importlib.import_module(content)
+            names[name] = importlib.import_module(content)
         elif kind == "shared" and content[0] in SHARED_MODULES:
             if (value := getattr(importlib.import_module(content[0]), content[1], None)) is not None:
-                found[name] = value
+                names[name] = value
         elif name in TEST_MODULES:
             continue
         elif kind == "error class":
             base = next((BUILT_IN_ERRORS[base] for base in content if base in BUILT_IN_ERRORS), Exception)
-            found[name] = peer.errors[content[0]] = type(content[0], (base,), {})
+            names[name] = peer.errors[content[0]] = type(content[0], (base,), {})
         elif kind == "value":
-            found[name] = peer.decoded(content)
-    return found
+            names[name] = peer.decode_value(content)
+    return names
 
 
-def plain(value: Any) -> Any:
-    """Return data as JSON has it: tuples and arrays are lists there."""
+def to_plain_data(value: Any) -> Any:
+    """Convert tuples and arrays to lists, as in JSON."""
     value = value.tolist() if type(value).__module__ == "numpy" else value
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [to_plain_data(item) for item in value]
+    return {key: to_plain_data(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def read_exactly(length: int) -> bytes:
-    """Return so many bytes of the input, and take no more from it."""
+    """Read exactly `length` bytes from standard input."""
     parts = []
     while length and (part := os.read(0, length)):
         parts.append(part)
@@ -108,56 +107,57 @@ def read_exactly(length: int) -> bytes:
     return b"".join(parts)
 
 
-def tell(fd: int, **what: Any) -> None:
+def write_verdict(fd: int, **what: Any) -> None:
     os.write(fd, json.dumps(what).encode() + b"\n")
 
 
 def main() -> None:
     """Read a solution, fork its process, read the tests, and run them."""
-    # whole numbers pass between the two as decimal text, of which Python takes 4,300 digits by default
+    # Integers are exchanged as decimal text, which Python limits to 4,300 digits by default.
     sys.set_int_max_str_digits(0)
-    # no buffered reader: it would take the tests behind the source into memory before the fork
+    # Unbuffered, because a buffer would hold the tests in memory before the fork.
     source = read_exactly(int(read_exactly(12))).decode()
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)  # else /proc/PID/fd leads the solution to input and verdict
-    here, there = socket.socketpair()
+    # Otherwise the solution could open input and verdicts through /proc/PID/fd.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
+    test_channel, solution_channel = socket.socketpair()
     if os.fork() == 0:
-        here.close()
+        test_channel.close()
         nothing = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(nothing, fd)
         try:
-            be_solution(source, there)
+            run_solution(source, solution_channel)
         finally:
             os._exit(0)
-    there.close()
-    # a file named json.py there would be imported by the tests
-    sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.getcwd()]  # the solution writes there
-    # the verdict goes over a copy that no test prints to
+    solution_channel.close()
+    # Otherwise the tests could import a file json.py from the working folder.
+    sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.getcwd()]  # the solution can write there
+    # Verdicts go to a copy of stdout that tests cannot print to.
     verdict = os.dup(1)
-    os.dup2(2, 1)  # what tests print is no verdict
+    os.dup2(2, 1)  # prints from tests are not verdicts
     request = json.loads(read_exactly(int(read_exactly(12))))
-    peer = Peer(here, trusts=False)
+    peer = Peer(test_channel, trusts=False)
     try:
-        told = peer.receive()
-        if isinstance(told.get("error"), str):
-            tell(verdict, loaded=False, reason=told["error"])
+        descriptions = peer.receive()
+        if isinstance(descriptions.get("error"), str):
+            write_verdict(verdict, loaded=False, reason=descriptions["error"])
             return
-        names = names_of(told, peer)
+        names = build_names(descriptions, peer)
     except (Exception, SolutionEnded) as e:
-        tell(verdict, loaded=False, reason=f"{type(e).__name__}: {e}")
+        write_verdict(verdict, loaded=False, reason=f"{type(e).__name__}: {e}")
         return
     run_tests(request, names, peer, verdict)
 
 
 def run_tests(request: dict[str, Any], names: dict[str, Any], peer: Peer, verdict: int) -> None:
-    """Run tests and write a line for each of them.
+    """Run tests and write a line per test.
 
     Args:
-        request: `tests`, texts; `entry_point`, for `check`; `tolerance`, of numbers in results.
-        names: of the solution.
-        peer: the solution.
-        verdict: a file descriptor. The line of the first test that failed before it used the solution, or for
-            a module that is not there, has that error as `fault`.
+        request: `tests`, `entry_point` and `tolerance`.
+        names: the solution's names.
+        peer: connection to the solution.
+        verdict: output file descriptor. The first test that fails before using the solution, or on a missing
+            module, has its error as `fault`.
     """
     solution = types.ModuleType("solution")
     solution.__dict__.update(names)
@@ -167,23 +167,23 @@ def run_tests(request: dict[str, Any], names: dict[str, Any], peer: Peer, verdic
     tolerance = request["tolerance"]
     close = functools.partial(is_close, relative=tolerance, absolute=tolerance, exact_integers=True)
     names |= {"__name__": "__main__", "__file__": "test.py",
-              "__same__": lambda actual, expected: close(plain(actual), expected)}
+              "__same__": lambda actual, expected: close(to_plain_data(actual), expected)}
     failed = faulty = False
     for index, text in enumerate(request["tests"]):
         num_uses = peer.num_uses
         try:
             TestText(text, names, request["entry_point"]).run()
-            tell(verdict, test=index, passed=True)
+            write_verdict(verdict, test=index, passed=True)
         except (Exception, SystemExit, SolutionEnded) as e:
-            told = f"{type(e).__name__}: {e}"[:300]
-            # a TypeError may come of `LIMIT + 1` where the solution has another LIMIT
+            error = f"{type(e).__name__}: {e}"[:300]
+            # A TypeError may come from `LIMIT + 1` if the solution defines another LIMIT.
             unused = peer.num_uses == num_uses and not isinstance(e, TypeError)
             is_fault = unused or isinstance(e, ImportError)
-            # the first reasons alone: those of thousands of tests would pass the limit of an output
-            tell(verdict, test=index, passed=False, **({} if failed else {"reason": told}),
-                 **({"fault": told} if is_fault and not faulty else {}))
+            # Only the first reasons, because thousands would exceed the output limit.
+            write_verdict(verdict, test=index, passed=False, **({} if failed else {"reason": error}),
+                          **({"fault": error} if is_fault and not faulty else {}))
             failed, faulty = True, faulty or is_fault
-    tell(verdict, done=True)
+    write_verdict(verdict, done=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a response looks like: its length, its repetitions, its language, its form."""
+"""Rewards for the form of a response: length, repetition, language, format."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatron_sov.base.settings import (
     AtLeastOne, Bound, NotNegativeInt, ProblemCode, SettingsProblem, Share, Violation, at_most_field,
     choice_from)
 from megatron_sov.judge.rewards import patterns
-from megatron_sov.judge.rewards.reward import Refused, Row, Score, text_of
+from megatron_sov.judge.rewards.reward import Refused, Row, Score, get_text
 
 MAX_CHARS = 400_000
-"""Of a longer response the end is looked at: loops stand there."""
+"""Longer responses are cut to their last characters, where loops occur."""
 _WORD = re.compile(r"\w+|[^\w\s]")
 _NO_SPACES = {"THAI", "LAO", "KHMER", "MYANMAR", "CJK", "HIRAGANA", "KATAKANA"}
-"""Scripts written without spaces: a word there would be a sentence, so its characters count as words."""
+"""Scripts without spaces: characters count as words."""
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$\n]{1,500}\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+", re.DOTALL)
 _ADDRESS = re.compile(r"\b(?:https?://|www\.)\S+")
@@ -29,28 +29,28 @@ _ADDRESS = re.compile(r"\b(?:https?://|www\.)\S+")
 
 @dataclass(frozen=True)
 class Length:
-    """Soft overlong punishment of DAPO (arXiv 2503.14476, equation 13), and a least length.
+    """Reward `length`: DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), and a minimum length.
 
-    0 up to `max_length - buffer`, then falling evenly to -1 at `max_length`, and -1 beyond.
+    0 up to `max_length - buffer`, then linear to -1 at `max_length`, and -1 beyond.
     """
 
     max_length: AtLeastOne = 20_480
-    """Where the punishment is whole (DAPO: 20,480 tokens)."""
+    """Length with full punishment (DAPO: 20,480 tokens)."""
     buffer: Annotated[AtLeastOne, at_most_field("max_length")] = 4_096
-    """Over how much before that it grows (DAPO: 4,096 tokens)."""
+    """Range over which the punishment grows (DAPO: 4,096 tokens)."""
     min_length: Annotated[NotNegativeInt, at_most_field("max_length")] = 0
-    """A shorter response is punished whole."""
+    """Shorter responses get full punishment."""
     unit: Literal["tokens", "characters", "words"] = "tokens"
-    """tokens: the row's field `num_tokens`, as the engine that wrote the response counts them."""
+    """`tokens`: from the row's `num_tokens`, as counted by the engine."""
 
     def score(self, row: Row) -> Score:
-        length = self._length(row)
+        length = self._measure_length(row)
         if length < self.min_length:
             return Score(-1.0, {"length": length, "too_short": True})
-        return Score(soft_overlong(length, self.max_length, self.buffer), {"length": length})
+        return Score(compute_overlong_penalty(length, self.max_length, self.buffer), {"length": length})
 
-    def _length(self, row: Row) -> int:
-        text = text_of(row, "response")
+    def _measure_length(self, row: Row) -> int:
+        text = get_text(row, "response")
         if self.unit == "characters":
             return len(text)
         if self.unit == "words":
@@ -62,52 +62,52 @@ class Length:
         return length
 
 
-def soft_overlong(length: int, max_length: int, buffer: int) -> float:
-    """Return R_length of arXiv 2503.14476, equation 13."""
-    # 0 up to max_length - buffer, then a line down to -1 at max_length
+def compute_overlong_penalty(length: int, max_length: int, buffer: int) -> float:
+    """Return R_length from arXiv 2503.14476, equation 13."""
+    # 0 up to max_length - buffer, then linear to -1 at max_length.
     return max(-1.0, min(0.0, (max_length - buffer - length) / buffer))
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """0 for a sound response, down to -1 for one that repeats itself or never ends.
+    """Reward `repetition`: 0 for normal text, down to -1 for repetitions or a missing end.
 
-    The share of repeated n-grams is the penalty of Open-R1 (arXiv 2502.03373, section 4.2): one less
-    than the share of different n-grams, here beyond a share that sound text has anyway.
+    The share of repeated n-grams is Open-R1's penalty (arXiv 2502.03373, section 4.2), minus an allowance for
+    normal text.
     """
 
     ngram: AtLeastOne = 4
-    """Words of an n-gram."""
+    """Words per n-gram."""
     allowed_share: Annotated[float, Ge(0), Le(0.99)] = 0.2
-    """Of repeated n-grams; sound text repeats some."""
+    """Share of repeated n-grams in normal text."""
     min_loop_repeats: Annotated[int, Ge(2)] = 4
-    """How often the same piece in a row, at the end of the response, is a loop."""
+    """Repetitions at the end that count as a loop."""
     min_loop_chars: AtLeastOne = 24
-    """Length of a loop in all, at least: "......" is none, and no table's rule."""
+    """Shortest loop, in characters: "......" and table rules are not loops."""
     no_end_penalty: Share = 1.0
-    """For a row whose `finish_reason` is length: the response did not end by itself. 0: is no fault."""
+    """Penalty for `finish_reason` length. 0: no penalty."""
 
     def score(self, row: Row) -> Score:
-        """Return the worst of what was seen, as a number from -1 to 0."""
-        text = text_of(row, "response")[-MAX_CHARS:]
-        share = repeated_share(words_of(text), self.ngram)
-        piece, repeats = loop_at_end(text, self.min_loop_chars)
+        """Return the worst finding, from -1 to 0."""
+        text = get_text(row, "response")[-MAX_CHARS:]
+        share = compute_repeated_share(split_words(text), self.ngram)
+        piece, repeats = find_final_loop(text, self.min_loop_chars)
         loops = repeats >= self.min_loop_repeats
         unended = row.get("finish_reason") == "length"
-        # what is beyond the allowed share, over all that could be: 0 to 1
+        # Excess over the allowed share, scaled to 0..1.
         excess = max(0.0, share - self.allowed_share) / (1 - self.allowed_share)
-        # the worst and not the sum: a loop is also repeated n-grams and often has no end
+        # The maximum rather than the sum, because a loop also repeats n-grams and often has no end.
         worst = max(excess, float(loops), self.no_end_penalty if unended else 0.0)
-        # 0.0 - 0.0 is 0.0, and -0.0 would print as -0
+        # 0.0 - 0.0 is 0.0; -0.0 would print as -0.
         return Score(0.0 - worst, {"repeated_share": share, "loop": piece[:40] if loops else "",
                                    "loop_repeats": repeats if loops else 0, "no_end": unended})
 
 
-def words_of(text: str) -> list[str]:
-    """Return the words and signs of a text; each character where a script has no spaces."""
+def split_words(text: str) -> list[str]:
+    """Split a text into lower-case words and signs; into characters for scripts without spaces."""
     words: list[str] = []
     for word in _WORD.findall(text.lower()):
-        # each different character once: words of unspaced scripts are long
+        # Check distinct characters, because words in unspaced scripts are long.
         if any(get_script(char) in _NO_SPACES for char in set(word)):
             words.extend(word)
         else:
@@ -115,34 +115,37 @@ def words_of(text: str) -> list[str]:
     return words
 
 
-def repeated_share(words: list[str], ngram: int) -> float:
-    """Return the share of n-grams that have stood before; 0 where there are none."""
+def compute_repeated_share(words: list[str], ngram: int) -> float:
+    """Return the share of n-grams that occurred before; 0 without n-grams."""
     count = len(words) - ngram + 1
     if count <= 0:
         return 0.0
     return 1 - len({tuple(words[i:i + ngram]) for i in range(count)}) / count
 
 
-def loop_at_end(text: str, min_chars: int = 1) -> tuple[str, int]:
-    """Return the piece of at least `min_chars` in all that a text ends with over and over, and how often it
-    stands there in a row; an empty text and 1 where nothing does.
+def find_final_loop(text: str, min_chars: int = 1) -> tuple[str, int]:
+    """Return (piece, repeats) for the loop with the most repeats at the end; ("", 1) without a loop.
 
-    The failure function of Knuth, Morris and Pratt over the reversed text gives the shortest period of each
-    of its beginnings; the one with the most repeats counts.  Work and memory grow with the length alone.
+    The Knuth-Morris-Pratt failure function on the reversed text gives the shortest period for every prefix.
+    Time and memory are linear.
+
+    Args:
+        text: text to search.
+        min_chars: shortest loop, in characters.
     """
-    # reversed, an end that repeats is a beginning with a period
+    # Reversed, a repeated suffix becomes a prefix with a period.
     backwards = text.rstrip()[::-1]
     failure = [0] * len(backwards)
     best_period, best_repeats = 0, 1
     k = 0
     for i in range(1, len(backwards)):
-        # k: length of the longest proper beginning that also ends at i - 1
+        # k: longest proper prefix that also ends at i - 1
         while k and backwards[i] != backwards[k]:
             k = failure[k - 1]
         if backwards[i] == backwards[k]:
             k += 1
         failure[i] = k
-        # i + 1 - k is the shortest period of the first i + 1 characters
+        # i + 1 - k is the shortest period of the first i + 1 characters.
         repeats = (i + 1) // (i + 1 - k)
         if repeats > best_repeats and i + 1 >= min_chars:
             best_period, best_repeats = i + 1 - k, repeats
@@ -151,50 +154,51 @@ def loop_at_end(text: str, min_chars: int = 1) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class LanguageReward:
-    """The share of letters in the scripts of a language; below a share it is 0.
+    """Reward `language`: the share of letters in a language's scripts; 0 below `min_share`.
 
-    Languages that share a script (English, German) are not told apart.
+    Languages with the same script (English, German) are not distinguished.
     """
 
     language: Annotated[str, choice_from(lambda: {"", *LANGUAGES})] = ""
-    """Code such as ko, th, en; empty: the row's own field `language`."""
+    """Code such as ko, th, en; empty: the row's field `language`."""
     also: tuple[Annotated[str, choice_from(lambda: LANGUAGES)], ...] = ("en",)
-    """Languages whose letters may stand beside it, as names and terms do."""
+    """Languages also allowed, for names and terms."""
     max_also_share: Share = 0.2
-    """Of all letters, those of `also`; more is code switching."""
+    """Largest rewarded share of letters from `also`; more is code switching."""
     min_share: Share = 0.5
-    """Below this share of the language's own letters the reward is 0."""
+    """Below this share of the language's own letters, the reward is 0."""
     ignore_code: bool = True
-    """Leave out code, formulas and addresses, which are in no language."""
+    """Ignore code, formulas and addresses."""
 
     def score(self, row: Row) -> Score:
-        """Return the share of letters that may stand there, less what is too many of the others."""
-        language = self.language or text_of(row, "language")
+        """Return the share of allowed letters."""
+        language = self.language or get_text(row, "language")
         if language not in LANGUAGES:
             raise Refused(f"language = {language!r} is not known (languages: {', '.join(sorted(LANGUAGES))})")
-        text = text_of(row, "response")
+        text = get_text(row, "response")
         if self.ignore_code:
-            # code first: a dollar sign inside of it begins no formula
+            # Code first, because a dollar sign in code does not start a formula.
             text = _ADDRESS.sub(" ", _FORMULA.sub(" ", _CODE.sub(" ", text)))
         counts = count_letters_by_script(text)
         total = sum(counts.values())
         if not total:
             return Score(0.0, {"language": language, "num_letters": 0})
-        own = set(LANGUAGES[language])
-        # scripts that both languages use count as the language's own
-        beside = {script for name in self.also for script in LANGUAGES[name]} - own
-        own_share = sum(counts[s] for s in own) / total
-        also_share = sum(counts[s] for s in beside) / total
-        foreign_share = 1 - own_share - also_share
-        # other letters are paid up to their limit; below `min_share` it is another language
-        reward = own_share + min(also_share, self.max_also_share) if own_share >= self.min_share else 0.0
+        language_scripts = set(LANGUAGES[language])
+        # Shared scripts count as the language's own.
+        also_scripts = {script for name in self.also for script in LANGUAGES[name]} - language_scripts
+        language_share = sum(counts[s] for s in language_scripts) / total
+        also_share = sum(counts[s] for s in also_scripts) / total
+        foreign_share = 1 - language_share - also_share
+        # Other letters count up to their limit.
+        reward = language_share + min(also_share,
+                                      self.max_also_share) if language_share >= self.min_share else 0.0
         return Score(min(reward, 1.0), {
-            "language": language, "own_share": own_share, "also_share": also_share,
-            "foreign_share": max(foreign_share, 0.0), "switches_per_100_words": switches(text)})
+            "language": language, "own_share": language_share, "also_share": also_share,
+            "foreign_share": max(foreign_share, 0.0), "switches_per_100_words": count_script_switches(text)})
 
 
-def switches(text: str) -> float:
-    """Return how often the script changes from one word to the next, per 100 words that have letters."""
+def count_script_switches(text: str) -> float:
+    """Return script changes between words, per 100 words with letters."""
     scripts = [script for word in text.split()
                if (script := next(filter(None, map(get_script, word)), ""))]
     if len(scripts) < 2:
@@ -202,35 +206,35 @@ def switches(text: str) -> float:
     return 100 * sum(a != b for a, b in pairwise(scripts)) / len(scripts)
 
 
-def _no_regex(text: str) -> Violation | None:
-    wrong = patterns.problem(text) if text else ""
+def _find_regex_problem(text: str) -> Violation | None:
+    wrong = patterns.find_pattern_problem(text) if text else ""
     return (ProblemCode.RULE, f"is no regular expression ({wrong})", "mend it") if wrong else None
 
 
-def _no_name(text: str) -> Violation | None:
+def _find_name_problem(text: str) -> Violation | None:
     return None if re.fullmatch(r"[A-Za-z_][\w-]*", text) else (
         ProblemCode.RULE, "must be a name of letters, digits, - and _", "")
 
 
 @dataclass(frozen=True)
 class Format:
-    """The share of the asked-for checks that a response passes; all or nothing by setting."""
+    """Reward `format`: the share of passed checks, or all or nothing."""
 
     CONTROL, cpu_limit_s = "", 10.0
 
-    regex: Annotated[str, Bound(_no_regex)] = ""
-    """A pattern that the response, white space around it removed, matches as a whole; `.` takes line ends."""
-    tags: tuple[Annotated[str, Bound(_no_name)], ...] = ()
-    """Names such as think, answer: each stands once as <think>...</think>, in this order, with something in
-    it, and nothing but white space stands around them."""
+    regex: Annotated[str, Bound(_find_regex_problem)] = ""
+    """Pattern for the whole stripped response; `.` matches line ends."""
+    tags: tuple[Annotated[str, Bound(_find_name_problem)], ...] = ()
+    """Tag names such as think, answer: non-empty elements <think>...</think>, each once, in this order, with
+    only whitespace around them."""
     json: bool = False
-    """The response is one JSON value, in a Markdown fence or not."""
+    """Require a single JSON value, optionally in a Markdown fence."""
     json_keys: tuple[str, ...] = ()
-    """The JSON is an object with these keys."""
+    """Require a JSON object with these keys."""
     field: str = "response"
-    """Field of the row that is looked at."""
+    """Row field to check."""
     all_or_nothing: bool = True
-    """1 or 0; without, the share of checks that pass."""
+    """1 or 0; otherwise the share of passed checks."""
 
     def problems(self) -> list[SettingsProblem]:
         return [] if self.regex or self.tags or self.json or self.json_keys else [
@@ -238,29 +242,29 @@ class Format:
                             way_out="set regex, tags, json or json_keys")]
 
     def score(self, row: Row) -> Score:
-        """Return the share of checks that pass, or whether all do."""
-        passed = dict(self._checks(text_of(row, self.field).strip()))
+        """Return the share of passed checks, or whether all pass."""
+        passed = dict(self._run_checks(get_text(row, self.field).strip()))
         share = sum(passed.values()) / len(passed)
         return Score(float(share == 1) if self.all_or_nothing else share, passed)
 
-    def _checks(self, text: str) -> Iterator[tuple[str, bool]]:
+    def _run_checks(self, text: str) -> Iterator[tuple[str, bool]]:
         if self.regex:
             yield "regex", patterns.fullmatch(self.regex, text, patterns.regex.DOTALL) is not None
         if self.tags:
-            yield "tags", tagged(text, self.tags)
+            yield "tags", has_tag_sequence(text, self.tags)
         if self.json or self.json_keys:
-            found = patterns.json_of(text)
-            yield "json", found is not patterns.NO_JSON
+            value = patterns.parse_json(text)
+            yield "json", value is not patterns.NO_JSON
             if self.json_keys:
-                yield "json_keys", isinstance(found, dict) and set(self.json_keys) <= set(found)
+                yield "json_keys", isinstance(value, dict) and set(self.json_keys) <= set(value)
 
 
-def tagged(text: str, tags: tuple[str, ...]) -> bool:
-    """Return whether a text is these elements one after the other, each once and not empty."""
+def has_tag_sequence(text: str, tags: tuple[str, ...]) -> bool:
+    """Return whether a text consists of these elements in order, each once and not empty."""
     place = 0
     for tag in tags:
         begin, end = f"<{tag}>", f"</{tag}>"
-        # counted in the whole text: a second <answer> anywhere would leave open which one counts
+        # Count in the whole text: a second <answer> would be ambiguous.
         if text.count(begin) != 1 or text.count(end) != 1:
             return False
         start = text.index(begin)

@@ -1,9 +1,8 @@
-"""The version of a reward, or of a tool environment: a hash of the code that judges and of the settings that
-it judges by.
+"""Compute the version of a reward or tool environment: a hash over judging code and settings.
 
-Code is read, not run: the module of the reward and what it imports from its own room, from this one, from
-that of the sandbox and from that which reads what models write, without comments, docstrings and layout, so
-that a version changes when the judgement may and stays when words do.
+The code is parsed, not executed: the module and its imports from its own package, from the rewards, the
+sandbox, `work` and `chat`, without comments, docstrings and layout. The version changes with the code, but
+not with its texts.
 """
 
 from __future__ import annotations
@@ -24,57 +23,58 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.reward import OPERATION
 
 SANDBOX = "megatron_sov.sandbox"
-ROOMS = {__name__.rpartition(".")[0], SANDBOX, "megatron_sov.work", "megatron_sov.chat"}
-"""Their code counts wherever it is imported."""
+HASHED_PACKAGES = {__name__.rpartition(".")[0], SANDBOX, "megatron_sov.work", "megatron_sov.chat"}
+"""Packages whose modules always count."""
 DIGITS = 16
-"""Of the hash; 64 bits tell versions apart."""
+"""Hash digits; 64 bits distinguish versions."""
 
 
-def version_of(reward: Any, settings: Mapping[str, Any], files: Mapping[str, str] | None = None) -> str:
+def compute_version(reward: Any, settings: Mapping[str, Any], files: Mapping[str, str] | None = None) -> str:
     """Return the version of a reward.
 
     Args:
-        reward: the reward, whose class says with `LIBRARIES` which distributions judge along.
-        settings: all its settings, defaults among them.
-        files: file -> hash of a reward that is not built in; None: it is.
+        reward: reward, whose class may name distributions in `LIBRARIES`.
+        settings: settings including defaults.
+        files: file -> hash for rewards from files; None: built-in.
     """
-    made = type(reward)
-    libraries = {name: _installed(name) for name in getattr(made, "LIBRARIES", ())}
-    what = {"class": made.__qualname__,
-            "code": dict(files) if files is not None else code_of(made.__module__),
-            # Python's tables of characters decide what a letter is, and change with its version
-            "libraries": libraries, "unicode": unicodedata.unidata_version,
-            "inputs": reward.inputs() if hasattr(reward, "inputs") else {},
-            "settings": {name: value for name, value in settings.items()
-                         if name not in operational(made)}}
-    # sorted keys: the order in which settings were given is no difference
-    text = json.dumps(what, sort_keys=True, default=_as_json)
+    reward_class = type(reward)
+    libraries = {name: get_installed_version(name) for name in getattr(reward_class, "LIBRARIES", ())}
+    identity = {"class": reward_class.__qualname__,
+                "code": dict(files) if files is not None else hash_code(reward_class.__module__),
+                # Python's character tables classify letters, and change with the Python version.
+                "libraries": libraries, "unicode": unicodedata.unidata_version,
+                "inputs": reward.inputs() if hasattr(reward, "inputs") else {},
+                "settings": {name: value for name, value in settings.items()
+                             if name not in find_operational_settings(reward_class)}}
+    # Sorted keys, because the order of settings does not matter.
+    text = json.dumps(identity, sort_keys=True, default=_to_json)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:DIGITS]
 
 
-def operational(made: type) -> set[str]:
-    """Return the settings of a reward that say how it is run, not what it gives."""
-    fields = dataclasses.fields(made) if dataclasses.is_dataclass(made) else ()
+def find_operational_settings(reward_class: type) -> set[str]:
+    """Return the names of operational settings, which do not enter the version."""
+    fields = dataclasses.fields(reward_class) if dataclasses.is_dataclass(reward_class) else ()
     return {f.name for f in fields if f.metadata.get("operation") == OPERATION["operation"]}
 
 
 @lru_cache
-def code_of(module: str) -> dict[str, str]:
-    """Return module -> hash of its code for a module and all that it imports of its room and of `ROOMS`."""
-    # the closure over imports: a changed helper is a changed judgement
-    found: dict[str, str] = {}
+def hash_code(module: str) -> dict[str, str]:
+    """Return module -> code hash for a module and its imports from its package and `HASHED_PACKAGES`."""
+    # Transitive imports, because a changed helper changes the judgement.
+    hashes: dict[str, str] = {}
     to_read = [module]
     while to_read:
         name = to_read.pop()
-        if name in found:
+        if name in hashes:
             continue
-        tree = ast.parse(_source(name))
-        found[name] = hashlib.sha256(_without_words(tree).encode()).hexdigest()
-        to_read += [other for other in _imported(tree, {_room(name), *ROOMS}) if other not in found]
-    return found
+        tree = ast.parse(_read_source(name))
+        hashes[name] = hashlib.sha256(_strip_docstrings(tree).encode()).hexdigest()
+        to_read += [imported for imported in _find_imports(tree, {_get_package(name), *HASHED_PACKAGES})
+                    if imported not in hashes]
+    return hashes
 
 
-def _source(module: str) -> str:
+def _read_source(module: str) -> str:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise UserError(f"{module}: has no source file, so no version of its reward can be told; "
@@ -82,21 +82,21 @@ def _source(module: str) -> str:
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
-def _room(module: str) -> str:
-    """Return the folder of its hall that a module is in: `megatron_sov.judge.tools` of all of its worlds."""
+def _get_package(module: str) -> str:
+    """Return a module's package below its hall, e.g. `megatron_sov.judge.tools`."""
     return ".".join(module.split(".")[:3])
 
 
-def _imported(tree: ast.AST, rooms: set[str]) -> list[str]:
-    """Return the modules of some rooms that a module imports, wherever it does."""
+def _find_imports(tree: ast.AST, rooms: set[str]) -> list[str]:
+    """Return the modules from `rooms` that a module imports, including local imports."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from a import b` may name a module or something inside of one: both are tried
+            # `from a import b` may import a module or a name inside a module.
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    # a name of the sandbox's package is taken from its __init__.py
+    # Names from the sandbox package itself come from its __init__.py.
     ours = [name for name in names if name == SANDBOX or name.startswith(tuple(f"{room}." for room in rooms))]
     return [name for name in ours if importlib.util.find_spec(name.rpartition(".")[0]) is not None
             and _is_module(name)]
@@ -105,13 +105,12 @@ def _imported(tree: ast.AST, rooms: set[str]) -> list[str]:
 def _is_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # something inside a module
+    except ModuleNotFoundError:  # a name inside a module
         return False
 
 
-def _without_words(tree: ast.Module) -> str:
-    """Return a module's code without comments, layout and strings that stand alone: docstrings, and those
-    under a field."""
+def _strip_docstrings(tree: ast.Module) -> str:
+    """Return a module's code without comments, layout and docstrings, including field docstrings."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
@@ -121,17 +120,17 @@ def _without_words(tree: ast.Module) -> str:
     return ast.unparse(tree)
 
 
-def settings_of(reward: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all settings that a reward was made with, defaults among them."""
+def collect_settings(reward: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a reward's settings including defaults."""
     if dataclasses.is_dataclass(reward) and not isinstance(reward, type):
         return {f.name: getattr(reward, f.name) for f in dataclasses.fields(reward)}
-    bound = inspect.signature(type(reward)).bind(**given)
+    bound = inspect.signature(type(reward)).bind(**arguments)
     bound.apply_defaults()
     return dict(bound.arguments)
 
 
-def _installed(distribution: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version  # takes as long as all else of a help
+def get_installed_version(distribution: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version  # slow to import; `--help` must be fast
 
     try:
         return version(distribution)
@@ -139,7 +138,7 @@ def _installed(distribution: str) -> str:
         return "not installed"
 
 
-def _as_json(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return repr(value)

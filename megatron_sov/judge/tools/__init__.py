@@ -1,5 +1,4 @@
-"""Where a model acts: environments of typed tools, a state and a goal that can be checked, and the episodes
-that a model plays in them.
+"""Tool environments: typed tools, a state with a verifiable goal, and episodes played by a model.
 
-Reinforcement learning, synthesis and `megatron-sov tools run` play the same environments.
+Reinforcement learning, synthesis and `megatron-sov tools run` use the same environments.
 """

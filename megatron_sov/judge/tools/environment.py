@@ -1,8 +1,7 @@
-"""An environment: typed tools, a state and a goal that can be checked; what can go wrong with a call; and how
-far an episode may go.
+"""Environment interface: typed tools, tool faults, episode limits.
 
-A tool is a Python function: its signature and docstring become the JSON schema that models are shown, and a
-model's arguments are held to it."""
+A tool is a Python function, whose signature and docstring define the JSON schema for models.
+"""
 
 from __future__ import annotations
 
@@ -37,30 +36,30 @@ FAULTS = {
     "ended": "the tool ended its process", "state": "the tool left a state that is no JSON, or too large",
     "infrastructure": "what the tool runs on is broken: the episode has no reward",
 }
-"""Code -> what it means."""
-BY_THE_MODEL = ("json", "form", "unclosed", "many", "unknown_tool", "arguments")
-"""Codes of calls that never reached a tool."""
+"""Fault code -> meaning."""
+MALFORMED_CALLS = ("json", "form", "unclosed", "many", "unknown_tool", "arguments")
+"""Keys of `FAULTS` for calls that reach no tool."""
 INFRASTRUCTURE = "infrastructure"
 
 
 class ToolFault(Exception):
-    """A call that gave no result."""
+    """A call without a result."""
 
     def __init__(self, code: str, reason: str) -> None:
-        """`code`: one of `FAULTS`; `reason`: one sentence, which the model is told."""
+        """Store `code`, a key of `FAULTS`, and `reason`, a sentence for the model."""
         super().__init__(reason)
         self.code, self.reason = code, reason
 
 
 class ToolRefused(ToolFault):
-    """What a tool raises to say no to a model: no such row, a rule of the world is broken."""
+    """Raised by a tool to refuse a call: missing rows, broken rules."""
 
     def __init__(self, reason: str) -> None:
         super().__init__("refused", reason)
 
 
 class InfrastructureFault(ToolFault):
-    """What a tool raises when the machine, and not the call, is at fault: the episode has no reward."""
+    """Raised by a tool if the machine fails: the episode has no reward."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(INFRASTRUCTURE, reason)
@@ -70,254 +69,255 @@ F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "_is_tool"
 _SECTION = re.compile(r"^(Args|Returns|Raises|Yields):[ \t]*$", re.MULTILINE)
 _ARGUMENT = re.compile(r"^(\w+)(?: \([^)]*\))?: *(.*(?:\n+[ \t]+.*)*)", re.MULTILINE)
-# made of values, which type checkers do not follow
+# Built dynamically, which type checkers cannot follow.
 _TYPED_DICT, _ANNOTATED, _NOT_REQUIRED = cast(Any, TypedDict), cast(Any, Annotated), cast(Any, NotRequired)
-MAX_TOLD = 5
-"""Wrong arguments that a model is told of."""
+MAX_SHOWN_ERRORS = 5
+"""Argument errors reported to a model."""
 
 
 def tool(function: F) -> F:
-    """Mark a method of an environment as a tool that models may call."""
+    """Mark an environment's method as a tool."""
     setattr(function, _MARK, True)
     return function
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument of a tool."""
+    """A tool's argument."""
 
     type: Any
-    """As Python writes it: str, int, list[str], Literal[...], X | None."""
+    """Python type: str, int, list[str], Literal[...], X | None."""
     description: str = ""
-    """What models are told."""
+    """Description for models."""
     default: Any = inspect.Parameter.empty
-    """Taken where the argument is left out; without one it may not be."""
+    """Default value; empty: the argument is required."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call."""
+    """A function that models may call."""
 
     name: str
-    """As models write it."""
+    """Name for models."""
     description: str
-    """What it does."""
+    """Description for models."""
     parameters: Mapping[str, Parameter]
-    """Name -> what it takes."""
+    """Name -> parameter."""
     function: Callable[..., Any] = field(compare=False)
-    """Is given the arguments by name."""
+    """Function called with keyword arguments."""
     _adapter: TypeAdapter[Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        fields = {name: _annotated(parameter) for name, parameter in self.parameters.items()}
+        fields = {name: _annotate_parameter(parameter) for name, parameter in self.parameters.items()}
         try:
-            object.__setattr__(self, "_adapter", strict_record(self.name, fields))
+            object.__setattr__(self, "_adapter", build_strict_adapter(self.name, fields))
             self._adapter.json_schema()
-        except Exception as e:  # whatever a type's own hooks raise
+        except Exception as e:  # type hooks may raise any exception
             raise UserError(f"tool {self.name}: its arguments have no JSON schema ({first_error_line(e)}); "
                             "use str, int, float, bool, list, dict, Literal and None") from None
 
-    def description_for_models(self) -> dict[str, Any]:
-        """Return it as OpenAI describes functions, which chat templates show."""
-        schema = _without_titles(self._adapter.json_schema())
-        shown = {"type": "object", "properties": schema.pop("properties", {}),
-                 "required": schema.pop("required", [])}
-        shown |= {key: schema[key] for key in ("$defs",) if key in schema}
+    def describe_for_models(self) -> dict[str, Any]:
+        """Return the OpenAI-style description, as used in chat templates."""
+        schema = _strip_titles(self._adapter.json_schema())
+        schema_parameters = {"type": "object", "properties": schema.pop("properties", {}),
+                             "required": schema.pop("required", [])}
+        schema_parameters |= {key: schema[key] for key in ("$defs",) if key in schema}
         return {"type": "function", "function": {"name": self.name, "description": self.description,
-                                                 "parameters": shown}}
+                                                 "parameters": schema_parameters}}
 
     def call(self, arguments: Mapping[str, Any]) -> Any:
-        """Return what the function gives for a model's arguments.
+        """Validate a model's arguments and call the function.
 
         Raises:
-            ToolFault: an argument is missing, unknown, or of another type.
+            ToolFault: an argument is missing, unknown or mistyped.
         """
-        from pydantic import ValidationError
+        from pydantic import ValidationError  # slow to import; `--help` must be fast
 
         try:
-            # as JSON: a tuple is a list there
+            # Validate as JSON, in which tuples are lists.
             checked = self._adapter.validate_json(json.dumps(arguments, allow_nan=False))
         except ValidationError as e:
-            told = [f"{'.'.join(map(str, error['loc'])) or 'arguments'}: {_told(error)}"
-                    for error in e.errors(include_url=False)]
-            more = f"; and {len(told) - MAX_TOLD} more" if len(told) > MAX_TOLD else ""
+            problems = [f"{'.'.join(map(str, error['loc'])) or 'arguments'}: {_format_argument_error(error)}"
+                        for error in e.errors(include_url=False)]
+            num_more = len(problems) - MAX_SHOWN_ERRORS
+            more = f"; and {num_more} more" if num_more > 0 else ""
             raise ToolFault("arguments", f"{self.name} was given wrong arguments: "
-                                         f"{'; '.join(told[:MAX_TOLD])}{more}") from None
+                                         f"{'; '.join(problems[:MAX_SHOWN_ERRORS])}{more}") from None
         return self.function(**checked)
 
 
-def strict_record(name: str, fields: Mapping[str, Any]) -> TypeAdapter[Any]:
-    """Return the check of an object with these fields (name -> type) and no others, of these exact types."""
-    from pydantic import ConfigDict, TypeAdapter, with_config
+def build_strict_adapter(name: str, fields: Mapping[str, Any]) -> TypeAdapter[Any]:
+    """Return a validator for objects with exactly these fields (name -> type) and exact types."""
+    from pydantic import ConfigDict, TypeAdapter, with_config  # slow to import; `--help` must be fast
 
-    # strict: "3" is no 3, and true is no 1; a TypedDict leaves optional fields out
+    # Strict: "3" is not 3, and true is not 1. A TypedDict omits optional fields.
     config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     return TypeAdapter(with_config(config)(_TYPED_DICT(name, dict(fields))))
 
 
-def tool_of(function: Callable[..., Any]) -> Tool:
-    """Return a function, or a bound method, as a tool.
+def build_tool(function: Callable[..., Any]) -> Tool:
+    """Build a tool from a function or bound method.
 
     Raises:
-        UserError: it has no docstring, or an argument has no type or none that JSON has.
+        UserError: the docstring or a type is missing, or a type has no JSON form.
     """
     name = function.__name__
     hints = get_type_hints(function, include_extras=True)
-    found = {}
-    for given in inspect.signature(function).parameters.values():
-        if given.kind not in (given.POSITIONAL_OR_KEYWORD, given.KEYWORD_ONLY) or given.name not in hints:
-            raise UserError(f"tool {name}: its argument {str(given)!r} must have a name and a type; "
+    parameters = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD,
+                                  parameter.KEYWORD_ONLY) or parameter.name not in hints:
+            raise UserError(f"tool {name}: its argument {str(parameter)!r} must have a name and a type; "
                             "write it as `name: str`")
-        found[given.name] = Parameter(hints[given.name], "", given.default)
-    return describe_tool(name, inspect.getdoc(function) or "", found, function)
+        parameters[parameter.name] = Parameter(hints[parameter.name], "", parameter.default)
+    return describe_tool(name, inspect.getdoc(function) or "", parameters, function)
 
 
 def describe_tool(name: str, docstring: str, parameters: Mapping[str, Parameter],
                   function: Callable[..., Any]) -> Tool:
-    """Return a tool whose descriptions are those of a docstring in Google's style.
+    """Build a tool with descriptions from a Google-style docstring.
 
     Raises:
-        UserError: the docstring is empty, or an argument is of a type that JSON has not.
+        UserError: the docstring is empty, or a type has no JSON form.
     """
     text = textwrap.dedent(docstring)
     if not text.strip():
         raise UserError(f"tool {name}: has no docstring; models are shown it, so say what the tool does")
-    described = _described(text)
+    described = _parse_argument_docs(text)
     return Tool(name, " ".join(_SECTION.split(text)[0].split()),
                 {argument: replace(parameter, description=described.get(argument, ""))
                  for argument, parameter in parameters.items()}, function)
 
 
-def tools_of(environment: Any) -> tuple[Tool, ...]:
-    """Return the methods of an environment that are marked as tools, in the order in which they are written;
-    raises as `tool_of` does."""
-    # base classes first, each name once: a dict is an ordered set
+def collect_tools(environment: Any) -> tuple[Tool, ...]:
+    """Return an environment's tools in definition order; raises like `build_tool`."""
+    # Base classes first; a dict is an ordered set.
     names: dict[str, None] = {}
-    for made in reversed(type(environment).__mro__):
-        names |= {name: None for name, value in vars(made).items() if getattr(value, _MARK, False)}
-    return tuple(tool_of(getattr(environment, name)) for name in names)
+    for base_class in reversed(type(environment).__mro__):
+        names |= {name: None for name, value in vars(base_class).items() if getattr(value, _MARK, False)}
+    return tuple(build_tool(getattr(environment, name)) for name in names)
 
 
-def _annotated(parameter: Parameter) -> Any:
-    from pydantic import Field
+def _annotate_parameter(parameter: Parameter) -> Any:
+    from pydantic import Field  # slow to import; `--help` must be fast
 
     optional = parameter.default is not inspect.Parameter.empty
-    shown = {"default": parameter.default} if optional and parameter.default is not None else None
-    info = Field(description=parameter.description or None, json_schema_extra=shown)
-    # the default is shown and not filled in: models see what happens without it
+    schema_extra = {"default": parameter.default} if optional and parameter.default is not None else None
+    info = Field(description=parameter.description or None, json_schema_extra=schema_extra)
+    # Show the default without filling it in, so that models see the effect of omission.
     kind = _ANNOTATED[parameter.type, info]
     return _NOT_REQUIRED[kind] if optional else kind
 
 
-def _described(text: str) -> dict[str, str]:
-    """Return name -> description of the arguments in a Google-style docstring."""
-    # odd places have the names of sections, even ones their texts
+def _parse_argument_docs(text: str) -> dict[str, str]:
+    """Return argument -> description from a Google-style docstring."""
+    # Odd items are section names, even items their texts.
     parts = _SECTION.split(text)
     sections = dict(zip(parts[1::2], parts[2::2], strict=True))
     lines = textwrap.dedent(sections.get("Args", "").strip("\n"))
-    return {name: " ".join(said.split()) for name, said in _ARGUMENT.findall(lines)}
+    return {name: " ".join(description.split()) for name, description in _ARGUMENT.findall(lines)}
 
 
-def _without_titles(value: Any, inside_properties: bool = False) -> Any:
-    """Return a schema without the titles that pydantic makes of names; models need none."""
+def _strip_titles(value: Any, inside_properties: bool = False) -> Any:
+    """Return a schema without the titles that `pydantic` derives from names."""
     if isinstance(value, dict):
-        return {key: _without_titles(part, key == "properties") for key, part in value.items()
-                # inside of `properties` a key is an argument's name, and "title" may be one
+        return {key: _strip_titles(part, key == "properties") for key, part in value.items()
+                # Inside `properties`, keys are argument names, which may be "title".
                 if inside_properties or not (key == "title" or (key == "additionalProperties" and not part))}
-    return [_without_titles(part) for part in value] if isinstance(value, list) else value
+    return [_strip_titles(part) for part in value] if isinstance(value, list) else value
 
 
-def _told(error: Any) -> str:
-    """Return what is wrong with an argument, without its value, which may be a megabyte."""
+def _format_argument_error(error: Any) -> str:
+    """Describe an argument error without the value, which may be large."""
     return {"missing": "is missing", "extra_forbidden": "there is no such argument"}.get(
         error["type"], str(error["msg"])[:200])
 
 
-MOST_TIMEOUT_S = 86_400.0
+MAX_TIMEOUT_S = 86_400.0
 
 
 @dataclass(frozen=True)
 class EpisodeLimits:
-    """Where an episode ends."""
+    """Limits per episode."""
 
     max_turns: AtLeastOne = 5
-    """Of the model, its answer among them."""
+    """Model turns, including the answer."""
     max_tool_chars: AtLeastOne = 1024
-    """Of one result; the rest is cut off, and the model is told so."""
+    """Characters per tool result; the rest is cut with a note."""
     max_prompt_tokens: AtLeastOne = 4096
-    """Of the first prompt: rules, tools and question."""
+    """Tokens in the first prompt: rules, tools and question."""
     max_response_tokens: AtLeastOne = 8192
-    """Behind the first prompt: what the model writes and what tools say."""
+    """Tokens after the first prompt: model turns and tool results."""
     max_turn_tokens: AtLeastOne = 4096
-    """That the model may write in one turn; asked of an engine whatever is left of an episode, so that its
-    samples do not depend on that."""
+    """Tokens per model turn. Engines always get this limit, so that samples do not depend on the remaining
+    tokens."""
     max_calls_per_turn: AtLeastOne = 8
-    """More calls of a turn are not made, and the model is told so."""
-    call_timeout_s: Annotated[float, Gt(0), Le(MOST_TIMEOUT_S)] = 30.0
-    """For one call, without the time that it waits for a processor; what takes longer is ended."""
+    """Calls per turn; further calls are rejected with a note."""
+    call_timeout_s: Annotated[float, Gt(0), Le(MAX_TIMEOUT_S)] = 30.0
+    """Time per call, without waiting for a processor; slower calls are ended."""
     max_state_bytes: AtLeastOne = 16 << 20
-    """Of an environment's state as JSON, which the journal keeps for each turn."""
+    """Size of an environment's state as JSON, which is journaled every turn."""
 
 
 LIMITS = {"train": EpisodeLimits(), "test": EpisodeLimits(max_turns=12, max_tool_chars=4000)}
-"""Name -> limits; both as in Typhoon-S's released code (scb-10x/typhoon-s), whose agent is trained with 5
-turns and 1,024 characters of a tool's answer, and judged with 12 and 4,000."""
+"""Name -> limits, as in Typhoon-S's code (scb-10x/typhoon-s): 5 turns and 1,024 characters per tool result in
+training, 12 and 4,000 in tests."""
 
 
-def cut(text: str, max_chars: int) -> tuple[str, bool]:
-    """Return a tool's result within the limit, with a note of what was cut, and whether anything was."""
+def cut_text(text: str, max_chars: int) -> tuple[str, bool]:
+    """Cut a tool result to a limit, with a note; return (text, whether it was cut)."""
     if len(text) <= max_chars:
         return text, False
-    # the note counts towards the limit, unless it would not leave a character of the text
+    # The note counts towards the limit, unless no text would remain.
     note = f"\n[cut: {max_chars:,} of {len(text):,} characters]"
     return (text[:max_chars - len(note)] + note if len(note) < max_chars else text[:max_chars]), True
 
 
 Task = Mapping[str, Any]
-"""What is to be done, in JSON: `question`, what the world is at first, and how the end is checked."""
+"""A task as JSON: `question`, initial state, goal."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a model is told first."""
+    """First messages to a model."""
 
     user: str
-    """The question."""
+    """User message with the question."""
     system: str = ""
-    """Rules of the world; empty: no system message."""
+    """System message with rules, or ""."""
 
 
 class Environment(Protocol):
-    """What every environment has; its settings are what it is made with, by name and with defaults.
+    """Environment protocol; settings are the keyword arguments of the constructor, with defaults.
 
-    One object plays one episode at a time, and many after each other: `reset` forgets the last one.
+    An object plays one episode at a time; `reset` starts the next.
     """
 
     def reset(self, task: Task) -> Observation:
         """Begin an episode.
 
         Raises:
-            UserError: the task is none of this environment's.
+            UserError: the task does not fit this environment.
         """
         ...
 
     def tools(self) -> Sequence[dict[str, Any]]:
-        """Return the tools of this episode, as OpenAI describes functions."""
+        """Return the episode's tools, in OpenAI's format."""
         ...
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        """Return what a tool gives: a text, or a JSON value.
+        """Call a tool; return a text or a JSON value.
 
         Raises:
-            ToolFault: why there is nothing; the state is then brought back to that before the call.
+            ToolFault: the call has no result; the state is restored.
         """
         ...
 
     def score(self, answer: str) -> Score | float:
-        """Return the reward of the episode.
+        """Return the episode's reward.
 
         Args:
-            answer: what the model said in the end; empty where it did not come to an end.
+            answer: final answer; "" for unfinished episodes.
         """
         ...
 
@@ -326,72 +326,72 @@ class Environment(Protocol):
         ...
 
     def restore(self, state: Any) -> None:
-        """Go on from a state that `snapshot` gave, in this process or another one."""
+        """Restore a state from `snapshot`, possibly from another process."""
         ...
 
 
 @dataclass(frozen=True)
 class TurnReply:
-    """What an environment that holds a conversation says behind a turn of the model."""
+    """Reply to a model's turn in a conversation."""
 
     results: tuple[str, ...] = ()
-    """Of the turn's calls, in order; none of them where the episode is over."""
+    """Results of the turn's calls in order; () at the end of an episode."""
     user: str | None = None
-    """What a user says behind them."""
+    """User message after the results."""
     is_over: bool = False
-    """Whether the model is asked for no more."""
+    """The episode is over."""
 
 
-class Conversing(Environment, Protocol):
-    """An environment that is told whole turns and not calls one by one, and whose user may answer."""
+class ConversingEnvironment(Environment, Protocol):
+    """Environment that receives whole turns rather than calls, with a user who may answer."""
 
     def reply(self, turn: ServedTurn) -> TurnReply:
-        """Return what is said behind a turn of the model.
+        """Reply to a model's turn.
 
         Raises:
-            ToolFault: the episode cannot go on: it has no reward.
+            ToolFault: the episode cannot continue and has no reward.
         """
         ...
 
 
 class World:
-    """An environment whose tools are its methods marked with `@tool`, and whose state is `self.state`."""
+    """Base class: tools are methods marked with `@tool`, and the state is `self.state`."""
 
     SYSTEM = ""
-    """Rules of the world, for the model."""
+    """Rules for the model."""
     EXAMPLES: tuple[Task, ...] = ()
-    """Tasks to try it with."""
+    """Example tasks."""
 
     state: dict[str, Any]
-    """JSON values alone."""
+    """State as JSON values."""
     task: Task
-    """Of this episode."""
+    """The episode's task."""
 
     def reset(self, task: Task) -> Observation:
-        # a copy: the task is reused for other episodes, and tools change the state in place
+        # A copy, because tasks are reused and tools change the state in place.
         self.task, self.state = task, copy.deepcopy(self.first_state(task))
-        return Observation(text_in(task, "question"), text_in(task, "system", self.rules()))
+        return Observation(get_text_field(task, "question"), get_text_field(task, "system", self.rules()))
 
     def rules(self) -> str:
-        """Return what models are told where a task has no `system` of its own."""
+        """Return the rules for tasks without `system`."""
         return self.SYSTEM
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        """Return the state that an episode begins with."""
+        """Return the initial state."""
         return {}
 
     @cached_property
-    def by_name(self) -> dict[str, Tool]:
-        """Name -> tool; of methods that are marked, unless a world makes its own."""
-        return {tool.name: tool for tool in tools_of(self)}
+    def tools_by_name(self) -> dict[str, Tool]:
+        """Name -> tool; by default from the marked methods."""
+        return {tool.name: tool for tool in collect_tools(self)}
 
     def tools(self) -> list[dict[str, Any]]:
-        return [tool.description_for_models() for tool in self.by_name.values()]
+        return [tool.describe_for_models() for tool in self.tools_by_name.values()]
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        if name not in self.by_name:
-            raise ToolFault("unknown_tool", unknown(name, self.by_name))
-        return self.by_name[name].call(arguments)
+        if name not in self.tools_by_name:
+            raise ToolFault("unknown_tool", format_unknown_tool(name, self.tools_by_name))
+        return self.tools_by_name[name].call(arguments)
 
     def snapshot(self) -> Any:
         return copy.deepcopy(self.state)
@@ -400,19 +400,19 @@ class World:
         self.state = copy.deepcopy(state)
 
 
-def unknown(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """Return what a model is told that calls a tool which does not exist."""
-    return f"there is no tool {name[:60]!r}; the tools are {', '.join(known)}"
+def format_unknown_tool(name: str, tools: Mapping[str, Any] | Sequence[str]) -> str:
+    """Return the error for a call to an unknown tool."""
+    return f"there is no tool {name[:60]!r}; the tools are {', '.join(tools)}"
 
 
-def text_in(task: Task, name: str, default: str | None = None) -> str:
-    """Return a field of a task that has to be text.
+def get_text_field(task: Task, name: str, default: str | None = None) -> str:
+    """Return a task's text field.
 
     Raises:
-        UserError: it is missing, or something else.
+        UserError: the field is missing or not text.
     """
     value = task.get(name, default)
     if not isinstance(value, str):
-        said = f"{name} = {str(value)[:60]!r}: must be text" if name in task else f"has no {name!r}"
-        raise UserError(f"the task {said}")
+        problem = f"{name} = {str(value)[:60]!r}: must be text" if name in task else f"has no {name!r}"
+        raise UserError(f"the task {problem}")
     return value

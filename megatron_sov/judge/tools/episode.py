@@ -1,9 +1,7 @@
-"""One episode: a model and an environment in turns, with every token told apart.
+"""Play an episode: model and environment alternate, with exact token accounting.
 
-Ids are appended and never encoded again: what a model sampled is trained on as it was sampled, and what tools
-and the template say is not.
-
-What has been played is kept as lines, one for each turn, before the next round begins.
+Token ids are appended and never re-encoded: sampled tokens are trained on exactly as sampled; tokens from
+tools and the template are not trained on. Each turn is journaled before the next round.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from megatron_sov.chat.tool_calls import (
     BadCall, ServedTurn, ToolCall, WrittenTurn, parse_served_turn, parse_turn)
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import (
-    INFRASTRUCTURE, EpisodeLimits, InfrastructureFault, Observation, Task, cut)
+    INFRASTRUCTURE, EpisodeLimits, InfrastructureFault, Observation, Task, cut_text)
 from megatron_sov.judge.tools.host import CallResult, EnvironmentHost, Opening
 from megatron_sov.work.progress.journal import Journal
 
@@ -30,98 +28,97 @@ if TYPE_CHECKING:
     import numpy as np
 
 ENDS = ("answered", "turns", "tokens", "unended", "infrastructure")
-"""How an episode ends: with an answer, or where an environment that converses ends it; at the limit of turns
-or of tokens; in a turn that the model did not end within the limit of tokens; by the fault of what tools run
-on."""
+"""Ways an episode ends: answered (or ended by a conversing environment); limit for turns or tokens; a turn
+without an end; a broken machine."""
 
 
 @dataclass(frozen=True)
 class GeneratedTurn:
-    """What a model wrote in one turn."""
+    """A model turn."""
 
     ids: list[int]
-    """With the token that ends the turn, where it came."""
+    """Token ids, including the end token if generated."""
     logprobs: list[float] | None = None
-    """Of each, where the engine tells them."""
+    """Log-probability per token, if available."""
     versions: list[int] | None = None
-    """Of the weights that wrote each; None: one policy wrote all."""
+    """Weights version per token; None: a single policy."""
     routes: np.ndarray | None = field(default=None, compare=False, repr=False)
-    """Of all that was read for it, from the beginning of the conversation; None: not asked for."""
+    """Expert routes for all tokens so far; None: not requested."""
 
     @property
-    def line(self) -> dict[str, Any]:
-        """Return what is kept of it: routes are the episode's."""
+    def record(self) -> dict[str, Any]:
+        """The journal record, without routes, which the episode holds."""
         return {"ids": self.ids, "logprobs": self.logprobs, "versions": self.versions}
 
 
 @dataclass(frozen=True)
 class EpisodeTurn:
-    """A model's turn and what came of it."""
+    """A model turn with its calls and results."""
 
     written: GeneratedTurn
-    """By the model."""
+    """The generated tokens."""
     text: str
-    """Of it."""
+    """Text of the turn."""
     calls: list[dict[str, Any]]
-    """Of each call: name, arguments, text, fault, is_cut."""
+    """Records with name, arguments, text, fault and is_cut."""
     behind: list[int]
-    """Ids of the results and the opening of the next turn; none where the episode ended."""
+    """Token ids for the results and the next turn's opening; [] at the end."""
     state: str
-    """Of the environment, as JSON."""
+    """Environment state (`snapshot`) as JSON."""
     end: str = ""
-    """One of `ENDS`, where it was the last turn."""
+    """A value from `ENDS` for the last turn, else ""."""
     opened: str = ""
-    """Mark of the thoughts that the template had opened before it."""
+    """Thinking mark opened by the template."""
     form: CallForm | None = None
-    """In which the template has the model call tools; None: it does not say."""
+    """Call format in the template; None: unspecified."""
     reply: str | None = None
-    """What a user of the environment says behind it; None: nothing."""
+    """The environment's user message, if any."""
 
-    def parse(self) -> WrittenTurn:
-        """Return what it says and calls."""
-        return parse_turn(self.whole_text, form=self.form)
+    def parse_text(self) -> WrittenTurn:
+        """Parse text and calls."""
+        return parse_turn(self.standalone_text, form=self.form)
 
-    def served(self, tools: Sequence[dict[str, Any]]) -> ServedTurn:
-        """Return it as a server would give it to a client; raises nothing: a malformed call is text."""
-        return parse_served_turn(self.whole_text, False, tools, self.form)
+    def to_served_turn(self, tools: Sequence[dict[str, Any]]) -> ServedTurn:
+        """Convert to a server's reply; malformed calls become text."""
+        return parse_served_turn(self.standalone_text, False, tools, self.form)
 
     @property
-    def whole_text(self) -> str:
-        """Return it as a text that stands by itself."""
+    def standalone_text(self) -> str:
+        """Text including the opened thinking mark."""
         return prepend_mark(self.text, self.opened)
 
 
 @dataclass
 class Episode:
-    """An episode as far as it has come."""
+    """An episode in progress or finished."""
 
     number: int
-    """Place in the list of tasks."""
+    """Index in the task list."""
     task: Task
-    """What is to be done."""
+    """The task."""
     opening: Opening
-    """What the model was told."""
+    """First messages and tools."""
     prompt: list[int]
-    """Its ids."""
+    """Prompt token ids."""
     turns: list[EpisodeTurn] = field(default_factory=list)
-    """In order."""
+    """Turns in order."""
     result: Result | None = None
-    """The reward, behind the end."""
+    """Result of a finished episode."""
     begun: GeneratedTurn | None = None
-    """What a deadline has left of a turn, with which it goes on."""
+    """Partial turn, interrupted by a deadline."""
     routes: np.ndarray | None = field(default=None, compare=False, repr=False)
-    """Of all that was read so far; None: not asked for."""
+    """Expert routes so far; None: not requested."""
 
     @property
     def end(self) -> str:
-        """Return how it ended; empty: it goes on."""
-        # one that could not be continued has a result, and its last turn no end
-        said = self.turns[-1].end if self.turns else ""
-        return said or ("infrastructure" if self.result is not None else "")
+        """A value from `ENDS`, or "" while the episode continues."""
+        # An episode that could not be resumed has a result but no end.
+        last_end = self.turns[-1].end if self.turns else ""
+        return last_end or ("infrastructure" if self.result is not None else "")
 
     @property
     def written(self) -> list[GeneratedTurn]:
-        """Return what the model wrote, turn by turn, an unfinished one too."""
+        """The model's turns, including a partial turn."""
         return [*(turn.written for turn in self.turns), *([self.begun] if self.begun else [])]
 
     @property
@@ -131,53 +128,55 @@ class Episode:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Return the places that the model wrote, as half-open intervals of `ids`."""
-        found, place = [], len(self.prompt)
+        """Half-open intervals in `ids` written by the model."""
+        spans, place = [], len(self.prompt)
         for turn in self.turns:
-            found.append((place, place + len(turn.written.ids)))
+            spans.append((place, place + len(turn.written.ids)))
             place += len(turn.written.ids) + len(turn.behind)
-        return found if self.begun is None else [*found, (place, place + len(self.begun.ids))]
+        return spans if self.begun is None else [*spans, (place, place + len(self.begun.ids))]
 
     @property
     def num_response_tokens(self) -> int:
-        """Return the tokens behind the prompt."""
+        """Tokens after the prompt."""
         return sum(len(t.written.ids) + len(t.behind) for t in self.turns)
 
     @property
     def answer(self) -> str:
-        """Return what the model said in the end; empty where it did not come to one."""
-        return self.turns[-1].parse().content if self.end == "answered" else ""
+        """The final answer; "" for unfinished episodes."""
+        return self.turns[-1].parse_text().content if self.end == "answered" else ""
 
-    def grow(self, more: GeneratedTurn) -> GeneratedTurn:
-        """Return a turn up to here: what had been begun of it, and more; its routes become the episode's."""
+    def extend_turn(self, more: GeneratedTurn) -> GeneratedTurn:
+        """Extend the partial turn by newly generated tokens; routes move to the episode."""
         if more.routes is not None or self.routes is not None:
-            from megatron_sov.base.documents.shard_files import merge_routes  # numpy, which no help needs
+            # Imports numpy; `--help` must be fast.
+            from megatron_sov.base.documents.shard_files import merge_routes
 
             self.routes = merge_routes(self.routes, more.routes, len(self.ids) + len(more.ids) - 1)
         before, self.begun = self.begun, None
         if before is None:
             return replace(more, routes=None)
-        return GeneratedTurn([*before.ids, *more.ids], _joined(before.logprobs, more.logprobs),
-                             _joined(before.versions, more.versions))
+        return GeneratedTurn([*before.ids, *more.ids], _join_lists(before.logprobs, more.logprobs),
+                             _join_lists(before.versions, more.versions))
 
-    def faults(self) -> Counter[str]:
+    def count_faults(self) -> Counter[str]:
         return Counter(call["fault"] for turn in self.turns for call in turn.calls if call["fault"])
 
 
-def _joined(before: list[Any] | None, more: list[Any] | None) -> list[Any] | None:
+def _join_lists(before: list[Any] | None, more: list[Any] | None) -> list[Any] | None:
     return None if before is None or more is None else [*before, *more]
 
 
-def begun(number: int, task: Task, opening: Opening, encoder: TurnEncoder, limits: EpisodeLimits) -> Episode:
-    """Return an episode that has just begun.
+def begin_episode(number: int, task: Task, opening: Opening, encoder: TurnEncoder,
+                  limits: EpisodeLimits) -> Episode:
+    """Encode the first prompt of an episode.
 
     Raises:
-        UserError: the model's template refuses the question or the tools, or they are too long.
+        UserError: the template rejects the conversation, or the prompt is too long.
     """
-    seen = opening.observation
-    # an empty system message is not the same as none to many templates
-    messages = [Message("system", seen.system)] if seen.system else []
-    chat = Conversation((*messages, Message("user", seen.user)), opening.tools)
+    observation = opening.observation
+    # Many templates treat an empty system message differently from none.
+    messages = [Message("system", observation.system)] if observation.system else []
+    chat = Conversation((*messages, Message("user", observation.user)), opening.tools)
     try:
         prompt = encoder.opening(chat)
     except BadRecord as e:
@@ -190,98 +189,98 @@ def begun(number: int, task: Task, opening: Opening, encoder: TurnEncoder, limit
 
 def take_turn(episode: Episode, written: GeneratedTurn, host: EnvironmentHost, encoder: TurnEncoder,
               limits: EpisodeLimits) -> EpisodeTurn:
-    """Return the next turn of an episode: what the model wrote, its calls and their results.
+    """Run the calls in a model turn; return the turn with results. The episode is not changed.
 
     Args:
-        episode: which; it is left as it is.
-        written: within what is left of the limit of tokens.
-        host: of the episode's environment, whose state changes.
-        encoder: of the model.
-        limits: of the episode.
+        episode: current episode.
+        written: generated tokens within the remaining limit.
+        host: the episode's environment, whose state changes.
+        encoder: the model's encoder.
+        limits: episode limits.
     """
     turn = EpisodeTurn(written, encoder.text(written.ids), [], [], host.state,
                        opened=encoder.opened_thoughts(episode.ids), form=encoder.call_form)
-    left = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)
-    # a turn that was cut may hold half a call: none of it is made
+    remaining = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)
+    # A truncated turn may hold half a call, so no call runs.
     if not written.ids or written.ids[-1] not in encoder.end_ids:
         return replace(turn, end="unended")
-    # calls are made even where no turn can follow: their effect is what is scored
-    turn = with_calls(turn, episode, host, limits)
+    # Calls run even if no turn can follow, because their effect is scored.
+    turn = run_calls(turn, episode, host, limits)
     if turn.end:
         return turn
-    behind = encoder.encode_after_turn([call["text"] for call in turn.calls],
-                                       [call["name"] for call in turn.calls],
-                                       turn.reply)
-    # a token at least has to be left for the model
-    if len(behind) >= left:
+    following = encoder.encode_after_turn([call["text"] for call in turn.calls],
+                                          [call["name"] for call in turn.calls],
+                                          turn.reply)
+    # At least one token must remain for the model.
+    if len(following) >= remaining:
         return replace(turn, end="tokens")
-    return replace(turn, behind=behind)
+    return replace(turn, behind=following)
 
 
-def with_calls(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
-               limits: EpisodeLimits) -> EpisodeTurn:
-    """Return a turn that the model has ended with the results of its calls, and its end where it has come.
+def run_calls(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
+              limits: EpisodeLimits) -> EpisodeTurn:
+    """Run the calls in a completed turn; return the turn with results and end.
 
     Args:
-        turn: without calls.
-        episode: whose next turn it is.
-        host: of the episode's environment, whose state changes.
-        limits: of the episode.
+        turn: turn without calls.
+        episode: current episode.
+        host: the episode's environment, whose state changes.
+        limits: episode limits.
     """
     if host.converses:
-        return _with_reply(turn, episode, host, limits)
-    found = turn.parse().calls
-    # no call is an answer, which ends the episode
-    if not found:
+        return _run_reply(turn, episode, host, limits)
+    parsed_calls = turn.parse_text().calls
+    # A turn without calls is the answer.
+    if not parsed_calls:
         return replace(turn, end="answered")
-    # in order, one after the other: a call may depend on what the one before has changed
-    made = [_made(call, place, host, limits) for place, call in enumerate(found)]
-    calls = [{**asked, "text": result.text, "fault": result.fault, "is_cut": result.is_cut}
-             for asked, result in made]
+    # In order, because calls may depend on earlier ones.
+    outcomes = [_run_call(call, place, host, limits) for place, call in enumerate(parsed_calls)]
+    calls = [{**call_record, "text": result.text, "fault": result.fault, "is_cut": result.is_cut}
+             for call_record, result in outcomes]
     turn = replace(turn, calls=calls, state=host.state)
-    if any(result.fault == INFRASTRUCTURE for _, result in made):
+    if any(result.fault == INFRASTRUCTURE for _, result in outcomes):
         return replace(turn, end="infrastructure")
     return replace(turn, end="turns") if len(episode.turns) + 1 >= limits.max_turns else turn
 
 
-def _with_reply(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
-                limits: EpisodeLimits) -> EpisodeTurn:
-    """Return a turn with what an environment that is told all of it says behind it; as `with_calls`."""
-    said = turn.served(episode.opening.tools)
+def _run_reply(turn: EpisodeTurn, episode: Episode, host: EnvironmentHost,
+               limits: EpisodeLimits) -> EpisodeTurn:
+    """Send a whole turn to a conversing environment; like `run_calls`."""
+    served = turn.to_served_turn(episode.opening.tools)
     try:
-        heard = host.reply(said)
+        heard = host.reply(served)
     except InfrastructureFault as e:
-        text, is_cut = cut(f"error: {e.reason}", limits.max_tool_chars)
+        text, is_cut = cut_text(f"error: {e.reason}", limits.max_tool_chars)
         lost = {"name": "", "arguments": {}, "text": text, "fault": e.code, "is_cut": is_cut}
         return replace(turn, calls=[lost], end="infrastructure")
-    # an episode that is over behind a call shows no result of it
-    results = heard.results or (CallResult(""),) * len(said.calls)
+    # An episode that ends after a call shows no result.
+    results = heard.results or (CallResult(""),) * len(served.calls)
     calls = [{**asdict(call), "text": result.text, "fault": result.fault, "is_cut": result.is_cut}
-             for call, result in zip(said.calls, results, strict=True)]
+             for call, result in zip(served.calls, results, strict=True)]
     turn = replace(turn, calls=calls, reply=heard.user, state=host.state)
     if heard.is_over:
         return replace(turn, end="answered")
     return replace(turn, end="turns") if len(episode.turns) + 1 >= limits.max_turns else turn
 
 
-def _made(call: ToolCall | BadCall, place: int, host: EnvironmentHost,
-          limits: EpisodeLimits) -> tuple[dict[str, Any], CallResult]:
+def _run_call(call: ToolCall | BadCall, place: int, host: EnvironmentHost,
+              limits: EpisodeLimits) -> tuple[dict[str, Any], CallResult]:
     if isinstance(call, BadCall):
-        return {"name": "", "arguments": {}}, _told(call.code, call.reason, limits)
-    asked = {"name": call.name, "arguments": call.arguments}
+        return {"name": "", "arguments": {}}, _build_fault(call.code, call.reason, limits)
+    call_record = {"name": call.name, "arguments": call.arguments}
     if place >= limits.max_calls_per_turn:
-        return asked, _told("many", f"a turn may have {limits.max_calls_per_turn} calls; this one was not "
-                                    "made", limits)
-    return asked, host.call(call)
+        reason = f"a turn may have {limits.max_calls_per_turn} calls; this one was not made"
+        return call_record, _build_fault("many", reason, limits)
+    return call_record, host.call(call)
 
 
-def _told(code: str, reason: str, limits: EpisodeLimits) -> CallResult:
-    text, is_cut = cut(f"error: {reason}", limits.max_tool_chars)
+def _build_fault(code: str, reason: str, limits: EpisodeLimits) -> CallResult:
+    text, is_cut = cut_text(f"error: {reason}", limits.max_tool_chars)
     return CallResult(text, code, is_cut)
 
 
-def row_of(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
-    """Return an ended episode as a row: its reward, its tokens, and what was counted."""
+def build_row(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
+    """Return a finished episode as a row with reward, tokens and counts."""
     assert episode.result is not None, "the episode has not been scored"
     written = episode.written
     logprobs = [w.logprobs for w in written]
@@ -290,78 +289,79 @@ def row_of(episode: Episode, encoder: TurnEncoder) -> dict[str, Any]:
         "reward": episode.result.reward, "status": episode.result.status,
         "components": dict(episode.result.components), "reason": episode.result.reason,
         "answer": episode.answer, "num_turns": len(episode.turns),
-        "num_calls": sum(len(turn.calls) for turn in episode.turns), "faults": dict(episode.faults()),
+        "num_calls": sum(len(turn.calls) for turn in episode.turns), "faults": dict(episode.count_faults()),
         "num_cut": sum(call["is_cut"] for turn in episode.turns for call in turn.calls),
         "num_turns_that_differ": sum(encoder.differs(w.ids) for w in written),
         "ids": episode.ids, "spans": [list(span) for span in episode.spans],
-        # of all turns or of none: a gap could not be told from a zero
+        # All turns or none, because gaps would look like zeros.
         "logprobs": logprobs if all(part is not None for part in logprobs) else None,
     }
 
 
-def left_of(episode: Episode, limits: EpisodeLimits) -> int:
-    """Return the tokens that the next turn may have, or the rest of one that is begun."""
+def count_remaining_tokens(episode: Episode, limits: EpisodeLimits) -> int:
+    """Return the token limit for the next turn, or for the rest of a partial turn."""
     turn = min(limits.max_response_tokens - episode.num_response_tokens, limits.max_turn_tokens)
     return turn - (len(episode.begun.ids) if episode.begun else 0)
 
 
-def within(written: GeneratedTurn, most: int) -> GeneratedTurn:
-    """Return what a model wrote up to its limit; engines are asked for several episodes at a time."""
+def truncate_turn(written: GeneratedTurn, most: int) -> GeneratedTurn:
+    """Truncate a turn to its limit; engines use a common limit for several episodes."""
     logprobs = written.logprobs
     return replace(written, ids=written.ids[:most], logprobs=None if logprobs is None else logprobs[:most])
 
 
 class EpisodeLines:
-    """Lines of episodes: those that were kept before, and where more are kept."""
+    """Journal records: earlier ones, and a function to add more."""
 
     def __init__(self, lines: Iterable[dict[str, Any]],
                  keep: Callable[[Sequence[dict[str, Any]]], object] = lambda lines: None) -> None:
-        """`keep`: is given the lines of each round."""
+        """Set the records, and `keep`, which is called with the records of each round."""
         self._lines, self.add = lines, keep
 
-    def episodes(self, tasks: Sequence[Task] | Mapping[int, Task]) -> dict[int, Episode]:
-        """Return number -> the episodes that had begun, as far as they had come."""
-        found: dict[int, Episode] = {}
+    def read_episodes(self, tasks: Sequence[Task] | Mapping[int, Task]) -> dict[int, Episode]:
+        """Return index -> episode, as far as recorded."""
+        episodes: dict[int, Episode] = {}
         for line in self._lines:
             number = line["episode"]
-            # lines come in the order in which they were kept: begin, turns, result
+            # Records are in journal order: opening, turns, result.
             if "prompt" in line:
                 opening = Opening(Observation(**line["observation"]), tuple(line["tools"]))
-                found[number] = Episode(number, tasks[number], opening, line["prompt"],
-                                        routes=line.get("routes"))
+                episodes[number] = Episode(number, tasks[number], opening, line["prompt"],
+                                           routes=line.get("routes"))
             elif "turn" in line:
                 turn = line["turn"]
-                found[number].turns.append(EpisodeTurn(**turn
-                                                       | {"written": GeneratedTurn(**turn["written"])}))
+                episodes[number].turns.append(EpisodeTurn(**turn
+                                                          | {"written": GeneratedTurn(**turn["written"])}))
             elif "begun" in line:
-                found[number].begun = GeneratedTurn(**line["begun"])
+                episodes[number].begun = GeneratedTurn(**line["begun"])
             else:
-                found[number].result = Result(**line["result"])
-        return found
+                episodes[number].result = Result(**line["result"])
+        return episodes
 
 
-def begin_line(episode: Episode) -> dict[str, Any]:
+def build_opening_record(episode: Episode) -> dict[str, Any]:
     return {"episode": episode.number, "prompt": episode.prompt,
             "observation": asdict(episode.opening.observation), "tools": list(episode.opening.tools)}
 
 
-def turn_line(episode: Episode, place: int = -1) -> dict[str, Any]:
+def build_turn_record(episode: Episode, place: int = -1) -> dict[str, Any]:
     turn = episode.turns[place]
-    return {"episode": episode.number, "turn": asdict(turn) | {"written": turn.written.line}}
+    return {"episode": episode.number, "turn": asdict(turn) | {"written": turn.written.record}}
 
 
-def lines_of(episode: Episode) -> list[dict[str, Any]]:
-    """Return all lines of an episode that goes on: what another process needs to go on with it."""
-    left = [] if episode.begun is None else [{"episode": episode.number, "begun": episode.begun.line}]
-    return [begin_line(episode), *(turn_line(episode, n) for n in range(len(episode.turns))), *left]
+def build_episode_records(episode: Episode) -> list[dict[str, Any]]:
+    """Return the records for continuing an episode in another process."""
+    unfinished = [] if episode.begun is None else [{"episode": episode.number, "begun": episode.begun.record}]
+    return [build_opening_record(episode),
+            *(build_turn_record(episode, n) for n in range(len(episode.turns))), *unfinished]
 
 
-def result_line(episode: Episode) -> dict[str, Any]:
+def build_result_record(episode: Episode) -> dict[str, Any]:
     assert episode.result is not None
     return {"episode": episode.number, "result": asdict(episode.result)}
 
 
-def lines_in(journal: Journal) -> EpisodeLines:
+def open_episode_lines(journal: Journal) -> EpisodeLines:
     def keep(lines: Sequence[dict[str, Any]]) -> None:
         journal.add([(line["episode"], json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass"))
                      for line in lines])

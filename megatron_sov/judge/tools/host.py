@@ -1,8 +1,7 @@
-"""An environment in a process of its own: a tool that hangs, eats the machine or ends its process costs its
-call and nothing else.
+"""Run an environment in a child process, so that a tool that hangs, exhausts memory or exits only affects its
+call.
 
-The state behind the last call lies here as JSON; where a process had to be ended, the next one goes on from
-it.
+The state after the last call is held here as JSON, so that a new process can continue after a crash.
 """
 
 from __future__ import annotations
@@ -15,58 +14,58 @@ from typing import Any, Self, cast
 from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
-from megatron_sov.judge.rewards.reward import Result, checked, short
+from megatron_sov.judge.rewards.reward import Result, shorten_reason, to_result
 from megatron_sov.judge.tools.environment import (
-    INFRASTRUCTURE, Conversing, Environment, EpisodeLimits, InfrastructureFault, Observation, Task, ToolFault,
-    cut, unknown)
-from megatron_sov.judge.tools.registry import BUILT_IN, build
+    INFRASTRUCTURE, ConversingEnvironment, Environment, EpisodeLimits, InfrastructureFault, Observation, Task,
+    ToolFault, cut_text, format_unknown_tool)
+from megatron_sov.judge.tools.registry import BUILT_IN, build_environment
 from megatron_sov.work.processes.children import MAX_MEMORY_BYTES, limit_memory
 from megatron_sov.work.processes.workers import START_LIMIT_S, Answer, LostAnswer, Workers
 
-_MORE_BYTES = 64 << 20
-"""An answer's size beside the state's."""
+_ANSWER_BYTES = 64 << 20
+"""Size of an answer beyond the state."""
 
 
 @dataclass(frozen=True)
 class CallResult:
-    """What became of one call."""
+    """Result of a call."""
 
     text: str
-    """What the model is told."""
+    """Text for the model."""
     fault: str = ""
-    """One of `environment.FAULTS`; empty: the tool gave this."""
+    """Key of `environment.FAULTS`, or ""."""
     is_cut: bool = False
-    """Whether the tool said more."""
+    """The text was cut."""
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How an episode begins."""
+    """Start of an episode."""
 
     observation: Observation
-    """What the model is told."""
+    """First messages."""
     tools: tuple[dict[str, Any], ...]
-    """What it may call, as OpenAI describes functions."""
+    """Tools in OpenAI's format."""
 
 
 @dataclass(frozen=True)
-class HeardReply:
-    """What became of a turn that an environment was told."""
+class EnvironmentReply:
+    """Reply of a conversing environment."""
 
     results: tuple[CallResult, ...] = ()
-    """Of its calls, in order."""
+    """Results of the calls, in order."""
     user: str | None = None
-    """What a user says behind them; None: nothing."""
+    """User message, if any."""
     is_over: bool = False
-    """Whether the model is asked for no more."""
+    """The episode is over."""
 
 
 class EpisodeLost(UserError):
-    """An episode cannot be continued, by no fault of its task: it has no reward."""
+    """The episode cannot continue, through no fault of its task, and has no reward."""
 
 
-class _HostGone(Exception):
-    """The process did not answer: a fault's code and reason."""
+class _ProcessEnded(Exception):
+    """The process did not answer; fault code and reason."""
 
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(reason)
@@ -74,27 +73,27 @@ class _HostGone(Exception):
 
 
 class EnvironmentHost:
-    """An environment that plays one episode at a time; a context, since its process has to end."""
+    """Runs an environment in a child process, one episode at a time."""
 
-    def __init__(self, asked: PluginRequest, limits: EpisodeLimits) -> None:
-        """Nothing is started yet.
+    def __init__(self, request: PluginRequest, limits: EpisodeLimits) -> None:
+        """Prepare without starting the process.
 
         Args:
-            asked: which environment.
-            limits: of calls and of what they leave.
+            request: the environment.
+            limits: limits for calls and state.
         """
-        self._asked, self._limits = asked, limits
-        self._workers = Workers(  # whose sandbox is a process of its own
-            f"tool environment {asked.name}", _serve,
-            (asked, {"max_tool_chars": limits.max_tool_chars, "max_state_bytes": limits.max_state_bytes}),
+        self._asked, self._limits = request, limits
+        self._workers = Workers(  # sandboxes are processes too
+            f"tool environment {request.name}", _start_environment,
+            (request, {"max_tool_chars": limits.max_tool_chars, "max_state_bytes": limits.max_state_bytes}),
             modules=[module for module, _, _ in BUILT_IN.values()], may_start_processes=True,
-            # the process runs code of others: its answers are bounded before they are read
-            most_bytes=limits.max_state_bytes + _MORE_BYTES)
+            # The process runs foreign code, so its answers are bounded.
+            most_bytes=limits.max_state_bytes + _ANSWER_BYTES)
         self._task: Task = {}
         self.state = "null"
-        """Of the environment behind the last call, as JSON."""
+        """State (`snapshot`) after the last call, as JSON."""
         self.converses = False
-        """Whether the environment is told whole turns; known when an episode has begun."""
+        """The environment takes whole turns; set by `reset`."""
 
     def __enter__(self) -> Self:
         return self
@@ -103,73 +102,75 @@ class EnvironmentHost:
         self.end()
 
     def end(self) -> None:
-        """End the process without a word to servers that it has asked: their sessions stay.  The next episode
-        begins another process."""
+        """End the process without notifying servers, whose sessions remain. The next episode starts a new
+        process."""
         self._workers.end()
 
     def reset(self, task: Task) -> Opening:
         """Begin an episode.
 
         Raises:
-            UserError: the environment cannot be made, or the task is none of its own.
+            UserError: the environment cannot be built, or the task does not fit.
         """
         self._task = task
-        answer = self._begin("reset", task=dict(task))
+        answer = self._request_opening("reset", task=dict(task))
         return Opening(Observation(**answer["observation"]), tuple(answer["tools"]))
 
     def resume(self, task: Task, state: str) -> Opening:
-        """Go on in an episode whose state is known; raises as `reset` does.
+        """Continue an episode from its state; raises like `reset`.
 
         Raises:
-            EpisodeLost: the world cannot come to that state again.
+            EpisodeLost: the environment cannot reach the state.
         """
-        # the task first: a state alone has no goal and no tools
+        # Task first, because the state has no goal and no tools.
         opening = self.reset(task)
-        self._begin("restore", task=dict(task), state=json.loads(state))
+        self._request_opening("restore", task=dict(task), state=json.loads(state))
         return opening
 
     def call(self, call: ToolCall) -> CallResult:
-        """Return what a call gives, whatever the tool does."""
+        """Call a tool; failures become results with a fault."""
         try:
-            answer = self._ask("call", self._limits.call_timeout_s, name=call.name, arguments=call.arguments)
-        except _HostGone as gone:
+            answer = self._request("call", self._limits.call_timeout_s, name=call.name,
+                                   arguments=call.arguments)
+        except _ProcessEnded as gone:
             try:
-                self._begin("restore", task=dict(self._task), state=json.loads(self.state))
-            except UserError as e:  # it could before: nothing is known about the model's doing
-                return CallResult(f"error: {call.name}: {gone.reason}, and {short(str(e))}", INFRASTRUCTURE)
+                self._request_opening("restore", task=dict(self._task), state=json.loads(self.state))
+            except UserError as e:  # restoring worked before, so the machine is at fault
+                return CallResult(f"error: {call.name}: {gone.reason}, and {shorten_reason(str(e))}",
+                                  INFRASTRUCTURE)
             return CallResult(f"error: {call.name}: {gone.reason}", gone.code)
-        # a call that failed sends none: the state is what it was
+        # Failed calls have no state: it is unchanged.
         self.state = answer.get("state", self.state)
         return CallResult(answer["text"], answer["fault"], answer["is_cut"])
 
-    def reply(self, turn: ServedTurn) -> HeardReply:
-        """Return what an environment that converses says behind a turn.
+    def reply(self, turn: ServedTurn) -> EnvironmentReply:
+        """Return a conversing environment's reply to a turn.
 
         Raises:
-            InfrastructureFault: the episode cannot go on.
+            InfrastructureFault: the episode cannot continue.
         """
         try:
-            answer = self._ask("reply", self._limits.call_timeout_s, turn=asdict(turn))
-        except _HostGone as gone:
+            answer = self._request("reply", self._limits.call_timeout_s, turn=asdict(turn))
+        except _ProcessEnded as gone:
             raise InfrastructureFault(f"the environment {gone.reason}") from None
         if "lost" in answer:
             raise InfrastructureFault(answer["lost"])
         self.state = answer["state"]
         results = tuple(CallResult(text, is_cut=is_cut) for text, is_cut in answer["results"])
-        return HeardReply(results, answer["user"], answer["is_over"])
+        return EnvironmentReply(results, answer["user"], answer["is_over"])
 
     def score(self, answer: str) -> Result:
         try:
-            given = self._ask("score", self._limits.call_timeout_s, answer=answer)
-        except _HostGone as gone:
+            result = self._request("score", self._limits.call_timeout_s, answer=answer)
+        except _ProcessEnded as gone:
             return Result(None, "timeout" if gone.code == "timeout" else "failed", {}, gone.reason)
-        return Result(given["reward"], given["status"], given["components"], given["reason"])
+        return Result(result["reward"], result["status"], result["components"], result["reason"])
 
-    def _begin(self, what: str, **request: Any) -> dict[str, Any]:
-        """Ask for what begins an episode, of a process that is started where there is none."""
+    def _request_opening(self, operation: str, **request: Any) -> dict[str, Any]:
+        """Send a request that begins or resumes an episode, starting a process if needed."""
         try:
-            answer = self._ask(what, START_LIMIT_S, **request)
-        except _HostGone as gone:
+            answer = self._request(operation, START_LIMIT_S, **request)
+        except _ProcessEnded as gone:
             raise UserError(f"tool environment {self._asked.name}: {gone.reason} while an episode began; "
                             "see what it wrote above") from None
         if "problem" in answer:
@@ -179,125 +180,129 @@ class EnvironmentHost:
         self.state, self.converses = answer["state"], answer["converses"]
         return answer
 
-    def _ask(self, what: str, timeout_s: float, **request: Any) -> dict[str, Any]:
-        """Return what the process answers; it is ended where it does not."""
-        ((_, answer),) = self._workers.answers(deque([(what, {"what": what, **request})]), timeout_s)
+    def _request(self, operation: str, timeout_s: float, **request: Any) -> dict[str, Any]:
+        """Send a request and return the answer; end the process on a timeout."""
+        ((_, answer),) = self._workers.answers(deque([(operation, {"what": operation, **request})]),
+                                               timeout_s)
         if isinstance(answer, LostAnswer):
-            raise (_HostGone("timeout", f"took longer than {timeout_s:g} s") if answer.exit_code is None
-                   else _HostGone("ended", "ended its process"))
+            raise (_ProcessEnded("timeout", f"took longer than {timeout_s:g} s") if answer.exit_code is None
+                   else _ProcessEnded("ended", "ended its process"))
         return dict(answer)
 
 
-def _serve(asked: PluginRequest, limits: dict[str, int]) -> Answer:
-    """Return what does as it is asked, in the environment's process."""
-    # without its version: to read all its code took most of the start
-    environment = build(asked)
-    # behind that: making the world is not limited itself
+def _start_environment(environment_request: PluginRequest, limits: dict[str, int]) -> Answer:
+    """Build the environment in the child process; return the request handler."""
+    # Without its version, because hashing the code would dominate the start.
+    environment = build_environment(environment_request)
+    # Afterwards, because building the environment is not limited.
     limit_memory(getattr(environment, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
-    return lambda request, again: _DO[request.pop("what")](environment, request | limits)
+    return lambda request, again: _REQUEST_HANDLERS[request.pop("what")](environment, request | limits)
 
 
-def _reset(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
+def _reset_environment(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
     try:
         observation = environment.reset(request["task"])
-        shown = {"user": observation.user, "system": observation.system}
-        return {"observation": shown, "tools": list(environment.tools()),
-                "converses": hasattr(environment, "reply"), "state": _state(environment, request)}
+        observed = {"user": observation.user, "system": observation.system}
+        return {"observation": observed, "tools": list(environment.tools()),
+                "converses": hasattr(environment, "reply"), "state": _dump_state(environment, request)}
     except UserError as e:
         return {"problem": str(e)}
     except (Exception, SystemExit) as e:
         return {"problem": f"tool environment {type(environment).__name__}: the task "
-                           f"{short(json.dumps(request['task']))} makes it fail ({format_error(e)})"}
+                           f"{shorten_reason(json.dumps(request['task']))} makes it fail ({format_error(e)})"}
 
 
-def _restore(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
-    answer = _reset(environment, request)
+def _restore_environment(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
+    answer = _reset_environment(environment, request)
     if "problem" in answer:
         return answer
     try:
         environment.restore(request["state"])
-        return answer | {"state": _state(environment, request)}
-    except ToolFault as e:  # also of a call that is made again, and was granted before
+        return answer | {"state": _dump_state(environment, request)}
+    except ToolFault as e:  # also for a repeated call that worked before
         return {"lost": e.reason}
     except (Exception, SystemExit) as e:
         return {"problem": f"tool environment {type(environment).__name__}: its state "
-                           f"{short(json.dumps(request['state']))} makes it fail ({format_error(e)})"}
+                           f"{shorten_reason(json.dumps(request['state']))} makes it "
+                           f"fail ({format_error(e)})"}
 
 
-def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
-    """Make a call; one that gives no result leaves the state as it was."""
-    # before each call, since a tool may fail half way through its changes
+def _call_tool(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
+    """Run a call; restore the state if it has no result."""
+    # Before each call, because a tool may fail halfway.
     before = environment.snapshot()
     try:
-        text, is_cut = _shown(_value(environment, request), request["max_tool_chars"])
-        return {"text": text, "is_cut": is_cut, "fault": "", "state": _state(environment, request)}
+        text, is_cut = _format_value(_get_call_value(environment, request), request["max_tool_chars"])
+        return {"text": text, "is_cut": is_cut, "fault": "", "state": _dump_state(environment, request)}
     except ToolFault as e:
         fault = e
     except MemoryError:
         fault = ToolFault("memory", "asked for more memory than it may have")
     except (Exception, SystemExit) as e:
-        fault = ToolFault("failed", f"failed ({short(format_error(e))})")
-    # also where the result could not be shown: the model must not see a state that no call explains
+        fault = ToolFault("failed", f"failed ({shorten_reason(format_error(e))})")
+    # Also if the result could not be formatted: no call would explain the new state.
     environment.restore(before)
-    said = fault.reason if fault.code in ("unknown_tool", "arguments") else (
+    problem = fault.reason if fault.code in ("unknown_tool", "arguments") else (
         f"{request['name']}: {fault.reason}")
-    text, is_cut = _shown(f"error: {said}", request["max_tool_chars"])
+    text, is_cut = _format_value(f"error: {problem}", request["max_tool_chars"])
     return {"text": text, "is_cut": is_cut, "fault": fault.code}
 
 
-def _reply(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
+def _get_reply(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        said = cast(Conversing, environment).reply(ServedTurn.from_dict(request["turn"]))
-        results = [_shown(text, request["max_tool_chars"]) for text in said.results]
-        return {"results": results, "user": said.user, "is_over": said.is_over,
-                "state": _state(environment, request)}
+        reply = cast(ConversingEnvironment, environment).reply(ServedTurn.from_dict(request["turn"]))
+        results = [_format_value(text, request["max_tool_chars"]) for text in reply.results]
+        return {"results": results, "user": reply.user, "is_over": reply.is_over,
+                "state": _dump_state(environment, request)}
     except ToolFault as e:
         return {"lost": e.reason}
-    except (Exception, SystemExit) as e:  # MemoryError too: half a conversation cannot go on
-        return {"lost": f"failed ({short(format_error(e))})"}
+    except (Exception, SystemExit) as e:  # MemoryError too: a broken conversation cannot continue
+        return {"lost": f"failed ({shorten_reason(format_error(e))})"}
 
 
-def _value(environment: Environment, request: dict[str, Any]) -> Any:
-    # by what this episode shows, not by what the class has: tools may depend on the task
+def _get_call_value(environment: Environment, request: dict[str, Any]) -> Any:
+    # By the episode's tools, which may depend on the task.
     names = [tool["function"]["name"] for tool in environment.tools()]
     if request["name"] not in names:
-        raise ToolFault("unknown_tool", unknown(request["name"], names))
+        raise ToolFault("unknown_tool", format_unknown_tool(request["name"], names))
     return environment.call(request["name"], request["arguments"])
 
 
-def _shown(value: Any, max_chars: int) -> tuple[str, bool]:
+def _format_value(value: Any, max_chars: int) -> tuple[str, bool]:
     if not isinstance(value, str):
         try:
             value = json.dumps(value, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as e:
-            raise ToolFault("result", f"returned something that is no JSON ({short(str(e))})") from None
-    text, is_cut = cut(value, max_chars)
-    return text.encode("utf-8", "replace").decode(), is_cut  # half a surrogate pair is no text
+            raise ToolFault("result",
+                            f"returned something that is no JSON ({shorten_reason(str(e))})") from None
+    text, is_cut = cut_text(value, max_chars)
+    return text.encode("utf-8", "replace").decode(), is_cut  # lone surrogates are not valid UTF-8
 
 
-def _state(environment: Environment, request: dict[str, Any]) -> str:
+def _dump_state(environment: Environment, request: dict[str, Any]) -> str:
     try:
         state = json.dumps(environment.snapshot(), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
-        raise ToolFault("state", f"left a state that is no JSON ({short(str(e))})") from None
-    # ASCII by json.dumps: characters are bytes
+        raise ToolFault("state", f"left a state that is no JSON ({shorten_reason(str(e))})") from None
+    # json.dumps writes ASCII, so characters are bytes.
     if len(state) > request["max_state_bytes"]:
         raise ToolFault("state", f"left a state of {len(state):,} bytes, more than "
                                  f"{request['max_state_bytes']:,}")
     return state
 
 
-def _score(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
+def _score_episode(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        result = checked(environment.score(request["answer"]))
+        result = to_result(environment.score(request["answer"]))
     except MemoryError:
         result = Result(None, "failed", {}, "asked for more memory than it may have")
     except InfrastructureFault as e:
         result = Result(None, "failed", {}, e.reason)
     except (Exception, SystemExit) as e:
-        result = Result(None, "failed", {}, short(format_error(e)))
+        result = Result(None, "failed", {}, shorten_reason(format_error(e)))
     return {"reward": result.reward, "status": result.status, "components": dict(result.components),
             "reason": result.reason}
 
 
-_DO = {"reset": _reset, "restore": _restore, "call": _call, "reply": _reply, "score": _score}
+_REQUEST_HANDLERS = {"reset": _reset_environment, "restore": _restore_environment, "call": _call_tool,
+                     "reply": _get_reply, "score": _score_episode}

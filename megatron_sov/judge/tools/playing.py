@@ -1,7 +1,7 @@
-"""Many episodes side by side, each with a process of its environment.
+"""Play many episodes concurrently, each with its own environment process.
 
-`play` has a model write the next turn of all that go on, and then their tools run side by side: a round is as
-long as its longest turn; an episode that ends makes place for the next one.
+In every round the model writes the next turn of each active episode, then their tools run concurrently. A
+finished episode makes room for the next.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.tools.environment import EpisodeLimits, Task
 from megatron_sov.judge.tools.episode import (
-    Episode, EpisodeLines, GeneratedTurn, begin_line, begun, left_of, result_line, take_turn, turn_line,
-    within)
+    Episode, EpisodeLines, GeneratedTurn, begin_episode, build_opening_record, build_result_record,
+    build_turn_record, count_remaining_tokens, take_turn, truncate_turn)
 from megatron_sov.judge.tools.host import EnvironmentHost, EpisodeLost, Opening
 
 
-def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what is counted over ended episodes; the mean is that of those with a reward."""
+def summarize_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return counts over finished episodes; the mean covers episodes with a reward."""
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
     faults: Counter[str] = Counter()
     for row in rows:
@@ -42,95 +42,95 @@ def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-STREAMS = 1 << 16
-"""Streams of random numbers that an episode has, one for each turn."""
+STREAMS_PER_EPISODE = 1 << 16
+"""Random streams per episode, one per turn."""
 
 
 class ToolPolicy(Protocol):
-    """What writes turns: a model behind an engine, or a script."""
+    """Writes turns: a model behind an engine, or a script."""
 
     def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                streams: Sequence[int]) -> Sequence[GeneratedTurn]:
-        """Continue prompts to the end of a turn.
+        """Continue each conversation to the end of a turn.
 
         Args:
-            prompts: all ids of each conversation.
+            prompts: token ids per conversation.
             max_new_tokens: longest turn.
-            streams: number of each turn's stream of random numbers: the same for the same turn of the same
-                episode, whatever is asked beside it.
+            streams: random stream per turn, which depends only on episode and turn, not on the batch.
         """
         ...
 
 
 @dataclass(frozen=True)
-class EpisodeTable:
-    """What episodes are played with."""
+class EpisodeSettings:
+    """Settings for playing episodes."""
 
-    asked: PluginRequest
+    request: PluginRequest
     """The environment."""
     encoder: TurnEncoder
-    """Of the model."""
+    """The model's encoder."""
     limits: EpisodeLimits
-    """Of each episode."""
+    """Limits per episode."""
     parallel: int = 8
-    """Episodes at a time, each with a process of its environment."""
+    """Concurrent episodes, each with an environment process."""
 
 
 @dataclass
-class _Seat:
-    """A process of the environment, and the episode that it plays."""
+class _Slot:
+    """An environment process with its current episode."""
 
     host: EnvironmentHost
     episode: Episode | None = None
 
 
-def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal: EpisodeLines,
-         ended: Callable[[int], object] = lambda count: None,
-         should_stop: Callable[[], bool] = lambda: False) -> list[Episode]:
-    """Return the episodes of tasks, in order, each played to its end.
+def play_episodes(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeSettings, journal: EpisodeLines,
+                  ended: Callable[[int], object] = lambda count: None,
+                  should_stop: Callable[[], bool] = lambda: False) -> list[Episode]:
+    """Play tasks to the end; return the episodes in order.
 
     Args:
-        tasks: what is to be done.
+        tasks: tasks.
         policy: writes the turns.
-        table: what is played with.
-        journal: what was played before, and where this is kept.
-        ended: is told how many more episodes have ended.
-        should_stop: asked behind each round: whether all that go on are given back as they are, without a
-            result; those that have not begun are begun, and no more.
+        table: environment, encoder, limits and parallelism.
+        journal: records from an earlier run, extended by this run.
+        ended: called with the number of newly finished episodes.
+        should_stop: called after each round; if true, return unfinished episodes without a result, after
+            opening the episodes still waiting.
 
     Raises:
-        UserError: a task is none of this environment's, or the environment cannot be made.
+        UserError: a task does not fit the environment, or the environment cannot be built.
     """
-    episodes = journal.episodes(tasks)
+    episodes = journal.read_episodes(tasks)
     waiting = deque(n for n in range(len(tasks)) if n not in episodes or episodes[n].result is None)
     ended(len(tasks) - len(waiting))
     with ExitStack() as stack:
-        # processes are started once and serve one episode after the other
-        seats = [_Seat(stack.enter_context(EnvironmentHost(table.asked, table.limits)))
+        # Processes are reused for several episodes.
+        slots = [_Slot(stack.enter_context(EnvironmentHost(table.request, table.limits)))
                  for _ in range(min(table.parallel, len(waiting)))]
-        pool = stack.enter_context(ThreadPoolExecutor(max(len(seats), 1)))
+        pool = stack.enter_context(ThreadPoolExecutor(max(len(slots), 1)))
 
-        def sit(newcomer: tuple[_Seat, int]) -> Episode:
+        def start_episode(newcomer: tuple[_Slot, int]) -> Episode:
             seat, number = newcomer
-            seat.episode = take_up(
+            seat.episode = resume_or_begin(
                 seat.host, number, tasks[number], episodes.get(number),
-                lambda opening: begun(number, tasks[number], opening, table.encoder, table.limits))
+                lambda opening: begin_episode(number, tasks[number], opening, table.encoder, table.limits))
             return seat.episode
 
         stopped = False
-        while waiting or any(seat.episode for seat in seats):
+        while waiting or any(seat.episode for seat in slots):
             newcomers = []
-            for seat in seats:
+            for seat in slots:
                 if seat.episode is None and waiting:
                     newcomers.append((seat, waiting.popleft()))
-            # processes start side by side
-            fresh = [episode for episode in pool.map(sit, newcomers) if episode.number not in episodes]
-            # before the first turn is asked for: a turn in the journal always finds its episode
-            journal.add([begin_line(episode) for episode in fresh])
-            # where the play is to stop, waiting tasks are still begun, and come back without a turn
+            # Processes start concurrently.
+            fresh = [episode for episode in pool.map(start_episode, newcomers)
+                     if episode.number not in episodes]
+            # Before the first turn, so that every journaled turn has its episode.
+            journal.add([build_opening_record(episode) for episode in fresh])
+            # After a stop, waiting episodes are opened and returned without a turn.
             if not stopped:
-                _round(seats, policy, table, journal, pool)
-            for seat in seats:
+                _play_round(slots, policy, table, journal, pool)
+            for seat in slots:
                 if seat.episode is not None and (stopped or seat.episode.result is not None):
                     ended(seat.episode.result is not None)
                     episodes[seat.episode.number], seat.episode = seat.episode, None
@@ -138,67 +138,70 @@ def play(tasks: Sequence[Task], policy: ToolPolicy, table: EpisodeTable, journal
     return [episodes[n] for n in range(len(tasks))]
 
 
-def take_up(host: EnvironmentHost, number: int, task: Task, known: Episode | None,
-            begin: Callable[[Opening], Episode]) -> Episode:
-    """Return an episode that begins in an environment, or goes on there where it is known.
+def resume_or_begin(host: EnvironmentHost, number: int, task: Task, earlier: Episode | None,
+                    begin: Callable[[Opening], Episode]) -> Episode:
+    """Begin an episode, or resume a known one.
 
     Raises:
-        UserError: the task is none of the environment's, or the environment cannot be made.
+        UserError: the task does not fit the environment, or the environment cannot be built.
     """
     try:
-        if known is None:
+        if earlier is None:
             return begin(host.reset(task))
-        if known.turns:
-            # the process of the run before is gone; the journal has the state behind its last turn
+        if earlier.turns:
+            # The earlier process is gone; the journal has the state after its last turn.
             try:
-                host.resume(task, known.turns[-1].state)
+                host.resume(task, earlier.turns[-1].state)
             except EpisodeLost as e:
-                known.result = Result(None, "failed", {}, str(e))
-        elif host.reset(task) != known.opening:
-            known.result = Result(None, "failed", {}, "the environment asks something else than before")
-        return known
+                earlier.result = Result(None, "failed", {}, str(e))
+        elif host.reset(task) != earlier.opening:
+            earlier.result = Result(None, "failed", {}, "the environment asks something else than before")
+        return earlier
     except UserError as e:
         raise UserError(f"task {number + 1}: {e}") from None
 
 
-def _round(seats: Sequence[_Seat], policy: ToolPolicy, table: EpisodeTable, journal: EpisodeLines,
-           pool: ThreadPoolExecutor) -> None:
-    playing = [(seat.host, seat.episode) for seat in seats if seat.episode is not None]
+def _play_round(slots: Sequence[_Slot], policy: ToolPolicy, table: EpisodeSettings, journal: EpisodeLines,
+                pool: ThreadPoolExecutor) -> None:
+    playing = [(seat.host, seat.episode) for seat in slots if seat.episode is not None]
     open_ = [(host, episode) for host, episode in playing if not episode.end]
     if open_:
-        # the engine is asked for the longest turn, and each is cut here: so samples do not depend on what is
-        # left
-        left = [left_of(episode, table.limits) for _, episode in open_]
-        # a function of episode and turn: a resumed play draws the same
-        streams = [episode.number * STREAMS + len(episode.turns) for _, episode in open_]
-        found = policy.sample([episode.ids for _, episode in open_], table.limits.max_turn_tokens, streams)
-        # tools of different episodes run at the same time, those of one in order
+        # Engines get the longest limit and turns are cut here, so that samples do not depend on the remaining
+        # tokens.
+        remaining = [count_remaining_tokens(episode, table.limits) for _, episode in open_]
+        # A function of episode and turn, so that a resumed run draws equal samples.
+        streams = [episode.number * STREAMS_PER_EPISODE + len(episode.turns) for _, episode in open_]
+        generated = policy.sample([episode.ids for _, episode in open_], table.limits.max_turn_tokens,
+                                  streams)
+        # Tools run concurrently across episodes, and in order within an episode.
         turns = pool.map(
-            lambda given: take_turn(given[0][1], given[0][1].grow(within(given[1], given[2])), given[0][0],
-                                    table.encoder, table.limits), zip(open_, found, left, strict=True))
+            lambda given: take_turn(given[0][1], given[0][1].extend_turn(truncate_turn(given[1], given[2])),
+                                    given[0][0],
+                                    table.encoder, table.limits), zip(open_, generated, remaining,
+                                                                      strict=True))
         for (_, episode), turn in zip(open_, turns, strict=True):
             episode.turns.append(turn)
     over = [(host, episode) for host, episode in playing if episode.end]
-    for (_, episode), result in zip(over, pool.map(lambda given: scored(*given), over), strict=True):
+    for (_, episode), result in zip(over, pool.map(lambda given: score_episode(*given), over), strict=True):
         episode.result = result
-    # all lines of a round are kept before the next one begins
-    journal.add([*(turn_line(episode) for _, episode in open_),
-                 *(result_line(episode) for _, episode in over)])
+    # A round is journaled before the next begins.
+    journal.add([*(build_turn_record(episode) for _, episode in open_),
+                 *(build_result_record(episode) for _, episode in over)])
 
 
-def scored(host: EnvironmentHost, episode: Episode) -> Result:
-    """Return the reward of an episode that has ended, or why there is none."""
-    if episode.result is not None:  # it could not be continued
+def score_episode(host: EnvironmentHost, episode: Episode) -> Result:
+    """Return a finished episode's result."""
+    if episode.result is not None:  # it could not be resumed
         return episode.result
-    # a broken machine must not be learned from: no reward
+    # No reward, because the model must not learn from a broken machine.
     if episode.end == "infrastructure":
         return Result(None, "failed", {}, next(call["text"] for call in episode.turns[-1].calls
                                                if call["fault"] == "infrastructure"))
     return host.score(episode.answer)
 
 
-def identity_of(tasks_digest: str, version: str, limits: EpisodeLimits, model: dict[str, object],
-                sampling: dict[str, object]) -> dict[str, object]:
-    """Return what episodes depend on: another one of these is another set of episodes."""
+def build_identity(tasks_digest: str, version: str, limits: EpisodeLimits, model: dict[str, object],
+                   sampling: dict[str, object]) -> dict[str, object]:
+    """Return the inputs that identify a set of episodes."""
     return {"tasks": tasks_digest, "environment": version, "limits": asdict(limits), "model": model,
             "sampling": sampling}

@@ -1,4 +1,4 @@
-"""Which tool environments there are, by name, how one is made from settings, and the tasks that it gets."""
+"""Registry: find tool environments by name, build them, and read their tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import PluginRequest, Registry, check_methods
-from megatron_sov.judge.rewards.version import settings_of, version_of
+from megatron_sov.judge.rewards.version import collect_settings, compute_version
 from megatron_sov.judge.tools.environment import Environment, Task
 
 BUILT_IN: dict[str, tuple[str, str, str]] = {
@@ -30,50 +30,50 @@ BUILT_IN: dict[str, tuple[str, str, str]] = {
                 "tables and tools in Python that a task describes"),
     "verifiers": ("megatron_sov.judge.tools.worlds.verifiers", "Verifiers", "an environment of verifiers"),
 }
-"""Name -> module, class and line in the list of what is built in."""
+"""Name -> (module, class, description)."""
 METHODS: dict[str, tuple[str, ...]] = {"reset": ("task",), "tools": (), "call": ("name", "arguments"),
                                        "score": ("answer",), "snapshot": (), "restore": ("state",)}
 
 
-def _check(loaded: LoadedPlugin) -> None:
+def _check_environment_class(loaded: LoadedPlugin) -> None:
     check_methods(loaded.value, loaded.reference, "a tool environment", METHODS)
 
 
-OWN: Registry[type[Any]] = Registry("tool environment", BUILT_IN, _check)
-"""Environments that are not built in."""
+ENVIRONMENT_PLUGINS: Registry[type[Any]] = Registry("tool environment", BUILT_IN, _check_environment_class)
+"""Registered environments besides `BUILT_IN`."""
 
 
-def order(name: str, settings: Mapping[str, Any]) -> PluginRequest:
-    """Return the order for an environment that a person named, a built-in one or FILE.py:NAME.
-
-    Raises:
-        UserError: there is none of that name, or its file cannot be run.
-    """
-    return registry.request_plugin(name, settings, BUILT_IN, OWN)
-
-
-def build(asked: PluginRequest) -> Environment:
-    """Return the environment of an order; raises as `make`."""
-    return cast(Environment, registry.build_plugin(asked, BUILT_IN, OWN).value)
-
-
-def make(asked: PluginRequest) -> tuple[Environment, str]:
-    """Return the environment of an order, and its version: a hash of its code and settings.
+def request_environment(name: str, settings: Mapping[str, Any]) -> PluginRequest:
+    """Return a request for a built-in environment or FILE.py:NAME.
 
     Raises:
-        UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named. Or
-            its file fails, or has changed since it was ordered.
+        UserError: the name is unknown, or the file cannot be executed.
     """
-    built = registry.build_plugin(asked, BUILT_IN, OWN)
+    return registry.request_plugin(name, settings, BUILT_IN, ENVIRONMENT_PLUGINS)
+
+
+def build_environment(request: PluginRequest) -> Environment:
+    """Build an environment; raises like `build_versioned_environment`."""
+    return cast(Environment, registry.build_plugin(request, BUILT_IN, ENVIRONMENT_PLUGINS).value)
+
+
+def build_versioned_environment(request: PluginRequest) -> tuple[Environment, str]:
+    """Build an environment and compute its version, a hash over code and settings.
+
+    Raises:
+        UserError: settings are unknown or invalid (all are named), or the file fails or has changed since the
+            request.
+    """
+    built = registry.build_plugin(request, BUILT_IN, ENVIRONMENT_PLUGINS)
     return (cast(Environment, built.value),
-            version_of(built.value, settings_of(built.value, built.settings), built.files))
+            compute_version(built.value, collect_settings(built.value, built.settings), built.files))
 
 
-def tasks_of(environment: Environment, name: str, path: Path | None) -> list[Task]:
-    """Return the tasks of a file in JSON lines, or without one an environment's examples.
+def read_tasks(environment: Environment, name: str, path: Path | None) -> list[Task]:
+    """Read tasks from a JSON Lines file, or return the environment's examples.
 
     Raises:
-        UserError: there are none, or a line is no JSON object.
+        UserError: there are no tasks, or a line is not a JSON object.
     """
     if path is None:
         examples: Sequence[Task] = getattr(environment, "EXAMPLES", ())
@@ -81,11 +81,11 @@ def tasks_of(environment: Environment, name: str, path: Path | None) -> list[Tas
             raise UserError(f"tool environment {name}: brings no examples; write tasks into a file in JSON "
                             "lines and name it with --tasks")
         return list(examples)
-    found: list[Task] = [task for _, task in read_objects(path, "--tasks")]
-    if not found:
+    tasks: list[Task] = [task for _, task in read_objects(path, "--tasks")]
+    if not tasks:
         raise UserError(f"--tasks {path}: has no tasks; each line is a JSON object")
-    return found
+    return tasks
 
 
-def digest_of(tasks: Sequence[Any]) -> str:
+def hash_tasks(tasks: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(tasks, sort_keys=True, default=dict).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Translates teacher probabilities to a student's tokens from another tokenizer, by bytes.
+"""Translates teacher probabilities to the tokens of a student with another tokenizer, byte by byte.
 
 The teacher assigns a probability to the text up to any byte, for any choice of tokens (`SpellingTree`). The
 next token of the student has the ratio of two prefix probabilities: of the text with and without the token.

@@ -1,4 +1,4 @@
-"""Runs the stages in a context extension; a stage starts from the previous stage's checkpoint."""
+"""Runs the stages of a context extension; a stage starts from the previous stage's checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from megatron_sov.train.guards.fault_injection import Fault
 from megatron_sov.train.guards.gate import EndGate, GateView
 from megatron_sov.train.objectives.heldout_evaluator import HeldoutLoss
 from megatron_sov.train.objectives.objective import get_formats
-from megatron_sov.train.stages.stage import Stage, run_stage
+from megatron_sov.train.stages.launch import run_stage
+from megatron_sov.train.stages.stage import Stage
 from megatron_sov.train.trainer import ObjectiveFactory
 
 
@@ -124,7 +125,7 @@ def add_needles_to_blends(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, phases=tuple(phases)))
 
 
-def find_short_context(config: RunConfig, trained_tokens: int, formats: tuple[str, ...]) -> HeldoutData:
+def open_short_context(config: RunConfig, trained_tokens: int, formats: tuple[str, ...]) -> HeldoutData:
     """Open held-out documents in rows of `trained_tokens`, the length before the extension."""
     return open_heldout(config.data.paths, trained_tokens, config.data.heldout_tokens,
                         model_vocab_size=config.model.vocab_size, formats=formats)
@@ -152,7 +153,8 @@ def measure_checkpoint_loss(start: Path, short: HeldoutData, config: RunConfig, 
 
 
 class StageGate:
-    """Gate for an extension stage: needle retrieval at all lengths and depths, and no loss on short context.
+    """Gate for an extension stage: needle retrieval at all lengths and depths, without degradation on short
+    context.
 
     Answers and held-out losses are equal on all processes, and hence the verdicts.
     """
@@ -342,9 +344,9 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
             if fresh and start_loss is None:
                 # A resumed stage has the loss in the state of the gate.
                 start_loss = measure_checkpoint_loss(
-                    first, find_short_context(planned.config, Target(first, False).trained_tokens, formats),
+                    first, open_short_context(planned.config, Target(first, False).trained_tokens, formats),
                     planned.config, nproc)
-            gate = _build_gate(planned, needles, find_short_context(
+            gate = _build_gate(planned, needles, open_short_context(
                 planned.config, Target(first, False).trained_tokens, formats), start_loss)
             stage = Stage(stage.config, stage.folder, stage.objective, start, resume, sources=needles.data,
                           extra_sources=needles.sources, after=gate.completion, gate=gate,

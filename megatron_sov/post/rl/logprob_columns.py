@@ -70,12 +70,12 @@ class LogprobColumns:
         if REFERENCE in self.names:
             run_on_main(view.world, partial(
                 _check_models, opened.path.with_name(REFERENCE_NOTE), {"sha256": self.reference_sha256},
-                "earlier rounds used the reference {recorded}, and --from is {current}; resume --from the "
+                "earlier rounds have the reference {recorded}, and --from is {current}; resume --from the "
                 "checkpoint that the run began with"))
         if TEACHER in self.names:
             run_on_main(view.world, partial(
                 _check_models, opened.path.with_name(TEACHERS_NOTE), describe_teachers(self.teachers),
-                "earlier rounds used the teachers {recorded}, and the command names {current}; resume with "
+                "earlier rounds have other teachers ({recorded}) than the command ({current}); resume with "
                 "the teachers that the run began with"))
         return {name: self._load_column(view, name, opened, is_first=is_first) for name in self.names}
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.settings import parse_nested
-from megatron_sov.judge.rewards.registry import lacking, make, order
+from megatron_sov.judge.rewards.registry import build_versioned_reward, find_missing_field, request_reward
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rewards.scoring import ScoringTally, judges_groups, runner, whole_batches
+from megatron_sov.judge.rewards.scoring import ScoringTally, create_runner, iter_batches, judges_in_groups
 from megatron_sov.rollouts.prompts import RolloutPrompt
 from megatron_sov.rollouts.rows import (
     JUDGED, LAST_TURN, UNFINISHED, RewardRow, Rollout, RolloutPart, can_grow, describe_missing_rows)
@@ -129,7 +129,7 @@ class JudgingJob:
         rows = self.store.read_rollouts(part.name, COLUMNS)
         finished = [row for row in rows if row.finish_reason != UNFINISHED]
         rewards = []
-        for batch in whole_batches(finished, lambda row: row.key.prompt):
+        for batch in iter_batches(finished, lambda row: row.key.prompt):
             for row, result in zip(batch, self.judge(batch), strict=True):
                 rewards.append(RewardRow(
                     row.key, row.attempt, self.version, result.reward, result.status,
@@ -188,7 +188,7 @@ def resolve_reward_version(name: str, settings: Sequence[str]) -> str:
             raise UserError(f"--reward-set {settings[0]}: --reward {name} {action} has no settings; leave it "
                             "out")
         return name
-    return make(order(name, parse_nested(settings, "--reward-set"))).version
+    return build_versioned_reward(request_reward(name, parse_nested(settings, "--reward-set"))).version
 
 
 def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[RolloutPrompt], option: str
@@ -196,10 +196,10 @@ def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[Ro
     """Raise `UserError` if no prompt has all fields that the reward needs; `option` names the prompts."""
     if name in (ENVIRONMENT, NO_REWARD):
         return
-    reward_order = order(name, parse_nested(settings, "--reward-set"))
-    reward, first = make(reward_order), ""
+    reward_order = request_reward(name, parse_nested(settings, "--reward-set"))
+    reward, first = build_versioned_reward(reward_order), ""
     for prompt in prompts:
-        field = lacking(reward_order, reward, prompt.record)
+        field = find_missing_field(reward_order, reward, prompt.record)
         if not field:
             return
         first = first or f"{prompt.place} has no {field!r}, which --reward {name} needs"
@@ -216,12 +216,12 @@ def start_judge(name: str, settings: Sequence[str], workers: int) -> Iterator[Ju
     if name == NO_REWARD:
         yield lambda rows: [Result(0.0, "scored") for _ in rows]
         return
-    reward_order = order(name, parse_nested(settings, "--reward-set"))
-    reward = make(reward_order)
-    with runner(reward_order, reward, workers) as running:
+    reward_order = request_reward(name, parse_nested(settings, "--reward-set"))
+    reward = build_versioned_reward(reward_order)
+    with create_runner(reward_order, reward, workers) as running:
         def judge(rows: Sequence[Rollout]) -> Sequence[Result]:
             records = [build_record(row) for row in rows]
-            if judges_groups(reward):
+            if judges_in_groups(reward):
                 for record, row in zip(records, rows, strict=True):
                     record["completion_ids"] = row.tokens.tolist()
             return running.score(records)

@@ -13,7 +13,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import warn
 from megatron_sov.engine.parallel.world import run_on_each_rank, run_on_main
 from megatron_sov.model.config import RolloutConfig
-from megatron_sov.post.policy import TEACHER, has_other_gradients
+from megatron_sov.post.policy import TEACHER, has_auxiliary_gradients
 from megatron_sov.post.rl.logprob_columns import LogprobColumns
 from megatron_sov.post.rl.publish.advantages import has_advantage
 from megatron_sov.post.rl.publish.metrics import (
@@ -112,9 +112,9 @@ class RoundLoader:
 
     def _find_idle_steps(self, view: FeedView, number: int, opened: PublishedRound) -> frozenset[int]:
         """Find the steps in a round, from 0, without gradient: no documents, or only advantages 0, no
-        text, and no other term with a gradient (`has_other_gradients`)."""
+        text, and no other term with a gradient (`has_auxiliary_gradients`)."""
         policy, first = view.config.policy, (number - 1) * self.rollout.steps_per_round + 1
-        learns_anyway = has_other_gradients(view.config)
+        learns_anyway = has_auxiliary_gradients(view.config)
         idle = []
         for i, documents in enumerate(opened.steps):
             if policy.has_text_at(self.rollout.seed, first + i):

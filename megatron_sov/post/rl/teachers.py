@@ -55,7 +55,7 @@ class ScoringTeacher:
 
 
 def find_teacher(domain: str, teachers: Sequence[ScoringTeacher]) -> int | None:
-    """Return the teacher's index for a domain, or None."""
+    """Return the index of the teacher for a domain, or None."""
     domain_indices = {teacher.domain: index for index, teacher in enumerate(teachers)}
     return domain_indices.get(domain, domain_indices.get(""))
 

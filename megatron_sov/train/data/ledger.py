@@ -79,7 +79,7 @@ def _merge_equal_entries(entries: Sequence[LedgerEntry]) -> list[LedgerEntry]:
 
 
 def _compute_weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str, float]:
-    """Return source -> share of a phase, from `phase.blend` or else from `Source.share`."""
+    """Return source -> share in a phase, from `phase.blend` or else from `Source.share`."""
     tokens = {s.name: s.num_tokens["train"] for s in sources}
     for name, weight in phase.blend.items():
         if name not in tokens:
@@ -96,7 +96,7 @@ def _compute_weights(index: int, phase: PhaseConfig, sources: list[Source]) -> d
 
 
 def _compute_round_weights(config: RunConfig, sources: list[Source]) -> dict[str, float]:
-    """Return mean shares of round documents and of text learned with (InK-GRPO) or instead of them (GKD)."""
+    """Return mean shares of round documents, and of text learned in addition (InK-GRPO) or instead (GKD)."""
     policy, parts = config.policy, config.policy.parts
     if policy.has_text:
         rows = parts.knowledge_share * parts.knowledge_batch_size / config.train.global_batch_size
@@ -127,7 +127,7 @@ class Ledger:
         return next(e for e in reversed(self.entries) if e.first_step <= step)
 
     def skip_steps(self, first: int, end: int) -> None:
-        """Mark the samples of steps `first` to `end` - 1 (from 0) as not learned."""
+        """Mark the samples in steps `first` to `end` - 1 (from 0) as not learned."""
         entries: list[LedgerEntry] = []
         for step in sorted({first, end, *(e.first_step for e in self.entries)}):
             entry = self.get_entry(step)
@@ -146,7 +146,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class OverLongUnits:
-    """Conversations or pairs of a source that are longer than the source's shortest sample."""
+    """A source's conversations or pairs that are longer than its shortest sample."""
 
     source: str
     """Source name."""
@@ -190,7 +190,7 @@ def check_units_fit(over_long: Sequence[OverLongUnits]) -> None:
 
 
 def check_pairs_fit(over_long: Sequence[OverLongUnits]) -> None:
-    """Raise `UserError` if every pair of a source is longer than a sample.
+    """Raise `UserError` if every pair in a source is longer than a sample.
 
     After cutting, both responses of most pairs would be equal, and the run would learn nothing.
     """

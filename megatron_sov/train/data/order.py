@@ -1,4 +1,4 @@
-"""The order of training samples: a function of (seed, ledger) with resumable cursors.
+"""Training sample order: a function of (seed, ledger) with resumable cursors.
 
 Its state is a few integers per source and the ledger's entries, equal on every rank and for every
 data-parallel size. Checkpoints contain the state.
@@ -21,18 +21,18 @@ from megatron_sov.train.data.token_shards import Documents, Source
 
 @dataclass(frozen=True)
 class OrderedSample:
-    """Content of a batch's row; padding fills the rest of the row."""
+    """Content for a batch row; padding fills the rest."""
 
     source: int
     """Source index."""
     segments: Row
-    """Parts of documents, in order."""
+    """Document parts, in order."""
     contexts: tuple[int, ...] = ()
-    """Number of labels at the start of each segment that an earlier sample evaluates; (): 0."""
+    """For each segment, the number of leading labels that an earlier sample evaluates; (): 0."""
 
 
 def choose_source(weights: dict[str, float], taken: dict[str, int]) -> str:
-    """Return the source of the next sample, for source -> weight and source -> samples taken.
+    """Choose the next sample's source, for source -> weight and source -> samples taken.
 
     After n samples, a source with weight w has more than n w - 1 and fewer than n w + 1 samples: among the
     sources below their share, the next sample of the chosen source is due first (Tijdeman, "The chairman
@@ -46,16 +46,16 @@ def choose_source(weights: dict[str, float], taken: dict[str, int]) -> str:
 
 @dataclass
 class OrderState:
-    """Resumable state of `SampleOrder`."""
+    """Resumable `SampleOrder` state."""
 
     cursors: dict[str, Cursor] = field(default_factory=dict)
     """Source name -> cursor."""
     history: list[LedgerEntry] = field(default_factory=list)
     """Ledger entries for past steps."""
     step: int = 0
-    """Number of returned batches."""
+    """Batches returned so far."""
     taken: dict[str, int] = field(default_factory=dict)
-    """Source name -> samples returned since the last change of weights."""
+    """Source name -> samples returned since weights last changed."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -67,7 +67,7 @@ class OrderState:
 
 
 class SampleOrder:
-    """Returns the samples of global batches, step by step."""
+    """Returns the samples for global batches, step by step."""
 
     def __init__(self, config: RunConfig, sources: list[Source], state: OrderState | None = None,
                  planned: Sequence[LedgerEntry] | None = None) -> None:
@@ -88,7 +88,7 @@ class SampleOrder:
         self._streams: dict[str, DocumentStream] = {}
 
     def next_batch(self) -> tuple[LedgerEntry, list[OrderedSample]]:
-        """Return ledger entry and samples of the next global batch, and advance the cursors."""
+        """Return ledger entry and samples for the next global batch, and advance the cursors."""
         state = self.state
         entry = self.ledger.get_entry(state.step)
         # after a change of weights, old counts would make a source catch up on its old share

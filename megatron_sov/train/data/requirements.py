@@ -43,7 +43,7 @@ def check_columns(sources: Sequence[Source], needed: Mapping[str, NeededColumn])
 
 
 def build_route_shape(model: ModelConfig) -> RouteShape:
-    """Return the shape of a model's routes. Raises `UserError` if no layer has experts."""
+    """Return the model's route shape. Raises `UserError` if no layer has experts."""
     if not model.num_moe_layers():
         raise UserError(f"model.num_experts = {model.num_experts} and model.num_dense_layers = "
                         f"{model.num_dense_layers}: no layer has experts, so there are no routes; leave them "
@@ -52,7 +52,7 @@ def build_route_shape(model: ModelConfig) -> RouteShape:
 
 
 def build_replay_shape(config: RunConfig) -> RouteShape | None:
-    """Return the shape of replayed routes, or None if `policy.router_replay` is off.
+    """Return the shape for replayed routes, or None if `policy.router_replay` is off.
 
     Raises `UserError` if no layer has experts.
     """

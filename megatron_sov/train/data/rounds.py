@@ -1,4 +1,4 @@
-"""Published rounds of reinforcement learning: documents of a source that the trainer opens round by round.
+"""Published reinforcement-learning rounds: a source whose documents the trainer opens round by round.
 
 A round is a token artifact RUN/rounds/0001 whose manifest lists the documents of each step. The trainer opens
 a round before the round's first step.
@@ -26,7 +26,7 @@ ROUNDS_SOURCE = "rollouts"
 BEHAVIOUR, ADVANTAGE, GROUP_SHARE = "behaviour_logprobs", "advantage", "group_share"
 """Columns of published rounds. `GROUP_SHARE` is 1 / responses in the group, for objectives over groups."""
 DOCUMENT_DOMAINS = "document_domains"
-"""Manifest field for teachers: [domain, number of documents] of consecutive documents."""
+"""Manifest field for teachers: [domain, document count] for consecutive documents."""
 _ROUND_BITS = 32
 """Lower bits of a document number: index in the round; the upper bits are the round."""
 
@@ -45,7 +45,7 @@ class PublishedRound:
     """A published round."""
 
     path: Path
-    """Folder of the token artifact."""
+    """Token artifact folder."""
     documents: Documents | None
     """Documents, or None if nothing in the round is learned."""
     steps: tuple[range, ...]
@@ -53,13 +53,13 @@ class PublishedRound:
     trainer_columns: dict[str, np.ndarray]
     """Column -> number for each token, computed by the trainer after publication."""
     starts: np.ndarray
-    """[documents + 1] int64: first index of each document in `trainer_columns`."""
+    """[documents + 1] int64: each document's first index in `trainer_columns`."""
     idle: frozenset[int] = frozenset()
-    """Indices of skipped steps, which would change no weight."""
+    """Skipped steps, which would change no weight."""
 
 
 class RoundDocuments(DocumentView):
-    """Documents of the open rounds.
+    """Documents in open rounds.
 
     A second thread prepares batches: a round is open completely or not at all.
     """
@@ -82,7 +82,7 @@ class RoundDocuments(DocumentView):
         return number in self._rounds
 
     def verify(self, number: int, rank: int = 0, size: int = 1) -> None:
-        """Check file hashes of a published round each time a run opens the round.
+        """Check a published round's file hashes, each time a run opens the round.
 
         Each of `size` processes checks every `size`-th file from index `rank` on. Raises `UserError` if a
         file is missing or changed.
@@ -132,7 +132,7 @@ class RoundDocuments(DocumentView):
         self._rounds = {n: r for n, r in self._rounds.items() if n >= number - 1} | {number: opened}
 
     def step_segments(self, number: int, step: int) -> list[PackedSegment]:
-        """Return the whole documents of `step` (from 0 in the round), in order."""
+        """Return whole documents for `step` (from 0 in the round), in order."""
         first = first_document(number)
         return [PackedSegment(first + i, 0, self.lengths[first + i])
                 for i in self._rounds[number].steps[step]]
@@ -153,7 +153,7 @@ class RoundDocuments(DocumentView):
 
 
 class _Lengths:
-    """Token counts of the documents in open rounds."""
+    """Token counts for documents in open rounds."""
 
     def __init__(self, rounds: RoundDocuments) -> None:
         self._rounds = rounds
@@ -186,7 +186,7 @@ def build_rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | Non
 
 
 def find_round_documents(sources: Sequence[Source]) -> RoundDocuments | None:
-    """Return the documents of the source of rounds, or None without rounds."""
+    """Return the `RoundDocuments` among the sources, or None without rounds."""
     return next((s.train_documents for s in sources if isinstance(s.train_documents, RoundDocuments)), None)
 
 

@@ -22,28 +22,28 @@ from megatron_sov.train.data.token_shards import Documents
 
 
 class RowOrigin(NamedTuple):
-    """Source and document of a row's segment."""
+    """Source and document for a row's segment."""
 
     first: int
     """Row index of the segment's first token."""
     source: int
     """Source index."""
     segment: PackedSegment
-    """Document and tokens of the segment."""
+    """Document and token range."""
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A row of n tokens with at least one sample."""
+    """A row with n tokens from at least one sample."""
 
     tokens: np.ndarray
     """[n] int64."""
     labels: np.ndarray
-    """[n] int64: next token of the document, 0 at its end."""
+    """[n] int64: next token in the document, 0 at its end."""
     weights: np.ndarray
-    """[n] float32: loss weight of the label, 0 without a label."""
+    """[n] float32: label's loss weight, 0 without a label."""
     positions: np.ndarray
-    """[n] int64, counted from the start of the segment."""
+    """[n] int64, counted from the segment's start."""
     types: np.ndarray
     """[n] uint8: label type (0 text, 1 prompt, 2 response)."""
     sources: np.ndarray
@@ -55,17 +55,17 @@ class PackedRow:
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Column -> [n] float32: number for the label, 0 without a label."""
     origins: tuple[RowOrigin, ...] = ()
-    """Origin of each segment, without padding."""
+    """Each segment's origin, without padding."""
     routes: np.ndarray | None = None
-    """[n, layers, top_k]: experts of each token during generation (`base.documents.shard_files`); the
-    largest number of the dtype marks unknown routes."""
+    """[n, layers, top_k]: each token's experts during generation (`base.documents.shard_files`); the
+    dtype's largest number marks unknown routes."""
     encoder_inputs: EncoderInputs | None = None
     """Pictures and sounds whose features replace placeholder tokens."""
 
 
 def build_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id: int = 0,
               columns: tuple[str, ...] = (), routes: RouteShape | None = None) -> PackedRow:
-    """Build a row of `seq_len` tokens from a sample of `documents`.
+    """Build a row with `seq_len` tokens from a sample in `documents`.
 
     The last token of a segment has a label if the document continues. `columns` missing from the documents
     are 0. `routes` is the shape of the documents' routes.
@@ -159,7 +159,7 @@ def build_heldout_samples(documents: Documents, source: int, seq_len: int,
 
 
 def _iter_windows(part: PackedSegment, length: int, seq_len: int) -> Iterator[tuple[PackedSegment, int]]:
-    """Yield windows of at most `seq_len` tokens over `part`, with the number of labels in earlier windows.
+    """Yield windows with at most `seq_len` tokens over `part`, and the number of labels in earlier windows.
 
     `part` begins a document of `length` tokens.
     """
@@ -188,7 +188,7 @@ def _iter_first_documents(documents: Documents, max_tokens: int) -> Iterator[Pac
 
 @dataclass(frozen=True)
 class RankBatch:
-    """A rank's part of a global batch."""
+    """This rank's part in a global batch."""
 
     entry: LedgerEntry
     """Ledger entry."""
@@ -197,7 +197,7 @@ class RankBatch:
     num_samples: int
     """Samples in the global batch, without padding samples."""
     order_state: dict[str, Any]
-    """State of `SampleOrder` after the batch, for a checkpoint after the step."""
+    """`SampleOrder` state after the batch, for a checkpoint after the step."""
     epochs: dict[str, float]
     """Source -> passes over the source."""
 
@@ -259,7 +259,7 @@ class BatchStream:
                          self.order.count_epochs())
 
     def _select_local(self, samples: list[OrderedSample], size: int) -> list[list[OrderedSample]]:
-        """Return this rank's samples in micro-batches of `size`: rank r of n takes every n-th micro-batch."""
+        """Return this rank's samples in micro-batches: rank r among n takes every n-th from r on."""
         return [samples[i:i + size] for i in range(self._dp_rank * size, len(samples), size * self._dp_size)]
 
     def _build_row(self, sample: OrderedSample, seq_len: int) -> PackedRow:

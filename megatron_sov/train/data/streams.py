@@ -1,4 +1,4 @@
-"""An endless stream of shuffled, packed documents from a source, with a cursor of a few integers.
+"""An endless stream of shuffled, packed documents from a source, with a cursor that is a few integers.
 
 A stream reads its source in windows of at most `WINDOW_DOCUMENTS` shuffled documents. Each window is packed
 separately, so memory and start-up do not depend on the size of the source. If the sample length changes
@@ -32,7 +32,7 @@ each row; truncate: whole units, longer units lose their tail; drop: whole units
 
 
 class PackedSegment(NamedTuple):
-    """A contiguous part of a document in a row."""
+    """A contiguous document part in a row."""
 
     document: int
     """Document index in the source."""
@@ -47,7 +47,7 @@ Row = tuple[PackedSegment, ...]
 
 @dataclass
 class Cursor:
-    """Position of a stream in its source, as JSON values."""
+    """A stream's position in its source, as JSON values."""
 
     epoch: int = 0
     """Complete passes over the source."""
@@ -62,11 +62,11 @@ class Cursor:
     window_documents: int = field(default_factory=lambda: WINDOW_DOCUMENTS)
     """Units per window when the stream began, so that a resumed run reads equal windows."""
     over_long: int = 0
-    """Number of units read that were longer than a sample."""
+    """Units read that were longer than a sample."""
 
 
 class DocumentStream:
-    """Returns the samples of a source."""
+    """Returns samples from a source."""
 
     def __init__(self, name: str, documents: Documents, seed: int, packing: Packing, cursor: Cursor,
                  group: int = 1) -> None:
@@ -117,7 +117,7 @@ class DocumentStream:
         return self.cursor.epoch + windows / self.num_windows
 
     def _replay_cursor(self) -> None:
-        """Take the rows of the current window that the cursor has already taken."""
+        """Repeat taking the rows that `cursor.taken` counts in the current window."""
         # rows are not stored: repeating the calls reproduces them. Packing counts over-long units a second
         # time, so their number is restored
         taken, self.cursor.taken, over_long = self.cursor.taken, [], self.cursor.over_long
@@ -133,7 +133,7 @@ class DocumentStream:
             cursor.window, cursor.epoch = 0, cursor.epoch + 1
 
     def _take_row(self, seq_len: int) -> Row | None:
-        """Return the window's next row of at most `seq_len` tokens, or None at the end of the window."""
+        """Return the window's next row with at most `seq_len` tokens, or None at its end."""
         taken = self.cursor.taken
         # a new length packs the rest of the window again, so that no document is repeated or lost
         if not taken or taken[-1][0] != seq_len:
@@ -148,7 +148,7 @@ class DocumentStream:
         return self._rows.pop()
 
     def _shuffle_window(self) -> list[PackedSegment]:
-        """Return the documents of the cursor's window, shuffled by units.
+        """Return the documents in the cursor's window, shuffled by units.
 
         Window sizes differ by at most one unit, so that no window is too small to be packed well.
         """
@@ -164,7 +164,7 @@ class DocumentStream:
                                                        strict=True)]
 
     def _join_rest(self) -> list[PackedSegment]:
-        """Return the rest of the window, shuffled, with the parts of each document joined."""
+        """Return the window's remaining documents, shuffled, with their parts joined."""
         rest = sorted(segment for row in self._rows for segment in row)
         # documents get their tails back, because the unit may fit whole at the new length
         if self._packing in ("truncate", "drop"):
@@ -201,7 +201,7 @@ class DocumentStream:
 
 
 def cut_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[PackedSegment]:
-    """Split long segments into segments of at most `seq_len` tokens."""
+    """Split long segments, so that none exceeds `seq_len` tokens."""
     short: list[PackedSegment] = []
     for part in parts:
         document, first, count = part
@@ -216,7 +216,7 @@ def cut_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[PackedSeg
 
 def fit_units(parts: Sequence[PackedSegment], group: int, seq_len: int, *,
               drop: bool) -> tuple[list[Row], int]:
-    """Return units (`group` documents) of at most `seq_len` tokens, and the number of longer units.
+    """Return units (`group` documents) that fit `seq_len` tokens, and the number of longer units.
 
     `drop` leaves longer units out; otherwise the tails of their longest documents are cut. Conversations are
     never split over rows, because later turns make no sense without earlier turns.
@@ -246,7 +246,7 @@ def _shorten_unit(unit: Row, seq_len: int) -> Row:
 
 
 def pack_units(units: Sequence[Row], seq_len: int) -> list[Row]:
-    """Pack whole units into rows of at most `seq_len` tokens by `pack_best_fit`."""
+    """Pack whole units into rows with at most `seq_len` tokens by `pack_best_fit`."""
     # a segment stands for each unit, with the unit's index as its document
     segments = (PackedSegment(i, 0, sum(part.count for part in unit)) for i, unit in enumerate(units))
     rows: list[Row] = []
@@ -259,7 +259,7 @@ def pack_units(units: Sequence[Row], seq_len: int) -> list[Row]:
 
 
 def pack_units_nearby(units: Sequence[Row], seq_len: int, num_open: int) -> list[Row]:
-    """Pack whole units into rows of at most `seq_len` tokens, with consecutive units in nearby rows.
+    """Pack whole units into rows with at most `seq_len` tokens, consecutive units into nearby rows.
 
     Bounded-space best fit (Csirik and Johnson, Algorithmica 31, 2001): a unit goes into the fullest row with
     enough room among the last `num_open` rows.
@@ -280,7 +280,7 @@ def pack_units_nearby(units: Sequence[Row], seq_len: int, num_open: int) -> list
 
 
 def pack_best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
-    """Pack segments into rows of at most `seq_len` tokens by best-fit decreasing.
+    """Pack segments into rows with at most `seq_len` tokens by best-fit decreasing.
 
     The longest segment goes first, into the fullest row with enough room. The result has at most 11/9 of the
     fewest possible rows, plus four (Johnson et al., SIAM J. Comput. 3, 1974), in the order of opening.
@@ -305,7 +305,7 @@ def pack_best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
 
 
 def concatenate_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[Row]:
-    """Pack documents into full rows in order, cut at the end of each row; the last row may be shorter."""
+    """Pack documents into full rows in order, cut at each row's end; the last row may be shorter."""
     rows: list[Row] = []
     row: list[PackedSegment] = []
     room = seq_len
@@ -322,7 +322,7 @@ def concatenate_segments(parts: Iterable[PackedSegment], seq_len: int) -> list[R
 
 
 class Permutation:
-    """A pseudo-random permutation of `size` indices, computed from its key without a stored list.
+    """A pseudo-random permutation on `size` indices, computed from its key without a stored list.
 
     A balanced Feistel network over the next power of four is applied again until the result is below `size`
     (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
@@ -336,7 +336,7 @@ class Permutation:
         self._keys = np.frombuffer(digest, "<u8").astype(np.uint64)
 
     def permute(self, first: int, last: int) -> np.ndarray:
-        """Return [last - first] int64: images of indices `first` to `last` - 1.
+        """Return [last - first] int64: images for indices `first` to `last` - 1.
 
         Raises `IndexError` if an index is not below `size`.
         """
@@ -357,7 +357,7 @@ class Permutation:
 
 
 def _mix_bits(x: np.ndarray) -> np.ndarray:
-    """Apply the finaliser of splitmix64 (Steele, Lea, Flood 2014), modulo 2^64."""
+    """Apply splitmix64's finaliser (Steele, Lea, Flood 2014), modulo 2^64."""
     x = x + _U(0x9E3779B97F4A7C15)
     x = (x ^ x >> _U(30)) * _U(0xBF58476D1CE4E5B9)
     x = (x ^ x >> _U(27)) * _U(0x94D049BB133111EB)

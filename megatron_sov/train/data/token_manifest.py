@@ -1,4 +1,4 @@
-"""Manifests of token artifacts: building the record of a source, and checking for required fields."""
+"""Token artifact manifests: building a source's record, and checking for required fields."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build_source_record(name: str, format: str, sidecars: Iterable[str],
 
 
 def check_token_manifest(path: str, content: dict[str, Any]) -> None:
-    """Raise `UserError` with the missing fields in `content`, the manifest of the artifact `path`."""
+    """Raise `UserError` with the fields missing from `content`, the manifest in the artifact `path`."""
     try:
         missing = list(_iter_missing_fields(content))
     except (TypeError, AttributeError, KeyError) as e:

@@ -1,4 +1,4 @@
-"""Memory-mapped token shards (Megatron-Core's `.bin` and `.idx`, with sidecars), and the sources of token
+"""Memory-mapped token shards (Megatron-Core's `.bin` and `.idx`, with sidecars), and the sources in token
 artifacts."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
+import re
 import resource
 import sys
 from bisect import bisect_right
@@ -19,7 +20,7 @@ import numpy as np
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
 from megatron_sov.base.documents.shard_files import (
     DAMAGED, FEATURE_DTYPE, FEATURES, PER_DOCUMENT, ROUTES, WRITTEN, RouteShape, unpack_flags)
-from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
 from megatron_sov.chat.vocabulary import find_difference
@@ -38,14 +39,14 @@ _HEADER_BYTES = len(IDX_MAGIC) + 8 + 1 + 8 + 8
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Content of an `.idx` file."""
+    """An `.idx` file's content."""
 
     dtype: np.dtype
-    """Dtype of token ids."""
+    """Token id dtype."""
     lengths: np.ndarray
     """[documents] int32: tokens per document."""
     pointers: np.ndarray
-    """[documents] int64: first byte of each document in `.bin`."""
+    """[documents] int64: each document's first byte in `.bin`."""
 
     @property
     def num_tokens(self) -> int:
@@ -71,7 +72,7 @@ def read_index(file: Path) -> ShardIndex:
 
 
 def map_numbers(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """Map a flat file of `count` numbers. Raises `UserError` if the file has a different size."""
+    """Map a flat file with `count` numbers. Raises `UserError` if the file has a different size."""
     size_bytes, expected_bytes = file.stat().st_size, count * dtype.itemsize
     if size_bytes != expected_bytes:  # a slice beyond the end would silently be short
         raise UserError(f"{file}: has {size_bytes} bytes, the index asks for {expected_bytes}; "
@@ -97,14 +98,14 @@ class Lengths(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, documents: Any, /) -> Any:
-        """Return the token count for a document or an array of documents."""
+        """Return the token count for a document, or counts for an array."""
         ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
 
 class ChainedLengths:
-    """The lengths of several shards in sequence, read on access."""
+    """Document lengths from several shards in sequence, read on access."""
 
     def __init__(self, parts: list[np.ndarray]) -> None:
         self.parts = parts
@@ -159,7 +160,7 @@ def list_column_names(endings: Iterable[str]) -> tuple[str, ...]:
 
 
 CONTENT_VERSION = 2
-"""Supported version of a token manifest's content."""
+"""Supported `content_version` in token manifests."""
 
 
 def warn_about_heldout_rules(contents: dict[str, dict[str, Any]]) -> None:
@@ -176,7 +177,7 @@ def warn_about_heldout_rules(contents: dict[str, dict[str, Any]]) -> None:
 
 
 class Documents(Protocol):
-    """Documents in a source: token shards of a split, or documents built in memory."""
+    """Documents in a source: a split's token shards, or documents built in memory."""
 
     @property
     def lengths(self) -> Lengths:
@@ -193,7 +194,7 @@ class Documents(Protocol):
         ...
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return loss weights of tokens as targets, [count] float32."""
+        """Return loss weights for tokens as targets, [count] float32."""
         ...
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
@@ -202,7 +203,7 @@ class Documents(Protocol):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of columns in addition to loss weights and types."""
+        """Column names, in addition to loss weights and types."""
         ...
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
@@ -210,7 +211,7 @@ class Documents(Protocol):
         ...
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return experts of tokens, [count, layers, top_k], for sources with `Source.routes`."""
+        """Return expert routes, [count, layers, top_k], for sources with `Source.routes`."""
         ...
 
 
@@ -317,7 +318,7 @@ class TokenShard:
                             f"{DAMAGED}") from None
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return `count` token ids of a document from `start`, int64.
+        """Return `count` token ids from `start` in a document, int64.
 
         Raises `UserError` if an id is outside the vocabulary, because a vocabulary-parallel embedding would
         ignore it.
@@ -332,7 +333,7 @@ class TokenShard:
         return ids
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return loss weights of tokens as targets, [count] float32; 1 without a sidecar."""
+        """Return loss weights for tokens as targets, [count] float32; 1 without a sidecar."""
         if self._written is not None:
             return self._read_flags(document, start, count).astype(np.float32)
         if self._loss is None:
@@ -367,7 +368,7 @@ class TokenShard:
         return numbers
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return experts of tokens, [count, layers, top_k]. Raises `UserError` if a route is invalid."""
+        """Return expert routes, [count, layers, top_k]. Raises `UserError` if a route is invalid."""
         routes = self._routes[self._get_range(document, start, count)]
         assert self._route_shape is not None
         if problem := self._route_shape.problem(routes):
@@ -427,7 +428,7 @@ class Source:
     name: str
     """Name in blends, events and the report."""
     artifact: Path | None
-    """Folder of the token artifact; None if `train_documents` are built in memory."""
+    """Token artifact folder; None if `train_documents` are built in memory."""
     format: str
     """Data format: "text", "chat", "prompt", "rollouts" (`data.rounds`), or "preference", with chosen and
     rejected response to a prompt in documents 2i and 2i + 1."""
@@ -440,17 +441,17 @@ class Source:
     train_documents: Documents | None = None
     """Training documents that replace the artifact's training split."""
     vocab_size: int = sys.maxsize
-    """Size of the tokenizer's vocabulary."""
+    """Tokenizer vocabulary size."""
     columns: tuple[str, ...] = ()
-    """Columns of the shards, in addition to loss weights and types."""
+    """Columns in the shards, in addition to loss weights and types."""
     group: int = 1
     """Consecutive documents per unit: 2 for preference pairs, else 1."""
     tokenizer: Path | None = None
     """Tokenizer folder; by default the artifact's folder `tokenizer`."""
     routes: RouteShape | None = None
-    """Shape of recorded expert routes; None for documents without routes."""
+    """Shape for recorded expert routes; None for documents without routes."""
     banks: Banks = field(default_factory=dict)
-    """Kind -> bank of pictures or sounds whose features replace placeholder tokens."""
+    """Kind -> bank with pictures or sounds whose features replace placeholder tokens."""
 
     @property
     def is_chat(self) -> bool:
@@ -458,7 +459,7 @@ class Source:
         return self.format != "text"
 
     def open_split(self, split: str) -> Documents:
-        """Open the documents of "train" or "heldout"."""
+        """Open the documents in the split "train" or "heldout"."""
         if self.train_documents is not None and split == "train":
             return self.train_documents
         if self.artifact is None:
@@ -470,7 +471,7 @@ class Source:
 def open_sources(paths: dict[str, float], vocab_size: int,
                  formats: tuple[str, ...] | None = TEXTS, *, warns: bool = True, is_fixed: bool = False
                  ) -> list[Source]:
-    """Open the sources of token artifacts, and check that they fit each other and the model.
+    """Open the sources in token artifacts, and check that they fit each other and the model.
 
     `paths` maps [NAME=]folder to a weight: NAME renames a single source, and several become NAME-SOURCE.
     `vocab_size` belongs to the model; `is_fixed` means that it cannot be set. `formats` are supported values
@@ -528,6 +529,12 @@ def name_sources(path: str, content: dict[str, Any]) -> dict[str, str]:
     return {source: f"{name}-{source}" for source in names}
 
 
+def _fix_stage(kind: str) -> Fix | None:
+    """Return the command that learns from data of a format."""
+    match = re.search(r"`megatron-sov (sft|prefer)`", COMMANDS_BY_FORMAT.get(kind, ""))
+    return Fix(command=match[1]) if match else None
+
+
 def _build_sources(named_path: str, content: dict[str, Any], share: float,
                    formats: tuple[str, ...] | None) -> list[Source]:
     records, path = content["sources"], Path(split_source_name(named_path)[1])
@@ -536,7 +543,8 @@ def _build_sources(named_path: str, content: dict[str, Any], share: float,
         if formats is not None and record["format"] not in formats:
             raise UserError(f"{path}: source {record['name']!r} holds data of format {record['format']!r}, "
                             f"this stage learns from {' or '.join(formats)}; "
-                            f"{COMMANDS_BY_FORMAT.get(record['format'], 'pass other data')}")
+                            f"{COMMANDS_BY_FORMAT.get(record['format'], 'pass other data')}",
+                            _fix_stage(record["format"]))
     train_tokens = sum(record["splits"]["train"]["num_tokens"] for record in records)
     if train_tokens == 0:
         raise UserError(f"{path}: holds no training tokens; pack more text")
@@ -558,17 +566,17 @@ def _build_sources(named_path: str, content: dict[str, Any], share: float,
 
 
 def tokenizer_folder(sources: list[Source]) -> Path | None:
-    """Return the tokenizer folder of the data, or None."""
+    """Return the data's tokenizer folder, or None."""
     folders = (source.tokenizer or (source.artifact and source.artifact / "tokenizer") for source in sources)
     return next((f for f in folders if f is not None and (f / "tokenizer.json").is_file()), None)
 
 
 def describe_inputs(sources: list[Source]) -> list[dict[str, str]]:
-    """Return kind, path and manifest hash of each artifact in `sources`, for records."""
+    """Return kind, path and manifest hash for each artifact in `sources`."""
     folders = dict.fromkeys(s.artifact for s in sources if s.artifact is not None)
     return [describe_input("tokens", folder) for folder in folders]
 
 
 def describe_input(kind: str, folder: Path) -> dict[str, str]:
-    """Return kind, path and manifest hash of an artifact, for records."""
+    """Return kind, path and manifest hash for an artifact."""
     return {"kind": kind, "path": str(folder), "manifest_sha256": manifest_sha256(folder)}

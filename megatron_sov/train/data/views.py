@@ -65,7 +65,7 @@ def _build_view(name: str, sources_by_name: dict[str, Source]) -> Source | None:
 
 
 def view_as_text(source: Source) -> Source:
-    """Return a text source with the tokens of `source`, so that conversations are cut at the end of a row.
+    """Return a text source with the tokens from `source`, so that rows may cut conversations.
 
     The view has no held-out documents, because they would be evaluated as responses.
     """

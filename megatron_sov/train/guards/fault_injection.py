@@ -26,7 +26,7 @@ FAULT_STATES: dict[str, tuple[str, ...]] = {
     "kill": ("start", "load", "step", "save"), "raise": ("start", "load", "step", "save"), "hang": ("step",),
     "nan": ("step",), "spike": ("step",), "bitflip": ("step",), "miscompute": ("step",),
     "slow-rank": ("step",), "corrupt-checkpoint": ("save",)}
-"""Fault kind -> states of the run in which a fault can occur."""
+"""Fault kind -> run states in which a fault can occur."""
 FAULT_OPTIONS: dict[str, dict[str, float | None]] = {
     "spike": {"factor": 1e4}, "slow-rank": {"seconds": 0.1, "steps": 100.0},
     "bitflip": {"bit": None}, "miscompute": {"bit": None}}
@@ -40,7 +40,7 @@ class Fault:
 
     kind: str
     state: str
-    """State of the run: start, load, step or save."""
+    """Run state: start, load, step or save."""
     at: int
     """First possible step."""
     rank: int = 0
@@ -53,7 +53,7 @@ class Fault:
 
 
 class FaultInjector:
-    """Injects the faults of one process."""
+    """Injects a process's faults."""
 
     def __init__(self, faults: Sequence[Fault], run: Path, rank: int) -> None:
         self._faults = faults
@@ -131,7 +131,7 @@ class FaultInjector:
 
 
 def parse_faults(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
-    """Parse the arguments of `--inject`.
+    """Parse `--inject` arguments.
 
     Raises `UserError` for an unknown kind, state or option, a value that is not a number, a rank outside
     `num_ranks`, or a repeated fault.
@@ -156,7 +156,7 @@ def list_pending_faults(faults: Sequence[Fault], run: Path) -> list[Fault]:
 
 
 def corrupt_checkpoint(checkpoint: Path) -> None:
-    """Change one byte in the middle of a checkpoint's largest file."""
+    """Change the middle byte in a checkpoint's largest file."""
     file = max((f for f in checkpoint.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     with open(file, "r+b") as f:
         f.seek(file.stat().st_size // 2)

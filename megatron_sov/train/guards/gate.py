@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class GateView(Protocol):
-    """Part of `Trainer` with which gates and hooks measure the model and record results."""
+    """The `Trainer` interface with which gates and hooks measure the model and record results."""
 
     @property
     def step(self) -> int:
@@ -38,11 +38,11 @@ class GateView(Protocol):
 
     @property
     def world(self) -> ParallelWorld:
-        """Rank and groups of this process."""
+        """This process's rank and groups."""
 
     @property
     def events(self) -> EventLog:
-        """Event log of the run, which drops events on ranks above 0."""
+        """The run's event log, which drops events on ranks above 0."""
 
 
 class Gate(Protocol):
@@ -52,7 +52,7 @@ class Gate(Protocol):
     """Whether the stage may end."""
 
     def begin(self, run: GateView) -> None:
-        """Judge the model before the first step of a new run. Collective."""
+        """Judge the model before a new run's first step. Collective."""
 
     def check(self, run: GateView) -> None:
         """Judge the model if a check is due after the last step. Collective."""

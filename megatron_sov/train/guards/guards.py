@@ -32,9 +32,9 @@ from megatron_sov.train.guards.step_guard import StepGuard
 from megatron_sov.train.guards.watchdog import Watchdog
 
 MAX_LISTED_RANKS = 64
-"""Number of slowest ranks in a `compute_time` event."""
+"""Slowest ranks listed in a `compute_time` event."""
 MAX_LISTED_EXPERTS = 8
-"""Number of dead experts that an alarm names."""
+"""Dead experts listed in an alarm."""
 
 _waited_s = 0.0
 """Time this process has waited for collectives on CPU tensors."""
@@ -42,11 +42,11 @@ _is_wait_timed = False
 
 
 class Guards:
-    """The guards of one process."""
+    """A process's guards."""
 
     def __init__(self, settings: GuardConfig, world: ParallelWorld, run: Path, faults: Sequence[Fault],
                  on_hang: Callable[[int, dict[str, list[int]]], None]) -> None:
-        """Build the guards and start the thread of `Watchdog`, which calls `on_hang`."""
+        """Build the guards and start the `Watchdog` thread, which calls `on_hang`."""
         self.step_guard = StepGuard(settings, world.is_main)
         """Rejects steps with an unusual loss or gradient norm."""
         self.watchdog = Watchdog(run, world.rank, settings.hang_timeout_s, on_hang)
@@ -68,7 +68,7 @@ class Guards:
 
 
 class SdcChecks:
-    """Finds silent data corruption by comparing replicas of weights and repeated computations."""
+    """Finds silent data corruption by comparing weight replicas and repeated computations."""
 
     def __init__(self, settings: GuardConfig) -> None:
         self._settings = settings
@@ -93,7 +93,7 @@ class SdcChecks:
                            "the same micro-batch gave other gradients when it was computed again", events)
 
     def compare_replicas(self, step: int, model: LanguageModel, events: EventLog) -> None:
-        """Compare replicas of weights before a checkpoint; raises like `compare_repetition`. Collective."""
+        """Compare weight replicas before a checkpoint; raises like `compare_repetition`. Collective."""
         if self._settings.compare_replicas:
             self._report_ranks(step, replica_checks.find_differing_replicas(model),
                                "weights differ from those of their replicas", events)
@@ -206,7 +206,7 @@ def _time_waits() -> None:
 
 
 class RoutingMonitor:
-    """Records routing figures of MoE layers; a lasting alarm is raised once."""
+    """Records routing figures for MoE layers; a lasting alarm is raised once."""
 
     def __init__(self, settings: GuardConfig) -> None:
         self._settings = settings

@@ -36,10 +36,10 @@ class StepGuard:
         self._grad_norms: list[float] = []
         self._windows_at_rejection: tuple[list[float], list[float]] = [], []
         self.consecutive_rejections = 0
-        """Number of steps rejected since the last learned step."""
+        """Steps rejected since the last learned step."""
         self._consecutive_suspects = 0
         self.rollbacks: list[dict[str, int]] = []
-        """`{"at": step, "to": step of the checkpoint}` for each rollback."""
+        """`{"at": step, "to": checkpoint step}` for each rollback."""
         self.rejection: StepRejection | None = None
         """Why the last step was rejected, or None if it was learned."""
 
@@ -140,7 +140,7 @@ class StepGuard:
 
 @dataclass(frozen=True)
 class StepRejection:
-    """Reason for rejecting a step, with loss and gradient norm of rank 0."""
+    """Reason for rejecting a step, with rank 0's loss and gradient norm."""
 
     reason: str
     """Sentence for the user, without a period."""

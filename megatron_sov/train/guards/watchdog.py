@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_sov.base.errors import ExitCode
 
 HANG_FOLDER = "hang"
-"""Subfolder of a run folder for stacks of hanging processes."""
+"""Run subfolder for the stacks of hanging processes."""
 MAX_GRACE_S = 10.0
 """Longest wait for other processes to notice the hang, before the first exit breaks their connections."""
 PACKAGE_PATH = f"{os.sep}megatron_sov{os.sep}"
@@ -111,7 +111,7 @@ class Watchdog:
         self._on_hang(step, places)
 
     def _find_place(self) -> str:
-        """Return the file and function of `megatron_sov` in which the main thread hangs."""
+        """Return the `megatron_sov` file and function in which the main thread hangs."""
         frame = sys._current_frames().get(self._main_thread)
         while frame is not None and PACKAGE_PATH not in frame.f_code.co_filename:
             frame = frame.f_back

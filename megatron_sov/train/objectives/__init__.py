@@ -1,1 +1,1 @@
-"""Objectives: their interface, micro-batches, next-token prediction, and evaluation of held-out documents."""
+"""Objectives: their interface, micro-batches, next-token prediction, and held-out evaluation."""

@@ -57,7 +57,7 @@ class DataBatches:
         return self.ledger.get_entry(self._step)
 
     def state(self) -> dict[str, Any]:
-        """Return the state of `SampleOrder` after the last returned batch, for a checkpoint.
+        """Return the `SampleOrder` state after the last returned batch, for a checkpoint.
 
         The ledger's history includes steps that were skipped or rejected after their batch was prepared.
         """
@@ -71,7 +71,7 @@ class DataBatches:
         return {name: cursor["tokens"] for name, cursor in self._state["cursors"].items()}
 
     def over_long(self) -> dict[str, int]:
-        """Return source -> number of conversations or pairs read that were longer than a sample."""
+        """Return source -> conversations or pairs read that were longer than a sample."""
         return {name: cursor["over_long"] for name, cursor in self._state["cursors"].items()
                 if cursor.get("over_long")}
 
@@ -99,7 +99,7 @@ class DataBatches:
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """Inputs of an objective's constructor, on one process."""
+    """Constructor inputs for objectives, on one process."""
 
     config: RunConfig
     """Resolved settings."""

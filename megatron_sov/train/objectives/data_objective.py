@@ -19,7 +19,7 @@ from megatron_sov.train.objectives.microbatch import MicroBatch, shift_labels
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 TEXT, AUDIO, IMAGE = "text_loss", "audio_loss", "image_loss"
-"""Meters: mean loss over learned labels of a type."""
+"""Meters: mean loss over learned labels with a type."""
 LM, MTP = "lm", "mtp"
 """Loss terms."""
 
@@ -52,7 +52,7 @@ class TypedLosses:
 
     def compute_meters(self, losses: torch.Tensor,
                        batch: MicroBatch) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return meter -> sum and count of unweighted `losses` [n] where `batch.weights` is positive."""
+        """Return meter -> sum and count for unweighted `losses` [n] with positive `batch.weights`."""
         if not self._blocks:
             return {}
         learned = batch.weights > 0
@@ -85,7 +85,7 @@ class DataObjective:
         return dataclasses.replace(batch, micro_batches=micro_batches)
 
     def _count_mtp_targets(self, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
-        """Return the MTP term's sum of label weights over this rank's host micro-batches."""
+        """Sum the MTP term's label weights over this rank's host micro-batches."""
         if not self._depths:
             return {}
         return {MTP: sum(float(shift_labels(m, depth).weights.double().sum()) for m in micro_batches
@@ -118,14 +118,14 @@ class LanguageModelling(DataObjective):
         self.meters = self._typed.meters
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count targets: label weights of the trunk, and over depths for the MTP term."""
+        """Count targets: label weights for the trunk, and over depths for the MTP term."""
         batch = self._scale_label_weights(batch)
         hosts = [m.host for m in batch.micro_batches]
         targets = {LM: sum(float(m.weights.double().sum()) for m in hosts)}
         return with_denominators(batch, targets | self._count_mtp_targets(hosts))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        """Return summed cross-entropies of the trunk and the prediction depths."""
+        """Return summed cross-entropies for the trunk and the prediction depths."""
         terms, losses = head.cross_entropy(hidden[0], batch.labels, {LM: batch.weights})
         terms |= self._compute_mtp_sum(hidden, head, batch)
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources),

@@ -35,11 +35,11 @@ TURN = "turn"
 """Column of a row: 1 for labels in a conversation's first learned turn, 2 in the second, ...; 0 for labels
 outside learned turns."""
 TURNS: dict[str, Callable[[Any], Any]] = {"first": lambda turn: turn == 1, "later": lambda turn: turn > 1}
-"""Part of a conversation -> test for numbers in the column `TURN`."""
+"""Conversation part -> test for numbers in the column `TURN`."""
 PARTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     **{part: (TURN, selects) for part, selects in TURNS.items()},
     **{name: (KIND, partial(operator.eq, kind)) for name, kind in KINDS.items()}}
-"""Part of a conversation -> column, and test for numbers in the column."""
+"""Conversation part -> column, and test for numbers in the column."""
 SUMS: Shapes = dict.fromkeys(("nats", "tokens", "size_bytes", "accepted", "drafts",
                               *(f"{part}_{unit}" for part in PARTS for unit in ("nats", "tokens"))), ())
 """Sums over a source's targets, as scalars: loss, targets, UTF-8 bytes, drafts that the trunk accepts,
@@ -50,7 +50,7 @@ ActionWrapper = Callable[[str, Callable[[], Any]], Any]
 
 @dataclass(frozen=True)
 class PartLoss:
-    """Loss on a part of conversations."""
+    """Loss on a conversation part."""
 
     loss: float
     """Nats per token."""
@@ -78,7 +78,7 @@ class HeldoutLoss:
 
 
 class HeldoutEvaluator:
-    """Evaluates a policy on the held-out split of each source, with a fixed choice of documents."""
+    """Evaluates a policy on each source's held-out split, with a fixed choice of documents."""
 
     def __init__(self, sources: list[Source], bytes_of_token: np.ndarray | None, seq_len: int,
                  rows_per_batch: int, max_tokens: int, world: ParallelWorld) -> None:
@@ -159,14 +159,14 @@ class HeldoutEvaluator:
 
 def build_heldout_row(sample: OrderedSample, documents: Documents, source: Source,
                       seq_len: int) -> PackedRow:
-    """Build a row of held-out documents; conversations get the columns `TURN` and `KIND`."""
+    """Build a row with held-out documents; conversations get the columns `TURN` and `KIND`."""
     if source.format != "chat":
         return build_row(sample, documents, seq_len)
     return _add_turns(build_row(sample, documents, seq_len, columns=(KIND,)), documents)
 
 
 def _add_turns(row: PackedRow, documents: Documents) -> PackedRow:
-    """Add the column `TURN`; a conversation's later windows continue the numbers of earlier windows."""
+    """Add the column `TURN`; a conversation's later windows continue its numbers."""
     numbers = np.zeros(len(row.tokens), np.float32)
     for first, _, (document, start, count) in row.origins:
         end = min(start + count + 1, int(documents.lengths[document]))  # includes the last label
@@ -192,7 +192,7 @@ def compute_heldout_loss(sums: Mapping[str, float]) -> HeldoutLoss:
 
 
 def _count_accepted_drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
-    """Return [2] float64: number of accepted drafts, and number of drafts, of the first prediction layer."""
+    """Return [2] float64: accepted drafts and drafts from the first prediction layer."""
     chosen, drafted = head.predict_row(hidden[0]), head.predict_row(hidden[1])
     counted = shift_labels(batch, 1).weights > 0
     # the layer drafts token t + 2 at position t, and the trunk chooses it at t + 1

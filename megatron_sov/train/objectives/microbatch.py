@@ -14,12 +14,12 @@ from megatron_sov.engine.parallel.device import CPU, get_local_device, to_device
 from megatron_sov.train.data.rows import PackedRow, RowOrigin
 
 WIDE, NARROW = ("tokens", "labels", "positions", "sources", "weights", "bounds"), ("types", "padding")
-"""Fields of `PackedRow` in the order of the transfer: wide dtypes first (with `columns`), for alignment."""
+"""`PackedRow` fields in transfer order: wide dtypes first (with `columns`), for alignment."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A row of packed documents with n tokens."""
+    """A packed row with n tokens."""
 
     inputs: ModelInputs
     """Tokens, positions, document bounds, padding."""
@@ -34,11 +34,11 @@ class MicroBatch:
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Column -> [n] float32: number for each label, 0 without a label."""
     teacher_output: torch.Tensor | None = None
-    """[n, width]: output of `post.distillation.distill.LiveTeacher` for each token."""
+    """[n, width]: `post.distillation.distill.LiveTeacher` output for each token."""
     origins: tuple[RowOrigin, ...] = ()
-    """Origin of each segment."""
+    """Each segment's origin."""
     denominators: dict[str, float] = field(default_factory=dict)
-    """Term -> divisor of its sum, counted over the global batch by `Objective.prepare`."""
+    """Loss term -> divisor, counted over the global batch by `Objective.prepare`."""
     on_host: MicroBatch | None = None
     """Host copy; None if the micro-batch itself is on the host."""
 
@@ -60,7 +60,7 @@ def build_micro_batch(row: PackedRow) -> MicroBatch:
 
 
 def _unpack_values(flat: torch.Tensor, row: PackedRow, values: list[np.ndarray]) -> MicroBatch:
-    """Build a micro-batch from `flat`, the bytes of `values` in one uint8 tensor."""
+    """Build a micro-batch from `flat`, a uint8 tensor with the bytes of `values`."""
     slices = flat.split([value.nbytes for value in values])
     parts = [part.view(torch.from_numpy(value[:0]).dtype)
              for part, value in zip(slices, values, strict=True)]
@@ -76,7 +76,7 @@ def _unpack_values(flat: torch.Tensor, row: PackedRow, values: list[np.ndarray])
 
 
 def compute_segments(batch: MicroBatch) -> torch.Tensor:
-    """Return [n] int64: segment number of each token; padding is a segment, too."""
+    """Return [n] int64: each token's segment number; padding is a segment, too."""
     bounds = batch.inputs.cu_seqlens
     # right=True: the token at a bound begins the next segment
     return torch.searchsorted(bounds[1:].long(), torch.arange(len(batch.labels), device=bounds.device),

@@ -1,4 +1,4 @@
-"""The interface of objectives, which provide batches and losses to the training loop."""
+"""The objective interface: batches and losses for the training loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENS = "all tokens"
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """This data-parallel rank's part of the global batch for an optimizer step.
+    """This data-parallel rank's part in a step's global batch.
 
     >>> batch = GlobalBatch(micro_batches=(), seq_len=64, num_sequences=8, phase="main")
     >>> dataclasses.replace(batch, num_tokens=512, targets={"lm": 504.0}).targets["lm"]
@@ -59,7 +59,7 @@ class LossSums:
     terms: dict[str, torch.Tensor]
     """Term -> differentiable scalar: weighted sum over the micro-batch."""
     by_source: torch.Tensor
-    """[sources, 2] float64: sum of losses and number of targets, for the log."""
+    """[sources, 2] float64: loss sum and target count, for the log."""
     meters: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]] = dataclasses.field(
         default_factory=dict)
     """Meter -> sum and count over the micro-batch, for the log; names as in `get_meters`."""
@@ -107,7 +107,7 @@ def get_columns(factory: Any) -> Mapping[str, NeededColumn]:
 
 
 def get_meters(objective: Any) -> tuple[str, ...]:
-    """Return the meters of an objective: attribute `meters`, default ().
+    """Return an objective's meters: attribute `meters`, default ().
 
     A meter is a mean that is logged but not learned, such as the share of clipped tokens.
     """
@@ -115,7 +115,7 @@ def get_meters(objective: Any) -> tuple[str, ...]:
 
 
 def get_headline(objective: Any) -> tuple[Meter, ...]:
-    """Return the main meters of a run: attribute `headline`, default `(LOSS,)`."""
+    """Return a run's main meters: attribute `headline`, default `(LOSS,)`."""
     return tuple(getattr(objective, "headline", (LOSS,)))
 
 
@@ -134,7 +134,7 @@ def get_doubt(objective: Any, step: int, meters: Mapping[str, float]) -> str:
 
 
 class ObjectiveState:
-    """Stores the state of an objective in checkpoints."""
+    """Stores an objective's state in checkpoints."""
 
     def __init__(self, objective: Any) -> None:
         self._objective = objective
@@ -159,7 +159,7 @@ class ObjectiveState:
 
 
 def _find_json_change(value: Any, where: str) -> str | None:
-    """Return a sentence about a part of `value` that JSON changes, else None."""
+    """Return a sentence about a value inside `value` that JSON changes, else None."""
     if isinstance(value, tuple):
         return f"{where} is a tuple, which comes back as a list"
     if isinstance(value, dict):
@@ -185,7 +185,7 @@ def get_checkpoint_parts(objective: Any) -> dict[str, ObjectiveState]:
 
 
 def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:
-    """Sum tokens and each term's target weight over data-parallel ranks, as denominators of micro-batches."""
+    """Sum tokens and each term's target weight over data-parallel ranks, as micro-batch denominators."""
     tokens = sum(int((~m.host.inputs.padding).sum()) for m in batch.micro_batches)
     counts = {**{name: local_targets[name] for name in sorted(local_targets)}, TOKENS: tokens}
     targets = sum_dict(counts, collectives.all_reduce_dp)
@@ -209,7 +209,7 @@ def check_has_targets(batch: GlobalBatch, step: int) -> None:
 
 def compute_total_loss(sums: LossSums, coefficients: Mapping[str, float],
                        denominators: Mapping[str, float]) -> torch.Tensor:
-    """Return the total of coefficient * sum / denominator over terms; a term without targets adds 0."""
+    """Sum coefficient * sum / denominator over terms; a term without targets adds 0."""
     total = torch.zeros((), dtype=torch.float32, device=next(iter(sums.terms.values())).device)
     for name, value in sums.terms.items():
         # `value * 0` leaves every parameter in the graph: ranks must run equal backward passes
@@ -220,6 +220,6 @@ def compute_total_loss(sums: LossSums, coefficients: Mapping[str, float],
 
 def per_source(losses: torch.Tensor, weights: torch.Tensor, sources: torch.Tensor,
                num_sources: int) -> torch.Tensor:
-    """Return [num_sources, 2] float64: sum of weighted losses and sum of weights."""
+    """Return [num_sources, 2] float64: sums of weighted losses and weights."""
     both = torch.stack([losses.detach().double() * weights, weights.double()], dim=1)
     return torch.zeros(num_sources, 2, dtype=torch.float64, device=losses.device).index_add_(0, sources, both)

@@ -1,4 +1,4 @@
-"""Evaluation of a run's exports by background processes or Slurm jobs.
+"""Evaluating a run's exports in background processes or Slurm jobs.
 
 `RUN/evaluations/step-N.TASK.json` has the results, `step-N.TASK.failed` the reason for a failure, and
 `.step-N.TASK.submitted` marks a submitted job. An export without such a file waits for its evaluation, so
@@ -33,7 +33,7 @@ _WAIT_S = 0.05
 
 @dataclass(frozen=True)
 class EvalJob:
-    """An evaluation task on the export of a step."""
+    """An evaluation task on a step's export."""
 
     step: int
     task: str
@@ -60,7 +60,7 @@ class ExportEvaluations:
 
     def __init__(self, run: Path, config: RunConfig, record: Callable[..., None],
                  build_command: CommandBuilder | None = None) -> None:
-        """Find waiting jobs of an earlier process; `record(name, **fields)` writes an event.
+        """Find an earlier process's waiting jobs; `record(name, **fields)` writes an event.
 
         `build_command` replaces `build_eval_command`.
         """
@@ -78,7 +78,7 @@ class ExportEvaluations:
         self._waiting = [job for job in jobs if job not in self._submitted and self._is_open(job)]
 
     def offer(self, step: int) -> None:
-        """Queue the evaluation of a new or repeated export, without waiting."""
+        """Queue evaluations for a new or repeated export, without waiting."""
         jobs = [EvalJob(step, name) for name in self._settings.tasks]
         if self._running is not None and self._running.job in jobs:
             self.close()
@@ -114,7 +114,7 @@ class ExportEvaluations:
             self._start_job(self._waiting.pop(0))
 
     def wait(self) -> None:
-        """Finish local evaluations and submit remaining jobs, at the end of a run."""
+        """Finish local evaluations and submit remaining jobs, when the run ends."""
         self.poll(now=True)
         while self._running is not None or (
                 self._waiting and len(self._submitted) < self._settings.max_waiting):
@@ -261,7 +261,7 @@ def build_eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path)
 
 
 def _list_lm_arguments(lm: LmEvalConfig, out: Path) -> list[str]:
-    """Return the arguments of `eval lm` that follow the model."""
+    """Return `eval lm` arguments, which follow the model."""
     single: dict[str, Any] = {
         "--tasks": ",".join(lm.tasks), "--output": out, "--cache": _get_cache(out),
         "--data-dir": lm.data_dir or None, "--limit": lm.limit, "--num-fewshot": lm.num_fewshot,

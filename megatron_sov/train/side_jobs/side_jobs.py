@@ -33,17 +33,17 @@ POLL_S = 0.05
 
 
 class SideJobs:
-    """Runs exports, evaluations and checkpoint averaging in background processes of rank 0."""
+    """Runs exports, evaluations and checkpoint averaging in background processes on rank 0."""
 
     def __init__(self, run: Path, config: RunConfig, record: Callable[..., None]) -> None:
-        """Find waiting jobs of an earlier process; `record(name, **fields)` writes an event."""
+        """Find an earlier process's waiting jobs; `record(name, **fields)` writes an event."""
         self._average = partial(average_checkpoints, run, config.train, record)
         self._evaluations = ExportEvaluations(run, config, record)
         self._exports = CheckpointExports(
             run, config.train, record, lambda step: _warn_on_os_error(lambda: self._evaluations.offer(step)))
 
     def offer(self, step: int, checkpoint: Path, last: bool) -> None:
-        """Queue export and evaluation of a complete checkpoint if they are due, without waiting."""
+        """Queue a complete checkpoint's export and evaluation if they are due, without waiting."""
         self._exports.offer(step, checkpoint, last)
 
     def poll(self) -> None:
@@ -52,7 +52,7 @@ class SideJobs:
         _warn_on_os_error(self._evaluations.poll)
 
     def wait(self) -> None:
-        """Finish the queued work at the end of a run."""
+        """Finish queued work when the run ends."""
         self._average()
         # before the evaluations, which finished exports queue
         self._exports.wait()
@@ -146,7 +146,7 @@ class StepProfiler:
         self._profile = None
 
     def close(self, step: int) -> None:
-        """Write the trace of a run that ends before the last profiled step."""
+        """Write the trace if the run ends before the last profiled step."""
         if self._profile is not None or self._records:
             self._write_trace(step)
 
@@ -191,7 +191,7 @@ class _RunningJob:
 
 
 class CheckpointExports:
-    """Exports checkpoints to Hugging Face folders in a background process of rank 0.
+    """Exports checkpoints to Hugging Face folders in a background process on rank 0.
 
     `RUN/exports/step-N` is converted from `RUN/exports/.step-N.source`, hard links to the checkpoint's files,
     because the run may delete the checkpoint meanwhile. At most one export runs and one waits; a resumed run
@@ -214,7 +214,7 @@ class CheckpointExports:
         self._running: _RunningJob | None = None
 
     def offer(self, step: int, checkpoint: Path, last: bool) -> None:
-        """Queue the export of a complete checkpoint if it is due, without waiting.
+        """Queue a complete checkpoint's export if it is due, without waiting.
 
         Every `train.export_every_checkpoints`-th regular checkpoint is due, and the `last` of the run.
         """
@@ -245,7 +245,7 @@ class CheckpointExports:
                 self._record_failure(step, f"its process cannot be started ({e})")
 
     def wait(self) -> None:
-        """Finish the queued exports at the end of a run."""
+        """Finish queued exports when the run ends."""
         self.poll()
         while self._running is not None:
             time.sleep(POLL_S)

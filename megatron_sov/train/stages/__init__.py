@@ -1,1 +1,1 @@
-"""One stage of training from its settings to its end: begun, planned, restored, judged."""
+"""Training stages: checks, launch, restart, completion, and the texts that a run prints."""

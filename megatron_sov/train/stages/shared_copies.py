@@ -19,7 +19,7 @@ from megatron_sov.base.digests import hash_file
 SHARED, STAMPS = ".from-hf", "seen"
 WEIGHTS = (".bin", ".safetensors")
 SUFFIXES = (*WEIGHTS, ".json", ".jinja", ".model", ".txt")
-"""Suffixes of files that a conversion may read."""
+"""File suffixes that a conversion may read."""
 
 
 def find_copy(start: Path, run: Path) -> Path | None:
@@ -37,7 +37,7 @@ def list_model_files(folder: Path) -> list[Path]:
 
 
 def digest_stats(folder: Path) -> str:
-    """Digest names, sizes and times of a folder's files, without reading the files."""
+    """Digest file names, sizes and times in a folder, without reading the files."""
     stats = [(file.name, file.stat()) for file in list_model_files(folder)]
     # the kernel sets the time of change (ctime) at each write, and no program can set it back
     facts = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in stats]
@@ -45,12 +45,12 @@ def digest_stats(folder: Path) -> str:
 
 
 def digest_tokenizer(folder: Path) -> str:
-    """Digest names and contents of a folder's files, without weights."""
+    """Digest file names and contents in a folder, without weights."""
     return digest_files([file for file in list_model_files(folder) if file.suffix not in WEIGHTS])
 
 
 def digest_files(files: Sequence[Path]) -> str:
-    """Digest names and contents of files."""
+    """Digest file names and contents."""
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(hash_file, files))
     return hashlib.sha256(format_json([[file.name for file in files], digests]).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from megatron_sov.base.errors import Fix, UserError, suggest_name
+from megatron_sov.base.errors import Fix, UserError, find_nearest_name, suggest_name
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, NotNegative, NotNegativeInt, ProblemCode, SettingsError, SettingsProblem,
     Violation, find_broken_rules, find_rule_problems, parse_settings_yaml, read_settings_text)
@@ -327,8 +327,10 @@ def load_profile(name: str, *, account: str | None = None, partition: str | None
     elif name in list_profiles():
         text = list_packaged_files("clusters")[name].read_text(encoding="utf-8")
     else:
+        nearest = find_nearest_name(name, list_profiles())
         raise UserError(f"--cluster {name}: there is no such profile{suggest_name(name, list_profiles())} "
-                        f"(profiles: {', '.join(list_profiles())}; your own: a path that ends with .yaml)")
+                        f"(profiles: {', '.join(list_profiles())}; your own: a path that ends with .yaml)",
+                        Fix(options=("--cluster", nearest)) if nearest else None)
     # check rules only after applying account and partition
     profile = parse_settings_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,

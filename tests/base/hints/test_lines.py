@@ -64,7 +64,7 @@ def test_a_fault_without_a_fix_is_in_the_message_too() -> None:
     ("megatron-sov rl run hf t.jsonl --reward math --run r --store s",
      ["megatron-sov rl run --from hf --reward math --run r --store s --prompts t.jsonl"]),
     ("sov-tokenizer train t.txt --vocab_size 900 --preset k-exaone --output o",
-     ["sov-tokenizer train --vocab-size 900 --preset k-exaone --output o --input t.txt"]),
+     ["sov-tokenizer train --preset k-exaone --output o --input t.txt --vocab-size 320"]),
     # commands of other programs, with the typed options
     ("megatron-sov finetune --model hf --train_file t.jsonl --output_dir o --num_train_epochs 2",
      ["megatron-sov sft --from hf --data t.jsonl --run o --set train.epochs=2"]),

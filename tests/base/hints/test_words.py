@@ -185,7 +185,7 @@ def test_own_unknown_and_damaged_configuration_files_go_to_their_reader(
 
 @pytest.mark.parametrize(("typed", "rule"), [
     ("megatron-sov recipes qwen3-8b --set train.tokens=2B", "write 2000000000"),
-    ("megatron-sov recipes qwen3-8b --set data.phases.0.seq_len=8k", "write 8000 or 8192"),
+    ("megatron-sov recipes qwen3-8b --set data.phases.0.seq_len=8k", "write 8192 or 8000"),
     ("megatron-sov recipes qwen3-8b --set optim.warmup_steps=0.1", "0.1 of 1000 steps are 100"),
     ("megatron-sov recipes qwen3-8b --set optim.weight_decay=5%", "write 0.05"),
     ("megatron-sov recipes qwen3-8b --set train.precision=fp16", "it is bf16 here"),

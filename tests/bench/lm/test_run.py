@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_sov import convert
-from megatron_sov.bench.lm import local, results
+from megatron_sov.bench.lm import engine_runs, results
 from megatron_sov.cli import main
 from megatron_sov.infer.engines.load import load_tokenizer
 from megatron_sov.infer.engines.transformers_engine import load_hf
@@ -157,7 +157,7 @@ def test_a_killed_evaluation_goes_on_behind_what_was_answered(one_rank: None, ta
 
     assert main(argv("whole.json")) == 0
     asked: list[str] = []
-    plain, calls = local._chunk_answers, 0
+    plain, calls = engine_runs._answer_chunk, 0
 
     def dies(model: Any, running: Any, chunk: Any, flag: Any) -> Any:
         nonlocal calls
@@ -167,7 +167,7 @@ def test_a_killed_evaluation_goes_on_behind_what_was_answered(one_rank: None, ta
         asked.extend(request.key for request in chunk)
         return plain(model, running, chunk, flag)
 
-    monkeypatch.setattr(local, "_chunk_answers", dies)
+    monkeypatch.setattr(engine_runs, "_answer_chunk", dies)
     codes = [main(argv("killed.json"))]
     while codes[-1]:
         assert not (tmp_path / "killed.json").exists()
@@ -181,7 +181,7 @@ def test_a_killed_evaluation_goes_on_behind_what_was_answered(one_rank: None, ta
 
 def test_a_signal_stops_it_in_good_order(one_rank: None, task_dir: Path, imported: dict[str, Path],
                                          tmp_path: Path, monkeypatch, capsys) -> None:
-    plain = local._chunk_answers
+    plain = engine_runs._answer_chunk
 
     def stops(model: Any, running: Any, chunk: Any, flag: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -190,7 +190,7 @@ def test_a_signal_stops_it_in_good_order(one_rank: None, task_dir: Path, importe
     argv = ["eval", "lm", str(imported[FAMILY]), "--tasks", "words,unended", "--task-dir", str(task_dir),
             "--output", str(tmp_path / "out.json")]
     with monkeypatch.context() as patched:
-        patched.setattr(local, "_chunk_answers", stops)
+        patched.setattr(engine_runs, "_answer_chunk", stops)
         before = signal.getsignal(signal.SIGTERM)
         assert main(argv) == 75
         assert signal.getsignal(signal.SIGTERM) == before
@@ -216,7 +216,7 @@ def test_mistakes_are_told_in_one_sentence(task_dir: Path, hf_models: dict[str, 
         ([model, "--tasks", "word", *common], "did you mean 'words'?"),
         ([model, "--tasks", ",", *common], "--tasks: names none"),
         ([model, "--tasks", "words", "--task-dir", "nowhere", "--output", out], "nowhere: is no folder"),
-        ([model, "--tasks", "words,words", *common], "words is asked for twice"),
+        ([model, "--tasks", "words,words", *common], "words is named twice"),
         (["missing", "--tasks", "words", *common], "missing"),
         ([str(bare), "--tasks", "words", "--apply-chat-template", *common], "has no chat template"),
         ([model, "--tasks", "unended", "--max-length", "4", *common], "pass --max-new-tokens"),

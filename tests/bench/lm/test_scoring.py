@@ -16,12 +16,13 @@ from scipy import stats
 from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm import scoring
-from megatron_sov.bench.lm.answers import AnswerScore
+from megatron_sov.bench.lm.answers import LikelihoodRequest
+from megatron_sov.bench.lm.engine_runs import hash_model
+from megatron_sov.bench.lm.evaluated_lm import EvaluatedLM
 from megatron_sov.bench.lm.results import (
-    Contamination, EvaluatedModel, Metric, ResultItem, Results, ResultSample, TaskScores, items_file,
-    read_items, read_results, table, write_results)
-from megatron_sov.bench.lm.settings import Settings, TaskSources
-from megatron_sov.bench.lm.subject import EvaluatedLM, content_hash
+    Contamination, EvaluatedModel, Metric, ResultItem, Results, ResultSample, TaskScores, format_scores,
+    get_items_path, read_items, read_results, write_results)
+from megatron_sov.bench.lm.settings import LmEvalSettings, TaskSources
 from megatron_sov.bench.lm.tasks import load_tasks
 
 
@@ -32,7 +33,7 @@ class Scripted(EvaluatedLM):
         tokens = SimpleNamespace(encode=lambda text, **_: list(map(ord, text)), bos_token=None)
         super().__init__(tokens, 1000, {})
 
-    def _answer(self, request: Any) -> Any:
+    def _get_answer(self, request: Any) -> Any:
         return {"text": "".join(map(chr, request.prompt)), "finish_reason": "stop"}
 
 
@@ -51,8 +52,9 @@ def score(folder: Path, values: Sequence[Any], aggregate: Callable[[Any], Any], 
     task._aggregation_list["exact_match"] = aggregate
     task.set_config("num_fewshot", 0)
     task.build_all_requests()
-    scores, items, notes = scoring.score([scoring.BuiltTask("t", task, None, {"d": "h"}, 0)], {}, Scripted(),
-                                         Settings(output=folder / "out.json"))
+    built = scoring.BuiltTask("t", task, None, {"d": "h"}, 0)
+    scores, items, notes = scoring.score_tasks([built], {}, Scripted(),
+                                               LmEvalSettings(output=folder / "out.json"))
     return scores["t"], items, notes
 
 
@@ -93,7 +95,7 @@ def test_what_is_no_mean_of_its_items_has_no_interval(tmp_path: Path) -> None:
 
 
 def test_a_likelihood_that_is_nan_is_refused() -> None:
-    broken, impossible = AnswerScore((1,), (2,)), AnswerScore((1,), (3,))
+    broken, impossible = LikelihoodRequest((1,), (2,)), LikelihoodRequest((1,), (3,))
     answers: Any = {broken.key: {"logprob": math.nan, "greedy": False},
                     impossible.key: {"logprob": -math.inf, "greedy": False}}
     model = EvaluatedLM(None, 8, answers)
@@ -109,7 +111,7 @@ def test_generation_settings_that_are_no_numbers_are_told(given: dict[str, Any])
     instance: Any = SimpleNamespace(request_type="generate_until", task_name="t", args=("?", given),
                                     repeats=1)
     with pytest.raises(UserError, match=r"task t: generation_kwargs .* cannot be used"):
-        EvaluatedLM(None, 64, {}).collect([instance])
+        EvaluatedLM(None, 64, {}).collect_requests([instance])
 
 
 FOUND = Results(EvaluatedModel("model", "abc", "huggingface"), {"t": TaskScores(
@@ -126,11 +128,11 @@ def test_results_and_items_are_read_back_to_the_bit(tmp_path: Path) -> None:
     written = write_results(tmp_path / "out.json", FOUND, ITEMS)
     assert read_results(tmp_path / "out.json") == written
     assert list(read_items(tmp_path / "out.json", written)) == ITEMS
-    assert items_file(tmp_path / "out.json").name == written.items["file"] == "out.items.jsonl"
+    assert get_items_path(tmp_path / "out.json").name == written.items["file"] == "out.items.jsonl"
 
 
 def test_the_table_says_what_is_not_known() -> None:
-    assert [line.split() for line in table(FOUND).splitlines()[1:]] == [
+    assert [line.split() for line in format_scores(FOUND).splitlines()[1:]] == [
         ["t", "pass@8", "0.3000", "0.1000", "to", "0.5000", "2", "1", "1"],
         ["t", "f1", "(strict)", "not", "known", "2", "1", "1"]]
 
@@ -176,16 +178,16 @@ def test_weights_that_were_saved_over_an_artifact_are_found(tmp_path: Path) -> N
         (artifact.path / "config.json").write_bytes(b"{}")
         (artifact.path / WEIGHTS).write_bytes(b"12345678")
     target: Any = SimpleNamespace(path=tmp_path / "hf")
-    whole = content_hash(target)
+    whole = hash_model(target)
     file = tmp_path / "hf" / WEIGHTS
     written_s = (tmp_path / "hf" / MANIFEST).stat().st_mtime
     os.utime(file, (written_s + 9, written_s + 9))  # a copy may be younger
-    assert content_hash(target) == whole
+    assert hash_model(target) == whole
     file.write_bytes(b"87654321")
     os.utime(file, (written_s + 9, written_s + 9))
     with pytest.raises(UserError, match=WEIGHTS):
-        content_hash(target)
+        hash_model(target)
     file.write_bytes(b"1234")
     os.utime(file, (written_s - 9, written_s - 9))
     with pytest.raises(UserError, match=WEIGHTS):
-        content_hash(target)
+        hash_model(target)

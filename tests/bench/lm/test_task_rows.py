@@ -80,12 +80,12 @@ BAD_FILES = [
     ("json", "d.jsonl", '{"a": NaN}\n', "line 1 is not JSON"),
     ("json", "d.json", "[1, 2]", "must hold a list of JSON objects"),
     ("json", "d.json", "[{", "is no valid JSON"),
-    ("csv", "d.csv", "q,a\nx,1,2\n", "line 2 has another number of cells than the 2 columns"),
-    ("csv", "d.csv", "q,a\nx\n", "line 2 has another number of cells"),
-    ("csv", "d.csv", "q,a,q\nx,1,y\n", "has two columns of one name (q, a, q)"),
+    ("csv", "d.csv", "q,a\nx,1,2\n", "line 2 must have 2 cells, a cell per column"),
+    ("csv", "d.csv", "q,a\nx\n", "line 2 must have 2 cells"),
+    ("csv", "d.csv", "q,a,q\nx,1,y\n", "has two columns with the same name (q, a, q)"),
     ("csv", "d.csv", 'q,a\n"x,1\n', "is no valid CSV"),
     ("csv", "d.csv", b"\xff\xfe\x00", "is no UTF-8 text"),
-    ("parquet", "d.parquet", "no table", "is no Parquet file that can be read"),
+    ("parquet", "d.parquet", "no table", "is no readable Parquet file"),
 ]
 
 

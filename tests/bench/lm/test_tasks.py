@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.bench.lm import tasks as task_files
-from megatron_sov.bench.lm.run import _build
-from megatron_sov.bench.lm.settings import Settings, TaskSources
-from megatron_sov.bench.lm.subject import EvaluatedLM
-from megatron_sov.bench.lm.tasks import TaskFolder, hash_of, load_tasks
+from megatron_sov.bench.lm.evaluated_lm import EvaluatedLM
+from megatron_sov.bench.lm.evaluation import _build_task
+from megatron_sov.bench.lm.settings import LmEvalSettings, TaskSources
+from megatron_sov.bench.lm.task_files import TaskFolder, find_tasks
+from megatron_sov.bench.lm.tasks import hash_task, load_tasks
 
 PLAIN = ("task: plain\ndataset_path: json\ndataset_kwargs: {data_files: {test: d.jsonl}}\ntest_split: test\n"
          "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
@@ -42,7 +42,7 @@ def test_a_plain_task_is_loaded_with_the_hashes_of_its_data(folder: Path) -> Non
 EVIL = [
     ("process_docs: !function evil.run", "process_docs is !function evil.run"),
     ("doc_to_text: !function evil.run", "doc_to_text is !function"),
-    ("metric_list: [{metric: ./evil.py}]", "metric './evil.py' is none that lm-eval has built in"),
+    ("metric_list: [{metric: ./evil.py}]", "metric './evil.py' is not built into lm-eval"),
     ("metric_list: [{metric: exact_match, hf_evaluate: true}]", "metric 'exact_match'"),
     ("unsafe_code: true", "unsafe_code"),
     ("use_prompt: 'x.yaml:y'", "use_prompt"),
@@ -57,17 +57,17 @@ EVIL = [
     ("include: ../outside.yaml", "lies outside of"),
     ("include: gone.yaml", "so the task folder is incomplete"),
     ("include: 5", "include is 5; write a text"), ("tag: 5", "tag is 5; write a text"),
-    ('include: "a\\0b"', "no path of this machine"), ("x: !!int ''", "is no YAML of a task"),
+    ('include: "a\\0b"', "no valid path"), ("x: !!int ''", "is no YAML of a task"),
     ("x: !!timestamp soon", "is no YAML of a task"),
     ("dataset_path: [a]", "dataset_path is ['a']; write a text"),
     ("metric_list: 5", "metric_list is 5; write a list"), ("metric_list: [{metric: [a]}]", "metric ['a']"),
     ("dataset_kwargs: [a]", "dataset_kwargs is ['a']; write names and values"),
     ("dataset_kwargs: {data_files: {test: d.jsonl}, field: easy}", "dataset_kwargs has field, which"),
     ("dataset_kwargs: {data_files: {test: d.jsonl}, 5: 1}", "dataset_kwargs has 5, which"),
-    ('dataset_kwargs: {data_files: "\\ud800.json"}', "no path of this machine"),
-    ("include: plain.yaml", "go round in a circle"),
+    ('dataset_kwargs: {data_files: "\\ud800.json"}', "no valid path"),
+    ("include: plain.yaml", "form a circle"),
     ("doc_to_text: !!python/object/apply:os.system ['true']", "is no YAML of a task"),
-    ("description: &a [*a]", "holds itself"),
+    ("description: &a [*a]", "contains itself"),
     ("a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
      "d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]",
      "50,000 values, aliases counted"),
@@ -76,7 +76,7 @@ EVIL = [
     ("test_split: other", "KeyError: 'other'"),
     ("output_type: paint", "Got invalid output_type"),
     ("metric_list: [{metric: exact_match, aggregation: sum_of_all}]",
-     "the aggregation of its metric 'exact_match' is none that lm-eval has"),
+     "the aggregation for its metric 'exact_match' is unknown to lm-eval"),
 ]
 
 
@@ -99,9 +99,9 @@ def test_merged_mappings_do_not_fill_the_memory(folder: Path) -> None:
         load(folder, PLAIN + "\n".join(lines))
     merged = ("base: &base {test_split: test}\nother: &other {test_split: train, b: 2}\n"
               "more: {<<: *base, a: 1}\nboth: {<<: [*base, *other], a: 1}\n")
-    assert task_files.find([TaskFolder(folder, False)]).definitions == {}
+    assert find_tasks([TaskFolder(folder, False)]).definitions == {}
     (folder / "plain.yaml").write_text(PLAIN + merged)
-    found = task_files.find([TaskFolder(folder, False)]).definitions["plain"]
+    found = find_tasks([TaskFolder(folder, False)]).definitions["plain"]
     assert found.config["more"] == {"test_split": "test", "a": 1}
     assert found.config["both"] == {"test_split": "test", "a": 1, "b": 2}  # PyYAML 6.0.4 took the last
 
@@ -110,12 +110,12 @@ def test_pipes_and_links_to_outside_are_not_read(folder: Path) -> None:
     os.mkfifo(folder / "pipe.yaml")  # would wait for a writer for ever
     (folder.parent / "outside.yaml").write_text("task: outside")
     (folder / "link.yaml").symlink_to(folder.parent / "outside.yaml")
-    found = task_files.find([TaskFolder(folder, False)])
+    found = find_tasks([TaskFolder(folder, False)])
     assert not found.definitions
     assert {Path(file).name: said for file, said in found.problems.items()} == {
-        "pipe.yaml": f"{folder}/pipe.yaml: is no file that can be read; the task folder is incomplete",
-        "link.yaml": f"{folder}/link.yaml: is a link to outside of {folder}; put the file inside"}
-    assert list(task_files.find([TaskFolder(folder, True)]).definitions) == ["outside"]
+        "pipe.yaml": f"{folder}/pipe.yaml: is no readable file; the task folder is incomplete",
+        "link.yaml": f"{folder}/link.yaml: is a link out of {folder}; copy the file into the folder"}
+    assert list(find_tasks([TaskFolder(folder, True)]).definitions) == ["outside"]
 
 
 def test_data_that_changed_under_the_same_name_and_time_are_read_anew(folder: Path) -> None:
@@ -130,7 +130,7 @@ def test_data_that_changed_under_the_same_name_and_time_are_read_anew(folder: Pa
 def test_a_hash_knows_no_place_in_memory() -> None:
     made = [SimpleNamespace(dump_config=lambda place=place: {"doc_to_text": f"partial(<f at {place}>)"},
                             eval_docs=[]) for place in ("0x7f00", "0x7f01")]
-    assert hash_of(made[0], {}) == hash_of(made[1], {})
+    assert hash_task(made[0], {}) == hash_task(made[1], {})
 
 
 def test_code_runs_where_the_user_trusts_the_folder(folder: Path) -> None:
@@ -157,18 +157,18 @@ def test_names_that_mean_two_things_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="write each member into a file of its own"):
         load_tasks(["g"], TaskSources((folder,)))
     (folder / "other.yaml").write_text("group: g\ntask: [plain]\ndataset_path: evil")
-    with pytest.raises(UserError, match="sets 'dataset_path' of its members"):
+    with pytest.raises(UserError, match="sets 'dataset_path' for its members"):
         load_tasks(["g"], TaskSources((folder,)))
 
 
 @pytest.mark.parametrize("split", ["test_split", "validation_split"])
 def test_no_prompt_holds_its_own_answer(folder: Path, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EvaluatedLM, "_prompt_tokens", lambda self, prompt: list(map(ord, prompt)))
+    monkeypatch.setattr(EvaluatedLM, "_encode_prompt", lambda self, prompt: list(map(ord, prompt)))
     rows = [{"q": f"question {i}", "a": f"answer {i}"} for i in range(6)]
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded = load(folder, PLAIN.replace("test_split", split))
-    settings = Settings(output=folder / "out.json", num_fewshot=5)
-    built = _build("plain", loaded, EvaluatedLM(None, 512, {}), settings)  # type: ignore[arg-type]
+    settings = LmEvalSettings(output=folder / "out.json", num_fewshot=5)
+    built = _build_task("plain", loaded, EvaluatedLM(None, 512, {}), settings)  # type: ignore[arg-type]
     assert len(built.requests) == 6
     for instance in built.task.instances:
         assert instance.args[0].count("question") == 6 and instance.doc["a"] not in instance.args[0]

@@ -12,7 +12,7 @@ import pytest
 from megatron_sov.bench.lm.settings import TaskSources
 from megatron_sov.bench.lm.tasks import LoadedTasks, load_tasks
 from megatron_sov.bench.suites import judging
-from megatron_sov.judge.rewards.reward import Result, Row, judged
+from megatron_sov.judge.rewards.reward import Result, Row, run_reward
 
 sys.path.append(str(Path(__file__).parent))  # `suite_items`
 
@@ -30,12 +30,12 @@ class Here:
         pass
 
     def score(self, rows: Sequence[Row]) -> list[Result]:
-        return [judged(self.reward, row) for row in rows]
+        return [run_reward(self.reward, row) for row in rows]
 
 
 @pytest.fixture(autouse=True)
 def judged_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "runner", lambda asked, made, workers: Here(made.reward))
+    monkeypatch.setattr(judging, "create_runner", lambda asked, made, workers: Here(made.reward))
 
 
 @pytest.fixture

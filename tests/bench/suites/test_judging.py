@@ -22,18 +22,19 @@ from suite_items import packed
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.bench.suites import judging, scorers
-from megatron_sov.bench.suites.judging import AnswerJudge, Judging, judging_of, metrics_of, without_thoughts
-from megatron_sov.bench.suites.scorers import code_row, unpacked
+from megatron_sov.bench.suites.judging import (
+    AnswerJudge, Judging, compute_metrics, parse_judging, strip_thoughts)
+from megatron_sov.bench.suites.scorers import build_code_tests, unpack_tests
 from megatron_sov.eval.pass_at_k import compute_majority_at_k
 from megatron_sov.judge.rewards import patterns
-from megatron_sov.judge.rewards.reward import Refused, Result, Score, checked
+from megatron_sov.judge.rewards.reward import Refused, Result, Score, to_result
 
 ANSWERS = ("right", "a", "b", None)
 STEM = Judging("t", "stem", reward_settings={"kind": "number"}, row={"answer": "gold"})
 
 
 def results_of(answers: Sequence[str | None]) -> list[Result]:
-    return [checked(Score(float(answer == "right"), {"extracted": answer})) for answer in answers]
+    return [to_result(Score(float(answer == "right"), {"extracted": answer})) for answer in answers]
 
 
 def draws(answers: Sequence[str | None], k: int) -> tuple[float, float]:
@@ -54,9 +55,8 @@ def test_metrics_are_means_over_all_draws(answers: list[str | None], data: Any) 
     passed, won = draws(answers, k)
     counts = Counter(answer for answer in answers if answer in ("a", "b"))
     assert compute_majority_at_k(answers.count("right"), counts, answers.count(None), k) == pytest.approx(won)
-    assert metrics_of(protocol, results_of(answers)) == pytest.approx(
-        {f"avg@{len(answers)}": answers.count("right") / len(answers), f"pass@{k}": passed, f"cons@{k}": won}
-    )
+    assert compute_metrics(protocol, results_of(answers)) == pytest.approx(
+        {f"avg@{len(answers)}": answers.count("right") / len(answers), f"pass@{k}": passed, f"cons@{k}": won})
 
 
 def scored(asked: Judging, answers: Sequence[Sequence[str]], gold: Any = "4", **more: Any
@@ -64,8 +64,9 @@ def scored(asked: Judging, answers: Sequence[Sequence[str]], gold: Any = "4", **
     """Return the figures of items with these answers, and why they have none."""
     judge = AnswerJudge(asked, 1)
     doc = {"gold": gold, **more}
-    found = judge.judge(answers, [doc] * len(answers))
-    return [judge.count(doc, [judged]) for judged in found], [judge.failure(judged) for judged in found]
+    found = judge.judge_answers(answers, [doc] * len(answers))
+    return ([judge.count_metrics(doc, [judged]) for judged in found],
+            [judge.describe_failure(judged) for judged in found])
 
 
 def test_samples_are_judged_and_answers_vote(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +78,7 @@ def test_samples_are_judged_and_answers_vote(monkeypatch: pytest.MonkeyPatch) ->
                      {"avg@3": pytest.approx(1 / 3), "pass@3": 1.0, "cons@3": 0.0}]
     assert failed == [None, None]
     judge = AnswerJudge(asked, 1)
-    judge.judge([["4"] * 3], [{"gold": "4"}])
+    judge.judge_answers([["4"] * 3], [{"gold": "4"}])
     name, version = judge.judges[""].split()
     assert (name, len(version)) == ("stem", 16)
 
@@ -103,7 +104,7 @@ def test_what_has_no_reward_is_no_zero() -> None:
     (" <think>it is 4", "no-thinking", ""),
 ])
 def test_thoughts_are_no_answers(text: str, mode: Any, said: str) -> None:
-    assert without_thoughts(text, mode) == said
+    assert strip_thoughts(text, mode) == said
     [found], _ = scored(replace(STEM, mode=mode), [[text]], gold=said or "4")
     assert found["avg@1"] == float(bool(said))
 
@@ -120,9 +121,9 @@ def test_an_extractor_takes_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_reward_that_cannot_be_made_is_the_users_mistake() -> None:
     for reward, settings in (("stem", {"knd": 1}), ("mrcr", {"strict": True}), ("math", {"tail_chars": 0})):
         with pytest.raises(UserError, match="task t"):
-            AnswerJudge(Judging("t", reward, settings)).judge([], [])
+            AnswerJudge(Judging("t", reward, settings)).judge_answers([], [])
     with pytest.raises(UserError, match="--judge endpoint=URL --judge model=NAME"):
-        AnswerJudge(Judging("t", "judge")).judge([], [])
+        AnswerJudge(Judging("t", "judge")).judge_answers([], [])
 
 
 CALLED = [{"input": '[1, 2]\n"a"', "output": "true", "testtype": "functional"}]
@@ -136,16 +137,16 @@ def as_published(value: Any, protocol: int) -> str:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_pickled_text_is_read_in_every_protocol(protocol: int) -> None:
     text = json.dumps(CALLED) + " " * 70_000 + "가"
-    assert unpacked(as_published(text, protocol), "f") == text
-    assert unpacked(packed("[]"), "f") == "[]"
+    assert unpack_tests(as_published(text, protocol), "f") == text
+    assert unpack_tests(packed("[]"), "f") == "[]"
 
 
 def test_tests_become_calls_or_inputs() -> None:
     doc = {"public_test_cases": json.dumps(CALLED), "private_test_cases": packed(json.dumps(CALLED)),
            "metadata": json.dumps({"func_name": "has"})}
     call = {"function": "Solution().has", "arguments": [[1, 2], "a"], "expected": True}
-    assert code_row(doc) == {"tests": [call, call]}
-    assert code_row(
+    assert build_code_tests(doc) == {"tests": [call, call]}
+    assert build_code_tests(
         {"public_test_cases": json.dumps(PRINTED), "private_test_cases": None, "metadata": "{}"}
     ) == {"tests": [{"stdin": "1 2\n", "stdout": "3\n"}]}
 
@@ -165,7 +166,7 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path: Path) -> None:
     for value in (Evil(mark), ["[]"], {"a": "[]"}, b"[]", ("[]", "[]"), 3, None):
         for protocol in (0, 2, 4):
             with pytest.raises(Refused):
-                unpacked(as_published(value, protocol), "f")
+                unpack_tests(as_published(value, protocol), "f")
     assert not mark.exists()
 
 
@@ -177,13 +178,13 @@ def test_a_pickle_of_anything_else_is_refused(tmp_path: Path) -> None:
 )
 def test_what_is_packed_otherwise_is_refused(value: str) -> None:
     with pytest.raises(Refused, match="private_test_cases"):
-        code_row({"private_test_cases": value})
+        build_code_tests({"private_test_cases": value})
 
 
 def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scorers, "MAX_BYTES", 1 << 20)
     with pytest.raises(Refused, match="larger than 1 MiB"):
-        unpacked(as_published("0" * (8 << 20), 4), "f")
+        unpack_tests(as_published("0" * (8 << 20), 4), "f")
 
 
 @pytest.mark.parametrize(("doc", "said"), [
@@ -193,28 +194,25 @@ def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ({"public_test_cases": json.dumps(CALLED), "metadata": "{}"}, "func_name"),
     ({"public_test_cases": json.dumps(CALLED), "metadata": "{"}, "metadata is no JSON"),
     ({"public_test_cases": json.dumps(CALLED), "metadata": "[]"}, "metadata"),
-    (
-        {"public_test_cases": json.dumps([CALLED[0] | {"input": "import os"}]),
-         "metadata": '{"func_name": "f"}'},
-        "no value",
-    ),
+    ({"public_test_cases": json.dumps([CALLED[0] | {"input": "import os"}]),
+      "metadata": '{"func_name": "f"}'}, "no value"),
 ])
 def test_a_problem_without_tests_that_can_be_run_is_refused(doc: dict[str, Any], said: str) -> None:
     with pytest.raises(Refused, match=said):
-        code_row(doc)
+        build_code_tests(doc)
 
 
 def made(*, allow_code: bool = False, generation: Any = None, repeats: int = 1, **settings: Any) -> Judging:
     config = {"task": "t", "output_type": "generate_until", "repeats": repeats,
               "generation_kwargs": generation or {}, "metadata": {"sov": {"reward": "math", **settings}}}
-    found = judging_of(config, allow_code=allow_code)
+    found = parse_judging(config, allow_code=allow_code)
     assert found is not None
     return found
 
 
 def test_a_task_without_a_reward_is_lm_evals_own() -> None:
     for metadata in (None, {"version": 1.0}, {"sov": {"suite": "MMLU", "fields": {"question": "text"}}}):
-        assert judging_of({"task": "t", "metadata": metadata}, allow_code=False) is None
+        assert parse_judging({"task": "t", "metadata": metadata}, allow_code=False) is None
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -227,16 +225,16 @@ def test_all_problems_are_told_at_once() -> None:
         with pytest.raises(SettingsError):
             made(**wrong)
     with pytest.raises(UserError, match="must be an object"):
-        judging_of({"task": "t", "metadata": {"sov": ["reward"]}}, allow_code=False)
-    with pytest.raises(UserError, match="repeats = 4: greedy answers are the same"):
+        parse_judging({"task": "t", "metadata": {"sov": ["reward"]}}, allow_code=False)
+    with pytest.raises(UserError, match="repeats = 4: greedy answers are all the same"):
         made(repeats=4)
     with pytest.raises(UserError, match="write generate_until"):
-        judging_of({"task": "t", "metadata": {"sov": {"reward": "math"}}}, allow_code=False)
+        parse_judging({"task": "t", "metadata": {"sov": {"reward": "math"}}}, allow_code=False)
 
 
 @pytest.mark.parametrize(("settings", "said"), [
     ({"reward": "evil.py:Reward"}, "names code to run"),
-    ({"reward": "composed"}, "loads what its settings name"),
+    ({"reward": "composed"}, "loads rewards named by its settings"),
     ({"reward": "code", "reward_settings": {"command": ["sh", "-c", "id"]}}, "reward_settings.command"),
     ({"reward": "judge", "reward_settings": {"endpoint": "http://evil/v1"}}, "reward_settings.endpoint"),
     ({"reward": "judge", "reward_settings": {"api_key_env": "AWS_SECRET"}}, "reward_settings.api_key_env"),
@@ -253,9 +251,9 @@ def test_a_command_asks_for_fewer_samples_and_other_judges() -> None:
               "generation_kwargs": {"do_sample": True, "temperature": 1.0},
               "metadata": {"sov": {"reward": "math", "k": [1, 8, 64], "metrics": ["avg", "pass"],
                                    "reward_settings": {"marked_only": True}}}}
-    whole = judging_of(config, allow_code=False)
+    whole = parse_judging(config, allow_code=False)
     assert whole is not None and whole.metric_names == ["avg@64", "pass@1", "pass@8", "pass@64"]
-    fewer = judging_of(config, allow_code=False, samples=8, changes={"strict": False})
+    fewer = parse_judging(config, allow_code=False, samples=8, changes={"strict": False})
     assert fewer is not None and fewer.metric_names == ["avg@8", "pass@1", "pass@8"]
     assert fewer.reward_settings == {"marked_only": True, "strict": False}
     assert AnswerJudge(fewer).config["repeats"] == 8

@@ -17,8 +17,8 @@ from lm_eval.tasks._yaml_loader import _load_module_with_cache, load_yaml
 from lm_eval.utils import apply_template
 from suite_items import CASES, PROX_ANSWERS, write
 
-from megatron_sov.bench.lm.tasks import SUITES, TaskFolder, find
-from megatron_sov.bench.suites.judging import AnswerJudge, judging_of
+from megatron_sov.bench.lm.task_files import SUITES, TaskFolder, find_tasks
+from megatron_sov.bench.suites.judging import AnswerJudge, parse_judging
 
 THEIRS = Path(lm_eval.tasks.__file__).parent
 Loaded = Callable[[str], Any]
@@ -30,8 +30,7 @@ def theirs(file: str, splits: dict[str, Sequence[dict[str, Any]]]) -> Any:
 
     config = load_yaml(THEIRS / file)
     config["custom_dataset"] = lambda **_: DatasetDict(
-        {split: Dataset.from_list(list(rows)) for split, rows in splits.items()}
-    )
+        {split: Dataset.from_list(list(rows)) for split, rows in splits.items()})
     return ConfigurableTask(config=config)
 
 
@@ -39,15 +38,15 @@ def contexts(task: Any, num_fewshot: int) -> list[str]:
     return [task.fewshot_context(doc, num_fewshot) for doc in task.task_docs]
 
 
-TASKS = find([TaskFolder(SUITES, trusted=True)]).definitions
+TASKS = find_tasks([TaskFolder(SUITES, trusted=True)]).definitions
 
 
 def ours(name: str, doc: Any, answers: Sequence[str], metric: str) -> list[float]:
     """Return our scores of answers to one question."""
-    judging = judging_of(TASKS[name].config, allow_code=True)
+    judging = parse_judging(TASKS[name].config, allow_code=True)
     assert judging is not None
     judge = AnswerJudge(replace(judging, samples=1, k=(), metrics=("avg",)), 1)
-    return [judge.count(doc, [found])[metric] for found in judge.judge([[a] for a in answers],
+    return [judge.count_metrics(doc, [found])[metric] for found in judge.judge_answers([[a] for a in answers],
                                                                        [doc] * len(answers))]
 
 
@@ -56,10 +55,8 @@ def test_mmlu_asks_with_five_shots_of_the_subject(tmp_path: Path, loaded: Loaded
     write(case, tmp_path)
     expected = []
     for subject in ("abstract_algebra", "anatomy"):  # as the test file has them
-        rows = {
-            split: [row for row in case.files[f"mmlu/{split}.jsonl"] if row["subject"] == subject]
-            for split in ("dev", "test")
-        }
+        rows = {split: [row for row in case.files[f"mmlu/{split}.jsonl"] if row["subject"] == subject]
+                for split in ("dev", "test")}
         expected += contexts(theirs(f"mmlu/default/mmlu_{subject}.yaml", rows), 5)
     task = loaded("mmlu")
     assert contexts(task, 5) == expected
@@ -85,16 +82,12 @@ def _of_category(name: str, splits: dict[str, Any]) -> Any:
 def test_mmlu_pro_reads_answers_alike(tmp_path: Path, loaded: Loaded) -> None:
     write(CASES["mmlu-pro"], tmp_path)
     doc = loaded("mmlu-pro").task_docs[0]
-    task = _of_category(
-        "biology",
-        {split: CASES["mmlu-pro"].files[f"mmlu-pro/{split}.jsonl"] for split in ("validation", "test")},
-    )
+    task = _of_category("biology", {split: CASES["mmlu-pro"].files[f"mmlu-pro/{split}.jsonl"]
+                                    for split in ("validation", "test")})
     answers = ["So the answer is (B).", "the answer is B", "The answer is (C).", "B", "Answer: B", "",
                "the answer is **B**", "the answer is (b)", "answer is (Bach)"]
     pattern = task.config.filter_list[0]["filter"][0]["regex_pattern"]
-    found = get_filter("regex")(regex_pattern=pattern).apply(
-        [[answer] for answer in answers], [doc] * len(answers)
-    )
+    found = get_filter("regex")(regex_pattern=pattern).apply([[a] for a in answers], [doc] * len(answers))
     expected = [task.process_results(doc, given)["exact_match"] for given in found]
     assert ours("mmlu-pro", doc, answers, "avg@1") == expected
     assert 0 < sum(expected) < len(expected)
@@ -107,10 +100,8 @@ def test_mmlu_prox_asks_and_reads_as_lm_eval_does(tmp_path: Path, loaded: Loaded
     write(case, tmp_path)
     expected = []
     for category in ("computer science", "law"):
-        rows = {
-            split: [row for row in case.files[f"{name}/{split}.jsonl"] if row["category"] == category]
-            for split in ("validation", "test")
-        }
+        rows = {split: [row for row in case.files[f"{name}/{split}.jsonl"] if row["category"] == category]
+                for split in ("validation", "test")}
         file = f"mmlu_prox/{language}/mmlu_prox_{language}_{category.replace(' ', '_')}.yaml"
         task = theirs(file, rows)
         expected += contexts(task, 5)
@@ -166,18 +157,14 @@ def test_choices_of_korean_suites(name: str, file: str, split: str, num_fewshot:
 
     test = config["test_split"]
     config["custom_dataset"] = lambda **_: DatasetDict(
-        {test: Dataset.from_list(same)} | ({split: Dataset.from_list(shots)} if split else {})
-    )
+        {test: Dataset.from_list(same)} | ({split: Dataset.from_list(shots)} if split else {}))
     config |= {"fewshot_config": {"sampler": "first_n"}, "fewshot_split": split or test}
     expected = ConfigurableTask(config=config)
     mine = [doc for doc in task.task_docs if doc.get("Category") == group]
     assert [task.fewshot_context(doc, num_fewshot) for doc in mine] == contexts(expected, num_fewshot)
-    assert [task.doc_to_choice(doc) for doc in mine] == [
-        expected.doc_to_choice(doc) for doc in expected.task_docs
-    ]
-    assert [task.doc_to_target(doc) for doc in mine] == [
-        expected.doc_to_target(doc) for doc in expected.task_docs
-    ]
+    for name in ("doc_to_choice", "doc_to_target"):
+        assert [getattr(task, name)(doc) for doc in mine] == [
+            getattr(expected, name)(doc) for doc in expected.task_docs]
 
 
 def test_hrm8k_asks_and_judges_alike(tmp_path: Path, loaded: Loaded) -> None:

@@ -13,11 +13,13 @@ import pytest
 from suite_items import CASES, write
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.bench.lm.tasks import SUITES, LoadedTasks, TaskFolder, find, sov_of
-from megatron_sov.bench.suites.data import LETTERS, load as load_rows, problem, renamed
+from megatron_sov.bench.lm.task_files import SUITES, TaskFolder, find_tasks
+from megatron_sov.bench.lm.tasks import LoadedTasks, get_sov_metadata
+from megatron_sov.bench.suites.data import LETTERS, find_field_problem, load_rows, rename_fields
 from megatron_sov.judge.rewards.judge import Judge
 
-TASKS = {name: made.config for name, made in find([TaskFolder(SUITES, trusted=True)]).definitions.items()}
+CATALOG = find_tasks([TaskFolder(SUITES, trusted=True)])
+TASKS = {name: definition.config for name, definition in CATALOG.definitions.items()}
 CHOSEN = [name for name in TASKS if "reward" not in TASKS[name]["metadata"]["sov"]]
 Load = Callable[[str], LoadedTasks]
 Loaded = Callable[[str], Any]
@@ -40,7 +42,7 @@ def payload_score(payload: dict[str, Any]) -> float:
 def test_answers_get_what_they_deserve(name: str, tmp_path: Path, load: Load,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     # a judge that reads one word, in place of an endpoint
-    monkeypatch.setattr(Judge, "_asked",
+    monkeypatch.setattr(Judge, "_endpoint",
                         SimpleNamespace(ask=lambda payload, read: (payload_score(payload), "said")))
     case = CASES[name]
     write(case, tmp_path)
@@ -59,12 +61,12 @@ def test_answers_get_what_they_deserve(name: str, tmp_path: Path, load: Load,
         settings = {"endpoint": "http://localhost:1/v1", "model": "judge"}
         object.__setattr__(judge.judging, "reward_settings", {**judge.judging.reward_settings, **settings})
     k = judge.judging.samples
-    judged = judge.judge([[answer] * k for answer in answers], [doc] * 3)
+    judged = judge.judge_answers([[answer] * k for answer in answers], [doc] * 3)
     scores = [task.process_results(doc, [found]) for found in judged]
     assert [set(score) for score in scores] == [set(judge.judging.metric_names)] * 3
     for metric in judge.judging.metric_names:
         assert [score[metric] for score in scores] == [1.0, 0.0, 0.0], metric
-    assert [judge.failure(found) for found in judged] == [None] * 3
+    assert [judge.describe_failure(found) for found in judged] == [None] * 3
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -97,8 +99,8 @@ def test_gpqa_has_its_options_in_an_order_of_the_question(tmp_path: Path, loaded
     ("text or null", [None, "a"], ["", 3]),
 ])
 def test_a_rule_takes_what_it_says(rule: str, good: list[Any], bad: list[Any]) -> None:
-    assert [value for value in good if problem("f", rule, {"f": value})] == []
-    assert [value for value in bad if not problem("f", rule, {"f": value})] == []
+    assert [value for value in good if find_field_problem("f", rule, {"f": value})] == []
+    assert [value for value in bad if not find_field_problem("f", rule, {"f": value})] == []
 
 
 def test_wrong_rows_are_named_by_file_row_and_rule(tmp_path: Path, load: Load) -> None:
@@ -119,15 +121,16 @@ def test_a_publishers_file_is_read_under_its_own_names(tmp_path: Path, load: Loa
     (tmp_path / "aime24/test.csv").write_text("ID,Problem,Answer\nI-1,How many edges has a cube?,12\n")
     [doc] = load("aime24").tasks["aime24"].task_docs
     assert (doc["problem"], doc["answer"], doc["row"]) == ("How many edges has a cube?", "12", 1)
-    assert renamed({"question": "q", "problem": "p"}, {"problem": ["question"]})["problem"] == "p"
-    with pytest.raises(UserError, match="no questions are there"):
+    assert rename_fields({"question": "q", "problem": "p"}, {"problem": ["question"]})["problem"] == "p"
+    with pytest.raises(UserError, match="contains no questions"):
         load_rows({"test": []}, {"fields": {}})
 
 
 def test_items_that_belong_together_are_named_by_a_field(tmp_path: Path, loaded: Loaded) -> None:
     write(CASES["mmmlu"], tmp_path)
     task = loaded("mmmlu")
-    assert {doc[sov_of(task)["cluster_field"]] for doc in task.task_docs} == {1}  # one question, 14 languages
+    # one question in 14 languages
+    assert {doc[get_sov_metadata(task)["cluster_field"]] for doc in task.task_docs} == {1}
 
 
 def test_examples_of_a_group_must_be_there(tmp_path: Path, loaded: Loaded) -> None:

@@ -173,6 +173,6 @@ def test_a_teacher_whose_weights_would_not_fit_is_told_by_its_first_field(tmp_pa
         f"--teacher here: has model.rope_theta = 5.0, the run {own.rope_theta}, and its weights temp")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "c": 1}}}')
-    assert re.search(r"has another tokenizer .*1: 'c' here, 'b' there.*choose a teacher with the model's",
+    assert re.search(r"has a different tokenizer .*1: 'c' here, 'b' there.*choose a teacher with the model's",
                      refused(replace(own, init_std=9.0), tmp_path / "other"))
     assert "convert from-hf`, or serve it (`" in refused(own, tmp_path, is_hf=True)

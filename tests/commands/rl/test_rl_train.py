@@ -13,7 +13,7 @@ import pytest
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.cli import main
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.model.config import RolloutConfig
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
@@ -51,7 +51,7 @@ class Rounds:
         store = self.new_store(name)
         for number in numbers:
             self.write(store, read_prompts(self.folder / "prompts.jsonl"), ROLLOUT, number,
-                       make(order("repetition", {})).version)
+                       build_versioned_reward(request_reward("repetition", {})).version)
         return store.path
 
     def command(self, store: Path, run: str, *more: str) -> list[str]:

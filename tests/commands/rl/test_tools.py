@@ -12,7 +12,7 @@ import pytest
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.cli import main
 from megatron_sov.judge.tools.environment import FAULTS
-from megatron_sov.judge.tools.registry import BUILT_IN, OWN
+from megatron_sov.judge.tools.registry import BUILT_IN, ENVIRONMENT_PLUGINS
 from megatron_sov.work.progress.journal import open_journal
 from tests.judge.tools.fuzzed_episodes import BEGIN, END, TEMPLATE, chat_encoder
 
@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[3] / "docs/tools.md"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, and no environment of another test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(OWN, "_known", {})
+    monkeypatch.setattr(ENVIRONMENT_PLUGINS, "_known", {})
     return tmp_path
 
 

@@ -19,7 +19,7 @@ from data_prep.cli import main as sov_data
 from megatron_sov.base.settings import find_inert_settings, get_inner_hint
 from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.cli import main
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.model.config import RolloutConfig, RunConfig, from_dict, setting_names
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
@@ -157,7 +157,7 @@ def stages(one_rank: None, packed_data: Any, token_shards: Path, write_round: An
     store = RolloutStore.create(tmp_path / "store", tokenizer, 368)
     for number in (1, 2):
         write_round(store, read_prompts(prompts), RolloutConfig(**ROLLOUT), number,
-                    make(order("repetition", {})).version)
+                    build_versioned_reward(request_reward("repetition", {})).version)
     found.run("rounds", "rl train", [], "tiny-qwen3", "--store", str(store.path), "--prompts", str(prompts),
               "--reward", "repetition", *start, *words(*LOOP[1:], "optim.lr=1e-6"),
               *words(*(f"rollout.{name}={value}" for name, value in ROLLOUT.items())))

@@ -1,4 +1,4 @@
-"""Rewards of a test's own are forgotten behind it; programs have one sandbox per enclosure here."""
+"""Forget rewards registered by a test; share a sandbox per enclosure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.rewards.registry import OWN
+from megatron_sov.judge.rewards.registry import REWARD_PLUGINS
 from megatron_sov.sandbox.sandbox import SANDBOXES, Sandbox
 
 
 @pytest.fixture(autouse=True)
 def no_rewards_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OWN, "_known", {})
+    monkeypatch.setattr(REWARD_PLUGINS, "_known", {})
 
 
 @pytest.fixture(scope="module", params=["namespaces", "landlock"])

@@ -1,4 +1,4 @@
-"""Choices, quantities and short answers, right ones in disguise and wrong ones that look right."""
+"""Choices, quantities and short answers: unusual correct forms, and plausible wrong ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from megatron_sov.judge.rewards.answers import Stem, final_answer, last_boxed, normalized, read_quantity
+from megatron_sov.judge.rewards.answers import (
+    Stem, extract_final_answer, extract_last_box, normalize_answer, read_quantity)
 from megatron_sov.judge.rewards.reward import Refused
 
 
@@ -21,7 +22,8 @@ def right(response: str, answer: object, **more) -> bool:
     ("$$1$$ and\n$$2$$", "$2$"), ("$$1$$\n2", "2"), ("$$1$$\n" + "so " * 20, None), ("$$\n1", "1"),
     ("$$" + "1" * 501 + "$$", None), ("the answer is $$3$$ or so", "$3$"), ("\\[1\n\\boxed{2}\\]", "2")])
 def test_a_displayed_formula_is_an_answer(response: str, found: str | None) -> None:
-    assert final_answer(response) == found or (found is None and len(final_answer(response) or "") > 500)
+    assert extract_final_answer(response) == found or (found is None
+                                                       and len(extract_final_answer(response) or "") > 500)
 
 
 @pytest.mark.parametrize("answer", ["()", "...", "\"'\"", "[ ]", ["B", "?"]])
@@ -41,7 +43,7 @@ def test_a_gold_quantity_may_have_a_name() -> None:
     "<answer>B</answer>", "First I thought the answer is A. No: the answer is B", "Answer: polar bonds",
     "The answer is B. I hope this answer helps you!", "Let me answer this.\nB", "**Answer**\n\nB",
     "Answer - B", "the answer choice B", "Answer (B)"])
-def test_choices_in_their_disguises(response: str) -> None:
+def test_choices_are_recognized(response: str) -> None:
     assert right(response, "B", choices=["ionic bonds", "polar bonds", "none"])
 
 
@@ -50,7 +52,7 @@ def test_choices_in_their_disguises(response: str) -> None:
     "Answer: Because",
     "I do not know which of A, B, C, D it is, since all of them could be argued for at length",
     "the answer is B or C", "Answer: A, B, C, D", "\\boxed{B, C}", "The answer is B, A and C"])
-def test_wrong_choices_and_none(response: str) -> None:
+def test_wrong_and_missing_choices(response: str) -> None:
     assert not right(response, "B")
 
 
@@ -69,7 +71,7 @@ def test_wrong_choices_and_none(response: str) -> None:
     ("\\boxed{-\\dfrac{6}{8}}", "-3/4"), ("\\boxed{\\frac{3}{4} m}", "75 cm"), ("Answer: 5313.4", "5313"),
     ("\\boxed{5.31\\times 10^3}", "5313"), ("Answer: 6.02×10²³", "6.022e23"),
     ("\\boxed{3 m/s²}", "3 m/s^2")])
-def test_quantities_in_their_disguises(response: str, answer: str) -> None:
+def test_quantities_are_recognized(response: str, answer: str) -> None:
     assert right(response, answer)
 
 
@@ -85,7 +87,7 @@ def test_wrong_quantities(response: str, answer: str) -> None:
     assert not right(response, answer)
 
 
-def test_whole_numbers_may_be_taken_for_roundings() -> None:
+def test_integers_may_be_compared_with_a_tolerance() -> None:
     row = {"response": "\\boxed{5314}", "answer": "5313"}
     assert Stem(exact_integers=False).score(row).reward == 1.0
 
@@ -98,22 +100,22 @@ def test_a_unit_may_be_required() -> None:
 @pytest.mark.parametrize(("text", "value"), [("12", 12), ("1,000", 1000), (".5", 0.5), ("5 min", 300),
                                              ("25%", 0.25),
                                              ("3e-2 km", 30), ("x", None), ("", None), ("1" * 401, None)])
-def test_numbers_are_brought_to_si_units(text: str, value: float | None) -> None:
+def test_quantities_convert_to_si_units(text: str, value: float | None) -> None:
     read = read_quantity(text)
     assert (read is None) if value is None else (read is not None and math.isclose(read.value, value))
 
 
-def test_an_equation_of_two_numbers_has_to_be_true() -> None:
+def test_equation_between_numbers_must_hold() -> None:
     assert right("\\boxed{v = 3}", "3") and right("\\boxed{9/3 = 3}", "3")
     assert not right("\\boxed{41 = 3}", "3")
 
 
-def test_short_answers_without_case_articles_and_signs() -> None:
+def test_short_answers_are_normalized() -> None:
     assert right("The answer is **the Mitochondrion**.", "mitochondrion")
     assert right("\\boxed{\\text{NaCl}}", "NaCl")
     assert right("정답은 엽록체", ["미토콘드리아", "엽록체"])
     assert not right("The answer is chloroplast", "mitochondrion")
-    assert normalized(" The  Ｗater. ") == "water"
+    assert normalize_answer(" The  Ｗater. ") == "water"
 
 
 @pytest.mark.parametrize("answer", [None, 4, "", [], ["a", 1]])
@@ -125,12 +127,12 @@ def test_rows_without_an_answer_are_refused(answer: object) -> None:
 @pytest.mark.parametrize("text", ["\\boxed{" * 50_000, "answer is " * 50_000, "<answer>" * 50_000,
                                   "{" * 500_000,
                                   "a" * 1_000_000, "정답" * 100_000])
-def test_hostile_responses_take_a_moment(text: str) -> None:
+def test_hostile_responses_are_fast(text: str) -> None:
     assert not right(text, "B")
     assert not right(text, "3 m/s")
 
 
-def test_the_last_whole_box_counts() -> None:
-    assert last_boxed("\\boxed{1} \\boxed{\\frac{2}{3}} \\boxed{open") == "\\frac{2}{3}"
-    assert final_answer("\\boxed{1}\nthe answer is 2") == "1"
-    assert final_answer("x " * 100) is None
+def test_last_complete_box_counts() -> None:
+    assert extract_last_box("\\boxed{1} \\boxed{\\frac{2}{3}} \\boxed{open") == "\\frac{2}{3}"
+    assert extract_final_answer("\\boxed{1}\nthe answer is 2") == "1"
+    assert extract_final_answer("x " * 100) is None

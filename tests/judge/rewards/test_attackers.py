@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_sov.judge.rewards.code import CodeReward
-from megatron_sov.judge.rewards.reward import judged
+from megatron_sov.judge.rewards.reward import run_reward
 
 FORGE = r'''
 import gc, glob, json, os, socket, struct, sys, threading
@@ -279,14 +279,14 @@ PROGRAM_TESTS = [{"stdin": "1\n", "stdout": "7431\n"}, {"stdin": "2\n", "stdout"
 
 
 def paid(enclosure: str, response: str, tests: list) -> tuple[float | None, object]:
-    result = judged(CodeReward(all_or_nothing=False, enclosure=enclosure),
-                    {"response": response, "tests": tests})
+    result = run_reward(CodeReward(all_or_nothing=False, enclosure=enclosure),
+                        {"response": response, "tests": tests})
     return result.reward, result
 
 
 @pytest.mark.tier1_cases(10)
 @pytest.mark.parametrize("name", [*FUNCTIONS, *PROGRAMS])
-def test_no_attacker_is_paid(enclosure: str, name: str) -> None:
+def test_attacks_score_0(enclosure: str, name: str) -> None:
     tests = FUNCTION_TESTS if name in FUNCTIONS else PROGRAM_TESTS
     reward, result = paid(enclosure, FORGE + {**FUNCTIONS, **PROGRAMS}[name], tests)
     assert reward == 0.0, result
@@ -295,8 +295,8 @@ def test_no_attacker_is_paid(enclosure: str, name: str) -> None:
 @pytest.mark.tier1_cases(8)
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
-    result = judged(CodeReward(all_or_nothing=False, enclosure=enclosure, number_tolerance=1e-6),
-                    {"response": FORGE + FRAMEWORKS[name], "tests": FRAMEWORK_TESTS, "entry_point": "f"})
+    result = run_reward(CodeReward(all_or_nothing=False, enclosure=enclosure, number_tolerance=1e-6),
+                        {"response": FORGE + FRAMEWORKS[name], "tests": FRAMEWORK_TESTS, "entry_point": "f"})
     assert (result.reward, result.status) == (0.0, "scored"), result
 
 
@@ -308,16 +308,16 @@ def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
     "try:\n    f(1)\n    assert False\nexcept (ValueError, RuntimeError, OSError):\n    assert True",
     "import pytest\ndef test_a():\n    for x in (1, 2):\n        with pytest.raises(Exception):\n"
     "            f(x)"])
-def test_the_end_of_a_program_is_no_error_that_tests_expect(enclosure: str, test: str, ends: str) -> None:
+def test_program_exit_is_not_an_expected_error(enclosure: str, test: str, ends: str) -> None:
     program = f"import os, sys\ndef f(x):\n    if x:\n        {ends}\n    return 0\n"
     assert paid(enclosure, program, [test])[0] == 0.0
     raising = program.replace(ends, "raise ValueError")
     assert paid(enclosure, raising, [test])[0] == ("f(0)" not in test)
 
 
-def test_honest_ones_are_paid_behind_them(enclosure: str) -> None:
+def test_honest_solutions_pass_after_attacks(enclosure: str) -> None:
     assert paid(enclosure, HONEST, FUNCTION_TESTS)[0] == 1.0
     assert paid(enclosure, HONEST + "print(f(int(input())))", PROGRAM_TESTS)[0] == 1.0
     honest = "def f(x, back=None):\n    if x == 'no':\n        raise KeyError(x)\n    return 7430 + x\n"
     row = {"response": honest, "tests": FRAMEWORK_TESTS, "entry_point": "f"}
-    assert judged(CodeReward(enclosure=enclosure), row).reward == 1.0
+    assert run_reward(CodeReward(enclosure=enclosure), row).reward == 1.0

@@ -1,4 +1,4 @@
-"""Programs against tests: verdicts are those of a plain interpreter, and no solution makes its own."""
+"""Verdicts equal a plain interpreter, and solutions cannot forge them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 
 from megatron_sov.judge.rewards.code import CodeReward
-from megatron_sov.judge.rewards.reward import Result, judged
-from megatron_sov.judge.rewards.version import code_of
+from megatron_sov.judge.rewards.reward import Result, run_reward
+from megatron_sov.judge.rewards.version import hash_code
 from megatron_sov.sandbox.program import Outcome, Program
 from megatron_sov.sandbox.sandbox import SANDBOXES
 from tests.typed_words import keys_of
 
 
 def share(enclosure: str, response: str, tests: Any, **fields: Any) -> Result:
-    return judged(CodeReward(all_or_nothing=False, enclosure=enclosure, test_time_s=2),
-                  {"response": response, "tests": tests, **fields})
+    return run_reward(CodeReward(all_or_nothing=False, enclosure=enclosure, test_time_s=2),
+                      {"response": response, "tests": tests, **fields})
 
 
 SOLUTIONS = {
@@ -67,7 +67,7 @@ SOLUTIONS = {
 
 @pytest.mark.tier1_cases(4)
 @pytest.mark.parametrize("name", SOLUTIONS)
-def test_verdicts_are_those_of_a_plain_interpreter(enclosure: str, name: str) -> None:
+def test_verdicts_equal_a_plain_interpreter(enclosure: str, name: str) -> None:
     solution, tests = SOLUTIONS[name]
     right = 0
     for test in tests:
@@ -147,7 +147,7 @@ EXPECTED = ["assert f(1) == 1234", "assert abs(f(1) - 1234) < 1e-6", "assert set
 
 
 @pytest.mark.parametrize("name", CHEATS)
-def test_no_solution_makes_its_own_verdict(enclosure: str, name: str) -> None:
+def test_solutions_cannot_forge_verdicts(enclosure: str, name: str) -> None:
     result = share(enclosure, CHEATS[name], EXPECTED)
     assert (result.status, result.reward) == ("scored", 0.0), result
     assert result.components["why"]
@@ -181,13 +181,13 @@ def test_outputs_and_calls_are_compared(enclosure: str) -> None:
 
 def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
     row = {"response": "def f(x): return x", "tests": ["assert f(1) == 1", "assert f(1) == 2, 'wrong'"]}
-    result = judged(CodeReward(enclosure=enclosure), row)
+    result = run_reward(CodeReward(enclosure=enclosure), row)
     assert (result.reward, result.components) == (
         0.0, {"passed": 1, "tests": 2, "why": "AssertionError: wrong"})
-    broken = judged(CodeReward(enclosure=enclosure), {**row, "response": "```python\ndef f(x)\n```"})
+    broken = run_reward(CodeReward(enclosure=enclosure), {**row, "response": "```python\ndef f(x)\n```"})
     assert broken.reward == 0 and "SyntaxError" in broken.components["why"]
-    endless = judged(CodeReward(enclosure=enclosure, test_time_s=0.3, patience=100),
-                     {**row, "response": "def f(x):\n    while 1: pass"})
+    endless = run_reward(CodeReward(enclosure=enclosure, test_time_s=0.3, patience=100),
+                         {**row, "response": "def f(x):\n    while 1: pass"})
     assert (endless.status, endless.reward) == ("timeout", 0.0) and "processors" in endless.components["why"]
 
 
@@ -198,31 +198,31 @@ def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
     (Outcome("timeout", None, "", "", "took more than 10 s of processors", 2, 10.0, 0.5), "timeout", 0.0),
     (Outcome("refused", None, "", "", "has 17 MiB", 0, 0), "refused", None),
     (Outcome("memory", None, "", "", "took more", 1, 1), "scored", 0.0)])
-def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str, reward: float | None,
+def test_machine_failures_have_no_reward(outcome: Outcome, status: str, reward: float | None,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def run(self, program: Program, limits: object) -> Outcome:
             return outcome
 
     monkeypatch.setitem(SANDBOXES, ("auto", (), 1), Broken())
-    result = judged(CodeReward(), {"response": "x", "tests": ["assert x"]})
+    result = run_reward(CodeReward(), {"response": "x", "tests": ["assert x"]})
     assert (result.status, result.reward) == (status, reward)
 
 
 @pytest.mark.parametrize("waits", ["time.sleep(60)", "os.read(os.pipe()[0], 1)"])
-def test_a_program_that_computes_a_little_and_then_waits_gets_nothing(enclosure: str, waits: str) -> None:
+def test_waiting_program_times_out(enclosure: str, waits: str) -> None:
     source = f"import os, time\nwhile time.process_time() < 0.06:\n    pass\n{waits}"
-    result = judged(CodeReward(enclosure=enclosure, test_time_s=0.3),
-                    {"response": source, "tests": [{"stdin": "", "stdout": "1"}]})
+    result = run_reward(CodeReward(enclosure=enclosure, test_time_s=0.3),
+                        {"response": source, "tests": [{"stdin": "", "stdout": "1"}]})
     assert (result.status, result.reward) == ("timeout", 0.0), result
 
 
-def test_one_that_is_too_slow_is_not_run_beyond_its_rows_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_program_stays_within_the_row_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Outcome("timeout", None, "", "", "took more than 10 s of processors", 10, 10.0)
     runs: list[None] = []
-    monkeypatch.setattr(CodeReward, "_run", lambda *_: (runs.append(None), slow)[1])
+    monkeypatch.setattr(CodeReward, "_run_program", lambda *_: (runs.append(None), slow)[1])
     row = {"response": "while 1: pass", "tests": [{"stdin": "", "stdout": "1"}] * 100}
-    result = judged(CodeReward(all_or_nothing=False), row)
+    result = run_reward(CodeReward(all_or_nothing=False), row)
     assert (result.status, result.reward) == ("timeout", 0.0) and 20 < len(runs) < 30
     assert keys_of(CodeReward(test_time_s=100)) == ["time_limit_s"]
     assert keys_of(CodeReward(test_time_s=99)) == []
@@ -235,25 +235,17 @@ def test_one_that_is_too_slow_is_not_run_beyond_its_rows_time(monkeypatch: pytes
     ([{"stdin": 1, "stdout": ""}], "must be texts"),
     ([{"function": "f(); import os", "expected": 1}], "must be a name"),
     ([{"function": "f", "arguments": 3, "expected": 1}], "must be a list, or an object")])
-def test_tests_that_are_none_are_refused(tests: Any, what: str) -> None:
-    result = judged(CodeReward(), {"response": "x = 1", "tests": tests})
+def test_invalid_tests_are_refused(tests: Any, what: str) -> None:
+    result = run_reward(CodeReward(), {"response": "x = 1", "tests": tests})
     assert result.status == "refused" and (what in result.reason or "has no 'tests'" in result.reason)
 
 
-def test_each_test_is_told_by_itself_and_one_that_is_not_reached_is_not_passed() -> None:
-    tests = ["assert f(1) == 1", "assert f(1) == 2", "assert f(3)"]
-    row = {"response": "def f(x):\n    return x\n", "tests": tests}
-    assert CodeReward().passed(row) == [True, False, True]
-    printing = [{"stdin": "", "stdout": said} for said in ("1", "2", "1")]
-    assert CodeReward().passed({"response": "print(1)", "tests": printing}) == [True, False, False]
-
-
-def test_the_version_tells_the_code_that_runs_programs() -> None:
-    told = code_of(CodeReward.__module__)
+def test_version_covers_the_sandbox_code() -> None:
+    told = hash_code(CodeReward.__module__)
     assert {f"megatron_sov.{name}" for name in ("sandbox.sandbox", "sandbox.supervise",
                                                 "work.processes.process_tree")} <= set(told)
 
 
-def test_the_version_tells_the_code_that_runs_programs_in_processes_of_its_own() -> None:
+def test_version_covers_the_sandbox_server() -> None:
     told = CodeReward().inputs()["server"]
     assert {f"megatron_sov.sandbox.{name}" for name in ("server", "restrictions", "enclosures")} <= set(told)

@@ -1,4 +1,4 @@
-"""Tests of a row: empty and faulty ones are refused, and forms of public data sets work."""
+"""Tests in a row: trivial and faulty tests are refused, and public formats work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sov.judge.rewards.code import CodeReward
 from megatron_sov.judge.rewards.code_tests import is_same_output, read_tests
-from megatron_sov.judge.rewards.reward import Refused, Result, judged
+from megatron_sov.judge.rewards.reward import Refused, Result, run_reward
 from megatron_sov.sandbox.program import Outcome, Program
 
 ADD = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -18,7 +18,7 @@ BROKEN = "```python\ndef add(a, b)\n    return a + b\n```"
 
 
 def score(response: str, tests: Any, **fields: Any) -> Result:
-    return judged(CodeReward(test_time_s=5), {"response": response, "tests": tests, **fields})
+    return run_reward(CodeReward(test_time_s=5), {"response": response, "tests": tests, **fields})
 
 
 NO_TESTS = [
@@ -81,7 +81,7 @@ FAULTY = ["import pandas\nassert add(1, 2) == 3", "from helpers import check_sum
 
 
 @pytest.mark.parametrize("test", FAULTY)
-def test_a_test_that_fails_before_it_uses_the_program_is_the_rows_fault(test: str) -> None:
+def test_tests_that_fail_by_themselves_are_refused(test: str) -> None:
     for response in (ADD, SUBTRACT, BROKEN, NOTHING, "no program"):
         result = score(response, ["assert add(1, 2) == 3", test])
         assert (result.reward, result.status) == (None, "refused"), result
@@ -95,7 +95,7 @@ def test_a_test_that_fails_before_it_uses_the_program_is_the_rows_fault(test: st
     ("import pytest\n@pytest.mark.parametrize('a', [1, 2])\ndef test_a(a):\n    assert add(a, 0) == a",
      "test_a takes arguments"),
     ("def test_a(*, capsys):\n    add(1, 2)\n    assert capsys.readouterr()", "test_a takes arguments")])
-def test_a_form_that_nothing_runs_is_refused(test: str, told: str) -> None:
+def test_unsupported_test_forms_are_refused(test: str, told: str) -> None:
     result = score(ADD, [test])
     assert (result.reward, result.status) == (None, "refused") and told in result.reason
 
@@ -125,7 +125,7 @@ FORMS: dict[str, Any] = {
 
 @pytest.mark.tier1_cases(6)
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_public_data_sets_tell_right_from_wrong(form: str) -> None:
+def test_public_test_formats(form: str) -> None:
     assert score(ADD, FORMS[form]).reward == 1.0, score(ADD, FORMS[form])
     for wrong in (SUBTRACT, BROKEN, NOTHING, "I cannot."):
         result = score(wrong, FORMS[form])
@@ -172,7 +172,7 @@ def test_inputs_of_taco_and_livecodebench_are_read(tests: Any) -> None:
     ([{"input": "[1]", "output": "1", "testtype": "functional"}], "must be a text of Python"),
     ([{"stdin": "1", "stdout": " \n"}, {"stdin": "2", "stdout": ""}], "expect no output"),
     ({"inputs": [[1]], "outputs": ["1"]}, "must be texts")])
-def test_rows_that_are_no_tests_are_refused(tests: Any, what: str) -> None:
+def test_malformed_tests_are_refused(tests: Any, what: str) -> None:
     result = score("print(1)", tests)
     assert result.status == "refused" and what in result.reason, result
 
@@ -196,7 +196,7 @@ def test_names_that_tests_take_from_the_program() -> None:
     ("8\r\n\n9 \t\n\n", "8\n\n9", True), ("8", "8\n", True), ("", "\n\n", True), ("8\n9", "8 9", False),
     *((f"8{mark}9", "8\n9", False) for mark in "\x1c\x1d\x1e\x0b\x0c\r\x85\u2028\u2029"),
     *((f"8{mark}", "8", False) for mark in "\x1c\x85\u2028\xa0"), ("8\x1c9", "8\x1c9", True)])
-def test_lines_end_where_a_program_ends_them(printed: str, expected: str, equal: bool) -> None:
+def test_only_newlines_end_a_line(printed: str, expected: str, equal: bool) -> None:
     assert is_same_output(printed, expected, "lines", 0.0) is equal
 
 
@@ -232,25 +232,25 @@ def test_a_row_or_a_setting_gives_the_tolerance() -> None:
     for answer, tests, right in ((response, third, 1.0), (adds, calls, 1.0),
                                  (adds.replace("3", "4"), calls, 0.0),
                                  ("print(0.3, 1)", [{"stdin": "", "stdout": "0.3\n1"}], 1.0)):
-        assert judged(lenient, {"response": answer, "tests": tests}).reward == right
+        assert run_reward(lenient, {"response": answer, "tests": tests}).reward == right
     strict = {"response": response, "tests": third, "number_tolerance": 0, "compare_by": "lines"}
-    assert judged(lenient, strict).reward == 0.0
+    assert run_reward(lenient, strict).reward == 0.0
     for field, value in (("number_tolerance", -1), ("number_tolerance", "x"), ("number_tolerance", True),
                          ("compare_by", "words")):
         assert field in score(response, third, **{field: value}).reason
 
 
-def test_the_tests_of_a_row_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[str] = []
-    run = CodeReward._run
+    run = CodeReward._run_program
 
     def note_run(self: CodeReward, program: Program, *more: Any) -> Outcome:
         runs.append(program.stdin)
         return run(self, program, *more)
 
-    monkeypatch.setattr(CodeReward, "_run", note_run)
+    monkeypatch.setattr(CodeReward, "_run_program", note_run)
     row = {"response": ADD, "tests": ["assert add(1, 2) == 3 # proved once"]}
-    assert [judged(CodeReward(), row).reward for _ in range(3)] == [1.0] * 3
+    assert [run_reward(CodeReward(), row).reward for _ in range(3)] == [1.0] * 3
     assert len(runs) == 4 and sum("_Stub" in stdin for stdin in runs) == 1
 
 
@@ -266,7 +266,7 @@ NUMPY_TESTS = ["assert np.allclose(f(1), {})", "assert np.allclose({}, f(1))",
     ("[]", "3.0", 0.0), ("np.zeros((0, 1))", "[3.0, 4.0]", 0.0), ("np.zeros(0)", "[3.0]", 0.0),
     ("[[]]", "[[3.0]]", 0.0), ("np.zeros(0)", "[]", 1.0), ("np.zeros((0, 2))", "np.zeros((0, 2))", 1.0),
     ("[3.0, 4.0]", "[3.0, 4.0]", 1.0), ("3", "3.0", 1.0)])
-def test_an_empty_array_equals_no_numbers(test: str, result: str, expected: str, reward: float) -> None:
+def test_empty_array_equals_nothing(test: str, result: str, expected: str, reward: float) -> None:
     """numpy broadcasts, and all of nothing is true."""
     text = "import numpy as np\n" + test.format(expected)
     program = f"```python\nimport numpy as np\ndef f(x):\n    return {result}\n```"

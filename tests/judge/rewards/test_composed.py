@@ -1,4 +1,4 @@
-"""Weights, gates and domains, over rewards that say what they were asked."""
+"""Weights, gates and domains, with rewards that record their rows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards.composed import Composed, ComposedRunner, RewardPart
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.judge.rewards.reward import Result
-from megatron_sov.judge.rewards.scoring import runner
+from megatron_sov.judge.rewards.scoring import create_runner
 
 
 class Field:
@@ -33,7 +33,7 @@ class Field:
 
 
 def results(composed: Composed, rows: list[dict]) -> tuple[list[Result], dict[str, list[int]]]:
-    runners = {name: Field(name) for name in composed.orders()}
+    runners = {name: Field(name) for name in composed.get_part_requests()}
     rows = [{"id": i, "response": str(i), **row} for i, row in enumerate(rows)]
     with ComposedRunner(composed, runners) as running:
         found = running.score(rows)
@@ -47,14 +47,14 @@ def test_the_reward_is_the_weighted_sum() -> None:
     assert found[0].components["b"] == {"reward": 0.5, "status": "scored"}
 
 
-def test_the_order_of_parts_changes_no_sum() -> None:
+def test_part_order_does_not_change_the_sum() -> None:
     weights = {"a": 0.6, "b": 0.3, "c": 0.1}
     for names in ("abc", "cba", "bca"):
         composed = Composed({name: RewardPart("x", weights[name]) for name in names})
         assert results(composed, [dict.fromkeys(names, 1.0)])[0][0].reward == 1.0
 
 
-def test_a_gate_is_asked_first_and_spares_the_rest() -> None:
+def test_gates_run_first_and_skip_other_parts() -> None:
     composed = Composed({"judge": RewardPart("x"), "form": RewardPart("x", 0.0, gate=1.0)}, gated_reward=-0.5)
     found, asked = results(composed, [{"form": 1.0, "judge": 0.7}, {"form": 0.0, "judge": 1.0}])
     assert [r.reward for r in found] == [0.7, -0.5]
@@ -74,7 +74,7 @@ def test_rows_go_to_the_parts_of_their_domain() -> None:
                                                      ("refused", "no part judges domain = None")]
 
 
-def test_a_part_without_a_reward_leaves_none() -> None:
+def test_part_without_a_reward_leaves_no_reward() -> None:
     composed = Composed({"a": RewardPart("x", gate=0.0), "b": RewardPart("x"), "c": RewardPart("x")})
     late, broken = Result(None, "timeout", {}, "too slow"), Result(None, "failed", {}, "broken")
     found, asked = results(composed, [{"a": 1.0, "b": late, "c": 1.0}, {"a": broken}, {"a": -1.0}])
@@ -83,10 +83,10 @@ def test_a_part_without_a_reward_leaves_none() -> None:
     assert asked["c"] == []
 
 
-def test_the_version_is_of_the_parts_and_how_they_are_put_together() -> None:
+def test_version_depends_on_parts_and_settings() -> None:
     def version(**more: Any) -> str:
         part = {"reward": "length", "settings": {"unit": "words"}, **more}
-        return make(order("composed", {"parts": {"a": part}})).version
+        return build_versioned_reward(request_reward("composed", {"parts": {"a": part}})).version
 
     assert version() == version(weight=1.0, settings={"unit": "words", "max_length": 20_480})
     assert len({version(), version(weight=2.0), version(gate=0.0), version(domains=["x"]),
@@ -101,18 +101,18 @@ def test_the_version_is_of_the_parts_and_how_they_are_put_together() -> None:
     ({"parts": {"a": {"reward": "length", "wieght": 1}}}, "parts.a.wieght"),
     ({"parts": {"a": {"reward": "length", "settings": {"unit": "miles"}}}}, "unit"),
 ])
-def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
+def test_invalid_settings_are_refused(settings: dict, problem: str) -> None:
     with pytest.raises(UserError) as e:
-        make(order("composed", settings))
+        build_versioned_reward(request_reward("composed", settings))
     assert problem in str(e.value)
 
 
 def test_real_parts_run_together(tmp_path: Path) -> None:
     code = "class Own:\n    def score(self, row):\n        return len(row['response'])\n"
     (tmp_path / "own.py").write_text(code)
-    asked = order("composed", {"parts": {"rule": {"reward": "length",
-                                                  "settings": {"unit": "words", "max_length": 2,
-                                                               "buffer": 1}},
-                                         "own": {"reward": f"{tmp_path}/own.py:Own", "weight": 10}}})
-    with runner(asked, make(asked), 1) as running:
+    asked = request_reward("composed", {"parts": {"rule": {"reward": "length",
+                                                           "settings": {"unit": "words", "max_length": 2,
+                                                                        "buffer": 1}},
+                                                  "own": {"reward": f"{tmp_path}/own.py:Own", "weight": 10}}})
+    with create_runner(asked, build_versioned_reward(asked), 1) as running:
         assert [r.reward for r in running.score([{"response": "a"}, {"response": "a b"}])] == [10.0, 29.0]

@@ -1,4 +1,4 @@
-"""The reward `constraint`: by the functions of its row."""
+"""Reward `constraint`: check functions of a row."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from megatron_sov.base.settings import find_all_problems
 from megatron_sov.judge.rewards.constraint import (
-    Constraint, ConstraintVerdict, problem_of, verdicts, views_of)
-from megatron_sov.judge.rewards.reward import judged
+    Constraint, ConstraintVerdict, check_texts, find_check_problem, segment_text)
+from megatron_sov.judge.rewards.reward import run_reward
 from megatron_sov.sandbox.sandbox import shared_sandbox
 
 NO_COMMA = "def evaluate(response):\n    return ',' not in response"
@@ -36,7 +36,7 @@ BROKEN = "def evaluate(response):\n    return response[1000] == 'x'"
     ("  \n ", [TRUE], {"give_share": True}, 0.0),
 ])
 def test_reward(response: str, functions: list[str], settings: dict[str, Any], reward: float) -> None:
-    result = judged(Constraint(**settings), {"response": response, "functions": functions})
+    result = run_reward(Constraint(**settings), {"response": response, "functions": functions})
     assert (result.status, result.reward) == ("scored", reward)
 
 
@@ -48,8 +48,8 @@ def test_reward(response: str, functions: list[str], settings: dict[str, Any], r
     ({"response": "x", "functions": [TRUE, "import os"]}, "functions[1] has no function evaluate"),
     ({"response": "x" * 400_001, "functions": [TRUE]}, "at most 400,000"),
 ])
-def test_a_row_that_cannot_be_judged_is_refused(row: dict[str, Any], reason: str) -> None:
-    result = judged(Constraint(), row)
+def test_invalid_rows_are_refused(row: dict[str, Any], reason: str) -> None:
+    result = run_reward(Constraint(), row)
     assert result.status == "refused"
     assert reason in result.reason
 
@@ -60,15 +60,15 @@ def test_settings_are_checked_together() -> None:
     assert "pip install pythainlp" in str(find_all_problems(Constraint(segmenter="pythainlp"))[0])
 
 
-def test_views_are_those_of_typhoon_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert views_of("a b\nc", "none") == ["a b\nc"]
-    assert views_of("a b\nc", "rules") == ["a b\nc", "a b. c", "a b c"]
-    assert views_of("one", "rules") == ["one"]
+def test_segmented_texts_equal_typhoon_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert segment_text("a b\nc", "none") == ["a b\nc"]
+    assert segment_text("a b\nc", "rules") == ["a b\nc", "a b. c", "a b c"]
+    assert segment_text("one", "rules") == ["one"]
     library = types.ModuleType("pythainlp")
     library.sent_tokenize = lambda text: text.split("|")  # type: ignore[attr-defined]
     library.word_tokenize = list  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pythainlp", library)
-    assert views_of("ab|cd", "pythainlp") == ["ab|cd", "ab.cd", "a b.c d"]
+    assert segment_text("ab|cd", "pythainlp") == ["ab|cd", "ab.cd", "a b.c d"]
 
 
 TEXTS = ["One line.", "a, b and c", "", "  ", "서울은 한국의 수도입니다.", "ภาษาไทย", "- x\n- y\n- z",
@@ -87,12 +87,12 @@ HONEST = [
 
 
 def asked(source: str, texts: Sequence[str], call_s: float = 0.5) -> list[ConstraintVerdict]:
-    return verdicts(shared_sandbox(), source, texts, call_s=call_s)
+    return check_texts(shared_sandbox(), source, texts, call_s=call_s)
 
 
 @pytest.mark.parametrize("source", HONEST)
-def test_verdicts_are_those_of_a_plain_interpreter(source: str) -> None:
-    assert problem_of(source) == ""
+def test_verdicts_equal_a_plain_interpreter(source: str) -> None:
+    assert find_check_problem(source) == ""
     names: dict[str, object] = {}
     exec(source, names)
     expected = []
@@ -104,18 +104,18 @@ def test_verdicts_are_those_of_a_plain_interpreter(source: str) -> None:
     assert [one.accepts for one in asked(source, TEXTS)] == expected
 
 
-def test_what_a_function_keeps_is_gone_at_the_next_text() -> None:
+def test_function_state_does_not_survive_a_text() -> None:
     source = "seen = []\ndef evaluate(response):\n    seen.append(response)\n    return len(seen) == 1"
     assert [one.accepts for one in asked(source, ["a", "b", "c"])] == [True] * 3
 
 
-def test_a_process_that_ends_takes_no_other_text_with_it() -> None:
+def test_ended_process_costs_a_single_text() -> None:
     source = "import os\ndef evaluate(response):\n    return True if response != 'b' else os._exit(0)"
     assert asked(source, ["a", "b", "c"]) == [
         ConstraintVerdict(True), ConstraintVerdict(None, "ended its process"), ConstraintVerdict(True)]
 
 
-def test_a_call_that_does_not_end_is_the_last() -> None:
+def test_endless_call_is_the_last() -> None:
     source = "def evaluate(response):\n    while response == 'b': pass\n    return True"
     first, second, third = asked(source, ["a", "b", "c"])
     assert first == ConstraintVerdict(True)
@@ -133,7 +133,7 @@ def test_a_call_that_does_not_end_is_the_last() -> None:
     ("return evaluate(response)", "RecursionError"),
     ("print('[0, true, \"\", true]')", "gave a NoneType"),
 ])
-def test_what_gives_no_verdict_is_told(body: str, reason: str) -> None:
+def test_missing_verdicts_have_a_reason(body: str, reason: str) -> None:
     told, = asked(f"def evaluate(response):\n    {body}", ["x"])
     assert told.accepts is None
     assert reason in told.reason
@@ -162,19 +162,19 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("source", PROBLEMS, ids=range(len(PROBLEMS)))
-def test_a_source_that_is_no_check_is_refused_before_it_runs(source: str) -> None:
-    assert PROBLEMS[source] in problem_of(source)
+def test_invalid_sources_are_refused_before_running(source: str) -> None:
+    assert PROBLEMS[source] in find_check_problem(source)
 
 
-def test_a_setting_lets_a_library_in() -> None:
+def test_setting_allows_a_library() -> None:
     source = "from pythainlp.tokenize import word_tokenize\ndef evaluate(r):\n    return True"
-    assert "imports pythainlp" in problem_of(source)
-    assert problem_of(source, ["pythainlp"]) == ""
+    assert "imports pythainlp" in find_check_problem(source)
+    assert find_check_problem(source, ["pythainlp"]) == ""
 
 
 @pytest.mark.parametrize("line", ["5", "null", '[[], true, "", "ended"]', '[0, "yes", 5, "ended"]',
                                   "[" * 5000], ids=["number", "null", "place", "kinds", "deep"])
-def test_a_function_that_writes_verdicts_of_its_own_gives_none(line: str) -> None:
+def test_forged_verdicts_are_ignored(line: str) -> None:
     source = f"""import collections
 def evaluate(response):
     os = collections._sys.modules["os"]
@@ -184,5 +184,5 @@ def evaluate(response):
         except OSError:
             pass
     return True"""
-    assert problem_of(source) == ""
+    assert find_check_problem(source) == ""
     assert [one.accepts for one in asked(source, ["a"])] == [None]

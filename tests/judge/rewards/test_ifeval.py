@@ -1,4 +1,4 @@
-"""Reward `ifeval`: rows, arguments and refusals around the checks of if-verifiable."""
+"""Reward `ifeval`: rows, arguments and refusals."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import nltk
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.rewards.ifeval import IfEval, load_checks, loosen, read_instructions
-from megatron_sov.judge.rewards.reward import Refused, judged
+from megatron_sov.judge.rewards.ifeval import IfEval, load_checks, loosen_response, read_instructions
+from megatron_sov.judge.rewards.reward import Refused, run_reward
 
 pytest.importorskip("if_verifiable", reason="extra rl")
 INSTRUCTIONS = [{"id": "punctuation:no_comma"},
                 {"id": "length_constraints:number_words", "num_words": 3, "relation": "at least"}]
 
 
-def test_all_instructions_have_to_be_followed_or_the_share_counts() -> None:
+def test_all_instructions_or_the_share_count() -> None:
     row = {"response": "one, two, three", "instructions": INSTRUCTIONS}
     assert IfEval().score(row).reward == 0.0
     score = IfEval(all_or_nothing=False).score(row)
@@ -27,10 +27,11 @@ def test_all_instructions_have_to_be_followed_or_the_share_counts() -> None:
     assert IfEval().score({"response": " ", "instructions": INSTRUCTIONS[:1]}).reward == 0.0
 
 
-def test_loose_forgives_lines_around_the_answer_and_asterisks() -> None:
+def test_loose_accuracy_ignores_outer_lines_and_asterisks() -> None:
     row = {"response": "Sure, here:\n*yes*", "instructions": INSTRUCTIONS[:1]}
     assert (IfEval().score(row).reward, IfEval(loose=True).score(row).reward) == (0.0, 1.0)
-    assert loosen("a\n*b*\nc") == ["a\n*b*\nc", "*b*\nc", "a\n*b*", "*b*", "a\nb\nc", "b\nc", "a\nb", "b"]
+    assert loosen_response("a\n*b*\nc") == ["a\n*b*\nc", "*b*\nc", "a\n*b*", "*b*", "a\nb\nc", "b\nc", "a\nb",
+                                            "b"]
 
 
 def test_the_columns_of_the_data_set_are_read() -> None:
@@ -56,17 +57,17 @@ def test_the_columns_of_the_data_set_are_read() -> None:
     ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "as long as"),
     ({"instructions": INSTRUCTIONS, "response": "a" * 400_001}, "at most 400,000 are checked"),
 ])
-def test_rows_that_ask_for_nothing_sound_are_refused(row: dict[str, Any], reason: str) -> None:
+def test_invalid_instructions_are_refused(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(Refused) as e:
         IfEval().score({"response": "word word", **row})
     assert reason in str(e.value)
 
 
-def test_missing_data_of_nltk_and_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_nltk_data_and_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nltk.data, "path", [])
     row = {"response": "One. Two.", "instructions": [
         {"id": "length_constraints:number_sentences", "num_sentences": 2, "relation": "at least"}]}
-    found = judged(IfEval(), row)
+    found = run_reward(IfEval(), row)
     assert found.status == "refused" and "python -m nltk.downloader punkt_tab" in found.reason
     monkeypatch.setitem(sys.modules, "if_verifiable.ifbench.instructions_registry", None)
     load_checks.cache_clear()

@@ -1,4 +1,4 @@
-"""Verdicts equal math-verify's own; hostile answers cost their row and no more."""
+"""Verdicts equal math-verify's; hostile answers only affect their row."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.judge.rewards.math_answers import Math
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.judge.rewards.reward import Refused
-from megatron_sov.judge.rewards.scoring import runner
+from megatron_sov.judge.rewards.scoring import create_runner
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from math_verdicts import FOOLING, HONEST
@@ -32,15 +32,15 @@ RESPONSES = ["so \\boxed{42}", "The answer is 42.", "$0.5$", "\\boxed{1/2}", "$\
 
 
 @pytest.mark.deep
-def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
+def test_verdicts_equal_math_verify() -> None:
     from math_verify import parse, verify
 
     pairs = list(product(GOLDS, RESPONSES))[::2]  # an odd number of responses: each meets every other gold
     golds = {gold: parse(gold if "$" in gold else f"\\boxed{{{gold}}}") for gold in GOLDS}
     found = {response: parse(response) for response in RESPONSES}
     own = [verify(golds[gold], found[response]) for gold, response in pairs]
-    asked = order("math", {})
-    with runner(asked, make(asked), 2) as running:
+    asked = request_reward("math", {})
+    with create_runner(asked, build_versioned_reward(asked), 2) as running:
         results = running.score([{"answer": gold, "response": response} for gold, response in pairs])
     assert len(pairs) > 200
     assert [pair for pair, result, verdict in zip(pairs, results, own, strict=True)
@@ -49,11 +49,11 @@ def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
 
 
 @pytest.mark.parametrize(("items", "reward"), [(FOOLING, 0.0), (HONEST, 1.0)], ids=["fooling", "honest"])
-def test_no_response_of_the_benchmark_fools_and_every_honest_one_is_paid(items: list[tuple[str, str]],
+def test_benchmark_attacks_fail_and_honest_answers_pass(items: list[tuple[str, str]],
                                                                          reward: float) -> None:
-    asked = order("math", {})
+    asked = request_reward("math", {})
     assert len(items) == len(set(items)) == 44
-    with runner(asked, make(asked), 1) as running:
+    with create_runner(asked, build_versioned_reward(asked), 1) as running:
         results = running.score([{"answer": gold, "response": response} for gold, response in items])
     assert [item for item, result in zip(items, results, strict=True) if result.reward != reward] == []
 
@@ -61,12 +61,12 @@ def test_no_response_of_the_benchmark_fools_and_every_honest_one_is_paid(items: 
 @pytest.mark.parametrize(("answer", "response"), [
     ("3\\sqrt{2}", "$3\\sqrt{2}$"), ("(1,2)", "the pair $(1,2)$"), ("\\frac{1}{2}", "1/2"),
     ("x^2+1", "$1+x^2$")])
-def test_an_answer_without_dollars_is_read_whole(answer: str, response: str) -> None:
+def test_answer_without_dollars_is_parsed(answer: str, response: str) -> None:
     assert Math().score({"answer": answer, "response": response}).reward == 1.0
     assert Math().score({"answer": answer, "response": "3"}).reward == 0.0
 
 
-def test_boxes_beside_each_other_are_numbers_of_their_own() -> None:
+def test_adjacent_boxes_are_separate_numbers() -> None:
     """Joined by commas, as math-verify joins them, 20 and 204 would be read as 20,204."""
     for boxes in ("\\boxed{20} and \\boxed{204}", "\\boxed{ 20 }, \\boxed { 204}"):
         for answer, reward in (("\\{20, 204\\}", 1.0), ("20204", 0.0), ("204", 0.0)):
@@ -83,7 +83,7 @@ def test_boxes_beside_each_other_are_numbers_of_their_own() -> None:
     ("It is between $1$ and $42$", 0.0, 0.0), ("So it must be $42$", 1.0, 1.0), ("정답은 42", 1.0, 1.0),
     ("<answer>42</answer>", 0.0, 1.0), ("**The answer is: 42**", 1.0, 1.0),
     ("The answer is unclear", 0.0, 0.0)])
-def test_a_number_in_the_text_is_no_answer_where_it_has_to_be_marked(response: str, own: float,
+def test_unmarked_numbers_are_not_answers(response: str, own: float,
                                                                      marked: float) -> None:
     row = {"answer": "42", "response": response}
     assert Math(marked_only=False).score(row).reward == own
@@ -96,7 +96,7 @@ def test_a_number_in_the_text_is_no_answer_where_it_has_to_be_marked(response: s
     ("42", "The answer is 42 square centimeters.", 1.0),
     ("42", "The answer is 42 zebras.", 1.0), ("42x", "The answer is $42x$.", 1.0),
     ("xy^2", "The answer is $y^2x$.", 1.0), ("x", "The answer is $x$.", 1.0)])
-def test_what_a_number_is_multiplied_by_is_no_unit(answer: str, response: str, reward: float) -> None:
+def test_multipliers_are_not_units(answer: str, response: str, reward: float) -> None:
     assert Math().score({"answer": answer, "response": response}).reward == reward
 
 
@@ -118,7 +118,7 @@ def test_a_row_without_a_readable_answer_is_refused(row: dict) -> None:
     ("7", "\\boxed{a+b=3+5=7}"), ("7", "\\boxed{n=6 n=7}"), ("7", "\\boxed{a=6, b=7}"),
     ("3", "\\boxed{\\frac{6}{-2}}"),
     ("0.5", "\\boxed{2^{-1}}"), ("\\frac{\\pi}{4}", "\\boxed{\\int_0^1 \\frac{1}{1+x^2} dx}")])
-def test_a_question_stated_again_is_no_answer(answer: str, response: str) -> None:
+def test_restated_questions_are_not_answers(answer: str, response: str) -> None:
     assert Math().score({"answer": answer, "response": response}).reward == 0.0
 
 
@@ -142,7 +142,7 @@ def test_a_number_may_be_written_in_any_way(answer: str, given: str) -> None:
     ("\\boxed{3}, no wait \\boxed{4}", 1.0, 0.0), ("\\boxed{3}\n\n\\boxed{4}", 1.0, 1.0),
     ("\\boxed{3}" + " and so on" * 30 + " \\boxed{4}", 1.0, 0.0), ("\\boxed{3}\\boxed{4}", 1.0, 1.0),
     ("\\boxed{3}, \\boxed{4} (as asked, in \\boxed{})", 0.0, 1.0), ("\\boxed{3} and \\boxed{4}", 0.0, 1.0)])
-def test_the_last_box_counts_and_boxes_of_one_answer_together(boxes: str, four: float, both: float) -> None:
+def test_last_boxes_form_the_answer(boxes: str, four: float, both: float) -> None:
     for answer, reward in (("4", four), ("3", 0.0), ("\\{3, 4\\}", both)):
         assert Math().score({"answer": answer, "response": boxes}).reward == reward
 
@@ -151,7 +151,7 @@ def test_the_last_box_counts_and_boxes_of_one_answer_together(boxes: str, four: 
     ("<think>\\boxed{42}</think> The answer is 41.", 0.0),
     ("<think>\\boxed{41}</think> The answer is 42.", 1.0),
     ("<think>\\boxed{42}</think> I do not know.", 0.0), ("\\boxed{41}</think>\\boxed{42}", 1.0)])
-def test_a_box_in_the_thoughts_is_no_answer(response: str, reward: float) -> None:
+def test_boxes_in_thoughts_are_ignored(response: str, reward: float) -> None:
     assert Math().score({"answer": "42", "response": response}).reward == reward
 
 
@@ -185,10 +185,10 @@ def test_another_unit_is_another_answer(answer: str, response: str, reward: floa
     assert Math().score({"answer": answer, "response": response}).reward == reward
 
 
-def test_hostile_answers_are_worth_nothing_and_cost_their_row_alone() -> None:
+def test_hostile_answers_score_0() -> None:
     rows = [{"answer": "42", "response": text} for text in [*HOSTILE, "\\boxed{42}"]]
-    asked = order("math", {"cpu_limit_s": 1.0})
-    with runner(asked, make(asked), 2) as running:
+    asked = request_reward("math", {"cpu_limit_s": 1.0})
+    with create_runner(asked, build_versioned_reward(asked), 2) as running:
         *results, honest = running.score(rows)
         (unfair,) = running.score([{"answer": "1000000000!", "response": "\\boxed{42}"}])
     assert honest.reward == 1.0
@@ -197,8 +197,10 @@ def test_hostile_answers_are_worth_nothing_and_cost_their_row_alone() -> None:
     assert (unfair.status, unfair.reward) == ("timeout", None), "that is not the response's fault"
 
 
-def test_what_judges_is_part_of_the_version() -> None:
-    assert make(order("math", {})).version != make(order("math", {"float_rounding": 3})).version
+def test_libraries_are_part_of_the_version() -> None:
+    versions = {build_versioned_reward(request_reward("math", settings)).version
+                for settings in ({}, {"float_rounding": 3})}
+    assert len(versions) == 2
     assert set(Math.LIBRARIES) >= {"math-verify", "sympy"}
 
 
@@ -224,7 +226,7 @@ def test_what_judges_is_part_of_the_version() -> None:
     # a set is no tuple, and no interval
     ("(4,3)", "$\\left\\{4,3\\right\\}$", 0), ("(0,1)", "\\boxed{\\{0,1\\}}", 0),
     ("(4,3)", "\\boxed{(x,y)=(4,3)}", 1), ("\\{1,2\\}", "\\boxed{S=\\{2,1\\}}", 1)])
-def test_what_attackers_and_honest_ones_write(answer: str, response: str, reward: float) -> None:
+def test_attacks_and_honest_answers(answer: str, response: str, reward: float) -> None:
     assert Math().score({"answer": answer, "response": response}).reward == reward
 
 
@@ -277,7 +279,7 @@ BOXED = [
 
 
 @pytest.mark.parametrize(("answer", "given", "reward"), BOXED)
-def test_a_gold_answer_is_read_whole(answer: str, given: str, reward: float) -> None:
+def test_gold_answers_are_parsed_completely(answer: str, given: str, reward: float) -> None:
     assert Math().score({"answer": answer, "response": f"So \\boxed{{{given}}}."}).reward == reward
 
 
@@ -292,7 +294,7 @@ def test_a_gold_answer_equals_itself(answer: str) -> None:
     "2k\\pi, k \\in \\mathbb{Z}", "0.333...", "1 + 2 + \\cdots + n", "\\{x \\mid x > 3\\}", "0.\\overline{3}",
     "11:30 \\text{ a.m.}", "x=3 \\text{ if } y=2", "(A) 5", "5 million", "5 \\text{ million}", "about 3",
     "2/3 of the cake", "The total is 42 apples", "정답은 42", "5시간", "#### 42", "$x$ is $3$", "-", "?"])
-def test_a_gold_answer_that_is_not_read_whole_is_refused(answer: str) -> None:
+def test_partially_parsed_gold_answers_are_refused(answer: str) -> None:
     for response in (f"\\boxed{{{answer}}}", "\\boxed{3}", "\\boxed{42}", ""):
         with pytest.raises(Refused, match=r"answer = .*a gold answer has to be one value in LaTeX, or words"):
             Math().score({"answer": answer, "response": response})
@@ -315,5 +317,5 @@ def test_a_gold_answer_that_is_not_read_whole_is_refused(answer: str) -> None:
     ("12", "The answer is 5 + 7 = 12.", 1), ("42", "The answer is 42, a number.", 1),
     ("42", "The answer is 42!", 1), ("42", "The answer is 42 (see above).", 1),
     ("\\text{Monday}", "The answer is Monday.", 1), ("서울", "정답은 서울", 1)])
-def test_what_is_announced_is_read_whole(answer: str, response: str, reward: float) -> None:
+def test_announced_answers_are_parsed_completely(answer: str, response: str, reward: float) -> None:
     assert Math().score({"answer": answer, "response": response}).reward == reward

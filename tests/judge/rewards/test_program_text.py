@@ -1,21 +1,21 @@
-"""Which text of a response is its program."""
+"""Extraction of the program from a response."""
 
 from __future__ import annotations
 
 import pytest
 
 from megatron_sov.judge.rewards.program_text import (
-    find_definitions, find_entry_points, parse_python, program_in)
+    extract_program, find_definitions, find_entry_points, parse_python)
 
 P = "print(5)\n"
 F = "def f(x):\n    return x + 1\n"
 
 
-def test_the_last_block_of_python_outside_of_the_thoughts_counts() -> None:
+def test_last_python_block_outside_thoughts_counts() -> None:
     response = ("<think>```python\nno\n```</think>One:\n```python\na = 1\n```\nor\n"
                 "  ```py\nb = 2\n  ```\n```sh\nls\n```")
-    assert program_in(response) == "b = 2\n"
-    assert program_in("print(1)") == "print(1)"
+    assert extract_program(response) == "b = 2\n"
+    assert extract_program("print(1)") == "print(1)"
 
 
 @pytest.mark.parametrize("response", [
@@ -40,7 +40,7 @@ def test_the_last_block_of_python_outside_of_the_thoughts_counts() -> None:
     f"```python\n{P}``` \nand more text `x`",
     "print(5)"])
 def test_the_program_that_prints_is_found(response: str) -> None:
-    assert program_in(response).strip() == P.strip()
+    assert extract_program(response).strip() == P.strip()
 
 
 @pytest.mark.parametrize("response", [
@@ -57,24 +57,24 @@ def test_the_program_that_prints_is_found(response: str) -> None:
     F])
 @pytest.mark.parametrize("names", [("f",), ("f", "List"), ()])
 def test_the_program_that_tests_call_is_found(response: str, names: tuple[str, ...]) -> None:
-    assert program_in(response, names).startswith(F.rstrip())
+    assert extract_program(response, names).startswith(F.rstrip())
 
 
-def test_a_fence_inside_of_a_docstring_ends_nothing() -> None:
+def test_fence_inside_a_docstring_does_not_end_the_block() -> None:
     program = 'def f(x):\n    """Add.\n\n    ```\n    f(1)\n    ```\n    """\n    return x + 1\n'
-    assert program_in(f"```python\n{program}```\n", ("f",)) == program
+    assert extract_program(f"```python\n{program}```\n", ("f",)) == program
 
 
-def test_lines_of_a_text_keep_their_blanks() -> None:
+def test_lines_keep_their_blanks() -> None:
     program = 'x = """a\n   \n  b"""\nprint(x)\n'
-    assert program_in(f"```python\n{program}```") == program
-    assert program_in("1. ```python\n   x = 1\n   y = '''a\nb'''\n   ```") == "x = 1\ny = '''a\nb'''\n"
+    assert extract_program(f"```python\n{program}```") == program
+    assert extract_program("1. ```python\n   x = 1\n   y = '''a\nb'''\n   ```") == "x = 1\ny = '''a\nb'''\n"
 
 
-def test_the_text_of_a_response_without_a_block_is_the_program() -> None:
-    assert program_in("I cannot do this.") == "I cannot do this."
-    assert program_in("```\nno program at all\n```") == "```\nno program at all\n```"
-    assert program_in("```python\nbroken(\n```\n```\nno program\n```") == "broken(\n"
+def test_response_without_a_block_is_the_program() -> None:
+    assert extract_program("I cannot do this.") == "I cannot do this."
+    assert extract_program("```\nno program at all\n```") == "```\nno program at all\n```"
+    assert extract_program("```python\nbroken(\n```\n```\nno program\n```") == "broken(\n"
 
 
 @pytest.mark.parametrize("response", [
@@ -83,10 +83,10 @@ def test_the_text_of_a_response_without_a_block_is_the_program() -> None:
     "```\n" + "a" + ".b" * 100_000 + "\n```", "```python\n" + "if x: pass\nel" * 3000 + "if y: pass\n```"],
     ids=range(10))
 def test_long_lines_take_linear_time(response: str) -> None:
-    assert isinstance(program_in(response, ("f",)), str)
+    assert isinstance(extract_program(response, ("f",)), str)
 
 
-def test_definitions_stand_at_the_top() -> None:
+def test_top_level_definitions() -> None:
     tree = parse_python("import a\nfrom b import c\nif a:\n    def d(): x = 1\nelse:\n    e: int = 1\n"
                         "class F:\n    def g(self): pass\nh, (i, j) = 1, (2, 3)\nk[0] = 1\n"
                         "for _ in a:\n    l = 2\n")
@@ -99,5 +99,5 @@ def test_definitions_stand_at_the_top() -> None:
     ("class A:\n    def m(self): return g()\ndef g(): pass\ndef f(): pass", ["f"]),
     ("async def f(): pass", ["f"]), ("f = lambda x: x", []), ("def f(): pass\nx = f()", ["f"]),
     ("def a(): return b()\ndef b(): return a()", ["a", "b"])])
-def test_entry_points_are_functions_that_no_other_one_calls(source: str, found: list[str] | None) -> None:
+def test_entry_points_are_functions_without_callers(source: str, found: list[str] | None) -> None:
     assert find_entry_points(source) == found

@@ -1,4 +1,4 @@
-"""Rewards by name and by file, what is said of wrong settings, and what a version is of."""
+"""Rewards by name and by file, invalid settings, and versions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards import version
-from megatron_sov.judge.rewards.registry import lacking, make, order
-from megatron_sov.judge.rewards.reward import OPERATION, REWARDS, judged
-from megatron_sov.judge.rewards.version import settings_of, version_of
+from megatron_sov.judge.rewards.registry import build_versioned_reward, find_missing_field, request_reward
+from megatron_sov.judge.rewards.reward import OPERATION, REWARDS, run_reward
+from megatron_sov.judge.rewards.version import collect_settings, compute_version
 
 OWN = '''
 class Contains:
@@ -37,15 +37,15 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_reward_of_ones_own_takes_its_settings(file: Path) -> None:
-    made = make(order(f"{file}:Contains", {"word": "ja", "times": 2}))
+def test_reward_from_a_file_takes_settings(file: Path) -> None:
+    made = build_versioned_reward(request_reward(f"{file}:Contains", {"word": "ja", "times": 2}))
     assert made.reward.score({"response": "ja, ja"}) == 1.0
     assert made.reward.score({"response": "ja"}) == 0.0
 
 
-def test_its_version_is_of_its_file_and_settings(file: Path) -> None:
+def test_version_depends_on_file_and_settings(file: Path) -> None:
     def version(**settings: object) -> str:
-        return make(order(f"{file}:Contains", settings)).version
+        return build_versioned_reward(request_reward(f"{file}:Contains", settings)).version
 
     before = version()
     assert before == version(word="yes") != version(word="no")
@@ -53,13 +53,13 @@ def test_its_version_is_of_its_file_and_settings(file: Path) -> None:
     assert version() != before
 
 
-def test_a_file_that_changes_behind_the_order_is_refused(file: Path) -> None:
-    asked = order(f"{file}:Contains", {})
-    before = make(asked).version
+def test_file_changed_after_the_request_is_refused(file: Path) -> None:
+    asked = request_reward(f"{file}:Contains", {})
+    before = build_versioned_reward(asked).version
     file.write_text(OWN.replace(">=", ">"))
     with pytest.raises(UserError, match=r"contains\.py has changed since this command began"):
-        make(asked)
-    assert make(order(f"{file}:Contains", {})).version != before
+        build_versioned_reward(asked)
+    assert build_versioned_reward(request_reward(f"{file}:Contains", {})).version != before
 
 
 @pytest.mark.parametrize(("settings", "said"), [
@@ -68,11 +68,11 @@ def test_a_file_that_changes_behind_the_order_is_refused(file: Path) -> None:
 ])
 def test_wrong_settings_are_named(file: Path, settings: dict, said: str) -> None:
     with pytest.raises(UserError) as e:
-        make(order(f"{file}:Contains", settings))
+        build_versioned_reward(request_reward(f"{file}:Contains", settings))
     assert said in str(e.value)
 
 
-def test_a_reward_function_of_trl_is_a_reward(tmp_path: Path) -> None:
+def test_trl_reward_function_is_a_reward(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("""
 def starts_well(completions, answer, **kwargs):
@@ -82,13 +82,13 @@ def starts_well(completions, answer, **kwargs):
 def other(rows):
     return [1.0]
 """)
-    made = make(order(f"{file}:starts_well", {}))
+    made = build_versioned_reward(request_reward(f"{file}:starts_well", {}))
     row = {"response": "yes, it is", "answer": "yes", "prompt": "p"}
-    assert judged(made.reward, row).reward == 1.0
+    assert run_reward(made.reward, row).reward == 1.0
     # messages where the prompt is messages, as in TRL
-    assert judged(made.reward, {**row, "prompt": [{"role": "user", "content": "p"}]}).reward == 1.0
+    assert run_reward(made.reward, {**row, "prompt": [{"role": "user", "content": "p"}]}).reward == 1.0
     with pytest.raises(UserError, match=r"is a class with score\(self, row\) or a function f\(comp"):
-        order(f"{file}:other", {})
+        request_reward(f"{file}:other", {})
 
 
 FUNCTIONS = '''
@@ -152,7 +152,7 @@ def by_trl(function: Any, rows: list[dict[str, Any]]) -> list[float | None]:
 @pytest.mark.parametrize("name", [
     "chars", "in_a_tuple", "generated", "array", "array32", "scalars", "flags", "gaps", "nan", "short",
     "longest", "centred", "right", "later", "awaited", "called", "part", "tensor"])
-def test_a_trl_function_gives_what_trl_would(name: str, tmp_path: Path) -> None:
+def test_trl_function_gets_the_arguments_of_trl(name: str, tmp_path: Path) -> None:
     file = tmp_path / "functions.py"
     file.write_text(FUNCTIONS)
     rows = [{"prompt": "p", "response": response, "answer": "abc", "completion_ids": [7] * len(response)}
@@ -160,25 +160,26 @@ def test_a_trl_function_gives_what_trl_would(name: str, tmp_path: Path) -> None:
     scope: dict[str, Any] = {}
     exec(FUNCTIONS, scope)
     wanted = by_trl(scope[name], rows)
-    asked = order(f"{file}:{name}", {})
-    reward = make(asked).reward
-    result = judged(reward, rows)
+    asked = request_reward(f"{file}:{name}", {})
+    reward = build_versioned_reward(asked).reward
+    result = run_reward(reward, rows)
     assert result.status == "scored" and result.components[REWARDS] == wanted
-    single = [judged(reward, row) for row in rows]
+    single = [run_reward(reward, row) for row in rows]
     assert [one.reward for one in single] == [by_trl(scope[name], [row])[0] for row in rows]
 
 
 @pytest.mark.parametrize("name", ["many", "matrix", "number", "text", "infinite"])
-def test_what_is_no_list_of_numbers_has_failed(name: str, tmp_path: Path) -> None:
+def test_malformed_trl_results_fail(name: str, tmp_path: Path) -> None:
     (tmp_path / "functions.py").write_text(FUNCTIONS)
-    reward = make(order(f"{tmp_path}/functions.py:{name}", {})).reward
-    result = judged(reward, [{"prompt": "p", "response": text} for text in RESPONSES])
+    reward = build_versioned_reward(request_reward(f"{tmp_path}/functions.py:{name}", {})).reward
+    result = run_reward(reward, [{"prompt": "p", "response": text} for text in RESPONSES])
     assert (result.reward, result.status) == (None, "failed")
 
 
-def test_a_function_of_token_ids_refuses_rows_without(tmp_path: Path) -> None:
+def test_function_with_token_ids_refuses_rows_without_them(tmp_path: Path) -> None:
     (tmp_path / "functions.py").write_text(FUNCTIONS)
-    result = judged(make(order(f"{tmp_path}/functions.py:short", {})).reward, {"response": "a"})
+    result = run_reward(build_versioned_reward(request_reward(f"{tmp_path}/functions.py:short", {})).reward,
+                        {"response": "a"})
     assert result.status == "refused" and "has no 'completion_ids'" in result.reason
 
 
@@ -206,10 +207,10 @@ class Long:
 
 
 def of(reward: Long, files: dict[str, str] | None = None) -> str:
-    return version_of(reward, settings_of(reward, {}), files or {"long.py": "1"})
+    return compute_version(reward, collect_settings(reward, {}), files or {"long.py": "1"})
 
 
-def test_every_setting_counts_but_those_of_its_operation() -> None:
+def test_operational_settings_do_not_change_the_version() -> None:
     assert of(Long()) == of(Long(5)) == of(Long(5, speed=9))
     assert of(Long()) != of(Long(6))
 
@@ -218,7 +219,7 @@ def test_the_code_counts() -> None:
     assert of(Long(), {"long.py": "1"}) != of(Long(), {"long.py": "2"})
 
 
-def test_a_library_that_judges_along_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_version_changes_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     before = of(Long())
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
     assert of(Long()) != before
@@ -230,21 +231,21 @@ def test_a_library_that_judges_along_counts(monkeypatch: pytest.MonkeyPatch) -> 
     ("LIMIT = 3", "LIMIT = 4", False), ("> LIMIT", ">= LIMIT", False),
     ("import parts", "import other", False),
 ])
-def test_code_is_compared_without_its_words(old: str, new: str, same: bool) -> None:
+def test_comments_do_not_change_the_version(old: str, new: str, same: bool) -> None:
     assert old in CODE
-    before, after = (version._without_words(ast.parse(text)) for text in (CODE, CODE.replace(old, new)))
+    before, after = (version._strip_docstrings(ast.parse(text)) for text in (CODE, CODE.replace(old, new)))
     assert (before == after) is same
 
 
-def test_what_a_module_imports_from_the_room_is_part_of_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imported_modules_change_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"megatron_sov.judge.rewards.registry":
              "from megatron_sov.judge.rewards import reward\nimport json\n",
              "megatron_sov.judge.rewards.reward": "x = 1\n", "megatron_sov.judge.rewards.version": "y = 1\n"}
-    monkeypatch.setattr(version, "_source", files.__getitem__)
+    monkeypatch.setattr(version, "_read_source", files.__getitem__)
 
     def code() -> dict[str, str]:
-        version.code_of.cache_clear()
-        return version.code_of("megatron_sov.judge.rewards.registry")
+        version.hash_code.cache_clear()
+        return version.hash_code("megatron_sov.judge.rewards.registry")
 
     before = code()
     assert set(before) == {"megatron_sov.judge.rewards.registry", "megatron_sov.judge.rewards.reward"}
@@ -252,19 +253,19 @@ def test_what_a_module_imports_from_the_room_is_part_of_its_code(monkeypatch: py
     assert code() == before
     files["megatron_sov.judge.rewards.reward"] = "x = 2\n"
     assert code() != before
-    version.code_of.cache_clear()
+    version.hash_code.cache_clear()
 
 
-def test_settings_of_a_class_that_is_no_dataclass() -> None:
+def test_settings_from_a_constructor() -> None:
     class Plain:
         def __init__(self, *, low: float = 0.5, high: float = 1.0) -> None:
             """Nothing is kept."""
 
-    assert settings_of(Plain(), {"low": 0.25}) == {"low": 0.25, "high": 1.0}
+    assert collect_settings(Plain(), {"low": 0.25}) == {"low": 0.25, "high": 1.0}
 
 
-def test_the_sources_of_the_room_are_found() -> None:
-    code = version.code_of("megatron_sov.judge.rewards.reward")
+def test_sources_of_all_rewards_are_hashed() -> None:
+    code = version.hash_code("megatron_sov.judge.rewards.reward")
     assert set(code) == {"megatron_sov.judge.rewards.reward", "megatron_sov.chat.marks",
                          "megatron_sov.chat.tool_calls"}, "what it reads of a response is judged"
     assert Path(version.__file__).is_file()
@@ -278,11 +279,11 @@ def test_the_sources_of_the_room_are_found() -> None:
      {"domain": "math"}, "answer"),
     ("composed", {"parts": {"m": {"reward": "math", "domains": ["math"]}, "r": {"reward": "repetition"}}},
      {"domain": "chat"}, "")])
-def test_what_a_row_lacks_is_known_before_a_response_is(name: str, settings: dict[str, Any],
+def test_missing_fields_are_found_before_generation(name: str, settings: dict[str, Any],
                                                         row: dict[str, Any], field: str) -> None:
-    made = make(asked := order(name, settings))
-    assert lacking(asked, made, row) == field
+    made = build_versioned_reward(asked := request_reward(name, settings))
+    assert find_missing_field(asked, made, row) == field
     if field and name != "composed":
         # what is said before is what judging would say
-        refused = judged(made.reward, {**row, "response": "42"})
+        refused = run_reward(made.reward, {**row, "response": "42"})
         assert refused.status == "refused" and field in refused.reason

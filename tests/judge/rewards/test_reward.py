@@ -1,4 +1,4 @@
-"""Whatever a reward does, a row ends as one of four things; a fault is never a reward of 0."""
+"""Every row gets a status; a fault is never a reward of 0."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fractions import Fraction
 import pytest
 
 from megatron_sov.judge.rewards.reward import (
-    Refused, Result, Score, agreeing, checked, content_of, judged, text_of)
-from megatron_sov.judge.rewards.scoring import MAX_TOLD, ScoringTally
+    Refused, Result, Score, get_content, get_text, merge_repeated_results, run_reward, to_result)
+from megatron_sov.judge.rewards.scoring import MAX_EXAMPLES, ScoringTally
 
 
 class Gives:
@@ -37,14 +37,14 @@ ROW = {"response": "4"}
     ("<tool_call>5</tool_call>", ""), ("<tool_call>5", ""), ("<tool_call>f<arg_key>5</tool_call>", ""),
     ("<|tool_calls|><|tool_call:begin|>1<|tool_call:name|>f<|tool_call:args|>5<|tool_call:end|>", ""),
 ])
-def test_thoughts_and_calls_are_no_part_of_what_is_judged(response: str, said: str) -> None:
-    assert content_of({"response": response}) == said
+def test_thoughts_and_calls_are_not_judged(response: str, said: str) -> None:
+    assert get_content({"response": response}) == said
 
 
 @pytest.mark.parametrize(("given", "reward"), [(1, 1.0), (0.25, 0.25), (True, 1.0), (Fraction(1, 4), 0.25),
                                                (Score(0.5, {"right": True}), 0.5)])
 def test_numbers_are_scores(given: object, reward: float) -> None:
-    assert (judged(Gives(given), ROW).reward, judged(Gives(given), ROW).status) == (reward, "scored")
+    assert (run_reward(Gives(given), ROW).reward, run_reward(Gives(given), ROW).status) == (reward, "scored")
 
 
 @pytest.mark.parametrize(("given", "reason"), [
@@ -55,22 +55,22 @@ def test_numbers_are_scores(given: object, reward: float) -> None:
     (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
     (RecursionError("too deep"), "RecursionError: too deep"), (KeyError("answer"), "KeyError: 'answer'"),
 ])
-def test_everything_else_has_failed_and_is_no_0(given: object, reason: str) -> None:
-    result = judged(Gives(given), ROW)
+def test_invalid_return_values_fail_without_a_reward(given: object, reason: str) -> None:
+    result = run_reward(Gives(given), ROW)
     assert (result.reward, result.status) == (None, "failed")
     assert reason in result.reason
 
 
 @pytest.mark.parametrize(("error", "status"), [
     (Refused("has no 'answer'"), "refused"), (TimeoutError(), "timeout"), (MemoryError(), "refused")])
-def test_what_cannot_be_judged_says_so(error: BaseException, status: str) -> None:
-    result = judged(Gives(error), ROW)
+def test_exceptions_become_results(error: BaseException, status: str) -> None:
+    result = run_reward(Gives(error), ROW)
     assert (result.reward, result.status) == (None, status)
     assert result.reason
 
 
 def test_a_reason_is_one_short_line() -> None:
-    reason = judged(Gives(ValueError("x" * 10_000 + "\nsecond line")), ROW).reason
+    reason = run_reward(Gives(ValueError("x" * 10_000 + "\nsecond line")), ROW).reason
     assert len(reason) == 300
     assert "\n" not in reason
 
@@ -78,36 +78,37 @@ def test_a_reason_is_one_short_line() -> None:
 def test_components_are_plain_json() -> None:
     given = Score(1, {"nan": math.nan, "words": 3, "list": (1, 2.5), "set": {1}, 7: {"a": None},
                       "huge": 10**400})
-    assert checked(given).components == {"nan": None, "words": 3, "list": [1, 2.5], "set": "{1}",
-                                         "7": {"a": None}, "huge": None}
+    assert to_result(given).components == {"nan": None, "words": 3, "list": [1, 2.5], "set": "{1}",
+                                           "7": {"a": None}, "huge": None}
 
 
-def test_two_rewards_for_one_row_are_a_failure() -> None:
+def test_different_rewards_for_a_row_are_a_failure() -> None:
     one, other = Result(0.0, "scored"), Result(1.0, "scored")
-    assert agreeing(one, one) == one
-    assert agreeing(one, other).status == "failed"
-    assert "gave 0, then 1 for the same row under one version" in agreeing(one, other).reason
+    assert merge_repeated_results(one, one) == one
+    assert merge_repeated_results(one, other).status == "failed"
+    assert "gave 0, then 1 for the same row under one version" in merge_repeated_results(one, other).reason
 
 
 @pytest.mark.parametrize(("row", "reason"), [({}, "has no 'answer'"),
                                              ({"answer": 4}, "answer = 4 must be text")])
-def test_a_row_without_its_field_is_refused(row: dict, reason: str) -> None:
+def test_row_with_a_missing_field_is_refused(row: dict, reason: str) -> None:
     with pytest.raises(Refused, match=reason):
-        text_of(row, "answer")
+        get_text(row, "answer")
 
 
-def test_verdicts_are_counted_and_the_first_without_a_reward_are_named() -> None:
+def test_tally_names_the_first_rows_without_a_reward() -> None:
     tally = ScoringTally()
-    assert tally.mean is None and tally.line("rows") == "0 rows"
+    assert tally.mean is None and tally.format_counts("rows") == "0 rows"
     for i in range(1, 4):
         tally.add(i / 2, "scored", "", f"line {i}")
     for i in range(4, 2004):
         tally.add(None, "failed", "no judge", f"line {i}")
-    assert tally.mean == 1.0 and tally.told[0] == "line 4: failed: no judge" and len(tally.told) == MAX_TOLD
-    assert tally.line("rows") == "2,000 failed, 3 scored rows, mean reward 1.0000"
+    assert tally.mean == 1.0
+    assert tally.examples[0] == "line 4: failed: no judge" and len(tally.examples) == MAX_EXAMPLES
+    assert tally.format_counts("rows") == "2,000 failed, 3 scored rows, mean reward 1.0000"
 
 
-def test_rows_without_a_place_are_counted_alone() -> None:
+def test_tally_counts_rows_without_a_place() -> None:
     tally = ScoringTally()
     tally.add(None, "timeout")
-    assert tally.statuses == {"timeout": 1} and tally.told == []
+    assert tally.statuses == {"timeout": 1} and tally.examples == []

@@ -1,4 +1,4 @@
-"""A reward that hangs, dies or changes its mind costs its row; the rows beside it are judged."""
+"""A reward that hangs, crashes or is random only affects its row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.rewards import scoring as room
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ProcessRunner, score_file
 from megatron_sov.work.processes import workers
 from megatron_sov.work.processes.channel import send_message
@@ -66,7 +66,7 @@ class Does:
 @pytest.fixture
 def runner(tmp_path: Path) -> Callable[..., ProcessRunner]:
     (tmp_path / "does.py").write_text(CODE)
-    return lambda **more: ProcessRunner(order(f"{tmp_path}/does.py:Does", more.pop("settings", {})),
+    return lambda **more: ProcessRunner(request_reward(f"{tmp_path}/does.py:Does", more.pop("settings", {})),
                                         more.get("time_limit_s", 20.0), more.get("workers", 2),
                                         variables=more.get("variables", ()), control=more.get("control"),
                                         cpu_limit_s=more.get("cpu_limit_s", float("inf")))
@@ -84,7 +84,7 @@ def test_results_come_in_the_order_of_the_rows(runner) -> None:
         assert [r.reward for r in running.score(rows("5", "6"))] == [5.0, 6.0]
 
 
-def test_what_goes_wrong_costs_its_row_alone(runner) -> None:
+def test_failures_affect_a_single_row(runner) -> None:
     with runner(time_limit_s=0.5) as running:
         found = running.score(rows("1", "hang", "die", "eat", "change", "x", "loop", "2"))
     assert [(r.reward, r.status) for r in found] == [
@@ -96,7 +96,7 @@ def test_what_goes_wrong_costs_its_row_alone(runner) -> None:
     assert "then 1 for the same row under one version" in found[4].reason
 
 
-def test_quick_rows_travel_together_and_one_that_ends_its_process_costs_no_other(
+def test_ended_process_affects_a_single_row(
         runner, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
     monkeypatch.setattr(workers, "send_message", lambda channel, asked: (sent.append(len(asked)),
@@ -114,7 +114,7 @@ def test_quick_rows_travel_together_and_one_that_ends_its_process_costs_no_other
     assert sent == [1, 1, 1]
 
 
-def test_a_response_that_keeps_its_judge_busy_is_worth_nothing_and_a_judge_that_waits_has_no_verdict(
+def test_busy_judge_scores_0_and_waiting_judge_has_no_reward(
         runner) -> None:
     with runner(cpu_limit_s=0.2, control="5") as running:
         found = running.score(rows("1", "loop", "eat", "deep", "abort", "die", "killed", "x", "2"))
@@ -130,7 +130,7 @@ def test_a_response_that_keeps_its_judge_busy_is_worth_nothing_and_a_judge_that_
             (None, "timeout"), (1.0, "scored")]
 
 
-def test_a_judge_that_had_no_processor_judges_once_more(runner, tmp_path: Path) -> None:
+def test_row_without_processor_time_is_judged_again(runner, tmp_path: Path) -> None:
     (tmp_path / "does.py").write_text(CODE.replace('if what == "hang":', f"""if what == "once":
             with contextlib.suppress(FileExistsError), open({str(tmp_path / "came")!r}, "x"):
                 time.sleep(3600)
@@ -140,19 +140,19 @@ def test_a_judge_that_had_no_processor_judges_once_more(runner, tmp_path: Path) 
         assert [(r.reward, r.status) for r in running.score(rows("once"))] == [(3.0, "scored")]
 
 
-def test_a_reward_that_cannot_be_made_ends_the_work(runner) -> None:
+def test_reward_that_cannot_be_built_stops_scoring(runner) -> None:
     with (pytest.raises(UserError, match='size = "big" must be a whole number'),
           runner(settings={"size": "big"}) as running):
         running.score(rows("1"))
 
 
-def test_a_mistake_that_meets_every_row_ends_the_work(runner) -> None:
+def test_user_error_stops_scoring(runner) -> None:
     with runner() as running, pytest.raises(UserError, match="mend the settings"):
         running.score(rows("1", "mistake", "2"))
 
 
 @pytest.mark.deep
-def test_a_reward_sees_the_variables_that_programs_need_and_those_that_it_asks_for(
+def test_reward_sees_safe_and_requested_variables(
         runner, monkeypatch: pytest.MonkeyPatch) -> None:
     forkserver._forkserver._stop()  # the next one is started with these
     monkeypatch.setenv("WANDB_API_KEY", "secret")
@@ -162,35 +162,35 @@ def test_a_reward_sees_the_variables_that_programs_need_and_those_that_it_asks_f
             assert running.score(rows("tell"))[0].reward == seen
 
 
-def test_the_order_of_gpus_stays_since_their_numbers_mean_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_order_variable_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     had = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "3", "HF_TOKEN": "secret"}
     monkeypatch.setattr(os, "environ", dict(had))
     remove_unsafe_variables()
     assert os.environ.keys() == had.keys() - {"HF_TOKEN"}
 
 
-def test_any_limit_of_time_can_be_waited_for(runner) -> None:
+def test_large_time_limits_work(runner) -> None:
     with runner(time_limit_s=float("inf"), workers=1) as running:
         assert running.score(rows("1"))[0].reward == 1.0
 
 
-def test_one_server_imports_what_all_runners_need() -> None:
+def test_fork_server_preloads_modules_of_all_runners() -> None:
     for name in ("colorsys", "wave"):
-        ProcessRunner(order("stem", {}), 1.0, 1, [name])
+        ProcessRunner(request_reward("stem", {}), 1.0, 1, [name])
     assert {"colorsys", "wave"} <= set(forkserver._forkserver._preload_modules)
 
 
 KILLED = '''
 import sys
-from megatron_sov.judge.rewards.registry import order
+from megatron_sov.judge.rewards.registry import request_reward
 from megatron_sov.judge.rewards.scoring import ProcessRunner
 
-with ProcessRunner(order(sys.argv[1], {}), 3600.0, 1) as running:
+with ProcessRunner(request_reward(sys.argv[1], {}), 3600.0, 1) as running:
     running.score([{"response": "loop"}])
 '''
 
 
-def test_a_process_at_work_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
+def test_busy_process_ends_with_its_killed_command(tmp_path: Path) -> None:
     own = tmp_path / "pid"
     (tmp_path / "does.py").write_text(CODE.replace('if what == "loop":', f"""if what == "loop":
             with open({str(own)!r}, "w") as file:
@@ -205,7 +205,7 @@ def test_a_process_at_work_ends_with_a_command_that_is_killed(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("is_early", [True, False])
-def test_a_process_whose_command_has_ended_ends_without_a_traceback(
+def test_orphaned_process_ends_without_a_traceback(
         is_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # they would change this process
     for name in ("remove_unsafe_variables", "limit_memory", "signal"):
@@ -218,7 +218,7 @@ def test_a_process_whose_command_has_ended_ends_without_a_traceback(
         else:
             send_message(command, [({"response": "1"}, True)])
             own.shutdown(socket.SHUT_WR)
-        serve_requests(own, room._judge, (order(f"{tmp_path}/does.py:Does", {}), (), 1.0))
+        serve_requests(own, room._start_judge, (request_reward(f"{tmp_path}/does.py:Does", {}), (), 1.0))
     command.close()
 
 
@@ -233,14 +233,14 @@ def longest(completions, prompts, **kwargs):
 '''
 
 
-def test_a_function_is_given_all_responses_to_a_prompt(tmp_path: Path) -> None:
+def test_function_gets_all_responses_to_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(LONGEST)
-    asked = order(f"{tmp_path}/own.py:longest", {})
+    asked = request_reward(f"{tmp_path}/own.py:longest", {})
     chat = [{"role": "user", "content": "c"}]
     given = [("a", "x"), ("a", "xyz"), ("b", "xy"), (chat, "x"), (chat, "xy"), ("d", "die"), ("d", "x"),
              ("a", "xy"), ("e", "x"), ("e", "none"), (None, "x"), (None, "xy"),
              ("b", None)]
-    with room.runner(asked, make(asked), 2) as running:
+    with room.create_runner(asked, build_versioned_reward(asked), 2) as running:
         found = running.score([{"prompt": prompt, "response": text} for prompt, text in given])
     assert [(result.reward, result.status) for result in found] == [
         (0.0, "scored"), (1.0, "scored"), (1.0, "scored"), (0.0, "scored"), (1.0, "scored"),
@@ -248,15 +248,16 @@ def test_a_function_is_given_all_responses_to_a_prompt(tmp_path: Path) -> None:
         (1.0, "scored"), (1.0, "scored"), (None, "refused")]
 
 
-def test_a_part_of_a_composition_and_a_file_are_judged_in_whole_groups(tmp_path: Path) -> None:
+def test_groups_stay_together_in_parts_and_files(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(LONGEST)
     # 127 rows, then a group that the limit of a batch would cut
     lines = [{"prompt": f"p{i}", "response": "x"} for i in range(BATCH_ROWS - 1)]
     lines += [{"prompt": "last", "response": "x" * n} for n in (1, 2, 3)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    for asked in (order(f"{tmp_path}/own.py:longest", {}), order("composed", {"parts": {
+    for asked in (request_reward(f"{tmp_path}/own.py:longest", {}), request_reward("composed", {"parts": {
             "long": {"reward": f"{tmp_path}/own.py:longest"}}})):
-        score_file(asked, make(asked), tmp_path / "in.jsonl", tmp_path / "out.jsonl", 2, lambda count: None,
+        score_file(asked, build_versioned_reward(asked), tmp_path / "in.jsonl", tmp_path / "out.jsonl", 2,
+                   lambda count: None,
                    redo=True)
         written = (tmp_path / "out.jsonl").read_text().splitlines()
         rewards = [json.loads(line)["reward"] for line in written]

@@ -1,4 +1,4 @@
-"""The part of pytest that tests of solutions run with, compared with pytest, and the count of assertions."""
+"""The reimplemented part of pytest equals pytest; assertions are counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VALUES = [0, 1, -1, 1.0, 1.0000001, 0.999999, 1e-13, 1e-7, 1e6, 1e6 + 0.5, math.
           {"a": 0.1}, {"a": 0.1 + 1e-9}, {"b": 0.1}, [], 10 ** 400]
 
 
-def test_approx_is_that_of_pytest() -> None:
+def test_approx_equals_pytest() -> None:
     for expected, actual in itertools.product(VALUES, VALUES):
         for settings in ({}, {"rel": 1e-3}, {"abs": 1e-3}, {"rel": 1e-9, "abs": 1e-8}, {"nan_ok": True}):
             try:
@@ -44,7 +44,7 @@ def test_approx_takes_arrays_and_decimals() -> None:
 @pytest.mark.parametrize("error", [ValueError("bad 3"), KeyError("x"), None, SystemExit(0)])
 @pytest.mark.parametrize("expected", [ValueError, (KeyError, ValueError), Exception, SystemExit])
 @pytest.mark.parametrize("match", [None, r"bad \d", "other"])
-def test_raises_is_that_of_pytest(error: BaseException | None, expected: Any, match: str | None) -> None:
+def test_raises_equals_pytest(error: BaseException | None, expected: Any, match: str | None) -> None:
     def outcome(library: Any) -> str:
         try:
             with library.raises(expected, match=match) as info:
@@ -88,7 +88,7 @@ def test_assertions_are_counted_where_they_are_evaluated(text: str, counted: int
     assert len(ticks) == counted
 
 
-def test_calls_at_the_top_are_found() -> None:
+def test_top_level_calls_are_found() -> None:
     assert calls_name(ast.parse("if x:\n    check(f)"), "check")
     assert calls_name(ast.parse("y = [check(1)]"), "check")
     assert not calls_name(ast.parse("def g(): check(f)\nx = lambda: check(f)\ncheck"), "check")

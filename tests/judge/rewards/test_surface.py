@@ -10,11 +10,11 @@ import pytest
 
 from megatron_sov.base.settings import find_all_problems
 from megatron_sov.judge.rewards import patterns
-from megatron_sov.judge.rewards.patterns import MAX_JSON_CHARS, NO_JSON, json_of
+from megatron_sov.judge.rewards.patterns import MAX_JSON_CHARS, NO_JSON, parse_json
 from megatron_sov.judge.rewards.reward import Refused
 from megatron_sov.judge.rewards.surface import (
-    Format, LanguageReward, Length, Repetition, loop_at_end, repeated_share, soft_overlong, switches, tagged,
-    words_of)
+    Format, LanguageReward, Length, Repetition, compute_overlong_penalty, compute_repeated_share,
+    count_script_switches, find_final_loop, has_tag_sequence, split_words)
 
 TAGS = ("think", "answer")
 
@@ -32,8 +32,8 @@ def reward(response: str, **settings) -> float:
     ("</think><think><answer>4</answer>", False),
     ("<THINK>why</THINK><answer>4</answer>", False),
 ])
-def test_tags_stand_once_in_order_with_nothing_around(text: str, has_them: bool) -> None:
-    assert tagged(text, TAGS) is has_them
+def test_tags_are_required_once_and_in_order(text: str, has_them: bool) -> None:
+    assert has_tag_sequence(text, TAGS) is has_them
 
 
 @pytest.mark.parametrize(("text", "value"), [
@@ -44,12 +44,12 @@ def test_tags_stand_once_in_order_with_nothing_around(text: str, has_them: bool)
     ("[" * 5_000 + "]" * 5_000, NO_JSON), ("1" * 5_000, NO_JSON), ('"\x00"', NO_JSON),
 ])
 def test_json_is_the_whole_response(text: str, value: object) -> None:
-    assert json_of(text) == value
+    assert parse_json(text) == value
 
 
 def test_json_beyond_the_limit_is_refused() -> None:
     with pytest.raises(Refused, match="at most 1,000,000"):
-        json_of(json.dumps("x" * MAX_JSON_CHARS))
+        parse_json(json.dumps("x" * MAX_JSON_CHARS))
 
 
 def test_checks_are_counted_together() -> None:
@@ -59,7 +59,7 @@ def test_checks_are_counted_together() -> None:
     assert reward('{"a": 1}', **asked, all_or_nothing=False) == pytest.approx(2 / 3)
 
 
-def test_a_pattern_has_to_match_the_whole_response() -> None:
+def test_pattern_must_match_the_whole_response() -> None:
     assert reward(" The answer is 4. ", regex=r"The answer is \d+\.") == 1.0
     assert reward("The answer is 4. Or 5.", regex=r"The answer is \d+\.") == 0.0
 
@@ -67,7 +67,7 @@ def test_a_pattern_has_to_match_the_whole_response() -> None:
 @pytest.mark.parametrize(("settings", "problem"), [
     ({}, "nothing is asked for"), ({"regex": "("}, 'regex = "(" is no regular expression'),
     ({"tags": ("a b",)}, 'tags.0 = "a b" must be a name')])
-def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
+def test_invalid_settings_are_refused(settings: dict, problem: str) -> None:
     assert problem in str(find_all_problems(Format(**settings))[0])
 
 
@@ -75,11 +75,11 @@ def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
     (0, 0.0), (16_384, 0.0), (16_385, -1 / 4096), (18_432, -0.5), (20_479, -4095 / 4096), (20_480, -1.0),
     (20_481, -1.0), (10**9, -1.0)])
 def test_equation_13_of_dapo(length: int, reward: float) -> None:
-    assert soft_overlong(length, 20_480, 4_096) == pytest.approx(reward)
+    assert compute_overlong_penalty(length, 20_480, 4_096) == pytest.approx(reward)
     assert Length().score({"response": "", "num_tokens": length}).reward == pytest.approx(reward)
 
 
-def test_other_units_are_counted_in_the_response() -> None:
+def test_length_in_characters_and_words() -> None:
     row = {"response": "one two three four"}
     assert Length(max_length=4, buffer=2, unit="words").score(row).reward == -1.0
     assert Length(max_length=20, buffer=4, unit="characters").score(row).reward == -0.5
@@ -87,7 +87,7 @@ def test_other_units_are_counted_in_the_response() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [None, "4", -1, True, 2.5])
-def test_tokens_need_their_number(num_tokens: object) -> None:
+def test_length_in_tokens_requires_num_tokens(num_tokens: object) -> None:
     with pytest.raises(Refused, match="must be the number of the response's tokens"):
         Length().score({"response": "x", "num_tokens": num_tokens})
 
@@ -100,7 +100,7 @@ def reward_of_repetition(response: str, **row) -> float:
     return Repetition().score({"response": response, **row}).reward
 
 
-def test_sound_text_is_left_alone() -> None:
+def test_normal_text_has_no_penalty() -> None:
     assert reward_of_repetition(SOUND) == 0.0
     assert reward_of_repetition("") == 0.0
     assert reward_of_repetition("물은 산에서 더 낮은 온도에서 끓는다. 기압이 낮기 때문이다.") == 0.0
@@ -111,37 +111,37 @@ def test_a_loop_at_the_end_is_the_worst(loop: str) -> None:
     assert reward_of_repetition(SOUND + loop) == -1.0
 
 
-def test_what_stands_twice_is_no_loop_and_counts_by_its_share() -> None:
+def test_repeated_passage_counts_by_its_share() -> None:
     paragraph = SOUND.partition(" ......")[0]
-    assert loop_at_end(paragraph * 2)[1] == 2
+    assert find_final_loop(paragraph * 2)[1] == 2
     assert -1 < reward_of_repetition(paragraph * 2) < 0
 
 
 @pytest.mark.parametrize(("text", "piece", "repeats"), [
     ("xyabab", "ab", 2), ("abcabcabc", "abc", 3), ("abc", "", 1), ("", "", 1), ("aXbXaXbX", "aXbX", 2),
     ("zaaaa", "a", 4)])
-def test_loops_are_found_with_their_period(text: str, piece: str, repeats: int) -> None:
-    assert loop_at_end(text) == (piece, repeats)
+def test_final_loop_has_the_shortest_period(text: str, piece: str, repeats: int) -> None:
+    assert find_final_loop(text) == (piece, repeats)
 
 
-def test_a_loop_inside_of_what_stands_twice_is_found() -> None:
+def test_loop_inside_a_repeated_passage_is_found() -> None:
     looping = SOUND + "no " * 20
-    assert loop_at_end(looping + looping, 24)[1] >= 19
+    assert find_final_loop(looping + looping, 24)[1] >= 19
 
 
 def test_repeated_n_grams_are_counted() -> None:
-    assert repeated_share(["a", "b", "c", "a", "b", "c"], 2) == pytest.approx(1 - 3 / 5)
-    assert repeated_share(["a"], 2) == 0.0
-    assert words_of("ab, 서울 กา 東京") == ["ab", ",", "서울", "ก", "า", "東", "京"]
+    assert compute_repeated_share(["a", "b", "c", "a", "b", "c"], 2) == pytest.approx(1 - 3 / 5)
+    assert compute_repeated_share(["a"], 2) == 0.0
+    assert split_words("ab, 서울 กา 東京") == ["ab", ",", "서울", "ก", "า", "東", "京"]
 
 
-def test_no_end_is_a_fault() -> None:
+def test_missing_end_is_penalized() -> None:
     assert reward_of_repetition(SOUND, finish_reason="length") == -1.0
     assert reward_of_repetition(SOUND, finish_reason="stop") == 0.0
     assert Repetition(no_end_penalty=0).score({"response": SOUND, "finish_reason": "length"}).reward == 0.0
 
 
-def test_megabytes_of_one_character_take_a_moment() -> None:
+def test_loop_search_is_linear() -> None:
     begin_s = time.process_time()
     assert reward_of_repetition("a" * 3_000_000) == -1.0
     assert time.process_time() - begin_s < 5
@@ -160,11 +160,11 @@ def reward_of_language(response: str, **settings) -> float:
     ("ar", "القاهرة"),
     ("hi", "दिल्ली भारत की राजधानी है"), ("ko", KOREAN + " `print(x)` $x^2 + y$ https://example.com/a"),
     ("en", "Ｆｕｌｌ width letters, and ﬁne ligatures")])
-def test_a_language_alone_is_1(language: str, text: str) -> None:
+def test_text_in_a_single_language_scores_1(language: str, text: str) -> None:
     assert reward_of_language(text, language=language) == pytest.approx(1.0)
 
 
-def test_a_few_words_of_another_language_are_fine_and_many_are_not() -> None:
+def test_other_languages_count_up_to_a_share() -> None:
     assert reward_of_language(KOREAN + " (Seoul)", language="ko") == pytest.approx(1.0)
     mixed = "서울은 대한민국의 capital이고 많은 people이 함께 모여 사는 아름다운 city입니다"
     switched = LanguageReward("ko").score({"response": mixed})
@@ -176,11 +176,11 @@ def test_a_few_words_of_another_language_are_fine_and_many_are_not() -> None:
 
 @pytest.mark.parametrize("text", ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀",
                                   "```\ncode only\n```"])
-def test_no_letters_are_no_language(text: str) -> None:
+def test_text_without_letters_scores_0(text: str) -> None:
     assert reward_of_language(text, language="en") == 0.0
 
 
-def test_the_row_may_name_its_language() -> None:
+def test_row_names_its_language() -> None:
     assert LanguageReward().score({"response": KOREAN, "language": "ko"}).reward == pytest.approx(1.0)
     with pytest.raises(Refused, match="has no 'language'"):
         LanguageReward().score({"response": KOREAN})
@@ -189,8 +189,8 @@ def test_the_row_may_name_its_language() -> None:
 
 
 def test_switches_are_counted_between_words() -> None:
-    assert switches("하나 둘 three 넷") == pytest.approx(50.0)
-    assert switches("하나 2 둘") == 0.0
+    assert count_script_switches("하나 둘 three 넷") == pytest.approx(50.0)
+    assert count_script_switches("하나 2 둘") == 0.0
 
 
 def test_a_catastrophic_pattern_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,12 @@
-"""Nothing of one test's own environments is known to the next."""
+"""Forget environments registered by a test module."""
 
 from __future__ import annotations
 
 import pytest
 
-from megatron_sov.judge.tools.registry import OWN
+from megatron_sov.judge.tools.registry import ENVIRONMENT_PLUGINS
 
 
 @pytest.fixture(autouse=True, scope="module")
 def no_environments_of_others() -> None:
-    OWN._known.clear()
+    ENVIRONMENT_PLUGINS._known.clear()

@@ -18,9 +18,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.judge.tools.environment import EpisodeLimits
-from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in
-from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, play
-from megatron_sov.judge.tools.registry import make, order
+from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, open_episode_lines
+from megatron_sov.judge.tools.playing import EpisodeSettings, ToolPolicy, play_episodes
+from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 from megatron_sov.work.progress.journal import open_journal
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
@@ -135,9 +135,9 @@ def played(world: str, num_episodes: int, folder: Path,
     chat = chat_encoder()
     encoder = TurnEncoder(chat, "the script's tokenizer")
     policy = FuzzedPolicy(world, chat, encoder.end_ids[0])
-    asked = order(world, {})
-    environment: Any = make(asked)[0]
+    asked = request_environment(world, {})
+    environment: Any = build_versioned_environment(asked)[0]
     tasks = [environment.EXAMPLES[n % len(environment.EXAMPLES)] for n in range(num_episodes)]
     with open_journal(folder / world, "play", {"world": world}) as journal:
-        table = EpisodeTable(asked, encoder, LIMITS, parallel)
-        return play(tasks, wrapped(policy), table, lines_in(journal)), policy, encoder
+        table = EpisodeSettings(asked, encoder, LIMITS, parallel)
+        return play_episodes(tasks, wrapped(policy), table, open_episode_lines(journal)), policy, encoder

@@ -1,4 +1,4 @@
-"""A world whose tools do what tools must not do."""
+"""A world with misbehaving tools."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""A world that is told whole turns: its user asks until a number comes."""
+"""A conversing world whose user asks until the model gives a number."""
 
 from megatron_sov.judge.tools.environment import InfrastructureFault, TurnReply, World, tool
 

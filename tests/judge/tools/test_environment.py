@@ -1,4 +1,4 @@
-"""Signatures and docstrings as the schemas that models are shown, and arguments held to them."""
+"""Tool schemas from signatures and docstrings, and argument validation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from transformers.utils import get_json_schema
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.tools.environment import Tool, ToolFault, tool_of
+from megatron_sov.judge.tools.environment import Tool, ToolFault, build_tool
 
 
 def find_room(city: str, nights: int, kinds: list[str], view: Literal["sea", "yard"] = "yard",
@@ -30,8 +30,8 @@ def find_room(city: str, nights: int, kinds: list[str], view: Literal["sea", "ya
     return repr((city, nights, kinds, view, price))
 
 
-def test_a_schema_says_what_transformers_says_of_the_same_function() -> None:
-    ours, theirs = tool_of(find_room).description_for_models(), get_json_schema(find_room)
+def test_schema_equals_transformers() -> None:
+    ours, theirs = build_tool(find_room).describe_for_models(), get_json_schema(find_room)
     function, expected = ours["function"], theirs["function"]
     assert (ours["type"], function["name"], function["description"]) == (
         "function", expected["name"], expected["description"])
@@ -46,7 +46,7 @@ def test_a_schema_says_what_transformers_says_of_the_same_function() -> None:
 
 
 def test_arguments_of_the_right_types_reach_the_function() -> None:
-    tool = tool_of(find_room)
+    tool = build_tool(find_room)
     assert tool.call({"city": "Busan", "nights": 2, "kinds": ["a"]}) == "('Busan', 2, ['a'], 'yard', None)"
     found = tool.call({"city": "", "nights": 0, "kinds": [], "view": "sea", "price": 1})
     assert found.endswith("'sea', 1.0)")
@@ -59,7 +59,7 @@ def test_arguments_of_the_right_types_reach_the_function() -> None:
     ({"x": 1}, "x: there is no such argument")])
 def test_arguments_of_other_types_are_named(change: dict[str, Any], told: str) -> None:
     with pytest.raises(ToolFault, match="find_room was given wrong arguments") as caught:
-        tool_of(find_room).call({"city": "Busan", "nights": 2, "kinds": ["a"]} | change)
+        build_tool(find_room).call({"city": "Busan", "nights": 2, "kinds": ["a"]} | change)
     assert caught.value.code == "arguments" and told in caught.value.reason
 
 
@@ -82,6 +82,6 @@ def odd(x: Tool) -> None:
 @pytest.mark.parametrize("function, told", [(untyped, "must have a name and a type"),
                                             (silent, "has no docstring"), (many, "must have a name"),
                                             (odd, "have no JSON schema")])
-def test_functions_that_models_cannot_be_shown_are_refused(function: Any, told: str) -> None:
+def test_functions_without_a_schema_are_refused(function: Any, told: str) -> None:
     with pytest.raises(UserError, match=f"tool {function.__name__}: .*{told}"):
-        tool_of(function)
+        build_tool(function)

@@ -1,4 +1,4 @@
-"""An environment in a process of its own: a call that fails is told apart, and the state stays."""
+"""Environment processes: failed calls are reported and keep the state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.judge.tools.environment import EpisodeLimits
 from megatron_sov.judge.tools.host import EnvironmentHost
-from megatron_sov.judge.tools.registry import order
+from megatron_sov.judge.tools.registry import request_environment
 
 FILE = Path(__file__).with_name("hostile_world.py")
 LIMITS = EpisodeLimits(max_tool_chars=200, call_timeout_s=20, max_state_bytes=1_000_000)
@@ -22,14 +22,14 @@ TASK = {"question": "Try."}
 @pytest.fixture(scope="module")
 def host() -> Iterator[EnvironmentHost]:
     """One process; where a test ends it, the next one is started."""
-    with EnvironmentHost(order(f"{FILE}:Hostile", {}), LIMITS) as found:
+    with EnvironmentHost(request_environment(f"{FILE}:Hostile", {}), LIMITS) as found:
         yield found
 
 
 @pytest.mark.parametrize("how, fault", [
     ("raises", "failed"), ("nan", "result"), ("object", "result"), ("deep", "result"), ("memory", "memory"),
     ("leaves", "failed"), ("dies", "ended"), ("state", "state"), ("broken", "infrastructure")])
-def test_a_call_that_fails_is_named_and_changes_nothing(host: EnvironmentHost, how: str, fault: str) -> None:
+def test_failed_call_changes_nothing(host: EnvironmentHost, how: str, fault: str) -> None:
     host.reset(TASK)
     assert host.call(ToolCall("add", {})).text == "1"
     found = host.call(ToolCall("misbehave", {"how": how}))
@@ -52,7 +52,7 @@ def test_a_result_is_cut_to_the_limit_and_says_so(host: EnvironmentHost) -> None
     (ToolCall("misbehave", {}), "arguments", "how: is missing"),
     (ToolCall("misbehave", {"how": 1}), "arguments", "how: Input should be a valid string"),
     (ToolCall("add", {"by": 2}), "arguments", "by: there is no such argument")])
-def test_a_call_of_no_tool_or_with_wrong_types_never_reaches_it(host: EnvironmentHost, call: ToolCall,
+def test_malformed_calls_reach_no_tool(host: EnvironmentHost, call: ToolCall,
                                                                  fault: str, told: str) -> None:
     host.reset(TASK)
     found = host.call(call)
@@ -61,13 +61,13 @@ def test_a_call_of_no_tool_or_with_wrong_types_never_reaches_it(host: Environmen
 
 
 @pytest.mark.parametrize("answer", ["nan", "text", "raises"])
-def test_a_score_that_is_no_number_is_a_failure_and_never_0(host: EnvironmentHost, answer: str) -> None:
+def test_invalid_score_is_a_failure(host: EnvironmentHost, answer: str) -> None:
     host.reset(TASK)
     result = host.score(answer)
     assert (result.reward, result.status) == (None, "failed") and result.reason
 
 
-def test_a_task_that_is_none_is_named(host: EnvironmentHost) -> None:
+def test_invalid_tasks_are_named(host: EnvironmentHost) -> None:
     with pytest.raises(UserError, match="the task has no 'question'"):
         host.reset({"query": "Try."})
     assert host.reset(TASK).observation.user == "Try."

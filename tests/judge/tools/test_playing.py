@@ -1,4 +1,4 @@
-"""Episodes of a script that writes turns of every kind: their tokens, limits, and how killed ones go on."""
+"""Episodes with scripted turns: tokens, limits, and resumption after a kill."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.judge.tools.environment import EpisodeLimits
-from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, lines_in, row_of
-from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play, summary_of
-from megatron_sov.judge.tools.registry import order
+from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, build_row, open_episode_lines
+from megatron_sov.judge.tools.playing import (
+    STREAMS_PER_EPISODE, EpisodeSettings, ToolPolicy, play_episodes, summarize_rows)
+from megatron_sov.judge.tools.registry import request_environment
 from megatron_sov.work.progress.journal import RECORDS, open_journal, work_folder
 from tests.judge.tools.fuzzed_episodes import WORLDS, chat_encoder, played, problems_of
 
@@ -29,12 +30,12 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {world: played(world, 40, folder, parallel=3) for world in WORLDS}
 
 
-def test_what_was_sampled_is_trained_and_what_tools_say_is_not(fuzzed: dict[str, Any]) -> None:
+def test_sampled_tokens_are_trained_and_tool_results_are_not(fuzzed: dict[str, Any]) -> None:
     rows = []
     for episodes, policy, encoder in fuzzed.values():
         assert [problem for episode in episodes for problem in problems_of(episode, policy)] == []
-        rows += [row_of(episode, encoder) for episode in episodes]
-    summary = summary_of(rows)
+        rows += [build_row(episode, encoder) for episode in episodes]
+    summary = summarize_rows(rows)
     assert summary["num_episodes"] == 80
     # the script has met every end, and every fault of a model's own
     assert {"answered", "turns", "tokens", "unended"} <= set(summary["ends"])
@@ -45,7 +46,7 @@ def test_what_was_sampled_is_trained_and_what_tools_say_is_not(fuzzed: dict[str,
                for n, (start, end) in enumerate(row["spans"]))
 
 
-def test_turns_that_differ_are_those_that_no_tokenizer_would_write(fuzzed: dict[str, Any]) -> None:
+def test_turns_that_differ_from_retokenization_are_counted(fuzzed: dict[str, Any]) -> None:
     episodes, _, encoder = fuzzed["files"]
     chat = chat_encoder()
     for turn in (turn for episode in episodes for turn in episode.turns):
@@ -73,10 +74,10 @@ def _killed_at(round_: int) -> Callable[[ToolPolicy], ToolPolicy]:
 
 @pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("round_, torn", [(1, b"[0, 1"), (7, b"\0" * 40 + b"\n"), (15, b'[3, 9, 1]\n{"ep')])
-def test_killed_episodes_go_on_at_their_turn_to_the_same_end(fuzzed: dict[str, Any], tmp_path: Path,
+def test_killed_episodes_resume_to_the_same_end(fuzzed: dict[str, Any], tmp_path: Path,
                                                              round_: int, torn: bytes) -> None:
     episodes, _, encoder = fuzzed["files"]
-    expected = [row_of(episode, encoder) for episode in episodes[:12]]
+    expected = [build_row(episode, encoder) for episode in episodes[:12]]
     with pytest.raises(_Killed):
         played("files", 12, tmp_path, _killed_at(round_), parallel=2)
     journal = work_folder(tmp_path / "files") / RECORDS
@@ -84,7 +85,7 @@ def test_killed_episodes_go_on_at_their_turn_to_the_same_end(fuzzed: dict[str, A
     with open(journal, "ab") as f:
         f.write(torn)
     again, policy, _ = played("files", 12, tmp_path, parallel=2)
-    assert [row_of(episode, encoder) for episode in again] == expected
+    assert [build_row(episode, encoder) for episode in again] == expected
     assert len(policy.seen) == sum(row["num_turns"] for row in expected) - kept  # none is written twice
     assert not work_folder(tmp_path / "files").exists()
 
@@ -97,11 +98,12 @@ def scripted(tmp_path: Path, turns: list[str], limits: EpisodeLimits, world: str
     class Script:
         def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                    streams: Sequence[int]) -> list[GeneratedTurn]:
-            return [GeneratedTurn(encoder.encode(turns[stream % STREAMS])) for stream in streams]
+            return [GeneratedTurn(encoder.encode(turns[stream % STREAMS_PER_EPISODE])) for stream in streams]
 
     with open_journal(tmp_path / "one", "play", {}) as journal:
-        (episode,) = play([{"question": "Try.", "answer": "1"}], Script(),
-                          EpisodeTable(order(world, {}), encoder, limits), lines_in(journal))
+        (episode,) = play_episodes([{"question": "Try.", "answer": "1"}], Script(),
+                                   EpisodeSettings(request_environment(world, {}), encoder,
+                                                   limits), open_episode_lines(journal))
     return episode, encoder
 
 
@@ -109,26 +111,26 @@ def call(name: str, **arguments: Any) -> str:
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
-def test_faults_of_tools_are_told_to_the_model_and_counted(tmp_path: Path) -> None:
+def test_tool_faults_are_reported_and_counted(tmp_path: Path) -> None:
     hows = ["raises", "nan", "dies", "hang"]
     episode, encoder = scripted(tmp_path, [call("misbehave", how=how) + call("add") for how in hows] + ["so"],
                                 EpisodeLimits(call_timeout_s=5, max_tool_chars=80))
-    assert episode.faults() == Counter(failed=1, result=1, ended=1, timeout=1)
+    assert episode.count_faults() == Counter(failed=1, result=1, ended=1, timeout=1)
     assert episode.result is not None and episode.result.reward == 4  # each failed call was undone
     assert (episode.end, episode.answer) == ("answered", "so")
-    row = row_of(episode, encoder)
+    row = build_row(episode, encoder)
     assert row["num_calls"] == 8 and row["logprobs"] is None
     assert "error: misbehave: took longer than 5 s" in chat_encoder().decode(row["ids"])
 
 
-def test_a_broken_machine_leaves_no_reward(tmp_path: Path) -> None:
+def test_broken_machine_has_no_reward(tmp_path: Path) -> None:
     episode, _ = scripted(tmp_path, [call("misbehave", how="broken")], EpisodeLimits())
     assert episode.end == "infrastructure" and episode.result is not None
     assert (episode.result.reward, episode.result.status) == (None, "failed")
     assert "disk of the sandbox" in episode.result.reason
 
 
-def test_a_user_answers_behind_turns_whose_tokens_stay_as_they_are(tmp_path: Path) -> None:
+def test_user_answers_do_not_change_sampled_tokens(tmp_path: Path) -> None:
     said = ["<think>hm</think>two", call("add", n=1) + call("add", n=2), call("add", n=3), "<tool_call>{",
             "3"]
     episode, encoder = scripted(tmp_path, said, EpisodeLimits(), TALKING)
@@ -142,7 +144,7 @@ def test_a_user_answers_behind_turns_whose_tokens_stay_as_they_are(tmp_path: Pat
     assert json.loads(episode.turns[1].state)["turns"] == [["hm", "two", []], ["", "", ["add", "add"]]]
 
 
-def test_a_conversation_that_breaks_or_is_cut_ends(tmp_path: Path) -> None:
+def test_broken_or_truncated_conversation_ends(tmp_path: Path) -> None:
     broken, _ = scripted(tmp_path, ["one", "break"], EpisodeLimits(), TALKING)
     assert broken.end == "infrastructure" and broken.result is not None
     assert broken.result.reward is None and "the user is gone" in broken.result.reason

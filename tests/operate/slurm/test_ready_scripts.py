@@ -24,7 +24,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.settings import read_command_options
 from megatron_sov.bench.lm.settings import TaskSources
-from megatron_sov.bench.lm.tasks import refuse_unknown
+from megatron_sov.bench.lm.task_files import check_task_names
 from megatron_sov.commands.operate.submit.chain import list_chains, read_chain
 from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.operate.slurm.stages import STAGES, work_of
@@ -74,7 +74,7 @@ def test_what_submit_does_not_look_at_is_sound(name: str) -> None:
         if stage.stage == "rl-run":
             assert resolve_reward_version(options.reward, options.reward_set), stage
         elif stage.stage == "eval-lm":
-            refuse_unknown(options.tasks.split(","), TaskSources())
+            check_task_names(options.tasks.split(","), TaskSources())
 
 
 @pytest.mark.parametrize("name", BIG)

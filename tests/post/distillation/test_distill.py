@@ -1,5 +1,4 @@
-"""Learning from a teacher that has read the data: the formula written out in float64, one document at a
-time, and the same at every layout."""
+"""Distillation losses against formulas in float64, document by document, and equal at every layout."""
 
 from __future__ import annotations
 
@@ -53,16 +52,16 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
 
 
 @pytest.fixture(scope="module")
-def kept(kept_by_a_teacher: Any, packed_data: Any, tmp_path_factory: pytest.TempPathFactory
+def kept(write_teacher_states: Any, packed_data: Any, tmp_path_factory: pytest.TempPathFactory
          ) -> dict[str, Any]:
     """Arguments of the jobs: conversations and texts, of which the longer ones are cut, and what is kept of
     the teacher."""
     data, states = [packed_data.chats, packed_data.text], tmp_path_factory.mktemp("kept")
-    kept_by_a_teacher(states / "whole", data, StateFormat("float32"))
-    kept_by_a_teacher(states / "first", data[:1], StateFormat("float32"))
-    kept_by_a_teacher(states / "second", data[1:], StateFormat("float32"), teacher="two")
-    kept_by_a_teacher(states / "top", data, StateFormat(top_k=12, temperature=2.0))
-    kept_by_a_teacher(states / "translated", data, StateFormat(top_k=12, temperature=2.0, translated=True))
+    write_teacher_states(states / "whole", data, StateFormat("float32"))
+    write_teacher_states(states / "first", data[:1], StateFormat("float32"))
+    write_teacher_states(states / "second", data[1:], StateFormat("float32"), teacher="two")
+    write_teacher_states(states / "top", data, StateFormat(top_k=12, temperature=2.0))
+    write_teacher_states(states / "translated", data, StateFormat(top_k=12, temperature=2.0, translated=True))
     return {"data": [str(d) for d in data], "states": str(states)}
 
 
@@ -114,7 +113,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                                      ("tokens", torch.ones(count))):
                     wanted[name] += float((values.double() * heard).sum())
                 wanted["starts"] = max(wanted["starts"], start)
-        sums = trainer.forward_backward.run(batch, objective, 2)
+        sums = trainer.forward_backward.compute_gradients(batch, objective, 2)
         tokens = wanted["tokens"]
         results.append({
             "kind": kind, "tokens": tokens, "denominator": batch.targets["divergence"],
@@ -143,7 +142,7 @@ def test_losses_are_the_papers(ranks: Any, job: Any, kept: dict[str, Any]) -> No
     assert translated["ce"][0] == pytest.approx(translated["ce"][1], rel=1e-12)
 
 
-def test_a_run_goes_on_with_its_own_teacher_alone() -> None:
+def test_resume_rejects_another_teacher() -> None:
     run: Any = SimpleNamespace(_teacher=SimpleNamespace(teacher="blake3:one"))
     Distillation.restore(run, Distillation.state(run))
     with pytest.raises(UserError, match="--teacher: is blake3:one,"):

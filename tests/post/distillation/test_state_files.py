@@ -1,4 +1,4 @@
-"""What is kept of a teacher on disk: found by document and offset, with few files open at a time."""
+"""Stored teacher outputs: rows by document and offset, with few open files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def test_most_probable_tokens_keep_every_bit() -> None:
     assert torch.equal(found[0], token) and torch.equal(found[1], logprobs)
 
 
-def test_a_flipped_bit_in_what_is_kept_is_named_on_every_process(
-        kept_by_a_teacher: Any, packed_data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept_by_a_teacher(tmp_path / "kept", [packed_data.chats], StateFormat("float32"), part_tokens=1000)
+def test_a_flipped_bit_is_reported_on_every_process(write_teacher_states: Any, packed_data: Any,
+                                                    tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_teacher_states(tmp_path / "kept", [packed_data.chats], StateFormat("float32"), part_tokens=1000)
     sources = open_sources({str(packed_data.chats): 1.0}, 368)
     files = StateFiles(tmp_path / "kept", sources)
     teacher = distill.StoredTeacher([files], DistillationConfig(), sources, 368)

@@ -1,5 +1,5 @@
-"""A teacher reads documents at a layout of its own: its states are those of transformers and of one process,
-go on after a kill, and are refused where they belong to something else."""
+"""The job `distill states`: hidden states equal those of transformers at every layout, killed jobs continue,
+and mismatched data or teachers are refused."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict
         files.read_states(1, "train", 7, 2, int(shard.lengths[7]))
 
 
-def test_a_teacher_of_another_tokenizer_is_heard_in_the_students_tokens(
-        one_rank: None, hf_models: dict[str, Path], data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_states_of_another_tokenizer_are_translated(one_rank: None, hf_models: dict[str, Path], data: Path,
+                                                    tmp_path: Path, capsys: Any) -> None:
     """Its probabilities are transformers', over its own reading of the text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -171,8 +171,7 @@ def test_a_killed_job_reads_no_part_twice(one_rank: None, imported: dict[str, Pa
     assert len(set(files)) == len(files) > 4
 
 
-def test_a_full_disk_is_said_by_whichever_process_meets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                                            ) -> None:
+def test_a_full_disk_is_reported_on_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch ) -> None:
     def full(file: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -202,8 +201,8 @@ def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
     assert len({folder(b"1", "{}"), folder(b"2", "{}"), folder(b"1", '{"rope_theta": 1}')}) == 3
 
 
-def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict[str, Path], data: Path,
-                                                  packed_data: Any, tmp_path: Path) -> None:
+def test_mismatched_teacher_and_data_are_refused(one_rank: None, imported: dict[str, Path], data: Path,
+                                                 packed_data: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"than in .* \(e.g."):
         write_outputs(reading(imported[FAMILY], packed_data.text), tmp_path / "states", [], None)
     with pytest.raises(UserError, match="must be one of bfloat16, float32"):

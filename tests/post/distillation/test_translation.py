@@ -1,5 +1,4 @@
-"""What a teacher of another tokenizer says, in the student's tokens: compared with probabilities that are
-counted byte by byte."""
+"""Translation of teacher probabilities to another tokenizer, compared with probabilities counted by bytes."""
 
 from __future__ import annotations
 

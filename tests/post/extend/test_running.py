@@ -1,6 +1,4 @@
-"""Stages one after the other: when each begins, and what is said of a gate that proves less
-than its stage is for.
-"""
+"""Stages of an extension: start times, gate checks and warnings."""
 
 from __future__ import annotations
 
@@ -84,7 +82,7 @@ def steps(run: Run, *found: tuple[int, int]) -> None:
         run.gate.check(run)
 
 
-def test_the_model_is_judged_before_the_first_step_and_the_search_is_told(judged: Any, capsys: Any) -> None:
+def test_gate_checks_before_the_first_step_and_records_the_search(judged: Any, capsys: Any) -> None:
     run = Run()
     judged(run).begin(run)
     assert run.told[0] == {"event": "decontamination", "step": 0, "questions_found": 0}
@@ -123,8 +121,8 @@ def test_a_short_context_that_got_worse_is_no_pass(judged: Any) -> None:
         2.0, {"text": 2.09}, 64, 4)
 
 
-def test_other_processes_take_the_loss_of_the_first_one_and_say_nothing(
-        judged: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_receive_the_loss_of_rank_0_silently(judged: Any, capsys: Any,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     run, sent = Run(is_main=False), []
     judged(run, start_loss=None)
     monkeypatch.setattr(running.collectives, "all_reduce_world",
@@ -210,7 +208,7 @@ def config_of(data: Path, share: float, **blend: float) -> RunConfig:
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
-def test_blends_keep_their_proportions_beside_the_needles(share: float) -> None:
+def test_needles_leave_the_proportions_of_blends(share: float) -> None:
     first, second = add_needles_to_blends(config_of(Path("x"), share, en=3.0, ko=1.0)).data.phases
     total = sum(first.blend.values())
     assert first.blend["needle"] / total == pytest.approx(share)
@@ -244,7 +242,7 @@ def test_blends_name_short_needle_documents(token_shards: Path) -> None:
         build_needles(config_of(token_shards, 0.1, **{"needle/x": 1.0}), token_shards)
 
 
-def test_the_name_of_the_source_is_kept_for_it(token_shards: Path, tmp_path: Path) -> None:
+def test_the_needle_source_name_is_reserved(token_shards: Path, tmp_path: Path) -> None:
     data = shutil.copytree(token_shards, tmp_path / "data")
     text = (data / "manifest.json").read_text().replace('"name": "first"', '"name": "needle"')
     (data / "manifest.json").write_text(json.dumps(json.loads(text) | {"sha256": ""}))
@@ -264,8 +262,7 @@ class Folder:
 
 @pytest.mark.parametrize(("complete", "begins_s"),
                          [(0, [1000, 5000, 6000]), (1, [1000, 1000, 6000]), (3, [1000] * 3)])
-def test_the_first_stage_that_works_began_with_the_command_and_each_later_one_with_the_end_of_the_one_before(
-        complete: int, begins_s: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_times_of_stages(complete: int, begins_s: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     config = apply_settings(get("tiny-solar-open"), ["extend.gate.every_steps=0"])
     stages = [SimpleNamespace(config=config, folder=Folder(f"stage-{i}", i < complete)) for i in range(3)]
     ran: list[tuple[str, Path, float]] = []
@@ -291,7 +288,7 @@ def test_the_first_stage_that_works_began_with_the_command_and_each_later_one_wi
 @pytest.mark.parametrize(("lengths", "said"), [
     ("[64, 512]", None), ("[64]", "the gate asks at most 64 tokens, and the stage has 512"),
     ("[1024]", None)])
-def test_a_gate_that_asks_less_than_its_stage_has_is_said(lengths: str, said: str | None) -> None:
+def test_a_gate_with_short_needles_warns(lengths: str, said: str | None) -> None:
     phases = 'data.phases=[{"name": "a", "seq_len": 128}, {"name": "b", "seq_len": 512}]'
     config = apply_settings(get("tiny-solar-open"), [phases, f"needle.lengths_tokens={lengths}"])
     found = describe_small_suite(config)

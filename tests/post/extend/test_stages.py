@@ -1,6 +1,5 @@
-"""Stages of an extension: several in one command, a gate that gives up with exit code 3,
-goes on with more steps and passes.
-"""
+"""Stages of an extension in one command: a gate that fails with exit code 3, continues with more steps, and
+passes."""
 
 from __future__ import annotations
 
@@ -80,7 +79,7 @@ def test_clean_text_is_clean() -> None:
     check_contamination(found, 0.0)
 
 
-def test_a_shared_stretch_of_twice_the_window_is_found_at_any_place() -> None:
+def test_search_finds_shared_ranges_of_two_windows() -> None:
     held = random_text(2, 640)
     for start in (0, 7, 101, 640 - 2 * WINDOW_TOKENS):
         train = random_text(1, 333) + held[start:start + 2 * WINDOW_TOKENS] + random_text(3, 50)
@@ -90,7 +89,7 @@ def test_a_shared_stretch_of_twice_the_window_is_found_at_any_place() -> None:
         check_contamination(found, 0.01)
 
 
-def test_a_question_is_found_inside_a_document_and_not_across_two() -> None:
+def test_search_finds_questions_within_documents_only() -> None:
     sources = [source([random_text(1, 50), [1, *QUESTION, 2]], [random_text(2, 64)])]
     inside = search_contamination([QUESTION], sources, 10_000)
     across = search_contamination([QUESTION], [source([[1, 5, 6], [7, 2]], [random_text(2, 64)])], 10_000)
@@ -162,8 +161,8 @@ def test_the_rest_goes_to_all_sources_by_their_share(sources: list[Source]) -> N
     (PartConfig("long", 0.5), 90, "the data has no text source with documents of 91 tokens or more"),
     (PartConfig("long", 0.5, {"web": 0.0}), 32, "has no weight above 0"),
 ])
-def test_what_the_data_lacks_is_said(part: PartConfig, trained: int, said: str,
-                                     sources: list[Source]) -> None:
+def test_stages_without_matching_data_are_refused(part: PartConfig, trained: int, said: str,
+                                                  sources: list[Source]) -> None:
     with pytest.raises(UserError, match=said):
         build_stage_blend(stage(part), sources, trained, 0.0)
 
@@ -208,8 +207,8 @@ def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.essential
-def test_two_stages_with_rehearsal_behind_an_open_gate(short_run: Path, token_shards: Path,
-                                                       tmp_path: Path) -> None:
+def test_two_stages_with_rehearsal_and_an_open_gate(short_run: Path, token_shards: Path,
+                                                    tmp_path: Path) -> None:
     run = tmp_path / "long"
     rehearsal = {"name": "rehearsal", "share": 0.5, "blend": {"first/64": 1}}
     stages = [{"name": "near", "seq_len": 96, "steps": 2, "max_steps": 4, "parts": [rehearsal]},

@@ -1,4 +1,4 @@
-"""Runs inside ranks: the steps of published rounds, as plain numbers."""
+"""Runs within ranks: the steps of published rounds as numbers."""
 
 from __future__ import annotations
 

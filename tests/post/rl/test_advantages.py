@@ -1,4 +1,4 @@
-"""Advantages of groups against their papers' formulas, written out with loops and by enumeration."""
+"""Advantages against the formulas of the papers, by loops and enumeration."""
 
 from __future__ import annotations
 
@@ -186,8 +186,7 @@ def test_right_responses_near_their_target_get_most(group: list[tuple[int, bool]
 
 
 @given(GROUP, st.data())
-def test_a_budget_that_is_kept_gives_what_it_gives_and_less_beyond(group: list[tuple[int, bool]],
-                                                                   data: st.DataObject) -> None:
+def test_rewards_within_and_beyond_a_budget(group: list[tuple[int, bool]], data: st.DataObject) -> None:
     budgets = [data.draw(st.sampled_from([512, 1024, 2048, 2560])) for _ in group]
     found = parts.reward_length_budget(*split(group), np.array(budgets), LONGEST, 4.0)
     for (n, is_right), budget, reward in zip(group, budgets, found, strict=True):

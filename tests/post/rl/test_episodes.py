@@ -1,5 +1,4 @@
-"""Episodes as rows: a deadline between turns, and what other policies make of the rest, change no token but
-who wrote it."""
+"""Episodes as rows: deadlines and later policies change only the versions of tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ import numpy as np
 
 from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.judge.tools.episode import ENDS, GeneratedTurn
-from megatron_sov.judge.tools.playing import EpisodeTable
-from megatron_sov.judge.tools.registry import make, order
+from megatron_sov.judge.tools.playing import EpisodeSettings
+from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate.episodes import Episodes
 from megatron_sov.post.rl.generate.pieces import SampleAttempt
@@ -38,16 +37,16 @@ class Timed:
         return self._policy.sample(prompts, max_new_tokens, streams)
 
 
-def test_an_episode_goes_on_where_a_deadline_cut_it_off(tmp_path: Path) -> None:
+def test_an_episode_continues_after_a_deadline(tmp_path: Path) -> None:
     chat = chat_encoder()
     encoder = TurnEncoder(chat, "the test's tokenizer")
-    asked = order("files", {})
-    environment: Any = make(asked)[0]
+    asked = request_environment("files", {})
+    environment: Any = build_versioned_environment(asked)[0]
     piece = PromptPiece(1, 0, PromptList.from_prompts(
         RolloutPrompt(f"{n:016x}", environment.EXAMPLES[n]) for n in range(2)))
     timed = Timed(FuzzedPolicy("files", chat, encoder.end_ids[0]))
     source = Episodes(
-        table=EpisodeTable(asked, encoder, LIMITS, 3), version="v1", decode=lambda ids: chat.decode(ids),
+        table=EpisodeSettings(asked, encoder, LIMITS, 3), version="v1", decode=lambda ids: chat.decode(ids),
         end_ids=encoder.end_ids, rollout=ROLLOUT, engine_name="script", chosen_by={"environment": "v1"},
         clock_s=lambda: timed.now_s)
     store = RolloutStore.create(tmp_path / "store", "sha256:0", encoder.end_ids[0] + 1)

@@ -1,4 +1,4 @@
-"""Rounds that are waited for, and what the trainer adds to them: with a model that says what it is asked."""
+"""Rounds for the training loop: waiting for rounds, and log-probability columns of a fake model."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def test_a_round_is_waited_for_with_everything_saved(view: Any, tmp_path: Path,
     assert asked.prepare_data(view, lambda: True) == "asked to stop while waiting for round 2: one piece"
 
 
-def test_what_a_round_asks_further_is_produced_too(view: Any, tmp_path: Path,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requested_further_prompts_are_generated(view: Any, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     lacks = iter(["2 pieces", "3 further prompts", "1 further prompt", ""])
     produced: list[int] = []
 
@@ -201,8 +201,8 @@ def test_a_round_of_which_few_groups_learn_is_warned_of_with_a_remedy(
     assert re.search(words, found) if words else found == ""
 
 
-def test_the_pass_rate_of_the_start_is_told_once_before_the_first_step(
-        view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_initial_pass_rate_is_printed_once(view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               capsys: Any) -> None:
     content = {"groups": {"learns": 1, "no_advantage": 7},
                "means": {"responses": 64, "reward": 0.1, "pass_rate": 1 / 64}}
     monkeypatch.setattr(round_loader, "read_manifest", lambda path: SimpleNamespace(content=content))
@@ -220,8 +220,8 @@ def test_the_pass_rate_of_the_start_is_told_once_before_the_first_step(
     assert "before the first step" not in said and "round 3" not in said, "it is warned of a stretch once"
 
 
-def test_what_the_trainer_says_is_of_the_weights_before_the_round(
-        view: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_old_logprobs_belong_to_the_start_of_the_round(view: Any, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def opened(step: int) -> RoundDocuments:
         view.step = step
         feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs", "reference_logprobs"))
@@ -251,8 +251,8 @@ def test_what_the_trainer_says_is_of_the_weights_before_the_round(
         opened(5)
 
 
-def test_what_the_first_step_learns_is_left_to_it(view: Any, tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_of_the_first_step_have_no_old_logprobs(view: Any, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs",))
     for view.step in (0, 2, 4, 5):
         assert feed.prepare_data(view, lambda: False) is None
@@ -293,5 +293,5 @@ def test_a_resumed_run_keeps_its_teachers(view: Any, tmp_path: Path, monkeypatch
     opened(math, served)
     assert [told["reverse_kl"] for name, told in view.told if name == "round"] == [2]
     opened(math, replace(served, urls=("http://b",)))  # servers may move
-    with pytest.raises(UserError, match=r"teachers.json: the run's teachers"):
+    with pytest.raises(UserError, match=r"teachers.json: earlier rounds"):
         opened(replace(math, sha256="b" * 64), served)

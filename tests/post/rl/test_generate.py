@@ -1,5 +1,5 @@
-"""The generating job with an engine that counts: nothing is lost, nothing is written twice, and every token
-says which policy wrote it, whatever comes in between."""
+"""The generating job with a counting engine: no response is lost or written twice, and every token has its
+policy."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path, pr
     assert parts[0].provenance["step"] == 2 and parts[0].num_rows == 4
 
 
-def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path, prompts: PromptList) -> None:
+def test_the_next_policy_continues_responses_after_a_deadline(tmp_path: Path, prompts: PromptList) -> None:
     parts = 0
 
     def newest() -> int:  # a trainer that is a round further with every two parts
@@ -200,7 +200,7 @@ def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path, p
             "a newer policy begins fresh pieces before it goes on with what an older one left")
 
 
-def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(prompts: PromptList) -> None:
+def test_unread_tokens_get_routes_of_the_next_policy(prompts: PromptList) -> None:
     class Routed(Counting):
         def generate(self, prompts: Sequence[Tokens], *asked: Any, **more: Any) -> GenerationResult:
             found = super().generate(prompts, *asked, **more)
@@ -222,7 +222,7 @@ def test_what_a_deadline_left_unread_goes_where_the_next_policy_sends_it(prompts
     assert sent == [[0] + [1] * (len(first.tokens) - 1), [0] * 3 + [1] * (len(other.tokens) - 3)]
 
 
-def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(prompts: PromptList) -> None:
+def test_budget_texts_end_the_prompts_of_responses(prompts: PromptList) -> None:
     class Telling(Numbers):
         def encode_text(self, text: str) -> list[int]:
             begin, tokens, end = text.split()
@@ -259,8 +259,8 @@ def test_responses_that_are_told_their_length_begin_with_it_as_their_prompt(prom
     assert [row.prompt_tokens.tolist() for row in rows] == [[60, 700, 4]] * 4
 
 
-def test_what_a_round_asks_further_is_written_until_it_is_trained(tmp_path: Path,
-                                                                  prompts: PromptList) -> None:
+def test_further_prompts_are_generated_until_the_round_is_trained(
+        tmp_path: Path, prompts: PromptList) -> None:
     rollout = replace(ROLLOUT, deadline_s=0.0)
     more, is_final = 0, False
     job = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (more, is_final))
@@ -308,8 +308,7 @@ class Hanging(Counting):
         return GenerationResult.of(written, sampling, stop, self.step)
 
 
-def test_what_hangs_comes_last_once_for_each_policy_and_makes_way(tmp_path: Path,
-                                                                  prompts: PromptList) -> None:
+def test_stuck_pieces_come_last_once_per_policy(tmp_path: Path, prompts: PromptList) -> None:
     newest = 0
     rollout = replace(ROLLOUT, deadline_s=20.0)
     job = Job(tmp_path / "store", prompts, lambda: newest, rollout, clock_s=lambda: job.engine.now_s)
@@ -329,8 +328,8 @@ def test_what_hangs_comes_last_once_for_each_policy_and_makes_way(tmp_path: Path
     assert {row.round for row in rows_of(job.store)} == {1, 2, 3}
 
 
-def test_what_goes_on_for_want_of_anything_better_makes_way_for_a_newer_policy(tmp_path: Path,
-                                                                               prompts: PromptList) -> None:
+def test_continuations_by_the_same_policy_yield_to_a_newer_policy(
+        tmp_path: Path, prompts: PromptList) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=20.0),
               clock_s=lambda: job.engine.now_s)
@@ -347,7 +346,7 @@ def test_what_goes_on_for_want_of_anything_better_makes_way_for_a_newer_policy(t
     assert {row.round for row in rows_of(job.store)} == {1, 2}
 
 
-def test_what_goes_on_of_several_pieces_is_written_together(tmp_path: Path, prompts: PromptList) -> None:
+def test_continuations_of_several_pieces_are_generated_together(tmp_path: Path, prompts: PromptList) -> None:
     newest = 0
     job = Job(tmp_path / "store", prompts, lambda: newest, clock_s=lambda: job.engine.now_s)
     batches: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""What tools say is no label: a round of episodes from the store to packed rows."""
+"""Tool results are no labels: a round of episodes from the store to packed rows."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def learned(groups: list[list[Judged]]) -> list[Judged]:
     return found
 
 
-def test_labels_are_what_the_policy_wrote_and_nothing_else(packed_data: Any, tmp_path: Path) -> None:
+def test_labels_are_exactly_the_policys_tokens(packed_data: Any, tmp_path: Path) -> None:
     tasks = [json.dumps({"question": str(i)}) + "\n" for i in range(9)]
     (tmp_path / "prompts.jsonl").write_text("".join(tasks))
     prompts, base = read_prompts(tmp_path / "prompts.jsonl"), recipes.get("tiny-solar-open")

@@ -1,4 +1,4 @@
-"""A round from the store to documents, beside what its rows say."""
+"""Publishing a round: documents compared with the rows in the store."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ def test_rounds_that_no_resume_needs_are_manifests_alone(publisher: Publisher, w
     assert publisher.publish(3) == ""
 
 
-def test_what_a_round_lacks_is_told_until_it_is_there(publisher: Publisher, write_round: Any,
-                                                      tmp_path: Path) -> None:
+def test_missing_parts_of_a_round_are_described(publisher: Publisher, write_round: Any,
+                                                tmp_path: Path) -> None:
     elsewhere = dataclasses.replace(publisher, store=tmp_path / "no store")
     assert elsewhere.publish(1) == f"no job has written to {tmp_path / 'no store'} yet"
     elsewhere.store.mkdir()
@@ -173,8 +173,7 @@ def test_unfinished_responses_are_waited_for(publisher: Publisher, write_round: 
         format_part_name(1, 0), format_part_name(1, 0, 1), format_part_name(1, 1), format_part_name(1, 1, 1)]
 
 
-def test_a_continuation_that_is_kept_out_is_waited_for_no_longer(publisher: Publisher,
-                                                                  write_round: Any) -> None:
+def test_publishing_does_not_wait_for_invalid_continuations(publisher: Publisher, write_round: Any) -> None:
     store = write(publisher, write_round, unfinished=[(1, 0)])
     [row] = [row for row in store.read_rollouts(format_part_name(1, 0)) if row.finish_reason == "unfinished"]
     broken = dataclasses.replace(row, attempt=1, finish_reason="stop",
@@ -187,8 +186,9 @@ def test_a_continuation_that_is_kept_out_is_waited_for_no_longer(publisher: Publ
     assert content["steps"] == [[0, 11], [11, 12]]
 
 
-def test_responses_of_another_runs_policy_are_told(publisher: Publisher, write_round: Any, tmp_path: Path,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_publishing_warns_about_responses_of_other_runs(publisher: Publisher, write_round: Any,
+                                                        tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
     write(publisher, write_round, 1)
     write(publisher, write_round, 2)  # by step 2, whose digest is made up
     publisher = dataclasses.replace(publisher, is_own=lambda step, sha256: not step)
@@ -305,7 +305,7 @@ def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling: 
     assert alone.publish(1) == "" and learned_places(alone) == [[0, 2], [4]]
 
 
-def test_a_round_that_cannot_be_filled_is_trained_with_what_learns(
+def test_a_round_without_further_prompts_trains_on_learning_groups(
         filling: Publisher, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def rare(place: int) -> list[int]:
         return [place == 3, 0, 0, 0]
@@ -357,7 +357,7 @@ def test_a_round_without_any_reward_is_not_passed_over(status: str, reason: str,
     assert not publisher.rounds.exists()
 
 
-def test_a_run_goes_on_with_its_prompts_and_tells_of_another_reward(
+def test_resume_rejects_other_prompts_and_warns_about_another_reward(
         publisher: Publisher, write_round: Any, capsys: pytest.CaptureFixture[str]) -> None:
     store = write(publisher, write_round)
     assert publisher.publish(1) == ""
@@ -371,8 +371,8 @@ def test_a_run_goes_on_with_its_prompts_and_tells_of_another_reward(
     assert "judged by reward version aaaaaaaaaaaa, and round 2 will be by bbbb" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_asking_as_it_began(publisher: Publisher, write_round: Any,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_rejects_other_sampling_settings(publisher: Publisher, write_round: Any,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
     store, chat = write(publisher, write_round), {"chat_template.jinja": "sha256:1"}
     asked = {"plain": False, "chat": chat, "environment": "1", "limits": {"max_turns": 5}}
     assert dataclasses.replace(publisher, chosen_by=asked).publish(1) == ""
@@ -390,8 +390,8 @@ def test_a_run_goes_on_asking_as_it_began(publisher: Publisher, write_round: Any
     assert "environment = 1, and the next round would be with 2: the code" in capsys.readouterr().err
 
 
-def test_routes_lie_beside_the_tokens_that_are_replayed(publisher: Publisher, write_round: Any,
-                                                        tmp_path: Path) -> None:
+def test_published_routes_match_replayed_tokens(publisher: Publisher, write_round: Any,
+                                                tmp_path: Path) -> None:
     model = dataclasses.replace(publisher.config.model, num_experts=8, num_experts_per_token=2)
     replaying = dataclasses.replace(publisher, rounds=tmp_path / "replayed", config=dataclasses.replace(
         publisher.config, model=model, policy=PolicyConfig(method="dapo", router_replay=True)))
@@ -415,8 +415,7 @@ def test_routes_lie_beside_the_tokens_that_are_replayed(publisher: Publisher, wr
     assert (rounds.routes(document, length - 1, 1) == 255).all()
 
 
-def test_what_does_not_belong_to_the_run_is_refused(publisher: Publisher, write_round: Any,
-                                                    tmp_path: Path) -> None:
+def test_publishing_rejects_foreign_stores(publisher: Publisher, write_round: Any, tmp_path: Path) -> None:
     write(publisher, write_round)
     others = dataclasses.replace(publisher, prompts=publisher.prompts[:-1])
     with pytest.raises(UserError, match="round 1 holds responses"):

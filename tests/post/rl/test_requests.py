@@ -1,4 +1,4 @@
-"""Rounds that servers write: over HTTP, with a double of vLLM."""
+"""Rounds by engine servers: over HTTP, with a fake vLLM."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
 
 @pytest.mark.parametrize(("more", "room", "sent"), [
     ({}, 6, 1), ({}, 5, 3), ({"max_staleness": 1}, 6, 3), ({"deadline_s": 60.0}, 6, 3)])
-def test_a_round_that_nothing_changes_is_one_request(more: dict[str, Any], room: int, sent: int,
+def test_samples_of_a_prompt_are_joined_in_a_request(more: dict[str, Any], room: int, sent: int,
                                                      desks: Callable[..., Desk]) -> None:
     keeper = DoubleKeeper()
     desk = desks([keeper], replace(ROLLOUT, rounds=1, piece_prompts=3, **more))
@@ -246,9 +246,8 @@ def test_validations_ask_the_servers_that_training_has_at_work(desks: Callable[.
 
 
 @pytest.mark.parametrize(("urls", "given"), [((), []), (("http://other:8000",), [0])])
-def test_servers_of_others_are_given_the_weights_of_the_start_too(urls: tuple[str, ...], given: list[int],
-                                                                  tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_servers_get_the_initial_weights(urls: tuple[str, ...], given: list[int], tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
     updates: list[int] = []
     engine = SimpleNamespace(update=lambda weights, version: updates.append(version))
     (tmp_path / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""The judging job: each response once under each version of a reward, and none generated again."""
+"""The judging job: each response once per version of a reward, without generation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.judge.rewards.math_answers import Math
-from megatron_sov.judge.rewards.reward import Result, judged
+from megatron_sov.judge.rewards.reward import Result, run_reward
 from megatron_sov.post.rl.reward import (
     ENVIRONMENT, JudgingJob, build_record, resolve_reward_version, start_judge)
 from megatron_sov.rollouts.rows import STOP, UNFINISHED, Key, RewardRow, Rollout, StorePlan
@@ -76,7 +76,7 @@ def test_every_response_is_judged_once_and_a_new_version_judges_again(store: Rol
     assert len(store.read_rewards("v2", "round-0002-piece-0000")) == 1
 
 
-def test_what_another_job_has_claimed_is_waited_for(store: RolloutStore) -> None:
+def test_judging_waits_for_claims_of_other_jobs(store: RolloutStore) -> None:
     slept: list[float] = []
     claim = Claims(store.claims, 60).take("reward-v1-round-0001-piece-0000")
     assert claim is not None
@@ -95,7 +95,7 @@ def test_what_another_job_has_claimed_is_waited_for(store: RolloutStore) -> None
     assert job(store, script).run().left == 0
 
 
-def test_what_a_killed_job_has_claimed_is_judged_by_the_next(store: RolloutStore) -> None:
+def test_judging_takes_over_claims_of_killed_jobs(store: RolloutStore) -> None:
     assert Claims(store.claims, 60).take("reward-v1-round-0001-piece-0000") is not None
     now_s = 0.0
 
@@ -108,7 +108,7 @@ def test_what_a_killed_job_has_claimed_is_judged_by_the_next(store: RolloutStore
     assert (summary.parts, summary.left, now_s) == (2, 0, 60.0)
 
 
-def test_who_writes_is_waited_for_to_the_end_and_told_where_it_does_not_come(tmp_path: Path) -> None:
+def test_judging_waits_for_generation_and_reports_missing_responses(tmp_path: Path) -> None:
     store = RolloutStore.create(tmp_path / "store", "sha256:0", 10)
     asked = StorePlan(rounds=2, pieces=2)
 
@@ -140,8 +140,8 @@ def test_who_writes_is_waited_for_to_the_end_and_told_where_it_does_not_come(tmp
     assert waited(range(1, 3)) == ("", whole), "a round may ask further prompts until it is trained"
 
 
-def test_another_verdict_under_the_same_version_is_told(store: RolloutStore,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
+def test_judging_warns_about_different_rewards_of_one_version(
+        store: RolloutStore, capsys: pytest.CaptureFixture[str]) -> None:
     name = "round-0001-piece-0000"
 
     class Late(Script):
@@ -165,7 +165,7 @@ def test_an_environments_word_is_taken_from_the_rows(store: RolloutStore) -> Non
     assert {(r.reward, r.status) for r in refused} == {(None, "refused")}
 
 
-def test_a_reward_is_given_the_prompts_fields_and_its_messages() -> None:
+def test_rewards_get_fields_and_messages_of_the_prompt() -> None:
     chat = [{"role": "user", "content": "hi"}]
     assert build_record(rollout(1, 0, "x", record={"messages": chat, "answer": "2"})) == {
         "messages": chat, "prompt": chat, "answer": "2", "response": "x", "num_tokens": 2,
@@ -173,7 +173,7 @@ def test_a_reward_is_given_the_prompts_fields_and_its_messages() -> None:
     # of an episode what the model itself wrote in the end, never what a tool printed
     played = rollout(1, 0, "\\boxed{7} said a tool", outcome={"last_turn": "It is 8."})
     assert build_record(played)["response"] == "It is 8."
-    assert judged(Math(), build_record(replace(played, outcome={}))).status == "refused"
+    assert run_reward(Math(), build_record(replace(played, outcome={}))).status == "refused"
 
 
 def test_a_built_in_reward_judges_in_processes(store: RolloutStore) -> None:
@@ -185,7 +185,7 @@ def test_a_built_in_reward_judges_in_processes(store: RolloutStore) -> None:
     assert rewards == [1.0, 0.0] and version != resolve_reward_version("language", ["language=en"])
 
 
-def test_a_trl_function_is_given_a_group_with_its_token_ids(tmp_path: Path) -> None:
+def test_trl_rewards_get_groups_with_token_ids(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("""
 def fewest(prompts, completions, completion_ids, **kwargs):
     assert len(set(prompts)) == 1

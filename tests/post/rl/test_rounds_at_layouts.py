@@ -1,4 +1,4 @@
-"""Published rounds are the same steps at every layout, in micro-batches of any size."""
+"""Published rounds give equal steps at every layout and micro-batch size."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Episodes whose turns servers write: the same rows as an engine's that plays in step, whatever holds one of
-them up, and also where a deadline cuts off a turn in its middle."""
+"""Episodes by servers: rows equal those of an engine, with delays and deadlines inside turns."""
 
 from __future__ import annotations
 
@@ -24,8 +23,8 @@ from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.infer.engines.fleet import Fleet
 from megatron_sov.infer.engines.server_engine import ServerEngine
 from megatron_sov.judge.tools.episode import GeneratedTurn
-from megatron_sov.judge.tools.playing import EpisodeTable
-from megatron_sov.judge.tools.registry import make, order
+from megatron_sov.judge.tools.playing import EpisodeSettings
+from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate import requests
 from megatron_sov.post.rl.generate.episodes import Episodes
@@ -156,7 +155,8 @@ class Job:
         engine = ServerEngine("vllm", fleet, folder, folder / "weights", 4)
         engine._shape = SHAPE
         self.source = Episodes(
-            table=EpisodeTable(order(world, {}), ENCODER, LIMITS, 4), version="v1", decode=CHAT.decode,
+            table=EpisodeSettings(request_environment(world, {}), ENCODER, LIMITS,
+                                  4), version="v1", decode=CHAT.decode,
             end_ids=ENCODER.end_ids, rollout=rollout, engine_name="script", chosen_by={}, with_routes=True)
         pending = PendingPieces(
             store=self.store, claims=Claims(self.store.claims, 60.0), prompts=self.prompts, rollout=rollout,
@@ -197,7 +197,7 @@ def told(row: Rollout) -> tuple[Any, ...]:
             row.finish_reason, row.outcome, row.prompt_tokens.tolist(), row.routes.tolist())
 
 
-EXAMPLES: Any = make(order("files", {}))[0]
+EXAMPLES: Any = build_versioned_environment(request_environment("files", {}))[0]
 
 
 def test_servers_make_the_same_rows_as_an_engine_in_step(job: Callable[..., Job]) -> None:
@@ -215,7 +215,7 @@ def test_servers_make_the_same_rows_as_an_engine_in_step(job: Callable[..., Job]
         assert row.routes is not None and np.array_equal(row.routes, routes_of(whole[:-1]))
 
 
-def test_a_turn_that_a_deadline_cuts_off_goes_on_by_the_next_policy(job: Callable[..., Job]) -> None:
+def test_the_next_policy_continues_a_turn_after_a_deadline(job: Callable[..., Job]) -> None:
     model, now_s = Greedy(fuzzed), [0.0]
     server = Server(model, held_at=3)
     one = job("files", EXAMPLES.EXAMPLES[:2], [server], replace(ROLLOUT, deadline_s=10.0))

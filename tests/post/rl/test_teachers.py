@@ -1,4 +1,4 @@
-"""Teachers at addresses: asked again, or told what is wrong; and each for its own documents."""
+"""Scoring teachers: retries, refusals, and teachers per domain."""
 
 from __future__ import annotations
 
@@ -85,9 +85,8 @@ def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Pub
         told(opened, ScoringTeacher("code", urls=(other.url,)))
 
 
-def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opened: PublishedRound,
-                                                                           servers: list[Any]
-                                                                           ) -> None:
+def test_scoring_retries_absent_servers_and_reports_refusals(
+        opened: PublishedRound, servers: list[Any]) -> None:
     one, other = servers
     expected = told(opened, ScoringTeacher("", urls=(one.url,)))
     other.is_dead = True
@@ -102,7 +101,7 @@ def test_a_server_that_is_away_is_asked_again_and_one_that_refuses_is_told(opene
         told(opened, ScoringTeacher("", urls=(one.url,)))
 
 
-def test_what_is_no_probability_is_no_answer() -> None:
+def test_scoring_rejects_invalid_logprobs() -> None:
     with pytest.raises(BadAnswer, match="and returned 2, 1"):
         _check_scores([-1.0, float("-inf")], 2, "http://a")
     with pytest.raises(BadAnswer, match="return 3 log-probabilities"):

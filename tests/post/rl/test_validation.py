@@ -1,4 +1,4 @@
-"""When a run's policies are validated, and what is told of their responses: with a store of four prompts."""
+"""Validation of a run's policies: when it runs and which figures it records, on four prompts."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_run_that_was_validated_by_something_else_is_refused_before_anything_i
         other.validate(view, 2, POLICY, lambda: False)
 
 
-def test_what_a_validation_is_measured_with() -> None:
+def test_digests_of_validation_conditions() -> None:
     """What no response or verdict depends on is left out: the order of prompts, and how many at a time."""
     prompts = PromptList.from_prompts(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
     rollout = RolloutConfig().for_validation(3)
@@ -141,14 +141,14 @@ def test_what_a_validation_is_measured_with() -> None:
     assert others(measured(samples_per_prompt=9)) == others(measured(temperature=0.5)) == ["sampling"]
 
 
-def test_a_validation_that_was_stopped_ends_the_run_and_is_not_told(store: RolloutStore, view: Any) -> None:
+def test_a_stopped_validation_ends_the_run_without_figures(store: RolloutStore, view: Any) -> None:
     validation, asked = validation_of(store, num_responses=8)
     assert validation.validate(view, 1, POLICY, lambda: True) == (
         "asked to stop while validating the policy of step 0: 6 of 8 responses are judged")
     assert asked == [1] and not view.told
 
 
-def test_without_a_reward_lengths_are_told(tmp_path: Path, store: RolloutStore) -> None:
+def test_validation_without_reward_records_lengths(tmp_path: Path, store: RolloutStore) -> None:
     failed = [RewardRow(row.key, 0, "other", None, "failed", {}) for row in
               store.read_rollouts(format_part_name(1, 1))]
     store.add_rewards("other", format_part_name(1, 1), failed, {})

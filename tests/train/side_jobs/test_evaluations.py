@@ -15,7 +15,7 @@ import pytest
 from megatron_sov import cli, recipes
 from megatron_sov.base.settings import read_command_options
 from megatron_sov.bench.lm.results import read_results
-from megatron_sov.bench.lm.settings import Settings, TaskSources
+from megatron_sov.bench.lm.settings import LmEvalSettings, TaskSources
 from megatron_sov.commands.evaluate import eval
 from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions
 from megatron_sov.model.config import RunConfig, apply_settings
@@ -186,7 +186,7 @@ def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> No
     eval.add_arguments(parser)
     output, cache = tmp_path / "step-10.lm.json", tmp_path / ".step-10.lm.cache"
     assert read_command_options(parser.parse_args(argv[4:])) == EvalLmOptions(
-        target=str(tmp_path / "export"), tasks="capitals,-odd", settings=Settings(
+        target=str(tmp_path / "export"), tasks="capitals,-odd", settings=LmEvalSettings(
             output=output, cache=cache, num_items=3, num_fewshot=0, chat_template=True, mode="no-thinking",
             samples=4, judge=("model=m",), batch_size=5, max_length_tokens=60, max_gen_tokens=7, seed=8,
             workers=1, sources=TaskSources((Path("a b"), Path("c")), Path("d"), True, True)))
@@ -194,7 +194,7 @@ def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> No
                                EvalJob(10, "lm"),
                          tmp_path / "export", tmp_path / "step-10.lm.json")
     assert read_command_options(parser.parse_args(plain[4:])) == EvalLmOptions(
-        target=str(tmp_path / "export"), tasks="x", settings=Settings(output=output, cache=cache))
+        target=str(tmp_path / "export"), tasks="x", settings=LmEvalSettings(output=output, cache=cache))
 
 
 def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,8 +25,10 @@ from megatron_sov.train.data.token_shards import open_sources
 from megatron_sov.train.data.views import add_source_views
 from megatron_sov.train.guards.gate import EndVerdict
 from megatron_sov.train.objectives.data_objective import LanguageModelling
-from megatron_sov.train.stages import stage as stage_module
-from megatron_sov.train.stages.stage import Stage, run_stage
+from megatron_sov.train.stages import launch as launch_module
+from megatron_sov.train.stages.launch import run_stage
+from megatron_sov.train.stages.rank import _lock_folder
+from megatron_sov.train.stages.stage import LaunchState, Stage
 
 SMALL = ("model.vocab_size=368", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
          "train.global_batch_size=8", "train.micro_batch_size=2", "train.max_restarts=2")
@@ -49,7 +51,7 @@ class Launcher:
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     found = Launcher()
-    monkeypatch.setattr(stage_module.launcher, "launch_ranks", found)
+    monkeypatch.setattr(launch_module.launcher, "launch_ranks", found)
     return found
 
 
@@ -116,7 +118,7 @@ def test_processes_are_told_when_the_work_began_and_after_a_restart_anew(
         stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     begun_s: list[float] = []
-    monkeypatch.setattr(stage_module, "_run_rank",
+    monkeypatch.setattr(launch_module, "run_rank",
                         lambda stage, data, launch: begun_s.append(launch.time_s) or 0)
 
     def started_three_times(main: Callable[[], int], restarts: RestartPolicy) -> int:
@@ -213,7 +215,7 @@ def with_views_and_skips(data: Path) -> RunConfig:
 
 def test_data_is_opened_and_planned_with_its_views(packed_data: Any) -> None:
     settings = with_views_and_skips(packed_data.text)
-    data = stage_module._open_data(Stage(settings, RunFolder(Path("run")), LanguageModelling))
+    data = launch_module._open_data(Stage(settings, RunFolder(Path("run")), LanguageModelling))
     expected = add_source_views(settings, open_sources(settings.data.paths, 368))
     assert [s.name for s in data.sources] == [s.name for s in expected] == ["even", "odd", "even/16"]
     assert data.planned == plan_ledger(settings, expected)
@@ -225,13 +227,13 @@ def test_what_was_checked_is_checked_again_under_the_lock(stage: Callable[..., S
     ready, other = stage("train.seed=2"), stage()
     ready.folder.enter(ready.config, resume=False)
     open_run(other)
-    launch = stage_module._Launch(0.0, may_resume=False)
+    launch = LaunchState(0.0, may_resume=False)
     with pytest.raises(UserError, match="already holds a run"):
-        stage_module._lock_folder(ready, None, launch)
+        _lock_folder(ready, None, launch)
     launch.may_resume = True
     with pytest.raises(UserError, match=r"was started with train\.seed = "):
-        stage_module._lock_folder(ready, None, launch)
-    stage_module._lock_folder(other, None, launch)
+        _lock_folder(ready, None, launch)
+    _lock_folder(other, None, launch)
 
 
 def test_a_refused_run_takes_back_what_it_made_and_nothing_else(
@@ -250,10 +252,10 @@ def test_a_refused_run_takes_back_what_it_made_and_nothing_else(
         with pytest.raises(SystemExit):
             run_stage(made, 1)
 
-    begins: list[stage_module._Launch] = []
-    begin = stage_module._Launch
+    begins: list[LaunchState] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage_module, "_Launch", lambda *given: begins.append(begin(*given)) or begins[-1])
+        patch.setattr(launch_module, "LaunchState",
+                      lambda *given: begins.append(LaunchState(*given)) or begins[-1])
         refused(declares=False)
         assert made.folder.config() is not None, "another run's, which came in between"
         shutil.rmtree(made.folder.path)

@@ -7,12 +7,12 @@ from typing import Annotated
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, count_cores
-from megatron_sov.commands.shared_options import RecordOptions
+from megatron_sov.commands.shared_options import FigureOptions
 from megatron_sov.runs.folder import RunEvents
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalContaminationOptions(RecordOptions):
+class EvalContaminationOptions(FigureOptions):
     """Find evaluation items in the training data, and compute the score without them."""
 
     results: Annotated[Path, Flag("OUT.json")]

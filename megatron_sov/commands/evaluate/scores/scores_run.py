@@ -6,8 +6,9 @@ from pathlib import Path
 
 from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.documents import RecordReading
-from megatron_sov.bench.contamination import ContaminationCheck, check
-from megatron_sov.bench.score_differences import differences, read_scored, said, table
+from megatron_sov.bench.contamination import ContaminationCheck, search_training_data
+from megatron_sov.bench.score_differences import (
+    compute_differences, format_differences, format_metric_name, read_scored_results)
 from megatron_sov.commands.evaluate.scores.contamination import EvalContaminationOptions
 from megatron_sov.commands.evaluate.scores.difference import EvalDifferenceOptions
 from megatron_sov.commands.shared_options import parse_task_names
@@ -22,13 +23,13 @@ def compare_scores(options: EvalDifferenceOptions) -> None:
     Raises:
         UserError: a damaged file, or results with different settings.
     """
-    rows = differences(read_scored(options.first), read_scored(options.second),
-                       parse_task_names(options.tasks))
+    rows = compute_differences(read_scored_results(options.first), read_scored_results(options.second),
+                               parse_task_names(options.tasks))
     values = {"first": str(options.first), "second": str(options.second),
-              "differences": [row.fields() for row in rows]}
+              "differences": [row.to_dict() for row in rows]}
     if options.out is not None:
         write_output(options.out, format_json(values))
-    print(json.dumps(values, indent=1, ensure_ascii=False) if options.json else table(rows))
+    print(json.dumps(values, indent=1, ensure_ascii=False) if options.json else format_differences(rows))
 
 
 def find_contamination(options: EvalContaminationOptions) -> None:
@@ -38,8 +39,9 @@ def find_contamination(options: EvalContaminationOptions) -> None:
         UserError: unreadable results or data.
     """
     events = RunEvents(options.run)
-    scored = read_scored(options.results)
-    checked = check(scored, options.data, RecordReading(text_field=options.text_field), options.workers)
+    scored = read_scored_results(options.results)
+    reading = RecordReading(text_field=options.text_field)
+    checked = search_training_data(scored, options.data, reading, options.workers)
     results = checked.results
     # positions first, so that results with contamination always have a file of hits
     hits_file = options.results.with_name(f"{options.results.name.removesuffix('.json')}.hits.json")
@@ -58,7 +60,7 @@ def find_contamination(options: EvalContaminationOptions) -> None:
 
 def _get_first_metric(checked: ContaminationCheck, task: str) -> str | None:
     metrics = checked.results.tasks[task].metrics
-    return said(metrics[0]) if metrics else None
+    return format_metric_name(metrics[0]) if metrics else None
 
 
 def _format_contamination(checked: ContaminationCheck, hits_file: Path) -> str:

@@ -1,7 +1,7 @@
 """Runs `megatron-sov plan` for recipes: the schedule, the price on a cluster, or tokens within a budget."""
 
 from megatron_sov.base.artifacts import format_json, read_manifest
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, stop_check
 from megatron_sov.base.figures import format_count, format_value
 from megatron_sov.commands.operate.plan.plan import PlanOptions, RecipePlan
 from megatron_sov.model.config import RunConfig, parse_data_paths
@@ -31,6 +31,10 @@ def print_plan(options: PlanOptions, request: RecipeRequest) -> None:
     Raises:
         UserError: settings without a valid schedule, or a run that does not fit the cluster's GPUs.
     """
+    if options.cluster is not None:
+        machines(options.cluster, options.nodes)
+    request.config()
+    stop_check()
     if options.days is not None or options.budget is not None:
         print_budget(options, {request.base.recipe: request})
     elif options.cluster is not None:

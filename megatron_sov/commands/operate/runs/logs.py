@@ -21,4 +21,5 @@ class LogsOptions:
     """Follow new lines until the run ends."""
 
 
-LOGS = DeclaredCommand(LogsOptions, run_function="megatron_sov.commands.operate.runs.logs_run:print_logs")
+LOGS = DeclaredCommand(LogsOptions, run_function="megatron_sov.commands.operate.runs.logs_run:print_logs",
+                       runs_in_checks=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, stop_check
 from megatron_sov.commands.operate.runs.logs import LogsOptions
 from megatron_sov.commands.operate.runs.run_state import find_runs, read_run_state
 from megatron_sov.runs.obs.events import EVENTS, GrowingFile, parse_event
@@ -52,6 +52,7 @@ def print_logs(options: LogsOptions) -> None:
     if runs[-1] != options.run:
         raise UserError(f"{options.run}: contains runs, but is not a run; pass one of "
                         f"{', '.join(map(str, runs))}")
+    stop_check()
     ranks = sorted({file.rank for file in list_log_files(options.run) if file.rank is not None})
     if options.rank and not set(options.rank) & set(ranks) and not options.follow:
         advice = (f"ranks with files: {ranks[0]} to {ranks[-1]}" if ranks

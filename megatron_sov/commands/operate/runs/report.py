@@ -38,4 +38,4 @@ def check_report(options: ReportOptions) -> ReportRequest:
 
 
 REPORT = DeclaredCommand(ReportOptions, check_report,
-                         "megatron_sov.commands.operate.runs.report_run:write_report")
+                         "megatron_sov.commands.operate.runs.report_run:write_report", runs_in_checks=True)

@@ -20,4 +20,5 @@ class StatusOptions:
 
 
 STATUS = DeclaredCommand(StatusOptions,
-                         run_function="megatron_sov.commands.operate.runs.status_run:show_status")
+                         run_function="megatron_sov.commands.operate.runs.status_run:show_status",
+                         runs_in_checks=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, escape_controls
+from megatron_sov.base.errors import UserError, escape_controls, stop_check
 from megatron_sov.base.figures import NO_VALUE, format_count, format_duration, format_value
 from megatron_sov.commands.operate.runs.run_state import (
     RunState, RunStateReader, find_runs, format_run_state, read_run_state)
@@ -38,6 +38,7 @@ def show_status(options: StatusOptions) -> None:
         if len(paths) > 1:
             raise UserError(f"--follow: follows one run, not {len(paths)} "
                             f"({', '.join(map(str, paths[:3]))}); pass one")
+        stop_check()
         follow_run(paths[0])
         return
     states = [read_run_state(path) for path in paths]

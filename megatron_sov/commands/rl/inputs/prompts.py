@@ -16,7 +16,7 @@ from megatron_sov.chat.vocabulary import TOKENIZER_JSON
 from megatron_sov.infer.prompts import check_length
 from megatron_sov.infer.request import Batching, BatchSize
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
-from megatron_sov.judge.tools.registry import BUILT_IN, make, order
+from megatron_sov.judge.tools.registry import BUILT_IN, build_versioned_environment, request_environment
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
@@ -129,8 +129,8 @@ def resolve_environment(options: SamplingOptions, config: RunConfig) -> Environm
     from_rollout = [f"{name}={getattr(rollout, setting)}" for name, setting in ROLLOUT_SETTINGS.items()]
     changes = [*from_rollout, f"max_turn_tokens={max_turn_tokens}", *options.limit]
     limits = apply_changes(LIMITS["train"], changes, "--limit")
-    request = order(options.environment, parse_nested(options.env_set, "--env-set"))
-    _, version = make(request)
+    request = request_environment(options.environment, parse_nested(options.env_set, "--env-set"))
+    _, version = build_versioned_environment(request)
     return EnvironmentRequest(request, version, limits)
 
 

@@ -12,7 +12,7 @@ from megatron_sov.chat.vocabulary import tokenizer_digest
 from megatron_sov.commands.rl.inputs.prompts import EnvironmentRequest, SamplingOptions
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.infer.prompts import PromptEncoder
-from megatron_sov.judge.tools.playing import EpisodeTable
+from megatron_sov.judge.tools.playing import EpisodeSettings
 from megatron_sov.model.config import RunConfig
 from megatron_sov.post.rl.generate.episodes import Episodes
 from megatron_sov.post.rl.generate.responses import ResponseSource
@@ -48,7 +48,7 @@ def build_rollout_source(options: SamplingOptions, config: RunConfig, prompts: P
         return responses, find_unused_rows(prompts, too_long, rollout.max_prompt_tokens)
     assert chat is not None, "options refuse --plain"
     limits = environment.limits
-    table = EpisodeTable(environment.order, TurnEncoder(chat, str(folder)), limits, options.batch_size)
+    table = EpisodeSettings(environment.order, TurnEncoder(chat, str(folder)), limits, options.batch_size)
     chosen_by |= {"environment": environment.version, "limits": asdict(limits)}
     episodes = Episodes(
         table=table, version=environment.version, decode=encoder.decode, end_ids=encoder.end_ids,

@@ -12,7 +12,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, at_most_field, parse_nested
 from megatron_sov.commands.evaluate.eval_passk import PROMPT, JudgedSamplingOptions
 from megatron_sov.infer.request import RankOptions
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.runs.checkpoints import check_model_path
 
 PROBING_SETS = "probing_sets"
@@ -57,7 +57,7 @@ def check_probe(options: SspProbeOptions) -> ProbeRequest:
                 raise UserError(f"--problems {text}: domain {domain} already has {problems[domain]}; merge "
                                 "the two files")
         problems |= files
-    make(order(options.reward, parse_nested(options.reward_set, "--reward-set")))
+    build_versioned_reward(request_reward(options.reward, parse_nested(options.reward_set, "--reward-set")))
     for path in options.checkpoints:
         check_model_path(path)
     for file in problems.values():

@@ -20,7 +20,7 @@ from megatron_sov.commands.evaluate.eval_passk import EvalPasskOptions, JudgedSa
 from megatron_sov.commands.rl.ssp.probe import ProbeRequest, SspProbeOptions
 from megatron_sov.commands.shared_options import list_option_words
 from megatron_sov.infer.request import RankOptions
-from megatron_sov.judge.rewards.registry import make, order
+from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.post.ssp import (
     CONDITIONS, PROBLEMS, ProbedCheckpoint, find_candidates, format_table, read_candidates, write_problems,
     write_table)
@@ -68,7 +68,8 @@ def probe_checkpoints(request: ProbeRequest) -> int:
 def _describe_conditions(request: ProbeRequest) -> dict[str, Any]:
     """Return problems, reward and sampling, which are equal for all checkpoints."""
     options, sampling = request.options, request.options.sampling
-    version = make(order(options.reward, parse_nested(options.reward_set, "--reward-set"))).version
+    version = build_versioned_reward(request_reward(options.reward,
+                                                    parse_nested(options.reward_set, "--reward-set"))).version
     # Digests of the files: results for changed problems cannot be compared.
     digests = {domain: hash_file(file) for domain, file in request.problems.items()}
     conditions: dict[str, Any] = {"problems": digests, "k": options.k, "reward_version": version}

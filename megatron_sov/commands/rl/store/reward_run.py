@@ -44,11 +44,11 @@ def wait_for_store(path: Path, wait_s: float) -> RolloutStore:
 
 def _report_summary(options: RewardOptions, version: str, summary: RewardSummary) -> int:
     tally = summary.tally
-    for text in tally.told:
+    for text in tally.examples:
         print(escape_controls(text), file=sys.stderr)
     more = f"; {summary.unfinished:,} are unfinished" if summary.unfinished else ""
     print(f"{options.store}: {options.reward} {version}: {summary.parts:,} parts, "
-          f"{tally.line('responses')}{more}")
+          f"{tally.format_counts('responses')}{more}")
     # Single responses may lack a reward; without a single reward, the judges are broken.
     if tally.statuses and not tally.num_rewards:
         raise GateFailed(f"{options.store}: none of {tally.statuses.total():,} responses has a reward; see "

@@ -16,7 +16,8 @@ from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
 from megatron_sov.infer.prompts import EngineOptions
 from megatron_sov.infer.request import WholeSampling
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
-from megatron_sov.judge.tools.registry import BUILT_IN, OWN, make, order, tasks_of
+from megatron_sov.judge.tools.registry import (
+    BUILT_IN, ENVIRONMENT_PLUGINS, build_versioned_environment, read_tasks, request_environment)
 from megatron_sov.runs.checkpoints import check_model_path
 
 EPISODES_KIND = "episodes"
@@ -68,7 +69,7 @@ class EpisodesRequest:
 
 
 def list_environments(options: ToolsListOptions) -> int:
-    lines = [(name, text) for name, (_, _, text) in BUILT_IN.items()] + OWN.listing()
+    lines = [(name, text) for name, (_, _, text) in BUILT_IN.items()] + ENVIRONMENT_PLUGINS.listing()
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
         print(f"{name:<{width}}  {text}")
@@ -77,10 +78,10 @@ def list_environments(options: ToolsListOptions) -> int:
 
 def check_episodes(options: ToolsRunOptions) -> EpisodesRequest:
     """Check environment, tasks, model path and output."""
-    request = order(options.environment, parse_nested(options.settings))
-    environment, version = make(request)
+    request = request_environment(options.environment, parse_nested(options.settings))
+    environment, version = build_versioned_environment(request)
     limits = apply_changes(LIMITS[options.limits], options.changes, "--limit")
-    tasks = tasks_of(environment, options.environment, options.tasks)
+    tasks = read_tasks(environment, options.environment, options.tasks)
     check_model_path(options.target)
     check_output_folder(options.output, EPISODES_KIND, options.overwrite)
     return EpisodesRequest(options, request, version, limits, tasks)

@@ -12,9 +12,10 @@ from megatron_sov.chat.encode import TurnEncoder
 from megatron_sov.commands.rl.store.tools import EPISODES_KIND, EpisodesRequest
 from megatron_sov.infer.engine import ENGINE_SET
 from megatron_sov.infer.tool_policy import EngineChoice, EpisodePlayer
-from megatron_sov.judge.tools.episode import Episode, lines_in, row_of
-from megatron_sov.judge.tools.playing import EpisodeTable, ToolPolicy, identity_of, play, summary_of
-from megatron_sov.judge.tools.registry import digest_of
+from megatron_sov.judge.tools.episode import Episode, build_row, open_episode_lines
+from megatron_sov.judge.tools.playing import (
+    EpisodeSettings, ToolPolicy, build_identity, play_episodes, summarize_rows)
+from megatron_sov.judge.tools.registry import hash_tasks
 from megatron_sov.post.distillation.teacher import hash_weights
 from megatron_sov.work.progress.journal import open_journal
 from megatron_sov.work.progress.progress_bar import create_bar
@@ -26,12 +27,12 @@ def play_tasks(request: EpisodesRequest) -> None:
     choice = EngineChoice(options.engine, options.engine_set, options.nproc, ENGINE_SET)
     player = EpisodePlayer(options.target, choice, limits, "lower them with --limit")
     identity = _build_identity(request, player)
-    table = EpisodeTable(request.environment, player.encoder, limits, options.parallel)
+    table = EpisodeSettings(request.environment, player.encoder, limits, options.parallel)
 
     def play_with_policy(policy: ToolPolicy) -> dict[str, Any]:
         with (open_journal(options.output, "megatron-sov tools run", identity, redo=options.redo) as journal,
               create_bar("play", len(request.tasks), "episode") as bar):
-            episodes = play(request.tasks, policy, table, lines_in(journal), bar.update)
+            episodes = play_episodes(request.tasks, policy, table, open_episode_lines(journal), bar.update)
             return _write_episodes(request, episodes, player.encoder, identity)
 
     summary = player.run(options.sampling, options.parallel, play_with_policy)
@@ -47,8 +48,8 @@ def _build_identity(request: EpisodesRequest, player: EpisodePlayer) -> dict[str
         "engine": player.engine}
     model: dict[str, object] = {"path": str(target.path), "step": target.step,
                                 "weights": hash_weights(target), "chat": player.chat}
-    identity: dict[str, object] = identity_of(digest_of(request.tasks), request.version, request.limits,
-                                              model, settings)
+    identity: dict[str, object] = build_identity(hash_tasks(request.tasks), request.version, request.limits,
+                                                 model, settings)
     return identity
 
 
@@ -56,8 +57,8 @@ def _write_episodes(request: EpisodesRequest, episodes: Sequence[Episode], encod
                     identity: dict[str, object]) -> dict[str, Any]:
     """Write the episodes to an artifact and return the summary."""
     options = request.options
-    rows = [row_of(episode, encoder) for episode in episodes]
-    summary = summary_of(rows)
+    rows = [build_row(episode, encoder) for episode in episodes]
+    summary = summarize_rows(rows)
     with create_artifact(options.output, EPISODES_KIND, overwrite=options.overwrite) as artifact:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (artifact.path / "episodes.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -70,7 +70,7 @@ def check_benchmarks(config: RunConfig) -> None:
         return
     from megatron_sov.bench.lm.harness import require_harness  # optional: `bench` and lm-eval
     from megatron_sov.bench.lm.settings import TaskSources
-    from megatron_sov.bench.lm.tasks import refuse_unknown
+    from megatron_sov.bench.lm.task_files import check_task_names
 
     require_harness()
     lm = config.evaluate.lm
@@ -79,7 +79,7 @@ def check_benchmarks(config: RunConfig) -> None:
             raise UserError(f"evaluate.lm.{name} = {missing[0]}: is not a folder; it must exist before the "
                             "run starts")
     try:
-        refuse_unknown(lm.tasks, TaskSources(folders=tuple(map(Path, lm.task_dirs)),
+        check_task_names(lm.tasks, TaskSources(folders=tuple(map(Path, lm.task_dirs)),
                                              allow_code=lm.allow_task_code,
                                              allow_download=lm.allow_download))
     except UserError as e:

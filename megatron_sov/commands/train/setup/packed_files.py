@@ -313,7 +313,8 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
         if fault.reason.startswith(f"is {kind},"):
             raise UserError(f"--data {location}: {sentence}", Fix(command=command))
     fix = None
-    if fault.options and tokenizer is not None and "FIELD" not in fault.options[-1]:
+    is_usable = bool(fault.options) and "FIELD" not in fault.options[-1] and "prompt" not in fault.options
+    if is_usable and tokenizer is not None:
         fix = fix_by_packing(file, tokenizer, ["--format", formats[0], *fault.options])
     raise UserError(f"--data {location}: {fault.reason}; or pack it yourself "
                     "(`sov-data pack --help`), and pass the folder", fix)

@@ -29,7 +29,7 @@ from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.plan.calibration.fitting import estimate_memory
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command, read_started_settings
-from megatron_sov.runs.launch_environment import num_ranks, typed_command
+from megatron_sov.runs.launch_environment import num_ranks, refuse_lone_world_size, typed_command
 from megatron_sov.train.data.token_shards import Source, open_sources
 from megatron_sov.train.data.views import apply_data_phases
 from megatron_sov.train.guards.fault_injection import Fault, parse_faults
@@ -160,7 +160,18 @@ def _check_shards(options: StageOptions, config: RunConfig) -> list[str]:
                            is_fixed=options.start_from is not None)
     if config.objective.name == "sft":
         check_chats(config, sources)
+    _refuse_only_chats(options, [(source.name, source.format) for source in sources])
     return sorted({source.format for source in sources})
+
+
+def _refuse_only_chats(options: StageOptions, sources: Sequence[tuple[str, str]]) -> None:
+    """Refuse pretraining on conversations alone, as (name, format); a typed `objective.name` consents."""
+    consents = any(setting.startswith("objective.name=") for setting in options.settings)
+    if options.stage != "pretrain" or options.resume or consents or {"chat"} != {kind for _, kind in sources}:
+        return
+    raise UserError(f"--data {sources[0][0]}: holds chats, of which pretraining learns only the answers; "
+                    "`megatron-sov sft` learns from chats; add packed text, or pass --set objective.name=lm "
+                    "to train on chats alone", Fix(command="sft"))
 
 
 def check_chats(config: RunConfig, sources: list[Source]) -> None:
@@ -183,6 +194,7 @@ def stage_request(options: StageOptions, objective: BuiltIn, *, needs_data: bool
                   lengthens: bool = False) -> RecipeRequest:
     """Return the requested settings with the packed data from --data and, with --from, its architecture
     instead of the recipe's; see `request_training`."""
+    refuse_lone_world_size(options.nproc)
     # check paths before the model is opened, which takes seconds
     if objective == "lm" and options.start_from is not None and options.recipe is None and (
             not options.configs):
@@ -222,6 +234,8 @@ def _plan_packing(options: StageOptions, objective: BuiltIn) -> FilePacking:
         raise UserError(f"--data {files[0].argument}: is plain text, which has no responses; `megatron-sov "
                         "pretrain` learns from text, and chats have 'messages' or 'prompt' and 'completion'",
                         Fix(command="pretrain"))
+    if len(files) == len(options.data):
+        _refuse_only_chats(options, [(file.argument, file.format) for file in files])
     tokenizer = Path()
     if files:
         tokenizer = _find_packing_tokenizer(options, files[0])

@@ -1,1 +1,1 @@
-"""Environments that are built in."""
+"""Built-in environments."""

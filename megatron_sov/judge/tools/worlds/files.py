@@ -1,4 +1,4 @@
-"""A tree of text files that lies in the state, not on the disk."""
+"""Environment with a tree of text files in its state."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_sov.judge.rewards.reward import Score
 from megatron_sov.judge.tools.environment import Observation, Task, ToolRefused, World, tool
 
 MAX_FILES, MAX_TREE_CHARS = 10_000, 8_000_000
-MAX_FOUND = 200
-"""Lines that a search gives."""
+MAX_MATCHES = 200
+"""Lines per search."""
 _FILES = {"app/main.py": "from app import greet\n\nprint(greet('Mina'))\n",
           "app/__init__.py": "def greet(name):\n    return 'Helo ' + name\n",
           "notes.txt": "Fix the greeting.\n"}
@@ -20,7 +20,7 @@ _FILES = {"app/main.py": "from app import greet\n\nprint(greet('Mina'))\n",
 
 @dataclass
 class Files(World):
-    """The goal says what files hold in the end; the others have to be as they were."""
+    """File editing tasks; the goal defines final contents, and other files must stay unchanged."""
 
     SYSTEM = "You work in a tree of text files. Change what you are asked to change, and nothing else."
     EXAMPLES = ({"question": "The greeting is misspelt. Mend it.", "files": _FILES, "goal": {"files": {
@@ -29,7 +29,7 @@ class Files(World):
             "notes.txt": None, "NOTES.md": "Fix the greeting.\n"}}})
 
     def reset(self, task: Task) -> Observation:
-        """Begin an episode, and work out what its end should be."""
+        """Begin an episode and compute the wanted files."""
         observation = super().reset(task)
         goal = task.get("goal")
         changed = goal.get("files") if isinstance(goal, dict) else None
@@ -45,17 +45,17 @@ class Files(World):
         if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
             raise UserError("the task's files must be an object of path -> text")
         for path in files:
-            if (problem := _problem(path)) is not None:
+            if (problem := _find_path_problem(path)) is not None:
                 raise UserError(f"the task has a file {path[:80]!r}, which {problem}")
         return {"files": files}
 
     @property
     def files(self) -> dict[str, str]:
-        found: dict[str, str] = self.state["files"]
-        return found
+        files: dict[str, str] = self.state["files"]
+        return files
 
     def score(self, answer: str) -> Score:
-        """Return 1 where all files are as wanted, else 0."""
+        """Return 1 if all files are as wanted, else 0."""
         paths = sorted({*self.files, *self._wanted})
         wrong = [path for path in paths if self.files.get(path) != self._wanted.get(path)]
         return Score(float(not wrong), {"wrong_files": len(wrong), "first_wrong": wrong[:5]})
@@ -81,7 +81,7 @@ class Files(World):
         """
         if first_line < 1 or num_lines < 1:
             raise ToolRefused("first_line and num_lines must be at least 1")
-        lines = re.findall(r"[^\n]*\n|[^\n]+", self._text(path))
+        lines = re.findall(r"[^\n]*\n|[^\n]+", self._get_file(path))
         return "".join(lines[first_line - 1:first_line - 1 + num_lines])
 
     @tool
@@ -92,7 +92,7 @@ class Files(World):
             path: which.
             text: all that it holds then.
         """
-        self._put(path, text)
+        self._store_file(path, text)
         return f"wrote {len(text)} characters to {path}"
 
     @tool
@@ -104,10 +104,10 @@ class Files(World):
             old: what stands there, exactly.
             new: what stands there then.
         """
-        text = self._text(path)
+        text = self._get_file(path)
         if not old or text.count(old) != 1:
             raise ToolRefused(f"old stands {text.count(old) if old else 0} times in {path}, must be once")
-        self._put(path, text.replace(old, new))
+        self._store_file(path, text.replace(old, new))
         return f"changed {path}"
 
     @tool
@@ -118,11 +118,11 @@ class Files(World):
             path: which.
             to: its new path, where no file is yet.
         """
-        text = self._text(path)
+        text = self._get_file(path)
         if to in self.files:
             raise ToolRefused(f"there is a file {to[:80]!r} already")
         del self.files[path]
-        self._put(to, text)
+        self._store_file(to, text)
         return f"moved {path} to {to}"
 
     @tool
@@ -132,7 +132,7 @@ class Files(World):
         Args:
             path: which.
         """
-        self._text(path)
+        self._get_file(path)
         del self.files[path]
         return f"deleted {path}"
 
@@ -145,28 +145,29 @@ class Files(World):
         """
         if not text:
             raise ToolRefused("there is nothing to look for")
-        found = [f"{path}:{number}: {line}" for path in sorted(self.files)
-                 for number, line in enumerate(self.files[path].split("\n"), start=1) if text in line]
-        return found[:MAX_FOUND]
+        matches = [f"{path}:{number}: {line}" for path in sorted(self.files)
+                   for number, line in enumerate(self.files[path].split("\n"), start=1) if text in line]
+        return matches[:MAX_MATCHES]
 
-    def _text(self, path: str) -> str:
+    def _get_file(self, path: str) -> str:
         if path not in self.files:
             raise ToolRefused(f"there is no file {path[:80]!r}")
         return self.files[path]
 
-    def _put(self, path: str, text: str) -> None:
-        if (problem := _problem(path)) is not None:
+    def _store_file(self, path: str, text: str) -> None:
+        if (problem := _find_path_problem(path)) is not None:
             raise ToolRefused(f"the path {path[:80]!r} {problem}")
-        if any(other.startswith(path + "/") or path.startswith(other + "/") for other in self.files):
+        if any(other_path.startswith(path + "/") or path.startswith(other_path + "/")
+               for other_path in self.files):
             raise ToolRefused(f"the path {path[:80]!r} is a folder, or goes through a file")
-        others = sum(len(held) for other, held in self.files.items() if other != path)
-        if others + len(text) > MAX_TREE_CHARS or len({*self.files, path}) > MAX_FILES:
+        other_chars = sum(len(content) for other_path, content in self.files.items() if other_path != path)
+        if other_chars + len(text) > MAX_TREE_CHARS or len({*self.files, path}) > MAX_FILES:
             raise ToolRefused(f"the tree would have more than {MAX_TREE_CHARS:,} characters or "
                               f"{MAX_FILES:,} files")
         self.files[path] = text
 
 
-def _problem(path: str) -> str | None:
+def _find_path_problem(path: str) -> str | None:
     parts = path.split("/")
     if not path or len(path) > 400 or any(part in ("", ".", "..") for part in parts) or "\0" in path:
         return "is no path of names with / between them"

@@ -1,4 +1,4 @@
-"""The goal of a world as an answer, and how answers are compared."""
+"""Goals that are answers, and text comparison."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from megatron_sov.judge.tools.environment import Observation, Task, World
 
 
 class AnsweredWorld(World):
-    """Gives 1 where the answer is the task's `answer` (a text, or a list of which one is enough), by the
-    rules of the reward stem, else 0."""
+    """Base class that scores answers like the reward `stem`: 1 if the answer matches the task's `answer`, a
+    text or a list of alternatives, else 0."""
 
     relative_tolerance: float = 0.01
-    """Between numbers."""
+    """Relative tolerance for numbers."""
 
     def reset(self, task: Task) -> Observation:
-        """Begin an episode of a task that has an answer."""
+        """Begin an episode; the task must have an answer."""
         observation = super().reset(task)
         try:
-            # a trial: a task whose answer cannot be judged is refused before a model has played it
+            # Trial run: refuse unusable answers before a model plays.
             self.score("")
         except Refused as e:
             raise UserError(f"the task {e}") from None
@@ -33,11 +33,11 @@ class AnsweredWorld(World):
                            else {"response": answer})
 
 
-def plain(text: str) -> str:
-    """Return a text by which answers are compared: lower case, no commas in numbers, single spaces."""
+def normalize_text(text: str) -> str:
+    """Normalize for comparison: lower case, no commas in numbers, single spaces."""
     return " ".join(re.sub(r"(?<=\d),(?=\d)", "", text.casefold()).split())
 
 
-def says(said: str, wanted: str) -> bool:
-    """Return whether a text holds another one as words of their own: 5 does not stand in 150 or 5.5."""
-    return re.search(rf"(?<![\w.])(?<!\d,){re.escape(wanted)}(?!\w|\.\d)", said) is not None
+def contains_words(text: str, words: str) -> bool:
+    """Return whether a text contains separate words: 5 is not contained in 150 or 5.5."""
+    return re.search(rf"(?<![\w.])(?<!\d,){re.escape(words)}(?!\w|\.\d)", text) is not None

@@ -1,4 +1,4 @@
-"""Python programs in the sandbox."""
+"""Python environment: programs in the sandbox."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from megatron_sov.sandbox.sandbox import Sandbox
 
 @dataclass
 class Python(AnsweredWorld):
-    """Each program begins anew: nothing of an earlier one is left."""
+    """Tasks solved with Python programs; each program starts from scratch."""
 
     SYSTEM = ("Use Python where it helps: each program runs by itself, so print what you want to see. End "
               'with "The answer is" and the answer.')
     EXAMPLES = ({"question": "How many primes are there below 10,000?", "answer": "1229"},)
     MAX_MEMORY_BYTES = 0
-    """The sandbox limits its programs itself."""
+    """The sandbox limits memory."""
 
     time_limit_s: AboveZero = 10.0
-    """For a program: of processors, and by the clock without the time that it waits for one."""
+    """Time per program: processor time, and clock time without waiting for a processor."""
     memory_bytes: AtLeastOne = 512 << 20
-    """For a program."""
+    """Memory per program."""
 
     @cached_property
-    def _sandbox(self) -> Sandbox:
+    def _python_sandbox(self) -> Sandbox:
         return Sandbox(Limits(wall_s=self.time_limit_s, cpu_s=self.time_limit_s,
-                              memory_bytes=self.memory_bytes))  # ends with the process of the environment
+                              memory_bytes=self.memory_bytes))  # ends with the environment's process
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        """Nothing changes here; a machine without a sandbox is told before the first call, of which it would
-        be no fault."""
-        self._sandbox  # noqa: B018  (it starts)
+        """Return {}; start the sandbox, which fails on unsupported machines before the first call."""
+        self._python_sandbox  # noqa: B018  (it starts)
         return {}
 
     @tool
@@ -46,7 +45,7 @@ class Python(AnsweredWorld):
         Args:
             code: the whole program.
         """
-        outcome = self._sandbox.run(Program(code))
+        outcome = self._python_sandbox.run(Program(code))
         if outcome.status == "infrastructure":
             raise InfrastructureFault(f"the sandbox failed ({outcome.reason})")
         if outcome.status == "refused":

@@ -1,4 +1,4 @@
-"""Documents of a user's own, to be searched and read."""
+"""Retrieval environment: search and read documents from a file."""
 
 from __future__ import annotations
 
@@ -26,108 +26,107 @@ K1, B = 1.2, 0.75
 _WORD = re.compile(r"\w+")
 _NO_SPACES = {"THAI", "LAO", "KHMER", "MYANMAR", "CJK", "HIRAGANA", "KATAKANA"}
 MAX_DOCUMENTS = 500_000
-"""The index lies in the memory of each process."""
+"""Most documents, because each process holds the index in memory."""
 MAX_QUERIES = 16
 _NAME = re.compile(r"[A-Za-z_]\w{0,63}")
 
 
-# BM25: documents ranked by the words of a query (Robertson and Zaragoza, "The Probabilistic Relevance
-# Framework: BM25 and Beyond", 2009, equation 3.15; the inverse document frequency with one added inside the
-# logarithm, as in Lucene, so that it is never negative).
+# BM25 ranking (Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009,
+# equation 3.15), with 1 added inside the logarithm for a non-negative inverse document frequency, as in
+# Lucene.
 
 
-def terms_of(text: str) -> list[str]:
-    """Return the words of a text in lower case; of scripts without spaces, each two characters that stand
-    together."""
-    found: list[str] = []
+def split_terms(text: str) -> list[str]:
+    """Return lower-case words; for scripts without spaces, pairs of adjacent characters."""
+    terms: list[str] = []
     for word in _WORD.findall(text.casefold()):
         if len(word) > 1 and get_script(word[0]) in _NO_SPACES:
-            found += [word[i:i + 2] for i in range(len(word) - 1)]
+            terms += [word[i:i + 2] for i in range(len(word) - 1)]
         else:
-            found.append(word)
-    return found
+            terms.append(word)
+    return terms
 
 
 class Bm25:
-    """An index of documents, in memory."""
+    """In-memory BM25 index."""
 
     def __init__(self, documents: Sequence[str]) -> None:
         self._lengths: list[int] = []
-        # term -> (document, times): a search touches only documents that have a word of it
+        # term -> (document, count): a search only touches documents with its terms
         self._counts: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
         for number, document in enumerate(documents):
-            counts = Counter(terms_of(document))
+            counts = Counter(split_terms(document))
             self._lengths.append(sum(counts.values()))
             for term, count in counts.items():
                 self._counts[term].append((number, count))
         self._mean_length = sum(self._lengths) / max(len(self._lengths), 1) or 1.0
 
     def search(self, query: str, count: int) -> list[tuple[int, float]]:
-        """Return (document, score) of the best, best first, of equal ones the earlier first; those without
-        any of the words are left out."""
+        """Return the best (document, score), best first, ties by index; documents without any term are
+        omitted."""
         scores: defaultdict[int, float] = defaultdict(float)
-        for term, times in Counter(terms_of(query)).items():
+        for term, times in Counter(split_terms(query)).items():
             places = self._counts.get(term, [])
-            # ln(1 + (N - n + 0.5) / (n + 0.5)), n of N documents having the term
+            # ln(1 + (N - n + 0.5) / (n + 0.5)) for n out of N documents with the term
             idf = math.log(1 + (len(self._lengths) - len(places) + 0.5) / (len(places) + 0.5))
             for number, tf in places:
-                # B: how far long documents are held back; K1: how soon more of a term counts no more
+                # B: penalty for long documents; K1: saturation for repeated terms.
                 length = K1 * (1 - B + B * self._lengths[number] / self._mean_length)
                 scores[number] += times * idf * tf * (K1 + 1) / (tf + length)
         return sorted(scores.items(), key=lambda found: (-found[1], found[0]))[:count]
 
 
-def _no_name(text: str) -> Violation | None:
+def _find_name_problem(text: str) -> Violation | None:
     return None if _NAME.fullmatch(text) else (ProblemCode.BOUND, "must be a name of letters, digits and _",
                                                "")
 
 
-def _no_file(path: str) -> Violation | None:
+def _find_file_problem(path: str) -> Violation | None:
     return None if Path(path).is_file() else (
         ProblemCode.FILE, "is no file", "name one in JSON lines, a document each")
 
 
-ToolName = Annotated[str, Bound(_no_name)]
+ToolName = Annotated[str, Bound(_find_name_problem)]
 
 
 @dataclass
 class Retrieval(AnsweredWorld):
-    """A tool that searches and a tool that reads; their names and arguments are settings, so that the world
-    looks as the one that a model was, or will be, used in."""
+    """Search and read tools over documents; tool and argument names are settings, to match a model's other
+    uses."""
 
-    corpus: Annotated[str, Bound(_no_file)]
-    """File in JSON lines: a document each."""
+    corpus: Annotated[str, Bound(_find_file_problem)]
+    """JSON Lines file with a document per line."""
     text: str = "text"
-    """Field of its text."""
+    """Document field with the text."""
     keys: Annotated[tuple[ToolName, ...], MinLen(1), UNIQUE_ITEMS] = ("id",)
-    """Fields by which a document is read: the first one is needed, the others narrow it down."""
+    """Fields for reading documents: the first is required, the others narrow the selection."""
     search: ToolName = "search"
-    """Name of the tool that searches."""
+    """Name of the search tool."""
     read: Annotated[ToolName, differs_from_field("search")] = "read"
-    """Name of the tool that reads."""
+    """Name of the read tool."""
     query: ToolName = "query"
-    """Name of its argument."""
+    """Argument name in the search tool."""
     queries: Literal["one", "list"] = "one"
-    """Whether the argument is a text, or a list of them."""
+    """The argument is a text, or a list of texts."""
     top_k: AtLeastOne = 3
-    """Documents that a query gives."""
+    """Documents per query."""
     snippet_chars: NotNegativeInt = 200
-    """Of a document that is found."""
+    """Characters per found document."""
     system: str = ("Answer from the documents: search them, read what looks right. End with "
                    '"The answer is" and the answer.')
-    """Rules for the model, where a task has none of its own."""
+    """Rules for tasks without their own."""
 
     def rules(self) -> str:
         return self.system
 
     def inputs(self) -> dict[str, str]:
-        """Return the digest of the corpus: other documents are another world."""
+        """Return version inputs: the digest of the corpus."""
         return {"corpus": hash_file(Path(self.corpus))}
 
     @cached_property
-    def by_name(self) -> dict[str, Tool]:
-        """Both tools, by the settings' names."""
-        asked = Parameter(list[str] if self.queries == "list" else str,
+    def tools_by_name(self) -> dict[str, Tool]:
+        """Both tools by their configured names."""
+        query = Parameter(list[str] if self.queries == "list" else str,
                           "queries, each of which is searched for" if self.queries == "list"
                           else "words to search for")
         read = {key: Parameter(str, f"{key} of the document") if i == 0 else
@@ -135,12 +134,13 @@ class Retrieval(AnsweredWorld):
                 for i, key in enumerate(self.keys)}
         return {self.search: Tool(self.search, f"Search the documents; gives the {self.top_k} best of each "
                                                "query, with the beginning of their text.",
-                                  {self.query: asked}, self._search),
-                self.read: Tool(self.read, f"Read documents by {', '.join(self.keys)}.", read, self._read)}
+                                  {self.query: query}, self._run_search),
+                self.read: Tool(self.read, f"Read documents by {', '.join(self.keys)}.", read,
+                                self._run_read)}
 
     @cached_property
-    def _documents(self) -> list[dict[str, Any]]:
-        found = []
+    def _loaded_documents(self) -> list[dict[str, Any]]:
+        documents = []
         for line, document in read_objects(Path(self.corpus), "corpus"):
             where = f"corpus {self.corpus}: line {line}"
             if not isinstance(document.get(self.text), str):
@@ -149,50 +149,50 @@ class Retrieval(AnsweredWorld):
                 raise UserError(f"{where}: its {missing[0]!r} must be text or a whole number")
             if self.keys[0] not in document:
                 raise UserError(f"{where}: has no {self.keys[0]!r}; name the fields with keys=[...]")
-            found.append(document)
-            if len(found) > MAX_DOCUMENTS:
+            documents.append(document)
+            if len(documents) > MAX_DOCUMENTS:
                 raise UserError(f"corpus {self.corpus}: has more than {MAX_DOCUMENTS:,} documents, which lie "
                                 "in the memory of each process; take a search server of your own")
-        if not found:
+        if not documents:
             raise UserError(f"corpus {self.corpus}: has no documents")
-        return found
+        return documents
 
     @cached_property
-    def _index(self) -> Bm25:
+    def _search_index(self) -> Bm25:
         return Bm25([" ".join([*(str(d.get(key, "")) for key in self.keys), d[self.text]])
-                     for d in self._documents])
+                     for d in self._loaded_documents])
 
     @cached_property
     def _by_key(self) -> dict[str, list[dict[str, Any]]]:
-        found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-        for document in self._documents:
-            found[str(document[self.keys[0]])].append(document)
-        return dict(found)
+        documents: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        for document in self._loaded_documents:
+            documents[str(document[self.keys[0]])].append(document)
+        return dict(documents)
 
     def first_state(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        """Nothing changes here; the documents are read before the first call is timed."""
-        assert self._index and self._by_key
+        """Return {}; load the documents before calls are timed."""
+        assert self._search_index and self._by_key
         return {}
 
-    def _search(self, **arguments: Any) -> list[Any]:
-        asked = arguments[self.query]
+    def _run_search(self, **arguments: Any) -> list[Any]:
+        queries = arguments[self.query]
         if self.queries == "one":
-            return self._found(asked)
-        if len(asked) > MAX_QUERIES:
-            raise ToolRefused(f"{self.query} has {len(asked)} queries, at most {MAX_QUERIES}")
-        return [{"query": query, "results": self._found(query)} for query in asked]
+            return self._find_documents(queries)
+        if len(queries) > MAX_QUERIES:
+            raise ToolRefused(f"{self.query} has {len(queries)} queries, at most {MAX_QUERIES}")
+        return [{"query": query, "results": self._find_documents(query)} for query in queries]
 
-    def _found(self, query: str) -> list[dict[str, Any]]:
-        return [self._given(self._documents[number], self.snippet_chars)
-                for number, _ in self._index.search(query, self.top_k)]
+    def _find_documents(self, query: str) -> list[dict[str, Any]]:
+        return [self._format_document(self._loaded_documents[number], self.snippet_chars)
+                for number, _ in self._search_index.search(query, self.top_k)]
 
-    def _given(self, document: dict[str, Any], most_chars: int | None = None) -> dict[str, Any]:
+    def _format_document(self, document: dict[str, Any], most_chars: int | None = None) -> dict[str, Any]:
         return {**{key: document.get(key) for key in self.keys}, self.text: document[self.text][:most_chars]}
 
-    def _read(self, **wanted: str | None) -> list[dict[str, Any]]:
-        asked = {key: value for key, value in wanted.items() if value is not None}
-        found = [d for d in self._by_key.get(asked[self.keys[0]], [])
-                 if all(str(d.get(key, "")) == value for key, value in asked.items())]
-        if not found:
-            raise ToolRefused(f"there is no document with {asked}; search for it first")
-        return [self._given(document) for document in found]
+    def _run_read(self, **wanted: str | None) -> list[dict[str, Any]]:
+        keys = {key: value for key, value in wanted.items() if value is not None}
+        documents = [d for d in self._by_key.get(keys[self.keys[0]], [])
+                     if all(str(d.get(key, "")) == value for key, value in keys.items())]
+        if not documents:
+            raise ToolRefused(f"there is no document with {keys}; search for it first")
+        return [self._format_document(document) for document in documents]

@@ -1,11 +1,8 @@
-"""Plays an environment of `verifiers` (0.4) for `worlds.verifiers`, which starts this with that library's own
-Python: its first argument is a file of the library's settings.
+"""Bridge that runs a `verifiers` (0.4) environment in the library's own Python, for `worlds.verifiers`.
 
-A line in JSON on the standard input begins an episode (`task`), gives the model's turn (`answer`) or says
-that there will be none (`stop`).  A line on the standard output says what the environment wants of the model
-(`request`), how the episode came out (`end`), or why it cannot be played (`error`; `problem` at the start).
-
-The environment asks a chat endpoint as it asks any; the endpoint is this process.
+The argument is a settings file. Messages are JSON lines. Input: `task` begins an episode, `answer` is a model
+turn, `stop` ends the turns. Output: `request` asks for a model turn, `end` has the result, `error` reports a
+failed episode, `problem` a failed start. The environment requests turns from a chat endpoint in this process.
 """
 
 from __future__ import annotations
@@ -23,37 +20,37 @@ from typing import IO, Any
 
 MODEL = "policy"
 KEY = "POLICY_API_KEY"
-"""Variable of the endpoint's key, which `verifiers` gives no program of its own."""
+"""Variable with the endpoint's key, which `verifiers` passes to no program."""
 MAX_BODY_BYTES = 64 << 20
 REFUSAL = {"error": {"message": "the model may write no more: maximum context length", "type":
                      "invalid_request_error", "code": "context_length_exceeded"}}
-"""What servers answer where a context is full: harnesses end there and are scored."""
+"""A server's error for a full context, after which harnesses stop and are scored."""
 Answer = dict[str, Any]
 
 
-class ChatDoor:
-    """A chat endpoint whose requests are answered elsewhere, one after the other."""
+class ChatEndpoint:
+    """Chat endpoint whose requests are answered by another process, one at a time."""
 
     def __init__(self) -> None:
-        self.begin()
+        self.start_episode()
 
-    def begin(self) -> None:
-        """Forget an episode."""
+    def start_episode(self) -> None:
+        """Reset for a new episode."""
         self.requests: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
         self._turn = asyncio.Lock()
         self._is_closed = False
-        """Whether requests are refused: the model writes no more."""
+        """Requests are refused."""
 
     @contextlib.asynccontextmanager
-    async def opened(self) -> AsyncIterator[str]:
-        """Serve; gives the address."""
-        from aiohttp import web
+    async def serve_requests(self) -> AsyncIterator[str]:
+        """Serve requests; yield the address."""
+        from aiohttp import web  # installed with `verifiers`; a failure is reported as a problem
 
         self._web = web
         os.environ[KEY] = secrets.token_urlsafe()
         app = web.Application(client_max_size=MAX_BODY_BYTES)
-        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/chat/completions", self._handle_chat)
         runner = web.AppRunner(app, shutdown_timeout=0)
         await runner.setup()
         try:
@@ -62,12 +59,12 @@ class ChatDoor:
         finally:
             await runner.cleanup()
 
-    def answer(self, message: Answer | None) -> None:
-        """Answer the request that waits; None: refuse it, and all that come."""
+    def answer_request(self, message: Answer | None) -> None:
+        """Answer the waiting request; None: refuse this and all later requests."""
         self._is_closed = message is None
         self._answers.put_nowait(message)
 
-    async def _chat(self, request: Any) -> Any:
+    async def _handle_chat(self, request: Any) -> Any:
         web = self._web
         if request.headers.get("Authorization") != f"Bearer {os.environ[KEY]}":
             return web.json_response({"error": {"message": "unauthorized"}}, status=401)
@@ -86,54 +83,54 @@ class ChatDoor:
         calls = [{**call, "index": place} for place, call in enumerate(message.get("tool_calls", []))]
         delta = {**message, **({"tool_calls": calls} if calls else {})}
         chunks = [{**head, "object": "chat.completion.chunk",
-                   "choices": [{"index": 0, "delta": part, "finish_reason": said}]}
-                  for part, said in ((delta, None), ({}, reason))]
+                   "choices": [{"index": 0, "delta": part, "finish_reason": finish_reason}]}
+                  for part, finish_reason in ((delta, None), ({}, reason))]
         text = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
         return web.Response(text=text, content_type="text/event-stream")
 
 
 class VerifiersBridge:
-    """An environment of the library, which plays one episode at a time."""
+    """Runs an environment from the library, one episode at a time."""
 
-    def __init__(self, environment: Any, context: Any, door: ChatDoor) -> None:
-        self._environment, self._context, self._door = environment, context, door
+    def __init__(self, environment: Any, context: Any, endpoint: ChatEndpoint) -> None:
+        self._environment, self._context, self._endpoint = environment, context, endpoint
         self._stream: Iterator[Any] = iter(environment.taskset)
         self._tasks: list[Any] = []
         self._run: asyncio.Task[Any] | None = None
 
-    async def said(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Return what comes of a line."""
+    async def handle_message(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Execute a message and return the reply."""
         if "task" in line:
-            await self.drop()
-            if (task := self._task(line["task"])) is None:
+            await self.cancel_episode()
+            if (task := self._get_task(line["task"])) is None:
                 return {"error": f"there is no task {line['task']}: the taskset has {len(self._tasks)}"}
-            self._door.begin()
+            self._endpoint.start_episode()
             self._run = asyncio.create_task(self._environment.run_episode(task, self._context))
         else:
-            self._door.answer(line.get("answer"))
+            self._endpoint.answer_request(line.get("answer"))
         assert self._run is not None
-        asked = asyncio.create_task(self._door.requests.get())
-        await asyncio.wait((asked, self._run), return_when=asyncio.FIRST_COMPLETED)
-        if asked.done():
-            body = asked.result()
+        request = asyncio.create_task(self._endpoint.requests.get())
+        await asyncio.wait((request, self._run), return_when=asyncio.FIRST_COMPLETED)
+        if request.done():
+            body = request.result()
             return {"request": {"messages": body.get("messages"), "tools": body.get("tools") or []}}
-        asked.cancel()
-        return self._ended(self._run.result())
+        request.cancel()
+        return self._describe_result(self._run.result())
 
-    async def drop(self) -> None:
-        """End the episode that goes on."""
+    async def cancel_episode(self) -> None:
+        """Cancel the running episode."""
         if self._run is not None:
             self._run.cancel()
             await asyncio.wait((self._run,))
             self._run = None
 
-    def _task(self, number: int) -> Any:
+    def _get_task(self, number: int) -> Any:
         while len(self._tasks) <= number and (task := next(self._stream, None)) is not None:
             self._tasks.append(task)
         return self._tasks[number] if number < len(self._tasks) else None
 
-    def _ended(self, episode: Any) -> dict[str, Any]:
-        """Return the reward of the one trace that the model wrote, by the environment's own verdict."""
+    def _describe_result(self, episode: Any) -> dict[str, Any]:
+        """Return the reward of the model's trace."""
         traces = [trace for trace in episode.traces if trace.agent.config.client == self._context.client]
         if not self._environment.complete(episode):
             errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
@@ -146,57 +143,57 @@ class VerifiersBridge:
                         "stop": traces[0].stop_condition}}
 
 
-def settings_in(path: Path) -> dict[str, Any]:
-    """Return the `env` table of a file of settings for `vf-eval`, in TOML or JSON."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the `env` table from a TOML or JSON settings file for `vf-eval`."""
     text = path.read_text(encoding="utf-8")
-    found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    return dict(found["env"])
+    settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    return dict(settings["env"])
 
 
 @contextlib.asynccontextmanager
-async def opened(path: Path) -> AsyncIterator[VerifiersBridge]:
-    """Load the environment of a file of settings and what serves it."""
-    from verifiers.v1 import EvalClientConfig, ModelContext
+async def open_bridge(path: Path) -> AsyncIterator[VerifiersBridge]:
+    """Load the environment from a settings file and start the endpoint."""
+    from verifiers.v1 import EvalClientConfig, ModelContext  # a failure is reported as a problem
     from verifiers.v1.configs.agent import agent_config_fields
     from verifiers.v1.utils.loaders import load_environment, resolve_env_config
 
-    environment = load_environment(resolve_env_config(settings_in(path)))
+    environment = load_environment(resolve_env_config(read_settings(path)))
     seats = [name for name, agent in agent_config_fields(environment.config).items() if agent.client is None]
     if len(seats) != 1:
         raise ValueError(f"the seats without a client are {', '.join(seats) or 'none'}: the model plays one, "
                          "so give each other one `client` and `model`")
-    door = ChatDoor()
-    async with door.opened() as url, environment.serving():
+    endpoint = ChatEndpoint()
+    async with endpoint.serve_requests() as url, environment.serving():
         bridge = VerifiersBridge(environment, ModelContext(model=MODEL, client=EvalClientConfig(
-            base_url=url, api_key_var=KEY)), door)
+            base_url=url, api_key_var=KEY)), endpoint)
         try:
             yield bridge
         finally:
-            await bridge.drop()
+            await bridge.cancel_episode()
 
 
-async def main(path: Path, told: IO[bytes], tell: IO[bytes]) -> None:
-    """Play until the standard input ends."""
+async def main(path: Path, source: IO[bytes], target: IO[bytes]) -> None:
+    """Handle messages until standard input ends."""
     def say(line: dict[str, Any]) -> None:
-        tell.write(json.dumps(line).encode() + b"\n")
-        tell.flush()
+        target.write(json.dumps(line).encode() + b"\n")
+        target.flush()
 
     async with contextlib.AsyncExitStack() as stack:
         try:
-            bridge = await stack.enter_async_context(opened(path))
+            bridge = await stack.enter_async_context(open_bridge(path))
         except Exception as e:
             return say({"problem": f"{type(e).__name__}: {e}"})
         say({"ready": True})
-        while line := await asyncio.to_thread(told.readline):
+        while line := await asyncio.to_thread(source.readline):
             try:
-                said = await bridge.said(json.loads(line))
+                reply = await bridge.handle_message(json.loads(line))
             except Exception as e:
-                said = {"error": f"{type(e).__name__}: {e}"}
-            say(said)
+                reply = {"error": f"{type(e).__name__}: {e}"}
+            say(reply)
 
 
 if __name__ == "__main__":
-    # what the environment prints is no message of the bridge, and what it reads is not for it
+    # Keep the environment's prints and reads apart from the bridge's messages.
     ours_in, ours_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)

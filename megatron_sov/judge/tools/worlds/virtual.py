@@ -1,16 +1,16 @@
-"""Worlds that a task describes: tables, and tools written as Python functions, which run in the sandbox.
+"""Environments described by tasks: tables, and tools as Python functions that run in the sandbox.
 
 A world is a JSON object:
 
     name, rules   texts
     tables        name -> {"columns": {name: type}, "rows": {key: row}, "free": [column, ...]}
-    code          Python: each function whose name does not begin with _ is a tool
-    examples      calls that give a result on the first tables, at least one of each tool
+    code          Python; functions without a leading _ are tools
+    examples      calls that succeed on the first tables, at least one per tool
 
 A tool takes `tables` (name -> key -> row), which it may change, and typed arguments; it returns a JSON value,
-or raises `Refused("sentence")`. Types are written as in Python (`TYPES`). Goals are in the style of tau-bench
-(arXiv 2406.12045): the calls of a goal lead from the first tables to the wanted ones. Further reading is no
-fault; a further change is.
+or raises `Refused("sentence")`. Types are Python types (`TYPES`). Goals follow tau-bench (arXiv 2406.12045):
+the goal's calls lead from the first tables to the wanted ones. Additional reads are allowed, additional
+changes are not.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from megatron_sov.base.errors import UserError, first_error_line, format_problem
 from megatron_sov.judge.rewards.constraint import MODULES
 from megatron_sov.judge.rewards.reward import Score
 from megatron_sov.judge.tools.environment import (
-    InfrastructureFault, Observation, Parameter, Task, Tool, ToolFault, ToolRefused, World, describe_tool,
-    strict_record, text_in)
+    InfrastructureFault, Observation, Parameter, Task, Tool, ToolFault, ToolRefused, World,
+    build_strict_adapter, describe_tool, get_text_field)
 from megatron_sov.judge.tools.worlds import virtual_program
-from megatron_sov.judge.tools.worlds.goals import plain, says
+from megatron_sov.judge.tools.worlds.goals import contains_words, normalize_text
 from megatron_sov.sandbox.program import Limits, Program
 from megatron_sov.sandbox.sandbox import shared_sandbox
 
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 Tables = dict[str, dict[str, dict[str, Any]]]
 TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict,
                          "Literal": Literal, "None": None}
-"""Names that the type of a column or an argument may use."""
+"""Names allowed in column and argument types."""
 MAX_WORLD_CHARS = 200_000
-"""Of a world as JSON."""
+"""Largest world, as JSON."""
 MAX_TABLES, MAX_ROWS, MAX_TOOLS = 12, 500, 32
 MAX_PROBLEMS = 40
 CALL_LIMITS = Limits(wall_s=30, cpu_s=5, memory_bytes=512 << 20, output_bytes=32 << 20)
-"""Of the calls that are made together."""
+"""Sandbox limits for a batch of calls."""
 _CLOCKS = frozenset(("now", "today", "utcnow"))
 _WORLD = {"name", "rules", "tables", "code", "examples"}
 _TABLE = {"columns", "rows", "free"}
@@ -56,23 +56,23 @@ _TYPE_NODES = (ast.Expression, ast.Name, ast.Load, ast.Subscript, ast.Tuple, ast
                ast.Constant)
 
 
-def type_of(text: str) -> Any:
-    """Return the Python type that a text spells.
+def parse_type(text: str) -> Any:
+    """Parse a Python type.
 
-    A text constant stands in `Literal[...]` alone: anywhere else typing makes a forward reference of it,
-    which pydantic evaluates as Python in this process.
+    String constants are only allowed in `Literal[...]`: elsewhere typing would create forward references,
+    which `pydantic` evaluates as Python in this process.
 
     Raises:
-        ValueError: it uses something else than `TYPES`, `|` and `[...]`, or is no type.
+        ValueError: the text uses more than `TYPES`, `|` and `[...]`, or is not a type.
     """
     try:
         tree = ast.parse(text, mode="eval")
         in_literals = {id(part) for node in ast.walk(tree) if _is_literal(node) for part in ast.walk(node)}
-        if all(_is_part_of_type(node, id(node) in in_literals) for node in ast.walk(tree)):
-            found = eval(compile(tree, "type", "eval", dont_inherit=True), {"__builtins__": {}, **TYPES})
-            if found is None or isinstance(found, (type, UnionType)) or get_origin(found):
-                return found
-    except Exception:  # whatever parsing or subscripting a type raises
+        if all(_is_type_node(node, id(node) in in_literals) for node in ast.walk(tree)):
+            parsed = eval(compile(tree, "type", "eval", dont_inherit=True), {"__builtins__": {}, **TYPES})
+            if parsed is None or isinstance(parsed, (type, UnionType)) or get_origin(parsed):
+                return parsed
+    except Exception:  # parsing or subscripting a type may raise any exception
         pass
     raise ValueError(f"{text[:60]!r} is no type; a type is made of {', '.join(TYPES)}, | and [...]")
 
@@ -81,7 +81,7 @@ def _is_literal(node: ast.AST) -> bool:
     return isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal"
 
 
-def _is_part_of_type(node: ast.AST, is_in_literal: bool) -> bool:
+def _is_type_node(node: ast.AST, is_in_literal: bool) -> bool:
     if isinstance(node, ast.Name):
         return node.id in TYPES
     if isinstance(node, ast.Constant) and node.value is not None:
@@ -91,51 +91,51 @@ def _is_part_of_type(node: ast.AST, is_in_literal: bool) -> bool:
 
 @dataclass(frozen=True)
 class VirtualTable:
-    """A table of a world."""
+    """A table in a world."""
 
     rows: Mapping[str, Mapping[str, Any]]
-    """Key -> row, at the start."""
+    """Key -> row at the start."""
     free: frozenset[str]
-    """Columns of the user's own words, which no goal compares."""
+    """Free-text columns, which goals do not compare."""
     adapter: TypeAdapter[Any] = field(compare=False)
-    """Checks a row."""
+    """Row validator."""
 
 
 @dataclass(frozen=True)
 class VirtualWorld:
-    """A world whose description is sound."""
+    """A validated world."""
 
     name: str
     rules: str
-    """What the model reads before it begins."""
+    """Rules for the model."""
     tables: Mapping[str, VirtualTable]
     code: str
     functions: Mapping[str, ast.FunctionDef] = field(compare=False)
-    """Name of a tool -> its source."""
+    """Tool name -> source."""
     tools: Mapping[str, Tool] = field(compare=False)
-    """Name -> a tool that checks arguments and gives them back."""
+    """Name -> tool that validates and returns its arguments."""
     examples: tuple[Mapping[str, Any], ...]
-    """Calls: objects with `name` and `arguments`."""
+    """Calls with `name` and `arguments`."""
 
-    def first_tables(self) -> Tables:
+    def copy_first_tables(self) -> Tables:
         return {name: {key: dict(row) for key, row in table.rows.items()}
                 for name, table in self.tables.items()}
 
-    def problem(self, tables: Any) -> str:
-        """Return why a value is not the tables of this world; empty: it is."""
+    def find_table_problem(self, tables: Any) -> str:
+        """Return the reason why a value does not fit the tables; "" if it fits."""
         if not isinstance(tables, dict) or tables.keys() != self.tables.keys():
             return f"the tables must be {', '.join(self.tables)}"
         for name, table in self.tables.items():
             if not isinstance(tables[name], dict):
                 return f"{name} must be an object of rows by key"
             for key, row in tables[name].items():
-                if wrong := _row_problem(table.adapter, row):
+                if wrong := _find_row_problem(table.adapter, row):
                     return f"row {key} of {name}: {wrong}"
         return ""
 
 
-def _row_problem(adapter: TypeAdapter[Any], row: Any) -> str:
-    from pydantic import ValidationError
+def _find_row_problem(adapter: TypeAdapter[Any], row: Any) -> str:
+    from pydantic import ValidationError  # slow to import; `--help` must be fast
 
     try:
         adapter.validate_json(json.dumps(row, allow_nan=False))
@@ -150,33 +150,33 @@ def _row_problem(adapter: TypeAdapter[Any], row: Any) -> str:
 # Reading a description.
 
 
-def problems_of(world: Any) -> list[str]:
-    """Return all problems of a description, a sentence each."""
-    return _read(world)[1]
+def find_world_problems(world: Any) -> list[str]:
+    """Return all problems in a description, a sentence each."""
+    return _parse_world(world)[1]
 
 
-def world_of(world: Any) -> VirtualWorld:
-    """Return a described world.
+def read_world(world: Any) -> VirtualWorld:
+    """Parse and cache a world.
 
     Raises:
-        UserError: the description breaks rules; all of them are told.
+        UserError: the description breaks rules; all are named.
     """
     try:
         text = json.dumps(world, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise UserError(f"the task's world is no JSON ({e})") from None
-    return _known(text)
+    return _read_world_text(text)
 
 
 @lru_cache(maxsize=32)
-def _known(text: str) -> VirtualWorld:
-    found, problems = _read(json.loads(text))
-    if found is None:
+def _read_world_text(text: str) -> VirtualWorld:
+    parsed, problems = _parse_world(json.loads(text))
+    if parsed is None:
         raise UserError(format_problems("the task's world", problems))
-    return found
+    return parsed
 
 
-def _read(world: Any) -> tuple[VirtualWorld | None, list[str]]:
+def _parse_world(world: Any) -> tuple[VirtualWorld | None, list[str]]:
     problems: list[str] = []
     try:
         is_too_long = len(json.dumps(world, allow_nan=False)) > MAX_WORLD_CHARS
@@ -196,22 +196,22 @@ def _read(world: Any) -> tuple[VirtualWorld | None, list[str]]:
     for name, function in functions.items():
         try:
             tools[name] = _read_tool(function)
-        except Exception as e:  # whatever typing, pydantic and literals raise for a model's code
+        except Exception as e:  # typing, pydantic and literals may raise any exception on generated code
             problems.append(f"tool {name}: {first_error_line(e)}")
     examples = _read_examples(world.get("examples"), tools, problems)
     if problems:
         return None, problems[:MAX_PROBLEMS]
-    found = VirtualWorld(world["name"], world["rules"], tables, world["code"], functions, tools, examples)
-    wrong = found.problem(found.first_tables())
-    return (None, [f"tables: {wrong}"]) if wrong else (found, [])
+    parsed = VirtualWorld(world["name"], world["rules"], tables, world["code"], functions, tools, examples)
+    wrong = parsed.find_table_problem(parsed.copy_first_tables())
+    return (None, [f"tables: {wrong}"]) if wrong else (parsed, [])
 
 
-def _read_tables(given: Any, problems: list[str]) -> dict[str, VirtualTable]:
-    if not isinstance(given, dict) or not 0 < len(given) <= MAX_TABLES:
+def _read_tables(tables: Any, problems: list[str]) -> dict[str, VirtualTable]:
+    if not isinstance(tables, dict) or not 0 < len(tables) <= MAX_TABLES:
         problems.append(f"tables: must be an object of 1 to {MAX_TABLES} tables")
         return {}
-    found = {}
-    for name, table in given.items():
+    parsed = {}
+    for name, table in tables.items():
         where = f"tables.{name[:40]}"
         if not isinstance(table, dict) or not {"columns", "rows"} <= table.keys() <= _TABLE:
             problems.append(f"{where}: must be an object with columns and rows, and free if it likes")
@@ -231,16 +231,17 @@ def _read_tables(given: Any, problems: list[str]) -> dict[str, VirtualTable]:
                             "object")
             continue
         try:
-            adapter = strict_record(name, {column: type_of(kind) for column, kind in columns.items()})
-        except Exception as e:  # also what pydantic raises for a type that no JSON has
+            adapter = build_strict_adapter(name,
+                                           {column: parse_type(kind) for column, kind in columns.items()})
+        except Exception as e:  # also pydantic's errors for types without a JSON form
             problems.append(f"{where}.columns: {first_error_line(e)}")
             continue
-        found[name] = VirtualTable(rows, frozenset(free), adapter)
-    return found
+        parsed[name] = VirtualTable(rows, frozenset(free), adapter)
+    return parsed
 
 
 def _read_functions(code: str, problems: list[str]) -> dict[str, ast.FunctionDef]:
-    """Return name -> function of the tools of a world's code."""
+    """Return tool name -> function in a world's code."""
     try:
         tree = ast.parse(code)
         compile(code, "world.py", "exec")
@@ -253,45 +254,46 @@ def _read_functions(code: str, problems: list[str]) -> dict[str, ast.FunctionDef
             names = [node.module or "."]
         problems += [f"code: imports {name}; it may import {', '.join(sorted(MODULES))}"
                      for name in names if name.partition(".")[0] not in MODULES]
-        # the same calls must lead to the same tables on another day
+        # Goals must not depend on the date.
         if isinstance(node, ast.Attribute) and node.attr in _CLOCKS:
             problems.append(f"code: uses .{node.attr}, which differs from day to day")
-    found = {node.name: node for node in tree.body
-             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
-    if not 0 < len(found) <= MAX_TOOLS:
-        problems.append(f"code: has {len(found)} functions whose name does not begin with _, must have 1 to "
-                        f"{MAX_TOOLS}")
-    return found
+    functions = {node.name: node for node in tree.body
+                 if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
+    if not 0 < len(functions) <= MAX_TOOLS:
+        problems.append(f"code: has {len(functions)} functions whose name does not begin with _, must have "
+                        f"1 to {MAX_TOOLS}")
+    return functions
 
 
 def _read_tool(function: ast.FunctionDef) -> Tool:
-    """Return a tool that gives back the arguments which it has checked.
+    """Build a tool that validates and returns its arguments.
 
     Raises:
-        UserError: it has no docstring, or an argument without a type that JSON has.
-        ValueError: likewise.
+        UserError: the docstring is missing, or a type has no JSON form.
+        ValueError: the signature or a type is invalid.
     """
     spec = function.args
-    if [given.arg for given in spec.args[:1]] != ["tables"] or spec.posonlyargs or spec.vararg or spec.kwarg:
+    if [argument.arg
+        for argument in spec.args[:1]] != ["tables"] or spec.posonlyargs or spec.vararg or spec.kwarg:
         raise ValueError("must take `tables` first, and then arguments by name")
     places = [*zip(reversed(spec.args), reversed(spec.defaults), strict=False),
               *zip(spec.kwonlyargs, spec.kw_defaults, strict=True)]
-    defaults = {given.arg: value for given, value in places if value is not None}
+    defaults = {argument.arg: value for argument, value in places if value is not None}
     parameters = {}
-    for given in (*spec.args[1:], *spec.kwonlyargs):
-        if given.annotation is None:
-            raise ValueError(f"its argument {given.arg} must have a type, as in `{given.arg}: str`")
-        default = ast.literal_eval(defaults[given.arg]) if given.arg in defaults else Parameter.default
-        parameters[given.arg] = Parameter(type_of(ast.unparse(given.annotation)), "", default)
+    for argument in (*spec.args[1:], *spec.kwonlyargs):
+        if argument.annotation is None:
+            raise ValueError(f"its argument {argument.arg} must have a type, as in `{argument.arg}: str`")
+        default = ast.literal_eval(defaults[argument.arg]) if argument.arg in defaults else Parameter.default
+        parameters[argument.arg] = Parameter(parse_type(ast.unparse(argument.annotation)), "", default)
     return describe_tool(function.name, ast.get_docstring(function) or "", parameters, dict)
 
 
-def _read_examples(given: Any, tools: Mapping[str, Tool],
+def _read_examples(calls: Any, tools: Mapping[str, Tool],
                    problems: list[str]) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(given, list) or not all(_is_call(call) for call in given):
+    if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
         problems.append("examples: must be a list of objects with name and arguments")
         return ()
-    for place, call in enumerate(given):
+    for place, call in enumerate(calls):
         if call["name"] not in tools:
             problems.append(f"examples[{place}]: there is no tool {call['name'][:60]!r}")
             continue
@@ -300,8 +302,8 @@ def _read_examples(given: Any, tools: Mapping[str, Tool],
         except ToolFault as e:
             problems.append(f"examples[{place}]: {e.reason}")
     problems += [f"examples: have no call of {name}"
-                 for name in tools if name not in {call["name"] for call in given}]
-    return tuple(given)
+                 for name in tools if name not in {call["name"] for call in calls}]
+    return tuple(calls)
 
 
 def _is_call(call: Any) -> bool:
@@ -313,8 +315,8 @@ def _is_call(call: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class ToolOutcome:
-    """A call of a tool: its result and the tables after it, or the fault."""
+class CallOutcome:
+    """Result of a call with the tables after it, or its fault."""
 
     result: Any = None
     tables: Tables = field(default_factory=dict)
@@ -322,68 +324,68 @@ class ToolOutcome:
 
 
 def call_tools(world: VirtualWorld,
-               calls: Sequence[tuple[Tables, str, Mapping[str, Any]]]) -> list[ToolOutcome]:
-    """Make calls, each on its own tables, in one program in the sandbox.
+               calls: Sequence[tuple[Tables, str, Mapping[str, Any]]]) -> list[CallOutcome]:
+    """Run calls in a single sandboxed program, each on its own tables.
 
     Args:
-        world: whose code runs.
-        calls: tables, name, and arguments that the tool has checked.
+        world: world with the code.
+        calls: tables, tool name and validated arguments.
 
     Raises:
         InfrastructureFault: the sandbox failed.
-        UserError: this machine has no sandbox.
+        UserError: the machine cannot sandbox programs.
     """
     request = json.dumps({"code": world.code, "calls": calls})
     program = Path(virtual_program.__file__).read_text(encoding="utf-8")
-    ended = shared_sandbox().run(Program(program, stdin=request), CALL_LIMITS)
-    if ended.status == "infrastructure":
-        raise InfrastructureFault(f"the sandbox failed ({ended.reason})")
-    found = []
-    for line in ended.stdout.splitlines()[:len(calls)]:
+    outcome = shared_sandbox().run(Program(program, stdin=request), CALL_LIMITS)
+    if outcome.status == "infrastructure":
+        raise InfrastructureFault(f"the sandbox failed ({outcome.reason})")
+    outcomes = []
+    for line in outcome.stdout.splitlines()[:len(calls)]:
         try:
-            found.append(_outcome(world, json.loads(line)))
-        # cut off at the limit of output, or written there by the code itself
+            outcomes.append(_parse_outcome(world, json.loads(line)))
+        # Truncated by the output limit, or written by the world's code.
         except (ValueError, TypeError, KeyError, RecursionError):
             break
-    failed = ToolFault("failed", f"failed ({ended.reason or 'it ended its process'})")
-    return found + [ToolOutcome(fault=failed)] * (len(calls) - len(found))
+    failed = ToolFault("failed", f"failed ({outcome.reason or 'it ended its process'})")
+    return outcomes + [CallOutcome(fault=failed)] * (len(calls) - len(outcomes))
 
 
-def _outcome(world: VirtualWorld, told: Mapping[str, Any]) -> ToolOutcome:
-    if "refused" in told:
-        return ToolOutcome(fault=ToolRefused(told["refused"] or "is not allowed"))
-    if "failed" in told:
-        return ToolOutcome(fault=ToolFault("failed", f"failed ({told['failed']})"))
-    if wrong := world.problem(told["tables"]):
+def _parse_outcome(world: VirtualWorld, record: Mapping[str, Any]) -> CallOutcome:
+    if "refused" in record:
+        return CallOutcome(fault=ToolRefused(record["refused"] or "is not allowed"))
+    if "failed" in record:
+        return CallOutcome(fault=ToolFault("failed", f"failed ({record['failed']})"))
+    if wrong := world.find_table_problem(record["tables"]):
         reason = f"left tables that its world does not allow ({wrong})"
-        return ToolOutcome(fault=ToolFault("state", reason))
-    return ToolOutcome(told["result"], told["tables"])
+        return CallOutcome(fault=ToolFault("state", reason))
+    return CallOutcome(record["result"], record["tables"])
 
 
-def _examples(name: str) -> tuple[Task, ...]:
-    """Return the tasks of a file beside this one, which share its world."""
-    given = json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
-    world = {**given["world"], "code": "\n".join(given["world"]["code"])}
-    return tuple({**task, "world": world} for task in given["tasks"])
+def _load_examples(name: str) -> tuple[Task, ...]:
+    """Load the tasks in a file next to this module, which share a world."""
+    content = json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    world = {**content["world"], "code": "\n".join(content["world"]["code"])}
+    return tuple({**task, "world": world} for task in content["tasks"])
 
 
 @dataclass
 class Virtual(World):
-    """A task has `world` and `goal`: `calls`, which lead to the wanted tables, and `answers` to be said."""
+    """Tasks have `world` and `goal`: `calls`, which lead to the wanted tables, and `answers` to state."""
 
-    EXAMPLES = _examples("library.json")
+    EXAMPLES = _load_examples("library.json")
     MAX_MEMORY_BYTES = 0
-    """The sandbox limits the code itself."""
+    """The sandbox limits memory."""
 
     def inputs(self) -> dict[str, Any]:
-        """Return what judges beside this module: the world of tasks that bring none, and Python."""
+        """Return version inputs: the default world and the Python version."""
         return {"world": self.EXAMPLES[0]["world"], "python": list(sys.version_info[:2])}
 
     def reset(self, task: Task) -> Observation:
-        """Begin an episode in the task's world, and work out the tables at its end."""
-        self.world = world_of(task.get("world"))
-        # of the instance: each task has a world of its own
-        self.by_name = dict(self.world.tools)
+        """Begin an episode in the task's world and compute the wanted tables."""
+        self.world = read_world(task.get("world"))
+        # Set on the instance, because each task has its own world.
+        self.tools_by_name = dict(self.world.tools)
         observation = super().reset(task)
         goal = task.get("goal")
         if not isinstance(goal, dict) or not isinstance(goal.get("calls", []), list) or goal.keys() - {
@@ -394,30 +396,30 @@ class Virtual(World):
         if not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
             raise UserError("the task's goal.answers must be a list of texts")
         self._answers = answers
-        # by the tools themselves: a change of a tool changes the goal as well
-        self._wanted = self._led_to(goal.get("calls", []))
+        # By calling the tools, so that changed tools change the goal.
+        self._wanted = self._run_goal_calls(goal.get("calls", []))
         return observation
 
     def rules(self) -> str:
         return self.world.rules
 
     def first_state(self, task: Task) -> dict[str, Any]:
-        """Return the world's tables; a task's own `tables` replace those that it names.
+        """Return the world's tables, with replacements from the task's `tables`.
 
         Raises:
-            UserError: a table is not the world's, or a row is not of its types.
+            UserError: a table or a row does not fit the world.
         """
-        own = task.get("tables", {})
-        if not isinstance(own, dict) or not own.keys() <= self.world.tables.keys():
+        task_tables = task.get("tables", {})
+        if not isinstance(task_tables, dict) or not task_tables.keys() <= self.world.tables.keys():
             raise UserError(f"the task's tables must be an object of {', '.join(self.world.tables)}")
-        tables = self.world.first_tables() | own
-        if wrong := self.world.problem(tables):
+        tables = self.world.copy_first_tables() | task_tables
+        if wrong := self.world.find_table_problem(tables):
             raise UserError(f"the task's tables: {wrong}")
         self._first = {name: frozenset(rows) for name, rows in tables.items()}
         return tables
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        """Return the result of a tool; without a result the tables stay as they are."""
+        """Call a tool; without a result the tables stay unchanged."""
         checked = super().call(name, arguments)
         [outcome] = call_tools(self.world, [(self.state, name, checked)])
         if outcome.fault is not None:
@@ -425,45 +427,47 @@ class Virtual(World):
         self.state = outcome.tables
         return outcome.result
 
-    def _led_to(self, calls: list[Any]) -> dict[str, Any]:
-        """Return the tables after the goal's calls; the episode's own stay as they are."""
+    def _run_goal_calls(self, calls: list[Any]) -> dict[str, Any]:
+        """Return the tables after the goal's calls, without changing the episode's tables."""
         first = self.snapshot()
         for i, call in enumerate(calls):
             if not _is_call(call):
                 raise UserError(f"the task's goal.calls[{i}] must be an object with name and arguments")
             try:
-                self.call(text_in(call, "name"), call["arguments"])
+                self.call(get_text_field(call, "name"), call["arguments"])
             except InfrastructureFault:
                 raise
             except ToolFault as e:
                 raise UserError(f"the task's goal.calls[{i}] gives no result: {e.reason}") from None
-        wanted, self.state = self.state, first
-        return wanted
+        goal_tables, self.state = self.state, first
+        return goal_tables
 
     def score(self, answer: str) -> Score:
-        """Return 1 if the tables are as wanted and all answers are said, else 0."""
-        said = plain(answer)
-        missing = [wanted for wanted in self._answers if not says(said, plain(wanted))]
-        # the content counts: other calls with the same effect are right
-        tables = {name: self.compared(name, self.state[name]) == self.compared(name, self._wanted[name])
+        """Return 1 if the tables are as wanted and all answers are stated, else 0."""
+        normalized_answer = normalize_text(answer)
+        missing = [answer_text for answer_text in self._answers
+                   if not contains_words(normalized_answer, normalize_text(answer_text))]
+        # Compare contents, so that other calls with the same effect count.
+        tables = {name: self.project_rows(name, self.state[name]) == self.project_rows(name,
+                                                                                       self._wanted[name])
                   for name in self.world.tables}
         return Score(float(not missing and all(tables.values())), {"tables": tables, "unsaid": missing})
 
-    def compared(self, table: str, rows: Mapping[str, Any]) -> Any:
-        """Return rows as goals compare them: without free columns, and new rows without their keys."""
+    def project_rows(self, table: str, rows: Mapping[str, Any]) -> Any:
+        """Return rows as goals compare them: without free columns, and new rows without keys."""
         free, first = self.world.tables[table].free, self._first[table]
-        shown = {key: {name: value for name, value in row.items() if name not in free}
-                 for key, row in rows.items()}
-        return ({key: row for key, row in shown.items() if key in first},
-                sorted(json.dumps(row, sort_keys=True) for key, row in shown.items() if key not in first))
+        projected = {key: {name: value for name, value in row.items() if name not in free}
+                     for key, row in rows.items()}
+        return ({key: row for key, row in projected.items() if key in first},
+                sorted(json.dumps(row, sort_keys=True) for key, row in projected.items() if key not in first))
 
 
 @dataclass
 class Booking(Virtual):
-    """Rooms of a chain of hotels; a task has `goal`, and `tables` if it likes, and leaves out the world."""
+    """Hotel bookings; a task has `goal` and optionally `tables`."""
 
-    EXAMPLES = _examples("booking.json")
+    EXAMPLES = _load_examples("booking.json")
 
     def reset(self, task: Task) -> Observation:
-        """Begin an episode of a task; it may also bring a world of its own."""
+        """Begin an episode; a task may bring its own world."""
         return super().reset({"world": self.EXAMPLES[0]["world"], **task})

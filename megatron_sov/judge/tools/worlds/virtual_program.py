@@ -1,8 +1,7 @@
-"""The program in the sandbox that calls tools of a virtual world; it imports nothing of ours.
+"""Sandboxed program that calls tools in a virtual world; imports nothing from this package.
 
-It reads a JSON object from standard input: `code`, Python, and `calls`, each a list of tables, name and
-arguments. For each call it writes a line: an object with `result` and `tables`, or with `refused` or `failed`
-and the reason.
+Standard input is a JSON object: `code`, Python source, and `calls`, each [tables, name, arguments]. Each call
+writes a JSON line: `result` and `tables`, or `refused` or `failed` with the reason.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ MAX_REASON_CHARS = 300
 
 
 class Refused(Exception):
-    """Raised by a tool to refuse a call, with the sentence that the model reads."""
+    """Raised by a tool to refuse a call, with a sentence for the model."""
 
 
 def call_tool(code: str, tables: dict[str, Any], name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Load the code anew, so that nothing of an earlier call counts, and call one of its functions."""
+    """Load the code anew, without state from earlier calls, and call a function."""
     names: dict[str, Any] = {"__name__": "world", "Refused": Refused}
     try:
         exec(compile(code, "world.py", "exec"), names)
@@ -29,14 +28,14 @@ def call_tool(code: str, tables: dict[str, Any], name: str, arguments: dict[str,
         return outcome
     except Refused as e:
         return {"refused": str(e)[:MAX_REASON_CHARS]}
-    except BaseException as e:  # SystemExit too: it ends the call, and not the calls after it
+    except BaseException as e:  # SystemExit too: only this call ends
         return {"failed": f"{type(e).__name__}: {e}"[:MAX_REASON_CHARS]}
 
 
 def main() -> None:
     request = json.load(sys.stdin)
     outcomes = os.dup(1)
-    os.dup2(2, 1)  # a print of the code is no outcome
+    os.dup2(2, 1)  # prints from the code are not outcomes
     for tables, name, arguments in request["calls"]:
         outcome = call_tool(request["code"], tables, name, arguments)
         os.write(outcomes, json.dumps(outcome).encode() + b"\n")

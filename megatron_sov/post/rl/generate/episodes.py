@@ -28,9 +28,11 @@ from megatron_sov.infer.request import Sampling, StopRule, Tokens
 from megatron_sov.infer.tool_policy import EnginePolicy, run_with_policy
 from megatron_sov.judge.tools.environment import Task
 from megatron_sov.judge.tools.episode import (
-    Episode, EpisodeLines, GeneratedTurn, begun, left_of, lines_of, take_turn)
+    Episode, EpisodeLines, GeneratedTurn, begin_episode, build_episode_records, count_remaining_tokens,
+    take_turn)
 from megatron_sov.judge.tools.host import EnvironmentHost
-from megatron_sov.judge.tools.playing import STREAMS, EpisodeTable, ToolPolicy, play, scored, take_up
+from megatron_sov.judge.tools.playing import (
+    STREAMS_PER_EPISODE, EpisodeSettings, ToolPolicy, play_episodes, resume_or_begin, score_episode)
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.generate.pieces import SampleAttempt, never_yield
 from megatron_sov.post.rl.generate.responses import build_keys, build_sampling, choose_logprob_temperature
@@ -62,10 +64,10 @@ class PlannedEpisode:
 
 @dataclass(frozen=True)
 class Episodes:
-    """Plays the episodes in a `SampleAttempt`. All processes in an engine call `write` together; the first
+    """Plays the episodes in a `SampleAttempt`. All processes of an engine call `write` together; the first
     process gets the rows."""
 
-    table: EpisodeTable
+    table: EpisodeSettings
     """Environment, limits and tokenizer."""
     version: str
     """Environment and reward version."""
@@ -96,9 +98,9 @@ class Episodes:
         # Random streams depend on the response, not on the index: joined pieces must not change samples.
         policy = _StreamsByKey(policy, [(attempt.piece.round, episode.key) for attempt, episode in planned])
         lines = [line for number, (_, episode) in enumerate(planned) for line in episode.lines(number)]
-        episodes = play([episode.task for _, episode in planned], policy, self.table, EpisodeLines(lines),
-                        should_stop=lambda: bool(deadline_s) and (
-                            self.clock_s() >= ends_s or should_yield()))
+        episodes = play_episodes([episode.task for _, episode in planned], policy, self.table,
+                                 EpisodeLines(lines), should_stop=lambda: bool(deadline_s) and (
+                                     self.clock_s() >= ends_s or should_yield()))
         rows = [(attempt, self.build_row(episode, plan, attempt, began_s))
                 for episode, (attempt, plan) in zip(episodes, planned, strict=True)]
         return [[row for played, row in rows if played is attempt] for attempt in attempts]
@@ -144,11 +146,11 @@ class Episodes:
     def _describe_outcome(self, episode: Episode) -> dict[str, Any]:
         result = episode.result
         if result is None:
-            return {CONTINUATION: json.dumps(lines_of(episode))}
+            return {CONTINUATION: json.dumps(build_episode_records(episode))}
         return {"reward": result.reward, "status": result.status, "components": dict(result.components),
                 "reason": result.reason, "reward_version": self.version,
                 # Rewards read the last turn; the text of the row contains tool results and template too.
-                LAST_TURN: episode.turns[-1].whole_text if episode.turns else ""}
+                LAST_TURN: episode.turns[-1].standalone_text if episode.turns else ""}
 
 
 class _StreamsByKey:
@@ -160,7 +162,8 @@ class _StreamsByKey:
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
                streams: Sequence[int]) -> Sequence[GeneratedTurn]:
         return self._policy.sample(prompts, max_new_tokens,
-                                   [self._find_stream(*divmod(stream, STREAMS)) for stream in streams])
+                                   [self._find_stream(*divmod(stream, STREAMS_PER_EPISODE))
+                                    for stream in streams])
 
     def _find_stream(self, number: int, turn: int) -> int:
         round_, key = self._keys[number]
@@ -189,7 +192,7 @@ class ServerEpisodePlayer:
     has the earlier turns of a conversation: a turn costs only new tokens.
     """
 
-    def __init__(self, *, engine: ServerEngine, table: EpisodeTable, sampling: Sampling,
+    def __init__(self, *, engine: ServerEngine, table: EpisodeSettings, sampling: Sampling,
                  end_ids: tuple[int, ...], num_threads: int) -> None:
         self._engine, self._table, self._sampling, self._end_ids = engine, table, sampling, end_ids
         self._pool = ThreadPoolExecutor(num_threads, "episode")
@@ -235,9 +238,10 @@ class ServerEpisodePlayer:
 
     def _play(self, running: _RunningEpisode) -> Episode:
         with self._borrow_host() as host:
-            episodes = EpisodeLines(running.lines).episodes({running.number: running.task})
+            episodes = EpisodeLines(running.lines).read_episodes({running.number: running.task})
             recorded = episodes.get(running.number)
-            episode = take_up(host, running.number, running.task, recorded, lambda opening: begun(
+            episode = resume_or_begin(host, running.number, running.task, recorded,
+                                      lambda opening: begin_episode(
                 running.number, running.task, opening, self._table.encoder, self._table.limits))
             while not episode.end:
                 answer = self._request_turn(running, episode)
@@ -245,7 +249,7 @@ class ServerEpisodePlayer:
                     # Otherwise the next episode would end the session, which another attempt continues.
                     host.end()
                     return episode
-            episode.result = scored(host, episode)
+            episode.result = score_episode(host, episode)
             return episode
 
     @contextlib.contextmanager
@@ -254,7 +258,7 @@ class ServerEpisodePlayer:
         try:
             host = self._free_hosts.pop()
         except IndexError:
-            host = self._hosts.enter_context(EnvironmentHost(self._table.asked, self._table.limits))
+            host = self._hosts.enter_context(EnvironmentHost(self._table.request, self._table.limits))
         try:
             yield host
         finally:
@@ -262,7 +266,7 @@ class ServerEpisodePlayer:
 
     def _request_turn(self, running: _RunningEpisode, episode: Episode) -> TokenAnswer | None:
         """Request the next turn; None: the episode was aborted."""
-        limit = left_of(episode, self._table.limits)
+        limit = count_remaining_tokens(episode, self._table.limits)
         [request] = self._engine.requests([episode.ids], [replace(self._sampling, max_new_tokens=limit)],
                                           self._end_ids)
         with running.lock:
@@ -280,10 +284,10 @@ class ServerEpisodePlayer:
         routes = None
         if self._sampling.with_routes:
             routes = self._engine.extract_routes(answer, len(episode.ids) + len(ids) - 1)
-        turn = episode.grow(GeneratedTurn(ids, answer.logprobs[:len(ids)],
-                                          answer.token_versions(len(ids), running.version), routes))
+        turn = episode.extend_turn(GeneratedTurn(ids, answer.logprobs[:len(ids)],
+                                                 answer.token_versions(len(ids), running.version), routes))
         is_complete = answer.reason != ABORTED or bool(set(turn.ids[-1:]) & set(self._end_ids))
-        if not is_complete and len(turn.ids) < left_of(episode, self._table.limits):
+        if not is_complete and len(turn.ids) < count_remaining_tokens(episode, self._table.limits):
             episode.begun = turn if turn.ids else None
             return False
         episode.turns.append(take_turn(episode, turn, host, self._table.encoder, self._table.limits))

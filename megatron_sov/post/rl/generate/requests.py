@@ -1,4 +1,4 @@
-"""Generation by engine servers: a request per response, per group with short responses, or per turn in an
+"""Generation by engine servers: a request per response, per group of short responses, or per turn of an
 episode.
 
 A queue over complete rounds keeps the servers full; a piece is published when its rows are finished. During

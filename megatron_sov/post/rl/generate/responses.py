@@ -45,7 +45,7 @@ class GeneratedTokens:
 
 @dataclass(frozen=True)
 class ResponseSource:
-    """Generates responses for attempts. All processes in an engine call `write` together and get the rows."""
+    """Generates responses for attempts. All processes of an engine call `write` together and get the rows."""
 
     encoder: PromptEncoder
     """Prompt encoder with the policies' tokenizer."""

@@ -1,4 +1,4 @@
-"""Advantages for responses: rewards relative to a prompt's group, with length rewards and penalties.
+"""Advantages of responses: rewards relative to a prompt's group, with length rewards and penalties.
 
 Arrays have shape [n], n responses to a prompt, and dtype float64. `lengths`: generated tokens; `right`, bool:
 the reward is at least `policy.right_from`; `budgets`: requested tokens; `longest`: `rollout.max_new_tokens`.
@@ -20,7 +20,7 @@ EPSILON = 1e-4
 LEARNS, TOO_FEW, ALL_RIGHT, ALL_WRONG = "", "too_few", "all_right", "all_wrong"
 """Why a group does not learn, or `LEARNS`: too few responses; equal rewards, all right or all wrong."""
 LOW_PERCENT, HIGH_PERCENT = 30, 70
-"""Length percentiles over right responses, between which the length reward is 1 (LAPO, arXiv
+"""Percentiles of the lengths of right responses, between which the length reward is 1 (LAPO, arXiv
 2507.15758; code: ZJU-REAL/LAPO on GitHub)."""
 
 
@@ -203,8 +203,8 @@ def _normalize_advantages(advantages: list[np.ndarray], learns: list[bool]) -> l
 
 def center_on_threshold(lengths: np.ndarray, right: np.ndarray, width_tokens: float) -> np.ndarray:
     """Return the length reward for right responses, [n]: 1 between the `LOW_PERCENT` and `HIGH_PERCENT`
-    percentiles over right responses' lengths, falling linearly to 0 over `width_tokens` outside (LAPO, stage
-    1, reward_func_stage1.py, width 100)."""
+    percentiles of their lengths, falling linearly to 0 over `width_tokens` outside (LAPO, stage 1,
+    reward_func_stage1.py, width 100)."""
     if not right.any():
         return np.zeros(len(lengths))
     low, high = np.percentile(lengths[right], (LOW_PERCENT, HIGH_PERCENT))

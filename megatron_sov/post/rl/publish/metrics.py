@@ -1,4 +1,4 @@
-"""Round figures: means over responses, headline meters, and a warning if few groups learn."""
+"""Figures of a round: means over responses, headline meters, and a warning if few groups learn."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Publisher:
     """The round under construction, on rank 0."""
 
     def publish(self, number: int) -> str:
-        """Publish a complete round, unless published; describe missing parts, or "".
+        """Publish a round if it is complete; return a description of missing parts, or "" if it is published.
 
         All processes call `publish` together; they share the pieces to judge and the shards to write.
 
@@ -431,7 +431,7 @@ class Publisher:
 
     def _choose_responses(self, group: Sequence[JudgedResponse], advantages: GroupAdvantages
                           ) -> tuple[list[int], str]:
-        """Return the response indices in a group to train on, in document order, and the reason if
+        """Return the indices of the responses to train on, in document order, and the reason if
         the list is empty."""
         if advantages.reason:
             return [], advantages.reason

@@ -1,4 +1,4 @@
-"""Round shards: a document per trained response, read from the rollout store by several processes.
+"""Shards of a round: a document per trained response, read from the rollout store by several processes.
 
 A shard consists of complete pieces in the store, so that the files do not depend on the number of processes.
 Columns with a number per response are stored once per document (`PER_DOCUMENT`), and generated tokens as a
@@ -44,7 +44,7 @@ class RoundPiece:
 
 @dataclass(frozen=True)
 class RoundShard:
-    """A round's shard, written by a single process."""
+    """A shard of a round, written by a single process."""
 
     prefix: str
     """Path in the round's folder, without suffix."""

@@ -14,7 +14,7 @@ from data_prep.synth.known import generator_class
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import find_all_problems
 from megatron_sov.judge.rewards.constraint import Constraint
-from megatron_sov.judge.rewards.reward import judged
+from megatron_sov.judge.rewards.reward import run_reward
 from tests.data_prep.synth.models import autoif as actor
 from tests.data_prep.synth.scripted import samples_of
 from tests.typed_words import keys_of
@@ -46,8 +46,8 @@ def test_a_row_holds_the_functions_of_the_reward() -> None:
     turns = answer.record["messages"]
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant"]
     record = json.loads(json.dumps(answer.record))
-    assert judged(Constraint(), {**record, "response": turns[-1]["content"]}).reward == 1
-    assert judged(Constraint(), {**record, "response": "다른 말입니다."}).reward == 0
+    assert run_reward(Constraint(), {**record, "response": turns[-1]["content"]}).reward == 1
+    assert run_reward(Constraint(), {**record, "response": "다른 말입니다."}).reward == 0
 
 
 def test_half_of_the_constraints_stand_in_the_system_turn_and_half_are_plain() -> None:

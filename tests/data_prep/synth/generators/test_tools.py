@@ -17,7 +17,7 @@ from data_prep.synth.replies import NoReply
 from megatron_sov.base.documents.messages import parse_messages, parse_tools
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.environment import InfrastructureFault
-from megatron_sov.judge.tools.worlds.virtual import Virtual, world_of
+from megatron_sov.judge.tools.worlds.virtual import Virtual, read_world
 from tests.data_prep.synth.models import goals, shop_clerk, shops, tool_trajectories, worlds
 from tests.data_prep.synth.scripted import ScriptedAsk, generator, samples_of
 
@@ -75,8 +75,8 @@ def test_a_reply_without_an_object_is_a_rejected_sample(reply: str) -> None:
 
 
 def test_arguments_that_fit_stand_where_those_of_the_examples_do() -> None:
-    spec = world_of(LIBRARY)
-    tables = spec.first_tables()
+    spec = read_world(LIBRARY)
+    tables = spec.copy_first_tables()
     assert fitting_values(spec, "borrow_book", "member_id", tables) == ["M1", "M2"]
     assert fitting_values(spec, "borrow_book", "book_id", tables) == ["B3", "B1", "B2"]
     assert fitting_values(spec, "borrow_book", "note", tables) == []

@@ -41,7 +41,7 @@ def python(monkeypatch: pytest.MonkeyPatch) -> Python:
 @pytest.mark.parametrize("program, told", [
     ("print(1)", "1"), ("x", "[stderr]\nNameError: x\n[error: exit code 1]"),
     ("while 1: pass", "so far\n[timeout: took longer than 10 s]"), ("pass", "[the program printed nothing]")])
-def test_a_model_is_told_what_its_program_did(python: Python, program: str, told: str) -> None:
+def test_program_output_is_returned(python: Python, program: str, told: str) -> None:
     assert python.call("run_python", {"code": program}) == told
 
 
@@ -52,7 +52,7 @@ def test_a_broken_sandbox_is_not_the_programs_fault(python: Python, program: str
     assert caught.value.code == code
 
 
-def test_a_machine_without_a_sandbox_is_told_before_any_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_sandbox_is_reported_before_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(limits: Any) -> Any:
         raise UserError("this machine cannot enclose a program")
 

@@ -1,4 +1,4 @@
-"""Documents of a user's own: found by BM25, read by their keys, under names of one's own."""
+"""Retrieval world: BM25 search, reading by keys, configured names."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.environment import ToolFault
-from megatron_sov.judge.tools.registry import make, order
-from megatron_sov.judge.tools.worlds.retrieval import Bm25, terms_of
+from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
+from megatron_sov.judge.tools.worlds.retrieval import Bm25, split_terms
 
 LAWS = [("Civil Code", 1, "A contract is made by offer and acceptance."),
         ("Civil Code", 2, "A minor needs the consent of a guardian for a contract."),
@@ -36,12 +36,12 @@ def legal(corpus: Path, change: Mapping[str, Any] = MappingProxyType({})) -> Any
     settings = {"corpus": str(corpus), "text": "content", "keys": ["law_name", "section_num"],
                 "search": "search_law", "read": "read_law", "query": "query_list", "queries": "list"}
     settings |= change
-    made = make(order("retrieval", settings))[0]
+    made = build_versioned_environment(request_environment("retrieval", settings))[0]
     made.reset({"question": "May a minor make a contract?", "answer": "no"})
     return made
 
 
-def test_the_legal_pair_is_a_configuration(corpus: Path) -> None:
+def test_legal_retrieval_is_a_configuration(corpus: Path) -> None:
     laws = legal(corpus)
     tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in laws.tools()}
     assert list(tools) == ["search_law", "read_law"]
@@ -60,11 +60,11 @@ def test_the_legal_pair_is_a_configuration(corpus: Path) -> None:
     assert laws.score("The answer is no.").reward == 1
 
 
-def test_ranks_are_those_of_the_formula() -> None:
+def test_ranks_follow_the_bm25_formula() -> None:
     rng = random.Random(0)
     words = [f"w{int(rng.paretovariate(0.7)) % 50}" for _ in range(4000)]
     documents = [" ".join(rng.choices(words, k=rng.randrange(1, 60))) for _ in range(200)]
-    index, lists = Bm25(documents), [terms_of(d) for d in documents]
+    index, lists = Bm25(documents), [split_terms(d) for d in documents]
     mean = sum(map(len, lists)) / len(lists)
     for _ in range(20):
         query = rng.choices(words, k=3)
@@ -89,12 +89,14 @@ def test_ranks_are_those_of_the_formula() -> None:
     ({"keys": []}, "keys"), ({"top_k": 0}, "top_k = 0"),
     ({"text": "body"}, "line 1: its 'body' must be text"),
     ({"keys": ["law"]}, "line 1: has no 'law'"), ({"query": "my query"}, 'query = "my query"')])
-def test_settings_that_have_no_meaning_are_named(corpus: Path, change: dict[str, Any], told: str) -> None:
+def test_invalid_settings_are_named(corpus: Path, change: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         legal(corpus, change)
 
 
 def test_another_corpus_is_another_version(corpus: Path) -> None:
-    first = make(order("retrieval", {"corpus": str(corpus), "keys": ["law_name"]}))[1]
+    first = build_versioned_environment(request_environment("retrieval",
+                                                            {"corpus": str(corpus), "keys": ["law_name"]}))[1]
     corpus.write_text(corpus.read_text() + '{"law_name": "x", "text": "y"}\n')
-    assert make(order("retrieval", {"corpus": str(corpus), "keys": ["law_name"]}))[1] != first
+    assert build_versioned_environment(request_environment("retrieval", {"corpus": str(corpus),
+                                                                         "keys": ["law_name"]}))[1] != first

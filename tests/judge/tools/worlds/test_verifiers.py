@@ -19,9 +19,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.tool_calls import ServedTurn, ToolCall
 from megatron_sov.judge.rewards.reward import Score
 from megatron_sov.judge.tools.environment import EpisodeLimits, InfrastructureFault, Observation, TurnReply
-from megatron_sov.judge.tools.host import EnvironmentHost, HeardReply
-from megatron_sov.judge.tools.registry import make, order
-from megatron_sov.judge.tools.worlds.verifiers import OF_NETWORK, Verifiers
+from megatron_sov.judge.tools.host import EnvironmentHost, EnvironmentReply
+from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
+from megatron_sov.judge.tools.worlds.verifiers import NETWORK_VARIABLES, Verifiers
 
 LIBRARY = '''
 import asyncio, json, os
@@ -142,7 +142,8 @@ def play(tmp_path: Path) -> Iterator[Play]:
     worlds: list[Any] = []
 
     def made(**given: Any) -> Any:
-        worlds.append(make(order("verifiers", settings(tmp_path, **given)))[0])
+        worlds.append(build_versioned_environment(request_environment("verifiers",
+                                                                      settings(tmp_path, **given)))[0])
         return worlds[-1]
 
     yield made
@@ -150,7 +151,7 @@ def play(tmp_path: Path) -> Iterator[Play]:
         world.end()
 
 
-def test_the_user_of_an_environment_answers_and_it_gives_the_reward(
+def test_environment_user_answers_and_scores(
         play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEY", "secret")
     world = play()
@@ -168,7 +169,7 @@ def test_an_environment_makes_the_calls_of_a_turn(play: Play) -> None:
     assert world.reply(said("3")).is_over and world.score("").reward == 2.5
 
 
-def test_where_the_model_can_write_no_more_the_environment_judges_what_there_is(play: Play) -> None:
+def test_environment_scores_truncated_episodes(play: Play) -> None:
     world = play()
     world.reset(TASK)
     world.reply(said("a"))
@@ -180,7 +181,7 @@ def test_where_the_model_can_write_no_more_the_environment_judges_what_there_is(
 
 
 @pytest.mark.parametrize("repeat", [False, True])
-def test_a_continued_episode_makes_calls_again_only_where_it_may(play: Play, repeat: bool) -> None:
+def test_resumed_episode_repeats_calls_only_if_allowed(play: Play, repeat: bool) -> None:
     world = play(tasks=[["Add.", "And?"]], repeat=repeat)
     world.reset(TASK)
     world.reply(ADD)
@@ -194,7 +195,7 @@ def test_a_continued_episode_makes_calls_again_only_where_it_may(play: Play, rep
             world.restore(state)
 
 
-def test_an_environment_that_goes_otherwise_again_gets_no_reward(play: Play, tmp_path: Path) -> None:
+def test_nondeterministic_environment_has_no_reward(play: Play, tmp_path: Path) -> None:
     world = play(counts=str(tmp_path / "count"))
     world.reset(TASK)
     assert world.reply(said("a")).user == "Say b. 2"
@@ -204,20 +205,20 @@ def test_an_environment_that_goes_otherwise_again_gets_no_reward(play: Play, tmp
         world.restore(state)
 
 
-def test_a_conversation_that_is_rewritten_is_not_learned_from(play: Play) -> None:
+def test_rewritten_conversation_has_no_reward(play: Play) -> None:
     world = play(forgets=True)
     world.reset(TASK)
     with pytest.raises(InfrastructureFault, match="rewrites the conversation from message 1 on"):
         world.reply(said("a"))
 
 
-def test_an_episode_goes_on_in_another_process_and_its_library_ends_with_it(tmp_path: Path) -> None:
-    asked, pids = order("verifiers", settings(tmp_path)), tmp_path / "pids"
+def test_episode_resumes_in_another_process(tmp_path: Path) -> None:
+    asked, pids = request_environment("verifiers", settings(tmp_path)), tmp_path / "pids"
     with (tmp_path / "verifiers/v1/__init__.py").open("a") as file:
         file.write(f"\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\n")
     with EnvironmentHost(asked, EpisodeLimits()) as host:
         host.reset(TASK)
-        assert host.converses and host.reply(said("a")) == HeardReply(user="Say b.")
+        assert host.converses and host.reply(said("a")) == EnvironmentReply(user="Say b.")
         state = host.state
         host.end()
         host.resume(TASK, state)
@@ -234,21 +235,21 @@ def test_an_episode_goes_on_in_another_process_and_its_library_ends_with_it(tmp_
     (TASK, {"seats": ["agent", "user"]}, "seats without a client are agent, user: the model plays one"),
     (TASK, {"wrong_key": True}, "401"),
     (TASK, {"tasks": 3}, "TypeError: 'int' object is not iterable")])
-def test_what_cannot_be_played_is_told(play: Play, task: Any, how: dict[str, Any], match: str) -> None:
+def test_unplayable_environments_are_reported(play: Play, task: Any, how: dict[str, Any], match: str) -> None:
     with pytest.raises(UserError, match=match):
         play(**how).reset(task)
 
 
-def test_without_the_library_that_is_told(play: Play, tmp_path: Path) -> None:
+def test_missing_library_is_reported(play: Play, tmp_path: Path) -> None:
     world = play()
     (tmp_path / "verifiers/v1/__init__.py").write_text("")
     with pytest.raises(UserError, match="cannot import name 'EvalClientConfig'"):
         world.reset(TASK)
 
 
-def test_a_world_that_fails_without_the_network_is_told_what_it_was_not_given(
+def test_withheld_network_variables_are_reported(
         play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in OF_NETWORK:
+    for name in NETWORK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SSL_CERT_FILE", "/certificates.pem")
     with pytest.raises(UserError, match=r"401.*; it was not given SSL_CERT_FILE of this environment: .* as "
@@ -262,4 +263,4 @@ def test_a_world_that_fails_without_the_network_is_told_what_it_was_not_given(
     ({"python": "no-python"}, "names no program")])
 def test_settings_name_a_file_and_a_program(given: dict[str, str], match: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=match):
-        make(order("verifiers", settings(tmp_path) | given))
+        build_versioned_environment(request_environment("verifiers", settings(tmp_path) | given))

@@ -1,4 +1,4 @@
-"""Worlds that a task describes: how their tools act, and when a goal is reached."""
+"""Virtual worlds: tools and goals."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.judge.tools.environment import LIMITS, ToolFault
 from megatron_sov.judge.tools.host import EnvironmentHost
-from megatron_sov.judge.tools.registry import order
+from megatron_sov.judge.tools.registry import request_environment
 from megatron_sov.judge.tools.worlds import virtual
-from megatron_sov.judge.tools.worlds.virtual import Virtual, problems_of, world_of
+from megatron_sov.judge.tools.worlds.virtual import Virtual, find_world_problems, read_world
 
 LIBRARY = Virtual.EXAMPLES[0]["world"]
 BORROW = {"member_id": "M1", "book_id": "B3", "due": "2026-06-30"}
@@ -101,14 +101,14 @@ def test_a_task_may_have_tables_of_its_own() -> None:
     ({"world": LIBRARY, "goal": {}, "tables": {"flights": {}}}, "tables must be an object of members"),
     ({"world": LIBRARY, "goal": {"answers": [1]}}, "must be a list of texts"),
     ({"world": LIBRARY, "goal": {"calls": [call("borrow_book")]}}, r"calls\[0\] gives no result")])
-def test_a_task_that_is_none_is_refused(task: dict[str, Any], told: str) -> None:
+def test_invalid_tasks_are_refused(task: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         Virtual().reset({"question": "?", **task})
 
 
-def test_it_plays_in_a_process_of_its_own_and_goes_on_from_its_state() -> None:
+def test_world_resumes_in_a_process_from_its_state() -> None:
     task = {**Virtual.EXAMPLES[1]}
-    with EnvironmentHost(order("virtual", {}), LIMITS["test"]) as host:
+    with EnvironmentHost(request_environment("virtual", {}), LIMITS["test"]) as host:
         opening = host.reset(task)
         assert opening.tools[0]["function"]["name"] == "find_member"
         assert host.call(ToolCall("return_book", {"loan_id": "L1"})).text == "Four Reigns is back"
@@ -120,7 +120,7 @@ def test_it_plays_in_a_process_of_its_own_and_goes_on_from_its_state() -> None:
 
 @pytest.mark.parametrize("said, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
                                           ("220.5", False), ("2200", False), ("A220", False)])
-def test_an_answer_stands_as_a_word(said: str, counts: bool) -> None:
+def test_answers_match_whole_words(said: str, counts: bool) -> None:
     assert begun({"answers": ["220"]}).score(said).reward == counts
 
 
@@ -134,8 +134,8 @@ def code(old: str, new: str) -> Callable[[Any], object]:
     return lambda world: world.update(code=world["code"].replace(old, new))
 
 
-def test_the_example_is_sound_and_shows_types_and_descriptions() -> None:
-    assert problems_of(LIBRARY) == []
+def test_example_world_is_valid() -> None:
+    assert find_world_problems(LIBRARY) == []
     borrow = begun().tools()[2]["function"]
     assert borrow["description"] == "Lend a book to a member."
     assert borrow["parameters"]["required"] == ["member_id", "book_id", "due"]
@@ -164,8 +164,8 @@ def test_the_example_is_sound_and_shows_types_and_descriptions() -> None:
     ("examples[0]: find_member was given wrong arguments: email",
      lambda w: w["examples"][0].update(arguments={})),
     ("examples[0]: there is no tool 'fly'", lambda w: w["examples"][0].update(name="fly"))])
-def test_a_rule_that_is_broken_is_told(told: str, edit: Callable[[Any], object]) -> None:
-    problems = problems_of(edited(edit))
+def test_broken_rules_are_reported(told: str, edit: Callable[[Any], object]) -> None:
+    problems = find_world_problems(edited(edit))
     assert any(told in problem for problem in problems), problems
 
 
@@ -176,25 +176,25 @@ def test_no_type_of_a_world_is_evaluated_in_this_process(kind: str, tmp_path: Pa
     kind = kind.format(f"open({str(tmp_path / 'made')!r}, chr(119)).close()".replace("'", '"'))
     column = edited(lambda w: w["tables"]["books"]["columns"].update(x=kind))
     for world in (column, edited(code("title: str", f"title: {kind}"))):
-        assert any("is no type" in problem for problem in problems_of(world))
+        assert any("is no type" in problem for problem in find_world_problems(world))
     assert not (tmp_path / "made").exists()
 
 
-def test_a_tool_that_no_schema_describes_is_a_problem_of_the_world() -> None:
-    assert problems_of(edited(code("title: str", "title: Literal[('a',)]")))
-    assert problems_of(edited(lambda w: w["tables"]["books"].update(free=[["x"]])))
+def test_tool_without_a_schema_is_a_world_problem() -> None:
+    assert find_world_problems(edited(code("title: str", "title: Literal[('a',)]")))
+    assert find_world_problems(edited(lambda w: w["tables"]["books"].update(free=[["x"]])))
 
 
 @pytest.mark.parametrize("world", [
     None, [], "x", {"tables": float("nan")}, {"tables": {"a": 1}, "code": 3, "examples": [3, None]},
     {"tables": {"a": {"columns": {"b": 3}, "rows": {"A1": None}}}, "code": "def f(): pass"},
     {"name": "x", "rules": "y" * 500_000}])
-def test_rubbish_is_told_and_never_an_error(world: Any) -> None:
-    assert problems_of(world)
+def test_malformed_worlds_are_reported(world: Any) -> None:
+    assert find_world_problems(world)
     with pytest.raises(UserError):
-        world_of(world)
+        read_world(world)
 
 
-def test_everything_is_told_at_once() -> None:
+def test_all_problems_are_reported() -> None:
     world = edited(lambda w: (w.pop("rules"), w["tables"]["books"].update(rows=[]), w["examples"].pop()))
-    assert len(problems_of(world)) == 3
+    assert len(find_world_problems(world)) == 3

@@ -1,4 +1,4 @@
-"""What all built-in worlds keep to: their examples can be solved, their states are JSON and come back."""
+"""All built-in worlds: examples are solvable, and states round-trip through JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.environment import ToolFault
-from megatron_sov.judge.tools.registry import make, order
-from megatron_sov.judge.tools.worlds.calculator import calculated
+from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
+from megatron_sov.judge.tools.worlds.calculator import evaluate_expression
 
 SOLUTIONS: dict[str, list[tuple[list[tuple[str, dict[str, Any]]], str]]] = {
     "calculator": [([("calculate", {"expression": "17 * 23 + 2 ** 10"})], "The answer is 1415."),
@@ -33,11 +33,11 @@ SOLUTIONS: dict[str, list[tuple[list[tuple[str, dict[str, Any]]], str]]] = {
 
 
 def world(name: str, **settings: Any) -> Any:
-    return make(order(name, settings))[0]
+    return build_versioned_environment(request_environment(name, settings))[0]
 
 
 @pytest.mark.parametrize("name", SOLUTIONS)
-def test_the_examples_can_be_solved_and_not_by_doing_nothing(name: str) -> None:
+def test_examples_are_solvable_but_not_by_inaction(name: str) -> None:
     made = world(name)
     for task, (calls, answer) in zip(made.EXAMPLES, SOLUTIONS[name], strict=True):
         made.reset(task)
@@ -48,7 +48,7 @@ def test_the_examples_can_be_solved_and_not_by_doing_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SOLUTIONS)
-def test_a_state_comes_back_from_json_and_a_new_episode_forgets_it(name: str) -> None:
+def test_state_round_trips_through_json(name: str) -> None:
     made, other = world(name), world(name)
     calls, answer = SOLUTIONS[name][1]
     made.reset(made.EXAMPLES[1])
@@ -67,7 +67,7 @@ def test_a_state_comes_back_from_json_and_a_new_episode_forgets_it(name: str) ->
     ("calculator", {"question": "?"}, "has no 'answer'"), ("calculator", {"answer": "1"}, "no 'question'"),
     ("files", {"question": "?", "goal": {"files": {"a": 1}}}, "has no goal"),
     ("files", {"question": "?", "goal": {"files": {}}, "files": {"../a": ""}}, "which is no path")])
-def test_a_task_that_is_none_is_refused(name: str, task: dict[str, Any], told: str) -> None:
+def test_invalid_tasks_are_refused(name: str, task: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         world(name).reset(task)
 
@@ -86,7 +86,7 @@ def test_paths_stay_in_the_tree(path: str) -> None:
     ("gcd(12, 18) + factorial(5)", "126"), ("round(2.567, 2)", "2.57"), ("(1/2) ** -3", "8"),
     ("2 ** 0.5", "1.4142135623730951"), ("round(pi, 4)", "3.1416")])
 def test_values(expression: str, value: str) -> None:
-    assert calculated(expression) == value
+    assert evaluate_expression(expression) == value
 
 
 @pytest.mark.parametrize("expression", [
@@ -96,8 +96,8 @@ def test_values(expression: str, value: str) -> None:
     "1 / 0", "0 ** -1", "(-8) ** (1/3)", "sqrt(-1)", "exp(1000)", "round(5, -10 ** 9)",
     "(" * 300 + "1" + ")" * 300, "-" * 900 + "1", "1 +" * 900, "9" * 5000, "factorial(0.5)", "log()",
     "((10 ** 300) ** 4) ** 2", "min()", "abs(1, 2)", "sqrt(x=2)", "\0"])
-def test_what_is_none_or_goes_beyond_the_bounds_is_refused_at_once(expression: str) -> None:
+def test_invalid_and_large_expressions_are_refused(expression: str) -> None:
     began_s = time.process_time()
     with pytest.raises(ToolFault) as caught:
-        calculated(expression)
+        evaluate_expression(expression)
     assert caught.value.code == "refused" and time.process_time() - began_s < 0.5

@@ -1,4 +1,4 @@
-"""What is kept of a teacher is refused where it is not what the settings ask for."""
+"""Stored teacher outputs that do not match the settings are refused."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def files_of(kept: StateFormat, **more: Any) -> Any:
     (StateFormat(), {}, 400,
      r"its teacher has 368 token ids, the student model.vocab_size = 400; choose a teacher"),
 ])
-def test_what_was_not_asked_for_is_refused(kept: StateFormat, asked: dict[str, Any], vocab_size: int,
-                                           text: str) -> None:
+def test_states_in_another_format_are_refused(kept: StateFormat, asked: dict[str, Any], vocab_size: int,
+                                              text: str) -> None:
     with pytest.raises(UserError, match=text):
         StoredTeacher([files_of(kept)], DistillationConfig(**asked), [], vocab_size)
     StoredTeacher([files_of(kept)], DistillationConfig(top_k=kept.top_k, temperature=kept.temperature), [],
