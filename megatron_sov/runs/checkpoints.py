@@ -174,7 +174,7 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         wanted: description of the accepted kinds for the message.
     """
     if RUN in kinds and path.name == CHECKPOINTS_FOLDER:
-        _refuse_run_part(path)
+        refuse_run_part(path)
     # Order matters: a run contains a config.json, and a converted folder may have a manifest next to it.
     if (path / EVENTS).is_file():
         kind = RUN
@@ -257,14 +257,14 @@ def _describe_unknown_folder(path: Path) -> tuple[str, str] | None:
 
 def check_run_folder(path: Path) -> None:
     """Raise `UserError` if a folder has no `events.jsonl`."""
-    _refuse_run_part(path)
+    refuse_run_part(path)
     check_folder_kind(path, (RUN,), "a run")
     if not (path / EVENTS).is_file():
         raise UserError(f"{path}: contains no {EVENTS}, so it is not a run folder; "
                         "pass the folder given to --run")
 
 
-def _refuse_run_part(path: Path) -> None:
+def refuse_run_part(path: Path) -> None:
     """Raise `UserError` for a file or folder inside a run."""
     run = next((parent for parent in path.absolute().parents[:2] if (parent / EVENTS).is_file()), None)
     if run is not None and not (path / EVENTS).is_file():

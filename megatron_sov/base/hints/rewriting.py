@@ -250,12 +250,12 @@ class Rewrite:
         elif note := find_note(last):
             self.add_words(f"{key}: {note}")
         elif nearest := _find_misspelt(key, self.read_texts()):
-            self.add_words(f"{key}: there is no such setting; did you mean '{nearest}'?", "--set",
+            self.add_words(f"{key}: no such setting; did you mean '{nearest}'?", "--set",
                            f"{nearest}={value}")
         elif nearest := self.describe_nearest(key):
-            self.messages.append(f"{key}: there is no such setting{nearest}")
+            self.messages.append(f"{key}: no such setting{nearest}")
         else:
-            self.unknown_settings[f"{key}={value}"] = f"{key}: there is no such setting"
+            self.unknown_settings[f"{key}={value}"] = f"{key}: no such setting"
             self.words += ["--set", f"{key}={value}"]
 
 

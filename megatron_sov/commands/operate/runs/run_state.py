@@ -16,7 +16,7 @@ from megatron_sov.model import objectives
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.recipes.extension import PHASE
 from megatron_sov.runs.checkpoints import (
-    CHECKPOINTS_FOLDER, check_run_folder, checkpoint_step, latest_checkpoint)
+    CHECKPOINTS_FOLDER, RUN, check_folder_kind, checkpoint_step, latest_checkpoint, refuse_run_part)
 from megatron_sov.runs.folder import (
     ATTEMPTS, COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, SUBMISSIONS, RunFolder, list_submitted_jobs,
     read_last_log_line)
@@ -141,7 +141,8 @@ def find_runs(path: Path) -> list[Path]:
                         for file in path.glob("/".join(["*"] * depth + [name]))
                         if _is_run(p := file.parents[name.count("/")])})
     if not runs:
-        check_run_folder(path)
+        refuse_run_part(path)
+        check_folder_kind(path, (RUN,), "a run")
         raise UserError(f"{path}: contains no run ({CONFIG} and {EVENTS}); pass the --run folder of a "
                         "training command, or a parent folder")
     return runs
