@@ -28,9 +28,9 @@ class EvalLmOptions:
 
 def check_lm(options: EvalLmOptions) -> EvalLmOptions:
     if is_url(options.target):
-        raise UserError(f"{options.target}: `eval lm` runs checkpoints and Hugging Face folders; evaluate "
-                        "an endpoint with lm-eval's own command: lm_eval --model local-chat-completions --model_args "
-                        "base_url=URL,model=NAME")
+        raise UserError(f"{options.target}: `eval lm` runs checkpoints and Hugging Face folders; evaluate an "
+                        "endpoint with lm-eval's own command: lm_eval --model local-chat-completions "
+                        "--model_args base_url=URL,model=NAME")
     check_model_path(Path(options.target))
     require_harness()
     check_task_names([name for name in options.tasks.split(",") if name], options.settings.sources)
