@@ -26,7 +26,7 @@ from megatron_sov.base.documents import cut_text
 from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from tokenizer.bpe.count_pipeline import ANYTHING
 from tokenizer.bpe.segmenting import merged
-from tokenizer.bpe.split_pattern import Splitter
+from tokenizer.bpe.splitter import Splitter
 from tokenizer.formats import tiktoken_format
 from tokenizer.presets import Preset
 

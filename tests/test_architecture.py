@@ -245,7 +245,7 @@ def import_problems(source: Source) -> Iterator[str]:
             yield f"{where}: apex is not used"
         if parts[0] in PICKLES and source.name not in MAY_UNPICKLE:
             yield f"{where}: foreign files are not unpickled"
-    free = here in TORCH_FREE and not source.name.startswith(NETWORKS)
+    free = here in TORCH_FREE and not source.name.startswith(NETWORKS) and source.path.stem[-4:] != "_run"
     if free or source.path.stem == "command" or source.path.stem.endswith("_command"):
         for line, name in source.imports(top_level_only=True):
             if name.split(".")[0] in HEAVY:

@@ -10,7 +10,8 @@ TRAIN, MOVE, LOOK = "train and change", "import and export", "check"
 """Headings of the help."""
 COMMANDS = {
     "train": Command(
-        "tokenizer.train", "learn a byte-level BPE or SuperBPE tokenizer from text", TRAIN, "tokenizer.md",
+        "tokenizer.train:TRAIN", "learn a byte-level BPE or SuperBPE tokenizer from text", TRAIN,
+        "tokenizer.md",
         ("train --preset solar-open --vocab-size 2048 --input corpus --output tokenizer",
          "train --preset solar-open --vocab-size 65536 --input own=texts --output own-tokenizer")),
     "media": Command(
@@ -28,12 +29,12 @@ COMMANDS = {
         ("export tokenizer --format tiktoken --output my.tiktoken",
          "export tokenizer --format sentencepiece --output my.model")),
     "report": Command(
-        "tokenizer.report.command", "check a tokenizer and write what was found as a page", LOOK,
+        "tokenizer.report.command:REPORT", "check a tokenizer and write what was found as a page", LOOK,
         "tokenizer.md",
         ("report tokenizer --text en=english.jsonl --output report.html",
          "report tokenizer --text en=english.jsonl ko=korean.jsonl --output report.html --json report.json")),
     "compare": Command(
-        "tokenizer.compare.command", "compare tokenizers on the same text", LOOK, "tokenizer.md",
+        "tokenizer.compare.command:COMPARE", "compare tokenizers on the same text", LOOK, "tokenizer.md",
         ("compare tokenizer other/tokenizer.json --text en=english.jsonl",
          "compare tokenizer other --text en=english.jsonl ko=korean.jsonl --json compare.json")),
 }

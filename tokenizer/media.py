@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Le
+from tokenizers import Tokenizer
 
 from megatron_sov.base.artifacts import (
     check_output_folder, create_artifact, find_damaged_files, format_json, read_manifest, sha256_file)
@@ -18,6 +19,9 @@ from megatron_sov.base.settings import (
 from megatron_sov.chat.media_tokens import (
     AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, codebook_token, describe_blocks)
 from megatron_sov.model.pretrained import CONFIG, read_json
+from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, special_token
+from tokenizer.formats.reader import find_file, ids_of, open_hf, opened, plain_ids
+from tokenizer.formats.sample_texts import built_in, first_difference
 
 FILLER = "<|reserved_media_{}|>"
 """What stands on ids between blocks whose first ids were asked for."""
@@ -129,9 +133,6 @@ def _extend_tokenizer(source: Any, asked: MediaTokens) -> _ExtendedTokenizer:
     Raises:
         UserError: see `laid_out`; or the tokenizer's ids have gaps.
     """
-    from tokenizer.formats.hf_files import special_token
-    from tokenizer.formats.reader import ids_of, opened
-
     ids = dict(ids_of(source.raw))
     first = max(ids.values()) + 1
     words, blocks = laid_out(asked, ids.keys(), first)
@@ -162,9 +163,6 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
     Raises:
         UserError: there is no such tokenizer, it has tokens of media, or text would get other ids.
     """
-    from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
-    from tokenizer.formats.reader import find_file, open_hf, opened
-
     check_output_folder(output, TOKENIZER, overwrite)
     manifest = read_manifest(tokenizer, TOKENIZER)
     if problems := find_damaged_files(tokenizer):
@@ -187,9 +185,6 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
 
 
 def _opened(folder: Path) -> Any:
-    from tokenizer.formats.hf_files import TOKENIZER_JSON
-    from tokenizer.formats.reader import opened
-
     return opened(read_json(folder / TOKENIZER_JSON), folder)
 
 
@@ -199,12 +194,6 @@ def _check_ids(folder: Path, source: Any, extended: _ExtendedTokenizer) -> str:
     Raises:
         UserError: text has other ids, or a token is not found.
     """
-    from tokenizers import Tokenizer
-
-    from tokenizer.formats.hf_files import TOKENIZER_JSON
-    from tokenizer.formats.reader import plain_ids
-    from tokenizer.sample_texts import built_in, first_difference
-
     encode = plain_ids(_opened(folder))
     texts = list(built_in(source.raw))
     if difference := first_difference(texts, encode, source.encode):

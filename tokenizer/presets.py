@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, MinLen
+from jinja2 import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.settings import (
@@ -28,9 +30,6 @@ _WHITESPACE = {"runs": r"\s*[\r\n]+|\s+(?!\S)|\s+", "single": r"\s"}
 
 def _no_template(template: str) -> Violation | None:
     """Return what keeps a chat template from being one, by jinja as transformers sets it up."""
-    from jinja2 import TemplateSyntaxError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     # transformers' own tag around what is to be learned
     text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
@@ -225,3 +224,29 @@ def _with_pattern(raw: dict[str, Any], where: str, lines: Mapping[Place, int]) -
     pattern = "|".join((_CONTRACTIONS, word, _DIGITS[split.digits], punctuation,
                         _WHITESPACE[split.whitespace]))
     return {key: value for key, value in raw.items() if key not in given} | {"split_pattern": pattern}
+
+
+SMALLEST_MEMORY_GB = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CountPlan:
+    """What to learn."""
+
+    preset: Preset
+    """Rules."""
+    vocab_size: int
+    """Ids, special ones included."""
+    transition_size: int
+    """Ids at which words begin to join; `vocab_size` where they never do."""
+    only_superwords: bool
+    """From there on every token is a superword, as long as the text has any;
+    else merging goes on within words too."""
+    superword_sample_bytes: int
+    """Text that superwords are learned from, at most."""
+    max_memory_bytes: int | None
+    """Bound on memory; None: learning takes what the distinct words need."""
+    workers: int
+    """Processes that read and count."""
+    work: Path
+    """Folder for what is counted."""

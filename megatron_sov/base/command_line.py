@@ -145,11 +145,11 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
             return
         options = read_options(options_class, parsed)
         action = command.load_action(parsed) if isinstance(command, ActionGroup) else command
+        if check := getattr(action, "check_proposal", None):
+            check(options)
         if isinstance(action, DeclaredCommand) and action.run_function and not action.runs_in_checks:
             action.check_options(options)
         else:
-            if check := getattr(action, "check_proposal", None):
-                check(options)
             # some commands take --dry-run with certain options only
             if hasattr(options, "dry_run") and not find_rule_problems(
                     dataclasses.replace(options, dry_run=True)):

@@ -8,13 +8,16 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.runs.gpu_driver import find_gpu_fault, list_visible_gpus
-from megatron_sov.runs.launch_environment import has_launcher, num_ranks
+from megatron_sov.runs.launch_environment import has_launcher, num_ranks, refuse_lone_world_size
 
 
 def test_launcher_environment_overrides_nproc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "8")  # alone it says nothing: some clusters export it everywhere
     assert (num_ranks(None), num_ranks(3), has_launcher()) == (1, 3, False)
+    refuse_lone_world_size(3)
+    with pytest.raises(UserError, match="WORLD_SIZE=8: is set without RANK"):
+        refuse_lone_world_size(None)
     monkeypatch.setenv("RANK", "5")
     assert (num_ranks(None), num_ranks(3), has_launcher()) == (8, 8, True)
     with pytest.raises(UserError, match="--nproc 0: must be"):

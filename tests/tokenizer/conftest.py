@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from tokenizer.bpe.count_pipeline import learn_superwords, learn_words
 from tokenizer.bpe.counting import WordTable
-from tokenizer.bpe.split_pattern import Splitter
+from tokenizer.bpe.splitter import Splitter
 from tokenizer.bpe.vocabulary import Vocabulary
 from tokenizer.formats.hf_files import finished
 from tokenizer.formats.reader import Opened

@@ -19,15 +19,16 @@ from tqdm import tqdm
 from megatron_sov.base.artifacts import create_file, write_atomically
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.work.processes.pool import map_in_processes
-from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable, gather_words
+from tokenizer.bpe.counting import WordCounter, WordTable
 from tokenizer.bpe.merging import JoinRule, LowestPieces
-from tokenizer.bpe.split_pattern import Splitter
+from tokenizer.bpe.splitter import Splitter
 from tokenizer.bpe.trainer import BATCH_MERGES, MergeLearner, PretokenWords
 from tokenizer.bpe.vocabulary import Vocabulary, byte_ids
+from tokenizer.bpe.word_files import WordFileWriter, gather_words
 from tokenizer.mixture import (
     NUM_BUCKETS, CountUnit, Excerpt, Share, Sizes, SourceGroup, UnitSizes, describe, group_sizes,
     look_through, pieces, plan, repeats, share_bytes, share_of)
-from tokenizer.presets import NUM_BYTES, Preset
+from tokenizer.presets import NUM_BYTES, CountPlan, Preset
 
 # Counting words: each unit becomes a file of (word, count), written in parts so that memory stays bounded.
 #
@@ -132,7 +133,7 @@ class _UnitCounter:
         words, seen_bytes, num_documents, checked = self._words, 0, 0, False
         bucket_bytes, lowest = np.zeros(NUM_BUCKETS, np.int64), LowestPieces(SAMPLE_BYTES)
         words.clear()  # of a unit that could not be read
-        with _RunWriter(file) as runs:
+        with WordFileWriter(file) as runs:
             for document in unit.documents():
                 num_documents += 1
                 for piece in pieces(document):
@@ -159,40 +160,6 @@ class _UnitCounter:
         return {"seen_bytes": seen_bytes, "num_documents": num_documents, "buckets": sizes.buckets.tolist(),
                 "bucket_bytes": sizes.bytes_.tolist(),
                 "lowest": [(piece.bucket, piece.text) for piece in lowest.found()]}
-
-
-class _RunWriter:
-    """Writes runs to one Arrow file."""
-
-    def __init__(self, file: Path) -> None:
-        import pyarrow as pa
-
-        self._schema = pa.schema([("word", pa.binary()), ("count", pa.int64())])
-        self._writer = pa.ipc.new_file(str(file), self._schema)
-
-    def __enter__(self) -> _RunWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._writer.close()
-
-    def write(self, words: WordCounter) -> None:
-        """Write a table of words, cut into parts, and empty it."""
-        import pyarrow as pa
-
-        text, word_ends, counts, parts = words.words()
-        # sorted by part, so that one part of all runs can be read without the others
-        order = np.argsort(parts, kind="stable")
-        offsets = np.zeros(len(order) + 1, np.int32)
-        offsets[1:] = word_ends
-        # no copy: Arrow reads our arrays of text and offsets as they are
-        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(text)]
-        column = pa.Array.from_buffers(pa.binary(), len(order), buffers)
-        batch = pa.record_batch([column, pa.array(counts)], schema=self._schema).take(pa.array(order))
-        ends = np.searchsorted(parts[order], np.arange(NUM_PARTS + 1))
-        for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-            self._writer.write_batch(batch.slice(start, stop - start))
-        words.clear()
 
 
 # Byte-level BPE and SuperBPE (arXiv 2503.13423) from tables of words.
@@ -283,7 +250,6 @@ COUNTING_BYTES = 1 << 30
 """Memory for the tables of all workers while counting; more text goes through the disk."""
 BASE_BYTES = 400_000_000
 """Memory of the command itself: libraries, the vocabulary, buffers."""
-SMALLEST_MEMORY_GB = 1.0
 UNIT_BYTES = 32 << 20
 """Bytes on the disk of a unit: what is read again after a kill, at most, by each worker."""
 WORKER_BYTES = 32 << 20
@@ -292,29 +258,6 @@ MOST_REPEATS = 100
 NEEDED_POWER = 1.6
 """Text for twice the merges is about 2^1.6 as much: measured on 2 to 280 MB of
 documentation in ten languages."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CountPlan:
-    """What to learn."""
-
-    preset: Preset
-    """Rules."""
-    vocab_size: int
-    """Ids, special ones included."""
-    transition_size: int
-    """Ids at which words begin to join; `vocab_size` where they never do."""
-    only_superwords: bool
-    """From there on every token is a superword, as long as the text has any;
-    else merging goes on within words too."""
-    superword_sample_bytes: int
-    """Text that superwords are learned from, at most."""
-    max_memory_bytes: int | None
-    """Bound on memory; None: learning takes what the distinct words need."""
-    workers: int
-    """Processes that read and count."""
-    work: Path
-    """Folder for what is counted."""
 
 
 @dataclasses.dataclass(frozen=True)

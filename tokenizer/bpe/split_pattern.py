@@ -10,18 +10,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from megatron_sov.base.errors import UserError
 from tokenizer.presets import Preset
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 
 _CLASS = re.compile(r"\\[pP]\{\^?\w+\}|\\[wdshWDSH]|\.")
 _CONTROL = {r"\r": "\r", r"\n": "\n", r"\t": "\t", r"\f": "\f", r"\v": "\v"}
@@ -286,8 +283,6 @@ def automaton(pattern: str) -> Automaton:
 
 def _members(pattern: str) -> NDArray[np.bool_]:
     """Return which of the probed code points match a pattern for one character, as Oniguruma has it."""
-    from tokenizers import Regex, normalizers
-
     codes, text, cased = _probe()
     # a plain character needs no engine
     if len(pattern) == 1 and pattern != ".":
@@ -445,8 +440,6 @@ def _step(program: _Program, state: tuple[int, ...],
 # therefore
 # never depends on which of them did the work.
 
-PROBE_CHARS = 20_000
-"""Text of every unit of work on which the two engines are compared."""
 _PROBES = ("", " ", "  ", "\n", "a", "A1 b", "'s 'S 'ſ x", "한국어 1", "e\u0301 \u0e01\u0e33\u0e25 \u3000x",
            "!? \r\n\t z", "\u00a0a \u00a0")
 
@@ -458,8 +451,6 @@ def untrained(preset: Preset, pattern: str | None = None) -> Tokenizer:
     Raises:
         UserError: the split pattern is not a regular expression, or matches empty text.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-
     tokenizer = Tokenizer(models.BPE())
     if preset.normalization == "nfc":
         tokenizer.normalizer = normalizers.NFC()
@@ -477,8 +468,6 @@ def oniguruma(pattern: str, name: str) -> Any:
     Raises:
         UserError: the pattern does not compile, or can match empty text.
     """
-    from tokenizers import Regex, pre_tokenizers
-
     try:
         split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     except Exception as e:  # the binding raises a bare Exception
@@ -495,9 +484,6 @@ def check_coverage(pattern: str, name: str) -> None:
     Raises:
         UserError: it does.
     """
-    from tokenizers import Regex, normalizers
-
-
     text = "".join(map(chr, code_points()))
     # also backwards, with a space in front: some alternatives hold only behind one
     for probe in (text, " " + text[::-1]):
@@ -509,8 +495,6 @@ def check_coverage(pattern: str, name: str) -> None:
 
 def _matches_empty(pattern: str) -> str:
     """Return where a pattern matches no character, or an empty string."""
-    import regex
-
     try:
         compiled = regex.compile(pattern)
     except regex.error:
@@ -520,54 +504,3 @@ def _matches_empty(pattern: str) -> str:
         if any(match.start() == match.end() for match in compiled.finditer(probe)):
             return f"in {probe!r}" if probe else "at once"
     return ""
-
-
-class Splitter:
-    """Splits normalised text by one pattern; one per process.
-
-    >>> from tokenizer.presets import PRESETS
-    >>> preset = PRESETS["solar-open"]
-    >>> Splitter(preset, preset.split_pattern).split("It's 2026.")
-    ['It', "'s", ' ', '2', '0', '2', '6', '.']
-    """
-
-    def __init__(self, preset: Preset, pattern: str) -> None:
-        """Raises: UserError: the pattern does not compile, or can match empty text."""
-        from tokenizers import normalizers
-
-
-        self._slow = oniguruma(pattern, preset.name)
-        self._normalizer = normalizers.NFC() if preset.normalization == "nfc" else None
-        self._automaton: Automaton | None = None
-        try:
-            self._automaton = automaton(pattern)
-        except Unsupported:
-            return
-
-    def normalize(self, text: str) -> str:
-        return (text if self._normalizer is None or text.isascii()
-                else str(self._normalizer.normalize_str(text)))
-
-    def ends(self, raw: bytes) -> NDArray[np.int32]:
-        """Return where each piece of normalised text, in UTF-8, ends."""
-        from tokenizer.bpe.counting import split_words
-
-        # slower by far, and always right
-        if self._automaton is None:
-            pieces = self._slow.pre_tokenize_str(raw.decode())
-            return np.cumsum([len(piece.encode()) for piece, _ in pieces], dtype=np.int32)
-        found = np.empty(len(raw), np.int32)
-        kinds, steps = self._automaton.kinds, self._automaton.steps
-        return found[: split_words(np.frombuffer(raw, np.uint8), kinds, steps, found)]
-
-    def split(self, text: str) -> list[str]:
-        """Return the pieces of normalised text; joined they are the text."""
-        raw, ends = text.encode(), [0, *self.ends(text.encode()).tolist()]
-        return [raw[start:end].decode() for start, end in pairwise(ends)]
-
-    def check(self, text: str) -> None:
-        """Compare the engines on some text, and from a difference on use Oniguruma alone."""
-        text = text[:PROBE_CHARS]
-        # the same text by both: the fast way is taken on trust of this comparison alone
-        if self.split(text) != [piece for piece, _ in self._slow.pre_tokenize_str(text)]:
-            self._automaton = None

@@ -11,14 +11,13 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+import tiktoken
 from numpy.typing import NDArray
 
 from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from tokenizer.presets import NUM_BYTES
 
-if TYPE_CHECKING:
-    import tiktoken
-
+if TYPE_CHECKING:  # imports numba
     from tokenizer.bpe.trainer import Merge
 
 _JOINED = re.compile(rb"[A-Za-z\x80-\xff] [A-Za-z\x80-\xff]")
@@ -69,8 +68,6 @@ class Vocabulary:
 
     def as_tiktoken(self, pattern: str) -> tiktoken.Encoding:
         """Return the vocabulary in tiktoken's form, with the ids that it has here."""
-        import tiktoken
-
         ranks = {token: id_ for id_, token in enumerate(self.tokens)}
         return tiktoken.Encoding("learned", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 

@@ -3,7 +3,6 @@ computation, what they share, how fast they are."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.pages.page import PageTable
-from megatron_sov.base.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
+from megatron_sov.base.settings import AboveZero, AtLeastOne, DeclaredCommand, Flag
 from tokenizer.formats.reader import Opened, open_tokenizer
 from tokenizer.report.measures import (
-    HeldoutTextOptions, NamedText, TokenizerMeasures, TokenizerPath, read_texts)
+    HeldoutTextOptions, NamedText, TokenizerMeasures, TokenizerPath, measure, read_texts)
 
 
 def text_table(found: dict[str, Any], key: str, form: str, title: str = "text") -> PageTable:
@@ -143,19 +142,13 @@ class TokenizerCompareOptions(HeldoutTextOptions):
     """Write all numbers here."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, TokenizerCompareOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_compare(args: TokenizerCompareOptions) -> int:
     """Run `sov-tokenizer compare`; returns 0.
 
     Raises:
         UserError: fewer than two tokenizers, no text, one that cannot be read,
             or an output that cannot be written.
     """
-
-    args = read_options(TokenizerCompareOptions, typed)
     if len(args.tokenizers) < 2:
         raise UserError(f"{args.tokenizers[0]}: is the only tokenizer; name another one to compare "
                         "it with")
@@ -181,8 +174,6 @@ def run(typed: argparse.Namespace) -> int:
 def compare(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
             body_params: float) -> dict[str, Any]:
     """Return everything that is known about some tokenizers beside each other, as plain values."""
-    from tokenizer.report.measures import measure
-
     opened = [open_tokenizer(path) for path in paths]
     names, size = names_of(opened), ModelSize(hidden_size, body_params)
     measured = [[measure(tokenizer, text) for text in texts]
@@ -208,3 +199,6 @@ def _plain(table: PageTable) -> str:
         [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         for row in (table.head, *table.rows)]
     return "\n".join("  " + "  ".join(row) for row in rows)
+
+
+COMPARE = DeclaredCommand(TokenizerCompareOptions, run_compare)

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, models
 
 from megatron_sov.base.errors import UserError, first_error_line
 from tokenizer.bpe.split_pattern import untrained
 from tokenizer.bpe.vocabulary import Vocabulary, spelled
 from tokenizer.presets import Preset
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 FREE_IDS = 1 << 20
 """So many ids above its tokens may be unused: reserved ones, and those of other kinds of input."""
@@ -65,8 +64,6 @@ def finished(preset: Preset, vocabulary: Vocabulary) -> Tokenizer:
         UserError: a merge spells a special token (ordinary text would then become its id),
             or a special token is one byte.
     """
-    from tokenizers import AddedToken, models
-
     special = preset.special_by_id()
     tokens = [spelled(token) for token in vocabulary.tokens]
     if taken := sorted(set(tokens) & set(special)):

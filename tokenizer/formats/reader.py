@@ -12,7 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tokenizers import Tokenizer
 
 from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from megatron_sov.base.errors import UserError, fix_missing, suggest_download
@@ -20,9 +22,6 @@ from megatron_sov.model.pretrained import read_json
 from tokenizer.formats import sentencepiece_format, tiktoken_format
 from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, no_panics, refuse_far_ids
 from tokenizer.formats.sentencepiece_format import SPACE, byte_piece
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 NAMED = ("bos_token", "eos_token", "pad_token")
 FORMS = f"a folder with {TOKENIZER_JSON}, such a file, tiktoken's ranks or sentencepiece's .model"
@@ -106,8 +105,6 @@ def opened(raw: dict[str, Any], where: object) -> Tokenizer:
     Raises:
         UserError: it cannot be read.
     """
-    from tokenizers import Tokenizer
-
     try:
         with no_panics(where):
             tokenizer = Tokenizer.from_str(json.dumps(raw, ensure_ascii=False))
@@ -189,6 +186,7 @@ def _open_tiktoken(file: Path, rules_file: Path) -> Foreign:
 
 
 def _open_sentencepiece(file: Path) -> Foreign:
+    # optional: comes with sentencepiece
     from google.protobuf.message import DecodeError
 
     model = file.read_bytes()

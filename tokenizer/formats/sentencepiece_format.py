@@ -38,7 +38,7 @@ def library() -> Any:
         UserError: it is not installed.
     """
     try:
-        import sentencepiece
+        import sentencepiece  # optional package
     except ImportError:
         raise UserError("sentencepiece is not installed, and every conversion is compared with "
                         f"it; {_REMEDY}") from None
@@ -53,7 +53,7 @@ def new_proto() -> Any:
     """
     library()
     try:
-        from sentencepiece import sentencepiece_model_pb2 as format_
+        from sentencepiece import sentencepiece_model_pb2 as format_  # needs protobuf, optional too
     except ImportError as e:
         raise UserError(f"sentencepiece's model format cannot be read ({e}); {_REMEDY}") from None
     return format_.ModelProto()

@@ -11,15 +11,14 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import tiktoken
 
 from megatron_sov.base.documents.byte_bpe import build_ranks, byte_alphabet, parse_split_pattern
 from megatron_sov.base.errors import UserError
 from tokenizer.bpe.segmenting import merge_of
 from tokenizer.formats.hf_files import ID_DIGITS, no_panics, refuse_far_ids, special_token
-
-if TYPE_CHECKING:
-    import tiktoken
 
 _ATOM_OR_SIGN = re.compile(
     r"(?P<atom>\\[pP]\{[^}]*\}|\\x\{[^}]*\}|\\.|[^\\\[\](){}|^$*+?])"  # a class, an escape, a character
@@ -233,8 +232,6 @@ def encoding(found: dict[bytes, int], rules: TiktokenRules) -> tiktoken.Encoding
     Raises:
         UserError: the pattern is none, or ids overlap.
     """
-    import tiktoken
-
     # told here by name, before the library builds its tables
     by_id = {id_: token for token, id_ in found.items()}
     if taken := next((t for t, id_ in rules.special_tokens.items() if id_ in by_id), None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import random
 import re
@@ -13,14 +12,15 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron_sov.base.artifacts import format_json, sha256_file, write_output
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.outputs import check_output, check_page
 from megatron_sov.base.pages.page import PageTable
-from megatron_sov.base.settings import Flag, add_options, read_options
+from megatron_sov.base.settings import DeclaredCommand, Flag
 from tokenizer.formats.reader import Opened, open_tokenizer
-from tokenizer.report.check import TokenizerCheck, cut, shown, verdict_of
+from tokenizer.report.check import TokenizerCheck, cut, render, shown, verdict_of
 from tokenizer.report.measures import (
     NUM_EXAMPLES, HeldoutTextOptions, NamedText, TokenizerMeasures, TokenizerPath, check_inventory,
     check_scalars, check_superwords, check_texts, measure, pieces, read_texts)
@@ -204,8 +204,6 @@ def check_all(tokenizer: Opened, texts: list[NamedText], skip: Collection[str] =
 
     Progress is shown on standard error.
     """
-    from tqdm import tqdm
-
     wanted = [name for name in CHECKS if name not in skip and (texts or name not in NEED_TEXT)]
     measured = [measure(tokenizer, text) for text in tqdm(texts, "texts", disable=None)]
     runs: dict[str, Callable[[], TokenizerCheck]] = {
@@ -233,20 +231,13 @@ class TokenizerReportOptions(HeldoutTextOptions):
     """Leave a check out; repeat it."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, TokenizerReportOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
+def run_report(args: TokenizerReportOptions) -> int:
     """Run `sov-tokenizer report`; returns 0.
 
     Raises:
         UserError: the tokenizer or a text cannot be read, a check is unknown,
             or the output cannot be written.
     """
-    from tokenizer.report.check import render
-
-    args = read_options(TokenizerReportOptions, typed)
     for name in args.skip:
         if name not in CHECKS:
             raise UserError(f"--skip {name}: is no check{suggest_name(name, CHECKS)} (checks: "
@@ -266,3 +257,6 @@ def run(typed: argparse.Namespace) -> int:
         write_output(args.json, format_json(facts | {"checks": found}))
     print(f"{args.output}: opens in any browser without a network")
     return 0
+
+
+REPORT = DeclaredCommand(TokenizerReportOptions, run_report)

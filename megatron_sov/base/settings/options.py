@@ -201,12 +201,18 @@ class DeclaredCommand:
     returns an exit code, or None for 0. "": `check` does the whole work."""
     runs_in_checks: bool = False
     """Whether the function runs in checks of proposed lines, up to `stop_check`: it has no heavy import."""
+    proposal_function: str = ""
+    """`module:function` with further checks of proposed lines; receives the options."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_options(parser, self.options)
 
     def run(self, typed: argparse.Namespace) -> int:
         return self.run_options(read_options(self.options, typed))
+
+    def check_proposal(self, options: Any) -> None:
+        if self.proposal_function:
+            import_reference(self.proposal_function)(options)
 
     def check_options(self, options: Any) -> Any:
         """Return the result of `check`."""

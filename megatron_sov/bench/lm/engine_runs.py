@@ -49,7 +49,6 @@ from megatron_sov.infer.prompts import check_engine, read_stop_ids
 from megatron_sov.infer.request import (
     LENGTH, STOP, Batching, GenerationBounds, GenerationResult, Sampling, StopRule, Tokens)
 from megatron_sov.runs.checkpoints import check_model_path
-from megatron_sov.work.endpoints.transport import is_url
 from megatron_sov.work.processes.stop_signals import StopFlag
 from megatron_sov.work.progress.progress_bar import create_bar
 
@@ -99,10 +98,6 @@ def resolve_subject(path: str, settings: LmEvalSettings, with_hash: bool = True)
     Raises:
         UserError: no model at `path`, or settings that the model does not support.
     """
-    if is_url(path):
-        raise UserError(f"{path}: `eval lm` runs checkpoints and Hugging Face folders; evaluate an endpoint "
-                        "with lm-eval's own command: lm_eval --model local-chat-completions --model_args "
-                        "base_url=URL,model=NAME")
     check_model_path(Path(path))
     target = find_target(Path(path))
     has_layout = bool(settings.settings) or settings.nproc is not None

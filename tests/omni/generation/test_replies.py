@@ -118,8 +118,8 @@ def test_missing_training_data_are_reported(site: Path, capsys: pytest.CaptureFi
     assert "encoder" not in capsys.readouterr().err
     shutil.rmtree("shards")
     assert cli.main(shlex.split(line)) == 0
-    assert "has an encoder of sounds, and data that would tell" in (told := capsys.readouterr().err)
-    assert "prompts do not reach it, as its adapter was frozen" in told
+    assert "has an encoder of sounds, and training data that would show" in (told := capsys.readouterr().err)
+    assert "prompts do not use it, as its adapter was frozen" in told
     assert cli.main(shlex.split("generate model --audio word.wav --max-new-tokens 2")) == 2
     assert "is of kind audio, which needs --audio-tokenizer CODEC" in capsys.readouterr().err
 

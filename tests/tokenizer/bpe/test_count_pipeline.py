@@ -11,9 +11,9 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from tokenizer.bpe import count_pipeline
-from tokenizer.bpe.count_pipeline import CountPlan, learn
+from tokenizer.bpe.count_pipeline import learn
 from tokenizer.mixture import SourceGroup
-from tokenizer.presets import K_EXAONE
+from tokenizer.presets import K_EXAONE, CountPlan
 
 
 @pytest.fixture

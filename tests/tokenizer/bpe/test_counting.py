@@ -19,8 +19,9 @@ from megatron_sov.base.documents import list_files
 from megatron_sov.base.errors import UserError
 from tokenizer.bpe import count_pipeline, counting
 from tokenizer.bpe.count_pipeline import CountSettings, UnitCounts, count_units
-from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable, gather_words
-from tokenizer.bpe.split_pattern import Splitter
+from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable
+from tokenizer.bpe.splitter import Splitter
+from tokenizer.bpe.word_files import gather_words
 from tokenizer.mixture import Share, SourceGroup, plan
 from tokenizer.presets import SOLAR_OPEN
 

@@ -13,8 +13,8 @@ from megatron_sov.base.errors import UserError
 from tokenizer.bpe import split_pattern
 from tokenizer.bpe.counting import split_words
 from tokenizer.bpe.split_pattern import (
-    Next, OneOf, PatternChoice, Repeat, Sequence, Splitter, Unsupported, automaton, check_coverage, oniguruma,
-    parse)
+    Next, OneOf, PatternChoice, Repeat, Sequence, Unsupported, automaton, check_coverage, oniguruma, parse)
+from tokenizer.bpe.splitter import Splitter
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 

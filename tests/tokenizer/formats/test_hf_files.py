@@ -14,7 +14,7 @@ from megatron_sov.base.errors import UserError
 from tokenizer.bpe.vocabulary import Vocabulary, byte_ids, spelled
 from tokenizer.formats.hf_files import TOKENIZER_JSON, finished
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN, Preset
-from tokenizer.train import CheckFailed, check
+from tokenizer.train_run import CheckFailed, check
 
 TEXT = ["<|end|> <|end|>\n" * 50, "plain words, plain text. " * 30]
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.errors import UserError
-from tokenizer import sample_texts
-from tokenizer.sample_texts import BYTES_PER_FILE, CHUNK_BYTES, SENTENCES, built_in, first_difference, users
+from tokenizer.formats import sample_texts
+from tokenizer.formats.sample_texts import (
+    BYTES_PER_FILE, CHUNK_BYTES, SENTENCES, built_in, first_difference, users)
 
 
 def test_users_files_come_in_pieces_and_not_without_end(tmp_path: Path) -> None:
