@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,10 @@ def parse_part(argument: str) -> MixPart:
     """
     head, colon, tail = argument.rpartition(":")
     # A folder whose name has a colon is that folder.
+    match = re.fullmatch(r"(.+)=([\d.]+%?)", argument)
+    if match and not Path(argument).exists():
+        raise UserError(f"{argument!r}: a weight follows its folder after a colon",
+                        Fix(words={argument: f"{match[1]}:{match[2]}"}))
     if not colon or Path(argument).exists():
         return MixPart(Path(argument), None)
     try:

@@ -190,6 +190,10 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         fix = Fix(command=command) if command else None
         if kind == PEFT_ADAPTER and {CHECKPOINT_KIND, RUN} <= {*kinds}:
             fix = _fix_adapter(path)
+        if kind == HF_MODEL and CHECKPOINT_KIND in kinds:  # the command is for `convert to-hf`
+            converted = choose_free_path(f"{path.name}-checkpoint")
+            fix = Fix(command=command, words={str(path): converted},
+                      before=(shlex.join(["megatron-sov", "convert", "from-hf", str(path), converted]),))
         raise UserError(f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}",
                         fix)
     if not kind:

@@ -40,7 +40,8 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     if word.startswith("-") and action:
         return UserError(f"{program}: a command comes before its options",
                          Fix(f"{program} {action} {shlex.join([word, *typed])}"))
-    if typed and typed[0] in choices and word not in texts:  # sov-tokenizer DIR report
+    is_argument = word not in texts or Path(word).exists()
+    if typed and typed[0] in choices and is_argument:  # sov-tokenizer DIR report
         return UserError(f"{program}: {typed[0]} comes before {word}",
                          Fix(f"{program} {shlex.join([typed[0], word, *typed[1:]])}"))
     paths = load_table()["paths"].get(program)

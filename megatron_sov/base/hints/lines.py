@@ -138,6 +138,7 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
             proposal.unfixed.append(fault.sentence)
             fault = proposal.find_independent_fault(fault)
             continue
+        fix = _select_part(proposal.line, fix)
         line = apply_fix(proposal.program, proposal.line, fix)
         if line is None:  # several lines, or a line for another program
             other_program, *line = shlex.split(fix.line)
@@ -159,6 +160,14 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
     if not proposal.fixed and len(proposal.unfixed) == 1:
         return error
     return proposal.build_error()
+
+
+def _select_part(line: Sequence[str], fix: Fix) -> Fix:
+    """Reduce a fix with both a command and commands to run first: the command is for `convert FOLDER ...`."""
+    if not (fix.command and fix.before):
+        return fix
+    is_converted = line[0] == "convert" and line[2:3] == [*fix.words][:1]
+    return Fix(command=fix.command) if is_converted else replace(fix, command="")
 
 
 def _find_advice(proposal: _Proposal, fault: UserError) -> Fix | None:
