@@ -25,7 +25,7 @@ from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, TRAIN, read_t
 from megatron_sov.base.artifacts import (
     ArtifactWriter, Manifest, check_output_folder, create_artifact, sha256_file)
 from megatron_sov.base.digests import hash_file, parse_digest_algorithm
-from megatron_sov.base.errors import Fix, UserError
+from megatron_sov.base.errors import Fix, UserError, choose_free_path
 from megatron_sov.base.settings import (
     Flag, NotNegative, ProblemCode, SettingsError, SettingsProblem, add_options, find_all_problems,
     read_options)
@@ -89,7 +89,7 @@ class MixOptions(BlendLimits):
         p = []
         if self.output is None and not self.dry_run:
             p.append(SettingsProblem(ProblemCode.RULE, "output", "is missing; name a folder to write",
-                                     fix=Fix(options=("--output", "new-output"))))
+                                     fix=Fix(options=("--output", choose_free_path("new-output")))))
         for name, value in vars(self.limits).items():
             if value != getattr(BlendLimits, name) and not self.blend:
                 p.append(SettingsProblem(ProblemCode.RULE, name,

@@ -217,8 +217,9 @@ def _fix_adapter(path: Path) -> Fix:
     except (OSError, ValueError, KeyError, TypeError):
         base = "HF_DIR"
     folder, adapter = Path(base).name, choose_free_path(f"{path.name}-checkpoint")
-    commands = [["convert", "from-hf", folder if suggest_download(base) else base, f"{folder}-checkpoint"],
-                ["convert", "from-peft", str(path), adapter, "--base", f"{folder}-checkpoint"]]
+    converted = choose_free_path(f"{folder}-checkpoint")
+    commands = [["convert", "from-hf", folder if suggest_download(base) else base, converted],
+                ["convert", "from-peft", str(path), adapter, "--base", converted]]
     download = [] if Path(base).exists() or not suggest_download(base) else [
         shlex.join(["hf", "download", base, "--local-dir", folder])]
     return Fix(words={str(path): adapter},

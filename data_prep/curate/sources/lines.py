@@ -16,6 +16,7 @@ from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, Sourc
 from data_prep.curate.sources.source import Broken, Raw, SourcePiece
 from megatron_sov.base.documents import DOCUMENT_BYTES, WHOLE_FILE_BYTES, BadRecord, cut_at_blank_lines
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
+from megatron_sov.base.documents.records import explain_bytes
 
 # What a record of JSON lines or a table says, as a document.
 
@@ -204,8 +205,7 @@ def _record(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as e:
-        raise BadRecord("utf8", f"is not UTF-8 (byte {e.start}); convert the file, e.g. iconv -f CP949 "
-                                "-t UTF-8") from None
+        raise BadRecord("utf8", f"is not UTF-8 (byte {e.start}); {explain_bytes(line)}") from None
     except (ValueError, RecursionError) as e:
         raise BadRecord("json", f"is not valid JSON ({str(e)[:120]}); each line must be one JSON object"
                         ) from None

@@ -18,7 +18,7 @@ from megatron_sov.base.documents.files import (
 from megatron_sov.base.documents.layouts import FOREIGN, Renames, unread_fields
 from megatron_sov.base.documents.records import (
     DIALOGUE, BadRecord, Document, RecordParser, RecordReading, create_length_error, decode_utf8,
-    find_table_problem, list_read_fields, parse_json_value, parse_line, parse_record)
+    explain_bytes, find_table_problem, list_read_fields, parse_json_value, parse_line, parse_record)
 from megatron_sov.base.errors import UserError
 
 _ESCAPE_CHARS = 16
@@ -114,7 +114,7 @@ class _ByteWindow:
                 remaining -= len(block)
                 parts.append(self._decode(block, self._is_whole))
         except UnicodeDecodeError as e:
-            raise BadRecord("utf8", f"is not UTF-8 ({e.reason}); convert it, e.g. iconv -f CP949 -t UTF-8; "
+            raise BadRecord("utf8", f"is not UTF-8 ({e.reason}); {explain_bytes(e.object, is_begin=False)}; "
                                     "it and the rest after it are not read") from None
         self._text, self.at = "".join(parts), 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -240,9 +242,8 @@ def decode_utf8(raw: bytes, start_bytes: int = 0) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        begin = raw if not start_bytes else b""
         raise BadRecord("utf8", f"is not UTF-8 (byte {raw[e.start]:#04x} at offset {start_bytes + e.start}); "
-                                f"{explain_bytes(begin)}") from None
+                                f"{explain_bytes(raw, is_begin=not start_bytes)}") from None
 
 
 FILE_SIGNATURES = ((b"%PDF", "a PDF; extract its text first, for example by pdftotext"),
@@ -255,10 +256,17 @@ FILE_SIGNATURES = ((b"%PDF", "a PDF; extract its text first, for example by pdft
 """First bytes -> file format and how to obtain UTF-8 text."""
 
 
-def explain_bytes(begin: bytes) -> str:
-    """Explain the format of a file that is not UTF-8, by the first bytes, and how to convert the file."""
-    file_format = next((text for magic, text in FILE_SIGNATURES if begin.startswith(magic)), "")
-    return f"the file is {file_format}" if file_format else "convert it, e.g. iconv -f CP949 -t UTF-8"
+def explain_bytes(raw: bytes, *, is_begin: bool = True) -> str:
+    """Explain the format of a file that is not UTF-8, and how to convert the file; `is_begin`: whether `raw`
+    is a whole file or line, not a block that may end inside a character."""
+    file_format = next((text for magic, text in FILE_SIGNATURES if is_begin and raw.startswith(magic)), "")
+    if file_format:
+        return f"the file is {file_format}"
+    for encoding in ("CP949", "CP1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            codecs.getincrementaldecoder(encoding)().decode(raw, final=is_begin)
+            return f"convert it: iconv -f {encoding} -t UTF-8 FILE > NEW_FILE"
+    return "convert it: iconv -f LATIN1 -t UTF-8 FILE > NEW_FILE"
 
 
 def parse_line(line: bytes, where: str, number: int, reading: RecordReading, parse: RecordParser) -> Any:

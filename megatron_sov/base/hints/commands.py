@@ -74,7 +74,7 @@ def _propose_pipeline(word: str, typed: Sequence[str]) -> UserError | None:
     file = choose_free_path(f"{step}.yaml")
     text = ["name: web", "sources:", f"  - {{name: web, path: {source}, kind: en}}", "steps:",
             f"  - {step}: {{{', '.join(settings)}}}"]
-    output = values.get("output", values.get("o", "corpus"))
+    output = values.get("output", values.get("o", choose_free_path("corpus")))
     return UserError(f"sov-data {word}: does not exist; {step} is a step of a pipeline file (docs/"
                      "data_pipeline.md), which `sov-data run` runs",
                      Fix(f"printf '%s\\n' {shlex.join(text)} > {file}\n  sov-data run {file} --output "
@@ -96,7 +96,8 @@ def _index_command_texts(program: str, word: str, typed: Sequence[str]) -> Mappi
 def _fill_path_lines(program: str, ways: Sequence[str], path: str, typed: Sequence[str], action: str
                      ) -> list[str]:
     """Return the command lines for a path without an action: all `ways`, or those of a typed direction."""
-    ways = [way.format(path=shlex.quote(path)) for way in ways]
+    ways = [re.sub(r"(?<=--output )[a-z]\S+", lambda match: choose_free_path(match[0]),
+                   way.format(path=shlex.quote(path))) for way in ways]
     directions = [value for name, value in pairwise(typed) if name in _DIRECTION_OPTIONS]
     wanted_actions = {action, *(f"to-{value}" for value in directions)}
     ways = [way for way in ways if way.split()[0] in wanted_actions] or ways

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, fix_missing
-from megatron_sov.base.hints.paths import find_path_faults
+from megatron_sov.base.hints.paths import find_path_faults, pack_download
 
 MAX_FAULTS = 8
 """Maximum faults collected from a command line."""
@@ -110,8 +110,9 @@ class _Proposal:
         if "--dry-run" not in self.typed:  # added by the check
             line = [word for word in line if word != "--dry-run"]
         unfixed = [message for message in self.unfixed if not is_repeated(message, self.fixed)]
-        # a line with the fault that a fix should have corrected is useless
-        if len(unfixed) < len(self.unfixed) or line == list(self.typed):
+        # a line with the fault that a fix should have corrected is useless, as is a command of another kind
+        is_unfit = line[0] != self.typed[0] and any(" artifact where " in message for message in unfixed)
+        if len(unfixed) < len(self.unfixed) or line == list(self.typed) or is_unfit:
             return UserError(join_sentences([*self.fixed, *unfixed]))
         lines = [*self.before, f"{self.program} {shlex.join(line)}"]
         return UserError(join_sentences(self.fixed), Fix("\n  ".join(lines)),
@@ -139,6 +140,8 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
             fault = proposal.find_independent_fault(fault)
             continue
         fix = _select_part(proposal.line, fix)
+        if proposal.program == "megatron-sov":
+            fix = pack_download(proposal.line, fix)
         line = apply_fix(proposal.program, proposal.line, fix)
         if line is None:  # several lines, or a line for another program
             other_program, *line = shlex.split(fix.line)

@@ -60,12 +60,27 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     is_file = place.is_file() and place.name.endswith(DATA_SUFFIXES) and line[0] == "eval"
     if kind == "tokens" or not (is_text or is_file):
         return None
-    tokenizer, before = _choose_tokenizer(line)
-    shards = choose_free_path(f"{place.name.partition('.')[0]}-tokens")
-    form = _PACKING.get(line[0], "")
-    pack = f"sov-data pack --tokenizer {tokenizer} {form}" + shlex.join(["--input", path, "--output", shards])
     return UserError(f"--data {path}: is {'a file' if is_file else 'a folder of text'}; pack it first",
-                     Fix(words={path: shards}, before=(*before, pack)))
+                     _fix_by_packing(line, path))
+
+
+def pack_download(line: Sequence[str], fix: Fix) -> Fix:
+    """Return the fix for a missing --data dataset of the hub, with the commands that pack the download."""
+    path, folder = next(iter(fix.words.items()), ("", ""))
+    if not any("--repo-type dataset" in command for command in fix.before) or path not in (
+            word for option, word in pairwise(line) if option == "--data"):
+        return fix
+    packing = _fix_by_packing(line, folder)
+    return Fix(words={path: packing.words[folder]}, before=(*fix.before, *packing.before))
+
+
+def _fix_by_packing(line: Sequence[str], path: str) -> Fix:
+    """Return the commands that pack a file or folder of records for a command line."""
+    tokenizer, before = _choose_tokenizer(line)
+    shards = choose_free_path(f"{Path(path).name.partition('.')[0]}-tokens")
+    form = _PACKING.get(line[line[0] == "submit"], "")
+    pack = f"sov-data pack --tokenizer {tokenizer} {form}" + shlex.join(["--input", path, "--output", shards])
+    return Fix(words={path: shards}, before=(*before, pack))
 
 
 def _choose_tokenizer(line: Sequence[str]) -> tuple[str, tuple[str, ...]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import lm_eval
 import numpy as np
 
-from megatron_sov.base.errors import StopRequested, UserError, escape_controls, format_error
+from megatron_sov.base.errors import ExitCode, StopRequested, UserError, escape_controls, format_error
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import SettingsError, find_all_problems
 from megatron_sov.bench.lm.answers import AnswerCache, Request, get_answer_folder
@@ -86,7 +87,7 @@ def evaluate(target: str, tasks: Sequence[str], settings: LmEvalSettings) -> Res
 def _evaluate_tasks(target: str, names: Sequence[str], settings: LmEvalSettings, flag: StopFlag
                     ) -> tuple[Results, list[ResultItem], list[str]]:
     subject = resolve_subject(target, settings)
-    loaded = load_tasks(names, settings.sources, settings)
+    loaded = _load_tasks(names, settings, flag)
     answers = AnswerCache(get_answer_folder(settings.cache_folder, subject.identity))
     lm = EvaluatedLM(subject.tokenizer, subject.max_length, answers, settings.max_gen_tokens, settings.seed)
     tasks = [_build_task(name, loaded, lm, settings) for name in loaded.tasks]
@@ -100,6 +101,16 @@ def _evaluate_tasks(target: str, names: Sequence[str], settings: LmEvalSettings,
     _answer_missing(subject, list(requests.values()), answers, flag)
     scores, items, notes = score_tasks(tasks, loaded.groups, lm, settings)
     return Results(subject.model, scores, {"lm_eval": lm_eval.__version__}), items, notes
+
+
+def _load_tasks(names: Sequence[str], settings: LmEvalSettings, flag: StopFlag) -> LoadedTasks:
+    """Load tasks; a stop signal during downloads, which can wait for minutes, ends the process at once."""
+    if not settings.sources.allow_download:
+        return load_tasks(names, settings.sources, settings)
+    print(f"loading {', '.join(names)}; missing data is downloaded from the Hugging Face hub; without a "
+          "network this takes minutes; Ctrl-C ends it", file=sys.stderr, flush=True)
+    with flag.answer_first_signal(lambda name: os._exit(ExitCode.STOPPED)):
+        return load_tasks(names, settings.sources, settings)
 
 
 def _build_task(name: str, loaded: LoadedTasks, lm: EvaluatedLM, settings: LmEvalSettings) -> BuiltTask:

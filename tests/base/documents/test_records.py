@@ -347,9 +347,9 @@ def test_pair_with_tied_scores_is_refused(tmp_path: Path, scores: dict[str, Any]
 @pytest.mark.parametrize(("begin", "words"), [
     (b"%PDF-1.7\xff", "is a PDF"), (b"PK\x03\x04\xff", "ZIP file"), (b"\x1f\x8b\xff", "ending .gz"),
     (b"\x28\xb5\x2f\xfd\xff", "ending .zst"), (b"PAR1\xff", ".parquet"), (b"\xff\xfea\0", "iconv -f UTF-16"),
-    (b"\xfe\xff\0a", "iconv -f UTF-16"), (b"\xb0\xa1", "iconv -f CP949"), (b"caf\xe9", "iconv -f CP949")])
+    (b"\xfe\xff\0a", "iconv -f UTF-16"), (b"\xb0\xa1", "iconv -f CP949"), (b"caf\xe9", "iconv -f CP1252")])
 def test_binary_file_is_identified_by_first_bytes(begin: bytes, words: str) -> None:
     with pytest.raises(BadRecord, match=words):
         decode_utf8(begin)
-    with pytest.raises(BadRecord, match="iconv -f CP949"):
+    with pytest.raises(BadRecord, match="iconv -f CP1252"):
         decode_utf8(b"\xff\xfe", start_bytes=7)

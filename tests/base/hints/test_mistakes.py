@@ -60,6 +60,12 @@ from tests.base.hints.test_words import answer
      ["--seed, --num-tokens: ", "mix d d --output o\n"]),
     ("sov-data pack --input t.jsonl --vocab-file v --merge-file m --output o",
      ["--vocab-file, --merge-file: vocab.json", "--tokenizer DIR --output o"]),
+    ("megatron-sov sft --from hf --data A-b/c_200k --run r",
+     ["dataset --local-dir c_200k", "--input c_200k --output c_200k-tokens\n", "--data c_200k-tokens "]),
+    ("megatron-sov pretrain tiny-qwen3 --data t.jsonl --run r",
+     ["--output t-tokenizer-2\n", "--tokenizer t-tokenizer-2 --input t.jsonl", "--data t-tokens-2 --run r"]),
+    ("sov-data synth self-instruct --input t.jsonl --output o --engine http://h/chat/completions --model m",
+     ["self-instruct: is no generator", "must end before /chat"]),
     ("megatron-sov submit sft --gres=gpu:8 --mem 5G --nodes 2 --from hf --data d --run r",
      ["--cluster: is missing", "--account NAME", "--gres: GPUs", "--mem: is part"]),
 ])
@@ -76,6 +82,7 @@ def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: P
                        "t.pdf": "%PDF",
                        "run/events.jsonl": "", "run/config.json": '{"recipe": "tiny-solar-open"}',
                        "theirs.yml": "base_model: M\nmicro_batch_size: 2\ngradient_accumulation_steps: 4",
+                       "t-tokenizer/a": "", "t-tokens/a": "",
                        "script.py": "from datatrove import x", "t.jsonl": '{"text": "a"}', "t.txt": "a",
                        "vocab.json": '{"a": 0}', "merges.txt": "a b"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

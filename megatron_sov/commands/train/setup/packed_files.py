@@ -24,7 +24,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents import KINDS, BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import format_location
-from megatron_sov.base.errors import Fix, UserError, warn
+from megatron_sov.base.errors import Fix, UserError, choose_free_path, warn
 from megatron_sov.model.config import split_weight
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.objectives import COMMAND_FORMATS
@@ -284,16 +284,26 @@ def _fix_table(file: Path) -> Fix | None:
 
 
 def fix_by_packing(file: Path, tokenizer: Path, options: Sequence[str]) -> Fix:
-    """Return the commands that pack a file, with options for `sov-data pack`."""
+    """Return the commands that pack a file, with options for `sov-data pack`; a missing tokenizer is taken as
+    it is."""
     commands = []
-    if not (tokenizer / MANIFEST).is_file() or read_manifest(tokenizer).kind != TOKENIZER:
-        imported = Path(f"{tokenizer.name}-tokenizer")
+    is_ours = (tokenizer / MANIFEST).is_file() and read_manifest(tokenizer).kind == TOKENIZER
+    if tokenizer.exists() and not is_ours:
+        imported = Path(choose_free_path(f"{tokenizer.name}-tokenizer"))
         commands.append(["sov-tokenizer", "import", str(tokenizer), "--output", str(imported)])
         tokenizer = imported
-    shards = f"{file.stem}-tokens"
+    shards = choose_free_path(f"{file.stem}-tokens")
     commands.append(["sov-data", "pack", "--tokenizer", str(tokenizer), "--input", str(file), *options,
                      "--output", shards])
     return Fix(words={str(file): shards}, before=tuple(map(shlex.join, commands)))
+
+
+def _fix_encoding(file: Path, fault: BadRecord) -> Fix | None:
+    """Return the command that converts a file, in the encoding of the fault's message, to UTF-8."""
+    match = re.search(r"(iconv -f \S+ -t UTF-8) FILE > NEW_FILE", fault.reason)
+    new = choose_free_path(str(file.with_name(f"{file.stem}-utf8{file.suffix}")))
+    command = f"{match and match[1]} {shlex.quote(str(file))} > {shlex.quote(new)}"
+    return Fix(words={str(file): new}, before=(command,)) if match else None
 
 
 def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -> str:
@@ -312,7 +322,7 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
     for kind, (command, sentence) in LEARNED_BY.items():
         if fault.reason.startswith(f"is {kind},"):
             raise UserError(f"--data {location}: {sentence}", Fix(command=command))
-    fix = None
+    fix = _fix_encoding(file, fault)
     is_usable = bool(fault.options) and "FIELD" not in fault.options[-1] and "prompt" not in fault.options
     if is_usable and tokenizer is not None:
         fix = fix_by_packing(file, tokenizer, ["--format", formats[0], *fault.options])

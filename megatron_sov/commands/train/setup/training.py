@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError
+from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, choose_free_path
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.commands.train.kinds import STAGE_KINDS
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
@@ -263,9 +263,8 @@ def _fix_without_tokenizer(recipe: str | None, first: DataFile) -> Fix | None:
     the file."""
     if recipe not in recipes.names():
         return None
-    size, name = recipes.get(recipe).model.vocab_size, f"{first.file.stem}-tokenizer"
+    size, name = recipes.get(recipe).model.vocab_size, choose_free_path(f"{first.file.stem}-tokenizer")
     fix = fix_by_packing(first.file, Path(name), ["--format", first.format])
     learn = ["sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", str(size), "--input",
              str(first.file), "--output", name]
-    pack = next(line for line in fix.before if line.startswith("sov-data")).replace(f"{name}-tokenizer", name)
-    return Fix(words=fix.words, before=(shlex.join(learn), pack))
+    return Fix(words=fix.words, before=(shlex.join(learn), *fix.before))
