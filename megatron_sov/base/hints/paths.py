@@ -57,7 +57,9 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
                          Fix(options=("--data", find_only_folder("tokens") or "DIR")))
     is_text = place.is_dir() and any(
         name.endswith(DATA_SUFFIXES) for name in os.listdir(place) if name != "manifest.json")
-    is_file = place.is_file() and place.name.endswith(DATA_SUFFIXES) and line[0] == "eval"
+    # `eval media` reads rows, not shards
+    is_file = (place.is_file() and place.name.endswith(DATA_SUFFIXES)
+               and line[0] == "eval" and "media" not in line[:2])
     if kind == "tokens" or not (is_text or is_file):
         return None
     tokenizer, before = _choose_tokenizer(line)
