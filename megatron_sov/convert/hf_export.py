@@ -271,7 +271,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         _write_tensors(artifact, source, files, source_names, workers)
         _write_companions(artifact.path, files, json_files, companions, tokens)
         if has_manifest:
-            record_inputs(artifact.writer, source, leaves=True)
+            record_inputs(artifact.writer, source, for_export=True)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": sum(map(len, files.values())),
             "dtype": config["dtype"],
