@@ -77,7 +77,7 @@ def _describe_weights(path: Path) -> dict[str, Any]:
     weights = open_weights(path)
     dtypes: dict[str, int] = {}
     size_bytes = 0
-    for link in weights.links:
+    for link in weights.links:  # a block of a Megatron tensor and its Hugging Face tensors
         for name, shape in link.hf_shapes().items():
             dtype = weights.get_dtype(name)
             label = str(dtype).removeprefix("torch.")
