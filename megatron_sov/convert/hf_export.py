@@ -188,8 +188,7 @@ def _compare_tensors(a: torch.Tensor, b: torch.Tensor) -> TensorRecord:
     hashes.append(_hash_tensor(b))
     a, b = _cast_to_narrower(a, b)
     equal = has_same_bits(a, b)
-    difference = (0.0 if equal or a.shape != b.shape
-                  else float((a.double() - b.double()).abs().max()))
+    difference = (0.0 if equal or a.shape != b.shape else float((a.double() - b.double()).abs().max()))
     return TensorRecord(shapes, dtypes, tuple(hashes), equal, difference)
 
 

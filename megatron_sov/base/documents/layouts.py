@@ -213,15 +213,8 @@ Renames = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def parse_renames(arguments: Iterable[str], targets: Collection[str] = TARGETS) -> Renames:
-    """Parse `TARGET=FIELD[+FIELD],...`.
-
-    Args:
-        arguments: values of the option.
-        targets: allowed targets; empty: any.
-
-    Raises:
-        UserError: malformed argument, or unknown or repeated target.
-    """
+    """Parse `TARGET=FIELD[+FIELD],...` with any of `targets`, or any target if `targets` is empty. Raises
+    `UserError`: malformed argument, or unknown or repeated target."""
     renames: dict[str, tuple[str, ...]] = {}
     for argument in arguments:
         for part in argument.split(","):
@@ -263,16 +256,13 @@ def rename_fields(record: dict[str, Any], renames: Renames) -> dict[str, Any]:
 
 
 def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Collection[str]) -> list[str]:
-    """Return a record's non-empty fields that do not enter the document, in record order.
+    """Return a record's non-empty fields that do not enter the document, in record order. Raises `BadRecord`.
 
     Args:
         record: the record as in the file.
         kind: one of `KINDS`.
         renames: renames from `--columns`.
         read: fields that the reader of `kind` uses.
-
-    Raises:
-        BadRecord: the record is malformed.
     """
     converted = convert_layout(rename_fields(record, renames), kind)
     # a conversion consumes its layout's fields: a field of another tool that is left has no reader, even if

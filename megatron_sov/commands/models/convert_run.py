@@ -56,8 +56,7 @@ def import_peft(options: FromPeftOptions) -> None:
 def average_checkpoints(options: AverageOptions) -> None:
     checkpoints = choose_checkpoints(options.run, options.last, (options.from_step, options.to_step),
                                      options.weights, options.decay)
-    average(checkpoints, options.out, workers=options.workers, overwrite=options.overwrite,
-            redo=options.redo)
+    average(checkpoints, options.out, workers=options.workers, overwrite=options.overwrite, redo=options.redo)
     print(f"wrote checkpoint {options.out}, the mean of {len(checkpoints)}")
 
 

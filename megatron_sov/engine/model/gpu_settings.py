@@ -50,15 +50,8 @@ def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
 
 
 def check_fp8_support(train: TrainConfig, serves: bool) -> None:
-    """Raise an error if this process cannot compute `train.fp8`.
-
-    Args:
-        train: training settings.
-        serves: whether models use Transformer Engine modules here.
-
-    Raises:
-        UserError: no GPU with Transformer Engine, or the GPU lacks the recipe.
-    """
+    """Raise `UserError` if this process cannot compute `train.fp8`: it has no GPU with Transformer Engine
+    (`serves`), or the GPU lacks the recipe."""
     if train.fp8 == "none":
         return
     if not serves:
@@ -93,9 +86,7 @@ class KernelContext:
     te: bool
     """Whether the model uses Transformer Engine modules."""
     model: ModelConfig
-    """Architecture."""
     parallel: ParallelConfig
-    """Layout."""
 
 
 @dataclass(frozen=True)
@@ -218,11 +209,6 @@ def uses_document_attention(context: KernelContext, attention: str, deterministi
 
     Under `auto` it is used if Transformer Engine has no suitable kernel: on Hopper the fused kernel is
     deterministic only for short rows, and some cuDNN versions lack a kernel for packed rows.
-
-    Args:
-        context: model, layout and modules.
-        attention: `gpu.attention`.
-        deterministic: `train.deterministic`.
     """
     model = context.model
     if not context.te or context.parallel.cp > 1 or attention == "local":
@@ -238,15 +224,8 @@ MAX_FLA_KEY_DIM = 256
 
 
 def uses_delta_kernels(context: KernelContext, gpu: GpuConfig, deterministic: bool) -> bool:
-    """Return whether `LinearAttention` layers train with flash-linear-attention's kernels.
-
-    Triton autotunes kernels in each process, so results are not deterministic.
-
-    Args:
-        context: model, layout and modules.
-        gpu: GPU settings.
-        deterministic: `train.deterministic`.
-    """
+    """Return whether `LinearAttention` layers train with flash-linear-attention's kernels; Triton autotunes
+    the kernels in each process, so results are not deterministic."""
     linear = context.model.linear_attention
     return (context.te and linear is not None and not deterministic and gpu.linear_attention != "torch"
             and linear.key_head_dim <= MAX_FLA_KEY_DIM and not find_fla_problem())
@@ -288,15 +267,8 @@ Rule = tuple[bool, str, str, str]
 
 
 def check_gpu_settings(config: RunConfig, te: bool) -> None:
-    """Raise `SettingsError` for settings that this process cannot use.
-
-    Args:
-        config: valid run settings.
-        te: whether the model uses Transformer Engine modules.
-
-    Raises:
-        SettingsError: one sentence per setting.
-    """
+    """Raise `SettingsError` with a sentence per setting that this process cannot use; `te`: the model uses
+    Transformer Engine modules."""
     context = KernelContext(te, config.model, config.parallel)
     problems = find_broken_rules(
         config.gpu, "gpu", *_fusion_rules(config.gpu, context), *_attention_rules(config, context),
