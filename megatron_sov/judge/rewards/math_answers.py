@@ -93,7 +93,8 @@ _HEDGES = re.compile(r"n't\b|\b(?:not|never|neither|either|between|among|one of|
                     r"|perhaps|at (?:most|least)|(?:less|greater|more|fewer|other) than)\b|不是|ไม่ใช่",
                      re.IGNORECASE)
 """Words that withdraw the following number."""
-_SECOND_NUMBER = re.compile(r"[\s$(]*(?:(?:or|to|and(?!\s+not))\b|또는|이나|或|または|หรือ)[^.]*\d", re.IGNORECASE)
+_SECOND_NUMBER = re.compile(r"[\s$(]*(?:(?:or|to|and(?!\s+not))\b|또는|이나|或|または|หรือ)[^.]*\d",
+                            re.IGNORECASE)
 """A second number after the first."""
 _RETRACTION = re.compile(r"[\s$().,;:?!*]*(?:(?:no|wait|actually|sorry|hmm)\s*[,:.]|(?:not sure|could be"
                          r"|maybe|perhaps)\b)", re.IGNORECASE)
@@ -365,7 +366,8 @@ def _to_latex(text: str, *, counter: str) -> str:
         counter: the gold answer's Korean counter, which is removed while other counters stay; "": remove all.
     """
     text = text.translate(_UNICODE_TO_LATEX).replace("\\fbox{", "\\boxed{")
-    text = _BRACKET.sub(lambda found: _BRACKETS[found[1]], _STYLED_NUMBER.sub(r"\1\2", _STYLES.sub("", text)))
+    text = _BRACKET.sub(lambda found: _BRACKETS[found[1]],
+                        _STYLED_NUMBER.sub(r"\1\2", _STYLES.sub("", text)))
     text = _FRAMED.sub(r"\1", _FULL_STOP.sub("", text.replace("~", " ")))
     text = re.sub(r"(?<=\{)\s*=", "", re.sub(r"\\approx(?![A-Za-z])|≈", "=", text))
     text = _GROUPED_DIGITS.sub(lambda found: found[0].replace(" ", ""), text)
