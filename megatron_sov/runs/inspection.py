@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_sov.base.artifacts import (
     MANIFEST, find_damaged_files, read_manifest, trace_origins, translate_disk_errors)
-from megatron_sov.base.errors import Fix, GateFailed, UserError, escape_controls
+from megatron_sov.base.errors import Fix, GateFailed, UserError, escape_controls, stop_check
 from megatron_sov.base.hints.removed import check_folder, check_kind
 from megatron_sov.base.settings import NotNegativeInt
 from megatron_sov.runs.obs.events import EVENTS
@@ -96,6 +96,7 @@ def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, Art
             print(escape_controls(line))
     stream = sys.stderr if options.json else sys.stdout
     if options.clear:
+        stop_check()
         print(escape_controls(_clear_unfinished_work(path)), file=stream)
     if options.verify:
         print(escape_controls(_verify_artifact(path, facts, kind)), file=stream)

@@ -63,11 +63,11 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
     ("inspect pictures", "has no manifest.json, so it is not a 'codec' artifact; pass the folder that "
                          "`megatron-sov codec import`"),
     ("reconstruct none a.png --output y", "none: does not exist, so it is not a 'codec' artifact"),
-    ("reconstruct ta-tok a.png --output y", "does not decode the ids that it gives (TATok)"),
+    ("reconstruct ta-tok a.png --output y", "does not both encode and decode (TATok)"),
     ("import ta-tok a b --codebooks 2", "--codebooks 2: is for mimi and dac; leave it out for ta-tok"),
     ("import dac sounds x", "sounds/config.json: cannot be read as JSON"),
     ("import mimi4 none x", "mimi4"),
-    ("import ta-tok bad/no.png x", "cannot be read without running what it holds"),
+    ("import ta-tok bad/no.png x", "cannot be read without executing code"),
     ("import cosyvoice2 none x", "none: does not exist")])
 def test_a_bad_command_line_is_one_sentence(media: Path, capsys: pytest.CaptureFixture[str], line: str,
                                             said: str) -> None:

@@ -116,7 +116,7 @@ def test_bad_records_stop_the_run_or_are_listed(encode: Encode, tmp_path: Path,
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "records.jsonl:4: spells '<|IMAGE_PAD|>'" in said
     assert encode(chats[:2]) == 2
-    assert "records.jsonl:2: broken.png is no picture" in capsys.readouterr().err
+    assert "records.jsonl:2: broken.png is not a picture" in capsys.readouterr().err
     assert encode(chats, "--bad-media", "skip") == 0
     bad = [json.loads(line) for line in (tmp_path / "corpus/bad_media.jsonl").read_text().splitlines()]
     assert sorted((row["line"], row["code"]) for row in bad) == [

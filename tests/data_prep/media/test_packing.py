@@ -141,7 +141,7 @@ def test_placeholders_and_features_must_be_as_many(omni: Path) -> None:
         with pytest.raises(BadRecord) as found:
             vocabulary.numbers(ids, rows)  # type: ignore[arg-type]
         assert found.value.code == code
-    with pytest.raises(BadRecord, match="no such token"):
+    with pytest.raises(BadRecord, match="which the tokenizer lacks"):
         vocabulary.split("<|vision09999|>")
 
 
@@ -169,4 +169,4 @@ def test_damage_to_banks_is_found(encode: Encode, omni: Path, tmp_path: Path) ->
     assert any("3 placeholders of pictures name none of its 0 records" in p
                for p in check(tmp_path / "shards")[0])
     file.write_bytes(b"abc")
-    assert any("no whole records" in p for p in check(tmp_path / "shards")[0])
+    assert any("not whole records" in p for p in check(tmp_path / "shards")[0])

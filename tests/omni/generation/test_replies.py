@@ -125,7 +125,7 @@ def test_missing_training_data_are_reported(site: Path, capsys: pytest.CaptureFi
 
 
 def rules(grid: int = GRID, says: bool = True) -> BlockRules:
-    return BlockRules.from_vocabulary(len(NAMES), BLOCKS, IDS.get, grid=grid, says=says, max_audio_tokens=3)
+    return BlockRules.from_vocabulary(len(NAMES), BLOCKS, IDS.get, grid=grid, speaks=says, max_audio_tokens=3)
 
 
 def written(made: BlockRules, seed: int) -> list[int]:
@@ -176,4 +176,4 @@ def test_vocabulary_without_media_blocks_is_refused() -> None:
     with pytest.raises(UserError, match="discrete tokens of kind"):
         BlockRules.from_vocabulary(10, {}, IDS.get, grid=4)
     with pytest.raises(UserError, match="discrete tokens of kind"):
-        BlockRules.from_vocabulary(len(NAMES), BLOCKS, {"a": 0}.get, says=True)
+        BlockRules.from_vocabulary(len(NAMES), BLOCKS, {"a": 0}.get, speaks=True)

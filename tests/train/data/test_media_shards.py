@@ -100,7 +100,7 @@ def test_views_of_a_source_keep_media(chain: ShardChain) -> None:
 @pytest.mark.parametrize(("pair", "message"), [
     ((IMAGE_PAD, -1), "placeholder of pictures for feature -1"),
     ((IMAGE_PAD, 12), "feature 12, and there are 12"),
-    ((9, 2), "feature 2 at token id 9, which is no placeholder")])
+    ((9, 2), "feature 2 at token id 9, which is not a placeholder")])
 def test_a_number_that_means_nothing_is_refused(tmp_path: Path, pair: tuple[int, int], message: str) -> None:
     write(tmp_path / "a", [[(10, -1), pair]])
     with pytest.raises(UserError, match=message):
