@@ -28,6 +28,8 @@ _INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
 _SHIFT = np.uint64(29)
 """Mixes high bits into the low bits of a hash, which depend on the low bits of the ids alone."""
 _MAX_CACHED_POWERS = 1 << 20
+_HAS_IGNORED, _HAS_LONG_FOLDS = 1, 2
+"""Bits that `unit_scan.fold_case` returns."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,10 @@ def find_units(text: str) -> Units:
         codes = unit_scan.to_code_points(folded)
         fold_flags = unit_scan.fold_case(codes, unit_scan.get_folds(), unit_scan.get_classes())
         # a letter that folds to several letters (ß) changes indices: fold the text itself
-        if fold_flags & unit_scan.HAS_LONG_FOLDS:
+        if fold_flags & _HAS_LONG_FOLDS:
             folded = fold_text(text)
             codes = unit_scan.to_code_points(folded)
-        if fold_flags & unit_scan.HAS_IGNORED:
+        if fold_flags & _HAS_IGNORED:
             # remove invisible characters first, because such a character must not split a word
             visible = np.flatnonzero(unit_scan.get_classes()[codes] != unit_scan.IGNORED)
             codes = codes[visible]

@@ -40,10 +40,6 @@ _COMMANDS = ("text", "textbf", "textit", "textrm", "texttt", "textsf", "textsc",
 """TeX commands that change appearance only."""
 
 
-HAS_IGNORED, HAS_LONG_FOLDS = 1, 2
-"""Bits that `fold_case` returns."""
-
-
 @jit_compile
 def fold_case(codes: NDArray[np.uint32], folds: NDArray[np.uint32], classes: NDArray[np.uint8]) -> int:
     """Case-fold code points in place.
@@ -54,18 +50,17 @@ def fold_case(codes: NDArray[np.uint32], folds: NDArray[np.uint32], classes: NDA
         classes: code point -> class.
 
     Returns:
-        Bits: `HAS_IGNORED`: some characters are `IGNORED`; `HAS_LONG_FOLDS`: some fold to several code points
-        and stay unchanged.
+        Bit 1: some characters are `IGNORED`; bit 2: some fold to several code points and stay unchanged.
     """
     flags = 0
     for i in range(len(codes)):
         fold = folds[codes[i]]
         if fold == MANY:
-            flags |= HAS_LONG_FOLDS
+            flags |= 2
         else:
             codes[i] = fold
         if classes[codes[i]] == IGNORED:
-            flags |= HAS_IGNORED
+            flags |= 1
     return flags
 
 
