@@ -46,8 +46,8 @@ def generate_rollouts(request: RolloutsRequest) -> int:
     # The store records the tokenizer's digest, because responses are token ids.
     check_tokenizer(options.start_from, start.tokenizer_folder)
     engine = _build_engine_settings(request, start)
-    source, unused_rows = build_rollout_source(options, config, request.prompts, start, engine_name=engine.name,
-                                               environment=request.environment)
+    source, unused_rows = build_rollout_source(
+        options, config, request.prompts, start, engine_name=engine.name, environment=request.environment)
     # without the prompts that are too long for `rollout.max_prompt_tokens`
     prompts = options.drop_unused(request.prompts, unused_rows, options.store)
     select_round_prompts(prompts, config.rollout, request.rounds[0])  # refuses a file with too few prompts
