@@ -110,8 +110,8 @@ class Fusion:
 
 
 FUSIONS = (
-    # the softmax scale contains YaRN's factor, so the kernel only rotates
-    # the latent attention kernel would need a table of cosines and sines
+    # the softmax scale contains YaRN's factor, so the kernel only rotates; the kernel for latent attention
+    # would need a table of cosines and sines
     Fusion("rope_fusion", "apply_rope_fusion",
            lambda context: context.parallel.cp == 1 and context.model.latent_attention is None),
     Fusion("router_fusion", "moe_router_fusion", lambda context: context.model.num_moe_layers() > 0,

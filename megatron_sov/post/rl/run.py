@@ -68,7 +68,7 @@ class RolloutCycle:
         if self.loader.is_open(number):
             return None
         if is_first:
-            self.policies.at(view.step)  # hashes the weights now: the steps of the round change them
+            self.policies.at(view.step)  # keeps the policy's digest: `begin` replaces the text that it covers
             missing = self._validate_policy(view, number, asked_to_stop)
             if missing is not None:
                 return missing
