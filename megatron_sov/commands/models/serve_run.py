@@ -110,8 +110,8 @@ class ParentProcess:
         if pid is None:
             return
         try:
-            # host and process table are those of this process; the start time tells the parent from a later
-            # process with its pid
+            # the parent has the host and process table of this process; its start time is needed too, because
+            # another process may get the pid later
             self._record = process_identity() | {"pid": pid, "started_s": psutil.Process(pid).create_time()}
         except psutil.Error:
             raise UserError(f"--parent-pid {pid}: there is no such process; start the server from a running "
