@@ -95,7 +95,8 @@ def _iter_leaves(value: Any, key: str) -> Iterator[tuple[str, list[str] | None]]
     if isinstance(value, Mapping):
         yield key, None
         for name, inner in value.items():
-            yield from _iter_leaves(inner, f"{key}.{name}" if key else str(name))
+            # DeepSpeed: {bf16: {enabled: true}} is the switch bf16
+            yield from _iter_leaves(inner, key if key and name == "enabled" else f"{key}.{name}".lstrip("."))
     elif isinstance(value, list):
         # datasets: [{path: FILE, type: ...}] -> the paths
         items = [item.get("path", item.get("name")) if isinstance(item, Mapping) else item
