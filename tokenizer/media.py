@@ -175,7 +175,7 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
         (artifact.path / TOKENIZER_JSON).write_text(text, encoding="utf-8")
         (artifact.path / CONFIG_JSON).write_text(format_json(config), encoding="utf-8")
         checked = _check_ids(artifact.path, source, extended)
-        artifact.add_input(tokenizer, leaves=True)
+        artifact.add_input(tokenizer, for_export=True)
         artifact.content = {**manifest.content,
                             "tokenizer_sha256": sha256_file(artifact.path / TOKENIZER_JSON),
                             "vocab_size": extended.num_ids, "checked": checked,

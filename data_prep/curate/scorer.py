@@ -53,8 +53,7 @@ def _check(args: ScorerCheckOptions) -> int:
 def _train(args: ScorerTrainOptions) -> int:
     from data_prep.curate.scoring.scorer import TrainSettings, train
 
-    content = train(TrainSettings(args.labels, args.kind), args.output,
-                    overwrite=args.overwrite)
+    content = train(TrainSettings(args.labels, args.kind), args.output, overwrite=args.overwrite)
     again = content["num_repeated"]
     print(f"{args.labels}: {content['num_labels']:,} texts"
           + (f" ({again:,} lines left out, whose text stood there before)" if again else ""))

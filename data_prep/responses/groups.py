@@ -26,7 +26,8 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.accounting import RecordTally
 from megatron_sov.base.documents.groups import are_equal, compute_group_advantages, should_train
 from megatron_sov.base.documents.layouts import (
-    KTO_TAG, LABEL, LABELS, convert_layout, get_completion_field, parse_label, refuse_media, split_response)
+    KTO_TAG, LABEL, LABEL_WORDS, convert_layout, get_completion_field, parse_label, refuse_media,
+    split_response)
 from megatron_sov.base.documents.messages import parse_messages
 from megatron_sov.base.documents.records import NUM_PROMPT_FIELD, is_float32
 from megatron_sov.base.errors import UserError
@@ -254,7 +255,7 @@ def _reward(record: dict[str, Any], where: str) -> Any:
     if label is None:
         shown = json.dumps(record[LABEL], ensure_ascii=False)[:40] if LABEL in record else "missing"
         raise UserError(f"{where}: the label ({LABEL!r} or {KTO_TAG!r}) of the response is {shown}, must be "
-                        f"one of {', '.join(LABELS)}; correct it, give a 'reward', or remove the line")
+                        f"one of {', '.join(LABEL_WORDS)}; correct it, give a 'reward', or remove the line")
     return float(label)
 
 

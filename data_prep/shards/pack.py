@@ -178,8 +178,7 @@ def run(typed: argparse.Namespace) -> int:
     tag_fields, tags = parse_tags(args.tags)
     reading = RecordReading(args.format, args.text_field, args.max_document_bytes, args.columns,
                             args.bucket_by or "", tag_fields, parse_renames(args.renames), args.lines)
-    settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens,
-                            tags)
+    settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens, tags)
     pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
          overwrite=args.overwrite)
     return 0

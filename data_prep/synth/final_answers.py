@@ -97,8 +97,7 @@ def verifier(name: Literal["math", "stem"]) -> Verifier:
     return Verifier(name)
 
 
-def check(answers: Sequence[str], wanted: str, choices: Sequence[str] = (), way: Way = "auto"
-          ) -> list[bool]:
+def check(answers: Sequence[str], wanted: str, choices: Sequence[str] = (), way: Way = "auto") -> list[bool]:
     """Return whether each of some final answers is the wanted one."""
     return verifier(way_of(wanted, choices) if way == "auto" else way).check(answers, wanted, choices)
 

@@ -23,7 +23,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import ACCEPTED_SAMPLES, REJECTED_SAMPLES
 from megatron_sov.base.documents.rows import format_json_line
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, stop_check
 from megatron_sov.base.settings import SettingsError
 
 ANSWERED = "200"
@@ -74,6 +74,7 @@ def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_com
     refuse_without_records(output)
     if problems := check_problems(checks):
         raise SettingsError("checks", problems)
+    stop_check()
     with translate_disk_errors(output):
         # from here on files change: a kill must not leave a manifest that speaks for them
         (output / MANIFEST).unlink(missing_ok=True)

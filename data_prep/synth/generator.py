@@ -246,8 +246,7 @@ class Ask:
     def _one(self, role: Role, request: Mapping[str, Any], template: str, draw: int, attempt: int) -> Reply:
         door = self._doors[role]
         # the seed is in the payload, and so in the key: a draw is the same request in every run
-        payload = {"model": door.model, **request,
-                   "seed": _seed(self._item_id, template, draw, attempt)}
+        payload = {"model": door.model, **request, "seed": _seed(self._item_id, template, draw, attempt)}
         key = door.key(payload)
         try:
             return door.ask(payload, lambda raw: read_reply(raw, key, request.get("tools", ())))

@@ -41,7 +41,9 @@ PRODUCERS = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
              "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
 """Artifact kind -> commands that write the kind."""
 MAX_ORIGINS = 200
+"""Limit on the manifests whose inputs `trace_origins` lists."""
 _NO_HASH = "0" * 64
+"""Placeholder for a manifest's own hash, which the hash covers in place of itself."""
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up",
             errno.EFBIG: "larger than the limit on file sizes (ulimit -f)"}
 
@@ -139,11 +141,12 @@ def create_file(path: Path, *, create_parents: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def create_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
+def create_folder(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder next to `path`; on success, sync its files and rename it to `path`.
 
     Args:
-        first_stays: keep an equal folder that another process wrote meanwhile; otherwise replace it.
+        keep_existing: keep a folder that exists at `path` when the new one is complete (another process wrote
+            the same content); otherwise replace it.
 
     Raises:
         UserError: the disk is full or the folder is not writable.
@@ -157,7 +160,7 @@ def create_folder(path: Path, *, first_stays: bool = False) -> Iterator[Path]:
             # sync files and sub-folders before the rename below
             for file in temporary.rglob("*"):
                 fsync_path(file)
-            if first_stays:
+            if keep_existing:
                 rename_unless_taken(temporary, path)
             else:
                 publish_folder(temporary, path)
@@ -193,6 +196,7 @@ def get_final_name(name: str) -> str:
 
 
 def _get_temporary_path(path: Path) -> Path:
+    # with the host: processes on several machines may write to one folder, and no lock protects a file
     return path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
 
 
@@ -273,10 +277,10 @@ class ArtifactWriter:
         self.excluded_names: frozenset[str] = frozenset()
         """Excluded names directly inside the folder."""
 
-    def add_input(self, path: Path, *, leaves: bool = False) -> None:
-        """Record `path` as an input; with `leaves` (the artifact leaves this machine) by folder name
+    def add_input(self, path: Path, *, for_export: bool = False) -> None:
+        """Record `path` as an input; with `for_export` (other machines will read the artifact) by folder name
         alone."""
-        name = path.resolve().name if leaves else str(path)
+        name = path.resolve().name if for_export else str(path)
         self.inputs.append({"kind": read_manifest(path).kind, "path": name,
                             "manifest_sha256": manifest_sha256(path)})
 
@@ -321,6 +325,7 @@ def create_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> 
     check_creatable(path)
     check_output_folder(path, kind, overwrite)
     stop_check()
+    # without the host: a lock shows whether the folder is in use
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -404,7 +409,7 @@ def clear_leftovers(path: Path) -> None:
 
 
 def _is_leftover(folder: Path, pid: int) -> bool:
-    """Return whether every process has left a temporary folder, which is named after its creator's PID."""
+    """Return whether no process uses a temporary folder any more; `pid`: the creator's PID, from its name."""
     # the lock is more reliable than the PID, which may belong to another container or machine
     locked = is_locked(folder)
     if pid == os.getpid():  # an earlier start of this container, or a process in another one
@@ -437,10 +442,11 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
         if outside := [name for name in files if not _is_inside(name)]:
             raise ValueError(f"it names the file {outside[0]!r}, which is not inside the folder")
         manifest = Manifest(files=files, **raw)
-        # hash the bytes as written: JSON that was parsed and written again could differ
-        head, _, tail = written.rpartition(manifest.sha256.encode() or b"none")
-        if manifest.sha256 and _hash_around(head, tail) != manifest.sha256:
-            raise ValueError("its content differs from its own hash")
+        if manifest.sha256 != "":
+            # hash the bytes as written: JSON that was parsed and written again could differ
+            head, _, tail = written.rpartition(manifest.sha256.encode())
+            if _hash_around(head, tail) != manifest.sha256:
+                raise ValueError("its content differs from its own hash")
     except (FileNotFoundError, NotADirectoryError):
         expected = f"a '{kind}' artifact" if kind else "an artifact"
         if not Path(path).exists():
@@ -475,14 +481,14 @@ def parse_inputs(path: Path, manifest: Manifest) -> list[dict[str, str]]:
     return inputs
 
 
-def list_input_paths(path: str, by: Path) -> list[Path]:
-    """List the paths where an input may exist now: `path` itself, or next to `by` if both were moved.
+def list_input_paths(path: str, owner: Path) -> list[Path]:
+    """List the paths where an input may exist now: `path` itself, or next to `owner` if both were moved.
 
-    `by` is the artifact or run built from the input. Next to it, an input may have its relative path, its
+    `owner` is the artifact or run built from the input. Next to it, an input may have its relative path, its
     bare name, or the last three parts of its path (RUN/checkpoints/step-N).
     """
-    return [Path(path), by.parent / path, by.parent / Path(path).name,
-            by.parent / Path(*Path(path).parts[-3:])]
+    folder = owner.parent
+    return [Path(path), folder / path, folder / Path(path).name, folder / Path(*Path(path).parts[-3:])]
 
 
 def find_input(path: str, sha256: str, owner: Path,

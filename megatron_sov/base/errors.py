@@ -150,8 +150,8 @@ IS_CHECKING = ContextVar("is_checking", default=False)
 
 
 def stop_check() -> None:
-    """End the check of a proposed command line before the first write or long work. Raises `DryRun`: a
-    proposed line is being checked; it has passed all checks until here."""
+    """End the check of a proposed command line before the first write, started process, submitted job or
+    paid request. Raises `DryRun`: a proposed line is being checked; it has passed all checks until here."""
     if IS_CHECKING.get():
         raise DryRun
 

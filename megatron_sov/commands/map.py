@@ -232,8 +232,7 @@ def _format_rows(result: Any) -> list[bytes]:
 def _submit_work(work: MapWork) -> None:
     """Submit the unfinished batches, or print the progress of active jobs."""
     # jobs have different working folders
-    options = replace(work.options, output=work.options.output.absolute(),
-                      rows=work.options.rows.absolute())
+    options = replace(work.options, output=work.options.output.absolute(), rows=work.options.rows.absolute())
     work, profile = replace(work, options=options), load_array_profile(options)
     if (options.output / MANIFEST).is_file() and not options.overwrite:
         print(f"{options.output}: is already complete")

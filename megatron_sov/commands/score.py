@@ -20,8 +20,7 @@ from megatron_sov.work.progress.progress_bar import create_bar
 
 REWARDS = f"{', '.join(BUILT_IN)}, or your own class, FILE.py:NAME"
 RewardName = Annotated[str, Flag(value="NAME", help=REWARDS)]
-RewardSet = Annotated[tuple[str, ...], Flag(value="key=value",
-                                            help="Reward setting; may be repeated")]
+RewardSet = Annotated[tuple[str, ...], Flag(value="key=value", help="Reward setting; may be repeated")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +93,7 @@ def hash_questions(rows: Path) -> str:
     return digest.hexdigest()
 
 
-def print_summary(summary: ScoringSummary, num_rows: int, name: str, version: str,
-                  output: Path) -> None:
+def print_summary(summary: ScoringSummary, num_rows: int, name: str, version: str, output: Path) -> None:
     """Print the counts of scored and unscored rows, with reasons and the mean reward."""
     if summary.num_kept:
         print(f"{summary.num_kept:,} rows were already scored")

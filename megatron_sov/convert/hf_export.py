@@ -188,8 +188,7 @@ def _compare_tensors(a: torch.Tensor, b: torch.Tensor) -> TensorRecord:
     hashes.append(_hash_tensor(b))
     a, b = _cast_to_narrower(a, b)
     equal = has_same_bits(a, b)
-    difference = (0.0 if equal or a.shape != b.shape
-                  else float((a.double() - b.double()).abs().max()))
+    difference = (0.0 if equal or a.shape != b.shape else float((a.double() - b.double()).abs().max()))
     return TensorRecord(shapes, dtypes, tuple(hashes), equal, difference)
 
 
@@ -271,7 +270,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         _write_tensors(artifact, source, files, source_names, workers)
         _write_companions(artifact.path, files, json_files, companions, tokens)
         if has_manifest:
-            record_inputs(artifact.writer, source, leaves=True)
+            record_inputs(artifact.writer, source, for_export=True)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": sum(map(len, files.values())),
             "dtype": config["dtype"],

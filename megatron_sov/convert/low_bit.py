@@ -81,8 +81,7 @@ SUFFIX = "_scale_inv"
 
 
 def _block_sizes(shape: tuple[int, ...]) -> Sizes:
-    return {"": (shape, torch.float8_e4m3fn),
-            SUFFIX: (tuple(-(-n // BLOCK) for n in shape), torch.float32)}
+    return {"": (shape, torch.float8_e4m3fn), SUFFIX: (tuple(-(-n // BLOCK) for n in shape), torch.float32)}
 
 
 def _unpack_blocks(stored: Stored) -> torch.Tensor:

@@ -316,11 +316,11 @@ def open_checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
     return CheckpointWeights(path) if base is None else AdaptedWeights(path, base)
 
 
-def record_inputs(writer: ArtifactWriter, weights: Weights, *, leaves: bool = False) -> None:
+def record_inputs(writer: ArtifactWriter, weights: Weights, *, for_export: bool = False) -> None:
     """Record a checkpoint and, for adapters, the base as artifact inputs (`ArtifactWriter.add_input`)."""
-    writer.add_input(weights.path, leaves=leaves)
+    writer.add_input(weights.path, for_export=for_export)
     if isinstance(weights, AdaptedWeights):
-        writer.add_input(weights.base.path, leaves=leaves)
+        writer.add_input(weights.base.path, for_export=for_export)
 
 
 def describe_adapter(weights: Any) -> dict[str, Any]:
@@ -379,7 +379,7 @@ def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = 
         write_tensors(artifact.path / WEIGHTS, specs,
                       lambda spec: convert_tensor(read(spec.name), spec.dtype, checkpoint, spec.name))
         write_atomically(artifact.path / CONFIG, format_json(config))
-        artifact.add_input(checkpoint, leaves=True)
+        artifact.add_input(checkpoint, for_export=True)
         artifact.content = {"family": settings.model.family, "num_tensors": len(specs)}
 
 

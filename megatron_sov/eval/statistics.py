@@ -59,9 +59,9 @@ def estimate_difference(before: Sequence[float], after: Sequence[float],
     """Return the mean of `after` - `before` over the same items.
 
     For scores between 0 and 1, the interval is that of Bonett and Price (J. Educ. Behav. Stat. 37, 2012),
-    extended to clusters and shares: it adds two clusters of mean size, one won and one lost, so that models
-    that agree on all of 30 items are not assumed to agree on every other item. Other scores get Student's t
-    over clusters.
+    extended to clusters and shares. It adds two clusters of mean size, with differences +1 and -1: without
+    them, equal scores on 30 items would give an interval of width 0, as if the models agreed on every other
+    item too. Other scores get Student's t over clusters.
 
     Args:
         before: one finite score per item.
@@ -81,15 +81,16 @@ def estimate_difference(before: Sequence[float], after: Sequence[float],
         return Mean(value, error, interval, len(differences), count)
     # Mean cluster size, used for the two added clusters.
     size = len(differences) / count
-    middle = value * count / (count + 2)
+    adjusted_mean = value * count / (count + 2)
     sums = [*compute_cluster_sums(differences, clusters)]
     sizes = [1] * count if clusters is None else _count_cluster_sizes(clusters)
-    # residual sums around the new mean: a cluster sum moves by the cluster size times the shift
-    squares = math.fsum((total + cluster_size * (value - middle))**2
+    # `sums` are deviations from the old mean `value`: each item deviates from the adjusted mean by
+    # value - adjusted_mean more
+    squares = math.fsum((total + cluster_size * (value - adjusted_mean))**2
                         for total, cluster_size in zip(sums, sizes, strict=True))
-    squares += (size * (1 - middle))**2 + (size * (-1 - middle))**2
+    squares += (size * (1 - adjusted_mean))**2 + (size * (-1 - adjusted_mean))**2
     error_added = math.sqrt(squares) / (len(differences) + 2 * size)
-    low, high = _build_interval(middle, error_added, count + 1, confidence)
+    low, high = _build_interval(adjusted_mean, error_added, count + 1, confidence)
     return Mean(value, error, (max(-1.0, low), min(1.0, high)), len(differences), count)
 
 
@@ -119,14 +120,15 @@ def _count_cluster_sizes(clusters: Sequence[Hashable]) -> list[int]:
     return list(sizes.values())
 
 
-def _build_t_interval(middle: float, error: float | None, freedom: int,
-                confidence: float) -> tuple[float, float] | None:
-    return None if error is None else _build_interval(middle, error, freedom, confidence)
+def _build_t_interval(mean: float, error: float | None, degrees: int,
+                      confidence: float) -> tuple[float, float] | None:
+    return None if error is None else _build_interval(mean, error, degrees, confidence)
 
 
-def _build_interval(middle: float, error: float, freedom: int, confidence: float) -> tuple[float, float]:
-    half = error * compute_student_quantile((1 + confidence) / 2, freedom)
-    return middle - half, middle + half
+def _build_interval(mean: float, error: float, degrees: int, confidence: float) -> tuple[float, float]:
+    """Return Student's interval with `degrees` degrees of freedom around a mean."""
+    half = error * compute_student_quantile((1 + confidence) / 2, degrees)
+    return mean - half, mean + half
 
 
 def compute_wilson_interval(correct: int, samples: int) -> tuple[float, float]:
@@ -142,8 +144,8 @@ def compute_wilson_interval(correct: int, samples: int) -> tuple[float, float]:
     return _compute_score_interval(correct / samples, samples)
 
 
-def compute_mean_interval(shares: Sequence[float], clusters: Sequence[Hashable] | None = None
-                  ) -> tuple[float, float]:
+def compute_mean_interval(shares: Sequence[float],
+                          clusters: Sequence[Hashable] | None = None) -> tuple[float, float]:
     """Return a confidence interval for the mean of shares between 0 and 1, e.g. each prompt's pass@k.
 
     Wilson's interval with the effective sample size of Korn and Graubard (Survey Methodology 24, 1998): the
@@ -171,9 +173,9 @@ def compute_mean_interval(shares: Sequence[float], clusters: Sequence[Hashable] 
         return _compute_score_interval(share, len(shares))
     # equal shares between 0 and 1 have no variance: a share counts as at most a thousand samples
     effective = len(shares) * max_variance / max(spread, max_variance / 1000)
-    middle = (1 + CONFIDENCE) / 2
+    probability = (1 + CONFIDENCE) / 2
     # With few clusters the variance is uncertain: use t instead of the normal quantile.
-    correction = NormalDist().inv_cdf(middle) / compute_student_quantile(middle, len(sums) - 1)
+    correction = NormalDist().inv_cdf(probability) / compute_student_quantile(probability, len(sums) - 1)
     return _compute_score_interval(share, effective * correction**2)
 
 
@@ -208,30 +210,30 @@ def compute_difference_interval(differences: Sequence[float]) -> tuple[float, fl
 
 
 @lru_cache
-def compute_student_quantile(probability: float, freedom: int) -> float:
-    """Return the quantile of Student's t for `probability` above 0.5.
+def compute_student_quantile(probability: float, degrees: int) -> float:
+    """Return the quantile of Student's t with `degrees` degrees of freedom for `probability` above 0.5.
 
     Bisection of the finite sums for integer degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
     """
-    if freedom > MAX_T_FREEDOM:
+    if degrees > MAX_T_FREEDOM:
         return NormalDist().inv_cdf(probability)
-    low, high = 0.0, math.pi / 2  # angle whose tangent is t / sqrt(freedom)
+    low, high = 0.0, math.pi / 2  # angle whose tangent is t / sqrt(degrees)
     # 60 halvings reach float precision.
     for _ in range(60):
         angle = (low + high) / 2
-        if _compute_central_probability(angle, freedom) < 2 * probability - 1:
+        if _compute_central_probability(angle, degrees) < 2 * probability - 1:
             low = angle
         else:
             high = angle
-    return math.tan(low) * math.sqrt(freedom)
+    return math.tan(low) * math.sqrt(degrees)
 
 
-def _compute_central_probability(angle: float, freedom: int) -> float:
-    """Return the probability that |t| < sqrt(freedom) * tan(angle)."""
-    is_odd = freedom % 2
+def _compute_central_probability(angle: float, degrees: int) -> float:
+    """Return the probability that |t| < sqrt(degrees) * tan(angle)."""
+    is_odd = degrees % 2
     term = math.cos(angle) if is_odd else 1.0
     total = 0.0
-    for i in range(freedom // 2):
+    for i in range(degrees // 2):
         total += term
         term *= math.cos(angle)**2 * (2 * i + 1 + is_odd) / (2 * i + 2 + is_odd)
     total *= math.sin(angle)
@@ -240,7 +242,7 @@ def _compute_central_probability(angle: float, freedom: int) -> float:
 
 def _compute_score_interval(share: float, samples: float) -> tuple[float, float]:
     z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
-    middle = (share + z2 / (2 * samples)) / (1 + z2 / samples)
+    center = (share + z2 / (2 * samples)) / (1 + z2 / samples)
     half = math.sqrt(z2 * (share * (1 - share) / samples + z2 / (4 * samples**2))) / (1 + z2 / samples)
     # Rounding must not move the ends beyond 0 and 1.
-    return (0.0 if share == 0 else middle - half), (1.0 if share == 1 else middle + half)
+    return (0.0 if share == 0 else center - half), (1.0 if share == 1 else center + half)

@@ -183,8 +183,7 @@ def length_source(request: RecipeRequest) -> str:
     return "the recipe's"
 
 
-def placed(request: RecipeRequest, machines: Machines,
-           learned: Parameters | None = None) -> PlacedPlan:
+def placed(request: RecipeRequest, machines: Machines, learned: Parameters | None = None) -> PlacedPlan:
     """Return a run with its own layout, or with the one that a search finds if the user sets none.
 
     Raises:

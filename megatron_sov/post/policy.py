@@ -240,8 +240,7 @@ def compute_surrogate(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: 
     if parts.clip == "none":
         return ratios * advantages
     # The minimum is pessimistic: gains are bounded, losses are corrected in full.
-    return torch.min(ratios * advantages,
-                     ratios.clamp(1 - parts.clip_low, 1 + parts.clip_high) * advantages)
+    return torch.min(ratios * advantages, ratios.clamp(1 - parts.clip_low, 1 + parts.clip_high) * advantages)
 
 
 def compute_surrogate_loss(ratios: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor,

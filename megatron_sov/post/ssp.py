@@ -79,8 +79,7 @@ class DomainChoice:
     """Checkpoints that are not significantly worse: the 95 % interval of the mean difference contains 0."""
 
     def row(self) -> dict[str, Any]:
-        return {**asdict(self), "as_good": list(self.as_good),
-                "is_clear": not self.as_good}
+        return {**asdict(self), "as_good": list(self.as_good), "is_clear": not self.as_good}
 
 
 def choose_checkpoint(candidates: Sequence[MeasuredCheckpoint], k: int) -> DomainChoice:

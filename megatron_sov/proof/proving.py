@@ -325,8 +325,7 @@ class _Comparing:
         keys = {key for _, key in self.apart}
         begin = {"losses": _LOSS, "gradient norms": "gradient norm", "loads of experts": "load of expert",
                  "biases of routers": "router bias"}
-        kinds = {"first moments": FIRST_MOMENTS, "second moments": ("exp_avg_sq",),
-                 "weights": ("weights",)}
+        kinds = {"first moments": FIRST_MOMENTS, "second moments": ("exp_avg_sq",), "weights": ("weights",)}
         return {
             **{kind: sum(name.startswith(start) for name in names) for kind, start in begin.items()},
             "gradients": len(self.gradients),

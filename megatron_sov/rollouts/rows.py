@@ -233,8 +233,7 @@ def describe_missing_rows(parts: Sequence[RolloutPart], rounds: range | None) ->
     # Sorted by attempt, so the dict retains the last attempt per piece, which counts the unfinished rows.
     last = {(part.round, part.piece): part for part in sorted(parts, key=lambda part: part.attempt)}
     written = Counter(number for number, _ in last)
-    unfinished = Counter(number for (number, _), part in last.items()
-                         if part.provenance.get(UNFINISHED_ROWS))
+    unfinished = Counter(number for (number, _), part in last.items() if part.provenance.get(UNFINISHED_ROWS))
     for number in rounds or range(1, plan.rounds + 1):
         if written[number] < plan.pieces:
             return f"{plan.pieces - written[number]:,} of {plan.pieces:,} pieces of round {number}"

@@ -103,8 +103,7 @@ class Sandbox:
                 reasons.append(f"{name}: {e}")
                 continue
             self.enclosure = name
-            self._workers = [first, *(Worker(name, readable, packages)
-                                      for _ in range(self._num_workers - 1))]
+            self._workers = [first, *(Worker(name, readable, packages) for _ in range(self._num_workers - 1))]
             for worker in self._workers:
                 self._free.put(worker)
             return

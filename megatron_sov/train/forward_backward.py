@@ -82,8 +82,7 @@ class ForwardBackward:
                   for name, (total, count) in zip([*names, REPLAYED], meter_sums, strict=True) if count}
         return StepSums({term: float(value) for term, value in totals.items()}, by_source, meters)
 
-    def compute_local_gradients(self, batch: GlobalBatch, objective: Objective, step: int,
-                                turn: int) -> None:
+    def compute_local_gradients(self, batch: GlobalBatch, objective: Objective, step: int, turn: int) -> None:
         """Compute gradients for the first micro-batches in the model, without a sum over ranks.
 
         `step` (from 1) seeds dropout, so that each `turn` (from 0) draws equal numbers. An injected

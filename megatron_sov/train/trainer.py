@@ -168,8 +168,7 @@ class Trainer:
 
     def _list_stateful_parts(self) -> dict[str, Stateful]:
         """Return name in the checkpoint -> part whose state it stores."""
-        parts: dict[str, Stateful] = {"guard": self.guards.step_guard,
-                                      **get_checkpoint_parts(self.objective)}
+        parts: dict[str, Stateful] = {"guard": self.guards.step_guard, **get_checkpoint_parts(self.objective)}
         if self.gate is not None:
             parts["gate"] = self.gate
         if self._feed is not None:

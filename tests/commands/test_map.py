@@ -124,7 +124,7 @@ def test_a_step_that_ends_the_process_fails(raised: str, threads: str,
     words = ["map", "rows.jsonl", "ends.py:Step", "--output", "out", "--workers", "1", "--threads", threads]
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert re.search(r"line 1: .* fails \((System|Generator)Exit: ", error) and not Path("out").exists()
+    assert re.search(r"line 1: .* raises \((System|Generator)Exit: ", error) and not Path("out").exists()
     assert main([*words, "--skip-failures"]) == 0 and len(read(name="failed.jsonl")) == 1
 
 

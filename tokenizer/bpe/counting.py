@@ -206,8 +206,7 @@ class WordCounter:
         parts = np.empty(self._size, np.int64)
         # upper bits of the hash choose the part: the same word is in the same part in every run
         parts[(used & NUMBER_MASK).astype(np.int64) - 1] = used >> np.uint64(2 * int(NUMBER_BITS) - PART_BITS)
-        return (self._text[: self.text_bytes()], self._ends[: self._size], self._counts[: self._size],
-                parts)
+        return (self._text[: self.text_bytes()], self._ends[: self._size], self._counts[: self._size], parts)
 
     def clear(self) -> None:
         """Forget all words."""

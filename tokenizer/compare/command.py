@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import format_json, write_output
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, stop_check
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import AboveZero, AtLeastOne, DeclaredCommand, Flag
@@ -175,6 +175,7 @@ def compare(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
             body_params: float) -> dict[str, Any]:
     """Return everything that is known about some tokenizers beside each other, as plain values."""
     opened = [open_tokenizer(path) for path in paths]
+    stop_check()
     names, size = names_of(opened), ModelSize(hidden_size, body_params)
     measured = [[measure(tokenizer, text) for text in texts]
                 for tokenizer in tqdm(opened, "encoding", disable=None)]

@@ -110,8 +110,7 @@ class TokenizerExportOptions:
 
 
 def run_export(args: TokenizerExportOptions) -> int:
-    export_tokenizer(args.path, args.format, args.output, texts=args.text,
-                     overwrite=args.overwrite)
+    export_tokenizer(args.path, args.format, args.output, texts=args.text, overwrite=args.overwrite)
     return 0
 
 

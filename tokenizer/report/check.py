@@ -70,8 +70,7 @@ def render(tokenizer: Opened, checks: list[TokenizerCheck]) -> str:
     bad = sum(c.verdict == "bad" for c in checks)
     subtitle = f"{tokenizer.vocab_size:,} ids, opened by {tokenizer.library}; {len(checks)} checks, " + (
         f"{bad} of them bad." if bad else "none of them bad.")
-    sections = [PageSection(c.title, f"{c.summary[0].upper()}{c.summary[1:]}.", [], c.tables)
-                for c in checks]
+    sections = [PageSection(c.title, f"{c.summary[0].upper()}{c.summary[1:]}.", [], c.tables) for c in checks]
     chapter = Chapter(tokenizer.name, "", _figures(tokenizer, checks), sections)
     return render_page("Tokenizer report", tokenizer.name, subtitle, [chapter],
                        overview=("All checks", overview), anchor="tokenizer")

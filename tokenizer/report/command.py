@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_sov.base.artifacts import format_json, sha256_file, write_output
-from megatron_sov.base.errors import UserError, suggest_name
+from megatron_sov.base.errors import UserError, stop_check, suggest_name
 from megatron_sov.base.outputs import check_output, check_page
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import DeclaredCommand, Flag
@@ -204,6 +204,7 @@ def check_all(tokenizer: Opened, texts: list[NamedText], skip: Collection[str] =
 
     Progress is shown on standard error.
     """
+    stop_check()
     wanted = [name for name in CHECKS if name not in skip and (texts or name not in NEED_TEXT)]
     measured = [measure(tokenizer, text) for text in tqdm(texts, "texts", disable=None)]
     runs: dict[str, Callable[[], TokenizerCheck]] = {

@@ -61,8 +61,7 @@ def blocks_of_bands(files: list[Path], order: DocumentOrder, partition: int, num
         partition: number of the partition.
         num_partitions: number of all partitions.
     """
-    slices = [found for file in files
-              if (found := bucket_slice(file, BAND, partition)).num_records]
+    slices = [found for file in files if (found := bucket_slice(file, BAND, partition)).num_records]
     total = sum(found.num_records for found in slices)
     num_ranges = max(1, -(-total // RANGE_RECORDS))
     # The rule of `write_bands` turned round: the first key of this partition, and that of the next one.
@@ -112,8 +111,7 @@ def _blocks(parts: Iterable[Slice]) -> Iterator[Records]:
         yield np.concatenate(held)
 
 
-def _in_bands(firsts: Records, block: Records, order: DocumentOrder
-              ) -> tuple[Records, NDArray[np.bool_]]:
+def _in_bands(firsts: Records, block: Records, order: DocumentOrder) -> tuple[Records, NDArray[np.bool_]]:
     """Return the first documents of bands together with a block, each document of a band once, by band and
     the order of keeping; and which of the records are of the block."""
     # The block's records come first: of two of one document the stable sort leaves the block's in front.
@@ -191,8 +189,7 @@ class Signer:
         signature = np.full(len(self._factors), 0xFFFFFFFF, np.uint32)
         # The upper halves of the 64-bit hashes: permutations of 32 bits are faster, and estimates need no
         # more.
-        take_smallest((found >> np.uint64(32)).astype(np.uint32), self._factors, self._terms,
-                      signature)
+        take_smallest((found >> np.uint64(32)).astype(np.uint32), self._factors, self._terms, signature)
         return signature
 
     def band_keys(self, signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
@@ -346,8 +343,7 @@ class MinhashDedup(Step):
                 Pass("clusters", self._cluster, 1)]
 
     def start(self, view: View) -> None:
-        self._dropped = Dropped(Numbering(view), Register(view.work / "documents"), REASON,
-                                _lists(view.work))
+        self._dropped = Dropped(Numbering(view), Register(view.work / "documents"), REASON, _lists(view.work))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return self._dropped.outcomes(documents)

@@ -253,8 +253,7 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
             raise UserError(f"{output}: jobs {', '.join(living)} of another plan are at work in this folder; "
                             f"wait for them, or `scancel` them, and run the command again")
         if living:
-            print("\n".join([f"{output}: at work in {before.describe(living)}",
-                             *_progress(plan, output)]))
+            print("\n".join([f"{output}: at work in {before.describe(living)}", *_progress(plan, output)]))
             return
         for sentence in plan.list_passed_over():
             print(sentence)

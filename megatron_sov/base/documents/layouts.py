@@ -17,8 +17,8 @@ LABEL = "label"
 """Field for a judged response: true for a good response."""
 KTO_TAG = "kto_tag"
 """LLaMA-Factory's name for `LABEL`."""
-LABELS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-"""Label spellings in lower case."""
+LABEL_WORDS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+"""Spelling of a `LABEL` value in lower case -> label."""
 ALPACA = ("instruction", "input", "output", "system", "history")
 """Fields of an Alpaca record: a question in two parts, its answer, system prompt and earlier turns."""
 DOLLY = {"context": "input", "response": "output"}
@@ -26,7 +26,9 @@ DOLLY = {"context": "input", "response": "output"}
 QUESTIONS = ("question", "answer")
 """Fields in GSM8K and many other datasets."""
 CHATS = ("messages", "conversations")
+"""Fields that hold a list of messages: OpenAI's and ShareGPT's name."""
 SIDES = ("chosen", "rejected")
+"""Fields with the better and the worse response of a preference pair."""
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 """Fields in which other tools store media next to a text with references."""
 FOREIGN = (*ALPACA, *DOLLY, *QUESTIONS, *MEDIA, KTO_TAG, LABEL)
@@ -34,9 +36,9 @@ FOREIGN = (*ALPACA, *DOLLY, *QUESTIONS, *MEDIA, KTO_TAG, LABEL)
 
 
 def parse_label(value: Any) -> bool | None:
-    """Parse a boolean, a number or a text in `LABELS`; None: not a label."""
+    """Parse a boolean, a number or a text in `LABEL_WORDS`; None: not a label."""
     is_scalar = isinstance(value, (bool, int, float, str))
-    return LABELS.get(str(value).strip().lower().removesuffix(".0")) if is_scalar else None
+    return LABEL_WORDS.get(str(value).strip().lower().removesuffix(".0")) if is_scalar else None
 
 
 def split_response(record: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def refuse_media(record: Mapping[str, Any], is_prompt: bool) -> None:
     a non-empty field of `MEDIA`."""
     for name in MEDIA:
         value = record.get(name)
-        # a prompt's other fields belong to the reward: a string may be a file name, for example
+        # a prompt's string may be a file name that the reward reads
         if value and isinstance(value, (list, dict, bytes) if is_prompt else (list, dict, bytes, str)):
             raise BadRecord("media", f"has {name!r}, and what is packed here is text; turn such records into "
                                      "tokens with `sov-data encode-media` first, or remove the field")
@@ -72,9 +74,17 @@ def get_completion_field(record: Mapping[str, Any]) -> str | None:
     return next((name for name in COMPLETIONS if record.get(name) is not None), None)
 
 
+# `RecordLayout.applies` and `convert` take (record, kind). A record of kind "prompt" has a task for
+# reinforcement learning: the reward reads the fields next to the prompt (an answer, a label), so conversions
+# leave them in the record.
+
+
 def is_alpaca(record: Mapping[str, Any], kind: str | None) -> bool:
-    return "instruction" in record and not {"prompt", *CHATS} & record.keys() and (
-        {*SIDES} <= record.keys() or bool({"input", "output", "response"} & record.keys()))
+    """Return whether a record is Alpaca's or Dolly's: an instruction with input, answer or pair."""
+    if "instruction" not in record or {"prompt", *CHATS} & record.keys():
+        return False
+    has_pair = {*SIDES} <= record.keys()
+    return has_pair or bool({"input", "output", "response"} & record.keys())
 
 
 def _from_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
@@ -92,7 +102,7 @@ def _from_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
                                       "answer")
         history += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     prompt = [*history, {"role": "user", "content": question}]
-    if record.get("output") is None or kind == "prompt":  # a prompt's other fields belong to the reward
+    if record.get("output") is None or kind == "prompt":
         return {"prompt": prompt, **_omit_fields(record, ("instruction", "input", "history"))}
     fields = _omit_fields(record, ("instruction", "input", "output", "history"))
     if history and kind == "chat" and parse_label(record.get(KTO_TAG)) is None:  # train on every answer
@@ -101,23 +111,22 @@ def _from_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
 
 
 def _is_questions(record: Mapping[str, Any], kind: str | None) -> bool:
-    has_answer = isinstance(record.get("answer"), str) or {*SIDES} <= record.keys()
-    return isinstance(record.get("question"), str) and not {"prompt", *CHATS} & record.keys() and (
-        has_answer or kind == "prompt")
+    if not isinstance(record.get("question"), str) or {"prompt", *CHATS} & record.keys():
+        return False
+    return kind == "prompt" or isinstance(record.get("answer"), str) or {*SIDES} <= record.keys()
 
 
 def _from_questions(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     prompt = {"prompt": record["question"], **_omit_fields(record, ("question",))}
-    # the answer to a prompt belongs to the reward
     if kind == "prompt" or {*SIDES} <= record.keys():
         return prompt
     return {"completion": record["answer"], **_omit_fields(prompt, ("answer",))}
 
 
 def _is_tagged(record: Mapping[str, Any], kind: str | None) -> bool:
-    # a prompt keeps the tag: its other fields belong to the reward
-    is_judged = kind == "preference" and KTO_TAG in record
-    return kind != "prompt" and (is_judged or parse_label(record.get(KTO_TAG)) is not None)
+    if kind == "preference" and KTO_TAG in record:
+        return True
+    return kind != "prompt" and parse_label(record.get(KTO_TAG)) is not None
 
 
 def _from_tagged(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
@@ -204,15 +213,8 @@ Renames = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def parse_renames(arguments: Iterable[str], targets: Collection[str] = TARGETS) -> Renames:
-    """Parse `TARGET=FIELD[+FIELD],...`.
-
-    Args:
-        arguments: values of the option.
-        targets: allowed targets; empty: any.
-
-    Raises:
-        UserError: malformed argument, or unknown or repeated target.
-    """
+    """Parse `TARGET=FIELD[+FIELD],...` with any of `targets`, or any target if `targets` is empty. Raises
+    `UserError`: malformed argument, or unknown or repeated target."""
     renames: dict[str, tuple[str, ...]] = {}
     for argument in arguments:
         for part in argument.split(","):
@@ -254,19 +256,19 @@ def rename_fields(record: dict[str, Any], renames: Renames) -> dict[str, Any]:
 
 
 def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Collection[str]) -> list[str]:
-    """Return a record's non-empty fields that are not read, in record order.
+    """Return a record's non-empty fields that do not enter the document, in record order. Raises `BadRecord`.
 
     Args:
-        kind: kind to read it as.
-        renames: the user's renames.
-        read: fields that are read.
-
-    Raises:
-        BadRecord: the record is malformed.
+        record: the record as in the file.
+        kind: one of `KINDS`.
+        renames: renames from `--columns`.
+        read: fields that the reader of `kind` uses.
     """
-    # the conversion has removed the fields of the record's own layout: remaining foreign fields are not read
+    converted = convert_layout(rename_fields(record, renames), kind)
+    # a conversion consumes its layout's fields: a field of another tool that is left has no reader, even if
+    # its name is in `read`; "system" and responses are fields of our own layouts too
     foreign = {*ALPACA, *DOLLY, *QUESTIONS, KTO_TAG} - {"system", *COMPLETIONS}
-    unread = convert_layout(rename_fields(record, renames), kind).keys() - ({*read} - foreign)
+    unread = converted.keys() - ({*read} - foreign)
     return [name for name, value in record.items() if name in unread and value not in EMPTY_VALUES]
 
 
@@ -289,17 +291,19 @@ _NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", 
 
 
 def propose_field(record: Mapping[str, Any], target: str) -> str:
-    """Return the field of a record whose name says that it holds a field of ours; "": none does."""
-    words = _FIELD_WORDS.get(target, ())
-    parts = {name: re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()) for name in record}
-    candidates = [(words.index(word), len(name), name) for name in record
-                  for word in words if word in parts[name]]
-    return min(candidates, default=(0, 0, ""))[2]
+    """Return the record's field whose name has the earliest word in `_FIELD_WORDS[target]`, the shorter name
+    among equals; "": no name has such a word."""
+    candidates: list[tuple[int, int, str]] = []
+    for name in record:
+        parts = re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
+        candidates += [(rank, len(name), name) for rank, word in enumerate(_FIELD_WORDS.get(target, ()))
+                       if word in parts]
+    return min(candidates)[2] if candidates else ""
 
 
-def describe_turns(record: Mapping[str, Any]) -> str:
-    """Return how a field with turns of foreign names has to be rewritten, which `--columns` cannot; "": there
-    is none."""
+def describe_foreign_turns(record: Mapping[str, Any]) -> str:
+    """Return the fault and fix of a chat whose turns have unknown keys, which `--columns` cannot rename; "":
+    the record has no such chat."""
     for name, value in record.items():
         turn = value[0] if isinstance(value, list) and value else None
         if isinstance(turn, Mapping) and not {"role", "from", "content", "value"} & turn.keys():
@@ -313,7 +317,8 @@ def propose_columns(record: Mapping[str, Any], kind: str) -> str:
     """Suggest an option that maps a record of an unknown layout to our fields, guessing from field names."""
     guesses: dict[str, str] = {}
     values = {name: value for name, value in record.items() if isinstance(value, (str, list))}
-    for target in ("messages", *_NEEDED[kind]) if kind == "chat" else _NEEDED[kind]:
+    targets = ("messages", *_NEEDED[kind]) if kind == "chat" else _NEEDED[kind]
+    for target in targets:
         # for a table only column names are known, and the values are empty
         candidates = {name: value for name, value in values.items() if name not in guesses.values()
                       and (target != "messages" or isinstance(value, list) or value == "")}
@@ -323,8 +328,9 @@ def propose_columns(record: Mapping[str, Any], kind: str) -> str:
         guesses = {"messages": guesses["messages"]}
     elif not guesses.keys() >= {*_NEEDED[kind]}:
         texts = [name for name, value in values.items() if isinstance(value, str)]
-        fits_in_order = len(texts) == len(_NEEDED[kind]) and kind != "preference"
-        guesses = dict(zip(_NEEDED[kind], texts, strict=True)) if fits_in_order else {}
+        # a prompt precedes its response in most files, but chosen and rejected have no usual order
+        has_usual_order = kind != "preference" and len(texts) == len(_NEEDED[kind])
+        guesses = dict(zip(_NEEDED[kind], texts, strict=True)) if has_usual_order else {}
     if kind == "text":
         return f"--text-field {guesses.get('text', 'NAME')}"
     columns = guesses or dict.fromkeys(_NEEDED[kind], "FIELD")

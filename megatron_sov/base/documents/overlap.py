@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 RUN_WORDS = 10
 """Run length in words."""
 TWELFTHS = 12
-"""A word's size, the measure for unit sizes."""
+"""Size of a word; in twelfths, a quarter and a third of a word are whole numbers (3 and 4)."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 # an odd number has an inverse modulo 2^64, which allows shifting prefix sums to any position
 _INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
-_FINISH = np.uint64(29)
+_SHIFT = np.uint64(29)
+"""Mixes high bits into the low bits of a hash, which depend on the low bits of the ids alone."""
 _MAX_CACHED_POWERS = 1 << 20
+_HAS_IGNORED, _HAS_LONG_FOLDS = 1, 2
+"""Bits that `unit_scan.fold_case` returns."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ class Units:
     unit."""
 
     folded: str
-    """The text in NFKC; also case-folded if case folding changes the length."""
-    places: NDArray[np.int64] | None
-    """Index in `folded` per visible character; None: every character is visible."""
+    """The text that `span` indexes: ASCII as given, else NFKC; case-folded only if a fold changes its length
+    (ß -> ss)."""
+    visible: NDArray[np.int64] | None
+    """[visible characters]: index in `folded` of each visible character; None: all are visible."""
     hashes: NDArray[np.uint64]
     """64-bit hashes."""
     sizes: NDArray[np.uint8]
@@ -60,16 +64,16 @@ class Units:
         return ends[:unit_scan.find_run_ends(self.sizes, words * TWELFTHS, ends)]
 
     def runs(self, words: int = RUN_WORDS) -> NDArray[np.uint64]:
-        """Return a hash per run of `words` words; run i begins at unit i."""
+        """Return a hash per run of `words` words, uint64 [runs]; run i begins at unit i."""
         ends = self.run_ends(words)
         return hash_stretches(self.hashes, np.arange(len(ends)), ends)
 
     def span(self, begin: int, end: int) -> tuple[int, int]:
         """Return the range in `folded` that units `begin` to `end` (exclusive) cover."""
         start, stop = int(self.begins[begin]), int(self.ends[end - 1])
-        if self.places is None:
+        if self.visible is None:
             return start, stop
-        return int(self.places[start]), int(self.places[stop - 1]) + 1
+        return int(self.visible[start]), int(self.visible[stop - 1]) + 1
 
 
 def fold_text(text: str) -> str:
@@ -90,7 +94,7 @@ def find_units(text: str) -> Units:
     # not at the top: numba is slow to import, and `--help` compares no texts
     from megatron_sov.base.documents import unit_scan
 
-    places = None
+    visible = None
     if text.isascii():
         folded = text
         # most code and English text: no tables or normal form needed
@@ -100,20 +104,20 @@ def find_units(text: str) -> Units:
         codes = unit_scan.to_code_points(folded)
         fold_flags = unit_scan.fold_case(codes, unit_scan.get_folds(), unit_scan.get_classes())
         # a letter that folds to several letters (ß) changes indices: fold the text itself
-        if fold_flags & 2:
+        if fold_flags & _HAS_LONG_FOLDS:
             folded = fold_text(text)
             codes = unit_scan.to_code_points(folded)
-        if fold_flags & 1:
+        if fold_flags & _HAS_IGNORED:
             # remove invisible characters first, because such a character must not split a word
-            places = np.flatnonzero(unit_scan.get_classes()[codes] != unit_scan.IGNORED)
-            codes = codes[places]
+            visible = np.flatnonzero(unit_scan.get_classes()[codes] != unit_scan.IGNORED)
+            codes = codes[visible]
     count = len(codes)
     hashes, sizes = np.empty(count, np.uint64), np.empty(count, np.uint8)
     begins, ends = np.empty(count, np.int64), np.empty(count, np.int64)
     # the arrays have room for a unit per character; cut the arrays to the number of units
     count = unit_scan.scan_units(codes, unit_scan.get_classes(), unit_scan.hash_commands(), hashes, sizes,
                                  begins, ends)
-    return Units(folded, places, hashes[:count], sizes[:count], begins[:count], ends[:count])
+    return Units(folded, visible, hashes[:count], sizes[:count], begins[:count], ends[:count])
 
 
 def hash_runs(text: str, words: int = RUN_WORDS) -> list[int]:
@@ -124,7 +128,7 @@ def hash_runs(text: str, words: int = RUN_WORDS) -> list[int]:
 
 def hash_stretches(ids: NDArray[np.uint64], begins: NDArray[np.int64], ends: NDArray[np.int64]
                    ) -> NDArray[np.uint64]:
-    """Return a hash per non-empty stretch `ids[begin:end]`.
+    """Return a hash per non-empty stretch `ids[begin:end]`, uint64 [stretches].
 
     With prefix sums ``S`` of ``ids[k] B^-k`` modulo 2^64, the polynomial of a stretch is
     ``B^(end-1) (S[end] - S[begin])``: the cost does not depend on the stretch's length.
@@ -134,7 +138,7 @@ def hash_stretches(ids: NDArray[np.uint64], begins: NDArray[np.int64], ends: NDA
     # uint64 wraps around, which is the modulus
     np.cumsum(ids * inverses, out=sums[1:])
     hashes: NDArray[np.uint64] = powers[ends - 1] * (sums[ends] - sums[begins])
-    return hashes ^ (hashes >> _FINISH)
+    return hashes ^ (hashes >> _SHIFT)
 
 
 def hash_windows(tokens: NDArray[Any], window: int) -> NDArray[np.uint64]:

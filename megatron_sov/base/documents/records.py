@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_sov.base.documents.groups import are_equal
 from megatron_sov.base.documents.layouts import (
-    COMPLETIONS, FOREIGN, KTO_TAG, LABEL, Renames, convert_layout, describe_turns, get_completion_field,
-    propose_columns, refuse_media, rename_fields)
+    COMPLETIONS, FOREIGN, KTO_TAG, LABEL, Renames, convert_layout, describe_foreign_turns,
+    get_completion_field, propose_columns, refuse_media, rename_fields)
 from megatron_sov.base.documents.messages import (
     BadRecord, Conversation, Message, Messages, check_depth, parse_messages, parse_sharegpt,
     parse_tools_and_kwargs)
@@ -379,7 +379,7 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
     if reading.kind is not None and record:
         # `sov-data pack` and `rl` read prompts with the same option
         command = "sov-data pack " if reading.kind in ("chat", "preference") else ""
-        turns = describe_turns(record) if reading.kind == "chat" else ""
+        turns = describe_foreign_turns(record) if reading.kind == "chat" else ""
         proposed = "" if turns else propose_columns(record, reading.kind)
         remedy = turns or f"name yours with `{command}{proposed}`"
     raise BadRecord("fields", f"has no {expected} (fields: {', '.join(record) or 'none'}); {remedy}",

@@ -41,9 +41,12 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
         return UserError(f"{program}: a command comes before its options",
                          Fix(f"{program} {action} {shlex.join([word, *typed])}"))
     is_argument = word not in texts or Path(word).exists()
-    if typed and typed[0] in choices and is_argument:  # sov-tokenizer DIR report
-        return UserError(f"{program}: {typed[0]} comes before {word}",
-                         Fix(f"{program} {shlex.join([typed[0], word, *typed[1:]])}"))
+    # the action may follow its arguments: convert RUN to-hf
+    at = next((i for i, (before, other) in enumerate(pairwise([word, *typed]))
+               if other in choices and not before.startswith("-")), 0)
+    if typed and typed[at] in choices and is_argument and (not at or Path(word).exists()):
+        return UserError(f"{program}: {typed[at]} comes before {word}",
+                         Fix(f"{program} {shlex.join([typed[at], word, *typed[:at], *typed[at + 1:]])}"))
     paths = load_table()["paths"].get(program)
     if paths and (os.sep in word or Path(word).exists()):
         ways = paths.get(classify_folder(Path(word)), paths["other"])

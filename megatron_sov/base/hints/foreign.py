@@ -18,7 +18,7 @@ MAX_KEYS = 2_000
 
 
 def read_foreign_config(file: Path, exists: Callable[[str], Any]) -> dict[str, list[str]]:
-    """Read another program's configuration file as words of a command line.
+    """Read another program's configuration file as dotted keys with values in command-line form.
 
     Args:
         file: YAML, JSON or TOML.
@@ -32,11 +32,14 @@ def read_foreign_config(file: Path, exists: Callable[[str], Any]) -> dict[str, l
         leaves = list(islice(_iter_leaves(_parse_file(file), ""), MAX_KEYS))
     except RecursionError:  # aliases that contain themselves
         return {}
-    values = {key: words for key, words in leaves if words is not None}
-    foreign = [key for key in values if not exists(key)]
-    has_counterpart = any(translate_to_settings(get_last_part(key)) for key in foreign)
-    is_foreign = has_counterpart and 2 * len(foreign) > len(values) and "recipe" not in values
-    return values if is_foreign else {}
+    settings = {key: values for key, values in leaves if values is not None}
+    if "recipe" in settings:  # only configs of this program have this key
+        return {}
+    foreign_keys = [key for key in settings if not exists(key)]
+    has_counterpart = any(translate_to_settings(get_last_part(key)) for key in foreign_keys)
+    # several programs share keys like `seed`: a foreign file has mostly keys that this program lacks
+    is_foreign = has_counterpart and 2 * len(foreign_keys) > len(settings)
+    return settings if is_foreign else {}
 
 
 def read_recipe_name(run: Path) -> str:
@@ -79,7 +82,8 @@ def _parse_file(file: Path) -> Any:
         if not file.is_file() or file.stat().st_size > MAX_BYTES:
             return None
         text = file.read_text(encoding="utf-8")
-        if text.count("[") + text.count("{") > MAX_KEYS:  # YAML takes seconds for deep nesting
+        # a bracket opens a list or mapping: YAML takes seconds to parse deep nesting
+        if text.count("[") + text.count("{") > MAX_KEYS:
             return None
         return tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):  # the command's reader reports the fault
@@ -91,7 +95,8 @@ def _iter_leaves(value: Any, key: str) -> Iterator[tuple[str, list[str] | None]]
     if isinstance(value, Mapping):
         yield key, None
         for name, inner in value.items():
-            yield from _iter_leaves(inner, f"{key}.{name}" if key else str(name))
+            # DeepSpeed: {bf16: {enabled: true}} is the switch bf16
+            yield from _iter_leaves(inner, key if key and name == "enabled" else f"{key}.{name}".lstrip("."))
     elif isinstance(value, list):
         # datasets: [{path: FILE, type: ...}] -> the paths
         items = [item.get("path", item.get("name")) if isinstance(item, Mapping) else item

@@ -24,11 +24,13 @@ _PLACEHOLDER = re.compile(r"[A-Z]+(?:_[A-Z]+)*(?:\.[a-z]+)?")
 
 def find_path_faults(program: str, line: Sequence[str]) -> Iterator[tuple[str, UserError]]:
     """Yield (path as typed, its fault) for the paths of a command line."""
+    # --option=value -> --option value
     words = [part for word in line for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     for option, value in pairwise(words):
-        path = re.sub(r"(?<=.):[\d.]+\Z", "", value)
+        path = re.sub(r"(?<=.):[\d.]+\Z", "", value)  # FOLDER:WEIGHT -> FOLDER
         if "=" in path and not Path(path).exists():
-            path = path.partition("=")[2]
+            path = path.partition("=")[2]  # NAME=FOLDER -> FOLDER
+        # another option, or a placeholder copied from the documentation: RUN, DATA_DIR, FILE.jsonl
         if value.startswith("-") or _PLACEHOLDER.fullmatch(path):
             continue
         fault = None
@@ -41,24 +43,29 @@ def find_path_faults(program: str, line: Sequence[str]) -> Iterator[tuple[str, U
 
 
 def _find_input_fault(program: str, line: Sequence[str], option: str, path: str) -> UserError | None:
-    place = Path(path)
-    if not place.exists():
+    source = Path(path)
+    if not source.exists():
         fix = fix_missing(path, is_data=option in DATA_OPTIONS)
-        hint = "download it first" if fix and fix.before else "take the one of a similar name"
-        return UserError(f"{option} {path}: does not exist; {hint}", fix) if fix else None
+        if fix is None:
+            return None
+        # a fix with commands downloads the data set; any other fix names a similar path that exists
+        hint = "download it first" if fix.before else "take the one of a similar name"
+        return UserError(f"{option} {path}: does not exist; {hint}", fix)
     if option != "--data" or program != "megatron-sov":
         return None
-    if place.name == "manifest.json" and classify_folder(place.parent) == "tokens":
+    if source.name == "manifest.json" and classify_folder(source.parent) == "tokens":
         return UserError(f"--data {path}: is the manifest of token shards; pass their folder",
-                         Fix(words={path: str(place.parent)}))
-    kind, kinds = classify_folder(place), load_table()["kinds"]
+                         Fix(words={path: str(source.parent)}))
+    kind, kinds = classify_folder(source), load_table()["kinds"]
     if kind in kinds and kind != "tokens":
         return UserError(f"--data {path}: is {kinds[kind]}; pass token shards or a file of records",
                          Fix(options=("--data", find_only_folder("tokens") or "DIR")))
-    is_text = place.is_dir() and any(
-        name.endswith(DATA_SUFFIXES) for name in os.listdir(place) if name != "manifest.json")
-    is_file = place.is_file() and place.name.endswith(DATA_SUFFIXES) and line[0] == "eval"
-    if kind == "tokens" or not (is_text or is_file):
+    is_text_folder = source.is_dir() and any(
+        name.endswith(DATA_SUFFIXES) for name in os.listdir(source) if name != "manifest.json")
+    # training commands pack a file themselves; `eval` needs token shards, `eval media` reads rows
+    needs_shards = line[0] == "eval" and "media" not in line[:2]
+    is_file = source.is_file() and source.name.endswith(DATA_SUFFIXES) and needs_shards
+    if kind == "tokens" or not (is_text_folder or is_file):
         return None
     return UserError(f"--data {path}: is {'a file' if is_file else 'a folder of text'}; pack it first",
                      _fix_by_packing(line, path))
@@ -96,9 +103,9 @@ def _choose_tokenizer(line: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
 def _find_output_fault(path: str) -> UserError | None:
     """Return the fault of a `--run` folder with other contents than a run."""
-    place, kinds = Path(path), load_table()["kinds"]
-    content = "a file" if place.is_file() else kinds.get(classify_folder(place), "")
+    folder, kinds = Path(path), load_table()["kinds"]
+    content = "a file" if folder.is_file() else kinds.get(classify_folder(folder), "")
     if content in ("", kinds["run"]):
         return None
     return UserError(f"--run {path}: is {content}; name a new folder",
-                     Fix(options=("--run", choose_free_path(f"{place.with_suffix('')}-run"))))
+                     Fix(options=("--run", choose_free_path(f"{folder.with_suffix('')}-run"))))

@@ -45,6 +45,8 @@ class Rewrite:
     """Whether a setting exists; None: unknown."""
     line: str = ""
     """The whole line, if another command is meant."""
+    other_command: str = ""
+    """Another command of ours, with options, that takes the typed words."""
     resumed_run: str = ""
     """Folder in both --save and --load."""
     weights: Sequence[str] = ()
@@ -115,6 +117,7 @@ class Rewrite:
         self.weak_settings |= set(written) if row.get("weak") else set()
         if "line" in row:
             self.line = row["line"].format(**{name: shlex.quote(text) for name, text in holes.items()})
+        self.other_command = row.get("command", self.other_command)
         self.add_words(f"{option}: {row['say']}", *written)
         return True
 
@@ -230,6 +233,8 @@ class Rewrite:
         find = self.find
         assert find is not None
         setting = translate_setting(key, [value], find, self.typed) if equals and find(key) else ""
+        if not self.is_setting(key) and self.apply_row(get_last_part(key), [value]):
+            return
         if key == "lora.targets" and value[:1] not in ("[", ""):
             setting = f"{key}={json.dumps([name.strip() for name in value.split(',')])}"
         if equals and ("." in key or not find(key)) and (note := find_note(key)):

@@ -78,7 +78,8 @@ def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
     if word in ("warmup_ratio", "lr_warmup_fraction"):
         steps = find_number("max_steps", "train_iters", "steps", "num_steps", "num_iterations")
         return str(round(float(value) * steps)) if steps and re.fullmatch(r"[\d.]+", value) else "STEPS"
-    micro_batch = find_number("per_device_train_batch_size", "micro_batch_size") or 1
+    rows = load_table()["settings"]
+    micro_batch = find_number("micro_batch_size", *rows["train.micro_batch_size"].split()) or 1
     processes = find_number("nproc", "nproc_per_node", "num_processes") or 1
     return str(round(int(value) * micro_batch * processes)) if value.isdigit() else "SAMPLES"
 

@@ -345,7 +345,8 @@ def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError
     first, words = _order_positionals(parser, rewrite, words)
     if not first and not split_positionals(parser, words)[0]:
         first = _find_missing_positionals(parser, rewrite, words)
-    command = f"{parser.prog} {shlex.join([*first, *words])}".strip()
+    program = f"megatron-sov {rewrite.other_command}" if rewrite.other_command else parser.prog
+    command = f"{program} {shlex.join([*first, *words])}".strip()
     options = [f"{option} {value}" for option, value in missing.items()]
     return UserError(f"{parser.prog}: {_join_messages(rewrite)}", Fix(" ".join([command, *options])))
 

@@ -18,8 +18,7 @@ from typing import Any, Literal
 from megatron_sov.base.errors import Fix, UserError, suggest_name
 from megatron_sov.version import OUR_PACKAGES
 
-Kind = Literal["recipe", "model family", "objective", "reward",
-               "tool environment", "step"]
+Kind = Literal["recipe", "model family", "objective", "reward", "tool environment", "step"]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Conditions under which settings have an effect, and the search for settings without effect.
 
 A settings class declares `ACTS_WHEN`: space-separated field names -> condition; "" stands for all fields.
+For example, `"min_lr schedule": is_set(".lr")` in the class of a phase makes `data.phases.0.min_lr` a problem
+while `data.phases.0.lr` is not set.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ Facts = Mapping[str, Any]
 """Run properties in addition to settings, for example "command" and "--data" -> value."""
 NO_FACTS: Facts = {}
 DECIDING_FACTS = ("command", "--data", "--validation")
-"""Deciding keys that are not settings; a condition on a key without a known value holds."""
+"""Keys of `Facts` that a condition may name in place of a setting. Without the fact, the condition holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class UnmetCondition:
     text: str
     """The condition as a clause."""
     way_out: str
+    """Fix, as the end of the error message."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class When:
     words: str
     """The condition after the key in a sentence: "is set"."""
     way_out: str = ""
-    """The fix; "": change the deciding setting."""
+    """Fix, as the end of the error message; "": leave the setting out, or change the deciding setting."""
 
     def find_unmet(self, root: Any, owner: str, facts: Facts) -> UnmetCondition | None:
         """Return the violated condition; None: no violation.
@@ -61,8 +64,8 @@ class When:
         if not fails:
             return None
         public_key = _public_key(key)
-        return UnmetCondition({public_key: values if "*" in key else values[0]}, self.text(owner),
-                     self.way_out or f"leave it out, or change {public_key}")
+        way_out = self.way_out or f"leave it out, or change {public_key}"
+        return UnmetCondition({public_key: values if "*" in key else values[0]}, self.text(owner), way_out)
 
     def text(self, owner: str) -> str:
         """Format the condition as a clause."""
@@ -130,8 +133,8 @@ def is_none_of(key: str, *values: Any) -> When:
     return When(key, lambda value: value not in values, f"is not {_join_values(values)}")
 
 
-def find_inert_settings(settings: Any, requested_keys: Iterable[str], facts: Facts = NO_FACTS
-              ) -> list[SettingsProblem]:
+def find_inert_settings(settings: Any, requested_keys: Iterable[str],
+                        facts: Facts = NO_FACTS) -> list[SettingsProblem]:
     """Return a problem per requested setting without effect, naming the deciding settings.
 
     Args:
@@ -147,9 +150,8 @@ def _find_inert_problem(settings: Any, key: str, facts: Facts) -> SettingsProble
     for owner, condition in iter_conditions(settings, key):
         unmet = condition.find_unmet(settings, owner, facts)
         if unmet is not None:
-            deciders = " and ".join(f"{name} = {format_setting(value)}" for name,
-                                    value in unmet.deciders.items()
-                                    if not _holds_settings(value))
+            deciders = " and ".join(f"{name} = {format_setting(value)}"
+                                    for name, value in unmet.deciders.items() if not _holds_settings(value))
             return SettingsProblem(ProblemCode.INERT, key, f"has no effect with {deciders}: it acts when "
                                    f"{unmet.text}", get_setting(settings, key), unmet.way_out)
     return None
@@ -161,13 +163,13 @@ def _holds_settings(value: Any) -> bool:
 
 def iter_conditions(settings: Any, key: str) -> Iterator[tuple[str, Condition]]:
     """Yield (dotted key of the declaring settings, condition) for a setting; outer groups come first."""
-    place: list[str] = []
+    owner: list[str] = []
     node = settings
     for part in key.split("."):
         for names, condition in getattr(type(node), "ACTS_WHEN", {}).items():
             if not names or part in names.split():
-                yield ".".join(place), condition
-        place.append(part)
+                yield ".".join(owner), condition
+        owner.append(part)
         node = _get_child(node, part)
 
 
@@ -176,8 +178,8 @@ def _iter_changed_keys(settings: Any, key: str) -> Iterator[str]:
     [value] = _iter_values(settings, key.split("."))
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
-            makes = field.default_factory
-            default = field.default if makes is dataclasses.MISSING else makes()
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
             if field.name in list_fields(cast(Any, type(value))) and getattr(value, field.name) != default:
                 yield from _iter_changed_keys(settings, f"{key}.{field.name}")
     elif _holds_settings(value):
@@ -216,7 +218,7 @@ def _resolve_key(key: str, owner: str) -> str:
 
 
 def _public_key(key: str) -> str:
-    # `policy.kl` sets `policy.parts.kl` for the method in use
+    """Return the key that users set: `policy.kl` sets `policy.parts.kl` for the method in use."""
     return key.replace(".parts.", ".")
 
 

@@ -20,11 +20,13 @@ from megatron_sov.base.settings.problem import (
 from megatron_sov.base.settings.reading import (
     KeyHint, get_inner_hint, list_fields, no_hint, parse_settings, to_plain_values, unknown_key_problem)
 
-S = TypeVar("S")
+S = TypeVar("S")  # a settings class
 EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
+"""Floats with an exponent, with or without a point."""
 WHOLE = re.compile(r"[-+]?(?:0o[0-7]+|0\d+)\Z")
 """Integers in YAML 1.2 that YAML 1.1 reads as another number or as text."""
 BASES = {"0b": 2, "0o": 8, "0x": 16}
+"""Prefix of an integer -> its base."""
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 MAX_VALUES = 100_000
@@ -122,6 +124,22 @@ def _parse_integer(loader: Any, node: Any) -> int | str:
 
 def parse_located_yaml(text: str) -> LocatedDocument:
     """Parse a YAML or JSON document to plain values; tags that create objects are problems."""
+    value, repeated_keys = _parse_json(text)
+    if value is UNSET:
+        return _read_yaml(text)
+    # the YAML parser adds the lines; its other problems do not concern JSON: it rejects tabs and misreads
+    # surrogate pairs (\ud83d\ude00)
+    located = _read_yaml(text.replace("\t", " "))
+    repeated = [problem for problem in located.problems if problem.code == ProblemCode.TWICE]
+    if not repeated:  # YAML stopped before the repeated key, so its line is unknown
+        repeated = [SettingsProblem(ProblemCode.TWICE, key, "is set twice", way_out="set it once")
+                    for key in repeated_keys]
+    located.problems, located.value = repeated, None if repeated else value
+    return located
+
+
+def _parse_json(text: str) -> tuple[Any, list[str]]:
+    """Parse a JSON object or list; return its value, `UNSET` if the text is not JSON, and repeated keys."""
     repeated_keys: list[str] = []
 
     def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -132,18 +150,9 @@ def parse_located_yaml(text: str) -> LocatedDocument:
 
     value = UNSET
     if text.lstrip().startswith(("{", "[")):
-        # the JSON parser: YAML differs in tabs, surrogate pairs and limits
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text, parse_float=_parse_number, object_pairs_hook=build_object)
-    if value is UNSET:
-        return _read_yaml(text)
-    # the YAML parser provides the lines, but rejects tabs and misreads surrogate pairs (\ud83d\ude00)
-    located = _read_yaml(text.replace("\t", " "))
-    located.problems = [p for p in located.problems if p.code == ProblemCode.TWICE] or [
-        SettingsProblem(ProblemCode.TWICE, key, "is set twice", way_out="set it once")
-        for key in repeated_keys]
-    located.value = None if located.problems else value
-    return located
+    return value, repeated_keys
 
 
 def _parse_number(text: str) -> float:
@@ -154,7 +163,7 @@ def _parse_number(text: str) -> float:
 
 def _read_yaml(text: str) -> LocatedDocument:
     located = LocatedDocument()
-    # an empty loader for `dispose` below, if the constructor fails on the text
+    # the constructor below raises on characters that YAML forbids: `finally` then disposes this empty loader
     loader = _build_loader()("")
     try:
         loader = _build_loader()(text)
@@ -314,7 +323,7 @@ def apply_changes(settings: S, given: Iterable[str], option: str = "--set", *,
     Args:
         given: the changes.
         option: name of the option, for error messages.
-        instead: hints for unknown keys.
+        instead: unknown key -> hint for the error message, such as the key's new name.
         rules: whether to check rules between settings (`problems()`) too.
 
     Raises:

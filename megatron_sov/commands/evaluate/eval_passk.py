@@ -58,8 +58,7 @@ class JudgedSamplingOptions(JudgeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalPasskOptions(JudgedSamplingOptions, FigureOptions, RankOptions, OverwriteOptions,
-                       RedoOptions):
+class EvalPasskOptions(JudgedSamplingOptions, FigureOptions, RankOptions, OverwriteOptions, RedoOptions):
     """Sample responses to prompts, score them with a reward, and estimate pass@k and maj@k."""
 
     target: Annotated[Path, Flag("TARGET")]

@@ -165,8 +165,7 @@ def _generate_rows(options: EvalPasskOptions, rows: list[dict[str, Any]], prompt
     result = engine.generate([prompts.ids[i] for i, _ in samples], options.sampling, stop=stop,
                              streams=streams)
     lines = []
-    for (i, sample), tokens, reason in zip(samples, result.continuations, result.finish_reasons,
-                                           strict=True):
+    for (i, sample), tokens, reason in zip(samples, result.continuations, result.finish_reasons, strict=True):
         response = prompts.response(i, stop.truncate_text(prompts.decode(tokens)))
         row = {**rows[i], PROMPT_INDEX: i, "sample": sample, "response": response,
                "num_tokens": len(tokens), "finish_reason": reason}

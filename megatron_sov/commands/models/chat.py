@@ -205,7 +205,7 @@ class Terminal:
     def _show_thoughts(self) -> None:
         turns = self._session.turns
         if not turns:
-            raise UserError("the chat has no turns yet; type a message first")
+            raise UserError("/think: the chat has no turns yet; type a message first")
         self.note(_join_thoughts(turns[-1]) or f"{self._session.model.name} has written no thoughts")
 
 

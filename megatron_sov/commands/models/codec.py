@@ -8,8 +8,7 @@ from megatron_sov.base.settings import (
     ActionGroup, AtLeastOne, DeclaredCommand, Flag, ProblemCode, SettingsProblem)
 from megatron_sov.commands.shared_options import OverwriteOptions
 
-KIND_OPTIONS = {"codebooks": ("num_codebooks", ("mimi", "dac")),
-               "side_pixels": ("side_pixels", ("vqmodel",))}
+KIND_OPTIONS = {"codebooks": ("num_codebooks", ("mimi", "dac")), "side_pixels": ("side_pixels", ("vqmodel",))}
 """Option -> argument of `import_codec`, and the codec kinds with the argument."""
 
 

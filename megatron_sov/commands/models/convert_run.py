@@ -56,8 +56,7 @@ def import_peft(options: FromPeftOptions) -> None:
 def average_checkpoints(options: AverageOptions) -> None:
     checkpoints = choose_checkpoints(options.run, options.last, (options.from_step, options.to_step),
                                      options.weights, options.decay)
-    average(checkpoints, options.out, workers=options.workers, overwrite=options.overwrite,
-            redo=options.redo)
+    average(checkpoints, options.out, workers=options.workers, overwrite=options.overwrite, redo=options.redo)
     print(f"wrote checkpoint {options.out}, the mean of {len(checkpoints)}")
 
 
@@ -77,7 +76,7 @@ def _describe_weights(path: Path) -> dict[str, Any]:
     weights = open_weights(path)
     dtypes: dict[str, int] = {}
     size_bytes = 0
-    for link in weights.links:
+    for link in weights.links:  # a block of a Megatron tensor and its Hugging Face tensors
         for name, shape in link.hf_shapes().items():
             dtype = weights.get_dtype(name)
             label = str(dtype).removeprefix("torch.")

@@ -50,7 +50,7 @@ def serve_target(request: ServeRequest) -> None:
         with _run_http_server(HttpServer(settings, queue, encoder, time.time(), max_length), settings):
             yield BatchScheduler(queue, encoder, lambda: flag.reason, parent.has_ended)
 
-    def run_ranks(loaded: LoadedModel) -> None:
+    def run_rank(loaded: LoadedModel) -> None:
         if not loaded.world.is_main:
             generate_live(loaded.policy, settings.batching, max_length, None)
             return
@@ -58,7 +58,7 @@ def serve_target(request: ServeRequest) -> None:
             generate_live(loaded.policy, settings.batching, max_length, scheduler)
 
     if not target.is_hf:
-        run_forward_model(target, request.changes, request.nproc, run_ranks)
+        run_forward_model(target, request.changes, request.nproc, run_rank)
         return
     model = load_configured_hf(target.path, request.changes)
     check_cache_support(model.config, "serve a checkpoint from `megatron-sov convert from-hf`")
@@ -81,7 +81,7 @@ def _run_http_server(server: HttpServer, settings: ServeSettings) -> Iterator[No
             yield
         finally:
             if file is not None:
-                # before the end: readers must not find an address without server
+                # before the server stops: readers must not find an address that no server answers
                 file.unlink(missing_ok=True)
     finally:
         server.stop()
@@ -110,7 +110,8 @@ class ParentProcess:
         if pid is None:
             return
         try:
-            # the start time, because another process may get the pid later
+            # the parent has the host and process table of this process; its start time is needed too, because
+            # another process may get the pid later
             self._record = process_identity() | {"pid": pid, "started_s": psutil.Process(pid).create_time()}
         except psutil.Error:
             raise UserError(f"--parent-pid {pid}: there is no such process; start the server from a running "
@@ -118,7 +119,7 @@ class ParentProcess:
 
     def has_ended(self) -> bool:
         """Return whether the process has ended, checked every `POLL_S`."""
-        # called before each row
+        # the scheduler calls this before each forward pass
         if self._record is None or time.monotonic() < self._next_poll_s:
             return False
         self._next_poll_s = time.monotonic() + POLL_S

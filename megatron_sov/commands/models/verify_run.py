@@ -36,7 +36,8 @@ def verify_models(options: VerifyOptions) -> int:
             mark = "ok  " if check.passed else "FAIL"
             detail = f"; {check.detail}" if check.detail else ""
             print(f"{mark}  {check.name}: {check.value:g} (limit {check.limit:g}){detail}")
-        if "not compared" in logits.method:
-            print(f"      logits were not compared: {logits.method['not compared']}")
+        reason = logits.method.get("not compared")
+        if reason is not None:
+            print(f"      logits were not compared: {reason}")
         print("verified: the same model" if passed else "NOT verified: see the lines marked FAIL")
     return ExitCode.OK if passed else ExitCode.GATE_FAILED

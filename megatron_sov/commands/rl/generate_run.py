@@ -1,4 +1,9 @@
-"""Runs `megatron-sov rl generate`."""
+"""Runs `megatron-sov rl generate`.
+
+The prompts of a round are split into pieces: a job claims a piece and writes its responses, a part of the
+rollout store per attempt. A training run may request pieces of further prompts for a round that has too few
+groups to learn from (`policy.max_gen_batches`).
+"""
 
 from __future__ import annotations
 
@@ -41,19 +46,21 @@ def generate_rollouts(request: RolloutsRequest) -> int:
     # The store records the tokenizer's digest, because responses are token ids.
     check_tokenizer(options.start_from, start.tokenizer_folder)
     engine = _build_engine_settings(request, start)
-    source, unused = build_rollout_source(options, config, request.prompts, start, engine_name=engine.name,
-                                          environment=request.environment)
-    prompts = options.drop_unused(request.prompts, unused, options.store)
+    source, unused_rows = build_rollout_source(
+        options, config, request.prompts, start, engine_name=engine.name, environment=request.environment)
+    # without the prompts that are too long for `rollout.max_prompt_tokens`
+    prompts = options.drop_unused(request.prompts, unused_rows, options.store)
     select_round_prompts(prompts, config.rollout, request.rounds[0])  # refuses a file with too few prompts
     settings = StoreSettings(options.store, start.tokenizer_folder, start.vocab_size)
     initial_policy = build_start_policy(start.path)
 
     def write_rounds(engine: Engine, load_policy: LoadPolicy) -> dict[str, Any]:
         # Rank 0 creates the store before further ranks open it.
-        run_on_first(lambda: write_unused_rows(settings.open().path, unused))
+        run_on_first(lambda: write_unused_rows(settings.open().path, unused_rows))
         queue = _build_queue(request, settings.open(), prompts, source, start)
         if isinstance(engine, ServerEngine):
-            return write_by_requests(build_requests(engine, source, engine.room), queue, engine.room,
+            max_running = engine.room  # responses that the servers generate at a time
+            return write_by_requests(build_requests(engine, source, max_running), queue, max_running,
                                      load_policy)
         return write_batches(engine, source, queue, loaded=initial_policy, load_policy=load_policy)
 
@@ -71,11 +78,12 @@ def _build_engine_settings(request: RolloutsRequest, start: Target) -> EngineSet
     if rollout.deadline_s and name not in (MEGATRON, *SERVER_ENGINES) and environment is None:
         raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot stop within a "
                         f"response; use --engine {MEGATRON}, or set it to 0")
-    places = options.places(options.run) if name in SERVER_ENGINES else None
+    locations = options.places(options.run) if name in SERVER_ENGINES else None
+    max_tokens = count_max_tokens(rollout, environment)
     return EngineSettings(
-        name=name, longest=count_max_tokens(rollout, environment), batching=Batching(options.batch_size),
+        name=name, longest=max_tokens, batching=Batching(options.batch_size),
         settings=options.engine_set, nproc=options.nproc, option=ENGINE_SET,
-        with_routes=request.config.policy.router_replay, places=places)
+        with_routes=request.config.policy.router_replay, places=locations)
 
 
 def _build_queue(request: RolloutsRequest, store: RolloutStore, prompts: PromptList, source: RolloutSource,
@@ -95,12 +103,16 @@ def _build_queue(request: RolloutsRequest, store: RolloutStore, prompts: PromptL
 
 
 def _find_further_pieces(options: RlGenerateOptions, config: RunConfig) -> FurtherPieces | None:
-    """Return a function: round -> (requested pieces of further prompts, whether the round is published and
-    complete). None without `policy.max_gen_batches`."""
+    """Return a function that reads the further pieces of a round; None without `policy.max_gen_batches`."""
     if config.policy.parts.max_gen_batches <= 1:
         return None
     rounds = options.run / ROUNDS
-    return lambda number: (read_further_pieces(rounds, number), is_published(rounds, number))
+
+    def read_request(number: int) -> tuple[int, bool]:
+        # a published round is complete and requests no more pieces
+        return read_further_pieces(rounds, number), is_published(rounds, number)
+
+    return read_request
 
 
 def _report_summary(options: RlGenerateOptions, rounds: range, summary: dict[str, Any]) -> int:

@@ -1,8 +1,9 @@
-"""Forgetting gate (`--gate TASKS --tolerance T`): benchmarks before and after a training stage.
+"""Forgetting gate (`--gate TASKS --tolerance T`): benchmark scores before and after a training stage.
 
-What the stage starts from is evaluated before its first step, and the last checkpoint when its processes have
-ended, each by `megatron-sov eval lm` as a command of its own; under torchrun or Slurm, whose processes cannot
-start others, in these.  Both keep their answers in RUN/gate/cache, so that nothing is asked twice.
+The start checkpoint is evaluated before the first step, the last checkpoint after the training processes have
+ended. Each evaluation is a separate `megatron-sov eval lm` process; processes under torchrun or Slurm cannot
+start others, so there the training processes run it themselves. Answers are cached in RUN/gate/cache, so that
+no question is asked twice.
 """
 
 from __future__ import annotations
@@ -39,30 +40,31 @@ class ForgettingGate:
     """Benchmark tasks; a group stands for its tasks."""
     tolerance: float
     """Largest accepted loss in a task's first metric."""
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     """Further arguments for `eval lm`."""
     name: str = FORGETTING_GATE
     """Name of the event, and key of the verdict in the completion manifest."""
 
     def check_arguments(self) -> None:
         """Raise `UserError` if `eval lm` would refuse the arguments."""
-        words = self._build_words(self.start, "start")
+        arguments = self._build_arguments(self.start, "start")
         try:
-            options = _eval_options(words)
+            options = _parse_eval_options(arguments)
         except UserError as e:
             raise UserError(f"--gate-with: {e}") from None
-        # options may be abbreviated, and a repeated option overrides
-        expected = [words[words.index(option) + 1] for option in ("--tasks", "--output", "--cache")]
+        # compare parsed values: --gate-with may repeat the gate's options, also abbreviated (--out), and the
+        # last value of an option counts
+        expected = [arguments[arguments.index(option) + 1] for option in ("--tasks", "--output", "--cache")]
         settings = options.settings
         if [options.tasks, str(settings.output), str(settings.cache)] != expected or settings.run is not None:
             raise UserError("--gate-with: the gate sets --tasks, --output, --cache and --run; leave them out")
 
     def begin(self) -> None:
-        """Evaluate the start."""
+        """Evaluate the start checkpoint."""
         self._evaluate(self.start, "start", [])
 
     def judge(self, checkpoint: Path) -> EndVerdict | None:
-        """Evaluate the last checkpoint and compare with the start; None except on rank 0."""
+        """Evaluate the last checkpoint and compare its scores with the start; None except on rank 0."""
         self._evaluate(checkpoint, "last", ["--run", str(self.run)])
         if not is_first_rank():
             return None
@@ -89,19 +91,19 @@ class ForgettingGate:
     def _get_output(self, when: str) -> Path:
         return self.run / GATE / f"{when}.json"
 
-    def _build_words(self, target: Path, when: str) -> list[str]:
+    def _build_arguments(self, target: Path, when: str) -> list[str]:
         return [str(target), "--tasks", ",".join(self.tasks), "--output", str(self._get_output(when)),
-                "--cache", str(self.run / GATE / "cache"), *self.words]
+                "--cache", str(self.run / GATE / "cache"), *self.arguments]
 
-    def _evaluate(self, target: Path, when: str, more: list[str]) -> None:
-        # equal words for both models: figures from different modes or prompts are not comparable
-        words = [*self._build_words(target, when), *more]
+    def _evaluate(self, target: Path, when: str, extra_arguments: list[str]) -> None:
+        # equal arguments for both models: figures from different modes or prompts are not comparable
+        arguments = [*self._build_arguments(target, when), *extra_arguments]
         # the launcher has started the ranks; otherwise a new command starts them
         if has_launcher():
-            code = LM.run_options(_eval_options(words))
+            code = LM.run_options(_parse_eval_options(arguments))
         else:
             print(f"forgetting gate: evaluates {target}", file=sys.stderr, flush=True)
-            code = run_command(["megatron_sov", "eval", "lm", *words], "continue with --resume")
+            code = run_command(["megatron_sov", "eval", "lm", *arguments], "continue with --resume")
         if code == ExitCode.STOPPED:
             raise StopRequested(f"{self.run}: the forgetting gate was stopped, and its answers are saved; "
                                 "continue with --resume")
@@ -109,8 +111,7 @@ class ForgettingGate:
             raise SystemExit(code)  # the command has printed the reason
 
 
-def _eval_options(words: list[str]) -> EvalLmOptions:
-    """Parse arguments of `eval lm`."""
+def _parse_eval_options(arguments: list[str]) -> EvalLmOptions:
     parser = Parser(prog="megatron-sov eval lm")
     add_options(parser, EvalLmOptions)
-    return read_options(EvalLmOptions, parser.parse_args(words))
+    return read_options(EvalLmOptions, parser.parse_args(arguments))

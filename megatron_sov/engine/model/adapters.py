@@ -55,8 +55,7 @@ class AdapterFactors(torch.nn.Module):
         self.magnitude = torch.nn.Parameter(torch.ones(self._rows, dtype=dtype)) if lora.dora else None
         # the factors of a split expert and of the head sum their own gradients
         self.sums_itself = expert is not None or of.linear == OUTPUT_HEAD
-        for parameter, split in ((self.A, row), (self.B, self.column),
-                                 (self.magnitude, self.column)):
+        for parameter, split in ((self.A, row), (self.B, self.column), (self.magnitude, self.column)):
             if parameter is not None:
                 self._mark_parameter(parameter, split, int(parameter is self.A), config.sequence_parallel)
 
@@ -179,8 +178,7 @@ class LinearAdapter(torch.nn.Module):
         for part, length in zip(parts, self._lengths, strict=True):
             axis, shape = len(lead) + self._axis, [*self._rows[:self._axis], length,
                                                    *self._rows[self._axis + 1:]]
-            pieces.append(expanded.narrow(axis, start, length) if part is None
-                          else part.unflatten(-1, shape))
+            pieces.append(expanded.narrow(axis, start, length) if part is None else part.unflatten(-1, shape))
             start += length
         return torch.cat(pieces, len(lead) + self._axis).flatten(len(lead))
 

@@ -58,8 +58,7 @@ class PredictionLayer(MultiTokenPredictionLayer):
     """Multi-token prediction (MTP) layer for packed documents.
 
     Megatron-Core shifts tokens in a loop over documents and splits each document separately under context
-    parallelism. This class shifts and splits whole rows. Test:
-    `test_gradients.py::test_loss_and_all_gradients_equal_transformers`.
+    parallelism. This class shifts and splits whole rows.
 
     With `ModelConfig.mtp_depths` > 1 the layer runs several times and concatenates the states of all depths
     along the token axis. Recomputation repeats all depths together, so that the gradient of a weight arrives
@@ -86,13 +85,14 @@ class PredictionLayer(MultiTokenPredictionLayer):
         """Return the whole row's tokens [tokens] shifted left once per depth, and the embeddings of the local
         tokens [depths * local tokens, 1, hidden]."""
         assert packed_seq_params is not None
-        ahead, embedded = input_ids, []
+        next_ids, embedded = input_ids, []
         for _ in range(self.config.mtp_depths):
-            ahead = shift_tokens(ahead, packed_seq_params.bounds)
-            embedded.append(embedding(input_ids=context.select_local(ahead)[None], position_ids=position_ids))
+            next_ids = shift_tokens(next_ids, packed_seq_params.bounds)
+            local_ids = context.select_local(next_ids)[None]
+            embedded.append(embedding(input_ids=local_ids, position_ids=position_ids))
         states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
         joined = embedded[0] if len(embedded) == 1 else torch.cat(embedded)
-        return ahead, position_ids, padding_mask, joined, states
+        return next_ids, position_ids, padding_mask, joined, states
 
     def _proj_and_transformer_layer(self, hidden_states: torch.Tensor, decoder_input: torch.Tensor,
                                     **kwargs: Any) -> torch.Tensor:
@@ -120,10 +120,10 @@ def shift_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
         tokens: [tokens] int64, the whole row.
         bounds: [documents + 1] cumulative document lengths.
     """
-    ahead = tokens.roll(-1)
-        # an empty first document gives index -1, the last token of the row, which ends a document as well
+    next_tokens = tokens.roll(-1)
+    # an empty first document gives index -1, the last token of the row, which ends a document as well
     last_index = (bounds[1:].long() - 1) % len(tokens)
-    return ahead.index_fill(0, last_index, 0)
+    return next_tokens.index_fill(0, last_index, 0)
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,11 @@ class ModelInputs:
 
 @contextlib.contextmanager
 def offloaded_activations(config: Any) -> Iterator[None]:
-    """Let the library offload activations (`gpu.offload_modules`) in training passes alone.
+    """Let Megatron-Core offload activations (`gpu.offload_modules`) in training passes alone.
 
-    The library fixes its plan of groups in the first pass and walks through that plan in every later pass,
-    with or without gradients: an evaluation would become the plan, or leave it at another place.
+    Megatron-Core records the order of offloaded groups in the first pass and follows it in every later pass,
+    with or without gradients: a first evaluation pass would set the order, and a later one would advance the
+    position in it.
     """
     if not config.fine_grained_activation_offloading:
         yield
@@ -269,10 +270,10 @@ class Chunk(LanguageModule):
         """Embed the local tokens and compute rotary angles, packing and padding for the first layer."""
         if self.config.fine_grained_activation_offloading and torch.is_grad_enabled():
             self._start_offloading()
-        own_attention, bucketed = self.config.own_attention, self.config.attention_backend.name != "unfused"
         packed = pack_documents(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens),
-                                own=own_attention,
-                                host_bounds=inputs.host_bounds, shared=inputs.shared, bucketed=bucketed)
+                                own=self.config.own_attention, host_bounds=inputs.host_bounds,
+                                shared=inputs.shared,
+                                bucketed=self.config.attention_backend.name != "unfused")
         self.config.routing_step.shared = inputs.shared
         tokens = context.select_local(inputs.tokens)[None]
         positions = context.select_local(inputs.positions)[None]
@@ -356,7 +357,8 @@ class Chunk(LanguageModule):
 
     def _insert_features(self, embedded: Any, row_tokens: int, inputs: EncoderInputs | None, *,
                          cut_for_context: bool = True) -> Any:
-        """Replace placeholder embeddings by `MediaEncoders` features on the chunk that embeds tokens."""
+        """Replace placeholder embeddings by `MediaEncoders` features on the chunk that embeds tokens.
+        `cut_for_context`: the row is split for context parallelism."""
         if self.encoders is not None:
             with_features: torch.Tensor = self.encoders(embedded, row_tokens, inputs,
                                                         cut_for_context=cut_for_context)
@@ -366,8 +368,8 @@ class Chunk(LanguageModule):
         return embedded
 
     def _local_padding(self, padding: torch.Tensor, first_route: int | None) -> torch.Tensor:
-        """Return the padding mask of the local tokens, [1, tokens], or with routes [1 + bits, tokens]: the
-        extra rows encode indices into the route table.
+        """Return the padding mask of the local tokens, [1, tokens]; with routes [1 + bits, tokens], where the
+        `bits` further rows are the binary digits of each token's index in the route table.
 
         Every stage splits the mask: Megatron-Core's own model splits it on the first stage only.
         """

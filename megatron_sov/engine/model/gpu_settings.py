@@ -24,14 +24,12 @@ from megatron_sov.engine.parallel.device import (
 from megatron_sov.model.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.model.config.gpu import fp8_format
 
-# FP8 and FP4 matrix products by Transformer Engine (`train.fp8`).
-
 QUANTIZATION_FIELDS = ("fp8", "fp4", "moe_router_padding_for_quantization")
 """Fields by which Megatron-Core's forward passes decide whether to quantize."""
 
 
 def fp8_settings(train: TrainConfig) -> dict[str, Any]:
-    """Return the `TransformerConfig` fields for `train.fp8`."""
+    """Return the `TransformerConfig` fields for `train.fp8`: FP8 or FP4 matrix products."""
     if train.fp8 == "none":
         return {}
     scaling = ({"fp4": "e2m1", "fp4_recipe": "nvfp4"} if train.fp8 == "nvfp4"
@@ -52,15 +50,8 @@ def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
 
 
 def check_fp8_support(train: TrainConfig, serves: bool) -> None:
-    """Raise an error if this process cannot compute `train.fp8`.
-
-    Args:
-        train: training settings.
-        serves: whether models use Transformer Engine modules here.
-
-    Raises:
-        UserError: no GPU with Transformer Engine, or the GPU lacks the recipe.
-    """
+    """Raise `UserError` if this process cannot compute `train.fp8`: it has no GPU with Transformer Engine
+    (`serves`), or the GPU lacks the recipe."""
     if train.fp8 == "none":
         return
     if not serves:
@@ -95,9 +86,7 @@ class KernelContext:
     te: bool
     """Whether the model uses Transformer Engine modules."""
     model: ModelConfig
-    """Architecture."""
     parallel: ParallelConfig
-    """Layout."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +110,10 @@ class Fusion:
 
 
 FUSIONS = (
-    # the softmax scale contains YaRN's factor, so the kernel only rotates
-    Fusion("rope_fusion", "apply_rope_fusion", lambda context: context.parallel.cp == 1
-           # the latent attention kernel would need a table of cosines and sines
-           and context.model.latent_attention is None),
+    # the softmax scale contains YaRN's factor, so the kernel only rotates; the kernel for latent attention
+    # would need a table of cosines and sines
+    Fusion("rope_fusion", "apply_rope_fusion",
+           lambda context: context.parallel.cp == 1 and context.model.latent_attention is None),
     Fusion("router_fusion", "moe_router_fusion", lambda context: context.model.num_moe_layers() > 0,
            lambda model: not router.find_fusion_problem(model)),
     Fusion("permute_fusion", "moe_permute_fusion", lambda context: context.model.num_moe_layers() > 0),
@@ -208,11 +197,11 @@ def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
 def resolve_auto_settings(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return the effective value per setting that may be `auto`: on or off, or the attention."""
     context = KernelContext(te, config.model, config.parallel)
-    own_attention = uses_document_attention(context, config.gpu.attention, config.train.deterministic)
-    by_name = exchanges_heads(context, config.gpu.attention) or not own_attention
+    uses_local = (uses_document_attention(context, config.gpu.attention, config.train.deterministic)
+                  and not exchanges_heads(context, config.gpu.attention))
     return {**{fusion.setting: fusion.value(config.gpu, context) for fusion in FUSIONS},
             "linear_attention": uses_delta_kernels(context, config.gpu, config.train.deterministic),
-            "attention": config.gpu.attention if by_name else "local"}
+            "attention": "local" if uses_local else config.gpu.attention}
 
 
 def uses_document_attention(context: KernelContext, attention: str, deterministic: bool) -> bool:
@@ -220,11 +209,6 @@ def uses_document_attention(context: KernelContext, attention: str, deterministi
 
     Under `auto` it is used if Transformer Engine has no suitable kernel: on Hopper the fused kernel is
     deterministic only for short rows, and some cuDNN versions lack a kernel for packed rows.
-
-    Args:
-        context: model, layout and modules.
-        attention: `gpu.attention`.
-        deterministic: `train.deterministic`.
     """
     model = context.model
     if not context.te or context.parallel.cp > 1 or attention == "local":
@@ -240,15 +224,8 @@ MAX_FLA_KEY_DIM = 256
 
 
 def uses_delta_kernels(context: KernelContext, gpu: GpuConfig, deterministic: bool) -> bool:
-    """Return whether `LinearAttention` layers train with flash-linear-attention's kernels.
-
-    Triton autotunes kernels in each process, so results are not deterministic.
-
-    Args:
-        context: model, layout and modules.
-        gpu: GPU settings.
-        deterministic: `train.deterministic`.
-    """
+    """Return whether `LinearAttention` layers train with flash-linear-attention's kernels; Triton autotunes
+    the kernels in each process, so results are not deterministic."""
     linear = context.model.linear_attention
     return (context.te and linear is not None and not deterministic and gpu.linear_attention != "torch"
             and linear.key_head_dim <= MAX_FLA_KEY_DIM and not find_fla_problem())
@@ -285,102 +262,119 @@ def _find_nondeterminism() -> str:
     return ""
 
 
+Rule = tuple[bool, str, str, str]
+"""(whether the setting is valid, setting, fault otherwise, fix)"""
+
+
 def check_gpu_settings(config: RunConfig, te: bool) -> None:
-    """Raise `SettingsError` for settings that this process cannot use.
-
-    Args:
-        config: valid run settings.
-        te: whether the model uses Transformer Engine modules.
-
-    Raises:
-        SettingsError: one sentence per setting.
-    """
-    gpu, context = config.gpu, KernelContext(te, config.model, config.parallel)
-    dispatcher = config.parallel.expert_dispatcher
-    routes = gpu.router_fusion == "on" and te and config.model.num_moe_layers() > 0
-    router_problem = router.find_fusion_problem(config.model) if routes else ""
+    """Raise `SettingsError` with a sentence per setting that this process cannot use; `te`: the model uses
+    Transformer Engine modules."""
+    context = KernelContext(te, config.model, config.parallel)
     problems = find_broken_rules(
-        gpu, "gpu",
-        *((getattr(gpu, fusion.setting) != "on" or fusion.value(gpu, context), fusion.setting,
-           "has nothing to do in this model and layout" if te else NEEDS_TE, "leave it out")
-          for fusion in FUSIONS),
-        (not router_problem, "router_fusion", router_problem),
-        (gpu.shared_expert_overlap == "off" or te, "shared_expert_overlap", NEEDS_TE, "leave it out"),
-        *_attention_rules(config, context),
-        *_linear_attention_rules(config, context),
-        *((te or module not in gpu.recompute_modules, "recompute_modules",
-           f"names {module}, which {NEEDS_TE}", f"name {instead}")
-          for module, instead in TE_RECOMPUTE_MODULES.items()),
-        (te or not gpu.offload_modules, "offload_modules", NEEDS_TE, "leave it out"),
-        # Transformer Engine's newer path offloads weights too; the library supports the older one
-        (not te or not gpu.offload_modules or os.environ.get("NVTE_CPU_OFFLOAD_V1") == "1", "offload_modules",
-         "needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine is imported",
-         "set it for all processes"),
-        (te or not gpu.cuda_graphs, "cuda_graphs", NEEDS_TE, "leave it out"),
-        *((not gpu.cuda_graphs or EXPANDABLE not in os.environ.get(name, "")
-           or os.environ.get("NCCL_GRAPH_REGISTER") == "0",
-           "cuda_graphs", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL would "
-           "register for graphs", "set the variable NCCL_GRAPH_REGISTER = 0, or take it out")
-          for name in ALLOCATOR),
-        (te or gpu.moment_dtype == "fp32", "moment_dtype", NEEDS_TE, "leave it out"),
-        (te or not gpu.optimizer_offload, "optimizer_offload", NEEDS_TE, "leave it out"),
-        (gpu.nccl_user_buffers == "off" or on_gpu(), "nccl_user_buffers", "needs GPUs", "leave it out"),
-        (gpu.profiler == "torch" or on_gpu(), "profiler", "= nsys needs GPUs", "leave it out"),
-        *((gpu.nccl_user_buffers == "off" or EXPANDABLE not in os.environ.get(name, ""),
-           "nccl_user_buffers", f"cannot be with {name} = {os.environ.get(name)}, whose segments NCCL does "
-           "not register", "take it out, or leave the setting out")
-          for name in ALLOCATOR))
-    problems += find_broken_rules(config.parallel, "parallel", *_overlap_rules(config, te))
-    if dispatcher in DEEP_EP_NAMES:
-        problems += find_broken_rules(
-            config.parallel, "parallel",
-            (on_gpu(), "expert_dispatcher", "needs GPUs", "use alltoall"),
-            (not on_gpu() or not find_deep_ep_problem(dispatcher), "expert_dispatcher",
-             f"cannot be: DeepEP does not import ({find_deep_ep_problem(dispatcher)})",
-             "install the commit that "
-             "containers/install.sh names, or use alltoall"))
+        config.gpu, "gpu", *_fusion_rules(config.gpu, context), *_attention_rules(config, context),
+        *_linear_attention_rules(config, context), *_memory_rules(config.gpu, te))
+    problems += find_broken_rules(config.parallel, "parallel", *_overlap_rules(config, te),
+                                  *_dispatcher_rules(config.parallel.expert_dispatcher))
     if problems:
         raise SettingsError(f"recipe {config.recipe}", problems)
 
 
-def _linear_attention_rules(config: RunConfig, context: KernelContext) -> list[tuple[bool, str, str, str]]:
-    """Return the rules for `gpu.linear_attention` = fla as (holds, setting, fault, fix)."""
+def _require_te(setting: str, te: bool, is_requested: bool) -> Rule:
+    """Return the rule that a requested setting needs Transformer Engine."""
+    return te or not is_requested, setting, NEEDS_TE, "leave it out"
+
+
+def _fusion_rules(gpu: GpuConfig, context: KernelContext) -> list[Rule]:
+    """Return the rules for fused kernels and overlapped shared experts."""
+    rules: list[Rule] = []
+    for fusion in FUSIONS:
+        is_unusable = getattr(gpu, fusion.setting) == "on" and not fusion.value(gpu, context)
+        fault = "has no effect in this model and layout" if context.te else NEEDS_TE
+        rules.append((not is_unusable, fusion.setting, fault, "leave it out"))
+    fuses_router = gpu.router_fusion == "on" and context.te and context.model.num_moe_layers() > 0
+    router_problem = router.find_fusion_problem(context.model) if fuses_router else ""
+    return [*rules, (not router_problem, "router_fusion", router_problem, ""),
+            _require_te("shared_expert_overlap", context.te, gpu.shared_expert_overlap != "off")]
+
+
+def _memory_rules(gpu: GpuConfig, te: bool) -> list[Rule]:
+    """Return the rules for recomputation, offloading, CUDA graphs, the optimizer, NCCL and the profiler."""
+    # torch's allocator variables whose value conflicts with NCCL's registration
+    expandable = [name for name in ALLOCATOR if EXPANDABLE in os.environ.get(name, "")]
+    registers_graphs = bool(gpu.cuda_graphs) and os.environ.get("NCCL_GRAPH_REGISTER") != "0"
+    # Transformer Engine's newer path offloads weights too; Megatron-Core supports the older path
+    lacks_older_path = bool(gpu.offload_modules) and os.environ.get("NVTE_CPU_OFFLOAD_V1") != "1"
+    return [
+        *((te or module not in gpu.recompute_modules, "recompute_modules",
+           f"names {module}, which {NEEDS_TE}", f"name {instead}")
+          for module, instead in TE_RECOMPUTE_MODULES.items()),
+        _require_te("offload_modules", te, bool(gpu.offload_modules)),
+        (not te or not lacks_older_path, "offload_modules",
+         "needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine is imported",
+         "set it for all processes"),
+        _require_te("cuda_graphs", te, bool(gpu.cuda_graphs)),
+        *((not registers_graphs, "cuda_graphs", f"cannot be with {name} = {os.environ[name]}, whose segments "
+           "NCCL would register for graphs", "set the variable NCCL_GRAPH_REGISTER = 0, or take it out")
+          for name in expandable),
+        _require_te("moment_dtype", te, gpu.moment_dtype != "fp32"),
+        _require_te("optimizer_offload", te, bool(gpu.optimizer_offload)),
+        (gpu.nccl_user_buffers == "off" or on_gpu(), "nccl_user_buffers", "needs GPUs", "leave it out"),
+        (gpu.profiler == "torch" or on_gpu(), "profiler", "= nsys needs GPUs", "leave it out"),
+        *((gpu.nccl_user_buffers == "off", "nccl_user_buffers", f"cannot be with {name} = "
+           f"{os.environ[name]}, whose segments NCCL does not register",
+           "take it out, or leave the setting out") for name in expandable)]
+
+
+def _dispatcher_rules(dispatcher: str) -> list[Rule]:
+    """Return the rules for `parallel.expert_dispatcher`."""
+    if dispatcher not in DEEP_EP_NAMES:
+        return []
+    problem = find_deep_ep_problem(dispatcher)
+    return [(on_gpu(), "expert_dispatcher", "needs GPUs", "use alltoall"),
+            (not on_gpu() or not problem, "expert_dispatcher",
+             f"cannot be: DeepEP does not import ({problem})",
+             "install the commit that containers/install.sh names, or use alltoall")]
+
+
+def _linear_attention_rules(config: RunConfig, context: KernelContext) -> list[Rule]:
+    """Return the rules for `gpu.linear_attention` = fla."""
     if config.gpu.linear_attention != "fla":
         return []
-    sizes = context.model.linear_attention
-    linear = sizes is not None
-    reason = find_fla_problem() if context.te and sizes is not None else ""
+    linear, is_deterministic = context.model.linear_attention, config.train.deterministic
+    reason = find_fla_problem() if context.te and linear is not None else ""
     return [
-        (linear, "linear_attention", "has nothing to do in this model", "leave it out"),
-        (context.te or not linear, "linear_attention", NEEDS_TE, "set it to torch"),
-        (not config.train.deterministic, "linear_attention",
-         "does not repeat its bits (train.deterministic)", "set it to torch"),
-        (sizes is None or sizes.key_head_dim <= MAX_FLA_KEY_DIM, "linear_attention",
+        (linear is not None, "linear_attention", "has no effect in this model", "leave it out"),
+        (context.te or linear is None, "linear_attention", NEEDS_TE, "set it to torch"),
+        (not is_deterministic, "linear_attention", "is not deterministic (train.deterministic)",
+         "set it to torch"),
+        (linear is None or linear.key_head_dim <= MAX_FLA_KEY_DIM, "linear_attention",
          f"takes keys of up to {MAX_FLA_KEY_DIM} channels", "set it to torch"),
-        (not reason or not linear, "linear_attention",
-         f"cannot be: flash-linear-attention does not serve ({reason})",
+        (not reason, "linear_attention", f"cannot be: flash-linear-attention does not work here ({reason})",
          "install fla-core 0.6.0, or set it to torch")]
 
 
-def _overlap_rules(config: RunConfig, te: bool) -> list[tuple[bool, str, str, str]]:
+def _overlap_rules(config: RunConfig, te: bool) -> list[Rule]:
     """Return the rules for `parallel.expert_overlap` and `delay_weight_grads`."""
     parallel, train = config.parallel, config.train
-    passes = parallel.expert_overlap == "micro_batches"
-    spreads = parallel.expert_overlap == "weight_gradients"
-    has_bf16_ends = train.fp8 != "none" and train.fp8_bf16_layers_at_start + train.fp8_bf16_layers_at_end > 0
+    overlaps_weight_gradients = parallel.expert_overlap == "weight_gradients"
+    num_bf16_layers = train.fp8_bf16_layers_at_start + train.fp8_bf16_layers_at_end
+    has_bf16_layers = train.fp8 != "none" and num_bf16_layers > 0
+    # Megatron-Core's micro-batch plan frees the experts' output in every layer of an FP8 run. With hybridep a
+    # bf16 layer still needs that output, because the dispatcher returns the same tensor.
+    frees_needed_output = (parallel.expert_overlap == "micro_batches" and has_bf16_layers
+                           and parallel.expert_dispatcher == "hybridep")
     return [
-        (te or not parallel.delay_weight_grads, "delay_weight_grads", NEEDS_TE, "leave it out"),
-        (te or not spreads, "expert_overlap", f"= weight_gradients {NEEDS_TE}", "use micro_batches"),
-        # the library's plan frees the experts' output in every layer of an FP8 run; a bf16 layer still needs
-        # it, and this dispatcher returns the same tensor
-        (not passes or parallel.expert_dispatcher != "hybridep" or not has_bf16_ends,
-         "expert_overlap", "= micro_batches frees what layers in bf16 (train.fp8_bf16_layers_at_start and "
-         "_at_end) still need, with parallel.expert_dispatcher = hybridep", "use deepep, or set both to 0")]
+        _require_te("delay_weight_grads", te, parallel.delay_weight_grads),
+        (te or not overlaps_weight_gradients, "expert_overlap", f"= weight_gradients {NEEDS_TE}",
+         "use micro_batches"),
+        (not frees_needed_output, "expert_overlap", "= micro_batches frees tensors that layers in bf16 "
+         "(train.fp8_bf16_layers_at_start and _at_end) still need, with parallel.expert_dispatcher = "
+         "hybridep", "use deepep, or set both to 0")]
 
 
-def _attention_rules(config: RunConfig, context: KernelContext) -> list[tuple[bool, str, str, str]]:
-    """Return the violated rules for `gpu.attention`."""
-    rules: list[tuple[str, str]] = []
+def _attention_rules(config: RunConfig, context: KernelContext) -> list[Rule]:
+    """Return the broken rules for `gpu.attention`; unlike the other lists, without the rules that hold."""
+    rules: list[tuple[str, str]] = []  # (fault, fix)
     attention = config.gpu.attention
     if attention not in ("auto", "local") and not context.te:
         rules.append((NEEDS_TE, "set it to auto or local"))
@@ -389,13 +383,13 @@ def _attention_rules(config: RunConfig, context: KernelContext) -> list[tuple[bo
             or find_kernel_problem(context.model, context.parallel.tp, attention)):
         rules.append((f"cannot be: {why}", "install a newer one, or set it to auto or local"))
     elif attention == "fused" and config.train.deterministic and (why := _find_nondeterminism()):
-        rules.append((f"cannot be with train.deterministic = true: Transformer Engine's fused attention does "
-                      f"not repeat its bits {why}", "set it to auto or local"))
+        rules.append((f"cannot be with train.deterministic = true: Transformer Engine's fused attention is "
+                      f"not deterministic {why}", "set it to auto or local"))
     elif attention == "flash" and not any(map(importlib.util.find_spec,
                                               ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
         rules.append(("cannot be: FlashAttention is not installed", "install flash-attn, or set auto"))
     for kernel, name in TE_ATTENTION_VARIABLES.items() if context.te else ():
-        # the library raises an error if these variables contradict the setting
+        # Transformer Engine raises an error if these variables contradict the setting
         value, wanted = os.environ.get(name), str(int(attention in ("auto", kernel)))
         if value not in (None, wanted):
             rules.append((f"needs the variable {name} = {wanted} or none, and the environment has {value}",

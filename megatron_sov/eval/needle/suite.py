@@ -170,8 +170,7 @@ def format_table(result: NeedleResult) -> str:
                   "length   distractors  " + "".join(f"{cell.depth:>7.0%}" for cell in cells)]
         lines += [f"{length:>7,}  {row[0].distractors:>11,}  "
                   + "".join(f"{c.correct / c.samples:>7.0%}" for c in row) for length, row in rows.items()]
-    return "\n".join([*lines,
-                      f"score {result.score:.1%} with {result.cells[0].samples} samples a cell"])
+    return "\n".join([*lines, f"score {result.score:.1%} with {result.cells[0].samples} samples a cell"])
 
 
 MIN_DISTRACTORS = 3

@@ -386,8 +386,7 @@ class MegatronEngine:
             run = DecodingBatch(decoder, cache, self._batching.prefill_tokens, sequences, sampling.num_drafts)
             # The first process decides when to stop: independent decisions would leave other processes in a
             # row.
-            while run.decode_row() and not (bounds
-                                            and collectives.broadcast_flag(bounds.should_stop())):
+            while run.decode_row() and not (bounds and collectives.broadcast_flag(bounds.should_stop())):
                 continue
         local_written: list[ScoredTokens] = [([], []) for _ in prompts]
         for sequence in sequences:

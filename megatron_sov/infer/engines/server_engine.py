@@ -36,9 +36,10 @@ SHARD_BYTES = 1 << 30
 """Bytes per weight file; bounds the host memory for an update."""
 GROUP, GROUPED_TOKENS = 8, 256
 """Limits for grouping answers into a request: number of answers, and tokens per answer. Grouping saves
-request overhead for short answers from small models. A long answer is requested alone: finished, the answer
-frees its capacity."""
-_LOOK_S = 0.2
+request overhead for short answers from small models. A long answer has its own request, so that a server can
+begin another request as soon as the answer is complete."""
+_POLL_S = 0.2
+"""Interval between calls of `GenerationBounds.should_stop`."""
 
 
 def parse_server_settings(engine: str, settings: Sequence[str], option: str) -> EngineServers:
@@ -54,34 +55,34 @@ def parse_server_settings(engine: str, settings: Sequence[str], option: str) -> 
 
 
 @contextlib.contextmanager
-def open_fleet(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
-               places: ServerLocations, *, with_routes: bool = False, over: threading.Event | None = None
-               ) -> Iterator[Fleet]:
+def open_fleet(name: str, folder: Path, vocab_size: int, max_tokens: int, settings: EngineServers,
+               locations: ServerLocations, *, with_routes: bool = False,
+               stop_event: threading.Event | None = None) -> Iterator[Fleet]:
     """Yield running servers as a `Fleet`; the servers stop after the block.
 
     Args:
         name: engine name.
         folder: Hugging Face folder of the model.
         vocab_size: vocabulary size of the model.
-        longest: tokens of the longest sequence, prompt and answer.
+        max_tokens: tokens of the longest sequence, prompt and answer.
         settings: settings of the servers.
-        places: locations of servers and logs.
+        locations: addresses or programs of the servers, and the folder of their logs.
         with_routes: start servers that return routes.
-        over: event that stops the servers, also during their start.
+        stop_event: event that stops the servers, also during their start.
 
     Raises:
         UserError: no server can be started.
     """
-    if not places.command:
-        check_engine_program(name, places.urls, places.python)
+    if not locations.command:
+        check_engine_program(name, locations.urls, locations.python)
     keepers: list[ServerKeeper] = [
         AddressKeeper(PROGRAMS[name].connect(url, settings), settings.start_s)
-        for url in places.urls]
+        for url in locations.urls]
     if not keepers:
-        keepers = [ServerProcess(name, number, folder, longest, settings, places.logs,
-                                 with_routes=with_routes, python=places.python, command=places.command)
+        keepers = [ServerProcess(name, number, folder, max_tokens, settings, locations.logs,
+                                 with_routes=with_routes, python=locations.python, command=locations.command)
                    for number in range(settings.servers)]
-    with Fleet(keepers, vocab_size, settings.room, settings.restarts, over=over) as fleet:
+    with Fleet(keepers, vocab_size, settings.room, settings.restarts, over=stop_event) as fleet:
         yield fleet
 
 
@@ -145,12 +146,12 @@ class ServerEngine:
 
     def __init__(self, name: str, fleet: Fleet, folder: Path, weights: Path, room: int, *,
                  with_routes: bool = False) -> None:
-        self._engine, self.fleet, self.room = name, fleet, room
+        self._engine_name, self.fleet, self.room = name, fleet, room
         self._shape = build_route_shape(HfWeights(folder).model) if with_routes else None
         self._weight_version = WeightVersion(name)
         self._files = WeightFiles(weights)
         self._numbers = itertools.count()
-        self._name = uuid.uuid4().hex[:12]
+        self._request_prefix = uuid.uuid4().hex[:12]
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None,
@@ -168,10 +169,11 @@ class ServerEngine:
         Raises:
             UserError: a server refuses a request, or servers died too often.
         """
-        check_no_drafts(self._engine, sampling)
-        check_no_rules(self._engine, sampling)
+        check_no_drafts(self._engine_name, sampling)
+        check_no_rules(self._engine_name, sampling)
         if sampling.with_routes and self._shape is None:
-            raise ValueError(f"the engine {self._engine} was started without routes, but they are requested")
+            raise ValueError(f"the engine {self._engine_name} was started without routes, but they are "
+                             "requested")
         sampling.check()
         stop, version = stop or StopRule(), self._weight_version.version
         limits = [sampling.max_new_tokens] * len(prompts) if bounds is None else list(bounds.limits)
@@ -194,8 +196,8 @@ class ServerEngine:
             prompts: token ids, one entry per answer.
             samplings: sampling settings of each answer.
             end_ids: stop tokens.
-            are_joined: also join different prompts (`TokenRequest.others`), one request per server unless
-                answers are long.
+            are_joined: also join requests of different prompts (`TokenRequest.others`), to one request per
+                server; requests for long answers stay separate.
         """
         requests: list[TokenRequest] = []
         for ids, sampling in zip(prompts, samplings, strict=True):
@@ -205,10 +207,11 @@ class ServerEngine:
             # vLLM rejects several greedy answers to a prompt, because the answers would be equal
             max_answers = min(GROUP, self.fleet.requests) if request.temperature else 1
             if (requests and request.max_new_tokens <= GROUPED_TOKENS and requests[-1].count < max_answers
+                    # equal in all fields but name and count
                     and replace(requests[-1], name="", count=1) == request):
                 requests[-1] = replace(requests[-1], count=requests[-1].count + 1)
             else:
-                requests.append(replace(request, name=f"{self._name}-{next(self._numbers)}"))
+                requests.append(replace(request, name=f"{self._request_prefix}-{next(self._numbers)}"))
         if not are_joined:
             return requests
         max_answers = min(-(-len(prompts) // self.fleet.num_servers), self.fleet.requests)
@@ -216,6 +219,7 @@ class ServerEngine:
         for request in requests:
             if (joined and request.max_new_tokens <= GROUPED_TOKENS and not request.with_routes
                     and joined[-1].num_answers + request.count <= max_answers
+                    # equal in all fields but name and prompts
                     and replace(joined[-1], name="", ids=(), others=()) == replace(request, name="", ids=())):
                 joined[-1] = replace(joined[-1], others=(*joined[-1].others, request.ids))
             else:
@@ -225,7 +229,7 @@ class ServerEngine:
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Write weight files and let the servers read them, see `Engine.update`."""
         if weights is None:
-            raise ValueError(f"the engine {self._engine} has its own model: an update needs weights")
+            raise ValueError(f"the engine {self._engine_name} has its own model: an update needs weights")
         with self._weight_version.replace_weights(version, weights):
             files = self._files.write(weights)
             self.fleet.update(files, version)
@@ -255,7 +259,7 @@ class ServerEngine:
         if bounds is not None:
             pending, is_aborted = set(futures), False
             while pending:
-                pending = wait(pending, _LOOK_S).not_done
+                pending = wait(pending, _POLL_S).not_done
                 if pending and not is_aborted and bounds.should_stop():
                     is_aborted = True
                     self.fleet.abort([request.name for request, future in zip(requests, futures, strict=True)
@@ -270,8 +274,8 @@ def _truncate_answer(answer: TokenAnswer, stop: StopRule) -> ScoredTokens:
 
 
 def check_routes(routes: np.ndarray | None, num_tokens: int, shape: RouteShape) -> np.ndarray:
-    """Check the routes from a server; return [num_tokens, layers, top_k]. Raises like
-    `ServerEngine.routes_of`."""
+    """Check the routes from a server; return [num_tokens, layers, top_k]. Raises `UserError` as
+    `ServerEngine.extract_routes`."""
     why = "nothing"
     if routes is not None:
         why = f"shape {list(routes.shape)}"
@@ -292,20 +296,20 @@ def check_routes(routes: np.ndarray | None, num_tokens: int, shape: RouteShape) 
 
 
 @contextlib.contextmanager
-def open_server_engine(name: str, folder: Path, vocab_size: int, longest: int, settings: EngineServers,
-                       places: ServerLocations | None = None, *, with_routes: bool = False,
-                       over: threading.Event | None = None) -> Iterator[ServerEngine]:
-    """Yield a `ServerEngine` whose servers stop after the block; see `open_fleet`. Without `places`, logs are
-    temporary."""
+def open_server_engine(name: str, folder: Path, vocab_size: int, max_tokens: int, settings: EngineServers,
+                       locations: ServerLocations | None = None, *, with_routes: bool = False,
+                       stop_event: threading.Event | None = None) -> Iterator[ServerEngine]:
+    """Yield a `ServerEngine` whose servers stop after the block; see `open_fleet`. Without `locations`, logs
+    are temporary."""
     with contextlib.ExitStack() as stack:
-        if places is None:
+        if locations is None:
             logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="sov-engines-"))
-            places = ServerLocations(Path(logs))
-        fleet = stack.enter_context(open_fleet(name, folder, vocab_size, longest, settings, places,
-                                               with_routes=with_routes, over=over))
-        room = settings.room * (len(places.urls) or settings.servers)
+            locations = ServerLocations(Path(logs))
+        fleet = stack.enter_context(open_fleet(name, folder, vocab_size, max_tokens, settings, locations,
+                                               with_routes=with_routes, stop_event=stop_event))
+        room = settings.room * (len(locations.urls) or settings.servers)
         # named after the log folder: a restarted run deletes files left by the killed run
-        folder_id = hashlib.sha256(str(places.logs.absolute()).encode()).hexdigest()[:16]
+        folder_id = hashlib.sha256(str(locations.logs.absolute()).encode()).hexdigest()[:16]
         engine = ServerEngine(name, fleet, folder, settings.weights / f"sov-weights-{folder_id}", room,
                               with_routes=with_routes)
         stack.callback(engine.close)

@@ -216,8 +216,7 @@ class Constraint:
 
     def inputs(self) -> dict[str, Any]:
         """Return version inputs beyond this process: sandbox server code and Python version."""
-        return {"server": hash_code("megatron_sov.sandbox.server"),
-                "python": list(sys.version_info[:2])}
+        return {"server": hash_code("megatron_sov.sandbox.server"), "python": list(sys.version_info[:2])}
 
     def prepare(self) -> None:
         """Start the sandbox.

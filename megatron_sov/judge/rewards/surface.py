@@ -199,8 +199,7 @@ class LanguageReward:
 
 def count_script_switches(text: str) -> float:
     """Return script changes between words, per 100 words with letters."""
-    scripts = [script for word in text.split()
-               if (script := next(filter(None, map(get_script, word)), ""))]
+    scripts = [script for word in text.split() if (script := next(filter(None, map(get_script, word)), ""))]
     if len(scripts) < 2:
         return 0.0
     return 100 * sum(a != b for a, b in pairwise(scripts)) / len(scripts)

@@ -79,8 +79,7 @@ class PartConfig:
 class ExtendStageConfig:
     """One stage of `extend`, executed as a separate run."""
 
-    ACTS_WHEN: ClassVar[ActsWhen] = {
-        "tokens": is_unset(".steps")}
+    ACTS_WHEN: ClassVar[ActsWhen] = {"tokens": is_unset(".steps")}
 
     name: str
     """Phase name in the report. All stages but the last have a folder RUN/stages/<number>-<name>."""
@@ -138,8 +137,7 @@ class GateConfig:
 class ExtendConfig:
     """`extend` stages and their gate."""
 
-    ACTS_WHEN: ClassVar[ActsWhen] = {
-        "": is_command("extend")}
+    ACTS_WHEN: ClassVar[ActsWhen] = {"": is_command("extend")}
 
     stages: tuple[ExtendStageConfig, ...] = ()
     """Stages in order. Empty: one stage, from `data.phases` and `train`."""

@@ -12,6 +12,7 @@ BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer", "distill": "
 """Built-in objective -> the command that trains with it."""
 NOT_EXTENDING = When("command", lambda command: command != "extend", "is not extend",
                      "leave it out, or set the field of the same name in extend.stages")
+"""The training command is not `extend`, whose stages have settings of their own."""
 
 
 def has_objective(*objectives: str) -> When:
@@ -40,6 +41,6 @@ def is_command(name: str) -> When:
 
 
 def is_open_in_stage(field: str) -> AnyOf:
-    """Return the condition that at least one stage of `extend` leaves `field` open, so the run's setting
-    applies."""
+    """Return the condition that the run's setting `field` applies: the command is not `extend`, `extend` has
+    no stages, or a stage does not set `field` itself."""
     return AnyOf(NOT_EXTENDING, is_unset("extend.stages"), is_unset(f"extend.stages.*.{field}"))

@@ -29,8 +29,7 @@ class LoraConfig:
     """Low-rank adaptation of a frozen model (docs/lora.md): W x becomes W x + alpha / rank B A x, and only A
     and B are trained."""
 
-    ACTS_WHEN: ClassVar[ActsWhen] = {
-        "alpha targets dora": is_set(".rank")}
+    ACTS_WHEN: ClassVar[ActsWhen] = {"alpha targets dora": is_set(".rank")}
 
     rank: NotNegativeInt = 0
     """Rank of A and B. 0: LoRA is off and all weights are trained."""

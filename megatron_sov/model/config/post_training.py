@@ -466,8 +466,7 @@ class PolicyConfig:
     @property
     def learns_from_rewards(self) -> bool:
         """Whether only rewards decide the advantages: no teacher and no preference loss."""
-        return (self.parts.advantage != "none" and not self.parts.opd_coeff
-                and not self.learns_preferences)
+        return (self.parts.advantage != "none" and not self.parts.opd_coeff and not self.learns_preferences)
 
     def is_on_policy(self, seed: int, number: int) -> bool:
         """Return whether a round uses the policy's own responses, drawn with probability `on_policy_share`.

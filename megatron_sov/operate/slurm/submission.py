@@ -475,7 +475,7 @@ def _copy_code(folder: Path) -> None:
     if folder.is_dir():
         return
     # two submissions at once may copy the same code: the first one stays
-    with create_folder(folder, first_stays=True) as temporary:
+    with create_folder(folder, keep_existing=True) as temporary:
         for path, name in _sources(ROOT):
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, temporary / name)

@@ -325,8 +325,7 @@ def _text(found: Calibration, out: Path | None) -> str:
     before, after = (statistics.median(abs(p / one.step_s - 1) for p, one in zip(
         seconds, found.observed, strict=True)) for seconds in (found.before_s, found.after_s))
     lines += ["", f"error, median over {len(found.observed)}: {before:.1%} before, {after:.1%} after"]
-    lines += [f"{factor.name:<9} x {found.factors[factor.name]:.3f}  {factor.meaning}"
-              for factor in FACTORS]
+    lines += [f"{factor.name:<9} x {found.factors[factor.name]:.3f}  {factor.meaning}" for factor in FACTORS]
     if out is not None:
         lines.append(f"wrote {out}; `megatron-sov plan RECIPE --parameters {out}` plans with it")
     return "\n".join(lines)

@@ -184,8 +184,7 @@ def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
     projected = per_token * (queries + 2 * keys)  # values are a part of it
     qkv = projected + gate + per_token * (copied + (queries + keys if m.qk_norm else 0))
     if cp > 1 and not slides:  # pieces attend to gathered keys, and do it again in the backward pass
-        return found | {"qkv": qkv, "rotated": per_token * queries,
-                        "attended": per_token * queries}
+        return found | {"qkv": qkv, "rotated": per_token * queries, "attended": per_token * queries}
     masks = _mask_numbers(tokens.local, kind.window) * item if slides and cp == 1 else 0
     return found | {"qkv": qkv, "rotated": per_token * (queries + keys),
                     "core": per_token * queries + sums + masks, "attended": per_token * queries * slides}
@@ -352,8 +351,7 @@ def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) 
     m, p = config.model, config.parallel
     row = seq_len * config.train.micro_batch_size
     of_layers = kinds(m)
-    counts = under_way(p.pp, p.vpp, stage, num_micro_batches,
-                       overlapped=p.expert_overlap == "micro_batches")
+    counts = under_way(p.pp, p.vpp, stage, num_micro_batches, overlapped=p.expert_overlap == "micro_batches")
     last = stage == p.pp - 1
     here: dict[LayerKind, int] = {}
     for layers, count in zip(chunk_layers(p, stage, m.num_layers), counts, strict=True):

@@ -182,8 +182,7 @@ SHOWN_RULES = 6
 
 def sizes(parallel: ParallelConfig) -> str:
     """Return the sizes of a layout above 1, as the first line of a plan and its page have them."""
-    found = ", ".join(f"{axis} {getattr(parallel, axis)}" for axis in AXES
-                      if getattr(parallel, axis) > 1)
+    found = ", ".join(f"{axis} {getattr(parallel, axis)}" for axis in AXES if getattr(parallel, axis) > 1)
     return f"{found or 'data parallel alone'}{', ZeRO-1' if parallel.zero1 else ''}"
 
 
@@ -256,8 +255,7 @@ def stage_of(config: RunConfig) -> str:
     return "extend" if config.extend.stages and command == "pretrain" else command.replace(" ", "-")
 
 
-def submit_line(config: RunConfig, machines: Machines, recipe: Sequence[str],
-                settings: Sequence[str]) -> str:
+def submit_line(config: RunConfig, machines: Machines, recipe: Sequence[str], settings: Sequence[str]) -> str:
     """Return the command that submits a run."""
     stage = stage_of(config)
     account = [] if machines.profile.account is not None else ["--account", "ACCOUNT"]

@@ -53,8 +53,7 @@ _HYBRID_STAGES: Layout = ("parallel.pp=4", "parallel.vpp=4", *_NODE)
 _QUARTERS: Layout = ("parallel.tp=4", "parallel.sp=true")
 
 _ZERO1: Layout = ("parallel.zero1=true",)
-_SMALL: dict[str, tuple[Layout, ...]] = dict.fromkeys(("h100", "h200", "b200"),
-                                                      (_ZERO1, (*_ZERO1, *_HALVES)))
+_SMALL: dict[str, tuple[Layout, ...]] = dict.fromkeys(("h100", "h200", "b200"), (_ZERO1, (*_ZERO1, *_HALVES)))
 _SOLAR: tuple[Layout, ...] = ((*_EIGHT_STAGES, *_SELECTIVE), ("parallel.pp=4",), ("parallel.pp=8",))
 _SOLAR_MID: tuple[Layout, ...] = (("parallel.pp=2", "parallel.cp=8", *_STORED, *_WHOLE_ROWS),
                                   ("parallel.pp=4", "parallel.cp=8", *_STORED, *_WHOLE_ROWS),

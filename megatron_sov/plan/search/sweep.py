@@ -45,8 +45,7 @@ class Sweep:
     def breaks(self, problem: SettingsProblem, count: int) -> None:
         sentence = problem.sentence
         # the same rule with other numbers is one rule, and so are both products of sizes
-        rule = (PROCESSES if PROCESSES in sentence
-                else re.sub(r"\d[\d.,]*", "N", sentence.partition(";")[0]))
+        rule = (PROCESSES if PROCESSES in sentence else re.sub(r"\d[\d.,]*", "N", sentence.partition(";")[0]))
         self.broken[rule] += count
         self.examples.setdefault(rule, sentence)
 

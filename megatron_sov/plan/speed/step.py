@@ -174,8 +174,7 @@ class StepTime:
         return self.tflops_per_gpu * 1e12 / self.peak_flops_per_s
 
 
-COMPONENTS = tuple(f.name for f in fields(StepTime)
-                   if f.name.endswith("_s") and f.name != "peak_flops_per_s")
+COMPONENTS = tuple(f.name for f in fields(StepTime) if f.name.endswith("_s") and f.name != "peak_flops_per_s")
 """Fields of a step's time that add up."""
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -104,11 +104,14 @@ class StoredTeacher:
             self.teacher = ", ".join(f"{name}: {digest}" for name, digest in digests.items())
         self.divergence = Divergence(settings.beta, settings.temperature)
         self._settings = settings
-        # Folders by one teacher share a head; the dtype of states may differ.
-        self._kinds = list({(f.teacher, f.dtype): f for f in folders}.values())
-        """One `StateFiles` per teacher and dtype; a kind is an index here."""
-        kinds = [(f.teacher, f.dtype) for f in self._kinds]
-        self._source_kinds = {i: kinds.index((f.teacher, f.dtype)) for i, f in self._by_source.items()}
+        # all folders of a teacher have the same head: a file per teacher and dtype supplies it
+        by_teacher = {(files.teacher, files.dtype): files for files in folders}
+        self._teacher_files = list(by_teacher.values())
+        """A `StateFiles` per (teacher, dtype of its states)."""
+        indices = {key: index for index, key in enumerate(by_teacher)}
+        self._source_teachers = {source: indices[files.teacher, files.dtype]
+                                 for source, files in self._by_source.items()}
+        """Source index -> index into `_teacher_files`."""
         self._heads: dict[int, torch.Tensor] = {}
 
     def verify(self, world: ParallelWorld) -> None:
@@ -118,10 +121,10 @@ class StoredTeacher:
                  for name, record in read_manifest(folder).files.items()]
         # Checksums read whole files, so processes share the work; all processes raise the same error.
         local_files = range(world.rank, len(files), world.size)
-        damaged = next((i + 1 for i in local_files if find_file_damage(*files[i])), 0)
-        for number in collectives.gather_numbers(float(damaged)):
-            if number:
-                raise UserError(f"{find_file_damage(*files[int(number) - 1])}; make the states again with "
+        damaged = next((index for index in local_files if find_file_damage(*files[index])), -1)
+        for index in map(int, collectives.gather_numbers(float(damaged))):
+            if index >= 0:
+                raise UserError(f"{find_file_damage(*files[index])}; make the states again with "
                                 "`megatron-sov distill states`")
 
     def attach_outputs(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
@@ -132,18 +135,18 @@ class StoredTeacher:
         pieces = context.get_local_pieces(len(batch.labels))
         if self._settings.top_k:
             ids, logprobs = unpack_rows(self._read_rows(batch.origins, pieces, split))
-            # NO_OUTPUT is positive: `get_weights` returns weight 0, and log p = 0 keeps the loss finite.
+            # NO_OUTPUT is positive: log p = 0 replaces it to keep the loss finite, with weight 0
             return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._settings.keep_remainder)
-        kinds = sorted({self._source_kinds[source] for _, source, _ in batch.origins}) or [0]
-        teachers = [TeacherStates(self._read_rows(batch.origins, pieces, split, kind),
-                                  self._load_head(kind, head), self._kinds[kind].logits_softcap)
-                    for kind in kinds]
-        if len(kinds) == 1:
+        indices = sorted({self._source_teachers[origin.source] for origin in batch.origins}) or [0]
+        teachers = [TeacherStates(self._read_rows(batch.origins, pieces, split, index),
+                                  self._load_head(index, head), self._teacher_files[index].logits_softcap)
+                    for index in indices]
+        if len(indices) == 1:
             return teachers[0]
         # Padding has weight 0: the first teacher owns padding.
         owners = torch.zeros(sum(end - first for first, end in pieces), dtype=torch.int64)
-        for local_slice, source, _, _, _ in _iter_overlaps(batch.origins, pieces):
-            owners[local_slice] = kinds.index(self._source_kinds[source])
+        for overlap in _iter_overlaps(batch.origins, pieces):
+            owners[overlap.local_slice] = indices.index(self._source_teachers[overlap.source])
         return TeachersByToken(owners, teachers)
 
     def get_weights(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
@@ -155,46 +158,58 @@ class StoredTeacher:
         return batch.weights * to_device(has_output, batch.weights.device)
 
     def _read_rows(self, origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]], split: str,
-                   kind: int = 0) -> torch.Tensor:
-        """Read the outputs at the n tokens in `pieces`, [n, width]; finite placeholders for padding and for
-        tokens of another `kind`, which have weight 0."""
-        files, top_k = self._kinds[kind], self._settings.top_k
+                   teacher_index: int = 0) -> torch.Tensor:
+        """Read a teacher's outputs at the n tokens in `pieces`, [n, width]; finite placeholders for padding
+        and for tokens of other teachers, which have weight 0."""
+        files, top_k = self._teacher_files[teacher_index], self._settings.top_k
         rows = torch.zeros(sum(end - first for first, end in pieces), files.width, dtype=files.dtype)
         if top_k:
             rows[:, :top_k] = torch.arange(top_k)  # distinct ids with log-probability 0
         for local_slice, source, document, start, count in _iter_overlaps(origins, pieces):
             # Rows of most probable tokens have equal shapes for all teachers.
-            if top_k or self._source_kinds[source] == kind:
+            if top_k or self._source_teachers[source] == teacher_index:
                 rows[local_slice] = self._by_source[source].read_states(source, split, document, start, count)
         return rows
 
-    def _load_head(self, kind: int, head: Head) -> torch.Tensor:
+    def _load_head(self, teacher_index: int, head: Head) -> torch.Tensor:
         """Return the teacher's output head for the vocabulary shard of `head`, [V / tp, H'], in the dtype of
         `head`; cached, on the last pipeline stage."""
-        if kind not in self._heads:
-            token_ids, files = head.token_ids, self._kinds[kind]
+        if teacher_index not in self._heads:
+            token_ids, files = head.token_ids, self._teacher_files[teacher_index]
             weight = head.weight.new_zeros(len(head.weight), files.hidden_size)
             if token_ids:
                 with safe_open(files.head, "pt") as file:
                     # Only the shard is read; padding rows stay 0.
                     shard = file.get_slice(HEAD_WEIGHT)[token_ids.start:token_ids.stop]
                     weight[:len(token_ids)] = shard.to(weight)
-            self._heads[kind] = weight
-        return self._heads[kind]
+            self._heads[teacher_index] = weight
+        return self._heads[teacher_index]
 
 
-def _iter_overlaps(origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]]
-                   ) -> Iterator[tuple[slice, int, int, int, int]]:
-    """Yield the intersections of documents with a row's context-parallel `pieces`: the slice among the
-    tokens in `pieces`, source, document, first token, token count."""
-    offset = 0
-    for first, end in pieces:
-        for begins, source, (document, start, count) in origins:
-            begin, stop = max(first, begins), min(end, begins + count)
-            if begin < stop:
-                yield (slice(offset + begin - first, offset + stop - first), source, document,
-                       start + begin - begins, stop - begin)
-        offset += end - first
+class _Overlap(NamedTuple):
+    """Tokens of a document that lie in one of a row's local pieces."""
+
+    local_slice: slice
+    """Their indices among the local tokens."""
+    source: int
+    document: int
+    first_token: int
+    """Index of the first token in the document."""
+    num_tokens: int
+
+
+def _iter_overlaps(origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, int]]) -> Iterator[_Overlap]:
+    """Yield the overlap of each document with each piece; a piece is a range (first, end) of row indices."""
+    num_earlier = 0  # local tokens in earlier pieces
+    for piece_first, piece_end in pieces:
+        to_local = num_earlier - piece_first
+        for origin in origins:
+            document, start, count = origin.segment
+            first, end = max(piece_first, origin.first), min(piece_end, origin.first + count)
+            if first < end:
+                yield _Overlap(slice(first + to_local, end + to_local), origin.source, document,
+                               start + first - origin.first, end - first)
+        num_earlier += piece_end - piece_first
 
 
 class LiveTeacher:

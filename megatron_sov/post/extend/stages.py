@@ -73,8 +73,7 @@ def plan_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int 
     previous_tokens = trained_tokens
     for number, stage in enumerate(requested.extend.stages, 1):
         if stage.kind == "extension":
-            _check_longer(f"extend.stages.{number - 1} ({stage.name})", stage.seq_len, start,
-                            trained_tokens)
+            _check_longer(f"extend.stages.{number - 1} ({stage.name})", stage.seq_len, start, trained_tokens)
         try:
             # The rotary embedding extends the rotary embedding of the previous stage.
             model = extend_model(model, previous_tokens, stage.seq_len, rope_theta=stage.rope_theta,

@@ -48,8 +48,8 @@ class LogprobColumns:
     temperature: float
     routes: RouteShape | None
     """Shape of the expert routes for replay in `OLD`; None: no replay. `REFERENCE` never replays routes."""
-    start: Path
-    """Reference checkpoint."""
+    reference: Path
+    """Reference checkpoint: the start of the run."""
     reference_sha256: str = ""
     teachers: tuple[ScoringTeacher, ...] = ()
 
@@ -58,7 +58,7 @@ class LogprobColumns:
 
         Args:
             view: the run.
-            opened: the round, from `RoundDocuments.read`.
+            opened: the round that the training loop has opened, from `RoundDocuments.read`.
             is_first: whether the next step is the first of the round.
 
         Raises:
@@ -81,26 +81,29 @@ class LogprobColumns:
 
     def _load_column(self, view: FeedView, name: str, opened: PublishedRound, *,
                      is_first: bool) -> np.ndarray:
-        file, count = column_file(opened.path, name), int(opened.starts[-1])
-        # Documents of the first learning step need no column: the weights are unchanged until then.
+        file, num_tokens = column_file(opened.path, name), int(opened.starts[-1])
         num_documents, num_skipped = len(opened.starts) - 1, 0
         if name == OLD:
-            num_skipped = next((step.stop for i, step in enumerate(opened.steps) if i not in opened.idle),
-                               num_documents)
+            # the first learning step computes `OLD` in its own forward pass: skip all documents until its end
+            learning_steps = [step for i, step in enumerate(opened.steps) if i not in opened.idle]
+            num_skipped = learning_steps[0].stop if learning_steps else num_documents
         if num_skipped == num_documents:
-            return np.broadcast_to(np.float32(np.nan), count)
-        # Before the first step the live weights give the column; later only the file has the column.
-        is_live = is_first and name == OLD
+            return np.broadcast_to(np.float32(np.nan), num_tokens)
         identity = run_on_main(view.world, partial(self._identify_column, opened, name))
-        damage = None if is_live else run_on_main(view.world, partial(find_seal_damage, file, identity))
-        if is_live or damage:
-            if damage and name == OLD:  # the weights of the start of the round no longer exist
-                raise UserError(f"{damage}; the run stands inside the round: {_describe_fix(opened)}")
+        # the model has the weights for `OLD` only before the first step of the round
+        must_compute = is_first and name == OLD
+        if not must_compute:
+            damage = run_on_main(view.world, partial(find_seal_damage, file, identity))
+            if damage and name == OLD:
+                raise UserError(f"{damage}; the round has begun, and the weights at its start are gone: "
+                                f"{_describe_fix(opened)}")
             if damage and view.world.is_main and file.exists():
                 warn(f"{damage}; it is computed again", view.events.write, step=view.step)
+            must_compute = bool(damage)
+        if must_compute:
             self._write_column(view, name, opened, num_skipped, identity)
         # Mapped, because a process reads only the numbers for local rows.
-        return np.memmap(file, np.float32, "r", shape=(count,))
+        return np.memmap(file, np.float32, "r", shape=(num_tokens,))
 
     def _write_column(self, view: FeedView, name: str, opened: PublishedRound, num_skipped: int,
                       identity: str) -> None:
@@ -116,7 +119,7 @@ class LogprobColumns:
         if name == OLD:
             write()
         else:
-            run_with_weights(self.start, view, write)
+            run_with_weights(self.reference, view, write)
 
     def _identify_column(self, opened: PublishedRound, name: str) -> str:
         """Return the text that the checksum covers: document digests, and reference or teacher digests."""
@@ -164,6 +167,6 @@ def select_columns(config: RunConfig, needed: Collection[str], start: Path,
     temperature = 1.0 if config.policy.learns_preferences else config.rollout.temperature
     return LogprobColumns(
         names=tuple(name for name in needed if name in (OLD, REFERENCE, TEACHER)),
-        temperature=temperature, routes=build_replay_shape(config), start=start,
+        temperature=temperature, routes=build_replay_shape(config), reference=start,
         reference_sha256=hash_checkpoint_files(start) if REFERENCE in needed else "",
         teachers=tuple(teachers))

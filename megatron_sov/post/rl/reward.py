@@ -237,8 +237,7 @@ def build_record(row: Rollout) -> dict[str, Any]:
         record.setdefault("prompt", record["messages"])
     # Without a last turn the reward refuses the row, whose text contains tool results too.
     response = row.response if row.outcome is None else row.outcome.get(LAST_TURN)
-    return {**record, "response": response, "num_tokens": len(row.tokens),
-            "finish_reason": row.finish_reason}
+    return {**record, "response": response, "num_tokens": len(row.tokens), "finish_reason": row.finish_reason}
 
 
 def flatten_components(components: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -68,27 +68,30 @@ class RolloutCycle:
         if self.loader.is_open(number):
             return None
         if is_first:
-            self.policies.at(view.step)  # records the policy that begins the round
+            self.policies.at(view.step)  # keeps the policy's digest: `begin` replaces the text that it covers
             missing = self._validate_policy(view, number, asked_to_stop)
             if missing is not None:
                 return missing
         if not view.config.policy.is_on_policy(self.rollout.seed, number):
-            if is_first:  # the data identify a policy, next to settings and start
+            # the digest of a policy covers its start, its settings and the data of each round
+            if is_first:
                 self.policies.begin(view.step, NO_ROUND)
             self.meters = {}
             return None
         begin_s, figures = time.monotonic(), dict[str, float]()
-        wait, previous = RoundWait(view, number, self.wait_s, announces=self.rollouts is None), ""
+        wait = RoundWait(view, number, self.wait_s, announces=self.rollouts is None)
+        generated_for = ""
         while lacking := self.publisher.publish(number):
-            # `lacking` changes if the round has too few learning groups and needs further prompts.
-            if self.rollouts is not None and lacking != previous:
-                previous, policy = lacking, self.policies.at(view.step)
+            # `lacking` names the missing parts. It changes if the round has too few learning groups and needs
+            # further prompts: generate again. Otherwise wait for other jobs.
+            if self.rollouts is not None and lacking != generated_for:
+                generated_for, policy = lacking, self.policies.at(view.step)
                 _add_figures(figures, self.rollouts.write(view, number, policy, asked_to_stop))
                 _add_figures(figures, self.rollouts.judge(view, number, asked_to_stop))
                 continue
-            ended = wait.poll(lacking, asked_to_stop)
-            if ended is not None:
-                return ended
+            end_reason = wait.poll(lacking, asked_to_stop)
+            if end_reason is not None:
+                return end_reason
         figures = {"waited_s": time.monotonic() - begin_s, **figures}
         opened = self.loader.open(view, number, is_first=is_first, figures=figures)
         self.policies.begin(view.step, opened.digest)
@@ -133,8 +136,8 @@ class RoundWait:
     """Round number, from 1."""
     wait_s: float
     announces: bool
-    """Whether to finish the checkpoint, the policy that other jobs need, and record an event before
-    waiting."""
+    """Whether to write an event before waiting, and to finish the save of the checkpoint, from which other
+    jobs generate the round."""
     begin_s: float = field(default_factory=time.monotonic)
 
     def poll(self, lacking: str, asked_to_stop: Callable[[], bool]) -> str | None:

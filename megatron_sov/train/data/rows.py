@@ -255,8 +255,7 @@ class BatchStream:
             micro_batches = self._select_local(filled, size)
             rows = tuple(join_rows([self._build_row(sample, entry.seq_len) for sample in part])
                          for part in micro_batches)
-        return RankBatch(entry, rows, len(samples), self.order.state.to_dict(),
-                         self.order.count_epochs())
+        return RankBatch(entry, rows, len(samples), self.order.state.to_dict(), self.order.count_epochs())
 
     def _select_local(self, samples: list[OrderedSample], size: int) -> list[list[OrderedSample]]:
         """Return this rank's samples in micro-batches: rank r among n takes every n-th from r on."""

@@ -25,7 +25,8 @@ LM, MTP = "lm", "mtp"
 
 
 class TypedLosses:
-    """Loss weights and meters by label type: text, or discrete audio and image tokens, by id block."""
+    """Loss weights and meters by label type: a label in the model's block of audio or image token ids has
+    that type, any other label is text."""
 
     def __init__(self, config: RunConfig) -> None:
         blocks = ((AUDIO, config.model.audio_tokens, config.objective.audio_weight),
@@ -72,8 +73,8 @@ class DataObjective:
     def __init__(self, context: ObjectiveContext) -> None:
         config = context.config
         self._batches, self._num_sources = context.batches, context.batches.num_sources
-        self._depths = range(1, config.model.num_predictions + 1)
-        self._mtp_coefficient = {MTP: config.model.mtp_loss_coeff} if self._depths else {}
+        self._mtp_depths = range(1, config.model.num_predictions + 1)
+        self._mtp_coefficient = {MTP: config.model.mtp_loss_coeff} if self._mtp_depths else {}
         """MTP entry for `coefficients`."""
         self._typed = TypedLosses(config)
 
@@ -86,19 +87,19 @@ class DataObjective:
 
     def _count_mtp_targets(self, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
         """Sum the MTP term's label weights over this rank's host micro-batches."""
-        if not self._depths:
+        if not self._mtp_depths:
             return {}
         return {MTP: sum(float(shift_labels(m, depth).weights.double().sum()) for m in micro_batches
-                         for depth in self._depths)}
+                         for depth in self._mtp_depths)}
 
     def _compute_mtp_sum(self, hidden: list[torch.Tensor], head: Head,
                          batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Return the MTP term's sum over a micro-batch, see `Objective.loss`."""
         total = torch.zeros((), device=batch.weights.device)
-        for depth in self._depths:
+        for depth in self._mtp_depths:
             shifted = shift_labels(batch, depth)
             total = total + head.cross_entropy(hidden[depth], shifted.labels, {MTP: shifted.weights})[0][MTP]
-        return {MTP: total} if self._depths else {}
+        return {MTP: total} if self._mtp_depths else {}
 
 
 class LanguageModelling(DataObjective):
@@ -120,9 +121,9 @@ class LanguageModelling(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count targets: label weights for the trunk, and over depths for the MTP term."""
         batch = self._scale_label_weights(batch)
-        hosts = [m.host for m in batch.micro_batches]
-        targets = {LM: sum(float(m.weights.double().sum()) for m in hosts)}
-        return with_denominators(batch, targets | self._count_mtp_targets(hosts))
+        on_host = [micro_batch.host for micro_batch in batch.micro_batches]
+        targets = {LM: sum(float(micro_batch.weights.double().sum()) for micro_batch in on_host)}
+        return with_denominators(batch, targets | self._count_mtp_targets(on_host))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return summed cross-entropies for the trunk and the prediction depths."""

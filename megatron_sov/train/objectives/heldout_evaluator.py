@@ -157,8 +157,7 @@ class HeldoutEvaluator:
         return flatten_tensors({name: sums[name] for name in SUMS})
 
 
-def build_heldout_row(sample: OrderedSample, documents: Documents, source: Source,
-                      seq_len: int) -> PackedRow:
+def build_heldout_row(sample: OrderedSample, documents: Documents, source: Source, seq_len: int) -> PackedRow:
     """Build a row with held-out documents; conversations get the columns `TURN` and `KIND`."""
     if source.format != "chat":
         return build_row(sample, documents, seq_len)

@@ -62,8 +62,7 @@ def build_micro_batch(row: PackedRow) -> MicroBatch:
 def _unpack_values(flat: torch.Tensor, row: PackedRow, values: list[np.ndarray]) -> MicroBatch:
     """Build a micro-batch from `flat`, a uint8 tensor with the bytes of `values`."""
     slices = flat.split([value.nbytes for value in values])
-    parts = [part.view(torch.from_numpy(value[:0]).dtype)
-             for part, value in zip(slices, values, strict=True)]
+    parts = [part.view(torch.from_numpy(value[:0]).dtype) for part, value in zip(slices, values, strict=True)]
     columns = dict(zip(row.columns, parts[len(WIDE):], strict=False))
     fields = dict(zip((*WIDE, *NARROW), parts[:len(WIDE)] + parts[len(WIDE) + len(columns):], strict=True))
     bounds = row.bounds

@@ -1,8 +1,8 @@
 """Evaluating a run's exports in background processes or Slurm jobs.
 
 `RUN/evaluations/step-N.TASK.json` has the results, `step-N.TASK.failed` the reason for a failure, and
-`.step-N.TASK.submitted` marks a submitted job. An export without such a file waits for its evaluation, so
-that a resumed run continues. Scores of `lm` become events of the run; the report reads the results of jobs
+`.step-N.TASK.submitted` marks a submitted job. A resumed run evaluates the exports that have none of these
+files. Scores of `lm` become events of the run; the report reads the results of jobs
 that end after the run, and the next `--resume` writes their events.
 """
 
@@ -28,7 +28,8 @@ from megatron_sov.train.data.token_shards import TEXTS, Source
 from megatron_sov.work.processes.background import BackgroundProcess
 
 POLL_INTERVAL_S = 1.0
-_WAIT_S = 0.05
+_SLEEP_S = 0.05
+"""Time between two polls in `wait`."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,19 @@ class ExportEvaluations:
 
         `build_command` replaces `build_eval_command`.
         """
-        self.folder, self._exports, self._settings = (run / EVALUATIONS, run / EXPORTS,
-                                                      config.evaluate.background)
+        self.folder, self._exports = run / EVALUATIONS, run / EXPORTS
+        self._settings = config.evaluate.background
         self._record = record
         self._build_command = build_command or partial(build_eval_command, config)
         self._running: _RunningEvaluation | None = None
         self._polled_s = -POLL_INTERVAL_S
-        steps = [int(folder.name[5:]) for folder in self._exports.glob("step-*")
-                 if folder.name[5:].isdigit() and (folder / MANIFEST).is_file()]
+        numbers = [folder.name.removeprefix("step-") for folder in self._exports.glob("step-*")
+                   if (folder / MANIFEST).is_file()]
+        steps = [int(number) for number in numbers if number.isdigit()]
         jobs = [EvalJob(step, name) for step in sorted(steps) for name in self._settings.tasks]
         # includes jobs with results, whose events are not written yet
         self._submitted = [job for job in jobs if self._get_file(job, ".submitted").is_file()]
-        self._waiting = [job for job in jobs if job not in self._submitted and self._is_open(job)]
+        self._waiting = [job for job in jobs if job not in self._submitted and self._has_no_outcome(job)]
 
     def offer(self, step: int) -> None:
         """Queue evaluations for a new or repeated export, without waiting."""
@@ -118,7 +120,7 @@ class ExportEvaluations:
         self.poll(now=True)
         while self._running is not None or (
                 self._waiting and len(self._submitted) < self._settings.max_waiting):
-            time.sleep(_WAIT_S)
+            time.sleep(_SLEEP_S)
             self.poll(now=True)
 
     def close(self) -> None:
@@ -133,7 +135,7 @@ class ExportEvaluations:
     def _get_file(self, job: EvalJob, ending: str) -> Path:
         return self.folder / f".{job.name}{ending}"
 
-    def _is_open(self, job: EvalJob) -> bool:
+    def _has_no_outcome(self, job: EvalJob) -> bool:
         result = self._get_result(job)
         return not result.is_file() and not result.with_suffix(".failed").is_file()
 

@@ -20,6 +20,7 @@ INFINIBAND_LATENCY_S = 3.7e-6
 PRECISIONS = ("bf16", "fp8", "fp4")
 """Precisions of tensor core products, widest first."""
 _aliases: dict[str, str] = {}
+"""Normalized name of a GPU -> key in `CHIPS`; `_read_chips` fills it."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,15 @@ class Chip(Gpu):
         Raises:
             UserError: the chip does not support the precision.
         """
-        peak = {"bf16": self.bf16_flops_per_s, "fp8": self.fp8_flops_per_s, "fp4": self.fp4_flops_per_s}
-        if not peak.get(precision):
-            supported = [name for name in PRECISIONS if peak[name]]
+        peaks = {"bf16": self.bf16_flops_per_s, "fp8": self.fp8_flops_per_s, "fp4": self.fp4_flops_per_s}
+        if not peaks.get(precision):
+            supported = [name for name in PRECISIONS if peaks[name]]
             alternatives = [chip.key for chip in CHIPS.values()
                             if getattr(chip, f"{precision}_flops_per_s", 0)]
             raise UserError(f"{precision} on {self.name}: is not supported by its tensor cores (they support "
                             f"{' and '.join(supported)}); plan with {supported[-1]}"
                             + (f", or with one of {', '.join(alternatives)}" if alternatives else ""))
-        return peak[precision]
+        return peaks[precision]
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def _read_chips() -> dict[str, Chip]:
             # networks are specified in decimal bits, links inside a server in bytes
             network_bytes_per_s=row["network_gbits_per_s"] * 1e9 / 8,
             power_w=row["power_w"], server_power_w=row["server_power_w"], price=Price(**row["price"]),
-            sources={of: source for fields, source in row["sources"].items() for of in fields.split(", ")})
+            # a source for several fields has the key "tflops, hbm"
+            sources={name: source for names, source in row["sources"].items() for name in names.split(", ")})
     return chips
 
 

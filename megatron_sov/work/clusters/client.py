@@ -7,9 +7,11 @@ import re
 import subprocess
 from pathlib import Path
 
-from megatron_sov.base.errors import UserError, suggest_name
+from megatron_sov.base.errors import UserError, stop_check, suggest_name
 
 TIMEOUT_S = 60
+READING_PROGRAMS = ("sinfo", "squeue", "scontrol")
+"""Programs that change nothing on the cluster with the arguments used here."""
 ACTIVE_STATES = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING",
                  "STOPPED"}
 JOB_VARIABLE_PREFIXES = ("SLURM_", "SBATCH_")
@@ -36,6 +38,8 @@ def run_slurm_program(program: str, *arguments: str,
     Raises:
         UserError: the program is not installed, or the controller does not answer.
     """
+    if program not in READING_PROGRAMS:
+        stop_check()
     try:
         return subprocess.run([program, *arguments], input=script, capture_output=True, text=True,
                               timeout=TIMEOUT_S, check=False, env=environment_outside_jobs())

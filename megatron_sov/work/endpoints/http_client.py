@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 import openai
 
+from megatron_sov.base.errors import stop_check
 from megatron_sov.work.endpoints.answers import (
     BadAnswer, RequestRefused, find_permanent_refusal, read_error_text)
 
@@ -43,6 +44,7 @@ class HttpClient:
 
     def stream(self, payload: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         """Yield the objects of a streamed answer; raises like `Transport.stream`."""
+        stop_check()
         try:
             opened: openai.Stream[Any] = self._client.post(
                 f"/{self._path}", body=dict(payload) | {"stream": True}, cast_to=object, stream=True,
@@ -79,6 +81,7 @@ class HttpClient:
         `Transport.post`."""
         arguments: dict[str, Any] = {"cast_to": httpx.Response, "options": {"headers": self._build_headers()}}
         if payload is not None:
+            stop_check()
             arguments["body"] = dict(payload)
         try:
             return getattr(self._client, method)(f"/{self._path}{path}", **arguments)

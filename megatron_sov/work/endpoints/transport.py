@@ -78,8 +78,7 @@ class Transport:
         max_bytes: maximum response size; 0: `MAX_BODY_BYTES`.
     """
 
-    def __init__(self, url: str, key_env: str, timeout_s: float, key: str = "",
-                 max_bytes: int = 0) -> None:
+    def __init__(self, url: str, key_env: str, timeout_s: float, key: str = "", max_bytes: int = 0) -> None:
         self._url, self._key_env, self._timeout_s, self._key = url, key_env, timeout_s, key
         self._max_bytes = max_bytes or MAX_BODY_BYTES
         self._lock = threading.Lock()

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_sov.base.errors import ExitCode
+from megatron_sov.base.errors import ExitCode, stop_check
 
 SAFE_VARIABLES = frozenset((
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "PWD", "TMPDIR", "TEMP", "TMP", "TZ", "TERM", "LANG",
@@ -132,6 +132,7 @@ def start_interpreter(command: Sequence[str], arguments: Sequence[str], variable
         errors: destination of standard error.
         patience_s: see `Child`.
     """
+    stop_check()
     ours, theirs = socket.socketpair()
     # inherit only the library path, so that API keys stay in this process
     environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONUTF8": "1", **variables,
@@ -168,6 +169,7 @@ def start_command(command: Sequence[str], *, stdout: IO[Any] | None = None,
     Raises:
         OSError: the command cannot be started.
     """
+    stop_check()
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment,
                             cwd=folder, start_new_session=own_group,
                             preexec_fn=partial(die_with_parent, os.getpid()) if ends_with_this else None)

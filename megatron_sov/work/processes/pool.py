@@ -194,8 +194,7 @@ class WorkerPool(Generic[Item, Result]):
                 with _block_interrupts():
                     pending.append(self._pool.submit(_apply_work, item))
                 # in input order: a slow item delays later results, so bound their number
-                while pending and (pending[0].done()
-                                   or len(pending) >= WAITING_PER_WORKER * self._workers):
+                while pending and (pending[0].done() or len(pending) >= WAITING_PER_WORKER * self._workers):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

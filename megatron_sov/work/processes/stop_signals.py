@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal sets a flag that the main loop reads between two steps of its work."""
+"""Orderly stops: a signal sets a flag that the main loop reads between two steps of its work."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class StopFlag:
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
-    def __reduce__(self) -> tuple[type[StopFlag], tuple[()]]:  # a new process starts without a request
+    def __reduce__(self) -> tuple[type[StopFlag], tuple[()]]:
+        """Pickle a flag without its reason: a new process has received no signal."""
         return StopFlag, ()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # only noted: a save or a collective in the handler could interrupt one under way
+        # no save or collective here: Python may run the handler in the middle of another save or collective
         self.reason = signal.Signals(number).name
 
     @contextlib.contextmanager

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_sov.base.errors import stop_check
 from megatron_sov.work.processes.children import start_command
 
 NOT_STARTED = 127
@@ -39,6 +40,7 @@ class SupervisedCommand:
             environment: its environment.
             output: file for standard output and error.
         """
+        stop_check()
         read_end, write_end = os.pipe()  # the keeper ends the command when this pipe closes
         self._wanted = os.fdopen(write_end, "wb", buffering=0)
         try:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import translate_disk_errors, try_lock, write_atomically
-from megatron_sov.base.errors import UserError, warn
+from megatron_sov.base.errors import UserError, stop_check, warn
 
 CLOCK_TOLERANCE_S = 5.0
 """Tolerance between two readings of a process's start time, for clock corrections in between."""
@@ -328,6 +328,7 @@ def try_lock_folder(folder: Path) -> Iterator[bool]:
 @contextlib.contextmanager
 def _attempt_lock(folder: Path) -> Iterator[bool]:
     with translate_disk_errors(folder):
+        stop_check()
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         # closing the files releases the lock, also after an exception

@@ -111,7 +111,7 @@ def build_part(work: Path, key: str, marker: str, build: Callable[[Path], object
     if (folder / marker).is_file():
         return folder, False
     # if two jobs build the same part, the first stays: equal keys give equal parts
-    with create_folder(folder, first_stays=True) as temporary:
+    with create_folder(folder, keep_existing=True) as temporary:
         build(temporary)
     return folder, True
 

@@ -265,8 +265,7 @@ class SharedWork:
     finish_cpus: int = 1
 
 
-def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile,
-                  most_tasks: int) -> None:
+def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile, most_tasks: int) -> None:
     """Submit unfinished items as an array, or report the progress of running jobs.
 
     Raises:

@@ -68,6 +68,21 @@ from tests.base.hints.test_words import answer
      ["self-instruct: is no generator", "must end before /chat"]),
     ("megatron-sov submit sft --gres=gpu:8 --mem 5G --nodes 2 --from hf --data d --run r",
      ["--cluster: is missing", "--account NAME", "--gres: GPUs", "--mem: is part"]),
+    ("megatron-sov convert run merged to-hf", ["write\n  megatron-sov convert to-hf run merged"]),
+    ("megatron-sov sft --from hf --data d --run r --config ds.json",
+     ["--set train.precision=bf16 --set train.micro_batch_size=2 --set train.global_batch_size=8"]),
+    ("megatron-sov pretrain tiny-qwen3 --data d/web/train.bin --run r", ["write\n  megatron-sov pretrain",
+                                                                        "--data d --run r"]),
+    ("megatron-sov rl run --from hf --prompts t.jsonl --reward math --store s --run r "
+     "--vllm_gpu_memory_utilization 0.5", ["--engine-set memory_share=0.5"]),
+    ("megatron-sov distill --from hf --teacher run --data d --run r --set distillation.lmbda=0.5",
+     ["megatron-sov rl run --prompts FILE --reward none --from hf --teacher run --data d --run r --set "
+      "policy.method=gkd --set policy.on_policy_share=0.5"]),
+    ("megatron-sov prefer --from hf --data d --run r --method simpo --reference hf",
+     ["simpo uses no reference; leave it out"]),
+    ("megatron-sov prefer --from hf --data kto.jsonl --run r",
+     ["write\n  sov-data unpaired --input kto.jsonl --output kto-unpaired\n  megatron-sov prefer --from hf "
+      "--data kto-unpaired/unpaired.jsonl --run r --method kto"]),
 ])
 def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch,
@@ -79,7 +94,10 @@ def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: P
                        "pipe.yaml": "name: w\nsteps:\n- LanguageFilter: {languages: [en]}",
                        "chat.jsonl": '{"messages": [{"role": "user", "content": "a"}, '
                                      '{"role": "assistant", "content": "b"}]}',
-                       "t.pdf": "%PDF",
+                       "t.pdf": "%PDF", "d/web/train.bin": "x", "d/web/train.idx": "x",
+                       "kto.jsonl": '{"prompt": "a", "completion": "b", "label": true}',
+                       "ds.json": '{"bf16": {"enabled": true}, "train_micro_batch_size_per_gpu": 2, '
+                                  '"gradient_accumulation_steps": 4}',
                        "run/events.jsonl": "", "run/config.json": '{"recipe": "tiny-solar-open"}',
                        "theirs.yml": "base_model: M\nmicro_batch_size: 2\ngradient_accumulation_steps: 4",
                        "t-tokenizer/a": "", "t-tokens/a": "",

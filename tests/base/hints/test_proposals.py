@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.base.documents.layouts import describe_turns
+from megatron_sov.base.documents.layouts import describe_foreign_turns
 from megatron_sov.base.errors import Fix, RowProblems, UserError
 from megatron_sov.base.hints.commands import unwrap_launcher
 from megatron_sov.base.hints.lines import apply_fix, propose_line
@@ -112,8 +112,8 @@ def test_a_command_of_ours_is_no_launcher() -> None:
 
 def test_turns_of_foreign_names_cannot_be_named() -> None:
     record = {"id": 1, "utterances": [{"speaker": "a", "text": "b"}]}
-    assert describe_turns(record).startswith("'utterances' is a list of turns with 'speaker' and 'text'")
-    assert describe_turns({"messages": [{"role": "user", "content": "b"}]}) == ""
+    assert "'utterances' is a list of turns with 'speaker' and 'text'" in describe_foreign_turns(record)
+    assert describe_foreign_turns({"messages": [{"role": "user", "content": "b"}]}) == ""
 
 
 def test_equal_problems_of_rows_are_one_line() -> None:

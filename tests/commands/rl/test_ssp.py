@@ -169,7 +169,7 @@ def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--problems", "algebra"], "--problems algebra: must be DOMAIN=FILE.jsonl"),
-    (["--problems", "algebra=geometry.jsonl"], "domain algebra has algebra.jsonl already"),
+    (["--problems", "algebra=geometry.jsonl"], "domain algebra already has algebra.jsonl"),
     (["--problems", "statistics=empty.jsonl"], "--problems empty.jsonl: has no rows"),
     (["--k", "9"], "--k 9: must be at most --samples = 4"),
     (["--reward", "stemm"], "did you mean 'stem'?"),

@@ -74,7 +74,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
 
     digest, hashed, begun = teaching.hash_weights, [], []
     monkeypatch.setattr(teaching, "hash_weights", lambda target: hashed.append(1) or digest(target))
-    monkeypatch.setattr(teaching, "read_documents", lambda reading, *rest, redo: begun.append(reading.digest))
+    monkeypatch.setattr(teaching, "write_outputs", lambda reading, *rest, redo: begun.append(reading.digest))
     assert main(command(tmp_path / "more", *beside)) == 2 and "never" in capsys.readouterr().err
     assert (hashed, begun) == ([1], [made.settings["teacher"]])
 
@@ -85,7 +85,7 @@ def test_each_teacher_reads_the_data_of_its_name(packed_data: Any, teacher: Path
     from megatron_sov.post.distillation import teacher as teaching
 
     read: list[tuple[str, list[str], str]] = []
-    monkeypatch.setattr(teaching, "read_documents", lambda reading, out, *_, redo: read.append(
+    monkeypatch.setattr(teaching, "write_outputs", lambda reading, out, *_, redo: read.append(
         (str(reading.target.path), list(reading.data), out.name)))
     talk, text, first = f"talk={packed_data.chats}", str(packed_data.text), teacher / "checkpoints/step-1"
 

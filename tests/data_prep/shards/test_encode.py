@@ -183,8 +183,8 @@ def test_a_tokenizer_of_others_is_refused_with_the_command_that_takes_it_over(
     with pytest.raises(UserError) as e:
         Encoder(Path(given))
     assert f"run `sov-tokenizer import {imported} --output {output}`, and pass" in str(e.value)
-    with pytest.raises(UserError, match=r"none: does not exist; .* `hf download none --local-dir none`"):
-        Encoder(Path("none"))
+    with pytest.raises(UserError, match=r"no-1b: does not exist; .* `hf download no-1b --local-dir no-1b`"):
+        Encoder(Path("no-1b"))
     assert sov_data(["pack", "--tokenizer", given, "--input", ".", "--output", "o", "--dry-run"]) == 2
 
 

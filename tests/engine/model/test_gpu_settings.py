@@ -201,7 +201,7 @@ def test_kernels_of_linear_attention_serve_where_they_import_and_bits_need_not_r
     fla = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16",
                                                            "gpu.linear_attention=fla"])
     assert not serve(), "it is not installed here"
-    with pytest.raises(SettingsError, match=r"attention does not serve \(Module.*fla"):
+    with pytest.raises(SettingsError, match=r"attention does not work here \(Module.*fla"):
         gpu_settings.check_gpu_settings(fla, te=True)
     monkeypatch.setattr(gpu_settings, "find_fla_problem", lambda: "")
     assert serve() and not serve(te=False)

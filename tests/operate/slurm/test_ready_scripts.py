@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def test_what_submit_does_not_look_at_is_sound(name: str) -> None:
     for stage in read_chain(name).stages:
         argv, parser = list(stage.argv("WORK")), Parser(prog=stage.label)
         if stage.stage in DOORS:
-            import_module(DOORS[stage.stage][argv.pop(0)].module).add_arguments(parser)
+            DOORS[stage.stage][argv.pop(0)].load().add_arguments(parser)
         elif stage.stage in ("rl-run", "eval-lm"):
             STAGE_PARSERS[stage.stage](parser)
         else:

@@ -16,7 +16,7 @@ from megatron_sov import cli, recipes
 from megatron_sov.base.settings import read_command_options
 from megatron_sov.bench.lm.results import read_results
 from megatron_sov.bench.lm.settings import LmEvalSettings, TaskSources
-from megatron_sov.commands.evaluate import eval
+from megatron_sov.commands.evaluate.eval import EVAL
 from megatron_sov.commands.evaluate.eval_lm import EvalLmOptions
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.folder import EVALUATIONS
@@ -183,7 +183,7 @@ def test_settings_of_benchmarks_are_the_options_of_eval_lm(tmp_path: Path) -> No
         "allow_task_code": True, "allow_download": True}))
     argv = build_eval_command(config, EvalJob(10, "lm"), tmp_path / "export", tmp_path / "step-10.lm.json")
     parser = argparse.ArgumentParser()
-    eval.add_arguments(parser)
+    EVAL.add_arguments(parser)
     output, cache = tmp_path / "step-10.lm.json", tmp_path / ".step-10.lm.cache"
     assert read_command_options(parser.parse_args(argv[4:])) == EvalLmOptions(
         target=str(tmp_path / "export"), tasks="capitals,-odd", settings=LmEvalSettings(

@@ -13,8 +13,7 @@ def prove_layouts(prepared: Prepared) -> bool:
     assert config is not None
     [job] = prepared.jobs
     for nodes, settings in job.layouts.items():
-        small, verdict = prove_run(apply_settings(config, list(settings)),
-                                   nodes * job.profile.tasks_per_node)
+        small, verdict = prove_run(apply_settings(config, list(settings)), nodes * job.profile.tasks_per_node)
         print(as_text(small, verdict), file=sys.stderr)  # stdout may be redirected to a script file
         if verdict.outcome != EQUAL:
             return False

@@ -56,5 +56,4 @@ def check_reward(options: RewardOptions) -> RewardRequest:
     return RewardRequest(options, rounds, resolve_reward_version(options.reward, options.reward_set))
 
 
-REWARD = DeclaredCommand(RewardOptions, check_reward,
-                         "megatron_sov.commands.rl.store.reward_run:judge_store")
+REWARD = DeclaredCommand(RewardOptions, check_reward, "megatron_sov.commands.rl.store.reward_run:judge_store")

@@ -24,7 +24,9 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents import KINDS, BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import format_location
+from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, warn
+from megatron_sov.base.hints.foreign import find_shards
 from megatron_sov.model.config import split_weight
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.objectives import COMMAND_FORMATS
@@ -55,6 +57,8 @@ RESERVED_NAME = "tokenizer"
 """Source name that `sov-data pack` refuses: the tokenizer's folder has it."""
 BEGUN = {"tokenizer": ""}
 """Record for an incomplete folder."""
+UNPAIRED = "sov-data unpaired"
+"""Command that prepares single judged responses for KTO."""
 PROGRAMS = {"sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
 """Program -> module."""
 
@@ -73,6 +77,14 @@ class DataFile:
     """Typed text, with its colon; "": not typed."""
     format: str = ""
     """Record format; "": the file was deleted after packing."""
+    columns: tuple[str, ...] = ()
+    """Numeric fields of the records that become columns."""
+
+    @property
+    def pack_options(self) -> list[str]:
+        """Return the options of `sov-data pack` for the file's records."""
+        columns = [word for column in self.columns for word in ("--column", column)]
+        return ["--format", self.format, *columns]
 
     def shards(self, run: Path) -> Path:
         """Return the packed file's folder."""
@@ -120,13 +132,17 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
             continue
         suffix = named.file.suffix.lower()
         if refusal := next((text for names, text in REFUSED_FILES.items() if suffix in names.split()), ""):
-            raise UserError(f"--data {argument}: {refusal}", _fix_table(named.file))
+            shards = find_shards(str(named.file.with_suffix("")))
+            fix = Fix(words={typed: shards}) if Path(shards).is_dir() else _fix_table(named.file)
+            raise UserError(f"--data {argument}: {refusal}", fix)
         if named.name in files:
             raise UserError(f"--data {argument}: has the same name {named.name!r} as --data "
                             f"{files[named.name].argument}; rename one, e.g. --data "
                             f"{shlex.quote(f'{named.name}2={typed}')}")
-        files[named.name] = dataclasses.replace(
-            named, format=_detect_format(named.file, formats, tokenizer) if named.file.exists() else "")
+        if named.file.exists():
+            named = dataclasses.replace(named, format=_detect_format(named.file, formats, tokenizer))
+            named = dataclasses.replace(named, columns=_find_columns(named))
+        files[named.name] = named
     return list(files.values())
 
 
@@ -190,7 +206,8 @@ class FilePacking:
         """Return the inputs of a file's shards: digests and format."""
         if not named.file.exists():
             return named.recorded(self.run)
-        return {"file": str(named.file.absolute()), "digest": hash_file(named.file),
+        columns = {"columns": ",".join(named.columns)} if named.columns else {}
+        return {"file": str(named.file.absolute()), "digest": hash_file(named.file), **columns,
                 "format": named.format, "tokenizer": digest_tokenizer(self.tokenizer)}
 
     def _refuse_changed(self, stale: Sequence[DataFile], records: dict[DataFile, dict[str, str]]) -> None:
@@ -208,8 +225,8 @@ class FilePacking:
         return ["sov-tokenizer", "import", str(self.tokenizer), "--output", str(target / TOKENIZER)]
 
     def _pack_command(self, target: Path, named: DataFile) -> list[str]:
-        return ["sov-data", "pack", "--tokenizer", str(target / TOKENIZER), "--format", named.format,
-                "--heldout", str(HELDOUT_SHARE), "--input", f"{named.name}={named.file}", "--output",
+        return ["sov-data", "pack", "--tokenizer", str(target / TOKENIZER), *named.pack_options, "--heldout",
+                str(HELDOUT_SHARE), "--input", f"{named.name}={named.file}", "--output",
                 str(named.shards(target))]
 
     def _import(self, target: Path) -> None:
@@ -306,6 +323,16 @@ def _fix_encoding(file: Path, fault: BadRecord) -> Fix | None:
     return Fix(words={str(file): new}, before=(command,)) if match else None
 
 
+def _find_columns(named: DataFile) -> tuple[str, ...]:
+    """Return the column that `sov-data unpaired` wrote, if the first record of a file has it."""
+    if named.format != "preference":
+        return ()
+    reading = RecordReading(named.format, columns=(DESIRABLE,))
+    spans = next(iter(plan_units([named.file])), ())[:1]
+    first = next((item for span in spans for item in read_span(span, reading)), None)
+    return () if first is None or isinstance(first, BadRecord) else (DESIRABLE,)
+
+
 def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -> str:
     """Return the first format in `formats` that fits the file's first record; `UserError` if none fits."""
     spans = next(iter(plan_units([file])), ())[:1]
@@ -320,11 +347,18 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
     fault = next((fault for fault in faults if fault.code != "fields"), faults[0])
     location = format_location(file, fault, 0)
     for kind, (command, sentence) in LEARNED_BY.items():
-        if fault.reason.startswith(f"is {kind},"):
+        # `rl run` learns text beside its prompts: another command would not take its other options
+        if fault.reason.startswith(f"is {kind},") and list(formats) != ["text"]:
             raise UserError(f"--data {location}: {sentence}", Fix(command=command))
     fix = _fix_encoding(file, fault)
+    if UNPAIRED in fault.reason and formats[0] == "preference":
+        folder = choose_free_path(f"{file.stem}-unpaired")
+        fix = Fix(words={str(file): f"{folder}/unpaired.jsonl"}, options=("--method", "kto"),
+                  before=(f"{UNPAIRED} {shlex.join(['--input', str(file), '--output', folder])}",))
+        raise UserError(f"--data {location}: is judged on its own; KTO learns from such responses", fix)
     is_usable = bool(fault.options) and "FIELD" not in fault.options[-1] and "prompt" not in fault.options
     if is_usable and tokenizer is not None:
-        fix = fix_by_packing(file, tokenizer, ["--format", formats[0], *fault.options])
+        form = () if "--format" in fault.options else ("--format", formats[0])
+        fix = fix_by_packing(file, tokenizer, [*form, *fault.options])
     raise UserError(f"--data {location}: {fault.reason}; or pack it yourself "
                     "(`sov-data pack --help`), and pass the folder", fix)

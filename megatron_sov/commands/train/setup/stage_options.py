@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, NotNegative
 from megatron_sov.commands.train.setup.starts import read_start_settings
 from megatron_sov.model.config import RunConfig
@@ -133,14 +133,18 @@ class PreferOptions(TunedOptions):
         return dataclasses.replace(self, settings=(*self.settings, f"preference.method={self.method}"))
 
     def check_paths(self) -> None:
+        self._refuse_unused_reference(self.method)
         if self.reference is not None and self.reference.is_dir():
             check_folder_kind(self.reference, (RUN, CHECKPOINT_KIND), "a checkpoint or a run")
 
     def check_settings(self, config: RunConfig) -> None:
         if self.reference is None:
             return
-        if config.preference.method not in REFERENCE_METHODS:
-            raise UserError(f"--reference {self.reference}: preference.method = {config.preference.method} "
-                            "uses no reference; leave it out")
+        self._refuse_unused_reference(config.preference.method)
         check_model_path(self.reference, "--reference ")
         find_checkpoint(self.reference)
+
+    def _refuse_unused_reference(self, method: str | None) -> None:
+        if self.reference is not None and method not in (None, *REFERENCE_METHODS):
+            raise UserError(f"--reference {self.reference}: preference.method = {method} uses no reference; "
+                            "leave it out", Fix(left_out=(f"--reference {self.reference}",)))

@@ -84,7 +84,7 @@ class LiveServers:
             to_hf(target.path, model)
         self._context = open_server_engine(
             settings.engine, model, settings.vocab_size, settings.longest, settings.servers,
-            places=settings.places, with_routes=settings.with_routes, over=self._closed)
+            locations=settings.places, with_routes=settings.with_routes, stop_event=self._closed)
         self.engine = self._context.__enter__()
         if not settings.places.urls:
             self._loaded_step = 0
