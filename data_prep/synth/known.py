@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.hints.removed import suggest_successor
-from megatron_sov.base.settings import ProblemCode, SettingsProblem
 
 if TYPE_CHECKING:
     from data_prep.synth.generator import Generator
@@ -46,18 +45,10 @@ def generator_class(name: str) -> type[Generator]:
     """
     if name.endswith(ENDINGS):
         return _of_file(Path(name))
-    for problem in find_generator_problems(name):
-        raise UserError(f"{name}: {problem.rule}")
-    return _packaged(name)
-
-
-def find_generator_problems(name: str) -> list[SettingsProblem]:
-    """Return the problem of a generator's name that is neither known nor a file's."""
-    if name in FILES or name.endswith(ENDINGS):
-        return []
-    meant = suggest_successor(name) or suggest_name(name, FILES)
-    return [SettingsProblem(ProblemCode.RULE, name, f"is no generator{meant}; known are {', '.join(FILES)}, "
-                            f"and files that end with {' or '.join(ENDINGS)}")]
+    if name in FILES:
+        return _packaged(name)
+    raise UserError(f"{name}: is no generator{suggest_successor(name) or suggest_name(name, FILES)}; known "
+                    f"are {', '.join(FILES)}, and files that end with {' or '.join(ENDINGS)}")
 
 
 @lru_cache(maxsize=len(FILES))

@@ -23,7 +23,7 @@ from data_prep.synth.candidates import (
     ANSWERS, RUN, FinishedItem, SynthRunRecord, digest_of, read_finished, read_run)
 from data_prep.synth.generator import (
     Ask, Door, Drawn, GeneratedSample, Generator, GeneratorItem, Role, writable)
-from data_prep.synth.known import FILES, REMOVED, find_generator_problems, generator_class
+from data_prep.synth.known import FILES, REMOVED, generator_class
 from data_prep.synth.models import Budget, Model, opened
 from data_prep.synth.options import SynthOptions
 from data_prep.synth.replies import NoReply, NoUsableReply
@@ -126,7 +126,7 @@ def open_run(options: SynthOptions) -> SynthRun:
         raise UserError(f"sov-data synth {options.generator}: {' and '.join(missing)} "
                         f"{'is' if len(missing) == 1 else 'are'} needed (--help lists what it takes)")
     writer, judge = models_of(options)
-    if problems := [*map(to_problem, find_missing_libraries()), *find_generator_problems(options.generator),
+    if problems := [*map(to_problem, find_missing_libraries()),
                     *(SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
                       for path in options.input if not path.exists()),
                     *check_problems(options.checks),

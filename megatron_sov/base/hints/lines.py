@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, fix_missing
-from megatron_sov.base.hints.paths import find_path_faults, pack_download
+from megatron_sov.base.hints.paths import find_path_faults
 
 MAX_FAULTS = 8
 """Maximum faults collected from a command line."""
@@ -140,8 +140,6 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
             fault = proposal.find_independent_fault(fault)
             continue
         fix = _select_part(proposal.line, fix)
-        if proposal.program == "megatron-sov":
-            fix = pack_download(proposal.line, fix)
         line = apply_fix(proposal.program, proposal.line, fix)
         if line is None:  # several lines, or a line for another program
             other_program, *line = shlex.split(fix.line)

@@ -67,27 +67,12 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     is_file = source.is_file() and source.name.endswith(DATA_SUFFIXES) and needs_shards
     if kind == "tokens" or not (is_text_folder or is_file):
         return None
-    return UserError(f"--data {path}: is {'a file' if is_file else 'a folder of text'}; pack it first",
-                     _fix_by_packing(line, path))
-
-
-def pack_download(line: Sequence[str], fix: Fix) -> Fix:
-    """Return the fix for a missing --data dataset of the hub, with the commands that pack the download."""
-    path, folder = next(iter(fix.words.items()), ("", ""))
-    if not any("--repo-type dataset" in command for command in fix.before) or path not in (
-            word for option, word in pairwise(line) if option == "--data"):
-        return fix
-    packing = _fix_by_packing(line, folder)
-    return Fix(words={path: packing.words[folder]}, before=(*fix.before, *packing.before))
-
-
-def _fix_by_packing(line: Sequence[str], path: str) -> Fix:
-    """Return the commands that pack a file or folder of records for a command line."""
     tokenizer, before = _choose_tokenizer(line)
-    shards = choose_free_path(f"{Path(path).name.partition('.')[0]}-tokens")
-    form = _PACKING.get(line[line[0] == "submit"], "")
+    shards = choose_free_path(f"{source.name.partition('.')[0]}-tokens")
+    form = _PACKING.get(line[0], "")
     pack = f"sov-data pack --tokenizer {tokenizer} {form}" + shlex.join(["--input", path, "--output", shards])
-    return Fix(words={path: shards}, before=(*before, pack))
+    return UserError(f"--data {path}: is {'a file' if is_file else 'a folder of text'}; pack it first",
+                     Fix(words={path: shards}, before=(*before, pack)))
 
 
 def _choose_tokenizer(line: Sequence[str]) -> tuple[str, tuple[str, ...]]:

@@ -315,14 +315,6 @@ def fix_by_packing(file: Path, tokenizer: Path, options: Sequence[str]) -> Fix:
     return Fix(words={str(file): shards}, before=tuple(map(shlex.join, commands)))
 
 
-def _fix_encoding(file: Path, fault: BadRecord) -> Fix | None:
-    """Return the command that converts a file, in the encoding of the fault's message, to UTF-8."""
-    match = re.search(r"(iconv -f \S+ -t UTF-8) FILE > NEW_FILE", fault.reason)
-    new = choose_free_path(str(file.with_name(f"{file.stem}-utf8{file.suffix}")))
-    command = f"{match and match[1]} {shlex.quote(str(file))} > {shlex.quote(new)}"
-    return Fix(words={str(file): new}, before=(command,)) if match else None
-
-
 def _find_columns(named: DataFile) -> tuple[str, ...]:
     """Return the column that `sov-data unpaired` wrote, if the first record of a file has it."""
     if named.format != "preference":
@@ -350,7 +342,7 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
         # `rl run` learns text beside its prompts: another command would not take its other options
         if fault.reason.startswith(f"is {kind},") and list(formats) != ["text"]:
             raise UserError(f"--data {location}: {sentence}", Fix(command=command))
-    fix = _fix_encoding(file, fault)
+    fix = None
     if UNPAIRED in fault.reason and formats[0] == "preference":
         folder = choose_free_path(f"{file.stem}-unpaired")
         fix = Fix(words={str(file): f"{folder}/unpaired.jsonl"}, options=("--method", "kto"),
