@@ -48,7 +48,7 @@ READ_WITHOUT_EFFECT = {
     "media.*_from": "folders of encoders, which this model has not",
     **dict.fromkeys(
         ("gpu.cuda_graphs", "gpu.exchange_sms", "gpu.grad_dtype", "gpu.linear_attention", "gpu.profile*",
-         "gpu.permute_fusion", "gpu.router_fusion", "gpu.shared_expert_overlap"),
+         "gpu.permute_fusion", "gpu.router_fusion"),
         "megatron-core's settings are written whole, and memory is counted by all"),
     "guards.routing_every_steps": "asked before the layers with experts, of which there are none",
     "lora.dora": "passed on with the rank",
