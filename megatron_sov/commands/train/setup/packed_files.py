@@ -339,7 +339,7 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
     fault = next((fault for fault in faults if fault.code != "fields"), faults[0])
     location = format_location(file, fault, 0)
     for kind, (command, sentence) in LEARNED_BY.items():
-        # `rl run` learns text beside its prompts: another command would not take its other options
+        # `rl run` learns text next to its prompts; another command would not take its other options
         if fault.reason.startswith(f"is {kind},") and list(formats) != ["text"]:
             raise UserError(f"--data {location}: {sentence}", Fix(command=command))
     fix = None
