@@ -83,8 +83,7 @@ def temporary_folder(path: Path, token: str) -> Path:
 
 
 def delete_leftovers(folder: Path) -> None:
-    """Delete half-written and half-deleted folders of killed processes. The caller must hold the run's
-    lock."""
+    """Delete half-written and half-deleted folders of killed processes; the caller holds the run's lock."""
     # The folders have no manifest. Only the lock holder knows that no living process uses them.
     for prefix in (WRITING, DELETING, PROBE_PREFIX):
         for leftover in sorted(folder.glob(f"{prefix}*")):
@@ -216,14 +215,13 @@ def _fix_adapter(path: Path) -> Fix:
         base = str(config["base_model_name_or_path"] or "HF_DIR")
     except (OSError, ValueError, KeyError, TypeError):
         base = "HF_DIR"
+    is_hub_name = bool(suggest_download(base))
     folder, adapter = Path(base).name, choose_free_path(f"{path.name}-checkpoint")
     converted = choose_free_path(f"{folder}-checkpoint")
-    commands = [["convert", "from-hf", folder if suggest_download(base) else base, converted],
-                ["convert", "from-peft", str(path), adapter, "--base", converted]]
-    download = [] if Path(base).exists() or not suggest_download(base) else [
-        shlex.join(["hf", "download", base, "--local-dir", folder])]
-    return Fix(words={str(path): adapter},
-               before=(*download, *(f"megatron-sov {shlex.join(command)}" for command in commands)))
+    commands = [["hf", "download", base, "--local-dir", folder]] if is_hub_name else []
+    commands += [["megatron-sov", "convert", "from-hf", folder if is_hub_name else base, converted],
+                 ["megatron-sov", "convert", "from-peft", str(path), adapter, "--base", converted]]
+    return Fix(words={str(path): adapter}, before=tuple(map(shlex.join, commands)))
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -405,8 +403,7 @@ def hash_checkpoint_files(start: Path) -> str:
 
 
 def read_trained_tokens(path: Path) -> int:
-    """Return the longest training context in tokens, including earlier stages; imported models state their
-    own.
+    """Return the longest training context in tokens, earlier stages and imported models included.
 
     Raises:
         UserError: `state.json` is damaged.

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.base.artifacts import (
     MANIFEST, format_json, read_manifest, translate_disk_errors, write_atomically)
@@ -301,8 +302,7 @@ def _fix_table(file: Path) -> Fix | None:
 
 
 def fix_by_packing(file: Path, tokenizer: Path, options: Sequence[str]) -> Fix:
-    """Return the commands that pack a file, with options for `sov-data pack`; a missing tokenizer is taken as
-    it is."""
+    """Return the commands that pack a file, after the import of a tokenizer that exists and is not ours."""
     commands = []
     is_ours = (tokenizer / MANIFEST).is_file() and read_manifest(tokenizer).kind == TOKENIZER
     if tokenizer.exists() and not is_ours:
@@ -315,23 +315,26 @@ def fix_by_packing(file: Path, tokenizer: Path, options: Sequence[str]) -> Fix:
     return Fix(words={str(file): shards}, before=tuple(map(shlex.join, commands)))
 
 
+def _read_first_record(file: Path, reading: RecordReading) -> Any:
+    """Return the first record of a file that is not empty, or its `BadRecord`; None for an empty file."""
+    spans = next(iter(plan_units([file])), ())[:1]
+    items = (item for span in spans for item in read_span(span, reading))
+    return next((item for item in items if getattr(item, "code", "") != "empty"), None)
+
+
 def _find_columns(named: DataFile) -> tuple[str, ...]:
     """Return the column that `sov-data unpaired` wrote, if the first record of a file has it."""
     if named.format != "preference":
         return ()
-    reading = RecordReading(named.format, columns=(DESIRABLE,))
-    spans = next(iter(plan_units([named.file])), ())[:1]
-    first = next((item for span in spans for item in read_span(span, reading)), None)
+    first = _read_first_record(named.file, RecordReading(named.format, columns=(DESIRABLE,)))
     return () if first is None or isinstance(first, BadRecord) else (DESIRABLE,)
 
 
 def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -> str:
     """Return the first format in `formats` that fits the file's first record; `UserError` if none fits."""
-    spans = next(iter(plan_units([file])), ())[:1]
     faults: list[BadRecord] = []
     for kind in formats:
-        items = (item for span in spans for item in read_span(span, RecordReading(kind)))
-        first = next((item for item in items if getattr(item, "code", "") != "empty"), None)
+        first = _read_first_record(file, RecordReading(kind))
         if not isinstance(first, BadRecord):
             return kind  # also for an empty file, which `sov-data pack` refuses
         faults.append(first)
