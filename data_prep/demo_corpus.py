@@ -52,7 +52,7 @@ class CorpusUnavailable(Exception):
     """Korean text cannot be fetched here; the message is the reason in a few words."""
 
 
-def korean_pages() -> dict[str, str]:
+def download_korean_pages() -> dict[str, str]:
     """Download, unpack and read the packages.
 
     Returns:
@@ -75,7 +75,7 @@ def korean_pages() -> dict[str, str]:
         pages: dict[str, str] = {}
         for package in sorted(folder.glob("*.deb")):
             pages |= _pages(runner.call(["dpkg-deb", "--fsys-tarfile", str(package)]))
-    return korean_only(dict(sorted(pages.items())))
+    return keep_korean_lines(dict(sorted(pages.items())))
 
 
 def _pages(archive: bytes) -> dict[str, str]:
@@ -88,7 +88,7 @@ def _pages(archive: bytes) -> dict[str, str]:
             path = PurePosixPath(member.name)
             wanted = member.isfile() and path.suffix in (".html", ".page") and "ko" in path.parts
             if wanted and (file := members.extractfile(member)):
-                texts[path.as_posix()] = html_text(file.read().decode("utf-8", "replace"))
+                texts[path.as_posix()] = extract_html_text(file.read().decode("utf-8", "replace"))
     return texts
 
 
@@ -151,7 +151,7 @@ class _TextParser(HTMLParser):
             self.parts.append(re.sub(r"\s+", " ", data))
 
 
-def html_text(page: str) -> str:
+def extract_html_text(page: str) -> str:
     parser = _TextParser()
     parser.feed(page)
     parser.close()
@@ -164,7 +164,7 @@ def is_korean(line: str) -> bool:
     return hangul > 0 and hangul >= MIN_HANGUL_SHARE * letters
 
 
-def korean_only(pages: dict[str, str]) -> dict[str, str]:
+def keep_korean_lines(pages: dict[str, str]) -> dict[str, str]:
     """Return the pages with only their Korean lines, long repeated lines once;
     pages without any are left out."""
     seen: set[str] = set()
@@ -218,18 +218,18 @@ class Docstring:
     """The docstring without its indentation."""
 
 
-def order_key(identity: str) -> bytes:
+def compute_order_key(identity: str) -> bytes:
     """Return a key that shuffles identities the same way everywhere."""
     return hashlib.blake2b(identity.encode(), digest_size=8).digest()
 
 
-def stdlib_files() -> list[tuple[str, Path]]:
+def list_stdlib_files() -> list[tuple[str, Path]]:
     """Return (path inside the library, file) of the running Python's own sources, sorted;
     tests are left out."""
     return _python_files(Path(sysconfig.get_path("stdlib")), "")
 
 
-def package_files() -> list[tuple[str, Path]]:
+def list_package_files() -> list[tuple[str, Path]]:
     """Return the same for `PACKAGES`, those that are installed."""
     site = Path(sysconfig.get_path("purelib"))
     return [entry for package in PYTHON_PACKAGES for entry in _python_files(site / package, package + "/")]
@@ -255,7 +255,7 @@ def read_source(file: Path) -> str:
         return ""
 
 
-def docstrings(name: str, source: str) -> list[Docstring]:
+def parse_docstrings(name: str, source: str) -> list[Docstring]:
     module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     try:
         with warnings.catch_warnings():
@@ -276,7 +276,7 @@ def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
                 yield from _walk(child, f"{name}.{child.name}" if name else child.name)
 
 
-def clean(text: str) -> str:
+def strip_markup(text: str) -> str:
     """Return documentation without markup noise: roles, directives, underlines,
     badges and interactive sessions."""
     text = _ROLE.sub(r"\1", text).replace("``", "`")
@@ -285,44 +285,44 @@ def clean(text: str) -> str:
     return "\n\n".join(p for p in paragraphs if p.strip() and not p.lstrip().startswith(">>>"))
 
 
-def documentation(found: list[Docstring]) -> dict[str, str]:
+def join_docstrings(found: list[Docstring]) -> dict[str, str]:
     parts: dict[str, list[str]] = {}
     for d in found:
-        if text := clean(d.text):
+        if text := strip_markup(d.text):
             parts.setdefault(d.module, []).append(f"{d.module}.{d.name}\n\n{text}" if d.name
                                                   else f"{d.module}\n\n{text}")
     return {module: "\n\n".join(texts) for module, texts in parts.items()}
 
 
-def topics() -> dict[str, str]:
+def read_language_topics() -> dict[str, str]:
     """Return Python's language reference by topic, as `help()` shows it."""
     from pydoc_data.topics import topics as texts
 
-    return {f"topic {name}": clean(text) for name, text in sorted(texts.items())}
+    return {f"topic {name}": strip_markup(text) for name, text in sorted(texts.items())}
 
 
-def readmes() -> dict[str, str]:
+def read_package_pages() -> dict[str, str]:
     """Return the documentation files (.rst, .md and descriptions) that lie beside installed packages."""
     site = Path(sysconfig.get_path("purelib"))
     files = [p for p in _files(site)
              if p.suffix in (".rst", ".md") or (p.name == "METADATA" and p.parent.suffix == ".dist-info")]
     texts = {p.relative_to(site).as_posix(): read_source(p) for p in files}
     # what precedes the first blank line of METADATA are mail-like headers
-    return {name: clean(text.partition("\n\n")[2] if name.endswith("METADATA") else text)
+    return {name: strip_markup(text.partition("\n\n")[2] if name.endswith("METADATA") else text)
             for name, text in texts.items()}
 
 
-def question_and_answer(found: Docstring) -> tuple[str, str] | None:
+def build_question_pair(found: Docstring) -> tuple[str, str] | None:
     """Return a question about a public name and the first paragraph of its docstring,
     or None where it makes no answer."""
     name = f"{found.module}.{found.name}" if found.name else found.module
     if any(part.startswith("_") for part in name.split(".")):
         return None
-    answer = " ".join(clean(found.text).partition("\n\n")[0].split())
+    answer = " ".join(strip_markup(found.text).partition("\n\n")[0].split())
     if (not _ANSWER_CHARS[0] <= len(answer) <= _ANSWER_CHARS[1] or not answer.endswith(".")
             or not answer[0].isupper()):
         return None
-    return QUESTIONS[order_key(name)[0] % len(QUESTIONS)].format(name), answer
+    return QUESTIONS[compute_order_key(name)[0] % len(QUESTIONS)].format(name), answer
 
 
 KIND = "corpus"
@@ -356,36 +356,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(DemoCorpusOptions, typed)
-    gather(args.output, user=args.user, overwrite=args.overwrite)
+    write_corpus(args.output, user=args.user, overwrite=args.overwrite)
     return 0
 
 
-def gather(output: Path, *, user: Path | None = None, overwrite: bool = False) -> None:
+def write_corpus(output: Path, *, user: Path | None = None, overwrite: bool = False) -> None:
     """Write an artifact of kind "corpus" with a JSONL file per source.
 
     Raises:
         UserError: `user` cannot be read or holds no text, or the output may not be replaced.
     """
     check_output_folder(output, KIND, overwrite)
-    library = stdlib_files()
-    sources = {name: read_source(file) for name, file in [*library, *package_files()]}
-    found = [d for name, source in sources.items() for d in docstrings(name, source)]
+    library = list_stdlib_files()
+    sources = {name: read_source(file) for name, file in [*library, *list_package_files()]}
+    found = [d for name, source in sources.items() for d in parse_docstrings(name, source)]
     if user is not None:
-        texts = {"user": user_documents(user)}
+        texts = {"user": read_user_documents(user)}
     else:
-        english = {**topics(), **documentation(found), **readmes()}
-        texts = {"english": select(english, ENGLISH_BYTES),
-                 "code": select({n: sources[n] for n, _ in library}, CODE_BYTES)}
+        english = {**read_language_topics(), **join_docstrings(found), **read_package_pages()}
+        texts = {"english": select_documents(english, ENGLISH_BYTES),
+                 "code": select_documents({n: sources[n] for n, _ in library}, CODE_BYTES)}
         try:
-            texts["korean"] = select(korean_pages(), KOREAN_BYTES)
+            texts["korean"] = select_documents(download_korean_pages(), KOREAN_BYTES)
         except CorpusUnavailable as e:
             print(f"korean: left out, because {e}")
     records: dict[str, list[dict[str, object]]] = {
         name: [{"id": id_, "text": text} for id_, text in documents.items()]
         for name, documents in texts.items()}
-    records["chat"] = chats(found)
-    records["judged"] = judged(records["chat"])
-    records["benchmarks/code-switching/test"] = asked(records["chat"])
+    records["chat"] = build_chats(found)
+    records["judged"] = build_judged_responses(records["chat"])
+    records["benchmarks/code-switching/test"] = build_language_prompts(records["chat"])
     with create_artifact(output, KIND, overwrite=overwrite) as artifact:
         for name, lines in records.items():
             file = artifact.path / f"{name}.jsonl"
@@ -397,7 +397,7 @@ def gather(output: Path, *, user: Path | None = None, overwrite: bool = False) -
     print(f"wrote {output}")
 
 
-def user_documents(path: Path) -> dict[str, str]:
+def read_user_documents(path: Path) -> dict[str, str]:
     """Return the text at `path` as documents by id (place and number), exact duplicates once.
 
     Raises:
@@ -413,14 +413,14 @@ def user_documents(path: Path) -> dict[str, str]:
     return {id_: text for text, id_ in ids.items()}
 
 
-def select(texts: dict[str, str], limit_bytes: int) -> dict[str, str]:
+def select_documents(texts: dict[str, str], limit_bytes: int) -> dict[str, str]:
     """Return documents up to a total of bytes: near-empty ones and exact duplicates dropped, the rest a fixed
     random choice, in order of their ids."""
     chosen: dict[str, str] = {}
     seen: set[str] = set()
     total_bytes = 0
     # A fixed shuffle: the same machine gives the same corpus, and no package is preferred.
-    for id_ in sorted(texts, key=order_key):
+    for id_ in sorted(texts, key=compute_order_key):
         size_bytes = len(texts[id_].encode())
         if len(texts[id_]) < MIN_CHARS or texts[id_] in seen or total_bytes + size_bytes > limit_bytes:
             continue
@@ -430,16 +430,16 @@ def select(texts: dict[str, str], limit_bytes: int) -> dict[str, str]:
     return dict(sorted(chosen.items()))
 
 
-def chats(found: list[Docstring]) -> list[dict[str, object]]:
+def build_chats(found: list[Docstring]) -> list[dict[str, object]]:
     """Return question and answer pairs from docstrings, `NUM_CHATS` at most, each answer once,
     ordered by question."""
-    pairs = {answer: question for question, answer in filter(None, map(question_and_answer, found))}
-    chosen = sorted(pairs.items(), key=lambda pair: order_key(pair[1]))[:NUM_CHATS]
+    pairs = {answer: question for question, answer in filter(None, map(build_question_pair, found))}
+    chosen = sorted(pairs.items(), key=lambda pair: compute_order_key(pair[1]))[:NUM_CHATS]
     return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
             for answer, question in sorted(chosen, key=lambda pair: pair[1])]
 
 
-def judged(found: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
+def build_judged_responses(found: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
     """Return questions with two judged responses: the right one, and the answer to another question."""
     asked = [[message["content"] for message in chat["messages"]] for chat in found[:NUM_JUDGED]]
     return [{"prompt": question, "responses": [{"content": answer, "reward": 1.0},
@@ -447,7 +447,7 @@ def judged(found: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
             for i, (question, answer) in enumerate(asked) if len(asked) > 1]
 
 
-def asked(found: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
+def build_language_prompts(found: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
     """Return questions of which `eval lm --tasks code-switching` judges the language of the answers."""
     return [{"prompt": chat["messages"][0]["content"], "language": "en"} for chat in found[-NUM_ASKED:]]
 

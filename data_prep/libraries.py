@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from megatron_sov.base.errors import format_install_command
 
 
-def require(what: str, *libraries: str, extra: str = "data") -> list[str]:
+def find_library_problems(what: str, *libraries: str, extra: str = "data") -> list[str]:
     """Return what is wrong where one of these modules is missing, as one of the problems of `what`."""
     missing = [library for library in libraries if not _is_there(library)]
     if not missing:

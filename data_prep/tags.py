@@ -30,7 +30,7 @@ Tags = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
-class GivenTag:
+class AssignedTag:
     """A tag whose value does not stand in the records."""
 
     key: str
@@ -39,7 +39,7 @@ class GivenTag:
     """Name of the source that it belongs to; "": all of them."""
 
 
-def parse_tags(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[GivenTag, ...]]:
+def parse_tags(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[AssignedTag, ...]]:
     """Read `KEY`, `KEY=VALUE` and `SOURCE:KEY=VALUE`.
 
     Returns:
@@ -49,7 +49,7 @@ def parse_tags(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[GivenTa
         UserError: a name or value that no tag can have.
     """
     fields: list[str] = []
-    given: list[GivenTag] = []
+    given: list[AssignedTag] = []
     for argument in arguments:
         left, equals, value = argument.partition("=")
         source, _, key = left.rpartition(":") if equals else ("", "", left)
@@ -61,14 +61,14 @@ def parse_tags(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[GivenTa
             raise UserError(f"--tag {argument!r}: {value!r} cannot be a tag (up to 60 letters, digits, '.', "
                             "':', '+', '_', '-')")
         if equals:
-            given.append(GivenTag(key, value, source))
+            given.append(AssignedTag(key, value, source))
         elif key not in fields:
             fields.append(key)
     return tuple(fields), tuple(given)
 
 
-def with_written(given: Sequence[GivenTag], fields: Sequence[str],
-                 origins: Mapping[str, Path]) -> tuple[GivenTag, ...]:
+def add_synthetic_tags(given: Sequence[AssignedTag], fields: Sequence[str],
+                 origins: Mapping[str, Path]) -> tuple[AssignedTag, ...]:
     """Return tags with one for each source that models wrote, unless the user has given it.
 
     Args:
@@ -80,11 +80,11 @@ def with_written(given: Sequence[GivenTag], fields: Sequence[str],
     # What the user says of all sources, or of each record, is not overruled.
     if "" in named or SYNTHETIC in fields:
         return tuple(given)
-    return (*given, *(GivenTag(SYNTHETIC, "true", name) for name, origin in origins.items()
+    return (*given, *(AssignedTag(SYNTHETIC, "true", name) for name, origin in origins.items()
                       if name not in named and read_manifest(origin).kind == SYNTHESIS))
 
 
-def refuse_unknown_sources(given: Sequence[GivenTag], names: Sequence[str]) -> None:
+def check_tag_sources(given: Sequence[AssignedTag], names: Sequence[str]) -> None:
     """Refuse a tag for a source that there is not.
 
     Raises:
@@ -96,7 +96,7 @@ def refuse_unknown_sources(given: Sequence[GivenTag], names: Sequence[str]) -> N
                             f"(sources: {', '.join(names)})")
 
 
-def source_tags(name: str, found: Sequence[Tags], given: Sequence[GivenTag]) -> dict[str, list[str]]:
+def merge_source_tags(name: str, found: Sequence[Tags], given: Sequence[AssignedTag]) -> dict[str, list[str]]:
     """Return the tags of a source; what is given for it stands above what its records say, and what is given
     for it alone above what is given for all.
 
@@ -121,7 +121,7 @@ def source_tags(name: str, found: Sequence[Tags], given: Sequence[GivenTag]) -> 
     return tags
 
 
-def tags_of(record: Mapping[str, Any]) -> dict[str, list[str]]:
+def read_source_tags(record: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the tags of a source by the manifest's record of it; a bucket is one."""
     tags: dict[str, list[str]] = {}
     if bucket := record.get("bucket"):
@@ -138,7 +138,7 @@ def is_chosen(where: Mapping[str, Sequence[str]], record: Mapping[str, Any]) -> 
         where: tag, or `SOURCE` for the name, -> patterns as the shell has them.
         record: the manifest's record of the source.
     """
-    tags: dict[str, Sequence[str]] = {**tags_of(record), SOURCE: [record["name"]]}
+    tags: dict[str, Sequence[str]] = {**read_source_tags(record), SOURCE: [record["name"]]}
     # A source is taken as a whole: one value that does not fit leaves it out.
     return all(tags.get(key) and all(any(fnmatchcase(value, pattern) for pattern in patterns)
                                      for value in tags[key])
@@ -149,7 +149,7 @@ CORPUS, SYNTHESIS = "corpus", "synthesis"
 """Kinds of what `sov-data run` and `sov-data synth` write."""
 
 
-def artifact_of(path: Path) -> Path | None:
+def find_source_artifact(path: Path) -> Path | None:
     """Return the corpus, or the folder of synthesis, that a path is, or lies in; None where there is no
     complete one."""
     for folder in (path, *path.absolute().parents):

@@ -56,11 +56,11 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, 
         for i in range(30)))
     (tmp_path / "crawl.jsonl").write_text('{"text": "a good line"}\n{"text": "cut o')
     (tmp_path / "rules.json").write_text(blocks(page_text("tokenizer.md"), "json")[0])
-    library = demo_corpus.stdlib_files()[::40]
-    monkeypatch.setattr(demo_corpus, "stdlib_files", lambda: library)
-    monkeypatch.setattr(demo_corpus, "package_files", list)
-    monkeypatch.setattr(demo_corpus, "readmes", dict)
-    monkeypatch.setattr(demo_corpus, "korean_pages", lambda: {"page": "한국어 문장을 씁니다. " * 20})
+    library = demo_corpus.list_stdlib_files()[::40]
+    monkeypatch.setattr(demo_corpus, "list_stdlib_files", lambda: library)
+    monkeypatch.setattr(demo_corpus, "list_package_files", list)
+    monkeypatch.setattr(demo_corpus, "read_package_pages", dict)
+    monkeypatch.setattr(demo_corpus, "download_korean_pages", lambda: {"page": "한국어 문장을 씁니다. " * 20})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.shards.token_artifact import KIND as TOKENS, table
+from data_prep.shards.token_artifact import KIND as TOKENS, format_table
 from megatron_sov.base.artifacts import find_damaged_files
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.figures import format_size
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(DataInspectOptions, typed)
-    kinds = {TOKENS: ArtifactKind(table, _token_problems, _token_documents)}
+    kinds = {TOKENS: ArtifactKind(format_table, _token_problems, _token_documents)}
     # `decontaminate`, `difficulty grade` and others write corpora too, without steps.
     if any((args.data / name).exists() for name in (SUMMARY, PIPELINE)):
         kinds[CORPUS] = ArtifactKind(steps_table, find_damaged_files, dropped_samples)
@@ -105,16 +105,16 @@ def _steps(output: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _token_problems(data: Path) -> list[str]:
-    from data_prep.shards.verify import check
+    from data_prep.shards.verify import verify_shards
 
-    return check(data)[0]
+    return verify_shards(data)[0]
 
 
 def _token_documents(data: Path, count: int) -> list[str]:
-    from data_prep.shards.sample import SampleOptions, sample
+    from data_prep.shards.sample import SampleOptions, sample_documents
 
     try:
-        lines = sample(data, None, "train", count, SampleOptions.max_tokens, 0)
+        lines = sample_documents(data, None, "train", count, SampleOptions.max_tokens, 0)
     except UserError as e:  # all are held out, or no tokenizer travels with them
         return [f"no document can be shown: {e}"]
     # `sample` gives three lines for a document: its place, its text, and an empty one.

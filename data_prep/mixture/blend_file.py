@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, MaxLen, MinLen
 
 from data_prep.shards.token_artifact import TRAIN
-from data_prep.tags import is_chosen, tags_of
+from data_prep.tags import is_chosen, read_source_tags
 from megatron_sov.base.errors import UserError, format_problems, suggest_name
 from megatron_sov.base.settings import (
     Bound, NotBlank, ProblemCode, SettingsProblem, Violation, read_settings_file)
@@ -227,7 +227,7 @@ class PhaseShares:
     """Entries that no source is for, whose share the others have."""
 
 
-def allot(blend: Blend, sources: Sequence[dict[str, Any]], missing: Missing = "refuse",
+def allot_shares(blend: Blend, sources: Sequence[dict[str, Any]], missing: Missing = "refuse",
           num_tokens: float = 0) -> list[PhaseShares]:
     """Return each phase's shares by source.  The sources of one entry have its share by their tokens.
 
@@ -284,7 +284,7 @@ def _of_phase(phase: BlendPhase, sources: Sequence[dict[str, Any]], missing: Mis
 def _way_out(sources: Sequence[dict[str, Any]]) -> str:
     values: dict[str, set[str]] = {}
     for source in sources:
-        for key, found in tags_of(source).items():
+        for key, found in read_source_tags(source).items():
             values.setdefault(key, set()).update(found)
     tags = "; ".join(f"{key}: {', '.join(sorted(found)[:SHOWN_VALUES])}" for key, found in values.items())
     names = ", ".join([s["name"] for s in sources][:SHOWN_VALUES])
@@ -293,7 +293,7 @@ def _way_out(sources: Sequence[dict[str, Any]]) -> str:
             "missing shares to the others of their phase with --missing spread")
 
 
-def overall(phases: Sequence[PhaseShares]) -> dict[str, float]:
+def combine_phases(phases: Sequence[PhaseShares]) -> dict[str, float]:
     """Return source -> its part of all phases' tokens; phases without budgets count alike."""
     budget = math.fsum(phase.tokens for phase in phases)
     weights: dict[str, float] = {}
@@ -304,7 +304,7 @@ def overall(phases: Sequence[PhaseShares]) -> dict[str, float]:
     return weights
 
 
-def table(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]]) -> list[str]:
+def format_shares(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]]) -> list[str]:
     """Return lines: each source's share of each phase, its tokens, and how often each phase, and all of them,
     read it."""
     available = {s["name"]: s["splits"][TRAIN]["num_tokens"] for s in sources}
@@ -322,7 +322,7 @@ def table(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]]) -> l
                 lines.append(f"  {name:<{width}} {100 * share:>8.4f} %{read}")
         lines += [f"  nothing for {entry.describe()}: its share is spread over the others"
                   for entry in phase.missing]
-    read_epochs = epochs(phases, sources)
+    read_epochs = compute_epochs(phases, sources)
     if any(phase.tokens for phase in phases):
         lines.append("all phases")
         lines += [f"  {name:<{width}} {available[name]:>22,} tokens available, {read_epochs[name]:.3g} epochs"
@@ -330,7 +330,7 @@ def table(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]]) -> l
     return lines
 
 
-def epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]]) -> dict[str, float]:
+def compute_epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return source -> passes over its training tokens that all phases make together."""
     found: dict[str, float] = {}
     for source in sources:
@@ -340,7 +340,7 @@ def epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]]) -> 
     return found
 
 
-def refuse_many_epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]],
+def check_epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]],
                        max_epochs: float) -> None:
     """Refuse sources that are read more often than `max_epochs`.
 
@@ -349,7 +349,8 @@ def refuse_many_epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str
     """
     available = {s["name"]: s["splits"][TRAIN]["num_tokens"] for s in sources}
     problems = [f"source {name}: {count:.4g} epochs of its {available[name]:,} tokens"
-                for name, count in epochs(phases, sources).items() if count > max_epochs * (1 + ROUNDING)]
+                for name, count in compute_epochs(phases, sources).items()
+                if count > max_epochs * (1 + ROUNDING)]
     if problems:
         raise UserError(format_problems(
             f"--max-epochs {max_epochs:g}", problems,

@@ -106,7 +106,7 @@ def write_trajectories(files: Sequence[Path], output: Path, settings: Trajectory
         with open(artifact.path / FILE, "w", encoding="utf-8") as out:
             queries = (query for path in files for query in read_queries(path, tally))
             for number, (query, offered) in enumerate(queries, 1):
-                chosen = diverse(offered, settings.most, settings.max_similarity)
+                chosen = choose_diverse(offered, settings.most, settings.max_similarity)
                 if len(chosen) < settings.least:
                     short += 1
                     tally.set_aside["query with too few different solutions"] += len(offered)
@@ -114,7 +114,7 @@ def write_trajectories(files: Sequence[Path], output: Path, settings: Trajectory
                 made, tally.num_written = made + 1, tally.num_written + len(chosen)
                 is_full = len(chosen) == settings.most
                 tally.set_aside["more than --most" if is_full else "similar"] += len(offered) - len(chosen)
-                out.write(json.dumps({"id": number, "text": document(query, chosen, settings)},
+                out.write(json.dumps({"id": number, "text": format_document(query, chosen, settings)},
                                      ensure_ascii=False) + "\n")
         if not made:
             raise UserError(f"{', '.join(map(str, files))}: none of {short} queries has {settings.least} "
@@ -179,7 +179,7 @@ def _solution(value: Any, where: str) -> Solution:
     return Solution(**fields)
 
 
-def diverse(solutions: list[Solution], most: int, max_similarity: float) -> list[Solution]:
+def choose_diverse(solutions: list[Solution], most: int, max_similarity: float) -> list[Solution]:
     """Return up to `most` solutions, the first one and then always the one that is least similar
     to those before it."""
     shingles = [_shingles(f"{s.thinking} {s.answer}") for s in solutions]
@@ -205,7 +205,7 @@ def _jaccard(one: set[tuple[str, ...]], other: set[tuple[str, ...]]) -> float:
     return len(one & other) / len(one | other)
 
 
-def document(query: str, solutions: list[Solution], settings: TrajectorySettings) -> str:
+def format_document(query: str, solutions: list[Solution], settings: TrajectorySettings) -> str:
     parts = [query.strip()]
     for number, solution in enumerate(solutions, 1):
         parts.append(f"{settings.heading.format(number)}\n{_told(solution, settings.think)}")

@@ -17,7 +17,7 @@ from data_prep.shards.assemble import ShardedWriter, ShardRecord
 from data_prep.shards.encode import Encoder
 from data_prep.shards.pack import PackSource, carry_tokenizer, parse_sources
 from data_prep.shards.token_artifact import (
-    CONTENT_VERSION, HELDOUT, KIND, TRAIN, HeldoutRule, IndexedSplit, document_hash, token_dtype)
+    CONTENT_VERSION, HELDOUT, KIND, TRAIN, HeldoutRule, IndexedSplit, choose_token_dtype, hash_document)
 from megatron_sov.base.artifacts import check_output_folder, create_artifact, read_manifest
 from megatron_sov.base.documents import Document
 from megatron_sov.base.documents.shard_files import DTYPE_CODES, HEADER, MAGIC, VERSION, write_index
@@ -81,7 +81,7 @@ def survey(name: str, prefix: Path, split: IndexedSplit, encoder: Encoder, eod: 
             # The hash is that of the text, as `pack` makes it: the same documents are held out.
             texts = encoder.decode_batch([ids[:-1] if ends_with_eos else ids for ids in batch])
             for text in texts:
-                hashes[done] = document_hash(Document("text", text))
+                hashes[done] = hash_document(Document("text", text))
                 sizes_bytes[done] = len(text.encode(errors="replace"))
                 done += 1
             bar.update(sum(map(len, batch)))
@@ -300,7 +300,7 @@ def _write(pairs: list[Pair], encoder: Encoder, args: AdoptOptions) -> None:
         named = ", ".join(f"{p.source.name}: {'yes' if p.surveyed.ends_with_eos else 'no'}" for p in pairs)
         raise UserError(f"the pairs differ in whether documents end with eos ({named}); adopt them into "
                         "folders of their own, and mix these (`sov-data mix`)")
-    dtype = token_dtype(encoder.vocab_size)
+    dtype = choose_token_dtype(encoder.vocab_size)
     if args.link:
         dtypes = {pair.split.dtype for pair in pairs}
         if len(dtypes) > 1:

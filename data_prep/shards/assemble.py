@@ -17,8 +17,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.shards.token_artifact import HELDOUT, SPLITS, HeldoutRule, sidecars_of
-from data_prep.shards.units import GROUP, StoredUnit, UnitRecord, open_unit
+from data_prep.shards.token_artifact import HELDOUT, SPLITS, HeldoutRule, get_sidecars
+from data_prep.shards.units import SEQUENCES_PER_DOCUMENT, StoredUnit, UnitRecord, open_unit
 from megatron_sov.base.documents import FileSpan
 from megatron_sov.base.documents.shard_files import FEATURES, NO_FEATURE, IndexedWriter
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
@@ -60,10 +60,10 @@ class EncodedSource:
 
     @property
     def group(self) -> int:
-        return GROUP[self.kind]
+        return SEQUENCES_PER_DOCUMENT[self.kind]
 
 
-def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> int:
+def survey_source(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> int:
     """Find repeated documents, and tell the held-out rule the smallest and largest hash of the source, or of
     each of its buckets.
 
@@ -81,7 +81,7 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
     files = np.concatenate([np.array([numbers[span.file] for span in spans], np.int64)[s["span"]]
                             for (spans, _), s in zip(source.units, sequences, strict=True)]
                            or [np.zeros(0, np.int64)])
-    repeated = find_repeated(ids, files, hashes)
+    repeated = find_repeated_documents(ids, files, hashes)
     with_ids = ids[(ids != 0) & ~repeated]
     source.num_shared_ids = len(with_ids) - len(np.unique(with_ids))
     unit_of = np.repeat(np.arange(len(counts)), counts)
@@ -101,7 +101,7 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
     return len(hashes)
 
 
-def find_repeated(ids: NDArray[np.uint64], files: NDArray[np.int64], hashes: NDArray[np.uint64]
+def find_repeated_documents(ids: NDArray[np.uint64], files: NDArray[np.int64], hashes: NDArray[np.uint64]
                   ) -> NDArray[np.bool_]:
     """Return which documents [bool, documents] repeat an earlier one.
 
@@ -126,7 +126,7 @@ def find_repeated(ids: NDArray[np.uint64], files: NDArray[np.int64], hashes: NDA
 def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, rule: HeldoutRule,
                  shard_tokens: int) -> dict[str, dict[str, Any]]:
     """Write the shards of a source; returns the manifest's record of each split, by bucket."""
-    sidecars = sidecars_of(source.kind, source.columns, source.banks is not None)
+    sidecars = get_sidecars(source.kind, source.columns, source.banks is not None)
     extra = source.kind == "prompt"
     with ExitStack() as stack:
         # All writers are open at once, so each unit is read a single time.
@@ -189,13 +189,13 @@ def write_quarantine(source: EncodedSource, work: Path, dtype: str, file: IO[str
     """Append a source's bad records to the open `quarantine.jsonl`, in the order of the input;
     returns code -> records."""
     counts: Counter[str] = Counter()
-    for row in bad_rows(source, work, dtype):
+    for row in iter_bad_records(source, work, dtype):
         counts[row["code"]] += 1
         file.write(json.dumps({"source": source.name, **row}, ensure_ascii=False) + "\n")
     return dict(counts)
 
 
-def bad_rows(source: EncodedSource, work: Path, dtype: str) -> Iterator[dict[str, Any]]:
+def iter_bad_records(source: EncodedSource, work: Path, dtype: str) -> Iterator[dict[str, Any]]:
     """Yield file, line (or row), code, reason and the content's beginning of each bad record,
     repeated ids among them."""
     lines_before: Counter[Path] = Counter()

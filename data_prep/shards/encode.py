@@ -87,7 +87,7 @@ def _normalizer(raw: dict[str, Any], tokenizer: Tokenizer) -> Any:
     return tokenizer.normalizer
 
 
-def load_fast(file: Path, tokenizer: Tokenizer, samples: list[str]) -> tuple[FastBpe | None, str]:
+def load_fast_encoder(file: Path, tokenizer: Tokenizer, samples: list[str]) -> tuple[FastBpe | None, str]:
     """Return the fast encoder where it is proven equal on `samples` and adversarial text,
     and a sentence about it."""
     try:
@@ -182,7 +182,7 @@ class Encoder:
     def prove_fast(self, samples: list[str]) -> tuple[bool, str]:
         """Return whether tiktoken gives the ids of this tokenizer on `samples` and adversarial text, and a
         sentence about it."""
-        fast, sentence = load_fast(self.file, self.plain, samples)
+        fast, sentence = load_fast_encoder(self.file, self.plain, samples)
         return fast is not None, sentence
 
     def encode_batch(self, documents: list[Document]) -> EncodedBatch:

@@ -19,9 +19,9 @@ from typing import Annotated, Any
 from annotated_types import Gt
 
 from data_prep.mixture.blend_file import (
-    Missing, PhaseShares, allot, find_blend, overall, read_blend, refuse_many_epochs, table)
+    Missing, PhaseShares, allot_shares, check_epochs, combine_phases, find_blend, format_shares, read_blend)
 from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON
-from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, TRAIN, read_tokens_manifest, refuse_overlap
+from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, TRAIN, check_overlap, read_tokens_manifest
 from megatron_sov.base.artifacts import (
     ArtifactWriter, Manifest, check_output_folder, create_artifact, sha256_file)
 from megatron_sov.base.digests import hash_file, parse_digest_algorithm
@@ -114,10 +114,10 @@ def run(typed: argparse.Namespace) -> int:
     blend = BlendSettings(file=find_blend(args.blend), **vars(args.limits)) if args.blend else None
     if args.dry_run:
         assert blend is not None
-        print("\n".join(table(*_allotted([read_tokens_manifest(p.path) for p in parts], blend))))
+        print("\n".join(format_shares(*_allotted([read_tokens_manifest(p.path) for p in parts], blend))))
         return 0
     assert args.output is not None
-    mix(parts, args.output, blend, overwrite=args.overwrite)
+    write_mix(parts, args.output, blend, overwrite=args.overwrite)
     return 0
 
 
@@ -158,7 +158,7 @@ def parse_part(argument: str) -> MixPart:
     return MixPart(Path(head), weight)
 
 
-def mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, *,
+def write_mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, *,
         overwrite: bool = False) -> None:
     """Write an artifact of kind "tokens" that holds the sources of all parts,
     each with its `weight` (they sum to 1).
@@ -178,8 +178,8 @@ def mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, 
     # All that can be refused is refused before the first link.
     _check_fit(parts, manifests)
     phases = _allotted(manifests, blend)[0] if blend else []
-    weights = overall(phases) if blend else _weights(parts, manifests)
-    refuse_overlap([(part.path, manifest.content) for part, manifest in zip(parts, manifests, strict=True)])
+    weights = combine_phases(phases) if blend else _weights(parts, manifests)
+    check_overlap([(part.path, manifest.content) for part, manifest in zip(parts, manifests, strict=True)])
     with create_artifact(output, KIND, overwrite=overwrite) as artifact:
         sources: list[dict[str, Any]] = []
         for part, manifest in zip(parts, manifests, strict=True):
@@ -208,7 +208,7 @@ def mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, 
 
 def _tell(sources: list[dict[str, Any]], phases: list[PhaseShares], names: list[str]) -> None:
     if phases:
-        print("\n".join(table(phases, sources)))
+        print("\n".join(format_shares(phases, sources)))
     for source in sources:
         print(f"{source['name']}: {source['weight']:.1%}, {source['splits'][TRAIN]['num_tokens']:,} "
               "tokens to train on")
@@ -226,8 +226,8 @@ def _allotted(manifests: list[Manifest],
     if problems := find_all_problems(blend):
         raise SettingsError("blend", problems)
     sources = [s for m in manifests for s in m.content["sources"]]
-    phases = allot(read_blend(blend.file), sources, blend.missing, blend.num_tokens)
-    refuse_many_epochs(phases, sources, blend.max_epochs)
+    phases = allot_shares(read_blend(blend.file), sources, blend.missing, blend.num_tokens)
+    check_epochs(phases, sources, blend.max_epochs)
     return phases, sources
 
 

@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Lt
 
-from data_prep.shards.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
+from data_prep.shards.assemble import (
+    EncodedSource, iter_bad_records, survey_source, write_quarantine, write_shards)
 from data_prep.shards.encode import (
     CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings, explain_foreign, fix_foreign)
 from data_prep.shards.token_artifact import (
-    CONTENT_VERSION, HELDOUT, KIND, QUARANTINE, TRAIN, HeldoutRule, sidecars_of, token_dtype)
-from data_prep.shards.units import GROUP, Unit, UnitSettings, encode_units
+    CONTENT_VERSION, HELDOUT, KIND, QUARANTINE, TRAIN, HeldoutRule, choose_token_dtype, get_sidecars)
+from data_prep.shards.units import SEQUENCES_PER_DOCUMENT, Unit, UnitSettings, encode_units
 from data_prep.tags import (
-    GivenTag, artifact_of, parse_tags, refuse_unknown_sources, source_tags, with_written)
+    AssignedTag, add_synthetic_tags, check_tag_sources, find_source_artifact, merge_source_tags, parse_tags)
 from megatron_sov.base.artifacts import (
     ArtifactWriter, check_output_folder, create_artifact, read_manifest, sha256_file)
 from megatron_sov.base.documents import (
@@ -92,7 +93,7 @@ class PackSettings:
     """"refuse": stop at the first bad record; "quarantine": list them and go on."""
     shard_tokens: AtLeastOne = 2_000_000_000
     """Most tokens of one shard."""
-    tags: tuple[GivenTag, ...] = ()
+    tags: tuple[AssignedTag, ...] = ()
     """Tags of sources beside those that are read from records (`RecordReading.tags`)."""
 
     def problems(self) -> list[SettingsProblem]:
@@ -179,7 +180,7 @@ def run(typed: argparse.Namespace) -> int:
     reading = RecordReading(args.format, args.text_field, args.max_document_bytes, args.columns,
                             args.bucket_by or "", tag_fields, parse_renames(args.renames), args.lines)
     settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens, tags)
-    pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
+    pack_sources(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
          overwrite=args.overwrite)
     return 0
 
@@ -244,8 +245,8 @@ def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
     return sources
 
 
-def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: PackSettings | None = None, *,
-         workers: int = 1, overwrite: bool = False) -> None:
+def pack_sources(tokenizer: Path, sources: list[PackSource], output: Path,
+                 settings: PackSettings | None = None, *, workers: int = 1, overwrite: bool = False) -> None:
     """Encode sources with a tokenizer and write an artifact of kind "tokens".
 
     Args:
@@ -261,8 +262,9 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
             and what is encoded is kept for the next try.
     """
     settings = settings or PackSettings()
-    origins = {source.name: found for source in sources if (found := artifact_of(source.path)) is not None}
-    settings = replace(settings, tags=with_written(settings.tags, settings.reading.tags, origins))
+    origins = {source.name: found for source in sources
+               if (found := find_source_artifact(source.path)) is not None}
+    settings = replace(settings, tags=add_synthetic_tags(settings.tags, settings.reading.tags, origins))
     if problems := find_all_problems(settings):
         raise SettingsError("", use_option_names(problems, heldout_share="--heldout", columns="--column",
                                               renames="--columns", by_line="--lines"))
@@ -270,7 +272,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
         raise UserError(f"--workers {workers}: must be at least 1")
     # From here on what is cheap to find out comes before what takes time.
     check_output_folder(output, KIND, overwrite)
-    refuse_unknown_sources(settings.tags, [source.name for source in sources])
+    check_tag_sources(settings.tags, [source.name for source in sources])
     corpora = _media_corpora({source.name: source.path for source in sources}, settings.reading.kind)
     settings = replace(settings, reading=replace(settings.reading, media=corpora is not None))
     encoder = _open_encoder(tokenizer, settings, corpora)
@@ -280,7 +282,7 @@ def pack(tokenizer: Path, sources: list[PackSource], output: Path, settings: Pac
     # Proven on this very input, before any of it is encoded.
     fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
     unit_settings = UnitSettings(tokenizer, read_manifest(tokenizer).content["tokenizer_sha256"],
-                                 sha256_file(tokenizer / CONFIG_JSON), token_dtype(encoder.vocab_size),
+                                 sha256_file(tokenizer / CONFIG_JSON), choose_token_dtype(encoder.vocab_size),
                                  settings.reading, replace(encoder.settings, fast=fast))
     with open_parts(output, "sov-data pack") as work:
         encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
@@ -418,7 +420,7 @@ def _encode(sources: list[PackSource], units: list[tuple[PackSource, Unit]], set
 
 
 def _refusal(source: EncodedSource, work: Path, dtype: str, reading: RecordReading) -> UserError:
-    row = next(r for r in bad_rows(source, work, dtype) if r["code"] != "empty")
+    row = next(r for r in iter_bad_records(source, work, dtype) if r["code"] != "empty")
     place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
     items = (item for unit, _ in source.units for span in unit for item in read_span(span, reading))
     first = next((item for item in items if isinstance(item, BadRecord) and item.code != "empty"), None)
@@ -435,7 +437,7 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
     # All sources are surveyed before the first is written: the rule has to know each one's smallest and
     # largest hash.
     for source in encoded:
-        left = survey(source, work, settings.dtype, rule)
+        left = survey_source(source, work, settings.dtype, rule)
         if source.dropped and pack_settings.on_bad == "refuse":
             raise _refusal(source, work, settings.dtype, settings.reading)
         if source.num_shared_ids:
@@ -454,9 +456,10 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
             num_bad = write_quarantine(source, work, settings.dtype, quarantine)
             documents = {bucket: sum(split["num_documents"] for split in splits.values()) // source.group
                          for bucket, splits in written.items()}
-            accounts[source.name] = account = _account_source(source, documents, num_bad)
+            accounts[source.name] = account = account_source(source, documents, num_bad)
             for bucket, splits in written.items():
-                tags = source_tags(source.name, [record.tags.get(bucket, {}) for _, record in source.units],
+                tags = merge_source_tags(source.name,
+                                         [record.tags.get(bucket, {}) for _, record in source.units],
                                    pack_settings.tags)
                 record = _record(source, settings, bucket, splits, tags)
                 # Records that are set aside belong to no bucket: they are counted with the first.
@@ -469,7 +472,7 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
     return records, accounts
 
 
-def _account_source(source: EncodedSource, documents: Mapping[str, int],
+def account_source(source: EncodedSource, documents: Mapping[str, int],
                     num_bad: Mapping[str, int]) -> RecordAccount:
     """Return the account of a source.
 
@@ -504,8 +507,9 @@ def _refuse_buckets(encoded: list[EncodedSource], field_name: str) -> None:
 
 def _record(source: EncodedSource, settings: UnitSettings, bucket: str, splits: dict[str, Any],
             tags: dict[str, list[str]]) -> dict[str, Any]:
-    return {"name": source.name_of(bucket), "format": source.kind, "group_documents": GROUP[source.kind],
-            "sidecars": list(sidecars_of(source.kind, source.columns, source.banks is not None)),
+    return {"name": source.name_of(bucket), "format": source.kind,
+            "group_documents": SEQUENCES_PER_DOCUMENT[source.kind],
+            "sidecars": list(get_sidecars(source.kind, source.columns, source.banks is not None)),
             **({FEATURES: source.banks.record()} if source.banks else {}),
             # Keys of units hash their input and settings, so their hash identifies the source.
             "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from data_prep.shards.token_artifact import PackedShard, read_tokens_manifest, shards_of
+from data_prep.shards.token_artifact import PackedShard, iter_shards, read_tokens_manifest
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.settings import AtLeastOne, Flag, add_options, read_options
 from megatron_sov.chat.folder import open_tokenizer
@@ -47,12 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(SampleOptions, typed)
-    for line in sample(args.data, args.source, args.split, args.count, args.max_tokens, args.seed):
+    for line in sample_documents(args.data, args.source, args.split, args.count, args.max_tokens, args.seed):
         print(line)
     return 0
 
 
-def sample(data: Path, source: str | None, split: str, count: int, max_tokens: int, seed: int) -> list[str]:
+def sample_documents(data: Path, source: str | None, split: str, count: int, max_tokens: int,
+                     seed: int) -> list[str]:
     """Return a heading and the text of each of `count` documents, drawn at random without
     repeats, in their order.
 
@@ -60,7 +61,7 @@ def sample(data: Path, source: str | None, split: str, count: int, max_tokens: i
         UserError: `data` is no artifact of token shards, or has no such source or documents.
     """
     content = read_tokens_manifest(data).content
-    shards = list(shards_of(data, content, source, split))
+    shards = list(iter_shards(data, content, source, split))
     # `count` of each shard are enough to choose `count` of all, and no list of all documents is made.
     places = [(n, i) for n, s in enumerate(shards) for i in _drawn(s, count, seed + n)]
     if not places:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from data_prep.shards.encode import TOKENIZER_JSON
-from data_prep.shards.token_artifact import SPLITS, num_tokens, read_tokens_manifest, shards_of
+from data_prep.shards.token_artifact import SPLITS, count_tokens, iter_shards, read_tokens_manifest
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
@@ -45,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(typed: argparse.Namespace) -> int:
     args = read_options(DataStatsOptions, typed)
-    found = statistics(args.data)
+    found = compute_statistics(args.data)
     print(format_json(found) if args.json else "\n".join(_shown(found)))
     return 0
 
 
-def statistics(data: Path) -> dict[str, Any]:
+def compute_statistics(data: Path) -> dict[str, Any]:
     """Return the statistics of an artifact of kind "tokens", over both splits.
 
     Raises:
@@ -60,7 +60,7 @@ def statistics(data: Path) -> dict[str, Any]:
     special = _added_tokens(data / "tokenizer" / TOKENIZER_JSON)
     used = np.zeros(content["vocab_size"], np.int64)
     sources = {}
-    with create_bar("counting", num_tokens(content), "token") as bar:
+    with create_bar("counting", count_tokens(content), "token") as bar:
         for source in content["sources"]:
             lengths, counts, types = _counts(data, content, source, bar.update)
             used += counts
@@ -82,7 +82,7 @@ def _counts(data: Path, content: dict[str, Any], source: dict[str, Any],
             done: Callable[[int], object]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     counts = np.zeros(content["vocab_size"], np.int64)
     types, lengths = np.zeros(3, np.int64), []
-    for shard in shards_of(data, content, source["name"]):
+    for shard in iter_shards(data, content, source["name"]):
         opened = shard.open()
         lengths.append(opened.lengths_tokens)
         for i in range(0, len(opened.tokens), _BLOCK_ITEMS):

@@ -24,7 +24,7 @@ SPLITS = (TRAIN, HELDOUT)
 _HASH_RANGE = 1 << 64
 
 
-def document_hash(document: Document) -> int:
+def hash_document(document: Document) -> int:
     """Return a 64-bit hash of a document's content; of a preference or a prompt, and of a chat that says how
     much of it is one, of the prompt, whose variants stay together.
 
@@ -120,11 +120,11 @@ def read_tokens_manifest(data: Path) -> Manifest:
     return manifest
 
 
-def num_tokens(content: dict[str, Any]) -> int:
+def count_tokens(content: dict[str, Any]) -> int:
     return sum(split["num_tokens"] for source in content["sources"] for split in source["splits"].values())
 
 
-def shards_of(data: Path, content: dict[str, Any], source: str | None = None,
+def iter_shards(data: Path, content: dict[str, Any], source: str | None = None,
               split: str | None = None) -> Iterator[PackedShard]:
     """Yield the shards of an artifact, or of one source or split, in order.
 
@@ -156,7 +156,7 @@ COLUMN_DTYPE = "float32"
 """Of the other sidecars: columns, each a file of its name."""
 
 
-def sidecars_of(kind: str, columns: Sequence[str] = (), has_media: bool = False) -> dict[str, str]:
+def get_sidecars(kind: str, columns: Sequence[str] = (), has_media: bool = False) -> dict[str, str]:
     """Return ending -> dtype of the sidecars of a source of that kind (one of `documents.KINDS`)."""
     own = {} if kind == "text" else {n: d for n, d in SIDECARS.items() if n != "kind" or kind == "chat"}
     # placeholders of features weigh nothing, in texts too
@@ -164,7 +164,7 @@ def sidecars_of(kind: str, columns: Sequence[str] = (), has_media: bool = False)
     return own | media | dict.fromkeys(columns, COLUMN_DTYPE)
 
 
-def token_dtype(vocab_size: int) -> str:
+def choose_token_dtype(vocab_size: int) -> str:
     """Return the dtype of token ids that Megatron chooses for a vocabulary."""
     return "uint16" if vocab_size < SMALLEST_INT32_VOCAB else "int32"
 
@@ -236,7 +236,7 @@ Described = tuple[Path, dict[str, Any]]
 """A folder of token shards and its manifest's content."""
 
 
-def document_hashes(split: IndexedSplit, group: int,
+def hash_token_documents(split: IndexedSplit, group: int,
                     lengths_tokens: NDArray[np.int64] | None = None) -> list[int]:
     """Return 64 bits for each document's ids.
 
@@ -256,7 +256,7 @@ def document_hashes(split: IndexedSplit, group: int,
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
 
 
-def refuse_overlap(parts: list[Described]) -> None:
+def check_overlap(parts: list[Described]) -> None:
     """Refuse parts of which one trains on what another holds out.
 
     Parts that were packed by one rule, a share without exceptions, hold the same documents out; others are
@@ -272,13 +272,13 @@ def refuse_overlap(parts: list[Described]) -> None:
     held: dict[int, Path] = {}
     lengths: set[int] = set()
     for path, split, group in _splits(parts, HELDOUT):
-        held |= dict.fromkeys(document_hashes(split, group), path)
+        held |= dict.fromkeys(hash_token_documents(split, group), path)
         # Only documents of these lengths need hashing on the other side: training data is far larger.
         lengths |= set(split.lengths_tokens.reshape(-1, group).sum(axis=1).tolist())
     wanted = np.array(sorted(lengths), np.int64)
     found: dict[tuple[Path, Path], int] = {}
     for path, split, group in _splits(parts, TRAIN):
-        for number in document_hashes(split, group, wanted):
+        for number in hash_token_documents(split, group, wanted):
             if number in held:
                 pair = (held[number], path)
                 found[pair] = found.get(pair, 0) + 1
@@ -291,11 +291,11 @@ def refuse_overlap(parts: list[Described]) -> None:
 
 def _splits(parts: list[Described], split: str) -> Iterator[tuple[Path, IndexedSplit, int]]:
     for path, content in parts:
-        for shard in shards_of(path, content, split=split):
+        for shard in iter_shards(path, content, split=split):
             yield path, shard.open(), int(shard.source["group_documents"])
 
 
-def table(data: Path) -> list[str]:
+def format_table(data: Path) -> list[str]:
     """Return the lines of the table.
 
     Raises:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings
-from data_prep.shards.token_artifact import document_hash
+from data_prep.shards.token_artifact import hash_document
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.documents import BadRecord, Document, FileSpan, RecordReading
 from megatron_sov.base.documents.files import PARQUET_SUFFIX, open_parquet
@@ -38,7 +38,7 @@ CODE_VERSION = 6
 """Raised when the same input and settings would give another unit."""
 BATCH_BYTES = 1_000_000
 """Text that is encoded at a time."""
-GROUP = {"text": 1, "chat": 1, "preference": 2, "prompt": 1}
+SEQUENCES_PER_DOCUMENT = {"text": 1, "chat": 1, "preference": 2, "prompt": 1}
 """Sequences of a document, which stay together."""
 SEQUENCE = np.dtype([("tokens", "<i4"), ("bytes", "<u4"), ("hash", "<u8"), ("id", "<u8"), ("span", "<u4"),
                      ("line", "<u8")])
@@ -99,7 +99,7 @@ class UnitEncoder:
         Raises:
             UserError: a file cannot be read, or the disk refuses.
         """
-        key = unit_key(unit, self.settings)
+        key = compute_unit_key(unit, self.settings)
         # The record is written last, and the folder gets its name by a rename.
         folder, is_new = build_part(self.work, key, RECORD, partial(self._write, unit, key))
         raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -190,12 +190,12 @@ class _UnitWriter:
         self._write_encoded(batch, encoded)
 
     def _write_encoded(self, batch: list[tuple[int, Document]], encoded: EncodedBatch) -> None:
-        group = GROUP[batch[0][1].kind]
+        group = SEQUENCES_PER_DOCUMENT[batch[0][1].kind]
         sequences = np.zeros(len(batch) * group, SEQUENCE)
         sequences["tokens"] = encoded.lengths_tokens
         for i, (number, document) in enumerate(batch):
             row = sequences[i * group : (i + 1) * group]
-            row["hash"], row["span"], row["line"] = document_hash(document), number, document.line
+            row["hash"], row["span"], row["line"] = hash_document(document), number, document.line
             row["bytes"] = _sizes_bytes(document)
             row["id"] = _id_hash(document.id)
             for tag, value in zip(self._settings.reading.tags, document.tags, strict=True):
@@ -235,7 +235,7 @@ def _id_hash(id_: str | None) -> int:
             or 1)
 
 
-def unit_key(unit: Unit, settings: UnitSettings) -> str:
+def compute_unit_key(unit: Unit, settings: UnitSettings) -> str:
     """Return the hash of a unit's input and settings; paths are no part of it, so moved input is known again.
 
     Raises:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.shards.token_artifact import (
-    COLUMN_DTYPE, HELDOUT, SIDECARS, SPLITS, TRAIN, IndexedSplit, PackedShard, document_hashes, num_tokens,
-    read_tokens_manifest, shards_of)
+    COLUMN_DTYPE, HELDOUT, SIDECARS, SPLITS, TRAIN, IndexedSplit, PackedShard, count_tokens,
+    hash_token_documents, iter_shards, read_tokens_manifest)
 from megatron_sov.base.artifacts import find_damaged_files
 from megatron_sov.base.documents.shard_files import FEATURES, PER_DOCUMENT, ROUTES, WRITTEN, RouteShape
 from megatron_sov.base.errors import UserError, format_problems
@@ -46,7 +46,7 @@ def run(typed: argparse.Namespace) -> int:
         UserError: listing every problem.
     """
     args = read_options(DataVerifyOptions, typed)
-    problems, notes = check(args.data)
+    problems, notes = verify_shards(args.data)
     if problems:
         raise UserError(format_problems(str(args.data), problems,
                                         "pack the data again or restore it from a copy"))
@@ -56,7 +56,7 @@ def run(typed: argparse.Namespace) -> int:
     return 0
 
 
-def check(data: Path) -> tuple[list[str], list[str]]:
+def verify_shards(data: Path) -> tuple[list[str], list[str]]:
     """Return a sentence for each problem, and one for each thing worth knowing (duplicates).
 
     Raises:
@@ -68,15 +68,15 @@ def check(data: Path) -> tuple[list[str], list[str]]:
         problems = find_damaged_files(data, on_checked=bar.update)
     # Eight bytes a document: a list of Python's integers would take several times as much.
     hashes: dict[str, array[int]] = {split: array("Q") for split in SPLITS}
-    with create_bar("reading", num_tokens(content), "token") as bar:
-        for shard in shards_of(data, content):
+    with create_bar("reading", count_tokens(content), "token") as bar:
+        for shard in iter_shards(data, content):
             try:
                 opened = shard.open()
             except UserError as e:
                 problems.append(str(e))
                 continue
             problems += _shard_problems(shard, opened, content)
-            hashes[shard.split].extend(document_hashes(opened, shard.source["group_documents"]))
+            hashes[shard.split].extend(hash_token_documents(opened, shard.source["group_documents"]))
             bar.update(len(opened.tokens))
     distinct = {split: np.unique(np.frombuffer(values, np.uint64)) if values else np.zeros(0, np.uint64)
                 for split, values in hashes.items()}

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-from data_prep.responses.trajectories import Solution, diverse
+from data_prep.responses.trajectories import Solution, choose_diverse
 from data_prep.synth.replies import NoReply
 from megatron_sov.judge.rewards.answers import extract_last_box, normalize_answer, read_quantity
 from megatron_sov.judge.rewards.composed import Runner
@@ -117,7 +117,7 @@ def right_solutions(solutions: Sequence[str], wanted: str, choices: Sequence[str
 def different_solutions(solutions: Sequence[str], most: int, max_similarity: float) -> list[str]:
     """Return up to so many solutions that differ, as `sov-data trajectories` compares them."""
     compared = [Solution(solution, getattr(solution, "thinking", "")) for solution in solutions]
-    chosen = {id(solution) for solution in diverse(compared, most, max_similarity)}
+    chosen = {id(solution) for solution in choose_diverse(compared, most, max_similarity)}
     return [text for text, solution in zip(solutions, compared, strict=True) if id(solution) in chosen]
 
 

@@ -17,7 +17,7 @@ from data_prep.synth.candidates import (
     ANSWERS, FinishedItem, SynthRunRecord, read_finished, read_run, refuse_without_records)
 from data_prep.synth.checks.judging import JudgedSample, judge_samples
 from data_prep.synth.checks.settings import check_problems
-from data_prep.tags import SYNTHESIS, artifact_of
+from data_prep.tags import SYNTHESIS, find_source_artifact
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, create_file, format_json, translate_disk_errors, write_atomically)
 from megatron_sov.base.documents.accounting import RecordAccount
@@ -179,6 +179,6 @@ def _write_manifest(output: Path, run: SynthRunRecord, checks: Path | None, tall
         "licences": dict(sorted(tally.licences.items())), "sources": dict(sorted(tally.sources.items())),
         "models": dict(sorted(tally.models.items()))}
     writer.settings = {"generator": dict(run.settings), "checks": checks}
-    for artifact in dict.fromkeys(filter(None, map(artifact_of, map(Path, run.inputs)))):
+    for artifact in dict.fromkeys(filter(None, map(find_source_artifact, map(Path, run.inputs)))):
         writer.add_input(artifact)
     writer.complete()

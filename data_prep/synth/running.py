@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from data_prep.libraries import require
+from data_prep.libraries import find_library_problems
 from data_prep.synth.candidates import (
     ANSWERS, RUN, FinishedItem, SynthRunRecord, digest_of, read_finished, read_run)
 from data_prep.synth.generator import (
@@ -182,7 +182,7 @@ def make_generator(name: str, settings: Mapping[str, Any]) -> Generator:
             them are named.
     """
     cls = generator_class(name)
-    if missing := require(f"generator {name}", *cls.libraries):
+    if missing := find_library_problems(f"generator {name}", *cls.libraries):
         raise UserError(missing[0])
     hints = get_type_hints(cls.Settings)
     # a list may be written as a,b

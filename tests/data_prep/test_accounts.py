@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.shards.assemble import EncodedSource
-from data_prep.shards.pack import _account_source
+from data_prep.shards.pack import account_source
 from data_prep.shards.units import UnitRecord
 from megatron_sov.base.documents.accounting import RecordAccount
 
@@ -15,5 +15,5 @@ from megatron_sov.base.documents.accounting import RecordAccount
 def test_a_record_that_vanishes_stops_the_command() -> None:
     source = EncodedSource("web", "text", Path("web"), [((), UnitRecord("key", 2, 9, (3,), {}, num_read=3))])
     with pytest.raises(RuntimeError, match="does not add up: 3 records read: 2 written, 0 set aside"):
-        _account_source(source, {"": 2}, {})
-    assert _account_source(source, {"": 2}, {"json": 1}) == RecordAccount(3, 2, {"json": 1})
+        account_source(source, {"": 2}, {})
+    assert account_source(source, {"": 2}, {"json": 1}) == RecordAccount(3, 2, {"json": 1})

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from data_prep.responses.unpaired import write_unpaired
 from data_prep.shards.encode import Encoder
-from data_prep.shards.pack import PackSettings, PackSource, pack
+from data_prep.shards.pack import PackSettings, PackSource, pack_sources
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.documents.layouts import LAYOUTS, parse_renames
 from megatron_sov.base.errors import UserError
@@ -357,8 +357,8 @@ def test_fields_of_messages_that_are_not_read_are_said_and_counted(
                 "role", "content")}} for m in row["messages"]]} for row in rows])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read))
         for _ in range(2):  # the second time from units that are complete
-            pack(folder, [PackSource(name, tmp_path / f"{name}.jsonl")], tmp_path / "out", PackSettings(
-                reading=RecordReading("chat")), overwrite=True)
+            pack_sources(folder, [PackSource(name, tmp_path / f"{name}.jsonl")], tmp_path / "out",
+                         PackSettings(reading=RecordReading("chat")), overwrite=True)
             assert (f"{name}: does not read ts (2), annotations (1) (fields of messages, with the number of "
                     "messages)") in capsys.readouterr().out
     prompts = [{"prompt": [{"role": "developer", "content": "x"}, {**say("user", "q"), "ts": 1}]}]

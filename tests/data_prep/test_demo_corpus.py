@@ -10,7 +10,8 @@ import pytest
 
 from data_prep import demo_corpus
 from data_prep.cli import main
-from data_prep.demo_corpus import CorpusUnavailable, clean, docstrings, documentation, select
+from data_prep.demo_corpus import (
+    CorpusUnavailable, join_docstrings, parse_docstrings, select_documents, strip_markup)
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import list_files, read_documents
 
@@ -30,13 +31,13 @@ class A:
 
 
 def test_docstrings_are_read_with_their_names() -> None:
-    found = docstrings("pkg/mod.py", SOURCE)
+    found = parse_docstrings("pkg/mod.py", SOURCE)
     assert [(d.module, d.name, d.text) for d in found] == [
         ("pkg.mod", "", "Module words."), ("pkg.mod", "A", "Class words."),
         ("pkg.mod", "A.f", "Function words.")]
-    assert docstrings("pkg/__init__.py", SOURCE)[0].module == "pkg"
-    assert docstrings("bad.py", "def (") == []
-    assert documentation(found) == {
+    assert parse_docstrings("pkg/__init__.py", SOURCE)[0].module == "pkg"
+    assert parse_docstrings("bad.py", "def (") == []
+    assert join_docstrings(found) == {
         "pkg.mod": "pkg.mod\n\nModule words.\n\npkg.mod.A\n\nClass words.\n\npkg.mod.A.f\n\nFunction words."}
 
 
@@ -55,16 +56,16 @@ def test_markup_noise_goes_and_words_stay() -> None:
         [![badge](u)](v)
 
         See :ref:`the guide <guide>`.""")
-    assert clean(text) == "Title\n\nUse os.walk and `x`:\n\nSee the guide."
+    assert strip_markup(text) == "Title\n\nUse os.walk and `x`:\n\nSee the guide."
 
 
 @pytest.fixture(autouse=True)
 def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read a twentieth of the standard library and no packages: the whole takes a quarter of a minute."""
-    library = demo_corpus.stdlib_files()[::20]
-    monkeypatch.setattr(demo_corpus, "stdlib_files", lambda: library)
-    monkeypatch.setattr(demo_corpus, "package_files", list)
-    monkeypatch.setattr(demo_corpus, "readmes", dict)
+    library = demo_corpus.list_stdlib_files()[::20]
+    monkeypatch.setattr(demo_corpus, "list_stdlib_files", lambda: library)
+    monkeypatch.setattr(demo_corpus, "list_package_files", list)
+    monkeypatch.setattr(demo_corpus, "read_package_pages", dict)
 
 
 def test_gathers_sources_and_goes_on_without_korean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -72,7 +73,7 @@ def test_gathers_sources_and_goes_on_without_korean(tmp_path: Path, monkeypatch:
     def unavailable() -> dict[str, str]:
         raise CorpusUnavailable("apt-get is not on this machine")
 
-    monkeypatch.setattr(demo_corpus, "korean_pages", unavailable)
+    monkeypatch.setattr(demo_corpus, "download_korean_pages", unavailable)
     assert main(["demo-corpus", "--output", str(tmp_path / "corpus")]) == 0
     assert "korean: left out, because apt-get is not on this machine" in capsys.readouterr().out
     content = read_manifest(tmp_path / "corpus", "corpus").content
@@ -94,7 +95,7 @@ def test_gathers_sources_and_goes_on_without_korean(tmp_path: Path, monkeypatch:
 
 def test_korean_is_a_source_where_it_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = {f"page {i}": f"한국어 문서 {i}번입니다. " * 20 for i in range(12)} | {"short": "예"}
-    monkeypatch.setattr(demo_corpus, "korean_pages", lambda: pages)
+    monkeypatch.setattr(demo_corpus, "download_korean_pages", lambda: pages)
     assert main(["demo-corpus", "--output", str(tmp_path / "a")]) == 0
     assert main(["demo-corpus", "--output", str(tmp_path / "b")]) == 0
     assert read_manifest(tmp_path / "a").content["korean"]["num_documents"] == 12
@@ -118,7 +119,7 @@ def test_ones_own_text_replaces_what_is_gathered(tmp_path: Path, capsys: pytest.
 
 def test_selection_is_bounded_fixed_and_drops_noise() -> None:
     texts = {f"{i:02d}": f"{i} " * 100 for i in range(50)} | {"twin": "7 " * 100, "short": "x"}
-    chosen = select(texts, 5000)
+    chosen = select_documents(texts, 5000)
     assert sum(len(t) for t in chosen.values()) <= 5000 and len(chosen) >= 15
-    assert chosen == select(dict(reversed(texts.items())), 5000) and list(chosen) == sorted(chosen)
-    assert len(set(select(texts, 10**9).values())) == len(select(texts, 10**9)) == 50
+    assert chosen == select_documents(dict(reversed(texts.items())), 5000) and list(chosen) == sorted(chosen)
+    assert len(set(select_documents(texts, 10**9).values())) == len(select_documents(texts, 10**9)) == 50

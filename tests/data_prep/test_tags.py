@@ -10,7 +10,8 @@ import pytest
 from pyarrow import parquet
 
 from data_prep.cli import main
-from data_prep.tags import GivenTag, artifact_of, is_chosen, parse_tags, source_tags, tags_of
+from data_prep.tags import (
+    AssignedTag, find_source_artifact, is_chosen, merge_source_tags, parse_tags, read_source_tags)
 from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 
@@ -31,7 +32,7 @@ def test_pack_records_what_each_source_is(tokenizers: dict[str, Path], tmp_path:
     assert ko["tags"] == {"kind": ["ko"], "level": ["L2"], "synthetic": ["false", "true"], "year": ["2026"]}
     assert en["tags"] == {"kind": ["domain:law"], "level": ["basic"], "synthetic": ["true"], "year": ["2026"]}
     assert main([*command[:6], "--bucket-by", "synthetic", "--output", str(tmp_path / "sorted")]) == 0
-    sorted_ = {s["name"]: tags_of(s) for s in read_manifest(tmp_path / "sorted").content["sources"]}
+    sorted_ = {s["name"]: read_source_tags(s) for s in read_manifest(tmp_path / "sorted").content["sources"]}
     assert sorted_ == {"ko-L2-False": {"synthetic": ["false"]}, "ko-L2-True": {"synthetic": ["true"]},
                        "en-True": {"synthetic": ["true"]}}
 
@@ -75,10 +76,10 @@ def test_a_source_is_chosen_where_all_its_values_fit_one_of_the_patterns() -> No
 
 
 def test_what_is_given_stands_above_what_is_read() -> None:
-    given = (GivenTag("kind", "ko", "web"), GivenTag("kind", "en"), GivenTag("year", "1"))
+    given = (AssignedTag("kind", "ko", "web"), AssignedTag("kind", "en"), AssignedTag("year", "1"))
     found = [{"kind": ["ja"], "level": ["L2"]}, {"kind": ["en"], "level": ["L1", "L2"]}]
-    assert source_tags("web", found, given) == {"kind": ["ko"], "level": ["L1", "L2"], "year": ["1"]}
-    assert source_tags("code", [], given) == {"kind": ["en"], "year": ["1"]}
+    assert merge_source_tags("web", found, given) == {"kind": ["ko"], "level": ["L1", "L2"], "year": ["1"]}
+    assert merge_source_tags("code", [], given) == {"kind": ["en"], "year": ["1"]}
 
 
 def test_the_nearest_complete_artifact_counts(tmp_path: Path) -> None:
@@ -88,7 +89,8 @@ def test_the_nearest_complete_artifact_counts(tmp_path: Path) -> None:
             (artifact.path / "text/web/a.txt").write_text("a")
     corpus = tmp_path / "corpus"
     for inside in (corpus / "text/web/a.txt", corpus / "text", corpus):
-        assert artifact_of(inside) == corpus
-    assert artifact_of(tmp_path / "other/text/web/a.txt") is None and artifact_of(tmp_path / "none") is None
+        assert find_source_artifact(inside) == corpus
+    assert find_source_artifact(tmp_path / "other/text/web/a.txt") is None
+    assert find_source_artifact(tmp_path / "none") is None
     (corpus / "manifest.json").write_text("{")
-    assert artifact_of(corpus / "text") is None
+    assert find_source_artifact(corpus / "text") is None

@@ -23,7 +23,7 @@ from data_prep.curate.dedup.work_files import (
     Numbering, Records, Register, Slice, bucket_slice, parts_of, ranks, registered, rows, save_array,
     write_buckets)
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
-from data_prep.shards.shard_damage import place_in_run, way_out
+from data_prep.damaged_files import explain_deletion, get_place_in_run
 from megatron_sov.base.artifacts import create_file, create_folder
 from megatron_sov.base.documents.overlap import Units, find_units, hash_stretches
 from megatron_sov.base.sealed import SEAL_PLACEHOLDER, check_seal, seal_file
@@ -244,7 +244,7 @@ class ShingleSets:
     """
 
     def __init__(self, file: Path) -> None:
-        check_seal(file, way_out(file), place_in_run(file))
+        check_seal(file, explain_deletion(file), get_place_in_run(file))
         with open(file, "rb") as f:  # a copy on write: compiled loops take arrays that may be written to
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         words = np.frombuffer(mapped, np.uint64, (len(mapped) - len(SEAL_PLACEHOLDER)) // np.uint64().nbytes)
@@ -269,7 +269,7 @@ class ShingleSets:
                         found.tofile(f)
                         begins.append(begins[-1] + len(found))
             np.array([*np.sort(wanted).tolist(), *begins, len(wanted)], np.uint64).tofile(f)
-            seal_file(temporary, place_in_run(file))
+            seal_file(temporary, get_place_in_run(file))
 
 
 def similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold: float

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.curate.pipeline.step import Doc, ShardRef, View
-from data_prep.shards.shard_damage import place_in_run, way_out
+from data_prep.damaged_files import explain_deletion, get_place_in_run
 from megatron_sov.base.artifacts import create_file
 from megatron_sov.base.digests import Digest
 from megatron_sov.base.errors import UserError
@@ -43,7 +43,7 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array as .npy with its checksum; `path`: a temporary name."""
     with open(path, "wb") as f:
         np.save(f, array, allow_pickle=False)
-    seal_file(path, place_in_run(path))
+    seal_file(path, get_place_in_run(path))
 
 
 def read_array(path: Path) -> NDArray[Any]:
@@ -53,7 +53,7 @@ def read_array(path: Path) -> NDArray[Any]:
     Raises:
         UserError: it is damaged.
     """
-    check_seal(path, way_out(path), place_in_run(path))
+    check_seal(path, explain_deletion(path), get_place_in_run(path))
     try:
         found = np.load(path, mmap_mode="c", allow_pickle=False)
     except ValueError:  # what is empty cannot be mapped
@@ -100,7 +100,7 @@ def _begun(path: Path, *place: int) -> Digest:
     digest = Digest()
     # File and place are part of the checksum: a sound bucket of another file or place does not pass for this
     # one.
-    digest.update(" ".join([place_in_run(path), *map(str, place), ""]).encode())
+    digest.update(" ".join([get_place_in_run(path), *map(str, place), ""]).encode())
     return digest
 
 
@@ -189,7 +189,8 @@ def bucket_slice(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
                 left -= len(block)
             is_sound = left == 0 and _number(digest) == wanted
     if not is_sound:
-        raise UserError(f"{path}: is damaged (part {bucket} differs from its own checksum); {way_out(path)}")
+        raise UserError(f"{path}: is damaged (part {bucket} differs from its own checksum); "
+                        f"{explain_deletion(path)}")
     return found
 
 

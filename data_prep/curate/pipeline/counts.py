@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from data_prep.shards.shard_damage import way_out
+from data_prep.damaged_files import explain_deletion
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_duration
 from megatron_sov.base.sealed import read_sealed_json
@@ -103,9 +103,10 @@ def noted_seal(file: Path) -> str:
     # Output files are in a folder named by the shard's number; its counts are next to that folder.
     shard = file.parent if file.parent.name.isdigit() else file
     counts = shard.with_name(f"{shard.name.partition('.')[0]}.json")
-    found = read_sealed_json(counts, way_out(file)).get("seals", {})
+    found = read_sealed_json(counts, explain_deletion(file)).get("seals", {})
     if file.name not in found:
-        raise UserError(f"{file}: is not named in {counts}, which says what was written; {way_out(file)}")
+        raise UserError(f"{file}: is not named in {counts}, which says what was written; "
+                        f"{explain_deletion(file)}")
     return str(found[file.name])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_prep.shards.shard_damage import way_out
+from data_prep.damaged_files import explain_deletion
 from megatron_sov.base.sealed import open_sealed_parquet, read_sealed_json, write_sealed_json
 
 COLUMNS = ("source", "language", "form", "kind", "level", "licence", "synthetic")
@@ -39,7 +39,7 @@ def write_shard_facts(file: Path) -> Facts:
     Raises:
         UserError: the shard is missing or damaged, or the disk refuses.
     """
-    opened = open_sealed_parquet(file, way_out(file))
+    opened = open_sealed_parquet(file, explain_deletion(file))
     names = [name for name in COLUMNS if name in opened.schema_arrow.names]
     facts = add_facts(map(_batch_facts, opened.iter_batches(BATCH_ROWS, columns=["text", *names])))
     write_sealed_json(counted_beside(file), facts)
@@ -55,7 +55,7 @@ def facts_of_output(texts: Path) -> dict[str, Facts]:
     Raises:
         UserError: the counts of a shard are missing or damaged.
     """
-    return {folder.name: add_facts(read_sealed_json(file, way_out(file))
+    return {folder.name: add_facts(read_sealed_json(file, explain_deletion(file))
                                    for file in sorted(folder.glob("_*.json")))
             for folder in sorted(texts.iterdir())}
 

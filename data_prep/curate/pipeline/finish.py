@@ -15,8 +15,8 @@ from data_prep.curate.pipeline.facts import counted_beside, facts_of_output
 from data_prep.curate.pipeline.pipeline_file import named_columns
 from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link
 from data_prep.curate.pipeline.tasks import pass_marks
-from data_prep.shards.pack import PackSettings, PackSource, pack
-from data_prep.shards.shard_damage import place_in_run, way_out
+from data_prep.damaged_files import explain_deletion, get_place_in_run
+from data_prep.shards.pack import PackSettings, PackSource, pack_sources
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, FileRecord, create_folder, find_file_damage, manifest_sha256, read_manifest,
     translate_disk_errors, write_atomically)
@@ -174,14 +174,14 @@ def _output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
     files = sorted(layer.rows(output, shard).glob("*.parquet"))
     # Seals were noted when the shard was written: a file that has changed since is found before it is
     # published.
-    num_rows = sum(open_sealed_parquet(file, way_out(file), is_required=True, seal=noted_seal(file)
+    num_rows = sum(open_sealed_parquet(file, explain_deletion(file), is_required=True, seal=noted_seal(file)
                                 ).metadata.num_rows for file in files)
     for facts in map(counted_beside, files):
-        check_seal(facts, way_out(facts), seal=noted_seal(facts))
+        check_seal(facts, explain_deletion(facts), seal=noted_seal(facts))
     counts = layer.counts(output, shard)
-    if num_rows != (wanted := read_sealed_json(counts, way_out(counts))["documents_in"]):
+    if num_rows != (wanted := read_sealed_json(counts, explain_deletion(counts))["documents_in"]):
         raise UserError(f"{layer.rows(output, shard)}: has {num_rows} documents where {counts} says "
-                        f"{wanted}; {way_out(layer.rows(output, shard) / TEXT)}")
+                        f"{wanted}; {explain_deletion(layer.rows(output, shard) / TEXT)}")
     return files
 
 
@@ -191,7 +191,7 @@ def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
             with open(temporary / f"{source.settings.name}.jsonl", "wb") as whole:
                 for shard in source.shards:
                     file = source.layers[0].broken(output, shard)
-                    whole.writelines(read_sealed_lines(file, way_out(file), seal=noted_seal(file)))
+                    whole.writelines(read_sealed_lines(file, explain_deletion(file), seal=noted_seal(file)))
 
 
 def summary_of(plan: PipelinePlan, output: Path) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _shared(plan: PipelinePlan, number: int) -> list[str]:
 
 def _pass_times(done: Path) -> Iterator[dict[str, Any]]:
     for folder in sorted(done.glob("*")):
-        times = [read_sealed_json(mark, way_out(mark), place_in_run(mark))
+        times = [read_sealed_json(mark, explain_deletion(mark), get_place_in_run(mark))
                  for mark in sorted(folder.iterdir())
                  if not mark.name.startswith(".")]
         yield {"name": folder.name.partition("-")[2], "num_tasks_done": len(times),
@@ -221,7 +221,7 @@ def _source_summary(plan: PipelinePlan, source: SourcePlan, output: Path) -> dic
     for layer in source.layers:
         if layer.kind == OUTPUT:
             continue
-        found = [read_sealed_json(file, way_out(file)) for shard in source.shards
+        found = [read_sealed_json(file, explain_deletion(file)) for shard in source.shards
                  if (file := layer.counts(output, shard)).is_file()]
         entry = settings.get(layer.number)
         steps.append({"number": layer.number, "kind": layer.kind, "folder": layer.folder,
@@ -252,8 +252,8 @@ def _pack(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> N
     tags = tuple(name for name in (*TAGS, *(one for one in NAMED_TAGS if one in named)) if name in columns)
     settings = PackSettings(heldout_share=asked.heldout, bos=asked.bos, eod=asked.eod,
                             shard_tokens=asked.shard_tokens, reading=RecordReading("text", tags=tags))
-    pack(asked.tokenizer, [PackSource(name, output / TEXT / name) for name in names], tokens, settings,
-         workers=workers, overwrite=tokens.exists())
+    pack_sources(asked.tokenizer, [PackSource(name, output / TEXT / name) for name in names], tokens,
+                 settings, workers=workers, overwrite=tokens.exists())
     mark.parent.mkdir(exist_ok=True)
     write_atomically(mark, "")
 

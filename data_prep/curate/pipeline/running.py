@@ -18,7 +18,7 @@ from data_prep.curate.pipeline.finish import KIND, PIPELINE, finish, is_complete
 from data_prep.curate.pipeline.pipeline_file import Pipeline
 from data_prep.curate.pipeline.plan import OUTPUT, PipelinePlan, make_plan
 from data_prep.curate.pipeline.tasks import PipelineStage, Task, do_task, done_mark, layer_of, stages, tasks
-from data_prep.shards.shard_damage import way_out
+from data_prep.damaged_files import explain_deletion
 from megatron_sov.base.artifacts import MANIFEST, read_manifest, translate_disk_errors, write_atomically
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_creatable
@@ -181,7 +181,7 @@ def _tell(plan: PipelinePlan, stage: PipelineStage, output: Path, num_done: int,
 
 
 def stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) -> Counts:
-    return Counts.together(read_sealed_json(file := layer.counts(output, shard), way_out(file))
+    return Counts.together(read_sealed_json(file := layer.counts(output, shard), explain_deletion(file))
                            for source in plan.sources if (layer := layer_of(source, stage))
                            for shard in source.shards)
 

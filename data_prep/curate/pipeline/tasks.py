@@ -33,7 +33,7 @@ from data_prep.curate.pipeline.step import (
     KEPT, OF_A_RECORD, SOURCE_COLUMNS, ColumnType, Doc, ShardRef, Step, StepOutcome, schema)
 from data_prep.curate.sources.formats import reader
 from data_prep.curate.sources.source import Broken, Raw, SourceSettings
-from data_prep.shards.shard_damage import place_in_run, way_out
+from data_prep.damaged_files import explain_deletion, get_place_in_run
 from megatron_sov.base.artifacts import create_file, create_folder, translate_disk_errors
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.sealed import SEAL, SEAL_PLACEHOLDER, read_seal, seal_file, write_sealed_json
@@ -68,7 +68,7 @@ def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Ite
         UserError: a file is missing, damaged, or of another shard.
     """
     yield from (_rows(source, tables) for tables in iter_row_groups(files, seals or [None] * len(files),
-                                                                    way_out))
+                                                                    explain_deletion))
 
 
 def _rows(source: str, tables: list[pa.Table]) -> list[LayerRow | None]:
@@ -435,7 +435,7 @@ def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage,
         # The mark comes last: a pass that is killed before it is run again, and leaves the same files.
         mark.parent.mkdir(parents=True, exist_ok=True)
         write_sealed_json(mark, {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall},
-                          place_in_run(mark))
+                          get_place_in_run(mark))
         return
     source = plan.source(task[0])
     layer = layer_of(source, stage)

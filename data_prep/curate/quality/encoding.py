@@ -14,7 +14,7 @@ from typing import ClassVar
 from data_prep.curate.line_ends import unify_line_ends
 from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
 from data_prep.curate.quality.identify import form_of
-from data_prep.libraries import require
+from data_prep.libraries import find_library_problems
 from megatron_sov.base.settings import SettingsProblem, to_problem
 
 
@@ -23,7 +23,7 @@ class EncodingRepairSettings:
     """The step has no settings; its library has to be installed."""
 
     def problems(self) -> list[SettingsProblem]:
-        return list(map(to_problem, require("the step encoding", "ftfy")))
+        return list(map(to_problem, find_library_problems("the step encoding", "ftfy")))
 
 
 class RepairEncoding(Step):

@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import MinLen
 
 from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
-from data_prep.libraries import require
+from data_prep.libraries import find_library_problems
 from megatron_sov.base.documents.scripts import count_letters_by_script
 from megatron_sov.base.settings import SettingsProblem, Share, choice_from, to_problem
 
@@ -302,7 +302,7 @@ class LanguageSettings:
     """Forms that stay: prose, code, markup.  Code stays whatever language its comments are in."""
 
     def problems(self) -> list[SettingsProblem]:
-        return list(map(to_problem, require("the step language", "py3langid")))
+        return list(map(to_problem, find_library_problems("the step language", "py3langid")))
 
 
 class Language(Step):

@@ -26,7 +26,7 @@ import numpy as np
 from annotated_types import Gt, Le
 
 from data_prep.curate.pipeline.step import ColumnType, Doc, Pass, Step, StepOutcome, View
-from data_prep.shards.shard_damage import place_in_run, way_out
+from data_prep.damaged_files import explain_deletion, get_place_in_run
 from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import check_seal, read_sealed_json, seal_bytes, write_sealed_json
@@ -99,12 +99,13 @@ class Level(Step):
         keys, beside = folder / f"{task:06d}.npy", folder / f"{task:06d}.json"
         # The keys before the .json that names them: a pass that is killed in between leaves no list of keys
         # that are not there.
-        write_atomically(keys, seal_bytes(raw.getvalue(), place_in_run(keys)))
-        write_sealed_json(beside, {"groups": places, "num_without": num_without}, place_in_run(beside))
+        write_atomically(keys, seal_bytes(raw.getvalue(), get_place_in_run(keys)))
+        write_sealed_json(beside, {"groups": places, "num_without": num_without}, get_place_in_run(beside))
 
     def write_cuts(self, view: View, task: int) -> None:
         """Write the lowest key of each level for each group."""
-        shards = [(file.with_suffix(".npy"), read_sealed_json(file, way_out(file), place_in_run(file)))
+        shards = [(file.with_suffix(".npy"), read_sealed_json(file, explain_deletion(file),
+                                                               get_place_in_run(file)))
                   for file in sorted((view.work / "keys").glob("*.json"))]
         counts: dict[str, int] = {}
         for _, shard in shards:
@@ -122,11 +123,11 @@ class Level(Step):
         record = {"groups": {name: {"judged_as": pool[name], "num_documents": counts[name],
                                     "cuts": cuts[pool[name]]} for name in sorted(counts)},
                   "num_without_score": sum(shard["num_without"] for _, shard in shards)}
-        write_sealed_json(view.work / _FILE, record, place_in_run(view.work / _FILE))
+        write_sealed_json(view.work / _FILE, record, get_place_in_run(view.work / _FILE))
 
     def start(self, view: View) -> None:
         file = view.work / _FILE
-        groups = read_sealed_json(file, way_out(file), place_in_run(file))["groups"]
+        groups = read_sealed_json(file, explain_deletion(file), get_place_in_run(file))["groups"]
         self._cuts = {name: group["cuts"] for name, group in groups.items()}
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
@@ -179,7 +180,7 @@ def _cuts(shards: Sequence[tuple[Path, dict[str, Any]]], pool: Mapping[str, str]
         tried = {name: found[:, None] | bytes_ for name, found in cuts.items()}
         reached = {name: np.zeros(found.shape, np.int64) for name, found in tried.items()}
         for file, shard in shards:
-            check_seal(file, way_out(file), place_in_run(file))
+            check_seal(file, explain_deletion(file), get_place_in_run(file))
             keys = np.load(file, mmap_mode="r" if shard["groups"] else None)
             for name, (start, stop) in shard["groups"].items():
                 below = np.searchsorted(keys[start:stop], tried[pool[name]], "left")

@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.curate.sources.encodings import EncodingLimits
 from data_prep.curate.sources.reader import FileReader, refuse_nothing, show_name, source_files
 from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, Reader, SourcePiece, SourceSettings
-from data_prep.libraries import require
+from data_prep.libraries import find_library_problems
 from megatron_sov.base.documents.files import is_description, is_records
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.hints.removed import PIPELINE, suggest_successor
@@ -68,7 +68,7 @@ def format_problems(format_: str, options: Mapping[str, Any]) -> list[SettingsPr
         return suggest_successor(f"{format_}.{key}", PIPELINE).removeprefix("; ")
 
     problems = try_parse_settings(reader_class(format_).Options, options, suggest_key)[1]
-    return [*map(to_problem, require(f"format {format_}", *LIBRARIES.get(format_, ()))),
+    return [*map(to_problem, find_library_problems(f"format {format_}", *LIBRARIES.get(format_, ()))),
             *(problem.with_prefix("options") for problem in problems)]
 
 

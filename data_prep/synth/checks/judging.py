@@ -17,8 +17,8 @@ from data_prep.curate.pipeline.counts import noted_seal
 from data_prep.curate.pipeline.finish import summary_of
 from data_prep.curate.pipeline.plan import PipelinePlan, SourcePlan, make_plan
 from data_prep.curate.pipeline.running import judge_documents
+from data_prep.damaged_files import explain_deletion
 from data_prep.json_lines import read_objects
-from data_prep.shards.shard_damage import way_out
 from data_prep.synth.candidates import SynthRunRecord, read_finished
 from data_prep.synth.checks.settings import (
     CONTEXT, INPUT, SOURCES, NoSample, asked_in, read_steps, steps_file, texts_of)
@@ -183,10 +183,11 @@ def _rows(source: SourcePlan, folder: Path) -> Iterator[tuple[str, int, str, str
 
 def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
     try:
-        return open_sealed_parquet(file, way_out(file), is_required=True, seal=noted_seal(file)).read(columns)
+        return open_sealed_parquet(file, explain_deletion(file), is_required=True,
+                                   seal=noted_seal(file)).read(columns)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]}); "
-                        f"{way_out(file)}") from None
+                        f"{explain_deletion(file)}") from None
 
 
 def _own_ids(plan: PipelinePlan, folder: Path, wanted: Iterable[str]) -> dict[str, str]:

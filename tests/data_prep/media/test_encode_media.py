@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.media import running
+from data_prep.media import encode_media_run
 from data_prep.media.encoder import CHAT, TEXT, MediaRecordEncoder, parse_record
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import BadRecord
@@ -86,7 +86,7 @@ def test_an_assistant_draws_by_a_call_and_speaks_in_its_text(encode: Encode, tmp
 
 def test_a_killed_run_goes_on_to_the_same_bytes(encode: Encode, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "RECORDS_PER_UNIT", 2)
+    monkeypatch.setattr(encode_media_run, "RECORDS_PER_UNIT", 2)
     chats = [shown(("image", name))
              for name in ("light.png", "dark.png", "twin.png", "dark.png", "light.png")]
     assert encode(chats, output="whole") == 0
@@ -200,7 +200,7 @@ def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ..
     monkeypatch.setattr(client, "run_slurm_program", lambda *words: SimpleNamespace(stdout=""))
     monkeypatch.setattr(client, "check_partition", lambda name: None)
     monkeypatch.setattr(client, "read_active_states", lambda numbers: {})
-    monkeypatch.setattr(running, "check_restarts", lambda *words: None)
+    monkeypatch.setattr(encode_media_run, "check_restarts", lambda *words: None)
     (tmp_path / "profile.yaml").write_text(PROFILE)
     return found
 
@@ -209,7 +209,7 @@ def test_an_array_and_a_last_job_leave_the_same_bytes(encode: Encode, tmp_path: 
                                                       noted: list[tuple[Any, ...]],
                                                       monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(running, "RECORDS_PER_UNIT", 1)
+    monkeypatch.setattr(encode_media_run, "RECORDS_PER_UNIT", 1)
     chats = [shown(("image", name)) for name in ("light.png", "dark.png", "twin.png")]
     assert encode(chats, output="here") == 0
     there = ("--cluster", str(tmp_path / "profile.yaml"), "--workers", "2")

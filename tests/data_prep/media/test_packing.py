@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from data_prep.cli import main
 from data_prep.shards.token_artifact import open_split
-from data_prep.shards.verify import check
+from data_prep.shards.verify import verify_shards
 from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.shard_files import FEATURES, NO_FEATURE
@@ -75,7 +75,7 @@ def test_each_placeholder_finds_its_feature_in_its_shard(encode: Encode, omni: P
     assert seen == [255, 0, 255, 0, 255]
     sounds = np.concatenate([s[FEATURES][s["ids"] == token(AUDIO_PAD)] for s in shards])
     assert sounds.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert check(tmp_path / "shards")[0] == []
+    assert verify_shards(tmp_path / "shards")[0] == []
 
 
 def test_what_the_assistant_says_is_learned_as_tokens_of_media(encode: Encode, omni: Path,
@@ -167,6 +167,6 @@ def test_damage_to_banks_is_found(encode: Encode, omni: Path, tmp_path: Path) ->
     file = next((tmp_path / "shards").rglob("*.pictures"))
     file.write_bytes(b"")
     assert any("3 placeholders of pictures name none of its 0 records" in p
-               for p in check(tmp_path / "shards")[0])
+               for p in verify_shards(tmp_path / "shards")[0])
     file.write_bytes(b"abc")
-    assert any("not whole records" in p for p in check(tmp_path / "shards")[0])
+    assert any("not whole records" in p for p in verify_shards(tmp_path / "shards")[0])

@@ -16,7 +16,8 @@ from pyarrow import parquet
 
 from data_prep.cli import main
 from data_prep.mixture.blend_file import (
-    Blend, BlendEntry, BlendPhase, allot, epochs, find_blend, overall, read_blend, refuse_many_epochs, table)
+    Blend, BlendEntry, BlendPhase, allot_shares, check_epochs, combine_phases, compute_epochs, find_blend,
+    format_shares, read_blend)
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
@@ -161,25 +162,25 @@ TWO = blend(phase("1", 800, ({"kind": "ko"}, 0.5), ({"kind": "en"}, 0.5)),
 
 
 def test_sources_of_an_entry_share_by_their_tokens() -> None:
-    first, second = allot(TWO, SOURCES)
+    first, second = allot_shares(TWO, SOURCES)
     assert first.shares == {"ko-basic": 0.125, "ko-L3": 0.375, "en-L3": 0.5} and first.tokens == 800
     assert second.shares == {"ko-L3": 0.25, "code": 0.75}
-    assert overall([first, second]) == pytest.approx({"ko-basic": 0.1, "ko-L3": 0.35, "en-L3": 0.4,
+    assert combine_phases([first, second]) == pytest.approx({"ko-basic": 0.1, "ko-L3": 0.35, "en-L3": 0.4,
                                                       "code": 0.15})
-    assert epochs([first, second], SOURCES) == pytest.approx({
+    assert compute_epochs([first, second], SOURCES) == pytest.approx({
         "ko-basic": 1.0, "ko-L3": 350 / 300, "en-L3": 400 / 600, "code": 0.15})
 
 
 def test_tokens_scale_all_phases_alike() -> None:
-    assert [p.tokens for p in allot(TWO, SOURCES, num_tokens=1e6)] == [8e5, 2e5]
-    [alone] = allot(blend(phase("main", 0, ({"kind": "ko"}, 1.0))), SOURCES, num_tokens=1e6)
+    assert [p.tokens for p in allot_shares(TWO, SOURCES, num_tokens=1e6)] == [8e5, 2e5]
+    [alone] = allot_shares(blend(phase("main", 0, ({"kind": "ko"}, 1.0))), SOURCES, num_tokens=1e6)
     assert alone.tokens == 1e6
-    assert overall([alone]) == {"ko-basic": 0.25, "ko-L3": 0.75}
+    assert combine_phases([alone]) == {"ko-basic": 0.25, "ko-L3": 0.75}
 
 
 def said(refused: Blend, sources: Sequence[dict[str, Any]] = SOURCES) -> str:
     with pytest.raises(UserError) as e:
-        allot(refused, sources)
+        allot_shares(refused, sources)
     return str(e.value)
 
 
@@ -208,15 +209,16 @@ def test_a_source_meant_twice_is_named() -> None:
 
 def test_missing_shares_may_be_spread() -> None:
     wanted = blend(phase("1", 100, ({"kind": "ja"}, 0.2), ({"kind": "en"}, 0.6), ({"source": "code"}, 0.2)))
-    [found] = allot(wanted, SOURCES, "spread")
+    [found] = allot_shares(wanted, SOURCES, "spread")
     assert found.shares == pytest.approx({"en-L3": 0.75, "code": 0.25})
-    assert "  nothing for kind=ja (20 %): its share is spread over the others" in table([found], SOURCES)
+    assert "  nothing for kind=ja (20 %): its share is spread over the others" in format_shares(
+        [found], SOURCES)
     with pytest.raises(UserError, match="phase 1: no source is kind=ja"):
-        allot(blend(phase("1", 1, ({"kind": "ja"}, 1.0))), SOURCES, "spread")
+        allot_shares(blend(phase("1", 1, ({"kind": "ja"}, 1.0))), SOURCES, "spread")
 
 
 def test_the_table_says_how_often_each_source_is_read() -> None:
-    lines = table(allot(TWO, SOURCES), SOURCES)
+    lines = format_shares(allot_shares(TWO, SOURCES), SOURCES)
     assert lines == [
         "phase 1, 800 tokens",
         "  ko-basic  12.5000 %                    100 tokens         1 epochs",
@@ -233,11 +235,11 @@ def test_the_table_says_how_often_each_source_is_read() -> None:
 
 
 def test_what_would_be_read_too_often_is_refused_by_name() -> None:
-    phases = allot(TWO, SOURCES, num_tokens=4000)
+    phases = allot_shares(TWO, SOURCES, num_tokens=4000)
     with pytest.raises(UserError) as e:
-        refuse_many_epochs(phases, SOURCES, 4)
+        check_epochs(phases, SOURCES, 4)
     assert str(e.value).splitlines()[1:] == ["  source ko-L3: 4.667 epochs of its 300 tokens"]
-    refuse_many_epochs(phases, SOURCES, 4.7)
+    check_epochs(phases, SOURCES, 4.7)
 
 
 @pytest.mark.deep

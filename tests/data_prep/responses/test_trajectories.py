@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main
-from data_prep.responses.trajectories import Solution, TrajectorySettings, diverse, document, read_queries
+from data_prep.responses.trajectories import (
+    Solution, TrajectorySettings, choose_diverse, format_document, read_queries)
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents.accounting import RecordTally
 from megatron_sov.base.errors import UserError
@@ -42,17 +43,17 @@ def test_solutions_are_chosen_far_apart() -> None:
     the third none, the fourth all."""
     texts = ["a b c d e", "a b c d x", "p q r s", "a b c d e"]
     solutions = [Solution(text) for text in texts]
-    assert [s.answer for s in diverse(solutions, 2, 0.8)] == ["a b c d e", "p q r s"]
-    assert [s.answer for s in diverse(solutions, 5, 0.8)] == ["a b c d e", "p q r s", "a b c d x"]
-    assert [s.answer for s in diverse(solutions, 5, 0.4)] == ["a b c d e", "p q r s"]
-    assert diverse([], 5, 0.8) == []
+    assert [s.answer for s in choose_diverse(solutions, 2, 0.8)] == ["a b c d e", "p q r s"]
+    assert [s.answer for s in choose_diverse(solutions, 5, 0.8)] == ["a b c d e", "p q r s", "a b c d x"]
+    assert [s.answer for s in choose_diverse(solutions, 5, 0.4)] == ["a b c d e", "p q r s"]
+    assert choose_diverse([], 5, 0.8) == []
 
 
 @pytest.mark.parametrize(("think", "told"), [
     ("tags", "<think>\nhm\n</think>\n\nyes"), ("plain", "hm\n\nyes"), ("drop", "yes")])
 def test_thoughts_have_three_forms(think: Any, told: str) -> None:
     settings = TrajectorySettings(think=think, heading="풀이 {}:")
-    assert (document(" why? ", [Solution("yes", "hm"), Solution("no")], settings)
+    assert (format_document(" why? ", [Solution("yes", "hm"), Solution("no")], settings)
             == f"why?\n\n풀이 1:\n{told}\n\n풀이 2:\nno")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep import cli
-from data_prep.shards.token_artifact import read_tokens_manifest, shards_of
+from data_prep.shards.token_artifact import iter_shards, read_tokens_manifest
 from megatron_sov.base.documents.shard_files import HEADER
 
 
@@ -57,7 +57,7 @@ def pair(tokenizer: Path, texts: list[str], tmp_path_factory: pytest.TempPathFac
 
 def bytes_of(data: Path) -> dict[str, bytes]:
     return {f"{shard.split}.{suffix}": Path(f"{shard.prefix}.{suffix}").read_bytes()
-            for shard in shards_of(data, read_tokens_manifest(data).content) for suffix in ("bin", "idx")}
+            for shard in iter_shards(data, read_tokens_manifest(data).content) for suffix in ("bin", "idx")}
 
 
 def test_the_artifact_is_the_one_that_pack_makes_of_the_text(
@@ -90,7 +90,7 @@ def test_files_are_linked_and_sequences_of_a_document_joined(tokenizer: Path, te
         Path(f"{prefix}{ending}").symlink_to(f"{real}{ending}")
     assert cli.main(["adopt", str(prefix), "--tokenizer", str(tokenizer), "--heldout", "0", "--link",
                      "--output", str(tmp_path / "linked")]) == 0
-    shard = next(shards_of(tmp_path / "linked", read_tokens_manifest(tmp_path / "linked").content))
+    shard = next(iter_shards(tmp_path / "linked", read_tokens_manifest(tmp_path / "linked").content))
     assert Path(f"{shard.prefix}.bin").samefile(f"{real}.bin")
     assert not Path(f"{shard.prefix}.bin").is_symlink()
     assert [document.tolist() for document in shard.open().documents()] == [[*d, eos] for d in ids]

@@ -15,10 +15,11 @@ from hypothesis import given, settings, strategies as st
 from pyarrow import parquet
 
 from data_prep.shards import assemble
-from data_prep.shards.assemble import EncodedSource, ShardedWriter, bad_rows, survey, write_shards
+from data_prep.shards.assemble import (
+    EncodedSource, ShardedWriter, iter_bad_records, survey_source, write_shards)
 from data_prep.shards.encode import Encoder, EncodingSettings
-from data_prep.shards.token_artifact import HeldoutRule, document_hash, open_split
-from data_prep.shards.units import UnitEncoder, UnitSettings, open_unit, unit_key
+from data_prep.shards.token_artifact import HeldoutRule, hash_document, open_split
+from data_prep.shards.units import UnitEncoder, UnitSettings, compute_unit_key, open_unit
 from megatron_sov.base.documents import BadRecord, Conversation, Document, RecordReading, files, plan_units
 from megatron_sov.work.progress.resumable import part_folder
 
@@ -51,7 +52,7 @@ def test_shards_hold_what_plain_reading_gives(source: tuple[EncodedSource, Path]
     monkeypatch.setattr(assemble, "BLOCK_TOKENS", block_tokens)
     encoded, folder = source
     rule = HeldoutRule(0.4)
-    assert survey(encoded, folder / "work", "uint16", rule) == 7
+    assert survey_source(encoded, folder / "work", "uint16", rule) == 7
     assert encoded.num_shared_ids == 1
     splits = write_shards(encoded, folder / "work", folder / "out", "uint16", rule, 10**9)[""]
     encoder = Encoder(tokenizers["solar-open"])
@@ -59,7 +60,7 @@ def test_shards_hold_what_plain_reading_gives(source: tuple[EncodedSource, Path]
     for i in range(9):
         if i not in REPEATED:
             document = Document("", f"document {i}")
-            heldout = bool(rule.is_heldout(np.array([document_hash(document)], np.uint64))[0])
+            heldout = bool(rule.is_heldout(np.array([hash_document(document)], np.uint64))[0])
             expected[heldout].append(encoder.encode_batch([document]).ids.tolist())
     assert expected[True] and expected[False]
     for heldout, split in ((False, "train"), (True, "heldout")):
@@ -75,7 +76,7 @@ def test_repeated_documents_are_those_of_a_plain_search(rows: list[tuple[int, in
     expected = [id_ != 0 and any(id_ == other and (file == other_file or text == other_text)
                                  for other, other_file, other_text in rows[:i])
                 for i, (id_, file, text) in enumerate(rows)]
-    assert assemble.find_repeated(ids, files_, hashes).tolist() == expected
+    assert assemble.find_repeated_documents(ids, files_, hashes).tolist() == expected
 
 
 def test_lines_are_counted_through_the_spans_of_a_file(tokenizers: dict[str, Path], tmp_path: Path,
@@ -89,7 +90,8 @@ def test_lines_are_counted_through_the_spans_of_a_file(tokenizers: dict[str, Pat
     monkeypatch.setattr(files, "WHOLE_FILE_BYTES", 0)
     encoded.units += [(unit, encoder.encode(unit)) for unit in plan_units([tmp_path / "a.jsonl"], 700)]
     assert len(encoded.units) > 5
-    assert [r["line"] for r in bad_rows(encoded, tmp_path / "work", "uint16")] == list(range(40, 400, 40))
+    assert [r["line"] for r in iter_bad_records(encoded, tmp_path / "work", "uint16")] == [
+        *range(40, 400, 40)]
 
 
 def write(folder: Path, lengths: list[int], shard_tokens: int, group: int, batch: int) -> ShardedWriter:
@@ -143,7 +145,7 @@ def write_lines(folder: Path, name: str = "a.jsonl", lines: list[str] = LINES) -
 
 def key(file: Path, chosen: UnitSettings) -> str:
     [unit] = plan_units([file])
-    return unit_key(unit, chosen)
+    return compute_unit_key(unit, chosen)
 
 
 def test_the_key_is_of_bytes_and_settings_not_of_places(chosen: UnitSettings, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_prep.cli import main as sov_data
-from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast
+from data_prep.shards.encode import EncodedBatch, Encoder, EncodingSettings, FastBpe, load_fast_encoder
 from megatron_sov.base.documents import (
     BadRecord, Conversation, Document, Message, RecordReading, read_documents)
 from megatron_sov.base.errors import UserError
@@ -293,10 +293,10 @@ def test_what_tiktoken_cannot_express_is_left_to_tokenizers(tokenizers: dict[str
                                                             edit: Callable[[dict[str, Any]], Any],
                                                             reason: str) -> None:
     file = edited(tokenizers["solar-open"] / "tokenizer.json", tmp_path / "tokenizer.json", edit)
-    fast, sentence = load_fast(file, opened(file), ["some text"])
+    fast, sentence = load_fast_encoder(file, opened(file), ["some text"])
     assert fast is None and sentence.startswith("encoding with tokenizers, because") and reason in sentence
 
 
 def test_a_sound_tokenizer_is_expressed(file: Path) -> None:
-    fast, sentence = load_fast(file, opened(file), ["some text", "한국어"])
+    fast, sentence = load_fast_encoder(file, opened(file), ["some text", "한국어"])
     assert fast is not None and sentence.startswith("encoding with tiktoken: the same ids")

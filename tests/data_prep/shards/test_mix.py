@@ -12,10 +12,10 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.shards import mix as mix_module
-from data_prep.shards.mix import MixPart, mix, parse_part
-from data_prep.shards.pack import PackSettings, PackSource, pack
-from data_prep.shards.token_artifact import document_hash
-from data_prep.shards.verify import check
+from data_prep.shards.mix import MixPart, parse_part, write_mix
+from data_prep.shards.pack import PackSettings, PackSource, pack_sources
+from data_prep.shards.token_artifact import hash_document
+from data_prep.shards.verify import verify_shards
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import Document, RecordReading
 from megatron_sov.base.errors import UserError
@@ -33,9 +33,9 @@ def parts(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
              for i in range(40)]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
     settings = PackSettings(heldout_share=0)
-    pack(tokenizers["solar-open"], [PackSource(n, folder / f"{n}.jsonl") for n in ("few", "many")],
+    pack_sources(tokenizers["solar-open"], [PackSource(n, folder / f"{n}.jsonl") for n in ("few", "many")],
          folder / "text", settings)
-    pack(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "chats",
+    pack_sources(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "chats",
          PackSettings(0.1, RecordReading("chat")))
     return folder / "text", folder / "chats"
 
@@ -63,12 +63,12 @@ def test_weights_of_folders_are_divided_by_tokens_and_read_by_the_trainer(parts:
 def test_without_weights_tokens_decide_and_mixes_can_be_mixed(parts: tuple[Path, Path],
                                                               tmp_path: Path) -> None:
     text, chats = parts
-    mix([MixPart(text, None), MixPart(chats, None)], tmp_path / "plain")
+    write_mix([MixPart(text, None), MixPart(chats, None)], tmp_path / "plain")
     content = read_manifest(tmp_path / "plain").content["sources"]
     tokens = [s["splits"]["train"]["num_tokens"] for s in content]
     assert [s["weight"] for s in content] == pytest.approx([t / sum(tokens) for t in tokens])
-    mix([MixPart(text, 3.0)], tmp_path / "a")
-    mix([MixPart(tmp_path / "a", 1.0), MixPart(chats, 1.0)], tmp_path / "b")
+    write_mix([MixPart(text, 3.0)], tmp_path / "a")
+    write_mix([MixPart(tmp_path / "a", 1.0), MixPart(chats, 1.0)], tmp_path / "b")
     assert ([s["weight"] for s in read_manifest(tmp_path / "b").content["sources"]]
             == pytest.approx([0.125, 0.375, 0.5]))
 
@@ -79,7 +79,7 @@ def test_files_are_copied_where_they_cannot_be_linked(parts: tuple[Path, Path], 
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(mix_module.os, "link", other_device)
-    mix([MixPart(parts[0], None)], tmp_path / "out")
+    write_mix([MixPart(parts[0], None)], tmp_path / "out")
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/few/train-00000.bin").stat().st_nlink == 1
 
@@ -98,9 +98,9 @@ def test_what_does_not_fit_together_is_refused(parts: tuple[Path, Path], tokeniz
                                                tmp_path: Path) -> None:
     text, chats = parts
     (tmp_path / "x.txt").write_text("one document")
-    pack(tokenizers["k-exaone"], [PackSource("x", tmp_path / "x.txt")], tmp_path / "other",
+    pack_sources(tokenizers["k-exaone"], [PackSource("x", tmp_path / "x.txt")], tmp_path / "other",
          PackSettings(heldout_share=0))
-    pack(tokenizers["solar-open"], [PackSource("y", tmp_path / "x.txt")], tmp_path / "bos",
+    pack_sources(tokenizers["solar-open"], [PackSource("y", tmp_path / "x.txt")], tmp_path / "bos",
          PackSettings(0, bos="start"))
     for given, rule in (([MixPart(text, None), MixPart(tmp_path / "other", None)], "tokenizer_sha256 is"),
                         ([MixPart(text, None), MixPart(tmp_path / "bos", None)],
@@ -109,7 +109,7 @@ def test_what_does_not_fit_together_is_refused(parts: tuple[Path, Path], tokeniz
                          "source 'few': occurs in several folders"),
                         ([MixPart(text, 1.0), MixPart(chats, None)], "a weight to every folder or to none")):
         with pytest.raises(UserError, match=rule):
-            mix(given, tmp_path / "new")
+            write_mix(given, tmp_path / "new")
     for argument in (f"{text}:0", f"{text}:much", f"{text}:inf"):
         with pytest.raises(UserError, match="must be a positive number"):
             parse_part(argument)
@@ -121,23 +121,23 @@ def test_what_one_part_holds_out_no_other_trains_on(tokenizers: dict[str, Path],
     """The shared document is the one of smallest hash in one source, which gives it up,
     and not in the other."""
     texts = sorted((f"document {i} of many" for i in range(60)),
-                   key=lambda text: document_hash(Document("", text)))
+                   key=lambda text: hash_document(Document("", text)))
     shared, contents = texts[20], {"one": texts[20:40], "other": [texts[20], *texts[:10]]}
     for name, documents in contents.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in documents))
     sources = [PackSource(name, tmp_path / f"{name}.jsonl") for name in contents]
     settings = PackSettings(heldout_share=1e-9)
     for source in sources:
-        pack(tokenizers["solar-open"], [source], tmp_path / source.name, settings)
+        pack_sources(tokenizers["solar-open"], [source], tmp_path / source.name, settings)
     parts = [MixPart(tmp_path / name, None) for name in contents]
     with pytest.raises(UserError, match=r"other: trains on 1 documents that .*one holds out; pack both"):
-        mix(parts, tmp_path / "out")
+        write_mix(parts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     capsys.readouterr()
     open_sources({str(part.path): 1.0 for part in parts}, 1000)
     assert "were held out by different rules" in capsys.readouterr().err
-    pack(tokenizers["solar-open"], sources, tmp_path / "together", settings)
-    assert check(tmp_path / "together")[0] == [] and shared in contents["other"]
+    pack_sources(tokenizers["solar-open"], sources, tmp_path / "together", settings)
+    assert verify_shards(tmp_path / "together")[0] == [] and shared in contents["other"]
 
 
 def test_a_blend_shares_phases_out_over_tagged_sources(parts: tuple[Path, Path], tokenizers: dict[str, Path],

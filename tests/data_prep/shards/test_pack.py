@@ -24,7 +24,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.shards.pack import PackSettings, PackSource, pack, parse_sources
+from data_prep.shards.pack import PackSettings, PackSource, pack_sources, parse_sources
 from data_prep.shards.token_artifact import open_split
 from megatron_sov.base.artifacts import FileRecord, manifest_sha256, read_manifest
 from megatron_sov.base.documents import RecordReading, files
@@ -106,7 +106,8 @@ def test_neither_workers_nor_units_nor_the_way_it_is_stored_change_the_bytes(
     sources = [PackSource("web", corpus / "web.jsonl"), PackSource("mine", corpus / "notes"),
                PackSource("gz", tmp_path / "gz.jsonl.gz"), PackSource("zst", tmp_path / "zst.jsonl.zst"),
                PackSource("rows", tmp_path / "rows.parquet")]
-    pack(tokenizers["solar-open"], sources, tmp_path / "two", PackSettings(heldout_share=0.1), workers=2)
+    pack_sources(tokenizers["solar-open"], sources, tmp_path / "two", PackSettings(heldout_share=0.1),
+                 workers=2)
     ours, theirs = read_manifest(tmp_path / "two").files, read_manifest(packed).files
     for name, record in theirs.items():
         assert ours[name] == record
@@ -117,7 +118,7 @@ def test_neither_workers_nor_units_nor_the_way_it_is_stored_change_the_bytes(
 def test_chats_have_sidecars(corpus: Path, tokenizers: dict[str, Path], tmp_path: Path,
                              capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "chats"
-    pack(tokenizers["k-exaone"], [PackSource("chat", corpus / "chat.jsonl")], output,
+    pack_sources(tokenizers["k-exaone"], [PackSource("chat", corpus / "chat.jsonl")], output,
          PackSettings(reading=RecordReading("chat")))
     assert "warning: " not in capsys.readouterr().err, "it is asked behind what it is trained behind"
     [source] = read_manifest(output).content["sources"]
@@ -143,7 +144,7 @@ def test_preferences_are_pairs_on_one_side_and_in_one_shard(tokenizers: dict[str
             for i in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = PackSettings(0.2, RecordReading("preference"), shard_tokens=300)
-    pack(tokenizers["solar-open"], [PackSource("pairs", tmp_path / "pairs.jsonl")], tmp_path / "out",
+    pack_sources(tokenizers["solar-open"], [PackSource("pairs", tmp_path / "pairs.jsonl")], tmp_path / "out",
          settings)
     [source] = read_manifest(tmp_path / "out").content["sources"]
     assert source["group_documents"] == 2
@@ -166,7 +167,7 @@ def test_preferences_are_pairs_on_one_side_and_in_one_shard(tokenizers: dict[str
 def test_prompts_keep_what_a_reward_needs(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     rows = [{"prompt": [{"role": "user", "content": f"{i} + 1?"}], "answer": i + 1} for i in range(30)]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    pack(tokenizers["solar-open"], [PackSource("asked", tmp_path / "asked.jsonl")], tmp_path / "out",
+    pack_sources(tokenizers["solar-open"], [PackSource("asked", tmp_path / "asked.jsonl")], tmp_path / "out",
          PackSettings(0.2, RecordReading("prompt"), shard_tokens=200))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     [source] = read_manifest(tmp_path / "out").content["sources"]
@@ -293,11 +294,11 @@ def test_a_killed_command_leaves_no_worker_and_goes_on_where_it_was(
     assert workers and all(ends(worker.pid) for worker in workers)
     assert not output.exists()
     kept = complete_units(output)
-    pack(tokenizers["solar-open"], [PackSource("long", text)], output)
+    pack_sources(tokenizers["solar-open"], [PackSource("long", text)], output)
     assert 1 <= len(kept) < num_units
     assert f"{len(kept)} of {num_units} units were complete from before" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["long.txt", "out"]
-    pack(tokenizers["solar-open"], [PackSource("long", text)], tmp_path / "undisturbed")
+    pack_sources(tokenizers["solar-open"], [PackSource("long", text)], tmp_path / "undisturbed")
     assert read_manifest(output).files == read_manifest(tmp_path / "undisturbed").files
 
 
@@ -363,7 +364,7 @@ def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], 
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError,
                        match=r"chat\.jsonl:3: is refused by the chat template of .*\(user first\)"):
-        pack(tokenizer, [PackSource("chat", tmp_path / "chat.jsonl")], tmp_path / "out",
+        pack_sources(tokenizer, [PackSource("chat", tmp_path / "chat.jsonl")], tmp_path / "out",
              PackSettings(reading=RecordReading("chat")))
     assert "prompts differ between training and inference" in capsys.readouterr().err
 
@@ -374,7 +375,7 @@ def test_one_text_becomes_several_documents_of_which_one_is_held_out(
     (tmp_path / "Korean.txt").write_text(text)
     shards = {}
     for name, share in (("cut", 0.02), ("whole", 0.0)):
-        pack(tokenizers["solar-open"], [PackSource("ko", tmp_path / "Korean.txt")], tmp_path / name,
+        pack_sources(tokenizers["solar-open"], [PackSource("ko", tmp_path / "Korean.txt")], tmp_path / name,
              PackSettings(heldout_share=share))
         [source] = read_manifest(tmp_path / name).content["sources"]
         shards[name] = [source["splits"][split]["num_documents"] for split in ("train", "heldout")]

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.shards.pack import PackSettings, PackSource, pack
+from data_prep.shards.pack import PackSettings, PackSource, pack_sources
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.train.data.token_shards import open_sources
@@ -27,7 +27,7 @@ def test_numbers_of_records_are_columns_of_their_tokens(tokenizers: dict[str, Pa
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     settings = PackSettings(0.2, RecordReading("preference", columns=("score", "step")), shard_tokens=400)
-    pack(tokenizers["solar-open"],
+    pack_sources(tokenizers["solar-open"],
          [PackSource("pairs", tmp_path / "pairs.jsonl"), PackSource("rows", tmp_path / "rows.parquet")],
          tmp_path / "out", settings)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")

@@ -14,10 +14,10 @@ from hypothesis import given, settings, strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from data_prep.cli import main
-from data_prep.shards.pack import PackSettings, PackSource, pack
+from data_prep.shards.pack import PackSettings, PackSource, pack_sources
 from data_prep.shards.token_artifact import (
-    CONTENT_VERSION, HeldoutRule, document_hash, open_split, read_tokens_manifest, shards_of, sidecars_of,
-    table, token_dtype)
+    CONTENT_VERSION, HeldoutRule, choose_token_dtype, format_table, get_sidecars, hash_document, iter_shards,
+    open_split, read_tokens_manifest)
 from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.documents import Conversation, Document, Message
 from megatron_sov.base.documents.shard_files import IndexedWriter
@@ -40,7 +40,7 @@ CONTENT = {"sources": [source("web", 2, 1), source("books", 1, 0)]}
     ({"split": "train"}, ["web/train-00000", "web/train-00001", "books/train-00000"]),
     ({"source": "books", "split": "heldout"}, [])])
 def test_shards_come_by_source_then_split_then_number(chosen: dict[str, str], prefixes: list[str]) -> None:
-    found = list(shards_of(Path("data"), CONTENT, **chosen))
+    found = list(iter_shards(Path("data"), CONTENT, **chosen))
     assert [shard.prefix for shard in found] == [Path("data") / prefix for prefix in prefixes]
     for shard in found:
         assert shard.prefix.parent.name == shard.source["name"] and shard.prefix.name.startswith(shard.split)
@@ -48,7 +48,7 @@ def test_shards_come_by_source_then_split_then_number(chosen: dict[str, str], pr
 
 
 def test_a_shard_opens_its_own_files(tmp_path: Path) -> None:
-    (shard,) = shards_of(tmp_path, CONTENT, source="books")
+    (shard,) = iter_shards(tmp_path, CONTENT, source="books")
     with pytest.raises(UserError, match="train-00000"):
         shard.open()
 
@@ -76,7 +76,7 @@ Documents = list[list[int]]
 
 
 def write(prefix: Path, documents: Documents, dtype: str, sidecars: bool = False) -> None:
-    with IndexedWriter(prefix, dtype, sidecars_of("chat", ("score",)) if sidecars else None) as writer:
+    with IndexedWriter(prefix, dtype, get_sidecars("chat", ("score",)) if sidecars else None) as writer:
         for document in documents:
             ids = np.array(document, dtype=np.int32)
             columns = {"bin": ids, "loss": (ids % 2).astype(np.float32), "type": (ids % 3).astype(np.uint8),
@@ -110,7 +110,7 @@ def test_files_equal_those_of_megatrons_own_builder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("vocab_size", [2, 65499, 65500, 65501, 196608])
 def test_dtype_is_megatrons_choice(vocab_size: int) -> None:
-    assert token_dtype(vocab_size) == DType.optimal_dtype(vocab_size).__name__
+    assert choose_token_dtype(vocab_size) == DType.optimal_dtype(vocab_size).__name__
 
 
 def test_sidecars_have_the_geometry_of_the_tokens(tmp_path: Path) -> None:
@@ -148,16 +148,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: Path,
                                          capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.txt").write_text("some text of one document " * 100)
-    pack(tokenizers["solar-open"], [PackSource("one", tmp_path / "one.txt")], tmp_path / "shards",
+    pack_sources(tokenizers["solar-open"], [PackSource("one", tmp_path / "one.txt")], tmp_path / "shards",
          PackSettings(heldout_share=1e-9))
     assert main(["inspect", str(tmp_path / "shards")]) == 0
     told = capsys.readouterr().out.split("artifact of kind")[1].splitlines()
-    assert [line.removeprefix("  ") for line in told[1:5]] == table(tmp_path / "shards")
+    assert [line.removeprefix("  ") for line in told[1:5]] == format_table(tmp_path / "shards")
     assert told[-1].startswith("  row 1: == one/train, document 0, ") and "some text of one" in told[-1]
     assert main(["inspect", str(tmp_path / "shards"), "--verify"]) == 0
     assert capsys.readouterr().out.endswith("shards: sound as tokens\n")
     record = read_manifest(tmp_path / "shards").content["sources"][0]["splits"]["train"]
-    train, heldout = (line.split() for line in table(tmp_path / "shards")[2:])
+    train, heldout = (line.split() for line in format_table(tmp_path / "shards")[2:])
     ratio = f"{2600 / record['num_tokens']:.3f}"
     assert train == ["one", "text", "train", "1", "1", f"{record['num_tokens']:,}", "2,600", ratio]
     assert heldout == ["one", "text", "heldout", "1", "0", "0", "0", "-"]
@@ -165,7 +165,7 @@ def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: 
 
 def heldout(share: float, count: int = 4000) -> set[int]:
     rule = HeldoutRule(share)
-    hashes = np.array([document_hash(Document("", f"document {i}")) for i in range(count)], np.uint64)
+    hashes = np.array([hash_document(Document("", f"document {i}")) for i in range(count)], np.uint64)
     return set(np.flatnonzero(rule.is_heldout(hashes)).tolist())
 
 
@@ -178,16 +178,16 @@ def test_the_share_is_met_and_a_larger_share_holds_out_more_of_the_same() -> Non
 
 @given(st.text(), st.text())
 def test_equal_content_gives_equal_hashes_wherever_it_stands(a: str, b: str) -> None:
-    assert document_hash(Document("x.txt", a)) == document_hash(
+    assert hash_document(Document("x.txt", a)) == hash_document(
         Document("y.jsonl:7", unicodedata.normalize("NFD", a)))
     same = unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)
-    assert (document_hash(Document("", a)) == document_hash(Document("", b))) == same
+    assert (hash_document(Document("", a)) == hash_document(Document("", b))) == same
 
 
 def test_chats_differ_by_roles_and_by_where_messages_end() -> None:
     chats = [(("user", "ab"), ("assistant", "c")), (("user", "a"), ("assistant", "bc")),
              (("system", "ab"), ("assistant", "c"))]
-    assert len({document_hash(Document("", messages=Conversation.of(*chat).messages)) for chat in chats}) == 3
+    assert len({hash_document(Document("", messages=Conversation.of(*chat).messages)) for chat in chats}) == 3
 
 
 def test_answers_to_one_prompt_stay_together() -> None:
@@ -197,9 +197,9 @@ def test_answers_to_one_prompt_stay_together() -> None:
              for c in ("4", "four")]
     asked = Document("", messages=prompt, awaits_response=True, extra='{"answer": 4}')
     of_a_group = [Document("", messages=(*prompt, Message("assistant", a)), num_prompt=1) for a in "45"]
-    assert len({document_hash(d) for d in (*pairs, asked, *of_a_group)}) == 1
+    assert len({hash_document(d) for d in (*pairs, asked, *of_a_group)}) == 1
     alone = [Document("", messages=d.messages) for d in of_a_group]
-    assert len({document_hash(d) for d in (asked, *alone)}) == 3
+    assert len({hash_document(d) for d in (asked, *alone)}) == 3
 
 
 def split_of(rule: HeldoutRule, hash_: int) -> bool:

@@ -14,11 +14,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.shards.pack import PackSettings, PackSource, pack
-from data_prep.shards.sample import sample
-from data_prep.shards.stats import statistics
+from data_prep.shards.pack import PackSettings, PackSource, pack_sources
+from data_prep.shards.sample import sample_documents
+from data_prep.shards.stats import compute_statistics
 from data_prep.shards.token_artifact import SIDECARS
-from data_prep.shards.verify import check
+from data_prep.shards.verify import verify_shards
 from megatron_sov.base.artifacts import FileRecord, format_json, read_manifest
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.shard_files import IndexedWriter, RouteShape
@@ -30,7 +30,7 @@ def sound(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
              for i in range(40)]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    pack(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "shards",
+    pack_sources(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "shards",
          PackSettings(0.2, RecordReading("chat")))
     return folder / "shards"
 
@@ -71,7 +71,7 @@ def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
                                 capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "same"}\n{"text": "other"}\n'
                                       '{"text": "same"}\n{"text": "same"}\n')
-    pack(tokenizers["solar-open"], [PackSource("a", tmp_path / "a.jsonl")], tmp_path / "out",
+    pack_sources(tokenizers["solar-open"], [PackSource("a", tmp_path / "a.jsonl")], tmp_path / "out",
          PackSettings(heldout_share=0))
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "out")]) == 0
@@ -96,7 +96,7 @@ def test_damage_that_hashes_cannot_see(sound: Path, tmp_path: Path, damage: Call
     shutil.copytree(sound, data)
     damage(data)
     rehash(data)
-    assert any(sentence in problem for problem in check(data)[0])
+    assert any(sentence in problem for problem in verify_shards(data)[0])
 
 
 def test_wrong_counts_and_hashes(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +127,7 @@ def test_routes_are_checked_against_their_shape(sound: Path, tmp_path: Path) -> 
         raw["files"][f"chat/{file.stem}.routes"] = None
     (data / "manifest.json").write_text(json.dumps(raw))
     rehash(data)
-    assert check(data)[0] == []
+    assert verify_shards(data)[0] == []
     routes = data / "chat/train-00000.routes"
     content = bytearray(routes.read_bytes())
     content[2 * shape.bytes_per_token] = 4
@@ -135,12 +135,12 @@ def test_routes_are_checked_against_their_shape(sound: Path, tmp_path: Path) -> 
                          (bytes(content[:-1]), r"has \d+ bytes, \d+ tokens need \d+")):
         routes.write_bytes(damage)
         rehash(data)
-        assert re.search(rf"train-00000\.routes: {said}", "\n".join(check(data)[0]))
+        assert re.search(rf"train-00000\.routes: {said}", "\n".join(verify_shards(data)[0]))
     source["routes"]["top_k"] = 5
     (data / "manifest.json").write_text(json.dumps(json.loads((data / "manifest.json").read_text())
                                                    | {"content": raw["content"]}))
     rehash(data)
-    assert "source 'chat': routes = " in "\n".join(check(data)[0])
+    assert "source 'chat': routes = " in "\n".join(verify_shards(data)[0])
 
 
 ANSWERS = [f"{i} and {'more ' * (i % 7)}" for i in range(40)]
@@ -152,7 +152,7 @@ def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     lines = [{"messages": [{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}]}
              for a in ANSWERS]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    pack(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "out",
+    pack_sources(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "out",
          PackSettings(0.2, RecordReading("chat")))
     return folder / "out"
 
@@ -171,7 +171,7 @@ def test_statistics_are_those_of_transformers_rendering(chats: Path,
     chats_ = [[{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}] for a in ANSWERS]
     rendered = [[*tokenizer.apply_chat_template(c, tokenize=True, return_dict=False), tokenizer.eos_token_id]
                 for c in chats_]
-    found = statistics(chats)
+    found = compute_statistics(chats)
     s = found["sources"]["chat"]
     assert (s["num_documents"], s["num_tokens"]) == (40, sum(map(len, rendered)))
     assert s["longest_tokens"] == max(map(len, rendered))
@@ -189,15 +189,15 @@ def test_statistics_are_those_of_transformers_rendering(chats: Path,
 
 
 def test_samples_mark_what_is_learned(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = sample(chats, "chat", "train", 100, 1000, seed=0)
+    lines = sample_documents(chats, "chat", "train", 100, 1000, seed=0)
     headings, texts = lines[::3], lines[1::3]
     assert headings[0].startswith("== chat/train, document 0, ")
     begin = "<|begin|>user<|content|>Go on?<|end|><|begin|>assistant<|content|>"
     assert set(texts) < {f"{begin}⟦{a}<|end|>⟧<|endoftext|>" for a in ANSWERS}
     assert len(set(texts)) == len(texts) > 20
-    few = sample(chats, None, "train", 2, 5, seed=1)
+    few = sample_documents(chats, None, "train", 2, 5, seed=1)
     assert len(few) == 6 and all("tokens, the first 5" in h for h in few[::3])
-    assert few == sample(chats, None, "train", 2, 5, seed=1)
+    assert few == sample_documents(chats, None, "train", 2, 5, seed=1)
     assert main(["sample", str(chats), "--source", "none"]) == 2
     assert "has no such source (sources: chat)" in capsys.readouterr().err
     for wrong in (["--count", "-1"], ["--max-tokens", "0"]):
@@ -207,8 +207,8 @@ def test_samples_mark_what_is_learned(chats: Path, capsys: pytest.CaptureFixture
 
 def test_both_sides_of_a_preference_are_named(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}\n')
-    pack(tokenizers["k-exaone"], [PackSource("p", tmp_path / "p.jsonl")], tmp_path / "out",
+    pack_sources(tokenizers["k-exaone"], [PackSource("p", tmp_path / "p.jsonl")], tmp_path / "out",
          PackSettings(0, RecordReading("preference")))
-    shown = sample(tmp_path / "out", None, "train", 9, 100, seed=0)
+    shown = sample_documents(tmp_path / "out", None, "train", 9, 100, seed=0)
     assert "document 0, chosen" in shown[0] and "⟦Blue.<|endofturn|>⟧" in shown[1]
     assert "document 1, rejected" in shown[3] and "⟦Green.<|endofturn|>⟧" in shown[4]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from data_prep.cli import COMMANDS as DATA_COMMANDS
-from data_prep.demo_corpus import judged
+from data_prep.demo_corpus import build_judged_responses
 from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.command_line import Parser
@@ -230,7 +230,7 @@ def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
     shutil.copyfile(token_shards.parent / "first.jsonl", folder / "english.jsonl")
     shutil.copyfile(token_shards.parent / "second.jsonl", folder / "code.jsonl")
     shutil.copyfile(packed_data.text.parent / "chat.jsonl", folder / "chat.jsonl")
-    (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged(
+    (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in build_judged_responses(
         [{"messages": [{"content": f"What is {i}?"}, {"content": f"{i}."}]} for i in range(20)])))
     benchmark = folder / "benchmarks/code-switching/test.jsonl"
     benchmark.parent.mkdir(parents=True)

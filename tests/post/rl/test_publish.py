@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.shards.verify import check
+from data_prep.shards.verify import verify_shards
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.errors import UserError
@@ -68,7 +68,7 @@ def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher
     rows = {row.key[:2]: row for piece in (0, 1) for row in store.read_rollouts(format_part_name(1, piece))}
     expected = [rows[prompt.id, sample] for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)
                 for sample in range(4)]
-    assert check(publisher.rounds / "0001") == ([], [])
+    assert verify_shards(publisher.rounds / "0001") == ([], [])
     [source] = open_sources({str(publisher.rounds / "0001"): 1.0}, 368, ("rollouts",))
     documents = source.open_split("train")
     for i, row in enumerate(expected):
@@ -406,7 +406,7 @@ def test_published_routes_match_replayed_tokens(publisher: Publisher, write_roun
         routed.add_rollouts(name, rows, {})
         routed.add_rewards(VERSION, name, store.read_rewards(VERSION, name))
     assert dataclasses.replace(replaying, store=routed.path).publish(1) == ""
-    assert check(tmp_path / "replayed/0001") == ([], [])
+    assert verify_shards(tmp_path / "replayed/0001") == ([], [])
     rounds = RoundDocuments(tmp_path / "replayed", 368)
     rounds.open(1, rounds.read(1, 32, 2))
     document = (1 << 32) + 2  # sample 2 of the first prompt

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.shards.pack import PackSettings, PackSource, pack
+from data_prep.shards.pack import PackSettings, PackSource, pack_sources
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.shard_files import pack_flags
@@ -211,7 +211,7 @@ def packed(token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tokenizer = token_shards.parent / "tokenizer"
     for name, shard_tokens in (("one", 10**9), ("many", 300)):
-        pack(tokenizer, [PackSource("chat", folder / "chat.jsonl")], folder / name,
+        pack_sources(tokenizer, [PackSource("chat", folder / "chat.jsonl")], folder / name,
              PackSettings(0.1, RecordReading("chat"), shard_tokens=shard_tokens))
     return folder / "one", folder / "many"
 

@@ -17,7 +17,7 @@ import yaml
 from annotated_types import MinLen
 
 from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
-from data_prep.libraries import require
+from data_prep.libraries import find_library_problems
 from megatron_sov.base.settings import Bound, ProblemCode, SettingsProblem, Violation, choice_from, to_problem
 
 # Finders of personal data: each yields the spans of a text that are of its kind.
@@ -304,7 +304,8 @@ class PiiSettings:
     """Language of the names; "": each document's own, and English where there are no names in it."""
 
     def problems(self) -> list[SettingsProblem]:
-        return list(map(to_problem, require("the step pii", "phonenumbers"))) if "phone" in self.mask else []
+        problems = find_library_problems("the step pii", "phonenumbers") if "phone" in self.mask else []
+        return list(map(to_problem, problems))
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ import pytest
 from data_prep.curate.dedup.work_files import bucket_slice, read_array, write_array, write_buckets
 from data_prep.curate.pipeline.step import StepOutcome
 from data_prep.curate.pipeline.tasks import LayerFile, groups
-from data_prep.shards.shard_damage import way_out
+from data_prep.damaged_files import explain_deletion
 from megatron_sov.base import sealed
 from megatron_sov.base.errors import UserError
 from tests.data_prep.curate.pipeline.test_running import run, texts
@@ -129,9 +129,9 @@ def test_a_file_of_an_output_shard_that_is_gone_is_missed(raw: Path,
 
 
 def test_the_way_out_never_is_to_delete_a_folder_above_the_run(tmp_path: Path) -> None:
-    said = way_out(tmp_path / "shared/mine/out/shards/web/01-shorten-aaaa/00000.parquet")
+    said = explain_deletion(tmp_path / "shared/mine/out/shards/web/01-shorten-aaaa/00000.parquet")
     assert "-samefile" in said and f"delete {tmp_path}" not in said
-    assert way_out(tmp_path / "shared/mine/out/shared/02-unique-a/x/y").startswith(
+    assert explain_deletion(tmp_path / "shared/mine/out/shared/02-unique-a/x/y").startswith(
         f"delete {tmp_path}/shared/mine/out/shared/02-unique-a and")
 
 

@@ -14,7 +14,7 @@ from data_prep import cli
 from data_prep.curate.sources.formats import FORMATS, LIBRARIES, reader, reader_class
 from data_prep.curate.sources.reader import show_name
 from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, SourcePiece, SourceSettings
-from data_prep.libraries import require
+from data_prep.libraries import find_library_problems
 from megatron_sov.base.documents import list_files
 from megatron_sov.base.errors import UserError, format_install_command
 from tests.typed_words import keys_of
@@ -162,6 +162,6 @@ def test_without_a_library_nothing_is_begun(pages: Path, library: str, monkeypat
 
 
 def test_what_formats_need_is_here() -> None:
-    assert all(require(name, *libraries) == [] for name, libraries in LIBRARIES.items())
-    assert require("it", "json", "no_such_one", "nor_this") == [
+    assert all(find_library_problems(name, *libraries) == [] for name, libraries in LIBRARIES.items())
+    assert find_library_problems("it", "json", "no_such_one", "nor_this") == [
         f"it needs no_such_one and nor_this, which are not installed; {format_install_command('data')}"]

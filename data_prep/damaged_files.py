@@ -11,7 +11,7 @@ SHARED = "shared"
 """Folder of a run with what the passes of its steps have left, a folder for each step."""
 
 
-def place_in_run(file: Path) -> str:
+def get_place_in_run(file: Path) -> str:
     """Return what the checksum of a file that a step's passes left is bound to: the folder of the step's
     address and the names below it, however the run's folder is called; "": it lies in no such folder."""
     for number, folder in enumerate(file.parents):
@@ -21,7 +21,7 @@ def place_in_run(file: Path) -> str:
     return ""
 
 
-def way_out(file: Path) -> str:
+def explain_deletion(file: Path) -> str:
     """Return what to do about a damaged file: what a step's passes left goes together; a shard's file would
     be taken over again under another name, of an earlier plan."""
     for folder in file.parents:

@@ -21,7 +21,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from data_prep.libraries import require
+from data_prep.libraries import find_library_problems
 from data_prep.media.encoder import (
     CALL, STOP, TEXT, EncodeMediaOptions, MediaMessage, MediaRecord, MediaRecordEncoder, MediaSettings,
     Medium, MessagePart, UnitBanks, parse_record)
@@ -353,7 +353,7 @@ def _ready(asked: EncodeMediaOptions) -> list[MediaUnit]:
     Raises:
         UserError: settings, paths or the output are.
     """
-    p = [*map(to_problem, require("it", "PIL", "soundfile", "scipy", extra="omni")),
+    p = [*map(to_problem, find_library_problems("it", "PIL", "soundfile", "scipy", extra="omni")),
          *(SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
            for path in asked.input if not path.exists())]
     if not asked.settings.media_root.is_dir():
