@@ -1,4 +1,4 @@
-"""The door: `sov-data COMMAND ...`."""
+"""The program `sov-data COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from megatron_sov.base.command_line import Command, Parser, build_program_parser
 
 DOCUMENTS, RESPONSES, SHARDS, LOOK = (
     "from raw documents", "prompts and responses", "token shards", "look and check")
-"""Headings of the help."""
+"""Headings in `--help`."""
 COMMANDS = {
     "demo-corpus": Command(
-        "data_prep.demo_corpus", "gather a small corpus from what this machine has, or from your own files",
+        "data_prep.demo_corpus:DEMO_CORPUS", "gather a small corpus from this machine or from your own files",
         DOCUMENTS, "data.md",
         ("demo-corpus --output corpus", "demo-corpus --input my-texts --output corpus")),
     "run": Command(

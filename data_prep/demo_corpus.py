@@ -1,10 +1,7 @@
-"""`sov-data demo-corpus`: real text that is present on any fresh machine,
-or one's own files, as JSONL sources.
-"""
+"""`sov-data demo-corpus`: write JSONL sources from text on any fresh machine, or from the user's files."""
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import io
@@ -21,24 +18,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
+from pydoc_data.topics import topics
 from typing import Annotated, Any
 
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import cut_text, list_files, read_documents
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Flag, add_options, read_options
+from megatron_sov.base.settings import DeclaredCommand, Flag
 
-# Korean text from Debian documentation packages, where this machine can fetch them.
+KIND = "corpus"
+ENGLISH_BYTES, CODE_BYTES, KOREAN_BYTES = 6_000_000, 8_000_000, 6_000_000
+NUM_CHATS, NUM_JUDGED, NUM_LANGUAGE_PROMPTS = 4000, 400, 100
+MIN_CHARS = 100
+"""Minimum length for gathered texts; user texts may be shorter."""
+USER_DOCUMENT_BYTES = 20_000
+"""Size limit for documents cut from user files at blank lines, so that a share can be held out."""
 
 KOREAN_PACKAGES = ("libreoffice-help-ko", "gnome-user-docs", "debian-faq-ko")
-"""12 MB to download; what a distribution does not have is passed over."""
+"""Debian packages (12 MB to download); packages missing from the distribution are skipped."""
 TIMEOUT_S = 150
-"""Time for everything: package lists, downloads, unpacking."""
+"""Time limit for package lists, downloads and unpacking together."""
 MIN_HANGUL_SHARE = 0.3
-"""A line counts as Korean where at least this part of its letters is Hangul (names of menus and
-keys stay English)."""
+"""Minimum Hangul share among a Korean line's letters; menu and key names stay English."""
 MIN_REPEATED_CHARS = 30
-"""Lines of this length or more are kept once over the whole package: notes that stand on every page."""
+"""Minimum length for deduplicated lines, such as notes repeated on every page."""
 _SKIPPED_TAGS = frozenset([
     "script", "style", "head", "header", "aside", "nav", "footer", "noscript", "info",
 ])
@@ -47,155 +50,18 @@ _BLOCK_TAGS = frozenset([
     "ol", "section", "br", "title", "blockquote",
 ])
 
-
-class CorpusUnavailable(Exception):
-    """Korean text cannot be fetched here; the message is the reason in a few words."""
-
-
-def download_korean_pages() -> dict[str, str]:
-    """Download, unpack and read the packages.
-
-    Returns:
-        Page inside the package -> its Korean text, sorted by page.
-
-    Raises:
-        Unavailable: there is no apt-get or dpkg-deb, no network, or none of the packages.
-    """
-    with tempfile.TemporaryDirectory(prefix="korean-") as name:
-        folder = Path(name)
-        # One deadline for all commands together.
-        runner = _Runner(folder, time.monotonic() + TIMEOUT_S)
-        try:
-            _download(runner)
-        except CorpusUnavailable:
-            if os.geteuid() != 0:
-                raise
-            runner.call(["apt-get", "-q", "update"])  # a fresh container has no package lists
-            _download(runner)
-        pages: dict[str, str] = {}
-        for package in sorted(folder.glob("*.deb")):
-            pages |= _pages(runner.call(["dpkg-deb", "--fsys-tarfile", str(package)]))
-    return keep_korean_lines(dict(sorted(pages.items())))
-
-
-def _pages(archive: bytes) -> dict[str, str]:
-    """Return the text of the pages in a package's archive that lie in a folder `ko`;
-    nothing is written to disk."""
-    texts = {}
-    # Members are read in memory: no path of an archive reaches the disk.
-    with tarfile.open(fileobj=io.BytesIO(archive)) as members:
-        for member in members:
-            path = PurePosixPath(member.name)
-            wanted = member.isfile() and path.suffix in (".html", ".page") and "ko" in path.parts
-            if wanted and (file := members.extractfile(member)):
-                texts[path.as_posix()] = extract_html_text(file.read().decode("utf-8", "replace"))
-    return texts
-
-
-class _Runner:
-    """Runs commands in a folder until a deadline."""
-
-    def __init__(self, folder: Path, deadline_s: float) -> None:
-        self.folder, self.deadline_s = folder, deadline_s
-
-    def call(self, command: list[str]) -> bytes:
-        """Run a command and return its output; a failure raises `CorpusUnavailable` with its last line."""
-        left_s = max(0.1, self.deadline_s - time.monotonic())
-        try:
-            done = subprocess.run(command, cwd=self.folder, timeout=left_s, capture_output=True, check=False)
-        except FileNotFoundError:
-            raise CorpusUnavailable(f"{command[0]} is not on this machine") from None
-        except subprocess.TimeoutExpired:
-            raise CorpusUnavailable(f"{command[0]} did not finish within {TIMEOUT_S} s") from None
-        if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip() or b"no message").splitlines()[-1]
-            raise CorpusUnavailable(f"{command[0]} failed: {last.decode(errors='replace')}")
-        return done.stdout
-
-
-def _download(runner: _Runner) -> None:
-    options = ["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::http::Timeout=15"]
-    reasons = []
-    for package in KOREAN_PACKAGES:
-        try:
-            runner.call(["apt-get", *options, "download", package])
-        except CorpusUnavailable as e:
-            reasons.append(e)
-    if len(reasons) == len(KOREAN_PACKAGES):
-        raise reasons[0]
-
-
-class _TextParser(HTMLParser):
-    """Collects the text of a page's body, a line per block."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self._skipping: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in _SKIPPED_TAGS:
-            self._skipping.append(tag)
-        elif tag in _BLOCK_TAGS:
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        # Only the innermost ends: pages of others leave tags open.
-        if self._skipping and tag == self._skipping[-1]:
-            self._skipping.pop()
-        elif tag in _BLOCK_TAGS:
-            self.parts.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self._skipping:
-            self.parts.append(re.sub(r"\s+", " ", data))
-
-
-def extract_html_text(page: str) -> str:
-    parser = _TextParser()
-    parser.feed(page)
-    parser.close()
-    return "\n".join(line.strip() for line in "".join(parser.parts).split("\n") if line.strip())
-
-
-def is_korean(line: str) -> bool:
-    letters = sum(c.isalpha() for c in line)
-    hangul = sum("\uac00" <= c <= "\ud7a3" for c in line)
-    return hangul > 0 and hangul >= MIN_HANGUL_SHARE * letters
-
-
-def keep_korean_lines(pages: dict[str, str]) -> dict[str, str]:
-    """Return the pages with only their Korean lines, long repeated lines once;
-    pages without any are left out."""
-    seen: set[str] = set()
-    result = {}
-    for name, text in pages.items():
-        kept = []
-        for line in text.split("\n"):
-            if is_korean(line) and line not in seen:
-                kept.append(line)
-                if len(line) >= MIN_REPEATED_CHARS:
-                    seen.add(line)
-        if kept:
-            result[name] = "\n".join(kept)
-    return result
-
-
-# Text that comes with every Python: sources, docstrings, documentation topics,
-# and questions made from docstrings.
-
 PYTHON_PACKAGES = ("numpy", "networkx", "sympy", "jinja2", "pydantic", "torch/nn", "torch/optim",
                    "torch/utils", "torch/distributions")
-"""Installed packages (or folders of them) whose docstrings are read where they are present."""
+"""Packages (or subfolders) to read docstrings from, if installed."""
 SKIPPED_FOLDERS = frozenset([
     "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings",
     "lib2to3", "_vendor", "licenses", "turtledemo",
 ])
-"""Tests, other people's packages, and folders that are tables rather than text."""
+"""Tests, third-party packages, and folders with tables."""
 _ROLE = re.compile(r":[a-zA-Z:+-]+:`[~!]?([^`<]+?)(?:\s*<[^>`]*>)?`")
 _NOISE_LINE = re.compile(r"^\s*(\.\. [\w:-]+::.*|\.\. _.*|([=\-~^\"*#+`_.])\2{2,}|<[^>]*>.*"
                          r"|.*!\[.*|\[!?\[.*)$", re.MULTILINE)
-_ANSWER_CHARS = (40, 600)
+_MIN_ANSWER_CHARS, _MAX_ANSWER_CHARS = 40, 600
 QUESTIONS = (
     "What does `{}` do?",
     "What is `{}` for?",
@@ -206,202 +72,79 @@ QUESTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Docstring:
-    """One documented thing."""
-
-    module: str
-    """Dotted module."""
-    name: str
-    """Qualified name inside the module; empty for the module itself."""
-    text: str
-    """The docstring without its indentation."""
-
-
-def compute_order_key(identity: str) -> bytes:
-    """Return a key that shuffles identities the same way everywhere."""
-    return hashlib.blake2b(identity.encode(), digest_size=8).digest()
-
-
-def list_stdlib_files() -> list[tuple[str, Path]]:
-    """Return (path inside the library, file) of the running Python's own sources, sorted;
-    tests are left out."""
-    return _python_files(Path(sysconfig.get_path("stdlib")), "")
-
-
-def list_package_files() -> list[tuple[str, Path]]:
-    """Return the same for `PACKAGES`, those that are installed."""
-    site = Path(sysconfig.get_path("purelib"))
-    return [entry for package in PYTHON_PACKAGES for entry in _python_files(site / package, package + "/")]
-
-
-def _python_files(folder: Path, prefix: str) -> list[tuple[str, Path]]:
-    return [(prefix + p.relative_to(folder).as_posix(), p) for p in _files(folder) if p.suffix == ".py"]
-
-
-def _files(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    for place, folders, names in os.walk(folder):
-        # In place: `os.walk` goes into what is left in the list.
-        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
-        found += [Path(place, name) for name in names]
-    return sorted(found)
-
-
-def read_source(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def parse_docstrings(name: str, source: str) -> list[Docstring]:
-    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # escapes that a later Python refuses
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return []
-    return [Docstring(module, inner, text) for inner, text in _walk(tree, "")]
-
-
-def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    if (isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-            and (text := ast.get_docstring(node))):
-        yield name, text
-    if isinstance(node, (ast.Module, ast.ClassDef)):
-        for child in node.body:
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield from _walk(child, f"{name}.{child.name}" if name else child.name)
-
-
-def strip_markup(text: str) -> str:
-    """Return documentation without markup noise: roles, directives, underlines,
-    badges and interactive sessions."""
-    text = _ROLE.sub(r"\1", text).replace("``", "`")
-    text = _NOISE_LINE.sub("", text).replace("::\n", ":\n")
-    paragraphs = [p.rstrip() for p in re.split(r"\n(?:[ \t]*\n)+", text.expandtabs())]
-    return "\n\n".join(p for p in paragraphs if p.strip() and not p.lstrip().startswith(">>>"))
-
-
-def join_docstrings(found: list[Docstring]) -> dict[str, str]:
-    parts: dict[str, list[str]] = {}
-    for d in found:
-        if text := strip_markup(d.text):
-            parts.setdefault(d.module, []).append(f"{d.module}.{d.name}\n\n{text}" if d.name
-                                                  else f"{d.module}\n\n{text}")
-    return {module: "\n\n".join(texts) for module, texts in parts.items()}
-
-
-def read_language_topics() -> dict[str, str]:
-    """Return Python's language reference by topic, as `help()` shows it."""
-    from pydoc_data.topics import topics as texts
-
-    return {f"topic {name}": strip_markup(text) for name, text in sorted(texts.items())}
-
-
-def read_package_pages() -> dict[str, str]:
-    """Return the documentation files (.rst, .md and descriptions) that lie beside installed packages."""
-    site = Path(sysconfig.get_path("purelib"))
-    files = [p for p in _files(site)
-             if p.suffix in (".rst", ".md") or (p.name == "METADATA" and p.parent.suffix == ".dist-info")]
-    texts = {p.relative_to(site).as_posix(): read_source(p) for p in files}
-    # what precedes the first blank line of METADATA are mail-like headers
-    return {name: strip_markup(text.partition("\n\n")[2] if name.endswith("METADATA") else text)
-            for name, text in texts.items()}
-
-
-def build_question_pair(found: Docstring) -> tuple[str, str] | None:
-    """Return a question about a public name and the first paragraph of its docstring,
-    or None where it makes no answer."""
-    name = f"{found.module}.{found.name}" if found.name else found.module
-    if any(part.startswith("_") for part in name.split(".")):
-        return None
-    answer = " ".join(strip_markup(found.text).partition("\n\n")[0].split())
-    if (not _ANSWER_CHARS[0] <= len(answer) <= _ANSWER_CHARS[1] or not answer.endswith(".")
-            or not answer[0].isupper()):
-        return None
-    return QUESTIONS[compute_order_key(name)[0] % len(QUESTIONS)].format(name), answer
-
-
-KIND = "corpus"
-ENGLISH_BYTES, CODE_BYTES, KOREAN_BYTES = 6_000_000, 8_000_000, 6_000_000
-NUM_CHATS, NUM_JUDGED, NUM_ASKED = 4000, 400, 100
-MIN_CHARS = 100
-"""Shorter texts say nothing; they are left out of the gathered sources (never of one's own)."""
-USER_DOCUMENT_BYTES = 20_000
-"""One's own files are cut at blank lines into documents of this size, so that some can be held out."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class DemoCorpusOptions:
-    """Gather a small corpus from this machine."""
+    """Gather english.jsonl, code.jsonl, korean.jsonl, chat.jsonl, judged.jsonl and benchmarks from this
+    machine's Python, its packages and Debian documentation packages; or, with --input, user.jsonl,
+    chat.jsonl, judged.jsonl and benchmarks."""
 
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the corpus."""
     user: Annotated[Path | None, Flag("--input")] = None
-    """Your own text: a file, a .jsonl file or a folder; replaces the gathered text (chats are still made
-    from docstrings)."""
+    """Your text: a file, a .jsonl file or a folder. Replaces the gathered text; chats still come from
+    docstrings."""
     overwrite: bool = False
-    """Replace a corpus that is already there."""
+    """Replace an existing corpus."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl, chat.jsonl, judged.jsonl and "
-                          "benchmarks from this machine's Python, its packages and Debian documentation "
-                          "packages; or, with --input, user.jsonl, chat.jsonl, judged.jsonl and benchmarks.")
-    add_options(parser, DemoCorpusOptions)
+@dataclass(frozen=True)
+class Docstring:
+    """A docstring with its place."""
+
+    module: str
+    """Dotted module."""
+    name: str
+    """Qualified name inside the module; "" for the module's own docstring."""
+    text: str
+    """Text without indentation."""
 
 
-def run(typed: argparse.Namespace) -> int:
-    args = read_options(DemoCorpusOptions, typed)
-    write_corpus(args.output, user=args.user, overwrite=args.overwrite)
-    return 0
-
-
-def write_corpus(output: Path, *, user: Path | None = None, overwrite: bool = False) -> None:
+def write_corpus(options: DemoCorpusOptions) -> None:
     """Write an artifact of kind "corpus" with a JSONL file per source.
 
     Raises:
-        UserError: `user` cannot be read or holds no text, or the output may not be replaced.
+        UserError: the user's text is unreadable or empty, or the output may not be replaced.
     """
-    check_output_folder(output, KIND, overwrite)
+    output = options.output
+    check_output_folder(output, KIND, options.overwrite)
     library = list_stdlib_files()
     sources = {name: read_source(file) for name, file in [*library, *list_package_files()]}
-    found = [d for name, source in sources.items() for d in parse_docstrings(name, source)]
-    if user is not None:
-        texts = {"user": read_user_documents(user)}
+    docstrings = [d for name, source in sources.items() for d in parse_docstrings(name, source)]
+    if options.user is not None:
+        texts = {"user": read_user_documents(options.user)}
     else:
-        english = {**read_language_topics(), **join_docstrings(found), **read_package_pages()}
+        english = {**read_language_topics(), **join_docstrings(docstrings), **read_package_pages()}
         texts = {"english": select_documents(english, ENGLISH_BYTES),
                  "code": select_documents({n: sources[n] for n, _ in library}, CODE_BYTES)}
         try:
             texts["korean"] = select_documents(download_korean_pages(), KOREAN_BYTES)
         except CorpusUnavailable as e:
             print(f"korean: left out, because {e}")
-    records: dict[str, list[dict[str, object]]] = {
-        name: [{"id": id_, "text": text} for id_, text in documents.items()]
-        for name, documents in texts.items()}
-    records["chat"] = build_chats(found)
+    records: dict[str, list[dict[str, object]]] = {}
+    for name, documents in texts.items():
+        records[name] = [{"id": id_, "text": text} for id_, text in documents.items()]
+    records["chat"] = build_chats(docstrings)
     records["judged"] = build_judged_responses(records["chat"])
     records["benchmarks/code-switching/test"] = build_language_prompts(records["chat"])
-    with create_artifact(output, KIND, overwrite=overwrite) as artifact:
-        for name, lines in records.items():
+    with create_artifact(output, KIND, overwrite=options.overwrite) as artifact:
+        for name, rows in records.items():
             file = artifact.path / f"{name}.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
-            size_bytes = _write_jsonl(file, lines)
-            artifact.content[name] = {"num_documents": len(lines), "num_bytes": size_bytes}
-            print(f"{name}: {len(lines):,} documents, {size_bytes / 1e6:.2f} MB")
-        artifact.settings = {"user": user}
+            size_bytes = _write_jsonl(file, rows)
+            artifact.content[name] = {"num_documents": len(rows), "num_bytes": size_bytes}
+            print(f"{name}: {len(rows):,} documents, {size_bytes / 1e6:.2f} MB")
+        artifact.settings = {"user": options.user}
     print(f"wrote {output}")
 
 
+DEMO_CORPUS = DeclaredCommand(DemoCorpusOptions, write_corpus)
+
+
 def read_user_documents(path: Path) -> dict[str, str]:
-    """Return the text at `path` as documents by id (place and number), exact duplicates once.
+    """Return id ("PLACE#NUMBER") -> text for documents at `path`, without exact duplicates.
 
     Raises:
-        UserError: it cannot be read or holds no text.
+        UserError: `path` is unreadable or has no text.
     """
     texts = [(document.where, piece) for document in read_documents(list_files(path, print))
              for piece in cut_text("\n\n".join(document.texts()), USER_DOCUMENT_BYTES) if piece.strip()]
@@ -414,42 +157,56 @@ def read_user_documents(path: Path) -> dict[str, str]:
 
 
 def select_documents(texts: dict[str, str], limit_bytes: int) -> dict[str, str]:
-    """Return documents up to a total of bytes: near-empty ones and exact duplicates dropped, the rest a fixed
-    random choice, in order of their ids."""
-    chosen: dict[str, str] = {}
+    """Select documents up to `limit_bytes`, sorted by id; drop short texts and exact duplicates."""
+    selected: dict[str, str] = {}
     seen: set[str] = set()
     total_bytes = 0
-    # A fixed shuffle: the same machine gives the same corpus, and no package is preferred.
+    # a fixed shuffle: the same machine gives the same corpus, and packages are mixed
     for id_ in sorted(texts, key=compute_order_key):
         size_bytes = len(texts[id_].encode())
         if len(texts[id_]) < MIN_CHARS or texts[id_] in seen or total_bytes + size_bytes > limit_bytes:
             continue
         seen.add(texts[id_])
-        chosen[id_] = texts[id_]
+        selected[id_] = texts[id_]
         total_bytes += size_bytes
-    return dict(sorted(chosen.items()))
+    return dict(sorted(selected.items()))
 
 
-def build_chats(found: list[Docstring]) -> list[dict[str, object]]:
-    """Return question and answer pairs from docstrings, `NUM_CHATS` at most, each answer once,
-    ordered by question."""
-    pairs = {answer: question for question, answer in filter(None, map(build_question_pair, found))}
-    chosen = sorted(pairs.items(), key=lambda pair: compute_order_key(pair[1]))[:NUM_CHATS]
+def build_chats(docstrings: list[Docstring]) -> list[dict[str, object]]:
+    """Build up to `NUM_CHATS` question-answer chats with distinct answers, sorted by question."""
+    questions = {answer: question
+                 for question, answer in filter(None, map(build_question_pair, docstrings))}
+    selected = sorted(questions.items(), key=lambda pair: compute_order_key(pair[1]))[:NUM_CHATS]
     return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-            for answer, question in sorted(chosen, key=lambda pair: pair[1])]
+            for answer, question in sorted(selected, key=lambda pair: pair[1])]
 
 
-def build_judged_responses(found: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
-    """Return questions with two judged responses: the right one, and the answer to another question."""
-    asked = [[message["content"] for message in chat["messages"]] for chat in found[:NUM_JUDGED]]
+def build_question_pair(docstring: Docstring) -> tuple[str, str] | None:
+    """Return a question about a public name, and the docstring's first paragraph as answer; None if
+    unsuitable."""
+    name = f"{docstring.module}.{docstring.name}" if docstring.name else docstring.module
+    if any(part.startswith("_") for part in name.split(".")):
+        return None
+    answer = " ".join(strip_markup(docstring.text).partition("\n\n")[0].split())
+    if (not _MIN_ANSWER_CHARS <= len(answer) <= _MAX_ANSWER_CHARS or not answer.endswith(".")
+            or not answer[0].isupper()):
+        return None
+    return QUESTIONS[compute_order_key(name)[0] % len(QUESTIONS)].format(name), answer
+
+
+def build_judged_responses(chats: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
+    """Build groups with two responses per question: the right answer (reward 1), and a wrong question's
+    answer (reward 0)."""
+    pairs = [[message["content"] for message in chat["messages"]] for chat in chats[:NUM_JUDGED]]
     return [{"prompt": question, "responses": [{"content": answer, "reward": 1.0},
-                                               {"content": asked[i - 1][1], "reward": 0.0}]}
-            for i, (question, answer) in enumerate(asked) if len(asked) > 1]
+                                               {"content": pairs[i - 1][1], "reward": 0.0}]}
+            for i, (question, answer) in enumerate(pairs) if len(pairs) > 1]
 
 
-def build_language_prompts(found: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
-    """Return questions of which `eval lm --tasks code-switching` judges the language of the answers."""
-    return [{"prompt": chat["messages"][0]["content"], "language": "en"} for chat in found[-NUM_ASKED:]]
+def build_language_prompts(chats: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
+    """Build prompts for `eval lm --tasks code-switching`, which judges the answers' language."""
+    return [{"prompt": chat["messages"][0]["content"], "language": "en"}
+            for chat in chats[-NUM_LANGUAGE_PROMPTS:]]
 
 
 def _write_jsonl(file: Path, records: Iterable[dict[str, object]]) -> int:
@@ -457,3 +214,231 @@ def _write_jsonl(file: Path, records: Iterable[dict[str, object]]) -> int:
         for record in records:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
     return file.stat().st_size
+
+
+def compute_order_key(identity: str) -> bytes:
+    """Return a sort key that shuffles identities alike on every machine."""
+    return hashlib.blake2b(identity.encode(), digest_size=8).digest()
+
+
+def list_stdlib_files() -> list[tuple[str, Path]]:
+    """Return (path inside the library, file) for the running Python's sources, sorted, without tests."""
+    return _list_python_files(Path(sysconfig.get_path("stdlib")), "")
+
+
+def list_package_files() -> list[tuple[str, Path]]:
+    """Return (path, file) for sources in installed `PYTHON_PACKAGES`."""
+    site = Path(sysconfig.get_path("purelib"))
+    return [entry for package in PYTHON_PACKAGES
+            for entry in _list_python_files(site / package, package + "/")]
+
+
+def _list_python_files(folder: Path, prefix: str) -> list[tuple[str, Path]]:
+    return [(prefix + p.relative_to(folder).as_posix(), p) for p in _walk_files(folder) if p.suffix == ".py"]
+
+
+def _walk_files(folder: Path) -> list[Path]:
+    files: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        # in place: `os.walk` enters the folders left in the list
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        files += [Path(place, name) for name in names]
+    return sorted(files)
+
+
+def read_source(file: Path) -> str:
+    """Read a UTF-8 text file; return "" if unreadable."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def parse_docstrings(name: str, source: str) -> list[Docstring]:
+    """Return the docstrings in a source file, [] for invalid Python."""
+    module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # escapes that a later Python rejects
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    return [Docstring(module, inner, text) for inner, text in _iter_docstrings(tree, "")]
+
+
+def _iter_docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    if (isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            and (text := ast.get_docstring(node))):
+        yield name, text
+    if isinstance(node, (ast.Module, ast.ClassDef)):
+        for child in node.body:
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield from _iter_docstrings(child, f"{name}.{child.name}" if name else child.name)
+
+
+def strip_markup(text: str) -> str:
+    """Strip roles, directives, underlines, badges and interactive sessions from documentation."""
+    text = _ROLE.sub(r"\1", text).replace("``", "`")
+    text = _NOISE_LINE.sub("", text).replace("::\n", ":\n")
+    paragraphs = [p.rstrip() for p in re.split(r"\n(?:[ \t]*\n)+", text.expandtabs())]
+    return "\n\n".join(p for p in paragraphs if p.strip() and not p.lstrip().startswith(">>>"))
+
+
+def join_docstrings(docstrings: list[Docstring]) -> dict[str, str]:
+    """Return module -> its docstrings as a document, each below its qualified name."""
+    parts: dict[str, list[str]] = {}
+    for d in docstrings:
+        if text := strip_markup(d.text):
+            heading = f"{d.module}.{d.name}" if d.name else d.module
+            parts.setdefault(d.module, []).append(f"{heading}\n\n{text}")
+    return {module: "\n\n".join(texts) for module, texts in parts.items()}
+
+
+def read_language_topics() -> dict[str, str]:
+    """Return Python's language reference by topic, as in `help()`."""
+    return {f"topic {name}": strip_markup(text) for name, text in sorted(topics.items())}
+
+
+def read_package_pages() -> dict[str, str]:
+    """Return documentation files (.rst, .md, METADATA descriptions) from installed packages."""
+    site = Path(sysconfig.get_path("purelib"))
+    texts = {}
+    for file in _walk_files(site):
+        is_metadata = file.name == "METADATA" and file.parent.suffix == ".dist-info"
+        if file.suffix not in (".rst", ".md") and not is_metadata:
+            continue
+        name, text = file.relative_to(site).as_posix(), read_source(file)
+        # METADATA begins with headers, which a blank line ends
+        texts[name] = strip_markup(text.partition("\n\n")[2] if name.endswith("METADATA") else text)
+    return texts
+
+
+class CorpusUnavailable(Exception):
+    """Korean text cannot be downloaded; the message is a short reason."""
+
+
+def download_korean_pages() -> dict[str, str]:
+    """Download and unpack Debian packages.
+
+    Returns:
+        Path inside the package -> Korean text, sorted by path.
+
+    Raises:
+        CorpusUnavailable: apt-get, dpkg-deb, the network or all packages are missing.
+    """
+    with tempfile.TemporaryDirectory(prefix="korean-") as name:
+        folder = Path(name)
+        runner = _CommandRunner(folder, time.monotonic() + TIMEOUT_S)
+        try:
+            _download_packages(runner)
+        except CorpusUnavailable:
+            if os.geteuid() != 0:
+                raise
+            runner.run_command(["apt-get", "-q", "update"])  # a fresh container has no package lists
+            _download_packages(runner)
+        pages: dict[str, str] = {}
+        for package in sorted(folder.glob("*.deb")):
+            pages |= _read_pages(runner.run_command(["dpkg-deb", "--fsys-tarfile", str(package)]))
+    return keep_korean_lines(dict(sorted(pages.items())))
+
+
+class _CommandRunner:
+    """Runs commands in a folder before a common deadline."""
+
+    def __init__(self, folder: Path, deadline_s: float) -> None:
+        self.folder, self.deadline_s = folder, deadline_s
+
+    def run_command(self, command: list[str]) -> bytes:
+        """Run a command and return its output; raises `CorpusUnavailable` with the last line after a
+        failure."""
+        remaining_s = max(0.1, self.deadline_s - time.monotonic())
+        try:
+            result = subprocess.run(command, cwd=self.folder, timeout=remaining_s, capture_output=True,
+                                    check=False)
+        except FileNotFoundError:
+            raise CorpusUnavailable(f"{command[0]} is not on this machine") from None
+        except subprocess.TimeoutExpired:
+            raise CorpusUnavailable(f"{command[0]} did not finish within {TIMEOUT_S} s") from None
+        if result.returncode:
+            last = (result.stderr.strip() or result.stdout.strip() or b"no message").splitlines()[-1]
+            raise CorpusUnavailable(f"{command[0]} failed: {last.decode(errors='replace')}")
+        return result.stdout
+
+
+def _download_packages(runner: _CommandRunner) -> None:
+    options = ["-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::http::Timeout=15"]
+    errors = []
+    for package in KOREAN_PACKAGES:
+        try:
+            runner.run_command(["apt-get", *options, "download", package])
+        except CorpusUnavailable as e:
+            errors.append(e)
+    if len(errors) == len(KOREAN_PACKAGES):
+        raise errors[0]
+
+
+def _read_pages(archive: bytes) -> dict[str, str]:
+    """Return path -> text for HTML pages below a folder `ko`, read in memory without extracting to disk."""
+    texts = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as members:
+        for member in members:
+            path = PurePosixPath(member.name)
+            is_page = member.isfile() and path.suffix in (".html", ".page") and "ko" in path.parts
+            if is_page and (file := members.extractfile(member)):
+                texts[path.as_posix()] = extract_html_text(file.read().decode("utf-8", "replace"))
+    return texts
+
+
+class _TextParser(HTMLParser):
+    """Collects a page's body text, a line per block."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self._skipped: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in _SKIPPED_TAGS:
+            self._skipped.append(tag)
+        elif tag in _BLOCK_TAGS:
+            self.parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        # end the innermost tag only, as pages leave tags open
+        if self._skipped and tag == self._skipped[-1]:
+            self._skipped.pop()
+        elif tag in _BLOCK_TAGS:
+            self.parts.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self._skipped:
+            self.parts.append(re.sub(r"\s+", " ", data))
+
+
+def extract_html_text(page: str) -> str:
+    parser = _TextParser()
+    parser.feed(page)
+    parser.close()
+    return "\n".join(line.strip() for line in "".join(parser.parts).split("\n") if line.strip())
+
+
+def is_korean(line: str) -> bool:
+    num_letters = sum(c.isalpha() for c in line)
+    num_hangul = sum("\uac00" <= c <= "\ud7a3" for c in line)
+    return num_hangul > 0 and num_hangul >= MIN_HANGUL_SHARE * num_letters
+
+
+def keep_korean_lines(pages: dict[str, str]) -> dict[str, str]:
+    """Keep Korean lines; drop repeated long lines and pages without Korean."""
+    seen: set[str] = set()
+    korean = {}
+    for name, text in pages.items():
+        lines = []
+        for line in text.split("\n"):
+            if is_korean(line) and line not in seen:
+                lines.append(line)
+                if len(line) >= MIN_REPEATED_CHARS:
+                    seen.add(line)
+        if lines:
+            korean[name] = "\n".join(lines)
+    return korean

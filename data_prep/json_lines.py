@@ -1,4 +1,4 @@
-"""Records that a step of its own reads, from JSON lines or a dataset; a wrong one ends it, by file and
+"""Read JSON objects from `.jsonl` files and datasets; a malformed line raises `UserError` with file and
 number."""
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from megatron_sov.base.documents.records import decode_utf8
 from megatron_sov.base.errors import UserError
 
 _DATASETS = ARROW_SUFFIXES | {PARQUET_SUFFIX, JSON_SUFFIX}
-"""Endings of files of records that are no JSON lines, or may be none."""
+"""File endings of tables and JSON lists."""
 
 
 def read_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield where each line stands, for messages, and its object; empty lines are passed over.  Lists in
-    JSON, tables and folders of a dataset are read too.
+    """Yield location ("FILE:LINE") and object per line; skip empty lines. JSON lists, tables and dataset
+    folders work too.
 
     Raises:
-        UserError: the file cannot be read, or a line is no JSON object.
+        UserError: the file is unreadable, or a line holds no JSON object.
     """
     if file.is_dir() or file.suffix.lower() in _DATASETS:
         yield from read_records(file)
@@ -32,13 +32,13 @@ def read_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with open(file, "rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    yield f"{file}:{number}", _object(line, f"{file}:{number}")
+                    yield f"{file}:{number}", _parse_object(line, f"{file}:{number}")
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror or e}); "
                         "check the path and its permissions") from None
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def _parse_object(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(decode_utf8(line))
     except BadRecord as e:
@@ -47,7 +47,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: is not valid JSON ({e}); every line must be one JSON object") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: is a JSON {type(record).__name__}; every line must be one JSON object")
-    # Only an escape can bring half of a surrogate pair: other lines need no second look.
+    # only an escape can produce a lone surrogate, so lines without escapes skip the second pass
     if b"\\u" in line:
         try:
             json.dumps(record, ensure_ascii=False).encode()

@@ -1,7 +1,6 @@
-"""Tags of sources: what their documents are (kind, level, synthetic), for blends to choose by.
+"""Tags of sources (kind, level, synthetic): `--tag` values and record fields, by which blends select sources.
 
-A tag's value is read from a field of the records, or is given for a source.  A source has the values that its
-documents have: one where it is pure, and several where it is not.
+A source has every tag value that its documents have: one if all documents agree, several otherwise.
 """
 
 from __future__ import annotations
@@ -18,11 +17,13 @@ from megatron_sov.base.documents.records import format_tag
 from megatron_sov.base.errors import UserError
 
 MAX_VALUES = 64
-"""Values of one tag that a source may have; what has more, such as an address, chooses nothing."""
+"""Maximum values per tag and source: a field with more, such as an address, is useless for selection."""
 SOURCE = "source"
-"""What patterns over the names of sources are written under; no tag can be called so."""
+"""Key for patterns over source names; reserved, so `--tag` rejects it."""
 SYNTHETIC = "synthetic"
-"""Tag of sources that models wrote."""
+"""Tag for sources written by models."""
+CORPUS, SYNTHESIS = "corpus", "synthesis"
+"""Artifact kinds from `sov-data run` and `sov-data synth`."""
 _KEY = re.compile(r"[a-z_][a-z0-9_]*")
 
 Tags = Mapping[str, Sequence[str]]
@@ -31,25 +32,25 @@ Tags = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class AssignedTag:
-    """A tag whose value does not stand in the records."""
+    """A tag from the command line: `[SOURCE:]KEY=VALUE`."""
 
     key: str
     value: str
     source: str = ""
-    """Name of the source that it belongs to; "": all of them."""
+    """Source name; "": all sources."""
 
 
 def parse_tags(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[AssignedTag, ...]]:
-    """Read `KEY`, `KEY=VALUE` and `SOURCE:KEY=VALUE`.
+    """Parse `KEY`, `KEY=VALUE` and `SOURCE:KEY=VALUE`.
 
     Returns:
-        The fields to read tags from, and the tags that are given.
+        Record fields to read tags from (`KEY`), and assigned tags.
 
     Raises:
-        UserError: a name or value that no tag can have.
+        UserError: a key or value is malformed.
     """
     fields: list[str] = []
-    given: list[AssignedTag] = []
+    assigned: list[AssignedTag] = []
     for argument in arguments:
         left, equals, value = argument.partition("=")
         source, _, key = left.rpartition(":") if equals else ("", "", left)
@@ -61,102 +62,99 @@ def parse_tags(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[Assigne
             raise UserError(f"--tag {argument!r}: {value!r} cannot be a tag (up to 60 letters, digits, '.', "
                             "':', '+', '_', '-')")
         if equals:
-            given.append(AssignedTag(key, value, source))
+            assigned.append(AssignedTag(key, value, source))
         elif key not in fields:
             fields.append(key)
-    return tuple(fields), tuple(given)
+    return tuple(fields), tuple(assigned)
 
 
-def add_synthetic_tags(given: Sequence[AssignedTag], fields: Sequence[str],
-                 origins: Mapping[str, Path]) -> tuple[AssignedTag, ...]:
-    """Return tags with one for each source that models wrote, unless the user has given it.
+def add_synthetic_tags(assigned: Sequence[AssignedTag], fields: Sequence[str],
+                       origins: Mapping[str, Path]) -> tuple[AssignedTag, ...]:
+    """Add `synthetic=true` for each source from `sov-data synth`, unless the user tags it.
 
     Args:
-        given: tags of the command line.
-        fields: of records that tags are read from.
-        origins: source -> the artifact that it lies in.
+        assigned: tags from the command line.
+        fields: record fields that hold tags.
+        origins: source -> artifact folder.
     """
-    named = {tag.source for tag in given if tag.key == SYNTHETIC}
-    # What the user says of all sources, or of each record, is not overruled.
-    if "" in named or SYNTHETIC in fields:
-        return tuple(given)
-    return (*given, *(AssignedTag(SYNTHETIC, "true", name) for name, origin in origins.items()
-                      if name not in named and read_manifest(origin).kind == SYNTHESIS))
+    tagged = {tag.source for tag in assigned if tag.key == SYNTHETIC}
+    # the user's tag for all sources, or for each record, takes precedence
+    if "" in tagged or SYNTHETIC in fields:
+        return tuple(assigned)
+    return (*assigned, *(AssignedTag(SYNTHETIC, "true", name) for name, origin in origins.items()
+                         if name not in tagged and read_manifest(origin).kind == SYNTHESIS))
 
 
-def check_tag_sources(given: Sequence[AssignedTag], names: Sequence[str]) -> None:
-    """Refuse a tag for a source that there is not.
+def check_tag_sources(assigned: Sequence[AssignedTag], names: Sequence[str]) -> None:
+    """Check that every tagged source exists.
 
     Raises:
-        UserError: naming it.
+        UserError: a tag names an unknown source.
     """
-    for tag in given:
+    for tag in assigned:
         if tag.source and tag.source not in names:
             raise UserError(f"--tag {tag.source}:{tag.key}={tag.value}: there is no source {tag.source!r} "
                             f"(sources: {', '.join(names)})")
 
 
-def merge_source_tags(name: str, found: Sequence[Tags], given: Sequence[AssignedTag]) -> dict[str, list[str]]:
-    """Return the tags of a source; what is given for it stands above what its records say, and what is given
-    for it alone above what is given for all.
+def merge_source_tags(name: str, recorded: Sequence[Tags],
+                      assigned: Sequence[AssignedTag]) -> dict[str, list[str]]:
+    """Merge a source's tags. Assigned tags replace recorded values; a tag for one source replaces a tag for
+    all sources.
 
     Args:
-        name: its name.
-        found: what each part of its records has.
-        given: by the user.
+        name: source name.
+        recorded: tags per unit, from record fields.
+        assigned: tags from the command line.
 
     Raises:
         UserError: a tag has more than `MAX_VALUES` values.
     """
     tags: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for part in found for key in part):
-        values = sorted({value for part in found for value in part.get(key, ())})
+    for key in dict.fromkeys(key for part in recorded for key in part):
+        values = sorted({value for part in recorded for value in part.get(key, ())})
         if len(values) > MAX_VALUES:
             raise UserError(f"--tag {key}: source {name} has {len(values)} values of it, e.g. {values[0]!r} "
-                            f"and {values[-1]!r}; a tag says what a whole source is, and has at most "
-                            f"{MAX_VALUES}")
+                            f"and {values[-1]!r}; a tag describes a whole source and has at most "
+                            f"{MAX_VALUES} values")
         tags[key] = values
-    for tag in sorted((t for t in given if t.source in ("", name)), key=lambda t: t.source != ""):
+    for tag in sorted((t for t in assigned if t.source in ("", name)), key=lambda t: t.source != ""):
         tags[tag.key] = [tag.value]
     return tags
 
 
 def read_source_tags(record: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the tags of a source by the manifest's record of it; a bucket is one."""
+    """Return the tags in a source's manifest record; the bucket counts as a tag."""
     tags: dict[str, list[str]] = {}
     if bucket := record.get("bucket"):
-        # a bucket is named by Python's word for true
+        # buckets are named "True" and "False" by Python, tags by JSON
         value = bucket["value"]
         tags[bucket["field"]] = [value.lower() if value in ("True", "False") else value]
     return tags | record.get("tags", {})
 
 
 def is_chosen(where: Mapping[str, Sequence[str]], record: Mapping[str, Any]) -> bool:
-    """Return whether a source meets all conditions: all values that it has of a tag fit one of the patterns.
+    """Return whether a source meets all conditions: each tag exists, and all its values match a pattern.
 
     Args:
-        where: tag, or `SOURCE` for the name, -> patterns as the shell has them.
-        record: the manifest's record of the source.
+        where: tag, or `SOURCE` for the name -> shell patterns.
+        record: the source's manifest record.
     """
     tags: dict[str, Sequence[str]] = {**read_source_tags(record), SOURCE: [record["name"]]}
-    # A source is taken as a whole: one value that does not fit leaves it out.
-    return all(tags.get(key) and all(any(fnmatchcase(value, pattern) for pattern in patterns)
-                                     for value in tags[key])
-               for key, patterns in where.items())
-
-
-CORPUS, SYNTHESIS = "corpus", "synthesis"
-"""Kinds of what `sov-data run` and `sov-data synth` write."""
+    for key, patterns in where.items():
+        values = tags.get(key, ())
+        # a source is selected as a whole: a single value without match excludes the source
+        if not values or not all(any(fnmatchcase(value, p) for p in patterns) for value in values):
+            return False
+    return True
 
 
 def find_source_artifact(path: Path) -> Path | None:
-    """Return the corpus, or the folder of synthesis, that a path is, or lies in; None where there is no
-    complete one."""
+    """Return the folder of the complete corpus or synthesis at or above `path`, or None."""
     for folder in (path, *path.absolute().parents):
         if (folder / MANIFEST).is_file():
             try:
                 return folder if read_manifest(folder).kind in (CORPUS, SYNTHESIS) else None
-            # A manifest of another program, or a broken one: then there is no artifact of ours.
-            except UserError:
+            except UserError:  # a damaged manifest, or another program's
                 return None
     return None

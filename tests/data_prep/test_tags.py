@@ -55,7 +55,7 @@ def test_mistakes_of_pack_are_one_sentence(tokenizers: dict[str, Path], tmp_path
     (tmp_path / "a.txt").write_text("plain text")
     for source, tag, said in (
             ("a.jsonl", "kind", "a.jsonl:1: has '[0]' in field 'kind', which --tag names; must be a word"),
-            ("a.jsonl", "n", "--tag n: source a has 70 values of it, e.g. '0' and '9'; a tag says what"),
+            ("a.jsonl", "n", "--tag n: source a has 70 values of it, e.g. '0' and '9'; a tag describes a"),
             ("a.jsonl", "web:kind=ko", "--tag web:kind=ko: there is no source 'web' (sources: a)"),
             ("a.txt", "kind", "is plain text, which has no field 'kind'; pass JSONL or Parquet")):
         assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", str(tmp_path / source),
