@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from data_prep.responses.unpaired import write_unpaired
 from data_prep.shards.encode import Encoder
-from data_prep.shards.pack import PackSettings, PackSource, pack_sources
+from data_prep.shards.pack import PackSettings, PackSource
+from data_prep.shards.pack_run import pack_sources
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.documents.layouts import LAYOUTS, parse_renames
 from megatron_sov.base.errors import UserError

@@ -18,7 +18,8 @@ from data_prep.shards import assemble
 from data_prep.shards.assemble import (
     EncodedSource, ShardedWriter, iter_bad_records, survey_source, write_shards)
 from data_prep.shards.encode import Encoder, EncodingSettings
-from data_prep.shards.token_artifact import HeldoutRule, hash_document, open_split
+from data_prep.shards.heldout import HeldoutRule, hash_document
+from data_prep.shards.token_artifact import open_split
 from data_prep.shards.units import UnitEncoder, UnitSettings, compute_unit_key, open_unit
 from megatron_sov.base.documents import BadRecord, Conversation, Document, RecordReading, files, plan_units
 from megatron_sov.work.progress.resumable import part_folder
