@@ -85,7 +85,7 @@ class Pair:
     ends_with_eos: bool
 
 
-def adopt_pairs(options: AdoptOptions) -> None:
+def adopt_pairs(options: AdoptOptions) -> int:
     """Check the pairs and write an artifact of kind "tokens".
 
     Raises:
@@ -124,6 +124,7 @@ def adopt_pairs(options: AdoptOptions) -> None:
         print(f"{record['name']}: {record['splits'][TRAIN]['num_tokens']:,} tokens to train on, "
               f"{record['splits'][HELDOUT]['num_tokens']:,} held out")
     print(f"wrote {options.output}")
+    return 0
 
 
 ADOPT = DeclaredCommand(AdoptOptions, adopt_pairs)

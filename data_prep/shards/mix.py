@@ -98,7 +98,7 @@ class MixOptions(BlendLimits):
         return p
 
 
-def run_mix(options: MixOptions) -> None:
+def run_mix(options: MixOptions) -> int:
     parts = [parse_part(argument) for argument in options.data]
     weighted = [part for part in parts if part.weight is not None]
     if weighted and options.blend:
@@ -110,9 +110,10 @@ def run_mix(options: MixOptions) -> None:
         if options.dry_run:
             phases, sources = _allot_blend([read_tokens_manifest(part.path) for part in parts], blend)
             print("\n".join(format_shares(phases, sources)))
-            return
+            return 0
     assert options.output is not None
     write_mix(parts, options.output, blend, overwrite=options.overwrite)
+    return 0
 
 
 MIX = DeclaredCommand(MixOptions, run_mix)

@@ -38,10 +38,11 @@ class SampleOptions:
     """Seed for choosing documents."""
 
 
-def print_samples(options: SampleOptions) -> None:
+def print_samples(options: SampleOptions) -> int:
     for line in sample_documents(options.data, options.source, options.split, options.count,
                                  options.max_tokens, options.seed):
         print(line)
+    return 0
 
 
 SAMPLE = DeclaredCommand(SampleOptions, print_samples)

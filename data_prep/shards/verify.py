@@ -34,7 +34,7 @@ class DataVerifyOptions:
     """Folder from `sov-data pack` or `sov-data mix`."""
 
 
-def run_verify(options: DataVerifyOptions) -> None:
+def run_verify(options: DataVerifyOptions) -> int:
     """Print notes; raises `UserError` with every problem."""
     problems, notes = verify_shards(options.data)
     if problems:
@@ -43,6 +43,7 @@ def run_verify(options: DataVerifyOptions) -> None:
     print(f"{options.data}: sound")
     for note in notes:
         print(note)
+    return 0
 
 
 VERIFY = DeclaredCommand(DataVerifyOptions, run_verify)
