@@ -52,22 +52,24 @@ COMMANDS = {
         ("probing-sets --input probes --output sets",
          "probing-sets --input probes more.jsonl --output sets --overwrite")),
     "trajectories": Command(
-        "data_prep.responses.trajectories", "join each query with its diverse solutions to one document",
+        "data_prep.responses.trajectories:TRAJECTORIES",
+        "join each query with its diverse solutions to one document",
         RESPONSES, "data.md",
         ("trajectories --input solutions.jsonl --output trajectories",
          "trajectories --input solutions.jsonl --output trajectories --overwrite")),
     "groups": Command(
-        "data_prep.responses.groups", "give each of a prompt's judged responses its advantage",
+        "data_prep.responses.groups:GROUPS", "give each of a prompt's judged responses its advantage",
         RESPONSES, "prefer.md",
         ("groups --input judged.jsonl --output groups",
          "groups --input judged.jsonl --output groups --overwrite")),
     "pairs": Command(
-        "data_prep.responses.pairs", "pair the best and the worst of each prompt's judged responses",
+        "data_prep.responses.pairs:PAIRS", "pair the best and the worst of each prompt's judged responses",
         RESPONSES, "prefer.md",
         ("pairs --input scored.jsonl --output pairs",
          "pairs --input scored.jsonl --output pairs --overwrite")),
     "unpaired": Command(
-        "data_prep.responses.unpaired", "put each judged response next to one to another prompt, for KTO",
+        "data_prep.responses.unpaired:UNPAIRED",
+        "put each judged response next to one to another prompt, for KTO",
         RESPONSES, "prefer.md",
         ("unpaired --input labelled.jsonl --output unpaired",
          "unpaired --input labelled.jsonl --output unpaired --overwrite")),
