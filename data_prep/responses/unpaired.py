@@ -15,8 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.responses.groups import (
-    KIND, TRUNCATED, GroupOptions, GroupTally, ResponseGroup, iter_groups)
+from data_prep.responses.groups import KIND, TRUNCATED, GroupOptions, GroupTally, ResponseGroup, iter_groups
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.errors import UserError
