@@ -105,6 +105,7 @@ ALONE = {
     "megatron_sov/judge/tools/worlds/virtual_program.py": _INSIDE,
     "megatron_sov/publish/report/validations.py": "held-out prompts of rl, not of the loss",
     "megatron_sov/sandbox/process_tree.py": "starts processes; tools are another subject",
+    "data_prep/synth/readers/queries.py": "queries with constraints; other readers are another subject",
     "data_prep/synth/functions/registry.py": "names of functions; compiling a file is another subject",
     "megatron_sov/train/guards/watchdog.py": "a thread that watches for steps that hang",
     "megatron_sov/proof/given.py": "data of objectives; proving a layout is another subject",

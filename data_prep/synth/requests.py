@@ -30,20 +30,12 @@ T = TypeVar("T")
 
 
 class ModelClient(Protocol):
-    """Client of one model."""
+    """Client of one model: `key` hashes a request body, `ask` works as `Endpoint.ask`."""
 
     @property
-    def model(self) -> str:
-        """Return the model's name at the endpoint."""
-        ...
-
-    def key(self, payload: Mapping[str, Any]) -> str:
-        """Return the hash of a request body."""
-        ...
-
-    def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        """Return `read(answer)`; raises as `Endpoint.ask` does."""
-        ...
+    def model(self) -> str: ...
+    def key(self, payload: Mapping[str, Any]) -> str: ...
+    def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T: ...
 
 
 class Requester:
@@ -79,7 +71,7 @@ class Requester:
         """Draw replies of the writer to a prompt, each with its own seed; unusable draws are omitted.
 
         Args:
-            prompt: prompt name, such as "autoif/response".
+            prompt: prompt name, such as "response".
             fields: values for the template.
             count: number of draws.
             first: number of the first draw, if several calls draw from the same prompt.
@@ -93,12 +85,12 @@ class Requester:
         Raises:
             NoUsableReply: every draw is unusable.
         """
-        messages = self._prompts[prompt].render_messages(fields)
-        request = _build_request(messages, temperature, top_p, max_tokens, thinking)
+        template = self._prompts[prompt]
+        request = _build_request(template.render_messages(fields), temperature, top_p, max_tokens, thinking)
 
         def draw_reply(draw: int) -> Draw:
             try:
-                return self._request_usable_reply(request, prompt, draw, attempts)
+                return self._request_usable_reply(request, template.name, draw, attempts)
             except NoUsableReply as e:  # fails this draw only
                 return e
 

@@ -122,7 +122,7 @@ def list_settings(name: str) -> list[str]:
     """Return a line with name, default and help for each setting of a generator."""
     definition = load_generator(name)
     lines = [f"{definition.name} (version {definition.declared.version}): {definition.declared.help}",
-             f"prompts: {', '.join(sorted(definition.prompts))}"]
+             f"prompts: {', '.join(sorted(template.name for template in definition.prompts.values()))}"]
     for setting in list_fields(definition.Settings):
         default = setting.default if setting.default_factory is MISSING else setting.default_factory()
         help_text = definition.setting_help.get(setting.name, "").replace("%%", "%")

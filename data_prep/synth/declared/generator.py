@@ -114,7 +114,6 @@ class GeneratorDefinition:
     group: Any
     """Compiled `group`."""
     prompts: Mapping[str, PromptTemplate]
-    """NAME/PROMPT -> template."""
     Settings: type[Any]
     """Frozen dataclass with the settings of reader and file."""
     setting_help: Mapping[str, str]
@@ -163,7 +162,7 @@ class Generator:
     def _run_steps(self, steps: Sequence[CompiledStep], draft: Draft, requester: Requester
                    ) -> Iterator[GeneratedSample]:
         for number, step in enumerate(steps, 1):
-            parts = step.run_step(draft, requester, self.name)
+            parts = step.run_step(draft, requester)
             if draft.has_failed:
                 break
             if parts is not None:
@@ -373,13 +372,12 @@ class _Compiler:
                 self._add_problem(("prompts", name), "is asked by no step",
                                   way_out="add a step, or remove it")
                 continue
-            full_name = f"{self._file.stem}/{name}"
             try:
-                template = PromptTemplate.from_prompt(full_name, prompt)
+                template = PromptTemplate.from_prompt(f"{self._file.stem}/{name}", prompt)
             except BadTemplate as e:
                 self._add_problem(("prompts", name), str(e))
                 continue
             for problem in find_unknown_names(template.field_names, self._prompt_fields[name]):
                 self._add_problem(("prompts", name), problem)
-            templates[full_name] = template
+            templates[name] = template
         return templates

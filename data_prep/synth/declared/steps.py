@@ -5,7 +5,6 @@ The first failed check ends a draft, so that no further requests are sent for it
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -53,7 +52,7 @@ class Draft:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step(ABC):
+class Step:
     """One entry of `steps`."""
 
     when: bool | str = True
@@ -71,10 +70,10 @@ class Step(ABC):
         """Yield (part, problem sentence), without problems of compiled values."""
         yield from ()
 
-    @abstractmethod
-    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester, generator: str
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester
                    ) -> Sequence[Draft] | None:
         """Change a draft, or return the drafts that replace it."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +100,11 @@ class AskStep(Step):
     def find_problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _find_prompt_problems("ask", self.ask, prompts)
 
-    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester, generator: str
-                   ) -> None:
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
         count = values["count"]
         try:
             replies = requester.request_replies(
-                f"{generator}/{self.ask}", draft.fields, count=count or 1, temperature=values["temperature"],
+                self.ask, draft.fields, count=count or 1, temperature=values["temperature"],
                 max_tokens=values["max_tokens"], thinking=draft.fields.get("thinking"),
                 attempts=self.attempts)
         except NoUsableReply:
@@ -160,7 +158,7 @@ class ParseStep(Step):
         if isinstance(names, str):
             yield "parse", f"{name}: {names}"
 
-    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester, generator: str
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester
                    ) -> Sequence[Draft] | None:
         reply = draft.fields["reply"]
         fields = self.parser.parse(reply, self.argument)
@@ -187,8 +185,7 @@ class EachStep(Step):
     def list_set_fields(self) -> list[str]:
         return list(self.each)
 
-    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester, generator: str
-                   ) -> Sequence[Draft]:
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> Sequence[Draft]:
         (name, items), = values["each"].items()
         return draft.split_draft([{name: item} for item in _check_list(name, items)])
 
@@ -206,10 +203,6 @@ class EveryStep(Step):
     def list_set_fields(self) -> list[str]:
         return list(self.every)
 
-    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester, generator: str
-                   ) -> None:
-        raise AssertionError("`CompiledStep` runs the inner steps")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SetStep(Step):
@@ -221,8 +214,7 @@ class SetStep(Step):
     def list_set_fields(self) -> list[str]:
         return list(self.set)
 
-    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester, generator: str
-                   ) -> None:
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
         draft.fields.update(values["set"])
 
 
@@ -233,8 +225,7 @@ class NoteStep(Step):
     note: Annotated[dict[str, Any], MinLen(1)]
     computed_parts: ClassVar[tuple[str, ...]] = ("note",)
 
-    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester, generator: str
-                   ) -> None:
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
         draft.notes.update(values["note"])
 
 
@@ -257,8 +248,7 @@ class JudgeStep(Step):
     def list_set_fields(self) -> list[str]:
         return [self.into] if self.into else []
 
-    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester, generator: str
-                   ) -> None:
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
         if self.into:
             draft.fields[self.into] = requester.request_grade(values["judge"], values["material"])
             return
@@ -282,8 +272,7 @@ class ThatStep(Step):
     """Figures or words for a reader of the failed check."""
     computed_parts: ClassVar[tuple[str, ...]] = ("that", "detail")
 
-    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester, generator: str
-                   ) -> None:
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
         result = values["that"]
         verdicts = result if isinstance(result, list) else [result]
         if verdicts and all(isinstance(verdict, SampleVerdict) for verdict in verdicts):
@@ -313,10 +302,8 @@ class PlayStep(Step):
         if self.user:
             yield from _find_prompt_problems("user", self.user, prompts)
 
-    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester, generator: str
-                   ) -> None:
-        user_prompt = f"{generator}/{self.user}" if self.user else ""
-        player = Player(requester, draft.fields, values["number"], user_prompt)
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
+        player = Player(requester, draft.fields, values["number"], self.user)
         draft.fields["played"] = player.play_conversation(values["play"])
 
 
@@ -341,7 +328,7 @@ class CompiledStep:
     inner: tuple[CompiledStep, ...] = ()
     """Steps inside `every`."""
 
-    def run_step(self, draft: Draft, requester: Requester, generator: str) -> Sequence[Draft] | None:
+    def run_step(self, draft: Draft, requester: Requester) -> Sequence[Draft] | None:
         """Run the step on a draft; return the drafts that replace it, if the step divides the sample.
 
         Raises:
@@ -353,15 +340,15 @@ class CompiledStep:
                   for part, value in self.values.items() if part != "when"}
         if not isinstance(self.step, EveryStep):
             try:
-                return self.step.apply_step(values, draft, requester, generator)
+                return self.step.apply_step(values, draft, requester)
             except (TypeError, ValueError, AttributeError, KeyError) as e:
-                raise UserError(f"{generator}: a step with {', '.join(values)} cannot run "
-                                f"({type(e).__name__}: {e}); mend it") from None
+                raise UserError(f"a step with {', '.join(values)} cannot run ({type(e).__name__}: {e}); mend "
+                                "the step in the generator's file") from None
         (name, items), = values["every"].items()
         for item in _check_list(name, items):
             draft.fields[name] = item
             for step in self.inner:
-                step.run_step(draft, requester, generator)
+                step.run_step(draft, requester)
                 if draft.has_failed:
                     return None
         return None

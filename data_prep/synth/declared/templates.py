@@ -90,6 +90,7 @@ class PromptTemplate:
     """A compiled prompt."""
 
     name: str
+    """GENERATOR/PROMPT, part of every seed."""
     field_names: frozenset[str]
     """Fields that the templates read."""
     messages: tuple[tuple[str, Template], ...]

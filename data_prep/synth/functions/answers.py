@@ -69,40 +69,28 @@ def choose_comparison_method(answer: str, choices: Sequence[str] = ()) -> Litera
     return "stem" if any(word.lower() not in _FUNCTIONS for word in _WORD.findall(plain)) else "math"
 
 
-class AnswerVerifier:
-    """Compares answers in child processes that end with this process; threads may share an instance."""
-
-    def __init__(self, name: Literal["math", "stem"]) -> None:
-        request = request_reward(name, _REWARD_SETTINGS[name])
-        self._runner: Runner = create_runner(request, build_versioned_reward(request), 1)
-        self._lock = threading.Lock()
-
-    def check_answers(self, answers: Sequence[str], expected: str, choices: Sequence[str] = ()) -> list[bool]:
-        """Return whether each answer equals `expected`."""
-        # equal texts need no process
-        results = {answer: True for answer in answers
-                   if normalize_answer(answer) == normalize_answer(expected) != ""}
-        unknown = [answer for answer in dict.fromkeys(answers) if answer not in results]
-        if unknown:
-            rows = [{"response": f"\\boxed{{{answer}}}", "answer": expected, "choices": list(choices)}
-                    for answer in unknown]
-            with self._lock:
-                scores = self._runner.score(rows)
-            results |= {answer: score.reward == 1.0 for answer, score in zip(unknown, scores, strict=True)}
-        return [results[answer] for answer in answers]
-
-
 @lru_cache(maxsize=2)
-def get_verifier(name: Literal["math", "stem"]) -> AnswerVerifier:
-    """Return this process's verifier."""
-    return AnswerVerifier(name)
+def _start_runner(name: Literal["math", "stem"]) -> tuple[Runner, threading.Lock]:
+    """Return the runner of a reward, whose child processes end with this process, and its lock."""
+    request = request_reward(name, _REWARD_SETTINGS[name])
+    return create_runner(request, build_versioned_reward(request), 1), threading.Lock()
 
 
 def check_answers(answers: Sequence[str], expected: str, choices: Sequence[str] = (),
                   way: ComparisonMethod = "auto") -> list[bool]:
-    """Return whether each final answer equals `expected`."""
-    method = choose_comparison_method(expected, choices) if way == "auto" else way
-    return get_verifier(method).check_answers(answers, expected, choices)
+    """Return whether each final answer equals `expected`; any thread may call this."""
+    # equal texts need no process
+    results = {answer: True for answer in answers
+               if normalize_answer(answer) == normalize_answer(expected) != ""}
+    unknown = [answer for answer in dict.fromkeys(answers) if answer not in results]
+    if unknown:
+        rows = [{"response": f"\\boxed{{{answer}}}", "answer": expected, "choices": list(choices)}
+                for answer in unknown]
+        runner, lock = _start_runner(choose_comparison_method(expected, choices) if way == "auto" else way)
+        with lock:
+            scores = runner.score(rows)
+        results |= {answer: score.reward == 1.0 for answer, score in zip(unknown, scores, strict=True)}
+    return [results[answer] for answer in answers]
 
 
 def select_right_solutions(solutions: Sequence[str], expected: str, choices: Sequence[str] = (),

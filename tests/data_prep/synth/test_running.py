@@ -330,7 +330,7 @@ def test_a_generator_that_goes_on_without_an_answer_has_not_made_its_item(
         run: Run, endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(self: object, item: GeneratorItem, requester: Requester) -> Iterator[GeneratedSample]:
         with contextlib.suppress(Exception):
-            requester.request_replies("echoes/write", {"text": "x", "tone": "y"})
+            requester.request_replies("write", {"text": "x", "tone": "y"})
         yield GeneratedSample({"text": "made of nothing"})
 
     run.write([{"id": "a", "text": "line a"}])

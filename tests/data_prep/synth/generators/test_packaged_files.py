@@ -40,7 +40,7 @@ def test_all_files_are_known_and_sound() -> None:
     for name in PACKAGED:
         cls = load_generator(name)
         assert keys_of(cls.Settings()) == (["constraints"] if name == "autoif" else [])
-        assert all(prompt.startswith(f"{name}/") for prompt in cls.prompts)
+        assert all(prompt.name.startswith(f"{name}/") for prompt in cls.prompts.values())
 
 
 @pytest.mark.parametrize(("said", "reason"), [

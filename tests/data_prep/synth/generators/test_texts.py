@@ -14,7 +14,7 @@ from data_prep.synth.functions.texts import (
     compute_chrf, compute_copied_share, compute_size_ratio, fence_text, fill_phrasing, find_changed_numbers,
     find_code, find_numbers, find_quotations, get_language_name, identify_certain_language, is_in_language,
     remove_code)
-from data_prep.synth.readers.documents import DocumentSettings, read_document_items
+from data_prep.synth.readers.registry import DocumentSettings, read_document_items
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents.scripts import LANGUAGES
 from megatron_sov.base.errors import UserError
