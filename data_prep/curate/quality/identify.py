@@ -208,7 +208,8 @@ _WEIGHTS = {"ms": 0.1}
 """The same for single ones: Malay reads like Indonesian, of which the web has some twenty times as much."""
 PARENT_LANGUAGES = {"ary": "ar", "arz": "ar", "uzs": "uz", "sdh": "ku", "nn": "no"}
 """Label of the model -> the ISO 639-1 code of the language that it is a variety of."""
-KNOWN_LANGUAGES = frozenset(LANGUAGE_BY_SCRIPT.values()).union(*LANGUAGES_BY_SCRIPT.values()) - set(PARENT_LANGUAGES)
+KNOWN_LANGUAGES = frozenset(LANGUAGE_BY_SCRIPT.values()).union(
+    *LANGUAGES_BY_SCRIPT.values()) - set(PARENT_LANGUAGES)
 """All languages that are told apart."""
 NOISE_LABEL = "zxx"
 """The model's label for what is in no language: numbers, names of variables."""

@@ -203,7 +203,7 @@ def apply_c4(text: str, rules: LanguageRules) -> tuple[str, str]:
         # An ellipsis is a line that was cut short, not one that ends.
         if t.lines_end_with_mark and (not line.endswith(_END_MARKS) or line.endswith("...")):
             continue
-        if t.min_line_words is not None and rules.num_words(line, words) < t.min_line_words:
+        if t.min_line_words is not None and rules.count_words(line, words) < t.min_line_words:
             continue
         lower = line.lower()
         # Two rules drop the whole document: filler text and code show what the page is.
