@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -345,7 +345,7 @@ class MinhashDedup(Step):
 
     def start(self, view: View) -> None:
         self._dropped = DuplicateFilter(Numbering(view), Register(view.work / "documents"), REASON,
-                                        _lists(view.work))
+                                        lambda rank: open_bucket(view.work / "dropped", DROPPED, rank).read())
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return self._dropped.outcomes(documents)
@@ -406,7 +406,3 @@ class MinhashDedup(Step):
         # Last: should this task be killed here and run again, it reads `similar` alone.
         for used in (scratch, view.work / "bands", view.work / "shingles"):
             shutil.rmtree(used, ignore_errors=True)
-
-
-def _lists(work: Path) -> Callable[[int], Records]:
-    return lambda rank: open_bucket(work / "dropped", DROPPED, rank).read()

@@ -38,10 +38,6 @@ class Ngrams:
         self._counts = np.zeros(settings.num_buckets, np.int32)
         self._classes = build_character_classes()
 
-    @property
-    def width(self) -> int:
-        return self.settings.num_buckets
-
     def units(self, text: str) -> list[str]:
         buffer, starts, ends, num_units = self._split(text)
         raw = buffer[: ends[num_units - 1]].tobytes() if num_units else b""

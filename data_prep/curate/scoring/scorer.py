@@ -115,7 +115,7 @@ def load_scorer(folder: Path) -> Scorer:
         raise UserError(f"{folder}: {problems[0]}; train the scorer again or restore it from a copy")
     settings = _settings(folder / SETTINGS_FILE)
     features = Ngrams(settings.features)
-    return Scorer(settings, features, _weights(folder / WEIGHTS_FILE, features.width))
+    return Scorer(settings, features, _weights(folder / WEIGHTS_FILE, settings.features.num_buckets))
 
 
 def _settings(file: Path) -> ScorerSettings:
@@ -326,4 +326,4 @@ def _rows(features: Ngrams, labels: Iterable[Label]) -> Any:
     ends = np.cumsum([0, *(len(columns) for columns, _ in rows)])
     columns = np.concatenate([columns for columns, _ in rows])
     weights = np.concatenate([weights for _, weights in rows])
-    return csr_matrix((weights, columns, ends), shape=(len(rows), features.width))
+    return csr_matrix((weights, columns, ends), shape=(len(rows), features.settings.num_buckets))

@@ -21,6 +21,7 @@ from megatron_sov.base.documents.scripts import RULE_SCRIPTS, format_regex_range
 Unit = Literal["words", "characters"]
 SPACELESS = format_regex_ranges(RULE_SCRIPTS)
 """Ranges of the scripts whose characters are counted."""
+_SPACELESS = re.compile(rf"[{SPACELESS}]")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -62,9 +63,8 @@ class RuleWords:
         counts = np.bincount(self.ids, minlength=len(number))
         weights = counts.astype(np.float64)
         if unit == "characters":
-            character = _spaceless().match
             # A character of a spaceless script counts as its share of a word.
-            weights[[character(word) is not None for word in self.vocabulary]] /= chars_per_word
+            weights[[_SPACELESS.match(word) is not None for word in self.vocabulary]] /= chars_per_word
         is_word = np.array([word[0] not in signs for word in self.vocabulary], dtype=bool)
         has_letter = np.array([word.isalpha() or any(map(str.isalpha, word)) for word in self.vocabulary],
                               dtype=bool)
@@ -158,11 +158,6 @@ class RuleWords:
             else:
                 seen.add(value)
         return total
-
-
-@lru_cache(maxsize=1)
-def _spaceless() -> re.Pattern[str]:
-    return re.compile(rf"[{SPACELESS}]")
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
