@@ -273,9 +273,10 @@ class _Grader:
     def from_options(cls, model: Path | None, labels: Path | None) -> _Grader:
         scorer = None
         if model is not None:
-            from data_prep.curate.scoring.scorer import load_scorer, scorer_problems  # numpy and scikit-learn
+            from data_prep.curate.scoring.scorer import (  # numpy and scikit-learn
+                find_scorer_problems, load_scorer)
 
-            if problems := scorer_problems("--model", model, "regressor"):
+            if problems := find_scorer_problems("--model", model, "regressor"):
                 raise UserError(str(problems[0]))
             scorer = load_scorer(model)
         measured: dict[str, float] = {}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.curate.decontamination.step import text_in
+from data_prep.curate.decontamination.step import collect_text
 from data_prep.curate.pipeline.pipeline_file import Pipeline, read_pipeline
 from data_prep.synth.samples import Kind
 from megatron_sov.base.documents.messages import BadRecord, Messages
@@ -79,7 +79,7 @@ def _join_turns(messages: Messages, *roles: str) -> str:
 
 def extract_question(record: Mapping[str, Any]) -> str:
     """Join the texts in `TASK_FIELDS`."""
-    return "\n\n".join(filter(str.strip, (text_in(record.get(name)) for name in TASK_FIELDS)))
+    return "\n\n".join(filter(str.strip, (collect_text(record.get(name)) for name in TASK_FIELDS)))
 
 
 def find_check_problems(checks: Path | None) -> list[SettingsProblem]:

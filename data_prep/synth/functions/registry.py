@@ -14,7 +14,8 @@ from data_prep.synth.functions.draws import draw_choice, draw_share
 from data_prep.synth.functions.texts import (
     compute_chrf, compute_copied_share, compute_size_ratio, fence_text, fill_phrasing, find_changed_numbers,
     find_code, find_numbers, find_pattern_matches, find_quotations, find_tagged_text, get_language_name,
-    identify_language, is_dialogue, is_in_language, is_refusal, remove_code, remove_pattern, replace_contents)
+    identify_likely_language, is_dialogue, is_in_language, is_refusal, remove_code, remove_pattern,
+    replace_contents)
 from data_prep.synth.functions.worlds import (
     check_task, check_world, find_draft_problem, find_task_problem, format_json_text, parse_json_object)
 
@@ -23,7 +24,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "changed_numbers": find_changed_numbers, "chrf": compute_chrf, "code_in": find_code,
     "copied_share": compute_copied_share, "fenced": fence_text, "fill_phrasing": fill_phrasing,
     "in_language": is_in_language, "is_dialogue": is_dialogue, "json_object": parse_json_object,
-    "json_text": format_json_text, "language_name_of": get_language_name, "language_of": identify_language,
+    "json_text": format_json_text, "language_name_of": get_language_name, "language_of": identify_likely_language,
     "matches": find_pattern_matches, "numbers_in": find_numbers, "prose_of": remove_code,
     "quotations": find_quotations, "refuses": is_refusal, "size_ratio": compute_size_ratio,
     "text_between": find_tagged_text, "with_texts": replace_contents, "without": remove_pattern,

@@ -14,7 +14,8 @@ import numpy as np
 import regex
 import yaml
 
-from data_prep.curate.quality.identify import KNOWN, UNKNOWN, form_of, identify, language_part
+from data_prep.curate.quality.identify import (
+    KNOWN_LANGUAGES, UNKNOWN_LANGUAGE, detect_form, extract_language_text, identify_language)
 from data_prep.synth.declared.parsers import parse_tagged_texts
 from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.base.documents.scripts import LANGUAGES, count_letters_by_script
@@ -27,9 +28,9 @@ ID_CHARS = 24
 TIMEOUT_S = 2.0
 """Processor time of a user's regular expression."""
 MIN_SCORE = 0.5
-"""`identify` score from which a text's language counts as certain."""
+"""`identify_language` score from which a text's language counts as certain."""
 MIN_LETTERS = 80
-"""Letters of a text from which `identify` distinguishes languages with one script."""
+"""Letters of a text from which `identify_language` distinguishes languages with one script."""
 MAX_FOREIGN_SHARE = 0.1
 """Share of letters outside Latin and the language's script."""
 MIN_DIGITS = 3
@@ -55,8 +56,8 @@ _NUMBER = re.compile(r"(?<![A-Za-z_\d])\d+(?:[.,'’]\d+|[십백천만억조十�
 """Digits after Latin letters, as in B52, belong to a name; 3만 5천 is one number."""
 LanguageCode = Annotated[str, choice_from(lambda: LANGUAGES)]
 """ISO 639-1 code of a language with a known script."""
-IdentifiableLanguage = Annotated[str, choice_from(lambda: {"", *set(LANGUAGES) & KNOWN})]
-"""ISO 639-1 code of a language that `identify` recognizes, or ""."""
+IdentifiableLanguage = Annotated[str, choice_from(lambda: {"", *set(LANGUAGES) & KNOWN_LANGUAGES})]
+"""ISO 639-1 code of a language that `identify_language` recognizes, or ""."""
 
 
 @lru_cache(maxsize=2)
@@ -71,15 +72,15 @@ def get_language_name(language: str) -> str:
     return name
 
 
-def identify_language(text: str) -> str:
+def identify_likely_language(text: str) -> str:
     """Return the most likely language of a text as an ISO 639-1 code."""
-    return identify(text)[0]
+    return identify_language(text)[0]
 
 
 def identify_certain_language(document: str) -> str:
     """Return the language of a document; "" if uncertain, or for a language without a known script."""
-    language, score = identify(language_part(document, form_of(document)))
-    return language if score >= MIN_SCORE and language != UNKNOWN and language in LANGUAGES else ""
+    language, score = identify_language(extract_language_text(document, detect_form(document)))
+    return language if score >= MIN_SCORE and language != UNKNOWN_LANGUAGE and language in LANGUAGES else ""
 
 
 def is_in_language(text: str, language: str) -> bool:
@@ -93,9 +94,9 @@ def is_in_language(text: str, language: str) -> bool:
         return True
     if script.reward == 0 or script.components["foreign_share"] > MAX_FOREIGN_SHARE:
         return False
-    identified, score = identify(text)
+    identified, score = identify_language(text)
     is_long = sum(count_letters_by_script(text).values()) >= MIN_LETTERS
-    return not is_long or identified in (language, UNKNOWN) or score < MIN_SCORE
+    return not is_long or identified in (language, UNKNOWN_LANGUAGE) or score < MIN_SCORE
 
 
 def find_numbers(text: str) -> list[str]:
