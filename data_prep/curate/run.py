@@ -44,13 +44,13 @@ def run(typed: argparse.Namespace) -> int:
     from data_prep.curate.pipeline.pipeline_file import load_pipeline
     from data_prep.curate.pipeline.plan import make_plan
     from data_prep.curate.pipeline.running import (
-        check_folder, describe, refuse_inside_sources, run_pipeline, submit_pipeline)
+        check_outside_sources, check_run_folder, describe_plan, run_pipeline, submit_pipeline)
 
     pipeline = load_pipeline(args.pipeline)
-    check_folder(args.output)
-    refuse_inside_sources(pipeline, args.output)
+    check_run_folder(args.output)
+    check_outside_sources(pipeline, args.output)
     if args.dry_run:
-        print(describe(make_plan(pipeline, args.output, keep=False), args.output))
+        print(describe_plan(make_plan(pipeline, args.output, keep=False), args.output))
         return 0
     if args.cluster:
         submit_pipeline(pipeline, args.output, args)

@@ -23,7 +23,7 @@ LINE_EVERY_S = 60.0
 
 
 @dataclass
-class Counts:
+class DocumentCounts:
     """Counts of one shard, or of several together."""
 
     documents_in: int = 0
@@ -67,7 +67,7 @@ class Counts:
             # The lowest hashes win: which samples are shown does not depend on the order or number of shards.
             samples = self.samples["dropped"]
             samples.append({"id": identifier, "reason": reason, "before": before[:SAMPLE_CHARS]})
-            self.samples["dropped"] = heapq.nsmallest(MAX_SAMPLES, samples, key=sample_order)
+            self.samples["dropped"] = heapq.nsmallest(MAX_SAMPLES, samples, key=hash_sample_id)
             return
         self.documents_kept += 1
         self.bytes_kept += size_bytes if after is None else len(after.encode())
@@ -77,8 +77,8 @@ class Counts:
         return {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
 
     @staticmethod
-    def together(found: Iterable[dict[str, Any]]) -> Counts:
-        total = Counts()
+    def together(found: Iterable[dict[str, Any]]) -> DocumentCounts:
+        total = DocumentCounts()
         for one in found:
             for name in ("documents_in", "bytes_in", "documents_kept", "bytes_kept", "documents_changed",
                          "cpu_s", "wall_s"):
@@ -90,11 +90,11 @@ class Counts:
             for code, value in one["broken"].items():
                 total.broken[code] = total.broken.get(code, 0) + value
             total.samples["dropped"] = heapq.nsmallest(
-                MAX_SAMPLES, total.samples["dropped"] + one["samples"]["dropped"], key=sample_order)
+                MAX_SAMPLES, total.samples["dropped"] + one["samples"]["dropped"], key=hash_sample_id)
         return total
 
 
-def noted_seal(file: Path) -> str:
+def read_recorded_seal(file: Path) -> str:
     """Return the checksum of a shard's file as the counts beside it say it.
 
     Raises:
@@ -110,7 +110,7 @@ def noted_seal(file: Path) -> str:
     return str(found[file.name])
 
 
-def sample_order(sample: dict[str, Any]) -> bytes:
+def hash_sample_id(sample: dict[str, Any]) -> bytes:
     """Return the hash of a document's id, by which samples are chosen: the same in every step, so that a
     document can be followed."""
     return hashlib.blake2b(sample["id"].encode(), digest_size=8).digest()

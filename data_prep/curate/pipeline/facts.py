@@ -27,7 +27,7 @@ Facts = dict[str, Any]
 value."""
 
 
-def counted_beside(file: Path) -> Path:
+def get_facts_path(file: Path) -> Path:
     """Return where the counts of an output shard stand; programs that read a folder of Parquet files pass
     over names that begin so."""
     return file.with_name(f"_{file.stem}.json")
@@ -41,12 +41,12 @@ def write_shard_facts(file: Path) -> Facts:
     """
     opened = open_sealed_parquet(file, explain_deletion(file))
     names = [name for name in COLUMNS if name in opened.schema_arrow.names]
-    facts = add_facts(map(_batch_facts, opened.iter_batches(BATCH_ROWS, columns=["text", *names])))
-    write_sealed_json(counted_beside(file), facts)
+    facts = merge_facts(map(_batch_facts, opened.iter_batches(BATCH_ROWS, columns=["text", *names])))
+    write_sealed_json(get_facts_path(file), facts)
     return facts
 
 
-def facts_of_output(texts: Path) -> dict[str, Facts]:
+def read_output_facts(texts: Path) -> dict[str, Facts]:
     """Return output source -> its facts, in the order of their names.
 
     Args:
@@ -55,7 +55,7 @@ def facts_of_output(texts: Path) -> dict[str, Facts]:
     Raises:
         UserError: the counts of a shard are missing or damaged.
     """
-    return {folder.name: add_facts(read_sealed_json(file, explain_deletion(file))
+    return {folder.name: merge_facts(read_sealed_json(file, explain_deletion(file))
                                    for file in sorted(folder.glob("_*.json")))
             for folder in sorted(texts.iterdir())}
 
@@ -72,7 +72,7 @@ def _batch_facts(batch: pa.RecordBatch) -> Facts:
     return {"num_documents": batch.num_rows, "num_bytes": pc.sum(sizes).as_py() or 0, "values": values}
 
 
-def add_facts(parts: Iterable[Facts]) -> Facts:
+def merge_facts(parts: Iterable[Facts]) -> Facts:
     """Return the sum of facts."""
     total: Facts = {"num_documents": 0, "num_bytes": 0, "values": {}}
     for part in parts:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.curate.pipeline.counts import Counts, noted_seal
-from data_prep.curate.pipeline.facts import counted_beside, facts_of_output
-from data_prep.curate.pipeline.pipeline_file import named_columns
-from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link
-from data_prep.curate.pipeline.tasks import pass_marks
+from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
+from data_prep.curate.pipeline.facts import get_facts_path, read_output_facts
+from data_prep.curate.pipeline.pipeline_file import list_pattern_columns
+from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link_or_copy
+from data_prep.curate.pipeline.tasks import get_pass_marks_folder
 from data_prep.damaged_files import explain_deletion, get_place_in_run
 from data_prep.shards.pack import PackSettings, PackSource, pack_sources
 from megatron_sov.base.artifacts import (
@@ -43,7 +43,7 @@ NAMED_TAGS = ("language",)
 # What a run ends with, in a sentence: where its output is, or why there is none.
 
 
-def what_stands(summary: dict[str, Any], output: Path, text: Path, quarantine: Path) -> str:
+def describe_output(summary: dict[str, Any], output: Path, text: Path, quarantine: Path) -> str:
     """Return where the output of a complete run lies.
 
     Args:
@@ -80,7 +80,7 @@ def account_documents(summary: dict[str, Any]) -> RecordAccount:
                          "documents")
 
 
-def why_empty(summary: dict[str, Any], quarantine: Path) -> str:
+def explain_empty_output(summary: dict[str, Any], quarantine: Path) -> str:
     """Return what took most documents, or kept them from being read, and what to do.
 
     Args:
@@ -131,7 +131,7 @@ def _is_as_written(file: Path, record: FileRecord, created_s: float) -> bool:
         stat.st_ctime < created_s - CLOCKS_DIFFER_S or find_file_damage(file, record) is None)
 
 
-def finish(plan: PipelinePlan, output: Path, workers: int) -> str:
+def finish_run(plan: PipelinePlan, output: Path, workers: int) -> str:
     """Bring a run whose tasks are all done to its end; returns where its output lies, in lines.
 
     Raises:
@@ -142,16 +142,17 @@ def finish(plan: PipelinePlan, output: Path, workers: int) -> str:
         # which alone says that the corpus is complete.
         named = _publish_text(plan, output)
         _write_quarantine(plan, output)
-        summary = summary_of(plan, output) | {"output": list(_described(output, named))}
+        summary = build_summary(plan, output) | {"output": list(_described(output, named))}
         summary["account"] = account_documents(summary).to_dict()
         write_atomically(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
         if not named:
             raise UserError(f"{output}: no document is kept, so there is no output; "
-                            f"{why_empty(summary, output / QUARANTINE)} (all steps: {output / SUMMARY})")
+                            f"{explain_empty_output(summary, output / QUARANTINE)} "
+                            f"(all steps: {output / SUMMARY})")
         if plan.pipeline.pack is not None:
             _pack(plan, output, sorted(named), workers)
         _write_manifest(plan, output, summary)
-    return what_stands(summary, output, output / TEXT, output / QUARANTINE)
+    return describe_output(summary, output, output / TEXT, output / QUARANTINE)
 
 
 def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
@@ -165,8 +166,8 @@ def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
                     (temporary / file.stem).mkdir(exist_ok=True)
                     shard_file = temporary / file.stem / f"{number:05d}{file.suffix}"
                     # Hard links: the output takes no room of its own, and work files may be deleted.
-                    link(file, shard_file)
-                    link(counted_beside(file), counted_beside(shard_file))
+                    link_or_copy(file, shard_file)
+                    link_or_copy(get_facts_path(file), get_facts_path(shard_file))
     return named
 
 
@@ -174,10 +175,11 @@ def _output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
     files = sorted(layer.rows(output, shard).glob("*.parquet"))
     # Seals were noted when the shard was written: a file that has changed since is found before it is
     # published.
-    num_rows = sum(open_sealed_parquet(file, explain_deletion(file), is_required=True, seal=noted_seal(file)
+    num_rows = sum(open_sealed_parquet(file, explain_deletion(file), is_required=True,
+                                       seal=read_recorded_seal(file)
                                 ).metadata.num_rows for file in files)
-    for facts in map(counted_beside, files):
-        check_seal(facts, explain_deletion(facts), seal=noted_seal(facts))
+    for facts in map(get_facts_path, files):
+        check_seal(facts, explain_deletion(facts), seal=read_recorded_seal(facts))
     counts = layer.counts(output, shard)
     if num_rows != (wanted := read_sealed_json(counts, explain_deletion(counts))["documents_in"]):
         raise UserError(f"{layer.rows(output, shard)}: has {num_rows} documents where {counts} says "
@@ -191,13 +193,14 @@ def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
             with open(temporary / f"{source.settings.name}.jsonl", "wb") as whole:
                 for shard in source.shards:
                     file = source.layers[0].broken(output, shard)
-                    whole.writelines(read_sealed_lines(file, explain_deletion(file), seal=noted_seal(file)))
+                    whole.writelines(read_sealed_lines(file, explain_deletion(file),
+                                                       seal=read_recorded_seal(file)))
 
 
-def summary_of(plan: PipelinePlan, output: Path) -> dict[str, Any]:
+def build_summary(plan: PipelinePlan, output: Path) -> dict[str, Any]:
     return {"name": plan.pipeline.name, "sources": [_source_summary(plan, s, output) for s in plan.sources],
             "shared": [{"number": step.entry.number, "kind": step.entry.kind, "folder": folder,
-                        "passes": list(_pass_times(pass_marks(output / folder)))}
+                        "passes": list(_pass_times(get_pass_marks_folder(output / folder)))}
                        for step in plan.steps for folder in _shared(plan, step.entry.number)]}
 
 
@@ -226,7 +229,7 @@ def _source_summary(plan: PipelinePlan, source: SourcePlan, output: Path) -> dic
         entry = settings.get(layer.number)
         steps.append({"number": layer.number, "kind": layer.kind, "folder": layer.folder,
                       "settings": entry.settings() if entry else layer.reasons["settings"],
-                      "num_shards_done": len(found), **Counts.together(found).to_dict()})
+                      "num_shards_done": len(found), **DocumentCounts.together(found).to_dict()})
     asked = source.settings
     return {"name": asked.name, "format": asked.format, "path": list(asked.path), "kind": asked.kind,
             "licence": asked.licence, "synthetic": asked.synthetic, "priority": asked.priority,
@@ -235,7 +238,7 @@ def _source_summary(plan: PipelinePlan, source: SourcePlan, output: Path) -> dic
 
 
 def _described(output: Path, named: dict[str, int]) -> Iterator[dict[str, Any]]:
-    for name, facts in facts_of_output(output / TEXT).items():
+    for name, facts in read_output_facts(output / TEXT).items():
         yield {"name": name, "num_shards": named[name], **facts}
 
 
@@ -248,7 +251,7 @@ def _pack(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> N
     if mark.exists() and (tokens / MANIFEST).is_file():
         return
     # Tags of a packed source need one value for all its documents: names and columns decide which have.
-    columns, named = plan.columns(), named_columns(plan.pipeline.output.name)
+    columns, named = plan.columns(), list_pattern_columns(plan.pipeline.output.name)
     tags = tuple(name for name in (*TAGS, *(one for one in NAMED_TAGS if one in named)) if name in columns)
     settings = PackSettings(heldout_share=asked.heldout, bos=asked.bos, eod=asked.eod,
                             shard_tokens=asked.shard_tokens, reading=RecordReading("text", tags=tags))

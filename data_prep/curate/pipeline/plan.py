@@ -14,10 +14,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_prep.curate.pipeline.addresses import Mark, address, input_names, mark_of, tree_hash
+from data_prep.curate.pipeline.addresses import (
+    FileMark, compute_address, hash_tree, list_input_names, read_file_mark)
 from data_prep.curate.pipeline.pipeline_file import Pipeline, StepEntry
 from data_prep.curate.pipeline.step import SOURCE_COLUMNS, ColumnType, Step
-from data_prep.curate.sources.formats import reader, reader_class
+from data_prep.curate.sources.formats import create_reader, load_reader_class
 from data_prep.curate.sources.source import SourcePiece, SourceSettings
 from megatron_sov.base.artifacts import MANIFEST, write_atomically
 from megatron_sov.base.sealed import (
@@ -68,7 +69,7 @@ class SourcePlan:
     raw_bytes: int
     layers: tuple[Layer, ...]
     """Parsed documents, the steps that look at this source, the output."""
-    told: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     """What of its folders is passed over, in sentences."""
 
 
@@ -87,7 +88,7 @@ class StepPlan:
     entry: StepEntry
     sources: tuple[str, ...]
     passes: tuple[PassPlan, ...]
-    adds: dict[str, ColumnType]
+    added_columns: dict[str, ColumnType]
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,13 @@ class PipelinePlan:
     def address(self) -> str:
         """Return what stands for the output: its address follows from everything before it."""
         pack = self.pipeline.pack
-        return address({"output": [[s.settings.name, s.layers[-1].folder] for s in self.sources],
+        return compute_address({"output": [[s.settings.name, s.layers[-1].folder] for s in self.sources],
                         "pack": None if pack is None else dataclasses.asdict(pack) | {
-                            "tokenizer": tree_hash(pack.tokenizer / MANIFEST)}})
+                            "tokenizer": hash_tree(pack.tokenizer / MANIFEST)}})
 
     def list_passed_over(self) -> list[str]:
         return [f"source {source.settings.name}: {sentence}" for source in self.sources
-                for sentence in source.told]
+                for sentence in source.notes]
 
     def source(self, name: str) -> SourcePlan:
         return next(s for s in self.sources if s.settings.name == name)
@@ -116,7 +117,7 @@ class PipelinePlan:
         found: dict[str, ColumnType] = dict(SOURCE_COLUMNS)
         for step in self.steps:
             if before is None or step.entry.number < before:
-                found |= step.adds
+                found |= step.added_columns
         return found
 
     def write(self, file: Path) -> None:
@@ -146,12 +147,12 @@ def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Pipelin
         # done.
         looks_at = [i for i, source in enumerate(sources) if _sees(entry, source.settings, steps)]
         passes = tuple(PassPlan(p.name, sum(len(sources[i].shards) for i in looks_at)
-                                if p.num_tasks is None else p.num_tasks) for p in step.passes())
+                                if p.num_tasks is None else p.num_tasks) for p in step.list_passes())
         # All that outcomes follow from. `only.sources` is left out: it decides which sources have a layer,
         # and not what is in it.
         reasons = {"step": entry.kind, "version": step.version, "settings": entry.settings(),
                    "only": dataclasses.asdict(entry.only) if entry.only.kinds else None,
-                   "files": file_hashes(step)}
+                   "files": hash_step_files(step)}
         reads = [[sources[i].settings.name, sources[i].layers[-1].folder] for i in looks_at]
         # A step with passes looks at all documents together: its outcome for one follows from all sources.
         if passes:
@@ -160,26 +161,26 @@ def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> Pipelin
         name = f"{entry.number:02d}-{entry.kind}"
         for i in looks_at:
             mine = together if passes else reasons | {"reads": sources[i].layers[-1].folder}
-            folder = f"{name}-{address(mine)}"
+            folder = f"{name}-{compute_address(mine)}"
             layer = Layer(entry.number, entry.kind, f"shards/{sources[i].settings.name}/{folder}", mine,
                           f"shared/{folder}" if passes else "")
             sources[i] = dataclasses.replace(sources[i], layers=(*sources[i].layers, layer))
         steps.append(StepPlan(entry, tuple(sources[i].settings.name for i in looks_at), passes,
-                              dict(step.adds)))
+                              dict(step.added_columns)))
     number = len(pipeline.steps) + 1
     return PipelinePlan(pipeline, tuple(_with_output(source, pipeline, number) for source in sources),
                         tuple(steps))
 
 
-def file_hashes(step: Step) -> list[str]:
-    return [tree_hash(Path(file)) for file in step.files()]
+def hash_step_files(step: Step) -> list[str]:
+    return [hash_tree(Path(file)) for file in step.list_files()]
 
 
 def _sees(entry: StepEntry, source: SourceSettings, before: Sequence[StepPlan]) -> bool:
     if entry.only.sources and source.name not in entry.only.sources:
         return False
     # Once a step sets kinds, a source of any kind may hold such documents.
-    told_by_step = any("kind" in step.adds for step in before)
+    told_by_step = any("kind" in step.added_columns for step in before)
     return not entry.only.kinds or told_by_step or source.kind in entry.only.kinds
 
 
@@ -187,37 +188,38 @@ def _with_output(source: SourcePlan, pipeline: Pipeline, number: int) -> SourceP
     # The steps' names say which columns the files have.
     reasons = {"step": OUTPUT, "name": pipeline.output.name, "reads": source.layers[-1].folder,
                "columns": [step.kind for step in pipeline.steps]}
-    folder = f"shards/{source.settings.name}/{number:02d}-{OUTPUT}-{address(reasons)}"
+    folder = f"shards/{source.settings.name}/{number:02d}-{OUTPUT}-{compute_address(reasons)}"
     return dataclasses.replace(source, layers=(*source.layers, Layer(number, OUTPUT, folder, reasons)))
 
 
 def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool) -> SourcePlan:
-    read_by = reader(source)
-    pieces = read_by.pieces()
-    names = input_names(pieces)
-    marks = {name: mark_of(source.file(name)) for name in names}
+    read_by = create_reader(source)
+    pieces = read_by.list_pieces()
+    names = list_input_names(pieces)
+    marks = {name: read_file_mark(source.file(name)) for name in names}
     # The path of a source is no part of its address: the same files at another path count as done.
     settings = json.loads(TypeAdapter(SourceSettings).dump_json(source))
     for outside in ("priority", "folder", "path"):  # what is read says it better
         del settings[outside]
-    version = reader_class(source.format).version
+    version = load_reader_class(source.format).version
     how = {"step": PARSE, "settings": settings, "on_bad": pipeline.on_bad,
            # Version 1 is left out, so that addresses from before readers had versions still hold.
            **({"version": version} if version > 1 else {})}
-    groups = shards_of(pieces, pipeline.shard_bytes)
+    groups = split_into_shards(pieces, pipeline.shard_bytes)
     reasons = how | {"shard_bytes": pipeline.shard_bytes,
-                     "files": address({"files": [[piece.file for piece in pieces], marks]})}
-    folder = f"shards/{source.name}/00-{PARSE}-{address(reasons)}"
+                     "files": compute_address({"files": [[piece.file for piece in pieces], marks]})}
+    folder = f"shards/{source.name}/00-{PARSE}-{compute_address(reasons)}"
     if keep:
         _write_pieces(output / folder / PIECES, groups, marks)
     return SourcePlan(source, tuple(groups), len(names), sum(piece.size_bytes for piece in pieces),
-                      (Layer(0, PARSE, folder, reasons),), tuple(read_by.told))
+                      (Layer(0, PARSE, folder, reasons),), tuple(read_by.notes))
 
 
-def _write_pieces(file: Path, groups: Mapping[int, Sequence[SourcePiece]], marks: Mapping[str, Mark]) -> None:
+def _write_pieces(file: Path, groups: Mapping[int, Sequence[SourcePiece]],
+                  marks: Mapping[str, FileMark]) -> None:
     """Write what the tasks of shards read, unless it stands there."""
     lines = [json.dumps([number, [dataclasses.asdict(piece) for piece in group],
-                         {name: marks[name] for name in input_names(group)}])
+                         {name: marks[name] for name in list_input_names(group)}])
              for number, group in groups.items()]
     made = seal_bytes("\n".join([*lines, json.dumps({SEAL: SEAL_PLACEHOLDER}), ""]).encode())
     # Tasks of an earlier submission may be reading it: the same bytes are not written again.
@@ -226,7 +228,8 @@ def _write_pieces(file: Path, groups: Mapping[int, Sequence[SourcePiece]], marks
         write_atomically(file, made)
 
 
-def pieces_of(output: Path, layer: Layer, shard: int) -> tuple[list[SourcePiece], dict[str, Mark]]:
+def read_shard_pieces(output: Path, layer: Layer, shard: int) -> tuple[
+        list[SourcePiece], dict[str, FileMark]]:
     """Return the pieces of one shard of a plan that is written, and the files that they are read from with
     their marks when the plan was made."""
     # A line is parsed only if it is the one: a source may have very many shards.
@@ -234,7 +237,8 @@ def pieces_of(output: Path, layer: Layer, shard: int) -> tuple[list[SourcePiece]
     for line in read_sealed_lines(output / layer.folder / PIECES):
         if line.startswith(begin):
             _, pieces, marks = json.loads(line)
-            return [SourcePiece(**{**piece, "beside": tuple(piece["beside"])}) for piece in pieces], marks
+            return [SourcePiece(**{**piece, "companion_files": tuple(piece["companion_files"])})
+                    for piece in pieces], marks
     raise KeyError(f"{layer.folder}: has no shard {shard}")
 
 
@@ -242,7 +246,7 @@ MAX_PIECES = 100_000
 """Pieces of a shard at most, however small they are: empty files, or files of no format."""
 
 
-def shards_of(pieces: Sequence[SourcePiece], shard_bytes: int) -> dict[int, list[SourcePiece]]:
+def split_into_shards(pieces: Sequence[SourcePiece], shard_bytes: int) -> dict[int, list[SourcePiece]]:
     """Return number -> pieces of each shard, in the order of the pieces.
 
     Args:
@@ -260,7 +264,7 @@ def shards_of(pieces: Sequence[SourcePiece], shard_bytes: int) -> dict[int, list
     return dict(enumerate(found))
 
 
-def link(file: Path | str, name: Path | str) -> None:
+def link_or_copy(file: Path | str, name: Path | str) -> None:
     """Give a file a second name; where the disk cannot, copy it."""
     try:
         os.link(file, name)

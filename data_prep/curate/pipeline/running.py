@@ -13,11 +13,12 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from data_prep.curate.pipeline.counts import Counts, StageProgress
-from data_prep.curate.pipeline.finish import KIND, PIPELINE, finish, is_complete, summary_of
+from data_prep.curate.pipeline.counts import DocumentCounts, StageProgress
+from data_prep.curate.pipeline.finish import KIND, PIPELINE, build_summary, finish_run, is_complete
 from data_prep.curate.pipeline.pipeline_file import Pipeline
 from data_prep.curate.pipeline.plan import OUTPUT, PipelinePlan, make_plan
-from data_prep.curate.pipeline.tasks import PipelineStage, Task, do_task, done_mark, layer_of, stages, tasks
+from data_prep.curate.pipeline.tasks import (
+    PipelineStage, Task, find_layer, get_done_mark, iter_stages, list_tasks, run_task)
 from data_prep.damaged_files import explain_deletion
 from megatron_sov.base.artifacts import MANIFEST, read_manifest, translate_disk_errors, write_atomically
 from megatron_sov.base.errors import UserError
@@ -34,7 +35,7 @@ MAX_NAMED = 8
 """Tasks that are told where a worker was lost."""
 
 
-def check_folder(output: Path) -> None:
+def check_run_folder(output: Path) -> None:
     """Raise `UserError` where a run cannot have its folder: it is something else's."""
     check_creatable(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -45,7 +46,7 @@ def check_folder(output: Path) -> None:
         read_manifest(output, KIND)
 
 
-def refuse_inside_sources(pipeline: Pipeline, output: Path) -> None:
+def check_outside_sources(pipeline: Pipeline, output: Path) -> None:
     """Raise `UserError` where a run's folder lies in a source: its files would be read as documents."""
     for source in pipeline.sources:
         for path in source.path:
@@ -54,7 +55,7 @@ def refuse_inside_sources(pipeline: Pipeline, output: Path) -> None:
                                 "read with it; choose another output folder")
 
 
-def begin(plan: PipelinePlan, output: Path) -> Path:
+def prepare_run(plan: PipelinePlan, output: Path) -> Path:
     """Write the plan where its tasks find it, clear what killed tasks have left, and take back the manifest
     of an earlier plan; returns the plan's file."""
     plans = output / "plans"
@@ -62,7 +63,7 @@ def begin(plan: PipelinePlan, output: Path) -> Path:
     file = plans / f"{plan.address}.json"
     plan.write(file)
     # Written before anything is done: readers of an unfinished run know it by this file.
-    write_atomically(output / PIPELINE, json.dumps(summary_of(plan, output), indent=1, ensure_ascii=False))
+    write_atomically(output / PIPELINE, json.dumps(build_summary(plan, output), indent=1, ensure_ascii=False))
     if not is_complete(plan, output):
         # Taken back before the first task: while the plan is at work, the folder must not pass for complete.
         (output / MANIFEST).unlink(missing_ok=True)
@@ -76,13 +77,13 @@ def begin(plan: PipelinePlan, output: Path) -> Path:
     return file
 
 
-def open_tasks(plan: PipelinePlan, stage: PipelineStage, output: Path) -> list[Task]:
+def list_open_tasks(plan: PipelinePlan, stage: PipelineStage, output: Path) -> list[Task]:
     """Return the tasks of a stage that are still to be done; passes of a step whose outcomes all stand are
     for nobody."""
     # Once all outcomes are written, what passes left is not read again, and may be deleted.
-    if stage.index >= 0 and not open_tasks(plan, PipelineStage(stage.number, stage.kind), output):
+    if stage.index >= 0 and not list_open_tasks(plan, PipelineStage(stage.number, stage.kind), output):
         return []
-    return [task for task in tasks(plan, stage) if not done_mark(plan, stage, task, output).exists()]
+    return [task for task in list_tasks(plan, stage) if not get_done_mark(plan, stage, task, output).exists()]
 
 
 def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
@@ -97,8 +98,8 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
         if is_complete(plan, output):
             print(f"{output}: complete from before")
             return
-        _do_stages(plan, begin(plan, output), output, workers, list(stages(plan)))
-        stands = finish(plan, output, workers)
+        _do_stages(plan, prepare_run(plan, output), output, workers, list(iter_stages(plan)))
+        stands = finish_run(plan, output, workers)
     print(stands)
 
 
@@ -109,8 +110,8 @@ def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
         UserError: as `run_pipeline`.
     """
     with lock_folder(output, output), translate_disk_errors(output):
-        _do_stages(plan, begin(plan, output), output, workers,
-                   [stage for stage in stages(plan) if stage.kind != OUTPUT])
+        _do_stages(plan, prepare_run(plan, output), output, workers,
+                   [stage for stage in iter_stages(plan) if stage.kind != OUTPUT])
 
 
 def _do_stages(plan: PipelinePlan, file: Path, output: Path, workers: int,
@@ -118,7 +119,7 @@ def _do_stages(plan: PipelinePlan, file: Path, output: Path, workers: int,
     """Do what is not done of some stages, in order, by processes that are the same for all of them."""
     with WorkerPool(_doer, (file, output), workers) as pool:
         for stage in wanted:
-            todo = open_tasks(plan, stage, output)
+            todo = list_open_tasks(plan, stage, output)
             began = time.monotonic()
             if todo:
                 _do_stage(pool, stage, todo)
@@ -153,7 +154,7 @@ def _doer(plan_file: Path, output: Path) -> Callable[[tuple[PipelineStage, Task]
         stage, task = item
         try:
             with translate_disk_errors(output):
-                do_task(plan_file, output, stage, task)
+                run_task(plan_file, output, stage, task)
         except UserError:
             raise
         except Exception as e:  # of another process its notes would be lost
@@ -164,13 +165,13 @@ def _doer(plan_file: Path, output: Path) -> Callable[[tuple[PipelineStage, Task]
 
 
 def _tell(plan: PipelinePlan, stage: PipelineStage, output: Path, num_done: int, wall_s: float) -> None:
-    total = len(tasks(plan, stage))
+    total = len(list_tasks(plan, stage))
     kept = total - num_done
     line = f"{stage.name}: {total} {stage.what[:-1]}{'' if total == 1 else 's'}"
     if kept:
         line += f", {kept} from before"
     if stage.index < 0:
-        counts = stage_counts(plan, stage, output)
+        counts = read_stage_counts(plan, stage, output)
         line += f", {counts.documents_in:,} documents, {counts.documents_kept:,} kept"
         if counts.broken:
             line += f", {sum(counts.broken.values()):,} broken or left out"
@@ -180,26 +181,27 @@ def _tell(plan: PipelinePlan, stage: PipelineStage, output: Path, num_done: int,
     print(line, flush=True)
 
 
-def stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) -> Counts:
-    return Counts.together(read_sealed_json(file := layer.counts(output, shard), explain_deletion(file))
-                           for source in plan.sources if (layer := layer_of(source, stage))
+def read_stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) -> DocumentCounts:
+    return DocumentCounts.together(read_sealed_json(file := layer.counts(output, shard),
+                                                    explain_deletion(file))
+                           for source in plan.sources if (layer := find_layer(source, stage))
                            for shard in source.shards)
 
 
 # What a run would do: sources, steps, and how much of each is done.
 
 
-def describe(plan: PipelinePlan, output: Path) -> str:
+def describe_plan(plan: PipelinePlan, output: Path) -> str:
     lines = [f"{plan.pipeline.name}: {_many(len(plan.sources), 'source')}, {_many(len(plan.steps), 'step')}"]
     for source in plan.sources:
         lines.append(f"  source {source.settings.name}: {_many(source.num_files, 'file')}, "
                      f"{source.raw_bytes / 1e6:,.1f} MB, {_many(len(source.shards), 'shard')}")
-        lines += [f"    {sentence}" for sentence in source.told]
+        lines += [f"    {sentence}" for sentence in source.notes]
     if is_complete(plan, output):
         lines.append(f"{output}: complete from before, nothing is done")
         return "\n".join(lines)
-    for stage in stages(plan):
-        total, left = len(tasks(plan, stage)), len(open_tasks(plan, stage, output))
+    for stage in iter_stages(plan):
+        total, left = len(list_tasks(plan, stage)), len(list_open_tasks(plan, stage, output))
         lines.append(f"  {stage.name}: {_many(total, stage.what[:-1])}, {total - left:,} done, "
                      f"{left:,} to do")
     if plan.pipeline.pack is not None:
@@ -215,14 +217,15 @@ def _many(count: int, what: str) -> str:
 # once.  A job that fails takes those after it away; the same command, run again, submits what is not done.
 
 
-def do_share(plan_file: Path, output: Path, stage: PipelineStage, todo: Sequence[Task], task: int) -> None:
+def run_array_task(plan_file: Path, output: Path, stage: PipelineStage, todo: Sequence[Task],
+                   task: int) -> None:
     check_restarts(f"step {stage.kind}", "take smaller shard_bytes")
-    do_task(plan_file, output, stage, todo[task])
+    run_task(plan_file, output, stage, todo[task])
 
 
-def finish_run(plan_file: Path, output: Path, task: int) -> None:
+def run_finish_task(plan_file: Path, output: Path, task: int) -> None:
     check_restarts("finish", "leave `pack` out and pack by `sov-data pack` in parts")
-    finish(PipelinePlan.read(plan_file), output, len(os.sched_getaffinity(0)))
+    finish_run(PipelinePlan.read(plan_file), output, len(os.sched_getaffinity(0)))
 
 
 def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> None:
@@ -257,22 +260,23 @@ def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> 
             return
         for sentence in plan.list_passed_over():
             print(sentence)
-        print_failures(output, [*(stage.name for stage in stages(plan)), FINISH])
+        print_failures(output, [*(stage.name for stage in iter_stages(plan)), FINISH])
         _submit_run(plan, output, profile)
 
 
 def _submit_run(plan: PipelinePlan, output: Path, profile: ClusterProfile) -> None:
-    file = begin(plan, output)
+    file = prepare_run(plan, output)
     with Arrays(output, plan.address, profile) as arrays:
-        for stage in stages(plan):
-            if todo := open_tasks(plan, stage, output):
-                arrays.submit(stage.name, partial(do_share, file, output, stage, todo), len(todo))
-        arrays.submit(FINISH, partial(finish_run, file, output), cpus=min(profile.cpus_per_node, FINISH_CPUS))
+        for stage in iter_stages(plan):
+            if todo := list_open_tasks(plan, stage, output):
+                arrays.submit(stage.name, partial(run_array_task, file, output, stage, todo), len(todo))
+        arrays.submit(FINISH, partial(run_finish_task, file, output),
+                      cpus=min(profile.cpus_per_node, FINISH_CPUS))
     print("\n".join([*_progress(plan, output), f"{output}: submitted {len(arrays.jobs.numbers)} jobs: "
                      f"{arrays.describe()}; the same command tells how far they are"]))
 
 
 def _progress(plan: PipelinePlan, output: Path) -> Iterator[str]:
-    for stage in stages(plan):
-        total, left = len(tasks(plan, stage)), len(open_tasks(plan, stage, output))
+    for stage in iter_stages(plan):
+        total, left = len(list_tasks(plan, stage)), len(list_open_tasks(plan, stage, output))
         yield f"  {stage.name}: {total - left:,} of {total:,} {stage.what} done"

@@ -40,7 +40,7 @@ class Doc:
     """What its source and the steps before say of it: where, url, title, licence, date, kind, language."""
 
     @property
-    def lot(self) -> str:
+    def sampling_key(self) -> str:
         """Return what a choice by chance goes by: unlike the id it does not change with how a source is cut
         into shards."""
         return f"{self.source}:{self.id.rpartition(':')[2]}"
@@ -77,13 +77,13 @@ class View(Protocol):
         """All shards that the step works on, in order: by the sources of the file, then by number."""
 
     @property
-    def work(self) -> Path:
+    def work_folder(self) -> Path:
         """Folder that the passes of this step share; what they leave there is published by a rename."""
 
-    def documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
+    def iter_documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
         """Yield the documents of a shard that are still kept, in order, in batches."""
 
-    def priority(self, source: str) -> int:
+    def get_priority(self, source: str) -> int:
         """Return a source's priority: of two that hold the same text the higher one keeps it."""
 
 
@@ -107,9 +107,9 @@ class Step(ABC):
     version: ClassVar[int] = 1
     """Raised when the same documents and settings would have another outcome, or when its passes leave other
     files for each other."""
-    adds: ClassVar[Mapping[str, ColumnType]] = {}
+    added_columns: ClassVar[Mapping[str, ColumnType]] = {}
     """Column -> type, of those that it adds to every document that it keeps."""
-    needs: ClassVar[Sequence[str]] = ()
+    needed_columns: ClassVar[Sequence[str]] = ()
     """Columns that a step before it, or its sources, have to give."""
     shorthand: ClassVar[str] = ""
     """The setting that is meant where a pipeline file gives the step a single value; "": none."""
@@ -120,21 +120,21 @@ class Step(ABC):
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
-    def files(self) -> Sequence[Path]:
+    def list_files(self) -> Sequence[Path]:
         """Return files and folders beside the documents that outcomes depend on; their contents are part of
         the step's address."""
         return ()
 
-    def passes(self) -> Sequence[Pass]:
+    def list_passes(self) -> Sequence[Pass]:
         """Return what has to be done with all documents first, in order; none: the step looks at each
         document alone, and is done again for those sources only that change."""
         return ()
 
-    def start(self, view: View) -> None:  # noqa: B027  (nothing is the rule)
+    def load_inputs(self, view: View) -> None:  # noqa: B027  (nothing is the rule)
         """Load what `outcomes` needs; called once in each process, behind all passes."""
 
     @abstractmethod
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Return one outcome for each document, in order; the same ones however documents are cut into
         batches."""
 
@@ -146,11 +146,11 @@ SOURCE_COLUMNS: dict[str, ColumnType] = {
 }
 """Column -> type of what is known of a document before the first step; `extra` is JSON of whatever else its
 format tells."""
-OF_A_RECORD = ("licence", "url", "title", "date", "language_hint", "own_id")
+RECORD_COLUMNS = ("licence", "url", "title", "date", "language_hint", "own_id")
 """Those that a document says of itself."""
 
 
-def schema(columns: dict[str, ColumnType], *first: tuple[str, pa.DataType]) -> pa.Schema:
+def build_schema(columns: dict[str, ColumnType], *first: tuple[str, pa.DataType]) -> pa.Schema:
     """Return the schema of columns behind some that come first."""
     import pyarrow as pa
 
@@ -177,7 +177,7 @@ STEPS: dict[str, str] = {
 """Name in pipeline files -> module:class."""
 
 
-def step_class(kind: str) -> type[Step]:
+def load_step_class(kind: str) -> type[Step]:
     """Return the class of a step of `STEPS`.
 
     Raises:

@@ -23,16 +23,16 @@ import psutil
 import pyarrow as pa
 
 from data_prep.curate.line_ends import unify_line_ends
-from data_prep.curate.pipeline.addresses import refuse_changed
-from data_prep.curate.pipeline.counts import Counts, noted_seal
+from data_prep.curate.pipeline.addresses import check_unchanged
+from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
 from data_prep.curate.pipeline.facts import write_shard_facts
-from data_prep.curate.pipeline.pipeline_file import Pipeline, name_of
+from data_prep.curate.pipeline.pipeline_file import Pipeline, format_output_name
 from data_prep.curate.pipeline.plan import (
-    OUTPUT, PARSE, Layer, PipelinePlan, SourcePlan, StepPlan, file_hashes, pieces_of)
+    OUTPUT, PARSE, Layer, PipelinePlan, SourcePlan, StepPlan, hash_step_files, read_shard_pieces)
 from data_prep.curate.pipeline.step import (
-    KEPT, OF_A_RECORD, SOURCE_COLUMNS, ColumnType, Doc, ShardRef, Step, StepOutcome, schema)
-from data_prep.curate.sources.formats import reader
-from data_prep.curate.sources.source import Broken, Raw, SourceSettings
+    KEPT, RECORD_COLUMNS, SOURCE_COLUMNS, ColumnType, Doc, ShardRef, Step, StepOutcome, build_schema)
+from data_prep.curate.sources.formats import create_reader
+from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourceSettings
 from data_prep.damaged_files import explain_deletion, get_place_in_run
 from megatron_sov.base.artifacts import create_file, create_folder, translate_disk_errors
 from megatron_sov.base.errors import UserError, escape_controls
@@ -43,7 +43,8 @@ GROUP_BYTES, GROUP_ROWS = 8 << 20, 1000
 """A group of rows is closed when its text, or its rows, have become so many."""
 BASE_FIRST = (("id", pa.string()), ("text", pa.string()))
 LAYER_FIRST = (("reason", pa.string()), ("text", pa.string()))
-BASE_SCHEMA = schema({name: kind for name, kind in SOURCE_COLUMNS.items() if name != "source"}, *BASE_FIRST)
+BASE_SCHEMA = build_schema({name: kind for name, kind in SOURCE_COLUMNS.items() if name != "source"},
+                           *BASE_FIRST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ class LayerRow:
     columns: dict[str, Any]
 
 
-def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Iterator[list[LayerRow | None]]:
+def iter_row_batches(source: str, files: Sequence[Path],
+                     seals: Sequence[str] = ()) -> Iterator[list[LayerRow | None]]:
     """Yield the groups of rows of a shard: documents as they are behind the last layer, None where one is
     dropped.
 
@@ -99,16 +101,16 @@ def _rows(source: str, tables: list[pa.Table]) -> list[LayerRow | None]:
 class LayerFile(TableFile):
     """A step's layer over a shard."""
 
-    def __init__(self, path: Path, adds: dict[str, ColumnType]) -> None:
-        super().__init__(path, schema(adds, *LAYER_FIRST))
-        self.adds = adds
+    def __init__(self, path: Path, added_columns: dict[str, ColumnType]) -> None:
+        super().__init__(path, build_schema(added_columns, *LAYER_FIRST))
+        self.added_columns = added_columns
 
     def write_outcomes(self, outcomes: Sequence[StepOutcome | None]) -> None:
         """Write what became of a group's rows; None for those that were dropped before."""
         made: dict[str, list[Any]] = {
             "reason": [None if o is None else o.reason for o in outcomes],
             "text": [None if o is None else o.text for o in outcomes]}
-        for name in self.adds:
+        for name in self.added_columns:
             made[name] = [None if o is None else o.values.get(name) for o in outcomes]
         self.write(made)
 
@@ -126,24 +128,24 @@ Task = tuple[str, int]
 
 @contextmanager
 def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Path,
-                shard: int) -> Iterator[Counts]:
+                shard: int) -> Iterator[DocumentCounts]:
     """Write a shard's documents; they get their name when the caller is through with the counts.
 
     Raises:
         UserError: something is broken, and the pipeline says `on_bad: refuse`.
     """
-    counts, group = Counts(), _Group(source.settings, shard)
+    counts, group = DocumentCounts(), _Group(source.settings, shard)
     listed = layer.broken(output, shard)
     listed.parent.mkdir(parents=True, exist_ok=True)
-    source_reader = reader(source.settings)
+    source_reader = create_reader(source.settings)
     # the rows get their name last: it says that the shard is done
     # Names are given in turn as the blocks are left: the list of what is broken, then the rows.
     with (TableFile(layer.file(output, shard), BASE_SCHEMA) as file, create_file(listed) as temporary,
           open(temporary, "w", encoding="utf-8") as quarantine):
-        pieces, marks = pieces_of(output, layer, shard)
+        pieces, marks = read_shard_pieces(output, layer, shard)
         for piece in pieces:
             for item in source_reader.read(piece):
-                if isinstance(item, Broken):
+                if isinstance(item, BrokenRecord):
                     _note_broken(item, pipeline, quarantine, counts, shard)
                     continue
                 # Here, before any step, for every format: all steps see the same form of lines.
@@ -155,7 +157,7 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
         file.write(group.take())
         # After reading: a file that changed meanwhile would stand under the hash of its old content.
         for name, mark in marks.items():
-            refuse_changed(source.settings.file(name), mark)
+            check_unchanged(source.settings.file(name), mark)
         if (num_more := sum(counts.broken.values()) - MAX_LISTED) > 0:
             quarantine.write(json.dumps({
                 "shard": shard, "file": "", "place": f"shard {shard}", "code": "more", "content": "",
@@ -168,7 +170,8 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
         yield counts
 
 
-def _note_broken(item: Broken, pipeline: Pipeline, quarantine: IO[str], counts: Counts, shard: int) -> None:
+def _note_broken(item: BrokenRecord, pipeline: Pipeline, quarantine: IO[str], counts: DocumentCounts,
+                 shard: int) -> None:
     """Count what is broken, and list it unless much is: a source of a wrong format would fill the disk."""
     if pipeline.on_bad == "refuse" and not item.is_left_out:
         raise UserError(f"{item.place}: {item.reason}; mend it, or list such records and go on: "
@@ -194,7 +197,7 @@ class _Group:
     def is_full(self) -> bool:
         return self._size_bytes >= GROUP_BYTES or len(self._columns["id"]) >= GROUP_ROWS
 
-    def add(self, raw: Raw) -> str:
+    def add(self, raw: RawDocument) -> str:
         """Take a document; returns its id."""
         # By its place in the source, and not by its number: documents that come or go leave the ids of
         # others.
@@ -202,8 +205,8 @@ class _Group:
         identifier = f"{self.source.name}:{self.shard}:{place}"
         given = {name: None if raw.columns.get(name) in (None, "")
                  else escape_controls(_utf8(str(raw.columns[name])))
-                 for name in OF_A_RECORD}
-        rest = {name: value for name, value in raw.columns.items() if name not in OF_A_RECORD}
+                 for name in RECORD_COLUMNS}
+        rest = {name: value for name, value in raw.columns.items() if name not in RECORD_COLUMNS}
         row = {"id": identifier, "text": raw.text, "where": raw.place, "kind": self.source.kind,
                "synthetic": self.source.synthetic, **given,
                "licence": given["licence"] or self.source.licence or None,
@@ -230,19 +233,20 @@ def _utf8(text: str) -> str:
 
 @contextmanager
 def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, output: Path,
-                       shard: int) -> Iterator[Counts]:
+                       shard: int) -> Iterator[DocumentCounts]:
     """Write a folder with a file for each name; it gets its own name when the caller is through with the
     counts.
 
     Raises:
         UserError: documents would go to more than `MAX_NAMES` names.
     """
-    counts = Counts()
+    counts = DocumentCounts()
     files = [other.file(output, shard) for other in source.layers[:-1]]
     with create_folder(layer.rows(output, shard)) as temporary:
         with ExitStack() as stack:
             sorted_rows = _Sorter(plan, temporary, stack)
-            for rows in groups(source.settings.name, files, [noted_seal(file) for file in files]):
+            for rows in iter_row_batches(source.settings.name, files,
+                                         [read_recorded_seal(file) for file in files]):
                 for row in filter(None, rows):
                     sorted_rows.add(source.settings.name, row)
                     counts.count(row.id, "", row.text, None)
@@ -257,13 +261,13 @@ def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, out
 class _Sorter:
     def __init__(self, plan: PipelinePlan, folder: Path, stack: ExitStack) -> None:
         self.pattern, self.folder, self.stack = plan.pipeline.output.name, folder, stack
-        self.schema = schema(plan.columns(), *BASE_FIRST)
+        self.schema = build_schema(plan.columns(), *BASE_FIRST)
         self.files: dict[str, TableFile] = {}
         self.waiting: dict[str, list[LayerRow]] = {}
         self.waiting_bytes = 0
 
     def add(self, source: str, row: LayerRow) -> None:
-        name = name_of(self.pattern, source, row.columns)
+        name = format_output_name(self.pattern, source, row.columns)
         if name not in self.files:
             if len(self.files) >= MAX_NAMES:
                 raise UserError(f"output.name = {self.pattern!r} sorts documents into more than {MAX_NAMES} "
@@ -301,17 +305,17 @@ class LayerView:
                 for name in self.step.sources for number in self.plan.source(name).shards]
 
     @property
-    def work(self) -> Path:
+    def work_folder(self) -> Path:
         shared = next((layer.shared for name in self.step.sources for layer in self.plan.source(name).layers
                        if layer.number == self.step.entry.number), "")
         return self.output / shared
 
-    def documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
+    def iter_documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
         for group in self.groups(shard):
             if batch := [found for _, found in self.looked_at(shard, group)]:
                 yield batch
 
-    def priority(self, source: str) -> int:
+    def get_priority(self, source: str) -> int:
         return self.plan.source(source).settings.priority
 
     def groups(self, shard: ShardRef) -> Iterator[tuple[int, list[LayerRow | None]]]:
@@ -319,7 +323,7 @@ class LayerView:
         files = [layer.file(self.output, shard.number) for layer in self.plan.source(shard.source).layers
                  if layer.number < self.step.entry.number]
         first = 0
-        for rows in groups(shard.source, files, [noted_seal(file) for file in files]):
+        for rows in iter_row_batches(shard.source, files, [read_recorded_seal(file) for file in files]):
             yield first, rows
             first += len(rows)
 
@@ -353,7 +357,7 @@ class PipelineStage:
         return "tasks" if self.index >= 0 else "shards"
 
 
-def stages(plan: PipelinePlan) -> Iterator[PipelineStage]:
+def iter_stages(plan: PipelinePlan) -> Iterator[PipelineStage]:
     yield PipelineStage(0, PARSE)
     for step in plan.steps:
         if step.sources:
@@ -363,14 +367,14 @@ def stages(plan: PipelinePlan) -> Iterator[PipelineStage]:
     yield PipelineStage(len(plan.pipeline.steps) + 1, OUTPUT)
 
 
-def tasks(plan: PipelinePlan, stage: PipelineStage) -> list[Task]:
+def list_tasks(plan: PipelinePlan, stage: PipelineStage) -> list[Task]:
     if stage.index >= 0:
         return [("", task) for task in range(_step(plan, stage).passes[stage.index].num_tasks)]
-    return [(source.settings.name, shard) for source in plan.sources if layer_of(source, stage)
+    return [(source.settings.name, shard) for source in plan.sources if find_layer(source, stage)
             for shard in source.shards]
 
 
-def layer_of(source: SourcePlan, stage: PipelineStage) -> Layer | None:
+def find_layer(source: SourcePlan, stage: PipelineStage) -> Layer | None:
     return next((layer for layer in source.layers if layer.number == stage.number), None)
 
 
@@ -378,28 +382,28 @@ def _step(plan: PipelinePlan, stage: PipelineStage) -> StepPlan:
     return plan.steps[stage.number - 1]
 
 
-def done_mark(plan: PipelinePlan, stage: PipelineStage, task: Task, output: Path) -> Path:
+def get_done_mark(plan: PipelinePlan, stage: PipelineStage, task: Task, output: Path) -> Path:
     if stage.index >= 0:
         # with the pass's results, so that nobody can delete these and leave the mark
-        folder = pass_marks(LayerView(plan, _step(plan, stage), output).work)
+        folder = get_pass_marks_folder(LayerView(plan, _step(plan, stage), output).work_folder)
         return folder / f"{stage.index}-{stage.pass_name}" / f"{task[1]:05d}"
-    layer = layer_of(plan.source(task[0]), stage)
+    layer = find_layer(plan.source(task[0]), stage)
     assert layer is not None, (stage, task)
     return layer.rows(output, task[1])
 
 
-def pass_marks(shared: Path) -> Path:
+def get_pass_marks_folder(shared: Path) -> Path:
     return shared / ".done"
 
 
-def do_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> None:
+def run_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> None:
     """Do one task, unless it is done.
 
     Raises:
         UserError: the user's data, settings or disk are in the way; the sentence says at which task.
     """
     plan = _plan(plan_file)
-    mark = done_mark(plan, stage, task, output)
+    mark = get_done_mark(plan, stage, task, output)
     # Two workers of a cluster may have been given the same task: the second finds it done.
     if mark.exists():
         return
@@ -429,20 +433,20 @@ def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage,
         mark: Path) -> None:
     if stage.index >= 0:
         view = LayerView(plan, _step(plan, stage), output)
-        view.work.mkdir(parents=True, exist_ok=True)
-        wall, cpu = time.perf_counter(), cpu_seconds()
-        _built(plan_file, stage.number, output, started=False).passes()[stage.index].run(view, task[1])
+        view.work_folder.mkdir(parents=True, exist_ok=True)
+        wall, cpu = time.perf_counter(), measure_cpu_seconds()
+        _built(plan_file, stage.number, output, started=False).list_passes()[stage.index].run(view, task[1])
         # The mark comes last: a pass that is killed before it is run again, and leaves the same files.
         mark.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed_json(mark, {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall},
+        write_sealed_json(mark, {"cpu_s": measure_cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall},
                           get_place_in_run(mark))
         return
     source = plan.source(task[0])
-    layer = layer_of(source, stage)
+    layer = find_layer(source, stage)
     assert layer is not None
     # Raw files are parsed in processes below this one, whose time counts too.
     starts_others = stage.kind == PARSE
-    wall, cpu = time.perf_counter(), cpu_seconds(starts_others)
+    wall, cpu = time.perf_counter(), measure_cpu_seconds(starts_others)
     if stage.kind == PARSE:
         work = parse_shard(plan.pipeline, source, layer, output, task[1])
     elif stage.kind == OUTPUT:
@@ -451,11 +455,11 @@ def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage,
         work = _judge_shard(plan, plan_file, output, stage, ShardRef(*task), mark)
     # Counts are written before the rows get their name, which says that the shard is done.
     with work as counts:
-        counts.wall_s, counts.cpu_s = time.perf_counter() - wall, cpu_seconds(starts_others) - cpu
+        counts.wall_s, counts.cpu_s = time.perf_counter() - wall, measure_cpu_seconds(starts_others) - cpu
         write_sealed_json(layer.counts(output, task[1]), counts.to_dict())
 
 
-def cpu_seconds(with_others: bool = False) -> float:
+def measure_cpu_seconds(with_others: bool = False) -> float:
     """Return what this process has used of the cores so far.
 
     Args:
@@ -473,12 +477,12 @@ def cpu_seconds(with_others: bool = False) -> float:
 
 @contextmanager
 def _judge_shard(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage, shard: ShardRef,
-                 file: Path) -> Iterator[Counts]:
+                 file: Path) -> Iterator[DocumentCounts]:
     """Write a step's layer over a shard; it gets its name when the caller is through with the counts."""
     entry = _step(plan, stage)
-    view, counts = LayerView(plan, entry, output), Counts()
+    view, counts = LayerView(plan, entry, output), DocumentCounts()
     step = _built(plan_file, stage.number, output, started=True)
-    with LayerFile(file, entry.adds) as layer:
+    with LayerFile(file, entry.added_columns) as layer:
         for first, rows in view.groups(shard):
             looked_at = view.looked_at(shard, (first, rows))
             # Rows that the step does not look at are kept as they are.
@@ -497,11 +501,11 @@ def _judge_shard(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pipel
 
 
 def _judged(step: Step, entry: StepPlan, documents: list[Doc]) -> list[StepOutcome]:
-    made = list(step.outcomes(documents)) if documents else []
+    made = list(step.compute_outcomes(documents)) if documents else []
     if len(made) != len(documents):
         raise RuntimeError(f"step {step.kind} gave {len(made)} outcomes for {len(documents)} documents")
     for i, (document, outcome) in enumerate(zip(documents, made, strict=True)):
-        if unknown := set(outcome.values) - set(entry.adds):
+        if unknown := set(outcome.values) - set(entry.added_columns):
             raise RuntimeError(f"step {step.kind} gives columns that it does not add: {sorted(unknown)}")
         # A dropped document has no text, and one that is set to what it was is unchanged: layers stay small.
         if outcome.text is not None and (outcome.reason or outcome.text == document.text):
@@ -527,11 +531,11 @@ def _built(plan_file: Path, number: int, output: Path, *, started: bool) -> Step
     plan = _plan(plan_file)
     found = plan.steps[number - 1].entry.build(plan.pipeline.folder)
     if started:
-        found.start(LayerView(plan, plan.steps[number - 1], output))
+        found.load_inputs(LayerView(plan, plan.steps[number - 1], output))
     # Compared after loading: what the step has read is then what was hashed, or the task ends.
     planned = next(layer.reasons["files"] for source in plan.sources for layer in source.layers
                    if layer.number == number)
-    if file_hashes(found) != planned:
+    if hash_step_files(found) != planned:
         raise UserError(f"{plan_file}: a file that step {number} reads has changed since the plan was made; "
                         "run the command again")
     return found

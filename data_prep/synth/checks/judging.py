@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from data_prep.curate.pipeline.counts import noted_seal
-from data_prep.curate.pipeline.finish import summary_of
+from data_prep.curate.pipeline.counts import read_recorded_seal
+from data_prep.curate.pipeline.finish import build_summary
 from data_prep.curate.pipeline.plan import PipelinePlan, SourcePlan, make_plan
 from data_prep.curate.pipeline.running import judge_documents
 from data_prep.damaged_files import explain_deletion
@@ -101,7 +101,7 @@ def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, worker
     plan = make_plan(pipeline, folder)
     judge_documents(plan, folder, workers)
     dropped, changed = _collect(plan, folder)
-    return JudgedSample(dropped, changed, tuple(_figures(summary_of(plan, folder))))
+    return JudgedSample(dropped, changed, tuple(_figures(build_summary(plan, folder))))
 
 
 def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, Path]:
@@ -184,7 +184,7 @@ def _rows(source: SourcePlan, folder: Path) -> Iterator[tuple[str, int, str, str
 def _read(file: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         return open_sealed_parquet(file, explain_deletion(file), is_required=True,
-                                   seal=noted_seal(file)).read(columns)
+                                   seal=read_recorded_seal(file)).read(columns)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]}); "
                         f"{explain_deletion(file)}") from None
