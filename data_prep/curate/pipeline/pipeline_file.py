@@ -68,14 +68,14 @@ class StepEntry:
     """Its settings as they stand in the file."""
     only: StepFilter = field(default_factory=StepFilter)
 
-    def build(self, folder: Path) -> Step:
+    def build_step(self, folder: Path) -> Step:
         """Return the step, its relative paths starting at the pipeline file's folder."""
         cls = load_step_class(self.kind)
         settings, problems = try_parse_settings(cls.Settings, self.written)
         assert not problems, problems
         return cls(resolve_paths(settings, folder))
 
-    def settings(self) -> Any:
+    def to_settings(self) -> Any:
         """Return all settings as plain values, defaults filled in, paths as they are written."""
         return to_plain_values(try_parse_settings(load_step_class(self.kind).Settings, self.written)[0])
 

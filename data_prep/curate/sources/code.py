@@ -166,7 +166,7 @@ class CodeReader(FileReader):
         return [piece for name in names for piece in self.split_file(name)] + left_out
 
     def split_file(self, name: str) -> Iterator[SourcePiece]:
-        size_bytes = self.source.file(name).stat().st_size
+        size_bytes = self.source.get_file(name).stat().st_size
         yield SourcePiece(self.format, name, 0, size_bytes, size_bytes, self._beside(os.path.dirname(name)))
 
     def _beside(self, folder: str) -> tuple[str, ...]:

@@ -100,7 +100,7 @@ class AutoReader(FileReader):
         # Beside files of records, a README or a licence describes them and is no document.
         is_dataset = any(map(is_records, names))
         for name in names:
-            is_named = os.fspath(self.source.file(name)) in named
+            is_named = os.fspath(self.source.get_file(name)) in named
             if is_dataset and is_description(name) and not is_named:
                 found.append(SourcePiece(NO_FORMAT, name, 0, 0, 0))
             # The first format that takes a name has it: code comes last, since many endings are also those of
@@ -116,10 +116,10 @@ class AutoReader(FileReader):
             raise_no_files(self.source)
         return found + left_out
 
-    def read(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
+    def read_piece(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
         """Yield what a piece holds, in order; of a file of no format, that it is passed over."""
-        if piece.format == NO_FORMAT and not self.source.file(piece.file).is_file():
-            yield from super().read(piece)
+        if piece.format == NO_FORMAT and not self.source.get_file(piece.file).is_file():
+            yield from super().read_piece(piece)
             return
         if piece.format == NO_FORMAT:
             if is_description(piece.file):
@@ -133,7 +133,7 @@ class AutoReader(FileReader):
                          "source that says its format, or convert it to text, JSON lines or Parquet first",
                          is_left_out=True)
             return
-        yield from next(r for r in self._readers() if r.format == piece.format).read(piece)
+        yield from next(r for r in self._readers() if r.format == piece.format).read_piece(piece)
 
     def _readers(self) -> list[FileReader]:
         return [load_reader_class(name)(self.source) for name in AUTO_FORMATS]

@@ -109,7 +109,7 @@ class _SpansReader(FileReader):
 
     def split_file(self, name: str) -> Iterator[SourcePiece]:
         """Yield the parts of a file: of about 8 MiB, a compressed one as a whole."""
-        for span in iter_spans(self.source.file(name), read_as=self.read_as):
+        for span in iter_spans(self.source.get_file(name), read_as=self.read_as):
             yield SourcePiece(self.format, name, span.start, span.stop, span.size_bytes)
 
 

@@ -27,7 +27,7 @@ class ParquetReader(FileReader):
     def split_file(self, name: str) -> Iterator[SourcePiece]:
         """Yield parts of about 64 MiB; each holds the row groups that begin in it, so that nobody has to look
         into a file to know its parts."""
-        size_bytes = self.source.file(name).stat().st_size
+        size_bytes = self.source.get_file(name).stat().st_size
         for start in range(0, max(size_bytes, 1), _PART_BYTES):
             stop = min(start + _PART_BYTES, size_bytes)
             yield SourcePiece(self.format, name, start, stop, stop - start)

@@ -299,13 +299,13 @@ class FileReader:
         return [piece for name in names for piece in self.split_file(name)] + left_out
 
     def split_file(self, name: str) -> Iterator[SourcePiece]:
-        size_bytes = self.source.file(name).stat().st_size
+        size_bytes = self.source.get_file(name).stat().st_size
         yield SourcePiece(self.format, name, 0, size_bytes, size_bytes)
 
-    def read(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
+    def read_piece(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
         """Yield what a piece holds, in order, read by a process with limits; of what is left out, why."""
         if piece.format == NO_FORMAT:
-            name, reason = format_file_name(piece.file), explain_unreadable(self.source.file(piece.file))
+            name, reason = format_file_name(piece.file), explain_unreadable(self.source.get_file(piece.file))
             yield BrokenRecord(name, name, "left_out", reason, is_left_out=True)
             return
         job = ReadingJob(piece, self.source.root, self.source.text_field, self.options)

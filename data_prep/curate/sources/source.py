@@ -67,7 +67,7 @@ class SourceSettings:
         # Of a file its folder: names below a root are never empty.
         return Path(os.path.commonpath([p if p.is_dir() else p.parent for p in paths]))
 
-    def file(self, name: str) -> Path:
+    def get_file(self, name: str) -> Path:
         return self.root / name
 
 
@@ -137,5 +137,5 @@ class Reader(Protocol):
             UserError: there is nothing to read.
         """
 
-    def read(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
+    def read_piece(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
         """Yield what a piece holds, in order; what is broken does not end it, and raises nothing."""

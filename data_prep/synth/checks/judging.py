@@ -170,9 +170,9 @@ def _rows(source: SourcePlan, folder: Path) -> Iterator[tuple[str, int, str, str
     # the first layer holds the documents as they were read, with the ids of ours
     base, *layers = [layer for layer in source.layers if layer.folder and layer.kind != "output"]
     for shard in source.shards:
-        ids = _read(base.file(folder, shard), ["own_id"]).column("own_id").to_pylist()
+        ids = _read(base.get_table_file(folder, shard), ["own_id"]).column("own_id").to_pylist()
         for layer in layers:
-            table = _read(layer.file(folder, shard))
+            table = _read(layer.get_table_file(folder, shard))
             beside = next((name for name in ("duplicate_of", "contamination") if name in table.column_names),
                           "text")
             for own_id, reason, text, detail in zip(ids, *(
@@ -196,7 +196,7 @@ def _own_ids(plan: PipelinePlan, folder: Path, wanted: Iterable[str]) -> dict[st
     found: dict[str, str] = {}
     for source in plan.sources if asked else ():
         for shard in source.shards:
-            table = _read(source.layers[0].file(folder, shard), ["id", "own_id"])
+            table = _read(source.layers[0].get_table_file(folder, shard), ["id", "own_id"])
             found |= {one: own for one, own in zip(table.column("id").to_pylist(),
                                                    table.column("own_id").to_pylist(), strict=True)
                       if one in asked}

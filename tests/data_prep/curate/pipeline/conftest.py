@@ -137,13 +137,13 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """Return the list that tasks enter themselves into as they are done in this process: stage, source,
     number."""
     found: list[tuple[str, str, int]] = []
-    really = tasks._do
+    really = tasks._run_open_task
 
     def noting(plan: Any, file: Path, output: Path, stage: Any, task: Any, mark: Path) -> None:
         really(plan, file, output, stage, task, mark)
         found.append((stage.name, *task))
 
-    monkeypatch.setattr(tasks, "_do", noting)
+    monkeypatch.setattr(tasks, "_run_open_task", noting)
     return found
 
 

@@ -57,13 +57,14 @@ def test_of_very_many_values_the_largest_are_named(monkeypatch: pytest.MonkeyPat
 def counted(identifiers: list[int]) -> DocumentCounts:
     counts = DocumentCounts()
     for i in identifiers:
-        counts.count(f"d{i}", "three" if i % 3 == 0 else "", "é" * i, "x" if i % 3 == 1 else None)
+        counts.add_document(f"d{i}", "three" if i % 3 == 0 else "", "é" * i, "x" if i % 3 == 1 else None)
     return counts
 
 
 def test_counts_of_parts_are_the_counts_of_the_whole() -> None:
     whole = counted(list(range(1, 100)))
-    parts = DocumentCounts.together(counted(list(range(start, 100, 4))).to_dict() for start in (3, 1, 4, 2))
+    parts = DocumentCounts.merge_dicts(counted(list(range(start, 100, 4))).to_dict()
+                                       for start in (3, 1, 4, 2))
     assert parts.to_dict() == whole.to_dict()
     assert (whole.documents_in, whole.documents_kept, whole.documents_changed) == (99, 66, 33)
     assert whole.bytes_in == sum(2 * i for i in range(1, 100))

@@ -104,11 +104,11 @@ def test_a_file_becomes_settings(raw: Path) -> None:
                                              "{lists: [words.txt]}\n    only: {kinds: [en]}"))
     found = load_pipeline(file)
     assert [step.kind for step in found.steps] == ["shorten"] * 5
-    assert found.steps[2].settings() == {"longest": 50, "not_below": 10, "lists": []}, "a single value"
+    assert found.steps[2].to_settings() == {"longest": 50, "not_below": 10, "lists": []}, "a single value"
     step = found.steps[3]
     assert step.only == StepFilter(kinds=("en",))
-    assert step.settings()["lists"] == ["words.txt"], "as it is written"
-    assert step.build(found.folder).list_files() == (raw / "words.txt",), "where it lies"
+    assert step.to_settings()["lists"] == ["words.txt"], "as it is written"
+    assert step.build_step(found.folder).list_files() == (raw / "words.txt",), "where it lies"
     assert found.sources[0].path == ("web",) and found.sources[0].folder == raw
 
 

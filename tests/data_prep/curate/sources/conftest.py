@@ -20,7 +20,7 @@ def one_reading_process(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp()
     (folder / "begun.txt").write_text("begun")
     begun = create_reader(SourceSettings("begun", ("begun.txt",), folder))
-    assert [one for piece in begun.list_pieces() for one in begun.read(piece)] == [
+    assert [one for piece in begun.list_pieces() for one in begun.read_piece(piece)] == [
         RawDocument("begun", "begun.txt")]
 
 
@@ -36,6 +36,6 @@ def read(tmp_path: Path) -> Read:
             file.write_bytes(content.encode() if isinstance(content, str) else content)
         found = create_reader(SourceSettings("test", (path,), tmp_path, format_, text_field=text_field,
                                       options=options))
-        return [one for piece in found.list_pieces() for one in found.read(piece)]
+        return [one for piece in found.list_pieces() for one in found.read_piece(piece)]
 
     return read_all

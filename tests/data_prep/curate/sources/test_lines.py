@@ -84,7 +84,7 @@ def test_parts_of_a_large_file_are_the_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("megatron_sov.base.documents.files.iter_spans.__defaults__", (20_000,))
     found = create_reader(SourceSettings("s", ("a.jsonl",), tmp_path))
     pieces = found.list_pieces()
-    documents = [one for piece in pieces for one in found.read(piece)]
+    documents = [one for piece in pieces for one in found.read_piece(piece)]
     assert len(pieces) > 5
     assert [one.text for one in documents] == [f"document {n}" for n in range(5000)]
     assert len({one.place for one in documents}) == 5000

@@ -76,7 +76,7 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def read(words: str, **options: object) -> list[RawDocument | BrokenRecord]:
         (tmp_path / "a.txt").write_text(words)
         found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text", options=options))
-        return [one for piece in found.list_pieces() for one in found.read(piece)]
+        return [one for piece in found.list_pieces() for one in found.read_piece(piece)]
 
     return read
 
@@ -117,7 +117,7 @@ def test_a_process_that_finds_other_modules_than_this_one_is_replaced(
 def test_the_process_ends_when_nobody_wants_the_rest(read_words, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three")
     found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
-    documents = iter(found.read(found.list_pieces()[0]))
+    documents = iter(found.read_piece(found.list_pieces()[0]))
     next(documents)
     process = next(iter(reader._kept.values()))
     documents.close()
@@ -140,8 +140,8 @@ def test_what_is_no_answer_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(readers, "END_LIMIT_S", 0.05)
     (tmp_path / "a.txt").write_text("x")
     found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
-    list(found.read(found.list_pieces()[0]))
+    list(found.read_piece(found.list_pieces()[0]))
     monkeypatch.setattr(next(iter(reader._kept.values())), "channel", Liar(data).ours)
-    told = list(found.read(found.list_pieces()[0]))
+    told = list(found.read_piece(found.list_pieces()[0]))
     assert [one.code for one in told if isinstance(one, BrokenRecord)] in (["parser"], ["crash"])
 

@@ -52,7 +52,7 @@ def test_pieces_are_plain_values_in_a_fixed_order(tmp_path: Path) -> None:
     pieces = create_reader(SourceSettings("s", (".",), tmp_path)).list_pieces()
     assert [piece.file for piece in pieces] == ["a/b/c.txt", "a/z.txt", "a.txt", "b.txt"]
     again = json.loads(json.dumps([dataclasses.asdict(piece) for piece in pieces]))
-    assert [SourcePiece(**{**values, "beside": tuple(values["beside"])}) for values in again] == pieces
+    assert [SourcePiece(**{**values, "companion_files": tuple(values["companion_files"])}) for values in again] == pieces
 
 
 def test_names_are_relative_to_what_all_paths_share(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_names_are_relative_to_what_all_paths_share(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     source = SourceSettings("s", ("x/one", "x/two/a.txt"), tmp_path)
     assert [piece.file for piece in create_reader(source).list_pieces()] == ["one/a.txt", "two/a.txt"]
-    assert source.file("two/a.txt").read_text() == "x/two/a.txt"
+    assert source.get_file("two/a.txt").read_text() == "x/two/a.txt"
 
 
 def test_links_are_followed_and_what_leads_nowhere_is_told(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_links_are_followed_and_what_leads_nowhere_is_told(tmp_path: Path) -> No
     read = [piece.file for piece in pieces if piece.format != NO_FORMAT]
     assert read == ["a.txt", "again/b.txt", "sub/in.txt", "sub/out.txt"]
     told = [item for piece in pieces if piece.format == NO_FORMAT for item
-            in create_reader(source).read(piece)]
+            in create_reader(source).read_piece(piece)]
     assert {one.place: one.reason.split()[0] for one in told if isinstance(one, BrokenRecord)} == {
         "again/back": "leads", "all": "leads", "linked/deep": "leads", "pipe.txt": "is",
         "sub/gone.txt": "is", "sub/loop": "leads"}
@@ -104,8 +104,8 @@ def test_what_of_a_folder_is_hidden_or_not_wanted_is_told(tmp_path: Path) -> Non
     mixed = create_reader(SourceSettings("s", (".",), tmp_path, format="auto"))
     assert [[piece.file for piece in one.list_pieces()] for one in (by_name, mixed)] == [
         ["a.txt"], ["a.txt", "b.bin"]]
-    assert by_name.told == [".: passed over 1 file (b.bin) and 2 hidden (.c.txt, .git)"]
-    assert mixed.told == [".: passed over 2 hidden (.c.txt, .git)"], "b.bin is in the quarantine"
+    assert by_name.notes == [".: passed over 1 file (b.bin) and 2 hidden (.c.txt, .git)"]
+    assert mixed.notes == [".: passed over 2 hidden (.c.txt, .git)"], "b.bin is in the quarantine"
 
 
 def test_a_mixed_folder_is_read_by_endings(read) -> None:
