@@ -54,7 +54,7 @@ class SourceGroup:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class GroupSizes:
     """What a look through a group found."""
 
     num_documents: int
@@ -66,7 +66,7 @@ class Sizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class GroupShare:
     """How often the pieces of a group are seen."""
 
     whole: int
@@ -128,12 +128,12 @@ def gather_groups(arguments: Sequence[str], mixture: str | None) -> list[SourceG
             raise UserError(f"--input {argument!r}: is given twice; use a weight to have it seen more often")
         found[group.name] = SourceGroup(group.name, known.paths + group.paths, weight)
     if mixture is not None:
-        found = _weighted(found, mixture)
+        found = _apply_mixture(found, mixture)
     # by name: the order on the command line changes nothing that is learned
     return [found[name] for name in sorted(found)]
 
 
-def _weighted(groups: dict[str, SourceGroup], mixture: str) -> dict[str, SourceGroup]:
+def _apply_mixture(groups: dict[str, SourceGroup], mixture: str) -> dict[str, SourceGroup]:
     """Give groups the weights of a published mixture."""
     if mixture not in MIXTURES:
         raise UserError(f"--mixture {mixture!r}: does not exist{suggest_name(mixture, MIXTURES)} (mixtures: "
@@ -154,7 +154,7 @@ def _weighted(groups: dict[str, SourceGroup], mixture: str) -> dict[str, SourceG
     return {name: dataclasses.replace(group, weight=weights[name]) for name, group in groups.items()}
 
 
-def repeats(groups: list[SourceGroup], sizes: list[Sizes]) -> list[float]:
+def compute_repeats(groups: list[SourceGroup], sizes: list[GroupSizes]) -> list[float]:
     """Return how often each group is to be seen.
 
     Groups without a weight are seen once.  The weighted ones share their own total of bytes in proportion to
@@ -167,7 +167,7 @@ def repeats(groups: list[SourceGroup], sizes: list[Sizes]) -> list[float]:
             for g, s in zip(groups, sizes, strict=True)]
 
 
-def share_of(sizes: Sizes, factor: float) -> Share:
+def choose_share(sizes: GroupSizes, factor: float) -> GroupShare:
     """Return the share of a group that comes nearest to `factor` times its bytes,
     and holds at least one piece."""
     whole = math.floor(factor)
@@ -177,16 +177,16 @@ def share_of(sizes: Sizes, factor: float) -> Share:
     # a share of nothing would make the group vanish
     if not whole and not bytes_below[buckets]:
         buckets = int(np.argmax(bytes_below > 0))
-    return Share(whole, buckets)
+    return GroupShare(whole, buckets)
 
 
-def share_bytes(sizes: Sizes, share: Share) -> int:
+def count_share_bytes(sizes: GroupSizes, share: GroupShare) -> int:
     """Return the bytes that a share comes to."""
     return share.whole * sizes.num_bytes + int(sizes.bucket_bytes[: share.buckets].sum())
 
 
 @dataclasses.dataclass(frozen=True)
-class Excerpt:
+class TextPiece:
     """Text that is seen as a whole or not at all."""
 
     raw: bytes
@@ -199,19 +199,19 @@ class Excerpt:
         return self.raw.decode()
 
 
-def pieces(document: Document) -> Iterator[Excerpt]:
+def iter_pieces(document: Document) -> Iterator[TextPiece]:
     for text in document.texts():
         raw = text.encode()
         for piece in (raw,) if len(raw) <= PIECE_BYTES else cut_at_blank_lines([raw], PIECE_BYTES):
             # the hash of the content: the same piece is in the sample whatever file it stands in
-            yield Excerpt(piece, int.from_bytes(hashlib.blake2b(piece, digest_size=2).digest(), "big"))
+            yield TextPiece(piece, int.from_bytes(hashlib.blake2b(piece, digest_size=2).digest(), "big"))
 
 
-def describe(group: SourceGroup, sizes: Sizes, share: Share) -> dict[str, Any]:
+def build_group_facts(group: SourceGroup, sizes: GroupSizes, share: GroupShare) -> dict[str, Any]:
     """Return what the manifest says about a group."""
     return {"group": group.name, "paths": [str(p) for p in group.paths], "weight": group.weight,
             "num_documents": sizes.num_documents, "num_bytes": sizes.num_bytes,
-            "seen_bytes": share_bytes(sizes, share)}
+            "seen_bytes": count_share_bytes(sizes, share)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +243,7 @@ class CountUnit:
                 raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); "
                                 "check the path and its permissions") from e
             facts.append([str(span.file.resolve()), changed_ns, span.start, span.stop, span.document_bytes])
-        return _digest(facts)
+        return _hash_facts(facts)
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents with text.
@@ -256,14 +256,14 @@ class CountUnit:
                 if isinstance(item, Document):
                     yield item
                 elif item.code != "empty":
-                    raise _placed(span, item)
+                    raise _locate_fault(span, item)
 
 
-def _digest(facts: list[Any]) -> str:
+def _hash_facts(facts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _placed(span: FileSpan, item: BadRecord) -> UserError:
+def _locate_fault(span: FileSpan, item: BadRecord) -> UserError:
     """Return the mistake with its place in the whole file, of which a span is a part."""
     try:
         # a span does not know its line number: the file is read from the start once more
@@ -274,7 +274,7 @@ def _placed(span: FileSpan, item: BadRecord) -> UserError:
     return UserError(f"{span.file}: {item.reason}")
 
 
-def plan(groups: list[SourceGroup], unit_bytes: int) -> list[CountUnit]:
+def plan_count_units(groups: list[SourceGroup], unit_bytes: int) -> list[CountUnit]:
     """Return the units of all groups, of about `unit_bytes` on the disk.
 
     Raises:
@@ -302,8 +302,8 @@ class UnitSizes:
         return UnitSizes(num_documents, buckets, bucket_bytes[buckets])
 
 
-def look_through(groups: list[SourceGroup], units: list[CountUnit], work: Path, workers: int,
-                 progress: Callable[[int], object]) -> list[Sizes]:
+def measure_groups(groups: list[SourceGroup], units: list[CountUnit], work: Path, workers: int,
+                 progress: Callable[[int], object]) -> list[GroupSizes]:
     """Read everything once; returns the sizes of each group.  What an earlier command found in
     unchanged files is kept.
 
@@ -311,19 +311,19 @@ def look_through(groups: list[SourceGroup], units: list[CountUnit], work: Path, 
         UserError: bad input, or a group without text.
     """
     # named by all units: one changed file makes another name
-    file = work / f"sizes-{_digest([unit.key({}) for unit in units])}.npz"
+    file = work / f"sizes-{_hash_facts([unit.key({}) for unit in units])}.npz"
     if file.exists():
         with np.load(file) as saved:
             documents, buckets = saved["documents"], saved["buckets"]
         progress(sum(unit.size_bytes for unit in units))
-        return _sizes(groups, documents, buckets)
+        return _build_group_sizes(groups, documents, buckets)
 
     def found() -> Iterator[UnitSizes]:
-        for unit, sizes in zip(units, map_in_processes(_looker, (), units, workers), strict=True):
+        for unit, sizes in zip(units, map_in_processes(_create_measurer, (), units, workers), strict=True):
             progress(unit.size_bytes)
             yield sizes
 
-    together = group_sizes(groups, units, found())
+    together = add_group_sizes(groups, units, found())
     buffer = io.BytesIO()
     np.savez_compressed(buffer, documents=[sizes.num_documents for sizes in together],
                         buckets=[sizes.bucket_bytes for sizes in together])
@@ -331,39 +331,40 @@ def look_through(groups: list[SourceGroup], units: list[CountUnit], work: Path, 
     return together
 
 
-def group_sizes(groups: list[SourceGroup], units: list[CountUnit], found: Iterable[UnitSizes]) -> list[Sizes]:
+def add_group_sizes(groups: list[SourceGroup], units: list[CountUnit],
+                    unit_sizes: Iterable[UnitSizes]) -> list[GroupSizes]:
     """Add up the sizes of units.
 
     Raises:
         UserError: a group without text.
     """
     documents, buckets = np.zeros(len(groups), np.int64), np.zeros((len(groups), NUM_BUCKETS), np.int64)
-    for unit, sizes in zip(units, found, strict=True):
+    for unit, sizes in zip(units, unit_sizes, strict=True):
         documents[unit.group] += sizes.num_documents
         # only buckets that occur are kept for a unit: small units touch few of the many
         buckets[unit.group, sizes.buckets] += sizes.bytes_
-    return _sizes(groups, documents, buckets)
+    return _build_group_sizes(groups, documents, buckets)
 
 
-def _sizes(groups: list[SourceGroup], documents: NDArray[np.int64],
-           buckets: NDArray[np.int64]) -> list[Sizes]:
+def _build_group_sizes(groups: list[SourceGroup], documents: NDArray[np.int64],
+           buckets: NDArray[np.int64]) -> list[GroupSizes]:
     for group, row in zip(groups, buckets, strict=True):
         if not row.any():
             paths = ", ".join(map(str, group.paths))
             raise UserError(f"--input {group.name}: {paths} holds no text; pass files with text in them, "
                             "or leave it out")
-    return [Sizes(int(n), int(row.sum()), row) for n, row in zip(documents, buckets, strict=True)]
+    return [GroupSizes(int(n), int(row.sum()), row) for n, row in zip(documents, buckets, strict=True)]
 
 
-def _looker() -> Callable[[CountUnit], UnitSizes]:
-    return _look
+def _create_measurer() -> Callable[[CountUnit], UnitSizes]:
+    return _measure_unit
 
 
-def _look(unit: CountUnit) -> UnitSizes:
+def _measure_unit(unit: CountUnit) -> UnitSizes:
     sizes = np.zeros(NUM_BUCKETS, np.int64)
     num_documents = 0
     for document in unit.documents():
         num_documents += 1
-        for piece in pieces(document):
+        for piece in iter_pieces(document):
             sizes[piece.bucket] += len(piece.raw)
     return UnitSizes.of(num_documents, sizes)

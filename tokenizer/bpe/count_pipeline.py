@@ -20,14 +20,15 @@ from megatron_sov.base.artifacts import create_file, write_atomically
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.work.processes.pool import map_in_processes
 from tokenizer.bpe.counting import WordCounter, WordTable
-from tokenizer.bpe.merging import JoinRule, LowestPieces
+from tokenizer.bpe.merging import JoinRule, PieceSampler
 from tokenizer.bpe.splitter import Splitter
 from tokenizer.bpe.trainer import BATCH_MERGES, MergeLearner, PretokenWords
-from tokenizer.bpe.vocabulary import Vocabulary, byte_ids
+from tokenizer.bpe.vocabulary import Vocabulary, get_byte_ids
 from tokenizer.bpe.word_files import WordFileWriter, gather_words
 from tokenizer.mixture import (
-    NUM_BUCKETS, CountUnit, Excerpt, Share, Sizes, SourceGroup, UnitSizes, describe, group_sizes,
-    look_through, pieces, plan, repeats, share_bytes, share_of)
+    NUM_BUCKETS, CountUnit, GroupShare, GroupSizes, SourceGroup, TextPiece, UnitSizes, add_group_sizes,
+    build_group_facts, choose_share, compute_repeats, count_share_bytes, iter_pieces, measure_groups,
+    plan_count_units)
 from tokenizer.presets import NUM_BYTES, CountPlan, Preset
 
 # Counting words: each unit becomes a file of (word, count), written in parts so that memory stays bounded.
@@ -56,7 +57,7 @@ class CountSettings:
     """Its normalization matters here."""
     pattern: str
     """What splits text into words."""
-    shares: tuple[Share, ...]
+    shares: tuple[GroupShare, ...]
     """How often the pieces of each group are seen."""
 
     def key(self, unit: CountUnit) -> str:
@@ -71,11 +72,11 @@ class UnitCounts:
 
     file: Path
     """Arrow file of `NUM_PARTS` record batches (word, count) for each run."""
-    seen_bytes: int
+    counted_bytes: int
     """Text counted, repetitions included."""
     sizes: UnitSizes
     """All text of the unit, whatever is seen of it."""
-    lowest: tuple[Excerpt, ...]
+    lowest: tuple[TextPiece, ...]
     """The pieces that may belong to a sample of its group."""
 
 
@@ -96,10 +97,10 @@ def count_units(units: list[CountUnit], settings: CountSettings, work: Path, wor
     # memory is bounded for all workers together, and a worker needs some words to make progress at all
     limit_words = max(limit_bytes // max(min(workers, len(units)), 1) // WORD_BYTES, LEAST_WORDS)
     splitter = Splitter(settings.preset, settings.pattern)  # made once, not by every worker
-    yield from map_in_processes(_counter, (settings, splitter, work, limit_words), units, workers)
+    yield from map_in_processes(_create_counter, (settings, splitter, work, limit_words), units, workers)
 
 
-def _counter(settings: CountSettings, splitter: Splitter, work: Path,
+def _create_counter(settings: CountSettings, splitter: Splitter, work: Path,
              limit_words: int) -> Callable[[CountUnit], UnitCounts]:
     return _UnitCounter(settings, splitter, work, limit_words).count
 
@@ -125,18 +126,18 @@ class _UnitCounter:
         facts = json.loads(record.read_text(encoding="utf-8"))
         sizes = UnitSizes(facts["num_documents"], np.array(facts["buckets"], np.int64),
                           np.array(facts["bucket_bytes"], np.int64))
-        lowest = tuple(Excerpt(text.encode(), bucket) for bucket, text in facts["lowest"])
+        lowest = tuple(TextPiece(text.encode(), bucket) for bucket, text in facts["lowest"])
         return UnitCounts(file, facts["seen_bytes"], sizes, lowest)
 
     def _count(self, unit: CountUnit, file: Path) -> dict[str, Any]:
         share, splitter = self._settings.shares[unit.group], self._splitter
         words, seen_bytes, num_documents, checked = self._words, 0, 0, False
-        bucket_bytes, lowest = np.zeros(NUM_BUCKETS, np.int64), LowestPieces(SAMPLE_BYTES)
+        bucket_bytes, lowest = np.zeros(NUM_BUCKETS, np.int64), PieceSampler(SAMPLE_BYTES)
         words.clear()  # of a unit that could not be read
         with WordFileWriter(file) as runs:
             for document in unit.documents():
                 num_documents += 1
-                for piece in pieces(document):
+                for piece in iter_pieces(document):
                     bucket_bytes[piece.bucket] += len(piece.raw)
                     lowest.add(piece)
                     times = share.times(piece.bucket)
@@ -186,12 +187,12 @@ Progress = Callable[[int], object]
 def learn_words(table: WordTable, vocabulary: Vocabulary, num_tokens: int, preset: Preset,
                 progress: Progress) -> None:
     """Merge bytes within words until there are `num_tokens` tokens, or no pair occurs often enough."""
-    words = PretokenWords(byte_ids()[table.raw], table.lengths_bytes, table.counts)
+    words = PretokenWords(get_byte_ids()[table.raw], table.lengths_bytes, table.counts)
     # A letter, or the last byte of a wide space, and then a space: learned in a run of spaces, such a merge
     # would join two words of the finished tokenizer by their bytes before either word is whole.
     rule = JoinRule(vocabulary.max_token_bytes, 0, keeps_words_apart=bool(preset.superword_pattern),
                     only_superwords=False)
-    _learn(words, rule, vocabulary, num_tokens, progress)
+    _learn_merges(words, rule, vocabulary, num_tokens, progress)
 
 
 def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, max_words: int, only: bool,
@@ -212,17 +213,17 @@ def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, 
     for only_superwords in [True] * only + [False]:
         if len(vocabulary.tokens) < num_tokens:
             rule = JoinRule(vocabulary.max_token_bytes, max_words, False, only_superwords)
-            _learn(_units(table, vocabulary), rule, vocabulary, num_tokens, progress)
+            _learn_merges(_encode_units(table, vocabulary), rule, vocabulary, num_tokens, progress)
 
 
-def _units(table: WordTable, vocabulary: Vocabulary) -> PretokenWords:
+def _encode_units(table: WordTable, vocabulary: Vocabulary) -> PretokenWords:
     """Return the units as the tokens learned so far; one of a single token has nothing to join."""
-    lengths, symbols = _encoded(table, vocabulary)
+    lengths, symbols = _encode_words(table, vocabulary)
     several = lengths > 1
     return PretokenWords(symbols[np.repeat(several, lengths)], lengths[several], table.counts[several])
 
 
-def _encoded(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+def _encode_words(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Return how many tokens each word has, [words], and all tokens, one word after another."""
     encode = vocabulary.as_tiktoken(ANYTHING).encode_ordinary
     lengths, symbols = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
@@ -234,7 +235,7 @@ def _encoded(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64
     return np.concatenate(lengths), np.concatenate(symbols)
 
 
-def _learn(words: PretokenWords, rule: JoinRule, vocabulary: Vocabulary, num_tokens: int,
+def _learn_merges(words: PretokenWords, rule: JoinRule, vocabulary: Vocabulary, num_tokens: int,
            progress: Progress) -> None:
     num_merges = max(num_tokens - len(vocabulary.tokens), 0)
     merges = MergeLearner(words, vocabulary.tokens, rule, MIN_COUNT, num_merges).learn()
@@ -261,7 +262,7 @@ documentation in ten languages."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnedPattern:
+class LearnedVocabulary:
     """What came out."""
 
     vocabulary: Vocabulary
@@ -276,8 +277,8 @@ class LearnedPattern:
     """For the manifest: text, distinct words and what was left out, for each stage."""
 
 
-def learn(plan_: CountPlan, groups: list[SourceGroup],
-          before_merging: Callable[[], object] = lambda: None) -> LearnedPattern:
+def learn_vocabulary(plan_: CountPlan, groups: list[SourceGroup],
+          before_merging: Callable[[], object] = lambda: None) -> LearnedVocabulary:
     """Learn a vocabulary.
 
     Args:
@@ -289,51 +290,52 @@ def learn(plan_: CountPlan, groups: list[SourceGroup],
         UserError: unreadable input, weights that the text cannot follow,
             or too little text for the vocabulary.
     """
-    units = plan(groups, UNIT_BYTES)
+    units = plan_count_units(groups, UNIT_BYTES)
     input_bytes = sum(unit.size_bytes for unit in units)
     # a process more than the input is worth costs more than it brings
     plan_ = dataclasses.replace(plan_, workers=min(plan_.workers, 1 + input_bytes // WORKER_BYTES))
     special = plan_.preset.num_special_ids
     vocabulary = Vocabulary(plan_.preset.max_token_bytes)
     # without weights everything is seen once, and nothing needs to be looked through
-    shares, factors = [Share(1, 0)] * len(groups), [1.0] * len(groups)
+    shares, factors = [GroupShare(1, 0)] * len(groups), [1.0] * len(groups)
     if any(group.weight is not None for group in groups):
-        with _bar("looking through", input_bytes, "B") as progress:
-            sizes = look_through(groups, units, plan_.work, plan_.workers, progress)
-        factors = repeats(groups, sizes)
-        _refuse_many_repeats(groups, sizes, factors)
-        shares = [share_of(s, factor) for s, factor in zip(sizes, factors, strict=True)]
-    counted = _count(plan_, groups, units, shares, plan_.preset.split_pattern, "words")
+        with _create_bar("looking through", input_bytes, "B") as progress:
+            sizes = measure_groups(groups, units, plan_.work, plan_.workers, progress)
+        factors = compute_repeats(groups, sizes)
+        _check_repeats(groups, sizes, factors)
+        shares = [choose_share(s, factor) for s, factor in zip(sizes, factors, strict=True)]
+    counted = _count_groups(plan_, groups, units, shares, plan_.preset.split_pattern, "words")
     sizes = counted.sizes
-    facts = [describe(g, s, share) for g, s, share in zip(groups, sizes, shares, strict=True)]
+    facts = [build_group_facts(g, s, share) for g, s, share in zip(groups, sizes, shares, strict=True)]
     for group, fact in zip(groups, facts, strict=True):
-        _tell_group(group, fact)
+        _print_group(group, fact)
     seen_bytes = sum(fact["seen_bytes"] for fact in facts)
-    table = _gather(plan_, counted, "words")
-    stages = [_stage(plan_.transition_size, seen_bytes, table)]
+    table = _gather_table(plan_, counted, "words")
+    stages = [_build_stage_facts(plan_.transition_size, seen_bytes, table)]
     target = plan_.transition_size - special
     # words are counted, so the cores are free: what is needed later loads beside the merging
     before_merging()
-    with _bar("merging", target - NUM_BYTES, "merges") as progress:
+    with _create_bar("merging", target - NUM_BYTES, "merges") as progress:
         learn_words(table, vocabulary, target, plan_.preset, progress)
     _check_reached(plan_, vocabulary, plan_.transition_size, seen_bytes)
     if plan_.transition_size < plan_.vocab_size:
         # the sample is a part of what stage 1 saw: a smaller share is contained in a larger one
         fraction = min(1.0, plan_.superword_sample_bytes / seen_bytes)
-        some = [share_of(s, factor * fraction) for s, factor in zip(sizes, factors, strict=True)]
-        units_counted = _count(plan_, groups, units, some, plan_.preset.superword_pattern, "superwords")
-        table = _gather(plan_, units_counted, "superwords")
-        sample_bytes = sum(share_bytes(s, share) for s, share in zip(sizes, some, strict=True))
-        stages.append(_stage(plan_.vocab_size, sample_bytes, table))
-        with _bar("joining words", plan_.vocab_size - plan_.transition_size, "merges") as progress:
+        some = [choose_share(s, factor * fraction) for s, factor in zip(sizes, factors, strict=True)]
+        units_counted = _count_groups(plan_, groups, units, some, plan_.preset.superword_pattern,
+                                      "superwords")
+        table = _gather_table(plan_, units_counted, "superwords")
+        sample_bytes = sum(count_share_bytes(s, share) for s, share in zip(sizes, some, strict=True))
+        stages.append(_build_stage_facts(plan_.vocab_size, sample_bytes, table))
+        with _create_bar("joining words", plan_.vocab_size - plan_.transition_size, "merges") as progress:
             # stage 2 goes on with the merges of stage 1 in the same vocabulary
             learn_superwords(table, vocabulary, plan_.vocab_size - special,
                                       plan_.preset.max_superword_words, plan_.only_superwords, progress)
         _check_reached(plan_, vocabulary, plan_.vocab_size, sample_bytes)
-    return LearnedPattern(vocabulary, target, _samples(groups, counted), facts, stages)
+    return LearnedVocabulary(vocabulary, target, _choose_samples(groups, counted), facts, stages)
 
 
-def _bar(title: str, total: int, unit: str) -> Any:
+def _create_bar(title: str, total: int, unit: str) -> Any:
     """Return a context manager that shows progress and gives the function to report it to."""
     class Bar(tqdm):
         def __enter__(self) -> Callable[[int], object]:  # type: ignore[override]
@@ -342,7 +344,7 @@ def _bar(title: str, total: int, unit: str) -> Any:
     return Bar(total=total, desc=title, unit=unit, unit_scale=True, mininterval=0.5, disable=None)
 
 
-def _refuse_many_repeats(groups: list[SourceGroup], sizes: list[Sizes], factors: list[float]) -> None:
+def _check_repeats(groups: list[SourceGroup], sizes: list[GroupSizes], factors: list[float]) -> None:
     """Refuse a weight that the text cannot follow."""
     for group, found, factor in zip(groups, sizes, factors, strict=True):
         if factor > MOST_REPEATS:
@@ -352,30 +354,31 @@ def _refuse_many_repeats(groups: list[SourceGroup], sizes: list[Sizes], factors:
                             f"most {(group.weight or 0) * MOST_REPEATS / factor:.2g}")
 
 
-def _tell_group(group: SourceGroup, fact: dict[str, Any]) -> None:
+def _print_group(group: SourceGroup, fact: dict[str, Any]) -> None:
     """Print a group's size."""
     seen = f", seen {fact['seen_bytes'] / fact['num_bytes']:.2f} times" if group.weight is not None else ""
     print(f"{group.name}: {fact['num_bytes'] / 1e6:.2f} MB of text{seen}")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Counted:
+class _CountedUnits:
     """All units counted."""
 
     files: list[Path]
     """Words and counts of each unit."""
-    sizes: list[Sizes]
+    sizes: list[GroupSizes]
     """Text of each group."""
-    lowest: list[LowestPieces]
+    lowest: list[PieceSampler]
     """Pieces of each group, for a sample of it."""
 
 
-def _count(plan_: CountPlan, groups: list[SourceGroup], units: list[CountUnit], shares: list[Share],
-           pattern: str, what: str) -> _Counted:
+def _count_groups(plan_: CountPlan, groups: list[SourceGroup], units: list[CountUnit],
+                  shares: list[GroupShare],
+           pattern: str, what: str) -> _CountedUnits:
     """Count the words of all units."""
     settings = CountSettings(plan_.preset, pattern, tuple(shares))
     limit_bytes = min(COUNTING_BYTES, (plan_.max_memory_bytes or 1 << 62) // 3)
-    files, lowest = list[Path](), [LowestPieces(SAMPLE_BYTES) for _ in groups]
+    files, lowest = list[Path](), [PieceSampler(SAMPLE_BYTES) for _ in groups]
 
     def sizes(progress: Callable[[int], object]) -> Iterator[UnitSizes]:
         """Yield each unit's sizes; what is known of one unit is not kept beside that of all others."""
@@ -388,11 +391,11 @@ def _count(plan_: CountPlan, groups: list[SourceGroup], units: list[CountUnit], 
             progress(unit.size_bytes)
             yield found.sizes
 
-    with _bar(f"counting {what}", sum(unit.size_bytes for unit in units), "B") as progress:
-        return _Counted(files, group_sizes(groups, units, sizes(progress)), lowest)
+    with _create_bar(f"counting {what}", sum(unit.size_bytes for unit in units), "B") as progress:
+        return _CountedUnits(files, add_group_sizes(groups, units, sizes(progress)), lowest)
 
 
-def _gather(plan_: CountPlan, counted: _Counted, what: str) -> WordTable:
+def _gather_table(plan_: CountPlan, counted: _CountedUnits, what: str) -> WordTable:
     """Return the distinct words of all units."""
     max_bytes = None
     if plan_.max_memory_bytes is not None:
@@ -405,7 +408,7 @@ def _gather(plan_: CountPlan, counted: _Counted, what: str) -> WordTable:
     return table
 
 
-def _stage(reaches: int, seen_bytes: int, table: WordTable) -> dict[str, Any]:
+def _build_stage_facts(reaches: int, seen_bytes: int, table: WordTable) -> dict[str, Any]:
     return {"reaches_tokens": reaches, "seen_bytes": seen_bytes, "distinct_words": len(table.counts),
             "least_count": table.min_count, "dropped_words": table.dropped_words,
             "dropped_share": table.dropped_share}
@@ -425,11 +428,11 @@ def _check_reached(plan_: CountPlan, vocabulary: Vocabulary, wanted: int, seen_b
                         f"{reached} tokens", Fix(options=("--vocab-size", str(reached))))
 
 
-def _samples(groups: list[SourceGroup], counted: _Counted) -> dict[str, str]:
+def _choose_samples(groups: list[SourceGroup], counted: _CountedUnits) -> dict[str, str]:
     """Return each group's sample; its pieces are sorted, since units come in the order of files."""
     samples = {}
     for group, sizes, lowest in zip(groups, counted.sizes, counted.lowest, strict=True):
-        share = share_of(sizes, min(1.0, SAMPLE_BYTES / sizes.num_bytes))
+        share = choose_share(sizes, min(1.0, SAMPLE_BYTES / sizes.num_bytes))
         # pieces of the lowest hashes, cut at the share that the sample needs
         found = sorted(piece.text for piece in lowest.found() if share.times(piece.bucket))
         samples[group.name] = "\n".join(found)[:SAMPLE_BYTES]

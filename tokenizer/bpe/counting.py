@@ -44,7 +44,7 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
         while True:
             kind, size = at_end, 0
             if place < len(raw):
-                code, size = _code_point(raw, place)
+                code, size = _decode_code_point(raw, place)
                 kind = np.int64(kinds[code])
             step = steps[state, kind]
             # the match that ends here is remembered; a longer one may follow
@@ -56,7 +56,7 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
             place += size
         # no match begins here: this character belongs to the text between matches
         if matched < 0:
-            at += _code_point(raw, at)[1]
+            at += _decode_code_point(raw, at)[1]
             continue
         if begin < at:
             ends[num_words] = at
@@ -72,7 +72,7 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
 
 
 @jit_compile
-def _code_point(raw: NDArray[np.uint8], place: int) -> tuple[np.int64, int]:
+def _decode_code_point(raw: NDArray[np.uint8], place: int) -> tuple[np.int64, int]:
     """Return the character at a place of UTF-8 text, and how many bytes it has."""
     byte = np.int64(raw[place])
     if byte < 0x80:
@@ -129,7 +129,8 @@ def add_words(raw: NDArray[np.uint8], ends: NDArray[np.int32], times: int, slots
             if slot >> NUMBER_BITS == hash_:
                 number = np.int64(slot & NUMBER_MASK) - 1
                 start = word_ends[number - 1] if number else 0
-                if word_ends[number] - start == end - begin and _equal(raw, begin, text, start, end - begin):
+                if word_ends[number] - start == end - begin and _is_equal(raw, begin, text, start,
+                                                                          end - begin):
                     counts[number] += times
                     break
             # linear probing; the table is at most half full, so runs stay short
@@ -139,7 +140,8 @@ def add_words(raw: NDArray[np.uint8], ends: NDArray[np.int32], times: int, slots
 
 
 @jit_compile
-def _equal(a: NDArray[np.uint8], start_a: np.int64, b: NDArray[np.uint8], start_b: int, length: int) -> bool:
+def _is_equal(a: NDArray[np.uint8], start_a: np.int64, b: NDArray[np.uint8], start_b: int,
+              length: int) -> bool:
     for i in range(length):  # noqa: SIM110 - numba compiles no generators
         if a[start_a + i] != b[start_b + i]:
             return False
@@ -186,8 +188,8 @@ class WordCounter:
         """Count the words of a text, which end at `ends`, each `times` times."""
         # room for the worst case, every word new, before the compiled loop that cannot grow arrays
         most = self._size + len(ends)
-        self._text = _with_room(self._text, self.text_bytes() + len(raw))
-        self._ends, self._counts = _with_room(self._ends, most), _with_room(self._counts, most)
+        self._text = _grow_array(self._text, self.text_bytes() + len(raw))
+        self._ends, self._counts = _grow_array(self._ends, most), _grow_array(self._counts, most)
         if 2 * most > len(self._slots):
             larger = np.zeros(1 << (2 * most).bit_length(), np.uint64)
             move_slots(self._slots, larger)
@@ -215,7 +217,7 @@ class WordCounter:
         self._size = 0
 
 
-def _with_room(array: NDArray[Number], size: int) -> NDArray[Number]:
+def _grow_array(array: NDArray[Number], size: int) -> NDArray[Number]:
     """Return an array with room for `size`, and what is in it."""
     if size <= len(array):
         return array

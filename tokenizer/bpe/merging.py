@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.base.documents.compiled import jit_compile
-from tokenizer.mixture import Excerpt
+from tokenizer.mixture import TextPiece
 
 # A sample of a unit's text, taken before it is known how much text its group has.
 
@@ -23,17 +23,17 @@ _SLACK = 4
 """Times the limit that are held before the rest is dropped."""
 
 
-class LowestPieces:
+class PieceSampler:
     """The pieces whose hashes are lowest: so many that they hold any share of the group that is
-    of `limit_bytes` or less (`tokenizer.mixture.share_of`)."""
+    of `limit_bytes` or less (`tokenizer.mixture.choose_share`)."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._pieces: list[Excerpt] = []
+        self._pieces: list[TextPiece] = []
         self._size_bytes, self._drop_at_bytes = 0, _SLACK * limit_bytes
         self._highest: float = float("inf")
 
-    def add(self, piece: Excerpt) -> None:
+    def add(self, piece: TextPiece) -> None:
         """Take a piece into the sample, if it may belong to it."""
         # buckets above the limit were dropped once, and the sum of those below only grows
         if piece.bucket <= self._highest:
@@ -45,7 +45,7 @@ class LowestPieces:
     def _drop(self) -> None:
         """Drop what lies above the limit.  A share may end behind the bucket that passes it, where it comes
         nearest to its size, so that bucket is kept."""
-        kept: list[Excerpt] = []
+        kept: list[TextPiece] = []
         self._size_bytes = 0
         by_bucket = sorted(self._pieces, key=attrgetter("bucket"))
         for bucket, pieces in itertools.groupby(by_bucket, attrgetter("bucket")):
@@ -59,7 +59,7 @@ class LowestPieces:
         # sort rarely: at four times the limit, or twice of what one full bucket forces us to keep
         self._drop_at_bytes = max(_SLACK * self._limit_bytes, 2 * self._size_bytes)
 
-    def found(self) -> list[Excerpt]:
+    def found(self) -> list[TextPiece]:
         """Return the pieces."""
         self._drop()
         return self._pieces
@@ -124,13 +124,13 @@ class MergeStore(NamedTuple):
 
 
 @jit_compile
-def _in_word(byte: int) -> bool:
+def _is_word_byte(byte: int) -> bool:
     """Return whether a byte may belong to a letter."""
     return byte >= 0x80 or 0x41 <= byte <= 0x5A or 0x61 <= byte <= 0x7A
 
 
 @jit_compile
-def describe(store: MergeStore, token: int) -> None:
+def set_token_traits(store: MergeStore, token: int) -> None:
     """Find a token's traits from its bytes."""
     start = store.token_ends[token - 1] if token else 0
     raw = store.token_bytes[start : store.token_ends[token]]
@@ -138,7 +138,7 @@ def describe(store: MergeStore, token: int) -> None:
     for i in range(len(raw)):
         if raw[i] == _SPACE:
             spaces += 1
-            if 0 < i < len(raw) - 1 and _in_word(raw[i - 1]) and _in_word(raw[i + 1]):
+            if 0 < i < len(raw) - 1 and _is_word_byte(raw[i - 1]) and _is_word_byte(raw[i + 1]):
                 superword = 1
     first = 1 if raw[0] == _SPACE else 0
     traits = store.traits[token]
@@ -146,16 +146,16 @@ def describe(store: MergeStore, token: int) -> None:
     traits[SPACES] = spaces
     # a space in front belongs to the word behind it, so it parts no words
     traits[INNER_SPACES] = spaces - first
-    traits[ENDS_IN_WORD] = 1 if _in_word(raw[-1]) else 0
-    traits[BEGINS_NEXT_WORD] = 1 if first and (len(raw) == 1 or _in_word(raw[1])) else 0
+    traits[ENDS_IN_WORD] = 1 if _is_word_byte(raw[-1]) else 0
+    traits[BEGINS_NEXT_WORD] = 1 if first and (len(raw) == 1 or _is_word_byte(raw[1])) else 0
     traits[SUPERWORD] = superword
 
 
 @jit_compile
-def describe_all(store: MergeStore) -> None:
+def set_all_traits(store: MergeStore) -> None:
     """Find the traits of the tokens that are known at the beginning."""
     for token in range(store.sizes[NUM_TOKENS]):
-        describe(store, token)
+        set_token_traits(store, token)
 
 
 @jit_compile
@@ -174,7 +174,7 @@ def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule)
 
 
 @jit_compile
-def _weight(store: MergeStore, place: int) -> int:
+def _get_word_count(store: MergeStore, place: int) -> int:
     """Return the count of the word at a place."""
     # words lie by falling count, so a place tells its count, without an array of a count for each place
     low, high = store.block_levels[place >> BLOCK_BITS], store.block_levels[(place >> BLOCK_BITS) + 1]
@@ -188,27 +188,27 @@ def _weight(store: MergeStore, place: int) -> int:
 
 
 @jit_compile
-def _better(heap: NDArray[np.int64], a: int, b: int) -> bool:
+def _is_better_pair(heap: NDArray[np.int64], a: int, b: int) -> bool:
     """Return whether one row of the heap is better than another."""
     return heap[a, COUNT] > heap[b, COUNT] or (heap[a, COUNT] == heap[b, COUNT]
                                                and heap[a, KEY] < heap[b, KEY])
 
 
 @jit_compile
-def _swap(heap: NDArray[np.int64], a: int, b: int) -> None:
+def _swap_entries(heap: NDArray[np.int64], a: int, b: int) -> None:
     for column in range(4):
         heap[a, column], heap[b, column] = heap[b, column], heap[a, column]
 
 
 @jit_compile
-def _push(store: MergeStore, count: int, key: np.int64, start: int, length: int) -> None:
+def _push_pair(store: MergeStore, count: int, key: np.int64, start: int, length: int) -> None:
     """Add a pair to the heap."""
     heap, at = store.heap, store.sizes[HEAP_SIZE]
     heap[at, COUNT], heap[at, KEY], heap[at, START], heap[at, LENGTH] = count, key, start, length
     store.sizes[HEAP_SIZE] += 1
     # sift up; ties go to the lower key, or the merges would depend on the order of insertion
-    while at and _better(heap, at, (at - 1) >> 1):
-        _swap(heap, at, (at - 1) >> 1)
+    while at and _is_better_pair(heap, at, (at - 1) >> 1):
+        _swap_entries(heap, at, (at - 1) >> 1)
         at = (at - 1) >> 1
 
 
@@ -218,11 +218,11 @@ def _sink_first(heap: NDArray[np.int64], size: int) -> None:
     at = 0
     while 2 * at + 1 < size:
         child = 2 * at + 1
-        if child + 1 < size and _better(heap, child + 1, child):
+        if child + 1 < size and _is_better_pair(heap, child + 1, child):
             child += 1
-        if not _better(heap, child, at):
+        if not _is_better_pair(heap, child, at):
             return
-        _swap(heap, at, child)
+        _swap_entries(heap, at, child)
         at = child
 
 
@@ -231,7 +231,7 @@ def _drop_first(store: MergeStore) -> None:
     """Take the first row from the heap."""
     store.sizes[HEAP_SIZE] -= 1
     last = store.sizes[HEAP_SIZE]
-    _swap(store.heap, 0, last)
+    _swap_entries(store.heap, 0, last)
     _sink_first(store.heap, last)
 
 
@@ -249,7 +249,7 @@ def _add_pairs(store: MergeStore, token: int, token_is_left: bool, others: NDArr
             distinct[num_distinct] = other
             num_distinct += 1
         lengths[other] += 1
-        counts[other] += _weight(store, places[i])
+        counts[other] += _get_word_count(store, places[i])
     for i in range(num_distinct):
         other = distinct[i]
         left, right = (token, other) if token_is_left else (other, token)
@@ -259,7 +259,7 @@ def _add_pairs(store: MergeStore, token: int, token_is_left: bool, others: NDArr
             starts[other] = store.sizes[PLACES_SIZE]
             store.sizes[PLACES_SIZE] += lengths[other]
             key = (np.int64(left) << _ID_BITS) | right
-            _push(store, counts[other], key, starts[other], lengths[other])
+            _push_pair(store, counts[other], key, starts[other], lengths[other])
         # cleared by the list of those touched: clearing whole arrays would cost the vocabulary at each merge
         counts[other] = lengths[other] = 0
     # second pass: places of one pair become neighbours; `starts` moves on as they are written
@@ -298,7 +298,7 @@ def _has_room(store: MergeStore, count: int) -> bool:
 
 
 @jit_compile
-def learn_some(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule, min_count: int) -> tuple[int,
+def learn_merges(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule, min_count: int) -> tuple[int,
                                                                                                       int]:
     """Merge until `merges`, [merges, (left, right, count)], is full, no pair is left, or an array is full.
 
@@ -324,7 +324,7 @@ def learn_some(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule, min
         merges[num_merges, 0], merges[num_merges, 1], merges[num_merges, 2] = left, right, heap[0, COUNT]
         num_merges += 1
         _drop_first(store)
-        _merge(store, left, right, store.places[start : start + length], rule, min_count)
+        _merge_pair(store, left, right, store.places[start : start + length], rule, min_count)
     return num_merges, ENOUGH
 
 
@@ -353,7 +353,7 @@ def _refresh_first(store: MergeStore, min_count: int) -> int:
             return alive
         count = 0
         for i in range(start, start + alive):
-            count += _weight(store, store.places[i])
+            count += _get_word_count(store, store.places[i])
         if count < min_count:
             _drop_first(store)
             continue
@@ -366,7 +366,7 @@ def _refresh_first(store: MergeStore, min_count: int) -> int:
 
 
 @jit_compile
-def _merge(store: MergeStore, left: int, right: int, places: NDArray[np.int32], rule: JoinRule,
+def _merge_pair(store: MergeStore, left: int, right: int, places: NDArray[np.int32], rule: JoinRule,
            min_count: int) -> None:
     """Merge a pair at its places and find the pairs of the new token."""
     symbols, token = store.symbols, store.sizes[NUM_TOKENS]
@@ -416,4 +416,4 @@ def _add_token(store: MergeStore, left: int, right: int, span: int) -> None:
             end += 1
     store.token_ends[token] = end
     store.sizes[NUM_TOKENS] += 1
-    describe(store, token)
+    set_token_traits(store, token)

@@ -10,7 +10,8 @@ from typing import TypeVar
 Part = TypeVar("Part", str, bytes)
 
 
-def merged(parts: list[Part], rank: Callable[[Part, Part], float | None], at_least: int = 1) -> list[Part]:
+def merge_parts(parts: list[Part], rank: Callable[[Part, Part], float | None],
+                at_least: int = 1) -> list[Part]:
     """Return what is left of `parts` when no two neighbours have a rank, or `at_least` are left; the lowest
     rank merges first."""
     parts = list(parts)
@@ -29,7 +30,7 @@ def merged(parts: list[Part], rank: Callable[[Part, Part], float | None], at_lea
     return parts
 
 
-def merge_of(symbols: list[Part], rank_of: dict[Part, float]) -> tuple[Part, Part] | None:
+def find_last_merge(symbols: list[Part], rank_of: dict[Part, float]) -> tuple[Part, Part] | None:
     """Return the two tokens of which merging by products' ranks makes a token of `symbols`;
     None where it cannot make it.
 
@@ -38,5 +39,5 @@ def merge_of(symbols: list[Part], rank_of: dict[Part, float]) -> tuple[Part, Par
     to this text alone; so the token is always made of the same two, and listing this pair alone says the same
     as listing every way to cut it in two.
     """
-    parts = merged(symbols, lambda a, b: rank_of.get(a + b), at_least=2)
+    parts = merge_parts(symbols, lambda a, b: rank_of.get(a + b), at_least=2)
     return (parts[0], parts[1]) if len(parts) == 2 else None

@@ -29,19 +29,19 @@ LAST_LONG_FOLDING = 0xFB17
 """The last character that folds to several: an Armenian ligature."""
 
 
-class Unsupported(Exception):
+class UnsupportedPattern(Exception):
     """A pattern uses what is not read here."""
 
 
 @dataclass(frozen=True)
-class OneOf:
+class CharacterClass:
     """A character of a class, which is a pattern for one character."""
 
     pattern: str
 
 
 @dataclass(frozen=True)
-class Next:
+class Lookahead:
     """Nothing, where the next character is of a class; `negated`: where it is of another, or the end."""
 
     pattern: str
@@ -49,7 +49,7 @@ class Next:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class PatternSequence:
     """One after another."""
 
     parts: tuple[Node, ...]
@@ -71,10 +71,10 @@ class Repeat:
     most: int | None
 
 
-Node = OneOf | Next | Sequence | PatternChoice | Repeat
+Node = CharacterClass | Lookahead | PatternSequence | PatternChoice | Repeat
 
 
-def parse(pattern: str) -> Node:
+def parse_pattern(pattern: str) -> Node:
     """Return the tree of a pattern.
 
     Raises:
@@ -84,22 +84,22 @@ def parse(pattern: str) -> Node:
     tree = parser.choice(ignore_case=False)
     # what is left could not be read as a whole, such as a closing bracket without its opening one
     if parser.rest():
-        raise Unsupported(parser.rest())
+        raise UnsupportedPattern(parser.rest())
     # the automaton would stand still on a match without a character
     if may_be_empty(tree):
-        raise Unsupported(pattern)
+        raise UnsupportedPattern(pattern)
     return tree
 
 
 def may_be_empty(node: Node) -> bool:
     """Return whether a part may match without taking a character."""
     match node:
-        case OneOf():
+        case CharacterClass():
             return False
         # a look ahead takes nothing
-        case Next():
+        case Lookahead():
             return True
-        case Sequence(parts):
+        case PatternSequence(parts):
             return all(map(may_be_empty, parts))
         case PatternChoice(options):
             return any(map(may_be_empty, options))
@@ -132,7 +132,7 @@ class _Parser:
         parts = []
         while self.rest() and self.rest()[0] not in "|)":
             parts.append(self._repeated(self._atom(ignore_case)))
-        return Sequence(tuple(parts))
+        return PatternSequence(tuple(parts))
 
     def _repeated(self, part: Node) -> Node:
         """Read the quantifier behind a part, if there is one."""
@@ -150,7 +150,7 @@ class _Parser:
         # lazy, possessive or twice; more than it is good to write out; or round and round without a character
         if (self.rest()[:1] in ("*", "+", "?", "{") or max(least, most or 0) > MOST_REPEATS
                 or (most is not None and most < least) or may_be_empty(part)):
-            raise Unsupported(self.rest())
+            raise UnsupportedPattern(self.rest())
         return Repeat(part, least, most)
 
     def _atom(self, ignore_case: bool) -> Node:
@@ -158,41 +158,41 @@ class _Parser:
             if self._take(opening):
                 look = self.choice(ignore_case)
                 # one character is enough for the patterns in use, and is known when a state is left
-                if not isinstance(look, Sequence) or len(look.parts) != 1:
-                    raise Unsupported(opening)
+                if not isinstance(look, PatternSequence) or len(look.parts) != 1:
+                    raise UnsupportedPattern(opening)
                 (only,) = look.parts
-                if not isinstance(only, OneOf):
-                    raise Unsupported(opening)
-                return self._closed(Next(only.pattern, negated))
+                if not isinstance(only, CharacterClass):
+                    raise UnsupportedPattern(opening)
+                return self._closed(Lookahead(only.pattern, negated))
         if self._take("(?:"):
             return self._closed(self.choice(ignore_case))
         if self._take("(?i:"):
             start = self._at
             inside = self.choice(ignore_case=True)
             # Oniguruma folds some characters to two; a table that looks at one at a time cannot
-            if _folds_together(self._pattern[start : self._at]):
-                raise Unsupported("(?i:")
+            if _has_long_folding(self._pattern[start : self._at]):
+                raise UnsupportedPattern("(?i:")
             return self._closed(inside)
         return self._character(ignore_case)
 
     def _closed(self, node: Node) -> Node:
         if not self._take(")"):
-            raise Unsupported(self.rest())
+            raise UnsupportedPattern(self.rest())
         return node
 
-    def _character(self, ignore_case: bool) -> OneOf:
+    def _character(self, ignore_case: bool) -> CharacterClass:
         """Read what stands for one character."""
         if self.rest()[0] == "[" or _CLASS.match(self._pattern, self._at):
             # what a class holds without case is a matter of the engine's tables: not read here
             if ignore_case:
-                raise Unsupported(self.rest())
-            return OneOf(self._bracket() if self.rest()[0] == "[" else self._match(_CLASS))
+                raise UnsupportedPattern(self.rest())
+            return CharacterClass(self._bracket() if self.rest()[0] == "[" else self._match(_CLASS))
         character = self._match(re.compile(r"\\.|.", re.DOTALL))
         if character in _CONTROL:
-            return OneOf(_CONTROL[character])
+            return CharacterClass(_CONTROL[character])
         if character in _SPECIAL or (len(character) > 1 and character[1].isalnum()):
-            raise Unsupported(character)
-        return OneOf(f"(?i:{character})" if ignore_case and character[-1].isalpha() else character)
+            raise UnsupportedPattern(character)
+        return CharacterClass(f"(?i:{character})" if ignore_case and character[-1].isalpha() else character)
 
     def _match(self, expression: re.Pattern[str]) -> str:
         found = expression.match(self._pattern, self._at)
@@ -206,22 +206,22 @@ class _Parser:
         while self.rest():
             part = self._match(re.compile(r"\\.|\[\^?\]?|.", re.DOTALL))
             if part.startswith("[") and part.endswith("]"):
-                raise Unsupported(part)
+                raise UnsupportedPattern(part)
             depth += part.startswith("[") - (part == "]")
             if not depth:
                 return self._pattern[start : self._at]
-        raise Unsupported(self._pattern[start:])
+        raise UnsupportedPattern(self._pattern[start:])
 
 
-def _folds_together(text: str) -> bool:
+def _has_long_folding(text: str) -> bool:
     """Return whether letters of a text, in either case, are what one other character folds to:
     "ss" and the sharp s."""
-    return any(folded in text.casefold() for folded in _long_foldings()) or any(
+    return any(folded in text.casefold() for folded in _find_long_foldings()) or any(
         len(c.casefold()) > 1 for c in text)
 
 
 @cache
-def _long_foldings() -> frozenset[str]:
+def _find_long_foldings() -> frozenset[str]:
     return frozenset(folded for c in range(LAST_LONG_FOLDING + 1) if len(folded := chr(c).casefold()) > 1)
 
 
@@ -257,33 +257,33 @@ class Automaton:
 
 
 @lru_cache(maxsize=8)
-def automaton(pattern: str) -> Automaton:
+def build_automaton(pattern: str) -> Automaton:
     """Return the automaton of a pattern.
 
     Raises:
         Unsupported: the pattern is too large, or uses more than `tokenizer.bpe.split_pattern` reads.
     """
     program = _Program()
-    start = program.add(parse(pattern), program.match)
+    start = program.add(parse_pattern(pattern), program.match)
     if len(program.classes) > MOST_CLASSES:
-        raise Unsupported(f"{len(program.classes)} classes")
-    members = np.stack([_members(class_) for class_ in program.classes])
+        raise UnsupportedPattern(f"{len(program.classes)} classes")
+    members = np.stack([_find_members(class_) for class_ in program.classes])
     # code points that are in the same classes are of one kind
     # a bit for each class, at most MOST_CLASSES of 64
     signatures = (1 << np.arange(len(members))) @ members
     _, firsts, kinds = np.unique(signatures, return_index=True, return_inverse=True)
     if len(firsts) > MOST_KINDS:
-        raise Unsupported(f"{len(firsts)} kinds of characters")
+        raise UnsupportedPattern(f"{len(firsts)} kinds of characters")
     # a code point that was not probed is of the kind of the last one before it
-    runs = np.diff(_probe()[0], append=NUM_CODE_POINTS)
+    runs = np.diff(_build_probe()[0], append=NUM_CODE_POINTS)
     # the end of the text is of no class
     of_kinds = np.c_[members[:, firsts], np.zeros(len(members), np.bool_)]
-    return Automaton(np.repeat(kinds.astype(np.uint8), runs), _determined(program, start, of_kinds))
+    return Automaton(np.repeat(kinds.astype(np.uint8), runs), _determinize(program, start, of_kinds))
 
 
-def _members(pattern: str) -> NDArray[np.bool_]:
+def _find_members(pattern: str) -> NDArray[np.bool_]:
     """Return which of the probed code points match a pattern for one character, as Oniguruma has it."""
-    codes, text, cased = _probe()
+    codes, text, cased = _build_probe()
     # a plain character needs no engine
     if len(pattern) == 1 and pattern != ".":
         return codes == ord(pattern)
@@ -292,7 +292,7 @@ def _members(pattern: str) -> NDArray[np.bool_]:
         # what is left after a replacement is what does not match: one call for all of Unicode
         left = normalizers.Replace(Regex(pattern), "").normalize_str(text)
     except Exception:  # the binding raises a bare Exception
-        raise Unsupported(pattern) from None
+        raise UnsupportedPattern(pattern) from None
     # characters without case were not asked: a single letter without case cannot match them
     found = np.ones(len(codes), np.bool_) if some is codes else np.isin(codes, some)
     found[np.searchsorted(codes, np.frombuffer(left.encode("utf-32-le"), np.uint32))] = False
@@ -300,10 +300,10 @@ def _members(pattern: str) -> NDArray[np.bool_]:
 
 
 @lru_cache(maxsize=1)
-def _probe() -> tuple[NDArray[np.uint32], str, NDArray[np.uint32]]:
+def _build_probe() -> tuple[NDArray[np.uint32], str, NDArray[np.uint32]]:
     """Return the code points on which classes are looked up, in rising order, their text,
     and those that have a case."""
-    codes = np.fromiter(code_points(), np.uint32)
+    codes = np.fromiter(iter_code_points(), np.uint32)
     text = codes.tobytes().decode("utf-32-le")
     blocks = (text[i : i + _BLOCK] for i in range(0, int(np.searchsorted(codes, BEHIND_CASED)), _BLOCK))
     cased = [ord(c) for block in blocks if _has_case(block) for c in block if _has_case(c)]
@@ -314,7 +314,7 @@ def _has_case(text: str) -> bool:
     return not text == text.lower() == text.upper() == text.casefold()
 
 
-def code_points() -> Iterator[int]:
+def iter_code_points() -> Iterator[int]:
     """Yield all code points except the inside of large blocks that are of one kind,
     and of planes without characters."""
     for code in range(0x40000):
@@ -339,7 +339,7 @@ class _Program:
     def _emit(self, what: str, class_: int, *after: int) -> int:
         self.code.append((what, class_, after))
         if len(self.code) > MOST_STATES:
-            raise Unsupported("too long")
+            raise UnsupportedPattern("too long")
         return len(self.code) - 1
 
     def _class(self, pattern: str) -> int:
@@ -350,11 +350,11 @@ class _Program:
     def add(self, node: Node, after: int) -> int:
         """Add a part of the pattern that goes on with instruction `after`; returns where it begins."""
         match node:
-            case OneOf(pattern):
+            case CharacterClass(pattern):
                 return self._emit("take", self._class(pattern), after)
-            case Next(pattern, negated):
+            case Lookahead(pattern, negated):
                 return self._emit("unless" if negated else "if", self._class(pattern), after)
-            case Sequence(parts):
+            case PatternSequence(parts):
                 # built from the end: each instruction knows what comes after it
                 for part in reversed(parts):
                     after = self.add(part, after)
@@ -380,24 +380,24 @@ class _Program:
         return begin
 
 
-def _determined(program: _Program, start: int, kinds: NDArray[np.bool_]) -> NDArray[np.int32]:
+def _determinize(program: _Program, start: int, kinds: NDArray[np.bool_]) -> NDArray[np.int32]:
     """Return the steps of the automaton; kinds of characters as [classes, kinds]."""
     # a state is an ordered tuple: two with the same places in another order prefer other matches
     numbers: dict[tuple[int, ...], int] = {(): DEAD_STATE, (start,): FIRST_STATE}
     steps = [[DEAD_STATE] * kinds.shape[1]]
-    for state in _growing(numbers):
+    for state in _iter_states(numbers):
         row = []
         for kind in range(kinds.shape[1]):
-            following, matched = _step(program, state, kinds[:, kind])
+            following, matched = _find_next_state(program, state, kinds[:, kind])
             # the match is a bit of the step, so the loop reads one number for each character
             row.append(2 * numbers.setdefault(following, len(numbers)) + matched)
         steps.append(row)
         if len(numbers) > MOST_STATES:
-            raise Unsupported("too many states")
+            raise UnsupportedPattern("too many states")
     return np.array(steps, np.int32)
 
 
-def _growing(numbers: dict[tuple[int, ...], int]) -> Iterator[tuple[int, ...]]:
+def _iter_states(numbers: dict[tuple[int, ...], int]) -> Iterator[tuple[int, ...]]:
     """Yield the states behind the dead one, those too that are found on the way."""
     at = FIRST_STATE
     while at < len(numbers):
@@ -406,7 +406,7 @@ def _growing(numbers: dict[tuple[int, ...], int]) -> Iterator[tuple[int, ...]]:
         at += 1
 
 
-def _step(program: _Program, state: tuple[int, ...],
+def _find_next_state(program: _Program, state: tuple[int, ...],
           holds: NDArray[np.bool_]) -> tuple[tuple[int, ...], bool]:
     """Return where a state goes by a character of the classes that `holds` says, and whether a match
     ends before it."""
@@ -444,7 +444,7 @@ _PROBES = ("", " ", "  ", "\n", "a", "A1 b", "'s 'S 'ſ x", "한국어 1", "e\u0
            "!? \r\n\t z", "\u00a0a \u00a0")
 
 
-def untrained(preset: Preset, pattern: str | None = None) -> Tokenizer:
+def build_untrained_tokenizer(preset: Preset, pattern: str | None = None) -> Tokenizer:
     """Return a tokenizer with the preset's rules and no vocabulary; `pattern`:
     another split than the final one.
 
@@ -456,13 +456,13 @@ def untrained(preset: Preset, pattern: str | None = None) -> Tokenizer:
         tokenizer.normalizer = normalizers.NFC()
     # use_regex=False: the split is the only one; add_prefix_space would change the text
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split = oniguruma(preset.final_pattern if pattern is None else pattern, preset.name)
+    split = build_splitter(preset.final_pattern if pattern is None else pattern, preset.name)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def oniguruma(pattern: str, name: str) -> Any:
+def build_splitter(pattern: str, name: str) -> Any:
     """Return the pre-tokenizer that splits by a pattern.
 
     Raises:
@@ -472,7 +472,7 @@ def oniguruma(pattern: str, name: str) -> Any:
         split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"preset {name}: split pattern {pattern!r} is no regular expression ({e})") from None
-    if found := _matches_empty(pattern):
+    if found := _find_empty_match(pattern):
         raise UserError(f"preset {name}: split pattern {pattern!r} can match empty text ({found}); "
                         "let every alternative take at least one character, e.g. + instead of *")
     return split
@@ -484,7 +484,7 @@ def check_coverage(pattern: str, name: str) -> None:
     Raises:
         UserError: it does.
     """
-    text = "".join(map(chr, code_points()))
+    text = "".join(map(chr, iter_code_points()))
     # also backwards, with a space in front: some alternatives hold only behind one
     for probe in (text, " " + text[::-1]):
         if left := normalizers.Replace(Regex(pattern), "").normalize_str(probe):
@@ -493,7 +493,7 @@ def check_coverage(pattern: str, name: str) -> None:
                             "by |[\\s\\S] at its end")
 
 
-def _matches_empty(pattern: str) -> str:
+def _find_empty_match(pattern: str) -> str:
     """Return where a pattern matches no character, or an empty string."""
     try:
         compiled = regex.compile(pattern)

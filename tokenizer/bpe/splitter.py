@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tokenizers import normalizers
 
 from tokenizer.bpe.counting import split_words
-from tokenizer.bpe.split_pattern import Automaton, Unsupported, automaton, oniguruma
+from tokenizer.bpe.split_pattern import Automaton, UnsupportedPattern, build_automaton, build_splitter
 from tokenizer.presets import Preset
 
 PROBE_CHARS = 20_000
@@ -28,12 +28,12 @@ class Splitter:
 
     def __init__(self, preset: Preset, pattern: str) -> None:
         """Raises: UserError: the pattern does not compile, or can match empty text."""
-        self._slow = oniguruma(pattern, preset.name)
+        self._slow = build_splitter(pattern, preset.name)
         self._normalizer = normalizers.NFC() if preset.normalization == "nfc" else None
         self._automaton: Automaton | None = None
         try:
-            self._automaton = automaton(pattern)
-        except Unsupported:
+            self._automaton = build_automaton(pattern)
+        except UnsupportedPattern:
             return
 
     def normalize(self, text: str) -> str:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from tokenizer.bpe.merging import (
     BLOCK_BITS, BYTES_FULL, END, ENOUGH, EXHAUSTED, HEAP_FULL, NUM_SIZES, NUM_TOKENS, NUM_TRAITS, PLACES_FULL,
-    JoinRule, MergeStore, add_first_pairs, describe_all, learn_some)
+    JoinRule, MergeStore, add_first_pairs, learn_merges, set_all_traits)
 
 FIRST_PLACES = 4_000_000
 """Places of single symbols that are sorted at a time."""
@@ -77,8 +77,8 @@ class MergeLearner:
             raise ValueError(f"{len(words.symbols)} symbols in {len(words.lengths)} words are too "
                              "many for 32 bits")
         self._rule, self._min_count, self._max_merges = rule, min_count, max_merges
-        self._store = _laid_out(words, tokens, max_merges)
-        describe_all(self._store)
+        self._store = _build_store(words, tokens, max_merges)
+        set_all_traits(self._store)
         self._find_first_pairs()
 
     def _find_first_pairs(self) -> None:
@@ -108,7 +108,7 @@ class MergeLearner:
         left, stopped = self._max_merges, ENOUGH
         while left and stopped != EXHAUSTED:
             merges = np.empty((min(left, BATCH_MERGES), 3), np.int64)
-            num_merges, stopped = learn_some(self._store, merges, self._rule, self._min_count)
+            num_merges, stopped = learn_merges(self._store, merges, self._rule, self._min_count)
             for merge in merges[:num_merges].tolist():
                 yield Merge(*merge)
             left -= num_merges
@@ -124,7 +124,7 @@ class MergeLearner:
         self._store = self._store._replace(**{_GROWTH[which]: grown})
 
 
-def _laid_out(words: PretokenWords, tokens: list[bytes], max_merges: int) -> MergeStore:
+def _build_store(words: PretokenWords, tokens: list[bytes], max_merges: int) -> MergeStore:
     """Return the arrays in which words are learned from, without pairs."""
     ends = np.r_[0, np.cumsum(words.lengths + 1)]
     symbols = np.full(int(ends[-1]) + 1, END, np.int32)

@@ -24,23 +24,23 @@ _JOINED = re.compile(rb"[A-Za-z\x80-\xff] [A-Za-z\x80-\xff]")
 
 
 @cache
-def _characters() -> dict[int, str]:
+def _map_bytes_to_characters() -> dict[int, str]:
     """Return the character of each byte, which is also a table for `str.translate`."""
     return {byte: character for character, byte in byte_alphabet().items()}
 
 
 @cache
-def byte_ids() -> NDArray[np.uint8]:
+def get_byte_ids() -> NDArray[np.uint8]:
     """Return the id of each byte, [256]."""
-    characters = _characters()
+    characters = _map_bytes_to_characters()
     ids = np.empty(NUM_BYTES, np.uint8)
     ids[sorted(range(NUM_BYTES), key=lambda b: characters[b])] = np.arange(NUM_BYTES)
     return ids
 
 
-def spelled(token: bytes) -> str:
+def spell_token(token: bytes) -> str:
     """Return a token as tokenizer.json spells it."""
-    return token.decode("latin-1").translate(_characters())
+    return token.decode("latin-1").translate(_map_bytes_to_characters())
 
 
 class Vocabulary:
@@ -54,7 +54,7 @@ class Vocabulary:
     def __init__(self, max_token_bytes: int) -> None:
         """`max_token_bytes`: no token is longer."""
         self.tokens: list[bytes] = [
-            b for _, b in sorted((int(i), bytes([b])) for b, i in enumerate(byte_ids()))]
+            b for _, b in sorted((int(i), bytes([b])) for b, i in enumerate(get_byte_ids()))]
         self.merges: list[tuple[int, int]] = []
         self.max_token_bytes = max_token_bytes
 

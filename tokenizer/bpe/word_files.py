@@ -68,12 +68,12 @@ def gather_words(files: list[Path], work: Path, max_bytes: int | None) -> WordTa
     """
     # one part in memory at a time; two reads of the sums then bound what the words kept take
     sums = [_sum_part(files, part, work) for part in range(NUM_PARTS)]
-    levels = _levels(sums)
-    min_count = _cut_off(levels, MAX_BYTES if max_bytes is None else min(MAX_BYTES, max_bytes))
-    table = pa.concat_tables([_kept(file, min_count) for file in sums])
+    levels = _count_levels(sums)
+    min_count = _choose_min_count(levels, MAX_BYTES if max_bytes is None else min(MAX_BYTES, max_bytes))
+    table = pa.concat_tables([_read_frequent_words(file, min_count) for file in sums])
     for file in sums:
         file.unlink()
-    counts, lengths = table["count"].to_numpy(), _lengths(table)
+    counts, lengths = table["count"].to_numpy(), _compute_lengths(table)
     # stable: words of equal count keep the order of the parts, so the result is the same on each run
     order = np.argsort(-counts, kind="stable")
     raw = np.zeros(0, np.uint8)
@@ -98,17 +98,18 @@ class _Levels:
     """Bytes of those words together."""
 
 
-def _levels(sums: list[Path]) -> _Levels:
+def _count_levels(sums: list[Path]) -> _Levels:
     """Read all sums once, one part at a time."""
     rows = np.zeros((0, 3), np.int64)
     for file in sums:
-        table = _read(file)
-        counts, lengths = table["count"].to_numpy(), _lengths(table)
-        rows = _by_count(np.concatenate((rows, np.stack((counts, np.ones_like(counts), lengths), axis=1))))
+        table = _read_table(file)
+        counts, lengths = table["count"].to_numpy(), _compute_lengths(table)
+        rows = _sum_by_count(np.concatenate((rows, np.stack((counts, np.ones_like(counts), lengths),
+                                                            axis=1))))
     return _Levels(*rows.T)
 
 
-def _by_count(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _sum_by_count(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Add up the rows (count, words, bytes) of equal count."""
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     # one row for each distinct count stays, however many words there are
@@ -118,7 +119,7 @@ def _by_count(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate((rows[firsts, :1], np.add.reduceat(rows[:, 1:], firsts)), axis=1)
 
 
-def _cut_off(levels: _Levels, max_bytes: int) -> int:
+def _choose_min_count(levels: _Levels, max_bytes: int) -> int:
     """Return the smallest count at which the words that occur as often, or more often,
     fit with an end mark each."""
     # from the most frequent down; all words of one count are kept or left out together
@@ -127,9 +128,9 @@ def _cut_off(levels: _Levels, max_bytes: int) -> int:
     return 1 if fitting == len(sizes) else int(levels.counts[::-1][fitting]) + 1
 
 
-def _kept(file: Path, min_count: int) -> Any:
+def _read_frequent_words(file: Path, min_count: int) -> Any:
     """Return the words of a part that occur often enough, in memory."""
-    table = _read(file)
+    table = _read_table(file)
     return table.filter(pc.greater_equal(table["count"], min_count))
 
 
@@ -150,10 +151,10 @@ def _sum_part(files: list[Path], part: int, work: Path) -> Path:
     return target
 
 
-def _read(file: Path) -> Any:
+def _read_table(file: Path) -> Any:
     with pa.memory_map(str(file)) as source:
         return pa.ipc.open_file(source).read_all()
 
 
-def _lengths(table: Any) -> NDArray[np.int64]:
+def _compute_lengths(table: Any) -> NDArray[np.int64]:
     return np.asarray(pc.binary_length(table["word"]).to_numpy()).astype(np.int64)
