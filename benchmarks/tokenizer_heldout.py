@@ -79,8 +79,8 @@ class Trained:
         def encode(text: str) -> list[int]:
             """Return the ids of a text."""
             text = words.normalize(text)
-            pieces, ids = iter(words.split(text)), []
-            for unit in units.split(text):
+            pieces, ids = iter(words.split_text(text)), []
+            for unit in units.split_text(text):
                 inside, left = [], len(unit)
                 while left > 0:
                     inside.append(next(pieces))

@@ -42,7 +42,7 @@ def train_tokenizer(request: TrainRequest) -> None:
     started_s = time.monotonic()
     with open_parts(output, "sov-tokenizer train"):
         learned = learn_vocabulary(plan, request.groups, load_ahead)
-        num_superwords = learned.vocabulary.num_superwords()
+        num_superwords = learned.vocabulary.count_superwords()
         print(f"{plan.vocab_size} tokens learned in {time.monotonic() - started_s:.1f} s" + (
             f"; {num_superwords:,} span words, {100 * num_superwords / plan.vocab_size:.2f} %"
             if num_superwords else ""))
@@ -72,7 +72,7 @@ def _write_artifact(artifact: ArtifactWriter, trained: Tokenizer, plan: CountPla
         "eos_id": preset.special_tokens[preset.eos_token],
         "pad_id": preset.special_tokens[preset.pad_token],
         "vocab_size": plan.vocab_size,
-        "num_superwords": learned.vocabulary.num_superwords(),
+        "num_superwords": learned.vocabulary.count_superwords(),
         "bytes_per_token": ratios,
         "checked": checked.sentence,
     }
@@ -210,7 +210,7 @@ def _encode_in_two_steps(texts: list[str], vocabulary: Vocabulary, stage_1: int,
     known: dict[str, list[int]] = {}
     for text in texts:
         found: list[int] = []
-        for unit in splitter.split(text):
+        for unit in splitter.split_text(text):
             if unit not in known:
                 # plain BPE by ranks, slow and obvious
                 parts = merge_parts([bytes([b]) for b in unit.encode()], first)

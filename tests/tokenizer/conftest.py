@@ -102,7 +102,7 @@ def learn() -> Callable[..., Vocabulary]:
         def count(pattern: str) -> WordTable:
             splitter = Splitter(preset, pattern)
             return table_of(Counter(piece.encode() for text in texts
-                                    for piece in splitter.split(splitter.normalize(text))))
+                                    for piece in splitter.split_text(splitter.normalize(text))))
 
         learn_words(count(preset.split_pattern), vocabulary, transition or num_tokens, preset, lambda n: None)
         if transition:

@@ -77,7 +77,7 @@ def test_weighted_groups_share_their_bytes_and_others_stay() -> None:
 def test_a_share_comes_nearest_and_is_never_empty(buckets: dict[int, int], factor: float) -> None:
     found = sizes_of(buckets)
     share = choose_share(found, factor)
-    assert sum(share.times(b) * n for b, n in buckets.items()) == count_share_bytes(found, share) > 0
+    assert sum(share.count_passes(b) * n for b, n in buckets.items()) == count_share_bytes(found, share) > 0
     assert abs(count_share_bytes(found, share) - factor * found.num_bytes) <= max(buckets.values())
 
 
@@ -120,13 +120,13 @@ def test_every_file_belongs_to_a_unit_of_its_group(corpus: Path) -> None:
 
 def test_a_key_stands_for_file_and_settings(corpus: Path) -> None:
     [unit] = plan_count_units([SourceGroup("a", (corpus / "0.jsonl",))], 1)
-    key = unit.key({"pattern": "a"})
-    assert unit.key({"pattern": "a"}) == key != unit.key({"pattern": "b"})
+    key = unit.build_key({"pattern": "a"})
+    assert unit.build_key({"pattern": "a"}) == key != unit.build_key({"pattern": "b"})
     (corpus / "0.jsonl").write_text((corpus / "0.jsonl").read_text())
-    assert unit.key({"pattern": "a"}) != key
+    assert unit.build_key({"pattern": "a"}) != key
     (corpus / "0.jsonl").unlink()
     with pytest.raises(UserError, match=r"0\.jsonl: cannot be read"):
-        unit.key({})
+        unit.build_key({})
 
 
 def test_a_look_through_finds_the_sizes_once(corpus: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tokenizer.presets import SOLAR_OPEN
 
 
 def counted(counter: WordCounter) -> Counter[bytes]:
-    text, ends, counts, parts = counter.words()
+    text, ends, counts, parts = counter.get_words()
     assert len(parts) == len(counter) and all(0 <= part < NUM_PARTS for part in parts)
     words = [text[a:b].tobytes() for a, b in zip([0, *ends[:-1]], ends, strict=True)] if len(ends) else []
     assert len(set(words)) == len(words)
@@ -35,7 +35,7 @@ def counted(counter: WordCounter) -> Counter[bytes]:
 
 
 def add(counter: WordCounter, words: list[bytes], times: int) -> None:
-    counter.add(b"".join(words), np.cumsum([len(w) for w in words], dtype=np.int32), times)
+    counter.add_text(b"".join(words), np.cumsum([len(w) for w in words], dtype=np.int32), times)
 
 
 @given(st.lists(st.tuples(st.lists(st.binary(min_size=1, max_size=3), max_size=50), st.integers(1, 5))))
@@ -73,7 +73,7 @@ def test_a_words_part_is_the_same_in_every_table() -> None:
     one, other = WordCounter(), WordCounter()
     add(one, words, 1)
     add(other, words[::-1], 2)
-    assert one.words()[3].tolist() == other.words()[3].tolist()[::-1]
+    assert one.get_words()[3].tolist() == other.get_words()[3].tolist()[::-1]
 
 
 WORDS = Counter({f"word{i}{'가' * (i % 5)}".encode(): 1 + 1000 // (i + 1) for i in range(400)})
@@ -104,7 +104,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 def as_counter(table: WordTable) -> Counter[bytes]:
     assert (np.diff(table.counts) <= 0).all()
-    return Counter(dict(zip(table.words(), table.counts.tolist(), strict=True)))
+    return Counter(dict(zip(table.iter_words(), table.counts.tolist(), strict=True)))
 
 
 def test_runs_are_added_up(files: list[Path], tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def expected(corpus: Path, times: int = 1) -> Counter[bytes]:
     texts = [json.loads(line)["text"] for file in list_files(corpus)
              for line in file.read_text().splitlines()]
     return Counter({word.encode(): times * n
-                    for word, n in Counter(w for t in texts for w in splitter.split(t)).items()})
+                    for word, n in Counter(w for t in texts for w in splitter.split_text(t)).items()})
 
 
 def test_a_table_that_is_written_out_many_times_gives_the_same(corpus: Path, tmp_path: Path,

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, strategies as st
 
 from megatron_sov.base.errors import UserError
-from tokenizer.bpe import split_pattern
+from tokenizer.bpe import splitter as splitter_module
 from tokenizer.bpe.counting import split_words
 from tokenizer.bpe.split_pattern import (
-    CharacterClass, Lookahead, PatternChoice, PatternSequence, Repeat, UnsupportedPattern, build_automaton,
-    build_splitter, check_coverage, parse_pattern)
-from tokenizer.bpe.splitter import Splitter
+    CharacterClass, Lookahead, PatternChoice, PatternSequence, Repeat, UnsupportedPattern, build_splitter,
+    check_coverage, parse_pattern)
+from tokenizer.bpe.splitter import Splitter, build_automaton
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 
@@ -85,7 +85,7 @@ def test_long_runs_take_two_looks_not_many() -> None:
 
 
 def test_too_large_a_pattern_is_left_to_oniguruma(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_pattern, "MOST_STATES", 20)
+    monkeypatch.setattr(splitter_module, "MOST_STATES", 20)
     with pytest.raises(UnsupportedPattern):
         build_automaton("(?:a{1,9}b{1,9}){1,9}c")
     with pytest.raises(UnsupportedPattern):
@@ -103,25 +103,25 @@ def test_all_of_unicode_is_split_as_by_oniguruma(pattern: str) -> None:
     for start in range(0, 0x110000, 8192):
         characters = [chr(c) for c in range(start, start + 8192) if not 0xD800 <= c < 0xE000]
         for text in ("".join(characters), " ".join(characters[::7]), "a".join(characters[::7])):
-            assert splitter.split(text) == by_oniguruma(pattern, text), hex(start)
+            assert splitter.split_text(text) == by_oniguruma(pattern, text), hex(start)
 
 
 def test_text_between_matches_and_groups_are_kept() -> None:
-    assert Splitter(SOLAR_OPEN, r"\p{L}+").split("ab 12 cd") == ["ab", " 12 ", "cd"]
-    assert Splitter(SOLAR_OPEN, r"(\p{L})(\p{N})|.").split("a1b") == ["a1", "b"]
+    assert Splitter(SOLAR_OPEN, r"\p{L}+").split_text("ab 12 cd") == ["ab", " 12 ", "cd"]
+    assert Splitter(SOLAR_OPEN, r"(\p{L})(\p{N})|.").split_text("a1b") == ["a1", "b"]
 
 
 def test_an_engine_that_differs_is_not_used_again() -> None:
     splitter = Splitter(SOLAR_OPEN, SOLAR_OPEN.split_pattern)
     splitter._automaton = build_automaton(r"[\s\S]")  # an engine gone wrong: it cuts between all characters
-    assert splitter.split("wrong now") != ["wrong", " now"]
-    splitter.check("some text")
-    assert splitter.split("right now") == ["right", " now"]
+    assert splitter.split_text("wrong now") != ["wrong", " now"]
+    splitter.compare_engines("some text")
+    assert splitter.split_text("right now") == ["right", " now"]
 
 
 def test_where_pieces_end_is_told_in_bytes() -> None:
     for pattern in (SOLAR_OPEN.split_pattern, r"(\p{L})+|."):  # by the automaton, by Oniguruma
-        assert Splitter(SOLAR_OPEN, pattern).ends("가나 a".encode()).tolist()[0] == 6
+        assert Splitter(SOLAR_OPEN, pattern).find_ends("가나 a".encode()).tolist()[0] == 6
 
 
 @pytest.mark.parametrize("pattern", ["a*", "a|", "(?=a)", r"\b", ".|^"])
@@ -145,8 +145,8 @@ def test_a_splitter_travels_to_another_process() -> None:
     travelled = pickle.loads(pickle.dumps(Splitter(K_EXAONE, K_EXAONE.split_pattern)))
     for text in ("it's 12 \u1112\u1161\u11ab 가나", "\n\n a  b\t", "Ünïcode 2026, 漢字"):
         normal = travelled.normalize(text)
-        travelled.check(normal)
-        assert travelled.split(normal) == by_oniguruma(K_EXAONE.split_pattern, normal)
+        travelled.compare_engines(normal)
+        assert travelled.split_text(normal) == by_oniguruma(K_EXAONE.split_pattern, normal)
 
 
 def test_a_pattern_that_passes_over_text_is_refused() -> None:

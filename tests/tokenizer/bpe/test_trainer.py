@@ -17,13 +17,13 @@ from hypothesis import given, strategies as st
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 
 from tokenizer.bpe import trainer
-from tokenizer.bpe.merging import JoinRule, PieceSampler
+from tokenizer.bpe.merging import JoinRule
 from tokenizer.bpe.segmenting import find_last_merge, merge_parts
 from tokenizer.bpe.split_pattern import build_untrained_tokenizer
 from tokenizer.bpe.trainer import Merge, MergeLearner, PretokenWords
 from tokenizer.bpe.vocabulary import Vocabulary, spell_token
 from tokenizer.formats.hf_files import build_tokenizer
-from tokenizer.mixture import NUM_BUCKETS, GroupSizes, TextPiece, choose_share
+from tokenizer.mixture import NUM_BUCKETS, GroupSizes, PieceSampler, TextPiece, choose_share
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 # Merging by ranks, against tiktoken; and the one pair of tokens that makes a token.
@@ -98,7 +98,7 @@ def test_hugging_faces_trainer_gives_the_same(learn: Callable[..., Vocabulary], 
 def test_counts_beyond_32_bits() -> None:
     words = PretokenWords(np.array([0, 1, 1, 0]), np.array([2, 2]), np.array([1 << 40, (1 << 40) - 1]))
     learner = MergeLearner(words, [b"a", b"b"], ANY, 2, 9)
-    assert list(learner.learn()) == [Merge(0, 1, 1 << 40), Merge(1, 0, (1 << 40) - 1)]
+    assert list(learner.iter_merges()) == [Merge(0, 1, 1 << 40), Merge(1, 0, (1 << 40) - 1)]
 
 
 # A sample of a group, gathered from its units before the group's size is known.
@@ -122,22 +122,22 @@ def test_units_keep_every_piece_that_a_sample_of_their_group_may_hold(num_bucket
     for unit in units:
         kept = PieceSampler(LIMIT_BYTES)
         for piece in unit:
-            kept.add(piece)
-        for piece in kept.found():
-            together.add(piece)
+            kept.add_piece(piece)
+        for piece in kept.get_pieces():
+            together.add_piece(piece)
     pieces = [piece for unit in units for piece in unit]
     sizes = sizes_of(pieces)
     share = choose_share(sizes, LIMIT_BYTES / sizes.num_bytes)
-    wanted = [piece for piece in pieces if share.times(piece.bucket)]
-    assert wanted and sorted(p.raw for p in together.found() if share.times(p.bucket)) == sorted(
+    wanted = [piece for piece in pieces if share.count_passes(piece.bucket)]
+    assert wanted and sorted(p.raw for p in together.get_pieces() if share.count_passes(p.bucket)) == sorted(
         p.raw for p in wanted)
 
 
 def test_no_more_than_a_bucket_above_the_limit_is_held() -> None:
     kept = PieceSampler(LIMIT_BYTES)
     for number in range(5000):
-        kept.add(TextPiece(b"x" * 100, number * 7919 % NUM_BUCKETS))
-    assert sum(len(piece.raw) for piece in kept.found()) == LIMIT_BYTES + 100
+        kept.add_piece(TextPiece(b"x" * 100, number * 7919 % NUM_BUCKETS))
+    assert sum(len(piece.raw) for piece in kept.get_pieces()) == LIMIT_BYTES + 100
 
 
 LETTER = rb"[A-Za-z\x80-\xff]"
@@ -155,7 +155,7 @@ def test_both_stages_as_by_brute_force(learn: Callable[..., Vocabulary], brute_f
     found = learn(preset, 420, SUPER_TEXT, transition=330, only=only)
     assert merges_of(found) == brute_force(preset, 420, SUPER_TEXT, transition=330, only=only)
     words = [len(t.decode(errors="replace").split()) for t in found.tokens]
-    assert max(words) == max_words and found.num_superwords() > 20
+    assert max(words) == max_words and found.count_superwords() > 20
 
 
 @given(st.lists(st.text(alphabet="ab  ", max_size=60), min_size=1, max_size=6), st.booleans())
@@ -169,7 +169,7 @@ def test_random_letters_and_spaces_as_by_brute_force(learn: Callable[..., Vocabu
 def test_where_stage_2_is_for_superwords_they_are_as_many_as_its_tokens(
         learn: Callable[..., Vocabulary]) -> None:
     mixed, only = (learn(K_EXAONE, 420, SUPER_TEXT, transition=275, only=only) for only in (False, True))
-    assert mixed.num_superwords() < only.num_superwords() == 420 - 275
+    assert mixed.count_superwords() < only.num_superwords() == 420 - 275
     assert (all(len(token.split()) > 1 for token in only.tokens[275:])
             and mixed.tokens[:275] == only.tokens[:275])
 
