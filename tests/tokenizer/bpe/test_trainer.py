@@ -169,7 +169,7 @@ def test_random_letters_and_spaces_as_by_brute_force(learn: Callable[..., Vocabu
 def test_where_stage_2_is_for_superwords_they_are_as_many_as_its_tokens(
         learn: Callable[..., Vocabulary]) -> None:
     mixed, only = (learn(K_EXAONE, 420, SUPER_TEXT, transition=275, only=only) for only in (False, True))
-    assert mixed.count_superwords() < only.num_superwords() == 420 - 275
+    assert mixed.count_superwords() < only.count_superwords() == 420 - 275
     assert (all(len(token.split()) > 1 for token in only.tokens[275:])
             and mixed.tokens[:275] == only.tokens[:275])
 
