@@ -30,7 +30,7 @@ COMMANDS = {
         ("decontaminate --input traces.jsonl --benchmarks aime25.jsonl --output clean",
          "decontaminate --input chats.jsonl --format chat --benchmarks bench.jsonl --output clean")),
     "encode-media": Command(
-        "data_prep.media.encode_media_run",
+        "data_prep.media.encode_media:ENCODE_MEDIA",
         "turn records that name pictures, sounds and videos into text and banks to pack",
         DOCUMENTS, "media_data.md",
         ("encode-media --input records.jsonl --media-root media --image-tokenizer images --output made",
