@@ -113,11 +113,8 @@ class MediaSettings:
         return banks
 
     def format_identity(self) -> str:
-        """Return JSON with all settings that a unit without bad records depends on.
-
-        Raises:
-            UserError: a folder is no codec.
-        """
+        """Return JSON with all settings that a unit without bad records depends on. Raises `UserError`: a
+        folder is no codec."""
         # media root, device and handling of bad records change no good unit
         facts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
                                  if f.name not in ("media_root", "device", "limits", "bad_media")}

@@ -51,11 +51,8 @@ DEFAULT_WORKERS = 4
 
 
 def run_encode_media(options: EncodeMediaOptions) -> None:
-    """Encode missing units and write the artifact, here or by cluster jobs.
-
-    Raises:
-        UserError: records, media, settings, the disk or the cluster prevent it; complete units are kept.
-    """
+    """Encode missing units and write the artifact, here or by cluster jobs. Raises `UserError`: records,
+    media, settings, the disk or the cluster prevent it; complete units are kept."""
     if options.cluster:
         submit_encoding(options)
         return
@@ -67,11 +64,8 @@ def run_encode_media(options: EncodeMediaOptions) -> None:
 
 
 def submit_encoding(options: EncodeMediaOptions) -> None:
-    """Submit cluster jobs for missing units, or report the progress of active jobs.
-
-    Raises:
-        UserError: profile, options or cluster prevent it.
-    """
+    """Submit cluster jobs for missing units, or report the progress of active jobs. Raises `UserError`:
+    profile, options or cluster prevent it."""
     settings = options.settings
     images, sounds = settings.image_tokenizer, settings.audio_tokenizer
     settings = replace(settings, media_root=settings.media_root.absolute(),
@@ -110,11 +104,7 @@ def finish_run(options: EncodeMediaOptions, task: int) -> None:
 
 
 def _prepare_units(options: EncodeMediaOptions) -> list[MediaUnit]:
-    """Check options, libraries and output, and return the units.
-
-    Raises:
-        UserError: all problems.
-    """
+    """Check options, libraries and output, and return the units. Raises `UserError`: all problems."""
     p = list(map(to_problem, find_library_problems("it", "PIL", "soundfile", "scipy", extra="omni")))
     p += [SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
           for path in options.input if not path.exists()]
@@ -182,11 +172,7 @@ class MediaUnit:
 
 
 def plan_media_units(files: list[Path]) -> Iterator[MediaUnit]:
-    """Yield units in order.
-
-    Raises:
-        UserError: a file is unreadable, or a line is too long.
-    """
+    """Yield units in order. Raises `UserError`: a file is unreadable, or a line is too long."""
     for file in files:
         try:
             with open(file, "rb") as f:
@@ -229,11 +215,8 @@ class MediaUnitEncoder:
         return (part_folder(self._work, unit.compute_key(self._identity)) / SUMMARY).is_file()
 
     def encode(self, unit: MediaUnit) -> None:
-        """Encode a unit unless its folder exists.
-
-        Raises:
-            UserError: a record or medium is bad and `bad_media` is "stop", or the disk is full.
-        """
+        """Encode a unit unless its folder exists. Raises `UserError`: a record or medium is bad and
+        `bad_media` is "stop", or the disk is full."""
         build_part(self._work, unit.compute_key(self._identity), SUMMARY, partial(self._write_unit, unit))
 
     def _write_unit(self, unit: MediaUnit, folder: Path) -> None:
@@ -296,11 +279,8 @@ def _create_bad_error(file: Path, line: int, medium: str, reason: str) -> UserEr
 
 
 def _write_corpus(options: EncodeMediaOptions, units: list[MediaUnit]) -> None:
-    """Join complete units to the artifact, and print its counts.
-
-    Raises:
-        UserError: chats and documents are mixed, or no record remains.
-    """
+    """Join complete units to the artifact, and print its counts. Raises `UserError`: chats and documents are
+    mixed, or no record remains."""
     settings, output = options.settings, options.output
     banks, work, identity = settings.get_banks(), work_folder(output), settings.format_identity()
     with create_artifact(output, MEDIA_CORPUS, overwrite=options.overwrite) as artifact:

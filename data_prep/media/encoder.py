@@ -53,11 +53,7 @@ class MediaRecordEncoder:
     """Encodes media; one instance per process."""
 
     def __init__(self, settings: MediaSettings, threads: int) -> None:
-        """Open the codecs.
-
-        Raises:
-            UserError: a folder is no codec of its kind.
-        """
+        """Open the codecs. Raises `UserError`: a folder is no codec of its kind."""
         self._settings, self._threads = settings, threads
         self._reader = MediaReader(settings.media_root, settings.limits, threads)
         self.images = _open_codec(settings.image_tokenizer, "--image-tokenizer", settings.device,

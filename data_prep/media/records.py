@@ -79,11 +79,8 @@ class Medium:
 
 
 def parse_record(line: bytes) -> MediaRecord:
-    """Parse a line.
-
-    Raises:
-        BadRecord: the line is no chat or document, a part is malformed, or a text spells a media token.
-    """
+    """Parse a line. Raises `BadRecord`: the line is no chat or document, a part is malformed, or a text
+    spells a media token."""
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as e:
@@ -145,11 +142,8 @@ def _parse_part(part: Any, where: str) -> MessagePart:
 
 def format_record(record: MediaRecord, media: Mapping[MessagePart, Medium], drawn: str = CALL
                   ) -> dict[str, Any]:
-    """Return a record for `sov-data pack`; `drawn` is `MediaSettings.drawn`.
-
-    Raises:
-        BadRecord: an assistant's medium has no discrete tokens.
-    """
+    """Return a record for `sov-data pack`; `drawn` is `MediaSettings.drawn`. Raises `BadRecord`: an
+    assistant's medium has no discrete tokens."""
     formatter = _RecordFormatter(media, drawn)
     if record.kind == TEXT:
         content: dict[str, Any] = {"text": formatter.join_parts(record.messages[0].parts or ())}

@@ -85,11 +85,8 @@ class PhaseShares:
 
 
 def find_blend(name: str) -> Path:
-    """Return the file for `--blend`: a path, or a shipped blend's name.
-
-    Raises:
-        UserError: neither exists.
-    """
+    """Return the file for `--blend`: a path, or a shipped blend's name. Raises `UserError`: neither
+    exists."""
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
     # the user's file takes precedence over a shipped blend
     if name in shipped and not Path(name).exists():
@@ -101,11 +98,7 @@ def find_blend(name: str) -> Path:
 
 
 def read_blend(file: Path) -> Blend:
-    """Read a blend file.
-
-    Raises:
-        SettingsError: all mistakes, with lines.
-    """
+    """Read a blend file. Raises `SettingsError`: all mistakes, with lines."""
     blend = read_settings_file(BlendFile, file)
     return Blend(str(blend.name or file.stem), tuple(phase.to_phase() for phase in blend.phases))
 
@@ -345,11 +338,8 @@ def compute_epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str, An
 
 
 def check_epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]], max_epochs: float) -> None:
-    """Check that no source is read more often than `max_epochs`.
-
-    Raises:
-        UserError: sources above the limit, with epochs and tokens.
-    """
+    """Check that no source is read more often than `max_epochs`. Raises `UserError`: sources above the limit,
+    with epochs and tokens."""
     available = {s["name"]: s["splits"][TRAIN]["num_tokens"] for s in sources}
     problems = [f"source {name}: {count:.4g} epochs of its {available[name]:,} tokens"
                 for name, count in compute_epochs(phases, sources).items()
