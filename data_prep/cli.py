@@ -36,7 +36,7 @@ COMMANDS = {
         ("encode-media --input records.jsonl --media-root media --image-tokenizer images --output made",
          "encode-media --input records.jsonl --media-root media --audio-tokenizer sounds --output made")),
     "synth": Command(
-        "data_prep.synth.command", "make data with models: checked, with provenance, restartable",
+        "data_prep.synth.synth:SYNTH", "make data with models: checked, with provenance, restartable",
         RESPONSES, "synth.md",
         ("synth --list",
          "synth rewrite --input documents.jsonl --engine my-model --output rewritten")),
@@ -47,7 +47,7 @@ COMMANDS = {
         ("difficulty label --answers small large --output labels",
          "difficulty grade --input problems.jsonl --model estimator --output graded")),
     "probing-sets": Command(
-        "data_prep.synth.probing_sets",
+        "data_prep.synth.probing_sets:PROBING_SETS",
         "freeze problems of `synth probes` into a set for each domain", RESPONSES, "synth_solutions.md",
         ("probing-sets --input probes --output sets",
          "probing-sets --input probes more.jsonl --output sets --overwrite")),
