@@ -23,7 +23,7 @@ MAX_VALUES = 1_000
 REST = "(others)"
 BATCH_ROWS = 4096
 Facts = dict[str, Any]
-"""`num_documents`, `num_bytes` (text in UTF-8), `values`: column -> value ("": null) -> [documents, bytes]."""
+"""`num_documents`, `num_bytes` (UTF-8), `values`: column -> value ("": null) -> [documents, bytes]."""
 
 
 def get_facts_path(file: Path) -> Path:

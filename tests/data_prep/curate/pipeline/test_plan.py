@@ -60,7 +60,7 @@ def test_a_file_is_known_by_its_size_and_time(tmp_path: Path) -> None:
     mark = read_file_mark(file)
     check_unchanged(file, mark)
     os.utime(file, ns=(0, mark[1] + 1))
-    with pytest.raises(UserError, match="has changed since"):
+    with pytest.raises(UserError, match="changed while the run"):
         check_unchanged(file, mark)
     with pytest.raises(UserError, match="gone: cannot be read"):
         read_file_mark(tmp_path / "gone")

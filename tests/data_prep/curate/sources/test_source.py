@@ -52,7 +52,8 @@ def test_pieces_are_plain_values_in_a_fixed_order(tmp_path: Path) -> None:
     pieces = create_reader(SourceSettings("s", (".",), tmp_path)).list_pieces()
     assert [piece.file for piece in pieces] == ["a/b/c.txt", "a/z.txt", "a.txt", "b.txt"]
     again = json.loads(json.dumps([dataclasses.asdict(piece) for piece in pieces]))
-    assert [SourcePiece(**{**values, "companion_files": tuple(values["companion_files"])}) for values in again] == pieces
+    assert [SourcePiece(**{**values, "companion_files": tuple(values["companion_files"])}) for values
+            in again] == pieces
 
 
 def test_names_are_relative_to_what_all_paths_share(tmp_path: Path) -> None:
