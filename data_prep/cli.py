@@ -15,8 +15,8 @@ COMMANDS = {
         DOCUMENTS, "data.md",
         ("demo-corpus --output corpus", "demo-corpus --input my-texts --output corpus")),
     "run": Command(
-        "data_prep.curate.run", "run a pipeline from raw documents to the sources of a curriculum",
-        DOCUMENTS, "data_pipeline.md",
+        "data_prep.curate.pipeline.command:RUN",
+        "run a pipeline from raw documents to the sources of a curriculum", DOCUMENTS, "data_pipeline.md",
         ("run notes.yaml --output corpus --dry-run", "run notes.yaml --output corpus --workers 8")),
     "scorer": Command(
         "data_prep.curate.scorer:SCORER",
@@ -30,7 +30,7 @@ COMMANDS = {
         ("decontaminate --input traces.jsonl --benchmarks aime25.jsonl --output clean",
          "decontaminate --input chats.jsonl --format chat --benchmarks bench.jsonl --output clean")),
     "encode-media": Command(
-        "data_prep.media.encode_media_run",
+        "data_prep.media.encode_media:ENCODE_MEDIA",
         "turn records that name pictures, sounds and videos into text and banks to pack",
         DOCUMENTS, "media_data.md",
         ("encode-media --input records.jsonl --media-root media --image-tokenizer images --output made",
