@@ -116,11 +116,8 @@ class MediaCorpora:
         return list(self._folders.values())
 
     def check_tokenizer(self, tokenizer: Path) -> None:
-        """Check that the tokenizer has the corpora's media tokens.
-
-        Raises:
-            UserError: the tokenizer has no media tokens, or a smaller codebook.
-        """
+        """Check that the tokenizer has the corpora's media tokens. Raises `UserError`: the tokenizer has no
+        media tokens, or a smaller codebook."""
         blocks = read_blocks(read_manifest(tokenizer).content.get(MEDIA), str(tokenizer))
         for folder in self.folders:
             for kind, codec in read_manifest(folder, MEDIA_CORPUS).content["codecs"].items():

@@ -175,11 +175,8 @@ GROUPS = DeclaredCommand(GroupOptions, lambda options: write_groups(options, FIL
 
 def iter_groups(files: Sequence[Path], tally: RecordTally) -> Iterator[ResponseGroup]:
     """Yield groups, one in memory at a time; count responses read, and set aside responses without reward or
-    text.
-
-    Raises:
-        UserError: a file is unreadable, or a line is malformed; the message names file and line.
-    """
+    text. Raises `UserError`: a file is unreadable, or a line is malformed; the message names file and
+    line."""
     for file in files:
         for where, record in _join_scored_lines(_iter_lines(file, tally), tally):
             yield _parse_group(record, where)
@@ -232,11 +229,8 @@ def _join_scored_lines(lines: Iterable[tuple[str, dict[str, Any]]], tally: Recor
 
 
 def _read_reward(record: dict[str, Any], where: str) -> Any:
-    """Return a scored line's reward, or its label as 1 or 0.
-
-    Raises:
-        UserError: reward and label are missing, or the label is malformed.
-    """
+    """Return a scored line's reward, or its label as 1 or 0. Raises `UserError`: reward and label are
+    missing, or the label is malformed."""
     if "reward" in record:
         return record["reward"]
     label = parse_label(record.get(LABEL))

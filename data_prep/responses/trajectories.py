@@ -76,11 +76,8 @@ class TrajectoriesOptions:
 
 
 def write_trajectories(options: TrajectoriesOptions) -> int:
-    """Write an artifact of kind "corpus" with a document per query.
-
-    Raises:
-        UserError: a record breaks a rule, or no query has enough solutions; nothing is written.
-    """
+    """Write an artifact of kind "corpus" with a document per query. Raises `UserError`: a record breaks a
+    rule, or no query has enough solutions; nothing is written."""
     settings = options.settings
     check_output_folder(options.output, KIND, options.overwrite)
     num_queries = num_documents = 0
@@ -120,10 +117,7 @@ TRAJECTORIES = DeclaredCommand(TrajectoriesOptions, write_trajectories)
 
 def read_queries(file: Path, tally: RecordTally) -> Iterator[tuple[str, list[Solution]]]:
     """Yield each query with its solutions, from one line or from successive chats; count solutions as read.
-
-    Raises:
-        UserError: the file is unreadable, or a line is malformed; the message names file and line.
-    """
+    Raises `UserError`: the file is unreadable, or a line is malformed; the message names file and line."""
     for _, group in groupby(_iter_lines(file, tally), key=lambda line: line[0]):
         lines = list(group)
         yield lines[0][1], [solution for _, _, solutions in lines for solution in solutions]

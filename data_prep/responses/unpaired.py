@@ -37,11 +37,8 @@ class UnpairedOptions(GroupOptions):
 
 def write_unpaired(options: UnpairedOptions) -> int:
     """Write an artifact of kind "corpus" with a record per response; a group may have a single response.
-
-    Raises:
-        UserError: a record breaks a rule, all responses are to one prompt, or none is good or bad; nothing is
-            written.
-    """
+    Raises `UserError`: a record breaks a rule, all responses are to one prompt, or none is good or bad;
+    nothing is written."""
     check_output_folder(options.output, KIND, options.overwrite)
     tally = GroupTally()
     counts = tally.counts

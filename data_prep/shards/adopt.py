@@ -86,12 +86,8 @@ class Pair:
 
 
 def adopt_pairs(options: AdoptOptions) -> int:
-    """Check the pairs and write an artifact of kind "tokens".
-
-    Raises:
-        UserError: a pair is damaged or belongs to another tokenizer, pairs differ in their ends, or the
-            output may not be written.
-    """
+    """Check the pairs and write an artifact of kind "tokens". Raises `UserError`: a pair is damaged or
+    belongs to another tokenizer, pairs differ in their ends, or the output may not be written."""
     check_output_folder(options.output, KIND, options.overwrite)
     sources = parse_sources([prefix.removesuffix(".bin").removesuffix(".idx") for prefix in options.pairs])
     encoder = Encoder(options.tokenizer)

@@ -66,12 +66,8 @@ class Encoder:
     """Encodes documents with a tokenizer artifact; special tokens spelled in documents stay ordinary text."""
 
     def __init__(self, folder: Path, settings: EncodingSettings | None = None) -> None:
-        """Load an artifact of kind "tokenizer".
-
-        Raises:
-            UserError: the folder is missing, foreign or damaged, or the tokenizer lacks a token for
-                `settings`.
-        """
+        """Load an artifact of kind "tokenizer". Raises `UserError`: the folder is missing, foreign or
+        damaged, or the tokenizer lacks a token for `settings`."""
         if problem := explain_foreign_tokenizer(folder):
             raise UserError(f"--tokenizer {folder}: {problem}", fix_foreign_tokenizer(folder))
         manifest = read_manifest(folder, "tokenizer")
@@ -114,11 +110,8 @@ class Encoder:
         return fast is not None, sentence
 
     def encode_batch(self, documents: list[Document]) -> EncodedBatch:
-        """Encode documents of one kind.
-
-        Raises:
-            BadRecord: the chat template rejects a document (encode documents singly to find the culprit).
-        """
+        """Encode documents of one kind. Raises `BadRecord`: the chat template rejects a document (encode
+        documents singly to find the culprit)."""
         tokens = self.feature_tokens
         if documents[0].kind == "text":
             if tokens is not None:
@@ -211,11 +204,8 @@ class FastBpe:
     """
 
     def __init__(self, file: Path, tokenizer: Tokenizer) -> None:
-        """Convert `file`; `tokenizer` is the same file, opened with special tokens as ordinary text.
-
-        Raises:
-            NotByteBpe: tiktoken cannot express the tokenizer.
-        """
+        """Convert `file`; `tokenizer` is the same file, opened with special tokens as ordinary text. Raises
+        `NotByteBpe`: tiktoken cannot express the tokenizer."""
         raw = json.loads(file.read_text(encoding="utf-8"))
         self._tokenizer = tokenizer
         normalizer = (raw.get("normalizer") or {}).get("type")

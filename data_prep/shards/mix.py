@@ -120,11 +120,7 @@ MIX = DeclaredCommand(MixOptions, run_mix)
 
 
 def parse_part(argument: str) -> MixPart:
-    """Parse `DIR[:WEIGHT]`.
-
-    Raises:
-        UserError: the weight is not a positive number.
-    """
+    """Parse `DIR[:WEIGHT]`. Raises `UserError`: the weight is not a positive number."""
     head, colon, tail = argument.rpartition(":")
     match = re.fullmatch(r"(.+)=([\d.]+%?)", argument)
     if match and not Path(argument).exists():
@@ -213,11 +209,8 @@ def _report_mix(sources: list[dict[str, Any]], phases: list[PhaseShares], names:
 
 def _allot_blend(manifests: list[Manifest],
                  blend: BlendSettings) -> tuple[list[PhaseShares], list[dict[str, Any]]]:
-    """Return shares per phase, and all source records.
-
-    Raises:
-        UserError: the blend lacks sources, or repeats a source too often.
-    """
+    """Return shares per phase, and all source records. Raises `UserError`: the blend lacks sources, or
+    repeats a source too often."""
     if problems := find_all_problems(blend):
         raise SettingsError("blend", problems)
     sources = [s for m in manifests for s in m.content["sources"]]
@@ -288,11 +281,8 @@ def _link_sources(artifact: ArtifactWriter, path: Path, manifest: Manifest,
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link `target` to `source`, or copy the file if the file system refuses links.
-
-    Raises:
-        UserError: `source` is missing.
-    """
+    """Hard-link `target` to `source`, or copy the file if the file system refuses links. Raises `UserError`:
+    `source` is missing."""
     try:
         os.link(source, target)
     except FileNotFoundError:

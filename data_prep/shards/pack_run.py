@@ -161,11 +161,8 @@ def _fix_record(bad: BadRecord | None, kind: str) -> Fix | None:
 
 
 def _open_media_corpora(sources: Mapping[str, Path], kind: str | None) -> MediaCorpora | None:
-    """Return the media corpora among the sources; None: all sources are text.
-
-    Raises:
-        UserError: the corpora cannot be packed together, or omni libraries are missing.
-    """
+    """Return the media corpora among the sources; None: all sources are text. Raises `UserError`: the corpora
+    cannot be packed together, or omni libraries are missing."""
     if not any(map(find_media_corpus, sources.values())):
         return None
     from data_prep.media.packing import MediaCorpora  # packing text must not import `megatron_sov.omni`

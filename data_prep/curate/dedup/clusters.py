@@ -89,9 +89,9 @@ class DocumentOrder:
 
     def __init__(self, view: View) -> None:
         shards = Numbering(view).shards
-        priorities = sorted({view.priority(shard.source) for shard in shards}, reverse=True)
+        priorities = sorted({view.get_priority(shard.source) for shard in shards}, reverse=True)
         self._class_by_rank = np.array(
-            [priorities.index(view.priority(shard.source)) for shard in shards], np.uint64)
+            [priorities.index(view.get_priority(shard.source)) for shard in shards], np.uint64)
 
     def compute_places(self, numbers: NDArray[np.uint64], characters: NDArray[np.uint64]
                        ) -> NDArray[np.uint64]:

@@ -52,31 +52,31 @@ class ExactDedup(Step):
     """Drops a document whose normalized text equals an earlier document's, by source priority, then order."""
 
     kind = "exact_dedup"
-    adds = {"duplicate_of": "string"}
+    added_columns = {"duplicate_of": "string"}
     Settings = ExactSettings
     settings: ExactSettings
 
-    def passes(self) -> Sequence[Pass]:
+    def list_passes(self) -> Sequence[Pass]:
         return [Pass("keys", self._write_keys), Pass("compare", self._compare_keys, self.settings.partitions)]
 
-    def start(self, view: View) -> None:
-        folder = view.work / "duplicates"
+    def load_inputs(self, view: View) -> None:
+        folder = view.work_folder / "duplicates"
         self._duplicates = DuplicateFilter(view, REASON, lambda rank: read_surplus(folder, rank))
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return self._duplicates.judge_documents(documents)
 
     def _write_keys(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_by_shard[view.shards[task]]
         keys: list[bytes] = []
         numbers: list[int] = []
-        for batch in register_documents(view, view.shards[task], Register(view.work / "documents"), rank):
+        for batch in register_documents(view, view.shards[task], Register(view.work_folder / "documents"), rank):
             keys += [blake3(_normalize_text(document.text)).digest(KEY_BYTES) for document in batch]
             numbers += [rank << 32 | document.row for document in batch]
-        write_occurrences(view.work / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
+        write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
 
     def _compare_keys(self, view: View, task: int) -> None:
-        write_surplus(view, task, view.work / "duplicates")
+        write_surplus(view, task, view.work_folder / "duplicates")
 
 
 def _normalize_text(text: str) -> bytes:
@@ -90,7 +90,7 @@ class DuplicateFilter:
 
     def __init__(self, view: View, reason: str, read_duplicates: Callable[[int], Records]) -> None:
         """`read_duplicates` maps a rank to records with `doc` (to drop) and `keeper`."""
-        self._numbering, self._register = Numbering(view), Register(view.work / "documents")
+        self._numbering, self._register = Numbering(view), Register(view.work_folder / "documents")
         self._reason, self._read_duplicates = reason, read_duplicates
         self._rank = -1
         self._keeper_ids: dict[int, str] = {}
@@ -134,20 +134,20 @@ class ParagraphDedup(Step):
     """Cuts paragraphs of many documents, such as menus and notices, from all documents but the first."""
 
     kind = "paragraph_dedup"
-    adds = {"paragraphs_cut": "int64"}
+    added_columns = {"paragraphs_cut": "int64"}
     Settings = ParagraphSettings
     settings: ParagraphSettings
 
-    def passes(self) -> Sequence[Pass]:
+    def list_passes(self) -> Sequence[Pass]:
         return [Pass("paragraphs", self._write_keys),
                 Pass("count", self._count_keys, self.settings.partitions)]
 
-    def start(self, view: View) -> None:
-        self._numbering, self._folder = Numbering(view), view.work / "repeated"
+    def load_inputs(self, view: View) -> None:
+        self._numbering, self._folder = Numbering(view), view.work_folder / "repeated"
         self._rank = -1
         self._keys_by_row: dict[int, set[bytes]] = {}
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [self._cut_document(document) for document in documents]
 
     def _cut_document(self, document: Doc) -> StepOutcome:
@@ -183,17 +183,17 @@ class ParagraphDedup(Step):
         rank = Numbering(view).rank_by_shard[view.shards[task]]
         keys: list[bytes] = []
         numbers: list[int] = []
-        for batch in view.documents(view.shards[task]):
+        for batch in view.iter_documents(view.shards[task]):
             for document in batch:
                 # A set: a paragraph repeated within a document counts once.
                 paragraphs = iter_paragraphs(document.text, self.settings.min_chars)
                 document_keys = {paragraph.key for paragraph in paragraphs if paragraph.key}
                 keys += sorted(document_keys)
                 numbers += [rank << 32 | document.row] * len(document_keys)
-        write_occurrences(view.work / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
+        write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
 
     def _count_keys(self, view: View, task: int) -> None:
-        write_surplus(view, task, view.work / "repeated", self.settings.max_documents)
+        write_surplus(view, task, view.work_folder / "repeated", self.settings.max_documents)
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def write_surplus(view: View, partition: int, output: Path, max_documents: int =
         max_documents: a key of more documents stays with its first document only.
     """
     num_ranks = len(view.shards)
-    slices = [open_bucket(view.work / "keys" / f"{rank:06}", OCCURRENCE, partition)
+    slices = [open_bucket(view.work_folder / "keys" / f"{rank:06}", OCCURRENCE, partition)
               for rank in range(num_ranks)]
     surplus = _iter_surplus(_iter_key_ranges(slices), max_documents)
     with create_folder(output / f"{partition:05}") as temporary:

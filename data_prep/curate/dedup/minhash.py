@@ -80,21 +80,21 @@ class MinhashDedup(Step):
 
     kind = "minhash_dedup"
     version = 3  # similarity is not transitive
-    adds = {"duplicate_of": "string"}
+    added_columns = {"duplicate_of": "string"}
     Settings = MinhashSettings
     settings: MinhashSettings
 
-    def passes(self) -> Sequence[Pass]:
+    def list_passes(self) -> Sequence[Pass]:
         return [Pass("signatures", self._sign_documents),
                 Pass("bands", self._pair_documents, self.settings.partitions),
                 Pass("shingles", self._write_shingles), Pass("verify", self._verify_pairs),
                 Pass("clusters", self._select_documents, 1)]
 
-    def start(self, view: View) -> None:
+    def load_inputs(self, view: View) -> None:
         self._duplicates = DuplicateFilter(
-            view, REASON, lambda rank: open_bucket(view.work / "dropped", DROPPED, rank).read_records())
+            view, REASON, lambda rank: open_bucket(view.work_folder / "dropped", DROPPED, rank).read_records())
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return self._duplicates.judge_documents(documents)
 
     def _sign_documents(self, view: View, task: int) -> None:
@@ -103,7 +103,7 @@ class MinhashDedup(Step):
         numbers: list[int] = []
         lengths: list[int] = []
         signatures: list[Signature] = []
-        for batch in register_documents(view, view.shards[task], Register(view.work / "documents"), rank):
+        for batch in register_documents(view, view.shards[task], Register(view.work_folder / "documents"), rank):
             for document in batch:
                 signature = signer.compute_signature(document.text)
                 if signature is not None:
@@ -114,44 +114,44 @@ class MinhashDedup(Step):
         records["key"] = signer.compute_band_keys(signatures)
         records["doc"] = np.array(numbers, np.uint64)[:, None]
         records["characters"] = np.array(lengths, np.uint64)[:, None]
-        write_bands(view.work / "bands" / f"{rank:06}", records.reshape(-1), self.settings.partitions)
+        write_bands(view.work_folder / "bands" / f"{rank:06}", records.reshape(-1), self.settings.partitions)
 
     def _pair_documents(self, view: View, task: int) -> None:
-        files = [view.work / "bands" / f"{rank:06}" for rank in range(len(view.shards))]
+        files = [view.work_folder / "bands" / f"{rank:06}" for rank in range(len(view.shards))]
         blocks = iter_band_pairs(files, DocumentOrder(view), task, self.settings.partitions)
-        with create_folder(view.work / "pairs" / f"{task:05}") as temporary:
+        with create_folder(view.work_folder / "pairs" / f"{task:05}") as temporary:
             for number, pairs in enumerate(blocks):
                 write_pairs(temporary / f"{number:06}", pairs, len(files))
 
     def _write_shingles(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_by_shard[view.shards[task]]
-        rows = np.unique(read_pairs(view.work / "pairs", rank)[:, 0] & ROW_MASK).astype(np.int64)
-        write_shingle_sets(view.work / "shingles" / f"{rank:06}", view.documents(view.shards[task]), rows,
+        rows = np.unique(read_pairs(view.work_folder / "pairs", rank)[:, 0] & ROW_MASK).astype(np.int64)
+        write_shingle_sets(view.work_folder / "shingles" / f"{rank:06}", view.iter_documents(view.shards[task]), rows,
                            self.settings.ngram)
 
     def _verify_pairs(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_by_shard[view.shards[task]]
-        order, register = DocumentOrder(view), Register(view.work / "documents")
-        pairs = read_pairs(view.work / "pairs", rank)
+        order, register = DocumentOrder(view), Register(view.work_folder / "documents")
+        pairs = read_pairs(view.work_folder / "pairs", rank)
         edges = [np.empty(0, EDGE)]
-        for block in iter_similar_pairs(pairs, view.work / "shingles", rank, self.settings.threshold):
+        for block in iter_similar_pairs(pairs, view.work_folder / "shingles", rank, self.settings.threshold):
             if not len(block):
                 continue
             # All pairs of a block are between the same two shards.
             lengths = [register.find_rows(int(get_ranks(side[:1])[0]), get_rows(side))["characters"]
                        for side in block.T]
             edges.append(order.build_edges(block, np.stack(lengths, axis=1)))
-        with create_folder(view.work / "similar" / f"{rank:06}") as temporary:
+        with create_folder(view.work_folder / "similar" / f"{rank:06}") as temporary:
             save_array(temporary / "edges.npy", sort_edges(np.concatenate(edges)))
 
     def _select_documents(self, view: View, task: int) -> None:
-        scratch = view.work / ".clusters"
+        scratch = view.work_folder / ".clusters"
         shutil.rmtree(scratch, ignore_errors=True)
-        clusters = Clusters(view, Register(view.work / "documents"), scratch)
-        clusters.select_documents(list_part_files(view.work / "similar"))
-        clusters.write_dropped(view.work / "dropped")
+        clusters = Clusters(view, Register(view.work_folder / "documents"), scratch)
+        clusters.select_documents(list_part_files(view.work_folder / "similar"))
+        clusters.write_dropped(view.work_folder / "dropped")
         # Last, and without `similar`: a task killed here runs again from `similar` alone.
-        for folder in (scratch, view.work / "bands", view.work / "shingles"):
+        for folder in (scratch, view.work_folder / "bands", view.work_folder / "shingles"):
             shutil.rmtree(folder, ignore_errors=True)
 
 

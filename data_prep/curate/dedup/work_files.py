@@ -238,7 +238,7 @@ class Numbering:
 
     def __init__(self, view: View) -> None:
         # `sorted` is stable: shards of equal priority keep the order of the pipeline.
-        self.shards = sorted(view.shards, key=lambda shard: -view.priority(shard.source))
+        self.shards = sorted(view.shards, key=lambda shard: -view.get_priority(shard.source))
         """All shards by rank."""
         self.rank_by_shard = {shard: rank for rank, shard in enumerate(self.shards)}
 
@@ -291,7 +291,7 @@ class Register:
 def register_documents(view: View, shard: ShardRef, register: Register, rank: int) -> Iterator[list[Doc]]:
     """Yield the documents of a shard in batches; after the last batch write the shard's table."""
     entries: list[tuple[int, int, str]] = []
-    for batch in view.documents(shard):
+    for batch in view.iter_documents(shard):
         entries += [(document.row, len(document.text), document.id) for document in batch]
         yield batch
     # After the loop only: a consumer that stops early leaves no table.
