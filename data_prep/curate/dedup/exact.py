@@ -70,7 +70,7 @@ class ExactDedup(Step):
         rank = Numbering(view).rank_by_shard[view.shards[task]]
         keys: list[bytes] = []
         numbers: list[int] = []
-        for batch in register_documents(view, view.shards[task], Register(view.work_folder / "documents"), rank):
+        for batch in register_documents(view, view.shards[task], rank):
             keys += [blake3(_normalize_text(document.text)).digest(KEY_BYTES) for document in batch]
             numbers += [rank << 32 | document.row for document in batch]
         write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)

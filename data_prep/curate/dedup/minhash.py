@@ -91,8 +91,9 @@ class MinhashDedup(Step):
                 Pass("clusters", self._select_documents, 1)]
 
     def load_inputs(self, view: View) -> None:
+        file = view.work_folder / "dropped"
         self._duplicates = DuplicateFilter(
-            view, REASON, lambda rank: open_bucket(view.work_folder / "dropped", DROPPED, rank).read_records())
+            view, REASON, lambda rank: open_bucket(file, DROPPED, rank).read_records())
 
     def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return self._duplicates.judge_documents(documents)
@@ -103,7 +104,7 @@ class MinhashDedup(Step):
         numbers: list[int] = []
         lengths: list[int] = []
         signatures: list[Signature] = []
-        for batch in register_documents(view, view.shards[task], Register(view.work_folder / "documents"), rank):
+        for batch in register_documents(view, view.shards[task], rank):
             for document in batch:
                 signature = signer.compute_signature(document.text)
                 if signature is not None:
@@ -126,8 +127,8 @@ class MinhashDedup(Step):
     def _write_shingles(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_by_shard[view.shards[task]]
         rows = np.unique(read_pairs(view.work_folder / "pairs", rank)[:, 0] & ROW_MASK).astype(np.int64)
-        write_shingle_sets(view.work_folder / "shingles" / f"{rank:06}", view.iter_documents(view.shards[task]), rows,
-                           self.settings.ngram)
+        documents = view.iter_documents(view.shards[task])
+        write_shingle_sets(view.work_folder / "shingles" / f"{rank:06}", documents, rows, self.settings.ngram)
 
     def _verify_pairs(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_by_shard[view.shards[task]]

@@ -288,11 +288,11 @@ class Register:
         return raw.decode()
 
 
-def register_documents(view: View, shard: ShardRef, register: Register, rank: int) -> Iterator[list[Doc]]:
+def register_documents(view: View, shard: ShardRef, rank: int) -> Iterator[list[Doc]]:
     """Yield the documents of a shard in batches; after the last batch write the shard's table."""
     entries: list[tuple[int, int, str]] = []
     for batch in view.iter_documents(shard):
         entries += [(document.row, len(document.text), document.id) for document in batch]
         yield batch
     # After the loop only: a consumer that stops early leaves no table.
-    register.write(rank, entries)
+    Register(view.work_folder / "documents").write(rank, entries)
