@@ -220,18 +220,18 @@ def iter_band_pairs(files: list[Path], order: DocumentOrder, partition: int, num
         partition: partition to read.
         num_partitions: partitions of each file.
     """
-    slices = [records for file in files if (records := open_bucket(file, BAND, partition)).num_records]
-    total = sum(records.num_records for records in slices)
+    slices = [part for file in files if (part := open_bucket(file, BAND, partition)).num_records]
+    total = sum(part.num_records for part in slices)
     num_ranges = max(1, -(-total // RANGE_RECORDS))
     # First key of this partition and of the next one: the inverse of `compute_key_partitions`.
     low, high = (-(-(edge << 32) // num_partitions) << 32 for edge in (partition, partition + 1))
     starts = [0] * len(slices)
     for number in range(1, num_ranges + 1):
         bound = low + (high - low) * number // num_ranges
-        stops = [records.num_records if number == num_ranges else records.find_first_key(bound, start)
-                 for records, start in zip(slices, starts, strict=True)]
-        parts = [records.slice_records(start, stop)
-                 for records, start, stop in zip(slices, starts, stops, strict=True)]
+        stops = [part.num_records if number == num_ranges else part.find_first_key(bound, start)
+                 for part, start in zip(slices, starts, strict=True)]
+        parts = [part.slice_records(start, stop)
+                 for part, start, stop in zip(slices, starts, stops, strict=True)]
         # A frequent band may fill several blocks: find its first documents before pairing any block.
         firsts = np.empty(0, BAND)
         if sum(part.num_records for part in parts) > RANGE_RECORDS:
