@@ -15,8 +15,8 @@ COMMANDS = {
         DOCUMENTS, "data.md",
         ("demo-corpus --output corpus", "demo-corpus --input my-texts --output corpus")),
     "run": Command(
-        "data_prep.curate.run", "run a pipeline from raw documents to the sources of a curriculum",
-        DOCUMENTS, "data_pipeline.md",
+        "data_prep.curate.pipeline.command:RUN",
+        "run a pipeline from raw documents to the sources of a curriculum", DOCUMENTS, "data_pipeline.md",
         ("run notes.yaml --output corpus --dry-run", "run notes.yaml --output corpus --workers 8")),
     "scorer": Command(
         "data_prep.curate.scorer:SCORER",

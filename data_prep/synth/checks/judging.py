@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from data_prep.curate.pipeline.counts import noted_seal
-from data_prep.curate.pipeline.finish import summary_of
+from data_prep.curate.pipeline.counts import read_recorded_seal
+from data_prep.curate.pipeline.finish import build_summary
 from data_prep.curate.pipeline.plan import PipelinePlan, SourcePlan, make_plan
 from data_prep.curate.pipeline.running import judge_documents
 from data_prep.damaged_files import explain_deletion
@@ -82,7 +82,7 @@ def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, worker
     plan = make_plan(pipeline, folder)
     judge_documents(plan, folder, workers)
     dropped, changed = _collect_results(plan, folder)
-    return JudgedSamples(dropped, changed, tuple(_iter_step_counts(summary_of(plan, folder))))
+    return JudgedSamples(dropped, changed, tuple(_iter_step_counts(build_summary(plan, folder))))
 
 
 def _write_texts(output: Path, run: SynthRunRecord, folder: Path) -> dict[str, Path]:
@@ -187,9 +187,10 @@ def _iter_results(source: SourcePlan, folder: Path) -> Iterator[_StepResult]:
     # the first layer holds the documents with our ids
     base, *layers = [layer for layer in source.layers if layer.folder and layer.kind != "output"]
     for shard in source.shards:
-        document_ids = _read_table(base.file(folder, shard), ["own_id"]).column("own_id").to_pylist()
+        table = _read_table(base.get_table_file(folder, shard), ["own_id"])
+        document_ids = table.column("own_id").to_pylist()
         for layer in layers:
-            table = _read_table(layer.file(folder, shard))
+            table = _read_table(layer.get_table_file(folder, shard))
             details: list[str | None] = [None] * len(document_ids)
             for column in ("contamination", "duplicate_of"):
                 if column in table.column_names:
@@ -204,7 +205,7 @@ def _iter_results(source: SourcePlan, folder: Path) -> Iterator[_StepResult]:
 def _read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         return open_sealed_parquet(file, explain_deletion(file), is_required=True,
-                                   seal=noted_seal(file)).read(columns)
+                                   seal=read_recorded_seal(file)).read(columns)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]}); "
                         f"{explain_deletion(file)}") from None
@@ -216,7 +217,7 @@ def _describe_duplicates(plan: PipelinePlan, folder: Path, pipeline_ids: Iterabl
     originals: dict[str, str] = {}
     for source in plan.sources if wanted else ():
         for shard in source.shards:
-            table = _read_table(source.layers[0].file(folder, shard), ["id", "own_id"])
+            table = _read_table(source.layers[0].get_table_file(folder, shard), ["id", "own_id"])
             for pipeline_id, document_id in zip(table.column("id").to_pylist(),
                                                 table.column("own_id").to_pylist(), strict=True):
                 if pipeline_id in wanted:
