@@ -221,20 +221,6 @@ class ServerEngine:
         answers_per_server = -(-len(prompts) // self.fleet.num_servers)
         return _join_prompts(requests, min(answers_per_server, self.fleet.requests))
 
-
-def _join_prompts(requests: Sequence[TokenRequest], max_answers: int) -> list[TokenRequest]:
-    """Join requests of different prompts, up to `max_answers` answers each; see `ServerEngine.requests`."""
-    joined: list[TokenRequest] = []
-    for request in requests:
-        if (joined and request.max_new_tokens <= GROUPED_TOKENS and not request.with_routes
-                and joined[-1].num_answers + request.count <= max_answers
-                # equal in all fields but name and prompts
-                and replace(joined[-1], name="", ids=(), others=()) == replace(request, name="", ids=())):
-            joined[-1] = replace(joined[-1], others=(*joined[-1].others, request.ids))
-        else:
-            joined.append(request)
-    return joined
-
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Write weight files and let the servers read them, see `Engine.update`."""
         if weights is None:
@@ -280,6 +266,20 @@ def _truncate_answer(answer: TokenAnswer, stop: StopRule) -> ScoredTokens:
     """Cut an answer at its stop string, beyond which a server may generate."""
     tokens = stop.cut(answer.tokens)
     return tokens, answer.logprobs[:len(tokens)]
+
+
+def _join_prompts(requests: Sequence[TokenRequest], max_answers: int) -> list[TokenRequest]:
+    """Join requests of different prompts, up to `max_answers` answers each; see `ServerEngine.requests`."""
+    joined: list[TokenRequest] = []
+    for request in requests:
+        if (joined and request.max_new_tokens <= GROUPED_TOKENS and not request.with_routes
+                and joined[-1].num_answers + request.count <= max_answers
+                # equal in all fields but name and prompts
+                and replace(joined[-1], name="", ids=(), others=()) == replace(request, name="", ids=())):
+            joined[-1] = replace(joined[-1], others=(*joined[-1].others, request.ids))
+        else:
+            joined.append(request)
+    return joined
 
 
 def check_routes(routes: np.ndarray | None, num_tokens: int, shape: RouteShape) -> np.ndarray:
