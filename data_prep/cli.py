@@ -15,8 +15,8 @@ COMMANDS = {
         DOCUMENTS, "data.md",
         ("demo-corpus --output corpus", "demo-corpus --input my-texts --output corpus")),
     "run": Command(
-        "data_prep.curate.run", "run a pipeline from raw documents to the sources of a curriculum",
-        DOCUMENTS, "data_pipeline.md",
+        "data_prep.curate.pipeline.command:RUN",
+        "run a pipeline from raw documents to the sources of a curriculum", DOCUMENTS, "data_pipeline.md",
         ("run notes.yaml --output corpus --dry-run", "run notes.yaml --output corpus --workers 8")),
     "scorer": Command(
         "data_prep.curate.scorer:SCORER",
@@ -30,13 +30,13 @@ COMMANDS = {
         ("decontaminate --input traces.jsonl --benchmarks aime25.jsonl --output clean",
          "decontaminate --input chats.jsonl --format chat --benchmarks bench.jsonl --output clean")),
     "encode-media": Command(
-        "data_prep.media.encode_media_run",
+        "data_prep.media.encode_media:ENCODE_MEDIA",
         "turn records that name pictures, sounds and videos into text and banks to pack",
         DOCUMENTS, "media_data.md",
         ("encode-media --input records.jsonl --media-root media --image-tokenizer images --output made",
          "encode-media --input records.jsonl --media-root media --audio-tokenizer sounds --output made")),
     "synth": Command(
-        "data_prep.synth.command", "make data with models: checked, with provenance, restartable",
+        "data_prep.synth.synth:SYNTH", "make data with models: checked, with provenance, restartable",
         RESPONSES, "synth.md",
         ("synth --list",
          "synth rewrite --input documents.jsonl --engine my-model --output rewritten")),
@@ -47,42 +47,44 @@ COMMANDS = {
         ("difficulty label --answers small large --output labels",
          "difficulty grade --input problems.jsonl --model estimator --output graded")),
     "probing-sets": Command(
-        "data_prep.synth.probing_sets",
+        "data_prep.synth.probing_sets:PROBING_SETS",
         "freeze problems of `synth probes` into a set for each domain", RESPONSES, "synth_solutions.md",
         ("probing-sets --input probes --output sets",
          "probing-sets --input probes more.jsonl --output sets --overwrite")),
     "trajectories": Command(
-        "data_prep.responses.trajectories", "join each query with its diverse solutions to one document",
+        "data_prep.responses.trajectories:TRAJECTORIES",
+        "join each query with its diverse solutions to one document",
         RESPONSES, "data.md",
         ("trajectories --input solutions.jsonl --output trajectories",
          "trajectories --input solutions.jsonl --output trajectories --overwrite")),
     "groups": Command(
-        "data_prep.responses.groups", "give each of a prompt's judged responses its advantage",
+        "data_prep.responses.groups:GROUPS", "give each of a prompt's judged responses its advantage",
         RESPONSES, "prefer.md",
         ("groups --input judged.jsonl --output groups",
          "groups --input judged.jsonl --output groups --overwrite")),
     "pairs": Command(
-        "data_prep.responses.pairs", "pair the best and the worst of each prompt's judged responses",
+        "data_prep.responses.pairs:PAIRS", "pair the best and the worst of each prompt's judged responses",
         RESPONSES, "prefer.md",
         ("pairs --input scored.jsonl --output pairs",
          "pairs --input scored.jsonl --output pairs --overwrite")),
     "unpaired": Command(
-        "data_prep.responses.unpaired", "put each judged response next to one to another prompt, for KTO",
+        "data_prep.responses.unpaired:UNPAIRED",
+        "put each judged response next to one to another prompt, for KTO",
         RESPONSES, "prefer.md",
         ("unpaired --input labelled.jsonl --output unpaired",
          "unpaired --input labelled.jsonl --output unpaired --overwrite")),
     "pack": Command(
-        "data_prep.shards.pack", "turn text, chats, preferences or prompts into token shards",
+        "data_prep.shards.pack:PACK", "turn text, chats, preferences or prompts into token shards",
         SHARDS, "data.md",
         ("pack --tokenizer tokenizer --input corpus/english.jsonl --output tokens",
          "pack --tokenizer tokenizer --input chats.jsonl --format chat --output chats")),
     "adopt": Command(
-        "data_prep.shards.adopt", "take over token shards that Megatron-LM's preprocess_data wrote",
+        "data_prep.shards.adopt:ADOPT", "take over token shards that Megatron-LM's preprocess_data wrote",
         SHARDS, "from_megatron.md",
         ("adopt /their/code_text_document --tokenizer tokenizer --output tokens",
          "adopt web=/their/web_text_document --tokenizer tokenizer --output tokens")),
     "mix": Command(
-        "data_prep.shards.mix", "join token shards of several folders into one, with weights",
+        "data_prep.shards.mix:MIX", "join token shards of several folders into one, with weights",
         SHARDS, "mixtures.md",
         ("mix tokens:0.8 chats:0.2 --output mixed",
          "mix tokens --blend solar-open --output mixed --dry-run")),
@@ -91,13 +93,14 @@ COMMANDS = {
         "show what token shards hold, or what each step of a pipeline kept and dropped",
         LOOK, "inspect.md", ("inspect tokens", "inspect corpus")),
     "stats": Command(
-        "data_prep.shards.stats", "show lengths of documents, token types and special tokens, per source",
+        "data_prep.shards.stats:STATS",
+        "show lengths of documents, token types and special tokens, per source",
         LOOK, "data.md", ("stats tokens", "stats chats")),
     "sample": Command(
-        "data_prep.shards.sample", "print documents, decoded, with their loss mask",
+        "data_prep.shards.sample:SAMPLE", "print documents, decoded, with their loss mask",
         LOOK, "chats.md", ("sample chats --count 2", "sample tokens --count 1")),
     "verify": Command(
-        "data_prep.shards.verify", "check token shards: hashes, indices, ids, splits, duplicates",
+        "data_prep.shards.verify:VERIFY", "check token shards: hashes, indices, ids, splits, duplicates",
         LOOK, "data.md", ("verify tokens", "verify mixed")),
 }
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome, View
-from data_prep.curate.scoring.labels import HIGHEST, Kind
-from data_prep.curate.scoring.scorer import Scorer, load_scorer, scorer_files, scorer_problems
+from data_prep.curate.scoring.labels import HIGHEST_LABELS, Kind
+from data_prep.curate.scoring.scorer import Scorer, find_scorer_problems, list_scorer_files, load_scorer
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, NotNegative, ProblemCode, SettingsProblem, Share)
 
 
 @dataclass(frozen=True)
-class GradeSettings:
+class ScoreStepSettings:
     """Settings of both steps."""
 
     model: Path
@@ -34,47 +34,47 @@ class GradeSettings:
     min_score: NotNegative | None = None
     """Documents with a lower score are dropped; without it all are kept."""
 
-    wanted: ClassVar[Kind]
+    scorer_kind: ClassVar[Kind]
     """What the model has to be."""
 
     def problems(self) -> list[SettingsProblem]:
-        p = scorer_problems("model", self.model, self.wanted)
-        highest = HIGHEST[self.wanted]
+        p = find_scorer_problems("model", self.model, self.scorer_kind)
+        highest = HIGHEST_LABELS[self.scorer_kind]
         if self.min_score is not None and self.min_score > highest:
             p.append(SettingsProblem(ProblemCode.RULE, "min_score",
                                      f"must be at most {highest}, the highest score of a "
-                                     f"{self.wanted}", self.min_score))
+                                     f"{self.scorer_kind}", self.min_score))
         return p
 
 
 @dataclass(frozen=True)
-class QualitySettings(GradeSettings):
+class QualitySettings(ScoreStepSettings):
     """Settings of `quality`."""
 
-    wanted: ClassVar[Kind] = "classifier"
+    scorer_kind: ClassVar[Kind] = "classifier"
 
 
 @dataclass(frozen=True)
-class EducationSettings(GradeSettings):
+class EducationSettings(ScoreStepSettings):
     """Settings of `education`."""
 
-    wanted: ClassVar[Kind] = "regressor"
+    scorer_kind: ClassVar[Kind] = "regressor"
 
 
 class _Grade(Step):
     """A column of scores, named like the step."""
 
-    def __init__(self, settings: GradeSettings) -> None:
+    def __init__(self, settings: ScoreStepSettings) -> None:
         super().__init__(settings)
         self._scorer: Scorer | None = None
 
-    def files(self) -> Sequence[Path]:
-        return scorer_files(Path(self.settings.model))
+    def list_files(self) -> Sequence[Path]:
+        return list_scorer_files(Path(self.settings.model))
 
-    def start(self, view: View) -> None:
+    def load_inputs(self, view: View) -> None:
         self._scorer = load_scorer(Path(self.settings.model))
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         assert self._scorer is not None, "outcomes before start"
         lowest = self.settings.min_score
         found = []
@@ -90,7 +90,7 @@ class Quality(_Grade):
     """The probability that a team's own reader would keep a document."""
 
     kind: ClassVar[str] = "quality"
-    adds: ClassVar[Mapping[str, ColumnType]] = {"quality": "float32"}
+    added_columns: ClassVar[Mapping[str, ColumnType]] = {"quality": "float32"}
     Settings = QualitySettings
 
 
@@ -98,7 +98,7 @@ class Education(_Grade):
     """How much a document teaches, from 0 to 5 (FineWeb-Edu, arXiv 2406.17557, section 4)."""
 
     kind: ClassVar[str] = "education"
-    adds: ClassVar[Mapping[str, ColumnType]] = {"education": "float32"}
+    added_columns: ClassVar[Mapping[str, ColumnType]] = {"education": "float32"}
     Settings = EducationSettings
 
 
@@ -133,7 +133,7 @@ class KindSettings:
     def problems(self) -> list[SettingsProblem]:
         p = []
         for name, folder in self.domains.items():
-            p += scorer_problems(f"domains.{name}", folder, "classifier")
+            p += find_scorer_problems(f"domains.{name}", folder, "classifier")
         return p
 
 
@@ -141,24 +141,24 @@ class ScorerKind(Step):
     """A column of kinds."""
 
     kind: ClassVar[str] = "kind"
-    adds: ClassVar[Mapping[str, ColumnType]] = {"kind": "string"}
-    needs: ClassVar[Sequence[str]] = ("language",)
+    added_columns: ClassVar[Mapping[str, ColumnType]] = {"kind": "string"}
+    needed_columns: ClassVar[Sequence[str]] = ("language",)
     Settings = KindSettings
 
     def __init__(self, settings: KindSettings) -> None:
         super().__init__(settings)
         self._scorers: dict[str, Scorer] = {}
 
-    def files(self) -> Sequence[Path]:
+    def list_files(self) -> Sequence[Path]:
         """Return what decides the classifiers' scores."""
         return [file for _, folder in sorted(self.settings.domains.items())
-                for file in scorer_files(Path(folder))]
+                for file in list_scorer_files(Path(folder))]
 
-    def start(self, view: View) -> None:
+    def load_inputs(self, view: View) -> None:
         self._scorers = {name: load_scorer(Path(folder))
                          for name, folder in sorted(self.settings.domains.items())}
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [StepOutcome(values={"kind": self._kind(document)}) for document in documents]
 
     def _kind(self, document: Doc) -> str:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from data_prep.curate.pipeline.step import Doc
-from data_prep.curate.scoring.levels import SMALL, Level, LevelSettings, _ordered
+from data_prep.curate.scoring.levels import SMALL, Level, LevelSettings, _to_sortable
 from megatron_sov.base.errors import UserError
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, outcomes
 from tests.typed_words import keys_of
@@ -84,8 +84,8 @@ def test_all_documents_together_and_another_column(tmp_path: Path) -> None:
     documents = [[doc("", i, quality=i / 100) for i in range(100)]]
     found = levels(documents, tmp_path, by="quality", per="", l3=0.1)
     assert list(found.values()) == ["L1"] * 50 + ["L2"] * 40 + ["L3"] * 10
-    assert Level(LevelSettings(by="quality", per="")).needs == ("quality",)
-    assert Level(LevelSettings()).needs == ("education", "language")
+    assert Level(LevelSettings(by="quality", per="")).needed_columns == ("quality",)
+    assert Level(LevelSettings()).needed_columns == ("education", "language")
 
 
 def test_a_column_that_holds_no_numbers_is_told(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ FLOATS = st.floats(width=32, allow_nan=False)
 
 @given(FLOATS, FLOATS)
 def test_floats_keep_their_order(a: float, b: float) -> None:
-    assert (_ordered(a) < _ordered(b)) == (a < b)
+    assert (_to_sortable(a) < _to_sortable(b)) == (a < b)
 
 
 @pytest.mark.parametrize("settings", [
