@@ -107,7 +107,7 @@ ALONE = {
     "megatron_sov/sandbox/process_tree.py": "starts processes; tools are another subject",
     "data_prep/synth/declared/functions.py": "functions of templates; steps are another subject",
     "megatron_sov/train/guards/watchdog.py": "a thread that watches for steps that hang",
-    "megatron_sov/proof/given.py": "data of objectives; proving a layout is another subject",
+    "megatron_sov/proof/random_documents.py": "data of objectives; proving a layout is another subject",
     "megatron_sov/operate/contract.py": "parses sources of libraries; a machine is another subject",
 }
 """File that is short, has one user, and is not merged into it -> why."""

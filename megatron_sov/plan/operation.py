@@ -19,13 +19,14 @@ from megatron_sov.model.config import LoraConfig, ModelConfig, OptimConfig, RunC
 from megatron_sov.model.families.adapters import find_adapted_modules
 from megatron_sov.model.families.count import TABLES, layer_weights
 from megatron_sov.model.families.encoders import encoder_shapes
-from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, stage_params
+from megatron_sov.plan.footprint.stage_parameters import (
+    BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, count_stage_params)
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.clusters.units import HOURS_PER_DAY, SECONDS_PER_HOUR, SECONDS_PER_YEAR
 
 
 @dataclass(frozen=True)
-class Conditions:
+class FailureConditions:
     failures_per_s: float
     restart_s: float
     """From a failure to the first new step: noticed, started, checkpoint loaded."""
@@ -47,13 +48,13 @@ class Conditions:
         return self.stall_s + max(self.interval_s, self.write_s)
 
 
-def conditions(profile: ClusterProfile, num_gpus: int, interval_s: float, stall_s: float,
-               write_s: float) -> Conditions:
-    return Conditions(profile.failures_per_gpu_year * num_gpus / SECONDS_PER_YEAR,
+def compute_conditions(profile: ClusterProfile, num_gpus: int, interval_s: float, stall_s: float,
+               write_s: float) -> FailureConditions:
+    return FailureConditions(profile.failures_per_gpu_year * num_gpus / SECONDS_PER_YEAR,
                       profile.restart_s, interval_s, stall_s, write_s)
 
 
-def goodput(c: Conditions) -> float:
+def compute_goodput(c: FailureConditions) -> float:
     """Return the expected effective training time of a long run with nodes enough.
 
     Renewal reward: between two starts of training lies one failure, after a time t that is exponential with
@@ -74,7 +75,7 @@ def goodput(c: Conditions) -> float:
     return rate * c.interval_s * kept * survives
 
 
-def best_interval_s(c: Conditions) -> float:
+def find_best_interval_s(c: FailureConditions) -> float:
     """Return the work between checkpoints at which `goodput` is highest: at least as long as one is written,
     and never longer than some mean times between failures; infinite without failures."""
     if not c.failures_per_s:
@@ -84,7 +85,7 @@ def best_interval_s(c: Conditions) -> float:
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(60):  # golden section: the bracket shrinks by 0.618 each time
         a, b = high - ratio * (high - low), low + ratio * (high - low)
-        of_a, of_b = (goodput(replace(c, interval_s=math.exp(x))) for x in (a, b))
+        of_a, of_b = (compute_goodput(replace(c, interval_s=math.exp(x))) for x in (a, b))
         low, high = (low, b) if of_a >= of_b else (a, high)
     return math.exp((low + high) / 2)
 
@@ -120,20 +121,21 @@ class WriteTimes:
     """Until it is there, beside the training; a failure before then goes back to the checkpoint before."""
 
 
-def checkpoint_bytes(config: RunConfig) -> CheckpointBytes:
+def count_checkpoint_bytes(config: RunConfig) -> CheckpointBytes:
     """Return the bytes of a run's checkpoint; the layout has no part in them."""
-    return _bytes(config.model, config.lora, config.optim, config.train.precision, config.gpu.moment_dtype)
+    return _count_checkpoint_bytes(config.model, config.lora, config.optim, config.train.precision,
+                                   config.gpu.moment_dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _bytes(model: ModelConfig, lora: LoraConfig, optim: OptimConfig, precision: str,
+def _count_checkpoint_bytes(model: ModelConfig, lora: LoraConfig, optim: OptimConfig, precision: str,
            moment: str) -> CheckpointBytes:
-    item, states = ITEM_BYTES[precision], _state_bytes(precision, moment)
+    item, states = ITEM_BYTES[precision], _get_state_bytes(precision, moment)
     weights = optimizer = 0
     # A run with adapters writes these alone; the frozen base is a checkpoint of its own.
-    for tensor in _adapter(model, lora) if lora.on else _tensors(model):
+    for tensor in _list_adapters(model, lora) if lora.on else _list_tensors(model):
         weights += tensor.num_elements * (FLOAT32_BYTES if tensor.is_bias else item)
-        optimizer += tensor.num_elements * (0 if tensor.is_bias else states[_algorithm(optim, tensor)])
+        optimizer += tensor.num_elements * (0 if tensor.is_bias else states[_select_optimizer(optim, tensor)])
     return CheckpointBytes(weights, optimizer)
 
 
@@ -147,19 +149,19 @@ class _Tensor:
     """Whether it is a router's selection bias, which no optimizer updates."""
 
 
-def _tensors(model: ModelConfig) -> list[_Tensor]:
+def _list_tensors(model: ModelConfig) -> list[_Tensor]:
     found = [_Tensor(weight.key.replace("{l}", str(layer)), weight.numel, len(weight.shape) == 2,
                      weight.is_buffer) for weight in layer_weights(model) for layer in weight.layers]
     return found + [_Tensor(key, math.prod(shape), len(shape) == 2)
                     for key, shape in encoder_shapes(model).items()]
 
 
-def _adapter(model: ModelConfig, lora: LoraConfig) -> list[_Tensor]:
+def _list_adapters(model: ModelConfig, lora: LoraConfig) -> list[_Tensor]:
     return [_Tensor(key, math.prod(shape), len(shape) == 2)
             for of in find_adapted_modules(model, lora) for key, shape in of.shapes(lora).items()]
 
 
-def _algorithm(optim: OptimConfig, tensor: _Tensor) -> str:
+def _select_optimizer(optim: OptimConfig, tensor: _Tensor) -> str:
     """Return what updates a tensor, or "frozen", as `engine/optimizer/parameter_groups.py` has it."""
     # Muon orthogonalises matrices; embeddings and head are looked up by rows, so they stay AdamW's.
     may = tensor.is_matrix and tensor.key not in TABLES
@@ -172,7 +174,7 @@ def _algorithm(optim: OptimConfig, tensor: _Tensor) -> str:
     return found
 
 
-def _state_bytes(precision: str, moment: str) -> dict[str, int]:
+def _get_state_bytes(precision: str, moment: str) -> dict[str, int]:
     """Return the bytes of a parameter's state by what updates it."""
     if precision == "bf16":
         of_moment = BF16_BYTES if moment == "bf16" else FLOAT32_BYTES
@@ -181,25 +183,25 @@ def _state_bytes(precision: str, moment: str) -> dict[str, int]:
     return {"adamw": 2 * item, "muon": item, "frozen": 0}
 
 
-def rank_bytes(config: RunConfig, num_ranks: int) -> int:
+def count_rank_bytes(config: RunConfig, num_ranks: int) -> int:
     """Return what the process that writes most writes: of data-parallel processes that hold the same weights
     the first one, and of the state its share under ZeRO-1, or all.  An adapter is taken as if one process
     wrote it alone: it is small."""
     if config.lora.on:
-        return checkpoint_bytes(config).total
+        return count_checkpoint_bytes(config).total
     p, item = config.parallel, ITEM_BYTES[config.train.precision]
-    state = _state_bytes(config.train.precision, config.gpu.moment_dtype)[config.optim.name]
+    state = _get_state_bytes(config.train.precision, config.gpu.moment_dtype)[config.optim.name]
     # Under ZeRO-1 the state is shared by the data- and context-parallel processes; experts have fewer
     # copies.
     shards, expert_shards = ((num_ranks // (p.tp * p.pp), num_ranks // (p.etp * p.ep * p.pp)) if p.zero1
                              else (1, 1))
     return max(int((held.dense + held.experts) * item
                    + held.dense * state / shards + held.experts * state / expert_shards)
-               for held in stage_params(config))
+               for held in count_stage_params(config))
 
 
-def write_times(config: RunConfig, num_ranks: int, storage_bytes_per_s: float) -> WriteTimes:
-    size_bytes, of_one = checkpoint_bytes(config).total, rank_bytes(config, num_ranks)
+def estimate_write_times(config: RunConfig, num_ranks: int, storage_bytes_per_s: float) -> WriteTimes:
+    size_bytes, of_one = count_checkpoint_bytes(config).total, count_rank_bytes(config, num_ranks)
     # Either the shared storage is the bottleneck, or the fullest process's own hashing and writing.
     background_s = max(size_bytes / storage_bytes_per_s, of_one / PROCESS_WRITE_BYTES_PER_S)
     if not config.train.async_save:
@@ -235,7 +237,7 @@ class Operation:
     best."""
 
 
-def operation(config: RunConfig, profile: ClusterProfile, num_gpus: int, step_s: float,
+def plan_operation(config: RunConfig, profile: ClusterProfile, num_gpus: int, step_s: float,
               num_steps: int) -> Operation:
     """Return how a run is best kept going on a cluster, with nodes enough in the place of broken ones.
 
@@ -243,19 +245,20 @@ def operation(config: RunConfig, profile: ClusterProfile, num_gpus: int, step_s:
         UserError: it fails so often that it comes to nothing.
     """
     storage = profile.storage_write_gbytes_per_s * 1e9
-    times = write_times(config, num_gpus, storage or math.inf)
-    c = conditions(profile, num_gpus, step_s, times.stall_s, times.background_s)
+    times = estimate_write_times(config, num_gpus, storage or math.inf)
+    c = compute_conditions(profile, num_gpus, step_s, times.stall_s, times.background_s)
     # Never shorter than a write: the next checkpoint would wait for the one before.
-    steps = max(1, math.ceil(times.background_s / step_s), round(min(best_interval_s(c) / step_s, num_steps)))
+    steps = max(1, math.ceil(times.background_s / step_s),
+                round(min(find_best_interval_s(c) / step_s, num_steps)))
     c = replace(c, interval_s=steps * step_s)
-    if goodput(c) < LEAST_SHARE:
+    if compute_goodput(c) < LEAST_SHARE:
         takes_s = times.stall_s + times.background_s
         raise UserError(f"failures_per_gpu_year = {profile.failures_per_gpu_year:g} and restart_s = "
                         f"{profile.restart_s:g} leave {num_gpus:,} GPUs no time to train: something fails "
                         f"every {c.mtbf_s:.3g} s, and a checkpoint takes {takes_s:.3g} s; plan with fewer "
                         "GPUs, or with what the cluster really has (0.17 and 600 are the defaults)")
-    return Operation(checkpoint_bytes(config).total, times.stall_s, times.background_s, steps, c.interval_s,
-                     c.mtbf_s, goodput(c), bool(storage))
+    return Operation(count_checkpoint_bytes(config).total, times.stall_s, times.background_s, steps,
+                     c.interval_s, c.mtbf_s, compute_goodput(c), bool(storage))
 
 
 # What a run costs: days, GPU-hours, energy, money.
@@ -286,7 +289,11 @@ class Cost:
         return self.hours / HOURS_PER_DAY
 
 
-def cost(train_s: float, num_gpus: int, profile: ClusterProfile, effective_share: float = 1.0) -> Cost:
+def estimate_cost(
+    train_s: float,
+    num_gpus: int,
+    profile: ClusterProfile,
+     effective_share: float = 1.0) -> Cost:
     """Return what a run costs.
 
     Args:

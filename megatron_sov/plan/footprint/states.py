@@ -18,8 +18,9 @@ from megatron_sov.model.config import ModelConfig, RunConfig
 from megatron_sov.model.families.count import TABLES
 from megatron_sov.model.families.encoders import encoder_buffer_bytes, is_frozen, is_position_table
 from megatron_sov.model.process_memory import StatePlace, States
-from megatron_sov.plan.footprint.held import (
-    BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, Held, chunk_layers, held, is_adapter, rounded_up)
+from megatron_sov.plan.footprint.stage_parameters import (
+    BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, LocalParameter, is_adapter, list_chunk_layers,
+    list_stage_parameters, round_up)
 
 HOST = 4 * FLOAT32_BYTES
 """Bytes of the host for a parameter whose AdamW is there (`engine/optimizer/adamw.py`): master weight,
@@ -43,7 +44,7 @@ FAST_END_MULTIPLE = 1 << 16
 # stretches, ends at a multiple of their number and of 128.
 
 
-class Size(NamedTuple):
+class ParameterRun(NamedTuple):
     """Parameters of one size, in the order in which they are laid out."""
 
     numel: int
@@ -66,7 +67,7 @@ class PlacedParameter(NamedTuple):
     start: int
     stride: int
     """Elements from one to the next."""
-    size: Size
+    size: ParameterRun
     """What they are, as far as they lie in one bucket."""
 
     @property
@@ -75,7 +76,7 @@ class PlacedParameter(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Buffer:
+class ParameterBuffer:
     numel: int
     buckets: tuple[tuple[int, int, tuple[PlacedParameter, ...]], ...]
     """First element, the one behind the last, and what lies there."""
@@ -91,11 +92,11 @@ class Buffer:
                 if run.start >= start + share:
                     break
                 if run.end > start:
-                    yield from _within(run, start, start + share)
+                    yield from _iter_overlap(run, start, start + share)
 
 
-def laid_out(sizes: Iterable[Size], *, sharded: bool, num_ranks: int, bucket_numel: int | None,
-             end_multiple: int) -> Buffer:
+def lay_out_buffer(sizes: Iterable[ParameterRun], *, sharded: bool, num_ranks: int, bucket_numel: int | None,
+             end_multiple: int) -> ParameterBuffer:
     """Return the buffer of parameters.
 
     Args:
@@ -110,12 +111,12 @@ def laid_out(sizes: Iterable[Size], *, sharded: bool, num_ranks: int, bucket_num
         for size in sizes:
             placed.append(PlacedParameter(offset, size.numel, size))
             offset += size.numel * size.number
-        return Buffer(offset, ((0, offset, tuple(placed)),) if placed else ())
+        return ParameterBuffer(offset, ((0, offset, tuple(placed)),) if placed else ())
     # lcm: the end has to divide by both, as the library pads it.
-    return _Sharded(math.lcm(num_ranks, end_multiple), bucket_numel).of(sizes)
+    return _ShardedLayout(math.lcm(num_ranks, end_multiple), bucket_numel).of(sizes)
 
 
-class _Sharded:
+class _ShardedLayout:
     """A buffer under ZeRO-1, while it is laid out."""
 
     def __init__(self, end_multiple: int, bucket_numel: int | None) -> None:
@@ -124,9 +125,9 @@ class _Sharded:
         self._placed: list[PlacedParameter] = []
         self._first = self._offset = 0
 
-    def of(self, sizes: Iterable[Size]) -> Buffer:
+    def of(self, sizes: Iterable[ParameterRun]) -> ParameterBuffer:
         for size in sizes:
-            self._offset = rounded_up(self._offset, START_MULTIPLE)
+            self._offset = round_up(self._offset, START_MULTIPLE)
             # Tables that two stages hold are reduced apart from all else, so the open bucket ends before
             # them.
             if size.is_alone and self._placed:
@@ -134,12 +135,12 @@ class _Sharded:
             self._place(size)
         if self._placed:
             self._close()
-        return Buffer(self._offset, tuple(self._buckets))
+        return ParameterBuffer(self._offset, tuple(self._buckets))
 
-    def _place(self, size: Size) -> None:
-        stride, left = rounded_up(size.numel, START_MULTIPLE), size.number
+    def _place(self, size: ParameterRun) -> None:
+        stride, left = round_up(size.numel, START_MULTIPLE), size.number
         while left:
-            self._offset = rounded_up(self._offset, START_MULTIPLE)
+            self._offset = round_up(self._offset, START_MULTIPLE)
             taken, closes = left, size.is_alone
             if size.is_alone:
                 taken = 1
@@ -156,12 +157,12 @@ class _Sharded:
                 self._close()
 
     def _close(self) -> None:
-        self._offset = rounded_up(self._offset, self._multiple)
+        self._offset = round_up(self._offset, self._multiple)
         self._buckets.append((self._first, self._offset, tuple(self._placed)))
         self._first, self._placed = self._offset, []
 
 
-def _within(run: PlacedParameter, start: int, end: int) -> Iterator[StatePiece]:
+def _iter_overlap(run: PlacedParameter, start: int, end: int) -> Iterator[StatePiece]:
     """Yield the parts of a run between two elements of the buffer: whole parameters together."""
     numel, count, mark, _ = run.size
 
@@ -179,7 +180,7 @@ def _within(run: PlacedParameter, start: int, end: int) -> Iterator[StatePiece]:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class _UpdateRule:
     """How a parameter is updated (`engine.optimizer.parameter_groups.GroupRule`)."""
 
     frozen: bool
@@ -187,7 +188,7 @@ class _Rule:
     is_vector: bool
 
 
-class _Updated(NamedTuple):
+class _OptimizerBytes(NamedTuple):
     """What one of the library's two optimizers holds of a process's parameters."""
 
     optimizer: int
@@ -202,12 +203,12 @@ class StageBuffers:
     def __init__(self, config: RunConfig, num_ranks: int, stage: int) -> None:
         """Lay them out; the layout has to fit the model and the number of processes."""
         p = config.parallel
-        self._config, self._num_ranks, self._chunks = config, num_ranks, held(config, stage)
+        self._config, self._num_ranks, self._chunks = config, num_ranks, list_stage_parameters(config, stage)
         self._sizes = {False: num_ranks // (p.tp * p.pp), True: num_ranks // (p.etp * p.ep * p.pp)}
         self._is_first = stage == 0
-        self._rules: list[_Rule] = []
+        self._rules: list[_UpdateRule] = []
         self._known: dict[int, list[int]] = {}
-        self._buffers: dict[bool, list[Buffer]] = {False: [], True: []}
+        self._buffers: dict[bool, list[ParameterBuffer]] = {False: [], True: []}
         self._frozen = self._trained = 0
         for number, runs in enumerate(self._chunks):
             marked = [pair for layer, parts in runs
@@ -215,36 +216,37 @@ class StageBuffers:
             for routed in (False, True):
                 self._lay_out(marked, routed, stage, number)
 
-    def _marks(self, layer: int | None, parts: tuple[Held, ...]) -> list[int]:
+    def _marks(self, layer: int | None, parts: tuple[LocalParameter, ...]) -> list[int]:
         """Return the numbers of the rules of some parameters; layers are alike where no rule names one."""
         if id(parts) in self._known and not self._config.optim.groups:
             return self._known[id(parts)]
         found = []
         for part in parts:
-            rule = rule_of(self._config, layer, part)
+            rule = find_update_rule(self._config, layer, part)
             if rule not in self._rules:
                 self._rules.append(rule)
             found.append(self._rules.index(rule))
         self._known[id(parts)] = found
         return found
 
-    def _lay_out(self, marked: list[tuple[Held, int]], routed: bool, stage: int, number: int) -> None:
+    def _lay_out(self, marked: list[tuple[LocalParameter, int]],
+                 routed: bool, stage: int, number: int) -> None:
         p = self._config.parallel
         # Reversed: the backward pass finishes the last layers first, and buckets fill in that order.
         mine = [(part, mark) for part, mark in reversed(marked) if part.routed == routed]
         self._frozen += sum(part.numel * part.count for part, mark in mine if self._rules[mark].frozen)
-        sizes = [Size(part.numel, part.count, mark, part.is_copied) for part, mark in mine
+        sizes = [ParameterRun(part.numel, part.count, mark, part.is_copied) for part, mark in mine
                  if not self._rules[mark].frozen]
         if not sizes:
             return
         self._trained += sum(size.numel * size.number for size in sizes)
         # Only the first chunk of the first stage overlaps bucket by bucket; the others have one bucket.
-        full = bucket_numel(self._config, self._num_ranks) if stage == 0 and number == 0 else None
-        self._buffers[routed].append(laid_out(
+        full = get_bucket_numel(self._config, self._num_ranks) if stage == 0 and number == 0 else None
+        self._buffers[routed].append(lay_out_buffer(
             sizes, sharded=p.zero1, num_ranks=self._sizes[routed], bucket_numel=full,
             end_multiple=FAST_END_MULTIPLE if self._config.gpu.pad_buckets == "on" else END_MULTIPLE))
 
-    def fullest(self) -> StatePlace:
+    def find_fullest_place(self) -> StatePlace:
         """Return the process that holds most: the first, or, where Muon keeps one moment and AdamW two, one
         of those that update tables."""
         rules = self._rules
@@ -278,7 +280,7 @@ class StageBuffers:
             counters=self._counters(), updated=dense.updated + experts.updated,
             elements=self._trained + self._frozen)
 
-    def _optimizer(self, routed: bool, rank: int) -> _Updated:
+    def _optimizer(self, routed: bool, rank: int) -> _OptimizerBytes:
         """Return what one of the library's two optimizers, of dense parameters and of experts, holds."""
         config = self._config
         item, bf16 = ITEM_BYTES[config.train.precision], config.train.precision == "bf16"
@@ -288,10 +290,10 @@ class StageBuffers:
         master = FLOAT32_BYTES if bf16 else 0
         pieces = self._updated(routed, rank)
         # What AdamW on the host updates has no master weights or moments here.
-        moved = _moved(pieces, self._rules, config.gpu.optimizer_offload)
+        moved = _count_offloaded(pieces, self._rules, config.gpu.optimizer_offload)
         here = sum([piece.numel * piece.number for piece in pieces]) - moved
         by_muon = sum([piece.numel * piece.number for piece in pieces if self._rules[piece.mark].by_muon])
-        return _Updated(
+        return _OptimizerBytes(
             (here - by_muon) * (master + 2 * moment) + by_muon * (master + max(item, FLOAT32_BYTES)),
             moved * HOST, here)
 
@@ -329,43 +331,43 @@ MAX_KNOWN = 1 << 16
 """Stages whose states are remembered."""
 
 
-def states_of(config: RunConfig, num_ranks: int, stage: int) -> States:
+def estimate_states(config: RunConfig, num_ranks: int, stage: int) -> States:
     """Return what the fullest process of a pipeline stage holds.
 
     Length, micro-batch and recomputation have no part in it, stages with as many layers of each kind hold the
     same, and context parallelism changes little: a search asks for many a layout once.
     """
     gpu, p, m = config.gpu, config.parallel, config.model
-    key = (_but_for_length(m), config.lora, config.media, config.optim, config.train.precision,
+    key = (_strip_length(m), config.lora, config.media, config.optim, config.train.precision,
            gpu.pad_buckets, gpu.grad_dtype, gpu.moment_dtype, gpu.optimizer_offload, num_ranks, p.tp, p.pp,
-           p.ep, p.etp, p.zero1, stage == 0, stage == p.pp - 1, _alike(config, stage),
-           bucket_numel(config, num_ranks) if stage == 0 else None, p.cp if m.yarn is not None else 0)
+           p.ep, p.etp, p.zero1, stage == 0, stage == p.pp - 1, _build_layers_key(config, stage),
+           get_bucket_numel(config, num_ranks) if stage == 0 else None, p.cp if m.yarn is not None else 0)
     if key not in _known:
         if len(_known) >= MAX_KNOWN:
             _known.clear()
         buffers = StageBuffers(config, num_ranks, stage)
-        _known[key] = buffers.count_states(buffers.fullest())
+        _known[key] = buffers.count_states(buffers.find_fullest_place())
     return _known[key]
 
 
 @lru_cache(maxsize=64)
-def _but_for_length(m: ModelConfig) -> ModelConfig:
+def _strip_length(m: ModelConfig) -> ModelConfig:
     """Return a model without what stages of an extension differ in, and no parameter depends on."""
     return replace(m, max_position_tokens=0)
 
 
-def _alike(config: RunConfig, stage: int) -> tuple[tuple[int, ...], ...]:
+def _build_layers_key(config: RunConfig, stage: int) -> tuple[tuple[int, ...], ...]:
     """Return what tells the layers of a stage's chunks from those of another one: how many are dense and how
     many have experts, or, where rules or adapters name single layers, which they are."""
     m = config.model
-    chunks = chunk_layers(config.parallel, stage, m.num_layers)
+    chunks = list_chunk_layers(config.parallel, stage, m.num_layers)
     if config.optim.groups or config.lora.on:
         return tuple(tuple(layers) for layers in chunks)
     first_moe = m.num_layers - m.num_moe_layers()
     return tuple((sum(layer < first_moe for layer in layers), len(layers)) for layers in chunks)
 
 
-def bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
+def get_bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
     """Return the elements from which on a bucket of the first chunk is full; None: all are in one."""
     p = config.parallel
     if not p.overlap_grad_reduce:
@@ -373,7 +375,7 @@ def bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
     return p.bucket_params or max(DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK * (num_ranks // p.ranks_per_replica))
 
 
-def rule_of(config: RunConfig, layer: int | None, part: Held) -> _Rule:
+def find_update_rule(config: RunConfig, layer: int | None, part: LocalParameter) -> _UpdateRule:
     matrix = len(part.shape) == 2 and part.key not in TABLES and not is_position_table(part.key)
     algorithm, frozen = config.optim.name, False
     if config.optim.groups:
@@ -382,11 +384,11 @@ def rule_of(config: RunConfig, layer: int | None, part: Held) -> _Rule:
             if fnmatch.fnmatchcase(key, group.pattern):
                 algorithm, frozen = group.optimizer or config.optim.name, group.frozen
     frozen = frozen or is_frozen(part.key, config.media)
-    return _Rule(frozen or (config.lora.on and not is_adapter(part.key)),
+    return _UpdateRule(frozen or (config.lora.on and not is_adapter(part.key)),
                  matrix and algorithm == "muon", len(part.shape) == 1)
 
 
-def _moved(pieces: list[StatePiece], rules: list[_Rule], share: float) -> int:
+def _count_offloaded(pieces: list[StatePiece], rules: list[_UpdateRule], share: float) -> int:
     """Return how many elements lie in host memory: the first pieces that are `share` of all together, or
     more; matrices come before vectors, which have no weight decay (`engine.optimizer.host_adamw.split`)."""
     if not share:

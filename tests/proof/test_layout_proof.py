@@ -23,11 +23,11 @@ from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
-from megatron_sov.proof.miniature import OFF, ROW_TOKENS, TOLD, Miniature, miniature
+from megatron_sov.proof.miniature import LEFT_OUT, OVERRIDES, ROW_TOKENS, Miniature, build_miniature
 
 cpu_shims.prepare_without_gpu()
-given = importlib.import_module("megatron_sov.proof.given")
-proving = importlib.import_module("megatron_sov.proof.proving")  # which imports megatron-core
+given = importlib.import_module("megatron_sov.proof.random_documents")
+proving = importlib.import_module("megatron_sov.proof.layout_proof")  # which imports megatron-core
 context = importlib.import_module("megatron_sov.engine.parallel.context")
 parallel_state = importlib.import_module("megatron.core.parallel_state")
 DIFFERS, EQUAL, STANDS = proving.DIFFERS, proving.EQUAL, proving.STANDS
@@ -41,7 +41,7 @@ CUT_ROW = "parallel.cp=2", "train.global_batch_size=8", "train.micro_batch_size=
 def small(tmp_path_factory: pytest.TempPathFactory) -> Miniature:
     """K-EXAONE's family with a prediction layer, on four processes."""
     documents = tmp_path_factory.mktemp("proof") / "documents"
-    found = miniature(apply_settings(recipes.get("tiny-k-exaone"), LAYOUT), 4, documents)
+    found = build_miniature(apply_settings(recipes.get("tiny-k-exaone"), LAYOUT), 4, documents)
     given.write_documents(documents, found.config)
     return found
 
@@ -130,7 +130,7 @@ def test_a_miniature_has_every_kind_of_attention(recipe: str, others: set[tuple[
     """The first layers of LLLG alone would all slide."""
     config = apply_settings(recipes.get(recipe), [
         "parallel.pp=1", "parallel.vpp=1", "parallel.pipeline_layout=[]"])
-    model = miniature(config, 64, Path("documents")).config.model
+    model = build_miniature(config, 64, Path("documents")).config.model
 
     # behind layers without experts, where there are any
     behind = model.num_dense_layers if model.num_experts else 0
@@ -285,10 +285,9 @@ def own_values(values: dict[str, float], over: Any) -> dict[str, float]:
      "final_layernorm"),
     ("tiny-typhoon-s", ("parallel.tp=2", DISTILL, "distillation.top_k=4"), "engine.model.divergence",
      "_sum_over_group", lambda values: values, "final_layernorm")])
-def test_a_fault_of_every_built_in_loss_is_found(
-    recipe: str, settings: tuple[str, ...], module: str, name: str, wrong: Any, place: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_fault_of_every_built_in_loss_is_found(recipe: str, settings: tuple[str, ...], module: str, name:
+                                                 str, wrong: Any, place: str, monkeypatch:
+                                                 pytest.MonkeyPatch,) -> None:
     """It begins in the gradient of what the last layer gives to the loss."""
     config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=8",
                                                   "train.micro_batch_size=1"])
@@ -302,7 +301,7 @@ def test_a_fault_of_every_built_in_loss_is_found(
 @pytest.mark.parametrize(("recipe", "missing"), [
     ("tiny-hyperclova-omni-sft", "encoder of pictures"), ("tiny-hyperclova-omni", "encoder of sound")])
 def test_what_is_left_out_is_told(recipe: str, missing: str, tmp_path: Path) -> None:
-    small = miniature(apply_settings(recipes.get(recipe), ()), 2, tmp_path / "documents")
+    small = build_miniature(apply_settings(recipes.get(recipe), ()), 2, tmp_path / "documents")
 
     assert small.config.problems(2) == []
     assert any(missing in what for what in small.left_out)
@@ -331,7 +330,7 @@ def test_the_first_stage_does_forward_and_backward_passes_in_turns(pp: int, vpp:
     config = apply_settings(recipes.get("tiny-qwen3"), [
         f"model.num_layers={pp * vpp}", f"parallel.pp={pp}", f"parallel.vpp={vpp}",
         "train.micro_batch_size=1", "train.global_batch_size=64"])
-    train = miniature(config, 2 * pp, Path("documents")).config.train
+    train = build_miniature(config, 2 * pp, Path("documents")).config.train
 
     micro_batches = train.global_batch_size // 2
     warm_up = pp - 1 if vpp == 1 else 2 * (pp - 1) + (vpp - 1) * pp
@@ -367,7 +366,7 @@ def test_uneven_stages_of_a_miniature_are_uneven(layers: list[int], played: tupl
     config = apply_settings(recipes.get("tiny-qwen3"), [
         f"model.num_layers={sum(layers)}", f"parallel.pp={len(layers)}",
         f"parallel.pipeline_layout={layers}"])
-    small = miniature(config, len(layers), Path("documents"))
+    small = build_miniature(config, len(layers), Path("documents"))
 
     assert small.config.parallel.pipeline_layout == played
     assert any("are played" in what for what in small.left_out) == (len({*layers}) > len({*played}))
@@ -377,7 +376,7 @@ def test_uneven_stages_have_each_kind_of_layers() -> None:
     """Of DeepSeek-V3's layers the first three have no experts."""
     config = apply_settings(recipes.get("deepseek-v3"), [
         "parallel.pp=2", "parallel.tp=2", "parallel.ep=2", "parallel.pipeline_layout=[31, 30]"])
-    small = miniature(config, 4, Path("documents")).config
+    small = build_miniature(config, 4, Path("documents")).config
 
     assert small.parallel.pipeline_layout == (3, 1) and small.problems(4) == []
 
@@ -436,7 +435,7 @@ HARMLESS = {
 
 
 def test_what_every_miniature_is_without_is_told_or_harmless() -> None:
-    assert OFF.keys() - TOLD.keys() == HARMLESS
+    assert OVERRIDES.keys() - LEFT_OUT.keys() == HARMLESS
 
 
 @pytest.mark.parametrize(("settings", "told"), [
@@ -451,7 +450,7 @@ def test_what_every_miniature_is_without_is_told_or_harmless() -> None:
 def test_a_setting_that_is_not_played_is_told(settings: tuple[str, ...], told: str) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), [
         "train.precision=bf16", "train.global_batch_size=8", "train.micro_batch_size=1", *settings])
-    small = miniature(config, 1, Path("documents"))
+    small = build_miniature(config, 1, Path("documents"))
 
     assert any(told in what for what in small.left_out)
 
@@ -460,7 +459,7 @@ def test_sound_runs_have_a_miniature() -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), [
         "optim.rewarm=[[4, 2]]", "model.head_dim=16", "model.rope_share=0.625",
         'optim.groups=[{"pattern": "decoder.layers.[1-3].*", "lr_scale": 2}, {"pattern": "*layers.3.*"}]'])
-    small = miniature(config, 1, Path("documents")).config
+    small = build_miniature(config, 1, Path("documents")).config
 
     assert (small.optim.rewarm, small.model.head_dim) == ((), 16)
     # the miniature has layers 0 and 1
@@ -468,10 +467,10 @@ def test_sound_runs_have_a_miniature() -> None:
 
 
 def test_a_rule_that_the_miniature_alone_breaks_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OFF, "train.average_last", 1)
+    monkeypatch.setitem(OVERRIDES, "train.average_last", 1)
 
     with pytest.raises(UserError, match=r"breaks a rule: .*average_last"):
-        miniature(recipes.get("tiny-qwen3"), 1, Path("documents"))
+        build_miniature(recipes.get("tiny-qwen3"), 1, Path("documents"))
 
 
 def test_a_pattern_of_a_tensor_that_the_miniature_lacks_is_told_as_such() -> None:

@@ -24,7 +24,7 @@ ITEM_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of a weight or an activation, by `train.precision`."""
 FLOAT32_BYTES = 4
 BF16_BYTES = 2
-BLOCK = 128
+FP8_BLOCK = 128
 """Rows and columns of a weight with one scale under `train.fp8=blockwise`."""
 MX_VALUES, NVFP4_VALUES = 32, 16
 """Values with one scale of a byte."""
@@ -38,7 +38,7 @@ SPLIT_BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight", "self_attention.o
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalParameter:
     """Parameters of one shape that a process holds one behind the other."""
 
     key: str
@@ -57,11 +57,11 @@ class Held:
         return math.prod(self.shape)
 
 
-Run = tuple[int | None, tuple[Held, ...]]
+LayerParameters = tuple[int | None, tuple[LocalParameter, ...]]
 """A layer (0-based; None: none) and parameters of it."""
 
 
-def held(config: RunConfig, stage: int) -> list[list[Run]]:
+def list_stage_parameters(config: RunConfig, stage: int) -> list[list[LayerParameters]]:
     """Return what a process of a stage holds, by chunks of an interleaved pipeline."""
     m, p = config.model, config.parallel
     # Transformer Engine's modules make models in bf16 (`engine.model.specs.transformer_engine_serves`)
@@ -71,30 +71,30 @@ def held(config: RunConfig, stage: int) -> list[list[Run]]:
     first_moe = m.num_layers - m.num_moe_layers()
     alike = [(layer >= first_moe, kind == "linear_attention") for layer, kind in enumerate(m.layer_types())]
     chunks = []
-    for turn, layers in enumerate(chunk_layers(p, stage, m.num_layers)):
+    for turn, layers in enumerate(list_chunk_layers(p, stage, m.num_layers)):
         # Chunks of one stage are not neighbours in the model: only the first chunk of stage 0 embeds.
         first = stage == 0 and turn == 0
         last = stage == p.pp - 1 and turn == p.vpp - 1
-        runs: list[Run] = []
+        runs: list[LayerParameters] = []
         # Prediction layers embed the next token on the last stage, so the table is there as well.
         if first or (last and m.num_mtp_layers):
-            runs.append((None, (_table(m, p, EMBEDDING),)))
-        runs += [(layer, _layer(*sizes, alike.index(alike[layer]))) for layer in layers]
+            runs.append((None, (_build_table(m, p, EMBEDDING),)))
+        runs += [(layer, _list_layer(*sizes, alike.index(alike[layer]))) for layer in layers]
         if last:
-            runs.append((None, (Held("decoder.final_layernorm.weight", (m.hidden_size,)),)))
-            runs += [(i, _layer(*sizes, None)) for i in range(m.num_mtp_layers)]
+            runs.append((None, (LocalParameter("decoder.final_layernorm.weight", (m.hidden_size,)),)))
+            runs += [(i, _list_layer(*sizes, None)) for i in range(m.num_mtp_layers)]
             # One stage with tied embeddings already has the table above.
             if not (first and m.tied_embeddings):
-                runs.append((None, (_table(m, p, EMBEDDING if m.tied_embeddings else HEAD),)))
+                runs.append((None, (_build_table(m, p, EMBEDDING if m.tied_embeddings else HEAD),)))
         if first:
-            runs += _encoders(m)
+            runs += _list_encoders(m)
         if config.lora.on:
-            runs += _adapters(config, layers, first, last)
+            runs += _iter_adapters(config, layers, first, last)
         chunks.append(runs)
     return chunks
 
 
-def chunk_layers(parallel: ParallelConfig, stage: int, num_layers: int) -> list[list[int]]:
+def list_chunk_layers(parallel: ParallelConfig, stage: int, num_layers: int) -> list[list[int]]:
     """Return the trunk's layers (0-based) on a stage, by chunks."""
     runs = parallel.pipeline_layout or (num_layers // (parallel.pp * parallel.vpp),) * (
         parallel.pp * parallel.vpp)
@@ -102,17 +102,17 @@ def chunk_layers(parallel: ParallelConfig, stage: int, num_layers: int) -> list[
 
 
 @lru_cache(maxsize=16)
-def _encoders(m: ModelConfig) -> tuple[Run, ...]:
+def _list_encoders(m: ModelConfig) -> tuple[LayerParameters, ...]:
     """Return the encoders of pictures and sounds, whole on every process."""
-    return tuple((None, (Held(key, shape),)) for key, shape in encoder_shapes(m).items())
+    return tuple((None, (LocalParameter(key, shape),)) for key, shape in encoder_shapes(m).items())
 
 
-def _table(m: ModelConfig, p: ParallelConfig, key: str) -> Held:
+def _build_table(m: ModelConfig, p: ParallelConfig, key: str) -> LocalParameter:
     """Return an embedding or head, whose rows are filled up to a multiple of `tp`; a tied head has the
     embedding's name."""
     # Both copies have to get the sum of both gradients, so they have a bucket of their own.
     copied = key == EMBEDDING and p.pp > 1 and (m.tied_embeddings or m.num_mtp_layers > 0)
-    return Held(key, (-(-m.vocab_size // p.tp), m.hidden_size), is_copied=copied)
+    return LocalParameter(key, (-(-m.vocab_size // p.tp), m.hidden_size), is_copied=copied)
 
 
 _ORDER = (
@@ -129,7 +129,7 @@ _ORDER = (
 """Parts of names, in the order in which Transformer Engine's modules register the parameters of a layer."""
 
 
-def _place(key: str, fused: bool) -> tuple[int, int]:
+def _find_position(key: str, fused: bool) -> tuple[int, int]:
     """Return where in its layer a parameter is registered."""
     # The first match counts, so a longer name is in the table before a shorter one that it contains.
     at = next((i for i, name in enumerate(_ORDER) if name in key), len(_ORDER))
@@ -143,7 +143,8 @@ def _place(key: str, fused: bool) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, layer: int | None) -> tuple[Held, ...]:
+def _list_layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool,
+                layer: int | None) -> tuple[LocalParameter, ...]:
     """Return the parameters of a layer in their order.
 
     Args:
@@ -156,15 +157,16 @@ def _layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, layer: int |
         layer: one of the trunk; None: a prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2).
     """
     weights = sorted((w for w in layer_weights(m) if not w.is_buffer and (
-        w.predicts if layer is None else layer in w.layers)), key=lambda w: _place(w.key, fused))
-    found: list[Held] = []
+        w.predicts if layer is None else layer in w.layers)), key=lambda w: _find_position(w.key, fused))
+    found: list[LocalParameter] = []
     for routed, group in itertools.groupby(weights, key=lambda w: w.num_experts > 0):
-        parts = [Held(w.key, _cut(w.key, w.shape, etp if routed else tp), routed=routed) for w in group]
-        found += _experts(parts, m.num_experts // ep, fused) if routed else parts
+        parts = [LocalParameter(w.key, _shard_shape(
+            w.key, w.shape, etp if routed else tp), routed=routed) for w in group]
+        found += _repeat_experts(parts, m.num_experts // ep, fused) if routed else parts
     return tuple(found)
 
 
-def _experts(parts: list[Held], count: int, fused: bool) -> list[Held]:
+def _repeat_experts(parts: list[LocalParameter], count: int, fused: bool) -> list[LocalParameter]:
     """Return the parameters of so many routed experts, of which one has these."""
     # Without grouped products each expert is a module, which registers its own matrices in turn.
     if not fused:
@@ -175,7 +177,7 @@ def _experts(parts: list[Held], count: int, fused: bool) -> list[Held]:
     return parts[:half] * count + parts[half:] * count
 
 
-def _cut(key: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+def _shard_shape(key: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
     """Return the part of a parameter that one of so many tensor-parallel processes holds."""
     linear, _, name = key.rpartition(".")
     # Fused norms have the name of a linear layer that is cut, and are whole themselves.
@@ -186,25 +188,29 @@ def _cut(key: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
     return (shape[0], shape[1] // size) if key.endswith(SPLIT_BY_COLUMNS) else shape
 
 
-def _adapters(config: RunConfig, layers: list[int], first: bool, last: bool) -> Iterator[Run]:
+def _iter_adapters(
+    config: RunConfig,
+    layers: list[int],
+    first: bool,
+     last: bool) -> Iterator[LayerParameters]:
     """Yield the adapters of a chunk, layer by layer, then those of embedding and head
     (`engine.model.adapters`)."""
     m, p, lora = config.model, config.parallel, config.lora
-    by_linear = _adapted(m, lora)
+    by_linear = _group_adapted_modules(m, lora)
     for layer in layers:
         prefix = f"decoder.layers.{layer}."
         for linear, modules in by_linear.items():
             if linear.startswith(prefix):
                 count = max(1, modules[0].num_experts // p.ep)
-                yield layer, tuple(part for of in modules for part in _factors(of, lora, p)) * count
+                yield layer, tuple(part for of in modules for part in _list_factors(of, lora, p)) * count
     rows = -(-m.vocab_size // p.tp)
     for linear, here in (("embedding.word_embeddings", first), ("output_layer", last)):
         if here and linear in by_linear:
-            yield None, _factors(by_linear[linear][0], lora, p, rows)
+            yield None, _list_factors(by_linear[linear][0], lora, p, rows)
 
 
 @lru_cache(maxsize=16)
-def _adapted(m: ModelConfig, lora: LoraConfig) -> dict[str, list[AdaptedModule]]:
+def _group_adapted_modules(m: ModelConfig, lora: LoraConfig) -> dict[str, list[AdaptedModule]]:
     """Return linear layer -> what of it is adapted."""
     found: dict[str, list[AdaptedModule]] = {}
     for of in find_adapted_modules(m, lora):
@@ -212,7 +218,8 @@ def _adapted(m: ModelConfig, lora: LoraConfig) -> dict[str, list[AdaptedModule]]
     return found
 
 
-def _factors(of: AdaptedModule, lora: LoraConfig, p: ParallelConfig, rows: int = 0) -> tuple[Held, ...]:
+def _list_factors(of: AdaptedModule, lora: LoraConfig, p: ParallelConfig,
+                  rows: int = 0) -> tuple[LocalParameter, ...]:
     """Return A, B and, under DoRA, the rows' lengths of one adapted module or expert
     (`engine.model.lora.Factors`)."""
     # Of A and B at most one is cut: B where the layer is cut by rows, A where it is cut by columns.
@@ -222,18 +229,19 @@ def _factors(of: AdaptedModule, lora: LoraConfig, p: ParallelConfig, rows: int =
     width = of.in_features // (size if f"{of.linear}.weight".endswith(SPLIT_BY_COLUMNS) else 1)
     shapes = {"lora_A": (lora.rank, width), "lora_B": (height, lora.rank)} | (
         {"magnitude": (height,)} if lora.dora else {})
-    return tuple(Held(of.key(name), shape, routed=bool(of.num_experts)) for name, shape in shapes.items())
+    return tuple(LocalParameter(of.key(name), shape, routed=bool(of.num_experts))
+                 for name, shape in shapes.items())
 
 
 def is_adapter(key: str) -> bool:
     return key.startswith(PREFIX)
 
 
-def stage_params(config: RunConfig) -> list[StageParams]:
+def count_stage_params(config: RunConfig) -> list[StageParams]:
     """Return what a process of each stage holds; the layout has to fit the model."""
     found = []
     for stage in range(config.parallel.pp):
-        parts = [part for runs in held(config, stage) for _, here in runs for part in here]
+        parts = [part for runs in list_stage_parameters(config, stage) for _, here in runs for part in here]
         dense, experts = (sum(part.numel * part.count for part in parts if part.routed == routed)
                           for routed in (False, True))
         layers = len(config.parallel.stage_layers(stage, config.model.num_layers))
@@ -250,12 +258,13 @@ def stage_params(config: RunConfig) -> list[StageParams]:
 # (`pytorch/tensor/*_tensor.py`: data, and `get_scale_shape`).
 
 
-def quantized_weight_bytes(config: RunConfig, stage: int) -> int:
+def count_quantized_bytes(config: RunConfig, stage: int) -> int:
     """Return the bytes on a process of pipeline stage `stage` (0-based); 0 where nothing is quantised."""
-    return sum(part.count * weight_bytes(config.train.fp8, *part.shape) for part in quantized(config, stage))
+    return sum(part.count * count_weight_bytes(config.train.fp8, *part.shape)
+               for part in iter_quantized(config, stage))
 
 
-def without_bf16(config: RunConfig, stage: int, elements: int) -> int:
+def count_replaced_bytes(config: RunConfig, stage: int, elements: int) -> int:
     """Return the bytes of weights in bf16 that `train.fp8_weights` does without on a process of a stage.
 
     Under mxfp8 megatron-core keeps the memory that other weights are gathered in beside them.
@@ -265,17 +274,17 @@ def without_bf16(config: RunConfig, stage: int, elements: int) -> int:
     """
     if not config.train.fp8_weights:
         return 0
-    in_8_bits = sum(part.count * part.numel for part in quantized(config, stage))
+    in_8_bits = sum(part.count * part.numel for part in iter_quantized(config, stage))
     return BF16_BYTES * (in_8_bits - (elements - in_8_bits if config.train.fp8 == "mxfp8" else 0))
 
 
-def quantized(config: RunConfig, stage: int) -> Iterator[Held]:
+def iter_quantized(config: RunConfig, stage: int) -> Iterator[LocalParameter]:
     """Yield the weights on a process of a stage that are quantised."""
     m, train = config.model, config.train
     if train.fp8 == "none":
         return
     in_8_bits = range(train.fp8_bf16_layers_at_start, m.num_layers - train.fp8_bf16_layers_at_end)
-    for layer, parts in (run for runs in held(config, stage) for run in runs):
+    for layer, parts in (run for runs in list_stage_parameters(config, stage) for run in runs):
         if layer is None or is_adapter(parts[0].key):
             continue
         # nvfp4 leaves the prediction layers in bf16
@@ -284,7 +293,7 @@ def quantized(config: RunConfig, stage: int) -> Iterator[Held]:
                         if len(part.shape) == 2 and not part.key.endswith("router.weight"))
 
 
-def weight_bytes(fp8: str, rows: int, columns: int) -> int:
+def count_weight_bytes(fp8: str, rows: int, columns: int) -> int:
     """Return what is kept of one weight [rows, columns] under a recipe, both of its forms.
 
     `tensorwise` is counted as on a Hopper, whose products want a transposed copy; Blackwell has none of it.
@@ -293,15 +302,15 @@ def weight_bytes(fp8: str, rows: int, columns: int) -> int:
     if fp8 == "tensorwise":
         return 2 * numbers + FLOAT32_BYTES
     if fp8 == "blockwise":
-        down, across = -(-rows // BLOCK), -(-columns // BLOCK)
-        return 2 * numbers + FLOAT32_BYTES * (down * rounded_up(across, 4) + across * rounded_up(down, 4))
+        down, across = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+        return 2 * numbers + FLOAT32_BYTES * (down * round_up(across, 4) + across * round_up(down, 4))
     if fp8 == "mxfp8":
-        return (2 * numbers + rounded_up(rows, 128) * rounded_up(columns // MX_VALUES, 4)
-                + rounded_up(rows // MX_VALUES, 4) * rounded_up(columns, 128))
+        return (2 * numbers + round_up(rows, 128) * round_up(columns // MX_VALUES, 4)
+                + round_up(rows // MX_VALUES, 4) * round_up(columns, 128))
     # nvfp4: two values in a byte, and the largest value of the tensor for either form
-    return (numbers + 2 * FLOAT32_BYTES + rounded_up(rows, 128) * rounded_up(-(-columns // NVFP4_VALUES), 4)
-            + rounded_up(columns, 128) * rounded_up(-(-rows // NVFP4_VALUES), 4))
+    return (numbers + 2 * FLOAT32_BYTES + round_up(rows, 128) * round_up(-(-columns // NVFP4_VALUES), 4)
+            + round_up(columns, 128) * round_up(-(-rows // NVFP4_VALUES), 4))
 
 
-def rounded_up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
