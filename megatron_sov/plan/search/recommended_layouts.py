@@ -12,9 +12,9 @@ from megatron_sov.work.clusters.units import GIB
 # Layouts for large recipes come from `plan --sweep` on 512 and 1,024 GPUs, for pretraining also on the 480
 # GPUs in Solar Open's report: among the layouts within 2 % of the fastest, one that leaves memory free.
 # Fallbacks that recompute every layer follow. No layout was timed. The number of processes decides which
-# layout is valid: a global batch has to divide among the data-parallel processes (13,440 samples do over 480 processes
-# and, with 4 processes per row, over 512; over 1,024 they need 8), with `parallel.vpp` among the chunks.
-# Layouts for HybridEP come first, then layouts without additional packages (docs/layouts.md).
+# layout is valid: a global batch has to divide among the data-parallel processes (13,440 samples do over 480
+# processes and, with 4 processes per row, over 512; over 1,024 they need 8), with `parallel.vpp` among the
+# chunks. Layouts for HybridEP come first, then layouts without additional packages (docs/layouts.md).
 
 Layout = tuple[str, ...]
 """Settings as --set takes them: `parallel.*`, micro-batch size, recomputation, attention of split rows."""
