@@ -192,7 +192,7 @@ def _shard_shape(key: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]
 
 def _iter_adapters(config: RunConfig, layers: list[int], is_first: bool, is_last: bool
                    ) -> Iterator[LayerParameters]:
-    """Yield a chunk's adapters by layer, then the adapters of embedding and head (`engine.model.adapters`)."""
+    """Yield a chunk's adapters by layer, then adapters of embedding and head (`engine.model.adapters`)."""
     m, p, lora = config.model, config.parallel, config.lora
     by_linear = _group_adapted_modules(m, lora)
     for layer in layers:
