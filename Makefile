@@ -87,8 +87,8 @@ LONGEST := $(addprefix tests/,operate/slurm e2e benchmarks layouts te_double com
 # What is freed goes back to the system at once: a tenth of a process's memory.
 FREED_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072
 # On two cores four tests at a time, since many wait for what they have killed, or for a server.  A plugin that no test asks for is an
-# import more.
-PYTEST = "$(PY)" -m pytest -p tests.forks --forks 4 -p no:anyio --durations 25
+# import more, and that of logging a third of what a small test takes.
+PYTEST = "$(PY)" -m pytest -p tests.forks --forks 4 -p no:anyio -p no:logging --durations 25
 
 # Hundreds of processes import the packages: they are compiled once, not by each where the environment forbids to keep what is compiled.
 compiled: setup

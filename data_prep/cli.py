@@ -52,37 +52,39 @@ COMMANDS = {
         ("probing-sets --input probes --output sets",
          "probing-sets --input probes more.jsonl --output sets --overwrite")),
     "trajectories": Command(
-        "data_prep.responses.trajectories", "join each query with its diverse solutions to one document",
+        "data_prep.responses.trajectories:TRAJECTORIES",
+        "join each query with its diverse solutions to one document",
         RESPONSES, "data.md",
         ("trajectories --input solutions.jsonl --output trajectories",
          "trajectories --input solutions.jsonl --output trajectories --overwrite")),
     "groups": Command(
-        "data_prep.responses.groups", "give each of a prompt's judged responses its advantage",
+        "data_prep.responses.groups:GROUPS", "give each of a prompt's judged responses its advantage",
         RESPONSES, "prefer.md",
         ("groups --input judged.jsonl --output groups",
          "groups --input judged.jsonl --output groups --overwrite")),
     "pairs": Command(
-        "data_prep.responses.pairs", "pair the best and the worst of each prompt's judged responses",
+        "data_prep.responses.pairs:PAIRS", "pair the best and the worst of each prompt's judged responses",
         RESPONSES, "prefer.md",
         ("pairs --input scored.jsonl --output pairs",
          "pairs --input scored.jsonl --output pairs --overwrite")),
     "unpaired": Command(
-        "data_prep.responses.unpaired", "put each judged response next to one to another prompt, for KTO",
+        "data_prep.responses.unpaired:UNPAIRED",
+        "put each judged response next to one to another prompt, for KTO",
         RESPONSES, "prefer.md",
         ("unpaired --input labelled.jsonl --output unpaired",
          "unpaired --input labelled.jsonl --output unpaired --overwrite")),
     "pack": Command(
-        "data_prep.shards.pack", "turn text, chats, preferences or prompts into token shards",
+        "data_prep.shards.pack:PACK", "turn text, chats, preferences or prompts into token shards",
         SHARDS, "data.md",
         ("pack --tokenizer tokenizer --input corpus/english.jsonl --output tokens",
          "pack --tokenizer tokenizer --input chats.jsonl --format chat --output chats")),
     "adopt": Command(
-        "data_prep.shards.adopt", "take over token shards that Megatron-LM's preprocess_data wrote",
+        "data_prep.shards.adopt:ADOPT", "take over token shards that Megatron-LM's preprocess_data wrote",
         SHARDS, "from_megatron.md",
         ("adopt /their/code_text_document --tokenizer tokenizer --output tokens",
          "adopt web=/their/web_text_document --tokenizer tokenizer --output tokens")),
     "mix": Command(
-        "data_prep.shards.mix", "join token shards of several folders into one, with weights",
+        "data_prep.shards.mix:MIX", "join token shards of several folders into one, with weights",
         SHARDS, "mixtures.md",
         ("mix tokens:0.8 chats:0.2 --output mixed",
          "mix tokens --blend solar-open --output mixed --dry-run")),
@@ -91,13 +93,14 @@ COMMANDS = {
         "show what token shards hold, or what each step of a pipeline kept and dropped",
         LOOK, "inspect.md", ("inspect tokens", "inspect corpus")),
     "stats": Command(
-        "data_prep.shards.stats", "show lengths of documents, token types and special tokens, per source",
+        "data_prep.shards.stats:STATS",
+        "show lengths of documents, token types and special tokens, per source",
         LOOK, "data.md", ("stats tokens", "stats chats")),
     "sample": Command(
-        "data_prep.shards.sample", "print documents, decoded, with their loss mask",
+        "data_prep.shards.sample:SAMPLE", "print documents, decoded, with their loss mask",
         LOOK, "chats.md", ("sample chats --count 2", "sample tokens --count 1")),
     "verify": Command(
-        "data_prep.shards.verify", "check token shards: hashes, indices, ids, splits, duplicates",
+        "data_prep.shards.verify:VERIFY", "check token shards: hashes, indices, ids, splits, duplicates",
         LOOK, "data.md", ("verify tokens", "verify mixed")),
 }
 

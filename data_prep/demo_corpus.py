@@ -99,7 +99,7 @@ class Docstring:
     """Text without indentation."""
 
 
-def write_corpus(options: DemoCorpusOptions) -> None:
+def write_corpus(options: DemoCorpusOptions) -> int:
     """Write an artifact of kind "corpus" with a JSONL file per source.
 
     Raises:
@@ -135,6 +135,7 @@ def write_corpus(options: DemoCorpusOptions) -> None:
             print(f"{name}: {len(rows):,} documents, {size_bytes / 1e6:.2f} MB")
         artifact.settings = {"user": options.user}
     print(f"wrote {output}")
+    return 0
 
 
 DEMO_CORPUS = DeclaredCommand(DemoCorpusOptions, write_corpus)

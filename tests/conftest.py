@@ -9,6 +9,7 @@ import gc
 import hashlib
 import html
 import json
+import logging
 import os
 import re
 import shutil
@@ -97,6 +98,20 @@ def _draw_text(_: str) -> None:
 
 
 _kept_bytes = [0]
+
+
+@pytest.fixture
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """Return the records of loggers, warnings and above, as they come."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append  # type: ignore[method-assign, assignment]
+    loggers = logging.getLogger(), logging.getLogger("transformers")  # which passes nothing on to the root
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield records
+    for logger in loggers:
+        logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -154,6 +154,12 @@ class Source:
         return self._imports_at_load if top_level_only else self._all_imports
 
     @cached_property
+    def constants(self) -> set[str]:
+        """Every text in the file, as far as its first colon."""
+        return {node.value.partition(":")[0] for node in self.nodes
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+    @cached_property
     def _all_imports(self) -> list[tuple[int, str]]:
         return list(self._read_imports(False))
 
@@ -162,7 +168,7 @@ class Source:
         return list(self._read_imports(True))
 
     def _read_imports(self, top_level_only: bool) -> Iterator[tuple[int, str]]:
-        for node in _top_level(self.tree) if top_level_only else self.nodes:
+        for node in _top_level(self.tree) if top_level_only else _statements(self.tree):
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -191,6 +197,14 @@ class _Parsed:
 def _parsed(text: str) -> _Parsed:
     """Parse one file, and forget the file before it: all trees together are 240 MB."""
     return _Parsed(ast.parse(text))
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield every statement, without a look at expressions."""
+    for name in ("body", "orelse", "handlers", "finalbody", "cases"):
+        for node in getattr(tree, name, None) or ():
+            yield node
+            yield from _statements(node)
 
 
 def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
@@ -400,9 +414,8 @@ def users_of(found: list[Source], packages_too: bool = False) -> dict[str, set[s
 def named_in_tables(found: list[Source]) -> set[str]:
     """Return the modules that a text of another file names, as tables of commands, steps and codecs do."""
     modules = by_module(found)
-    return {module for name, source in modules.items() for node in source.nodes
-            if isinstance(node, ast.Constant) and isinstance(node.value, str)
-            and (module := node.value.partition(":")[0]) in modules and module != name}
+    return {module for name, source in modules.items() for module in source.constants & modules.keys()
+            if module != name}
 
 
 def lonely(found: list[Source]) -> list[str]:
@@ -438,6 +451,7 @@ def problems(house: list[Source]) -> dict[str, list[str]]:
     for source in house:
         for rule in RULES:
             found[rule.__name__] += rule(source)
+        assert source.constants is not None  # read while the file is parsed, for the tests below
     return found
 
 

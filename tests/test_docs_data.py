@@ -18,7 +18,7 @@ import data_prep.cli
 import tokenizer.cli
 from data_prep import demo_corpus
 from data_prep.curate.pipeline.step import STEPS, step_class
-from data_prep.curate.scoring.labels import HIGHEST
+from data_prep.curate.scoring.labels import HIGHEST_LABELS
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.curate.scoring.planted import planted, write_lines
@@ -126,7 +126,7 @@ def test_what_the_page_on_scoring_shows_runs(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     page = page_text("data_scoring.md")
     shown = json.loads(*blocks(page, "json"))
-    assert 0 <= shown["label"] <= HIGHEST["regressor"]
+    assert 0 <= shown["label"] <= HIGHEST_LABELS["regressor"]
     write_lines(tmp_path / "quality.jsonl", planted("classifier", 120))
     write_lines(tmp_path / "education.jsonl", [shown, *planted("regressor", 120)])
     write_lines(tmp_path / "others.jsonl", planted("regressor", 50, seed=3))

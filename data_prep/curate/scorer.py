@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from data_prep.curate.scoring.labels import describe_figures
+from data_prep.curate.scoring.labels import format_metrics
 from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
 
 
@@ -40,10 +40,10 @@ class ScorerCheckOptions:
 
 
 def _check(args: ScorerCheckOptions) -> int:
-    from data_prep.curate.scoring.scorer import check
+    from data_prep.curate.scoring.scorer import evaluate_scorer
 
-    kind, figures = check(args.model, args.labels)
-    lines = [f"{args.model}, a {kind}", *describe_figures(kind, figures)]
+    kind, figures = evaluate_scorer(args.model, args.labels)
+    lines = [f"{args.model}, a {kind}", *format_metrics(kind, figures)]
     if args.json:
         lines = [json.dumps(figures)]
     print("\n".join(lines))
@@ -51,13 +51,13 @@ def _check(args: ScorerCheckOptions) -> int:
 
 
 def _train(args: ScorerTrainOptions) -> int:
-    from data_prep.curate.scoring.scorer import TrainSettings, train
+    from data_prep.curate.scoring.scorer import TrainSettings, train_scorer
 
-    content = train(TrainSettings(args.labels, args.kind), args.output, overwrite=args.overwrite)
+    content = train_scorer(TrainSettings(args.labels, args.kind), args.output, overwrite=args.overwrite)
     again = content["num_repeated"]
     print(f"{args.labels}: {content['num_labels']:,} texts"
           + (f" ({again:,} lines left out, whose text stood there before)" if again else ""))
-    print("\n".join(["held out:", *describe_figures(args.kind, content["heldout"])]))
+    print("\n".join(["held out:", *format_metrics(args.kind, content["heldout"])]))
     print(f"wrote {args.output}")
     return 0
 

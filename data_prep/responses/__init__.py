@@ -1,1 +1,1 @@
-"""Judged responses as training data: groups, pairs, single ones, trajectories."""
+"""Turn judged responses into training data: groups, pairs, KTO records, trajectories."""

@@ -1,15 +1,13 @@
-"""`sov-data unpaired`: single judged responses, each beside a response to another prompt (KTO, arXiv
+"""`sov-data unpaired`: judged responses for KTO, each next to a response to another prompt (arXiv
 2402.01306).
 
-How far a model has gone from its reference in all is estimated on mismatched responses, which ought to be
-the same ones as the matched: the responses to a prompt stand beside those to the prompt before it, one by
-one, and those to the first prompt beside those to the last.  The column `desirable` says which are good: 1 of
-responses that were judged good, 0 of the others.
+KTO estimates the divergence from the reference on mismatched responses, which should be the matched responses
+in another order. Responses to a prompt are placed next to responses to the previous prompt, and responses to
+the first prompt next to responses to the last. The column `desirable` is 1 for good responses, else 0.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,128 +15,102 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.responses.groups import (
-    INPUT, KIND, NOT_ENDED, GroupOptions, GroupTally, ResponseGroup, read_groups)
+from data_prep.responses.groups import KIND, TRUNCATED, GroupOptions, GroupTally, ResponseGroup, iter_groups
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Flag, add_options, read_options
+from megatron_sov.base.settings import DeclaredCommand, Flag
 
 FILE = "unpaired.jsonl"
+Responses = list[list[dict[str, Any]]]
+"""Messages per response."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnpairedOptions(GroupOptions):
-    """Turn judged responses into what KTO learns from."""
+    """Turn judged responses into the pairs that KTO learns from, for `sov-data pack --format preference
+    --column desirable`."""
 
     good_from: Annotated[float, Flag(value="REWARD")] = 0.5
-    """A response with at least this reward is a good one; "label": true counts as 1, false as 0."""
+    """Minimum reward for good responses; "label": true counts as 1, false as 0."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = ("Turn judged responses into the pairs that KTO learns from, for `sov-data pack "
-                          "--format preference --column desirable`.  " + INPUT)
-    add_options(parser, UnpairedOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
-    args = read_options(UnpairedOptions, typed)
-    write_unpaired(args.input, args.output, args.good_from, keep_unfinished=args.keep_unfinished,
-                   overwrite=args.overwrite)
-    return 0
-
-
-def write_unpaired(files: Sequence[Path], output: Path, good_from: float, *, keep_unfinished: bool = False,
-                   overwrite: bool = False) -> None:
-    """Write an artifact of kind "corpus" with a record for each response.
-
-    Args:
-        files: of groups; one response is a group, too.
-        output: the artifact.
-        good_from: reward of good responses at least.
-        keep_unfinished: take every response for one that ended; else good ones that did not are left out.
-        overwrite: replace an artifact that is already there.
+def write_unpaired(options: UnpairedOptions) -> int:
+    """Write an artifact of kind "corpus" with a record per response; a group may have a single response.
 
     Raises:
-        UserError: a record breaks a rule, all have one prompt, or nothing is good; nothing is written then.
+        UserError: a record breaks a rule, all responses are to one prompt, or none is good or bad; nothing is
+            written.
     """
-    check_output_folder(output, KIND, overwrite)
+    check_output_folder(options.output, KIND, options.overwrite)
     tally = GroupTally()
     counts = tally.counts
-    with create_artifact(output, KIND, overwrite=overwrite) as artifact:
+    with create_artifact(options.output, KIND, overwrite=options.overwrite) as artifact:
         with open(artifact.path / FILE, "w", encoding="utf-8") as out:
-            found = (group for path in files for group in read_groups(path, tally))
-            for group, others in _beside_another(found, files):
-                for record in records_of(group, others, good_from, keep_unfinished, tally):
+            for group, mismatched in _iter_mismatched(iter_groups(options.input, tally), options.input):
+                for record in _build_records(group, mismatched, options, tally):
                     tally.num_written += 1
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
-        # KTO weighs good against bad: with one of them there is nothing to learn.
+        # KTO weighs good responses against bad ones, so both are needed
         if not counts["good"] or not counts["bad"]:
-            raise UserError(f"{', '.join(map(str, files))}: {counts['good']:,} responses are good (a reward "
-                            f"of at least --good-from {good_from:g}) and {counts['bad']:,} are bad, and both "
-                            "are needed; choose another --good-from, or add responses")
+            raise UserError(f"{', '.join(map(str, options.input))}: {counts['good']:,} responses are good (a "
+                            f"reward of at least --good-from {options.good_from:g}) and {counts['bad']:,} "
+                            "are bad, and both are needed; choose another --good-from, or add responses")
         account = tally.account("responses")
         artifact.content = {"responses": {f"num_{name}": counts[name]
                                           for name in ("good", "bad", "passed_over")},
                             "account": account.to_dict()}
-        artifact.settings = {"good_from": good_from, "keep_unfinished": keep_unfinished}
+        artifact.settings = {"good_from": options.good_from, "keep_unfinished": options.keep_unfinished}
     print(f"{counts['good']:,} good and {counts['bad']:,} bad responses")
     print(account.describe())
+    return 0
 
 
-def records_of(group: ResponseGroup, others: list[list[dict[str, Any]]], good_from: float,
-               keep_unfinished: bool, tally: GroupTally) -> Iterator[dict[str, Any]]:
-    """Yield a record for each response of a group, in the form of a preference.
+UNPAIRED = DeclaredCommand(UnpairedOptions, write_unpaired)
 
-    Args:
-        group: with responses.
-        others: for each of them the messages of one to another prompt.
-        good_from: reward of good responses at least.
-        keep_unfinished: whether good responses that did not end are learned.
-        tally: of "good", "bad" and "passed_over" responses; the last are set aside.
-    """
-    id_ = group.beside.get("id")
+
+def _build_records(group: ResponseGroup, mismatched: Responses, options: UnpairedOptions,
+                   tally: GroupTally) -> Iterator[dict[str, Any]]:
+    """Yield a preference record per response: "chosen" is the response, good or bad, "rejected" the
+    mismatched response. Good truncated responses are set aside unless `keep_unfinished`."""
     for i, (response, reward) in enumerate(zip(group.responses, group.rewards, strict=True)):
-        # The response is always "chosen": the column says whether it is good.
-        good = reward >= good_from
-        if good and not group.ended[i] and not keep_unfinished:
+        is_good = reward >= options.good_from
+        if is_good and not group.ended[i] and not options.keep_unfinished:
             tally.counts["passed_over"] += 1
-            tally.set_aside[NOT_ENDED] += 1
+            tally.set_aside[TRUNCATED] += 1
             continue
-        tally.counts["good" if good else "bad"] += 1
-        own = {"id": f"{id_}-{i}"} if isinstance(id_, (str, int)) else {}
-        yield {**group.beside, **own, "prompt": group.prompt, "chosen": response, "rejected": others[i],
-               DESIRABLE: [float(good)] * 2}
+        tally.counts["good" if is_good else "bad"] += 1
+        yield {**group.fields, **group.number_id(i), "prompt": group.prompt, "chosen": response,
+               "rejected": mismatched[i], DESIRABLE: [float(is_good)] * 2}
 
 
-def _beside_another(groups: Iterable[ResponseGroup],
-                    files: Sequence[Path]) -> Iterator[tuple[ResponseGroup, list[list[dict[str, Any]]]]]:
-    """Yield each group with responses to the prompt before its own, one for each of its responses; groups of
-    the first prompt come last, with those to the last other one."""
+def _iter_mismatched(groups: Iterable[ResponseGroup], files: Sequence[Path]
+                     ) -> Iterator[tuple[ResponseGroup, Responses]]:
+    """Yield each group with as many responses to the previous prompt; the first prompt's groups come last,
+    with responses to the last other prompt."""
     first: list[ResponseGroup] = []
-    before: list[ResponseGroup] = []
+    previous: list[ResponseGroup] = []
     last: list[ResponseGroup] = []
-    for _, run in groupby((group for group in groups if group.responses), key=lambda group: group.prompt):
-        before, last = last, list(run)
-        if before:
-            yield from _one_by_one(last, before)
+    for _, prompt_groups in groupby((group for group in groups if group.responses),
+                                    key=lambda group: group.prompt):
+        previous, last = last, list(prompt_groups)
+        if previous:
+            yield from _match_responses(last, previous)
         else:
             first = last
-    if not before:
+    if not previous:
         raise UserError(f"{', '.join(map(str, files))}: all responses are to one prompt, or there are none; "
                         "KTO puts each beside a response to another prompt, so add prompts")
-    # The first prompt's responses wait for the last other prompt; if the last run has the first prompt again,
-    # the one before it serves.
-    yield from _one_by_one(first, last if last[0].prompt != first[0].prompt else before)
+    # if the last groups repeat the first prompt, take the groups before them
+    yield from _match_responses(first, last if last[0].prompt != first[0].prompt else previous)
 
 
-def _one_by_one(run: list[ResponseGroup], other: list[ResponseGroup]
-                ) -> Iterator[tuple[ResponseGroup, list[list[dict[str, Any]]]]]:
-    """Yield the groups of a prompt with responses to another one, in order and from the start again where
-    these are fewer."""
-    responses = [response for group in other for response in group.responses]
-    place = 0
-    for group in run:
-        places = range(place, place + len(group.responses))
-        yield group, [responses[i % len(responses)] for i in places]
-        place = places.stop
+def _match_responses(groups: list[ResponseGroup], others: list[ResponseGroup]
+                     ) -> Iterator[tuple[ResponseGroup, Responses]]:
+    """Yield each group with as many responses of `others`, in order and cyclically."""
+    responses = [response for group in others for response in group.responses]
+    start = 0
+    for group in groups:
+        stop = start + len(group.responses)
+        yield group, [responses[i % len(responses)] for i in range(start, stop)]
+        start = stop

@@ -1,17 +1,16 @@
-"""`sov-data mix`: several artifacts of token shards as one, with weights;
-the shards themselves are shared, not copied.
+"""`sov-data mix`: join token shard artifacts into one, with weights or a blend.
 
-Shards are hard links to those of the inputs where the file system allows it, and copies elsewhere.  An
-artifact is never changed in place, so a link cannot be pulled away from under a mix.
+Shards are hard links to the inputs if the file system permits, else copies. Artifacts never change in place,
+so links stay valid.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import re
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,72 +19,72 @@ from annotated_types import Gt
 
 from data_prep.mixture.blend_file import (
     Missing, PhaseShares, allot_shares, check_epochs, combine_phases, find_blend, format_shares, read_blend)
-from data_prep.shards.encode import CONFIG_JSON, TOKENIZER_JSON
 from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, TRAIN, check_overlap, read_tokens_manifest
 from megatron_sov.base.artifacts import (
     ArtifactWriter, Manifest, check_output_folder, create_artifact, sha256_file)
 from megatron_sov.base.digests import hash_file, parse_digest_algorithm
 from megatron_sov.base.errors import Fix, UserError, choose_free_path
 from megatron_sov.base.settings import (
-    Flag, NotNegative, ProblemCode, SettingsError, SettingsProblem, add_options, find_all_problems,
-    read_options)
+    DeclaredCommand, Flag, NotNegative, ProblemCode, SettingsError, SettingsProblem, find_all_problems)
+from megatron_sov.chat.folder import CONFIG_JSON, TOKENIZER_JSON
 from megatron_sov.chat.vocabulary import find_difference
 
 SHARED_FIELDS = ("tokenizer_sha256", "vocab_size", "eos_id", "eod", "bos_id", "dtype")
-"""What must be the same in all parts."""
+"""Manifest fields that all parts must share."""
 
 
 @dataclass(frozen=True)
 class MixPart:
+    """An input artifact with its weight."""
+
     path: Path
     """Artifact of kind "tokens"."""
     weight: float | None
-    """Its share of a run, relative to the others; None: by its tokens."""
+    """Share of a run, relative to the other parts; None: by token count."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlendLimits:
-    """How a blend becomes shares of sources."""
+    """Settings that turn a blend into shares per source."""
 
     num_tokens: Annotated[NotNegative, Flag("--tokens", "N")] = 0
-    """--blend: tokens of all phases together (default: as the blend says)."""
+    """--blend: tokens in all phases together (default: the blend's budgets)."""
     max_epochs: Annotated[float, Gt(0), Flag(value="N")] = 4.0
-    """--blend: refuse to read a source more often than this; what is gained beyond four passes is little
-    (arXiv 2305.16264)."""
+    """--blend: refuse to read a source more often; more than four passes gain little (arXiv 2305.16264)."""
     missing: Missing = "refuse"
-    """--blend: shares that no source is for: refuse the blend, or give them to the others of their
-    phase."""
+    """--blend: if no source matches a share, refuse the blend, or spread the share over its phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlendSettings(BlendLimits):
-    """A blend, and how it becomes shares of sources."""
+    """A blend file with its limits."""
 
     file: Path
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixOptions(BlendLimits):
-    """Join token shards of several folders into one."""
+    """Join token shards of several folders into one. A weight is the folder's share of a run relative to the
+    others; without weights the tokens decide. Within a folder its own weights, or tokens, decide. --blend
+    shares each phase of a curriculum out by the tags of the sources."""
 
     data: Annotated[tuple[str, ...], Flag("DIR[:WEIGHT]")]
-    """Folder that `sov-data pack` or `sov-data mix` wrote."""
+    """Folder from `sov-data pack` or `sov-data mix`."""
     output: Annotated[Path | None, Flag(value="DIR")] = None
     """Folder for the mix."""
     blend: Annotated[str | None, Flag(value="FILE|NAME")] = None
-    """Shares of each phase by kind, level, synthetic or name; a YAML file, or one that is shipped
-    (solar-open, k-exaone)."""
+    """Shares per phase by kind, level, synthetic or name; a YAML file, or a shipped blend (solar-open,
+    k-exaone)."""
     dry_run: bool = False
     """--blend: print shares and epochs, and write nothing."""
     overwrite: bool = False
-    """Replace what is already there."""
+    """Replace an existing mix."""
 
     @property
     def limits(self) -> BlendLimits:
         return BlendLimits(num_tokens=self.num_tokens, max_epochs=self.max_epochs, missing=self.missing)
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what does not fit together, or would have no effect."""
         p = []
         if self.output is None and not self.dry_run:
             p.append(SettingsProblem(ProblemCode.RULE, "output", "is missing; name a folder to write",
@@ -99,53 +98,39 @@ class MixOptions(BlendLimits):
         return p
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = ("Join token shards of several folders into one. A weight is the folder's share of "
-                          "a run relative to the others; without weights the tokens decide. "
-                          "Within a folder its own weights, or tokens, decide. --blend shares each phase of "
-                          "a curriculum out by the tags of the sources.")
-    add_options(parser, MixOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
-    args = read_options(MixOptions, typed)
-    parts = [parse_part(a) for a in args.data]
-    _refuse_idle_options(args, parts)
-    blend = BlendSettings(file=find_blend(args.blend), **vars(args.limits)) if args.blend else None
-    if args.dry_run:
-        assert blend is not None
-        print("\n".join(format_shares(*_allotted([read_tokens_manifest(p.path) for p in parts], blend))))
-        return 0
-    assert args.output is not None
-    write_mix(parts, args.output, blend, overwrite=args.overwrite)
+def run_mix(options: MixOptions) -> int:
+    parts = [parse_part(argument) for argument in options.data]
+    weighted = [part for part in parts if part.weight is not None]
+    if weighted and options.blend:
+        raise UserError(f"{weighted[0].path}:{weighted[0].weight:g}: folders have no weights beside "
+                        "--blend, which says every share; leave the weight out")
+    blend = None
+    if options.blend:
+        blend = BlendSettings(file=find_blend(options.blend), **vars(options.limits))
+        if options.dry_run:
+            phases, sources = _allot_blend([read_tokens_manifest(part.path) for part in parts], blend)
+            print("\n".join(format_shares(phases, sources)))
+            return 0
+    assert options.output is not None
+    write_mix(parts, options.output, blend, overwrite=options.overwrite)
     return 0
 
 
-def _refuse_idle_options(args: MixOptions, parts: list[MixPart]) -> None:
-    """Refuse what would have no effect.
-
-    Raises:
-        UserError: naming it.
-    """
-    weighted = [part for part in parts if part.weight is not None]
-    if weighted and args.blend:
-        raise UserError(f"{weighted[0].path}:{weighted[0].weight:g}: folders have no weights beside "
-                        "--blend, which says every share; leave the weight out")
+MIX = DeclaredCommand(MixOptions, run_mix)
 
 
 def parse_part(argument: str) -> MixPart:
-    """Read `DIR[:WEIGHT]`.
+    """Parse `DIR[:WEIGHT]`.
 
     Raises:
         UserError: the weight is not a positive number.
     """
     head, colon, tail = argument.rpartition(":")
-    # A folder whose name has a colon is that folder.
     match = re.fullmatch(r"(.+)=([\d.]+%?)", argument)
     if match and not Path(argument).exists():
         raise UserError(f"{argument!r}: a weight follows its folder after a colon",
                         Fix(words={argument: f"{match[1]}:{match[2]}"}))
-    if not colon or Path(argument).exists():
+    if not colon or Path(argument).exists():  # folder names may contain a colon
         return MixPart(Path(argument), None)
     try:
         weight = float(tail)
@@ -159,69 +144,79 @@ def parse_part(argument: str) -> MixPart:
 
 
 def write_mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, *,
-        overwrite: bool = False) -> None:
-    """Write an artifact of kind "tokens" that holds the sources of all parts,
-    each with its `weight` (they sum to 1).
+              overwrite: bool = False) -> None:
+    """Write an artifact of kind "tokens" with the sources of all parts and a `weight` each (sum 1).
 
     Args:
-        parts: folders of token shards.
-        output: the new artifact.
-        blend: shares by tags; the mix then holds the sources that they name, and the phases.
-        overwrite: replace an artifact that is already there.
+        parts: folders with token shards.
+        output: folder for the artifact.
+        blend: selects sources by tags, and adds phases.
+        overwrite: replace an existing artifact.
 
     Raises:
-        UserError: parts that do not fit together, weights for some only, a blend that cannot be had, or an
-            output that may not be replaced.
+        UserError: parts disagree, only some have weights, the blend lacks sources, or the output may not be
+            replaced.
     """
     check_output_folder(output, KIND, overwrite)
     manifests = [read_tokens_manifest(part.path) for part in parts]
-    # All that can be refused is refused before the first link.
-    _check_fit(parts, manifests)
-    phases = _allotted(manifests, blend)[0] if blend else []
-    weights = combine_phases(phases) if blend else _weights(parts, manifests)
+    # all checks precede the first link
+    _check_parts(parts, manifests)
+    if blend:
+        phases, _ = _allot_blend(manifests, blend)
+        weights = combine_phases(phases)
+    else:
+        phases, weights = [], _compute_weights(parts, manifests)
     check_overlap([(part.path, manifest.content) for part, manifest in zip(parts, manifests, strict=True)])
     with create_artifact(output, KIND, overwrite=overwrite) as artifact:
         sources: list[dict[str, Any]] = []
         for part, manifest in zip(parts, manifests, strict=True):
             artifact.add_input(part.path)
-            sources += _take(artifact, part.path, manifest, weights)
-        (artifact.path / "tokenizer").mkdir()
-        for name in (f"tokenizer/{TOKENIZER_JSON}", f"tokenizer/{CONFIG_JSON}"):
-            shutil.copyfile(parts[0].path / name, artifact.path / name)
-            record = manifests[0].files.get(name)
-            known = record.digest if record is not None else "sha256:"
-            # The copy is hashed, since it is what the mix will be read with.
-            if hash_file(artifact.path / name, parse_digest_algorithm(known)) != known:
-                raise UserError(f"{parts[0].path / name}: is damaged, its hash is not that of the manifest; "
-                                "pack the data again or restore it from a copy")
+            sources += _link_sources(artifact, part.path, manifest, weights)
+        _copy_tokenizer(artifact, parts[0].path, manifests[0])
         shared = {field: manifests[0].content[field] for field in SHARED_FIELDS}
-        artifact.content = {"content_version": CONTENT_VERSION, **shared, **_rule(manifests),
-                            "sources": sources}
+        artifact.content = {"content_version": CONTENT_VERSION, **shared}
+        rules = [m.content.get("heldout") for m in manifests]
+        if rules[0] is not None and all(rule == rules[0] for rule in rules):
+            artifact.content["heldout"] = rules[0]
+        artifact.content["sources"] = sources
         artifact.settings = {"parts": parts}
         if blend:
             artifact.content["phases"] = [{"name": p.name, "tokens": p.tokens, "blend": p.shares}
                                           for p in phases]
             artifact.settings |= {"blend": blend, "blend_sha256": sha256_file(blend.file)}
-    _tell(sources, phases, [s["name"] for m in manifests for s in m.content["sources"]])
+    _report_mix(sources, phases, [s["name"] for m in manifests for s in m.content["sources"]])
     print(f"wrote {output}")
 
 
-def _tell(sources: list[dict[str, Any]], phases: list[PhaseShares], names: list[str]) -> None:
+def _copy_tokenizer(artifact: ArtifactWriter, folder: Path, manifest: Manifest) -> None:
+    """Copy the tokenizer and check the copy against the manifest's hashes."""
+    (artifact.path / "tokenizer").mkdir()
+    for name in (f"tokenizer/{TOKENIZER_JSON}", f"tokenizer/{CONFIG_JSON}"):
+        shutil.copyfile(folder / name, artifact.path / name)
+        record = manifest.files.get(name)
+        digest = record.digest if record is not None else "sha256:"
+        if hash_file(artifact.path / name, parse_digest_algorithm(digest)) != digest:
+            raise UserError(f"{folder / name}: is damaged, its hash is not that of the manifest; "
+                            "pack the data again or restore it from a copy")
+
+
+def _report_mix(sources: list[dict[str, Any]], phases: list[PhaseShares], names: list[str]) -> None:
     if phases:
         print("\n".join(format_shares(phases, sources)))
     for source in sources:
         print(f"{source['name']}: {source['weight']:.1%}, {source['splits'][TRAIN]['num_tokens']:,} "
               "tokens to train on")
-    if left := [name for name in names if name not in {s["name"] for s in sources}]:
-        print(f"left out, for the blend has no share for them: {', '.join(left)}")
+    used = {source["name"] for source in sources}
+    if unused := [name for name in names if name not in used]:
+        print(f"left out, for the blend has no share for them: {', '.join(unused)}")
 
 
-def _allotted(manifests: list[Manifest],
-              blend: BlendSettings) -> tuple[list[PhaseShares], list[dict[str, Any]]]:
-    """Return the shares of a blend's phases, and the records of all sources.
+def _allot_blend(manifests: list[Manifest],
+                 blend: BlendSettings) -> tuple[list[PhaseShares], list[dict[str, Any]]]:
+    """Return shares per phase, and all source records.
 
     Raises:
-        UserError: a blend that cannot be had, or sources that would be repeated too often.
+        UserError: the blend lacks sources, or repeats a source too often.
     """
     if problems := find_all_problems(blend):
         raise SettingsError("blend", problems)
@@ -231,24 +226,12 @@ def _allotted(manifests: list[Manifest],
     return phases, sources
 
 
-def _check_fit(parts: list[MixPart], manifests: list[Manifest]) -> None:
-    first = parts[0].path
+def _check_parts(parts: list[MixPart], manifests: list[Manifest]) -> None:
     for part, manifest in zip(parts, manifests, strict=True):
-        for name in SHARED_FIELDS:
-            found, wanted = manifest.content[name], manifests[0].content[name]
-            if found == wanted:
-                continue
-            problem: str | None = ""
-            if name == "tokenizer_sha256":  # hash of a file; the same tokenizer may be written otherwise
-                problem = find_difference(part.path / "tokenizer", first / "tokenizer")
-                if problem is None:
-                    continue
-            raise UserError(f"{part.path}: {name} is {found}, that of {first} is {wanted}"
-                            f"{f' ({problem})' if problem else ''}; pack both with one "
-                            "--tokenizer and the same options")
-    names = [s["name"] for m in manifests for s in m.content["sources"]]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise UserError(f"source {twice[0]!r}: occurs in several folders; "
+        _check_shared_fields(part.path, manifest, parts[0].path, manifests[0])
+    names = Counter(s["name"] for m in manifests for s in m.content["sources"])
+    if repeated := sorted(name for name, count in names.items() if count > 1):
+        raise UserError(f"source {repeated[0]!r}: occurs in several folders; "
                         "pack it under another name (--input NAME=PATH)")
     if len({part.weight is None for part in parts}) > 1:
         raise UserError("FOLDER:WEIGHT: give a weight to every folder or to none; shares by tokens and by "
@@ -256,26 +239,42 @@ def _check_fit(parts: list[MixPart], manifests: list[Manifest]) -> None:
                         Fix(words={str(p.path): f"{p.path}:1" for p in parts if p.weight is None}))
 
 
-def _rule(manifests: list[Manifest]) -> dict[str, Any]:
-    rules = [m.content.get("heldout") for m in manifests]
-    return {"heldout": rules[0]} if rules[0] is not None and all(r == rules[0] for r in rules) else {}
+def _check_shared_fields(path: Path, manifest: Manifest, first_path: Path, first: Manifest) -> None:
+    for name in SHARED_FIELDS:
+        value, expected = manifest.content[name], first.content[name]
+        if value == expected:
+            continue
+        problem: str | None = ""
+        if name == "tokenizer_sha256":  # a file hash: another file may hold an equal tokenizer
+            problem = find_difference(path / "tokenizer", first_path / "tokenizer")
+            if problem is None:
+                continue
+        raise UserError(f"{path}: {name} is {value}, that of {first_path} is {expected}"
+                        f"{f' ({problem})' if problem else ''}; pack both with one "
+                        "--tokenizer and the same options")
 
 
-def _weights(parts: list[MixPart], manifests: list[Manifest]) -> dict[str, float]:
-    raw = [float(sum(s["splits"][TRAIN]["num_tokens"] for s in m.content["sources"])) if p.weight is None
-           else p.weight for p, m in zip(parts, manifests, strict=True)]
+def _compute_weights(parts: list[MixPart], manifests: list[Manifest]) -> dict[str, float]:
+    """Return source -> weight: the part's share times the source's share within the part."""
+    part_weights = []
+    for part, manifest in zip(parts, manifests, strict=True):
+        num_tokens = sum(s["splits"][TRAIN]["num_tokens"] for s in manifest.content["sources"])
+        part_weights.append(float(num_tokens) if part.weight is None else part.weight)
+    total = sum(part_weights) or 1.0
     weights: dict[str, float] = {}
-    for manifest, share in zip(manifests, raw, strict=True):
+    for manifest, part_weight in zip(manifests, part_weights, strict=True):
         sources = manifest.content["sources"]
-        # Of a part that is a mix itself, its own weights decide within its share.
-        inner = [float(s.get("weight", s["splits"][TRAIN]["num_tokens"])) for s in sources]
-        weights |= {s["name"]: share / (sum(raw) or 1.0) * w / (sum(inner) or 1.0)
-                    for s, w in zip(sources, inner, strict=True)}
+        # a part that is a mix has weights of its own
+        source_weights = [float(s.get("weight", s["splits"][TRAIN]["num_tokens"])) for s in sources]
+        part_total = sum(source_weights) or 1.0
+        for source, weight in zip(sources, source_weights, strict=True):
+            weights[source["name"]] = part_weight / total * weight / part_total
     return weights
 
 
-def _take(artifact: ArtifactWriter, path: Path, manifest: Manifest,
-          weights: dict[str, float]) -> list[dict[str, Any]]:
+def _link_sources(artifact: ArtifactWriter, path: Path, manifest: Manifest,
+                  weights: dict[str, float]) -> list[dict[str, Any]]:
+    """Link the shards of a part's weighted sources; return source records."""
     sources = [s for s in manifest.content["sources"] if s["name"] in weights]
     folders = {s["name"] for s in sources}
     for name, record in manifest.files.items():
@@ -283,13 +282,13 @@ def _take(artifact: ArtifactWriter, path: Path, manifest: Manifest,
             target = artifact.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(path / name, target)
-            # A link has the bytes of its source: their hash is known, and terabytes are not read.
+            # a link has the input's bytes and hash, so terabytes need no second reading
             artifact.hashed_files[name] = record
     return [{**s, "weight": weights[s["name"]]} for s in sources]
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, or a copy where links are not possible.
+    """Hard-link `target` to `source`, or copy the file if the file system refuses links.
 
     Raises:
         UserError: `source` is missing.

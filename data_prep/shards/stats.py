@@ -1,75 +1,71 @@
-"""`sov-data stats`: how long documents are, what shares the token types have,
-and which special tokens occur."""
+"""`sov-data stats`: document lengths, token types and special tokens per source."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 
-from data_prep.shards.encode import TOKENIZER_JSON
 from data_prep.shards.token_artifact import SPLITS, count_tokens, iter_shards, read_tokens_manifest
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import Flag, add_options, read_options
+from megatron_sov.base.settings import DeclaredCommand, Flag
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.chat.folder import TOKENIZER_JSON
 from megatron_sov.chat.media_tokens import display_name
 from megatron_sov.work.progress.progress_bar import create_bar
 
-_BLOCK_ITEMS = 1 << 22
+_BLOCK_TOKENS = 1 << 22
 _BAR_CHARS = 40
 PERCENTILES = (5, 50, 95)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataStatsOptions:
-    """Show what token shards hold, per source."""
+    """Show, per source: a histogram of document lengths, tokens that are learned, special tokens, unused
+    ids."""
 
     data: Annotated[Path, Flag("DIR")]
-    """Folder that `sov-data pack` or `sov-data mix` wrote."""
+    """Folder from `sov-data pack` or `sov-data mix`."""
     json: bool = False
     """Print the numbers as JSON."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = ("Show, per source: a histogram of document lengths, tokens that are learned, "
-                          "special tokens, unused ids.")
-    add_options(parser, DataStatsOptions)
-
-
-def run(typed: argparse.Namespace) -> int:
-    args = read_options(DataStatsOptions, typed)
-    found = compute_statistics(args.data)
-    print(format_json(found) if args.json else "\n".join(_shown(found)))
+def print_statistics(options: DataStatsOptions) -> int:
+    statistics = compute_statistics(options.data)
+    print(format_json(statistics) if options.json else "\n".join(_format_statistics(statistics)))
     return 0
 
 
+STATS = DeclaredCommand(DataStatsOptions, print_statistics)
+
+
 def compute_statistics(data: Path) -> dict[str, Any]:
-    """Return the statistics of an artifact of kind "tokens", over both splits.
+    """Return statistics for an artifact of kind "tokens", over both splits.
 
     Raises:
-        UserError: `data` is no such artifact, or is damaged.
+        UserError: `data` is another kind of folder, or damaged.
     """
     content = read_tokens_manifest(data).content
-    special = _added_tokens(data / "tokenizer" / TOKENIZER_JSON)
-    used = np.zeros(content["vocab_size"], np.int64)
+    special = _read_added_tokens(data / "tokenizer" / TOKENIZER_JSON)
+    is_used = np.zeros(content["vocab_size"], bool)
     sources = {}
     with create_bar("counting", count_tokens(content), "token") as bar:
         for source in content["sources"]:
-            lengths, counts, types = _counts(data, content, source, bar.update)
-            used += counts
-            sources[source["name"]] = _of_source(source, lengths, counts, types, special)
-    unused = int((used == 0).sum() - sum(not used[i] for i in special if i < len(used)))
-    return {"vocab_size": content["vocab_size"], "num_unused_ordinary_ids": unused, "sources": sources}
+            lengths, counts, types = _count_source(data, content, source, bar.update)
+            is_used |= counts > 0
+            sources[source["name"]] = _summarize_source(source, lengths, counts, types, special)
+    num_unused_special = sum(not is_used[i] for i in special if i < len(is_used))
+    return {"vocab_size": content["vocab_size"],
+            "num_unused_ordinary_ids": int((~is_used).sum() - num_unused_special), "sources": sources}
 
 
-def _added_tokens(file: Path) -> dict[int, str]:
+def _read_added_tokens(file: Path) -> dict[int, str]:
     try:
         return {int(token["id"]): str(token["content"])
                 for token in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]}
@@ -78,68 +74,61 @@ def _added_tokens(file: Path) -> dict[int, str]:
                         "from a copy") from None
 
 
-def _counts(data: Path, content: dict[str, Any], source: dict[str, Any],
-            done: Callable[[int], object]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _count_source(data: Path, content: dict[str, Any], source: dict[str, Any],
+                  on_counted: Callable[[int], object]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return document lengths [documents], token counts [vocab] and type counts [3]."""
     counts = np.zeros(content["vocab_size"], np.int64)
     types, lengths = np.zeros(3, np.int64), []
     for shard in iter_shards(data, content, source["name"]):
-        opened = shard.open()
-        lengths.append(opened.lengths_tokens)
-        for i in range(0, len(opened.tokens), _BLOCK_ITEMS):
-            block = opened.tokens[i : i + _BLOCK_ITEMS].astype(np.int64)
-            # In blocks: `astype` would copy a whole shard.
+        split = shard.open()
+        lengths.append(split.lengths_tokens)
+        # blocks, because `astype` would copy a whole shard
+        for i in range(0, len(split.tokens), _BLOCK_TOKENS):
+            block = split.tokens[i : i + _BLOCK_TOKENS].astype(np.int64)
             counts += np.bincount(block, minlength=len(counts))[: len(counts)]
-            done(len(block))
-        if "type" in source["sidecars"] and len(opened.tokens):
+            on_counted(len(block))
+        if "type" in source["sidecars"] and len(split.tokens):
             types += np.bincount(np.memmap(f"{shard.prefix}.type", np.uint8, "r"), minlength=3)[:3]
     return np.concatenate(lengths), counts, types
 
 
-def _of_source(source: dict[str, Any], lengths: np.ndarray, counts: np.ndarray, types: np.ndarray,
-               special: dict[int, str]) -> dict[str, Any]:
-    # The smallest power of two that is not below the length.
-    powers = Counter((int(n) - 1).bit_length() for n in lengths.tolist())
-    splits = [source["splits"][name] for name in SPLITS]
+def _summarize_source(source: dict[str, Any], lengths: np.ndarray, counts: np.ndarray, types: np.ndarray,
+                      special: dict[int, str]) -> dict[str, Any]:
+    # exponent of the smallest power of two that is not below the length
+    exponents = Counter((int(n) - 1).bit_length() for n in lengths.tolist())
+    exponent_range = range(min(exponents, default=0), max(exponents, default=-1) + 1)
+    percentiles = {p: int(np.percentile(lengths, p)) for p in PERCENTILES} if len(lengths) else {}
+    special_counts: Counter[str] = Counter()
+    for id_, token in sorted(special.items()):
+        if id_ < len(counts) and counts[id_]:
+            special_counts[display_name(token)] += int(counts[id_])
     return {
         "num_documents": len(lengths), "num_tokens": int(counts.sum()),
-        "num_bytes": sum(s["num_bytes"] for s in splits),
-        "length_percentiles_tokens": {p: int(np.percentile(lengths, p)) for p in PERCENTILES} if len(lengths)
-        else {}, "longest_tokens": int(lengths.max(initial=0)),
-        "documents_up_to_tokens": {2**p: powers[p]
-                                   for p in range(min(powers, default=0), max(powers, default=-1) + 1)},
+        "num_bytes": sum(source["splits"][name]["num_bytes"] for name in SPLITS),
+        "length_percentiles_tokens": percentiles, "longest_tokens": int(lengths.max(initial=0)),
+        "documents_up_to_tokens": {2**exponent: exponents[exponent] for exponent in exponent_range},
         "num_prompt_tokens": int(types[TYPE_PROMPT]), "num_response_tokens": int(types[TYPE_RESPONSE]),
-        "special_tokens": _occurring(special, counts),
-        "num_bad": source["num_bad"],
+        "special_tokens": dict(special_counts), "num_bad": source["num_bad"],
     }
 
 
-def _occurring(special: dict[int, str], counts: np.ndarray) -> dict[str, int]:
-    found: Counter[str] = Counter()
-    for id_, token in sorted(special.items()):
-        if id_ < len(counts) and counts[id_]:
-            found[display_name(token)] += int(counts[id_])
-    return dict(found)
-
-
-def _shown(found: dict[str, Any]) -> list[str]:
-    lines = []
-    for name, s in found["sources"].items():
+def _format_statistics(statistics: dict[str, Any]) -> Iterator[str]:
+    for name, s in statistics["sources"].items():
         ratio = s["num_bytes"] / max(1, s["num_tokens"])
-        lines.append(f"{name}: {s['num_documents']:,} documents, {s['num_tokens']:,} tokens, "
-                     f"{ratio:.3f} bytes per token")
-        if s["num_prompt_tokens"] or s["num_response_tokens"]:
-            share = s["num_response_tokens"] / max(1, s["num_prompt_tokens"] + s["num_response_tokens"])
-            lines.append(f"  responses: {s['num_response_tokens']:,} tokens ({share:.1%}), prompts: "
-                         f"{s['num_prompt_tokens']:,}")
+        yield (f"{name}: {s['num_documents']:,} documents, {s['num_tokens']:,} tokens, "
+               f"{ratio:.3f} bytes per token")
+        num_typed = s["num_prompt_tokens"] + s["num_response_tokens"]
+        if num_typed:
+            yield (f"  responses: {s['num_response_tokens']:,} tokens "
+                   f"({s['num_response_tokens'] / num_typed:.1%}), prompts: {s['num_prompt_tokens']:,}")
         percentiles = ", ".join(f"{p} %: {n:,}" for p, n in s["length_percentiles_tokens"].items())
-        lines.append(f"  tokens of a document: {percentiles}, longest {s['longest_tokens']:,}")
+        yield f"  tokens of a document: {percentiles}, longest {s['longest_tokens']:,}"
         most = max(s["documents_up_to_tokens"].values(), default=1)
-        lines += [f"  up to {limit:>10,} {n:>12,} {'#' * round(_BAR_CHARS * n / most)}"
-                  for limit, n in s["documents_up_to_tokens"].items()]
-        lines.append("  special tokens: "
-                     + (", ".join(f"{t} {n:,}" for t, n in s["special_tokens"].items()) or "none"))
+        for limit, n in s["documents_up_to_tokens"].items():
+            yield f"  up to {limit:>10,} {n:>12,} {'#' * round(_BAR_CHARS * n / most)}"
+        special = ", ".join(f"{token} {n:,}" for token, n in s["special_tokens"].items())
+        yield f"  special tokens: {special or 'none'}"
         if s["num_bad"]:
-            lines.append("  left out: " + ", ".join(f"{n:,} {code}" for code, n in s["num_bad"].items()))
-    lines.append(f"ordinary ids that never occur: {found['num_unused_ordinary_ids']:,} of "
-                 f"{found['vocab_size']:,}")
-    return lines
+            yield "  left out: " + ", ".join(f"{n:,} {code}" for code, n in s["num_bad"].items())
+    yield (f"ordinary ids that never occur: {statistics['num_unused_ordinary_ids']:,} of "
+           f"{statistics['vocab_size']:,}")

@@ -1,10 +1,9 @@
-"""An artifact of token shards as its readers see it, and which documents are held out: a function of their
-text alone, so that duplicates, and answers to one prompt, land on the same side."""
+"""Read token shard artifacts: manifest, shards, indexed splits, and documents shared between splits."""
 
 from __future__ import annotations
 
 import hashlib
-import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,109 +13,74 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.base.artifacts import Manifest, read_manifest
-from megatron_sov.base.documents import Document
 from megatron_sov.base.documents.shard_files import (
     DTYPE_CODES, FEATURE_DTYPE, FEATURES, HEADER, MAGIC, VERSION)
 from megatron_sov.base.errors import Fix, UserError, find_nearest_name
 
 TRAIN, HELDOUT = "train", "heldout"
 SPLITS = (TRAIN, HELDOUT)
-_HASH_RANGE = 1 << 64
-
-
-def hash_document(document: Document) -> int:
-    """Return a 64-bit hash of a document's content; of a preference or a prompt, and of a chat that says how
-    much of it is one, of the prompt, whose variants stay together.
-
-    Text is hashed in composed Unicode form, because a tokenizer that composes makes such
-    twins one and the same.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    # Responses to one prompt have one hash: none is held out while another is trained on.
-    messages = document.messages[:document.num_prompt or None]
-    contents = [text for m in messages for text in m.texts()] or [document.text]
-    for part in (*(m.role for m in messages), *contents):
-        raw = unicodedata.normalize("NFC", part).encode()
-        # Lengths keep parts apart: "ab", "c" is not "a", "bc".
-        digest.update(len(raw).to_bytes(8, "little") + raw)
-    return int.from_bytes(digest.digest(), "little")
-
-
-class HeldoutRule:
-    """Holds out the documents whose hash falls below the share, from each source of two or more at least
-    one, and of none all: the document with the largest hash stays to be trained on."""
-
-    def __init__(self, share: float) -> None:
-        """`share`: expected part of all documents, in [0, 1)."""
-        self.share, self.threshold = share, int(share * _HASH_RANGE)
-        self.chosen: set[int] = set()
-        """Hashes that are held out although they lie above the threshold."""
-        self.kept: set[int] = set()
-        """Hashes that are trained on although they lie below it, or a twin was chosen."""
-
-    def learn_source(self, smallest: int, largest: int) -> None:
-        """Take note of a source's smallest and largest document hash:
-        a small source gives up its smallest."""
-        # No document of the source is below the threshold: it gives up the nearest one.
-        if self.threshold and smallest >= self.threshold and smallest != largest:
-            self.chosen.add(smallest)
-
-    def keep_one(self, largest: int) -> bool:
-        """Keep a source's document for training where it would be held out, and with it all others, since
-        its hash is their largest; called when all sources are known.  Returns whether that was so."""
-        is_last = largest < self.threshold or largest in self.chosen
-        if is_last:
-            self.kept.add(largest)
-        return is_last
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the rule as the manifest keeps it: what was packed by the same one holds the same
-        documents out."""
-        return {"share": self.share, "chosen": sorted(self.chosen),
-                **({"kept": sorted(self.kept)} if self.kept else {})}
-
-    def is_heldout(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        chosen, kept = (np.array(sorted(some), np.uint64) for some in (self.chosen, self.kept))
-        found: NDArray[np.bool_] = (hashes < self.threshold) | np.isin(hashes, chosen)
-        # What is kept goes before what is chosen: a source must be left with something to train on.
-        return found & ~np.isin(hashes, kept)
-
-
 KIND = "tokens"
 CONTENT_VERSION = 2
-"""Layout of the manifest's content: since 2 a split is a list of shards, and formats stand beside sources."""
+"""Layout of the manifest's content: version 2 stores a list of shards per split, and formats per source."""
 QUARANTINE = "quarantine.jsonl"
+SMALLEST_INT32_VOCAB = 65500
+"""Megatron's `DType.optimal_dtype`: smaller vocabularies fit uint16 with room for reserved ids."""
+SIDECARS = {"loss": "float32", "type": "uint8", "kind": "uint8"}
+"""File ending -> dtype, with an entry per token in `.bin`: loss weight, token type, and a mark for chats
+(`chat.marks`)."""
+COLUMN_DTYPE = "float32"
+"""Dtype for user columns, each a sidecar named after its column."""
+
+ArtifactContent = tuple[Path, dict[str, Any]]
+"""A folder with token shards, and its manifest's content."""
 
 
 @dataclass(frozen=True)
 class PackedShard:
+    """A shard with its manifest records."""
+
     source: dict[str, Any]
-    """The manifest's record of its source."""
+    """The source's manifest record."""
     split: str
     """"train" or "heldout"."""
     prefix: Path
-    """Its files without their endings."""
+    """Path without file ending."""
     record: dict[str, Any]
+    """The shard's manifest record."""
 
     def open(self) -> IndexedSplit:
-        """Open it by memory map.
-
-        Raises:
-            UserError: its files are missing or damaged.
-        """
+        """Memory-map the shard; raises `UserError` if files are missing or damaged."""
         return open_split(self.prefix)
 
 
+@dataclass(frozen=True)
+class IndexedSplit:
+    """A memory-mapped shard."""
+
+    dtype: str
+    lengths_tokens: NDArray[np.int32]
+    """int32 [documents], tokens per document."""
+    starts_bytes: NDArray[np.int64]
+    """int64 [documents], document offsets in `.bin`."""
+    tokens: NDArray[np.generic]
+    """[tokens] ids."""
+
+    def documents(self) -> Iterator[NDArray[np.generic]]:
+        item_bytes = np.dtype(self.dtype).itemsize
+        for start_bytes, length in zip(self.starts_bytes.tolist(), self.lengths_tokens.tolist(), strict=True):
+            yield self.tokens[start_bytes // item_bytes : start_bytes // item_bytes + length]
+
+
 def read_tokens_manifest(data: Path) -> Manifest:
-    """Return the manifest of an artifact of kind "tokens".
+    """Read the manifest of an artifact of kind "tokens".
 
     Raises:
-        UserError: `data` is no such artifact, or of another layout.
+        UserError: another kind of folder, or another `CONTENT_VERSION`.
     """
     manifest = read_manifest(data, KIND)
-    if (found := manifest.content.get("content_version", 1)) != CONTENT_VERSION:
-        raise UserError(f"{data}: was packed in layout {found}, this version reads layout {CONTENT_VERSION}; "
-                        "pack the data again")
+    if (version := manifest.content.get("content_version", 1)) != CONTENT_VERSION:
+        raise UserError(f"{data}: was packed in layout {version}, this version reads layout "
+                        f"{CONTENT_VERSION}; pack the data again")
     return manifest
 
 
@@ -125,73 +89,48 @@ def count_tokens(content: dict[str, Any]) -> int:
 
 
 def iter_shards(data: Path, content: dict[str, Any], source: str | None = None,
-              split: str | None = None) -> Iterator[PackedShard]:
-    """Yield the shards of an artifact, or of one source or split, in order.
+                split: str | None = None) -> Iterator[PackedShard]:
+    """Yield shards in order, optionally from a single source or split.
 
     Raises:
-        UserError: it has no such source.
+        UserError: the source is unknown.
     """
     names = [s["name"] for s in content["sources"]]
     if source is not None and source not in names:
         nearest = names[0] if len(names) == 1 else find_nearest_name(source, names)
         raise UserError(f"--source {source!r}: {data} has no such source (sources: {', '.join(names)})",
                         Fix(options=("--source", nearest)) if nearest else None)
-    for described in content["sources"]:
-        if source in (None, described["name"]):
-            for name in SPLITS:
-                if split in (None, name):
-                    for record in described["splits"][name]["shards"]:
-                        yield PackedShard(described, name, data / record["prefix"], record)
-
-
-# Megatron-Core's indexed token format as it is written and read (`documents.shard_files`).
-
-
-SMALLEST_INT32_VOCAB = 65500
-"""Megatron's DType.optimal_dtype: vocabularies below it fit uint16 with room for ids of its own."""
-SIDECARS = {"loss": "float32", "type": "uint8", "kind": "uint8"}
-"""Files of the same geometry as .bin: the weight of each token in the loss, the token's type, and, of chats,
-what it is learned as (`chat.marks`)."""
-COLUMN_DTYPE = "float32"
-"""Of the other sidecars: columns, each a file of its name."""
+    for source_record in content["sources"]:
+        if source not in (None, source_record["name"]):
+            continue
+        for name in SPLITS if split is None else (split,):
+            for record in source_record["splits"][name]["shards"]:
+                yield PackedShard(source_record, name, data / record["prefix"], record)
 
 
 def get_sidecars(kind: str, columns: Sequence[str] = (), has_media: bool = False) -> dict[str, str]:
-    """Return ending -> dtype of the sidecars of a source of that kind (one of `documents.KINDS`)."""
-    own = {} if kind == "text" else {n: d for n, d in SIDECARS.items() if n != "kind" or kind == "chat"}
-    # placeholders of features weigh nothing, in texts too
-    media = {"loss": SIDECARS["loss"], FEATURES: FEATURE_DTYPE} if has_media else {}
-    return own | media | dict.fromkeys(columns, COLUMN_DTYPE)
+    """Return ending -> dtype for the sidecars of a source with documents of a kind in `documents.KINDS`."""
+    sidecars: dict[str, str] = {}
+    if kind != "text":
+        sidecars = dict(SIDECARS)
+        if kind != "chat":
+            del sidecars["kind"]
+    if has_media:
+        # the loss ignores feature placeholders, so texts with media need weights too
+        sidecars |= {"loss": SIDECARS["loss"], FEATURES: FEATURE_DTYPE}
+    return sidecars | dict.fromkeys(columns, COLUMN_DTYPE)
 
 
 def choose_token_dtype(vocab_size: int) -> str:
-    """Return the dtype of token ids that Megatron chooses for a vocabulary."""
+    """Return Megatron's dtype for token ids in a vocabulary."""
     return "uint16" if vocab_size < SMALLEST_INT32_VOCAB else "int32"
 
 
-@dataclass(frozen=True)
-class IndexedSplit:
-    """One split opened for reading by memory map."""
-
-    dtype: str
-    lengths_tokens: NDArray[np.int32]
-    """Tokens of each document, [documents]."""
-    starts_bytes: NDArray[np.int64]
-    """Where each document begins in .bin, [documents]."""
-    tokens: NDArray[np.generic]
-    """All ids, [tokens]."""
-
-    def documents(self) -> Iterator[NDArray[np.generic]]:
-        item_bytes = np.dtype(self.dtype).itemsize
-        for start_bytes, length in zip(self.starts_bytes.tolist(), self.lengths_tokens.tolist(), strict=True):
-            yield self.tokens[start_bytes // item_bytes : start_bytes // item_bytes + length]
-
-
 def open_split(prefix: Path) -> IndexedSplit:
-    """Open a split, with every number of the index checked against the files.
+    """Memory-map `PREFIX.bin` and check every number in `PREFIX.idx`.
 
     Raises:
-        UserError: a file is missing, or the index is not a sound one for the .bin beside it.
+        UserError: a file is missing, or index and tokens disagree.
     """
     index = Path(f"{prefix}.idx")
     try:
@@ -206,8 +145,8 @@ def open_split(prefix: Path) -> IndexedSplit:
     magic, version, code, num_sequences, num_bounds = HEADER.unpack_from(raw)
     dtypes = {c: name for name, c in DTYPE_CODES.items()}
     if magic != MAGIC or version != VERSION or code not in dtypes:
-        raise UserError(f"{index}: is no index of version {VERSION} with ids of {' or '.join(DTYPE_CODES)}; "
-                        "pack the data again")
+        raise UserError(f"{index}: is not an index of version {VERSION} with ids of "
+                        f"{' or '.join(DTYPE_CODES)}; pack the data again")
     if len(raw) != HEADER.size + 12 * num_sequences + 8 * num_bounds:
         raise UserError(f"{index}: has {len(raw)} bytes, which does not fit its {num_sequences} sequences; "
                         "pack the data again")
@@ -215,7 +154,7 @@ def open_split(prefix: Path) -> IndexedSplit:
     lengths = np.frombuffer(raw, "<i4", num_sequences, HEADER.size)
     starts = np.frombuffer(raw, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
     bounds = np.frombuffer(raw, "<i8", num_bounds, HEADER.size + 12 * num_sequences)
-    # The same numbers twice in an index: each is checked against the other, and both against the .bin.
+    # lengths, starts and bounds are redundant: check each against the others, and all against `.bin`
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     if not np.array_equal(bounds, np.arange(num_sequences + 1)) or (lengths <= 0).any() or \
             not np.array_equal(starts, ends - lengths.astype(np.int64) * dtype.itemsize):
@@ -229,74 +168,64 @@ def open_split(prefix: Path) -> IndexedSplit:
     return IndexedSplit(dtype.name, lengths, starts, tokens)
 
 
-# Documents compared token by token: repeats, and held-out documents that are trained on.
-
-
-Described = tuple[Path, dict[str, Any]]
-"""A folder of token shards and its manifest's content."""
-
-
 def hash_token_documents(split: IndexedSplit, group: int,
-                    lengths_tokens: NDArray[np.int64] | None = None) -> list[int]:
-    """Return 64 bits for each document's ids.
+                         lengths_tokens: NDArray[np.int64] | None = None) -> list[int]:
+    """Return a 64-bit hash of each document's ids.
 
     Args:
         split: the documents.
-        group: sequences of a document: those of a preference are one.
-        lengths_tokens: only of documents as long as one of these; None: of all.
+        group: sequences per document (2 for preferences).
+        lengths_tokens: restrict to documents with a length in this list; None: all documents.
     """
     starts = split.starts_bytes[::group] // np.dtype(split.dtype).itemsize
-    # Sequences of a document are neighbours: it ends where the next begins.
+    # sequences of a document are adjacent: each document ends at the start of the next
     stops = np.append(starts[1:], len(split.tokens)) if len(starts) else starts
     if lengths_tokens is not None:
-        kept = np.isin(stops - starts, lengths_tokens)
-        starts, stops = starts[kept], stops[kept]
+        has_length = np.isin(stops - starts, lengths_tokens)
+        starts, stops = starts[has_length], stops[has_length]
     return [
         int.from_bytes(hashlib.blake2b(split.tokens[start:stop].tobytes(), digest_size=8).digest(), "little")
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
 
 
-def check_overlap(parts: list[Described]) -> None:
-    """Refuse parts of which one trains on what another holds out.
+def check_overlap(parts: list[ArtifactContent]) -> None:
+    """Check that no part trains on a document that another part holds out.
 
-    Parts that were packed by one rule, a share without exceptions, hold the same documents out; others are
-    looked through: held-out documents first, then those to train on that are as long as one of them.
+    Parts packed by the same held-out rule agree and are not read. Otherwise hash held-out documents first,
+    then training documents of the same lengths.
 
     Raises:
-        UserError: with the number of such documents, and where they are.
+        UserError: number and folders of overlapping documents.
     """
     rules = [content.get("heldout") for _, content in parts]
-    # Under one rule the same text is on the same side in all parts.
     if all(rule is not None and rule == rules[0] for rule in rules):
         return
-    held: dict[int, Path] = {}
+    heldout: dict[int, Path] = {}
     lengths: set[int] = set()
-    for path, split, group in _splits(parts, HELDOUT):
-        held |= dict.fromkeys(hash_token_documents(split, group), path)
-        # Only documents of these lengths need hashing on the other side: training data is far larger.
+    for path, split, group in _iter_splits(parts, HELDOUT):
+        heldout |= dict.fromkeys(hash_token_documents(split, group), path)
         lengths |= set(split.lengths_tokens.reshape(-1, group).sum(axis=1).tolist())
-    wanted = np.array(sorted(lengths), np.int64)
-    found: dict[tuple[Path, Path], int] = {}
-    for path, split, group in _splits(parts, TRAIN):
-        for number in hash_token_documents(split, group, wanted):
-            if number in held:
-                pair = (held[number], path)
-                found[pair] = found.get(pair, 0) + 1
-    if found:
-        (one, other), count = next(iter(found.items()))
-        raise UserError(f"{other}: trains on {count} documents that {one} holds out; pack both with one "
-                        "`sov-data pack`, which keeps such twins on one side, or both with the same "
+    # training data is far larger: hash only documents with a held-out document's length
+    heldout_lengths = np.array(sorted(lengths), np.int64)
+    overlaps: Counter[tuple[Path, Path]] = Counter()
+    for path, split, group in _iter_splits(parts, TRAIN):
+        hashes = hash_token_documents(split, group, heldout_lengths)
+        overlaps.update((heldout[number], path) for number in hashes if number in heldout)
+    if overlaps:
+        (heldout_path, train_path), count = next(iter(overlaps.items()))
+        raise UserError(f"{train_path}: trains on {count} documents that {heldout_path} holds out; pack both "
+                        "with one `sov-data pack`, which keeps such twins on one side, or both with the same "
                         "--heldout, so large that each source gives up documents of its own accord")
 
 
-def _splits(parts: list[Described], split: str) -> Iterator[tuple[Path, IndexedSplit, int]]:
+def _iter_splits(parts: list[ArtifactContent], split: str) -> Iterator[tuple[Path, IndexedSplit, int]]:
     for path, content in parts:
         for shard in iter_shards(path, content, split=split):
             yield path, shard.open(), int(shard.source["group_documents"])
 
 
 def format_table(data: Path) -> list[str]:
-    """Return the lines of the table.
+    """Return table lines with counts per source and split.
 
     Raises:
         UserError: `data` is not an artifact of kind "tokens".

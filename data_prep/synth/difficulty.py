@@ -261,9 +261,9 @@ class _Grader:
     def load(cls, model: Path | None, labels: Path | None) -> _Grader:
         scorer = None
         if model is not None:
-            from data_prep.curate.scoring.scorer import load_scorer, scorer_problems
+            from data_prep.curate.scoring.scorer import find_scorer_problems, load_scorer
 
-            if problems := scorer_problems("--model", model, "regressor"):
+            if problems := find_scorer_problems("--model", model, "regressor"):
                 raise UserError(str(problems[0]))
             scorer = load_scorer(model)
         measured: dict[str, float] = {}

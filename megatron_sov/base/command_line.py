@@ -145,8 +145,8 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
             return
         options = read_options(options_class, parsed)
         action = command.load_action(parsed) if isinstance(command, ActionGroup) else command
-        if check := getattr(action, "check_proposal", None):
-            check(options)
+        if isinstance(action, DeclaredCommand):
+            action.check_proposal(options)
         if isinstance(action, DeclaredCommand) and action.run_function and not action.runs_in_checks:
             action.check_options(options)
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.shards.assemble import EncodedSource
-from data_prep.shards.pack import account_source
+from data_prep.shards.pack_run import account_source
 from data_prep.shards.units import UnitRecord
 from megatron_sov.base.documents.accounting import RecordAccount
 

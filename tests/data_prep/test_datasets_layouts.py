@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep.responses.unpaired import write_unpaired
+from data_prep.responses.unpaired import UnpairedOptions, write_unpaired
 from data_prep.shards.encode import Encoder
-from data_prep.shards.pack import PackSettings, PackSource, pack_sources
+from data_prep.shards.pack import PackSettings, PackSource
+from data_prep.shards.pack_run import pack_sources
 from megatron_sov.base.documents import RecordReading, list_files, read_documents
 from megatron_sov.base.documents.layouts import LAYOUTS, parse_renames
 from megatron_sov.base.errors import UserError
@@ -292,7 +293,7 @@ def test_prompts_end_where_the_answer_begins(tmp_path: Path, folder: Path, encod
 def test_judged_responses_become_the_same_pairs(tmp_path: Path, name: str) -> None:
     store(JUDGED[name], tmp_path)
     for stored in STORED:
-        write_unpaired([tmp_path / stored], tmp_path / f"{stored}-out", 0.5)
+        write_unpaired(UnpairedOptions(input=(tmp_path / stored,), output=tmp_path / f"{stored}-out"))
         lines = (tmp_path / f"{stored}-out/unpaired.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         found = {row["prompt"][0]["content"]: (row["chosen"], row["rejected"], row["desirable"][0])
@@ -322,7 +323,7 @@ def test_other_rows_are_refused_with_what_takes_them(tmp_path: Path, name: str) 
 def test_judged_pictures_and_chats_as_prompts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({**JUDGED["alpaca"][0], "images": ["a.jpg"]}))
     with pytest.raises(UserError, match=r"a\.jsonl:1: has 'images'.* encode-media"):
-        write_unpaired([tmp_path / "a.jsonl"], tmp_path / "out", 0.5)
+        write_unpaired(UnpairedOptions(input=(tmp_path / "a.jsonl",), output=tmp_path / "out"))
     (tmp_path / "b.jsonl").write_text(json.dumps({"messages": qa("a", "b")}))
     with pytest.raises(UserError, match="line 1: ends with an answer of the assistant"):
         read_prompts(tmp_path / "b.jsonl", is_asked=True)

@@ -34,7 +34,7 @@ print([name for name in sys.modules if name.startswith(("megatron_sov.omni", "da
 CORE = ("megatron_sov.convert", "megatron_sov.train.trainer", "megatron_sov.infer.decoder.generator",
         "megatron_sov.post.reference", "megatron_sov.eval.heldout_loss",
         "megatron_sov.commands.models.generate_run", "megatron_sov.commands.evaluate.eval_run",
-        "data_prep.shards.pack", "data_prep.shards.verify")
+        "data_prep.shards.pack_run", "data_prep.shards.verify")
 
 
 @pytest.mark.deep

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import socket
 import threading
 import time
@@ -349,14 +350,14 @@ def test_an_address_that_is_taken_is_a_mistake(opened: Any) -> None:
     b"POST / HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
     b"GET / HTTP/1.1\r\nA: " + b"x" * 20_000 + b"\r\n\r\n"])
 def test_what_is_no_http_is_refused_and_leaves_no_traceback(opened: Any, sent: bytes,
-                                                            caplog: pytest.LogCaptureFixture) -> None:
+                                                            logged: list[logging.LogRecord]) -> None:
     with opened() as server:
         address = httpx.URL(server.url)
         with socket.create_connection((address.host, address.port), timeout=600) as client:
             client.sendall(sent)
             assert client.recv(100).startswith(b"HTTP/1.0 400")
         assert server.http.get("/models").status_code == 200
-    assert not caplog.records
+    assert not logged
 
 
 def test_clients_are_told_no_folders_of_the_server(opened: Any, folder: Path) -> None:

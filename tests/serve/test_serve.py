@@ -90,6 +90,7 @@ def test_answers_do_not_depend_on_their_neighbours(client: openai.OpenAI) -> Non
     assert together[::9] == alone
 
 
+@pytest.mark.tier1_cases(1)
 def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI) -> None:
     for stop in (None, ["e"], ["re", "st"]):
         asked: dict[str, Any] = {"model": "mine", "max_tokens": 24, "seed": 3, "temperature": 1.0,

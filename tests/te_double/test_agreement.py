@@ -126,7 +126,8 @@ def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any,
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "settings"), [
     ("tiny-k-exaone", EXAONE),
-    ("tiny-deepseek-v3", ["model.num_layers=2", "model.num_dense_layers=1"]),
+    pytest.param("tiny-deepseek-v3", ["model.num_layers=2", "model.num_dense_layers=1"],
+                 marks=pytest.mark.deep),
     pytest.param("tiny-solar-open", SOLAR, marks=pytest.mark.deep),
     pytest.param("tiny-qwen2", ["model.num_layers=2"], marks=pytest.mark.deep)])
 def test_every_gradient_and_every_name(ranks: Any, te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,

@@ -22,7 +22,7 @@ from megatron_sov.base.settings import AtLeastOne, Flag, ProblemCode, SettingsPr
 _CLUSTERS = regex.compile(r"\X")
 
 
-def places(text: str, units: Units, stretches: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def locate_stretches(text: str, units: Units, stretches: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return where stretches of units begin and end in a text, in characters.
 
     Args:
@@ -56,14 +56,14 @@ def _clusters(text: str, folded: str) -> tuple[list[int], list[int]]:
     return starts, ends
 
 
-MOST_HITS = 1000
+MAX_HITS = 1000
 """Of one text that are told; one that has so many is not worth more room."""
-MOST_CHARACTERS = 1000
+MAX_SHOWN_CHARS = 1000
 """Of a found text that are shown."""
 
 
 @dataclass(frozen=True)
-class Hit:
+class BenchmarkHit:
     """A place in a text that an item of a benchmark has too."""
 
     benchmark: str
@@ -84,7 +84,7 @@ class Hit:
     """What stands behind it."""
 
 
-def find_hits(text: str, search: ItemSearch, context_chars: int) -> list[Hit]:
+def find_hits(text: str, search: ItemSearch, context_chars: int) -> list[BenchmarkHit]:
     """Return what a text has of benchmarks.
 
     Args:
@@ -104,18 +104,18 @@ def find_hits(text: str, search: ItemSearch, context_chars: int) -> list[Hit]:
             if not any(a < stop and start < b for a, b in known[number]):
                 found.append((number, start, stop))
     hits = []
-    for number, start, stop in found[:MOST_HITS]:
+    for number, start, stop in found[:MAX_HITS]:
         item = search.items[number]
-        hits.append(Hit(item.benchmark, item.id, item.field, start, stop,
+        hits.append(BenchmarkHit(item.benchmark, item.id, item.field, start, stop,
                         text[max(0, start - context_chars):start],
-                        text[start:min(stop, start + MOST_CHARACTERS)], text[stop:stop + context_chars]))
+                        text[start:min(stop, start + MAX_SHOWN_CHARS)], text[stop:stop + context_chars]))
     return hits
 
 
 def _found(text: str, search: ItemSearch) -> list[tuple[int, int, int]]:
     units = find_units(text)
-    found = search.find(units)[:MOST_HITS]
-    spans = places(text, units, [(f.begin, f.end) for f in found]) if found else []
+    found = search.find(units)[:MAX_HITS]
+    spans = locate_stretches(text, units, [(f.begin, f.end) for f in found]) if found else []
     return [(one.item, *span) for one, span in zip(found, spans, strict=True)]
 
 
@@ -124,7 +124,7 @@ FIELDS = ("question", "problem", "prompt", "query", "instruction", "text")
 _IDS = ("id", "task_id", "question_id", "qid")
 
 
-def benchmark_files(paths: Iterable[Path]) -> list[Path]:
+def list_benchmark_files(paths: Iterable[Path]) -> list[Path]:
     """Return the .jsonl files of paths: files, or folders of them.
 
     Raises:
@@ -152,12 +152,12 @@ def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[SearchItem]
         UserError: a file cannot be read, a line is no JSON object, or a record has none of the fields.
     """
     found: list[SearchItem] = []
-    for file in benchmark_files(paths):
+    for file in list_benchmark_files(paths):
         before = len(found)
         for where, record in read_objects(file):
             id_ = next((str(record[name]) for name in _IDS if isinstance(record.get(name), (str, int))),
                        f"line {where.rpartition(':')[2]}")
-            texts = {name: text for name in fields if (text := text_in(_value(record, name))).strip()}
+            texts = {name: text for name in fields if (text := collect_text(_value(record, name))).strip()}
             # A record that is passed over in silence would be one that nothing is searched for.
             if not texts:
                 raise UserError(f"{where}: has text in none of the fields {', '.join(fields)} (fields: "
@@ -177,7 +177,7 @@ def _value(record: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def text_in(value: Any) -> str:
+def collect_text(value: Any) -> str:
     """Return a value as text: a string, or all strings of a list, an object, or messages, in order."""
     return "\n".join(_strings(value, 0))
 
@@ -245,7 +245,7 @@ class Decontaminate(Step):
     settings: DecontaminateSettings
 
     def files(self) -> Sequence[Path]:
-        return benchmark_files(self.settings.benchmarks)
+        return list_benchmark_files(self.settings.benchmarks)
 
     def start(self, view: View) -> None:
         self._search = self.settings.search()

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.curate.dedup.work_files import (
-    ROW_BITS, BucketWriter, Numbering, Records, Register, ranks, read_array, rows)
+    ROW_BITS, BucketWriter, Numbering, Records, Register, get_ranks, get_rows, read_array)
 from data_prep.curate.pipeline.step import View
 from megatron_sov.base.artifacts import create_file
 
@@ -46,10 +46,10 @@ class DocumentOrder:
         """Return the place of documents [n] uint64, the smaller the earlier, given their lengths."""
         longest = np.uint64((1 << _CHARACTER_BITS) - 1)
         shortfall = longest - np.minimum(characters.astype(np.uint64), longest)
-        places: NDArray[np.uint64] = self._class_of[ranks(numbers)] << np.uint64(_CHARACTER_BITS) | shortfall
-        return places
+        classes: NDArray[np.uint64] = self._class_of[get_ranks(numbers)]
+        return classes << np.uint64(_CHARACTER_BITS) | shortfall
 
-    def edges(self, pairs: NDArray[np.uint64], characters: NDArray[np.uint64]) -> Records:
+    def build_edges(self, pairs: NDArray[np.uint64], characters: NDArray[np.uint64]) -> Records:
         """Return the records of pairs of numbers [n, 2] of documents of so many characters [n, 2]."""
         own, other = (self.of(pairs[:, side], characters[:, side]) for side in (0, 1))
         is_swapped = (other < own) | ((other == own) & (pairs[:, 1] < pairs[:, 0]))
@@ -60,7 +60,7 @@ class DocumentOrder:
         return edges
 
 
-def sorted_edges(edges: Records) -> Records:
+def sort_edges(edges: Records) -> Records:
     """Return pairs by the order of their first documents, without repetitions."""
     edges = edges[np.lexsort((edges["second"], edges["first"], edges["order"]))]
     is_new = np.ones(len(edges), np.bool_)
@@ -68,7 +68,7 @@ def sorted_edges(edges: Records) -> Records:
     return edges[is_new]
 
 
-def edges_in_order(files: Sequence[Path], scratch: Path) -> Iterator[Records]:
+def iter_edges_in_order(files: Sequence[Path], scratch: Path) -> Iterator[Records]:
     """Yield the pairs of files in blocks, by the order of their first documents.
 
     Args:
@@ -80,7 +80,7 @@ def edges_in_order(files: Sequence[Path], scratch: Path) -> Iterator[Records]:
     num_edges = sum(len(read_array(file)) for file in files)
     num_ranges = -(-num_edges // EDGES_IN_MEMORY)
     if num_ranges <= 1:
-        yield sorted_edges(np.concatenate([np.empty(0, EDGE), *_blocks(files)]))
+        yield sort_edges(np.concatenate([np.empty(0, EDGE), *_blocks(files)]))
         return
     # Quantiles of every `step`-th pair: a range has about as many pairs as any other.
     step = max(1, num_edges // (1000 * num_ranges))
@@ -89,7 +89,7 @@ def edges_in_order(files: Sequence[Path], scratch: Path) -> Iterator[Records]:
     for block in _blocks(files):
         sample = np.concatenate([sample, block[-position % step::step]])
         position += len(block)
-    sample = sorted_edges(sample)
+    sample = sort_edges(sample)
     bounds = sample[np.linspace(0, len(sample), num_ranges, endpoint=False).astype(np.int64)[1:]]
     bound_orders, bound_firsts = (np.ascontiguousarray(bounds[name]) for name in ("order", "first"))
     scratch.mkdir(parents=True)
@@ -103,7 +103,7 @@ def edges_in_order(files: Sequence[Path], scratch: Path) -> Iterator[Records]:
                 block[places == number].tofile(f)
     for file in ranges:
         if file.exists():
-            yield sorted_edges(np.fromfile(file, EDGE))
+            yield sort_edges(np.fromfile(file, EDGE))
             file.unlink()
 
 
@@ -146,7 +146,7 @@ class Clusters:
         """Decide which documents go; `files`: arrays of `EDGE`."""
         from data_prep.curate.dedup.minhash_loops import drop_similar
 
-        for edges in edges_in_order(files, self._folder / "ranges"):
+        for edges in iter_edges_in_order(files, self._folder / "ranges"):
             drop_similar(self._keepers, self._places(edges["first"]), self._places(edges["second"]))
 
     def write_dropped(self, path: Path) -> None:
@@ -167,7 +167,7 @@ class Clusters:
                                     shape=(max(1, int(self._begins[-1])),)))
 
     def _places(self, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
-        places: NDArray[np.int64] = self._begins[ranks(numbers)] + rows(numbers)
+        places: NDArray[np.int64] = self._begins[get_ranks(numbers)] + get_rows(numbers)
         return places
 
     def _numbers(self, places: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -21,7 +21,8 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from data_prep.curate.dedup.work_files import (
-    Numbering, Records, Register, Slice, bucket_slice, parts_of, ranks, registered, write_buckets)
+    Numbering, Records, Register, Slice, get_ranks, list_part_files, open_bucket, register_documents,
+    write_buckets)
 from data_prep.curate.pipeline.step import KEPT, Doc, Pass, ShardRef, Step, StepOutcome, View
 from megatron_sov.base.artifacts import create_folder
 from megatron_sov.base.documents.overlap import fold_text
@@ -36,7 +37,7 @@ RANGE_RECORDS = 1 << 20
 _HALF = np.uint64(32)
 
 
-def key_partitions(keys: NDArray[Any], num_partitions: int) -> NDArray[np.int64]:
+def compute_key_partitions(keys: NDArray[Any], num_partitions: int) -> NDArray[np.int64]:
     """Return the partition of each key; it does not fall where keys ascend."""
     # The upper 32 bits times the number of partitions, over 2^32: even shares without a division, and in the
     # order of the keys.
@@ -49,7 +50,7 @@ def write_occurrences(path: Path, keys: list[bytes], numbers: list[int], num_par
     records["key"], records["doc"] = keys, numbers
     # `lexsort` takes its last argument first: by key, then by document.
     records = records[np.lexsort((records["doc"], records["key"]))]
-    write_buckets(path, records, key_partitions(records["key"], num_partitions), num_partitions)
+    write_buckets(path, records, compute_key_partitions(records["key"], num_partitions), num_partitions)
 
 
 def write_surplus(files: list[Path], partition: int, folder: Path, max_documents: int = 1) -> None:
@@ -61,18 +62,18 @@ def write_surplus(files: list[Path], partition: int, folder: Path, max_documents
         folder: receives files with a bucket for each rank.
         max_documents: of a key that occurs in more documents, the first one alone keeps it.
     """
-    slices = [bucket_slice(file, OCCURRENCE, partition) for file in files]
+    slices = [open_bucket(file, OCCURRENCE, partition) for file in files]
     with create_folder(folder) as temporary:
         for number, block in enumerate(_blocks(_surplus(_ranges(slices), max_documents))):
             # By document: the next pass reads what goes shard by shard.
             block = block[np.lexsort((block["key"], block["doc"]))]
-            write_buckets(temporary / f"{number:06}", block, ranks(block["doc"]), len(files))
+            write_buckets(temporary / f"{number:06}", block, get_ranks(block["doc"]), len(files))
 
 
 def read_surplus(folder: Path, rank: int) -> Records:
     """Return what the documents of a shard have to give up, sorted by document; `folder`: with the folders of
     all partitions."""
-    found = [bucket_slice(file, SURPLUS, rank).read() for file in parts_of(folder)]
+    found = [open_bucket(file, SURPLUS, rank).read() for file in list_part_files(folder)]
     joined: Records = np.concatenate([np.empty(0, SURPLUS), *found])
     return joined[np.argsort(joined["doc"], kind="stable")]
 
@@ -175,7 +176,7 @@ def _blocks(pieces: Iterator[Records]) -> Iterator[Records]:
 
 # Outcomes from a list of documents that go, each because of another one that stays.
 
-class Dropped:
+class DuplicateFilter:
     """Which documents go; the list of one shard is in memory at a time."""
 
     def __init__(self, numbering: Numbering, register: Register, reason: str,
@@ -189,7 +190,7 @@ class Dropped:
         return [self._outcome(d) for d in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:
-        rank = self._numbering.rank_of[ShardRef(document.source, document.shard)]
+        rank = self._numbering.rank_by_shard[ShardRef(document.source, document.shard)]
         if rank != self._rank:
             self._load(rank)
         keeper = self._keeper_ids.get(document.row)
@@ -202,8 +203,8 @@ class Dropped:
         # By the shards of those that stay: each shard's register is opened once and not for each document.
         for number in records[keepers.argsort(kind="stable")]:
             row, keeper = int(number["doc"]) & 0xFFFFFFFF, int(number["keeper"])
-            self._keeper_ids[row] = self._register.id_of(keeper)
-        assert (ranks(records["doc"]) == rank).all()
+            self._keeper_ids[row] = self._register.get_document_id(keeper)
+        assert (get_ranks(records["doc"]) == rank).all()
         self._rank = rank
 
 
@@ -243,7 +244,7 @@ class ExactDedup(Step):
 
     def start(self, view: View) -> None:
         numbering = Numbering(view)
-        self._dropped = Dropped(numbering, Register(view.work / "documents"), REASON,
+        self._dropped = DuplicateFilter(numbering, Register(view.work / "documents"), REASON,
                                 lambda rank: read_surplus(view.work / "duplicates", rank))
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
@@ -251,10 +252,10 @@ class ExactDedup(Step):
 
     def _write_keys(self, view: View, task: int) -> None:
         numbering, shard = Numbering(view), view.shards[task]
-        rank = numbering.rank_of[shard]
+        rank = numbering.rank_by_shard[shard]
         keys: list[bytes] = []
         numbers: list[int] = []
-        for batch in registered(view, shard, Register(view.work / "documents"), rank):
+        for batch in register_documents(view, shard, Register(view.work / "documents"), rank):
             keys += [blake3(_compared(d.text)).digest(KEY_BYTES) for d in batch]
             numbers += [rank << 32 | d.row for d in batch]
         write_occurrences(view.work / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
@@ -295,7 +296,7 @@ class Paragraph:
     empty: it is too short to be cut."""
 
 
-def paragraphs(text: str, min_chars: int) -> Iterator[Paragraph]:
+def iter_paragraphs(text: str, min_chars: int) -> Iterator[Paragraph]:
     """Yield the lines of a text, all characters in one of them."""
     begin = 0
     # Neither folding makes or takes away a line's end: lines are folded together, for one call costs as much.
@@ -330,13 +331,13 @@ class ParagraphDedup(Step):
         return [self._outcome(d) for d in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:
-        rank = self._numbering.rank_of[ShardRef(document.source, document.shard)]
+        rank = self._numbering.rank_by_shard[ShardRef(document.source, document.shard)]
         if rank != self._rank:
             self._load(rank)
         keys = self._cut.get(document.row)
         if keys is None:
             return StepOutcome(values={"paragraphs_cut": 0})
-        parts = list(paragraphs(document.text, self.settings.min_chars))
+        parts = list(iter_paragraphs(document.text, self.settings.min_chars))
         stay = [p for p in parts if p.key not in keys]
         num_cut = len(parts) - len(stay)
         text = "".join(document.text[p.start:p.stop] for p in stay)
@@ -355,13 +356,13 @@ class ParagraphDedup(Step):
 
     def _write_keys(self, view: View, task: int) -> None:
         shard = view.shards[task]
-        rank = Numbering(view).rank_of[shard]
+        rank = Numbering(view).rank_by_shard[shard]
         keys: list[bytes] = []
         numbers: list[int] = []
         for batch in view.documents(shard):
             for document in batch:
                 # A paragraph that a document repeats within itself counts as one document.
-                found = {p.key for p in paragraphs(document.text, self.settings.min_chars) if p.key}
+                found = {p.key for p in iter_paragraphs(document.text, self.settings.min_chars) if p.key}
                 keys += sorted(found)
                 numbers += [rank << 32 | document.row] * len(found)
         write_occurrences(view.work / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)

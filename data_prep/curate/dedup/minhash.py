@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +17,11 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 
-from data_prep.curate.dedup.clusters import DROPPED, EDGE, Clusters, DocumentOrder, sorted_edges
-from data_prep.curate.dedup.exact import Dropped, Partitions
+from data_prep.curate.dedup.clusters import DROPPED, EDGE, Clusters, DocumentOrder, sort_edges
+from data_prep.curate.dedup.exact import DuplicateFilter, Partitions
 from data_prep.curate.dedup.work_files import (
-    Numbering, Records, Register, Slice, bucket_slice, parts_of, ranks, registered, rows, save_array,
-    write_buckets)
+    Numbering, Records, Register, Slice, get_ranks, get_rows, list_part_files, open_bucket,
+    register_documents, save_array, write_buckets)
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from data_prep.damaged_files import explain_deletion, get_place_in_run
 from megatron_sov.base.artifacts import create_file, create_folder
@@ -36,7 +36,7 @@ from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, ProblemCode, 
 # first `MOST_FIRST` only, as all pairs of a crowd of n would be n^2. First are those that come first in the
 # order of keeping (`clusters.DocumentOrder`): they stay, and the crowd has to be compared with what stays.
 
-MOST_FIRST = 12
+MAX_FIRST_DOCUMENTS = 12
 RANGE_RECORDS = 1 << 17
 PAIR = np.dtype([("own", "<u8"), ("other", "<u8")])
 """Numbers of two documents."""
@@ -51,7 +51,7 @@ def write_bands(path: Path, records: Records, num_partitions: int) -> None:
     write_buckets(path, records, partitions, num_partitions)
 
 
-def blocks_of_bands(files: list[Path], order: DocumentOrder, partition: int, num_partitions: int
+def iter_band_pairs(files: list[Path], order: DocumentOrder, partition: int, num_partitions: int
                     ) -> Iterator[tuple[Records, NDArray[np.int64], NDArray[np.int64]]]:
     """Yield records of bands with the pairs among them: the places of either side in the records.
 
@@ -61,7 +61,7 @@ def blocks_of_bands(files: list[Path], order: DocumentOrder, partition: int, num
         partition: number of the partition.
         num_partitions: number of all partitions.
     """
-    slices = [found for file in files if (found := bucket_slice(file, BAND, partition)).num_records]
+    slices = [found for file in files if (found := open_bucket(file, BAND, partition)).num_records]
     total = sum(found.num_records for found in slices)
     num_ranges = max(1, -(-total // RANGE_RECORDS))
     # The rule of `write_bands` turned round: the first key of this partition, and that of the next one.
@@ -77,7 +77,7 @@ def blocks_of_bands(files: list[Path], order: DocumentOrder, partition: int, num
         if sum(part.num_records for part in parts) > RANGE_RECORDS:
             for block in _blocks(parts):
                 records, _ = _in_bands(firsts, block, order)
-                firsts = records[_places_in_band(records["key"]) < MOST_FIRST]
+                firsts = records[_places_in_band(records["key"]) < MAX_FIRST_DOCUMENTS]
         for block in _blocks(parts):
             records, is_of_block = _in_bands(firsts, block, order)
             yield (records, *_pairs(_places_in_band(records["key"]), is_of_block))
@@ -136,7 +136,7 @@ def _pairs(places: NDArray[np.int64], is_of_block: NDArray[np.bool_]
            ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     here = np.arange(len(places))
     ones, others = [], []
-    for first in range(min(MOST_FIRST, int(places.max(initial=0)))):
+    for first in range(min(MAX_FIRST_DOCUMENTS, int(places.max(initial=0)))):
         # A pair belongs to the block of its later document.
         later = here[(places > first) & is_of_block]
         ones.append(later)
@@ -154,7 +154,7 @@ def _pairs(places: NDArray[np.int64], is_of_block: NDArray[np.bool_]
 
 Signature = NDArray[np.uint32]
 
-def shingles(text: str, words: int) -> NDArray[np.uint64]:
+def compute_shingles(text: str, words: int) -> NDArray[np.uint64]:
     """Return the different shingles of a text, ascending: all runs of so many words, or the text itself
     where it is shorter; none where it has no words."""
     return np.unique(_shingles(find_units(text), words))
@@ -167,7 +167,7 @@ def _shingles(units: Units, words: int) -> NDArray[np.uint64]:
     return hash_stretches(units.hashes, np.array([0]), np.array([len(units.hashes)]))
 
 
-class Signer:
+class MinhashSigner:
     """Makes the signatures of texts."""
 
     def __init__(self, num_bands: int, rows_per_band: int, words: int, seed: int) -> None:
@@ -181,7 +181,7 @@ class Signer:
 
     def sign(self, text: str) -> Signature | None:
         """Return a text's signature [bands x rows] uint32; None: it has no words."""
-        from data_prep.curate.dedup.minhash_loops import take_smallest
+        from data_prep.curate.dedup.minhash_loops import lower_signature
 
         found = _shingles(find_units(text), self._words)
         if not len(found):
@@ -189,22 +189,22 @@ class Signer:
         signature = np.full(len(self._factors), 0xFFFFFFFF, np.uint32)
         # The upper halves of the 64-bit hashes: permutations of 32 bits are faster, and estimates need no
         # more.
-        take_smallest((found >> np.uint64(32)).astype(np.uint32), self._factors, self._terms, signature)
+        lower_signature((found >> np.uint64(32)).astype(np.uint32), self._factors, self._terms, signature)
         return signature
 
     def band_keys(self, signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
         """Return a key for each band of each signature, [n, bands] uint64, that only the same numbers of the
         same band share."""
-        from data_prep.curate.dedup.minhash_loops import key_bands
+        from data_prep.curate.dedup.minhash_loops import hash_bands
 
         keys = np.empty((len(signatures), self._num_bands), np.uint64)
-        key_bands(signatures, keys)
+        hash_bands(signatures, keys)
         return keys
 
 
 PAIR_BLOCK = 1 << 18
 REASON = "near duplicate"
-MOST_NUMBERS = 1024
+MAX_SIGNATURE_NUMBERS = 1024
 
 
 # Candidates compared shingle by shingle: the exact Jaccard similarity of pairs, in files per shard.
@@ -213,21 +213,21 @@ MOST_NUMBERS = 1024
 def write_pairs(file: Path, pairs: NDArray[np.uint64], num_ranks: int) -> None:
     """Write pairs of numbers [n, 2], each for the shards of both, once."""
     # Both shards need the shingles of their own side.
-    both = distinct(np.concatenate([pairs, pairs[:, ::-1]]))
+    both = sort_distinct_pairs(np.concatenate([pairs, pairs[:, ::-1]]))
     records = np.empty(len(both), PAIR)
     records["own"], records["other"] = both[:, 0], both[:, 1]
-    write_buckets(file, records, ranks(records["own"]), num_ranks)
+    write_buckets(file, records, get_ranks(records["own"]), num_ranks)
 
 
 def read_pairs(folder: Path, rank: int) -> NDArray[np.uint64]:
     """Return the pairs of a shard's documents [n, 2], its own first, ascending; `folder`: with those of all
     partitions."""
-    found = [bucket_slice(file, PAIR, rank).read() for file in parts_of(folder)]
+    found = [open_bucket(file, PAIR, rank).read() for file in list_part_files(folder)]
     joined = np.concatenate([np.empty(0, PAIR), *found])
-    return distinct(np.stack([joined["own"], joined["other"]], axis=1))
+    return sort_distinct_pairs(np.stack([joined["own"], joined["other"]], axis=1))
 
 
-def distinct(pairs: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def sort_distinct_pairs(pairs: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Return different pairs [n, 2], ascending; `np.unique` sorts rows as bytes, which takes several times
     as long."""
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
@@ -265,14 +265,14 @@ class ShingleSets:
             for batch in documents:
                 for document in batch:
                     if document.row in keep:
-                        found = shingles(document.text, words)
+                        found = compute_shingles(document.text, words)
                         found.tofile(f)
                         begins.append(begins[-1] + len(found))
             np.array([*np.sort(wanted).tolist(), *begins, len(wanted)], np.uint64).tofile(f)
             seal_file(temporary, get_place_in_run(file))
 
 
-def similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold: float
+def iter_similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold: float
                   ) -> Iterator[NDArray[np.uint64]]:
     """Yield those of a shard's pairs [n, 2] whose Jaccard similarity is at least the threshold.
 
@@ -287,12 +287,13 @@ def similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold:
     # Each pair is in the lists of both its shards: the one that has the larger number compares it.
     pairs = pairs[pairs[:, 0] > pairs[:, 1]]
     own = ShingleSets(folder / f"{rank:06}")
-    for other_rank in np.unique(ranks(pairs[:, 1])).tolist():
+    for other_rank in np.unique(get_ranks(pairs[:, 1])).tolist():
         other = ShingleSets(folder / f"{other_rank:06}")
-        chosen = pairs[ranks(pairs[:, 1]) == other_rank]
+        chosen = pairs[get_ranks(pairs[:, 1]) == other_rank]
         for start in range(0, len(chosen), PAIR_BLOCK):
             block = chosen[start:start + PAIR_BLOCK]
-            places = np.stack([own.places(rows(block[:, 0])), other.places(rows(block[:, 1]))], axis=1)
+            places = np.stack([own.places(get_rows(block[:, 0])),
+                               other.places(get_rows(block[:, 1]))], axis=1)
             common = np.empty(len(block), np.int64)
             count_common(own.shingles, own.begins, other.shingles, other.begins, places, common)
             sizes = (np.diff(own.begins)[places[:, 0]] + np.diff(other.begins)[places[:, 1]])
@@ -320,10 +321,10 @@ class MinhashSettings:
 
     def problems(self) -> list[SettingsProblem]:
         numbers = self.num_bands * self.rows_per_band
-        return [] if numbers <= MOST_NUMBERS else [SettingsProblem(
+        return [] if numbers <= MAX_SIGNATURE_NUMBERS else [SettingsProblem(
             ProblemCode.RULE, "num_bands",
             f"makes {numbers:,} numbers with rows_per_band = {self.rows_per_band}; "
-            f"must be at most {MOST_NUMBERS}", self.num_bands)]
+            f"must be at most {MAX_SIGNATURE_NUMBERS}", self.num_bands)]
 
 
 class MinhashDedup(Step):
@@ -343,18 +344,19 @@ class MinhashDedup(Step):
                 Pass("clusters", self._cluster, 1)]
 
     def start(self, view: View) -> None:
-        self._dropped = Dropped(Numbering(view), Register(view.work / "documents"), REASON, _lists(view.work))
+        self._dropped = DuplicateFilter(Numbering(view), Register(view.work / "documents"), REASON,
+                                        lambda rank: open_bucket(view.work / "dropped", DROPPED, rank).read())
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return self._dropped.outcomes(documents)
 
     def _sign(self, view: View, task: int) -> None:
         s, numbering, shard = self.settings, Numbering(view), view.shards[task]
-        signer = Signer(s.num_bands, s.rows_per_band, s.ngram, s.seed)
-        rank = numbering.rank_of[shard]
+        signer = MinhashSigner(s.num_bands, s.rows_per_band, s.ngram, s.seed)
+        rank = numbering.rank_by_shard[shard]
         documents: list[tuple[int, int]] = []
         found: list[Signature] = []
-        for batch in registered(view, shard, Register(view.work / "documents"), rank):
+        for batch in register_documents(view, shard, Register(view.work / "documents"), rank):
             for document in batch:
                 if (signature := signer.sign(document.text)) is not None:
                     documents.append((rank << 32 | document.row, len(document.text)))
@@ -371,40 +373,36 @@ class MinhashDedup(Step):
         files = [view.work / "bands" / f"{rank:06}" for rank in range(len(view.shards))]
         with create_folder(view.work / "pairs" / f"{task:05}") as temporary:
             for number, (records, ones, others) in enumerate(
-                    blocks_of_bands(files, DocumentOrder(view), task, self.settings.partitions)):
+                    iter_band_pairs(files, DocumentOrder(view), task, self.settings.partitions)):
                 pairs = np.stack([records["doc"][ones], records["doc"][others]], axis=1)
                 write_pairs(temporary / f"{number:06}", pairs, len(files))
 
     def _write_shingles(self, view: View, task: int) -> None:
-        rank = Numbering(view).rank_of[view.shards[task]]
+        rank = Numbering(view).rank_by_shard[view.shards[task]]
         wanted = np.unique(read_pairs(view.work / "pairs", rank)[:, 0] & np.uint64(0xFFFFFFFF))
         ShingleSets.write(view.work / "shingles" / f"{rank:06}", view.documents(view.shards[task]),
                           wanted.astype(np.int64), self.settings.ngram)
 
     def _verify(self, view: View, task: int) -> None:
-        rank = Numbering(view).rank_of[view.shards[task]]
+        rank = Numbering(view).rank_by_shard[view.shards[task]]
         order, register = DocumentOrder(view), Register(view.work / "documents")
         pairs = read_pairs(view.work / "pairs", rank)
         edges = [np.empty(0, EDGE)]
-        for block in similar_pairs(pairs, view.work / "shingles", rank, self.settings.threshold):
+        for block in iter_similar_pairs(pairs, view.work / "shingles", rank, self.settings.threshold):
             # All pairs of a block are between the same two shards.
-            lengths = [register.at(int(ranks(side[:1])[0]), rows(side))["characters"]
+            lengths = [register.at(int(get_ranks(side[:1])[0]), get_rows(side))["characters"]
                        for side in block.T if len(side)]
             if lengths:
-                edges.append(order.edges(block, np.stack(lengths, axis=1)))
+                edges.append(order.build_edges(block, np.stack(lengths, axis=1)))
         with create_folder(view.work / "similar" / f"{rank:06}") as temporary:
-            save_array(temporary / "edges.npy", sorted_edges(np.concatenate(edges)))
+            save_array(temporary / "edges.npy", sort_edges(np.concatenate(edges)))
 
     def _cluster(self, view: View, task: int) -> None:
         scratch = view.work / ".clusters"
         shutil.rmtree(scratch, ignore_errors=True)
         clusters = Clusters(view, Register(view.work / "documents"), scratch)
-        clusters.select(parts_of(view.work / "similar"))
+        clusters.select(list_part_files(view.work / "similar"))
         clusters.write_dropped(view.work / "dropped")
         # Last: should this task be killed here and run again, it reads `similar` alone.
         for used in (scratch, view.work / "bands", view.work / "shingles"):
             shutil.rmtree(used, ignore_errors=True)
-
-
-def _lists(work: Path) -> Callable[[int], Records]:
-    return lambda rank: bucket_slice(work / "dropped", DROPPED, rank).read()

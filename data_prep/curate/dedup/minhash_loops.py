@@ -13,7 +13,7 @@ _HALF = np.uint64(33)
 
 
 @jit_compile
-def take_smallest(shingles: NDArray[np.uint32], factors: NDArray[np.uint32], terms: NDArray[np.uint32],
+def lower_signature(shingles: NDArray[np.uint32], factors: NDArray[np.uint32], terms: NDArray[np.uint32],
                   smallest: NDArray[np.uint32]) -> None:
     """Lower each number of a signature to the smallest image of the shingles."""
     for shingle in shingles:
@@ -23,7 +23,7 @@ def take_smallest(shingles: NDArray[np.uint32], factors: NDArray[np.uint32], ter
 
 
 @jit_compile
-def key_bands(signatures: NDArray[np.uint32], keys: NDArray[np.uint64]) -> None:
+def hash_bands(signatures: NDArray[np.uint32], keys: NDArray[np.uint64]) -> None:
     """Hash the numbers of each band of each signature, and the band's own; `keys` [n, bands] receives it."""
     rows = signatures.shape[1] // keys.shape[1]
     for i in range(len(signatures)):

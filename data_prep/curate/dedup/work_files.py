@@ -61,7 +61,7 @@ def read_array(path: Path) -> NDArray[Any]:
     return np.asarray(found)
 
 
-def parts_of(folder: Path) -> list[Path]:
+def list_part_files(folder: Path) -> list[Path]:
     """Return the files in the folders of a folder, in order, without those of a task that was killed."""
     return [file for part in sorted(folder.iterdir()) if not part.name.startswith(".")
             for file in sorted(part.iterdir())]
@@ -161,7 +161,7 @@ class Slice:
         return found
 
 
-def bucket_slice(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
+def open_bucket(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
     """Return a bucket of a file that `write_buckets` wrote; all of it is read once, for its checksum.
 
     Raises:
@@ -206,14 +206,14 @@ class Numbering:
         # `sorted` is stable: shards of one priority keep the order of the pipeline.
         self.shards = sorted(view.shards, key=lambda shard: -view.priority(shard.source))
         """All shards; a shard's place here is its rank."""
-        self.rank_of = {shard: rank for rank, shard in enumerate(self.shards)}
+        self.rank_by_shard = {shard: rank for rank, shard in enumerate(self.shards)}
 
 
-def ranks(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+def get_ranks(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
     return (numbers >> ROW_BITS).astype(np.int64)
 
 
-def rows(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
+def get_rows(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
     return (numbers & ROW_MASK).astype(np.int64)
 
 
@@ -249,12 +249,12 @@ class Register:
         found: NDArray[Any] = table[np.searchsorted(table["row"], wanted)]
         return found
 
-    def id_of(self, number: int) -> str:
+    def get_document_id(self, number: int) -> str:
         raw: bytes = self.at(number >> 32, np.array([number & 0xFFFFFFFF]))["id"][0]
         return raw.decode()
 
 
-def registered(view: View, shard: ShardRef, register: Register, rank: int) -> Iterator[list[Doc]]:
+def register_documents(view: View, shard: ShardRef, register: Register, rank: int) -> Iterator[list[Doc]]:
     """Yield a shard's documents in batches, and write down what they are when all have been."""
     known: list[tuple[int, int, str]] = []
     for batch in view.documents(shard):

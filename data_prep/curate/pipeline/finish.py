@@ -16,7 +16,8 @@ from data_prep.curate.pipeline.pipeline_file import named_columns
 from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link
 from data_prep.curate.pipeline.tasks import pass_marks
 from data_prep.damaged_files import explain_deletion, get_place_in_run
-from data_prep.shards.pack import PackSettings, PackSource, pack_sources
+from data_prep.shards.pack import PackSettings, PackSource
+from data_prep.shards.pack_run import pack_sources
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, FileRecord, create_folder, find_file_damage, manifest_sha256, read_manifest,
     translate_disk_errors, write_atomically)

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from data_prep.curate.line_ends import unify_line_ends
 from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
-from data_prep.curate.quality.identify import form_of
+from data_prep.curate.quality.identify import detect_form
 from data_prep.libraries import find_library_problems
 from megatron_sov.base.settings import SettingsProblem, to_problem
 
@@ -39,7 +39,7 @@ class RepairEncoding(Step):
     def _outcome(self, document: Doc) -> StepOutcome:
         text, num_lines = repair_encoding(document.text)
         # Programs may hold such sequences on purpose, as tests of encodings do.
-        if num_lines and document.columns.get("kind") != "math_code" and form_of(document.text) != "code":
+        if num_lines and document.columns.get("kind") != "math_code" and detect_form(document.text) != "code":
             return StepOutcome(text=text, values={"lines_repaired": num_lines})
         return StepOutcome(values={"lines_repaired": 0})
 

@@ -29,7 +29,7 @@ from megatron_sov.base.settings import SettingsProblem, Share, choice_from, to_p
 _SPACE = re.compile(r"\s")
 
 
-def pieces(text: str, num_pieces: int, piece_chars: int) -> list[str]:
+def sample_pieces(text: str, num_pieces: int, piece_chars: int) -> list[str]:
     """Return pieces spread evenly over a text, each begun behind a space where one is near.
 
     A text that is not longer than all of them together is one piece.
@@ -46,7 +46,7 @@ def pieces(text: str, num_pieces: int, piece_chars: int) -> list[str]:
     return found
 
 
-def windows_of_lines(text: str, num_windows: int, window_chars: int) -> str:
+def sample_lines(text: str, num_windows: int, window_chars: int) -> str:
     """Return whole lines from windows spread evenly over a text, joined; a line that is longer than a window
     is cut."""
     if len(text) <= num_windows * window_chars:
@@ -126,9 +126,9 @@ _COMMAND = re.compile(r"\\[A-Za-z]+\*?(?:\[[^\]\n]{0,100}\])?")
 _MARKER = re.compile(r"^[^\S\n]*[#/*;%\-\"'<!]+", re.MULTILINE)
 
 
-def form_of(text: str) -> Form:
+def detect_form(text: str) -> Form:
     """Return what form a text is of, by lines from all over it."""
-    text = windows_of_lines(text, _NUM_WINDOWS, _WINDOW_CHARS).strip()
+    text = sample_lines(text, _NUM_WINDOWS, _WINDOW_CHARS).strip()
     num_lines = len(_LINE.findall(text))
     # Cheap tests first; markup before code, for pages hold scripts and LaTeX is full of brackets.
     if _is_tagged(text) or _is_latex(text) or _is_data(text, num_lines):
@@ -161,12 +161,12 @@ def _is_data(text: str, num_lines: int) -> bool:
             and len(_STATEMENT.findall(text)) <= MAX_STATEMENT_LINE_SHARE * num_lines)
 
 
-def language_part(text: str, form: Form) -> str:
+def extract_language_text(text: str, form: Form) -> str:
     """Return what of a text is in a language of people: all prose; of code and markup, as far as windows from
     all over it go, the comments, and what is no tag and no command."""
     if form == "prose":
         return text
-    text = windows_of_lines(text, _NUM_WINDOWS, _LANGUAGE_WINDOW_CHARS)
+    text = sample_lines(text, _NUM_WINDOWS, _LANGUAGE_WINDOW_CHARS)
     if form == "code":
         blocks = [m.group() for m in _BLOCK.finditer(text)]
         lines = [m.group() for m in _COMMENT.finditer(_BLOCK.sub("", text))]
@@ -174,12 +174,12 @@ def language_part(text: str, form: Form) -> str:
     return _COMMAND.sub(" ", _TAG.sub(" ", _SCRIPT.sub(" ", text)))
 
 
-UNKNOWN = "und"
+UNKNOWN_LANGUAGE = "und"
 """ISO 639-2's code for a language that is not determined."""
 NUM_PIECES, PIECE_CHARS = 5, 300
 """Of a longer text, so many pieces of so many characters are looked at."""
 
-ONE_LANGUAGE = {
+LANGUAGE_BY_SCRIPT = {
     "HANGUL": "ko", "THAI": "th", "KANA": "ja", "CJK": "zh", "GREEK": "el", "HEBREW": "he", "ARMENIAN": "hy",
     "GEORGIAN": "ka", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml", "GUJARATI": "gu",
     "GURMUKHI": "pa", "ORIYA": "or", "SINHALA": "si", "KHMER": "km", "LAO": "lo", "MYANMAR": "my",
@@ -196,7 +196,7 @@ _SHARED = {
              "gug guw ha hr ht hu id ig is it jv kab kik ku la lb lg lij ln lt ltg lv mg ms mt nl nn no nso "
              "oc om pcm pl pt qu ro rw se sk sl sn so sq sr st sv sw tk tl tr uz vec vi vo wa xh yo zu",
 }
-SHARED = {script: frozenset(names.split()) for script, names in _SHARED.items()}
+LANGUAGES_BY_SCRIPT = {script: frozenset(names.split()) for script, names in _SHARED.items()}
 """Script -> the languages of the model that are written in it."""
 _COMMON_NAMES = ("en ru de ja zh es fr it pt pl nl id tr vi cs ko fa ar sv uk hu el ro da th fi no sk bg hr "
                  "he lt sr sl ca et hi bn lv ta sq az ka mk kk ml te ur mr ms gl ne eu sw tl af")
@@ -206,11 +206,12 @@ _RARE_WEIGHT = 0.2
 """What the model's probability of a language that is not common is multiplied by."""
 _WEIGHTS = {"ms": 0.1}
 """The same for single ones: Malay reads like Indonesian, of which the web has some twenty times as much."""
-FOLDED = {"ary": "ar", "arz": "ar", "uzs": "uz", "sdh": "ku", "nn": "no"}
+PARENT_LANGUAGES = {"ary": "ar", "arz": "ar", "uzs": "uz", "sdh": "ku", "nn": "no"}
 """Label of the model -> the ISO 639-1 code of the language that it is a variety of."""
-KNOWN = frozenset({*ONE_LANGUAGE.values(), *SHARED["LATIN"].union(*SHARED.values())} - set(FOLDED))
+KNOWN_LANGUAGES = frozenset(LANGUAGE_BY_SCRIPT.values()).union(
+    *LANGUAGES_BY_SCRIPT.values()) - set(PARENT_LANGUAGES)
 """All languages that are told apart."""
-NOISE = "zxx"
+NOISE_LABEL = "zxx"
 """The model's label for what is in no language: numbers, names of variables."""
 _CHAR_WEIGHT = {"HANGUL": 3, "CJK": 3, "KANA": 3}
 """Letters of Latin that say about as much as one character of the script (UTF-8 bytes as a measure)."""
@@ -221,7 +222,7 @@ _SETTLED_SHARE = 0.8
 _NO_WORDS = re.compile(r"\S*(?://|@|www\.|\\)\S*|[\d_]+")
 
 
-def identify(text: str) -> tuple[str, float]:
+def identify_language(text: str) -> tuple[str, float]:
     """Return (language as ISO 639-1, or ISO 639-3 where there is none, or `UNKNOWN`; score from 0 to 1).
 
     The score is the share of the text's letters that are in the language, times how sure the model is where
@@ -229,21 +230,21 @@ def identify(text: str) -> tuple[str, float]:
     """
     found: dict[str, float] = defaultdict(float)
     total = 0.0
-    for piece in pieces(text, NUM_PIECES, PIECE_CHARS):
+    for piece in sample_pieces(text, NUM_PIECES, PIECE_CHARS):
         scripts = _scripts(piece)
         weight = sum(scripts.values())
         # Where one script settles the piece, letters of a shared one are names and quotes: asking the model
         # would cost time and add noise.
-        largest = max((n for script, n in scripts.items() if script in ONE_LANGUAGE), default=0)
+        largest = max((n for script, n in scripts.items() if script in LANGUAGE_BY_SCRIPT), default=0)
         total += weight
         for script, letters in scripts.items():
-            if language := ONE_LANGUAGE.get(script):
+            if language := LANGUAGE_BY_SCRIPT.get(script):
                 found[language] += letters
-            elif script in SHARED and largest < _SETTLED_SHARE * weight:
+            elif script in LANGUAGES_BY_SCRIPT and largest < _SETTLED_SHARE * weight:
                 for name, share in _by_model(_NO_WORDS.sub(" ", piece), script):
                     found[name] += letters * share
     if not found:
-        return UNKNOWN, 0.0
+        return UNKNOWN_LANGUAGE, 0.0
     language, weight = max(found.items(), key=lambda item: (item[1], item[0]))
     return language, min(weight / total, 1.0)
 
@@ -266,35 +267,35 @@ def _by_model(piece: str, script: str) -> list[tuple[str, float]]:
     """Return (language, probability) among the languages of a script, and noise, which is left out."""
     # Labels of other scripts are left out before shares are taken; noise stays in, and lowers the score of
     # what is no language.
-    ranked = [(label, p * _weight(label)) for label, p in _model().rank(piece)
-              if label in SHARED[script] or label == NOISE]
+    ranked = [(label, p * _weight(label)) for label, p in _load_model().rank(piece)
+              if label in LANGUAGES_BY_SCRIPT[script] or label == NOISE_LABEL]
     total = math.fsum(p for _, p in ranked)
     if total <= 0:
         return []
-    return [(FOLDED.get(label, label), p / total) for label, p in ranked if label != NOISE]
+    return [(PARENT_LANGUAGES.get(label, label), p / total) for label, p in ranked if label != NOISE_LABEL]
 
 
 def _weight(label: str) -> float:
-    return _WEIGHTS.get(label, 1.0 if label in _COMMON or label == NOISE else _RARE_WEIGHT)
+    return _WEIGHTS.get(label, 1.0 if label in _COMMON or label == NOISE_LABEL else _RARE_WEIGHT)
 
 
-def model_file() -> Path:
+def get_model_file() -> Path:
     # Imported late: the library is optional, and loads for long.
     from py3langid.langid import MODEL_DIR, MODEL_FILE
     return Path(MODEL_DIR) / MODEL_FILE
 
 
 @lru_cache(maxsize=1)
-def _model() -> Any:
+def _load_model() -> Any:
     from py3langid.langid import LanguageIdentifier
-    return LanguageIdentifier.from_model_file(model_file(), norm_probs=True)
+    return LanguageIdentifier.from_model_file(get_model_file(), norm_probs=True)
 
 
 @dataclass(frozen=True)
 class LanguageSettings:
     """What the step `language` keeps."""
 
-    keep: tuple[Annotated[str, choice_from(lambda: KNOWN)], ...] = ()
+    keep: tuple[Annotated[str, choice_from(lambda: KNOWN_LANGUAGES)], ...] = ()
     """Languages that stay, as ISO 639-1 codes such as ko, en; none: all of them."""
     min_score: Share = 0.5
     """Below this score the language of a document is not sure enough to stay."""
@@ -316,14 +317,14 @@ class Language(Step):
 
     def files(self) -> Sequence[Path]:
         """Return the model, so that another one is another step."""
-        return [model_file()]
+        return [get_model_file()]
 
     def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [self._outcome(document.text) for document in documents]
 
     def _outcome(self, text: str) -> StepOutcome:
-        form = form_of(text)
-        language, score = identify(language_part(text, form))
+        form = detect_form(text)
+        language, score = identify_language(extract_language_text(text, form))
         values = {"language": language, "language_score": score, "form": form}
         return StepOutcome(reason=self._reason(language, score, form), values=values)
 
@@ -333,7 +334,7 @@ class Language(Step):
         # Code counts before its language: comments are too short to judge a file by.
         if form == "code":
             return ""
-        if language == UNKNOWN:
+        if language == UNKNOWN_LANGUAGE:
             return "no language" if self.settings.keep or self.settings.min_score else ""
         if score < self.settings.min_score:
             return "language not sure"

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome, View
-from data_prep.curate.scoring.labels import HIGHEST, Kind
-from data_prep.curate.scoring.scorer import Scorer, load_scorer, scorer_files, scorer_problems
+from data_prep.curate.scoring.labels import HIGHEST_LABELS, Kind
+from data_prep.curate.scoring.scorer import Scorer, find_scorer_problems, list_scorer_files, load_scorer
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, NotNegative, ProblemCode, SettingsProblem, Share)
 
 
 @dataclass(frozen=True)
-class GradeSettings:
+class ScoreStepSettings:
     """Settings of both steps."""
 
     model: Path
@@ -34,42 +34,42 @@ class GradeSettings:
     min_score: NotNegative | None = None
     """Documents with a lower score are dropped; without it all are kept."""
 
-    wanted: ClassVar[Kind]
+    scorer_kind: ClassVar[Kind]
     """What the model has to be."""
 
     def problems(self) -> list[SettingsProblem]:
-        p = scorer_problems("model", self.model, self.wanted)
-        highest = HIGHEST[self.wanted]
+        p = find_scorer_problems("model", self.model, self.scorer_kind)
+        highest = HIGHEST_LABELS[self.scorer_kind]
         if self.min_score is not None and self.min_score > highest:
             p.append(SettingsProblem(ProblemCode.RULE, "min_score",
                                      f"must be at most {highest}, the highest score of a "
-                                     f"{self.wanted}", self.min_score))
+                                     f"{self.scorer_kind}", self.min_score))
         return p
 
 
 @dataclass(frozen=True)
-class QualitySettings(GradeSettings):
+class QualitySettings(ScoreStepSettings):
     """Settings of `quality`."""
 
-    wanted: ClassVar[Kind] = "classifier"
+    scorer_kind: ClassVar[Kind] = "classifier"
 
 
 @dataclass(frozen=True)
-class EducationSettings(GradeSettings):
+class EducationSettings(ScoreStepSettings):
     """Settings of `education`."""
 
-    wanted: ClassVar[Kind] = "regressor"
+    scorer_kind: ClassVar[Kind] = "regressor"
 
 
 class _Grade(Step):
     """A column of scores, named like the step."""
 
-    def __init__(self, settings: GradeSettings) -> None:
+    def __init__(self, settings: ScoreStepSettings) -> None:
         super().__init__(settings)
         self._scorer: Scorer | None = None
 
     def files(self) -> Sequence[Path]:
-        return scorer_files(Path(self.settings.model))
+        return list_scorer_files(Path(self.settings.model))
 
     def start(self, view: View) -> None:
         self._scorer = load_scorer(Path(self.settings.model))
@@ -133,7 +133,7 @@ class KindSettings:
     def problems(self) -> list[SettingsProblem]:
         p = []
         for name, folder in self.domains.items():
-            p += scorer_problems(f"domains.{name}", folder, "classifier")
+            p += find_scorer_problems(f"domains.{name}", folder, "classifier")
         return p
 
 
@@ -152,7 +152,7 @@ class ScorerKind(Step):
     def files(self) -> Sequence[Path]:
         """Return what decides the classifiers' scores."""
         return [file for _, folder in sorted(self.settings.domains.items())
-                for file in scorer_files(Path(folder))]
+                for file in list_scorer_files(Path(folder))]
 
     def start(self, view: View) -> None:
         self._scorers = {name: load_scorer(Path(folder))

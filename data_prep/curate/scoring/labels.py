@@ -19,7 +19,7 @@ from megatron_sov.base.errors import RowProblems, UserError
 
 Kind = Literal["classifier", "regressor"]
 KINDS: tuple[Kind, ...] = ("classifier", "regressor")
-HIGHEST: dict[Kind, int] = {"classifier": 1, "regressor": 5}
+HIGHEST_LABELS: dict[Kind, int] = {"classifier": 1, "regressor": 5}
 """Kind -> the highest label; the lowest one is 0."""
 MIN_LABELS, MIN_PER_CLASS = 50, 10
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(?:[-_][A-Za-z0-9]{1,8}){0,3}")
@@ -84,7 +84,7 @@ def read_labels(file: Path, kind: Kind, max_chars: int, *, least: int = 1) -> tu
     return labels, num_again
 
 
-def refuse_one_class(file: Path, labels: Sequence[Label], kind: Kind) -> None:
+def check_label_variety(file: Path, labels: Sequence[Label], kind: Kind) -> None:
     """Raise `UserError` where labels cannot teach anything: a class is missing or nearly so, or all labels
     are the same."""
     counts = Counter(item.label for item in labels)
@@ -99,7 +99,7 @@ def refuse_one_class(file: Path, labels: Sequence[Label], kind: Kind) -> None:
                             f"classifier needs at least {MIN_PER_CLASS} of each of 0 and 1")
 
 
-def split(labels: Sequence[Label]) -> LabelSplits:
+def split_labels(labels: Sequence[Label]) -> LabelSplits:
     """Cut labels into parts, by the hashes of their texts within each class, so that the same text lies on
     the same side whatever stands beside it."""
     parts = LabelSplits([], [], [])
@@ -118,7 +118,7 @@ def split(labels: Sequence[Label]) -> LabelSplits:
     return parts
 
 
-def values(labels: Sequence[Label]) -> np.ndarray:
+def get_label_values(labels: Sequence[Label]) -> np.ndarray:
     """Return the labels as float64."""
     return np.array([item.label for item in labels], np.float64)
 
@@ -134,12 +134,12 @@ def _problem(record: dict[str, Any], kind: Kind) -> str:
     if "label" not in record:
         return "has no field 'label'"
     if isinstance(label, bool) or not isinstance(label, (int, float)) or label != label:
-        scale = "0 (bad) or 1 (good)" if kind == "classifier" else f"from 0 to {HIGHEST[kind]}"
+        scale = "0 (bad) or 1 (good)" if kind == "classifier" else f"from 0 to {HIGHEST_LABELS[kind]}"
         return f"label = {label!r:.40} must be a number, {scale}"
     if kind == "classifier" and label not in (0, 1):
         return f"label = {label!r:.40} must be 0 or 1 (a scale from 0 to 5 is for --kind regressor)"
-    if not 0 <= label <= HIGHEST[kind]:
-        return f"label = {label!r:.40} must be from 0 to {HIGHEST[kind]}"
+    if not 0 <= label <= HIGHEST_LABELS[kind]:
+        return f"label = {label!r:.40} must be from 0 to {HIGHEST_LABELS[kind]}"
     if language and not (isinstance(language, str) and _LANGUAGE.fullmatch(language)):
         return f"language = {language!r:.40} must be a code such as \"ko\""
     return ""
@@ -148,11 +148,11 @@ def _problem(record: dict[str, Any], kind: Kind) -> str:
 _OWN = {"classifier": (("brier", "Brier score"),),
         "regressor": (("spearman", "Spearman"), ("mean_absolute_error", "mean error"))}
 """Kind -> figures that it alone has, and what they are called."""
-KEEPS = {"classifier": 0.5, "regressor": 3.0}
+GOOD_SCORES = {"classifier": 0.5, "regressor": 3.0}
 """The score from which a text counts as good; 3 is FineWeb-Edu's."""
 
 
-def judge(kind: Kind, labels: Sequence[Label], scores: np.ndarray) -> dict[str, Any]:
+def compute_metrics(kind: Kind, labels: Sequence[Label], scores: np.ndarray) -> dict[str, Any]:
     """Return the figures of all labels, and under "languages" those of each language.
 
     `auc` or `spearman` is null where labels or scores do not differ.
@@ -160,15 +160,16 @@ def judge(kind: Kind, labels: Sequence[Label], scores: np.ndarray) -> dict[str, 
     languages = {}
     for name in sorted({item.language for item in labels}):
         places = [i for i, item in enumerate(labels) if item.language == name]
-        languages[name or "not said"] = _figures(kind, values([labels[i] for i in places]), scores[places])
-    return {**_figures(kind, values(labels), scores), "languages": languages}
+        chosen = get_label_values([labels[i] for i in places])
+        languages[name or "not said"] = _figures(kind, chosen, scores[places])
+    return {**_figures(kind, get_label_values(labels), scores), "languages": languages}
 
 
 def _figures(kind: Kind, labels: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
     from scipy.stats import spearmanr
     from sklearn.metrics import roc_auc_score
 
-    keeps = KEEPS[kind]
+    keeps = GOOD_SCORES[kind]
     # A regressor too is asked whether it keeps what is worth keeping.
     good, kept = labels >= keeps, scores >= keeps
     hits = int((good & kept).sum())
@@ -186,7 +187,7 @@ def _figures(kind: Kind, labels: np.ndarray, scores: np.ndarray) -> dict[str, An
             "mean_absolute_error": float(np.mean(np.abs(scores - labels)))}
 
 
-def describe_figures(kind: Kind, figures: dict[str, Any]) -> list[str]:
+def format_metrics(kind: Kind, figures: dict[str, Any]) -> list[str]:
     lines = [f"  {_line(kind, figures)}"]
     if len(figures["languages"]) > 1 or "not said" not in figures["languages"]:
         lines += [f"  {name}: {_line(kind, of)}" for name, of in figures["languages"].items()]
@@ -197,4 +198,4 @@ def _line(kind: Kind, figures: dict[str, Any]) -> str:
     names = (("auc", "AUC"), ("precision", "precision"), ("recall", "recall"), *_OWN[kind])
     shown = ", ".join(f"{name} {'-' if figures[key] is None else format(figures[key], '.4f')}"
                       for key, name in names)
-    return f"{figures['num_labels']:,} texts: {shown} (good: {KEEPS[kind]:g} or more)"
+    return f"{figures['num_labels']:,} texts: {shown} (good: {GOOD_SCORES[kind]:g} or more)"

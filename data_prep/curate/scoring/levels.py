@@ -158,10 +158,10 @@ class Level(Step):
             return None
         # Ties are broken by a hash of the place: any share of them can be taken, and always the same.
         hashed = int.from_bytes(blake2b(document.lot.encode(), digest_size=4).digest(), "little")
-        return _ordered(float(score)) << 32 | hashed
+        return _to_sortable(float(score)) << 32 | hashed
 
 
-def _ordered(score: float) -> int:
+def _to_sortable(score: float) -> int:
     """Return a float32 as a number of 32 bits that is larger where the float is."""
     bits = int((np.float32(score) + np.float32(0.0)).view(np.uint32))  # -0.0 is 0.0
     # IEEE floats sort as integers when the sign bit of positive ones is set and negative ones are flipped.

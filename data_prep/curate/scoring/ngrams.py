@@ -21,7 +21,7 @@ from data_prep.curate.scoring.ngram_settings import NgramSettings
 from megatron_sov.base.documents.compiled import jit_compile
 from megatron_sov.base.documents.scripts import SCORER_SCRIPTS, list_code_points
 
-SEPARATOR, LETTER, ALONE = 0, 1, 2
+SEPARATOR, LETTER, SINGLE = 0, 1, 2
 """What a character is: between units, part of a run, or a unit by itself."""
 _LAST_ASSIGNED = 0x20000
 _MASK = np.uint64(0xFFFFFFFF)
@@ -36,11 +36,7 @@ class Ngrams:
         self.settings = settings
         # One array for all texts: only the buckets that a text touched are cleared behind it.
         self._counts = np.zeros(settings.num_buckets, np.int32)
-        self._classes = classes()
-
-    @property
-    def width(self) -> int:
-        return self.settings.num_buckets
+        self._classes = build_character_classes()
 
     def units(self, text: str) -> list[str]:
         buffer, starts, ends, num_units = self._split(text)
@@ -83,7 +79,7 @@ class Ngrams:
 
 
 @lru_cache(maxsize=1)
-def classes() -> np.ndarray:
+def build_character_classes() -> np.ndarray:
     """Return what each code point is (uint8), by its category and block in Unicode."""
     table = np.zeros(0x110000, np.uint8)
     for code in range(_LAST_ASSIGNED):
@@ -91,12 +87,12 @@ def classes() -> np.ndarray:
         if category[0] in "LMN" or category in ("Pc", "Cf"):
             table[code] = LETTER
         elif category[0] in "PS" or category == "Co":
-            table[code] = ALONE
+            table[code] = SINGLE
     # Hangul has blanks, but its words carry so many endings that syllables in a row tell more of what is new
     for begin, end in list_code_points(SCORER_SCRIPTS):
         block = table[begin:end]
-        block[block == LETTER] = ALONE
-    table[_LAST_ASSIGNED : 0x40000] = ALONE
+        block[block == LETTER] = SINGLE
+    table[_LAST_ASSIGNED : 0x40000] = SINGLE
     return table
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.curate.scoring.labels import (
-    HIGHEST, MIN_LABELS, Kind, Label, judge, read_labels, refuse_one_class, split, values)
+    HIGHEST_LABELS, MIN_LABELS, Kind, Label, check_label_variety, compute_metrics, get_label_values,
+    read_labels, split_labels)
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.ngrams import Ngrams
 from megatron_sov.base.artifacts import (
@@ -63,7 +64,7 @@ class Scorer:
         s = self.settings
         z = s.slope * (self._features.dot(text, self._weights) + s.bias) + s.offset
         if s.kind == "regressor":
-            return float(np.float32(min(max(z, 0.0), float(HIGHEST[s.kind]))))
+            return float(np.float32(min(max(z, 0.0), float(HIGHEST_LABELS[s.kind]))))
         # Two forms of the logistic function: neither overflows.
         return float(np.float32(1.0 / (1.0 + math.exp(-z)) if z > 0 else math.exp(z) / (1.0 + math.exp(z))))
 
@@ -75,12 +76,12 @@ def write_scorer(folder: Path, settings: ScorerSettings, weights: np.ndarray) ->
     save_file({"weights": weights}, folder / WEIGHTS_FILE)
 
 
-def scorer_files(folder: Path) -> list[Path]:
+def list_scorer_files(folder: Path) -> list[Path]:
     """Return what decides the scores of an artifact: everything but its manifest, which has a date."""
     return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
 
 
-def scorer_problems(name: str, folder: Path, kind: Kind | None = None) -> list[SettingsProblem]:
+def find_scorer_problems(name: str, folder: Path, kind: Kind | None = None) -> list[SettingsProblem]:
     """Return why a folder is no scorer, or one of another kind, in a sentence; nothing where it is one.
 
     Args:
@@ -107,14 +108,14 @@ def load_scorer(folder: Path) -> Scorer:
     manifest = read_manifest(folder, ARTIFACT)
     if lacking := {SETTINGS_FILE, WEIGHTS_FILE} - set(manifest.files):
         raise UserError(f"{folder}: its manifest lists no {min(lacking)}; train the scorer again")
-    found = {p.relative_to(folder).as_posix() for p in scorer_files(folder)}
+    found = {p.relative_to(folder).as_posix() for p in list_scorer_files(folder)}
     if added := sorted(found - set(manifest.files)):
         raise UserError(f"{folder}: holds {added[0]}, which its manifest does not list; remove it")
     if problems := find_damaged_files(folder):
         raise UserError(f"{folder}: {problems[0]}; train the scorer again or restore it from a copy")
     settings = _settings(folder / SETTINGS_FILE)
     features = Ngrams(settings.features)
-    return Scorer(settings, features, _weights(folder / WEIGHTS_FILE, features.width))
+    return Scorer(settings, features, _weights(folder / WEIGHTS_FILE, settings.features.num_buckets))
 
 
 def _settings(file: Path) -> ScorerSettings:
@@ -179,7 +180,7 @@ def library_problems() -> list[str]:
     return []
 
 
-def fit(kind: Kind, rows: Any, labels: np.ndarray, calibration_rows: Any,
+def fit_scorer(kind: Kind, rows: Any, labels: np.ndarray, calibration_rows: Any,
         calibration_labels: np.ndarray) -> Fit:
     """Return the scorer that is best on the calibration part, calibrated there.
 
@@ -264,7 +265,7 @@ class TrainSettings:
     """How texts become rows."""
 
 
-def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def train_scorer(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Write an artifact of kind "scorer"; returns its content: counts and held-out figures.
 
     Raises:
@@ -275,13 +276,15 @@ def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> 
     check_output_folder(output, ARTIFACT, overwrite)
     labels, num_again = read_labels(settings.labels, settings.kind, settings.features.max_chars,
                                     least=MIN_LABELS)
-    refuse_one_class(settings.labels, labels, settings.kind)
-    parts = split(labels)
+    check_label_variety(settings.labels, labels, settings.kind)
+    parts = split_labels(labels)
     with create_artifact(output, ARTIFACT, overwrite=overwrite) as artifact:
         features = Ngrams(settings.features)
         with create_bar("reading texts", len(parts.fit) + len(parts.calibration), "text") as bar:
-            matrices = [_rows(features, bar_of(part, bar)) for part in (parts.fit, parts.calibration)]
-        fitted = fit(settings.kind, matrices[0], values(parts.fit), matrices[1], values(parts.calibration))
+            matrices = [_rows(features, iter_with_progress(part, bar))
+                        for part in (parts.fit, parts.calibration)]
+        fitted = fit_scorer(settings.kind, matrices[0], get_label_values(parts.fit),
+                            matrices[1], get_label_values(parts.calibration))
         found = ScorerSettings(settings.kind, settings.features, fitted.bias, fitted.slope, fitted.offset)
         write_scorer(artifact.path, found, fitted.weights)
         scorer = Scorer(found, features, fitted.weights)
@@ -290,11 +293,11 @@ def train(settings: TrainSettings, output: Path, *, overwrite: bool = False) -> 
         artifact.content = {
             "kind": settings.kind, "num_labels": len(labels), "num_repeated": num_again,
             "num_fit": len(parts.fit), "num_calibration": len(parts.calibration), "penalty": fitted.penalty,
-            "heldout": judge(settings.kind, parts.heldout, scores)}
+            "heldout": compute_metrics(settings.kind, parts.heldout, scores)}
     return artifact.content
 
 
-def check(model: Path, labels: Path) -> tuple[Kind, dict[str, Any]]:
+def evaluate_scorer(model: Path, labels: Path) -> tuple[Kind, dict[str, Any]]:
     """Return a scorer's kind, and its figures on other labels.
 
     Raises:
@@ -305,11 +308,11 @@ def check(model: Path, labels: Path) -> tuple[Kind, dict[str, Any]]:
     scorer = load_scorer(model)
     found, _ = read_labels(labels, scorer.kind, scorer.settings.features.max_chars)
     with create_bar("scoring", len(found), "text") as bar:
-        scores = np.array([scorer.score(item.text) for item in bar_of(found, bar)])
-    return scorer.kind, judge(scorer.kind, found, scores)
+        scores = np.array([scorer.score(item.text) for item in iter_with_progress(found, bar)])
+    return scorer.kind, compute_metrics(scorer.kind, found, scores)
 
 
-def bar_of(labels: list[Label], bar: Any) -> Iterable[Label]:
+def iter_with_progress(labels: list[Label], bar: Any) -> Iterable[Label]:
     for item in labels:
         yield item
         bar.update(1)
@@ -323,4 +326,4 @@ def _rows(features: Ngrams, labels: Iterable[Label]) -> Any:
     ends = np.cumsum([0, *(len(columns) for columns, _ in rows)])
     columns = np.concatenate([columns for columns, _ in rows])
     weights = np.concatenate([weights for _, weights in rows])
-    return csr_matrix((weights, columns, ends), shape=(len(rows), features.width))
+    return csr_matrix((weights, columns, ends), shape=(len(rows), features.settings.num_buckets))

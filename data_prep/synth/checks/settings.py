@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.curate.decontamination.step import text_in
+from data_prep.curate.decontamination.step import collect_text
 from data_prep.curate.pipeline.pipeline_file import Pipeline, read_pipeline
 from data_prep.synth.generator import Kind
 from megatron_sov.base.documents.messages import BadRecord, Messages
@@ -76,7 +76,7 @@ def _said(messages: Messages, *roles: str) -> Iterator[str]:
 
 def asked_in(record: Mapping[str, Any]) -> str:
     """Return what a record asks, or says, in the fields that such records have."""
-    return "\n\n".join(filter(str.strip, (text_in(record.get(name)) for name in TASK_FIELDS)))
+    return "\n\n".join(filter(str.strip, (collect_text(record.get(name)) for name in TASK_FIELDS)))
 
 
 DEFAULTS = Path(__file__).parent / "defaults"

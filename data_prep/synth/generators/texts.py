@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import numpy as np
 import yaml
 
-from data_prep.curate.quality.identify import KNOWN, UNKNOWN, form_of, identify, language_part
+from data_prep.curate.quality.identify import (
+    KNOWN_LANGUAGES, UNKNOWN_LANGUAGE, detect_form, extract_language_text, identify_language)
 from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.base.documents.scripts import LANGUAGES, count_letters_by_script
 from megatron_sov.base.settings import choice_from
@@ -46,7 +47,7 @@ MIN_DIGITS = 3
 """Numbers with fewer significant digits may be words in another text: 3 and three, 5 and May."""
 LanguageCode = Annotated[str, choice_from(lambda: LANGUAGES)]
 """A language whose script is known, as an ISO 639-1 code."""
-ToldApart = Annotated[str, choice_from(lambda: {"", *set(LANGUAGES) & KNOWN})]
+ToldApart = Annotated[str, choice_from(lambda: {"", *set(LANGUAGES) & KNOWN_LANGUAGES})]
 """A language that texts are found to be in, as an ISO 639-1 code, or none."""
 
 
@@ -63,13 +64,13 @@ def language_name(language: str) -> str:
 
 def language_of(text: str) -> str:
     """Return the likeliest language of a text as an ISO 639-1 code."""
-    return identify(text)[0]
+    return identify_language(text)[0]
 
 
 def sure_language(document: str) -> str:
     """Return the language of a document; empty where it is not sure, or its script is not known."""
-    language, score = identify(language_part(document, form_of(document)))
-    return language if score >= MIN_SCORE and language != UNKNOWN and language in LANGUAGES else ""
+    language, score = identify_language(extract_language_text(document, detect_form(document)))
+    return language if score >= MIN_SCORE and language != UNKNOWN_LANGUAGE and language in LANGUAGES else ""
 
 
 def in_language(text: str, language: str) -> bool:
@@ -82,9 +83,9 @@ def in_language(text: str, language: str) -> bool:
         return True
     if script.reward == 0 or script.components["foreign_share"] > MAX_FOREIGN_SHARE:
         return False
-    found, score = identify(text)
+    found, score = identify_language(text)
     is_long = sum(count_letters_by_script(text).values()) >= MIN_LETTERS
-    return not is_long or found in (language, UNKNOWN) or score < MIN_SCORE
+    return not is_long or found in (language, UNKNOWN_LANGUAGE) or score < MIN_SCORE
 
 
 def numbers_in(text: str) -> list[str]:

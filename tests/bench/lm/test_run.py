@@ -115,7 +115,7 @@ def test_a_checkpoint_split_over_processes_is_too(
     agrees(out, reference)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.deep)])
 def test_answers_of_a_checkpoint_end_where_those_of_its_folder_do(
         tp: int, task_dir: Path, hf_models: dict[str, Path], tmp_path: Path, as_one_rank: dict[str, str],
         run_command: Callable[..., subprocess.CompletedProcess[str]],

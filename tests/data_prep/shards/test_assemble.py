@@ -18,7 +18,8 @@ from data_prep.shards import assemble
 from data_prep.shards.assemble import (
     EncodedSource, ShardedWriter, iter_bad_records, survey_source, write_shards)
 from data_prep.shards.encode import Encoder, EncodingSettings
-from data_prep.shards.token_artifact import HeldoutRule, hash_document, open_split
+from data_prep.shards.heldout import HeldoutRule, hash_document
+from data_prep.shards.token_artifact import open_split
 from data_prep.shards.units import UnitEncoder, UnitSettings, compute_unit_key, open_unit
 from megatron_sov.base.documents import BadRecord, Conversation, Document, RecordReading, files, plan_units
 from megatron_sov.work.progress.resumable import part_folder
@@ -196,14 +197,14 @@ def test_what_is_stored_of_each_sequence(chosen: UnitSettings, tmp_path: Path) -
                                                   len("line 1 한국어".encode()), 9]
     assert (stored.sequences["id"] != 0).tolist() == [True, True, False] and stored.kinds is None
     assert stored.sequences["tokens"].sum() == len(stored.tokens) == record.num_tokens
-    assert [(r["span"], r["line"], r["code"]) for r in stored.bad_rows()] == [(0, 2, "json")]
+    assert [(r["span"], r["line"], r["code"]) for r in stored.iter_bad_rows()] == [(0, 2, "json")]
     assert record.num_bad == {"json": 1} and record.num_lines == (4, 0)
 
 
 def test_a_bad_record_is_kept_though_its_reason_names_no_text(chosen: UnitSettings, tmp_path: Path) -> None:
     [unit] = plan_units([write_lines(tmp_path, "a.jsonl", [LINES[0], '{"\\ud800": 1}'])])
     record = UnitEncoder(chosen, tmp_path / "work").encode(unit)
-    [row] = open_unit(tmp_path / "work", record.key, "uint16").bad_rows()
+    [row] = open_unit(tmp_path / "work", record.key, "uint16").iter_bad_rows()
     assert row["code"] == "fields" and "(fields: ?)" in row["reason"]
 
 
@@ -227,6 +228,6 @@ def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: 
     record = UnitEncoder(dataclasses.replace(chosen, reading=RecordReading("chat")),
                          tmp_path / "work").encode(unit)
     stored = open_unit(tmp_path / "work", record.key, "uint16")
-    assert [r["line"] - 1 for r in stored.bad_rows()] == list(refused)
+    assert [r["line"] - 1 for r in stored.iter_bad_rows()] == list(refused)
     assert [line - 1 for line in stored.sequences["line"].tolist()] == [
         i for i in range(20) if i not in refused]

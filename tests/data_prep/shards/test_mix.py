@@ -12,9 +12,10 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.shards import mix as mix_module
+from data_prep.shards.heldout import hash_document
 from data_prep.shards.mix import MixPart, parse_part, write_mix
-from data_prep.shards.pack import PackSettings, PackSource, pack_sources
-from data_prep.shards.token_artifact import hash_document
+from data_prep.shards.pack import PackSettings, PackSource
+from data_prep.shards.pack_run import pack_sources
 from data_prep.shards.verify import verify_shards
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import Document, RecordReading

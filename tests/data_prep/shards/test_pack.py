@@ -24,7 +24,8 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.shards.pack import PackSettings, PackSource, pack_sources, parse_sources
+from data_prep.shards.pack import PackSettings, PackSource, parse_sources
+from data_prep.shards.pack_run import pack_sources
 from data_prep.shards.token_artifact import open_split
 from megatron_sov.base.artifacts import FileRecord, manifest_sha256, read_manifest
 from megatron_sov.base.documents import RecordReading, files
@@ -247,17 +248,17 @@ def test_a_tiny_source_is_never_held_out_wholly(tokenizers: dict[str, Path], tmp
 UNIT_BYTES = 25_000
 STOPS = f"""
 import sys, time
-from data_prep.shards import pack
+from data_prep.shards import pack_run
 from data_prep.cli import main
 from megatron_sov.base.documents import files
 
 files.plan_units.__defaults__ = ({UNIT_BYTES},)
-encode_units = pack.encode_units
+encode_units = pack_run.encode_units
 def stops_after_one(*arguments):
     for record in encode_units(*arguments):
         yield record
         time.sleep(600)
-pack.encode_units = stops_after_one
+pack_run.encode_units = stops_after_one
 main(sys.argv[1:])
 """
 """`sov-data ARGUMENTS`, which waits for ever behind its first unit; its workers finish what they have."""

@@ -14,7 +14,8 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.shards.pack import PackSettings, PackSource, pack_sources
+from data_prep.shards.pack import PackSettings, PackSource
+from data_prep.shards.pack_run import pack_sources
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.train.data.token_shards import open_sources

@@ -14,10 +14,12 @@ from hypothesis import given, settings, strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from data_prep.cli import main
-from data_prep.shards.pack import PackSettings, PackSource, pack_sources
+from data_prep.shards.heldout import HeldoutRule, hash_document
+from data_prep.shards.pack import PackSettings, PackSource
+from data_prep.shards.pack_run import pack_sources
 from data_prep.shards.token_artifact import (
-    CONTENT_VERSION, HeldoutRule, choose_token_dtype, format_table, get_sidecars, hash_document, iter_shards,
-    open_split, read_tokens_manifest)
+    CONTENT_VERSION, choose_token_dtype, format_table, get_sidecars, iter_shards, open_split,
+    read_tokens_manifest)
 from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.documents import Conversation, Document, Message
 from megatron_sov.base.documents.shard_files import IndexedWriter
@@ -131,7 +133,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     write(prefix, [[1, 2], [3]], "uint16")
     good = (tmp_path / "s.idx").read_bytes()
     swapped = good[:34] + struct.pack("<ii", 1, 2) + good[42:]
-    for raw, rule in ((b"short", "has 5 bytes"), (b"X" + good[1:], "no index of version 1"),
+    for raw, rule in ((b"short", "has 5 bytes"), (b"X" + good[1:], "not an index of version 1"),
                       (good + b"\0", "does not fit its 2"), (swapped, "without gaps")):
         (tmp_path / "s.idx").write_bytes(raw)
         with pytest.raises(UserError, match=rule):
@@ -208,13 +210,13 @@ def split_of(rule: HeldoutRule, hash_: int) -> bool:
 
 def test_a_small_source_gives_up_its_smallest_hash() -> None:
     rule = HeldoutRule(1e-9)
-    rule.learn_source(1 << 60, (1 << 64) - 1)
+    rule.add_source(1 << 60, (1 << 64) - 1)
     assert split_of(rule, 1 << 60) and not split_of(rule, (1 << 64) - 1)
-    rule.learn_source(1 << 61, 1 << 61)  # one document, however often: it is needed for training
+    rule.add_source(1 << 61, 1 << 61)  # one document, however often: it is needed for training
     assert not split_of(rule, 1 << 61)
-    assert not rule.keep_one((1 << 64) - 1), "it is trained on anyway"
-    assert rule.keep_one(1 << 60) and not split_of(rule, 1 << 60), "a twin elsewhere was chosen"
-    assert rule.keep_one(5) and not split_of(rule, 5) and split_of(rule, 4)
+    assert not rule.keep_for_training((1 << 64) - 1), "it is trained on anyway"
+    assert rule.keep_for_training(1 << 60) and not split_of(rule, 1 << 60), "a twin elsewhere was chosen"
+    assert rule.keep_for_training(5) and not split_of(rule, 5) and split_of(rule, 4)
     none = HeldoutRule(0.0)
-    none.learn_source(1, 2)
+    none.add_source(1, 2)
     assert not split_of(none, 1)

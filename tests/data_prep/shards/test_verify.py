@@ -14,7 +14,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_prep.cli import main
-from data_prep.shards.pack import PackSettings, PackSource, pack_sources
+from data_prep.shards.pack import PackSettings, PackSource
+from data_prep.shards.pack_run import pack_sources
 from data_prep.shards.sample import sample_documents
 from data_prep.shards.stats import compute_statistics
 from data_prep.shards.token_artifact import SIDECARS

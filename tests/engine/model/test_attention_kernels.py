@@ -56,7 +56,7 @@ def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int], b
     (set[int](), False, "auto"), ({0}, False, "local"), ({128}, False, "local"), ({128}, True, "auto")])
 def test_auto_is_our_attention_where_transformer_engine_has_no_kernel_for_packed_rows(
         rejected: set[int], flash: bool, attention: str, rejecting: Callable[[set[int], bool], None],
-        caplog: pytest.LogCaptureFixture) -> None:
+        logged: list[logging.LogRecord]) -> None:
     """Otherwise it would silently compute whole-row products: 11 of the 12 s of a step on an H200. `fused`
     accepts cuDNN only, whatever else is installed."""
     rejecting(rejected, flash)
@@ -69,4 +69,4 @@ def test_auto_is_our_attention_where_transformer_engine_has_no_kernel_for_packed
             gpu_settings.check_gpu_settings(fused, te=True)  # as before a run
     else:
         gpu_settings.check_gpu_settings(fused, te=True)
-    assert not caplog.records, "what it says is for us"
+    assert not logged, "what it says is for us"

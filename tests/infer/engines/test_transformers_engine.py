@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,14 +26,14 @@ PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8], list(range(100, 140))]
 
 
 def test_generation_defaults_of_the_folder_are_ignored(hf_models: dict[str, Path], tmp_path: Path,
-                                                       caplog) -> None:
+                                                       logged: list[logging.LogRecord]) -> None:
     plain = HfEngine(load_hf(hf_models["solar_open"])).generate(PROMPTS, Sampling(10)).continuations
     opinionated = shutil.copytree(hf_models["solar_open"], tmp_path / "opinionated")
     defaults = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "eos_token_id": plain[0][0]}
     (opinionated / "generation_config.json").write_text(json.dumps(defaults))
     assert HfEngine(load_hf(opinionated)).generate(PROMPTS, Sampling(10)).continuations == plain
     assert all(len(c) == 10 for c in plain)
-    assert not caplog.records
+    assert not logged
 
 
 def test_ignored_config_fields_are_rejected(hf_models: dict[str, Path], tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def keys_below(cls: Any = RunConfig, prefix: str = "") -> Iterator[str]:
             yield prefix + field.name
 
 
-@pytest.mark.tier1_cases(3)
+@pytest.mark.tier1_cases(2)
 @pytest.mark.essential
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_setting_is_taken_or_refused_by_its_decider(stage: str) -> None:

@@ -112,6 +112,7 @@ def test_eval_media_scores_generated_pictures(site: Path, capsys: pytest.Capture
     assert [file.parent.name for file in Path("made").rglob("*.png")][:1] == ["text-image"]
 
 
+@pytest.mark.deep
 def test_missing_training_data_are_reported(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = "generate model --audio word.wav --audio-tokenizer sounds --max-new-tokens 2"
     assert cli.main(shlex.split(line)) == 0

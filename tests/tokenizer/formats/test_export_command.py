@@ -22,7 +22,7 @@ PROSE = ("The quick brown fox doesn't jump over 12 lazy dogs.\n\n  다람쥐 헌
          "กำลังเรียนภาษาไทย " * 40)
 
 
-@pytest.fixture(scope="module", params=["solar-open", "k-exaone"])
+@pytest.fixture(scope="module", params=[pytest.param("solar-open", marks=pytest.mark.deep), "k-exaone"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("export")
     (root / "prose.txt").write_text(PROSE)

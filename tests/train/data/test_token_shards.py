@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.shards.pack import PackSettings, PackSource, pack_sources
+from data_prep.shards.pack import PackSettings, PackSource
+from data_prep.shards.pack_run import pack_sources
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.shard_files import pack_flags

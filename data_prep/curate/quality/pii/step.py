@@ -94,7 +94,7 @@ _API_KEY = re.compile(
 # Finding phone numbers: set out as such, and valid by the numbering plan of a country of the language.
 
 
-def phones(text: str, language: str) -> Iterator[Span]:
+def find_phones(text: str, language: str) -> Iterator[Span]:
     """Yield phone numbers: with a country code, or valid in a country of the language and set out as a number
     is there; bare digits only where they are a mobile phone's."""
     parts = [m.span() for m in _PART.finditer(text)]
@@ -205,7 +205,7 @@ def is_iban(text: str) -> bool:
     return int("".join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
 
 
-def emails(text: str, language: str) -> Iterator[Span]:
+def find_emails(text: str, language: str) -> Iterator[Span]:
     if "@" in text:
         for m in _EMAIL.finditer(text):
             if not (_NO_DOMAIN.search(m.group().rpartition("@")[2]) or ".." in m.group()
@@ -213,7 +213,7 @@ def emails(text: str, language: str) -> Iterator[Span]:
                 yield m.span()
 
 
-def addresses(text: str, language: str) -> Iterator[Span]:
+def find_ip_addresses(text: str, language: str) -> Iterator[Span]:
     """Yield IP addresses that are reached from anywhere, so that they may be someone's; none of private
     networks and of documentation, none behind the word version."""
     for pattern in (_IP4, _IP6):
@@ -236,21 +236,21 @@ def _proven(text: str, pattern: re.Pattern[str], check: Callable[[str], bool], b
             yield m.span()
 
 
-def cards(text: str, language: str) -> Iterator[Span]:
+def find_cards(text: str, language: str) -> Iterator[Span]:
     yield from _proven(text, _CARD, is_card, bare=True)
 
 
-def korean_rrns(text: str, language: str) -> Iterator[Span]:
+def find_korean_rrns(text: str, language: str) -> Iterator[Span]:
     """Yield Korean resident registration numbers; bare digits only in Korean text."""
     yield from _proven(text, _RRN, is_korean_rrn, bare=language == "ko")
 
 
-def thai_ids(text: str, language: str) -> Iterator[Span]:
+def find_thai_ids(text: str, language: str) -> Iterator[Span]:
     """Yield Thai identification numbers; bare digits only in Thai text."""
     yield from _proven(text, _THAI_ID, is_thai_id, bare=language == "th")
 
 
-def ibans(text: str, language: str) -> Iterator[Span]:
+def find_ibans(text: str, language: str) -> Iterator[Span]:
     for m in _IBAN.finditer(text):
         # The pattern may reach into the words behind an account: its country's length says where it ends.
         places = [place for place in range(*m.span(1)) if text[place] != " "]
@@ -263,13 +263,13 @@ def ibans(text: str, language: str) -> Iterator[Span]:
             yield m.start(), stop
 
 
-def api_keys(text: str, language: str) -> Iterator[Span]:
+def find_api_keys(text: str, language: str) -> Iterator[Span]:
     yield from (m.span() for m in _API_KEY.finditer(text))
 
 
 FINDERS: dict[str, Callable[[str, str], Iterator[Span]]] = {
-    "api_key": api_keys, "email": emails, "iban": ibans, "korean_rrn": korean_rrns, "thai_id": thai_ids,
-    "card": cards, "ip": addresses, "phone": phones,
+    "api_key": find_api_keys, "email": find_emails, "iban": find_ibans, "korean_rrn": find_korean_rrns,
+    "thai_id": find_thai_ids, "card": find_cards, "ip": find_ip_addresses, "phone": find_phones,
 }
 """Kind -> its finder, given a text and its language; of spans that overlap the kind that stands first here
 has it."""
@@ -300,7 +300,7 @@ class PiiSettings:
     """Of them, those that are masked in code and markup too, where a masked number would break what runs."""
     placeholder: Annotated[str, Bound(_other_braces)] = "[{name}]"
     """What stands in the place; {name}: what it was, in the document's language."""
-    names_in: Annotated[str, choice_from(lambda: ("", *masked_names()["email"]))] = ""
+    names_in: Annotated[str, choice_from(lambda: ("", *load_masked_names()["email"]))] = ""
     """Language of the names; "": each document's own, and English where there are no names in it."""
 
     def problems(self) -> list[SettingsProblem]:
@@ -309,7 +309,7 @@ class PiiSettings:
 
 
 @lru_cache(maxsize=1)
-def masked_names() -> dict[str, dict[str, str]]:
+def load_masked_names() -> dict[str, dict[str, str]]:
     """Return kind -> language -> what stands in its place."""
     names: dict[str, dict[str, str]] = yaml.safe_load(NAMES_FILE.read_text(encoding="utf-8"))
     return names
@@ -334,7 +334,7 @@ class Pii(Step):
         in_prose = (document.columns.get("form") or "prose") == "prose"
         kinds = [kind for kind in FINDERS
                  if kind in self.settings.mask and (in_prose or kind in self.settings.mask_in_code)]
-        spans = found_in(document.text, language, kinds)
+        spans = find_personal_data(document.text, language, kinds)
         if not spans:
             return StepOutcome(values={"pii": ""})
         counts = {kind: sum(of == kind for _, _, of in spans) for kind in kinds}
@@ -344,14 +344,14 @@ class Pii(Step):
     def _masked(self, text: str, spans: list[tuple[int, int, str]], language: str) -> str:
         parts, end = [], 0
         for start, stop, kind in spans:
-            names = masked_names()[kind]
+            names = load_masked_names()[kind]
             name = names.get(language, names["en"])
             parts += [text[end:start], self.settings.placeholder.replace(NAME, name)]
             end = stop
         return "".join([*parts, text[end:]])
 
 
-def found_in(text: str, language: str, kinds: Sequence[str]) -> list[tuple[int, int, str]]:
+def find_personal_data(text: str, language: str, kinds: Sequence[str]) -> list[tuple[int, int, str]]:
     """Return (start, stop, kind) of what is found, in order; where spans overlap, the one of the kind that is
     named first."""
     taken: list[tuple[int, int, str]] = []

@@ -29,7 +29,7 @@ _CLOSING = "\"'”’»)」』"
 _END = re.compile(rf"[{re.escape(_MARKS)}…]+[{_CLOSING}]*(?=\s|$)|[。！？｡．]+[{_CLOSING}]*")
 
 
-def num_sentences(text: str) -> int:
+def count_sentences(text: str) -> int:
     """Return how many sentences a text has: one for each end, and one for what stands behind the last."""
     ends = [m.end() for m in _END.finditer(text)]
     return len(ends) + (text[ends[-1] if ends else 0:].strip() != "")
@@ -119,7 +119,7 @@ class Thresholds:
 # The rules of each language, read from languages.yaml.
 
 LANGUAGES_FILE = Path(__file__).with_name("languages.yaml")
-ENGLISH, OTHER, COMMON = "en", "other", "common"
+ENGLISH, OTHER_LANGUAGES, COMMON = "en", "other", "common"
 """Keys of the file: the language without the common thresholds, the rules of all languages without a key of
 their own, and the common thresholds."""
 
@@ -141,12 +141,12 @@ class LanguageRules:
     thresholds: Thresholds
     """What a document may be."""
 
-    def num_stop_words(self, text: str, vocabulary: list[str]) -> int:
+    def count_stop_words(self, text: str, vocabulary: list[str]) -> int:
         if self.unit == "characters":
             return sum(word in text for word in self.stop_words)
         return len(self.stop_words.intersection(vocabulary))
 
-    def num_words(self, line: str, words: list[str]) -> float:
+    def count_words(self, line: str, words: list[str]) -> float:
         """Return how many words a line has, given what stands between its spaces."""
         return len(words) if self.unit == "words" else sum(map(len, words)) / self.chars_per_word
 
@@ -157,13 +157,13 @@ def _languages() -> dict[str, dict[str, Any]]:
     return found
 
 
-def known_languages() -> tuple[str, ...]:
-    return tuple(sorted(set(_languages()) - {OTHER, COMMON}))
+def list_languages() -> tuple[str, ...]:
+    return tuple(sorted(set(_languages()) - {OTHER_LANGUAGES, COMMON}))
 
 
 @lru_cache(maxsize=256)
-def language_rules(code: str) -> LanguageRules:
-    code = code if code in known_languages() else OTHER
+def load_language_rules(code: str) -> LanguageRules:
+    code = code if code in list_languages() else OTHER_LANGUAGES
     raw = _languages()[code]
     thresholds = {**({} if code == ENGLISH else _languages()[COMMON]), **raw["thresholds"]}
     return LanguageRules(
@@ -172,7 +172,7 @@ def language_rules(code: str) -> LanguageRules:
         thresholds=Thresholds(**thresholds))
 
 
-def with_thresholds(rules: LanguageRules, changes: dict[str, Any]) -> LanguageRules:
+def replace_thresholds(rules: LanguageRules, changes: dict[str, Any]) -> LanguageRules:
     return dataclasses.replace(rules, thresholds=dataclasses.replace(rules.thresholds, **changes))
 
 
@@ -183,7 +183,7 @@ _END_MARKS = (".", "?", "!", '"', "'", "。", "！", "？", "」", "』", "”",
 _POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 
 
-def c4(text: str, rules: LanguageRules) -> tuple[str, str]:
+def apply_c4(text: str, rules: LanguageRules) -> tuple[str, str]:
     """Return (which rule the text breaks first, "" where it breaks none; the lines that stay).
 
     Empty lines between lines that stay are kept, other than in C4's own code: later steps see paragraphs.
@@ -203,7 +203,7 @@ def c4(text: str, rules: LanguageRules) -> tuple[str, str]:
         # An ellipsis is a line that was cut short, not one that ends.
         if t.lines_end_with_mark and (not line.endswith(_END_MARKS) or line.endswith("...")):
             continue
-        if t.min_line_words is not None and rules.num_words(line, words) < t.min_line_words:
+        if t.min_line_words is not None and rules.count_words(line, words) < t.min_line_words:
             continue
         lower = line.lower()
         # Two rules drop the whole document: filler text and code show what the page is.
@@ -216,7 +216,7 @@ def c4(text: str, rules: LanguageRules) -> tuple[str, str]:
         if t.without_policy_lines and any(phrase in lower for phrase in _POLICY):
             continue
         if t.min_sentences is not None:
-            sentences += num_sentences(line)
+            sentences += count_sentences(line)
         kept.append(whole.rstrip())
     if t.min_sentences is not None and sentences < t.min_sentences:
         return "c4: few sentences", text
@@ -229,7 +229,7 @@ _PARAGRAPHS = re.compile(r"\n{2,}")
 _LINES = re.compile(r"\n+")
 
 
-def quality(text: str, words: RuleWords, rules: LanguageRules) -> str:
+def judge_quality(text: str, words: RuleWords, rules: LanguageRules) -> str:
     """Return which rule of quality a text breaks first, "" where it breaks none."""
     t = rules.thresholds
     if t.min_words is not None and (words.num_words < t.min_words or not words.num_words):
@@ -260,17 +260,17 @@ def quality(text: str, words: RuleWords, rules: LanguageRules) -> str:
         return "gopher: lines end with ellipses"
     if t.min_alpha_word_share is not None and words.num_alpha / num_tokens < t.min_alpha_word_share:
         return "gopher: few words with letters"
-    if t.min_stop_words is not None and rules.num_stop_words(text, words.vocabulary) < t.min_stop_words:
+    if t.min_stop_words is not None and rules.count_stop_words(text, words.vocabulary) < t.min_stop_words:
         return "gopher: few stop words"
     return ""
 
 
-def repetition(text: str, words: RuleWords, rules: LanguageRules) -> str:
+def judge_repetition(text: str, words: RuleWords, rules: LanguageRules) -> str:
     """Return which rule of repetition a text breaks first, "" where it breaks none."""
     t, num_chars = rules.thresholds, len(text) or 1
     paragraphs = _PARAGRAPHS.split(text.strip())
     # The coarse parts first: they are cheap, and drop most of what repeats.
-    number, chars = duplicates(paragraphs)
+    number, chars = count_duplicates(paragraphs)
     if (t.max_duplicate_paragraph_share is not None
             and number / len(paragraphs) > t.max_duplicate_paragraph_share):
         return "repetition: paragraphs"
@@ -278,17 +278,17 @@ def repetition(text: str, words: RuleWords, rules: LanguageRules) -> str:
             and chars / num_chars > t.max_duplicate_paragraph_char_share):
         return "repetition: characters of paragraphs"
     lines = _LINES.split(text)
-    number, chars = duplicates(lines)
+    number, chars = count_duplicates(lines)
     if t.max_duplicate_line_share is not None and number / len(lines) > t.max_duplicate_line_share:
         return "repetition: lines"
     if t.max_duplicate_line_char_share is not None and chars / num_chars > t.max_duplicate_line_char_share:
         return "repetition: characters of lines"
     for n, share in t.max_top_ngram_char_share.items():
-        if words.top_ngram_chars(n) / num_chars > share:
+        if words.count_top_ngram_chars(n) / num_chars > share:
             return f"repetition: top {n}-gram"
     for n, share in sorted(t.max_duplicate_ngram_char_share.items()):
         # With the bound, so that the exact walk is done only where it can decide.
-        chars = words.duplicate_ngram_chars(n, share * num_chars)
+        chars = words.count_duplicate_ngram_chars(n, share * num_chars)
         if chars / num_chars > share:
             return f"repetition: {n}-grams"
         if not chars:  # longer ones do not occur again either
@@ -296,7 +296,7 @@ def repetition(text: str, words: RuleWords, rules: LanguageRules) -> str:
     return ""
 
 
-def duplicates(parts: list[str]) -> tuple[int, int]:
+def count_duplicates(parts: list[str]) -> tuple[int, int]:
     """Return (number, characters) of the parts that occurred before."""
     seen: set[str] = set()
     number = chars = 0
@@ -311,7 +311,7 @@ def duplicates(parts: list[str]) -> tuple[int, int]:
 
 # FineWeb's own rules (Penedo et al., arXiv 2406.17557, section 3.6).
 
-def fineweb(text: str, words: RuleWords, rules: LanguageRules) -> str:
+def judge_fineweb(text: str, words: RuleWords, rules: LanguageRules) -> str:
     """Return which of the rules a text breaks first, "" where it breaks none."""
     t = rules.thresholds
     lines = [line for line in text.split("\n") if line.strip()]
@@ -325,7 +325,7 @@ def fineweb(text: str, words: RuleWords, rules: LanguageRules) -> str:
             and sum(len(line) <= t.short_line_chars for line in lines) / len(lines) > t.max_short_line_share):
         return "fineweb: short lines"
     if (t.max_repeated_line_char_share is not None
-            and duplicates(lines)[1] / len(text.replace("\n", "")) > t.max_repeated_line_char_share):
+            and count_duplicates(lines)[1] / len(text.replace("\n", "")) > t.max_repeated_line_char_share):
         return "fineweb: repeated lines"
     if (t.max_newlines_per_word is not None
             and text.count("\n") / (words.num_tokens or 1.0) > t.max_newlines_per_word):
@@ -335,7 +335,7 @@ def fineweb(text: str, words: RuleWords, rules: LanguageRules) -> str:
 
 Preset = Literal["fineweb", "fineweb2", "gopher", "c4"]
 WithoutRules = Literal["other", "drop", "pass"]
-SETS: dict[str, tuple[str, ...]] = {
+RULE_SETS: dict[str, tuple[str, ...]] = {
     "gopher": ("repetition", "quality"),
     "c4": ("c4",),
     # without C4's rule of terminal marks, which loses too much text (FineWeb, section 3.5)
@@ -343,12 +343,12 @@ SETS: dict[str, tuple[str, ...]] = {
     "fineweb2": ("repetition", "fineweb", "quality"),
 }
 """Preset -> its sets of rules, in the order of its pipeline."""
-_ON_WORDS = {"repetition": repetition, "quality": quality, "fineweb": fineweb}
-ONLY_ENGLISH = {"fineweb": "fineweb2"}
+_ON_WORDS = {"repetition": judge_repetition, "quality": judge_quality, "fineweb": judge_fineweb}
+PRESETS_ELSEWHERE = {"fineweb": "fineweb2"}
 """Preset that was made for English -> the one that takes its place in other languages."""
 
 
-RulesLanguage = Annotated[str, choice_from(lambda: (*known_languages(), OTHER))]
+RulesLanguage = Annotated[str, choice_from(lambda: (*list_languages(), OTHER_LANGUAGES))]
 
 
 @dataclass(frozen=True)
@@ -394,22 +394,22 @@ class Rules(Step):
         return [self._outcome(document) for document in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:
-        language = document.columns.get("language") or OTHER
+        language = document.columns.get("language") or OTHER_LANGUAGES
         rules = self._rules_of(language)
         if (document.columns.get("form") or "prose") not in self.settings.forms:
             return StepOutcome()
-        if rules.code == OTHER and self.settings.without_rules != "other":
+        if rules.code == OTHER_LANGUAGES and self.settings.without_rules != "other":
             return StepOutcome(
                 reason="no rules for its language" if self.settings.without_rules == "drop" else "")
         preset = self.settings.preset
         # FineWeb's rules were tuned on English; FineWeb 2 has those that hold elsewhere.
-        sets = SETS[ONLY_ENGLISH.get(preset, preset) if rules.code != "en" else preset]
-        reason, text, words = judge(document.text, rules, sets)
+        sets = RULE_SETS[PRESETS_ELSEWHERE.get(preset, preset) if rules.code != "en" else preset]
+        reason, text, words = apply_rules(document.text, rules, sets)
         return StepOutcome(reason=reason, text=text if text != document.text and not reason else None,
                            values={"rules_word_count": round(words.num_words), "rules_language": rules.code})
 
     def _rules_of(self, language: str) -> LanguageRules:
-        rules = language_rules(language)
+        rules = load_language_rules(language)
         if rules.code not in self._rules:
             # From the general to the particular: the preset, the settings for all languages, those for this
             # one.
@@ -417,11 +417,12 @@ class Rules(Step):
                        **self.settings.thresholds, **self.settings.languages.get(rules.code, {})}
             made = try_parse_settings(Thresholds,
                                       changes)[0]  # with numbers as keys, which are text in a file
-            self._rules[rules.code] = with_thresholds(rules, {name: getattr(made, name) for name in changes})
+            self._rules[rules.code] = replace_thresholds(
+                rules, {name: getattr(made, name) for name in changes})
         return self._rules[rules.code]
 
 
-def judge(text: str, rules: LanguageRules, sets: Sequence[str]) -> tuple[str, str, RuleWords]:
+def apply_rules(text: str, rules: LanguageRules, sets: Sequence[str]) -> tuple[str, str, RuleWords]:
     """Return (the rule that a text breaks first or "", the text as it stays, its words)."""
     words = RuleWords(text, rules.unit, rules.chars_per_word)
     if not text.strip():
@@ -430,7 +431,7 @@ def judge(text: str, rules: LanguageRules, sets: Sequence[str]) -> tuple[str, st
     judged = strip_lines(text)
     for name in sets:
         if name == "c4":
-            reason, changed = c4(text, rules)
+            reason, changed = apply_c4(text, rules)
             if changed.split() != text.split():  # more than spaces at the ends of lines
                 text, words = changed, RuleWords(changed, rules.unit, rules.chars_per_word)
                 judged = strip_lines(text)

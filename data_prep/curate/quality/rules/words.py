@@ -21,18 +21,19 @@ from megatron_sov.base.documents.scripts import RULE_SCRIPTS, format_regex_range
 Unit = Literal["words", "characters"]
 SPACELESS = format_regex_ranges(RULE_SCRIPTS)
 """Ranges of the scripts whose characters are counted."""
+_SPACELESS = re.compile(rf"[{SPACELESS}]")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @lru_cache(maxsize=1)
-def punctuation() -> frozenset[str]:
+def list_punctuation() -> frozenset[str]:
     return frozenset(c for c in map(chr, range(0x10000))
                      if (unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~") and c != "_")
 
 
 @lru_cache(maxsize=2)
 def _pattern(unit: Unit) -> re.Pattern[str]:
-    signs = "".join(map(re.escape, sorted(punctuation())))
+    signs = "".join(map(re.escape, sorted(list_punctuation())))
     if unit == "words":
         return re.compile(rf"[^\s{signs}]+(?:['’.@][^\s{signs}]+|[,:]\d[^\s{signs}]*)*|[{signs}]+")
     marks = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c) in ("Mn", "Mc"))
@@ -58,13 +59,12 @@ class RuleWords:
         number = dict(zip(self.vocabulary, range(len(self.vocabulary)), strict=True))
         self.ids = np.array(list(map(number.__getitem__, tokens)), dtype=np.int64)
         """int64 [num_tokens]: word of each place, as its number in the vocabulary."""
-        signs = punctuation()
+        signs = list_punctuation()
         counts = np.bincount(self.ids, minlength=len(number))
         weights = counts.astype(np.float64)
         if unit == "characters":
-            character = _spaceless().match
             # A character of a spaceless script counts as its share of a word.
-            weights[[character(word) is not None for word in self.vocabulary]] /= chars_per_word
+            weights[[_SPACELESS.match(word) is not None for word in self.vocabulary]] /= chars_per_word
         is_word = np.array([word[0] not in signs for word in self.vocabulary], dtype=bool)
         has_letter = np.array([word.isalpha() or any(map(str.isalpha, word)) for word in self.vocabulary],
                               dtype=bool)
@@ -104,7 +104,7 @@ class RuleWords:
                 self._hashes[n] = _mixed(left[:length] * _FACTOR + right[n // 2:n // 2 + length])
         return self._hashes[n]
 
-    def top_ngram_chars(self, num_words: int) -> int:
+    def count_top_ngram_chars(self, num_words: int) -> int:
         """Return the characters that the most frequent n-gram covers, its words joined by spaces; of equally
         frequent ones the first."""
         n = self.size(num_words)
@@ -120,7 +120,7 @@ class RuleWords:
         # n - 1 spaces join the words of an n-gram.
         return (int(self._chars_before[first + n] - self._chars_before[first]) + num_words - 1) * most
 
-    def duplicate_ngram_chars(self, num_words: int, enough: float) -> int:
+    def count_duplicate_ngram_chars(self, num_words: int, enough: float) -> int:
         """Return the characters in n-grams that occurred before, none counted twice.
 
         The text is walked from its beginning; at an n-gram that occurred before, the walk goes on behind its
@@ -158,11 +158,6 @@ class RuleWords:
             else:
                 seen.add(value)
         return total
-
-
-@lru_cache(maxsize=1)
-def _spaceless() -> re.Pattern[str]:
-    return re.compile(rf"[{SPACELESS}]")
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

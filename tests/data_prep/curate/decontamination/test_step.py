@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from data_prep.curate.decontamination.step import (
-    FIELDS, Decontaminate, DecontaminateSettings, benchmark_files, find_hits, places, read_items)
+    FIELDS, Decontaminate, DecontaminateSettings, find_hits, list_benchmark_files, locate_stretches,
+    read_items)
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, to_plain_form
 from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.base.errors import UserError
@@ -105,7 +106,7 @@ def test_ordinary_text_has_a_plain_form_with_places(text: str) -> None:
 def test_a_unit_stands_in_its_place(text: str) -> None:
     found = find_units(text)
     stretches = [(i, i + 1) for i in range(len(found.hashes))]
-    for (i, _), (start, stop) in zip(stretches, places(text, found, stretches), strict=True):
+    for (i, _), (start, stop) in zip(stretches, locate_stretches(text, found, stretches), strict=True):
         assert 0 <= start < stop <= len(text)
         assert found.hashes[i] in find_units(text[start:stop]).hashes
 
@@ -125,7 +126,7 @@ def test_fields_may_hold_strings_lists_objects_and_messages(tmp_path: Path) -> N
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file, and no folder with \.jsonl files"):
-        benchmark_files([tmp_path])
+        list_benchmark_files([tmp_path])
     (tmp_path / "quiz.jsonl").write_text('{"title": "x"}')
     with pytest.raises(UserError, match=r"quiz.jsonl:1: has text in none of the fields question, .*title"):
         read_items([tmp_path], FIELDS)

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.curate.dedup import exact
 from data_prep.curate.dedup.exact import (
-    ExactDedup, ExactSettings, ParagraphDedup, ParagraphSettings, paragraphs)
+    ExactDedup, ExactSettings, ParagraphDedup, ParagraphSettings, iter_paragraphs)
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
 
 
@@ -87,6 +87,6 @@ def test_a_document_that_loses_too_much_is_dropped(tmp_path: Path) -> None:
 
 def test_paragraphs_hold_every_character() -> None:
     text = f"\n\n{MENU}\n \n\n{MENU}\nﬁn Straße İ\n\n"
-    parts = list(paragraphs(text, 10))
+    parts = list(iter_paragraphs(text, 10))
     assert "".join(text[p.start:p.stop] for p in parts) == text
     assert len({p.key for p in parts if p.key}) == 2

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from data_prep.curate.dedup import clusters as clusters_module, minhash
-from data_prep.curate.dedup.clusters import DROPPED, Clusters, DocumentOrder, sorted_edges
-from data_prep.curate.dedup.minhash import MinhashDedup, MinhashSettings, shingles
-from data_prep.curate.dedup.work_files import Register, bucket_slice, write_array
+from data_prep.curate.dedup.clusters import DROPPED, Clusters, DocumentOrder, sort_edges
+from data_prep.curate.dedup.minhash import MinhashDedup, MinhashSettings, compute_shingles
+from data_prep.curate.dedup.work_files import Register, open_bucket, write_array
 from data_prep.curate.pipeline.step import Doc
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
 from tests.typed_words import keys_of
@@ -39,7 +39,7 @@ def planted(num_texts: int, seed: int = 0) -> list[str]:
 
 def by_brute_force(documents: list[Doc], threshold: float, ngram: int) -> dict[str, str]:
     """Return who goes and the kept document that is similar, from all pairs."""
-    sets = [set(shingles(d.text, ngram).tolist()) for d in documents]
+    sets = [set(compute_shingles(d.text, ngram).tolist()) for d in documents]
     kept: list[int] = []
     found = {}
     for number in sorted(range(len(documents)), key=lambda n: (-len(documents[n].text), n)):
@@ -90,7 +90,7 @@ def test_each_text_that_goes_is_similar_to_a_kept_one(tmp_path: Path, chain: str
     found = dropped(MemoryView.of(shards, tmp_path, batch=50), threshold=0.7, ngram=5,
                     num_bands=100, rows_per_band=3)
     assert found == by_brute_force(documents, 0.7, 5)
-    sets = {d.id: set(shingles(d.text, 5).tolist()) for d in documents}
+    sets = {d.id: set(compute_shingles(d.text, 5).tolist()) for d in documents}
     for goes, keeper in found.items():
         assert keeper not in found
         assert len(sets[goes] & sets[keeper]) >= 0.7 * len(sets[goes] | sets[keeper])
@@ -100,7 +100,7 @@ def test_each_text_that_goes_is_similar_to_a_kept_one(tmp_path: Path, chain: str
 def test_a_crowd_is_compared_with_its_longest_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    longest_at: int) -> None:
     monkeypatch.setattr(minhash, "RANGE_RECORDS", 16)  # the crowd's bands fill several blocks
-    monkeypatch.setattr(minhash, "MOST_FIRST", 2)
+    monkeypatch.setattr(minhash, "MAX_FIRST_DOCUMENTS", 2)
     text = " ".join(words(random.Random(5), 80))
     texts = [text] * 60
     texts[longest_at] += " longer"
@@ -193,10 +193,10 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
     order = DocumentOrder(view)
     numbers = np.array(pairs, np.uint64).reshape(-1, 2)
     characters = np.array([[lengths[one], lengths[other]] for one, other in pairs], np.uint64).reshape(-1, 2)
-    edges = order.edges(numbers, characters)
+    edges = order.build_edges(numbers, characters)
     files = [tmp_path / f"{part}.npy" for part in range(3)]
     for part, file in enumerate(files):
-        write_array(file, sorted_edges(edges[part::3]))
+        write_array(file, sort_edges(edges[part::3]))
     clusters = Clusters(view, register, tmp_path / "scratch")
     clusters.select(files)
     clusters.write_dropped(tmp_path / "dropped")
@@ -206,5 +206,5 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
         return (0 if is_book else 1, -lengths[number], number)
 
     expected = _by_plain_search(sorted(lengths, key=place), pairs)
-    found = [bucket_slice(tmp_path / "dropped", DROPPED, rank).read() for rank in range(len(COUNTS))]
+    found = [open_bucket(tmp_path / "dropped", DROPPED, rank).read() for rank in range(len(COUNTS))]
     assert {int(r["doc"]): int(r["keeper"]) for part in found for r in part} == expected

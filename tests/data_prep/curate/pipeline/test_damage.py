@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.curate.dedup.work_files import bucket_slice, read_array, write_array, write_buckets
+from data_prep.curate.dedup.work_files import open_bucket, read_array, write_array, write_buckets
 from data_prep.curate.pipeline.step import StepOutcome
 from data_prep.curate.pipeline.tasks import LayerFile, groups
 from data_prep.damaged_files import explain_deletion
@@ -48,7 +48,7 @@ def _buckets(folder: Path) -> tuple[Path, Callable[[], Any]]:
     records = np.zeros(12, RECORD)
     records["key"], records["doc"] = np.arange(12), 7
     write_buckets(folder / "a", records, np.repeat([0, 1, 3], 4), 4)
-    return folder / "a", lambda: [bucket_slice(folder / "a", RECORD, b).read().tolist() for b in range(4)]
+    return folder / "a", lambda: [open_bucket(folder / "a", RECORD, b).read().tolist() for b in range(4)]
 
 
 def _json(folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -145,9 +145,9 @@ def test_what_passes_leave_is_bound_to_its_place_and_to_no_name_of_the_folder(tm
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "shared", moved / "shared")
     assert read_array(moved / "shared" / one.name / "a.npy")[0] == 1
-    assert bucket_slice(moved / "shared" / one.name / "b", RECORD, 0).read()["doc"][0] == 1
+    assert open_bucket(moved / "shared" / one.name / "b", RECORD, 0).read()["doc"][0] == 1
     for name in ("a.npy", "b"):
         shutil.copyfile(other / name, one / name)
-    for read in (lambda: read_array(one / "a.npy"), lambda: bucket_slice(one / "b", RECORD, 0)):
+    for read in (lambda: read_array(one / "a.npy"), lambda: open_bucket(one / "b", RECORD, 0)):
         with pytest.raises(UserError, match=r"from its own checksum.*delete .*02-unique-aaaa"):
             read()

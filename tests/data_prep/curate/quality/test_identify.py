@@ -13,7 +13,8 @@ import pytest
 
 from data_prep.curate.pipeline.step import Doc, StepOutcome
 from data_prep.curate.quality.identify import (
-    ONE_LANGUAGE, SHARED, Language, LanguageSettings, _model, form_of, identify, language_part)
+    LANGUAGE_BY_SCRIPT, LANGUAGES_BY_SCRIPT, Language, LanguageSettings, _load_model, detect_form,
+    extract_language_text, identify_language)
 from tests.typed_words import keys_of
 
 # Forms: prose, code and markup, and what of them is in a language.
@@ -60,7 +61,7 @@ PROSE = """The quick brown fox jumps over the lazy dog; then it sleeps.
                                   inspect.getsource(textwrap)],
                          ids=["c", "c++", "go", "shell", "javascript", "ast.py", "textwrap.py"])
 def test_programs_are_code(text: str) -> None:
-    assert form_of(text) == "code"
+    assert detect_form(text) == "code"
 
 
 @pytest.mark.parametrize("text", [HTML, TEX, json.dumps({"a": [1, 2], "b": {"c": "d"}}, indent=1),
@@ -68,7 +69,7 @@ def test_programs_are_code(text: str) -> None:
                                   "[core]\nbare = false\nurl = x\n"],
                          ids=["html", "tex", "json", "yaml", "ini"])
 def test_markup_and_data_are_markup(text: str) -> None:
-    assert form_of(text) == "markup"
+    assert detect_form(text) == "markup"
 
 
 @pytest.mark.parametrize("text", [
@@ -76,16 +77,16 @@ def test_markup_and_data_are_markup(text: str) -> None:
     "Dear all,\n\nif you come, bring bread.\nReturn by five.\n\nYours, A.",
     inspect.getdoc(ast.NodeVisitor) * 3])
 def test_what_people_write_is_prose(text: str) -> None:
-    assert form_of(text) == "prose"
+    assert detect_form(text) == "prose"
 
 
 def test_the_language_of_code_is_that_of_its_comments_and_of_markup_that_of_its_text() -> None:
-    assert language_part("x = 1\n# 한국어 주석이다\ny = 2", "code") == " 한국어 주석이다"
-    assert language_part('def f():\n    """문서다.\n\n    설명."""\n    return 1', "code").split() == [
-        "문서다.", '설명."""']
-    assert language_part(HTML, "markup").split() == ["Hello", "world"]
-    assert "ring" in language_part(TEX, "markup")
-    assert "section" not in language_part(TEX, "markup")
+    assert extract_language_text("x = 1\n# 한국어 주석이다\ny = 2", "code") == " 한국어 주석이다"
+    program = 'def f():\n    """문서다.\n\n    설명."""\n    return 1'
+    assert extract_language_text(program, "code").split() == ["문서다.", '설명."""']
+    assert extract_language_text(HTML, "markup").split() == ["Hello", "world"]
+    assert "ring" in extract_language_text(TEX, "markup")
+    assert "section" not in extract_language_text(TEX, "markup")
 
 
 @pytest.mark.parametrize("text", ["<" * 200_000, "<!--" * 50_000, "<script" * 30_000,
@@ -94,8 +95,8 @@ def test_the_language_of_code_is_that_of_its_comments_and_of_markup_that_of_its_
                                   "@a" * 100_000, "x(" * 100_000, '"' * 100_000, "\n" * 300_000])
 def test_hostile_lines_take_no_time(text: str) -> None:
     start = time.process_time()
-    language_part(text, form_of(text))
-    language_part(text, "markup")
+    extract_language_text(text, detect_form(text))
+    extract_language_text(text, "markup")
     assert time.process_time() - start < 1.0
 
 
@@ -120,7 +121,7 @@ SENTENCES = {
 
 @pytest.mark.parametrize("language", SENTENCES)
 def test_a_sentence_is_identified(language: str) -> None:
-    found, score = identify(SENTENCES[language])
+    found, score = identify_language(SENTENCES[language])
     assert found == language
     assert score > 0.7
 
@@ -131,28 +132,28 @@ def test_a_sentence_is_identified(language: str) -> None:
     ("大韓民國의 首都는 서울이다. 漢字를 섞어 쓴 글이다.", "ko"),
     ("東京タワーの高さは333メートルです", "ja")])
 def test_terms_of_others_do_not_change_it(text: str, language: str) -> None:
-    assert identify(text)[0] == language
+    assert identify_language(text)[0] == language
 
 
 def test_a_mixed_text_has_the_score_of_its_share() -> None:
-    found, score = identify((SENTENCES["ko"] + "\n") * 30 + (SENTENCES["th"] + "\n") * 10)
+    found, score = identify_language((SENTENCES["ko"] + "\n") * 30 + (SENTENCES["th"] + "\n") * 10)
     assert found == "ko"
     assert 0.5 < score < 0.95
 
 
 @pytest.mark.parametrize("text", ["", " \n", "1234 5678", "--- *** ---", "\x00\ud800\U000e0001", "😀😀"])
 def test_what_has_no_letters_is_in_no_language(text: str) -> None:
-    assert identify(text) == ("und", 0.0)
+    assert identify_language(text) == ("und", 0.0)
 
 
 def test_a_long_text_costs_no_more_than_its_pieces_and_is_seen_to_its_end() -> None:
     text = SENTENCES["en"] * 40 + SENTENCES["ko"] * 2000
-    assert identify(text)[0] == "ko"
+    assert identify_language(text)[0] == "ko"
 
 
 def test_every_language_of_the_model_has_its_script() -> None:
-    known = set().union(*SHARED.values(), ONE_LANGUAGE.values())
-    missing = set(_model().labels) - known - {"zxx"}
+    known = set().union(*LANGUAGES_BY_SCRIPT.values(), LANGUAGE_BY_SCRIPT.values())
+    missing = set(_load_model().labels) - known - {"zxx"}
     assert missing <= {"yue", "wuu", "grc", "hbo", "dz"}  # of scripts that are told without the model
 
 

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from data_prep.curate.pipeline.step import step_class
 from data_prep.curate.quality.pii.step import FINDERS
-from data_prep.curate.quality.rules.step import SETS, Thresholds, known_languages, language_rules
+from data_prep.curate.quality.rules.step import RULE_SETS, Thresholds, list_languages, load_language_rules
 from megatron_sov.base.settings import find_all_problems
 
 PAGE = (Path(__file__).parents[4] / "docs/data_quality.md").read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 def language_row(code: str) -> str:
     """Return the row of a language in the table of thresholds."""
-    rules = language_rules(code)
+    rules = load_language_rules(code)
     t = rules.thresholds
     unit = "words" if rules.unit == "words" else f"{rules.chars_per_word:g} characters"
     shortest, longest = t.min_mean_word_chars, t.max_mean_word_chars
@@ -38,7 +38,7 @@ def language_row(code: str) -> str:
         f"{t.max_newlines_per_word:g}", str(len(rules.stop_words))]) + " |"
 
 
-@pytest.mark.parametrize("code", [*known_languages(), "other"])
+@pytest.mark.parametrize("code", [*list_languages(), "other"])
 def test_the_table_of_languages_is_what_the_files_say(code: str) -> None:
     assert language_row(code) in PAGE.splitlines()
 
@@ -71,4 +71,4 @@ def test_the_example_runs() -> None:
 
 
 def test_presets_and_kinds_of_personal_data_are_listed() -> None:
-    assert [name for name in [*SETS, *FINDERS] if f"| `{name}` |" not in PAGE] == []
+    assert [name for name in [*RULE_SETS, *FINDERS] if f"| `{name}` |" not in PAGE] == []

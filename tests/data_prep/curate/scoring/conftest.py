@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.curate.scoring.ngram_settings import NgramSettings
-from data_prep.curate.scoring.scorer import TrainSettings, train
+from data_prep.curate.scoring.scorer import TrainSettings, train_scorer
 from tests.data_prep.curate.scoring.planted import planted, write_lines
 
 
@@ -18,7 +18,7 @@ def scorers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("scorers")
     for kind in ("classifier", "regressor"):
         labels = write_lines(folder / f"{kind}.jsonl", planted(kind, 400))
-        train(TrainSettings(labels, kind, NgramSettings(num_buckets=1 << 12)), folder / kind)
+        train_scorer(TrainSettings(labels, kind, NgramSettings(num_buckets=1 << 12)), folder / kind)
     return {kind: folder / kind for kind in ("classifier", "regressor")}
 
 

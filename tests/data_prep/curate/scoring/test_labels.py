@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
-from data_prep.curate.scoring.labels import Kind, Label, read_labels, refuse_one_class, split
+from data_prep.curate.scoring.labels import Kind, Label, check_label_variety, read_labels, split_labels
 from data_prep.curate.scoring.ngram_settings import NgramSettings
 from data_prep.curate.scoring.ngrams import Ngrams
 from megatron_sov.base.errors import UserError
@@ -67,20 +67,20 @@ def test_labels_that_teach_nothing_are_refused(
         tmp_path: Path, kind: Kind, given: list[int], said: str) -> None:
     labels = [Label(f"text {i}", float(label), "") for i, label in enumerate(given)]
     with pytest.raises(UserError) as found:
-        refuse_one_class(tmp_path / "labels.jsonl", labels, kind)
+        check_label_variety(tmp_path / "labels.jsonl", labels, kind)
     assert said in str(found.value)
 
 
 def test_labels_are_cut_by_their_texts_within_each_class() -> None:
     labels = [Label(f"text {i}", float(i % 4 == 0), "") for i in range(200)]
-    parts = split(labels)
+    parts = split_labels(labels)
     cut = (parts.fit, parts.calibration, parts.heldout)
     assert [Counter(item.label for item in part) for part in cut] == [
         {0.0: 120, 1.0: 40}, {0.0: 15, 1.0: 5}, {0.0: 15, 1.0: 5}]
-    backwards = split(labels[::-1])
+    backwards = split_labels(labels[::-1])
     assert backwards == parts
     without_one: dict[str, Any] = {item.text: item for item in labels[1:]}
-    moved = {item.text for item in parts.heldout} ^ {item.text for item in split(
+    moved = {item.text for item in parts.heldout} ^ {item.text for item in split_labels(
         list(without_one.values())).heldout}
     assert len(moved) <= 2
 

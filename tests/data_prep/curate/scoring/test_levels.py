@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from data_prep.curate.pipeline.step import Doc
-from data_prep.curate.scoring.levels import SMALL, Level, LevelSettings, _ordered
+from data_prep.curate.scoring.levels import SMALL, Level, LevelSettings, _to_sortable
 from megatron_sov.base.errors import UserError
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, outcomes
 from tests.typed_words import keys_of
@@ -98,7 +98,7 @@ FLOATS = st.floats(width=32, allow_nan=False)
 
 @given(FLOATS, FLOATS)
 def test_floats_keep_their_order(a: float, b: float) -> None:
-    assert (_ordered(a) < _ordered(b)) == (a < b)
+    assert (_to_sortable(a) < _to_sortable(b)) == (a < b)
 
 
 @pytest.mark.parametrize("settings", [

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from data_prep.curate.scoring.labels import Kind
 from data_prep.curate.scoring.ngrams import Ngrams
 from data_prep.curate.scoring.scorer import (
-    SETTINGS_FILE, WEIGHTS_FILE, load_scorer, scorer_files, scorer_problems)
+    SETTINGS_FILE, WEIGHTS_FILE, find_scorer_problems, list_scorer_files, load_scorer)
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 
@@ -36,7 +36,7 @@ def test_a_score_is_the_formula_over_the_row(scorers: dict[str, Path], kind: Kin
 def changed(scorer: Path, target: Path, change: Callable[[Path], object]) -> Path:
     """Return a scorer with other files, whose manifest knows them."""
     with create_artifact(target, "scorer") as artifact:
-        for file in scorer_files(scorer):
+        for file in list_scorer_files(scorer):
             shutil.copyfile(file, artifact.path / file.name)
         change(artifact.path)
         artifact.content = {"kind": "classifier"}
@@ -83,15 +83,15 @@ def test_a_file_that_the_manifest_does_not_list_is_noticed(scorers: dict[str, Pa
 
 
 def test_what_is_no_scorer_of_the_kind_is_told(scorers: dict[str, Path], tmp_path: Path) -> None:
-    assert scorer_problems("model", scorers["classifier"], "classifier") == []
-    assert scorer_problems("model", scorers["classifier"]) == []
-    (said,) = scorer_problems("model", scorers["classifier"], "regressor")
+    assert find_scorer_problems("model", scorers["classifier"], "classifier") == []
+    assert find_scorer_problems("model", scorers["classifier"]) == []
+    (said,) = find_scorer_problems("model", scorers["classifier"], "regressor")
     assert "is a classifier; train one with `sov-data scorer train --kind regressor`" in said.sentence
-    (said,) = scorer_problems("model", tmp_path / "none")
+    (said,) = find_scorer_problems("model", tmp_path / "none")
     assert said.key == "model" and said.rule.startswith(f"{tmp_path}/none: does not exist")
-    (said,) = scorer_problems("model", tmp_path)
+    (said,) = find_scorer_problems("model", tmp_path)
     assert "pass the folder that `sov-data scorer train` wrote" in said.rule
 
 
 def test_what_decides_the_scores_has_no_date(scorers: dict[str, Path]) -> None:
-    assert [p.name for p in scorer_files(scorers["regressor"])] == [SETTINGS_FILE, WEIGHTS_FILE]
+    assert [p.name for p in list_scorer_files(scorers["regressor"])] == [SETTINGS_FILE, WEIGHTS_FILE]

@@ -11,9 +11,10 @@ import pytest
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from data_prep.curate.scoring.labels import Label, describe_figures, judge
+from data_prep.curate.scoring.labels import Label, compute_metrics, format_metrics
 from data_prep.curate.scoring.ngram_settings import NgramSettings
-from data_prep.curate.scoring.scorer import INVERSE_PENALTIES, PENALTIES, TrainSettings, fit, train
+from data_prep.curate.scoring.scorer import (
+    INVERSE_PENALTIES, PENALTIES, TrainSettings, fit_scorer, train_scorer)
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 
 # Fits: the best penalty, probabilities that hold, and embeddings of any size.
@@ -34,7 +35,7 @@ def sample(count: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
 def test_a_classifier_is_the_librarys_with_the_best_penalty() -> None:
     rows, labels = sample(600, "classifier")
     other, wanted = sample(300, "classifier")
-    found = fit("classifier", csr_matrix(rows), labels, csr_matrix(other), wanted)
+    found = fit_scorer("classifier", csr_matrix(rows), labels, csr_matrix(other), wanted)
     models = {c: LogisticRegression(C=c, max_iter=500).fit(rows, labels) for c in INVERSE_PENALTIES}
     assert found.penalty in models
     model = models[found.penalty]
@@ -44,7 +45,7 @@ def test_a_classifier_is_the_librarys_with_the_best_penalty() -> None:
 
 def test_probabilities_hold_where_the_fit_is_too_sure() -> None:
     rows, labels = sample(60, "classifier")
-    found = fit("classifier", csr_matrix(rows), labels, *sample(4000, "classifier"))
+    found = fit_scorer("classifier", csr_matrix(rows), labels, *sample(4000, "classifier"))
     assert found.slope < 1
     fresh, wanted = sample(20_000, "classifier")
     p = 1 / (1 + np.exp(-(found.slope * (fresh @ found.weights + found.bias) + found.offset)))
@@ -56,7 +57,7 @@ def test_probabilities_hold_where_the_fit_is_too_sure() -> None:
 def test_a_regressor_is_ridge_regression_that_its_calibration_stretches() -> None:
     rows, labels = sample(500, "regressor")
     other, wanted = sample(300, "regressor")
-    found = fit("regressor", csr_matrix(rows), labels, csr_matrix(other), wanted)
+    found = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix(other), wanted)
     model = Ridge(alpha=found.penalty, solver="sparse_cg", tol=1e-6).fit(rows, labels)
     assert found.penalty in PENALTIES
     np.testing.assert_allclose(found.weights, model.coef_, atol=1e-4)
@@ -66,7 +67,7 @@ def test_a_regressor_is_ridge_regression_that_its_calibration_stretches() -> Non
 
 def test_scores_that_say_nothing_are_left_as_they_are() -> None:
     rows, labels = sample(200, "regressor")
-    found = fit("regressor", csr_matrix(rows), labels, csr_matrix((50, 20)), np.linspace(0, 5, 50))
+    found = fit_scorer("regressor", csr_matrix(rows), labels, csr_matrix((50, 20)), np.linspace(0, 5, 50))
     assert (found.slope, found.offset) == (1.0, 0.0)
 
 
@@ -75,8 +76,8 @@ SMALL = NgramSettings(num_buckets=1 << 12)
 
 def test_the_same_labels_give_the_same_scorer(labels_file: Callable[..., Path], tmp_path: Path) -> None:
     settings = TrainSettings(labels_file(), "classifier", SMALL)
-    train(settings, tmp_path / "a")
-    train(settings, tmp_path / "b")
+    train_scorer(settings, tmp_path / "a")
+    train_scorer(settings, tmp_path / "b")
     records = [read_manifest(tmp_path / name).files for name in "ab"]
     assert records[0] == records[1]
     assert set(records[0]) == {"scorer.json", "weights.safetensors"}
@@ -87,7 +88,7 @@ def test_repeated_texts_are_counted_and_never_on_both_sides(labels_file: Callabl
                                                             tmp_path: Path) -> None:
     file = labels_file(count=100)
     file.write_text(file.read_text() * 3)
-    content = train(TrainSettings(file, "classifier", SMALL), tmp_path / "out")
+    content = train_scorer(TrainSettings(file, "classifier", SMALL), tmp_path / "out")
     assert (content["num_labels"], content["num_repeated"]) == (100, 200)
     assert content["num_fit"] + content["num_calibration"] + content["heldout"]["num_labels"] == 100
 
@@ -96,7 +97,7 @@ def test_figures_of_a_classifier_are_those_of_counting_pairs() -> None:
     rng = np.random.default_rng(1)
     wanted = rng.integers(0, 2, 60)
     scores = np.round(np.clip(0.3 * wanted + rng.random(60) * 0.7, 0, 1), 1)
-    figures = judge("classifier", [Label("", float(x), "en") for x in wanted], scores)
+    figures = compute_metrics("classifier", [Label("", float(x), "en") for x in wanted], scores)
     pairs = list(product(scores[wanted == 1], scores[wanted == 0]))
     assert figures["auc"] == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
     kept = scores >= 0.5
@@ -107,7 +108,7 @@ def test_figures_of_a_classifier_are_those_of_counting_pairs() -> None:
 
 def test_figures_of_a_regressor() -> None:
     labels = [Label("", float(x), "ko" if x < 2 else "en") for x in (0, 1, 2, 3, 4, 5)]
-    figures = judge("regressor", labels, np.array([0.2, 0.6, 2.4, 3.0, 2.9, 4.6]))
+    figures = compute_metrics("regressor", labels, np.array([0.2, 0.6, 2.4, 3.0, 2.9, 4.6]))
     # ranks of the scores: 1 2 3 5 4 6, so 1 - 6 * (1 + 1) / (6 * 35)
     assert figures["spearman"] == pytest.approx(1 - 12 / 210)
     assert figures["mean_absolute_error"] == pytest.approx((0.2 + 0.4 + 0.4 + 0 + 1.1 + 0.4) / 6)
@@ -118,7 +119,7 @@ def test_figures_of_a_regressor() -> None:
 
 
 def test_what_cannot_be_said_is_a_dash() -> None:
-    figures = judge("regressor", [Label("", 1.0, "")] * 3, np.array([1.0, 2.0, 0.0]))
+    figures = compute_metrics("regressor", [Label("", 1.0, "")] * 3, np.array([1.0, 2.0, 0.0]))
     assert (figures["auc"], figures["spearman"]) == (None, None)
-    assert describe_figures("regressor", figures)[0] == (
+    assert format_metrics("regressor", figures)[0] == (
         "  3 texts: AUC -, precision -, recall -, Spearman -, mean error 0.6667 (good: 3 or more)")

@@ -15,8 +15,9 @@ from datatrove.pipeline.filters import (
     gopher_quality_filter as theirs_quality, gopher_repetition_filter as theirs_repetition)
 
 from data_prep.curate.quality.rules.step import (
-    c4, fineweb, language_rules, num_sentences, quality, repetition, with_thresholds)
-from data_prep.curate.quality.rules.words import RuleWords, punctuation
+    apply_c4, count_sentences, judge_fineweb, judge_quality, judge_repetition, load_language_rules,
+    replace_thresholds)
+from data_prep.curate.quality.rules.words import RuleWords, list_punctuation
 
 _WORDS = """the of and to in that with system installs package kernel it's user's file.txt 3.14 2024 x y z
 when a network opens which have be Wörter naïve 12,000 10:30"""
@@ -27,7 +28,7 @@ LINES = ["Terms of use and privacy policy.", "Please enable JavaScript now.", "l
          "- item one", "• second item of a list", "Home", "[edit] See also the page [12].", "   ",
          "The same line stands here again.", "And so it goes on...", "x" * 1200 + " is long indeed.",
          "One. Two! Three? Four. Five. Six."]
-ENGLISH = language_rules("en")
+ENGLISH = load_language_rules("en")
 NAMES = {
     "gopher_short_doc": "few words", "gopher_long_doc": "many words",
     "gopher_below_avg_threshold": "short words", "gopher_above_avg_threshold": "long words",
@@ -76,8 +77,9 @@ def words_of(text: str, language: str = "") -> list[str]:
 def same_words(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (theirs_quality, theirs_repetition, theirs_fineweb):
         monkeypatch.setattr(module, "split_into_words", words_of)
-    monkeypatch.setattr(theirs_quality, "PUNCTUATION_SET", punctuation())
-    monkeypatch.setattr(theirs_c4, "split_into_sentences", lambda line, language: [""] * num_sentences(line))
+    monkeypatch.setattr(theirs_quality, "PUNCTUATION_SET", list_punctuation())
+    monkeypatch.setattr(theirs_c4, "split_into_sentences",
+                        lambda line, language: [""] * count_sentences(line))
 
 
 def theirs(step, text: str) -> tuple[str, str]:
@@ -99,21 +101,21 @@ def differences(step, judge) -> tuple[list[tuple[str, str, str]], set[str]]:
 
 def test_gophers_rules_of_quality() -> None:
     different, seen = differences(
-        GopherQualityFilter(), lambda text: quality(text, RuleWords(text, "words", 1.0), ENGLISH))
+        GopherQualityFilter(), lambda text: judge_quality(text, RuleWords(text, "words", 1.0), ENGLISH))
     assert different == []
     assert len(seen) >= 8
 
 
 def test_gophers_rules_of_repetition() -> None:
     different, seen = differences(
-        GopherRepetitionFilter(), lambda text: repetition(text, RuleWords(text, "words", 1.0), ENGLISH))
+        GopherRepetitionFilter(), lambda text: judge_repetition(text, RuleWords(text, "words", 1.0), ENGLISH))
     assert different == []
     assert len(seen) >= 9
 
 
 def test_finewebs_rules() -> None:
     different, seen = differences(
-        FineWebQualityFilter(), lambda text: fineweb(text, RuleWords(text, "words", 1.0), ENGLISH))
+        FineWebQualityFilter(), lambda text: judge_fineweb(text, RuleWords(text, "words", 1.0), ENGLISH))
     assert different == []
     assert len(seen) >= 4
 
@@ -124,13 +126,13 @@ def stripped_lines(text: str) -> list[str]:
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_c4s_rules_and_the_lines_that_it_takes_out(ends: bool) -> None:
-    rules = with_thresholds(ENGLISH, {"lines_end_with_mark": ends})
+    rules = replace_thresholds(ENGLISH, {"lines_end_with_mark": ends})
     step = C4QualityFilter(filter_no_terminal_punct=ends)
     kept = 0
     for text in documents():
         if text.strip():
             expected_text, expected = theirs(step, text)
-            reason, changed = c4(text, rules)
+            reason, changed = apply_c4(text, rules)
             assert reason.partition(": ")[2] == expected
             if not reason:  # datatrove loses empty lines and indentation
                 assert stripped_lines(changed) == stripped_lines(expected_text)

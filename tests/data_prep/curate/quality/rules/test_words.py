@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from data_prep.curate.quality.rules.step import known_languages, language_rules
+from data_prep.curate.quality.rules.step import list_languages, load_language_rules
 from data_prep.curate.quality.rules.words import RuleWords
 from tests.data_prep.curate.quality.test_identify import SENTENCES
 from tests.typed_words import keys_of
@@ -43,7 +43,7 @@ def test_where_characters_are_counted_the_blanks_between_words_count_as_well() -
     """The thresholds were found on words that a dictionary cuts, joined by blanks."""
     words = ["가나", "다라", "마바", "가나", "다라", "사아", "가나", "다라", "자차"]
     measured = RuleWords("".join(words), "characters", 2.0)
-    assert measured.top_ngram_chars(2) == 3 * len("가나 다라")
+    assert measured.count_top_ngram_chars(2) == 3 * len("가나 다라")
 
 
 def test_large_and_strange_texts_are_measured_in_time() -> None:
@@ -52,8 +52,8 @@ def test_large_and_strange_texts_are_measured_in_time() -> None:
         start = time.process_time()
         for unit in ("words", "characters"):
             measured = RuleWords(text, unit, 3.9)
-            measured.duplicate_ngram_chars(10, enough=0)
-            measured.top_ngram_chars(2)
+            measured.count_duplicate_ngram_chars(10, enough=0)
+            measured.count_top_ngram_chars(2)
         assert time.process_time() - start < 2.0
 
 
@@ -61,9 +61,9 @@ WITH_SETTINGS = {"ko", "en", "th", "es", "de", "ja", "vi"}
 """Languages of the recipes' tokenizers and corpora, which must not fall back to the rules of others."""
 
 
-@pytest.mark.parametrize("code", [*known_languages(), "other"])
+@pytest.mark.parametrize("code", [*list_languages(), "other"])
 def test_a_file_loads_and_its_thresholds_are_possible(code: str) -> None:
-    rules = language_rules(code)
+    rules = load_language_rules(code)
     assert rules.code == code
     assert keys_of(rules.thresholds) == []
     assert (rules.unit == "characters") == (rules.chars_per_word > 1)
@@ -71,15 +71,15 @@ def test_a_file_loads_and_its_thresholds_are_possible(code: str) -> None:
 
 
 def test_the_languages_of_the_recipes_have_their_own() -> None:
-    assert set(known_languages()) >= WITH_SETTINGS
+    assert set(list_languages()) >= WITH_SETTINGS
 
 
-@pytest.mark.parametrize("code", sorted(set(known_languages()) & set(SENTENCES)))
+@pytest.mark.parametrize("code", sorted(set(list_languages()) & set(SENTENCES)))
 def test_a_sentence_has_stop_words_of_its_language(code: str) -> None:
     text = SENTENCES[code].lower()
-    assert language_rules(code).num_stop_words(text, text.replace(".", " ").split()) >= 1
+    assert load_language_rules(code).count_stop_words(text, text.replace(".", " ").split()) >= 1
 
 
 def test_a_language_without_a_file_has_those_of_others() -> None:
-    assert language_rules("sw").code == "other"
-    assert language_rules("common").code == "other"
+    assert load_language_rules("sw").code == "other"
+    assert load_language_rules("common").code == "other"

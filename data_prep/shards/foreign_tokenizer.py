@@ -1,0 +1,55 @@
+"""Explain why `--tokenizer` needs `sov-tokenizer import` or a download first, and propose the command."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from megatron_sov.base.artifacts import MANIFEST, read_manifest
+from megatron_sov.base.errors import Fix, fix_missing, suggest_download
+from megatron_sov.chat.folder import TOKENIZER_JSON
+
+SUFFIXES = (".json", ".tiktoken", ".model")
+PATTERNS = (TOKENIZER_JSON, "*.tiktoken", "*.model")
+"""Tokenizer files that `sov-tokenizer import` reads."""
+
+
+def explain_foreign_tokenizer(path: Path) -> str:
+    """Return the problem and the commands for a tokenizer that is no artifact; "" for an artifact or a path
+    without tokenizer files.
+
+    `sov-tokenizer import` proves that a tokenizer gives the same ids here.
+    """
+    if (path / MANIFEST).is_file() and read_manifest(path).kind == "tokenizer":
+        return ""
+    if suggest_download(path, is_bare=True) and not path.exists():
+        name = shlex.quote(path.name)
+        return (f"does not exist; check the path. If it is a model's name on the Hugging Face hub: "
+                f"`hf download {path} --local-dir {name}`, then `sov-tokenizer import {name} --output "
+                f"{name}-tokenizer`, and pass --tokenizer {name}-tokenizer")
+    if path.is_file():
+        foreign = path if path.suffix in SUFFIXES else None
+    else:
+        folders = (folder for folder in (path, path / "tokenizer")
+                   if any(any(folder.glob(pattern)) for pattern in PATTERNS))
+        foreign = next(folders, None)
+    if foreign is None:
+        return ""
+    output = shlex.quote(f"{_get_name(path)}-tokenizer")
+    return ("holds a tokenizer that is not imported yet; run `sov-tokenizer "
+            f"import {shlex.quote(str(foreign))} --output {output}`, and pass --tokenizer {output}")
+
+
+def fix_foreign_tokenizer(path: Path) -> Fix | None:
+    """Return the fix for a tokenizer before import or download, or None."""
+    fix = None if path.exists() else fix_missing(path, is_bare=True)
+    if not path.exists() and (fix is None or not fix.before):
+        return fix
+    output = f"{_get_name(path)}-tokenizer"
+    source = path if path.exists() else path.name
+    words = ["sov-tokenizer", "import", str(source), "--output", output]
+    return Fix(words={str(path): output}, before=(*(fix.before if fix else ()), shlex.join(words)))
+
+
+def _get_name(path: Path) -> str:
+    return path.stem if path.is_file() else path.resolve().name
