@@ -115,7 +115,7 @@ def test_components_are_told_apart_from_items_of_memory() -> None:
 
 def test_items_that_are_next_to_nothing_share_a_line() -> None:
     found = quote_tables.select_items(QuotedMemory({"weights": 1000, "a": 5, "b": 6}, 0), share=0.01)
-    assert found == {"weights": 1000, quote_tables.OTHERS: 11}
+    assert found == {"weights": 1000, quote_tables.OTHER_ITEMS: 11}
 
 
 def test_totals_stand_below_several_stages_alone() -> None:
@@ -177,7 +177,7 @@ def test_own_parameters_and_own_price_change_what_they_are_about() -> None:
     assert told.cost_usd == pytest.approx(told.gpu_hours) and told.cost_range_usd == (told.cost_usd,) * 2
     slow = Pricing(where, replace(load_default_parameters(),
                    step_overhead_s=load_default_parameters().step_overhead_s + 10))
-    assert slow.step(stage).total_s == pytest.approx(on(where).step(stage).total_s + 10)
+    assert slow.time_step(stage).total_s == pytest.approx(on(where).time_step(stage).total_s + 10)
 
 
 @pytest.mark.parametrize(("cluster", "asked", "works"), [

@@ -80,7 +80,7 @@ def one_by_one(sizes: list[ParameterRun], num_ranks: int, bucket_numel: int | No
         offset = math.ceil(offset / 64) * 64
         if size.is_alone and buckets[-1]:
             close()
-        buckets[-1].append((offset, offset + size.numel, size.mark))
+        buckets[-1].append((offset, offset + size.numel, size.rule))
         offset += size.numel
         if size.is_alone or (bucket_numel is not None and offset - first >= bucket_numel):
             close()
@@ -108,8 +108,8 @@ def test_runs_lie_as_their_parameters_do(drawn: list[tuple[int, int, bool]], num
     assert buffer.numel == numel
     for rank in range(num_ranks):
         found: Counter[int] = Counter()
-        for piece in buffer.updated(rank, num_ranks):
-            found[piece.mark] += piece.numel * piece.number
+        for piece in buffer.iter_updated(rank, num_ranks):
+            found[piece.rule] += piece.numel * piece.number
         assert found == updated[rank]
 
 
