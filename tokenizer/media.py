@@ -19,9 +19,9 @@ from megatron_sov.base.settings import (
 from megatron_sov.chat.media_tokens import (
     AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, codebook_token, describe_blocks)
 from megatron_sov.model.pretrained import CONFIG, read_json
-from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, special_token
-from tokenizer.formats.reader import find_file, ids_of, open_hf, opened, plain_ids
-from tokenizer.formats.sample_texts import built_in, first_difference
+from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, build_special_token
+from tokenizer.formats.reader import build_text_encoder, find_file, get_token_ids, load_tokenizer, open_hf
+from tokenizer.formats.sample_texts import find_first_difference, iter_builtin_texts
 
 FILLER = "<|reserved_media_{}|>"
 """What stands on ids between blocks whose first ids were asked for."""
@@ -49,28 +49,29 @@ class MediaTokens:
             SettingsProblem(ProblemCode.RULE, "audio_tokens", "adds nothing, and no --image-tokens do", 0)]
 
 
-def laid_out(asked: MediaTokens, known: Collection[str], num_ids: int) -> tuple[list[str],
+def assign_media_ids(media_tokens: MediaTokens, existing_tokens: Collection[str],
+                     num_ids: int) -> tuple[list[str],
                                                                                 list[VocabularyBlock]]:
     """Return the tokens to add behind `num_ids` ids, in order, and the blocks that they make: marks end where
     the first block begins.
 
     Args:
-        asked: sizes and first ids.
-        known: tokens that are there; marks among them stay where they are.
+        media_tokens: sizes and first ids.
+        existing_tokens: tokens that are there; marks among them stay where they are.
         num_ids: ids that are taken.
 
     Raises:
         UserError: there are codebook entries already, or an id that was asked for is taken.
     """
     first_tokens = (codebook_token(kind, 0) for kind in (AUDIO, IMAGE))
-    if taken := next((token for token in first_tokens if token in known), None):
+    if taken := next((token for token in first_tokens if token in existing_tokens), None):
         raise UserError(f"{taken} is a token already: this tokenizer has tokens of media; take the one "
                         "that it was made of")
-    words = [mark for mark in MARKS if mark not in known]
+    words = [mark for mark in MARKS if mark not in existing_tokens]
     blocks: list[VocabularyBlock] = []
     num_fillers = 0
-    for kind, size, first in ((AUDIO, asked.audio_tokens, asked.audio_first),
-                              (IMAGE, asked.image_tokens, asked.image_first)):
+    for kind, size, first in ((AUDIO, media_tokens.audio_tokens, media_tokens.audio_first),
+                              (IMAGE, media_tokens.image_tokens, media_tokens.image_first)):
         free = num_ids + len(words)
         if not size:
             continue
@@ -127,37 +128,37 @@ class _ExtendedTokenizer:
         return self.first_id + len(self.words)
 
 
-def _extend_tokenizer(source: Any, asked: MediaTokens) -> _ExtendedTokenizer:
+def _extend_tokenizer(source: Any, media_tokens: MediaTokens) -> _ExtendedTokenizer:
     """Add special tokens after all others; the source is not changed.
 
     Raises:
         UserError: see `laid_out`; or the tokenizer's ids have gaps.
     """
-    ids = dict(ids_of(source.raw))
+    ids = dict(get_token_ids(source.raw))
     first = max(ids.values()) + 1
-    words, blocks = laid_out(asked, ids.keys(), first)
+    words, blocks = assign_media_ids(media_tokens, ids.keys(), first)
     raw = copy.deepcopy(source.raw)
-    raw["added_tokens"] += [special_token(first + i, word) for i, word in enumerate(words)]
+    raw["added_tokens"] += [build_special_token(first + i, word) for i, word in enumerate(words)]
     ids |= {word: first + i for i, word in enumerate(words)}
-    tokenizer = opened(raw, source.file)
+    tokenizer = load_tokenizer(raw, source.file)
     moved = [token for token, id_ in ids.items() if tokenizer.token_to_id(token) != id_]
     if moved and raw["model"]["type"] == "BPE":
         # `tokenizers` gives added tokens ids of its own unless the vocabulary has them
         raw["model"]["vocab"] |= {token["content"]: token["id"] for token in raw["added_tokens"]}
-        tokenizer = opened(raw, source.file)
+        tokenizer = load_tokenizer(raw, source.file)
     if wrong := next((token for token, id_ in ids.items() if tokenizer.token_to_id(token) != id_), None):
         raise UserError(f"{source.file}: {wrong!r} cannot have id {ids[wrong]} in it, because its ids have "
                         "gaps")
     return _ExtendedTokenizer(raw, words, first, blocks)
 
 
-def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: bool = False) -> None:
+def add_media(tokenizer: Path, output: Path, media_tokens: MediaTokens, *, overwrite: bool = False) -> None:
     """Write a tokenizer with tokens of media as an artifact of kind "tokenizer".
 
     Args:
         tokenizer: artifact of kind "tokenizer".
         output: the folder to write.
-        asked: which tokens.
+        media_tokens: which tokens.
         overwrite: replace a tokenizer that is already there.
 
     Raises:
@@ -168,10 +169,10 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
     if problems := find_damaged_files(tokenizer):
         raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
     source = open_hf(find_file(tokenizer))
-    extended = _extend_tokenizer(source, asked)
+    extended = _extend_tokenizer(source, media_tokens)
     config = read_json(tokenizer / CONFIG_JSON)
     with create_artifact(output, TOKENIZER, overwrite=overwrite) as artifact:
-        text = opened(extended.raw, tokenizer).to_str()
+        text = load_tokenizer(extended.raw, tokenizer).to_str()
         (artifact.path / TOKENIZER_JSON).write_text(text, encoding="utf-8")
         (artifact.path / CONFIG_JSON).write_text(format_json(config), encoding="utf-8")
         checked = _check_ids(artifact.path, source, extended)
@@ -180,12 +181,12 @@ def add_media(tokenizer: Path, output: Path, asked: MediaTokens, *, overwrite: b
                             "tokenizer_sha256": sha256_file(artifact.path / TOKENIZER_JSON),
                             "vocab_size": extended.num_ids, "checked": checked,
                             MEDIA: describe_blocks(extended.blocks)}
-        artifact.settings = {"tokenizer": tokenizer.resolve().name, "asked": asked}
-    _tell(extended, checked, output)
+        artifact.settings = {"tokenizer": tokenizer.resolve().name, "asked": media_tokens}
+    _print_blocks(extended, checked, output)
 
 
-def _opened(folder: Path) -> Any:
-    return opened(read_json(folder / TOKENIZER_JSON), folder)
+def _load_written_tokenizer(folder: Path) -> Any:
+    return load_tokenizer(read_json(folder / TOKENIZER_JSON), folder)
 
 
 def _check_ids(folder: Path, source: Any, extended: _ExtendedTokenizer) -> str:
@@ -194,9 +195,9 @@ def _check_ids(folder: Path, source: Any, extended: _ExtendedTokenizer) -> str:
     Raises:
         UserError: text has other ids, or a token is not found.
     """
-    encode = plain_ids(_opened(folder))
-    texts = list(built_in(source.raw))
-    if difference := first_difference(texts, encode, source.encode):
+    encode = build_text_encoder(_load_written_tokenizer(folder))
+    texts = list(iter_builtin_texts(source.raw))
+    if difference := find_first_difference(texts, encode, source.encode):
         raise UserError(f"{source.file}: text would get other ids with tokens of media in its vocabulary, "
                         f"{difference}; so they cannot be added to this tokenizer")
     special = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
@@ -207,7 +208,7 @@ def _check_ids(folder: Path, source: Any, extended: _ExtendedTokenizer) -> str:
     return f"each token of media is found in its own text, and {len(texts)} texts keep their ids"
 
 
-def _tell(extended: _ExtendedTokenizer, checked: str, output: Path) -> None:
+def _print_blocks(extended: _ExtendedTokenizer, checked: str, output: Path) -> None:
     for block in extended.blocks:
         print(f"{block.kind}: ids {block.first:,} to {block.end - 1:,}; set model.{block.kind}_tokens.first="
               f"{block.first} and model.{block.kind}_tokens.size={block.size}")

@@ -28,7 +28,7 @@ _DIGITS = {"single": r"\p{N}", "triples": r"\p{N}{1,3}", "runs": r"\p{N}+"}
 _WHITESPACE = {"runs": r"\s*[\r\n]+|\s+(?!\S)|\s+", "single": r"\s"}
 
 
-def _no_template(template: str) -> Violation | None:
+def _find_template_fault(template: str) -> Violation | None:
     """Return what keeps a chat template from being one, by jinja as transformers sets it up."""
     # transformers' own tag around what is to be learned
     text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
@@ -63,7 +63,7 @@ class Preset:
     """End of a document, and of generation."""
     pad_token: str
     """Fills batches; may be the end token."""
-    chat_template: Annotated[str, Bound(_no_template)]
+    chat_template: Annotated[str, Bound(_find_template_fault)]
     """Jinja template of a conversation, as transformers reads it."""
     max_token_bytes: Annotated[int, Ge(2)] = 48
     """Longest token; without a limit, rules and ASCII art take vocabulary."""
@@ -88,7 +88,7 @@ class Preset:
 
     def problems(self) -> list[SettingsProblem]:
         """Return every rule between settings that this preset breaks."""
-        reserved = {_reserved_name(i): i for i in range(self.num_special_ids)}
+        reserved = {_format_reserved_name(i): i for i in range(self.num_special_ids)}
         owner = {id_: token for token, id_ in reversed(self.special_tokens.items())}
         p = []
         for token, id_ in self.special_tokens.items():
@@ -112,10 +112,10 @@ class Preset:
     def special_by_id(self) -> list[str]:
         """Return the special and reserved tokens in order of their ids."""
         names = {id_: token for token, id_ in self.special_tokens.items()}
-        return [names.get(i, _reserved_name(i)) for i in range(self.num_special_ids)]
+        return [names.get(i, _format_reserved_name(i)) for i in range(self.num_special_ids)]
 
 
-def _reserved_name(id_: int) -> str:
+def _format_reserved_name(id_: int) -> str:
     return f"<|reserved_{id_}|>"
 
 
@@ -190,7 +190,7 @@ def load_preset(name: str, file: Path | None) -> Preset:
         raise SettingsError(where, located.problems)
     raw = located.value
     if isinstance(raw, dict):
-        raw = {"name": CUSTOM, **_with_pattern(raw, where, located.lines)}
+        raw = {"name": CUSTOM, **_add_pattern(raw, where, located.lines)}
     return parse_settings(Preset, raw, where, lines=located.lines)
 
 
@@ -204,7 +204,7 @@ class _Split:
     """Blanks together, or each by itself."""
 
 
-def _with_pattern(raw: dict[str, Any], where: str, lines: Mapping[Place, int]) -> dict[str, Any]:
+def _add_pattern(raw: dict[str, Any], where: str, lines: Mapping[Place, int]) -> dict[str, Any]:
     """Replace `digits` and `whitespace` by the split pattern that they stand for.
 
     Raises:

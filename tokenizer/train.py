@@ -13,7 +13,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, DeclaredCommand, Flag, Fraction, NotNegative, count_cores, excludes_field)
 from megatron_sov.work.progress.journal import work_folder
-from tokenizer.bpe.split_pattern import check_coverage, oniguruma
+from tokenizer.bpe.split_pattern import build_splitter, check_coverage
 from tokenizer.mixture import SourceGroup, gather_groups
 from tokenizer.presets import PRESETS, SMALLEST_MEMORY_GB, CountPlan, Preset, load_preset
 
@@ -72,13 +72,13 @@ class TrainRequest:
 
 
 def check_train(options: TokenizerTrainOptions) -> TrainRequest:
-    preset = adjusted(load_preset(options.preset, options.config), options)
+    preset = apply_superword_options(load_preset(options.preset, options.config), options)
     groups = gather_groups(options.input, options.mixture)
     check_output_folder(options.output, "tokenizer", options.overwrite)
     return TrainRequest(make_plan(preset, options), groups, options.output, options.overwrite)
 
 
-def adjusted(preset: Preset, args: TokenizerTrainOptions) -> Preset:
+def apply_superword_options(preset: Preset, args: TokenizerTrainOptions) -> Preset:
     """Return the preset with what the command line says about superwords.
 
     Raises:
@@ -117,7 +117,7 @@ def make_plan(preset: Preset, args: TokenizerTrainOptions) -> CountPlan:
         raise UserError(f"--max-memory-gb {args.max_memory_gb:g}: must be at least "
                         f"{SMALLEST_MEMORY_GB:g}; leave it out for no bound")
     for pattern in {preset.split_pattern, preset.final_pattern}:
-        oniguruma(pattern, preset.name)
+        build_splitter(pattern, preset.name)
         if preset.name not in PRESETS:  # those are known to be whole
             check_coverage(pattern, preset.name)
     transition = max(round(args.vocab_size * (1 - preset.superword_share)), preset.smallest_vocab)

@@ -38,8 +38,8 @@ class DocumentOrder:
 
     def __init__(self, view: View) -> None:
         shards = Numbering(view).shards
-        priorities = sorted({view.priority(shard.source) for shard in shards}, reverse=True)
-        self._class_of = np.array([priorities.index(view.priority(shard.source)) for shard in shards],
+        priorities = sorted({view.get_priority(shard.source) for shard in shards}, reverse=True)
+        self._class_of = np.array([priorities.index(view.get_priority(shard.source)) for shard in shards],
                                   np.uint64)
 
     def of(self, numbers: NDArray[np.uint64], characters: NDArray[np.uint64]) -> NDArray[np.uint64]:

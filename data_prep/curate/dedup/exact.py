@@ -186,7 +186,7 @@ class DuplicateFilter:
         self._rank = -1
         self._keeper_ids: dict[int, str] = {}
 
-    def outcomes(self, documents: Sequence[Doc]) -> list[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> list[StepOutcome]:
         return [self._outcome(d) for d in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:
@@ -234,35 +234,35 @@ class ExactDedup(Step):
     """Drops documents whose text stands elsewhere."""
 
     kind = "exact_dedup"
-    adds = {"duplicate_of": "string"}
+    added_columns = {"duplicate_of": "string"}
     Settings = ExactSettings
     settings: ExactSettings
 
-    def passes(self) -> Sequence[Pass]:
+    def list_passes(self) -> Sequence[Pass]:
         """Return: keys of each shard, then which documents go, by partition."""
         return [Pass("keys", self._write_keys), Pass("compare", self._compare, self.settings.partitions)]
 
-    def start(self, view: View) -> None:
+    def load_inputs(self, view: View) -> None:
         numbering = Numbering(view)
-        self._dropped = DuplicateFilter(numbering, Register(view.work / "documents"), REASON,
-                                lambda rank: read_surplus(view.work / "duplicates", rank))
+        self._dropped = DuplicateFilter(numbering, Register(view.work_folder / "documents"), REASON,
+                                lambda rank: read_surplus(view.work_folder / "duplicates", rank))
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return self._dropped.outcomes(documents)
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        return self._dropped.compute_outcomes(documents)
 
     def _write_keys(self, view: View, task: int) -> None:
         numbering, shard = Numbering(view), view.shards[task]
         rank = numbering.rank_by_shard[shard]
         keys: list[bytes] = []
         numbers: list[int] = []
-        for batch in register_documents(view, shard, Register(view.work / "documents"), rank):
+        for batch in register_documents(view, shard, Register(view.work_folder / "documents"), rank):
             keys += [blake3(_compared(d.text)).digest(KEY_BYTES) for d in batch]
             numbers += [rank << 32 | d.row for d in batch]
-        write_occurrences(view.work / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
+        write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
 
     def _compare(self, view: View, task: int) -> None:
-        files = [view.work / "keys" / f"{rank:06}" for rank in range(len(view.shards))]
-        write_surplus(files, task, view.work / "duplicates" / f"{task:05}")
+        files = [view.work_folder / "keys" / f"{rank:06}" for rank in range(len(view.shards))]
+        write_surplus(files, task, view.work_folder / "duplicates" / f"{task:05}")
 
 
 REPEATED_REASON = "mostly repeated paragraphs"
@@ -314,20 +314,20 @@ class ParagraphDedup(Step):
     """Cuts paragraphs that many documents have."""
 
     kind = "paragraph_dedup"
-    adds = {"paragraphs_cut": "int64"}
+    added_columns = {"paragraphs_cut": "int64"}
     Settings = ParagraphSettings
     settings: ParagraphSettings
 
-    def passes(self) -> Sequence[Pass]:
+    def list_passes(self) -> Sequence[Pass]:
         """Return: paragraphs of each shard, then those that are in too many documents, by partition."""
         return [Pass("paragraphs", self._write_keys), Pass("count", self._count, self.settings.partitions)]
 
-    def start(self, view: View) -> None:
-        self._numbering, self._folder = Numbering(view), view.work / "repeated"
+    def load_inputs(self, view: View) -> None:
+        self._numbering, self._folder = Numbering(view), view.work_folder / "repeated"
         self._rank = -1
         self._cut: dict[int, set[bytes]] = {}
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [self._outcome(d) for d in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:
@@ -359,14 +359,14 @@ class ParagraphDedup(Step):
         rank = Numbering(view).rank_by_shard[shard]
         keys: list[bytes] = []
         numbers: list[int] = []
-        for batch in view.documents(shard):
+        for batch in view.iter_documents(shard):
             for document in batch:
                 # A paragraph that a document repeats within itself counts as one document.
                 found = {p.key for p in iter_paragraphs(document.text, self.settings.min_chars) if p.key}
                 keys += sorted(found)
                 numbers += [rank << 32 | document.row] * len(found)
-        write_occurrences(view.work / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
+        write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
 
     def _count(self, view: View, task: int) -> None:
-        files = [view.work / "keys" / f"{rank:06}" for rank in range(len(view.shards))]
-        write_surplus(files, task, view.work / "repeated" / f"{task:05}", self.settings.max_documents)
+        files = [view.work_folder / "keys" / f"{rank:06}" for rank in range(len(view.shards))]
+        write_surplus(files, task, view.work_folder / "repeated" / f"{task:05}", self.settings.max_documents)

@@ -332,23 +332,24 @@ class MinhashDedup(Step):
 
     kind = "minhash_dedup"
     version = 3  # similarity is not passed on
-    adds = {"duplicate_of": "string"}
+    added_columns = {"duplicate_of": "string"}
     Settings = MinhashSettings
     settings: MinhashSettings
 
-    def passes(self) -> Sequence[Pass]:
+    def list_passes(self) -> Sequence[Pass]:
         """Return: signatures, documents with a band in common, their shingles, their comparison, and the
         selection."""
         return [Pass("signatures", self._sign), Pass("bands", self._pair, self.settings.partitions),
                 Pass("shingles", self._write_shingles), Pass("verify", self._verify),
                 Pass("clusters", self._cluster, 1)]
 
-    def start(self, view: View) -> None:
-        self._dropped = DuplicateFilter(Numbering(view), Register(view.work / "documents"), REASON,
-                                        lambda rank: open_bucket(view.work / "dropped", DROPPED, rank).read())
+    def load_inputs(self, view: View) -> None:
+        self._dropped = DuplicateFilter(Numbering(view), Register(view.work_folder / "documents"), REASON,
+                                        lambda rank: open_bucket(view.work_folder / "dropped", DROPPED, rank
+                                                                 ).read())
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return self._dropped.outcomes(documents)
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        return self._dropped.compute_outcomes(documents)
 
     def _sign(self, view: View, task: int) -> None:
         s, numbering, shard = self.settings, Numbering(view), view.shards[task]
@@ -356,7 +357,7 @@ class MinhashDedup(Step):
         rank = numbering.rank_by_shard[shard]
         documents: list[tuple[int, int]] = []
         found: list[Signature] = []
-        for batch in register_documents(view, shard, Register(view.work / "documents"), rank):
+        for batch in register_documents(view, shard, Register(view.work_folder / "documents"), rank):
             for document in batch:
                 if (signature := signer.sign(document.text)) is not None:
                     documents.append((rank << 32 | document.row, len(document.text)))
@@ -367,11 +368,11 @@ class MinhashDedup(Step):
         records["key"] = signer.band_keys(signatures)
         for place, name in enumerate(("doc", "characters")):
             records[name] = np.array(documents, np.uint64).reshape(-1, 2)[:, place:place + 1]
-        write_bands(view.work / "bands" / f"{rank:06}", records.reshape(-1), s.partitions)
+        write_bands(view.work_folder / "bands" / f"{rank:06}", records.reshape(-1), s.partitions)
 
     def _pair(self, view: View, task: int) -> None:
-        files = [view.work / "bands" / f"{rank:06}" for rank in range(len(view.shards))]
-        with create_folder(view.work / "pairs" / f"{task:05}") as temporary:
+        files = [view.work_folder / "bands" / f"{rank:06}" for rank in range(len(view.shards))]
+        with create_folder(view.work_folder / "pairs" / f"{task:05}") as temporary:
             for number, (records, ones, others) in enumerate(
                     iter_band_pairs(files, DocumentOrder(view), task, self.settings.partitions)):
                 pairs = np.stack([records["doc"][ones], records["doc"][others]], axis=1)
@@ -379,30 +380,31 @@ class MinhashDedup(Step):
 
     def _write_shingles(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_by_shard[view.shards[task]]
-        wanted = np.unique(read_pairs(view.work / "pairs", rank)[:, 0] & np.uint64(0xFFFFFFFF))
-        ShingleSets.write(view.work / "shingles" / f"{rank:06}", view.documents(view.shards[task]),
+        wanted = np.unique(read_pairs(view.work_folder / "pairs", rank)[:, 0] & np.uint64(0xFFFFFFFF))
+        ShingleSets.write(view.work_folder / "shingles" / f"{rank:06}",
+                          view.iter_documents(view.shards[task]),
                           wanted.astype(np.int64), self.settings.ngram)
 
     def _verify(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_by_shard[view.shards[task]]
-        order, register = DocumentOrder(view), Register(view.work / "documents")
-        pairs = read_pairs(view.work / "pairs", rank)
+        order, register = DocumentOrder(view), Register(view.work_folder / "documents")
+        pairs = read_pairs(view.work_folder / "pairs", rank)
         edges = [np.empty(0, EDGE)]
-        for block in iter_similar_pairs(pairs, view.work / "shingles", rank, self.settings.threshold):
+        for block in iter_similar_pairs(pairs, view.work_folder / "shingles", rank, self.settings.threshold):
             # All pairs of a block are between the same two shards.
             lengths = [register.at(int(get_ranks(side[:1])[0]), get_rows(side))["characters"]
                        for side in block.T if len(side)]
             if lengths:
                 edges.append(order.build_edges(block, np.stack(lengths, axis=1)))
-        with create_folder(view.work / "similar" / f"{rank:06}") as temporary:
+        with create_folder(view.work_folder / "similar" / f"{rank:06}") as temporary:
             save_array(temporary / "edges.npy", sort_edges(np.concatenate(edges)))
 
     def _cluster(self, view: View, task: int) -> None:
-        scratch = view.work / ".clusters"
+        scratch = view.work_folder / ".clusters"
         shutil.rmtree(scratch, ignore_errors=True)
-        clusters = Clusters(view, Register(view.work / "documents"), scratch)
-        clusters.select(list_part_files(view.work / "similar"))
-        clusters.write_dropped(view.work / "dropped")
+        clusters = Clusters(view, Register(view.work_folder / "documents"), scratch)
+        clusters.select(list_part_files(view.work_folder / "similar"))
+        clusters.write_dropped(view.work_folder / "dropped")
         # Last: should this task be killed here and run again, it reads `similar` alone.
-        for used in (scratch, view.work / "bands", view.work / "shingles"):
+        for used in (scratch, view.work_folder / "bands", view.work_folder / "shingles"):
             shutil.rmtree(used, ignore_errors=True)

@@ -204,7 +204,7 @@ class Numbering:
 
     def __init__(self, view: View) -> None:
         # `sorted` is stable: shards of one priority keep the order of the pipeline.
-        self.shards = sorted(view.shards, key=lambda shard: -view.priority(shard.source))
+        self.shards = sorted(view.shards, key=lambda shard: -view.get_priority(shard.source))
         """All shards; a shard's place here is its rank."""
         self.rank_by_shard = {shard: rank for rank, shard in enumerate(self.shards)}
 
@@ -257,7 +257,7 @@ class Register:
 def register_documents(view: View, shard: ShardRef, register: Register, rank: int) -> Iterator[list[Doc]]:
     """Yield a shard's documents in batches, and write down what they are when all have been."""
     known: list[tuple[int, int, str]] = []
-    for batch in view.documents(shard):
+    for batch in view.iter_documents(shard):
         known += [(d.row, len(d.text), d.id) for d in batch]
         yield batch
     # Only here: a pass that is left early writes no register.

@@ -16,7 +16,7 @@ import pytest
 
 from data_prep.curate.dedup.work_files import open_bucket, read_array, write_array, write_buckets
 from data_prep.curate.pipeline.step import StepOutcome
-from data_prep.curate.pipeline.tasks import LayerFile, groups
+from data_prep.curate.pipeline.tasks import LayerFile, iter_row_batches
 from data_prep.damaged_files import explain_deletion
 from megatron_sov.base import sealed
 from megatron_sov.base.errors import UserError
@@ -28,7 +28,7 @@ RECORD = np.dtype([("key", "<u8"), ("doc", "<u8")])
 
 def _base(folder: Path) -> tuple[Path, Callable[[], Any]]:
     write_base(folder / "a.parquet", [3, 2])
-    return folder / "a.parquet", lambda: list(groups("s", [folder / "a.parquet"]))
+    return folder / "a.parquet", lambda: list(iter_row_batches("s", [folder / "a.parquet"]))
 
 
 def _layer(folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -36,7 +36,8 @@ def _layer(folder: Path) -> tuple[Path, Callable[[], Any]]:
     with LayerFile(folder / "b.parquet", {"score": "float32"}) as layer:
         layer.write_outcomes([StepOutcome(values={"score": 0.5}), StepOutcome("no"),
                               StepOutcome(text="other")])
-    return folder / "b.parquet", lambda: list(groups("s", [folder / "a.parquet", folder / "b.parquet"]))
+    files = [folder / "a.parquet", folder / "b.parquet"]
+    return files[1], lambda: list(iter_row_batches("s", files))
 
 
 def _array(folder: Path) -> tuple[Path, Callable[[], Any]]:

@@ -1,0 +1,1 @@
+"""Functions that prompts and values of generator files call; none sends a request."""
