@@ -27,10 +27,10 @@ from megatron_sov.proof.miniature import LEFT_OUT, OVERRIDES, ROW_TOKENS, Miniat
 
 cpu_shims.prepare_without_gpu()
 given = importlib.import_module("megatron_sov.proof.random_documents")
-proving = importlib.import_module("megatron_sov.proof.layout_proof")  # which imports megatron-core
+layout_proof = importlib.import_module("megatron_sov.proof.layout_proof")  # which imports megatron-core
 context = importlib.import_module("megatron_sov.engine.parallel.context")
 parallel_state = importlib.import_module("megatron.core.parallel_state")
-DIFFERS, EQUAL, STANDS = proving.DIFFERS, proving.EQUAL, proving.STANDS
+DIFFERS, EQUAL, STANDS = layout_proof.DIFFERS, layout_proof.EQUAL, layout_proof.STANDS
 LAYOUT = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.ep=2", "train.global_batch_size=32")
 
 
@@ -48,7 +48,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Miniature:
 
 @pytest.fixture(scope="module")
 def whole(small: Miniature) -> Any:
-    return proving.play_alone(small)
+    return layout_proof.run_reference(small)
 
 
 def faulty(small: Miniature, whole: Any, kind: str, group: str, function: str,
@@ -61,7 +61,7 @@ def faulty(small: Miniature, whole: Any, kind: str, group: str, function: str,
         spoil(parts)
         return True
 
-    return proving.prove(small, meddle, whole)
+    return layout_proof.prove_miniature(small, meddle, whole)
 
 
 def halve(parts: Sequence[Any]) -> None:
@@ -90,9 +90,9 @@ def test_gradients_that_are_not_summed_over_data_are_found(small: Miniature, who
 
 def test_what_a_guard_refuses_in_the_layout_alone_differs(small: Miniature, whole: Any,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proving, "_step", lambda trainer: None)
+    monkeypatch.setattr(layout_proof, "_run_step", lambda trainer: None)
 
-    assert proving.prove(small, whole=whole).places == ["step 1: a guard refuses it"]
+    assert layout_proof.prove_miniature(small, whole=whole).places == ["step 1: a guard refuses it"]
 
 
 @pytest.mark.deep
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_is_read_at_another_place_is_found(small: Miniature, w
     monkeypatch.setattr(TensorReader, "read", lambda self, key, offset, shape: read(
         self, key, (0,) * len(offset), shape))
 
-    verdict = proving.prove(small, whole=whole)
+    verdict = layout_proof.prove_miniature(small, whole=whole)
 
     assert verdict.outcome == DIFFERS
     assert {place.partition(":")[0] for place in verdict.places} == {"read from one process' checkpoint"}
@@ -115,7 +115,7 @@ def test_a_checkpoint_with_other_numbers_is_found(small: Miniature, whole: Any,
     monkeypatch.setattr(host_snapshot.TensorWriter, "add", lambda self, key, block, *place: add(
         self, key, block.flip(0) if "linear_qkv.weight" in key else block, *place))
 
-    verdict = proving.prove(small, whole=whole)
+    verdict = layout_proof.prove_miniature(small, whole=whole)
 
     assert verdict.outcome == DIFFERS and len(verdict.places) > 2
     assert all(place.startswith("written into a checkpoint: ") and "linear_qkv" in place
@@ -144,7 +144,8 @@ def test_what_only_a_global_layer_does_wrong_is_found(monkeypatch: pytest.Monkey
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
         context.select_local(row) if len(row) == ROW_TOKENS else summed(row)))
 
-    assert proving.prove_run(apply_settings(recipes.get("tiny-exaone4"), CUT_ROW), 2)[1].outcome == DIFFERS
+    _, verdict = layout_proof.prove_run(apply_settings(recipes.get("tiny-exaone4"), CUT_ROW), 2)
+    assert verdict.outcome == DIFFERS
 
 
 def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +153,7 @@ def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.Monke
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
         summed(row) if len(row) == ROW_TOKENS else context.select_local(row)))
 
-    assert proving.prove_run(apply_settings(recipes.get("tiny-exaone4"), [
+    assert layout_proof.prove_run(apply_settings(recipes.get("tiny-exaone4"), [
         *CUT_ROW, "parallel.cp=4"]), 4)[1].outcome == DIFFERS
 
 
@@ -166,21 +167,21 @@ def test_a_standstill_is_a_refutation(small: Miniature, whole: Any, monkeypatch:
 
     monkeypatch.setattr(dispatcher, "all_to_all", skipping)
 
-    verdict = proving.prove(small, whole=whole)
+    verdict = layout_proof.prove_miniature(small, whole=whole)
 
     assert verdict.outcome in (STANDS, "fails") and verdict.places
 
 
 def test_a_loss_that_is_not_a_number_is_a_difference(small: Miniature, whole: Any,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    real = proving._step
+    real = layout_proof._run_step
 
     def spoilt(trainer: Any) -> dict[str, float]:
         return {**real(trainer), "loss": float("nan")}
 
-    monkeypatch.setattr(proving, "_step", spoilt)
+    monkeypatch.setattr(layout_proof, "_run_step", spoilt)
 
-    verdict = proving.prove(small, whole=whole)
+    verdict = layout_proof.prove_miniature(small, whole=whole)
 
     assert verdict.outcome == DIFFERS and "step 1: loss" in verdict.places
     # the second step of a refuted one is not played
@@ -192,21 +193,22 @@ def test_what_one_process_cannot_do_is_no_fault_of_a_layout(small: Miniature,
     def fails(trainer: Any) -> None:
         raise ValueError("no rows")
 
-    monkeypatch.setattr(proving, "_step", fails)
+    monkeypatch.setattr(layout_proof, "_run_step", fails)
 
     with pytest.raises(UserError, match="process cannot do"):
-        proving.play_alone(small)
+        layout_proof.run_reference(small)
 
 
 def test_an_element_that_two_hold_is_told_apart_from_numbers(small: Miniature) -> None:
-    held_twice = proving.Verdict(DIFFERS, 4, 1e-15, ["step 1: weights/a: 0 of 8 elements are written by "
+    held_twice = layout_proof.Verdict(DIFFERS, 4, 1e-15, ["step 1: weights/a: 0 of 8 elements are written by "
                                                      "nobody, 1 by several"])
 
-    assert "NOT equal to one process: not each element is held once" in proving.as_text(small, held_twice)
+    text = layout_proof.format_proof(small, held_twice)
+    assert "NOT equal to one process: not each element is held once" in text
 
 
 def test_json_has_no_infinity(small: Miniature) -> None:
-    found = proving.as_json(small, proving.Verdict(STANDS, 4, float("inf"), ["rank 0 waits"]))
+    found = layout_proof.proof_to_json(small, layout_proof.Verdict(STANDS, 4, float("inf"), ["rank 0 waits"]))
 
     assert json.loads(json.dumps(found, allow_nan=False))["largest"] is None
 
@@ -257,7 +259,7 @@ def test_losses_families_and_optimizers_are_equal(recipe: str, settings: tuple[s
     config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=8",
                                                   "train.micro_batch_size=1"])
 
-    small, verdict = proving.prove_run(config, num_ranks)
+    small, verdict = layout_proof.prove_run(config, num_ranks)
 
     assert (verdict.outcome, verdict.places) == (EQUAL, [])
     assert verdict.largest < 1e-12 and verdict.compared["weights"] > 10 and verdict.messages > 50
@@ -293,7 +295,7 @@ def test_a_fault_of_every_built_in_loss_is_found(recipe: str, settings: tuple[st
                                                   "train.micro_batch_size=1"])
     monkeypatch.setattr(importlib.import_module(f"megatron_sov.{module}"), name, wrong)
 
-    verdict = proving.prove_run(config, 2 * config.parallel.ranks_per_replica)[1]
+    verdict = layout_proof.prove_run(config, 2 * config.parallel.ranks_per_replica)[1]
 
     assert verdict.outcome == DIFFERS and place in verdict.places[0]
 
@@ -313,11 +315,11 @@ def test_sigterm_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(proving, "prove", ended)
+    monkeypatch.setattr(layout_proof, "prove_miniature", ended)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit) as ending:
-            proving.prove_run(recipes.get("tiny-qwen3"), 1)
+            layout_proof.prove_run(recipes.get("tiny-qwen3"), 1)
         assert ending.value.code == 128 + signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
@@ -352,7 +354,7 @@ def test_what_only_a_steady_pipeline_does_wrong_is_found(monkeypatch: pytest.Mon
     config = apply_settings(recipes.get("tiny-qwen3"), [
         "model.num_layers=3", "parallel.pp=3", "train.micro_batch_size=1", "train.global_batch_size=8"])
 
-    verdict = proving.prove_run(config, 3)[1]
+    verdict = layout_proof.prove_run(config, 3)[1]
 
     assert (verdict.outcome, verdict.places[0][:16]) == (DIFFERS, "step 1: backward")
 
@@ -395,7 +397,7 @@ def test_a_place_in_the_model_that_only_knows_of_equal_stages_is_found(
     for module in [m for m in sys.modules.values() if hasattr(m, "get_transformer_layer_offset")]:
         monkeypatch.setattr(module, "get_transformer_layer_offset", of_equal)
 
-    assert proving.prove_run(config, len(layers))[1].outcome == DIFFERS
+    assert layout_proof.prove_run(config, len(layers))[1].outcome == DIFFERS
 
 
 def of_first_bucket(sync: Callable[..., None]) -> Callable[..., None]:
@@ -417,7 +419,7 @@ def test_gradients_that_are_only_summed_in_a_buffer_s_first_bucket_are_found(
     config = apply_settings(recipes.get("tiny-qwen3-moe"), [
         "parallel.overlap_grad_reduce=true", "train.micro_batch_size=1", "train.global_batch_size=8"])
 
-    verdict = proving.prove_run(config, 2)[1]
+    verdict = layout_proof.prove_run(config, 2)[1]
 
     assert verdict.outcome == DIFFERS
     assert {f"step 1: gradient of {name}" for name in (
@@ -477,7 +479,7 @@ def test_a_pattern_of_a_tensor_that_the_miniature_lacks_is_told_as_such() -> Non
     config = apply_settings(recipes.get("tiny-k-exaone"), ['optim.groups=[{"pattern": "*.experts.15.*"}]'])
 
     with pytest.raises(UserError, match=r"rule: .*experts\.15.*matches no parameter"):
-        proving.prove_run(config, 1)
+        layout_proof.prove_run(config, 1)
 
 
 def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:
@@ -512,4 +514,4 @@ def test_taps_that_are_gathered_behind_other_work_are_waited_for() -> None:
     """No module that computes holds them or the norm of outputs of linear attention alone."""
     config = apply_settings(recipes.get("solar-open2-250b"), ["parallel.pp=1", "parallel.ep=2"])
     assert config.parallel.overlap_param_gather
-    assert proving.prove_run(config, 2)[1].outcome == EQUAL
+    assert layout_proof.prove_run(config, 2)[1].outcome == EQUAL
