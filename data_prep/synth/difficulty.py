@@ -1,4 +1,4 @@
-"""`sov-data difficulty label|grade`: difficulty of problems, measured by models or estimated by a scorer.
+"""`sov-data difficulty label|grade`: problem difficulty, measured by models or estimated by a scorer.
 
 `label` joins answers of models (`sov-data synth answers`) and comparisons of a judge (`sov-data synth
 comparisons`) into labels for `sov-data scorer train --kind regressor`: 0 for a problem that every answer
@@ -26,7 +26,7 @@ from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
 KIND, GRADED = "difficulty_labels", "corpus"
 LABELS, KEPT = "labels.jsonl", "kept.jsonl"
 MAX_LABEL = 5.0
-"""Label of an unsolved problem; regressors have labels from 0 to 5."""
+"""Label for an unsolved problem; regressors have labels from 0 to 5."""
 BUCKETS = ("hard", "middle", "easy")
 MAX_LEVEL = 24
 """Highest count in `append_form_words`."""
@@ -36,61 +36,61 @@ _OPERATOR = re.compile(r"[-+*/^=<>×÷·≤≥≠∫∑√±%]|\\[A-Za-z]+")
 
 @dataclass(frozen=True, kw_only=True)
 class DifficultyOutputOptions:
-    """Output of both commands."""
+    """Output options."""
 
     output: Annotated[Path, Flag(value="DIR")]
-    """Folder that is written."""
+    """Output folder."""
     overwrite: bool = False
-    """Replace what is already there."""
+    """Replace an existing output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DifficultyLabelOptions(DifficultyOutputOptions):
-    """Join the outputs of `sov-data synth answers`, one for each configuration of models, and of
-    `sov-data synth comparisons`, into labels of `sov-data scorer train --kind regressor`."""
+    """Join outputs from `sov-data synth answers`, one for each model configuration, and from `sov-data synth
+    comparisons`, into labels for `sov-data scorer train --kind regressor`."""
 
     answers: Annotated[tuple[Path, ...], Flag(value="DIR", many=True)]
-    """Output of `synth answers`, or its kept.jsonl; the folder's name is the configuration's."""
+    """Output of `synth answers`, or kept.jsonl in the output; the folder name is the configuration name."""
     comparisons: Annotated[tuple[Path, ...], Flag(value="DIR", many=True)] = ()
-    """Output of `synth comparisons`, or its kept.jsonl."""
+    """Output of `synth comparisons`, or kept.jsonl in the output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DifficultyGradeOptions(DifficultyOutputOptions):
-    """Write `pass_rate`, `difficulty` (1 - pass_rate) and `bucket` (hard, middle, easy) into rows of
-    problems, prompts or chats, and leave out those beyond a band."""
+    """Write `pass_rate`, `difficulty` (1 - pass_rate) and `bucket` (hard, middle, easy) into rows with
+    problems, prompts or chats, and leave out rows outside a band."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file; several may follow, and it may be repeated."""
+    """A .jsonl file; several may follow, and the option may be repeated."""
     model: Annotated[Path | None, Flag(value="DIR")] = None
     """Regressor that `sov-data scorer train` fitted to labels of `difficulty label`."""
     labels: Annotated[Path | None, Flag(value="DIR")] = None
-    """Output of `difficulty label`: its problems are graded as measured."""
+    """Output of `difficulty label`, for measured pass rates."""
     cuts: Annotated[str, Flag(value="LOW:HIGH")] = "0.2:0.8"
     """Pass rates below LOW are hard, from HIGH on easy."""
     keep: Annotated[str, Flag(value="LOW:HIGH")] = "0:1"
-    """Write rows with pass rates from LOW to HIGH alone."""
+    """Write only rows with pass rates from LOW to HIGH."""
 
 
 @dataclass
 class LabelledProblem:
-    """A problem with the measurements of each configuration of models."""
+    """A problem with the measurements from each model configuration."""
 
     id: str
     text: str
     answers: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Configuration -> (right answers, all answers)."""
     num_easier: int = 0
-    """Pairs in which the judge chose this problem as the easier problem."""
+    """Pairs that the judge ranked this problem easier in."""
     num_harder: int = 0
 
     @property
     def pass_rate(self) -> float:
-        """Mean share of right answers over the configurations."""
+        """Mean of `right / count` over the configurations."""
         return sum(right / count for right, count in self.answers.values()) / len(self.answers)
 
     def build_label(self) -> dict[str, Any]:
-        """Build a row of `labels.jsonl`; a judged pair counts as one answer, right for the easier problem."""
+        """Build a row for `labels.jsonl`; a judged pair counts as an answer, right for the easier problem."""
         num_answers = sum(count for _, count in self.answers.values())
         num_right = self.pass_rate * num_answers + self.num_easier
         rate = num_right / (num_answers + self.num_easier + self.num_harder)
@@ -163,7 +163,7 @@ def _name_configurations(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_answers(file: Path, name: str, problems: dict[str, LabelledProblem]) -> None:
-    """Add the measurements of configuration `name` to `problems`."""
+    """Add measurements to `problems` as configuration `name`."""
     for place, record in read_objects(file):
         problem_id, text, right, count = (record.get(key) for key in ("problem_id", "prompt", "num_right",
                                                                       "num_answers"))
@@ -184,7 +184,7 @@ def _read_answers(file: Path, name: str, problems: dict[str, LabelledProblem]) -
 
 
 def _iter_pairs(file: Path, problems: Mapping[str, LabelledProblem]) -> Iterator[tuple[str, str]]:
-    """Yield the ids (easier, harder) of pairs whose problems were answered."""
+    """Yield the ids (easier, harder) for pairs of answered problems."""
     has_pairs = False
     for place, record in read_objects(file):
         easier, harder = record.get("easier"), record.get("harder")
