@@ -87,7 +87,8 @@ def test_every_layout_that_a_job_may_have_is_proved_first(
 
     # the proofs themselves are tested in tests/proof, and import what no other test here needs
     monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", SimpleNamespace(
-        EQUAL="equal", prove_run=prove_run, format_proof=lambda small, verdict: f"{small}: {verdict.outcome}"))
+        EQUAL="equal", prove_run=prove_run,
+        format_proof=lambda small, verdict: f"{small}: {verdict.outcome}"))
     assert cli.main(["submit", "pretrain", *HERE, "--prove", "--dry-run", "--nodes", "4", "--min-nodes", "2",
                      "--nodes-set", "2:parallel.ep=2", *RUN]) == code
 
