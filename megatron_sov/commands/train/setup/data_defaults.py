@@ -66,8 +66,7 @@ def list_requested_settings(request: RecipeRequest) -> frozenset[str]:
 
 
 def _with_train(config: RunConfig, **changes: object) -> RunConfig:
-    # type: ignore[arg-type]
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))  # type: ignore[arg-type]
 
 
 def _complete_model(config: RunConfig, stage: Stage, nproc: int | None, said: Collection[str]
