@@ -42,14 +42,14 @@ class FolderView:
     """A pipeline's view of JSONL files, one for each shard."""
 
     folder: Path
-    work: Path
+    work_folder: Path
 
     @property
     def shards(self) -> list[ShardRef]:
         """Return all shards."""
         return [ShardRef("web", number) for number in range(len(list(self.folder.glob("*.jsonl"))))]
 
-    def documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
+    def iter_documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
         """Yield a shard's documents in batches."""
         batch = []
         with open(self.folder / f"{shard.number}.jsonl") as f:
@@ -61,7 +61,7 @@ class FolderView:
                     batch = []
         yield batch
 
-    def priority(self, source: str) -> int:
+    def get_priority(self, source: str) -> int:
         """Return the same for all."""
         return 0
 
@@ -105,7 +105,7 @@ def truth(documents: list[list[str]]) -> dict[tuple[int, int], float]:
 
 def run_passes(step: Step, view: FolderView) -> None:
     """Do all tasks of all passes."""
-    for step_pass in step.passes():
+    for step_pass in step.list_passes():
         for task in range(len(view.shards) if step_pass.num_tasks is None else step_pass.num_tasks):
             step_pass.run(view, task)
 
@@ -117,11 +117,11 @@ def ours(documents: list[list[str]], verify: str) -> Pairs:
         write_shards(view.folder, [" ".join(words) for words in documents], 250)
         step = MinhashDedup(MinhashSettings(threshold=THRESHOLD, ngram=WORDS, verify=verify, partitions=4))
         run_passes(step, view)
-        step.start(view)
+        step.load_inputs(view)
         found: Pairs = set()
         for shard in view.shards:
-            for batch in view.documents(shard):
-                for document, outcome in zip(batch, step.outcomes(batch), strict=True):
+            for batch in view.iter_documents(shard):
+                for document, outcome in zip(batch, step.compute_outcomes(batch), strict=True):
                     if outcome.reason:
                         _, number, row = str(outcome.values["duplicate_of"]).split(":")
                         pair = sorted([document.shard * 250 + document.row, int(number) * 250 + int(row, 16)])

@@ -25,7 +25,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import cut_text
 from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from tokenizer.bpe.count_pipeline import ANYTHING
-from tokenizer.bpe.segmenting import merged
+from tokenizer.bpe.segmenting import merge_parts
 from tokenizer.bpe.splitter import Splitter
 from tokenizer.formats import tiktoken_format
 from tokenizer.presets import Preset
@@ -55,7 +55,7 @@ class Trained:
         self.fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.fast.encode_special_tokens = True
         self.ranks, rules = tiktoken_format.to_tiktoken(self.raw, self.name, {})
-        self.by_tiktoken: Encode = tiktoken_format.encoder(self.ranks, rules)
+        self.by_tiktoken: Encode = tiktoken_format.build_encoder(self.ranks, rules)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of texts, by `tokenizers`."""
@@ -63,7 +63,8 @@ class Trained:
 
     def in_two_steps(self) -> Encode:
         """Return the encoder of the definition."""
-        first = tiktoken_format.encoding({t: i for t, i in self.ranks.items() if i < self.transition_size},
+        first = tiktoken_format.build_encoding({t: i for t, i in self.ranks.items()
+                                                if i < self.transition_size},
                                        tiktoken_format.TiktokenRules(ANYTHING, {})).encode_ordinary
         words, units = (Splitter(self.preset, p)
                         for p in (self.preset.split_pattern, self.preset.final_pattern))
@@ -78,8 +79,8 @@ class Trained:
         def encode(text: str) -> list[int]:
             """Return the ids of a text."""
             text = words.normalize(text)
-            pieces, ids = iter(words.split(text)), []
-            for unit in units.split(text):
+            pieces, ids = iter(words.split_text(text)), []
+            for unit in units.split_text(text):
                 inside, left = [], len(unit)
                 while left > 0:
                     inside.append(next(pieces))
@@ -89,7 +90,7 @@ class Trained:
                 if (key := tuple(inside)) not in known:
                     parts = [tokens[i] for piece in inside for i in first(piece)]
                     known[key] = [self.ranks[token]
-                                  for token in merged(parts, lambda a, b: pairs.get((a, b)))]
+                                  for token in merge_parts(parts, lambda a, b: pairs.get((a, b)))]
                 ids += known[key]
             return ids
 

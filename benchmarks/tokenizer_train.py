@@ -52,16 +52,16 @@ import json, sys
 from pathlib import Path
 from tokenizers import Tokenizer, trainers, pre_tokenizers, models
 from megatron_sov.base.documents import list_files, read_documents
-from tokenizer.mixture import pieces
+from tokenizer.mixture import iter_pieces
 from tokenizer.presets import PRESETS
-from tokenizer.bpe.split_pattern import untrained
+from tokenizer.bpe.split_pattern import build_untrained_tokenizer
 preset = PRESETS[sys.argv[1]]
-t = untrained(preset, preset.split_pattern)
+t = build_untrained_tokenizer(preset, preset.split_pattern)
 trainer = trainers.BpeTrainer(
     vocab_size=int(sys.argv[2]) - preset.num_special_ids, min_frequency=2, show_progress=False,
     max_token_length=preset.max_token_bytes + 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 documents = read_documents(list_files(Path(sys.argv[3])))
-texts = (piece.text for document in documents for piece in pieces(document))
+texts = (piece.text for document in documents for piece in iter_pieces(document))
 t.train_from_iterator(texts, trainer)
 t.save(sys.argv[4])
 """

@@ -15,8 +15,8 @@ COMMANDS = {
         DOCUMENTS, "data.md",
         ("demo-corpus --output corpus", "demo-corpus --input my-texts --output corpus")),
     "run": Command(
-        "data_prep.curate.run", "run a pipeline from raw documents to the sources of a curriculum",
-        DOCUMENTS, "data_pipeline.md",
+        "data_prep.curate.pipeline.command:RUN",
+        "run a pipeline from raw documents to the sources of a curriculum", DOCUMENTS, "data_pipeline.md",
         ("run notes.yaml --output corpus --dry-run", "run notes.yaml --output corpus --workers 8")),
     "scorer": Command(
         "data_prep.curate.scorer:SCORER",
@@ -30,13 +30,13 @@ COMMANDS = {
         ("decontaminate --input traces.jsonl --benchmarks aime25.jsonl --output clean",
          "decontaminate --input chats.jsonl --format chat --benchmarks bench.jsonl --output clean")),
     "encode-media": Command(
-        "data_prep.media.encode_media_run",
+        "data_prep.media.encode_media:ENCODE_MEDIA",
         "turn records that name pictures, sounds and videos into text and banks to pack",
         DOCUMENTS, "media_data.md",
         ("encode-media --input records.jsonl --media-root media --image-tokenizer images --output made",
          "encode-media --input records.jsonl --media-root media --audio-tokenizer sounds --output made")),
     "synth": Command(
-        "data_prep.synth.command", "make data with models: checked, with provenance, restartable",
+        "data_prep.synth.synth:SYNTH", "make data with models: checked, with provenance, restartable",
         RESPONSES, "synth.md",
         ("synth --list",
          "synth rewrite --input documents.jsonl --engine my-model --output rewritten")),
@@ -47,7 +47,7 @@ COMMANDS = {
         ("difficulty label --answers small large --output labels",
          "difficulty grade --input problems.jsonl --model estimator --output graded")),
     "probing-sets": Command(
-        "data_prep.synth.probing_sets",
+        "data_prep.synth.probing_sets:PROBING_SETS",
         "freeze problems of `synth probes` into a set for each domain", RESPONSES, "synth_solutions.md",
         ("probing-sets --input probes --output sets",
          "probing-sets --input probes more.jsonl --output sets --overwrite")),

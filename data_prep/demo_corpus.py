@@ -100,11 +100,8 @@ class Docstring:
 
 
 def write_corpus(options: DemoCorpusOptions) -> int:
-    """Write an artifact of kind "corpus" with a JSONL file per source.
-
-    Raises:
-        UserError: the user's text is unreadable or empty, or the output may not be replaced.
-    """
+    """Write an artifact of kind "corpus" with a JSONL file per source. Raises `UserError`: the user's text is
+    unreadable or empty, or the output may not be replaced."""
     output = options.output
     check_output_folder(output, KIND, options.overwrite)
     library = list_stdlib_files()
@@ -142,11 +139,8 @@ DEMO_CORPUS = DeclaredCommand(DemoCorpusOptions, write_corpus)
 
 
 def read_user_documents(path: Path) -> dict[str, str]:
-    """Return id ("PLACE#NUMBER") -> text for documents at `path`, without exact duplicates.
-
-    Raises:
-        UserError: `path` is unreadable or has no text.
-    """
+    """Return id ("PLACE#NUMBER") -> text for documents at `path`, without exact duplicates. Raises
+    `UserError`: `path` is unreadable or has no text."""
     texts = [(document.where, piece) for document in read_documents(list_files(path, print))
              for piece in cut_text("\n\n".join(document.texts()), USER_DOCUMENT_BYTES) if piece.strip()]
     if not texts:

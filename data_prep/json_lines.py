@@ -20,11 +20,7 @@ _DATASETS = ARROW_SUFFIXES | {PARQUET_SUFFIX, JSON_SUFFIX}
 
 def read_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield location ("FILE:LINE") and object per line; skip empty lines. JSON lists, tables and dataset
-    folders work too.
-
-    Raises:
-        UserError: the file is unreadable, or a line holds no JSON object.
-    """
+    folders work too. Raises `UserError`: the file is unreadable, or a line holds no JSON object."""
     if file.is_dir() or file.suffix.lower() in _DATASETS:
         yield from read_records(file)
         return

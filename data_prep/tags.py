@@ -86,11 +86,7 @@ def add_synthetic_tags(assigned: Sequence[AssignedTag], fields: Sequence[str],
 
 
 def check_tag_sources(assigned: Sequence[AssignedTag], names: Sequence[str]) -> None:
-    """Check that every tagged source exists.
-
-    Raises:
-        UserError: a tag names an unknown source.
-    """
+    """Check that every tagged source exists. Raises `UserError`: a tag names an unknown source."""
     for tag in assigned:
         if tag.source and tag.source not in names:
             raise UserError(f"--tag {tag.source}:{tag.key}={tag.value}: there is no source {tag.source!r} "

@@ -17,7 +17,7 @@ import yaml
 import data_prep.cli
 import tokenizer.cli
 from data_prep import demo_corpus
-from data_prep.curate.pipeline.step import STEPS, step_class
+from data_prep.curate.pipeline.step import STEPS, load_step_class
 from data_prep.curate.scoring.labels import HIGHEST_LABELS
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.settings import find_all_problems
@@ -137,7 +137,7 @@ def test_what_the_page_on_scoring_shows_runs(tmp_path: Path, monkeypatch: pytest
     assert "education-model, a regressor" in capsys.readouterr().out
     for entry in yaml.safe_load(*blocks(page, "yaml"))["steps"]:
         ((kind, settings),) = entry.items()
-        step = step_class(kind)
+        step = load_step_class(kind)
         made = step.Settings(**{k: Path(v) if k == "model" else v for k, v in settings.items()})
         assert find_all_problems(made) == [], kind
         step(made)
@@ -148,7 +148,7 @@ def test_the_page_on_scoring_lists_every_setting_of_every_step() -> None:
         assert kind in STEPS
         (row,) = re.findall(rf"^\| `{kind}` \|.*$", page_text("data_scoring.md"), re.MULTILINE)
         named = set(re.findall(r"`(\w+)`", row.split("|")[3]))
-        assert named == {field.name for field in dataclasses.fields(step_class(kind).Settings)}, kind
+        assert named == {field.name for field in dataclasses.fields(load_step_class(kind).Settings)}, kind
 
 
 QUESTION = "How many barrels of oil does a refinery with twelve towers fill each morning?"
@@ -173,7 +173,7 @@ def test_the_steps_that_the_pages_show_have_these_settings(benchmarked: Path, pa
             ((kind, settings),) = step.items()
             if "benchmarks" in settings:
                 settings["benchmarks"] = tuple(map(Path, settings["benchmarks"]))
-            assert find_all_problems(step_class(kind).Settings(**settings)) == []
+            assert find_all_problems(load_step_class(kind).Settings(**settings)) == []
 
 
 def test_the_commands_that_the_page_shows_run(benchmarked: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from data_prep.cli import build_parser, main
-from data_prep.synth.declared.functions import FUNCTIONS
+from data_prep.synth.declared.generator import load_generator
 from data_prep.synth.declared.parsers import PARSERS
-from data_prep.synth.declared.readers import READERS
 from data_prep.synth.declared.steps import VERBS
-from data_prep.synth.known import generator_class
+from data_prep.synth.functions.registry import FUNCTIONS
+from data_prep.synth.readers.registry import READERS
 from megatron_sov.base.documents.messages import parse_messages
 from megatron_sov.judge.tools.worlds.virtual import Virtual, find_world_problems
 from megatron_sov.work.progress.journal import iter_records_by_item, work_folder
@@ -147,7 +147,7 @@ def test_constraints_autoif_and_safety(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_category_of_the_page_is_one(tmp_path: Path) -> None:
     shown = blocks(AUTOIF, "json")[1]
     (tmp_path / "a.jsonl").write_text(shown, encoding="utf-8")
-    items = list(generator("safety", calls=1).items([tmp_path / "a.jsonl"]))
+    items = list(generator("safety", calls=1).read_items([tmp_path / "a.jsonl"]))
     assert [item.id for item in items] == ["fraud.1"] and items[0].fields["strategy"] == "redirect"
 
 
@@ -206,12 +206,12 @@ def test_settings_and_checks_of_the_pages_exist(name: str) -> None:
     for words in list_words(page_text(name)):
         if words[1] != "synth":
             continue
-        known = generator_class(words[2]).Settings.__dataclass_fields__
+        known = load_generator(words[2]).Settings.__dataclass_fields__
         given = {word.partition("=")[0] for before, word in pairwise(words) if before == "--set"}
         assert given <= set(known), words
     named = set(re.findall(r"`((?:min|max|num)_\w+)`", page_text(name))) - {"num_right", "num_answers"}
     generators = ("solutions", "probes", "answers", "comparisons")
-    assert named <= {field for g in generators for field in generator_class(g).Settings.__dataclass_fields__}
+    assert named <= {field for g in generators for field in load_generator(g).Settings.__dataclass_fields__}
 
 
 FEWER = {"worlds": ["--limit", "1"], "goals": ["--set", "tasks_per_world=1", "--set", "num_solvers=1"],

@@ -1,10 +1,9 @@
-"""What text a tokenizer learns from: groups of inputs, their weights, and which pieces are seen how often.
+"""Group training inputs, weigh the groups and choose which pieces of their text are counted.
 
-Text is taken in pieces of at most `PIECE_BYTES`, cut at blank lines.  A group seen 2.3 times has all its
-pieces twice, and a third time those whose hash lies below a bound that gives 0.3 of the group's bytes.  So
-what is seen depends on the content alone, not on the order of files, and a smaller share is a
-part of a larger one.  Files are read in units of work: each can be read by a process of its own, and is known
-again by what it holds.
+Documents are cut at blank lines into pieces of at most `PIECE_BYTES`.  A group with factor 2.3 counts every
+piece twice, and a third time each piece whose hash bucket lies below the bound that gives 0.3 of the group's
+bytes.  The choice depends on content alone, not on the order of files, and a smaller share is a subset of a
+larger share.  Files are read in units of work, one process per unit.
 """
 
 from __future__ import annotations
@@ -12,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ from megatron_sov.work.processes.pool import map_in_processes
 
 PIECE_BYTES = 20_000
 NUM_BUCKETS = 1 << 16
-"""Steps in which a share of a group is chosen."""
+"""Hash buckets; a share of a group ends at a bucket's bound."""
 MIXTURES: dict[str, dict[str, float]] = {
     "solar-open": {"en": 40, "ko": 22, "code": 12, "math": 10, "multi": 8, "domain": 4},
     "k-exaone": {"en": 2, "ko": 3, "multi": 1},
 }
-"""Weights by bytes as published (arXiv 2601.07022, arXiv 2601.01739); Solar Open's are percents, 96 in all.
-`multi` of K-EXAONE is Spanish, German, Japanese and Vietnamese."""
-_NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
+"""Published weights by bytes (arXiv 2601.07022, arXiv 2601.01739). The Solar Open weights are percents that
+sum to 96. In the K-EXAONE mixture, `multi` means Spanish, German, Japanese and Vietnamese."""
+_SLACK = 4
+"""A `PieceSampler` holds up to this multiple of its byte limit before it drops pieces."""
+_NAMED_INPUT = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,95 +49,95 @@ class SourceGroup:
     """Inputs of one language or domain."""
 
     name: str
-    """For messages, the manifest and mixtures; an input without a name is called by its path."""
+    """Name in messages, manifest and mixtures; the path if the user typed no name."""
     paths: tuple[Path, ...]
-    """Files and folders."""
     weight: float | None = None
-    """Share relative to the other weighted groups; None: as it is."""
+    """Share relative to the other weighted groups. None: every piece is counted once."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What a look through a group found."""
+class GroupSizes:
+    """Amount of text in a group."""
 
     num_documents: int
     """Documents with text."""
     num_bytes: int
-    """UTF-8 bytes of their text."""
+    """UTF-8 bytes."""
     bucket_bytes: NDArray[np.int64]
-    """Bytes of the pieces whose hash begins with each value, [NUM_BUCKETS]."""
+    """Bytes of the pieces in each hash bucket, [NUM_BUCKETS]."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """How often the pieces of a group are seen."""
+class GroupShare:
+    """Number of times that the pieces of a group are counted."""
 
-    whole: int
-    """Times that every piece is seen."""
-    buckets: int
-    """Pieces whose hash begins with less are seen once more."""
+    full_passes: int
+    """Passes over every piece."""
+    num_buckets: int
+    """Pieces in the first `num_buckets` buckets are counted once more."""
 
-    def times(self, bucket: int) -> int:
-        """Return how often a piece is seen."""
-        return self.whole + (bucket < self.buckets)
+    def count_passes(self, bucket: int) -> int:
+        """Return the number of times that a piece of a bucket is counted."""
+        return self.full_passes + 1 if bucket < self.num_buckets else self.full_passes
 
 
 def parse_input(argument: str) -> SourceGroup:
-    """Read `[name=]PATH[:weight]`.
+    """Parse `[NAME=]PATH[:WEIGHT]`.
 
     Raises:
         UserError: the weight is not a positive number.
     """
-    # a path that exists is meant, whatever = and : it holds
+    # an existing path may contain = and :
     if argument and Path(argument).exists():
         return SourceGroup(argument, (Path(argument),))
-    named = _NAMED.fullmatch(argument)
-    rest = named[2] if named else argument
-    if not rest.partition(":")[0]:
+    match = _NAMED_INPUT.fullmatch(argument)
+    path = match[2] if match else argument
+    if not path.partition(":")[0]:
         raise UserError(f"--input {argument!r}: names no file or folder; write [NAME=]PATH[:WEIGHT]")
     weight = None
-    head, colon, tail = rest.rpartition(":")
-    # a colon may belong to the name of a file
-    if colon and not Path(rest).exists():
+    head, colon, tail = path.rpartition(":")
+    # a colon may belong to the file name
+    if colon and not Path(path).exists():
         try:
             weight = float(tail)
         except ValueError:
-            head = rest
+            head = path
         else:
             if not (weight > 0 and math.isfinite(weight)):
                 raise UserError(f"--input {argument!r}: weight {tail} must be a positive number, "
                                 f"e.g. {head}:2")
-            rest = head
-    return SourceGroup(named[1] if named else rest, (Path(rest),), weight)
+            path = head
+    return SourceGroup(match[1] if match else path, (Path(path),), weight)
 
 
 def gather_groups(arguments: Sequence[str], mixture: str | None) -> list[SourceGroup]:
-    """Return the groups of all `--input`, in the order of their names; `mixture`:
-    a published one gives the weights.
+    """Group the arguments of `--input` by name and return the groups sorted by name.
+
+    Args:
+        arguments: see `parse_input`.
+        mixture: a key of `MIXTURES`, which sets the weights.
 
     Raises:
-        UserError: weights that contradict one another or the mixture.
+        UserError: two weights of a group contradict, or the inputs do not fit the mixture.
     """
-    found: dict[str, SourceGroup] = {}
+    groups: dict[str, SourceGroup] = {}
     for argument in arguments:
         group = parse_input(argument)
-        # several inputs may form one group: its weight is that of all together
-        known = found.setdefault(group.name, dataclasses.replace(group, paths=()))
-        if None not in (known.weight, group.weight) and known.weight != group.weight:
-            raise UserError(f"--input {argument!r}: the group {group.name} has weight {known.weight:g} "
+        previous = groups.get(group.name, dataclasses.replace(group, paths=()))
+        if None not in (previous.weight, group.weight) and previous.weight != group.weight:
+            raise UserError(f"--input {argument!r}: the group {group.name} has weight {previous.weight:g} "
                             "already; a weight belongs to the whole group, so give it once")
-        weight = group.weight if known.weight is None else known.weight
-        if group.paths[0] in known.paths:
-            raise UserError(f"--input {argument!r}: is given twice; use a weight to have it seen more often")
-        found[group.name] = SourceGroup(group.name, known.paths + group.paths, weight)
+        weight = group.weight if previous.weight is None else previous.weight
+        if group.paths[0] in previous.paths:
+            raise UserError(f"--input {argument!r}: is given twice; use a weight to count it more often")
+        groups[group.name] = SourceGroup(group.name, previous.paths + group.paths, weight)
     if mixture is not None:
-        found = _weighted(found, mixture)
-    # by name: the order on the command line changes nothing that is learned
-    return [found[name] for name in sorted(found)]
+        groups = _apply_mixture(groups, mixture)
+    # sorted, so that the order on the command line does not change the result
+    return [groups[name] for name in sorted(groups)]
 
 
-def _weighted(groups: dict[str, SourceGroup], mixture: str) -> dict[str, SourceGroup]:
-    """Give groups the weights of a published mixture."""
+def _apply_mixture(groups: dict[str, SourceGroup], mixture: str) -> dict[str, SourceGroup]:
     if mixture not in MIXTURES:
         raise UserError(f"--mixture {mixture!r}: does not exist{suggest_name(mixture, MIXTURES)} (mixtures: "
                         f"{', '.join(MIXTURES)})")
@@ -154,119 +157,116 @@ def _weighted(groups: dict[str, SourceGroup], mixture: str) -> dict[str, SourceG
     return {name: dataclasses.replace(group, weight=weights[name]) for name, group in groups.items()}
 
 
-def repeats(groups: list[SourceGroup], sizes: list[Sizes]) -> list[float]:
-    """Return how often each group is to be seen.
+def compute_repeats(groups: list[SourceGroup], sizes: list[GroupSizes]) -> list[float]:
+    """Return the factor by which each group's bytes are multiplied.
 
-    Groups without a weight are seen once.  The weighted ones share their own total of bytes in proportion to
+    Groups without a weight have factor 1.  The weighted groups share the sum of their bytes in proportion to
     their weights, so the amount of text stays the same.
     """
-    # groups without a weight stay out of the sum: they are seen once
-    weighted = [(g.weight, s.num_bytes) for g, s in zip(groups, sizes, strict=True) if g.weight is not None]
-    total_weight, total_bytes = sum(w for w, _ in weighted), sum(n for _, n in weighted)
-    return [1.0 if g.weight is None else total_bytes * (g.weight / total_weight) / s.num_bytes
-            for g, s in zip(groups, sizes, strict=True)]
+    weights = [0.0 if group.weight is None else group.weight for group in groups]
+    total_weight = sum(weights)
+    total_bytes = sum(s.num_bytes for s, weight in zip(sizes, weights, strict=True) if weight)
+    return [total_bytes * (weight / total_weight) / s.num_bytes if weight else 1.0
+            for s, weight in zip(sizes, weights, strict=True)]
 
 
-def share_of(sizes: Sizes, factor: float) -> Share:
-    """Return the share of a group that comes nearest to `factor` times its bytes,
-    and holds at least one piece."""
-    whole = math.floor(factor)
-    # bytes of the pieces below each bucket; the nearest bound is taken, above or below
+def choose_share(sizes: GroupSizes, factor: float) -> GroupShare:
+    """Return the share whose bytes are nearest to `factor` times the group's, with at least one piece."""
+    full_passes = math.floor(factor)
+    # bytes of the pieces below each bucket
     bytes_below = np.concatenate(([0], np.cumsum(sizes.bucket_bytes)))
-    buckets = int(np.argmin(np.abs(bytes_below - (factor - whole) * sizes.num_bytes)))
-    # a share of nothing would make the group vanish
-    if not whole and not bytes_below[buckets]:
-        buckets = int(np.argmax(bytes_below > 0))
-    return Share(whole, buckets)
+    num_buckets = int(np.argmin(np.abs(bytes_below - (factor - full_passes) * sizes.num_bytes)))
+    # an empty share would make the group vanish
+    if not full_passes and not bytes_below[num_buckets]:
+        num_buckets = int(np.argmax(bytes_below > 0))
+    return GroupShare(full_passes, num_buckets)
 
 
-def share_bytes(sizes: Sizes, share: Share) -> int:
-    """Return the bytes that a share comes to."""
-    return share.whole * sizes.num_bytes + int(sizes.bucket_bytes[: share.buckets].sum())
+def count_share_bytes(sizes: GroupSizes, share: GroupShare) -> int:
+    return share.full_passes * sizes.num_bytes + int(sizes.bucket_bytes[: share.num_buckets].sum())
 
 
 @dataclasses.dataclass(frozen=True)
-class Excerpt:
-    """Text that is seen as a whole or not at all."""
+class TextPiece:
+    """Text that a share includes or excludes as a unit."""
 
     raw: bytes
-    """At most `PIECE_BYTES` of it, in UTF-8."""
+    """UTF-8, at most `PIECE_BYTES`."""
     bucket: int
-    """First two bytes of its hash."""
+    """First two bytes of the hash of `raw`."""
 
     @property
     def text(self) -> str:
         return self.raw.decode()
 
 
-def pieces(document: Document) -> Iterator[Excerpt]:
+def iter_pieces(document: Document) -> Iterator[TextPiece]:
     for text in document.texts():
         raw = text.encode()
         for piece in (raw,) if len(raw) <= PIECE_BYTES else cut_at_blank_lines([raw], PIECE_BYTES):
-            # the hash of the content: the same piece is in the sample whatever file it stands in
-            yield Excerpt(piece, int.from_bytes(hashlib.blake2b(piece, digest_size=2).digest(), "big"))
+            # a hash of the content, so that the choice does not depend on the file
+            yield TextPiece(piece, int.from_bytes(hashlib.blake2b(piece, digest_size=2).digest(), "big"))
 
 
-def describe(group: SourceGroup, sizes: Sizes, share: Share) -> dict[str, Any]:
-    """Return what the manifest says about a group."""
+def build_group_facts(group: SourceGroup, sizes: GroupSizes, share: GroupShare) -> dict[str, Any]:
+    """Return a group's entry in the manifest."""
     return {"group": group.name, "paths": [str(p) for p in group.paths], "weight": group.weight,
             "num_documents": sizes.num_documents, "num_bytes": sizes.num_bytes,
-            "seen_bytes": share_bytes(sizes, share)}
+            "seen_bytes": count_share_bytes(sizes, share)}
 
 
 @dataclasses.dataclass(frozen=True)
 class CountUnit:
-    """Spans of one group that are read together."""
+    """File spans of a group that a worker reads in one task."""
 
     group: int
-    """Number of the group."""
+    """Index of the group."""
     spans: tuple[FileSpan, ...]
-    """What is read."""
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on the disk."""
+        """Bytes on disk."""
         return sum(span.size_bytes for span in self.spans)
 
-    def key(self, settings: dict[str, Any]) -> str:
-        """Return a name for what comes of the unit under some settings: new when a file was written since.
+    def build_key(self, settings: dict[str, Any]) -> str:
+        """Return a cache key that changes with the settings and with the modification time of a file.
 
         Raises:
-            UserError: a file is gone.
+            UserError: a file no longer exists.
         """
         facts: list[Any] = [settings]
         for span in self.spans:
             try:
-                # by time and place, not content: to hash terabytes would take as long as to count them
-                changed_ns = span.file.stat().st_mtime_ns
+                # not by content: hashing terabytes would take as long as counting their words
+                modified_ns = span.file.stat().st_mtime_ns
             except OSError as e:
                 raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); "
                                 "check the path and its permissions") from e
-            facts.append([str(span.file.resolve()), changed_ns, span.start, span.stop, span.document_bytes])
-        return _digest(facts)
+            facts.append([str(span.file.resolve()), modified_ns, span.start, span.stop, span.document_bytes])
+        return _hash_facts(facts)
 
-    def documents(self) -> Iterator[Document]:
+    def iter_documents(self) -> Iterator[Document]:
         """Yield the documents with text.
 
         Raises:
-            UserError: a file cannot be read, is not UTF-8, or has a malformed record (named by line or row).
+            UserError: a file cannot be read, is not UTF-8, or has a malformed record (line or row named).
         """
         for span in self.spans:
             for item in read_span(span, RecordReading()):
                 if isinstance(item, Document):
                     yield item
                 elif item.code != "empty":
-                    raise _placed(span, item)
+                    raise _locate_fault(span, item)
 
 
-def _digest(facts: list[Any]) -> str:
+def _hash_facts(facts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _placed(span: FileSpan, item: BadRecord) -> UserError:
-    """Return the mistake with its place in the whole file, of which a span is a part."""
+def _locate_fault(span: FileSpan, item: BadRecord) -> UserError:
+    """Return the error of a record with its line or row number in the file."""
     try:
-        # a span does not know its line number: the file is read from the start once more
+        # a span does not know its first line number, so read the file again from the start
         for _ in read_documents([span.file]):
             continue
     except UserError as e:
@@ -274,11 +274,11 @@ def _placed(span: FileSpan, item: BadRecord) -> UserError:
     return UserError(f"{span.file}: {item.reason}")
 
 
-def plan(groups: list[SourceGroup], unit_bytes: int) -> list[CountUnit]:
-    """Return the units of all groups, of about `unit_bytes` on the disk.
+def plan_count_units(groups: list[SourceGroup], unit_bytes: int) -> list[CountUnit]:
+    """Divide the files of all groups into units of about `unit_bytes` on disk.
 
     Raises:
-        UserError: a path does not exist or holds no text file.
+        UserError: a path does not exist or contains no text file.
     """
     return [CountUnit(number, spans) for number, group in enumerate(groups) for path in group.paths
             for spans in plan_units(list_files(path, print), unit_bytes)]
@@ -286,84 +286,126 @@ def plan(groups: list[SourceGroup], unit_bytes: int) -> list[CountUnit]:
 
 @dataclasses.dataclass(frozen=True)
 class UnitSizes:
-    """How much text a unit holds."""
+    """Amount of text in a unit, sparse because small units touch few buckets."""
 
     num_documents: int
     """Documents with text."""
     buckets: NDArray[np.int64]
-    """Buckets that occur, rising."""
-    bytes_: NDArray[np.int64]
-    """Bytes of the pieces in each."""
+    """Indices of buckets with pieces, rising."""
+    num_bytes: NDArray[np.int64]
+    """Bytes of the pieces in each of `buckets`."""
 
     @staticmethod
-    def of(num_documents: int, bucket_bytes: NDArray[np.int64]) -> UnitSizes:
-        """Return the sizes, given the bytes of the pieces in all buckets."""
+    def from_bucket_bytes(num_documents: int, bucket_bytes: NDArray[np.int64]) -> UnitSizes:
+        """Compress dense bucket sizes, [NUM_BUCKETS]."""
         buckets = np.flatnonzero(bucket_bytes)
         return UnitSizes(num_documents, buckets, bucket_bytes[buckets])
 
 
-def look_through(groups: list[SourceGroup], units: list[CountUnit], work: Path, workers: int,
-                 progress: Callable[[int], object]) -> list[Sizes]:
-    """Read everything once; returns the sizes of each group.  What an earlier command found in
-    unchanged files is kept.
+def measure_groups(groups: list[SourceGroup], units: list[CountUnit], work: Path, workers: int,
+                   progress: Callable[[int], object]) -> list[GroupSizes]:
+    """Read all units and return the size of each group; cache the result in the folder `work`.
+
+    `progress` receives the bytes on disk of each unit read.
 
     Raises:
-        UserError: bad input, or a group without text.
+        UserError: a file cannot be read, or a group has no text.
     """
-    # named by all units: one changed file makes another name
-    file = work / f"sizes-{_digest([unit.key({}) for unit in units])}.npz"
+    # the keys of all units name the cache file, so a modified input is read again
+    file = work / f"sizes-{_hash_facts([unit.build_key({}) for unit in units])}.npz"
     if file.exists():
-        with np.load(file) as saved:
-            documents, buckets = saved["documents"], saved["buckets"]
+        with np.load(file) as cached:
+            documents, buckets = cached["documents"], cached["buckets"]
         progress(sum(unit.size_bytes for unit in units))
-        return _sizes(groups, documents, buckets)
+        return _build_group_sizes(groups, documents, buckets)
 
-    def found() -> Iterator[UnitSizes]:
-        for unit, sizes in zip(units, map_in_processes(_looker, (), units, workers), strict=True):
+    def iter_unit_sizes() -> Iterator[UnitSizes]:
+        for unit, sizes in zip(units, map_in_processes(_create_measurer, (), units, workers), strict=True):
             progress(unit.size_bytes)
             yield sizes
 
-    together = group_sizes(groups, units, found())
+    group_sizes = add_group_sizes(groups, units, iter_unit_sizes())
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, documents=[sizes.num_documents for sizes in together],
-                        buckets=[sizes.bucket_bytes for sizes in together])
+    np.savez_compressed(buffer, documents=[sizes.num_documents for sizes in group_sizes],
+                        buckets=[sizes.bucket_bytes for sizes in group_sizes])
     write_atomically(file, buffer.getvalue())
-    return together
+    return group_sizes
 
 
-def group_sizes(groups: list[SourceGroup], units: list[CountUnit], found: Iterable[UnitSizes]) -> list[Sizes]:
-    """Add up the sizes of units.
+def add_group_sizes(groups: list[SourceGroup], units: list[CountUnit],
+                    unit_sizes: Iterable[UnitSizes]) -> list[GroupSizes]:
+    """Sum the sizes of units by group.
 
     Raises:
-        UserError: a group without text.
+        UserError: a group has no text.
     """
     documents, buckets = np.zeros(len(groups), np.int64), np.zeros((len(groups), NUM_BUCKETS), np.int64)
-    for unit, sizes in zip(units, found, strict=True):
+    for unit, sizes in zip(units, unit_sizes, strict=True):
         documents[unit.group] += sizes.num_documents
-        # only buckets that occur are kept for a unit: small units touch few of the many
-        buckets[unit.group, sizes.buckets] += sizes.bytes_
-    return _sizes(groups, documents, buckets)
+        buckets[unit.group, sizes.buckets] += sizes.num_bytes
+    return _build_group_sizes(groups, documents, buckets)
 
 
-def _sizes(groups: list[SourceGroup], documents: NDArray[np.int64],
-           buckets: NDArray[np.int64]) -> list[Sizes]:
+def _build_group_sizes(groups: list[SourceGroup], documents: NDArray[np.int64],
+                       buckets: NDArray[np.int64]) -> list[GroupSizes]:
     for group, row in zip(groups, buckets, strict=True):
         if not row.any():
             paths = ", ".join(map(str, group.paths))
-            raise UserError(f"--input {group.name}: {paths} holds no text; pass files with text in them, "
-                            "or leave it out")
-    return [Sizes(int(n), int(row.sum()), row) for n, row in zip(documents, buckets, strict=True)]
+            raise UserError(f"--input {group.name}: {paths} holds no text; pass files with text, or leave "
+                            "the input out")
+    return [GroupSizes(int(n), int(row.sum()), row) for n, row in zip(documents, buckets, strict=True)]
 
 
-def _looker() -> Callable[[CountUnit], UnitSizes]:
-    return _look
+def _create_measurer() -> Callable[[CountUnit], UnitSizes]:
+    return _measure_unit
 
 
-def _look(unit: CountUnit) -> UnitSizes:
-    sizes = np.zeros(NUM_BUCKETS, np.int64)
+def _measure_unit(unit: CountUnit) -> UnitSizes:
+    bucket_bytes = np.zeros(NUM_BUCKETS, np.int64)
     num_documents = 0
-    for document in unit.documents():
+    for document in unit.iter_documents():
         num_documents += 1
-        for piece in pieces(document):
-            sizes[piece.bucket] += len(piece.raw)
-    return UnitSizes.of(num_documents, sizes)
+        for piece in iter_pieces(document):
+            bucket_bytes[piece.bucket] += len(piece.raw)
+    return UnitSizes.from_bucket_bytes(num_documents, bucket_bytes)
+
+
+class PieceSampler:
+    """Collects the pieces in the lowest hash buckets, before the size of their group is known.
+
+    The sample contains every share of the group of at most `limit_bytes` (see `choose_share`)."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._pieces: list[TextPiece] = []
+        self._size_bytes, self._drop_at_bytes = 0, _SLACK * limit_bytes
+        self._highest_bucket: float = float("inf")
+
+    def add_piece(self, piece: TextPiece) -> None:
+        """Add a piece unless its bucket is above the limit."""
+        # the bytes in the lower buckets only grow, so dropped buckets stay dropped
+        if piece.bucket <= self._highest_bucket:
+            self._pieces.append(piece)
+            self._size_bytes += len(piece.raw)
+            if self._size_bytes > self._drop_at_bytes:
+                self._drop_pieces()
+
+    def _drop_pieces(self) -> None:
+        """Drop buckets above the limit, but not the bucket that crosses it: a share may end after it."""
+        pieces: list[TextPiece] = []
+        self._size_bytes = 0
+        by_bucket = sorted(self._pieces, key=attrgetter("bucket"))
+        for bucket, group in itertools.groupby(by_bucket, attrgetter("bucket")):
+            if self._size_bytes > self._limit_bytes:
+                break
+            self._highest_bucket = bucket
+            start = len(pieces)
+            pieces += group
+            self._size_bytes += sum(len(piece.raw) for piece in pieces[start:])
+        self._pieces = pieces
+        # sort rarely; a single bucket may exceed the limit, hence the second bound
+        self._drop_at_bytes = max(_SLACK * self._limit_bytes, 2 * self._size_bytes)
+
+    def get_pieces(self) -> list[TextPiece]:
+        self._drop_pieces()
+        return self._pieces

@@ -66,7 +66,7 @@ class CodeStep(Step):
     shorthand = "function"
     Settings = StepCodeSettings
 
-    def files(self) -> Sequence[Path]:
+    def list_files(self) -> Sequence[Path]:
         """Return the function's file, the modules that it imports from its folder, and the files that the
         settings name."""
         settings: StepCodeSettings = self.settings
@@ -74,11 +74,11 @@ class CodeStep(Step):
             file for name in load_function(str(settings.function)).files
             if (file := Path(os.path.normpath(settings.file.parent / name))).is_file())})
 
-    def start(self, view: View) -> None:
+    def load_inputs(self, view: View) -> None:
         loaded = load_function(str(self.settings.function))
         self._function, self._reference = loaded.value, loaded.reference
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         """Return the outcome of the function for each document.
 
         Raises:

@@ -45,12 +45,12 @@ def run(typed: argparse.Namespace) -> int:
     kinds = {TOKENS: ArtifactKind(format_table, _token_problems, _token_documents)}
     # `decontaminate`, `difficulty grade` and others write corpora too, without steps.
     if any((args.data / name).exists() for name in (SUMMARY, PIPELINE)):
-        kinds[CORPUS] = ArtifactKind(steps_table, find_damaged_files, dropped_samples)
+        kinds[CORPUS] = ArtifactKind(iter_step_lines, find_damaged_files, iter_dropped_samples)
     inspect_path(args.data, args, kinds)
     return 0
 
 
-def steps_table(output: Path) -> Iterator[str]:
+def iter_step_lines(output: Path) -> Iterator[str]:
     """Yield a line for each source and step of a pipeline's output, with the most frequent reasons for drops.
 
     Raises:
@@ -70,7 +70,7 @@ def steps_table(output: Path) -> Iterator[str]:
                       ).rstrip()
 
 
-def dropped_samples(output: Path, count: int) -> Iterator[str]:
+def iter_dropped_samples(output: Path, count: int) -> Iterator[str]:
     """Yield up to `count` documents that each step dropped, with the reason and the beginning of their text.
 
     Raises:

@@ -1,1 +1,1 @@
-"""From records that name pictures, sounds and videos to text and banks that `sov-data pack` reads."""
+"""Turn records that name pictures, sounds and videos into text and banks for `sov-data pack`."""

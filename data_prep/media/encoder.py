@@ -1,200 +1,47 @@
-"""Media as codebook entries and as records of banks, each content once; what `encode-media` is asked for."""
+"""Encode media: codebook tokens from codecs, and bank records for continuous encoders."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any
 
 import numpy as np
-from annotated_types import Le
 
-from megatron_sov.base.artifacts import manifest_sha256, read_manifest
+from data_prep.media.encode_media import MediaSettings
+from data_prep.media.records import Medium, MessagePart
 from megatron_sov.base.documents import BadRecord
-from megatron_sov.base.documents.messages import check_depth
-from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Bound, Flag, ProblemCode, SettingsProblem, Violation, count_cores, requires_field)
-from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO, find_media_token
+from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.model.modality import PICTURES, SOUNDS
-from megatron_sov.omni.media.banks import BankShape
 from megatron_sov.omni.media.items import format_audio_tokens, format_image_tokens
-from megatron_sov.omni.media.reading.limits import MediaLimits, VideoSampling
+from megatron_sov.omni.media.reading.limits import VideoSampling
 from megatron_sov.omni.media.reading.reader import DecodedMedia, MediaReader, resolve_media_path
-from megatron_sov.omni.media.spectrograms import HOP_SAMPLES, SAMPLE_RATE_HZ, SpectrogramExtractor
-from megatron_sov.work.submit.cluster_options import ClusterOptions
+from megatron_sov.omni.media.spectrograms import SAMPLE_RATE_HZ, SpectrogramExtractor
 
-CODE_VERSION = 2
-"""Raised when the same input and settings would give another unit."""
-Animated = Literal["refuse", "first"]
-Drawn = Literal["call", "content"]
-BadMedia = Literal["stop", "skip"]
-STOP, SKIP = get_args(BadMedia)
-CALL, CONTENT = get_args(Drawn)
-
-
-def _numbers(names: str, *most: int) -> Bound:
-    """Return the bound of a text such as 448:256, or of none: as many numbers as `most` has."""
-    def broken(text: str) -> Violation | None:
-        parts = text.split(":")
-        fits = len(parts) == len(most) and all(
-            part.isascii() and part.isdigit() and 1 <= int(part[:9]) <= limit
-            for part, limit in zip(parts, most, strict=True))
-        if fits or not text:
-            return None
-        return ProblemCode.BOUND, f"must be {names}, whole numbers from 1 to {':'.join(map(str, most))}", ""
-
-    return Bound(broken)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MediaSettings:
-    """How media become text and banks."""
-
-    media_root: Annotated[Path, Flag(value="DIR")]
-    """Folder that the paths of media begin from; nothing outside of it is read."""
-    image_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that makes discrete tokens of pictures (default: they get none)."""
-    audio_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that makes discrete tokens of sounds (default: they get none)."""
-    continuous_pictures: Annotated[str, Flag(value="SIDE:SLOTS"), _numbers("SIDE:SLOTS", 4096, 65536)] = ""
-    """Keep pictures and frames of videos for the model's own encoder: height and width in pixels, and its
-    features of each."""
-    continuous_sounds: Annotated[str, Flag(value="MELS:SECONDS:SLOTS"),
-                                 _numbers("MELS:SECONDS:SLOTS", 1024, 600, 65536)] = ""
-    """Likewise spectrograms of sounds: mels, length of a piece, and features of each."""
-    video_frames_per_s: Annotated[AboveZero, Flag(value="N")] = 1.0
-    """Frames that are taken of a second."""
-    video_frames: Annotated[AtLeastOne, Le(4096)] = 64
-    """Most frames of a video."""
-    animated: Animated = "refuse"
-    """Animated pictures: refuse them, or take the first frame."""
-    drawn: Drawn = "call"
-    """Pictures of an assistant: tool calls, as the published model draws, or in what it says, for templates
-    that show no calls."""
-    bad_media: BadMedia = "stop"
-    """Records that are bad, or name a bad medium: stop at the first, or leave them out and list them in
-    bad_media.jsonl."""
-    device: Annotated[str, Flag(value="DEVICE")] = "cpu"
-    """Where codecs compute, such as cuda."""
-    limits: MediaLimits = field(default_factory=MediaLimits)
-    """Of each medium."""
-
-    def problems(self) -> list[SettingsProblem]:
-        if any((self.image_tokenizer, self.audio_tokenizer, self.continuous_pictures,
-                self.continuous_sounds)):
-            return []
-        return [SettingsProblem(ProblemCode.RULE, "", "nothing says what becomes of media", way_out=
-                                "pass --image-tokenizer, --audio-tokenizer, --continuous-pictures or "
-                                "--continuous-sounds")]
-
-    @property
-    def picture_bank(self) -> tuple[int, int] | None:
-        """Side in pixels and slots of pictures whose features are put over placeholders; None: none are."""
-        side, slots = map(int, self.continuous_pictures.split(":")) if self.continuous_pictures else (0, 0)
-        return (side, slots) if side else None
-
-    @property
-    def sound_bank(self) -> tuple[int, int, int] | None:
-        """Mels, seconds of a piece, and slots of it; None: none are."""
-        mels, seconds, slots = (map(int, self.continuous_sounds.split(":")) if self.continuous_sounds
-                                else (0, 0, 0))
-        return (mels, seconds, slots) if mels else None
-
-    def banks(self) -> dict[str, BankShape]:
-        found = {}
-        if self.picture_bank is not None:
-            side, slots = self.picture_bank
-            found[PICTURES] = BankShape(PICTURES, (3, side, side), slots)
-        if self.sound_bank is not None:
-            mels, seconds, slots = self.sound_bank
-            found[SOUNDS] = BankShape(SOUNDS, (mels, seconds * SAMPLE_RATE_HZ // HOP_SAMPLES), slots,
-                                      sample_rate_hz=SAMPLE_RATE_HZ, hop_samples=HOP_SAMPLES)
-        return found
-
-    def identity(self) -> str:
-        """Return JSON of all that a unit without bad records depends on besides its records and media.
-
-        Raises:
-            UserError: a folder is no codec.
-        """
-        # Left out: where media lie, what computes, limits (added below) and what is done about bad records
-        # change no unit that is good.
-        facts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                                 if f.name not in ("media_root", "device", "limits", "bad_media")}
-        codecs: dict[str, str | None] = {}
-        for name in ("image_tokenizer", "audio_tokenizer"):
-            if (path := facts[name]) is not None:
-                read_manifest(path, "codec")
-            # A codec by the hash of its manifest: another path to the same one changes nothing.
-            codecs[name] = None if path is None else manifest_sha256(path)
-        return json.dumps({**facts, **codecs, "limits": dataclasses.asdict(self.limits),
-                           "code": CODE_VERSION}, sort_keys=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeMediaOptions(ClusterOptions):
-    """Turn records that name pictures, sounds and videos into text with discrete tokens in their place, and
-    into banks of what continuous encoders will see.  `sov-data pack` reads both.
-
-    A killed command continues where it was when it is run again."""
-
-    input: Annotated[tuple[Path, ...], Flag(many=True)]
-    """JSONL files, or folders of them: chats ("messages") or documents ("content") whose parts are {"type":
-    "text" | "image" | "audio" | "video", ...}."""
-    output: Annotated[Path, Flag(value="DIR")]
-    """Folder for what is written."""
-    settings: MediaSettings
-    threads: AtLeastOne = field(default_factory=count_cores)
-    """Media that are decoded at a time, each by a process of its own; the output does not depend on it
-    (default: this machine's cores)."""
-    workers: Annotated[AtLeastOne | None, requires_field("cluster")] = None
-    """With --cluster: jobs that encode (default: 4)."""
-    overwrite: bool = False
-    """Replace what is already there."""
-
-
-BATCH = 16
-"""Pictures that a codec sees at a time: always as many, so that what it says of one does not depend on which
-others there are."""
-AT_A_TIME = 16
-"""Media whose numbers are held in memory."""
-KEPT = 50_000
-"""Contents whose codebook entries are remembered."""
-
-
-@dataclass(frozen=True)
-class Medium:
-    """What stands in a text for a medium, besides its name."""
-
-    mime_type: str
-    discrete: str = ""
-    duration_s: float = 0.0
-    """Length of a sound or video."""
-    bank: str = ""
-    """Kind of the bank that has its records; "": none."""
-    rows: tuple[tuple[int, int], ...] = ()
-    """Record of the bank, and how many of its slots are used, in order."""
+BATCH_PICTURES = 16
+"""Pictures per codec batch: a constant size makes a picture's tokens independent of neighbours."""
+BATCH_MEDIA = 16
+"""Decoded media in memory at a time."""
+CACHE_SIZE = 50_000
+"""Contents with cached codebook tokens."""
 
 
 @dataclass
 class UnitBanks:
-    """The records of a unit, each content once."""
+    """Bank records of a unit; each content is written once."""
 
     write: dict[str, Callable[[bytes], object]]
-    """Kind -> what takes a record's bytes."""
+    """Bank kind -> function that appends a record."""
     keys: dict[str, list[str]] = field(default_factory=lambda: {PICTURES: [], SOUNDS: []})
-    """Kind -> a name of each record's content, in order."""
+    """Bank kind -> content name per row."""
 
-    def add(self, kind: str, content: str, records: np.ndarray) -> list[int]:
-        """Append records of a medium; returns their rows."""
+    def add_records(self, kind: str, content: str, records: np.ndarray) -> list[int]:
+        """Append a medium's records; return their rows."""
         first = len(self.keys[kind])
         for i, record in enumerate(records):
             self.write[kind](np.ascontiguousarray(record).tobytes())
@@ -202,306 +49,196 @@ class UnitBanks:
         return list(range(first, first + len(records)))
 
 
-def content_hash(file: Path) -> str:
-    """Return the hash of a medium's bytes."""
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 class MediaRecordEncoder:
-    """Encodes media; one per process."""
+    """Encodes media; one instance per process."""
 
     def __init__(self, settings: MediaSettings, threads: int) -> None:
-        """Open the codecs.
-
-        Raises:
-            UserError: a folder is no codec of its kind.
-        """
+        """Open the codecs. Raises `UserError`: a folder without codec, or another kind of codec."""
         self._settings, self._threads = settings, threads
         self._reader = MediaReader(settings.media_root, settings.limits, threads)
-        self.images = _opened(settings.image_tokenizer, "--image-tokenizer", settings.device, "side_pixels",
-                              "encode")
-        self.sounds = _opened(settings.audio_tokenizer, "--audio-tokenizer", settings.device,
-                              "samples_per_token", "encode")
+        self.images = _open_codec(settings.image_tokenizer, "--image-tokenizer", settings.device,
+                                  "side_pixels", "encode")
+        self.sounds = _open_codec(settings.audio_tokenizer, "--audio-tokenizer", settings.device,
+                                  "samples_per_token", "encode")
         bank = settings.sound_bank
         self._spectrograms = SpectrogramExtractor(bank[0], bank[1]) if bank else None
-        self._banks = settings.banks()
-        self._known: OrderedDict[str, str] = OrderedDict()
+        self._banks = settings.get_banks()
+        self._tokens: OrderedDict[str, str] = OrderedDict()
+        """Content name -> text of codebook tokens."""
 
     def close(self) -> None:
         self._reader.close()
 
-    def codebooks(self) -> dict[str, int]:
+    def get_codebook_sizes(self) -> dict[str, int]:
         return {kind: int(codec.codebook_size) for kind, codec in ((IMAGE, self.images), (AUDIO, self.sounds))
                 if codec is not None}
 
     def encode(self, parts: Sequence[MessagePart], banks: UnitBanks) -> dict[MessagePart, Medium | BadRecord]:
-        """Return what stands for each of the parts, or why there is nothing; equal contents are encoded once.
+        """Return each part's encoded medium, or the problem; equal contents are encoded once.
 
         Args:
             parts: media.
-            banks: take the records.
+            banks: receive the records.
         """
-        found: dict[MessagePart, Medium | BadRecord] = {}
-        contents: dict[str, Medium | BadRecord] = {}
+        encoded: dict[MessagePart, Medium | BadRecord] = {}
         names: dict[MessagePart, str] = {}
         for part in dict.fromkeys(parts):
             try:
-                # The name of a content: equal bytes are encoded once, under any file name.
-                names[part] = f"{part.kind}/{content_hash(self._place(part))}"
+                # named by content: equal bytes under two file names are encoded once
+                with open(self._locate_file(part), "rb") as f:
+                    names[part] = f"{part.kind}/{hashlib.file_digest(f, 'sha256').hexdigest()}"
             except BadRecord as e:
-                found[part] = e
+                encoded[part] = e
             except OSError as e:
-                found[part] = BadRecord("missing",
-                                        f"cannot be read ({e.strerror or e}); check its permissions")
-        first = {name: part for part, name in reversed(names.items())}
-        todo = list(dict.fromkeys(names.values()))
+                encoded[part] = BadRecord("missing",
+                                          f"cannot be read ({e.strerror or e}); check its permissions")
+        first_parts = {name: part for part, name in reversed(names.items())}
+        contents: dict[str, Medium | BadRecord] = {}
+        pending = list(dict.fromkeys(names.values()))
         with ThreadPoolExecutor(self._threads) as pool:
-            for start in range(0, len(todo), AT_A_TIME):
-                here = todo[start:start + AT_A_TIME]
-                # Decoding waits for processes, so threads suffice; codecs see the results one after the
-                # other.
-                reads = list(pool.map(lambda name: self._read(first[name]), here))
-                contents |= self._encoded(here, reads, banks)
-        return found | {part: contents[name] for part, name in names.items()}
+            for start in range(0, len(pending), BATCH_MEDIA):
+                batch = pending[start:start + BATCH_MEDIA]
+                # decoders are processes, and threads suffice; codecs take the results in order
+                decoded = list(pool.map(lambda name: self._decode(first_parts[name]), batch))
+                contents |= self._encode_contents(dict(zip(batch, decoded, strict=True)), banks)
+        return encoded | {part: contents[name] for part, name in names.items()}
 
-    def _place(self, part: MessagePart) -> Path:
+    def _locate_file(self, part: MessagePart) -> Path:
         file = resolve_media_path(self._settings.media_root.resolve(), part.value)
         if not file.is_file():
             raise BadRecord("missing", "is no file; name a picture, a sound or a video")
-        most = self._settings.limits.file_bytes
-        if (size_bytes := file.stat().st_size) > most:
-            raise BadRecord("size", f"has {size_bytes:,} bytes, at most {most:,} are read; shrink it, or "
-                                    "raise --max-file-bytes")
+        max_bytes = self._settings.limits.file_bytes
+        if (size_bytes := file.stat().st_size) > max_bytes:
+            raise BadRecord("size", f"has {size_bytes:,} bytes, at most {max_bytes:,} are read; shrink it, "
+                                    "or raise --max-file-bytes")
         return file
 
-    def _read(self, part: MessagePart) -> list[DecodedMedia] | BadRecord:
-        settings = self._settings
+    def _decode(self, part: MessagePart) -> list[DecodedMedia] | BadRecord:
         try:
             if part.kind == VIDEO:
-                if settings.picture_bank is None:
-                    raise BadRecord("no_bank", "is a video, which needs --continuous-pictures")
-                sampling = VideoSampling(settings.picture_bank[0], settings.video_frames_per_s,
-                                       settings.video_frames)
-                return [self._reader.read_video(part.value, sampling)]
+                return [self._decode_video(part.value)]
             if part.kind == IMAGE:
-                sides = [*([self.images.side_pixels] if self.images else []),
-                         *([settings.picture_bank[0]] if settings.picture_bank else [])]
-                if not sides:
-                    raise BadRecord("no_codec", "is a picture, which needs --image-tokenizer or "
-                                                "--continuous-pictures")
-                return [self._reader.read_picture(part.value, tuple(sides), settings.animated)]
-            # First for the codec, last for the spectrograms: taken by place.
-            rates = [*([self.sounds.sample_rate_hz] if self.sounds else []),
-                     *([SAMPLE_RATE_HZ] if settings.sound_bank else [])]
-            if not self.sounds and not settings.sound_bank:
-                raise BadRecord("no_codec", "is a sound, which needs --audio-tokenizer or "
-                                            "--continuous-sounds")
-            by_rate = {rate: self._reader.read_sound(part.value, rate) for rate in dict.fromkeys(rates)}
-            return [by_rate[rate] for rate in rates]
+                return [self._decode_picture(part.value)]
+            return self._decode_sound(part.value)
         except BadRecord as e:
             return e
 
-    def _encoded(self, names: list[str], reads: list[list[DecodedMedia] | BadRecord],
-                 banks: UnitBanks) -> dict[str, Medium | BadRecord]:
-        self._encode_pictures({name: read[0] for name, read in zip(names, reads, strict=True)
-                               if not isinstance(read, BadRecord) and name.startswith(f"{IMAGE}/")})
-        found: dict[str, Medium | BadRecord] = {}
-        for name, read in zip(names, reads, strict=True):
-            if isinstance(read, BadRecord):
-                found[name] = read
-                continue
+    def _decode_video(self, path: str) -> DecodedMedia:
+        settings = self._settings
+        if settings.picture_bank is None:
+            raise BadRecord("no_bank", "is a video, which needs --continuous-pictures")
+        return self._reader.read_video(path, VideoSampling(
+            settings.picture_bank[0], settings.video_frames_per_s, settings.video_frames))
+
+    def _decode_picture(self, path: str) -> DecodedMedia:
+        """Decode a picture at the codec's side length, then at the bank's."""
+        sides = [*([self.images.side_pixels] if self.images else []),
+                 *([self._settings.picture_bank[0]] if self._settings.picture_bank else [])]
+        if not sides:
+            raise BadRecord("no_codec", "is a picture, which needs --image-tokenizer or "
+                                        "--continuous-pictures")
+        return self._reader.read_picture(path, tuple(sides), self._settings.animated)
+
+    def _decode_sound(self, path: str) -> list[DecodedMedia]:
+        """Decode a sound at the codec's sample rate, then at the spectrograms'."""
+        rates = [*([self.sounds.sample_rate_hz] if self.sounds else []),
+                 *([SAMPLE_RATE_HZ] if self._settings.sound_bank else [])]
+        if not rates:
+            raise BadRecord("no_codec", "is a sound, which needs --audio-tokenizer or "
+                                        "--continuous-sounds")
+        by_rate = {rate: self._reader.read_sound(path, rate) for rate in dict.fromkeys(rates)}
+        return [by_rate[rate] for rate in rates]
+
+    def _encode_contents(self, decoded: dict[str, list[DecodedMedia] | BadRecord],
+                         banks: UnitBanks) -> dict[str, Medium | BadRecord]:
+        self._tokenize_pictures({name: media[0] for name, media in decoded.items()
+                                 if not isinstance(media, BadRecord) and name.startswith(f"{IMAGE}/")})
+        encoded: dict[str, Medium | BadRecord] = {}
+        for name, media in decoded.items():
             kind = name.partition("/")[0]
-            found[name] = (self._sound(name, read, banks) if kind == AUDIO
-                           else self._picture(name, read[0], banks, is_video=kind == VIDEO))
-        return found
+            if isinstance(media, BadRecord):
+                encoded[name] = media
+            elif kind == AUDIO:
+                encoded[name] = self._encode_sound(name, media, banks)
+            else:
+                encoded[name] = self._encode_picture(name, media[0], banks, is_video=kind == VIDEO)
+        return encoded
 
-    def _encode_pictures(self, reads: dict[str, DecodedMedia]) -> None:
-        if self.images is None:
+    def _tokenize_pictures(self, decoded: dict[str, DecodedMedia]) -> None:
+        codec = self.images
+        if codec is None:
             return
-        import torch
+        pending = [name for name in decoded if name not in self._tokens]
+        for start in range(0, len(pending), BATCH_PICTURES):
+            names = pending[start:start + BATCH_PICTURES]
+            # a full batch always: kernels chosen by size would change the last bits
+            batch = np.zeros((BATCH_PICTURES, 3, codec.side_pixels, codec.side_pixels), np.float32)
+            for i, name in enumerate(names):
+                batch[i] = decoded[name].arrays[0].astype(np.float32) / 255
+            ids = self._run_codec(codec, batch)
+            for i, name in enumerate(names):
+                entries = _check_entries(ids[i], codec, self._settings.image_tokenizer)
+                self._cache_tokens(name, format_image_tokens(entries, codec.grid, decoded[name].width,
+                                                             decoded[name].height))
 
-        todo = [name for name in reads if name not in self._known]
-        for start in range(0, len(todo), BATCH):
-            here = todo[start:start + BATCH]
-            side = self.images.side_pixels
-            # The batch always has its full size: kernels chosen by size would give other last bits.
-            batch = np.zeros((BATCH, 3, side, side), np.float32)
-            for i, name in enumerate(here):
-                batch[i] = reads[name].arrays[0].astype(np.float32) / 255
-            with torch.inference_mode():
-                ids = self.images.encode(torch.from_numpy(batch).to(self._settings.device)).cpu().numpy()
-            for i, name in enumerate(here):
-                numbers = _checked(ids[i], self.images, self._settings.image_tokenizer)
-                self._remember(name, format_image_tokens(numbers, self.images.grid, reads[name].width,
-                                                    reads[name].height))
-
-    def _picture(self, name: str, read: DecodedMedia, banks: UnitBanks, *, is_video: bool) -> Medium:
+    def _encode_picture(self, name: str, decoded: DecodedMedia, banks: UnitBanks, *,
+                        is_video: bool) -> Medium:
         rows: list[int] = []
         if PICTURES in self._banks:
-            records = read.arrays[-1] if is_video else read.arrays[-1][None]
-            rows = banks.add(PICTURES, name, records)
+            records = decoded.arrays[-1] if is_video else decoded.arrays[-1][None]
+            rows = banks.add_records(PICTURES, name, records)
         slots = self._banks[PICTURES].slots if rows else 0
-        return Medium(read.mime_type, "" if is_video else self._known.get(name, ""), read.duration_s,
+        return Medium(decoded.mime_type, "" if is_video else self._tokens.get(name, ""), decoded.duration_s,
                       PICTURES if rows else "", tuple((row, slots) for row in rows))
 
-    def _sound(self, name: str, reads: list[DecodedMedia], banks: UnitBanks) -> Medium:
-        if self.sounds is not None and name not in self._known:
-            numbers = [n for piece in self._pieces(reads[0].arrays[0]) for n in piece]
-            self._remember(name, format_audio_tokens(numbers))
+    def _encode_sound(self, name: str, decoded: list[DecodedMedia], banks: UnitBanks) -> Medium:
+        if self.sounds is not None and name not in self._tokens:
+            self._cache_tokens(name, format_audio_tokens(self._tokenize_sound(decoded[0].arrays[0])))
         rows: list[tuple[int, int]] = []
         if self._spectrograms is not None:
-            records, frames = self._spectrograms.compute_pieces(reads[-1].arrays[0])
+            records, frames = self._spectrograms.compute_pieces(decoded[-1].arrays[0])
             shape = self._banks[SOUNDS]
             rows = [(row, shape.count_slots(used))
-                    for row, used in zip(banks.add(SOUNDS, name, records), frames, strict=True)]
-        return Medium(reads[0].mime_type, self._known.get(name, ""), reads[0].duration_s,
+                    for row, used in zip(banks.add_records(SOUNDS, name, records), frames, strict=True)]
+        return Medium(decoded[0].mime_type, self._tokens.get(name, ""), decoded[0].duration_s,
                       SOUNDS if rows else "", tuple(rows))
 
-    def _pieces(self, samples: np.ndarray) -> Iterator[list[int]]:
-        import torch
+    def _tokenize_sound(self, samples: np.ndarray) -> list[int]:
+        piece_samples = int(self.sounds.max_piece_s * self.sounds.sample_rate_hz)
+        entries: list[int] = []
+        for start in range(0, len(samples), piece_samples):
+            # torch rejects read-only arrays
+            ids = self._run_codec(self.sounds, samples[start:start + piece_samples].copy())
+            entries += _check_entries(ids, self.sounds, self._settings.audio_tokenizer)
+        return entries
 
-        piece = int(self.sounds.max_piece_s * self.sounds.sample_rate_hz)
-        for start in range(0, len(samples), piece):
-            with torch.inference_mode():
-                # A copy: torch takes no array that may not be written to.
-                sound = torch.from_numpy(samples[start:start + piece].copy()).to(self._settings.device)
-                ids = self.sounds.encode(sound).cpu().numpy()
-            yield _checked(ids, self.sounds, self._settings.audio_tokenizer)
+    def _run_codec(self, codec: Any, array: np.ndarray) -> np.ndarray:
+        import torch  # slow: media without codecs need no torch
 
-    def _remember(self, name: str, block: str) -> None:
-        self._known[name] = block
-        while len(self._known) > KEPT:
-            self._known.popitem(last=False)
+        with torch.inference_mode():
+            ids: np.ndarray = codec.encode(torch.from_numpy(array).to(self._settings.device)).cpu().numpy()
+        return ids
+
+    def _cache_tokens(self, name: str, tokens: str) -> None:
+        self._tokens[name] = tokens
+        while len(self._tokens) > CACHE_SIZE:
+            self._tokens.popitem(last=False)
 
 
-def _opened(folder: Path | None, option: str, device: str, *needed: str) -> Any:
+def _open_codec(folder: Path | None, option: str, device: str, *attributes: str) -> Any:
     if folder is None:
         return None
-    from megatron_sov.omni.codecs.folder import open_codec
+    from megatron_sov.omni.codecs.folder import open_codec  # imports torch
 
     codec = open_codec(folder, device)
-    if not all(hasattr(codec, name) for name in needed):
+    if not all(hasattr(codec, name) for name in attributes):
         raise UserError(f"{option} {folder}: is a codec of another kind ({type(codec).__name__}); pass a "
                         "tokenizer")
     return codec
 
 
-def _checked(ids: np.ndarray, codec: Any, folder: Path | None) -> list[int]:
+def _check_entries(ids: np.ndarray, codec: Any, folder: Path | None) -> list[int]:
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < codec.codebook_size:
         raise UserError(f"{folder}: gives entries from {ids.min()} to {ids.max()} of a codebook of "
                         f"{codec.codebook_size}; make the codec again, or restore it from a copy")
     return [int(n) for n in ids]
-
-
-CHAT, TEXT = "chat", "text"
-"""Kinds of records, as `sov-data pack --format` names them."""
-KINDS = (IMAGE, AUDIO, VIDEO)
-
-
-@dataclass(frozen=True)
-class MessagePart:
-    """A piece of a content."""
-
-    kind: str
-    """"text", or one of `KINDS`."""
-    value: str
-    """The text, or the path."""
-
-
-@dataclass(frozen=True)
-class MediaMessage:
-    """Parts that somebody says."""
-
-    fields: dict[str, Any]
-    """The message's other fields, its role among them; {} of a document."""
-    parts: tuple[MessagePart, ...] | None
-    """What it says; None: it has no content."""
-
-    @property
-    def is_drawn(self) -> bool:
-        """Whether its media are what a model draws and says, and not what it is shown."""
-        return self.fields.get("role") == "assistant"
-
-
-@dataclass(frozen=True)
-class MediaRecord:
-    """A record of the input."""
-
-    kind: str
-    """`CHAT` or `TEXT`."""
-    fields: dict[str, Any]
-    messages: tuple[MediaMessage, ...]
-    """Of a document: one."""
-
-    def media(self) -> Iterator[MessagePart]:
-        for message in self.messages:
-            yield from (part for part in message.parts or () if part.kind in KINDS)
-
-
-def parse_record(line: bytes) -> MediaRecord:
-    """Return the record of a line.
-
-    Raises:
-        BadRecord: it is no chat or document, a part is none, or its text spells a token of media.
-    """
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise BadRecord("json", f"is not valid JSON ({e}); every line must be one JSON object") from None
-    check_depth(record)
-    if not isinstance(record, dict) or ("messages" in record) == ("content" in record):
-        raise BadRecord("fields", "must be an object with either 'messages' (a chat) or 'content' (a "
-                                  "document)")
-    if FEATURES in record:
-        raise BadRecord("fields", f"has a field {FEATURES!r}, which this step writes; remove it")
-    if "content" in record:
-        kind, own = TEXT, "content"
-        messages = [MediaMessage({}, _parts(record["content"], "content"))]
-    else:
-        kind, own = CHAT, "messages"
-        messages = _messages(record["messages"])
-    fields = {name: value for name, value in record.items() if name != own}
-    if kind == TEXT and "text" in fields:
-        raise BadRecord("fields", "has both 'content' and 'text'; leave one out")
-    # Fields count as well: templates may put any of them into the text.
-    _refuse_marks([fields, *(m.fields for m in messages),
-                   *(p.value for m in messages for p in m.parts or () if p.kind == "text")])
-    return MediaRecord(kind, fields, tuple(messages))
-
-
-def _messages(value: Any) -> list[MediaMessage]:
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise BadRecord("fields", "'messages' must be a non-empty list of objects with 'role' and 'content'")
-    found = []
-    for i, message in enumerate(value):
-        fields = {name: part for name, part in message.items() if name != "content"}
-        content = message.get("content")
-        found.append(MediaMessage(fields, None if content is None else _parts(content,
-                                                                              f"messages[{i}].content")))
-    return found
-
-
-def _parts(content: Any, where: str) -> tuple[MessagePart, ...]:
-    if isinstance(content, str):
-        return (MessagePart("text", content),)
-    if not isinstance(content, list) or not content:
-        raise BadRecord("fields", f"{where} is {str(content)[:80]!r}, must be a string or a list of parts")
-    return tuple(_part(part, f"{where}[{i}]") for i, part in enumerate(content))
-
-
-def _part(part: Any, where: str) -> MessagePart:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return MessagePart("text", part["text"])
-    if kind not in KINDS or not isinstance(part.get("path"), str):
-        raise BadRecord("fields", f"{where} is {str(part)[:80]!r}, must be "
-                                  '{"type": "text", "text": ...} or {"type": "image", "path": ...}, '
-                                  '"audio" or "video"')
-    return MessagePart(kind, part["path"])
-
-
-def _refuse_marks(values: list[Any]) -> None:
-    if mark := find_media_token(json.dumps(values, ensure_ascii=False)):
-        raise BadRecord("mark", f"spells {mark!r}, which is a token of media; remove it: media are named by "
-                                "their paths alone")

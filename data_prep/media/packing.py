@@ -1,4 +1,5 @@
-"""Pack media corpora with `sov-data pack`: each shard gets banks with the records that its documents name."""
+"""Pack media corpora with `sov-data pack`: a shard gets banks with the records named by the shard's
+documents."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ class ShardBanks:
         """
         renumbered = numbers.copy()
         for kind, shape in self._shapes.items():
-            # each shard numbers its rows from 0
+            # a shard numbers rows from 0
             places = np.flatnonzero(np.isin(ids, shape.placeholder_ids) & (numbers >= 0))
             rows, slots = np.divmod(numbers[places], shape.slots)
             records, shard_rows = self._records[kind], self._rows[kind]
@@ -116,11 +117,7 @@ class MediaCorpora:
         return list(self._folders.values())
 
     def check_tokenizer(self, tokenizer: Path) -> None:
-        """Check that the tokenizer has the corpora's media tokens.
-
-        Raises:
-            UserError: the tokenizer has no media tokens, or a smaller codebook.
-        """
+        """Raise `UserError` if the tokenizer lacks media tokens for a corpus's codebooks."""
         blocks = read_blocks(read_manifest(tokenizer).content.get(MEDIA), str(tokenizer))
         for folder in self.folders:
             for kind, codec in read_manifest(folder, MEDIA_CORPUS).content["codecs"].items():

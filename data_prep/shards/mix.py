@@ -120,11 +120,7 @@ MIX = DeclaredCommand(MixOptions, run_mix)
 
 
 def parse_part(argument: str) -> MixPart:
-    """Parse `DIR[:WEIGHT]`.
-
-    Raises:
-        UserError: the weight is not a positive number.
-    """
+    """Parse `DIR[:WEIGHT]`. Raises `UserError`: the weight is not a positive number."""
     head, colon, tail = argument.rpartition(":")
     match = re.fullmatch(r"(.+)=([\d.]+%?)", argument)
     if match and not Path(argument).exists():
@@ -159,7 +155,7 @@ def write_mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = 
     """
     check_output_folder(output, KIND, overwrite)
     manifests = [read_tokens_manifest(part.path) for part in parts]
-    # all checks precede the first link
+    # checks precede the first link
     _check_parts(parts, manifests)
     if blend:
         phases, _ = _allot_blend(manifests, blend)
@@ -213,11 +209,8 @@ def _report_mix(sources: list[dict[str, Any]], phases: list[PhaseShares], names:
 
 def _allot_blend(manifests: list[Manifest],
                  blend: BlendSettings) -> tuple[list[PhaseShares], list[dict[str, Any]]]:
-    """Return shares per phase, and all source records.
-
-    Raises:
-        UserError: the blend lacks sources, or repeats a source too often.
-    """
+    """Return shares per phase, and all source records. Raises `UserError`: the blend lacks sources, or
+    repeats a source too often."""
     if problems := find_all_problems(blend):
         raise SettingsError("blend", problems)
     sources = [s for m in manifests for s in m.content["sources"]]
@@ -264,7 +257,7 @@ def _compute_weights(parts: list[MixPart], manifests: list[Manifest]) -> dict[st
     weights: dict[str, float] = {}
     for manifest, part_weight in zip(manifests, part_weights, strict=True):
         sources = manifest.content["sources"]
-        # a part that is a mix has weights of its own
+        # a mix as a part has weights
         source_weights = [float(s.get("weight", s["splits"][TRAIN]["num_tokens"])) for s in sources]
         part_total = sum(source_weights) or 1.0
         for source, weight in zip(sources, source_weights, strict=True):
@@ -282,17 +275,14 @@ def _link_sources(artifact: ArtifactWriter, path: Path, manifest: Manifest,
             target = artifact.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(path / name, target)
-            # a link has the input's bytes and hash, so terabytes need no second reading
+            # a link has the input's bytes and hash: no second reading of terabytes
             artifact.hashed_files[name] = record
     return [{**s, "weight": weights[s["name"]]} for s in sources]
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link `target` to `source`, or copy the file if the file system refuses links.
-
-    Raises:
-        UserError: `source` is missing.
-    """
+    """Hard-link `target` to `source`, or copy the file if the file system refuses links. Raises `UserError`:
+    `source` is missing."""
     try:
         os.link(source, target)
     except FileNotFoundError:

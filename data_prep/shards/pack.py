@@ -154,11 +154,8 @@ PACK = DeclaredCommand(PackOptions, check_pack, "data_prep.shards.pack_run:run_p
 
 
 def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
-    """Parse `[NAME=]PATH` arguments.
-
-    Raises:
-        UserError: a name is malformed or repeated, or a path is empty or a pattern.
-    """
+    """Parse `[NAME=]PATH` arguments. Raises `UserError`: a name is malformed or repeated, or a path is empty
+    or a pattern."""
     sources: list[PackSource] = []
     for argument in arguments:
         name, equals, path = argument.partition("=")

@@ -22,7 +22,7 @@ LEARNED = ("⟦", "⟧")
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """Print documents as the model will see them. In data with a loss mask, ⟦ ⟧ enclose what is learned."""
+    """Print documents as the model will see them. In data with a loss mask, ⟦ ⟧ enclose learned tokens."""
 
     data: Annotated[Path, Flag("DIR")]
     """Folder from `sov-data pack` or `sov-data mix`."""
@@ -50,11 +50,8 @@ SAMPLE = DeclaredCommand(SampleOptions, print_samples)
 
 def sample_documents(data: Path, source: str | None, split: str, count: int, max_tokens: int,
                      seed: int) -> list[str]:
-    """Return heading and text of up to `count` random documents, in the artifact's order.
-
-    Raises:
-        UserError: `data` is not a token artifact, or has no such source or documents.
-    """
+    """Return heading and text of up to `count` random documents, in the artifact's order. Raises `UserError`:
+    `data` is not a token artifact, or has no such source or documents."""
     content = read_tokens_manifest(data).content
     shards = list(iter_shards(data, content, source, split))
     # `count` candidates per shard suffice, without a list of all documents

@@ -46,11 +46,8 @@ STATS = DeclaredCommand(DataStatsOptions, print_statistics)
 
 
 def compute_statistics(data: Path) -> dict[str, Any]:
-    """Return statistics for an artifact of kind "tokens", over both splits.
-
-    Raises:
-        UserError: `data` is another kind of folder, or damaged.
-    """
+    """Return statistics for an artifact of kind "tokens", over both splits. Raises `UserError`: `data` is
+    another kind of folder, or damaged."""
     content = read_tokens_manifest(data).content
     special = _read_added_tokens(data / "tokenizer" / TOKENIZER_JSON)
     is_used = np.zeros(content["vocab_size"], bool)

@@ -72,11 +72,8 @@ class IndexedSplit:
 
 
 def read_tokens_manifest(data: Path) -> Manifest:
-    """Read the manifest of an artifact of kind "tokens".
-
-    Raises:
-        UserError: another kind of folder, or another `CONTENT_VERSION`.
-    """
+    """Read the manifest of an artifact of kind "tokens". Raises `UserError`: another kind of folder, or
+    another `CONTENT_VERSION`."""
     manifest = read_manifest(data, KIND)
     if (version := manifest.content.get("content_version", 1)) != CONTENT_VERSION:
         raise UserError(f"{data}: was packed in layout {version}, this version reads layout "
@@ -90,11 +87,8 @@ def count_tokens(content: dict[str, Any]) -> int:
 
 def iter_shards(data: Path, content: dict[str, Any], source: str | None = None,
                 split: str | None = None) -> Iterator[PackedShard]:
-    """Yield shards in order, optionally from a single source or split.
-
-    Raises:
-        UserError: the source is unknown.
-    """
+    """Yield shards in order, optionally from a single source or split. Raises `UserError`: the source is
+    unknown."""
     names = [s["name"] for s in content["sources"]]
     if source is not None and source not in names:
         nearest = names[0] if len(names) == 1 else find_nearest_name(source, names)
@@ -127,11 +121,8 @@ def choose_token_dtype(vocab_size: int) -> str:
 
 
 def open_split(prefix: Path) -> IndexedSplit:
-    """Memory-map `PREFIX.bin` and check every number in `PREFIX.idx`.
-
-    Raises:
-        UserError: a file is missing, or index and tokens disagree.
-    """
+    """Memory-map `PREFIX.bin` and check every number in `PREFIX.idx`. Raises `UserError`: a file is missing,
+    or index and tokens disagree."""
     index = Path(f"{prefix}.idx")
     try:
         raw = index.read_bytes()
@@ -154,7 +145,7 @@ def open_split(prefix: Path) -> IndexedSplit:
     lengths = np.frombuffer(raw, "<i4", num_sequences, HEADER.size)
     starts = np.frombuffer(raw, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
     bounds = np.frombuffer(raw, "<i8", num_bounds, HEADER.size + 12 * num_sequences)
-    # lengths, starts and bounds are redundant: check each against the others, and all against `.bin`
+    # lengths, starts and bounds are redundant: compare them, and compare the end with `.bin`
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     if not np.array_equal(bounds, np.arange(num_sequences + 1)) or (lengths <= 0).any() or \
             not np.array_equal(starts, ends - lengths.astype(np.int64) * dtype.itemsize):
@@ -178,7 +169,7 @@ def hash_token_documents(split: IndexedSplit, group: int,
         lengths_tokens: restrict to documents with a length in this list; None: all documents.
     """
     starts = split.starts_bytes[::group] // np.dtype(split.dtype).itemsize
-    # sequences of a document are adjacent: each document ends at the start of the next
+    # adjacent sequences: a document ends at the start of the next
     stops = np.append(starts[1:], len(split.tokens)) if len(starts) else starts
     if lengths_tokens is not None:
         has_length = np.isin(stops - starts, lengths_tokens)
@@ -192,11 +183,8 @@ def check_overlap(parts: list[ArtifactContent]) -> None:
     """Check that no part trains on a document that another part holds out.
 
     Parts packed by the same held-out rule agree and are not read. Otherwise hash held-out documents first,
-    then training documents of the same lengths.
-
-    Raises:
-        UserError: number and folders of overlapping documents.
-    """
+    then training documents of the same lengths. Raises `UserError`: number and folders of overlapping
+    documents."""
     rules = [content.get("heldout") for _, content in parts]
     if all(rule is not None and rule == rules[0] for rule in rules):
         return
@@ -225,11 +213,8 @@ def _iter_splits(parts: list[ArtifactContent], split: str) -> Iterator[tuple[Pat
 
 
 def format_table(data: Path) -> list[str]:
-    """Return table lines with counts per source and split.
-
-    Raises:
-        UserError: `data` is not an artifact of kind "tokens".
-    """
+    """Return table lines with counts per source and split. Raises `UserError`: `data` is not an artifact of
+    kind "tokens"."""
     content = read_tokens_manifest(data).content
     lines = [f"{data}: vocabulary {content['vocab_size']:,}, {content['dtype']}, "
              f"tokenizer {content['tokenizer_sha256'][:12]}",

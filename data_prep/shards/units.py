@@ -89,10 +89,7 @@ def encode_units(units: list[Unit], settings: UnitSettings, work: Path,
 
     Workers are processes: two threads are as fast (benchmarks/data_pack.py), but a third of the work (JSON
     parsing, building arrays) holds Python's lock, so more than three threads would wait for each other.
-
-    Raises:
-        UserError: a file is unreadable, the disk is full, or a worker was killed.
-    """
+    Raises `UserError`: a file is unreadable, the disk is full, or a worker was killed."""
     yield from map_in_processes(_create_encoder, (settings, work), units, workers)
 
 
@@ -108,18 +105,15 @@ class UnitEncoder:
         self._encoder: Encoder | None = None
 
     def encode(self, unit: Unit) -> UnitRecord:
-        """Encode a unit unless its folder exists.
-
-        Raises:
-            UserError: a file is unreadable, or the disk is full.
-        """
+        """Encode a unit unless its folder exists. Raises `UserError`: a file is unreadable, or the disk is
+        full."""
         key = compute_unit_key(unit, self.settings)
         folder, is_new = build_part(self.work, key, RECORD, partial(self._write_unit, unit, key))
         raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": is_new})
 
     def _write_unit(self, unit: Unit, key: str, folder: Path) -> None:
-        if self._encoder is None:  # a command that finds all units complete loads no tokenizer
+        if self._encoder is None:  # loaded for the first incomplete unit
             self._encoder = Encoder(self.settings.tokenizer, self.settings.encoding)
         with _UnitWriter(folder, key, self.settings, self._encoder) as writer:
             writer.encode_spans(unit)
@@ -254,11 +248,8 @@ def _hash_id(id_: str | None) -> int:
 
 
 def compute_unit_key(unit: Unit, settings: UnitSettings) -> str:
-    """Hash a unit's input bytes and settings; paths are left out, so moved input keeps its key.
-
-    Raises:
-        UserError: a file is unreadable.
-    """
+    """Hash a unit's input bytes and settings; paths are left out, so moved input keeps its key. Raises
+    `UserError`: a file is unreadable."""
     # `tokenizer_sha256` and `config_sha256` stand for the tokenizer's path
     facts = {**dataclasses.asdict(settings), "tokenizer": None, "code_version": CODE_VERSION}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())

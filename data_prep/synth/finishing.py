@@ -1,6 +1,6 @@
-"""The end of a run: kept samples become an ordinary source, the others are written with the reason.
+"""Finish a run: write accepted samples as a source, rejected samples with reasons, and counts.
 
-May be called at any time, also while items are left; no file that it writes is needed to go on.
+May run at any time, also with unfinished items; resuming needs none of the written files.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.candidates import (
-    ANSWERS, FinishedItem, SynthRunRecord, read_finished, read_run, refuse_without_records)
-from data_prep.synth.checks.judging import JudgedSample, judge_samples
-from data_prep.synth.checks.settings import check_problems
+from data_prep.synth.checks.judging import JudgedSamples, judge_samples
+from data_prep.synth.checks.settings import find_check_problems
+from data_prep.synth.run_records import (
+    ANSWERS, FinishedItem, SynthRunRecord, check_work_folder, read_finished_items, read_run_record)
+from data_prep.synth.samples import GeneratedSample
 from data_prep.tags import SYNTHESIS, find_source_artifact
 from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, create_file, format_json, translate_disk_errors, write_atomically)
@@ -27,19 +28,56 @@ from megatron_sov.base.errors import UserError, stop_check
 from megatron_sov.base.settings import SettingsError
 
 ANSWERED = "200"
-_SUMS = """SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(wall_s)
-FROM requests GROUP BY outcome ORDER BY outcome"""
 SUMMARY = "summary.json"
 PROVENANCE = "synthetic"
-"""Field of a kept record that says how it was made."""
+"""Field in an accepted record with generator, models and origin."""
+_SUMS = """SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(wall_s)
+FROM requests GROUP BY outcome ORDER BY outcome"""
 
 
-def costs_of(output: Path) -> dict[str, Any]:
-    """Return sums over all requests of a folder, failed ones too: how many were sent and answered, status or
-    fault -> requests, tokens read and written, and seconds, one request after the other.
+def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_complete: bool = True) -> None:
+    """Judge a folder's samples, and write `kept.jsonl`, `rejected.jsonl`, `summary.json` and the manifest.
+
+    Args:
+        output: folder of the run.
+        checks: file with pipeline steps; None: the packaged steps for the generator or kind of record.
+        workers: processes for the steps; the result does not depend on their number.
+        is_complete: whether all items are finished; only then a manifest is written.
 
     Raises:
-        UserError: a file of answers is damaged.
+        UserError: settings, a file in the folder, an input or the disk are wrong.
+    """
+    run = read_run_record(output)
+    check_work_folder(output)
+    if problems := find_check_problems(checks):
+        raise SettingsError("checks", problems)
+    stop_check()
+    with translate_disk_errors(output):
+        # from here on files change: after a kill, no manifest may describe them
+        (output / MANIFEST).unlink(missing_ok=True)
+        judged = judge_samples(output, run, checks, workers)
+        tally = SampleTally()
+        _write_samples(output, run, judged, tally)
+        summary = {
+            "format": 1, "generator": run.generator, "version": run.version, "kind": run.kind,
+            "model": run.model, "judge": run.judge, "settings": dict(run.settings),
+            "is_complete": is_complete, **tally.to_dict(), "steps": list(judged.steps),
+            "costs": sum_costs(output)}
+        write_atomically(output / SUMMARY, format_json(summary))
+        # last, because the manifest hashes the files above
+        if is_complete:
+            _write_manifest(output, run, checks, tally)
+    account = RecordAccount(tally.num_samples, tally.num_kept, tally.rejected, "samples")
+    print(f"{output}: {account.describe()}\n  {output / ACCEPTED_SAMPLES}, {output / REJECTED_SAMPLES}, "
+          f"{output / SUMMARY}")
+
+
+def sum_costs(output: Path) -> dict[str, Any]:
+    """Sum the requests in `answers.sqlite`, including failures: requests, answers, requests by status,
+    tokens, and seconds without concurrency.
+
+    Raises:
+        UserError: `answers.sqlite` is damaged.
     """
     outcomes: Counter[str] = Counter()
     sums = [0, 0, 0.0]
@@ -47,9 +85,9 @@ def costs_of(output: Path) -> dict[str, Any]:
         try:
             with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True,
                                                     timeout=60)) as connection:
-                for outcome, num, *more in connection.execute(_SUMS):
-                    outcomes[str(outcome)] += num
-                    sums = [total + (one or 0) for total, one in zip(sums, more, strict=True)]
+                for outcome, count, *row in connection.execute(_SUMS):
+                    outcomes[str(outcome)] += count
+                    sums = [total + (value or 0) for total, value in zip(sums, row, strict=True)]
         except sqlite3.Error as e:
             raise UserError(f"{file}: cannot be read ({e}); restore it from a copy, or delete it: then its "
                             "answers are asked, and paid, again") from None
@@ -58,119 +96,82 @@ def costs_of(output: Path) -> dict[str, Any]:
             **dict(zip(("input_tokens", "output_tokens", "seconds"), sums, strict=True))}
 
 
-def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_complete: bool = True) -> None:
-    """Check the samples of a folder, and write the samples that stay, those that do not, and the figures.
-
-    Args:
-        output: folder of the run.
-        checks: file of steps; None: the packaged steps of the generator or of its kind of record.
-        workers: processes of the checks; the result does not depend on it.
-        is_complete: whether all items are done; only then there is a manifest.
-
-    Raises:
-        UserError: settings, a file of the folder, an input or the disk are in the way.
-    """
-    run = read_run(output)
-    refuse_without_records(output)
-    if problems := check_problems(checks):
-        raise SettingsError("checks", problems)
-    stop_check()
-    with translate_disk_errors(output):
-        # from here on files change: a kill must not leave a manifest that speaks for them
-        (output / MANIFEST).unlink(missing_ok=True)
-        judged = judge_samples(output, run, checks, workers)
-        tally = FinishingTally()
-        _write_rows(output, run, judged, tally)
-        summary = {
-            "format": 1, "generator": run.generator, "version": run.version, "kind": run.kind,
-            "model": run.model, "judge": run.judge, "settings": dict(run.settings),
-            "is_complete": is_complete, **tally.to_dict(), "steps": list(judged.steps),
-            "costs": costs_of(output)}
-        write_atomically(output / SUMMARY, format_json(summary))
-        # last of all, since it hashes the files and says that they are whole
-        if is_complete:
-            _write_manifest(output, run, checks, tally)
-    samples = RecordAccount(tally.num_samples, tally.num_kept, tally.rejected, "samples")
-    print(f"{output}: {samples.describe()}\n  {output / ACCEPTED_SAMPLES}, {output / REJECTED_SAMPLES}, "
-          f"{output / SUMMARY}")
-
-
 @dataclass
-class FinishingTally:
-    """Counts of samples."""
+class SampleTally:
 
     num_items: int = 0
-    """Items that are done."""
+    """Finished items."""
     num_unusable: int = 0
-    """Items whose answers were of no use."""
+    """Items without a usable answer."""
     num_samples: int = 0
     num_kept: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     """Reason -> samples."""
     licences: Counter[str] = field(default_factory=Counter)
-    """Licence of what a kept sample was made from -> samples; empty: not stated."""
+    """Input licence -> accepted samples; "": not stated."""
     sources: Counter[str] = field(default_factory=Counter)
-    """Source that a kept sample was made from -> samples."""
+    """Input source -> accepted samples."""
     models: Counter[str] = field(default_factory=Counter)
-    """Name of the model that wrote a sample, kept or rejected -> samples."""
+    """Writing model -> accepted and rejected samples."""
 
     def to_dict(self) -> dict[str, Any]:
+        by_count = sorted(self.rejected.items(), key=lambda entry: (-entry[1], entry[0]))
         return {"num_items": self.num_items, "num_unusable_items": self.num_unusable,
                 "num_samples": self.num_samples, "num_kept": self.num_kept,
-                "num_rejected": self.rejected.total(),
-                "rejected": dict(sorted(self.rejected.items(), key=lambda one: (-one[1], one[0]))),
+                "num_rejected": self.rejected.total(), "rejected": dict(by_count),
                 "licences": dict(sorted(self.licences.items())),
                 "sources": dict(sorted(self.sources.items())), "models": dict(sorted(self.models.items()))}
 
 
-def _write_rows(output: Path, run: SynthRunRecord, judged: JudgedSample, tally: FinishingTally) -> None:
-    """Write kept and rejected samples; both files get their names when both are on the disk."""
-    # temporary files of a run that was killed
+def _write_samples(output: Path, run: SynthRunRecord, judged: JudgedSamples, tally: SampleTally) -> None:
+    """Write accepted and rejected samples; both files get their names when both are on disk."""
+    # temporary files of a killed run
     for leftover in (*output.glob(f".{ACCEPTED_SAMPLES}.tmp-*"), *output.glob(f".{REJECTED_SAMPLES}.tmp-*")):
         leftover.unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
-        kept, rejected = (stack.enter_context(open(stack.enter_context(create_file(output / name)), "wb"))
-                          for name in (ACCEPTED_SAMPLES, REJECTED_SAMPLES))
-        for item in read_finished(output):
+        accepted, rejected = (stack.enter_context(open(stack.enter_context(create_file(output / name)), "wb"))
+                              for name in (ACCEPTED_SAMPLES, REJECTED_SAMPLES))
+        for item in read_finished_items(output):
             tally.num_items += 1
             tally.num_unusable += bool(item.unusable)
-            for id_, sample in item.numbered():
+            for sample_id, sample in item.iter_samples():
                 tally.num_samples += 1
-                tally.models[writers_of(run, item)] += 1
-                origin = {
-                    "sample": id_, "generator": run.generator, "version": run.version,
-                    "model": writers_of(run, item), "judge": run.judge, "item": item.item["id"],
-                    "source": item.item["source"], "licence": item.item["licence"], "group": sample.group,
-                    "asked": list(item.asked), "notes": dict(sample.notes)}
-                # the steps have seen only samples that pass their own checks
-                later = None if sample.failed else judged.verdict(run.kind, id_, sample)
-                if failed := sample.failed or later:
+                provenance = _build_provenance(run, item, sample_id, sample)
+                tally.models[provenance["model"]] += 1
+                # steps judge only samples that pass the generator's checks
+                step_verdict = None if sample.failed_verdict else judged.find_verdict(
+                    run.kind, sample_id, sample)
+                if failed := sample.failed_verdict or step_verdict:
                     tally.rejected[failed.check] += 1
-                    verdicts = [*sample.verdicts, *([later] if later else [])]
+                    verdicts = [*sample.verdicts, *([step_verdict] if step_verdict else [])]
                     rejected.write(format_json_line({
                         "reason": failed.check, "detail": failed.detail, "record": sample.record,
-                        "verdicts": [vars(verdict) for verdict in verdicts], PROVENANCE: origin}))
+                        "verdicts": [vars(verdict) for verdict in verdicts], PROVENANCE: provenance}))
                     continue
                 tally.num_kept += 1
                 tally.licences[item.item["licence"]] += 1
                 tally.sources[item.item["source"]] += 1
-                # only texts are changed here: other kinds with a changed text are rejected
-                changed = {"text": judged.changed[id_]} if id_ in judged.changed else {}
-                kept.write(format_json_line({"id": id_, **sample.record, **changed, PROVENANCE: origin}))
-        # bytes first, then names: a power cut must not leave a named file without its end
-        for rows in (kept, rejected):
-            rows.flush()
-            os.fsync(rows.fileno())
+                # `find_verdict` rejects changed samples except of kind text
+                changed = {"text": judged.changed[sample_id]} if sample_id in judged.changed else {}
+                accepted.write(format_json_line(
+                    {"id": sample_id, **sample.record, **changed, PROVENANCE: provenance}))
+        # content before names: after a power cut, no named file may lack its end
+        for file in (accepted, rejected):
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def writers_of(run: SynthRunRecord, item: FinishedItem) -> str:
-    """Return the names of the models that wrote the samples of an item, separated by commas."""
-    return ", ".join(item.writers) or run.model
+def _build_provenance(run: SynthRunRecord, item: FinishedItem, sample_id: str, sample: GeneratedSample
+                      ) -> dict[str, Any]:
+    return {"sample": sample_id, "generator": run.generator, "version": run.version,
+            "model": ", ".join(item.writers) or run.model, "judge": run.judge, "item": item.item["id"],
+            "source": item.item["source"], "licence": item.item["licence"], "group": sample.group,
+            "asked": list(item.asked), "notes": dict(sample.notes)}
 
 
-def _write_manifest(output: Path, run: SynthRunRecord, checks: Path | None, tally: FinishingTally) -> None:
+def _write_manifest(output: Path, run: SynthRunRecord, checks: Path | None, tally: SampleTally) -> None:
     writer = ArtifactWriter(output, SYNTHESIS)
-    # answers stay out of the hashes: a later command adds to them
+    # without answers.sqlite, to which a later command adds answers
     writer.excluded_names = frozenset(path.name for path in output.iterdir()
                                       if path.name not in (ACCEPTED_SAMPLES, REJECTED_SAMPLES, SUMMARY))
     writer.content = {

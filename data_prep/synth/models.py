@@ -1,4 +1,4 @@
-"""The models of a run: where each is, what it is called, how it is asked, and what may be used up of it."""
+"""Writer and judge: address or folder, request form, token budget and clients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.generator import Door, Role, T
-from data_prep.synth.options import MaxTokensField, SynthOptions
+from data_prep.synth.requests import ModelClient, Role, T
+from data_prep.synth.synth import MaxTokensField, SynthOptions
 from megatron_sov.base.errors import StopRequested, UserError, suggest_download
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, RequestRefused
@@ -25,26 +25,25 @@ from megatron_sov.work.processes.pool import StopSignal
 
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
-_BUDGET_LOOK_S = 0.5
-_WHOLE_BYTES = 1 << 24
-_ENDS_BYTES = 1 << 20
-"""Of larger files, begin and end stand for what lies between."""
+_STOP_POLL_S = 0.5
+_MAX_FULL_BYTES, _END_BYTES = 1 << 24, 1 << 20
+"""`hash_model_folder` reads files up to `_MAX_FULL_BYTES` completely, and larger files at both ends."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model of a run."""
+    """Writer or judge."""
 
     engine: str
-    """Address up to `/v1`, or a folder."""
+    """Address up to `/v1`, or folder."""
     model: str
-    """As the endpoint calls it; of a folder, empty: its name."""
+    """Name at the endpoint; "" for a folder: the folder's name."""
     key_env: str = ""
-    """Variable of the environment with the key; empty: none is sent."""
+    """Environment variable with the key; "": no key."""
     max_tokens_field: MaxTokensField = "max_tokens"
-    """What the longest answer stands in, where requests are sent; none: it is not sent."""
+    """Request field for the longest answer; none: omit the field."""
     options: tuple[str, str] = field(default=("--engine", "--model"), compare=False)
-    """What the command line calls address and name."""
+    """Command-line options for address and name, for messages."""
 
     @property
     def is_local(self) -> bool:
@@ -56,149 +55,45 @@ class Model:
 
     @property
     def location(self) -> str:
-        """What stands in files for where it is."""
+        """Return the absolute folder or the address, for `run.json`."""
         return str(Path(self.engine).resolve()) if self.is_local else self.engine.rstrip("/")
 
-    def problems(self) -> list[SettingsProblem]:
-        """Return every rule between address and name that is broken, by option."""
-        where, name = self.options
-        p: list[SettingsProblem] = []
+    def find_problems(self) -> list[SettingsProblem]:
+        engine, name = self.options
+        problems: list[SettingsProblem] = []
         if not self.is_local:
-            p += find_address_problems(where, self.engine, f"{where.replace('engine', 'api-key-env')}")
+            problems += find_address_problems(engine, self.engine, engine.replace("engine", "api-key-env"))
             if not self.model:
-                p.append(SettingsProblem(ProblemCode.RULE, name, "say which model of the endpoint is asked"))
+                problems.append(SettingsProblem(ProblemCode.RULE, name,
+                                                "say which model of the endpoint is asked"))
         elif "://" in self.engine:
-            p.append(SettingsProblem(ProblemCode.RULE, where,
-                                     "must be an address such as http://localhost:8000/v1, or a folder"))
-        return p
+            problems.append(SettingsProblem(
+                ProblemCode.RULE, engine, "must be an address such as http://localhost:8000/v1, or a folder"))
+        return problems
 
-    def sent(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a request as the endpoint takes it; what it is kept by stays the same."""
-        # keys are made of the request before this: another field name keeps all answers valid
-        others = {name: value for name, value in request.items() if name != "max_tokens"}
-        if self.max_tokens_field == "none" or "max_tokens" not in request:
-            return others
-        return {**others, self.max_tokens_field: request["max_tokens"]}
+    def build_payload(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Rename or drop `max_tokens` for the endpoint; cache keys use the request before this call."""
+        payload = {name: value for name, value in request.items() if name != "max_tokens"}
+        if "max_tokens" in request and self.max_tokens_field != "none":
+            payload[self.max_tokens_field] = request["max_tokens"]
+        return payload
 
-    def identity(self) -> str:
-        """Return what stands for the model in what answers are kept by: wherever it is served, its answers
-        are its answers."""
+    def compute_identity(self) -> str:
+        """Return the model's name in cache keys, equal at every address."""
         if self.is_local:
-            return f"local:{identity_of(Path(self.engine), self.options[0])}"
+            return f"local:{hash_model_folder(Path(self.engine), self.options[0])}"
         return f"endpoint:{self.model}"
 
 
-class Budget:
-    """Lets requests pass, from any thread, while the tokens that they may take and those of earlier requests
-    stay within a limit.  A request that does not fit waits for those under way.
+def hash_model_folder(folder: Path, option: str = "--engine") -> str:
+    """Hash names, sizes and contents in a model folder; large files count by both ends.
 
     Args:
-        limit: tokens read and written by all commands on a folder; 0: no limit.
-        used: by earlier commands.
-        stop: ends waiting.
-    """
-
-    def __init__(self, limit: int, used: Usage, stop: StopSignal) -> None:
-        self._limit, self._stop = limit, stop
-        self._used, self._reserved, self._num_open = used.input_tokens + used.output_tokens, 0, 0
-        self._changed = threading.Condition()
-
-    def enter(self, most: Usage) -> None:
-        """Let a request pass that may take as much as `most`.
-
-        Raises:
-            StopRequested: it would break the limit, or the run was asked to stop.
-        """
-        tokens = most.input_tokens + most.output_tokens
-        with self._changed:
-            self._stop.check()
-            while self._limit and self._used + self._reserved + tokens > self._limit:
-                # no request is under way that could leave something, so waiting would never end
-                if not self._num_open:
-                    raise StopRequested(
-                        f"--max-tokens-total {self._limit}: {self._used:,} tokens are used, and the next "
-                        f"request may take {tokens:,}; raise it, and the same command goes on")
-                self._changed.wait(_BUDGET_LOOK_S)
-                self._stop.check()
-            # the most that it may take is set aside now: threads together never pass the limit
-            self._reserved += tokens
-            self._num_open += 1
-
-    def leave(self, most: Usage, billed: Usage) -> None:
-        """Note what a request that has passed took."""
-        with self._changed:
-            self._reserved -= most.input_tokens + most.output_tokens
-            self._num_open -= 1
-            self._used += billed.input_tokens + billed.output_tokens
-            self._changed.notify_all()
-
-
-class EndpointDoor:
-    """One model behind an endpoint, asked as often at once as the run has slots, until it is asked to stop;
-    `patience_s`: how long the endpoint may answer nobody."""
-
-    def __init__(self, endpoint: Endpoint, model: str, slots: threading.Semaphore, stop: StopSignal,
-                 patience_s: float) -> None:
-        self._endpoint, self._slots, self._stop, self._patience_s = endpoint, slots, stop, patience_s
-        self.model = model
-        self.key = endpoint.key
-
-    def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        """Return what `read` makes of the answer; raises as `Endpoint.ask` does, and `EndpointUnavailable`
-        where the endpoint has long answered nobody."""
-        with self._slots:
-            self._stop.check()
-            began_s = time.monotonic()
-            try:
-                return self._endpoint.ask(payload, read)
-            except RequestRefused:
-                raise
-            except (BadAnswer, TimeoutError) as e:
-                # one request that fails is one item's; an endpoint that answers no thread for so long is away
-                silent_s = time.monotonic() - max(began_s, self._endpoint.answered_s)
-                if silent_s >= self._patience_s and not isinstance(e, EndpointUnavailable):
-                    raise EndpointUnavailable(f"{e}; it has answered nobody for {silent_s:.0f} s") from None
-                raise
-
-
-@contextlib.contextmanager
-def opened(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCache, budget: Budget,
-           stop: StopSignal) -> Iterator[dict[Role, Door]]:
-    """Yield the doors to both models; a folder is served as long as the context is open."""
-    slots = threading.Semaphore(options.threads)
-    with contextlib.ExitStack() as stack:
-        doors: dict[Model, Door] = {}
-        # often both are one model, which is then served once
-        for model in dict.fromkeys((writer, judge)):
-            url, name, key = model.engine.rstrip("/"), model.name, ""
-            if model.is_local:
-                served = stack.enter_context(serve_model(
-                    Path(model.engine).resolve(),
-                    f"--engine {model.engine}: `megatron-sov serve` did not start: ",
-                    sleep=stop.sleep))
-                url, key, name = served.url, served.key, served.model
-            # a server of this machine that answers nobody has ended, and nobody starts it again
-            patience_s = min(options.patience, LOCAL_PATIENCE_S) if model.is_local else options.patience
-            endpoint = Endpoint(f"{url}/chat/completions", model.key_env,
-                                EndpointLimits(options.timeout, options.max_attempts, BACKOFF_S, 0.0, 0.0,
-                                               0.0, 0.0, patience_s),
-                                cache, cache_name=model.identity(), gate=budget, sleep=stop.sleep,
-                                report=lambda sentence: print(sentence, flush=True), key=key,
-                                transform=model.sent,
-                                accepted_models=None if model.is_local else options.accept_model)
-            doors[model] = EndpointDoor(endpoint, name, slots, stop, patience_s)
-        yield {"writer": doors[writer], "judge": doors[judge]}
-
-
-def identity_of(folder: Path, option: str = "--engine") -> str:
-    """Return a hash that stands for a model's files: small ones whole, of large ones size, begin and end.
-
-    Args:
-        folder: of the model.
-        option: that names it, for sentences.
+        folder: model folder.
+        option: command-line option of the folder, for messages.
 
     Raises:
-        UserError: there is no such folder, or nothing in it.
+        UserError: the folder is missing or empty.
     """
     if not folder.is_dir():
         raise UserError(f"{option} {folder}: is neither an address (http://...) nor a folder of a model"
@@ -209,13 +104,126 @@ def identity_of(folder: Path, option: str = "--engine") -> str:
         raise UserError(f"{option} {folder}: is empty; pass a checkpoint or a Hugging Face folder")
     for file in files:
         size_bytes = file.stat().st_size
-        # name and size too: files that change places make another model
+        # with names: files that swap places give another model
         digest.update(f"{file.relative_to(folder)}\0{size_bytes}\0".encode())
         with open(file, "rb") as f:
-            if size_bytes <= _WHOLE_BYTES:
+            if size_bytes <= _MAX_FULL_BYTES:
                 digest.update(f.read())
             else:
-                digest.update(f.read(_ENDS_BYTES))
-                f.seek(-_ENDS_BYTES, os.SEEK_END)
+                digest.update(f.read(_END_BYTES))
+                f.seek(-_END_BYTES, os.SEEK_END)
                 digest.update(f.read())
     return digest.hexdigest()
+
+
+class TokenBudget:
+    """Admits requests from any thread while used and reserved tokens stay within a limit. A request that
+    does not fit waits for running requests.
+
+    Args:
+        limit: tokens read and written by all commands on a folder; 0: no limit.
+        used: tokens of earlier commands.
+        stop: ends the waiting.
+    """
+
+    def __init__(self, limit: int, used: Usage, stop: StopSignal) -> None:
+        self._limit, self._stop = limit, stop
+        self._num_used, self._num_reserved, self._num_running = _count_tokens(used), 0, 0
+        self._changed = threading.Condition()
+
+    def enter(self, most: Usage) -> None:
+        """Reserve the worst case `most` for a request.
+
+        Raises:
+            StopRequested: the request would exceed the limit, or the run should stop.
+        """
+        tokens = _count_tokens(most)
+        with self._changed:
+            self._stop.check()
+            while self._limit and self._num_used + self._num_reserved + tokens > self._limit:
+                # no running request can release tokens, so waiting would never end
+                if not self._num_running:
+                    raise StopRequested(
+                        f"--max-tokens-total {self._limit}: {self._num_used:,} tokens are used, and the next "
+                        f"request may take {tokens:,}; raise it, and the same command goes on")
+                self._changed.wait(_STOP_POLL_S)
+                self._stop.check()
+            # reserved before the request: threads together never exceed the limit
+            self._num_reserved += tokens
+            self._num_running += 1
+
+    def leave(self, most: Usage, billed: Usage) -> None:
+        """Replace a finished request's reservation by the billed tokens."""
+        with self._changed:
+            self._num_reserved -= _count_tokens(most)
+            self._num_running -= 1
+            self._num_used += _count_tokens(billed)
+            self._changed.notify_all()
+
+
+def _count_tokens(usage: Usage) -> int:
+    return usage.input_tokens + usage.output_tokens
+
+
+class EndpointClient:
+    """`ModelClient` over an `Endpoint`, limited to the run's concurrent requests.
+
+    Args:
+        endpoint: sends the requests.
+        model: model name.
+        slots: concurrent requests over all clients.
+        stop: ends the waiting for a slot.
+        patience_s: silence in seconds after which the endpoint counts as unavailable.
+    """
+
+    def __init__(self, endpoint: Endpoint, model: str, slots: threading.Semaphore, stop: StopSignal,
+                 patience_s: float) -> None:
+        self._endpoint, self._slots, self._stop, self._patience_s = endpoint, slots, stop, patience_s
+        self.model = model
+        self.key = endpoint.key
+
+    def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        """Return `read(answer)`. Raises as `Endpoint.ask` does, and `EndpointUnavailable` after
+        `patience_s` without any answer."""
+        with self._slots:
+            self._stop.check()
+            began_s = time.monotonic()
+            try:
+                return self._endpoint.ask(payload, read)
+            except RequestRefused:
+                raise
+            except (BadAnswer, TimeoutError) as e:
+                # a failed request concerns one item; silence towards all threads means unavailable
+                silent_s = time.monotonic() - max(began_s, self._endpoint.answered_s)
+                if silent_s >= self._patience_s and not isinstance(e, EndpointUnavailable):
+                    raise EndpointUnavailable(f"{e}; it has answered nobody for {silent_s:.0f} s") from None
+                raise
+
+
+@contextlib.contextmanager
+def open_clients(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCache,
+                 budget: TokenBudget, stop: StopSignal) -> Iterator[dict[Role, ModelClient]]:
+    """Yield a client for each role; a model folder is served while the context is open."""
+    slots = threading.Semaphore(options.threads)
+    with contextlib.ExitStack() as stack:
+        clients: dict[Model, ModelClient] = {}
+        # writer and judge are often equal: serve the folder once
+        for model in dict.fromkeys((writer, judge)):
+            url, name, key = model.engine.rstrip("/"), model.name, ""
+            if model.is_local:
+                served = stack.enter_context(serve_model(
+                    Path(model.engine).resolve(),
+                    f"--engine {model.engine}: `megatron-sov serve` did not start: ",
+                    sleep=stop.sleep))
+                url, key, name = served.url, served.key, served.model
+            # nobody restarts a local server
+            patience_s = min(options.patience, LOCAL_PATIENCE_S) if model.is_local else options.patience
+            endpoint = Endpoint(f"{url}/chat/completions", model.key_env,
+                                EndpointLimits(options.timeout, options.max_attempts, BACKOFF_S, 0.0, 0.0,
+                                               0.0, 0.0, patience_s),
+                                cache, cache_name=model.compute_identity(), gate=budget, sleep=stop.sleep,
+                                report=lambda sentence: print(sentence, flush=True), key=key,
+                                transform=model.build_payload,
+                                accepted_models=None if model.is_local else options.accept_model)
+            clients[model] = EndpointClient(endpoint, name, slots, stop, patience_s)
+        yield {"writer": clients[writer], "judge": clients[judge]}

@@ -1,4 +1,4 @@
-"""Replies of models: the text, thoughts and tool calls of a chat completion, and whether they are of use."""
+"""Parse chat completions into replies: text, thoughts, tool calls, and faults."""
 
 from __future__ import annotations
 
@@ -14,49 +14,63 @@ from megatron_sov.chat.tool_calls import BadCall, parse_turn
 from megatron_sov.judge.rewards.surface import find_final_loop
 from megatron_sov.work.endpoints.answers import BadAnswer, read_model_name
 
-MIN_LOOP_REPEATS = 8
-MIN_LOOP_CHARS = 200
-"""What a text must repeat at its end to count as a loop: more than any verse or table does."""
+MIN_LOOP_REPEATS, MIN_LOOP_CHARS = 8, 200
+"""Minimum repetitions and repeated characters at the end for a loop; verses and tables repeat less."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer of a model."""
+    """A model's answer."""
 
     text: str
-    """Without thoughts."""
+    """Text without thoughts."""
     thinking: str = ""
-    """What it thought first, where the endpoint tells it or it stands between think tags."""
+    """Thoughts from the endpoint's field or between `<think>` tags."""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
-    """`name` and `arguments` (decoded) of each call; one that is malformed has `error` as well, a sentence
-    for the model, and no arguments."""
+    """`name` and decoded `arguments` of each call; a malformed call has no arguments and an `error` for the
+    model."""
     is_cut: bool = False
-    """Whether it ended at the limit of tokens."""
+    """Whether the answer ended at the token limit."""
     key: str = ""
-    """Hash of what was asked, for provenance."""
+    """Request hash, for provenance."""
     model: str = ""
-    """Name of the model that answered, as the endpoint states it; empty: not stated."""
+    """Model name in the answer; "": not stated."""
+
+
+class ReplyText(str):
+    """Reply text in templates, with `cut` and `thinking`."""
+
+    cut: bool = False
+    """Whether the reply ended at the token limit."""
+    thinking: str = ""
+    """Thoughts before the text."""
+
+    @classmethod
+    def from_reply(cls, reply: Reply) -> ReplyText:
+        text = cls(reply.text)
+        text.cut, text.thinking = reply.is_cut, reply.thinking
+        return text
 
 
 class NoReply(Exception):
-    """A model did not answer in spite of all attempts: the item is left for a later run."""
+    """No answer after all attempts; a later command tries the item again."""
 
 
 class NoUsableReply(NoReply):
-    """A model answered, and all of it was empty, a loop or no grade: a later run would get the same, so
-    the item is done and has no samples."""
+    """Every answer was empty, a loop or without a grade. The item counts as finished without samples,
+    because a later command would receive the same answers."""
 
 
 def read_reply(answer: Any, key: str = "", tools: Sequence[dict[str, Any]] = ()) -> Reply:
-    """Return the one choice of a chat completion.
+    """Parse a chat completion with a single choice.
 
     Args:
         answer: decoded JSON.
-        key: hash of what was asked.
-        tools: that were offered, so that calls may stand in the text.
+        key: request hash.
+        tools: tools in the request; with tools, calls may stand in the text.
 
     Raises:
-        BadAnswer: it is no chat completion of one choice.
+        BadAnswer: the answer is malformed.
     """
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
@@ -67,27 +81,29 @@ def read_reply(answer: Any, key: str = "", tools: Sequence[dict[str, Any]] = ())
     content = message.get("content")
     if content is not None and not isinstance(content, str):
         raise BadAnswer("the endpoint's message has a content that is no text")
-    said = message.get("tool_calls") or []
-    if not isinstance(said, list):
+    raw_calls = message.get("tool_calls") or []
+    if not isinstance(raw_calls, list):
         raise BadAnswer("the endpoint's tool_calls are no list")
-    text, thinking = _split(content or "")
-    # servers name the field in two ways; thoughts that were found in the text are the fallback
-    told = message.get("reasoning_content") or message.get("reasoning")
-    thinking = told.strip() if isinstance(told, str) and told.strip() else thinking
-    calls = [_call(one) for one in said]
-    if tools and not calls:  # a server without a parser of calls leaves them in the text
+    text, thinking = _split_thoughts(content or "")
+    # servers use two names for the field; thoughts in the text are the fallback
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(reasoning, str) and reasoning.strip():
+        thinking = reasoning.strip()
+    calls = [_parse_call(raw_call) for raw_call in raw_calls]
+    if tools and not calls:  # a server without a call parser leaves calls in the text
         turn = parse_turn(text)
         text = turn.content
-        calls = [_malformed("", call.reason) if isinstance(call, BadCall)
+        calls = [_build_malformed_call("", call.reason) if isinstance(call, BadCall)
                  else {"name": call.name, "arguments": call.arguments} for call in turn.calls]
-    return Reply(text, thinking, tuple(calls), choices[0].get("finish_reason") == "length", key,
-                 read_model_name(answer))
+    is_cut = choices[0].get("finish_reason") == "length"
+    return Reply(text, thinking, tuple(calls), is_cut, key, read_model_name(answer))
 
 
-def fault_of(reply: Reply) -> str:
-    """Return why an answer is of no use to any generator, in a word; empty where it may be.
+def find_reply_fault(reply: Reply) -> str:
+    """Return the fault that makes a reply unusable for every generator: "empty", "half a character" or
+    "loop"; "" for a usable reply.
 
-    One that was cut off in its thoughts says nothing and is no empty one: another would end there as well.
+    A reply cut off in its thoughts has no text and is not "empty": a retry would end there as well.
     """
     if not reply.text and not reply.tool_calls and not reply.is_cut:
         return "empty"
@@ -99,25 +115,25 @@ def fault_of(reply: Reply) -> str:
     return "loop" if repeats >= MIN_LOOP_REPEATS else ""
 
 
-def _split(content: str) -> tuple[str, str]:
-    """Return text and thoughts: thoughts end at the first end tag; without one they reach to the end."""
-    text = to_hermes_form(content).strip()
-    begins = text.startswith(BEGIN_THOUGHTS)
-    before, end, behind = text.partition(END_THOUGHTS)
-    # The opening tag may be missing: some chat templates write it into the prompt. One that comes later in
-    # the text is a quotation, and the text has no thoughts.
-    if end and (begins or BEGIN_THOUGHTS not in before):
-        return unquote_marks(behind).strip(), unquote_marks(before.removeprefix(BEGIN_THOUGHTS)).strip()
-    if begins:
-        return "", unquote_marks(text.removeprefix(BEGIN_THOUGHTS)).strip()
-    return unquote_marks(text), ""
+def _split_thoughts(content: str) -> tuple[str, str]:
+    """Return (text, thoughts). Thoughts end at the first `</think>`, or extend to the end."""
+    content = to_hermes_form(content).strip()
+    opens_thoughts = content.startswith(BEGIN_THOUGHTS)
+    before, end, after = content.partition(END_THOUGHTS)
+    # Some chat templates write `<think>` into the prompt, so the opening tag may be missing. A later
+    # opening tag is a quotation in a text without thoughts.
+    if end and (opens_thoughts or BEGIN_THOUGHTS not in before):
+        return unquote_marks(after).strip(), unquote_marks(before.removeprefix(BEGIN_THOUGHTS)).strip()
+    if opens_thoughts:
+        return "", unquote_marks(content.removeprefix(BEGIN_THOUGHTS)).strip()
+    return unquote_marks(content), ""
 
 
-def _call(said: Any) -> dict[str, Any]:
-    """Return a call's name and arguments, or what is wrong with it."""
-    function = said.get("function") if isinstance(said, dict) else None
+def _parse_call(raw_call: Any) -> dict[str, Any]:
+    """Return `name` and `arguments`, with `error` for a malformed call."""
+    function = raw_call.get("function") if isinstance(raw_call, dict) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        return _malformed("", "a tool call must have a function with a name")
+        return _build_malformed_call("", "a tool call must have a function with a name")
     name, arguments = function["name"], function.get("arguments")
     try:
         if isinstance(arguments, str):
@@ -125,11 +141,11 @@ def _call(said: Any) -> dict[str, Any]:
                                    parse_float=parse_finite)
         check_depth(arguments)
     except (ValueError, RecursionError, BadRecord) as e:
-        return _malformed(name, f"the arguments of a tool call are no JSON ({str(e)[:100]})")
+        return _build_malformed_call(name, f"the arguments of a tool call are no JSON ({str(e)[:100]})")
     if not isinstance(arguments, dict):
-        return _malformed(name, "the arguments of a tool call must be an object")
+        return _build_malformed_call(name, "the arguments of a tool call must be an object")
     return {"name": name, "arguments": arguments}
 
 
-def _malformed(name: str, error: str) -> dict[str, Any]:
+def _build_malformed_call(name: str, error: str) -> dict[str, Any]:
     return {"name": name, "arguments": {}, "error": error}

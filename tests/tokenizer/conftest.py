@@ -19,8 +19,8 @@ from tokenizer.bpe.count_pipeline import learn_superwords, learn_words
 from tokenizer.bpe.counting import WordTable
 from tokenizer.bpe.splitter import Splitter
 from tokenizer.bpe.vocabulary import Vocabulary
-from tokenizer.formats.hf_files import finished
-from tokenizer.formats.reader import Opened
+from tokenizer.formats.hf_files import build_tokenizer
+from tokenizer.formats.reader import LoadedTokenizer
 from tokenizer.presets import NUM_BYTES, Preset
 
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
@@ -102,7 +102,7 @@ def learn() -> Callable[..., Vocabulary]:
         def count(pattern: str) -> WordTable:
             splitter = Splitter(preset, pattern)
             return table_of(Counter(piece.encode() for text in texts
-                                    for piece in splitter.split(splitter.normalize(text))))
+                                    for piece in splitter.split_text(splitter.normalize(text))))
 
         learn_words(count(preset.split_pattern), vocabulary, transition or num_tokens, preset, lambda n: None)
         if transition:
@@ -118,7 +118,7 @@ def tokenizer_of(learn: Callable[..., Vocabulary]) -> Callable[..., Tokenizer]:
     """Return `tokenizer_of(preset, vocab_size, texts)`: a finished tokenizer that takes
     special tokens as text."""
     def tokenizer_of(preset: Preset, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
-        trained = finished(preset, learn(preset, vocab_size - preset.num_special_ids, texts))
+        trained = build_tokenizer(preset, learn(preset, vocab_size - preset.num_special_ids, texts))
         trained.encode_special_tokens = True
         return trained
 
@@ -202,7 +202,7 @@ def brute_force() -> Callable[..., list[Pair]]:
     return brute_force
 
 
-class Toy(Opened):
+class Toy(LoadedTokenizer):
     """Takes the longest token at every place; special tokens stand behind all others and stay text."""
 
     library = "toy"

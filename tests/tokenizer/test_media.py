@@ -15,7 +15,7 @@ from megatron_sov.chat.media_tokens import (
     AUDIO, AUDIO_PAD, IMAGE, IMAGE_PAD, MARKS, VIDEO_PAD, VocabularyBlock, codebook_token, read_blocks)
 from megatron_sov.model.recipes import get
 from tokenizer.cli import main
-from tokenizer.media import MediaTokens, laid_out
+from tokenizer.media import MediaTokens, assign_media_ids
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_text_keeps_its_ids_and_blocks_follow(plain: Path, tmp_path: Path,
 def test_the_published_blocks_close_to_the_published_vocabulary() -> None:
     """HyperCLOVA X 8B Omni: text below 128,606, 6,561 of audio, pictures from 135,168, 200,704 in all."""
     marks = dict.fromkeys(MARKS)
-    words, blocks = laid_out(MediaTokens(6561, 65536, 128_606, 135_168), marks, 128_606)
+    words, blocks = assign_media_ids(MediaTokens(6561, 65536, 128_606, 135_168), marks, 128_606)
     assert blocks == [VocabularyBlock(AUDIO, 128_606, 6561),
                       VocabularyBlock(IMAGE, 135_168, 65_536)] and blocks[1].end == 200_704
     assert len(words) == 200_704 - 128_606 and words.count("<|reserved_media_0|>") == 1
@@ -66,7 +66,7 @@ def test_the_published_blocks_close_to_the_published_vocabulary() -> None:
 
 @pytest.mark.parametrize("num_ids", [128_606 - len(MARKS), 128_000])
 def test_placeholders_are_where_the_recipe_has_them(num_ids: int) -> None:
-    words, _ = laid_out(MediaTokens(6561, 65536, 128_606, 135_168), (), num_ids)
+    words, _ = assign_media_ids(MediaTokens(6561, 65536, 128_606, 135_168), (), num_ids)
     model = get("hyperclova-omni-8b").model
     assert model.vision is not None and model.audio is not None
     assert [words[i - num_ids] for i in (*model.vision.placeholder_ids, *model.audio.placeholder_ids)] == [

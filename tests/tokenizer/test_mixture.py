@@ -12,14 +12,15 @@ from hypothesis import given, strategies as st
 from megatron_sov.base.documents import Document, Message
 from megatron_sov.base.errors import UserError
 from tokenizer.mixture import (
-    MIXTURES, NUM_BUCKETS, PIECE_BYTES, CountUnit, Share, Sizes, SourceGroup, gather_groups, look_through,
-    parse_input, pieces, plan, repeats, share_bytes, share_of)
+    MIXTURES, NUM_BUCKETS, PIECE_BYTES, CountUnit, GroupShare, GroupSizes, SourceGroup, choose_share,
+    compute_repeats, count_share_bytes, gather_groups, iter_pieces, measure_groups, parse_input,
+    plan_count_units)
 
 
-def sizes_of(buckets: dict[int, int]) -> Sizes:
+def sizes_of(buckets: dict[int, int]) -> GroupSizes:
     row = np.zeros(NUM_BUCKETS, np.int64)
     row[list(buckets)] = list(buckets.values())
-    return Sizes(len(buckets), int(row.sum()), row)
+    return GroupSizes(len(buckets), int(row.sum()), row)
 
 
 def test_input_arguments(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_published_mixtures() -> None:
 def test_weighted_groups_share_their_bytes_and_others_stay() -> None:
     groups = [SourceGroup("a", (), 3), SourceGroup("b", (), 1), SourceGroup("c", ())]
     found = [sizes_of({0: n}) for n in (100, 300, 50)]
-    factors = repeats(groups, found)
+    factors = compute_repeats(groups, found)
     assert factors == [3.0, 100 / 300, 1.0]
 
 
@@ -75,27 +76,28 @@ def test_weighted_groups_share_their_bytes_and_others_stay() -> None:
        st.floats(0.001, 5))
 def test_a_share_comes_nearest_and_is_never_empty(buckets: dict[int, int], factor: float) -> None:
     found = sizes_of(buckets)
-    share = share_of(found, factor)
-    assert sum(share.times(b) * n for b, n in buckets.items()) == share_bytes(found, share) > 0
-    assert abs(share_bytes(found, share) - factor * found.num_bytes) <= max(buckets.values())
+    share = choose_share(found, factor)
+    assert sum(share.count_passes(b) * n for b, n in buckets.items()) == count_share_bytes(found, share) > 0
+    assert abs(count_share_bytes(found, share) - factor * found.num_bytes) <= max(buckets.values())
 
 
 def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
     found = sizes_of(dict.fromkeys(range(0, NUM_BUCKETS, 64), 100))
-    assert [share_of(found, f) for f in (0.25, 0.5, 1, 2.5)] == [Share(0, 16321), Share(0, 32705),
-                                                                 Share(1, 0), Share(2, 32705)]
+    assert [choose_share(found, f) for f in (0.25, 0.5, 1, 2.5)] == [GroupShare(0, 16321),
+                                                                     GroupShare(0, 32705),
+                                                                 GroupShare(1, 0), GroupShare(2, 32705)]
 
 
 def test_pieces_are_cut_at_blank_lines_and_chosen_by_their_content() -> None:
     text = "".join(f"paragraph {i} with words\n\n" for i in range(4000))
-    found = list(pieces(Document("x", text)))
+    found = list(iter_pieces(Document("x", text)))
     assert ("".join(p.text for p in found) == text and all(len(p.raw) <= PIECE_BYTES for p in found))
     assert all(p.text.endswith("\n\n") for p in found)
     buckets = [p.bucket for p in found]
     assert 0 < min(buckets) < NUM_BUCKETS // 4 and NUM_BUCKETS * 3 // 4 < max(buckets) < NUM_BUCKETS
-    assert [p.bucket for p in pieces(Document("elsewhere", text))] == buckets
+    assert [p.bucket for p in iter_pieces(Document("elsewhere", text))] == buckets
     chat = Document("x", messages=(Message("user", "가"), Message("assistant", "b")))
-    assert [p.text for p in pieces(chat)] == ["가", "b"]
+    assert [p.text for p in iter_pieces(chat)] == ["가", "b"]
 
 
 @pytest.fixture
@@ -110,21 +112,21 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_every_file_belongs_to_a_unit_of_its_group(corpus: Path) -> None:
-    units = plan([SourceGroup("a", (corpus,)), SourceGroup("b", (corpus / "1.jsonl",))], 1)
+    units = plan_count_units([SourceGroup("a", (corpus,)), SourceGroup("b", (corpus / "1.jsonl",))], 1)
     assert [(u.group, u.spans[0].file.name) for u in units] == [(0, "0.jsonl"), (0, "1.jsonl"),
                                                                 (0, "2.jsonl"), (1, "1.jsonl")]
-    assert [u.group for u in plan([SourceGroup("a", (corpus,))], 1 << 20)] == [0]
+    assert [u.group for u in plan_count_units([SourceGroup("a", (corpus,))], 1 << 20)] == [0]
 
 
 def test_a_key_stands_for_file_and_settings(corpus: Path) -> None:
-    [unit] = plan([SourceGroup("a", (corpus / "0.jsonl",))], 1)
-    key = unit.key({"pattern": "a"})
-    assert unit.key({"pattern": "a"}) == key != unit.key({"pattern": "b"})
+    [unit] = plan_count_units([SourceGroup("a", (corpus / "0.jsonl",))], 1)
+    key = unit.build_key({"pattern": "a"})
+    assert unit.build_key({"pattern": "a"}) == key != unit.build_key({"pattern": "b"})
     (corpus / "0.jsonl").write_text((corpus / "0.jsonl").read_text())
-    assert unit.key({"pattern": "a"}) != key
+    assert unit.build_key({"pattern": "a"}) != key
     (corpus / "0.jsonl").unlink()
     with pytest.raises(UserError, match=r"0\.jsonl: cannot be read"):
-        unit.key({})
+        unit.build_key({})
 
 
 def test_a_look_through_finds_the_sizes_once(corpus: Path, tmp_path: Path) -> None:
@@ -133,13 +135,13 @@ def test_a_look_through_finds_the_sizes_once(corpus: Path, tmp_path: Path) -> No
 
     def look(units: list[CountUnit]) -> list[int]:
         told: list[int] = []
-        found = look_through(groups, units, tmp_path / "work", 1, told.append)
+        found = measure_groups(groups, units, tmp_path / "work", 1, told.append)
         assert sum(told) == sum(f.stat().st_size for f in [*corpus.iterdir(), corpus / "0.jsonl"])
         return [n for s in found for n in (s.num_documents, s.num_bytes, int(s.bucket_bytes.sum()))]
 
-    first = look(plan(groups, 1))
+    first = look(plan_count_units(groups, 1))
     assert first == [6, 42, 42, 2, 14, 14]
-    assert look(plan(groups, 1)) == first  # from the file
+    assert look(plan_count_units(groups, 1)) == first  # from the file
     (corpus / "0.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"--input h: .*0\.jsonl holds no text"):
-        look(plan(groups, 1))
+        look(plan_count_units(groups, 1))

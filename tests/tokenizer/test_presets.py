@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
-from tokenizer.bpe.split_pattern import untrained
+from tokenizer.bpe.split_pattern import build_untrained_tokenizer
 from tokenizer.presets import K_EXAONE, PRESETS, SOLAR_OPEN, Preset, load_preset
 
 
@@ -33,7 +33,7 @@ def test_published_ids() -> None:
 @given(text=st.text(alphabet=st.one_of(
     st.sampled_from("ab'sT 019 \n\r\t가나./,"), st.characters(codec="utf-8", max_codepoint=0x2FFF))))
 def test_splits_are_those_of_the_pattern_in_another_regex_engine(preset: Preset, text: str) -> None:
-    split = untrained(preset).pre_tokenizer.__getitem__(0)
+    split = build_untrained_tokenizer(preset).pre_tokenizer.__getitem__(0)
     found = [piece for piece, _ in split.pre_tokenize_str(text)]
     assert found == [m.group() for m in regex.finditer(preset.final_pattern, text) if m.group()]
 
@@ -121,7 +121,8 @@ def test_rules_for_digits_and_whitespace(tmp_path: Path, digits: str, whitespace
                                          found: list[str]) -> None:
     rules = {k: v for k, v in asdict(SOLAR_OPEN).items() if k != "split_pattern"}
     (tmp_path / "rules.json").write_text(json.dumps({**rules, "digits": digits, "whitespace": whitespace}))
-    split = untrained(load_preset("custom", tmp_path / "rules.json")).pre_tokenizer.__getitem__(0)
+    split = build_untrained_tokenizer(load_preset("custom",
+                                                  tmp_path / "rules.json")).pre_tokenizer.__getitem__(0)
     assert [p for p, _ in split.pre_tokenize_str("a  \n\n 12345!")] == [p for p in found if p]
     (tmp_path / "rules.json").write_text(json.dumps({**rules, "digits": "pairs"}))
     with pytest.raises(UserError, match=r"digits = .pairs. must be 'single', 'triples' or 'runs'"):

@@ -42,8 +42,8 @@ def test_nothing_acts_during_a_check(act: Callable[[Path], object], checking: No
 def test_finished_samples_keep_their_manifest(checking: None, tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / finishing.MANIFEST).write_text("{}")
-    monkeypatch.setattr(finishing, "read_run", lambda output: None)
-    monkeypatch.setattr(finishing, "refuse_without_records", lambda output: None)
+    monkeypatch.setattr(finishing, "read_run_record", lambda output: None)
+    monkeypatch.setattr(finishing, "check_work_folder", lambda output: None)
     with pytest.raises(DryRun):
         finishing.finish(tmp_path)
     assert (tmp_path / finishing.MANIFEST).is_file()

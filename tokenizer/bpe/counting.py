@@ -1,7 +1,7 @@
-"""The compiled loops of counting: text into words, words into a table of counts.
+"""Count words: compiled loops that split UTF-8 text and sum counts in a hash table.
 
-Words are looked up by open addressing.  A slot is empty (0), or the hash of a word in its upper 32 bits and
-the word's number + 1 in the lower ones.
+The hash table uses open addressing.  A slot is 0 (empty), or a word's hash in the upper 32 bits and its
+index + 1 in the lower 32 bits.
 """
 
 from __future__ import annotations
@@ -20,23 +20,28 @@ NUMBER_MASK = np.uint64((1 << 32) - 1)
 _FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _ONE = np.uint64(1)
+Number = TypeVar("Number", bound=np.generic)
+FIRST_SLOTS = 1 << 16
+PART_BITS = 6
+NUM_PARTS = 1 << PART_BITS
+"""Parts into which words are divided by their hash."""
 
 
 @jit_compile
 def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray[np.int32],
                 ends: NDArray[np.int32]) -> int:
-    """Split UTF-8 text; matches and the text between them are words.
+    """Split UTF-8 text into the matches of an automaton and the text between matches.
 
     Args:
-        raw: the text.
-        kinds: as `tokenizer.bpe.split_pattern.Automaton` has them.
-        steps: likewise.
-        ends: receives where each word ends; room for one per byte.
+        raw: UTF-8 text.
+        kinds: see `tokenizer.bpe.splitter.Automaton`.
+        steps: see `tokenizer.bpe.splitter.Automaton`.
+        ends: output, the end of each word in bytes; must have room for one word per byte.
 
     Returns:
-        How many words there are.
+        The number of words.
     """
-    # the last column is the end of the text, so a look ahead has an answer there too
+    # the last column stands for the end of the text, for lookaheads
     at_end = steps.shape[1] - 1
     num_words, begin, at = 0, 0, 0
     while at < len(raw):
@@ -44,26 +49,26 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
         while True:
             kind, size = at_end, 0
             if place < len(raw):
-                code, size = _code_point(raw, place)
+                code, size = _decode_code_point(raw, place)
                 kind = np.int64(kinds[code])
             step = steps[state, kind]
-            # the match that ends here is remembered; a longer one may follow
+            # a match ends here; a longer match may follow
             if step & 1:
                 matched = place
             state = step >> 1
             if not state:
                 break
             place += size
-        # no match begins here: this character belongs to the text between matches
+        # no match begins here, so the character belongs to the text between matches
         if matched < 0:
-            at += _code_point(raw, at)[1]
+            at += _decode_code_point(raw, at)[1]
             continue
         if begin < at:
             ends[num_words] = at
             num_words += 1
         ends[num_words] = matched
         num_words += 1
-        # patterns match no empty text, so this always moves on
+        # patterns never match empty text, so the loop always advances
         begin = at = matched
     if begin < len(raw):
         ends[num_words] = len(raw)
@@ -72,8 +77,8 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
 
 
 @jit_compile
-def _code_point(raw: NDArray[np.uint8], place: int) -> tuple[np.int64, int]:
-    """Return the character at a place of UTF-8 text, and how many bytes it has."""
+def _decode_code_point(raw: NDArray[np.uint8], place: int) -> tuple[np.int64, int]:
+    """Return the code point at a byte offset of UTF-8 text and its length in bytes."""
     byte = np.int64(raw[place])
     if byte < 0x80:
         return byte, 1
@@ -90,31 +95,30 @@ def _code_point(raw: NDArray[np.uint8], place: int) -> tuple[np.int64, int]:
 def add_words(raw: NDArray[np.uint8], ends: NDArray[np.int32], times: int, slots: NDArray[np.uint64],
               text: NDArray[np.uint8], word_ends: NDArray[np.int64], counts: NDArray[np.int64],
               num_words: int) -> int:
-    """Count words, each `times` times.
+    """Add the words of a text to the hash table.
 
     Args:
-        raw: text.
-        ends: where its words end.
-        times: how often the text is seen.
-        slots: twice as many as words, at least, and a power of two.
-        text: bytes of the words known so far, one after another; room for all of `raw`.
-        word_ends: where each word's bytes end; room for a word more than is known for each of `ends`.
-        counts: how often each was seen; likewise.
-        num_words: words known so far.
+        raw: UTF-8 text.
+        ends: end of each word of `raw`.
+        times: count to add per word.
+        slots: hash table; its size is a power of two and at least twice the number of words.
+        text: concatenated bytes of the distinct words; needs room for `raw`.
+        word_ends: end of each distinct word in `text`; needs room for `len(ends)` more words.
+        counts: count of each distinct word; needs the same room.
+        num_words: number of distinct words before the call.
 
     Returns:
-        How many are known now.
+        The number of distinct words after the call.
     """
     mask, begin = np.uint64(len(slots) - 1), np.int64(0)
     for end in ends:
         hash_ = _FNV_OFFSET
         for i in range(begin, end):
             hash_ = (hash_ ^ np.uint64(raw[i])) * _FNV_PRIME
-        # FNV leaves the low bits weak for short words: the mix spreads them, 32 bits fit the slot
+        # FNV's low bits are weak for short words; mix, then take the upper 32 bits
         hash_ = (hash_ ^ (hash_ >> NUMBER_BITS)) * _MIX >> NUMBER_BITS
         at = hash_ & mask
         while True:
-            # number + 1, so that 0 means empty
             slot = slots[at]
             if not slot:
                 slots[at] = (hash_ << NUMBER_BITS) | np.uint64(num_words + 1)
@@ -125,21 +129,23 @@ def add_words(raw: NDArray[np.uint8], ends: NDArray[np.int32], times: int, slots
                 counts[num_words] = times
                 num_words += 1
                 break
-            # the bytes are compared where the hashes agree: 32 bits collide among millions of words
+            # compare the bytes too: 32-bit hashes collide among millions of words
             if slot >> NUMBER_BITS == hash_:
-                number = np.int64(slot & NUMBER_MASK) - 1
-                start = word_ends[number - 1] if number else 0
-                if word_ends[number] - start == end - begin and _equal(raw, begin, text, start, end - begin):
-                    counts[number] += times
+                word = np.int64(slot & NUMBER_MASK) - 1
+                start = word_ends[word - 1] if word else 0
+                if word_ends[word] - start == end - begin and _is_equal(raw, begin, text, start,
+                                                                          end - begin):
+                    counts[word] += times
                     break
-            # linear probing; the table is at most half full, so runs stay short
+            # linear probing; the table is at most half full
             at = (at + _ONE) & mask
         begin = np.int64(end)
     return num_words
 
 
 @jit_compile
-def _equal(a: NDArray[np.uint8], start_a: np.int64, b: NDArray[np.uint8], start_b: int, length: int) -> bool:
+def _is_equal(a: NDArray[np.uint8], start_a: np.int64, b: NDArray[np.uint8], start_b: int,
+              length: int) -> bool:
     for i in range(length):  # noqa: SIM110 - numba compiles no generators
         if a[start_a + i] != b[start_b + i]:
             return False
@@ -148,28 +154,19 @@ def _equal(a: NDArray[np.uint8], start_a: np.int64, b: NDArray[np.uint8], start_
 
 @jit_compile
 def move_slots(slots: NDArray[np.uint64], larger: NDArray[np.uint64]) -> None:
-    """Enter the words of a table of slots into a larger, empty one."""
+    """Copy the words of a hash table into a larger, empty hash table."""
     mask = np.uint64(len(larger) - 1)
     for slot in slots:
         if slot:
             at = (slot >> NUMBER_BITS) & mask
             while larger[at]:
                 at = (at + _ONE) & mask
-            # no bytes are compared: the words of a table differ already
+            # the words of a table are distinct, so their bytes need no comparison
             larger[at] = slot
 
 
-# A table of words and how often they were seen, in arrays that grow.
-
-Number = TypeVar("Number", bound=np.generic)
-FIRST_SLOTS = 1 << 16
-PART_BITS = 6
-NUM_PARTS = 1 << PART_BITS
-"""Parts into which words are divided by their hash."""
-
-
 class WordCounter:
-    """Counts words."""
+    """Hash table of words and counts, in arrays that grow."""
 
     def __init__(self) -> None:
         self._slots: NDArray[np.uint64] = np.zeros(FIRST_SLOTS, np.uint64)
@@ -179,47 +176,45 @@ class WordCounter:
         self._size = 0
 
     def __len__(self) -> int:
-        """Return how many distinct words there are."""
+        """Number of distinct words."""
         return self._size
 
-    def add(self, raw: bytes, ends: NDArray[np.int32], times: int) -> None:
-        """Count the words of a text, which end at `ends`, each `times` times."""
-        # room for the worst case, every word new, before the compiled loop that cannot grow arrays
-        most = self._size + len(ends)
-        self._text = _with_room(self._text, self.text_bytes() + len(raw))
-        self._ends, self._counts = _with_room(self._ends, most), _with_room(self._counts, most)
-        if 2 * most > len(self._slots):
-            larger = np.zeros(1 << (2 * most).bit_length(), np.uint64)
+    def add_text(self, raw: bytes, ends: NDArray[np.int32], times: int) -> None:
+        """Add `times` to the count of each word of a text; the words end at `ends`."""
+        # the compiled loop cannot grow arrays, so make room for the case that every word is new
+        max_words = self._size + len(ends)
+        self._text = _grow_array(self._text, self.text_bytes + len(raw))
+        self._ends, self._counts = _grow_array(self._ends, max_words), _grow_array(self._counts, max_words)
+        if 2 * max_words > len(self._slots):
+            larger = np.zeros(1 << (2 * max_words).bit_length(), np.uint64)
             move_slots(self._slots, larger)
             self._slots = larger
         self._size = add_words(np.frombuffer(raw, np.uint8), ends, times, self._slots, self._text, self._ends,
                                self._counts, self._size)
 
+    @property
     def text_bytes(self) -> int:
-        """Return how many bytes the distinct words have in all."""
+        """Total bytes of the distinct words."""
         return int(self._ends[self._size - 1]) if self._size else 0
 
-    def words(self) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the bytes of all words, one after another, and for each word where it ends,
-        its count and its part."""
+    def get_words(self) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the concatenated bytes of all words, and the end, count and part of each word."""
         used = self._slots[self._slots != 0]
         parts = np.empty(self._size, np.int64)
-        # upper bits of the hash choose the part: the same word is in the same part in every run
+        # the upper bits of the hash select the part, so a word has the same part in every run
         parts[(used & NUMBER_MASK).astype(np.int64) - 1] = used >> np.uint64(2 * int(NUMBER_BITS) - PART_BITS)
-        return (self._text[: self.text_bytes()], self._ends[: self._size], self._counts[: self._size], parts)
+        return self._text[: self.text_bytes], self._ends[: self._size], self._counts[: self._size], parts
 
     def clear(self) -> None:
-        """Forget all words."""
-        # the other arrays keep their memory; a size of 0 says that nothing in them counts
         self._slots[:] = 0
         self._size = 0
 
 
-def _with_room(array: NDArray[Number], size: int) -> NDArray[Number]:
-    """Return an array with room for `size`, and what is in it."""
+def _grow_array(array: NDArray[Number], size: int) -> NDArray[Number]:
+    """Return the array itself if it has `size` elements, else a larger copy."""
     if size <= len(array):
         return array
-    # by half: growth by what is asked for alone would copy the array again for each text
+    # by half at least, so that texts do not copy the array each time
     grown = np.empty(max(size, len(array) + len(array) // 2), array.dtype)
     grown[: len(array)] = array
     return grown
@@ -227,23 +222,22 @@ def _with_room(array: NDArray[Number], size: int) -> NDArray[Number]:
 
 @dataclass(frozen=True)
 class WordTable:
-    """Distinct words, the most frequent first."""
+    """Distinct words by falling count."""
 
     raw: NDArray[np.uint8]
-    """UTF-8 bytes of all words, one after another."""
+    """Concatenated UTF-8 bytes of all words."""
     lengths_bytes: NDArray[np.int64]
     """Bytes of each word, [words]."""
     counts: NDArray[np.int64]
-    """How often each stands in the text, falling, [words]."""
+    """Count of each word in the text, falling, [words]."""
     min_count: int
-    """Words that occur less often were left out for want of memory; 1: none."""
+    """Words with a lower count were dropped to bound memory. 1: no word was dropped."""
     dropped_words: int
-    """How many those were."""
+    """Number of dropped words."""
     dropped_share: float
-    """Share of the text, by bytes, that they were."""
+    """Bytes of dropped words divided by the bytes of the text."""
 
-    def words(self) -> Iterator[bytes]:
-        """Yield the words."""
+    def iter_words(self) -> Iterator[bytes]:
         raw, start = self.raw.tobytes(), 0
         for length in self.lengths_bytes.tolist():
             yield raw[start : start + length]

@@ -1,69 +1,18 @@
-"""The compiled loop of training: the best pair, its places, the pairs of the new token.
+"""Merge pairs in compiled loops: find the best pair, merge its positions, count the pairs of the new token.
 
-Pairs lie in a heap of rows (`COUNT`, `KEY`, `START`, `LENGTH`): how often the pair stands in the text at
-most, left id << 32 | right id, and where in `MergeStore.places` its places are.  Of two pairs the one with
-the higher count is better, of equal counts the one with the lower key.
+A heap of rows (`COUNT`, `KEY`, `START`, `LENGTH`) orders the pairs: an upper bound of the count, left id
+<< 32 | right id, and the slice of `MergeStore.places` with the pair's positions.  The pair with the highest
+count is best; of equal counts, the pair with the lowest key.
 """
 
 from __future__ import annotations
 
-import itertools
-from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.base.documents.compiled import jit_compile
-from tokenizer.mixture import Excerpt
-
-# A sample of a unit's text, taken before it is known how much text its group has.
-
-_SLACK = 4
-"""Times the limit that are held before the rest is dropped."""
-
-
-class LowestPieces:
-    """The pieces whose hashes are lowest: so many that they hold any share of the group that is
-    of `limit_bytes` or less (`tokenizer.mixture.share_of`)."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._pieces: list[Excerpt] = []
-        self._size_bytes, self._drop_at_bytes = 0, _SLACK * limit_bytes
-        self._highest: float = float("inf")
-
-    def add(self, piece: Excerpt) -> None:
-        """Take a piece into the sample, if it may belong to it."""
-        # buckets above the limit were dropped once, and the sum of those below only grows
-        if piece.bucket <= self._highest:
-            self._pieces.append(piece)
-            self._size_bytes += len(piece.raw)
-            if self._size_bytes > self._drop_at_bytes:
-                self._drop()
-
-    def _drop(self) -> None:
-        """Drop what lies above the limit.  A share may end behind the bucket that passes it, where it comes
-        nearest to its size, so that bucket is kept."""
-        kept: list[Excerpt] = []
-        self._size_bytes = 0
-        by_bucket = sorted(self._pieces, key=attrgetter("bucket"))
-        for bucket, pieces in itertools.groupby(by_bucket, attrgetter("bucket")):
-            if self._size_bytes > self._limit_bytes:
-                break
-            self._highest = bucket
-            first = len(kept)
-            kept += pieces
-            self._size_bytes += sum(len(piece.raw) for piece in kept[first:])
-        self._pieces = kept
-        # sort rarely: at four times the limit, or twice of what one full bucket forces us to keep
-        self._drop_at_bytes = max(_SLACK * self._limit_bytes, 2 * self._size_bytes)
-
-    def found(self) -> list[Excerpt]:
-        """Return the pieces."""
-        self._drop()
-        return self._pieces
-
 
 END, DEAD = -1, -2
 COUNT, KEY, START, LENGTH = range(4)
@@ -77,93 +26,91 @@ _SPACE = 0x20
 
 
 class JoinRule(NamedTuple):
-    """Which pairs may become a token."""
+    """Conditions on pairs that may merge."""
 
     max_bytes: int
-    """Longest token."""
+    """Maximum bytes of a token."""
     max_words: int
-    """Most words in a token; 0: any number."""
+    """Maximum words in a token. 0: no limit."""
     keeps_words_apart: bool
-    """A pair that ends a word at its left and begins the next one at its right may not."""
+    """Reject pairs whose left token ends a word and whose right token begins the next word."""
     only_superwords: bool
-    """Only a token that holds a space between letters may."""
+    """Reject pairs whose token has no space between letters."""
 
 
 class MergeStore(NamedTuple):
-    """What is learned from, as arrays that the loop changes."""
+    """State of learning, as arrays that the compiled loop modifies."""
 
     symbols: NDArray[np.int32]
-    """All words, `END` before and behind each.  A token of several places has its id at its first and at
-    its last place and `DEAD` between, so both neighbours of a place are read without links."""
+    """All words, separated by `END`.  A token over several positions has its id at the first and last
+    position and `DEAD` in between, so that both neighbours of a position are read without links."""
     level_starts: NDArray[np.int32]
-    """Words of equal count are neighbours: the first place of each such level."""
+    """A level is a run of words of equal count: the first position of each level."""
     level_counts: NDArray[np.int64]
-    """Its count."""
+    """Count of the words of each level."""
     block_levels: NDArray[np.int32]
-    """The level of every 2^BLOCK_BITS-th place, so that a place's level is found in a short list."""
+    """Level of every 2^BLOCK_BITS-th position, which shortens the search for a position's level."""
     heap: NDArray[np.int64]
     """Pairs, [capacity, 4]."""
     places: NDArray[np.int32]
-    """Places of all pairs, one pair after another, [capacity]."""
+    """Positions of all pairs, concatenated, [capacity]."""
     spans: NDArray[np.int32]
-    """Places that a token takes, [tokens]."""
+    """Number of positions of each token, [tokens]."""
     token_ends: NDArray[np.int64]
-    """Where each token's bytes end, [tokens]."""
+    """End of each token in `token_bytes`, [tokens]."""
     token_bytes: NDArray[np.uint8]
-    """Bytes of all tokens, one after another, [capacity]."""
+    """Bytes of all tokens, concatenated, [capacity]."""
     traits: NDArray[np.int32]
-    """What decides whether a token may join, [tokens, NUM_TRAITS]."""
-    other_counts: NDArray[np.int64]
-    """All 0 between calls of `_add_pairs`; counts of the pairs with each other token, [tokens]."""
-    other_lengths: NDArray[np.int32]
-    """All 0 between calls; places of those pairs, [tokens]."""
-    other_starts: NDArray[np.int64]
-    """Where those places go, [tokens]."""
+    """Properties of tokens that `JoinRule` reads, [tokens, NUM_TRAITS]."""
+    pair_counts: NDArray[np.int64]
+    """Scratch of `_add_pairs`, 0 between calls: counts by neighbour token, [tokens]."""
+    pair_lengths: NDArray[np.int32]
+    """Scratch of `_add_pairs`, 0 between calls: number of positions by neighbour token, [tokens]."""
+    pair_starts: NDArray[np.int64]
+    """Scratch of `_add_pairs`: next free index in `places` by neighbour token, [tokens]."""
     sizes: NDArray[np.int64]
-    """How much of the heap, the places and the tokens is in use, [NUM_SIZES]."""
+    """Used entries of heap, places and tokens, [NUM_SIZES]."""
 
 
 @jit_compile
-def _in_word(byte: int) -> bool:
-    """Return whether a byte may belong to a letter."""
+def _is_word_byte(byte: int) -> bool:
+    """Return whether a byte may be part of a letter."""
     return byte >= 0x80 or 0x41 <= byte <= 0x5A or 0x61 <= byte <= 0x7A
 
 
 @jit_compile
-def describe(store: MergeStore, token: int) -> None:
-    """Find a token's traits from its bytes."""
+def set_token_traits(store: MergeStore, token: int) -> None:
     start = store.token_ends[token - 1] if token else 0
     raw = store.token_bytes[start : store.token_ends[token]]
     spaces, superword = 0, 0
     for i in range(len(raw)):
         if raw[i] == _SPACE:
             spaces += 1
-            if 0 < i < len(raw) - 1 and _in_word(raw[i - 1]) and _in_word(raw[i + 1]):
+            if 0 < i < len(raw) - 1 and _is_word_byte(raw[i - 1]) and _is_word_byte(raw[i + 1]):
                 superword = 1
     first = 1 if raw[0] == _SPACE else 0
     traits = store.traits[token]
     traits[SIZE_BYTES] = len(raw)
     traits[SPACES] = spaces
-    # a space in front belongs to the word behind it, so it parts no words
+    # a leading space belongs to the following word, so it separates no words
     traits[INNER_SPACES] = spaces - first
-    traits[ENDS_IN_WORD] = 1 if _in_word(raw[-1]) else 0
-    traits[BEGINS_NEXT_WORD] = 1 if first and (len(raw) == 1 or _in_word(raw[1])) else 0
+    traits[ENDS_IN_WORD] = 1 if _is_word_byte(raw[-1]) else 0
+    traits[BEGINS_NEXT_WORD] = 1 if first and (len(raw) == 1 or _is_word_byte(raw[1])) else 0
     traits[SUPERWORD] = superword
 
 
 @jit_compile
-def describe_all(store: MergeStore) -> None:
-    """Find the traits of the tokens that are known at the beginning."""
+def set_all_traits(store: MergeStore) -> None:
     for token in range(store.sizes[NUM_TOKENS]):
-        describe(store, token)
+        set_token_traits(store, token)
 
 
 @jit_compile
 def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule) -> bool:
-    """Return whether tokens of these traits may join."""
+    """Apply the rule to the traits of two tokens."""
     if left[SIZE_BYTES] + right[SIZE_BYTES] > rule.max_bytes:
         return False
-    # words of the joined token: each space inside begins one more
+    # each space inside the merged token begins a word
     if rule.max_words and left[INNER_SPACES] + right[SPACES] >= rule.max_words:
         return False
     next_word = left[ENDS_IN_WORD] and right[BEGINS_NEXT_WORD]
@@ -174,9 +121,8 @@ def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule)
 
 
 @jit_compile
-def _weight(store: MergeStore, place: int) -> int:
-    """Return the count of the word at a place."""
-    # words lie by falling count, so a place tells its count, without an array of a count for each place
+def _get_word_count(store: MergeStore, place: int) -> int:
+    """Return the count of the word at a position by a binary search for its level."""
     low, high = store.block_levels[place >> BLOCK_BITS], store.block_levels[(place >> BLOCK_BITS) + 1]
     while low < high:
         middle = (low + high + 1) >> 1
@@ -188,107 +134,106 @@ def _weight(store: MergeStore, place: int) -> int:
 
 
 @jit_compile
-def _better(heap: NDArray[np.int64], a: int, b: int) -> bool:
-    """Return whether one row of the heap is better than another."""
+def _is_better_pair(heap: NDArray[np.int64], a: int, b: int) -> bool:
     return heap[a, COUNT] > heap[b, COUNT] or (heap[a, COUNT] == heap[b, COUNT]
                                                and heap[a, KEY] < heap[b, KEY])
 
 
 @jit_compile
-def _swap(heap: NDArray[np.int64], a: int, b: int) -> None:
+def _swap_entries(heap: NDArray[np.int64], a: int, b: int) -> None:
     for column in range(4):
         heap[a, column], heap[b, column] = heap[b, column], heap[a, column]
 
 
 @jit_compile
-def _push(store: MergeStore, count: int, key: np.int64, start: int, length: int) -> None:
-    """Add a pair to the heap."""
+def _push_pair(store: MergeStore, count: int, key: np.int64, start: int, length: int) -> None:
     heap, at = store.heap, store.sizes[HEAP_SIZE]
     heap[at, COUNT], heap[at, KEY], heap[at, START], heap[at, LENGTH] = count, key, start, length
     store.sizes[HEAP_SIZE] += 1
-    # sift up; ties go to the lower key, or the merges would depend on the order of insertion
-    while at and _better(heap, at, (at - 1) >> 1):
-        _swap(heap, at, (at - 1) >> 1)
+    # sift up; without the key, ties would depend on the order of insertion
+    while at and _is_better_pair(heap, at, (at - 1) >> 1):
+        _swap_entries(heap, at, (at - 1) >> 1)
         at = (at - 1) >> 1
 
 
 @jit_compile
 def _sink_first(heap: NDArray[np.int64], size: int) -> None:
-    """Let the first row of the heap find its place, now that it may not be the best any more."""
+    """Sift the first row of the heap down after its count fell."""
     at = 0
     while 2 * at + 1 < size:
         child = 2 * at + 1
-        if child + 1 < size and _better(heap, child + 1, child):
+        if child + 1 < size and _is_better_pair(heap, child + 1, child):
             child += 1
-        if not _better(heap, child, at):
+        if not _is_better_pair(heap, child, at):
             return
-        _swap(heap, at, child)
+        _swap_entries(heap, at, child)
         at = child
 
 
 @jit_compile
 def _drop_first(store: MergeStore) -> None:
-    """Take the first row from the heap."""
     store.sizes[HEAP_SIZE] -= 1
     last = store.sizes[HEAP_SIZE]
-    _swap(store.heap, 0, last)
+    _swap_entries(store.heap, 0, last)
     _sink_first(store.heap, last)
 
 
 @jit_compile
-def _add_pairs(store: MergeStore, token: int, token_is_left: bool, others: NDArray[np.int32],
+def _add_pairs(store: MergeStore, token: int, token_is_left: bool, neighbours: NDArray[np.int32],
                places: NDArray[np.int32], rule: JoinRule, min_count: int) -> None:
-    """Add the pairs of a token with others: the other token and the place of each, [places]."""
-    counts, lengths, starts = store.other_counts, store.other_lengths, store.other_starts
-    distinct = np.empty(len(others), np.int32)
+    """Add the pairs of a token: a neighbour and the position of the pair for each occurrence, [places]."""
+    counts, lengths, starts = store.pair_counts, store.pair_lengths, store.pair_starts
+    distinct = np.empty(len(neighbours), np.int32)
     num_distinct = 0
-    for i in range(len(others)):
-        other = others[i]
-        # first pass: sums by the other token, in arrays that are all 0 between calls
-        if not lengths[other]:
-            distinct[num_distinct] = other
+    # first pass: sum counts by neighbour
+    for i in range(len(neighbours)):
+        neighbour = neighbours[i]
+        if not lengths[neighbour]:
+            distinct[num_distinct] = neighbour
             num_distinct += 1
-        lengths[other] += 1
-        counts[other] += _weight(store, places[i])
+        lengths[neighbour] += 1
+        counts[neighbour] += _get_word_count(store, places[i])
     for i in range(num_distinct):
-        other = distinct[i]
-        left, right = (token, other) if token_is_left else (other, token)
-        # -1: rarer than asked for or not allowed, so its places are not even stored
-        starts[other] = -1
-        if counts[other] >= min_count and _may_join(store.traits[left], store.traits[right], rule):
-            starts[other] = store.sizes[PLACES_SIZE]
-            store.sizes[PLACES_SIZE] += lengths[other]
+        neighbour = distinct[i]
+        left, right = (token, neighbour) if token_is_left else (neighbour, token)
+        # -1: too rare or not allowed, so no positions are stored
+        starts[neighbour] = -1
+        if counts[neighbour] >= min_count and _may_join(store.traits[left], store.traits[right], rule):
+            starts[neighbour] = store.sizes[PLACES_SIZE]
+            store.sizes[PLACES_SIZE] += lengths[neighbour]
             key = (np.int64(left) << _ID_BITS) | right
-            _push(store, counts[other], key, starts[other], lengths[other])
-        # cleared by the list of those touched: clearing whole arrays would cost the vocabulary at each merge
-        counts[other] = lengths[other] = 0
-    # second pass: places of one pair become neighbours; `starts` moves on as they are written
-    for i in range(len(others)):
-        other = others[i]
-        if starts[other] >= 0:
-            store.places[starts[other]] = places[i]
-            starts[other] += 1
+            _push_pair(store, counts[neighbour], key, starts[neighbour], lengths[neighbour])
+        # clear the touched entries alone: the arrays are as long as the vocabulary
+        counts[neighbour] = lengths[neighbour] = 0
+    # second pass: write the positions of each pair into its slice
+    for i in range(len(neighbours)):
+        neighbour = neighbours[i]
+        if starts[neighbour] >= 0:
+            store.places[starts[neighbour]] = places[i]
+            starts[neighbour] += 1
 
 
 @jit_compile
 def add_first_pairs(store: MergeStore, places: NDArray[np.int32], rule: JoinRule, min_count: int) -> int:
-    """Add the pairs of single symbols at some places, sorted by their left symbols; returns how many places
-    there was room for."""
-    done = 0
-    while done < len(places):
-        left, end = store.symbols[places[done]], done
-        # all pairs of one left symbol at a time, since `_add_pairs` counts for a single token
+    """Add the pairs of single symbols at positions sorted by left symbol.
+
+    Returns:
+        The number of positions added; fewer than `len(places)` if an array is full.
+    """
+    num_added = 0
+    while num_added < len(places):
+        left, end = store.symbols[places[num_added]], num_added
         while end < len(places) and store.symbols[places[end]] == left:
             end += 1
-        # told before anything is written: the caller enlarges and comes back with what is left
-        if not _has_room(store, end - done):
-            return done
-        others = np.empty(end - done, np.int32)
-        for i in range(end - done):
-            others[i] = store.symbols[places[done + i] + 1]
-        _add_pairs(store, left, True, others, places[done:end], rule, min_count)
-        done = end
-    return done
+        # stop before writing: the caller enlarges the arrays and calls again with the rest
+        if not _has_room(store, end - num_added):
+            return num_added
+        neighbours = np.empty(end - num_added, np.int32)
+        for i in range(end - num_added):
+            neighbours[i] = store.symbols[places[num_added + i] + 1]
+        _add_pairs(store, left, True, neighbours, places[num_added:end], rule, min_count)
+        num_added = end
+    return num_added
 
 
 @jit_compile
@@ -298,12 +243,12 @@ def _has_room(store: MergeStore, count: int) -> bool:
 
 
 @jit_compile
-def learn_some(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule, min_count: int) -> tuple[int,
-                                                                                                      int]:
-    """Merge until `merges`, [merges, (left, right, count)], is full, no pair is left, or an array is full.
+def learn_merges(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule,
+                 min_count: int) -> tuple[int, int]:
+    """Fill `merges`, [merges, (left, right, count)], until it is full, no pair remains or an array is full.
 
     Returns:
-        How many merges were learned, and why no more: `EXHAUSTED`, `ENOUGH`, or the array to enlarge.
+        The number of merges, and the reason to stop: `EXHAUSTED`, `ENOUGH` or the array to enlarge.
     """
     heap, num_merges = store.heap, 0
     while num_merges < len(merges):
@@ -312,8 +257,7 @@ def learn_some(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule, min
             return num_merges, EXHAUSTED
         key = heap[0, KEY]
         left, right, start = key >> _ID_BITS, key & _ID_MASK, heap[0, START]
-        # the pair is taken from the heap when nothing can keep it from being merged
-        # two new pairs for each place at most: one with either neighbour
+        # check the arrays before the pair leaves the heap; a position adds at most two pairs
         if store.sizes[HEAP_SIZE] + 2 * length > len(heap):
             return num_merges, HEAP_FULL
         if store.sizes[PLACES_SIZE] + 2 * length > len(store.places):
@@ -324,28 +268,28 @@ def learn_some(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule, min
         merges[num_merges, 0], merges[num_merges, 1], merges[num_merges, 2] = left, right, heap[0, COUNT]
         num_merges += 1
         _drop_first(store)
-        _merge(store, left, right, store.places[start : start + length], rule, min_count)
+        _merge_pair(store, left, right, store.places[start : start + length], rule, min_count)
     return num_merges, ENOUGH
 
 
 @jit_compile
 def _refresh_first(store: MergeStore, min_count: int) -> int:
-    """Bring the best pair to the top of the heap, with its right count; returns how many places it has,
-    0 where no pair is left.
+    """Move the best pair to the top of the heap with its exact count.
 
-    Of the places that were found once, those are left at which both tokens still stand: other merges may have
-    swallowed either of them since.  So a count on the heap is an upper bound, and is right where no place is
-    gone.
+    Merges of other pairs remove positions of a pair, so the count on the heap is an upper bound.  A row is
+    counted again only at the top of the heap.
+
+    Returns:
+        The number of the pair's positions; 0 if no pair remains.
     """
     heap = store.heap
-    # a lazy heap: counts fall only when their row comes to the top, not whenever a neighbour is merged
     while store.sizes[HEAP_SIZE]:
         key, start, length = heap[0, KEY], heap[0, START], heap[0, LENGTH]
         left, right = key >> _ID_BITS, key & _ID_MASK
         span, alive = store.spans[left], 0
         for i in range(start, start + length):
             place = store.places[i]
-            # dead places are squeezed out in place, so each is looked at once after it died
+            # compact the slice, so that a removed position is read once
             if store.symbols[place] == left and store.symbols[place + span] == right:
                 store.places[start + alive] = place
                 alive += 1
@@ -353,62 +297,59 @@ def _refresh_first(store: MergeStore, min_count: int) -> int:
             return alive
         count = 0
         for i in range(start, start + alive):
-            count += _weight(store, store.places[i])
+            count += _get_word_count(store, store.places[i])
         if count < min_count:
             _drop_first(store)
             continue
         heap[0, COUNT], heap[0, LENGTH] = count, alive
         _sink_first(heap, store.sizes[HEAP_SIZE])
-        # it is still the best with its right count; else the next row is refreshed
         if heap[0, KEY] == key:
             return alive
     return 0
 
 
 @jit_compile
-def _merge(store: MergeStore, left: int, right: int, places: NDArray[np.int32], rule: JoinRule,
+def _merge_pair(store: MergeStore, left: int, right: int, places: NDArray[np.int32], rule: JoinRule,
            min_count: int) -> None:
-    """Merge a pair at its places and find the pairs of the new token."""
+    """Merge a pair at its positions and add the pairs of the new token."""
     symbols, token = store.symbols, store.sizes[NUM_TOKENS]
     left_span = store.spans[left]
     span = left_span + store.spans[right]
     _add_token(store, left, right, span)
-    merged, merged_end = 0, -1
+    num_merged, merged_end = 0, -1
     for i in range(len(places)):
         place = places[i]
         if place < merged_end:
             continue  # of "aaaa" the first and the third are merged
         second, merged_end = place + left_span, place + span
-        # only the ends of a token carry its id: what lies between is never read
+        # only the ends of a token have its id; the positions in between are never read
         symbols[second - 1] = symbols[second] = DEAD
         symbols[place] = symbols[merged_end - 1] = token
-        places[merged] = place
-        merged += 1
-    others, at = np.empty(merged, np.int32), np.empty(merged, np.int32)
-    found = 0
-    for i in range(merged):
-        other = symbols[places[i] - 1]
-        # a token has its id at its last place too; END is below 0
-        if other >= 0 and other != token:  # token token: counted at its left one
-            others[found], at[found] = other, places[i] - store.spans[other]
-            found += 1
-    _add_pairs(store, token, False, others[:found], at[:found], rule, min_count)
-    found = 0
-    for i in range(merged):
-        other = symbols[places[i] + span]
-        if other >= 0:
-            others[found], at[found] = other, places[i]
-            found += 1
-    _add_pairs(store, token, True, others[:found], at[:found], rule, min_count)
+        places[num_merged] = place
+        num_merged += 1
+    neighbours, starts = np.empty(num_merged, np.int32), np.empty(num_merged, np.int32)
+    num_pairs = 0
+    for i in range(num_merged):
+        neighbour = symbols[places[i] - 1]
+        # END is negative; the pair (token, token) is counted at its left token below
+        if neighbour >= 0 and neighbour != token:
+            neighbours[num_pairs], starts[num_pairs] = neighbour, places[i] - store.spans[neighbour]
+            num_pairs += 1
+    _add_pairs(store, token, False, neighbours[:num_pairs], starts[:num_pairs], rule, min_count)
+    num_pairs = 0
+    for i in range(num_merged):
+        neighbour = symbols[places[i] + span]
+        if neighbour >= 0:
+            neighbours[num_pairs], starts[num_pairs] = neighbour, places[i]
+            num_pairs += 1
+    _add_pairs(store, token, True, neighbours[:num_pairs], starts[:num_pairs], rule, min_count)
 
 
 @jit_compile
 def _add_token(store: MergeStore, left: int, right: int, span: int) -> None:
-    """Note a new token."""
     token = store.sizes[NUM_TOKENS]
     store.spans[token] = span
     end = store.token_ends[token - 1]
-    # bytes are copied from the same array: both parts lie before `end`
     for part in (left, right):
         start = store.token_ends[part - 1] if part else 0
         for i in range(start, store.token_ends[part]):
@@ -416,4 +357,4 @@ def _add_token(store: MergeStore, left: int, right: int, span: int) -> None:
             end += 1
     store.token_ends[token] = end
     store.sizes[NUM_TOKENS] += 1
-    describe(store, token)
+    set_token_traits(store, token)

@@ -1,5 +1,4 @@
-"""Byte-pair merging of one short string, as every BPE library does it: the best pair first,
-the leftmost of equal ones."""
+"""Apply merges to a short string; of equal ranks the leftmost pair merges first, as in every BPE library."""
 
 from __future__ import annotations
 
@@ -10,12 +9,12 @@ from typing import TypeVar
 Part = TypeVar("Part", str, bytes)
 
 
-def merged(parts: list[Part], rank: Callable[[Part, Part], float | None], at_least: int = 1) -> list[Part]:
-    """Return what is left of `parts` when no two neighbours have a rank, or `at_least` are left; the lowest
-    rank merges first."""
+def merge_parts(parts: list[Part], rank: Callable[[Part, Part], float | None],
+                min_parts: int = 1) -> list[Part]:
+    """Merge the neighbours with the lowest rank until no pair has a rank or `min_parts` remain."""
     parts = list(parts)
     ranks = [rank(a, b) for a, b in pairwise(parts)]
-    while len(parts) > at_least:
+    while len(parts) > min_parts:
         best = min((r for r in ranks if r is not None), default=None)
         if best is None:
             break
@@ -29,14 +28,12 @@ def merged(parts: list[Part], rank: Callable[[Part, Part], float | None], at_lea
     return parts
 
 
-def merge_of(symbols: list[Part], rank_of: dict[Part, float]) -> tuple[Part, Part] | None:
-    """Return the two tokens of which merging by products' ranks makes a token of `symbols`;
-    None where it cannot make it.
+def find_last_merge(symbols: list[Part], rank_of: dict[Part, float]) -> tuple[Part, Part] | None:
+    """Return the last two tokens that merge into a token of `symbols`; None if merging cannot make the token.
 
-    tiktoken and sentencepiece join the neighbours whose product ranks best, whatever the neighbours are.  As
-    long as nothing inside a token's text has joined with anything outside, they do there exactly what they do
-    to this text alone; so the token is always made of the same two, and listing this pair alone says the same
-    as listing every way to cut it in two.
+    tiktoken and sentencepiece merge the neighbours whose product has the best rank.  Merges inside a token's
+    text do not depend on the text around it, so a token always comes from the same pair.  A list of merges
+    therefore needs only this pair.
     """
-    parts = merged(symbols, lambda a, b: rank_of.get(a + b), at_least=2)
+    parts = merge_parts(symbols, lambda a, b: rank_of.get(a + b), min_parts=2)
     return (parts[0], parts[1]) if len(parts) == 2 else None

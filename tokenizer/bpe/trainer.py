@@ -1,14 +1,13 @@
-"""Learning merges: exact byte-pair encoding (arXiv 1508.07909) over counted words, by arrays.
+"""Learn merges: exact byte-pair encoding (arXiv 1508.07909) over counted words.
 
-At each step the adjacent pair with the highest count is merged; of equal counts the pair with the smaller
-left id, then the smaller right id (the order of Hugging Face `tokenizers`, which therefore gives the same
-merges).  The count of a pair is the number of its adjacent places, so "aaa" has "aa" twice;
-merging goes from left to right.
+Each step merges the adjacent pair with the highest count; of equal counts, the pair with the lower left id,
+then the lower right id (the order of Hugging Face `tokenizers`, so the merges are equal).  A pair's count is
+its number of adjacent positions, so "aaa" has "aa" twice; merging goes from left to right.
 
-All words lie in one array of ids.  The places of a pair are found once, when it comes into being; later steps
-only take places away, since a new place of a pair needs a new token.  So what was counted once is an upper
-bound, and a pair is counted again only when it reaches the top of the heap.  The loop itself is compiled
-(tokenizer/bpe/merging.py); here its arrays are laid out, and grow.
+All words are in one array of ids.  The positions of a pair are found once, when the pair appears; later
+merges only remove positions, because a new position of a pair needs a new token.  So a count never rises,
+and a pair is counted again only at the top of the heap.  The loop is compiled (tokenizer/bpe/merging.py);
+`MergeLearner` allocates its arrays and enlarges them.
 """
 
 from __future__ import annotations
@@ -22,122 +21,118 @@ from numpy.typing import NDArray
 
 from tokenizer.bpe.merging import (
     BLOCK_BITS, BYTES_FULL, END, ENOUGH, EXHAUSTED, HEAP_FULL, NUM_SIZES, NUM_TOKENS, NUM_TRAITS, PLACES_FULL,
-    JoinRule, MergeStore, add_first_pairs, describe_all, learn_some)
+    JoinRule, MergeStore, add_first_pairs, learn_merges, set_all_traits)
 
 FIRST_PLACES = 4_000_000
-"""Places of single symbols that are sorted at a time."""
+"""Positions of single symbols that are sorted at a time."""
 FIRST_PAIRS = 1 << 16
-"""Pairs that there is room for at first."""
+"""Initial capacity of the heap."""
 BATCH_MERGES = 2048
-"""Merges that the compiled loop learns before they are told: enough that another thread, which then has the
-interpreter, is seldom in the way."""
+"""Merges per call of the compiled loop."""
 MAX_PLACES = 2**31 - 1
 _GROWTH = {HEAP_FULL: "heap", PLACES_FULL: "places", BYTES_FULL: "token_bytes"}
 
 
 @dataclass(frozen=True)
 class PretokenWords:
-    """Distinct words with their counts, the most frequent first."""
+    """Distinct words as ids, by falling count."""
 
     symbols: NDArray[np.integer]
-    """Ids of all words, one word after another, [sum of lengths]."""
+    """Concatenated ids of all words, [sum of lengths]."""
     lengths: NDArray[np.int64]
-    """Symbols of each word, [words]."""
+    """Number of ids of each word, [words]."""
     counts: NDArray[np.int64]
-    """How often each word stands in the text, falling, [words]."""
+    """Count of each word in the text, falling, [words]."""
 
 
 class Merge(NamedTuple):
-    """One step of training."""
+    """Ids of the merged tokens."""
 
     left: int
-    """Id of the left token."""
     right: int
-    """Id of the right token."""
     frequency: int
-    """How often the pair stood in the text."""
+    """Count of the pair in the text."""
 
 
 class MergeLearner:
-    """Words under training; `learn` yields merge after merge."""
+    """Learns merges from words.
+
+    Args:
+        words: words as ids of `tokens`.
+        tokens: bytes of the initial tokens; merges continue their ids.
+        rule: conditions on pairs.
+        min_count: minimum count of a pair.
+        max_merges: maximum number of merges.
+
+    Raises:
+        ValueError: the words need more than 2^31 positions.
+    """
 
     def __init__(self, words: PretokenWords, tokens: list[bytes], rule: JoinRule, min_count: int,
                  max_merges: int) -> None:
-        """Lay out the words and find their pairs.
-
-        Args:
-            words: their ids are those of `tokens`.
-            tokens: what is learned so far; merges become the tokens after them.
-            rule: which pairs may become a token.
-            min_count: a pair that occurs less often is not merged.
-            max_merges: merges to learn, at most.
-        """
-        # places are 32-bit numbers, which halves the memory of the largest arrays
+        # 32-bit positions halve the memory of the largest arrays
         if len(words.symbols) + len(words.lengths) >= MAX_PLACES:
             raise ValueError(f"{len(words.symbols)} symbols in {len(words.lengths)} words are too "
                              "many for 32 bits")
         self._rule, self._min_count, self._max_merges = rule, min_count, max_merges
-        self._store = _laid_out(words, tokens, max_merges)
-        describe_all(self._store)
-        self._find_first_pairs()
+        self._store = _build_store(words, tokens, max_merges)
+        set_all_traits(self._store)
+        self._add_first_pairs()
 
-    def _find_first_pairs(self) -> None:
-        """Find the pairs of single symbols, some left symbols at a time,
-        so that sorting takes little memory."""
-        symbols = self._store.symbols
-        # pairs never cross a word: END stands between words
-        places = np.flatnonzero((symbols[:-1] >= 0) & (symbols[1:] >= 0)).astype(np.int32)
-        lefts = symbols[places]
-        # left symbols with about FIRST_PLACES places together form a group
-        groups = np.cumsum(np.bincount(lefts, minlength=int(self._store.sizes[NUM_TOKENS]))) // FIRST_PLACES
-        for group in np.unique(groups):
-            first, behind = np.searchsorted(groups, [group, group + 1])
-            some = places[(lefts >= first) & (lefts < behind)]
-            # of 16 bits and less numpy sorts by counting
-            of_some = symbols[some].astype(np.min_scalar_type(int(self._store.sizes[NUM_TOKENS])))
-            # stable: places of a pair rise, and `_merge` relies on that where matches overlap
-            some = some[np.argsort(of_some, kind="stable")]
-            while (done := add_first_pairs(self._store, some, self._rule, self._min_count)) < len(some):
-                some = some[done:]
-                # as many as places are left is enough for certain, so this happens once for a group
-                self._grow(HEAP_FULL, len(some))
-                self._grow(PLACES_FULL, len(some))
-
-    def learn(self) -> Iterator[Merge]:
-        """Yield merges, best first, until there are `max_merges` or no pair occurs often enough."""
-        left, stopped = self._max_merges, ENOUGH
-        while left and stopped != EXHAUSTED:
-            merges = np.empty((min(left, BATCH_MERGES), 3), np.int64)
-            num_merges, stopped = learn_some(self._store, merges, self._rule, self._min_count)
+    def iter_merges(self) -> Iterator[Merge]:
+        """Yield merges, best first, until `max_merges` or no pair occurs often enough."""
+        num_remaining, status = self._max_merges, ENOUGH
+        while num_remaining and status != EXHAUSTED:
+            merges = np.empty((min(num_remaining, BATCH_MERGES), 3), np.int64)
+            num_merges, status = learn_merges(self._store, merges, self._rule, self._min_count)
             for merge in merges[:num_merges].tolist():
                 yield Merge(*merge)
-            left -= num_merges
-            # the loop stopped before it changed anything, so it goes on with the larger array
-            if stopped in _GROWTH:
-                self._grow(stopped)
+            num_remaining -= num_merges
+            # the loop stops before it changes an array, so it continues with a larger copy
+            if status in _GROWTH:
+                self._grow_array(status)
 
-    def _grow(self, which: int, more: int = 1) -> None:
-        array = getattr(self._store, _GROWTH[which])
-        grown = np.empty((len(array) + len(array) // 4 + more, *array.shape[1:]), array.dtype)
+    def _add_first_pairs(self) -> None:
+        """Add the pairs of single symbols, some left symbols at a time to bound the memory of sorting."""
+        symbols, num_tokens = self._store.symbols, int(self._store.sizes[NUM_TOKENS])
+        # END between words is negative, so pairs never cross words
+        places = np.flatnonzero((symbols[:-1] >= 0) & (symbols[1:] >= 0)).astype(np.int32)
+        lefts = symbols[places]
+        # consecutive left symbols with about FIRST_PLACES positions form a group
+        groups = np.cumsum(np.bincount(lefts, minlength=num_tokens)) // FIRST_PLACES
+        for group in np.unique(groups):
+            start, stop = np.searchsorted(groups, [group, group + 1])
+            group_places = places[(lefts >= start) & (lefts < stop)]
+            # numpy sorts types of at most 16 bits by radix
+            group_lefts = symbols[group_places].astype(np.min_scalar_type(num_tokens))
+            # stable: `_merge_pair` needs rising positions where matches overlap
+            group_places = group_places[np.argsort(group_lefts, kind="stable")]
+            while (num_added := add_first_pairs(self._store, group_places, self._rule,
+                                                self._min_count)) < len(group_places):
+                group_places = group_places[num_added:]
+                # room for all remaining positions, so this happens once per group
+                self._grow_array(HEAP_FULL, len(group_places))
+                self._grow_array(PLACES_FULL, len(group_places))
+
+    def _grow_array(self, status: int, min_growth: int = 1) -> None:
+        array = getattr(self._store, _GROWTH[status])
+        grown = np.empty((len(array) + len(array) // 4 + min_growth, *array.shape[1:]), array.dtype)
         grown[: len(array)] = array
-        # a new tuple with the same arrays but one: nothing else is copied
-        self._store = self._store._replace(**{_GROWTH[which]: grown})
+        self._store = self._store._replace(**{_GROWTH[status]: grown})
 
 
-def _laid_out(words: PretokenWords, tokens: list[bytes], max_merges: int) -> MergeStore:
-    """Return the arrays in which words are learned from, without pairs."""
+def _build_store(words: PretokenWords, tokens: list[bytes], max_merges: int) -> MergeStore:
+    """Allocate the arrays and copy the words, without pairs."""
     ends = np.r_[0, np.cumsum(words.lengths + 1)]
     symbols = np.full(int(ends[-1]) + 1, END, np.int32)
-    inside = np.ones(len(symbols), np.bool_)
-    # one END before the first word and one behind each, so a neighbour can be read without a bound check
-    inside[ends] = False
-    symbols[inside] = words.symbols
-    del inside
-    # words come with falling counts: a level is a run of equal ones
-    changes = (np.flatnonzero(np.r_[True, words.counts[1:] != words.counts[:-1]]) if len(words.counts)
-               else np.zeros(0, int))
+    is_symbol = np.ones(len(symbols), np.bool_)
+    # END before the first word and after each word, so that neighbours need no bound check
+    is_symbol[ends] = False
+    symbols[is_symbol] = words.symbols
+    del is_symbol
+    changes = np.flatnonzero(np.r_[True, words.counts[1:] != words.counts[:-1]][: len(words.counts)])
     level_starts = ends[changes].astype(np.int32)
-    # two blocks more than places: the level of the next block is read as the upper bound
+    # two more blocks than positions: the search reads the level of the next block as upper bound
     blocks = np.arange(0, len(symbols) + (2 << BLOCK_BITS), 1 << BLOCK_BITS)
     num_tokens, raw = len(tokens) + max_merges, np.frombuffer(b"".join(tokens), np.uint8)
     token_ends = np.zeros(num_tokens, np.int64)
@@ -149,8 +144,8 @@ def _laid_out(words: PretokenWords, tokens: list[bytes], max_merges: int) -> Mer
         (level_starts.searchsorted(blocks, "right") - 1).clip(0).astype(np.int32),
         heap=np.empty((FIRST_PAIRS, 4), np.int64), places=np.empty(max(len(words.symbols), 1), np.int32),
         spans=np.ones(num_tokens, np.int32), token_ends=token_ends,
-        # a guess of 8 bytes for each merge; the loop asks for more where tokens are longer
+        # 8 bytes per merge at first; the loop stops if tokens need more
         token_bytes=np.concatenate((raw, np.zeros(8 * max_merges, np.uint8))),
-        traits=np.zeros((num_tokens, NUM_TRAITS), np.int32), other_counts=np.zeros(num_tokens, np.int64),
-        other_lengths=np.zeros(num_tokens, np.int32), other_starts=np.zeros(num_tokens, np.int64),
+        traits=np.zeros((num_tokens, NUM_TRAITS), np.int32), pair_counts=np.zeros(num_tokens, np.int64),
+        pair_lengths=np.zeros(num_tokens, np.int32), pair_starts=np.zeros(num_tokens, np.int64),
         sizes=sizes)

@@ -1,7 +1,7 @@
-"""What is learned: tokens as bytes, and merges in their order.
+"""Store a learned vocabulary: tokens as bytes and merges in order.
 
-Ids here count from 0 without the special tokens: first the 256 bytes, in the order of their characters in the
-byte-level alphabet (as `tokenizers` numbers them), then one id for each merge.
+Ids start at 0 and exclude special tokens.  The first 256 ids are the bytes, in the order of their characters
+in the byte-level alphabet (as in `tokenizers`); each merge adds one id.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from tokenizer.presets import NUM_BYTES
 if TYPE_CHECKING:  # imports numba
     from tokenizer.bpe.trainer import Merge
 
-_JOINED = re.compile(rb"[A-Za-z\x80-\xff] [A-Za-z\x80-\xff]")
+_SUPERWORD = re.compile(rb"[A-Za-z\x80-\xff] [A-Za-z\x80-\xff]")
 
 
 @cache
-def _characters() -> dict[int, str]:
-    """Return the character of each byte, which is also a table for `str.translate`."""
+def _map_bytes_to_characters() -> dict[int, str]:
+    """Return byte -> character of the byte-level alphabet, also usable by `str.translate`."""
     return {byte: character for character, byte in byte_alphabet().items()}
 
 
 @cache
-def byte_ids() -> NDArray[np.uint8]:
-    """Return the id of each byte, [256]."""
-    characters = _characters()
+def get_byte_ids() -> NDArray[np.uint8]:
+    """Return byte -> id, [256]."""
+    characters = _map_bytes_to_characters()
     ids = np.empty(NUM_BYTES, np.uint8)
     ids[sorted(range(NUM_BYTES), key=lambda b: characters[b])] = np.arange(NUM_BYTES)
     return ids
 
 
-def spelled(token: bytes) -> str:
-    """Return a token as tokenizer.json spells it."""
-    return token.decode("latin-1").translate(_characters())
+def spell_token(token: bytes) -> str:
+    """Return the spelling of a token in tokenizer.json."""
+    return token.decode("latin-1").translate(_map_bytes_to_characters())
 
 
 class Vocabulary:
-    """Tokens and merges as they are learned.
+    """Tokens and merges, none longer than `max_token_bytes`.
 
     >>> vocabulary = Vocabulary(max_token_bytes=64)
     >>> len(vocabulary.tokens), vocabulary.merges
@@ -52,22 +52,20 @@ class Vocabulary:
     """
 
     def __init__(self, max_token_bytes: int) -> None:
-        """`max_token_bytes`: no token is longer."""
-        self.tokens: list[bytes] = [
-            b for _, b in sorted((int(i), bytes([b])) for b, i in enumerate(byte_ids()))]
+        self.tokens = [bytes([byte]) for byte in np.argsort(get_byte_ids()).tolist()]
         self.merges: list[tuple[int, int]] = []
         self.max_token_bytes = max_token_bytes
 
-    def add(self, merge: Merge) -> None:
+    def add_merge(self, merge: Merge) -> None:
         self.tokens.append(self.tokens[merge.left] + self.tokens[merge.right])
         self.merges.append((merge.left, merge.right))
 
-    def num_superwords(self) -> int:
-        """Return how many tokens hold a space between letters."""
-        return sum(_JOINED.search(token) is not None for token in self.tokens)
+    def count_superwords(self) -> int:
+        """Count the tokens with a space between letters."""
+        return sum(_SUPERWORD.search(token) is not None for token in self.tokens)
 
     def as_tiktoken(self, pattern: str) -> tiktoken.Encoding:
-        """Return the vocabulary in tiktoken's form, with the ids that it has here."""
+        """Return a tiktoken encoding with the same ids."""
         ranks = {token: id_ for id_, token in enumerate(self.tokens)}
         return tiktoken.Encoding("learned", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 

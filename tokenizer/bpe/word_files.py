@@ -1,8 +1,7 @@
-"""Arrow files of counted words: runs of one worker, and their sum as one table of distinct words, within a
-bound on memory.
+"""Write counted words to Arrow files and sum them into one table of distinct words within a memory bound.
 
-All distinct words are never in memory together: their sums lie on the disk in parts, which are read one at a
-time, first for the size of the text of each count, then for the words that stay.
+The sums of each part stay on disk and are read one part at a time: first for the bytes of each count, then
+for the words to keep.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable
 from tokenizer.bpe.trainer import MAX_PLACES
 
 MAX_BYTES = MAX_PLACES - 2
-"""Bytes of all words, and one for each word, that learning can number."""
+"""Maximum bytes of all words, with one end mark per word, for 32-bit positions in learning."""
 
 
 class WordFileWriter:
-    """Writes runs to one Arrow file."""
+    """Writes the runs of a unit to an Arrow file."""
 
     def __init__(self, file: Path) -> None:
         self._schema = pa.schema([("word", pa.binary()), ("count", pa.int64())])
@@ -37,14 +36,13 @@ class WordFileWriter:
     def __exit__(self, *error: object) -> None:
         self._writer.close()
 
-    def write(self, words: WordCounter) -> None:
-        """Write a table of words, cut into parts, and empty it."""
-        text, word_ends, counts, parts = words.words()
-        # sorted by part, so that one part of all runs can be read without the others
+    def write_run(self, words: WordCounter) -> None:
+        """Write a word table as `NUM_PARTS` record batches and clear it."""
+        text, word_ends, counts, parts = words.get_words()
         order = np.argsort(parts, kind="stable")
         offsets = np.zeros(len(order) + 1, np.int32)
         offsets[1:] = word_ends
-        # no copy: Arrow reads our arrays of text and offsets as they are
+        # Arrow reads the text and offset arrays without a copy
         buffers = [None, pa.py_buffer(offsets), pa.py_buffer(text)]
         column = pa.Array.from_buffers(pa.binary(), len(order), buffers)
         batch = pa.record_batch([column, pa.array(counts)], schema=self._schema).take(pa.array(order))
@@ -55,93 +53,86 @@ class WordFileWriter:
 
 
 def gather_words(files: list[Path], work: Path, max_bytes: int | None) -> WordTable:
-    """Add up the runs of all units.
+    """Sum the runs of all units.
 
     Args:
-        files: from `WordFileWriter`.
-        work: folder for the sums.
-        max_bytes: the most bytes that the words kept may have together; above it the rarest are left out, all
-            words of one count together, so that what is kept depends on the text alone.  None: all are kept.
+        files: Arrow files from `WordFileWriter`.
+        work: folder for temporary sums.
+        max_bytes: bound on the bytes of words.  Above it the words with the lowest counts are dropped, all
+            words of a count together, so that the result depends on the text alone.  None: no bound.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the disk is full.
     """
-    # one part in memory at a time; two reads of the sums then bound what the words kept take
     sums = [_sum_part(files, part, work) for part in range(NUM_PARTS)]
-    levels = _levels(sums)
-    min_count = _cut_off(levels, MAX_BYTES if max_bytes is None else min(MAX_BYTES, max_bytes))
-    table = pa.concat_tables([_kept(file, min_count) for file in sums])
+    levels = _count_levels(sums)
+    min_count = _choose_min_count(levels, MAX_BYTES if max_bytes is None else min(MAX_BYTES, max_bytes))
+    table = pa.concat_tables([_read_frequent_words(file, min_count) for file in sums])
     for file in sums:
         file.unlink()
-    counts, lengths = table["count"].to_numpy(), _lengths(table)
-    # stable: words of equal count keep the order of the parts, so the result is the same on each run
+    counts, lengths = table["count"].to_numpy(), _compute_lengths(table)
+    # a stable sort, so that words of equal count have the same order on each run
     order = np.argsort(-counts, kind="stable")
     raw = np.zeros(0, np.uint8)
     if len(order):
         words = table["word"].combine_chunks().take(pa.array(order))
         raw = np.frombuffer(words.buffers()[2], np.uint8)[: int(lengths.sum())]
-    text_bytes, dropped = levels.counts * levels.bytes_, levels.counts < min_count
+    text_bytes, dropped = levels.counts * levels.num_bytes, levels.counts < min_count
     dropped_share = int(text_bytes[dropped].sum()) / max(int(text_bytes.sum()), 1)
-    return WordTable(raw, lengths[order], counts[order], min_count, int(levels.words[dropped].sum()),
+    return WordTable(raw, lengths[order], counts[order], min_count, int(levels.num_words[dropped].sum()),
                      dropped_share)
 
 
 @dataclass(frozen=True)
 class _Levels:
-    """How many words occur equally often: as many rows as there are counts, however many words there are."""
+    """Number and bytes of the words of each count."""
 
     counts: NDArray[np.int64]
-    """Counts that occur, rising."""
-    words: NDArray[np.int64]
-    """Words of each."""
-    bytes_: NDArray[np.int64]
-    """Bytes of those words together."""
+    """Distinct counts, rising."""
+    num_words: NDArray[np.int64]
+    num_bytes: NDArray[np.int64]
 
 
-def _levels(sums: list[Path]) -> _Levels:
-    """Read all sums once, one part at a time."""
+def _count_levels(sums: list[Path]) -> _Levels:
     rows = np.zeros((0, 3), np.int64)
     for file in sums:
-        table = _read(file)
-        counts, lengths = table["count"].to_numpy(), _lengths(table)
-        rows = _by_count(np.concatenate((rows, np.stack((counts, np.ones_like(counts), lengths), axis=1))))
+        table = _read_table(file)
+        counts, lengths = table["count"].to_numpy(), _compute_lengths(table)
+        rows = _sum_by_count(np.concatenate((rows, np.stack((counts, np.ones_like(counts), lengths),
+                                                            axis=1))))
     return _Levels(*rows.T)
 
 
-def _by_count(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Add up the rows (count, words, bytes) of equal count."""
+def _sum_by_count(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sum the rows (count, words, bytes) of equal count."""
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    # one row for each distinct count stays, however many words there are
     firsts = np.flatnonzero(np.r_[True, rows[1:, 0] != rows[:-1, 0]][: len(rows)])
     if not len(firsts):
         return rows
     return np.concatenate((rows[firsts, :1], np.add.reduceat(rows[:, 1:], firsts)), axis=1)
 
 
-def _cut_off(levels: _Levels, max_bytes: int) -> int:
-    """Return the smallest count at which the words that occur as often, or more often,
-    fit with an end mark each."""
-    # from the most frequent down; all words of one count are kept or left out together
-    sizes = np.cumsum((levels.bytes_ + levels.words)[::-1])
+def _choose_min_count(levels: _Levels, max_bytes: int) -> int:
+    """Return the lowest count such that all words of this count or more fit, with one end mark per word."""
+    sizes = np.cumsum((levels.num_bytes + levels.num_words)[::-1])
     fitting = int(np.searchsorted(sizes, max_bytes, side="right"))
     return 1 if fitting == len(sizes) else int(levels.counts[::-1][fitting]) + 1
 
 
-def _kept(file: Path, min_count: int) -> Any:
-    """Return the words of a part that occur often enough, in memory."""
-    table = _read(file)
+def _read_frequent_words(file: Path, min_count: int) -> Any:
+    table = _read_table(file)
     return table.filter(pc.greater_equal(table["count"], min_count))
 
 
 def _sum_part(files: list[Path], part: int, work: Path) -> Path:
-    """Add up one part of all runs; returns the file with the sums."""
+    """Sum a part of all runs and return the path of the Arrow file."""
     batches = []
     for file in files:
         with pa.memory_map(str(file)) as source:
             reader = pa.ipc.open_file(source)
-            # a run is NUM_PARTS batches in order, so every NUM_PARTS-th one is of this part
+            # a run is NUM_PARTS batches in order
             batches += [reader.get_batch(i) for i in range(part, reader.num_record_batches, NUM_PARTS)]
-    # one thread: several would give the words in an order that changes from run to run
+    # several threads would change the order of words from run to run
     summed = pa.Table.from_batches(batches).group_by("word", use_threads=False).aggregate([("count", "sum")])
     summed = summed.rename_columns({"count_sum": "count"}).combine_chunks()
     target = work / f"part-{part}.arrow"
@@ -150,10 +141,10 @@ def _sum_part(files: list[Path], part: int, work: Path) -> Path:
     return target
 
 
-def _read(file: Path) -> Any:
+def _read_table(file: Path) -> Any:
     with pa.memory_map(str(file)) as source:
         return pa.ipc.open_file(source).read_all()
 
 
-def _lengths(table: Any) -> NDArray[np.int64]:
+def _compute_lengths(table: Any) -> NDArray[np.int64]:
     return np.asarray(pc.binary_length(table["word"]).to_numpy()).astype(np.int64)

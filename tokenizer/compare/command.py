@@ -16,27 +16,27 @@ from megatron_sov.base.errors import UserError, stop_check
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import AboveZero, AtLeastOne, DeclaredCommand, Flag
-from tokenizer.formats.reader import Opened, open_tokenizer
+from tokenizer.formats.reader import LoadedTokenizer, open_tokenizer
 from tokenizer.report.measures import (
-    HeldoutTextOptions, NamedText, TokenizerMeasures, TokenizerPath, measure, read_texts)
+    HeldoutTextOptions, NamedText, TokenizerMeasures, TokenizerPath, measure_text, read_texts)
 
 
-def text_table(found: dict[str, Any], key: str, form: str, title: str = "text") -> PageTable:
+def build_text_table(comparison: dict[str, Any], key: str, form: str, title: str = "text") -> PageTable:
     """Return one figure of all tokenizers, a row for each text."""
-    rows = [[text, *(_formed(t["texts"][text][key], form) for t in found["tokenizers"].values())]
-            for text in found["texts"]]
-    return PageTable([title, *found["tokenizers"]], rows)
+    rows = [[text, *(_format_value(t["texts"][text][key], form) for t in comparison["tokenizers"].values())]
+            for text in comparison["texts"]]
+    return PageTable([title, *comparison["tokenizers"]], rows)
 
 
-def _formed(value: float | None, form: str) -> str:
+def _format_value(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def overlap_table(found: dict[str, Any]) -> PageTable:
+def build_overlap_table(comparison: dict[str, Any]) -> PageTable:
     """Return what share of the row's tokens the column's tokenizer has."""
-    names = list(found["tokenizers"])
-    rows = [[a, *("–" if a == b else f"{found['overlap'][a][b]['num_shared']:,} "
-                                     f"({found['overlap'][a][b]['share_of_first']:.1%})"
+    names = list(comparison["tokenizers"])
+    rows = [[a, *("–" if a == b else f"{comparison['overlap'][a][b]['num_shared']:,} "
+                                     f"({comparison['overlap'][a][b]['share_of_first']:.1%})"
                   for b in names)] for a in names]
     return PageTable(["of these tokens", *(f"are in {name}" for name in names)], rows)
 
@@ -72,7 +72,7 @@ class ModelSize:
         return 3 * self.inference_flops_per_token(vocab_size)
 
 
-def names_of(tokenizers: list[Opened]) -> list[str]:
+def choose_names(tokenizers: list[LoadedTokenizer]) -> list[str]:
     """Return a name for each tokenizer: that of its folder or file, or all of its path where
     two have the same."""
     names = [t.name for t in tokenizers]
@@ -80,7 +80,7 @@ def names_of(tokenizers: list[Opened]) -> list[str]:
             for name, t in zip(names, tokenizers, strict=True)]
 
 
-def costs(tokenizer: Opened, measured: list[TokenizerMeasures], first: Opened,
+def compute_costs(tokenizer: LoadedTokenizer, measured: list[TokenizerMeasures], first: LoadedTokenizer,
           first_measured: list[TokenizerMeasures], size: ModelSize
           ) -> dict[str, dict[str, Any]]:
     """Return the figures of one tokenizer on each text, against the first tokenizer's.
@@ -100,7 +100,7 @@ def costs(tokenizer: Opened, measured: list[TokenizerMeasures], first: Opened,
     return found
 
 
-def overlap(a: Opened, b: Opened) -> dict[str, Any]:
+def measure_overlap(a: LoadedTokenizer, b: LoadedTokenizer) -> dict[str, Any]:
     """Return how many tokens two vocabularies share, by their bytes;
     special and added tokens are left out."""
     ours, theirs = set(a.tokens.values()), set(b.tokens.values())
@@ -109,7 +109,7 @@ def overlap(a: Opened, b: Opened) -> dict[str, Any]:
             "share_of_second": shared / max(1, len(theirs)), "jaccard": shared / max(1, len(ours | theirs))}
 
 
-def speeds(tokenizers: list[Opened], texts: list[NamedText]) -> list[float]:
+def measure_speeds(tokenizers: list[LoadedTokenizer], texts: list[NamedText]) -> list[float]:
     """Return MB of text per CPU second of each tokenizer, chunk after chunk;
     the best of some rounds, taken in turn."""
     chunks = [chunk for text in texts for chunk in text.part(SPEED_BYTES // len(texts))]
@@ -156,14 +156,14 @@ def run_compare(args: TokenizerCompareOptions) -> int:
         raise UserError("--text is missing; name held-out text to compare on, e.g. "
                         "--text korean=heldout/ko.jsonl")
     check_output("--json", args.json)
-    found = compare(args.tokenizers, read_texts(args.text, args.max_text_mb), args.hidden_size,
+    found = compare_tokenizers(args.tokenizers, read_texts(args.text, args.max_text_mb), args.hidden_size,
                     args.body_params)
-    for title, table in (("bytes per token", text_table(found, "bytes_per_token", "{:.3f}")),
-                         ("tokens per word", text_table(found, "tokens_per_word", "{:.3f}")),
-                         ("tokens against the first", text_table(found, "relative_tokens", "{:.3f}")),
-                         ("FLOPs against the first", text_table(found, "relative_flops", "{:.3f}")),
-                         ("shared vocabulary", overlap_table(found))):
-        print(f"{title}\n{_plain(table)}")
+    for title, table in (("bytes per token", build_text_table(found, "bytes_per_token", "{:.3f}")),
+                         ("tokens per word", build_text_table(found, "tokens_per_word", "{:.3f}")),
+                         ("tokens against the first", build_text_table(found, "relative_tokens", "{:.3f}")),
+                         ("FLOPs against the first", build_text_table(found, "relative_flops", "{:.3f}")),
+                         ("shared vocabulary", build_overlap_table(found))):
+        print(f"{title}\n{_format_table(table)}")
     for name, facts in found["tokenizers"].items():
         print(f"{name}: {facts['vocab_size']:,} ids, {facts['mb_per_cpu_s']:.2f} MB per CPU second")
     if args.json is not None:
@@ -171,15 +171,15 @@ def run_compare(args: TokenizerCompareOptions) -> int:
     return 0
 
 
-def compare(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
+def compare_tokenizers(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
             body_params: float) -> dict[str, Any]:
     """Return everything that is known about some tokenizers beside each other, as plain values."""
     opened = [open_tokenizer(path) for path in paths]
     stop_check()
-    names, size = names_of(opened), ModelSize(hidden_size, body_params)
-    measured = [[measure(tokenizer, text) for text in texts]
+    names, size = choose_names(opened), ModelSize(hidden_size, body_params)
+    measured = [[measure_text(tokenizer, text) for text in texts]
                 for tokenizer in tqdm(opened, "encoding", disable=None)]
-    mb_per_s = speeds(opened, texts)
+    mb_per_s = measure_speeds(opened, texts)
     tokenizers = {}
     named = dict(zip(names, opened, strict=True))
     for name, tokenizer, m, speed in zip(names, opened, measured, mb_per_s, strict=True):
@@ -188,13 +188,13 @@ def compare(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
             "path": str(tokenizer.path), "library": tokenizer.library, "vocab_size": tokenizer.vocab_size,
             "embedding_params": size.embedding_params(tokenizer.vocab_size),
             "head_share_of_flops": head / (body_params + head), "mb_per_cpu_s": speed,
-            "texts": costs(tokenizer, m, opened[0], measured[0], size)}
+            "texts": compute_costs(tokenizer, m, opened[0], measured[0], size)}
     return {"hidden_size": hidden_size, "body_params": body_params, "texts": [t.name for t in texts],
             "tokenizers": tokenizers,
-            "overlap": {a: {b: overlap(x, y) for b, y in named.items()} for a, x in named.items()}}
+            "overlap": {a: {b: measure_overlap(x, y) for b, y in named.items()} for a, x in named.items()}}
 
 
-def _plain(table: PageTable) -> str:
+def _format_table(table: PageTable) -> str:
     widths = [max(len(row[i]) for row in (table.head, *table.rows)) for i in range(len(table.head))]
     rows = [
         [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]

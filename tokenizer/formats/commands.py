@@ -13,10 +13,11 @@ from megatron_sov.base.documents.byte_bpe import NotByteBpe
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import DeclaredCommand, Flag
-from tokenizer.formats.reader import Foreign, find_file, ids_of, open_foreign, open_hf
-from tokenizer.formats.sample_texts import built_in, first_difference, users
-from tokenizer.formats.sentencepiece_format import NotSentencepiece, processor, to_sentencepiece
-from tokenizer.formats.tiktoken_format import encoder, encoding, ranks_text, rules_path, to_tiktoken
+from tokenizer.formats.reader import ForeignTokenizer, find_file, get_token_ids, open_foreign, open_hf
+from tokenizer.formats.sample_texts import find_first_difference, iter_builtin_texts, iter_user_texts
+from tokenizer.formats.sentencepiece_format import NotSentencepiece, create_processor, to_sentencepiece
+from tokenizer.formats.tiktoken_format import (
+    build_encoder, build_encoding, format_ranks, get_rules_path, to_tiktoken)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class TokenizerImportOptions:
 class ImportRequest:
     """Checked input for `import_run.write_import`."""
 
-    source: Foreign
+    source: ForeignTokenizer
     special_tokens: dict[str, Any]
     """bos_token, eos_token and pad_token."""
     options: TokenizerImportOptions
@@ -64,18 +65,19 @@ def check_import(options: TokenizerImportOptions) -> ImportRequest:
     check_output_folder(options.output, "tokenizer", options.overwrite)
     source = open_foreign(options.path, options.rules)
     typed = {"bos_token": options.bos, "eos_token": options.eos, "pad_token": options.pad}
-    special = _special_tokens(source, {name: token for name, token in typed.items() if token is not None})
+    special = _choose_special_tokens(source, {name: token for name, token in typed.items()
+                                              if token is not None})
     return ImportRequest(source, special, options)
 
 
-def _special_tokens(source: Foreign, named: dict[str, str]) -> dict[str, Any]:
+def _choose_special_tokens(source: ForeignTokenizer, named: dict[str, str]) -> dict[str, Any]:
     """Return bos_token, eos_token and pad_token; pad is eos where there is none.
 
     Raises:
         UserError: one is no token, or nothing says how documents end.
     """
     special: dict[str, Any] = {**source.named, **named}
-    ids = ids_of(source.raw)
+    ids = get_token_ids(source.raw)
     for name, token in special.items():
         if token is not None and token not in ids:
             raise UserError(f"{source.file}: {name} = {token!r} is no token of it{suggest_name(token, ids)}; "
@@ -128,7 +130,7 @@ def export_tokenizer(path: Path, form: str, output: Path, *, texts: Sequence[Pat
     Raises:
         UserError: the tokenizer has no such form, or would give other ids; nothing is written then.
     """
-    targets = [output, rules_path(output)] if form == "tiktoken" else [output]
+    targets = [output, get_rules_path(output)] if form == "tiktoken" else [output]
     if (there := next((t for t in targets if t.exists()), None)) and (not overwrite or there.is_dir()):
         raise UserError(f"{there}: exists already; choose another file or pass --overwrite")
     for target in targets:
@@ -137,9 +139,10 @@ def export_tokenizer(path: Path, form: str, output: Path, *, texts: Sequence[Pat
     if file.suffix != ".json":
         raise UserError(f"{file}: is no tokenizer.json; take it over by `sov-tokenizer import` first")
     source = open_hf(file)
-    contents, encode = (_tiktoken if form == "tiktoken" else _sentencepiece)(source, output.stem)
-    samples = [*built_in(source.raw), *users(texts)]
-    if difference := first_difference(samples, encode, source.encode):
+    contents, encode = (_build_tiktoken_files if form == "tiktoken" else _build_sentencepiece_file)(source,
+                                                                                                    output.stem)
+    samples = [*iter_builtin_texts(source.raw), *iter_user_texts(texts)]
+    if difference := find_first_difference(samples, encode, source.encode):
         raise UserError(f"{file}: cannot be exported, since {form} would not give the same ids "
                         f"for {difference}")
     for target, content in zip(targets, contents, strict=True):
@@ -148,16 +151,16 @@ def export_tokenizer(path: Path, form: str, output: Path, *, texts: Sequence[Pat
     print(f"{form} gives the same ids on {sum(len(t.encode()) for t in samples) / 1e6:.2f} MB of text")
 
 
-Made = tuple[list[bytes], Callable[[str], list[int]]]
+ExportedFiles = tuple[list[bytes], Callable[[str], list[int]]]
 
 
-def _tiktoken(source: Foreign, name: str) -> Made:
+def _build_tiktoken_files(source: ForeignTokenizer, name: str) -> ExportedFiles:
     """Return the contents of ranks and rules, and the encoding by them."""
     try:
         ranks, rules = to_tiktoken(source.raw, name, source.named)
     except NotByteBpe as e:
         raise UserError(f"{source.file}: has no form in tiktoken: {e}") from None
-    found = encoding(ranks, rules)
+    found = build_encoding(ranks, rules)
     for token, id_ in ranks.items():
         if found.decode_single_token_bytes(id_) != token or found.encode_single_token(token) != id_:
             raise UserError(f"{source.file}: cannot be exported, since tiktoken would not keep token "
@@ -168,16 +171,16 @@ def _tiktoken(source: Foreign, name: str) -> Made:
                             f"{special!r} in text")
     if rules.normalization:
         print(f"tiktoken takes text as it is: apply {rules.normalization} to it beforehand")
-    return [ranks_text(ranks), format_json(rules).encode()], encoder(ranks, rules)
+    return [format_ranks(ranks), format_json(rules).encode()], build_encoder(ranks, rules)
 
 
-def _sentencepiece(source: Foreign, name: str) -> Made:
+def _build_sentencepiece_file(source: ForeignTokenizer, name: str) -> ExportedFiles:
     """Return the content of the .model file, and the encoding by it."""
     try:
         model = to_sentencepiece(source.raw, source.named)
     except NotSentencepiece as e:
         raise UserError(f"{source.file}: has no form in sentencepiece: {e}") from None
-    return [model], processor(model).encode
+    return [model], create_processor(model).encode
 
 
 EXPORT = DeclaredCommand(TokenizerExportOptions, run_export)

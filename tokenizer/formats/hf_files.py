@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, models
 
 from megatron_sov.base.errors import UserError, first_error_line
-from tokenizer.bpe.split_pattern import untrained
-from tokenizer.bpe.vocabulary import Vocabulary, spelled
+from tokenizer.bpe.split_pattern import build_untrained_tokenizer
+from tokenizer.bpe.vocabulary import Vocabulary, spell_token
 from tokenizer.presets import Preset
 
 FREE_IDS = 1 << 20
@@ -20,7 +20,7 @@ ID_DIGITS = 9
 """Longer numbers are no ids."""
 
 
-def refuse_far_ids(ids: Iterable[object], where: object) -> None:
+def check_id_range(ids: Iterable[object], where: object) -> None:
     """Refuse ids that are no numbers, or far above what as many tokens need.
 
     Raises:
@@ -36,7 +36,7 @@ def refuse_far_ids(ids: Iterable[object], where: object) -> None:
 
 
 @contextlib.contextmanager
-def no_panics(where: object) -> Iterator[None]:
+def translate_panics(where: object) -> Iterator[None]:
     """Turn a panic of a library in Rust, which is no `Exception`, into a `UserError`."""
     try:
         yield
@@ -51,13 +51,13 @@ TOKENIZER_JSON = "tokenizer.json"
 CONFIG_JSON = "tokenizer_config.json"
 
 
-def special_token(id_: int, token: str) -> dict[str, Any]:
+def build_special_token(id_: int, token: str) -> dict[str, Any]:
     """Return a special token as tokenizer.json lists it: found in text as it stands."""
     return {"id": id_, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
             "normalized": False, "special": True}
 
 
-def finished(preset: Preset, vocabulary: Vocabulary) -> Tokenizer:
+def build_tokenizer(preset: Preset, vocabulary: Vocabulary) -> Tokenizer:
     """Return the tokenizer: special tokens, bytes, merges, in this order of ids.
 
     Raises:
@@ -65,24 +65,24 @@ def finished(preset: Preset, vocabulary: Vocabulary) -> Tokenizer:
             or a special token is one byte.
     """
     special = preset.special_by_id()
-    tokens = [spelled(token) for token in vocabulary.tokens]
+    tokens = [spell_token(token) for token in vocabulary.tokens]
     if taken := sorted(set(tokens) & set(special)):
         raise UserError(f"preset {preset.name}: text can become the special token {taken[0]!r}, "
                         "since its bytes are an ordinary token as well; choose a split_pattern that "
                         "separates its punctuation from its letters, or another name")
     vocab = {token: id_ for id_, token in enumerate([*special, *tokens])}
     merges = [(tokens[left], tokens[right]) for left, right in vocabulary.merges]
-    tokenizer = untrained(preset)
+    tokenizer = build_untrained_tokenizer(preset)
     tokenizer.model = models.BPE(vocab=vocab, merges=merges)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
 
 
-def tokenizer_config(preset: Preset) -> dict[str, Any]:
-    return config_json(preset.bos_token, preset.eos_token, preset.pad_token, preset.chat_template)
+def build_preset_config(preset: Preset) -> dict[str, Any]:
+    return build_tokenizer_config(preset.bos_token, preset.eos_token, preset.pad_token, preset.chat_template)
 
 
-def config_json(bos: str | None, eos: str, pad: str, chat_template: str | None) -> dict[str, Any]:
+def build_tokenizer_config(bos: str | None, eos: str, pad: str, chat_template: str | None) -> dict[str, Any]:
     """Return the content of tokenizer_config.json: special tokens, chat template,
     nothing added or cleaned by itself."""
     return {

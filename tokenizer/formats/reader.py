@@ -20,15 +20,15 @@ from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from megatron_sov.base.errors import UserError, fix_missing, suggest_download
 from megatron_sov.model.pretrained import read_json
 from tokenizer.formats import sentencepiece_format, tiktoken_format
-from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, no_panics, refuse_far_ids
-from tokenizer.formats.sentencepiece_format import SPACE, byte_piece
+from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, check_id_range, translate_panics
+from tokenizer.formats.sentencepiece_format import SPACE, format_byte_piece
 
 NAMED = ("bos_token", "eos_token", "pad_token")
 FORMS = f"a folder with {TOKENIZER_JSON}, such a file, tiktoken's ranks or sentencepiece's .model"
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ForeignTokenizer:
     """A tokenizer that was read."""
 
     file: Path
@@ -48,10 +48,10 @@ class Foreign:
     @property
     def vocab_size(self) -> int:
         """The largest id and one."""
-        return max(ids_of(self.raw).values()) + 1
+        return max(get_token_ids(self.raw).values()) + 1
 
 
-def ids_of(raw: dict[str, Any]) -> dict[str, int]:
+def get_token_ids(raw: dict[str, Any]) -> dict[str, int]:
     """Return token -> id of a tokenizer.json, added tokens included."""
     vocab = raw["model"]["vocab"]
     ids = dict(vocab) if isinstance(vocab, dict) else {piece: id_ for id_, (piece, _) in enumerate(vocab)}
@@ -80,7 +80,7 @@ def find_file(path: Path) -> Path:
     return found[0]
 
 
-def open_foreign(path: Path, rules: Path | None = None) -> Foreign:
+def open_foreign(path: Path, rules: Path | None = None) -> ForeignTokenizer:
     """Read a tokenizer of any of the forms.
 
     Args:
@@ -95,18 +95,18 @@ def open_foreign(path: Path, rules: Path | None = None) -> Foreign:
         return open_hf(file)
     # by content: Llama 3 calls such a file tokenizer.model
     if tiktoken_format.is_ranks_file(file):
-        return _open_tiktoken(file, rules or tiktoken_format.rules_path(file))
+        return _open_tiktoken(file, rules or tiktoken_format.get_rules_path(file))
     return _open_sentencepiece(file)
 
 
-def opened(raw: dict[str, Any], where: object) -> Tokenizer:
+def load_tokenizer(raw: dict[str, Any], where: object) -> Tokenizer:
     """Return a tokenizer.json as `tokenizers` reads it, with special tokens in text as ordinary text.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
-        with no_panics(where):
+        with translate_panics(where):
             tokenizer = Tokenizer.from_str(json.dumps(raw, ensure_ascii=False))
             tokenizer.encode(tiktoken_format.PROBE)  # some patterns only fail in use
     except UserError:
@@ -118,11 +118,11 @@ def opened(raw: dict[str, Any], where: object) -> Tokenizer:
     return tokenizer
 
 
-def plain_ids(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+def build_text_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def open_hf(file: Path) -> Foreign:
+def open_hf(file: Path) -> ForeignTokenizer:
     """Read a tokenizer.json and, beside it, tokenizer_config.json and the chat template.
 
     Raises:
@@ -137,25 +137,25 @@ def open_hf(file: Path) -> Foreign:
             f"AutoTokenizer as A; A.from_pretrained('{file.parent}').save_pretrained('DIR')\"`; pass DIR"
             if is_pair else f"pass {FORMS}"))
     try:
-        ids = list(ids_of(raw).values())
+        ids = list(get_token_ids(raw).values())
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{file}: model.vocab or added_tokens are not what they should be ({e!r}); "
                         "restore it from its source") from None
-    refuse_far_ids(ids, file)
+    check_id_range(ids, file)
     if raw["model"].get("dropout"):
         raise UserError(f"{file}: model.dropout = {raw['model']['dropout']} makes encoding random; "
                         "set it to null")
     # settings of one use of it, by which text would be cut off silently
     raw |= {"truncation": None, "padding": None}
-    tokenizer = opened(raw, file)
+    tokenizer = load_tokenizer(raw, file)
     config = read_json(file.with_name(CONFIG_JSON)) if file.with_name(CONFIG_JSON).is_file() else {}
-    named = {name: _content(config.get(name)) for name in NAMED}
-    return Foreign(file, "tokenizers", raw, plain_ids(tokenizer),
+    named = {name: _get_token_text(config.get(name)) for name in NAMED}
+    return ForeignTokenizer(file, "tokenizers", raw, build_text_encoder(tokenizer),
                    lambda ids: tokenizer.decode(ids, skip_special_tokens=False), named,
-                   _template(config, file.with_name("chat_template.jinja")))
+                   _read_template(config, file.with_name("chat_template.jinja")))
 
 
-def _content(token: Any) -> str | None:
+def _get_token_text(token: Any) -> str | None:
     """Return a special token's text; transformers writes it as text or as an object."""
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str | None):
@@ -163,7 +163,7 @@ def _content(token: Any) -> str | None:
     return text
 
 
-def _template(config: dict[str, Any], file: Path) -> str | None:
+def _read_template(config: dict[str, Any], file: Path) -> str | None:
     """Return the chat template, the default one of several."""
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -177,36 +177,37 @@ def _template(config: dict[str, Any], file: Path) -> str | None:
     return template
 
 
-def _open_tiktoken(file: Path, rules_file: Path) -> Foreign:
+def _open_tiktoken(file: Path, rules_file: Path) -> ForeignTokenizer:
     found, rules = tiktoken_format.read_ranks(file), tiktoken_format.read_rules(rules_file)
-    encoder = tiktoken_format.encoder(found, rules)
-    decode = tiktoken_format.encoding(found, rules).decode
+    encoder = tiktoken_format.build_encoder(found, rules)
+    decode = tiktoken_format.build_encoding(found, rules).decode
     named = {name: getattr(rules, name) for name in NAMED}
-    return Foreign(file, "tiktoken", tiktoken_format.from_tiktoken(found, rules), encoder, decode, named)
+    return ForeignTokenizer(file, "tiktoken", tiktoken_format.from_tiktoken(found, rules), encoder, decode,
+                            named)
 
 
-def _open_sentencepiece(file: Path) -> Foreign:
+def _open_sentencepiece(file: Path) -> ForeignTokenizer:
     # optional: comes with sentencepiece
     from google.protobuf.message import DecodeError
 
     model = file.read_bytes()
-    proto = sentencepiece_format.new_proto()
+    proto = sentencepiece_format.create_proto()
     try:
         proto.ParseFromString(model)
-        processor = sentencepiece_format.processor(model)
+        processor = sentencepiece_format.create_processor(model)
     except (DecodeError, RuntimeError):
         raise UserError(f"{file}: is none of the forms that are read (or a damaged "
                         f"one); pass {FORMS}") from None
     raw = sentencepiece_format.from_sentencepiece(proto, str(file))
-    return Foreign(file, "sentencepiece", raw, processor.encode, processor.decode,
-                   sentencepiece_format.named_tokens(proto))
+    return ForeignTokenizer(file, "sentencepiece", raw, processor.encode, processor.decode,
+                   sentencepiece_format.get_special_tokens(proto))
 
 
 PROBE = "a 가 😀\n"
-_BYTES = {byte_piece(b): bytes([b]) for b in range(256)}
+_BYTES = {format_byte_piece(b): bytes([b]) for b in range(256)}
 
 
-class Opened(ABC):
+class LoadedTokenizer(ABC):
     """A tokenizer that encodes ordinary text: special tokens spelled out in it stay text wherever its
     library can do that.  Nothing is converted: what is reported is what the library itself does."""
 
@@ -250,7 +251,7 @@ class Opened(ABC):
         return text
 
 
-class HuggingFace(Opened):
+class HuggingFaceTokenizer(LoadedTokenizer):
     """A tokenizer.json, by `tokenizers`."""
 
     library = "tokenizers"
@@ -259,7 +260,7 @@ class HuggingFace(Opened):
         """Raises: UserError: the file is no tokenizer.json that the library reads, or it cannot encode."""
         super().__init__(path, file)
         self._raw = open_hf(file).raw
-        self._tokenizer = opened(self._raw, file)
+        self._tokenizer = load_tokenizer(self._raw, file)
         try:
             self.encode(PROBE)
         except Exception as e:  # the binding raises a bare Exception
@@ -274,8 +275,8 @@ class HuggingFace(Opened):
         self._spelled = {id_: token
                          for token, id_ in spelled.items() if id_ not in found and id_ not in self.special}
         # a space, which the decoder takes away again
-        self._prepends = "Prepend" in _kinds(self._raw.get("normalizer"))
-        kinds = _kinds(self._raw.get("decoder"))
+        self._prepends = "Prepend" in _collect_types(self._raw.get("normalizer"))
+        kinds = _collect_types(self._raw.get("decoder"))
         self.tokens = {id_: self._bytes(id_, token, kinds) for id_, token in self._spelled.items()}
 
     def _bytes(self, id_: int, token: str, kinds: set[str]) -> bytes:
@@ -283,7 +284,7 @@ class HuggingFace(Opened):
             back = byte_alphabet()
             return bytes(back[c] for c in token) if all(c in back for c in token) else token.encode()
         if kinds & {"ByteFallback", "Metaspace"}:
-            return _piece_bytes(token)
+            return _decode_piece(token)
         return self._tokenizer.decode([id_], skip_special_tokens=False).encode()
 
     def encode(self, text: str) -> list[int]:
@@ -310,7 +311,7 @@ class HuggingFace(Opened):
         return normal.removeprefix(" ") if self._prepends else normal
 
 
-class Tiktoken(Opened):
+class TiktokenTokenizer(LoadedTokenizer):
     """A file of ranks and the rules beside it, by `tiktoken`."""
 
     library = "tiktoken"
@@ -319,8 +320,8 @@ class Tiktoken(Opened):
         """Raises: UserError: the ranks are damaged, or there are no rules for them."""
         super().__init__(path, file)
         ranks, rules = (tiktoken_format.read_ranks(file),
-                        tiktoken_format.read_rules(tiktoken_format.rules_path(file)))
-        self._encoding = tiktoken_format.encoding(ranks, rules)
+                        tiktoken_format.read_rules(tiktoken_format.get_rules_path(file)))
+        self._encoding = tiktoken_format.build_encoding(ranks, rules)
         self._form: Any = rules.normalization
         self.special = {id_: token for token, id_ in rules.special_tokens.items()}
         self.added = {}
@@ -342,7 +343,7 @@ class Tiktoken(Opened):
         return text if self._form is None else unicodedata.normalize(self._form, text)
 
 
-class SentencePiece(Opened):
+class SentencePieceTokenizer(LoadedTokenizer):
     """A .model file, by `sentencepiece`."""
 
     library = "sentencepiece"
@@ -351,7 +352,7 @@ class SentencePiece(Opened):
         """Raises: UserError: the package is not installed, or the file is no model of its."""
         super().__init__(path, file)
         try:
-            self._model = sentencepiece_format.processor(file.read_bytes())
+            self._model = sentencepiece_format.create_processor(file.read_bytes())
         except (RuntimeError, OSError):
             raise UserError(f"{file}: is none of the forms that are read (or a damaged one); "
                             f"pass {FORMS}") from None
@@ -359,7 +360,7 @@ class SentencePiece(Opened):
         self.special = {i: self._model.id_to_piece(i)
                         for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}
         self.added = {}
-        self.tokens = {i: _piece_bytes(self._model.id_to_piece(i)) for i in ids if i not in self.special}
+        self.tokens = {i: _decode_piece(self._model.id_to_piece(i)) for i in ids if i not in self.special}
         self._adds_space = self._model.normalize("a").startswith(SPACE)
 
     def encode(self, text: str) -> list[int]:
@@ -379,7 +380,7 @@ class SentencePiece(Opened):
         return normal.removeprefix(" ") if self._adds_space else normal
 
 
-def open_tokenizer(path: Path) -> Opened:
+def open_tokenizer(path: Path) -> LoadedTokenizer:
     """Open a tokenizer.
 
     Raises:
@@ -387,24 +388,24 @@ def open_tokenizer(path: Path) -> Opened:
     """
     file = find_file(path)
     if file.suffix == ".json":
-        opened: Opened = HuggingFace(path, file)
+        opened: LoadedTokenizer = HuggingFaceTokenizer(path, file)
     elif tiktoken_format.is_ranks_file(file):  # Llama 3 has ranks in a file called tokenizer.model
-        opened = Tiktoken(path, file)
+        opened = TiktokenTokenizer(path, file)
     else:
-        opened = SentencePiece(path, file)
+        opened = SentencePieceTokenizer(path, file)
     if not opened.tokens:
         raise UserError(f"{file}: holds no tokens, so it is empty or damaged; pass {FORMS}")
     return opened
 
 
-def _piece_bytes(piece: str) -> bytes:
+def _decode_piece(piece: str) -> bytes:
     """Return the bytes of a token that is spelled as sentencepiece does."""
     return _BYTES.get(piece) or piece.replace(SPACE, " ").encode()
 
 
-def _kinds(rules: dict[str, Any] | None) -> set[str]:
+def _collect_types(rules: dict[str, Any] | None) -> set[str]:
     """Return the types of a decoder or normalizer and of those inside it."""
     if not rules:
         return set()
     inner = [*rules.get("decoders", []), *rules.get("normalizers", [])]
-    return {rules["type"]}.union(*map(_kinds, inner))
+    return {rules["type"]}.union(*map(_collect_types, inner))

@@ -26,7 +26,7 @@ DISORDERED_MARKS = "a\u030a\u0323 o\u0302\u0323"
 are known to differ."""
 
 
-def built_in(raw: dict[str, Any]) -> Iterator[str]:
+def iter_builtin_texts(raw: dict[str, Any]) -> Iterator[str]:
     """Yield the built-in texts and a tokenizer.json's own tokens; if it is byte-level, characters of every
     Unicode block too."""
     yield from SENTENCES
@@ -41,7 +41,7 @@ def built_in(raw: dict[str, Any]) -> Iterator[str]:
         yield from (separator.join(tokens[start:start + TOKENS_PER_TEXT]) for separator in ("", " "))
 
 
-def users(paths: Iterable[Path]) -> Iterator[str]:
+def iter_user_texts(paths: Iterable[Path]) -> Iterator[str]:
     """Yield the text of files and folders in pieces, `BYTES_PER_FILE` of each at most.
 
     Raises:
@@ -57,7 +57,7 @@ def users(paths: Iterable[Path]) -> Iterator[str]:
             yield piece
 
 
-def first_difference(texts: Iterable[str], one: Encode, other: Encode) -> str | None:
+def find_first_difference(texts: Iterable[str], one: Encode, other: Encode) -> str | None:
     """Return the first text, shortened, to which two encoders give different ids;
     None where all are the same."""
     for text in texts:

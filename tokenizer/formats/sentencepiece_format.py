@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron_sov.base.documents.byte_bpe import parse_merges
 from megatron_sov.base.errors import UserError, format_install_command
-from tokenizer.bpe.segmenting import merge_of
-from tokenizer.formats.hf_files import special_token
+from tokenizer.bpe.segmenting import find_last_merge
+from tokenizer.formats.hf_files import build_special_token
 
 SPACE = "▁"
 UNIGRAM, BPE = 1, 2
@@ -31,7 +31,7 @@ class NotSentencepiece(Exception):
     """Why a tokenizer has no form in sentencepiece; the message begins with "its"."""
 
 
-def library() -> Any:
+def import_sentencepiece() -> Any:
     """Return the module sentencepiece.
 
     Raises:
@@ -45,13 +45,13 @@ def library() -> Any:
     return sentencepiece
 
 
-def new_proto() -> Any:
+def create_proto() -> Any:
     """Return an empty ModelProto.
 
     Raises:
         UserError: sentencepiece or protobuf is not installed.
     """
-    library()
+    import_sentencepiece()
     try:
         from sentencepiece import sentencepiece_model_pb2 as format_  # needs protobuf, optional too
     except ImportError as e:
@@ -59,15 +59,15 @@ def new_proto() -> Any:
     return format_.ModelProto()
 
 
-def processor(model: bytes) -> Any:
-    return library().SentencePieceProcessor(model_proto=model)
+def create_processor(model: bytes) -> Any:
+    return import_sentencepiece().SentencePieceProcessor(model_proto=model)
 
 
-def byte_piece(byte: int) -> str:
+def format_byte_piece(byte: int) -> str:
     return f"<0x{byte:02X}>"
 
 
-def named_tokens(proto: Any) -> dict[str, str | None]:
+def get_special_tokens(proto: Any) -> dict[str, str | None]:
     """Return bos_token, eos_token and pad_token; None where the model has none."""
     trainer = proto.trainer_spec
     ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
@@ -101,58 +101,58 @@ def from_sentencepiece(proto: Any, name: str) -> dict[str, Any]:
     pieces = [p.piece for p in proto.pieces]
     # longest first: an alternation takes the first that fits, and sentencepiece the longest
     users = sorted((p.piece for p in proto.pieces if p.type == USER_DEFINED), key=lambda p: (-len(p), p))
-    model = _bpe(proto, name, unknown[0], bool(users)) if trainer.model_type == BPE \
-        else _unigram(proto, name, pieces.index(unknown[0]))
+    model = _build_bpe(proto, name, unknown[0], bool(users)) if trainer.model_type == BPE \
+        else _build_unigram(proto, name, pieces.index(unknown[0]))
     special = [(i, p.piece) for i, p in enumerate(proto.pieces) if p.type in (CONTROL, UNKNOWN)]
     # the space that encoding put in front is taken away once, by the decoder
     prefixed = proto.normalizer_spec.add_dummy_prefix
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [special_token(id_, piece) for id_, piece in special],
-        "normalizer": {"type": "Sequence", "normalizers": _normalizers(proto.normalizer_spec)},
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "|".join(map(_escaped, users))},
+        "added_tokens": [build_special_token(id_, piece) for id_, piece in special],
+        "normalizer": {"type": "Sequence", "normalizers": _build_normalizers(proto.normalizer_spec)},
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "|".join(map(_escape_pattern, users))},
                           "behavior": "Isolated", "invert": False} if users else None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [
-            _replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"},
+            _build_replacement(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"},
             *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefixed else [])]},
         "model": model,
     }
 
 
-def composes(spec: Any) -> bool:
+def composes_characters(spec: Any) -> bool:
     """Return whether a normalizer is one of sentencepiece's own forms of NFKC."""
     return "nfkc" in spec.name
 
 
-def _replace(old: str, new: str, kind: str = "String") -> dict[str, Any]:
+def _build_replacement(old: str, new: str, kind: str = "String") -> dict[str, Any]:
     return {"type": "Replace", "pattern": {kind: old}, "content": new}
 
 
-def _normalizers(spec: Any) -> list[dict[str, Any]]:
+def _build_normalizers(spec: Any) -> list[dict[str, Any]]:
     """Return the steps from text to what is cut, in sentencepiece's order: characters, extra spaces,
     prefix, marked spaces."""
     charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
     steps: list[dict[str, Any]] = ([{"type": "Precompiled", "precompiled_charsmap": charsmap}]
                                    if charsmap else [])
-    if charsmap and composes(spec):
+    if charsmap and composes_characters(spec):
         # `tokenizers` maps characters one by one, so letters and marks, and Hangul's parts,
         # have to be composed before
         steps.insert(0, {"type": "NFC"})
     # before the prefix, which would itself be taken for an extra space
     if spec.remove_extra_whitespaces:
-        steps += [_replace(_EDGES, "", "Regex"), _replace(_RUNS, " ", "Regex")]
+        steps += [_build_replacement(_EDGES, "", "Regex"), _build_replacement(_RUNS, " ", "Regex")]
     if spec.add_dummy_prefix:
         steps += [{"type": "Prepend", "prepend": SPACE}]
-    return [*steps, _replace(" ", SPACE)]
+    return [*steps, _build_replacement(" ", SPACE)]
 
 
-def _escaped(text: str) -> str:
+def _escape_pattern(text: str) -> str:
     """Return a regular expression for a text: ASCII signs get a backslash, which is safe in Oniguruma too."""
     return "".join(c if c.isalnum() or ord(c) >= 128 else f"\\x{{{ord(c):x}}}" for c in text)
 
 
-def _bpe(proto: Any, name: str, unknown: str, whole_pieces: bool) -> dict[str, Any]:
+def _build_bpe(proto: Any, name: str, unknown: str, whole_pieces: bool) -> dict[str, Any]:
     """Return the BPE model; user-defined pieces are cut out beforehand and looked up as a whole."""
     vocab = {p.piece: id_ for id_, p in enumerate(proto.pieces)}
     normal = [(id_, p) for id_, p in enumerate(proto.pieces) if p.type == NORMAL]
@@ -164,7 +164,7 @@ def _bpe(proto: Any, name: str, unknown: str, whole_pieces: bool) -> dict[str, A
         raise UserError(f"{name}: its pieces {twice[2]!r} and another one have the same score {-twice[0]}, "
                         "so which merges first depends on the text, for which a list of merges has no form")
     # each piece's last merge: the best pair of what shorter pieces make of it
-    pairs = [pair for _, _, piece in long if (pair := merge_of(list(piece), rank_of))]
+    pairs = [pair for _, _, piece in long if (pair := find_last_merge(list(piece), rank_of))]
     # a piece that is reached through text that is no piece itself
     if broken := next((pair for pair in pairs if not set(pair) <= vocab.keys()), None):
         raise UserError(f"{name}: its piece {''.join(broken)!r} has a character that is no piece of its own, "
@@ -175,7 +175,7 @@ def _bpe(proto: Any, name: str, unknown: str, whole_pieces: bool) -> dict[str, A
             "vocab": vocab, "merges": [list(pair) for pair in pairs]}
 
 
-def _unigram(proto: Any, name: str, unknown: int) -> dict[str, Any]:
+def _build_unigram(proto: Any, name: str, unknown: int) -> dict[str, Any]:
     """Return the unigram model; a user-defined piece, cut out beforehand, costs nothing."""
     normal = {p.piece for p in proto.pieces if p.type in (NORMAL, USER_DEFINED)}
     for piece in (p.piece for p in proto.pieces if p.type in (CONTROL, UNKNOWN, UNUSED, BYTE)):
@@ -191,18 +191,18 @@ def _unigram(proto: Any, name: str, unknown: int) -> dict[str, Any]:
             "byte_fallback": bool(proto.trainer_spec.byte_fallback)}
 
 
-def to_sentencepiece(raw: dict[str, Any], named: dict[str, str | None]) -> bytes:
+def to_sentencepiece(raw: dict[str, Any], named_tokens: dict[str, str | None]) -> bytes:
     """Return the `.model` file of a tokenizer.json.
 
     Args:
         raw: the tokenizer.json.
-        named: bos_token, eos_token and pad_token.
+        named_tokens: bos_token, eos_token and pad_token.
 
     Raises:
         NotSentencepiece: it has no such form.
     """
-    proto, model = new_proto(), raw["model"]
-    pieces = _pieces(raw)
+    proto, model = create_proto(), raw["model"]
+    pieces = _score_pieces(raw)
     for piece, (score, kind) in pieces.items():
         proto.pieces.add(piece=piece, score=score, type=kind)
     # sentencepiece has exactly one
@@ -215,14 +215,14 @@ def to_sentencepiece(raw: dict[str, Any], named: dict[str, str | None]) -> bytes
     trainer.unk_id = next(id_ for id_, (_, kind) in enumerate(pieces.values()) if kind == UNKNOWN)
     trainer.unk_piece = list(pieces)[trainer.unk_id]
     for field in ("bos", "eos", "pad"):
-        token = named.get(f"{field}_token")
+        token = named_tokens.get(f"{field}_token")
         setattr(trainer, f"{field}_id", ids.get(token, -1) if token else -1)
         if token in ids:
             setattr(trainer, f"{field}_piece", token)
     return bytes(proto.SerializeToString())
 
 
-def _pieces(raw: dict[str, Any]) -> dict[str, tuple[float, int]]:
+def _score_pieces(raw: dict[str, Any]) -> dict[str, tuple[float, int]]:
     """Return piece -> (score, type) in the order of ids."""
     model = raw["model"]
     if model["type"] not in ("BPE", "Unigram"):
@@ -241,8 +241,8 @@ def _pieces(raw: dict[str, Any]) -> dict[str, tuple[float, int]]:
     # an id is a place in the list of pieces
     if sorted(ids.values()) != list(range(len(ids))):
         raise NotSentencepiece("its ids have gaps")
-    byte_pieces = {byte_piece(b) for b in range(256)} if model.get("byte_fallback") else set()
-    cut_out = set(_cut_out(raw))
+    byte_pieces = {format_byte_piece(b) for b in range(256)} if model.get("byte_fallback") else set()
+    cut_out = set(_find_isolated_tokens(raw))
     found: dict[str, tuple[float, int]] = {}
     for piece in sorted(ids, key=ids.__getitem__):
         if piece == unknown:
@@ -259,7 +259,7 @@ def _pieces(raw: dict[str, Any]) -> dict[str, tuple[float, int]]:
     return found
 
 
-def _cut_out(raw: dict[str, Any]) -> list[str]:
+def _find_isolated_tokens(raw: dict[str, Any]) -> list[str]:
     """Return the pieces that the pre-tokenizer cuts out, as `from_sentencepiece` writes it."""
     step = raw.get("pre_tokenizer")
     if step is None:
@@ -270,7 +270,7 @@ def _cut_out(raw: dict[str, Any]) -> list[str]:
                                "take --format tiktoken")
     vocab = raw["model"]["vocab"]
     # escaped as they were written, so each part is found again exactly
-    pieces = {_escaped(piece): piece
+    pieces = {_escape_pattern(piece): piece
               for piece in (vocab if isinstance(vocab, dict) else (p for p, _ in vocab))}
     parts = (step["pattern"].get("Regex", "").split("|")
              if step["type"] == "Split" and step["behavior"] == "Isolated" else [])
@@ -291,12 +291,13 @@ def _read_normalizers(raw: dict[str, Any], spec: Any) -> None:
         left.pop(0)
     if left and left[0]["type"] == "Precompiled":
         spec.precompiled_charsmap = base64.b64decode(left.pop(0)["precompiled_charsmap"])
-        spec.name = spec.name if composes(spec) else "user_defined"
-    spec.remove_extra_whitespaces = left[:2] == [_replace(_EDGES, "", "Regex"), _replace(_RUNS, " ", "Regex")]
+        spec.name = spec.name if composes_characters(spec) else "user_defined"
+    spec.remove_extra_whitespaces = left[:2] == [_build_replacement(_EDGES, "", "Regex"),
+                                                 _build_replacement(_RUNS, " ", "Regex")]
     left = left[2:] if spec.remove_extra_whitespaces else left
     spec.add_dummy_prefix = left[:1] == [{"type": "Prepend", "prepend": SPACE}]
     left = left[1:] if spec.add_dummy_prefix else left
     spec.escape_whitespaces = True
-    if left != [_replace(" ", SPACE)]:
+    if left != [_build_replacement(" ", SPACE)]:
         raise NotSentencepiece(f"its normalizer is {step}, which is none of the steps of sentencepiece"
                                if left else "its spaces are not marked as sentencepiece marks them")

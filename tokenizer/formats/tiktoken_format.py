@@ -17,8 +17,8 @@ import tiktoken
 
 from megatron_sov.base.documents.byte_bpe import build_ranks, byte_alphabet, parse_split_pattern
 from megatron_sov.base.errors import UserError
-from tokenizer.bpe.segmenting import merge_of
-from tokenizer.formats.hf_files import ID_DIGITS, no_panics, refuse_far_ids, special_token
+from tokenizer.bpe.segmenting import find_last_merge
+from tokenizer.formats.hf_files import ID_DIGITS, build_special_token, check_id_range, translate_panics
 
 _ATOM_OR_SIGN = re.compile(
     r"(?P<atom>\\[pP]\{[^}]*\}|\\x\{[^}]*\}|\\.|[^\\\[\](){}|^$*+?])"  # a class, an escape, a character
@@ -36,7 +36,7 @@ PROBE = "a b 1\n"
 # the ends of the text in both.
 
 
-def for_oniguruma(pattern: str) -> str:
+def convert_to_oniguruma(pattern: str) -> str:
     """Return fancy-regex's pattern in Ruby's syntax."""
     out: list[str] = []
     starts: list[int] = []  # where in `out` each open group began
@@ -44,7 +44,7 @@ def for_oniguruma(pattern: str) -> str:
     position = 0
     while position < len(pattern):
         if pattern[position] == "[":
-            end = _class_end(pattern, position)
+            end = _find_class_end(pattern, position)
             last = len(out)
             out.append(pattern[position:end])
             position = end
@@ -68,7 +68,7 @@ def for_oniguruma(pattern: str) -> str:
     return "".join(out)
 
 
-def _class_end(pattern: str, start: int) -> int:
+def _find_class_end(pattern: str, start: int) -> int:
     """Return the position behind the character class that begins at `start`; classes nest."""
     depth, position = 0, start
     while position < len(pattern):
@@ -118,13 +118,13 @@ class TiktokenRules:
 
 
 def to_tiktoken(raw: dict[str, Any], name: str,
-                named: dict[str, str | None]) -> tuple[dict[bytes, int], TiktokenRules]:
+                named_tokens: dict[str, str | None]) -> tuple[dict[bytes, int], TiktokenRules]:
     """Return ranks and rules of a tokenizer.json.
 
     Args:
         raw: the tokenizer.json.
         name: what the encoding is called.
-        named: bos_token, eos_token and pad_token.
+        named_tokens: bos_token, eos_token and pad_token.
 
     Raises:
         NotByteBpe: it has no such form.
@@ -145,16 +145,16 @@ def to_tiktoken(raw: dict[str, Any], name: str,
                           None):
             raise UserError(f"{name}: special token {token['content']!r} begins {longer!r}, "
                             "and tiktoken does not say which of the two it finds; rename one")
-    return build_ranks(raw), TiktokenRules(parse_split_pattern(raw), special, name, kind, **named)
+    return build_ranks(raw), TiktokenRules(parse_split_pattern(raw), special, name, kind, **named_tokens)
 
 
-def ranks_text(found: dict[bytes, int]) -> bytes:
+def format_ranks(ranks: dict[bytes, int]) -> bytes:
     """Return the content of a ranks file, in the order of ids."""
     return b"".join(base64.b64encode(token) + b" %d\n" % id_
-                    for token, id_ in sorted(found.items(), key=lambda e: e[1]))
+                    for token, id_ in sorted(ranks.items(), key=lambda e: e[1]))
 
 
-def rules_path(file: Path) -> Path:
+def get_rules_path(file: Path) -> Path:
     """Return where the rules of a ranks file stand."""
     return file.with_name(file.name + ".json")
 
@@ -162,10 +162,10 @@ def rules_path(file: Path) -> Path:
 def is_ranks_file(file: Path) -> bool:
     """Return whether the first line of a file is that of a ranks file."""
     with open(file, "rb") as f:
-        return _rank_line(f.readline(4096)) is not None
+        return _parse_rank_line(f.readline(4096)) is not None
 
 
-def _rank_line(line: bytes) -> tuple[bytes, int] | None:
+def _parse_rank_line(line: bytes) -> tuple[bytes, int] | None:
     token, _, id_ = line.rstrip(b"\r\n").partition(b" ")
     try:
         # a limit on digits: int() of a huge number takes quadratic time
@@ -187,7 +187,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
-            if (entry := _rank_line(line)) is None:
+            if (entry := _parse_rank_line(line)) is None:
                 raise UserError(f"{file}:{number}: {line[:40]!r} is not a token in base64, a space and its "
                                 "id; restore the file from its source")
             token, id_ = entry
@@ -197,7 +197,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
             found[token] = id_
             ids.add(id_)
     # the library makes room for the largest id
-    refuse_far_ids(ids, file)
+    check_id_range(ids, file)
     # all bytes, or there is text that cannot be encoded
     if missing := [b for b in range(256) if bytes([b]) not in found]:
         raise UserError(f"{file}: byte 0x{missing[0]:02X} is no token, so text that holds it could not be "
@@ -226,24 +226,24 @@ def read_rules(file: Path) -> TiktokenRules:
     return rules
 
 
-def encoding(found: dict[bytes, int], rules: TiktokenRules) -> tiktoken.Encoding:
+def build_encoding(ranks: dict[bytes, int], rules: TiktokenRules) -> tiktoken.Encoding:
     """Return tiktoken's own object.
 
     Raises:
         UserError: the pattern is none, or ids overlap.
     """
     # told here by name, before the library builds its tables
-    by_id = {id_: token for token, id_ in found.items()}
+    by_id = {id_: token for token, id_ in ranks.items()}
     if taken := next((t for t, id_ in rules.special_tokens.items() if id_ in by_id), None):
         id_ = rules.special_tokens[taken]
         raise UserError(f"{rules.name}: special token {taken!r} has id {id_}, which is that of "
                         f"{by_id[id_]!r}; give it a free one")
-    refuse_far_ids([*found.values(), *rules.special_tokens.values()], rules.name)
+    check_id_range([*ranks.values(), *rules.special_tokens.values()], rules.name)
     if not rules.pat_str:
         raise UserError(f"{rules.name}: pat_str is empty, and would split text nowhere; name the pattern")
     try:
-        with no_panics(rules.name):
-            made = tiktoken.Encoding(rules.name, pat_str=rules.pat_str, mergeable_ranks=found,
+        with translate_panics(rules.name):
+            made = tiktoken.Encoding(rules.name, pat_str=rules.pat_str, mergeable_ranks=ranks,
                                      special_tokens=rules.special_tokens)
             made.encode_ordinary(PROBE)  # some patterns only fail in use
         return made
@@ -251,36 +251,37 @@ def encoding(found: dict[bytes, int], rules: TiktokenRules) -> tiktoken.Encoding
         raise UserError(f"{rules.name}: pat_str {rules.pat_str!r} is no regular expression ({e})") from None
 
 
-def encoder(found: dict[bytes, int], rules: TiktokenRules) -> Callable[[str], list[int]]:
+def build_encoder(ranks: dict[bytes, int], rules: TiktokenRules) -> Callable[[str], list[int]]:
     """Return tiktoken's encoding of ordinary text, after the normalization that the rules ask for."""
-    ordinary = encoding(found, rules).encode_ordinary
+    ordinary = build_encoding(ranks, rules).encode_ordinary
     form: Any = rules.normalization
     return ordinary if form is None else lambda text: ordinary(unicodedata.normalize(form, text))
 
 
-def from_tiktoken(found: dict[bytes, int], rules: TiktokenRules) -> dict[str, Any]:
+def from_tiktoken(ranks: dict[bytes, int], rules: TiktokenRules) -> dict[str, Any]:
     """Return the tokenizer.json of ranks and rules.
 
     A token that merging never makes is found only where it is a whole piece of text, which is what
     `ignore_merges` says.
     """
     characters = {byte: character for character, byte in byte_alphabet().items()}
-    spelled = {token: "".join(characters[b] for b in token) for token in sorted(found, key=found.__getitem__)}
-    vocab = {text: found[token] for token, text in spelled.items()}
+    spelled = {token: "".join(characters[b] for b in token) for token in sorted(ranks, key=ranks.__getitem__)}
+    vocab = {text: ranks[token] for token, text in spelled.items()}
     # tokenizer.json has one table for both, so text could become a special token
     if taken := next((t for t in rules.special_tokens if t in vocab), None):
         raise UserError(f"{rules.name}: special token {taken!r} is spelled like an ordinary token, "
                         "so text could become its id; rename it")
-    as_ranks: dict[bytes, float] = dict(found)
+    as_ranks: dict[bytes, float] = dict(ranks)
     # ranks hold results of merges; the pair is found again by merging what is below its rank
-    pairs = [merge_of([bytes([b]) for b in token], as_ranks) for token in spelled if len(token) > 1]
+    pairs = [find_last_merge([bytes([b]) for b in token], as_ranks) for token in spelled if len(token) > 1]
     added = sorted(rules.special_tokens.items(), key=lambda e: e[1])
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [special_token(id_, token) for token, id_ in added],
+        "added_tokens": [build_special_token(id_, token) for token, id_ in added],
         "normalizer": {"type": rules.normalization} if rules.normalization else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": for_oniguruma(rules.pat_str)}, "behavior": "Isolated",
+            {"type": "Split", "pattern": {"Regex": convert_to_oniguruma(rules.pat_str)},
+             "behavior": "Isolated",
              "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
         "post_processor": None,

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from megatron_sov.base.pages.page import Chapter, PageSection, PageTable, render_page as render_page
-from tokenizer.formats.reader import Opened
+from tokenizer.formats.reader import LoadedTokenizer
 
 Verdict = Literal["good", "note", "bad"]
 
 
-def verdict_of(is_bad: object, is_note: object) -> Verdict:
+def choose_verdict(is_bad: object, is_note: object) -> Verdict:
     """Return "bad" or "note" where that holds, "bad" before "note", else "good"."""
     if is_bad:
         return "bad"
@@ -36,16 +36,16 @@ class TokenizerCheck:
     tables: list[PageTable] = field(default_factory=list)
 
 
-def shown(token: bytes | str) -> str:
+def format_token(token: bytes | str) -> str:
     """Return a token for people: spaces as ␣, controls and bytes that are no character as escapes."""
     text = token if isinstance(token, str) else token.decode("utf-8", errors="backslashreplace")
     visible = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join(visible).replace(" ", "␣")
 
 
-def cut(tokens: list[bytes]) -> str:
+def format_tokens(tokens: list[bytes]) -> str:
     """Return tokens side by side, with a bar between any two."""
-    return "|".join(map(shown, tokens))
+    return "|".join(map(format_token, tokens))
 
 
 def is_text(token: bytes) -> bool:
@@ -63,7 +63,7 @@ VERDICTS = {"good": Markup('<span class="good">good</span>'), "note": "note",
             "bad": Markup('<span class="bad">BAD</span>')}
 
 
-def render(tokenizer: Opened, checks: list[TokenizerCheck]) -> str:
+def render_report(tokenizer: LoadedTokenizer, checks: list[TokenizerCheck]) -> str:
     """Return the HTML of a report on one tokenizer."""
     overview = PageTable(["check", "verdict", "what was found"],
                          [[c.title, VERDICTS[c.verdict], c.summary] for c in checks])
@@ -71,12 +71,12 @@ def render(tokenizer: Opened, checks: list[TokenizerCheck]) -> str:
     subtitle = f"{tokenizer.vocab_size:,} ids, opened by {tokenizer.library}; {len(checks)} checks, " + (
         f"{bad} of them bad." if bad else "none of them bad.")
     sections = [PageSection(c.title, f"{c.summary[0].upper()}{c.summary[1:]}.", [], c.tables) for c in checks]
-    chapter = Chapter(tokenizer.name, "", _figures(tokenizer, checks), sections)
+    chapter = Chapter(tokenizer.name, "", _collect_figures(tokenizer, checks), sections)
     return render_page("Tokenizer report", tokenizer.name, subtitle, [chapter],
                        overview=("All checks", overview), anchor="tokenizer")
 
 
-def _figures(tokenizer: Opened, checks: list[TokenizerCheck]) -> list[tuple[str, str, str]]:
+def _collect_figures(tokenizer: LoadedTokenizer, checks: list[TokenizerCheck]) -> list[tuple[str, str, str]]:
     """Return the figures that stand at the top."""
     by_name = {c.name: c for c in checks}
     figures = [("Vocabulary", f"{tokenizer.vocab_size:,}", f"{len(tokenizer.special):,} special")]

@@ -19,14 +19,14 @@ from megatron_sov.base.errors import UserError, stop_check, suggest_name
 from megatron_sov.base.outputs import check_output, check_page
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import DeclaredCommand, Flag
-from tokenizer.formats.reader import Opened, open_tokenizer
-from tokenizer.report.check import TokenizerCheck, cut, render, shown, verdict_of
+from tokenizer.formats.reader import LoadedTokenizer, open_tokenizer
+from tokenizer.report.check import TokenizerCheck, choose_verdict, format_token, format_tokens, render_report
 from tokenizer.report.measures import (
     NUM_EXAMPLES, HeldoutTextOptions, NamedText, TokenizerMeasures, TokenizerPath, check_inventory,
-    check_scalars, check_superwords, check_texts, measure, pieces, read_texts)
+    check_scalars, check_superwords, check_texts, get_token_bytes, measure_text, read_texts)
 
 
-def check_used(tokenizer: Opened, measured: list[TokenizerMeasures]) -> TokenizerCheck:
+def check_used(tokenizer: LoadedTokenizer, measured: list[TokenizerMeasures]) -> TokenizerCheck:
     """Count the tokens that the texts do not use."""
     counts = np.sum([m.counts for m in measured], axis=0)
     ordinary = np.array(sorted(tokenizer.tokens))
@@ -39,11 +39,11 @@ def check_used(tokenizer: Opened, measured: list[TokenizerMeasures]) -> Tokenize
     share = len(unused) / len(ordinary)
     numbers = {"num_never_used": len(unused), "share_never_used": share, "num_bytes": num_bytes,
                "used_at_least": at_least, "used_by_text": by_text,
-               "examples": [{"id": int(i), "token": shown(tokenizer.tokens[int(i)])} for i in spread]}
+               "examples": [{"id": int(i), "token": format_token(tokenizer.tokens[int(i)])} for i in spread]}
     summary = (f"{len(unused):,} of {len(ordinary):,} tokens ({share:.1%}) do not occur in "
                f"{num_bytes / 1e6:.2f} MB of text"
                + ("; more text would use more of them" if share > 0.1 else ""))
-    rows = [[shown(tokenizer.tokens[int(i)]), f"{i:,}"] for i in spread]
+    rows = [[format_token(tokenizer.tokens[int(i)]), f"{i:,}"] for i in spread]
     return TokenizerCheck("used", "Never used", "note" if share > 0.5 else "good", summary, numbers,
                           [PageTable(["never used: some of all ids", "id"], rows)] if rows else [])
 
@@ -59,16 +59,17 @@ MIXED = ("\r\n", "\r\n\r\n", "\t \t ", " \n", "\n \n", "\u3000", "\u00a0\u00a0",
 EXAMPLES = ("\n    x", "\n        x", "\n\tx", "\n\n\nx", "a  b", "a\r\nb", "\n \n x")
 
 
-def digit_shape(tokenizer: Opened, number: str) -> tuple[int, ...]:
+def count_digits_per_token(tokenizer: LoadedTokenizer, number: str) -> tuple[int, ...]:
     """Return how many digits of a number each of its tokens holds, from the left."""
-    digits = (sum(len(run) for run in _DIGITS.findall(piece)) for piece in pieces(tokenizer, f"n={number}"))
+    digits = (sum(len(run) for run in _DIGITS.findall(piece)) for piece
+              in get_token_bytes(tokenizer, f"n={number}"))
     return tuple(n for n in digits if n)
 
 
-def check_digits(tokenizer: Opened) -> TokenizerCheck:
+def check_digits(tokenizer: LoadedTokenizer) -> TokenizerCheck:
     """How numbers of 1 to 12 digits are cut: one by one, in regular groups,
     or depending on which digits they are."""
-    several = [i for i, token in sorted(tokenizer.tokens.items()) if _several_digits(token)]
+    several = [i for i, token in sorted(tokenizer.tokens.items()) if _has_several_digits(token)]
     draw = random.Random(0)
     learned = [run.decode() for i in several for run in _DIGITS.findall(tokenizer.tokens[i])]
     by_length = {n: [f"{draw.randrange(10 ** (n - 1), 10 ** n)}" for _ in range(NUMBERS_PER_LENGTH)]
@@ -76,46 +77,47 @@ def check_digits(tokenizer: Opened) -> TokenizerCheck:
     for number in learned[:2000]:
         if len(number) <= MAX_DIGITS:
             by_length[len(number)].append(number)
-    shapes = {n: _shapes(tokenizer, numbers) for n, numbers in by_length.items()}
+    shapes = {n: _collect_shapes(tokenizer, numbers) for n, numbers in by_length.items()}
     single = all(shape == (1,) * n for n, found in shapes.items() for shape in found)
     regular = all(len(found) == 1 for found in shapes.values())
-    verdict = verdict_of(not regular, several or not single)
+    verdict = choose_verdict(not regular, several or not single)
     how = "how a number is cut depends on which digits it has"
     if single:
         how = "every digit is a token of its own"
     elif regular:
         how = "numbers are cut in groups that depend on their length alone"
-    example = f", such as {shown(tokenizer.tokens[several[0]])}" if several else ""
+    example = f", such as {format_token(tokenizer.tokens[several[0]])}" if several else ""
     summary = f"{how}; {len(several):,} tokens hold several digits{example}"
     numbers = {"single_digits": single, "regular": regular, "num_multi_digit_tokens": len(several),
-               "multi_digit_tokens": [shown(tokenizer.tokens[i]) for i in several[:200]],
-               "shapes": {str(n): {_sum(s): number for s, number in found.items()}
+               "multi_digit_tokens": [format_token(tokenizer.tokens[i]) for i in several[:200]],
+               "shapes": {str(n): {_format_shape(s): number for s, number in found.items()}
                           for n, found in shapes.items()}}
     rows = [
-        [str(n), f"{len(found)}", "; ".join(f"{_sum(s)} ({number})" for s, number in list(found.items())[:4])]
+        [str(n), f"{len(found)}", "; ".join(f"{_format_shape(s)} ({number})" for s, number
+                                            in list(found.items())[:4])]
         for n, found in shapes.items()]
     return TokenizerCheck("digits", "Digits", verdict, summary, numbers,
                           [PageTable(["digits", "ways", "groups, with an example"], rows)])
 
 
-def _sum(shape: tuple[int, ...]) -> str:
+def _format_shape(shape: tuple[int, ...]) -> str:
     return "+".join(map(str, shape))
 
 
-def _several_digits(token: bytes) -> bool:
+def _has_several_digits(token: bytes) -> bool:
     """Return whether a token holds two digits, or numerals, side by side."""
     text = token.decode("utf-8", errors="replace")
     return any(a[0] == b[0] == "N" for a, b in itertools.pairwise(map(unicodedata.category, text)))
 
 
-def _shapes(tokenizer: Opened, numbers: list[str]) -> dict[tuple[int, ...], str]:
+def _collect_shapes(tokenizer: LoadedTokenizer, numbers: list[str]) -> dict[tuple[int, ...], str]:
     found: dict[tuple[int, ...], str] = {}
     for number in numbers:
-        found.setdefault(digit_shape(tokenizer, number), number)
+        found.setdefault(count_digits_per_token(tokenizer, number), number)
     return found
 
 
-def check_whitespace(tokenizer: Opened) -> TokenizerCheck:
+def check_whitespace(tokenizer: LoadedTokenizer) -> TokenizerCheck:
     """Indentation by 1 to 64 spaces and 1 to 16 tabs, line breaks and mixed white space: tokens,
     and whether it comes back."""
     indents = {" ": MAX_SPACES, "\t": MAX_TABS}
@@ -131,8 +133,8 @@ def check_whitespace(tokenizer: Opened) -> TokenizerCheck:
     spaces, tabs, breaks = (max((len(t) for t in white.values() if not t.strip(unit)), default=0)
                             for unit in (b" ", b"\t", b"\n"))
     dear = [n for n in USUAL_INDENTS if cost[" "][n - 1] > 1]
-    verdict = verdict_of(lost, dear)
-    comes_back = (f"{len(lost)} of {len(texts)} do not come back, such as {shown(lost[0])}" if lost
+    verdict = choose_verdict(lost, dear)
+    comes_back = (f"{len(lost)} of {len(texts)} do not come back, such as {format_token(lost[0])}" if lost
                   else "every run comes back")
     summary = (f"{len(white)} tokens are white space (longest: spaces {spaces}, tabs {tabs}, "
                f"line breaks {breaks}); {comes_back}"
@@ -140,9 +142,9 @@ def check_whitespace(tokenizer: Opened) -> TokenizerCheck:
                   if dear else ""))
     numbers = {"num_whitespace_tokens": len(white), "longest_spaces": spaces, "longest_tabs": tabs,
                "longest_line_breaks": breaks, "num_tried": len(texts),
-               "not_given_back": [shown(t) for t in lost],
+               "not_given_back": [format_token(t) for t in lost],
                "tokens_more_for_spaces": cost[" "], "tokens_more_for_tabs": cost["\t"]}
-    rows = [[shown(text), cut(pieces(tokenizer, text))] for text in EXAMPLES]
+    rows = [[format_token(text), format_tokens(get_token_bytes(tokenizer, text))] for text in EXAMPLES]
     return TokenizerCheck("whitespace", "Indentation and white space", verdict, summary, numbers,
                           [PageTable(["text", "tokens"], rows)])
 
@@ -158,7 +160,7 @@ NEED_TEXT = frozenset(["texts", "used"])
 # Special tokens that a user types: whether they stay text.
 
 
-def check_neutral(tokenizer: Opened) -> TokenizerCheck:
+def check_neutral(tokenizer: LoadedTokenizer) -> TokenizerCheck:
     """Encode text in which each special token is spelled out.
 
     A user who can write the end of a turn can speak for the assistant.  Encoded as ordinary text, no special
@@ -183,7 +185,8 @@ def check_neutral(tokenizer: Opened) -> TokenizerCheck:
     how = {"tokenizers": "encode_special_tokens = True; in transformers, split_special_tokens=True",
            "tiktoken": "encode_ordinary"}.get(tokenizer.library, "encode")
     summary = f"{len(control):,} special tokens tried in text: " + (
-        f"{len(become_ids):,} become their ids even in ordinary text, such as {shown(control[become_ids[0]])}"
+        f"{len(become_ids):,} become their ids even in ordinary text, such as "
+        f"{format_token(control[become_ids[0]])}"
         if become_ids else f"encoded as ordinary text ({how}) all stay text") + (
         f"; {len(not_back):,} do not come back" if not_back else "") + (
         f"; read as special tokens, {len(by_default):,} become ids, so never encode users' text that way"
@@ -191,7 +194,7 @@ def check_neutral(tokenizer: Opened) -> TokenizerCheck:
     numbers = {"num_tried": len(control), "become_ids_in_text": [control[i] for i in become_ids],
                "not_given_back": [control[i] for i in not_back],
                "num_ids_where_special_is_read": len(by_default)}
-    rows = [[shown(control[i]), f"{i:,}", cut(pieces(tokenizer, control[i])) or "–",
+    rows = [[format_token(control[i]), f"{i:,}", format_tokens(get_token_bytes(tokenizer, control[i])) or "–",
              "becomes its id" if i in become_ids else "does not come back" if i in not_back else "stays text"]
             for i in [*become_ids, *not_back, *control][:NUM_EXAMPLES]]
     return TokenizerCheck("neutral", "Special tokens in users' text", "bad" if bad else "good", summary,
@@ -199,14 +202,15 @@ def check_neutral(tokenizer: Opened) -> TokenizerCheck:
                           [PageTable(["token", "id", "as ordinary text", "result"], rows)] if rows else [])
 
 
-def check_all(tokenizer: Opened, texts: list[NamedText], skip: Collection[str] = ()) -> list[TokenizerCheck]:
+def check_all(tokenizer: LoadedTokenizer, texts: list[NamedText],
+              skip: Collection[str] = ()) -> list[TokenizerCheck]:
     """Run all checks but those in `skip`; those that need text are left out where there is none.
 
     Progress is shown on standard error.
     """
     stop_check()
     wanted = [name for name in CHECKS if name not in skip and (texts or name not in NEED_TEXT)]
-    measured = [measure(tokenizer, text) for text in tqdm(texts, "texts", disable=None)]
+    measured = [measure_text(tokenizer, text) for text in tqdm(texts, "texts", disable=None)]
     runs: dict[str, Callable[[], TokenizerCheck]] = {
         "texts": lambda: check_texts(tokenizer, measured), "used": lambda: check_used(tokenizer, measured),
         "inventory": lambda: check_inventory(tokenizer), "superwords": lambda: check_superwords(tokenizer),
@@ -249,7 +253,7 @@ def run_report(args: TokenizerReportOptions) -> int:
     checks = check_all(opened, read_texts(args.text, args.max_text_mb), args.skip)
     for check in checks:
         print(f"{check.verdict:>4}  {check.title}: {check.summary}")
-    write_output(args.output, render(opened, checks))
+    write_output(args.output, render_report(opened, checks))
     if args.json is not None:
         found = {c.name: {"title": c.title, "verdict": c.verdict, "summary": c.summary, "numbers": c.numbers}
                  for c in checks}

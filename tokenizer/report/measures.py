@@ -19,14 +19,14 @@ from megatron_sov.base.documents import Document, RecordReading, cut_text, list_
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import AboveZero, Flag
-from tokenizer.formats.reader import Opened
-from tokenizer.report.check import TokenizerCheck, is_text, shown, verdict_of
+from tokenizer.formats.reader import LoadedTokenizer
+from tokenizer.report.check import TokenizerCheck, choose_verdict, format_token, is_text
 
 NUM_EXAMPLES = 20
 """Shown of what a check finds."""
 
 
-def pieces(tokenizer: Opened, text: str) -> list[bytes]:
+def get_token_bytes(tokenizer: LoadedTokenizer, text: str) -> list[bytes]:
     return [tokenizer.tokens.get(i, b"") for i in tokenizer.encode(text)]
 
 
@@ -139,7 +139,7 @@ def read_text(name: str, path: Path, max_bytes: int) -> NamedText:
     left = max_bytes
     whole = step == 1
     for unit in units[::step]:
-        for chunk in _chunks(unit):
+        for chunk in _iter_chunks(unit):
             chunks.append(chunk)
             left -= len(chunk.encode())
             if left <= 0:
@@ -149,7 +149,7 @@ def read_text(name: str, path: Path, max_bytes: int) -> NamedText:
     return NamedText(name, str(path), chunks, whole)
 
 
-def _chunks(unit: tuple) -> Iterator[str]:
+def _iter_chunks(unit: tuple) -> Iterator[str]:
     """Yield the text of some spans.
 
     Raises:
@@ -171,7 +171,7 @@ class TokenizerMeasures:
     text: NamedText
     counts: NDArray[np.int64]
     """How often each id occurs, [vocab]."""
-    num_changed: int
+    num_changed_chunks: int
     """Chunks that decoding does not give back, after the tokenizer's own normalization."""
 
     @property
@@ -203,10 +203,10 @@ class TokenizerMeasures:
             "bytes_per_token": self.bytes_per_token, "tokens_per_char": self.tokens_per_char,
             "tokens_per_word": self.tokens_per_word, "tokens_per_1000_chars": 1000 * self.tokens_per_char,
             "tokens_per_1000_words": None if self.tokens_per_word is None else 1000 * self.tokens_per_word,
-            "chunks_not_given_back": self.num_changed, "num_chunks": len(text.chunks)}
+            "chunks_not_given_back": self.num_changed_chunks, "num_chunks": len(text.chunks)}
 
 
-def measure(tokenizer: Opened, text: NamedText) -> TokenizerMeasures:
+def measure_text(tokenizer: LoadedTokenizer, text: NamedText) -> TokenizerMeasures:
     """Encode a text, count its tokens and decode it again."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     changed = 0
@@ -217,7 +217,7 @@ def measure(tokenizer: Opened, text: NamedText) -> TokenizerMeasures:
     return TokenizerMeasures(text, counts, changed)
 
 
-def check_texts(tokenizer: Opened, measured: list[TokenizerMeasures]) -> TokenizerCheck:
+def check_texts(tokenizer: LoadedTokenizer, measured: list[TokenizerMeasures]) -> TokenizerCheck:
     """Compression, cost in context and share of the computation, for each text;
     and whether each is given back."""
     partial = np.zeros(tokenizer.vocab_size, np.bool_)
@@ -232,7 +232,7 @@ def check_texts(tokenizer: Opened, measured: list[TokenizerMeasures]) -> Tokeniz
         numbers[m.text.name] = m.numbers() | {
             "share_of_bytes": share_bytes, "share_of_flops": share_tokens, "cost_against_mean": cost,
             "share_of_partial_characters": num_partial / max(1, m.num_tokens)}
-    changed = sum(m.num_changed for m in measured)
+    changed = sum(m.num_changed_chunks for m in measured)
     best, worst = (pick(measured, key=lambda m: m.bytes_per_token) for pick in (max, min))
     summary = (f"{all_bytes / 1e6:.2f} MB in {len(measured)} texts, {all_bytes / all_tokens:.3f} bytes per "
                f"token; best {best.text.name} ({best.bytes_per_token:.3f}), worst {worst.text.name} "
@@ -240,10 +240,10 @@ def check_texts(tokenizer: Opened, measured: list[TokenizerMeasures]) -> Tokeniz
                + (f"{changed} pieces of text are not given back by decoding" if changed
                   else "decoding gives all of it back"))
     return TokenizerCheck("texts", "Texts", "bad" if changed else "good", summary, {"texts": numbers},
-                          [table(measured)])
+                          [build_measures_table(measured)])
 
 
-def table(measured: list[TokenizerMeasures]) -> PageTable:
+def build_measures_table(measured: list[TokenizerMeasures]) -> PageTable:
     """Return the figures of each text as a table."""
     all_bytes, all_tokens = sum(m.text.num_bytes for m in measured), sum(m.num_tokens for m in measured)
     rows = []
@@ -262,7 +262,7 @@ def table(measured: list[TokenizerMeasures]) -> PageTable:
 
 
 
-def check_inventory(tokenizer: Opened) -> TokenizerCheck:
+def check_inventory(tokenizer: LoadedTokenizer) -> TokenizerCheck:
     """Size, special tokens, bytes, parts of characters and the longest tokens."""
     tokens = tokenizer.tokens
     ids = {*tokens, *tokenizer.special, *tokenizer.added}
@@ -279,9 +279,10 @@ def check_inventory(tokenizer: Opened) -> TokenizerCheck:
         "added": {str(i): t for i, t in sorted(tokenizer.added.items())}, "num_single_bytes": len(single),
         "num_parts_of_characters": len(partial),
         "share_parts_of_characters": len(partial) / tokenizer.vocab_size, "ids_without_token": unused_ids,
-        "num_same_bytes": len(twins), "same_bytes": [shown(t) for t in twins[:NUM_EXAMPLES]],
+        "num_same_bytes": len(twins), "same_bytes": [format_token(t) for t in twins[:NUM_EXAMPLES]],
         "mean_bytes": sum(map(len, tokens.values())) / max(1, len(tokens)),
-        "longest": [{"id": i, "token": shown(tokens[i]), "num_bytes": len(tokens[i])} for i in longest],
+        "longest": [{"id": i, "token": format_token(tokens[i]), "num_bytes": len(tokens[i])} for i
+                    in longest],
         "tokens_by_num_bytes": dict(sorted(Counter(map(len, tokens.values())).items()))}
     summary = (f"{tokenizer.vocab_size:,} ids: {len(tokenizer.special):,} special, {len(tokenizer.added):,} "
                f"added, {len(single)} single bytes, {len(partial):,} parts of characters; "
@@ -289,34 +290,34 @@ def check_inventory(tokenizer: Opened) -> TokenizerCheck:
                + (f"; {unused_ids:,} ids have no token" if unused_ids else "")
                + (f"; {len(twins):,} tokens share their bytes with another" if twins else ""))
     tables = [PageTable(["longest tokens", "id", "bytes"],
-                        [[shown(tokens[i]), f"{i:,}", f"{len(tokens[i])}"] for i in longest])]
+                        [[format_token(tokens[i]), f"{i:,}", f"{len(tokens[i])}"] for i in longest])]
     if named := sorted((tokenizer.special | tokenizer.added).items()):
-        rows = [[shown(t), f"{i:,}", "special" if i in tokenizer.special else "added"]
+        rows = [[format_token(t), f"{i:,}", "special" if i in tokenizer.special else "added"]
                 for i, t in named[:3 * NUM_EXAMPLES]]
         tables.insert(0, PageTable(["special and added tokens", "id", "kind"], rows))
     return TokenizerCheck("inventory", "Vocabulary", "note" if unused_ids or twins else "good", summary,
                           numbers, tables)
 
 
-def words_in(token: bytes) -> int:
+def count_words(token: bytes) -> int:
     return sum(any(c.isalpha() for c in word) for word in token.decode("utf-8", errors="ignore").split())
 
 
-def check_superwords(tokenizer: Opened) -> TokenizerCheck:
+def check_superwords(tokenizer: LoadedTokenizer) -> TokenizerCheck:
     """Tokens that span several words (SuperBPE, arXiv 2503.13423)."""
     words = {id_: n for id_, token in tokenizer.tokens.items()
-             if b" " in token and (n := words_in(token)) > 1}
+             if b" " in token and (n := count_words(token)) > 1}
     share = len(words) / tokenizer.vocab_size
     longest = sorted(words, key=lambda id_: (-words[id_], -len(tokenizer.tokens[id_]), id_))
     step = max(1, len(words) // NUM_EXAMPLES)
     spread = sorted(words)[::step][:NUM_EXAMPLES]
     numbers = {"num_superwords": len(words), "share": share,
                "by_num_words": dict(sorted(Counter(words.values()).items())),
-               "longest": [shown(tokenizer.tokens[i]) for i in longest[:NUM_EXAMPLES]],
-               "examples": [shown(tokenizer.tokens[i]) for i in spread]}
+               "longest": [format_token(tokenizer.tokens[i]) for i in longest[:NUM_EXAMPLES]],
+               "examples": [format_token(tokenizer.tokens[i]) for i in spread]}
     summary = (f"{len(words):,} tokens span words, {share:.1%} of the vocabulary; "
                f"the longest spans {max(words.values())} words" if words else "no token spans words")
-    rows = [[shown(tokenizer.tokens[i]), f"{i:,}", f"{words[i]}"] for i in [*longest[:10], *spread]]
+    rows = [[format_token(tokenizer.tokens[i]), f"{i:,}", f"{words[i]}"] for i in [*longest[:10], *spread]]
     tables = [PageTable(["superwords: longest, then some of all ids", "id", "words"], rows)] if rows else []
     return TokenizerCheck("superwords", "Superwords", "good", summary, numbers, tables)
 
@@ -333,7 +334,7 @@ SEPARATORS = {"side by side": "", "behind a letter": "a", "behind a space": " "}
 
 
 @dataclass
-class Scalars:
+class ScalarResults:
     """Characters of Unicode that do not come back as they were."""
 
     num_tried: int = 0
@@ -345,10 +346,10 @@ class Scalars:
     """Blocks that do not come back although each of their characters does."""
 
 
-def try_scalars(tokenizer: Opened, end: int = END) -> Scalars:
+def try_scalars(tokenizer: LoadedTokenizer, end: int = END) -> ScalarResults:
     """Encode and decode all 1,112,064 scalar values, or those below `end`."""
-    found = Scalars()
-    for codes in _blocks(end):
+    found = ScalarResults()
+    for codes in _iter_blocks(end):
         found.num_tried += len(codes)
         # planes without characters once: they are large, and no text has them
         names = list(SEPARATORS)[:1] if codes[0] in EMPTY_PLANES else list(SEPARATORS)
@@ -358,36 +359,36 @@ def try_scalars(tokenizer: Opened, end: int = END) -> Scalars:
         if not all(same):
             before = len(found.lost)
             # a block that does not come back is looked at character by character
-            _look_closer(tokenizer, codes, found)
+            _try_single_scalars(tokenizer, codes, found)
             explained = len(found.lost) > before
             for name, text, ids in zip(names, texts, encoded, strict=True):
                 # characters that are fine alone and not together
-                if not explained and not _equivalent(tokenizer.decode(ids), text):
+                if not explained and not _is_equivalent(tokenizer.decode(ids), text):
                     found.lost_blocks.append(f"U+{codes[0]:04X} to U+{codes[-1]:04X}, {name}")
     return found
 
 
-def _look_closer(tokenizer: Opened, codes: list[int], found: Scalars) -> None:
+def _try_single_scalars(tokenizer: LoadedTokenizer, codes: list[int], found: ScalarResults) -> None:
     """Try each character of a block on its own, between letters."""
     texts = [f"a{chr(code)}a" for code in codes]
     for code, text, ids in zip(codes, texts, tokenizer.encode_many(texts), strict=True):
         back = tokenizer.decode(ids)
         if back != text:
-            (found.changed if _equivalent(back, text) else found.lost).append(code)
+            (found.changed if _is_equivalent(back, text) else found.lost).append(code)
 
 
-def _equivalent(a: str, b: str) -> bool:
+def _is_equivalent(a: str, b: str) -> bool:
     """Return whether two texts are canonically equivalent (Unicode Standard Annex 15)."""
     return unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)
 
 
-def _blocks(end: int) -> Iterator[list[int]]:
+def _iter_blocks(end: int) -> Iterator[list[int]]:
     for start in range(0, end, BLOCK):
         if not 0xD800 <= start < 0xE000:
             yield list(range(start, min(start + BLOCK, end)))
 
 
-def check_scalars(tokenizer: Opened) -> TokenizerCheck:
+def check_scalars(tokenizer: LoadedTokenizer) -> TokenizerCheck:
     """Say whether all of Unicode survives."""
     found = try_scalars(tokenizer)
     bad = bool(found.lost or found.lost_blocks)
@@ -407,5 +408,5 @@ def check_scalars(tokenizer: Opened) -> TokenizerCheck:
     rows = [[f"U+{c:04X}", unicodedata.name(chr(c), "–"), chr(c) if chr(c).isprintable() else "–"]
             for c in found.lost[:NUM_SCALARS_SHOWN]]
     tables = [PageTable(["lost", "name", "character"], rows)] if rows else []
-    return TokenizerCheck("scalars", "All of Unicode", verdict_of(bad, found.changed),
+    return TokenizerCheck("scalars", "All of Unicode", choose_verdict(bad, found.changed),
                           summary, numbers, tables)

@@ -240,17 +240,17 @@ class Decontaminate(Step):
 
     kind = "decontaminate"
     version = 2  # looks at each document alone
-    adds = {"contamination": "string"}
+    added_columns = {"contamination": "string"}
     Settings = DecontaminateSettings
     settings: DecontaminateSettings
 
-    def files(self) -> Sequence[Path]:
+    def list_files(self) -> Sequence[Path]:
         return list_benchmark_files(self.settings.benchmarks)
 
-    def start(self, view: View) -> None:
+    def load_inputs(self, view: View) -> None:
         self._search = self.settings.search()
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [self._outcome(document.text) for document in documents]
 
     def _outcome(self, text: str) -> StepOutcome:

@@ -1,5 +1,4 @@
-"""Addresses: the hash of all that a folder's content follows from, so that a changed setting or input has a
-folder of its own and what depends on it too, and nothing else."""
+"""Hash inputs and settings into folder names, so that a changed setting or file gets a new folder."""
 
 from __future__ import annotations
 
@@ -10,67 +9,65 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.curate.sources.source import PASSED_OVER, SourcePiece
+from data_prep.curate.sources.source import NO_FORMAT, SourcePiece
 from megatron_sov.base.digests import BLAKE3, hash_file
 from megatron_sov.base.errors import UserError
 
 FORMAT_VERSION = 6
-"""Raised when the same inputs and settings would have other files."""
-Mark = list[int]
-"""Size and time of change of a file: raw files, which may be terabytes, are known by it and not by their
-content."""
+"""Raised when equal inputs and settings would give different files."""
+FileMark = list[int]
+"""Size in bytes and modification time in ns. Raw files may be terabytes, so their content is not hashed."""
 
 
-def address(ingredients: Mapping[str, Any]) -> str:
-    """Return the address of what follows from plain values, in 12 hexadecimal digits."""
-    written = json.dumps({"format": FORMAT_VERSION, **ingredients}, sort_keys=True, ensure_ascii=False)
-    # names of files may hold bytes that are no text
-    return hashlib.sha256(written.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+def compute_address(ingredients: Mapping[str, Any]) -> str:
+    """Hash plain values to an address of 12 hexadecimal digits."""
+    text = json.dumps({"format": FORMAT_VERSION, **ingredients}, sort_keys=True, ensure_ascii=False)
+    # File names may hold bytes that are not UTF-8.
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
-def mark_of(file: Path) -> Mark:
-    """Return the size and the time of change of a file.
-
-    Raises:
-        UserError: it cannot be looked at.
-    """
+def read_file_mark(file: Path) -> FileMark:
+    """Return size and modification time; raise `UserError` for an unreadable file."""
     try:
         stat = os.stat(file)
     except OSError as e:
-        raise _unreadable(file, e) from None
+        raise _build_read_error(file, e) from None
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def refuse_changed(file: Path, mark: Mark) -> None:
-    """Raise `UserError` where a file has changed since its mark was taken."""
-    if mark_of(file) != mark:
-        raise UserError(f"{file}: has changed since the run looked at it; run the command again when nobody "
+def check_unchanged(file: Path, mark: FileMark) -> None:
+    """Raise `UserError` if a file changed after `read_file_mark` returned `mark`."""
+    if read_file_mark(file) != mark:
+        raise UserError(f"{file}: changed while the run was reading it; run the command again when nothing "
                         "writes to it")
 
 
-def tree_hash(path: Path) -> str:
-    """Return the hash of a file's content, or of the names and contents in a folder.
+def hash_tree(path: Path) -> str:
+    """Hash a file's content, or the names and contents of all files in a folder.
 
     Raises:
-        UserError: something cannot be read.
+        UserError: a file cannot be read.
     """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return address({"files": [["" if file == path else file.relative_to(path).as_posix(), _content_hash(file)]
-                              for file in files]})
+    if path.is_file():
+        return compute_address({"files": [["", _hash_content(path)]]})
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return compute_address({"files": [[file.relative_to(path).as_posix(), _hash_content(file)]
+                                      for file in files]})
 
 
-def _content_hash(file: Path) -> str:
+def _hash_content(file: Path) -> str:
     try:
         return hash_file(file, BLAKE3).partition(":")[2][:32]
     except OSError as e:
-        raise _unreadable(file, e) from None
+        raise _build_read_error(file, e) from None
 
 
-def _unreadable(file: Path, error: OSError) -> UserError:
+def _build_read_error(file: Path, error: OSError) -> UserError:
     return UserError(f"{file}: cannot be read ({error.strerror or error}); check the path and its "
                      "permissions")
 
 
-def input_names(pieces: Sequence[SourcePiece]) -> list[str]:
-    return list(dict.fromkeys(name for piece in pieces if piece.format != PASSED_OVER
-                              for name in (piece.file, *piece.beside)))
+def list_input_names(pieces: Sequence[SourcePiece]) -> list[str]:
+    """List the files to read for pieces, companion files included, each once."""
+    return list(dict.fromkeys(name for piece in pieces if piece.format != NO_FORMAT
+                              for name in (piece.file, *piece.companion_files)))

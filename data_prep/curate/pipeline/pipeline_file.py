@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 from pydantic import TypeAdapter
 
-from data_prep.curate.pipeline.step import SOURCE_COLUMNS, STEPS, ColumnType, Step, step_class
+from data_prep.curate.pipeline.step import SOURCE_COLUMNS, STEPS, ColumnType, Step, load_step_class
 from data_prep.curate.pipelines import READY
 from data_prep.curate.sources.source import KINDS, SourceSettings
 from megatron_sov.base.artifacts import MANIFEST
@@ -29,28 +29,28 @@ from megatron_sov.base.settings import (
 # Settings of steps: paths that start at the pipeline file, and plain values to write down.
 
 
-def resolved(settings: Any, folder: Path) -> Any:
+def resolve_paths(settings: Any, folder: Path) -> Any:
     """Return settings whose relative paths start at a folder instead of at the current one."""
     if isinstance(settings, Path):
         return settings if settings == Path() else folder / settings
     if isinstance(settings, (tuple, list)):
-        return type(settings)(resolved(value, folder) for value in settings)
+        return type(settings)(resolve_paths(value, folder) for value in settings)
     if isinstance(settings, dict):
-        return {key: resolved(value, folder) for key, value in settings.items()}
+        return {key: resolve_paths(value, folder) for key, value in settings.items()}
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
         # Fields that the constructor does not take are made from those that it does.
-        changed = {f.name: resolved(getattr(settings, f.name), folder)
+        changed = {f.name: resolve_paths(getattr(settings, f.name), folder)
                    for f in dataclasses.fields(settings) if f.init}
         return dataclasses.replace(settings, **changed)
     return settings
 
 
-def plain(settings: Any) -> Any:
+def to_plain_values(settings: Any) -> Any:
     return json.loads(TypeAdapter(type(settings)).dump_json(settings))
 
 
 @dataclass(frozen=True)
-class Only:
+class StepFilter:
     """Which documents a step looks at; others pass untouched."""
 
     sources: tuple[str, ...] = ()
@@ -66,18 +66,18 @@ class StepEntry:
     kind: str
     written: Mapping[str, Any]
     """Its settings as they stand in the file."""
-    only: Only = field(default_factory=Only)
+    only: StepFilter = field(default_factory=StepFilter)
 
-    def build(self, folder: Path) -> Step:
+    def build_step(self, folder: Path) -> Step:
         """Return the step, its relative paths starting at the pipeline file's folder."""
-        cls = step_class(self.kind)
+        cls = load_step_class(self.kind)
         settings, problems = try_parse_settings(cls.Settings, self.written)
         assert not problems, problems
-        return cls(resolved(settings, folder))
+        return cls(resolve_paths(settings, folder))
 
-    def settings(self) -> Any:
+    def to_settings(self) -> Any:
         """Return all settings as plain values, defaults filled in, paths as they are written."""
-        return plain(try_parse_settings(step_class(self.kind).Settings, self.written)[0])
+        return to_plain_values(try_parse_settings(load_step_class(self.kind).Settings, self.written)[0])
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Pipeline:
     """How they are packed; None: the output is text."""
 
 
-Words = Annotated[NotBlank, Bound(lambda text: None if text.isprintable() else (
+PrintableText = Annotated[NotBlank, Bound(lambda text: None if text.isprintable() else (
     ProblemCode.BOUND, "must have no control characters", ""))]
 
 
@@ -139,7 +139,7 @@ Words = Annotated[NotBlank, Bound(lambda text: None if text.isprintable() else (
 class _Head:
     """The keys of the file that hold one value."""
 
-    name: Words
+    name: PrintableText
     shard_bytes: Annotated[int, Ge(1000)] = Pipeline.shard_bytes
     on_bad: Literal["quarantine", "refuse"] = "quarantine"
 
@@ -212,7 +212,7 @@ class _FileReader:
         output = self._part(OutputSettings, raw.get("output") or {}, ("output",))
         if output:
             # Last, when all steps have added their columns.
-            for sentence in check_name_pattern(output.name, self.columns, _givers):
+            for sentence in find_pattern_problems(output.name, self.columns, _givers):
                 self.tell(("output", "name"), f"name = {output.name!r}: {sentence}")
         pack = self._part(PackEntry, raw["pack"], ("pack",)) if raw.get("pack") is not None else None
         if self.found or head is None or output is None:
@@ -230,7 +230,7 @@ class _FileReader:
         kind = kind or "".join(map(str, place[-1:]))
         settings, problems = try_parse_settings(cls, written, partial(_suggest_setting, kind))
         if settings is not None:
-            settings = resolved(settings, self.folder)
+            settings = resolve_paths(settings, self.folder)
             # Rules may open files, so paths are resolved first.
             problems = find_rule_problems(settings)
         for problem in problems:
@@ -280,14 +280,14 @@ class _FileReader:
                     kind = self._tell_unknown(kind, (*place, kind))
                 if kind not in STEPS:
                     continue
-                only = self._part(Only, entry.get("only") or {}, (*place, "only"))
+                only = self._part(StepFilter, entry.get("only") or {}, (*place, "only"))
                 if only is not None:
                     self._check_only(only, sources, (*place, "only"))
                     if not are_kinds_told:
                         self._check_kinds_before(only, sources, (*place, "only"))
                 # From the step `kind` on, any document may be of any kind.
                 are_kinds_told |= kind == "kind"
-                yield from self._step(StepEntry(i + 1, kind, {}, only or Only()), entry[kinds[0]],
+                yield from self._step(StepEntry(i + 1, kind, {}, only or StepFilter()), entry[kinds[0]],
                                       (*place, kinds[0]))
 
     def _tell_unknown(self, name: str, place: Place) -> str:
@@ -304,7 +304,7 @@ class _FileReader:
         self.tell(place, f"{name}: is no step{close}")
         return meant or name
 
-    def _check_kinds_before(self, only: Only, sources: Mapping[str, str], place: Place) -> None:
+    def _check_kinds_before(self, only: StepFilter, sources: Mapping[str, str], place: Place) -> None:
         """Note that a step would pass over documents of the kinds that it names, since the step `kind`, which
         tells them, comes later or never."""
         asked = {name: kind for name, kind in sources.items() if not only.sources or name in only.sources}
@@ -318,7 +318,7 @@ class _FileReader:
                                          "kind, so no document would be looked at; mend it, or put the step "
                                          "kind before this one")
 
-    def _check_only(self, only: Only, sources: Mapping[str, str], place: Place) -> None:
+    def _check_only(self, only: StepFilter, sources: Mapping[str, str], place: Place) -> None:
         for name in only.sources:
             if name not in sources:
                 self.tell((*place, "sources"), f"sources = {name!r}: there is no such source"
@@ -330,7 +330,7 @@ class _FileReader:
 
     def _step(self, entry: StepEntry, written: Any, place: Place) -> Iterator[StepEntry]:
         try:
-            cls = step_class(entry.kind)
+            cls = load_step_class(entry.kind)
         except UserError as e:
             self.tell(place, str(e))
             return
@@ -339,20 +339,20 @@ class _FileReader:
         settings = self._part(cls.Settings, {} if written is None else written, place, entry.kind)
         if settings is None:
             # The columns count even so: steps behind would else be called wrong for this step's mistake.
-            self._add_columns(cls.adds, entry.kind, place)
+            self._add_columns(cls.added_columns, entry.kind, place)
             return
         step = cls(settings)
-        for file in step.files():
+        for file in step.list_files():
             if not Path(file).exists():
                 self.tell(place, f"{entry.kind}: {file} does not exist; mend the path, which starts at the "
                                  "pipeline file")
-        for name in step.needs:
+        for name in step.needed_columns:
             if name not in self.columns:
                 givers = _givers(name)
                 way = f"put the step {' or '.join(givers)} before it" if givers else "no step gives it"
                 self.tell(place, f"{entry.kind}: needs the column {name!r}, which nothing before it gives; "
                                  f"{way}")
-        self._add_columns(step.adds, entry.kind, place)
+        self._add_columns(step.added_columns, entry.kind, place)
         yield dataclasses.replace(entry, written=written or {})
 
     def _add_columns(self, adds: Mapping[str, ColumnType], kind: str, place: Place) -> None:
@@ -372,7 +372,7 @@ def _suggest_setting(kind: str, key: str) -> str:
 
 
 def _givers(column: str) -> list[str]:
-    return [kind for kind in STEPS if column in step_class(kind).adds]
+    return [kind for kind in STEPS if column in load_step_class(kind).added_columns]
 
 
 # Names of the output's sources, made of documents' columns.
@@ -380,11 +380,11 @@ def _givers(column: str) -> list[str]:
 
 OPEN_COLUMNS = frozenset(["where", "url", "title", "date", "own_id", "extra", "licence", "language_hint"])
 """Columns whose values documents choose themselves: as names they would be without end."""
-NOTHING = "none"
+MISSING_VALUE = "none"
 """Stands for a value that a document lacks."""
 
 
-def check_name_pattern(pattern: str, columns: Mapping[str, ColumnType],
+def find_pattern_problems(pattern: str, columns: Mapping[str, ColumnType],
                        givers: Callable[[str], Sequence[str]] = lambda column: ()) -> list[str]:
     """Return one sentence for each rule that a pattern of names breaks.
 
@@ -410,7 +410,7 @@ def check_name_pattern(pattern: str, columns: Mapping[str, ColumnType],
     return found
 
 
-def named_columns(pattern: str) -> frozenset[str]:
+def list_pattern_columns(pattern: str) -> frozenset[str]:
     return frozenset(name for _, name, _, _ in Formatter().parse(pattern) if name)
 
 
@@ -420,14 +420,14 @@ def _way(name: str, usable: Sequence[str], columns: Mapping[str, ColumnType],
     return f"; add the step {' or '.join(steps)}" if steps else suggest_name(name, usable)
 
 
-def name_of(pattern: str, source: str, columns: Mapping[str, Any]) -> str:
+def format_output_name(pattern: str, source: str, columns: Mapping[str, Any]) -> str:
     """Return the name of the output's source that a document goes to."""
     def text(name: str) -> str:
         value = source if name == "source" else columns.get(name)
         if isinstance(value, bool):
             return "yes" if value else "no"
         # Names become folders: no text of a document may form a path.
-        return re.sub(r"[^\w.-]", "-", value or NOTHING)
+        return re.sub(r"[^\w.-]", "-", value or MISSING_VALUE)
 
     made = "".join(literal + ("" if name is None else text(name))
                    for literal, name, _, _ in Formatter().parse(pattern))

@@ -1,5 +1,5 @@
-"""The plan of a run: which source is cut into which shards, which steps each goes through, and the folder of
-everything; a plain file that tasks read wherever they run."""
+"""The plan of a run: shards of each source, steps for each source, and folders. Tasks read the plan from a
+JSON file in any process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from data_prep.curate.pipeline.addresses import Mark, address, input_names, mark_of, tree_hash
+from data_prep.curate.pipeline.addresses import (
+    FileMark, compute_address, hash_tree, list_input_names, read_file_mark)
 from data_prep.curate.pipeline.pipeline_file import Pipeline, StepEntry
 from data_prep.curate.pipeline.step import SOURCE_COLUMNS, ColumnType, Step
-from data_prep.curate.sources.formats import reader, reader_class
+from data_prep.curate.sources.formats import create_reader, load_reader_class
 from data_prep.curate.sources.source import SourcePiece, SourceSettings
 from megatron_sov.base.artifacts import MANIFEST, write_atomically
 from megatron_sov.base.sealed import (
@@ -25,7 +26,9 @@ from megatron_sov.base.sealed import (
 
 PARSE, OUTPUT = "parse", "output"
 PIECES = "pieces.jsonl"
-"""The number and the pieces of each shard of a source, a line for each shard."""
+"""File with one line for each shard of a source: number, pieces, marks of the files."""
+MAX_PIECES = 100_000
+"""Maximum pieces in a shard, which may all be empty files or have no format."""
 
 
 @dataclass(frozen=True)
@@ -33,61 +36,59 @@ class Layer:
     """A folder with one file for each shard of a source."""
 
     number: int
-    """0: parsed documents; then the steps of the file; the last is the output."""
+    """0: parsed documents; then steps as in the pipeline file; last: the output."""
     kind: str
-    """Name of the step, or `PARSE`, or `OUTPUT`."""
+    """Name of the step, `PARSE`, or `OUTPUT`."""
     folder: str
     """Relative to the run's output folder."""
     reasons: dict[str, Any]
-    """What its address follows from."""
+    """Plain values that determine the address."""
     shared: str = ""
-    """Folder of the step's passes; "": it has none."""
+    """Folder of the step's passes; "": a step without passes."""
 
-    def file(self, output: Path, shard: int) -> Path:
-        """Return where a shard's documents, or what the step made of them, lie."""
+    def get_table_file(self, output: Path, shard: int) -> Path:
+        """Return the Parquet file with a shard's documents, or with a step's outcomes."""
         return output / self.folder / f"{shard:05d}.parquet"
 
-    def counts(self, output: Path, shard: int) -> Path:
+    def get_counts_file(self, output: Path, shard: int) -> Path:
         return output / self.folder / f"{shard:05d}.json"
 
-    def broken(self, output: Path, shard: int) -> Path:
-        """Return where what was broken in a shard is listed, of parsed documents."""
+    def get_quarantine_file(self, output: Path, shard: int) -> Path:
+        """Return the list of broken records; only the `PARSE` layer has one."""
         return output / self.folder / f"{shard:05d}.broken.jsonl"
 
-    def rows(self, output: Path, shard: int) -> Path:
-        """Return what stands when a shard is done: a file, or of the output a folder."""
-        return output / self.folder / f"{shard:05d}" if self.kind == OUTPUT else self.file(output, shard)
+    def get_result_path(self, output: Path, shard: int) -> Path:
+        """Return the path that exists after a shard's task: the table, or a folder for `OUTPUT`."""
+        folder = output / self.folder / f"{shard:05d}"
+        return folder if self.kind == OUTPUT else self.get_table_file(output, shard)
 
 
 @dataclass(frozen=True)
 class SourcePlan:
     settings: SourceSettings
     shards: tuple[int, ...]
-    """Number of each shard, in the order of its documents."""
+    """Shard numbers, in the order of the documents."""
     num_files: int
     raw_bytes: int
     layers: tuple[Layer, ...]
-    """Parsed documents, the steps that look at this source, the output."""
-    told: tuple[str, ...] = ()
-    """What of its folders is passed over, in sentences."""
+    """`PARSE`, the steps for this source, `OUTPUT`."""
+    notes: tuple[str, ...] = ()
+    """Sentences about skipped files."""
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """A pass of a step over all of its sources."""
-
     name: str
     num_tasks: int
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step, for all sources that it looks at."""
-
     entry: StepEntry
     sources: tuple[str, ...]
+    """Names of the sources that the step works on."""
     passes: tuple[PassPlan, ...]
-    adds: dict[str, ColumnType]
+    added_columns: dict[str, ColumnType]
 
 
 @dataclass(frozen=True)
@@ -98,26 +99,27 @@ class PipelinePlan:
 
     @property
     def address(self) -> str:
-        """Return what stands for the output: its address follows from everything before it."""
-        pack = self.pipeline.pack
-        return address({"output": [[s.settings.name, s.layers[-1].folder] for s in self.sources],
-                        "pack": None if pack is None else dataclasses.asdict(pack) | {
-                            "tokenizer": tree_hash(pack.tokenizer / MANIFEST)}})
+        """Address of the output, which depends on every step and on the tokenizer for packing."""
+        pack: dict[str, Any] | None = None
+        if self.pipeline.pack is not None:
+            pack = dataclasses.asdict(self.pipeline.pack)
+            pack["tokenizer"] = hash_tree(self.pipeline.pack.tokenizer / MANIFEST)
+        return compute_address({"output": [[s.settings.name, s.layers[-1].folder] for s in self.sources],
+                                "pack": pack})
 
-    def list_passed_over(self) -> list[str]:
+    def list_skip_notes(self) -> list[str]:
         return [f"source {source.settings.name}: {sentence}" for source in self.sources
-                for sentence in source.told]
+                for sentence in source.notes]
 
-    def source(self, name: str) -> SourcePlan:
-        return next(s for s in self.sources if s.settings.name == name)
+    def get_source(self, name: str) -> SourcePlan:
+        return next(source for source in self.sources if source.settings.name == name)
 
-    def columns(self, before: int | None = None) -> dict[str, ColumnType]:
-        """Return column -> type of documents as a step of a number sees them; None: as they leave."""
-        found: dict[str, ColumnType] = dict(SOURCE_COLUMNS)
+    def list_columns(self) -> dict[str, ColumnType]:
+        """Return column -> type after the last step."""
+        columns: dict[str, ColumnType] = dict(SOURCE_COLUMNS)
         for step in self.steps:
-            if before is None or step.entry.number < before:
-                found |= step.adds
-        return found
+            columns |= step.added_columns
+        return columns
 
     def write(self, file: Path) -> None:
         write_sealed_json(file, json.loads(TypeAdapter(PipelinePlan).dump_json(self)), file.name)
@@ -127,141 +129,137 @@ class PipelinePlan:
         return TypeAdapter(PipelinePlan).validate_json(json.dumps(read_sealed_json(file, owner=file.name)))
 
 
-def make_plan(pipeline: Pipeline, output: Path, *, keep: bool = True) -> PipelinePlan:
-    """Look at all inputs and return what is to be done.
+def make_plan(pipeline: Pipeline, output: Path, *, writes_pieces: bool = True) -> PipelinePlan:
+    """List all inputs, cut them into shards and compute the folders.
 
     Args:
-        pipeline: the file.
-        output: the run's folder, for the pieces of shards.
-        keep: whether they are written.
+        pipeline: the pipeline file.
+        output: the run's folder.
+        writes_pieces: write the pieces of each shard to `output`, for tasks.
 
     Raises:
-        UserError: an input cannot be read, or a source holds nothing.
+        UserError: an unreadable input, or an empty source.
     """
-    sources = [_parsed(source, pipeline, output, keep) for source in pipeline.sources]
+    sources = [_plan_source(source, pipeline, output, writes_pieces) for source in pipeline.sources]
     steps: list[StepPlan] = []
     for entry in pipeline.steps:
-        step = entry.build(pipeline.folder)
-        # A step that cannot meet a document of a source has no layer there: changing it leaves that source
-        # done.
-        looks_at = [i for i, source in enumerate(sources) if _sees(entry, source.settings, steps)]
-        passes = tuple(PassPlan(p.name, sum(len(sources[i].shards) for i in looks_at)
-                                if p.num_tasks is None else p.num_tasks) for p in step.passes())
-        # All that outcomes follow from. `only.sources` is left out: it decides which sources have a layer,
-        # and not what is in it.
-        reasons = {"step": entry.kind, "version": step.version, "settings": entry.settings(),
-                   "only": dataclasses.asdict(entry.only) if entry.only.kinds else None,
-                   "files": file_hashes(step)}
-        reads = [[sources[i].settings.name, sources[i].layers[-1].folder] for i in looks_at]
-        # A step with passes looks at all documents together: its outcome for one follows from all sources.
-        if passes:
-            together = reasons | {"reads": reads,
-                                  "priority": [sources[i].settings.priority for i in looks_at]}
-        name = f"{entry.number:02d}-{entry.kind}"
-        for i in looks_at:
-            mine = together if passes else reasons | {"reads": sources[i].layers[-1].folder}
-            folder = f"{name}-{address(mine)}"
-            layer = Layer(entry.number, entry.kind, f"shards/{sources[i].settings.name}/{folder}", mine,
+        step = entry.build_step(pipeline.folder)
+        # A source whose documents the step never selects gets no layer, so a changed step leaves it finished.
+        selected = [i for i, source in enumerate(sources) if _selects_source(entry, source.settings, steps)]
+        num_shards = sum(len(sources[i].shards) for i in selected)
+        passes = tuple(PassPlan(each.name, num_shards if each.num_tasks is None else each.num_tasks)
+                       for each in step.list_passes())
+        # `only.sources` is not part of the address: it selects layers without changing their content.
+        step_reasons = {"step": entry.kind, "version": step.version, "settings": entry.to_settings(),
+                        "only": dataclasses.asdict(entry.only) if entry.only.kinds else None,
+                        "files": hash_step_files(step)}
+        # Passes read all documents, so each outcome depends on all sources.
+        shared_reasons = step_reasons | {
+            "reads": [[sources[i].settings.name, sources[i].layers[-1].folder] for i in selected],
+            "priority": [sources[i].settings.priority for i in selected]}
+        for i in selected:
+            reasons = shared_reasons if passes else step_reasons | {"reads": sources[i].layers[-1].folder}
+            folder = f"{entry.number:02d}-{entry.kind}-{compute_address(reasons)}"
+            layer = Layer(entry.number, entry.kind, f"shards/{sources[i].settings.name}/{folder}", reasons,
                           f"shared/{folder}" if passes else "")
             sources[i] = dataclasses.replace(sources[i], layers=(*sources[i].layers, layer))
-        steps.append(StepPlan(entry, tuple(sources[i].settings.name for i in looks_at), passes,
-                              dict(step.adds)))
-    number = len(pipeline.steps) + 1
-    return PipelinePlan(pipeline, tuple(_with_output(source, pipeline, number) for source in sources),
+        steps.append(StepPlan(entry, tuple(sources[i].settings.name for i in selected), passes,
+                              dict(step.added_columns)))
+    return PipelinePlan(pipeline, tuple(_add_output_layer(source, pipeline) for source in sources),
                         tuple(steps))
 
 
-def file_hashes(step: Step) -> list[str]:
-    return [tree_hash(Path(file)) for file in step.files()]
+def hash_step_files(step: Step) -> list[str]:
+    return [hash_tree(Path(file)) for file in step.list_files()]
 
 
-def _sees(entry: StepEntry, source: SourceSettings, before: Sequence[StepPlan]) -> bool:
+def _selects_source(entry: StepEntry, source: SourceSettings, previous: Sequence[StepPlan]) -> bool:
     if entry.only.sources and source.name not in entry.only.sources:
         return False
-    # Once a step sets kinds, a source of any kind may hold such documents.
-    told_by_step = any("kind" in step.adds for step in before)
-    return not entry.only.kinds or told_by_step or source.kind in entry.only.kinds
+    # After a step that sets `kind`, a source may hold documents of any kind.
+    has_kind_step = any("kind" in step.added_columns for step in previous)
+    return not entry.only.kinds or has_kind_step or source.kind in entry.only.kinds
 
 
-def _with_output(source: SourcePlan, pipeline: Pipeline, number: int) -> SourcePlan:
-    # The steps' names say which columns the files have.
+def _add_output_layer(source: SourcePlan, pipeline: Pipeline) -> SourcePlan:
+    number = len(pipeline.steps) + 1
+    # The names of the steps determine the columns of the files.
     reasons = {"step": OUTPUT, "name": pipeline.output.name, "reads": source.layers[-1].folder,
                "columns": [step.kind for step in pipeline.steps]}
-    folder = f"shards/{source.settings.name}/{number:02d}-{OUTPUT}-{address(reasons)}"
+    folder = f"shards/{source.settings.name}/{number:02d}-{OUTPUT}-{compute_address(reasons)}"
     return dataclasses.replace(source, layers=(*source.layers, Layer(number, OUTPUT, folder, reasons)))
 
 
-def _parsed(source: SourceSettings, pipeline: Pipeline, output: Path, keep: bool) -> SourcePlan:
-    read_by = reader(source)
-    pieces = read_by.pieces()
-    names = input_names(pieces)
-    marks = {name: mark_of(source.file(name)) for name in names}
-    # The path of a source is no part of its address: the same files at another path count as done.
+def _plan_source(source: SourceSettings, pipeline: Pipeline, output: Path, writes_pieces: bool) -> SourcePlan:
+    reader = create_reader(source)
+    pieces = reader.list_pieces()
+    names = list_input_names(pieces)
+    marks = {name: read_file_mark(source.get_file(name)) for name in names}
     settings = json.loads(TypeAdapter(SourceSettings).dump_json(source))
-    for outside in ("priority", "folder", "path"):  # what is read says it better
-        del settings[outside]
-    version = reader_class(source.format).version
-    how = {"step": PARSE, "settings": settings, "on_bad": pipeline.on_bad,
-           # Version 1 is left out, so that addresses from before readers had versions still hold.
-           **({"version": version} if version > 1 else {})}
-    groups = shards_of(pieces, pipeline.shard_bytes)
-    reasons = how | {"shard_bytes": pipeline.shard_bytes,
-                     "files": address({"files": [[piece.file for piece in pieces], marks]})}
-    folder = f"shards/{source.name}/00-{PARSE}-{address(reasons)}"
-    if keep:
-        _write_pieces(output / folder / PIECES, groups, marks)
-    return SourcePlan(source, tuple(groups), len(names), sum(piece.size_bytes for piece in pieces),
-                      (Layer(0, PARSE, folder, reasons),), tuple(read_by.told))
+    # The path is not part of the address, so moved files with unchanged marks count as parsed. `priority`
+    # enters the addresses of steps with passes.
+    for excluded in ("priority", "folder", "path"):
+        del settings[excluded]
+    reasons = {"step": PARSE, "settings": settings, "on_bad": pipeline.on_bad,
+               "shard_bytes": pipeline.shard_bytes,
+               "files": compute_address({"files": [[piece.file for piece in pieces], marks]})}
+    # Version 1 is not part of the address: addresses from releases without versions stay valid.
+    if (version := load_reader_class(source.format).version) > 1:
+        reasons["version"] = version
+    folder = f"shards/{source.name}/00-{PARSE}-{compute_address(reasons)}"
+    shards = split_into_shards(pieces, pipeline.shard_bytes)
+    if writes_pieces:
+        _write_pieces(output / folder / PIECES, shards, marks)
+    return SourcePlan(source, tuple(shards), len(names), sum(piece.size_bytes for piece in pieces),
+                      (Layer(0, PARSE, folder, reasons),), tuple(reader.notes))
 
 
-def _write_pieces(file: Path, groups: Mapping[int, Sequence[SourcePiece]], marks: Mapping[str, Mark]) -> None:
-    """Write what the tasks of shards read, unless it stands there."""
-    lines = [json.dumps([number, [dataclasses.asdict(piece) for piece in group],
-                         {name: marks[name] for name in input_names(group)}])
-             for number, group in groups.items()]
-    made = seal_bytes("\n".join([*lines, json.dumps({SEAL: SEAL_PLACEHOLDER}), ""]).encode())
-    # Tasks of an earlier submission may be reading it: the same bytes are not written again.
-    if not file.is_file() or file.read_bytes() != made:
+def split_into_shards(pieces: Sequence[SourcePiece], shard_bytes: int) -> dict[int, list[SourcePiece]]:
+    """Return shard number -> pieces, in the order of the pieces.
+
+    Args:
+        pieces: all pieces of a source.
+        shard_bytes: maximum size of a shard with more than one piece.
+    """
+    shards: list[list[SourcePiece]] = []
+    size_bytes = 0
+    for piece in pieces:
+        if not shards or size_bytes + piece.size_bytes > shard_bytes or len(shards[-1]) >= MAX_PIECES:
+            shards.append([])
+            size_bytes = 0
+        shards[-1].append(piece)
+        size_bytes += piece.size_bytes
+    return dict(enumerate(shards))
+
+
+def _write_pieces(file: Path, shards: Mapping[int, Sequence[SourcePiece]],
+                  marks: Mapping[str, FileMark]) -> None:
+    lines = []
+    for number, pieces in shards.items():
+        shard_marks = {name: marks[name] for name in list_input_names(pieces)}
+        lines.append(json.dumps([number, [dataclasses.asdict(piece) for piece in pieces], shard_marks]))
+    content = seal_bytes("\n".join([*lines, json.dumps({SEAL: SEAL_PLACEHOLDER}), ""]).encode())
+    # An unchanged file is not written again, because tasks of an earlier submission may be reading it.
+    if not file.is_file() or file.read_bytes() != content:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, made)
+        write_atomically(file, content)
 
 
-def pieces_of(output: Path, layer: Layer, shard: int) -> tuple[list[SourcePiece], dict[str, Mark]]:
-    """Return the pieces of one shard of a plan that is written, and the files that they are read from with
-    their marks when the plan was made."""
-    # A line is parsed only if it is the one: a source may have very many shards.
-    begin = f"[{shard}, ".encode()
+def read_shard_pieces(output: Path, layer: Layer, shard: int) -> tuple[
+        list[SourcePiece], dict[str, FileMark]]:
+    """Return a shard's pieces, and file name -> mark from the time of `make_plan`."""
+    # Only the shard's line is parsed: a source may have very many shards.
+    prefix = f"[{shard}, ".encode()
     for line in read_sealed_lines(output / layer.folder / PIECES):
-        if line.startswith(begin):
+        if line.startswith(prefix):
             _, pieces, marks = json.loads(line)
-            return [SourcePiece(**{**piece, "beside": tuple(piece["beside"])}) for piece in pieces], marks
+            return [SourcePiece(**{**piece, "companion_files": tuple(piece["companion_files"])})
+                    for piece in pieces], marks
     raise KeyError(f"{layer.folder}: has no shard {shard}")
 
 
-MAX_PIECES = 100_000
-"""Pieces of a shard at most, however small they are: empty files, or files of no format."""
-
-
-def shards_of(pieces: Sequence[SourcePiece], shard_bytes: int) -> dict[int, list[SourcePiece]]:
-    """Return number -> pieces of each shard, in the order of the pieces.
-
-    Args:
-        pieces: of a source.
-        shard_bytes: a shard ends before the piece that would make it larger.
-    """
-    found: list[list[SourcePiece]] = []
-    size_bytes = 0
-    for piece in pieces:
-        if not found or size_bytes + piece.size_bytes > shard_bytes or len(found[-1]) >= MAX_PIECES:
-            found.append([])
-            size_bytes = 0
-        found[-1].append(piece)
-        size_bytes += piece.size_bytes
-    return dict(enumerate(found))
-
-
-def link(file: Path | str, name: Path | str) -> None:
-    """Give a file a second name; where the disk cannot, copy it."""
+def link_or_copy(file: Path | str, name: Path | str) -> None:
+    """Create a hard link `name`, or a copy if the file system has no hard links."""
     try:
         os.link(file, name)
     except OSError:

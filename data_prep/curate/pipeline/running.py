@@ -1,10 +1,11 @@
-"""A run from its plan to its end, here or by a cluster: stage after stage, what is done left as it is."""
+"""Run a pipeline stage by stage, in local processes or Slurm arrays; finished tasks are skipped."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import threading
 import time
 import traceback
 from collections import deque
@@ -12,15 +13,21 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, Self
 
-from data_prep.curate.pipeline.counts import Counts, StageProgress
-from data_prep.curate.pipeline.finish import KIND, PIPELINE, finish, is_complete, summary_of
-from data_prep.curate.pipeline.pipeline_file import Pipeline
+from tqdm import tqdm
+
+from data_prep.curate.pipeline.command import DataRunOptions
+from data_prep.curate.pipeline.counts import DocumentCounts
+from data_prep.curate.pipeline.finish import KIND, PIPELINE, build_summary, finish_run, is_complete
+from data_prep.curate.pipeline.pipeline_file import Pipeline, load_pipeline
 from data_prep.curate.pipeline.plan import OUTPUT, PipelinePlan, make_plan
-from data_prep.curate.pipeline.tasks import PipelineStage, Task, do_task, done_mark, layer_of, stages, tasks
+from data_prep.curate.pipeline.tasks import (
+    PipelineStage, Task, find_layer, get_done_mark, iter_stages, list_tasks, run_task)
 from data_prep.damaged_files import explain_deletion
 from megatron_sov.base.artifacts import MANIFEST, read_manifest, translate_disk_errors, write_atomically
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_duration
 from megatron_sov.base.outputs import check_creatable
 from megatron_sov.base.sealed import read_sealed_json
 from megatron_sov.work.clusters.cluster import ClusterProfile
@@ -30,12 +37,30 @@ from megatron_sov.work.submit.arrays import (
     FINISH, FINISH_CPUS, Arrays, ClusterOptions, Jobs, TaskFailed, check_no_active_jobs, check_quotable,
     check_restarts, load_array_profile, print_failures)
 
-MAX_NAMED = 8
-"""Tasks that are told where a worker was lost."""
+MAX_NAMED_TASKS = 8
+"""Tasks that the error after a lost worker names."""
+PROGRESS_LINE_S = 60.0
 
 
-def check_folder(output: Path) -> None:
-    """Raise `UserError` where a run cannot have its folder: it is something else's."""
+def run_from_options(options: DataRunOptions) -> None:
+    """Run, submit or describe the pipeline of `sov-data run`."""
+    pipeline = load_pipeline(options.pipeline)
+    check_run_folder(options.output)
+    check_outside_sources(pipeline, options.output)
+    if options.dry_run:
+        print(describe_plan(make_plan(pipeline, options.output, writes_pieces=False), options.output))
+    elif options.cluster:
+        submit_pipeline(pipeline, options.output, options)
+    else:
+        options.output.mkdir(parents=True, exist_ok=True)
+        plan = make_plan(pipeline, options.output)
+        for sentence in plan.list_skip_notes():
+            print(sentence)
+        run_pipeline(plan, options.output, options.workers)
+
+
+def check_run_folder(output: Path) -> None:
+    """Raise `UserError` if a folder belongs to another program."""
     check_creatable(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
@@ -45,8 +70,8 @@ def check_folder(output: Path) -> None:
         read_manifest(output, KIND)
 
 
-def refuse_inside_sources(pipeline: Pipeline, output: Path) -> None:
-    """Raise `UserError` where a run's folder lies in a source: its files would be read as documents."""
+def check_outside_sources(pipeline: Pipeline, output: Path) -> None:
+    """Raise `UserError` if the output folder is in a source, which would read the output as documents."""
     for source in pipeline.sources:
         for path in source.path:
             if output.resolve().is_relative_to((source.folder / path).resolve()):
@@ -54,17 +79,45 @@ def refuse_inside_sources(pipeline: Pipeline, output: Path) -> None:
                                 "read with it; choose another output folder")
 
 
-def begin(plan: PipelinePlan, output: Path) -> Path:
-    """Write the plan where its tasks find it, clear what killed tasks have left, and take back the manifest
-    of an earlier plan; returns the plan's file."""
+def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
+    """Run all open tasks, then publish the corpus.
+
+    Raises:
+        UserError: invalid data or settings, or a full disk. Finished tasks stay.
+    """
+    # One run at a time in a folder: the lock excludes local runs, active jobs exclude runs on a cluster.
+    with lock_folder(output, output), translate_disk_errors(output):
+        check_no_active_jobs(output)
+        if is_complete(plan, output):
+            print(f"{output}: complete from before")
+            return
+        _run_stages(plan, prepare_run(plan, output), output, workers, list(iter_stages(plan)))
+        description = finish_run(plan, output, workers)
+    print(description)
+
+
+def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
+    """Run the steps of a plan without writing a corpus; the layers have each document's outcome.
+
+    Raises:
+        UserError: see `run_pipeline`.
+    """
+    with lock_folder(output, output), translate_disk_errors(output):
+        _run_stages(plan, prepare_run(plan, output), output, workers,
+                    [stage for stage in iter_stages(plan) if stage.kind != OUTPUT])
+
+
+def prepare_run(plan: PipelinePlan, output: Path) -> Path:
+    """Write the plan for the tasks, and delete temporary files of killed tasks and the manifest of an earlier
+    plan. Returns the plan's file."""
     plans = output / "plans"
     plans.mkdir(exist_ok=True)
     file = plans / f"{plan.address}.json"
     plan.write(file)
-    # Written before anything is done: readers of an unfinished run know it by this file.
-    write_atomically(output / PIPELINE, json.dumps(summary_of(plan, output), indent=1, ensure_ascii=False))
+    # Written before the first task: `sov-data inspect` recognizes an unfinished run by pipeline.json.
+    write_atomically(output / PIPELINE, json.dumps(build_summary(plan, output), indent=1, ensure_ascii=False))
     if not is_complete(plan, output):
-        # Taken back before the first task: while the plan is at work, the folder must not pass for complete.
+        # Deleted before the first task, so that no reader takes an unfinished folder for a complete corpus.
         (output / MANIFEST).unlink(missing_ok=True)
     # We hold the lock, so no living process owns a temporary name.
     for folder in [output, *(output / layer.folder for source in plan.sources for layer in source.layers)]:
@@ -76,203 +129,219 @@ def begin(plan: PipelinePlan, output: Path) -> Path:
     return file
 
 
-def open_tasks(plan: PipelinePlan, stage: PipelineStage, output: Path) -> list[Task]:
-    """Return the tasks of a stage that are still to be done; passes of a step whose outcomes all stand are
-    for nobody."""
-    # Once all outcomes are written, what passes left is not read again, and may be deleted.
-    if stage.index >= 0 and not open_tasks(plan, PipelineStage(stage.number, stage.kind), output):
+def list_open_tasks(plan: PipelinePlan, stage: PipelineStage, output: Path) -> list[Task]:
+    """List the unfinished tasks of a stage. A pass has no open tasks if all outcomes of its step exist."""
+    # After the last outcome nothing reads the results of passes, so that the user may delete them.
+    if stage.index >= 0 and not list_open_tasks(plan, PipelineStage(stage.number, stage.kind), output):
         return []
-    return [task for task in tasks(plan, stage) if not done_mark(plan, stage, task, output).exists()]
+    return [task for task in list_tasks(plan, stage) if not get_done_mark(plan, stage, task, output).exists()]
 
 
-def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Do all that is not done, and finish the run.
-
-    Raises:
-        UserError: the user's data, settings or disk are in the way; what is done stays.
-    """
-    # One run at a time in a folder: here by the lock, on a cluster by the jobs that are alive.
-    with lock_folder(output, output), translate_disk_errors(output):
-        check_no_active_jobs(output)
-        if is_complete(plan, output):
-            print(f"{output}: complete from before")
-            return
-        _do_stages(plan, begin(plan, output), output, workers, list(stages(plan)))
-        stands = finish(plan, output, workers)
-    print(stands)
+def _run_stages(plan: PipelinePlan, file: Path, output: Path, workers: int,
+                stages: list[PipelineStage]) -> None:
+    with WorkerPool(_create_task_runner, (file, output), workers) as pool:
+        for stage in stages:
+            open_tasks = list_open_tasks(plan, stage, output)
+            start_s = time.monotonic()
+            if open_tasks:
+                _run_stage(pool, stage, open_tasks)
+            _print_stage(plan, stage, output, len(open_tasks), time.monotonic() - start_s)
 
 
-def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Do the steps of a plan, and write no corpus: what became of each document stands in its layers.
+def _run_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: PipelineStage,
+               open_tasks: list[Task]) -> None:
+    # Results arrive in the order of the tasks, so each result belongs to the oldest running task.
+    running: deque[Task] = deque()
 
-    Raises:
-        UserError: as `run_pipeline`.
-    """
-    with lock_folder(output, output), translate_disk_errors(output):
-        _do_stages(plan, begin(plan, output), output, workers,
-                   [stage for stage in stages(plan) if stage.kind != OUTPUT])
-
-
-def _do_stages(plan: PipelinePlan, file: Path, output: Path, workers: int,
-               wanted: list[PipelineStage]) -> None:
-    """Do what is not done of some stages, in order, by processes that are the same for all of them."""
-    with WorkerPool(_doer, (file, output), workers) as pool:
-        for stage in wanted:
-            todo = open_tasks(plan, stage, output)
-            began = time.monotonic()
-            if todo:
-                _do_stage(pool, stage, todo)
-            _tell(plan, stage, output, len(todo), time.monotonic() - began)
-
-
-def _do_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: PipelineStage,
-              todo: list[Task]) -> None:
-    # Results come in the order of the tasks, so the first of those begun is the one that is done.
-    under_way: deque[Task] = deque()
-
-    def begun() -> Iterator[tuple[PipelineStage, Task]]:
-        for task in todo:
-            under_way.append(task)
+    def iter_items() -> Iterator[tuple[PipelineStage, Task]]:
+        for task in open_tasks:
+            running.append(task)
             yield stage, task
 
     try:
-        with StageProgress(stage.name, len(todo), stage.what) as progress:
-            for _ in pool.each(begun()):
-                under_way.popleft()
-                progress()
+        with StageProgress(stage.name, len(open_tasks), stage.task_noun) as progress:
+            for _ in pool.each(iter_items()):
+                running.popleft()
+                progress.advance()
     except WorkerLost:
-        named = ", ".join(f"{number} of source {source}" for source, number in islice(under_way, MAX_NAMED))
-        more = f" and {len(under_way) - MAX_NAMED} more" if len(under_way) > MAX_NAMED else ""
-        raise UserError(f"step {stage.kind}: {LOST_WORKER}; these tasks are not finished: {named}{more}; "
+        names = ", ".join(f"{number} of source {source}"
+                          for source, number in islice(running, MAX_NAMED_TASKS))
+        more = f" and {len(running) - MAX_NAMED_TASKS} more" if len(running) > MAX_NAMED_TASKS else ""
+        raise UserError(f"step {stage.kind}: {LOST_WORKER}; these tasks are not finished: {names}{more}; "
                         "take fewer --workers or smaller shard_bytes, and run the command again"
                         ) from None
 
 
-def _doer(plan_file: Path, output: Path) -> Callable[[tuple[PipelineStage, Task]], None]:
-    def do(item: tuple[PipelineStage, Task]) -> None:
+def _create_task_runner(plan_file: Path, output: Path) -> Callable[[tuple[PipelineStage, Task]], None]:
+    def run_item(item: tuple[PipelineStage, Task]) -> None:
         stage, task = item
         try:
             with translate_disk_errors(output):
-                do_task(plan_file, output, stage, task)
+                run_task(plan_file, output, stage, task)
         except UserError:
             raise
-        except Exception as e:  # of another process its notes would be lost
-            # As text: a traceback does not travel between processes.
+        except Exception as e:
+            # Formatted here: tracebacks and notes are lost between processes.
             raise TaskFailed(f"step {stage.kind}: {''.join(traceback.format_exception(e))}") from None
 
-    return do
+    return run_item
 
 
-def _tell(plan: PipelinePlan, stage: PipelineStage, output: Path, num_done: int, wall_s: float) -> None:
-    total = len(tasks(plan, stage))
-    kept = total - num_done
-    line = f"{stage.name}: {total} {stage.what[:-1]}{'' if total == 1 else 's'}"
-    if kept:
-        line += f", {kept} from before"
+class StageProgress:
+    """Progress of a stage: a bar on a terminal, a line every minute in a log file.
+
+    Args:
+        name: the stage's.
+        total: number of tasks.
+        noun: plural word for tasks.
+    """
+
+    def __init__(self, name: str, total: int, noun: str) -> None:
+        self._name, self._total, self._noun, self._num_done = name, total, noun, 0
+        self._start_s = time.monotonic()
+        self._stopped = threading.Event()
+        self._printer = threading.Thread(target=self._print_lines, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._bar: Any = tqdm(total=self._total, desc=self._name, unit="task", disable=None, leave=False)
+        if self._bar.disable:
+            self._printer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._bar.close()
+
+    def advance(self) -> None:
+        self._num_done += 1
+        self._bar.update(1)
+
+    def _print_lines(self) -> None:
+        while not self._stopped.wait(PROGRESS_LINE_S):
+            print(self.format_line(time.monotonic() - self._start_s), flush=True)
+
+    def format_line(self, wall_s: float) -> str:
+        done, total = self._num_done, self._total
+        line = f"  {self._name}: {done:,} of {total:,} {self._noun} after {format_duration(wall_s)}"
+        return f"{line}, about {format_duration(wall_s / done * (total - done))} left" if done else line
+
+
+def _print_stage(plan: PipelinePlan, stage: PipelineStage, output: Path, num_done: int,
+                 wall_s: float) -> None:
+    total = len(list_tasks(plan, stage))
+    line = f"{stage.name}: {_format_count(total, stage.task_noun)}"
+    if total > num_done:
+        line += f", {total - num_done} from before"
     if stage.index < 0:
-        counts = stage_counts(plan, stage, output)
+        counts = read_stage_counts(plan, stage, output)
         line += f", {counts.documents_in:,} documents, {counts.documents_kept:,} kept"
         if counts.broken:
             line += f", {sum(counts.broken.values()):,} broken or left out"
         if num_done:
-            # Of all bytes the share that was done now: what was done before took none of this time.
+            # Earlier runs finished the other shards, whose bytes took none of this time.
             line += f", {counts.bytes_in * num_done / total / max(wall_s, 1e-9) / 1e6:.1f} MB/s"
     print(line, flush=True)
 
 
-def stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) -> Counts:
-    return Counts.together(read_sealed_json(file := layer.counts(output, shard), explain_deletion(file))
-                           for source in plan.sources if (layer := layer_of(source, stage))
-                           for shard in source.shards)
+def read_stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) -> DocumentCounts:
+    files = [layer.get_counts_file(output, shard) for source in plan.sources
+             if (layer := find_layer(source, stage)) for shard in source.shards]
+    return DocumentCounts.merge_dicts(read_sealed_json(file, explain_deletion(file)) for file in files)
 
 
-# What a run would do: sources, steps, and how much of each is done.
+# `--dry-run`
 
 
-def describe(plan: PipelinePlan, output: Path) -> str:
-    lines = [f"{plan.pipeline.name}: {_many(len(plan.sources), 'source')}, {_many(len(plan.steps), 'step')}"]
+def describe_plan(plan: PipelinePlan, output: Path) -> str:
+    """Return lines with sources and steps, and the finished and open tasks of each stage."""
+    lines = [f"{plan.pipeline.name}: {_format_count(len(plan.sources), 'sources')}, "
+             f"{_format_count(len(plan.steps), 'steps')}"]
     for source in plan.sources:
-        lines.append(f"  source {source.settings.name}: {_many(source.num_files, 'file')}, "
-                     f"{source.raw_bytes / 1e6:,.1f} MB, {_many(len(source.shards), 'shard')}")
-        lines += [f"    {sentence}" for sentence in source.told]
+        lines.append(f"  source {source.settings.name}: {_format_count(source.num_files, 'files')}, "
+                     f"{source.raw_bytes / 1e6:,.1f} MB, {_format_count(len(source.shards), 'shards')}")
+        lines += [f"    {sentence}" for sentence in source.notes]
     if is_complete(plan, output):
-        lines.append(f"{output}: complete from before, nothing is done")
-        return "\n".join(lines)
-    for stage in stages(plan):
-        total, left = len(tasks(plan, stage)), len(open_tasks(plan, stage, output))
-        lines.append(f"  {stage.name}: {_many(total, stage.what[:-1])}, {total - left:,} done, "
-                     f"{left:,} to do")
+        return "\n".join([*lines, f"{output}: complete from before, nothing is done"])
+    for stage in iter_stages(plan):
+        total, num_open = len(list_tasks(plan, stage)), len(list_open_tasks(plan, stage, output))
+        lines.append(f"  {stage.name}: {_format_count(total, stage.task_noun)}, {total - num_open:,} done, "
+                     f"{num_open:,} to do")
     if plan.pipeline.pack is not None:
         lines.append(f"  pack: {plan.pipeline.pack.tokenizer}")
     return "\n".join(lines)
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+def _format_count(count: int, plural: str) -> str:
+    return f"{count:,} {plural[:-1] if count == 1 else plural}"
 
 
-# A run as arrays of a cluster's jobs: one for each stage, each waiting for the one before; all submitted at
-# once.  A job that fails takes those after it away; the same command, run again, submits what is not done.
+# Slurm: one array for each stage, all submitted at once; each waits for the previous array. If a job fails,
+# Slurm cancels the later arrays, and the same command submits the open tasks.
 
 
-def do_share(plan_file: Path, output: Path, stage: PipelineStage, todo: Sequence[Task], task: int) -> None:
-    check_restarts(f"step {stage.kind}", "take smaller shard_bytes")
-    do_task(plan_file, output, stage, todo[task])
-
-
-def finish_run(plan_file: Path, output: Path, task: int) -> None:
-    check_restarts("finish", "leave `pack` out and pack by `sov-data pack` in parts")
-    finish(PipelinePlan.read(plan_file), output, len(os.sched_getaffinity(0)))
-
-
-def submit_pipeline(pipeline: Pipeline, output: Path, where: ClusterOptions) -> None:
-    """Submit what is not done, or tell how far jobs are that work on it.
+def submit_pipeline(pipeline: Pipeline, output: Path, options: ClusterOptions) -> None:
+    """Submit all open tasks, or print the progress of jobs already at work.
 
     Args:
-        pipeline: the file.
-        output: the run's folder, which all nodes see.
-        where: it is submitted to.
+        pipeline: the pipeline file.
+        output: the run's folder; all nodes need access.
+        options: cluster profile and limits.
 
     Raises:
-        UserError: the profile is wrong, a path cannot stand in a script, the cluster refuses, or jobs of
-            another plan are at work.
+        UserError: an invalid profile, a path that cannot be quoted in a script, a rejected submission, or
+            active jobs with another plan.
     """
     output = output.absolute()
     check_quotable(output)
-    profile = load_array_profile(where)
+    profile = load_array_profile(options)
     output.mkdir(parents=True, exist_ok=True)
     with lock_folder(output, output):
-        before = Jobs.read(output)
-        living = before.list_active()
+        jobs = Jobs.read(output)
+        active = jobs.list_active()
         plan = make_plan(pipeline, output)
         if is_complete(plan, output):
             print(f"{output}: complete from before")
             return
-        # Two plans in one folder would take each other's manifest back.
-        if living and before.address != plan.address:
-            raise UserError(f"{output}: jobs {', '.join(living)} of another plan are at work in this folder; "
+        # Two plans in one folder would delete each other's manifest.
+        if active and jobs.address != plan.address:
+            raise UserError(f"{output}: jobs {', '.join(active)} of another plan are at work in this folder; "
                             f"wait for them, or `scancel` them, and run the command again")
-        if living:
-            print("\n".join([f"{output}: at work in {before.describe(living)}", *_progress(plan, output)]))
+        if active:
+            print("\n".join([f"{output}: at work in {jobs.describe(active)}",
+                             *_iter_progress_lines(plan, output)]))
             return
-        for sentence in plan.list_passed_over():
+        for sentence in plan.list_skip_notes():
             print(sentence)
-        print_failures(output, [*(stage.name for stage in stages(plan)), FINISH])
-        _submit_run(plan, output, profile)
+        print_failures(output, [*(stage.name for stage in iter_stages(plan)), FINISH])
+        _submit_arrays(plan, output, profile)
 
 
-def _submit_run(plan: PipelinePlan, output: Path, profile: ClusterProfile) -> None:
-    file = begin(plan, output)
+def _submit_arrays(plan: PipelinePlan, output: Path, profile: ClusterProfile) -> None:
+    file = prepare_run(plan, output)
     with Arrays(output, plan.address, profile) as arrays:
-        for stage in stages(plan):
-            if todo := open_tasks(plan, stage, output):
-                arrays.submit(stage.name, partial(do_share, file, output, stage, todo), len(todo))
-        arrays.submit(FINISH, partial(finish_run, file, output), cpus=min(profile.cpus_per_node, FINISH_CPUS))
-    print("\n".join([*_progress(plan, output), f"{output}: submitted {len(arrays.jobs.numbers)} jobs: "
-                     f"{arrays.describe()}; the same command tells how far they are"]))
+        for stage in iter_stages(plan):
+            if open_tasks := list_open_tasks(plan, stage, output):
+                arrays.submit(stage.name, partial(run_array_task, file, output, stage, open_tasks),
+                              len(open_tasks))
+        arrays.submit(FINISH, partial(run_finish_task, file, output),
+                      cpus=min(profile.cpus_per_node, FINISH_CPUS))
+    print("\n".join([*_iter_progress_lines(plan, output),
+                     f"{output}: submitted {len(arrays.jobs.numbers)} jobs: {arrays.describe()}; the same "
+                     "command tells how far they are"]))
 
 
-def _progress(plan: PipelinePlan, output: Path) -> Iterator[str]:
-    for stage in stages(plan):
-        total, left = len(tasks(plan, stage)), len(open_tasks(plan, stage, output))
-        yield f"  {stage.name}: {total - left:,} of {total:,} {stage.what} done"
+def _iter_progress_lines(plan: PipelinePlan, output: Path) -> Iterator[str]:
+    for stage in iter_stages(plan):
+        total, num_open = len(list_tasks(plan, stage)), len(list_open_tasks(plan, stage, output))
+        yield f"  {stage.name}: {total - num_open:,} of {total:,} {stage.task_noun} done"
+
+
+def run_array_task(plan_file: Path, output: Path, stage: PipelineStage, open_tasks: Sequence[Task],
+                   index: int) -> None:
+    check_restarts(f"step {stage.kind}", "take smaller shard_bytes")
+    run_task(plan_file, output, stage, open_tasks[index])
+
+
+def run_finish_task(plan_file: Path, output: Path, index: int) -> None:
+    check_restarts("finish", "leave `pack` out and pack by `sov-data pack` in parts")
+    finish_run(PipelinePlan.read(plan_file), output, len(os.sched_getaffinity(0)))

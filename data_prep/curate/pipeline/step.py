@@ -1,9 +1,9 @@
-"""What a step of a pipeline is: documents in, an outcome for each of them out.
+"""The interface of pipeline steps: documents in, one outcome for each document out.
 
-A step never sees the disk that documents lie on, nor who runs it.  It is built once in each process from its
-settings; `outcomes` judges documents a batch at a time.  A step that has to see all documents before it can
-judge one, such as a search for duplicates, names passes over them, which run first, each of its tasks in a
-process anywhere.
+A step does not know where documents are stored or which process runs it. Each process builds a step once
+from its settings and calls `compute_outcomes` with batches of documents. A step that has to see all documents
+before it can judge one, e.g. a search for duplicates, lists passes. They run first, and each task of a pass
+may run in another process.
 """
 
 from __future__ import annotations
@@ -12,50 +12,48 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from megatron_sov.base.plugins.registry import load_built_in
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 ColumnType = Literal["string", "float32", "int64", "bool", "list<string>"]
-"""What the values of a column may be; each may also be null."""
+"""Type of a column; values may be null."""
 
 
 @dataclass(frozen=True, slots=True)
 class Doc:
-    """One document on its way."""
+    """A document between two steps."""
 
     id: str
-    """SOURCE:SHARD:16 hexadecimal digits of its place in the source; the same in every step."""
+    """SOURCE:SHARD:HASH, where HASH is 16 hexadecimal digits of the document's place in the source. Constant
+    through all steps."""
     text: str
-    """Its text as the steps before left it."""
+    """Text after the previous steps."""
     source: str
     shard: int
-    """Number of the source's shard that holds it."""
+    """Number of the source's shard."""
     row: int
-    """Its row in that shard, dropped ones counted."""
+    """Row in the shard; dropped documents count."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """What its source and the steps before say of it: where, url, title, licence, date, kind, language."""
+    """Values from the source and the previous steps: `where`, `url`, `title`, `licence`, `date`, `kind`,
+    `language`."""
 
     @property
-    def lot(self) -> str:
-        """Return what a choice by chance goes by: unlike the id it does not change with how a source is cut
-        into shards."""
+    def sampling_key(self) -> str:
+        """Key for random choices. Unlike `id`, it does not change with the size of shards."""
         return f"{self.source}:{self.id.rpartition(':')[2]}"
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What a step makes of a document."""
+    """A step's result for a document."""
 
     reason: str = ""
-    """Why it is dropped, in a few words that are the same for all such documents; "": it is kept."""
+    """Why the document is dropped, in a few words that other documents share; "": kept."""
     text: str | None = None
-    """Its text where the step changes it."""
+    """New text; None: unchanged."""
     values: Mapping[str, Any] = field(default_factory=dict)
-    """Column -> its value, of the columns that the step adds."""
+    """Column -> value, for `Step.added_columns`."""
 
 
 KEPT = StepOutcome()
@@ -63,80 +61,75 @@ KEPT = StepOutcome()
 
 @dataclass(frozen=True)
 class ShardRef:
-    """One shard of a source."""
-
     source: str
     number: int
 
 
 class View(Protocol):
-    """What a step may see of its pipeline."""
+    """A step's access to the documents of its pipeline."""
 
     @property
     def shards(self) -> Sequence[ShardRef]:
-        """All shards that the step works on, in order: by the sources of the file, then by number."""
+        """All shards that the step works on, ordered by source as in the pipeline file, then by number."""
 
     @property
-    def work(self) -> Path:
-        """Folder that the passes of this step share; what they leave there is published by a rename."""
+    def work_folder(self) -> Path:
+        """Folder that the passes of this step share. Passes publish files there by a rename."""
 
-    def documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
-        """Yield the documents of a shard that are still kept, in order, in batches."""
+    def iter_documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
+        """Yield batches of the documents of a shard that no earlier step dropped, in order."""
 
-    def priority(self, source: str) -> int:
-        """Return a source's priority: of two that hold the same text the higher one keeps it."""
+    def get_priority(self, source: str) -> int:
+        """Return a source's `priority`; the source with the higher value keeps a text that both have."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Work on all documents that comes before a step's outcomes."""
+    """Work on all documents that precedes a step's outcomes."""
 
     name: str
     """One word, for folders and messages."""
     run: Callable[[View, int], None]
-    """Does one task; has to leave the same files whenever it is run again.  A method of the step."""
+    """Method of the step that runs one task. A repeated task must write the same files."""
     num_tasks: int | None = None
-    """Tasks; None: one for each shard, in the order of `View.shards`."""
+    """Number of tasks; None: one for each shard, in the order of `View.shards`."""
 
 
 class Step(ABC):
-    """One step, with its settings."""
+    """Base class of steps; an instance has the settings of one entry in a pipeline file."""
 
     kind: ClassVar[str]
     """Name in pipeline files."""
     version: ClassVar[int] = 1
-    """Raised when the same documents and settings would have another outcome, or when its passes leave other
-    files for each other."""
-    adds: ClassVar[Mapping[str, ColumnType]] = {}
-    """Column -> type, of those that it adds to every document that it keeps."""
-    needs: ClassVar[Sequence[str]] = ()
-    """Columns that a step before it, or its sources, have to give."""
+    """Raised when equal documents and settings would give other outcomes or other files of passes."""
+    added_columns: ClassVar[Mapping[str, ColumnType]] = {}
+    """Column -> type, for columns that the step adds to every kept document."""
+    needed_columns: ClassVar[Sequence[str]] = ()
+    """Columns that the sources or an earlier step must add."""
     shorthand: ClassVar[str] = ""
-    """The setting that is meant where a pipeline file gives the step a single value; "": none."""
+    """Setting that receives a single value in the pipeline file; "": the step needs a mapping."""
     Settings: ClassVar[type[Any]]
-    """Frozen dataclass whose fields have bounds as types and a docstring; `problems() -> list[Problem]`,
-    where it has one, tells what does not fit together."""
+    """Frozen dataclass with bounds as types and a docstring for each field. An optional method
+    `problems() -> list[SettingsProblem]` checks fields against each other."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
-    def files(self) -> Sequence[Path]:
-        """Return files and folders beside the documents that outcomes depend on; their contents are part of
-        the step's address."""
+    def list_files(self) -> Sequence[Path]:
+        """List files and folders that outcomes depend on; their contents enter the step's address."""
         return ()
 
-    def passes(self) -> Sequence[Pass]:
-        """Return what has to be done with all documents first, in order; none: the step looks at each
-        document alone, and is done again for those sources only that change."""
+    def list_passes(self) -> Sequence[Pass]:
+        """List passes in order. A step without passes judges each document alone, and a changed source
+        repeats the step for that source only."""
         return ()
 
-    def start(self, view: View) -> None:  # noqa: B027  (nothing is the rule)
-        """Load what `outcomes` needs; called once in each process, behind all passes."""
+    def load_inputs(self, view: View) -> None:  # noqa: B027  (most steps load nothing)
+        """Load the data for `compute_outcomes`. Called once in each process, after all passes."""
 
     @abstractmethod
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return one outcome for each document, in order; the same ones however documents are cut into
-        batches."""
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        """Return one outcome for each document, in order. Outcomes must not depend on the batches."""
 
 
 SOURCE_COLUMNS: dict[str, ColumnType] = {
@@ -144,19 +137,9 @@ SOURCE_COLUMNS: dict[str, ColumnType] = {
     "url": "string", "title": "string", "date": "string", "language_hint": "string", "own_id": "string",
     "extra": "string",
 }
-"""Column -> type of what is known of a document before the first step; `extra` is JSON of whatever else its
-format tells."""
-OF_A_RECORD = ("licence", "url", "title", "date", "language_hint", "own_id")
-"""Those that a document says of itself."""
-
-
-def schema(columns: dict[str, ColumnType], *first: tuple[str, pa.DataType]) -> pa.Schema:
-    """Return the schema of columns behind some that come first."""
-    import pyarrow as pa
-
-    types = {"string": pa.string(), "float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_(),
-             "list<string>": pa.list_(pa.string())}
-    return pa.schema([*first, *((name, types[kind]) for name, kind in columns.items())])
+"""Column -> type before the first step; `extra` is JSON with the format's other fields."""
+RECORD_COLUMNS = ("licence", "url", "title", "date", "language_hint", "own_id")
+"""Columns that a record may set."""
 
 
 STEPS: dict[str, str] = {
@@ -177,11 +160,11 @@ STEPS: dict[str, str] = {
 """Name in pipeline files -> module:class."""
 
 
-def step_class(kind: str) -> type[Step]:
-    """Return the class of a step of `STEPS`.
+def load_step_class(kind: str) -> type[Step]:
+    """Import the class of a step in `STEPS`.
 
     Raises:
-        UserError: a library that it needs is not installed.
+        UserError: a library for the step is not installed.
     """
     step: type[Step] = load_built_in(f"step {kind}", STEPS[kind], "data")
     return step

@@ -1,8 +1,8 @@
-"""The tasks of a run, one shard or one task of a pass each, as a process anywhere does them.
+"""Tasks of a run: each task handles one shard, or one part of a pass, in any process.
 
-What a task leaves is complete when its file stands, which is renamed to its name last; a task that is done
-is not done again, whoever asks.  A shard has a base file with the texts, and over it a layer for each step,
-row by row; all its files have the same groups of rows, which are in memory one at a time.
+A result is renamed to its final name last, so an existing file marks a finished task, which no process
+repeats. A shard has a base table with texts, and one layer table for each step with the same row groups. One
+row group at a time is in memory.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import psutil
 import pyarrow as pa
 
 from data_prep.curate.line_ends import unify_line_ends
-from data_prep.curate.pipeline.addresses import refuse_changed
-from data_prep.curate.pipeline.counts import Counts, noted_seal
+from data_prep.curate.pipeline.addresses import check_unchanged
+from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
 from data_prep.curate.pipeline.facts import write_shard_facts
-from data_prep.curate.pipeline.pipeline_file import Pipeline, name_of
+from data_prep.curate.pipeline.pipeline_file import Pipeline, format_output_name
 from data_prep.curate.pipeline.plan import (
-    OUTPUT, PARSE, Layer, PipelinePlan, SourcePlan, StepPlan, file_hashes, pieces_of)
+    OUTPUT, PARSE, Layer, PipelinePlan, SourcePlan, StepPlan, hash_step_files, read_shard_pieces)
 from data_prep.curate.pipeline.step import (
-    KEPT, OF_A_RECORD, SOURCE_COLUMNS, ColumnType, Doc, ShardRef, Step, StepOutcome, schema)
-from data_prep.curate.sources.formats import reader
-from data_prep.curate.sources.source import Broken, Raw, SourceSettings
+    KEPT, RECORD_COLUMNS, SOURCE_COLUMNS, ColumnType, Doc, ShardRef, Step, StepOutcome)
+from data_prep.curate.sources.formats import create_reader
+from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourceSettings
 from data_prep.damaged_files import explain_deletion, get_place_in_run
 from megatron_sov.base.artifacts import create_file, create_folder, translate_disk_errors
 from megatron_sov.base.errors import UserError, escape_controls
@@ -40,141 +40,316 @@ from megatron_sov.base.sealed import SEAL, SEAL_PLACEHOLDER, read_seal, seal_fil
 from megatron_sov.work.tables.parquet import TableFile, iter_row_groups
 
 GROUP_BYTES, GROUP_ROWS = 8 << 20, 1000
-"""A group of rows is closed when its text, or its rows, have become so many."""
-BASE_FIRST = (("id", pa.string()), ("text", pa.string()))
-LAYER_FIRST = (("reason", pa.string()), ("text", pa.string()))
-BASE_SCHEMA = schema({name: kind for name, kind in SOURCE_COLUMNS.items() if name != "source"}, *BASE_FIRST)
+"""Text bytes or rows that close a row group."""
+MAX_LISTED = 10_000
+"""Broken records listed for each shard; further records are only counted."""
+MAX_NAMES = 256
+"""Output names in one shard; each has an open file."""
+_ARROW_TYPES = {"string": pa.string(), "float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_(),
+                "list<string>": pa.list_(pa.string())}
+
+
+def build_schema(first: str, columns: dict[str, ColumnType]) -> pa.Schema:
+    """Return the schema with columns `first` and `text` (strings), then `columns`."""
+    return pa.schema([(first, pa.string()), ("text", pa.string()),
+                      *((name, _ARROW_TYPES[kind]) for name, kind in columns.items())])
+
+
+BASE_SCHEMA = build_schema("id", {name: kind for name, kind in SOURCE_COLUMNS.items() if name != "source"})
+Task = tuple[str, int]
+"""Source name and shard number; for a pass "" and task number."""
+
+
+@dataclass(frozen=True)
+class PipelineStage:
+    """Tasks that may run in any order, after all tasks of the previous stages."""
+
+    number: int
+    """Number of the layer that the tasks write or prepare."""
+    kind: str
+    """Name of the step, `PARSE` or `OUTPUT`."""
+    index: int = -1
+    """Number of the pass; -1: tasks write a layer."""
+    pass_name: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:02d}-{self.kind}" + (f"-{self.pass_name}" if self.pass_name else "")
+
+    @property
+    def task_noun(self) -> str:
+        return "tasks" if self.index >= 0 else "shards"
+
+
+def iter_stages(plan: PipelinePlan) -> Iterator[PipelineStage]:
+    yield PipelineStage(0, PARSE)
+    for step in plan.steps:
+        if step.sources:
+            for index, step_pass in enumerate(step.passes):
+                yield PipelineStage(step.entry.number, step.entry.kind, index, step_pass.name)
+            yield PipelineStage(step.entry.number, step.entry.kind)
+    yield PipelineStage(len(plan.pipeline.steps) + 1, OUTPUT)
+
+
+def list_tasks(plan: PipelinePlan, stage: PipelineStage) -> list[Task]:
+    if stage.index >= 0:
+        return [("", task) for task in range(_get_step(plan, stage).passes[stage.index].num_tasks)]
+    return [(source.settings.name, shard) for source in plan.sources if find_layer(source, stage)
+            for shard in source.shards]
+
+
+def find_layer(source: SourcePlan, stage: PipelineStage) -> Layer | None:
+    return next((layer for layer in source.layers if layer.number == stage.number), None)
+
+
+def _get_step(plan: PipelinePlan, stage: PipelineStage) -> StepPlan:
+    return plan.steps[stage.number - 1]
+
+
+def get_done_mark(plan: PipelinePlan, stage: PipelineStage, task: Task, output: Path) -> Path:
+    """Return the path that exists after a task."""
+    if stage.index >= 0:
+        # Next to the results of the pass, so that nobody deletes the results without the mark.
+        folder = get_pass_marks_folder(LayerView(plan, _get_step(plan, stage), output).work_folder)
+        return folder / f"{stage.index}-{stage.pass_name}" / f"{task[1]:05d}"
+    layer = find_layer(plan.get_source(task[0]), stage)
+    assert layer is not None, (stage, task)
+    return layer.get_result_path(output, task[1])
+
+
+def get_pass_marks_folder(work_folder: Path) -> Path:
+    return work_folder / ".done"
+
+
+def run_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> None:
+    """Run a task unless its result exists.
+
+    Raises:
+        UserError: invalid data or settings, or a full disk; the message names the task.
+    """
+    plan = _read_plan(plan_file)
+    mark = get_done_mark(plan, stage, task, output)
+    # A cluster may assign a task to two workers: the second finds the result.
+    if mark.exists():
+        return
+    place = f"source {task[0]}, shard {task[1]}" if task[0] else f"pass {stage.pass_name}, task {task[1]}"
+    try:
+        with translate_disk_errors(mark):
+            _run_open_task(plan, plan_file, output, stage, task, mark)
+    except UserError as e:
+        raise UserError(f"{place}, {stage.kind}: {e}") from e
+    except FileNotFoundError as e:
+        file, shared = Path(os.fsdecode(e.filename or "")), output / "shared"
+        if shared in file.parents:
+            folder = shared / file.relative_to(shared).parts[0]
+            raise UserError(f"{place}, {stage.kind}: {e.filename} is missing, which an earlier pass has "
+                            f"left; delete {folder} and run the command again") from None
+        raise
+    except Exception as e:
+        e.add_note(f"{place}, step {stage.kind}")
+        raise
+
+
+def _run_open_task(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage, task: Task,
+                   mark: Path) -> None:
+    if stage.index >= 0:
+        view = LayerView(plan, _get_step(plan, stage), output)
+        view.work_folder.mkdir(parents=True, exist_ok=True)
+        wall_s, cpu_s = time.perf_counter(), measure_cpu_seconds()
+        step = _load_step(plan_file, stage.number, output, loads_inputs=False)
+        step.list_passes()[stage.index].run(view, task[1])
+        # The mark comes last: a killed pass runs again and writes the same files.
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        write_sealed_json(mark, {"cpu_s": measure_cpu_seconds() - cpu_s,
+                                 "wall_s": time.perf_counter() - wall_s}, get_place_in_run(mark))
+        return
+    source = plan.get_source(task[0])
+    layer = find_layer(source, stage)
+    assert layer is not None
+    # Child processes parse raw files, and their time counts.
+    has_children = stage.kind == PARSE
+    wall_s, cpu_s = time.perf_counter(), measure_cpu_seconds(has_children)
+    if stage.kind == PARSE:
+        writing = parse_shard(plan.pipeline, source, layer, output, task[1])
+    elif stage.kind == OUTPUT:
+        writing = write_output_shard(plan, source, layer, output, task[1])
+    else:
+        writing = _write_layer(plan, plan_file, output, stage, ShardRef(*task), mark)
+    # The counts are written before the rows get their final name, which marks the shard as done.
+    with writing as counts:
+        counts.wall_s = time.perf_counter() - wall_s
+        counts.cpu_s = measure_cpu_seconds(has_children) - cpu_s
+        write_sealed_json(layer.get_counts_file(output, task[1]), counts.to_dict())
+
+
+def measure_cpu_seconds(with_children: bool = False) -> float:
+    """Return the processor time of this process so far.
+
+    Args:
+        with_children: add running child processes; listing them takes longer than many tasks.
+    """
+    own = os.times()
+    total = own.user + own.system + own.children_user + own.children_system
+    if with_children:
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                times = child.cpu_times()
+                total += times.user + times.system
+    return total
+
+
+@lru_cache(maxsize=2)
+def _read_plan(file: Path) -> PipelinePlan:
+    return PipelinePlan.read(file)
+
+
+@lru_cache(maxsize=2)
+def _load_step(plan_file: Path, number: int, output: Path, *, loads_inputs: bool) -> Step:
+    """Return this process's instance of a step.
+
+    Raises:
+        UserError: a file of the step changed after the plan was made.
+    """
+    plan = _read_plan(plan_file)
+    step = plan.steps[number - 1].entry.build_step(plan.pipeline.folder)
+    if loads_inputs:
+        step.load_inputs(LayerView(plan, plan.steps[number - 1], output))
+    # Compared after loading, so that the loaded content is the hashed content.
+    planned = next(layer.reasons["files"] for source in plan.sources for layer in source.layers
+                   if layer.number == number)
+    if hash_step_files(step) != planned:
+        raise UserError(f"{plan_file}: a file that step {number} reads has changed since the plan was made; "
+                        "run the command again")
+    return step
+
+
+# The tables of a shard: a base with texts, and layers with outcomes.
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """A document as the layers so far leave it."""
+    """A document after the layers read so far."""
 
     id: str
     text: str
     columns: dict[str, Any]
 
 
-def groups(source: str, files: Sequence[Path], seals: Sequence[str] = ()) -> Iterator[list[LayerRow | None]]:
-    """Yield the groups of rows of a shard: documents as they are behind the last layer, None where one is
-    dropped.
+class LayerFile(TableFile):
+    """A step's layer over a shard: columns `reason` and `text`, then the step's columns."""
+
+    def __init__(self, path: Path, added_columns: dict[str, ColumnType]) -> None:
+        super().__init__(path, build_schema("reason", added_columns))
+        self.added_columns = added_columns
+
+    def write_outcomes(self, outcomes: Sequence[StepOutcome | None]) -> None:
+        """Write a row group; None stands for rows that earlier steps dropped."""
+        table: dict[str, list[Any]] = {
+            "reason": [None if outcome is None else outcome.reason for outcome in outcomes],
+            "text": [None if outcome is None else outcome.text for outcome in outcomes]}
+        for name in self.added_columns:
+            table[name] = [None if outcome is None else outcome.values.get(name) for outcome in outcomes]
+        self.write(table)
+
+
+def iter_row_batches(source: str, files: Sequence[Path],
+                     seals: Sequence[str] = ()) -> Iterator[list[LayerRow | None]]:
+    """Yield the row groups of a shard as documents after the last layer; None stands for a dropped document.
 
     Args:
-        source: name of their source.
-        files: the base and its layers, in order.
-        seals: checksum of each as the counts beside it say it (`noted_seal`); (): nothing says it.
+        source: name of the source.
+        files: the base, then layers in order.
+        seals: recorded checksum of each file (`read_recorded_seal`); (): no check against the counts.
 
     Raises:
-        UserError: a file is missing, damaged, or of another shard.
+        UserError: a file is missing, damaged, or belongs to another shard.
     """
-    yield from (_rows(source, tables) for tables in iter_row_groups(files, seals or [None] * len(files),
-                                                                    explain_deletion))
+    for tables in iter_row_groups(files, seals or [None] * len(files), explain_deletion):
+        yield _merge_layers(source, tables)
 
 
-def _rows(source: str, tables: list[pa.Table]) -> list[LayerRow | None]:
+def _merge_layers(source: str, tables: list[pa.Table]) -> list[LayerRow | None]:
     base = tables[0]
     alive = [True] * base.num_rows
     texts: list[str] = base.column("text").to_pylist()
     columns = {name: base.column(name).to_pylist() for name in base.column_names[2:]}
     columns["source"] = [source] * base.num_rows
     for table in tables[1:]:
-        reasons = table.column("reason").to_pylist()
-        # A layer has null where a document was dropped before, which is not "".
-        alive = [a and reason == "" for a, reason in zip(alive, reasons, strict=True)]
+        # null stands for a document that an earlier step dropped.
+        alive = [is_alive and reason == ""
+                 for is_alive, reason in zip(alive, table.column("reason").to_pylist(), strict=True)]
         if table.column("text").null_count < table.num_rows:
-            texts = [before if text is None else text
-                     for before, text in zip(texts, table.column("text").to_pylist(), strict=True)]
+            texts = _overlay(texts, table.column("text").to_pylist())
         for name in table.column_names[2:]:
-            new = table.column(name).to_pylist()
-            old = columns.get(name)
-            # a document that the step passed over keeps what it has
-            columns[name] = (new if old is None else
-                             [o if n is None else n for o, n in zip(old, new, strict=True)])
-    names = list(columns)
-    return [LayerRow(identifier, text, dict(zip(names, values, strict=True))) if a else None
-            for a, identifier, text, *values in zip(alive, base.column("id").to_pylist(), texts,
-                                                    *columns.values(), strict=True)]
+            values = table.column(name).to_pylist()
+            # A document that the step skipped keeps its earlier value.
+            columns[name] = _overlay(columns[name], values) if name in columns else values
+    rows: list[LayerRow | None] = []
+    for is_alive, identifier, text, *values in zip(alive, base.column("id").to_pylist(), texts,
+                                                   *columns.values(), strict=True):
+        row = LayerRow(identifier, text, dict(zip(columns, values, strict=True))) if is_alive else None
+        rows.append(row)
+    return rows
 
 
-class LayerFile(TableFile):
-    """A step's layer over a shard."""
-
-    def __init__(self, path: Path, adds: dict[str, ColumnType]) -> None:
-        super().__init__(path, schema(adds, *LAYER_FIRST))
-        self.adds = adds
-
-    def write_outcomes(self, outcomes: Sequence[StepOutcome | None]) -> None:
-        """Write what became of a group's rows; None for those that were dropped before."""
-        made: dict[str, list[Any]] = {
-            "reason": [None if o is None else o.reason for o in outcomes],
-            "text": [None if o is None else o.text for o in outcomes]}
-        for name in self.adds:
-            made[name] = [None if o is None else o.values.get(name) for o in outcomes]
-        self.write(made)
+def _overlay(previous: list[Any], updates: list[Any]) -> list[Any]:
+    return [old if new is None else new for old, new in zip(previous, updates, strict=True)]
 
 
-MAX_LISTED = 10_000
-"""Of what is broken in a shard; more is only counted."""
-MAX_NAMES = 256
-"""Sources of the output that one shard may be sorted into; each has a file open."""
-Task = tuple[str, int]
-"""Name of a source and number of a shard; of a pass "" and the number of its task."""
-
-
-# The first task of a shard: its pieces of raw files become documents with an identifier and columns.
+# The first task of a shard: pieces of raw files become documents with an identifier and columns.
 
 
 @contextmanager
 def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Path,
-                shard: int) -> Iterator[Counts]:
-    """Write a shard's documents; they get their name when the caller is through with the counts.
+                shard: int) -> Iterator[DocumentCounts]:
+    """Write a shard's documents; the table gets its final name when the with block ends.
 
     Raises:
-        UserError: something is broken, and the pipeline says `on_bad: refuse`.
+        UserError: a broken record, if the pipeline has `on_bad: refuse`.
     """
-    counts, group = Counts(), _Group(source.settings, shard)
-    listed = layer.broken(output, shard)
+    counts, buffer = DocumentCounts(), _RowBuffer(source.settings, shard)
+    listed = layer.get_quarantine_file(output, shard)
     listed.parent.mkdir(parents=True, exist_ok=True)
-    source_reader = reader(source.settings)
-    # the rows get their name last: it says that the shard is done
-    # Names are given in turn as the blocks are left: the list of what is broken, then the rows.
-    with (TableFile(layer.file(output, shard), BASE_SCHEMA) as file, create_file(listed) as temporary,
+    table_file = layer.get_table_file(output, shard)
+    reader = create_reader(source.settings)
+    # The blocks end in reverse order, so the table gets its final name last.
+    with (TableFile(table_file, BASE_SCHEMA) as file, create_file(listed) as temporary,
           open(temporary, "w", encoding="utf-8") as quarantine):
-        pieces, marks = pieces_of(output, layer, shard)
+        pieces, marks = read_shard_pieces(output, layer, shard)
         for piece in pieces:
-            for item in source_reader.read(piece):
-                if isinstance(item, Broken):
-                    _note_broken(item, pipeline, quarantine, counts, shard)
+            # Line ends are unified before the first step, for every format.
+            is_code = piece.format == "code" or source.settings.kind == "math_code"
+            for item in reader.read_piece(piece):
+                if isinstance(item, BrokenRecord):
+                    _record_broken(item, pipeline, quarantine, counts, shard)
                     continue
-                # Here, before any step, for every format: all steps see the same form of lines.
-                is_code = piece.format == "code" or source.settings.kind == "math_code"
                 text = unify_line_ends(item.text, is_code=is_code)
-                counts.count(group.add(dataclasses.replace(item, text=text)), "", text, None)
-                if group.is_full:
-                    file.write(group.take())
-        file.write(group.take())
-        # After reading: a file that changed meanwhile would stand under the hash of its old content.
+                counts.add_document(buffer.add(dataclasses.replace(item, text=text)), "", text, None)
+                if buffer.is_full:
+                    file.write(buffer.pop_rows())
+        file.write(buffer.pop_rows())
+        # Checked after reading: a changed file would be stored under the address of its old content.
         for name, mark in marks.items():
-            refuse_changed(source.settings.file(name), mark)
+            check_unchanged(source.settings.get_file(name), mark)
         if (num_more := sum(counts.broken.values()) - MAX_LISTED) > 0:
             quarantine.write(json.dumps({
                 "shard": shard, "file": "", "place": f"shard {shard}", "code": "more", "content": "",
                 "reason": f"{num_more:,} more are counted, and not listed"}) + "\n")
         quarantine.write(json.dumps({SEAL: SEAL_PLACEHOLDER}) + "\n")
-        # The seal reads the file from the disk.
+        # `seal_file` reads from the disk.
         quarantine.flush()
-        # Checksums go into the counts: a file that is exchanged for a sound one of another shard is found.
-        counts.seals = {layer.file(output, shard).name: file.close(), listed.name: seal_file(temporary)}
+        # The counts record the checksums, which exposes a table swapped with another shard's.
+        counts.seals = {table_file.name: file.close(), listed.name: seal_file(temporary)}
         yield counts
 
 
-def _note_broken(item: Broken, pipeline: Pipeline, quarantine: IO[str], counts: Counts, shard: int) -> None:
-    """Count what is broken, and list it unless much is: a source of a wrong format would fill the disk."""
+def _record_broken(item: BrokenRecord, pipeline: Pipeline, quarantine: IO[str], counts: DocumentCounts,
+                   shard: int) -> None:
+    """Count a broken record. Only `MAX_LISTED` are listed: a source of a wrong format would fill the disk."""
     if pipeline.on_bad == "refuse" and not item.is_left_out:
         raise UserError(f"{item.place}: {item.reason}; mend it, or list such records and go on: "
                         "on_bad: quarantine")
     counts.broken[item.code] = counts.broken.get(item.code, 0) + 1
-    # All are counted; only the first are listed.
     if sum(counts.broken.values()) > MAX_LISTED:
         return
     record = {"shard": shard, "file": item.file, "place": item.place, "code": item.code,
@@ -182,8 +357,8 @@ def _note_broken(item: Broken, pipeline: Pipeline, quarantine: IO[str], counts: 
     quarantine.write(json.dumps(record) + "\n")
 
 
-class _Group:
-    """Rows of documents that are not yet written."""
+class _RowBuffer:
+    """Documents of the next row group."""
 
     def __init__(self, source: SourceSettings, shard: int) -> None:
         self.source, self.shard = source, shard
@@ -194,103 +369,43 @@ class _Group:
     def is_full(self) -> bool:
         return self._size_bytes >= GROUP_BYTES or len(self._columns["id"]) >= GROUP_ROWS
 
-    def add(self, raw: Raw) -> str:
-        """Take a document; returns its id."""
-        # By its place in the source, and not by its number: documents that come or go leave the ids of
-        # others.
-        place = hashlib.blake2b(raw.place.encode(), digest_size=8).hexdigest()
-        identifier = f"{self.source.name}:{self.shard}:{place}"
-        given = {name: None if raw.columns.get(name) in (None, "")
-                 else escape_controls(_utf8(str(raw.columns[name])))
-                 for name in OF_A_RECORD}
-        rest = {name: value for name, value in raw.columns.items() if name not in OF_A_RECORD}
-        row = {"id": identifier, "text": raw.text, "where": raw.place, "kind": self.source.kind,
-               "synthetic": self.source.synthetic, **given,
-               "licence": given["licence"] or self.source.licence or None,
-               "extra": _utf8(json.dumps(rest, ensure_ascii=False, sort_keys=True, default=str))
-               if rest else None}
+    def add(self, document: RawDocument) -> str:
+        """Append a document and return its id."""
+        # A hash of the place instead of a number: added or deleted documents do not change other ids.
+        place_hash = hashlib.blake2b(document.place.encode(), digest_size=8).hexdigest()
+        identifier = f"{self.source.name}:{self.shard}:{place_hash}"
+        row = {"id": identifier, "text": document.text, "where": document.place, "kind": self.source.kind,
+               "synthetic": self.source.synthetic, "extra": None}
+        for name in RECORD_COLUMNS:
+            value = document.columns.get(name)
+            row[name] = None if value in (None, "") else escape_controls(_replace_surrogates(str(value)))
+        row["licence"] = row["licence"] or self.source.licence or None
+        extra = {name: value for name, value in document.columns.items() if name not in RECORD_COLUMNS}
+        if extra:
+            row["extra"] = _replace_surrogates(json.dumps(extra, ensure_ascii=False, sort_keys=True,
+                                                          default=str))
         for name, values in self._columns.items():
             values.append(row[name])
-        self._size_bytes += len(raw.text.encode())
+        self._size_bytes += len(document.text.encode())
         return identifier
 
-    def take(self) -> dict[str, list[Any]]:
-        taken, self._columns = self._columns, {name: [] for name in BASE_SCHEMA.names}
+    def pop_rows(self) -> dict[str, list[Any]]:
+        """Return column -> values, and empty the buffer."""
+        rows, self._columns = self._columns, {name: [] for name in BASE_SCHEMA.names}
         self._size_bytes = 0
-        return taken
+        return rows
 
 
-def _utf8(text: str) -> str:
-    """Return a string without halves of surrogate pairs, which columns of strangers may hold anywhere."""
+def _replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which UTF-8 cannot encode, by "?"."""
     return text.encode("utf-8", "replace").decode()
 
 
-# The last task of a shard: its documents that are kept, sorted into files by the names that they go to.
-
-
-@contextmanager
-def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, output: Path,
-                       shard: int) -> Iterator[Counts]:
-    """Write a folder with a file for each name; it gets its own name when the caller is through with the
-    counts.
-
-    Raises:
-        UserError: documents would go to more than `MAX_NAMES` names.
-    """
-    counts = Counts()
-    files = [other.file(output, shard) for other in source.layers[:-1]]
-    with create_folder(layer.rows(output, shard)) as temporary:
-        with ExitStack() as stack:
-            sorted_rows = _Sorter(plan, temporary, stack)
-            for rows in groups(source.settings.name, files, [noted_seal(file) for file in files]):
-                for row in filter(None, rows):
-                    sorted_rows.add(source.settings.name, row)
-                    counts.count(row.id, "", row.text, None)
-            # Files are closed before they are read again to be counted.
-            sorted_rows.finish()
-        for file in sorted(temporary.glob("*.parquet")):
-            write_shard_facts(file)
-        counts.seals = {file.name: read_seal(file) for file in temporary.iterdir()}
-        yield counts
-
-
-class _Sorter:
-    def __init__(self, plan: PipelinePlan, folder: Path, stack: ExitStack) -> None:
-        self.pattern, self.folder, self.stack = plan.pipeline.output.name, folder, stack
-        self.schema = schema(plan.columns(), *BASE_FIRST)
-        self.files: dict[str, TableFile] = {}
-        self.waiting: dict[str, list[LayerRow]] = {}
-        self.waiting_bytes = 0
-
-    def add(self, source: str, row: LayerRow) -> None:
-        name = name_of(self.pattern, source, row.columns)
-        if name not in self.files:
-            if len(self.files) >= MAX_NAMES:
-                raise UserError(f"output.name = {self.pattern!r} sorts documents into more than {MAX_NAMES} "
-                                f"names (the last: {name}); make names of columns with fewer values")
-            self.files[name] = self.stack.enter_context(
-                TableFile(self.folder / f"{name}.parquet", self.schema))
-        rows = self.waiting.setdefault(name, [])
-        rows.append(row)
-        self.waiting_bytes += len(row.text)
-        # The limit is over all names together: with many names each alone would never be full.
-        if len(rows) >= GROUP_ROWS or self.waiting_bytes >= GROUP_BYTES:
-            self.finish()
-
-    def finish(self) -> None:
-        for name, rows in self.waiting.items():
-            made: dict[str, list[Any]] = {"id": [row.id for row in rows], "text": [row.text for row in rows]}
-            for column in self.schema.names[2:]:
-                made[column] = [row.columns.get(column) for row in rows]
-            self.files[name].write(made)
-        self.waiting, self.waiting_bytes = {}, 0
-
-
-# What a step sees of a run: the documents that the steps before it have left, shard by shard.
+# The middle tasks of a shard: a step's outcomes.
 
 
 class LayerView:
-    """A `View` of one step over a run's folder."""
+    """The `View` of one step: documents that the previous steps kept, shard by shard."""
 
     def __init__(self, plan: PipelinePlan, step: StepPlan, output: Path) -> None:
         self.plan, self.step, self.output = plan, step, output
@@ -298,195 +413,59 @@ class LayerView:
     @cached_property
     def shards(self) -> Sequence[ShardRef]:
         return [ShardRef(name, number)
-                for name in self.step.sources for number in self.plan.source(name).shards]
+                for name in self.step.sources for number in self.plan.get_source(name).shards]
 
     @property
-    def work(self) -> Path:
-        shared = next((layer.shared for name in self.step.sources for layer in self.plan.source(name).layers
-                       if layer.number == self.step.entry.number), "")
-        return self.output / shared
+    def work_folder(self) -> Path:
+        for name in self.step.sources:
+            for layer in self.plan.get_source(name).layers:
+                if layer.number == self.step.entry.number:
+                    return self.output / layer.shared
+        return self.output
 
-    def documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
-        for group in self.groups(shard):
-            if batch := [found for _, found in self.looked_at(shard, group)]:
+    def iter_documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
+        for first, rows in self.iter_groups(shard):
+            if batch := [document for _, document in self.select_documents(shard, first, rows)]:
                 yield batch
 
-    def priority(self, source: str) -> int:
-        return self.plan.source(source).settings.priority
+    def get_priority(self, source: str) -> int:
+        return self.plan.get_source(source).settings.priority
 
-    def groups(self, shard: ShardRef) -> Iterator[tuple[int, list[LayerRow | None]]]:
-        """Yield the number of its first row and the rows of each group of a shard, before the step."""
-        files = [layer.file(self.output, shard.number) for layer in self.plan.source(shard.source).layers
+    def iter_groups(self, shard: ShardRef) -> Iterator[tuple[int, list[LayerRow | None]]]:
+        """Yield the number of the first row and the rows for each row group of a shard, before the step."""
+        files = [layer.get_table_file(self.output, shard.number)
+                 for layer in self.plan.get_source(shard.source).layers
                  if layer.number < self.step.entry.number]
         first = 0
-        for rows in groups(shard.source, files, [noted_seal(file) for file in files]):
+        for rows in iter_row_batches(shard.source, files, [read_recorded_seal(file) for file in files]):
             yield first, rows
             first += len(rows)
 
-    def looked_at(self, shard: ShardRef, group: tuple[int, list[LayerRow | None]]) -> list[tuple[int, Doc]]:
-        """Return those rows of a group that the step looks at: place in the group and document."""
-        first, rows = group
+    def select_documents(self, shard: ShardRef, first: int,
+                         rows: list[LayerRow | None]) -> list[tuple[int, Doc]]:
+        """Return index in the row group and document, for rows that the step's `only` selects."""
         kinds = self.step.entry.only.kinds
         return [(i, Doc(row.id, row.text, shard.source, shard.number, first + i, row.columns))
                 for i, row in enumerate(rows)
                 if row is not None and (not kinds or row.columns["kind"] in kinds)]
 
 
-@dataclass(frozen=True)
-class PipelineStage:
-    """Tasks that need nothing of each other, and everything of the stages before."""
-
-    number: int
-    """Number of the layer that they write, or write towards."""
-    kind: str
-    """Name of the step, `PARSE` or `OUTPUT`."""
-    index: int = -1
-    """Number of the pass; -1: the step's outcomes, or no step."""
-    pass_name: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.number:02d}-{self.kind}" + (f"-{self.pass_name}" if self.pass_name else "")
-
-    @property
-    def what(self) -> str:
-        return "tasks" if self.index >= 0 else "shards"
-
-
-def stages(plan: PipelinePlan) -> Iterator[PipelineStage]:
-    yield PipelineStage(0, PARSE)
-    for step in plan.steps:
-        if step.sources:
-            for index, step_pass in enumerate(step.passes):
-                yield PipelineStage(step.entry.number, step.entry.kind, index, step_pass.name)
-            yield PipelineStage(step.entry.number, step.entry.kind)
-    yield PipelineStage(len(plan.pipeline.steps) + 1, OUTPUT)
-
-
-def tasks(plan: PipelinePlan, stage: PipelineStage) -> list[Task]:
-    if stage.index >= 0:
-        return [("", task) for task in range(_step(plan, stage).passes[stage.index].num_tasks)]
-    return [(source.settings.name, shard) for source in plan.sources if layer_of(source, stage)
-            for shard in source.shards]
-
-
-def layer_of(source: SourcePlan, stage: PipelineStage) -> Layer | None:
-    return next((layer for layer in source.layers if layer.number == stage.number), None)
-
-
-def _step(plan: PipelinePlan, stage: PipelineStage) -> StepPlan:
-    return plan.steps[stage.number - 1]
-
-
-def done_mark(plan: PipelinePlan, stage: PipelineStage, task: Task, output: Path) -> Path:
-    if stage.index >= 0:
-        # with the pass's results, so that nobody can delete these and leave the mark
-        folder = pass_marks(LayerView(plan, _step(plan, stage), output).work)
-        return folder / f"{stage.index}-{stage.pass_name}" / f"{task[1]:05d}"
-    layer = layer_of(plan.source(task[0]), stage)
-    assert layer is not None, (stage, task)
-    return layer.rows(output, task[1])
-
-
-def pass_marks(shared: Path) -> Path:
-    return shared / ".done"
-
-
-def do_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> None:
-    """Do one task, unless it is done.
-
-    Raises:
-        UserError: the user's data, settings or disk are in the way; the sentence says at which task.
-    """
-    plan = _plan(plan_file)
-    mark = done_mark(plan, stage, task, output)
-    # Two workers of a cluster may have been given the same task: the second finds it done.
-    if mark.exists():
-        return
-    where = f"source {task[0]}, shard {task[1]}" if task[0] else f"pass {stage.pass_name}, task {task[1]}"
-    try:
-        with translate_disk_errors(mark):
-            _do(plan, plan_file, output, stage, task, mark)
-    except UserError as e:
-        raise UserError(f"{where}, {stage.kind}: {e}") from e
-    except FileNotFoundError as e:
-        if shared := _shared_folder_of(e, output):
-            raise UserError(f"{where}, {stage.kind}: {e.filename} is missing, which an earlier pass has "
-                            f"left; delete {shared} and run the command again") from None
-        raise
-    except Exception as e:
-        e.add_note(f"{where}, step {stage.kind}")
-        raise
-
-
-def _shared_folder_of(error: FileNotFoundError, output: Path) -> Path | None:
-    """Return the folder of a step's passes that a missing file lies in; None: it lies in none."""
-    file, shared = Path(os.fsdecode(error.filename or "")), output / "shared"
-    return shared / file.relative_to(shared).parts[0] if shared in file.parents else None
-
-
-def _do(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage, task: Task,
-        mark: Path) -> None:
-    if stage.index >= 0:
-        view = LayerView(plan, _step(plan, stage), output)
-        view.work.mkdir(parents=True, exist_ok=True)
-        wall, cpu = time.perf_counter(), cpu_seconds()
-        _built(plan_file, stage.number, output, started=False).passes()[stage.index].run(view, task[1])
-        # The mark comes last: a pass that is killed before it is run again, and leaves the same files.
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed_json(mark, {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - wall},
-                          get_place_in_run(mark))
-        return
-    source = plan.source(task[0])
-    layer = layer_of(source, stage)
-    assert layer is not None
-    # Raw files are parsed in processes below this one, whose time counts too.
-    starts_others = stage.kind == PARSE
-    wall, cpu = time.perf_counter(), cpu_seconds(starts_others)
-    if stage.kind == PARSE:
-        work = parse_shard(plan.pipeline, source, layer, output, task[1])
-    elif stage.kind == OUTPUT:
-        work = write_output_shard(plan, source, layer, output, task[1])
-    else:
-        work = _judge_shard(plan, plan_file, output, stage, ShardRef(*task), mark)
-    # Counts are written before the rows get their name, which says that the shard is done.
-    with work as counts:
-        counts.wall_s, counts.cpu_s = time.perf_counter() - wall, cpu_seconds(starts_others) - cpu
-        write_sealed_json(layer.counts(output, task[1]), counts.to_dict())
-
-
-def cpu_seconds(with_others: bool = False) -> float:
-    """Return what this process has used of the cores so far.
-
-    Args:
-        with_others: add what those below it have: files are parsed in one below.  To look for them takes
-            longer than many a task.
-    """
-    mine = os.times()
-    below = 0.0
-    for child in psutil.Process().children(recursive=True) if with_others else ():
-        with suppress(psutil.Error):
-            times = child.cpu_times()
-            below += times.user + times.system
-    return mine.user + mine.system + mine.children_user + mine.children_system + below
-
-
 @contextmanager
-def _judge_shard(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage, shard: ShardRef,
-                 file: Path) -> Iterator[Counts]:
-    """Write a step's layer over a shard; it gets its name when the caller is through with the counts."""
-    entry = _step(plan, stage)
-    view, counts = LayerView(plan, entry, output), Counts()
-    step = _built(plan_file, stage.number, output, started=True)
-    with LayerFile(file, entry.adds) as layer:
-        for first, rows in view.groups(shard):
-            looked_at = view.looked_at(shard, (first, rows))
-            # Rows that the step does not look at are kept as they are.
+def _write_layer(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage, shard: ShardRef,
+                 file: Path) -> Iterator[DocumentCounts]:
+    """Write a step's layer over a shard; it gets its final name when the with block ends."""
+    step_plan = _get_step(plan, stage)
+    view, counts = LayerView(plan, step_plan, output), DocumentCounts()
+    step = _load_step(plan_file, stage.number, output, loads_inputs=True)
+    with LayerFile(file, step_plan.added_columns) as layer:
+        for first, rows in view.iter_groups(shard):
+            selected = view.select_documents(shard, first, rows)
+            # Rows that the step does not select stay unchanged.
             outcomes: list[StepOutcome | None] = [None if row is None else KEPT for row in rows]
-            documents = [found for _, found in looked_at]
-            for (i, document), outcome in zip(looked_at, _judged(step, entry, documents), strict=True):
+            step_outcomes = _compute_outcomes(step, step_plan, [document for _, document in selected])
+            for (i, document), outcome in zip(selected, step_outcomes, strict=True):
                 outcomes[i] = outcome
-                counts.count(document.id, outcome.reason, document.text, outcome.text)
+                counts.add_document(document.id, outcome.reason, document.text, outcome.text)
             try:
                 layer.write_outcomes(outcomes)
             except (ValueError, TypeError) as e:
@@ -496,42 +475,80 @@ def _judge_shard(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pipel
         yield counts
 
 
-def _judged(step: Step, entry: StepPlan, documents: list[Doc]) -> list[StepOutcome]:
-    made = list(step.outcomes(documents)) if documents else []
-    if len(made) != len(documents):
-        raise RuntimeError(f"step {step.kind} gave {len(made)} outcomes for {len(documents)} documents")
-    for i, (document, outcome) in enumerate(zip(documents, made, strict=True)):
-        if unknown := set(outcome.values) - set(entry.adds):
+def _compute_outcomes(step: Step, step_plan: StepPlan, documents: list[Doc]) -> list[StepOutcome]:
+    outcomes = list(step.compute_outcomes(documents)) if documents else []
+    if len(outcomes) != len(documents):
+        raise RuntimeError(f"step {step.kind} gave {len(outcomes)} outcomes for {len(documents)} documents")
+    for i, (document, outcome) in enumerate(zip(documents, outcomes, strict=True)):
+        if unknown := set(outcome.values) - set(step_plan.added_columns):
             raise RuntimeError(f"step {step.kind} gives columns that it does not add: {sorted(unknown)}")
-        # A dropped document has no text, and one that is set to what it was is unchanged: layers stay small.
+        # Texts of dropped and unchanged documents are not stored, which keeps layers small.
         if outcome.text is not None and (outcome.reason or outcome.text == document.text):
-            made[i] = StepOutcome(outcome.reason, None, outcome.values)
-        # A step that takes everything out has dropped the document.
+            outcomes[i] = StepOutcome(outcome.reason, None, outcome.values)
+        # A step that removes the whole text drops the document.
         elif outcome.text is not None and not outcome.text.strip():
-            made[i] = StepOutcome("nothing left", None, outcome.values)
-    return made
+            outcomes[i] = StepOutcome("nothing left", None, outcome.values)
+    return outcomes
 
 
-@lru_cache(maxsize=2)
-def _plan(file: Path) -> PipelinePlan:
-    return PipelinePlan.read(file)
+# The last task of a shard: kept documents, sorted into one file for each output name.
 
 
-@lru_cache(maxsize=2)
-def _built(plan_file: Path, number: int, output: Path, *, started: bool) -> Step:
-    """Return a step as this process has it.
+@contextmanager
+def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, output: Path,
+                       shard: int) -> Iterator[DocumentCounts]:
+    """Write a folder with a file for each output name; it gets its final name when the with block ends.
 
     Raises:
-        UserError: what it read is not what the plan was made for.
+        UserError: the documents have more than `MAX_NAMES` output names.
     """
-    plan = _plan(plan_file)
-    found = plan.steps[number - 1].entry.build(plan.pipeline.folder)
-    if started:
-        found.start(LayerView(plan, plan.steps[number - 1], output))
-    # Compared after loading: what the step has read is then what was hashed, or the task ends.
-    planned = next(layer.reasons["files"] for source in plan.sources for layer in source.layers
-                   if layer.number == number)
-    if file_hashes(found) != planned:
-        raise UserError(f"{plan_file}: a file that step {number} reads has changed since the plan was made; "
-                        "run the command again")
-    return found
+    counts = DocumentCounts()
+    files = [other.get_table_file(output, shard) for other in source.layers[:-1]]
+    with create_folder(layer.get_result_path(output, shard)) as temporary:
+        with ExitStack() as stack:
+            sorter = _OutputSorter(plan, temporary, stack)
+            for rows in iter_row_batches(source.settings.name, files,
+                                         [read_recorded_seal(file) for file in files]):
+                for row in filter(None, rows):
+                    sorter.add(source.settings.name, row)
+                    counts.add_document(row.id, "", row.text, None)
+            sorter.write_waiting()
+        # Read after the stack has closed the files.
+        for file in sorted(temporary.glob("*.parquet")):
+            write_shard_facts(file)
+        counts.seals = {file.name: read_seal(file) for file in temporary.iterdir()}
+        yield counts
+
+
+class _OutputSorter:
+    """Writes rows to one table for each output name."""
+
+    def __init__(self, plan: PipelinePlan, folder: Path, stack: ExitStack) -> None:
+        self.pattern, self.folder, self.stack = plan.pipeline.output.name, folder, stack
+        self.schema = build_schema("id", plan.list_columns())
+        self.files: dict[str, TableFile] = {}
+        self.waiting: dict[str, list[LayerRow]] = {}
+        self.waiting_chars = 0
+
+    def add(self, source: str, row: LayerRow) -> None:
+        name = format_output_name(self.pattern, source, row.columns)
+        if name not in self.files:
+            if len(self.files) >= MAX_NAMES:
+                raise UserError(f"output.name = {self.pattern!r} sorts documents into more than {MAX_NAMES} "
+                                f"names (the last: {name}); make names of columns with fewer values")
+            self.files[name] = self.stack.enter_context(
+                TableFile(self.folder / f"{name}.parquet", self.schema))
+        rows = self.waiting.setdefault(name, [])
+        rows.append(row)
+        self.waiting_chars += len(row.text)
+        # The limit is over all names: with many names no single name would reach it.
+        if len(rows) >= GROUP_ROWS or self.waiting_chars >= GROUP_BYTES:
+            self.write_waiting()
+
+    def write_waiting(self) -> None:
+        for name, rows in self.waiting.items():
+            table: dict[str, list[Any]] = {"id": [row.id for row in rows], "text": [row.text for row in rows]}
+            for column in self.schema.names[2:]:
+                table[column] = [row.columns.get(column) for row in rows]
+            self.files[name].write(table)
+        self.waiting, self.waiting_chars = {}, 0

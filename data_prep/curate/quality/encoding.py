@@ -30,10 +30,10 @@ class RepairEncoding(Step):
     """Restores text that was read in a wrong encoding, except in code."""
 
     kind = "encoding"
-    adds: ClassVar[dict[str, ColumnType]] = {"lines_repaired": "int64"}
+    added_columns: ClassVar[dict[str, ColumnType]] = {"lines_repaired": "int64"}
     Settings = EncodingRepairSettings
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [self._outcome(document) for document in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:

@@ -310,16 +310,16 @@ class Language(Step):
     """Adds the language of each document, how sure it is, and its form."""
 
     kind = "language"
-    adds: ClassVar[dict[str, ColumnType]] = {
+    added_columns: ClassVar[dict[str, ColumnType]] = {
         "language": "string", "language_score": "float32", "form": "string"}
     Settings = LanguageSettings
     settings: LanguageSettings
 
-    def files(self) -> Sequence[Path]:
+    def list_files(self) -> Sequence[Path]:
         """Return the model, so that another one is another step."""
         return [get_model_file()]
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [self._outcome(document.text) for document in documents]
 
     def _outcome(self, text: str) -> StepOutcome:

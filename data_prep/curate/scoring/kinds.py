@@ -68,13 +68,13 @@ class _Grade(Step):
         super().__init__(settings)
         self._scorer: Scorer | None = None
 
-    def files(self) -> Sequence[Path]:
+    def list_files(self) -> Sequence[Path]:
         return list_scorer_files(Path(self.settings.model))
 
-    def start(self, view: View) -> None:
+    def load_inputs(self, view: View) -> None:
         self._scorer = load_scorer(Path(self.settings.model))
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         assert self._scorer is not None, "outcomes before start"
         lowest = self.settings.min_score
         found = []
@@ -90,7 +90,7 @@ class Quality(_Grade):
     """The probability that a team's own reader would keep a document."""
 
     kind: ClassVar[str] = "quality"
-    adds: ClassVar[Mapping[str, ColumnType]] = {"quality": "float32"}
+    added_columns: ClassVar[Mapping[str, ColumnType]] = {"quality": "float32"}
     Settings = QualitySettings
 
 
@@ -98,7 +98,7 @@ class Education(_Grade):
     """How much a document teaches, from 0 to 5 (FineWeb-Edu, arXiv 2406.17557, section 4)."""
 
     kind: ClassVar[str] = "education"
-    adds: ClassVar[Mapping[str, ColumnType]] = {"education": "float32"}
+    added_columns: ClassVar[Mapping[str, ColumnType]] = {"education": "float32"}
     Settings = EducationSettings
 
 
@@ -141,24 +141,24 @@ class ScorerKind(Step):
     """A column of kinds."""
 
     kind: ClassVar[str] = "kind"
-    adds: ClassVar[Mapping[str, ColumnType]] = {"kind": "string"}
-    needs: ClassVar[Sequence[str]] = ("language",)
+    added_columns: ClassVar[Mapping[str, ColumnType]] = {"kind": "string"}
+    needed_columns: ClassVar[Sequence[str]] = ("language",)
     Settings = KindSettings
 
     def __init__(self, settings: KindSettings) -> None:
         super().__init__(settings)
         self._scorers: dict[str, Scorer] = {}
 
-    def files(self) -> Sequence[Path]:
+    def list_files(self) -> Sequence[Path]:
         """Return what decides the classifiers' scores."""
         return [file for _, folder in sorted(self.settings.domains.items())
                 for file in list_scorer_files(Path(folder))]
 
-    def start(self, view: View) -> None:
+    def load_inputs(self, view: View) -> None:
         self._scorers = {name: load_scorer(Path(folder))
                          for name, folder in sorted(self.settings.domains.items())}
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [StepOutcome(values={"kind": self._kind(document)}) for document in documents]
 
     def _kind(self, document: Doc) -> str:

@@ -62,22 +62,22 @@ class Level(Step):
     """A column of levels."""
 
     kind: ClassVar[str] = "level"
-    adds: ClassVar[Mapping[str, ColumnType]] = {"level": "string"}
+    added_columns: ClassVar[Mapping[str, ColumnType]] = {"level": "string"}
     Settings = LevelSettings
 
     def __init__(self, settings: LevelSettings) -> None:
         super().__init__(settings)
-        self.needs = tuple(filter(None, (settings.by, settings.per)))  # type: ignore[misc]
+        self.needed_columns = tuple(filter(None, (settings.by, settings.per)))  # type: ignore[misc]
         self._cuts: dict[str, list[int]] = {}
 
-    def passes(self) -> Sequence[Pass]:
+    def list_passes(self) -> Sequence[Pass]:
         return (Pass("keys", self.write_keys), Pass("cuts", self.write_cuts, 1))
 
     def write_keys(self, view: View, task: int) -> None:
         """Write the sorted keys of a shard's documents, group after group."""
         groups: dict[str, list[int]] = {}
         num_without = 0
-        for documents in view.documents(view.shards[task]):
+        for documents in view.iter_documents(view.shards[task]):
             for document in documents:
                 key = self._key(document)
                 if key is None:
@@ -94,7 +94,7 @@ class Level(Step):
                                                           for name in sorted(groups))])
         raw = io.BytesIO()
         np.save(raw, found)
-        folder = view.work / "keys"
+        folder = view.work_folder / "keys"
         folder.mkdir(parents=True, exist_ok=True)
         keys, beside = folder / f"{task:06d}.npy", folder / f"{task:06d}.json"
         # The keys before the .json that names them: a pass that is killed in between leaves no list of keys
@@ -106,7 +106,7 @@ class Level(Step):
         """Write the lowest key of each level for each group."""
         shards = [(file.with_suffix(".npy"), read_sealed_json(file, explain_deletion(file),
                                                                get_place_in_run(file)))
-                  for file in sorted((view.work / "keys").glob("*.json"))]
+                  for file in sorted((view.work_folder / "keys").glob("*.json"))]
         counts: dict[str, int] = {}
         for _, shard in shards:
             for name, (start, stop) in shard["groups"].items():
@@ -123,14 +123,14 @@ class Level(Step):
         record = {"groups": {name: {"judged_as": pool[name], "num_documents": counts[name],
                                     "cuts": cuts[pool[name]]} for name in sorted(counts)},
                   "num_without_score": sum(shard["num_without"] for _, shard in shards)}
-        write_sealed_json(view.work / _FILE, record, get_place_in_run(view.work / _FILE))
+        write_sealed_json(view.work_folder / _FILE, record, get_place_in_run(view.work_folder / _FILE))
 
-    def start(self, view: View) -> None:
-        file = view.work / _FILE
+    def load_inputs(self, view: View) -> None:
+        file = view.work_folder / _FILE
         groups = read_sealed_json(file, explain_deletion(file), get_place_in_run(file))["groups"]
         self._cuts = {name: group["cuts"] for name, group in groups.items()}
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         found = []
         for document in documents:
             key, level = self._key(document), BASIC
@@ -157,7 +157,7 @@ class Level(Step):
         if score is None or math.isnan(score):
             return None
         # Ties are broken by a hash of the place: any share of them can be taken, and always the same.
-        hashed = int.from_bytes(blake2b(document.lot.encode(), digest_size=4).digest(), "little")
+        hashed = int.from_bytes(blake2b(document.sampling_key.encode(), digest_size=4).digest(), "little")
         return _to_sortable(float(score)) << 32 | hashed
 
 

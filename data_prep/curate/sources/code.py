@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from data_prep.curate.sources.encodings import DETECT, EncodingLimits, decode_text, read_whole
-from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty, source_files
-from data_prep.curate.sources.source import Broken, Raw, SourcePiece
+from data_prep.curate.sources.encodings import DETECT, EncodingLimits, decode_text, read_unpacked
+from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty, list_source_files
+from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourcePiece
 from megatron_sov.base.documents import BadRecord
 
 LICENCE_FILE = re.compile(r"(?:(?:un)?licen[cs]es?|copying|copyright)(?:[.-][\w.-]+)?$", re.IGNORECASE)
@@ -68,7 +68,7 @@ LEAST_LETTERS = 0.25
 # Licences as SPDX names them, by the head of a licence's text or of a source file.
 
 
-def header_licence(text: str) -> str:
+def find_header_licence(text: str) -> str:
     head = text[:HEAD_CHARS]
     if found := _SPDX.search(head):
         return found[1].strip()
@@ -104,7 +104,7 @@ def _generated_names() -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{pattern})" for pattern in _tables()["generated"]))
 
 
-def language_of(name: str) -> str:
+def find_language(name: str) -> str:
     base = name.rpartition("/")[2]
     ending = f".{base.rpartition('.')[2].lower()}" if "." in base[1:] else ""
     return _languages().get("" if base.startswith(".") else base) or _languages().get(ending, "")
@@ -114,7 +114,7 @@ def is_vendored(name: str) -> bool:
     return bool(_vendored().search(f"/{name}"))
 
 
-def unwanted(name: str, text: str) -> tuple[str, str]:
+def find_exclusion(name: str, text: str) -> tuple[str, str]:
     """Return a code and a reason where a file was not written by people for people; two empty strings where
     it was."""
     if _generated_names().search(f"/{name}"):
@@ -155,18 +155,18 @@ class CodeReader(FileReader):
     Options = CodeOptions
 
     @classmethod
-    def takes(cls, name: str) -> bool:
-        return bool(language_of(name)) and not LICENCE_FILE.match(name)
+    def accepts_name(cls, name: str) -> bool:
+        return bool(find_language(name)) and not LICENCE_FILE.match(name)
 
-    def pieces(self) -> list[SourcePiece]:
+    def list_pieces(self) -> list[SourcePiece]:
         """Return the files, in order, each with the licences of the folders that it stands in."""
         self._licences: dict[str, tuple[str, ...]] = {}
         left_out: list[SourcePiece] = []
-        names = source_files(self.source, self.takes, left_out, self.told.append)
-        return [piece for name in names for piece in self.pieces_of(name)] + left_out
+        names = list_source_files(self.source, self.accepts_name, left_out, self.notes.append)
+        return [piece for name in names for piece in self.split_file(name)] + left_out
 
-    def pieces_of(self, name: str) -> Iterator[SourcePiece]:
-        size_bytes = self.source.file(name).stat().st_size
+    def split_file(self, name: str) -> Iterator[SourcePiece]:
+        size_bytes = self.source.get_file(name).stat().st_size
         yield SourcePiece(self.format, name, 0, size_bytes, size_bytes, self._beside(os.path.dirname(name)))
 
     def _beside(self, folder: str) -> tuple[str, ...]:
@@ -182,9 +182,9 @@ class CodeReader(FileReader):
         return known[folder]
 
     @classmethod
-    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
+    def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
         options: CodeOptions = job.options
-        language = language_of(job.piece.file)
+        language = find_language(job.piece.file)
         if options.languages and language not in options.languages:
             yield job.broken(BadRecord("language", f"is {language or 'of no known language'}"),
                              is_left_out=True)
@@ -196,32 +196,33 @@ class CodeReader(FileReader):
             yield job.broken(BadRecord("large", f"has more than {options.file_bytes:,} bytes"),
                              is_left_out=True)
             return
-        raw = read_whole(job.file, options)
+        raw = read_unpacked(job.file, options)
         # Tests go from the cheap to the dear: name, size, bytes, text, licence.
         if b"\0" in raw:
             yield job.broken(BadRecord("binary", "is binary"), is_left_out=True)
             return
         text = decode_text(raw, DETECT)
-        code, reason = unwanted(job.piece.file, text)
+        code, reason = find_exclusion(job.piece.file, text)
         if code and not options.keep_generated:
             yield job.broken(BadRecord(code, reason, content=text[:1000].encode()), is_left_out=True)
             return
-        licence = header_licence(text) or _repository_licence(job)
+        licence = find_header_licence(text) or _repository_licence(job)
         if options.licences and licence not in options.licences:
             yield job.broken(BadRecord("licence", f"is under {licence or 'no licence that is known'}"),
                              is_left_out=True)
             return
-        yield Raw(text, job.name, drop_empty({"licence": licence, "language_hint": language,
+        yield RawDocument(text, job.name, drop_empty({"licence": licence, "language_hint": language,
                                               "repository": job.piece.file.partition("/")[0]}))
 
 
 def _repository_licence(job: ReadingJob) -> str:
     found = []
-    for name in job.piece.beside:
+    for name in job.piece.companion_files:
         try:
             if (job.root / name).stat().st_size > MAX_LICENCE_BYTES:  # read for each file beside it
                 continue
-            found.append(header_licence(decode_text(read_whole(job.root / name, job.options), DETECT)))
+            found.append(find_header_licence(decode_text(read_unpacked(job.root / name, job.options),
+                                                         DETECT)))
         except (BadRecord, OSError):
             continue
     return " AND ".join(dict.fromkeys(filter(None, found)))

@@ -10,9 +10,9 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from data_prep.curate.sources.formats import reader_class
-from data_prep.curate.sources.reader import ReadingJob, SourceItem, job_of
-from data_prep.curate.sources.source import Broken, Raw
+from data_prep.curate.sources.formats import load_reader_class
+from data_prep.curate.sources.reader import ReadingJob, SourceItem, parse_job_message
+from data_prep.curate.sources.source import BrokenRecord, RawDocument
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.sandbox.restrictions import enclose_reader
@@ -33,8 +33,9 @@ def main(fd: int) -> None:
         enclose_reader(order["readable"], order["memory_bytes"])
         while True:
             asked = receive_message(channel)
-            reader = reader_class(asked["job"]["piece"]["format"])
-            _read(channel, reader.items(job := job_of(asked["job"], reader.Options)), job, asked["skip"])
+            reader = load_reader_class(asked["job"]["piece"]["format"])
+            _read(channel, reader.iter_items(job := parse_job_message(asked["job"], reader.Options)), job,
+                  asked["skip"])
     except (EOFError, _ReaderGone):
         os._exit(0)
 
@@ -85,8 +86,8 @@ def _allow_s(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def _send_found(channel: socket.socket, found: Raw | Broken, job: ReadingJob) -> None:
-    if isinstance(found, Broken):
+def _send_found(channel: socket.socket, found: RawDocument | BrokenRecord, job: ReadingJob) -> None:
+    if isinstance(found, BrokenRecord):
         _tell(channel, {"broken": dataclasses.asdict(found)})
         return
     try:

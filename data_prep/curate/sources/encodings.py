@@ -45,7 +45,7 @@ class EncodingLimits:
 
 
 @contextmanager
-def unpacked(file: Path) -> Iterator[IO[bytes]]:
+def open_unpacked(file: Path) -> Iterator[IO[bytes]]:
     """Open a file that may be compressed (`.gz`, `.zst`).
 
     Raises:
@@ -66,7 +66,8 @@ def unpacked(file: Path) -> Iterator[IO[bytes]]:
             raise BadRecord("truncated", f"is cut off or damaged ({e}); fetch the file again") from None
 
 
-def blocks_within(stream: IO[bytes], packed_bytes: int, most_bytes: float = math.inf) -> Iterator[bytes]:
+def iter_limited_blocks(stream: IO[bytes], packed_bytes: int,
+                        most_bytes: float = math.inf) -> Iterator[bytes]:
     """Yield what a stream holds.
 
     Args:
@@ -78,18 +79,18 @@ def blocks_within(stream: IO[bytes], packed_bytes: int, most_bytes: float = math
         BadRecord: it is more, or more than `MAX_RATIO` times as large as what it comes from.
     """
     total = 0
-    while block := read_some(stream, _BLOCK_BYTES):
+    while block := read_block(stream, _BLOCK_BYTES):
         total += len(block)
-        refuse_bomb(packed_bytes, total, most_bytes)
+        check_unpacked_size(packed_bytes, total, most_bytes)
         yield block
 
 
-def read_some(stream: IO[bytes], most_bytes: int) -> bytes:
+def read_block(stream: IO[bytes], most_bytes: int) -> bytes:
     """Return what a stream has next: where it is damaged, all that comes before, which `read` would lose."""
     return cast(io.BufferedReader, stream).read1(most_bytes)
 
 
-def refuse_bomb(packed_bytes: int, unpacked_bytes: int, most_bytes: float) -> None:
+def check_unpacked_size(packed_bytes: int, unpacked_bytes: int, most_bytes: float) -> None:
     """Raise `BadRecord` where what is packed unpacks to too much."""
     if unpacked_bytes > most_bytes:
         raise BadRecord("too_long", f"holds more than unpacked_bytes = {most_bytes:,} bytes; raise the "
@@ -100,14 +101,14 @@ def refuse_bomb(packed_bytes: int, unpacked_bytes: int, most_bytes: float) -> No
                                 "no text does; leave it out")
 
 
-def read_whole(file: Path, limits: EncodingLimits) -> bytes:
+def read_unpacked(file: Path, limits: EncodingLimits) -> bytes:
     """Return what a file holds, unpacked.
 
     Raises:
         BadRecord: as `unpacked` and `blocks_within`.
     """
-    with unpacked(file) as stream:
-        return b"".join(blocks_within(stream, file.stat().st_size, limits.unpacked_bytes))
+    with open_unpacked(file) as stream:
+        return b"".join(iter_limited_blocks(stream, file.stat().st_size, limits.unpacked_bytes))
 
 
 DETECT = "detect"
@@ -155,7 +156,7 @@ def decode_text(raw: bytes, encoding: str) -> str:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            return _strict(raw, guessed(raw))
+            return _strict(raw, guess_encoding(raw))
     return _strict(raw, "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)
 
 
@@ -183,7 +184,7 @@ def decode_page(raw: bytes, declared: str = "") -> str:
         text = _as_browsers(raw, name)
         if text is not None:
             return text
-    text = _as_browsers(raw, guessed(raw))
+    text = _as_browsers(raw, guess_encoding(raw))
     if text is None:
         raise BadRecord("encoding", "is no text in any encoding that fits; leave it out", content=raw[:1000])
     return text
@@ -198,7 +199,7 @@ def _as_browsers(raw: bytes, name: str) -> str | None:
     return text if text and text.count("\ufffd") <= _MOST_REPLACED * len(text) else None
 
 
-def guessed(raw: bytes) -> str:
+def guess_encoding(raw: bytes) -> str:
     """Return the encoding that fits a text's bytes best.
 
     Raises:

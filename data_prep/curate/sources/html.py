@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.curate.sources.encodings import EncodingLimits, decode_page, read_whole
+from data_prep.curate.sources.encodings import EncodingLimits, decode_page, read_unpacked
 from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty
-from data_prep.curate.sources.source import Broken, Raw
+from data_prep.curate.sources.source import BrokenRecord, RawDocument
 from megatron_sov.base.documents import BadRecord
 
 NO_TEXT = "no_text"
@@ -58,12 +58,13 @@ class HtmlReader(FileReader):
     Options = HtmlOptions
 
     @classmethod
-    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        yield page(decode_page(read_whole(job.file, job.options)), job.name, job,
+    def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
+        yield build_page_document(decode_page(read_unpacked(job.file, job.options)), job.name, job,
                    whole=job.options.whole_page)
 
 
-def page(source: str, place: str, job: ReadingJob, *, whole: bool) -> Raw | Broken:
+def build_page_document(source: str, place: str, job: ReadingJob, *,
+                        whole: bool) -> RawDocument | BrokenRecord:
     """Return a page's text and what it says of itself.
 
     Args:
@@ -72,14 +73,14 @@ def page(source: str, place: str, job: ReadingJob, *, whole: bool) -> Raw | Brok
         job: what it is read for.
         whole: keep what stands around the text.
     """
-    text, facts = page_text(source, whole=whole)
+    text, facts = extract_page_text(source, whole=whole)
     if not text.strip():
         reason = "holds no text but menus and links (whole_page: true keeps these)"
         return job.broken(BadRecord(NO_TEXT, reason), place, is_left_out=True)
-    return Raw(text, place, facts)
+    return RawDocument(text, place, facts)
 
 
-def page_text(source: str, *, whole: bool = False) -> tuple[str, dict[str, Any]]:
+def extract_page_text(source: str, *, whole: bool = False) -> tuple[str, dict[str, Any]]:
     """Return the text of a page, and its title, url, date, licence and language where its head has them."""
     from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
@@ -120,11 +121,11 @@ def _facts(tree: Any) -> dict[str, Any]:
         "title": metas.get("og:title") or (" ".join(title.text.split())[:500] if title else ""),
         "url": links.get("canonical") or metas.get("og:url"),
         "date": published or (time.getattr("datetime") if time else ""),
-        "licence": licence_of(links.get("license") or metas.get("dc.rights") or ""),
+        "licence": parse_licence(links.get("license") or metas.get("dc.rights") or ""),
         "language_hint": (language or metas.get("og:locale") or "")[:35]})
 
 
-def licence_of(named: str) -> str:
+def parse_licence(named: str) -> str:
     """Return the SPDX name of a Creative Commons address, or what is named as it is."""
     found = _CREATIVE_COMMONS.search(named.lower())
     if found is None:

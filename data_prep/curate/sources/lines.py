@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from data_prep.curate.sources.encodings import (
-    COMPRESSED, Encoding, EncodingLimits, LimitBytes, blocks_within, decode_text, unpacked)
+    COMPRESSED, Encoding, EncodingLimits, LimitBytes, decode_text, iter_limited_blocks, open_unpacked)
 from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem, drop_empty
-from data_prep.curate.sources.source import Broken, Raw, SourcePiece
+from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourcePiece
 from megatron_sov.base.documents import DOCUMENT_BYTES, WHOLE_FILE_BYTES, BadRecord, cut_at_blank_lines
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
 from megatron_sov.base.documents.records import explain_bytes
 
 # What a record of JSON lines or a table says, as a document.
 
-NAMES = {"id": "own_id", "_id": "own_id", "url": "url", "uri": "url", "link": "url", "title": "title",
+COLUMN_NAMES = {"id": "own_id", "_id": "own_id", "url": "url", "uri": "url", "link": "url", "title": "title",
          "date": "date", "timestamp": "date", "created": "date", "licence": "licence", "license": "licence",
          "language": "language_hint", "lang": "language_hint"}
 """Field of a record -> the column that it becomes; others keep their names."""
@@ -28,7 +28,7 @@ MAX_FIELD_CHARS, MAX_FIELD_DEPTH = 4000, 20
 """Of what a record says beside its text; what is longer, or nested deeper, is left out."""
 
 
-def raw_of(record: Mapping[str, Any], place: str, job: ReadingJob) -> Raw:
+def build_document(record: Mapping[str, Any], place: str, job: ReadingJob) -> RawDocument:
     """Return the document of a record.
 
     Raises:
@@ -51,15 +51,16 @@ def raw_of(record: Mapping[str, Any], place: str, job: ReadingJob) -> Raw:
                                     "of text; cut it, or raise the limit")
     if not text.strip():
         raise BadRecord(EMPTY, "holds no text")
-    return Raw(text, place, columns_of({name: v for name, v in record.items() if name != job.text_field}))
+    return RawDocument(text, place, build_columns({name: v for name, v in record.items()
+                                                   if name != job.text_field}))
 
 
-def columns_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+def build_columns(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a record says beside its text: strings under the names that all formats share, and the rest
     as it is, without what is long or nested deep."""
     columns: dict[str, Any] = {}
     for name, value in fields.items():
-        known = NAMES.get(name.lower())
+        known = COLUMN_NAMES.get(name.lower())
         plain = _plain(value)
         # The first field of a meaning counts; a second keeps its own name.
         if known is not None and known not in columns and isinstance(plain, (str, int, float)):
@@ -106,9 +107,9 @@ class _SpansReader(FileReader):
     read_as: ClassVar[str]
     """Ending of its files, which those that the settings name need not have."""
 
-    def pieces_of(self, name: str) -> Iterator[SourcePiece]:
+    def split_file(self, name: str) -> Iterator[SourcePiece]:
         """Yield the parts of a file: of about 8 MiB, a compressed one as a whole."""
-        for span in iter_spans(self.source.file(name), read_as=self.read_as):
+        for span in iter_spans(self.source.get_file(name), read_as=self.read_as):
             yield SourcePiece(self.format, name, span.start, span.stop, span.size_bytes)
 
 
@@ -130,15 +131,15 @@ class TextReader(_SpansReader):
     suffixes = TEXT_SUFFIXES
     Options = TextOptions
 
-    def pieces_of(self, name: str) -> Iterator[SourcePiece]:
+    def split_file(self, name: str) -> Iterator[SourcePiece]:
         """Yield the parts of a file; only UTF-8 can be cut before it is read."""
-        yield from super().pieces_of(name) if self.options.encoding == "utf-8" else FileReader.pieces_of(
+        yield from super().split_file(name) if self.options.encoding == "utf-8" else FileReader.split_file(
             self, name)
 
     @classmethod
-    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
+    def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
         options: TextOptions = job.options
-        with unpacked(job.file) as stream:
+        with open_unpacked(job.file) as stream:
             blocks = _part(stream, job)
             size_bytes = job.piece.stop - job.piece.start
             if _is_packed(job) or options.encoding != "utf-8":  # of a bomb no part becomes a document
@@ -156,7 +157,7 @@ class TextReader(_SpansReader):
                 try:
                     text = decode_text(raw, "utf-8")
                     if text.strip():
-                        yield Raw(text, place)
+                        yield RawDocument(text, place)
                     else:
                         yield job.broken(BadRecord(EMPTY, "holds no text"), place, is_left_out=True)
                 except BadRecord as e:
@@ -174,17 +175,17 @@ class JsonlReader(_SpansReader):
     suffixes = JSONL_SUFFIXES
 
     @classmethod
-    def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
+    def iter_items(cls, job: ReadingJob) -> Iterator[SourceItem]:
         """Yield the whole part: its time limit is one for each line."""
-        yield SourceItem(job.name, lambda: cls.documents(job))
+        yield SourceItem(job.name, lambda: cls.iter_documents(job))
 
     @classmethod
-    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
+    def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
         # JSON escapes may double a text, and a line has other fields too.
         limit_bytes = 2 * job.options.document_bytes
         # lines of a part are counted from its first: to know the others a process would read them again
         prefix = f"{job.name}:{job.piece.start}+" if job.piece.start else f"{job.name}:"
-        with unpacked(job.file) as stream:
+        with open_unpacked(job.file) as stream:
             for number, line in enumerate(split_lines(_part(stream, job), limit_bytes), 1):
                 place = f"{prefix}{number}"
                 if number == 1 and not job.piece.start:
@@ -195,7 +196,7 @@ class JsonlReader(_SpansReader):
                     if len(line) > limit_bytes:
                         raise BadRecord("too_long", f"is a line of more than {limit_bytes:,} bytes; cut it, "
                                                     "or raise document_bytes")
-                    yield raw_of(_record(line), place, job)
+                    yield build_document(_record(line), place, job)
                 except BadRecord as e:
                     yield job.broken(BadRecord(e.code, str(e), content=line[:1000]), place,
                                      is_left_out=e.code == EMPTY)
@@ -225,7 +226,7 @@ def _is_packed(job: ReadingJob) -> bool:
 def _part(stream: IO[bytes], job: ReadingJob) -> Iterator[bytes]:
     if _is_packed(job):
         is_text = job.piece.format == "text"  # which is held in memory
-        yield from blocks_within(stream, job.piece.size_bytes,
+        yield from iter_limited_blocks(stream, job.piece.size_bytes,
                                  job.options.unpacked_bytes if is_text else math.inf)
         return
     stream.seek(job.piece.start)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from data_prep.curate.sources.lines import raw_of
+from data_prep.curate.sources.lines import build_document
 from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem
-from data_prep.curate.sources.source import Broken, Raw, SourcePiece
+from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourcePiece
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import open_parquet
 from megatron_sov.base.errors import first_error_line
@@ -24,16 +24,16 @@ class ParquetReader(FileReader):
     suffixes = frozenset([".parquet"])
     compressed = False
 
-    def pieces_of(self, name: str) -> Iterator[SourcePiece]:
+    def split_file(self, name: str) -> Iterator[SourcePiece]:
         """Yield parts of about 64 MiB; each holds the row groups that begin in it, so that nobody has to look
         into a file to know its parts."""
-        size_bytes = self.source.file(name).stat().st_size
+        size_bytes = self.source.get_file(name).stat().st_size
         for start in range(0, max(size_bytes, 1), _PART_BYTES):
             stop = min(start + _PART_BYTES, size_bytes)
             yield SourcePiece(self.format, name, start, stop, stop - start)
 
     @classmethod
-    def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
+    def iter_items(cls, job: ReadingJob) -> Iterator[SourceItem]:
         try:
             metadata = open_parquet(job.file).metadata
             size_bytes = job.file.stat().st_size
@@ -61,7 +61,7 @@ class _RowGroup:
     def __init__(self, job: ReadingJob, number: int) -> None:
         self._job, self._number = job, number
 
-    def __call__(self) -> Iterator[Raw | Broken]:
+    def __call__(self) -> Iterator[RawDocument | BrokenRecord]:
         import pyarrow
 
         job, number = self._job, self._number
@@ -81,12 +81,13 @@ class _RowGroup:
                                        "read; fetch it again") from None
 
 
-def _documents(batch: Any, prefix: str, done: int, job: ReadingJob) -> Iterator[Raw | Broken]:
+def _documents(batch: Any, prefix: str, done: int, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
     names = batch.schema.names
     for row in range(batch.num_rows):
         place = f"{prefix}{done + row + 1}"
         try:
-            yield raw_of({name: _value(batch.column(i)[row]) for i, name in enumerate(names)}, place, job)
+            yield build_document({name: _value(batch.column(i)[row]) for i, name in enumerate(names)}, place,
+                                 job)
         except BadRecord as e:
             yield job.broken(e, place, is_left_out=e.code == EMPTY)
 

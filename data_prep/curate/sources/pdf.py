@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
-from data_prep.curate.sources.encodings import EncodingLimits, read_whole
+from data_prep.curate.sources.encodings import EncodingLimits, read_unpacked
 from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty
-from data_prep.curate.sources.source import Broken, Raw
+from data_prep.curate.sources.source import BrokenRecord, RawDocument
 from megatron_sov.base.documents import BadRecord
 
 FULL_LINE = 0.75
@@ -47,11 +47,11 @@ class PdfReader(FileReader):
     Options = PdfOptions
 
     @classmethod
-    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
-        yield pdf_document(read_whole(job.file, job.options), job.name)
+    def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
+        yield build_pdf_document(read_unpacked(job.file, job.options), job.name)
 
 
-def pdf_document(data: bytes, place: str) -> Raw:
+def build_pdf_document(data: bytes, place: str) -> RawDocument:
     """Return a PDF's text and what it says of itself.
 
     Raises:
@@ -79,7 +79,7 @@ def pdf_document(data: bytes, place: str) -> Raw:
     if text.count("\ufffd") > MAX_REPLACED * len(text):
         raise BadRecord("no_text", "has fonts that do not say which characters they show; recognise the "
                                    "characters first (OCR)")
-    return Raw(text, place, {**facts, "num_pages": len(pages)})
+    return RawDocument(text, place, {**facts, "num_pages": len(pages)})
 
 
 def _facts(document: Any) -> dict[str, Any]:

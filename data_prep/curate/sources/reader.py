@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from data_prep.curate.sources.encodings import COMPRESSED, EncodingLimits
-from data_prep.curate.sources.source import KEPT_CHARS, PASSED_OVER, Broken, Raw, SourcePiece, SourceSettings
+from data_prep.curate.sources.source import (
+    MAX_CONTENT_CHARS, NO_FORMAT, BrokenRecord, RawDocument, SourcePiece, SourceSettings)
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import explain_unreadable, format_skipped, is_hidden, walk_files
 from megatron_sov.base.errors import UserError, escape_controls
@@ -19,7 +20,7 @@ from megatron_sov.sandbox.readers import KeptReader, Wording
 from megatron_sov.work.processes.channel import receive_message, send_message
 
 
-def source_files(source: SourceSettings, wanted: Callable[[str], bool],
+def list_source_files(source: SourceSettings, wanted: Callable[[str], bool],
                  left_out: list[SourcePiece] | None = None,
                  tell: Callable[[str], object] = lambda sentence: None) -> list[str]:
     """Return the names of a source's files, sorted, each once.
@@ -57,15 +58,15 @@ def source_files(source: SourceSettings, wanted: Callable[[str], bool],
             raise UserError(f"source {source.name}: {given}: is no file and no folder; name one that "
                             "is there")
     if not names:
-        refuse_nothing(source)
+        raise_no_files(source)
     if left_out is not None:
-        left_out += [SourcePiece(PASSED_OVER, _name(path, root), 0, 0, 0) for path in sorted(set(without))
+        left_out += [SourcePiece(NO_FORMAT, _name(path, root), 0, 0, 0) for path in sorted(set(without))
                      if path.is_dir() or wanted(path.name)]
     # By folders: the order of a walk does not depend on the signs in names.
     return sorted(names, key=lambda name: name.split("/"))
 
 
-def refuse_nothing(source: SourceSettings) -> NoReturn:
+def raise_no_files(source: SourceSettings) -> NoReturn:
     raise UserError(f"source {source.name}: {', '.join(source.path)}: holds no file that format = "
                     f"{source.format!r} reads; name another folder or format")
 
@@ -74,7 +75,7 @@ def _name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def show_name(name: str) -> str:
+def format_file_name(name: str) -> str:
     r"""Return a file's name as text: bytes of it that are no UTF-8, and control characters, are written as
     escapes such as ``\xff``, and a ``\`` of its own as two, so that no two names look the same."""
     # A name's own backslash first: only then are escapes plain.
@@ -107,11 +108,11 @@ class ReadingJob:
 
     @property
     def name(self) -> str:
-        return show_name(self.piece.file)
+        return format_file_name(self.piece.file)
 
-    def broken(self, error: BadRecord, place: str = "", is_left_out: bool = False) -> Broken:
-        content = error.content.decode("utf-8", "replace")[:KEPT_CHARS]
-        return Broken(self.name, place or self.name, error.code, str(error), content, is_left_out)
+    def broken(self, error: BadRecord, place: str = "", is_left_out: bool = False) -> BrokenRecord:
+        content = error.content.decode("utf-8", "replace")[:MAX_CONTENT_CHARS]
+        return BrokenRecord(self.name, place or self.name, error.code, str(error), content, is_left_out)
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class SourceItem:
 
     place: str
     """Where it stands."""
-    read: Callable[[], Iterator[Raw | Broken]]
+    read: Callable[[], Iterator[RawDocument | BrokenRecord]]
     """Reads it; may raise `BadRecord`, or anything that a parser raises on what it does not understand."""
 
 
@@ -128,12 +129,12 @@ def drop_empty(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, "", [], {})}
 
 
-def job_message(job: ReadingJob) -> dict[str, Any]:
+def format_job_message(job: ReadingJob) -> dict[str, Any]:
     return {"piece": dataclasses.asdict(job.piece), "root": str(job.root), "text_field": job.text_field,
             "options": dataclasses.asdict(job.options)}
 
 
-def job_of(message: Mapping[str, Any], options: type[Any]) -> ReadingJob:
+def parse_job_message(message: Mapping[str, Any], options: type[Any]) -> ReadingJob:
     """Return the job of a message; `options`: the class of its format's options."""
     return ReadingJob(SourcePiece(**_with_tuples(message["piece"])), Path(message["root"]),
                       message["text_field"], options(**_with_tuples(message["options"])))
@@ -154,7 +155,7 @@ _MESSAGE_FACTOR = 8
 """Bytes of JSON for a byte of text: a control character becomes six."""
 
 
-def read_apart(job: ReadingJob) -> Iterator[Raw | Broken]:
+def read_in_process(job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
     """Yield what a piece holds, in order.
 
     Where the process is ended for taking too much, that document is told as `Broken` and reading goes on
@@ -200,7 +201,7 @@ class _Process(KeptReader):
         return (self._limits.memory_bytes, self._limits.time_s) == (limits.memory_bytes, limits.time_s) \
             and Path(root).is_relative_to(self._root)
 
-    def read(self, job: ReadingJob, skip: int, last: _Last) -> Iterator[Raw | Broken]:
+    def read(self, job: ReadingJob, skip: int, last: _Last) -> Iterator[RawDocument | BrokenRecord]:
         """Yield what a piece holds behind its first `skip` items.
 
         Raises:
@@ -211,7 +212,7 @@ class _Process(KeptReader):
         # least.
         most_bytes = _MESSAGE_FACTOR * limits.document_bytes + (1 << 20)
         with self.asking() as channel:
-            send_message(channel, {"job": job_message(job), "skip": skip})
+            send_message(channel, {"job": format_job_message(job), "skip": skip})
             while True:
                 self.wait_again()
                 message = receive_message(channel, most_bytes)
@@ -225,7 +226,7 @@ class _Process(KeptReader):
                     yield _told(message, limits)
 
 
-def _told(message: dict[str, Any], limits: EncodingLimits) -> Raw | Broken:
+def _told(message: dict[str, Any], limits: EncodingLimits) -> RawDocument | BrokenRecord:
     """Return what a message says.
 
     Raises:
@@ -233,14 +234,14 @@ def _told(message: dict[str, Any], limits: EncodingLimits) -> Raw | Broken:
     """
     if "broken" in message:
         told = message["broken"]
-        return Broken(str(told["file"]), str(told["place"]), str(told["code"]), str(told["reason"]),
-                      str(told["content"])[:KEPT_CHARS], told["is_left_out"] is True)
+        return BrokenRecord(str(told["file"]), str(told["place"]), str(told["code"]), str(told["reason"]),
+                      str(told["content"])[:MAX_CONTENT_CHARS], told["is_left_out"] is True)
     text, place, columns = message["text"], message["place"], message["columns"]
     if not (isinstance(text, str) and isinstance(place, str) and isinstance(columns, dict)):
         raise TypeError("a document without text, place or columns")
     if len(text.encode()) > limits.document_bytes:
         raise ValueError("a document above the limit")
-    return Raw(text, place, columns)
+    return RawDocument(text, place, columns)
 
 
 _kept: dict[int, _Process] = {}
@@ -283,40 +284,40 @@ class FileReader:
         # processes that only read start without pydantic
         given = source.options
         self.options: Any = parse_settings(self.Options, given, "options") if given else self.Options()
-        self.told: list[str] = []
+        self.notes: list[str] = []
 
     @classmethod
-    def takes(cls, name: str) -> bool:
+    def accepts_name(cls, name: str) -> bool:
         stem, dot, suffix = name.lower().rpartition(".")
         if cls.compressed and f".{suffix}" in COMPRESSED and stem:
             stem, dot, suffix = stem.rpartition(".")
         return bool(stem) and dot + suffix in cls.suffixes
 
-    def pieces(self) -> list[SourcePiece]:
+    def list_pieces(self) -> list[SourcePiece]:
         left_out: list[SourcePiece] = []
-        names = source_files(self.source, self.takes, left_out, self.told.append)
-        return [piece for name in names for piece in self.pieces_of(name)] + left_out
+        names = list_source_files(self.source, self.accepts_name, left_out, self.notes.append)
+        return [piece for name in names for piece in self.split_file(name)] + left_out
 
-    def pieces_of(self, name: str) -> Iterator[SourcePiece]:
-        size_bytes = self.source.file(name).stat().st_size
+    def split_file(self, name: str) -> Iterator[SourcePiece]:
+        size_bytes = self.source.get_file(name).stat().st_size
         yield SourcePiece(self.format, name, 0, size_bytes, size_bytes)
 
-    def read(self, piece: SourcePiece) -> Iterator[Raw | Broken]:
+    def read_piece(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
         """Yield what a piece holds, in order, read by a process with limits; of what is left out, why."""
-        if piece.format == PASSED_OVER:
-            name, reason = show_name(piece.file), explain_unreadable(self.source.file(piece.file))
-            yield Broken(name, name, "left_out", reason, is_left_out=True)
+        if piece.format == NO_FORMAT:
+            name, reason = format_file_name(piece.file), explain_unreadable(self.source.get_file(piece.file))
+            yield BrokenRecord(name, name, "left_out", reason, is_left_out=True)
             return
         job = ReadingJob(piece, self.source.root, self.source.text_field, self.options)
-        yield from read_apart(job)
+        yield from read_in_process(job)
 
     @classmethod
-    def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
+    def iter_items(cls, job: ReadingJob) -> Iterator[SourceItem]:
         """Yield the parts of a piece; runs in the reading process.  The order, and how many there are, has
         to be the same each time."""
-        yield SourceItem(job.name, lambda: cls.documents(job))
+        yield SourceItem(job.name, lambda: cls.iter_documents(job))
 
     @classmethod
-    def documents(cls, job: ReadingJob) -> Iterator[Raw | Broken]:
+    def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
         """Yield what a piece holds that has no further parts."""
         raise NotImplementedError(cls.__name__)

@@ -21,10 +21,10 @@ SourceName = Annotated[str, Bound(lambda name: None if NAME.fullmatch(name) else
 KINDS = ("", "auto", "en", "math_code", "ko", "ja", "multilingual", "domain:finance", "domain:law",
          "domain:medicine")
 """What a source's documents may be; "" is unknown, "auto" is told by the step `kind`."""
-PASSED_OVER = "passed over"
+NO_FORMAT = "passed over"
 """Stands for the format of a file that no format takes: it is counted, and nothing of it is read."""
 _FORMATS = "data_prep.curate.sources.formats"
-KEPT_CHARS = 1000
+MAX_CONTENT_CHARS = 1000
 """What is kept of the content of something broken."""
 
 
@@ -58,8 +58,7 @@ class SourceSettings:
                                  "name a file or a folder")
                  for path in self.path if not (self.folder / path).exists()]
         # by its name, since formats are made of sources and not the other way round
-        problems: list[SettingsProblem] = import_module(_FORMATS).format_problems(self.format, self.options)
-        return found + problems
+        return found + import_module(_FORMATS).find_format_problems(self.format, self.options)
 
     @property
     def root(self) -> Path:
@@ -68,7 +67,7 @@ class SourceSettings:
         # Of a file its folder: names below a root are never empty.
         return Path(os.path.commonpath([p if p.is_dir() else p.parent for p in paths]))
 
-    def file(self, name: str) -> Path:
+    def get_file(self, name: str) -> Path:
         return self.root / name
 
 
@@ -86,12 +85,12 @@ class SourcePiece:
     """Byte behind the last."""
     size_bytes: int
     """Bytes on the disk."""
-    beside: tuple[str, ...] = ()
+    companion_files: tuple[str, ...] = ()
     """Names of further files that reading it depends on: a licence, a dataset's card, the other language."""
 
 
 @dataclass(frozen=True)
-class Raw:
+class RawDocument:
     """One document as it was found."""
 
     text: str
@@ -105,7 +104,7 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Broken:
+class BrokenRecord:
     """What could not be read."""
 
     file: str
@@ -125,18 +124,18 @@ class Broken:
 class Reader(Protocol):
     """Reads the sources of one format."""
 
-    told: list[str]
+    notes: list[str]
     """What `pieces` passed over, in sentences."""
 
     def __init__(self, source: SourceSettings) -> None:
         """Take a source without problems."""
 
-    def pieces(self) -> list[SourcePiece]:
+    def list_pieces(self) -> list[SourcePiece]:
         """Return the parts of the source, in a fixed order.
 
         Raises:
             UserError: there is nothing to read.
         """
 
-    def read(self, piece: SourcePiece) -> Iterator[Raw | Broken]:
+    def read_piece(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
         """Yield what a piece holds, in order; what is broken does not end it, and raises nothing."""

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.curate.sources.encodings import DETECT, LimitBytes, decode_page, decode_text, unpacked
-from data_prep.curate.sources.html import NO_TEXT, HtmlOptions, page
-from data_prep.curate.sources.pdf import PdfOptions, pdf_document
+from data_prep.curate.sources.encodings import DETECT, LimitBytes, decode_page, decode_text, open_unpacked
+from data_prep.curate.sources.html import NO_TEXT, HtmlOptions, build_page_document
+from data_prep.curate.sources.pdf import PdfOptions, build_pdf_document
 from data_prep.curate.sources.reader import FileReader, ReadingJob, SourceItem, drop_empty
-from data_prep.curate.sources.source import Broken, Raw
+from data_prep.curate.sources.source import BrokenRecord, RawDocument
 from megatron_sov.base.documents import BadRecord
 
-ANSWERS = frozenset(["response", "resource", "conversion"])
+CONTENT_RECORDS = frozenset(["response", "resource", "conversion"])
 """Types of records that hold what a server sent, or text made of it."""
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([\w.:-]{2,40})", re.IGNORECASE)
 _TAG = re.compile(rb"\s*<[\0A-Za-z!?/]")
@@ -40,18 +40,18 @@ class WarcReader(FileReader):
     Options = WarcOptions
 
     @classmethod
-    def items(cls, job: ReadingJob) -> Iterator[SourceItem]:
+    def iter_items(cls, job: ReadingJob) -> Iterator[SourceItem]:
         from warcio.archiveiterator import ArchiveIterator
         from warcio.exceptions import ArchiveLoadFailed
 
         number = 0
-        with unpacked(job.file) as file:
+        with open_unpacked(job.file) as file:
             # The iterator would take an error for the archive's end; `error` keeps it apart.
             stream = _UntilDamaged(file)
             try:
                 for record in ArchiveIterator(stream):
                     number += 1
-                    if record.rec_type in ANSWERS:
+                    if record.rec_type in CONTENT_RECORDS:
                         yield SourceItem(f"{job.name}:{number}", _Record(record, f"{job.name}:{number}", job))
             except (ArchiveLoadFailed, ValueError, AttributeError) as e:  # the last: half a header
                 reason = (str(e).splitlines() or ["it ends"])[0][:200]
@@ -81,7 +81,7 @@ class _UntilDamaged:
             return b""
 
 
-def http_body(body: bytes, packing: str, limit_bytes: int) -> bytes:
+def decode_http_body(body: bytes, packing: str, limit_bytes: int) -> bytes:
     """Return a body without the packing that its header names; of a long one a little more than the limit.
 
     Crawlers that unpack bodies often leave the header as it was: a body that does not look packed stays.
@@ -128,7 +128,7 @@ class _Record:
     def __init__(self, record: Any, place: str, job: ReadingJob) -> None:
         self._record, self._place, self._job = record, place, job
 
-    def __call__(self) -> Iterator[Raw | Broken]:
+    def __call__(self) -> Iterator[RawDocument | BrokenRecord]:
         record = self._record
         header = record.http_headers if record.rec_type == "response" else None
         status = (header.get_statuscode() or "") if header else "200"
@@ -144,21 +144,22 @@ class _Record:
         body = self._body(header)
         charset = _CHARSET.search(named)
         found = self._document(type_, body, charset[1] if charset else "")
-        if isinstance(found, Raw):
-            yield Raw(found.text, self._place, {**found.columns, **self._facts()})
+        if isinstance(found, RawDocument):
+            yield RawDocument(found.text, self._place, {**found.columns, **self._facts()})
         else:
             yield found
 
-    def _document(self, type_: str, body: bytes, charset: str) -> Raw | Broken:
+    def _document(self, type_: str, body: bytes, charset: str) -> RawDocument | BrokenRecord:
         job = self._job
         if type_ in _HTML:
-            return page(decode_page(body, charset), self._place, job, whole=job.options.whole_page)
+            return build_page_document(decode_page(body, charset), self._place, job,
+                                       whole=job.options.whole_page)
         if type_ == "application/pdf":
-            return pdf_document(body, self._place)
+            return build_pdf_document(body, self._place)
         text = decode_text(body, DETECT) if not charset else decode_page(body, charset)
         if not text.strip():
             return self._left_out(NO_TEXT, "holds no text")
-        return Raw(text, self._place)
+        return RawDocument(text, self._place)
 
     def _body(self, header: Any) -> bytes:
         """Return what was sent, unpacked.
@@ -176,7 +177,7 @@ class _Record:
         body: bytes = (ChunkedDataReader(stream) if transfer == "chunked" else stream).read(limit_bytes + 1)
         if len(body) <= limit_bytes:
             self._refuse_cut()
-            body = http_body(body, packing, limit_bytes)
+            body = decode_http_body(body, packing, limit_bytes)
         if len(body) > limit_bytes:
             raise BadRecord("too_long", f"holds more than record_bytes = {limit_bytes:,} bytes; raise the "
                                         "limit, or leave it out")
@@ -199,6 +200,6 @@ class _Record:
         if getattr(stream, "limit", 0) > 0:
             raise BadRecord("truncated", "is cut off; fetch the archive again")
 
-    def _left_out(self, code: str, reason: str) -> Broken:
+    def _left_out(self, code: str, reason: str) -> BrokenRecord:
         self._refuse_cut()
         return self._job.broken(BadRecord(code, reason), self._place, is_left_out=True)

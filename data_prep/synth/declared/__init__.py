@@ -1,1 +1,1 @@
-"""Generators that are YAML files: how a file is read, and how its steps run."""
+"""Generator files: reading, compiling and running."""

@@ -1,4 +1,4 @@
-"""Parsers that a step `parse` names: how fields are read from a reply."""
+"""Parsers for replies, named by `parse` steps."""
 
 from __future__ import annotations
 
@@ -13,58 +13,66 @@ from megatron_sov.judge.rewards.reward import Refused
 
 TIMEOUT_S = 2.0
 MAX_CHARS, MAX_PARTS = 4000, 100
-"""Of one text in JSON, and texts of a list: samples that one reply may become."""
+"""Limits for `json_list`: characters per text, and samples per reply."""
 
 
-def read_tagged(text: str, names: Sequence[str]) -> dict[str, str] | None:
-    """Return the texts between the tags of each name, in order, each once and not empty; None where a reply
-    has another form.  Words around the tags are left out."""
-    found: dict[str, str] = {}
-    place = 0
+def parse_tagged_texts(reply: str, names: Sequence[str]) -> dict[str, str] | None:
+    """Parse `<name>text</name>` for each name, in order; words between tags are ignored.
+
+    Returns:
+        name -> text; None if a tag is missing, repeated, empty or out of order.
+    """
+    texts: dict[str, str] = {}
+    position = 0
     for name in names:
         opening, closing = f"<{name}>", f"</{name}>"
-        # a document that has such a tag itself makes two, and it is unknown which one is meant
-        if text.count(opening) != 1 or text.count(closing) != 1:
+        # a document may contain the tag itself, and either tag could be the model's
+        if reply.count(opening) != 1 or reply.count(closing) != 1:
             return None
-        start, stop = text.index(opening) + len(opening), text.index(closing)
-        if start < place or stop <= start or not (part := text[start:stop].strip()):
+        start, stop = reply.index(opening) + len(opening), reply.index(closing)
+        text = reply[start:stop].strip()
+        if start < position or stop <= start or not text:
             return None
-        found[name], place = part, stop + len(closing)
-    return found
+        texts[name], position = text, stop + len(closing)
+    return texts
 
 
-def read_json_list(reply: str, names: Sequence[str]) -> list[dict[str, str]] | None:
-    """Read a list of objects with these texts; those without them, or that repeat the first, are left out."""
+def parse_json_list(reply: str, names: Sequence[str]) -> list[dict[str, str]] | None:
+    """Parse a JSON list with objects that hold the texts `names`; omit incomplete objects and repeated first
+    texts."""
     try:
-        listed = parse_json(reply.strip())
+        items = parse_json(reply.strip())
     except Refused:
         return None
-    found: dict[str, dict[str, str]] = {}
-    for one in listed if isinstance(listed, list) else ():
-        texts = {name: text.strip() for name in names if isinstance(one, dict)
-                 and isinstance(text := one.get(name), str) and len(text) <= MAX_CHARS}
-        if len(texts) == len(names) and all(texts.values()):
-            found.setdefault(texts[names[0]], texts)
-    return list(found.values())[:MAX_PARTS] or None
+    parsed: dict[str, dict[str, str]] = {}
+    for item in items if isinstance(items, list) else ():
+        texts = {}
+        for name in names if isinstance(item, dict) else ():
+            text = item.get(name)
+            if isinstance(text, str) and text.strip() and len(text) <= MAX_CHARS:
+                texts[name] = text.strip()
+        if len(texts) == len(names):
+            parsed.setdefault(texts[names[0]], texts)
+    return list(parsed.values())[:MAX_PARTS] or None
 
 
-def read_pattern(reply: str, pattern: str) -> dict[str, str] | None:
-    """Read the named groups of a regular expression."""
+def parse_pattern(reply: str, pattern: str) -> dict[str, str] | None:
+    """Parse a regular expression's named groups."""
     try:
-        found = regex.search(pattern, reply.strip(), regex.DOTALL | regex.MULTILINE, timeout=TIMEOUT_S)
+        match = regex.search(pattern, reply.strip(), regex.DOTALL | regex.MULTILINE, timeout=TIMEOUT_S)
     except TimeoutError:
         return None
-    return {name: text.strip() for name, text in found.groupdict("").items()} if found else None
+    return {name: text.strip() for name, text in match.groupdict("").items()} if match else None
 
 
-def _names(argument: Any) -> Sequence[str] | str:
+def _find_listed_names(argument: Any) -> Sequence[str] | str:
     if isinstance(argument, list) and argument and all(
             isinstance(name, str) and name.isidentifier() for name in argument):
         return argument
     return "must be a list of names, such as [question, answer]"
 
 
-def _groups(argument: Any) -> Sequence[str] | str:
+def _find_group_names(argument: Any) -> Sequence[str] | str:
     try:
         groups = list(regex.compile(argument).groupindex)
     except (regex.error, TypeError) as e:
@@ -74,16 +82,16 @@ def _groups(argument: Any) -> Sequence[str] | str:
 
 @dataclass(frozen=True)
 class Parser:
-    """Reads fields, by an argument that the file gives."""
+    """Parses fields from a reply, with an argument from the file."""
 
-    read: Callable[[str, Any], Any]
-    """Reply and argument -> fields, or a list of fields where `gives_several`; None: it has another form."""
-    gives_several: bool = False
-    names: Callable[[Any], Sequence[str] | str] = _names
-    """Argument -> the fields that it gives, or a sentence with its mistake."""
+    parse: Callable[[str, Any], Any]
+    """(reply, argument) -> fields, or list if `returns_list`; None: the reply has another form."""
+    returns_list: bool = False
+    find_field_names: Callable[[Any], Sequence[str] | str] = _find_listed_names
+    """Argument -> field names, or a problem sentence."""
 
 
 PARSERS: Mapping[str, Parser] = {
-    "tagged": Parser(read_tagged), "json_list": Parser(read_json_list, gives_several=True),
-    "pattern": Parser(read_pattern, names=_groups)}
-"""Name in a step -> parser."""
+    "tagged": Parser(parse_tagged_texts), "json_list": Parser(parse_json_list, returns_list=True),
+    "pattern": Parser(parse_pattern, find_field_names=_find_group_names)}
+"""Name in a `parse` step -> parser."""

@@ -1,195 +1,206 @@
-"""Steps of a declared generator: each changes a draft of a sample, divides it, or checks it.
+"""Steps in generator files: a step changes, divides or checks a draft sample.
 
-The first check that fails ends a draft, so that nothing more is asked about it.
+The first failed check ends a draft, so that no further requests are sent for it.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Len, MinLen
 
-from data_prep.synth.declared.functions import Answer
+from data_prep.synth.declared.conversation import Player
 from data_prep.synth.declared.parsers import PARSERS, Parser
-from data_prep.synth.generator import Ask, SampleVerdict
-from data_prep.synth.generators.conversation import Player
-from data_prep.synth.replies import NoUsableReply
-from data_prep.synth.templates import BadTemplate, compile_value, fill, names_in, unknown_names
+from data_prep.synth.declared.templates import (
+    BadTemplate, collect_field_names, compile_value, compute_value, find_unknown_names)
+from data_prep.synth.replies import NoUsableReply, ReplyText
+from data_prep.synth.requests import Requester
+from data_prep.synth.samples import SampleVerdict
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.base.settings import AtLeastOne, NotBlank
 
-EXPRESSIONS = frozenset(("play", "number", "when", "that", "count", "least", "temperature", "max_tokens"))
-"""Parts of steps that are no text."""
-MAX_KEPT_CHARS = 2000
-"""Of a reply that cannot be read, in its rejected sample."""
+EXPRESSION_PARTS = frozenset((
+    "play", "number", "when", "that", "count", "least", "temperature", "max_tokens"))
+"""Step parts that must be one `{{ expression }}` or a non-text value."""
+MAX_UNPARSED_CHARS = 2000
+"""Characters from an unparsable reply in the rejected sample."""
 
 
 @dataclass
 class Draft:
-    """A sample on its way through the steps."""
+    """A sample while the steps run."""
 
     fields: dict[str, Any]
     verdicts: list[SampleVerdict] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
-    unread: str = ""
-    """A reply that could not be read."""
+    unparsed_reply: str = ""
+    """Beginning of an unparsable reply."""
 
     @property
     def has_failed(self) -> bool:
         return any(not verdict.passed for verdict in self.verdicts)
 
-    def split(self, parts: Sequence[Mapping[str, Any]]) -> list[Draft]:
-        """Return a draft for each mapping of further fields; `part` is its place."""
-        return [Draft({**self.fields, **part, "part": place}, list(self.verdicts), dict(self.notes))
-                for place, part in enumerate(parts)]
+    def split_draft(self, parts: Sequence[Mapping[str, Any]]) -> list[Draft]:
+        """Return a draft for each mapping in `parts`; the field `part` holds the index."""
+        return [Draft({**self.fields, **part, "part": index}, list(self.verdicts), dict(self.notes))
+                for index, part in enumerate(parts)]
 
-    def check(self, name: str, passed: bool, detail: str = "") -> None:
-        self.verdicts.append(SampleVerdict(name, passed, detail))
+    def add_verdict(self, check: str, passed: bool, detail: str = "") -> None:
+        self.verdicts.append(SampleVerdict(check, passed, detail))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step(ABC):
-    """One entry of `steps`."""
+class Step:
+    """One entry in `steps`."""
 
     when: bool | str = True
-    """Whether it runs: an expression."""
-    computed: ClassVar[tuple[str, ...]] = ()
-    """Its parts that are values, besides `when`."""
-    needs: ClassVar[tuple[str, ...]] = ()
-    """Fields that it reads, whatever its values are."""
-    divides: ClassVar[bool] = False
+    """Condition for running the step: an expression."""
+    computed_parts: ClassVar[tuple[str, ...]] = ()
+    """Parts that are compiled values, in addition to `when`."""
+    required_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that the step reads directly."""
+    divides_sample: ClassVar[bool] = False
 
-    def gives(self) -> list[str]:
-        """Return the fields that it sets."""
+    def list_set_fields(self) -> list[str]:
         return []
 
-    def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield part and sentence of each mistake, besides those of its values."""
+    def find_problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yield (part, problem sentence), except problems in compiled values."""
         yield from ()
 
-    @abstractmethod
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str
-            ) -> Sequence[Draft] | None:
-        """Change a draft, or return the drafts that it becomes."""
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester
+                   ) -> Sequence[Draft] | None:
+        """Change a draft, or return replacement drafts."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskStep(Step):
-    """Ask the model with a prompt of the file."""
+    """Send a prompt to the writer."""
 
     ask: str
     into: str = "reply"
-    """Field for the reply's text; of several replies, a list."""
+    """Field for the reply text, or for the list if `count` is set."""
     count: AtLeastOne | str | None = None
-    """Replies to ask for; left out: one, as text."""
+    """Number of replies; None: a single text."""
     temperature: float | str = "{{ temperature }}"
     max_tokens: int | str = "{{ max_tokens }}"
     attempts: AtLeastOne = 3
-    """Replies to one draw before it counts as without use."""
+    """Requests for one usable reply."""
     may_fail: bool = False
-    """Whether the steps go on with an empty reply, or list, where no reply is of use; else the item has no
+    """Whether steps continue with an empty text or list if no reply is usable; else the item ends without
     samples."""
-    computed: ClassVar[tuple[str, ...]] = ("count", "temperature", "max_tokens")
+    computed_parts: ClassVar[tuple[str, ...]] = ("count", "temperature", "max_tokens")
 
-    def gives(self) -> list[str]:
+    def list_set_fields(self) -> list[str]:
         return [self.into]
 
-    def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        if self.ask not in prompts:
-            yield "ask", (f"must be one of the file's prompts ({', '.join(prompts)})"
-                          f"{suggest_name(self.ask, list(prompts))}")
+    def find_problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        yield from _find_prompt_problems("ask", self.ask, prompts)
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
+        count = values["count"]
         try:
-            replies = ask(f"{generator}/{self.ask}", draft.fields, count=values["count"] or 1,
-                          temperature=values["temperature"], max_tokens=values["max_tokens"],
-                          thinking=draft.fields.get("thinking"), attempts=self.attempts)
+            replies = requester.request_replies(
+                self.ask, draft.fields, count=count or 1, temperature=values["temperature"],
+                max_tokens=values["max_tokens"], thinking=draft.fields.get("thinking"),
+                attempts=self.attempts)
         except NoUsableReply:
             if not self.may_fail:
                 raise
             replies = []
-        answers = [Answer.of(reply) for reply in replies]
-        draft.fields[self.into] = (*answers, Answer(""))[0] if values["count"] is None else answers
+        texts = [ReplyText.from_reply(reply) for reply in replies]
+        if count is None:
+            draft.fields[self.into] = texts[0] if texts else ReplyText("")
+        else:
+            draft.fields[self.into] = texts
+
+
+def _find_prompt_problems(part: str, name: str, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if name not in prompts:
+        yield part, (f"must be one of the file's prompts ({', '.join(prompts)})"
+                     f"{suggest_name(name, list(prompts))}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParseStep(Step):
-    """Read `reply`; it must have ended by itself and have the form that was asked for."""
+    """Parse `reply`; fails as `complete` if the reply was cut off, and as `name` if unparsable."""
 
     parse: Annotated[dict[str, Any], Len(1, 1)]
-    """Parser -> its argument."""
+    """Parser -> argument."""
     name: str = "form"
-    """Of the check."""
-    needs: ClassVar[tuple[str, ...]] = ("reply",)
+    required_fields: ClassVar[tuple[str, ...]] = ("reply",)
 
     @property
     def parser(self) -> Parser:
         return PARSERS[next(iter(self.parse))]
 
     @property
-    def divides(self) -> bool:  # type: ignore[override]
-        return self.parser.gives_several
+    def argument(self) -> Any:
+        return next(iter(self.parse.values()))
 
-    def gives(self) -> list[str]:
-        return list(self.parser.names(next(iter(self.parse.values()))))
+    @property
+    def divides_sample(self) -> bool:  # type: ignore[override]
+        return self.parser.returns_list
 
-    def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        name, argument = next(iter(self.parse.items()))
+    def list_set_fields(self) -> list[str]:
+        return list(self.parser.find_field_names(self.argument))
+
+    def find_problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        name = next(iter(self.parse))
         if name not in PARSERS:
             yield "parse", f"must be one of {', '.join(PARSERS)}{suggest_name(name, list(PARSERS))}"
-        elif isinstance(said := PARSERS[name].names(argument), str):
-            yield "parse", f"{name}: {said}"
+            return
+        names = self.parser.find_field_names(self.argument)
+        if isinstance(names, str):
+            yield "parse", f"{name}: {names}"
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str
-            ) -> Sequence[Draft] | None:
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester
+                   ) -> Sequence[Draft] | None:
         reply = draft.fields["reply"]
-        found = self.parser.read(reply, next(iter(self.parse.values())))
-        draft.check("complete", not reply.cut, "cut off at the limit of tokens" if reply.cut else "")
-        if found is None or reply.cut:
-            draft.check(self.name, found is not None, "does not have the form that was asked for")
-            draft.unread = reply[:MAX_KEPT_CHARS]
+        fields = self.parser.parse(reply, self.argument)
+        draft.add_verdict("complete", not reply.cut, "cut off at the limit of tokens" if reply.cut else "")
+        if fields is None or reply.cut:
+            draft.add_verdict(self.name, fields is not None, "does not have the form that was asked for")
+            draft.unparsed_reply = reply[:MAX_UNPARSED_CHARS]
             return None
-        if self.divides:
-            return draft.split(found)
-        draft.fields.update(found)
+        if self.divides_sample:
+            return draft.split_draft(fields)
+        draft.fields.update(fields)
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EachStep(Step):
-    """Divide a sample: one for each value of a list."""
+    """Divide a sample into a sample for each list value."""
 
     each: Annotated[dict[str, Any], Len(1, 1)]
     """Field -> list."""
-    computed: ClassVar[tuple[str, ...]] = ("each",)
-    divides: ClassVar[bool] = True
+    computed_parts: ClassVar[tuple[str, ...]] = ("each",)
+    divides_sample: ClassVar[bool] = True
 
-    def gives(self) -> list[str]:
+    def list_set_fields(self) -> list[str]:
         return list(self.each)
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> Sequence[Draft]:
-        (name, listed), = values["each"].items()
-        return draft.split([{name: one} for one in _list(name, listed)])
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> Sequence[Draft]:
+        (name, items), = values["each"].items()
+        return draft.split_draft([{name: item} for item in _check_list(name, items)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class EveryStep(Step):
-    """Run steps for each value of a list, on the same sample."""
+    """Run the steps `do` for each list value, on the same sample (`CompiledStep.run_step`)."""
 
     every: Annotated[dict[str, Any], Len(1, 1)]
     """Field -> list."""
     do: Annotated[tuple[dict[str, Any], ...], MinLen(1)]
-    """Steps; none of them may divide."""
-    computed: ClassVar[tuple[str, ...]] = ("every",)
+    """Steps that divide no sample."""
+    computed_parts: ClassVar[tuple[str, ...]] = ("every",)
 
-    def gives(self) -> list[str]:
+    def list_set_fields(self) -> list[str]:
         return list(self.every)
-
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
-        raise AssertionError("its own steps run in `CompiledStep`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,111 +208,111 @@ class SetStep(Step):
     """Set fields."""
 
     set: Annotated[dict[str, Any], MinLen(1)]
-    computed: ClassVar[tuple[str, ...]] = ("set",)
+    computed_parts: ClassVar[tuple[str, ...]] = ("set",)
 
-    def gives(self) -> list[str]:
+    def list_set_fields(self) -> list[str]:
         return list(self.set)
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
         draft.fields.update(values["set"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoteStep(Step):
-    """Note figures of a sample, which are not for training."""
+    """Add figures to a sample's notes, which are not trained on."""
 
     note: Annotated[dict[str, Any], MinLen(1)]
-    computed: ClassVar[tuple[str, ...]] = ("note",)
+    computed_parts: ClassVar[tuple[str, ...]] = ("note",)
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
         draft.notes.update(values["note"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeStep(Step):
-    """Have the judge grade texts from 0 to 10, by a rubric."""
+    """Request a grade from 0 to 10 from the judge."""
 
     judge: NotBlank
-    """The rubric."""
+    """Rubric."""
     material: Annotated[dict[str, str], MinLen(1)]
-    """Name -> text, which the judge is told not to obey."""
+    """Name -> text, fenced in the judge's prompt."""
     name: str = ""
-    """Of the check, after `judge: `."""
+    """Check name after `judge: `."""
     least: float | str = 0.0
-    """Grade that passes; with `into` nothing is checked."""
+    """Lowest passing grade; unused with `into`."""
     into: str = ""
-    """Field for the grade."""
-    computed: ClassVar[tuple[str, ...]] = ("judge", "material", "least")
+    """Field for the grade; no check."""
+    computed_parts: ClassVar[tuple[str, ...]] = ("judge", "material", "least")
 
-    def gives(self) -> list[str]:
+    def list_set_fields(self) -> list[str]:
         return [self.into] if self.into else []
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
         if self.into:
-            draft.fields[self.into] = ask.judge(values["judge"], values["material"])
+            draft.fields[self.into] = requester.request_grade(values["judge"], values["material"])
             return
-        name = f"judge: {self.name}" if self.name else "judge"
+        check = f"judge: {self.name}" if self.name else "judge"
         try:
-            grade = ask.judge(values["judge"], values["material"])
+            grade = requester.request_grade(values["judge"], values["material"])
         except NoUsableReply as e:
-            draft.check(name, False, str(e))
+            draft.add_verdict(check, False, str(e))
             return
-        draft.check(name, grade >= values["least"], f"grade {grade:g}, at least {values['least']:g}")
+        draft.add_verdict(check, grade >= values["least"], f"grade {grade:g}, at least {values['least']:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThatStep(Step):
-    """Check that an expression is true, or that a verdict or a list of verdicts passes."""
+    """Check that an expression is true, or add the returned `SampleVerdict` or list."""
 
     that: NotBlank
     name: NotBlank
-    """Of the check; verdicts keep their own."""
+    """Check name, except for returned verdicts."""
     detail: str = ""
-    """Figures or words for a reader where it fails."""
-    computed: ClassVar[tuple[str, ...]] = ("that", "detail")
+    """Explains a failed check."""
+    computed_parts: ClassVar[tuple[str, ...]] = ("that", "detail")
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
-        found = values["that"]
-        verdicts = found if isinstance(found, list) else [found]
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
+        result = values["that"]
+        verdicts = result if isinstance(result, list) else [result]
         if verdicts and all(isinstance(verdict, SampleVerdict) for verdict in verdicts):
             draft.verdicts += verdicts
         else:
-            draft.check(self.name, bool(found), "" if found else str(values["detail"]))
+            draft.add_verdict(self.name, bool(result), "" if result else str(values["detail"]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlayStep(Step):
-    """Play a conversation about a task of `virtual`, with the sample's `max_turns`, into `played`."""
+    """Play a conversation about a `virtual` task, up to `max_turns`, into the field `played`."""
 
     play: str
-    """The task: an expression."""
+    """Task: an expression."""
     number: int | str = 0
-    """Of the conversation among those of its item, which sets its draws apart."""
+    """Index among the item's conversations, for seeds."""
     user: str = ""
-    """Prompt by which the model plays the user, with `heard`; empty: the user asks the task's question."""
-    computed: ClassVar[tuple[str, ...]] = ("play", "number")
-    needs: ClassVar[tuple[str, ...]] = ("max_turns", "temperature", "max_tokens")
+    """Prompt with which the writer plays the user, with the field `heard`; "": the user asks the task's
+    question once."""
+    computed_parts: ClassVar[tuple[str, ...]] = ("play", "number")
+    required_fields: ClassVar[tuple[str, ...]] = ("max_turns", "temperature", "max_tokens")
 
-    def gives(self) -> list[str]:
+    def list_set_fields(self) -> list[str]:
         return ["played"]
 
-    def problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        if self.user and self.user not in prompts:
-            yield "user", (f"must be one of the file's prompts ({', '.join(prompts)})"
-                           f"{suggest_name(self.user, list(prompts))}")
+    def find_problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if self.user:
+            yield from _find_prompt_problems("user", self.user, prompts)
 
-    def run(self, values: Mapping[str, Any], draft: Draft, ask: Ask, generator: str) -> None:
-        prompt = f"{generator}/{self.user}" if self.user else ""
-        draft.fields["played"] = Player(ask, draft.fields, values["number"], prompt).play(values["play"])
+    def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
+        player = Player(requester, draft.fields, values["number"], self.user)
+        draft.fields["played"] = player.play_conversation(values["play"])
 
 
 VERBS: Mapping[str, type[Step]] = {
     "ask": AskStep, "parse": ParseStep, "each": EachStep, "every": EveryStep, "set": SetStep,
     "note": NoteStep, "judge": JudgeStep, "play": PlayStep, "that": ThatStep}
-"""Key that tells what a step does -> step."""
+"""Key in a `steps` entry -> step class."""
 
 
-def _list(name: str, value: Any) -> Any:
+def _check_list(name: str, value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise UserError(f"{name} = {str(value)[:60]!r} must be a list; mend the step in the generator's file")
     return value
@@ -309,29 +320,34 @@ def _list(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A step with its values compiled."""
+    """A step with its compiled values."""
 
     step: Step
     values: Mapping[str, Any]
     inner: tuple[CompiledStep, ...] = ()
-    """Steps of `every`."""
+    """Steps inside `every`."""
 
-    def run(self, draft: Draft, ask: Ask, generator: str) -> Sequence[Draft] | None:
-        """Run the step on a draft; returns the drafts that it becomes, if it is divided."""
-        if not fill(self.values["when"], draft.fields):
+    def run_step(self, draft: Draft, requester: Requester) -> Sequence[Draft] | None:
+        """Run the step on a draft; return replacement drafts if the step divides the sample.
+
+        Raises:
+            UserError: a value has the wrong type for the step.
+        """
+        if not compute_value(self.values["when"], draft.fields):
             return None
-        values = {name: fill(value, draft.fields) for name, value in self.values.items() if name != "when"}
+        values = {part: compute_value(value, draft.fields)
+                  for part, value in self.values.items() if part != "when"}
         if not isinstance(self.step, EveryStep):
             try:
-                return self.step.run(values, draft, ask, generator)
-            except (TypeError, ValueError, AttributeError, KeyError) as e:  # a value of another type
-                raise UserError(f"{generator}: a step with {', '.join(values)} cannot run "
-                                f"({type(e).__name__}: {e}); mend it") from None
-        (name, listed), = values["every"].items()
-        for one in _list(name, listed):
-            draft.fields[name] = one
+                return self.step.apply_step(values, draft, requester)
+            except (TypeError, ValueError, AttributeError, KeyError) as e:
+                raise UserError(f"a step with {', '.join(values)} cannot run ({type(e).__name__}: {e}); mend "
+                                "the step in the generator's file") from None
+        (name, items), = values["every"].items()
+        for item in _check_list(name, items):
+            draft.fields[name] = item
             for step in self.inner:
-                step.run(draft, ask, generator)
+                step.run_step(draft, requester)
                 if draft.has_failed:
                     return None
         return None
@@ -339,23 +355,24 @@ class CompiledStep:
 
 def compile_step(step: Step, inner: tuple[CompiledStep, ...], known: Sequence[str]
                  ) -> tuple[CompiledStep, list[tuple[str, str]]]:
-    """Compile a step whose form is sound; returns part and sentence of each problem as well.
+    """Compile a step with valid form; return the step and (part, sentence) for each problem.
 
     Args:
         step: the step.
-        inner: its own steps.
-        known: fields that settings, items and the steps before give.
+        inner: compiled steps inside `every`.
+        known: fields from settings, items and earlier steps.
     """
     values: dict[str, Any] = {}
-    problems = [("parse", said) for said in unknown_names(step.needs, known)]
-    for part in ("when", *step.computed):
+    problems = [("parse", problem) for problem in find_unknown_names(step.required_fields, known)]
+    for part in ("when", *step.computed_parts):
         raw = getattr(step, part)
         try:
             values[part] = compile_value(raw)
         except BadTemplate as e:
             problems.append((part, str(e)))
             continue
-        problems += [(part, said) for said in unknown_names(names_in(values[part]), known)]
-        if part in EXPRESSIONS and isinstance(raw, str) and not values[part].is_expression:
+        problems += [(part, problem)
+                     for problem in find_unknown_names(collect_field_names(values[part]), known)]
+        if part in EXPRESSION_PARTS and isinstance(raw, str) and not values[part].is_expression:
             problems.append((part, "must be one {{ expression }}, or a value that is no text"))
     return CompiledStep(step, values, inner), problems

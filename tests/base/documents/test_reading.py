@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import given, settings, strategies as st
 from pyarrow import parquet
 
-from data_prep.curate.sources.reader import source_files
+from data_prep.curate.sources.reader import list_source_files
 from data_prep.curate.sources.source import SourceSettings
 from megatron_sov.base import documents
 from megatron_sov.base.documents import (
@@ -139,7 +139,7 @@ def test_rejected_samples_are_skipped(tmp_path: Path) -> None:
     assert [file.relative_to(tmp_path).as_posix() for file in list_files(tmp_path)] == expected
     assert list_files(tmp_path / "made/rejected.jsonl"), "who names a file means it"
     source = SourceSettings("made", (".",), tmp_path, "jsonl")
-    assert source_files(source, lambda name: name.endswith(".jsonl")) == expected
+    assert list_source_files(source, lambda name: name.endswith(".jsonl")) == expected
 
 
 # One record as a document: what each kind needs, and what is refused with its place.

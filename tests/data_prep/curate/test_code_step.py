@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.curate.code_step import CodeStep, StepCodeSettings
-from data_prep.curate.pipeline.plan import file_hashes
+from data_prep.curate.pipeline.plan import hash_step_files
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
@@ -48,7 +48,7 @@ def file(tmp_path: Path) -> Path:
 def test_a_function_drops_and_changes(file: Path, tmp_path: Path) -> None:
     settings = StepCodeSettings(tmp_path / "own.py:judge")
     assert find_all_problems(settings) == []
-    assert CodeStep(settings).files() == [tmp_path / "own.py", tmp_path / "words.py"], "its imports too"
+    assert CodeStep(settings).list_files() == [tmp_path / "own.py", tmp_path / "words.py"], "its imports too"
     (tmp_path / "work").mkdir()
     found = outcomes(CodeStep, settings, MemoryView.of([docs("fine", "oh darn")], tmp_path / "work"))
     assert [(o.reason, o.text) for o in found.values()] == [("", "fine!"), ("bad word", None)]
@@ -71,16 +71,16 @@ def test_what_is_no_function_is_told(file: Path, tmp_path: Path, name: str, sent
 ])
 def test_what_fails_is_told_by_its_document(file: Path, tmp_path: Path, name: str, message: str) -> None:
     step = CodeStep(StepCodeSettings(tmp_path / f"own.py:{name}"))
-    step.start(MemoryView({}, tmp_path))
+    step.load_inputs(MemoryView({}, tmp_path))
     with pytest.raises(UserError, match=message):
-        step.outcomes(docs("x", where="a/page.html"))
+        step.compute_outcomes(docs("x", where="a/page.html"))
 
 
 def test_named_files_are_part_of_the_step(file: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a")
     step = CodeStep(StepCodeSettings(tmp_path / "own.py:judge", (tmp_path / "list.txt",)))
-    assert [Path(name).name for name in step.files()] == ["list.txt", "own.py", "words.py"]
-    before = file_hashes(step)
+    assert [Path(name).name for name in step.list_files()] == ["list.txt", "own.py", "words.py"]
+    before = hash_step_files(step)
     (tmp_path / "list.txt").write_text("b")
-    assert file_hashes(step) != before
+    assert hash_step_files(step) != before
     assert keys_of(StepCodeSettings(tmp_path / "own.py:judge", (tmp_path / "gone",))) == ["files"]

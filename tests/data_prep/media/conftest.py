@@ -89,7 +89,7 @@ def encode(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch,
     for name in codecs:
         with create_artifact(tmp_path / name, "codec") as artifact:
             artifact.content = {"codec": name, "config": {}}
-    monkeypatch.setattr(encoder, "_opened", lambda folder, *rest: codecs[folder.name] if folder else None)
+    monkeypatch.setattr(encoder, "_open_codec", lambda folder, *rest: codecs[folder.name] if folder else None)
     if request.module.__name__.rpartition(".")[2] != "test_page":  # which has it as it is
         monkeypatch.setattr(encoder, "MediaReader", Here)
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from data_prep.media import encode_media_run
-from data_prep.media.encoder import CHAT, TEXT, MediaRecordEncoder, parse_record
+from data_prep.media.encoder import MediaRecordEncoder
+from data_prep.media.records import CHAT, TEXT, parse_record
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import ExitCode
@@ -147,7 +148,7 @@ def test_chats_and_documents_keep_their_fields() -> None:
                                                                                 "content": "Ok"}]})
     assert (chat.kind, chat.fields, chat.messages[0].fields) == (CHAT, {"id": "a"},
                                                                  {"role": "user", "name": "bo"})
-    assert [p.value for p in chat.media()] == ["a.png"]
+    assert [p.value for p in chat.iter_media()] == ["a.png"]
     assert [m.is_drawn for m in chat.messages] == [False, True]
     assert parsed({"content": [{"type": "video", "path": "v"}]}).kind == TEXT
 

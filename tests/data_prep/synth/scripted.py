@@ -1,4 +1,4 @@
-"""Models for tests: an `Ask` whose model is a function of the request."""
+"""Models for tests: an `Requester` whose model is a function of the request."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.generator import Ask, GeneratedSample, Generator, GeneratorItem, T
-from data_prep.synth.known import generator_class
+from data_prep.synth.declared.generator import Generator, GeneratorDefinition, load_generator
+from data_prep.synth.requests import Requester, T
+from data_prep.synth.samples import GeneratedSample, GeneratorItem
 from megatron_sov.base.settings import parse_settings
 from megatron_sov.work.endpoints.cache import EndpointCache
 
@@ -17,7 +18,7 @@ sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from synthesis.endpoint import Replies, completion
 
 
-class ScriptedDoor:
+class ScriptedClient:
     """A model that is a function of the request."""
 
     model = "scripted"
@@ -35,35 +36,36 @@ class ScriptedDoor:
         return read(json.loads(json.dumps(completion(self._reply(payload)))))
 
 
-class ScriptedAsk(Ask):
-    """Asks a function, with the real templates.
+class ScriptedRequester(Requester):
+    """Sends requests to a function, with the real templates.
 
     Args:
         reply: the model.
         item_id: of the item; part of every seed.
-        generator: whose prompts may be asked.
+        definition: of the generator whose prompts may be asked.
     """
 
-    def __init__(self, reply: Replies, item_id: str = "x", generator: type[Generator] | None = None) -> None:
-        self._door = ScriptedDoor(reply)
-        super().__init__(item_id, generator.prompts() if generator else {},
-                         {"writer": self._door, "judge": self._door})
+    def __init__(self, reply: Replies, item_id: str = "x",
+                 definition: GeneratorDefinition | None = None) -> None:
+        self._client = ScriptedClient(reply)
+        super().__init__(item_id, definition.prompts if definition else {},
+                         {"writer": self._client, "judge": self._client})
 
     @property
     def requests(self) -> list[Mapping[str, Any]]:
         """Return what was asked so far, in order."""
-        return self._door.requests
+        return self._client.requests
 
     @property
     def calls(self) -> int:
         """Return how often the model was asked so far."""
-        return len(self._door.requests)
+        return len(self._client.requests)
 
 
 def generator(name: str, **settings: Any) -> Generator:
     """Return a generator with settings that are sound."""
-    cls = generator_class(name)
-    return cls(parse_settings(cls.Settings, settings, name))
+    definition = load_generator(name)
+    return Generator(definition, parse_settings(definition.Settings, settings, name))
 
 
 def replies_of(*texts: Any) -> Replies:
@@ -86,4 +88,5 @@ def by_system(**answers: Any) -> Replies:
 
 def samples_of(generator: Generator, item: GeneratorItem, reply: Replies) -> list[GeneratedSample]:
     """Return what a generator makes of one item with a scripted model; its templates are checked first."""
-    return list(generator.make(item, ScriptedAsk(reply, item.id, type(generator))))
+    requester = ScriptedRequester(reply, item.id, generator.definition)
+    return list(generator.make_samples(item, requester))

@@ -16,7 +16,7 @@ from planted_rates import problem, write, write_measurements
 
 from data_prep.cli import main
 from data_prep.curate.scoring.scorer import load_scorer
-from data_prep.synth.difficulty import HARDEST, with_form
+from data_prep.synth.difficulty import MAX_LABEL, append_form_words
 from megatron_sov.base.artifacts import read_manifest
 
 
@@ -39,7 +39,7 @@ def test_labels_are_means_over_configurations_and_say_who_agrees(made: Path) -> 
     first = json.loads((made / "labels/labels.jsonl").read_text(encoding="utf-8").splitlines()[0])
     shares = [right / count for right, count in first["answers"].values()]
     assert first["pass_rate"] == pytest.approx(sum(shares) / 3)
-    assert 0 <= first["label"] <= HARDEST and first["text"].startswith(first["problem"])
+    assert 0 <= first["label"] <= MAX_LABEL and first["text"].startswith(first["problem"])
 
 
 def test_new_problems_have_the_pass_rates_that_they_should_in_both_languages(made: Path) -> None:
@@ -48,7 +48,7 @@ def test_new_problems_have_the_pass_rates_that_they_should_in_both_languages(mad
     rng = random.Random(99)
     drawn = [problem(rng) for _ in range(300)]
     for texts in ([d for d in drawn if "What" in d[0]], [d for d in drawn if "What" not in d[0]]):
-        expected = np.array([1 - scorer.score(with_form(text)) / HARDEST for text, _ in texts])
+        expected = np.array([1 - scorer.score(append_form_words(text)) / MAX_LABEL for text, _ in texts])
         truth = np.array([np.mean([1 / (1 + np.exp(-logit - a)) for a in (-1.5, 0, 1.5)])
                           for _, logit in texts])
         assert spearmanr(expected, truth).statistic > 0.95

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_prep.synth.models import identity_of
+from data_prep.synth.models import hash_model_folder
 from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.work.endpoints.local_server import KEY_ENV, serve_model
 from megatron_sov.work.processes.pool import StopSignal
@@ -83,10 +83,10 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_model_to_load(model: Pa
 
 
 def test_a_model_is_known_by_its_files_wherever_they_lie(model: Path, tmp_path: Path) -> None:
-    before = identity_of(model)
+    before = hash_model_folder(model)
     model.rename(tmp_path / "moved")
-    assert identity_of(tmp_path / "moved") == before
+    assert hash_model_folder(tmp_path / "moved") == before
     (tmp_path / "moved" / "weights").write_bytes(b"x")
-    assert identity_of(tmp_path / "moved") != before
+    assert hash_model_folder(tmp_path / "moved") != before
     with pytest.raises(UserError, match="is neither an address"):
-        identity_of(tmp_path / "nowhere")
+        hash_model_folder(tmp_path / "nowhere")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.synth.final_answers import boxes, check, ends_in_box, way_of
-from data_prep.synth.problems import problem_text, read_problems
+from data_prep.synth.functions.answers import check_answers, choose_comparison_method, ends_in_box, find_boxes
+from data_prep.synth.readers.problems import find_problem_text, read_problems
 from megatron_sov.base.errors import UserError
 
 
@@ -47,7 +47,7 @@ def test_a_folder_of_synthesis_is_what_it_has_kept(tmp_path: Path) -> None:
     ({"prompt": [{"role": "user", "content": "u"}]}, "u"), ({"messages": "x"}, "x"), ({"a": 1}, None),
 ])
 def test_a_problem_is_what_the_user_says(record: Any, found: str | None) -> None:
-    assert problem_text(record) == found
+    assert find_problem_text(record) == found
 
 
 @pytest.mark.parametrize(("record", "said"), [
@@ -77,7 +77,7 @@ def test_one_id_is_one_problem(tmp_path: Path) -> None:
     ("a \\boxed{1} b \\boxed{\\frac{1}{2}}.", ["\\frac{1}{2}", "1"]), ("none", []), ("\\boxed{1", []),
     ("\\boxed{1} \\boxed{1}", ["1", "1"]), ("\\boxed{}", [""])])
 def test_boxes_are_found_from_behind(text: str, found: list[str]) -> None:
-    assert boxes(text) == found
+    assert find_boxes(text) == found
 
 
 @pytest.mark.parametrize(("text", "ends"), [
@@ -92,9 +92,9 @@ def test_nothing_is_said_behind_the_box(text: str, ends: bool) -> None:
     ("B", "stem"), ("12 cm", "stem"), ("3 m/s", "stem"), ("Paris", "stem"), ("서울특별시", "stem"),
     ("12 \\text{ apples}", "stem")])
 def test_what_looks_like_mathematics_is_compared_as_such(answer: str, way: str) -> None:
-    assert way_of(answer) == way
+    assert choose_comparison_method(answer) == way
 
 
 def test_answers_are_compared_by_value_in_a_process_that_may_be_ended() -> None:
     said = ["0.5", "\\frac{2}{4}", "1/2", "2", "10**10**10", "\\begin{", "0.5"]
-    assert check(said, "1/2") == [True, True, True, False, False, False, True]
+    assert check_answers(said, "1/2") == [True, True, True, False, False, False, True]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import shutil
@@ -14,40 +13,49 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-import echoes
-from scripted import ScriptedAsk
+from scripted import ScriptedRequester
 from synthesis.endpoint import ScriptedEndpoint, serving, with_model_faults
 
 from data_prep.cli import main
 from data_prep.synth import finishing, models
-from data_prep.synth.candidates import FinishedItem
-from data_prep.synth.generator import Ask, GeneratedSample, GeneratorItem, SampleVerdict, writable
-from data_prep.synth.running import make_generator
+from data_prep.synth.declared.generator import Generator
+from data_prep.synth.requests import Requester
+from data_prep.synth.run_records import FinishedItem
+from data_prep.synth.samples import GeneratedSample, GeneratorItem, SampleVerdict, replace_unwritable_sample
+from data_prep.synth.synth_run import create_generator
 from megatron_sov.work.endpoints.cache import EndpointCache
 from megatron_sov.work.progress.journal import iter_records_by_item, work_folder
 
 KEY = "sk-very-secret-0123456789"
+ECHOES = Path(__file__).with_name("echoes.yaml")
+"""Generator: two answers to each line of a file, judged."""
 FINISH = finishing.finish
+
+
+def echo(request: Mapping[str, Any]) -> str:
+    """Return what the scripted model says."""
+    system, user = (message["content"] for message in request["messages"])
+    if "You grade" in system:
+        return json.dumps({"reason": "it is", "score": 2 if "bad" in user else 8})
+    return f"{user.partition(': ')[2]} ({request['seed']})"
 
 
 @pytest.fixture(autouse=True)
 def setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finishing, "finish", lambda *args, **more: None)  # test_finishing.py has it
-    echoes.add_generator(monkeypatch.setattr)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(models, "BACKOFF_S", 0.001)
 
 
 @pytest.fixture
 def endpoint() -> Iterator[ScriptedEndpoint]:
-    with serving(ScriptedEndpoint(echoes.reply)) as server:
+    with serving(ScriptedEndpoint(echo)) as server:
         yield server
 
 
@@ -60,10 +68,11 @@ class Run:
         self.write([{"id": f"i{n}", "text": f"line {n}"} for n in range(num_lines)])
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        (self.folder / "lines.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        lines = [json.dumps({"licence": "CC0", **record}) + "\n" for record in records]
+        (self.folder / "lines.jsonl").write_text("".join(lines))
 
     def words(self, engine: str, *more: str) -> list[str]:
-        return ["synth", echoes.NAME, "--input", str(self.folder / "lines.jsonl"), "--output",
+        return ["synth", str(ECHOES), "--input", str(self.folder / "lines.jsonl"), "--output",
                 str(self.output), "--engine", engine, "--model", "scripted", "--threads", "4", "--workers",
                 "1", "--timeout", "600", *more]
 
@@ -89,8 +98,8 @@ def test_items_become_samples_with_what_was_asked_and_checked(run: Run, endpoint
     run.write([{"id": "a", "text": "line a"}, {"id": "b", "text": "bad line"}])
     assert run(endpoint) == 0
     first, second = run.candidates()
-    assert first["item"] | {"digest": ""} == {"id": "a", "source": f"{run.folder / 'lines.jsonl'}:1",
-                                              "licence": "CC0", "digest": ""}
+    assert first["item"] | {"digest": ""} == {"id": "a", "source": "lines", "licence": "CC0",
+                                              "digest": ""}
     assert [sample["verdicts"][1]["passed"] for sample in first["samples"] + second["samples"]] == [
         True, True, False, False]
     assert len(set(run.kept())) == 2, "each draw has a seed of its own"
@@ -108,7 +117,7 @@ def test_items_become_samples_with_what_was_asked_and_checked(run: Run, endpoint
 
 
 def test_a_judge_at_another_address_gets_no_key(run: Run, endpoint: ScriptedEndpoint) -> None:
-    with serving(ScriptedEndpoint(echoes.reply)) as other:
+    with serving(ScriptedEndpoint(echo)) as other:
         assert run(endpoint, "--judge-engine", other.url, "--judge-model", "wise", "--limit", "1") == 0
         assert {request["model"] for request in endpoint.requests} == {"scripted"}
         assert {request["model"] for request in other.requests} == {"wise"}
@@ -122,7 +131,7 @@ FALLBACK = "cheap-fallback-7b"
 
 def reply_with_fallback(request: Mapping[str, Any]) -> Mapping[str, Any]:
     """Answer as another model to the prompts of line 1, as an endpoint that falls back does."""
-    answer = {"role": "assistant", "content": echoes.reply(request)}
+    answer = {"role": "assistant", "content": echo(request)}
     is_writing = request["messages"][0]["content"] == "You repeat."
     model = FALLBACK if is_writing and "line 1" in str(request["messages"]) else request["model"]
     return {**answer, "model": model}
@@ -147,7 +156,7 @@ def test_answers_of_another_model_are_refused_or_recorded_with_its_name(
     # cached answers of the other model are not used without the option
     with serving(ScriptedEndpoint(reply_with_fallback)) as falling_back:
         assert run(falling_back, "--redo") == 2
-    with serving(ScriptedEndpoint(echoes.reply)) as back:
+    with serving(ScriptedEndpoint(echo)) as back:
         assert run(back, "--redo") == 0
         assert 0 < len(back.requests) < 8, "only what the other model had answered is asked again"
 
@@ -210,7 +219,7 @@ def test_an_item_that_is_another_one_than_before_is_refused(run: Run, endpoint: 
 
 def test_answers_of_no_use_are_asked_for_again_and_then_given_up(run: Run, capsys: pytest.CaptureFixture[str]
                                                                  ) -> None:
-    with serving(ScriptedEndpoint(with_model_faults(echoes.reply, 1.0))) as server:
+    with serving(ScriptedEndpoint(with_model_faults(echo, 1.0))) as server:
         assert run(server) == 0
         assert "; the answers about 3 items were of no use" in capsys.readouterr().out
         assert {line["unusable"][:29] for line in run.candidates()} <= {
@@ -260,9 +269,18 @@ def test_a_budget_is_never_broken_and_can_be_raised(run: Run, endpoint: Scripted
     assert max(endpoint.answered.values()) == 1
 
 
-def test_an_error_of_the_program_takes_one_item_and_not_the_run(run: Run, endpoint: ScriptedEndpoint,
-                                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_the_program_takes_one_item_and_not_the_run(
+        run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch) -> None:
     run.write([{"id": "a", "text": "line a"}, {"id": "b", "text": "defect"}, {"id": "c", "text": "line c"}])
+    make_samples = Generator.make_samples
+
+    def defective(self: Generator, item: GeneratorItem, requester: Requester) -> Iterator[GeneratedSample]:
+        if item.fields["text"] == "defect":
+            raise KeyError("nobody thought of it")
+        return make_samples(self, item, requester)
+
+    monkeypatch.setattr(Generator, "make_samples", defective)
     assert run(endpoint) == 1
     assert "b: KeyError" in capsys.readouterr().out
     assert [line["item"]["id"] for line in run.candidates()] == ["a", "c"]
@@ -270,12 +288,12 @@ def test_an_error_of_the_program_takes_one_item_and_not_the_run(run: Run, endpoi
 
 def test_generators_and_their_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["synth", "--list"]) == 0
-    assert "echoes               repeat lines" in capsys.readouterr().out
-    assert main(["synth", "echoes", "--list"]) == 0
+    assert "rewrite              documents in other words" in capsys.readouterr().out
+    assert main(["synth", str(ECHOES), "--list"]) == 0
     told = capsys.readouterr().out
     assert "echoes (version 1): repeat lines" in told and "  tone = 'plain': Of the repetition" in told
-    assert main(["synth", "echo", "--list"]) == 2
-    assert "echo: is no generator; did you mean 'echoes'?" in capsys.readouterr().err
+    assert main(["synth", "rewrit", "--list"]) == 2
+    assert "rewrit: is no generator; did you mean 'rewrite'?" in capsys.readouterr().err
 
 
 BAD = {
@@ -304,27 +322,22 @@ def test_a_command_that_stopped_at_its_input_binds_no_later_one(run: Run, endpoi
 
 
 def test_a_list_may_be_written_with_commas() -> None:
-    made = make_generator("rewrite", {"styles": "clearer,dialogue"}).settings
-    assert made == make_generator("rewrite", {"styles": ["clearer", "dialogue"]}).settings
+    made = create_generator("rewrite", {"styles": "clearer,dialogue"}).settings
+    assert made == create_generator("rewrite", {"styles": ["clearer", "dialogue"]}).settings
 
 
 def test_a_generator_that_goes_on_without_an_answer_has_not_made_its_item(
         run: Run, endpoint: ScriptedEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(self: object, item: GeneratorItem, ask: Ask) -> Iterator[GeneratedSample]:
+    def careless(self: object, item: GeneratorItem, requester: Requester) -> Iterator[GeneratedSample]:
         with contextlib.suppress(Exception):
-            ask("echoes/write", document="x", tone="y")
+            requester.request_replies("write", {"text": "x", "tone": "y"})
         yield GeneratedSample({"text": "made of nothing"})
 
     run.write([{"id": "a", "text": "line a"}])
-    monkeypatch.setattr(echoes_as_loaded().Echoes, "make", careless)
+    monkeypatch.setattr(Generator, "make_samples", careless)
     endpoint.next = ["400"] * 5
     assert run(endpoint) == 75
     assert run.candidates() == []
-
-
-def echoes_as_loaded() -> ModuleType:
-    """Return the module that the generator is loaded from."""
-    return importlib.import_module(echoes.REFERENCE.partition(":")[0])
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -342,7 +355,7 @@ def test_a_run_that_is_killed_goes_on_and_pays_nothing_twice(tmp_path: Path, end
                                                              ) -> None:
     run, undisturbed = Run(tmp_path / "killed", 12), Run(tmp_path / "undisturbed", 12)
     endpoint.slow_s = 0.05
-    command = [sys.executable, echoes.__file__, *run.words(endpoint.url)]
+    command = [sys.executable, "-m", "data_prep.cli", *run.words(endpoint.url)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     while len(endpoint.requests) < 9:
@@ -395,12 +408,13 @@ def nested(levels: int) -> list[Any]:
     GeneratedSample({"score": float("inf")}), GeneratedSample({"text": "a"}, notes={"score": float("nan")}),
     GeneratedSample({"deep": nested(5000)})], ids=["value", "name", "verdict", "infinite", "notes", "deep"])
 def test_what_cannot_be_written_is_rejected(sample: GeneratedSample) -> None:
-    found = writable(sample)
+    found = replace_unwritable_sample(sample)
     assert (found.reason, found.record) == ("form", {})
-    assert json.loads(FinishedItem.of(GeneratorItem("a"), (found,)).record())["samples"][0]["record"] == {}
+    finished = FinishedItem.from_item(GeneratorItem("a"), (found,))
+    assert json.loads(finished.to_json())["samples"][0]["record"] == {}
 
 
 def test_what_a_model_wrote_as_half_a_character_is_asked_about_as_utf_8_can_hold_it() -> None:
-    ask = ScriptedAsk(lambda request: "yes")
-    ask.chat([{"role": "user", "content": "half \ud800"}])
+    ask = ScriptedRequester(lambda request: "yes")
+    ask.request_turn([{"role": "user", "content": "half \ud800"}])
     assert ask.requests[0]["messages"] == [{"role": "user", "content": "half ?"}]

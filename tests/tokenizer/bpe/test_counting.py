@@ -22,12 +22,12 @@ from tokenizer.bpe.count_pipeline import CountSettings, UnitCounts, count_units
 from tokenizer.bpe.counting import NUM_PARTS, WordCounter, WordTable
 from tokenizer.bpe.splitter import Splitter
 from tokenizer.bpe.word_files import gather_words
-from tokenizer.mixture import Share, SourceGroup, plan
+from tokenizer.mixture import GroupShare, SourceGroup, plan_count_units
 from tokenizer.presets import SOLAR_OPEN
 
 
 def counted(counter: WordCounter) -> Counter[bytes]:
-    text, ends, counts, parts = counter.words()
+    text, ends, counts, parts = counter.get_words()
     assert len(parts) == len(counter) and all(0 <= part < NUM_PARTS for part in parts)
     words = [text[a:b].tobytes() for a, b in zip([0, *ends[:-1]], ends, strict=True)] if len(ends) else []
     assert len(set(words)) == len(words)
@@ -35,7 +35,7 @@ def counted(counter: WordCounter) -> Counter[bytes]:
 
 
 def add(counter: WordCounter, words: list[bytes], times: int) -> None:
-    counter.add(b"".join(words), np.cumsum([len(w) for w in words], dtype=np.int32), times)
+    counter.add_text(b"".join(words), np.cumsum([len(w) for w in words], dtype=np.int32), times)
 
 
 @given(st.lists(st.tuples(st.lists(st.binary(min_size=1, max_size=3), max_size=50), st.integers(1, 5))))
@@ -73,7 +73,7 @@ def test_a_words_part_is_the_same_in_every_table() -> None:
     one, other = WordCounter(), WordCounter()
     add(one, words, 1)
     add(other, words[::-1], 2)
-    assert one.words()[3].tolist() == other.words()[3].tolist()[::-1]
+    assert one.get_words()[3].tolist() == other.get_words()[3].tolist()[::-1]
 
 
 WORDS = Counter({f"word{i}{'가' * (i % 5)}".encode(): 1 + 1000 // (i + 1) for i in range(400)})
@@ -104,7 +104,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 def as_counter(table: WordTable) -> Counter[bytes]:
     assert (np.diff(table.counts) <= 0).all()
-    return Counter(dict(zip(table.words(), table.counts.tolist(), strict=True)))
+    return Counter(dict(zip(table.iter_words(), table.counts.tolist(), strict=True)))
 
 
 def test_runs_are_added_up(files: list[Path], tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_memory_is_for_the_words_that_are_kept(tmp_path: Path) -> None:
     assert peak_bytes < 8 * len(once)  # not even the counts of all words
 
 
-ONCE = Share(1, 0)
+ONCE = GroupShare(1, 0)
 LETTERS = str.maketrans("0123456789", "ghijklmnop")
 
 
@@ -154,11 +154,12 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def count(corpus: Path, work: Path, share: Share = ONCE, *, workers: int = 1,
+def count(corpus: Path, work: Path, share: GroupShare = ONCE, *, workers: int = 1,
           limit_bytes: int = 1 << 30) -> list[UnitCounts]:
     work.mkdir(exist_ok=True)
     settings = CountSettings(SOLAR_OPEN, SOLAR_OPEN.split_pattern, (share,))
-    return list(count_units(plan([SourceGroup("g", (corpus,))], 1), settings, work, workers, limit_bytes))
+    return list(count_units(plan_count_units([SourceGroup("g", (corpus,))], 1), settings, work, workers,
+                            limit_bytes))
 
 
 def expected(corpus: Path, times: int = 1) -> Counter[bytes]:
@@ -166,7 +167,7 @@ def expected(corpus: Path, times: int = 1) -> Counter[bytes]:
     texts = [json.loads(line)["text"] for file in list_files(corpus)
              for line in file.read_text().splitlines()]
     return Counter({word.encode(): times * n
-                    for word, n in Counter(w for t in texts for w in splitter.split(t)).items()})
+                    for word, n in Counter(w for t in texts for w in splitter.split_text(t)).items()})
 
 
 def test_a_table_that_is_written_out_many_times_gives_the_same(corpus: Path, tmp_path: Path,
@@ -183,16 +184,16 @@ def test_long_words_are_written_out_by_their_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" ".join(chr(97 + i) * 5000 for i in range(26)))
     (tmp_path / "b.txt").write_text(" ".join(chr(65 + i) * 5000 for i in range(26)))
     settings = CountSettings(SOLAR_OPEN, SOLAR_OPEN.split_pattern, (ONCE,))
-    units = plan([SourceGroup("g", (tmp_path,))], 1 << 20)
+    units = plan_count_units([SourceGroup("g", (tmp_path,))], 1 << 20)
     [counts] = count_units(units, settings, tmp_path, 1, limit_bytes=1)  # room for 60,000 bytes
     assert pyarrow.ipc.open_file(str(counts.file)).num_record_batches > NUM_PARTS
 
 
 def test_repeated_text_counts_as_often_as_it_is_seen(corpus: Path, tmp_path: Path) -> None:
-    counts = count(corpus, tmp_path / "work", Share(3, 0))
+    counts = count(corpus, tmp_path / "work", GroupShare(3, 0))
     assert as_counter(gather_words([c.file for c in counts], tmp_path / "work", None)) == expected(corpus, 3)
-    some = count(corpus, tmp_path / "work", Share(2, 30_000))
-    assert 2 < sum(c.seen_bytes for c in some) / (sum(c.seen_bytes for c in counts) / 3) < 3
+    some = count(corpus, tmp_path / "work", GroupShare(2, 30_000))
+    assert 2 < sum(c.counted_bytes for c in some) / (sum(c.counted_bytes for c in counts) / 3) < 3
 
 
 def test_complete_units_are_kept_and_changed_ones_counted_again(corpus: Path, tmp_path: Path) -> None:

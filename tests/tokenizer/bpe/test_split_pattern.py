@@ -10,33 +10,34 @@ import pytest
 from hypothesis import given, strategies as st
 
 from megatron_sov.base.errors import UserError
-from tokenizer.bpe import split_pattern
+from tokenizer.bpe import splitter as splitter_module
 from tokenizer.bpe.counting import split_words
 from tokenizer.bpe.split_pattern import (
-    Next, OneOf, PatternChoice, Repeat, Sequence, Unsupported, automaton, check_coverage, oniguruma, parse)
-from tokenizer.bpe.splitter import Splitter
+    CharacterClass, Lookahead, PatternChoice, PatternSequence, Repeat, UnsupportedPattern, build_splitter,
+    check_coverage, parse_pattern)
+from tokenizer.bpe.splitter import Splitter, build_automaton
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 
 def test_a_pattern_is_read_as_a_tree() -> None:
-    assert parse(r"\p{L}+|[^\s[:alpha:]]{1,3}(?!\S)|(?i:'s)") == PatternChoice((
-        Sequence((Repeat(OneOf(r"\p{L}"), 1, None),)),
-        Sequence((Repeat(OneOf("[^\\s[:alpha:]]"), 1, 3), Next(r"\S", negated=True))),
-        Sequence((Sequence((OneOf("'"), OneOf("(?i:s)"))),))))
+    assert parse_pattern(r"\p{L}+|[^\s[:alpha:]]{1,3}(?!\S)|(?i:'s)") == PatternChoice((
+        PatternSequence((Repeat(CharacterClass(r"\p{L}"), 1, None),)),
+        PatternSequence((Repeat(CharacterClass("[^\\s[:alpha:]]"), 1, 3), Lookahead(r"\S", negated=True))),
+        PatternSequence((PatternSequence((CharacterClass("'"), CharacterClass("(?i:s)"))),))))
 
 
 @pytest.mark.parametrize("pattern", [
     "(a)", "a*?", "a++", "a{2}+", "(?<=a)b", r"\bx", "^a", "a$", r"(a)\1", r"\x41", "[]a]", "[a", "(?:a",
     "a)", "(?=ab)c", "(?i:[a-z])", "(?:a*)*b", "a{200}", "a{3,1}", "a*", "a|", "(?!a)", "{a"])
 def test_what_is_not_read_is_said_to_be(pattern: str) -> None:
-    with pytest.raises(Unsupported):
-        parse(pattern)
+    with pytest.raises(UnsupportedPattern):
+        parse_pattern(pattern)
 
 
 @pytest.mark.parametrize("pattern", ["(?i:'ss)", "(?i:ﬀ|x)", "(?i:fi)"])
 def test_letters_that_fold_into_one_are_left_to_oniguruma(pattern: str) -> None:
-    with pytest.raises(Unsupported):
-        parse(pattern)
+    with pytest.raises(UnsupportedPattern):
+        parse_pattern(pattern)
 
 
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -52,14 +53,14 @@ PATTERNS = {"gpt-2": GPT_2, "llama-3": LLAMA_3, "o200k": O200K, "priorities": PR
 
 
 def split(pattern: str, text: str) -> list[str]:
-    raw, found = text.encode(), automaton(pattern)
+    raw, found = text.encode(), build_automaton(pattern)
     ends = np.empty(len(raw), np.int32)
     num_words = split_words(np.frombuffer(raw, np.uint8), found.kinds, found.steps, ends)
     return [raw[a:b].decode() for a, b in pairwise([0, *ends[:num_words].tolist()])]
 
 
 def by_oniguruma(pattern: str, text: str) -> list[str]:
-    return [piece for piece, _ in oniguruma(pattern, "test").pre_tokenize_str(text)]
+    return [piece for piece, _ in build_splitter(pattern, "test").pre_tokenize_str(text)]
 
 
 LETTERS = "aabbccdx '’sStT019 \n\r\tſéÉ가나\u0301\u3000\U0001f600.,/"
@@ -78,17 +79,17 @@ def test_the_first_alternative_wins_not_the_longest() -> None:
 
 
 def test_long_runs_take_two_looks_not_many() -> None:
-    found = automaton(LLAMA_3)
+    found = build_automaton(LLAMA_3)
     raw = np.full(1 << 20, ord(" "), np.uint8)
     assert split_words(raw, found.kinds, found.steps, np.empty(len(raw), np.int32)) == 1
 
 
 def test_too_large_a_pattern_is_left_to_oniguruma(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(split_pattern, "MOST_STATES", 20)
-    with pytest.raises(Unsupported):
-        automaton("(?:a{1,9}b{1,9}){1,9}c")
-    with pytest.raises(Unsupported):
-        automaton("|".join(map(chr, range(0x4E00, 0x4E40))))
+    monkeypatch.setattr(splitter_module, "MOST_STATES", 20)
+    with pytest.raises(UnsupportedPattern):
+        build_automaton("(?:a{1,9}b{1,9}){1,9}c")
+    with pytest.raises(UnsupportedPattern):
+        build_automaton("|".join(map(chr, range(0x4E00, 0x4E40))))
 
 
 OF_PRESETS = {"solar-open": SOLAR_OPEN.split_pattern, "k-exaone": K_EXAONE.split_pattern,
@@ -102,36 +103,36 @@ def test_all_of_unicode_is_split_as_by_oniguruma(pattern: str) -> None:
     for start in range(0, 0x110000, 8192):
         characters = [chr(c) for c in range(start, start + 8192) if not 0xD800 <= c < 0xE000]
         for text in ("".join(characters), " ".join(characters[::7]), "a".join(characters[::7])):
-            assert splitter.split(text) == by_oniguruma(pattern, text), hex(start)
+            assert splitter.split_text(text) == by_oniguruma(pattern, text), hex(start)
 
 
 def test_text_between_matches_and_groups_are_kept() -> None:
-    assert Splitter(SOLAR_OPEN, r"\p{L}+").split("ab 12 cd") == ["ab", " 12 ", "cd"]
-    assert Splitter(SOLAR_OPEN, r"(\p{L})(\p{N})|.").split("a1b") == ["a1", "b"]
+    assert Splitter(SOLAR_OPEN, r"\p{L}+").split_text("ab 12 cd") == ["ab", " 12 ", "cd"]
+    assert Splitter(SOLAR_OPEN, r"(\p{L})(\p{N})|.").split_text("a1b") == ["a1", "b"]
 
 
 def test_an_engine_that_differs_is_not_used_again() -> None:
     splitter = Splitter(SOLAR_OPEN, SOLAR_OPEN.split_pattern)
-    splitter._automaton = automaton(r"[\s\S]")  # an engine gone wrong: it cuts between all characters
-    assert splitter.split("wrong now") != ["wrong", " now"]
-    splitter.check("some text")
-    assert splitter.split("right now") == ["right", " now"]
+    splitter._automaton = build_automaton(r"[\s\S]")  # an engine gone wrong: it cuts between all characters
+    assert splitter.split_text("wrong now") != ["wrong", " now"]
+    splitter.compare_engines("some text")
+    assert splitter.split_text("right now") == ["right", " now"]
 
 
 def test_where_pieces_end_is_told_in_bytes() -> None:
     for pattern in (SOLAR_OPEN.split_pattern, r"(\p{L})+|."):  # by the automaton, by Oniguruma
-        assert Splitter(SOLAR_OPEN, pattern).ends("가나 a".encode()).tolist()[0] == 6
+        assert Splitter(SOLAR_OPEN, pattern).find_ends("가나 a".encode()).tolist()[0] == 6
 
 
 @pytest.mark.parametrize("pattern", ["a*", "a|", "(?=a)", r"\b", ".|^"])
 def test_a_pattern_that_matches_nothing_is_refused(pattern: str) -> None:
     with pytest.raises(UserError, match="can match empty text"):
-        oniguruma(pattern, "mine")
+        build_splitter(pattern, "mine")
 
 
 def test_a_pattern_that_does_not_compile_is_refused() -> None:
     with pytest.raises(UserError, match="preset mine: split pattern '\\(' is no regular expression"):
-        oniguruma("(", "mine")
+        build_splitter("(", "mine")
 
 
 def test_normalization_is_the_presets() -> None:
@@ -144,8 +145,8 @@ def test_a_splitter_travels_to_another_process() -> None:
     travelled = pickle.loads(pickle.dumps(Splitter(K_EXAONE, K_EXAONE.split_pattern)))
     for text in ("it's 12 \u1112\u1161\u11ab 가나", "\n\n a  b\t", "Ünïcode 2026, 漢字"):
         normal = travelled.normalize(text)
-        travelled.check(normal)
-        assert travelled.split(normal) == by_oniguruma(K_EXAONE.split_pattern, normal)
+        travelled.compare_engines(normal)
+        assert travelled.split_text(normal) == by_oniguruma(K_EXAONE.split_pattern, normal)
 
 
 def test_a_pattern_that_passes_over_text_is_refused() -> None:

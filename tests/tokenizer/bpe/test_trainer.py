@@ -17,13 +17,13 @@ from hypothesis import given, strategies as st
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 
 from tokenizer.bpe import trainer
-from tokenizer.bpe.merging import JoinRule, LowestPieces
-from tokenizer.bpe.segmenting import merge_of, merged
-from tokenizer.bpe.split_pattern import untrained
+from tokenizer.bpe.merging import JoinRule
+from tokenizer.bpe.segmenting import find_last_merge, merge_parts
+from tokenizer.bpe.split_pattern import build_untrained_tokenizer
 from tokenizer.bpe.trainer import Merge, MergeLearner, PretokenWords
-from tokenizer.bpe.vocabulary import Vocabulary, spelled
-from tokenizer.formats.hf_files import finished
-from tokenizer.mixture import NUM_BUCKETS, Excerpt, Sizes, share_of
+from tokenizer.bpe.vocabulary import Vocabulary, spell_token
+from tokenizer.formats.hf_files import build_tokenizer
+from tokenizer.mixture import NUM_BUCKETS, GroupSizes, PieceSampler, TextPiece, choose_share
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 # Merging by ranks, against tiktoken; and the one pair of tokens that makes a token.
@@ -42,22 +42,22 @@ def test_one_pair_for_each_token_says_all_that_ranks_say(seed: int) -> None:
     ranks = vocabulary(seed)
     encoding = tiktoken.Encoding("drawn", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
     as_floats: dict[bytes, float] = dict(ranks)
-    pairs = {merge_of([bytes([b]) for b in token], as_floats): rank
+    pairs = {find_last_merge([bytes([b]) for b in token], as_floats): rank
              for token, rank in ranks.items() if len(token) > 1}
     draw = random.Random(seed)
     for _ in range(200):
         text = bytes(draw.choices(b"abc", k=draw.randint(1, 30)))
-        parts = merged([bytes([b]) for b in text], lambda a, b: pairs.get((a, b)))
+        parts = merge_parts([bytes([b]) for b in text], lambda a, b: pairs.get((a, b)))
         if text not in ranks:  # tiktoken looks a whole text up first
             assert [ranks[p] for p in parts] == encoding.encode_ordinary(text.decode())
 
 
 def test_a_token_that_merging_cannot_make_has_no_pair() -> None:
     ranks: dict[str, float] = {"bc": 3, "ab": 4, "abc": 5, "cab": 6, "cabc": 2, "acac": 7}
-    assert merge_of(list("abc"), ranks) == ("a", "bc")
-    assert merge_of(list("cab"), ranks) == ("c", "ab")
-    assert merge_of(list("cabc"), ranks) == ("c", "abc")  # made of what ranks behind it
-    assert merge_of(list("acac"), ranks) is None
+    assert find_last_merge(list("abc"), ranks) == ("a", "bc")
+    assert find_last_merge(list("cab"), ranks) == ("c", "ab")
+    assert find_last_merge(list("cabc"), ranks) == ("c", "abc")  # made of what ranks behind it
+    assert find_last_merge(list("acac"), ranks) is None
 
 
 TEXT = [inspect.getsource(textwrap), "한국어 문장은 한국어로 씁니다. 문장 하나.\n" * 20,
@@ -85,20 +85,20 @@ def test_hugging_faces_trainer_gives_the_same(learn: Callable[..., Vocabulary], 
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "FIRST_PAIRS", room)  # however often the arrays have to grow
     monkeypatch.setattr(trainer, "FIRST_PLACES", 1000 * room)
-    theirs = untrained(preset)
+    theirs = build_untrained_tokenizer(preset)
     theirs.train_from_iterator(TEXT, trainers.BpeTrainer(
         vocab_size=2000, min_frequency=2, show_progress=False, max_token_length=preset.max_token_bytes + 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     expected = json.loads(theirs.to_str())["model"]["merges"]
     assert len(expected) > 800
     found = merges_of(learn(preset, 2000, TEXT))
-    assert [[spelled(a), spelled(b)] for a, b in found] == [list(e) for e in expected]
+    assert [[spell_token(a), spell_token(b)] for a, b in found] == [list(e) for e in expected]
 
 
 def test_counts_beyond_32_bits() -> None:
     words = PretokenWords(np.array([0, 1, 1, 0]), np.array([2, 2]), np.array([1 << 40, (1 << 40) - 1]))
     learner = MergeLearner(words, [b"a", b"b"], ANY, 2, 9)
-    assert list(learner.learn()) == [Merge(0, 1, 1 << 40), Merge(1, 0, (1 << 40) - 1)]
+    assert list(learner.iter_merges()) == [Merge(0, 1, 1 << 40), Merge(1, 0, (1 << 40) - 1)]
 
 
 # A sample of a group, gathered from its units before the group's size is known.
@@ -106,38 +106,38 @@ def test_counts_beyond_32_bits() -> None:
 LIMIT_BYTES = 1000
 
 
-def sizes_of(pieces: list[Excerpt]) -> Sizes:
+def sizes_of(pieces: list[TextPiece]) -> GroupSizes:
     row = np.zeros(NUM_BUCKETS, np.int64)
     for piece in pieces:
         row[piece.bucket] += len(piece.raw)
-    return Sizes(len(pieces), int(row.sum()), row)
+    return GroupSizes(len(pieces), int(row.sum()), row)
 
 
 @pytest.mark.parametrize("num_buckets", [3, 40, NUM_BUCKETS])
 def test_units_keep_every_piece_that_a_sample_of_their_group_may_hold(num_buckets: int) -> None:
     drawn = random.Random(num_buckets)
-    units = [[Excerpt(b"x" * drawn.randrange(1, 300), drawn.randrange(num_buckets)) for _ in range(200)]
+    units = [[TextPiece(b"x" * drawn.randrange(1, 300), drawn.randrange(num_buckets)) for _ in range(200)]
              for _ in range(3)]
-    together = LowestPieces(LIMIT_BYTES)
+    together = PieceSampler(LIMIT_BYTES)
     for unit in units:
-        kept = LowestPieces(LIMIT_BYTES)
+        kept = PieceSampler(LIMIT_BYTES)
         for piece in unit:
-            kept.add(piece)
-        for piece in kept.found():
-            together.add(piece)
+            kept.add_piece(piece)
+        for piece in kept.get_pieces():
+            together.add_piece(piece)
     pieces = [piece for unit in units for piece in unit]
     sizes = sizes_of(pieces)
-    share = share_of(sizes, LIMIT_BYTES / sizes.num_bytes)
-    wanted = [piece for piece in pieces if share.times(piece.bucket)]
-    assert wanted and sorted(p.raw for p in together.found() if share.times(p.bucket)) == sorted(
+    share = choose_share(sizes, LIMIT_BYTES / sizes.num_bytes)
+    wanted = [piece for piece in pieces if share.count_passes(piece.bucket)]
+    assert wanted and sorted(p.raw for p in together.get_pieces() if share.count_passes(p.bucket)) == sorted(
         p.raw for p in wanted)
 
 
 def test_no_more_than_a_bucket_above_the_limit_is_held() -> None:
-    kept = LowestPieces(LIMIT_BYTES)
+    kept = PieceSampler(LIMIT_BYTES)
     for number in range(5000):
-        kept.add(Excerpt(b"x" * 100, number * 7919 % NUM_BUCKETS))
-    assert sum(len(piece.raw) for piece in kept.found()) == LIMIT_BYTES + 100
+        kept.add_piece(TextPiece(b"x" * 100, number * 7919 % NUM_BUCKETS))
+    assert sum(len(piece.raw) for piece in kept.get_pieces()) == LIMIT_BYTES + 100
 
 
 LETTER = rb"[A-Za-z\x80-\xff]"
@@ -155,7 +155,7 @@ def test_both_stages_as_by_brute_force(learn: Callable[..., Vocabulary], brute_f
     found = learn(preset, 420, SUPER_TEXT, transition=330, only=only)
     assert merges_of(found) == brute_force(preset, 420, SUPER_TEXT, transition=330, only=only)
     words = [len(t.decode(errors="replace").split()) for t in found.tokens]
-    assert max(words) == max_words and found.num_superwords() > 20
+    assert max(words) == max_words and found.count_superwords() > 20
 
 
 @given(st.lists(st.text(alphabet="ab  ", max_size=60), min_size=1, max_size=6), st.booleans())
@@ -169,7 +169,7 @@ def test_random_letters_and_spaces_as_by_brute_force(learn: Callable[..., Vocabu
 def test_where_stage_2_is_for_superwords_they_are_as_many_as_its_tokens(
         learn: Callable[..., Vocabulary]) -> None:
     mixed, only = (learn(K_EXAONE, 420, SUPER_TEXT, transition=275, only=only) for only in (False, True))
-    assert mixed.num_superwords() < only.num_superwords() == 420 - 275
+    assert mixed.count_superwords() < only.count_superwords() == 420 - 275
     assert (all(len(token.split()) > 1 for token in only.tokens[275:])
             and mixed.tokens[:275] == only.tokens[:275])
 
@@ -191,7 +191,7 @@ def solar(tokenizer_of: Callable[..., Tokenizer]) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def superwords(learn: Callable[..., Vocabulary]) -> Tokenizer:
-    trained = finished(K_EXAONE, learn(K_EXAONE, 420, SUPER_TEXT, transition=330))
+    trained = build_tokenizer(K_EXAONE, learn(K_EXAONE, 420, SUPER_TEXT, transition=330))
     trained.encode_special_tokens = True
     return trained
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from tokenizer.cli import main
 from tokenizer.compare import command
-from tokenizer.compare.command import ModelSize, costs, names_of, overlap, speeds
-from tokenizer.report.measures import NamedText, measure
+from tokenizer.compare.command import ModelSize, choose_names, compute_costs, measure_overlap, measure_speeds
+from tokenizer.report.measures import NamedText, measure_text
 
 Toy = Callable[..., Any]
 TEXTS = [NamedText("en", "en", ["the cat the", " hat"], True), NamedText("ko", "ko", ["한국"], True)]
@@ -30,8 +30,8 @@ def test_flops_of_a_token_by_hand() -> None:
 def test_fewer_tokens_against_a_larger_head(toy: Toy) -> None:
     first, second = toy(), toy("the", "한국", special=("<|end|>",))
     size = ModelSize(hidden_size=4, body_params=1000)
-    found = costs(second, [measure(second, t) for t in TEXTS], first,
-                  [measure(first, t) for t in TEXTS], size)
+    found = compute_costs(second, [measure_text(second, t) for t in TEXTS], first,
+                  [measure_text(first, t) for t in TEXTS], size)
     assert (found["en"]["num_tokens"] == 15 - 2 * 2
             and found["en"]["relative_tokens"] == pytest.approx(11 / 15))
     dearer = (1000 + 4 * 259) / (1000 + 4 * 256)
@@ -45,12 +45,12 @@ def test_names_are_short_where_they_tell_tokenizers_apart() -> None:
     def opened(path: str) -> Any:
         return SimpleNamespace(path=Path(path), name=Path(path).name)
 
-    assert names_of([opened("a/x"), opened("a/y")]) == ["x", "y"]
-    assert names_of([opened("a/x"), opened("b/x"), opened("y")]) == ["a/x", "b/x", "y"]
+    assert choose_names([opened("a/x"), opened("a/y")]) == ["x", "y"]
+    assert choose_names([opened("a/x"), opened("b/x"), opened("y")]) == ["a/x", "b/x", "y"]
 
 
 def test_shared_tokens_are_those_of_the_same_bytes(toy: Toy) -> None:
-    found = overlap(toy("the", "cat", special=("<x>",)), toy("cat", "hat", "rat", special=("<x>",)))
+    found = measure_overlap(toy("the", "cat", special=("<x>",)), toy("cat", "hat", "rat", special=("<x>",)))
     assert found == {"num_shared": 257, "share_of_first": 257 / 258, "share_of_second": 257 / 259,
                      "jaccard": 257 / 260}
 
@@ -67,7 +67,7 @@ def test_speed_is_the_best_round_of_each_taken_in_turn(monkeypatch: pytest.Monke
 
         return SimpleNamespace(encode=encode)
 
-    found = speeds([made("slow", 3.0), made("fast", 1.0)], TEXTS)
+    found = measure_speeds([made("slow", 3.0), made("fast", 1.0)], TEXTS)
     num_mb = 21 / 1e6
     assert found == pytest.approx([num_mb / 9, num_mb / 3])
     assert order == (["slow"] * 3 + ["fast"] * 3) * command.SPEED_ROUNDS

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from data_prep.shards.encode import Encoder
 from megatron_sov.base.artifacts import read_manifest
 from tokenizer.cli import main
-from tokenizer.formats.tiktoken_format import ranks_text
+from tokenizer.formats.tiktoken_format import format_ranks
 
 PROSE = ("The quick brown fox doesn't jump over 12 lazy dogs, 1234567 of them.\n  다람쥐 헌 쳇바퀴에 타고파. "
          "กำลังเรียนภาษาไทย\n"
@@ -62,7 +62,7 @@ def by_tiktoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[tiktoken.Enco
     """tiktoken's encoding, and the folder of the imported one; ids 421 to 429 are free."""
     root, ranks, special = (tmp_path_factory.mktemp("tiktoken"), learned_ranks(),
                             {"<|endoftext|>": 430, "<|pad|>": 431})
-    (root / "cl.tiktoken").write_bytes(ranks_text(ranks))
+    (root / "cl.tiktoken").write_bytes(format_ranks(ranks))
     (root / "rules.json").write_text(json.dumps({"pat_str": CL100K, "special_tokens": special,
                                                  "comment": "ignored"}))
     assert main(["import", str(root / "cl.tiktoken"), "--rules", str(root / "rules.json"), "--eos",
@@ -243,7 +243,7 @@ def test_models_that_have_no_form_are_refused(tmp_path: Path, capsys: pytest.Cap
 
 def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
                                     capsys: pytest.CaptureFixture[str]) -> None:
-    ranks = ranks_text(learned_ranks())
+    ranks = format_ranks(learned_ranks())
     files = {
         "a.tiktoken": ranks, "b.tiktoken": ranks,
         "b.tiktoken.json": json.dumps({"pat_str": "(", "special_tokens": {}}), "c.tiktoken": ranks,
@@ -281,7 +281,7 @@ def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
 
 def _ranks_of(line: bytes) -> Callable[[Path, Path], Path]:
     def write(root: Path, trained: Path) -> Path:
-        (root / "a.tiktoken").write_bytes(ranks_text(learned_ranks()) + line + b"\n")
+        (root / "a.tiktoken").write_bytes(format_ranks(learned_ranks()) + line + b"\n")
         (root / "a.tiktoken.json").write_text(json.dumps(
             {"pat_str": ".", "special_tokens": {"<e>": 900}, "eos_token": "<e>"}))
         return root / "a.tiktoken"
@@ -290,7 +290,7 @@ def _ranks_of(line: bytes) -> Callable[[Path, Path], Path]:
 
 def _rules_of(**rules: Any) -> Callable[[Path, Path], Path]:
     def write(root: Path, trained: Path) -> Path:
-        (root / "a.tiktoken").write_bytes(ranks_text(learned_ranks()))
+        (root / "a.tiktoken").write_bytes(format_ranks(learned_ranks()))
         (root / "a.tiktoken.json").write_text(json.dumps(
             {"pat_str": ".", "special_tokens": {"<e>": 900}, "eos_token": "<e>"} | rules))
         return root / "a.tiktoken"

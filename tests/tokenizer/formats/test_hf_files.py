@@ -11,10 +11,10 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from megatron_sov.base.errors import UserError
-from tokenizer.bpe.vocabulary import Vocabulary, byte_ids, spelled
-from tokenizer.formats.hf_files import TOKENIZER_JSON, finished
+from tokenizer.bpe.vocabulary import Vocabulary, get_byte_ids, spell_token
+from tokenizer.formats.hf_files import TOKENIZER_JSON, build_tokenizer
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN, Preset
-from tokenizer.train_run import CheckFailed, check
+from tokenizer.train_run import CheckFailed, check_round_trip
 
 TEXT = ["<|end|> <|end|>\n" * 50, "plain words, plain text. " * 30]
 
@@ -22,25 +22,25 @@ TEXT = ["<|end|> <|end|>\n" * 50, "plain words, plain text. " * 30]
 def test_a_merge_that_spells_a_special_token_is_refused(learn: Callable[..., Vocabulary]) -> None:
     whole = replace(SOLAR_OPEN, name="mine", split_pattern=r"\S+|\s+")
     with pytest.raises(UserError, match=r"text can become the special token '<\|end\|>'"):
-        finished(whole, learn(whole, 290, TEXT))
+        build_tokenizer(whole, learn(whole, 290, TEXT))
     single = replace(SOLAR_OPEN, name="mine", special_tokens={**SOLAR_OPEN.special_tokens, "a": 9})
     with pytest.raises(UserError, match="text can become the special token 'a'"):
-        finished(single, learn(single, 260, TEXT))
+        build_tokenizer(single, learn(single, 260, TEXT))
 
 
 def test_special_tokens_in_text_are_found_only_on_request(learn: Callable[..., Vocabulary]) -> None:
-    tokenizer = finished(SOLAR_OPEN, learn(SOLAR_OPEN, 290, TEXT))
+    tokenizer = build_tokenizer(SOLAR_OPEN, learn(SOLAR_OPEN, 290, TEXT))
     assert tokenizer.encode("<|end|>").ids == [21]
     tokenizer.encode_special_tokens = True
     assert min(tokenizer.encode("<|end|>").ids) >= 64
 
 
 def test_bytes_are_spelled_as_the_library_does() -> None:
-    assert [spelled(bytes([b])) for b in sorted(range(256), key=lambda b: byte_ids()[b])] == sorted(
+    assert [spell_token(bytes([b])) for b in sorted(range(256), key=lambda b: get_byte_ids()[b])] == sorted(
         pre_tokenizers.ByteLevel.alphabet())
     for text in ("a b\n", "가", "é\x00\x7f"):
         split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
-        assert spelled(text.encode()) == split[0][0]
+        assert spell_token(text.encode()) == split[0][0]
 
 
 CHECKED = ["one of the cats and one of the dogs, 그 고양이 그리고 그 강아지 " * 20]
@@ -48,9 +48,9 @@ CHECKED = ["one of the cats and one of the dogs, 그 고양이 그리고 그 강
 
 def run(preset: Preset, vocabulary: Vocabulary, folder: Path, built: Preset | None = None,
         stage_1: int = 290) -> str:
-    tokenizer = finished(built or preset, vocabulary)
+    tokenizer = build_tokenizer(built or preset, vocabulary)
     tokenizer.save(str(folder / TOKENIZER_JSON))
-    checked = check(tokenizer, preset, vocabulary, stage_1, folder, CHECKED)
+    checked = check_round_trip(tokenizer, preset, vocabulary, stage_1, folder, CHECKED)
     assert checked.bytes_per_token == [pytest.approx(
         len(CHECKED[0].encode()) / len(tokenizer.encode(CHECKED[0]).ids))]
     return checked.sentence
@@ -77,17 +77,17 @@ def test_another_split_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path)
 
 def test_another_file_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
     vocabulary = learn(SOLAR_OPEN, 290, CHECKED)
-    tokenizer = finished(SOLAR_OPEN, vocabulary)
-    finished(SOLAR_OPEN, learn(SOLAR_OPEN, 270, CHECKED)).save(str(tmp_path / TOKENIZER_JSON))
+    tokenizer = build_tokenizer(SOLAR_OPEN, vocabulary)
+    build_tokenizer(SOLAR_OPEN, learn(SOLAR_OPEN, 270, CHECKED)).save(str(tmp_path / TOKENIZER_JSON))
     with pytest.raises(CheckFailed, match="tiktoken and transformers differ on"):
-        check(tokenizer, SOLAR_OPEN, vocabulary, 290, tmp_path, CHECKED)
+        check_round_trip(tokenizer, SOLAR_OPEN, vocabulary, 290, tmp_path, CHECKED)
 
 
 def test_a_step_that_does_not_apply_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
     vocabulary = learn(K_EXAONE, 320, CHECKED, transition=290)
-    tokenizer = finished(K_EXAONE, vocabulary)
+    tokenizer = build_tokenizer(K_EXAONE, vocabulary)
     tokenizer.save(str(tmp_path / TOKENIZER_JSON))
     # the first of stage 2 is lost in the two steps, not in the files
     vocabulary.merges[290 - 256] = vocabulary.merges[0]
     with pytest.raises(CheckFailed, match="two steps differ from one on"):
-        check(tokenizer, K_EXAONE, vocabulary, 290, tmp_path, CHECKED)
+        check_round_trip(tokenizer, K_EXAONE, vocabulary, 290, tmp_path, CHECKED)

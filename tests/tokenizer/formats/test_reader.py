@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from megatron_sov.base.errors import UserError
 from tokenizer.formats.reader import open_tokenizer
-from tokenizer.formats.tiktoken_format import for_oniguruma
+from tokenizer.formats.tiktoken_format import convert_to_oniguruma
 
 Build = Callable[..., Path]
 TEXT = "the other, 가나다 <|end|>  x\n"
@@ -112,16 +112,18 @@ def pieces(pattern: str, text: str) -> list[str]:
                                      r"^\p{L}+|\s|.", r"x{2}+|\{2}+|[^x]|x"])
 def test_translated_patterns_split_as_they_are_meant(pattern: str) -> None:
     for text in TEXTS:
-        assert pieces(for_oniguruma(pattern), text) == [m.group() for m in regex.finditer(pattern, text)]
+        assert pieces(convert_to_oniguruma(pattern), text) == [m.group() for m
+                                                               in regex.finditer(pattern, text)]
 
 
 def test_untranslated_they_do_not() -> None:
     assert pieces(r"\p{N}{1,3}+", "1234567") == ["1234567"]
-    assert pieces(for_oniguruma(r"\p{N}{1,3}+"), "1234567") == ["123", "456", "7"]
-    assert pieces(r"\s+$|\s", "a  \nb") != pieces(for_oniguruma(r"\s+$|\s"), "a  \nb")
+    assert pieces(convert_to_oniguruma(r"\p{N}{1,3}+"), "1234567") == ["123", "456", "7"]
+    assert pieces(r"\s+$|\s", "a  \nb") != pieces(convert_to_oniguruma(r"\s+$|\s"), "a  \nb")
 
 
 def test_what_means_the_same_stays_as_it_is() -> None:
-    assert for_oniguruma(O200K_PART) == O200K_PART
-    assert for_oniguruma(r"a{1,3}|b{2,}?|[a-z[0-9]{2}+$]|\$|\^") == r"a{1,3}|b{2,}?|[a-z[0-9]{2}+$]|\$|\^"
-    assert for_oniguruma(r"(unclosed{1}+") == r"(unclose(?>d{1})"
+    assert convert_to_oniguruma(O200K_PART) == O200K_PART
+    pattern = r"a{1,3}|b{2,}?|[a-z[0-9]{2}+$]|\$|\^"
+    assert convert_to_oniguruma(pattern) == pattern
+    assert convert_to_oniguruma(r"(unclosed{1}+") == r"(unclose(?>d{1})"

@@ -11,34 +11,35 @@ import pytest
 from megatron_sov.base.errors import UserError
 from tokenizer.formats import sample_texts
 from tokenizer.formats.sample_texts import (
-    BYTES_PER_FILE, CHUNK_BYTES, SENTENCES, built_in, first_difference, users)
+    BYTES_PER_FILE, CHUNK_BYTES, SENTENCES, find_first_difference, iter_builtin_texts, iter_user_texts)
 
 
 def test_users_files_come_in_pieces_and_not_without_end(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("a paragraph of words\n\n" * 200_000)
     (tmp_path / "short.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    pieces = list(users([tmp_path / "long.txt", tmp_path / "short.jsonl"]))
+    pieces = list(iter_user_texts([tmp_path / "long.txt", tmp_path / "short.jsonl"]))
     assert pieces[-2:] == ["one", "two"], "what one file has too much is not taken from another"
     sizes = [len(piece.encode()) for piece in pieces[:-2]]
     assert max(sizes) <= CHUNK_BYTES and BYTES_PER_FILE <= sum(sizes) < BYTES_PER_FILE + CHUNK_BYTES
     with pytest.raises(UserError, match=r"none\.txt"):
-        list(users([tmp_path / "none.txt"]))
+        list(iter_user_texts([tmp_path / "none.txt"]))
 
 
 def test_the_first_text_with_other_ids_is_named_with_the_place() -> None:
     def letters(text: str) -> list[int]:
         return [ord(c) for c in text]
 
-    assert first_difference(["a", "b"], letters, letters) is None
-    said = first_difference(["ab", "abcdef", "x"], letters, lambda text: [ord(c) - (c == "d") for c in text])
+    assert find_first_difference(["a", "b"], letters, letters) is None
+    said = find_first_difference(["ab", "abcdef", "x"], letters,
+                                 lambda text: [ord(c) - (c == "d") for c in text])
     assert said == "'abcdef' (ids [100, 101, 102] and [99, 101, 102] from token 3 on)"
-    assert (first_difference(["ab"], letters, lambda text: letters(text)[:1])
+    assert (find_first_difference(["ab"], letters, lambda text: letters(text)[:1])
             == "'ab' (ids [98] and [] from token 1 on)")
-    assert str(first_difference(["x" * 100], letters, lambda text: [])).startswith(f"'{'x' * 60}' (ids ")
+    assert str(find_first_difference(["x" * 100], letters, lambda text: [])).startswith(f"'{'x' * 60}' (ids ")
 
 
 def test_sentences_stand_in_many_scripts_and_come_first_then_together() -> None:
-    found = list(built_in({"model": {"vocab": {"▁the": 0, "a": 1}}}))
+    found = list(iter_builtin_texts({"model": {"vocab": {"▁the": 0, "a": 1}}}))
     assert found[:len(SENTENCES)] == list(SENTENCES) and found[len(SENTENCES)] == "\n".join(SENTENCES)
     assert found[-2:] == [" thea", " the a"], "the tokenizer's own tokens, side by side and apart"
     scripts = {unicodedata.name(c, "none").split()[0] for c in "".join(SENTENCES)}
@@ -51,6 +52,6 @@ def test_a_byte_level_tokenizer_meets_every_block_of_unicode(monkeypatch: pytest
     monkeypatch.setattr(sample_texts, "iter_adversarial_texts", lambda raw: asked.append(raw)
                         or ["every block"])
     raw = {"decoder": {"type": "ByteLevel"}, "model": {"vocab": {}}}
-    assert list(built_in(raw))[-1] == "every block" and asked == [raw]
+    assert list(iter_builtin_texts(raw))[-1] == "every block" and asked == [raw]
     many = {"model": {"vocab": [[f"t{i}", 0.0] for i in range(2 * sample_texts.TOKENS_PER_TEXT + 1)]}}
-    assert len(list(built_in(json.loads(json.dumps(many))))) == len(SENTENCES) + 1 + 2 * 3
+    assert len(list(iter_builtin_texts(json.loads(json.dumps(many))))) == len(SENTENCES) + 1 + 2 * 3

@@ -12,7 +12,7 @@ import pytest
 
 from tokenizer.formats.reader import open_tokenizer
 from tokenizer.report import measures as scalars_module
-from tokenizer.report.check import cut, is_text, shown
+from tokenizer.report.check import format_token, format_tokens, is_text
 from tokenizer.report.command import (
     CHECKS, check_all, check_digits, check_neutral, check_used, check_whitespace)
 from tokenizer.report.measures import NamedText, TokenizerMeasures, read_texts
@@ -22,11 +22,11 @@ from tokenizer.report.measures import NamedText, TokenizerMeasures, read_texts
     (b" the", "␣the"), ("한국".encode(), "한국"), (b"\n\t\x00", r"\n\t\x00"),
     ("안".encode()[:2], r"\xec\x95"), (" a b ", "␣a␣b␣"), ("\u00a0\u200b", r"\xa0\u200b"), (b"", "")])
 def test_spaces_controls_and_parts_of_characters_are_seen(token: bytes | str, text: str) -> None:
-    assert shown(token) == text
+    assert format_token(token) == text
 
 
 def test_a_cut_text_has_bars_between_its_tokens() -> None:
-    assert cut([b"The", b" q", b"u", b"\n"]) == r"The|␣q|u|\n" and cut([]) == ""
+    assert format_tokens([b"The", b" q", b"u", b"\n"]) == r"The|␣q|u|\n" and format_tokens([]) == ""
 
 
 @pytest.mark.parametrize(("token", "whole"), [(b"abc", True), ("가".encode(), True),
@@ -100,8 +100,8 @@ def test_a_sound_tokenizer_passes(build: Build, heldout: dict[str, Path],
                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """Every twelfth block stands for all of Unicode, in all planes and with Hangul among them; that the
     blocks leave out nothing is proven by another test."""
-    every = scalars_module._blocks
-    monkeypatch.setattr(scalars_module, "_blocks", lambda end: islice(every(end), 0, None, 12))
+    every = scalars_module._iter_blocks
+    monkeypatch.setattr(scalars_module, "_iter_blocks", lambda end: islice(every(end), 0, None, 12))
     opened = open_tokenizer(build(pairs=[*PAIRS, *HANGUL]))
     texts = read_texts([f"{name}={path}" for name, path in heldout.items()], 1)
     found = {c.name: c for c in check_all(opened, texts)}

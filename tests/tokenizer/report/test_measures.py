@@ -16,8 +16,8 @@ from megatron_sov.base.errors import UserError
 from tokenizer.formats.reader import open_tokenizer
 from tokenizer.report import measures
 from tokenizer.report.measures import (
-    CHUNK_BYTES, NamedText, check_inventory, check_scalars, check_superwords, check_texts, measure,
-    parse_text, read_text, read_texts, try_scalars, words_in)
+    CHUNK_BYTES, NamedText, check_inventory, check_scalars, check_superwords, check_texts, count_words,
+    measure_text, parse_text, read_text, read_texts, try_scalars)
 
 # Held-out texts: their figures, how much of them is read, and in which pieces.
 
@@ -68,7 +68,8 @@ def test_figures_are_those_of_plain_counting(build: Build, heldout: dict[str, Pa
     docs = {"english": [json.loads(line)["text"] for line in heldout["english"].read_text().splitlines()],
             "thai": [heldout["thai"].read_text()]}
     opened = open_tokenizer(folder)
-    measured = [measure(opened, text) for text in read_texts([f"{n}={p}" for n, p in heldout.items()], 1)]
+    measured = [measure_text(opened, text) for text in read_texts([f"{n}={p}" for n, p in heldout.items()],
+                                                                  1)]
     check = check_texts(opened, measured)
     tokens = {name: sum(len(raw.encode(d).ids) for d in found) for name, found in docs.items()}
     for name, found in docs.items():
@@ -89,9 +90,10 @@ def test_figures_are_those_of_plain_counting(build: Build, heldout: dict[str, Pa
 def test_text_that_decoding_does_not_give_back_is_bad(build: Build, heldout: dict[str, Path]) -> None:
     opened = open_tokenizer(build(without="Ã"))
     text = read_text("thai", heldout["thai"], 10**6)
-    assert check_texts(opened, [measure(opened, text)]).verdict == "good"  # Thai has no such byte
+    assert check_texts(opened, [measure_text(opened, text)]).verdict == "good"  # Thai has no such byte
     heldout["thai"].write_text("Ä")
-    assert check_texts(opened, [measure(opened, read_text("t", heldout["thai"], 10**6))]).verdict == "bad"
+    assert check_texts(opened, [measure_text(opened, read_text("t", heldout["thai"],
+                                                               10**6))]).verdict == "bad"
 
 
 def test_large_text_is_read_in_parts_from_all_over_it(tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ def test_all_come_back(toy: Toy) -> None:
 
 
 def test_all_scalar_values_stand_in_blocks_and_surrogates_are_none() -> None:
-    blocks = list(measures._blocks(measures.END))
+    blocks = list(measures._iter_blocks(measures.END))
     every = chain(range(0xD800), range(0xE000, 0x110000))
     assert all(a == b for a, b in zip(chain.from_iterable(blocks), every, strict=True))
 
@@ -215,7 +217,7 @@ def test_gaps_and_twins_are_remarks(toy: Toy) -> None:
     (b" of the", 2), (b"the", 1), (b" 1 2", 0), ("한국 사람".encode(), 2), (b" a-b c.", 2),
     ("안 a".encode()[1:], 1)])
 def test_words_have_letters(token: bytes, words: int) -> None:
-    assert words_in(token) == words
+    assert count_words(token) == words
 
 
 def test_superwords_come_longest_first_and_none_is_said(toy: Toy) -> None:

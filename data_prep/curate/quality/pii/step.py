@@ -319,14 +319,14 @@ class Pii(Step):
     """Masks personal data, and says how much of each kind was there."""
 
     kind = "pii"
-    adds: ClassVar[dict[str, ColumnType]] = {"pii": "string"}
+    added_columns: ClassVar[dict[str, ColumnType]] = {"pii": "string"}
     Settings = PiiSettings
     settings: PiiSettings
 
-    def files(self) -> Sequence[Path]:
+    def list_files(self) -> Sequence[Path]:
         return [NAMES_FILE]
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [self._outcome(document) for document in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:

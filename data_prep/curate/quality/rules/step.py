@@ -378,8 +378,8 @@ class Rules(Step):
     """Drops documents that break rules; counts words."""
 
     kind = "rules"
-    adds: ClassVar[dict[str, ColumnType]] = {"rules_word_count": "int64", "rules_language": "string"}
-    needs = ("language",)
+    added_columns: ClassVar[dict[str, ColumnType]] = {"rules_word_count": "int64", "rules_language": "string"}
+    needed_columns = ("language",)
     Settings = RulesSettings
     settings: RulesSettings
 
@@ -387,10 +387,10 @@ class Rules(Step):
         super().__init__(settings)
         self._rules: dict[str, LanguageRules] = {}
 
-    def files(self) -> Sequence[Path]:
+    def list_files(self) -> Sequence[Path]:
         return [LANGUAGES_FILE]
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [self._outcome(document) for document in documents]
 
     def _outcome(self, document: Doc) -> StepOutcome:

@@ -49,15 +49,15 @@ class Shorten(Step):
     """Cuts long texts, drops short ones, and says which size they have."""
 
     kind = "shorten"
-    adds = {"size": "string", "num_chars": "int64"}
+    added_columns = {"size": "string", "num_chars": "int64"}
     Settings = ShortenSettings
     shorthand = "longest"
 
-    def files(self) -> Sequence[Path]:
+    def list_files(self) -> Sequence[Path]:
         found: tuple[Path, ...] = self.settings.lists
         return found
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         words = [word for file in self.settings.lists for word in file.read_text().split()]
         return [self._outcome(document.text, words) for document in documents]
 
@@ -83,31 +83,31 @@ class Unique(Step):
 
     kind = "unique"
     Settings = UniqueSettings
-    needs = ("size",)
+    needed_columns = ("size",)
 
-    def passes(self) -> Sequence[Pass]:
+    def list_passes(self) -> Sequence[Pass]:
         return [Pass("hash", self.hash), Pass("choose", self.choose, 2)]
 
     def hash(self, view: View, task: int) -> None:
         shard = view.shards[task]
-        lines = [f"{hashlib.md5(d.text.encode()).hexdigest()} {9 - view.priority(d.source)} {task:05d} "
-                 f"{d.id}\n" for batch in view.documents(shard) for d in batch]
-        (view.work / f"hashes-{task:05d}").write_text("".join(lines))
+        lines = [f"{hashlib.md5(d.text.encode()).hexdigest()} {9 - view.get_priority(d.source)} {task:05d} "
+                 f"{d.id}\n" for batch in view.iter_documents(shard) for d in batch]
+        (view.work_folder / f"hashes-{task:05d}").write_text("".join(lines))
 
     def choose(self, view: View, task: int) -> None:
-        lines = sorted(line for file in view.work.glob("hashes-*")
+        lines = sorted(line for file in view.work_folder.glob("hashes-*")
                        for line in file.read_text().splitlines() if int(line[:8], 16) % 2 == task)
         first: dict[str, str] = {}
         for line in lines:
             digest, _, _, identifier = line.split()
             first.setdefault(digest, identifier)
-        (view.work / f"chosen-{task}").write_text("\n".join(first.values()))
+        (view.work_folder / f"chosen-{task}").write_text("\n".join(first.values()))
 
-    def start(self, view: View) -> None:
+    def load_inputs(self, view: View) -> None:
         self.chosen = {line for task in range(2)
-                       for line in (view.work / f"chosen-{task}").read_text().splitlines()}
+                       for line in (view.work_folder / f"chosen-{task}").read_text().splitlines()}
 
-    def outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
         return [StepOutcome("" if d.id in self.chosen else "seen before") for d in documents]
 
 
@@ -115,14 +115,14 @@ class Unique(Step):
 def steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let pipeline files name the steps above."""
     known = {"shorten": Shorten, "unique": Unique}
-    found = step.step_class
+    found = step.load_step_class
 
     def step_class(kind: str) -> type[Step]:
         return known[kind] if kind in known else found(kind)
 
     for kind in known:
         monkeypatch.setitem(step.STEPS, kind, "")
-    monkeypatch.setattr("data_prep.curate.pipeline.pipeline_file.step_class", step_class)
+    monkeypatch.setattr("data_prep.curate.pipeline.pipeline_file.load_step_class", step_class)
 
 
 @pytest.fixture(autouse=True)
@@ -137,13 +137,13 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """Return the list that tasks enter themselves into as they are done in this process: stage, source,
     number."""
     found: list[tuple[str, str, int]] = []
-    really = tasks._do
+    really = tasks._run_open_task
 
     def noting(plan: Any, file: Path, output: Path, stage: Any, task: Any, mark: Path) -> None:
         really(plan, file, output, stage, task, mark)
         found.append((stage.name, *task))
 
-    monkeypatch.setattr(tasks, "_do", noting)
+    monkeypatch.setattr(tasks, "_run_open_task", noting)
     return found
 
 

@@ -25,7 +25,7 @@ class MemoryView:
     """A `View` over lists of documents."""
 
     documents_of: Mapping[ShardRef, Sequence[Doc]]
-    work: Path
+    work_folder: Path
     batch: int = 2
     """Documents of a batch."""
     priorities: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -41,10 +41,10 @@ class MemoryView:
     def shards(self) -> Sequence[ShardRef]:
         return list(self.documents_of)
 
-    def documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
+    def iter_documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
         yield from batches(self.documents_of[shard], self.batch)
 
-    def priority(self, source: str) -> int:
+    def get_priority(self, source: str) -> int:
         return self.priorities.get(source, 0)
 
 
@@ -61,28 +61,29 @@ def outcomes(make: type[Step], settings: Any, view: MemoryView) -> dict[str, Ste
     second time backwards, and must leave the same files; documents are judged in batches of the view's size
     and one at a time, with the same outcome.
     """
-    for number, step_pass in enumerate(make(settings).passes()):
+    for number, step_pass in enumerate(make(settings).list_passes()):
         tasks = list(range(len(view.shards) if step_pass.num_tasks is None else step_pass.num_tasks))
         for task in tasks:
-            make(settings).passes()[number].run(view, task)
-        before = content(view.work)
+            make(settings).list_passes()[number].run(view, task)
+        before = content(view.work_folder)
         for task in reversed(tasks):
-            make(settings).passes()[number].run(view, task)
-        assert content(view.work) == before, f"pass {step_pass.name}: another result when it is run again"
+            make(settings).list_passes()[number].run(view, task)
+        assert content(view.work_folder) == before, (
+            f"pass {step_pass.name}: another result when it is run again")
     found: dict[str, StepOutcome] = {}
     for shard in view.shards:
         step = make(settings)
-        step.start(view)
-        for batch in view.documents(shard):
-            made = step.outcomes(batch)
+        step.load_inputs(view)
+        for batch in view.iter_documents(shard):
+            made = step.compute_outcomes(batch)
             assert len(made) == len(batch), (make.kind, len(made), len(batch))
             found |= {document.id: outcome for document, outcome in zip(batch, made, strict=True)}
         step = make(settings)
-        step.start(view)
+        step.load_inputs(view)
         for document in view.documents_of[shard]:
-            (alone,) = step.outcomes([document])
+            (alone,) = step.compute_outcomes([document])
             assert alone == found[document.id], f"{document.id}: another outcome alone than in a batch"
-    unknown = {name for outcome in found.values() for name in outcome.values} - set(make.adds)
+    unknown = {name for outcome in found.values() for name in outcome.values} - set(make.added_columns)
     assert not unknown, f"{make.kind} gives columns that it does not name in `adds`: {sorted(unknown)}"
     return found
 

@@ -16,7 +16,7 @@ import pytest
 
 from data_prep.curate.dedup.work_files import open_bucket, read_array, write_array, write_buckets
 from data_prep.curate.pipeline.step import StepOutcome
-from data_prep.curate.pipeline.tasks import LayerFile, groups
+from data_prep.curate.pipeline.tasks import LayerFile, iter_row_batches
 from data_prep.damaged_files import explain_deletion
 from megatron_sov.base import sealed
 from megatron_sov.base.errors import UserError
@@ -28,7 +28,7 @@ RECORD = np.dtype([("key", "<u8"), ("doc", "<u8")])
 
 def _base(folder: Path) -> tuple[Path, Callable[[], Any]]:
     write_base(folder / "a.parquet", [3, 2])
-    return folder / "a.parquet", lambda: list(groups("s", [folder / "a.parquet"]))
+    return folder / "a.parquet", lambda: list(iter_row_batches("s", [folder / "a.parquet"]))
 
 
 def _layer(folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -36,7 +36,8 @@ def _layer(folder: Path) -> tuple[Path, Callable[[], Any]]:
     with LayerFile(folder / "b.parquet", {"score": "float32"}) as layer:
         layer.write_outcomes([StepOutcome(values={"score": 0.5}), StepOutcome("no"),
                               StepOutcome(text="other")])
-    return folder / "b.parquet", lambda: list(groups("s", [folder / "a.parquet", folder / "b.parquet"]))
+    files = [folder / "a.parquet", folder / "b.parquet"]
+    return files[1], lambda: list(iter_row_batches("s", files))
 
 
 def _array(folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -48,7 +49,8 @@ def _buckets(folder: Path) -> tuple[Path, Callable[[], Any]]:
     records = np.zeros(12, RECORD)
     records["key"], records["doc"] = np.arange(12), 7
     write_buckets(folder / "a", records, np.repeat([0, 1, 3], 4), 4)
-    return folder / "a", lambda: [open_bucket(folder / "a", RECORD, b).read().tolist() for b in range(4)]
+    path = folder / "a"
+    return path, lambda: [open_bucket(path, RECORD, b).read_records().tolist() for b in range(4)]
 
 
 def _json(folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -145,7 +147,7 @@ def test_what_passes_leave_is_bound_to_its_place_and_to_no_name_of_the_folder(tm
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "shared", moved / "shared")
     assert read_array(moved / "shared" / one.name / "a.npy")[0] == 1
-    assert open_bucket(moved / "shared" / one.name / "b", RECORD, 0).read()["doc"][0] == 1
+    assert open_bucket(moved / "shared" / one.name / "b", RECORD, 0).read_records()["doc"][0] == 1
     for name in ("a.npy", "b"):
         shutil.copyfile(other / name, one / name)
     for read in (lambda: read_array(one / "a.npy"), lambda: open_bucket(one / "b", RECORD, 0)):

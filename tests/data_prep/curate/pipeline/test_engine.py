@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from data_prep import cli
-from data_prep.curate.pipeline.running import do_share, finish_run
+from data_prep.curate.pipeline.running import run_array_task, run_finish_task
 from data_prep.curate.pipeline.tasks import PipelineStage
 from megatron_sov.base.artifacts import is_locked
 from megatron_sov.base.errors import UserError
@@ -131,7 +131,7 @@ def test_a_defect_of_a_step_has_its_trace(raw: Path, monkeypatch: pytest.MonkeyP
     from data_prep.curate.pipeline import pipeline_file
     from megatron_sov.work.submit.arrays import TaskFailed
 
-    monkeypatch.setattr(pipeline_file.step_class("shorten"), "outcomes",
+    monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "compute_outcomes",
                         lambda step, documents: documents[0].nothing)
     with pytest.raises(TaskFailed, match=r"no attribute 'nothing'\n.*source web, shard \d+, step shorten"):
         cli.main(command(raw, "--workers", "1"))
@@ -147,7 +147,7 @@ def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest
 
     with pytest.raises(UserError, match="a sentence"), arrays.record_failure(raw / "nowhere", 0):
         raise UserError("a sentence")
-    monkeypatch.setattr(pipeline_file.step_class("shorten"), "outcomes", full)
+    monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "compute_outcomes", full)
     assert cli.main(command(raw, "--workers", "1")) == 2
     said = capsys.readouterr().err
     assert "no space left on the device; free some space" in said and "Traceback" not in said
@@ -236,8 +236,8 @@ def test_a_job_that_is_requeued_for_ever_is_stopped_and_told(tmp_path: Path, is_
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(MAX_RESTARTS + 1))
     plan = tmp_path / "plan.json"
-    work = (partial(finish_run, plan, tmp_path) if is_last else
-            partial(do_share, plan, tmp_path, PipelineStage(0, "parse"), ()))
+    work = (partial(run_finish_task, plan, tmp_path) if is_last else
+            partial(run_array_task, plan, tmp_path, PipelineStage(0, "parse"), ()))
     (tmp_path / WORK_FILE).write_bytes(pickle.dumps((work, 1)))
     with pytest.raises(UserError, match="requeued 20 times"):
         run_job(tmp_path, monkeypatch)

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.curate.pipeline import facts
-from data_prep.curate.pipeline.counts import MAX_SAMPLES, Counts, sample_order
-from data_prep.curate.pipeline.facts import add_facts, facts_of_output, write_shard_facts
+from data_prep.curate.pipeline.counts import MAX_SAMPLES, DocumentCounts, hash_sample_id
+from data_prep.curate.pipeline.facts import merge_facts, read_output_facts, write_shard_facts
 
 
 def write(folder: Path, num_shards: int) -> list[dict[str, object]]:
@@ -32,8 +32,8 @@ def write(folder: Path, num_shards: int) -> list[dict[str, object]]:
 def test_counts_are_those_of_a_plain_loop_however_shards_are_cut(tmp_path: Path) -> None:
     rows = write(tmp_path / "one/all", 1)
     write(tmp_path / "four/all", 4)
-    found = facts_of_output(tmp_path / "one")
-    assert found == facts_of_output(tmp_path / "four")
+    found = read_output_facts(tmp_path / "one")
+    assert found == read_output_facts(tmp_path / "four")
     values: dict[str, dict[str, list[int]]] = {"language": {}, "synthetic": {}}
     for row in rows:
         size = len(str(row["text"]).encode())
@@ -49,21 +49,22 @@ def test_of_very_many_values_the_largest_are_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(facts, "MAX_VALUES", 2)
     part = {"num_documents": 8, "num_bytes": 65,
             "values": {"topic": {"a": [1, 10], "b": [1, 30], "c": [2, 20], "d": [4, 5]}}}
-    once = add_facts([part])
+    once = merge_facts([part])
     assert once["values"]["topic"] == {"b": [1, 30], "c": [2, 20], "(others)": [5, 15]}
-    assert add_facts([once, once])["values"]["topic"] == {"b": [2, 60], "c": [4, 40], "(others)": [10, 30]}
+    assert merge_facts([once, once])["values"]["topic"] == {"b": [2, 60], "c": [4, 40], "(others)": [10, 30]}
 
 
-def counted(identifiers: list[int]) -> Counts:
-    counts = Counts()
+def counted(identifiers: list[int]) -> DocumentCounts:
+    counts = DocumentCounts()
     for i in identifiers:
-        counts.count(f"d{i}", "three" if i % 3 == 0 else "", "é" * i, "x" if i % 3 == 1 else None)
+        counts.add_document(f"d{i}", "three" if i % 3 == 0 else "", "é" * i, "x" if i % 3 == 1 else None)
     return counts
 
 
 def test_counts_of_parts_are_the_counts_of_the_whole() -> None:
     whole = counted(list(range(1, 100)))
-    parts = Counts.together(counted(list(range(start, 100, 4))).to_dict() for start in (3, 1, 4, 2))
+    parts = DocumentCounts.merge_dicts(counted(list(range(start, 100, 4))).to_dict()
+                                       for start in (3, 1, 4, 2))
     assert parts.to_dict() == whole.to_dict()
     assert (whole.documents_in, whole.documents_kept, whole.documents_changed) == (99, 66, 33)
     assert whole.bytes_in == sum(2 * i for i in range(1, 100))
@@ -73,5 +74,5 @@ def test_counts_of_parts_are_the_counts_of_the_whole() -> None:
 
 def test_samples_are_those_whose_identifiers_hash_lowest() -> None:
     dropped = [{"id": f"d{i}", "reason": "three", "before": "é" * i} for i in range(3, 100, 3)]
-    lowest = sorted(dropped, key=sample_order)[:MAX_SAMPLES]
+    lowest = sorted(dropped, key=hash_sample_id)[:MAX_SAMPLES]
     assert counted(list(range(1, 100))).samples == {"dropped": lowest}

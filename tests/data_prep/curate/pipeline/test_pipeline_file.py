@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_prep import cli
-from data_prep.curate.pipeline.pipeline_file import Only, check_name_pattern, load_pipeline, name_of
+from data_prep.curate.pipeline.pipeline_file import (
+    StepFilter, find_pattern_problems, format_output_name, load_pipeline)
 from data_prep.curate.pipeline.step import SOURCE_COLUMNS
 from data_prep.curate.sources.formats import FORMATS
 from megatron_sov.base.errors import UserError
@@ -103,10 +104,11 @@ def test_a_file_becomes_settings(raw: Path) -> None:
                                              "{lists: [words.txt]}\n    only: {kinds: [en]}"))
     found = load_pipeline(file)
     assert [step.kind for step in found.steps] == ["shorten"] * 5
-    assert found.steps[2].settings() == {"longest": 50, "not_below": 10, "lists": []}, "a single value"
+    assert found.steps[2].to_settings() == {"longest": 50, "not_below": 10, "lists": []}, "a single value"
     step = found.steps[3]
-    assert step.only == Only(kinds=("en",)) and step.settings()["lists"] == ["words.txt"], "as it is written"
-    assert step.build(found.folder).files() == (raw / "words.txt",), "where it lies"
+    assert step.only == StepFilter(kinds=("en",))
+    assert step.to_settings()["lists"] == ["words.txt"], "as it is written"
+    assert step.build_step(found.folder).list_files() == (raw / "words.txt",), "where it lies"
     assert found.sources[0].path == ("web",) and found.sources[0].folder == raw
 
 
@@ -144,7 +146,7 @@ def test_a_step_that_would_look_at_nothing_is_told(raw: Path, kind: str, first: 
         with pytest.raises(UserError, match=told):
             load_pipeline(file)
     else:
-        assert load_pipeline(file).steps[-1].only == Only(kinds=("en",))
+        assert load_pipeline(file).steps[-1].only == StepFilter(kinds=("en",))
 
 
 @pytest.mark.parametrize(("pattern", "columns", "name"), [
@@ -154,7 +156,7 @@ def test_a_step_that_would_look_at_nothing_is_told(raw: Path, kind: str, first: 
     ("{kind}", {"kind": "한국어"}, "한국어"),
 ])
 def test_values_become_names(pattern: str, columns: dict[str, object], name: str) -> None:
-    assert name_of(pattern, "web", columns) == name
+    assert format_output_name(pattern, "web", columns) == name
 
 
 @pytest.mark.parametrize(("pattern", "sentence"), [
@@ -163,7 +165,7 @@ def test_values_become_names(pattern: str, columns: dict[str, object], name: str
     ("{kind!r}", "take columns as they are"),
 ])
 def test_patterns_that_make_no_names(pattern: str, sentence: str) -> None:
-    assert any(sentence in found for found in check_name_pattern(pattern, SOURCE_COLUMNS))
+    assert any(sentence in found for found in find_pattern_problems(pattern, SOURCE_COLUMNS))
 
 
 @pytest.mark.parametrize(("words", "sentence"), [

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from data_prep.curate.pipeline import plan as plan_module
-from data_prep.curate.pipeline.addresses import address, mark_of, refuse_changed, tree_hash
-from data_prep.curate.pipeline.plan import link, shards_of
+from data_prep.curate.pipeline.addresses import check_unchanged, compute_address, hash_tree, read_file_mark
+from data_prep.curate.pipeline.plan import link_or_copy, split_into_shards
 from data_prep.curate.sources.source import SourcePiece
 from megatron_sov.base.errors import UserError
 
 
 def shards(*sizes: int) -> list[list[int]]:
     pieces = [SourcePiece("text", f"{number:05}", 0, size, size) for number, size in enumerate(sizes)]
-    found = shards_of(pieces, 100)
+    found = split_into_shards(pieces, 100)
     assert list(found) == list(range(len(found)))
     assert [piece for group in found.values() for piece in group] == pieces
     return [[piece.size_bytes for piece in group] for group in found.values()]
@@ -35,31 +35,32 @@ def test_where_a_disk_has_no_second_names_files_are_copied(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "link", refused)
     (tmp_path / "a").write_text("text")
-    link(tmp_path / "a", tmp_path / "b")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "text" and not (tmp_path / "a").samefile(tmp_path / "b")
 
 
 def test_an_address_is_of_values_and_not_of_their_order() -> None:
-    assert address({"a": 1, "b": [1, 2]}) == address({"b": [1, 2], "a": 1}) != address({"a": 1, "b": [2, 1]})
+    assert compute_address({"a": 1, "b": [1, 2]}) == compute_address({"b": [1, 2], "a": 1})
+    assert compute_address({"a": 1, "b": [1, 2]}) != compute_address({"a": 1, "b": [2, 1]})
 
 
 def test_content_counts_and_place_does_not(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder / "in").mkdir(parents=True)
         (tmp_path / folder / "in/x").write_text("same")
-    assert tree_hash(tmp_path / "one") == tree_hash(tmp_path / "two")
-    assert tree_hash(tmp_path / "one/in/x") == tree_hash(tmp_path / "two/in/x")
+    assert hash_tree(tmp_path / "one") == hash_tree(tmp_path / "two")
+    assert hash_tree(tmp_path / "one/in/x") == hash_tree(tmp_path / "two/in/x")
     (tmp_path / "two/in/x").rename(tmp_path / "two/in/y")
-    assert tree_hash(tmp_path / "one") != tree_hash(tmp_path / "two")
+    assert hash_tree(tmp_path / "one") != hash_tree(tmp_path / "two")
 
 
 def test_a_file_is_known_by_its_size_and_time(tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.write_text("one")
-    mark = mark_of(file)
-    refuse_changed(file, mark)
+    mark = read_file_mark(file)
+    check_unchanged(file, mark)
     os.utime(file, ns=(0, mark[1] + 1))
-    with pytest.raises(UserError, match="has changed since"):
-        refuse_changed(file, mark)
+    with pytest.raises(UserError, match="changed while the run"):
+        check_unchanged(file, mark)
     with pytest.raises(UserError, match="gone: cannot be read"):
-        mark_of(tmp_path / "gone")
+        read_file_mark(tmp_path / "gone")

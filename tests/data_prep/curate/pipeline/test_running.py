@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import cli
-from data_prep.curate.inspect import steps_table
+from data_prep.curate.inspect import iter_step_lines
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 
 Done = list[tuple[str, str, int]]
@@ -61,7 +61,7 @@ def test_documents_go_through_the_steps_to_their_names(raw: Path) -> None:
     assert web["steps"][2]["dropped"] == {"seen before": {"documents": 2, "bytes": 800}}
     assert (output / web["steps"][2]["folder"]).is_dir()
     assert summary["output"][0]["num_documents"] == 4
-    assert "seen before 2" in "\n".join(steps_table(output))
+    assert "seen before 2" in "\n".join(iter_step_lines(output))
 
 
 def test_what_is_complete_is_not_done_again(raw: Path, done: Done, capsys: pytest.CaptureFixture[str]

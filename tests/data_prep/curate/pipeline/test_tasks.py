@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.curate.pipeline.step import StepOutcome
-from data_prep.curate.pipeline.tasks import BASE_SCHEMA, LayerFile, LayerRow, TableFile, groups
+from data_prep.curate.pipeline.tasks import BASE_SCHEMA, LayerFile, LayerRow, TableFile, iter_row_batches
 from megatron_sov.base.errors import UserError
 
 
@@ -49,7 +49,7 @@ def test_layers_agree_with_documents_in_memory(tmp_path: Path) -> None:
                     rows[i] = None if reason else LayerRow(row.id, text or row.text, columns)
                 layer.write_outcomes(outcomes)
                 start += size
-        found = [row for group in groups("s", files) for row in group]
+        found = [row for group in iter_row_batches("s", files) for row in group]
         assert [row and (row.id, row.text, row.columns.get("score"), row.columns["kind"])
                 for row in found] == [row and (row.id, row.text, row.columns.get("score"), "en")
                                       for row in rows]
@@ -69,4 +69,4 @@ def test_a_layer_of_another_shard_is_refused(tmp_path: Path) -> None:
     with LayerFile(tmp_path / "layer.parquet", {}) as layer:
         layer.write_outcomes([StepOutcome()] * 2)
     with pytest.raises(UserError, match=r"has 2 rows where .* has 3; delete it under all"):
-        list(groups("s", [tmp_path / "base.parquet", tmp_path / "layer.parquet"]))
+        list(iter_row_batches("s", [tmp_path / "base.parquet", tmp_path / "layer.parquet"]))

@@ -8,7 +8,7 @@ import pytest
 from datatrove.pipeline.formatters import FTFYFormatter
 
 from data_prep.curate.quality.encoding import EncodingRepairSettings, RepairEncoding, repair_encoding
-from data_prep.curate.sources.html import page_text
+from data_prep.curate.sources.html import extract_page_text
 from tests.data_prep.curate.pipeline.memory_view import doc
 
 DECLARATION = Path(__file__).parent / "rules/declaration"
@@ -67,13 +67,13 @@ def test_known_sequences_are_restored(broken: str, restored: str) -> None:
 
 
 def test_pages_keep_the_bytes_that_are_needed() -> None:
-    text, _ = page_text("<body><p>voilÃ&nbsp; tout MarÃ&shy;a, soft&shy;hyphen&nbsp;x</p></body>")
+    text, _ = extract_page_text("<body><p>voilÃ&nbsp; tout MarÃ&shy;a, soft&shy;hyphen&nbsp;x</p></body>")
     assert repair_encoding(text)[0] == "voilà tout María, softhyphen x"
 
 
 def test_code_is_left_alone() -> None:
     code = "def test():\n    value = fix('donâ€™t')\n    assert value == 1\n    return value\n" * 3
     step = RepairEncoding(EncodingRepairSettings())
-    outcomes = step.outcomes([doc(code), doc("donâ€™t", kind="math_code")])
+    outcomes = step.compute_outcomes([doc(code), doc("donâ€™t", kind="math_code")])
     assert [outcome.text for outcome in outcomes] == [None, None]
-    assert step.outcomes([doc("I donâ€™t know.")])[0].values == {"lines_repaired": 1}
+    assert step.compute_outcomes([doc("I donâ€™t know.")])[0].values == {"lines_repaired": 1}

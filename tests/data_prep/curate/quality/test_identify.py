@@ -163,7 +163,7 @@ PYTHON = "import sys\n\n\ndef main(path):\n    for line in open(path):\n        
 
 
 def outcome(text: str, **settings) -> StepOutcome:
-    return Language(LanguageSettings(**settings)).outcomes([Doc("a:0:0", text, "a", 0, 0)])[0]
+    return Language(LanguageSettings(**settings)).compute_outcomes([Doc("a:0:0", text, "a", 0, 0)])[0]
 
 
 def test_each_document_gets_its_language_and_form() -> None:
@@ -190,7 +190,7 @@ def test_without_a_list_all_sure_languages_stay_and_without_a_score_all() -> Non
 
 
 def test_the_model_is_among_the_files_that_outcomes_depend_on() -> None:
-    assert [file.stat().st_size > 1_000_000 for file in Language(LanguageSettings()).files()] == [True]
+    assert [file.stat().st_size > 1_000_000 for file in Language(LanguageSettings()).list_files()] == [True]
 
 
 def test_every_broken_rule_is_told() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from data_prep.curate.pipeline.step import step_class
+from data_prep.curate.pipeline.step import load_step_class
 from data_prep.curate.quality.pii.step import FINDERS
 from data_prep.curate.quality.rules.step import RULE_SETS, Thresholds, list_languages, load_language_rules
 from megatron_sov.base.settings import find_all_problems
@@ -55,7 +55,7 @@ def test_every_step_on_the_page_is_built_and_its_settings_keep_their_rules() -> 
     kinds = []
     for step in steps:
         (kind, raw), = [item for item in step.items() if item[0] != "only"]
-        cls = step_class(kind)
+        cls = load_step_class(kind)
         settings = TypeAdapter(cls.Settings).validate_python(raw)
         assert find_all_problems(settings) == []
         cls(settings)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.curate.pipeline.step import step_class
+from data_prep.curate.pipeline.step import load_step_class
 from data_prep.curate.scoring.kinds import (
     Education, EducationSettings, KindSettings, Quality, QualitySettings, ScorerKind)
 from data_prep.curate.scoring.scorer import load_scorer
@@ -22,7 +22,7 @@ def test_documents_get_the_models_scores(scorers: dict[str, Path], tmp_path: Pat
     view = MemoryView.of([docs(*TEXTS)], tmp_path)
     for step, settings, column in ((Quality, QualitySettings(scorers["classifier"]), "quality"),
                                    (Education, EducationSettings(scorers["regressor"]), "education")):
-        assert step_class(column) is step
+        assert load_step_class(column) is step
         scorer = load_scorer(settings.model)
         found = outcomes(step, settings, view)
         assert [o.values for o in found.values()] == [{column: scorer.score(text)} for text in TEXTS]
@@ -84,7 +84,7 @@ def test_a_classifier_decides_about_its_domain(scorers: dict[str, Path], tmp_pat
     assert kind_of(tmp_path, taught, settings, language="en") == "domain:law"
     strict = KindSettings(domains={"law": scorers["classifier"]}, min_score=1.0)
     assert kind_of(tmp_path, COURT, strict, language="en") == "en"
-    assert len(ScorerKind(settings).files()) == 4
+    assert len(ScorerKind(settings).list_files()) == 4
 
 
 @pytest.mark.parametrize(("settings", "key"), [

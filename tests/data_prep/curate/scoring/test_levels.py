@@ -84,8 +84,8 @@ def test_all_documents_together_and_another_column(tmp_path: Path) -> None:
     documents = [[doc("", i, quality=i / 100) for i in range(100)]]
     found = levels(documents, tmp_path, by="quality", per="", l3=0.1)
     assert list(found.values()) == ["L1"] * 50 + ["L2"] * 40 + ["L3"] * 10
-    assert Level(LevelSettings(by="quality", per="")).needs == ("quality",)
-    assert Level(LevelSettings()).needs == ("education", "language")
+    assert Level(LevelSettings(by="quality", per="")).needed_columns == ("quality",)
+    assert Level(LevelSettings()).needed_columns == ("education", "language")
 
 
 def test_a_column_that_holds_no_numbers_is_told(tmp_path: Path) -> None:

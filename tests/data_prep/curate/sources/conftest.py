@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from data_prep.curate.sources.formats import reader
-from data_prep.curate.sources.source import Broken, Raw, SourceSettings
+from data_prep.curate.sources.formats import create_reader
+from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourceSettings
 
-Read = Callable[..., list[Raw | Broken]]
+Read = Callable[..., list[RawDocument | BrokenRecord]]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -19,8 +19,9 @@ def one_reading_process(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Start a process that may read the folders of all tests, which would start one each."""
     folder = tmp_path_factory.getbasetemp()
     (folder / "begun.txt").write_text("begun")
-    begun = reader(SourceSettings("begun", ("begun.txt",), folder))
-    assert [one for piece in begun.pieces() for one in begun.read(piece)] == [Raw("begun", "begun.txt")]
+    begun = create_reader(SourceSettings("begun", ("begun.txt",), folder))
+    assert [one for piece in begun.list_pieces() for one in begun.read_piece(piece)] == [
+        RawDocument("begun", "begun.txt")]
 
 
 @pytest.fixture
@@ -28,13 +29,13 @@ def read(tmp_path: Path) -> Read:
     """A function that writes files into an empty folder and returns all that a source of them holds."""
 
     def read_all(files: Mapping[str, str | bytes], format_: str = "auto", *, path: str = ".",
-                 text_field: str = "text", **options: Any) -> list[Raw | Broken]:
+                 text_field: str = "text", **options: Any) -> list[RawDocument | BrokenRecord]:
         for name, content in files.items():
             file = tmp_path / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content.encode() if isinstance(content, str) else content)
-        found = reader(SourceSettings("test", (path,), tmp_path, format_, text_field=text_field,
+        found = create_reader(SourceSettings("test", (path,), tmp_path, format_, text_field=text_field,
                                       options=options))
-        return [one for piece in found.pieces() for one in found.read(piece)]
+        return [one for piece in found.list_pieces() for one in found.read_piece(piece)]
 
     return read_all

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.curate.sources.code import header_licence, language_of
-from data_prep.curate.sources.source import Broken, Raw
+from data_prep.curate.sources.code import find_header_licence, find_language
+from data_prep.curate.sources.source import BrokenRecord, RawDocument
 
 TEXTS = {"MIT": "MIT License\n\nCopyright (c) 2026 Some Body\n\nPermission is hereby granted, free\n"
                 "of charge, to any person obtaining a copy of this software",
@@ -32,12 +32,12 @@ def test_what_nobody_wrote_is_left_out_with_a_reason(read) -> None:
              "r/g.js": "var a=1;" * 400, "r/h.py": b"\x00\x01binary", "r/big.sql": "insert;\n" * 200_000,
              "r/table.c": "{-1,-1},{{}},\n" * 50, "r/i.min.js": "x = 1\n"}
     found = {one.place.removeprefix("r/"): one for one in read(files, "code")}
-    assert {place: one.code for place, one in found.items() if isinstance(one, Broken)} == {
+    assert {place: one.code for place, one in found.items() if isinstance(one, BrokenRecord)} == {
         "vendor/b.py": "vendored", "node_modules/c/d.js": "vendored", "e_pb2.py": "generated",
         "f.py": "generated", "g.js": "minified", "h.py": "binary", "big.sql": "large", "table.c": "data",
         "i.min.js": "generated"}
-    assert all(one.is_left_out for one in found.values() if isinstance(one, Broken))
-    assert found["a.py"] == Raw(CODE, "r/a.py", found["a.py"].columns)
+    assert all(one.is_left_out for one in found.values() if isinstance(one, BrokenRecord))
+    assert found["a.py"] == RawDocument(CODE, "r/a.py", found["a.py"].columns)
 
 
 def test_languages_and_licences_can_be_chosen(read) -> None:
@@ -56,7 +56,7 @@ def test_languages_and_licences_can_be_chosen(read) -> None:
     ("// Permission is hereby granted, free of charge, to any person obtaining\n// a copy of this", "MIT"),
     ("# just a comment", "")])
 def test_the_head_of_a_file_names_its_licence(head: str, expected: str) -> None:
-    assert header_licence(f"#!/bin/sh\n{head}\n{CODE}") == expected
+    assert find_header_licence(f"#!/bin/sh\n{head}\n{CODE}") == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -72,11 +72,11 @@ def test_the_head_of_a_file_names_its_licence(head: str, expected: str) -> None:
     ("This is free and unencumbered software released into the public domain.", "Unlicense"),
     ("All rights reserved.", "")])
 def test_the_head_of_a_licence_file_names_it(text: str, expected: str) -> None:
-    assert header_licence(text) == expected
+    assert find_header_licence(text) == expected
 
 
 @pytest.mark.parametrize(("name", "language"), [
     ("a.py", "python"), ("x/Makefile", "makefile"), ("Dockerfile", "dockerfile"), ("a.PY", "python"),
     ("noending", ""), (".py", ""), ("a.h", "c"), ("CMakeLists.txt", "cmake"), ("a.unknown", "")])
 def test_languages_by_name(name: str, language: str) -> None:
-    assert language_of(name) == language
+    assert find_language(name) == language

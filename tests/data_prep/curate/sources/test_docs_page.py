@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.curate.sources.formats import FORMATS, reader_class
+from data_prep.curate.sources.formats import FORMATS, load_reader_class
 
 ROOT = Path(__file__).parents[4]
 PAGE = (ROOT / "docs/data_sources.md").read_text(encoding="utf-8")
@@ -29,7 +29,8 @@ def test_snippets_print_what_is_shown(
 
 
 def test_every_format_and_every_option_is_named() -> None:
-    options = {field.name for name in FORMATS for field in dataclasses.fields(reader_class(name).Options)}
+    options = {field.name for name in FORMATS for field
+               in dataclasses.fields(load_reader_class(name).Options)}
     assert not [name for name in sorted({*FORMATS, *options})
                 if f"`{name}" not in PAGE and f"{name}:" not in PAGE]
 

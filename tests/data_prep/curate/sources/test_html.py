@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from data_prep.curate.sources.encodings import decode_page
-from data_prep.curate.sources.html import page_text
-from data_prep.curate.sources.source import Raw
+from data_prep.curate.sources.html import extract_page_text
+from data_prep.curate.sources.source import RawDocument
 from megatron_sov.base.documents import BadRecord
 
 SENTENCE = "A sentence that is long enough to be read by somebody who came here to read it. "
@@ -26,7 +26,7 @@ and <code>code()</code>.</p><h2>List</h2><ul><li>one<ul><li>inner</li></ul></li>
 </pre></div><p hidden>unseen</p><p style="display: none">unseen</p></main>
 <footer>Copyright by everybody</footer></body></html>"""
 def test_a_page_is_its_main_text_with_its_structure() -> None:
-    text, facts = page_text(PAGE)
+    text, facts = extract_page_text(PAGE)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     assert lines[:3] == ["Head", f"{(SENTENCE * 3).strip()} Bold and code().", "List"]
     assert "def f():\n    return 1" in text and "\u2022 one" in text
@@ -36,7 +36,7 @@ def test_a_page_is_its_main_text_with_its_structure() -> None:
 
 
 def test_a_whole_page_keeps_what_stands_around() -> None:
-    text, _ = page_text(PAGE, whole=True)
+    text, _ = extract_page_text(PAGE, whole=True)
     assert "Part 3" in text and "Copyright by everybody" in text and "unseen" not in text
 
 
@@ -48,7 +48,7 @@ def test_a_whole_page_keeps_what_stands_around() -> None:
 def test_what_stands_around_is_taken_out_without_a_main_element(around: str) -> None:
     body = f"<p>{SENTENCE * 4}</p>"
     for page in (around + body, body + around):
-        assert page_text(f"<html><body><div>{page}</div></body></html>")[0] == (SENTENCE * 4).strip()
+        assert extract_page_text(f"<html><body><div>{page}</div></body></html>")[0] == (SENTENCE * 4).strip()
 
 
 @pytest.mark.parametrize(("source", "expected"), [
@@ -57,12 +57,12 @@ def test_what_stands_around_is_taken_out_without_a_main_element(around: str) -> 
     ('<math><mi>x</mi><annotation encoding="application/x-tex">x^2</annotation></math>', "$x^2$"),
     ('a <img class="math inline" alt="y^2" src="a.png"> b', "a $y^2$ b"), ("soft\u00adhyphen", "softhyphen")])
 def test_inline_text_is_what_a_browser_shows(source: str, expected: str) -> None:
-    assert page_text(f"<body><p>{source}</p></body>")[0] == expected
+    assert extract_page_text(f"<body><p>{source}</p></body>")[0] == expected
 
 
 def test_elements_that_xhtml_closes_in_their_start_hold_nothing() -> None:
     head = '<html xmlns="http://www.w3.org/1999/xhtml"><head><title/><script src="a"/></head>'
-    assert page_text(f"{head}<body><p>Text.</p></body></html>")[0] == "Text."
+    assert extract_page_text(f"{head}<body><p>Text.</p></body></html>")[0] == "Text."
 
 
 KOREAN = "<html><body><p>안녕하세요 여러분, 이것은 오래된 부호로 쓰인 문장입니다.</p></body></html>"
@@ -94,10 +94,10 @@ def test_hostile_pages_give_text_or_are_told(read, content: str, code: str | Non
     found = read({"a.html": content})
     assert len(found) == 1
     assert getattr(found[0], "code", None) == code
-    if isinstance(found[0], Raw):
+    if isinstance(found[0], RawDocument):
         found[0].text.encode()
 
 
 def test_a_page_that_is_nested_deep_is_read_to_its_end() -> None:
     page = "<p>First.</p>" + "<div>" * 400 + f"<p>{SENTENCE}</p>" + "</div>" * 400 + "<p>Last.</p>"
-    assert page_text(page)[0].split("\n") == ["First.", "", SENTENCE.strip(), "", "Last."]
+    assert extract_page_text(page)[0].split("\n") == ["First.", "", SENTENCE.strip(), "", "Last."]

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_prep.curate.sources.formats import reader
-from data_prep.curate.sources.source import Broken, Raw, SourceSettings
+from data_prep.curate.sources.formats import create_reader
+from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourceSettings
 
 RECORDS = [{"text": "one", "url": "http://a.example/1", "lang": "en"}, {"text": "둘", "id": 7, "score": 0.5}]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
-EXPECTED = [Raw("one", "a.jsonl:1", {"url": "http://a.example/1", "language_hint": "en"}),
-            Raw("둘", "a.jsonl:2", {"own_id": "7", "score": 0.5})]
+EXPECTED = [RawDocument("one", "a.jsonl:1", {"url": "http://a.example/1", "language_hint": "en"}),
+            RawDocument("둘", "a.jsonl:2", {"own_id": "7", "score": 0.5})]
 
 
-def codes(found: list[Raw | Broken]) -> list[str]:
-    return [one.code if isinstance(one, Broken) else one.text for one in found]
+def codes(found: list[RawDocument | BrokenRecord]) -> list[str]:
+    return [one.code if isinstance(one, BrokenRecord) else one.text for one in found]
 
 
 def test_a_line_is_a_document_and_says_where_it_is_from(read) -> None:
@@ -40,14 +40,14 @@ def test_bad_lines_are_told_with_their_place_and_the_others_are_read(read) -> No
     assert codes(found) == ["good", "json", "json", "fields", "utf8", "empty", "fields", "last"]
     assert [one.place for one in found] == [f"a.jsonl:{n}" for n in range(1, 9)]
     assert [one.content for one in found[1:3]] == ["no json", "[1]"]
-    assert [isinstance(one, Broken) and one.is_left_out for one in found].index(True) == 5
+    assert [isinstance(one, BrokenRecord) and one.is_left_out for one in found].index(True) == 5
 
 
 def test_half_a_compressed_file_gives_what_came_before(read) -> None:
     text = "".join(json.dumps({"text": f"{n} " * 50 + str(n * n)}) + "\n" for n in range(2000))
     packed = gzip.compress(text.encode())
     found = read({"a.jsonl.gz": packed[:len(packed) // 2]})
-    assert len(found) > 100 and all(isinstance(one, Raw) for one in found[:-1])
+    assert len(found) > 100 and all(isinstance(one, RawDocument) for one in found[:-1])
     assert found[-1].code == "truncated"
 
 
@@ -65,7 +65,7 @@ def test_a_line_above_the_limit_is_passed_over(read) -> None:
 
 def test_text_keeps_its_bytes_and_loses_its_mark(read) -> None:
     text = "Erste Zeile\r\n\r\n  둘째 줄\n"
-    assert read({"a.txt": "\ufeff" + text}) == [Raw(text, "a.txt")]
+    assert read({"a.txt": "\ufeff" + text}) == [RawDocument(text, "a.txt")]
 
 
 def test_long_text_is_cut_at_blank_lines(read) -> None:
@@ -82,9 +82,9 @@ def test_parts_of_a_large_file_are_the_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("megatron_sov.base.documents.files.SPAN_BYTES", 20_000)
     monkeypatch.setattr("megatron_sov.base.documents.files.WHOLE_FILE_BYTES", 1000)
     monkeypatch.setattr("megatron_sov.base.documents.files.iter_spans.__defaults__", (20_000,))
-    found = reader(SourceSettings("s", ("a.jsonl",), tmp_path))
-    pieces = found.pieces()
-    documents = [one for piece in pieces for one in found.read(piece)]
+    found = create_reader(SourceSettings("s", ("a.jsonl",), tmp_path))
+    pieces = found.list_pieces()
+    documents = [one for piece in pieces for one in found.read_piece(piece)]
     assert len(pieces) > 5
     assert [one.text for one in documents] == [f"document {n}" for n in range(5000)]
     assert len({one.place for one in documents}) == 5000

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from data_prep.curate.sources.parquet import _begin
-from data_prep.curate.sources.source import Raw
+from data_prep.curate.sources.source import RawDocument
 
 TABLE = pa.table({"text": ["one", "", "셋"], "url": ["http://a.example", None, None],
                   "date": [datetime.date(2026, 1, 2)] * 3})
@@ -25,7 +25,7 @@ def parquet_bytes(table: pa.Table = TABLE, row_group_size: int = 2) -> bytes:
 
 def test_rows_of_parquet(read) -> None:
     first, empty, last = read({"a.parquet": parquet_bytes()})
-    assert first == Raw("one", "a.parquet:0.1", {"url": "http://a.example", "date": "2026-01-02"})
+    assert first == RawDocument("one", "a.parquet:0.1", {"url": "http://a.example", "date": "2026-01-02"})
     assert (empty.code, empty.is_left_out) == ("empty", True)
     assert (last.text, last.place) == ("셋", "a.parquet:1.1")
 
@@ -41,7 +41,8 @@ def test_each_row_group_is_in_one_part(read, monkeypatch) -> None:
 @pytest.mark.parametrize(("name", "content"), [
     ("a.parquet", parquet_bytes()[:150]), ("a.parquet", b"PAR1" * 40)])
 def test_half_a_file_is_told(read, name: str, content: bytes) -> None:
-    assert [one.code for one in read({name: content, "b.txt": "read"}) if not isinstance(one, Raw)] == [
+    assert [one.code for one in read({name: content, "b.txt": "read"})
+            if not isinstance(one, RawDocument)] == [
         name.partition(".")[2]]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data_prep.curate.sources.pdf import join_lines
-from data_prep.curate.sources.source import Broken, Raw
+from data_prep.curate.sources.source import BrokenRecord, RawDocument
 
 
 def pdf(pages: list[str], *, info: str = "") -> bytes:
@@ -36,7 +36,7 @@ def test_a_file_is_a_document_with_its_title_and_date(read) -> None:
     content = pdf([shown((50, 700, "The first line of a paragraph"),
                          (50, 686, "goes on in its second line."))],
                   info="/Title(A title)/CreationDate(D:20260102030405Z)")
-    assert read({"a.pdf": content}) == [Raw(
+    assert read({"a.pdf": content}) == [RawDocument(
         "The first line of a paragraph goes on in its second line.", "a.pdf",
         {"title": "A title", "date": "2026-01-02", "num_pages": 1})]
 
@@ -46,14 +46,14 @@ def test_a_file_is_a_document_with_its_title_and_date(read) -> None:
     (pdf([shown((1, 1, "x"))])[:300], None)])
 def test_files_that_cannot_be_read_are_told(read, content: bytes, code: str | None) -> None:
     told = read({"a.pdf": content, "b.txt": "next"}, "pdf", path="a.pdf")[0]
-    assert isinstance(told, Broken) if code else isinstance(told, (Broken, Raw))
+    assert isinstance(told, BrokenRecord) if code else isinstance(told, (BrokenRecord, RawDocument))
     assert code is None or told.code == code
 
 
 def test_pages_that_hold_one_another_end(read) -> None:
     content = pdf([shown((50, 700, "text"))]).replace(b"/Kids[4 0 R]", b"/Kids[2 0 R]")
     found = read({"a.pdf": content, "b.txt": "next"}, time_s=5.0)
-    assert found[-1] == Raw("next", "b.txt") and isinstance(found[0], Broken)
+    assert found[-1] == RawDocument("next", "b.txt") and isinstance(found[0], BrokenRecord)
 
 
 def test_running_heads_and_page_numbers_go(read) -> None:
@@ -66,7 +66,7 @@ def test_running_heads_and_page_numbers_go(read) -> None:
 def test_running_heads_alone_are_no_pictures(read) -> None:
     slides = [shown((50, 700, f"Slide {n}")) for n in range(4)]
     [told] = read({"a.pdf": pdf(slides)})
-    assert isinstance(told, Broken) and told.code == "no_text" and "running heads" in told.reason
+    assert isinstance(told, BrokenRecord) and told.code == "no_text" and "running heads" in told.reason
 
 
 @pytest.mark.parametrize(("lines", "expected"), [

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from data_prep.curate.sources import formats, reader
-from data_prep.curate.sources.source import Broken, Raw, SourceSettings
+from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourceSettings
 from megatron_sov.sandbox import readers
 
 HOSTILE = '''
 import ctypes, os, socket, sys, time
 from data_prep.curate.sources.reader import SourceItem
 from data_prep.curate.sources.reader import FileReader
-from data_prep.curate.sources.source import Raw
+from data_prep.curate.sources.source import RawDocument
 
 def hang():
     while True:
@@ -48,12 +48,12 @@ class Reader(FileReader):
     format = "text"
 
     @classmethod
-    def items(cls, job):
+    def iter_items(cls, job):
         for number, word in enumerate(open(job.file).read().split()):
             def read(word=word, number=number):
                 if word in globals():
                     globals()[word]()
-                yield Raw(word, f"{job.name}:{number}")
+                yield RawDocument(word, f"{job.name}:{number}")
             yield SourceItem(f"{job.name}:{number}", read)
 '''
 
@@ -73,10 +73,10 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(readers, "_CODE", readers._CODE.replace(main, replaced + main))
     monkeypatch.setattr(reader, "_kept", {})
 
-    def read(words: str, **options: object) -> list[Raw | Broken]:
+    def read(words: str, **options: object) -> list[RawDocument | BrokenRecord]:
         (tmp_path / "a.txt").write_text(words)
-        found = formats.reader(SourceSettings("s", ("a.txt",), tmp_path, "text", options=options))
-        return [one for piece in found.pieces() for one in found.read(piece)]
+        found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text", options=options))
+        return [one for piece in found.list_pieces() for one in found.read_piece(piece)]
 
     return read
 
@@ -85,14 +85,14 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ("hang", "time"), ("crash", "crash"), ("eat", "memory"), ("nest", "nested"), ("leave", "crash")])
 def test_what_does_harm_is_told_and_what_follows_is_read(read_words, harm: str, code: str) -> None:
     first, told, last = read_words(f"one {harm} two", time_s=0.3)
-    assert (first, last) == (Raw("one", "a.txt:0"), Raw("two", "a.txt:2"))
-    assert isinstance(told, Broken) and (told.code, told.place) == (code, "a.txt:1")
+    assert (first, last) == (RawDocument("one", "a.txt:0"), RawDocument("two", "a.txt:2"))
+    assert isinstance(told, BrokenRecord) and (told.code, told.place) == (code, "a.txt:1")
 
 
 @pytest.mark.parametrize("harm", ["write", "steal", "call"])
 def test_nothing_is_written_nor_other_files_read_nor_the_network_reached(read_words, harm: str) -> None:
     told, last = read_words(f"{harm} two")
-    assert isinstance(told, Broken) and "Error" in told.reason and last.text == "two"
+    assert isinstance(told, BrokenRecord) and "Error" in told.reason and last.text == "two"
     assert not os.path.exists("/tmp/left-by-a-reader")
 
 
@@ -116,8 +116,8 @@ def test_a_process_that_finds_other_modules_than_this_one_is_replaced(
 
 def test_the_process_ends_when_nobody_wants_the_rest(read_words, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three")
-    found = formats.reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
-    documents = iter(found.read(found.pieces()[0]))
+    found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
+    documents = iter(found.read_piece(found.list_pieces()[0]))
     next(documents)
     process = next(iter(reader._kept.values()))
     documents.close()
@@ -139,9 +139,9 @@ class Liar:
 def test_what_is_no_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     monkeypatch.setattr(readers, "END_LIMIT_S", 0.05)
     (tmp_path / "a.txt").write_text("x")
-    found = formats.reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
-    list(found.read(found.pieces()[0]))
+    found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
+    list(found.read_piece(found.list_pieces()[0]))
     monkeypatch.setattr(next(iter(reader._kept.values())), "channel", Liar(data).ours)
-    told = list(found.read(found.pieces()[0]))
-    assert [one.code for one in told if isinstance(one, Broken)] in (["parser"], ["crash"])
+    told = list(found.read_piece(found.list_pieces()[0]))
+    assert [one.code for one in told if isinstance(one, BrokenRecord)] in (["parser"], ["crash"])
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from data_prep import cli
-from data_prep.curate.sources.formats import FORMATS, LIBRARIES, reader, reader_class
-from data_prep.curate.sources.reader import show_name
-from data_prep.curate.sources.source import PASSED_OVER, Broken, Raw, SourcePiece, SourceSettings
+from data_prep.curate.sources.formats import FORMATS, LIBRARIES, create_reader, load_reader_class
+from data_prep.curate.sources.reader import format_file_name
+from data_prep.curate.sources.source import NO_FORMAT, BrokenRecord, RawDocument, SourcePiece, SourceSettings
 from data_prep.libraries import find_library_problems
 from megatron_sov.base.documents import list_files
 from megatron_sov.base.errors import UserError, format_install_command
@@ -39,7 +39,7 @@ def test_options_are_checked(tmp_path: Path, options: dict[str, object], told: s
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_there_and_its_defaults_are_good(name: str) -> None:
-    found = reader_class(name)
+    found = load_reader_class(name)
     assert found.format == name and keys_of(found.Options()) == []
     assert all(f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
                for f in dataclasses.fields(found.Options))
@@ -49,10 +49,11 @@ def test_pieces_are_plain_values_in_a_fixed_order(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.txt", "a.txt", "a/b/c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    pieces = reader(SourceSettings("s", (".",), tmp_path)).pieces()
+    pieces = create_reader(SourceSettings("s", (".",), tmp_path)).list_pieces()
     assert [piece.file for piece in pieces] == ["a/b/c.txt", "a/z.txt", "a.txt", "b.txt"]
     again = json.loads(json.dumps([dataclasses.asdict(piece) for piece in pieces]))
-    assert [SourcePiece(**{**values, "beside": tuple(values["beside"])}) for values in again] == pieces
+    assert [SourcePiece(**{**values, "companion_files": tuple(values["companion_files"])}) for values
+            in again] == pieces
 
 
 def test_names_are_relative_to_what_all_paths_share(tmp_path: Path) -> None:
@@ -60,8 +61,8 @@ def test_names_are_relative_to_what_all_paths_share(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(name)
     source = SourceSettings("s", ("x/one", "x/two/a.txt"), tmp_path)
-    assert [piece.file for piece in reader(source).pieces()] == ["one/a.txt", "two/a.txt"]
-    assert source.file("two/a.txt").read_text() == "x/two/a.txt"
+    assert [piece.file for piece in create_reader(source).list_pieces()] == ["one/a.txt", "two/a.txt"]
+    assert source.get_file("two/a.txt").read_text() == "x/two/a.txt"
 
 
 def test_links_are_followed_and_what_leads_nowhere_is_told(tmp_path: Path) -> None:
@@ -82,11 +83,12 @@ def test_links_are_followed_and_what_leads_nowhere_is_told(tmp_path: Path) -> No
     (root / "again").symlink_to(tmp_path / "other/deep")
     (root / "all").symlink_to("/")
     source = SourceSettings("s", ("root",), tmp_path, format="text")
-    pieces = reader(source).pieces()
-    read = [piece.file for piece in pieces if piece.format != PASSED_OVER]
+    pieces = create_reader(source).list_pieces()
+    read = [piece.file for piece in pieces if piece.format != NO_FORMAT]
     assert read == ["a.txt", "again/b.txt", "sub/in.txt", "sub/out.txt"]
-    told = [item for piece in pieces if piece.format == PASSED_OVER for item in reader(source).read(piece)]
-    assert {one.place: one.reason.split()[0] for one in told if isinstance(one, Broken)} == {
+    told = [item for piece in pieces if piece.format == NO_FORMAT for item
+            in create_reader(source).read_piece(piece)]
+    assert {one.place: one.reason.split()[0] for one in told if isinstance(one, BrokenRecord)} == {
         "again/back": "leads", "all": "leads", "linked/deep": "leads", "pipe.txt": "is",
         "sub/gone.txt": "is", "sub/loop": "leads"}
     said: list[str] = []
@@ -99,21 +101,21 @@ def test_what_of_a_folder_is_hidden_or_not_wanted_is_told(tmp_path: Path) -> Non
     for name in ("a.txt", "b.bin", ".c.txt", ".git/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
-    by_name = reader(SourceSettings("s", (".",), tmp_path, format="text"))
-    mixed = reader(SourceSettings("s", (".",), tmp_path, format="auto"))
-    assert [[piece.file for piece in one.pieces()] for one in (by_name, mixed)] == [
+    by_name = create_reader(SourceSettings("s", (".",), tmp_path, format="text"))
+    mixed = create_reader(SourceSettings("s", (".",), tmp_path, format="auto"))
+    assert [[piece.file for piece in one.list_pieces()] for one in (by_name, mixed)] == [
         ["a.txt"], ["a.txt", "b.bin"]]
-    assert by_name.told == [".: passed over 1 file (b.bin) and 2 hidden (.c.txt, .git)"]
-    assert mixed.told == [".: passed over 2 hidden (.c.txt, .git)"], "b.bin is in the quarantine"
+    assert by_name.notes == [".: passed over 1 file (b.bin) and 2 hidden (.c.txt, .git)"]
+    assert mixed.notes == [".: passed over 2 hidden (.c.txt, .git)"], "b.bin is in the quarantine"
 
 
 def test_a_mixed_folder_is_read_by_endings(read) -> None:
     files = {"a.txt": "text", "b.jsonl": '{"text": "line"}', "c.html": "<p>page</p>", "d.png": b"\x89PNG",
              "e.py": "x = 1\n", "f.HTM": "<p>page</p>", "g\x1b": "no ending"}
     found = read(files)
-    assert [(one.place, one.text) for one in found if isinstance(one, Raw)] == [
+    assert [(one.place, one.text) for one in found if isinstance(one, RawDocument)] == [
         ("a.txt", "text"), ("b.jsonl:1", "line"), ("c.html", "page"), ("e.py", "x = 1\n"), ("f.HTM", "page")]
-    passed_over = [one for one in found if isinstance(one, Broken)]
+    passed_over = [one for one in found if isinstance(one, BrokenRecord)]
     assert [(one.place, one.code, one.is_left_out) for one in passed_over] == [
         ("d.png", "ending", True), ("g\\x1b", "ending", True)]
     assert "(.png) of no format" in passed_over[0].reason and "(none)" in passed_over[1].reason
@@ -122,17 +124,17 @@ def test_a_mixed_folder_is_read_by_endings(read) -> None:
 def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(UserError, match="holds no file"):
-        reader(SourceSettings("s", (".",), tmp_path)).pieces()
+        create_reader(SourceSettings("s", (".",), tmp_path)).list_pieces()
     with pytest.raises(UserError, match="ending of no format"):
-        reader(SourceSettings("s", ("a.png",), tmp_path)).pieces()
+        create_reader(SourceSettings("s", ("a.png",), tmp_path)).list_pieces()
     with pytest.raises(UserError, match=r"source s: path = \"b.png\" does not exist"):
-        reader(SourceSettings("s", ("b.png",), tmp_path))
+        create_reader(SourceSettings("s", ("b.png",), tmp_path))
 
 
 def test_no_two_names_are_shown_alike_and_none_moves_a_cursor(tmp_path: Path) -> None:
     names = [b"a\xff.txt", b"a\\xff.txt", b"a\\\\xff.txt", b"a\x1b[2J.txt", b"a\\x1b[2J.txt", b"a\nb.txt",
              b"a\\nb.txt"]
-    told = {show_name(os.fsdecode(name)) for name in names}
+    told = {format_file_name(os.fsdecode(name)) for name in names}
     assert len(told) == len(names) and all(name.isprintable() for name in told)
 
 

@@ -10,8 +10,8 @@ import pytest
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from data_prep.curate.sources.source import Broken, Raw
-from data_prep.curate.sources.warc import http_body
+from data_prep.curate.sources.source import BrokenRecord, RawDocument
+from data_prep.curate.sources.warc import decode_http_body
 from megatron_sov.base.documents import BadRecord
 
 TEXT = "이 문장은 웹 페이지에 있던 것이고, 누구나 읽을 수 있을 만큼 충분히 길다."
@@ -38,8 +38,8 @@ def archive(*, packed: bool = True) -> bytes:
     return sink.getvalue()
 
 
-def told(found: list[Raw | Broken]) -> list[str]:
-    return [one.text if isinstance(one, Raw) else one.code for one in found]
+def told(found: list[RawDocument | BrokenRecord]) -> list[str]:
+    return [one.text if isinstance(one, RawDocument) else one.code for one in found]
 
 
 ALL = [TEXT, "type", "status", "plain ü", "pdf"]
@@ -54,7 +54,7 @@ def test_answers_are_documents_however_they_are_packed(read, name: str, content:
     assert found[0].place == f"{name}:2"
     assert found[0].columns["url"] == "http://a.example/1"
     assert found[0].columns["crawled"] == "2026-01-02T03:04:05Z"
-    assert [one.is_left_out for one in found if isinstance(one, Broken)] == [True, True, False]
+    assert [one.is_left_out for one in found if isinstance(one, BrokenRecord)] == [True, True, False]
 
 
 def test_text_made_of_an_archive_is_read(read) -> None:
@@ -107,14 +107,14 @@ PACKED = gzip.compress(BODY)
     ("br", b"\x8b\x1c\xff\0" + bytes(range(200)), "encoding")])
 def test_bodies_are_unpacked_or_told(packing: str, body: bytes, expected: bytes | str) -> None:
     try:
-        found: bytes | str = http_body(body, packing, 10_000)
+        found: bytes | str = decode_http_body(body, packing, 10_000)
     except BadRecord as e:
         found = e.code
     assert found == expected
 
 
 def test_a_bomb_in_a_body_is_not_unpacked() -> None:
-    assert len(http_body(gzip.compress(bytes(10_000_000)), "gzip", 1000)) == 1001
+    assert len(decode_http_body(gzip.compress(bytes(10_000_000)), "gzip", 1000)) == 1001
 
 
 def test_half_a_packed_page_is_no_document(read) -> None:

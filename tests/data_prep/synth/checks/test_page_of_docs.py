@@ -13,7 +13,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1]))
 from made_runs import made_run, sample
 
-from data_prep.synth.checks.settings import DEFAULTS, SOURCES, check_problems
+from data_prep.synth.checks.settings import DEFAULTS, SOURCES, find_check_problems
 
 PAGE = (Path(__file__).parents[4] / "docs/synth_checks.md").read_text(encoding="utf-8")
 
@@ -27,7 +27,7 @@ def test_the_steps_of_the_page_are_sound(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks.jsonl").write_text('{"question": "Who?"}\n')
     (tmp_path / "steps.yaml").write_text(block("yaml"))
-    assert check_problems(tmp_path / "steps.yaml") == []
+    assert find_check_problems(tmp_path / "steps.yaml") == []
 
 
 def test_the_program_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

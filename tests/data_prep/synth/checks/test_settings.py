@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data_prep.synth.checks.settings import (
-    DEFAULTS, SAMPLES, SOURCES, NoSample, check_problems, read_steps, steps_file, texts_of)
+    DEFAULTS, SAMPLES, SOURCES, NoSample, choose_steps_file, extract_texts, find_check_problems, read_steps)
 
 STEPS = """steps:
   - language: {min_score: 0.2}
@@ -38,9 +38,9 @@ def test_packaged_steps_are_sound_for_all_runs(default: Path) -> None:
 
 
 def test_a_generator_may_have_steps_of_its_own() -> None:
-    assert steps_file(None, "answers", "prompt").stem == "answers"
-    assert steps_file(None, "probes", "prompt").stem == "prompt"
-    assert steps_file(Path("own.yaml"), "answers", "prompt") == Path("own.yaml")
+    assert choose_steps_file(None, "answers", "prompt").stem == "answers"
+    assert choose_steps_file(None, "probes", "prompt").stem == "prompt"
+    assert choose_steps_file(Path("own.yaml"), "answers", "prompt") == Path("own.yaml")
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -51,7 +51,7 @@ def test_a_generator_may_have_steps_of_its_own() -> None:
     (("steps:", "sources: []\nsteps:"), "and nothing else"), (("steps:", "steps: ["), "is not valid YAML")])
 def test_mistakes_in_a_file_are_told_by_line(file: Path, change: tuple[str, str], said: str) -> None:
     file.write_text(STEPS.replace(*change))
-    problem, = check_problems(file)
+    problem, = find_check_problems(file)
     assert said in str(problem)
 
 
@@ -64,17 +64,17 @@ TOLD = {"messages": [
 
 
 def test_each_kind_has_its_texts() -> None:
-    assert texts_of("text", {"text": "A tide."}) == {"samples": "A tide."}
-    assert texts_of("chat", TOLD) == {
+    assert extract_texts("text", {"text": "A tide."}) == {"samples": "A tide."}
+    assert extract_texts("chat", TOLD) == {
         "samples": "Where is it?\n\nBusan\n\nThe tool told me.\n\nIn Busan.", "context": "Be short.",
         "answers": "The tool told me.\n\nIn Busan."}
-    assert texts_of("prompt", {"prompt": "1 + 1?", "answer": "2"}) == {"samples": "1 + 1?"}
-    assert texts_of("prompt", {"prompt": TOLD["messages"][:2]}) == {
+    assert extract_texts("prompt", {"prompt": "1 + 1?", "answer": "2"}) == {"samples": "1 + 1?"}
+    assert extract_texts("prompt", {"prompt": TOLD["messages"][:2]}) == {
         "samples": "Where is it?", "context": "Be short."}
-    assert texts_of("prompt", {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}) == {
+    assert extract_texts("prompt", {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}) == {
         "samples": "1 + 1?\n\n2"}
-    assert texts_of("task", {"question": "Mend it.", "files": {"a": "b"}}) == {"samples": "Mend it."}
-    assert texts_of("task", {"world": {"tables": {}}}) == {}
+    assert extract_texts("task", {"question": "Mend it.", "files": {"a": "b"}}) == {"samples": "Mend it."}
+    assert extract_texts("task", {"world": {"tables": {}}}) == {}
 
 
 @pytest.mark.parametrize(("kind", "record", "said"), [
@@ -86,9 +86,9 @@ def test_each_kind_has_its_texts() -> None:
     ("text", {"text": "\udc80"}, "surrogate"), ("task", {"question": "\udc80"}, "surrogate")])
 def test_what_no_later_command_takes_is_no_sample(kind: Any, record: dict[str, Any], said: str) -> None:
     with pytest.raises(NoSample, match=said):
-        texts_of(kind, record)
+        extract_texts(kind, record)
 
 
 def test_text_longer_than_the_limit_is_no_sample() -> None:
     with pytest.raises(NoSample, match="at most"):
-        texts_of("text", {"text": "x" * (33 << 20)})
+        extract_texts("text", {"text": "x" * (33 << 20)})

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.generators.queries import first_user_turn
-from data_prep.synth.known import generator_class
+from data_prep.synth.declared.generator import Generator, load_generator
+from data_prep.synth.readers.queries import get_first_user_turn
+from data_prep.synth.samples import GeneratorItem
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import find_all_problems
 from megatron_sov.judge.rewards.constraint import Constraint
@@ -26,12 +26,12 @@ REASONS = {
     "is off the topic": "judge", "talks to the judge": "judge", "translation loses quotations": "translation",
     "translation stays English": "translation"}
 NO_COMMA = "def evaluate(response):\n    return ',' not in response"
-AUTOIF = generator_class("autoif")
+AUTOIF = load_generator("autoif")
 
 
 def autoif(**settings: Any) -> Any:
     """Return the generator, whose constraints need not be there."""
-    return AUTOIF(AUTOIF.Settings(**settings))
+    return Generator(AUTOIF, AUTOIF.Settings(**settings))
 
 
 @pytest.mark.parametrize("what", CASES)
@@ -79,11 +79,11 @@ def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path
     rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i == 0} for i in range(20)]
     file = tmp_path / "queries.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[3], {"prompt": "짧"}]))
-    items = list(generator.items([file]))
+    items = list(generator.read_items([file]))
     assert [item.fields["query"] for item in items] == [f"물음 {i}" for i in range(1, 20)]
     assert {item.fields["constraint"] for item in items} == {"No commas.", "Leave out commas."}
     file.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
-    again = {item.id: item.fields for item in generator.items([file])}
+    again = {item.id: item.fields for item in generator.read_items([file])}
     assert again == {item.id: item.fields for item in items}
 
 
@@ -95,7 +95,7 @@ def test_constraints_that_are_none_are_refused(record: dict[str, object], senten
                                                tmp_path: Path) -> None:
     generator = autoif(constraints=str(written(tmp_path, **record)))
     with pytest.raises(UserError) as e:
-        list(generator.items([]))
+        list(generator.read_items([]))
     assert sentence in str(e.value)
 
 
@@ -118,11 +118,11 @@ TURNS = [{"role": "system", "content": "s"}, {"role": "user", "content": "first"
     {"conversation": TURNS}, {"prompt": TURNS}, {"prompt": "first"},
     {"conversations": [{"from": "human", "value": "first"}]}, {"messages": [], "instruction": "first"}])
 def test_the_first_turn_of_the_user(record: dict[str, Any]) -> None:
-    assert first_user_turn(record, "x:1") == "first"
+    assert get_first_user_turn(record, "x:1") == "first"
 
 
 @pytest.mark.parametrize("record", [
     {}, {"messages": [{"role": "assistant", "content": "a"}]}, {"prompt": 3}, {"conversation": [3, None]}])
 def test_a_record_without_one_is_refused_with_its_place(record: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="x:1: has no prompt of a user"):
-        first_user_turn(record, "x:1")
+        get_first_user_turn(record, "x:1")

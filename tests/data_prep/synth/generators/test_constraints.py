@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.generators import constraints
-from data_prep.synth.generators.constraints import (
-    Case, CheckedFunctions, FunctionDraft, cross_check, list_items, read_draft, wording_problem)
-from data_prep.synth.known import generator_class
+from data_prep.synth.declared.generator import load_generator
+from data_prep.synth.functions import constraints
+from data_prep.synth.functions.constraints import (
+    Case, CheckedFunctions, FunctionDraft, cross_check, find_wording_problem, parse_draft, parse_list_items)
+from data_prep.synth.samples import GeneratorItem
 from megatron_sov.judge.rewards.constraint import ConstraintVerdict
 from tests.data_prep.synth.models import constraints as actor
-from tests.data_prep.synth.scripted import ScriptedAsk, generator, samples_of
+from tests.data_prep.synth.scripted import ScriptedRequester, generator, samples_of
 
 CASES = {case.what: case for case in reversed(actor.cases())}
 REASONS = {
@@ -48,9 +48,9 @@ def test_a_call_invents_constraints_and_one_bad_answer_costs_one_of_them() -> No
             return f"Sure:\n- {one}\n2. {other}\n* {one}\n- Repeat {{x}} twice.\n"
         return "" if other in text and "Write a function" in text else actor.reply(request)
 
-    ask = ScriptedAsk(reply, "form.2", generator_class("constraints"))
+    ask = ScriptedRequester(reply, "form.2", load_generator("constraints"))
     item = GeneratorItem("form.2", {"kind": "form", "seeds": "- a seed", "number": 2})
-    samples = list(generator("constraints").make(item, ask))
+    samples = list(generator("constraints").make_samples(item, ask))
     assert [(sample.record["prompt"], sample.reason) for sample in samples] == [
         (one, ""), (other, "functions"), ("Repeat {x} twice.", "wording")]
     assert [request["temperature"] for request in ask.requests[:6]] == [0.7, *[0.2] * 5]
@@ -59,8 +59,8 @@ def test_a_call_invents_constraints_and_one_bad_answer_costs_one_of_them() -> No
 
 def test_the_packaged_kinds_have_thirty_seeds() -> None:
     made = generator("constraints", rounds=1)
-    seeds = [seed for item in made.items([]) for seed in list_items(item.fields["seeds"])]
-    assert len(seeds) == len(set(seeds)) == 30 and not any(map(wording_problem, seeds))
+    seeds = [seed for item in made.read_items([]) for seed in parse_list_items(item.fields["seeds"])]
+    assert len(seeds) == len(set(seeds)) == 30 and not any(map(find_wording_problem, seeds))
 
 
 EVERYTHING, NOTHING, HANGS = "accepts", "rejects", "hangs"
@@ -80,7 +80,7 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return [ConstraintVerdict(text in source) for text in texts]
 
     monkeypatch.setattr(constraints, "run_check", check)
-    monkeypatch.setattr(constraints, "read_draft", lambda draft: draft)
+    monkeypatch.setattr(constraints, "parse_draft", lambda draft: draft)
     return run
 
 
@@ -150,7 +150,7 @@ def test_a_reply_is_a_block_of_python_and_one_of_json() -> None:
     cases = [{"input": "a", "output": True}, {"input": "b", "output": " False"},
              {"input": "c", "output": "maybe"}, {"input": 3, "output": True}, {"output": True}, "x",
              {"input": "d", "output": 1}]
-    assert read_draft(write(cases)) == FunctionDraft(SOURCE, (Case("a", True), Case("b", False)))
+    assert parse_draft(write(cases)) == FunctionDraft(SOURCE, (Case("a", True), Case("b", False)))
 
 
 @pytest.mark.parametrize(("reply", "fault"), [
@@ -158,11 +158,11 @@ def test_a_reply_is_a_block_of_python_and_one_of_json() -> None:
     (write([], "import os\n" + SOURCE), "imports os"), ("I cannot do that.", "is no Python"),
     ("", "has no function"), (write([]).replace("[]", "[" * 100_000), "has no block of JSON")])
 def test_a_reply_of_another_form_is_described(reply: str, fault: str) -> None:
-    assert fault in str(read_draft(reply))
+    assert fault in str(parse_draft(reply))
 
 
 @pytest.mark.parametrize(("text", "fault"), [
     ("Use no commas.", ""), (" ", "is empty"), ("x" * 301, "has 301 characters"), ("a\nb", "several lines"),
     ("Use {x} twice.", "has the placeholder {x}")])
 def test_a_constraint_is_a_line_without_placeholders(text: str, fault: str) -> None:
-    assert fault in wording_problem(text) and bool(wording_problem(text)) is bool(fault)
+    assert fault in find_wording_problem(text) and bool(find_wording_problem(text)) is bool(fault)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from data_prep.responses.trajectories import read_queries
-from data_prep.synth.generator import GeneratorItem
 from data_prep.synth.replies import NoUsableReply
+from data_prep.synth.samples import GeneratorItem
 from megatron_sov.base.documents.accounting import RecordTally
 from tests.data_prep.synth.scripted import generator, samples_of
 
@@ -95,4 +95,4 @@ def test_a_problem_needs_its_answer(tmp_path: Path) -> None:
     file = tmp_path / "problems.jsonl"
     file.write_text('{"problem": "Why?"}\n')
     with pytest.raises(UserError, match=r"problems.jsonl:1: has no answer; add it"):
-        list(generator("solutions").items([file]))
+        list(generator("solutions").read_items([file]))

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.generators import worlds as trials
-from data_prep.synth.generators.worlds import fitting_values, json_object
-from data_prep.synth.known import generator_class
+from data_prep.synth.declared.generator import load_generator
+from data_prep.synth.functions import worlds as trials
+from data_prep.synth.functions.worlds import list_fitting_values, parse_json_object
 from data_prep.synth.replies import NoReply
+from data_prep.synth.samples import GeneratorItem
 from megatron_sov.base.documents.messages import parse_messages, parse_tools
 from megatron_sov.base.errors import UserError
 from megatron_sov.judge.tools.environment import InfrastructureFault
 from megatron_sov.judge.tools.worlds.virtual import Virtual, read_world
 from tests.data_prep.synth.models import goals, shop_clerk, shops, tool_trajectories, worlds
-from tests.data_prep.synth.scripted import ScriptedAsk, generator, samples_of
+from tests.data_prep.synth.scripted import ScriptedRequester, generator, samples_of
 
 DOMAIN = GeneratorItem("library-1", {"domain": "a library", "number": 1})
 WORLD = GeneratorItem("shop-0", {"domain": "library", "world": shops.world(0), "number": 1})
@@ -69,7 +69,7 @@ def test_a_model_that_sees_the_faults_may_mend_them() -> None:
 @pytest.mark.parametrize("reply", [
     "I cannot do that.", "[1, 2]", "".join(f'{{"k{i}": ' for i in range(3000)), '{"name": NaN}'])
 def test_a_reply_without_an_object_is_a_rejected_sample(reply: str) -> None:
-    assert isinstance(json_object(reply), str)
+    assert isinstance(parse_json_object(reply), str)
     assert sample_of("worlds", DOMAIN, lambda request: reply).reason == "form"
     assert sample_of("goals", WORLD, lambda request: reply).reason == "form"
 
@@ -77,9 +77,9 @@ def test_a_reply_without_an_object_is_a_rejected_sample(reply: str) -> None:
 def test_arguments_that_fit_stand_where_those_of_the_examples_do() -> None:
     spec = read_world(LIBRARY)
     tables = spec.copy_first_tables()
-    assert fitting_values(spec, "borrow_book", "member_id", tables) == ["M1", "M2"]
-    assert fitting_values(spec, "borrow_book", "book_id", tables) == ["B3", "B1", "B2"]
-    assert fitting_values(spec, "borrow_book", "note", tables) == []
+    assert list_fitting_values(spec, "borrow_book", "member_id", tables) == ["M1", "M2"]
+    assert list_fitting_values(spec, "borrow_book", "book_id", tables) == ["B3", "B1", "B2"]
+    assert list_fitting_values(spec, "borrow_book", "note", tables) == []
 
 
 def test_a_sandbox_that_fails_says_nothing_about_a_world(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_a_changing_call_that_the_goal_does_not_need_is_idle() -> None:
              for due in ("2026-07-01", "2026-07-09")]
     for some, idle in ((calls, "the goal is reached without call 1 (extend_loan)"), (calls[1:], "")):
         task = {"question": "?", "world": LIBRARY, "goal": {"calls": some, "answers": []}}
-        verdict, = (verdict for verdict in trials.task_verdicts(task, 1, 9)
+        verdict, = (verdict for verdict in trials.check_task(task, 1, 9)
                     if verdict.check == "goal not reached yet")
         assert (verdict.passed, verdict.detail) == (not idle, idle)
 
@@ -132,12 +132,12 @@ def test_a_finished_synthesis_is_an_input_and_its_origin_goes_on(tmp_path: Path)
     kept = {"id": "w/0", "domain": "a library", "world": shops.world(0),
             "synthetic": {"source": "domains", "licence": "CC0-1.0"}}
     (tmp_path / "kept.jsonl").write_text(json.dumps(kept))
-    item, = generator("goals", tasks_per_world=1).items([tmp_path])
+    item, = generator("goals", tasks_per_world=1).read_items([tmp_path])
     assert (item.id, item.source, item.licence, set(item.fields)) == (
         "w/0.1", "domains", "CC0-1.0", {"domain", "world", "number"})
     (tmp_path / "kept.jsonl").write_text('{"domain": "x", "world": "y"}')
     with pytest.raises(UserError, match=r"kept.jsonl:1: world = 'y' must be an object"):
-        list(generator("goals").items([tmp_path]))
+        list(generator("goals").read_items([tmp_path]))
 
 
 def test_a_world_or_task_that_is_none_is_a_rejected_sample() -> None:
@@ -213,9 +213,9 @@ def test_thoughts_are_kept_and_arguments_go_out_as_json() -> None:
         message = {"role": "assistant", "content": turn} if isinstance(turn, str) else turn
         return {**message, "reasoning_content": "I look first."}
 
-    ask = ScriptedAsk(reply, "task-0", generator_class("tool-trajectories"))
+    ask = ScriptedRequester(reply, "task-0", load_generator("tool-trajectories"))
     made = generator("tool-trajectories", conversations_per_task=1, user_share=0.0, min_score=0)
-    sample, = made.make(TASK, ask)
+    sample, = made.make_samples(TASK, ask)
     assert parse_messages(sample.record["messages"], "messages")[2].reasoning == "I look first."
     sent = ask.requests[-1]["messages"]
     assert isinstance(sent[2]["tool_calls"][0]["function"]["arguments"], str)

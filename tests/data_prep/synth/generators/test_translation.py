@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from data_prep.synth.generator import GeneratorItem
-from data_prep.synth.known import generator_class
+from data_prep.synth.declared.generator import load_generator
+from data_prep.synth.samples import GeneratorItem
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.records import parse_record
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import find_all_problems
-from tests.data_prep.synth.scripted import ScriptedAsk, by_system, generator as build, samples_of
+from tests.data_prep.synth.scripted import ScriptedRequester, by_system, generator as build, samples_of
 
 SOURCE = ("The tide gauge at the old harbour was built in 1911. Two keepers note the height of the water "
           "every "
@@ -64,7 +64,7 @@ CHAT = [{"role": "user", "content": "What is a token?"},
 
 def test_chats_keep_their_roles(tmp_path: Path) -> None:
     generator = build("translation", language="ko", keep_quotes=True, form="chat", source_language="en")
-    item, = generator.items([write(tmp_path, {"messages": CHAT})])
+    item, = generator.read_items([write(tmp_path, {"messages": CHAT})])
     sample, = samples_of(generator, item, dictionary)
     assert sample.reason == ""
     assert sample.record["messages"] == [{"role": "user", "content": "토큰이란 무엇인가?"},
@@ -74,7 +74,7 @@ def test_chats_keep_their_roles(tmp_path: Path) -> None:
 
 def test_prompts_keep_what_their_reward_needs(tmp_path: Path) -> None:
     generator = build("translation", language="ko", keep_quotes=True, form="prompt", source_language="en")
-    item, = generator.items([write(tmp_path, {"prompt": "What is a token?", "answer": "12"})])
+    item, = generator.read_items([write(tmp_path, {"prompt": "What is a token?", "answer": "12"})])
     sample, = samples_of(generator, item, dictionary)
     assert sample.reason == "" and sample.record["answer"] == "12" and generator.kind == "prompt"
     assert sample.record["prompt"] == [{"role": "user", "content": "토큰이란 무엇인가?"}]
@@ -83,23 +83,23 @@ def test_prompts_keep_what_their_reward_needs(tmp_path: Path) -> None:
 def test_chats_with_tools_are_not_translated(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     generator = build("translation", language="ko", keep_quotes=True, form="chat", source_language="en")
-    item, = generator.items([write(tmp_path, {"messages": CHAT, "tools": tools})])
-    ask = ScriptedAsk(dictionary)
-    sample, = generator.make(item, ask)
+    item, = generator.read_items([write(tmp_path, {"messages": CHAT, "tools": tools})])
+    ask = ScriptedRequester(dictionary)
+    sample, = generator.make_samples(item, ask)
     assert (sample.reason, ask.calls) == ("plain messages", 0)
 
 
 def test_what_is_in_the_language_already_costs_nothing() -> None:
-    ask = ScriptedAsk(dictionary)
-    sample, = build("translation", language="en").make(GeneratorItem("x", {"text": SOURCE}), ask)
+    ask = ScriptedRequester(dictionary)
+    sample, = build("translation", language="en").make_samples(GeneratorItem("x", {"text": SOURCE}), ask)
     assert (sample.reason, ask.calls) == ("source language", 0)
 
 
 def test_problems_of_settings(tmp_path: Path) -> None:
-    settings = generator_class("translation").Settings
+    settings = load_generator("translation").Settings
     assert find_all_problems(settings(language="ko")) == []
     with pytest.raises(UserError, match="name the language"):
-        list(build("translation").items([write(tmp_path, {"text": SOURCE})]))
+        list(build("translation").read_items([write(tmp_path, {"text": SOURCE})]))
 
 
 @pytest.mark.parametrize(("source", "made", "quotes", "reason"), [

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from data_prep.synth.generator import GeneratorItem
+from data_prep.synth.samples import GeneratorItem
 from tests.data_prep.synth.models.cases import PLEA, Case, asked as asked_of, grade, graded_in
 from tests.data_prep.synth.models.constraints import RULES, rule_of
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from data_prep.synth.generator import GeneratorItem
+from data_prep.synth.samples import GeneratorItem
 
 Replies = Callable[[Mapping[str, Any]], "str | Mapping[str, Any]"]
 """Takes a chat-completions body, gives a text or a message."""

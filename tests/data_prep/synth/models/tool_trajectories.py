@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from data_prep.synth.generator import GeneratorItem
+from data_prep.synth.samples import GeneratorItem
 from tests.data_prep.synth.models import shop_clerk, shops
 from tests.data_prep.synth.models.cases import Case
 

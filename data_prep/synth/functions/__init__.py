@@ -1,0 +1,1 @@
+"""Functions for prompts and values in generator files, without requests to models."""

@@ -1,1 +1,0 @@
-"""The generators, a file for each kind of data."""
