@@ -75,8 +75,15 @@ def find_file(path: Path) -> Path:
     # two candidates are a question to the user and no choice of ours
     found = sorted([*path.glob("*.tiktoken"), *path.glob("*.model")])
     if len(found) != 1:
+        advice = f"pass {FORMS}"
+        if (path / "merges.txt").is_file():
+            advice = ("make tokenizer.json of vocab.json and merges.txt: transformers' GPT2TokenizerFast("
+                      f"'{path}/vocab.json', '{path}/merges.txt').save_pretrained('{path}')")
+        elif not found and (path / "config.json").is_file():
+            advice = ("copy tokenizer.json, tokenizer_config.json and chat_template.jinja of the same model "
+                      "into the folder")
         raise UserError(f"{path}: holds {len(found)} tokenizers "
-                        f"({', '.join(f.name for f in found) or 'no tokenizer.json'}); pass {FORMS}")
+                        f"({', '.join(f.name for f in found) or 'no tokenizer.json'}); {advice}")
     return found[0]
 
 

@@ -138,7 +138,7 @@ def parse_messages(messages: Any, name: str) -> Messages:
             tool calls.
     """
     if not isinstance(messages, list) or not messages:
-        alternative = "a string, or " if name == "prompt" else ""
+        alternative = "a string, or " if name in ("prompt", "chosen", "rejected") else ""
         advice = ""
         if isinstance(messages, str) and messages[:1] == "[":
             advice = f"; parse the JSON in it: jq -c '.{name} |= fromjson' FILE > NEW_FILE"
