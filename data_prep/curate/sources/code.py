@@ -162,7 +162,7 @@ class CodeReader(FileReader):
         """Return the files, in order, each with the licences of the folders that it stands in."""
         self._licences: dict[str, tuple[str, ...]] = {}
         left_out: list[SourcePiece] = []
-        names = list_source_files(self.source, self.accepts_name, left_out, self.notes.append)
+        names = list_source_files(self.source, self.accepts_name, left_out, self.notes)
         return [piece for name in names for piece in self.split_file(name)] + left_out
 
     def split_file(self, name: str) -> Iterator[SourcePiece]:
@@ -186,29 +186,29 @@ class CodeReader(FileReader):
         options: CodeOptions = job.options
         language = find_language(job.piece.file)
         if options.languages and language not in options.languages:
-            yield job.broken(BadRecord("language", f"is {language or 'of no known language'}"),
+            yield job.build_broken(BadRecord("language", f"is {language or 'of no known language'}"),
                              is_left_out=True)
             return
         if not options.keep_vendored and is_vendored(job.piece.file):
-            yield job.broken(BadRecord("vendored", "is a copy of another project's"), is_left_out=True)
+            yield job.build_broken(BadRecord("vendored", "is a copy of another project's"), is_left_out=True)
             return
         if job.piece.size_bytes > options.file_bytes:
-            yield job.broken(BadRecord("large", f"has more than {options.file_bytes:,} bytes"),
+            yield job.build_broken(BadRecord("large", f"has more than {options.file_bytes:,} bytes"),
                              is_left_out=True)
             return
         raw = read_unpacked(job.file, options)
         # Tests go from the cheap to the dear: name, size, bytes, text, licence.
         if b"\0" in raw:
-            yield job.broken(BadRecord("binary", "is binary"), is_left_out=True)
+            yield job.build_broken(BadRecord("binary", "is binary"), is_left_out=True)
             return
         text = decode_text(raw, DETECT)
         code, reason = find_exclusion(job.piece.file, text)
         if code and not options.keep_generated:
-            yield job.broken(BadRecord(code, reason, content=text[:1000].encode()), is_left_out=True)
+            yield job.build_broken(BadRecord(code, reason, content=text[:1000].encode()), is_left_out=True)
             return
         licence = find_header_licence(text) or _repository_licence(job)
         if options.licences and licence not in options.licences:
-            yield job.broken(BadRecord("licence", f"is under {licence or 'no licence that is known'}"),
+            yield job.build_broken(BadRecord("licence", f"is under {licence or 'no licence that is known'}"),
                              is_left_out=True)
             return
         yield RawDocument(text, job.name, drop_empty({"licence": licence, "language_hint": language,

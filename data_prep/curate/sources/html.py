@@ -76,7 +76,7 @@ def build_page_document(source: str, place: str, job: ReadingJob, *,
     text, facts = extract_page_text(source, whole=whole)
     if not text.strip():
         reason = "holds no text but menus and links (whole_page: true keeps these)"
-        return job.broken(BadRecord(NO_TEXT, reason), place, is_left_out=True)
+        return job.build_broken(BadRecord(NO_TEXT, reason), place, is_left_out=True)
     return RawDocument(text, place, facts)
 
 

@@ -159,12 +159,12 @@ class TextReader(_SpansReader):
                     if text.strip():
                         yield RawDocument(text, place)
                     else:
-                        yield job.broken(BadRecord(EMPTY, "holds no text"), place, is_left_out=True)
+                        yield job.build_broken(BadRecord(EMPTY, "holds no text"), place, is_left_out=True)
                 except BadRecord as e:
-                    yield job.broken(e, place)
+                    yield job.build_broken(e, place)
                 position += len(piece)
             if position == job.piece.start:
-                yield job.broken(BadRecord(EMPTY, "holds no text"), is_left_out=True)
+                yield job.build_broken(BadRecord(EMPTY, "holds no text"), is_left_out=True)
 
 
 class JsonlReader(_SpansReader):
@@ -198,7 +198,7 @@ class JsonlReader(_SpansReader):
                                                     "or raise document_bytes")
                     yield build_document(_record(line), place, job)
                 except BadRecord as e:
-                    yield job.broken(BadRecord(e.code, str(e), content=line[:1000]), place,
+                    yield job.build_broken(BadRecord(e.code, str(e), content=line[:1000]), place,
                                      is_left_out=e.code == EMPTY)
 
 

@@ -40,7 +40,7 @@ class ParquetReader(FileReader):
             groups = [n for n in range(metadata.num_row_groups)
                       if job.piece.start <= _begin(metadata.row_group(n), size_bytes) < job.piece.stop]
         except BadRecord as e:
-            told = [job.broken(e)] if job.piece.start == 0 else []
+            told = [job.build_broken(e)] if job.piece.start == 0 else []
             yield SourceItem(job.name, lambda: iter(told))
             return
         for number in groups:
@@ -89,7 +89,7 @@ def _documents(batch: Any, prefix: str, done: int, job: ReadingJob) -> Iterator[
             yield build_document({name: _value(batch.column(i)[row]) for i, name in enumerate(names)}, place,
                                  job)
         except BadRecord as e:
-            yield job.broken(e, place, is_left_out=e.code == EMPTY)
+            yield job.build_broken(e, place, is_left_out=e.code == EMPTY)
 
 
 def _value(scalar: Any) -> Any:
