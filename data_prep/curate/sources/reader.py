@@ -207,8 +207,8 @@ def drop_empty(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_in_process(job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
-    """Yield the records in a piece, in order. If a limit ends the process, yield a `BrokenRecord` and continue
-    with the next item in another process."""
+    """Yield the records in a piece. If a limit ends the process, yield a `BrokenRecord` and continue with the
+    next item in another process."""
     skip = 0
     while True:
         process = _get_process(str(job.root), job.options)

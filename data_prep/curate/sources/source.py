@@ -98,8 +98,8 @@ class RawDocument:
     place: str
     """File name, then ":" and the record's line, row or number; unique in the source."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """`url`, `title`, `date`, `licence`, `language_hint`, `own_id` (strings) as far as known, and the format's
-    other fields (plain values)."""
+    """`url`, `title`, `date`, `licence`, `language_hint`, `own_id` (strings) if known, and other fields
+    (plain values)."""
 
 
 @dataclass(frozen=True)
