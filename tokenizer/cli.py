@@ -1,4 +1,4 @@
-"""The door: `sov-tokenizer COMMAND ...`."""
+"""The program `sov-tokenizer`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMANDS = {
          "media tokenizer --audio-tokens 6561 --image-tokens 65536 --output omni-tokenizer")),
     "import": Command(
         "tokenizer.formats.commands:IMPORT",
-        "take over a tokenizer of Hugging Face, tiktoken or sentencepiece", MOVE, "tokenizer.md",
+        "convert a tokenizer of Hugging Face, tiktoken or sentencepiece", MOVE, "tokenizer.md",
         ("import qwen3-8b-base --output tokenizer", "import my.tiktoken --output tokenizer")),
     "export": Command(
         "tokenizer.formats.commands:EXPORT", "write a tokenizer for tiktoken or sentencepiece", MOVE,
@@ -29,7 +29,7 @@ COMMANDS = {
         ("export tokenizer --format tiktoken --output my.tiktoken",
          "export tokenizer --format sentencepiece --output my.model")),
     "report": Command(
-        "tokenizer.report.command:REPORT", "check a tokenizer and write what was found as a page", LOOK,
+        "tokenizer.report.command:REPORT", "check a tokenizer and write the results as a page", LOOK,
         "tokenizer.md",
         ("report tokenizer --text en=english.jsonl --output report.html",
          "report tokenizer --text en=english.jsonl ko=korean.jsonl --output report.html --json report.json")),

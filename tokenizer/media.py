@@ -1,4 +1,4 @@
-"""`sov-tokenizer media`: tokens of pictures and sounds after those of a tokenizer."""
+"""Declare and run `sov-tokenizer media`, which appends tokens for images and sounds to a tokenizer."""
 
 from __future__ import annotations
 
@@ -19,28 +19,26 @@ from megatron_sov.base.settings import (
 from megatron_sov.chat.media_tokens import (
     AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, codebook_token, describe_blocks)
 from megatron_sov.model.pretrained import CONFIG, read_json
-from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, build_special_token
-from tokenizer.formats.reader import build_text_encoder, find_file, get_token_ids, load_tokenizer, open_hf
+from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, build_special_token, get_token_ids
+from tokenizer.formats.reader import build_text_encoder, find_file, load_tokenizer, open_hf
 from tokenizer.formats.sample_texts import find_first_difference, iter_builtin_texts
 
 FILLER = "<|reserved_media_{}|>"
-"""What stands on ids between blocks whose first ids were asked for."""
+"""Reserved token on an id before a block with --audio-first or --image-first."""
+MAX_GAP = 1 << 20
 TOKENIZER = "tokenizer"
-
-
-# Which ids the tokens of media get: marks, then sounds, then pictures, as in HyperCLOVA X 8B Omni.
 
 
 @dataclass(frozen=True)
 class MediaTokens:
-    """Tokens of media."""
+    """Codebooks of sounds and pictures."""
 
     audio_tokens: Annotated[NotNegativeInt, Le(10 ** DIGITS[AUDIO])] = 0
     """Entries of the codebook of sounds (HyperCLOVA X 8B Omni: 6561; default: none)."""
     image_tokens: Annotated[NotNegativeInt, Le(10 ** DIGITS[IMAGE])] = 0
     """Entries of the codebook of pictures (HyperCLOVA X 8B Omni: 65536; default: none)."""
     audio_first: Annotated[int | None, Flag(value="ID"), requires_field("audio_tokens")] = None
-    """Id of the first sound; ids left free before it become reserved tokens (default: the next id)."""
+    """Id of the first sound; unused ids before the block become reserved tokens (default: the next id)."""
     image_first: Annotated[int | None, Flag(value="ID"), requires_field("image_tokens")] = None
     """Id of the first picture, likewise."""
 
@@ -50,23 +48,19 @@ class MediaTokens:
 
 
 def assign_media_ids(media_tokens: MediaTokens, existing_tokens: Collection[str],
-                     num_ids: int) -> tuple[list[str],
-                                                                                list[VocabularyBlock]]:
-    """Return the tokens to add behind `num_ids` ids, in order, and the blocks that they make: marks end where
-    the first block begins.
+                     num_ids: int) -> tuple[list[str], list[VocabularyBlock]]:
+    """Return the tokens to append after `num_ids` ids, in order, and their blocks.
 
-    Args:
-        media_tokens: sizes and first ids.
-        existing_tokens: tokens that are there; marks among them stay where they are.
-        num_ids: ids that are taken.
+    The order is marks, sounds, pictures, as in HyperCLOVA X 8B Omni; the marks end right before the first
+    block.  Existing marks keep their ids.
 
     Raises:
-        UserError: there are codebook entries already, or an id that was asked for is taken.
+        UserError: the tokenizer has media tokens already, or a first id is taken or too large.
     """
     first_tokens = (codebook_token(kind, 0) for kind in (AUDIO, IMAGE))
     if taken := next((token for token in first_tokens if token in existing_tokens), None):
-        raise UserError(f"{taken} is a token already: this tokenizer has tokens of media; take the one "
-                        "that it was made of")
+        raise UserError(f"{taken} is a token already: this tokenizer has media tokens; pass the tokenizer "
+                        "without them")
     words = [mark for mark in MARKS if mark not in existing_tokens]
     blocks: list[VocabularyBlock] = []
     num_fillers = 0
@@ -75,12 +69,12 @@ def assign_media_ids(media_tokens: MediaTokens, existing_tokens: Collection[str]
         free = num_ids + len(words)
         if not size:
             continue
-        if first is not None and not free <= first <= free + (1 << 20):
+        if first is not None and not free <= first <= free + MAX_GAP:
             raise UserError(f"--{kind}-first {first}: the ids up to {free - 1} are taken, and no more than "
-                            f"{1 << 20} may be left free; take {free} or a little more")
+                            f"{MAX_GAP} may be left free; take {free} or a little more")
         gap = (first or free) - free
         fillers = [FILLER.format(num_fillers + i) for i in range(gap)]
-        # marks stand right before the first block, where recipes look for placeholders
+        # recipes look for the marks right before the first block
         words = [*words, *fillers] if blocks else [*fillers, *words]
         num_fillers += gap
         blocks.append(VocabularyBlock(kind, num_ids + len(words), size))
@@ -90,9 +84,9 @@ def assign_media_ids(media_tokens: MediaTokens, existing_tokens: Collection[str]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerMediaOptions:
-    """Add a token for each entry of the codebooks of sounds and pictures, and the marks around them in a
-    text. They follow all other tokens: marks, sounds, pictures. Ids of text stay as they are.
+    """Add a token for each codebook entry of sounds and pictures, and the marks around them in a text.
 
+    The new tokens follow all other tokens: marks, sounds, pictures. The ids of text do not change.
     TOKENIZER is a folder that `sov-tokenizer train` or `import` wrote."""
 
     tokenizer: Annotated[Path, Flag("TOKENIZER")]
@@ -101,7 +95,7 @@ class TokenizerMediaOptions:
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the tokenizer."""
     overwrite: bool = False
-    """Replace what is already there."""
+    """Replace an existing tokenizer."""
 
 
 def run_media(args: TokenizerMediaOptions) -> int:
@@ -114,13 +108,13 @@ def run_media(args: TokenizerMediaOptions) -> int:
 
 @dataclass(frozen=True)
 class _ExtendedTokenizer:
-    """A tokenizer.json with more special tokens than the one that it was made of."""
+    """A tokenizer.json with media tokens appended."""
 
     raw: dict[str, Any]
     words: Sequence[str]
-    """The new tokens, in the order of their ids."""
+    """New tokens in the order of ids."""
     first_id: int
-    """Of the first new token."""
+    """Id of the first new token."""
     blocks: Sequence[VocabularyBlock]
 
     @property
@@ -129,10 +123,10 @@ class _ExtendedTokenizer:
 
 
 def _extend_tokenizer(source: Any, media_tokens: MediaTokens) -> _ExtendedTokenizer:
-    """Add special tokens after all others; the source is not changed.
+    """Append media tokens to a copy of the source's tokenizer.json.
 
     Raises:
-        UserError: see `laid_out`; or the tokenizer's ids have gaps.
+        UserError: see `assign_media_ids`; or the tokenizer's ids have gaps.
     """
     ids = dict(get_token_ids(source.raw))
     first = max(ids.values()) + 1
@@ -143,7 +137,7 @@ def _extend_tokenizer(source: Any, media_tokens: MediaTokens) -> _ExtendedTokeni
     tokenizer = load_tokenizer(raw, source.file)
     moved = [token for token, id_ in ids.items() if tokenizer.token_to_id(token) != id_]
     if moved and raw["model"]["type"] == "BPE":
-        # `tokenizers` gives added tokens ids of its own unless the vocabulary has them
+        # `tokenizers` renumbers added tokens unless the vocabulary contains them
         raw["model"]["vocab"] |= {token["content"]: token["id"] for token in raw["added_tokens"]}
         tokenizer = load_tokenizer(raw, source.file)
     if wrong := next((token for token, id_ in ids.items() if tokenizer.token_to_id(token) != id_), None):
@@ -153,16 +147,11 @@ def _extend_tokenizer(source: Any, media_tokens: MediaTokens) -> _ExtendedTokeni
 
 
 def add_media(tokenizer: Path, output: Path, media_tokens: MediaTokens, *, overwrite: bool = False) -> None:
-    """Write a tokenizer with tokens of media as an artifact of kind "tokenizer".
-
-    Args:
-        tokenizer: artifact of kind "tokenizer".
-        output: the folder to write.
-        media_tokens: which tokens.
-        overwrite: replace a tokenizer that is already there.
+    """Append media tokens to the tokenizer artifact in a folder and write a new artifact.
 
     Raises:
-        UserError: there is no such tokenizer, it has tokens of media, or text would get other ids.
+        UserError: no tokenizer artifact, a damaged artifact, existing media tokens, or text would get other
+            ids; no output is written then.
     """
     check_output_folder(output, TOKENIZER, overwrite)
     manifest = read_manifest(tokenizer, TOKENIZER)
@@ -190,22 +179,22 @@ def _load_written_tokenizer(folder: Path) -> Any:
 
 
 def _check_ids(folder: Path, source: Any, extended: _ExtendedTokenizer) -> str:
-    """Compare ids of text before and after, and look for each new token in its own text; return a sentence.
+    """Compare the ids of texts with the source's, encode each new token's text, and return a sentence.
 
     Raises:
-        UserError: text has other ids, or a token is not found.
+        UserError: a text has other ids, or a new token is not recognized.
     """
     encode = build_text_encoder(_load_written_tokenizer(folder))
     texts = list(iter_builtin_texts(source.raw))
     if difference := find_first_difference(texts, encode, source.encode):
-        raise UserError(f"{source.file}: text would get other ids with tokens of media in its vocabulary, "
+        raise UserError(f"{source.file}: text would get other ids with media tokens in its vocabulary, "
                         f"{difference}; so they cannot be added to this tokenizer")
     special = Tokenizer.from_file(str(folder / TOKENIZER_JSON))
-    together = special.encode("".join(extended.words), add_special_tokens=False).ids
-    if together != list(range(extended.first_id, extended.num_ids)):
-        raise UserError(f"{source.file}: its new tokens are not found in their own text; it cannot have "
-                        "tokens of media")
-    return f"each token of media is found in its own text, and {len(texts)} texts keep their ids"
+    ids = special.encode("".join(extended.words), add_special_tokens=False).ids
+    if ids != list(range(extended.first_id, extended.num_ids)):
+        raise UserError(f"{source.file}: its new tokens are not recognized in text, so it cannot have "
+                        "media tokens")
+    return f"each media token is recognized in text, and {len(texts)} texts keep their ids"
 
 
 def _print_blocks(extended: _ExtendedTokenizer, checked: str, output: Path) -> None:

@@ -1,8 +1,8 @@
-"""Presets: everything that makes a tokenizer what it is, except its text, as data.
+"""Presets: the rules of a tokenizer as data.
 
-The split patterns are those of the Solar Open report (arXiv 2601.07022) and of K-EXAONE's released tokenizer.
+The split patterns are from the Solar Open report (arXiv 2601.07022) and from K-EXAONE's released tokenizer.
 Both split digits one by one.  The first ids (64 in the presets) are special or reserved, the next 256 are the
-bytes, merges follow: a fixed place for every id that a model's config names, whatever the vocabulary's size.
+bytes, merges follow, so that every id that a model's config names is the same at any vocabulary size.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _WHITESPACE = {"runs": r"\s*[\r\n]+|\s+(?!\S)|\s+", "single": r"\s"}
 
 
 def _find_template_fault(template: str) -> Violation | None:
-    """Return what keeps a chat template from being one, by jinja as transformers sets it up."""
-    # transformers' own tag around what is to be learned
+    """Return the fault of a chat template, parsed as transformers parses it."""
+    # jinja does not know the generation tag of transformers
     text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=["jinja2.ext.loopcontrols"])
     try:
         environment.from_string(text)
     except TemplateSyntaxError as e:
-        return ProblemCode.BOUND, f"is no Jinja template, line {e.lineno}: {e.message}", "mend it"
+        return ProblemCode.BOUND, f"is no Jinja template, line {e.lineno}: {e.message}", "correct it"
     except RecursionError:
         return ProblemCode.BOUND, "is nested too deep", "make it flatter"
     return None
@@ -50,15 +50,13 @@ class Preset:
     name: str
     """Name on the command line and in the manifest."""
     split_pattern: str
-    """Regular expression (Oniguruma) whose matches, and the text between them,
-    are the units within which bytes merge."""
+    """Regular expression (Oniguruma); bytes merge within matches and within the text between matches."""
     normalization: Literal["nfc", "none"]
-    """nfc: composed Unicode form, so that decomposed Hangul meets composed; none:
-    bytes are kept as they are."""
+    """nfc: composed Unicode form, which unites decomposed and composed Hangul; none: unchanged bytes."""
     special_tokens: dict[Annotated[str, MinLen(1)], NotNegativeInt]
     """Special token -> id below `num_special_ids`; the ids in between become `<|reserved_N|>`."""
     bos_token: str
-    """Begin of a document for models that want one; never added by itself."""
+    """Begin of a document; the tokenizer never adds it."""
     eos_token: str
     """End of a document, and of generation."""
     pad_token: str
@@ -68,14 +66,13 @@ class Preset:
     max_token_bytes: Annotated[int, Ge(2)] = 48
     """Longest token; without a limit, rules and ASCII art take vocabulary."""
     num_special_ids: NotNegativeInt = 64
-    """Ids kept for special tokens, those reserved for later among them."""
+    """Ids for special and reserved tokens."""
     superword_pattern: str = ""
-    """Split pattern of the finished tokenizer where words may join to superwords (SuperBPE);
-    empty: they may not."""
+    """Split pattern of a finished SuperBPE tokenizer; its matches may contain several words. Empty: BPE."""
     superword_share: Fraction = 0.0
     """Share of the vocabulary that spans words."""
     max_superword_words: Annotated[int, Ge(2)] = 4
-    """Most words in one token."""
+    """Maximum words in a token."""
 
     @property
     def smallest_vocab(self) -> int:
@@ -87,22 +84,21 @@ class Preset:
         return self.superword_pattern or self.split_pattern
 
     def problems(self) -> list[SettingsProblem]:
-        """Return every rule between settings that this preset breaks."""
         reserved = {_format_reserved_name(i): i for i in range(self.num_special_ids)}
-        owner = {id_: token for token, id_ in reversed(self.special_tokens.items())}
-        p = []
+        owners = {id_: token for token, id_ in reversed(self.special_tokens.items())}
+        problems = []
         for token, id_ in self.special_tokens.items():
             key = f"special_tokens.{token}"
             if id_ >= self.num_special_ids:
                 rule = f"must be below num_special_ids = {self.num_special_ids}"
-                p.append(SettingsProblem(ProblemCode.RULE, key, rule, id_))
-            if owner[id_] != token:
-                p.append(SettingsProblem(ProblemCode.TWICE, key, f"is the id of {owner[id_]} too", id_,
-                                         "give each its own"))
+                problems.append(SettingsProblem(ProblemCode.RULE, key, rule, id_))
+            if owners[id_] != token:
+                rule = f"is the id of {owners[id_]} too"
+                problems.append(SettingsProblem(ProblemCode.TWICE, key, rule, id_, "give each its own"))
             if reserved.get(token, id_) != id_:
-                p.append(SettingsProblem(ProblemCode.RULE, key, "is the name of another reserved id", id_,
-                                         "choose another name"))
-        return p + find_broken_rules(
+                rule = "is the name of another reserved id"
+                problems.append(SettingsProblem(ProblemCode.RULE, key, rule, id_, "choose another name"))
+        return problems + find_broken_rules(
             self, "",
             *((getattr(self, name) in self.special_tokens, name, "must stand in special_tokens")
               for name in ("bos_token", "eos_token", "pad_token")),
@@ -110,7 +106,7 @@ class Preset:
              "needs a superword_pattern in which words join", "add it, or set 0"))
 
     def special_by_id(self) -> list[str]:
-        """Return the special and reserved tokens in order of their ids."""
+        """Return special and reserved tokens in the order of ids."""
         names = {id_: token for token, id_ in self.special_tokens.items()}
         return [names.get(i, _format_reserved_name(i)) for i in range(self.num_special_ids)]
 
@@ -164,10 +160,9 @@ KINDS = {SOLAR_OPEN.name: "BPE", K_EXAONE.name: "SuperBPE: tokens of several wor
 
 
 def load_preset(name: str, file: Path | None) -> Preset:
-    """Return the preset of that name; `custom` is read from a JSON or YAML file with the fields of `Preset`.
+    """Return a built-in preset, or read `custom` from a JSON or YAML file with the fields of `Preset`.
 
-    Instead of `split_pattern` the file may have `digits` (single, triples,
-    runs) and `whitespace` (runs, single).
+    The file may have `digits` and `whitespace` (see `_Split`) instead of `split_pattern`.
 
     Raises:
         UserError: an unknown name, a missing or malformed file, or fields that break a rule.
@@ -177,9 +172,9 @@ def load_preset(name: str, file: Path | None) -> Preset:
             raise UserError(f"--config {file}: belongs to --preset custom, not to --preset {name}; "
                             "drop one of them")
         if name not in PRESETS:
-            listed = ", ".join(f"{one} ({kind})" for one, kind in KINDS.items())
+            presets = ", ".join(f"{preset} ({kind})" for preset, kind in KINDS.items())
             raise UserError(f"--preset {name!r}: does not exist{suggest_name(name, KINDS)} (presets: "
-                            f"{listed})")
+                            f"{presets})")
         return PRESETS[name]
     if file is None:
         raise UserError(f"--preset {name}: needs --config FILE with the tokenizer's rules, JSON or YAML (see "
@@ -196,34 +191,34 @@ def load_preset(name: str, file: Path | None) -> Preset:
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """What a file may say in place of `split_pattern`."""
+    """Choices in a file from which the split pattern is built."""
 
     digits: Literal["single", "triples", "runs"] = "single"
-    """Numbers one by one, by three, or as a whole."""
+    """Split numbers into digits or groups of three, or keep them whole."""
     whitespace: Literal["runs", "single"] = "runs"
-    """Blanks together, or each by itself."""
+    """Keep runs of blanks, or split each blank."""
 
 
 def _add_pattern(raw: dict[str, Any], where: str, lines: Mapping[Place, int]) -> dict[str, Any]:
-    """Replace `digits` and `whitespace` by the split pattern that they stand for.
+    """Replace `digits` and `whitespace` by a split pattern.
 
     Raises:
-        SettingsError: they are unknown, or a pattern is given as well.
+        SettingsError: unknown values, or the file has `split_pattern` too.
     """
-    given = {key: raw[key] for key in ("digits", "whitespace") if key in raw}
+    choices = {key: raw[key] for key in ("digits", "whitespace") if key in raw}
     if "split_pattern" in raw:
-        if given:
+        if choices:
             rule = "is a part of split_pattern, which is given too"
             raise SettingsError(where, [SettingsProblem(ProblemCode.RULE, key, rule, value,
                                                         "keep one of them")
-                                        for key, value in given.items()])
+                                        for key, value in choices.items()])
         return raw
-    split = parse_settings(_Split, given, where, lines=lines)
+    split = parse_settings(_Split, choices, where, lines=lines)
     punctuation = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
     word = r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*)+"
     pattern = "|".join((_CONTRACTIONS, word, _DIGITS[split.digits], punctuation,
                         _WHITESPACE[split.whitespace]))
-    return {key: value for key, value in raw.items() if key not in given} | {"split_pattern": pattern}
+    return {key: value for key, value in raw.items() if key not in choices} | {"split_pattern": pattern}
 
 
 SMALLEST_MEMORY_GB = 1.0
@@ -231,22 +226,19 @@ SMALLEST_MEMORY_GB = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class CountPlan:
-    """What to learn."""
+    """Settings of counting and learning."""
 
     preset: Preset
-    """Rules."""
     vocab_size: int
-    """Ids, special ones included."""
+    """Number of ids, including special tokens."""
     transition_size: int
-    """Ids at which words begin to join; `vocab_size` where they never do."""
+    """Number of ids at which words begin to join; `vocab_size` for plain BPE."""
     only_superwords: bool
-    """From there on every token is a superword, as long as the text has any;
-    else merging goes on within words too."""
+    """Learn only superwords from there on, while the text has any. False: merge within words too."""
     superword_sample_bytes: int
-    """Text that superwords are learned from, at most."""
+    """Maximum text from which superwords are learned."""
     max_memory_bytes: int | None
-    """Bound on memory; None: learning takes what the distinct words need."""
+    """Bound on memory. None: no bound on learning."""
     workers: int
-    """Processes that read and count."""
     work: Path
-    """Folder for what is counted."""
+    """Folder for counts."""

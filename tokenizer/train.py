@@ -1,4 +1,4 @@
-"""Options and checks for `sov-tokenizer train`."""
+"""Declare `sov-tokenizer train`: options, checks and the counting plan."""
 
 from __future__ import annotations
 
@@ -24,46 +24,45 @@ SUPERWORD_SAMPLE_MB = 100
 class TokenizerTrainOptions:
     """Learn a byte-level BPE tokenizer from text; with a preset that has superwords, SuperBPE.
 
-    The vocabulary has exactly the size that you ask for. The same text gives the same file, byte for
-    byte, with any number of workers and any order of files. A killed command continues when it is run
-    again."""
+    The vocabulary has exactly --vocab-size ids. The same text gives the same file, byte for byte, with any
+    number of workers and any order of files. A killed command continues when you run it again."""
 
     preset: Annotated[str, Flag(value="NAME")]
     """The tokenizer's rules. solar-open: BPE; k-exaone: SuperBPE, with tokens of several words too; custom:
-    those of --config."""
+    the rules in --config."""
     config: Annotated[Path | None, Flag(value="FILE")] = None
     """The rules of --preset custom, JSON or YAML."""
     vocab_size: int
-    """Number of ids, special ones and bytes included."""
+    """Number of ids, including special tokens and bytes."""
     input: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH[:WEIGHT]", many=True)]
-    """A text, .jsonl (field text, or messages) or .parquet file (.gz and .zst too) or a folder of them;
-    several may follow, and it may be repeated. Inputs of one NAME are one group. Weighted groups share
-    their bytes by weight, by leaving out or repeating text; others are taken as they are."""
+    """A text, .jsonl (field text, or messages) or .parquet file (also .gz, .zst) or a folder of such files;
+    takes several paths, and may be repeated. Inputs with the same NAME form a group. Groups with a weight
+    share their bytes by weight, by leaving out or repeating text."""
     mixture: Annotated[str | None, Flag(value="NAME")] = None
-    """Weights as published, for groups named so: solar-open, k-exaone."""
+    """Published weights for groups named as in the mixture: solar-open, k-exaone."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the tokenizer."""
     superword_share: Annotated[Fraction | None, Flag(value="SHARE")] = None
     """Part of the vocabulary that spans words (default: the preset's; 0: plain BPE)."""
     transition_size: Annotated[int | None, excludes_field("superword_share")] = None
-    """Ids before words join; merging then goes on across words and within them, as published, and how many
-    superwords there will be depends on the text."""
+    """Ids before words join. Merging then continues across and within words, as published, and the number of
+    superwords depends on the text."""
     max_superword_words: Annotated[int, Ge(2)] | None = None
     """Most words in one token, at least 2 (default: the preset's, 4)."""
     superword_sample_mb: Annotated[AboveZero, Flag(value="MB")] = SUPERWORD_SAMPLE_MB
-    """Text that superwords are learned from, chosen by hash."""
+    """Size of the text from which superwords are learned, sampled by hash."""
     max_memory_gb: Annotated[NotNegative | None, Flag(value="GB")] = None
-    """Bound on memory; the rarest words are left out where they do not fit, and the manifest says so
-    (default: counting goes through the disk, learning takes what the distinct words need)."""
+    """Bound on memory; the rarest words are left out if they do not fit, and the manifest reports them
+    (default: counting uses the disk, learning uses as much memory as the distinct words need)."""
     workers: AtLeastOne = dataclasses.field(default_factory=count_cores)
-    """Processes that read; the result does not depend on it (default: this machine's cores)."""
+    """Processes that read; the result does not depend on the number (default: this machine's cores)."""
     overwrite: bool = False
-    """Replace a tokenizer that is already there."""
+    """Replace an existing tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainRequest:
-    """Checked input for `train_run.train_tokenizer`."""
+    """Checked input of `train_run.train_tokenizer`."""
 
     plan: CountPlan
     groups: list[SourceGroup]
@@ -79,11 +78,10 @@ def check_train(options: TokenizerTrainOptions) -> TrainRequest:
 
 
 def apply_superword_options(preset: Preset, args: TokenizerTrainOptions) -> Preset:
-    """Return the preset with what the command line says about superwords.
+    """Return the preset with the superword options applied.
 
     Raises:
-        UserError: superwords are asked for where the preset has no pattern for them,
-            or a number is out of range.
+        UserError: the preset has no superword pattern, or a number is out of range.
     """
     for option, value in (("--superword-share", args.superword_share),
                           ("--transition-size", args.transition_size),
@@ -105,10 +103,10 @@ def apply_superword_options(preset: Preset, args: TokenizerTrainOptions) -> Pres
 
 
 def make_plan(preset: Preset, args: TokenizerTrainOptions) -> CountPlan:
-    """Return what to learn.
+    """Build the counting plan.
 
     Raises:
-        UserError: a number is out of range, or a pattern is no regular expression.
+        UserError: a number is out of range, or a pattern is not a regular expression.
     """
     if args.vocab_size < preset.smallest_vocab:
         raise UserError(f"--vocab-size {args.vocab_size}: must be at least {preset.smallest_vocab} "
@@ -118,7 +116,7 @@ def make_plan(preset: Preset, args: TokenizerTrainOptions) -> CountPlan:
                         f"{SMALLEST_MEMORY_GB:g}; leave it out for no bound")
     for pattern in {preset.split_pattern, preset.final_pattern}:
         build_splitter(pattern, preset.name)
-        if preset.name not in PRESETS:  # those are known to be whole
+        if preset.name not in PRESETS:  # built-in patterns match every character
             check_coverage(pattern, preset.name)
     transition = max(round(args.vocab_size * (1 - preset.superword_share)), preset.smallest_vocab)
     memory_bytes = None if args.max_memory_gb is None else round(args.max_memory_gb * 1e9)

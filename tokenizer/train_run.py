@@ -1,4 +1,9 @@
-"""Runs `sov-tokenizer train`: learns a vocabulary, writes files for transformers and checks them."""
+"""Run `sov-tokenizer train`: learn a vocabulary, write the Hugging Face files and check them.
+
+The check proves three facts about the files: decoding returns the text (after the preset's normalization),
+tiktoken and `transformers` give the same ids, and a naive loop with stage 1 followed by stage 2 gives the
+same tokens as all merges in order.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +28,16 @@ from tokenizer.bpe.splitter import Splitter
 from tokenizer.bpe.vocabulary import Vocabulary
 from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, build_preset_config, build_tokenizer
 from tokenizer.mixture import gather_groups
-from tokenizer.presets import CountPlan, Preset, load_preset
+from tokenizer.presets import NUM_BYTES, CountPlan, Preset, load_preset
 from tokenizer.train import TokenizerTrainOptions, TrainRequest, apply_superword_options, make_plan
 
 MAX_CHECKED_BYTES = 2 << 20
-"""Longest text from which the check of a proposed line learns."""
+"""Maximum size of the inputs that `check_proposal` learns from."""
+TWO_STEP_CHARS = 50_000
+"""Characters of each sample that the naive loop encodes."""
+BLOCK_CHARS, BLOCK_STEP = 4096, 13
+"""The check takes every 13th character of a block, with another offset for each separator."""
+_LOADING = threading.Lock()
 _CHECKED_INPUTS: set[tuple[str, ...]] = set()
 
 
@@ -35,17 +45,18 @@ def train_tokenizer(request: TrainRequest) -> None:
     """Train a tokenizer and write it as an artifact of kind "tokenizer".
 
     Raises:
-        UserError: unreadable input, a vocabulary that cannot be reached, or an output that may not be
-            replaced; no output is written then, and what is counted is kept for the next try.
+        UserError: unreadable input, a text too small for the vocabulary, or an output folder that exists.
+            No output is written then; the next run reuses the counts.
     """
     plan, output = request.plan, request.output
     started_s = time.monotonic()
     with open_parts(output, "sov-tokenizer train"):
         learned = learn_vocabulary(plan, request.groups, load_ahead)
         num_superwords = learned.vocabulary.count_superwords()
-        print(f"{plan.vocab_size} tokens learned in {time.monotonic() - started_s:.1f} s" + (
-            f"; {num_superwords:,} span words, {100 * num_superwords / plan.vocab_size:.2f} %"
-            if num_superwords else ""))
+        sentence = f"{plan.vocab_size} tokens learned in {time.monotonic() - started_s:.1f} s"
+        if num_superwords:
+            sentence += f"; {num_superwords:,} span words, {100 * num_superwords / plan.vocab_size:.2f} %"
+        print(sentence)
         trained = build_tokenizer(plan.preset, learned.vocabulary)
         with create_artifact(output, "tokenizer", overwrite=request.overwrite) as artifact:
             _write_artifact(artifact, trained, plan, learned)
@@ -54,7 +65,7 @@ def train_tokenizer(request: TrainRequest) -> None:
 
 def _write_artifact(artifact: ArtifactWriter, trained: Tokenizer, plan: CountPlan,
                     learned: LearnedVocabulary) -> None:
-    """Write the two Hugging Face files, check them, and state the facts in the manifest."""
+    """Write and check the two Hugging Face files, and fill the manifest."""
     preset = plan.preset
     trained.save(str(artifact.path / TOKENIZER_JSON), pretty=False)
     (artifact.path / CONFIG_JSON).write_text(format_json(build_preset_config(preset)), encoding="utf-8")
@@ -84,9 +95,9 @@ def _write_artifact(artifact: ArtifactWriter, trained: Tokenizer, plan: CountPla
 
 
 def check_proposal(args: TokenizerTrainOptions) -> None:
-    """Learn from a short text in a temporary folder, to check whether its vocabulary can be reached."""
+    """Learn from small inputs in a temporary folder to check that the vocabulary size can be reached."""
     inputs = tuple(map(os.path.abspath, args.input))
-    if inputs in _CHECKED_INPUTS:  # the size of the vocabulary has been corrected
+    if inputs in _CHECKED_INPUTS:  # the first check corrected the vocabulary size
         return
     _CHECKED_INPUTS.add(inputs)
     groups = gather_groups(args.input, args.mixture)
@@ -95,22 +106,8 @@ def check_proposal(args: TokenizerTrainOptions) -> None:
         return
     plan = make_plan(apply_superword_options(load_preset(args.preset, args.config), args), args)
     with tempfile.TemporaryDirectory() as work:
-        # an empty context: the work itself is no check
+        # in an empty context the inner run is not a check itself
         contextvars.Context().run(learn_vocabulary, dataclasses.replace(plan, work=Path(work)), groups)
-
-
-# What is proven about a finished tokenizer.
-#
-# - One step (all merges in their order) gives the same tokens as two (stage 1, then stage 2), by a naive
-#   loop.
-# - tiktoken gives the same ids as `transformers`, which runs `tokenizers` on the files that were written.
-# - Decoding gives the text back, after the normalization of the preset.
-
-TWO_STEP_CHARS = 50_000
-"""Text of each sample that is merged by the naive loop."""
-_LOADING = threading.Lock()
-BLOCK_CHARS, BLOCK_STEP = 4096, 13
-"""Every 13th Unicode character, in blocks: another one of each block in each kind of surrounding."""
 
 
 class CheckFailed(Exception):
@@ -119,112 +116,104 @@ class CheckFailed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class RoundTripCheck:
-    """What the check found."""
-
     sentence: str
-    """What was proven, and on how much text."""
+    """Proven facts and the amount of text."""
     bytes_per_token: list[float]
-    """UTF-8 bytes of each sample divided by its tokens."""
+    """UTF-8 bytes of each sample divided by its number of tokens."""
 
 
 def load_ahead() -> None:
-    """Load `transformers` beside other work: it takes seconds."""
+    """Import `transformers` in a thread, which takes seconds, while the merges are learned."""
     threading.Thread(target=_import_transformers).start()
 
 
 def _import_transformers() -> Any:
-    """Return the module; a thread that met it half loaded by another one would not find all of its names."""
+    # the lock keeps a second thread from a half-loaded module
     with _LOADING:
         return importlib.import_module("transformers")
 
 
 def check_round_trip(tokenizer: Tokenizer, preset: Preset, vocabulary: Vocabulary, stage_1: int, folder: Path,
           samples: list[str]) -> RoundTripCheck:
-    """Check a tokenizer on samples of its text and on Unicode.
+    """Check a tokenizer on samples of its training text and on characters of all of Unicode.
 
     Args:
-        tokenizer: as built; it decodes.
-        preset: its rules.
-        vocabulary: its tokens and merges.
-        stage_1: tokens of stage 1.
-        folder: holds its files.
-        samples: one text of each group.
+        tokenizer: decodes.
+        preset: rules of the tokenizer.
+        vocabulary: tokens and merges, without special ids.
+        stage_1: number of tokens of stage 1.
+        folder: contains tokenizer.json.
+        samples: one text per group.
 
     Raises:
-        CheckFailed: a difference; it should never happen.
+        CheckFailed: an encoding differs, or decoding does not return the text.
     """
     splitter = Splitter(preset, preset.final_pattern)
     texts = [*samples, *_iter_unicode_texts()]
-    # from the files, as a user's program loads them
     ids = _encode_with_transformers(folder, texts)
     normal = [splitter.normalize(text) for text in texts]
     _check_equal("decoding does not give back", texts, tokenizer.decode_batch(ids, skip_special_tokens=False),
             normal)
     encoding = vocabulary.as_tiktoken(preset.final_pattern)
     first = preset.num_special_ids
-    # another implementation of the same merges: it shares no code with `tokenizers`
-    by_tiktoken = encoding.encode_ordinary_batch(normal, num_threads=len(os.sched_getaffinity(0)))
+    # an independent implementation of the same merges
+    tiktoken_ids = encoding.encode_ordinary_batch(normal, num_threads=len(os.sched_getaffinity(0)))
     _check_equal("tiktoken and transformers differ on", texts,
-            [[i + first for i in found] for found in by_tiktoken], ids)
+            [[i + first for i in row] for row in tiktoken_ids], ids)
     if stage_1 < len(vocabulary.tokens):
         heads = [text[:TWO_STEP_CHARS] for text in normal[: len(samples)]]
-        # SuperBPE is learned in two steps and encoded in one: both must agree
+        # SuperBPE learns in two stages and encodes in one step
         one_step = [encoding.encode_ordinary(text) for text in heads]
         _check_equal("two steps differ from one on", heads,
                 list(_encode_in_two_steps(heads, vocabulary, stage_1, splitter)), one_step)
     num_bytes = sum(len(text.encode()) for text in texts)
     sentence = (f"checked on {num_bytes / 1e6:.1f} MB: decoding gives the text back, "
-                "tiktoken and transformers give the same ids"
-                + (", two steps the same as one" if stage_1 < len(vocabulary.tokens) else ""))
-    return RoundTripCheck(sentence, [len(text.encode()) / max(1, len(found))
-                                     for text, found in zip(samples, ids, strict=False)])
+                "tiktoken and transformers give the same ids")
+    if stage_1 < len(vocabulary.tokens):
+        sentence += ", two steps the same as one"
+    return RoundTripCheck(sentence, [len(text.encode()) / max(1, len(row))
+                                     for text, row in zip(samples, ids, strict=False)])
 
 
-def _check_equal(message: str, texts: list[str], found: Sequence[object], expected: Sequence[object]) -> None:
-    for text, one, other in zip(texts, found, expected, strict=True):
-        if one != other:
+def _check_equal(message: str, texts: list[str], actual: Sequence[object],
+                 expected: Sequence[object]) -> None:
+    for text, value, reference in zip(texts, actual, expected, strict=True):
+        if value != reference:
             raise CheckFailed(f"{message} {text[:200]!r}")
 
 
 def _encode_with_transformers(folder: Path, texts: list[str]) -> list[list[int]]:
-    """Return the ids of texts, by the file; special tokens in them stay text."""
-    loaded = _import_transformers().PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER_JSON))
-    return list(loaded(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    """Encode texts with the written tokenizer.json; special tokens in a text stay text."""
+    tokenizer = _import_transformers().PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER_JSON))
+    return list(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def _encode_in_two_steps(texts: list[str], vocabulary: Vocabulary, stage_1: int,
-                  splitter: Splitter) -> Iterator[list[int]]:
-    """Yield the tokens of texts: each unit by the merges of stage 1, then by those of stage 2."""
-    ranks = {(vocabulary.tokens[a], vocabulary.tokens[b]): id_
-             for id_, (a, b) in enumerate(vocabulary.merges, 256)}
+                         splitter: Splitter) -> Iterator[list[int]]:
+    """Encode texts naively: each unit with the merges of stage 1, then with the merges of stage 2."""
+    pairs = [(vocabulary.tokens[left], vocabulary.tokens[right]) for left, right in vocabulary.merges]
+    ranks = {pair: float(id_) for id_, pair in enumerate(pairs, NUM_BYTES)}
+    first = {pair: rank for pair, rank in ranks.items() if rank < stage_1}
+    second = {pair: rank for pair, rank in ranks.items() if rank >= stage_1}
     ids = {token: id_ for id_, token in enumerate(vocabulary.tokens)}
-
-    def first(left: bytes, right: bytes) -> float | None:
-        """Return the rank of a merge of stage 1."""
-        return rank if (rank := ranks.get((left, right))) is not None and rank < stage_1 else None
-
-    def second(left: bytes, right: bytes) -> float | None:
-        """Return the rank of a merge of stage 2."""
-        return rank if (rank := ranks.get((left, right))) is not None and rank >= stage_1 else None
-
-    known: dict[str, list[int]] = {}
+    unit_ids: dict[str, list[int]] = {}
     for text in texts:
-        found: list[int] = []
+        text_ids: list[int] = []
         for unit in splitter.split_text(text):
-            if unit not in known:
-                # plain BPE by ranks, slow and obvious
-                parts = merge_parts([bytes([b]) for b in unit.encode()], first)
-                known[unit] = [ids[token] for token in merge_parts(parts, second)]
-            found += known[unit]
-        yield found
+            if unit not in unit_ids:
+                parts = merge_parts([bytes([b]) for b in unit.encode()], lambda a, b: first.get((a, b)))
+                parts = merge_parts(parts, lambda a, b: second.get((a, b)))
+                unit_ids[unit] = [ids[token] for token in parts]
+            text_ids += unit_ids[unit]
+        yield text_ids
 
 
 def _iter_unicode_texts() -> Iterator[str]:
-    """Yield characters of all of Unicode, in blocks: alone, behind a letter, behind a space."""
-    # the planes between have no characters
+    """Yield characters of each Unicode block: adjacent, after a letter, after a space."""
+    # the planes in between have no characters
     for start in (*range(0, 0x40000, BLOCK_CHARS), 0xE0000, 0xF0000, 0x10F000):
         codes = [c for c in range(start, start + BLOCK_CHARS) if not 0xD800 <= c < 0xE000]
         for offset, separator in enumerate(("", "a", " ")):
-            if codes:
-                yield separator.join(
-                    map(chr, codes[(start // BLOCK_CHARS + 4 * offset) % BLOCK_STEP :: BLOCK_STEP]))
+            chosen = codes[(start // BLOCK_CHARS + 4 * offset) % BLOCK_STEP :: BLOCK_STEP]
+            if chosen:
+                yield separator.join(map(chr, chosen))

@@ -65,13 +65,12 @@ class MediaSettings:
     video_frames: Annotated[AtLeastOne, Le(4096)] = 64
     """Most frames of a video."""
     animated: Animated = "refuse"
-    """Animated pictures: refuse them, or take the first frame."""
+    """Animated pictures: refuse, or take the first frame."""
     drawn: Drawn = "call"
     """Pictures of an assistant: tool calls, as the published model draws, or in the message content, for
     templates that show no calls."""
     bad_media: BadMedia = "stop"
-    """Bad records, and records with a bad medium: stop at the first, or leave them out and list them in
-    bad_media.jsonl."""
+    """Bad records or media: stop at the first, or leave out bad records and list them in bad_media.jsonl."""
     device: Annotated[str, Flag(value="DEVICE")] = "cpu"
     """Where codecs compute, such as cuda."""
     limits: MediaLimits = field(default_factory=MediaLimits)
@@ -113,15 +112,15 @@ class MediaSettings:
         return banks
 
     def format_identity(self) -> str:
-        """Return JSON with all settings that a unit without bad records depends on. Raises `UserError`: a
-        folder is no codec."""
+        """Return JSON with the settings that determine a unit without bad records. Raises `UserError`: a
+        folder without codec."""
         # media root, device and handling of bad records change no good unit
         facts: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
                                  if f.name not in ("media_root", "device", "limits", "bad_media")}
         for name in ("image_tokenizer", "audio_tokenizer"):
             if (path := facts[name]) is not None:
                 read_manifest(path, "codec")
-                # a moved codec keeps its identity
+                # a moved codec keeps the same hash
                 facts[name] = manifest_sha256(path)
         return json.dumps({**facts, "limits": dataclasses.asdict(self.limits), "code": CODE_VERSION},
                           sort_keys=True)
@@ -135,8 +134,8 @@ class EncodeMediaOptions(ClusterOptions):
     A killed command continues when run again."""
 
     input: Annotated[tuple[Path, ...], Flag(many=True)]
-    """JSONL files, or folders of them: chats ("messages") or documents ("content") whose parts are {"type":
-    "text" | "image" | "audio" | "video", ...}."""
+    """JSONL files, or folders with such files: chats ("messages") or documents ("content") whose parts are
+    {"type": "text" | "image" | "audio" | "video", ...}."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the media corpus."""
     settings: MediaSettings

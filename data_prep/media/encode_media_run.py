@@ -1,5 +1,4 @@
-"""Runs `sov-data encode-media`: units are encoded here or by an array of cluster jobs, then joined in input
-order.
+"""Runs `sov-data encode-media`: encodes units locally or in cluster jobs, and joins them in input order.
 
 A unit holds some records with their media, in a folder that appears when complete. The folder is named by a
 hash of records and settings, so after a kill complete units are reused. Media files are not part of the hash:
@@ -84,7 +83,7 @@ def submit_encoding(options: EncodeMediaOptions) -> None:
         "encode", "encode-media", len(units), "units",
         num_done=lambda: sum(map(encoder.is_complete, units)),
         begin=lambda: begin_parts(options.output, PROGRAM),
-        # `submit_shares` passes the number of workers, the array job its task
+        # `submit_shares` passes the number of workers, the array job a task number
         share=partial(partial, encode_share, options), finish=partial(finish_run, options),
         cpus=min(profile.cpus_per_node, options.threads + 1), gpus=int(settings.device.startswith("cuda")),
         finish_cpus=min(profile.cpus_per_node, FINISH_CPUS)), profile, options.workers or DEFAULT_WORKERS)
@@ -93,7 +92,7 @@ def submit_encoding(options: EncodeMediaOptions) -> None:
 def encode_share(options: EncodeMediaOptions, num_workers: int, task: int) -> None:
     """Encode every `num_workers`-th unit, in an array job."""
     check_restarts(PROGRAM, "take more --workers")
-    # interleaved, as adjacent units take similar time
+    # interleaved, because adjacent units take similar time
     _encode_units(options, list(plan_media_units(_list_files(options.input)))[task::num_workers],
                   shows_bar=False)
 
@@ -104,7 +103,7 @@ def finish_run(options: EncodeMediaOptions, task: int) -> None:
 
 
 def _prepare_units(options: EncodeMediaOptions) -> list[MediaUnit]:
-    """Check options, libraries and output, and return the units. Raises `UserError`: all problems."""
+    """Check options, libraries and output, and return the units. Raises `UserError` with every problem."""
     p = list(map(to_problem, find_library_problems("it", "PIL", "soundfile", "scipy", extra="omni")))
     p += [SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
           for path in options.input if not path.exists()]
@@ -165,7 +164,7 @@ class MediaUnit:
     def compute_key(self, identity: str) -> str:
         digest = hashlib.sha256(identity.encode())
         for number, line in self.iter_lines():
-            # relative line numbers: a moved unit keeps its key; lengths: merged lines do not
+            # relative line numbers keep the key of a moved unit; lengths detect merged lines
             digest.update(f"\n{number - self.first_line} {len(line)} ".encode())
             digest.update(line)
         return digest.hexdigest()
@@ -220,7 +219,7 @@ class MediaUnitEncoder:
         build_part(self._work, unit.compute_key(self._identity), SUMMARY, partial(self._write_unit, unit))
 
     def _write_unit(self, unit: MediaUnit, folder: Path) -> None:
-        if self._encoder is None:  # codecs load slowly: a command with all units complete opens none
+        if self._encoder is None:  # codecs load slowly: open them for the first incomplete unit
             self._encoder = MediaRecordEncoder(self._settings, self._threads)
         bad: list[dict[str, object]] = []
         records: list[tuple[int, MediaRecord]] = []
@@ -236,7 +235,7 @@ class MediaUnitEncoder:
         counts, kinds = self._write_records(folder / CORPUS_RECORDS, unit, records, media, bad)
         (folder / BAD).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in bad))
         (folder / ROWS).write_text(format_json({kind: banks.keys[kind] for kind in BANK_KINDS}))
-        # last: the summary marks a unit as complete
+        # the summary marks a complete unit, so write the file last
         (folder / SUMMARY).write_text(format_json({"counts": counts, "kinds": sorted(kinds),
                                                    "codebooks": self._encoder.get_codebook_sizes()}))
 
@@ -350,7 +349,7 @@ class _JoinedRecords:
                 self.bad.write(json.dumps(row, ensure_ascii=False) + "\n")
         with open(folder / CORPUS_RECORDS, encoding="utf-8") as f:
             records = list(map(json.loads, f))
-        # the unit's banks also hold media of records that were left out
+        # the unit's banks also hold media from rejected records
         unit_rows = {kind: sorted({row for record in records for row, _ in record[FEATURES].get(kind, ())})
                      for kind in self.banks}
         new_rows = self._append_rows(folder, unit_rows)

@@ -24,7 +24,7 @@ from megatron_sov.omni.media.reading.reader import DecodedMedia, MediaReader, re
 from megatron_sov.omni.media.spectrograms import SAMPLE_RATE_HZ, SpectrogramExtractor
 
 BATCH_PICTURES = 16
-"""Pictures per codec batch: a constant size, so that a picture's tokens do not depend on its neighbours."""
+"""Pictures per codec batch: a constant size makes a picture's tokens independent of neighbours."""
 BATCH_MEDIA = 16
 """Decoded media in memory at a time."""
 CACHE_SIZE = 50_000
@@ -53,7 +53,7 @@ class MediaRecordEncoder:
     """Encodes media; one instance per process."""
 
     def __init__(self, settings: MediaSettings, threads: int) -> None:
-        """Open the codecs. Raises `UserError`: a folder is no codec of its kind."""
+        """Open the codecs. Raises `UserError`: a folder without codec, or another kind of codec."""
         self._settings, self._threads = settings, threads
         self._reader = MediaReader(settings.media_root, settings.limits, threads)
         self.images = _open_codec(settings.image_tokenizer, "--image-tokenizer", settings.device,
@@ -74,17 +74,13 @@ class MediaRecordEncoder:
                 if codec is not None}
 
     def encode(self, parts: Sequence[MessagePart], banks: UnitBanks) -> dict[MessagePart, Medium | BadRecord]:
-        """Return each part's encoded medium, or the problem; equal contents are encoded once.
-
-        Args:
-            parts: media.
-            banks: receive the records.
-        """
+        """Return part -> encoded medium or problem, and write records to `banks`; equal contents are encoded
+        once."""
         encoded: dict[MessagePart, Medium | BadRecord] = {}
         names: dict[MessagePart, str] = {}
         for part in dict.fromkeys(parts):
             try:
-                # named by content: equal bytes are encoded once, under any file name
+                # named by content: equal bytes under two file names are encoded once
                 with open(self._locate_file(part), "rb") as f:
                     names[part] = f"{part.kind}/{hashlib.file_digest(f, 'sha256').hexdigest()}"
             except BadRecord as e:
@@ -98,7 +94,7 @@ class MediaRecordEncoder:
         with ThreadPoolExecutor(self._threads) as pool:
             for start in range(0, len(pending), BATCH_MEDIA):
                 batch = pending[start:start + BATCH_MEDIA]
-                # decoders are processes, so threads suffice; codecs take the results one after the other
+                # decoders are processes, and threads suffice; codecs take the results in order
                 decoded = list(pool.map(lambda name: self._decode(first_parts[name]), batch))
                 contents |= self._encode_contents(dict(zip(batch, decoded, strict=True)), banks)
         return encoded | {part: contents[name] for part, name in names.items()}
@@ -207,7 +203,7 @@ class MediaRecordEncoder:
         piece_samples = int(self.sounds.max_piece_s * self.sounds.sample_rate_hz)
         entries: list[int] = []
         for start in range(0, len(samples), piece_samples):
-            # torch rejects read-only arrays, so copy
+            # torch rejects read-only arrays
             ids = self._run_codec(self.sounds, samples[start:start + piece_samples].copy())
             entries += _check_entries(ids, self.sounds, self._settings.audio_tokenizer)
         return entries

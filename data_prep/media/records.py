@@ -79,8 +79,8 @@ class Medium:
 
 
 def parse_record(line: bytes) -> MediaRecord:
-    """Parse a line. Raises `BadRecord`: the line is no chat or document, a part is malformed, or a text
-    spells a media token."""
+    """Parse a line. Raises `BadRecord`: neither chat nor document, a malformed part, or a text with a media
+    token."""
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as e:
@@ -100,7 +100,7 @@ def parse_record(line: bytes) -> MediaRecord:
     fields = {name: value for name, value in record.items() if name != own}
     if kind == TEXT and "text" in fields:
         raise BadRecord("fields", "has both 'content' and 'text'; leave one out")
-    # templates may write any field into the text, so check all fields
+    # a template may write a further field into the text, so check every field
     texts = [part.value for message in messages for part in message.parts or () if part.kind == "text"]
     checked = [fields, *(message.fields for message in messages), *texts]
     if token := find_media_token(json.dumps(checked, ensure_ascii=False)):
@@ -154,7 +154,7 @@ def format_record(record: MediaRecord, media: Mapping[MessagePart, Medium], draw
 
 
 class _RecordFormatter:
-    """Replaces the media of one record by text."""
+    """Replaces a record's media by text."""
 
     def __init__(self, media: Mapping[MessagePart, Medium], drawn: str) -> None:
         self._media, self._draws_by_call, self._numbers = media, drawn == CALL, Counter[str]()

@@ -1,4 +1,4 @@
-"""Blends: YAML files with the share of each phase's tokens by tags of sources.
+"""Blends: YAML files that divide a phase's tokens among sources by tags.
 
 A phase lists shares, or gives a product of tags: publications often report the share per kind and the share
 of synthetic text, but not the share of synthetic text per kind.
@@ -22,24 +22,24 @@ from megatron_sov.base.settings import (
     Bound, NotBlank, ProblemCode, SettingsProblem, Violation, read_settings_file)
 
 SHIPPED = Path(__file__).parents[1] / "curate/pipelines/blends"
-"""Shipped blends, a file each."""
+"""Folder with shipped blends."""
 TOLERANCE_PCT = 0.01
 """Permitted deviation of a phase's shares from 100, because published figures are rounded."""
 MAX_ENTRIES = 10_000
 MAX_NAMES = 12
 """Names and tag values in a message."""
 EPOCH_TOLERANCE = 1e-6
-"""Relative tolerance for `--max-epochs`: shares capped at the limit lie on it."""
+"""Relative tolerance for `--max-epochs`, as a share may reach the limit exactly."""
 Where = dict[str, tuple[str, ...]]
 """Tag, or "source" for names -> alternative patterns."""
 Missing = Literal["refuse", "spread"]
-"""For a share without source: refuse the blend, or spread the share over its phase in proportion."""
+"""For a share without source: refuse the blend, or spread the share over the phase in proportion."""
 Percent = Annotated[float, Ge(0), Le(100)]
 
 
 @dataclass(frozen=True)
 class BlendEntry:
-    """A share of a phase, and the conditions that select its sources."""
+    """A phase's share, with the conditions for selecting sources."""
 
     where: Where
     share: float
@@ -59,7 +59,7 @@ class BlendPhase:
     tokens: float
     """Token budget; 0: unspecified."""
     entries: tuple[BlendEntry, ...]
-    """Entries with shares that sum to 1."""
+    """Entries; shares sum to 1."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PhaseShares:
     shares: dict[str, float]
     """Source -> share of the phase's tokens; sums to 1."""
     missing: tuple[BlendEntry, ...] = ()
-    """Entries without source, whose share is spread."""
+    """Entries without source; the shares are spread."""
 
 
 def find_blend(name: str) -> Path:
@@ -98,7 +98,7 @@ def find_blend(name: str) -> Path:
 
 
 def read_blend(file: Path) -> Blend:
-    """Read a blend file. Raises `SettingsError`: all mistakes, with lines."""
+    """Read a blend file. Raises `SettingsError` with every mistake and line."""
     blend = read_settings_file(BlendFile, file)
     return Blend(str(blend.name or file.stem), tuple(phase.to_phase() for phase in blend.phases))
 
@@ -119,11 +119,11 @@ class BlendFilePhase:
     tokens: Annotated[float, Ge(1)] = 0.0
     """Token budget; required if there are several phases."""
     where: Mapping[str, Annotated[Any, Bound(_find_pattern_violation)]] = field(default_factory=dict)
-    """Conditions for all shares: tag, or "source" for names -> a value, a pattern, or a list of both."""
+    """Conditions for every share: tag, or "source" for names -> a value, a pattern, or a list of both."""
     shares: Annotated[tuple[Mapping[str, Any], ...], MinLen(1), MaxLen(MAX_ENTRIES)] | None = None
     """Conditions and a share in percent per entry."""
     product: Annotated[dict[str, Annotated[dict[str, Percent], MinLen(1)]], MinLen(1)] | None = None
-    """Tag -> value -> percent: an entry per combination of values, with the product of their shares."""
+    """Tag -> value -> percent: an entry per combination, with the product of shares."""
 
     def problems(self) -> list[SettingsProblem]:
         if (self.shares is None) == (self.product is None):
@@ -224,18 +224,9 @@ def _scale_shares(entries: Sequence[BlendEntry]) -> tuple[BlendEntry, ...]:
 
 def allot_shares(blend: Blend, sources: Sequence[dict[str, Any]], missing: Missing = "refuse",
                  num_tokens: float = 0) -> list[PhaseShares]:
-    """Return each phase's share per source; sources of an entry divide its share by their tokens.
-
-    Args:
-        blend: the blend.
-        sources: manifest records.
-        missing: handling of shares without source.
-        num_tokens: budget for all phases together, divided in proportion to their budgets; 0: the blend's
-            budgets.
-
-    Raises:
-        UserError: all entries without source, and sources that match two entries of a phase.
-    """
+    """Return `PhaseShares` per phase; an entry's share is divided among sources in proportion to tokens.
+    `num_tokens`: total budget, divided among phases in proportion to budgets; 0: the blend's budgets. Raises
+    `UserError` with every entry without source, and every source that matches two entries."""
     problems: list[str] = []
     phases: list[PhaseShares] = []
     budget = sum(phase.tokens for phase in blend.phases)
@@ -290,7 +281,7 @@ def _describe_remedy(sources: Sequence[dict[str, Any]]) -> str:
 
 
 def combine_phases(phases: Sequence[PhaseShares]) -> dict[str, float]:
-    """Return source -> share of all phases' tokens; phases without budgets have equal weight."""
+    """Return source -> share of the total tokens; phases without budgets get equal weight."""
     budget = math.fsum(phase.tokens for phase in phases)
     weights: dict[str, float] = {}
     for phase in phases:
@@ -301,7 +292,7 @@ def combine_phases(phases: Sequence[PhaseShares]) -> dict[str, float]:
 
 
 def format_shares(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]]) -> list[str]:
-    """Return table lines: share, tokens and epochs per phase and source, then epochs over all phases."""
+    """Return table lines: share, tokens and epochs per phase and source, and total epochs."""
     available = {s["name"]: s["splits"][TRAIN]["num_tokens"] for s in sources}
     names = [name for name in available if any(name in phase.shares for phase in phases)]
     width = max(map(len, ["source", *names]))
@@ -328,7 +319,7 @@ def format_shares(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any
 
 
 def compute_epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return source -> passes over its training tokens in all phases."""
+    """Return source -> passes over the training tokens, summed over phases."""
     epochs: dict[str, float] = {}
     for source in sources:
         count = source["splits"][TRAIN]["num_tokens"]
@@ -338,8 +329,7 @@ def compute_epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str, An
 
 
 def check_epochs(phases: Sequence[PhaseShares], sources: Sequence[dict[str, Any]], max_epochs: float) -> None:
-    """Check that no source is read more often than `max_epochs`. Raises `UserError`: sources above the limit,
-    with epochs and tokens."""
+    """Raise `UserError` with epochs and tokens for sources read more often than `max_epochs`."""
     available = {s["name"]: s["splits"][TRAIN]["num_tokens"] for s in sources}
     problems = [f"source {name}: {count:.4g} epochs of its {available[name]:,} tokens"
                 for name, count in compute_epochs(phases, sources).items()

@@ -1,4 +1,4 @@
-"""`sov-data groups`: turn judged responses to a prompt into chats with an advantage each (GrouPER).
+"""`sov-data groups`: turn judged responses to a prompt into chats with advantages (GrouPER).
 
 K-EXAONE's technical report: a response's advantage is ``2 (z - min z) / (max z - min z) - 1`` for rewards z,
 each the sum of rule and rubric rewards. A group with equal rewards is left out.
@@ -36,9 +36,9 @@ FILE = "groups.jsonl"
 SINGLE, EQUAL_REWARDS, TRUNCATED = "only response to its prompt", "equal rewards", "did not end"
 """Reasons for responses set aside."""
 FINISH, LENGTH = "finish_reason", "length"
-"""Field from `megatron-sov generate`, and its value for truncated responses."""
+"""Field from `megatron-sov generate`, and the value for truncated responses."""
 PROMPT_FIELDS = ("prompt", "system", "id", "tools", "chat_template_kwargs")
-"""Fields that belong to a scored row's prompt."""
+"""Prompt fields in a scored row."""
 COLUMNS = ("advantage", "group_share")
 """Chat fields: the advantage, and 1 / responses in the group. With `NUM_PROMPT_FIELD`, groups of a prompt are
 held out together."""
@@ -46,7 +46,7 @@ held out together."""
 
 @dataclass(frozen=True, kw_only=True)
 class GroupOptions:
-    """Turn groups of judged responses into chats with an advantage each, for `sov-data pack --format chat
+    """Turn groups of judged responses into chats with advantages, for `sov-data pack --format chat
     --column advantage --column group_share`."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
@@ -57,8 +57,7 @@ class GroupOptions:
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the corpus."""
     keep_unfinished: bool = False
-    """Learn truncated responses ("finish_reason": "length") as good ones too, with an end that they never
-    had."""
+    """Learn truncated responses ("finish_reason": "length") as good examples too, with an added end."""
     overwrite: bool = False
     """Replace an existing corpus."""
 
@@ -68,7 +67,7 @@ class GroupTally(RecordTally):
     """Counts of responses and groups."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """"groups" with different rewards and their "responses"; groups "alone" and with "equal_rewards"; ..."""
+    """"groups" and "responses" used; groups "alone" and with "equal_rewards"; ..."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class ResponseGroup:
     """Judged responses to a prompt."""
 
     fields: dict[str, Any]
-    """Further fields of the record, such as `tools`."""
+    """Further record fields, e.g. `tools`."""
     prompt: list[dict[str, Any]]
     """Messages."""
     responses: list[list[dict[str, Any]]]
@@ -94,18 +93,12 @@ class ResponseGroup:
 def write_groups(options: GroupOptions, file: str,
                  build_records: Callable[[ResponseGroup, GroupTally], Iterable[Any]],
                  record_responses: int) -> int:
-    """Write an artifact of kind "corpus".
+    """Write an artifact of kind "corpus". Raises `UserError`, without output, for a malformed record, or if
+    no group gives a record.
 
-    Args:
-        options: inputs and output.
-        file: file name in the artifact.
-        build_records: group with different rewards -> records. Counts responses set aside, and as
-            "passed_over" truncated responses that would be learned as good ones.
-        record_responses: responses per record.
-
-    Raises:
-        UserError: a record breaks a rule, or no group gives a record; nothing is written.
-    """
+    `build_records` converts a group with different rewards to records of `record_responses` responses each.
+    It counts responses set aside, and as "passed_over" truncated responses that would be learned as good
+    examples."""
     check_output_folder(options.output, KIND, options.overwrite)
     tally = GroupTally()
     counts = tally.counts
@@ -174,9 +167,8 @@ GROUPS = DeclaredCommand(GroupOptions, lambda options: write_groups(options, FIL
 
 
 def iter_groups(files: Sequence[Path], tally: RecordTally) -> Iterator[ResponseGroup]:
-    """Yield groups, one in memory at a time; count responses read, and set aside responses without reward or
-    text. Raises `UserError`: a file is unreadable, or a line is malformed; the message names file and
-    line."""
+    """Yield groups; count responses read, and set aside responses without reward or text. Raises `UserError`:
+    an unreadable file or a malformed line."""
     for file in files:
         for where, record in _join_scored_lines(_iter_lines(file, tally), tally):
             yield _parse_group(record, where)
@@ -200,7 +192,7 @@ def _is_scored(record: dict[str, Any]) -> bool:
 
 def _join_scored_lines(lines: Iterable[tuple[str, dict[str, Any]]], tally: RecordTally
                        ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Join successive scored lines of a prompt to a record with `responses`; yield other records
+    """Join successive scored lines of a prompt to a record with `responses`; yield further records
     unchanged."""
     def get_group_key(line: tuple[str, dict[str, Any]]) -> str:
         where, record = line
@@ -229,8 +221,8 @@ def _join_scored_lines(lines: Iterable[tuple[str, dict[str, Any]]], tally: Recor
 
 
 def _read_reward(record: dict[str, Any], where: str) -> Any:
-    """Return a scored line's reward, or its label as 1 or 0. Raises `UserError`: reward and label are
-    missing, or the label is malformed."""
+    """Return a scored line's reward, or the label as 1 or 0. Raises `UserError` for a missing or malformed
+    label."""
     if "reward" in record:
         return record["reward"]
     label = parse_label(record.get(LABEL))

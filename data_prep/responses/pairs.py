@@ -1,4 +1,4 @@
-"""`sov-data pairs`: pair the best and the worst response to each prompt (West-of-N, arXiv 2401.12086).
+"""`sov-data pairs`: pair the best and the worst response to a prompt (West-of-N, arXiv 2401.12086).
 
 A truncated response may be the worst, never the best.
 """
@@ -16,12 +16,12 @@ FILE = "pairs.jsonl"
 
 
 class PairOptions(GroupOptions):
-    """Turn groups of judged responses into pairs of the best and the worst, for `sov-data pack --format
+    """Turn groups of judged responses into pairs (best, worst), for `sov-data pack --format
     preference`."""
 
 
 def build_pair(group: ResponseGroup, tally: GroupTally) -> Iterator[dict[str, Any]]:
-    """Yield the group's pair, if there is one, and count the other responses as set aside."""
+    """Yield the group's pair, if any, and count the remaining responses in `set_aside`."""
     pair, passed_over = choose_pair(
         group.rewards, group.ended, lambda i, j: group.responses[i] == group.responses[j])
     tally.counts["passed_over"] += passed_over

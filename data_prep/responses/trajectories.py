@@ -52,22 +52,22 @@ class TrajectorySettings:
     most: AtLeastOne = 5
     """Solutions of a document at most."""
     max_similarity: Annotated[Share, Flag(value="S")] = 0.8
-    """Jaccard index of word triples above which two solutions count as one."""
+    """Jaccard index of word triples; more similar solutions count as equal."""
     think: Think = "tags"
     """Thoughts between <think> tags, without tags, or left out."""
     heading: Annotated[str, Bound(_check_heading)] = "Solution {}"
-    """Line above each solution, {} for its number."""
+    """Line above a solution, {} for the number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoriesOptions:
-    """Join each query with two to five solutions that differ to one document of text, for `sov-data pack`. A
-    line of the input is {"query": ..., "solutions": [...]}; a solution is a string or {"thinking": ...,
-    "answer": ...}. Or it is a chat of one question and one answer; chats of one question in a row, as of
-    `sov-data synth solutions`, are its solutions."""
+    """Join each query with two to five different solutions to a document for `sov-data pack`. An input line
+    is {"query": ..., "solutions": [...]}; a solution is a string or {"thinking": ..., "answer": ...}. Or a
+    line is a chat with a question and an answer; successive chats with the same question, e.g. from `sov-data
+    synth solutions`, give the solutions."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file, one query with its solutions a line; several may follow, and it may be repeated."""
+    """A .jsonl file with a query and solutions per line; several may follow, and it may be repeated."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for trajectories.jsonl."""
     settings: TrajectorySettings = field(default_factory=TrajectorySettings)
@@ -76,8 +76,8 @@ class TrajectoriesOptions:
 
 
 def write_trajectories(options: TrajectoriesOptions) -> int:
-    """Write an artifact of kind "corpus" with a document per query. Raises `UserError`: a record breaks a
-    rule, or no query has enough solutions; nothing is written."""
+    """Write an artifact of kind "corpus" with a document per query. Raises `UserError`, without output, for a
+    malformed record, or if every query lacks solutions."""
     settings = options.settings
     check_output_folder(options.output, KIND, options.overwrite)
     num_queries = num_documents = 0
@@ -116,8 +116,8 @@ TRAJECTORIES = DeclaredCommand(TrajectoriesOptions, write_trajectories)
 
 
 def read_queries(file: Path, tally: RecordTally) -> Iterator[tuple[str, list[Solution]]]:
-    """Yield each query with its solutions, from one line or from successive chats; count solutions as read.
-    Raises `UserError`: the file is unreadable, or a line is malformed; the message names file and line."""
+    """Yield queries with solutions, from a line or from successive chats; count solutions in `num_read`.
+    Raises `UserError`: an unreadable file or a malformed line."""
     for _, group in groupby(_iter_lines(file, tally), key=lambda line: line[0]):
         lines = list(group)
         yield lines[0][1], [solution for _, _, solutions in lines for solution in solutions]
@@ -164,8 +164,7 @@ def _parse_solution(value: Any, where: str) -> Solution:
 
 
 def choose_diverse(solutions: list[Solution], most: int, max_similarity: float) -> list[Solution]:
-    """Choose up to `most` solutions: the first, then repeatedly the solution least similar to the chosen
-    ones."""
+    """Choose up to `most` solutions: the first, and repeatedly the solution least similar to `chosen`."""
     shingles = [_build_shingles(f"{s.thinking} {s.answer}") for s in solutions]
     similarities = [0.0] * len(solutions)
     chosen: list[int] = [0] if solutions else []

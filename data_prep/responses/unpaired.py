@@ -1,5 +1,4 @@
-"""`sov-data unpaired`: judged responses for KTO, each next to a response to another prompt (arXiv
-2402.01306).
+"""`sov-data unpaired`: pair judged responses with mismatched responses, for KTO (arXiv 2402.01306).
 
 KTO estimates the divergence from the reference on mismatched responses, which should be the matched responses
 in another order. Responses to a prompt are placed next to responses to the previous prompt, and responses to
@@ -28,17 +27,16 @@ Responses = list[list[dict[str, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class UnpairedOptions(GroupOptions):
-    """Turn judged responses into the pairs that KTO learns from, for `sov-data pack --format preference
+    """Turn judged responses into pairs for KTO, for `sov-data pack --format preference
     --column desirable`."""
 
     good_from: Annotated[float, Flag(value="REWARD")] = 0.5
-    """Minimum reward for good responses; "label": true counts as 1, false as 0."""
+    """Minimum reward for good responses; "label": true counts 1, false 0."""
 
 
 def write_unpaired(options: UnpairedOptions) -> int:
-    """Write an artifact of kind "corpus" with a record per response; a group may have a single response.
-    Raises `UserError`: a record breaks a rule, all responses are to one prompt, or none is good or bad;
-    nothing is written."""
+    """Write an artifact of kind "corpus" with a record per response. Raises `UserError`, without output, for
+    a malformed record, a single prompt, or missing good or bad responses."""
     check_output_folder(options.output, KIND, options.overwrite)
     tally = GroupTally()
     counts = tally.counts
@@ -83,8 +81,8 @@ def _build_records(group: ResponseGroup, mismatched: Responses, options: Unpaire
 
 def _iter_mismatched(groups: Iterable[ResponseGroup], files: Sequence[Path]
                      ) -> Iterator[tuple[ResponseGroup, Responses]]:
-    """Yield each group with as many responses to the previous prompt; the first prompt's groups come last,
-    with responses to the last other prompt."""
+    """Yield groups with equally many responses to the previous prompt. The first prompt's groups come last,
+    with responses to the last prompt."""
     first: list[ResponseGroup] = []
     previous: list[ResponseGroup] = []
     last: list[ResponseGroup] = []
@@ -104,7 +102,7 @@ def _iter_mismatched(groups: Iterable[ResponseGroup], files: Sequence[Path]
 
 def _match_responses(groups: list[ResponseGroup], others: list[ResponseGroup]
                      ) -> Iterator[tuple[ResponseGroup, Responses]]:
-    """Yield each group with as many responses of `others`, in order and cyclically."""
+    """Yield groups with equally many responses of `others`, in order and cyclically."""
     responses = [response for group in others for response in group.responses]
     start = 0
     for group in groups:

@@ -94,7 +94,7 @@ def adopt_pairs(options: AdoptOptions) -> int:
     pairs = [_open_pair(source, encoder, options.eod) for source in sources]
     dtype = _choose_dtype(pairs, encoder, options)
     rule = HeldoutRule(options.heldout)
-    # the rule needs all sources before any document is written
+    # the rule needs every source before the first write
     for pair in pairs:
         rule.add_source(int(pair.hashes.min()), int(pair.hashes.max()))
     for pair in pairs:
@@ -127,21 +127,13 @@ ADOPT = DeclaredCommand(AdoptOptions, adopt_pairs)
 
 
 def _open_pair(source: PackSource, encoder: Encoder, eod: str) -> Pair:
-    """Open a pair, print a sample of its text, and hash its documents.
-
-    Args:
-        source: name, and path without endings.
-        encoder: the tokenizer.
-        eod: expected ends of documents: "append" (eos), "none" or "auto".
-
-    Raises:
-        UserError: the pair is damaged, has ids outside the vocabulary or from another tokenizer, or other
-            ends than `eod`.
-    """
+    """Open a pair, print a sample text, and hash documents. `eod`: expected ends, "append" (eos), "none" or
+    "auto". Raises `UserError`: a damaged pair, ids outside the vocabulary or from another tokenizer, or other
+    ends than `eod`."""
     split, num_empty = open_foreign_pair(source.path)
     if num_empty:
         warn(f"{source.path}: {num_empty:,} documents without tokens are left out")
-    # fast checks precede decoding, so that a wrong tokenizer is found early
+    # fast checks precede decoding, to find a wrong tokenizer early
     _check_id_range(source.path, split, encoder.vocab_size)
     _check_tokenizer(source.name, split, encoder)
     ends_with_eos = _detect_eos(source.path, split, encoder, eod)
@@ -150,7 +142,7 @@ def _open_pair(source: PackSource, encoder: Encoder, eod: str) -> Pair:
     number = 0
     with create_bar("reading", len(split.tokens), "token") as bar:
         for batch in _iter_batches(split):
-            # hash the text as `pack` does, so that the same documents are held out
+            # hash the text like `pack`, to hold out the same documents
             for text in encoder.decode_batch([ids[:-1] if ends_with_eos else ids for ids in batch]):
                 hashes[number] = hash_document(Document("text", text))
                 sizes_bytes[number] = len(text.encode(errors="replace"))
@@ -214,7 +206,7 @@ def _detect_eos(prefix: Path, split: IndexedSplit, encoder: Encoder, eod: str) -
     last = np.asarray(split.tokens[np.cumsum(split.lengths_tokens, dtype=np.int64) - 1])
     num_ended, num_documents = int((last == encoder.eos_id).sum()), len(last)
     if eod == "none" or (eod == "auto" and not num_ended):
-        # a common last id other than eos is probably another tokenizer's eos
+        # a common last id is probably the eos of the right tokenizer
         if eod == "auto" and num_documents > 1 and (last == last[0]).all():
             raise UserError(f"{prefix}: every document ends with id {last[0]} "
                             f"({encoder.decode([int(last[0])])!r}), and the tokenizer's eos is "
@@ -231,20 +223,12 @@ def _detect_eos(prefix: Path, split: IndexedSplit, encoder: Encoder, eod: str) -
 
 
 def open_foreign_pair(prefix: Path) -> tuple[IndexedSplit, int]:
-    """Memory-map a pair from Megatron-LM, Megatron-Bridge or NeMo, and check every number in its index.
+    """Memory-map `PREFIX.bin` from Megatron-LM, Megatron-Bridge or NeMo, and check every number in
+    `PREFIX.idx`. Return documents, and the number of empty documents.
 
     A foreign document may have several sequences (`--split-sentences`), which are joined, or no tokens. Empty
-    documents are left out, which changes no byte in `.bin`.
-
-    Args:
-        prefix: path without `.bin` and `.idx`.
-
-    Returns:
-        The documents, and the number of empty documents.
-
-    Raises:
-        UserError: a file is missing, has another version or dtype, or index and `.bin` disagree.
-    """
+    documents are left out, which changes no byte in `.bin`. Raises `UserError`: a missing file, another
+    version or dtype, or an index that contradicts `.bin`."""
     index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     try:
         raw: NDArray[np.uint8] = np.zeros(0, np.uint8)
@@ -262,7 +246,7 @@ def open_foreign_pair(prefix: Path) -> tuple[IndexedSplit, int]:
     bounds = np.frombuffer(raw, "<i8", num_bounds, offset + 12 * num_sequences)
     if num_sequences and int(lengths.min()) < 0:
         raise UserError(f"{index}: sequence {int(lengths.argmin())} has {lengths.min()} tokens; {_REMEDY}")
-    # a gap between sequences would shift all later tokens
+    # a gap between sequences would shift later tokens
     ends = np.cumsum(lengths) * dtype.itemsize
     expected_starts = ends - lengths * dtype.itemsize
     wrong = np.flatnonzero(starts != expected_starts)

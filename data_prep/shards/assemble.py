@@ -132,7 +132,7 @@ def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, 
     sidecars = get_sidecars(source.kind, source.columns, source.banks is not None)
     has_extra = source.kind == "prompt"
     with ExitStack() as stack:
-        # with all writers open at once, each unit is read once
+        # with every writer open, a unit is read only once
         writers = {(bucket, split): stack.enter_context(ShardedWriter(
             artifact, f"{source.get_bucket_name(bucket)}/{split}", dtype, sidecars, has_extra, source.group,
             shard_tokens, source.banks)) for bucket in source.buckets for split in SPLITS}
@@ -204,7 +204,7 @@ def iter_bad_records(source: EncodedSource, work: Path, dtype: str) -> Iterator[
     previous_lines: Counter[Path] = Counter()
     for number, (spans, record) in enumerate(source.units):
         first_lines = []
-        # spans count lines from their own start: add the lines in earlier spans of the file
+        # a span counts lines from its start: add the lines in earlier spans of the file
         for span, num_lines in zip(spans, record.num_lines, strict=True):
             first_lines.append(previous_lines[span.file])
             previous_lines[span.file] += num_lines
@@ -299,7 +299,7 @@ class ShardedWriter:
         start = 0
         while start < len(lengths_tokens):
             first_token = int(ends[start - 1]) if start else 0
-            # as many whole documents as fit into this shard
+            # the whole documents that fit into the shard
             stop = int(np.searchsorted(ends, first_token + self._shard_tokens - self.shards[-1].num_tokens,
                                        side="right"))
             stop = start + (stop - start) // self._group * self._group
@@ -308,7 +308,7 @@ class ShardedWriter:
                     self._end_shard()
                     self._begin_shard()
                     continue
-                stop = start + self._group  # a document above the limit gets its own shard
+                stop = start + self._group  # a document above the limit gets a separate shard
             tokens = slice(first_token, int(ends[stop - 1]))
             part = {suffix: column[tokens] for suffix, column in columns.items()}
             if self._banks is not None:

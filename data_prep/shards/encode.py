@@ -71,7 +71,7 @@ class Encoder:
         if problem := explain_foreign_tokenizer(folder):
             raise UserError(f"--tokenizer {folder}: {problem}", fix_foreign_tokenizer(folder))
         manifest = read_manifest(folder, "tokenizer")
-        # every id depends on these files, so check their hashes first
+        # every id depends on the tokenizer files, so check hashes first
         if problems := find_damaged_files(folder):
             raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
         self.settings = settings or EncodingSettings()
@@ -79,7 +79,7 @@ class Encoder:
         self.eos_id: int = manifest.content["eos_id"]
         self.file = folder / TOKENIZER_JSON
         try:
-            # two instances: templates write special tokens, documents may only spell them
+            # two instances: templates write special tokens, documents only spell their text
             self._with_special = Tokenizer.from_file(str(self.file))
             self.plain = Tokenizer.from_file(str(self.file))
             config = json.loads((folder / CONFIG_JSON).read_text(encoding="utf-8"))
@@ -213,7 +213,7 @@ class FastBpe:
         if normalizer not in (None, "NFC", "NFKC", "NFD", "NFKD"):
             raise NotByteBpe(f"its normalizer is {normalizer}")
         self._normalizer = tokenizer.normalizer
-        # tiktoken would split such a token as text
+        # tiktoken would split the token as text
         if plain := [t["content"] for t in raw["added_tokens"] if not t["special"]]:
             raise NotByteBpe(f"its added token {plain[0]!r} is matched in ordinary text")
         self._encoding = tiktoken.Encoding(str(file), pat_str=parse_split_pattern(raw),

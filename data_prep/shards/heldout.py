@@ -54,7 +54,7 @@ class HeldoutRule:
     def is_heldout(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
         extra, exempt = (np.array(sorted(hashes_), np.uint64) for hashes_ in (self.extra, self.exempt))
         heldout: NDArray[np.bool_] = (hashes < self.threshold) | np.isin(hashes, extra)
-        # `exempt` takes precedence: each source needs a document to train on
+        # `exempt` takes precedence: a source needs a document to train on
         return heldout & ~np.isin(hashes, exempt)
 
 
@@ -65,7 +65,7 @@ def hash_document(document: Document) -> int:
     Text is hashed in Unicode form NFC, because some tokenizers compose text and would make twins equal.
     """
     digest = hashlib.blake2b(digest_size=8)
-    # responses to a prompt share the prompt's hash: a split must not separate them
+    # responses share the prompt's hash, because a split must not separate responses to a prompt
     messages = document.messages[:document.num_prompt or None]
     contents = [text for m in messages for text in m.texts()] or [document.text]
     for part in (*(m.role for m in messages), *contents):

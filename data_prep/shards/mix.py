@@ -141,21 +141,12 @@ def parse_part(argument: str) -> MixPart:
 
 def write_mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, *,
               overwrite: bool = False) -> None:
-    """Write an artifact of kind "tokens" with the sources of all parts and a `weight` each (sum 1).
-
-    Args:
-        parts: folders with token shards.
-        output: folder for the artifact.
-        blend: selects sources by tags, and adds phases.
-        overwrite: replace an existing artifact.
-
-    Raises:
-        UserError: parts disagree, only some have weights, the blend lacks sources, or the output may not be
-            replaced.
-    """
+    """Write an artifact of kind "tokens" with the sources of all parts and a `weight` each (sum 1). A blend
+    selects sources by tags, and adds phases. Raises `UserError`: parts that disagree, weights for some parts
+    only, a blend without sources, or an output that may not be replaced."""
     check_output_folder(output, KIND, overwrite)
     manifests = [read_tokens_manifest(part.path) for part in parts]
-    # all checks precede the first link
+    # checks precede the first link
     _check_parts(parts, manifests)
     if blend:
         phases, _ = _allot_blend(manifests, blend)
@@ -257,7 +248,7 @@ def _compute_weights(parts: list[MixPart], manifests: list[Manifest]) -> dict[st
     weights: dict[str, float] = {}
     for manifest, part_weight in zip(manifests, part_weights, strict=True):
         sources = manifest.content["sources"]
-        # a part that is a mix has weights of its own
+        # a mix as a part has weights
         source_weights = [float(s.get("weight", s["splits"][TRAIN]["num_tokens"])) for s in sources]
         part_total = sum(source_weights) or 1.0
         for source, weight in zip(sources, source_weights, strict=True):
@@ -275,7 +266,7 @@ def _link_sources(artifact: ArtifactWriter, path: Path, manifest: Manifest,
             target = artifact.path / name
             target.parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(path / name, target)
-            # a link has the input's bytes and hash, so terabytes need no second reading
+            # a link has the input's bytes and hash: no second reading of terabytes
             artifact.hashed_files[name] = record
     return [{**s, "weight": weights[s["name"]]} for s in sources]
 

@@ -100,7 +100,7 @@ def pack_sources(tokenizer: Path, sources: list[PackSource], output: Path,
                                                  renames="--columns", by_line="--lines"))
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
-    # fast checks precede slow ones
+    # fast checks precede slow checks
     check_output_folder(output, KIND, overwrite)
     check_tag_sources(settings.tags, [source.name for source in sources])
     corpora = _open_media_corpora({source.name: source.path for source in sources}, settings.reading.kind)
@@ -155,7 +155,7 @@ def _find_bad_record(items: Iterable[Document | BadRecord]) -> BadRecord | None:
 def _fix_record(bad: BadRecord | None, kind: str) -> Fix | None:
     if bad is None or not bad.options:
         return None
-    # --columns renames fields, so it needs the format
+    # --columns needs the format to rename fields
     format_options = ("--format", kind) if bad.options[0] == "--columns" else ()
     return Fix(options=(*format_options, *bad.options))
 
@@ -307,7 +307,7 @@ def _write_sources(job: _PackJob, encoded: list[EncodedSource], artifact: Path
                 unit_tags = [record.tags.get(bucket, {}) for _, record in source.units]
                 tags = merge_source_tags(source.name, unit_tags, job.settings.tags)
                 record = _build_source_record(job, source, bucket, splits, tags)
-                # bad records have no bucket: count them with the first
+                # bad records have no bucket: count with the first
                 is_first = bucket == source.buckets[0]
                 num_aside = sum(account.set_aside.values()) if is_first else 0
                 record |= {"num_read": documents[bucket] + num_aside, "num_bad": num_bad if is_first else {}}
@@ -339,13 +339,8 @@ def _survey_sources(job: _PackJob, encoded: list[EncodedSource]) -> None:
 
 def account_source(source: EncodedSource, documents: Mapping[str, int],
                    num_bad: Mapping[str, int]) -> RecordAccount:
-    """Return a source's account.
-
-    Args:
-        source: units with counts of records read.
-        documents: bucket -> documents in shards.
-        num_bad: code -> records in the quarantine.
-    """
+    """Return a source's account. `documents`: bucket -> documents in shards; `num_bad`: code -> records in
+    the quarantine."""
     return RecordAccount(sum(record.num_read for _, record in source.units), sum(documents.values()),
                          Counter(num_bad))
 

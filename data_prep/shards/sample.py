@@ -22,7 +22,7 @@ LEARNED = ("⟦", "⟧")
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """Print documents as the model will see them. In data with a loss mask, ⟦ ⟧ enclose what is learned."""
+    """Print documents as the model will see them. In data with a loss mask, ⟦ ⟧ enclose learned tokens."""
 
     data: Annotated[Path, Flag("DIR")]
     """Folder from `sov-data pack` or `sov-data mix`."""

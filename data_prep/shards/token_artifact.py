@@ -145,7 +145,7 @@ def open_split(prefix: Path) -> IndexedSplit:
     lengths = np.frombuffer(raw, "<i4", num_sequences, HEADER.size)
     starts = np.frombuffer(raw, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
     bounds = np.frombuffer(raw, "<i8", num_bounds, HEADER.size + 12 * num_sequences)
-    # lengths, starts and bounds are redundant: check each against the others, and all against `.bin`
+    # lengths, starts and bounds are redundant: compare them, and compare the end with `.bin`
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     if not np.array_equal(bounds, np.arange(num_sequences + 1)) or (lengths <= 0).any() or \
             not np.array_equal(starts, ends - lengths.astype(np.int64) * dtype.itemsize):
@@ -161,15 +161,10 @@ def open_split(prefix: Path) -> IndexedSplit:
 
 def hash_token_documents(split: IndexedSplit, group: int,
                          lengths_tokens: NDArray[np.int64] | None = None) -> list[int]:
-    """Return a 64-bit hash of each document's ids.
-
-    Args:
-        split: the documents.
-        group: sequences per document (2 for preferences).
-        lengths_tokens: restrict to documents with a length in this list; None: all documents.
-    """
+    """Return a 64-bit hash of each document's ids. `group`: sequences per document (2 for preferences);
+    `lengths_tokens`: restrict to documents with these lengths."""
     starts = split.starts_bytes[::group] // np.dtype(split.dtype).itemsize
-    # sequences of a document are adjacent: each document ends at the start of the next
+    # adjacent sequences: a document ends at the start of the next
     stops = np.append(starts[1:], len(split.tokens)) if len(starts) else starts
     if lengths_tokens is not None:
         has_length = np.isin(stops - starts, lengths_tokens)

@@ -113,7 +113,7 @@ class UnitEncoder:
         return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": is_new})
 
     def _write_unit(self, unit: Unit, key: str, folder: Path) -> None:
-        if self._encoder is None:  # a command that finds all units complete loads no tokenizer
+        if self._encoder is None:  # loaded for the first incomplete unit
             self._encoder = Encoder(self.settings.tokenizer, self.settings.encoding)
         with _UnitWriter(folder, key, self.settings, self._encoder) as writer:
             writer.encode_spans(unit)

@@ -1,1 +1,1 @@
-"""Data that models write: generators that check what they get, in a run that can be killed and continued."""
+"""Synthetic data: generators send prompts, check replies, and resume after a kill."""

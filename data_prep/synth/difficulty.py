@@ -1,4 +1,4 @@
-"""`sov-data difficulty label|grade`: difficulty of problems, measured by models or estimated by a scorer.
+"""`sov-data difficulty label|grade`: problem difficulty, measured by models or estimated by a scorer.
 
 `label` joins answers of models (`sov-data synth answers`) and comparisons of a judge (`sov-data synth
 comparisons`) into labels for `sov-data scorer train --kind regressor`: 0 for a problem that every answer
@@ -26,7 +26,7 @@ from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
 KIND, GRADED = "difficulty_labels", "corpus"
 LABELS, KEPT = "labels.jsonl", "kept.jsonl"
 MAX_LABEL = 5.0
-"""Label of an unsolved problem; regressors have labels from 0 to 5."""
+"""Label for an unsolved problem; regressors have labels from 0 to 5."""
 BUCKETS = ("hard", "middle", "easy")
 MAX_LEVEL = 24
 """Highest count in `append_form_words`."""
@@ -36,61 +36,61 @@ _OPERATOR = re.compile(r"[-+*/^=<>×÷·≤≥≠∫∑√±%]|\\[A-Za-z]+")
 
 @dataclass(frozen=True, kw_only=True)
 class DifficultyOutputOptions:
-    """Output of both commands."""
+    """Output options."""
 
     output: Annotated[Path, Flag(value="DIR")]
-    """Folder that is written."""
+    """Output folder."""
     overwrite: bool = False
-    """Replace what is already there."""
+    """Replace an existing output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DifficultyLabelOptions(DifficultyOutputOptions):
-    """Join the outputs of `sov-data synth answers`, one for each configuration of models, and of
-    `sov-data synth comparisons`, into labels of `sov-data scorer train --kind regressor`."""
+    """Join outputs from `sov-data synth answers`, one for each model configuration, and from `sov-data synth
+    comparisons`, into labels for `sov-data scorer train --kind regressor`."""
 
     answers: Annotated[tuple[Path, ...], Flag(value="DIR", many=True)]
-    """Output of `synth answers`, or its kept.jsonl; the folder's name is the configuration's."""
+    """Output of `synth answers`, or kept.jsonl in the output; the folder name is the configuration name."""
     comparisons: Annotated[tuple[Path, ...], Flag(value="DIR", many=True)] = ()
-    """Output of `synth comparisons`, or its kept.jsonl."""
+    """Output of `synth comparisons`, or kept.jsonl in the output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DifficultyGradeOptions(DifficultyOutputOptions):
-    """Write `pass_rate`, `difficulty` (1 - pass_rate) and `bucket` (hard, middle, easy) into rows of
-    problems, prompts or chats, and leave out those beyond a band."""
+    """Write `pass_rate`, `difficulty` (1 - pass_rate) and `bucket` (hard, middle, easy) into rows with
+    problems, prompts or chats, and leave out rows outside a band."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file; several may follow, and it may be repeated."""
+    """A .jsonl file; several may follow, and the option may be repeated."""
     model: Annotated[Path | None, Flag(value="DIR")] = None
     """Regressor that `sov-data scorer train` fitted to labels of `difficulty label`."""
     labels: Annotated[Path | None, Flag(value="DIR")] = None
-    """Output of `difficulty label`: its problems are graded as measured."""
+    """Output of `difficulty label`, for measured pass rates."""
     cuts: Annotated[str, Flag(value="LOW:HIGH")] = "0.2:0.8"
     """Pass rates below LOW are hard, from HIGH on easy."""
     keep: Annotated[str, Flag(value="LOW:HIGH")] = "0:1"
-    """Write rows with pass rates from LOW to HIGH alone."""
+    """Write only rows with pass rates from LOW to HIGH."""
 
 
 @dataclass
 class LabelledProblem:
-    """A problem with the measurements of each configuration of models."""
+    """A problem with the measurements from each model configuration."""
 
     id: str
     text: str
     answers: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Configuration -> (right answers, all answers)."""
     num_easier: int = 0
-    """Pairs in which the judge chose this problem as the easier problem."""
+    """Pairs that the judge ranked this problem easier in."""
     num_harder: int = 0
 
     @property
     def pass_rate(self) -> float:
-        """Mean share of right answers over the configurations."""
+        """Mean of `right / count` over the configurations."""
         return sum(right / count for right, count in self.answers.values()) / len(self.answers)
 
     def build_label(self) -> dict[str, Any]:
-        """Build a row of `labels.jsonl`; a judged pair counts as one answer, right for the easier problem."""
+        """Build a row for `labels.jsonl`; a judged pair counts as an answer, right for the easier problem."""
         num_answers = sum(count for _, count in self.answers.values())
         num_right = self.pass_rate * num_answers + self.num_easier
         rate = num_right / (num_answers + self.num_easier + self.num_harder)
@@ -111,7 +111,6 @@ def append_form_words(text: str) -> str:
 
 
 def write_labels(options: DifficultyLabelOptions) -> ExitCode:
-    """Run `difficulty label`."""
     check_output_folder(options.output, KIND, options.overwrite)
     problems: dict[str, LabelledProblem] = {}
     names = _name_configurations(options.answers)
@@ -163,7 +162,7 @@ def _name_configurations(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_answers(file: Path, name: str, problems: dict[str, LabelledProblem]) -> None:
-    """Add the measurements of configuration `name` to `problems`."""
+    """Add measurements to `problems` as configuration `name`."""
     for place, record in read_objects(file):
         problem_id, text, right, count = (record.get(key) for key in ("problem_id", "prompt", "num_right",
                                                                       "num_answers"))
@@ -184,7 +183,7 @@ def _read_answers(file: Path, name: str, problems: dict[str, LabelledProblem]) -
 
 
 def _iter_pairs(file: Path, problems: Mapping[str, LabelledProblem]) -> Iterator[tuple[str, str]]:
-    """Yield the ids (easier, harder) of pairs whose problems were answered."""
+    """Yield the ids (easier, harder) for pairs of answered problems."""
     has_pairs = False
     for place, record in read_objects(file):
         easier, harder = record.get("easier"), record.get("harder")
@@ -206,16 +205,16 @@ def _summarize_configuration(name: str, problems: Mapping[str, LabelledProblem])
 
 
 def grade_rows(options: DifficultyGradeOptions) -> ExitCode:
-    """Run `difficulty grade`."""
     cuts, keep = _parse_band("--cuts", options.cuts), _parse_band("--keep", options.keep)
     _check_grading(options)
-    grader = _Grader.from_options(options.model, options.labels)
+    scorer = _load_scorer(options.model) if options.model else None
+    measured = _read_measured_rates(options.labels) if options.labels else {}
     counts: dict[str, Counter[str]] = {bucket: Counter() for bucket in BUCKETS}
     with create_artifact(options.output, GRADED, overwrite=options.overwrite) as artifact:
         for path in options.input:
             with open(artifact.path / path.name, "w", encoding="utf-8") as file:
                 for place, record in read_objects(path):
-                    rate, origin = grader.estimate_pass_rate(record, place)
+                    rate, origin = _estimate_pass_rate(record, place, scorer, measured)
                     bucket, is_kept = BUCKETS[bisect_right(cuts, rate)], keep[0] <= rate <= keep[1]
                     counts[bucket].update(["kept" if is_kept else "left_out", origin])
                     if is_kept:
@@ -261,43 +260,34 @@ def _check_grading(options: DifficultyGradeOptions) -> None:
     check_output_folder(options.output, GRADED, options.overwrite)
 
 
-@dataclass(frozen=True)
-class _Grader:
-    """Returns measured pass rates, or else estimates."""
+def _load_scorer(model: Path) -> Any:
+    from data_prep.curate.scoring.scorer import find_scorer_problems, load_scorer  # numpy: not for --help
 
-    scorer: Any
-    measured: Mapping[str, float]
-    """Problem -> pass rate."""
+    if problems := find_scorer_problems("--model", model, "regressor"):
+        raise UserError(str(problems[0]))
+    return load_scorer(model)
 
-    @classmethod
-    def from_options(cls, model: Path | None, labels: Path | None) -> _Grader:
-        scorer = None
-        if model is not None:
-            from data_prep.curate.scoring.scorer import (  # numpy and scikit-learn
-                find_scorer_problems, load_scorer)
 
-            if problems := find_scorer_problems("--model", model, "regressor"):
-                raise UserError(str(problems[0]))
-            scorer = load_scorer(model)
-        measured: dict[str, float] = {}
-        if labels is not None:
-            read_manifest(labels, KIND)
-            if damage := find_damaged_files(labels):
-                raise UserError(f"{labels}: {damage[0]}; write the labels again")
-            measured = {row["problem"]: row["pass_rate"] for _, row in read_objects(labels / LABELS)}
-        return cls(scorer, measured)
+def _read_measured_rates(labels: Path) -> dict[str, float]:
+    """Return problem -> measured pass rate."""
+    read_manifest(labels, KIND)
+    if damage := find_damaged_files(labels):
+        raise UserError(f"{labels}: {damage[0]}; write the labels again")
+    return {row["problem"]: row["pass_rate"] for _, row in read_objects(labels / LABELS)}
 
-    def estimate_pass_rate(self, record: Mapping[str, Any], place: str) -> tuple[float, str]:
-        """Return a problem's pass rate, and "measured" or "expected"."""
-        text = find_problem_text(record)
-        if text is None:
-            raise UserError(f"{place}: has a problem in none of the fields {', '.join(TEXT_FIELDS)} (fields: "
-                            f"{', '.join(record) or 'none'}); add one")
-        if text in self.measured:
-            return self.measured[text], "measured"
-        if self.scorer is None:
-            raise UserError(f"{place}: its problem was not measured; give a scorer with --model")
-        return 1.0 - self.scorer.score(append_form_words(text)) / MAX_LABEL, "expected"
+
+def _estimate_pass_rate(record: Mapping[str, Any], place: str, scorer: Any, measured: Mapping[str, float]
+                        ) -> tuple[float, str]:
+    """Return a problem's pass rate, and "measured" or "expected"."""
+    text = find_problem_text(record)
+    if text is None:
+        raise UserError(f"{place}: has a problem in none of the fields {', '.join(TEXT_FIELDS)} (fields: "
+                        f"{', '.join(record) or 'none'}); add one")
+    if text in measured:
+        return measured[text], "measured"
+    if scorer is None:
+        raise UserError(f"{place}: its problem was not measured; give a scorer with --model")
+    return 1.0 - scorer.score(append_form_words(text)) / MAX_LABEL, "expected"
 
 
 DIFFICULTY = ActionGroup({"label": DeclaredCommand(DifficultyLabelOptions, write_labels),

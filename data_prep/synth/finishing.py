@@ -30,13 +30,13 @@ from megatron_sov.base.settings import SettingsError
 ANSWERED = "200"
 SUMMARY = "summary.json"
 PROVENANCE = "synthetic"
-"""Field of an accepted record with generator, models and origin."""
+"""Field in an accepted record with generator, models and origin."""
 _SUMS = """SELECT outcome, count(*), sum(input_tokens), sum(output_tokens), sum(wall_s)
 FROM requests GROUP BY outcome ORDER BY outcome"""
 
 
 def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_complete: bool = True) -> None:
-    """Judge the samples of a folder, and write accepted samples, rejected samples and counts.
+    """Judge a folder's samples, and write `kept.jsonl`, `rejected.jsonl`, `summary.json` and the manifest.
 
     Args:
         output: folder of the run.
@@ -64,7 +64,7 @@ def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_com
             "is_complete": is_complete, **tally.to_dict(), "steps": list(judged.steps),
             "costs": sum_costs(output)}
         write_atomically(output / SUMMARY, format_json(summary))
-        # last, because the manifest hashes all other files
+        # last, because the manifest hashes the files above
         if is_complete:
             _write_manifest(output, run, checks, tally)
     account = RecordAccount(tally.num_samples, tally.num_kept, tally.rejected, "samples")
@@ -73,11 +73,8 @@ def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_com
 
 
 def sum_costs(output: Path) -> dict[str, Any]:
-    """Return sums over all requests of a folder, including failures: requests, answers, requests by status,
-    tokens, and seconds as if sent one by one.
-
-    Raises:
-        UserError: `answers.sqlite` is damaged.
+    """Sum the requests in `answers.sqlite`, including failures: requests, answers, requests by status,
+    tokens, and seconds without concurrency.
     """
     outcomes: Counter[str] = Counter()
     sums = [0, 0, 0.0]
@@ -98,7 +95,6 @@ def sum_costs(output: Path) -> dict[str, Any]:
 
 @dataclass
 class SampleTally:
-    """Counts of items and samples."""
 
     num_items: int = 0
     """Finished items."""
@@ -109,11 +105,11 @@ class SampleTally:
     rejected: Counter[str] = field(default_factory=Counter)
     """Reason -> samples."""
     licences: Counter[str] = field(default_factory=Counter)
-    """Licence of an accepted sample's input -> samples; "": not stated."""
+    """Input licence -> accepted samples; "": not stated."""
     sources: Counter[str] = field(default_factory=Counter)
-    """Source of an accepted sample's input -> samples."""
+    """Input source -> accepted samples."""
     models: Counter[str] = field(default_factory=Counter)
-    """Writing model of an accepted or rejected sample -> samples."""
+    """Writing model -> accepted and rejected samples."""
 
     def to_dict(self) -> dict[str, Any]:
         by_count = sorted(self.rejected.items(), key=lambda entry: (-entry[1], entry[0]))
@@ -152,7 +148,7 @@ def _write_samples(output: Path, run: SynthRunRecord, judged: JudgedSamples, tal
                 tally.num_kept += 1
                 tally.licences[item.item["licence"]] += 1
                 tally.sources[item.item["source"]] += 1
-                # other kinds with a changed text are rejected
+                # `find_verdict` rejects changed samples except of kind text
                 changed = {"text": judged.changed[sample_id]} if sample_id in judged.changed else {}
                 accepted.write(format_json_line(
                     {"id": sample_id, **sample.record, **changed, PROVENANCE: provenance}))

@@ -1,4 +1,4 @@
-"""Models of a run: address or folder, request form, token budget and clients."""
+"""Writer and judge: address or folder, request form, token budget and clients."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from megatron_sov.work.processes.pool import StopSignal
 BACKOFF_S = 1.0
 LOCAL_PATIENCE_S = 60.0
 _STOP_POLL_S = 0.5
-_MAX_WHOLE_BYTES, _END_BYTES = 1 << 24, 1 << 20
-"""`hash_model_folder` reads files up to `_MAX_WHOLE_BYTES` whole, and both ends of larger files."""
+_MAX_FULL_BYTES, _END_BYTES = 1 << 24, 1 << 20
+"""`hash_model_folder` reads files up to `_MAX_FULL_BYTES` completely, and larger files at both ends."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model of a run."""
+    """Writer or judge."""
 
     engine: str
     """Address up to `/v1`, or folder."""
@@ -79,21 +79,16 @@ class Model:
         return payload
 
     def compute_identity(self) -> str:
-        """Return the model's part of the cache key, equal at every address."""
+        """Return the model's name in cache keys, equal at every address."""
         if self.is_local:
             return f"local:{hash_model_folder(Path(self.engine), self.options[0])}"
         return f"endpoint:{self.model}"
 
 
 def hash_model_folder(folder: Path, option: str = "--engine") -> str:
-    """Return a hash over names, sizes and contents of a model's files; large files count by both ends.
+    """Hash names, sizes and contents in a model folder; large files count by both ends.
 
-    Args:
-        folder: model folder.
-        option: command-line option of the folder, for messages.
-
-    Raises:
-        UserError: the folder is missing or empty.
+    Raises `UserError`, with the command-line `option`, if the folder is missing or empty.
     """
     if not folder.is_dir():
         raise UserError(f"{option} {folder}: is neither an address (http://...) nor a folder of a model"
@@ -107,7 +102,7 @@ def hash_model_folder(folder: Path, option: str = "--engine") -> str:
         # with names: files that swap places give another model
         digest.update(f"{file.relative_to(folder)}\0{size_bytes}\0".encode())
         with open(file, "rb") as f:
-            if size_bytes <= _MAX_WHOLE_BYTES:
+            if size_bytes <= _MAX_FULL_BYTES:
                 digest.update(f.read())
             else:
                 digest.update(f.read(_END_BYTES))
@@ -166,7 +161,7 @@ def _count_tokens(usage: Usage) -> int:
 
 
 class EndpointClient:
-    """Client of one model, limited to the run's concurrent requests.
+    """`ModelClient` over an `Endpoint`, limited to the run's concurrent requests.
 
     Args:
         endpoint: sends the requests.
@@ -203,7 +198,7 @@ class EndpointClient:
 @contextlib.contextmanager
 def open_clients(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCache,
                  budget: TokenBudget, stop: StopSignal) -> Iterator[dict[Role, ModelClient]]:
-    """Yield the clients of both models; a model folder is served while the context is open."""
+    """Yield a client for each role; a model folder is served while the context is open."""
     slots = threading.Semaphore(options.threads)
     with contextlib.ExitStack() as stack:
         clients: dict[Model, ModelClient] = {}

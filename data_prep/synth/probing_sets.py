@@ -1,4 +1,4 @@
-"""`sov-data probing-sets`: freeze problems of `sov-data synth probes` into sets for `ssp probe`."""
+"""`sov-data probing-sets`: freeze problems from `sov-data synth probes` into sets for `ssp probe`."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ MAX_DOMAIN_CHARS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class ProbingSetsOptions:
-    """Write one file of problems for each domain, each problem once, as an artifact whose hashes prove that
-    the sets stay the same."""
+    """Write a file with different problems for each domain, as an artifact with hashes that detect
+    changes."""
 
     input: Annotated[tuple[Path, ...], Flag(many=True)]
-    """The folder of `sov-data synth probes`, or lines with prompt, answer and domain."""
+    """Folder from `sov-data synth probes`, or lines with prompt, answer and domain."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the sets."""
     overwrite: bool = False
-    """Replace sets that are already there."""
+    """Replace existing sets."""
 
 
 def write_probing_sets(options: ProbingSetsOptions) -> ExitCode:

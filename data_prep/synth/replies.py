@@ -15,13 +15,12 @@ from megatron_sov.judge.rewards.surface import find_final_loop
 from megatron_sov.work.endpoints.answers import BadAnswer, read_model_name
 
 MIN_LOOP_REPEATS, MIN_LOOP_CHARS = 8, 200
-"""Repetitions at the end of a text, and their characters, from which the text counts as a loop; verses and
-tables repeat less."""
+"""Minimum repetitions and repeated characters at the end for a loop; verses and tables repeat less."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer of a model."""
+    """A model's answer."""
 
     text: str
     """Text without thoughts."""
@@ -39,7 +38,7 @@ class Reply:
 
 
 class ReplyText(str):
-    """Text of a reply as templates see it, with `cut` and `thinking`."""
+    """Reply text in templates, with `cut` and `thinking`."""
 
     cut: bool = False
     """Whether the reply ended at the token limit."""
@@ -131,7 +130,7 @@ def _split_thoughts(content: str) -> tuple[str, str]:
 
 
 def _parse_call(raw_call: Any) -> dict[str, Any]:
-    """Return `name` and `arguments` of a call, with `error` for a malformed call."""
+    """Return `name` and `arguments`, with `error` for a malformed call."""
     function = raw_call.get("function") if isinstance(raw_call, dict) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return _build_malformed_call("", "a tool call must have a function with a name")

@@ -1,4 +1,4 @@
-"""Requests to models for one item: seeded draws, chat turns and grades of a judge."""
+"""Requests to models for an item: seeded draws, chat turns and grades from the judge."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from megatron_sov.judge.rewards.judge import build_fenced_messages, parse_grade,
 from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, RequestRefused
 
 MAX_ATTEMPTS = 3
-"""Requests for one usable reply, each with another seed and in the cache like any other."""
+"""Requests for a usable reply, with different seeds; the cache stores every answer."""
 JUDGE_MAX_TOKENS = 1024
 JUDGE_RETRY_TEMPERATURE = 0.5
 """At temperature 0 a retry would return the same grade."""
 MIN_GRADE, MAX_GRADE = 0.0, 10.0
 Temperature = Annotated[float, Ge(0), Le(2)]
-"""Sampling temperature of the writer."""
+"""Sampling temperature for the writer."""
 Role = Literal["writer", "judge"]
-"""writer: the model of --engine; judge: the model of --judge-engine, by default the writer."""
+"""writer: the model in --engine; judge: the model in --judge-engine, by default the writer."""
 Draw = Reply | NoUsableReply
-"""Result of one draw."""
 T = TypeVar("T")
 
 
 class ModelClient(Protocol):
-    """Client of one model: `key` hashes a request body, `ask` works as `Endpoint.ask`."""
+    """Model client: `key` hashes a request body, `ask` works as `Endpoint.ask`."""
 
     @property
     def model(self) -> str: ...
@@ -39,7 +38,7 @@ class ModelClient(Protocol):
 
 
 class Requester:
-    """Sends the requests of one item. Every method may raise `NoReply`.
+    """Sends an item's requests. Every method may raise `NoReply`.
 
     The seed is part of a request and follows from item, prompt and draw. After a kill, the item repeats
     the same requests, and `answers.sqlite` holds the answers.
@@ -59,16 +58,16 @@ class Requester:
         self._item_id, self._prompts, self._clients = item_id, prompts, clients
         self._map_draws, self._judge_max_tokens = map_draws, judge_max_tokens
         self.request_keys: dict[str, None] = {}
-        """Keys of all used answers, in order."""
+        """Hashes of used requests, in order."""
         self.writers: dict[str, None] = {}
-        """Names of the models that wrote the used answers, without judges."""
+        """Names of the models behind `request_keys`, without judges."""
         self.failure: Exception | None = None
-        """Error of an unanswered request; the item is unfinished even if the generator continued."""
+        """Error from an unanswered request; the item is unfinished even if the generator continued."""
 
     def request_replies(self, prompt: str, fields: Mapping[str, Any], *, count: int = 1, first: int = 0,
                         temperature: float = 0.7, top_p: float = 1.0, max_tokens: int = 1024,
                         thinking: bool | None = None, attempts: int = MAX_ATTEMPTS) -> list[Reply]:
-        """Draw replies of the writer to a prompt, each with its own seed; unusable draws are omitted.
+        """Draw the writer's replies to a prompt, with a seed per draw; unusable draws are omitted.
 
         Args:
             prompt: prompt name, such as "response".
@@ -94,7 +93,7 @@ class Requester:
             except NoUsableReply as e:  # fails this draw only
                 return e
 
-        # in the order of draws, so that `request_keys` does not depend on thread timing
+        # in draw order: `request_keys` must not depend on thread timing
         draws = list(self._map_draws(draw_reply, range(first, first + count)))
         replies = [draw for draw in draws if isinstance(draw, Reply)]
         if not replies and draws and isinstance(draws[-1], NoUsableReply):
@@ -164,7 +163,7 @@ class Requester:
     def _request_reply(self, role: Role, request: Mapping[str, Any], prompt: str, draw: int, attempt: int
                        ) -> Reply:
         client = self._clients[role]
-        # the seed enters the cache key, so that a draw is the same request in every run
+        # the seed enters the cache key: a draw is the same request in every run
         seed = _compute_seed(self._item_id, prompt, draw, attempt)
         payload = {"model": client.model, **request, "seed": seed}
         key = client.key(payload)
@@ -200,5 +199,5 @@ def _replace_half_characters(messages: Sequence[Mapping[str, Any]]) -> list[dict
 def _compute_seed(*parts: object) -> int:
     """Return a seed from 0 to 2**31 - 1 that depends on `parts` only."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
-    # without the sign bit, so that the seed fits a signed 32-bit number
+    # without the sign bit, to fit a signed 32-bit number
     return int.from_bytes(digest[:4], "big") >> 1

@@ -1,4 +1,4 @@
-"""Files of a run: settings in `OUTPUT/run.json`, and finished items in the journal of the work folder."""
+"""Run files: settings in `OUTPUT/run.json`, and finished items in the work folder's journal."""
 
 from __future__ import annotations
 
@@ -22,28 +22,26 @@ _FREE_FIELDS = ("kind", "engine", "judge_engine", "inputs")
 
 @dataclass(frozen=True)
 class SynthRunRecord:
-    """Generator, models and settings behind the samples of a folder, saved in `run.json`."""
+    """Generator, models and settings for a folder, saved in `run.json`."""
 
     generator: str
     """Generator name."""
     version: int
     """Generator version."""
     kind: Kind
-    """Form of the records."""
     model: str
     """Writer's name at its endpoint."""
     engine: str = ""
     """Writer's address or folder."""
     identity: str = ""
-    """Writer's part of the cache key."""
+    """Writer's name in cache keys."""
     judge: str = ""
     """Judge's name at its endpoint."""
     judge_engine: str = ""
     judge_identity: str = ""
     judge_max_tokens: int = 1024
-    """Longest answer of the judge."""
     digests: Mapping[str, str] = field(default_factory=dict)
-    """Generator file -> hash of its text."""
+    """Generator file -> SHA-256."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Generator settings, including defaults."""
     files: Mapping[str, str] = field(default_factory=dict)
@@ -52,7 +50,7 @@ class SynthRunRecord:
     """Input files and folders as typed."""
 
     def get_fixed_settings(self) -> dict[str, Any]:
-        """Return the settings that samples depend on, which a resumed run must not change."""
+        """Return the settings that a resumed run must not change."""
         # through JSON, so that tuples equal the lists of a saved run.json
         fields: dict[str, Any] = json.loads(format_json(asdict(self)))
         return {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
@@ -60,7 +58,7 @@ class SynthRunRecord:
 
 @dataclass(frozen=True)
 class FinishedItem:
-    """A finished item; the fields are the keys of its journal record."""
+    """A finished item; the fields are keys in the journal record."""
 
     item: Mapping[str, str]
     """`id`, `source`, `licence`, and `digest`, the content hash when the samples were made."""
@@ -68,7 +66,7 @@ class FinishedItem:
     asked: Sequence[str] = ()
     """Request hashes, in order."""
     writers: Sequence[str] = ()
-    """Names of the answering models, as stated by the endpoint."""
+    """Names of the answering models, as stated in answers."""
     unusable: str = ""
     """Reason if all answers were unusable."""
 
@@ -105,11 +103,7 @@ def hash_item(item: GeneratorItem) -> str:
 
 
 def read_run_record(output: Path) -> SynthRunRecord:
-    """Read `run.json` from an output folder.
-
-    Raises:
-        UserError: `sov-data synth` did not write the folder, or `run.json` is damaged.
-    """
+    """Read `run.json`; raises `UserError` if the file is missing or damaged."""
     file = output / RUN
     try:
         fields = json.loads(file.read_bytes().decode(), parse_constant=reject_constant,
@@ -133,10 +127,10 @@ def check_work_folder(output: Path) -> None:
 
 def read_finished_items(output: Path) -> Iterator[FinishedItem]:
     """Yield each finished item once, in input order."""
-    seen: set[str] = set()
+    item_ids: set[str] = set()
     for _, record in iter_records_by_item(work_folder(output)):
         item = FinishedItem.from_json(record)
         # two writers may have finished the same item; the first record counts
-        if item.item["id"] not in seen:
-            seen.add(item.item["id"])
+        if item.item["id"] not in item_ids:
+            item_ids.add(item.item["id"])
             yield item

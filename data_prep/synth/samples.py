@@ -1,4 +1,4 @@
-"""Items that generators start from, and samples that they make."""
+"""Items and samples of generators, with verdicts."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class GeneratorItem:
-    """Input for one call of a generator: a document, problem, task, or only a number."""
+    """Input for `Generator.make_samples`: a document, problem, task, or only a number."""
 
     id: str
     """Equal in every run over the same input; letters, digits and `:._/-`."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Plain JSON values."""
     source: str = ""
-    """Name of the source or file, for provenance."""
+    """Source or file name, for provenance."""
     licence: str = ""
-    """Licence of the input; "": not stated."""
+    """"": not stated."""
 
 
 @dataclass(frozen=True)
 class SampleVerdict:
-    """Result of one check on one sample."""
+    """Result from a check on a sample."""
 
     check: str
-    """Check name, equal for all samples that the check rejects."""
+    """Check name, the reason for rejected samples."""
     passed: bool
     """Whether the check accepts the sample."""
     detail: str = ""
@@ -42,14 +42,14 @@ class SampleVerdict:
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """A sample with the verdicts of the generator's checks; accepted if all verdicts pass."""
+    """A sample with verdicts from the generator's checks; accepted if all verdicts pass."""
 
     record: Mapping[str, Any]
-    """Fields in the form of the generator's `Kind`; the run adds provenance."""
+    """Fields as required by the generator's `Kind`; the run adds `synthetic`."""
     verdicts: tuple[SampleVerdict, ...] = ()
-    """Verdicts in the order of the checks; the first failed verdict gives the reason."""
+    """Verdicts in check order; the first failed verdict gives the reason."""
     group: str = ""
-    """Key shared by samples of one item, such as several solutions of a problem; "": no group."""
+    """Key shared by an item's samples, such as several solutions to a problem; "": no group."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Figures for readers, not for training: plain JSON values."""
 
@@ -59,7 +59,7 @@ class GeneratedSample:
 
     @property
     def reason(self) -> str:
-        """Return the name of the first failed check; "" for an accepted sample."""
+        """Return the first failed check; "" for an accepted sample."""
         return self.failed_verdict.check if self.failed_verdict else ""
 
 

@@ -64,24 +64,24 @@ class SynthRun:
 
     def read_items(self, report_repeated: Callable[[GeneratorItem], object] = lambda item: None
                    ) -> Iterator[tuple[int, GeneratorItem]]:
-        """Yield (number, item) for each different id; `report_repeated` receives the other items.
+        """Yield (number, item) for each different id; `report_repeated` receives repeated items.
 
         Raises:
             UserError: the generator does not support the input, or an id is invalid.
         """
-        seen: set[str] = set()
+        item_ids: set[str] = set()
         for item in self.generator.read_items(self.options.input):
             # repeated ids do not count towards the limit
-            if self.options.limit is not None and len(seen) >= self.options.limit:
+            if self.options.limit is not None and len(item_ids) >= self.options.limit:
                 return
             if not _ID.fullmatch(item.id):
                 raise UserError(f"item {item.id[:80]!r}: an id must have 1 to 200 letters, digits and "
                                 ":._/-; mend the input")
-            if item.id in seen:
+            if item.id in item_ids:
                 report_repeated(item)
             else:
-                yield len(seen), item
-                seen.add(item.id)
+                yield len(item_ids), item
+                item_ids.add(item.id)
 
 
 def run_synth(options: SynthOptions) -> ExitCode:
@@ -92,8 +92,9 @@ def run_synth(options: SynthOptions) -> ExitCode:
         StopRequested: a limit, a signal, or an unavailable endpoint; finished items stay.
     """
     if options.list:
-        print("\n".join(list_settings(options.generator) if options.generator else map(
-            describe_generator, PACKAGED)))
+        lines = (list_settings(options.generator) if options.generator else
+                 [f"{name:<20} {load_generator(name).declared.help}" for name in PACKAGED])
+        print("\n".join(lines))
         return ExitCode.OK
     run = prepare_run(options)
     output, work = run.output, work_folder(run.output)
@@ -114,12 +115,8 @@ def run_synth(options: SynthOptions) -> ExitCode:
         return finish_run(run, tally)
 
 
-def describe_generator(name: str) -> str:
-    return f"{name:<20} {load_generator(name).declared.help}"
-
-
 def list_settings(name: str) -> list[str]:
-    """Return a line with name, default and help for each setting of a generator."""
+    """Return a line with name, default and help for each setting."""
     definition = load_generator(name)
     lines = [f"{definition.name} (version {definition.declared.version}): {definition.declared.help}",
              f"prompts: {', '.join(sorted(template.name for template in definition.prompts.values()))}"]
@@ -131,11 +128,7 @@ def list_settings(name: str) -> list[str]:
 
 
 def prepare_run(options: SynthOptions) -> SynthRun:
-    """Check options, models, generator and output folder without writing.
-
-    Raises:
-        UserError: lists all problems that can be found together.
-    """
+    """Check options, models, generator and output folder without writing; raises `UserError`."""
     if not options.generator:
         raise UserError(f"sov-data synth: name a generator ({', '.join(PACKAGED)}), or the YAML file of one; "
                         "--list describes them")
@@ -170,11 +163,7 @@ def prepare_run(options: SynthOptions) -> SynthRun:
 
 
 def build_models(options: SynthOptions) -> tuple[Model, Model]:
-    """Return writer and judge. A judge at another address gets a key only from `--judge-api-key-env`.
-
-    Raises:
-        UserError: a variable has no key, or a judge's option lacks a judge.
-    """
+    """Return writer and judge. A judge at another address gets a key only from `--judge-api-key-env`."""
     for option, variable in (("--api-key-env", options.api_key_env),
                              ("--judge-api-key-env", options.judge_api_key_env)):
         if variable and not os.environ.get(variable):
@@ -189,7 +178,7 @@ def build_models(options: SynthOptions) -> tuple[Model, Model]:
         return writer, writer
     judge_key_env = options.judge_api_key_env
     if judge_key_env is None:
-        # the writer's key never reaches another address
+        # the writer's key never reaches a different address
         is_elsewhere = options.judge_engine and options.judge_engine != options.engine
         judge_key_env = "" if is_elsewhere else key_env
     return writer, Model(options.judge_engine or options.engine, options.judge_model, judge_key_env,
@@ -197,11 +186,7 @@ def build_models(options: SynthOptions) -> tuple[Model, Model]:
 
 
 def create_generator(name: str, settings: Mapping[str, Any]) -> Generator:
-    """Create a generator with settings.
-
-    Raises:
-        UserError: the name is unknown, a library is missing, or settings break rules; lists all of them.
-    """
+    """Create a generator; raises `UserError` for an unknown name, a missing library or invalid settings."""
     definition = load_generator(name)
     if missing := find_library_problems(f"generator {name}", *definition.libraries):
         raise UserError(missing[0])
@@ -224,7 +209,7 @@ def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
         return
     if not (output / RUN).is_file():
         raise UserError(f"--output {output}: exists and is no folder of `sov-data synth`; choose another one")
-    if redo or work_folder(output).is_dir():  # the work folder checks its own settings
+    if redo or work_folder(output).is_dir():  # `lock_work_folder` compares the settings
         return
     if differences := describe_differences(read_run_record(output).get_fixed_settings(),
                                            record.get_fixed_settings()):
@@ -236,10 +221,10 @@ def _check_folder(output: Path, record: SynthRunRecord, redo: bool) -> None:
 
 @dataclass
 class RunTally:
-    """Progress of a run."""
+    """Progress counts."""
 
     todo: set[str] = field(default_factory=set)
-    """Ids of unfinished items at the start of the command."""
+    """Unfinished item ids at the start."""
     num_items: int = 0
     """Finished items, including earlier commands."""
     num_passed: int = 0
@@ -251,7 +236,7 @@ class RunTally:
     num_unanswered: int = 0
     """Items without an answer; the next command tries them again."""
     last_error: str = ""
-    """Error of the last unanswered item."""
+    """Error for the last unanswered item."""
     defects: list[str] = field(default_factory=list)
     """Items that ended in a program error, with the error."""
 
@@ -273,11 +258,7 @@ class RunTally:
 
 
 def count_items(run: SynthRun) -> RunTally:
-    """Read the whole input, and count finished and unfinished items.
-
-    Raises:
-        UserError: the input is damaged or empty, or a finished item has changed.
-    """
+    """Count finished and unfinished items; raises `UserError` for a damaged, empty or changed input."""
     options, tally = run.options, RunTally()
     # counts only: the samples of all items would not fit into memory
     finished = {item.item["id"]: (item.item["digest"], item.counts)
@@ -310,18 +291,18 @@ def count_items(run: SynthRun) -> RunTally:
 
 
 def make_items(run: SynthRun, tally: RunTally) -> None:
-    """Make the items in `tally.todo`; each item is on disk as soon as it is finished."""
+    """Make the items in `tally.todo`; every finished item is on disk immediately."""
     options, stop = run.options, StopSignal()
     cache, journal = EndpointCache(run.output / ANSWERS), Journal(work_folder(run.output))
     total, began_s = tally.num_items + len(tally.todo), time.monotonic()
     reported_s = began_s
     try:
-        # draws have their own pool: items wait for draws, and could occupy every thread of a shared pool
+        # a separate pool for draws: items wait for draws, and could occupy every thread in a shared pool
         with (stop.stop_on_signals(), ThreadPoolExecutor(options.threads) as draw_threads,
               open_clients(run.writer, run.judge, options, cache,
                            TokenBudget(options.max_tokens_total, cache.usage(), stop), stop) as clients):
             maker = ItemMaker(run, clients, draw_threads, stop)
-            # numbers count the whole input, so that a number means the same item in every command
+            # numbers count the whole input: a number means the same item in every command
             items = ((number, item) for number, item in run.read_items() if item.id in tally.todo)
             with contextlib.closing(map_in_threads(maker.make_item, items, options.threads, stop)) as results:
                 for number, item, result in results:
@@ -361,7 +342,7 @@ class ItemMaker:
 
     def make_item(self, numbered: tuple[int, GeneratorItem]
                   ) -> tuple[int, GeneratorItem, FinishedItem | Exception]:
-        """Return number, item, and the finished item or the error of this item.
+        """Return number, item, and the finished item or the item's error.
 
         Raises:
             UserError: no request can succeed.
@@ -405,11 +386,7 @@ class ItemMaker:
 
 
 def finish_run(run: SynthRun, tally: RunTally) -> ExitCode:
-    """Write the source from all finished items, and report missing items.
-
-    Raises:
-        StopRequested: items got no answer.
-    """
+    """Write the source from all finished items; raises `StopRequested` if items got no answer."""
     # an incomplete source can be inspected, and has no manifest
     finishing.finish(run.output, run.options.checks, run.options.workers or count_cores(),
                      is_complete=not tally.num_unanswered and not tally.defects)

@@ -1,8 +1,7 @@
-"""Exact repeats over more documents than fit in memory: the steps `exact_dedup` and `paragraph_dedup`.
+"""Steps `exact_dedup` and `paragraph_dedup`: drop repeated documents, cut repeated paragraphs.
 
-Of documents with one text the first of the source with the highest priority stays.  A paragraph that many
-documents have, such as a menu or a notice, is cut out of them.  Both count keys of 128 bits: a shard's keys
-are written sorted and cut into partitions by their first bits; a partition is counted in ranges of keys.
+Both count 128-bit keys of more documents than fit into memory: a first pass writes the sorted keys of each
+shard, cut into partitions by their first bits; a second pass counts each partition in ranges of keys.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from data_prep.curate.dedup.work_files import (
-    Numbering, Records, Register, Slice, get_ranks, list_part_files, open_bucket, register_documents,
-    write_buckets)
+    Numbering, Records, Register, Slice, compute_key_partitions, get_ranks, join_blocks, list_part_files,
+    open_bucket, register_documents, write_buckets)
 from data_prep.curate.pipeline.step import KEPT, Doc, Pass, ShardRef, Step, StepOutcome, View
 from megatron_sov.base.artifacts import create_folder
 from megatron_sov.base.documents.overlap import fold_text
@@ -30,126 +29,280 @@ from megatron_sov.base.settings import AtLeastOne, Share
 
 KEY_BYTES = 16
 OCCURRENCE = np.dtype([("key", f"S{KEY_BYTES}"), ("doc", "<u8")])
-"""A key, and the number of a document that has it."""
+"""A key and the number of a document that has the key."""
 SURPLUS = np.dtype([("doc", "<u8"), ("keeper", "<u8"), ("key", f"S{KEY_BYTES}")])
-"""A document, the first one that has the key too, and the key that it has to give up."""
+"""A document, the first document with the same key, and the key that `doc` has to give up."""
 RANGE_RECORDS = 1 << 20
-_HALF = np.uint64(32)
+REASON = "exact duplicate"
+REPEATED_REASON = "mostly repeated paragraphs"
+
+Partitions = Annotated[int, Ge(1), Le(65536)]
+"""Tasks of a second pass; each writes a file."""
 
 
-def compute_key_partitions(keys: NDArray[Any], num_partitions: int) -> NDArray[np.int64]:
-    """Return the partition of each key; it does not fall where keys ascend."""
-    # The upper 32 bits times the number of partitions, over 2^32: even shares without a division, and in the
-    # order of the keys.
-    return ((_heads(keys) >> _HALF) * np.uint64(num_partitions) >> _HALF).astype(np.int64)
+@dataclass(frozen=True)
+class ExactSettings:
+    """Settings of the step `exact_dedup`."""
+
+    partitions: Partitions = 64
+    """Tasks of the second pass, the upper limit of its workers."""
+
+
+class ExactDedup(Step):
+    """Drops a document whose normalized text equals an earlier document's, by source priority, then order."""
+
+    kind = "exact_dedup"
+    added_columns = {"duplicate_of": "string"}
+    Settings = ExactSettings
+    settings: ExactSettings
+
+    def list_passes(self) -> Sequence[Pass]:
+        return [Pass("keys", self._write_keys), Pass("compare", self._compare_keys, self.settings.partitions)]
+
+    def load_inputs(self, view: View) -> None:
+        folder = view.work_folder / "duplicates"
+        self._duplicates = DuplicateFilter(view, REASON, lambda rank: read_surplus(folder, rank))
+
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        return self._duplicates.judge_documents(documents)
+
+    def _write_keys(self, view: View, task: int) -> None:
+        rank = Numbering(view).rank_by_shard[view.shards[task]]
+        keys: list[bytes] = []
+        numbers: list[int] = []
+        for batch in register_documents(view, view.shards[task], rank):
+            keys += [blake3(_normalize_text(document.text)).digest(KEY_BYTES) for document in batch]
+            numbers += [rank << 32 | document.row for document in batch]
+        write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
+
+    def _compare_keys(self, view: View, task: int) -> None:
+        write_surplus(view, task, view.work_folder / "duplicates")
+
+
+def _normalize_text(text: str) -> bytes:
+    """Encode `text` in NFKC with every run of whitespace as one space."""
+    # Documents may hold lone surrogates, which strict UTF-8 refuses.
+    return " ".join(unicodedata.normalize("NFKC", text).split()).encode(errors="surrogatepass")
+
+
+class DuplicateFilter:
+    """Drops the documents of record lists; holds the list of one shard in memory."""
+
+    def __init__(self, view: View, reason: str, read_duplicates: Callable[[int], Records]) -> None:
+        """`read_duplicates` maps a rank to records with `doc` (to drop) and `keeper`."""
+        self._numbering, self._register = Numbering(view), Register(view.work_folder / "documents")
+        self._reason, self._read_duplicates = reason, read_duplicates
+        self._rank = -1
+        self._keeper_ids: dict[int, str] = {}
+
+    def judge_documents(self, documents: Sequence[Doc]) -> list[StepOutcome]:
+        return [self._judge_document(document) for document in documents]
+
+    def _judge_document(self, document: Doc) -> StepOutcome:
+        rank = self._numbering.rank_by_shard[ShardRef(document.source, document.shard)]
+        if rank != self._rank:
+            self._load_shard(rank)
+        keeper = self._keeper_ids.get(document.row)
+        return KEPT if keeper is None else StepOutcome(self._reason, values={"duplicate_of": keeper})
+
+    def _load_shard(self, rank: int) -> None:
+        records = self._read_duplicates(rank)
+        self._keeper_ids = {}
+        # Sorted by keeper, so that the table of each keeper's shard is opened once.
+        for record in records[records["keeper"].argsort(kind="stable")]:
+            row, keeper = int(record["doc"]) & 0xFFFFFFFF, int(record["keeper"])
+            self._keeper_ids[row] = self._register.get_document_id(keeper)
+        assert (get_ranks(records["doc"]) == rank).all()
+        self._rank = rank
+
+
+@dataclass(frozen=True)
+class ParagraphSettings:
+    """Settings of the step `paragraph_dedup`."""
+
+    min_chars: AtLeastOne = 30
+    """Shorter paragraphs stay; blanks at their ends do not count."""
+    max_documents: AtLeastOne = 5
+    """A paragraph of more documents than this is cut from all but the first by source priority."""
+    max_share: Share = 0.5
+    """A document that loses more of its characters is dropped."""
+    partitions: Partitions = 64
+    """Tasks of the second pass, the upper limit of its workers."""
+
+
+class ParagraphDedup(Step):
+    """Cuts paragraphs of many documents, such as menus and notices, from all documents but the first."""
+
+    kind = "paragraph_dedup"
+    added_columns = {"paragraphs_cut": "int64"}
+    Settings = ParagraphSettings
+    settings: ParagraphSettings
+
+    def list_passes(self) -> Sequence[Pass]:
+        return [Pass("paragraphs", self._write_keys),
+                Pass("count", self._count_keys, self.settings.partitions)]
+
+    def load_inputs(self, view: View) -> None:
+        self._numbering, self._folder = Numbering(view), view.work_folder / "repeated"
+        self._rank = -1
+        self._keys_by_row: dict[int, set[bytes]] = {}
+
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        return [self._cut_document(document) for document in documents]
+
+    def _cut_document(self, document: Doc) -> StepOutcome:
+        rank = self._numbering.rank_by_shard[ShardRef(document.source, document.shard)]
+        if rank != self._rank:
+            self._load_shard(rank)
+        keys = self._keys_by_row.get(document.row)
+        if keys is None:
+            return StepOutcome(values={"paragraphs_cut": 0})
+        remaining: list[str] = []
+        num_cut = num_cut_chars = 0
+        for paragraph in iter_paragraphs(document.text, self.settings.min_chars):
+            content = document.text[paragraph.start:paragraph.stop]
+            if paragraph.key in keys:
+                num_cut += 1
+                num_cut_chars += len(content.strip())
+            else:
+                remaining.append(content)
+        text = "".join(remaining)
+        # Both sides of the share count characters without surrounding blanks.
+        if not text.strip() or num_cut_chars > self.settings.max_share * len(document.text.strip()):
+            return StepOutcome(REPEATED_REASON, values={"paragraphs_cut": num_cut})
+        return StepOutcome(text=text, values={"paragraphs_cut": num_cut})
+
+    def _load_shard(self, rank: int) -> None:
+        self._keys_by_row = {}
+        for record in read_surplus(self._folder, rank):
+            key = bytes(record["key"]).ljust(KEY_BYTES, b"\0")  # numpy strips trailing zero bytes
+            self._keys_by_row.setdefault(int(record["doc"]) & 0xFFFFFFFF, set()).add(key)
+        self._rank = rank
+
+    def _write_keys(self, view: View, task: int) -> None:
+        rank = Numbering(view).rank_by_shard[view.shards[task]]
+        keys: list[bytes] = []
+        numbers: list[int] = []
+        for batch in view.iter_documents(view.shards[task]):
+            for document in batch:
+                # A set: a paragraph repeated within a document counts once.
+                paragraphs = iter_paragraphs(document.text, self.settings.min_chars)
+                document_keys = {paragraph.key for paragraph in paragraphs if paragraph.key}
+                keys += sorted(document_keys)
+                numbers += [rank << 32 | document.row] * len(document_keys)
+        write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
+
+    def _count_keys(self, view: View, task: int) -> None:
+        write_surplus(view, task, view.work_folder / "repeated", self.settings.max_documents)
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Position and key of a paragraph in a text."""
+
+    start: int
+    """First character."""
+    stop: int
+    """Character after the paragraph's line end."""
+    key: bytes
+    """128-bit hash of the case-folded NFKC form with single spaces; empty if the paragraph is too short."""
+
+
+def iter_paragraphs(text: str, min_chars: int) -> Iterator[Paragraph]:
+    """Yield the lines of `text` as paragraphs that together cover all characters."""
+    begin = 0
+    # Folding neither adds nor removes line ends; one call for the text is as cheap as one for a line.
+    for line, folded in zip(re.findall(r"[^\n]*\n|[^\n]+$", text), fold_text(text).split("\n"), strict=False):
+        words, key = folded.split(), b""
+        # Length of the words joined by spaces, computed before joining: short lines need no hash.
+        if sum(map(len, words)) + len(words) - 1 >= min_chars:
+            plain = " ".join(words).encode(errors="surrogatepass")
+            key = hashlib.blake2b(plain, digest_size=KEY_BYTES).digest()
+        yield Paragraph(begin, begin + len(line), key)
+        begin += len(line)
 
 
 def write_occurrences(path: Path, keys: list[bytes], numbers: list[int], num_partitions: int) -> None:
-    """Write a shard's keys, each with its document's number; a document has a key once."""
+    """Write the keys of a shard with the number of each key's document, by partition."""
     records = np.empty(len(keys), OCCURRENCE)
     records["key"], records["doc"] = keys, numbers
-    # `lexsort` takes its last argument first: by key, then by document.
+    # `lexsort` sorts by its last argument first: by key, then by document.
     records = records[np.lexsort((records["doc"], records["key"]))]
     write_buckets(path, records, compute_key_partitions(records["key"], num_partitions), num_partitions)
 
 
-def write_surplus(files: list[Path], partition: int, folder: Path, max_documents: int = 1) -> None:
-    """Find in one partition of all shards' keys the documents that have to give a key up.
+def write_surplus(view: View, partition: int, output: Path, max_documents: int = 1) -> None:
+    """Write the `SURPLUS` records of one partition, in files with a bucket for each rank.
 
     Args:
-        files: what `write_occurrences` wrote, by rank.
-        partition: number of the partition.
-        folder: receives files with a bucket for each rank.
-        max_documents: of a key that occurs in more documents, the first one alone keeps it.
+        view: its folder `keys` holds a file of `write_occurrences` for each rank.
+        partition: partition to count.
+        output: folder; receives a subfolder for the partition.
+        max_documents: a key of more documents stays with its first document only.
     """
-    slices = [open_bucket(file, OCCURRENCE, partition) for file in files]
-    with create_folder(folder) as temporary:
-        for number, block in enumerate(_blocks(_surplus(_ranges(slices), max_documents))):
-            # By document: the next pass reads what goes shard by shard.
+    num_ranks = len(view.shards)
+    slices = [open_bucket(view.work_folder / "keys" / f"{rank:06}", OCCURRENCE, partition)
+              for rank in range(num_ranks)]
+    surplus = _iter_surplus(_iter_key_ranges(slices), max_documents)
+    with create_folder(output / f"{partition:05}") as temporary:
+        for number, block in enumerate(join_blocks(surplus, RANGE_RECORDS)):
+            # Sorted by document, because the outcomes are read shard by shard.
             block = block[np.lexsort((block["key"], block["doc"]))]
-            write_buckets(temporary / f"{number:06}", block, get_ranks(block["doc"]), len(files))
+            write_buckets(temporary / f"{number:06}", block, get_ranks(block["doc"]), num_ranks)
 
 
 def read_surplus(folder: Path, rank: int) -> Records:
-    """Return what the documents of a shard have to give up, sorted by document; `folder`: with the folders of
-    all partitions."""
-    found = [open_bucket(file, SURPLUS, rank).read() for file in list_part_files(folder)]
-    joined: Records = np.concatenate([np.empty(0, SURPLUS), *found])
-    return joined[np.argsort(joined["doc"], kind="stable")]
+    """Read the `SURPLUS` records of a shard from the subfolders of all partitions, sorted by document."""
+    parts = [open_bucket(file, SURPLUS, rank).read_records() for file in list_part_files(folder)]
+    records: Records = np.concatenate([np.empty(0, SURPLUS), *parts])
+    return records[np.argsort(records["doc"], kind="stable")]
 
 
-def _heads(keys: NDArray[Any]) -> NDArray[np.uint64]:
-    # Big-endian, so that numbers have the order of the bytes that the keys were sorted by.
-    return np.ascontiguousarray(keys).view(">u8").reshape(-1, KEY_BYTES // 8)[:, 0].astype(np.uint64)
-
-
-def _ranges(slices: list[Slice]) -> Iterator[list[Slice]]:
-    total = sum(part.num_records for part in slices)
-    num_ranges = -(-total // RANGE_RECORDS)
+def _iter_key_ranges(slices: list[Slice]) -> Iterator[list[Slice]]:
+    """Cut the slices of all shards at common keys into ranges of about `RANGE_RECORDS` records."""
+    num_ranges = -(-sum(records.num_records for records in slices) // RANGE_RECORDS)
     if num_ranges <= 1:
         yield slices
         return
-    # Hashes are spread evenly, so equal ranges of keys hold about as many records each. Every slice is cut at
-    # the same bounds: all records of one key come in one range. The last bound is above the highest key.
-    heads = [_Heads(part) for part in slices if part.num_records]
-    lowest = min(head.at(0) for head in heads)
-    highest = max(head.at(head.part.num_records - 1) for head in heads)
-    starts = [0] * len(heads)
+    # Hashes spread evenly, so equal ranges of keys hold about equally many records. All slices are cut at the
+    # same bounds: the records of a key stay in one range. The last bound exceeds the highest key.
+    slices = [records for records in slices if records.num_records]
+    lowest = min(records.read_key(0) for records in slices)
+    highest = max(records.read_key(records.num_records - 1) for records in slices)
+    starts = [0] * len(slices)
     for number in range(1, num_ranges + 1):
         bound = lowest + (highest + 1 - lowest) * number // num_ranges
-        stops = [head.first_from(bound, start) for head, start in zip(heads, starts, strict=True)]
-        yield [head.part.part(start, stop)
-               for head, start, stop in zip(heads, starts, stops, strict=True) if stop > start]
+        stops = [records.find_first_key(bound, start) for records, start in zip(slices, starts, strict=True)]
+        yield [records.slice_records(start, stop)
+               for records, start, stop in zip(slices, starts, stops, strict=True) if stop > start]
         starts = stops
 
 
-@dataclass(frozen=True)
-class _Heads:
-    """The first bits of a slice's keys, read one by one."""
-
-    part: Slice
-
-    def at(self, place: int) -> int:
-        return int(_heads(self.part.read(place, place + 1)["key"])[0])
-
-    def first_from(self, bound: int, start: int) -> int:
-        """Return the first place from `start` on whose key is not below a bound."""
-        stop = self.part.num_records
-        while start < stop:
-            middle = (start + stop) // 2
-            if self.at(middle) < bound:
-                start = middle + 1
-            else:
-                stop = middle
-        return start
-
-
-def _surplus(ranges: Iterator[list[Slice]], max_documents: int) -> Iterator[Records]:
+def _iter_surplus(ranges: Iterator[list[Slice]], max_documents: int) -> Iterator[Records]:
     for slices in ranges:
-        keys, counts, firsts = _count(slices)
-        often = counts > max_documents
-        keys, firsts = keys[often], firsts[often]
+        keys, counts, firsts = _count_keys(slices)
+        is_frequent = counts > max_documents
+        keys, firsts = keys[is_frequent], firsts[is_frequent]
         if not len(keys):
             continue
         for part in slices:
-            records = part.read()
-            # For a key above all others the place is behind the last: clipped, it fails the comparison that
-            # follows.
-            place = np.minimum(np.searchsorted(keys, records["key"]), len(keys) - 1)
-            is_surplus = (keys[place] == records["key"]) & (firsts[place] != records["doc"])
-            found = np.empty(int(is_surplus.sum()), SURPLUS)
-            found["doc"], found["key"] = records["doc"][is_surplus], records["key"][is_surplus]
-            found["keeper"] = firsts[place[is_surplus]]
-            yield found
+            records = part.read_records()
+            # A key above all frequent keys is clipped to the last one and fails the comparison below.
+            places = np.minimum(np.searchsorted(keys, records["key"]), len(keys) - 1)
+            is_surplus = (keys[places] == records["key"]) & (firsts[places] != records["doc"])
+            surplus = np.empty(int(is_surplus.sum()), SURPLUS)
+            surplus["doc"], surplus["key"] = records["doc"][is_surplus], records["key"][is_surplus]
+            surplus["keeper"] = firsts[places[is_surplus]]
+            yield surplus
 
 
-def _count(slices: list[Slice]) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.uint64]]:
-    """Return the keys of slices, in how many documents each occurs, and the number of the first."""
+def _count_keys(slices: list[Slice]) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.uint64]]:
+    """Return distinct keys [n] ascending, the number of their documents, and their first document."""
     keys = np.empty(0, OCCURRENCE["key"])
     counts, firsts = np.empty(0, np.int64), np.empty(0, np.uint64)
-    # What was counted and the new block are merged by one sort, so memory holds one entry for a key and one
-    # block of records, however often a key occurs.
-    for block in _blocks(part.read() for part in slices):
+    # Each block is merged into the counts by one sort: memory holds an entry per key and one block, however
+    # often a key occurs.
+    for block in join_blocks((part.read_records() for part in slices), RANGE_RECORDS):
         keys = np.concatenate([keys, block["key"]])
         counts = np.concatenate([counts, np.ones(len(block), np.int64)])
         firsts = np.concatenate([firsts, block["doc"]])
@@ -159,214 +312,3 @@ def _count(slices: list[Slice]) -> tuple[NDArray[Any], NDArray[np.int64], NDArra
         keys = keys[starts]
         counts, firsts = np.add.reduceat(counts, starts), np.minimum.reduceat(firsts, starts)
     return keys, counts, firsts
-
-
-def _blocks(pieces: Iterator[Records]) -> Iterator[Records]:
-    held: list[Records] = []
-    count = 0
-    for piece in pieces:
-        held.append(piece)
-        count += len(piece)
-        if count >= RANGE_RECORDS:
-            yield np.concatenate(held)
-            held, count = [], 0
-    if count:
-        yield np.concatenate(held)
-
-
-# Outcomes from a list of documents that go, each because of another one that stays.
-
-class DuplicateFilter:
-    """Which documents go; the list of one shard is in memory at a time."""
-
-    def __init__(self, numbering: Numbering, register: Register, reason: str,
-                 lists: Callable[[int], Records]) -> None:
-        """`lists`: rank -> records with `doc` and `keeper` of what goes from a shard."""
-        self._numbering, self._register, self._reason, self._lists = numbering, register, reason, lists
-        self._rank = -1
-        self._keeper_ids: dict[int, str] = {}
-
-    def compute_outcomes(self, documents: Sequence[Doc]) -> list[StepOutcome]:
-        return [self._outcome(d) for d in documents]
-
-    def _outcome(self, document: Doc) -> StepOutcome:
-        rank = self._numbering.rank_by_shard[ShardRef(document.source, document.shard)]
-        if rank != self._rank:
-            self._load(rank)
-        keeper = self._keeper_ids.get(document.row)
-        return KEPT if keeper is None else StepOutcome(self._reason, values={"duplicate_of": keeper})
-
-    def _load(self, rank: int) -> None:
-        records = self._lists(rank)
-        self._keeper_ids = {}
-        keepers = records["keeper"]
-        # By the shards of those that stay: each shard's register is opened once and not for each document.
-        for number in records[keepers.argsort(kind="stable")]:
-            row, keeper = int(number["doc"]) & 0xFFFFFFFF, int(number["keeper"])
-            self._keeper_ids[row] = self._register.get_document_id(keeper)
-        assert (get_ranks(records["doc"]) == rank).all()
-        self._rank = rank
-
-
-REASON = "exact duplicate"
-
-
-def _compared(text: str) -> bytes:
-    """Return a text in Unicode's compatibility form (NFKC) with every run of blanks and line ends as one
-    blank."""
-    # A document may hold half of a surrogate pair, which strict UTF-8 refuses.
-    return " ".join(unicodedata.normalize("NFKC", text).split()).encode(errors="surrogatepass")
-
-
-Partitions = Annotated[int, Ge(1), Le(65536)]
-"""Tasks of a second pass; a file each."""
-
-
-@dataclass(frozen=True)
-class ExactSettings:
-    """What counts as the same text."""
-
-    partitions: Partitions = 64
-    """Tasks of the second pass; as many workers can be busy with it."""
-
-
-class ExactDedup(Step):
-    """Drops documents whose text stands elsewhere."""
-
-    kind = "exact_dedup"
-    added_columns = {"duplicate_of": "string"}
-    Settings = ExactSettings
-    settings: ExactSettings
-
-    def list_passes(self) -> Sequence[Pass]:
-        """Return: keys of each shard, then which documents go, by partition."""
-        return [Pass("keys", self._write_keys), Pass("compare", self._compare, self.settings.partitions)]
-
-    def load_inputs(self, view: View) -> None:
-        numbering = Numbering(view)
-        self._dropped = DuplicateFilter(numbering, Register(view.work_folder / "documents"), REASON,
-                                lambda rank: read_surplus(view.work_folder / "duplicates", rank))
-
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return self._dropped.compute_outcomes(documents)
-
-    def _write_keys(self, view: View, task: int) -> None:
-        numbering, shard = Numbering(view), view.shards[task]
-        rank = numbering.rank_by_shard[shard]
-        keys: list[bytes] = []
-        numbers: list[int] = []
-        for batch in register_documents(view, shard, Register(view.work_folder / "documents"), rank):
-            keys += [blake3(_compared(d.text)).digest(KEY_BYTES) for d in batch]
-            numbers += [rank << 32 | d.row for d in batch]
-        write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
-
-    def _compare(self, view: View, task: int) -> None:
-        files = [view.work_folder / "keys" / f"{rank:06}" for rank in range(len(view.shards))]
-        write_surplus(files, task, view.work_folder / "duplicates" / f"{task:05}")
-
-
-REPEATED_REASON = "mostly repeated paragraphs"
-
-
-@dataclass(frozen=True)
-class ParagraphSettings:
-    """What is cut."""
-
-    min_chars: AtLeastOne = 30
-    """Shorter paragraphs stay; blanks at their ends do not count."""
-    max_documents: AtLeastOne = 5
-    """A paragraph that occurs in more documents than this is cut out of all but the first, that of the
-    highest priority."""
-    max_share: Share = 0.5
-    """A document that loses more of its characters is dropped."""
-    partitions: Partitions = 64
-    """Tasks of the second pass; as many workers can be busy with it."""
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    """One paragraph of a text."""
-
-    start: int
-    """Where it begins, in characters."""
-    stop: int
-    """Where what parts it from the next one ends."""
-    key: bytes
-    """128 bits of it in one case, in Unicode's compatibility form, and with every run of blanks as one;
-    empty: it is too short to be cut."""
-
-
-def iter_paragraphs(text: str, min_chars: int) -> Iterator[Paragraph]:
-    """Yield the lines of a text, all characters in one of them."""
-    begin = 0
-    # Neither folding makes or takes away a line's end: lines are folded together, for one call costs as much.
-    for line, folded in zip(re.findall(r"[^\n]*\n|[^\n]+$", text), fold_text(text).split("\n"), strict=False):
-        words, key = folded.split(), b""
-        # The length of the words joined by blanks, known before they are joined: short lines cost no hash.
-        if sum(map(len, words)) + len(words) - 1 >= min_chars:
-            plain = " ".join(words).encode(errors="surrogatepass")
-            key = hashlib.blake2b(plain, digest_size=KEY_BYTES).digest()
-        yield Paragraph(begin, begin + len(line), key)
-        begin += len(line)
-
-
-class ParagraphDedup(Step):
-    """Cuts paragraphs that many documents have."""
-
-    kind = "paragraph_dedup"
-    added_columns = {"paragraphs_cut": "int64"}
-    Settings = ParagraphSettings
-    settings: ParagraphSettings
-
-    def list_passes(self) -> Sequence[Pass]:
-        """Return: paragraphs of each shard, then those that are in too many documents, by partition."""
-        return [Pass("paragraphs", self._write_keys), Pass("count", self._count, self.settings.partitions)]
-
-    def load_inputs(self, view: View) -> None:
-        self._numbering, self._folder = Numbering(view), view.work_folder / "repeated"
-        self._rank = -1
-        self._cut: dict[int, set[bytes]] = {}
-
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._outcome(d) for d in documents]
-
-    def _outcome(self, document: Doc) -> StepOutcome:
-        rank = self._numbering.rank_by_shard[ShardRef(document.source, document.shard)]
-        if rank != self._rank:
-            self._load(rank)
-        keys = self._cut.get(document.row)
-        if keys is None:
-            return StepOutcome(values={"paragraphs_cut": 0})
-        parts = list(iter_paragraphs(document.text, self.settings.min_chars))
-        stay = [p for p in parts if p.key not in keys]
-        num_cut = len(parts) - len(stay)
-        text = "".join(document.text[p.start:p.stop] for p in stay)
-        # Blanks count on neither side of the share.
-        lost = sum(len(document.text[p.start:p.stop].strip()) for p in parts if p.key in keys)
-        if not text.strip() or lost > self.settings.max_share * len(document.text.strip()):
-            return StepOutcome(REPEATED_REASON, values={"paragraphs_cut": num_cut})
-        return StepOutcome(text=text, values={"paragraphs_cut": num_cut})
-
-    def _load(self, rank: int) -> None:
-        self._cut = {}
-        for record in read_surplus(self._folder, rank):
-            key = bytes(record["key"]).ljust(KEY_BYTES, b"\0")  # numpy takes zeros at the end for padding
-            self._cut.setdefault(int(record["doc"]) & 0xFFFFFFFF, set()).add(key)
-        self._rank = rank
-
-    def _write_keys(self, view: View, task: int) -> None:
-        shard = view.shards[task]
-        rank = Numbering(view).rank_by_shard[shard]
-        keys: list[bytes] = []
-        numbers: list[int] = []
-        for batch in view.iter_documents(shard):
-            for document in batch:
-                # A paragraph that a document repeats within itself counts as one document.
-                found = {p.key for p in iter_paragraphs(document.text, self.settings.min_chars) if p.key}
-                keys += sorted(found)
-                numbers += [rank << 32 | document.row] * len(found)
-        write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
-
-    def _count(self, view: View, task: int) -> None:
-        files = [view.work_folder / "keys" / f"{rank:06}" for rank in range(len(view.shards))]
-        write_surplus(files, task, view.work_folder / "repeated" / f"{task:05}", self.settings.max_documents)

@@ -1,7 +1,12 @@
-"""Step `minhash_dedup`: a document goes if a kept one is nearly the same.
+"""Step `minhash_dedup`: drop a document if a kept document is nearly the same.
 
-signatures (per shard) -> bands in common (per partition) -> shingles and their comparison (per shard, where
-candidates are verified exactly) -> selection (`clusters`, one task).
+MinHash signatures (Broder, 1997) with locality-sensitive hashing: a number of a signature is the minimum of
+the shingles' images under a permutation ``x -> a x + b`` of 32 bits with odd `a`; two texts agree in a number
+with the probability of their Jaccard similarity. With b bands of r numbers, texts of similarity s share a
+band with probability ``1 - (1 - s^r)^b``. Pairs with a common band are compared by their exact similarity.
+
+Passes: signatures (per shard), common bands (per partition), shingles and exact comparison (per shard), and
+selection (`clusters`, one task).
 """
 
 from __future__ import annotations
@@ -19,200 +24,272 @@ from numpy.typing import NDArray
 
 from data_prep.curate.dedup.clusters import DROPPED, EDGE, Clusters, DocumentOrder, sort_edges
 from data_prep.curate.dedup.exact import DuplicateFilter, Partitions
+from data_prep.curate.dedup.minhash_loops import count_common, hash_bands, lower_signature
 from data_prep.curate.dedup.work_files import (
-    Numbering, Records, Register, Slice, get_ranks, get_rows, list_part_files, open_bucket,
-    register_documents, save_array, write_buckets)
+    ROW_MASK, Numbering, Records, Register, Slice, compute_key_partitions, get_ranks, get_rows, join_blocks,
+    list_part_files, open_bucket, register_documents, save_array, write_buckets)
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from data_prep.damaged_files import explain_deletion, get_place_in_run
 from megatron_sov.base.artifacts import create_file, create_folder
-from megatron_sov.base.documents.overlap import Units, find_units, hash_stretches
+from megatron_sov.base.documents.overlap import find_units, hash_stretches
 from megatron_sov.base.sealed import SEAL_PLACEHOLDER, check_seal, seal_file
 from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem
 
-# Documents that have a band in common: found in memory that does not grow with the corpus.
-#
-# As for exact keys (`dedup.exact`), a shard's bands are written sorted and cut into partitions, and a
-# partition is worked through in ranges of keys. Of a band that many documents share, each is paired with the
-# first `MOST_FIRST` only, as all pairs of a crowd of n would be n^2. First are those that come first in the
-# order of keeping (`clusters.DocumentOrder`): they stay, and the crowd has to be compared with what stays.
-
+REASON = "near duplicate"
 MAX_FIRST_DOCUMENTS = 12
+"""Documents of a band that every document of the band is compared with."""
+MAX_SIGNATURE_NUMBERS = 1024
 RANGE_RECORDS = 1 << 17
+PAIR_BLOCK = 1 << 18
 PAIR = np.dtype([("own", "<u8"), ("other", "<u8")])
 """Numbers of two documents."""
 BAND = np.dtype([("key", "<u8"), ("doc", "<u8"), ("characters", "<u4")])
-"""A band of a document's signature: its key, number and characters of the document."""
-_HALF = np.uint64(32)
+"""Key of a band of a signature, and number and length in characters of the document."""
 
+
+@dataclass(frozen=True)
+class MinhashSettings:
+    """Settings of the step `minhash_dedup`."""
+
+    threshold: Annotated[float, Gt(0), Le(1)] = 0.8
+    """Jaccard similarity of two documents' shingles from which they are near duplicates."""
+    num_bands: AtLeastOne = 20
+    """Bands of a signature; documents with a common band are compared."""
+    rows_per_band: AtLeastOne = 6
+    """Numbers of a band: more numbers make a common band depend more steeply on similarity."""
+    ngram: Annotated[int, Ge(1), Le(1000)] = 5
+    """Words of a shingle; a character of Thai, Chinese or Japanese is a quarter of a word, a syllable of
+    Korean a third."""
+    seed: NotNegativeInt = 0
+    """Seed of the permutations."""
+    partitions: Partitions = 64
+    """Tasks of the second pass, the upper limit of its workers."""
+
+    def problems(self) -> list[SettingsProblem]:
+        numbers = self.num_bands * self.rows_per_band
+        if numbers <= MAX_SIGNATURE_NUMBERS:
+            return []
+        return [SettingsProblem(
+            ProblemCode.RULE, "num_bands",
+            f"makes {numbers:,} numbers with rows_per_band = {self.rows_per_band}; "
+            f"must be at most {MAX_SIGNATURE_NUMBERS}", self.num_bands)]
+
+
+class MinhashDedup(Step):
+    """Drops near duplicates of kept documents; the column `duplicate_of` names the kept document."""
+
+    kind = "minhash_dedup"
+    version = 3  # similarity is not transitive
+    added_columns = {"duplicate_of": "string"}
+    Settings = MinhashSettings
+    settings: MinhashSettings
+
+    def list_passes(self) -> Sequence[Pass]:
+        return [Pass("signatures", self._sign_documents),
+                Pass("bands", self._pair_documents, self.settings.partitions),
+                Pass("shingles", self._write_shingles), Pass("verify", self._verify_pairs),
+                Pass("clusters", self._select_documents, 1)]
+
+    def load_inputs(self, view: View) -> None:
+        file = view.work_folder / "dropped"
+        self._duplicates = DuplicateFilter(
+            view, REASON, lambda rank: open_bucket(file, DROPPED, rank).read_records())
+
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        return self._duplicates.judge_documents(documents)
+
+    def _sign_documents(self, view: View, task: int) -> None:
+        signer = MinhashSigner(self.settings)
+        rank = Numbering(view).rank_by_shard[view.shards[task]]
+        numbers: list[int] = []
+        lengths: list[int] = []
+        signatures: list[Signature] = []
+        for batch in register_documents(view, view.shards[task], rank):
+            for document in batch:
+                signature = signer.compute_signature(document.text)
+                if signature is not None:
+                    numbers.append(rank << 32 | document.row)
+                    lengths.append(len(document.text))
+                    signatures.append(signature)
+        records = np.empty((len(signatures), self.settings.num_bands), BAND)
+        records["key"] = signer.compute_band_keys(signatures)
+        records["doc"] = np.array(numbers, np.uint64)[:, None]
+        records["characters"] = np.array(lengths, np.uint64)[:, None]
+        write_bands(view.work_folder / "bands" / f"{rank:06}", records.reshape(-1), self.settings.partitions)
+
+    def _pair_documents(self, view: View, task: int) -> None:
+        files = [view.work_folder / "bands" / f"{rank:06}" for rank in range(len(view.shards))]
+        blocks = iter_band_pairs(files, DocumentOrder(view), task, self.settings.partitions)
+        with create_folder(view.work_folder / "pairs" / f"{task:05}") as temporary:
+            for number, pairs in enumerate(blocks):
+                write_pairs(temporary / f"{number:06}", pairs, len(files))
+
+    def _write_shingles(self, view: View, task: int) -> None:
+        rank = Numbering(view).rank_by_shard[view.shards[task]]
+        rows = np.unique(read_pairs(view.work_folder / "pairs", rank)[:, 0] & ROW_MASK).astype(np.int64)
+        documents = view.iter_documents(view.shards[task])
+        write_shingle_sets(view.work_folder / "shingles" / f"{rank:06}", documents, rows, self.settings.ngram)
+
+    def _verify_pairs(self, view: View, task: int) -> None:
+        rank = Numbering(view).rank_by_shard[view.shards[task]]
+        order, register = DocumentOrder(view), Register(view.work_folder / "documents")
+        pairs = read_pairs(view.work_folder / "pairs", rank)
+        edges = [np.empty(0, EDGE)]
+        for block in iter_similar_pairs(pairs, view.work_folder / "shingles", rank, self.settings.threshold):
+            if not len(block):
+                continue
+            # All pairs of a block are between the same two shards.
+            lengths = [register.find_rows(int(get_ranks(side[:1])[0]), get_rows(side))["characters"]
+                       for side in block.T]
+            edges.append(order.build_edges(block, np.stack(lengths, axis=1)))
+        with create_folder(view.work_folder / "similar" / f"{rank:06}") as temporary:
+            save_array(temporary / "edges.npy", sort_edges(np.concatenate(edges)))
+
+    def _select_documents(self, view: View, task: int) -> None:
+        scratch = view.work_folder / ".clusters"
+        shutil.rmtree(scratch, ignore_errors=True)
+        clusters = Clusters(view, Register(view.work_folder / "documents"), scratch)
+        clusters.select_documents(list_part_files(view.work_folder / "similar"))
+        clusters.write_dropped(view.work_folder / "dropped")
+        # Last, and without `similar`: a task killed here runs again from `similar` alone.
+        for folder in (scratch, view.work_folder / "bands", view.work_folder / "shingles"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+Signature = NDArray[np.uint32]
+
+
+class MinhashSigner:
+    """Computes MinHash signatures of texts and the keys of their bands."""
+
+    def __init__(self, settings: MinhashSettings) -> None:
+        generator = np.random.Generator(np.random.PCG64(settings.seed))
+        count = settings.num_bands * settings.rows_per_band
+        # Only odd factors give permutations modulo 2^32.
+        self._factors = generator.integers(0, 1 << 32, count, np.uint32) | np.uint32(1)
+        self._terms = generator.integers(0, 1 << 32, count, np.uint32)
+        self._num_bands, self._words = settings.num_bands, settings.ngram
+
+    def compute_signature(self, text: str) -> Signature | None:
+        """Return the signature [bands x rows] uint32 of `text`, or None if `text` has no words."""
+        shingles = _hash_shingles(text, self._words)
+        if not len(shingles):
+            return None
+        signature = np.full(len(self._factors), 0xFFFFFFFF, np.uint32)
+        # Upper halves of the 64-bit hashes: 32-bit permutations are faster and precise enough for estimates.
+        lower_signature((shingles >> np.uint64(32)).astype(np.uint32), self._factors, self._terms, signature)
+        return signature
+
+    def compute_band_keys(self, signatures: list[Signature]) -> NDArray[np.uint64]:
+        """Return the key of each band of each signature, [n, bands] uint64."""
+        keys = np.empty((len(signatures), self._num_bands), np.uint64)
+        hash_bands(np.array(signatures, np.uint32).reshape(-1, len(self._factors)), keys)
+        return keys
+
+
+def compute_shingles(text: str, words: int) -> NDArray[np.uint64]:
+    """Return the distinct hashes, ascending, of all runs of `words` words; of a shorter text as a whole."""
+    return np.unique(_hash_shingles(text, words))
+
+
+def _hash_shingles(text: str, words: int) -> NDArray[np.uint64]:
+    units = find_units(text)
+    shingles = units.runs(words)
+    if len(shingles) or not len(units.hashes):
+        return shingles
+    return hash_stretches(units.hashes, np.array([0]), np.array([len(units.hashes)]))
+
+
+# Common bands are found in memory that does not grow with the corpus: as for exact keys (`dedup.exact`), a
+# shard's bands are written sorted and cut into partitions, and a partition is processed in ranges of keys.
+# All pairs of n documents with a common band would be n^2, so each document is paired only with the first
+# documents by `clusters.DocumentOrder`, the documents that stay.
 
 def write_bands(path: Path, records: Records, num_partitions: int) -> None:
     records = records[np.argsort(records["key"], kind="stable")]
-    partitions = ((records["key"] >> _HALF) * np.uint64(num_partitions) >> _HALF).astype(np.int64)
-    write_buckets(path, records, partitions, num_partitions)
+    write_buckets(path, records, compute_key_partitions(records["key"], num_partitions), num_partitions)
 
 
 def iter_band_pairs(files: list[Path], order: DocumentOrder, partition: int, num_partitions: int
-                    ) -> Iterator[tuple[Records, NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield records of bands with the pairs among them: the places of either side in the records.
+                    ) -> Iterator[NDArray[np.uint64]]:
+    """Yield pairs of numbers [n, 2] of documents with a common band.
 
     Args:
-        files: what `write_bands` wrote, by rank.
-        order: of keeping documents.
-        partition: number of the partition.
-        num_partitions: number of all partitions.
+        files: files of `write_bands` by rank.
+        order: selection order of documents.
+        partition: partition to read.
+        num_partitions: partitions of each file.
     """
-    slices = [found for file in files if (found := open_bucket(file, BAND, partition)).num_records]
-    total = sum(found.num_records for found in slices)
+    slices = [part for file in files if (part := open_bucket(file, BAND, partition)).num_records]
+    total = sum(part.num_records for part in slices)
     num_ranges = max(1, -(-total // RANGE_RECORDS))
-    # The rule of `write_bands` turned round: the first key of this partition, and that of the next one.
+    # First key of this partition and of the next one: the inverse of `compute_key_partitions`.
     low, high = (-(-(edge << 32) // num_partitions) << 32 for edge in (partition, partition + 1))
     starts = [0] * len(slices)
     for number in range(1, num_ranges + 1):
         bound = low + (high - low) * number // num_ranges
-        stops = [found.num_records if number == num_ranges else _first_from(found, bound, start)
-                 for found, start in zip(slices, starts, strict=True)]
-        parts = [found.part(start, stop) for found, start, stop in zip(slices, starts, stops, strict=True)]
-        # A crowd may fill several blocks: the first documents of its band are found before any is paired.
+        stops = [part.num_records if number == num_ranges else part.find_first_key(bound, start)
+                 for part, start in zip(slices, starts, strict=True)]
+        parts = [part.slice_records(start, stop)
+                 for part, start, stop in zip(slices, starts, stops, strict=True)]
+        # A frequent band may fill several blocks: find its first documents before pairing any block.
         firsts = np.empty(0, BAND)
         if sum(part.num_records for part in parts) > RANGE_RECORDS:
-            for block in _blocks(parts):
-                records, _ = _in_bands(firsts, block, order)
-                firsts = records[_places_in_band(records["key"]) < MAX_FIRST_DOCUMENTS]
-        for block in _blocks(parts):
-            records, is_of_block = _in_bands(firsts, block, order)
-            yield (records, *_pairs(_places_in_band(records["key"]), is_of_block))
+            for block in _iter_blocks(parts):
+                records, _ = _merge_bands(firsts, block, order)
+                firsts = records[_count_earlier_equals(records["key"]) < MAX_FIRST_DOCUMENTS]
+        for block in _iter_blocks(parts):
+            records, is_of_block = _merge_bands(firsts, block, order)
+            yield _pair_records(records, is_of_block)
         starts = stops
 
 
-def _first_from(found: Slice, bound: int, start: int) -> int:
-    """Return the first place from `start` on whose key is not below a bound."""
-    stop = found.num_records
-    while start < stop:
-        middle = (start + stop) // 2
-        if int(found.read(middle, middle + 1)["key"][0]) < bound:
-            start = middle + 1
-        else:
-            stop = middle
-    return start
+def _iter_blocks(parts: Iterable[Slice]) -> Iterator[Records]:
+    return join_blocks((part.read_records(start, min(start + RANGE_RECORDS, part.num_records))
+                        for part in parts for start in range(0, part.num_records, RANGE_RECORDS)),
+                       RANGE_RECORDS)
 
 
-def _blocks(parts: Iterable[Slice]) -> Iterator[Records]:
-    """Read slices, joined to blocks of about `RANGE_RECORDS`, and cut where one has more."""
-    held: list[Records] = []
-    count = 0
-    for part in parts:
-        for start in range(0, part.num_records, RANGE_RECORDS):
-            held.append(part.read(start, min(start + RANGE_RECORDS, part.num_records)))
-            count += len(held[-1])
-            if count >= RANGE_RECORDS:
-                yield np.concatenate(held)
-                held, count = [], 0
-    if count:
-        yield np.concatenate(held)
+def _merge_bands(firsts: Records, block: Records, order: DocumentOrder) -> tuple[Records, NDArray[np.bool_]]:
+    """Merge the first documents of bands with a block, each document of a band once.
 
-
-def _in_bands(firsts: Records, block: Records, order: DocumentOrder) -> tuple[Records, NDArray[np.bool_]]:
-    """Return the first documents of bands together with a block, each document of a band once, by band and
-    the order of keeping; and which of the records are of the block."""
-    # The block's records come first: of two of one document the stable sort leaves the block's in front.
+    Returns:
+        Records sorted by band and selection order, and whether each record comes from `block`.
+    """
+    # `block` comes first, so that the stable sort puts its record before an equal record of `firsts`.
     records = np.concatenate([block, firsts])
-    sorting = np.lexsort((records["doc"], order.of(records["doc"], records["characters"]), records["key"]))
+    places = order.compute_places(records["doc"], records["characters"])
+    sorting = np.lexsort((records["doc"], places, records["key"]))
     records = records[sorting]
-    is_repeated = np.zeros(len(records), np.bool_)
-    is_repeated[1:] = (records["key"][1:] == records["key"][:-1]) & (
-        records["doc"][1:] == records["doc"][:-1])
-    return records[~is_repeated], (sorting < len(block))[~is_repeated]
+    is_new = np.ones(len(records), np.bool_)
+    is_new[1:] = (records["key"][1:] != records["key"][:-1]) | (records["doc"][1:] != records["doc"][:-1])
+    return records[is_new], (sorting < len(block))[is_new]
 
 
-def _places_in_band(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return for each of ascending keys how many like it stand before it."""
-    here = np.arange(len(keys))
-    begins = np.concatenate([[True], keys[1:] != keys[:-1]])
-    places: NDArray[np.int64] = here - np.maximum.accumulate(np.where(begins, here, 0))
-    return places
+def _count_earlier_equals(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return for each of ascending keys [n] the number of equal keys before it."""
+    positions = np.arange(len(keys))
+    is_begin = np.concatenate([[True], keys[1:] != keys[:-1]])
+    counts: NDArray[np.int64] = positions - np.maximum.accumulate(np.where(is_begin, positions, 0))
+    return counts
 
 
-def _pairs(places: NDArray[np.int64], is_of_block: NDArray[np.bool_]
-           ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    here = np.arange(len(places))
-    ones, others = [], []
+def _pair_records(records: Records, is_of_block: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """Pair each record of the block with the first documents of its band; return numbers [n, 2]."""
+    places = _count_earlier_equals(records["key"])
+    positions = np.arange(len(places))
+    pairs = [np.empty((0, 2), np.int64)]
     for first in range(min(MAX_FIRST_DOCUMENTS, int(places.max(initial=0)))):
         # A pair belongs to the block of its later document.
-        later = here[(places > first) & is_of_block]
-        ones.append(later)
-        others.append(later - places[later] + first)
-    nothing = np.empty(0, np.int64)
-    return np.concatenate([nothing, *ones]), np.concatenate([nothing, *others])
-
-
-# MinHash signatures (Broder, 1997) and the keys of their bands (locality-sensitive hashing).
-#
-# The shingles of a text are its runs of some words (`documents.overlap`).  Each of the signature's numbers is
-# the smallest of the shingles' images under a permutation of 32 bits, ``x -> a x + b`` with an odd `a`; two
-# texts agree in one of them with the probability of their Jaccard similarity.  With b bands of r numbers,
-# texts of the similarity s have a band in common with the probability ``1 - (1 - s^r)^b``.
-
-Signature = NDArray[np.uint32]
-
-def compute_shingles(text: str, words: int) -> NDArray[np.uint64]:
-    """Return the different shingles of a text, ascending: all runs of so many words, or the text itself
-    where it is shorter; none where it has no words."""
-    return np.unique(_shingles(find_units(text), words))
-
-
-def _shingles(units: Units, words: int) -> NDArray[np.uint64]:
-    found = units.runs(words)
-    if len(found) or not len(units.hashes):
-        return found
-    return hash_stretches(units.hashes, np.array([0]), np.array([len(units.hashes)]))
-
-
-class MinhashSigner:
-    """Makes the signatures of texts."""
-
-    def __init__(self, num_bands: int, rows_per_band: int, words: int, seed: int) -> None:
-        """See `MinhashSettings`."""
-        draw = np.random.Generator(np.random.PCG64(seed))
-        count = num_bands * rows_per_band
-        # An even factor would be no permutation modulo 2^32.
-        self._factors = draw.integers(0, 1 << 32, count, np.uint32) | np.uint32(1)
-        self._terms = draw.integers(0, 1 << 32, count, np.uint32)
-        self._num_bands, self._words = num_bands, words
-
-    def sign(self, text: str) -> Signature | None:
-        """Return a text's signature [bands x rows] uint32; None: it has no words."""
-        from data_prep.curate.dedup.minhash_loops import lower_signature
-
-        found = _shingles(find_units(text), self._words)
-        if not len(found):
-            return None
-        signature = np.full(len(self._factors), 0xFFFFFFFF, np.uint32)
-        # The upper halves of the 64-bit hashes: permutations of 32 bits are faster, and estimates need no
-        # more.
-        lower_signature((found >> np.uint64(32)).astype(np.uint32), self._factors, self._terms, signature)
-        return signature
-
-    def band_keys(self, signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
-        """Return a key for each band of each signature, [n, bands] uint64, that only the same numbers of the
-        same band share."""
-        from data_prep.curate.dedup.minhash_loops import hash_bands
-
-        keys = np.empty((len(signatures), self._num_bands), np.uint64)
-        hash_bands(signatures, keys)
-        return keys
-
-
-PAIR_BLOCK = 1 << 18
-REASON = "near duplicate"
-MAX_SIGNATURE_NUMBERS = 1024
-
-
-# Candidates compared shingle by shingle: the exact Jaccard similarity of pairs, in files per shard.
+        later = positions[(places > first) & is_of_block]
+        pairs.append(np.stack([later, later - places[later] + first], axis=1))
+    numbers: NDArray[np.uint64] = records["doc"][np.concatenate(pairs)]
+    return numbers
 
 
 def write_pairs(file: Path, pairs: NDArray[np.uint64], num_ranks: int) -> None:
-    """Write pairs of numbers [n, 2], each for the shards of both, once."""
-    # Both shards need the shingles of their own side.
+    """Write each pair of numbers [n, 2] once for the shard of either document."""
+    # Both shards write the shingles of their own documents.
     both = sort_distinct_pairs(np.concatenate([pairs, pairs[:, ::-1]]))
     records = np.empty(len(both), PAIR)
     records["own"], records["other"] = both[:, 0], both[:, 1]
@@ -220,16 +297,14 @@ def write_pairs(file: Path, pairs: NDArray[np.uint64], num_ranks: int) -> None:
 
 
 def read_pairs(folder: Path, rank: int) -> NDArray[np.uint64]:
-    """Return the pairs of a shard's documents [n, 2], its own first, ascending; `folder`: with those of all
-    partitions."""
-    found = [open_bucket(file, PAIR, rank).read() for file in list_part_files(folder)]
-    joined = np.concatenate([np.empty(0, PAIR), *found])
-    return sort_distinct_pairs(np.stack([joined["own"], joined["other"]], axis=1))
+    """Read the pairs [n, 2] of a shard from all partitions' subfolders, own document first, ascending."""
+    parts = [open_bucket(file, PAIR, rank).read_records() for file in list_part_files(folder)]
+    records = np.concatenate([np.empty(0, PAIR), *parts])
+    return sort_distinct_pairs(np.stack([records["own"], records["other"]], axis=1))
 
 
 def sort_distinct_pairs(pairs: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return different pairs [n, 2], ascending; `np.unique` sorts rows as bytes, which takes several times
-    as long."""
+    """Sort pairs [n, 2] and remove repetitions; several times as fast as `np.unique` over rows."""
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     is_new = np.ones(len(pairs), np.bool_)
     is_new[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
@@ -237,54 +312,49 @@ def sort_distinct_pairs(pairs: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class ShingleSets:
-    """The shingles of those documents of a shard that are candidates.
-
-    One file: each task of the comparison opens those of all other shards.  Behind the sets it has the rows,
-    where each row's set begins, and how many rows there are.
-    """
+    """Shingles of the candidate documents of a shard, mapped from a file of `write_shingle_sets`."""
 
     def __init__(self, file: Path) -> None:
         check_seal(file, explain_deletion(file), get_place_in_run(file))
-        with open(file, "rb") as f:  # a copy on write: compiled loops take arrays that may be written to
+        with open(file, "rb") as f:  # copy on write: compiled loops need writable arrays
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         words = np.frombuffer(mapped, np.uint64, (len(mapped) - len(SEAL_PLACEHOLDER)) // np.uint64().nbytes)
-        # From the end: the number n of rows; before it n + 1 begins; before those n rows.
-        places = 2 * int(words[-1]) + 2
-        self.shingles: NDArray[np.uint64] = words[:-places]
-        self.rows, self.begins = np.split(words[-places:-1].view(np.int64), [int(words[-1])])
+        # Layout from the end: the number n of rows, n + 1 begins of sets, n rows.
+        num_rows = int(words[-1])
+        self.shingles: NDArray[np.uint64] = words[:-2 * num_rows - 2]
+        self.rows, self.begins = np.split(words[-2 * num_rows - 2:-1].view(np.int64), [num_rows])
 
-    def places(self, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.searchsorted(self.rows, wanted)
 
-    @staticmethod
-    def write(file: Path, documents: Iterator[list[Doc]], wanted: NDArray[np.int64], words: int) -> None:
-        """Write the sets of rows of a shard."""
-        keep = set(wanted.tolist())
-        begins = [0]
-        with create_file(file, create_parents=True) as temporary, open(temporary, "wb") as f:
-            for batch in documents:
-                for document in batch:
-                    if document.row in keep:
-                        found = compute_shingles(document.text, words)
-                        found.tofile(f)
-                        begins.append(begins[-1] + len(found))
-            np.array([*np.sort(wanted).tolist(), *begins, len(wanted)], np.uint64).tofile(f)
-            seal_file(temporary, get_place_in_run(file))
+def write_shingle_sets(file: Path, documents: Iterator[list[Doc]], rows: NDArray[np.int64],
+                       words: int) -> None:
+    """Write the shingles of the documents with the given rows, for `ShingleSets`.
+
+    A single file, because each task of the comparison opens the files of all other shards.
+    """
+    wanted_rows = set(rows.tolist())
+    begins = [0]
+    with create_file(file, create_parents=True) as temporary, open(temporary, "wb") as f:
+        for batch in documents:
+            for document in batch:
+                if document.row in wanted_rows:
+                    shingles = compute_shingles(document.text, words)
+                    shingles.tofile(f)
+                    begins.append(begins[-1] + len(shingles))
+        np.array([*np.sort(rows).tolist(), *begins, len(rows)], np.uint64).tofile(f)
+        seal_file(temporary, get_place_in_run(file))
 
 
 def iter_similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold: float
-                  ) -> Iterator[NDArray[np.uint64]]:
-    """Yield those of a shard's pairs [n, 2] whose Jaccard similarity is at least the threshold.
+                       ) -> Iterator[NDArray[np.uint64]]:
+    """Yield the pairs [n, 2] of a shard whose Jaccard similarity is at least `threshold`.
 
     Args:
-        pairs: the shard's own first.
-        folder: of the sets of all shards, by rank.
-        rank: of the shard.
+        pairs: pairs of `read_pairs`.
+        folder: files of `write_shingle_sets` by rank.
+        rank: rank of the shard.
         threshold: in (0, 1].
     """
-    from data_prep.curate.dedup.minhash_loops import count_common
-
-    # Each pair is in the lists of both its shards: the one that has the larger number compares it.
+    # Each pair is in the lists of both shards: the shard of the larger number compares it.
     pairs = pairs[pairs[:, 0] > pairs[:, 1]]
     own = ShingleSets(folder / f"{rank:06}")
     for other_rank in np.unique(get_ranks(pairs[:, 1])).tolist():
@@ -292,119 +362,10 @@ def iter_similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, thres
         chosen = pairs[get_ranks(pairs[:, 1]) == other_rank]
         for start in range(0, len(chosen), PAIR_BLOCK):
             block = chosen[start:start + PAIR_BLOCK]
-            places = np.stack([own.places(get_rows(block[:, 0])),
-                               other.places(get_rows(block[:, 1]))], axis=1)
+            places = np.stack([np.searchsorted(own.rows, get_rows(block[:, 0])),
+                               np.searchsorted(other.rows, get_rows(block[:, 1]))], axis=1)
             common = np.empty(len(block), np.int64)
             count_common(own.shingles, own.begins, other.shingles, other.begins, places, common)
-            sizes = (np.diff(own.begins)[places[:, 0]] + np.diff(other.begins)[places[:, 1]])
-            # Jaccard's similarity, common / (|a| + |b| - common), without the division.
+            sizes = np.diff(own.begins)[places[:, 0]] + np.diff(other.begins)[places[:, 1]]
+            # common / (|a| + |b| - common) >= threshold, without the division.
             yield block[common >= threshold * (sizes - common)]
-
-
-@dataclass(frozen=True)
-class MinhashSettings:
-    """What counts as nearly the same."""
-
-    threshold: Annotated[float, Gt(0), Le(1)] = 0.8
-    """Least Jaccard similarity of two documents' shingles at which they are near duplicates."""
-    num_bands: AtLeastOne = 20
-    """Bands of a signature; documents with one in common are compared."""
-    rows_per_band: AtLeastOne = 6
-    """Numbers of a band: more of them make similarity count more steeply."""
-    ngram: Annotated[int, Ge(1), Le(1000)] = 5
-    """Words of a shingle; a character of Thai, Chinese or Japanese is a quarter of a word, a syllable of
-    Korean a third."""
-    seed: NotNegativeInt = 0
-    """Of the permutations."""
-    partitions: Partitions = 64
-    """Tasks of the second pass; as many workers can be busy with it."""
-
-    def problems(self) -> list[SettingsProblem]:
-        numbers = self.num_bands * self.rows_per_band
-        return [] if numbers <= MAX_SIGNATURE_NUMBERS else [SettingsProblem(
-            ProblemCode.RULE, "num_bands",
-            f"makes {numbers:,} numbers with rows_per_band = {self.rows_per_band}; "
-            f"must be at most {MAX_SIGNATURE_NUMBERS}", self.num_bands)]
-
-
-class MinhashDedup(Step):
-    """Drops documents that are nearly the same as a kept one."""
-
-    kind = "minhash_dedup"
-    version = 3  # similarity is not passed on
-    added_columns = {"duplicate_of": "string"}
-    Settings = MinhashSettings
-    settings: MinhashSettings
-
-    def list_passes(self) -> Sequence[Pass]:
-        """Return: signatures, documents with a band in common, their shingles, their comparison, and the
-        selection."""
-        return [Pass("signatures", self._sign), Pass("bands", self._pair, self.settings.partitions),
-                Pass("shingles", self._write_shingles), Pass("verify", self._verify),
-                Pass("clusters", self._cluster, 1)]
-
-    def load_inputs(self, view: View) -> None:
-        self._dropped = DuplicateFilter(Numbering(view), Register(view.work_folder / "documents"), REASON,
-                                        lambda rank: open_bucket(view.work_folder / "dropped", DROPPED, rank
-                                                                 ).read())
-
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return self._dropped.compute_outcomes(documents)
-
-    def _sign(self, view: View, task: int) -> None:
-        s, numbering, shard = self.settings, Numbering(view), view.shards[task]
-        signer = MinhashSigner(s.num_bands, s.rows_per_band, s.ngram, s.seed)
-        rank = numbering.rank_by_shard[shard]
-        documents: list[tuple[int, int]] = []
-        found: list[Signature] = []
-        for batch in register_documents(view, shard, Register(view.work_folder / "documents"), rank):
-            for document in batch:
-                if (signature := signer.sign(document.text)) is not None:
-                    documents.append((rank << 32 | document.row, len(document.text)))
-                    found.append(signature)
-        size = s.num_bands * s.rows_per_band
-        signatures = np.array(found, np.uint32).reshape(-1, size)
-        records = np.empty((len(found), s.num_bands), BAND)
-        records["key"] = signer.band_keys(signatures)
-        for place, name in enumerate(("doc", "characters")):
-            records[name] = np.array(documents, np.uint64).reshape(-1, 2)[:, place:place + 1]
-        write_bands(view.work_folder / "bands" / f"{rank:06}", records.reshape(-1), s.partitions)
-
-    def _pair(self, view: View, task: int) -> None:
-        files = [view.work_folder / "bands" / f"{rank:06}" for rank in range(len(view.shards))]
-        with create_folder(view.work_folder / "pairs" / f"{task:05}") as temporary:
-            for number, (records, ones, others) in enumerate(
-                    iter_band_pairs(files, DocumentOrder(view), task, self.settings.partitions)):
-                pairs = np.stack([records["doc"][ones], records["doc"][others]], axis=1)
-                write_pairs(temporary / f"{number:06}", pairs, len(files))
-
-    def _write_shingles(self, view: View, task: int) -> None:
-        rank = Numbering(view).rank_by_shard[view.shards[task]]
-        wanted = np.unique(read_pairs(view.work_folder / "pairs", rank)[:, 0] & np.uint64(0xFFFFFFFF))
-        ShingleSets.write(view.work_folder / "shingles" / f"{rank:06}",
-                          view.iter_documents(view.shards[task]),
-                          wanted.astype(np.int64), self.settings.ngram)
-
-    def _verify(self, view: View, task: int) -> None:
-        rank = Numbering(view).rank_by_shard[view.shards[task]]
-        order, register = DocumentOrder(view), Register(view.work_folder / "documents")
-        pairs = read_pairs(view.work_folder / "pairs", rank)
-        edges = [np.empty(0, EDGE)]
-        for block in iter_similar_pairs(pairs, view.work_folder / "shingles", rank, self.settings.threshold):
-            # All pairs of a block are between the same two shards.
-            lengths = [register.at(int(get_ranks(side[:1])[0]), get_rows(side))["characters"]
-                       for side in block.T if len(side)]
-            if lengths:
-                edges.append(order.build_edges(block, np.stack(lengths, axis=1)))
-        with create_folder(view.work_folder / "similar" / f"{rank:06}") as temporary:
-            save_array(temporary / "edges.npy", sort_edges(np.concatenate(edges)))
-
-    def _cluster(self, view: View, task: int) -> None:
-        scratch = view.work_folder / ".clusters"
-        shutil.rmtree(scratch, ignore_errors=True)
-        clusters = Clusters(view, Register(view.work_folder / "documents"), scratch)
-        clusters.select(list_part_files(view.work_folder / "similar"))
-        clusters.write_dropped(view.work_folder / "dropped")
-        # Last: should this task be killed here and run again, it reads `similar` alone.
-        for used in (scratch, view.work_folder / "bands", view.work_folder / "shingles"):
-            shutil.rmtree(used, ignore_errors=True)

@@ -1,18 +1,19 @@
-"""Files that the passes of one step leave for each other: each appears whole or not at all.
+"""Files through which the passes of a deduplication step exchange records; each appears whole or not at all.
 
-A pass over shards writes for the tasks of the next pass what concerns them, and that task reads its part of
-every shard's file: records sorted by bucket, behind the places where the buckets begin and a checksum of each
-bucket.  Arrays have a checksum behind them (`sealed`).  Either is looked at before anything is believed.
+A bucket file holds records sorted by bucket, after a header: number of buckets, first record of each bucket,
+checksum of each bucket. A pass over shards writes a bucket for each task of the next pass; the task reads its
+bucket from the files of all shards. Arrays (.npy) end with a seal (`megatron_sov.base.sealed`). Readers
+check both before use.
 
-Documents go by numbers, ``rank << 32 | row``, and the smaller number's text stays.  Shards have ranks by the
-priority of their sources, then by their order in the pipeline: a number is smaller where the priority is
-higher, or the document comes first.
+A document number is ``rank << 32 | row``. Ranks order shards by descending priority of their source, then by
+their place in the pipeline. Of two equal texts the smaller document number stays.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,184 +29,217 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import check_seal, seal_file
 
 Records = NDArray[Any]
-"""Records of some structure [n]."""
+"""Structured array [num_records]."""
+ROW_BITS = np.uint64(32)
+ROW_MASK = np.uint64((1 << 32) - 1)
 _PLACE = np.dtype("<u8")
 _BLOCK_BYTES = 1 << 20
-
-
-def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array as .npy, on the disk behind it."""
-    with create_file(path, create_parents=True) as temporary:
-        save_array(temporary, array)
-
-
-def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array as .npy with its checksum; `path`: a temporary name."""
-    with open(path, "wb") as f:
-        np.save(f, array, allow_pickle=False)
-    seal_file(path, get_place_in_run(path))
-
-
-def read_array(path: Path) -> NDArray[Any]:
-    """Return a .npy file's array by memory map, an empty one as it is; what is written to it stays in
-    memory (compiled loops take arrays that may be written to for another type than others).
-
-    Raises:
-        UserError: it is damaged.
-    """
-    check_seal(path, explain_deletion(path), get_place_in_run(path))
-    try:
-        found = np.load(path, mmap_mode="c", allow_pickle=False)
-    except ValueError:  # what is empty cannot be mapped
-        found = np.load(path, allow_pickle=False)
-    return np.asarray(found)
-
-
-def list_part_files(folder: Path) -> list[Path]:
-    """Return the files in the folders of a folder, in order, without those of a task that was killed."""
-    return [file for part in sorted(folder.iterdir()) if not part.name.startswith(".")
-            for file in sorted(part.iterdir())]
+_OPEN_FILES = 64
 
 
 def write_buckets(path: Path, records: Records, buckets: NDArray[np.int64], num_buckets: int) -> None:
-    """Write records that are sorted by bucket.
+    """Write `records` to a bucket file.
 
     Args:
-        path: the file.
-        records: all, those of a bucket next to each other.
-        buckets: of each record, in [0, num_buckets), ascending.
-        num_buckets: of the file.
+        path: file to create.
+        records: sorted by bucket.
+        buckets: bucket of each record, in [0, num_buckets), ascending.
+        num_buckets: buckets of the file, empty ones included.
     """
     places = np.searchsorted(buckets, np.arange(num_buckets + 1)).astype(_PLACE)
-    digests = np.zeros(num_buckets, _PLACE)
+    checksums = np.zeros(num_buckets, _PLACE)
     for bucket in np.unique(buckets).tolist():
         begin, end = places[bucket:bucket + 2].tolist()
-        digests[bucket] = _digest(path, bucket, begin, end, records[begin:end])
+        checksums[bucket] = _compute_checksum(path, bucket, begin, records[begin:end])
     with create_file(path, create_parents=True) as temporary, open(temporary, "wb") as f:
         np.array([num_buckets], _PLACE).tofile(f)
         places.tofile(f)
-        digests.tofile(f)
+        checksums.tofile(f)
         records.tofile(f)
 
 
-def _digest(path: Path, bucket: int, begin: int, end: int, records: Records) -> int:
-    """Return the checksum of a bucket, its place in the file, and the file's in the run."""
-    digest = _begun(path, bucket, begin, end)
-    if len(records):
-        digest.update(np.ascontiguousarray(records).view(np.uint8).data)
-    return _number(digest)
-
-
-def _begun(path: Path, *place: int) -> Digest:
-    digest = Digest()
-    # File and place are part of the checksum: a sound bucket of another file or place does not pass for this
-    # one.
-    digest.update(" ".join([get_place_in_run(path), *map(str, place), ""]).encode())
-    return digest
-
-
-def _number(digest: Digest) -> int:
-    return int(digest.text().partition(":")[2][:16], 16)
-
-
 class BucketWriter:
-    """Writes the buckets of a file one after the other."""
+    """Writes a bucket file one bucket after the other, in ascending order."""
 
     def __init__(self, path: Path, num_buckets: int) -> None:
-        """Begin a file; `path`: a temporary name."""
+        """Create `path`, a temporary name."""
         self._path, self._file = path, open(path, "wb")  # noqa: SIM115  (closed by `close`)
-        self._places, self._digests = np.zeros(num_buckets + 1, _PLACE), np.zeros(num_buckets, _PLACE)
-        # Room for the header, whose figures are known when the last bucket is written (`close`).
+        self._places, self._checksums = np.zeros(num_buckets + 1, _PLACE), np.zeros(num_buckets, _PLACE)
+        # Reserve the header: `close` fills its figures after the last bucket.
         np.array([num_buckets], _PLACE).tofile(self._file)
         self._places.tofile(self._file)
-        self._digests.tofile(self._file)
+        self._checksums.tofile(self._file)
 
-    def append(self, bucket: int, records: Records) -> None:
-        """Write all records of a bucket, behind those of the buckets before it."""
+    def append_bucket(self, bucket: int, records: Records) -> None:
         if len(records):
             begin = int(self._places[bucket])
-            self._digests[bucket] = _digest(self._path, bucket, begin, begin + len(records), records)
-        # All later buckets begin behind this one, also those that stay empty.
+            self._checksums[bucket] = _compute_checksum(self._path, bucket, begin, records)
+        # All later buckets begin after `records`, the empty ones too.
         self._places[bucket + 1:] += np.uint64(len(records))
         records.tofile(self._file)
 
     def close(self) -> None:
         self._file.seek(_PLACE.itemsize)
         self._places.tofile(self._file)
-        self._digests.tofile(self._file)
+        self._checksums.tofile(self._file)
         self._file.close()
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The records of one bucket of a file, of which parts can be read."""
+    """Consecutive records of a bucket file, read on demand."""
 
     path: Path
     dtype: np.dtype[Any]
     begin_bytes: int
-    """Place of the first record in the file."""
+    """Offset of the first record in the file."""
     num_records: int
 
-    def part(self, start: int, stop: int) -> Slice:
-        """Return records `start` up to `stop` as a slice."""
+    def slice_records(self, start: int, stop: int) -> Slice:
         return Slice(self.path, self.dtype, self.begin_bytes + start * self.dtype.itemsize, stop - start)
 
-    def read(self, start: int = 0, stop: int | None = None) -> Records:
+    def read_records(self, start: int = 0, stop: int | None = None) -> Records:
         count = (self.num_records if stop is None else stop) - start
         if not count:
             return np.empty(0, self.dtype)
         with open(self.path, "rb") as f:
             f.seek(self.begin_bytes + start * self.dtype.itemsize)
-            found: Records = np.fromfile(f, self.dtype, count)
-        assert len(found) == count, f"{self.path}: is cut off"
-        return found
+            records: Records = np.fromfile(f, self.dtype, count)
+        assert len(records) == count, f"{self.path}: is cut off"
+        return records
+
+    def read_key(self, place: int) -> int:
+        """Read the leading 64 bits of the key of record `place`."""
+        return int(get_leading_bits(self.read_records(place, place + 1)["key"])[0])
+
+    def find_first_key(self, bound: int, start: int) -> int:
+        """Find by binary search the first record from `start` on whose key is at least `bound`."""
+        return start + bisect_left(range(start, self.num_records), bound, key=self.read_key)
 
 
 def open_bucket(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
-    """Return a bucket of a file that `write_buckets` wrote; all of it is read once, for its checksum.
+    """Return the records of one bucket of a bucket file after reading them once to verify their checksum.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the bucket is damaged.
     """
-    def number(f: Any, place: int) -> int:
-        # A damaged header may name any place: it leads to the end of the file at most.
+    def read_number(f: Any, place: int) -> int:
+        # A damaged header may name any place: clamp the offset to the file's end.
         f.seek(min(place * _PLACE.itemsize, size_bytes))
         return int.from_bytes(f.read(_PLACE.itemsize), "little")
 
     size_bytes = path.stat().st_size
     with open(path, "rb") as f:
-        count = number(f, 0)
-        begin, end = number(f, 1 + bucket), number(f, 2 + bucket)
-        wanted = number(f, 2 + count + bucket)
-        found = Slice(path, dtype, (2 + 2 * count) * _PLACE.itemsize + begin * dtype.itemsize, end - begin)
+        count = read_number(f, 0)
+        begin, end = read_number(f, 1 + bucket), read_number(f, 2 + bucket)
+        checksum = read_number(f, 2 + count + bucket)
+        records = Slice(path, dtype, (2 + 2 * count) * _PLACE.itemsize + begin * dtype.itemsize, end - begin)
         if begin == end:
-            # Nothing was hashed for an empty bucket.
-            is_sound = wanted == 0
+            # `write_buckets` stores 0 for an empty bucket.
+            is_sound = checksum == 0
         else:
-            digest, left = _begun(path, bucket, begin, end), (end - begin) * dtype.itemsize
-            f.seek(min(found.begin_bytes, size_bytes))
-            while left > 0 and (block := f.read(min(left, _BLOCK_BYTES))):
+            digest = _start_digest(path, bucket, begin, end)
+            missing_bytes = (end - begin) * dtype.itemsize
+            f.seek(min(records.begin_bytes, size_bytes))
+            while missing_bytes > 0 and (block := f.read(min(missing_bytes, _BLOCK_BYTES))):
                 digest.update(block)
-                left -= len(block)
-            is_sound = left == 0 and _number(digest) == wanted
+                missing_bytes -= len(block)
+            is_sound = missing_bytes == 0 and _shorten_digest(digest) == checksum
     if not is_sound:
         raise UserError(f"{path}: is damaged (part {bucket} differs from its own checksum); "
                         f"{explain_deletion(path)}")
-    return found
+    return records
 
 
-ROW_BITS = np.uint64(32)
-ROW_MASK = np.uint64((1 << 32) - 1)
-_OPEN_FILES = 64
+def _compute_checksum(path: Path, bucket: int, begin: int, records: Records) -> int:
+    digest = _start_digest(path, bucket, begin, begin + len(records))
+    digest.update(np.ascontiguousarray(records).view(np.uint8).data)
+    return _shorten_digest(digest)
+
+
+def _start_digest(path: Path, *place: int) -> Digest:
+    digest = Digest()
+    # The digest includes file and place, so a sound bucket of another file or place is still rejected.
+    digest.update(" ".join([get_place_in_run(path), *map(str, place), ""]).encode())
+    return digest
+
+
+def _shorten_digest(digest: Digest) -> int:
+    return int(digest.text().partition(":")[2][:16], 16)
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a sealed .npy file and rename it to `path` once it is on the disk."""
+    with create_file(path, create_parents=True) as temporary:
+        save_array(temporary, array)
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a sealed .npy file; `path` is a temporary name."""
+    with open(path, "wb") as f:
+        np.save(f, array, allow_pickle=False)
+    seal_file(path, get_place_in_run(path))
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Map a sealed .npy file into memory, copy on write.
+
+    Compiled loops compile again for read-only arrays, hence the writable map.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    check_seal(path, explain_deletion(path), get_place_in_run(path))
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except ValueError:  # an empty array cannot be mapped
+        array = np.load(path, allow_pickle=False)
+    return np.asarray(array)
+
+
+def list_part_files(folder: Path) -> list[Path]:
+    """List the files in the subfolders of `folder`, sorted, without hidden subfolders of killed tasks."""
+    return [file for part in sorted(folder.iterdir()) if not part.name.startswith(".")
+            for file in sorted(part.iterdir())]
+
+
+def join_blocks(pieces: Iterable[Records], min_records: int) -> Iterator[Records]:
+    """Concatenate `pieces` into blocks of at least `min_records` records; the last block may be smaller."""
+    waiting: list[Records] = []
+    count = 0
+    for piece in pieces:
+        waiting.append(piece)
+        count += len(piece)
+        if count >= min_records:
+            yield np.concatenate(waiting)
+            waiting, count = [], 0
+    if count:
+        yield np.concatenate(waiting)
+
+
+def get_leading_bits(keys: NDArray[Any]) -> NDArray[np.uint64]:
+    """Return the first 64 bits of keys (uint64, or 8 n bytes) as uint64 [n] in the order of the keys."""
+    if keys.dtype == np.uint64:
+        return keys
+    # Big-endian numbers sort like the bytes of the keys.
+    words = np.ascontiguousarray(keys).view(">u8").reshape(-1, keys.dtype.itemsize // 8)
+    return words[:, 0].astype(np.uint64)
+
+
+def compute_key_partitions(keys: NDArray[Any], num_partitions: int) -> NDArray[np.int64]:
+    """Return the partition of each key [n]; ascending keys have ascending partitions."""
+    # (upper 32 bits) * num_partitions / 2^32: even shares in the order of the keys, without a division.
+    upper = get_leading_bits(keys) >> np.uint64(32)
+    return (upper * np.uint64(num_partitions) >> np.uint64(32)).astype(np.int64)
 
 
 class Numbering:
-    """The ranks of a view's shards."""
+    """Ranks of the shards of a view."""
 
     def __init__(self, view: View) -> None:
-        # `sorted` is stable: shards of one priority keep the order of the pipeline.
+        # `sorted` is stable: shards of equal priority keep the order of the pipeline.
         self.shards = sorted(view.shards, key=lambda shard: -view.get_priority(shard.source))
-        """All shards; a shard's place here is its rank."""
+        """All shards by rank."""
         self.rank_by_shard = {shard: rank for rank, shard in enumerate(self.shards)}
 
 
@@ -218,47 +252,47 @@ def get_rows(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 class Register:
-    """Row, length and id of the documents of each shard, in files."""
+    """Row, length and id of every document, in a .npy table for each shard."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._open: OrderedDict[int, NDArray[Any]] = OrderedDict()
+        self._tables: OrderedDict[int, NDArray[Any]] = OrderedDict()
 
     def write(self, rank: int, documents: Sequence[tuple[int, int, str]]) -> None:
-        """Write a shard's documents: row, characters and id of each, in order."""
-        # Fixed width, so that the table can be mapped into memory and read at any row.
+        """Write the table of a shard from (row, characters, id) of each document, sorted by row."""
+        # Fixed width: readers map the table into memory and read any row.
         ids = [id_.encode() for _, _, id_ in documents]
         width = max(map(len, ids), default=1)
         table = np.empty(len(ids), [("row", "<u4"), ("characters", "<u8"), ("id", f"S{width}")])
-        for field, values in (("row", [r for r, _, _ in documents]),
-                              ("characters", [c for _, c, _ in documents]), ("id", ids)):
-            table[field] = values
+        table["row"] = [row for row, _, _ in documents]
+        table["characters"] = [characters for _, characters, _ in documents]
+        table["id"] = ids
         write_array(self._folder / f"{rank:06}.npy", table)
 
     def read(self, rank: int) -> NDArray[Any]:
-        """Return a shard's documents: `row`, `characters`, `id`."""
-        if rank not in self._open:
-            self._open[rank] = read_array(self._folder / f"{rank:06}.npy")
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-        self._open.move_to_end(rank)
-        return self._open[rank]
+        """Return the table of a shard with the fields `row`, `characters`, `id`."""
+        if rank not in self._tables:
+            self._tables[rank] = read_array(self._folder / f"{rank:06}.npy")
+            if len(self._tables) > _OPEN_FILES:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(rank)
+        return self._tables[rank]
 
-    def at(self, rank: int, wanted: NDArray[np.int64]) -> NDArray[Any]:
+    def find_rows(self, rank: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         table = self.read(rank)
-        found: NDArray[Any] = table[np.searchsorted(table["row"], wanted)]
-        return found
+        entries: NDArray[Any] = table[np.searchsorted(table["row"], rows)]
+        return entries
 
     def get_document_id(self, number: int) -> str:
-        raw: bytes = self.at(number >> 32, np.array([number & 0xFFFFFFFF]))["id"][0]
+        raw: bytes = self.find_rows(number >> 32, np.array([number & 0xFFFFFFFF]))["id"][0]
         return raw.decode()
 
 
-def register_documents(view: View, shard: ShardRef, register: Register, rank: int) -> Iterator[list[Doc]]:
-    """Yield a shard's documents in batches, and write down what they are when all have been."""
-    known: list[tuple[int, int, str]] = []
+def register_documents(view: View, shard: ShardRef, rank: int) -> Iterator[list[Doc]]:
+    """Yield the documents of a shard in batches; after the last batch write the shard's table."""
+    entries: list[tuple[int, int, str]] = []
     for batch in view.iter_documents(shard):
-        known += [(d.row, len(d.text), d.id) for d in batch]
+        entries += [(document.row, len(document.text), document.id) for document in batch]
         yield batch
-    # Only here: a pass that is left early writes no register.
-    register.write(rank, known)
+    # After the loop only: a consumer that stops early leaves no table.
+    Register(view.work_folder / "documents").write(rank, entries)

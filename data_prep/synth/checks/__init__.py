@@ -1,1 +1,1 @@
-"""Checks for the samples of all generators, made of the steps of the data pipeline."""
+"""Pipeline steps as checks for finished samples."""

@@ -1,4 +1,4 @@
-"""Run samples through the steps of a pipeline as documents, and map the results back to samples."""
+"""Run samples as documents through pipeline steps, and map the results back to samples."""
 
 from __future__ import annotations
 
@@ -37,17 +37,16 @@ FORM = "form"
 
 @dataclass(frozen=True)
 class JudgedSamples:
-    """Results of the steps."""
 
     dropped: Mapping[str, SampleVerdict] = field(default_factory=dict)
     """Document id (sample or context) -> reason."""
     changed: Mapping[str, str] = field(default_factory=dict)
     """Document id -> text after the last step that changed the document."""
     steps: tuple[Mapping[str, Any], ...] = ()
-    """Counts for each step and source, as in a pipeline's summary."""
+    """Counts for each step and source, as in `summary.json` from a pipeline."""
 
     def find_verdict(self, kind: Kind, sample_id: str, sample: GeneratedSample) -> SampleVerdict | None:
-        """Return why a sample that passed the generator's checks is rejected; None: accepted."""
+        """Return a sample's failed verdict, or None; the sample passed the generator's checks."""
         try:
             # invalid records were never sent through the steps
             texts = extract_texts(kind, sample.record)
@@ -65,7 +64,7 @@ class JudgedSamples:
 
 
 def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, workers: int) -> JudgedSamples:
-    """Run all samples that passed the generator's checks through the steps of a file.
+    """Run the samples that passed the generator's checks through pipeline steps.
 
     Raises:
         UserError: a step, an input or the disk is wrong.
@@ -128,7 +127,7 @@ def _compute_context_id(text: str) -> str:
 
 
 def iter_input_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield place and text of each document or record in an input, without empty texts.
+    """Yield (place, text) for each document or record in an input, without empty texts.
 
     Raises:
         UserError: the input is missing or unreadable.
@@ -154,15 +153,15 @@ class _StepResult:
     document_id: str
     step_number: int
     reason: str
-    """Reason of a dropped document; "": changed."""
+    """"": the step changed the document."""
     detail: str
-    """Pipeline id of a duplicate, or text of a benchmark."""
+    """Pipeline id of the original, or benchmark text."""
     text: str | None
-    """New text of a changed document."""
+    """New text, if changed."""
 
 
 def _collect_results(plan: PipelinePlan, folder: Path) -> tuple[dict[str, SampleVerdict], dict[str, str]]:
-    """Return the dropped documents with their verdicts, and the changed documents with their texts."""
+    """Return (document id -> verdict) for dropped and (document id -> text) for changed documents."""
     drops: list[_StepResult] = []
     changed: dict[str, str] = {}
     for source in plan.sources:
@@ -183,7 +182,7 @@ def _collect_results(plan: PipelinePlan, folder: Path) -> tuple[dict[str, Sample
 
 
 def _iter_results(source: SourcePlan, folder: Path) -> Iterator[_StepResult]:
-    """Yield a result for each step that drops or changes a document, in the order of steps."""
+    """Yield a result for each step that drops or changes a document, in step order."""
     # the first layer holds the documents with our ids
     base, *layers = [layer for layer in source.layers if layer.folder and layer.kind != "output"]
     for shard in source.shards:
@@ -212,15 +211,15 @@ def _read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def _describe_duplicates(plan: PipelinePlan, folder: Path, pipeline_ids: Iterable[str]) -> dict[str, str]:
-    """Return pipeline id -> "the same as ID" for the originals of duplicates."""
-    wanted = set(filter(None, pipeline_ids))
+    """Return pipeline id -> "the same as ID" for duplicated documents."""
+    selected_ids = set(filter(None, pipeline_ids))
     originals: dict[str, str] = {}
-    for source in plan.sources if wanted else ():
+    for source in plan.sources if selected_ids else ():
         for shard in source.shards:
             table = _read_table(source.layers[0].get_table_file(folder, shard), ["id", "own_id"])
             for pipeline_id, document_id in zip(table.column("id").to_pylist(),
                                                 table.column("own_id").to_pylist(), strict=True):
-                if pipeline_id in wanted:
+                if pipeline_id in selected_ids:
                     originals[pipeline_id] = f"the same as {document_id}"
     return originals
 

@@ -1,4 +1,4 @@
-"""Step files as pipelines over samples, and the texts of a record for each source of the pipeline."""
+"""Step files as pipelines over samples, and a record's texts for each pipeline source."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from megatron_sov.base.settings import (
 
 SAMPLES, ANSWERS, CONTEXT, INPUT = "samples", "answers", "context", "input"
 SOURCES = (SAMPLES, ANSWERS, CONTEXT, INPUT)
-"""samples: all text of a record without system turns; answers: assistant turns of chats; context: system
-turns, each once; input: the generator's input."""
+"""samples: a record's text without system turns; answers: assistant turns in chats; context: system turns,
+deduplicated; input: the generator's input."""
 TASK_FIELDS = ("prompt", "question", "problem", "query", "instruction", "request", "user", "text", "messages")
-"""Fields of a task or an input that may hold the question."""
+"""Fields in tasks and inputs that may hold the question."""
 MAX_TEXT_BYTES = 32 << 20
-"""Bytes of one sample; longer samples are rejected."""
+"""Longer samples are rejected."""
 DEFAULTS = Path(__file__).parent / "defaults"
-"""Step files by generator or kind of record."""
+"""Step files named by generator or `Kind`."""
 SHARD_BYTES = 64_000_000
 
 
@@ -33,7 +33,7 @@ class NoSample(Exception):
 
 
 def extract_texts(kind: Kind, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return source -> text for each non-empty text of a record.
+    """Return source -> text for a record's non-empty texts.
 
     Raises:
         NoSample: the record is malformed, empty or too long.
@@ -56,7 +56,7 @@ def _iter_texts(kind: Kind, record: Mapping[str, Any]) -> Iterator[tuple[str, st
     if kind == "task":
         yield SAMPLES, extract_question(record)
         return
-    # read pairs as preferences, so that the chosen answer is judged
+    # read pairs as preferences, to judge the chosen answer
     is_pair = kind == "prompt" and {"chosen", "rejected"} <= record.keys()
     document = parse_record(dict(record), "", 0, RecordReading("preference" if is_pair else kind))
     if kind == "text":
@@ -71,7 +71,7 @@ def _iter_texts(kind: Kind, record: Mapping[str, Any]) -> Iterator[tuple[str, st
 
 
 def _join_turns(messages: Messages, *roles: str) -> str:
-    """Join thoughts and contents of some roles, without tool calls."""
+    """Join thoughts and contents for `roles`, without tool calls."""
     texts = [text for message in messages if message.role in roles
              for text in (message.reasoning, message.content)]
     return "\n\n".join(filter(None, texts))
@@ -83,7 +83,7 @@ def extract_question(record: Mapping[str, Any]) -> str:
 
 
 def find_check_problems(checks: Path | None) -> list[SettingsProblem]:
-    """Return the problems in the file of `--checks`; None: no file."""
+    """Return the problems in a `--checks` file; None: no file."""
     if checks is None:
         return []
     if not checks.is_file():
@@ -97,11 +97,11 @@ def find_check_problems(checks: Path | None) -> list[SettingsProblem]:
 
 
 def choose_steps_file(checks: Path | None, generator: str, kind: str) -> Path:
-    """Return the file of `--checks`, or else the packaged file for the generator or the kind of record."""
+    """Return `checks`, or else the packaged file for the generator or `Kind`."""
     if checks is not None:
         return checks
-    own_file = DEFAULTS / f"{generator}.yaml"
-    return own_file if own_file.is_file() else DEFAULTS / f"{kind}.yaml"
+    packaged_file = DEFAULTS / f"{generator}.yaml"
+    return packaged_file if packaged_file.is_file() else DEFAULTS / f"{kind}.yaml"
 
 
 def read_steps(file: Path, folders: Mapping[str, Path | None]) -> Pipeline:
@@ -134,7 +134,7 @@ def read_steps(file: Path, folders: Mapping[str, Path | None]) -> Pipeline:
 
 
 def _select_steps(located: LocatedDocument, sources: Sequence[str]) -> LocatedDocument:
-    """Drop missing sources from each step's `only.sources`, and steps that have no other source.
+    """Drop missing sources from `only.sources`, and steps with missing sources only.
 
     Names outside `SOURCES` stay, so that `read_pipeline` reports the mistake.
     """

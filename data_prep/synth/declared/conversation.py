@@ -1,4 +1,4 @@
-"""Conversations about tasks of virtual worlds: the writer calls tools, and may also play the user."""
+"""Conversations about tasks in virtual worlds: the writer calls tools, and may also play the user."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ Message = dict[str, Any]
 TURN_SEEDS = 1 << 10
 """Seeds reserved for a conversation's turns and retries."""
 MAX_MALFORMED = 1
-"""Retries because of malformed calls."""
+"""Retries after malformed calls."""
 MAX_REPEATS = 2
 """Equal calls with equal results; more count as a loop."""
 MAX_USER_CHARS = 2000
-"""Characters of a played user's turn."""
 DONE = "###DONE###"
-"""Word with which the played user ends a conversation, as in tau-bench (arXiv 2406.12045)."""
+"""Ends a conversation when the played user writes this word (tau-bench, arXiv 2406.12045)."""
 
 
 @dataclass
@@ -53,8 +52,7 @@ class Player:
 
     requester: Requester
     fields: Mapping[str, Any]
-    """The sample's fields: `max_turns`, `temperature`, `max_tokens`, `thinking`, and fields of the user's
-    prompt."""
+    """Sample fields: `max_turns`, `temperature`, `max_tokens`, `thinking`, and fields for `user_prompt`."""
     number: int
     """Index among the item's conversations."""
     user_prompt: str = ""
@@ -106,9 +104,9 @@ class Player:
         return "turns"
 
     def _request_model_turn(self, conversation: Conversation, turn: int) -> Reply | str:
-        """Return the model's next turn, or the end of a conversation without another turn."""
+        """Return the model's next turn, or `Conversation.end`."""
         while True:
-            # a retry has another seed, because the cache would return the same answer
+            # a new seed for a retry, because the cache would return the same answer
             retry = conversation.num_malformed * self.fields["max_turns"]
             reply = self.requester.request_turn(
                 _build_request_messages(conversation.messages), tools=conversation.tools,

@@ -1,4 +1,4 @@
-"""Generators from YAML files: readers of items, prompts, steps, and the record of a sample.
+"""Generators from YAML files with reader, prompts, steps, and the sample's record.
 
 The whole file is checked when it is read. Unknown keys, parsers and fields, templates that access Python
 internals, and settings with invalid defaults are refused before any request.
@@ -35,16 +35,16 @@ from megatron_sov.base.settings.problem import UNSET
 PACKAGED = {file.stem: file for file in sorted((Path(__file__).parents[1] / "generators").glob("*.yaml"))}
 """Packaged generators: name -> file."""
 SUFFIXES = (".yaml", ".yml")
-GIVEN_FIELDS = ("item_id", "part")
-"""Fields of every sample: the item's id, and the index among the parts of a reply or list."""
+ITEM_FIELDS = ("item_id", "part")
+"""Fields in every sample: item id, and index among the parts from a reply or list."""
 Place = tuple[str | int, ...]
-"""Keys and indices that lead to a part of the file."""
+"""Path of keys and indices in the file."""
 add_functions(FUNCTIONS)
 
 
 @dataclass(frozen=True)
 class DeclaredSetting:
-    """A setting of a generator file."""
+    """Entry in `settings`."""
 
     default: bool | int | float | str | tuple[str, ...]
     help: str = ""
@@ -52,9 +52,9 @@ class DeclaredSetting:
     min: float | None = None
     max: float | None = None
     options: tuple[str, ...] = ()
-    """Accepted values of the setting, or of each item in a list; empty: all."""
+    """Accepted values, for each item in a list setting; empty: no restriction."""
     at_most: str = ""
-    """Another setting that bounds this setting from above."""
+    """Setting that limits this setting from above."""
 
     def build_type(self) -> Any:
         """Return the annotated type for a settings dataclass."""
@@ -79,23 +79,22 @@ class DeclaredSetting:
 
 @dataclass(frozen=True)
 class GeneratorFile:
-    """Keys of a generator file."""
 
     help: NotBlank
     """One line for `sov-data synth --list`."""
     items: str | dict[str, dict[str, Any]]
-    """Name of a reader, or `records` with options."""
+    """Reader name in `READERS`, or `records` with options."""
     prompts: dict[str, Prompt]
     steps: Annotated[tuple[dict[str, Any], ...], MinLen(1)]
     record: dict[str, Any]
     """Field -> value; or kind -> record, if `makes` names a setting."""
     makes: str = "text"
-    """Kind of the records (`KINDS`), or a setting that holds the kind."""
+    """Record kind (`KINDS`), or a setting that holds the kind."""
     version: AtLeastOne = 1
     """Raised when equal answers would give other samples."""
     settings: dict[str, DeclaredSetting] = field(default_factory=dict)
     group: str = ""
-    """Key shared by samples of one item."""
+    """Key shared by an item's samples."""
     libraries: tuple[str, ...] = ()
     """Python modules that may be missing from an installation."""
 
@@ -115,10 +114,10 @@ class GeneratorDefinition:
     """Compiled `group`."""
     prompts: Mapping[str, PromptTemplate]
     Settings: type[Any]
-    """Frozen dataclass with the settings of reader and file."""
+    """Frozen dataclass with settings from reader and file."""
     setting_help: Mapping[str, str]
     digest: str
-    """SHA-256 of the file's text."""
+    """SHA-256 over the file."""
 
     @property
     def libraries(self) -> Sequence[str]:
@@ -146,15 +145,15 @@ class Generator:
             self._record = self._record[self.kind]
 
     def list_files(self) -> Sequence[Path]:
-        """Return files in addition to the input that samples depend on, such as constraints for `autoif`."""
+        """Return additional input files, such as `constraints` for `autoif`."""
         return self.definition.reader.list_files(self.settings)
 
     def read_items(self, inputs: Sequence[Path]) -> Iterator[GeneratorItem]:
-        """Yield the items of the inputs, in order; raises `UserError` with file and line of a bad record."""
+        """Yield items in input order; raises `UserError` with file and line for a bad record."""
         return self.definition.reader.read_items(inputs, self.settings)
 
     def make_samples(self, item: GeneratorItem, requester: Requester) -> Iterator[GeneratedSample]:
-        """Run the steps on one item and yield all samples, failed samples too."""
+        """Run the steps on an item and yield accepted and failed samples."""
         fields = {**self._setting_values, **self.definition.reader.prepare_fields(item, self.settings),
                   "item_id": item.id, "part": 0}
         yield from self._run_steps(self.definition.steps, Draft(fields), requester)
@@ -178,11 +177,7 @@ class Generator:
 
 
 def load_generator(name: str) -> GeneratorDefinition:
-    """Load a packaged generator by name, or a generator file.
-
-    Raises:
-        UserError: the name is unknown, or the file has mistakes.
-    """
+    """Load a packaged generator by name, or a generator file; raises `UserError`."""
     if name.endswith(SUFFIXES):
         return read_generator(Path(name))
     if name in PACKAGED:
@@ -198,11 +193,7 @@ def _read_packaged_generator(name: str) -> GeneratorDefinition:
 
 
 def read_generator(file: Path) -> GeneratorDefinition:
-    """Read and compile a generator file.
-
-    Raises:
-        SettingsError: the file has problems, each with its line.
-    """
+    """Read and compile a generator file; raises `SettingsError` with each problem's line."""
     text = read_settings_text(file)
     located = parse_located_yaml(text)
     if located.problems:
@@ -222,18 +213,16 @@ class _ParsedStep:
 
 
 class _Compiler:
-    """Checks and compiles a file."""
-
     def __init__(self, file: Path, located: LocatedDocument, declared: GeneratorFile) -> None:
         self._file, self._located, self._declared = file, located, declared
         self._problems: list[SettingsProblem] = []
         self._prompt_fields: dict[str, set[str]] = {}
-        """Prompt -> fields known to all steps that send the prompt."""
+        """Prompt -> fields available in every step that sends the prompt."""
 
     def compile_file(self, digest: str) -> GeneratorDefinition:
         declared, name = self._declared, self._file.stem
         reader = self._compile_reader()
-        reserved = {"self", *GIVEN_FIELDS, *reader.fields, *PROMPTS.globals}
+        reserved = {"self", *ITEM_FIELDS, *reader.fields, *PROMPTS.globals}
         for setting in declared.settings:
             if (not setting.isidentifier() or iskeyword(setting) or setting.startswith("_")
                     or setting in reserved):
@@ -245,15 +234,15 @@ class _Compiler:
         parsed_steps = self._parse_steps(declared.steps, ("steps",))
         self._raise_problems()  # without the step that sets a name, later names cannot be checked
         setting_names = [setting.name for setting in list_fields(settings)]
-        steps, known = self._compile_steps(parsed_steps, [*GIVEN_FIELDS, *setting_names, *reader.fields])
-        record, group = self._compile_key("record", known), self._compile_key("group", known)
+        steps, names = self._compile_steps(parsed_steps, [*ITEM_FIELDS, *setting_names, *reader.fields])
+        record, group = self._compile_key("record", names), self._compile_key("group", names)
         if declared.makes not in (*KINDS, *setting_names):
             self._add_problem(("makes",), f"must be one of {', '.join(KINDS)}, or a setting", declared.makes)
         prompts = self._compile_prompts()
         self._raise_problems()
-        own_help = {key: setting.help for key, setting in declared.settings.items() if setting.help}
+        declared_help = {key: setting.help for key, setting in declared.settings.items() if setting.help}
         return GeneratorDefinition(name, declared, reader, steps, record, group, prompts, settings,
-                                   {**get_field_help(reader.Settings), **own_help}, digest)
+                                   {**get_field_help(reader.Settings), **declared_help}, digest)
 
     def _raise_problems(self) -> None:
         if self._problems:
@@ -294,16 +283,17 @@ class _Compiler:
         return options.build_reader(self._file.parent)
 
     def _compile_settings(self, reader: Reader) -> type[Any]:
-        """Build a dataclass with the settings of reader and file; defaults in the file take precedence."""
+        """Build a settings dataclass; defaults in the file override the reader's defaults."""
         hints = get_type_hints(reader.Settings, include_extras=True)
-        own_fields: list[tuple[str, Any, Any]] = []
+        declared_fields: list[tuple[str, Any, Any]] = []
         for name, setting in self._declared.settings.items():
             if setting.at_most and setting.at_most not in {*self._declared.settings, *hints}:
                 self._add_problem(("settings", name), "names no setting", setting.at_most,
                                   "name another one of the file")
-            own_fields.append((name, hints.get(name) or setting.build_type(), field(default=setting.default)))
+            hint = hints.get(name) or setting.build_type()
+            declared_fields.append((name, hint, field(default=setting.default)))
         self._raise_problems()
-        settings = make_dataclass("Settings", own_fields, bases=(reader.Settings,), frozen=True)
+        settings = make_dataclass("Settings", declared_fields, bases=(reader.Settings,), frozen=True)
         defaults = {name: setting.default for name, setting in self._declared.settings.items()}
         _, problems = try_parse_settings(settings, defaults)
         for problem in problems:
@@ -312,7 +302,7 @@ class _Compiler:
         return settings
 
     def _parse_steps(self, entries: Sequence[Mapping[str, Any]], place: Place) -> list[_ParsedStep]:
-        """Return the steps with valid form, and add the problems of the others."""
+        """Return the steps with valid form, and add problems for invalid steps."""
         parsed: list[_ParsedStep] = []
         for number, entry in enumerate(entries):
             step_place = (*place, number)
@@ -337,31 +327,31 @@ class _Compiler:
             parsed.append(_ParsedStep(step, step_place, inner))
         return parsed
 
-    def _compile_steps(self, steps: Sequence[_ParsedStep], known: Sequence[str]
+    def _compile_steps(self, steps: Sequence[_ParsedStep], names: Sequence[str]
                        ) -> tuple[tuple[CompiledStep, ...], list[str]]:
         """Return the compiled steps and the fields known after the last step."""
         compiled_steps: list[CompiledStep] = []
-        known = list(known)
+        names = list(names)
         for parsed in steps:
             step = parsed.step
-            inner, known_after = self._compile_steps(parsed.inner, [*known, *step.list_set_fields()])
-            compiled, problems = compile_step(step, inner, known)
+            inner, names_after = self._compile_steps(parsed.inner, [*names, *step.list_set_fields()])
+            compiled, problems = compile_step(step, inner, names)
             for part, rule in problems:
                 self._add_problem((*parsed.place, part), rule)
             prompt = getattr(step, "ask", "") or getattr(step, "user", "")
             if prompt:
-                self._prompt_fields[prompt] = self._prompt_fields.get(prompt, set(known)) & set(known)
-            known = known_after
+                self._prompt_fields[prompt] = self._prompt_fields.get(prompt, set(names)) & set(names)
+            names = names_after
             compiled_steps.append(compiled)
-        return tuple(compiled_steps), known
+        return tuple(compiled_steps), names
 
-    def _compile_key(self, key: str, known: Sequence[str]) -> Any:
+    def _compile_key(self, key: str, names: Sequence[str]) -> Any:
         try:
             value = compile_value(getattr(self._declared, key))
         except BadTemplate as e:
             self._add_problem((key,), str(e))
             return None
-        for problem in find_unknown_names(collect_field_names(value), known):
+        for problem in find_unknown_names(collect_field_names(value), names):
             self._add_problem((key,), problem)
         return value
 

@@ -13,7 +13,7 @@ from megatron_sov.judge.rewards.reward import Refused
 
 TIMEOUT_S = 2.0
 MAX_CHARS, MAX_PARTS = 4000, 100
-"""Characters of one text in JSON, and texts of a list, each of which becomes a sample."""
+"""Limits for `json_list`: characters per text, and samples per reply."""
 
 
 def parse_tagged_texts(reply: str, names: Sequence[str]) -> dict[str, str] | None:
@@ -38,12 +38,13 @@ def parse_tagged_texts(reply: str, names: Sequence[str]) -> dict[str, str] | Non
 
 
 def parse_json_list(reply: str, names: Sequence[str]) -> list[dict[str, str]] | None:
-    """Parse a list of objects with the texts `names`; omit incomplete objects and repeated first texts."""
+    """Parse a JSON list with objects that hold the texts `names`; omit incomplete objects and repeated first
+    texts."""
     try:
         items = parse_json(reply.strip())
     except Refused:
         return None
-    found: dict[str, dict[str, str]] = {}
+    parsed: dict[str, dict[str, str]] = {}
     for item in items if isinstance(items, list) else ():
         texts = {}
         for name in names if isinstance(item, dict) else ():
@@ -51,12 +52,12 @@ def parse_json_list(reply: str, names: Sequence[str]) -> list[dict[str, str]] | 
             if isinstance(text, str) and text.strip() and len(text) <= MAX_CHARS:
                 texts[name] = text.strip()
         if len(texts) == len(names):
-            found.setdefault(texts[names[0]], texts)
-    return list(found.values())[:MAX_PARTS] or None
+            parsed.setdefault(texts[names[0]], texts)
+    return list(parsed.values())[:MAX_PARTS] or None
 
 
 def parse_pattern(reply: str, pattern: str) -> dict[str, str] | None:
-    """Parse the named groups of a regular expression."""
+    """Parse a regular expression's named groups."""
     try:
         match = regex.search(pattern, reply.strip(), regex.DOTALL | regex.MULTILINE, timeout=TIMEOUT_S)
     except TimeoutError:
@@ -84,7 +85,7 @@ class Parser:
     """Parses fields from a reply, with an argument from the file."""
 
     parse: Callable[[str, Any], Any]
-    """(reply, argument) -> fields, or a list of fields if `returns_list`; None for another form."""
+    """(reply, argument) -> fields, or list if `returns_list`; None: the reply has another form."""
     returns_list: bool = False
     find_field_names: Callable[[Any], Sequence[str] | str] = _find_listed_names
     """Argument -> field names, or a problem sentence."""

@@ -1,4 +1,4 @@
-"""Steps of a generator file: each step changes a draft of a sample, divides the draft, or checks it.
+"""Steps in generator files: a step changes, divides or checks a draft sample.
 
 The first failed check ends a draft, so that no further requests are sent for it.
 """
@@ -23,9 +23,9 @@ from megatron_sov.base.settings import AtLeastOne, NotBlank
 
 EXPRESSION_PARTS = frozenset((
     "play", "number", "when", "that", "count", "least", "temperature", "max_tokens"))
-"""Parts of steps that must be one expression or a value without text."""
+"""Step parts that must be one `{{ expression }}` or a non-text value."""
 MAX_UNPARSED_CHARS = 2000
-"""Characters of an unparsable reply in the rejected sample."""
+"""Characters from an unparsable reply in the rejected sample."""
 
 
 @dataclass
@@ -36,14 +36,14 @@ class Draft:
     verdicts: list[SampleVerdict] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     unparsed_reply: str = ""
-    """Beginning of a reply that no parser could read."""
+    """Beginning of an unparsable reply."""
 
     @property
     def has_failed(self) -> bool:
         return any(not verdict.passed for verdict in self.verdicts)
 
     def split_draft(self, parts: Sequence[Mapping[str, Any]]) -> list[Draft]:
-        """Return a draft for each mapping of additional fields; the field `part` holds the index."""
+        """Return a draft for each mapping in `parts`; the field `part` holds the index."""
         return [Draft({**self.fields, **part, "part": index}, list(self.verdicts), dict(self.notes))
                 for index, part in enumerate(parts)]
 
@@ -53,7 +53,7 @@ class Draft:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One entry of `steps`."""
+    """One entry in `steps`."""
 
     when: bool | str = True
     """Condition for running the step: an expression."""
@@ -67,24 +67,24 @@ class Step:
         return []
 
     def find_problems(self, prompts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yield (part, problem sentence), without problems of compiled values."""
+        """Yield (part, problem sentence), except problems in compiled values."""
         yield from ()
 
     def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester
                    ) -> Sequence[Draft] | None:
-        """Change a draft, or return the drafts that replace it."""
+        """Change a draft, or return replacement drafts."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskStep(Step):
-    """Send a prompt of the file to the writer."""
+    """Send a prompt to the writer."""
 
     ask: str
     into: str = "reply"
-    """Field for the reply text, or for a list of texts."""
+    """Field for the reply text, or for the list if `count` is set."""
     count: AtLeastOne | str | None = None
-    """Number of replies; None: a single text instead of a list."""
+    """Number of replies; None: a single text."""
     temperature: float | str = "{{ temperature }}"
     max_tokens: int | str = "{{ max_tokens }}"
     attempts: AtLeastOne = 3
@@ -126,12 +126,11 @@ def _find_prompt_problems(part: str, name: str, prompts: Mapping[str, Any]) -> I
 
 @dataclass(frozen=True, kw_only=True)
 class ParseStep(Step):
-    """Parse `reply`; fails as `complete` if the reply was cut off, and as `name` for another form."""
+    """Parse `reply`; fails as `complete` if the reply was cut off, and as `name` if unparsable."""
 
     parse: Annotated[dict[str, Any], Len(1, 1)]
     """Parser -> argument."""
     name: str = "form"
-    """Name of the check."""
     required_fields: ClassVar[tuple[str, ...]] = ("reply",)
 
     @property
@@ -175,7 +174,7 @@ class ParseStep(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class EachStep(Step):
-    """Divide a sample into one sample for each value of a list."""
+    """Divide a sample into a sample for each list value."""
 
     each: Annotated[dict[str, Any], Len(1, 1)]
     """Field -> list."""
@@ -192,7 +191,7 @@ class EachStep(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class EveryStep(Step):
-    """Run the steps `do` for each value of a list, on the same sample (`CompiledStep`)."""
+    """Run the steps `do` for each list value, on the same sample (`CompiledStep.run_step`)."""
 
     every: Annotated[dict[str, Any], Len(1, 1)]
     """Field -> list."""
@@ -206,8 +205,6 @@ class EveryStep(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class SetStep(Step):
-    """Set fields."""
-
     set: Annotated[dict[str, Any], MinLen(1)]
     computed_parts: ClassVar[tuple[str, ...]] = ("set",)
 
@@ -238,11 +235,11 @@ class JudgeStep(Step):
     material: Annotated[dict[str, str], MinLen(1)]
     """Name -> text, fenced in the judge's prompt."""
     name: str = ""
-    """Name of the check, after `judge: `."""
+    """Check name after `judge: `."""
     least: float | str = 0.0
     """Lowest passing grade; unused with `into`."""
     into: str = ""
-    """Field for the grade, instead of a check."""
+    """Field for the grade; no check."""
     computed_parts: ClassVar[tuple[str, ...]] = ("judge", "material", "least")
 
     def list_set_fields(self) -> list[str]:
@@ -263,13 +260,13 @@ class JudgeStep(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class ThatStep(Step):
-    """Check that an expression is true, or add the verdict or verdicts that the expression returns."""
+    """Check that an expression is true, or add the returned `SampleVerdict` or list."""
 
     that: NotBlank
     name: NotBlank
-    """Name of the check; verdicts have their own names."""
+    """Check name, except for returned verdicts."""
     detail: str = ""
-    """Figures or words for a reader of the failed check."""
+    """Explains a failed check."""
     computed_parts: ClassVar[tuple[str, ...]] = ("that", "detail")
 
     def apply_step(self, values: Mapping[str, Any], draft: Draft, requester: Requester) -> None:
@@ -283,12 +280,12 @@ class ThatStep(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class PlayStep(Step):
-    """Play a conversation about a task of `virtual`, up to the sample's `max_turns`, into `played`."""
+    """Play a conversation about a `virtual` task, up to `max_turns`, into the field `played`."""
 
     play: str
     """Task: an expression."""
     number: int | str = 0
-    """Index among the item's conversations, part of every seed."""
+    """Index among the item's conversations, for seeds."""
     user: str = ""
     """Prompt with which the writer plays the user, with the field `heard`; "": the user asks the task's
     question once."""
@@ -310,7 +307,7 @@ class PlayStep(Step):
 VERBS: Mapping[str, type[Step]] = {
     "ask": AskStep, "parse": ParseStep, "each": EachStep, "every": EveryStep, "set": SetStep,
     "note": NoteStep, "judge": JudgeStep, "play": PlayStep, "that": ThatStep}
-"""Key of an entry in `steps` -> step class."""
+"""Key in a `steps` entry -> step class."""
 
 
 def _check_list(name: str, value: Any) -> Any:
@@ -329,7 +326,7 @@ class CompiledStep:
     """Steps inside `every`."""
 
     def run_step(self, draft: Draft, requester: Requester) -> Sequence[Draft] | None:
-        """Run the step on a draft; return the drafts that replace it, if the step divides the sample.
+        """Run the step on a draft; return replacement drafts if the step divides the sample.
 
         Raises:
             UserError: a value has the wrong type for the step.
@@ -356,7 +353,7 @@ class CompiledStep:
 
 def compile_step(step: Step, inner: tuple[CompiledStep, ...], known: Sequence[str]
                  ) -> tuple[CompiledStep, list[tuple[str, str]]]:
-    """Compile a step with valid form; return the step and (part, sentence) of each problem.
+    """Compile a step with valid form; return the step and (part, sentence) for each problem.
 
     Args:
         step: the step.

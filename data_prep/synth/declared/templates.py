@@ -1,4 +1,4 @@
-"""Jinja templates for prompts and values of generator files, in Jinja's sandbox.
+"""Jinja templates for prompts and values in generator files, in Jinja's sandbox.
 
 A field is text inside one message: a document cannot open a turn and is never parsed as a template. Compiling
 refuses attributes with a leading underscore and includes of other files.
@@ -47,7 +47,7 @@ class BadTemplate(Exception):
 
 
 def parse_template(text: str, environment: PromptEnvironment) -> tuple[nodes.Template, frozenset[str]]:
-    """Return the template's syntax tree and the names of its fields.
+    """Return the template's syntax tree and field names.
 
     Raises:
         BadTemplate: the syntax is wrong, or the template accesses other files or Python internals.
@@ -79,7 +79,7 @@ def find_unknown_names(names: Iterable[str], known: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: a Jinja template for each message."""
+    """Jinja templates for a prompt's messages."""
 
     user: NotBlank
     system: str = ""
@@ -90,11 +90,11 @@ class PromptTemplate:
     """A compiled prompt."""
 
     name: str
-    """GENERATOR/PROMPT, part of every seed."""
+    """GENERATOR/PROMPT, for seeds."""
     field_names: frozenset[str]
     """Fields that the templates read."""
     messages: tuple[tuple[str, Template], ...]
-    """Role and template of each message."""
+    """(role, template) for each message."""
 
     @classmethod
     def from_prompt(cls, name: str, prompt: Prompt) -> PromptTemplate:
@@ -117,7 +117,7 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class CompiledValue:
-    """A value of a generator file, computed from the fields of a sample.
+    """A value in a generator file, computed from a sample's fields.
 
     A text that consists of one `{{ expression }}` gives the expression's value; other text is rendered.
     """
@@ -129,7 +129,7 @@ class CompiledValue:
     function: Any = None
     """Fields -> value; None: `raw` is the value."""
     is_expression: bool = False
-    """Whether the text is one `{{ expression }}`, with a value of any type."""
+    """Whether the text is one `{{ expression }}`, whose value keeps its type."""
 
     def compute(self, fields: Mapping[str, Any]) -> Any:
         """Return the value; raises `UserError` if the template cannot be computed."""

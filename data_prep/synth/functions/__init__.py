@@ -1,1 +1,1 @@
-"""Functions that prompts and values of generator files call; none sends a request."""
+"""Functions for prompts and values in generator files, without requests to models."""

@@ -1,4 +1,4 @@
-"""Final answers of solutions and programs: boxes, comparison with the right answer, and different solutions.
+"""Final answers in solutions and programs: boxes, comparison with the right answer, and different solutions.
 
 The rewards `math` and `stem` compare answers in child processes, because an answer such as 10**10**10 would
 stop this process.
@@ -28,7 +28,7 @@ form."""
 MAX_BOXES = 20
 """Boxes read from a solution."""
 MAX_PRINTED_CHARS = 200
-"""Characters of a program's output line."""
+"""Longest output line from a program."""
 _LETTER = re.compile(r"[A-J]", re.ASCII)
 _WORD = re.compile(r"(?<![A-Za-z\\])[^\W\d_]{3,}")
 _FUNCTIONS = frozenset((
@@ -40,7 +40,7 @@ _REWARD_SETTINGS: dict[str, Mapping[str, Any]] = {"math": {"literal": False}, "s
 
 
 def find_boxes(text: str) -> list[str]:
-    r"""Return the contents of `\boxed{}` in a solution, last box first."""
+    r"""Return the contents in each `\boxed{}`, last box first."""
     boxes: list[str] = []
     while len(boxes) < MAX_BOXES and (content := extract_last_box(text)) is not None:
         boxes.append(content.strip())
@@ -71,14 +71,14 @@ def choose_comparison_method(answer: str, choices: Sequence[str] = ()) -> Litera
 
 @lru_cache(maxsize=2)
 def _start_runner(name: Literal["math", "stem"]) -> tuple[Runner, threading.Lock]:
-    """Return the runner of a reward, whose child processes end with this process, and its lock."""
+    """Return (runner, lock) for a reward; child processes end with this process."""
     request = request_reward(name, _REWARD_SETTINGS[name])
     return create_runner(request, build_versioned_reward(request), 1), threading.Lock()
 
 
 def check_answers(answers: Sequence[str], expected: str, choices: Sequence[str] = (),
                   way: ComparisonMethod = "auto") -> list[bool]:
-    """Return whether each final answer equals `expected`; any thread may call this."""
+    """Compare final answers with `expected`; thread-safe."""
     # equal texts need no process
     results = {answer: True for answer in answers
                if normalize_answer(answer) == normalize_answer(expected) != ""}
@@ -100,7 +100,7 @@ def select_right_solutions(solutions: Sequence[str], expected: str, choices: Seq
     answers = [answer for solution in complete for answer in find_boxes(solution)]
     if not answers:
         return []
-    # a single call, because each is a round trip to another process
+    # a single call: a round trip to a child process
     is_right = dict(zip(answers, check_answers(answers, expected, choices, way), strict=True))
     return [solution for solution in complete if all(is_right[answer] for answer in find_boxes(solution))]
 
@@ -110,20 +110,20 @@ def _is_cut(text: str) -> bool:
 
 
 def select_different_solutions(solutions: Sequence[str], most: int, max_similarity: float) -> list[str]:
-    """Return up to `most` solutions that differ by the comparison of `sov-data trajectories`."""
+    """Return up to `most` solutions that differ as in `sov-data trajectories`."""
     candidates = [Solution(solution, getattr(solution, "thinking", "")) for solution in solutions]
     selected = {id(candidate) for candidate in choose_diverse(candidates, most, max_similarity)}
     return [text for text, candidate in zip(solutions, candidates, strict=True) if id(candidate) in selected]
 
 
 def find_final_answers(replies: str | Sequence[str]) -> list[str]:
-    """Return the boxed answers of complete replies that end with a box."""
+    """Return the boxed answers from complete replies that end with a box."""
     listed = [replies] if isinstance(replies, str) else replies
     return [find_boxes(reply)[0] for reply in listed if not _is_cut(reply) and ends_in_box(reply)]
 
 
 def get_boxed_or_plain(text: str) -> str:
-    """Return the last box of a short answer, or else the answer without Markdown and dollar signs."""
+    """Return the last box in a short answer, or else the answer without Markdown and dollar signs."""
     text = text.strip().strip("*").strip()
     boxes = find_boxes(text)
     return boxes[0] if boxes else text.rstrip(".").strip("$").strip()
@@ -141,7 +141,7 @@ def _get_sandbox() -> Sandbox:
 
 
 def run_programs(replies: Sequence[str]) -> list[str]:
-    """Run the program of each complete reply in the sandbox, and return the outputs with exactly one line.
+    """Run the programs in complete replies in the sandbox, and return outputs that are a single line.
 
     Raises:
         NoReply: the machine failed; the item is tried again.

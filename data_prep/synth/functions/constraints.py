@@ -25,10 +25,10 @@ from megatron_sov.sandbox.sandbox import shared_sandbox
 
 MAX_CONSTRAINT_CHARS = 300
 MAX_CASES = 10
-"""Cases of one reply."""
+"""Cases per reply."""
 MAX_JSON_CHARS = 200_000
 MAX_TIMEOUTS = 2
-"""Functions of a constraint that time out, before the other functions are skipped."""
+"""Timeouts before a constraint's remaining functions are skipped."""
 SANDBOX_WORKERS, CALL_TIME_S = 2, 5.0
 """Concurrent functions, and processor seconds for a function and a text."""
 _JSON = re.compile(r"^[ \t]*```[ \t]*json[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
@@ -55,27 +55,27 @@ class FunctionDraft:
 
 @dataclass(frozen=True)
 class CheckedFunctions:
-    """Result of `cross_check`."""
+    """Result from `cross_check`."""
 
     verdict: SampleVerdict
     """The failed check, or the last check."""
     functions: tuple[str, ...] = ()
     """Accepted sources, best first."""
     accuracies: tuple[float, ...] = ()
-    """Share of kept cases with which each function agrees."""
+    """Share of `cases` on which a function agrees, for each function."""
     cases: tuple[dict[str, Any], ...] = ()
-    """Cases with which at least one function agrees, as in records."""
+    """Cases on which at least one function agrees, as in records."""
     faults: tuple[str, ...] = ()
-    """Problems of unreadable replies."""
+    """Problems in unparsable replies."""
 
 
 def parse_list_items(text: str) -> list[str]:
-    """Return the different items of Markdown lists."""
+    """Return the different items in Markdown lists."""
     return list({" ".join(item.casefold().split()): item for item in _LIST_LINE.findall(text)}.values())
 
 
 def find_wording_problem(constraint: str) -> str:
-    """Return the problem of a constraint's wording, or ""."""
+    """Return the problem in a constraint's wording, or ""."""
     if not constraint.strip():
         return "is empty"
     if len(constraint) > MAX_CONSTRAINT_CHARS:
@@ -117,11 +117,7 @@ def _parse_case(item: Any) -> Case | None:
 
 
 def run_check(source: str, texts: Sequence[str]) -> Sequence[ConstraintVerdict]:
-    """Run a check function on texts in the sandbox.
-
-    Raises:
-        NoReply: the machine failed; the item is tried again.
-    """
+    """Run a check function on texts in the sandbox; raises `NoReply` if the machine failed."""
     try:
         return check_texts(shared_sandbox(workers=SANDBOX_WORKERS), source, texts, call_s=CALL_TIME_S)
     except (RuntimeError, TimeoutError) as e:
@@ -130,7 +126,7 @@ def run_check(source: str, texts: Sequence[str]) -> Sequence[ConstraintVerdict]:
 
 def cross_check(replies: Sequence[str], ordinary: Sequence[str], *, min_functions: int, min_cases: int,
                 min_kept_share: float, min_accuracy: float) -> CheckedFunctions:
-    """Select the functions of one constraint.
+    """Select a constraint's functions.
 
     Args:
         replies: replies with a function and cases each.
@@ -208,17 +204,16 @@ def _distinguishes_texts(accepts: dict[str, bool | None], cases: Sequence[Case],
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Result of `count_accepting_functions`, for templates."""
+    """Result from `count_accepting_functions`, for templates."""
 
     num: int
-    """Number of functions that accept the text."""
     why: str
-    """Reason of the first function without a verdict."""
+    """Reason from the first function without a verdict."""
 
 
 def count_accepting_functions(functions: Sequence[str], text: str,
                               segmenter: Literal["none", "rules", "pythainlp"]) -> Acceptance:
-    """Count the functions that accept a text, or a view of the text with sentences or words separated.
+    """Count the functions that accept a text, or a view with separated sentences or words.
 
     Raises:
         NoReply: the machine failed; the item is tried again.

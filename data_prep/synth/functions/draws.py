@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def create_random(*names: object) -> Random:
-    """Create a random stream seeded by names, such as an item's id and an attempt's number."""
+    """Create a random stream seeded by names, such as item id and attempt."""
     return Random(json.dumps(names))
 
 

@@ -1,4 +1,4 @@
-"""Names under which prompts and values of generator files call functions."""
+"""Function names in templates of generator files."""
 
 from __future__ import annotations
 

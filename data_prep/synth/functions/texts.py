@@ -24,15 +24,15 @@ from megatron_sov.judge.rewards.surface import LanguageReward
 
 LANGUAGE_NAMES, REFUSALS = (Path(__file__).with_name(f"{name}.yaml") for name in ("languages", "refusals"))
 ID_CHARS = 24
-"""Hexadecimal digits of ids and fences."""
+"""Hexadecimal digits in ids and fences."""
 TIMEOUT_S = 2.0
-"""Processor time of a user's regular expression."""
+"""Time limit for a generator file's regular expression."""
 MIN_SCORE = 0.5
-"""`identify_language` score from which a text's language counts as certain."""
+"""Minimum `identify_language` score for a certain language."""
 MIN_LETTERS = 80
-"""Letters of a text from which `identify_language` distinguishes languages with one script."""
+"""Minimum letters for `identify_language` to distinguish languages with a common script."""
 MAX_FOREIGN_SHARE = 0.1
-"""Share of letters outside Latin and the language's script."""
+"""Maximum share of letters outside Latin and the language's script."""
 MIN_DIGITS = 3
 """Numbers with fewer significant digits may be words in another text: 3 and three, 5 and May."""
 BEGINNING_CHARS = 240
@@ -53,11 +53,11 @@ _CODE = re.compile(
     r"|</?[A-Za-z][^<>\n]{0,200}>|\[[A-Z][A-Z_ ]*\]", re.DOTALL)
 """Text outside every language: code, formulas, addresses, placeholders, tags."""
 _NUMBER = re.compile(r"(?<![A-Za-z_\d])\d+(?:[.,'’]\d+|[십백천만억조十百千万萬億亿兆]+\s?\d+)*")
-"""Digits after Latin letters, as in B52, belong to a name; 3만 5천 is one number."""
+"""Digits after Latin letters, as in B52, belong to a name; 3만 5천 is a single number."""
 LanguageCode = Annotated[str, choice_from(lambda: LANGUAGES)]
-"""ISO 639-1 code of a language with a known script."""
+"""ISO 639-1 code in `LANGUAGES`, which lists scripts."""
 IdentifiableLanguage = Annotated[str, choice_from(lambda: {"", *set(LANGUAGES) & KNOWN_LANGUAGES})]
-"""ISO 639-1 code of a language that `identify_language` recognizes, or ""."""
+"""ISO 639-1 code that `identify_language` recognizes, or ""."""
 
 
 @lru_cache(maxsize=2)
@@ -67,18 +67,18 @@ def _read_yaml(file: Path) -> Mapping[str, Any]:
 
 
 def get_language_name(language: str) -> str:
-    """Return the English name of a language, for prompts."""
+    """Return a language's English name, for prompts."""
     name: str = _read_yaml(LANGUAGE_NAMES).get(language, f"the language with the ISO 639 code {language}")
     return name
 
 
 def identify_likely_language(text: str) -> str:
-    """Return the most likely language of a text as an ISO 639-1 code."""
+    """Return the most likely ISO 639-1 code."""
     return identify_language(text)[0]
 
 
 def identify_certain_language(document: str) -> str:
-    """Return the language of a document; "" if uncertain, or for a language without a known script."""
+    """Return a document's ISO 639-1 code; "" below `MIN_SCORE`, or outside `LANGUAGES`."""
     language, score = identify_language(extract_language_text(document, detect_form(document)))
     return language if score >= MIN_SCORE and language != UNKNOWN_LANGUAGE and language in LANGUAGES else ""
 
@@ -100,7 +100,7 @@ def is_in_language(text: str, language: str) -> bool:
 
 
 def find_numbers(text: str) -> list[str]:
-    """Return the significant digits of each different number: 12 for 1,200,000, 1.2 million and 120만."""
+    """Return each different number's significant digits: 12 for 1,200,000, 1.2 million and 120만."""
     # convert Thai, Arabic and full-width digits to ASCII
     ascii_text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     digits = (re.sub(r"\D", "", number).strip("0") for number in _NUMBER.findall(ascii_text))
@@ -108,7 +108,7 @@ def find_numbers(text: str) -> list[str]:
 
 
 def find_changed_numbers(text: str, source: str, *, may_drop: bool = False) -> list[str]:
-    """Return numbers that only one of `text` and `source` has.
+    """Return numbers in either `text` or `source`.
 
     A number with one or two significant digits may be a word on the other side. Such numbers count only
     if both texts have numbers that the other text lacks.
@@ -139,14 +139,14 @@ def find_code(text: str) -> list[str]:
 def remove_code(text: str, quotations: Iterable[str] = ()) -> str:
     """Remove code, formulas, addresses, placeholders, tags and `quotations` from a text."""
     text = _CODE.sub(" ", text)
-    # longest first, because a quotation may contain another
+    # longest first, because quotations may be nested
     for quotation in sorted(quotations, key=len, reverse=True):
         text = text.replace(quotation, " ")
     return text
 
 
 def compute_copied_share(text: str, source: str, words: int) -> float:
-    """Return the share of `text`'s runs of `words` words that `source` contains.
+    """Return the share of runs with `words` words in `text` that `source` contains.
 
     For a shorter text: 1 if `source` is equal, else 0.
     """
@@ -157,12 +157,12 @@ def compute_copied_share(text: str, source: str, words: int) -> float:
 
 
 def compute_size_ratio(text: str, source: str) -> float:
-    """Return the number of words in `text` per word in `source`."""
+    """Return words in `text` per word in `source`."""
     return find_units(text).size / max(find_units(source).size, 1)
 
 
 def replace_contents(messages: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Replace the `content` of the first messages by `texts`."""
+    """Replace `content` in the first messages by `texts`."""
     replaced = [{**message, "content": text} for message, text in zip(messages, texts, strict=False)]
     return [*replaced, *map(dict, messages[len(texts):])]
 
@@ -175,18 +175,18 @@ def _load_chrf() -> Any:
 
 
 def compute_chrf(text: str, reference: str) -> float:
-    """Return the chrF of a text against a reference, 0 to 100."""
+    """Return chrF against a reference, 0 to 100."""
     return float(_load_chrf().sentence_score(text, [reference]).score)
 
 
 def fill_phrasing(phrasing: str, **fields: str) -> str:
-    """Replace each {name} of a phrasing by a field; {name} inside a field stays."""
+    """Replace each {name} in a phrasing by a field; {name} inside a field stays."""
     return re.sub(r"\{(\w+)\}", lambda place: fields.get(place[1], place[0]), phrasing)
 
 
 def fence_text(text: str) -> str:
     """Put a text between two equal lines that the author could not predict."""
-    # hashed from the text, so that no text contains its own closing line
+    # hashed from the text: a text cannot contain the closing line
     fence = f"=== {hashlib.sha256(text.encode()).hexdigest()[:ID_CHARS]} ==="
     return f"{fence}\n{text}\n{fence}"
 
@@ -197,12 +197,10 @@ def find_tagged_text(text: str, tag: str) -> str:
 
 
 def remove_pattern(text: str, pattern: str) -> str:
-    """Remove the matches of a regular expression."""
     return str(regex.sub(pattern, "", text, timeout=TIMEOUT_S))
 
 
 def find_pattern_matches(text: str, pattern: str) -> list[str]:
-    """Return the matches of a regular expression."""
     return [match[0] for match in regex.finditer(pattern, text, timeout=TIMEOUT_S)]
 
 
@@ -222,7 +220,7 @@ def is_refusal(answer: str, language: str) -> bool:
 
 
 def is_dialogue(text: str, min_turns: int = 4) -> bool:
-    """Return whether each line is a turn of A or B, alternating and beginning with A."""
+    """Return whether the lines are alternating turns by A and B, beginning with A."""
     lines = [line for line in text.split("\n") if line.strip()]
     return len(lines) >= min_turns and all(
         regex.fullmatch(rf"{'AB'[number % 2]}: \S.*", line) for number, line in enumerate(lines))

@@ -1,4 +1,4 @@
-"""Checks of virtual worlds and tasks.
+"""Checks for virtual worlds and tasks.
 
 A world is tried out: drawn calls run its tools on many tables. Most arguments fit the tables, so that tools
 return results; the rest is any value of the argument's type, which shows errors in the code. The final state
@@ -31,7 +31,7 @@ MIN_TOOLS, MIN_CHANGING_TOOLS, MIN_ROWS = 4, 2, 6
 MAX_STATES = 24
 """Table states from which calls start."""
 FITTING_SHARE, OMITTED_SHARE = 0.7, 0.4
-"""Shares of arguments that fit the tables, and of optional arguments that are omitted."""
+"""Shares: arguments that fit the tables, and omitted optional arguments."""
 SIMPLE_VALUES: Mapping[str, Sequence[Any]] = {
     "string": ("alpha", "Zz 9", ""), "integer": (0, 1, 2, 3, 7, -1, 100), "boolean": (True, False),
     "number": (0, 1, 2, 3, 7, -1, 100, 0.5), "null": (None,), "object": ({},)}
@@ -40,14 +40,14 @@ WORLD_FAULTS = ("failed", "state")
 BATCH_CALLS = 32
 """Calls that are repeated together."""
 DRAFT_FIELDS = {"question", "calls", "answers"}
-"""Fields of a task written by a model."""
+"""Fields in a task from a model."""
 DrawnCall = tuple[Tables, str, dict[str, Any]]
 """Tables, tool name, arguments."""
 
 
 def parse_json_object(reply: str) -> dict[str, Any] | str:
-    """Parse the JSON object of a reply, with or without words around; return a problem sentence for other
-    replies."""
+    """Parse the JSON object in a reply, with or without words around; return a problem sentence on
+    failure."""
     if getattr(reply, "cut", False):
         return "the answer was cut off at its limit of tokens"
     begin, end = reply.find("{"), reply.rfind("}")
@@ -65,7 +65,7 @@ def parse_json_object(reply: str) -> dict[str, Any] | str:
 
 
 def format_json_text(value: Any) -> str:
-    """Format a value as JSON, in the order of its keys."""
+    """Format a value as JSON without sorting keys."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -107,8 +107,7 @@ def _build_verdict(check: str, problems: Sequence[str]) -> SampleVerdict:
 
 
 def _find_repeated_tools(spec: VirtualWorld) -> list[str]:
-    """Return a sentence for each tool with the description or code of an earlier tool: the choice would be
-    arbitrary."""
+    """Return a sentence for each tool that repeats an earlier tool's description or code."""
     problems, tools = [], dict[str, str]()
     for name, tool in spec.tools.items():
         function = spec.functions[name]
@@ -127,7 +126,7 @@ def _find_repeated_tools(spec: VirtualWorld) -> list[str]:
 
 @dataclass
 class Trial:
-    """Calls of a world's tools, and their outcomes."""
+    """Trial calls in a world, with outcomes."""
 
     spec: VirtualWorld
     random: Random
@@ -139,26 +138,26 @@ class Trial:
     """Tool -> a call that the types allow and the code refuses, or that returns two results."""
 
     def run_calls(self, calls_per_tool: int) -> None:
-        """Run the world's examples, and then `calls_per_tool` drawn calls of each tool."""
+        """Run the world's examples, and then `calls_per_tool` drawn calls for each tool."""
         states = [self.spec.copy_first_tables()]
         calls: list[DrawnCall] = [(states[0], call["name"], call["arguments"]) for call in self.spec.examples]
         successful: list[tuple[DrawnCall, CallOutcome]] = []
         for _ in range(calls_per_tool + 1):
-            # a value from another argument may have another type
+            # a fitting value may have a wrong type
             calls = [call for call in calls if self._is_allowed(call)]
             for call, outcome in zip(calls, call_tools(self.spec, calls), strict=True):
                 self._record_outcome(call, outcome)
                 if outcome.fault is not None:
                     continue
                 successful.append((call, outcome))
-                # some tools need a state that another tool creates
+                # some tools need a state created by other tools
                 if outcome.tables != call[0] and len(states) < MAX_STATES:
                     states.append(outcome.tables)
             calls = [self._draw_call(tool, self.random.choice(states)) for tool in self.spec.tools]
         self._repeat_calls(successful)
 
     def find_unused_arguments(self) -> list[str]:
-        """Return a sentence for each argument that the tool's code does not read."""
+        """Return a sentence for each argument that the tool's code ignores."""
         problems = []
         for tool, function in self.spec.functions.items():
             used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
@@ -194,7 +193,7 @@ class Trial:
         return True
 
     def _draw_call(self, tool: str, tables: Tables) -> DrawnCall:
-        """Draw arguments that the tool's types allow, many of which fit the tables."""
+        """Draw arguments with the tool's types; many fit the tables."""
         schema = self.spec.tools[tool].describe_for_models()["function"]["parameters"]
         arguments = {}
         for name, part in schema["properties"].items():
@@ -219,8 +218,8 @@ class Trial:
 
 
 def list_fitting_values(spec: VirtualWorld, tool: str, argument: str, tables: Tables) -> list[Any]:
-    """Return plausible values of an argument: the values in the world's examples, and current values of every
-    key or column whose first values include an example."""
+    """Return plausible values for an argument: values in `spec.examples`, and current values in each key or
+    column whose first values include an example."""
     examples = [call["arguments"][argument] for call in spec.examples
                 if call["name"] == tool and argument in call["arguments"]]
     values = list(examples)
@@ -241,7 +240,7 @@ def _contains_value(values: Sequence[Any], value: Any) -> bool:
 
 
 def find_task_problem(task: Mapping[str, Any]) -> str:
-    """Return the problem of a task for the environment `virtual`, or ""."""
+    """Return the problem that `Virtual.reset` finds in a task, or ""."""
     try:
         Virtual().reset(task)
     except UserError as e:
@@ -250,7 +249,7 @@ def find_task_problem(task: Mapping[str, Any]) -> str:
 
 
 def find_draft_problem(draft: Any) -> str:
-    """Return the problem of a task written by a model, or ""."""
+    """Return the problem in a task from a model, or ""."""
     if not isinstance(draft, Mapping):
         return str(draft)
     if unknown := sorted(set(draft) - DRAFT_FIELDS):

@@ -15,9 +15,9 @@ from megatron_sov.base.documents.files import JSONL_SUFFIXES
 from megatron_sov.base.errors import UserError
 
 TEXT_FIELDS = ("problem", "question", "query", "prompt", "instruction", "task", "messages", "text")
-"""Fields that may hold a problem, in order of preference."""
+"""Fields that may hold a problem; the first non-empty field counts."""
 MAX_CHARS = 20_000
-"""Characters of a problem; longer texts count as documents."""
+"""Maximum for a problem; longer texts count as documents."""
 MAX_CHOICES = 10
 _ID = re.compile(r"[A-Za-z0-9:._/-]{1,150}", re.ASCII)
 
@@ -33,13 +33,13 @@ def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator
     Raises:
         UserError: a line is no problem, or two different problems share an id.
     """
-    seen: dict[str, tuple[str, dict[str, Any]]] = {}
+    problems: dict[str, tuple[str, dict[str, Any]]] = {}
     for file in list_line_files(inputs):
         for place, record in read_objects(file):
             fields = _read_fields(record, place, needs_answer)
             problem_id = get_record_id(record, "\n".join([fields["problem"], *fields["choices"]]), place)
-            # equal content is a repeated line, other content a mistake
-            first_place, first_fields = seen.setdefault(problem_id, (place, fields))
+            # equal content is a repeated line, different content a mistake
+            first_place, first_fields = problems.setdefault(problem_id, (place, fields))
             if first_place != place:
                 if first_fields != fields:
                     raise UserError(f"{place}: has the id {problem_id} of {first_place} and says something "
@@ -50,10 +50,7 @@ def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator
 
 
 def list_line_files(inputs: Sequence[Path]) -> Iterator[Path]:
-    """Yield input files, and the JSONL files of input folders; `kept.jsonl` of a `sov-data synth` folder.
-
-    Raises:
-        UserError: a folder has no JSONL file.
+    """Yield input files, and JSONL files in input folders; from `sov-data synth` only `kept.jsonl`.
     """
     for path in inputs:
         files = [path]
@@ -65,7 +62,7 @@ def list_line_files(inputs: Sequence[Path]) -> Iterator[Path]:
 
 
 def find_problem_text(record: Mapping[str, Any]) -> str | None:
-    """Return the first problem in `TEXT_FIELDS`: a text, or the user's turns of a conversation."""
+    """Return the first problem in `TEXT_FIELDS`: a text, or the user's turns in `messages`."""
     for name in TEXT_FIELDS:
         value = record.get(name)
         if isinstance(value, list):
@@ -108,7 +105,7 @@ def _read_answer(value: Any, place: str) -> str:
 
 
 def get_record_id(record: Mapping[str, Any], text: str, place: str) -> str:
-    """Return the record's `id`, or else a hash of `text`; raises `UserError` for an invalid `id`."""
+    """Return the record's `id`, or else hash `text`; raises `UserError` for an invalid `id`."""
     record_id = record.get("id")
     if record_id is None or record_id == "":
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -32,14 +32,13 @@ QUERY_FIELDS = ("prompt", "query", "question", "instruction")
 
 @dataclass(frozen=True)
 class QuerySettings:
-    """Settings of the reader `queries`."""
 
     constraints: str = ""
-    """Folder of the generator `constraints`, or a JSONL file in its form."""
+    """Output folder of the generator `constraints`, or a JSONL file in the same form."""
     language: LanguageCode = "ko"
-    """Language of queries and answers."""
+    """Language for queries and answers."""
     temperature: Temperature = 0.7
-    """Sampling temperature of answers."""
+    """Sampling temperature for answers."""
     max_tokens: Annotated[int, Ge(16)] = 4096
     """Longest answer; longer answers are rejected."""
     min_query_chars: Annotated[AtLeastOne, at_most_field("max_query_chars")] = 4
@@ -68,13 +67,13 @@ class TestedConstraint:
     """A constraint with its check functions."""
 
     wordings: tuple[str, ...]
-    """The constraint, and descriptions of its functions in words; each query gets one wording."""
+    """The constraint, and descriptions from functions in words; a query gets a random wording."""
     functions: tuple[str, ...]
     """Sources, best first."""
 
 
 def read_constraints(file: Path) -> list[TestedConstraint]:
-    """Read the output of the generator `constraints`.
+    """Read `kept.jsonl` from the generator `constraints`.
 
     Raises:
         UserError: the file is unreadable or empty, or constraints are invalid; up to `MAX_LISTED` lines
@@ -104,7 +103,7 @@ def read_constraints(file: Path) -> list[TestedConstraint]:
 
 
 def get_first_user_turn(record: dict[str, Any], place: str) -> str:
-    """Return the first user turn of a record; raises `UserError` if there is none."""
+    """Return a record's first user turn; raises `UserError` without a user turn."""
     for name in CONVERSATION_FIELDS:
         turns = record.get(name)
         for turn in turns if isinstance(turns, list) else ():
@@ -122,7 +121,7 @@ def get_first_user_turn(record: dict[str, Any], place: str) -> str:
 
 
 def read_query_items(inputs: Sequence[Path], settings: QuerySettings) -> Iterator[GeneratorItem]:
-    """Yield each different query of JSONL and Parquet files with a constraint.
+    """Yield each different query in JSONL and Parquet files with a constraint.
 
     The hash of the query chooses the constraint, so that a query keeps its constraint in every run and
     input order.
@@ -131,16 +130,16 @@ def read_query_items(inputs: Sequence[Path], settings: QuerySettings) -> Iterato
         UserError: constraints or queries are unreadable, or a record has no prompt.
     """
     constraints = read_constraints(get_constraints_file(settings))
-    seen: set[str] = set()
+    digests: set[str] = set()
     for file in (file for path in inputs for file in list_files(path)):
         for place, record in read_objects(file):
             if record.get("toxic") is True and not settings.toxic:
                 continue
             text = get_first_user_turn(record, place).strip()
             digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
-            if digest in seen or not settings.min_query_chars <= len(text) <= settings.max_query_chars:
+            if digest in digests or not settings.min_query_chars <= len(text) <= settings.max_query_chars:
                 continue
-            seen.add(digest)
+            digests.add(digest)
             constraint = draw_choice(constraints, digest)
             fields = {"query": text, "constraint": draw_choice(constraint.wordings, digest, "wording"),
                       "functions": list(constraint.functions)}

@@ -1,4 +1,4 @@
-"""Readers of items for generator files: documents, problems, pairs of problems, queries, records, texts.
+"""Readers for generator files: documents, problems, pairs, queries, records, texts.
 
 A reader declares the fields that steps see, and the settings of every generator that uses the reader.
 """
@@ -27,7 +27,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import UNIQUE_ITEMS, AtLeastOne, Bound, ProblemCode, at_most_field
 
 LANGUAGE_CHARS = 2000
-"""Characters of `texts` items for identifying the language."""
+"""Characters for identifying the language in `texts` items."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DrawSettings:
     max_tokens: AtLeastOne = 4096
     """Longest answer."""
     thinking: bool | None = None
-    """Whether a reasoning model thinks first; None: the default of the model."""
+    """Whether a reasoning model thinks first; None: the model's default."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,17 @@ class Reader:
 
 @dataclass(frozen=True)
 class RecordOptions:
-    """Options of the reader `records` in a generator file."""
+    """Options for `records` in a generator file."""
 
     fields: Annotated[tuple[Annotated[str, Bound(lambda name: None if name.isidentifier() else (
         ProblemCode.BOUND, "must be a name of letters, digits and _", ""))], ...], MinLen(1), UNIQUE_ITEMS]
-    """Text fields of each line."""
+    """Text fields in each line."""
     objects: tuple[str, ...] = ()
-    """Fields of each line that hold JSON objects."""
+    """JSON object fields in each line."""
     default: str = ""
     """File next to the generator file, read if there is no `--input`."""
     times: str = ""
-    """Setting with the number of items per line, whose field `number` counts from 1; "": a single item."""
+    """Setting with the number of items per line, numbered from 1 in `number`; "": a single item."""
 
     def build_reader(self, folder: Path) -> Reader:
         """Build the reader for a generator file in `folder`."""
@@ -87,7 +87,7 @@ class RecordOptions:
                 content = (json.dumps(value, sort_keys=True) if name in self.objects else value
                            for name, value in fields.items())
                 item_id = get_record_id(record, "\n".join(content), place)
-                # the kept sample of another generator holds its origin in `synthetic`
+                # samples in kept.jsonl hold their origin in `synthetic`
                 provenance = record.get("synthetic")
                 origin = provenance if isinstance(provenance, dict) else record
                 source = str(origin.get("source") or file.stem)
@@ -110,31 +110,31 @@ class RecordOptions:
 
 @dataclass(frozen=True)
 class DocumentSettings:
-    """Settings of generators that start from documents."""
+    """Settings for generators that start from documents."""
 
     language: IdentifiableLanguage = ""
-    """Language of the output, as an ISO 639-1 code such as ko; empty: the language of each document."""
+    """Output language, as an ISO 639-1 code such as ko; empty: the document's language."""
     text_field: str = "text"
-    """Field of a record that holds the document."""
+    """Record field that holds the document."""
     min_piece_bytes: Annotated[AtLeastOne, at_most_field("max_piece_bytes")] = 200
     """Shorter documents, and shorter last pieces, are left out."""
     max_piece_bytes: AtLeastOne = 12_000
     """Longer documents are cut at blank lines, lines or blanks, and each piece is an item."""
     licence: str = ""
-    """Licence of the documents, for the provenance of samples."""
+    """Licence of the documents, for provenance."""
     temperature: Temperature = 0.7
-    """Sampling temperature of the writer; checks use 0."""
+    """Sampling temperature for writing; checks use 0."""
     max_tokens: AtLeastOne = 4096
-    """Longest answer; an answer that is cut off there is rejected."""
+    """Longest answer; longer answers are rejected."""
 
 
 def read_document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterator[GeneratorItem]:
-    """Yield the pieces of all documents as items with the field `text`, each text once.
+    """Yield document pieces as items with the field `text`, without repetitions.
 
     Raises:
         UserError: a file is unreadable or holds other records, or no piece is long enough.
     """
-    seen: set[int] = set()
+    hashes: set[int] = set()
     reading = RecordReading(kind="text", text_field=settings.text_field)
     for path in inputs:
         for document in _read_documents(path, reading):
@@ -145,10 +145,10 @@ def read_document_items(inputs: Sequence[Path], settings: DocumentSettings) -> I
                 digest = hashlib.sha256(text.encode()).hexdigest()
                 # 64 bits of the hash keep the set small over millions of pieces
                 number = int(digest[:16], 16)
-                if number not in seen:
-                    seen.add(number)
+                if number not in hashes:
+                    hashes.add(number)
                     yield GeneratorItem(digest[:ID_CHARS], {"text": text}, path.name, settings.licence)
-    if not seen:
+    if not hashes:
         raise UserError(f"--input {', '.join(map(str, inputs))}: holds no document of "
                         f"{settings.min_piece_bytes} bytes or more; pass documents, or lower min_piece_bytes")
 
@@ -156,7 +156,7 @@ def read_document_items(inputs: Sequence[Path], settings: DocumentSettings) -> I
 def _read_documents(path: Path, reading: RecordReading) -> Iterator[Document]:
     try:
         yield from read_documents(list_files(path), reading)
-    except UserError as e:  # name the setting instead of the option of other commands
+    except UserError as e:  # name the setting, not the option
         raise UserError(str(e).replace("--text-field", "--set text_field=NAME")) from None
 
 
@@ -170,12 +170,11 @@ def _prepare_document(item: GeneratorItem, settings: DocumentSettings) -> dict[s
 
 @dataclass(frozen=True)
 class TextSettings(DocumentSettings):
-    """Settings of the reader `texts`."""
 
     form: Literal["text", "chat", "prompt"] = "text"
-    """Form of the input and the output: documents with text, chats with messages, prompts."""
+    """Form for input and output: documents with text, chats with messages, prompts."""
     source_language: IdentifiableLanguage = ""
-    """Language of the input; empty: identified for each document."""
+    """Input language; empty: identified for each document."""
 
 
 def _read_text_items(inputs: Sequence[Path], settings: TextSettings) -> Iterator[GeneratorItem]:
@@ -186,7 +185,7 @@ def _read_text_items(inputs: Sequence[Path], settings: TextSettings) -> Iterator
     if settings.form == "text":
         yield from read_document_items(inputs, settings)
         return
-    seen: set[str] = set()
+    hashes: set[str] = set()
     reading = RecordReading(kind=settings.form)
     for path in inputs:
         for document in read_documents(list_files(path), reading):
@@ -194,8 +193,8 @@ def _read_text_items(inputs: Sequence[Path], settings: TextSettings) -> Iterator
                       "beside": json.loads(document.extra or "{}"), "has_tools": bool(document.tools)}
             content = json.dumps(fields, ensure_ascii=False, sort_keys=True)
             item_id = hashlib.sha256(content.encode()).hexdigest()[:ID_CHARS]
-            if item_id not in seen:
-                seen.add(item_id)
+            if item_id not in hashes:
+                hashes.add(item_id)
                 yield GeneratorItem(item_id, fields, path.name, settings.licence)
 
 
@@ -214,14 +213,13 @@ def _prepare_texts(item: GeneratorItem, settings: TextSettings) -> dict[str, Any
 
 @dataclass(frozen=True)
 class PairSettings(DrawSettings):
-    """Settings of the reader `pairs`."""
 
     per_problem: Annotated[AtLeastOne, Le(1000)] = 4
-    """Approximate number of comparisons for each problem."""
+    """Approximate comparisons per problem."""
 
 
 def _read_pair_items(inputs: Sequence[Path], settings: PairSettings) -> Iterator[GeneratorItem]:
-    """Yield pairs of problems: each problem meets its successors on a ring in the order of hashes."""
+    """Yield problem pairs: each problem meets the next problems on a ring sorted by hash."""
     # hash order separates problems of one source
     ring = sorted(read_problems(inputs), key=lambda item: hashlib.sha256(item.id.encode()).digest())
     if len(ring) < 2:
@@ -232,7 +230,7 @@ def _read_pair_items(inputs: Sequence[Path], settings: PairSettings) -> Iterator
     for step in range(1, num_successors + 1):
         for index, first in enumerate(ring):
             second = ring[(index + step) % len(ring)]
-            # on a small ring a pair returns with its sides exchanged
+            # on a small ring a pair returns with exchanged sides
             if (second.id, first.id) in pairs:
                 continue
             pairs.add((first.id, second.id))

@@ -25,10 +25,10 @@ from megatron_sov.model.config import RunConfig, apply_settings, parse_data_path
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, request_training
-from megatron_sov.plan.calibration.fitting import fits, refuse_on_nodes, refuse_too_large
+from megatron_sov.plan.footprint.gpu_capacity import fits_gpu, refuse_on_nodes, refuse_too_large
 from megatron_sov.plan.pricing import Machines
-from megatron_sov.plan.search.default import choose_layout, leaves_layout_open
-from megatron_sov.plan.search.recommended import says_layout
+from megatron_sov.plan.search.local_search import choose_layout, leaves_layout_open
+from megatron_sov.plan.search.recommended_layouts import sets_layout
 from megatron_sov.runs.folder import COMPLETION, JOBS, read_started_settings
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS
@@ -388,7 +388,7 @@ def fitting_nodes(work: StageWork, profile: ClusterProfile, num_nodes: int, leas
                   settings: dict[int, tuple[str, ...]]) -> dict[int, tuple[str, ...]]:
     """Return number of nodes -> settings, for every number from `least` to `num_nodes` that the layout fits.
 
-    If the user sets no layout, a search chooses one for the profile's GPUs (`plan.search.default`).
+    If the user sets no layout, a search chooses one for the profile's GPUs (`plan.search.local_search`).
 
     Args:
         work: a training stage.
@@ -409,7 +409,7 @@ def fitting_nodes(work: StageWork, profile: ClusterProfile, num_nodes: int, leas
     for count in range(num_nodes, least - 1, -1):
         num_ranks, said = count * profile_ranks, settings.get(count, ())
         # a layout that the user named is never replaced
-        if not work.layout_open or says_layout(said):
+        if not work.layout_open or sets_layout(said):
             chosen = said
         elif layout and _suits(apply_settings(work.config, [*layout, *said]), num_ranks, gpu):
             chosen = (*layout, *said)
@@ -435,4 +435,4 @@ def fitting_nodes(work: StageWork, profile: ClusterProfile, num_nodes: int, leas
 
 def _suits(config: RunConfig, num_ranks: int, gpu: str) -> bool:
     """Return whether the layout found for more nodes keeps the rules and fits on fewer."""
-    return not config.problems(num_ranks) and (not gpu or fits(config, num_ranks, CHIPS[gpu]))
+    return not config.problems(num_ranks) and (not gpu or fits_gpu(config, num_ranks, CHIPS[gpu]))

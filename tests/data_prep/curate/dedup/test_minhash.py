@@ -198,7 +198,7 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
     for part, file in enumerate(files):
         write_array(file, sort_edges(edges[part::3]))
     clusters = Clusters(view, register, tmp_path / "scratch")
-    clusters.select(files)
+    clusters.select_documents(files)
     clusters.write_dropped(tmp_path / "dropped")
 
     def place(number: int) -> tuple[int, int, int]:
@@ -206,5 +206,5 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
         return (0 if is_book else 1, -lengths[number], number)
 
     expected = _by_plain_search(sorted(lengths, key=place), pairs)
-    found = [open_bucket(tmp_path / "dropped", DROPPED, rank).read() for rank in range(len(COUNTS))]
+    found = [open_bucket(tmp_path / "dropped", DROPPED, rank).read_records() for rank in range(len(COUNTS))]
     assert {int(r["doc"]): int(r["keeper"]) for part in found for r in part} == expected

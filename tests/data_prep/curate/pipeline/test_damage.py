@@ -49,7 +49,8 @@ def _buckets(folder: Path) -> tuple[Path, Callable[[], Any]]:
     records = np.zeros(12, RECORD)
     records["key"], records["doc"] = np.arange(12), 7
     write_buckets(folder / "a", records, np.repeat([0, 1, 3], 4), 4)
-    return folder / "a", lambda: [open_bucket(folder / "a", RECORD, b).read().tolist() for b in range(4)]
+    path = folder / "a"
+    return path, lambda: [open_bucket(path, RECORD, b).read_records().tolist() for b in range(4)]
 
 
 def _json(folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -146,7 +147,7 @@ def test_what_passes_leave_is_bound_to_its_place_and_to_no_name_of_the_folder(tm
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "shared", moved / "shared")
     assert read_array(moved / "shared" / one.name / "a.npy")[0] == 1
-    assert open_bucket(moved / "shared" / one.name / "b", RECORD, 0).read()["doc"][0] == 1
+    assert open_bucket(moved / "shared" / one.name / "b", RECORD, 0).read_records()["doc"][0] == 1
     for name in ("a.npy", "b"):
         shutil.copyfile(other / name, one / name)
     for read in (lambda: read_array(one / "a.npy"), lambda: open_bucket(one / "b", RECORD, 0)):

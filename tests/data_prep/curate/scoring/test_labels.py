@@ -109,14 +109,14 @@ def rows_of_scikit_learn(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
     """Return rows (dense) by the library's own cutting, hashing, counting and scaling."""
     joined = [" ".join(ngrams.units(text)) for text in texts]
     hashing = HashingVectorizer(analyzer="word", token_pattern=r"[^ ]+", lowercase=False, norm=None,
-                                ngram_range=(1, ngrams.settings.max_ngram), n_features=ngrams.width,
-                                alternate_sign=False)
+                                ngram_range=(1, ngrams.settings.max_ngram), alternate_sign=False,
+                                n_features=ngrams.settings.num_buckets)
     found = TfidfTransformer(use_idf=False, sublinear_tf=True).fit_transform(hashing.transform(joined))
     return np.asarray(found.toarray())
 
 
 def rows_of_ours(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
-    found = np.zeros((len(texts), ngrams.width))
+    found = np.zeros((len(texts), ngrams.settings.num_buckets))
     for row, text in zip(found, texts, strict=True):
         buckets, values = ngrams.row(text)
         row[buckets] = values
