@@ -70,13 +70,8 @@ def parse_tags(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[Assigne
 
 def add_synthetic_tags(assigned: Sequence[AssignedTag], fields: Sequence[str],
                        origins: Mapping[str, Path]) -> tuple[AssignedTag, ...]:
-    """Add `synthetic=true` for each source from `sov-data synth`, unless the user tags it.
-
-    Args:
-        assigned: tags from the command line.
-        fields: record fields that hold tags.
-        origins: source -> artifact folder.
-    """
+    """Add `synthetic=true` for each source from `sov-data synth`, unless the user tags the source
+    (`assigned`) or the records (`fields`). `origins`: source -> artifact folder."""
     tagged = {tag.source for tag in assigned if tag.key == SYNTHETIC}
     # the user's tag for all sources, or for each record, takes precedence
     if "" in tagged or SYNTHETIC in fields:
@@ -95,17 +90,8 @@ def check_tag_sources(assigned: Sequence[AssignedTag], names: Sequence[str]) -> 
 
 def merge_source_tags(name: str, recorded: Sequence[Tags],
                       assigned: Sequence[AssignedTag]) -> dict[str, list[str]]:
-    """Merge a source's tags. Assigned tags replace recorded values; a tag for one source replaces a tag for
-    all sources.
-
-    Args:
-        name: source name.
-        recorded: tags per unit, from record fields.
-        assigned: tags from the command line.
-
-    Raises:
-        UserError: a tag has more than `MAX_VALUES` values.
-    """
+    """Merge a source's tags: `assigned` values replace `recorded` values (per unit), and a tag for a single
+    source replaces a tag for all sources. Raises `UserError`: a tag with more than `MAX_VALUES` values."""
     tags: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for part in recorded for key in part):
         values = sorted({value for part in recorded for value in part.get(key, ())})
@@ -130,12 +116,8 @@ def read_source_tags(record: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def is_chosen(where: Mapping[str, Sequence[str]], record: Mapping[str, Any]) -> bool:
-    """Return whether a source meets all conditions: each tag exists, and all its values match a pattern.
-
-    Args:
-        where: tag, or `SOURCE` for the name -> shell patterns.
-        record: the source's manifest record.
-    """
+    """Return whether a source's manifest record meets every condition: each tag exists, and all values match
+    a pattern. `where`: tag, or `SOURCE` for the name -> shell patterns."""
     tags: dict[str, Sequence[str]] = {**read_source_tags(record), SOURCE: [record["name"]]}
     for key, patterns in where.items():
         values = tags.get(key, ())

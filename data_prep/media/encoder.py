@@ -74,12 +74,8 @@ class MediaRecordEncoder:
                 if codec is not None}
 
     def encode(self, parts: Sequence[MessagePart], banks: UnitBanks) -> dict[MessagePart, Medium | BadRecord]:
-        """Return each part's encoded medium, or the problem; equal contents are encoded once.
-
-        Args:
-            parts: media.
-            banks: receive the records.
-        """
+        """Return part -> encoded medium or problem, and write records to `banks`; equal contents are encoded
+        once."""
         encoded: dict[MessagePart, Medium | BadRecord] = {}
         names: dict[MessagePart, str] = {}
         for part in dict.fromkeys(parts):

@@ -49,15 +49,9 @@ class ShardBanks:
         self._rows: dict[str, dict[int, int]] = {kind: {} for kind in source.shapes}
 
     def renumber_features(self, ids: NDArray[np.generic], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the shard's `FEATURES` sidecar, and append new records to the shard's banks.
-
-        Args:
-            ids: [tokens].
-            numbers: int64 [tokens], the source's `FEATURES` sidecar: row * slots + slot.
-
-        Raises:
-            UserError: a record is missing in the source's bank.
-        """
+        """Return the shard's `FEATURES` sidecar, and append new records to the shard's banks. `ids`:
+        [tokens]; `numbers`: int64 [tokens], the source's sidecar (row * slots + slot). Raises `UserError`: a
+        record missing in the source's bank."""
         renumbered = numbers.copy()
         for kind, shape in self._shapes.items():
             # a shard numbers rows from 0
@@ -85,16 +79,8 @@ class MediaCorpora:
     """Media corpora packed together."""
 
     def __init__(self, sources: Mapping[str, Path], kind: str | None) -> None:
-        """Open media corpora.
-
-        Args:
-            sources: name -> path.
-            kind: format for `sov-data pack`.
-
-        Raises:
-            UserError: a path is a file inside a media corpus or not a media corpus, or corpora differ in
-                format or slots.
-        """
+        """Open media corpora; `sources`: name -> path. Raises `UserError`: a path inside or outside a media
+        corpus, or corpora with another format than `kind` or with different slots."""
         self._folders = {name: folder for name, path in sources.items()
                          if (folder := find_media_corpus(path)) is not None}
         for name, folder in self._folders.items():
@@ -153,13 +139,8 @@ def _read_shapes(folder: Path) -> dict[str, BankShape]:
 
 
 def find_media_problems(prefix: Path, source: dict[str, Any], tokens: NDArray[np.generic]) -> Iterator[str]:
-    """Yield problems in a shard's banks and `FEATURES` sidecar.
-
-    Args:
-        prefix: the shard's path without file ending.
-        source: the source's manifest record.
-        tokens: [tokens] ids.
-    """
+    """Yield problems in the banks and `FEATURES` sidecar of the shard `PREFIX`. `source`: manifest record;
+    `tokens`: [tokens] ids."""
     file = Path(f"{prefix}.{FEATURES}")
     try:
         shapes = read_bank_shapes(source.get(FEATURES), f"source {source['name']!r}")

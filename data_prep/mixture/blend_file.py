@@ -225,17 +225,8 @@ def _scale_shares(entries: Sequence[BlendEntry]) -> tuple[BlendEntry, ...]:
 def allot_shares(blend: Blend, sources: Sequence[dict[str, Any]], missing: Missing = "refuse",
                  num_tokens: float = 0) -> list[PhaseShares]:
     """Return `PhaseShares` per phase; an entry's share is divided among sources in proportion to tokens.
-
-    Args:
-        blend: the blend.
-        sources: manifest records.
-        missing: handling of shares without source.
-        num_tokens: total budget, divided among phases in proportion to budgets; 0: the blend's
-            budgets.
-
-    Raises:
-        UserError: all entries without source, and sources that match two entries of a phase.
-    """
+    `num_tokens`: total budget, divided among phases in proportion to budgets; 0: the blend's budgets. Raises
+    `UserError` with every entry without source, and every source that matches two entries."""
     problems: list[str] = []
     phases: list[PhaseShares] = []
     budget = sum(phase.tokens for phase in blend.phases)

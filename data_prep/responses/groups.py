@@ -93,18 +93,12 @@ class ResponseGroup:
 def write_groups(options: GroupOptions, file: str,
                  build_records: Callable[[ResponseGroup, GroupTally], Iterable[Any]],
                  record_responses: int) -> int:
-    """Write an artifact of kind "corpus".
+    """Write an artifact of kind "corpus". Raises `UserError`, without output, for a malformed record, or if
+    no group gives a record.
 
-    Args:
-        options: inputs and output.
-        file: file name in the artifact.
-        build_records: group with different rewards -> records. Counts responses set aside, and as
-            "passed_over" truncated responses that would be learned as good ones.
-        record_responses: responses per record.
-
-    Raises:
-        UserError: a record breaks a rule, or no group gives a record; nothing is written.
-    """
+    `build_records` converts a group with different rewards to records of `record_responses` responses each.
+    It counts responses set aside, and as "passed_over" truncated responses that would be learned as good
+    examples."""
     check_output_folder(options.output, KIND, options.overwrite)
     tally = GroupTally()
     counts = tally.counts
@@ -242,6 +236,8 @@ def _read_reward(record: dict[str, Any], where: str) -> Any:
 
 def _parse_group(record: dict[str, Any], where: str) -> ResponseGroup:
     if "prompt" not in record or not isinstance(record.get("responses"), list):
+        if {"chosen", "rejected"} <= record.keys():
+            raise UserError(f"{where}: is a pair already; pack it by `sov-data pack --format preference`")
         raise UserError(f"{where}: needs a 'prompt' and a list 'responses', or a 'completion' with its "
                         "'label'; add them")
     # the output would silently overwrite these fields

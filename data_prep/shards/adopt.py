@@ -127,17 +127,9 @@ ADOPT = DeclaredCommand(AdoptOptions, adopt_pairs)
 
 
 def _open_pair(source: PackSource, encoder: Encoder, eod: str) -> Pair:
-    """Open a pair, print a sample of its text, and hash its documents.
-
-    Args:
-        source: name, and path without endings.
-        encoder: the tokenizer.
-        eod: expected ends of documents: "append" (eos), "none" or "auto".
-
-    Raises:
-        UserError: the pair is damaged, has ids outside the vocabulary or from another tokenizer, or other
-            ends than `eod`.
-    """
+    """Open a pair, print a sample text, and hash documents. `eod`: expected ends, "append" (eos), "none" or
+    "auto". Raises `UserError`: a damaged pair, ids outside the vocabulary or from another tokenizer, or other
+    ends than `eod`."""
     split, num_empty = open_foreign_pair(source.path)
     if num_empty:
         warn(f"{source.path}: {num_empty:,} documents without tokens are left out")
@@ -231,20 +223,12 @@ def _detect_eos(prefix: Path, split: IndexedSplit, encoder: Encoder, eod: str) -
 
 
 def open_foreign_pair(prefix: Path) -> tuple[IndexedSplit, int]:
-    """Memory-map a pair from Megatron-LM, Megatron-Bridge or NeMo, and check every number in its index.
+    """Memory-map `PREFIX.bin` from Megatron-LM, Megatron-Bridge or NeMo, and check every number in
+    `PREFIX.idx`. Return documents, and the number of empty documents.
 
     A foreign document may have several sequences (`--split-sentences`), which are joined, or no tokens. Empty
-    documents are left out, which changes no byte in `.bin`.
-
-    Args:
-        prefix: path without `.bin` and `.idx`.
-
-    Returns:
-        The documents, and the number of empty documents.
-
-    Raises:
-        UserError: a file is missing, has another version or dtype, or index and `.bin` disagree.
-    """
+    documents are left out, which changes no byte in `.bin`. Raises `UserError`: a missing file, another
+    version or dtype, or an index that contradicts `.bin`."""
     index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     try:
         raw: NDArray[np.uint8] = np.zeros(0, np.uint8)

@@ -141,18 +141,9 @@ def parse_part(argument: str) -> MixPart:
 
 def write_mix(parts: list[MixPart], output: Path, blend: BlendSettings | None = None, *,
               overwrite: bool = False) -> None:
-    """Write an artifact of kind "tokens" with the sources of all parts and a `weight` each (sum 1).
-
-    Args:
-        parts: folders with token shards.
-        output: folder for the artifact.
-        blend: selects sources by tags, and adds phases.
-        overwrite: replace an existing artifact.
-
-    Raises:
-        UserError: parts disagree, only some have weights, the blend lacks sources, or the output may not be
-            replaced.
-    """
+    """Write an artifact of kind "tokens" with the sources of all parts and a `weight` each (sum 1). A blend
+    selects sources by tags, and adds phases. Raises `UserError`: parts that disagree, weights for some parts
+    only, a blend without sources, or an output that may not be replaced."""
     check_output_folder(output, KIND, overwrite)
     manifests = [read_tokens_manifest(part.path) for part in parts]
     # checks precede the first link

@@ -339,13 +339,8 @@ def _survey_sources(job: _PackJob, encoded: list[EncodedSource]) -> None:
 
 def account_source(source: EncodedSource, documents: Mapping[str, int],
                    num_bad: Mapping[str, int]) -> RecordAccount:
-    """Return a source's account.
-
-    Args:
-        source: units with counts of records read.
-        documents: bucket -> documents in shards.
-        num_bad: code -> records in the quarantine.
-    """
+    """Return a source's account. `documents`: bucket -> documents in shards; `num_bad`: code -> records in
+    the quarantine."""
     return RecordAccount(sum(record.num_read for _, record in source.units), sum(documents.values()),
                          Counter(num_bad))
 

@@ -161,13 +161,8 @@ def open_split(prefix: Path) -> IndexedSplit:
 
 def hash_token_documents(split: IndexedSplit, group: int,
                          lengths_tokens: NDArray[np.int64] | None = None) -> list[int]:
-    """Return a 64-bit hash of each document's ids.
-
-    Args:
-        split: the documents.
-        group: sequences per document (2 for preferences).
-        lengths_tokens: restrict to documents with a length in this list; None: all documents.
-    """
+    """Return a 64-bit hash of each document's ids. `group`: sequences per document (2 for preferences);
+    `lengths_tokens`: restrict to documents with these lengths."""
     starts = split.starts_bytes[::group] // np.dtype(split.dtype).itemsize
     # adjacent sequences: a document ends at the start of the next
     stops = np.append(starts[1:], len(split.tokens)) if len(starts) else starts

@@ -111,7 +111,6 @@ def append_form_words(text: str) -> str:
 
 
 def write_labels(options: DifficultyLabelOptions) -> ExitCode:
-    """Run `difficulty label`."""
     check_output_folder(options.output, KIND, options.overwrite)
     problems: dict[str, LabelledProblem] = {}
     names = _name_configurations(options.answers)
@@ -206,16 +205,16 @@ def _summarize_configuration(name: str, problems: Mapping[str, LabelledProblem])
 
 
 def grade_rows(options: DifficultyGradeOptions) -> ExitCode:
-    """Run `difficulty grade`."""
     cuts, keep = _parse_band("--cuts", options.cuts), _parse_band("--keep", options.keep)
     _check_grading(options)
-    grader = _Grader.from_options(options.model, options.labels)
+    scorer = _load_scorer(options.model) if options.model else None
+    measured = _read_measured_rates(options.labels) if options.labels else {}
     counts: dict[str, Counter[str]] = {bucket: Counter() for bucket in BUCKETS}
     with create_artifact(options.output, GRADED, overwrite=options.overwrite) as artifact:
         for path in options.input:
             with open(artifact.path / path.name, "w", encoding="utf-8") as file:
                 for place, record in read_objects(path):
-                    rate, origin = grader.estimate_pass_rate(record, place)
+                    rate, origin = _estimate_pass_rate(record, place, scorer, measured)
                     bucket, is_kept = BUCKETS[bisect_right(cuts, rate)], keep[0] <= rate <= keep[1]
                     counts[bucket].update(["kept" if is_kept else "left_out", origin])
                     if is_kept:
@@ -261,43 +260,34 @@ def _check_grading(options: DifficultyGradeOptions) -> None:
     check_output_folder(options.output, GRADED, options.overwrite)
 
 
-@dataclass(frozen=True)
-class _Grader:
-    """Returns measured pass rates, or else estimates."""
+def _load_scorer(model: Path) -> Any:
+    from data_prep.curate.scoring.scorer import find_scorer_problems, load_scorer  # numpy: not for --help
 
-    scorer: Any
-    measured: Mapping[str, float]
-    """Problem -> pass rate."""
+    if problems := find_scorer_problems("--model", model, "regressor"):
+        raise UserError(str(problems[0]))
+    return load_scorer(model)
 
-    @classmethod
-    def from_options(cls, model: Path | None, labels: Path | None) -> _Grader:
-        scorer = None
-        if model is not None:
-            from data_prep.curate.scoring.scorer import (  # numpy and scikit-learn
-                find_scorer_problems, load_scorer)
 
-            if problems := find_scorer_problems("--model", model, "regressor"):
-                raise UserError(str(problems[0]))
-            scorer = load_scorer(model)
-        measured: dict[str, float] = {}
-        if labels is not None:
-            read_manifest(labels, KIND)
-            if damage := find_damaged_files(labels):
-                raise UserError(f"{labels}: {damage[0]}; write the labels again")
-            measured = {row["problem"]: row["pass_rate"] for _, row in read_objects(labels / LABELS)}
-        return cls(scorer, measured)
+def _read_measured_rates(labels: Path) -> dict[str, float]:
+    """Return problem -> measured pass rate."""
+    read_manifest(labels, KIND)
+    if damage := find_damaged_files(labels):
+        raise UserError(f"{labels}: {damage[0]}; write the labels again")
+    return {row["problem"]: row["pass_rate"] for _, row in read_objects(labels / LABELS)}
 
-    def estimate_pass_rate(self, record: Mapping[str, Any], place: str) -> tuple[float, str]:
-        """Return a problem's pass rate, and "measured" or "expected"."""
-        text = find_problem_text(record)
-        if text is None:
-            raise UserError(f"{place}: has a problem in none of the fields {', '.join(TEXT_FIELDS)} (fields: "
-                            f"{', '.join(record) or 'none'}); add one")
-        if text in self.measured:
-            return self.measured[text], "measured"
-        if self.scorer is None:
-            raise UserError(f"{place}: its problem was not measured; give a scorer with --model")
-        return 1.0 - self.scorer.score(append_form_words(text)) / MAX_LABEL, "expected"
+
+def _estimate_pass_rate(record: Mapping[str, Any], place: str, scorer: Any, measured: Mapping[str, float]
+                        ) -> tuple[float, str]:
+    """Return a problem's pass rate, and "measured" or "expected"."""
+    text = find_problem_text(record)
+    if text is None:
+        raise UserError(f"{place}: has a problem in none of the fields {', '.join(TEXT_FIELDS)} (fields: "
+                        f"{', '.join(record) or 'none'}); add one")
+    if text in measured:
+        return measured[text], "measured"
+    if scorer is None:
+        raise UserError(f"{place}: its problem was not measured; give a scorer with --model")
+    return 1.0 - scorer.score(append_form_words(text)) / MAX_LABEL, "expected"
 
 
 DIFFICULTY = ActionGroup({"label": DeclaredCommand(DifficultyLabelOptions, write_labels),

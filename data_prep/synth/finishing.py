@@ -75,9 +75,6 @@ def finish(output: Path, checks: Path | None = None, workers: int = 1, *, is_com
 def sum_costs(output: Path) -> dict[str, Any]:
     """Sum the requests in `answers.sqlite`, including failures: requests, answers, requests by status,
     tokens, and seconds without concurrency.
-
-    Raises:
-        UserError: `answers.sqlite` is damaged.
     """
     outcomes: Counter[str] = Counter()
     sums = [0, 0, 0.0]

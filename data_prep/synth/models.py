@@ -88,12 +88,7 @@ class Model:
 def hash_model_folder(folder: Path, option: str = "--engine") -> str:
     """Hash names, sizes and contents in a model folder; large files count by both ends.
 
-    Args:
-        folder: model folder.
-        option: command-line option of the folder, for messages.
-
-    Raises:
-        UserError: the folder is missing or empty.
+    Raises `UserError`, with the command-line `option`, if the folder is missing or empty.
     """
     if not folder.is_dir():
         raise UserError(f"{option} {folder}: is neither an address (http://...) nor a folder of a model"

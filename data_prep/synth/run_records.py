@@ -103,11 +103,7 @@ def hash_item(item: GeneratorItem) -> str:
 
 
 def read_run_record(output: Path) -> SynthRunRecord:
-    """Read `run.json` from an output folder.
-
-    Raises:
-        UserError: `sov-data synth` did not write the folder, or `run.json` is damaged.
-    """
+    """Read `run.json`; raises `UserError` if the file is missing or damaged."""
     file = output / RUN
     try:
         fields = json.loads(file.read_bytes().decode(), parse_constant=reject_constant,

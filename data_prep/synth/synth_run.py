@@ -92,8 +92,9 @@ def run_synth(options: SynthOptions) -> ExitCode:
         StopRequested: a limit, a signal, or an unavailable endpoint; finished items stay.
     """
     if options.list:
-        print("\n".join(list_settings(options.generator) if options.generator else map(
-            describe_generator, PACKAGED)))
+        lines = (list_settings(options.generator) if options.generator else
+                 [f"{name:<20} {load_generator(name).declared.help}" for name in PACKAGED])
+        print("\n".join(lines))
         return ExitCode.OK
     run = prepare_run(options)
     output, work = run.output, work_folder(run.output)
@@ -114,10 +115,6 @@ def run_synth(options: SynthOptions) -> ExitCode:
         return finish_run(run, tally)
 
 
-def describe_generator(name: str) -> str:
-    return f"{name:<20} {load_generator(name).declared.help}"
-
-
 def list_settings(name: str) -> list[str]:
     """Return a line with name, default and help for each setting."""
     definition = load_generator(name)
@@ -131,11 +128,7 @@ def list_settings(name: str) -> list[str]:
 
 
 def prepare_run(options: SynthOptions) -> SynthRun:
-    """Check options, models, generator and output folder without writing.
-
-    Raises:
-        UserError: lists all problems that can be found together.
-    """
+    """Check options, models, generator and output folder without writing; raises `UserError`."""
     if not options.generator:
         raise UserError(f"sov-data synth: name a generator ({', '.join(PACKAGED)}), or the YAML file of one; "
                         "--list describes them")
@@ -170,11 +163,7 @@ def prepare_run(options: SynthOptions) -> SynthRun:
 
 
 def build_models(options: SynthOptions) -> tuple[Model, Model]:
-    """Return writer and judge. A judge at another address gets a key only from `--judge-api-key-env`.
-
-    Raises:
-        UserError: a variable has no key, or a judge's option lacks a judge.
-    """
+    """Return writer and judge. A judge at another address gets a key only from `--judge-api-key-env`."""
     for option, variable in (("--api-key-env", options.api_key_env),
                              ("--judge-api-key-env", options.judge_api_key_env)):
         if variable and not os.environ.get(variable):
@@ -197,11 +186,7 @@ def build_models(options: SynthOptions) -> tuple[Model, Model]:
 
 
 def create_generator(name: str, settings: Mapping[str, Any]) -> Generator:
-    """Create a generator with settings.
-
-    Raises:
-        UserError: the name is unknown, a library is missing, or settings break rules; lists all of them.
-    """
+    """Create a generator; raises `UserError` for an unknown name, a missing library or invalid settings."""
     definition = load_generator(name)
     if missing := find_library_problems(f"generator {name}", *definition.libraries):
         raise UserError(missing[0])
@@ -273,11 +258,7 @@ class RunTally:
 
 
 def count_items(run: SynthRun) -> RunTally:
-    """Read the whole input, and count finished and unfinished items.
-
-    Raises:
-        UserError: the input is damaged or empty, or a finished item has changed.
-    """
+    """Count finished and unfinished items; raises `UserError` for a damaged, empty or changed input."""
     options, tally = run.options, RunTally()
     # counts only: the samples of all items would not fit into memory
     finished = {item.item["id"]: (item.item["digest"], item.counts)
@@ -405,11 +386,7 @@ class ItemMaker:
 
 
 def finish_run(run: SynthRun, tally: RunTally) -> ExitCode:
-    """Write the source from all finished items, and report missing items.
-
-    Raises:
-        StopRequested: items got no answer.
-    """
+    """Write the source from all finished items; raises `StopRequested` if items got no answer."""
     # an incomplete source can be inspected, and has no manifest
     finishing.finish(run.output, run.options.checks, run.options.workers or count_cores(),
                      is_complete=not tally.num_unanswered and not tally.defects)

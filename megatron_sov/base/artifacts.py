@@ -196,7 +196,7 @@ def get_final_name(name: str) -> str:
 
 
 def _get_temporary_path(path: Path) -> Path:
-    # with the host: processes on several machines may write to one folder, and no lock protects a file
+    # the host is in the name because several machines may write to one folder, and a file has no lock
     return path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
 
 
@@ -324,14 +324,14 @@ def create_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> 
     path = resolve_link(Path(path))
     check_creatable(path)
     check_output_folder(path, kind, overwrite)
-    stop_check()
-    # without the host: a lock shows whether the folder is in use
+    stop_check()  # a dry run ends here
+    # unlike `_get_temporary_path` without the host: a lock shows whether the folder is in use
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with translate_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # before the temporary folder exists, which would itself look like a leftover
         clear_leftovers(path)
-        check_output_folder(path, kind, overwrite)
-        # clear leftovers before creating the folder, which would look like a leftover
+        check_output_folder(path, kind, overwrite)  # again: an old artifact may have been restored
         with _create_locked_folder(temporary, path):
             try:
                 writer = ArtifactWriter(temporary, kind)
@@ -344,8 +344,8 @@ def create_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> 
 
 @contextlib.contextmanager
 def _create_locked_folder(temporary: Path, path: Path) -> Iterator[None]:
-    """Create and lock a temporary folder: elsewhere, where the PID in the name means nothing, an unlocked
-    folder counts as a leftover."""
+    """Create a temporary folder and lock it during the block. Other machines and containers cannot look up
+    the PID in its name, and would delete it as a leftover if it were unlocked."""
     try:
         temporary.mkdir()
     except FileExistsError:  # processes in different containers may have the same PID
@@ -374,7 +374,7 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 
 def check_output_folder(path: Path, kind: str, overwrite: bool) -> None:
-    """Raise `UserError` if `path` cannot become an output folder.
+    """Raise `UserError` if `path` cannot become an output folder, and remove an empty folder at `path`.
 
     Without `overwrite`, `path` must not exist or be empty. With it, only an artifact of `kind` is replaced.
     """
@@ -411,10 +411,10 @@ def clear_leftovers(path: Path) -> None:
 def _is_leftover(folder: Path, pid: int) -> bool:
     """Return whether no process uses a temporary folder any more; `pid`: the creator's PID, from its name."""
     # the lock is more reliable than the PID, which may belong to another container or machine
-    locked = is_locked(folder)
-    if pid == os.getpid():  # an earlier start of this container, or a process in another one
-        return locked is False
-    return not locked and _has_ended(pid)
+    locked = is_locked(folder)  # None: unknown
+    if pid == os.getpid():  # the PID of an earlier start of this container, or of a process in another one
+        return locked is False  # delete only if certainly unlocked
+    return not locked and _has_ended(pid)  # if unknown, the PID decides
 
 
 def _has_ended(pid: int) -> bool:
@@ -452,9 +452,12 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
         if not Path(path).exists():
             raise UserError(f"{path}: does not exist, so it is not {expected}; check the path"
                             f"{suggest_download(path)}") from None
+        # inside an artifact, or a folder in the cache of the Hugging Face hub
+        near = [*sorted(Path(path).glob("snapshots/*")), *([parent] if (parent := Path(path).parent) and (
+            parent / MANIFEST).is_file() else [])]
         raise UserError(f"{path}: has no {MANIFEST}, so it is not {expected}; "
                         f"pass the folder that {PRODUCERS.get(kind or '', 'the earlier step')} "
-                        "wrote") from None
+                        "wrote", Fix(words={str(path): str(near[-1])}) if near else None) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as e:
         raise UserError(f"{file}: is damaged ({e}); make the artifact again or restore "
                         "it from a copy") from None
@@ -527,7 +530,8 @@ def trace_origins(path: Path, manifest: Manifest, seen: Set[str] = frozenset()) 
     Raises:
         UserError: a manifest among the inputs is damaged.
     """
-    origins, seen = list[dict[str, Any]](), set(seen)
+    origins: list[dict[str, Any]] = []
+    seen = set(seen)
     for item in parse_inputs(path, manifest):
         sha256 = item["manifest_sha256"]
         place = find_input(item["path"], sha256, path)

@@ -74,23 +74,23 @@ def estimate_difference(before: Sequence[float], after: Sequence[float],
     """
     _check_scores(before)
     _check_scores(after)
-    differences = [b - a for a, b in zip(before, after, strict=True)]
+    differences = [new - old for old, new in zip(before, after, strict=True)]
     value, (error, count) = fmean(differences), _compute_standard_error(differences, clusters)
     if not all(0 <= score <= 1 for scores in (before, after) for score in scores):
         interval = _build_t_interval(value, error, count - 1, confidence)
         return Mean(value, error, interval, len(differences), count)
-    # Mean cluster size, used for the two added clusters.
-    size = len(differences) / count
+    mean_size = len(differences) / count  # items in each of the two added clusters
     adjusted_mean = value * count / (count + 2)
-    sums = [*compute_cluster_sums(differences, clusters)]
+    shift = value - adjusted_mean
+    # both lists have the clusters in order of first occurrence; the deviations are from `value`, and those
+    # from the adjusted mean are larger by `shift` per item
+    deviations = compute_cluster_sums(differences, clusters)
     sizes = [1] * count if clusters is None else _count_cluster_sizes(clusters)
-    # `sums` are deviations from the old mean `value`: each item deviates from the adjusted mean by
-    # value - adjusted_mean more
-    squares = math.fsum((total + cluster_size * (value - adjusted_mean))**2
-                        for total, cluster_size in zip(sums, sizes, strict=True))
-    squares += (size * (1 - adjusted_mean))**2 + (size * (-1 - adjusted_mean))**2
-    error_added = math.sqrt(squares) / (len(differences) + 2 * size)
-    low, high = _build_interval(adjusted_mean, error_added, count + 1, confidence)
+    squares = math.fsum((deviation + size * shift)**2
+                        for deviation, size in zip(deviations, sizes, strict=True))
+    squares += (mean_size * (1 - adjusted_mean))**2 + (mean_size * (-1 - adjusted_mean))**2
+    adjusted_error = math.sqrt(squares) / (len(differences) + 2 * mean_size)
+    low, high = _build_interval(adjusted_mean, adjusted_error, count + 1, confidence)
     return Mean(value, error, (max(-1.0, low), min(1.0, high)), len(differences), count)
 
 
@@ -122,6 +122,7 @@ def _count_cluster_sizes(clusters: Sequence[Hashable]) -> list[int]:
 
 def _build_t_interval(mean: float, error: float | None, degrees: int,
                       confidence: float) -> tuple[float, float] | None:
+    """Return `_build_interval`; None if a single cluster gives no standard error."""
     return None if error is None else _build_interval(mean, error, degrees, confidence)
 
 
@@ -171,7 +172,7 @@ def compute_mean_interval(shares: Sequence[float],
     # Binary samples without clusters: Wilson's interval, without the corrections below.
     if len(sums) == len(shares) and math.isclose(spread, max_variance):
         return _compute_score_interval(share, len(shares))
-    # equal shares between 0 and 1 have no variance: a share counts as at most a thousand samples
+    # equal shares between 0 and 1 have no variance: a share counts as at most 1000 samples (our choice)
     effective = len(shares) * max_variance / max(spread, max_variance / 1000)
     probability = (1 + CONFIDENCE) / 2
     # With few clusters the variance is uncertain: use t instead of the normal quantile.

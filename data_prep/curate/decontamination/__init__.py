@@ -1,1 +1,1 @@
-"""Text of benchmarks found in what a model is to be trained on, and taken out."""
+"""Search for benchmark text in training data."""

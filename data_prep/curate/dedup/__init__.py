@@ -1,1 +1,1 @@
-"""Steps that drop or cut what stands in a corpus more than once."""
+"""Steps that drop duplicate documents and cut repeated paragraphs."""

@@ -1,1 +1,1 @@
-"""Whether a document is worth keeping: language and form, rules of good text, what must not stay in it."""
+"""Steps that judge single documents: encoding, language and form, quality rules, personal data."""

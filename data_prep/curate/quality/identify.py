@@ -1,9 +1,8 @@
-"""Identifying a language: by the script where it has one of its own, else by py3langid's model among the
-languages of that script.
+"""Step `language`: detect the language of a document and its form (prose, code, markup).
 
-py3langid (BSD; Lui and Baldwin 2011, 2012) is a naive Bayes classifier over n-grams of bytes; its model lies
-in the package and holds no pickle.  The step `language` writes the language, and whether a document is prose,
-code or markup.
+A script with a single language decides by itself; otherwise py3langid's model ranks the languages that share
+the script. py3langid (BSD; Lui and Baldwin 2011, 2012) is a naive Bayes classifier over byte n-grams; the
+package includes the model, without a pickle.
 """
 
 from __future__ import annotations
@@ -24,79 +23,71 @@ from data_prep.libraries import find_library_problems
 from megatron_sov.base.documents.scripts import count_letters_by_script
 from megatron_sov.base.settings import SettingsProblem, Share, choice_from, to_problem
 
-# Pieces of a long text that stand for the whole of it.
-
 _SPACE = re.compile(r"\s")
 
 
 def sample_pieces(text: str, num_pieces: int, piece_chars: int) -> list[str]:
-    """Return pieces spread evenly over a text, each begun behind a space where one is near.
-
-    A text that is not longer than all of them together is one piece.
-    """
+    """Return evenly spaced pieces, starting after a nearby space; a short text is a single piece."""
     if len(text) <= num_pieces * piece_chars:
         return [text]
     step = (len(text) - piece_chars) / max(num_pieces - 1, 1)
-    found = []
+    pieces = []
     for number in range(num_pieces):
         start = int(number * step)
-        # A piece that begins inside a word would show the model letters in an order that no word has.
+        # A piece that starts inside a word would show the model letters in an order no word has.
         space = _SPACE.search(text, start, start + piece_chars // 4) if number else None
-        found.append(text[space.end() if space else start:start + piece_chars])
-    return found
+        pieces.append(text[space.end() if space else start:start + piece_chars])
+    return pieces
 
 
 def sample_lines(text: str, num_windows: int, window_chars: int) -> str:
-    """Return whole lines from windows spread evenly over a text, joined; a line that is longer than a window
-    is cut."""
+    """Join the whole lines of evenly spaced windows; a line longer than a window is cut."""
     if len(text) <= num_windows * window_chars:
         return text
     step = (len(text) - window_chars) / max(num_windows - 1, 1)
-    found = []
+    windows = []
     for number in range(num_windows):
         window = text[int(number * step):int(number * step) + window_chars]
-        # The first and the last window have the text's own ends; elsewhere half lines are cut off.
+        # Incomplete lines are cut off, except at the start and end of the text.
         first = window.find("\n") + 1 if number else 0
         last = window.rfind("\n") if number < num_windows - 1 else len(window)
-        found.append(window[first:last] if last > first else window)
-    return "\n".join(found)
+        windows.append(window[first:last] if last > first else window)
+    return "\n".join(windows)
 
-
-# Forms of text: prose, code or markup, told by its lines, and the part of each that is in a language.
 
 Form = Literal["prose", "code", "markup"]
 FORMS: tuple[Form, ...] = ("prose", "code", "markup")
 
 MIN_CODE_LINE_SHARE = 0.4
-"""Of the lines that are neither empty nor comments, those that read as code; from here on a text is code."""
+"""Share of code lines, without empty lines and comments, from which a text is code."""
 MIN_CODE_LINES = 2
 MIN_TAG_CHAR_SHARE = 0.12
-"""Of all characters, those inside tags of HTML or XML; from here on a text is markup."""
+"""Share of characters inside HTML or XML tags from which a text is markup."""
 MIN_COMMAND_CHAR_SHARE = 0.06
-"""The same of LaTeX, where commands such as \\section or \\begin{...} show what it is."""
+"""Share of characters inside LaTeX commands, e.g. \\section or \\begin{...}, from which a text is markup."""
 MIN_FIELD_LINE_SHARE = 0.6
-"""Of all lines, those of JSON, YAML, TOML or properties: a name, a sign, a value."""
+"""Share of lines with a name, a sign and a value (JSON, YAML, TOML, properties) that makes a text markup."""
 MAX_STATEMENT_LINE_SHARE = 0.1
-"""Of such data, lines with calls and statements; more is a program full of assignments."""
+"""Share of calls and statements in data files; a text with more is a program full of assignments."""
 MIN_SIGN_SHARE = 0.01
-"""Of all characters, signs that programs are full of; a text with fewer is none."""
+"""Share of `_SIGNS` below which a text is no program."""
 _SIGNS = "{}()[]=;<>$#"
 _NUM_WINDOWS, _WINDOW_CHARS = 5, 1000
 _LANGUAGE_WINDOW_CHARS = 8000
 
 
-def _lines(*alternatives: str) -> re.Pattern[str]:
+def _compile_lines(*alternatives: str) -> re.Pattern[str]:
     return re.compile(rf"^[^\S\n]*(?:{'|'.join(alternatives)})[^\n]*$", re.MULTILINE)
 
 
 _DIRECTIVES = "include|define|if|ifdef|ifndef|endif|else|pragma|undef"
 _LINE = re.compile(r"^[^\S\n]*\S", re.MULTILINE)
-_COMMENT = _lines(rf"#(?!!|{_DIRECTIVES})", "//", r"/\*", r"\*(?!\*)", r"--\s", ";;", "%", "<!--",
+_COMMENT = _compile_lines(rf"#(?!!|{_DIRECTIVES})", "//", r"/\*", r"\*(?!\*)", r"--\s", ";;", "%", "<!--",
                   '"{3}', "'{3}")
 _BLOCK = re.compile(r"/\*.{0,4000}?\*/|\"{3}.{0,4000}?\"{3}|'{3}.{0,4000}?'{3}", re.DOTALL)
-"""Comments and documentation over several lines."""
-_CODE_LINE = _lines(
-    # words that begin a statement
+"""Multi-line comments and docstrings."""
+_CODE_LINE = _compile_lines(
+    # words at the start of a statement
     r"(?:async )?def \w+\(", r"class \w+[(:{ ]", r"import [\w.*{\"'(][\w., *{}\"']*;?$",
     r"from [\w.]+ import ", r"return(?: [^.\n]*)?;?$",
     r"(?:else|try|finally|do|begin|then)[:{ ]*$", rf"#(?:{_DIRECTIVES})\b",
@@ -109,16 +100,16 @@ _CODE_LINE = _lines(
     # assignments and calls
     r"\w+ <- ", r"\w+(?:\.\w+)* ?(?:[+\-*/|&]?=|:=) ?[^=\n]+$", r"\w+(?:\.\w+)+\([^\n]*\);?$",
     r"\w+\([^\n]*\)[;:{,]?$", r"[\])}]+[;,)]*$",
-    # what ends a statement, or is part of one
+    # the end or a part of a statement
     r"[^\n]*(?:[A-Za-z0-9_)\]\"'}>]\s?[;{]|\\|&&|\|\||\)\s?[:{]|=>\s?[{(]?|->\s?[{(]?)$",
     r"(?![^\n]*(?:[a-z]+,? ){4}[a-z])[^\n]*(?:==|!==?|\w\(\)|\w->\w|\w::\w|\+=|\bself\.\w|\bthis\.\w)")
-_FIELD_LINE = _lines(r"(?:- )?(?:\"[^\"\n]*\"|[\w.-]+)\s?(?::(?:\s|$)|=)", r"[\[\]{}],?$", r"\[[\w. -]+\]$",
-                     r"\"[^\"\n]*\",?$")
+_FIELD_LINE = _compile_lines(r"(?:- )?(?:\"[^\"\n]*\"|[\w.-]+)\s?(?::(?:\s|$)|=)",
+                             r"[\[\]{}],?$", r"\[[\w. -]+\]$", r"\"[^\"\n]*\",?$")
 _STATEMENT = re.compile(r"^\s*(?:def|class|import|from|return|if|for|while|var|let|const)\b|\w\(",
                         re.MULTILINE)
 _TAG = re.compile(r"<(?:[/!?]?[A-Za-z][^<>]{0,500}|!--.{0,2000}?--)>", re.DOTALL)
 _CLOSED = re.compile(r"</[A-Za-z]|/>|<!DOCTYPE|<\?xml", re.IGNORECASE)
-"""What pages have and the angle brackets of programs do not."""
+"""Closing tags and headers, which the angle brackets of programs lack."""
 _SCRIPT = re.compile(r"<(script|style)\b[^<]*(?:<(?!/\1)[^<]*)*", re.IGNORECASE)
 _LATEX = re.compile(r"\\(?:begin|end|section|subsection|item|documentclass|usepackage|cite|ref|label|textbf"
                     r"|emph|chapter)\b")
@@ -127,15 +118,15 @@ _MARKER = re.compile(r"^[^\S\n]*[#/*;%\-\"'<!]+", re.MULTILINE)
 
 
 def detect_form(text: str) -> Form:
-    """Return what form a text is of, by lines from all over it."""
+    """Return the form of `text`, judged by lines from windows over the whole text."""
     text = sample_lines(text, _NUM_WINDOWS, _WINDOW_CHARS).strip()
     num_lines = len(_LINE.findall(text))
-    # Cheap tests first; markup before code, for pages hold scripts and LaTeX is full of brackets.
+    # Cheap tests first; markup before code, because pages hold scripts and LaTeX is full of brackets.
     if _is_tagged(text) or _is_latex(text) or _is_data(text, num_lines):
         return "markup"
     if sum(map(text.count, _SIGNS)) < MIN_SIGN_SHARE * len(text):
         return "prose"
-    # Comments say nothing of the form: a program may have more of them than code.
+    # Comments do not count: a program may have more comments than code.
     rest = _COMMENT.sub("", _BLOCK.sub("", text))
     num_code = len(_CODE_LINE.findall(rest))
     if num_code >= max(MIN_CODE_LINES, MIN_CODE_LINE_SHARE * len(_LINE.findall(rest))):
@@ -156,14 +147,16 @@ def _is_latex(text: str) -> bool:
 
 
 def _is_data(text: str, num_lines: int) -> bool:
-    """Say whether a text is names and values; the assignments of a program have statements beside them."""
+    """Return whether `text` is a data file; unlike a program's assignments, data has few statements."""
     return (len(_FIELD_LINE.findall(text)) >= max(3, MIN_FIELD_LINE_SHARE * num_lines)
             and len(_STATEMENT.findall(text)) <= MAX_STATEMENT_LINE_SHARE * num_lines)
 
 
 def extract_language_text(text: str, form: Form) -> str:
-    """Return what of a text is in a language of people: all prose; of code and markup, as far as windows from
-    all over it go, the comments, and what is no tag and no command."""
+    """Return the natural-language part: all prose; comments of code; markup without tags and commands.
+
+    Code and markup are sampled by windows over the whole text.
+    """
     if form == "prose":
         return text
     text = sample_lines(text, _NUM_WINDOWS, _LANGUAGE_WINDOW_CHARS)
@@ -175,9 +168,9 @@ def extract_language_text(text: str, form: Form) -> str:
 
 
 UNKNOWN_LANGUAGE = "und"
-"""ISO 639-2's code for a language that is not determined."""
+"""ISO 639-2 code for an undetermined language."""
 NUM_PIECES, PIECE_CHARS = 5, 300
-"""Of a longer text, so many pieces of so many characters are looked at."""
+"""Number and length of the pieces that `identify_language` reads from a longer text."""
 
 LANGUAGE_BY_SCRIPT = {
     "HANGUL": "ko", "THAI": "th", "KANA": "ja", "CJK": "zh", "GREEK": "el", "HEBREW": "he", "ARMENIAN": "hy",
@@ -185,8 +178,7 @@ LANGUAGE_BY_SCRIPT = {
     "GURMUKHI": "pa", "ORIYA": "or", "SINHALA": "si", "KHMER": "km", "LAO": "lo", "MYANMAR": "my",
     "ETHIOPIC": "am", "TIBETAN": "bo",
 }
-"""Script -> the language that nearly all text in it is of; Han characters beside kana are Japanese, beside
-more Hangul Korean."""
+"""Script -> its main language; Han counts as Japanese next to kana, as Korean next to more Hangul."""
 _SHARED = {
     "CYRILLIC": "ba be bg ky kk mk mn os ru sr tg tt uk",
     "ARABIC": "ar ary arz fa ps sdh ug ur uzs ku",
@@ -197,63 +189,63 @@ _SHARED = {
              "oc om pcm pl pt qu ro rw se sk sl sn so sq sr st sv sw tk tl tr uz vec vi vo wa xh yo zu",
 }
 LANGUAGES_BY_SCRIPT = {script: frozenset(names.split()) for script, names in _SHARED.items()}
-"""Script -> the languages of the model that are written in it."""
+"""Script -> model labels of its languages."""
 _COMMON_NAMES = ("en ru de ja zh es fr it pt pl nl id tr vi cs ko fa ar sv uk hu el ro da th fi no sk bg hr "
                  "he lt sr sl ca et hi bn lv ta sq az ka mk kk ml te ur mr ms gl ne eu sw tl af")
 _COMMON = frozenset(_COMMON_NAMES.split())
-"""Languages with much text on the web; the others are far more often guessed than met."""
+"""Languages with much text on the web; the model guesses rare languages far more often than they occur."""
 _RARE_WEIGHT = 0.2
-"""What the model's probability of a language that is not common is multiplied by."""
+"""Factor on the model's probability of a language outside `_COMMON`."""
 _WEIGHTS = {"ms": 0.1}
-"""The same for single ones: Malay reads like Indonesian, of which the web has some twenty times as much."""
+"""Factors by label: Malay reads like Indonesian, which is some twenty times as frequent on the web."""
 PARENT_LANGUAGES = {"ary": "ar", "arz": "ar", "uzs": "uz", "sdh": "ku", "nn": "no"}
-"""Label of the model -> the ISO 639-1 code of the language that it is a variety of."""
+"""Model label of a variety -> ISO 639-1 code of its language."""
 KNOWN_LANGUAGES = frozenset(LANGUAGE_BY_SCRIPT.values()).union(
     *LANGUAGES_BY_SCRIPT.values()) - set(PARENT_LANGUAGES)
-"""All languages that are told apart."""
+"""All languages that `identify_language` returns."""
 NOISE_LABEL = "zxx"
-"""The model's label for what is in no language: numbers, names of variables."""
+"""Model label for text without a language: numbers, variable names."""
 _CHAR_WEIGHT = {"HANGUL": 3, "CJK": 3, "KANA": 3}
-"""Letters of Latin that say about as much as one character of the script (UTF-8 bytes as a measure)."""
+"""Script -> Latin letters with about as much information as a character (measured in UTF-8 bytes)."""
 _MIN_KANA_SHARE = 0.1
-"""Of kana and Han characters together; less kana is Chinese that quotes."""
+"""Minimum share of kana in kana and Han characters; with less kana, the text is Chinese with quotes."""
 _SETTLED_SHARE = 0.8
-"""From this share of a piece on, a script of one language settles it, and the model is not asked."""
+"""Share of a piece from which a single-language script decides without the model."""
 _NO_WORDS = re.compile(r"\S*(?://|@|www\.|\\)\S*|[\d_]+")
 
 
 def identify_language(text: str) -> tuple[str, float]:
-    """Return (language as ISO 639-1, or ISO 639-3 where there is none, or `UNKNOWN`; score from 0 to 1).
+    """Return the language (ISO 639-1, else ISO 639-3, or `UNKNOWN_LANGUAGE`) and its score in [0, 1].
 
-    The score is the share of the text's letters that are in the language, times how sure the model is where
-    several languages share a script.  A long text is judged by pieces from all over it.
+    The score is the share of letters in the language, times the model's probability if languages share the
+    script. A long text is judged by pieces from the whole text.
     """
-    found: dict[str, float] = defaultdict(float)
+    weights: dict[str, float] = defaultdict(float)
     total = 0.0
     for piece in sample_pieces(text, NUM_PIECES, PIECE_CHARS):
-        scripts = _scripts(piece)
-        weight = sum(scripts.values())
-        # Where one script settles the piece, letters of a shared one are names and quotes: asking the model
+        letters_by_script = _count_weighted_letters(piece)
+        num_letters = sum(letters_by_script.values())
+        # If a single-language script dominates, letters of a shared script are names and quotes: the model
         # would cost time and add noise.
-        largest = max((n for script, n in scripts.items() if script in LANGUAGE_BY_SCRIPT), default=0)
-        total += weight
-        for script, letters in scripts.items():
-            if language := LANGUAGE_BY_SCRIPT.get(script):
-                found[language] += letters
-            elif script in LANGUAGES_BY_SCRIPT and largest < _SETTLED_SHARE * weight:
-                for name, share in _by_model(_NO_WORDS.sub(" ", piece), script):
-                    found[name] += letters * share
-    if not found:
+        largest = max((letters for script, letters in letters_by_script.items()
+                       if script in LANGUAGE_BY_SCRIPT), default=0)
+        total += num_letters
+        for script, letters in letters_by_script.items():
+            if script in LANGUAGE_BY_SCRIPT:
+                weights[LANGUAGE_BY_SCRIPT[script]] += letters
+            elif script in LANGUAGES_BY_SCRIPT and largest < _SETTLED_SHARE * num_letters:
+                for name, probability in _rank_languages(_NO_WORDS.sub(" ", piece), script):
+                    weights[name] += letters * probability
+    if not weights:
         return UNKNOWN_LANGUAGE, 0.0
-    language, weight = max(found.items(), key=lambda item: (item[1], item[0]))
+    language, weight = max(weights.items(), key=lambda item: (item[1], item[0]))
     return language, min(weight / total, 1.0)
 
 
-def _scripts(piece: str) -> dict[str, float]:
-    """Return script -> weighted letters; kana as one script, and Han given to Japanese or Korean where it is
-    theirs."""
+def _count_weighted_letters(piece: str) -> dict[str, float]:
+    """Return script -> letters times `_CHAR_WEIGHT`; kana is a script, Han belongs to its neighbours."""
     counts = count_letters_by_script(piece)
-    # Han characters are used by three languages: the letters around them say whose they are.
+    # Three languages use Han characters: the other letters of the piece decide.
     counts["KANA"] = counts.pop("HIRAGANA", 0) + counts.pop("KATAKANA", 0)
     han = counts["CJK"]
     if counts["KANA"] > _MIN_KANA_SHARE * (counts["KANA"] + han):
@@ -263,11 +255,11 @@ def _scripts(piece: str) -> dict[str, float]:
     return {script: n * _CHAR_WEIGHT.get(script, 1) for script, n in counts.items() if n}
 
 
-def _by_model(piece: str, script: str) -> list[tuple[str, float]]:
-    """Return (language, probability) among the languages of a script, and noise, which is left out."""
-    # Labels of other scripts are left out before shares are taken; noise stays in, and lowers the score of
-    # what is no language.
-    ranked = [(label, p * _weight(label)) for label, p in _load_model().rank(piece)
+def _rank_languages(piece: str, script: str) -> list[tuple[str, float]]:
+    """Return (language, probability) for the languages that share `script`, without noise."""
+    # Labels of other scripts are removed before the probabilities are normalized. Noise is removed after, so
+    # that noise lowers the scores.
+    ranked = [(label, p * _get_label_weight(label)) for label, p in _load_model().rank(piece)
               if label in LANGUAGES_BY_SCRIPT[script] or label == NOISE_LABEL]
     total = math.fsum(p for _, p in ranked)
     if total <= 0:
@@ -275,39 +267,38 @@ def _by_model(piece: str, script: str) -> list[tuple[str, float]]:
     return [(PARENT_LANGUAGES.get(label, label), p / total) for label, p in ranked if label != NOISE_LABEL]
 
 
-def _weight(label: str) -> float:
+def _get_label_weight(label: str) -> float:
     return _WEIGHTS.get(label, 1.0 if label in _COMMON or label == NOISE_LABEL else _RARE_WEIGHT)
 
 
 def get_model_file() -> Path:
-    # Imported late: the library is optional, and loads for long.
-    from py3langid.langid import MODEL_DIR, MODEL_FILE
+    from py3langid.langid import MODEL_DIR, MODEL_FILE  # optional package, slow to import
     return Path(MODEL_DIR) / MODEL_FILE
 
 
 @lru_cache(maxsize=1)
 def _load_model() -> Any:
-    from py3langid.langid import LanguageIdentifier
+    from py3langid.langid import LanguageIdentifier  # optional package, slow to import
     return LanguageIdentifier.from_model_file(get_model_file(), norm_probs=True)
 
 
 @dataclass(frozen=True)
 class LanguageSettings:
-    """What the step `language` keeps."""
+    """Settings for `language`."""
 
     keep: tuple[Annotated[str, choice_from(lambda: KNOWN_LANGUAGES)], ...] = ()
-    """Languages that stay, as ISO 639-1 codes such as ko, en; none: all of them."""
+    """ISO 639-1 codes to keep, e.g. ko, en; empty keeps every language."""
     min_score: Share = 0.5
-    """Below this score the language of a document is not sure enough to stay."""
+    """Documents with a lower language score are dropped."""
     forms: Annotated[tuple[Form, ...], MinLen(1)] = FORMS
-    """Forms that stay: prose, code, markup.  Code stays whatever language its comments are in."""
+    """Forms to keep: prose, code, markup. Code is kept in every language."""
 
     def problems(self) -> list[SettingsProblem]:
         return list(map(to_problem, find_library_problems("the step language", "py3langid")))
 
 
 class Language(Step):
-    """Adds the language of each document, how sure it is, and its form."""
+    """Adds the columns `language`, `language_score` and `form`; drops by language and form."""
 
     kind = "language"
     added_columns: ClassVar[dict[str, ColumnType]] = {
@@ -316,22 +307,21 @@ class Language(Step):
     settings: LanguageSettings
 
     def list_files(self) -> Sequence[Path]:
-        """Return the model, so that another one is another step."""
         return [get_model_file()]
 
     def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._outcome(document.text) for document in documents]
+        return [self._judge_text(document.text) for document in documents]
 
-    def _outcome(self, text: str) -> StepOutcome:
+    def _judge_text(self, text: str) -> StepOutcome:
         form = detect_form(text)
         language, score = identify_language(extract_language_text(text, form))
         values = {"language": language, "language_score": score, "form": form}
-        return StepOutcome(reason=self._reason(language, score, form), values=values)
+        return StepOutcome(reason=self._find_drop_reason(language, score, form), values=values)
 
-    def _reason(self, language: str, score: float, form: Form) -> str:
+    def _find_drop_reason(self, language: str, score: float, form: Form) -> str:
         if form not in self.settings.forms:
             return f"form {form}"
-        # Code counts before its language: comments are too short to judge a file by.
+        # Before the language: comments are too short for a reliable language.
         if form == "code":
             return ""
         if language == UNKNOWN_LANGUAGE:

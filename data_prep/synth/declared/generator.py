@@ -177,11 +177,7 @@ class Generator:
 
 
 def load_generator(name: str) -> GeneratorDefinition:
-    """Load a packaged generator by name, or a generator file.
-
-    Raises:
-        UserError: the name is unknown, or the file has mistakes.
-    """
+    """Load a packaged generator by name, or a generator file; raises `UserError`."""
     if name.endswith(SUFFIXES):
         return read_generator(Path(name))
     if name in PACKAGED:
@@ -197,11 +193,7 @@ def _read_packaged_generator(name: str) -> GeneratorDefinition:
 
 
 def read_generator(file: Path) -> GeneratorDefinition:
-    """Read and compile a generator file.
-
-    Raises:
-        SettingsError: the file has problems, each with its line.
-    """
+    """Read and compile a generator file; raises `SettingsError` with each problem's line."""
     text = read_settings_text(file)
     located = parse_located_yaml(text)
     if located.problems:
@@ -221,8 +213,6 @@ class _ParsedStep:
 
 
 class _Compiler:
-    """Checks and compiles a file."""
-
     def __init__(self, file: Path, located: LocatedDocument, declared: GeneratorFile) -> None:
         self._file, self._located, self._declared = file, located, declared
         self._problems: list[SettingsProblem] = []

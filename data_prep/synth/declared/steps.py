@@ -205,8 +205,6 @@ class EveryStep(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class SetStep(Step):
-    """Set fields."""
-
     set: Annotated[dict[str, Any], MinLen(1)]
     computed_parts: ClassVar[tuple[str, ...]] = ("set",)
 

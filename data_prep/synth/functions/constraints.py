@@ -117,11 +117,7 @@ def _parse_case(item: Any) -> Case | None:
 
 
 def run_check(source: str, texts: Sequence[str]) -> Sequence[ConstraintVerdict]:
-    """Run a check function on texts in the sandbox.
-
-    Raises:
-        NoReply: the machine failed; the item is tried again.
-    """
+    """Run a check function on texts in the sandbox; raises `NoReply` if the machine failed."""
     try:
         return check_texts(shared_sandbox(workers=SANDBOX_WORKERS), source, texts, call_s=CALL_TIME_S)
     except (RuntimeError, TimeoutError) as e:

@@ -51,9 +51,6 @@ def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator
 
 def list_line_files(inputs: Sequence[Path]) -> Iterator[Path]:
     """Yield input files, and JSONL files in input folders; from `sov-data synth` only `kept.jsonl`.
-
-    Raises:
-        UserError: a folder has no JSONL file.
     """
     for path in inputs:
         files = [path]

@@ -53,10 +53,11 @@ def split_response(record: dict[str, Any]) -> dict[str, Any]:
 def refuse_media(record: Mapping[str, Any], is_prompt: bool) -> None:
     """Refuse media next to a text: packing would drop the media silently. Raises `BadRecord`: the record has
     a non-empty field of `MEDIA`."""
+    # a prompt's string may be a file name that the reward reads
+    media_types = (list, dict, bytes) if is_prompt else (list, dict, bytes, str)
     for name in MEDIA:
         value = record.get(name)
-        # a prompt's string may be a file name that the reward reads
-        if value and isinstance(value, (list, dict, bytes) if is_prompt else (list, dict, bytes, str)):
+        if value and isinstance(value, media_types):
             raise BadRecord("media", f"has {name!r}, and what is packed here is text; turn such records into "
                                      "tokens with `sov-data encode-media` first, or remove the field")
 
@@ -90,7 +91,7 @@ def is_alpaca(record: Mapping[str, Any], kind: str | None) -> bool:
 def _from_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     if not {"input", "output"} & record.keys():
         record = {DOLLY.get(name, name): value for name, value in record.items()}
-    for name in ALPACA[:3]:
+    for name in ("instruction", "input", "output"):
         if record.get(name) is not None and not isinstance(record[name], str):
             raise BadRecord("fields", f"{name!r} is {str(record[name])[:40]!r}, must be a string")
     # joined as in LLaMA-Factory
@@ -105,7 +106,8 @@ def _from_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     if record.get("output") is None or kind == "prompt":
         return {"prompt": prompt, **_omit_fields(record, ("instruction", "input", "history"))}
     fields = _omit_fields(record, ("instruction", "input", "output", "history"))
-    if history and kind == "chat" and parse_label(record.get(KTO_TAG)) is None:  # train on every answer
+    is_judged = parse_label(record.get(KTO_TAG)) is not None  # the label concerns the last answer only
+    if history and kind == "chat" and not is_judged:  # as messages: the history's answers are trained too
         return {"messages": [*prompt, {"role": "assistant", "content": record["output"]}], **fields}
     return {"prompt": prompt, "completion": record["output"], **fields}
 
@@ -140,7 +142,8 @@ def _is_shared_pair(record: Mapping[str, Any], kind: str | None) -> bool:
 
 
 def _from_shared_pair(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
-    chat = _find_chat_field(record) or CHATS[1]
+    chat = _find_chat_field(record)
+    assert chat is not None, "_is_shared_pair requires a chat"
     sides = {side: convert_sharegpt([record[side]], side) for side in SIDES}
     return {"prompt": convert_sharegpt(record[chat], chat), **sides,
             **_omit_fields(record, (chat, "prompt", *SIDES))}
@@ -159,7 +162,7 @@ class RecordLayout:
     applies: Callable[[Mapping[str, Any], str | None], bool] | None = None
     """Whether a record read as a kind has the layout; None: a layout that needs no conversion."""
     convert: Callable[[dict[str, Any], str | None], dict[str, Any]] | None = None
-    """Converts a record to a layout that `records` parses."""
+    """Converts a record to a layout that `records.py` parses; called if `applies`."""
 
 
 LAYOUTS = (
@@ -168,7 +171,7 @@ LAYOUTS = (
     RecordLayout("ShareGPT", ("conversations",), "--format chat"),
     RecordLayout("Prompt and completion (TRL)", ("prompt", "completion"), "--format chat"),
     RecordLayout("Prompt and response", ("prompt", "response"), "--format chat"),
-    # layouts with conversion come first: the rest reads only prompts and messages
+    # these conversions write prompts and messages, to which those further down add a label or a pair
     RecordLayout("Alpaca", ("instruction", "input", "output"), "--format chat", is_alpaca, _from_alpaca),
     RecordLayout("Dolly", ("instruction", "context", "response"), "--format chat", is_alpaca, _from_alpaca),
     RecordLayout("Question and answer (GSM8K)", ("question", "answer"), "--format chat", _is_questions,
@@ -265,10 +268,11 @@ def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Col
         read: fields that the reader of `kind` uses.
     """
     converted = convert_layout(rename_fields(record, renames), kind)
-    # a conversion consumes its layout's fields: a field of another tool that is left has no reader, even if
-    # its name is in `read`; "system" and responses are fields of our own layouts too
+    # a conversion renames the fields of other tools: one that still has its old name is unread, even if that
+    # name is in `read`. "system" and responses have the same name in our own layouts.
     foreign = {*ALPACA, *DOLLY, *QUESTIONS, KTO_TAG} - {"system", *COMPLETIONS}
-    unread = converted.keys() - ({*read} - foreign)
+    used = {*read} - foreign
+    unread = converted.keys() - used
     return [name for name, value in record.items() if name in unread and value not in EMPTY_VALUES]
 
 
@@ -288,6 +292,7 @@ _FIELD_WORDS = {
 """Target field -> words in names of fields with the same content."""
 _NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", "prompt"),
            "prompt": ("prompt",), "text": ("text",)}
+"""Kind -> targets that a record needs; a chat may have "messages" instead."""
 
 
 def propose_field(record: Mapping[str, Any], target: str) -> str:
@@ -334,5 +339,6 @@ def propose_columns(record: Mapping[str, Any], kind: str) -> str:
     if kind == "text":
         return f"--text-field {guesses.get('text', 'NAME')}"
     columns = guesses or dict.fromkeys(_NEEDED[kind], "FIELD")
-    return "--columns " + ",".join(f"{target}={columns[target]}" for target in sorted(
-        columns, key=lambda target: (target != "prompt", list(_FIELD_WORDS).index(target))))
+    # the prompt first, then in the order of `_FIELD_WORDS`
+    ordered = [target for target in dict.fromkeys(("prompt", *_FIELD_WORDS)) if target in columns]
+    return "--columns " + ",".join(f"{target}={columns[target]}" for target in ordered)

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 RUN_WORDS = 10
 """Run length in words."""
 TWELFTHS = 12
-"""Size of a word; in twelfths, a quarter and a third of a word are whole numbers (3 and 4)."""
+"""Twelfths per word: in this unit a quarter and a third of a word are whole numbers (3 and 4)."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
+"""Base of the polynomial: 2^64 divided by the golden ratio, an odd number."""
 # an odd number has an inverse modulo 2^64, which allows shifting prefix sums to any position
 _INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
 _SHIFT = np.uint64(29)
@@ -38,8 +39,8 @@ class Units:
     unit."""
 
     folded: str
-    """The text that `span` indexes: ASCII as given, else NFKC; case-folded only if a fold changes its length
-    (ß -> ss)."""
+    """The text that `span` indexes: an ASCII text as given, another in NFKC. Its case is folded only if that
+    changes the length (ß -> ss)."""
     visible: NDArray[np.int64] | None
     """[visible characters]: index in `folded` of each visible character; None: all are visible."""
     hashes: NDArray[np.uint64]
@@ -60,8 +61,9 @@ class Units:
         """Return the end (exclusive) per run of `words` words; run i begins at unit i. Empty if too short."""
         from megatron_sov.base.documents import unit_scan  # not at the top, as in `find_units`
 
-        ends = np.empty(len(self.sizes), np.int64)
-        return ends[:unit_scan.find_run_ends(self.sizes, words * TWELFTHS, ends)]
+        ends = np.empty(len(self.sizes), np.int64)  # room for a run per unit
+        num_runs = unit_scan.find_run_ends(self.sizes, words * TWELFTHS, ends)
+        return ends[:num_runs]
 
     def runs(self, words: int = RUN_WORDS) -> NDArray[np.uint64]:
         """Return a hash per run of `words` words, uint64 [runs]; run i begins at unit i."""
@@ -95,9 +97,8 @@ def find_units(text: str) -> Units:
     from megatron_sov.base.documents import unit_scan
 
     visible = None
-    if text.isascii():
+    if text.isascii():  # most code and English text; needs neither NFKC nor the table of folds
         folded = text
-        # most code and English text: no tables or normal form needed
         codes = np.frombuffer(text.lower().encode("ascii"), np.uint8).astype(np.uint32)
     else:
         folded = unicodedata.normalize("NFKC", text)
@@ -155,7 +156,7 @@ def _get_powers(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Return at least `count` powers of `_BASE` and of `_INVERSE`."""
     if count > _MAX_CACHED_POWERS:
         return _compute_powers(count)
-    # round up to a power of two: texts of all lengths share nine tables
+    # round up to a power of two: texts of all lengths share nine tables, of 2^12 to 2^20 powers
     powers, inverses = _get_cached_powers(max(1 << 12, 1 << (count - 1).bit_length()))
     return powers[:count], inverses[:count]
 
@@ -164,7 +165,7 @@ def _compute_powers(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]
     tables = []
     for base in (_BASE, _INVERSE):
         factors = np.full(count, base)
-        factors[:1] = 1
+        factors[0] = 1
         tables.append(np.multiply.accumulate(factors))
     return tables[0], tables[1]
 

@@ -63,7 +63,7 @@ def parse_blend(words: Sequence[str]) -> list[str]:
 
 
 def find_shards(path: str) -> str:
-    """Return the folder of token shards with the .bin/.idx pair `path`; other paths unchanged."""
+    """Return the folder of token shards for the prefix of a .bin/.idx pair in it; other paths unchanged."""
     if not Path(f"{path}.idx").is_file():
         return path
     return next((str(folder) for folder in Path(path).parents if (folder / "manifest.json").is_file()), path)
@@ -95,14 +95,16 @@ def _iter_leaves(value: Any, key: str) -> Iterator[tuple[str, list[str] | None]]
     if isinstance(value, Mapping):
         yield key, None
         for name, inner in value.items():
-            # DeepSpeed: {bf16: {enabled: true}} is the switch bf16
-            yield from _iter_leaves(inner, key if key and name == "enabled" else f"{key}.{name}".lstrip("."))
+            inner_key = f"{key}.{name}" if key else str(name).lstrip(".")
+            if key and name == "enabled":  # DeepSpeed: {bf16: {enabled: true}} is the switch bf16
+                inner_key = key
+            yield from _iter_leaves(inner, inner_key)
     elif isinstance(value, list):
-        # datasets: [{path: FILE, type: ...}] -> the paths
+        # a section stands for its path or name: datasets: [{path: FILE, type: ...}] -> FILE
         items = [item.get("path", item.get("name")) if isinstance(item, Mapping) else item
                  for item in value[:MAX_KEYS]]
-        yield key, [_format_scalar(item) for item in items
-                    if item is not None and not isinstance(item, (Mapping, list))]
+        scalars = [item for item in items if item is not None and not isinstance(item, (Mapping, list))]
+        yield key, list(map(_format_scalar, scalars))
     elif key:
         yield key, None if value is None else [_format_scalar(value)]
 

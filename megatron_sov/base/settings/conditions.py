@@ -39,7 +39,7 @@ class When:
 
     key: str
     """Full dotted key of the deciding setting; ".rank" is a field in the class that declares the condition,
-    and "*" is any list item (a single item must fulfil the condition)."""
+    and "*" stands for the items of a list, of which at least one must fulfil the condition."""
     holds: Callable[[Any], bool]
     words: str
     """The condition after the key in a sentence: "is set"."""
@@ -56,12 +56,12 @@ class When:
         """
         key = _resolve_key(self.key, owner)
         if key in DECIDING_FACTS:
-            values = [facts[key]] if key in facts else []
-            fails = bool(values) and not self.holds(facts[key])
+            if key not in facts:
+                return None
+            values = [facts[key]]
         else:
             values = list(_iter_values(root, key.split(".")))
-            fails = not any(map(self.holds, values))
-        if not fails:
+        if any(map(self.holds, values)):
             return None
         public_key = _public_key(key)
         way_out = self.way_out or f"leave it out, or change {public_key}"
@@ -150,6 +150,7 @@ def _find_inert_problem(settings: Any, key: str, facts: Facts) -> SettingsProble
     for owner, condition in iter_conditions(settings, key):
         unmet = condition.find_unmet(settings, owner, facts)
         if unmet is not None:
+            # without lists of settings groups, e.g. extend.stages: too long for a sentence
             deciders = " and ".join(f"{name} = {format_setting(value)}"
                                     for name, value in unmet.deciders.items() if not _holds_settings(value))
             return SettingsProblem(ProblemCode.INERT, key, f"has no effect with {deciders}: it acts when "
@@ -223,5 +224,5 @@ def _public_key(key: str) -> str:
 
 
 def _join_values(values: tuple[Any, ...]) -> str:
-    words = [value if isinstance(value, str) else format_setting(value) for value in values]
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    *others, last = (value if isinstance(value, str) else format_setting(value) for value in values)
+    return f"{', '.join(others)} or {last}" if others else last

@@ -24,7 +24,7 @@ S = TypeVar("S")  # a settings class
 EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
 """Floats with an exponent, with or without a point."""
 WHOLE = re.compile(r"[-+]?(?:0o[0-7]+|0\d+)\Z")
-"""Integers in YAML 1.2 that YAML 1.1 reads as another number or as text."""
+"""Integers that YAML 1.1 reads otherwise than YAML 1.2: 010 (as 8) and 0o10 (as text)."""
 BASES = {"0b": 2, "0o": 8, "0x": 16}
 """Prefix of an integer -> its base."""
 MAX_BYTES = 1 << 20
@@ -117,7 +117,7 @@ def _build_loader() -> Any:
 
 
 def _parse_integer(loader: Any, node: Any) -> int | str:
-    """Parse an integer as decimal: YAML 1.1 reads 010 as 8 and 1:30 as 90."""
+    """Parse an integer as in YAML 1.2: 010 is 10 (8 in YAML 1.1), and 1:30 stays text (90 in YAML 1.1)."""
     text = loader.construct_scalar(node).replace("_", "").lower()
     return node.value if ":" in text else int(text, BASES.get(text.lstrip("-+")[:2], 10))
 
@@ -197,12 +197,13 @@ class _NodeConverter:
     def convert(self, node: Any, place: Place, depth: int) -> Any:
         line = node.start_mark.line + 1
         self.num_values += 1
+        if depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"it is nested more than {MAX_DEPTH} deep",
+                                       problem_mark=node.start_mark)
         # aliases count at each use: ten levels of ten aliases make 10^10 values
-        if depth > MAX_DEPTH or self.num_values > MAX_VALUES:
-            limit = f"its aliases make more than {MAX_VALUES:,} values"
-            if depth > MAX_DEPTH:
-                limit = f"it is nested more than {MAX_DEPTH} deep"
-            raise yaml.MarkedYAMLError(problem=limit, problem_mark=node.start_mark)
+        if self.num_values > MAX_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"its aliases make more than {MAX_VALUES:,} values",
+                                       problem_mark=node.start_mark)
         # `_convert_mapping` replaces this line with the line of the key
         self.found.lines.setdefault(place, line)
         if isinstance(node, yaml.SequenceNode):
@@ -251,6 +252,7 @@ class _NodeConverter:
 
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 _MAX_INTEGER = 1e19
+"""Whole floats from here on stay floats: no count is that large."""
 
 
 def parse_changes(given: Iterable[str], option: str = "--set") -> dict[str, Any]:
@@ -358,8 +360,8 @@ def _assign_value(cls: Any, raw: Any, key: str, value: Any, instead: KeyHint) ->
         elif not isinstance(node, dict):
             return SettingsProblem(ProblemCode.UNKNOWN, key, f"{above} is a value and has no fields")
         elif dataclasses.is_dataclass(hint) and part not in list_fields(cast(Any, hint)):
-            parent_key = ".".join(parts[:depth + 1])
-            return unknown_key_problem(parent_key, list_fields(cast(Any, hint)), instead(parent_key))
+            unknown_key = ".".join(parts[:depth + 1])
+            return unknown_key_problem(unknown_key, list_fields(cast(Any, hint)), instead(unknown_key))
         index: Any = int(part) if isinstance(node, list) else part
         hint = get_inner_hint(hint, part)
         if depth == len(parts) - 1:

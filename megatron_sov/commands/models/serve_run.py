@@ -52,7 +52,8 @@ def serve_target(request: ServeRequest) -> None:
 
     def run_rank(loaded: LoadedModel) -> None:
         if not loaded.world.is_main:
-            generate_live(loaded.policy, settings.batching, max_length, None)
+            # the first rank receives the requests and shares them
+            generate_live(loaded.policy, settings.batching, max_length, source=None)
             return
         with open_scheduler() as scheduler:
             generate_live(loaded.policy, settings.batching, max_length, scheduler)
@@ -97,7 +98,7 @@ def _choose_max_length(target: Target, settings: ServeSettings) -> int:
 
 
 class ParentProcess:
-    """The process from `--parent-pid`."""
+    """The process from `--parent-pid`: when it ends, the server stops."""
 
     def __init__(self, pid: int | None) -> None:
         """Record a process's start time; None for no parent.
@@ -110,8 +111,8 @@ class ParentProcess:
         if pid is None:
             return
         try:
-            # the parent has the host and process table of this process; its start time is needed too, because
-            # another process may get the pid later
+            # the parent is on the host and in the process table of this process; its start time tells it from
+            # a later process with the same pid
             self._record = process_identity() | {"pid": pid, "started_s": psutil.Process(pid).create_time()}
         except psutil.Error:
             raise UserError(f"--parent-pid {pid}: there is no such process; start the server from a running "
@@ -123,4 +124,4 @@ class ParentProcess:
         if self._record is None or time.monotonic() < self._next_poll_s:
             return False
         self._next_poll_s = time.monotonic() + POLL_S
-        return has_ended(self._record) is True
+        return has_ended(self._record) is True  # None (unknown) must not stop the server

@@ -1,8 +1,8 @@
 """Runs `megatron-sov rl generate`.
 
-The prompts of a round are split into pieces: a job claims a piece and writes its responses, a part of the
-rollout store per attempt. A training run may request pieces of further prompts for a round that has too few
-groups to learn from (`policy.max_gen_batches`).
+The prompts of a round are split into pieces. A job claims a piece, generates its responses, and adds them to
+the rollout store as a part; another attempt at the piece adds another part. A training run may request more
+pieces for a round that has too few groups to learn from (`policy.max_gen_batches`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def generate_rollouts(request: RolloutsRequest) -> int:
     engine = _build_engine_settings(request, start)
     source, unused_rows = build_rollout_source(
         options, config, request.prompts, start, engine_name=engine.name, environment=request.environment)
-    # without the prompts that are too long for `rollout.max_prompt_tokens`
+    # unused: longer than `rollout.max_prompt_tokens`
     prompts = options.drop_unused(request.prompts, unused_rows, options.store)
     select_round_prompts(prompts, config.rollout, request.rounds[0])  # refuses a file with too few prompts
     settings = StoreSettings(options.store, start.tokenizer_folder, start.vocab_size)
@@ -109,6 +109,7 @@ def _find_further_pieces(options: RlGenerateOptions, config: RunConfig) -> Furth
     rounds = options.run / ROUNDS
 
     def read_request(number: int) -> tuple[int, bool]:
+        """Return how many further pieces round `number` requests, and whether the count is final."""
         # a published round is complete and requests no more pieces
         return read_further_pieces(rounds, number), is_published(rounds, number)
 

@@ -82,8 +82,8 @@ class PredictionLayer(MultiTokenPredictionLayer):
                         embedding: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
                         packed_seq_params: PackedDocuments | None = None,
                         padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
-        """Return the whole row's tokens [tokens] shifted left once per depth, and the embeddings of the local
-        tokens [depths * local tokens, 1, hidden]."""
+        """Return (the whole row's tokens [tokens], shifted left once per depth; `position_ids`;
+        `padding_mask`; embeddings [MTP depths * local tokens, 1, hidden]; `hidden_states`)."""
         assert packed_seq_params is not None
         next_ids, embedded = input_ids, []
         for _ in range(self.config.mtp_depths):
@@ -97,8 +97,8 @@ class PredictionLayer(MultiTokenPredictionLayer):
     def _proj_and_transformer_layer(self, hidden_states: torch.Tensor, decoder_input: torch.Tensor,
                                     **kwargs: Any) -> torch.Tensor:
         """Apply the layer once per depth in `decoder_input`; depth k reads the states of depth k - 1."""
-        outputs = []
-        for embedded in decoder_input.chunk(len(decoder_input) // len(hidden_states)):
+        outputs, num_depths = [], len(decoder_input) // len(hidden_states)
+        for embedded in decoder_input.chunk(num_depths):
             hidden_states = super()._proj_and_transformer_layer(
                 hidden_states=hidden_states, decoder_input=embedded, **kwargs)
             outputs.append(hidden_states)
@@ -186,8 +186,9 @@ class LayerInputs(NamedTuple):
 class Chunk(LanguageModule):
     """Consecutive layers that map `ModelInputs` to hidden states [depths * local tokens, 1, hidden].
 
-    Depth 0 holds the trunk's output after the final norm, depth k the output of MTP layer k. Local tokens are
-    the tokens that context and sequence parallelism assign to this process.
+    Depth 0 holds the trunk's output (on the last stage after the final norm), depth k that of MTP layer k;
+    only the last stage has MTP layers. Local tokens are the tokens that context and sequence parallelism
+    assign to this process.
     """
 
     def __init__(self, config: Any, model: ModelConfig, vp_stage: int | None) -> None:
@@ -215,7 +216,7 @@ class Chunk(LanguageModule):
         self.mtp_process = self.post_process and model.num_mtp_layers > 0
         self.share_embeddings_and_output_weights = model.tied_embeddings
         tp = config.tensor_model_parallel_size
-        vocab_size = -(-model.vocab_size // tp) * tp
+        vocab_size = -(-model.vocab_size // tp) * tp  # rounded up to equal shards
         if self.pre_process or self.mtp_process:
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, model.max_position_tokens, "rope", tp_group=self.pg_collection.tp)
@@ -248,7 +249,7 @@ class Chunk(LanguageModule):
         return declared
 
     def forward(self, inputs: ModelInputs, first_route: int | None = None) -> torch.Tensor:
-        """Run the chunk on a row's local tokens; returns hidden states [local tokens, 1, hidden].
+        """Run the chunk on a row's local tokens; returns hidden states [depths * local tokens, 1, hidden].
 
         Args:
             inputs: the whole row.
@@ -422,6 +423,7 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
         self.post_process = node
 
     def _build_layer_schedule_plan(self, module: Any, *streams: Any) -> None:
+        # only the trunk: the last node runs the MTP block
         if isinstance(module, TransformerBlock):
             super()._build_layer_schedule_plan(module, *streams)
 

@@ -49,12 +49,12 @@ def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
     config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16 = start, end
 
 
-def check_fp8_support(train: TrainConfig, serves: bool) -> None:
+def check_fp8_support(train: TrainConfig, te: bool) -> None:
     """Raise `UserError` if this process cannot compute `train.fp8`: it has no GPU with Transformer Engine
-    (`serves`), or the GPU lacks the recipe."""
+    (`te` is False), or the GPU lacks the recipe."""
     if train.fp8 == "none":
         return
-    if not serves:
+    if not te:
         raise UserError(f"train.fp8 = {train.fp8} needs an NVIDIA GPU with Transformer Engine, and this "
                         "process has none; set train.fp8=none, or run it where `megatron-sov doctor` "
                         "finds both")
@@ -130,8 +130,10 @@ TE_RECOMPUTE_MODULES = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
 MIN_CUDNN_HEAD_256 = 92500
 """First cuDNN version that trains packed rows with head size 256 on Blackwell."""
 NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
-ALLOCATOR, EXPANDABLE = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "expandable_segments:True"
-"""Both names of torch's allocator variable, and the option that conflicts with NCCL's registration."""
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Both names of torch's allocator variable."""
+EXPANDABLE = "expandable_segments:True"
+"""Option in `ALLOCATOR` that conflicts with NCCL's registration."""
 
 
 def transformer_settings(gpu: GpuConfig, train: TrainConfig, context: KernelContext) -> dict[str, Any]:
@@ -187,11 +189,10 @@ def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
     """Return the `OptimizerConfig` fields for `gpu.moment_dtype`."""
     if gpu.moment_dtype == "fp32":
         return {}
+    # The recipe is not for FP8: with any but None and "delayed", the optimizer keeps float32 masters and
+    # gradients (`use_precision_aware_optimizer_no_fp8_or_ds_fp8`). With bf16 weights nothing else reads it.
     return {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
-            "exp_avg_sq_dtype": torch.bfloat16, "store_param_remainders": False,
-            # any recipe but None and delayed keeps float32 masters and gradients
-            # (`use_precision_aware_optimizer_no_fp8_or_ds_fp8`); with bf16 weights nothing else reads it
-            "fp8_recipe": "tensorwise"}
+            "exp_avg_sq_dtype": torch.bfloat16, "store_param_remainders": False, "fp8_recipe": "tensorwise"}
 
 
 def resolve_auto_settings(config: RunConfig, te: bool) -> dict[str, Any]:
@@ -205,7 +206,8 @@ def resolve_auto_settings(config: RunConfig, te: bool) -> dict[str, Any]:
 
 
 def uses_document_attention(context: KernelContext, attention: str, deterministic: bool) -> bool:
-    """Return whether `DocumentAttention` is used.
+    """Return whether our own attention is used: `DocumentAttention`, or the exchange of heads in its place
+    (`exchanges_heads`).
 
     Under `auto` it is used if Transformer Engine has no suitable kernel: on Hopper the fused kernel is
     deterministic only for short rows, and some cuDNN versions lack a kernel for packed rows.
@@ -304,25 +306,29 @@ def _memory_rules(gpu: GpuConfig, te: bool) -> list[Rule]:
     registers_graphs = bool(gpu.cuda_graphs) and os.environ.get("NCCL_GRAPH_REGISTER") != "0"
     # Transformer Engine's newer path offloads weights too; Megatron-Core supports the older path
     lacks_older_path = bool(gpu.offload_modules) and os.environ.get("NVTE_CPU_OFFLOAD_V1") != "1"
+    recompute_rules = [(te or module not in gpu.recompute_modules, "recompute_modules",
+                        f"names {module}, which {NEEDS_TE}", f"name {instead}")
+                       for module, instead in TE_RECOMPUTE_MODULES.items()]
+    graph_rules, buffer_rules = list[Rule](), list[Rule]()
+    for name in expandable:
+        conflict = f"cannot be with {name} = {os.environ[name]}, whose segments NCCL"
+        graph_rules.append((not registers_graphs, "cuda_graphs", f"{conflict} would register for graphs",
+                            "set the variable NCCL_GRAPH_REGISTER = 0, or take it out"))
+        buffer_rules.append((gpu.nccl_user_buffers == "off", "nccl_user_buffers",
+                             f"{conflict} does not register", "take it out, or leave the setting out"))
     return [
-        *((te or module not in gpu.recompute_modules, "recompute_modules",
-           f"names {module}, which {NEEDS_TE}", f"name {instead}")
-          for module, instead in TE_RECOMPUTE_MODULES.items()),
+        *recompute_rules,
         _require_te("offload_modules", te, bool(gpu.offload_modules)),
         (not te or not lacks_older_path, "offload_modules",
          "needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine is imported",
          "set it for all processes"),
         _require_te("cuda_graphs", te, bool(gpu.cuda_graphs)),
-        *((not registers_graphs, "cuda_graphs", f"cannot be with {name} = {os.environ[name]}, whose segments "
-           "NCCL would register for graphs", "set the variable NCCL_GRAPH_REGISTER = 0, or take it out")
-          for name in expandable),
+        *graph_rules,
         _require_te("moment_dtype", te, gpu.moment_dtype != "fp32"),
         _require_te("optimizer_offload", te, bool(gpu.optimizer_offload)),
         (gpu.nccl_user_buffers == "off" or on_gpu(), "nccl_user_buffers", "needs GPUs", "leave it out"),
         (gpu.profiler == "torch" or on_gpu(), "profiler", "= nsys needs GPUs", "leave it out"),
-        *((gpu.nccl_user_buffers == "off", "nccl_user_buffers", f"cannot be with {name} = "
-           f"{os.environ[name]}, whose segments NCCL does not register",
-           "take it out, or leave the setting out") for name in expandable)]
+        *buffer_rules]
 
 
 def _dispatcher_rules(dispatcher: str) -> list[Rule]:
@@ -388,11 +394,13 @@ def _attention_rules(config: RunConfig, context: KernelContext) -> list[Rule]:
     elif attention == "flash" and not any(map(importlib.util.find_spec,
                                               ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
         rules.append(("cannot be: FlashAttention is not installed", "install flash-attn, or set auto"))
-    for kernel, name in TE_ATTENTION_VARIABLES.items() if context.te else ():
-        # Transformer Engine raises an error if these variables contradict the setting
-        value, wanted = os.environ.get(name), str(int(attention in ("auto", kernel)))
-        if value not in (None, wanted):
+    # Transformer Engine raises an error if these variables contradict the setting
+    variables = TE_ATTENTION_VARIABLES if context.te else {}
+    for kernel, name in variables.items():
+        wanted = "1" if attention in ("auto", kernel) else "0"
+        value = os.environ.get(name, wanted)
+        if value != wanted:
             rules.append((f"needs the variable {name} = {wanted} or none, and the environment has {value}",
                           "unset it"))
-    return [(False, "attention", *rule) for rule in rules]
+    return [(False, "attention", fault, fix) for fault, fix in rules]
 

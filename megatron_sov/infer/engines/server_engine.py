@@ -34,9 +34,10 @@ from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, Token
 
 SHARD_BYTES = 1 << 30
 """Bytes per weight file; bounds the host memory for an update."""
-GROUP, GROUPED_TOKENS = 8, 256
-"""Limits for grouping answers into a request: number of answers, and tokens per answer. Grouping saves
-request overhead for short answers from small models. A long answer has its own request, so that a server can
+GROUP = 8
+"""Maximum number of answers to a prompt in a request; fewer requests cost less if answers are short."""
+GROUPED_TOKENS = 256
+"""Maximum length of an answer that shares a request. A longer one has its own request, so that a server can
 begin another request as soon as the answer is complete."""
 _POLL_S = 0.2
 """Interval between calls of `GenerationBounds.should_stop`."""
@@ -110,7 +111,9 @@ class WeightFiles:
                 if size_bytes >= SHARD_BYTES:
                     files.append(_write_shard(tensors, version_folder, len(files)))
                     tensors, size_bytes = {}, 0
-            return [*files, *([_write_shard(tensors, version_folder, len(files))] if tensors else [])]
+            if tensors:
+                files.append(_write_shard(tensors, version_folder, len(files)))
+            return files
 
     def delete_earlier_files(self, files: Sequence[str]) -> None:
         """Delete the files from earlier calls."""
@@ -205,8 +208,9 @@ class ServerEngine:
                                    sampling.temperature, sampling.top_k, sampling.top_p, end_ids,
                                    sampling.with_routes)
             # vLLM rejects several greedy answers to a prompt, because the answers would be equal
-            max_answers = min(GROUP, self.fleet.requests) if request.temperature else 1
-            if (requests and request.max_new_tokens <= GROUPED_TOKENS and requests[-1].count < max_answers
+            max_count = min(GROUP, self.fleet.requests) if request.temperature else 1
+            is_short = request.max_new_tokens <= GROUPED_TOKENS
+            if (is_short and requests and requests[-1].count < max_count
                     # equal in all fields but name and count
                     and replace(requests[-1], name="", count=1) == request):
                 requests[-1] = replace(requests[-1], count=requests[-1].count + 1)
@@ -214,17 +218,8 @@ class ServerEngine:
                 requests.append(replace(request, name=f"{self._request_prefix}-{next(self._numbers)}"))
         if not are_joined:
             return requests
-        max_answers = min(-(-len(prompts) // self.fleet.num_servers), self.fleet.requests)
-        joined: list[TokenRequest] = []
-        for request in requests:
-            if (joined and request.max_new_tokens <= GROUPED_TOKENS and not request.with_routes
-                    and joined[-1].num_answers + request.count <= max_answers
-                    # equal in all fields but name and prompts
-                    and replace(joined[-1], name="", ids=(), others=()) == replace(request, name="", ids=())):
-                joined[-1] = replace(joined[-1], others=(*joined[-1].others, request.ids))
-            else:
-                joined.append(request)
-        return joined
+        answers_per_server = -(-len(prompts) // self.fleet.num_servers)
+        return _join_prompts(requests, min(answers_per_server, self.fleet.requests))
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Write weight files and let the servers read them, see `Engine.update`."""
@@ -245,7 +240,7 @@ class ServerEngine:
             UserError: the routes do not match the model.
         """
         assert self._shape is not None, "routes were not asked for"
-        # no token of a request aborted before the start was read
+        # aborted before a server began with the request: there are no routes
         if answer.reason == ABORTED and answer.routes is None:
             return self._shape.absent(num_tokens)
         return check_routes(answer.routes, num_tokens, self._shape)
@@ -273,22 +268,39 @@ def _truncate_answer(answer: TokenAnswer, stop: StopRule) -> ScoredTokens:
     return tokens, answer.logprobs[:len(tokens)]
 
 
+def _join_prompts(requests: Sequence[TokenRequest], max_answers: int) -> list[TokenRequest]:
+    """Join requests of different prompts, up to `max_answers` answers each; see `ServerEngine.requests`."""
+    joined: list[TokenRequest] = []
+    for request in requests:
+        if (joined and request.max_new_tokens <= GROUPED_TOKENS and not request.with_routes
+                and joined[-1].num_answers + request.count <= max_answers
+                # equal in all fields but name and prompts
+                and replace(joined[-1], name="", ids=(), others=()) == replace(request, name="", ids=())):
+            joined[-1] = replace(joined[-1], others=(*joined[-1].others, request.ids))
+        else:
+            joined.append(request)
+    return joined
+
+
 def check_routes(routes: np.ndarray | None, num_tokens: int, shape: RouteShape) -> np.ndarray:
     """Check the routes from a server; return [num_tokens, layers, top_k]. Raises `UserError` as
     `ServerEngine.extract_routes`."""
     why = "nothing"
     if routes is not None:
         why = f"shape {list(routes.shape)}"
-        if routes.ndim == 2 and routes.shape[1] % shape.top_k == 0:
+        if routes.ndim == 2 and routes.shape[1] % shape.top_k == 0:  # [tokens, layers * top_k]
             routes = routes.reshape(len(routes), -1, shape.top_k)
-        # Leading dense layers have no experts: keep the last `shape.layers` rows.
         if routes.ndim == 3 and len(routes) >= num_tokens and routes.shape[1] >= shape.layers:
+            # leading dense layers have no experts: keep the last `shape.layers` layers
             routes = routes[:num_tokens, routes.shape[1] - shape.layers:]
             # check before casting to a narrower dtype, which would wrap around
             if (routes < 0).any() or (routes >= shape.num_experts).any():
                 why = f"experts from {routes.min()} to {routes.max()}, of {shape.num_experts}"
-            elif not (why := shape.problem(routes.astype(shape.dtype))):
-                return routes.astype(shape.dtype)
+            else:
+                routes = routes.astype(shape.dtype)
+                why = shape.problem(routes)
+                if not why:
+                    return routes
     raise UserError(f"the engine must return routes of {num_tokens} tokens with {shape.layers} layers and "
                     f"{shape.top_k} experts each, but returned {why}; it records none if its expert kernel "
                     "chooses experts itself (vLLM: FlashInfer moe backends): choose another backend, "

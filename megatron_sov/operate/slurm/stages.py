@@ -24,10 +24,10 @@ from megatron_sov.model.config import RunConfig, apply_settings, parse_data_path
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, request_training
-from megatron_sov.plan.calibration.fitting import fits, refuse_on_nodes, refuse_too_large
+from megatron_sov.plan.footprint.gpu_capacity import fits_gpu, refuse_on_nodes, refuse_too_large
 from megatron_sov.plan.pricing import Machines
-from megatron_sov.plan.search.default import choose_layout, leaves_layout_open
-from megatron_sov.plan.search.recommended import says_layout
+from megatron_sov.plan.search.local_search import choose_layout, leaves_layout_open
+from megatron_sov.plan.search.recommended_layouts import sets_layout
 from megatron_sov.runs.folder import COMPLETION, JOBS, read_started_settings
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS
@@ -389,7 +389,7 @@ def find_layouts(work: StageWork, profile: ClusterProfile, num_nodes: int, min_n
                  settings: dict[int, tuple[str, ...]]) -> dict[int, tuple[str, ...]]:
     """Return number of nodes -> settings, for valid layouts on `min_nodes` to `num_nodes`.
 
-    If the user sets no layout, a search chooses one for the profile's GPUs (`plan.search.default`).
+    If the user sets no layout, a search chooses one for the profile's GPUs (`plan.search.local_search`).
 
     Args:
         work: a training stage.
@@ -409,7 +409,7 @@ def find_layouts(work: StageWork, profile: ClusterProfile, num_nodes: int, min_n
     for count in range(num_nodes, min_nodes - 1, -1):
         num_ranks, node_settings = count * profile_ranks, settings.get(count, ())
         # a layout from the user is never replaced
-        if not work.layout_open or says_layout(node_settings):
+        if not work.layout_open or sets_layout(node_settings):
             chosen = node_settings
         elif layout and _layout_fits(apply_settings(work.config, [*layout, *node_settings]), num_ranks, gpu):
             chosen = (*layout, *node_settings)
@@ -435,4 +435,4 @@ def find_layouts(work: StageWork, profile: ClusterProfile, num_nodes: int, min_n
 
 
 def _layout_fits(config: RunConfig, num_ranks: int, gpu: str) -> bool:
-    return not config.problems(num_ranks) and (not gpu or fits(config, num_ranks, CHIPS[gpu]))
+    return not config.problems(num_ranks) and (not gpu or fits_gpu(config, num_ranks, CHIPS[gpu]))

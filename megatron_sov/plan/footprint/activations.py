@@ -15,15 +15,16 @@ from typing import NamedTuple
 
 from megatron_sov.model.config import LatentAttentionConfig, LinearAttentionConfig, ModelConfig, RunConfig
 from megatron_sov.model.config.lora import HEAD
-from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, chunk_layers
+from megatron_sov.plan.footprint.stage_parameters import (
+    BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, list_chunk_layers)
 
 INDEX_BYTES = 8
-CHUNK = 64
+DELTA_RULE_CHUNK = 64
 """Tokens of a chunk of linear attention (`engine.model.delta_rule`)."""
 QUERY_BLOCK = 1024
 """Queries of a sliding layer whose mask torch's attention keeps at a time, without a fused kernel
 (`engine.model.attention`)."""
-SCORES = 5
+FLOATS_PER_SCORE = 5
 """Float32 numbers of every router's score that stay: logits, scores, their shares, weights and the balancing
 loss's.  Measured."""
 
@@ -81,18 +82,18 @@ class LayerKind(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def kinds(m: ModelConfig) -> tuple[LayerKind, ...]:
+def list_layer_kinds(m: ModelConfig) -> tuple[LayerKind, ...]:
     first_moe = m.num_layers - m.num_moe_layers()
-    return tuple(_kind(m, layer >= first_moe, kind, window, limit > 0) for layer, (kind, window, limit) in
-                 enumerate(zip(m.layer_types(), m.windows(), m.limits(), strict=True)))
+    return tuple(_build_kind(m, layer >= first_moe, kind, window, limit > 0) for layer, (kind,
+                 window, limit) in enumerate(zip(m.layer_types(), m.windows(), m.limits(), strict=True)))
 
 
-def prediction_kind(m: ModelConfig) -> LayerKind:
+def get_prediction_kind(m: ModelConfig) -> LayerKind:
     """Return the kind of the layer inside a multi-token prediction layer."""
-    return _kind(m, m.mtp_experts, m.mtp_layer_type(), m.mtp_window(), bounded=False)
+    return _build_kind(m, m.mtp_experts, m.mtp_layer_type(), m.mtp_window(), bounded=False)
 
 
-def _kind(m: ModelConfig, with_experts: bool, attention: str, window: int, bounded: bool) -> LayerKind:
+def _build_kind(m: ModelConfig, with_experts: bool, attention: str, window: int, bounded: bool) -> LayerKind:
     return LayerKind(with_experts, window, attention == "sliding_attention" or m.rope_on_global, bounded,
                      attention == "linear_attention")
 
@@ -107,7 +108,7 @@ class Tokens(NamedTuple):
     """Its own where sequence parallelism cuts them."""
 
 
-def tokens_of(config: RunConfig, row_tokens: int) -> Tokens:
+def count_tokens(config: RunConfig, row_tokens: int) -> Tokens:
     """Return the tokens of a process, for a micro-batch of so many."""
     p = config.parallel
     # Context parallelism cuts the row first; sequence parallelism then cuts what tp ranks share.
@@ -115,24 +116,24 @@ def tokens_of(config: RunConfig, row_tokens: int) -> Tokens:
     return Tokens(row_tokens, local, local // (p.tp if p.sp else 1))
 
 
-def saved(config: RunConfig, row_tokens: int, kind: LayerKind) -> SavedActivations:
+def estimate_saved(config: RunConfig, row_tokens: int, kind: LayerKind) -> SavedActivations:
     """Return what a layer saves where nothing is recomputed, routing being even."""
     p = config.parallel
     # under auto nobody knows here whether the kernels will be there: plain torch keeps more
     by_kernels = config.gpu.linear_attention == "fla" and config.train.precision == "bf16"
-    return _saved(config.model, config.train.precision, tokens_of(config, row_tokens), p.tp, p.etp, p.cp,
-                  kind, by_kernels)
+    return _estimate_saved(config.model, config.train.precision, count_tokens(config, row_tokens), p.tp,
+                           p.etp, p.cp, kind, by_kernels)
 
 
 @lru_cache(maxsize=1 << 14)
-def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp: int,
+def _estimate_saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp: int,
            kind: LayerKind, by_kernels: bool) -> SavedActivations:
     """Return what `saved` says, from what it depends on."""
     item, fused = ITEM_BYTES[precision], precision == "bf16"
     hidden = tokens.share * m.hidden_size * item
     # torch's norm keeps its input, that divided by its length, and 1 / length
     norm = hidden if fused else 2 * hidden + tokens.share * item
-    attention = _attention(m, precision, tokens, tp, cp, kind, by_kernels)
+    attention = _estimate_attention(m, precision, tokens, tp, cp, kind, by_kernels)
     # gate and up projection once more, as they were before their bound
     twice = 2 if kind.bounded else 1
     if not kind.with_experts:
@@ -146,23 +147,23 @@ def _saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp
     arrived = routed * etp
     return SavedActivations(
         residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden, **attention,
-        router=(tokens.share * m.num_experts * (SCORES * FLOAT32_BYTES + 1)
+        router=(tokens.share * m.num_experts * (FLOATS_PER_SCORE * FLOAT32_BYTES + 1)
                 + routed * (3 * INDEX_BYTES + 2 * FLOAT32_BYTES)),
         expert_input=arrived * m.hidden_size * item, expert_hidden=arrived * 2 * inner * item * twice,
         expert_activated=arrived * inner * item * (1 if fused else 3),
         shared=tokens.local * shared * item * ((1 if fused else 2) + 2 * twice))
 
 
-def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
+def _estimate_attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
                kind: LayerKind, by_kernels: bool) -> dict[str, int]:
     """Return what attention saves, by the names of `SavedActivations`."""
     if kind.is_linear:
         assert m.linear_attention is not None
         if by_kernels:
-            return _linear_by_kernels(m.linear_attention, tokens, tp)
-        return _linear_attention(m.linear_attention, precision, tokens, tp)
+            return _estimate_fla_attention(m.linear_attention, tokens, tp)
+        return _estimate_linear_attention(m.linear_attention, precision, tokens, tp)
     if m.latent_attention is not None:
-        return _latent_attention(m, m.latent_attention, precision, tokens, tp, cp)
+        return _estimate_latent_attention(m, m.latent_attention, precision, tokens, tp, cp)
     item, fused = ITEM_BYTES[precision], precision == "bf16"
     queries, keys = m.num_heads * m.head_dim // tp, m.num_kv_heads * m.head_dim // tp
     sums = tokens.local * (m.num_heads // tp) * max(item, FLOAT32_BYTES)
@@ -185,13 +186,13 @@ def _attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
     qkv = projected + gate + per_token * (copied + (queries + keys if m.qk_norm else 0))
     if cp > 1 and not slides:  # pieces attend to gathered keys, and do it again in the backward pass
         return found | {"qkv": qkv, "rotated": per_token * queries, "attended": per_token * queries}
-    masks = _mask_numbers(tokens.local, kind.window) * item if slides and cp == 1 else 0
+    masks = _count_mask_elements(tokens.local, kind.window) * item if slides and cp == 1 else 0
     return found | {"qkv": qkv, "rotated": per_token * (queries + keys),
                     "core": per_token * queries + sums + masks, "attended": per_token * queries * slides}
 
 
-def _latent_attention(m: ModelConfig, latent: LatentAttentionConfig, precision: str, tokens: Tokens, tp: int,
-                      cp: int) -> dict[str, int]:
+def _estimate_latent_attention(m: ModelConfig, latent: LatentAttentionConfig,
+                               precision: str, tokens: Tokens, tp: int, cp: int) -> dict[str, int]:
     """Return what latent attention saves: both narrow vectors before and behind their norms, then queries,
     keys and values of every head.  Not measured."""
     item, heads = ITEM_BYTES[precision], m.num_heads // tp
@@ -205,7 +206,7 @@ def _latent_attention(m: ModelConfig, latent: LatentAttentionConfig, precision: 
             "attended": per_token * heads * latent.v_head_dim}
 
 
-def _linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tokens, tp: int
+def _estimate_linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tokens, tp: int
                       ) -> dict[str, int]:
     """Return what linear attention saves in plain torch: what is projected; in the precision of the state
     each tap's inputs, and these mixed, before and behind their activation; between a chunk's tokens three
@@ -216,14 +217,15 @@ def _linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tok
     heads, keys, values = linear.num_key_heads // tp, linear.key_head_dim, linear.value_head_dim
     projected = (tokens.local * heads * (sum(linear.projected) + keys + values)
                  + tokens.share * 2 * linear.gate_rank)
-    inside = heads * (3 * CHUNK + 23 * keys + 3 * values + 4) + linear.state_size // tp // CHUNK
+    inside = heads * (3 * DELTA_RULE_CHUNK + 23 * keys + 3 * values + 4) + \
+                      linear.state_size // tp // DELTA_RULE_CHUNK
     return {"gathered": 0, "qkv": projected * item,
             "rotated": tokens.local * wide * channels * (linear.conv_taps + 2),
             "core": tokens.local * wide * inside,
             "attended": tokens.local * heads * values * ((4 if item == wide else 5) * wide + item)}
 
 
-def _linear_by_kernels(linear: LinearAttentionConfig, tokens: Tokens, tp: int) -> dict[str, int]:
+def _estimate_fla_attention(linear: LinearAttentionConfig, tokens: Tokens, tp: int) -> dict[str, int]:
     """Return what linear attention saves in bf16 with the kernels of flash-linear-attention (fla-core 0.6.0,
     `save_for_backward` of its `chunk.py`): queries, keys and values in bf16, learning rates, decays and their
     sums in float32, and two squares of each head and chunk.  What is around them is as in plain torch."""
@@ -231,21 +233,21 @@ def _linear_by_kernels(linear: LinearAttentionConfig, tokens: Tokens, tp: int) -
     channels = linear.num_key_heads * linear.convolved_channels // tp
     heads, keys, values = linear.num_key_heads // tp, linear.key_head_dim, linear.value_head_dim
     # beside them the lengths of queries and keys, and what rates and decays are made of
-    inside = heads * ((2 * keys + values + 2 * CHUNK) * item + (4 * keys + 5) * wide)
+    inside = heads * ((2 * keys + values + 2 * DELTA_RULE_CHUNK) * item + (4 * keys + 5) * wide)
     return {"gathered": 0, "qkv": tokens.share * 2 * linear.gate_rank * item,
             "rotated": tokens.local * wide * channels * (linear.conv_taps + 2),
             "core": tokens.local * inside,
             "attended": tokens.local * heads * values * (4 * wide + item)}
 
 
-def _mask_numbers(tokens: int, window: int) -> int:
+def _count_mask_elements(tokens: int, window: int) -> int:
     """Return the numbers in the masks of a row of one document under a sliding window."""
     return sum(min(QUERY_BLOCK, tokens - start) * (min(tokens, start + QUERY_BLOCK)
                                                    - max(0, start - window + 1))
                for start in range(0, tokens, QUERY_BLOCK))
 
 
-def kept(config: RunConfig, row_tokens: int, kind: LayerKind, whole: SavedActivations) -> int:
+def count_stored_bytes(config: RunConfig, row_tokens: int, kind: LayerKind, whole: SavedActivations) -> int:
     """Return how many bytes of a layer stay on the device until its backward pass, under `train.recompute`
     and `gpu.offload_modules`.
 
@@ -257,12 +259,13 @@ def kept(config: RunConfig, row_tokens: int, kind: LayerKind, whole: SavedActiva
     """
     # Full recomputation keeps the layer's input and nothing else.
     if config.train.recompute is True:
-        return tokens_of(config, row_tokens).share * config.model.hidden_size * (
+        return count_tokens(config, row_tokens).share * config.model.hidden_size * (
             ITEM_BYTES[config.train.precision])
-    return whole.total - _recomputed(config, whole, kind) - _offloaded(config, whole, kind)
+    return whole.total - _count_recomputed_bytes(config, whole, kind) - \
+                                                 _count_offloaded_bytes(config, whole, kind)
 
 
-def _recomputed(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
+def _count_recomputed_bytes(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
     """Return what of a layer `gpu.recompute_modules` computes again."""
     modules, found = config.gpu.recompute_modules, 0
     fused = config.train.precision == "bf16"
@@ -281,7 +284,7 @@ def _recomputed(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> 
     return found + (whole.shared if "shared_experts" in modules else 0)
 
 
-def _offloaded(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
+def _count_offloaded_bytes(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
     """Return what of a layer waits in host memory."""
     again, m = config.gpu.recompute_modules, config.model
     before_ffn = 0 if m.block_norms == "post" else whole.residuals // m.norms_per_layer()
@@ -298,8 +301,8 @@ def _offloaded(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> i
 # keeps.
 
 
-def under_way(pp: int, vpp: int, stage: int, num_micro_batches: int, *, overlapped: bool = False
-              ) -> list[int]:
+def count_pending_micro_batches(pp: int, vpp: int, stage: int, num_micro_batches: int, *, overlapped: bool =
+                                False ) -> list[int]:
     """Return how many micro-batches wait at most for the backward pass of each of a stage's chunks.
 
     1F1B (arXiv 2104.04473, section 2.2), interleaved (section 2.3): forward passes run ahead by the library's
@@ -322,7 +325,7 @@ def under_way(pp: int, vpp: int, stage: int, num_micro_batches: int, *, overlapp
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredActivations:
     waiting: int
     """Kept by layers, embedding and prediction layers for the backward pass, of all micro-batches under
     way."""
@@ -346,41 +349,42 @@ class Stored:
         return self.waiting + max(self.head, self.recomputed - self.norms)
 
 
-def stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) -> Stored:
+def estimate_stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) -> StoredActivations:
     """Return what a process of a stage keeps."""
     m, p = config.model, config.parallel
     row = seq_len * config.train.micro_batch_size
-    of_layers = kinds(m)
-    counts = under_way(p.pp, p.vpp, stage, num_micro_batches, overlapped=p.expert_overlap == "micro_batches")
+    of_layers = list_layer_kinds(m)
+    counts = count_pending_micro_batches(
+        p.pp, p.vpp, stage, num_micro_batches, overlapped=p.expert_overlap == "micro_batches")
     last = stage == p.pp - 1
     here: dict[LayerKind, int] = {}
-    for layers, count in zip(chunk_layers(p, stage, m.num_layers), counts, strict=True):
+    for layers, count in zip(list_chunk_layers(p, stage, m.num_layers), counts, strict=True):
         for layer in layers:
             # Layers of a kind save the same, so they are counted, not listed: a model has few kinds.
             here[of_layers[layer]] = here.get(of_layers[layer], 0) + count
     if last and m.num_mtp_layers:
-        kind = prediction_kind(m)
+        kind = get_prediction_kind(m)
         # Recomputed, all applications of the layer are one: it keeps what the first one was given.
         times = m.num_mtp_layers if config.train.recompute is True else m.num_predictions
         here[kind] = here.get(kind, 0) + counts[-1] * times
-    wholes = {kind: saved(config, row, kind) for kind in here}
-    keeps = {kind: kept(config, row, kind, whole) for kind, whole in wholes.items()}
+    wholes = {kind: estimate_saved(config, row, kind) for kind in here}
+    keeps = {kind: count_stored_bytes(config, row, kind, whole) for kind, whole in wholes.items()}
     waiting = sum(keeps[kind] * count for kind, count in here.items())
     if stage == 0:
         waiting += counts[0] * row // p.cp * INDEX_BYTES
-    norms = _behind_layers(config, row) if last else 0
+    norms = _count_last_stage_bytes(config, row) if last else 0
     waiting += counts[-1] * norms
     again = {kind: wholes[kind].total - keeps[kind] for kind in here} if config.train.recompute else {}
     if last and m.num_mtp_layers and config.train.recompute is True:
         again[kind] = max(again[kind], m.mtp_depths * wholes[kind].total - keeps[kind])
     largest = max(here, key=lambda kind: wholes[kind].total)
-    return Stored(waiting=waiting, head=head_keeps(config, row) if last else 0,
+    return StoredActivations(waiting=waiting, head=count_head_gradient_bytes(config, row) if last else 0,
                   recomputed=max(again.values(), default=0), norms=norms, largest=wholes[largest].total,
-                  unevenly=_of_experts(config, here, wholes),
+                  unevenly=_count_expert_bytes(config, here, wholes),
                   layer_unevenly=wholes[largest].routed if again.get(largest) else 0)
 
 
-def _of_experts(config: RunConfig, here: dict[LayerKind, int],
+def _count_expert_bytes(config: RunConfig, here: dict[LayerKind, int],
                 wholes: dict[LayerKind, SavedActivations]) -> int:
     """Return the bytes of routed tokens among what waits."""
     if config.train.recompute is True or "moe" in config.gpu.recompute_modules:
@@ -388,11 +392,11 @@ def _of_experts(config: RunConfig, here: dict[LayerKind, int],
     return sum(wholes[kind].routed * count for kind, count in here.items())
 
 
-def _behind_layers(config: RunConfig, row_tokens: int) -> int:
+def _count_last_stage_bytes(config: RunConfig, row_tokens: int) -> int:
     """Return what the last stage keeps of a micro-batch beside layers: final norm, and around a prediction
     layer three norms and the projection of two states to one."""
     m, item = config.model, ITEM_BYTES[config.train.precision]
-    tokens, fused = tokens_of(config, row_tokens), config.train.precision == "bf16"
+    tokens, fused = count_tokens(config, row_tokens), config.train.precision == "bf16"
     hidden = tokens.share * m.hidden_size * item
     norm = hidden if fused else 2 * hidden + tokens.share * item
     if not m.num_mtp_layers:
@@ -404,11 +408,11 @@ def _behind_layers(config: RunConfig, row_tokens: int) -> int:
     return norm + around
 
 
-def head_keeps(config: RunConfig, row_tokens: int) -> int:
+def count_head_gradient_bytes(config: RunConfig, row_tokens: int) -> int:
     """Return what the head's losses leave in the forward pass: the gradient of every hidden state, of whole
     rows under tensor parallelism, and that of the head's weight (`engine.model.chunked_head`)."""
     m, item = config.model, ITEM_BYTES[config.train.precision]
-    tokens, wide = tokens_of(config, row_tokens), max(ITEM_BYTES[config.train.precision], FLOAT32_BYTES)
+    tokens, wide = count_tokens(config, row_tokens), max(ITEM_BYTES[config.train.precision], FLOAT32_BYTES)
     rows = -(-m.vocab_size // config.parallel.tp)
     trained = not config.lora.on or HEAD in config.lora.targets
     of_weight = rows * m.hidden_size * wide if trained else 0

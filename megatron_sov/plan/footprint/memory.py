@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from megatron_sov.model.config import DistillationConfig, RunConfig
 from megatron_sov.model.config.lora import HEAD
 from megatron_sov.model.process_memory import States
-from megatron_sov.plan.footprint.activations import head_keeps, kinds, saved, stored
-from megatron_sov.plan.footprint.held import FLOAT32_BYTES, ITEM_BYTES, quantized_weight_bytes, without_bf16
-from megatron_sov.plan.footprint.states import states_of
+from megatron_sov.plan.footprint.activations import (
+    count_head_gradient_bytes, estimate_saved, estimate_stored, list_layer_kinds)
+from megatron_sov.plan.footprint.stage_parameters import (
+    FLOAT32_BYTES, ITEM_BYTES, count_quantized_bytes, count_replaced_bytes)
+from megatron_sov.plan.footprint.states import estimate_states
 
 # What a process's GPU holds beside a model, its training and its activations: estimates, each by a
 # formula with its source.
@@ -37,7 +39,7 @@ PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; without it gaps of a tenth and
 (GMLake, arXiv 2401.08156, figure 4)."""
 
 
-def communicators(config: RunConfig, num_ranks: int) -> int:
+def count_communicators(config: RunConfig, num_ranks: int) -> int:
     """Return how many NCCL communicators of more than one process a process is in.
 
     Those that a step with AdamW uses (`megatron.core.parallel_state`, 0.19.2), one for groups of the same
@@ -47,24 +49,24 @@ def communicators(config: RunConfig, num_ranks: int) -> int:
     # of each axis the distance of neighbours and their number
     tp, cp, pp = (1, p.tp), (p.tp, p.cp), (stage, p.pp)
     dp = (p.tp * p.cp, stage // (p.tp * p.cp))
-    used = {("reductions", _members((1, num_ranks))), ("reductions", _members(cp, dp)),
-            ("reductions", _members(dp)), ("layers", _members(tp)), ("layers", _members(cp)),
-            ("stages", _members(pp))}
+    used = {("reductions", _merge_axes((1, num_ranks))), ("reductions", _merge_axes(cp, dp)),
+            ("reductions", _merge_axes(dp)), ("layers", _merge_axes(tp)), ("layers", _merge_axes(cp)),
+            ("stages", _merge_axes(pp))}
     norms: list[tuple[tuple[int, int], ...]] = [(tp, pp)]
     if m.num_moe_layers():
         etp, ep = (1, p.etp), (p.etp, p.ep)
-        used |= {("layers", _members(tp, cp)), ("experts", _members(ep)), ("experts", _members(etp)),
-                 ("experts", _members(etp, ep)),
-                 ("experts' gradients", _members((p.etp * p.ep, stage // (p.etp * p.ep))))}
+        used |= {("layers", _merge_axes(tp, cp)), ("experts", _merge_axes(ep)), ("experts", _merge_axes(etp)),
+                 ("experts", _merge_axes(etp, ep)),
+                 ("experts' gradients", _merge_axes((p.etp * p.ep, stage // (p.etp * p.ep))))}
         norms.append((etp, ep, pp))
     if not p.zero1:  # whose norms are summed over all processes
-        used |= {("reductions", _members(*axes)) for axes in norms}
+        used |= {("reductions", _merge_axes(*axes)) for axes in norms}
     if p.pp > 1 and (m.tied_embeddings or m.num_mtp_layers):
-        used.add(("reductions", _members((num_ranks - stage, 2))))
+        used.add(("reductions", _merge_axes((num_ranks - stage, 2))))
     return sum(members != () for _, members in used)
 
 
-def _members(*axes: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+def _merge_axes(*axes: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     """Return the axes, from the nearest neighbours to the farthest, as few as describe the same processes."""
     found: list[tuple[int, int]] = []
     for distance, size in axes:
@@ -75,10 +77,10 @@ def _members(*axes: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def nccl_bytes(config: RunConfig, num_ranks: int) -> int:
+def count_nccl_bytes(config: RunConfig, num_ranks: int) -> int:
     """Return the bytes of NCCL's buffers: of each communicator a ring's channels, each with buffers of three
     protocols from the peer before."""
-    return communicators(config, num_ranks) * CHANNELS * (SIMPLE_BYTES + LL_BYTES + LL128_BYTES)
+    return count_communicators(config, num_ranks) * CHANNELS * (SIMPLE_BYTES + LL_BYTES + LL128_BYTES)
 
 
 ROWS_OF_PRODUCT = 8192
@@ -98,7 +100,7 @@ experts in the order of tokens, and behind them in theirs."""
 
 
 @dataclass(frozen=True)
-class Account:
+class MemoryAccount:
     """Bytes of one process.
 
     Of `one_layer` and `head` the larger counts: the head's backward pass lets go what it took before that of
@@ -160,8 +162,8 @@ class Account:
         return self.weights + self.quantized_weights + self.gradients + self.optimizer
 
 
-def account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
-            imbalance: float = EXPECTED_IMBALANCE) -> Account:
+def build_account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
+            imbalance: float = EXPECTED_IMBALANCE) -> MemoryAccount:
     """Return the account of the fullest process on pipeline stage `stage` (0-based).
 
     Args:
@@ -172,31 +174,32 @@ def account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
         imbalance: tokens of the fullest expert-parallel rank in units of the mean.
     """
     p, train, m = config.parallel, config.train, config.model
-    states = states_of(config, num_ranks, stage)
+    states = estimate_states(config, num_ranks, stage)
     replicas = max(1, num_ranks // p.ranks_per_replica)
     micro_batches = max(1, train.global_batch_size // (replicas * train.micro_batch_size))
-    waits = stored(config, stage, seq_len, micro_batches)
+    waits = estimate_stored(config, stage, seq_len, micro_batches)
     row = seq_len * train.micro_batch_size
-    passing = PASSING_COPIES * max(saved(config, row, kind).expert_input for kind in set(kinds(m)))
+    passing = PASSING_COPIES * \
+        max(estimate_saved(config, row, kind).expert_input for kind in set(list_layer_kinds(m)))
     # the layer whose gradients are being computed, and what of it is there anew
     one_layer = waits.largest + waits.recomputed + passing
-    head = _head_bytes(config, row // p.cp, row) if stage == p.pp - 1 else 0
+    head = _count_head_bytes(config, row // p.cp, row) if stage == p.pp - 1 else 0
     more = imbalance - 1 if p.ep > 1 else 0.0
     # where the head is the peak, a layer's tokens may be uneven as long as it stays below
     uneven = (int(more * waits.unevenly) + max(one_layer + int(more * (waits.layer_unevenly + passing)), head)
               - max(one_layer, head))
     moving = waits.waiting + max(one_layer, head) + uneven
-    return Account(
-        weights=states.weights - without_bf16(config, stage, states.elements),
+    return MemoryAccount(
+        weights=states.weights - count_replaced_bytes(config, stage, states.elements),
         gradients=states.gradients, optimizer=states.optimizer,
-        on_host=states.on_host, counters=states.counters, update=_update_bytes(config, states),
+        on_host=states.on_host, counters=states.counters, update=_count_update_bytes(config, states),
         layer_inputs=waits.waiting, one_layer=one_layer, head=head, imbalance=uneven,
-        quantized_weights=quantized_weight_bytes(config, stage),
+        quantized_weights=count_quantized_bytes(config, stage),
         angles=2 * row * m.rotated_channels() * m.rotates() * FLOAT32_BYTES,
-        nccl=nccl_bytes(config, num_ranks), fragmentation=int(FRAGMENTATION_SHARE * moving))
+        nccl=count_nccl_bytes(config, num_ranks), fragmentation=int(FRAGMENTATION_SHARE * moving))
 
 
-def _update_bytes(config: RunConfig, states: States) -> int:
+def _count_update_bytes(config: RunConfig, states: States) -> int:
     """Return what an update of the weights takes for as long as it lasts."""
     bf16_sums = config.train.precision == "bf16" and config.gpu.grad_dtype == "bf16"
     muon = "muon" in (config.optim.name, *(group.optimizer for group in config.optim.groups))
@@ -204,14 +207,14 @@ def _update_bytes(config: RunConfig, states: States) -> int:
             + (ROUND_COPIES * MATRIX_ROUND * ITEM_BYTES[config.train.precision] if muon else 0))
 
 
-def _head_bytes(config: RunConfig, local_tokens: int, row_tokens: int) -> int:
+def _count_head_bytes(config: RunConfig, local_tokens: int, row_tokens: int) -> int:
     """Return what the output head takes while a micro-batch's loss is computed."""
     m, item = config.model, ITEM_BYTES[config.train.precision]
     # float32 logits become the softmax and then their gradient in place; products take bf16, which is a copy,
     # and are summed in float32
     logit_bytes = item if item >= LOGIT_BYTES else LOGIT_BYTES + item
     if config.objective.name == DISTILL:
-        logit_bytes = _divergence_buffers(config.distillation) * max(item, LOGIT_BYTES)
+        logit_bytes = _count_divergence_buffers(config.distillation) * max(item, LOGIT_BYTES)
     if m.logits_softcap is not None:
         logit_bytes += max(item, LOGIT_BYTES)  # the slope of the cap
     chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
@@ -225,10 +228,10 @@ def _head_bytes(config: RunConfig, local_tokens: int, row_tokens: int) -> int:
         weighted = max(item, LOGIT_BYTES) + (item if item < LOGIT_BYTES else 0)
         added = min(rows, ROWS_OF_PRODUCT) * FLOAT32_BYTES if item < FLOAT32_BYTES else 0
         product = m.hidden_size * (min(config.train.head_chunk_tokens, local_tokens) * weighted + added)
-    return rows * (chunk + copy) + product + head_keeps(config, row_tokens)
+    return rows * (chunk + copy) + product + count_head_gradient_bytes(config, row_tokens)
 
 
-def _divergence_buffers(distillation: DistillationConfig) -> int:
+def _count_divergence_buffers(distillation: DistillationConfig) -> int:
     """Return how many times a chunk of logits is there at most while `engine.model.divergence` compares."""
     if distillation.top_k:
         return 3  # the student's log-probabilities, its probabilities, and their product

@@ -110,25 +110,25 @@ class Parameters:
     """Seconds of a step for what no layer does: reading data, norms of gradients, synchronisation."""
 
 
-def of_json(found: dict[str, Any]) -> Parameters:
+def parse_parameters(found: dict[str, Any]) -> Parameters:
     """Return the parameters of a file's content; what the file leaves out is as in the package.
 
     Raises:
         ValueError: a name that is no parameter, or a value that it cannot have.
     """
-    shipped = _shipped()
-    values = {name: _checked(name, value, shipped.get(name), shipped) for name, value in found.items()}
+    shipped = _read_shipped_parameters()
+    values = {name: _check_value(name, value, shipped.get(name), shipped) for name, value in found.items()}
     return Parameters(**{**shipped, **values})
 
 
-def _checked(name: str, value: Any, shipped: Any, beside: Collection[str]) -> Any:
+def _check_value(name: str, value: Any, shipped: Any, beside: Collection[str]) -> Any:
     """Return a parameter's value, its table filled up with what the package has."""
     if shipped is None:
         raise ValueError(f"{name} is no parameter{suggest_name(name.rpartition('.')[2], beside)}")
     if isinstance(shipped, dict):
         if not isinstance(value, dict):
             raise ValueError(f"{name} = {value!r:.40} must be an object with {', '.join(shipped)}")
-        return {**shipped, **{key: _checked(f"{name}.{key}", item, shipped.get(key), shipped)
+        return {**shipped, **{key: _check_value(f"{name}.{key}", item, shipped.get(key), shipped)
                               for key, item in value.items()}}
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= MOST:
@@ -142,15 +142,15 @@ def _checked(name: str, value: Any, shipped: Any, beside: Collection[str]) -> An
 
 
 @cache
-def _shipped() -> dict[str, Any]:
+def _read_shipped_parameters() -> dict[str, Any]:
     text = importlib.resources.files("megatron_sov.plan.speed").joinpath("parameters.json").read_text("utf-8")
     found: dict[str, Any] = json.loads(text)["parameters"]
     return found
 
 
 @cache
-def default() -> Parameters:
-    return of_json(_shipped())
+def load_default_parameters() -> Parameters:
+    return parse_parameters(_read_shipped_parameters())
 
 
 def read_parameters(path: Path) -> Parameters:
@@ -169,7 +169,7 @@ def read_parameters(path: Path) -> Parameters:
         content = json.loads(text)
         if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
             raise ValueError("it holds no object `parameters`")
-        return of_json(content["parameters"])
+        return parse_parameters(content["parameters"])
     except OSError as e:
         raise UserError(f"--parameters {path}: cannot be read ({e.strerror}); {way_out}") from None
     except (ValueError, TypeError, RecursionError) as e:

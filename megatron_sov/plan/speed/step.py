@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from megatron_sov.plan.speed import traffic
-from megatron_sov.plan.speed.parameters import UNITS, Parameters, default
+from megatron_sov.plan.speed.parameters import UNITS, Parameters, load_default_parameters
 from megatron_sov.plan.speed.traffic import Product
 from megatron_sov.plan.speed.workload import HEAD, Block, Workload
 
@@ -95,7 +95,7 @@ class Clock:
                 * width / (width + p.attention_half_width) * keys / (keys + p.attention_half_tokens))
         if w.attention_kernel == "portable":
             peak *= p.attention_portable[self.family]
-        once = traffic.attention_flops(w, window) / peak + p.product_fill_s
+        once = traffic.count_attention_flops(w, window) / peak + p.product_fill_s
         return self.passes("core_attn", traffic.ATTENTION_BACKWARD) * once
 
     def scan(self, flops: float, part: str = "mamba") -> float:
@@ -110,9 +110,9 @@ class Clock:
         seconds = 0.0
         if self.w.precision != "bf16":
             passes = self.p.quantize_passes[self.w.precision]
-            seconds += passes * traffic.quantized_bytes(products, self.frozen) / self.hbm
+            seconds += passes * traffic.count_quantized_bytes(products, self.frozen) / self.hbm
         if self.frozen:
-            seconds += self.passed(traffic.adapter_bytes(products), "")
+            seconds += self.passed(traffic.count_adapter_bytes(products), "")
         return seconds
 
 
@@ -208,11 +208,12 @@ class StepParts(NamedTuple):
     """The output head and those of prediction layers, with their losses."""
 
 
-Known = dict[Workload, StepParts]
+PartsCache = dict[Workload, StepParts]
 """What was reckoned before, by workloads that differ in what `StepParts` do not depend on."""
 
 
-def step_time(w: Workload, parameters: Parameters | None = None, known: Known | None = None) -> StepTime:
+def estimate_step(w: Workload, parameters: Parameters | None = None,
+                  known: PartsCache | None = None) -> StepTime:
     """Return the seconds of a step.
 
     Args:
@@ -223,28 +224,29 @@ def step_time(w: Workload, parameters: Parameters | None = None, known: Known | 
     Raises:
         UserError: the chip has no products in the workload's precision.
     """
-    p = parameters or default()
+    p = parameters or load_default_parameters()
     clock, m = Clock(w, p), w.num_micro_batches
     # Messages of a step by group; those of layers and stages are spread evenly over its micro-batches.
-    sent = {message.group: message for message in traffic.messages(w)}
-    average = {group: _exposed(w, p, sent.get(group)) / m for group in ("tp", "ep", "cp", "pp")}
+    sent = {message.group: message for message in traffic.list_messages(w)}
+    average = {group: _estimate_exposed_s(w, p, sent.get(group)) / m for group in ("tp", "ep", "cp", "pp")}
     # The slowest stage sets the pace of the pipeline, and so its own messages count, not the mean's.
-    stage, mean, crowded = _stage(w, _parts(clock, known), sum(average[group] for group in OF_LAYERS))
+    stage, mean, crowded = _find_slowest_stage(w, _estimate_parts(
+        clock, known), sum(average[group] for group in OF_LAYERS))
     exposed = {group: spent * (crowded if group in OF_LAYERS else 1) for group, spent in average.items()}
     if w.overlap_ep:
         # behind the computation of one micro-batch is no room for longer messages of another one
-        whole_s = _exposed(replace(w, overlap_ep=False), p, sent.get("ep")) / m * crowded
+        whole_s = _estimate_exposed_s(replace(w, overlap_ep=False), p, sent.get("ep")) / m * crowded
         exposed["ep"] = max(exposed["ep"], whole_s - stage.total)
     device = stage.total + sum(exposed.values())
-    host, stall = _launch(clock)
+    host, stall = _estimate_launch_s(clock)
     # The host runs ahead: it costs only what the device does not cover, or stalls that nothing covers.
     launch = max(stall, host - device)
     one = device + launch
     # 1F1B idles pp - 1 micro-batches, interleaving divides that by vpp (arXiv 2104.04473, section 2.3).
     bubble = (w.pp - 1) / w.vpp * (mean + sum(average.values()) + launch)
     # Gradients are summed once a step, so the last micro-batch is what can hide them.
-    data = sum(_data(w, p, sent[group], one) for group in ("dp", "edp") if group in sent)
-    update = _update(clock)
+    data = sum(_estimate_data_parallel_s(w, p, sent[group], one) for group in ("dp", "edp") if group in sent)
+    update = _estimate_update_s(clock)
     parts = {"dense_s": m * stage.dense, "experts_s": m * stage.experts, "attention_s": m * stage.attention,
              "head_s": m * stage.head, "memory_s": m * stage.memory, "launch_s": m * launch,
              **{f"{group}_s": m * seconds for group, seconds in exposed.items()},
@@ -253,54 +255,54 @@ def step_time(w: Workload, parameters: Parameters | None = None, known: Known | 
     # Model FLOPs without the gradients of weights (lora).
     share = {"train": 1.0, "lora": 2 / 3}[w.objective]
     return StepTime(**parts, other_s=other, tokens=w.step_tokens, num_gpus=w.num_gpus,
-                    flops_per_token=share * w.shape.train_flops_per_token(w.seq_len),
+                    flops_per_token=share * w.shape.count_train_flops(w.seq_len),
                     peak_flops_per_s=w.chip.bf16_flops_per_s)
 
 
-def router_s(w: Workload, parameters: Parameters | None = None) -> float:
+def estimate_router_s(w: Workload, parameters: Parameters | None = None) -> float:
     """Return the seconds of a step that routers take, of all stages' mean: their products, and the kernels
     over scores of all experts; a part of `dense_s` and `memory_s`."""
-    p, s = parameters or default(), w.shape
+    p, s = parameters or load_default_parameters(), w.shape
     clock, layers = Clock(w, p), s.num_moe_layers + (s.num_predictions if s.mtp_moe else 0)
-    product = traffic.products(w, "beside experts")[:1]
-    scores_s = clock.passed(traffic.score_bytes(w), "moe") * p.moe_passes * clock.moe_age
+    product = traffic.list_products(w, "beside experts")[:1]
+    scores_s = clock.passed(traffic.count_score_bytes(w), "moe") * p.moe_passes * clock.moe_age
     return w.num_micro_batches * layers / w.pp * (clock.products(product) + scores_s)
 
 
-def beside_layers(w: Workload, parameters: Parameters | None = None) -> float:
+def estimate_extra_layers(w: Workload, parameters: Parameters | None = None) -> float:
     """Return what the last stage of a pipeline computes beside its layers, prediction layers and heads, in
     units of a layer with its messages; as the fastest layouts have it, where nothing is recomputed and
     experts are exchanged inside an NVLink domain."""
-    p = parameters or default()
+    p = parameters or load_default_parameters()
     # A search compares layouts that differ in these: the answer must be the same for all of them.
     clock = Clock(replace(w, recompute="none", recompute_modules=(), ep=min(w.ep, w.links.domain)), p)
-    sent = {message.group: message for message in traffic.messages(clock.w)}
-    messages_s = sum(_exposed(clock.w, p, sent.get(group)) for group in OF_LAYERS) / w.num_micro_batches
-    parts = _parts(clock, None)
+    sent = {message.group: message for message in traffic.list_messages(clock.w)}
+    messages_s = sum(_estimate_exposed_s(clock.w, p, sent.get(group))
+                     for group in OF_LAYERS) / w.num_micro_batches
+    parts = _estimate_parts(clock, None)
     layer_s = (parts.trunk.total + messages_s * w.pp) / w.shape.num_layers
     return (parts.behind.total + parts.head.total) / layer_s
 
 
-def _parts(clock: Clock, known: Known | None) -> StepParts:
+def _estimate_parts(clock: Clock, known: PartsCache | None) -> StepParts:
     """Return the seconds of a micro-batch, reckoned anew where nobody has before."""
     if known is None:
-        return StepParts(_trunk(clock), _prediction_layers(clock), _head(clock))
+        return StepParts(_estimate_trunk(clock), _estimate_prediction_layers(clock), _estimate_head(clock))
     # These do not change the seconds of a micro-batch before a pipeline cuts it, so a sweep reuses them.
     key = replace(clock.w, pp=1, vpp=1, stage_layers=(), num_gpus=1, global_batch_size=1)
     if key not in known:
-        known[key] = _parts(clock, None)
+        known[key] = _estimate_parts(clock, None)
     return known[key]
 
 
-def _head(clock: Clock) -> _MicroBatch:
+def _estimate_head(clock: Clock) -> _MicroBatch:
     """Return the seconds of the output head and of those of prediction layers, with their losses."""
     w = clock.w
-    return _MicroBatch(head=(1 + w.shape.num_predictions) * (
-        clock.products(traffic.products(w, "head"))
-        + traffic.head_bytes(w) / clock.hbm))
+    return _MicroBatch(head=(1 + w.shape.num_predictions) * (clock.products(traffic.list_products(w, "head"))
+                                                             + traffic.count_head_bytes(w) / clock.hbm))
 
 
-def _stage(w: Workload, parts: StepParts, messages_s: float) -> tuple[_MicroBatch, float, float]:
+def _find_slowest_stage(w: Workload, parts: StepParts, messages_s: float) -> tuple[_MicroBatch, float, float]:
     """Return the seconds of a micro-batch on the slowest stage, their mean over stages, and how many layers
     that stage has, in units of their mean."""
     s, (trunk, behind, head) = w.shape, parts
@@ -333,60 +335,63 @@ def _stage(w: Workload, parts: StepParts, messages_s: float) -> tuple[_MicroBatc
     return stage, mean, 1.0
 
 
-def _trunk(clock: Clock) -> _MicroBatch:
+def _estimate_trunk(clock: Clock) -> _MicroBatch:
     s, trunk = clock.w.shape, _MicroBatch()
     blocks: list[tuple[Callable[[], _MicroBatch], int]] = [
-        (lambda: _attention(clock, 0), s.num_attention_layers - s.num_window_layers),
-        *((partial(_attention, clock, window), layers) for window, layers in s.windowed),
-        (lambda: _block(clock, "mamba", traffic.mamba_bytes, "mamba"), s.num_mamba_layers),
-        (lambda: _block(clock, "linear", traffic.linear_bytes, ""), s.num_linear_layers),
-        (lambda: _block(clock, "dense", traffic.dense_bytes, "mlp"),
+        (lambda: _estimate_attention(clock, 0), s.num_attention_layers - s.num_window_layers),
+        *((partial(_estimate_attention, clock, window), layers) for window, layers in s.windowed),
+        (lambda: _estimate_block(clock, "mamba", traffic.count_mamba_bytes, "mamba"), s.num_mamba_layers),
+        (lambda: _estimate_block(clock, "linear", traffic.count_linear_bytes, ""), s.num_linear_layers),
+        (lambda: _estimate_block(clock, "dense", traffic.count_dense_bytes, "mlp"),
          s.num_feed_forward_layers - s.num_moe_layers),
-        (lambda: _moe(clock), s.num_moe_layers)]
+        (lambda: _estimate_moe(clock), s.num_moe_layers)]
     for block, layers in blocks:
         if layers:
             trunk.add(block(), layers)
     return trunk
 
 
-def _prediction_layers(clock: Clock) -> _MicroBatch:
+def _estimate_prediction_layers(clock: Clock) -> _MicroBatch:
     """Return the seconds of multi-token prediction without its heads."""
     s, found = clock.w.shape, _MicroBatch()
     if s.num_predictions:
-        ffn = _moe(clock) if s.mtp_moe else _block(clock, "dense", traffic.dense_bytes, "mlp")
-        for part in (_attention(clock, s.mtp_window), ffn):
+        ffn = _estimate_moe(clock) if s.mtp_moe else _estimate_block(
+            clock, "dense", traffic.count_dense_bytes, "mlp")
+        for part in (_estimate_attention(clock, s.mtp_window), ffn):
             found.add(part, s.num_predictions)
-        found.dense += s.num_predictions * clock.products(traffic.products(clock.w, "prediction"))
+        found.dense += s.num_predictions * clock.products(traffic.list_products(clock.w, "prediction"))
     return found
 
 
-def _block(clock: Clock, block: Block, passed_bytes: Callable[[Workload], float], part: str) -> _MicroBatch:
+def _estimate_block(clock: Clock, block: Block, passed_bytes: Callable[[
+                    Workload], float], part: str) -> _MicroBatch:
     """Return the seconds of a block's products, and of the kernels around them, which recomputation calls
     `part`."""
-    products = traffic.products(clock.w, block)
-    scan = (clock.scan(traffic.mamba_scan_flops(clock.w)) if block == "mamba"
-            else clock.scan(traffic.linear_scan_flops(clock.w), "") if block == "linear" else 0.0)
+    products = traffic.list_products(clock.w, block)
+    scan = (clock.scan(traffic.count_mamba_scan_flops(clock.w)) if block == "mamba"
+            else clock.scan(traffic.count_linear_scan_flops(clock.w), "") if block == "linear" else 0.0)
     return _MicroBatch(dense=clock.products(products), attention=scan,
                        memory=clock.passed(passed_bytes(clock.w), part) + clock.around(products))
 
 
-def _attention(clock: Clock, window: int) -> _MicroBatch:
-    found = _block(clock, "attention", traffic.attention_bytes, "")
+def _estimate_attention(clock: Clock, window: int) -> _MicroBatch:
+    found = _estimate_block(clock, "attention", traffic.count_attention_bytes, "")
     found.attention = clock.attention(window)
     return found
 
 
-def _moe(clock: Clock) -> _MicroBatch:
-    beside, experts = traffic.products(clock.w, "beside experts"), traffic.products(clock.w, "expert")
+def _estimate_moe(clock: Clock) -> _MicroBatch:
+    beside, experts = traffic.list_products(
+        clock.w, "beside experts"), traffic.list_products(clock.w, "expert")
     activation = "moe" if clock.again("moe") else "moe_act"
-    memory = clock.passed(traffic.moe_bytes(clock.w), "moe") + clock.around(beside)
+    memory = clock.passed(traffic.count_moe_bytes(clock.w), "moe") + clock.around(beside)
     if not clock.w.fused_experts:
-        memory += (clock.passed(traffic.activation_bytes(clock.w), activation) + clock.around(experts))
+        memory += (clock.passed(traffic.count_activation_bytes(clock.w), activation) + clock.around(experts))
     return _MicroBatch(dense=clock.products(beside), experts=clock.products(experts),
                        memory=memory * clock.p.moe_passes * clock.moe_age)
 
 
-def _exposed(w: Workload, p: Parameters, message: traffic.TrafficMessage | None) -> float:
+def _estimate_exposed_s(w: Workload, p: Parameters, message: traffic.TrafficMessage | None) -> float:
     """Return the seconds of a step's messages that nothing hides."""
     if message is None:
         return 0.0
@@ -401,7 +406,7 @@ def _exposed(w: Workload, p: Parameters, message: traffic.TrafficMessage | None)
     return share * (message.num_bytes / message.bytes_per_s / fraction + message.count * message.latency_s)
 
 
-def _launch(clock: Clock) -> tuple[float, float]:
+def _estimate_launch_s(clock: Clock) -> tuple[float, float]:
     """Return the seconds that the host needs for the kernels of a micro-batch, and those for which the GPU
     waits for it at every layer with experts."""
     w, p, s = clock.w, clock.p, clock.w.shape
@@ -417,7 +422,8 @@ def _launch(clock: Clock) -> tuple[float, float]:
     return seconds * share, moe / w.pp * p.moe_stall_s * clock.moe_age * share * w.dropless
 
 
-def _data(w: Workload, p: Parameters, message: traffic.TrafficMessage, micro_batch_s: float) -> float:
+def _estimate_data_parallel_s(w: Workload, p: Parameters, message: traffic.TrafficMessage, micro_batch_s:
+                              float) -> float:
     """Return the seconds of data-parallel messages that computation does not hide."""
     fraction = p.inside_fraction if message.link == "inside" else p.between_fraction
     seconds = message.num_bytes / message.bytes_per_s / fraction + message.count * message.latency_s
@@ -429,11 +435,11 @@ def _data(w: Workload, p: Parameters, message: traffic.TrafficMessage, micro_bat
     return max(0.0, seconds - hidden) + (p.fsdp_exposed if sharded else p.dp_exposed) * min(seconds, hidden)
 
 
-def _update(clock: Clock) -> float:
+def _estimate_update_s(clock: Clock) -> float:
     w = clock.w
     if w.objective != "train":
         return 0.0
-    dense, experts = traffic.held_params(w)
+    dense, experts = traffic.count_local_params(w)
     # Each process updates its share; experts have fewer copies to share with.
     if w.sharding != "none":
         dense, experts = dense / (w.dp * w.cp), experts / w.expert_dp

@@ -147,7 +147,7 @@ class ModelShape:
     def ffn_matrices(self) -> int:
         return 3 if self.gated else 2
 
-    def matrices(self, block: Block) -> list[MatrixWork]:
+    def list_matrices(self, block: Block) -> list[MatrixWork]:
         """Return the weights that tokens are multiplied with in one block of a layer, in an expert, between
         a token's embedding and a prediction layer, or in the output head."""
         h, inner = self.hidden_size, self.mamba_num_heads * self.mamba_head_dim
@@ -205,41 +205,42 @@ class ModelShape:
         return [MatrixWork((self.ffn_matrices - 1) * inner, width, "rows", part),
                 MatrixWork(width, inner, "columns", part)]
 
-    def block_params(self, block: Block) -> int:
-        return round(sum(one.rows * one.columns for one in self.matrices(block)))
+    def count_block_params(self, block: Block) -> int:
+        return round(sum(one.rows * one.columns for one in self.list_matrices(block)))
 
-    def experts_params(self, experts: int) -> int:
+    def count_experts_params(self, experts: int) -> int:
         """Return the weights of a feed-forward network with so many routed experts."""
-        return experts * self.block_params("expert") + self.block_params("beside experts")
+        return experts * self.count_block_params("expert") + self.count_block_params("beside experts")
 
     def params(self) -> int:
         """Return the parameters, prediction layers left out; norms and biases, which no product has, too."""
         return self._multiplied(self.num_experts) + (0 if self.tied else self.vocab_size * self.hidden_size)
 
-    def mtp_params(self, experts: int) -> int:
+    def count_mtp_params(self, experts: int) -> int:
         """Return the weights of all prediction layers (projection, attention, feed-forward network), with so
         many routed experts; their head is the trunk's."""
-        ffn = self.experts_params(experts) if self.mtp_moe else self.block_params("dense")
-        return self.num_mtp_layers * (self.block_params("prediction") + self.block_params("attention") + ffn)
+        ffn = self.count_experts_params(experts) if self.mtp_moe else self.count_block_params("dense")
+        return self.num_mtp_layers * (self.count_block_params("prediction") + \
+                                      self.count_block_params("attention") + ffn)
 
     def _multiplied(self, experts: int) -> int:
         """Return the weights of the trunk's products and the head, with so many experts of each layer."""
-        found = self.block_params("head")
+        found = self.count_block_params("head")
         layers: dict[Block, int] = {"attention": self.num_attention_layers, "mamba": self.num_mamba_layers,
                                     "linear": self.num_linear_layers,
                                     "dense": self.num_feed_forward_layers - self.num_moe_layers}
-        found += sum(number * self.block_params(block) for block, number in layers.items() if number)
+        found += sum(number * self.count_block_params(block) for block, number in layers.items() if number)
         if self.num_moe_layers:
-            found += self.num_moe_layers * self.experts_params(experts)
+            found += self.num_moe_layers * self.count_experts_params(experts)
         return found
 
-    def forward_flops_per_token(self, seq_len: int) -> float:
+    def count_forward_flops(self, seq_len: int) -> float:
         """Return the FLOPs of a token's forward pass, the mean over a row of one document.
 
         Counted as in `families.count`: two for each weight of a product, prediction layers and their heads
         included, and of attention the causal half.
         """
-        predicting = (self.mtp_depths * self.mtp_params(self.num_experts_per_token)
+        predicting = (self.mtp_depths * self.count_mtp_params(self.num_experts_per_token)
                       + self.num_predictions * (self.vocab_size * self.hidden_size))
         return (self._token_flops(partial(compute_mean_keys, seq_len)) + 2 * predicting
                 + self.num_predictions * self._key_flops() * compute_mean_keys(seq_len, self.mtp_window))
@@ -250,25 +251,25 @@ class ModelShape:
         seen = ((self.num_attention_layers - self.num_window_layers) * keys(0)
                 + sum(layers * keys(window) for window, layers in self.windowed))
         return (2 * self._multiplied(self.num_experts_per_token) + self._key_flops() * seen
-                + self.num_mamba_layers * self.mamba_scan_flops()
+                + self.num_mamba_layers * self.count_mamba_scan_flops()
                 + (0 if self.linear is None else 2 * self.num_linear_layers * self.linear.products_per_token))
 
     def _key_flops(self) -> int:
         """Return the FLOPs of all heads of a layer for a query and a key: their product, and the value's."""
         return 2 * self.num_heads * (self.query_dim + self.value_dim)
 
-    def mamba_scan_flops(self) -> float:
+    def count_mamba_scan_flops(self) -> float:
         """Return the FLOPs of a Mamba-2 block's state for a token, as a recurrence: it is written and read
         (`megatron.core`'s count: 7 for each element of the state)."""
         return 7 * self.mamba_num_heads * self.mamba_head_dim * self.mamba_state_dim
 
-    def train_flops_per_token(self, seq_len: int) -> float:
+    def count_train_flops(self, seq_len: int) -> float:
         """Return the model FLOPs of forward and backward pass of a token: three forward passes."""
-        return 3 * self.forward_flops_per_token(seq_len)
+        return 3 * self.count_forward_flops(seq_len)
 
 
 @cache
-def of_model(model: ModelConfig) -> ModelShape:
+def build_shape(model: ModelConfig) -> ModelShape:
     """Return the shape of a recipe's model."""
     latent = model.latent_attention
     windowed = sum(kind == "sliding_attention" for kind in model.layer_types())
@@ -405,7 +406,7 @@ class Workload:
         return self.global_batch_size * self.seq_len
 
 
-def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, links: Links,
+def build_workload(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, links: Links,
            imbalance: float = 1.0) -> Workload:
     """Return a step of a phase of a run."""
     p, t, g = config.parallel, config.train, config.gpu
@@ -417,16 +418,14 @@ def of_run(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, lin
     # as `engine.model.gpu_settings.own_attention_serves` where Transformer Engine has kernels for all heads;
     # its own kernel is that of FlashAttention 2
     own = g.attention == "local" or (g.attention == "auto" and (p.cp > 1 or t.deterministic))
-    return Workload(
-        of_model(config.model), chip, links, num_gpus, phase.seq_len, t.micro_batch_size,
-        phase.global_batch_size or t.global_batch_size, tp=p.tp, sp=p.sp, pp=p.pp, vpp=p.vpp,
-        stage_layers=stages, cp=p.cp, ep=p.ep, etp=p.etp, sharding="zero1" if p.zero1 else "none",
-        precision=PRECISIONS[t.fp8], recompute=recompute,
-        recompute_modules=g.recompute_modules if recompute == "selective" else (),
-        dispatcher=p.expert_dispatcher, overlap_grad_reduce=p.overlap_grad_reduce,
-        overlap_param_gather=p.overlap_param_gather, overlap_ep=p.expert_overlap == "micro_batches",
-        attention_kernel="portable" if own else "newest", exchanges_heads=p.cp > 1 and not own,
-        imbalance=imbalance,
-        grad_bytes=2 if g.grad_dtype == "bf16" else 4,
-        weight_bytes=1 if t.fp8_weights and t.fp8 != "mxfp8" else 2, optimizer="muon" if muon else "adam",
-        offload=g.optimizer_offload, objective="lora" if config.lora.on else "train")
+    return Workload(build_shape(config.model), chip, links, num_gpus, phase.seq_len, t.micro_batch_size,
+                    phase.global_batch_size or t.global_batch_size, tp=p.tp, sp=p.sp, pp=p.pp, vpp=p.vpp,
+                    stage_layers=stages, cp=p.cp, ep=p.ep, etp=p.etp, sharding="zero1" if p.zero1 else "none",
+                    precision=PRECISIONS[t.fp8], recompute=recompute, recompute_modules=g.recompute_modules if
+                    recompute == "selective" else (), dispatcher=p.expert_dispatcher,
+                    overlap_grad_reduce=p.overlap_grad_reduce, overlap_param_gather=p.overlap_param_gather,
+                    overlap_ep=p.expert_overlap == "micro_batches", attention_kernel="portable" if own else
+                    "newest", exchanges_heads=p.cp > 1 and not own, imbalance=imbalance, grad_bytes=2 if
+                    g.grad_dtype == "bf16" else 4, weight_bytes=1 if t.fp8_weights and t.fp8 != "mxfp8" else
+                    2, optimizer="muon" if muon else "adam", offload=g.optimizer_offload, objective="lora" if
+                    config.lora.on else "train")

@@ -76,7 +76,7 @@ class RunTeacher(Protocol):
         ...
 
     def get_weights(self, batch: MicroBatch, split: str = "train") -> torch.Tensor:
-        """Return the weight per label in complete rows, [n]; 0 for labels without teacher outputs."""
+        """Return the weight per label of complete rows, [labels]; 0 for labels without teacher outputs."""
         ...
 
 
@@ -93,6 +93,7 @@ class StoredTeacher:
         for files in folders:
             check_outputs(files, settings, vocab_size)
         self._by_source = {index: files for files in folders for index in files.sources}
+        """Source index -> the folder with the teacher's outputs for it."""
         for index, source in enumerate(sources):
             if index not in self._by_source:
                 raise UserError(f"{', '.join(str(files.folder) for files in folders)}: the teacher has not "
@@ -100,16 +101,16 @@ class StoredTeacher:
                                 "`megatron-sov distill states`, and pass its folder by --states too")
         digests = {source.name: self._by_source[index].teacher for index, source in enumerate(sources)}
         self.teacher = folders[0].teacher
-        if not {*digests.values()} <= {self.teacher}:
+        if any(digest != self.teacher for digest in digests.values()):  # several teachers
             self.teacher = ", ".join(f"{name}: {digest}" for name, digest in digests.items())
         self.divergence = Divergence(settings.beta, settings.temperature)
         self._settings = settings
-        # all folders of a teacher have the same head: a file per teacher and dtype supplies it
+        # all folders of a teacher have the same head, so one of them per dtype supplies it
         by_teacher = {(files.teacher, files.dtype): files for files in folders}
+        teacher_keys = list(by_teacher)
         self._teacher_files = list(by_teacher.values())
         """A `StateFiles` per (teacher, dtype of its states)."""
-        indices = {key: index for index, key in enumerate(by_teacher)}
-        self._source_teachers = {source: indices[files.teacher, files.dtype]
+        self._source_teachers = {source: teacher_keys.index((files.teacher, files.dtype))
                                  for source, files in self._by_source.items()}
         """Source index -> index into `_teacher_files`."""
         self._heads: dict[int, torch.Tensor] = {}
@@ -135,8 +136,11 @@ class StoredTeacher:
         pieces = context.get_local_pieces(len(batch.labels))
         if self._settings.top_k:
             ids, logprobs = unpack_rows(self._read_rows(batch.origins, pieces, split))
-            # NO_OUTPUT is positive: log p = 0 replaces it to keep the loss finite, with weight 0
-            return TeacherTopK(ids, logprobs.where(logprobs[:, :1] <= 0, 0.0), self._settings.keep_remainder)
+            # a row without teacher output begins with `translation.NO_OUTPUT`, which is positive; its weight
+            # is 0, and zeros keep its loss finite
+            has_output = logprobs[:, :1] <= 0
+            return TeacherTopK(ids, logprobs.where(has_output, 0.0), self._settings.keep_remainder)
+        # [0]: a batch of padding has no origins
         indices = sorted({self._source_teachers[origin.source] for origin in batch.origins}) or [0]
         teachers = [TeacherStates(self._read_rows(batch.origins, pieces, split, index),
                                   self._load_head(index, head), self._teacher_files[index].logits_softcap)
@@ -202,13 +206,14 @@ def _iter_overlaps(origins: tuple[RowOrigin, ...], pieces: Sequence[tuple[int, i
     """Yield the overlap of each document with each piece; a piece is a range (first, end) of row indices."""
     num_earlier = 0  # local tokens in earlier pieces
     for piece_first, piece_end in pieces:
-        to_local = num_earlier - piece_first
         for origin in origins:
-            document, start, count = origin.segment
-            first, end = max(piece_first, origin.first), min(piece_end, origin.first + count)
+            document, first_token, num_tokens = origin.segment
+            # the overlap in row indices
+            first, end = max(piece_first, origin.first), min(piece_end, origin.first + num_tokens)
             if first < end:
-                yield _Overlap(slice(first + to_local, end + to_local), origin.source, document,
-                               start + first - origin.first, end - first)
+                local_first = num_earlier + (first - piece_first)
+                yield _Overlap(slice(local_first, local_first + end - first), origin.source, document,
+                               first_token + (first - origin.first), end - first)
         num_earlier += piece_end - piece_first
 
 
@@ -414,7 +419,7 @@ def measure_heldout(view: GateView, sources: Sequence[Source],
     """
     figures = {}
     for index, source in enumerate(sources):
-        if source.num_tokens.get(SPLIT, 0) > 1:
+        if source.num_tokens.get(SPLIT, 0) > 1:  # a single token has no label
             tokens, divergence, kl = _sum_teacher_divergences(view, index, source, teacher).tolist()
             if tokens:
                 figures[source.name] = {"tokens": int(tokens), "divergence": divergence / tokens,

@@ -2,9 +2,9 @@
 (`REFERENCE`), and by teachers (`TEACHER`).
 
 A column is a file RUN/rounds/0001.COLUMN.f32: a float32 per token, and a checksum, verified when the file is
-read. `OLD` is computed before the first step of the round; at later steps the weights have changed, and the
-file is read. Labels of the first step have NaN in `OLD`, because the forward pass of the step yields the same
-log-probabilities.
+read. `OLD` is computed before the first step of the round, for the labels of the later steps; when those run,
+the weights have changed, and the file is read. Labels of the first step have NaN, because its forward pass
+yields these log-probabilities itself.
 """
 
 from __future__ import annotations
@@ -84,13 +84,14 @@ class LogprobColumns:
         file, num_tokens = column_file(opened.path, name), int(opened.starts[-1])
         num_documents, num_skipped = len(opened.starts) - 1, 0
         if name == OLD:
-            # the first learning step computes `OLD` in its own forward pass: skip all documents until its end
-            learning_steps = [step for i, step in enumerate(opened.steps) if i not in opened.idle]
-            num_skipped = learning_steps[0].stop if learning_steps else num_documents
+            # a step is a range of documents; the first learning step computes `OLD` itself: skip to its end
+            document_ranges = [step for i, step in enumerate(opened.steps) if i not in opened.idle]
+            num_skipped = document_ranges[0].stop if document_ranges else num_documents
         if num_skipped == num_documents:
             return np.broadcast_to(np.float32(np.nan), num_tokens)
         identity = run_on_main(view.world, partial(self._identify_column, opened, name))
-        # the model has the weights for `OLD` only before the first step of the round
+        # before the first step the model has the weights for `OLD`: compute it even if the file exists, whose
+        # checksum does not cover weights
         must_compute = is_first and name == OLD
         if not must_compute:
             damage = run_on_main(view.world, partial(find_seal_damage, file, identity))
@@ -150,8 +151,8 @@ def _format_digests(models: Mapping[str, str]) -> str:
 def _describe_fix(opened: PublishedRound) -> str:
     run = RunFolder(opened.path.parents[1])
     # Published rounds can be trained again from an earlier checkpoint, or from the start.
-    first_step = (int(opened.path.name) - 1) * len(opened.steps)
-    earlier = checkpoints.latest_checkpoint_until(run.checkpoints, first_step)
+    steps_before = (int(opened.path.name) - 1) * len(opened.steps)  # steps of the earlier rounds
+    earlier = checkpoints.latest_checkpoint_until(run.checkpoints, steps_before)
     stale = "all checkpoints" if earlier is None else f"the checkpoints after {earlier.name}"
     return f"delete {stale} in {run.checkpoints}, and give the same command with --resume"
 

@@ -63,15 +63,16 @@ class RolloutCycle:
             The reason to end the run, e.g. a round that is not complete within `wait_s`; None to train.
         """
         self._announce_store(view)
-        num_completed, step = divmod(view.step, self.rollout.steps_per_round)
-        number, is_first = num_completed + 1, step == 0
+        num_completed, step_in_round = divmod(view.step, self.rollout.steps_per_round)
+        number, is_first = num_completed + 1, step_in_round == 0
         if self.loader.is_open(number):
             return None
         if is_first:
-            self.policies.at(view.step)  # keeps the policy's digest: `begin` replaces the text that it covers
-            missing = self._validate_policy(view, number, asked_to_stop)
-            if missing is not None:
-                return missing
+            # caches the policy's digest, whose input `begin` replaces
+            self.policies.at(view.step)
+            end_reason = self._validate_policy(view, number, asked_to_stop)
+            if end_reason is not None:
+                return end_reason
         if not view.config.policy.is_on_policy(self.rollout.seed, number):
             # the digest of a policy covers its start, its settings and the data of each round
             if is_first:
@@ -173,6 +174,7 @@ class RoundWait:
         view.checkpointer.finish()  # the policy that generates the round
         view.events.write("waiting", step=view.step, round=self.number, reason=lacking)
         if view.world.is_main and self.wait_s:
+            # the line end in the text: one write, so that other processes' lines do not mix in
             print(f"waits up to {self.wait_s:g} s for round {self.number}: {lacking}\n", end="",
                   file=sys.stderr, flush=True)
 

@@ -19,7 +19,7 @@ from megatron_sov.train.objectives.microbatch import MicroBatch, shift_labels
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 TEXT, AUDIO, IMAGE = "text_loss", "audio_loss", "image_loss"
-"""Meters: mean loss over learned labels with a type."""
+"""Meters: mean loss over the learned text, audio or image labels."""
 LM, MTP = "lm", "mtp"
 """Loss terms."""
 
@@ -32,33 +32,36 @@ class TypedLosses:
         blocks = ((AUDIO, config.model.audio_tokens, config.objective.audio_weight),
                   (IMAGE, config.model.image_tokens, config.objective.image_weight))
         self._blocks = [(name, block, weight) for name, block, weight in blocks if block is not None]
-        self._scales = any(weight != 1 for _, _, weight in self._blocks)
+        self._changes_weights = any(weight != 1 for _, _, weight in self._blocks)
         self.meters = (TEXT, *(name for name, _, _ in self._blocks)) if self._blocks else ()
 
     def scale_weights(self, batch: MicroBatch) -> MicroBatch:
         """Multiply label weights by `objective.audio_weight` and `image_weight`, on host and device."""
-        if not self._scales:
+        if not self._changes_weights:
             return batch
         scaled = self._scale_copy(batch)
         if batch.on_host is None:
             return scaled
         return dataclasses.replace(scaled, on_host=self._scale_copy(batch.on_host))
 
+    def _find_typed_labels(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Return meter -> mask [n] of the labels in its block of token ids."""
+        return {name: (batch.labels >= block.first) & (batch.labels < block.end)
+                for name, block, _ in self._blocks}
+
     def _scale_copy(self, batch: MicroBatch) -> MicroBatch:
-        weights = batch.weights
-        for _, block, weight in self._blocks:
-            inside = (batch.labels >= block.first) & (batch.labels < block.end)
-            weights = torch.where(inside, weights * weight, weights)
+        weights, masks = batch.weights, self._find_typed_labels(batch)
+        for name, _, weight in self._blocks:
+            weights = torch.where(masks[name], weights * weight, weights)
         return dataclasses.replace(batch, weights=weights)
 
     def compute_meters(self, losses: torch.Tensor,
                        batch: MicroBatch) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return meter -> sum and count for unweighted `losses` [n] with positive `batch.weights`."""
+        """Return meter -> sum of its unweighted `losses` [n], and their count; learned labels only."""
         if not self._blocks:
             return {}
         learned = batch.weights > 0
-        masks = {name: (batch.labels >= block.first) & (batch.labels < block.end)
-                 for name, block, _ in self._blocks}
+        masks = self._find_typed_labels(batch)
         masks[TEXT] = ~torch.stack(list(masks.values())).any(0)
         meters = {}
         for name in self.meters:
@@ -86,7 +89,7 @@ class DataObjective:
         return dataclasses.replace(batch, micro_batches=micro_batches)
 
     def _count_mtp_targets(self, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
-        """Sum the MTP term's label weights over this rank's host micro-batches."""
+        """Return the MTP term's sum of label weights over depths and this rank's micro-batches (on host)."""
         if not self._mtp_depths:
             return {}
         return {MTP: sum(float(shift_labels(m, depth).weights.double().sum()) for m in micro_batches

@@ -2,8 +2,8 @@
 
 `RUN/evaluations/step-N.TASK.json` has the results, `step-N.TASK.failed` the reason for a failure, and
 `.step-N.TASK.submitted` marks a submitted job. A resumed run evaluates the exports that have none of these
-files. Scores of `lm` become events of the run; the report reads the results of jobs
-that end after the run, and the next `--resume` writes their events.
+files. Scores of `lm` become events of the run. If a job ends after the run, the next `--resume` writes its
+events; until then the report reads its result file.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class ExportEvaluations:
         jobs = [EvalJob(step, name) for step in sorted(steps) for name in self._settings.tasks]
         # includes jobs with results, whose events are not written yet
         self._submitted = [job for job in jobs if self._get_file(job, ".submitted").is_file()]
-        self._waiting = [job for job in jobs if job not in self._submitted and self._has_no_outcome(job)]
+        self._waiting = [job for job in jobs if job not in self._submitted and not self._has_ended(job)]
 
     def offer(self, step: int) -> None:
         """Queue evaluations for a new or repeated export, without waiting."""
@@ -93,7 +93,7 @@ class ExportEvaluations:
         self._submitted = [job for job in self._submitted if job.step != step]
         self._waiting = [*(job for job in self._waiting if job.step != step), *jobs]
         steps = list(dict.fromkeys(job.step for job in self._waiting))
-        excess_steps = steps[:-self._settings.max_waiting]
+        excess_steps = steps[:-self._settings.max_waiting]  # the oldest
         for job in [job for job in self._waiting if job.step in excess_steps]:
             self._waiting.remove(job)
             self._record_failure(
@@ -101,7 +101,7 @@ class ExportEvaluations:
         self.poll(now=True)
 
     def poll(self, now: bool = False) -> None:
-        """Handle finished and late jobs, and start the next job, without waiting.
+        """Handle jobs that have finished or exceed their time limit, and start the next one; never wait.
 
         Does nothing if the last poll was less than `POLL_INTERVAL_S` ago, unless `now` is set.
         """
@@ -112,14 +112,13 @@ class ExportEvaluations:
             self._check_process(self._running)
         for job in list(self._submitted):
             self._check_submitted(job)
-        if self._running is None and self._waiting and len(self._submitted) < self._settings.max_waiting:
+        if self._running is None and self._may_start():
             self._start_job(self._waiting.pop(0))
 
     def wait(self) -> None:
         """Finish local evaluations and submit remaining jobs, when the run ends."""
         self.poll(now=True)
-        while self._running is not None or (
-                self._waiting and len(self._submitted) < self._settings.max_waiting):
+        while self._running is not None or self._may_start():
             time.sleep(_SLEEP_S)
             self.poll(now=True)
 
@@ -135,9 +134,12 @@ class ExportEvaluations:
     def _get_file(self, job: EvalJob, ending: str) -> Path:
         return self.folder / f".{job.name}{ending}"
 
-    def _has_no_outcome(self, job: EvalJob) -> bool:
+    def _may_start(self) -> bool:
+        return bool(self._waiting) and len(self._submitted) < self._settings.max_waiting
+
+    def _has_ended(self, job: EvalJob) -> bool:
         result = self._get_result(job)
-        return not result.is_file() and not result.with_suffix(".failed").is_file()
+        return result.is_file() or result.with_suffix(".failed").is_file()
 
     def _start_job(self, job: EvalJob) -> None:
         command = self._build_command(job, self._exports / f"step-{job.step}", self._get_result(job))
@@ -263,7 +265,7 @@ def build_eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path)
 
 
 def _list_lm_arguments(lm: LmEvalConfig, out: Path) -> list[str]:
-    """Return `eval lm` arguments, which follow the model."""
+    """Return the arguments of `eval lm` after the model."""
     single: dict[str, Any] = {
         "--tasks": ",".join(lm.tasks), "--output": out, "--cache": _get_cache(out),
         "--data-dir": lm.data_dir or None, "--limit": lm.limit, "--num-fewshot": lm.num_fewshot,

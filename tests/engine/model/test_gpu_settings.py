@@ -73,11 +73,11 @@ def chip(monkeypatch: pytest.MonkeyPatch, has: set[str]) -> None:
 
 def test_a_chip_that_cannot_is_told_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     chip(monkeypatch, {"tensorwise", "blockwise"})  # as on Hopper
-    check_fp8_support(TrainConfig(fp8="blockwise"), serves=True)
+    check_fp8_support(TrainConfig(fp8="blockwise"), te=True)
     for fp8 in ("mxfp8", "nvfp4"):
         with pytest.raises(UserError, match=f"{fp8} cannot run on this GPU .*10.0 or higher required.*"
                                             "tensorwise or blockwise or none"):
-            check_fp8_support(TrainConfig(fp8=fp8), serves=True)
+            check_fp8_support(TrainConfig(fp8=fp8), te=True)
 
 
 def test_a_cpu_is_refused_before_anything_starts(run_command, packed_data, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from megatron_sov.bench.lm.task_files import check_task_names
 from megatron_sov.commands.operate.submit.chain import list_chains, read_chain
 from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.operate.slurm.stages import STAGES, build_stage_work
-from megatron_sov.plan.calibration.fitting import fullest
+from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
 from megatron_sov.post.rl.reward import resolve_reward_version
 from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.work.clusters import cluster as cluster_profiles
@@ -117,7 +117,7 @@ def test_notes_tell_the_memory_of_the_account(name: str) -> None:
         if STAGES[stage.stage].ranks:
             config = build_stage_work(stage.stage, shlex.split(stage.arguments), STAGE_PARSERS).config
             assert config is not None
-            need = fullest(config, stage.nodes * profile.tasks_per_node)[1].total / GIB
+            need = find_fullest_stage(config, stage.nodes * profile.tasks_per_node)[1].total / GIB
             assert re.findall(r"bout (\d+) GiB", stage.note) == [f"{need:.0f}"], (stage.stage, stage.note)
 
 

@@ -18,7 +18,7 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm import submission
 from megatron_sov.operate.slurm.stages import build_stage_work, check_inputs
 from megatron_sov.plan.pricing import Machines
-from megatron_sov.plan.search.default import find_layout
+from megatron_sov.plan.search.local_search import find_layout
 from megatron_sov.runs.folder import list_submitted_jobs
 from megatron_sov.work.clusters import client
 from megatron_sov.work.clusters.client import environment_outside_jobs

@@ -1,10 +1,11 @@
-"""The step `pii`: personal data is masked by the name of what stood there."""
+"""Step `pii`: replace personal data by placeholders with the kind's name, e.g. [email]."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -20,10 +21,8 @@ from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
 from data_prep.libraries import find_library_problems
 from megatron_sov.base.settings import Bound, ProblemCode, SettingsProblem, Violation, choice_from, to_problem
 
-# Finders of personal data: each yields the spans of a text that are of its kind.
-#
-# A span counts only where its surroundings and, if it has any, its check digits say so: numbers of
-# versions, dates, identifiers and measurements look like numbers of people.
+# Finders yield spans only if the surrounding text and the check digits confirm them: versions, dates,
+# identifiers and measurements look like personal numbers.
 
 Span = tuple[int, int]
 REGIONS = {
@@ -32,11 +31,11 @@ REGIONS = {
     "pt": ("BR", "PT"), "ru": ("RU",), "nl": ("NL",), "pl": ("PL",), "tr": ("TR",), "id": ("ID",),
     "uk": ("UA",), "hi": ("IN",),
 }
-"""Language -> the countries whose plans its numbers without a country code are read by."""
+"""Language -> countries whose numbering plans apply to numbers without a country code."""
 _MAX_PARTS = 4
 _PART = re.compile(r"(?<![\w.,/@#$%=\-])\(?\+?\(?\d[\d\-.()]{0,20}(?<=[\d)])(?![\w%]|[.,:/\-@]\w)",
                    re.ASCII)
-"""Digits with what may stand between those of a phone number, less spaces."""
+"""Digits with the separators inside a phone number, without spaces."""
 _ANNOUNCED = re.compile(r"(?:\btel|phone|\bfax|mobile|\bcall|전화|휴대폰|연락처|팩스|โทร|แฟกซ์|電話|携帯"
                         r"|电话|手机|điện thoại|sđt|teléfono|móvil|telefon|handy|téléphone|телефон)"
                         r"[^\n\d]{0,12}$", re.IGNORECASE)
@@ -44,7 +43,7 @@ _CARDS = (
     ("4", "4", (13, 16, 19)), ("51", "55", (16,)), ("2221", "2720", (16,)), ("34", "34", (15,)),
     ("37", "37", (15,)), ("6011", "6011", (16, 19)), ("644", "659", (16, 19)), ("3528", "3589", (16, 19)),
     ("300", "305", (14,)), ("36", "36", (14,)), ("38", "39", (14,)), ("62", "62", (16, 17, 18, 19)))
-"""First digits from and to, and numbers of digits, of the large issuers (ISO/IEC 7812)."""
+"""Large card issuers: lowest and highest first digits, and allowed lengths (ISO/IEC 7812)."""
 _IBAN_CHARS = (
     "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 DK18 "
     "DO28 EE20 EG29 ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28 IE22 IL23 "
@@ -52,29 +51,29 @@ _IBAN_CHARS = (
     "MT31 MU30 NI28 NL18 NO15 OM23 PK24 PL28 PS29 PT25 QA29 RO24 RS22 RU33 SA24 SC31 SD18 SE24 SI19 "
     "SK24 SM27 SO23 ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20 YE30")
 IBAN_CHARS = {entry[:2]: int(entry[2:]) for entry in _IBAN_CHARS.split()}
-"""Country -> characters of its account numbers (ISO 13616, SWIFT's registry)."""
+"""Country -> IBAN length in characters (ISO 13616, SWIFT registry)."""
 _LAST_RRN_WITH_CHECK = date(2020, 10, 1)
-"""From then on Korea gives numbers whose last six digits are drawn at random."""
+"""Since this date the last six digits are random."""
 _NO_BIRTH_YET = date(2036, 1, 1)
-"""A date of birth from then on is none; fixed, so that a text is masked alike whenever it is masked."""
+"""Upper bound for birth dates; fixed, so that a text is masked alike in every year."""
 _RRN_WEIGHTS = (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5)
 _EMAIL = re.compile(r"(?<![\w.+/-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}"
                     r"(?![\w@-]|\.\w|:[\w~/.])", re.ASCII)
-"""Behind git@host there may stand a path: that is an address of code."""
+"""Excludes git@host followed by a path, an address for code."""
 _PASSWORD_BEFORE = re.compile(r"//[^\s/]*:$")
-"""What stands before the password of an address of the web, which is followed by @host as well."""
+"""Text before the password in a URL with user:password@host."""
 _NO_DOMAIN = re.compile(r"(?:^|\.)(?:example(?:\.(?:com|org|net))?|test|invalid|localhost|local)$|"
                         r"\.(?:png|jpe?g|gif|svg|webp|js|css|html?|json|md|txt|py|java|zip|gz)$",
                         re.IGNORECASE)
-"""Reserved for examples (RFC 2606), and names of files such as icon@2x.png."""
+"""Domains reserved for examples (RFC 2606), and file names such as icon@2x.png."""
 _IP4 = re.compile(r"(?<![\w.\-/])(?:\d{1,3}\.){3}\d{1,3}(?![\w\-]|\.\w)", re.ASCII)
 _IP6 = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f]{1,4}:)[0-9A-Fa-f:]{8,39}(?![\w:.])", re.ASCII)
 _MIN_IP4_CHARS = 10
-"""Shorter ones, such as 1.2.3.4, are far more often versions and chapters than anyone's address."""
+"""Shorter addresses, such as 1.2.3.4, are mostly versions and chapters."""
 _VERSION_BEFORE = re.compile(r"(?:\bv|versions?|release|ver\.?|rev\.?|build|section|§|chapter|\boid|버전"
                              r"|版本|バージョン|เวอร์ชัน|phiên bản|versión)[\s:=v]*$", re.IGNORECASE)
 _IBAN = re.compile(r"(?<!\w)(?=([A-Z]{2}\d{2}(?: ?[0-9A-Z]{1,4}){3,8}))", re.ASCII)
-"""An account number, perhaps with what stands behind it, such as BIC or another account."""
+"""An IBAN, possibly with the following text, such as a BIC or a second IBAN."""
 _BEFORE, _BEHIND = r"(?<![\w.,/@#$%=\-+])", r"(?![\w%]|[.,:/\-@]\w)"
 _CARD = re.compile(rf"{_BEFORE}(?:\d{{4}}([ -])\d{{4}}\1\d{{4}}\1\d{{1,4}}(?:\1\d{{1,3}})?"
                    rf"|\d{{4}}([ -])\d{{6}}\2\d{{4,5}}|\d{{13,19}}){_BEHIND}", re.ASCII)
@@ -88,19 +87,18 @@ _API_KEY = re.compile(
     r"|eyJ[A-Za-z0-9_\-]{10,2000}\.eyJ[A-Za-z0-9_\-]{10,4000}\.[A-Za-z0-9_\-]{10,2000})"
     r"(?![A-Za-z0-9_])"
     r"|-----BEGIN (?:[A-Z]+ ){0,3}PRIVATE KEY-----[^-]{0,20000}-----END (?:[A-Z]+ ){0,3}PRIVATE KEY-----")
-"""Forms of keys that their issuers publish so that they can be found, and private keys in PEM."""
-
-
-# Finding phone numbers: set out as such, and valid by the numbering plan of a country of the language.
+"""Key formats that issuers publish for secret scanning, and PEM private keys."""
 
 
 def find_phones(text: str, language: str) -> Iterator[Span]:
-    """Yield phone numbers: with a country code, or valid in a country of the language and set out as a number
-    is there; bare digits only where they are a mobile phone's."""
+    """Yield phone numbers with a country code, or in a format and plan for `language`'s countries.
+
+    Bare digits count for mobile numbers only.
+    """
     parts = [m.span() for m in _PART.finditer(text)]
     place = 0
     while place < len(parts):
-        # The longest run of parts that is a number wins: its own parts may be numbers too.
+        # The longest valid run of parts wins, because shorter runs may be numbers too.
         length = next((n for n in range(_MAX_PARTS, 0, -1)
                        if _is_phone(text, parts[place:place + n], n, language)), 0)
         if length:
@@ -109,23 +107,23 @@ def find_phones(text: str, language: str) -> Iterator[Span]:
 
 
 def _is_phone(text: str, parts: list[Span], num_parts: int, language: str) -> bool:
-    # Parts of a number have one space between them: anything else parts two columns of a table.
+    # A single space joins parts of a number; wider gaps separate table columns.
     if len(parts) < num_parts or any(text[a[1]:b[0]] != " " for a, b in pairwise(parts)):
         return False
     start, stop = parts[0][0], parts[-1][1]
     written = text[start:stop]
     num_digits = sum(map(str.isdigit, written))
-    # 15 is the most that E.164 allows; with fewer than 8 local numbers look like any other.
+    # E.164 allows at most 15 digits; local numbers with fewer than 8 look like any number.
     if not 8 <= num_digits <= 15:
         return False
     is_announced = bool(_ANNOUNCED.search(text, max(start - 30, 0), start))
-    return _is_set_out(written, is_announced) and _is_valid(written, language)
+    return _has_phone_format(written, is_announced) and _is_valid_phone(written, language)
 
 
-def _is_set_out(written: str, is_announced: bool) -> bool:
-    """Say whether digits stand as those of a phone number do, and not as a date, a sum or a table does."""
+def _has_phone_format(written: str, is_announced: bool) -> bool:
+    """Return whether digits are grouped like a phone number, not like a date, a sum or a table."""
     groups = re.findall(r"\d+", written)
-    # One point is that of a decimal number, or of a sum of money.
+    # A single point belongs to a decimal number or a sum.
     if written.count(".") == 1:
         return False
     if written.lstrip("(").startswith("+"):
@@ -139,12 +137,12 @@ def _is_set_out(written: str, is_announced: bool) -> bool:
     return is_announced or written[0] in "(0" or (lengths == [3, 3, 4] and " " not in written)
 
 
-def _is_valid(written: str, language: str) -> bool:
-    import phonenumbers
+def _is_valid_phone(written: str, language: str) -> bool:
+    import phonenumbers  # optional package
 
     is_bare = written.isdigit()
     international = written.lstrip("(").startswith("+")
-    # With a country code any plan counts; without, those of the countries where the language is spoken.
+    # With a country code any plan counts; otherwise the plans for the language.
     for region in (None,) if international else REGIONS.get(language, ()):
         try:
             number = phonenumbers.parse(written, region)
@@ -156,23 +154,21 @@ def _is_valid(written: str, language: str) -> bool:
     return False
 
 
-# Check digits of numbers that name a person, a card or an account.
-
-
 def is_card(digits: str) -> bool:
-    """Say whether digits are a card number: an issuer's range and length, and Luhn's check digit
-    (ISO/IEC 7812-1, annex B)."""
+    """Check issuer range, length and Luhn's check digit (ISO/IEC 7812-1, annex B)."""
     if not any(len(digits) in lengths and low <= digits[:len(low)] <= high for low, high, lengths in _CARDS):
         return False
-    # Luhn: every second digit from the right is doubled, and its digits added; the table has the sums.
-    total = sum(int(d) if place % 2 == 0 else int("0246813579"[int(d)])
-                for place, d in enumerate(reversed(digits)))
+    # Luhn: every second digit from the right is replaced by the digit sum of its double, from the table.
+    backwards = digits[::-1]
+    total = sum(map(int, backwards[::2])) + sum(int("0246813579"[int(d)]) for d in backwards[1::2])
     return total % 10 == 0
 
 
 def is_korean_rrn(digits: str) -> bool:
-    """Say whether 13 digits are a Korean resident registration number: a date of birth, a digit for sex and
-    century, and, for people registered before October 2020, a check digit (foreigners: shifted by 2)."""
+    """Check a Korean resident registration number: birth date, sex and century digit, check digit.
+
+    Births since October 2020 have no check digit; the check digit for foreigners is shifted by 2.
+    """
     if len(digits) != 13:
         return False
     century = {"9": 1800, "0": 1800, "1": 1900, "2": 1900, "3": 2000, "4": 2000,
@@ -189,8 +185,7 @@ def is_korean_rrn(digits: str) -> bool:
 
 
 def is_thai_id(digits: str) -> bool:
-    """Say whether 13 digits are a Thai identification number: a kind of person from 1 to 8, and a check digit
-    (Ministry of Interior: weights 13 to 2, modulo 11)."""
+    """Check a Thai identification number: first digit 1 to 8, check digit with weights 13 to 2 modulo 11."""
     if len(digits) != 13 or digits[0] not in "12345678":
         return False
     total = sum(int(d) * (13 - place) for place, d in enumerate(digits[:12]))
@@ -198,10 +193,10 @@ def is_thai_id(digits: str) -> bool:
 
 
 def is_iban(text: str) -> bool:
-    """Say whether letters and digits are an IBAN: its country's length, and 1 modulo 97 (ISO 13616)."""
+    """Check an IBAN: its country's length, and remainder 1 modulo 97 (ISO 13616)."""
     if IBAN_CHARS.get(text[:2]) != len(text) or not text.isalnum() or not text.isascii():
         return False
-    # The first four characters go to the end, letters become 10 to 35.
+    # The first four characters move to the end; letters become 10 to 35.
     return int("".join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
 
 
@@ -214,8 +209,7 @@ def find_emails(text: str, language: str) -> Iterator[Span]:
 
 
 def find_ip_addresses(text: str, language: str) -> Iterator[Span]:
-    """Yield IP addresses that are reached from anywhere, so that they may be someone's; none of private
-    networks and of documentation, none behind the word version."""
+    """Yield public IP addresses, without private and documentation ranges and version numbers."""
     for pattern in (_IP4, _IP6):
         for m in pattern.finditer(text):
             try:
@@ -229,7 +223,8 @@ def find_ip_addresses(text: str, language: str) -> Iterator[Span]:
                 yield m.span()
 
 
-def _proven(text: str, pattern: re.Pattern[str], check: Callable[[str], bool], bare: bool) -> Iterator[Span]:
+def _find_checked(text: str, pattern: re.Pattern[str], check: Callable[[str], bool], bare: bool
+                  ) -> Iterator[Span]:
     for m in pattern.finditer(text):
         written = m.group()
         if (bare or not written.isdigit()) and check(re.sub(r"\D", "", written)):
@@ -237,22 +232,22 @@ def _proven(text: str, pattern: re.Pattern[str], check: Callable[[str], bool], b
 
 
 def find_cards(text: str, language: str) -> Iterator[Span]:
-    yield from _proven(text, _CARD, is_card, bare=True)
+    yield from _find_checked(text, _CARD, is_card, bare=True)
 
 
 def find_korean_rrns(text: str, language: str) -> Iterator[Span]:
     """Yield Korean resident registration numbers; bare digits only in Korean text."""
-    yield from _proven(text, _RRN, is_korean_rrn, bare=language == "ko")
+    yield from _find_checked(text, _RRN, is_korean_rrn, bare=language == "ko")
 
 
 def find_thai_ids(text: str, language: str) -> Iterator[Span]:
     """Yield Thai identification numbers; bare digits only in Thai text."""
-    yield from _proven(text, _THAI_ID, is_thai_id, bare=language == "th")
+    yield from _find_checked(text, _THAI_ID, is_thai_id, bare=language == "th")
 
 
 def find_ibans(text: str, language: str) -> Iterator[Span]:
     for m in _IBAN.finditer(text):
-        # The pattern may reach into the words behind an account: its country's length says where it ends.
+        # The pattern may reach into the following words: the country's length marks the end.
         places = [place for place in range(*m.span(1)) if text[place] != " "]
         size = IBAN_CHARS.get(text[m.start():m.start() + 2], len(places) + 1)
         if size > len(places):
@@ -271,20 +266,15 @@ FINDERS: dict[str, Callable[[str, str], Iterator[Span]]] = {
     "api_key": find_api_keys, "email": find_emails, "iban": find_ibans, "korean_rrn": find_korean_rrns,
     "thai_id": find_thai_ids, "card": find_cards, "ip": find_ip_addresses, "phone": find_phones,
 }
-"""Kind -> its finder, given a text and its language; of spans that overlap the kind that stands first here
-has it."""
-
-
+"""Kind -> finder for a text and its language; if spans overlap, the earlier kind wins."""
 NAME = "{name}"
-"""What the name of the masked stands for in a placeholder."""
+"""Part of the placeholder that is replaced by the kind's name."""
 NAMES_FILE = Path(__file__).with_name("names.yaml")
-
-
 Finder = Annotated[str, choice_from(lambda: FINDERS)]
-"""A kind of personal data."""
+"""Kind in `FINDERS`."""
 
 
-def _other_braces(placeholder: str) -> Violation | None:
+def _find_other_braces(placeholder: str) -> Violation | None:
     if set(placeholder.replace(NAME, "")) & set("{}"):
         return ProblemCode.BOUND, f"must have no braces but {NAME}", ""
     return None
@@ -292,16 +282,16 @@ def _other_braces(placeholder: str) -> Violation | None:
 
 @dataclass(frozen=True)
 class PiiSettings:
-    """What is masked, and by what."""
+    """Settings for `pii`."""
 
     mask: Annotated[tuple[Finder, ...], MinLen(1)] = tuple(FINDERS)
-    """Kinds that are masked: api_key, email, iban, korean_rrn, thai_id, card, ip, phone."""
+    """Kinds to mask: api_key, email, iban, korean_rrn, thai_id, card, ip, phone."""
     mask_in_code: tuple[Finder, ...] = ("api_key", "email")
-    """Of them, those that are masked in code and markup too, where a masked number would break what runs."""
-    placeholder: Annotated[str, Bound(_other_braces)] = "[{name}]"
-    """What stands in the place; {name}: what it was, in the document's language."""
+    """Kinds to mask also in code and markup, where a masked number would break a program."""
+    placeholder: Annotated[str, Bound(_find_other_braces)] = "[{name}]"
+    """Replacement text; {name}: the kind in the document's language."""
     names_in: Annotated[str, choice_from(lambda: ("", *load_masked_names()["email"]))] = ""
-    """Language of the names; "": each document's own, and English where there are no names in it."""
+    """Language for the names; "": the document's language, or English without names in it."""
 
     def problems(self) -> list[SettingsProblem]:
         problems = find_library_problems("the step pii", "phonenumbers") if "phone" in self.mask else []
@@ -310,13 +300,13 @@ class PiiSettings:
 
 @lru_cache(maxsize=1)
 def load_masked_names() -> dict[str, dict[str, str]]:
-    """Return kind -> language -> what stands in its place."""
+    """Return kind -> language -> name for placeholders."""
     names: dict[str, dict[str, str]] = yaml.safe_load(NAMES_FILE.read_text(encoding="utf-8"))
     return names
 
 
 class Pii(Step):
-    """Masks personal data, and says how much of each kind was there."""
+    """Masks personal data; the column `pii` counts masked spans by kind."""
 
     kind = "pii"
     added_columns: ClassVar[dict[str, ColumnType]] = {"pii": "string"}
@@ -327,9 +317,9 @@ class Pii(Step):
         return [NAMES_FILE]
 
     def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._outcome(document) for document in documents]
+        return [self._mask_document(document) for document in documents]
 
-    def _outcome(self, document: Doc) -> StepOutcome:
+    def _mask_document(self, document: Doc) -> StepOutcome:
         language = document.columns.get("language") or ""
         in_prose = (document.columns.get("form") or "prose") == "prose"
         kinds = [kind for kind in FINDERS
@@ -337,11 +327,12 @@ class Pii(Step):
         spans = find_personal_data(document.text, language, kinds)
         if not spans:
             return StepOutcome(values={"pii": ""})
-        counts = {kind: sum(of == kind for _, _, of in spans) for kind in kinds}
-        return StepOutcome(text=self._masked(document.text, spans, self.settings.names_in or language),
-                           values={"pii": " ".join(f"{kind}={n}" for kind, n in counts.items() if n)})
+        counts = Counter(kind for _, _, kind in spans)
+        summary = " ".join(f"{kind}={counts[kind]}" for kind in kinds if counts[kind])
+        text = self._mask_spans(document.text, spans, self.settings.names_in or language)
+        return StepOutcome(text=text, values={"pii": summary})
 
-    def _masked(self, text: str, spans: list[tuple[int, int, str]], language: str) -> str:
+    def _mask_spans(self, text: str, spans: list[tuple[int, int, str]], language: str) -> str:
         parts, end = [], 0
         for start, stop, kind in spans:
             names = load_masked_names()[kind]
@@ -352,14 +343,14 @@ class Pii(Step):
 
 
 def find_personal_data(text: str, language: str, kinds: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Return (start, stop, kind) of what is found, in order; where spans overlap, the one of the kind that is
-    named first."""
+    """Return spans as (start, stop, kind), sorted; if spans overlap, the earlier kind in `kinds` wins."""
     taken: list[tuple[int, int, str]] = []
     for kind in kinds:
         for start, stop in FINDERS[kind](text, language):
-            # Spans stay sorted and apart: one is taken only if it fits between its neighbours.
+            # `taken` stays sorted and without overlaps: insert a span only if it fits between its neighbours.
             place = bisect_left(taken, (start,))
-            if (place == 0 or taken[place - 1][1] <= start) and (
-                    place == len(taken) or taken[place][0] >= stop):
+            fits_left = place == 0 or taken[place - 1][1] <= start
+            fits_right = place == len(taken) or taken[place][0] >= stop
+            if fits_left and fits_right:
                 taken.insert(place, (start, stop, kind))
     return taken

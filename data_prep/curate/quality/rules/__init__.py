@@ -1,1 +1,1 @@
-"""Rules of good text from Gopher, C4 and FineWeb, with the thresholds of each language as data."""
+"""Quality rules from Gopher, C4 and FineWeb, with thresholds per language."""

@@ -1,9 +1,9 @@
-"""Words of a text, and how much of it repeats: what the rules measure.
+"""Count words and repeated n-grams for the rules.
 
-A word is a run of signs that are neither spaces nor punctuation; runs of punctuation are counted as words of
-their own, as by the tokenizers that the thresholds were found with.  Where words are not set apart by spaces,
-and in Korean, whose thresholds were found on morphemes, each character of the script (with its marks) counts
-as a share of a word: no dictionary is needed, and an n-gram of words is one of n times as many characters.
+A word is a run without spaces and punctuation. Runs of punctuation count as separate words, as in the
+tokenizers for the published thresholds. In scripts without spaces, and in Korean, whose thresholds were
+tuned on morphemes, a character (with its marks) counts as a fraction of a word: this needs no dictionary, and
+a word n-gram becomes a proportionally longer character n-gram.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_sov.base.documents.scripts import RULE_SCRIPTS, format_regex_range
 
 Unit = Literal["words", "characters"]
 SPACELESS = format_regex_ranges(RULE_SCRIPTS)
-"""Ranges of the scripts whose characters are counted."""
+"""Regex ranges for scripts counted by characters."""
 _SPACELESS = re.compile(rf"[{SPACELESS}]")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
@@ -32,7 +32,7 @@ def list_punctuation() -> frozenset[str]:
 
 
 @lru_cache(maxsize=2)
-def _pattern(unit: Unit) -> re.Pattern[str]:
+def _compile_word_pattern(unit: Unit) -> re.Pattern[str]:
     signs = "".join(map(re.escape, sorted(list_punctuation())))
     if unit == "words":
         return re.compile(rf"[^\s{signs}]+(?:['’.@][^\s{signs}]+|[,:]\d[^\s{signs}]*)*|[{signs}]+")
@@ -41,74 +41,70 @@ def _pattern(unit: Unit) -> re.Pattern[str]:
 
 
 class RuleWords:
-    """The words of one text."""
+    """Words and punctuation runs in a text, as arrays."""
 
     def __init__(self, text: str, unit: Unit, chars_per_word: float) -> None:
-        """Cut a text.
-
-        Args:
-            unit: `words` by spaces and punctuation, or `characters`.
-            chars_per_word: characters that count as one word, where `unit` is `characters`.
-        """
+        """Split `text` by `unit`; `chars_per_word` characters count as a word if `unit` is "characters"."""
         self.scale = chars_per_word if unit == "characters" else 1.0
-        """Characters that count as one word."""
-        tokens = _pattern(unit).findall(text)
+        """Places per word in `ids`."""
+        tokens = _compile_word_pattern(unit).findall(text)
         self.vocabulary = list(dict.fromkeys(tokens))
-        """The different words, in the order in which they occur first."""
-        # Words become numbers once: all that follows is arithmetic on arrays, and not a loop per word.
+        """Distinct words by first occurrence."""
+        # Words become numbers once, so that array arithmetic replaces loops over words.
         number = dict(zip(self.vocabulary, range(len(self.vocabulary)), strict=True))
         self.ids = np.array(list(map(number.__getitem__, tokens)), dtype=np.int64)
-        """int64 [num_tokens]: word of each place, as its number in the vocabulary."""
+        """int64 [num_tokens]: index into `vocabulary`."""
         signs = list_punctuation()
         counts = np.bincount(self.ids, minlength=len(number))
         weights = counts.astype(np.float64)
         if unit == "characters":
-            # A character of a spaceless script counts as its share of a word.
+            # A character in a spaceless script counts as a fraction of a word.
             weights[[_SPACELESS.match(word) is not None for word in self.vocabulary]] /= chars_per_word
         is_word = np.array([word[0] not in signs for word in self.vocabulary], dtype=bool)
         has_letter = np.array([word.isalpha() or any(map(str.isalpha, word)) for word in self.vocabulary],
                               dtype=bool)
         chars = np.array(list(map(len, self.vocabulary)), dtype=np.int64)
         self.num_tokens = float(weights.sum())
-        """Words and runs of punctuation."""
+        """Words and punctuation runs."""
         self.num_words = float(weights[is_word].sum())
-        """Words."""
+        """Words without punctuation runs."""
         self.num_alpha = float(weights[has_letter].sum())
         """Words with a letter."""
         self.num_word_chars = int((counts * chars)[is_word].sum())
-        """Characters of the words."""
+        """Characters in words, without punctuation runs."""
         self.chars = chars[self.ids]
-        """int64 [num_tokens]: characters of each word."""
+        """int64 [num_tokens]: characters per word."""
         self._hashes: dict[int, NDArray[np.uint64]] = {}
 
     @cached_property
     def _chars_before(self) -> NDArray[np.int64]:
-        """int64 [num_tokens + 1]: characters of the words before each place."""
+        """int64 [num_tokens + 1]: characters before each place."""
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.chars)])
 
-    def size(self, num_words: int) -> int:
-        """Return how many places an n-gram of so many words has."""
+    def count_places(self, num_words: int) -> int:
         return max(round(num_words * self.scale), 1)
 
-    def hashes(self, n: int) -> NDArray[np.uint64]:
-        """Return the hash of the n places from each place on: uint64 [num_tokens - n + 1]."""
+    def _hash_ngrams(self, n: int) -> NDArray[np.uint64]:
+        """Hash the n places from each place on: uint64 [num_tokens - n + 1]."""
         if n not in self._hashes:
             if n == 1:
                 seed = np.arange(1, len(self.vocabulary) + 1, dtype=np.uint64) * _FACTOR
-                self._hashes[n] = _mixed(seed)[self.ids]
+                self._hashes[n] = _mix_bits(seed)[self.ids]
             else:
-                # The hash of n places from those of two halves: log2(n) passes, and the halves are kept for
-                # other n. The factor makes the order of the halves count.
-                left, right = self.hashes(n // 2), self.hashes(n - n // 2)
+                # Combine the hashes of two halves: log2(n) passes, and other n reuse the halves. The factor
+                # makes the hash depend on their order.
+                left, right = self._hash_ngrams(n // 2), self._hash_ngrams(n - n // 2)
                 length = max(len(self.ids) - n + 1, 0)
-                self._hashes[n] = _mixed(left[:length] * _FACTOR + right[n // 2:n // 2 + length])
+                self._hashes[n] = _mix_bits(left[:length] * _FACTOR + right[n // 2:n // 2 + length])
         return self._hashes[n]
 
     def count_top_ngram_chars(self, num_words: int) -> int:
-        """Return the characters that the most frequent n-gram covers, its words joined by spaces; of equally
-        frequent ones the first."""
-        n = self.size(num_words)
-        hashes = self.hashes(n)
+        """Count the characters that the most frequent n-gram covers, its words joined by spaces.
+
+        Ties go to the first n-gram in the text.
+        """
+        n = self.count_places(num_words)
+        hashes = self._hash_ngrams(n)
         if not len(hashes):
             return 0
         order = np.argsort(hashes, kind="stable")
@@ -121,35 +117,35 @@ class RuleWords:
         return (int(self._chars_before[first + n] - self._chars_before[first]) + num_words - 1) * most
 
     def count_duplicate_ngram_chars(self, num_words: int, enough: float) -> int:
-        """Return the characters in n-grams that occurred before, none counted twice.
+        """Count the characters in repeated n-grams, each character once.
 
-        The text is walked from its beginning; at an n-gram that occurred before, the walk goes on behind its
-        last word.  A count that cannot be more than `enough` is returned as an upper bound.
+        A walk from the start jumps over every n-gram seen earlier. If an upper bound is at most `enough`,
+        return the bound without the walk.
         """
-        n = self.size(num_words)
-        hashes = self.hashes(n)
+        n = self.count_places(num_words)
+        hashes = self._hash_ngrams(n)
         ordered = np.sort(hashes)
-        # Most texts repeat no long n-gram, and end here after one sort.
+        # Most texts repeat no long n-gram and return here after a sort.
         if not np.any(ordered[1:] == ordered[:-1]):
             return 0
         order = np.argsort(hashes, kind="stable")
         same = hashes[order][1:] == hashes[order][:-1]
         repeated = np.zeros(len(hashes), dtype=bool)
         repeated[order[1:][same]] = repeated[order[:-1][same]] = True
-        # Where an n-gram repeats, +1 at its begin and -1 behind its end: the running sum is above zero on
-        # every place that one covers. Their characters bound the walk's count from above.
+        # +1 at the begin and -1 after the end of each repeated n-gram: the running sum is positive at covered
+        # places. Their characters bound the walk's count from above.
         bounds = np.zeros(len(self.ids) + 1, np.int64)
         bounds[:len(hashes)] += repeated
         bounds[n:n + len(hashes)] -= repeated
         most = int(self.chars[np.cumsum(bounds[:-1]) > 0].sum())
-        return most if most <= enough else self._walk(hashes, repeated, n)
+        return most if most <= enough else self._count_repeated_chars(hashes, repeated, n)
 
-    def _walk(self, hashes: NDArray[np.uint64], repeated: NDArray[np.bool_], n: int) -> int:
+    def _count_repeated_chars(self, hashes: NDArray[np.uint64], repeated: NDArray[np.bool_], n: int) -> int:
         places = np.flatnonzero(repeated).tolist()
         seen: set[int] = set()
         total, free_from, before = 0, 0, self._chars_before
         for place, value in zip(places, hashes[places].tolist(), strict=True):
-            # Its words were counted with the n-gram before.
+            # The n-gram before covered this place.
             if place < free_from:
                 continue
             if value in seen:
@@ -160,8 +156,8 @@ class RuleWords:
         return total
 
 
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return well spread 64-bit values (the finalizer of splitmix64; Steele, Lea, Flood 2014)."""
+def _mix_bits(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Apply the finalizer of splitmix64 (Steele, Lea, Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -16,9 +16,9 @@ from megatron_sov.model.config import RunConfig, apply_settings, parse_data_path
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.operate.slurm.stages import StageWork, parse_source_path
 from megatron_sov.operate.slurm.submission import PreparedStage, print_scripts
-from megatron_sov.plan.on_cluster import quote_run
-from megatron_sov.plan.pages.quote import QuoteTotals, totals
-from megatron_sov.plan.pricing import Machines, pricing
+from megatron_sov.plan.cluster_plan import quote_run
+from megatron_sov.plan.pages.quotes import QuoteTotals, sum_quotes
+from megatron_sov.plan.pricing import Machines, build_pricing
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 from megatron_sov.work.clusters.cluster import ClusterProfile, parse_time_limit
@@ -94,13 +94,13 @@ def summarize(prepared: PreparedStage) -> list[str]:
     nodes, profile = max(job.layouts), job.profile
     settings = job.layouts[nodes]
     config = apply_settings(work.config, list(settings)) if settings else work.config
-    prices = pricing(Machines(job.cluster, profile, nodes))
+    prices = build_pricing(Machines(job.cluster, profile, nodes))
     quotes = quote_run(config, prices, (*work.settings, *settings)) if prices and _has_steps(config) else []
     unit = f"{profile.gpus_per_node} {prices.chip.name}" if prices else f"{profile.tasks_per_node} processes"
     lines = [f"summary   {work.stage} {config.recipe} on {nodes} x {unit}"]
     if not quotes:
         return [*lines, _format_data(work, config)]
-    total = totals(quotes)
+    total = sum_quotes(quotes)
     read = f"tokens    {format_count(total.tokens)}" if config.extend.stages else _format_data(work, config)
     return [*lines, read, f"time      {format_days(total.days * SECONDS_PER_DAY)}, "
             f"{format_value(total.gpu_hours, 3)} GPU-hours, predicted (docs/plan_speed.md)",

@@ -36,7 +36,7 @@ def test_characters_count_as_shares_of_words() -> None:
     assert words.num_words == pytest.approx(3 / 1.5 + 2)
     assert words.num_tokens == pytest.approx(3 / 1.5 + 3)
     assert words.num_alpha == pytest.approx(3 / 1.5 + 1)
-    assert words.size(2) == 3
+    assert words.count_places(2) == 3
 
 
 def test_where_characters_are_counted_the_blanks_between_words_count_as_well() -> None:

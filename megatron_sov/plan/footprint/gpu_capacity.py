@@ -17,10 +17,10 @@ from megatron_sov.base.figures import format_memory
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_sov.model.process_memory import MemoryEstimate, StatePlace
-from megatron_sov.plan.footprint.activations import kinds
-from megatron_sov.plan.footprint.held import chunk_layers
-from megatron_sov.plan.footprint.memory import Account, account
-from megatron_sov.plan.footprint.states import StageBuffers, states_of
+from megatron_sov.plan.footprint.activations import list_layer_kinds
+from megatron_sov.plan.footprint.memory import MemoryAccount, build_account
+from megatron_sov.plan.footprint.stage_parameters import list_chunk_layers
+from megatron_sov.plan.footprint.states import StageBuffers, estimate_states
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 from megatron_sov.work.clusters.chips import Gpu
@@ -38,7 +38,8 @@ TEACHERS = {"typhoon-s-8b-opd": "qwen3-30b-a3b-2507"}
 """Recipe -> that of its teacher's model (arXiv 2601.18129)."""
 
 
-def fullest(config: RunConfig, num_ranks: int, teacher: ModelConfig | None = None) -> tuple[int, Account]:
+def find_fullest_stage(config: RunConfig, num_ranks: int, teacher: ModelConfig |
+                       None = None) -> tuple[int, MemoryAccount]:
     """Return the pipeline stage whose processes need most, and the account of one of them, at the run's
     longest samples.
 
@@ -52,11 +53,11 @@ def fullest(config: RunConfig, num_ranks: int, teacher: ModelConfig | None = Non
     if teacher is None and config.objective.name == "policy" and config.policy.learns_distributions:
         known = TEACHERS.get(config.recipe)
         teacher = recipes.get(known).model if known else config.model
-    found: tuple[int, Account] | None = None
-    for stage in _distinct_stages(config):
-        needs = account(config, num_ranks, stage, longest)
+    found: tuple[int, MemoryAccount] | None = None
+    for stage in _list_distinct_stages(config):
+        needs = build_account(config, num_ranks, stage, longest)
         if teacher is not None:
-            states = states_of(dataclasses.replace(config, model=teacher), num_ranks, stage)
+            states = estimate_states(dataclasses.replace(config, model=teacher), num_ranks, stage)
             needs = dataclasses.replace(needs, teacher=states.weights)
         if found is None or needs.total > found[1].total:
             found = stage, needs
@@ -64,14 +65,14 @@ def fullest(config: RunConfig, num_ranks: int, teacher: ModelConfig | None = Non
     return found
 
 
-def _distinct_stages(config: RunConfig) -> list[int]:
+def _list_distinct_stages(config: RunConfig) -> list[int]:
     """Return the stages that are not like an earlier one, which has no fewer micro-batches under way: most
     stages of a long pipeline hold the same."""
     m, p = config.model, config.parallel
-    of_layers = kinds(m)
+    of_layers = list_layer_kinds(m)
     known: dict[tuple[object, ...], int] = {}
     for stage in range(p.pp):
-        layers = chunk_layers(p, stage, m.num_layers)
+        layers = list_chunk_layers(p, stage, m.num_layers)
         # rules may name single layers; and the bf16 ones under train.fp8 are the first and the last
         alike = tuple(tuple(sorted(of_layers[layer] for layer in chunk)) for chunk in layers)
         edge = config.train.fp8 != "none" or config.optim.groups
@@ -81,18 +82,18 @@ def _distinct_stages(config: RunConfig) -> list[int]:
 
 def estimate_memory(config: RunConfig, num_ranks: int) -> MemoryEstimate:
     """Estimate the memory of a run's processes at the longest samples."""
-    first = account(config, num_ranks, 0, max(phase.seq_len for phase in config.data.phases))
+    first = build_account(config, num_ranks, 0, max(phase.seq_len for phase in config.data.phases))
     return MemoryEstimate(states=first.states, peak=first.total, on_host=first.on_host,
-                          fullest=fullest(config, num_ranks)[1].total)
+                          fullest=find_fullest_stage(config, num_ranks)[1].total)
 
 
-def usable_bytes(gpu: Gpu) -> int:
+def get_usable_bytes(gpu: Gpu) -> int:
     """Return what an account may fill of a GPU's memory."""
     return int(USABLE_SHARE * gpu.memory_bytes)
 
 
-def fits(config: RunConfig, num_ranks: int, gpu: Gpu) -> bool:
-    return fullest(config, num_ranks)[1].total <= usable_bytes(gpu)
+def fits_gpu(config: RunConfig, num_ranks: int, gpu: Gpu) -> bool:
+    return find_fullest_stage(config, num_ranks)[1].total <= get_usable_bytes(gpu)
 
 
 def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
@@ -101,25 +102,26 @@ def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
     Raises:
         UserError: what it needs, what there is, and the nearest layout that fits.
     """
-    stage, needs = fullest(config, num_ranks)
-    if needs.total <= usable_bytes(gpu):
+    stage, needs = find_fullest_stage(config, num_ranks)
+    if needs.total <= get_usable_bytes(gpu):
         return
     which = f" of pipeline stage {stage + 1}" if config.parallel.pp > 1 else ""
-    found = nearest(config, num_ranks, gpu)
+    found = find_nearest_layout(config, num_ranks, gpu)
     way_out = ("the nearest layout that fits: "
-               + " ".join(f"--set {shlex.quote(s)}" for s in changes(config.parallel, found))
+               + " ".join(f"--set {shlex.quote(s)}" for s in list_changed_settings(config.parallel, found))
                if found else "no layout fits so many processes: use more GPUs, or a larger parallel.cp for "
                              "long samples")
     raise UserError(
-        f"{config.recipe} on {num_ranks} processes: {_layout(config.parallel)} needs "
-        f"{needs.total / GIB:.1f} GiB on each process{which} ({_items(needs)}), and a run may take "
-        f"{usable_bytes(gpu) / GIB:.1f} GiB of a {gpu.name} with "
+        f"{config.recipe} on {num_ranks} processes: {_format_sizes(config.parallel)} needs "
+        f"{needs.total / GIB:.1f} GiB on each process{which} ({_format_items(needs)}), and a run may take "
+        f"{get_usable_bytes(gpu) / GIB:.1f} GiB of a {gpu.name} with "
         f"{gpu.memory_bytes / GIB:.1f} GiB; {way_out}",
-        Fix(options=tuple(word for s in changes(config.parallel, found) for word in ("--set", s)))
+        Fix(options=tuple(word for s in list_changed_settings(config.parallel, found)
+                          for word in ("--set", s)))
         if found else None)
 
 
-def _items(needs: Account) -> str:
+def _format_items(needs: MemoryAccount) -> str:
     """Return what a process needs memory for, in GiB."""
     states = {"weights": needs.weights, "quantised weights": needs.quantized_weights,
               "gradients": needs.gradients, "optimizer": needs.optimizer, "teacher": needs.teacher}
@@ -129,13 +131,13 @@ def _items(needs: Account) -> str:
     return ", ".join(f"{name} {n / GIB:.1f}" for name, n in (items | others).items())
 
 
-def nearest(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | None:
+def find_nearest_layout(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | None:
     """Return the layout that fits and differs least: in ZeRO-1, then in the sizes of ep, pp and tp, each
     doubling being a step, as is giving up an uneven pipeline; of equal ones the one that leaves most memory.
     """
     p = config.parallel
     found: tuple[float, float, ParallelConfig] | None = None
-    for candidate in _candidates(config.model, p):
+    for candidate in _iter_candidates(config.model, p):
         steps = sum(abs(math.log2(getattr(candidate, n) / getattr(p, n))) for n in ("ep", "pp", "tp"))
         steps += candidate.pipeline_layout != p.pipeline_layout
         # Before the dear account: a candidate that differs more cannot win.
@@ -145,36 +147,36 @@ def nearest(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | Non
         # The layout's own rules first: they are cheap, and break most candidates.
         if candidate.problems(config.model, num_ranks) or changed.problems(num_ranks):
             continue
-        needs = fullest(changed, num_ranks)[1].total
-        if needs <= usable_bytes(gpu) and (found is None or (steps, needs) < found[:2]):
+        needs = find_fullest_stage(changed, num_ranks)[1].total
+        if needs <= get_usable_bytes(gpu) and (found is None or (steps, needs) < found[:2]):
             found = (steps, needs, candidate)
     return found[2] if found else None
 
 
-def changes(before: ParallelConfig, after: ParallelConfig) -> list[str]:
+def list_changed_settings(before: ParallelConfig, after: ParallelConfig) -> list[str]:
     """Return the settings that make one layout of another, as --set takes them."""
     values = {f.name: getattr(after, f.name) for f in dataclasses.fields(after)}
     return [f"parallel.{name}={value if isinstance(value, str) else json.dumps(value)}"
             for name, value in values.items() if value != getattr(before, name)]
 
 
-def _candidates(model: ModelConfig, p: ParallelConfig) -> Iterator[ParallelConfig]:
+def _iter_candidates(model: ModelConfig, p: ParallelConfig) -> Iterator[ParallelConfig]:
     """Yield layouts with ZeRO-1 and the cp and etp of one: of equal stages, and those of an uneven pipeline
     as they are."""
-    experts = _divisors(model.num_experts) if model.num_moe_layers() else [1]
+    experts = _list_divisors(model.num_experts) if model.num_moe_layers() else [1]
     if p.pipeline_layout:
-        for ep, tp in itertools.product(experts, _divisors(MAX_TP)):
+        for ep, tp in itertools.product(experts, _list_divisors(MAX_TP)):
             yield dataclasses.replace(p, ep=ep, tp=tp, sp=tp > 1, zero1=True)
-    for ep, pp, tp in itertools.product(experts, _divisors(model.num_layers), _divisors(MAX_TP)):
+    for ep, pp, tp in itertools.product(experts, _list_divisors(model.num_layers), _list_divisors(MAX_TP)):
         vpp = p.vpp if pp > 1 and (model.num_layers // pp) % p.vpp == 0 else 1
         yield dataclasses.replace(p, ep=ep, pp=pp, tp=tp, sp=tp > 1, vpp=vpp, zero1=True, pipeline_layout=())
 
 
-def _divisors(n: int) -> list[int]:
+def _list_divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _layout(p: ParallelConfig) -> str:
+def _format_sizes(p: ParallelConfig) -> str:
     sizes = [f"{name} {getattr(p, name)}" for name in ("tp", "pp", "cp", "ep", "etp") if getattr(p, name) > 1]
     return f"the layout {', '.join([*sizes, 'with ZeRO-1' if p.zero1 else 'without ZeRO-1'])}"
 
@@ -192,7 +194,7 @@ DRIVER_FILE = "/dev/nvidiactl"
 """Device of NVIDIA's driver: a machine with it has GPUs, also if `nvidia-smi` is not installed."""
 
 
-def node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:
+def count_node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:
     """Return what some processes of a run of `count` pin together."""
     # One account per stage: processes of a stage pin about as much.
     of_stage = [StageBuffers(config, count, stage).count_states(StatePlace()).on_host
@@ -208,8 +210,8 @@ def refuse_on_nodes(config: RunConfig, count: int, per_node: int, memory_bytes: 
     """
     if config.gpu.optimizer_offload:
         nodes = [range(first, min(first + per_node, count)) for first in range(0, count, per_node)]
-        fullest = max(nodes, key=lambda ranks: node_bytes(config, count, ranks))
-        _refuse(config, count, fullest, memory_bytes, "has", gpu)
+        fullest = max(nodes, key=lambda ranks: count_node_bytes(config, count, ranks))
+        _refuse_offload(config, count, fullest, memory_bytes, "has", gpu)
 
 
 def refuse_on_this_node(config: RunConfig, nproc: int | None, gpu: Gpu | None) -> None:
@@ -222,7 +224,7 @@ def refuse_on_this_node(config: RunConfig, nproc: int | None, gpu: Gpu | None) -
     if has_launcher():
         first = int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
         ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    _refuse(config, count, ranks, psutil.virtual_memory().available, "has available", gpu)
+    _refuse_offload(config, count, ranks, psutil.virtual_memory().available, "has available", gpu)
 
 
 def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
@@ -247,7 +249,7 @@ def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
         return
     pp, total_bytes = config.parallel.pp, psutil.virtual_memory().total
     longest = max(phase.seq_len for phase in config.data.phases)
-    needs = sum(account(config, count, stage, longest).states for stage in range(pp)) * count // pp
+    needs = sum(build_account(config, count, stage, longest).states for stage in range(pp)) * count // pp
     if needs > USABLE_HOST_SHARE * total_bytes:
         plural = "es" if count > 1 else ""
         raise UserError(
@@ -258,25 +260,25 @@ def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
             Fix(prefix="submit", options=("--cluster", "h100", "--account", "ACCOUNT", "--nodes", "1")))
 
 
-def _refuse(config: RunConfig, count: int, ranks: Sequence[int], memory_bytes: int, has: str,
+def _refuse_offload(config: RunConfig, count: int, ranks: Sequence[int], memory_bytes: int, has: str,
             gpu: Gpu | None) -> None:
-    needs, usable = node_bytes(config, count, ranks), USABLE_HOST_SHARE * memory_bytes
+    needs, usable = count_node_bytes(config, count, ranks), USABLE_HOST_SHARE * memory_bytes
     if needs <= usable:
         return
     share = config.gpu.optimizer_offload
     # as many elements as fit, in hundredths; and parameters move as a whole
     nearest = math.floor(100 * share * usable / needs) / 100
-    changed = _with_share(config, nearest)
-    while nearest > 0 and node_bytes(changed, count, ranks) > usable:
+    changed = _set_offload_share(config, nearest)
+    while nearest > 0 and count_node_bytes(changed, count, ranks) > usable:
         nearest = round(nearest - 0.01, 2)
-        changed = _with_share(config, nearest)
+        changed = _set_offload_share(config, nearest)
     way_out = (f"the nearest share that fits: --set gpu.optimizer_offload={nearest:g}"
-               if gpu is None or fits(changed, count, gpu) else
+               if gpu is None or fits_gpu(changed, count, gpu) else
                "no share fits both host and GPU: use more GPUs, or nodes with more memory")
     raise UserError(f"gpu.optimizer_offload = {share:g} pins {needs / GIB:.1f} GiB of host memory for the "
                     f"{len(ranks)} processes of a node, and a run may take {usable / GIB:.1f} GiB of the "
                     f"{memory_bytes / GIB:.1f} GiB that it {has}; {way_out}")
 
 
-def _with_share(config: RunConfig, share: float) -> RunConfig:
+def _set_offload_share(config: RunConfig, share: float) -> RunConfig:
     return dataclasses.replace(config, gpu=dataclasses.replace(config.gpu, optimizer_offload=share))

@@ -18,9 +18,9 @@ from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.outputs import check_output, refuse_input_as_output
 from megatron_sov.model.config import ParallelConfig, PhaseConfig, RunConfig
-from megatron_sov.plan.speed.parameters import Parameters, default
-from megatron_sov.plan.speed.step import step_time
-from megatron_sov.plan.speed.workload import of_run
+from megatron_sov.plan.speed.parameters import Parameters, load_default_parameters
+from megatron_sov.plan.speed.step import estimate_step
+from megatron_sov.plan.speed.workload import build_workload
 from megatron_sov.runs.folder import CONFIG, RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.runs.obs.figures import parse_number
@@ -65,16 +65,16 @@ class CalibrationPoint:
     """Steps that it is the median of."""
 
 
-def observations(runs: list[Path]) -> list[CalibrationPoint]:
+def read_observations(runs: list[Path]) -> list[CalibrationPoint]:
     """Return what runs have shown; there is something of each.
 
     Raises:
         UserError: a folder is no run, or nothing can be learned from it; the message says why.
     """
-    return [one for run in runs for one in _of_run(run)]
+    return [one for run in runs for one in _read_run(run)]
 
 
-def _of_run(run: Path) -> list[CalibrationPoint]:
+def _read_run(run: Path) -> list[CalibrationPoint]:
     config = RunFolder(run).config()
     if config is None or not (run / EVENTS).is_file():
         raise UserError(f"--calibrate {run}: is no run; pass folders that were given to --run")
@@ -91,11 +91,11 @@ def _of_run(run: Path) -> list[CalibrationPoint]:
         raise UserError(f"--calibrate {run}: has at most {most} steps of one length and batch size (its "
                         f"first ones left out), and {LEAST_STEPS} are needed; let it run longer, or leave "
                         "it out")
-    found = [_observation(run, config, stretch) for stretch in enough]
-    return _merged(found)
+    found = [_read_observation(run, config, stretch) for stretch in enough]
+    return _merge_starts(found)
 
 
-def _observation(run: Path, config: RunConfig, stretch: StepTiming) -> CalibrationPoint:
+def _read_observation(run: Path, config: RunConfig, stretch: StepTiming) -> CalibrationPoint:
     """Return what one stretch has shown.
 
     Raises:
@@ -113,7 +113,7 @@ def _observation(run: Path, config: RunConfig, stretch: StepTiming) -> Calibrati
     if known is None:
         raise UserError(f"--calibrate {run}: {device!r} is in no table of GPUs ({', '.join(sorted(CHIPS))}); "
                         "leave it out")
-    layout = _layout(run, config, stretch.start.get("layout"))
+    layout = _parse_layout(run, config, stretch.start.get("layout"))
     num_ranks = parse_number(stretch.start.get("num_ranks"))
     counts = (num_ranks, stretch.seq_len, stretch.global_batch_size)
     possible = all(1 <= n <= MOST for n in counts)
@@ -130,7 +130,7 @@ def _observation(run: Path, config: RunConfig, stretch: StepTiming) -> Calibrati
         int(num_ranks), known, step_s, len(stretch.warm_times_s()))
 
 
-def _layout(run: Path, config: RunConfig, told: Any) -> ParallelConfig:
+def _parse_layout(run: Path, config: RunConfig, told: Any) -> ParallelConfig:
     """Return the layout of a start: its config.json has that of the last one."""
     names = {f.name for f in dataclasses.fields(ParallelConfig)}
     if not isinstance(told, dict) or not names & set(told):
@@ -143,7 +143,7 @@ def _layout(run: Path, config: RunConfig, told: Any) -> ParallelConfig:
                         "leave it out") from None
 
 
-def _merged(found: list[CalibrationPoint]) -> list[CalibrationPoint]:
+def _merge_starts(found: list[CalibrationPoint]) -> list[CalibrationPoint]:
     """Return one observation for steps of several starts that were alike: the mean by steps."""
     groups: dict[Any, list[CalibrationPoint]] = {}
     for one in found:
@@ -174,13 +174,12 @@ class Factor:
     """Standard deviation of its logarithm before anything was seen: how far machines differ."""
 
 
-FACTORS = (
-    Factor("products", "share of the peak that matrix products and attention reach, on these chips", 0.15),
-    Factor("links", "share of the links' bandwidth that messages reach", 0.4),
-    Factor("host", "seconds of the host: launches of kernels, and a step's own", 0.5))
+FACTORS = (Factor("products", "share of the peak that matrix products and attention reach, on these chips",
+                  0.15), Factor("links", "share of the links' bandwidth that messages reach", 0.4),
+           Factor("host", "seconds of the host: launches of kernels, and a step's own", 0.5))
 
 
-def scaled(parameters: Parameters, factors: dict[str, float], chips: Sequence[Chip]) -> Parameters:
+def scale_parameters(parameters: Parameters, factors: dict[str, float], chips: Sequence[Chip]) -> Parameters:
     """Return parameters with factors on them; shares stay at most 1, and those of chips that nobody has seen
     stay as they are."""
     products, links, host = (factors[f.name] for f in FACTORS)
@@ -198,7 +197,7 @@ def scaled(parameters: Parameters, factors: dict[str, float], chips: Sequence[Ch
         step_overhead_s=parameters.step_overhead_s * host)
 
 
-def fit(measured_s: Sequence[float],
+def fit_factors(measured_s: Sequence[float],
         predict: Callable[[dict[str, float]], Sequence[float]]) -> dict[str, float]:
     """Return the most probable factors, by name.
 
@@ -209,7 +208,7 @@ def fit(measured_s: Sequence[float],
     spreads = np.array([factor.spread for factor in FACTORS])
 
     def residuals(logs: np.ndarray) -> np.ndarray:
-        return np.log(np.array(predict(_named(logs))) / np.array(measured_s)) / NOISE
+        return np.log(np.array(predict(_name_factors(logs))) / np.array(measured_s)) / NOISE
 
     def cost(logs: np.ndarray) -> float:
         # minus the logarithm of the probability, up to a constant
@@ -233,10 +232,10 @@ def fit(measured_s: Sequence[float],
         at = at + share * moved
         if share * np.abs(moved).max() < ENOUGH:
             break
-    return _named(at)
+    return _name_factors(at)
 
 
-def _named(logs: np.ndarray) -> dict[str, float]:
+def _name_factors(logs: np.ndarray) -> dict[str, float]:
     return {factor.name: math.exp(log) for factor, log in zip(FACTORS, logs, strict=True)}
 
 
@@ -252,7 +251,7 @@ class Calibration:
     after_s: tuple[float, ...]
 
 
-def calibrate(runs: Sequence[Path], out: Path | None = None, base: Parameters | None = None) -> str:
+def calibrate_from_runs(runs: Sequence[Path], out: Path | None = None, base: Parameters | None = None) -> str:
     """Learn parameters, write them where `out` says, and return what came of it, for a terminal.
 
     Raises:
@@ -261,26 +260,27 @@ def calibrate(runs: Sequence[Path], out: Path | None = None, base: Parameters | 
     if out is not None:
         refuse_input_as_output("--output", out, *(run / name for run in runs for name in (CONFIG, EVENTS)))
         check_output("--output", out)
-    found = calibration(observations(list(runs)), base or default())
+    found = fit_calibration(read_observations(list(runs)), base or load_default_parameters())
     if out is not None:
         write_output(out, format_json({"parameters": dataclasses.asdict(found.learned),
-                                   "provenance": _provenance(found)}))
-    return _text(found, out)
+                                   "provenance": _build_provenance(found)}))
+    return _format_calibration(found, out)
 
 
-def calibration(observed: Sequence[CalibrationPoint], base: Parameters) -> Calibration:
+def fit_calibration(observed: Sequence[CalibrationPoint], base: Parameters) -> Calibration:
     chips = [one.chip for one in observed]
 
     def predicted(parameters: Parameters) -> tuple[float, ...]:
-        return tuple(step_seconds(one, parameters) for one in observed)
+        return tuple(predict_step_s(one, parameters) for one in observed)
 
     # Factors go on the parameters of the base: a second calibration starts from what the first one learned.
-    factors = fit([one.step_s for one in observed], lambda tried: predicted(scaled(base, tried, chips)))
-    learned = scaled(base, factors, chips)
+    factors = fit_factors([one.step_s for one in observed],
+                          lambda tried: predicted(scale_parameters(base, tried, chips)))
+    learned = scale_parameters(base, factors, chips)
     return Calibration(learned, factors, tuple(observed), predicted(base), predicted(learned))
 
 
-def links_of(chip: Chip, num_ranks: int) -> Links:
+def find_links(chip: Chip, num_ranks: int) -> Links:
     """Return what joins a run's GPUs: as the profile in `SOV_CLUSTER` has it, if it has these GPUs; else as
     their maker builds servers."""
     name = os.environ.get(CLUSTER, "")
@@ -294,17 +294,18 @@ def links_of(chip: Chip, num_ranks: int) -> Links:
     return default_links(chip)
 
 
-def step_seconds(one: CalibrationPoint, parameters: Parameters) -> float:
+def predict_step_s(one: CalibrationPoint, parameters: Parameters) -> float:
     """Return the predicted seconds of a step.
 
     Raises:
         UserError: the chip has no products in the run's precision.
     """
-    workload = of_run(one.config, one.phase, one.num_ranks, one.chip, links_of(one.chip, one.num_ranks))
-    return sum(step_time(workload, parameters).components.values())
+    workload = build_workload(one.config, one.phase, one.num_ranks,
+                              one.chip, find_links(one.chip, one.num_ranks))
+    return sum(estimate_step(workload, parameters).components.values())
 
 
-def _provenance(found: Calibration) -> dict[str, object]:
+def _build_provenance(found: Calibration) -> dict[str, object]:
     return {"by": "megatron-sov plan --calibrate", "factors": found.factors, "from": [
         {"run": one.run, "recipe": one.config.recipe, "device": one.chip.name, "processes": one.num_ranks,
          "seq_len": one.phase.seq_len, "global_batch_size": one.phase.global_batch_size,
@@ -312,7 +313,7 @@ def _provenance(found: Calibration) -> dict[str, object]:
         for one, before, after in zip(found.observed, found.before_s, found.after_s, strict=True)]}
 
 
-def _text(found: Calibration, out: Path | None) -> str:
+def _format_calibration(found: Calibration, out: Path | None) -> str:
     """Return the steps with their errors before and after, and the factors."""
     lines = [f"{'run':<24} {'processes':>9} {'samples x tokens':>18} {'steps':>6} {'measured':>10} "
              f"{'before':>18} {'after':>18}"]
@@ -320,8 +321,8 @@ def _text(found: Calibration, out: Path | None) -> str:
     for one, before_s, after_s in rows:
         batch = f"{one.phase.global_batch_size:,} x {one.phase.seq_len:,}"
         lines.append(f"{one.run[:24]:<24} {one.num_ranks:>9,} {batch:>18} {one.num_steps:>6,} "
-                     f"{one.step_s:>8.4g} s {_beside(before_s, one.step_s):>18} "
-                     f"{_beside(after_s, one.step_s):>18}")
+                     f"{one.step_s:>8.4g} s {_format_prediction(before_s, one.step_s):>18} "
+                     f"{_format_prediction(after_s, one.step_s):>18}")
     before, after = (statistics.median(abs(p / one.step_s - 1) for p, one in zip(
         seconds, found.observed, strict=True)) for seconds in (found.before_s, found.after_s))
     lines += ["", f"error, median over {len(found.observed)}: {before:.1%} before, {after:.1%} after"]
@@ -331,5 +332,5 @@ def _text(found: Calibration, out: Path | None) -> str:
     return "\n".join(lines)
 
 
-def _beside(predicted_s: float, measured_s: float) -> str:
+def _format_prediction(predicted_s: float, measured_s: float) -> str:
     return f"{predicted_s:.4g} s {predicted_s / measured_s - 1:+.1%}"

@@ -35,7 +35,7 @@ from megatron_sov.engine.parallel.simulated_messages import CallSite, Deadlock, 
 from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import ParallelConfig, RunConfig
-from megatron_sov.proof.miniature import Miniature, miniature
+from megatron_sov.proof.miniature import Miniature, build_miniature
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, MODEL
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.token_shards import open_sources
@@ -65,7 +65,7 @@ class _StepFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Whole:
+class ReferenceSteps:
     """What one process has after its steps."""
 
     numbers: list[dict[str, float]]
@@ -109,16 +109,17 @@ def prove_run(config: RunConfig, num_ranks: int) -> tuple[Miniature, Verdict]:
     Raises:
         UserError: the run's settings break a rule.
     """
-    from megatron_sov.proof.given import write_documents
+    from megatron_sov.proof.random_documents import write_documents
 
-    with _unwound_by_sigterm(), tempfile.TemporaryDirectory(prefix="megatron-sov-") as folder:
+    with _exit_on_sigterm(), tempfile.TemporaryDirectory(prefix="megatron-sov-") as folder:
         documents = Path(folder, "documents")
-        small = miniature(config, num_ranks, documents)
+        small = build_miniature(config, num_ranks, documents)
         write_documents(documents, small.config)
-        return small, prove(small)
+        return small, prove_miniature(small)
 
 
-def prove(small: Miniature, meddle: MessageFault | None = None, whole: Whole | None = None) -> Verdict:
+def prove_miniature(small: Miniature, meddle: MessageFault | None = None,
+                    whole: ReferenceSteps | None = None) -> Verdict:
     """Play two steps of a run's layout in this process, and compare them with one process'.
 
     Must run in a process that is in no process group and that computes on no GPU, before or afterwards
@@ -134,13 +135,13 @@ def prove(small: Miniature, meddle: MessageFault | None = None, whole: Whole | N
     """
     began_s = time.monotonic()
     # a backward pass stays in the thread of its process
-    with torch.autograd.set_multithreading_enabled(False), _one_thread(), allow_float64:
-        verdict = _compare(small, play_alone(small) if whole is None else whole, meddle)
+    with torch.autograd.set_multithreading_enabled(False), _use_one_thread(), allow_float64:
+        verdict = _compare_layout(small, run_reference(small) if whole is None else whole, meddle)
     verdict.seconds = time.monotonic() - began_s
     return verdict
 
 
-def play_alone(small: Miniature) -> Whole:
+def run_reference(small: Miniature) -> ReferenceSteps:
     """Return what one process has after the steps of a run; its checkpoint is left beside the documents.
 
     Raises:
@@ -148,18 +149,18 @@ def play_alone(small: Miniature) -> Whole:
     """
     checkpoint = Path(tempfile.mkdtemp(prefix="alone-", dir=small.folder))
     try:
-        [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _play_whole(
-            small.alone(), place, checkpoint))
+        [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _run_reference_steps(
+            small.on_one_process(), place, checkpoint))
     except UserError as e:  # which would blame the user's settings, that name a tensor of the run alone
         raise UserError(f"the miniature of this run breaks a rule: {e}; not proved") from e
     except Exception as e:
-        raise UserError(f"one process cannot do this step: {_told_failure(e)}; no layout is proved") from e
+        raise UserError(f"one process cannot do this step: {_format_failure(e)}; no layout is proved") from e
     return whole
 
 
-def _compare(small: Miniature, whole: Whole, meddle: MessageFault | None) -> Verdict:
+def _compare_layout(small: Miniature, whole: ReferenceSteps, meddle: MessageFault | None) -> Verdict:
     ranks = SimulatedRanks(small.num_ranks, meddle)
-    comparing = _Comparing(whole)
+    comparing = _Comparison(whole)
     seen: dict[int, ModuleSums] = {}
 
     def noted(rank: int, site: CallSite) -> None:
@@ -173,31 +174,31 @@ def _compare(small: Miniature, whole: Whole, meddle: MessageFault | None) -> Ver
           tempfile.TemporaryDirectory(prefix="layout-", dir=small.folder) as folder):
         comparing.done = bar.update
         try:
-            ranks.run(small.config.parallel, lambda place: _play(
+            ranks.run(small.config.parallel, lambda place: _run_rank(
                 small.config, place, comparing, seen, Path(folder)))
             if not comparing.differs:
-                comparing.add_written(_tensors_in(Path(folder)))
+                comparing.add_written(_read_tensors(Path(folder)))
         except Deadlock as e:
             return Verdict(STANDS, small.num_ranks, float("inf"), [str(e)])
         except UserError:
             raise
         except Exception as e:
             # a layout that does not even run is refuted too, and what it fell over is told
-            return Verdict(FAILS, small.num_ranks, float("inf"), [_told_failure(e)])
-    verdict = _judged(small, comparing, [seen[rank] for rank in sorted(seen)])
+            return Verdict(FAILS, small.num_ranks, float("inf"), [_format_failure(e)])
+    verdict = _build_verdict(small, comparing, [seen[rank] for rank in sorted(seen)])
     verdict.messages = sum(ranks.sites.values())
     return verdict
 
 
-def _play(config: RunConfig, place: ParallelWorld, comparing: _Comparing, seen: dict[int, ModuleSums],
+def _run_rank(config: RunConfig, place: ParallelWorld, comparing: _Comparison, seen: dict[int, ModuleSums],
           folder: Path) -> None:
     """Do a process's steps, and then leave and take a checkpoint."""
-    trainer = _trainer(config, place)
+    trainer = _build_trainer(config, place)
     own = seen[place.rank] = observe_modules(trainer.model)
     try:
         for step in range(STEPS):
             own.begin(step + 1)
-            if (numbers := _step(trainer)) is None:
+            if (numbers := _run_step(trainer)) is None:
                 comparing.numbers[f"step {step + 1}: a guard refuses it"] = float("inf")
             else:
                 comparing.add(step, trainer, place.rank, numbers)
@@ -205,14 +206,14 @@ def _play(config: RunConfig, place: ParallelWorld, comparing: _Comparing, seen: 
             if comparing.differs:
                 return  # what is wrong in a step spoils everything in the next one
         own.begin(STEPS + 1)
-        _write(trainer, place, folder)
-        _read(trainer, comparing.whole.checkpoint, num_updates=1)
+        _write_checkpoint(trainer, place, folder)
+        _read_checkpoint(trainer, comparing.whole.checkpoint, num_updates=1)
         comparing.add_read(trainer)
     except UserError as e:
         raise _StepFailed(str(e)) from e
 
 
-def _judged(small: Miniature, comparing: _Comparing, seen: Sequence[ModuleSums]) -> Verdict:
+def _build_verdict(small: Miniature, comparing: _Comparison, seen: Sequence[ModuleSums]) -> Verdict:
     """Return what a comparison has found, the first step that differs first, and in it what passes through
     modules."""
     whole, differing = comparing.whole, comparing.differing()
@@ -234,16 +235,16 @@ def _judged(small: Miniature, comparing: _Comparing, seen: Sequence[ModuleSums])
     return verdict
 
 
-def _told_failure(error: Exception) -> str:
+def _format_failure(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     last = next((frame for frame in reversed(frames) if is_sender_file(frame.filename)), frames[-1])
     return f"{type(error).__name__}: {error} at {Path(last.filename).name}:{last.lineno} ({last.name})"
 
 
-class _Comparing:
+class _Comparison:
     """What all processes hold, beside what one holds."""
 
-    def __init__(self, whole: Whole) -> None:
+    def __init__(self, whole: ReferenceSteps) -> None:
         self.whole = whole
         self.numbers: dict[str, float] = {}
         """Step and name -> largest difference."""
@@ -277,14 +278,14 @@ class _Comparing:
             # processes that hold no part of a router do not tell its biases
             if name in numbers:
                 difference = abs(numbers[name] - value) / max(abs(value), 1e-6)
-                _raise_to(self.numbers, f"step {step + 1}: {name}", difference)
+                _update_largest(self.numbers, f"step {step + 1}: {name}", difference)
             elif not name.startswith("router bias"):
                 self.numbers[f"step {step + 1}: {name} of rank {rank}"] = float("inf")
         # a wrong norm clips all alike: without that, gradients are wrong where they are
         limit = trainer.config.optim.clip_grad
-        scale = (_clipped_to(self.whole.numbers[step]["gradient norm"], limit)
-                 / _clipped_to(numbers["gradient norm"], limit))
-        for key, block in _held(trainer):
+        scale = (_compute_clip_scale(self.whole.numbers[step]["gradient norm"], limit)
+                 / _compute_clip_scale(numbers["gradient norm"], limit))
+        for key, block in _iter_shards(trainer):
             expected = self.whole.tensors[step].get(key)
             if expected is None:
                 self.apart[step, key] = float("inf")
@@ -292,22 +293,23 @@ class _Comparing:
             if (step, key) not in self._covered:
                 self._covered[step, key] = torch.zeros(block.global_shape, dtype=torch.int32)
             if block.owned:
-                self._covered[step, key][_place_of(block)] += 1
+                self._covered[step, key][_get_slices(block)] += 1
             else:
                 self.replicas[key.partition("/")[0]].add(key)
-            whole = expected[_place_of(block)]
-            _raise_to(self.apart, (step, key), _apart(whole, block.data, expected))
+            whole = expected[_get_slices(block)]
+            _update_largest(self.apart, (step, key), _compute_difference(whole, block.data, expected))
             part, _, name = key.partition("/")
             if step == 0 and part in FIRST_MOMENTS:
-                _raise_to(self.gradients, name, _apart(whole, block.data * scale, expected))
+                _update_largest(self.gradients, name, _compute_difference(
+                    whole, block.data * scale, expected))
         self.done()
 
     def add_read(self, trainer: Trainer) -> None:
         """Compare what a process holds after it has read what one process had after the first step."""
-        for key, block in _held(trainer):
+        for key, block in _iter_shards(trainer):
             expected = self.whole.tensors[0][key]
-            _raise_to(self.kept, f"read from one process' checkpoint: {key}",
-                      _apart(expected[_place_of(block)], block.data, expected))
+            _update_largest(self.kept, f"read from one process' checkpoint: {key}",
+                      _compute_difference(expected[_get_slices(block)], block.data, expected))
         self.done()
 
     def add_written(self, written: Mapping[str, torch.Tensor]) -> None:
@@ -317,7 +319,7 @@ class _Comparing:
             name = f"written into a checkpoint: {key}"
             self.kept[name] = float("inf")
             if key in expected and key in written and expected[key].shape == written[key].shape:
-                self.kept[name] = _apart(expected[key], written[key], expected[key])
+                self.kept[name] = _compute_difference(expected[key], written[key], expected[key])
 
     def compared(self, config: RunConfig) -> dict[str, int]:
         """Return how many of each kind have been compared; of a kind that a run has not, none."""
@@ -326,14 +328,13 @@ class _Comparing:
         begin = {"losses": _LOSS, "gradient norms": "gradient norm", "loads of experts": "load of expert",
                  "biases of routers": "router bias"}
         kinds = {"first moments": FIRST_MOMENTS, "second moments": ("exp_avg_sq",), "weights": ("weights",)}
-        return {
-            **{kind: sum(name.startswith(start) for name in names) for kind, start in begin.items()},
-            "gradients": len(self.gradients),
-            **{kind: sum(key.partition("/")[0] in parts for key in keys) for kind, parts in kinds.items()},
-            "replicas of weights": len(self.replicas["weights"]),
-            "modules": len(self.whole.observed.forward) // STEPS,
-            "tensors of its checkpoint": sum(name.startswith("written") for name in self.kept),
-            "tensors read from one process' checkpoint": sum(name.startswith("read") for name in self.kept)}
+        return {**{kind: sum(name.startswith(start) for name in names) for kind, start in begin.items()},
+                "gradients": len(self.gradients), **{kind: sum(key.partition("/")[0] in parts for key in keys)
+                                                     for kind, parts in kinds.items()}, "replicas of weights":
+                len(self.replicas["weights"]), "modules": len(self.whole.observed.forward) // STEPS,
+                "tensors of its checkpoint": sum(name.startswith("written") for name in self.kept),
+                "tensors read from one process' checkpoint": sum(name.startswith("read") for name in
+                                                                 self.kept)}
 
     def differing(self) -> list[str]:
         """Return what differs, gradients' moments before weights, and what is not written exactly once."""
@@ -358,16 +359,16 @@ class _Comparing:
         return found + [name for name, value in sorted(self.kept.items()) if not value <= TOLERANCE]
 
 
-def _clipped_to(norm: float, limit: float) -> float:
+def _compute_clip_scale(norm: float, limit: float) -> float:
     """Return what gradients are multiplied by, as the library does it."""
     return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
 
 
-def _place_of(block: LocalShard) -> tuple[slice, ...]:
+def _get_slices(block: LocalShard) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
 
 
-def _apart(expected: torch.Tensor, own: torch.Tensor, tensor: torch.Tensor) -> float:
+def _compute_difference(expected: torch.Tensor, own: torch.Tensor, tensor: torch.Tensor) -> float:
     """Return the largest difference, by the largest number of the tensor that this is a part of."""
     if not own.numel():
         return 0.0
@@ -375,50 +376,50 @@ def _apart(expected: torch.Tensor, own: torch.Tensor, tensor: torch.Tensor) -> f
     return float(found)
 
 
-def _raise_to(largest: dict[Any, float], key: Any, value: float) -> None:
+def _update_largest(largest: dict[Any, float], key: Any, value: float) -> None:
     # nothing is smaller than NaN, which would pass for equal
     largest[key] = max(largest.get(key, 0.0), value if value == value else float("inf"))
 
 
-def _play_whole(config: RunConfig, place: ParallelWorld, checkpoint: Path) -> Whole:
-    trainer = _trainer(config, place)
+def _run_reference_steps(config: RunConfig, place: ParallelWorld, checkpoint: Path) -> ReferenceSteps:
+    trainer = _build_trainer(config, place)
     observed = observe_modules(trainer.model)
     numbers, tensors = [], []
     for step in range(STEPS):
         observed.begin(step + 1)
-        found = _step(trainer)
+        found = _run_step(trainer)
         assert found is not None, "no guard refuses what one process does"
         numbers.append(found)
         whole: dict[str, torch.Tensor] = {}
-        for key, block in _held(trainer):
+        for key, block in _iter_shards(trainer):
             if key not in whole:
                 whole[key] = torch.zeros(block.global_shape, dtype=block.data.dtype)
-            whole[key][_place_of(block)] = block.data.detach().reshape(block.shape)
+            whole[key][_get_slices(block)] = block.data.detach().reshape(block.shape)
         tensors.append(whole)
         if step == 0:
-            _write(trainer, place, checkpoint)
-    return Whole(numbers, tensors, observed, checkpoint)
+            _write_checkpoint(trainer, place, checkpoint)
+    return ReferenceSteps(numbers, tensors, observed, checkpoint)
 
 
-def _held(trainer: Trainer) -> Iterator[tuple[str, LocalShard]]:
+def _iter_shards(trainer: Trainer) -> Iterator[tuple[str, LocalShard]]:
     for block in list_local_shards(trainer.model):
         yield f"weights/{block.key}", block
     for block in trainer.optimizer.state_shards():
         yield block.key, block
 
 
-def _trainer(config: RunConfig, place: ParallelWorld) -> Trainer:
-    from megatron_sov.proof.given import objective_of
+def _build_trainer(config: RunConfig, place: ParallelWorld) -> Trainer:
+    from megatron_sov.proof.random_documents import select_objective
 
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size, formats=None, warns=False)
-    trainer = Trainer(config, place, RunFolder(Path(os.devnull)), sources, objective_of(config, sources))
+    trainer = Trainer(config, place, RunFolder(Path(os.devnull)), sources, select_objective(config, sources))
     # nobody needs to hear that numbers which were drawn are not those of a sound engine
     vars(trainer.objective)["doubt"] = lambda step, meters: ""
     return trainer
 
 
-def _step(trainer: Trainer) -> dict[str, float] | None:
+def _run_step(trainer: Trainer) -> dict[str, float] | None:
     """Do a step; returns its numbers by name, or None: a guard refuses it."""
     result = train_step(trainer)
     if result is None:
@@ -446,7 +447,7 @@ def _step(trainer: Trainer) -> dict[str, float] | None:
 # the layout reads what one process wrote.  What stands in files belongs to no layout, so that what one layout
 # wrote, any other that is proved reads.
 
-def _write(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
+def _write_checkpoint(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
     """Write the tensors of a checkpoint; called by all processes together.
 
     Raises:
@@ -468,7 +469,7 @@ def _write(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
     torch.distributed.barrier()
 
 
-def _read(trainer: Trainer, folder: Path, num_updates: int) -> None:
+def _read_checkpoint(trainer: Trainer, folder: Path, num_updates: int) -> None:
     """Give a model and its optimizer what `_write` wrote, by whatever layout; called by all processes
     together.
 
@@ -484,7 +485,7 @@ def _read(trainer: Trainer, folder: Path, num_updates: int) -> None:
     load.load_optimizer(folder, trainer.optimizer, num_updates)
 
 
-def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors that `_write` wrote, whole, by the names that `_held` gives them."""
     found: dict[str, torch.Tensor] = {}
     for part, before in ((MODEL, "weights/"), (_OPTIMIZER, "")):
@@ -495,7 +496,7 @@ def _tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _unwound_by_sigterm() -> Iterator[None]:
+def _exit_on_sigterm() -> Iterator[None]:
     """Have SIGTERM, which ends a process at once, leave no folder behind."""
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -512,7 +513,7 @@ def _unwound_by_sigterm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def _use_one_thread() -> Iterator[None]:
     """Have torch compute by one thread: the many processes take turns as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -522,10 +523,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def as_text(small: Miniature, verdict: Verdict) -> str:
+def format_proof(small: Miniature, verdict: Verdict) -> str:
     """Return lines for people."""
     m, c = small.config.model, small.config
-    lines = [f"{verdict.num_ranks} processes: {_layout(small)}",
+    lines = [f"{verdict.num_ranks} processes: {_format_layout(small)}",
              f"in miniature: {m.num_layers} layers, {m.num_experts} experts, {c.train.global_batch_size} "
              f"rows of {c.data.phases[0].seq_len} tokens a step"]
     if verdict.outcome == EQUAL:
@@ -534,7 +535,7 @@ def as_text(small: Miniature, verdict: Verdict) -> str:
                      f"{TOLERANCE:g}); each element has one owner, and each other process its number")
         lines.append(", ".join(f"{kind}: {count}" for kind, count in counts.items() if count))
     else:
-        lines.append(f"NOT equal to one process: {_told_outcome(verdict)}")
+        lines.append(f"NOT equal to one process: {_format_outcome(verdict)}")
         lines += [f"  {place}" for place in verdict.places[:SHOWN]]
         if len(verdict.places) > SHOWN:
             lines.append(f"  and {len(verdict.places) - SHOWN} more")
@@ -545,7 +546,7 @@ def as_text(small: Miniature, verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def as_json(small: Miniature, verdict: Verdict) -> dict[str, Any]:
+def proof_to_json(small: Miniature, verdict: Verdict) -> dict[str, Any]:
     """Return the same for programs."""
     found = json.loads(json.dumps(dataclasses.asdict(verdict)))
     # JSON has no infinity
@@ -554,7 +555,7 @@ def as_json(small: Miniature, verdict: Verdict) -> dict[str, Any]:
             "tolerance": TOLERANCE, "assumed": list(ASSUMED), "not_covered": list(small.left_out)}
 
 
-def _told_outcome(verdict: Verdict) -> str:
+def _format_outcome(verdict: Verdict) -> str:
     if verdict.outcome != DIFFERS:
         return f"it {verdict.outcome}"
     if verdict.largest <= TOLERANCE:
@@ -562,7 +563,7 @@ def _told_outcome(verdict: Verdict) -> str:
     return f"numbers are {verdict.largest:.2g} apart (allowed {TOLERANCE:g})"
 
 
-def _layout(small: Miniature) -> str:
+def _format_layout(small: Miniature) -> str:
     p = small.config.parallel
     sizes = [f"{name} {getattr(p, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp")
              if getattr(p, name) > 1]
