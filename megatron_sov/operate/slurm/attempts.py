@@ -359,8 +359,8 @@ def begin_attempt(job: AttemptedJob, queue: str) -> str:
     if job.options.done.is_file():
         log_message(f"{job.options.done} exists: there is nothing left to do")
         return "exit 0"
-    if (answer := _clear_run_locks(job, queue)) is not None:
-        return answer
+    if (lock_answer := _clear_run_locks(job, queue)) is not None:
+        return lock_answer
     interrupted = job.history.find_interrupted(job.restart)
     if interrupted is not None:
         # preemption is not a node's fault, so only nodes that are down are blamed

@@ -360,10 +360,9 @@ def _build_shared(stage: str, arguments: list[str], args: Any) -> StageWork:
     records = target.with_name(f"{target.name}.{stage}.slurm")
     # new arguments, such as more rounds, are new work with its own completion file
     digest = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
+    optional: list[Path | None] = [getattr(args, "prompts", None), getattr(args, "start_from", None)]
     if stage == "eval-lm":
-        optional = Path(args.target), args.settings.sources.data_dir
-    else:
-        optional = getattr(args, "prompts", None), getattr(args, "start_from", None)
+        optional = [Path(args.target), args.settings.sources.data_dir]
     inputs = [path for path in optional if path is not None]
     return StageWork(stage, tuple(arguments), target, records, records / f"complete-{digest}.json",
                      writes_completion=False, inputs=tuple(path.absolute() for path in inputs))
