@@ -69,8 +69,15 @@ def find_file(path: Path) -> Path:
         return path / TOKENIZER_JSON
     files = sorted([*path.glob("*.tiktoken"), *path.glob("*.model")])
     if len(files) != 1:
+        advice = f"pass {FORMS}"
+        if (path / "merges.txt").is_file():
+            advice = ("make tokenizer.json of vocab.json and merges.txt: transformers' GPT2TokenizerFast("
+                      f"'{path}/vocab.json', '{path}/merges.txt').save_pretrained('{path}')")
+        elif not files and (path / "config.json").is_file():
+            advice = ("copy tokenizer.json, tokenizer_config.json and chat_template.jinja of the same model "
+                      "into the folder")
         raise UserError(f"{path}: holds {len(files)} tokenizers "
-                        f"({', '.join(f.name for f in files) or 'no tokenizer.json'}); pass {FORMS}")
+                        f"({', '.join(f.name for f in files) or 'no tokenizer.json'}); {advice}")
     return files[0]
 
 
