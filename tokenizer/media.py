@@ -19,8 +19,8 @@ from megatron_sov.base.settings import (
 from megatron_sov.chat.media_tokens import (
     AUDIO, DIGITS, IMAGE, MARKS, MEDIA, VocabularyBlock, codebook_token, describe_blocks)
 from megatron_sov.model.pretrained import CONFIG, read_json
-from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, build_special_token
-from tokenizer.formats.reader import build_text_encoder, find_file, get_token_ids, load_tokenizer, open_hf
+from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, build_special_token, get_token_ids
+from tokenizer.formats.reader import build_text_encoder, find_file, load_tokenizer, open_hf
 from tokenizer.formats.sample_texts import find_first_difference, iter_builtin_texts
 
 FILLER = "<|reserved_media_{}|>"
