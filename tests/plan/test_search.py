@@ -17,7 +17,7 @@ from megatron_sov import recipes
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.model.config import ParallelConfig, apply_settings
-from megatron_sov.operate.slurm.stages import work_of
+from megatron_sov.operate.slurm.stages import build_stage_work
 from megatron_sov.plan.pages.layout_report import (
     SHOWN_RULES, SweepReport, describe_broken_rules, describe_too_large, format_layout, format_recompute,
     format_set_options, format_sizes, format_submit_command)
@@ -66,7 +66,7 @@ def test_submit_takes_the_line_of_every_objective(recipe: str, stage: str) -> No
     program, command, said, *words = shlex.split(line)
     assert (program, command, said) == ("megatron-sov", "submit", stage)
     assert words[:6] == ["--cluster", "b200", "--nodes", "2", "--account", "ACCOUNT"]
-    work = work_of(stage, words[6:], STAGE_PARSERS)
+    work = build_stage_work(stage, words[6:], STAGE_PARSERS)
     assert work.config is not None and work.config.parallel.tp == 2
 
 

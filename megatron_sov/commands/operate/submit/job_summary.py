@@ -14,8 +14,8 @@ from megatron_sov.commands.train.setup.packed_files import find_files, fix_by_pa
 from megatron_sov.commands.train.setup.starts import find_start
 from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
 from megatron_sov.model.objectives import FORMATS
-from megatron_sov.operate.slurm.stages import StageWork, path_of
-from megatron_sov.operate.slurm.submission import Prepared, show
+from megatron_sov.operate.slurm.stages import StageWork, parse_source_path
+from megatron_sov.operate.slurm.submission import PreparedStage, print_scripts
 from megatron_sov.plan.cluster_plan import quote_run
 from megatron_sov.plan.pages.quotes import QuoteTotals, sum_quotes
 from megatron_sov.plan.pricing import Machines, build_pricing
@@ -41,7 +41,7 @@ def check_data(work: StageWork) -> StageWork:
     config, request, recipe_data = work.config, work.request, work.config.data
     given = work.data or tuple(recipe_data.paths)
     _refuse_files(work)
-    if not given or not all((path_of(text) / MANIFEST).is_file() for text in given):
+    if not given or not all((parse_source_path(text) / MANIFEST).is_file() for text in given):
         return work
     config = dataclasses.replace(config,
                                  data=dataclasses.replace(config.data, paths=parse_data_paths(list(given))))
@@ -65,7 +65,7 @@ def check_data(work: StageWork) -> StageWork:
 
 def _refuse_files(work: StageWork) -> None:
     """Refuse files in --data: all processes in a job would pack them at once."""
-    if not any(path_of(text).is_file() for text in work.data):
+    if not any(parse_source_path(text).is_file() for text in work.data):
         return
     formats = list_packable_formats(work.kind.objective)
     tokenizer = find_tokenizer_folder(find_start(work.start_from)) if work.start_from else None
@@ -75,9 +75,9 @@ def _refuse_files(work: StageWork) -> None:
                         "with `sov-data pack`", fix)
 
 
-def show_dry_run(prepared: Prepared) -> None:
+def show_dry_run(prepared: PreparedStage) -> None:
     """Print the scripts and the summary as comments; on stderr too if stdout is a file or pipe."""
-    show(prepared)
+    print_scripts(prepared)
     lines = summarize(prepared)
     for line in lines:
         print(f"# {line}")
@@ -86,7 +86,7 @@ def show_dry_run(prepared: Prepared) -> None:
             print(line, file=sys.stderr)
 
 
-def summarize(prepared: Prepared) -> list[str]:
+def summarize(prepared: PreparedStage) -> list[str]:
     """Return a training stage's data, time and cost, a line each; [] for other stages."""
     work, job = prepared.work, prepared.jobs[0]
     if not work.kind.ranks or work.config is None:

@@ -3,11 +3,11 @@
 import sys
 
 from megatron_sov.model.config import apply_settings
-from megatron_sov.operate.slurm.submission import Prepared
+from megatron_sov.operate.slurm.submission import PreparedStage
 from megatron_sov.proof.layout_proof import EQUAL, format_proof, prove_run
 
 
-def prove_layouts(prepared: Prepared) -> bool:
+def prove_layouts(prepared: PreparedStage) -> bool:
     """Print and return whether every layout of a training stage computes the same results as one process."""
     config = prepared.work.config
     assert config is not None
