@@ -26,6 +26,7 @@ from megatron_sov.base.settings import (
     AtLeastOne, Bound, Fraction, LocatedDocument, NotBlank, Place, ProblemCode, SettingsProblem,
     find_rule_problems, parse_located_yaml, read_settings_text, split_key, try_parse_settings)
 
+
 def resolve_paths(settings: Any, folder: Path) -> Any:
     """Join relative paths in settings with a folder."""
     if isinstance(settings, Path):
