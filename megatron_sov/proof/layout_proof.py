@@ -190,10 +190,10 @@ def _run_rank(config: RunConfig, place: ParallelWorld, comparing: _Comparison, s
           folder: Path) -> None:
     """Run the steps of a process, write a checkpoint, and read the checkpoint of one process."""
     trainer = _build_trainer(config, place)
-    own = seen[place.rank] = observe_modules(trainer.model)
+    sums = seen[place.rank] = observe_modules(trainer.model)
     try:
         for step in range(STEPS):
-            own.begin(step + 1)
+            sums.begin(step + 1)
             if (numbers := _run_step(trainer)) is None:
                 comparing.numbers[f"step {step + 1}: a guard refuses it"] = float("inf")
             else:
@@ -201,7 +201,7 @@ def _run_rank(config: RunConfig, place: ParallelWorld, comparing: _Comparison, s
             torch.distributed.barrier()
             if comparing.differs:
                 return  # an error in one step affects everything in the next
-        own.begin(STEPS + 1)
+        sums.begin(STEPS + 1)
         _write_checkpoint(trainer, place, folder)
         _read_checkpoint(trainer, comparing.whole.checkpoint, num_updates=1)
         comparing.add_read(trainer)
@@ -291,12 +291,12 @@ class _Comparison:
                 self._covered[step, key][_get_slices(block)] += 1
             else:
                 self.replicas[key.partition("/")[0]].add(key)
-            whole = expected[_get_slices(block)]
-            _update_largest(self.apart, (step, key), _compute_difference(whole, block.data, expected))
+            reference = expected[_get_slices(block)]
+            _update_largest(self.apart, (step, key), _compute_difference(reference, block.data, expected))
             part, _, name = key.partition("/")
             if step == 0 and part in FIRST_MOMENTS:
                 _update_largest(self.gradients, name, _compute_difference(
-                    whole, block.data * scale, expected))
+                    reference, block.data * scale, expected))
         self.done()
 
     def add_read(self, trainer: Trainer) -> None:
@@ -336,22 +336,22 @@ class _Comparison:
         order = {"momentum": 0, "exp_avg": 0, "exp_avg_sq": 1, "master": 2, "weights": 3}
         wrong = sorted((step, order.get(key.partition("/")[0], 2), key)
                        for (step, key), value in self.apart.items() if not value <= TOLERANCE)
-        found = [f"step 1: gradient of {name}" for name, value in sorted(self.gradients.items())
+        differences = [f"step 1: gradient of {name}" for name, value in sorted(self.gradients.items())
                  if not value <= TOLERANCE]
         # the guard's state comes after the step's own numbers
-        found += [name for name, value in sorted(self.numbers.items(), key=lambda one: (
+        differences += [name for name, value in sorted(self.numbers.items(), key=lambda one: (
             ": guard's" in one[0], one)) if not value <= TOLERANCE]
-        found += [f"step {step + 1}: {name}: no process has it" for step in sorted(self._steps)
+        differences += [f"step {step + 1}: {name}: no process has it" for step in sorted(self._steps)
                   for name in self.whole.numbers[step] if f"step {step + 1}: {name}" not in self.numbers]
-        found += [f"step {step + 1}: {key}" for step, _, key in wrong]
+        differences += [f"step {step + 1}: {key}" for step, _, key in wrong]
         for (step, key), count in self._covered.items():
             if step == 0 and not bool((count == 1).all()):
-                found.append(f"step 1: {key}: {int((count == 0).sum())} of {count.numel()} elements are "
-                             f"written by nobody, {int((count > 1).sum())} by several")
+                differences.append(f"step 1: {key}: {int((count == 0).sum())} of {count.numel()} elements "
+                             f"are written by nobody, {int((count > 1).sum())} by several")
         for key in self.whole.tensors[0] if self.apart else ():
             if (0, key) not in self.apart:
-                found.append(f"step 1: {key}: is held by nobody")
-        return found + [name for name, value in sorted(self.kept.items()) if not value <= TOLERANCE]
+                differences.append(f"step 1: {key}: is held by nobody")
+        return differences + [name for name, value in sorted(self.kept.items()) if not value <= TOLERANCE]
 
 
 def _compute_clip_scale(norm: float, limit: float) -> float:
@@ -367,8 +367,8 @@ def _compute_difference(expected: torch.Tensor, own: torch.Tensor, tensor: torch
     """Return the largest difference of a shard, relative to the largest number in the global tensor."""
     if not own.numel():
         return 0.0
-    found = (expected.reshape(own.shape) - own.detach()).abs().max() / tensor.abs().max().clamp(min=1e-12)
-    return float(found)
+    difference = (expected.reshape(own.shape) - own.detach()).abs().max()
+    return float(difference / tensor.abs().max().clamp(min=1e-12))
 
 
 def _update_largest(largest: dict[Any, float], key: Any, value: float) -> None:
@@ -382,15 +382,15 @@ def _run_reference_steps(config: RunConfig, place: ParallelWorld, checkpoint: Pa
     numbers, tensors = [], []
     for step in range(STEPS):
         observed.begin(step + 1)
-        found = _run_step(trainer)
-        assert found is not None, "no guard refuses what one process does"
-        numbers.append(found)
-        whole: dict[str, torch.Tensor] = {}
+        step_numbers = _run_step(trainer)
+        assert step_numbers is not None, "no guard refuses what one process does"
+        numbers.append(step_numbers)
+        step_tensors: dict[str, torch.Tensor] = {}
         for key, block in _iter_shards(trainer):
-            if key not in whole:
-                whole[key] = torch.zeros(block.global_shape, dtype=block.data.dtype)
-            whole[key][_get_slices(block)] = block.data.detach().reshape(block.shape)
-        tensors.append(whole)
+            if key not in step_tensors:
+                step_tensors[key] = torch.zeros(block.global_shape, dtype=block.data.dtype)
+            step_tensors[key][_get_slices(block)] = block.data.detach().reshape(block.shape)
+        tensors.append(step_tensors)
         if step == 0:
             _write_checkpoint(trainer, place, checkpoint)
     return ReferenceSteps(numbers, tensors, observed, checkpoint)
@@ -475,12 +475,12 @@ def _read_checkpoint(trainer: Trainer, folder: Path, num_updates: int) -> None:
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return the global tensors of a checkpoint by the names in `_iter_shards`."""
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for part, before in ((MODEL, "weights/"), (_OPTIMIZER, "")):
         reader = TensorReader(folder, part)
-        found |= {before + key: reader.read(key, (0,) * len(reader.get_shape(key)), reader.get_shape(key))
+        tensors |= {before + key: reader.read(key, (0,) * len(reader.get_shape(key)), reader.get_shape(key))
                   for key in sorted(reader.keys())}
-    return found
+    return tensors
 
 
 @contextlib.contextmanager
@@ -503,12 +503,12 @@ def _exit_on_sigterm() -> Iterator[None]:
 @contextlib.contextmanager
 def _use_one_thread() -> Iterator[None]:
     """Limit torch to one thread: the simulated processes take turns."""
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)
 
 
 def format_proof(small: Miniature, verdict: Verdict) -> str:
@@ -536,10 +536,10 @@ def format_proof(small: Miniature, verdict: Verdict) -> str:
 
 def proof_to_json(small: Miniature, verdict: Verdict) -> dict[str, Any]:
     """Convert the verdict to JSON values."""
-    found = json.loads(json.dumps(dataclasses.asdict(verdict)))
+    values = json.loads(json.dumps(dataclasses.asdict(verdict)))
     # JSON has no infinity
     largest = verdict.largest if math.isfinite(verdict.largest) else None
-    return {**found, "largest": largest, "layout": dataclasses.asdict(small.config.parallel),
+    return {**values, "largest": largest, "layout": dataclasses.asdict(small.config.parallel),
             "tolerance": TOLERANCE, "assumed": list(ASSUMED), "not_covered": list(small.left_out)}
 
 

@@ -96,13 +96,14 @@ class Miniature:
         """Return the run on one process, with the fewest micro-batches: their number is a part of the
         layout."""
         lone, rows = ParallelConfig(), self.config.train.global_batch_size
-        given = {f"parallel.{name}": getattr(lone, name)
+        settings = {f"parallel.{name}": getattr(lone, name)
                  for name in ("tp", "sp", "pp", "vpp", "ep", "etp", "cp", "pipeline_layout", "zero1",
                               "overlap_grad_reduce", "overlap_param_gather", "bucket_params",
                               "expert_dispatcher")}
-        given["train.micro_batch_size"] = next(n for n in range(min(rows, MOST_ROWS), 0, -1) if rows % n == 0)
-        given["gpu.pad_buckets"] = "off"  # needs ZeRO-1
-        return apply_settings(self.config, _format_settings(given))
+        settings["train.micro_batch_size"] = next(
+            n for n in range(min(rows, MOST_ROWS), 0, -1) if rows % n == 0)
+        settings["gpu.pad_buckets"] = "off"  # needs ZeRO-1
+        return apply_settings(self.config, _format_settings(settings))
 
 
 def build_miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
@@ -119,7 +120,7 @@ def build_miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
     config.check(num_ranks)
     m, p = config.model, config.parallel
     runs = _choose_run_lengths(config)
-    given = OVERRIDES | NO_MEDIA | {
+    settings = OVERRIDES | NO_MEDIA | {
         "model.vocab_size": VOCABULARY, "model.num_layers": sum(runs), "parallel.pipeline_layout": [
             *runs] if p.pipeline_layout else [],
         "model.expert_ffn_dim": 2 * _common_multiple(p.etp, p.tp) if m.num_experts else 0,
@@ -129,65 +130,66 @@ def build_miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
         "train.recompute": config.train.recompute if config.train.recompute != "selective" else False,
         **_choose_widths(m, p)}
     if p.expert_dispatcher in ("deepep", "hybridep"):
-        given["parallel.expert_dispatcher"] = "alltoall"
+        settings["parallel.expert_dispatcher"] = "alltoall"
     if p.overlap_grad_reduce:  # so that one layer, and one expert, fills two buckets
-        given["parallel.bucket_params"] = 8 * given["model.hidden_size"]
+        settings["parallel.bucket_params"] = 8 * settings["model.hidden_size"]
     if config.objective.name not in BUILT_IN_OBJECTIVES:
-        given |= {"objective.name": "sft", "objective.options": {}}
+        settings |= {"objective.name": "sft", "objective.options": {}}
     if config.distillation.top_k > TEACHER_TOKENS:
-        given["distillation.top_k"] = TEACHER_TOKENS
+        settings["distillation.top_k"] = TEACHER_TOKENS
     if m.dense_ffn_dim:
-        given["model.dense_ffn_dim"] = 4 * p.tp
+        settings["model.dense_ffn_dim"] = 4 * p.tp
     windows = _choose_windows(config)
     if m.sliding_window_tokens:
-        given["model.sliding_window_tokens"] = windows[m.sliding_window_tokens]
+        settings["model.sliding_window_tokens"] = windows[m.sliding_window_tokens]
     kinds = _list_layer_kinds(m)
-    given["model.attention_pattern"] = "".join(letter for letter, _ in kinds)
+    settings["model.attention_pattern"] = "".join(letter for letter, _ in kinds)
     if m.layer_windows:
-        given["model.layer_windows"] = [windows[window] for _, window in islice(cycle(kinds), sum(runs))]
+        settings["model.layer_windows"] = [windows[window] for _, window in islice(cycle(kinds), sum(runs))]
     if m.swiglu_limits:  # tight enough to clamp numbers of this size
-        given["model.swiglu_limits"] = [min(limit, 0.01)
+        settings["model.swiglu_limits"] = [min(limit, 0.01)
                                             for limit in m.fields_for_depth(sum(runs))["swiglu_limits"]]
-    kept = [group for group in config.optim.groups if _matches_some_layer(group.pattern, sum(runs))]
-    if len(kept) < len(config.optim.groups):
-        given["optim.groups"] = [asdict(group) for group in kept]
-    return _check_miniature(config, num_ranks, given)
+    groups = [group for group in config.optim.groups if _matches_some_layer(group.pattern, sum(runs))]
+    if len(groups) < len(config.optim.groups):
+        settings["optim.groups"] = [asdict(group) for group in groups]
+    return _check_miniature(config, num_ranks, settings)
 
 
-def _check_miniature(config: RunConfig, num_ranks: int, given: dict[str, Any]) -> Miniature:
+def _check_miniature(config: RunConfig, num_ranks: int, settings: dict[str, Any]) -> Miniature:
     try:
-        small = apply_settings(config, _format_settings(given))
+        small = apply_settings(config, _format_settings(settings))
         small.check(num_ranks)
-        found = Miniature(small, num_ranks, tuple(dict.fromkeys(_list_left_out(config, small))))
-        found.on_one_process().check()
+        result = Miniature(small, num_ranks, tuple(dict.fromkeys(_list_left_out(config, small))))
+        result.on_one_process().check()
     except SettingsError as e:  # its text would blame the user's settings
         raise UserError(f"the miniature of this run breaks a rule: {e}; not proved") from e
-    return found
+    return result
 
 
 def _matches_some_layer(pattern: str, num_layers: int) -> bool:
     """Return whether a pattern for parameter names matches a layer of the miniature, or names no layer."""
-    named = re.search(r"(?<!mtp\.)layers\.([^.]+)", pattern)
-    return named is None or any(fnmatchcase(str(i), named[1]) for i in range(num_layers))
+    match = re.search(r"(?<!mtp\.)layers\.([^.]+)", pattern)
+    return match is None or any(fnmatchcase(str(i), match[1]) for i in range(num_layers))
 
 
 def _choose_run_lengths(config: RunConfig) -> list[int]:
     """Choose the layers per pipeline chunk: two for few chunks, one for many. Uneven chunks keep their order,
     with one to three layers, so that stages start at other layers than even chunks would."""
     m, p = config.model, config.parallel
-    given = p.pipeline_layout or (m.num_layers // (p.pp * p.vpp),) * (p.pp * p.vpp)
-    if len(lengths := sorted({*given})) > 1:
-        runs = [1 if count == lengths[0] else 2 if count < lengths[-1] else min(count, 3) for count in given]
-        fewer = [1 if count < lengths[-1] else 2 for count in given]
-        if len(given) > FEW_RUNS and not _starts_evenly(fewer):
+    chunk_lengths = p.pipeline_layout or (m.num_layers // (p.pp * p.vpp),) * (p.pp * p.vpp)
+    if len(lengths := sorted({*chunk_lengths})) > 1:
+        runs = [1 if count == lengths[0] else 2 if count < lengths[-1] else min(count, 3)
+                for count in chunk_lengths]
+        fewer = [1 if count < lengths[-1] else 2 for count in chunk_lengths]
+        if len(chunk_lengths) > FEW_RUNS and not _starts_evenly(fewer):
             runs = fewer
     else:
-        runs = [min(count, 2 if len(given) <= FEW_RUNS else 1) for count in given]
+        runs = [min(count, 2 if len(chunk_lengths) <= FEW_RUNS else 1) for count in chunk_lengths]
     # dense layers come first, and each kind of MoE layer must follow
     needed = len(_list_layer_kinds(m)) + (m.num_dense_layers if m.num_experts else 0)
     missing = max(-(-(needed - sum(runs)) // len(runs)), 0)
-    more = min(missing, *(count - run for count, run in zip(given, runs, strict=True)))
-    return [run + more for run in runs]
+    added = min(missing, *(count - run for count, run in zip(chunk_lengths, runs, strict=True)))
+    return [run + added for run in runs]
 
 
 def _starts_evenly(runs: Sequence[int]) -> bool:
@@ -205,12 +207,12 @@ def _choose_windows(config: RunConfig) -> dict[int, int]:
     """Return window of the run -> window of the miniature, in tokens (0: none). Windows shorter than a
     process's piece of a row stay shorter, because then only the ends of pieces are sent."""
     m, cp = config.model, config.parallel.cp
-    own = sorted({*m.windows(), m.sliding_window_tokens} - {0})
+    run_windows = sorted({*m.windows(), m.sliding_window_tokens} - {0})
     piece, small_piece = (tokens // (2 * cp) for tokens in (
         min(phase.seq_len for phase in config.data.phases), _get_row_tokens(config.parallel)))
-    ending_within = [window for window in own if cp > 1 and window - 1 <= piece]
+    ending_within = [window for window in run_windows if cp > 1 and window - 1 <= piece]
     windows = {0: 0}
-    for i, window in enumerate(own):
+    for i, window in enumerate(run_windows):
         windows[window] = (max(small_piece + 1 - len(ending_within) + i, 2) if window in ending_within else
                            8 + 4 * i if cp == 1 else small_piece + 2 + i)
     return windows
@@ -220,26 +222,26 @@ def _choose_widths(m: ModelConfig, p: ParallelConfig) -> dict[str, Any]:
     # keeps the number of query heads per key head
     kv_heads = _choose_num_kv_heads(m.num_kv_heads, p.tp)
     heads = max(m.num_heads * kv_heads // m.num_kv_heads, kv_heads)
-    given: dict[str, Any] = {"model.num_kv_heads": kv_heads, "model.num_heads": heads,
+    settings: dict[str, Any] = {"model.num_kv_heads": kv_heads, "model.num_heads": heads,
                              "model.head_dim": _choose_head_dim(m), "model.hidden_size": 8 * p.tp}
     if m.latent_attention is not None:
         q_rank = m.latent_attention.q_lora_rank
-        given |= {"model.num_heads": 2 * p.tp, "model.num_kv_heads": 2 * p.tp, "model.head_dim": 12,
+        settings |= {"model.num_heads": 2 * p.tp, "model.num_kv_heads": 2 * p.tp, "model.head_dim": 12,
                   "model.latent_attention": {
                       "kv_lora_rank": 12, **({} if q_rank is None else {"q_lora_rank": 20}),
                       "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}}
     if m.linear_attention is not None:
-        given["model.linear_attention"] = {
+        settings["model.linear_attention"] = {
             "num_key_heads": p.tp * p.cp, "num_value_heads": p.tp * p.cp,
             "key_head_dim": 8, "value_head_dim": 8, "conv_taps": m.linear_attention.conv_taps,
             "gate_rank": 8,
             "negative_eigenvalues": m.linear_attention.negative_eigenvalues}
     if m.num_experts:
-        given["model.num_experts"] = _choose_num_experts(m, p)
+        settings["model.num_experts"] = _choose_num_experts(m, p)
     if m.yarn is not None:
-        given["model.yarn"] = {**json.loads(json.dumps(m.yarn.__dict__)),
+        settings["model.yarn"] = {**json.loads(json.dumps(m.yarn.__dict__)),
                                "original_max_position_tokens": 4 * p.cp * p.tp}
-    return given
+    return settings
 
 
 def _choose_head_dim(m: ModelConfig) -> int:
@@ -283,22 +285,22 @@ def _common_multiple(a: int, b: int) -> int:
     return int(np.lcm(a, b))
 
 
-def _format_settings(given: dict[str, Any]) -> Sequence[str]:
+def _format_settings(settings: dict[str, Any]) -> Sequence[str]:
     return [f"{name}={value if isinstance(value, str) else json.dumps(value)}"
-            for name, value in given.items()]
+            for name, value in settings.items()]
 
 
 def _list_left_out(config: RunConfig, small: RunConfig) -> Iterator[str]:
-    for name, what in LEFT_OUT.items():
+    for name, part_name in LEFT_OUT.items():
         part, _, key = name.partition(".")
         if getattr(getattr(config, part), key) != getattr(getattr(small, part), key) or (
                 name == "gpu.attention"):
-            yield what
+            yield part_name
     windows = _choose_windows(config)
-    full, played = (_collect_layers(m, known) for m, known in (
+    full, covered = (_collect_layers(m, known) for m, known in (
         (config.model, windows), (small.model, {window: window for window in windows.values()})))
-    if full - played:
-        yield f"{len(full - played)} kinds of layers, of which there are more than layers in miniature"
+    if full - covered:
+        yield f"{len(full - covered)} kinds of layers, of which there are more than layers in miniature"
     lengths, cp = {phase.seq_len for phase in config.data.phases}, config.parallel.cp
     phases = config.data.phases
     if len({phase.global_batch_size or config.train.global_batch_size for phase in phases}) > 1:

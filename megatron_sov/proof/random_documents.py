@@ -44,11 +44,11 @@ def select_objective(config: RunConfig, sources: Sequence[Source]) -> Callable[[
     name = config.objective.name
     if name == "distill":
         return TeacherFactory(Distillation, [_RandomTeacher(config, sources)])
-    made: dict[str, Callable[[], Any]] = {
+    factories: dict[str, Callable[[], Any]] = {
         "lm": lambda: LanguageModelling, "sft": lambda: SupervisedFineTuning,
         "preference": lambda: preference.select_objective(config),
         "policy": lambda: policy.build_policy_objective(config)}
-    return made[name]()
+    return factories[name]()
 
 
 def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:

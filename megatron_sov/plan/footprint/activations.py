@@ -171,20 +171,20 @@ def _estimate_attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int,
     copied = queries if m.qk_norm and m.num_kv_heads > tp else 0
     # projected gate, its sigmoid, and the gated output
     gate = tokens.local * queries * (2 * item + max(item, FLOAT32_BYTES)) if m.attention_output_gate else 0
-    found = {"gathered": 0}
+    gathered = {"gathered": 0}
     if cp > 1:
         # A process has two pieces of a row; each needs keys from one window back.
         reached = min(tokens.row, tokens.local + 2 * kind.window) if slides else tokens.row
-        found["gathered"] = 2 * reached * keys * item
+        gathered["gathered"] = 2 * reached * keys * item
     if fused:
-        return found | {"qkv": per_token * (queries + 2 * keys + copied) + gate,
+        return gathered | {"qkv": per_token * (queries + 2 * keys + copied) + gate,
                         "rotated": per_token * (queries + keys), "core": per_token * queries + sums}
     projected = per_token * (queries + 2 * keys)  # includes values
     qkv = projected + gate + per_token * (copied + (queries + keys if m.qk_norm else 0))
     if cp > 1 and not slides:  # attention to gathered keys is recomputed in the backward pass
-        return found | {"qkv": qkv, "rotated": per_token * queries, "attended": per_token * queries}
+        return gathered | {"qkv": qkv, "rotated": per_token * queries, "attended": per_token * queries}
     masks = _count_mask_elements(tokens.local, kind.window) * item if slides and cp == 1 else 0
-    return found | {"qkv": qkv, "rotated": per_token * (queries + keys),
+    return gathered | {"qkv": qkv, "rotated": per_token * (queries + keys),
                     "core": per_token * queries + sums + masks, "attended": per_token * queries * slides}
 
 
@@ -264,26 +264,26 @@ def count_stored_bytes(config: RunConfig, row_tokens: int, kind: LayerKind, whol
 
 def _count_recomputed_bytes(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
     """Return the bytes of a layer that `gpu.recompute_modules` recomputes."""
-    modules, found = config.gpu.recompute_modules, 0
+    modules, num_bytes = config.gpu.recompute_modules, 0
     fused = config.train.precision == "bf16"
     # recomputing fused attention saves nothing, and linear attention is not recomputed
     if "core_attn" in modules and not fused and not kind.is_linear:
-        found += whole.core
+        num_bytes += whole.core
     if "mlp" in modules:
-        found += whole.dense
+        num_bytes += whole.dense
     # The whole block is recomputed, so its parts must not count twice.
     if "moe" in modules:
-        return found + whole.router + whole.routed + whole.shared
+        return num_bytes + whole.router + whole.routed + whole.shared
     if "layernorm" in modules and kind.with_experts and config.model.block_norms != "post":
-        found += whole.ffn_input  # all other norms are inside linear layers
+        num_bytes += whole.ffn_input  # all other norms are inside linear layers
     if "moe_act" in modules:
-        found += whole.expert_activated
-    return found + (whole.shared if "shared_experts" in modules else 0)
+        num_bytes += whole.expert_activated
+    return num_bytes + (whole.shared if "shared_experts" in modules else 0)
 
 
 def _count_offloaded_bytes(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
     """Return the bytes of a layer in host memory."""
-    again, m = config.gpu.recompute_modules, config.model
+    recomputed, m = config.gpu.recompute_modules, config.model
     before_ffn = 0 if m.block_norms == "post" else whole.residuals // m.norms_per_layer()
     parts = {"qkv_linear": whole.qkv_input, "core_attn": whole.qkv, "attn_proj": whole.core,
              "mlp_norm": before_ffn, "expert_fc1": whole.expert_input,
@@ -291,7 +291,7 @@ def _count_offloaded_bytes(config: RunConfig, whole: SavedActivations, kind: Lay
     if kind.is_linear:  # only the library's attention modules offload inputs
         parts |= dict.fromkeys(("qkv_linear", "core_attn", "attn_proj"), 0)
     return sum(parts[module] for module in config.gpu.offload_modules
-               if not ("moe" in again and module in ("expert_fc1", "moe_act")))
+               if not ("moe" in recomputed and module in ("expert_fc1", "moe_act")))
 
 
 def count_pending_micro_batches(pp: int, vpp: int, stage: int, num_micro_batches: int, *, overlapped: bool =
@@ -348,31 +348,33 @@ def estimate_stored(config: RunConfig, stage: int, seq_len: int, num_micro_batch
     counts = count_pending_micro_batches(
         p.pp, p.vpp, stage, num_micro_batches, overlapped=p.expert_overlap == "micro_batches")
     last = stage == p.pp - 1
-    here: dict[LayerKind, int] = {}
+    kind_counts: dict[LayerKind, int] = {}
     for layers, count in zip(list_chunk_layers(p, stage, m.num_layers), counts, strict=True):
         for layer in layers:
             # Layers of a kind save equal bytes, so only their number matters.
-            here[of_layers[layer]] = here.get(of_layers[layer], 0) + count
+            kind_counts[of_layers[layer]] = kind_counts.get(of_layers[layer], 0) + count
     if last and m.num_mtp_layers:
         kind = get_prediction_kind(m)
         # Recomputation covers all applications at once and saves the first input.
         times = m.num_mtp_layers if config.train.recompute is True else m.num_predictions
-        here[kind] = here.get(kind, 0) + counts[-1] * times
-    wholes = {kind: estimate_saved(config, row, kind) for kind in here}
+        kind_counts[kind] = kind_counts.get(kind, 0) + counts[-1] * times
+    wholes = {kind: estimate_saved(config, row, kind) for kind in kind_counts}
     keeps = {kind: count_stored_bytes(config, row, kind, whole) for kind, whole in wholes.items()}
-    waiting = sum(keeps[kind] * count for kind, count in here.items())
+    waiting = sum(keeps[kind] * count for kind, count in kind_counts.items())
     if stage == 0:
         waiting += counts[0] * row // p.cp * INDEX_BYTES
     norms = _count_last_stage_bytes(config, row) if last else 0
     waiting += counts[-1] * norms
-    again = {kind: wholes[kind].total - keeps[kind] for kind in here} if config.train.recompute else {}
+    recomputed = {}
+    if config.train.recompute:
+        recomputed = {kind: wholes[kind].total - keeps[kind] for kind in kind_counts}
     if last and m.num_mtp_layers and config.train.recompute is True:
-        again[kind] = max(again[kind], m.mtp_depths * wholes[kind].total - keeps[kind])
-    largest = max(here, key=lambda kind: wholes[kind].total)
+        recomputed[kind] = max(recomputed[kind], m.mtp_depths * wholes[kind].total - keeps[kind])
+    largest = max(kind_counts, key=lambda kind: wholes[kind].total)
     return StoredActivations(waiting=waiting, head=count_head_gradient_bytes(config, row) if last else 0,
-                  recomputed=max(again.values(), default=0), norms=norms, largest=wholes[largest].total,
-                  unevenly=_count_expert_bytes(config, here, wholes),
-                  layer_unevenly=wholes[largest].routed if again.get(largest) else 0)
+                  recomputed=max(recomputed.values(), default=0), norms=norms, largest=wholes[largest].total,
+                  unevenly=_count_expert_bytes(config, kind_counts, wholes),
+                  layer_unevenly=wholes[largest].routed if recomputed.get(largest) else 0)
 
 
 def _count_expert_bytes(config: RunConfig, here: dict[LayerKind, int],

@@ -48,32 +48,32 @@ def find_fullest_stage(config: RunConfig, num_ranks: int, teacher: ModelConfig |
     """
     longest = max(phase.seq_len for phase in config.data.phases)
     if teacher is None and config.objective.name == "policy" and config.policy.learns_distributions:
-        known = TEACHERS.get(config.recipe)
-        teacher = recipes.get(known).model if known else config.model
-    found: tuple[int, MemoryAccount] | None = None
+        teacher_recipe = TEACHERS.get(config.recipe)
+        teacher = recipes.get(teacher_recipe).model if teacher_recipe else config.model
+    best: tuple[int, MemoryAccount] | None = None
     for stage in _list_distinct_stages(config):
         needs = build_account(config, num_ranks, stage, longest)
         if teacher is not None:
             states = estimate_states(dataclasses.replace(config, model=teacher), num_ranks, stage)
             needs = dataclasses.replace(needs, teacher=states.weights)
-        if found is None or needs.total > found[1].total:
-            found = stage, needs
-    assert found is not None
-    return found
+        if best is None or needs.total > best[1].total:
+            best = stage, needs
+    assert best is not None
+    return best
 
 
 def _list_distinct_stages(config: RunConfig) -> list[int]:
     """Return the first stage of each kind: it has the most pending micro-batches of its kind."""
     m, p = config.model, config.parallel
     of_layers = list_layer_kinds(m)
-    known: dict[tuple[object, ...], int] = {}
+    stages: dict[tuple[object, ...], int] = {}
     for stage in range(p.pp):
         layers = list_chunk_layers(p, stage, m.num_layers)
         # rules may name single layers, and under train.fp8 the first and last layers use bf16
-        alike = tuple(tuple(sorted(of_layers[layer] for layer in chunk)) for chunk in layers)
+        kinds = tuple(tuple(sorted(of_layers[layer] for layer in chunk)) for chunk in layers)
         edge = config.train.fp8 != "none" or config.optim.groups
-        known.setdefault((alike, stage == 0, stage == p.pp - 1, stage if edge else None), stage)
-    return list(known.values())
+        stages.setdefault((kinds, stage == 0, stage == p.pp - 1, stage if edge else None), stage)
+    return list(stages.values())
 
 
 def estimate_memory(config: RunConfig, num_ranks: int) -> MemoryEstimate:
@@ -102,19 +102,19 @@ def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
     if needs.total <= get_usable_bytes(gpu):
         return
     which = f" of pipeline stage {stage + 1}" if config.parallel.pp > 1 else ""
-    found = find_nearest_layout(config, num_ranks, gpu)
+    nearest = find_nearest_layout(config, num_ranks, gpu)
     way_out = ("the nearest layout that fits: "
-               + " ".join(f"--set {shlex.quote(s)}" for s in list_changed_settings(config.parallel, found))
-               if found else "no layout fits so many processes: use more GPUs, or a larger parallel.cp for "
+               + " ".join(f"--set {shlex.quote(s)}" for s in list_changed_settings(config.parallel, nearest))
+               if nearest else "no layout fits so many processes: use more GPUs, or a larger parallel.cp for "
                              "long samples")
     raise UserError(
         f"{config.recipe} on {num_ranks} processes: {_format_sizes(config.parallel)} needs "
         f"{needs.total / GIB:.1f} GiB on each process{which} ({_format_items(needs)}), and a run may take "
         f"{get_usable_bytes(gpu) / GIB:.1f} GiB of a {gpu.name} with "
         f"{gpu.memory_bytes / GIB:.1f} GiB; {way_out}",
-        Fix(options=tuple(word for s in list_changed_settings(config.parallel, found)
+        Fix(options=tuple(word for s in list_changed_settings(config.parallel, nearest)
                           for word in ("--set", s)))
-        if found else None)
+        if nearest else None)
 
 
 def _format_items(needs: MemoryAccount) -> str:
@@ -131,21 +131,21 @@ def find_nearest_layout(config: RunConfig, num_ranks: int, gpu: Gpu) -> Parallel
     """Return the fitting layout with the fewest changes to the run's: ZeRO-1 is free; each doubling of ep, pp
     or tp, and giving up an uneven pipeline, counts as one. Ties go to the layout with least memory."""
     p = config.parallel
-    found: tuple[float, float, ParallelConfig] | None = None
+    best: tuple[float, float, ParallelConfig] | None = None
     for candidate in _iter_candidates(config.model, p):
         steps = sum(abs(math.log2(getattr(candidate, n) / getattr(p, n))) for n in ("ep", "pp", "tp"))
         steps += candidate.pipeline_layout != p.pipeline_layout
         # Before the slow account: a candidate with more changes cannot win.
-        if found is not None and steps > found[0]:
+        if best is not None and steps > best[0]:
             continue
         changed = dataclasses.replace(config, parallel=candidate)
         # The layout's own rules first: they are cheap, and break most candidates.
         if candidate.problems(config.model, num_ranks) or changed.problems(num_ranks):
             continue
         needs = find_fullest_stage(changed, num_ranks)[1].total
-        if needs <= get_usable_bytes(gpu) and (found is None or (steps, needs) < found[:2]):
-            found = (steps, needs, candidate)
-    return found[2] if found else None
+        if needs <= get_usable_bytes(gpu) and (best is None or (steps, needs) < best[:2]):
+            best = (steps, needs, candidate)
+    return best[2] if best else None
 
 
 def list_changed_settings(before: ParallelConfig, after: ParallelConfig) -> list[str]:

@@ -40,32 +40,33 @@ def count_communicators(config: RunConfig, num_ranks: int) -> int:
     # per axis: the distance between neighbours, and their number
     tp, cp, pp = (1, p.tp), (p.tp, p.cp), (stage, p.pp)
     dp = (p.tp * p.cp, stage // (p.tp * p.cp))
-    used = {("reductions", _merge_axes((1, num_ranks))), ("reductions", _merge_axes(cp, dp)),
+    groups = {("reductions", _merge_axes((1, num_ranks))), ("reductions", _merge_axes(cp, dp)),
             ("reductions", _merge_axes(dp)), ("layers", _merge_axes(tp)), ("layers", _merge_axes(cp)),
             ("stages", _merge_axes(pp))}
     norms: list[tuple[tuple[int, int], ...]] = [(tp, pp)]
     if m.num_moe_layers():
         etp, ep = (1, p.etp), (p.etp, p.ep)
-        used |= {("layers", _merge_axes(tp, cp)), ("experts", _merge_axes(ep)), ("experts", _merge_axes(etp)),
+        groups |= {("layers", _merge_axes(tp, cp)), ("experts", _merge_axes(ep)),
+                   ("experts", _merge_axes(etp)),
                  ("experts", _merge_axes(etp, ep)),
                  ("experts' gradients", _merge_axes((p.etp * p.ep, stage // (p.etp * p.ep))))}
         norms.append((etp, ep, pp))
     if not p.zero1:  # without ZeRO-1, norms are summed over the model-parallel processes
-        used |= {("reductions", _merge_axes(*axes)) for axes in norms}
+        groups |= {("reductions", _merge_axes(*axes)) for axes in norms}
     if p.pp > 1 and (m.tied_embeddings or m.num_mtp_layers):
-        used.add(("reductions", _merge_axes((num_ranks - stage, 2))))
-    return sum(members != () for _, members in used)
+        groups.add(("reductions", _merge_axes((num_ranks - stage, 2))))
+    return sum(members != () for _, members in groups)
 
 
 def _merge_axes(*axes: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     """Merge adjacent axes, so that equal process groups have equal keys."""
-    found: list[tuple[int, int]] = []
+    merged: list[tuple[int, int]] = []
     for distance, size in axes:
-        if found and distance == found[-1][0] * found[-1][1]:
-            found[-1] = (found[-1][0], found[-1][1] * size)
+        if merged and distance == merged[-1][0] * merged[-1][1]:
+            merged[-1] = (merged[-1][0], merged[-1][1] * size)
         elif size > 1:
-            found.append((distance, size))
-    return tuple(found)
+            merged.append((distance, size))
+    return tuple(merged)
 
 
 def count_nccl_bytes(config: RunConfig, num_ranks: int) -> int:
@@ -163,23 +164,24 @@ def build_account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
     states = estimate_states(config, num_ranks, stage)
     replicas = max(1, num_ranks // p.ranks_per_replica)
     micro_batches = max(1, train.global_batch_size // (replicas * train.micro_batch_size))
-    waits = estimate_stored(config, stage, seq_len, micro_batches)
+    saved = estimate_stored(config, stage, seq_len, micro_batches)
     row = seq_len * train.micro_batch_size
     passing = PASSING_COPIES * \
         max(estimate_saved(config, row, kind).expert_input for kind in set(list_layer_kinds(m)))
     # the layer in its backward pass, and its recomputed activations
-    one_layer = waits.largest + waits.recomputed + passing
+    one_layer = saved.largest + saved.recomputed + passing
     head = _count_head_bytes(config, row // p.cp, row) if stage == p.pp - 1 else 0
-    more = imbalance - 1 if p.ep > 1 else 0.0
+    excess = imbalance - 1 if p.ep > 1 else 0.0
     # if the head is the peak, imbalance in a layer counts only above it
-    uneven = (int(more * waits.unevenly) + max(one_layer + int(more * (waits.layer_unevenly + passing)), head)
+    uneven = (int(excess * saved.unevenly)
+              + max(one_layer + int(excess * (saved.layer_unevenly + passing)), head)
               - max(one_layer, head))
-    moving = waits.waiting + max(one_layer, head) + uneven
+    moving = saved.waiting + max(one_layer, head) + uneven
     return MemoryAccount(
         weights=states.weights - count_replaced_bytes(config, stage, states.elements),
         gradients=states.gradients, optimizer=states.optimizer,
         on_host=states.on_host, counters=states.counters, update=_count_update_bytes(config, states),
-        layer_inputs=waits.waiting, one_layer=one_layer, head=head, imbalance=uneven,
+        layer_inputs=saved.waiting, one_layer=one_layer, head=head, imbalance=uneven,
         quantized_weights=count_quantized_bytes(config, stage),
         angles=2 * row * m.rotated_channels() * m.rotates() * FLOAT32_BYTES,
         nccl=count_nccl_bytes(config, num_ranks), fragmentation=int(FRAGMENTATION_SHARE * moving))

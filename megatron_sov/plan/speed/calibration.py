@@ -87,8 +87,8 @@ def _read_run(run: Path) -> list[CalibrationPoint]:
         raise UserError(f"--calibrate {run}: has at most {most} steps of one length and batch size (its "
                         f"first ones left out), and {LEAST_STEPS} are needed; let it run longer, or leave "
                         "it out")
-    found = [_read_observation(run, config, stretch) for stretch in enough]
-    return _merge_starts(found)
+    points = [_read_observation(run, config, stretch) for stretch in enough]
+    return _merge_starts(points)
 
 
 def _read_observation(run: Path, config: RunConfig, stretch: StepTiming) -> CalibrationPoint:
@@ -105,8 +105,8 @@ def _read_observation(run: Path, config: RunConfig, stretch: StepTiming) -> Cali
     if not stretch.start.get("on_gpu"):
         raise UserError(f"--calibrate {run}: ran on processors ({device}), and plan prices GPUs; leave it "
                         "out")
-    known = find_device_chip(device)
-    if known is None:
+    chip = find_device_chip(device)
+    if chip is None:
         raise UserError(f"--calibrate {run}: {device!r} is in no table of GPUs ({', '.join(sorted(CHIPS))}); "
                         "leave it out")
     layout = _parse_layout(run, config, stretch.start.get("layout"))
@@ -123,15 +123,15 @@ def _read_observation(run: Path, config: RunConfig, stretch: StepTiming) -> Cali
     return CalibrationPoint(
         run.resolve().name, dataclasses.replace(config, parallel=layout),
         PhaseConfig(stretch.phase, seq_len=stretch.seq_len, global_batch_size=stretch.global_batch_size),
-        int(num_ranks), known, step_s, len(stretch.warm_times_s()))
+        int(num_ranks), chip, step_s, len(stretch.warm_times_s()))
 
 
-def _parse_layout(run: Path, config: RunConfig, told: Any) -> ParallelConfig:
+def _parse_layout(run: Path, config: RunConfig, recorded: Any) -> ParallelConfig:
     """Parse the layout in a start event; `config.json` has only the last layout."""
     names = {f.name for f in dataclasses.fields(ParallelConfig)}
-    if not isinstance(told, dict) or not names & set(told):
+    if not isinstance(recorded, dict) or not names & set(recorded):
         raise UserError(f"--calibrate {run}: its {EVENTS} names no layout; leave it out")
-    values = dataclasses.asdict(config.parallel) | {k: v for k, v in told.items() if k in names}
+    values = dataclasses.asdict(config.parallel) | {k: v for k, v in recorded.items() if k in names}
     try:
         return TypeAdapter(ParallelConfig).validate_python(values)
     except ValidationError as e:
@@ -139,10 +139,10 @@ def _parse_layout(run: Path, config: RunConfig, told: Any) -> ParallelConfig:
                         "leave it out") from None
 
 
-def _merge_starts(found: list[CalibrationPoint]) -> list[CalibrationPoint]:
+def _merge_starts(points: list[CalibrationPoint]) -> list[CalibrationPoint]:
     """Merge observations with equal settings from several starts: the mean weighted by steps."""
     groups: dict[Any, list[CalibrationPoint]] = {}
-    for one in found:
+    for one in points:
         # all settings that affect the step time; the phase's name does not
         key = (one.num_ranks, one.chip.key, repr(one.config.parallel), one.phase.seq_len,
                one.phase.global_batch_size)
@@ -177,11 +177,11 @@ FACTORS = (Factor("products", "share of the peak that matrix products and attent
 def scale_parameters(parameters: Parameters, factors: dict[str, float], chips: Sequence[Chip]) -> Parameters:
     """Apply factors to parameters; shares are limited to 1, and chips without runs keep their shares."""
     products, links, host = (factors[f.name] for f in FACTORS)
-    seen = {one.generation for one in chips}
+    generations = {one.generation for one in chips}
     fractions = dict(parameters.product_fraction)
-    for family in seen & set(fractions):
+    for family in generations & set(fractions):
         fractions[family] = {unit: min(1.0, share * products) for unit, share in fractions[family].items()}
-    attention = {family: min(1.0, share * products) if family in seen else share
+    attention = {family: min(1.0, share * products) if family in generations else share
                  for family, share in parameters.attention_fraction.items()}
     return replace(
         parameters, product_fraction=fractions, attention_fraction=attention,
@@ -210,23 +210,23 @@ def fit_factors(measured_s: Sequence[float],
         misfit = np.where(off <= HUBER, off * off / 2, HUBER * (off - HUBER / 2))
         return float(misfit.sum() + ((logs / spreads) ** 2).sum() / 2)
 
-    at = np.zeros(len(FACTORS))
+    point = np.zeros(len(FACTORS))
     for _ in range(MAX_ROUNDS):
-        now = residuals(at)
-        slopes = np.array([(residuals(at + STEP * unit) - now) / STEP for unit in np.eye(len(at))])
+        now = residuals(point)
+        slopes = np.array([(residuals(point + STEP * unit) - now) / STEP for unit in np.eye(len(point))])
         # Huber loss as weights of least squares: one outlier must not bend the factors.
         weighted = slopes * np.minimum(1.0, HUBER / np.maximum(np.abs(now), HUBER))
         # The prior's 1 / spread^2 on the diagonal makes it solvable if runs do not depend on a factor.
         moved = np.linalg.solve(weighted @ slopes.T + np.diag(spreads ** -2.0),
-                                -weighted @ now - at / spreads ** 2)
+                                -weighted @ now - point / spreads ** 2)
         share = 1.0
         # Damped: a full step may overshoot, since shares stop at 1 and the cost is no parabola.
-        while share > 1e-3 and cost(at + share * moved) > cost(at):
+        while share > 1e-3 and cost(point + share * moved) > cost(point):
             share /= 2
-        at = at + share * moved
+        point = point + share * moved
         if share * np.abs(moved).max() < ENOUGH:
             break
-    return _name_factors(at)
+    return _name_factors(point)
 
 
 def _name_factors(logs: np.ndarray) -> dict[str, float]:
@@ -254,11 +254,11 @@ def calibrate_from_runs(runs: Sequence[Path], out: Path | None = None, base: Par
     if out is not None:
         refuse_input_as_output("--output", out, *(run / name for run in runs for name in (CONFIG, EVENTS)))
         check_output("--output", out)
-    found = fit_calibration(read_observations(list(runs)), base or load_default_parameters())
+    result = fit_calibration(read_observations(list(runs)), base or load_default_parameters())
     if out is not None:
-        write_output(out, format_json({"parameters": dataclasses.asdict(found.learned),
-                                   "provenance": _build_provenance(found)}))
-    return _format_calibration(found, out)
+        write_output(out, format_json({"parameters": dataclasses.asdict(result.learned),
+                                   "provenance": _build_provenance(result)}))
+    return _format_calibration(result, out)
 
 
 def fit_calibration(observed: Sequence[CalibrationPoint], base: Parameters) -> Calibration:
@@ -298,28 +298,28 @@ def predict_step_s(one: CalibrationPoint, parameters: Parameters) -> float:
     return sum(estimate_step(workload, parameters).components.values())
 
 
-def _build_provenance(found: Calibration) -> dict[str, object]:
-    return {"by": "megatron-sov plan --calibrate", "factors": found.factors, "from": [
+def _build_provenance(result: Calibration) -> dict[str, object]:
+    return {"by": "megatron-sov plan --calibrate", "factors": result.factors, "from": [
         {"run": one.run, "recipe": one.config.recipe, "device": one.chip.name, "processes": one.num_ranks,
          "seq_len": one.phase.seq_len, "global_batch_size": one.phase.global_batch_size,
          "steps": one.num_steps, "step_s": one.step_s, "before_s": before, "after_s": after}
-        for one, before, after in zip(found.observed, found.before_s, found.after_s, strict=True)]}
+        for one, before, after in zip(result.observed, result.before_s, result.after_s, strict=True)]}
 
 
-def _format_calibration(found: Calibration, out: Path | None) -> str:
+def _format_calibration(result: Calibration, out: Path | None) -> str:
     """Format the errors before and after the fit, and the factors."""
     lines = [f"{'run':<24} {'processes':>9} {'samples x tokens':>18} {'steps':>6} {'measured':>10} "
              f"{'before':>18} {'after':>18}"]
-    rows = zip(found.observed, found.before_s, found.after_s, strict=True)
+    rows = zip(result.observed, result.before_s, result.after_s, strict=True)
     for one, before_s, after_s in rows:
         batch = f"{one.phase.global_batch_size:,} x {one.phase.seq_len:,}"
         lines.append(f"{one.run[:24]:<24} {one.num_ranks:>9,} {batch:>18} {one.num_steps:>6,} "
                      f"{one.step_s:>8.4g} s {_format_prediction(before_s, one.step_s):>18} "
                      f"{_format_prediction(after_s, one.step_s):>18}")
     before, after = (statistics.median(abs(p / one.step_s - 1) for p, one in zip(
-        seconds, found.observed, strict=True)) for seconds in (found.before_s, found.after_s))
-    lines += ["", f"error, median over {len(found.observed)}: {before:.1%} before, {after:.1%} after"]
-    lines += [f"{factor.name:<9} x {found.factors[factor.name]:.3f}  {factor.meaning}" for factor in FACTORS]
+        seconds, result.observed, strict=True)) for seconds in (result.before_s, result.after_s))
+    lines += ["", f"error, median over {len(result.observed)}: {before:.1%} before, {after:.1%} after"]
+    lines += [f"{factor.name:<9} x {result.factors[factor.name]:.3f}  {factor.meaning}" for factor in FACTORS]
     if out is not None:
         lines.append(f"wrote {out}; `megatron-sov plan RECIPE --parameters {out}` plans with it")
     return "\n".join(lines)

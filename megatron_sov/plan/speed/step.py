@@ -302,31 +302,31 @@ def _estimate_head(clock: Clock) -> _MicroBatch:
 def _find_slowest_stage(w: Workload, parts: StepParts, messages_s: float) -> tuple[_MicroBatch, float, float]:
     """Return the seconds of a micro-batch on the slowest stage, the mean over stages, and the stage's layers
     divided by the mean."""
-    s, (trunk, behind, head) = w.shape, parts
-    mean = (trunk.total + behind.total + head.total) / w.pp
+    s, (trunk, prediction, head) = w.shape, parts
+    mean = (trunk.total + prediction.total + head.total) / w.pp
     stage = _MicroBatch()
     # Uneven stages: either the one with most layers is slowest, or the last one with the head.
     if w.pp > 1 and w.stage_layers:
         last = _MicroBatch()
-        for part, share in ((trunk, w.stage_layers[-1] / s.num_layers), (behind, 1), (head, 1)):
+        for part, share in ((trunk, w.stage_layers[-1] / s.num_layers), (prediction, 1), (head, 1)):
             last.add(part, share)
         stage.add(trunk, max(w.stage_layers) / s.num_layers)
         crowded = [layers * w.pp / s.num_layers for layers in (max(w.stage_layers), w.stage_layers[-1])]
         slowest = max(((stage, crowded[0]), (last, crowded[1])),
                       key=lambda found: found[0].total + found[1] * messages_s)
         return slowest[0], mean, slowest[1]
-    whole = _MicroBatch()
-    whole.add(trunk, 1)
-    whole.add(behind, 1)
+    total = _MicroBatch()
+    total.add(trunk, 1)
+    total.add(prediction, 1)
     layers, runs = s.num_layers + s.num_predictions, w.pp * w.vpp
     if layers % runs:  # the last stage has fewer layers, and the head
-        stage.add(whole, -(-layers // runs) * w.vpp / layers)
+        stage.add(total, -(-layers // runs) * w.vpp / layers)
         if w.pp == 1 or stage.total < mean:
             stage = _MicroBatch()
-            stage.add(whole, 1 / w.pp)
+            stage.add(total, 1 / w.pp)
             stage.add(head, 1 / w.pp)
     else:
-        stage.add(whole, 1 / w.pp)
+        stage.add(total, 1 / w.pp)
         stage.add(head, 1)
     return stage, mean, 1.0
 
@@ -349,14 +349,14 @@ def _estimate_trunk(clock: Clock) -> _MicroBatch:
 
 def _estimate_prediction_layers(clock: Clock) -> _MicroBatch:
     """Return the seconds of prediction layers without heads."""
-    s, found = clock.w.shape, _MicroBatch()
+    s, total = clock.w.shape, _MicroBatch()
     if s.num_predictions:
         ffn = _estimate_moe(clock) if s.mtp_moe else _estimate_block(
             clock, "dense", traffic.count_dense_bytes, "mlp")
         for part in (_estimate_attention(clock, s.mtp_window), ffn):
-            found.add(part, s.num_predictions)
-        found.dense += s.num_predictions * clock.products(traffic.list_products(clock.w, "prediction"))
-    return found
+            total.add(part, s.num_predictions)
+        total.dense += s.num_predictions * clock.products(traffic.list_products(clock.w, "prediction"))
+    return total
 
 
 def _estimate_block(clock: Clock, block: Block, passed_bytes: Callable[[
@@ -370,19 +370,19 @@ def _estimate_block(clock: Clock, block: Block, passed_bytes: Callable[[
 
 
 def _estimate_attention(clock: Clock, window: int) -> _MicroBatch:
-    found = _estimate_block(clock, "attention", traffic.count_attention_bytes, "")
-    found.attention = clock.attention(window)
-    return found
+    seconds = _estimate_block(clock, "attention", traffic.count_attention_bytes, "")
+    seconds.attention = clock.attention(window)
+    return seconds
 
 
 def _estimate_moe(clock: Clock) -> _MicroBatch:
-    beside, experts = traffic.list_products(
+    dense, experts = traffic.list_products(
         clock.w, "beside experts"), traffic.list_products(clock.w, "expert")
     activation = "moe" if clock.again("moe") else "moe_act"
-    memory = clock.passed(traffic.count_moe_bytes(clock.w), "moe") + clock.around(beside)
+    memory = clock.passed(traffic.count_moe_bytes(clock.w), "moe") + clock.around(dense)
     if not clock.w.fused_experts:
         memory += (clock.passed(traffic.count_activation_bytes(clock.w), activation) + clock.around(experts))
-    return _MicroBatch(dense=clock.products(beside), experts=clock.products(experts),
+    return _MicroBatch(dense=clock.products(dense), experts=clock.products(experts),
                        memory=memory * clock.p.moe_passes * clock.moe_age)
 
 
@@ -438,10 +438,10 @@ def _estimate_update_s(clock: Clock) -> float:
     # Each process updates its share; experts have fewer copies to share with.
     if w.sharding != "none":
         dense, experts = dense / (w.dp * w.cp), experts / w.expert_dp
-    held = dense + experts
-    passed = held * UPDATE_BYTES[w.optimizer]
+    num_params = dense + experts
+    passed = num_params * UPDATE_BYTES[w.optimizer]
     seconds = passed * ((1 - w.offload) / clock.hbm + w.offload / clock.p.host_bytes_per_s)
     if w.optimizer == "muon":
         # The smaller dimension of a matrix is assumed to be the hidden size.
-        seconds += held * NEWTON_SCHULZ * w.shape.hidden_size / clock.peak(False)
+        seconds += num_params * NEWTON_SCHULZ * w.shape.hidden_size / clock.peak(False)
     return seconds

@@ -210,9 +210,9 @@ class TrafficMessage:
 
 def list_messages(w: Workload) -> tuple[TrafficMessage, ...]:
     """Return the messages of one GPU on a middle stage per step; none for groups with one process."""
-    found = [build_tensor_message(w), build_expert_message(w), build_context_message(
+    messages = [build_tensor_message(w), build_expert_message(w), build_context_message(
         w), build_pipeline_message(w), *build_data_messages(w)]
-    return tuple(m for m in found if m.num_bytes)
+    return tuple(m for m in messages if m.num_bytes)
 
 
 def count_layers_per_gpu(w: Workload) -> float:
@@ -334,7 +334,7 @@ def build_data_messages(w: Workload) -> list[TrafficMessage]:
     per_group: list[tuple[Group, float, int, int, int]] = [
         ("dp", dense, group, w.tp, cut),
         ("edp", experts, w.expert_dp, w.etp * w.ep, cut * w.tp // (w.etp * w.ep))]
-    found = []
+    messages = []
     for name, params, size, stride, shared_by in per_group:
         # Processes per sharded copy; HSDP has several copies, see below.
         shard = max(1, min(size, shared_by))
@@ -349,9 +349,9 @@ def build_data_messages(w: Workload) -> list[TrafficMessage]:
         # HSDP: shards of different copies are summed, too.
         if shard < size:
             volume += params * w.grad_bytes / shard * 2 * (1 - shard / size)
-        found.append(_build_ring_message(name, w, volume, 0 if size ==
+        messages.append(_build_ring_message(name, w, volume, 0 if size ==
                      1 else times * 3 * count_layers_per_gpu(w), size, stride))
-    return found
+    return messages
 
 
 def count_local_params(w: Workload) -> tuple[float, float]:

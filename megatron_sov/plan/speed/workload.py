@@ -163,13 +163,13 @@ class ModelShape:
         if block == "head":
             # Head and router use bf16 under every 8- or 4-bit recipe.
             return [MatrixWork(self.vocab_size, h, "rows", HEAD, quantized=False)]
-        found = [MatrixWork(self.num_experts, h, "tokens", quantized=False)]
+        matrices = [MatrixWork(self.num_experts, h, "tokens", quantized=False)]
         if self.num_shared_experts:
-            found += self._feed_forward(self.num_shared_experts * self.expert_ffn_dim, h, "shared_experts")
+            matrices += self._feed_forward(self.num_shared_experts * self.expert_ffn_dim, h, "shared_experts")
         if self.expert_latent_dim:
-            found += [MatrixWork(self.expert_latent_dim, h, "tokens"),
+            matrices += [MatrixWork(self.expert_latent_dim, h, "tokens"),
                       MatrixWork(h, self.expert_latent_dim, "tokens")]
-        return found
+        return matrices
 
     def _attention(self) -> list[MatrixWork]:
         h, heads = self.hidden_size, self.num_heads
