@@ -89,5 +89,5 @@ class CodeStep(Step):
         elif isinstance(result, Document) and result.kind == document.kind:
             return StepOutcome(text=result.text)
         raise UserError(f"{document.where}: data step {self._reference} returned {repr(result)[:100]}; it "
-                        f"must return a Document of kind {document.kind}, or LeftOut(reason) with a reason of "
-                        f"at most {MAX_REASON_CHARS} characters")
+                        f"must return a Document of kind {document.kind}, or LeftOut(reason) with a reason "
+                        f"of at most {MAX_REASON_CHARS} characters")
