@@ -19,10 +19,10 @@ from typing import Any
 
 from megatron_sov import recipes
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.footprint.memory import account
+from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.plan.speed import step
-from megatron_sov.plan.speed.parameters import default
-from megatron_sov.plan.speed.workload import of_run
+from megatron_sov.plan.speed.parameters import load_default_parameters
+from megatron_sov.plan.speed.workload import build_workload
 from megatron_sov.work.clusters.chips import CHIPS, default_links
 
 FIGURES = Path(__file__).parent / "results/h200_ladder.json"
@@ -63,7 +63,7 @@ def config() -> RunConfig:
 def memory(measured: dict[str, Any]) -> Iterator[str]:
     """Yield the lines on bytes."""
     def said(imbalance: float) -> int:
-        return account(config(), NUM_RANKS, 0, 4096, imbalance).allocated
+        return build_account(config(), NUM_RANKS, 0, 4096, imbalance).allocated
 
     peak, beside = measured[STEP]["peak bytes"], WORKSPACES + STAND_INS
     slope = said(9.0) - said(8.0)
@@ -111,10 +111,10 @@ def kernels(found: dict[str, Any]) -> Iterator[str]:
     """Yield the lines on a step's kernels by kind, beside plan's milliseconds."""
     chip = CHIPS["h200"]
     run = config()
-    w = replace(of_run(run, run.data.phases[0], NUM_RANKS, chip, default_links(chip)),
+    w = replace(build_workload(run, run.data.phases[0], NUM_RANKS, chip, default_links(chip)),
                 attention_kernel="portable", document_tokens=DOCUMENT_TOKENS)
-    said = {name: 1e3 * seconds for name, seconds in step.step_time(w).components.items()}
-    host_s, stall_s = step._launch(step.Clock(w, default()))
+    said = {name: 1e3 * seconds for name, seconds in step.estimate_step(w).components.items()}
+    host_s, stall_s = step._estimate_launch_s(step.Clock(w, load_default_parameters()))
     told = found["ms of kernels"]
     total_ms, launches = told["all"]
     rest = {name: figures for name, figures in told.items() if name != "all"}

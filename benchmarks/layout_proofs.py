@@ -174,13 +174,13 @@ def layout(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str] | None
     """
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.plan.search.recommended import settings_for
-    from megatron_sov.proof.proving import as_json, prove_run
+    from megatron_sov.plan.search.recommended_layouts import get_recommended_settings
+    from megatron_sov.proof.layout_proof import proof_to_json, prove_run
 
     config = recipes.get(recipe)
     if settings is None:
-        settings = settings_for(config, num_ranks, gpu)
-    found = as_json(*prove_run(apply_settings(config, settings), num_ranks))
+        settings = get_recommended_settings(config, num_ranks, gpu)
+    found = proof_to_json(*prove_run(apply_settings(config, settings), num_ranks))
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return found | {"settings": settings, "cpu_s": usage.ru_utime + usage.ru_stime,
                     "peak_bytes": usage.ru_maxrss * 1024}
@@ -190,7 +190,7 @@ def every_recommended() -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
     """Yield each recommended layout of each recipe once, with the fewest processes that show all of it."""
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.plan.search.recommended import RECOMMENDED
+    from megatron_sov.plan.search.recommended_layouts import RECOMMENDED
 
     for recipe, of_gpus in RECOMMENDED.items():
         for settings in dict.fromkeys(found for of_gpu in of_gpus.values() for found in of_gpu):
@@ -228,9 +228,9 @@ def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) ->
     """
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.proof.given import write_documents
-    from megatron_sov.proof.miniature import miniature
-    from megatron_sov.proof.proving import EQUAL, FAILS, Verdict, play_alone, prove
+    from megatron_sov.proof.layout_proof import EQUAL, FAILS, Verdict, prove_miniature, run_reference
+    from megatron_sov.proof.miniature import build_miniature
+    from megatron_sov.proof.random_documents import write_documents
 
     known = set[Any]()
     for name in names:
@@ -239,17 +239,17 @@ def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) ->
                      if name in f["layouts"]]
         with tempfile.TemporaryDirectory() as folder:
             config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=32"])
-            small = miniature(config, 4, data := Path(folder, "documents"))
+            small = build_miniature(config, 4, data := Path(folder, "documents"))
             write_documents(data, small.config)
-            whole, matter = play_alone(small), FaultsThatMatter()
-            assert prove(small, matter, whole).outcome == EQUAL, name
+            whole, matter = run_reference(small), FaultsThatMatter()
+            assert prove_miniature(small, matter, whole).outcome == EQUAL, name
             for planted in in_source:
                 if only and (planted.kind, name, str(planted)) not in only:
                     continue
                 # in one process too, as it is in code that somebody has written
                 with mutated(planted):
                     try:
-                        verdict = prove(small)
+                        verdict = prove_miniature(small)
                     except Exception as e:  # what one process alone cannot do is found too
                         verdict = Verdict(FAILS, 4, places=[f"one process alone: {e}"])
                 place = FAULTS["places"][planted.place.rpartition(":")[2]]
@@ -262,13 +262,13 @@ def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) ->
                 if only and (f"a message {OTHER_GROUP}", name, str(site)) not in only:
                     continue
                 with over_another_group(site) as moved:
-                    verdict = prove(small, None, whole) if "object" not in site.where else None
+                    verdict = prove_miniature(small, None, whole) if "object" not in site.where else None
                 if moved and verdict is not None:
                     _told(f"a message {OTHER_GROUP}", name, str(site), verdict, _names(verdict, site))
             for fault in sent:
                 if only and (f"a message {fault.way}", name, str(fault.site)) not in only:
                     continue
-                verdict = prove(small, fault, whole)
+                verdict = prove_miniature(small, fault, whole)
                 _told(f"a message {fault.way}", name, str(fault.site), verdict, _names(verdict, fault.site))
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from megatron_sov import recipes
 from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.footprint.memory import Account, account
+from megatron_sov.plan.footprint.memory import MemoryAccount, build_account
 from megatron_sov.train.data.token_shards import Source
 
 NPROC, MIB = 2, 1 << 20
@@ -122,10 +122,10 @@ def main() -> None:
           f"Python {platform.python_version()}; {NPROC} processes of one thread\n"
           "MiB of one process, float32, recomputation on\n")
     print(f"{'tokens':>8}{'before':>8}{'grown':>8}{'account':>9}{'ratio':>7}{'seconds':>9}{'loss':>7}   "
-          "account: " + ", ".join(Account.__annotations__))
+          "account: " + ", ".join(MemoryAccount.__annotations__))
     for tokens in args.lengths:
         config = config_of(tokens)
-        planned = account(config, NPROC, 0, tokens)
+        planned = build_account(config, NPROC, 0, tokens)
         before, grown, seconds, loss = measured(config)
         print(f"{tokens:>8,}{before / MIB:>8.0f}{grown / MIB:>8.0f}{planned.allocated / MIB:>9.0f}"
               f"{grown / planned.allocated:>7.2f}{seconds:>9.0f}{loss:>7.3f}   "

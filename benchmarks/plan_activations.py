@@ -29,7 +29,7 @@ from long_sequence import OneDocument
 from megatron_sov import recipes
 from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.footprint.activations import stored
+from megatron_sov.plan.footprint.activations import estimate_stored
 from megatron_sov.train.data.token_shards import Source
 
 COMMON = ("train.precision=fp32", "train.steps=1", "train.eval_every_steps=0", "data.prefetch_steps=0",
@@ -201,7 +201,7 @@ def said(config: RunConfig, stage: int, nproc: int) -> int:
     """Return the bytes that the plan says of a process of a stage."""
     replicas = nproc // config.parallel.ranks_per_replica
     count = config.train.global_batch_size // (replicas * config.train.micro_batch_size)
-    return stored(config, stage, config.data.phases[0].seq_len, count).saved
+    return estimate_stored(config, stage, config.data.phases[0].seq_len, count).saved
 
 
 def main() -> None:

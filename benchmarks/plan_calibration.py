@@ -25,7 +25,7 @@ from typing import Any
 from plan_fit import PRIORS, Sample, error, fit
 
 from megatron_sov.base.artifacts import format_json, write_output
-from megatron_sov.plan.speed.parameters import Parameters, default
+from megatron_sov.plan.speed.parameters import Parameters, load_default_parameters
 from megatron_sov.plan.speed.workload import ModelShape, Workload
 from megatron_sov.work.clusters.chips import default_links, find_chip
 
@@ -172,7 +172,7 @@ def main() -> int:
     args = parser.parse_args()
     rows = read_rows()
     print(f"{len(rows)} published runs of {len({row.source for row in rows})} sources")
-    p = default()
+    p = load_default_parameters()
     if not args.no_refit:
         start = time.perf_counter()
         p = fit([row.sample for row in rows], PRIORS, p, args.rounds)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.plan.speed.parameters import Parameters
-from megatron_sov.plan.speed.step import step_time
+from megatron_sov.plan.speed.step import estimate_step
 from megatron_sov.plan.speed.workload import Workload
 
 
@@ -53,7 +53,7 @@ PRIOR_WEIGHT = 0.25
 
 def error(sample: Sample, parameters: Parameters) -> float:
     """Return the logarithm of predicted over measured throughput."""
-    return math.log(step_time(sample.workload, parameters).tokens_per_s_per_gpu
+    return math.log(estimate_step(sample.workload, parameters).tokens_per_s_per_gpu
                     / sample.tokens_per_s_per_gpu)
 
 

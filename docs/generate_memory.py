@@ -8,9 +8,9 @@ from pathlib import Path
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.footprint.held import BF16_BYTES, FLOAT32_BYTES
-from megatron_sov.plan.footprint.memory import account
-from megatron_sov.plan.speed.workload import ModelShape, of_model
+from megatron_sov.plan.footprint.memory import build_account
+from megatron_sov.plan.footprint.stage_parameters import BF16_BYTES, FLOAT32_BYTES
+from megatron_sov.plan.speed.workload import ModelShape, build_shape
 from megatron_sov.work.clusters.units import GIB
 
 PAGE = Path(__file__).parent / "memory.md"
@@ -78,7 +78,7 @@ def settings_of(recipe: str, layout: dict[str, int | bool]) -> RunConfig:
 def row(recipe: str, num_ranks: int, layout: dict[str, int | bool]) -> str:
     """Return one line of the table, of the pipeline stage that needs most."""
     config = settings_of(recipe, layout)
-    stage, needs = max(((i, account(config, num_ranks, i, SEQ_LEN)) for i in range(config.parallel.pp)),
+    stage, needs = max(((i, build_account(config, num_ranks, i, SEQ_LEN)) for i in range(config.parallel.pp)),
                        key=lambda found: found[1].total)
     said = ", ".join(name if value is True else f"{name} {value}" for name, value in layout.items())
     figures = [*(getattr(needs, name) for name in COLUMNS), needs.total]
@@ -99,7 +99,7 @@ def kv_bytes(shape: ModelShape, tokens: int) -> float:
 
 def cache_row(recipe: str) -> str:
     """Return one line of the table of keys and values."""
-    shape = of_model(recipes.get(recipe).model)
+    shape = build_shape(recipes.get(recipe).model)
     figures = [kv_bytes(shape, tokens) / GIB for tokens in CACHED]
     return f"| `{recipe}` | " + " | ".join(f"{v:.2f}" for v in figures) + " |\n"
 

@@ -9,8 +9,8 @@ from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.commands.models.recipes import format_recipe_summary
 from megatron_sov.model.recipes import RECIPES, TINY, get, sources
 from megatron_sov.model.recipes.sources import DEFAULT, ValueSource, select_used
-from megatron_sov.plan.search import recommended
-from megatron_sov.plan.search.recommended import RECOMMENDED
+from megatron_sov.plan.search import recommended_layouts
+from megatron_sov.plan.search.recommended_layouts import RECOMMENDED
 from megatron_sov.work.clusters.chips import CHIPS
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -143,8 +143,8 @@ def layouts() -> str:
     for name in RECOMMENDED:
         config = get(name)
         for kind, gpu in CHIPS.items():
-            for layout in recommended.layouts(config, kind):
-                needs = recommended.memory_gib(config, layout, kind)
+            for layout in recommended_layouts.list_recommended(config, kind):
+                needs = recommended_layouts.compute_memory_gib(config, layout, kind)
                 rows.append(f"| `{name}` | {gpu.name} | "
                             f"{', '.join(f'`{s}`' for s in layout) or 'its own'} | "
                             f"{', '.join(f'{n:.0f} on {ranks:,}' for ranks, n in needs.items())} |\n")

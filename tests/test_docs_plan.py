@@ -17,7 +17,7 @@ from tests.pages_typed import page_text, shell_lines
 PAGE = page_text("plan.md")
 COMMANDS = shell_lines(PAGE)
 OF_FILES = ("--calibrate", "--parameters", "--prove")
-"""Commands that read what a user has, or play all processes: `tests/plan/calibration/test_calibrate.py` and
+"""Commands that read what a user has, or play all processes: `tests/plan/test_calibration.py` and
 `tests/proof` run them."""
 
 
@@ -28,9 +28,9 @@ def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(space, "MICRO_BATCH_SIZES", (1,))
     monkeypatch.setattr(space, "VPP", (1,))
     monkeypatch.setattr(space, "MAX_TP", 4)
-    monkeypatch.setattr(space, "_modules", lambda model: [])
-    monkeypatch.setattr(space, "_divisors", lambda n: [d for d in (1, 8, 16) if n % d == 0])
-    monkeypatch.setattr(space, "_powers", lambda most: [p for p in (1, 4, 16) if p <= most])
+    monkeypatch.setattr(space, "_list_modules", lambda model: [])
+    monkeypatch.setattr(space, "_list_divisors", lambda n: [d for d in (1, 8, 16) if n % d == 0])
+    monkeypatch.setattr(space, "_list_powers", lambda most: [p for p in (1, 4, 16) if p <= most])
 
 
 @pytest.mark.deep

@@ -154,7 +154,7 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
     from transformer_engine.pytorch import placement
 
     from megatron_sov.engine.optimizer import parameter_groups
-    from megatron_sov.plan.footprint.memory import account
+    from megatron_sov.plan.footprint.memory import build_account
 
     config = configured(recipe, gpu, num_ranks, settings)
     p, rank = config.parallel, stage * num_ranks // config.parallel.pp
@@ -176,8 +176,8 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
         ledger.peak = 0
         runner.step(2, p.pp)
     rows = p.pp * config.train.micro_batch_size * num_ranks // p.ranks_per_replica
-    said = account(replace(config, train=replace(config.train, global_batch_size=rows)), num_ranks, stage,
-                   config.data.phases[0].seq_len, imbalance)
+    said = build_account(replace(config, train=replace(config.train, global_batch_size=rows)), num_ranks,
+                         stage, config.data.phases[0].seq_len, imbalance)
     return {"parameters": sum(weight.numel() for weight in runner.model.parameters()),
             "seconds": time.process_time() - begun, "waits": waits, "peak bytes": ledger.peak,
             "account bytes": said.allocated}
@@ -189,10 +189,10 @@ def configured(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str]) -
     from megatron_sov.engine.parallel.device import DEEP_EP_NAMES
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.plan.search.recommended import settings_for
+    from megatron_sov.plan.search.recommended_layouts import get_recommended_settings
 
     config = recipes.get(recipe)
-    config = apply_settings(config, [*settings_for(config, num_ranks, gpu), *settings])
+    config = apply_settings(config, [*get_recommended_settings(config, num_ranks, gpu), *settings])
     doubled = config.parallel.expert_dispatcher not in DEEP_EP_NAMES
     return config if doubled else apply_settings(config, ["parallel.expert_dispatcher=alltoall"])
 

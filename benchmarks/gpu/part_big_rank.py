@@ -84,7 +84,7 @@ def one(words: list[str], dry: bool) -> dict[str, Any]:
     from megatron_sov import recipes
     from megatron_sov.model.config import apply_settings
     from megatron_sov.model.families.count import compute_train_flops_per_token
-    from megatron_sov.plan.footprint.memory import account
+    from megatron_sov.plan.footprint.memory import build_account
 
     recipe, num_ranks, rank, layout = place(dry)
     config = apply_settings(recipes.get(recipe), [*layout, *words])
@@ -99,7 +99,7 @@ def one(words: list[str], dry: bool) -> dict[str, Any]:
     # the account of the tokens that its experts got, which is no property of the layout
     routed = seq_len * config.train.micro_batch_size * config.model.num_experts_per_token
     imbalance = mirror.MOST["rows"] / routed
-    said = account(config, num_ranks, 0, seq_len, imbalance)
+    said = build_account(config, num_ranks, 0, seq_len, imbalance)
     peak = 0 if dry else torch.cuda.max_memory_allocated()
     return {"build s": built_s, "step s": seconds, "TFLOP/s": flops / seconds / 1e12, "peak bytes": peak,
             "imbalance": imbalance, "account bytes": said.allocated, "losses": losses,

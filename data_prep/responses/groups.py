@@ -236,6 +236,8 @@ def _read_reward(record: dict[str, Any], where: str) -> Any:
 
 def _parse_group(record: dict[str, Any], where: str) -> ResponseGroup:
     if "prompt" not in record or not isinstance(record.get("responses"), list):
+        if {"chosen", "rejected"} <= record.keys():
+            raise UserError(f"{where}: is a pair already; pack it by `sov-data pack --format preference`")
         raise UserError(f"{where}: needs a 'prompt' and a list 'responses', or a 'completion' with its "
                         "'label'; add them")
     # the output would silently overwrite these fields

@@ -452,9 +452,12 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
         if not Path(path).exists():
             raise UserError(f"{path}: does not exist, so it is not {expected}; check the path"
                             f"{suggest_download(path)}") from None
+        # inside an artifact, or a folder in the cache of the Hugging Face hub
+        near = [*sorted(Path(path).glob("snapshots/*")), *([parent] if (parent := Path(path).parent) and (
+            parent / MANIFEST).is_file() else [])]
         raise UserError(f"{path}: has no {MANIFEST}, so it is not {expected}; "
                         f"pass the folder that {PRODUCERS.get(kind or '', 'the earlier step')} "
-                        "wrote") from None
+                        "wrote", Fix(words={str(path): str(near[-1])}) if near else None) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as e:
         raise UserError(f"{file}: is damaged ({e}); make the artifact again or restore "
                         "it from a copy") from None

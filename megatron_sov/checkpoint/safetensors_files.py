@@ -114,7 +114,10 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     """Parse and check the header; raises ValueError, KeyError, TypeError, OverflowError or RecursionError."""
     with open(path, "rb") as f:
         size_bytes = os.fstat(f.fileno()).st_size
-        length = int.from_bytes(f.read(8), "little")
+        beginning = f.read(8)
+        if beginning == b"version ":
+            raise ValueError("it is a pointer of Git LFS; run `git lfs pull` in its folder")
+        length = int.from_bytes(beginning, "little")
         if not 2 <= length <= min(MAX_HEADER_BYTES, size_bytes - 8):
             raise ValueError(f"its header would have {length} of the file's {size_bytes} bytes")
         header = json.loads(f.read(length), object_pairs_hook=_build_unique_dict)

@@ -1,1 +1,1 @@
-"""Runs on a cluster: jobs, bundles for no network, what a machine has."""
+"""Slurm jobs, and the library signatures for `doctor`."""

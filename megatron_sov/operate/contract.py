@@ -1,5 +1,4 @@
-"""Whether installed libraries have the functions and methods that this project calls, with the arguments that
-it was read against.  Their sources are parsed, and nothing of them is imported."""
+"""Compares installed libraries with the function signatures in `contract.json`, without importing them."""
 
 from __future__ import annotations
 
@@ -9,52 +8,52 @@ import json
 from pathlib import Path
 
 CONTRACT = Path(__file__).with_name("contract.json")
-"""Library -> its version, and file -> qualified name -> arguments; written by tests/te_double/contract.py."""
+"""Library -> version, and file -> qualified name -> arguments; written by `tests/te_double/contract.py`."""
 
 
-def first_difference(package: str) -> tuple[str, str]:
-    """Return the version of a library that the contract has, and the first name of which the installed
-    library has other arguments; "": there is none, or the library is not installed.
+def find_first_difference(package: str) -> tuple[str, str]:
+    """Return a library's version in `contract.json`, and the first signature that differs from the installed
+    library; "": no difference, or the library is not installed.
 
     Raises:
-        OSError, SyntaxError, ValueError, RecursionError: its sources cannot be read.
+        OSError, SyntaxError, ValueError, RecursionError: the library's sources cannot be read.
     """
-    part = json.loads(CONTRACT.read_text(encoding="utf-8"))[package]
+    library = json.loads(CONTRACT.read_text(encoding="utf-8"))[package]
+    version = library["version"]
     spec = importlib.util.find_spec(package.partition(".")[0])
     if spec is None or not spec.submodule_search_locations:
-        return part["version"], ""
-    # several distributions can install modules into one namespace package, each in a folder of its own
+        return version, ""
+    # several distributions can install folders for the same namespace package
     roots = [Path(location).parent for location in spec.submodule_search_locations]
-    for file, wanted in part["files"].items():
+    for file, expected in library["files"].items():
         path = next((root / file for root in roots if (root / file).is_file()), None)
         if path is None:
-            return part["version"], f"{file} is gone"
-        here = signatures(path)
-        for name, arguments in wanted.items():
-            if name not in here:
-                return part["version"], f"{name} of {file} is gone"
-            if here[name] != arguments:
-                return part["version"], f"{name} of {file} takes ({here[name]}), not ({arguments})"
-    return part["version"], ""
+            return version, f"{file} is gone"
+        installed = read_signatures(path)
+        for name, arguments in expected.items():
+            if name not in installed:
+                return version, f"{name} of {file} is gone"
+            if installed[name] != arguments:
+                return version, f"{name} of {file} takes ({installed[name]}), not ({arguments})"
+    return version, ""
 
 
-def signatures(file: Path) -> dict[str, str]:
-    """Return the arguments of each function and method that a source file defines, by its qualified name,
-    without annotations; a class is in there with none."""
-    found: dict[str, str] = {}
-    waiting: list[tuple[str, ast.stmt | ast.ExceptHandler]] = [
+def read_signatures(file: Path) -> dict[str, str]:
+    """Parse a source file: qualified name -> arguments without annotations; a class maps to ""."""
+    signatures: dict[str, str] = {}
+    queue: list[tuple[str, ast.stmt | ast.ExceptHandler]] = [
         ("", statement) for statement in ast.parse(file.read_bytes()).body]
-    while waiting:
-        prefix, node = waiting.pop(0)
+    while queue:
+        prefix, node = queue.pop(0)
         if isinstance(node, ast.FunctionDef):
             for argument in ast.walk(node.args):
                 if isinstance(argument, ast.arg):
                     argument.annotation = None
-            found.setdefault(prefix + node.name, ast.unparse(node.args))
+            signatures.setdefault(prefix + node.name, ast.unparse(node.args))
         elif isinstance(node, ast.ClassDef):
-            found.setdefault(prefix + node.name, "")
-            waiting += [(f"{prefix}{node.name}.", child) for child in node.body]
+            signatures.setdefault(prefix + node.name, "")
+            queue += [(f"{prefix}{node.name}.", child) for child in node.body]
         elif isinstance(node, (ast.If, ast.Try, ast.ExceptHandler)):
-            waiting += [(prefix, child) for child in ast.iter_child_nodes(node)
-                        if isinstance(child, (ast.stmt, ast.ExceptHandler))]
-    return found
+            queue += [(prefix, child) for child in ast.iter_child_nodes(node)
+                      if isinstance(child, (ast.stmt, ast.ExceptHandler))]
+    return signatures

@@ -23,6 +23,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing, suggest_download, warn
 from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import PROBE_PREFIX
+from megatron_sov.model import recipes
 from megatron_sov.model.config import RunConfig, from_dict
 from megatron_sov.model.pretrained import ADAPTER_CONFIG, CONFIG, is_hf_folder
 from megatron_sov.runs.obs.events import EVENTS
@@ -160,6 +161,9 @@ def check_model_path(path: Path, option: str = "") -> None:
         if (path.parent / EVENTS).is_file():
             raise UserError(f"{option}{path}: {problem}; pass the run, {path.parent}",
                             Fix(words={str(path): str(path.parent)}))
+        if str(path) in recipes.names():
+            raise UserError(f"{option}{path}: is a recipe, which comes before the options",
+                            Fix(arguments=(str(path),), left_out=(f"{option}{path}",)))
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
                         f"folder{suggest_download(path)}", fix_missing(path))
 

@@ -18,7 +18,7 @@ from megatron_sov.base.command_line import Parser, run_to_exit_code
 from megatron_sov.base.errors import (
     ExitCode, GateFailed, StopRequested, UserError, format_install_command, format_problems, suggest_download,
     suggest_name)
-from megatron_sov.operate.slurm.stages import work_of
+from megatron_sov.operate.slurm.stages import build_stage_work
 from megatron_sov.version import __version__
 from tokenizer.cli import build_parser as sov_tokenizer
 
@@ -115,7 +115,7 @@ def test_repeated_input_options_accumulate(line: str) -> None:
     assert inputs(sov_data(), "pack --tokenizer t") == ["a", "b", "c"]
     assert inputs(sov_data(), "trajectories") == ["a", "b", "c"]
     assert inputs(sov_tokenizer(), "train --preset solar-open --vocab-size 9") == ["a", "b", "c"]
-    work = work_of("data", f"pack --tokenizer t {line} --output o".split(), {})
+    work = build_stage_work("data", f"pack --tokenizer t {line} --output o".split(), {})
     assert [path.name for path in work.inputs] == ["a", "b", "c", "t"]
 
 

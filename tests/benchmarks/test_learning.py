@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.plan.speed.parameters import Parameters, default
-from megatron_sov.plan.speed.step import step_time
-from megatron_sov.plan.speed.workload import Workload, of_model
+from megatron_sov.plan.speed.parameters import Parameters, load_default_parameters
+from megatron_sov.plan.speed.step import estimate_step
+from megatron_sov.plan.speed.workload import Workload, build_shape
 from megatron_sov.work.clusters.chips import default_links, find_chip
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -80,7 +80,7 @@ def test_three_seeds_have_an_interval_and_one_has_none() -> None:
 
 def test_all_that_is_fitted_lies_within_what_is_possible() -> None:
     for path, prior in PRIORS.items():
-        found: object = vars(default())
+        found: object = vars(load_default_parameters())
         for name in path.split("."):
             assert isinstance(found, dict)
             found = found[name]
@@ -90,20 +90,20 @@ def test_all_that_is_fitted_lies_within_what_is_possible() -> None:
 
 
 def test_hidden_parameters_are_found() -> None:
-    hidden = deepcopy(vars(default()))
+    hidden = deepcopy(vars(load_default_parameters()))
     hidden["product_fraction"]["ampere"]["bf16"], hidden["hbm_fraction"] = 0.65, 0.6
     truth = Parameters(**hidden)
     a100 = find_chip("a100")
     samples = []
     for name in ("llama-3.1-8b", "exaone-4.0-1.2b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "gemma-3-1b"):
         for seq_len in (512, 2048):
-            w = Workload(of_model(recipes.get(name).model), a100, default_links(a100), 8, seq_len, 4, 256,
+            w = Workload(build_shape(recipes.get(name).model), a100, default_links(a100), 8, seq_len, 4, 256,
                          sharding="zero1")
-            samples.append(Sample(w, step_time(w, truth).tokens_per_s_per_gpu))
+            samples.append(Sample(w, estimate_step(w, truth).tokens_per_s_per_gpu))
     samples[3] = replace(samples[3], tokens_per_s_per_gpu=samples[3].tokens_per_s_per_gpu * 3)
     priors = {"product_fraction.ampere.bf16": Prior(0.8, 3.0, 0.4, 1.0),
               "hbm_fraction": Prior(0.8, 3.0, 0.3, 1.0)}
-    found = fit(samples, priors, default())
+    found = fit(samples, priors, load_default_parameters())
     assert math.isclose(found.product_fraction["ampere"]["bf16"], 0.65, rel_tol=0.03)
     assert math.isclose(found.hbm_fraction, 0.6, rel_tol=0.06)
     assert all(abs(error(s, found)) < 0.02 for i, s in enumerate(samples) if i != 3)

@@ -1,4 +1,4 @@
-"""`sov-data` commands write each record or set it aside for a reason, and print one line of one form."""
+"""Accounts in `sov-data` commands: each record is written or set aside for a reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_prep.shards.units import UnitRecord
 from megatron_sov.base.documents.accounting import RecordAccount
 
 
-def test_a_record_that_vanishes_stops_the_command() -> None:
+def test_lost_record_stops_the_command() -> None:
     source = EncodedSource("web", "text", Path("web"), [((), UnitRecord("key", 2, 9, (3,), {}, num_read=3))])
     with pytest.raises(RuntimeError, match="does not add up: 3 records read: 2 written, 0 set aside"):
         account_source(source, {"": 2}, {})

@@ -1,4 +1,4 @@
-"""`sov-data demo-corpus`: sources that later commands read, from this machine or from one's own files."""
+"""`sov-data demo-corpus`: sources from this machine or from user files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class A:
 '''
 
 
-def test_docstrings_are_read_with_their_names() -> None:
+def test_parse_docstrings_returns_qualified_names() -> None:
     found = parse_docstrings("pkg/mod.py", SOURCE)
     assert [(d.module, d.name, d.text) for d in found] == [
         ("pkg.mod", "", "Module words."), ("pkg.mod", "A", "Class words."),
@@ -41,7 +41,7 @@ def test_docstrings_are_read_with_their_names() -> None:
         "pkg.mod": "pkg.mod\n\nModule words.\n\npkg.mod.A\n\nClass words.\n\npkg.mod.A.f\n\nFunction words."}
 
 
-def test_markup_noise_goes_and_words_stay() -> None:
+def test_strip_markup_keeps_words() -> None:
     text = textwrap.dedent("""\
         Title
         =====
@@ -68,8 +68,8 @@ def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_corpus, "read_package_pages", dict)
 
 
-def test_gathers_sources_and_goes_on_without_korean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_corpus_is_written_without_korean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     def unavailable() -> dict[str, str]:
         raise CorpusUnavailable("apt-get is not on this machine")
 
@@ -93,7 +93,7 @@ def test_gathers_sources_and_goes_on_without_korean(tmp_path: Path, monkeypatch:
     assert any("import " in text for text in code) and len(set(code)) == len(code)
 
 
-def test_korean_is_a_source_where_it_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_korean_pages_become_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = {f"page {i}": f"한국어 문서 {i}번입니다. " * 20 for i in range(12)} | {"short": "예"}
     monkeypatch.setattr(demo_corpus, "download_korean_pages", lambda: pages)
     assert main(["demo-corpus", "--output", str(tmp_path / "a")]) == 0
@@ -102,7 +102,7 @@ def test_korean_is_a_source_where_it_can_be_had(tmp_path: Path, monkeypatch: pyt
     assert read_manifest(tmp_path / "a").files == read_manifest(tmp_path / "b").files
 
 
-def test_ones_own_text_replaces_what_is_gathered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_text_replaces_gathered_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/book.txt").write_text("".join(f"Paragraph {i} of a book.\n\n" for i in range(4000)))
     (tmp_path / "mine/more.jsonl").write_text('{"text": "a line"}\n{"text": "a line"}\n{"text": "another"}\n')
@@ -117,7 +117,7 @@ def test_ones_own_text_replaces_what_is_gathered(tmp_path: Path, capsys: pytest.
     assert "does not exist" in capsys.readouterr().err and not (tmp_path / "out2").exists()
 
 
-def test_selection_is_bounded_fixed_and_drops_noise() -> None:
+def test_selection_is_bounded_and_reproducible() -> None:
     texts = {f"{i:02d}": f"{i} " * 100 for i in range(50)} | {"twin": "7 " * 100, "short": "x"}
     chosen = select_documents(texts, 5000)
     assert sum(len(t) for t in chosen.values()) <= 5000 and len(chosen) >= 15

@@ -1,4 +1,4 @@
-"""Tags: what sources are, read from records or given, and what patterns choose by them."""
+"""Tags of sources: parsing, merging and selection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.errors import UserError
 
 
-def test_pack_records_what_each_source_is(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_pack_records_source_tags(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     rows = {"ko-L2": [{"text": f"문장 {i}.", "kind": "ko", "level": "L2", "synthetic": i % 2 == 0}
                       for i in range(30)],
             "en": [{"text": f"Sentence {i}.", "kind": "domain:law", "level": None, "synthetic": True}
@@ -42,14 +42,14 @@ def test_pack_records_what_each_source_is(tokenizers: dict[str, Path], tmp_path:
     ("kind=", "--tag 'kind=': '' cannot be a tag"), ("kind=a b", "'a b' cannot be a tag"),
     ("kind=web-*", "'web-*' cannot be a tag"), ("web:=x", "'' cannot name a tag"),
 ])
-def test_what_cannot_be_a_tag_is_refused(argument: str, said: str) -> None:
+def test_malformed_tags_are_rejected(argument: str, said: str) -> None:
     with pytest.raises(UserError) as e:
         parse_tags([argument])
     assert said in str(e.value)
 
 
-def test_mistakes_of_pack_are_one_sentence(tokenizers: dict[str, Path], tmp_path: Path,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_tags_give_one_sentence(tokenizers: dict[str, Path], tmp_path: Path,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{i} text", "kind": [i], "n": i})
                                                 for i in range(70)))
     (tmp_path / "a.txt").write_text("plain text")
@@ -64,7 +64,7 @@ def test_mistakes_of_pack_are_one_sentence(tokenizers: dict[str, Path], tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_is_chosen_where_all_its_values_fit_one_of_the_patterns() -> None:
+def test_source_is_chosen_if_all_values_match() -> None:
     web = {"name": "web-ko", "tags": {"kind": ["ko"], "synthetic": ["false", "true"],
                                       "topic": ["domain:law"]},
            "bucket": {"source": "web", "field": "level", "value": "L2"}}
@@ -75,14 +75,14 @@ def test_a_source_is_chosen_where_all_its_values_fit_one_of_the_patterns() -> No
         assert is_chosen(where, web) is chosen, where
 
 
-def test_what_is_given_stands_above_what_is_read() -> None:
+def test_assigned_tags_replace_recorded_tags() -> None:
     given = (AssignedTag("kind", "ko", "web"), AssignedTag("kind", "en"), AssignedTag("year", "1"))
     found = [{"kind": ["ja"], "level": ["L2"]}, {"kind": ["en"], "level": ["L1", "L2"]}]
     assert merge_source_tags("web", found, given) == {"kind": ["ko"], "level": ["L1", "L2"], "year": ["1"]}
     assert merge_source_tags("code", [], given) == {"kind": ["en"], "year": ["1"]}
 
 
-def test_the_nearest_complete_artifact_counts(tmp_path: Path) -> None:
+def test_nearest_complete_artifact_is_found(tmp_path: Path) -> None:
     for name, kind in (("corpus", "corpus"), ("other", "tokenizer")):
         with create_artifact(tmp_path / name, kind) as artifact:
             (artifact.path / "text/web").mkdir(parents=True)

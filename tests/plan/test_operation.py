@@ -22,7 +22,8 @@ from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.plan.operation import (
-    Conditions, best_interval_s, checkpoint_bytes, cost, goodput, operation, rank_bytes, write_times)
+    FailureConditions, compute_goodput, count_checkpoint_bytes, count_rank_bytes, estimate_cost,
+    estimate_write_times, find_best_interval_s, plan_operation)
 from megatron_sov.runs.checkpoints import AdapterBase
 from megatron_sov.work.clusters import cluster
 
@@ -43,7 +44,7 @@ def daly_interval_s(cost_s: float, mtbf_s: float) -> float:
     return math.sqrt(2 * cost_s * mtbf_s) * (1 + x / 3 + x * x / 9) - cost_s
 
 
-def simulated(c: Conditions, num_failures: int, seed: int) -> float:
+def simulated(c: FailureConditions, num_failures: int, seed: int) -> float:
     """Return the effective training time between so many failures, each drawn: the k-th checkpoint counts
     where it is written, and a restart may fail itself."""
     drawn, work_s, wall_s = random.Random(seed), 0.0, 0.0
@@ -59,43 +60,43 @@ def simulated(c: Conditions, num_failures: int, seed: int) -> float:
 
 
 def test_without_failures_checkpoints_alone_take_time() -> None:
-    c = Conditions(0.0, RESTART_S, 100, 5, 20)
-    assert goodput(c) == pytest.approx(100 / 105) and math.isinf(best_interval_s(c))
+    c = FailureConditions(0.0, RESTART_S, 100, 5, 20)
+    assert compute_goodput(c) == pytest.approx(100 / 105) and math.isinf(find_best_interval_s(c))
     # the second and every later one waits for the one before
-    assert goodput(replace(c, write_s=150)) == pytest.approx(100 / 155)
+    assert compute_goodput(replace(c, write_s=150)) == pytest.approx(100 / 155)
 
 
 @pytest.mark.parametrize("c", [
-    Conditions(1 / 18_000, RESTART_S, 300, 2, 60),
-    Conditions(1 / 3_000, RESTART_S, 600, 30, 500),
-    Conditions(1 / 900, RESTART_S, 300, 60, 0),
+    FailureConditions(1 / 18_000, RESTART_S, 300, 2, 60),
+    FailureConditions(1 / 3_000, RESTART_S, 600, 30, 500),
+    FailureConditions(1 / 900, RESTART_S, 300, 60, 0),
 ], ids=["10,000 GPUs", "slow store", "hardly any progress"])
-def test_the_simulation_agrees_with_the_closed_form(c: Conditions) -> None:
+def test_the_simulation_agrees_with_the_closed_form(c: FailureConditions) -> None:
     """Within three standard errors, and those are below half a per cent."""
     found = [simulated(c, 400, seed) for seed in range(60)]
     error = statistics.stdev(found) / math.sqrt(len(found))
-    assert abs(statistics.mean(found) - goodput(c)) < 3 * error < 0.01
+    assert abs(statistics.mean(found) - compute_goodput(c)) < 3 * error < 0.01
 
 
 def test_a_checkpoint_that_is_waited_for_is_dalys_model() -> None:
     """Equation 20 of his paper: T = M exp(R / M) (exp((tau + delta) / M) - 1) Ts / tau."""
     m, r, tau, delta = 9_000.0, 400.0, 1_200.0, 90.0
     daly = tau / (m * math.exp(r / m) * (math.exp((tau + delta) / m) - 1))
-    assert goodput(Conditions(1 / m, r, tau, delta, 0)) == pytest.approx(daly)
+    assert compute_goodput(FailureConditions(1 / m, r, tau, delta, 0)) == pytest.approx(daly)
 
 
 @pytest.mark.parametrize(("mtbf_s", "stall_s"), [(18_000, 2), (3_600, 30), (86_400, 120)])
 def test_the_best_interval_is_dalys(mtbf_s: float, stall_s: float) -> None:
-    c = Conditions(1 / mtbf_s, RESTART_S, 1.0, stall_s, 0)
-    best = best_interval_s(c)
+    c = FailureConditions(1 / mtbf_s, RESTART_S, 1.0, stall_s, 0)
+    best = find_best_interval_s(c)
     assert best == pytest.approx(daly_interval_s(stall_s, mtbf_s), rel=2e-3)
-    around = [goodput(replace(c, interval_s=best * factor)) for factor in (0.8, 1, 1.25)]
+    around = [compute_goodput(replace(c, interval_s=best * factor)) for factor in (0.8, 1, 1.25)]
     assert max(around) == around[1]
 
 
 def test_no_checkpoint_begins_before_the_last_is_written() -> None:
-    c = Conditions(1 / 18_000, RESTART_S, 1.0, 0.1, 400)
-    assert best_interval_s(c) == pytest.approx(400, rel=1e-3)
+    c = FailureConditions(1 / 18_000, RESTART_S, 1.0, 0.1, 400)
+    assert find_best_interval_s(c) == pytest.approx(400, rel=1e-3)
 
 
 # How a run of a recipe is kept going on a profile.
@@ -106,8 +107,8 @@ SOLAR = recipes.get("solar-open-102b")
 
 
 def test_a_run_is_saved_as_often_as_daly_says() -> None:
-    told = operation(SOLAR, H100, 512, 10.0, 100_000)
-    assert told.checkpoint_bytes == checkpoint_bytes(SOLAR).total
+    told = plan_operation(SOLAR, H100, 512, 10.0, 100_000)
+    assert told.checkpoint_bytes == count_checkpoint_bytes(SOLAR).total
     assert told.interval_s == 10 * told.interval_steps == pytest.approx(
         daly_interval_s(told.stall_s, told.mtbf_s), abs=5)
     assert told.mtbf_s / 86400 == pytest.approx(365.25 / (512 * 0.17)) and told.storage_known
@@ -116,13 +117,13 @@ def test_a_run_is_saved_as_often_as_daly_says() -> None:
 
 def test_a_slow_store_sets_the_interval() -> None:
     slow = replace(H100, storage_write_gbytes_per_s=1.0)
-    told = operation(SOLAR, slow, 8192, 10.0, 100_000)
+    told = plan_operation(SOLAR, slow, 8192, 10.0, 100_000)
     assert told.interval_steps == math.ceil(told.write_s / 10) == math.ceil(told.checkpoint_bytes / 1e10)
 
 
 def test_a_store_that_nobody_knows_and_a_cluster_that_never_fails() -> None:
     silent = replace(H100, storage_write_gbytes_per_s=0, failures_per_gpu_year=0)
-    told = operation(SOLAR, silent, 512, 10.0, 777)
+    told = plan_operation(SOLAR, silent, 512, 10.0, 777)
     assert not told.storage_known and told.interval_steps == 777 and math.isinf(told.mtbf_s)
     assert told.write_s > 10 and told.effective_share > 0.999
 
@@ -131,7 +132,7 @@ def test_a_store_that_nobody_knows_and_a_cluster_that_never_fails() -> None:
 def test_a_cluster_that_always_fails_is_refused(rate: float) -> None:
     with pytest.raises(UserError, match=r"leave 8,192 GPUs no time to train: something fails every \S+ s, "
                                         r"and a checkpoint takes 7\S+ s; plan with fewer GPUs"):
-        operation(SOLAR, replace(H100, failures_per_gpu_year=rate), 8192, 10.0, 1000)
+        plan_operation(SOLAR, replace(H100, failures_per_gpu_year=rate), 8192, 10.0, 1000)
 
 
 # Days, energy and money of runs whose figures were published.
@@ -140,7 +141,7 @@ def test_a_cluster_that_always_fails_is_refused(rate: float) -> None:
 def test_deepseek_v3() -> None:
     """2.788 M hours of an H800 at 2 dollars: 5.576 M dollars (its report, table 1)."""
     h800 = replace(H100, gpu="h800", price_per_gpu_hour=2.0)
-    told = cost(2.788e6 / 2048 * 3600, 2048, h800)
+    told = estimate_cost(2.788e6 / 2048 * 3600, 2048, h800)
     assert told.gpu_hours == pytest.approx(2.788e6) and told.usd == pytest.approx(5.576e6)
     assert told.usd_low == told.usd == told.usd_high and told.price_note.startswith("2.00 USD for")
     assert told.days == pytest.approx(56.7, abs=0.1)
@@ -148,17 +149,17 @@ def test_deepseek_v3() -> None:
 
 def test_energy_of_a_node_for_an_hour() -> None:
     """8 H100 may draw 10.2 kW and draw 8.4; the site takes 1.3 times as much."""
-    told = cost(3600, 8, H100)
+    told = estimate_cost(3600, 8, H100)
     assert told.energy_kwh == pytest.approx(8.4 * 1.3, rel=5e-3)
-    assert cost(3600, 8, replace(H100, node_power_w=12_000)).energy_kwh == pytest.approx(
+    assert estimate_cost(3600, 8, replace(H100, node_power_w=12_000)).energy_kwh == pytest.approx(
         told.energy_kwh * 12_000 / 10_200)
 
 
 def test_a_price_that_nobody_has_said_is_a_range() -> None:
-    told = cost(3600, 1, H100)
+    told = estimate_cost(3600, 1, H100)
     assert told.usd_low < told.usd < told.usd_high and told.price_note.startswith(
         "2.95 USD for a GPU and hour, typical price of 20")
-    assert cost(3600, 1, replace(H100, gpu="gb300")).price_note.startswith("a guess: ")
+    assert estimate_cost(3600, 1, replace(H100, gpu="gb300")).price_note.startswith("a guess: ")
 
 
 # The bytes of a checkpoint are those of real ones on disk.
@@ -214,7 +215,7 @@ def test_a_real_checkpoint_has_these_bytes_whatever_its_layout(ranks: Any, job: 
             for case, (_, _, layout) in CASES.items()}
     for case, (found, *_) in zip(jobs, ranks(*jobs.values()), strict=True):
         recipe, settings, _ = CASES[case]
-        told = checkpoint_bytes(apply_settings(recipes.get(recipe), list(settings)))
+        told = count_checkpoint_bytes(apply_settings(recipes.get(recipe), list(settings)))
         weights = found["parts"].get("model", found["parts"].get("adapter"))
         assert (weights, found["parts"]["optimizer"]) == (told.weights, told.optimizer), case
         # files hold nothing but these, and their headers
@@ -223,19 +224,19 @@ def test_a_real_checkpoint_has_these_bytes_whatever_its_layout(ranks: Any, job: 
 
 def test_checkpoints_of_the_big_recipes() -> None:
     """102.6 G parameters with AdamW under bf16: 2 + 4 + 4 + 4 bytes each; Muon keeps one moment."""
-    solar = checkpoint_bytes(recipes.get("solar-open-102b"))
+    solar = count_checkpoint_bytes(recipes.get("solar-open-102b"))
     assert solar.total / 14 == pytest.approx(102.6e9, rel=2e-3)
-    exaone = checkpoint_bytes(recipes.get("k-exaone-236b"))
+    exaone = count_checkpoint_bytes(recipes.get("k-exaone-236b"))
     assert exaone.weights == pytest.approx(2 * 237.1e9, rel=2e-3)
     assert 4 * exaone.weights < exaone.optimizer < 4.1 * exaone.weights
 
 
 def test_a_process_writes_the_more_the_fewer_there_are_and_a_slow_store_decides() -> None:
     config = recipes.get("solar-open-102b")
-    total = checkpoint_bytes(config).total
-    assert rank_bytes(config, 64) > rank_bytes(config, 512) > total / 512
-    slow, fast = (write_times(config, 512, rate) for rate in (20e9, 1e15))
+    total = count_checkpoint_bytes(config).total
+    assert count_rank_bytes(config, 64) > count_rank_bytes(config, 512) > total / 512
+    slow, fast = (estimate_write_times(config, 512, rate) for rate in (20e9, 1e15))
     assert slow.background_s == total / 20e9 and slow.stall_s == fast.stall_s < 5
     assert fast.background_s < slow.background_s
     waits = apply_settings(config, ["train.async_save=false"])
-    assert write_times(waits, 512, 20e9).stall_s == total / 20e9
+    assert estimate_write_times(waits, 512, 20e9).stall_s == total / 20e9

@@ -9,16 +9,16 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.plan.calibration.fitting import fullest
-from megatron_sov.plan.on_cluster import placed, quote_run
-from megatron_sov.plan.pages.quote import Quote
-from megatron_sov.plan.pricing import Machines, Pricing, machines, pricing
-from megatron_sov.plan.speed.workload import of_model
+from megatron_sov.plan.cluster_plan import plan_on_cluster, quote_run
+from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
+from megatron_sov.plan.pages.quotes import Quote
+from megatron_sov.plan.pricing import Machines, Pricing, build_pricing, load_machines
+from megatron_sov.plan.speed.workload import build_shape
 
 
 def gpus(num_gpus: int = 8) -> Pricing:
-    profile = machines("h100", 1).profile
-    found = pricing(Machines("h100", replace(profile, gpus_per_node=num_gpus), 1))
+    profile = load_machines("h100", 1).profile
+    found = build_pricing(Machines("h100", replace(profile, gpus_per_node=num_gpus), 1))
     assert found is not None
     return found
 
@@ -50,14 +50,16 @@ def test_adapters_need_less() -> None:
 
 def test_a_teacher_lies_beside_the_model_that_learns_its_distributions() -> None:
     config = apply_settings(recipes.get("typhoon-s-8b-opd"), ["parallel.zero1=true"])
-    beside = fullest(config, 8)[1].teacher
+    beside = find_fullest_stage(config, 8)[1].teacher
     # bf16 weights, with the gaps of their buffers
-    assert beside == pytest.approx(2 * of_model(recipes.get("qwen3-30b-a3b-2507").model).params(), rel=0.01)
-    assert fullest(replace(config, recipe="mine"), 8)[1].teacher == fullest(config, 8)[1].weights
+    assert beside == pytest.approx(
+        2 * build_shape(recipes.get("qwen3-30b-a3b-2507").model).params(), rel=0.01)
+    assert find_fullest_stage(replace(config, recipe="mine"), 8)[
+                              1].teacher == find_fullest_stage(config, 8)[1].weights
 
 
 def test_rounds_have_a_layout_and_no_price() -> None:
     request = RecipeRequest(recipes.get("typhoon-s-4b-legal"), (), False)
-    found = placed(request, gpus(4).machines)
-    assert "on 100 rounds (the recipe's), 4 H100" in found.headline() and not found.quotes
-    assert "no price: rounds of reinforcement learning" in found.as_text()
+    found = plan_on_cluster(request, gpus(4).machines)
+    assert "on 100 rounds (the recipe's), 4 H100" in found.format_headline() and not found.quotes
+    assert "no price: rounds of reinforcement learning" in found.format_text()

@@ -17,36 +17,39 @@ from megatron_sov import recipes
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
 from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.model.config import ParallelConfig, apply_settings
-from megatron_sov.operate.slurm.stages import work_of
-from megatron_sov.plan.pages.telling import (
-    SHOWN_RULES, PlanText, broken, name, recomputes, set_line, sizes, submit_line, too_large)
-from megatron_sov.plan.pricing import Pricing, RunStage, machines, pricing, run_stages
+from megatron_sov.operate.slurm.stages import build_stage_work
+from megatron_sov.plan.pages.layout_report import (
+    SHOWN_RULES, SweepReport, describe_broken_rules, describe_too_large, format_layout, format_recompute,
+    format_set_options, format_sizes, format_submit_command)
+from megatron_sov.plan.pricing import Pricing, RunStage, build_pricing, list_run_stages, load_machines
 from megatron_sov.plan.search.space import (
-    LEAST_GAIN, LayoutChoice, LayoutSpace, choices, layouts, own_choice, space_of, uneven)
+    LEAST_GAIN, LayoutChoice, LayoutSpace, build_space, find_uneven_split, get_current_choice, iter_choices,
+    iter_layouts)
 from megatron_sov.plan.search.sweep import (
-    Sweep, SweepResult, SweepSearch, common, fewest_nodes, fits_somehow, search, sweep, told_nodes)
-from megatron_sov.plan.speed.parameters import default
+    Sweep, SweepResult, SweepSearch, find_common_layouts, find_fewest_nodes, format_node_advice,
+    has_fitting_layout, search_layouts, sweep_stage)
+from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.work.clusters.units import GIB
 
 
 def prices(nodes: int) -> Pricing:
-    return Pricing(machines("h100", nodes), default())
+    return Pricing(load_machines("h100", nodes), load_default_parameters())
 
 
 @pytest.mark.parametrize(("nodes", "said"), [
     (6, "the fewest nodes that it fits are 6: --nodes 6"), (48, "48 nodes are enough: --nodes 48"),
     (None, "no number of nodes up to 4,096 is enough")])
 def test_nodes_in_words(nodes: int | None, said: str) -> None:
-    assert told_nodes(nodes).startswith(said)
+    assert format_node_advice(nodes).startswith(said)
 
 
 @pytest.mark.deep
 def test_the_fewest_nodes_are_those_below_which_nothing_fits() -> None:
     config = recipes.get("k-exaone-236b")
-    assert fewest_nodes(config, prices(2)) == 8
-    assert fits_somehow(config, prices(8)) and not fits_somehow(config, prices(2))
+    assert find_fewest_nodes(config, prices(2)) == 8
+    assert has_fitting_layout(config, prices(8)) and not has_fitting_layout(config, prices(2))
     in_bf16 = apply_settings(config, ["train.fp8=none"])  # without quantised copies of weights
-    assert fewest_nodes(in_bf16, prices(2)) == 6
+    assert find_fewest_nodes(in_bf16, prices(2)) == 6
 
 
 # What a plan tells to type is a command that `submit` takes.
@@ -58,18 +61,19 @@ def test_the_fewest_nodes_are_those_below_which_nothing_fits() -> None:
     ("tiny-solar-open-rl", "rl-train")])
 def test_submit_takes_the_line_of_every_objective(recipe: str, stage: str) -> None:
     config = apply_settings(recipes.get(recipe), ["parallel.tp=2"])
-    line = submit_line(config, machines("b200", 2), [recipe], ["parallel.tp=2", "parallel.sp=true"])
+    line = format_submit_command(config, load_machines("b200", 2), [recipe], [
+                                 "parallel.tp=2", "parallel.sp=true"])
     program, command, said, *words = shlex.split(line)
     assert (program, command, said) == ("megatron-sov", "submit", stage)
     assert words[:6] == ["--cluster", "b200", "--nodes", "2", "--account", "ACCOUNT"]
-    work = work_of(stage, words[6:], STAGE_PARSERS)
+    work = build_stage_work(stage, words[6:], STAGE_PARSERS)
     assert work.config is not None and work.config.parallel.tp == 2
 
 
 def test_settings_are_quoted_for_a_shell() -> None:
-    said = set_line(['gpu.recompute_modules=["moe"]', "parallel.tp=2"])
+    said = format_set_options(['gpu.recompute_modules=["moe"]', "parallel.tp=2"])
     assert shlex.split(said) == ["--set", 'gpu.recompute_modules=["moe"]', "--set", "parallel.tp=2"]
-    assert set_line([]) == ""
+    assert format_set_options([]) == ""
 
 
 # What is said of a search.
@@ -79,31 +83,31 @@ CONFIG = recipes.get("qwen3-8b")
 FAST = LayoutChoice(ParallelConfig(zero1=True), 1, (False, ()))
 
 
-def told(*found: tuple[LayoutChoice, int, float]) -> PlanText:
+def told(*found: tuple[LayoutChoice, int, float]) -> SweepReport:
     """Return a search of one stage that found layouts of so many bytes and seconds."""
-    sweep = Sweep(run_stages(CONFIG, 8)[0], num_looked_at=9,
+    sweep = Sweep(list_run_stages(CONFIG, 8)[0], num_looked_at=9,
                   ranked=[SweepResult(choice, needs, {"dense": s}, s) for choice, needs, s in found])
-    of = SweepSearch(CONFIG, [sweep], ["pretrain"], common([sweep]))
-    return PlanText(of, machines("h100", 1), [], "megatron-sov submit")
+    of = SweepSearch(CONFIG, [sweep], ["pretrain"], find_common_layouts([sweep]))
+    return SweepReport(of, load_machines("h100", 1), [], "megatron-sov submit")
 
 
 def test_speed_follows_from_the_step_and_scripts_read_the_same() -> None:
     one = told((FAST, 60 * GIB, 2.0))
-    assert one.lines() == ["looked at 9 layouts on 8 GPUs: 1 fit"]
+    assert one.list_lines() == ["looked at 9 layouts on 8 GPUs: 1 fit"]
     (sweep,) = one.search.sweeps
     tokens = sweep.stage.global_batch_size * sweep.stage.phase.seq_len
-    assert one.speed(sweep, sweep.ranked[0]) == tokens / 2.0 / 8
-    plain = one.as_json()
+    assert one.compute_token_rate(sweep, sweep.ranked[0]) == tokens / 2.0 / 8
+    plain = one.to_json()
     assert plain["kinds"][0]["fastest"][0]["tokens_per_s_per_gpu"] == tokens / 16
     assert plain["best"][0]["seconds"] == 2.0 * sweep.stage.steps
-    assert f"{tokens / 16:,.0f}" in one.table().rows[0]
+    assert f"{tokens / 16:,.0f}" in one.build_table().rows[0]
 
 
 # Layouts in words, and why others were not ranked.
 
 
 PLAIN = LayoutChoice(ParallelConfig(zero1=True), 1, (False, ()))
-STAGE = run_stages(recipes.get("qwen3-8b"), 8)[0]
+STAGE = list_run_stages(recipes.get("qwen3-8b"), 8)[0]
 
 
 def at(**changes: int) -> LayoutChoice:
@@ -111,33 +115,37 @@ def at(**changes: int) -> LayoutChoice:
 
 
 def test_a_layout_in_words() -> None:
-    assert sizes(PLAIN.parallel) == "data parallel alone, ZeRO-1"
-    assert sizes(at(tp=4, pp=2).parallel) == "tp 4, pp 2, ZeRO-1"
-    assert name(PLAIN) == "data parallel alone, micro-batch 1, recomputes nothing"
-    assert name(LayoutChoice(ParallelConfig(tp=2), 4, (True, ()))) == ("tp 2, no ZeRO-1, micro-batch 4, "
-                                                                       "recomputes layers")
+    assert format_sizes(PLAIN.parallel) == "data parallel alone, ZeRO-1"
+    assert format_sizes(at(tp=4, pp=2).parallel) == "tp 4, pp 2, ZeRO-1"
+    assert format_layout(PLAIN) == "data parallel alone, micro-batch 1, recomputes nothing"
+    assert format_layout(
+    LayoutChoice(
+        ParallelConfig(
+            tp=2), 4, (True, ()))) == (
+                "tp 2, no ZeRO-1, micro-batch 4, "
+                "recomputes layers")
     uneven = ParallelConfig(pp=2, vpp=2, zero1=True, pipeline_layout=(3, 3, 3, 1))
-    assert name(LayoutChoice(uneven, 1,
+    assert format_layout(LayoutChoice(uneven, 1,
                              (False, ()))).startswith("pp 2, vpp 2, 4 layers on the last stage, micro-")
-    assert recomputes(replace(PLAIN, recompute=("selective", ("moe", "layernorm")))) == (
+    assert format_recompute(replace(PLAIN, recompute=("selective", ("moe", "layernorm")))) == (
         "recomputes moe + layernorm")
 
 
 def test_what_does_not_fit_is_told_by_the_nearest() -> None:
     sweep = Sweep(STAGE)
-    assert too_large(sweep) == []
-    sweep.too_large(at(tp=2), 3 * GIB)
-    sweep.too_large(at(tp=4), GIB)
-    assert too_large(sweep) == ["2 do not fit: the nearest lacks 1.0 GiB (tp 4, micro-batch 1, "
+    assert describe_too_large(sweep) == []
+    sweep.record_too_large(at(tp=2), 3 * GIB)
+    sweep.record_too_large(at(tp=4), GIB)
+    assert describe_too_large(sweep) == ["2 do not fit: the nearest lacks 1.0 GiB (tp 4, micro-batch 1, "
                                 "recomputes nothing)"]
 
 
 def test_rare_rules_are_counted_together() -> None:
     sweep = Sweep(STAGE)
     for letter, count in zip("abcdefgh", range(80, 0, -10), strict=True):
-        sweep.breaks(SettingsProblem(ProblemCode.RULE, "", f"rule {letter} is broken", way_out="mend it"),
-                     count)
-    lines = broken([sweep])
+        sweep.record_broken(SettingsProblem(ProblemCode.RULE, "", f"rule {letter} is broken",
+                                            way_out="change it"), count)
+    lines = describe_broken_rules([sweep])
     assert lines[0] == "80 break a rule, as: rule a is broken"
     assert len(lines) == SHOWN_RULES + 1 and lines[-1] == "30 break one of 2 other rules"
     assert sweep.broken == Counter({f"rule {c} is broken": n for c, n in zip("abcdefgh", range(80, 0, -10),
@@ -150,41 +158,43 @@ def test_rare_rules_are_counted_together() -> None:
 @pytest.mark.parametrize("recipe", ["solar-open-102b", "k-exaone-236b-extend", "qwen3-8b", "tiny-k-exaone"])
 def test_settings_make_the_layout(recipe: str) -> None:
     config = recipes.get(recipe)
-    every = list(choices(config, space_of(config, 512, 8)))
+    every = list(iter_choices(config, build_space(config, 512, 8)))
     assert len(every) == len(set(every)) > 500
     for choice in random.Random(recipe).sample(every, 12):
-        assert apply_settings(config, choice.settings(config)) == choice.of(config)
+        assert apply_settings(config, choice.list_settings(config)) == choice.apply_to(config)
 
 
 def test_a_runs_own_layout_is_among_those_looked_at() -> None:
     for recipe in ("solar-open-102b", "k-exaone-236b-extend", "qwen3-8b", "solar-open-102b-dpo"):
         config = recipes.get(recipe)
-        assert own_choice(config) in set(choices(config, space_of(config, 512, 8))), recipe
+        assert get_current_choice(config) in set(iter_choices(config, build_space(config, 512, 8))), recipe
     uneven = apply_settings(recipes.get("k-exaone-236b"), [
         "parallel.pp=4", "parallel.pipeline_layout=[13,12,12,11]"])
-    found = list(layouts(uneven, space_of(uneven, 512, 8)))
+    found = list(iter_layouts(uneven, build_space(uneven, 512, 8)))
     assert uneven.parallel in found
     assert {p.pipeline_layout for p in found if p.pp == 4} == {(), (13, 12, 12, 11)}
 
 
 def test_uneven_pipelines_are_looked_at_where_the_last_stage_has_more_to_do() -> None:
     config = recipes.get("k-exaone-236b")
-    proposed = {p.pipeline_layout for p in layouts(config, space_of(config, 512, 8, beside=(3.2,)))}
+    space = build_space(config, 512, 8, extra_layers=(3.2,))
+    proposed = {p.pipeline_layout for p in iter_layouts(config, space)}
     assert (6, 6, 6, 6, 7, 7, 7, 3) in proposed and (13, 13, 13, 9) in proposed and () in proposed
     fixed = ("parallel.pipeline_layout",)
-    assert {p.pipeline_layout for p in layouts(config, space_of(config, 512, 8, fixed, (3.2,)))} == {()}
+    assert {p.pipeline_layout for p in iter_layouts(
+        config, build_space(config, 512, 8, fixed, (3.2,)))} == {()}
     # 36 layers do not divide by 8 stages, but for uneven ones
     dense = recipes.get("qwen3-8b")
-    assert {p.pipeline_layout for p in layouts(dense, space_of(dense, 64, 8, beside=(2.0,)))
+    assert {p.pipeline_layout for p in iter_layouts(dense, build_space(dense, 64, 8, extra_layers=(2.0,)))
             if (p.pp, p.vpp) == (8, 1)} == {(4, 4, 5, 5, 5, 5, 5, 3)}
 
 
 def test_tensor_parallelism_stays_inside_a_domain_and_rows_are_not_cut_too_fine() -> None:
     config = recipes.get("solar-open-102b")
-    space = space_of(config, 512, 4)
+    space = build_space(config, 512, 4)
     assert space.tp == (1, 2, 4) and space.cp == (1, 2)
     longer = apply_settings(config, ['data.phases=[{"name": "long", "seq_len": 131072, "tokens": 1000000}]'])
-    assert space_of(longer, 512, 8).cp == (1, 2, 4, 8, 16, 32, 64)
+    assert build_space(longer, 512, 8).cp == (1, 2, 4, 8, 16, 32, 64)
 
 
 # Uneven pipelines against every way to cut some layers.
@@ -201,7 +211,7 @@ def slowest(stages: Sequence[int], beside: float) -> float:
 def test_no_other_cut_has_a_faster_slowest_stage(beside: float) -> None:
     for layers, pp in itertools.product(range(2, 11), (2, 3, 4)):
         every = [cut for cut in itertools.product(range(1, layers + 1), repeat=pp) if sum(cut) == layers]
-        found = uneven(layers, pp, 1, beside)
+        found = find_uneven_split(layers, pp, 1, beside)
         if found:
             assert slowest(found, beside) == min(slowest(cut, beside) for cut in every)
             assert sorted(found[:-1]) == list(found[:-1]), "larger stages come late"
@@ -244,7 +254,7 @@ def played(pp: int, vpp: int, runs: Sequence[int], beside: float, num_micro_batc
                                                    (2, 4, 2.2), (16, 1, 2.0)])
 def test_a_schedule_that_is_played_takes_what_a_plan_says(pp: int, vpp: int, beside: float) -> None:
     """The slowest stage for each micro-batch, and the bubble: (pp - 1) / vpp of what a mean stage takes."""
-    runs = uneven(48, pp, vpp, beside)
+    runs = find_uneven_split(48, pp, vpp, beside)
     for layers in filter(None, (runs, (48 // pp // vpp,) * (pp * vpp))):
         stages = [sum(layers[stage::pp]) + beside * (stage == pp - 1) for stage in range(pp)]
         planned = 3 * (64 * max(stages) + (pp - 1) / vpp * sum(stages) / pp)
@@ -253,14 +263,14 @@ def test_a_schedule_that_is_played_takes_what_a_plan_says(pp: int, vpp: int, bes
 
 def test_runs_of_very_different_lengths_are_not_proposed() -> None:
     """Runs of one layer and of two: a fifth longer than planned."""
-    assert uneven(48, 16, 2, 2.0) == () and uneven(48, 8, 4, 3.2) == ()
+    assert find_uneven_split(48, 16, 2, 2.0) == () and find_uneven_split(48, 8, 4, 3.2) == ()
     runs, stages = (1,) * 15 + (1,) + (2,) * 14 + (3, 1), [3.0] * 14 + [4.0, 4.0]
     assert played(16, 2, runs, 2.0, 64) > 1.1 * 3 * (64 * max(stages) + 15 / 2 * sum(stages) / 16)
 
 
 @pytest.mark.parametrize(("pp", "vpp", "beside"), [(8, 1, 4.5), (4, 2, 2.2), (5, 1, 0.0), (4, 4, 3.0)])
 def test_training_takes_what_is_proposed(pp: int, vpp: int, beside: float) -> None:
-    parallel = ParallelConfig(pp=pp, vpp=vpp, pipeline_layout=uneven(48, pp, vpp, beside))
+    parallel = ParallelConfig(pp=pp, vpp=vpp, pipeline_layout=find_uneven_split(48, pp, vpp, beside))
     assert parallel.pipeline_layout and parallel.problems(replace(MODEL, num_layers=48), pp) == []
     of_stages = [len(parallel.stage_layers(stage, 48)) for stage in range(pp)]
     assert slowest(of_stages, beside) <= -(-48 // pp) + beside
@@ -268,12 +278,12 @@ def test_training_takes_what_is_proposed(pp: int, vpp: int, beside: float) -> No
 
 def test_the_head_is_on_the_last_run_of_the_last_stage() -> None:
     # 10 layers and 2.2 layers' worth beside: 6, and 4 with the head
-    assert uneven(48, 4, 2, 2.2) == (6, 6, 6, 6, 6, 7, 7, 4)
+    assert find_uneven_split(48, 4, 2, 2.2) == (6, 6, 6, 6, 6, 7, 7, 4)
 
 
 def test_where_there_is_nothing_to_gain_stages_stay_equal() -> None:
-    assert uneven(48, 4, 1, 0.0) == () and uneven(48, 4, 2, 0.05) == ()
-    assert uneven(4, 8, 1, 1.0) == (), "fewer layers than stages"
+    assert find_uneven_split(48, 4, 1, 0.0) == () and find_uneven_split(48, 4, 2, 0.05) == ()
+    assert find_uneven_split(4, 8, 1, 1.0) == (), "fewer layers than stages"
 
 
 # A search finds what trying every combination finds, proposes nothing that training would refuse, and
@@ -287,7 +297,7 @@ SMALL = LayoutSpace(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), 
 
 
 def prices_of_sweep(cluster: str, nodes: int) -> Pricing:
-    found = pricing(machines(cluster, nodes))
+    found = build_pricing(load_machines(cluster, nodes))
     assert found is not None
     return found
 
@@ -308,8 +318,8 @@ def tried(stage: RunStage, of: Pricing) -> dict[Any, tuple[float, float]]:
             stage.config, parallel=parallel, gpu=gpu,
             train=dataclasses.replace(stage.config.train, micro_batch_size=size, recompute=recompute))
         at = stage.with_config(config)
-        if not config.problems(of.num_ranks) and of.needs(at) <= of.limit_bytes:
-            found[config.parallel, size, recompute] = (of.step(at).total_s, of.needs(at))
+        if not config.problems(of.num_ranks) and of.count_bytes(at) <= of.limit_bytes:
+            found[config.parallel, size, recompute] = (of.time_step(at).total_s, of.count_bytes(at))
     return found
 
 
@@ -317,8 +327,8 @@ def tried(stage: RunStage, of: Pricing) -> dict[Any, tuple[float, float]]:
     ("h100", 12), pytest.param("b200", 4, marks=pytest.mark.deep)])
 def test_the_best_is_the_best_of_every_combination(cluster: str, nodes: int) -> None:
     of = prices_of_sweep(cluster, nodes)
-    stage = run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0]
-    found, every = sweep(stage, SMALL, of), tried(stage, of)
+    stage = list_run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0]
+    found, every = sweep_stage(stage, SMALL, of), tried(stage, of)
     assert len(every) > 20
     ranked = {(f.choice.parallel, f.choice.micro_batch_size, f.choice.recompute[0]): f for f in found.ranked}
     assert set(ranked) == set(every)
@@ -328,7 +338,7 @@ def test_the_best_is_the_best_of_every_combination(cluster: str, nodes: int) -> 
     assert found.num_looked_at == len(found.ranked) + found.num_too_large + sum(found.broken.values())
     assert found.nearest is not None
     lacks, nearest = found.nearest
-    assert of.needs(stage.with_config(nearest.of(stage.config))) == lacks + of.limit_bytes
+    assert of.count_bytes(stage.with_config(nearest.apply_to(stage.config))) == lacks + of.limit_bytes
 
 
 @pytest.mark.parametrize(("recipe", "cluster", "nodes"), [
@@ -336,21 +346,21 @@ def test_the_best_is_the_best_of_every_combination(cluster: str, nodes: int) -> 
     pytest.param("qwen3-moe-30b", "b200", 1, marks=pytest.mark.deep)])
 def test_training_takes_every_proposed_layout(recipe: str, cluster: str, nodes: int) -> None:
     of, config = prices_of_sweep(cluster, nodes), recipes.get(recipe)
-    found = search(config, of)
+    found = search_layouts(config, of)
     assert found.best
     for one in found.best[::max(1, len(found.best) // 10)]:
-        said = apply_settings(config, one.choice.settings(config))
+        said = apply_settings(config, one.choice.list_settings(config))
         said.check(of.num_ranks)
-        for stage in run_stages(said, of.num_ranks, micro_batch_set=True):
+        for stage in list_run_stages(said, of.num_ranks, micro_batch_set=True):
             stage.config.check(of.num_ranks)
-            assert of.needs(stage) <= one.needs_bytes <= of.limit_bytes
+            assert of.count_bytes(stage) <= one.needs_bytes <= of.limit_bytes
 
 
 def test_broken_rules_are_told_once_each() -> None:
     of = prices_of_sweep("h100", 12)
-    found = sweep(run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0], SMALL, of)
+    found = sweep_stage(list_run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0], SMALL, of)
     assert sum(found.broken.values()) > 100
-    lines = broken([found, found])
+    lines = describe_broken_rules([found, found])
     assert len(lines) == len(found.broken)
     assert len([line for line in lines if "number of processes" in line]) == 1
     assert f"{2 * found.broken.most_common()[0][1]:,} break a rule" in lines[0]
@@ -360,7 +370,7 @@ def test_what_is_set_stays() -> None:
     of = prices_of_sweep("h100", 2)
     config = apply_settings(recipes.get("qwen3-8b"), ["parallel.tp=4", "parallel.sp=true",
                                                       "train.recompute=true"])
-    found = search(config, of, {"parallel.tp", "train.recompute"})
+    found = search_layouts(config, of, {"parallel.tp", "train.recompute"})
     assert {c.choice.parallel.tp for c in found.best} == {4}
     assert {c.choice.recompute for c in found.best} == {(True, ())}
     assert len({c.choice.parallel.pp for c in found.best}) > 1

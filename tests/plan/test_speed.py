@@ -10,10 +10,10 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, apply_settings
 from megatron_sov.plan.speed import traffic
-from megatron_sov.plan.speed.parameters import default
-from megatron_sov.plan.speed.step import beside_layers, router_s, step_time
-from megatron_sov.plan.speed.traffic import held_params, messages
-from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_run
+from megatron_sov.plan.speed.parameters import load_default_parameters
+from megatron_sov.plan.speed.step import estimate_extra_layers, estimate_router_s, estimate_step
+from megatron_sov.plan.speed.traffic import count_local_params, list_messages
+from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, build_workload
 from megatron_sov.work.clusters.chips import CHIPS, default_links, find_chip
 from tests.plan.published import published_shapes
 
@@ -35,11 +35,11 @@ def experts(**settings: object) -> Workload:
 
 def seconds(w: Workload) -> float:
     """Return the seconds of a step."""
-    return step_time(w).total_s
+    return estimate_step(w).total_s
 
 
 def test_the_head_is_never_computed_again() -> None:
-    plain, full, half = (step_time(workload(recompute=recompute, recompute_modules=modules))
+    plain, full, half = (estimate_step(workload(recompute=recompute, recompute_modules=modules))
                          for recompute, modules in (("none", ()), ("full", ()), ("selective", ("layer",))))
     assert plain.head_s == full.head_s == half.head_s > 0
     assert plain.dense_s < half.dense_s < full.dense_s == pytest.approx(plain.dense_s * 4 / 3)
@@ -47,16 +47,16 @@ def test_the_head_is_never_computed_again() -> None:
 
 def test_components_add_up() -> None:
     for w in (workload(), workload(pp=4, tp=2, sp=True), experts(), experts(recompute="full")):
-        time = step_time(w)
+        time = estimate_step(w)
         assert sum(time.components.values()) == pytest.approx(time.total_s)
         assert min(time.components.values()) >= 0
         assert time.tokens_per_s_per_gpu == pytest.approx(512 * w.seq_len / 64 / time.total_s)
         assert time.mfu == pytest.approx(
-            time.tokens_per_s_per_gpu * w.shape.train_flops_per_token(w.seq_len) / H100.bf16_flops_per_s)
+            time.tokens_per_s_per_gpu * w.shape.count_train_flops(w.seq_len) / H100.bf16_flops_per_s)
 
 
 def test_products_take_their_flops_over_what_the_chip_reaches() -> None:
-    time, p = step_time(workload()), default()
+    time, p = estimate_step(workload()), load_default_parameters()
     flops = 6 * (LLAMA.params() - 2 * LLAMA.vocab_size * LLAMA.hidden_size) * 8 * 8192
     peak = H100.bf16_flops_per_s * p.product_fraction["hopper"]["bf16"]
     # fills of kernels and the finite length of sums cost some percent more
@@ -65,11 +65,12 @@ def test_products_take_their_flops_over_what_the_chip_reaches() -> None:
 
 def test_the_routers_part_is_what_a_step_without_them_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     work = experts(pp=1)
-    whole, part = step_time(work), router_s(work)
-    products = traffic.products
+    whole, part = estimate_step(work), estimate_router_s(work)
+    products = traffic.list_products
     monkeypatch.setattr(traffic, "SCORE_BYTES", 0)
-    monkeypatch.setattr(traffic, "products", lambda w, block: products(w, block)[block == "beside experts":])
-    without = step_time(work)
+    monkeypatch.setattr(traffic, "list_products", lambda w,
+                        block: products(w, block)[block == "beside experts":])
+    without = estimate_step(work)
     assert 0 < part == pytest.approx(whole.dense_s + whole.memory_s - without.dense_s - without.memory_s)
 
 
@@ -78,7 +79,7 @@ def test_no_run_is_faster_than_its_peak() -> None:
         for precision in ("bf16", "fp8", "mxfp8"):
             if precision != "bf16" and not found.fp8_flops_per_s:
                 continue
-            time = step_time(workload(chip=found, links=default_links(found), precision=precision))
+            time = estimate_step(workload(chip=found, links=default_links(found), precision=precision))
             assert time.mfu < (1 if precision == "bf16" else 2), key
 
 
@@ -111,26 +112,26 @@ def test_what_costs_time(slower: Workload, faster: Workload) -> None:
 
 def test_messages_beside_products_are_no_slower() -> None:
     assert seconds(workload(tp=8, sp=True)) >= seconds(workload(tp=8, sp=True, overlap_tp=True))
-    few = replace(default(), tp_exposed_overlapped=0.1)
-    assert (step_time(workload(tp=8, sp=True, overlap_tp=True), few).total_s
-            < step_time(workload(tp=8, sp=True), few).total_s)
+    few = replace(load_default_parameters(), tp_exposed_overlapped=0.1)
+    assert (estimate_step(workload(tp=8, sp=True, overlap_tp=True), few).total_s
+            < estimate_step(workload(tp=8, sp=True), few).total_s)
 
 
 def test_messages_of_experts_hide_behind_computation_and_no_longer_than_it_lasts() -> None:
-    inside, across = ((step_time(experts(ep=ep)), step_time(experts(ep=ep, overlap_ep=True)))
+    inside, across = ((estimate_step(experts(ep=ep)), estimate_step(experts(ep=ep, overlap_ep=True)))
                       for ep in (8, 64))
-    assert inside[1].ep_s == pytest.approx(default().ep_exposed_overlapped * inside[0].ep_s)
+    assert inside[1].ep_s == pytest.approx(load_default_parameters().ep_exposed_overlapped * inside[0].ep_s)
     plain, beside = across
     computed_s = plain.dense_s + plain.experts_s + plain.attention_s + plain.head_s + plain.memory_s
     assert plain.ep_s > 1.5 * computed_s
     assert beside.ep_s == pytest.approx(plain.ep_s - computed_s)
     config = apply_settings(recipes.get("solar-open-102b"), ["parallel.expert_overlap=micro_batches"])
-    assert of_run(config, PhaseConfig("one"), 480, H100, default_links(H100)).overlap_ep
+    assert build_workload(config, PhaseConfig("one"), 480, H100, default_links(H100)).overlap_ep
 
 
 def test_a_bubble_is_that_of_the_formula() -> None:
     """(pp - 1) / (micro-batches x vpp) of the time without it, arXiv 2104.04473, section 2.2."""
-    time = step_time(workload(pp=4, vpp=2, global_batch_size=64))
+    time = estimate_step(workload(pp=4, vpp=2, global_batch_size=64))
     w = workload(pp=4, vpp=2, global_batch_size=64)
     parts = time.components
     without = sum(parts[name] for name in ("dense", "attention", "memory", "launch", "pp"))
@@ -140,37 +141,37 @@ def test_a_bubble_is_that_of_the_formula() -> None:
 def test_the_slowest_stage_of_a_pipeline_whose_layers_are_known() -> None:
     """Prediction layers and head are on the last stage, which an uneven pipeline may relieve."""
     shape = replace(LLAMA, num_mtp_layers=1)
-    even, uneven = (step_time(workload(shape=shape, pp=2, stage_layers=layers))
+    even, uneven = (estimate_step(workload(shape=shape, pp=2, stage_layers=layers))
                     for layers in ((16, 16), (20, 12)))
-    alone = step_time(workload(shape=replace(shape, num_mtp_layers=0), pp=2, stage_layers=(16, 16)))
+    alone = estimate_step(workload(shape=replace(shape, num_mtp_layers=0), pp=2, stage_layers=(16, 16)))
     assert even.attention_s == pytest.approx(alone.attention_s * 17 / 16)
     assert even.head_s == pytest.approx(2 * alone.head_s) and even.dense_s > alone.dense_s * 17 / 16
     assert uneven.head_s == 0 and uneven.attention_s == pytest.approx(alone.attention_s * 20 / 16)
     assert uneven.total_s < even.total_s
     # equal stages of a model without prediction layers are the same, whether or not somebody says so
-    assert step_time(workload(pp=2)) == step_time(workload(pp=2, stage_layers=(16, 16)))
+    assert estimate_step(workload(pp=2)) == estimate_step(workload(pp=2, stage_layers=(16, 16)))
 
 
 def test_a_chip_without_the_precision_is_refused() -> None:
     with pytest.raises(UserError, match="fp8 on A100-80GB: is not supported by its tensor cores"):
-        step_time(workload(chip=find_chip("a100"), precision="fp8"))
+        estimate_step(workload(chip=find_chip("a100"), precision="fp8"))
 
 
 def test_what_stands_beside_layers_is_what_an_uneven_pipeline_makes_up_for() -> None:
     """A last stage with so many layers fewer takes as long as the others."""
     shape = replace(LLAMA, num_mtp_layers=1)
     base = workload(shape=shape, pp=2, vpp=1)
-    beside = beside_layers(base)
-    assert beside > beside_layers(replace(base, shape=LLAMA)) > 0
+    beside = estimate_extra_layers(base)
+    assert beside > estimate_extra_layers(replace(base, shape=LLAMA)) > 0
     fewer = round(beside / 2)
-    times = {last: step_time(replace(base, stage_layers=(32 - last, last))).total_s
+    times = {last: estimate_step(replace(base, stage_layers=(32 - last, last))).total_s
              for last in (16 - fewer - 3, 16 - fewer, 16 - fewer + 3, 16)}
     assert min(times, key=lambda last: times[last]) == 16 - fewer
 
 
 def test_a_stage_with_more_layers_sends_more() -> None:
     base = workload(pp=2, vpp=1, tp=8, sp=True)
-    even, uneven = (step_time(replace(base, stage_layers=layers)) for layers in ((16, 16), (24, 8)))
+    even, uneven = (estimate_step(replace(base, stage_layers=layers)) for layers in ((16, 16), (24, 8)))
     assert uneven.tp_s == pytest.approx(even.tp_s * 24 / 16)
 
 
@@ -188,7 +189,7 @@ def flops_of_all_gpus(w: Workload) -> float:
     s = w.shape
 
     def of(block: Block) -> float:
-        return sum(product.flops for product in traffic.products(w, block))
+        return sum(product.flops for product in traffic.list_products(w, block))
 
     moe = s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
     dense = s.num_feed_forward_layers - s.num_moe_layers + (0 if s.mtp_moe else s.num_mtp_layers)
@@ -196,8 +197,8 @@ def flops_of_all_gpus(w: Workload) -> float:
     windowed = s.num_window_layers
     one = (layers * of("attention") + s.num_mamba_layers * of("mamba") + dense * of("dense")
            + (1 + s.num_mtp_layers) * of("head") + s.num_mtp_layers * of("prediction")
-           + (layers - windowed) * traffic.attention_flops(w, 0)
-           + windowed * traffic.attention_flops(w, s.window))
+           + (layers - windowed) * traffic.count_attention_flops(w, 0)
+           + windowed * traffic.count_attention_flops(w, s.window))
     if s.num_experts:
         one += moe * (of("beside experts") + of("expert"))
     return one * w.num_gpus
@@ -212,19 +213,20 @@ def test_cut_work_is_all_work(name: str, layout: dict[str, int]) -> None:
     if w.shape.kv_lora_rank and w.tp > 1:
         return  # the projections down to the ranks are whole on each rank; told apart below
     at_once = w.num_gpus // (w.tp * w.cp) * w.seq_len * w.micro_batch_size
-    expected = w.shape.forward_flops_per_token(w.seq_len) * at_once
-    scan = w.shape.num_mamba_layers * w.shape.mamba_scan_flops() * at_once
+    expected = w.shape.count_forward_flops(w.seq_len) * at_once
+    scan = w.shape.num_mamba_layers * w.shape.count_mamba_scan_flops() * at_once
     assert flops_of_all_gpus(w) == pytest.approx(expected - scan, rel=1e-9)
 
 
 def test_latent_projections_are_whole_on_every_rank() -> None:
-    one, eight = (traffic.products(a_workload("deepseek-v3", tp=tp, sp=tp > 1), "attention") for tp in (1, 8))
+    one, eight = (traffic.list_products(a_workload("deepseek-v3", tp=tp, sp=tp > 1), "attention")
+                  for tp in (1, 8))
     cut = [a.flops / b.flops for a, b in zip(one, eight, strict=True)]
     assert sorted(cut) == [1, 1, 8, 8, 8]
 
 
 def test_the_fullest_rank_has_more_rows() -> None:
-    even, uneven = (traffic.products(a_workload("qwen3-30b-a3b", ep=8, imbalance=i), "expert")
+    even, uneven = (traffic.list_products(a_workload("qwen3-30b-a3b", ep=8, imbalance=i), "expert")
                     for i in (1.0, 1.5))
     assert [b.tokens / a.tokens for a, b in zip(even, uneven, strict=True)] == [1.5, 1.5]
     assert even[0].groups == 16 and even[0].tokens == 4096 * 8
@@ -247,7 +249,7 @@ def test_a_run_s_settings_arrive() -> None:
         "train.fp8=mxfp8", "train.recompute=selective", 'gpu.recompute_modules=["moe_act"]',
         "parallel.expert_dispatcher=hybridep", "gpu.grad_dtype=bf16", "train.micro_batch_size=2",
         "optim.name=muon", "parallel.overlap_grad_reduce=false", "parallel.overlap_param_gather=false"])
-    w = of_run(config, PhaseConfig("one", seq_len=8192), 480, H100, LINKS, imbalance=1.3)
+    w = build_workload(config, PhaseConfig("one", seq_len=8192), 480, H100, LINKS, imbalance=1.3)
     assert (w.precision, w.recompute, w.recompute_modules) == ("mxfp8", "selective", ("moe_act",))
     assert (w.dispatcher, w.grad_bytes, w.micro_batch_size, w.optimizer) == ("hybridep", 2, 2, "muon")
     assert (w.seq_len, w.global_batch_size, w.imbalance) == (8192, config.train.global_batch_size, 1.3)
@@ -255,9 +257,9 @@ def test_a_run_s_settings_arrive() -> None:
     pipeline = apply_settings(config, ["parallel.pp=2", "parallel.vpp=2",
                                        "parallel.pipeline_layout=[13, 12, 12, 11]"])
     assert w.stage_layers == (48,)
-    assert of_run(pipeline, PhaseConfig("one"), 480, H100, LINKS).stage_layers == (25, 23)
+    assert build_workload(pipeline, PhaseConfig("one"), 480, H100, LINKS).stage_layers == (25, 23)
     adapters = apply_settings(recipes.get("typhoon-s-8b"), ["lora.rank=8"])
-    assert of_run(adapters, PhaseConfig("one"), 8, H100, LINKS).objective == "lora"
+    assert build_workload(adapters, PhaseConfig("one"), 8, H100, LINKS).objective == "lora"
 
 
 # Communication volumes against the papers' formulas.
@@ -276,11 +278,11 @@ def step_of(shape: ModelShape = DENSE, **settings: object) -> Workload:
 
 def sent(w: Workload) -> dict[str, float]:
     """Return group -> bytes."""
-    return {message.group: message.num_bytes for message in messages(w)}
+    return {message.group: message.num_bytes for message in list_messages(w)}
 
 
 def test_one_gpu_sends_nothing() -> None:
-    assert not messages(step_of(num_gpus=1, global_batch_size=1))
+    assert not list_messages(step_of(num_gpus=1, global_batch_size=1))
 
 
 def test_tensor_parallelism_sends_what_the_paper_says() -> None:
@@ -303,7 +305,7 @@ def test_data_parallelism_sends_what_zero_says(sharding: str, bytes_per_weight: 
     """arXiv 1910.02054, section 7: an all-reduce is two of a ring's halves; stage 1 replaces one of them by
     gathering weights, stage 3 gathers them in both passes."""
     w = step_of(sharding=sharding)
-    params = held_params(w)[0]
+    params = count_local_params(w)[0]
     assert sent(w)["dp"] == pytest.approx(7 / 8 * params * bytes_per_weight)
 
 
@@ -315,8 +317,8 @@ def test_sharded_weights_are_gathered_for_each_micro_batch() -> None:
 
 
 def test_held_weights_are_cut_over_their_groups() -> None:
-    whole, experts = held_params(step_of(MOE))
-    cut, cut_experts = held_params(step_of(MOE, tp=2, sp=True, ep=4))
+    whole, experts = count_local_params(step_of(MOE))
+    cut, cut_experts = count_local_params(step_of(MOE, tp=2, sp=True, ep=4))
     assert cut == pytest.approx(whole / 2) and cut_experts == pytest.approx(experts / 4)
     assert whole + experts == pytest.approx(MOE.params())
 
@@ -363,7 +365,7 @@ def test_layers_with_a_window_pass_the_ends_of_pieces_alone() -> None:
 def test_copies_of_sharded_weights_are_fewer_of_experts() -> None:
     """HSDP over 4 of 8 processes: with ep 2 each expert is on 4, shared by 2 of them."""
     w = step_of(MOE, sharding="fsdp", sharding_group=4, ep=2)
-    dense, experts = held_params(w)
+    dense, experts = count_local_params(w)
     assert sent(w)["dp"] == pytest.approx(dense * ((4 + 2 * 2) * 3 / 4 + 4 / 4 * 2 * 1 / 2))
     assert sent(w)["edp"] == pytest.approx(experts * ((4 + 2 * 2) * 1 / 2 + 4 / 2 * 2 * 1 / 2))
 
@@ -374,9 +376,9 @@ def test_pipelines_pass_hidden_states_both_ways() -> None:
 
 
 def test_rings_that_leave_a_domain_use_all_its_adapters() -> None:
-    inside = {message.group: message for message in messages(step_of(sharding="zero1"))}["dp"]
-    spread = {m.group: m for m in messages(step_of(sharding="zero1", num_gpus=16, global_batch_size=16))}
-    strided = {m.group: m for m in messages(step_of(sharding="zero1", tp=8, num_gpus=16,
+    inside = {message.group: message for message in list_messages(step_of(sharding="zero1"))}["dp"]
+    spread = {m.group: m for m in list_messages(step_of(sharding="zero1", num_gpus=16, global_batch_size=16))}
+    strided = {m.group: m for m in list_messages(step_of(sharding="zero1", tp=8, num_gpus=16,
                                                      global_batch_size=16))}
     assert (inside.link, spread["dp"].link) == ("inside", "between")
     assert spread["dp"].bytes_per_s == 8 * 50e9 and strided["dp"].bytes_per_s == 50e9

@@ -18,8 +18,8 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.count import (
     TABLES, compute_mean_keys, compute_train_flops_per_token, layer_weights)
 from megatron_sov.plan.speed import traffic
-from megatron_sov.plan.speed.parameters import default, of_json, read_parameters
-from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, of_model, of_run
+from megatron_sov.plan.speed.parameters import load_default_parameters, parse_parameters, read_parameters
+from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, build_shape, build_workload
 from megatron_sov.work.clusters.chips import CHIPS, default_links, find_chip
 from tests.plan.published import published_shapes
 
@@ -30,7 +30,7 @@ ONE_OF_EACH = {recipes.get(name).model: name for name in recipes.names() if not 
 @pytest.mark.parametrize("name", sorted(ONE_OF_EACH.values()))
 def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
     model = recipes.get(name).model
-    shape, said, mapped = of_model(model), Counter[Any](), Counter[Any]()
+    shape, said, mapped = build_shape(model), Counter[Any](), Counter[Any]()
     predicted = model.num_mtp_moe_layers()
     moe, dense = shape.num_moe_layers + predicted, model.num_mtp_layers - predicted
     blocks: dict[Block, int] = {
@@ -39,7 +39,7 @@ def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
         "dense": shape.num_feed_forward_layers - shape.num_moe_layers + dense, "beside experts": moe,
         "expert": moe * model.num_experts}
     for block, number in blocks.items():
-        for one in shape.matrices(block):
+        for one in shape.list_matrices(block):
             said[one.rows, one.columns] += number
     for weight in layer_weights(model):
         if len(weight.shape) == 2 and weight.key not in TABLES:
@@ -48,7 +48,7 @@ def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
     assert +said == mapped
     for seq_len in (128, 4096, 262_144):
         expected = compute_train_flops_per_token(model, seq_len)
-        assert shape.train_flops_per_token(seq_len) == pytest.approx(expected)
+        assert shape.count_train_flops(seq_len) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("settings", "kernel", "exchanges"), [
@@ -58,7 +58,7 @@ def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
 def test_a_runs_attention_is_that_which_serves(settings: list[str], kernel: str, exchanges: bool) -> None:
     """As `engine.model.gpu_settings.own_attention_serves` has it where Transformer Engine is."""
     run = apply_settings(recipes.get("solar-open-102b"), settings)
-    found = of_run(run, run.data.phases[0], 512, find_chip("b200"), default_links(find_chip("b200")))
+    found = build_workload(run, run.data.phases[0], 512, find_chip("b200"), default_links(find_chip("b200")))
     assert (found.attention_kernel, found.exchanges_heads) == (kernel, exchanges)
 
 
@@ -67,11 +67,11 @@ def test_exchanged_heads_by_hand() -> None:
     either pass: 2 x 64 heads of queries and 2 x 8 of keys in bf16, in all 48 layers."""
     run = apply_settings(recipes.get("solar-open-102b"), ["parallel.cp=4", "gpu.attention=fused",
                                                           "train.recompute=false"])
-    work = of_run(run, run.data.phases[0], 480, find_chip("b200"), default_links(find_chip("b200")))
+    work = build_workload(run, run.data.phases[0], 480, find_chip("b200"), default_links(find_chip("b200")))
     once = 3 / 4 * (4096 / 4) * (2 * 64 + 2 * 8) * 128 * 2
-    assert traffic.context(work).num_bytes == 2 * 48 * once * work.num_micro_batches
+    assert traffic.build_context_message(work).num_bytes == 2 * 48 * once * work.num_micro_batches
     narrow = replace(work, tp=4)  # 2 heads of keys: each of 4 processes has a copy of one
-    assert traffic.context(narrow).num_bytes == (
+    assert traffic.build_context_message(narrow).num_bytes == (
         2 * 48 * 3 / 4 * 1024 * (2 * 16 + 2 * 4) * 128 * 2 * narrow.num_micro_batches)
 
 
@@ -79,8 +79,9 @@ def test_rows_of_linear_attention_are_exchanged_by_hand() -> None:
     """Solar Open 2: 64 heads of 384 channels, 128 decays and a rate in bf16 there, of 128 in float32 back."""
     run = apply_settings(recipes.get("solar-open2-250b"), [
         "parallel.cp=4", "parallel.pp=1", "train.recompute=false"])
-    work = of_run(run, run.data.phases[0], 32, find_chip("h100"), default_links(find_chip("h100")))
-    found = traffic.context(work), traffic.context(replace(work, shape=replace(work.shape, linear=None)))
+    work = build_workload(run, run.data.phases[0], 32, find_chip("h100"), default_links(find_chip("h100")))
+    found = traffic.build_context_message(work), traffic.build_context_message(
+        replace(work, shape=replace(work.shape, linear=None)))
     tokens = work.seq_len * work.micro_batch_size / 4
     once = 3 / 4 * tokens * 64 * ((3 * 128 + 1 + 128) * 2 + 128 * 4)
     assert found[0].num_bytes - found[1].num_bytes == 2 * 36 * once * work.num_micro_batches
@@ -94,7 +95,7 @@ def test_rows_of_linear_attention_are_exchanged_by_hand() -> None:
     ("moonlight-16b", 4096, 386.59e3 / 22528.026), ("nemotron-3-super", 8192, 817e3 / 9652)])
 def test_flops_are_those_of_published_tables(name: str, seq_len: int, gflops: float) -> None:
     shape = published_shapes()[name]
-    assert shape.train_flops_per_token(seq_len) / 1e9 == pytest.approx(gflops, rel=0.02)
+    assert shape.count_train_flops(seq_len) / 1e9 == pytest.approx(gflops, rel=0.02)
 
 
 def test_a_forward_pass_has_the_flops_that_torch_counts() -> None:
@@ -121,7 +122,7 @@ def test_a_forward_pass_has_the_flops_that_torch_counts() -> None:
         functional.linear(x, torch.empty(s.vocab_size, s.hidden_size))
     in_full = tokens - compute_mean_keys(tokens, 0)
     attention = s.num_layers * 4 * s.num_heads * s.head_dim * in_full
-    assert (s.forward_flops_per_token(tokens) + attention) * tokens == counter.get_total_flops()
+    assert (s.count_forward_flops(tokens) + attention) * tokens == counter.get_total_flops()
 
 
 # Bytes of kernels without products, counted by hand.
@@ -134,26 +135,27 @@ RESIDUAL = 5 * 10 * 64 * 2
 
 
 def test_blocks() -> None:
-    assert traffic.attention_bytes(W) == RESIDUAL + 2 * 10 * (4 + 2) * 16 * 2
-    assert traffic.dense_bytes(W) == RESIDUAL + 3 * 10 * 128 * 2
-    assert traffic.activation_bytes(W) == 3 * 20 * 32 * 2
+    assert traffic.count_attention_bytes(W) == RESIDUAL + 2 * 10 * (4 + 2) * 16 * 2
+    assert traffic.count_dense_bytes(W) == RESIDUAL + 3 * 10 * 128 * 2
+    assert traffic.count_activation_bytes(W) == 3 * 20 * 32 * 2
     sort, router, shared = 8 * 20 * 64 * 2, 10 * 8 * 24, 3 * 10 * 32 * 2
-    assert traffic.moe_bytes(W) == RESIDUAL + sort + router + shared
-    assert traffic.head_bytes(W) == 10 * 100 * 14
+    assert traffic.count_moe_bytes(W) == RESIDUAL + sort + router + shared
+    assert traffic.count_head_bytes(W) == 10 * 100 * 14
 
 
 def test_cut_over_tensor_parallel_ranks() -> None:
     cut = replace(W, tp=2, sp=True)
-    for count in (traffic.attention_bytes, traffic.dense_bytes, traffic.moe_bytes, traffic.head_bytes):
+    for count in (traffic.count_attention_bytes, traffic.count_dense_bytes, traffic.count_moe_bytes,
+                  traffic.count_head_bytes):
         assert count(cut) == count(W) / 2
-    assert traffic.dense_bytes(replace(W, tp=2)) > traffic.dense_bytes(cut)
+    assert traffic.count_dense_bytes(replace(W, tp=2)) > traffic.count_dense_bytes(cut)
 
 
 def test_quantised_operands_and_adapters() -> None:
     products = [traffic.Product(10, 30, 20), traffic.Product(10, 5, 7, quantized=False)]
-    assert traffic.quantized_bytes(products, frozen=False) == 4 * (10 * 20 + 10 * 30)
-    assert traffic.quantized_bytes(products, frozen=True) == 3 * (10 * 20 + 10 * 30)
-    assert traffic.adapter_bytes(products[:1]) == 2 * (10 * 20 + 2 * 10 * 30)
+    assert traffic.count_quantized_bytes(products, frozen=False) == 4 * (10 * 20 + 10 * 30)
+    assert traffic.count_quantized_bytes(products, frozen=True) == 3 * (10 * 20 + 10 * 30)
+    assert traffic.count_adapter_bytes(products[:1]) == 2 * (10 * 20 + 2 * 10 * 30)
 
 
 # Parameters in files: the package's, and those that a team has learnt from its own runs.
@@ -165,15 +167,16 @@ def test_a_file_may_hold_a_part(tmp_path: Path) -> None:
                                 "provenance": {"runs": 3}}))
     found = read_parameters(file)
     assert found.hbm_fraction == 0.5 and found.ep_fraction["deepep"] == 0.25
-    assert found.ep_fraction["alltoall"] == default().ep_fraction["alltoall"]
-    assert found.product_fraction == default().product_fraction
+    assert found.ep_fraction["alltoall"] == load_default_parameters().ep_fraction["alltoall"]
+    assert found.product_fraction == load_default_parameters().product_fraction
 
 
 def test_every_chip_has_shares_of_its_generation() -> None:
-    p = default()
+    p = load_default_parameters()
     tables = (p.product_fraction, p.attention_fraction, p.attention_portable, p.reference_power_w)
     assert all(one.generation in table for one in CHIPS.values() for table in tables)
 
 
 def test_parameters_are_read_as_they_are_written() -> None:
-    assert of_json(dict(vars(default()))).hbm_fraction == default().hbm_fraction
+    assert parse_parameters(dict(vars(load_default_parameters()))
+                            ).hbm_fraction == load_default_parameters().hbm_fraction

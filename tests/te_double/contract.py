@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.append(str(ROOT))
 
-from megatron_sov.operate.contract import CONTRACT as SIGNATURES, signatures  # noqa: E402
+from megatron_sov.operate.contract import CONTRACT as SIGNATURES, read_signatures  # noqa: E402
 from tests import releases  # noqa: E402
 from tests.te_double.library_shapes import COMPUTED, CONTRACT, Sources, described  # noqa: E402
 
@@ -160,7 +160,7 @@ def called_files(sources: Sources, names: set[str], *, private: bool) -> dict[st
         if sources.file(home) is None or not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             continue
         file = sources.path_in_wheel(home)
-        here = signatures(sources.folder / file)
+        here = read_signatures(sources.folder / file)
         hidden = "__" if private else "_"
         kept = {name: arguments for name, arguments in here.items() if name == node.name or (
             name.startswith(f"{node.name}.") and name.count(".") == 1

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
-from megatron_sov.plan.footprint import held
+from megatron_sov.plan.footprint import stage_parameters
 from tests.te_double import quantized_run
 
 RUN = str(Path(__file__).with_name("quantized_run.py"))
@@ -52,7 +52,7 @@ def test_what_is_saved_and_exported_is_that_of_bf16_weights(
         "settings": [*settings, "parallel.zero1=true", "train.global_batch_size=4", *more]})
         for more in ([], [IN_8_BITS])))
     config = quantized_run.config_of(recipe, [*settings, "parallel.zero1=true", IN_8_BITS], "")
-    counted = sum(part.count * part.numel for part in held.quantized(config, 0))
+    counted = sum(part.count * part.numel for part in stage_parameters.iter_quantized(config, 0))
     for before, after in zip(bf16, in_8_bits, strict=True):
         assert after["straight"] == before["straight"]
         assert after["resumed"] == after["straight"][2:]

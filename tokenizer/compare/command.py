@@ -1,8 +1,8 @@
-"""`sov-tokenizer compare`: several tokenizers on the same held-out text: what they cost in context and
-computation, what they share, how fast they are."""
+"""Declare and run `sov-tokenizer compare`: cost, shared vocabulary and speed of tokenizers."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,14 @@ from tokenizer.formats.reader import LoadedTokenizer, open_tokenizer
 from tokenizer.report.measures import (
     HeldoutTextOptions, NamedText, TokenizerMeasures, TokenizerPath, measure_text, read_texts)
 
+SPEED_BYTES = 1_000_000
+"""Text for `measure_speeds`, over all --text together."""
+SPEED_ROUNDS = 2
+DEFAULT_HIDDEN_SIZE, DEFAULT_BODY_PARAMS = 4096, 8e9
+
 
 def build_text_table(comparison: dict[str, Any], key: str, form: str, title: str = "text") -> PageTable:
-    """Return one figure of all tokenizers, a row for each text."""
+    """Return the measurement `key` as a table, a row per text, a column per tokenizer (`PageTable`)."""
     rows = [[text, *(_format_value(t["texts"][text][key], form) for t in comparison["tokenizers"].values())]
             for text in comparison["texts"]]
     return PageTable([title, *comparison["tokenizers"]], rows)
@@ -33,86 +38,79 @@ def _format_value(value: float | None, form: str) -> str:
 
 
 def build_overlap_table(comparison: dict[str, Any]) -> PageTable:
-    """Return what share of the row's tokens the column's tokenizer has."""
+    """Return `num_shared` and `share_of_first`, a row and a column per tokenizer."""
     names = list(comparison["tokenizers"])
-    rows = [[a, *("–" if a == b else f"{comparison['overlap'][a][b]['num_shared']:,} "
-                                     f"({comparison['overlap'][a][b]['share_of_first']:.1%})"
-                  for b in names)] for a in names]
+    rows = []
+    for name in names:
+        shared = comparison["overlap"][name]
+        rows.append([name, *("–" if column == name else f"{shared[column]['num_shared']:,} "
+                             f"({shared[column]['share_of_first']:.1%})" for column in names)])
     return PageTable(["of these tokens", *(f"are in {name}" for name in names)], rows)
-
-
-SPEED_BYTES = 1_000_000
-"""Text on which speed is measured, of all texts together."""
-SPEED_ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The model that a tokenizer would serve."""
+    """Model size for FLOPs estimates."""
 
     hidden_size: int
-    """Width of embedding and head."""
+    """Embedding and head width."""
     body_params: float
-    """Parameters that each token meets, without embedding and head."""
+    """Active parameters per token, without embedding and head."""
 
     def embedding_params(self, vocab_size: int) -> int:
-        """Return the parameters of embedding and untied head; half of them where they are tied."""
+        """Return embedding and untied head parameters; tied weights have half as many."""
         return 2 * vocab_size * self.hidden_size
 
     def inference_flops_per_token(self, vocab_size: int) -> float:
-        """Return FLOPs of one token forward: 2 for each parameter that it meets,
-        the head's among them (arXiv 2001.08361).
+        """Return forward FLOPs: 2 per active parameter, including the head (arXiv 2001.08361).
 
-        The embedding is a look-up; attention over the context is left out, as there.
+        The embedding is a table look-up, and attention over the context is left out, as in the paper.
         """
         return 2 * (self.body_params + vocab_size * self.hidden_size)
 
     def training_flops_per_token(self, vocab_size: int) -> float:
-        """Return FLOPs of one token forward and backward: three times the forward pass."""
+        """Return forward and backward FLOPs: 3 * `inference_flops_per_token`."""
         return 3 * self.inference_flops_per_token(vocab_size)
 
 
 def choose_names(tokenizers: list[LoadedTokenizer]) -> list[str]:
-    """Return a name for each tokenizer: that of its folder or file, or all of its path where
-    two have the same."""
+    """Return folder or file names; the whole path if two names are equal."""
     names = [t.name for t in tokenizers]
     return [name if names.count(name) == 1 else str(t.path)
             for name, t in zip(names, tokenizers, strict=True)]
 
 
 def compute_costs(tokenizer: LoadedTokenizer, measured: list[TokenizerMeasures], first: LoadedTokenizer,
-          first_measured: list[TokenizerMeasures], size: ModelSize
-          ) -> dict[str, dict[str, Any]]:
-    """Return the figures of one tokenizer on each text, against the first tokenizer's.
+                  first_measured: list[TokenizerMeasures], size: ModelSize) -> dict[str, dict[str, Any]]:
+    """Return text name -> measurements and costs relative to the first tokenizer.
 
-    `relative_tokens` is the cost in context, in the cache of keys and values, and in generation steps;
-    `relative_flops` also counts that a larger head makes each token dearer.
+    `relative_tokens` is the cost in context, KV cache and generation steps; `relative_flops` adds a
+    larger head.
     """
-    ours, theirs = (size.inference_flops_per_token(t.vocab_size) for t in (tokenizer, first))
-    found = {}
+    flops = size.inference_flops_per_token(tokenizer.vocab_size)
+    first_flops = size.inference_flops_per_token(first.vocab_size)
+    training_flops = size.training_flops_per_token(tokenizer.vocab_size)
+    costs = {}
     for m, reference in zip(measured, first_measured, strict=True):
         relative = m.num_tokens / max(1, reference.num_tokens)
-        found[m.text.name] = m.numbers() | {
-            "relative_tokens": relative, "relative_flops": relative * ours / theirs,
-            "inference_flops_per_mb": m.num_tokens * ours / m.text.num_bytes * 1e6,
-            "training_flops_per_mb": m.num_tokens * size.training_flops_per_token(tokenizer.vocab_size)
-            / m.text.num_bytes * 1e6}
-    return found
+        costs[m.text.name] = m.get_numbers() | {
+            "relative_tokens": relative, "relative_flops": relative * flops / first_flops,
+            "inference_flops_per_mb": m.num_tokens * flops / m.text.num_bytes * 1e6,
+            "training_flops_per_mb": m.num_tokens * training_flops / m.text.num_bytes * 1e6}
+    return costs
 
 
 def measure_overlap(a: LoadedTokenizer, b: LoadedTokenizer) -> dict[str, Any]:
-    """Return how many tokens two vocabularies share, by their bytes;
-    special and added tokens are left out."""
-    ours, theirs = set(a.tokens.values()), set(b.tokens.values())
-    shared = len(ours & theirs)
-    return {"num_shared": shared, "share_of_first": shared / max(1, len(ours)),
-            "share_of_second": shared / max(1, len(theirs)), "jaccard": shared / max(1, len(ours | theirs))}
+    """Count the tokens with equal bytes in two vocabularies, without special and added tokens."""
+    first, second = set(a.tokens.values()), set(b.tokens.values())
+    shared = len(first & second)
+    return {"num_shared": shared, "share_of_first": shared / max(1, len(first)),
+            "share_of_second": shared / max(1, len(second)), "jaccard": shared / max(1, len(first | second))}
 
 
 def measure_speeds(tokenizers: list[LoadedTokenizer], texts: list[NamedText]) -> list[float]:
-    """Return MB of text per CPU second of each tokenizer, chunk after chunk;
-    the best of some rounds, taken in turn."""
-    chunks = [chunk for text in texts for chunk in text.part(SPEED_BYTES // len(texts))]
+    """Return MB per CPU second by tokenizer, the best in `SPEED_ROUNDS` rounds."""
+    chunks = [chunk for text in texts for chunk in text.sample_chunks(SPEED_BYTES // len(texts))]
     num_bytes = sum(len(chunk.encode()) for chunk in chunks)
     best_s = [float("inf")] * len(tokenizers)
     for _ in range(SPEED_ROUNDS):
@@ -124,74 +122,68 @@ def measure_speeds(tokenizers: list[LoadedTokenizer], texts: list[NamedText]) ->
     return [num_bytes / 1e6 / max(s, 1e-9) for s in best_s]
 
 
-DEFAULT_HIDDEN_SIZE, DEFAULT_BODY_PARAMS = 4096, 8e9
-
-
 @dataclass(frozen=True, kw_only=True)
 class TokenizerCompareOptions(HeldoutTextOptions):
-    """Compare tokenizers on the same held-out text: bytes per token, tokens per word, cost in
-    context and in FLOPs, shared vocabulary, and speed. Figures that are ratios are
-    against the first tokenizer."""
+    """Compare tokenizers on the same held-out text: bytes per token, tokens per word, cost in context and in
+    FLOPs, shared vocabulary, and speed. Ratios are relative to the first tokenizer."""
 
     tokenizers: tuple[TokenizerPath, ...]
     hidden_size: AtLeastOne = DEFAULT_HIDDEN_SIZE
     """Width of the model's embedding and head."""
     body_params: Annotated[AboveZero, Flag(value="N")] = DEFAULT_BODY_PARAMS
-    """Parameters that each token meets, without embedding and head."""
+    """Active parameters per token, without embedding and head."""
     json: Annotated[Path | None, Flag(value="FILE")] = None
-    """Write all numbers here."""
+    """Write all numbers to a JSON file."""
 
 
 def run_compare(args: TokenizerCompareOptions) -> int:
-    """Run `sov-tokenizer compare`; returns 0.
+    """Compare tokenizers, print tables and write the JSON file.
 
     Raises:
-        UserError: fewer than two tokenizers, no text, one that cannot be read,
-            or an output that cannot be written.
+        UserError: fewer than two tokenizers, no text, an unreadable input, or an unwritable output.
     """
     if len(args.tokenizers) < 2:
-        raise UserError(f"{args.tokenizers[0]}: is the only tokenizer; name another one to compare "
-                        "it with")
+        raise UserError(f"{args.tokenizers[0]}: is the only tokenizer; name a second tokenizer")
     if not args.text:
         raise UserError("--text is missing; name held-out text to compare on, e.g. "
                         "--text korean=heldout/ko.jsonl")
     check_output("--json", args.json)
-    found = compare_tokenizers(args.tokenizers, read_texts(args.text, args.max_text_mb), args.hidden_size,
-                    args.body_params)
-    for title, table in (("bytes per token", build_text_table(found, "bytes_per_token", "{:.3f}")),
-                         ("tokens per word", build_text_table(found, "tokens_per_word", "{:.3f}")),
-                         ("tokens against the first", build_text_table(found, "relative_tokens", "{:.3f}")),
-                         ("FLOPs against the first", build_text_table(found, "relative_flops", "{:.3f}")),
-                         ("shared vocabulary", build_overlap_table(found))):
-        print(f"{title}\n{_format_table(table)}")
-    for name, facts in found["tokenizers"].items():
+    comparison = compare_tokenizers(args.tokenizers, read_texts(args.text, args.max_text_mb),
+                                    args.hidden_size, args.body_params)
+    for title, key in (("bytes per token", "bytes_per_token"), ("tokens per word", "tokens_per_word"),
+                       ("tokens against the first", "relative_tokens"),
+                       ("FLOPs against the first", "relative_flops")):
+        print(f"{title}\n{_format_table(build_text_table(comparison, key, '{:.3f}'))}")
+    print(f"shared vocabulary\n{_format_table(build_overlap_table(comparison))}")
+    for name, facts in comparison["tokenizers"].items():
         print(f"{name}: {facts['vocab_size']:,} ids, {facts['mb_per_cpu_s']:.2f} MB per CPU second")
     if args.json is not None:
-        write_output(args.json, format_json(found))
+        write_output(args.json, format_json(comparison))
     return 0
 
 
 def compare_tokenizers(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
             body_params: float) -> dict[str, Any]:
-    """Return everything that is known about some tokenizers beside each other, as plain values."""
-    opened = [open_tokenizer(path) for path in paths]
+    """Return all measurements as JSON values."""
+    loaded = [open_tokenizer(path) for path in paths]
     stop_check()
-    names, size = choose_names(opened), ModelSize(hidden_size, body_params)
+    names, size = choose_names(loaded), ModelSize(hidden_size, body_params)
     measured = [[measure_text(tokenizer, text) for text in texts]
-                for tokenizer in tqdm(opened, "encoding", disable=None)]
-    mb_per_s = measure_speeds(opened, texts)
+                for tokenizer in tqdm(loaded, "encoding", disable=None)]
+    mb_per_s = measure_speeds(loaded, texts)
     tokenizers = {}
-    named = dict(zip(names, opened, strict=True))
-    for name, tokenizer, m, speed in zip(names, opened, measured, mb_per_s, strict=True):
+    for name, tokenizer, m, speed in zip(names, loaded, measured, mb_per_s, strict=True):
         head = tokenizer.vocab_size * hidden_size
         tokenizers[name] = {
             "path": str(tokenizer.path), "library": tokenizer.library, "vocab_size": tokenizer.vocab_size,
             "embedding_params": size.embedding_params(tokenizer.vocab_size),
             "head_share_of_flops": head / (body_params + head), "mb_per_cpu_s": speed,
-            "texts": compute_costs(tokenizer, m, opened[0], measured[0], size)}
+            "texts": compute_costs(tokenizer, m, loaded[0], measured[0], size)}
+    overlaps: dict[str, Any] = {name: {} for name in names}
+    for (a, x), (b, y) in itertools.product(zip(names, loaded, strict=True), repeat=2):
+        overlaps[a][b] = measure_overlap(x, y)
     return {"hidden_size": hidden_size, "body_params": body_params, "texts": [t.name for t in texts],
-            "tokenizers": tokenizers,
-            "overlap": {a: {b: measure_overlap(x, y) for b, y in named.items()} for a, x in named.items()}}
+            "tokenizers": tokenizers, "overlap": overlaps}
 
 
 def _format_table(table: PageTable) -> str:

@@ -1,5 +1,4 @@
-"""The files by which Hugging Face `transformers` loads a tokenizer, and what a file of strangers may not ask
-for: ids far above its tokens, for each of which a library makes room, and what makes a library panic."""
+"""Build tokenizer.json and tokenizer_config.json for `transformers`, and reject damaged files."""
 
 from __future__ import annotations
 
@@ -14,30 +13,39 @@ from tokenizer.bpe.split_pattern import build_untrained_tokenizer
 from tokenizer.bpe.vocabulary import Vocabulary, spell_token
 from tokenizer.presets import Preset
 
+TOKENIZER_JSON = "tokenizer.json"
+CONFIG_JSON = "tokenizer_config.json"
 FREE_IDS = 1 << 20
-"""So many ids above its tokens may be unused: reserved ones, and those of other kinds of input."""
+"""Maximum unused ids below the largest id: reserved ids and media tokens."""
 ID_DIGITS = 9
-"""Longer numbers are no ids."""
+"""Maximum digits in an id."""
+
+
+def get_token_ids(raw: dict[str, Any]) -> dict[str, int]:
+    """Return token -> id of a tokenizer.json, including added tokens."""
+    vocab = raw["model"]["vocab"]
+    ids = dict(vocab) if isinstance(vocab, dict) else {piece: id_ for id_, (piece, _) in enumerate(vocab)}
+    return ids | {token["content"]: token["id"] for token in raw["added_tokens"]}
 
 
 def check_id_range(ids: Iterable[object], where: object) -> None:
-    """Refuse ids that are no numbers, or far above what as many tokens need.
+    """Check that ids are integers and not far above the number of tokens; libraries allocate memory per id.
 
     Raises:
-        UserError: naming the first one.
+        UserError: names the first bad id.
     """
-    found = list(ids)
-    limit = len(found) + FREE_IDS
-    for id_ in found:
+    ids = list(ids)
+    limit = len(ids) + FREE_IDS
+    for id_ in ids:
         if type(id_) is not int or not 0 <= id_ < limit:
-            shown = repr(id_)[:20] if not isinstance(id_, int) or abs(id_) < 10**20 else "a huge number"
-            raise UserError(f"{where}: {shown} is no id of one of its {len(found)} tokens (0 to "
+            text = repr(id_)[:20] if not isinstance(id_, int) or abs(id_) < 10**20 else "a huge number"
+            raise UserError(f"{where}: {text} is no id of one of its {len(ids)} tokens (0 to "
                             f"{limit - 1}); restore the file from its source")
 
 
 @contextlib.contextmanager
 def translate_panics(where: object) -> Iterator[None]:
-    """Turn a panic of a library in Rust, which is no `Exception`, into a `UserError`."""
+    """Convert a Rust panic, a `BaseException`, to a `UserError`."""
     try:
         yield
     except BaseException as e:
@@ -47,22 +55,17 @@ def translate_panics(where: object) -> Iterator[None]:
                         "restore it from its source, or take another pattern") from None
 
 
-TOKENIZER_JSON = "tokenizer.json"
-CONFIG_JSON = "tokenizer_config.json"
-
-
 def build_special_token(id_: int, token: str) -> dict[str, Any]:
-    """Return a special token as tokenizer.json lists it: found in text as it stands."""
+    """Return an entry of `added_tokens` in tokenizer.json; its text matches without normalization."""
     return {"id": id_, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
             "normalized": False, "special": True}
 
 
 def build_tokenizer(preset: Preset, vocabulary: Vocabulary) -> Tokenizer:
-    """Return the tokenizer: special tokens, bytes, merges, in this order of ids.
+    """Build a tokenizer with ids in the order special tokens, bytes, merges.
 
     Raises:
-        UserError: a merge spells a special token (ordinary text would then become its id),
-            or a special token is one byte.
+        UserError: an ordinary token has the spelling of a special token, so that text could become its id.
     """
     special = preset.special_by_id()
     tokens = [spell_token(token) for token in vocabulary.tokens]
@@ -83,8 +86,7 @@ def build_preset_config(preset: Preset) -> dict[str, Any]:
 
 
 def build_tokenizer_config(bos: str | None, eos: str, pad: str, chat_template: str | None) -> dict[str, Any]:
-    """Return the content of tokenizer_config.json: special tokens, chat template,
-    nothing added or cleaned by itself."""
+    """Return tokenizer_config.json: special tokens and chat template, no added tokens, no clean-up."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
@@ -93,7 +95,7 @@ def build_tokenizer_config(bos: str | None, eos: str, pad: str, chat_template: s
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        # transformers' own number for "no limit"; the model's config holds the real one
+        # the number of transformers for "no limit"; the model's config has the limit
         "model_max_length": int(1e30),
         "chat_template": chat_template,
     }

@@ -1,8 +1,8 @@
-"""Runs `sov-tokenizer import`: writes another library's tokenizer as a tokenizer artifact, after a comparison
-of ids."""
+"""Run `sov-tokenizer import`: write a tokenizer artifact and compare its ids with the source's library."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -14,20 +14,20 @@ from megatron_sov.base.artifacts import ArtifactWriter, create_artifact, format_
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.pretrained import read_json
 from tokenizer.formats.commands import ImportRequest
-from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, build_tokenizer_config
-from tokenizer.formats.reader import ForeignTokenizer, build_text_encoder, get_token_ids, load_tokenizer
+from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, build_tokenizer_config, get_token_ids
+from tokenizer.formats.reader import ForeignTokenizer, build_text_encoder, load_tokenizer
 from tokenizer.formats.sample_texts import (
     CHUNK_BYTES, DISORDERED_MARKS, find_first_difference, iter_builtin_texts, iter_user_texts)
 
 PRESET = "imported"
-"""The manifest's preset."""
+"""Preset name in the manifest."""
 
 
 def write_import(request: ImportRequest) -> None:
     """Write an artifact of kind "tokenizer".
 
     Raises:
-        UserError: tokenizers or transformers would give other ids or text; nothing is written then.
+        UserError: tokenizers or transformers would give other ids or text; no output is written then.
     """
     source, special, options = request.source, request.special_tokens, request.options
     with create_artifact(options.output, "tokenizer", overwrite=options.overwrite) as artifact:
@@ -44,47 +44,51 @@ def write_import(request: ImportRequest) -> None:
     print(f"wrote {options.output}")
 
 
-def _compare_with_source(folder: Path, source: ForeignTokenizer, paths: Sequence[Path]) -> tuple[str,
-                                                                                                 dict[str,
-                                                                                                      float]]:
-    """Compare the written files with the source's library; returns a sentence and bytes per token of each
-    of the user's texts.
+def _compare_with_source(folder: Path, source: ForeignTokenizer,
+                         paths: Sequence[Path]) -> tuple[str, dict[str, float]]:
+    """Compare the written files with the source; return a sentence and bytes per token of each path.
 
     Raises:
-        UserError: ids or text differ.
+        UserError: ids or decoded text differ.
     """
-    ours = load_tokenizer(read_json(folder / TOKENIZER_JSON), source.file)
-    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    own = {str(path): list(iter_user_texts([path])) for path in paths}
-    texts = [*iter_builtin_texts(source.raw), *(text for group in own.values() for text in group)]
-    source_ids = cache(source.encode)  # three comparisons below read them
-    encoders = {"tokenizers": build_text_encoder(ours), "transformers": lambda text: loaded(
-        text, add_special_tokens=False, split_special_tokens=True)["input_ids"]}
-    # transformers encodes by tokenizers, and slowly
-    short = [text for text in texts if len(text) <= CHUNK_BYTES]
-    for library, encode in encoders.items():
-        if difference := find_first_difference(texts if library == "tokenizers" else short, encode,
-                                               source_ids):
+    tokenizer = load_tokenizer(read_json(folder / TOKENIZER_JSON), source.file)
+    hf_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    user_texts = {str(path): list(iter_user_texts([path])) for path in paths}
+    texts = [*iter_builtin_texts(source.raw), *itertools.chain.from_iterable(user_texts.values())]
+    encode_source = cache(source.encode)  # three comparisons encode the same texts
+    encode = build_text_encoder(tokenizer)
+    # transformers encodes with tokenizers, but slowly
+    short_texts = [text for text in texts if len(text) <= CHUNK_BYTES]
+    for library, library_texts, library_encode in (
+            ("tokenizers", texts, encode),
+            ("transformers", short_texts, lambda text: hf_tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True)["input_ids"])):
+        if difference := find_first_difference(library_texts, library_encode, encode_source):
             raise UserError(f"{source.file}: cannot be represented, since {library} would not give the ids "
                             f"of {source.library} for {difference}")
-    unknown = _find_unknown_id(source.raw)
+    unknown_id = _find_unknown_id(source.raw)
     for text in texts:
-        ids = source_ids(text)
-        if (unknown not in ids and (found := ours.decode(ids, skip_special_tokens=False))
-                != (expected := source.decode(ids))):
+        ids = encode_source(text)
+        if unknown_id in ids:
+            continue
+        decoded, expected = tokenizer.decode(ids, skip_special_tokens=False), source.decode(ids)
+        if decoded != expected:
             raise UserError(f"{source.file}: cannot be represented, since ids of {text[:60]!r} would become "
-                            f"{found[:60]!r}, not {expected[:60]!r}")
+                            f"{decoded[:60]!r}, not {expected[:60]!r}")
     sentence = (f"the same ids as {source.library}, by tokenizers and by transformers, on "
-                f"{sum(len(t.encode()) for t in texts) / 1e6:.2f} MB of text")
-    if find_first_difference([DISORDERED_MARKS], encoders["tokenizers"], source.encode):
+                f"{_count_bytes(texts) / 1e6:.2f} MB of text")
+    if find_first_difference([DISORDERED_MARKS], encode, source.encode):
         sentence += ", but not for combining marks in an order other than Unicode's"
-    return (sentence,
-            {name: sum(len(t.encode()) for t in group) / max(1, sum(len(source_ids(t)) for t in group))
-             for name, group in own.items()})
+    ratios = {path: _count_bytes(group) / max(1, sum(len(encode_source(text)) for text in group))
+              for path, group in user_texts.items()}
+    return sentence, ratios
+
+
+def _count_bytes(texts: list[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
 
 
 def _find_unknown_id(raw: dict[str, Any]) -> int | None:
-    """Return the id that stands for text outside the vocabulary; libraries spell it differently."""
     model = raw["model"]
     return (model["unk_id"] if model.get("unk_id") is not None
             else get_token_ids(raw).get(model.get("unk_token") or ""))
@@ -92,7 +96,7 @@ def _find_unknown_id(raw: dict[str, Any]) -> int | None:
 
 def _fill_manifest(artifact: ArtifactWriter, source: ForeignTokenizer, special: dict[str, Any], checked: str,
               ratios: dict[str, float]) -> None:
-    """State the same facts as of a trained tokenizer, and where it comes from."""
+    """Fill the manifest with the facts of a trained tokenizer and with the source file."""
     ids = get_token_ids(source.raw)
     artifact.content = {
         "preset": PRESET,

@@ -1,7 +1,7 @@
-"""Tokenizers of others, read as data: a Hugging Face folder or tokenizer.json, tiktoken's ranks, a
+"""Read tokenizers of other libraries: a Hugging Face folder or tokenizer.json, tiktoken's ranks, or a
 sentencepiece model.
 
-Each comes as the tokenizer.json that says the same, beside the library that it was made for, to compare with.
+`ForeignTokenizer` converts to an equivalent tokenizer.json; `LoadedTokenizer` uses the library unchanged.
 """
 
 from __future__ import annotations
@@ -20,49 +20,44 @@ from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from megatron_sov.base.errors import UserError, fix_missing, suggest_download
 from megatron_sov.model.pretrained import read_json
 from tokenizer.formats import sentencepiece_format, tiktoken_format
-from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, check_id_range, translate_panics
+from tokenizer.formats.hf_files import (
+    CONFIG_JSON, TOKENIZER_JSON, check_id_range, get_token_ids, translate_panics)
 from tokenizer.formats.sentencepiece_format import SPACE, format_byte_piece
 
-NAMED = ("bos_token", "eos_token", "pad_token")
+SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token")
 FORMS = f"a folder with {TOKENIZER_JSON}, such a file, tiktoken's ranks or sentencepiece's .model"
+PROBE = "a 가 😀\n"
+_BYTES = {format_byte_piece(b): bytes([b]) for b in range(256)}
 
 
 @dataclass(frozen=True)
 class ForeignTokenizer:
-    """A tokenizer that was read."""
+    """A tokenizer as an equivalent tokenizer.json, with its own library's encoder for comparison."""
 
     file: Path
-    """What it was read from."""
     library: str
-    """The library that it was made for: tokenizers, tiktoken, sentencepiece."""
+    """tokenizers, tiktoken or sentencepiece."""
     raw: dict[str, Any]
-    """The tokenizer.json that says the same."""
+    """Equivalent tokenizer.json."""
     encode: Callable[[str], list[int]]
-    """The library's ids of ordinary text."""
+    """The library's ids for ordinary text."""
     decode: Callable[[list[int]], str]
-    """The library's text of ids."""
-    named: dict[str, str | None] = field(default_factory=dict)
-    """bos_token, eos_token, pad_token; None where it has none."""
+    """The library's text for ids."""
+    named_tokens: dict[str, str | None] = field(default_factory=dict)
+    """bos_token, eos_token, pad_token; None if the source has no such token."""
     chat_template: str | None = None
 
     @property
     def vocab_size(self) -> int:
-        """The largest id and one."""
+        """Largest id + 1."""
         return max(get_token_ids(self.raw).values()) + 1
 
 
-def get_token_ids(raw: dict[str, Any]) -> dict[str, int]:
-    """Return token -> id of a tokenizer.json, added tokens included."""
-    vocab = raw["model"]["vocab"]
-    ids = dict(vocab) if isinstance(vocab, dict) else {piece: id_ for id_, (piece, _) in enumerate(vocab)}
-    return ids | {token["content"]: token["id"] for token in raw["added_tokens"]}
-
-
 def find_file(path: Path) -> Path:
-    """Return the file of a path that holds the tokenizer; a folder may hold one.
+    """Return the tokenizer file at a path or in a folder.
 
     Raises:
-        UserError: there is none.
+        UserError: the path does not exist, or the folder does not contain exactly one tokenizer.
     """
     if path.is_file():
         return path
@@ -72,48 +67,56 @@ def find_file(path: Path) -> Path:
                         fix_missing(path, is_bare=not path.suffix))
     if (path / TOKENIZER_JSON).is_file():
         return path / TOKENIZER_JSON
-    # two candidates are a question to the user and no choice of ours
-    found = sorted([*path.glob("*.tiktoken"), *path.glob("*.model")])
-    if len(found) != 1:
-        raise UserError(f"{path}: holds {len(found)} tokenizers "
-                        f"({', '.join(f.name for f in found) or 'no tokenizer.json'}); pass {FORMS}")
-    return found[0]
+    files = sorted([*path.glob("*.tiktoken"), *path.glob("*.model")])
+    if len(files) != 1:
+        advice = f"pass {FORMS}"
+        if (path / "merges.txt").is_file():
+            advice = ("make tokenizer.json of vocab.json and merges.txt: transformers' GPT2TokenizerFast("
+                      f"'{path}/vocab.json', '{path}/merges.txt').save_pretrained('{path}')")
+        elif not files and (path / "config.json").is_file():
+            advice = ("copy tokenizer.json, tokenizer_config.json and chat_template.jinja of the same model "
+                      "into the folder")
+        raise UserError(f"{path}: holds {len(files)} tokenizers "
+                        f"({', '.join(f.name for f in files) or 'no tokenizer.json'}); {advice}")
+    return files[0]
 
 
 def open_foreign(path: Path, rules: Path | None = None) -> ForeignTokenizer:
-    """Read a tokenizer of any of the forms.
+    """Read a tokenizer from a supported library.
 
     Args:
-        path: file, or folder that holds one.
-        rules: for tiktoken, the JSON file with pat_str and special_tokens; None: beside the ranks.
+        path: file, or folder with the file.
+        rules: for tiktoken, the JSON file with pat_str and special_tokens; None: next to the ranks.
 
     Raises:
-        UserError: it is of none of the forms, damaged, or uses what `tokenizers` has no form for.
+        UserError: an unknown or damaged file, or `tokenizers` cannot express the tokenizer.
     """
     file = find_file(path)
     if file.suffix == ".json":
         return open_hf(file)
-    # by content: Llama 3 calls such a file tokenizer.model
+    # by content: Llama 3 has ranks in tokenizer.model
     if tiktoken_format.is_ranks_file(file):
         return _open_tiktoken(file, rules or tiktoken_format.get_rules_path(file))
     return _open_sentencepiece(file)
 
 
 def load_tokenizer(raw: dict[str, Any], where: object) -> Tokenizer:
-    """Return a tokenizer.json as `tokenizers` reads it, with special tokens in text as ordinary text.
+    """Load a tokenizer.json; special tokens in a text stay ordinary text.
+
+    `where` names the file in errors.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: `tokenizers` cannot read it.
     """
     try:
         with translate_panics(where):
             tokenizer = Tokenizer.from_str(json.dumps(raw, ensure_ascii=False))
-            tokenizer.encode(tiktoken_format.PROBE)  # some patterns only fail in use
+            tokenizer.encode(tiktoken_format.PROBE)  # some patterns fail only when they run
     except UserError:
         raise
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{where}: tokenizers cannot read it ({e}); restore it from its source") from None
-    # or a user's text could spell the end of a turn
+    # otherwise a user's text could contain the end of a turn
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -123,10 +126,10 @@ def build_text_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
 
 
 def open_hf(file: Path) -> ForeignTokenizer:
-    """Read a tokenizer.json and, beside it, tokenizer_config.json and the chat template.
+    """Read a tokenizer.json and, from its folder, tokenizer_config.json and the chat template.
 
     Raises:
-        UserError: a file is damaged, or encoding is random.
+        UserError: a file is damaged, or the model has dropout, which makes encoding random.
     """
     raw = read_json(file)
     if (not isinstance(raw.get("model"), dict) or not isinstance(raw.get("added_tokens"), list)
@@ -145,18 +148,18 @@ def open_hf(file: Path) -> ForeignTokenizer:
     if raw["model"].get("dropout"):
         raise UserError(f"{file}: model.dropout = {raw['model']['dropout']} makes encoding random; "
                         "set it to null")
-    # settings of one use of it, by which text would be cut off silently
+    # truncation would cut text silently
     raw |= {"truncation": None, "padding": None}
     tokenizer = load_tokenizer(raw, file)
     config = read_json(file.with_name(CONFIG_JSON)) if file.with_name(CONFIG_JSON).is_file() else {}
-    named = {name: _get_token_text(config.get(name)) for name in NAMED}
+    named_tokens = {name: _get_token_text(config.get(name)) for name in SPECIAL_NAMES}
     return ForeignTokenizer(file, "tokenizers", raw, build_text_encoder(tokenizer),
-                   lambda ids: tokenizer.decode(ids, skip_special_tokens=False), named,
+                   lambda ids: tokenizer.decode(ids, skip_special_tokens=False), named_tokens,
                    _read_template(config, file.with_name("chat_template.jinja")))
 
 
 def _get_token_text(token: Any) -> str | None:
-    """Return a special token's text; transformers writes it as text or as an object."""
+    """Return a special token's text; tokenizer_config.json has a string or an object."""
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str | None):
         raise UserError(f"{CONFIG_JSON}: {text!r} is no special token; spell it as text")
@@ -164,13 +167,13 @@ def _get_token_text(token: Any) -> str | None:
 
 
 def _read_template(config: dict[str, Any], file: Path) -> str | None:
-    """Return the chat template, the default one of several."""
+    """Return the chat template; of several, the one named "default"."""
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = next((t.get("template") for t in template
-                         if isinstance(t, dict) and t.get("name") == "default"), None)
+        named_templates = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named_templates.get("default")
     if not isinstance(template, str | None):
         raise UserError(f"{file.with_name(CONFIG_JSON)}: chat_template is a {type(template).__name__}, "
                         "must be text; correct it there")
@@ -178,16 +181,15 @@ def _read_template(config: dict[str, Any], file: Path) -> str | None:
 
 
 def _open_tiktoken(file: Path, rules_file: Path) -> ForeignTokenizer:
-    found, rules = tiktoken_format.read_ranks(file), tiktoken_format.read_rules(rules_file)
-    encoder = tiktoken_format.build_encoder(found, rules)
-    decode = tiktoken_format.build_encoding(found, rules).decode
-    named = {name: getattr(rules, name) for name in NAMED}
-    return ForeignTokenizer(file, "tiktoken", tiktoken_format.from_tiktoken(found, rules), encoder, decode,
-                            named)
+    ranks, rules = tiktoken_format.read_ranks(file), tiktoken_format.read_rules(rules_file)
+    return ForeignTokenizer(
+        file, "tiktoken", tiktoken_format.from_tiktoken(ranks, rules),
+        tiktoken_format.build_encoder(ranks, rules), tiktoken_format.build_encoding(ranks, rules).decode,
+        {name: getattr(rules, name) for name in SPECIAL_NAMES})
 
 
 def _open_sentencepiece(file: Path) -> ForeignTokenizer:
-    # optional: comes with sentencepiece
+    # optional package, installed with sentencepiece
     from google.protobuf.message import DecodeError
 
     model = file.read_bytes()
@@ -203,22 +205,19 @@ def _open_sentencepiece(file: Path) -> ForeignTokenizer:
                    sentencepiece_format.get_special_tokens(proto))
 
 
-PROBE = "a 가 😀\n"
-_BYTES = {format_byte_piece(b): bytes([b]) for b in range(256)}
-
-
 class LoadedTokenizer(ABC):
-    """A tokenizer that encodes ordinary text: special tokens spelled out in it stay text wherever its
-    library can do that.  Nothing is converted: what is reported is what the library itself does."""
+    """A tokenizer with its own library, without conversion.
+
+    Special tokens in ordinary text stay text if the library supports it."""
 
     library: str
     """tokenizers, tiktoken or sentencepiece."""
     special: dict[int, str]
-    """Ids that stand for no text of their own: special, control and unknown tokens."""
+    """Ids of special, control and unknown tokens."""
     added: dict[int, str]
-    """Further tokens that are found before text is split."""
+    """Other ids that are matched before the text is split."""
     tokens: dict[int, bytes]
-    """Id -> UTF-8 bytes, or a part of a character, of every other token."""
+    """Id -> UTF-8 bytes, or part of a character, of every other token."""
 
     def __init__(self, path: Path, file: Path) -> None:
         self.path = path
@@ -227,37 +226,34 @@ class LoadedTokenizer(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Rows that a model's embedding needs: the largest id + 1."""
+        """Rows in a model's embedding: the largest id + 1."""
         return max([*self.special, *self.added, *self.tokens]) + 1
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ordinary text."""
+        """Encode ordinary text."""
 
     @abstractmethod
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text."""
+        """Encode ordinary texts, in parallel if the library can."""
 
     @abstractmethod
     def encode_special(self, text: str) -> list[int]:
-        """Return the ids of text in which special tokens are read as such."""
+        """Encode text and recognize special tokens."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ids; bytes that are no character become U+FFFD."""
+        """Decode ids; bytes of incomplete characters become U+FFFD."""
 
     def normalize(self, text: str) -> str:
-        """Return the text that `decode(encode(text))` is meant to give."""
+        """Return the expected `decode(encode(text))`."""
         return text
 
 
 class HuggingFaceTokenizer(LoadedTokenizer):
-    """A tokenizer.json, by `tokenizers`."""
-
     library = "tokenizers"
 
     def __init__(self, path: Path, file: Path) -> None:
-        """Raises: UserError: the file is no tokenizer.json that the library reads, or it cannot encode."""
         super().__init__(path, file)
         self._raw = open_hf(file).raw
         self._tokenizer = load_tokenizer(self._raw, file)
@@ -266,24 +262,23 @@ class HuggingFaceTokenizer(LoadedTokenizer):
         except Exception as e:  # the binding raises a bare Exception
             raise UserError(f"{file}: cannot encode {PROBE!r} ({' '.join(str(e).split())[:200]}); "
                             "give it a token for the unknown") from None
-        found = self._tokenizer.get_added_tokens_decoder()
-        self.special = {id_: token.content for id_, token in found.items() if token.special}
-        self.added = {id_: token.content for id_, token in found.items() if not token.special}
-        spelled = self._tokenizer.get_vocab(with_added_tokens=False)
-        if (unknown := self._raw["model"].get("unk_token")) in spelled:
-            self.special[spelled[unknown]] = unknown
-        self._spelled = {id_: token
-                         for token, id_ in spelled.items() if id_ not in found and id_ not in self.special}
-        # a space, which the decoder takes away again
+        added_tokens = self._tokenizer.get_added_tokens_decoder()
+        self.special = {id_: token.content for id_, token in added_tokens.items() if token.special}
+        self.added = {id_: token.content for id_, token in added_tokens.items() if not token.special}
+        vocab = self._tokenizer.get_vocab(with_added_tokens=False)
+        if (unknown := self._raw["model"].get("unk_token")) in vocab:
+            self.special[vocab[unknown]] = unknown
+        # the decoder removes the space that the normalizer prepends
         self._prepends = "Prepend" in _collect_types(self._raw.get("normalizer"))
-        kinds = _collect_types(self._raw.get("decoder"))
-        self.tokens = {id_: self._bytes(id_, token, kinds) for id_, token in self._spelled.items()}
+        decoders = _collect_types(self._raw.get("decoder"))
+        self.tokens = {id_: self._decode_token(id_, token, decoders) for token, id_ in vocab.items()
+                       if id_ not in added_tokens and id_ not in self.special}
 
-    def _bytes(self, id_: int, token: str, kinds: set[str]) -> bytes:
-        if "ByteLevel" in kinds:
-            back = byte_alphabet()
-            return bytes(back[c] for c in token) if all(c in back for c in token) else token.encode()
-        if kinds & {"ByteFallback", "Metaspace"}:
+    def _decode_token(self, id_: int, token: str, decoders: set[str]) -> bytes:
+        if "ByteLevel" in decoders:
+            alphabet = byte_alphabet()
+            return bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode()
+        if decoders & {"ByteFallback", "Metaspace"}:
             return _decode_piece(token)
         return self._tokenizer.decode([id_], skip_special_tokens=False).encode()
 
@@ -312,15 +307,12 @@ class HuggingFaceTokenizer(LoadedTokenizer):
 
 
 class TiktokenTokenizer(LoadedTokenizer):
-    """A file of ranks and the rules beside it, by `tiktoken`."""
-
     library = "tiktoken"
 
     def __init__(self, path: Path, file: Path) -> None:
-        """Raises: UserError: the ranks are damaged, or there are no rules for them."""
         super().__init__(path, file)
-        ranks, rules = (tiktoken_format.read_ranks(file),
-                        tiktoken_format.read_rules(tiktoken_format.get_rules_path(file)))
+        ranks = tiktoken_format.read_ranks(file)
+        rules = tiktoken_format.read_rules(tiktoken_format.get_rules_path(file))
         self._encoding = tiktoken_format.build_encoding(ranks, rules)
         self._form: Any = rules.normalization
         self.special = {id_: token for token, id_ in rules.special_tokens.items()}
@@ -344,12 +336,9 @@ class TiktokenTokenizer(LoadedTokenizer):
 
 
 class SentencePieceTokenizer(LoadedTokenizer):
-    """A .model file, by `sentencepiece`."""
-
     library = "sentencepiece"
 
     def __init__(self, path: Path, file: Path) -> None:
-        """Raises: UserError: the package is not installed, or the file is no model of its."""
         super().__init__(path, file)
         try:
             self._model = sentencepiece_format.create_processor(file.read_bytes())
@@ -370,7 +359,7 @@ class SentencePieceTokenizer(LoadedTokenizer):
         return list(self._model.encode(texts, out_type=int, num_threads=2))
 
     def encode_special(self, text: str) -> list[int]:
-        return self.encode(text)  # control tokens are never read from text
+        return self.encode(text)  # sentencepiece never recognizes control tokens in text
 
     def decode(self, ids: list[int]) -> str:
         return str(self._model.decode(ids))
@@ -381,30 +370,30 @@ class SentencePieceTokenizer(LoadedTokenizer):
 
 
 def open_tokenizer(path: Path) -> LoadedTokenizer:
-    """Open a tokenizer.
+    """Load the tokenizer at a path with its own library.
 
     Raises:
-        UserError: there is none at the path, or it cannot be read.
+        UserError: no tokenizer at the path, a damaged file, or an optional package is missing.
     """
     file = find_file(path)
+    tokenizer_class: type[LoadedTokenizer] = SentencePieceTokenizer
     if file.suffix == ".json":
-        opened: LoadedTokenizer = HuggingFaceTokenizer(path, file)
-    elif tiktoken_format.is_ranks_file(file):  # Llama 3 has ranks in a file called tokenizer.model
-        opened = TiktokenTokenizer(path, file)
-    else:
-        opened = SentencePieceTokenizer(path, file)
-    if not opened.tokens:
+        tokenizer_class = HuggingFaceTokenizer
+    elif tiktoken_format.is_ranks_file(file):
+        tokenizer_class = TiktokenTokenizer
+    tokenizer = tokenizer_class(path, file)
+    if not tokenizer.tokens:
         raise UserError(f"{file}: holds no tokens, so it is empty or damaged; pass {FORMS}")
-    return opened
+    return tokenizer
 
 
 def _decode_piece(piece: str) -> bytes:
-    """Return the bytes of a token that is spelled as sentencepiece does."""
+    """Return bytes from sentencepiece's spelling."""
     return _BYTES.get(piece) or piece.replace(SPACE, " ").encode()
 
 
 def _collect_types(rules: dict[str, Any] | None) -> set[str]:
-    """Return the types of a decoder or normalizer and of those inside it."""
+    """Return the types in a decoder or normalizer, including nested steps."""
     if not rules:
         return set()
     inner = [*rules.get("decoders", []), *rules.get("normalizers", [])]

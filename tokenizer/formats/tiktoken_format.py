@@ -1,5 +1,9 @@
-"""tiktoken's form of a tokenizer: a file of ranks (a token's bytes in base64, a space, its id) and rules
-beside it in JSON."""
+"""Read and write tiktoken's files: ranks (base64 bytes, a space and the id per line) and rules (JSON).
+
+tiktoken's split patterns are for fancy-regex, but `tokenizers` uses Oniguruma with Ruby's syntax, which
+differs silently: `X{1,3}+` is possessive in fancy-regex and a repetition of `X{1,3}` in Ruby, and `^` and `$`
+are ends of the text in fancy-regex and ends of a line in Ruby.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,10 @@ from typing import Any
 
 import tiktoken
 
-from megatron_sov.base.documents.byte_bpe import build_ranks, byte_alphabet, parse_split_pattern
+from megatron_sov.base.documents.byte_bpe import build_ranks, parse_split_pattern
 from megatron_sov.base.errors import UserError
 from tokenizer.bpe.segmenting import find_last_merge
+from tokenizer.bpe.vocabulary import spell_token
 from tokenizer.formats.hf_files import ID_DIGITS, build_special_token, check_id_range, translate_panics
 
 _ATOM_OR_SIGN = re.compile(
@@ -29,18 +34,11 @@ NORMALIZATIONS = {"NFC", "NFD", "NFKC", "NFKD"}
 PROBE = "a b 1\n"
 
 
-# Split patterns of tiktoken (fancy-regex) for `tokenizers` (Oniguruma, Ruby's syntax): the same signs, not
-# the same sense. Where the two differ, silently: - `X{1,3}+` is possessive in fancy-regex; in Ruby's syntax
-# it is a repetition of `X{1,3}`, so all digits become one piece. The atomic group `(?>X{1,3})` means the
-# same in both. - `$` and `^` are the ends of the text in fancy-regex, of a line in Ruby; `\z` and `\A` are
-# the ends of the text in both.
-
-
 def convert_to_oniguruma(pattern: str) -> str:
-    """Return fancy-regex's pattern in Ruby's syntax."""
+    """Translate a fancy-regex pattern to Ruby's syntax."""
     out: list[str] = []
-    starts: list[int] = []  # where in `out` each open group began
-    last = 0  # where in `out` the last complete atom begins
+    starts: list[int] = []  # index in `out` of each open group
+    last = 0  # index in `out` of the last complete atom
     position = 0
     while position < len(pattern):
         if pattern[position] == "[":
@@ -51,10 +49,10 @@ def convert_to_oniguruma(pattern: str) -> str:
             continue
         match = _ATOM_OR_SIGN.match(pattern, position)
         if match is None:
-            return pattern  # malformed: whoever compiles it says so
+            return pattern  # malformed, which the compiler reports
         text, position = match.group(), match.end()
         if match["interval"]:
-            # possessive quantifiers on an interval: Ruby would read the + as another quantifier
+            # an atomic group means the same in both syntaxes
             out[last:] = ["(?>", *out[last:], text[:-1], ")"]
             continue
         if match["atom"]:
@@ -63,13 +61,12 @@ def convert_to_oniguruma(pattern: str) -> str:
             starts.append(len(out))
         elif text == ")" and starts:
             last = starts.pop()
-        # without the multi-line flag these are ends of the text; in Ruby they are ends of lines
         out.append({"^": r"\A", "$": r"\z"}.get(text, text))
     return "".join(out)
 
 
 def _find_class_end(pattern: str, start: int) -> int:
-    """Return the position behind the character class that begins at `start`; classes nest."""
+    """Return the end index for the character class at `start`; classes nest."""
     depth, position = 0, start
     while position < len(pattern):
         if pattern[position] == "\\":
@@ -86,21 +83,21 @@ def _find_class_end(pattern: str, start: int) -> int:
 
 @dataclass(frozen=True)
 class TiktokenRules:
-    """What tiktoken needs besides ranks; the rest is for those who import it."""
+    """The rules file: the arguments of tiktoken, and three named tokens for `import`."""
 
     pat_str: str
-    """Split pattern, as fancy-regex reads it."""
+    """Split pattern in fancy-regex syntax."""
     special_tokens: dict[str, int]
     """Special token -> id."""
     name: str = "imported"
     normalization: str | None = None
-    """Unicode form (NFC, ...) that text must be brought into before tiktoken sees it."""
+    """Unicode form (NFC, ...) to apply to text before tiktoken."""
     bos_token: str | None = None
     eos_token: str | None = None
     pad_token: str | None = None
 
-    def problem(self) -> str | None:
-        """Return the rule that a field breaks."""
+    def find_problem(self) -> str | None:
+        """Return a sentence about the first wrong field."""
         types: dict[str, type | tuple[type, ...]] = {"pat_str": str, "special_tokens": dict, "name": str}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -119,16 +116,16 @@ class TiktokenRules:
 
 def to_tiktoken(raw: dict[str, Any], name: str,
                 named_tokens: dict[str, str | None]) -> tuple[dict[bytes, int], TiktokenRules]:
-    """Return ranks and rules of a tokenizer.json.
+    """Convert a tokenizer.json to ranks and rules.
 
     Args:
-        raw: the tokenizer.json.
-        name: what the encoding is called.
+        raw: tokenizer.json.
+        name: encoding name.
         named_tokens: bos_token, eos_token and pad_token.
 
     Raises:
-        NotByteBpe: it has no such form.
-        UserError: special tokens that tiktoken could not tell apart, or a normalizer that Python has not.
+        NotByteBpe: the tokenizer is not byte-level BPE.
+        UserError: tiktoken cannot express the normalizer or a special token.
     """
     normalizer = raw.get("normalizer")
     kind = normalizer["type"] if normalizer else None
@@ -137,30 +134,28 @@ def to_tiktoken(raw: dict[str, Any], name: str,
                         f"only {', '.join(sorted(NORMALIZATIONS))} can be applied beforehand")
     special = {token["content"]: token["id"] for token in raw["added_tokens"]}
     for token in raw["added_tokens"]:
-        if way := next((w for w in ("lstrip", "rstrip", "single_word") if token.get(w)), None):
-            raise UserError(f"{name}: added token {token['content']!r} has {way}, "
-                            "for which tiktoken has no form")
-        # one special token that begins another: which is found is not said by the library
-        if longer := next((s for s in special if s != token["content"] and s.startswith(token["content"])),
-                          None):
-            raise UserError(f"{name}: special token {token['content']!r} begins {longer!r}, "
-                            "and tiktoken does not say which of the two it finds; rename one")
+        text = token["content"]
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if token.get(flag):
+                raise UserError(f"{name}: added token {text!r} has {flag}, for which tiktoken has no form")
+        if longer := next((s for s in special if s != text and s.startswith(text)), None):
+            raise UserError(f"{name}: special token {text!r} begins {longer!r}, "
+                            "and tiktoken does not define which of the two matches; rename one")
     return build_ranks(raw), TiktokenRules(parse_split_pattern(raw), special, name, kind, **named_tokens)
 
 
 def format_ranks(ranks: dict[bytes, int]) -> bytes:
-    """Return the content of a ranks file, in the order of ids."""
+    """Return a ranks file, sorted by id."""
     return b"".join(base64.b64encode(token) + b" %d\n" % id_
                     for token, id_ in sorted(ranks.items(), key=lambda e: e[1]))
 
 
 def get_rules_path(file: Path) -> Path:
-    """Return where the rules of a ranks file stand."""
     return file.with_name(file.name + ".json")
 
 
 def is_ranks_file(file: Path) -> bool:
-    """Return whether the first line of a file is that of a ranks file."""
+    """Return whether the first line has base64, a space and an id."""
     with open(file, "rb") as f:
         return _parse_rank_line(f.readline(4096)) is not None
 
@@ -168,9 +163,10 @@ def is_ranks_file(file: Path) -> bool:
 def _parse_rank_line(line: bytes) -> tuple[bytes, int] | None:
     token, _, id_ = line.rstrip(b"\r\n").partition(b" ")
     try:
-        # a limit on digits: int() of a huge number takes quadratic time
-        is_id = id_.isdigit() and len(id_) <= ID_DIGITS
-        return (base64.b64decode(token, validate=True), int(id_)) if is_id else None
+        # int() of a huge number takes quadratic time
+        if not id_.isdigit() or len(id_) > ID_DIGITS:
+            return None
+        return base64.b64decode(token, validate=True), int(id_)
     except binascii.Error:
         return None
 
@@ -179,9 +175,9 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     """Read a ranks file.
 
     Raises:
-        UserError: a line is damaged, a token or id stands twice, or one of the 256 bytes is missing.
+        UserError: a damaged line, a duplicate token or id, or one of the 256 bytes is missing.
     """
-    found: dict[bytes, int] = {}
+    ranks: dict[bytes, int] = {}
     ids: set[int] = set()
     with open(file, "rb") as f:
         for number, line in enumerate(f, 1):
@@ -191,22 +187,21 @@ def read_ranks(file: Path) -> dict[bytes, int]:
                 raise UserError(f"{file}:{number}: {line[:40]!r} is not a token in base64, a space and its "
                                 "id; restore the file from its source")
             token, id_ = entry
-            if token in found or id_ in ids:
+            if token in ranks or id_ in ids:
                 raise UserError(f"{file}:{number}: token {token!r} or id {id_} stands twice; "
                                 "restore the file from its source")
-            found[token] = id_
+            ranks[token] = id_
             ids.add(id_)
-    # the library makes room for the largest id
+    # tiktoken allocates memory up to the largest id
     check_id_range(ids, file)
-    # all bytes, or there is text that cannot be encoded
-    if missing := [b for b in range(256) if bytes([b]) not in found]:
+    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
         raise UserError(f"{file}: byte 0x{missing[0]:02X} is no token, so text that holds it could not be "
                         "encoded; add all 256 bytes or take another tokenizer")
-    return found
+    return ranks
 
 
 def read_rules(file: Path) -> TiktokenRules:
-    """Read the rules of a ranks file; fields that are not ours are ignored.
+    """Read a rules file; unknown fields are ignored.
 
     Raises:
         UserError: the file cannot be read, or a field is missing or wrong.
@@ -219,61 +214,58 @@ def read_rules(file: Path) -> TiktokenRules:
                         "write pat_str and special_tokens there, or name such a file by --rules") from None
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{file}: is no JSON object with pat_str and special_tokens ({e})") from None
-    if problem := rules.problem():
+    if problem := rules.find_problem():
         raise UserError(f"{file}: {problem}")
-    if far := next((t for t, id_ in rules.special_tokens.items() if id_ >= 10**ID_DIGITS), None):
-        raise UserError(f"{file}: special_tokens[{far!r}] is no id that a tokenizer has; correct it")
+    if token := next((t for t, id_ in rules.special_tokens.items() if id_ >= 10**ID_DIGITS), None):
+        raise UserError(f"{file}: special_tokens[{token!r}] is no id that a tokenizer has; correct it")
     return rules
 
 
 def build_encoding(ranks: dict[bytes, int], rules: TiktokenRules) -> tiktoken.Encoding:
-    """Return tiktoken's own object.
+    """Build the tiktoken encoding.
 
     Raises:
-        UserError: the pattern is none, or ids overlap.
+        UserError: a malformed pattern, or a special token has the id of an ordinary token.
     """
-    # told here by name, before the library builds its tables
-    by_id = {id_: token for token, id_ in ranks.items()}
-    if taken := next((t for t, id_ in rules.special_tokens.items() if id_ in by_id), None):
-        id_ = rules.special_tokens[taken]
-        raise UserError(f"{rules.name}: special token {taken!r} has id {id_}, which is that of "
-                        f"{by_id[id_]!r}; give it a free one")
+    tokens = {id_: token for token, id_ in ranks.items()}
+    for special, id_ in rules.special_tokens.items():
+        if id_ in tokens:
+            raise UserError(f"{rules.name}: special token {special!r} has id {id_}, which is the id of "
+                            f"{tokens[id_]!r}; give it a free id")
     check_id_range([*ranks.values(), *rules.special_tokens.values()], rules.name)
     if not rules.pat_str:
-        raise UserError(f"{rules.name}: pat_str is empty, and would split text nowhere; name the pattern")
+        raise UserError(f"{rules.name}: pat_str is empty, and would not split text; set a pattern")
     try:
         with translate_panics(rules.name):
-            made = tiktoken.Encoding(rules.name, pat_str=rules.pat_str, mergeable_ranks=ranks,
-                                     special_tokens=rules.special_tokens)
-            made.encode_ordinary(PROBE)  # some patterns only fail in use
-        return made
+            encoding = tiktoken.Encoding(rules.name, pat_str=rules.pat_str, mergeable_ranks=ranks,
+                                         special_tokens=rules.special_tokens)
+            encoding.encode_ordinary(PROBE)  # some patterns fail only when they run
+        return encoding
     except ValueError as e:
         raise UserError(f"{rules.name}: pat_str {rules.pat_str!r} is no regular expression ({e})") from None
 
 
 def build_encoder(ranks: dict[bytes, int], rules: TiktokenRules) -> Callable[[str], list[int]]:
-    """Return tiktoken's encoding of ordinary text, after the normalization that the rules ask for."""
+    """Return a function that normalizes and encodes ordinary text."""
     ordinary = build_encoding(ranks, rules).encode_ordinary
     form: Any = rules.normalization
     return ordinary if form is None else lambda text: ordinary(unicodedata.normalize(form, text))
 
 
 def from_tiktoken(ranks: dict[bytes, int], rules: TiktokenRules) -> dict[str, Any]:
-    """Return the tokenizer.json of ranks and rules.
+    """Convert ranks and rules to a tokenizer.json.
 
-    A token that merging never makes is found only where it is a whole piece of text, which is what
-    `ignore_merges` says.
+    A token that no merge produces matches only a complete piece of text, which `ignore_merges` expresses.
     """
-    characters = {byte: character for character, byte in byte_alphabet().items()}
-    spelled = {token: "".join(characters[b] for b in token) for token in sorted(ranks, key=ranks.__getitem__)}
-    vocab = {text: ranks[token] for token, text in spelled.items()}
+    spellings = {token: spell_token(token) for token in sorted(ranks, key=ranks.__getitem__)}
+    vocab = {text: ranks[token] for token, text in spellings.items()}
     # tokenizer.json has one table for both, so text could become a special token
     if taken := next((t for t in rules.special_tokens if t in vocab), None):
         raise UserError(f"{rules.name}: special token {taken!r} is spelled like an ordinary token, "
                         "so text could become its id; rename it")
-    as_ranks: dict[bytes, float] = dict(ranks)
-    # ranks hold results of merges; the pair is found again by merging what is below its rank
-    pairs = [find_last_merge([bytes([b]) for b in token], as_ranks) for token in spelled if len(token) > 1]
+    rank_of: dict[bytes, float] = dict(ranks)
+    # ranks list the products of merges; merging below a product's rank gives its pair
+    pairs = [find_last_merge([bytes([b]) for b in token], rank_of) for token in spellings if len(token) > 1]
     added = sorted(rules.special_tokens.items(), key=lambda e: e[1])
     return {
         "version": "1.0", "truncation": None, "padding": None,
@@ -289,5 +281,5 @@ def from_tiktoken(ranks: dict[bytes, int], rules: TiktokenRules) -> dict[str, An
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
                   "ignore_merges": None in pairs, "vocab": vocab | dict(added),
-                  "merges": [[spelled[a], spelled[b]] for a, b in filter(None, pairs)]},
+                  "merges": [[spellings[a], spellings[b]] for a, b in filter(None, pairs)]},
     }

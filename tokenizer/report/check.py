@@ -1,4 +1,4 @@
-"""What a check of a tokenizer says: a verdict, numbers, and tables made of them."""
+"""Results of tokenizer checks and the HTML report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ Verdict = Literal["good", "note", "bad"]
 
 
 def choose_verdict(is_bad: object, is_note: object) -> Verdict:
-    """Return "bad" or "note" where that holds, "bad" before "note", else "good"."""
     if is_bad:
         return "bad"
     return "note" if is_note else "good"
@@ -22,34 +21,31 @@ def choose_verdict(is_bad: object, is_note: object) -> Verdict:
 
 @dataclass(frozen=True)
 class TokenizerCheck:
-    """One question about a tokenizer and its answer."""
-
     name: str
     """Key in the JSON file."""
     title: str
     verdict: Verdict
-    """good: as it should be; note: true, and worth knowing; bad: a defect."""
+    """bad: a defect; note: no defect, but relevant for some uses."""
     summary: str
-    """The answer in a sentence, with its numbers."""
+    """A sentence with the main numbers."""
     numbers: dict[str, Any]
-    """Everything that was measured, as plain JSON values."""
+    """Measurements as JSON values for `format_json`."""
     tables: list[PageTable] = field(default_factory=list)
 
 
 def format_token(token: bytes | str) -> str:
-    """Return a token for people: spaces as ␣, controls and bytes that are no character as escapes."""
+    """Format a token for display: spaces as ␣, control characters and partial characters as escapes."""
     text = token if isinstance(token, str) else token.decode("utf-8", errors="backslashreplace")
     visible = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join(visible).replace(" ", "␣")
 
 
 def format_tokens(tokens: list[bytes]) -> str:
-    """Return tokens side by side, with a bar between any two."""
     return "|".join(map(format_token, tokens))
 
 
 def is_text(token: bytes) -> bool:
-    """Return whether a token's bytes are whole characters."""
+    """Return whether a token is valid UTF-8."""
     try:
         token.decode()
     except UnicodeDecodeError:
@@ -57,19 +53,17 @@ def is_text(token: bytes) -> bool:
     return True
 
 
-# Checks as a page.
-
 VERDICTS = {"good": Markup('<span class="good">good</span>'), "note": "note",
             "bad": Markup('<span class="bad">BAD</span>')}
 
 
 def render_report(tokenizer: LoadedTokenizer, checks: list[TokenizerCheck]) -> str:
-    """Return the HTML of a report on one tokenizer."""
-    overview = PageTable(["check", "verdict", "what was found"],
+    """Return the HTML page."""
+    overview = PageTable(["check", "verdict", "result"],
                          [[c.title, VERDICTS[c.verdict], c.summary] for c in checks])
-    bad = sum(c.verdict == "bad" for c in checks)
-    subtitle = f"{tokenizer.vocab_size:,} ids, opened by {tokenizer.library}; {len(checks)} checks, " + (
-        f"{bad} of them bad." if bad else "none of them bad.")
+    num_bad = sum(c.verdict == "bad" for c in checks)
+    subtitle = (f"{tokenizer.vocab_size:,} ids, opened by {tokenizer.library}; {len(checks)} checks, "
+                f"{num_bad or 'none'} of them bad.")
     sections = [PageSection(c.title, f"{c.summary[0].upper()}{c.summary[1:]}.", [], c.tables) for c in checks]
     chapter = Chapter(tokenizer.name, "", _collect_figures(tokenizer, checks), sections)
     return render_page("Tokenizer report", tokenizer.name, subtitle, [chapter],
@@ -77,12 +71,12 @@ def render_report(tokenizer: LoadedTokenizer, checks: list[TokenizerCheck]) -> s
 
 
 def _collect_figures(tokenizer: LoadedTokenizer, checks: list[TokenizerCheck]) -> list[tuple[str, str, str]]:
-    """Return the figures that stand at the top."""
+    """Return (label, value, unit) rows for the top of the page."""
     by_name = {c.name: c for c in checks}
     figures = [("Vocabulary", f"{tokenizer.vocab_size:,}", f"{len(tokenizer.special):,} special")]
     if "texts" in by_name:
-        figures += [(name, f"{found['bytes_per_token']:.3f}", "bytes per token")
-                    for name, found in list(by_name["texts"].numbers["texts"].items())[:8]]
+        figures += [(name, f"{numbers['bytes_per_token']:.3f}", "bytes per token")
+                    for name, numbers in list(by_name["texts"].numbers["texts"].items())[:8]]
     if "used" in by_name:
         figures.append(("Never used", f"{by_name['used'].numbers['share_never_used']:.1%}",
                         "of all tokens, on these texts"))

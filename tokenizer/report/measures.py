@@ -1,5 +1,4 @@
-"""How much text a token holds, the figures by which tokenizers are compared, and what a tokenizer covers: its
-tokens and characters."""
+"""Measure tokenizers on held-out text, and check their compression, vocabulary and Unicode coverage."""
 
 from __future__ import annotations
 
@@ -23,21 +22,17 @@ from tokenizer.formats.reader import LoadedTokenizer
 from tokenizer.report.check import TokenizerCheck, choose_verdict, format_token, is_text
 
 NUM_EXAMPLES = 20
-"""Shown of what a check finds."""
+"""Maximum examples per table."""
 
 
 def get_token_bytes(tokenizer: LoadedTokenizer, text: str) -> list[bytes]:
     return [tokenizer.tokens.get(i, b"") for i in tokenizer.encode(text)]
 
 
-# Held-out texts by name, one for each language or domain; of a large one,
-# parts spread evenly over its files.
-
 CHUNK_BYTES = 100_000
-"""Longer documents are cut at blank lines, so that one of them does not hold up all others."""
+"""Longer documents are cut at blank lines, because a batch waits for its longest text."""
 UNIT_BYTES = 1 << 20
 DEFAULT_MB = 10.0
-"""Most text of each name that is read, in MB."""
 _WITHOUT_SPACES = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 """Thai, Lao, Burmese, Khmer, kana, Han."""
@@ -53,9 +48,9 @@ class HeldoutTextOptions:
     """Held-out text."""
 
     text: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH", many=True)] = ()
-    """Held-out text: a text file, .jsonl, .parquet or a folder of them, one for each language or domain."""
+    """Held-out text of a language or domain: a text file, .jsonl, .parquet or a folder of such files."""
     max_text_mb: Annotated[AboveZero, Flag(value="MB")] = DEFAULT_MB
-    """Most text of each that is read, spread evenly over its files."""
+    """Maximum text per --text, spread evenly over its files."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +60,9 @@ class NamedText:
     name: str
     path: str
     chunks: list[str]
-    """Documents, long ones in pieces."""
+    """Documents; long documents in several chunks."""
     whole: bool
-    """Whether this is all the text there is at the path."""
+    """Whether `chunks` has all text at `path`."""
 
     @cached_property
     def num_bytes(self) -> int:
@@ -86,12 +81,12 @@ class NamedText:
 
     @cached_property
     def has_words(self) -> bool:
-        """Whether spaces part words: at most half of the letters belong to scripts without them."""
-        without = sum(len(_WITHOUT_SPACES.findall(chunk)) for chunk in self.chunks)
-        return 2 * without <= sum(c.isalpha() for chunk in self.chunks for c in chunk)
+        """Whether spaces separate words: at most half of the letters match `_WITHOUT_SPACES`."""
+        num_unspaced = sum(len(_WITHOUT_SPACES.findall(chunk)) for chunk in self.chunks)
+        return 2 * num_unspaced <= sum(c.isalpha() for chunk in self.chunks for c in chunk)
 
-    def part(self, num_bytes: int) -> list[str]:
-        """Return chunks from all over the text, of about so many bytes together, at least one."""
+    def sample_chunks(self, num_bytes: int) -> list[str]:
+        """Return evenly spaced chunks with about `num_bytes` in sum, at least one chunk."""
         step = max(1, round(self.num_bytes / num_bytes))
         return self.chunks[::step]
 
@@ -100,7 +95,7 @@ def read_texts(arguments: Sequence[str], max_mb: float) -> list[NamedText]:
     """Read the texts of `--text [NAME=]PATH ...`.
 
     Raises:
-        UserError: a name stands twice, a path is missing, or a file is no text or holds none.
+        UserError: a duplicate name, a missing path, or a file without text.
     """
     texts: list[NamedText] = []
     for argument in arguments:
@@ -113,7 +108,7 @@ def read_texts(arguments: Sequence[str], max_mb: float) -> list[NamedText]:
 
 
 def parse_text(argument: str) -> tuple[str, Path]:
-    """Split `[NAME=]PATH`; without a name, the file's or folder's own is taken.
+    """Split `[NAME=]PATH`; the default name is the file or folder name without suffixes.
 
     Raises:
         UserError: the name or the path is empty.
@@ -127,34 +122,28 @@ def parse_text(argument: str) -> tuple[str, Path]:
 
 
 def read_text(name: str, path: Path, max_bytes: int) -> NamedText:
-    """Read text at a path, at most about `max_bytes`.
+    """Read at most about `max_bytes` of text at a path.
 
     Raises:
-        UserError: the path is missing, or a file is no text or holds none.
+        UserError: a missing path, or a file without text.
     """
     units = list(plan_units(list_files(path, print), UNIT_BYTES))
     on_disk = sum(span.size_bytes for unit in units for span in unit)
     step = max(1, round(on_disk / max_bytes))
     chunks: list[str] = []
-    left = max_bytes
-    whole = step == 1
+    num_bytes = 0
     for unit in units[::step]:
         for chunk in _iter_chunks(unit):
             chunks.append(chunk)
-            left -= len(chunk.encode())
-            if left <= 0:
+            num_bytes += len(chunk.encode())
+            if num_bytes >= max_bytes:
                 return NamedText(name, str(path), chunks, False)
     if not chunks:
         raise UserError(f"--text {path}: holds no text; pass files with text in them")
-    return NamedText(name, str(path), chunks, whole)
+    return NamedText(name, str(path), chunks, step == 1)
 
 
 def _iter_chunks(unit: tuple) -> Iterator[str]:
-    """Yield the text of some spans.
-
-    Raises:
-        UserError: a record is damaged.
-    """
     for span in unit:
         for item in read_span(span, RecordReading()):
             if isinstance(item, Document):
@@ -166,36 +155,34 @@ def _iter_chunks(unit: tuple) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TokenizerMeasures:
-    """One text under one tokenizer."""
+    """Result of `measure_text`."""
 
     text: NamedText
     counts: NDArray[np.int64]
-    """How often each id occurs, [vocab]."""
+    """Counts by id, [vocab_size]."""
     num_changed_chunks: int
-    """Chunks that decoding does not give back, after the tokenizer's own normalization."""
+    """Chunks that `decode` does not return, apart from `normalize`."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the text."""
         return int(self.counts.sum())
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for each token: higher is cheaper."""
+        """UTF-8 bytes per token; higher is cheaper."""
         return self.text.num_bytes / max(1, self.num_tokens)
 
     @property
     def tokens_per_char(self) -> float:
-        """Tokens for each Unicode scalar value."""
+        """Tokens per Unicode scalar value."""
         return self.num_tokens / self.text.num_chars
 
     @property
     def tokens_per_word(self) -> float | None:
-        """Tokens for each run of characters between white space; None where spaces do not part words."""
+        """Tokens per run of characters between white space; None if spaces do not separate words."""
         return self.num_tokens / self.text.num_words if self.text.has_words else None
 
-    def numbers(self) -> dict[str, object]:
-        """Return the figures as plain values."""
+    def get_numbers(self) -> dict[str, object]:
         text = self.text
         return {
             "path": text.path, "whole": text.whole, "num_bytes": text.num_bytes, "num_chars": text.num_chars,
@@ -207,44 +194,41 @@ class TokenizerMeasures:
 
 
 def measure_text(tokenizer: LoadedTokenizer, text: NamedText) -> TokenizerMeasures:
-    """Encode a text, count its tokens and decode it again."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    changed = 0
+    num_changed = 0
     for chunk, ids in zip(text.chunks, tokenizer.encode_many(text.chunks), strict=True):
         counts += np.bincount(np.asarray(ids, np.int64), minlength=len(counts))
-        # a normalizer may change text; beyond that, decoding has to give it back
-        changed += tokenizer.decode(ids) != tokenizer.normalize(chunk)
-    return TokenizerMeasures(text, counts, changed)
+        if tokenizer.decode(ids) != tokenizer.normalize(chunk):
+            num_changed += 1
+    return TokenizerMeasures(text, counts, num_changed)
 
 
 def check_texts(tokenizer: LoadedTokenizer, measured: list[TokenizerMeasures]) -> TokenizerCheck:
-    """Compression, cost in context and share of the computation, for each text;
-    and whether each is given back."""
+    """Check that decoding returns each text; report compression and cost."""
     partial = np.zeros(tokenizer.vocab_size, np.bool_)
     partial[[id_ for id_, token in tokenizer.tokens.items() if not is_text(token)]] = True
     all_bytes, all_tokens = sum(m.text.num_bytes for m in measured), sum(m.num_tokens for m in measured)
     numbers = {}
     for m in measured:
-        # tokens are what a model computes: a text's share of them over its share of bytes is its cost
+        # computation grows with tokens, so relative cost is the share of tokens over the share of bytes
         share_bytes, share_tokens = m.text.num_bytes / all_bytes, m.num_tokens / all_tokens
         cost = share_tokens / share_bytes
         num_partial = int(m.counts[partial].sum())
-        numbers[m.text.name] = m.numbers() | {
+        numbers[m.text.name] = m.get_numbers() | {
             "share_of_bytes": share_bytes, "share_of_flops": share_tokens, "cost_against_mean": cost,
             "share_of_partial_characters": num_partial / max(1, m.num_tokens)}
-    changed = sum(m.num_changed_chunks for m in measured)
+    num_changed = sum(m.num_changed_chunks for m in measured)
     best, worst = (pick(measured, key=lambda m: m.bytes_per_token) for pick in (max, min))
     summary = (f"{all_bytes / 1e6:.2f} MB in {len(measured)} texts, {all_bytes / all_tokens:.3f} bytes per "
                f"token; best {best.text.name} ({best.bytes_per_token:.3f}), worst {worst.text.name} "
-               f"({worst.bytes_per_token:.3f}); "
-               + (f"{changed} pieces of text are not given back by decoding" if changed
-                  else "decoding gives all of it back"))
-    return TokenizerCheck("texts", "Texts", "bad" if changed else "good", summary, {"texts": numbers},
+               f"({worst.bytes_per_token:.3f}); ")
+    summary += (f"decoding does not return {num_changed} chunks of text" if num_changed
+                else "decoding returns all text")
+    return TokenizerCheck("texts", "Texts", "bad" if num_changed else "good", summary, {"texts": numbers},
                           [build_measures_table(measured)])
 
 
 def build_measures_table(measured: list[TokenizerMeasures]) -> PageTable:
-    """Return the figures of each text as a table."""
     all_bytes, all_tokens = sum(m.text.num_bytes for m in measured), sum(m.num_tokens for m in measured)
     rows = []
     for m in measured:
@@ -258,18 +242,14 @@ def build_measures_table(measured: list[TokenizerMeasures]) -> PageTable:
                       "context for 1,000 words", "% of bytes", "% of FLOPs"], rows)
 
 
-# What is in a vocabulary: its size and parts, tokens of several words, the longest ones.
-
-
-
 def check_inventory(tokenizer: LoadedTokenizer) -> TokenizerCheck:
-    """Size, special tokens, bytes, parts of characters and the longest tokens."""
+    """Report size, special tokens, bytes, partial characters and the longest tokens."""
     tokens = tokenizer.tokens
     ids = {*tokens, *tokenizer.special, *tokenizer.added}
     single = {token[0] for token in tokens.values() if len(token) == 1}
     partial = [id_ for id_, token in tokens.items() if len(token) > 1 and not is_text(token)]
     unused_ids = tokenizer.vocab_size - len(ids)
-    twins = [token for token, count in Counter(tokens.values()).items() if count > 1]
+    duplicates = [token for token, count in Counter(tokens.values()).items() if count > 1]
     by_length = sorted(tokens, key=lambda id_: (-len(tokens[id_]), id_))
     longest = [id_ for id_ in by_length if tokens[id_].strip()][:NUM_EXAMPLES]
     numbers = {
@@ -279,7 +259,7 @@ def check_inventory(tokenizer: LoadedTokenizer) -> TokenizerCheck:
         "added": {str(i): t for i, t in sorted(tokenizer.added.items())}, "num_single_bytes": len(single),
         "num_parts_of_characters": len(partial),
         "share_parts_of_characters": len(partial) / tokenizer.vocab_size, "ids_without_token": unused_ids,
-        "num_same_bytes": len(twins), "same_bytes": [format_token(t) for t in twins[:NUM_EXAMPLES]],
+        "num_same_bytes": len(duplicates), "same_bytes": [format_token(t) for t in duplicates[:NUM_EXAMPLES]],
         "mean_bytes": sum(map(len, tokens.values())) / max(1, len(tokens)),
         "longest": [{"id": i, "token": format_token(tokens[i]), "num_bytes": len(tokens[i])} for i
                     in longest],
@@ -288,14 +268,14 @@ def check_inventory(tokenizer: LoadedTokenizer) -> TokenizerCheck:
                f"added, {len(single)} single bytes, {len(partial):,} parts of characters; "
                f"the longest token has {len(tokens[by_length[0]])} bytes"
                + (f"; {unused_ids:,} ids have no token" if unused_ids else "")
-               + (f"; {len(twins):,} tokens share their bytes with another" if twins else ""))
+               + (f"; {len(duplicates):,} tokens share their bytes with another" if duplicates else ""))
     tables = [PageTable(["longest tokens", "id", "bytes"],
                         [[format_token(tokens[i]), f"{i:,}", f"{len(tokens[i])}"] for i in longest])]
-    if named := sorted((tokenizer.special | tokenizer.added).items()):
+    if added := sorted((tokenizer.special | tokenizer.added).items()):
         rows = [[format_token(t), f"{i:,}", "special" if i in tokenizer.special else "added"]
-                for i, t in named[:3 * NUM_EXAMPLES]]
+                for i, t in added[:3 * NUM_EXAMPLES]]
         tables.insert(0, PageTable(["special and added tokens", "id", "kind"], rows))
-    return TokenizerCheck("inventory", "Vocabulary", "note" if unused_ids or twins else "good", summary,
+    return TokenizerCheck("inventory", "Vocabulary", "note" if unused_ids or duplicates else "good", summary,
                           numbers, tables)
 
 
@@ -304,7 +284,7 @@ def count_words(token: bytes) -> int:
 
 
 def check_superwords(tokenizer: LoadedTokenizer) -> TokenizerCheck:
-    """Tokens that span several words (SuperBPE, arXiv 2503.13423)."""
+    """Report tokens with several words (SuperBPE, arXiv 2503.13423)."""
     words = {id_: n for id_, token in tokenizer.tokens.items()
              if b" " in token and (n := count_words(token)) > 1}
     share = len(words) / tokenizer.vocab_size
@@ -322,59 +302,54 @@ def check_superwords(tokenizer: LoadedTokenizer) -> TokenizerCheck:
     return TokenizerCheck("superwords", "Superwords", "good", summary, numbers, tables)
 
 
-# Every Unicode scalar value, encoded and decoded: side by side and, in planes with characters, behind a
-# letter and a space.
-
 BLOCK = 2048
 NUM_SCALARS_SHOWN = 20
 END = 0x110000
 EMPTY_PLANES = range(0x40000, 0xE0000)
-"""No character of any writing stands there; they are tried side by side only."""
-SEPARATORS = {"side by side": "", "behind a letter": "a", "behind a space": " "}
+"""Planes without letters, tried without separators only."""
+SEPARATORS = {"side by side": "", "after a letter": "a", "after a space": " "}
 
 
 @dataclass
 class ScalarResults:
-    """Characters of Unicode that do not come back as they were."""
+    """Unicode scalar values that decoding does not return."""
 
     num_tried: int = 0
     changed: list[int] = field(default_factory=list)
-    """Code points that the normalizer writes in another, equivalent way (NFC)."""
+    """Code points that become canonically equivalent text (NFC)."""
     lost: list[int] = field(default_factory=list)
-    """Code points that come back as other text, or not at all."""
+    """Code points that become other text in `decode`."""
     lost_blocks: list[str] = field(default_factory=list)
-    """Blocks that do not come back although each of their characters does."""
+    """`SEPARATORS` blocks that become other text although single characters do not."""
 
 
 def try_scalars(tokenizer: LoadedTokenizer, end: int = END) -> ScalarResults:
-    """Encode and decode all 1,112,064 scalar values, or those below `end`."""
-    found = ScalarResults()
+    """Encode and decode scalar values below `end` in blocks, with all `SEPARATORS`."""
+    results = ScalarResults()
     for codes in _iter_blocks(end):
-        found.num_tried += len(codes)
-        # planes without characters once: they are large, and no text has them
+        results.num_tried += len(codes)
         names = list(SEPARATORS)[:1] if codes[0] in EMPTY_PLANES else list(SEPARATORS)
         texts = [SEPARATORS[name].join(map(chr, codes)) for name in names]
-        encoded = tokenizer.encode_many(texts)
-        same = [tokenizer.decode(ids) == text for text, ids in zip(texts, encoded, strict=True)]
-        if not all(same):
-            before = len(found.lost)
-            # a block that does not come back is looked at character by character
-            _try_single_scalars(tokenizer, codes, found)
-            explained = len(found.lost) > before
-            for name, text, ids in zip(names, texts, encoded, strict=True):
-                # characters that are fine alone and not together
-                if not explained and not _is_equivalent(tokenizer.decode(ids), text):
-                    found.lost_blocks.append(f"U+{codes[0]:04X} to U+{codes[-1]:04X}, {name}")
-    return found
+        decoded = [tokenizer.decode(ids) for ids in tokenizer.encode_many(texts)]
+        if decoded == texts:
+            continue
+        num_lost = len(results.lost)
+        _try_single_scalars(tokenizer, codes, results)
+        if len(results.lost) > num_lost:
+            continue
+        # each character is returned, but not the block
+        results.lost_blocks += [f"U+{codes[0]:04X} to U+{codes[-1]:04X}, {name}"
+                                for name, text, result in zip(names, texts, decoded, strict=True)
+                                if not _is_equivalent(result, text)]
+    return results
 
 
-def _try_single_scalars(tokenizer: LoadedTokenizer, codes: list[int], found: ScalarResults) -> None:
-    """Try each character of a block on its own, between letters."""
+def _try_single_scalars(tokenizer: LoadedTokenizer, codes: list[int], results: ScalarResults) -> None:
     texts = [f"a{chr(code)}a" for code in codes]
     for code, text, ids in zip(codes, texts, tokenizer.encode_many(texts), strict=True):
-        back = tokenizer.decode(ids)
-        if back != text:
-            (found.changed if _is_equivalent(back, text) else found.lost).append(code)
+        decoded = tokenizer.decode(ids)
+        if decoded != text:
+            (results.changed if _is_equivalent(decoded, text) else results.lost).append(code)
 
 
 def _is_equivalent(a: str, b: str) -> bool:
@@ -389,24 +364,24 @@ def _iter_blocks(end: int) -> Iterator[list[int]]:
 
 
 def check_scalars(tokenizer: LoadedTokenizer) -> TokenizerCheck:
-    """Say whether all of Unicode survives."""
-    found = try_scalars(tokenizer)
-    bad = bool(found.lost or found.lost_blocks)
-    summary = f"{found.num_tried:,} characters tried"
-    if found.lost:
-        summary += f", {len(found.lost):,} lost, the first U+{found.lost[0]:04X}"
-    if found.lost_blocks:
-        summary += f", {len(found.lost_blocks):,} blocks do not come back"
-    if found.changed:
-        summary += f", {len(found.changed):,} written in another, equivalent way (normalization)"
-    if not bad and not found.changed:
-        summary += ", all come back"
-    numbers = {"num_tried": found.num_tried, "num_lost": len(found.lost),
-               "lost": [f"U+{c:04X}" for c in found.lost[:1000]], "num_normalized": len(found.changed),
-               "normalized": [f"U+{c:04X}" for c in found.changed[:NUM_SCALARS_SHOWN]],
-               "lost_blocks": found.lost_blocks}
+    """Check that decoding returns every Unicode character."""
+    results = try_scalars(tokenizer)
+    bad = bool(results.lost or results.lost_blocks)
+    summary = f"{results.num_tried:,} characters tried"
+    if results.lost:
+        summary += f", {len(results.lost):,} lost, the first U+{results.lost[0]:04X}"
+    if results.lost_blocks:
+        summary += f", {len(results.lost_blocks):,} blocks are not returned"
+    if results.changed:
+        summary += f", {len(results.changed):,} replaced by equivalent text (normalization)"
+    if not bad and not results.changed:
+        summary += ", all are returned"
+    numbers = {"num_tried": results.num_tried, "num_lost": len(results.lost),
+               "lost": [f"U+{c:04X}" for c in results.lost[:1000]], "num_normalized": len(results.changed),
+               "normalized": [f"U+{c:04X}" for c in results.changed[:NUM_SCALARS_SHOWN]],
+               "lost_blocks": results.lost_blocks}
     rows = [[f"U+{c:04X}", unicodedata.name(chr(c), "–"), chr(c) if chr(c).isprintable() else "–"]
-            for c in found.lost[:NUM_SCALARS_SHOWN]]
+            for c in results.lost[:NUM_SCALARS_SHOWN]]
     tables = [PageTable(["lost", "name", "character"], rows)] if rows else []
-    return TokenizerCheck("scalars", "All of Unicode", choose_verdict(bad, found.changed),
+    return TokenizerCheck("scalars", "All of Unicode", choose_verdict(bad, results.changed),
                           summary, numbers, tables)

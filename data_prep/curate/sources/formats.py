@@ -1,5 +1,4 @@
-"""The formats that sources may have, each loaded when a source asks for it; folders of mixed files are
-read each as its ending says."""
+"""Table of source formats; the format `auto` chooses a reader for each file by its ending."""
 
 from __future__ import annotations
 
@@ -31,30 +30,28 @@ FORMATS: dict[str, str] = {
     "code": "data_prep.curate.sources.code:CodeReader",
 }
 """Name in pipeline files -> module:class of its reader."""
+AUTO_FORMATS = ("text", "jsonl", "parquet", "html", "warc", "pdf", "code")
+"""Formats that `auto` tries in this order; the first that accepts a name reads the file."""
 _PAGES = ("resiliparse", "charset_normalizer")
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "html": _PAGES, "pdf": ("pypdfium2",), "warc": ("warcio", "pypdfium2", *_PAGES),
     "code": ("charset_normalizer",), "auto": ("warcio", "pypdfium2", *_PAGES),
 }
-"""Format -> modules that the process which reads imports; without one every file would be told as broken."""
+"""Format -> modules for the reading process. Without this check every file would count as broken."""
 
 
 def load_reader_class(format_: str) -> type[FileReader]:
-    """Return the reader of a format of `FORMATS`.
+    """Import the reader of a format in `FORMATS`.
 
     Raises:
-        UserError: a library that it needs is not installed.
+        UserError: a library for the format is not installed.
     """
-    found: type[FileReader] = load_built_in(f"format {format_}", FORMATS[format_], "data")
-    return found
+    reader: type[FileReader] = load_built_in(f"format {format_}", FORMATS[format_], "data")
+    return reader
 
 
 def create_reader(source: SourceSettings) -> Reader:
-    """Return the reader of a source.
-
-    Raises:
-        SettingsError: the source has problems; all of them.
-    """
+    """Create the reader of a source; raise `SettingsError` with all problems of the source."""
     if problems := find_all_problems(source):
         raise SettingsError(f"source {source.name}", problems)
     return load_reader_class(source.format)(source)
@@ -62,9 +59,10 @@ def create_reader(source: SourceSettings) -> Reader:
 
 def find_format_problems(format_: str, options: Mapping[str, Any]) -> list[SettingsProblem]:
     if format_ not in FORMATS:
-        close = suggest_successor(format_, PIPELINE) or suggest_name(format_, FORMATS)
+        hint = suggest_successor(format_, PIPELINE) or suggest_name(format_, FORMATS)
         return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
-                                close.removeprefix("; "))]
+                                hint.removeprefix("; "))]
+
     def suggest_key(key: str) -> str:
         return suggest_successor(f"{format_}.{key}", PIPELINE).removeprefix("; ")
 
@@ -73,67 +71,57 @@ def find_format_problems(format_: str, options: Mapping[str, Any]) -> list[Setti
             *(problem.with_prefix("options") for problem in problems)]
 
 
-AUTO_FORMATS = ("text", "jsonl", "parquet", "html", "warc", "pdf", "code")
-"""Formats that endings tell, the first that takes a name; the others have to be asked for."""
-
-
 class AutoReader(FileReader):
-    """Files of several formats, with each format's own options at their defaults."""
+    """Reads files in several formats, each with its default options."""
 
     format = "auto"
-    version = 3  # text of pages and PDFs as their readers give it
+    version = 3  # follows the versions of HtmlReader, WarcReader and PdfReader
     Options = EncodingLimits
 
     def list_pieces(self) -> list[SourcePiece]:
-        """Return the parts of the source, in order.
+        """List the parts of the source in order.
 
         Raises:
-            UserError: there is nothing to read, or a file that the settings name has an ending of no format.
+            UserError: an empty source, or a file in `source.path` with an unknown ending.
         """
-        readers = self._readers()
-        # A file that the settings name is wanted: what cannot be read of it is an error and not a file passed
-        # over.
-        named = {os.path.abspath(self.source.folder / path) for path in self.source.path}
-        found: list[SourcePiece] = []
+        readers = [load_reader_class(name)(self.source) for name in AUTO_FORMATS]
+        # Files in `source.path` raise an error if they have no format; files in folders are only skipped.
+        required = {os.path.abspath(self.source.folder / path) for path in self.source.path}
+        pieces: list[SourcePiece] = []
         left_out: list[SourcePiece] = []
-        names = list(list_source_files(self.source, lambda name: True, left_out, self.notes.append))
-        # Beside files of records, a README or a licence describes them and is no document.
+        names = list_source_files(self.source, lambda name: True, left_out, self.notes)
+        # In a folder of records, a README or licence describes the dataset and is no document.
         is_dataset = any(map(is_records, names))
         for name in names:
-            is_named = os.fspath(self.source.get_file(name)) in named
-            if is_dataset and is_description(name) and not is_named:
-                found.append(SourcePiece(NO_FORMAT, name, 0, 0, 0))
-            # The first format that takes a name has it: code comes last, since many endings are also those of
-            # text.
-            elif reader := next((r for r in readers if r.accepts_name(name)), None):
-                found += reader.split_file(name)
-            elif is_named:
+            is_required = os.fspath(self.source.get_file(name)) in required
+            reader = next((reader for reader in readers if reader.accepts_name(name)), None)
+            if is_dataset and is_description(name) and not is_required:
+                pieces.append(SourcePiece(NO_FORMAT, name, 0, 0, 0))
+            elif reader is not None:
+                pieces += reader.split_file(name)
+            elif is_required:
                 raise UserError(f"source {self.source.name}: {name}: has an ending of no format; set format, "
                                 "or convert it to text, JSON lines or Parquet first")
             else:
-                found.append(SourcePiece(NO_FORMAT, name, 0, 0, 0))
-        if all(piece.format == NO_FORMAT for piece in found):
+                pieces.append(SourcePiece(NO_FORMAT, name, 0, 0, 0))
+        if all(piece.format == NO_FORMAT for piece in pieces):
             raise_no_files(self.source)
-        return found + left_out
+        return pieces + left_out
 
     def read_piece(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
-        """Yield what a piece holds, in order; of a file of no format, that it is passed over."""
-        if piece.format == NO_FORMAT and not self.source.get_file(piece.file).is_file():
+        if piece.format != NO_FORMAT:
+            yield from load_reader_class(piece.format)(self.source).read_piece(piece)
+        elif not self.source.get_file(piece.file).is_file():
             yield from super().read_piece(piece)
-            return
-        if piece.format == NO_FORMAT:
-            if is_description(piece.file):
-                yield BrokenRecord(format_file_name(piece.file), format_file_name(piece.file), "about",
-                             "describes a dataset and is no part of it; to read it, give it a source of its "
-                             "own", is_left_out=True)
-                return
-            ending = format_file_name(PurePosixPath(piece.file).suffix) or "none"
-            yield BrokenRecord(format_file_name(piece.file), format_file_name(piece.file), "ending",
-                         f"has an ending ({ending}) of no format that `auto` reads; to read it, give it a "
-                         "source that says its format, or convert it to text, JSON lines or Parquet first",
-                         is_left_out=True)
-            return
-        yield from next(r for r in self._readers() if r.format == piece.format).read_piece(piece)
+        else:
+            yield self._explain_skipped(format_file_name(piece.file), is_description(piece.file))
 
-    def _readers(self) -> list[FileReader]:
-        return [load_reader_class(name)(self.source) for name in AUTO_FORMATS]
+    def _explain_skipped(self, name: str, is_readme: bool) -> BrokenRecord:
+        if is_readme:
+            return BrokenRecord(name, name, "about", "describes a dataset and is no part of it; to read it, "
+                                "give it a source of its own", is_left_out=True)
+        ending = PurePosixPath(name).suffix or "none"
+        return BrokenRecord(name, name, "ending",
+                            f"has an ending ({ending}) of no format that `auto` reads; to read it, give it a "
+                            "source that says its format, or convert it to text, JSON lines or Parquet first",
+                            is_left_out=True)

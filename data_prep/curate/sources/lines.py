@@ -1,4 +1,4 @@
-"""Plain text and JSON lines, compressed or not."""
+"""Readers of plain text and JSON lines, compressed or not."""
 
 from __future__ import annotations
 
@@ -18,30 +18,24 @@ from megatron_sov.base.documents import DOCUMENT_BYTES, WHOLE_FILE_BYTES, BadRec
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
 from megatron_sov.base.documents.records import explain_bytes
 
-# What a record of JSON lines or a table says, as a document.
-
 COLUMN_NAMES = {"id": "own_id", "_id": "own_id", "url": "url", "uri": "url", "link": "url", "title": "title",
          "date": "date", "timestamp": "date", "created": "date", "licence": "licence", "license": "licence",
          "language": "language_hint", "lang": "language_hint"}
-"""Field of a record -> the column that it becomes; others keep their names."""
+"""Field of a record -> column; other fields keep their names."""
 MAX_FIELD_CHARS, MAX_FIELD_DEPTH = 4000, 20
-"""Of what a record says beside its text; what is longer, or nested deeper, is left out."""
+"""Limits for fields other than the text; longer or deeper fields are left out."""
 
 
 def build_document(record: Mapping[str, Any], place: str, job: ReadingJob) -> RawDocument:
-    """Return the document of a record.
-
-    Raises:
-        BadRecord: it has no text.
-    """
+    """Return the document in a JSON or table record; raises `BadRecord` for a record without text."""
     text = record.get(job.text_field)
     if not isinstance(text, str):
         fields = ", ".join(str(name)[:40] for name in list(record)[:20]) or "none"
-        what = "no field" if job.text_field not in record else f"a {type(text).__name__} in field"
-        raise BadRecord("fields", f"has {what} {job.text_field!r} (fields: {fields}); name the one that "
+        problem = "no field" if job.text_field not in record else f"a {type(text).__name__} in field"
+        raise BadRecord("fields", f"has {problem} {job.text_field!r} (fields: {fields}); name the one that "
                                   "holds text in text_field")
     try:
-        # Encoded once, for the size and to find what UTF-8 cannot hold.
+        # For the size, and to find lone surrogates.
         size_bytes = len(text.encode())
     except UnicodeEncodeError:
         raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), which is no "
@@ -51,30 +45,29 @@ def build_document(record: Mapping[str, Any], place: str, job: ReadingJob) -> Ra
                                     "of text; cut it, or raise the limit")
     if not text.strip():
         raise BadRecord(EMPTY, "holds no text")
-    return RawDocument(text, place, build_columns({name: v for name, v in record.items()
-                                                   if name != job.text_field}))
+    fields_besides_text = {name: value for name, value in record.items() if name != job.text_field}
+    return RawDocument(text, place, build_columns(fields_besides_text))
 
 
 def build_columns(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a record says beside its text: strings under the names that all formats share, and the rest
-    as it is, without what is long or nested deep."""
+    """Return strings for the fields in `COLUMN_NAMES`, and other fields within the limits unchanged."""
     columns: dict[str, Any] = {}
     for name, value in fields.items():
-        known = COLUMN_NAMES.get(name.lower())
-        plain = _plain(value)
-        # The first field of a meaning counts; a second keeps its own name.
-        if known is not None and known not in columns and isinstance(plain, (str, int, float)):
-            columns[known] = _text(str(plain))
+        column = COLUMN_NAMES.get(name.lower())
+        plain = _to_plain_value(value)
+        # The first field for a column counts; a second field keeps its name.
+        if column is not None and column not in columns and isinstance(plain, (str, int, float)):
+            columns[column] = _clean_text(str(plain))
         elif _is_short(plain) and not _is_deep(plain, MAX_FIELD_DEPTH):
-            columns[_text(name)] = _text(plain) if isinstance(plain, str) else plain
+            columns[_clean_text(name)] = _clean_text(plain) if isinstance(plain, str) else plain
     return drop_empty(columns)
 
 
-def _plain(value: Any) -> Any:
+def _to_plain_value(value: Any) -> Any:
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     try:
-        # Through JSON: what other programs read has the same types, and NaN is refused.
+        # Through JSON, so that other programs read the same types; NaN is rejected.
         return json.loads(json.dumps(value, default=str, allow_nan=False))
     except (ValueError, RecursionError):
         return None
@@ -84,14 +77,14 @@ def _is_short(value: Any) -> bool:
     return len(value if isinstance(value, str) else json.dumps(value)) <= MAX_FIELD_CHARS
 
 
-def _is_deep(value: Any, most: int) -> bool:
+def _is_deep(value: Any, max_depth: int) -> bool:
     if not isinstance(value, (dict, list)):
         return False
     inner = value.values() if isinstance(value, dict) else value
-    return any(most == 0 or _is_deep(one, most - 1) for one in inner)
+    return any(max_depth == 0 or _is_deep(item, max_depth - 1) for item in inner)
 
 
-def _text(value: str) -> str:
+def _clean_text(value: str) -> str:
     return value.encode("utf-8", "replace").decode()[:MAX_FIELD_CHARS]
 
 
@@ -102,29 +95,29 @@ _BLOCK_BYTES = 1 << 20
 
 
 class _SpansReader(FileReader):
-    """A reader whose large files are read in parts."""
+    """Reads large files in parts."""
 
     read_as: ClassVar[str]
-    """Ending of its files, which those that the settings name need not have."""
+    """Ending for `iter_spans`; files in `source.path` may have other endings."""
 
     def split_file(self, name: str) -> Iterator[SourcePiece]:
-        """Yield the parts of a file: of about 8 MiB, a compressed one as a whole."""
+        """Yield parts of about 8 MiB; a compressed file is one part."""
         for span in iter_spans(self.source.get_file(name), read_as=self.read_as):
             yield SourcePiece(self.format, name, span.start, span.stop, span.size_bytes)
 
 
 @dataclass(frozen=True)
 class TextOptions(EncodingLimits):
-    """Options of plain text."""
+    """Options of `format: text`."""
 
     encoding: Encoding = "utf-8"
-    """Of all files; "detect": each one's own."""
+    """Encoding of all files; "detect": guess for each file."""
     cut_bytes: LimitBytes = DOCUMENT_BYTES
-    """Files above 1 MB are cut at blank lines into documents of at most so much."""
+    """Maximum document size; files above 1 MB are cut at blank lines."""
 
 
 class TextReader(_SpansReader):
-    """Text files: each is a document, large ones several."""
+    """Reads a text file as one document, or as several if the file is large."""
 
     format = "text"
     read_as = ".txt"
@@ -132,17 +125,18 @@ class TextReader(_SpansReader):
     Options = TextOptions
 
     def split_file(self, name: str) -> Iterator[SourcePiece]:
-        """Yield the parts of a file; only UTF-8 can be cut before it is read."""
-        yield from super().split_file(name) if self.options.encoding == "utf-8" else FileReader.split_file(
-            self, name)
+        """Yield parts as `_SpansReader`; other encodings than UTF-8 can only be cut after decoding."""
+        reader = _SpansReader if self.options.encoding == "utf-8" else FileReader
+        yield from reader.split_file(self, name)
 
     @classmethod
     def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
         options: TextOptions = job.options
         with open_unpacked(job.file) as stream:
-            blocks = _part(stream, job)
+            blocks = _iter_blocks(stream, job)
             size_bytes = job.piece.stop - job.piece.start
-            if _is_packed(job) or options.encoding != "utf-8":  # of a bomb no part becomes a document
+            if _is_packed(job) or options.encoding != "utf-8":
+                # Read whole first, so that no part of a decompression bomb becomes a document.
                 whole = b"".join(blocks)
                 if options.encoding != "utf-8":
                     whole = decode_text(whole, options.encoding).encode()
@@ -151,7 +145,7 @@ class TextReader(_SpansReader):
             limit_bytes = max(size_bytes, 1) if is_whole else options.cut_bytes
             position = job.piece.start
             for piece in cut_at_blank_lines(blocks, limit_bytes):
-                # Positions count the bytes of the file, the mark's included.
+                # Positions include the bytes of the mark.
                 raw = piece.removeprefix(BYTE_ORDER_MARK) if position == 0 else piece
                 place = job.name if is_whole else f"{job.name}:{position}"
                 try:
@@ -159,16 +153,16 @@ class TextReader(_SpansReader):
                     if text.strip():
                         yield RawDocument(text, place)
                     else:
-                        yield job.broken(BadRecord(EMPTY, "holds no text"), place, is_left_out=True)
+                        yield job.build_broken(BadRecord(EMPTY, "holds no text"), place, is_left_out=True)
                 except BadRecord as e:
-                    yield job.broken(e, place)
+                    yield job.build_broken(e, place)
                 position += len(piece)
             if position == job.piece.start:
-                yield job.broken(BadRecord(EMPTY, "holds no text"), is_left_out=True)
+                yield job.build_broken(BadRecord(EMPTY, "holds no text"), is_left_out=True)
 
 
 class JsonlReader(_SpansReader):
-    """JSON lines: each is a document."""
+    """Reads each line as a document."""
 
     format = "jsonl"
     read_as = ".jsonl"
@@ -176,17 +170,17 @@ class JsonlReader(_SpansReader):
 
     @classmethod
     def iter_items(cls, job: ReadingJob) -> Iterator[SourceItem]:
-        """Yield the whole part: its time limit is one for each line."""
+        """Yield the whole part; `_send_items` restarts the time limit after each line."""
         yield SourceItem(job.name, lambda: cls.iter_documents(job))
 
     @classmethod
     def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
-        # JSON escapes may double a text, and a line has other fields too.
+        # JSON escapes may double a text, and a line has other fields.
         limit_bytes = 2 * job.options.document_bytes
-        # lines of a part are counted from its first: to know the others a process would read them again
+        # Lines count from the start of the part: a count from the start of the file would read it again.
         prefix = f"{job.name}:{job.piece.start}+" if job.piece.start else f"{job.name}:"
         with open_unpacked(job.file) as stream:
-            for number, line in enumerate(split_lines(_part(stream, job), limit_bytes), 1):
+            for number, line in enumerate(split_lines(_iter_blocks(stream, job), limit_bytes), 1):
                 place = f"{prefix}{number}"
                 if number == 1 and not job.piece.start:
                     line = line.removeprefix(BYTE_ORDER_MARK)
@@ -196,13 +190,13 @@ class JsonlReader(_SpansReader):
                     if len(line) > limit_bytes:
                         raise BadRecord("too_long", f"is a line of more than {limit_bytes:,} bytes; cut it, "
                                                     "or raise document_bytes")
-                    yield build_document(_record(line), place, job)
+                    yield build_document(_parse_line(line), place, job)
                 except BadRecord as e:
-                    yield job.broken(BadRecord(e.code, str(e), content=line[:1000]), place,
+                    yield job.build_broken(BadRecord(e.code, str(e), content=line[:1000]), place,
                                      is_left_out=e.code == EMPTY)
 
 
-def _record(line: bytes) -> dict[str, Any]:
+def _parse_line(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as e:
@@ -223,31 +217,31 @@ def _is_packed(job: ReadingJob) -> bool:
     return Path(job.piece.file).suffix.lower() in COMPRESSED
 
 
-def _part(stream: IO[bytes], job: ReadingJob) -> Iterator[bytes]:
+def _iter_blocks(stream: IO[bytes], job: ReadingJob) -> Iterator[bytes]:
     if _is_packed(job):
-        is_text = job.piece.format == "text"  # which is held in memory
+        is_text = job.piece.format == "text"  # read into memory
         yield from iter_limited_blocks(stream, job.piece.size_bytes,
                                  job.options.unpacked_bytes if is_text else math.inf)
         return
     stream.seek(job.piece.start)
-    left = job.piece.stop - job.piece.start
-    while left and (block := stream.read(min(left, _BLOCK_BYTES))):
-        left -= len(block)
+    num_bytes = job.piece.stop - job.piece.start
+    while num_bytes and (block := stream.read(min(num_bytes, _BLOCK_BYTES))):
+        num_bytes -= len(block)
         yield block
 
 
 def split_lines(blocks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes]:
-    """Yield lines; of one that is longer than the limit its beginning, one byte more than the limit."""
+    """Yield lines, cut to `limit_bytes` + 1 bytes."""
     parts: list[bytes] = []
-    held = 0
+    num_bytes = 0
     for block in blocks:
         *ended, rest = block.split(b"\n")
         for line in ended:
             yield b"".join([*parts, line])[:limit_bytes + 1]
-            parts, held = [], 0
-        # What is longer than the limit is read on to its end, and not held.
-        if rest and held <= limit_bytes:
+            parts, num_bytes = [], 0
+        # The rest of an overlong line is read and discarded.
+        if rest and num_bytes <= limit_bytes:
             parts.append(rest)
-            held += len(rest)
+            num_bytes += len(rest)
     if parts:
         yield b"".join(parts)[:limit_bytes + 1]

@@ -1,9 +1,11 @@
-"""Parquet files: each row is a document."""
+"""Reader of Parquet files: each row is a document."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+
+import pyarrow
 
 from data_prep.curate.sources.lines import build_document
 from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem
@@ -18,15 +20,12 @@ _BATCH_BYTES = 64 << 20
 
 
 class ParquetReader(FileReader):
-    """Parquet files."""
-
     format = "parquet"
     suffixes = frozenset([".parquet"])
     compressed = False
 
     def split_file(self, name: str) -> Iterator[SourcePiece]:
-        """Yield parts of about 64 MiB; each holds the row groups that begin in it, so that nobody has to look
-        into a file to know its parts."""
+        """Yield parts of 64 MiB without opening the file; a row group belongs to the part where it begins."""
         size_bytes = self.source.get_file(name).stat().st_size
         for start in range(0, max(size_bytes, 1), _PART_BYTES):
             stop = min(start + _PART_BYTES, size_bytes)
@@ -38,82 +37,80 @@ class ParquetReader(FileReader):
             metadata = open_parquet(job.file).metadata
             size_bytes = job.file.stat().st_size
             groups = [n for n in range(metadata.num_row_groups)
-                      if job.piece.start <= _begin(metadata.row_group(n), size_bytes) < job.piece.stop]
+                      if job.piece.start <= _get_start(metadata.row_group(n), size_bytes) < job.piece.stop]
         except BadRecord as e:
-            told = [job.broken(e)] if job.piece.start == 0 else []
-            yield SourceItem(job.name, lambda: iter(told))
+            # Only the first part reports a damaged file.
+            broken = [job.build_broken(e)] if job.piece.start == 0 else []
+            yield SourceItem(job.name, lambda: iter(broken))
             return
         for number in groups:
             yield SourceItem(f"{job.name}:{number}", _RowGroup(job, number))
 
 
-def _begin(group: Any, size_bytes: int) -> int:
-    """Return the place of a row group's first page; a file says it of each of its columns.  Where it lies,
-    the group counts to the file's first part, so that one part reads or tells it."""
+def _get_start(group: Any, size_bytes: int) -> int:
+    """Return the offset of a row group's first page; invalid offsets become 0, which assigns the group to
+    the first part."""
     column = group.column(0)
-    place: int = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)), default=0)
-    return place if 0 <= place < size_bytes else 0
+    offset: int = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)), default=0)
+    return offset if 0 <= offset < size_bytes else 0
 
 
 class _RowGroup:
-    """The documents of one row group."""
+    """Reads the documents of a row group."""
 
     def __init__(self, job: ReadingJob, number: int) -> None:
         self._job, self._number = job, number
 
     def __call__(self) -> Iterator[RawDocument | BrokenRecord]:
-        import pyarrow
-
         job, number = self._job, self._number
         file = open_parquet(job.file)
         group = file.metadata.row_group(number)
-        # So many rows that a batch takes about 64 MiB, by the mean of the group.
+        # Batches of about 64 MiB, by the group's mean row size.
         rows = _BATCH_BYTES * max(group.num_rows, 1) // max(group.total_byte_size, 1)
-        done = 0
+        first_row = 0
         try:
             for batch in file.iter_batches(min(max(rows, 1), _BATCH_ROWS), row_groups=[number],
                                            use_threads=False):
-                yield from _documents(batch, f"{job.name}:{number}.", done, job)
-                # Rows are counted over batches: places in the source do not depend on their size.
-                done += batch.num_rows
+                yield from _iter_batch(batch, f"{job.name}:{number}.", first_row, job)
+                # Counted over batches, so that places do not depend on the batch size.
+                first_row += batch.num_rows
         except (pyarrow.ArrowException, OSError) as e:
             raise BadRecord("parquet", f"is damaged ({first_error_line(e)[:200]}); what came before is "
                                        "read; fetch it again") from None
 
 
-def _documents(batch: Any, prefix: str, done: int, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
+def _iter_batch(batch: Any, prefix: str, first_row: int,
+                job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
     names = batch.schema.names
     for row in range(batch.num_rows):
-        place = f"{prefix}{done + row + 1}"
+        place = f"{prefix}{first_row + row + 1}"
         try:
-            yield build_document({name: _value(batch.column(i)[row]) for i, name in enumerate(names)}, place,
-                                 job)
+            record = {name: _convert_value(batch.column(i)[row]) for i, name in enumerate(names)}
+            yield build_document(record, place, job)
         except BadRecord as e:
-            yield job.broken(e, place, is_left_out=e.code == EMPTY)
+            yield job.build_broken(e, place, is_left_out=e.code == EMPTY)
 
 
-def _value(scalar: Any) -> Any:
-    """Return a value; None where Python has none for it: nanoseconds, years behind 9999, unknown time
-    zones."""
+def _convert_value(scalar: Any) -> Any:
+    """Return a Python value, or a string for values without a Python type: nanoseconds, years after 9999,
+    unknown time zones."""
     try:
         value = scalar.as_py()
     except UnicodeDecodeError as e:
         raise BadRecord("utf8", f"is not UTF-8 ({e.reason} at byte {e.start} of a column)") from None
     except (ValueError, OverflowError, LookupError):
-        return _written(scalar)
-    # where pandas is installed nanoseconds are of its own types, which would be written in another way
+        return _format_value(scalar)
+    # With pandas installed, nanoseconds have pandas types, which JSON would format in another way.
     if hasattr(value, "nanosecond"):
-        return _written(scalar) if value.nanosecond else value.to_pydatetime()
+        return _format_value(scalar) if value.nanosecond else value.to_pydatetime()
     if hasattr(value, "nanoseconds"):
-        return _written(scalar) if value.nanoseconds else value.to_pytimedelta()
+        return _format_value(scalar) if value.nanoseconds else value.to_pytimedelta()
     return value
 
 
-def _written(scalar: Any) -> str | None:
-    import pyarrow
-
+def _format_value(scalar: Any) -> str | None:
     try:
-        written: str = scalar.cast(pyarrow.string()).as_py()
+        text: str = scalar.cast(pyarrow.string()).as_py()
     except (pyarrow.ArrowException, ValueError):
         return None
-    return written
+    return text

@@ -1,4 +1,4 @@
-"""PDF files: the text of their pages by PDFium, its lines joined to paragraphs."""
+"""Reader of PDF files: text by PDFium, with lines joined to paragraphs."""
 
 from __future__ import annotations
 
@@ -17,30 +17,28 @@ from data_prep.curate.sources.source import BrokenRecord, RawDocument
 from megatron_sov.base.documents import BadRecord
 
 FULL_LINE = 0.75
-"""Share of the length of a page's long lines from which on a line goes on in the next."""
+"""A line continues in the next if its length is at least this share of the page's long lines."""
 HEAD_PAGES = 3
-"""Pages with the same first or last line, numbers aside, that make it a running head."""
+"""A first or last line on this many pages, ignoring numbers, is a running head."""
 MAX_REPLACED = 0.2
-"""Share of characters without a meaning, above which the fonts have none at all."""
+"""Maximum share of U+FFFD; above this share the fonts have no character map."""
 _HYPHENS = ("\x02", "\ufffe", "\u00ad")
-"""What PDFium returns for a hyphen at the end of a line."""
+"""PDFium's characters for a hyphen at the end of a line."""
 _DATE = re.compile(r"D:(\d{4})(\d\d)?(\d\d)?")
 _NUMBER = re.compile(r"\d+")
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u3400-\u9fff\uff01-\uff9f]")
-"""Characters of Thai and its neighbours, Chinese and Japanese, whose lines go on without a space."""
+"""Thai, Lao, Burmese, Khmer, Chinese and Japanese, whose lines continue without a space."""
 
 
 @dataclass(frozen=True)
 class PdfOptions(EncodingLimits):
-    """Options of PDFs."""
+    """Options of `format: pdf`."""
 
     time_s: Annotated[float, Ge(0.1), Le(86_400)] = 300.0
-    """Processor time that one file may take; ten times of it on the clock."""
+    """Processor time for one file; the elapsed time may be ten times as long."""
 
 
 class PdfReader(FileReader):
-    """Files of PDF."""
-
     format = "pdf"
     version = 2  # lines of PDFium
     suffixes = frozenset([".pdf"])
@@ -52,12 +50,8 @@ class PdfReader(FileReader):
 
 
 def build_pdf_document(data: bytes, place: str) -> RawDocument:
-    """Return a PDF's text and what it says of itself.
-
-    Raises:
-        BadRecord: it is no PDF, is locked, or has no text.
-    """
-    import pypdfium2
+    """Return a PDF's document; raises `BadRecord` for invalid and encrypted files, or without text."""
+    import pypdfium2  # optional package (extra `data`), loaded in the reading process only
 
     try:
         document = pypdfium2.PdfDocument(data)
@@ -65,64 +59,63 @@ def build_pdf_document(data: bytes, place: str) -> RawDocument:
         code = "encrypted" if "password" in str(e).lower() else "pdf"
         raise BadRecord(code, f"cannot be opened ({str(e)[:120]}); fetch it again, or take its password away"
                         ) from None
-    # PDFium holds the pages: all text is taken out before the document is closed.
+    # Pages are only valid until the document is closed.
     with document:
-        facts = _facts(document)
-        pages = [_lines(document, number) for number in range(len(document))]
-    text = "\n\n".join(filter(None, map(join_lines, _without_heads(pages))))
+        columns = _read_metadata(document)
+        pages = [_read_lines(document, number, pypdfium2.PdfiumError) for number in range(len(document))]
+    text = "\n\n".join(filter(None, map(join_lines, _remove_heads(pages))))
     if not text:
         if any(pages):
             raise BadRecord("no_text", f"has running heads alone on its {len(pages)} pages; leave it out")
         raise BadRecord("no_text", f"has no text on its {len(pages)} pages, which are pictures; recognise "
                                    "the characters first (OCR)")
-    # Glyphs without a map to characters: what was read would be noise.
+    # Glyphs without a character map would give noise.
     if text.count("\ufffd") > MAX_REPLACED * len(text):
         raise BadRecord("no_text", "has fonts that do not say which characters they show; recognise the "
                                    "characters first (OCR)")
-    return RawDocument(text, place, {**facts, "num_pages": len(pages)})
+    return RawDocument(text, place, {**columns, "num_pages": len(pages)})
 
 
-def _facts(document: Any) -> dict[str, Any]:
-    told = {name: value.replace("\0", "").encode("utf-8", "replace").decode().strip()[:500]
-            for name, value in document.get_metadata_dict(skip_empty=True).items()}
-    date = _DATE.match(told.get("CreationDate", ""))
-    return drop_empty({"title": told.get("Title"),
+def _read_metadata(document: Any) -> dict[str, Any]:
+    metadata = {name: value.replace("\0", "").encode("utf-8", "replace").decode().strip()[:500]
+                for name, value in document.get_metadata_dict(skip_empty=True).items()}
+    date = _DATE.match(metadata.get("CreationDate", ""))
+    return drop_empty({"title": metadata.get("Title"),
                        "date": "-".join(part for part in date.groups() if part) if date else ""})
 
 
-def _lines(document: Any, number: int) -> list[str]:
-    """Return the lines of a page; a page that cannot be read has none."""
-    import pypdfium2
-
+def _read_lines(document: Any, number: int, page_error: type[Exception]) -> list[str]:
+    """Return the lines of a page; an unreadable page has none."""
     try:
         page = document[number]
-    except pypdfium2.PdfiumError:
+    except page_error:
         return []
     try:
-        found = page.get_textpage().get_text_bounded().encode("utf-8", "replace").decode()
-        return [line.strip() for line in found.split("\n") if line.strip()]
+        text = page.get_textpage().get_text_bounded().encode("utf-8", "replace").decode()
+        return [line.strip() for line in text.split("\n") if line.strip()]
     finally:
         page.close()
 
 
-def _without_heads(pages: Sequence[list[str]]) -> Iterator[list[str]]:
+def _remove_heads(pages: Sequence[list[str]]) -> Iterator[list[str]]:
     """Yield the lines of pages without running heads and page numbers."""
     counts = Counter(_NUMBER.sub("#", line) for lines in pages for line in {*lines[:1], *lines[-1:]})
     for lines in pages:
         is_head = [counts[_NUMBER.sub("#", line)] >= HEAD_PAGES for line in lines]
-        yield lines[any(is_head[:1]):len(lines) - any(is_head[-1:])]
+        start, stop = int(any(is_head[:1])), len(lines) - int(any(is_head[-1:]))
+        yield lines[start:stop]
 
 
 def join_lines(lines: Sequence[str]) -> str:
-    """Return paragraphs: a line that is nearly as long as the page's long ones goes on in the next."""
+    """Join lines to paragraphs; a line as long as the page's long lines (`FULL_LINE`) continues."""
     if not lines:
         return ""
-    full = FULL_LINE * sorted(map(len, lines))[9 * len(lines) // 10]
+    full_chars = FULL_LINE * sorted(map(len, lines))[9 * len(lines) // 10]
     text = lines[0]
-    for before, line in pairwise(lines):
+    for previous, line in pairwise(lines):
         if text.endswith(_HYPHENS):
             text = text[:-1] + line
-        elif len(before) < full:
+        elif len(previous) < full_chars:
             text += f"\n{line}"
         else:
             text += line if _UNSPACED.match(text[-1]) and _UNSPACED.match(line) else f" {line}"

@@ -1,4 +1,4 @@
-"""What all readers of files share: which files a source has, and reading each in a process with limits."""
+"""Base class of readers: list a source's files, and read them in a separate process with limits."""
 
 from __future__ import annotations
 
@@ -19,271 +19,32 @@ from megatron_sov.base.settings import parse_settings
 from megatron_sov.sandbox.readers import KeptReader, Wording
 from megatron_sov.work.processes.channel import receive_message, send_message
 
-
-def list_source_files(source: SourceSettings, wanted: Callable[[str], bool],
-                 left_out: list[SourcePiece] | None = None,
-                 tell: Callable[[str], object] = lambda sentence: None) -> list[str]:
-    """Return the names of a source's files, sorted, each once.
-
-    A file that the settings name is read whatever it is called.  Of a folder those that are `wanted` (by
-    name) are, as `walk_files` finds them.
-
-    Args:
-        source: the source.
-        wanted: tells by its name whether a file is.
-        left_out: receives a piece for everything that the walk leaves out and that is not hidden, sorted; it
-            holds nothing to read.
-        tell: is given a sentence on what is hidden or not wanted in each folder.
-
-    Raises:
-        UserError: a folder cannot be listed, or there is no such file.
-    """
-    root = source.root
-    names: set[str] = set()
-    without: list[Path] = []
-    for path in source.path:
-        # Not `resolve`: a link that the user names is read under the user's name.
-        given = Path(os.path.abspath(source.folder / path))
-        if given.is_dir():
-            found: list[Path] = []
-            walked = list(map(Path, walk_files(given, found)))
-            names.update(_name(file, root) for file in walked if wanted(file.name))
-            without += [one for one in found if not is_hidden(one.name)]
-            if sentence := format_skipped([_name(file, root) for file in walked if not wanted(file.name)],
-                                          [_name(one, root) for one in found if is_hidden(one.name)]):
-                tell(escape_controls(f"{path}: {sentence}"))
-        elif given.is_file():
-            names.add(_name(given, root))
-        else:
-            raise UserError(f"source {source.name}: {given}: is no file and no folder; name one that "
-                            "is there")
-    if not names:
-        raise_no_files(source)
-    if left_out is not None:
-        left_out += [SourcePiece(NO_FORMAT, _name(path, root), 0, 0, 0) for path in sorted(set(without))
-                     if path.is_dir() or wanted(path.name)]
-    # By folders: the order of a walk does not depend on the signs in names.
-    return sorted(names, key=lambda name: name.split("/"))
-
-
-def raise_no_files(source: SourceSettings) -> NoReturn:
-    raise UserError(f"source {source.name}: {', '.join(source.path)}: holds no file that format = "
-                    f"{source.format!r} reads; name another folder or format")
-
-
-def _name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
-
-
-def format_file_name(name: str) -> str:
-    r"""Return a file's name as text: bytes of it that are no UTF-8, and control characters, are written as
-    escapes such as ``\xff``, and a ``\`` of its own as two, so that no two names look the same."""
-    # A name's own backslash first: only then are escapes plain.
-    escaped = os.fsencode(name).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
-    return escape_controls(escaped).replace("\n", r"\n").replace("\t", r"\t")
-
-
-# A piece of a source as the process that reads it gets it, and what it is cut into there.
-
 EMPTY = "empty"
-"""Code of what a record without text, which is left out."""
-
-
-@dataclass(frozen=True)
-class ReadingJob:
-    """One piece as the reading process gets it."""
-
-    piece: SourcePiece
-    """Which."""
-    root: Path
-    """Folder that names are relative to."""
-    text_field: str
-    """As `SourceSettings.text_field`."""
-    options: Any
-    """The format's, as its own class."""
-
-    @property
-    def file(self) -> Path:
-        return self.root / self.piece.file
-
-    @property
-    def name(self) -> str:
-        return format_file_name(self.piece.file)
-
-    def broken(self, error: BadRecord, place: str = "", is_left_out: bool = False) -> BrokenRecord:
-        content = error.content.decode("utf-8", "replace")[:MAX_CONTENT_CHARS]
-        return BrokenRecord(self.name, place or self.name, error.code, str(error), content, is_left_out)
-
-
-@dataclass(frozen=True)
-class SourceItem:
-    """A part of a piece for which reading it has a time limit of its own."""
-
-    place: str
-    """Where it stands."""
-    read: Callable[[], Iterator[RawDocument | BrokenRecord]]
-    """Reads it; may raise `BadRecord`, or anything that a parser raises on what it does not understand."""
-
-
-def drop_empty(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value not in (None, "", [], {})}
-
-
-def format_job_message(job: ReadingJob) -> dict[str, Any]:
-    return {"piece": dataclasses.asdict(job.piece), "root": str(job.root), "text_field": job.text_field,
-            "options": dataclasses.asdict(job.options)}
-
-
-def parse_job_message(message: Mapping[str, Any], options: type[Any]) -> ReadingJob:
-    """Return the job of a message; `options`: the class of its format's options."""
-    return ReadingJob(SourcePiece(**_with_tuples(message["piece"])), Path(message["root"]),
-                      message["text_field"], options(**_with_tuples(message["options"])))
-
-
-def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-# Reading files of others in a process of its own, with limits: one that hangs, eats memory or crashes its
-# parser costs the document and nothing else.
-#
-# The process is kept for the next file, and replaced where it was ended. What it sends is JSON: nothing that
-# a file could make of it is ever run or unpickled here.
-
+"""Code of a record without text, which is left out."""
 WORDING = Wording("parser", "read", "time_s")
 _MESSAGE_FACTOR = 8
-"""Bytes of JSON for a byte of text: a control character becomes six."""
-
-
-def read_in_process(job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
-    """Yield what a piece holds, in order.
-
-    Where the process is ended for taking too much, that document is told as `Broken` and reading goes on
-    behind it.
-    """
-    skip = 0
-    while True:
-        # A fresh process goes on behind the item that ended the last one.
-        process = _process(str(job.root), job.options)
-        last = _Last()
-        finished = False
-        try:
-            yield from process.read(job, skip, last)
-            finished = True
-            return
-        except BadRecord as e:
-            yield job.broken(e, last.place)
-            if last.number is None:  # it ended between two of them, and would again
-                return
-            skip = last.number + 1
-        finally:
-            if not finished:  # ended, or nobody wants the rest
-                _forget(process)
-
-
-class _Last:
-    """How far a process has come."""
-
-    number: int | None = None
-    place = ""
-
-
-class _Process(KeptReader):
-    """One reading process."""
-
-    def __init__(self, root: str, limits: EncodingLimits) -> None:
-        super().__init__("data_prep.curate.sources.enclosed", root, {"memory_bytes": limits.memory_bytes},
-                         limits.time_s, WORDING)
-        self._root, self._limits = root, limits
-
-    def serves(self, root: str, limits: EncodingLimits) -> bool:
-        # Limits were given to the kernel at the start and cannot be raised.
-        return (self._limits.memory_bytes, self._limits.time_s) == (limits.memory_bytes, limits.time_s) \
-            and Path(root).is_relative_to(self._root)
-
-    def read(self, job: ReadingJob, skip: int, last: _Last) -> Iterator[RawDocument | BrokenRecord]:
-        """Yield what a piece holds behind its first `skip` items.
-
-        Raises:
-            BadRecord: the process was ended, or sends what it should not.
-        """
-        limits: EncodingLimits = job.options
-        # The sender may have been taken over by a hostile file: nothing that it sends is believed, its size
-        # least.
-        most_bytes = _MESSAGE_FACTOR * limits.document_bytes + (1 << 20)
-        with self.asking() as channel:
-            send_message(channel, {"job": format_job_message(job), "skip": skip})
-            while True:
-                self.wait_again()
-                message = receive_message(channel, most_bytes)
-                if "end" in message:
-                    return
-                if "at" in message:
-                    last.number, last.place = int(message["at"]), str(message["place"])
-                elif "error" in message:
-                    raise BadRecord(str(message["error"]), str(message["reason"]))
-                else:
-                    yield _told(message, limits)
-
-
-def _told(message: dict[str, Any], limits: EncodingLimits) -> RawDocument | BrokenRecord:
-    """Return what a message says.
-
-    Raises:
-        KeyError, TypeError, ValueError: it says nothing.
-    """
-    if "broken" in message:
-        told = message["broken"]
-        return BrokenRecord(str(told["file"]), str(told["place"]), str(told["code"]), str(told["reason"]),
-                      str(told["content"])[:MAX_CONTENT_CHARS], told["is_left_out"] is True)
-    text, place, columns = message["text"], message["place"], message["columns"]
-    if not (isinstance(text, str) and isinstance(place, str) and isinstance(columns, dict)):
-        raise TypeError("a document without text, place or columns")
-    if len(text.encode()) > limits.document_bytes:
-        raise ValueError("a document above the limit")
-    return RawDocument(text, place, columns)
-
-
-_kept: dict[int, _Process] = {}
-"""This process's reading process, by its own number: a fork has none yet."""
-
-
-def _process(root: str, limits: EncodingLimits) -> _Process:
-    known = _kept.get(os.getpid())
-    if known is not None and known.serves(root, limits) and not known.is_worn:
-        return known
-    if known is not None:
-        known.end()
-    _kept.clear()
-    _kept[os.getpid()] = _Process(root, limits)
-    return _kept[os.getpid()]
-
-
-def _forget(process: _Process) -> None:
-    process.end()
-    if _kept.get(os.getpid()) is process:
-        del _kept[os.getpid()]
+"""Maximum JSON bytes for each byte of text; a control character takes six."""
 
 
 class FileReader:
-    """A reader of files; a format says which, and what is in one of them."""
+    """Base class of a format's reader. Subclasses implement `iter_documents`, or `iter_items` for files with
+    several parts."""
 
     format: ClassVar[str]
-    """Its name."""
     version: ClassVar[int] = 1
-    """Raised where it gives another text of the same file: what an earlier one has parsed is parsed again."""
+    """Raised when the reader gives another text for the same file, so that runs parse it again."""
     suffixes: ClassVar[frozenset[str]] = frozenset()
-    """Endings of the files that are read from folders, with small letters."""
+    """Endings of files to read in folders, in lower case."""
     compressed: ClassVar[bool] = True
     """Whether files may also end in `.gz` and `.zst`."""
     Options: ClassVar[type[Any]] = EncodingLimits
-    """Frozen dataclass of its options, with `problems()`."""
+    """Frozen dataclass with the format's options."""
 
     def __init__(self, source: SourceSettings) -> None:
         self.source = source
-        # processes that only read start without pydantic
-        given = source.options
-        self.options: Any = parse_settings(self.Options, given, "options") if given else self.Options()
+        # Without options nothing is parsed, so that reading processes start without pydantic.
+        options = source.options
+        self.options: Any = parse_settings(self.Options, options, "options") if options else self.Options()
         self.notes: list[str] = []
 
     @classmethod
@@ -295,29 +56,252 @@ class FileReader:
 
     def list_pieces(self) -> list[SourcePiece]:
         left_out: list[SourcePiece] = []
-        names = list_source_files(self.source, self.accepts_name, left_out, self.notes.append)
+        names = list_source_files(self.source, self.accepts_name, left_out, self.notes)
         return [piece for name in names for piece in self.split_file(name)] + left_out
 
     def split_file(self, name: str) -> Iterator[SourcePiece]:
+        """Yield the pieces of a file; by default the whole file."""
         size_bytes = self.source.get_file(name).stat().st_size
         yield SourcePiece(self.format, name, 0, size_bytes, size_bytes)
 
     def read_piece(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
-        """Yield what a piece holds, in order, read by a process with limits; of what is left out, why."""
+        """Yield records from a process with limits, or the reason why a file has no format."""
         if piece.format == NO_FORMAT:
             name, reason = format_file_name(piece.file), explain_unreadable(self.source.get_file(piece.file))
             yield BrokenRecord(name, name, "left_out", reason, is_left_out=True)
             return
-        job = ReadingJob(piece, self.source.root, self.source.text_field, self.options)
-        yield from read_in_process(job)
+        yield from read_in_process(ReadingJob(piece, self.source.root, self.source.text_field, self.options))
 
     @classmethod
     def iter_items(cls, job: ReadingJob) -> Iterator[SourceItem]:
-        """Yield the parts of a piece; runs in the reading process.  The order, and how many there are, has
-        to be the same each time."""
+        """Yield the parts of a piece. Called in the reading process; a second call must give equal parts."""
         yield SourceItem(job.name, lambda: cls.iter_documents(job))
 
     @classmethod
     def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
-        """Yield what a piece holds that has no further parts."""
         raise NotImplementedError(cls.__name__)
+
+
+# Listing files.
+
+
+def list_source_files(source: SourceSettings, accepts_name: Callable[[str], bool],
+                      left_out: list[SourcePiece] | None = None, notes: list[str] | None = None) -> list[str]:
+    """List the names of a source's files, sorted by folders, each once.
+
+    A file in `source.path` is read under any name; from folders only accepted names are read.
+
+    Args:
+        source: the source.
+        accepts_name: whether to read a file with this name.
+        left_out: receives a `NO_FORMAT` piece for each unreadable path that is not hidden.
+        notes: receives a sentence about skipped files for each folder.
+
+    Raises:
+        UserError: a path does not exist, a folder cannot be listed, or no file is left.
+    """
+    root = source.root
+    names: set[str] = set()
+    unreadable: list[Path] = []
+    for path in source.path:
+        # Not `resolve`: a link is read under the name in the settings.
+        start = Path(os.path.abspath(source.folder / path))
+        if start.is_dir():
+            skipped: list[Path] = []
+            files = list(map(Path, walk_files(start, skipped)))
+            names.update(_to_name(file, root) for file in files if accepts_name(file.name))
+            unreadable += [other for other in skipped if not is_hidden(other.name)]
+            sentence = format_skipped([_to_name(file, root) for file in files if not accepts_name(file.name)],
+                                      [_to_name(other, root) for other in skipped if is_hidden(other.name)])
+            if sentence and notes is not None:
+                notes.append(escape_controls(f"{path}: {sentence}"))
+        elif start.is_file():
+            names.add(_to_name(start, root))
+        else:
+            raise UserError(f"source {source.name}: {start}: is no file and no folder; name one that "
+                            "is there")
+    if not names:
+        raise_no_files(source)
+    if left_out is not None:
+        left_out += [SourcePiece(NO_FORMAT, _to_name(path, root), 0, 0, 0) for path in sorted(set(unreadable))
+                     if path.is_dir() or accepts_name(path.name)]
+    # Sorted by folders, so that the order does not depend on characters before "/" in ASCII.
+    return sorted(names, key=lambda name: name.split("/"))
+
+
+def raise_no_files(source: SourceSettings) -> NoReturn:
+    raise UserError(f"source {source.name}: {', '.join(source.path)}: holds no file that format = "
+                    f"{source.format!r} reads; name another folder or format")
+
+
+def _to_name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def format_file_name(name: str) -> str:
+    r"""Escape bytes that are not UTF-8 (``\xff``), control characters, and ``\`` (doubled), so that
+    different names stay different."""
+    # Backslashes first: afterwards escapes are unambiguous.
+    escaped = os.fsencode(name).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
+    return escape_controls(escaped).replace("\n", r"\n").replace("\t", r"\t")
+
+
+# The piece of a source in the reading process.
+
+
+@dataclass(frozen=True)
+class ReadingJob:
+    """A piece with the settings for the reading process."""
+
+    piece: SourcePiece
+    root: Path
+    """Folder of the piece's file names."""
+    text_field: str
+    """As `SourceSettings.text_field`."""
+    options: Any
+    """Instance of the format's `Options`."""
+
+    @property
+    def file(self) -> Path:
+        return self.root / self.piece.file
+
+    @property
+    def name(self) -> str:
+        return format_file_name(self.piece.file)
+
+    def build_broken(self, error: BadRecord, place: str = "", is_left_out: bool = False) -> BrokenRecord:
+        content = error.content.decode("utf-8", "replace")[:MAX_CONTENT_CHARS]
+        return BrokenRecord(self.name, place or self.name, error.code, str(error), content, is_left_out)
+
+    def to_message(self) -> dict[str, Any]:
+        return {"piece": dataclasses.asdict(self.piece), "root": str(self.root),
+                "text_field": self.text_field, "options": dataclasses.asdict(self.options)}
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any], options: type[Any]) -> ReadingJob:
+        """Invert `to_message`, with the class of the format's options."""
+        return cls(SourcePiece(**_convert_lists(message["piece"])), Path(message["root"]),
+                   message["text_field"], options(**_convert_lists(message["options"])))
+
+
+def _convert_lists(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class SourceItem:
+    """A part of a piece with a time limit of its own."""
+
+    place: str
+    read: Callable[[], Iterator[RawDocument | BrokenRecord]]
+    """May raise `BadRecord`, or any error of a parser."""
+
+
+def drop_empty(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value not in (None, "", [], {})}
+
+
+# The reading process has limits: a file that hangs, exhausts memory or crashes its parser loses only that
+# document. It serves further files until it ends. It sends JSON, so no file can make this process run or
+# unpickle anything.
+
+
+def read_in_process(job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
+    """Yield the records in a piece. If a limit ends the process, yield a `BrokenRecord` and continue with the
+    next item in another process."""
+    skip = 0
+    while True:
+        process = _get_process(str(job.root), job.options)
+        progress = _Progress()
+        is_finished = False
+        try:
+            yield from process.read(job, skip, progress)
+            is_finished = True
+            return
+        except BadRecord as e:
+            yield job.build_broken(e, progress.place)
+            # Ended before the first item: another process would end there too.
+            if progress.number is None:
+                return
+            skip = progress.number + 1
+        finally:
+            if not is_finished:  # the process ended, or the caller closed this generator
+                _discard_process(process)
+
+
+class _Progress:
+    """The item that a process is reading."""
+
+    number: int | None = None
+    place = ""
+
+
+class _ReadingProcess(KeptReader):
+    def __init__(self, root: str, limits: EncodingLimits) -> None:
+        super().__init__("data_prep.curate.sources.enclosed", root, {"memory_bytes": limits.memory_bytes},
+                         limits.time_s, WORDING)
+        self._root, self._limits = root, limits
+
+    def can_read(self, root: str, limits: EncodingLimits) -> bool:
+        # The kernel has the limits from the start and does not raise them.
+        has_limits = (self._limits.memory_bytes, self._limits.time_s) == (limits.memory_bytes, limits.time_s)
+        return has_limits and Path(root).is_relative_to(self._root)
+
+    def read(self, job: ReadingJob, skip: int, progress: _Progress) -> Iterator[RawDocument | BrokenRecord]:
+        """Yield the records in a piece after the first `skip` items.
+
+        Raises:
+            BadRecord: the process ended, or sent an invalid message.
+        """
+        limits: EncodingLimits = job.options
+        # A hostile file may control the sender, so every message is checked, first its size.
+        max_bytes = _MESSAGE_FACTOR * limits.document_bytes + (1 << 20)
+        with self.asking() as channel:
+            send_message(channel, {"job": job.to_message(), "skip": skip})
+            while True:
+                self.wait_again()
+                message = receive_message(channel, max_bytes)
+                if "end" in message:
+                    return
+                if "at" in message:
+                    progress.number, progress.place = int(message["at"]), str(message["place"])
+                elif "error" in message:
+                    raise BadRecord(str(message["error"]), str(message["reason"]))
+                else:
+                    yield _parse_record(message, limits)
+
+
+def _parse_record(message: dict[str, Any], limits: EncodingLimits) -> RawDocument | BrokenRecord:
+    """Raise `KeyError`, `TypeError` or `ValueError` for an invalid message."""
+    if "broken" in message:
+        values = message["broken"]
+        return BrokenRecord(str(values["file"]), str(values["place"]), str(values["code"]),
+                            str(values["reason"]), str(values["content"])[:MAX_CONTENT_CHARS],
+                            values["is_left_out"] is True)
+    text, place, columns = message["text"], message["place"], message["columns"]
+    if not (isinstance(text, str) and isinstance(place, str) and isinstance(columns, dict)):
+        raise TypeError("a document without text, place or columns")
+    if len(text.encode()) > limits.document_bytes:
+        raise ValueError("a document above the limit")
+    return RawDocument(text, place, columns)
+
+
+_processes: dict[int, _ReadingProcess] = {}
+"""Process id -> reading process; a fork finds no entry for its own id."""
+
+
+def _get_process(root: str, limits: EncodingLimits) -> _ReadingProcess:
+    process = _processes.get(os.getpid())
+    if process is not None and process.can_read(root, limits) and not process.is_worn:
+        return process
+    if process is not None:
+        process.end()
+    _processes.clear()
+    _processes[os.getpid()] = _ReadingProcess(root, limits)
+    return _processes[os.getpid()]
+
+
+def _discard_process(process: _ReadingProcess) -> None:
+    process.end()
+    if _processes.get(os.getpid()) is process:
+        del _processes[os.getpid()]

@@ -1,5 +1,4 @@
-"""What a source of raw documents is, and what its readers give: pieces to read on their own, documents, and
-what could not be read."""
+"""Settings of a source of raw documents, and the documents, broken records and pieces of its reader."""
 
 from __future__ import annotations
 
@@ -20,12 +19,12 @@ SourceName = Annotated[str, Bound(lambda name: None if NAME.fullmatch(name) else
     ProblemCode.BOUND, "must be letters, digits, '.', '_' and '-', at most 60", ""))]
 KINDS = ("", "auto", "en", "math_code", "ko", "ja", "multilingual", "domain:finance", "domain:law",
          "domain:medicine")
-"""What a source's documents may be; "" is unknown, "auto" is told by the step `kind`."""
+"""Kinds of documents. "": unknown; "auto": the step `kind` sets it."""
 NO_FORMAT = "passed over"
-"""Stands for the format of a file that no format takes: it is counted, and nothing of it is read."""
+"""`SourcePiece.format` of a file without a format, which is counted and not read."""
 _FORMATS = "data_prep.curate.sources.formats"
 MAX_CONTENT_CHARS = 1000
-"""What is kept of the content of something broken."""
+"""Characters stored for a broken record."""
 
 
 @dataclass(frozen=True)
@@ -37,35 +36,36 @@ class SourceSettings:
     path: Annotated[tuple[str, ...], MinLen(1), UNIQUE_ITEMS]
     """Files and folders, relative to `folder`."""
     folder: Path = field(default=Path(), metadata={"is_written": False})
-    """Where the pipeline file lies."""
+    """Folder of the pipeline file."""
     format: str = "auto"
-    """One of `formats.FORMATS`."""
+    """A key of `formats.FORMATS`."""
     kind: Annotated[str, choice_from(lambda: KINDS)] = ""
     """One of `KINDS`."""
     licence: str = ""
-    """SPDX expression or free words; "" is unknown."""
+    """SPDX expression or free text; "": unknown."""
     synthetic: bool = False
     """Whether a model wrote it."""
     priority: int = 0
-    """Of two sources that hold the same text the one with the higher priority keeps it."""
+    """If two sources have the same text, the higher priority keeps it."""
     text_field: str = "text"
-    """Field, or column, that holds the text of a record."""
+    """Field or column with the text of a record."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the format."""
 
     def problems(self) -> list[SettingsProblem]:
-        found = [SettingsProblem(ProblemCode.FILE, "path", f"does not exist ({self.folder / path})", path,
-                                 "name a file or a folder")
-                 for path in self.path if not (self.folder / path).exists()]
-        # by its name, since formats are made of sources and not the other way round
-        return found + import_module(_FORMATS).find_format_problems(self.format, self.options)
+        problems = [SettingsProblem(ProblemCode.FILE, "path", f"does not exist ({self.folder / path})", path,
+                                    "name a file or a folder")
+                    for path in self.path if not (self.folder / path).exists()]
+        # Imported by name, because `formats` imports this module.
+        problems += import_module(_FORMATS).find_format_problems(self.format, self.options)
+        return problems
 
     @property
     def root(self) -> Path:
-        """The folder that names of files are relative to: the one that all paths lie in."""
+        """The deepest folder that contains all paths; file names are relative to it."""
         paths = [Path(os.path.abspath(self.folder / path)) for path in self.path]
-        # Of a file its folder: names below a root are never empty.
-        return Path(os.path.commonpath([p if p.is_dir() else p.parent for p in paths]))
+        # The parent folder for a file, because a name relative to the root must not be empty.
+        return Path(os.path.commonpath([path if path.is_dir() else path.parent for path in paths]))
 
     def get_file(self, name: str) -> Path:
         return self.root / name
@@ -73,69 +73,63 @@ class SourceSettings:
 
 @dataclass(frozen=True)
 class SourcePiece:
-    """A part of a source that can be read on its own; plain values, which JSON holds."""
+    """A part of a source that a reader can read alone; plain values for JSON."""
 
     format: str
-    """Format to read it as, or `PASSED_OVER`; never "auto"."""
+    """Format, or `NO_FORMAT`; never "auto"."""
     file: str
-    """Name of the file: its path below the source's `root`, with "/"."""
+    """Path relative to the source's `root`, with "/"."""
     start: int
     """First byte."""
     stop: int
-    """Byte behind the last."""
+    """End byte, exclusive."""
     size_bytes: int
     """Bytes on the disk."""
     companion_files: tuple[str, ...] = ()
-    """Names of further files that reading it depends on: a licence, a dataset's card, the other language."""
+    """Names of further files to read for the piece, e.g. licences."""
 
 
 @dataclass(frozen=True)
 class RawDocument:
-    """One document as it was found."""
+    """A document as its reader returns it."""
 
     text: str
-    """Its text, never empty, without halves of surrogate pairs."""
+    """Never empty, without lone surrogates."""
     place: str
-    """Its place: the file's name, and behind a ":" the line, row or number of its record; no two documents of
-    a source have the same one."""
+    """File name, then ":" and the record's line, row or number; unique in the source."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """What it says of itself, as far as known: url, title, date, licence, language_hint, own_id (strings),
-    and whatever else its format tells (plain values)."""
+    """`url`, `title`, `date`, `licence`, `language_hint`, `own_id` (strings) if known, and other fields
+    (plain values)."""
 
 
 @dataclass(frozen=True)
 class BrokenRecord:
-    """What could not be read."""
+    """An unreadable or unwanted record."""
 
     file: str
-    """Name of the file."""
     place: str
-    """As `Raw.place`."""
+    """As `RawDocument.place`."""
     code: str
-    """One word to count by."""
+    """One word for counts."""
     reason: str
-    """One sentence."""
+    """Predicate of a sentence about the record."""
     content: str = ""
-    """What it begins with, at most `KEPT_CHARS` characters."""
+    """First `MAX_CONTENT_CHARS` characters."""
     is_left_out: bool = False
-    """Whether nothing is wrong with it and it is not wanted, as generated code."""
+    """Whether the record is valid but unwanted, e.g. generated code."""
 
 
 class Reader(Protocol):
-    """Reads the sources of one format."""
+    """Reads sources in one format."""
 
     notes: list[str]
-    """What `pieces` passed over, in sentences."""
+    """Sentences about files that `list_pieces` skipped."""
 
     def __init__(self, source: SourceSettings) -> None:
-        """Take a source without problems."""
+        """Receive a source without problems."""
 
     def list_pieces(self) -> list[SourcePiece]:
-        """Return the parts of the source, in a fixed order.
-
-        Raises:
-            UserError: there is nothing to read.
-        """
+        """List the parts of the source in a fixed order; raise `UserError` for an empty source."""
 
     def read_piece(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
-        """Yield what a piece holds, in order; what is broken does not end it, and raises nothing."""
+        """Yield the records in a piece, in order. Broken records raise no errors."""

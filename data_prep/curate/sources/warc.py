@@ -1,4 +1,4 @@
-"""Web archives: each page, text or PDF that a server answered with is a document."""
+"""Reader of web archives: each page, text or PDF in a server's response is a document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_prep.curate.sources.source import BrokenRecord, RawDocument
 from megatron_sov.base.documents import BadRecord
 
 CONTENT_RECORDS = frozenset(["response", "resource", "conversion"])
-"""Types of records that hold what a server sent, or text made of it."""
+"""Record types with a server's response, or text extracted from a response."""
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([\w.:-]{2,40})", re.IGNORECASE)
 _TAG = re.compile(rb"\s*<[\0A-Za-z!?/]")
 _BLOCK_BYTES = 1 << 16
@@ -25,37 +25,38 @@ _HTML = frozenset(["text/html", "application/xhtml+xml"])
 
 @dataclass(frozen=True)
 class WarcOptions(HtmlOptions, PdfOptions):
-    """Options of web archives: those of pages and of PDFs, and a limit of what one record may hold."""
+    """Options of `format: warc`: options for pages and PDFs, and a record limit."""
 
     record_bytes: LimitBytes = 16 << 20
-    """Of what a server sent; longer ones are left out unread."""
+    """Maximum bytes of a response; longer responses are left out."""
 
 
 class WarcReader(FileReader):
-    """Files of WARC 1.0 and 1.1, as a whole or record by record compressed, and WET files."""
+    """Reads WARC 1.0 and 1.1 files, compressed whole or record by record, and WET files."""
 
     format = "warc"
-    version = 3  # text of pages and PDFs as their readers give it
+    version = 3  # follows the versions of HtmlReader and PdfReader
     suffixes = frozenset([".warc", ".wet"])
     Options = WarcOptions
 
     @classmethod
     def iter_items(cls, job: ReadingJob) -> Iterator[SourceItem]:
+        # Optional package (extra `data`), loaded in the reading process only.
         from warcio.archiveiterator import ArchiveIterator
         from warcio.exceptions import ArchiveLoadFailed
 
         number = 0
         with open_unpacked(job.file) as file:
-            # The iterator would take an error for the archive's end; `error` keeps it apart.
+            # The iterator takes a read error for the end of the archive; `stream.error` has the difference.
             stream = _UntilDamaged(file)
             try:
                 for record in ArchiveIterator(stream):
                     number += 1
                     if record.rec_type in CONTENT_RECORDS:
                         yield SourceItem(f"{job.name}:{number}", _Record(record, f"{job.name}:{number}", job))
-            except (ArchiveLoadFailed, ValueError, AttributeError) as e:  # the last: half a header
+            except (ArchiveLoadFailed, ValueError, AttributeError) as e:  # AttributeError: half a header
                 reason = (str(e).splitlines() or ["it ends"])[0][:200]
-                # Otherwise the stream below is damaged, and that is reported.
+                # A damaged stream is reported below.
                 if not stream.error:
                     raise BadRecord("warc", f"is no WARC file, or damaged behind record {number} ({reason}); "
                                             "what came before is read") from None
@@ -65,14 +66,12 @@ class WarcReader(FileReader):
 
 
 class _UntilDamaged:
-    """A stream that ends where it is damaged: its reader takes an error in it for the archive's end."""
+    """A stream that ends at the first damaged block and stores the error."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self.error = stream, ""
 
     def read(self, size: int) -> bytes:
-        """Return up to `size` bytes; what comes before the damage is not lost with what it would be read
-        with."""
         try:
             data: bytes = self._stream.read1(size)
             return data
@@ -82,38 +81,45 @@ class _UntilDamaged:
 
 
 def decode_http_body(body: bytes, packing: str, limit_bytes: int) -> bytes:
-    """Return a body without the packing that its header names; of a long one a little more than the limit.
+    """Decompress an HTTP body; the result may exceed `limit_bytes` by one byte.
 
-    Crawlers that unpack bodies often leave the header as it was: a body that does not look packed stays.
+    Crawlers often decompress bodies and keep the header, so a body that looks like text stays unchanged.
+
+    Args:
+        body: bytes as stored.
+        packing: value of `Content-Encoding`.
+        limit_bytes: where decompression stops.
 
     Raises:
-        BadRecord: it is cut off or damaged, or packed in another way.
+        BadRecord: the body is truncated or damaged, or has an unknown encoding.
     """
-    if packing in ("", "identity") or _looks_written(body):
+    if packing in ("", "identity") or _looks_unpacked(body):
         return body
     is_gzip = packing in ("gzip", "x-gzip") and body[:2] == b"\x1f\x8b"
     if not is_gzip and packing != "deflate":
         raise BadRecord("encoding", f"is packed as Content-Encoding: {packing[:40]}, which is not unpacked "
                                     "here; let the crawler unpack it", content=body[:1000])
-    # 31: gzip; 15: zlib's head, as RFC 9110 has it; -15: without, as many servers send it
+    # 31: gzip; 15: zlib header, as in RFC 9110; -15: raw deflate, which many servers send.
     is_zlib = body[:1] == b"\x78" and int.from_bytes(body[:2], "big") % 31 == 0
-    window_bits = 31 if is_gzip else 15 if is_zlib else -15
-    found = b""
+    zlib_bits = 15 if is_zlib else -15
+    window_bits = 31 if is_gzip else zlib_bits
+    unpacked = b""
     try:
-        while body and len(found) <= limit_bytes:
+        while body and len(unpacked) <= limit_bytes:
             unpacker = zlib.decompressobj(window_bits)
-            found += unpacker.decompress(body, limit_bytes + 1 - len(found))
-            if not unpacker.eof and len(found) <= limit_bytes:
-                raise BadRecord("truncated", "is cut off inside its Content-Encoding", content=found[:1000])
+            unpacked += unpacker.decompress(body, limit_bytes + 1 - len(unpacked))
+            if not unpacker.eof and len(unpacked) <= limit_bytes:
+                raise BadRecord("truncated", "is cut off inside its Content-Encoding",
+                                content=unpacked[:1000])
             # A gzip body may be several members in a row.
             body = unpacker.unused_data if is_gzip and unpacker.unused_data[:2] == b"\x1f\x8b" else b""
     except zlib.error as e:
-        raise BadRecord("truncated", f"is damaged ({e})", content=found[:1000]) from None
-    return found
+        raise BadRecord("truncated", f"is damaged ({e})", content=unpacked[:1000]) from None
+    return unpacked
 
 
-def _looks_written(body: bytes) -> bool:
-    # packed bytes may begin with "<" too, but hardly go on as a tag does
+def _looks_unpacked(body: bytes) -> bool:
+    # Packed bytes may begin with "<", but hardly with a whole tag.
     if _TAG.match(body) or body.startswith(b"%PDF"):
         return True
     try:
@@ -123,7 +129,7 @@ def _looks_written(body: bytes) -> bool:
 
 
 class _Record:
-    """One record that holds an answer."""
+    """Reads the document of a response record."""
 
     def __init__(self, record: Any, place: str, job: ReadingJob) -> None:
         self._record, self._place, self._job = record, place, job
@@ -132,24 +138,24 @@ class _Record:
         record = self._record
         header = record.http_headers if record.rec_type == "response" else None
         status = (header.get_statuscode() or "") if header else "200"
-        named = (header.get_header("Content-Type") if header else
-                 record.rec_headers.get_header("Content-Type")) or ""
-        type_ = named.partition(";")[0].strip().lower()
+        content_type = (header.get_header("Content-Type") if header else
+                        record.rec_headers.get_header("Content-Type")) or ""
+        type_ = content_type.partition(";")[0].strip().lower()
         if status != "200":
-            yield self._left_out("status", f"is an answer of status {status[:10]}")
+            yield self._build_left_out("status", f"is an answer of status {status[:10]}")
             return
         if type_ not in _HTML and type_ not in ("text/plain", "application/pdf"):
-            yield self._left_out("type", f"is of type {type_[:60] or 'unknown'}")
+            yield self._build_left_out("type", f"is of type {type_[:60] or 'unknown'}")
             return
-        body = self._body(header)
-        charset = _CHARSET.search(named)
-        found = self._document(type_, body, charset[1] if charset else "")
-        if isinstance(found, RawDocument):
-            yield RawDocument(found.text, self._place, {**found.columns, **self._facts()})
+        body = self._read_body(header)
+        charset = _CHARSET.search(content_type)
+        document = self._build_document(type_, body, charset[1] if charset else "")
+        if isinstance(document, RawDocument):
+            yield RawDocument(document.text, self._place, {**document.columns, **self._read_metadata()})
         else:
-            yield found
+            yield document
 
-    def _document(self, type_: str, body: bytes, charset: str) -> RawDocument | BrokenRecord:
+    def _build_document(self, type_: str, body: bytes, charset: str) -> RawDocument | BrokenRecord:
         job = self._job
         if type_ in _HTML:
             return build_page_document(decode_page(body, charset), self._place, job,
@@ -158,25 +164,21 @@ class _Record:
             return build_pdf_document(body, self._place)
         text = decode_text(body, DETECT) if not charset else decode_page(body, charset)
         if not text.strip():
-            return self._left_out(NO_TEXT, "holds no text")
+            return self._build_left_out(NO_TEXT, "holds no text")
         return RawDocument(text, self._place)
 
-    def _body(self, header: Any) -> bytes:
-        """Return what was sent, unpacked.
-
-        Raises:
-            BadRecord: it is too long, cut off, or packed in a way that is not known.
-        """
-        from warcio.bufferedreaders import ChunkedDataReader
+    def _read_body(self, header: Any) -> bytes:
+        """Return the decompressed body; raises `BadRecord` if it is too long, truncated or not decodable."""
+        from warcio.bufferedreaders import ChunkedDataReader  # optional package, see `iter_items`
 
         limit_bytes = self._job.options.record_bytes
         packing, transfer = (((header.get_header(name) or "") if header else "").strip().lower()
                              for name in ("Content-Encoding", "Transfer-Encoding"))
         stream = self._record.raw_stream
-        # warcio's own unpacking takes a stream that is cut off, or that it cannot unpack, as it is
+        # warcio's own decompression would accept truncated and undecodable streams unchanged.
         body: bytes = (ChunkedDataReader(stream) if transfer == "chunked" else stream).read(limit_bytes + 1)
         if len(body) <= limit_bytes:
-            self._refuse_cut()
+            self._check_complete()
             body = decode_http_body(body, packing, limit_bytes)
         if len(body) > limit_bytes:
             raise BadRecord("too_long", f"holds more than record_bytes = {limit_bytes:,} bytes; raise the "
@@ -185,21 +187,20 @@ class _Record:
             raise BadRecord("truncated", "was cut off by the crawler", content=body[:1000])
         return body
 
-    def _facts(self) -> dict[str, Any]:
+    def _read_metadata(self) -> dict[str, Any]:
         headers = self._record.rec_headers
         return drop_empty({"url": (headers.get_header("WARC-Target-URI") or "").strip("<>"),
                            "crawled": headers.get_header("WARC-Date"),
                            "own_id": (headers.get_header("WARC-Record-ID") or "").strip("<>")})
 
-    def _refuse_cut(self) -> None:
-        """Raise `BadRecord` where the archive ends inside the record; reads it to its end, as whoever wants
-        the next one has to."""
+    def _check_complete(self) -> None:
+        """Read the record to its end; raise `BadRecord` if the archive ends earlier."""
         stream = self._record.raw_stream
         while stream.read(_BLOCK_BYTES):
             pass
         if getattr(stream, "limit", 0) > 0:
             raise BadRecord("truncated", "is cut off; fetch the archive again")
 
-    def _left_out(self, code: str, reason: str) -> BrokenRecord:
-        self._refuse_cut()
-        return self._job.broken(BadRecord(code, reason), self._place, is_left_out=True)
+    def _build_left_out(self, code: str, reason: str) -> BrokenRecord:
+        self._check_complete()
+        return self._job.build_broken(BadRecord(code, reason), self._place, is_left_out=True)

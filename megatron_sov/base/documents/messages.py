@@ -138,9 +138,12 @@ def parse_messages(messages: Any, name: str) -> Messages:
             tool calls.
     """
     if not isinstance(messages, list) or not messages:
-        alternative = "a string, or " if name == "prompt" else ""
+        alternative = "a string, or " if name in ("prompt", "chosen", "rejected") else ""
+        advice = ""
+        if isinstance(messages, str) and messages[:1] == "[":
+            advice = f"; parse the JSON in it: jq -c '.{name} |= fromjson' FILE > NEW_FILE"
         raise BadRecord("fields", f"'{name}' must be {alternative}a non-empty list of objects with 'role' "
-                                  "and 'content'")
+                                  f"and 'content'{advice}")
     parsed = tuple(_parse_message(message, f"{name}[{i}]") for i, message in enumerate(messages))
     _check_tool_results(parsed, name)
     return parsed

@@ -274,7 +274,9 @@ def parse_line(line: bytes, where: str, number: int, reading: RecordReading, par
     try:
         record = json.loads(decode_utf8(line))
     except (ValueError, RecursionError) as e:
-        raise BadRecord("json", f"is not valid JSON ({e}); every line must be one JSON object") from None
+        advice = "an array of records needs a name in .json" if line.lstrip()[:1] == b"[" else (
+            "every line must be one JSON object")
+        raise BadRecord("json", f"is not valid JSON ({e}); {advice}") from None
     return parse_json_value(record, where, number, reading, parse)
 
 

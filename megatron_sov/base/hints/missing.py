@@ -42,6 +42,8 @@ def complete_line(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
             option := find_text_option(parser, positionals[0], typed)):
         options, positionals = [*options, option, *positionals], []
         last = [word for word in last if not word.startswith(f"{option} ")]
+    elif has_no_positional and len(positionals) == len(last) == 1 and Path(positionals[0]).is_dir():
+        last, positionals = [f"{last[0].split()[0]} {shlex.quote(positionals[0])}"], []
     parts = [parser.prog, shlex.join(positionals), *first, shlex.join(options), *last]
     return "".join(choices), " ".join(filter(None, parts))
 

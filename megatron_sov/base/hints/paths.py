@@ -3,6 +3,9 @@ wrong kind."""
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import json
 import os
 import re
 import shlex
@@ -19,6 +22,8 @@ DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
 INPUT_OPTIONS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--reference", "--base")
 _PACK_OPTIONS = {"sft": "--format chat ", "prefer": "--format preference ", "eval": "--heldout 0.5 "}
 """Command -> options of `sov-data pack` for its data, with a blank at the end."""
+MAX_LINE_CHARS = 1 << 20
+"""Characters of a file's first line that are parsed to find its format."""
 _PLACEHOLDER = re.compile(r"[A-Z]+(?:_[A-Z]+)*(?:\.[a-z]+)?")
 
 
@@ -45,6 +50,8 @@ def find_path_faults(program: str, line: Sequence[str]) -> Iterator[tuple[str, U
 def _find_input_fault(program: str, line: Sequence[str], option: str, path: str) -> UserError | None:
     source = Path(path)
     if not source.exists():
+        if glob.glob(path):
+            return UserError(f"{option} {path}: is a pattern in quotes; leave them off")
         fix = fix_missing(path, is_data=option in DATA_OPTIONS)
         if fix is None:
             return None
@@ -63,25 +70,40 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     is_text_folder = source.is_dir() and any(
         name.endswith(DATA_SUFFIXES) for name in os.listdir(source) if name != "manifest.json")
     # training commands pack a file themselves; `eval` needs token shards, `eval media` reads rows
-    needs_shards = line[0] == "eval" and "media" not in line[:2]
+    needs_shards = line[0] in ("eval", "plan") and "media" not in line[:2]
     is_unpacked_file = needs_shards and source.is_file() and source.name.endswith(DATA_SUFFIXES)
     if kind == "tokens" or not (is_text_folder or is_unpacked_file):
         return None
     tokenizer, import_commands = _choose_tokenizer(line)
     shards = choose_free_path(f"{source.name.partition('.')[0]}-tokens")
-    pack_command = (f"sov-data pack --tokenizer {tokenizer} {_PACK_OPTIONS.get(line[0], '')}"
+    options = _PACK_OPTIONS.get(line[0], "") + (_choose_format(source) if is_unpacked_file else "")
+    pack_command = (f"sov-data pack --tokenizer {tokenizer} {options}"
                     + shlex.join(["--input", path, "--output", shards]))
     what = "a file" if is_unpacked_file else "a folder of text"
     return UserError(f"--data {path}: is {what}; pack it first",
                      Fix(words={path: shards}, before=(*import_commands, pack_command)))
 
 
+def _choose_format(file: Path) -> str:
+    """Return the `--format` option for packing a file of JSON lines, by the fields of its first record."""
+    with contextlib.suppress(OSError, ValueError, AttributeError), file.open(encoding="utf-8") as lines:
+        fields = json.loads(lines.readline(MAX_LINE_CHARS)).keys()
+        if "chosen" in fields:
+            return "--format preference "
+        if fields & {"messages", "conversations"}:
+            return "--format chat "
+    return ""
+
+
 def _choose_tokenizer(line: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """Return a tokenizer folder for packing and the commands that create it: from the command's model, else
     one in the current folder, else the placeholder DIR."""
     # `--from MODEL`, or a positional argument as in `eval lm MODEL`
-    model = next((word for word in (find_value(line, "--from"), *line[:3])
-                  if (Path(word) / "tokenizer.json").is_file()), "")
+    words = [word for word in (find_value(line, "--from"), *line[:3]) if word]
+    of_runs = [folder for word in words for folder in sorted(Path(word).glob("checkpoints/*/tokenizer"))]
+    if of_runs:
+        return str(of_runs[-1]), ()
+    model = next((word for word in words if (Path(word) / "tokenizer.json").is_file()), "")
     if model:
         output = choose_free_path(f"{Path(model).name}-tokenizer")
         return output, (shlex.join(["sov-tokenizer", "import", model, "--output", output]),)

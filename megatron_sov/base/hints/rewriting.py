@@ -107,6 +107,7 @@ class Rewrite:
         row = next((row for row in load_table()["in_command"]
                     if _matches_row(row, self.command, option, value, is_existing)
                     and not any(fnmatch(word, row.get("unless", "-")) for word in self.typed)
+                    and ("outside" not in row or self._is_outside(value, row["outside"]))
                     and set(str(row.get("needs", "")).split()) <= set(self.options)), None)
         if row is None:
             return False
@@ -120,6 +121,11 @@ class Rewrite:
         self.other_command = row.get("command", self.other_command)
         self.add_words(f"{option}: {row['say']}", *written)
         return True
+
+    def _is_outside(self, path: str, option: str) -> bool:
+        """Return whether a path lies outside of the folder that another option names."""
+        folder = find_value(self.typed, option)
+        return bool(folder) and not Path(path).is_relative_to(folder)
 
     def _list_holes(self, value: str) -> dict[str, str]:
         """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {nodes}, {run},

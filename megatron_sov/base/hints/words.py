@@ -293,7 +293,8 @@ def _is_unknown(word: str, rewrite: Rewrite) -> bool:
     name = normalize_word(word)
     if not word.startswith("--"):
         return name in index_words("options")
-    is_foreign = rewrite.find is not None and name in index_words("settings")
+    is_foreign = (rewrite.find is not None and name in index_words("settings")) or (
+        len(name) == 1 and name in index_words("options"))
     return is_foreign or not any(option.startswith(word) for option in rewrite.options)
 
 
@@ -318,7 +319,7 @@ def _add_companions(rewrite: Rewrite) -> None:
     for name, required in load_table()["acts_with"].items():
         if name in values and required.partition("=")[0] not in values:
             rewrite.add_words(f"{name} acts with {required}", "--set", required)
-    if "--nproc" not in rewrite.options or rewrite.command.startswith("submit"):
+    if "--nproc" not in rewrite.options or rewrite.command.startswith(("submit", "plan")):
         return
     sizes = {axis: int(size) for axis in ("tp", "pp", "cp", "ep", "etp")
              if (size := values.get(f"parallel.{axis}", "1")).isdigit()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,8 +93,10 @@ class TaskCatalog:
 
     def _build_unknown_error(self, name: str) -> UserError:
         if name.endswith((".yaml", ".yml")):
-            return UserError(f"task {name!r}: is a file, and --tasks takes names; write --task-dir "
-                             f"{Path(name).parent} --tasks NAME, with the name after `task:` in the file")
+            text = Path(name).read_text(encoding="utf-8", errors="replace") if Path(name).is_file() else ""
+            task = (re.search(r"^task: *([\w.-]+) *$", text, re.M) or [name, Path(name).stem])[1]
+            return UserError(f"task {name!r}: is a file, and --tasks takes names (`task:` in the file)",
+                             Fix(options=("--task-dir", str(Path(name).parent), "--tasks", task)))
         same_name = [problem for file, problem in self.problems.items() if Path(file).stem == name]
         problem = next(iter([*same_name, *self.problems.values()]), None)
         unreadable = f"; {len(self.problems)} files cannot be read, such as {problem}" if problem else ""

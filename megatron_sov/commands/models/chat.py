@@ -1,13 +1,14 @@
 """`megatron-sov chat TARGET`."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.base.errors import ExitCode, UserError, escape_controls, stop_check, suggest_name
+from megatron_sov.base.errors import ExitCode, Fix, UserError, escape_controls, stop_check, suggest_name
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, ProblemCode, SettingsProblem
 from megatron_sov.commands.models.serve import ServeOptions
 from megatron_sov.commands.shared_options import AnyTarget, list_option_words
@@ -62,6 +63,10 @@ class ChatOptions(PluginOptions, RankOptions):
 
 def chat(options: ChatOptions) -> int:
     """Answer lines from standard input until it ends."""
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", options.target):
+        address = f"http://{options.target}"
+        raise UserError(f"{options.target}: is an address without http://",
+                        Fix(words={options.target: address}))
     if not is_url(options.target):
         check_model_path(Path(options.target))
         check_model_folder(Path(options.target))

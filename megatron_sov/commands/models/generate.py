@@ -97,6 +97,8 @@ class GenerateOptions(CodecsOptions, PluginOptions, RankOptions):
         temperature = f"needs --temperature above 0, which is {self.sampling.temperature:g}"
         rules = [(self.samples > 1 and not self.sampling.temperature, "samples", self.samples, temperature,
                   "add --temperature 1"),
+                 (self.sampling.top_p < 1 and not self.sampling.temperature, "sampling.top_p",
+                  self.sampling.top_p, temperature, "add --temperature 1"),
                  (self.output is not None and self.json, "output", self.output, "excludes --json",
                   "leave one out"),
                  (self.logprobs and not self.json, "logprobs", UNSET, "needs --json", "add it"),

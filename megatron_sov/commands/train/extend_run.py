@@ -11,7 +11,7 @@ from megatron_sov.commands.train.setup.starts import find_start, refuse_many_con
 from megatron_sov.commands.train.setup.training import ExtensionRequest
 from megatron_sov.commands.train.training_run import check_rank_memory, convert_start, load_objective
 from megatron_sov.model.objectives import get_factory
-from megatron_sov.plan.calibration.fitting import estimate_memory
+from megatron_sov.plan.footprint.gpu_capacity import estimate_memory
 from megatron_sov.post.extend.running import run_stages
 from megatron_sov.post.extend.stages import plan_stages
 from megatron_sov.runs.folder import STAGES

@@ -20,7 +20,7 @@ from megatron_sov.engine.parallel.device import get_gpu, on_gpu
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.objectives import Factory, get_factory
 from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
-from megatron_sov.plan.calibration.fitting import refuse_on_this_node, refuse_too_large
+from megatron_sov.plan.footprint.gpu_capacity import refuse_on_this_node, refuse_too_large
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 from megatron_sov.train.stages.launch import report_completion, run_stage

@@ -1,13 +1,13 @@
-"""What a job's script asks at its begin, after the nodes were looked at, and at its end: `python -m
+"""Decides at the start and end of a job script whether the job runs: `python -m
 megatron_sov.operate.slurm.attempts`.
 
-It talks to no scheduler: the script brings what Slurm knows and does what is answered, so that it runs in a
-container too.  One line on standard output is the answer: `run`, `wait`, `requeue NODE,...` (the nodes to
-exclude) or `exit CODE`; sentences for people go to standard error, which is the job's log.
+The program does not call Slurm: the script passes Slurm's data and executes the answer, so the program also
+runs in a container. The answer is one line on stdout: `run`, `wait`, `requeue NODE,...` (nodes to exclude) or
+`exit CODE`. Messages go to stderr, the job's log.
 
-Every start of a job's script is an attempt.  It writes `begin` to `attempts.jsonl`, and `end` unless it was
-cut off (its node died, or Slurm took it away); the next one then writes the `end` in its place.  A new
-submission is a new job, and begins with a clean record.
+Every start of a job script is an attempt with a `begin` and an `end` event in `attempts.jsonl`. A dead node
+or preemption prevents the `end`; the next attempt then writes it. A new submission has a new job id and an
+empty history.
 """
 
 from __future__ import annotations
@@ -27,172 +27,169 @@ from megatron_sov.base.artifacts import MANIFEST, format_json, write_atomically
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import Flag, add_options, read_options
-from megatron_sov.operate.slurm.node_report import Report
+from megatron_sov.operate.slurm.node_report import NodeReport
 from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER
 from megatron_sov.runs.folder import ATTEMPTS, FAILURE, ROUNDS
 from megatron_sov.runs.lock import delete_lock, read_lock
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
+LINE = re.compile(r"^srun: error: (?P<node>[^\s:]+): tasks? (?P<ranks>[\d,\-]+): (?P<message>.*)$",
+                  re.MULTILINE)
+EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
+LAST_LINES = 15
+RUN, WAIT = "run", "wait"
+STOP_REASONS = {"": "its ranks were asked to stop", "limit": "its time limit came near",
+                "way": "it had to make way for another job",
+                "cancel": "it was cancelled, or put back by hand"}
+"""Value of `--asked` -> reason in messages."""
+
 
 @dataclass(frozen=True)
 class JobAttempt:
-    """One start of a job's script."""
+    """One start of a job script."""
 
     restart: int
-    """How often Slurm had started the job before."""
+    """`SLURM_RESTART_COUNT`."""
     nodes: tuple[str, ...]
-    """Where it ran."""
     progress: int
-    """What was there when it began: optimizer steps in checkpoints, or files of an unfinished artifact."""
+    """`measure_progress` at the start."""
     end: dict[str, Any] | None
-    """Its `end`; None: it runs, or was cut off."""
+    """`end` event; None: still running, or interrupted."""
 
     @property
-    def moved(self) -> bool:
-        """Whether it left more than it found."""
+    def has_progress(self) -> bool:
         return self.end is not None and self.end["progress"] > self.progress
 
 
-class History:
-    """The attempts of one job."""
+class AttemptHistory:
+    """Attempts by one job, from `attempts.jsonl`."""
 
     def __init__(self, folder: Path, job: str) -> None:
         self._file, self._job = folder / ATTEMPTS, job
-        # the file has the attempts of all jobs of this run: a new submission begins with a clean record
+        # attempts.jsonl contains every job of the run
         records = [r for r in read_events(self._file) if r.get("job") == job]
         ends = {r["restart"]: r for r in records if r["event"] == "end"}
         self.attempts = [JobAttempt(r["restart"], tuple(r["nodes"]), r["progress"], ends.get(r["restart"]))
                          for r in records if r["event"] == "begin"]
 
-    def cut_off(self, restart: int) -> JobAttempt | None:
-        """Return the attempt before `restart`, if it was ended from outside: it wrote no end,
-        or took itself for cancelled.
+    def find_interrupted(self, restart: int) -> JobAttempt | None:
+        """Return the attempt before `restart` if its outcome is missing or `cancelled`.
 
-        A cancelled job does not begin again, so this one was put back, as Slurm does when another node than
-        the script's dies.
+        Slurm never restarts a cancelled job, so a restart means a requeue, for example after a node without
+        the script died.
         """
-        # of those before, the last: an attempt cannot know how one that began later ended
-        before = [a for a in self.attempts if a.restart < restart]
-        return before[-1] if before and (before[-1].end
-                                         or {"outcome": "cancelled"})["outcome"] == "cancelled" else None
+        # an attempt cannot know the end of a later attempt
+        earlier = [a for a in self.attempts if a.restart < restart]
+        if not earlier:
+            return None
+        last = earlier[-1]
+        return last if not last.end or last.end["outcome"] == "cancelled" else None
 
-    def strikes(self) -> Counter[str]:
+    def count_strikes(self) -> Counter[str]:
+        """Count the failures attributed to each node."""
         return Counter(node for a in self.attempts if a.end is not None for node in a.end["blamed"])
 
-    def excluded(self, max_strikes: int) -> list[str]:
-        """Return the nodes that the job must not run on any more: sick ones,
-        and those with too many failures."""
-        # a sick node is left out at once, one that failed only after several strikes
+    def list_excluded(self, max_strikes: int) -> list[str]:
+        """Return sick nodes, and nodes with at least `max_strikes` failures."""
         sick = {node for a in self.attempts if a.end is not None for node in a.end["sick"]}
-        return sorted(sick | {node for node, count in self.strikes().items() if count >= max_strikes})
+        return sorted(sick | {node for node, count in self.count_strikes().items() if count >= max_strikes})
 
-    def failures_in_a_row(self) -> int:
-        """Return how many of the last attempts left nothing new, not counting those that
-        found a sick node."""
+    def count_failures(self) -> int:
+        """Count the attempts since the last progress, except attempts with `sick` nodes."""
         count = 0
-        for attempt in reversed([a for a in self.attempts if a.end is not None]):
-            # progress clears the count: a run that fails once a day for weeks is not given up
-            if attempt.moved:
+        for attempt in reversed(self.attempts):
+            if attempt.end is None:
+                continue
+            # progress resets the count, so a run may fail once a day for weeks
+            if attempt.has_progress:
                 break
-            # a sick node is not the run's fault, so it does not use up its attempts
-            count += not (attempt.end or {})["sick"]
+            if not attempt.end["sick"]:
+                count += 1
         return count
 
-    def begin(self, restart: int, nodes: list[str], progress: int) -> None:
-        self._write("begin", restart, nodes=nodes, progress=progress)
+    def record_begin(self, restart: int, nodes: list[str], progress: int) -> None:
+        self._write_event("begin", restart, nodes=nodes, progress=progress)
 
-    def end(self, restart: int, outcome: str, reason: str, progress: int, *, blamed: list[str] | None = None,
-            sick: list[str] | None = None) -> None:
-        """Record how an attempt ended.
+    def record_end(self, restart: int, outcome: str, reason: str, progress: int, *,
+                   blamed: list[str] | None = None, sick: list[str] | None = None) -> None:
+        """Write an attempt's `end` event.
 
         Args:
-            restart: which one.
-            outcome: complete, gate, mistake, cancelled, stopped, crash, hang, corruption,
-                cut_off or sick_nodes.
+            restart: the attempt's number.
+            outcome: complete, gate, mistake, cancelled, stopped, crash, hang, corruption, cut_off or
+                sick_nodes.
             reason: one sentence.
-            progress: what is there now.
-            blamed: nodes where the failure began.
-            sick: nodes that did not pass the pre-flight check, or computed wrongly.
+            progress: current value of `measure_progress`.
+            blamed: nodes with the first failure.
+            sick: nodes that failed the preflight, or computed wrong values.
         """
-        self._write("end", restart, outcome=outcome, reason=reason, progress=progress, blamed=blamed or [],
-                    sick=sick or [])
+        self._write_event("end", restart, outcome=outcome, reason=reason, progress=progress,
+                          blamed=blamed or [], sick=sick or [])
 
-    def _write(self, event: str, restart: int, **fields: Any) -> None:
+    def _write_event(self, event: str, restart: int, **fields: Any) -> None:
         log = EventLog(self._file)
         log.write(event, job=self._job, restart=restart, **fields)
         log.close()
-        self.__init__(self._file.parent, self._job)  # type: ignore[misc]  # what was written is what is known
+        self.__init__(self._file.parent, self._job)  # type: ignore[misc]  # read the file again
 
 
-def progress_of(target: Path) -> int:
-    """Return a number that grows whenever a stage leaves something new behind.
+def measure_progress(target: Path) -> int:
+    """Return a number that grows with every new output of a stage.
 
     Args:
-        target: the run's folder (steps of its newest checkpoints count, of all stages of an extension, and
-            its published rounds, which are not written again), the artifact's (files of its hidden,
-            unfinished neighbours count), or a rollout store (its parts do).
+        target: a run's folder (counts the steps in each stage's newest checkpoint, and published rounds), an
+            artifact's folder (counts files in hidden, unfinished neighbours), or a rollout store (counts
+            its parts).
     """
     parts = sum(1 for pattern in ("rollouts/*", "rewards/*/*", f"{ROUNDS}/[0-9]*")
                 for _ in target.glob(f"{pattern}/{MANIFEST}"))
-    # an artifact under way lies in hidden neighbours of its target until it is complete
+    # an incomplete artifact is stored in hidden neighbours of its target
     hidden = (path for folder in target.parent.glob(f".{target.name}*") for path in folder.rglob("*"))
-    return _saved_steps(target) + parts + sum(path.is_file() for path in hidden)
+    return _count_saved_steps(target) + parts + sum(path.is_file() for path in hidden)
 
 
-def _saved_steps(target: Path) -> int:
+def _count_saved_steps(target: Path) -> int:
     steps = 0
     for folder in (target, *target.glob("stages/*")):
-        # over all stages: when a stage ends and the next begins, the sum still grows
+        # a sum over stages also grows from stage to stage
         steps += max((int(p.name[5:]) for p in folder.glob("checkpoints/step-*") if p.name[5:].isdigit()),
                      default=0)
     return steps
 
 
-LINE = re.compile(r"^srun: error: (?P<node>[^\s:]+): tasks? (?P<ranks>[\d,\-]+): (?P<how>.*)$", re.MULTILINE)
-EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
-LAST_LINES = 15
-RUN, WAIT = "run", "wait"
-ASKED = {"": "its ranks were asked to stop", "limit": "its time limit came near",
-         "way": "it had to make way for another job", "cancel": "it was cancelled, or put back by hand"}
-"""What asked a job to stop -> in words."""
-
-
-# What srun says about ranks that failed: which one was first, where, and how.
-
-
 @dataclass(frozen=True)
-class Failure:
-    """The first rank of a step that failed; the others only lose their peer and follow."""
+class RankFailure:
+    """First failed rank in a step; later failures usually follow from a lost peer."""
 
     node: str
     rank: int
-    how: str
-    """As srun says it: "Exited with exit code 1", "Killed"."""
+    message: str
+    """Message from srun: "Exited with exit code 1", "Killed"."""
     exit_code: int | None
-    """None where a signal ended it."""
+    """None: ended by a signal."""
 
     def __str__(self) -> str:
-        ended = (f"ended with exit code {self.exit_code}" if self.exit_code is not None
-                 else f"was ended by a signal ({self.how})")
+        ended = f"was ended by a signal ({self.message})"
+        if self.exit_code is not None:
+            ended = f"ended with exit code {self.exit_code}"
         return f"rank {self.rank} on {self.node} {ended}"
 
 
-def first_failure(srun_log: str) -> Failure | None:
-    """Return the failure that srun reports first, or None; a user's mistake goes before ranks that only
-    lost their peer by it."""
-    found = [_failure(match) for match in LINE.finditer(srun_log)]
-    return next((failure for failure in found if failure.exit_code == ExitCode.USER_ERROR),
-                found[0] if found else None)
+def find_first_failure(srun_log: str) -> RankFailure | None:
+    """Return the first failure in srun's log; a user error takes precedence over lost peers."""
+    failures = [_parse_failure(match) for match in LINE.finditer(srun_log)]
+    user_errors = [failure for failure in failures if failure.exit_code == ExitCode.USER_ERROR]
+    return next(iter(user_errors + failures), None)
 
 
-def _failure(match: re.Match[str]) -> Failure:
-    code = EXIT_CODE.search(match["how"])
-    return Failure(match["node"], int(re.split("[-,]", match["ranks"])[0]), match["how"].strip(),
-                   int(code[1]) if code else None)
+def _parse_failure(match: re.Match[str]) -> RankFailure:
+    code = EXIT_CODE.search(match["message"])
+    return RankFailure(match["node"], int(re.split("[-,]", match["ranks"])[0]), match["message"].strip(),
+                       int(code[1]) if code else None)
 
 
-def last_lines(log: Path) -> str:
-    """Return the end of a rank's log, indented; progress bars count as what they showed last."""
+def read_last_lines(log: Path) -> str:
+    """Return the last `LAST_LINES` lines in a rank's log, indented; progress bars in their last state."""
     if not log.is_file():
         return ""
     with open(log, encoding="utf-8", errors="replace", newline="\n") as f:
@@ -200,16 +197,15 @@ def last_lines(log: Path) -> str:
     return "\n".join(f"    {line}" for line in lines if line.strip())
 
 
-def sick_nodes(folder: Path, nodes: list[str], limits: dict[str, Any]) -> dict[str, str]:
-    """Return node -> why it is not fit, from the reports of its ranks; under "all nodes" what
-    cannot be laid to one.
+def find_sick_nodes(folder: Path, nodes: list[str], limits: dict[str, Any]) -> dict[str, str]:
+    """Return node -> reason from the `NodeReport`s; key "all nodes": a problem without a known node.
 
     Args:
-        folder: where the reports lie.
-        nodes: the nodes that were looked at.
+        folder: contains the `rank-N.json` reports.
+        nodes: the tested nodes.
         limits: fields of `PreflightConfig`, `num_gpus` and `ranks_per_node`.
     """
-    reports = [Report(**json.loads(file.read_text(encoding="utf-8")))
+    reports = [NodeReport(**json.loads(file.read_text(encoding="utf-8")))
                for file in sorted(folder.glob("rank-*.json"))]
     sick: dict[str, str] = {}
     written = Counter(r.node for r in reports)
@@ -218,33 +214,35 @@ def sick_nodes(folder: Path, nodes: list[str], limits: dict[str, Any]) -> dict[s
             sick[node] = f"{written[node]} of {limits['ranks_per_node']} ranks came to look at it"
     if not reports:
         return {"all nodes": "no rank came to look at its node (see the pre-flight logs)"}
-    # against the median, so one limit fits every kind of GPU
+    # relative to the median: one limit for every GPU model
     usual_s = statistics.median(r.matmul_s for r in reports)
-    # whole numbers sum exactly: what most ranks say is right, and any other sum is a defect
+    # integers sum exactly, so a checksum that differs from the majority is a hardware fault
     usual_checksum = Counter(r.checksum for r in reports).most_common(1)[0][0]
-    # a rank may see its own GPU alone, so a node's GPUs are also counted by their ids
-    own = {node: {r.gpu_uuid for r in reports if r.node == node and r.gpu_uuid} for node in written}
+    # a rank may see only its own GPU, so count UUIDs per node too
+    gpu_uuids = {node: {r.gpu_uuid for r in reports if r.node == node and r.gpu_uuid} for node in written}
     for r in reports:
-        problem = _problem(r, limits, usual_s, usual_checksum, max(r.num_gpus, len(own[r.node])))
+        problem = _describe_problem(r, limits, usual_s, usual_checksum,
+                                    max(r.num_gpus, len(gpu_uuids[r.node])))
         if problem:
-            # the first problem of a node is told: others mostly follow from it
+            # later problems on a node usually follow from the first
             sick.setdefault(r.node, f"rank {r.rank}: {problem}")
-    # one hung rank stops all: nobody is blamed unless something else shows whose fault it is
+    # one hung rank blocks every rank, so a hang alone does not reveal the sick node
     if not sick and any(r.allreduce_s is None for r in reports):
         errors = Counter(r.error for r in reports if r.error).most_common(1)
         sick["all nodes"] = f"the all-reduce did not end ({errors[0][0] if errors else 'it hung'})"
     return sick
 
 
-def _problem(r: Report, limits: dict[str, Any], usual_s: float, usual_checksum: float, num_gpus: int) -> str:
-    """Return what is wrong with a rank's figures, or an empty string.
+def _describe_problem(r: NodeReport, limits: dict[str, Any], usual_s: float, usual_checksum: float,
+                      num_gpus: int) -> str:
+    """Return the first violated limit in a report, or "".
 
     Args:
-        r: what it found.
-        limits: as `sick_nodes` takes them.
-        usual_s: the median of all ranks' products.
-        usual_checksum: the sum of most of them.
-        num_gpus: GPUs of its node, which its ranks see together.
+        r: the rank's report.
+        limits: see `find_sick_nodes`.
+        usual_s: median `matmul_s` over the ranks.
+        usual_checksum: checksum of the majority.
+        num_gpus: GPUs visible to the node's ranks together.
     """
     skew_s, allreduce_s = r.clock_skew_s or 0.0, r.allreduce_s or 0.0
     rules = [
@@ -269,50 +267,49 @@ def _problem(r: Report, limits: dict[str, Any], usual_s: float, usual_checksum: 
         (allreduce_s <= limits["max_allreduce_s"],
          f"the all-reduce took {allreduce_s:.2f} s, at most {limits['max_allreduce_s']:g} s wanted"),
     ]
-    # the first rule that does not hold is told
     return next((sentence for holds, sentence in rules if not holds), "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptOptions:
-    """Answer a question of a job's script."""
+    """Answer a question from a job script."""
 
     action: Annotated[Literal["begin", "preflight", "end"], Flag("QUESTION")]
-    """What is asked: begin, preflight or end."""
+    """Question: begin, preflight or end."""
     folder: Annotated[Path, Flag("FOLDER")]
-    """Where the job's records lie."""
+    """Folder for the job's records."""
     target: Path
-    """The run's or artifact's folder."""
+    """Folder for the run or artifact."""
     done: Path
-    """What exists when the stage is complete."""
+    """File that exists when the stage is complete."""
     write_done: bool = False
-    """The stage's command leaves no such file: write it."""
+    """Write --done, because the stage's command does not write it."""
     max_failures: int
-    """Attempts in a row that may leave nothing new."""
+    """Limit on consecutive attempts without progress."""
     max_strikes: int
-    """How often a node may be to blame before it is left out."""
+    """Limit on failures attributed to a node before its exclusion."""
     min_nodes: int
-    """Fewest nodes to go on with."""
+    """Smallest number of nodes to continue with."""
     nodes: Annotated[str, Flag(value="NODE,...")]
-    """Nodes of this attempt."""
+    """Nodes in this attempt."""
     usable: Annotated[str, Flag(value="NODE,...")] = ""
-    """Nodes of the partition that work."""
+    """Working nodes in the partition."""
     down: Annotated[str, Flag(value="NODE,...")] = ""
-    """Nodes of the cluster that do not."""
+    """Nodes that are down in the cluster."""
     logs: Path = Path()
     """Question end: folder with srun.log and rank-N.log."""
     code: int = 0
     """Question end: exit code of srun."""
     asked: Literal["", "limit", "way", "cancel"] = ""
-    """Question end: what asked the job to stop, if anything."""
+    """Question end: reason for a stop request."""
     reports: Path = Path()
-    """Question preflight: folder of the reports."""
+    """Question preflight: folder with the reports."""
     limits: str = "{}"
-    """Question preflight: JSON of the limits."""
+    """Question preflight: limits as JSON."""
 
 
 class AttemptedJob:
-    """The job that this script belongs to."""
+    """Job that runs the calling script: `AttemptOptions`, node lists, `SLURM_JOB_ID` and history."""
 
     def __init__(self, options: AttemptOptions) -> None:
         self.options = options
@@ -320,196 +317,203 @@ class AttemptedJob:
             text.replace(",", " ").split() for text in (options.nodes, options.usable, options.down))
         self.number = os.environ["SLURM_JOB_ID"]
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        self.history = History(options.folder, self.number)
+        self.history = AttemptHistory(options.folder, self.number)
 
-    def progress(self) -> int:
-        return progress_of(self.options.target)
+    def measure_progress(self) -> int:
+        return measure_progress(self.options.target)
 
-    def again(self) -> str:
-        """Return whether and where the job goes on after an attempt that was not its last."""
-        # the order matters: a run that gets nowhere stops before nodes are counted
-        failures, excluded = self.history.failures_in_a_row(), self.history.excluded(self.options.max_strikes)
+    def decide_restart(self) -> str:
+        """Return `requeue` with the nodes to exclude, or `exit` after too many failures."""
+        failures = self.history.count_failures()
+        excluded = self.history.list_excluded(self.options.max_strikes)
+        # before the node count: a job without progress stops on any number of nodes
         if failures >= self.options.max_failures:
             ended = [a.end for a in self.history.attempts if a.end is not None]
-            say(f"stops here: {failures} attempts in a row left nothing new, the last by this: "
-                f"{ended[-1]['reason']}; look at the logs, mend it and submit again")
+            log_message(f"stops here: {failures} attempts in a row left nothing new, the last by this: "
+                        f"{ended[-1]['reason']}; see the logs, fix the fault and submit again")
             return f"exit {ExitCode.CRASH}"
-        # Slurm would queue a job for nodes that it can never have, and wait for ever
-        left = [node for node in self.usable if node not in excluded]
-        if excluded and self.usable and len(left) < self.options.min_nodes:
-            say(f"stops here: without {', '.join(excluded)} the partition has {len(left)} usable nodes, "
-                f"and the job needs {self.options.min_nodes}; mend them, or submit again with fewer --nodes")
+        # Slurm would queue a job forever if too few nodes remain
+        remaining = [node for node in self.usable if node not in excluded]
+        if excluded and self.usable and len(remaining) < self.options.min_nodes:
+            log_message(f"stops here: without {', '.join(excluded)} the partition has {len(remaining)} "
+                        f"usable nodes, and the job needs {self.options.min_nodes}; repair them, or submit "
+                        "again with fewer --nodes")
             return f"exit {ExitCode.CRASH}"
         if excluded:
-            say(f"goes on without {', '.join(excluded)}")
+            log_message(f"goes on without {', '.join(excluded)}")
         return f"requeue {','.join(excluded)}".strip()
 
 
-def say(text: str) -> None:
+def log_message(text: str) -> None:
     print(f"job: {text}", file=sys.stderr, flush=True)
 
 
-def begin(job: AttemptedJob, queue: str) -> str:
-    """Record that an attempt begins, and how the one before ended if it could not say so itself.
+def begin_attempt(job: AttemptedJob, queue: str) -> str:
+    """Record an attempt's `begin`, and the missing `end` if Slurm interrupted the previous attempt.
 
     Args:
-        job: this job.
-        queue: Slurm's jobs that hold nodes, "NUMBER STATE" each; without this job in it nothing is concluded.
+        job: the script's job.
+        queue: Slurm's jobs that hold nodes, a line "NUMBER STATE" each; ignored if `job` is missing in it.
     """
-    # Slurm may start a job again that was complete: nothing is recorded then
+    # Slurm may restart a complete job
     if job.options.done.is_file():
-        say(f"{job.options.done} exists: there is nothing left to do")
+        log_message(f"{job.options.done} exists: there is nothing left to do")
         return "exit 0"
-    if (held := _held_by_another(job, queue)) is not None:
-        return held
-    cut_off = job.history.cut_off(job.restart)
-    if cut_off is not None:
-        # only a node that Slurm calls down is blamed; preemption is nobody's fault
-        dead = sorted(set(cut_off.nodes) & set(job.down))
+    if (lock_answer := _clear_run_locks(job, queue)) is not None:
+        return lock_answer
+    interrupted = job.history.find_interrupted(job.restart)
+    if interrupted is not None:
+        # preemption is not a node's fault, so only nodes that are down are blamed
+        dead = sorted(set(interrupted.nodes) & set(job.down))
         reason = (f"{', '.join(dead)} went down" if dead
                   else "Slurm took it away (preempted, cancelled or put back by hand)")
-        job.history.end(cut_off.restart, "cut_off", reason, job.progress(), blamed=dead)
-        say(f"attempt {cut_off.restart + 1} was cut off: {reason}")
-    # after a requeue Slurm may still give a node that the job asked to avoid
-    excluded = sorted(set(job.history.excluded(job.options.max_strikes)) & set(job.nodes))
-    job.history.begin(job.restart, job.nodes, job.progress())
-    say(f"attempt {job.restart + 1} begins on {', '.join(job.nodes)}; saved so far: {_saved(job)}")
+        job.history.record_end(interrupted.restart, "cut_off", reason, job.measure_progress(), blamed=dead)
+        log_message(f"attempt {interrupted.restart + 1} was cut off: {reason}")
+    # Slurm may assign an excluded node after a requeue
+    excluded = sorted(set(job.history.list_excluded(job.options.max_strikes)) & set(job.nodes))
+    job.history.record_begin(job.restart, job.nodes, job.measure_progress())
+    log_message(f"attempt {job.restart + 1} begins on {', '.join(job.nodes)}; "
+                f"saved so far: {_describe_progress(job)}")
     if excluded:
-        job.history.end(job.restart, "sick_nodes", f"{', '.join(excluded)} must not be used", job.progress())
-        return job.again()
-    # cut-off attempts count as failures too, or a job that is killed at once would be requeued for ever
-    if cut_off is not None and (answer := job.again()).startswith("exit"):
-        job.history.end(job.restart, "crash", "too many attempts left nothing new", job.progress())
+        job.history.record_end(job.restart, "sick_nodes", f"{', '.join(excluded)} must not be used",
+                               job.measure_progress())
+        return job.decide_restart()
+    # interrupted attempts count as failures: otherwise Slurm could requeue a job forever
+    if interrupted is not None and (answer := job.decide_restart()).startswith("exit"):
+        job.history.record_end(job.restart, "crash", "too many attempts left nothing new",
+                               job.measure_progress())
         return answer
     return RUN
 
 
-def _saved(job: AttemptedJob) -> str:
+def _describe_progress(job: AttemptedJob) -> str:
     if (job.options.target / CHECKPOINTS_FOLDER).is_dir():
-        return f"step {_saved_steps(job.options.target)}"
-    count = job.progress()
+        return f"step {_count_saved_steps(job.options.target)}"
+    count = job.measure_progress()
     return f"{count} files" if count else "nothing"
 
 
-def _held_by_another(job: AttemptedJob, queue: str) -> str | None:
-    """Return what to do while another job works in the run's folder; a lock that an ended job
-    left is taken away."""
+def _clear_run_locks(job: AttemptedJob, queue: str) -> str | None:
+    """Delete locks from ended jobs; return `wait` or `exit` if another job holds a lock on the run."""
     states = dict(line.split()[:2] for line in queue.splitlines() if len(line.split()) >= 2)
-    # without this job in the list the answer is no answer: nothing is taken away on its word
+    # a queue without this job is unreliable: keep the locks
     if job.number not in states:
         return None
     for folder in (job.options.target, *job.options.target.glob("stages/*")):
         holder = read_lock(folder)
-        # a lock without a Slurm job is of a run started by hand, whose process may live
+        # without a Slurm job id, a process outside Slurm may hold the lock
         if holder is None or not holder["slurm_job"] or holder["slurm_job"] == job.number:
             continue
         state = states.get(holder["slurm_job"])
-        # Slurm does not know the holder any more, so it cannot come back
+        # a job that left the queue cannot return
         if state is None:
             delete_lock(folder)
         elif state == "COMPLETING":
             return WAIT
         else:
-            say(f"{folder} is in use by job {holder['slurm_job']}, which is {state}; "
-                "wait for it or cancel it")
+            log_message(f"{folder} is in use by job {holder['slurm_job']}, which is {state}; "
+                        "wait for it or cancel it")
             return f"exit {ExitCode.USER_ERROR}"
     return None
 
 
-def preflight(job: AttemptedJob) -> str:
-    """Judge the reports of the nodes."""
-    sick = sick_nodes(job.options.reports, job.nodes, json.loads(job.options.limits))
+def judge_preflight(job: AttemptedJob) -> str:
+    """Record sick nodes from the preflight reports, and return the answer to the script."""
+    sick = find_sick_nodes(job.options.reports, job.nodes, json.loads(job.options.limits))
     for node, why in sick.items():
-        say(f"{node} is not fit: {why}")
+        log_message(f"{node} is not fit: {why}")
     if not sick:
         return RUN
-    # "all nodes" is no node, and excludes none
-    named = [node for node in sick if node in job.nodes]
+    # the key "all nodes" excludes no node
+    sick_names = [node for node in sick if node in job.nodes]
     reason = "; ".join(f"{node}: {why}" for node, why in sick.items())
-    job.history.end(job.restart, "sick_nodes", reason, job.progress(), sick=named)
-    return job.again()
+    job.history.record_end(job.restart, "sick_nodes", reason, job.measure_progress(), sick=sick_names)
+    return job.decide_restart()
 
 
-def end(job: AttemptedJob) -> str:
-    """Judge how an attempt ended."""
+def end_attempt(job: AttemptedJob) -> str:
+    """Record an attempt's outcome in `attempts.jsonl`, and return the answer to the script."""
     options, done = job.options, job.options.done
-    # for stages that leave no manifest of their own, exit code 0 is the proof
+    # exit code 0 completes a stage without a manifest
     if options.write_done and options.code == 0 and not options.asked:
         write_atomically(done, format_json({"job": job.number}))
     log = options.logs / "srun.log"
-    failure = first_failure(log.read_text(errors="replace")) if log.is_file() else None
+    failure = find_first_failure(log.read_text(errors="replace")) if log.is_file() else None
 
-    def ended(outcome: str, reason: str, blamed: list[str] | None = None,
-              sick: list[str] | None = None) -> None:
-        job.history.end(job.restart, outcome, reason, job.progress(), blamed=blamed, sick=sick)
-        say(f"attempt {job.restart + 1}: {outcome}, {reason}")
+    def record_outcome(outcome: str, reason: str, blamed: list[str] | None = None,
+                       sick: list[str] | None = None) -> None:
+        job.history.record_end(job.restart, outcome, reason, job.measure_progress(), blamed=blamed,
+                               sick=sick)
+        log_message(f"attempt {job.restart + 1}: {outcome}, {reason}")
 
-    # the completion decides, not the exit code: srun may fail after all was saved
+    # before the exit code: srun may fail after the stage is complete
     if done.is_file():
-        ended("complete", f"{done} exists")
+        record_outcome("complete", f"{done} exists")
         return "exit 0"
-    # a gate that did not pass will not pass by another attempt
-    if gate := next((f for f in (options.target / FAILURE, *options.target.glob(f"stages/*/{FAILURE}"))
-                     if f.is_file()), None):
-        ended("gate", str(json.loads(gate.read_text(encoding="utf-8"))["failure"]))
+    # a failed gate fails again in another attempt
+    failure_files = (options.target / FAILURE, *options.target.glob(f"stages/*/{FAILURE}"))
+    if gate := next((f for f in failure_files if f.is_file()), None):
+        record_outcome("gate", str(json.loads(gate.read_text(encoding="utf-8"))["failure"]))
         return f"exit {ExitCode.GATE_FAILED}"
-    # not requeued: the user wants it gone, or Slurm puts it back itself
+    # the user cancelled the job, or Slurm requeues it
     if options.asked == "cancel":
-        ended("cancelled", f"{ASKED[options.asked]}; saved so far: {_saved(job)}")
+        record_outcome("cancelled", f"{STOP_REASONS[options.asked]}; saved so far: {_describe_progress(job)}")
         return f"exit {ExitCode.STOPPED}"
-    # exit 0 without completion: the ranks stopped early with everything saved
+    # exit code 0 without completion: the ranks saved and stopped early
     if options.asked or options.code == 0:
-        ended("stopped", f"{ASKED[options.asked]}; saved so far: {_saved(job)}")
-        return job.again()
+        record_outcome("stopped", f"{STOP_REASONS[options.asked]}; saved so far: {_describe_progress(job)}")
+        return job.decide_restart()
     if failure is None:
-        ended("crash", f"srun ended with {options.code} and named no rank (see {log})")
-        return job.again()
-    shown = last_lines(options.logs / f"rank-{failure.rank}.log")
-    print(shown, file=sys.stderr, flush=True)
-    lines = [line.strip() for line in shown.splitlines()]
-    if failure.exit_code == ExitCode.STOPPED:  # what it waits for has not come: no node is to blame
-        ended("stopped", lines[-1] if lines else "it waits for others")
-        return job.again()
+        record_outcome("crash", f"srun ended with {options.code} and named no rank (see {log})")
+        return job.decide_restart()
+    last_lines = read_last_lines(options.logs / f"rank-{failure.rank}.log")
+    print(last_lines, file=sys.stderr, flush=True)
+    lines = [line.strip() for line in last_lines.splitlines()]
+    if failure.exit_code == ExitCode.STOPPED:  # the stage waits for another stage's output
+        record_outcome("stopped", lines[-1] if lines else "it waits for others")
+        return job.decide_restart()
     if failure.exit_code == ExitCode.USER_ERROR:
         sentence = next((line for line in reversed(lines) if line.startswith("error:")),
                         "a setting, the data or the disk needs a change")
-        ended("mistake", f"{failure}: {sentence}")
+        record_outcome("mistake", f"{failure}: {sentence}")
         return f"exit {ExitCode.USER_ERROR}"
-    if failure.exit_code == ExitCode.GATE_FAILED:  # of a check on a folder: another node finds the same
-        ended("gate", lines[-1] if lines else str(failure))
+    if failure.exit_code == ExitCode.GATE_FAILED:  # a check of a folder fails on every node
+        record_outcome("gate", lines[-1] if lines else str(failure))
         return f"exit {ExitCode.GATE_FAILED}"
-    # the rank that died first is not the one that computed wrongly; the event names the hosts
+    # the event names the faulty hosts; the first rank to exit may run on a healthy host
     if failure.exit_code == ExitCode.CORRUPTION:
-        ended("corruption", f"a rank computed wrongly, see {options.target / EVENTS}",
-              sick=_corrupt_nodes(job))
-    elif failure.exit_code == ExitCode.HANG:  # the first to give up is not the one that the others waited for
-        ended("hang", f"the ranks stood still; their stacks are in {options.target / 'hang'}")
+        record_outcome("corruption", f"a rank computed wrongly, see {options.target / EVENTS}",
+                       sick=_find_corrupt_nodes(job))
+    elif failure.exit_code == ExitCode.HANG:  # the first rank to time out is not the hung rank
+        record_outcome("hang", f"the ranks stood still; their stacks are in {options.target / 'hang'}")
     else:
-        ended("crash", str(failure), [failure.node])
-    return job.again()
+        record_outcome("crash", str(failure), [failure.node])
+    return job.decide_restart()
 
 
-def _corrupt_nodes(job: AttemptedJob) -> list[str]:
-    """Return the nodes that the run's last `corruption` event names; none where they are half of
-    the nodes, or more."""
-    named = [e["hosts"] for e in read_events(job.options.target / EVENTS) if e["event"] == "sdc"]
-    # hosts may be named in full, nodes by their first part
-    found = [node for node in job.nodes
-             if named and node in {host.split(".")[0] for host in named[-1]} | set(named[-1])]
-    return found if 2 * len(found) < len(job.nodes) else []
+def _find_corrupt_nodes(job: AttemptedJob) -> list[str]:
+    """Return the nodes in the run's last `sdc` event; [] if the event names at least half the job's nodes."""
+    events = [e["hosts"] for e in read_events(job.options.target / EVENTS) if e["event"] == "sdc"]
+    if not events:
+        return []
+    # a host may be a full domain name, a node is its first part
+    hosts = {host.split(".")[0] for host in events[-1]} | set(events[-1])
+    corrupt = [node for node in job.nodes if node in hosts]
+    return corrupt if 2 * len(corrupt) < len(job.nodes) else []
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Answer one question of a job's script."""
+    """Answer one question from a job script on stdout; return 0."""
     parser = Parser(prog="python -m megatron_sov.operate.slurm.attempts")
     add_options(parser, AttemptOptions)
     answers: dict[str, Callable[[AttemptedJob], str]] = {
-        "begin": lambda job: begin(job, sys.stdin.read()), "preflight": preflight, "end": end}
+        "begin": lambda job: begin_attempt(job, sys.stdin.read()), "preflight": judge_preflight,
+        "end": end_attempt}
     try:
         job = AttemptedJob(read_options(AttemptOptions, parser.parse_args(argv)))
         print(answers[job.options.action](job), flush=True)
     except UserError as e:
-        say(str(e))
+        log_message(str(e))
         print(f"exit {ExitCode.USER_ERROR}", flush=True)
     return 0
 

@@ -1,4 +1,4 @@
-"""The record that one rank writes of its node before a start, and `attempts` reads."""
+"""Report on a node from one rank: written by `preflight`, read by `attempts`."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Report:
-    """What one rank found in the look at its node (preflight.py)."""
+class NodeReport:
+    """JSON content: `rank-N.json`."""
 
     node: str
     rank: int
     num_gpus: int = 0
-    """GPUs that torch sees on the node: all of them, or this rank's alone."""
+    """GPUs visible to torch: the node's, or only this rank's."""
     gpu_uuid: str = ""
-    """Which one is this rank's."""
+    """This rank's GPU."""
     gpu_used_bytes: int = 0
-    """Memory on it that was in use before this look began."""
+    """GPU memory in use before the preflight."""
     gpu_illness: str = ""
-    """What its driver says is wrong with it: memory errors, heat, lack of power."""
+    """Faults from the GPU driver: memory errors, heat, lack of power."""
     transformer_engine_error: str = ""
-    """What it raised on import; empty: it imports, or nobody asked."""
+    """Import error; empty: no error, or not imported."""
     free_disk_bytes: int = 0
-    """Free space on the scratch folder's disk."""
+    """Free space on the disk under `scratch`."""
     disk_error: str = ""
-    """Why a file could not be written there; empty: it could."""
+    """Error from writing a file to `scratch`."""
     matmul_s: float = 0.0
-    """Shortest of some matrix products, of the product alone."""
+    """Shortest time for a matrix product, without kernel launch on a GPU."""
     matmul_tflops: float = 0.0
     checksum: float = 0.0
-    """Sum of the product of two matrices of small whole numbers: the same on every rank."""
+    """Sum over the product of two integer matrices: equal on all healthy ranks."""
     clock_skew_s: float | None = None
-    """Clock against the median of all ranks, right after a barrier."""
+    """Clock minus the median clock over the ranks, right after a barrier."""
     allreduce_s: float | None = None
-    """Seconds of the second all-reduce; None: it did not come to that."""
+    """Duration of the second all-reduce; None: not completed."""
     error: str = ""
-    """What was raised on the way."""
+    """First exception."""

@@ -1,8 +1,7 @@
-"""The stages that can be submitted: which command each one is, where its records lie, and when it is
-complete.
+"""Stages for `submit`: their commands, arguments, records and completion files.
 
-Arguments are read by the commands' own parsers.  Commands stand above this room, so they hand their
-`add_arguments` in.
+The commands' own parsers read the arguments; command modules pass their `add_arguments`, because this package
+may not import them.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from megatron_sov.model.config import RunConfig, apply_settings, parse_data_path
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, request_training
-from megatron_sov.plan.calibration.fitting import fits, refuse_on_nodes, refuse_too_large
+from megatron_sov.plan.footprint.gpu_capacity import fits_gpu, refuse_on_nodes, refuse_too_large
 from megatron_sov.plan.pricing import Machines
-from megatron_sov.plan.search.default import choose_layout, leaves_layout_open
-from megatron_sov.plan.search.recommended import says_layout
+from megatron_sov.plan.search.local_search import choose_layout, leaves_layout_open
+from megatron_sov.plan.search.recommended_layouts import sets_layout
 from megatron_sov.runs.folder import COMPLETION, JOBS, read_started_settings
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS
 from megatron_sov.work.clusters.cluster import ClusterProfile
 
 Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
-"""Stage -> what declares the arguments of its command to a parser;
-for every stage of `megatron-sov` itself."""
+"""Stage -> `add_arguments` of its command, for the `megatron-sov` commands."""
+ENGINE_SET = "--engine-set"
 
 PROFILES = f"{', '.join(cluster.list_profiles())}, or a YAML file of your own"
 
@@ -49,14 +48,14 @@ class SubmitOptions:
     nodes: AtLeastOne | None = None
     """Nodes of a training stage (default 1)."""
     min_nodes: AtLeastOne | None = None
-    """Go on with as few nodes as this when others are missing."""
+    """Continue with fewer nodes, down to this number, if nodes are missing."""
     nodes_set: Annotated[tuple[str, ...], Flag(value="N:key=value")] = ()
-    """A setting that changes with N nodes."""
+    """Setting for N nodes."""
     engine_nodes: NotNegativeInt = 0
-    """rl-run --engine vllm: nodes beside these, for engine servers alone."""
+    """rl-run --engine vllm: additional nodes for engine servers."""
     array: NotNegativeInt = 0
-    """Share the inputs of data pack, or the work of eval-lm, rl-generate and rl-reward, out over N jobs
-    (default: one job does all)."""
+    """Divide the inputs of data pack, or the work of eval-lm, rl-generate and rl-reward, among N jobs
+    (default: one job)."""
     account: Annotated[str | None, Flag(value="NAME")] = None
     """Instead of the profile's."""
     partition: Annotated[str | None, Flag(value="NAME")] = None
@@ -64,34 +63,34 @@ class SubmitOptions:
     time_limit: Annotated[str | None, Flag("--time", "LIMIT")] = None
     """Time limit instead of the profile's: minutes, H:MM:SS or D-HH:MM:SS."""
     dry_run: bool = False
-    """Print what would be submitted; writes nothing, needs no Slurm."""
+    """Print the scripts; writes nothing, needs no Slurm."""
     prove: bool = False
-    """Training stage: play its layout in miniature here first, as `plan --prove` does; ends with 3 and
-    submits nothing where it differs from one process."""
+    """Training stage: first compare its layout in miniature with one process, like `plan --prove`; exits with
+    3 and submits nothing on a difference."""
     scripts: Annotated[Path | None, Flag(value="DIR")] = None
-    """Chain: submit nothing, write a script of each stage for `sbatch`, with paths that begin with $WORK."""
+    """Chain: submit nothing; write a script for `sbatch` per stage, with paths under $WORK."""
     continue_chain: Annotated[bool, Flag("--continue")] = False
-    """Chain: submit what is not complete yet."""
+    """Chain: submit the incomplete stages."""
 
 
 @dataclass(frozen=True)
 class StageKind:
-    """One stage that can be submitted."""
+    """Command and resources for a stage."""
 
     title: str
-    """What it does, at the top of its script."""
+    """Description at the top of the script."""
     program: tuple[str, ...]
-    """What follows `python -m`."""
+    """Words after `python -m`."""
     ranks: bool
-    """Whether it trains: one process for each GPU, on many nodes; others are one process on one node."""
+    """Training stage: one process per GPU on many nodes; otherwise one process on one node."""
     gpus: bool
-    """Whether it uses GPUs."""
+    """Uses GPUs."""
     time_limit: str = ""
-    """Time limit where nobody says another, and the profile's is not shorter; empty: the profile's."""
+    """Default time limit, unless the profile's is shorter; empty: the profile's."""
     objective: BuiltIn = "lm"
-    """What a training stage learns."""
+    """Training objective."""
     shares: bool = False
-    """Whether several jobs of the same command share its work."""
+    """Several jobs with the same command divide the work."""
 
 
 STAGES = {
@@ -140,67 +139,63 @@ STAGES = {
         ("megatron_sov", "rl", "reward"), ranks=False, gpus=False, shares=True),
 }
 ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus", "pairs", "groups", "unpaired")}
-"""Commands of `sov-tokenizer` and `sov-data` that leave a folder with a manifest."""
-
-
-ENGINE_SET = "--engine-set"
-"""Option of the settings of engine servers."""
+"""Commands in `sov-tokenizer` and `sov-data` that write a folder with a manifest."""
 
 
 @dataclass(frozen=True)
 class EngineShares:
-    """Of the settings of engine servers those that say what of a node each takes."""
+    """Settings in `--engine-set` that decide an engine server's share of a node."""
 
     tp: AtLeastOne = 1
     dp: AtLeastOne = 1
     weights: str = ""
-    """Where new weights lie for them; empty: nobody has said it."""
+    """Folder for new weights; empty: not set."""
     transfer: str = "files"
-    """How weights come to them."""
+    """Transfer method for weights."""
 
     @property
-    def gpus(self) -> int:
+    def num_gpus(self) -> int:
         return self.tp * self.dp
 
 
 @dataclass(frozen=True)
 class StageWork:
-    """A stage with its arguments: what a job has to do."""
+    """A stage with its arguments, paths and settings."""
 
     stage: str
     """Name in `STAGES`."""
     arguments: tuple[str, ...]
-    """What follows the command, as a user would type it."""
+    """Words after the command, as typed."""
     target: Path
-    """The run's or artifact's folder, absolute."""
+    """Absolute folder for the run or artifact."""
     records: Path
-    """Where the job's records lie: RUN/slurm, or OUTPUT.slurm beside an artifact, which is one whole."""
-    done: Path
-    """What exists when the stage is complete."""
-    writes_done: bool = True
-    """Whether the command itself leaves `done`; where it does not the job writes it."""
+    """Folder for the job's records: RUN/slurm, or OUTPUT.slurm next to an artifact, which stays unchanged."""
+    completion: Path
+    """File that exists when the stage is complete."""
+    writes_completion: bool = True
+    """The command writes `completion`; False: the job script does."""
     inputs: tuple[Path, ...] = ()
-    """Folders of earlier stages that it reads."""
+    """Folders to read, from earlier stages."""
     data: tuple[str, ...] = ()
-    """--data of a training stage, as a user would type it."""
+    """--data for a training stage, as typed."""
     config: RunConfig | None = None
-    """Settings of a training stage, as far as they are known before its checkpoint is."""
+    """`RunConfig` of a training stage, without values from its checkpoint."""
     layout_open: bool = False
-    """Whether nobody has said anything about the layout of a training stage."""
+    """No `parallel` setting chooses the layout."""
     settings: tuple[str, ...] = ()
-    """--set of a training stage."""
+    """--set for a training stage."""
     request: RecipeRequest | None = None
-    """What a training stage was asked for."""
+    """Recipe request for a training stage."""
     start_from: Path | None = None
-    """--from of a training stage; None: initial weights."""
+    """--from for a training stage; None: initial weights."""
     num_ranks: int = 0
-    """Processes of a training stage; 0: unknown."""
+    """Processes in a training stage; 0: unknown."""
     data_tokens: int = 0
-    """Training tokens of its data; 0: unknown."""
+    """Training tokens in its data; 0: unknown."""
     epochs: float = 0.0
     """Passes over its data; 0: unknown."""
     engines: EngineShares | None = None
-    """Servers that write for rl-run; None: its own model does, or servers that somebody else has started."""
+    """Engine servers for rl-run; None: the trained model generates, or the servers already run."""
 
     @property
     def kind(self) -> StageKind:
@@ -208,11 +203,7 @@ class StageWork:
 
 
 def check_stage(stage: str) -> None:
-    """Refuse a word after `submit` that is no stage.
-
-    Raises:
-        UserError: there is no such stage; a recipe or a file there belongs after the stage.
-    """
+    """Raise `UserError` for an unknown stage, or for a recipe or script in place of a stage."""
     if stage in STAGES:
         return
     if stage in recipes.names() or is_reference(stage):
@@ -227,44 +218,47 @@ def check_stage(stage: str) -> None:
                     f"{', '.join(STAGES)}, chain)")
 
 
-def work_of(stage: str, arguments: list[str], commands: Commands, has_gpus: bool | None = None) -> StageWork:
-    """Return what a job has to do; looks at the arguments alone, not at what they name.
+def build_stage_work(stage: str, arguments: list[str], commands: Commands,
+                     has_gpus: bool | None = None) -> StageWork:
+    """Parse a stage's arguments, without reading the named files.
 
     Args:
         stage: name in `STAGES`.
-        arguments: what follows its command.
-        commands: the parsers of those commands.
-        has_gpus: whether the nodes have GPUs; None: those of this machine decide.
+        arguments: words after the stage's command.
+        commands: parsers for the stages' commands.
+        has_gpus: GPUs in the nodes; None: decided by this machine.
 
     Raises:
-        UserError: there is no such stage, or its arguments or settings are wrong.
+        UserError: unknown stage, or invalid arguments or settings.
     """
     check_stage(stage)
-    # of another program, whose parser is not handed in: read as far as paths go
+    # the parsers of sov-tokenizer and sov-data are not in `commands`: parse their paths only
     if stage not in commands:
-        return _artifact(stage, arguments)
+        return _build_artifact(stage, arguments)
     parser = Parser(prog=f"submit {stage}")
     commands[stage](parser)
-    if STAGES[stage].shares:
-        return _sharing(stage, arguments, read_command_options(parser.parse_args(arguments)))
-    reader = {"convert": _convert, "eval": _eval}.get(stage)
     typed = parser.parse_args(arguments)
-    return reader(arguments, typed) if reader else _training(stage, arguments, read_command_options(typed),
-                                                             has_gpus)
+    if STAGES[stage].shares:
+        return _build_shared(stage, arguments, read_command_options(typed))
+    if stage == "convert":
+        return _build_conversion(arguments, typed)
+    if stage == "eval":
+        return _build_evaluation(arguments, typed)
+    return _build_training(stage, arguments, read_command_options(typed), has_gpus)
 
 
-def _teachers(args: Any) -> list[Path | None]:
-    """Return the folders of teachers: there may be one for each domain, or for the data of each name."""
+def _list_teachers(args: Any) -> list[Path | None]:
+    """Return the teachers' folders, in the order on the command line."""
     if hasattr(args, "given"):
         return [Path(place) for option, _, place in args.given() if option == "--teacher"]
     return [Path(split_source_name(text)[1]) for text in getattr(args, "teacher", ())]
 
 
-def _training(stage: str, arguments: list[str], args: Any, has_gpus: bool | None) -> StageWork:
+def _build_training(stage: str, arguments: list[str], args: Any, has_gpus: bool | None) -> StageWork:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out",
                         Fix(left_out=("--nproc", str(args.nproc), f"--nproc={args.nproc}")))
-    if args.dry_run:  # in a chain's file; from a command line `submit` takes it
+    if args.dry_run:  # only from a chain's file: on a command line, `submit` has --dry-run
         raise UserError(f"--dry-run: the job would train nothing; leave it out of the arguments of {stage}, "
                         "and type it to `megatron-sov submit chain`")
     has_rounds = STAGES[stage].objective == "policy"
@@ -275,30 +269,30 @@ def _training(stage: str, arguments: list[str], args: Any, has_gpus: bool | None
                                resumed=read_started_settings(args.run) if args.resume else None)
     config = add_rounds(request.config()) if has_rounds else request.config()
     run = args.run.absolute()
-    # a job may start several times; without --resume its second start would refuse its own run
+    # a job may start several times: without --resume, the second start would reject its own run
     argv = arguments if args.resume else [*arguments, "--resume"]
-    # checked before submission: a job should not wait for days to say that a folder is missing
-    inputs = [path_of(text) for text in args.data or config.data.paths]
-    others = (args.start_from, *args.configs,
-              *(getattr(args, name, None) for name in ("reference", "prompts", "validation")),
-              *_teachers(args))
-    inputs += [path for path in others if path is not None]
+    # checked before submission, because a job may wait for days in the queue
+    inputs = [parse_source_path(text) for text in args.data or config.data.paths]
+    optional = (args.start_from, *args.configs,
+                *(getattr(args, name, None) for name in ("reference", "prompts", "validation")),
+                *_list_teachers(args))
+    inputs += [path for path in optional if path is not None]
     return StageWork(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
                      inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config,
                      layout_open=leaves_layout_open(request), settings=tuple(request.settings),
                      request=request, start_from=args.start_from,
-                     engines=_engines(args) if stage == "rl-run" else None)
+                     engines=_read_engine_shares(args) if stage == "rl-run" else None)
 
 
-def _engines(args: Any) -> EngineShares | None:
+def _read_engine_shares(args: Any) -> EngineShares | None:
     if args.engine == "megatron" or args.engine_url:
         return None
     names = {field.name for field in fields(EngineShares)}
-    return apply_changes(EngineShares(), [setting for setting in args.engine_set
-                                   if setting.partition("=")[0] in names], ENGINE_SET)
+    settings = [setting for setting in args.engine_set if setting.partition("=")[0] in names]
+    return apply_changes(EngineShares(), settings, ENGINE_SET)
 
 
-def _artifact(stage: str, arguments: list[str]) -> StageWork:
+def _build_artifact(stage: str, arguments: list[str]) -> StageWork:
     parser = Parser(prog=f"submit {stage}", add_help=False, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path)
@@ -307,116 +301,122 @@ def _artifact(stage: str, arguments: list[str]) -> StageWork:
     if arguments[0] not in ARTIFACTS[stage]:
         raise UserError(f"submit {stage}: {arguments[0]!r} is no command that writes an artifact; "
                         f"begin with one of {', '.join(ARTIFACTS[stage])}, and run others where you are")
-    inputs = [path_of(text) for text in args.input] + [p for p in (args.tokenizer,) if p]
-    return _making(stage, arguments, args.output, inputs)
+    inputs = [parse_source_path(text) for text in args.input]
+    if args.tokenizer:
+        inputs.append(args.tokenizer)
+    return _build_writing(stage, arguments, args.output, inputs)
 
 
-def path_of(text: str) -> Path:
-    """Return the folder of [NAME=]PATH[:WEIGHT]."""
+def parse_source_path(text: str) -> Path:
+    """Return PATH from [NAME=]PATH[:WEIGHT]."""
     if Path(text).exists():
         return Path(text)
-    # NAME=PATH:WEIGHT, where a path may hold signs of both kinds
+    # PATH itself may contain `=` and `:`
     path = text.partition("=")[2] if "=" in text else text
     head, colon, weight = path.rpartition(":")
     return Path(head if colon and re.fullmatch(r"[0-9.e+-]+", weight) else path)
 
 
-def _making(stage: str, arguments: list[str], output: Path, inputs: list[Path]) -> StageWork:
+def _build_writing(stage: str, arguments: list[str], output: Path, inputs: list[Path]) -> StageWork:
+    """Build a stage that writes the folder `output`."""
     target = output.absolute()
     return StageWork(stage, tuple(arguments), target, target.with_name(f"{target.name}.slurm"),
                      target / MANIFEST, inputs=tuple(p.absolute() for p in inputs))
 
 
-def _convert(arguments: list[str], typed: argparse.Namespace) -> StageWork:
+def _build_conversion(arguments: list[str], typed: argparse.Namespace) -> StageWork:
     if typed.action not in ("from-hf", "to-hf", "verify"):
         raise UserError(f"submit convert {typed.action}: writes no folder; "
                         "run it where you are (stages: from-hf, to-hf, verify)")
     args = read_command_options(typed)
     if typed.action == "verify":
-        return _looking("convert", arguments, args.b, "verify", (args.a, args.b))
-    return _making("convert", arguments, args.out,
-                   [args.hf_dir if typed.action == "from-hf" else args.checkpoint])
+        return _build_reading("convert", arguments, args.b, "verify", (args.a, args.b))
+    return _build_writing("convert", arguments, args.out,
+                          [args.hf_dir if typed.action == "from-hf" else args.checkpoint])
 
 
-def _eval(arguments: list[str], typed: argparse.Namespace) -> StageWork:
-    found = vars(read_command_options(typed))
-    subject = next((found[name] for name in ("target", "checkpoint", "run") if found.get(name) is not None),
-                   None)
+def _build_evaluation(arguments: list[str], typed: argparse.Namespace) -> StageWork:
+    options = vars(read_command_options(typed))
+    subjects = [options[name] for name in ("target", "checkpoint", "run") if options.get(name) is not None]
+    subject = next(iter(subjects), None)
     if subject is None:
         raise UserError(f"submit eval {typed.action}: names no model or run; pass --run, "
-                        "the job's records lie beside it")
-    return _looking("eval", arguments, Path(subject), typed.action, (Path(subject),))
+                        "the job's records are written next to it")
+    return _build_reading("eval", arguments, Path(subject), typed.action, (Path(subject),))
 
 
-def _looking(stage: str, arguments: list[str], subject: Path, action: str,
-             inputs: tuple[Path, ...]) -> StageWork:
-    """Return a job that looks at a folder and makes none; its records lie beside that folder."""
+def _build_reading(stage: str, arguments: list[str], subject: Path, action: str,
+                   inputs: tuple[Path, ...]) -> StageWork:
+    """Build a stage that only reads the folder `subject`; its records are stored next to the folder."""
     target = subject.absolute()
     records = target.with_name(f"{target.name}.{action}.slurm")
-    return StageWork(stage, tuple(arguments), target, records, records / COMPLETION, writes_done=False,
+    return StageWork(stage, tuple(arguments), target, records, records / COMPLETION, writes_completion=False,
                      inputs=tuple(path.absolute() for path in inputs))
 
 
-def _sharing(stage: str, arguments: list[str], args: Any) -> StageWork:
-    """Return a job of those that meet in a rollout store, or in the answers beside an evaluation's output; it
-    is complete when the command finds nothing left to do, and another command, such as one with more rounds,
-    begins anew."""
+def _build_shared(stage: str, arguments: list[str], args: Any) -> StageWork:
+    """Build a stage whose jobs divide a rollout store's or an evaluation's work."""
     target = (args.settings.output if stage == "eval-lm" else args.store).absolute()
     records = target.with_name(f"{target.name}.{stage}.slurm")
-    # other arguments are another piece of work, with a completion of its own
-    asked = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
-    named = (Path(args.target), args.settings.sources.data_dir) if stage == "eval-lm" else (
-        getattr(args, "prompts", None), getattr(args, "start_from", None))
-    inputs = [path for path in named if path is not None]
-    return StageWork(stage, tuple(arguments), target, records, records / f"complete-{asked}.json",
-                     writes_done=False, inputs=tuple(path.absolute() for path in inputs))
+    # new arguments, such as more rounds, are new work with its own completion file
+    digest = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
+    optional: list[Path | None] = [getattr(args, "prompts", None), getattr(args, "start_from", None)]
+    if stage == "eval-lm":
+        optional = [Path(args.target), args.settings.sources.data_dir]
+    inputs = [path for path in optional if path is not None]
+    return StageWork(stage, tuple(arguments), target, records, records / f"complete-{digest}.json",
+                     writes_completion=False, inputs=tuple(path.absolute() for path in inputs))
 
 
 def check_inputs(work: StageWork, promised: set[Path]) -> None:
-    """Raise `UserError` where a stage reads what is not there and no earlier stage of its chain makes it."""
-    # what an earlier stage of the chain will make cannot be looked at yet
-    made = [path for path in work.inputs if any(path.is_relative_to(folder) for folder in promised)]
+    """Raise `UserError` if an input is missing and no earlier stage in the chain writes it.
+
+    Args:
+        work: the stage.
+        promised: target folders of earlier stages.
+    """
+    future = [path for path in work.inputs if any(path.is_relative_to(folder) for folder in promised)]
     for path in work.inputs:
-        if path not in made and not path.exists():
+        if path not in future and not path.exists():
             raise UserError(f"{work.stage}: {path} does not exist; make it before, or submit its stage in "
                             "the same chain")
-    # weights are parsed only if the folder is there
-    parse_data_paths([text for text in work.data if path_of(text).absolute() not in made])
+    # only existing folders have data to parse
+    parse_data_paths([text for text in work.data if parse_source_path(text).absolute() not in future])
 
 
-def fitting_nodes(work: StageWork, profile: ClusterProfile, num_nodes: int, least: int,
-                  settings: dict[int, tuple[str, ...]]) -> dict[int, tuple[str, ...]]:
-    """Return number of nodes -> settings, for every number from `least` to `num_nodes` that the layout fits.
+def find_layouts(work: StageWork, profile: ClusterProfile, num_nodes: int, min_nodes: int,
+                 settings: dict[int, tuple[str, ...]]) -> dict[int, tuple[str, ...]]:
+    """Return number of nodes -> settings, for valid layouts on `min_nodes` to `num_nodes`.
 
-    If the user sets no layout, a search chooses one for the profile's GPUs (`plan.search.default`).
+    If the user sets no layout, a search chooses one for the profile's GPUs (`plan.search.local_search`).
 
     Args:
         work: a training stage.
         profile: the cluster.
-        num_nodes: nodes that are asked for; they have to fit.
-        least: fewest nodes to go on with.
-        settings: number of nodes -> settings that change then.
+        num_nodes: requested nodes.
+        min_nodes: smallest number of nodes to continue with.
+        settings: number of nodes -> settings for this number.
 
     Raises:
-        UserError: the layout does not fit `num_nodes` or `least`, or a number has settings
-            that do not fit it; or it does not fit the GPUs' memory.
+        UserError: the layout does not fit `num_nodes`, `min_nodes` or a key in `settings`, or exceeds memory.
     """
     assert work.config is not None, work.stage
-    fitting: dict[int, tuple[str, ...]] = {}
+    layouts: dict[int, tuple[str, ...]] = {}
     profile_ranks, gpu = profile.tasks_per_node, profile.gpu if profile.gpus_per_node else ""
     layout: tuple[str, ...] = ()
-    # a job that lost nodes goes on with fewer, where the layout fits that many
-    for count in range(num_nodes, least - 1, -1):
-        num_ranks, said = count * profile_ranks, settings.get(count, ())
-        # a layout that the user named is never replaced
-        if not work.layout_open or says_layout(said):
-            chosen = said
-        elif layout and _suits(apply_settings(work.config, [*layout, *said]), num_ranks, gpu):
-            chosen = (*layout, *said)
+    # after a loss of nodes, a job continues with any smaller number in the result
+    for count in range(num_nodes, min_nodes - 1, -1):
+        num_ranks, node_settings = count * profile_ranks, settings.get(count, ())
+        # a layout from the user is never replaced
+        if not work.layout_open or sets_layout(node_settings):
+            chosen = node_settings
+        elif layout and _layout_fits(apply_settings(work.config, [*layout, *node_settings]), num_ranks, gpu):
+            chosen = (*layout, *node_settings)
         else:
-            layout, _ = choose_layout(apply_settings(work.config, list(said)),
-                                      Machines(profile.description, profile, count), (*work.settings, *said))
-            chosen = (*layout, *said)
+            layout, _ = choose_layout(apply_settings(work.config, list(node_settings)),
+                                      Machines(profile.description, profile, count),
+                                      (*work.settings, *node_settings))
+            chosen = (*layout, *node_settings)
         config = apply_settings(work.config, list(chosen)) if chosen else work.config
         problems = config.problems(num_ranks)
         if not problems:
@@ -425,14 +425,13 @@ def fitting_nodes(work: StageWork, profile: ClusterProfile, num_nodes: int, leas
             if profile.memory_bytes:
                 refuse_on_nodes(config, num_ranks, profile_ranks, profile.memory_bytes,
                                 CHIPS[gpu] if gpu else None)
-            fitting[count] = chosen
-        # numbers in between may not fit: the job just does not run on them
-        elif count in (num_nodes, least) or count in settings:
+            layouts[count] = chosen
+        # a job does not use other numbers without a valid layout
+        elif count in (num_nodes, min_nodes) or count in settings:
             raise UserError(f"--nodes {count} x {profile_ranks} processes do not fit {config.recipe}: "
                             f"{'; '.join(map(str, problems))}")
-    return fitting
+    return layouts
 
 
-def _suits(config: RunConfig, num_ranks: int, gpu: str) -> bool:
-    """Return whether the layout found for more nodes keeps the rules and fits on fewer."""
-    return not config.problems(num_ranks) and (not gpu or fits(config, num_ranks, CHIPS[gpu]))
+def _layout_fits(config: RunConfig, num_ranks: int, gpu: str) -> bool:
+    return not config.problems(num_ranks) and (not gpu or fits_gpu(config, num_ranks, CHIPS[gpu]))

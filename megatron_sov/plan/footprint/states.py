@@ -1,8 +1,7 @@
-"""Bytes of weights, gradients and optimizer that one process holds while it trains: those of the modules,
-buffers and optimizers that training makes (`engine.optimizer`), element by element.
+"""Bytes of weights, gradients and optimizer states on a training process, element by element.
 
-`tests/plan/footprint/test_states.py` and `benchmarks/plan_bytes.py` hold them against the library's own, on
-meta tensors in a fake group of all processes.
+`tests/plan/footprint/test_states.py` and `benchmarks/plan_bytes.py` compare them with the library's own
+buffers (`engine.optimizer`) on meta tensors, in a fake group of all processes.
 """
 
 from __future__ import annotations
@@ -18,304 +17,356 @@ from megatron_sov.model.config import ModelConfig, RunConfig
 from megatron_sov.model.families.count import TABLES
 from megatron_sov.model.families.encoders import encoder_buffer_bytes, is_frozen, is_position_table
 from megatron_sov.model.process_memory import StatePlace, States
-from megatron_sov.plan.footprint.held import (
-    BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, Held, chunk_layers, held, is_adapter, rounded_up)
+from megatron_sov.plan.footprint.stage_parameters import (
+    BF16_BYTES, FLOAT32_BYTES, ITEM_BYTES, LocalParameter, is_adapter, list_chunk_layers,
+    list_stage_parameters, round_up)
 
 HOST = 4 * FLOAT32_BYTES
-"""Bytes of the host for a parameter whose AdamW is there (`engine/optimizer/adamw.py`): master weight,
-two moments and gradient."""
+"""Host bytes per parameter under `gpu.optimizer_offload` (`engine/optimizer/adamw.py`): master weight, two
+moments and gradient."""
 DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK = 40_000_000, 1_000_000
-"""Elements of a bucket under `parallel.overlap_grad_reduce`: the larger one of the first and as many times
-the second as there are data-parallel processes (`DistributedDataParallel`, 0.19.2)."""
+"""Elements per bucket under `parallel.overlap_grad_reduce`: the maximum of the first, and the second times
+the data-parallel size (`DistributedDataParallel`, 0.19.2)."""
 START_MULTIPLE = 64
-"""Elements; a parameter's beginning, under ZeRO-1."""
+"""Alignment of a parameter under ZeRO-1, in elements."""
 END_MULTIPLE = 128
-"""Elements; a bucket's end."""
+"""Alignment of a bucket's end, in elements."""
 FAST_END_MULTIPLE = 1 << 16
-"""The same under `gpu.pad_buckets`."""
+"""Alignment of a bucket's end under `gpu.pad_buckets`, in elements."""
+MAX_CACHED = 1 << 16
+_states_cache: dict[tuple[object, ...], States] = {}
 
 
-# The buffers in which the library lays parameters and gradients end to end, and what of them each
-# data-parallel process updates: the arithmetic of `_ParamAndGradBuffer` in `param_and_grad_buffer.py`
-# (0.19.2) over runs of parameters of one size, of which a stage has hundreds where it has ten thousands of
-# parameters.  Parameters lie in the reverse order of their registration.  Under ZeRO-1 each begins at a
-# multiple of 64 elements, and each bucket, which all processes of the data-parallel group share in equal
-# stretches, ends at a multiple of their number and of 128.
+def estimate_states(config: RunConfig, num_ranks: int, stage: int) -> States:
+    """Return the bytes on the fullest process of pipeline stage `stage` (0-based).
+
+    A search asks for the same states many times, so they are cached: sequence length, micro-batch size and
+    recomputation do not matter, and stages with as many layers of each kind are equal.
+    """
+    gpu, p, m = config.gpu, config.parallel, config.model
+    key = (_strip_length(m), config.lora, config.media, config.optim, config.train.precision,
+           gpu.pad_buckets, gpu.grad_dtype, gpu.moment_dtype, gpu.optimizer_offload, num_ranks, p.tp, p.pp,
+           p.ep, p.etp, p.zero1, stage == 0, stage == p.pp - 1, _build_layers_key(config, stage),
+           get_bucket_numel(config, num_ranks) if stage == 0 else None, p.cp if m.yarn is not None else 0)
+    if key not in _states_cache:
+        if len(_states_cache) >= MAX_CACHED:
+            _states_cache.clear()
+        buffers = StageBuffers(config, num_ranks, stage)
+        _states_cache[key] = buffers.count_states(buffers.find_fullest_place())
+    return _states_cache[key]
 
 
-class Size(NamedTuple):
-    """Parameters of one size, in the order in which they are laid out."""
+@lru_cache(maxsize=64)
+def _strip_length(m: ModelConfig) -> ModelConfig:
+    """Return a model without its maximum length, which extension stages change."""
+    return replace(m, max_position_tokens=0)
+
+
+def _build_layers_key(config: RunConfig, stage: int) -> tuple[tuple[int, ...], ...]:
+    """Return per chunk the numbers of dense and of all layers, or the layers if rules or adapters may name
+    single layers."""
+    m = config.model
+    chunks = list_chunk_layers(config.parallel, stage, m.num_layers)
+    if config.optim.groups or config.lora.on:
+        return tuple(tuple(layers) for layers in chunks)
+    first_moe = m.num_layers - m.num_moe_layers()
+    return tuple((sum(layer < first_moe for layer in layers), len(layers)) for layers in chunks)
+
+
+# The library's buffers, and each data-parallel process's shard: the arithmetic of `_ParamAndGradBuffer` in
+# `param_and_grad_buffer.py` (0.19.2), on runs of parameters with equal sizes (hundreds per stage, for tens of
+# thousands of parameters). Parameters lie in reverse order of registration. Under ZeRO-1, each starts at a
+# multiple of 64 elements, and each bucket ends at a multiple of 128 and of the number of processes, which
+# share it in equal parts.
+
+
+class ParameterRun(NamedTuple):
+    """Consecutive parameters with equal sizes."""
 
     numel: int
     number: int
-    mark: int
-    """What the caller knows them by."""
+    rule: int
+    """Index of the update rule."""
     is_alone: bool
-    """Whether each has a bucket of its own (tables that two pipeline stages hold)."""
+    """Whether each parameter has its own bucket: tables on two pipeline stages."""
 
 
 class StatePiece(NamedTuple):
-    """Parameters, or parts of parameters, of one size that a process updates."""
+    """Equal parts of parameters that a process updates."""
 
     numel: int
     number: int
-    mark: int
+    rule: int
 
 
 class PlacedParameter(NamedTuple):
+    """A run, or its part in one bucket, at its place in the buffer."""
+
     start: int
     stride: int
-    """Elements from one to the next."""
-    size: Size
-    """What they are, as far as they lie in one bucket."""
+    """Elements between the starts of two parameters."""
+    run: ParameterRun
 
     @property
     def end(self) -> int:
-        return self.start + (self.size.number - 1) * self.stride + self.size.numel
+        return self.start + (self.run.number - 1) * self.stride + self.run.numel
 
 
 @dataclass(frozen=True)
-class Buffer:
+class ParameterBuffer:
+    """A buffer of parameters and gradients."""
+
     numel: int
     buckets: tuple[tuple[int, int, tuple[PlacedParameter, ...]], ...]
-    """First element, the one behind the last, and what lies there."""
+    """First element, end, and parameters."""
 
-    def updated(self, rank: int, num_ranks: int) -> Iterator[StatePiece]:
-        """Yield what one of the processes updates that share the buffer under ZeRO-1."""
+    def iter_updated(self, rank: int, num_ranks: int) -> Iterator[StatePiece]:
+        """Yield the pieces that rank `rank` of `num_ranks` updates under ZeRO-1."""
         for first, end, placed in self.buckets:
-            # Divides without a rest: a bucket's end is padded to a multiple of the number of processes.
+            # exact: a bucket's end is padded to a multiple of the number of processes
             share = (end - first) // num_ranks
             start = first + rank * share
             for run in placed:
-                # Runs are in order of their place: all later ones lie behind this process's stretch, too.
+                # Runs are sorted, so all later runs start after this process's shard, too.
                 if run.start >= start + share:
                     break
                 if run.end > start:
-                    yield from _within(run, start, start + share)
+                    yield from _iter_overlap(run, start, start + share)
 
 
-def laid_out(sizes: Iterable[Size], *, sharded: bool, num_ranks: int, bucket_numel: int | None,
-             end_multiple: int) -> Buffer:
-    """Return the buffer of parameters.
+def lay_out_buffer(runs: Iterable[ParameterRun], *, sharded: bool, num_ranks: int, bucket_numel: int | None,
+                   end_multiple: int) -> ParameterBuffer:
+    """Lay out a buffer.
 
     Args:
-        sizes: in the order in which they are laid out.
-        sharded: whether ZeRO-1 shares it, and there are gaps.
+        runs: parameters in buffer order.
+        sharded: whether ZeRO-1 shards the buffer, with gaps.
         num_ranks: processes that share it.
-        bucket_numel: elements from which on a bucket is full; None: all are in one.
-        end_multiple: what a bucket's end is a multiple of, beside the number of processes.
+        bucket_numel: elements at which a bucket is full; None: a single bucket.
+        end_multiple: alignment of a bucket's end, next to the number of processes.
     """
     if not sharded:
         placed, offset = [], 0
-        for size in sizes:
-            placed.append(PlacedParameter(offset, size.numel, size))
-            offset += size.numel * size.number
-        return Buffer(offset, ((0, offset, tuple(placed)),) if placed else ())
-    # lcm: the end has to divide by both, as the library pads it.
-    return _Sharded(math.lcm(num_ranks, end_multiple), bucket_numel).of(sizes)
+        for run in runs:
+            placed.append(PlacedParameter(offset, run.numel, run))
+            offset += run.numel * run.number
+        return ParameterBuffer(offset, ((0, offset, tuple(placed)),) if placed else ())
+    return _ShardedLayout(math.lcm(num_ranks, end_multiple), bucket_numel).lay_out(runs)
 
 
-class _Sharded:
-    """A buffer under ZeRO-1, while it is laid out."""
+class _ShardedLayout:
+    """The layout of a buffer under ZeRO-1, in progress."""
 
     def __init__(self, end_multiple: int, bucket_numel: int | None) -> None:
-        self._multiple, self._full = end_multiple, bucket_numel
+        self._multiple, self._bucket_numel = end_multiple, bucket_numel
         self._buckets: list[tuple[int, int, tuple[PlacedParameter, ...]]] = []
         self._placed: list[PlacedParameter] = []
         self._first = self._offset = 0
 
-    def of(self, sizes: Iterable[Size]) -> Buffer:
-        for size in sizes:
-            self._offset = rounded_up(self._offset, START_MULTIPLE)
-            # Tables that two stages hold are reduced apart from all else, so the open bucket ends before
-            # them.
-            if size.is_alone and self._placed:
-                self._close()
-            self._place(size)
+    def lay_out(self, runs: Iterable[ParameterRun]) -> ParameterBuffer:
+        for run in runs:
+            self._offset = round_up(self._offset, START_MULTIPLE)
+            # Tables on two stages are reduced separately, so the open bucket ends before them.
+            if run.is_alone and self._placed:
+                self._close_bucket()
+            self._place_run(run)
         if self._placed:
-            self._close()
-        return Buffer(self._offset, tuple(self._buckets))
+            self._close_bucket()
+        return ParameterBuffer(self._offset, tuple(self._buckets))
 
-    def _place(self, size: Size) -> None:
-        stride, left = rounded_up(size.numel, START_MULTIPLE), size.number
-        while left:
-            self._offset = rounded_up(self._offset, START_MULTIPLE)
-            taken, closes = left, size.is_alone
-            if size.is_alone:
-                taken = 1
-            elif self._full is not None:
-                missing = self._full - (self._offset - self._first) - size.numel
-                # Parameters that still go in: the bucket closes with the first one that reaches the limit.
+    def _place_run(self, run: ParameterRun) -> None:
+        stride, rest = round_up(run.numel, START_MULTIPLE), run.number
+        while rest:
+            self._offset = round_up(self._offset, START_MULTIPLE)
+            number, closes = rest, run.is_alone
+            if run.is_alone:
+                number = 1
+            elif self._bucket_numel is not None:
+                missing = self._bucket_numel - (self._offset - self._first) - run.numel
+                # The bucket closes with the first parameter that reaches the limit.
                 until_full = max(1, -(-missing // stride) + 1)
-                taken, closes = min(left, until_full), until_full <= left
-            placed = size if taken == size.number else size._replace(number=taken)
-            self._placed.append(PlacedParameter(self._offset, stride, placed))
+                number, closes = min(rest, until_full), until_full <= rest
+            part = run if number == run.number else run._replace(number=number)
+            self._placed.append(PlacedParameter(self._offset, stride, part))
             self._offset = self._placed[-1].end
-            left -= taken
+            rest -= number
             if closes:
-                self._close()
+                self._close_bucket()
 
-    def _close(self) -> None:
-        self._offset = rounded_up(self._offset, self._multiple)
+    def _close_bucket(self) -> None:
+        self._offset = round_up(self._offset, self._multiple)
         self._buckets.append((self._first, self._offset, tuple(self._placed)))
         self._first, self._placed = self._offset, []
 
 
-def _within(run: PlacedParameter, start: int, end: int) -> Iterator[StatePiece]:
-    """Yield the parts of a run between two elements of the buffer: whole parameters together."""
-    numel, count, mark, _ = run.size
+def _iter_overlap(placed: PlacedParameter, start: int, end: int) -> Iterator[StatePiece]:
+    """Yield the overlap of a run with the elements from `start` to `end`; whole parameters together."""
+    numel, count, rule, _ = placed.run
 
-    def part(place: int) -> int:
-        begins = run.start + place * run.stride
-        return max(0, min(end, begins + numel) - max(start, begins))
+    def count_elements(index: int) -> int:
+        begin = placed.start + index * placed.stride
+        return max(0, min(end, begin + numel) - max(start, begin))
 
-    first = max(0, (start - run.start) // run.stride)
-    last = min(count - 1, (end - 1 - run.start) // run.stride)
-    # whole ones can only be missing at the ends
-    between = [(first + 1, last - first - 1)] if last - first > 1 else []
-    for place, number in [(first, 1), *between, *([(last, 1)] if last > first else [])]:
-        if elements := part(place):
-            yield StatePiece(elements, number, mark)
+    first = max(0, (start - placed.start) // placed.stride)
+    last = min(count - 1, (end - 1 - placed.start) // placed.stride)
+    # only the first and last parameter can be partial
+    parts = [(first, 1)]
+    if last - first > 1:
+        parts.append((first + 1, last - first - 1))
+    if last > first:
+        parts.append((last, 1))
+    for index, number in parts:
+        if elements := count_elements(index):
+            yield StatePiece(elements, number, rule)
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """How a parameter is updated (`engine.optimizer.parameter_groups.GroupRule`)."""
+class _UpdateRule:
+    """A parameter's update (`engine.optimizer.parameter_groups.GroupRule`)."""
 
     frozen: bool
     by_muon: bool
     is_vector: bool
 
 
-class _Updated(NamedTuple):
-    """What one of the library's two optimizers holds of a process's parameters."""
+class _OptimizerBytes(NamedTuple):
+    """Memory of one of the library's two optimizers on a process."""
 
     optimizer: int
     on_host: int
     updated: int
-    """Elements whose masters are on the device."""
+    """Elements with master weights on the device."""
 
 
 class StageBuffers:
-    """The buffers of a pipeline stage, from which follows what each of its processes holds."""
+    """The buffers of a pipeline stage, which determine the states of its processes."""
 
     def __init__(self, config: RunConfig, num_ranks: int, stage: int) -> None:
-        """Lay them out; the layout has to fit the model and the number of processes."""
         p = config.parallel
-        self._config, self._num_ranks, self._chunks = config, num_ranks, held(config, stage)
-        self._sizes = {False: num_ranks // (p.tp * p.pp), True: num_ranks // (p.etp * p.ep * p.pp)}
+        self._config, self._num_ranks = config, num_ranks
+        self._chunks = list_stage_parameters(config, stage)
+        self._num_shards = {False: num_ranks // (p.tp * p.pp), True: num_ranks // (p.etp * p.ep * p.pp)}
         self._is_first = stage == 0
-        self._rules: list[_Rule] = []
-        self._known: dict[int, list[int]] = {}
-        self._buffers: dict[bool, list[Buffer]] = {False: [], True: []}
+        self._rules: list[_UpdateRule] = []
+        self._rule_cache: dict[int, list[int]] = {}
+        self._buffers: dict[bool, list[ParameterBuffer]] = {False: [], True: []}
         self._frozen = self._trained = 0
-        for number, runs in enumerate(self._chunks):
-            marked = [pair for layer, parts in runs
-                      for pair in zip(parts, self._marks(layer, parts), strict=True)]
+        for chunk, layers in enumerate(self._chunks):
+            parts = [pair for layer, parameters in layers
+                     for pair in zip(parameters, self._find_rules(layer, parameters), strict=True)]
             for routed in (False, True):
-                self._lay_out(marked, routed, stage, number)
+                self._lay_out(parts, routed, is_first_chunk=stage == 0 and chunk == 0)
 
-    def _marks(self, layer: int | None, parts: tuple[Held, ...]) -> list[int]:
-        """Return the numbers of the rules of some parameters; layers are alike where no rule names one."""
-        if id(parts) in self._known and not self._config.optim.groups:
-            return self._known[id(parts)]
-        found = []
-        for part in parts:
-            rule = rule_of(self._config, layer, part)
+    def _find_rules(self, layer: int | None, parameters: tuple[LocalParameter, ...]) -> list[int]:
+        """Return the rule index per parameter; layers share them if no rule names a layer."""
+        if id(parameters) in self._rule_cache and not self._config.optim.groups:
+            return self._rule_cache[id(parameters)]
+        indices = []
+        for parameter in parameters:
+            rule = find_update_rule(self._config, layer, parameter)
             if rule not in self._rules:
                 self._rules.append(rule)
-            found.append(self._rules.index(rule))
-        self._known[id(parts)] = found
-        return found
+            indices.append(self._rules.index(rule))
+        self._rule_cache[id(parameters)] = indices
+        return indices
 
-    def _lay_out(self, marked: list[tuple[Held, int]], routed: bool, stage: int, number: int) -> None:
-        p = self._config.parallel
+    def _lay_out(self, parts: list[tuple[LocalParameter, int]], routed: bool, *, is_first_chunk: bool
+                 ) -> None:
+        config = self._config
+        runs = []
         # Reversed: the backward pass finishes the last layers first, and buckets fill in that order.
-        mine = [(part, mark) for part, mark in reversed(marked) if part.routed == routed]
-        self._frozen += sum(part.numel * part.count for part, mark in mine if self._rules[mark].frozen)
-        sizes = [Size(part.numel, part.count, mark, part.is_copied) for part, mark in mine
-                 if not self._rules[mark].frozen]
-        if not sizes:
+        for part, rule in reversed(parts):
+            if part.routed != routed:
+                continue
+            if self._rules[rule].frozen:
+                self._frozen += part.numel * part.count
+            else:
+                self._trained += part.numel * part.count
+                runs.append(ParameterRun(part.numel, part.count, rule, part.is_copied))
+        if not runs:
             return
-        self._trained += sum(size.numel * size.number for size in sizes)
-        # Only the first chunk of the first stage overlaps bucket by bucket; the others have one bucket.
-        full = bucket_numel(self._config, self._num_ranks) if stage == 0 and number == 0 else None
-        self._buffers[routed].append(laid_out(
-            sizes, sharded=p.zero1, num_ranks=self._sizes[routed], bucket_numel=full,
-            end_multiple=FAST_END_MULTIPLE if self._config.gpu.pad_buckets == "on" else END_MULTIPLE))
+        # Only the first chunk of the first stage overlaps bucket by bucket; all others have one bucket.
+        bucket_numel = get_bucket_numel(config, self._num_ranks) if is_first_chunk else None
+        self._buffers[routed].append(lay_out_buffer(
+            runs, sharded=config.parallel.zero1, num_ranks=self._num_shards[routed],
+            bucket_numel=bucket_numel,
+            end_multiple=FAST_END_MULTIPLE if config.gpu.pad_buckets == "on" else END_MULTIPLE))
 
-    def fullest(self) -> StatePlace:
-        """Return the process that holds most: the first, or, where Muon keeps one moment and AdamW two, one
-        of those that update tables."""
+    def find_fullest_place(self) -> StatePlace:
+        """Return the process with most states: the first, or one that updates tables, because Muon keeps one
+        moment and AdamW two."""
         rules = self._rules
-        # With one algorithm all shares are equal, so the first process is as full as any.
+        # With one algorithm all shards are equal, so the first process is as full as any.
         if not self._config.parallel.zero1 or len({rule.by_muon for rule in rules if not rule.frozen}) < 2:
             return StatePlace()
-        ranks, found = self._sizes[False], {0}
+        num_shards, ranks = self._num_shards[False], {0}
         for first, end, placed in (bucket for buffer in self._buffers[False] for bucket in buffer.buckets):
-            share = (end - first) // ranks
-            for run in placed:
-                rule = rules[run.size.mark]
+            share = (end - first) // num_shards
+            for parameter in placed:
+                rule = rules[parameter.run.rule]
                 if not (rule.by_muon or rule.is_vector):
-                    begins = (run.start - first) // share
-                    # The first process that meets a table, and the next, which may hold a whole share of
-                    # it.
-                    found |= {begins, min(begins + 1, (run.end - 1 - first) // share)}
-        return StatePlace(max(sorted(found), key=lambda rank: self._optimizer(False, rank).optimizer))
+                    rank = (parameter.start - first) // share
+                    # the first process with a part of a table, and the next, whose shard may be all table
+                    ranks |= {rank, min(rank + 1, (parameter.end - 1 - first) // share)}
+        return StatePlace(max(sorted(ranks), key=lambda rank: self._count_bytes(False, rank).optimizer))
 
     def count_states(self, place: StatePlace) -> States:
+        """Return the bytes of the process at `place`."""
         config = self._config
         item, bf16 = ITEM_BYTES[config.train.precision], config.train.precision == "bf16"
         numel = sum(buffer.numel for buffers in self._buffers.values() for buffer in buffers)
-        dense, experts = self._optimizer(False, place.dense), self._optimizer(True, place.experts)
+        dense, experts = self._count_bytes(False, place.dense), self._count_bytes(True, place.experts)
+        # Gradients are summed in float32 by default: bf16 sums would lose thousands of small terms.
+        gradient_bytes = max(item, FLOAT32_BYTES)
+        if bf16 and config.gpu.grad_dtype == "bf16":
+            gradient_bytes = BF16_BYTES
         return States(
-            weights=(numel + self._frozen) * item,
-            # Gradients are summed up in float32 unless bf16 is asked for: thousands of small terms would
-            # vanish in bf16.
-            gradients=numel * (BF16_BYTES if bf16 and config.gpu.grad_dtype == "bf16"
-                               else max(item, FLOAT32_BYTES)),
+            weights=(numel + self._frozen) * item, gradients=numel * gradient_bytes,
             optimizer=dense.optimizer + experts.optimizer, on_host=dense.on_host + experts.on_host,
-            counters=self._counters(), updated=dense.updated + experts.updated,
+            counters=self._count_counter_bytes(), updated=dense.updated + experts.updated,
             elements=self._trained + self._frozen)
 
-    def _optimizer(self, routed: bool, rank: int) -> _Updated:
-        """Return what one of the library's two optimizers, of dense parameters and of experts, holds."""
+    def _count_bytes(self, routed: bool, rank: int) -> _OptimizerBytes:
+        """Return the memory of the library's optimizer for dense parameters or for routed experts."""
         config = self._config
         item, bf16 = ITEM_BYTES[config.train.precision], config.train.precision == "bf16"
-        moment = item
+        moment, master = item, 0
         if bf16:
             moment = BF16_BYTES if config.gpu.moment_dtype == "bf16" else FLOAT32_BYTES
-        master = FLOAT32_BYTES if bf16 else 0
-        pieces = self._updated(routed, rank)
-        # What AdamW on the host updates has no master weights or moments here.
-        moved = _moved(pieces, self._rules, config.gpu.optimizer_offload)
-        here = sum([piece.numel * piece.number for piece in pieces]) - moved
-        by_muon = sum([piece.numel * piece.number for piece in pieces if self._rules[piece.mark].by_muon])
-        return _Updated(
-            (here - by_muon) * (master + 2 * moment) + by_muon * (master + max(item, FLOAT32_BYTES)),
-            moved * HOST, here)
+            master = FLOAT32_BYTES
+        pieces = self._list_updated(routed, rank)
+        # offloaded parameters have no master weights or moments on the device
+        offloaded = _count_offloaded(pieces, self._rules, config.gpu.optimizer_offload)
+        on_device = sum(piece.numel * piece.number for piece in pieces) - offloaded
+        by_muon = sum(piece.numel * piece.number for piece in pieces if self._rules[piece.rule].by_muon)
+        return _OptimizerBytes(
+            (on_device - by_muon) * (master + 2 * moment) + by_muon * (master + max(item, FLOAT32_BYTES)),
+            offloaded * HOST, on_device)
 
-    def _updated(self, routed: bool, rank: int) -> list[StatePiece]:
-        """Return what a process updates of dense parameters or experts."""
-        size = self._sizes[routed]
+    def _list_updated(self, routed: bool, rank: int) -> list[StatePiece]:
+        """Return the pieces that a process updates, of dense parameters or of routed experts."""
+        buffers = self._buffers[routed]
         if self._config.parallel.zero1:
-            return [piece for buffer in self._buffers[routed] for piece in buffer.updated(rank, size)]
-        return [StatePiece(run.size.numel, run.size.number, run.size.mark)
-                for buffer in self._buffers[routed] for _, _, placed in buffer.buckets for run in placed]
+            return [piece for buffer in buffers
+                    for piece in buffer.iter_updated(rank, self._num_shards[routed])]
+        return [StatePiece(parameter.run.numel, parameter.run.number, parameter.run.rule)
+                for buffer in buffers for _, _, placed in buffer.buckets for parameter in placed]
 
-    def _counters(self) -> int:
-        """Return the bytes of buffers, float32 each: of a router every expert's tokens and bias, of a chunk
-        cosine and sine of the original context's positions under YaRN (`YarnRotaryEmbedding`, 0.19.2); and
-        those of encoders."""
+    def _count_counter_bytes(self) -> int:
+        """Return the bytes of model buffers: per router float32 token counts and biases, per chunk float32
+        cosines and sines of the original positions under YaRN (`YarnRotaryEmbedding`, 0.19.2), and encoders'
+        buffers."""
         m = self._config.model
-        layers = (layer for runs in self._chunks for layer, parts in runs if len(parts) > 1
-                  and parts[0].key.startswith("decoder.layers.{l}"))
-        first_moe = m.num_layers - m.num_moe_layers()
-        routers = sum(layer is not None and layer >= first_moe for layer in layers) + sum(
-            parts[0].key.startswith("mtp.layers.") for runs in self._chunks
-            for _, parts in runs) * m.mtp_experts
+        first_moe, routers = m.num_layers - m.num_moe_layers(), 0
+        for layer, parts in (layers for chunk in self._chunks for layers in chunk):
+            key = parts[0].key
+            is_trunk_layer = len(parts) > 1 and key.startswith("decoder.layers.{l}")
+            if is_trunk_layer and layer is not None and layer >= first_moe:
+                routers += 1
+            if key.startswith("mtp.layers.") and m.mtp_experts:
+                routers += 1
         cp = self._config.parallel.cp
-        # latent attention without YaRN has its angles, too, of as few positions as can be
+        # latent attention without YaRN also has angles, for the fewest possible positions
         positions = 2 * cp if m.latent_attention is not None else 0
         if m.yarn is not None:
             positions = m.yarn.original_max_position_tokens
@@ -324,57 +375,16 @@ class StageBuffers:
                 + (encoder_buffer_bytes(m) if self._is_first else 0))
 
 
-_known: dict[tuple[object, ...], States] = {}
-MAX_KNOWN = 1 << 16
-"""Stages whose states are remembered."""
-
-
-def states_of(config: RunConfig, num_ranks: int, stage: int) -> States:
-    """Return what the fullest process of a pipeline stage holds.
-
-    Length, micro-batch and recomputation have no part in it, stages with as many layers of each kind hold the
-    same, and context parallelism changes little: a search asks for many a layout once.
-    """
-    gpu, p, m = config.gpu, config.parallel, config.model
-    key = (_but_for_length(m), config.lora, config.media, config.optim, config.train.precision,
-           gpu.pad_buckets, gpu.grad_dtype, gpu.moment_dtype, gpu.optimizer_offload, num_ranks, p.tp, p.pp,
-           p.ep, p.etp, p.zero1, stage == 0, stage == p.pp - 1, _alike(config, stage),
-           bucket_numel(config, num_ranks) if stage == 0 else None, p.cp if m.yarn is not None else 0)
-    if key not in _known:
-        if len(_known) >= MAX_KNOWN:
-            _known.clear()
-        buffers = StageBuffers(config, num_ranks, stage)
-        _known[key] = buffers.count_states(buffers.fullest())
-    return _known[key]
-
-
-@lru_cache(maxsize=64)
-def _but_for_length(m: ModelConfig) -> ModelConfig:
-    """Return a model without what stages of an extension differ in, and no parameter depends on."""
-    return replace(m, max_position_tokens=0)
-
-
-def _alike(config: RunConfig, stage: int) -> tuple[tuple[int, ...], ...]:
-    """Return what tells the layers of a stage's chunks from those of another one: how many are dense and how
-    many have experts, or, where rules or adapters name single layers, which they are."""
-    m = config.model
-    chunks = chunk_layers(config.parallel, stage, m.num_layers)
-    if config.optim.groups or config.lora.on:
-        return tuple(tuple(layers) for layers in chunks)
-    first_moe = m.num_layers - m.num_moe_layers()
-    return tuple((sum(layer < first_moe for layer in layers), len(layers)) for layers in chunks)
-
-
-def bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
-    """Return the elements from which on a bucket of the first chunk is full; None: all are in one."""
+def get_bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
+    """Return the elements at which a bucket of the first chunk is full; None: a single bucket."""
     p = config.parallel
     if not p.overlap_grad_reduce:
         return None
     return p.bucket_params or max(DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK * (num_ranks // p.ranks_per_replica))
 
 
-def rule_of(config: RunConfig, layer: int | None, part: Held) -> _Rule:
-    matrix = len(part.shape) == 2 and part.key not in TABLES and not is_position_table(part.key)
+def find_update_rule(config: RunConfig, layer: int | None, part: LocalParameter) -> _UpdateRule:
+    is_matrix = len(part.shape) == 2 and part.key not in TABLES and not is_position_table(part.key)
     algorithm, frozen = config.optim.name, False
     if config.optim.groups:
         key = part.key.replace("{l}", str(layer))
@@ -382,17 +392,17 @@ def rule_of(config: RunConfig, layer: int | None, part: Held) -> _Rule:
             if fnmatch.fnmatchcase(key, group.pattern):
                 algorithm, frozen = group.optimizer or config.optim.name, group.frozen
     frozen = frozen or is_frozen(part.key, config.media)
-    return _Rule(frozen or (config.lora.on and not is_adapter(part.key)),
-                 matrix and algorithm == "muon", len(part.shape) == 1)
+    return _UpdateRule(frozen or (config.lora.on and not is_adapter(part.key)),
+                       is_matrix and algorithm == "muon", len(part.shape) == 1)
 
 
-def _moved(pieces: list[StatePiece], rules: list[_Rule], share: float) -> int:
-    """Return how many elements lie in host memory: the first pieces that are `share` of all together, or
-    more; matrices come before vectors, which have no weight decay (`engine.optimizer.host_adamw.split`)."""
+def _count_offloaded(pieces: list[StatePiece], rules: list[_UpdateRule], share: float) -> int:
+    """Return the elements with optimizer states in host memory: the first pieces that reach `share`, matrices
+    before vectors, which have no weight decay (`engine.optimizer.host_adamw.split`)."""
     if not share:
         return 0
-    wanted, moved = share * sum(piece.numel * piece.number for piece in pieces), 0
-    for piece in sorted(pieces, key=lambda piece: rules[piece.mark].is_vector):
-        if wanted > moved:
-            moved += piece.numel * min(piece.number, -int((moved - wanted) // piece.numel))
-    return moved
+    limit, offloaded = share * sum(piece.numel * piece.number for piece in pieces), 0
+    for piece in sorted(pieces, key=lambda piece: rules[piece.rule].is_vector):
+        if limit > offloaded:
+            offloaded += piece.numel * min(piece.number, -int((offloaded - limit) // piece.numel))
+    return offloaded

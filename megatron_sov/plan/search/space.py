@@ -1,4 +1,4 @@
-"""The layouts that a search looks at: every combination of the sizes that suit a model and its cluster."""
+"""The search space for layouts: parallel sizes, micro-batch sizes and recomputation that suit a run."""
 
 from __future__ import annotations
 
@@ -10,254 +10,258 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
-from megatron_sov.plan.calibration.fitting import MAX_TP, changes
+from megatron_sov.plan.footprint.gpu_capacity import MAX_TP, list_changed_settings
 
 LEAST_GAIN = 0.01
-"""Share by which the slowest stage has to become faster than with equal stages."""
-MOST_OF_A_RUN = 4 / 3
-"""Longest run of an interleaved pipeline, the head counted in, in units of their mean: the runs of a stage
-take turns with those of others, which wait for longer ones; up to here no more than a hundredth of a step
-(`tests/plan/test_search.py` plays the schedule)."""
+"""Smallest relative gain of the slowest stage for which uneven stages replace equal stages."""
+MAX_RELATIVE_CHUNK = 4 / 3
+"""Longest chunk of an interleaved pipeline, the head included, relative to the mean chunk. Longer chunks
+would delay other stages by more than 1 % of a step (`tests/plan/test_search.py` simulates the schedule)."""
 MAX_CP = 64
-"""Largest context parallel size that is looked at."""
+"""Largest context parallel size."""
 MIN_LOCAL_TOKENS = 2048
-"""Fewest tokens of a row that context parallelism leaves a process with: shorter rows fit without it."""
+"""Fewest tokens per process and sample under context parallelism: shorter samples fit without it."""
 VPP = (1, 2, 4)
-"""Runs of layers on a pipeline stage: beyond them the bubble is small and messages are many."""
+"""Chunks per pipeline stage: with more chunks the bubble hardly shrinks, and messages multiply."""
 MIN_STAGE_LAYERS = 2
-"""Fewest layers of a stage, on average, where their number does not divide by that of the stages."""
+"""Fewest layers per stage, on average, for uneven pipelines."""
 LAYOUT = "parallel.pipeline_layout"
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
 AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
-"""Sizes of `parallel` that layouts differ in."""
+"""Sizes in `parallel` that the search varies."""
+CHOICE_FIELDS = ("tp", "sp", "pp", "vpp", "cp", "ep", "etp", "zero1", "expert_dispatcher", "expert_overlap",
+                 "pipeline_layout")
+"""Fields of `parallel` in the JSON of a layout."""
 Recompute = tuple[bool | Literal["selective"], tuple[str, ...]]
 """`train.recompute` and `gpu.recompute_modules`."""
 
 
-# Uneven pipelines: the last stage, which has the output head and prediction layers beside its layers, gets
-# fewer of them.
-
-
-def uneven(num_layers: int, pp: int, vpp: int, beside: float) -> tuple[int, ...]:
-    """Return `parallel.pipeline_layout` with the fastest slowest stage; empty: equal stages are as fast, or
-    there are too few layers for runs that are nearly as long.
-
-    Stages that have a layer more than others come late: fewer micro-batches wait on them.
-
-    Args:
-        num_layers: of the trunk.
-        pp: pipeline stages, 2 at least.
-        vpp: runs of each.
-        beside: what the last stage computes beside its layers, in units of a layer.
-    """
-    # Every run has a layer at least, so this is what is left for the last stage.
-    most_on_last = num_layers - (pp - 1) * vpp
-    if most_on_last < vpp:
-        return ()
-
-    def slowest(last: int) -> float:
-        return max(-(-(num_layers - last) // (pp - 1)), last + beside)
-
-    # Of equally fast splits the one with most layers on the last stage: fewest micro-batches wait there.
-    last = min(range(vpp, most_on_last + 1), key=lambda layers: (slowest(layers), -layers))
-    if num_layers % (pp * vpp) == 0 and slowest(last) > (1 - LEAST_GAIN) * slowest(num_layers // pp):
-        return ()
-    stages = [_cut(total, vpp) for total in _cut(num_layers - last, pp - 1)]
-    stages.append(_before_head(last, vpp, round(beside)))
-    longest = max(max(map(max, stages)), stages[-1][-1] + beside)
-    if vpp > 1 and longest * pp * vpp > MOST_OF_A_RUN * (num_layers + beside):
-        return ()
-    # In the order of the model: run 0 of every stage, then run 1, as `parallel.pipeline_layout` has it.
-    return tuple(stage[run] for run in range(vpp) for stage in stages)
-
-
-def _before_head(layers: int, runs: int, beside: int) -> list[int]:
-    """Return the runs of the last stage, of which the last has the head."""
-    if runs == 1:
-        return [layers]
-    on_last = max(1, _cut(layers + beside, runs)[-1] - beside)
-    return [*_cut(layers - on_last, runs - 1), on_last]
-
-
-def _cut(total: int, parts: int) -> list[int]:
-    """Return a number in parts that differ by 1 at most, the larger ones last."""
-    each, more = divmod(total, parts)
-    return [each] * (parts - more) + [each + 1] * more
-
-
 @dataclass(frozen=True)
 class LayoutSpace:
-    """Values of each setting; what a search looks at is their product."""
+    """Values per setting; the search space is their product."""
 
     tp: tuple[int, ...]
     pp: tuple[int, ...]
     vpp: tuple[int, ...]
-    """Where pp > 1; the values that divide a stage's layers."""
+    """Used if pp > 1 and the value divides a stage's layers."""
     cp: tuple[int, ...]
     ep: tuple[int, ...]
     etp: tuple[int, ...]
-    """Either whole experts or cut as all else is: 1, tp, and what the run itself has."""
+    """`iter_layouts` uses 1, `tp` and the run's own value."""
     zero1: tuple[bool, ...]
     micro_batch_size: tuple[int, ...]
     recompute: tuple[Recompute, ...]
     uneven: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
-    """Pipelines of other than equal stages: pp, vpp, `parallel.pipeline_layout`."""
+    """Uneven pipelines: pp, vpp and `parallel.pipeline_layout`."""
     expert_overlap: tuple[Literal["none", "micro_batches", "weight_gradients"], ...] = ("none",)
 
     @property
     def variants(self) -> int:
-        """Layouts that differ in what does not touch `parallel`."""
+        """Number of layouts with equal `parallel` settings."""
         return len(self.micro_batch_size) * len(self.recompute)
 
 
 @dataclass(frozen=True)
 class LayoutChoice:
+    """A point in the search space."""
+
     parallel: ParallelConfig
     micro_batch_size: int
     recompute: Recompute
 
-    def of(self, config: RunConfig) -> RunConfig:
+    def apply_to(self, config: RunConfig) -> RunConfig:
         recompute, modules = self.recompute
         gpu: Any = {"recompute_modules": modules}
-        return replace(config, parallel=self.parallel, gpu=replace(config.gpu, **gpu), train=replace(
-            config.train, micro_batch_size=self.micro_batch_size, recompute=recompute))
+        train = replace(config.train, micro_batch_size=self.micro_batch_size, recompute=recompute)
+        return replace(config, parallel=self.parallel, gpu=replace(config.gpu, **gpu), train=train)
 
-    def settings(self, config: RunConfig) -> list[str]:
-        """Return what makes it of a run's own settings, as --set takes it; the micro-batch is always there,
-        since `extend` chooses one where nobody has."""
-        found = changes(config.parallel, self.parallel)
+    def list_settings(self, config: RunConfig) -> list[str]:
+        """Return the changes from `config` to this layout, as --set takes them; for `extend` always with the
+        micro-batch size, because `extend` otherwise chooses it."""
+        settings = list_changed_settings(config.parallel, self.parallel)
         if self.micro_batch_size != config.train.micro_batch_size or config.extend.stages:
-            found.append(f"train.micro_batch_size={self.micro_batch_size}")
+            settings.append(f"train.micro_batch_size={self.micro_batch_size}")
         recompute, modules = self.recompute
         if recompute != config.train.recompute:
-            found.append(f"train.recompute={str(recompute).lower()}")
+            settings.append(f"train.recompute={str(recompute).lower()}")
         if modules != config.gpu.recompute_modules:
-            found.append(f"gpu.recompute_modules={json.dumps(modules)}")
-        return found
+            settings.append(f"gpu.recompute_modules={json.dumps(modules)}")
+        return settings
 
 
-def space_of(config: RunConfig, num_ranks: int, domain: int, fixed: Collection[str] = (),
-             beside: Collection[float] = ()) -> LayoutSpace:
-    """Return what is looked at for a run, its own layout among it.
+def build_space(config: RunConfig, num_ranks: int, domain: int, fixed: Collection[str] = (),
+                extra_layers: Collection[float] = ()) -> LayoutSpace:
+    """Build the search space for a run; the run's own layout is included.
 
-    ZeRO-1 is on: it needs less memory and sends the same bytes; a run without it is looked at both ways.
+    ZeRO-1 is on, because it saves memory and sends the same bytes; runs without it are tried both ways.
 
     Args:
-        config: the run; dispatcher, precision and the optimizer stay its own, and so do overlaps but that of
-            experts' messages.
-        num_ranks: processes.
-        domain: GPUs that NVLink joins, which tensor parallelism stays inside.
-        fixed: settings that stay as the run has them, e.g. parallel.tp.
-        beside: what the last pipeline stage computes beside its layers, in units of a layer; for each of them
-            uneven pipelines are looked at.
+        config: the run; dispatcher, precision, optimizer and all overlaps except the experts' stay fixed.
+        num_ranks: number of processes.
+        domain: GPUs per NVLink domain, the limit for tensor parallelism.
+        fixed: settings that keep the run's value, e.g. parallel.tp.
+        extra_layers: cost of the head and prediction layers on the last pipeline stage, in units of a layer;
+            each value adds uneven pipelines.
     """
     model, own = config.model, config.parallel
     longest = config.data.max_seq_len()
-    experts = model.num_moe_layers() > 0
+    has_experts = model.num_moe_layers() > 0
     # Tensor parallelism sends messages in every layer, so it stays inside of NVLink.
-    tp = _powers(min(MAX_TP, domain, num_ranks))
-    found = LayoutSpace(
-        tp=_with(tp, own.tp), pp=_with([d for d in _divisors(model.num_layers) if d <= num_ranks], own.pp),
-        vpp=_with(VPP, own.vpp),
-        cp=_with([c for c in _powers(min(MAX_CP, num_ranks)) if c == 1 or longest // c >= MIN_LOCAL_TOKENS],
-                 own.cp),
-        ep=_with([d for d in _divisors(model.num_experts) if d <= num_ranks], own.ep) if experts else (1,),
-        etp=_with(tp, own.etp) if experts else (1,), zero1=(True,) if own.zero1 else (False, True),
-        micro_batch_size=_with(MICRO_BATCH_SIZES, config.train.micro_batch_size),
-        recompute=_recompute(config),
+    tp = _list_powers(min(MAX_TP, domain, num_ranks))
+    pp = [size for size in _list_divisors(model.num_layers) if size <= num_ranks]
+    cp = [size for size in _list_powers(min(MAX_CP, num_ranks))
+          if size == 1 or longest // size >= MIN_LOCAL_TOKENS]
+    ep = [size for size in _list_divisors(model.num_experts) if size <= num_ranks]
+    space = LayoutSpace(
+        tp=_include(tp, own.tp), pp=_include(pp, own.pp), vpp=_include(VPP, own.vpp),
+        cp=_include(cp, own.cp), ep=_include(ep, own.ep) if has_experts else (1,),
+        etp=_include(tp, own.etp) if has_experts else (1,), zero1=(True,) if own.zero1 else (False, True),
+        micro_batch_size=_include(MICRO_BATCH_SIZES, config.train.micro_batch_size),
+        recompute=_list_recompute(config),
         expert_overlap=("none", "micro_batches") if own.expert_overlap == "none" else (own.expert_overlap,))
-    choice = own_choice(config)
-    stays: dict[str, Any] = {name: (getattr(own, name),) for name in (*AXES, "zero1", "expert_overlap")
-                             if f"parallel.{name}" in fixed}
+    choice = get_current_choice(config)
+    fixed_values: dict[str, Any] = {name: (getattr(own, name),) for name in (*AXES, "zero1", "expert_overlap")
+                                    if f"parallel.{name}" in fixed}
     if "train.micro_batch_size" in fixed:
-        stays["micro_batch_size"] = (choice.micro_batch_size,)
+        fixed_values["micro_batch_size"] = (choice.micro_batch_size,)
     if {"train.recompute", "gpu.recompute_modules"} & set(fixed):
-        stays["recompute"] = (choice.recompute,)
-    found = replace(found, **stays)
-    return replace(found, uneven=_uneven(config, found, num_ranks, fixed, beside))
+        fixed_values["recompute"] = (choice.recompute,)
+    space = replace(space, **fixed_values)
+    return replace(space, uneven=_list_uneven(config, space, num_ranks, fixed, extra_layers))
 
 
-def _uneven(config: RunConfig, space: LayoutSpace, num_ranks: int, fixed: Collection[str],
-            beside: Collection[float]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
-    """Return the run's own uneven pipeline, and those that are worth a look; equal stages need numbers that
-    divide the layers, which these do not."""
+def _list_uneven(config: RunConfig, space: LayoutSpace, num_ranks: int, fixed: Collection[str],
+                 extra_layers: Collection[float]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    """Return the run's own uneven pipeline, and uneven pipelines with a faster last stage; unlike equal
+    stages, their number need not divide the layers."""
     own, layers = config.parallel, config.model.num_layers
-    found = [(own.pp, own.vpp, own.pipeline_layout)] if own.pipeline_layout else []
+    uneven = [(own.pp, own.vpp, own.pipeline_layout)] if own.pipeline_layout else []
     if LAYOUT in fixed:
-        return tuple(found)
-    more = [] if "parallel.pp" in fixed else [p for p in _powers(num_ranks) if MIN_STAGE_LAYERS * p <= layers]
-    found += [(pp, vpp, proposed) for pp in sorted({*space.pp, *more}) for vpp in space.vpp for head in beside
-              if pp > 1 and (proposed := uneven(layers, pp, vpp, head))]
-    return tuple(dict.fromkeys(found))
+        return tuple(uneven)
+    sizes = {*space.pp}
+    if "parallel.pp" not in fixed:
+        sizes |= {size for size in _list_powers(num_ranks) if MIN_STAGE_LAYERS * size <= layers}
+    for pp, vpp, extra in itertools.product(sorted(sizes), space.vpp, extra_layers):
+        if pp > 1 and (split := find_uneven_split(layers, pp, vpp, extra)):
+            uneven.append((pp, vpp, split))
+    return tuple(dict.fromkeys(uneven))
 
 
-def _recompute(config: RunConfig) -> tuple[Recompute, ...]:
-    """Return nothing, everything, and the parts whose recomputation is cheap for what it saves."""
+def find_uneven_split(num_layers: int, pp: int, vpp: int, extra_layers: float) -> tuple[int, ...]:
+    """Return the `parallel.pipeline_layout` with the fastest slowest stage: the last stage, with the head and
+    prediction layers, gets fewer layers. Empty: equal stages are as fast, or chunk lengths differ too much.
+
+    Stages with an additional layer come late, because fewer micro-batches wait on them.
+
+    Args:
+        num_layers: layers of the trunk.
+        pp: pipeline stages, at least 2.
+        vpp: chunks per stage.
+        extra_layers: cost of the head and prediction layers on the last stage, in units of a layer.
+    """
+    # Each chunk has at least one layer, which limits the last stage.
+    most_on_last = num_layers - (pp - 1) * vpp
+    if most_on_last < vpp:
+        return ()
+
+    def get_slowest(last: int) -> float:
+        return max(-(-(num_layers - last) // (pp - 1)), last + extra_layers)
+
+    # Of equally fast splits, choose most layers on the last stage: fewest micro-batches wait there.
+    last = min(range(vpp, most_on_last + 1), key=lambda layers: (get_slowest(layers), -layers))
+    if num_layers % (pp * vpp) == 0 and get_slowest(last) > (1 - LEAST_GAIN) * get_slowest(num_layers // pp):
+        return ()
+    stages = [_split_evenly(total, vpp) for total in _split_evenly(num_layers - last, pp - 1)]
+    stages.append(_split_last_stage(last, vpp, round(extra_layers)))
+    longest = max(max(map(max, stages)), stages[-1][-1] + extra_layers)
+    if vpp > 1 and longest * pp * vpp > MAX_RELATIVE_CHUNK * (num_layers + extra_layers):
+        return ()
+    # `parallel.pipeline_layout` lists chunk 0 of every stage, then chunk 1.
+    return tuple(stage[chunk] for chunk in range(vpp) for stage in stages)
+
+
+def _split_last_stage(layers: int, vpp: int, extra_layers: int) -> list[int]:
+    """Split the layers of the last stage into chunks; the head is in the last chunk."""
+    if vpp == 1:
+        return [layers]
+    in_last = max(1, _split_evenly(layers + extra_layers, vpp)[-1] - extra_layers)
+    return [*_split_evenly(layers - in_last, vpp - 1), in_last]
+
+
+def _split_evenly(total: int, parts: int) -> list[int]:
+    """Split a number into parts that differ by at most 1, in increasing order."""
+    size, rest = divmod(total, parts)
+    return [size] * (parts - rest) + [size + 1] * rest
+
+
+def _list_recompute(config: RunConfig) -> tuple[Recompute, ...]:
+    """Return no, full and cheap selective recomputation, and the run's own setting."""
     own: Recompute = (config.train.recompute, config.gpu.recompute_modules)
-    found: list[Recompute] = [(False, ()), (True, ()), *(("selective", modules)
-                                                         for modules in _modules(config.model))]
-    if config.gpu.offload_modules:  # which needs stored activations
-        found.remove((True, ()))
-    return tuple(dict.fromkeys([*found, own]))
+    options: list[Recompute] = [(False, ())]
+    if not config.gpu.offload_modules:  # offloading needs stored activations
+        options.append((True, ()))
+    options += [("selective", modules) for modules in _list_modules(config.model)]
+    return tuple(dict.fromkeys([*options, own]))
 
 
-def _modules(model: ModelConfig) -> list[tuple[str, ...]]:
+def _list_modules(model: ModelConfig) -> list[tuple[str, ...]]:
     if model.num_moe_layers():
         return [("layernorm", "moe_act"), ("moe",)]
     return [("mlp",), ("core_attn", "mlp")]
 
 
-def layouts(config: RunConfig, space: LayoutSpace) -> Iterator[ParallelConfig]:
-    """Yield the layouts of a space; some break a rule.
+def iter_layouts(config: RunConfig, space: LayoutSpace) -> Iterator[ParallelConfig]:
+    """Yield the `parallel` settings of a space; some violate a rule.
 
-    Sequence parallelism goes with tensor parallelism: it sends the same bytes and needs less memory.
+    Sequence parallelism accompanies tensor parallelism: it sends the same bytes and needs less memory.
     """
     own = config.parallel
     for (pp, vpp, stages), tp, cp, ep, etp, zero1, overlap in itertools.product(
-            (*_equal(config, space), *space.uneven), space.tp, space.cp, space.ep, space.etp, space.zero1,
-            space.expert_overlap):
-        # Experts are whole, or cut as all else is; other sizes would multiply the space.
-        # Most layouts cannot hide messages, and are not looked at twice.
-        hides = overlap != "micro_batches" or (1 < ep < config.model.num_experts and (pp == 1 or vpp > 1))
-        if etp in (1, tp, own.etp) and (hides or overlap == own.expert_overlap):
+            (*_list_equal(config, space), *space.uneven), space.tp, space.cp, space.ep, space.etp,
+            space.zero1, space.expert_overlap):
+        # Experts are whole or split like dense layers: further sizes would multiply the space.
+        # Most layouts cannot overlap the experts' messages, and are tried once.
+        can_overlap = 1 < ep < config.model.num_experts and (pp == 1 or vpp > 1)
+        is_useful = overlap != "micro_batches" or can_overlap or overlap == own.expert_overlap
+        if etp in (1, tp, own.etp) and is_useful:
             yield replace(own, tp=tp, sp=tp > 1, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, zero1=zero1,
                           overlap_param_gather=own.overlap_param_gather and zero1, pipeline_layout=stages,
                           expert_overlap=overlap)
 
 
-def _equal(config: RunConfig, space: LayoutSpace) -> list[tuple[int, int, tuple[int, ...]]]:
+def _list_equal(config: RunConfig, space: LayoutSpace) -> list[tuple[int, int, tuple[int, ...]]]:
     return [(pp, vpp, ()) for pp in space.pp for vpp in space.vpp
             if vpp == 1 or (pp > 1 and config.model.num_layers // pp % vpp == 0)]
 
 
-def choices(config: RunConfig, space: LayoutSpace) -> Iterator[LayoutChoice]:
-    for parallel in layouts(config, space):
+def iter_choices(config: RunConfig, space: LayoutSpace) -> Iterator[LayoutChoice]:
+    for parallel in iter_layouts(config, space):
         for size, recompute in itertools.product(space.micro_batch_size, space.recompute):
             yield LayoutChoice(parallel, size, recompute)
 
 
-def own_choice(config: RunConfig) -> LayoutChoice:
+def get_current_choice(config: RunConfig) -> LayoutChoice:
     return LayoutChoice(config.parallel, config.train.micro_batch_size,
                         (config.train.recompute, config.gpu.recompute_modules))
 
 
-def as_dict(choice: LayoutChoice) -> dict[str, Any]:
-    """Return the settings that matter of a layout, as a `Quote` has them."""
-    p = dataclasses.asdict(choice.parallel)
-    named = ("tp", "sp", "pp", "vpp", "cp", "ep", "etp", "zero1", "expert_dispatcher", "expert_overlap",
-             "pipeline_layout")
-    return ({name: list(p[name]) if name == "pipeline_layout" else p[name] for name in named}
-            | {"micro_batch_size": choice.micro_batch_size, "recompute": choice.recompute[0],
-               "recompute_modules": list(choice.recompute[1])})
+def choice_to_dict(choice: LayoutChoice) -> dict[str, Any]:
+    """Return the settings of a layout by name, as in the JSON of `plan`."""
+    parallel = dataclasses.asdict(choice.parallel)
+    values = {name: parallel[name] for name in CHOICE_FIELDS}
+    values["pipeline_layout"] = list(values["pipeline_layout"])
+    return values | {"micro_batch_size": choice.micro_batch_size, "recompute": choice.recompute[0],
+                     "recompute_modules": list(choice.recompute[1])}
 
 
-def _with(values: Iterable[int], own: int) -> tuple[int, ...]:
+def _include(values: Iterable[int], own: int) -> tuple[int, ...]:
     return tuple(sorted({*values, own}))
 
 
-def _powers(most: int) -> list[int]:
-    return [1 << i for i in range(most.bit_length())] if most >= 1 else [1]
+def _list_powers(limit: int) -> list[int]:
+    """Return the powers of two up to a limit, at least 1."""
+    return [1 << i for i in range(limit.bit_length())] if limit >= 1 else [1]
 
 
-def _divisors(n: int) -> list[int]:
+def _list_divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]

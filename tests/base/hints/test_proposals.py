@@ -141,7 +141,7 @@ def test_equal_problems_of_rows_are_one_line() -> None:
     ("sov-data sample d --n 2 --split validation", ["sov-data sample d --count 2 --split heldout"]),
     ("sov-tokenizer train --files t.txt --vocab_size 9 --output o", ["--preset is missing"]),
     ("sov-data pack --tokenizer tok2 --input c.jsonl --heldout 5% --output o",
-     ["--heldout 0.05 --text-field content"]),
+     ["--heldout 0.05 --output o --text-field content"]),
     ("megatron-sov serve hf --tensor-parallel-size 2 --max-model-len 9",
      ["in one process", "write\n  megatron-sov serve hf --max-length 9"])])
 def test_the_answer_has_every_fault_and_the_line(typed: str, parts: list[str], tmp_path: Path,

@@ -54,6 +54,8 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("sov-tokenizer train --input x --model_prefix m --vocab_size 900 --model_type bpe",
      "sov-tokenizer train --input x --output m --vocab-size 900 --preset solar-open"),
     (f"{SFT} --resume_from_checkpoint r/checkpoints/step-5", "megatron-sov resume r"),
+    ("megatron-sov pretrain R --data D --run N --resume_from_checkpoint r/checkpoints/step-5",
+     "megatron-sov pretrain R --data D --run N --from r/checkpoints/step-5"),
     (f"{SFT} --set trainer.max_steps=9 --set trainer.devices=8 --set foo.bar=1",
      f"{SFT} --set train.steps=9 --nproc 8"),
     (f"{SFT} trainer.max_steps=9 +optim.lr=1e-4", f"{SFT} --set train.steps=9 --set optim.lr=1e-4"),

@@ -10,9 +10,9 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.train import training_run
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.calibration import fitting
-from megatron_sov.plan.calibration.fitting import (
-    USABLE_SHARE, estimate_memory, fullest, refuse_on_this_machine)
+from megatron_sov.plan.footprint import gpu_capacity
+from megatron_sov.plan.footprint.gpu_capacity import (
+    USABLE_SHARE, estimate_memory, find_fullest_stage, refuse_on_this_machine)
 from megatron_sov.runs.gpu_driver import VisibleGpu
 from megatron_sov.work.clusters.chips import Gpu
 
@@ -24,10 +24,10 @@ def config() -> RunConfig:
 
 def test_runs_that_visible_gpus_cannot_hold_are_refused(config: RunConfig, monkeypatch: pytest.MonkeyPatch
                                                         ) -> None:
-    lacks_zero1 = int(fullest(config, 2)[1].total / USABLE_SHARE) - 1
+    lacks_zero1 = int(find_fullest_stage(config, 2)[1].total / USABLE_SHARE) - 1
     gpus = [VisibleGpu(index, f"GPU-{index}", "NVIDIA Tiny", size, 0)
             for index, size in enumerate((40 << 30, lacks_zero1))]
-    monkeypatch.setattr(fitting, "list_visible_gpus", lambda: gpus)
+    monkeypatch.setattr(gpu_capacity, "list_visible_gpus", lambda: gpus)
     with pytest.raises(UserError, match=r"fits: --set parallel\.zero1=true$"):
         refuse_on_this_machine(config, 2)
     refuse_on_this_machine(config, 1)  # on the large GPU alone
@@ -38,7 +38,7 @@ def test_a_rank_of_a_launcher_refuses_a_gpu_without_room(config: RunConfig, one_
     training_run.check_rank_memory(config)
     offloaded = apply_settings(config, ["gpu.optimizer_offload=1", "parallel.zero1=true"])
     with monkeypatch.context() as patched, pytest.raises(UserError, match="that it has available"):
-        patched.setattr(fitting.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+        patched.setattr(gpu_capacity.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
         training_run.check_rank_memory(offloaded)
     monkeypatch.setattr(training_run, "on_gpu", lambda: True)
     monkeypatch.setattr(training_run, "get_gpu", lambda: Gpu("Tiny", 20 << 20))
@@ -46,4 +46,4 @@ def test_a_rank_of_a_launcher_refuses_a_gpu_without_room(config: RunConfig, one_
         training_run.check_rank_memory(config)
     monkeypatch.setattr(training_run, "get_gpu", lambda: Gpu("Large", 40 << 30))
     training_run.check_rank_memory(config)
-    assert estimate_memory(config, 1).fullest == fullest(config, 1)[1].total > 0
+    assert estimate_memory(config, 1).fullest == find_fullest_stage(config, 1)[1].total > 0

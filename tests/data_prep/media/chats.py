@@ -1,4 +1,4 @@
-"""Chats that show media, and what encodes them."""
+"""Chats with media, and the type of the `encode` fixture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small media, codecs that anyone can compute by hand, and a tokenizer with tokens of media."""
+"""Small media, codecs with results computed by hand, and a tokenizer with media tokens."""
 
 from __future__ import annotations
 

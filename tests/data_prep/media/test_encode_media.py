@@ -1,4 +1,4 @@
-"""`sov-data encode-media`: text and banks of media, the same however often it was killed."""
+"""`sov-data encode-media`: text, banks, resuming and cluster jobs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
     assert content["codecs"]["image"]["codebook_size"] == 8
 
 
-def test_spectrograms_are_those_of_whisper(encode: Encode, tmp_path: Path, media: Path) -> None:
+def test_spectrograms_equal_whisper(encode: Encode, tmp_path: Path, media: Path) -> None:
     from transformers import WhisperFeatureExtractor
 
     from megatron_sov.omni.media.reading.decoders import read_sound
@@ -70,7 +70,7 @@ def test_spectrograms_are_those_of_whisper(encode: Encode, tmp_path: Path, media
                                   np.asarray(expected["input_features"], np.float16))
 
 
-def test_an_assistant_draws_by_a_call_and_speaks_in_its_text(encode: Encode, tmp_path: Path) -> None:
+def test_assistant_pictures_become_calls_and_sounds_text(encode: Encode, tmp_path: Path) -> None:
     answer = [{"type": "text", "text": "Here:"}, {"type": "image", "path": "light.png"},
               {"type": "audio", "path": "short.wav"}]
     assert encode([shown(("text", "Draw."), answer=answer)]) == 0
@@ -85,8 +85,8 @@ def test_an_assistant_draws_by_a_call_and_speaks_in_its_text(encode: Encode, tmp
     assert "tool_calls" not in said and parse_codebook_tokens("image", said["content"]) == [7] * 4
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(encode: Encode, tmp_path: Path,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_encoding_resumes_to_the_same_bytes(encode: Encode, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode_media_run, "RECORDS_PER_UNIT", 2)
     chats = [shown(("image", name))
              for name in ("light.png", "dark.png", "twin.png", "dark.png", "light.png")]
@@ -108,8 +108,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(encode: Encode, tmp_path: Path,
     assert not (tmp_path / ".corpus.work").exists()
 
 
-def test_bad_records_stop_the_run_or_are_listed(encode: Encode, tmp_path: Path,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_records_stop_or_are_listed(encode: Encode, tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     chats: list[Any] = [shown(("image", "light.png")), shown(("image", "broken.png")),
                         shown(("image", "../records.jsonl")), shown(("text", "<|IMAGE_PAD|>")), {"text": "a"},
                         shown(("text", "a"), answer=[{"type": "video", "path": "moving.gif"}])]
@@ -132,8 +132,8 @@ def test_bad_records_stop_the_run_or_are_listed(encode: Encode, tmp_path: Path,
     (("--input", "gone.jsonl"), 'gone.jsonl": does not exist'), (("--workers", "2"), "only for --cluster"),
     (("--max-duration", "nan"), "--max-duration"), (("--cluster", "no-such"), "no-such"),
     (("--max-pixels", "0"), "--max-pixels 0"), (("--video-frames", "0"), "--video-frames 0")])
-def test_wrong_options_are_one_sentence(encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                        options: tuple[str, ...], words: str) -> None:
+def test_wrong_options_give_one_sentence(encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                         options: tuple[str, ...], words: str) -> None:
     assert encode([shown(("text", "a"))], *options) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "corpus").exists()
 
@@ -142,7 +142,7 @@ def parsed(record: Any) -> Any:
     return parse_record(json.dumps(record).encode())
 
 
-def test_chats_and_documents_keep_their_fields() -> None:
+def test_chats_and_documents_keep_fields() -> None:
     chat = parsed({"id": "a", "messages": [{"role": "user", "name": "bo", "content": [
         {"type": "text", "text": "See"}, {"type": "image", "path": "a.png"}]}, {"role": "assistant",
                                                                                 "content": "Ok"}]})
@@ -162,13 +162,13 @@ def test_chats_and_documents_keep_their_fields() -> None:
     ({"content": "a", "media": {}}, "which this step writes"),
     ({"content": "see <|vision00003|>"}, "spells '<|vision00003|>'"),
     ({"messages": [{"role": "user", "content": "a", "reasoning_content": "<|IMAGE_PAD|>"}]}, "spells")])
-def test_what_is_no_record_is_told(record: Any, words: str) -> None:
+def test_malformed_records_are_rejected(record: Any, words: str) -> None:
     with pytest.raises(BadRecord) as found:
         parsed(record)
     assert words in found.value.reason
 
 
-def test_escapes_of_json_hide_no_mark() -> None:
+def test_escaped_media_tokens_are_found() -> None:
     with pytest.raises(BadRecord, match="spells"):
         parse_record(b'{"content": "\\u003c|vision00003|\\u003e"}')
     with pytest.raises(BadRecord, match="not valid JSON"):
@@ -206,10 +206,9 @@ def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ..
     return found
 
 
-def test_an_array_and_a_last_job_leave_the_same_bytes(encode: Encode, tmp_path: Path,
-                                                      noted: list[tuple[Any, ...]],
-                                                      monkeypatch: pytest.MonkeyPatch,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_cluster_jobs_write_the_same_bytes(encode: Encode, tmp_path: Path, noted: list[tuple[Any, ...]],
+                                           monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(encode_media_run, "RECORDS_PER_UNIT", 1)
     chats = [shown(("image", name)) for name in ("light.png", "dark.png", "twin.png")]
     assert encode(chats, output="here") == 0

@@ -1,5 +1,4 @@
-"""`sov-data pack` of a media corpus: tokens of media are meant there alone, and each placeholder finds its
-feature."""
+"""`sov-data pack` with a media corpus: media tokens, placeholders and features."""
 
 from __future__ import annotations
 
@@ -56,8 +55,8 @@ def columns(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
 
 
 @pytest.mark.parametrize("shard_tokens", ["1000000", "1"])
-def test_each_placeholder_finds_its_feature_in_its_shard(encode: Encode, omni: Path, tmp_path: Path,
-                                                         shard_tokens: str) -> None:
+def test_placeholders_name_features_in_the_shard(encode: Encode, omni: Path, tmp_path: Path,
+                                                 shard_tokens: str) -> None:
     assert encode(CHATS) == 0
     assert pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format", "chat", "--shard-tokens",
                 shard_tokens) == 0
@@ -78,8 +77,7 @@ def test_each_placeholder_finds_its_feature_in_its_shard(encode: Encode, omni: P
     assert verify_shards(tmp_path / "shards")[0] == []
 
 
-def test_what_the_assistant_says_is_learned_as_tokens_of_media(encode: Encode, omni: Path,
-                                                               tmp_path: Path) -> None:
+def test_assistant_media_tokens_are_learned(encode: Encode, omni: Path, tmp_path: Path) -> None:
     assert encode(CHATS[2:]) == 0 and pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format",
                                            "chat") == 0
     _, (shard,) = columns(tmp_path / "shards")
@@ -88,8 +86,8 @@ def test_what_the_assistant_says_is_learned_as_tokens_of_media(encode: Encode, o
     assert learned.startswith("<|discrete_audio_start|><|audio0007|><|discrete_audio_end|>")
 
 
-def test_a_drawn_picture_is_learned_as_a_call(encode: Encode, omni: Path, tmp_path: Path,
-                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_drawn_picture_is_learned_as_call(encode: Encode, omni: Path, tmp_path: Path,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     with create_artifact(tmp_path / "calls", "tokenizer") as artifact:
         shutil.copy(omni / "tokenizer.json", artifact.path)
         config = json.loads((omni / "tokenizer_config.json").read_text()) | {"chat_template": CALLS}
@@ -108,7 +106,7 @@ def test_a_drawn_picture_is_learned_as_a_call(encode: Encode, omni: Path, tmp_pa
     assert "does not show" in capsys.readouterr().err  # this preset's template shows no calls
 
 
-def test_documents_are_learned_whole_but_for_placeholders(encode: Encode, omni: Path, tmp_path: Path) -> None:
+def test_documents_learn_everything_except_placeholders(encode: Encode, omni: Path, tmp_path: Path) -> None:
     assert encode([{"content": [{"type": "text", "text": "A <|end|> b"},
                                 {"type": "image", "path": "dark.png"}]}]) == 0
     assert pack(omni, tmp_path / "corpus", tmp_path / "shards") == 0
@@ -121,7 +119,7 @@ def test_documents_are_learned_whole_but_for_placeholders(encode: Encode, omni: 
     assert text.endswith(json.loads((omni / "tokenizer_config.json").read_text())["eos_token"])
 
 
-def test_other_texts_only_spell_tokens_of_media(omni: Path, tmp_path: Path) -> None:
+def test_media_tokens_in_text_corpora_stay_text(omni: Path, tmp_path: Path) -> None:
     (tmp_path / "web.jsonl").write_text(json.dumps({"text": "see <|vision00001|><|IMAGE_PAD|>", "media": {}}))
     assert pack(omni, tmp_path / "web.jsonl", tmp_path / "shards") == 0
     prefix = tmp_path / "shards/web/train-00000"
@@ -130,7 +128,7 @@ def test_other_texts_only_spell_tokens_of_media(omni: Path, tmp_path: Path) -> N
     assert not {tokenizer.token_to_id("<|vision00001|>"), tokenizer.token_to_id(IMAGE_PAD)} & set(ids)
 
 
-def test_placeholders_and_features_must_be_as_many(omni: Path) -> None:
+def test_placeholder_count_must_equal_feature_count(omni: Path) -> None:
     tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
     vocabulary = MediaVocabulary(tokenizer, MediaEncoding((("pictures", 2), ("sounds", 5))))
     pad = tokenizer.token_to_id(IMAGE_PAD)
@@ -145,9 +143,8 @@ def test_placeholders_and_features_must_be_as_many(omni: Path) -> None:
         vocabulary.split("<|vision09999|>")
 
 
-def test_what_does_not_fit_is_one_sentence(encode: Encode, omni: Path, tokenizers: dict[str, Path],
-                                           tmp_path: Path,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsuitable_corpora_give_one_sentence(encode: Encode, omni: Path, tokenizers: dict[str, Path],
+                                              tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert encode(CHATS[:1]) == 0
     (tmp_path / "web.jsonl").write_text('{"text": "a"}\n')
     corpus, out = tmp_path / "corpus", tmp_path / "shards"
@@ -161,7 +158,7 @@ def test_what_does_not_fit_is_one_sentence(encode: Encode, omni: Path, tokenizer
         assert words in capsys.readouterr().err
 
 
-def test_damage_to_banks_is_found(encode: Encode, omni: Path, tmp_path: Path) -> None:
+def test_damaged_banks_are_found(encode: Encode, omni: Path, tmp_path: Path) -> None:
     assert encode(CHATS[:1]) == 0 and pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format",
                                            "chat") == 0
     file = next((tmp_path / "shards").rglob("*.pictures"))

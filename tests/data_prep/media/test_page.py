@@ -1,4 +1,4 @@
-"""docs/media_data.md, typed as it stands with codecs of a few entries."""
+"""Commands in docs/media_data.md, run with small codecs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SMALLER = {"6561": "8", "65536": "8", "448:256": "4:3", "128:30:750": "8:1:5"}
 
 
 @pytest.mark.deep
-def test_the_page_leads_from_media_to_shards(encode: Encode, tokenizers: dict[str, Path], tmp_path: Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_commands_pack_media(encode: Encode, tokenizers: dict[str, Path], tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("work").mkdir()
     Path("work/tokenizer").symlink_to(tokenizers["solar-open"])

@@ -1,5 +1,4 @@
-"""Blend files: shares that add up, products of tags, Solar's table, every mistake at once.
-"""
+"""Blend files: shares, products of tags, Solar's table, mistakes."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ def by(blend: Blend, tag: str) -> dict[str, float]:
     return found
 
 
-def test_solars_table_is_the_blend() -> None:
+def test_solar_blend_equals_published_table() -> None:
     """Published: tokens of each kind, and of each phase its tokens, its part of Korean and of synthetic."""
     blend = read_blend(find_blend("solar-open"))
     kinds = by(blend, "kind")
@@ -62,13 +61,13 @@ def test_solars_table_is_the_blend() -> None:
 
 @pytest.mark.parametrize(("blend", "recipe"),
                          [("solar-open", "solar-open-102b"), ("k-exaone", "k-exaone-236b")])
-def test_shipped_blends_have_the_phases_and_budgets_of_their_recipes(blend: str, recipe: str) -> None:
+def test_shipped_blends_match_recipe_phases(blend: str, recipe: str) -> None:
     found = read_blend(find_blend(blend))
     assert [(p.name, p.tokens) for p in found.phases] == [(p.name, p.tokens)
                                                           for p in recipes.get(recipe).data.phases]
 
 
-def test_a_product_is_every_combination(tmp_path: Path) -> None:
+def test_product_gives_every_combination(tmp_path: Path) -> None:
     blend = read_blend(written(tmp_path, """
 phases:
   - name: main
@@ -123,14 +122,14 @@ phases:
       "12: phases.4: must have either shares or product",
       "13: phases.5.shares.0.share = 120 must be a number, between 0 and 100",
       "13: phases.5.shares.1.share = \"lots\" must be a number, between 0 and 100"])])
-def test_every_mistake_is_told_with_its_line(tmp_path: Path, text: str, said: list[str]) -> None:
+def test_blend_mistakes_are_listed_with_lines(tmp_path: Path, text: str, said: list[str]) -> None:
     with pytest.raises(UserError) as e:
         read_blend(written(tmp_path, text))
     for line in said:
         assert line in str(e.value), line
 
 
-def test_a_blend_that_is_not_there(tmp_path: Path) -> None:
+def test_unknown_blend_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--blend solar-opn: is no file and no blend that is shipped; did "
                                         r"you mean 'solar-open'\? \(shipped: k-exaone, solar-open\)"):
         find_blend("solar-opn")
@@ -161,7 +160,7 @@ TWO = blend(phase("1", 800, ({"kind": "ko"}, 0.5), ({"kind": "en"}, 0.5)),
             phase("2", 200, ({"level": "L3", "kind": "ko"}, 0.25), ({"source": "c*"}, 0.75)))
 
 
-def test_sources_of_an_entry_share_by_their_tokens() -> None:
+def test_sources_of_an_entry_share_by_tokens() -> None:
     first, second = allot_shares(TWO, SOURCES)
     assert first.shares == {"ko-basic": 0.125, "ko-L3": 0.375, "en-L3": 0.5} and first.tokens == 800
     assert second.shares == {"ko-L3": 0.25, "code": 0.75}
@@ -184,7 +183,7 @@ def said(refused: Blend, sources: Sequence[dict[str, Any]] = SOURCES) -> str:
     return str(e.value)
 
 
-def test_what_no_source_is_for_is_named_all_at_once() -> None:
+def test_entries_without_source_are_listed() -> None:
     wanted = blend(phase("1", 1, ({"kind": "ja"}, 0.1), ({"kind": "ko", "level": "L1"}, 0.2),
                          ({"kind": "en"}, 0.7)),
                    phase("2", 1, ({"kind": "math_code"}, 1.0)))
@@ -200,7 +199,7 @@ def test_what_no_source_is_for_is_named_all_at_once() -> None:
     assert "no source is kind=ko" in said(TWO, [source("ko", 0, kind="ko"), source("code", 1), *SOURCES[2:3]])
 
 
-def test_a_source_meant_twice_is_named() -> None:
+def test_source_in_two_entries_is_rejected() -> None:
     twice = blend(phase("1", 1, ({"kind": "ko"}, 0.5), ({"level": "L3"}, 0.5)))
     assert ("phase 1: source ko-L3 is meant by two entries, kind=ko (50 %) and level=L3 (50 %); tell them "
             "apart"
@@ -217,7 +216,7 @@ def test_missing_shares_may_be_spread() -> None:
         allot_shares(blend(phase("1", 1, ({"kind": "ja"}, 1.0))), SOURCES, "spread")
 
 
-def test_the_table_says_how_often_each_source_is_read() -> None:
+def test_table_shows_epochs_per_source() -> None:
     lines = format_shares(allot_shares(TWO, SOURCES), SOURCES)
     assert lines == [
         "phase 1, 800 tokens",
@@ -234,7 +233,7 @@ def test_the_table_says_how_often_each_source_is_read() -> None:
         "  code                      1,000 tokens available, 0.15 epochs"]
 
 
-def test_what_would_be_read_too_often_is_refused_by_name() -> None:
+def test_too_many_epochs_are_rejected_by_source() -> None:
     phases = allot_shares(TWO, SOURCES, num_tokens=4000)
     with pytest.raises(UserError) as e:
         check_epochs(phases, SOURCES, 4)
@@ -243,8 +242,8 @@ def test_what_would_be_read_too_often_is_refused_by_name() -> None:
 
 
 @pytest.mark.deep
-def test_what_the_page_shows_runs(tokenizers: dict[str, Path], tmp_path: Path,
-                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_commands_run(tokenizers: dict[str, Path], tmp_path: Path,
+                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tokenizer").symlink_to(tokenizers["solar-open"])
     for name, kind, synthetic in (("en-L2", "en", False), ("ko-L2", "ko", False),

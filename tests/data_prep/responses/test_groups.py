@@ -1,4 +1,4 @@
-"""Groups of judged responses become chats with an advantage each; what says nothing is left out."""
+"""`sov-data groups`, `pairs` and `unpaired`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def group(*rewards: Any, prompt: Any = "2 + 2?") -> dict[str, Any]:
                                             for i, r in enumerate(rewards)]}
 
 
-def test_each_response_is_a_chat_with_its_place_in_the_group(tmp_path: Path, capsys) -> None:
+def test_each_response_becomes_a_chat_with_advantage(tmp_path: Path, capsys) -> None:
     judged = {"prompt": [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}],
               "tools": [], "responses": [
                   {"content": "So.", "rewards": {"rule": 1, "rubric": 0.5}},
@@ -46,8 +46,7 @@ def test_each_response_is_a_chat_with_its_place_in_the_group(tmp_path: Path, cap
             in capsys.readouterr().out)
 
 
-def test_the_responses_of_one_prompt_are_packed_and_what_came_before_them_is_not_learned(
-        tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_packed_groups_learn_responses_only( tokenizers: dict[str, Path], tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Welcome back."},
              {"role": "user", "content": "2 + 2?"}]
     file = write(tmp_path / "in.jsonl", group(1, 0, prompt=turns) | {"id": "q7"}, group(0, 1) | {"id": 8})
@@ -76,7 +75,7 @@ def test_the_responses_of_one_prompt_are_packed_and_what_came_before_them_is_not
     (group(1, 0) | {"advantage": 3}, "has 'advantage', which this step writes"),
     (group(1, 1), "no group has two responses with different rewards (1 with equal rewards"),
 ])
-def test_what_is_wrong_is_named_and_nothing_is_written(record: Any, said: str, tmp_path: Path,
+def test_wrong_groups_are_named_and_nothing_is_written(record: Any, said: str, tmp_path: Path,
                                                        capsys) -> None:
     file = write(tmp_path / "in.jsonl", record)
     assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 2
@@ -84,7 +83,7 @@ def test_what_is_wrong_is_named_and_nothing_is_written(record: Any, said: str, t
     assert not (tmp_path / "out").exists()
 
 
-def test_rewards_are_added_without_residue(tmp_path: Path) -> None:
+def test_rewards_are_summed_exactly(tmp_path: Path) -> None:
     parts = ({"a": 0.1, "b": 0.2, "c": 0.3}, {"c": 0.3, "b": 0.2, "a": 0.1}, {"a": 0.6})
     judged = {"prompt": "p", "responses": [{"content": f"answer {i}", "rewards": rewards}
                                            for i, rewards in enumerate(parts)]}
@@ -100,7 +99,7 @@ def line(prompt: str, response: str, reward: float | None, **more: Any) -> dict[
     return {"prompt": prompt, "response": response, "reward": reward, "status": "scored", **more}
 
 
-def test_the_lines_of_one_prompt_are_a_group_and_its_best_and_worst_a_pair(tmp_path: Path, capsys) -> None:
+def test_scored_lines_become_groups_and_pairs(tmp_path: Path, capsys) -> None:
     scored = [line("a", "so", 0.5, answer="7"), line("a", "best", 1.0), line("a", "bad", -1),
               line("a", " ", -2), line("a", "late", None),
               line("b", "same", 1), line("b", "other", 1), line("c", "alone", 1)]
@@ -119,7 +118,7 @@ def test_the_lines_of_one_prompt_are_a_group_and_its_best_and_worst_a_pair(tmp_p
     assert [chat["advantage"] for chat in chats] == [0.5, 1.0, -1.0]
 
 
-def test_one_text_with_two_rewards_is_no_pair(tmp_path: Path) -> None:
+def test_equal_texts_with_two_rewards_give_no_pair(tmp_path: Path) -> None:
     """As two rows of tokens may stand for one text, and be judged by their number."""
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, [
         line("a", "x", 1), line("a", "x", 0), line("b", "x", 1), line("b", "y", 0)])))
@@ -127,7 +126,7 @@ def test_one_text_with_two_rewards_is_no_pair(tmp_path: Path) -> None:
     assert len((tmp_path / "out/pairs.jsonl").read_text().splitlines()) == 1
 
 
-def test_an_answer_that_was_cut_off_may_be_the_worse_one_and_never_the_better(tmp_path: Path, capsys) -> None:
+def test_truncated_response_is_never_the_better(tmp_path: Path, capsys) -> None:
     scored = [line("a", "cut but best", 1, finish_reason="length"),
               line("a", "whole", 0.5, finish_reason="stop"), line("a", "cut", 0, finish_reason="length"),
               line("b", "all cut", 1, finish_reason="length"), line("b", "too", 0, finish_reason="length"),
@@ -177,7 +176,7 @@ def said(row: dict[str, Any]) -> tuple[str, str, str, float]:
             row["desirable"][0])
 
 
-def test_each_response_is_beside_one_to_another_prompt(tmp_path: Path) -> None:
+def test_responses_are_paired_with_another_prompts(tmp_path: Path) -> None:
     rows = made(tmp_path, [
         {"prompt": "a", "response": "a1", "label": True}, {"prompt": "a", "response": "a2", "label": False},
         {"prompt": "b", "response": "b1", "label": True},
@@ -189,7 +188,7 @@ def test_each_response_is_beside_one_to_another_prompt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("in_lines", [True, False])
-def test_mismatched_responses_are_the_matched_ones(in_lines: bool, tmp_path: Path) -> None:
+def test_mismatched_responses_equal_matched_responses(in_lines: bool, tmp_path: Path) -> None:
     """Of pairs, the good response first, the last of each prompt alone would be the bad ones."""
     rows = made(tmp_path, [line for p in "abc" for line in (
         [{"prompt": p, "response": p + sign, "label": sign == "+"} for sign in "+-"] if in_lines else
@@ -198,21 +197,21 @@ def test_mismatched_responses_are_the_matched_ones(in_lines: bool, tmp_path: Pat
     assert matched == mismatched == {p + sign for p in "abc" for sign in "+-"}
 
 
-def test_short_answers_may_be_the_same_to_two_prompts(tmp_path: Path) -> None:
+def test_prompts_may_share_an_answer(tmp_path: Path) -> None:
     made(tmp_path, [{"prompt": p, "completion": "Yes.", "label": p == "a"} for p in "ab"])
     reading = RecordReading("preference", columns=("desirable",))
     found = list(read_documents([tmp_path / "out/unpaired.jsonl"], reading))
     assert [d.chosen == d.rejected for d in found] == [True, True]
 
 
-def test_a_prompt_that_comes_again_is_no_other_one(tmp_path: Path) -> None:
+def test_repeated_prompt_is_not_another_prompt(tmp_path: Path) -> None:
     rows = made(tmp_path, [{"prompt": p, "responses": [{"content": f"{p}{i}", "reward": i % 2}]}
                            for i, p in enumerate("aabba")])
     assert all(row["rejected"][0]["content"][0] != row["prompt"][0]["content"] for row in rows)
     assert len(rows) == 5
 
 
-def test_a_good_one_that_did_not_end_is_left_out_unless_asked_for(tmp_path: Path) -> None:
+def test_good_truncated_response_needs_keep_unfinished(tmp_path: Path) -> None:
     lines = [{"prompt": "a", "response": "cut", "reward": 1, "finish_reason": "length"},
              {"prompt": "b", "response": "cut and bad", "reward": 0, "finish_reason": "length"},
              {"prompt": "c", "response": "whole", "reward": 1, "finish_reason": "stop"}]
@@ -234,8 +233,8 @@ def test_a_good_one_that_did_not_end_is_left_out_unless_asked_for(tmp_path: Path
           ({"label": {"a": 1}}, '{"a": 1}'), ({"label": "좋음"}, '"좋음"'), ({"kto_tag": None}, "null"),
           ({"kto_tag": "so"}, '"so"'), ({}, "missing")]),
 ])
-def test_what_nothing_can_be_learned_from_is_refused(lines: list[Any], sentence: str, tmp_path: Path,
-                                                     capsys: Any) -> None:
+def test_unpaired_rejects_one_sided_input(lines: list[Any], sentence: str, tmp_path: Path,
+                                          capsys: Any) -> None:
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert main(["unpaired", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 2
     assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -245,7 +244,7 @@ def test_what_nothing_can_be_learned_from_is_refused(lines: list[Any], sentence:
 @pytest.mark.parametrize(("good", "bad"), [
     (True, False), (1, 0), (1.0, 0.0), ("true", "false"), ("True", "FALSE"), ("yes", "no"), ("Yes", " no "),
     ("1", "0"), ("1.0", 0)])
-def test_rows_of_kto_are_judged_responses(good: Any, bad: Any, name: str, tmp_path: Path) -> None:
+def test_kto_rows_are_judged_responses(good: Any, bad: Any, name: str, tmp_path: Path) -> None:
     say = [{"role": "assistant", "content": "b1"}]
     rows = made(tmp_path, [{"prompt": "a", "completion": "a1", name: good},
                            {"prompt": [{"role": "user", "content": "b"}], "completion": say, name: bad}])

@@ -1,5 +1,4 @@
-"""Trajectories: a query and solutions that differ become one document; what is the same or
-too few is left out."""
+"""`sov-data trajectories`: choosing solutions, formats and wrong input."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def write(path: Path, *records: Any) -> Path:
     return path
 
 
-def test_a_query_and_its_solutions_are_one_document(tmp_path: Path, capsys) -> None:
+def test_query_with_solutions_becomes_a_document(tmp_path: Path, capsys) -> None:
     file = write(tmp_path / "in.jsonl", QUERY, {"query": "One?", "solutions": ["Only this one."]})
     assert main(["trajectories", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
     (line,) = (tmp_path / "out/trajectories.jsonl").read_text().splitlines()
@@ -38,7 +37,7 @@ def test_a_query_and_its_solutions_are_one_document(tmp_path: Path, capsys) -> N
     assert "2 queries read: 1 written, 1 set aside (1 too few different solutions)" in capsys.readouterr().out
 
 
-def test_solutions_are_chosen_far_apart() -> None:
+def test_choose_diverse_takes_farthest_solutions() -> None:
     """Words a to h: the second solution shares two of four triples with the first,
     the third none, the fourth all."""
     texts = ["a b c d e", "a b c d x", "p q r s", "a b c d e"]
@@ -51,7 +50,7 @@ def test_solutions_are_chosen_far_apart() -> None:
 
 @pytest.mark.parametrize(("think", "told"), [
     ("tags", "<think>\nhm\n</think>\n\nyes"), ("plain", "hm\n\nyes"), ("drop", "yes")])
-def test_thoughts_have_three_forms(think: Any, told: str) -> None:
+def test_thoughts_have_three_formats(think: Any, told: str) -> None:
     settings = TrajectorySettings(think=think, heading="풀이 {}:")
     assert (format_document(" why? ", [Solution("yes", "hm"), Solution("no")], settings)
             == f"why?\n\n풀이 1:\n{told}\n\n풀이 2:\nno")
@@ -67,8 +66,8 @@ def test_thoughts_have_three_forms(think: Any, told: str) -> None:
     (QUERY, ["--heading", "Solution"], "must hold {} once"),
     (QUERY, ["--max-similarity", "2"], "--max-similarity 2: must be at most 1"),
 ])
-def test_mistakes_are_named_and_nothing_is_written(record: Any, arguments: list[str], said: str,
-                                                   tmp_path: Path, capsys) -> None:
+def test_wrong_queries_are_named_and_nothing_is_written(record: Any, arguments: list[str], said: str,
+                                                        tmp_path: Path, capsys) -> None:
     file = write(tmp_path / "in.jsonl", record)
     assert main(["trajectories", "--input", str(file), "--output", str(tmp_path / "out"), *arguments]) == 2
     assert said in capsys.readouterr().err
@@ -80,7 +79,7 @@ def chat(question: str, answer: str, **thought: str) -> dict[str, Any]:
                          {"role": "assistant", "content": answer, **thought}]}
 
 
-def test_chats_of_one_question_in_a_row_are_its_solutions(tmp_path: Path) -> None:
+def test_successive_chats_of_a_question_are_joined(tmp_path: Path) -> None:
     file = write(tmp_path / "kept.jsonl", chat("One and one?", "Two.", reasoning_content="Fingers."),
                  chat("One and one?", "It is two."), chat("Why?", "So."), QUERY, chat("One and one?", "2"))
     found = list(read_queries(file, RecordTally()))
@@ -93,6 +92,6 @@ def test_chats_of_one_question_in_a_row_are_its_solutions(tmp_path: Path) -> Non
     ({"messages": "x"}, "in.jsonl:1: 'messages' must be"),
     ({"messages": [{"role": "user", "content": "a"}]}, "in.jsonl:1: has turns of user; a chat that is a"),
 ])
-def test_a_chat_that_is_no_solution_is_refused(record: Any, said: str, tmp_path: Path) -> None:
+def test_chat_with_more_turns_is_rejected(record: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         list(read_queries(write(tmp_path / "in.jsonl", record), RecordTally()))

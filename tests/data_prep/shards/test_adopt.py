@@ -1,4 +1,4 @@
-"""Pairs that the library's own builder wrote become the artifact that `sov-data pack` makes of the text."""
+"""`sov-data adopt`: pairs from Megatron-LM's builder give the same artifact as `sov-data pack`."""
 
 from __future__ import annotations
 
@@ -60,9 +60,8 @@ def bytes_of(data: Path) -> dict[str, bytes]:
             for shard in iter_shards(data, read_tokens_manifest(data).content) for suffix in ("bin", "idx")}
 
 
-def test_the_artifact_is_the_one_that_pack_makes_of_the_text(
-        tokenizer: Path, pair: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-        ) -> None:
+def test_adopt_writes_the_same_artifact_as_pack( tokenizer: Path, pair: Path, texts: list[str],
+                                                tmp_path: Path, capsys: pytest.CaptureFixture[str] ) -> None:
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["--tokenizer", str(tokenizer), "--heldout", "0.1", "--output"]
     assert cli.main(["pack", "--input", str(tmp_path / "corpus.jsonl"), *words, str(tmp_path / "packed"),
@@ -79,8 +78,7 @@ def test_the_artifact_is_the_one_that_pack_makes_of_the_text(
     assert "adopted: already exists" in capsys.readouterr().err, "before any pair is opened"
 
 
-def test_files_are_linked_and_sequences_of_a_document_joined(tokenizer: Path, texts: list[str],
-                                                             tmp_path: Path) -> None:
+def test_adopt_links_files_and_joins_sentences(tokenizer: Path, texts: list[str], tmp_path: Path) -> None:
     ids, eos = encoded(tokenizer, texts[:20])
     halves = [[document[:3], [*document[3:], eos]] for document in ids]
     halves.insert(5, [[]])  # a document without tokens
@@ -113,17 +111,16 @@ def changed(pair: Path, folder: Path, at: int, raw: bytes) -> Path:
     (HEADER.size, struct.pack("<i", 1), "sequence 1 begins at byte"),
     (HEADER.size + 12 * 200 + 8, struct.pack("<q", 300), "document bounds do not go from 0"),
 ])
-def test_an_index_that_is_not_sound_is_refused(at: int, raw: bytes, sentence: str, pair: Path,
-                                               tokenizer: Path, tmp_path: Path,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_adopt_rejects_damaged_index(at: int, raw: bytes, sentence: str, pair: Path, tokenizer: Path,
+                                     tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad, out = changed(pair, tmp_path, at, raw), tmp_path / "out"
     assert cli.main(["adopt", str(bad), "--tokenizer", str(tokenizer), "--output", str(out)]) == 2
     assert sentence in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.bin", "bad.idx"]
 
 
-def test_shards_of_another_tokenizer_are_refused(tokenizer: Path, texts: list[str], tmp_path: Path,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_adopt_rejects_another_tokenizer(tokenizer: Path, texts: list[str], tmp_path: Path,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
     ids, eos = encoded(tokenizer, texts[:50])
 
     def refused(name: str, documents: list[list[int]], *more: str) -> str:

@@ -1,4 +1,4 @@
-"""From units to shards, against a plain reading of the same input."""
+"""Units and shards, compared with a plain reading of the same input."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def source(request: pytest.FixtureRequest, tokenizers: dict[str, Path],
 
 
 @pytest.mark.parametrize("block_tokens", [1, 10, 1 << 22])
-def test_shards_hold_what_plain_reading_gives(source: tuple[EncodedSource, Path], tokenizers: dict[str, Path],
-                                              monkeypatch: pytest.MonkeyPatch, block_tokens: int) -> None:
+def test_shards_equal_plain_reading(source: tuple[EncodedSource, Path], tokenizers: dict[str, Path],
+                                    monkeypatch: pytest.MonkeyPatch, block_tokens: int) -> None:
     monkeypatch.setattr(assemble, "BLOCK_TOKENS", block_tokens)
     encoded, folder = source
     rule = HeldoutRule(0.4)
@@ -71,7 +71,7 @@ def test_shards_hold_what_plain_reading_gives(source: tuple[EncodedSource, Path]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 3)), max_size=12))
-def test_repeated_documents_are_those_of_a_plain_search(rows: list[tuple[int, int, int]]) -> None:
+def test_repeated_documents_equal_plain_search(rows: list[tuple[int, int, int]]) -> None:
     ids, files_, hashes = (np.array([row[i] for row in rows], dtype) for i, dtype in enumerate(
         (np.uint64, np.int64, np.uint64)))
     expected = [id_ != 0 and any(id_ == other and (file == other_file or text == other_text)
@@ -80,8 +80,8 @@ def test_repeated_documents_are_those_of_a_plain_search(rows: list[tuple[int, in
     assert assemble.find_repeated_documents(ids, files_, hashes).tolist() == expected
 
 
-def test_lines_are_counted_through_the_spans_of_a_file(tokenizers: dict[str, Path], tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_line_numbers_continue_over_spans(tokenizers: dict[str, Path], tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.dumps({"text": f"line {i}"}) if i % 40 else "bad" for i in range(1, 400)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
@@ -149,7 +149,7 @@ def key(file: Path, chosen: UnitSettings) -> str:
     return compute_unit_key(unit, chosen)
 
 
-def test_the_key_is_of_bytes_and_settings_not_of_places(chosen: UnitSettings, tmp_path: Path) -> None:
+def test_unit_key_depends_on_bytes_and_settings_only(chosen: UnitSettings, tmp_path: Path) -> None:
     known = key(write_lines(tmp_path), chosen)
     moved = dataclasses.replace(chosen, tokenizer=tmp_path / "elsewhere")
     assert key(write_lines(tmp_path, "b.jsonl"), moved) == known
@@ -164,7 +164,7 @@ def test_the_key_is_of_bytes_and_settings_not_of_places(chosen: UnitSettings, tm
         assert key(write_lines(tmp_path, name, lines), chosen) != known
 
 
-def test_the_key_of_parquet_follows_values_and_columns(chosen: UnitSettings, tmp_path: Path) -> None:
+def test_unit_key_of_parquet_depends_on_values_and_columns(chosen: UnitSettings, tmp_path: Path) -> None:
     keys = set()
     for table in ({"text": ["a", "b"]}, {"text": ["a", "c"]}, {"body": ["a", "b"]}):
         parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
@@ -174,7 +174,7 @@ def test_the_key_of_parquet_follows_values_and_columns(chosen: UnitSettings, tmp
     assert len(keys) == 4
 
 
-def test_a_complete_unit_is_kept_and_a_torn_one_made_again(chosen: UnitSettings, tmp_path: Path) -> None:
+def test_complete_unit_is_reused_and_partial_unit_rebuilt(chosen: UnitSettings, tmp_path: Path) -> None:
     [unit] = plan_units([write_lines(tmp_path)])
     first = UnitEncoder(chosen, tmp_path / "work").encode(unit)
     assert first.encoded_now and first.num_sequences == 50 and first.num_lines == (50,)
@@ -186,7 +186,7 @@ def test_a_complete_unit_is_kept_and_a_torn_one_made_again(chosen: UnitSettings,
     assert (torn / "tokens").read_bytes() == (folder / "tokens").read_bytes()
 
 
-def test_what_is_stored_of_each_sequence(chosen: UnitSettings, tmp_path: Path) -> None:
+def test_unit_stores_a_row_per_sequence(chosen: UnitSettings, tmp_path: Path) -> None:
     write_lines(tmp_path, "a.jsonl", [LINES[0], "{", "", LINES[1]])
     (tmp_path / "b.txt").write_text("only text")
     [unit] = plan_units([tmp_path / "a.jsonl", tmp_path / "b.txt"])
@@ -201,16 +201,16 @@ def test_what_is_stored_of_each_sequence(chosen: UnitSettings, tmp_path: Path) -
     assert record.num_bad == {"json": 1} and record.num_lines == (4, 0)
 
 
-def test_a_bad_record_is_kept_though_its_reason_names_no_text(chosen: UnitSettings, tmp_path: Path) -> None:
+def test_bad_record_without_text_is_stored(chosen: UnitSettings, tmp_path: Path) -> None:
     [unit] = plan_units([write_lines(tmp_path, "a.jsonl", [LINES[0], '{"\\ud800": 1}'])])
     record = UnitEncoder(chosen, tmp_path / "work").encode(unit)
     [row] = open_unit(tmp_path / "work", record.key, "uint16").iter_bad_rows()
     assert row["code"] == "fields" and "(fields: ?)" in row["reason"]
 
 
-def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: dict[str, Path],
-                                                                    chosen: UnitSettings, tmp_path: Path,
-                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_document_rejected_by_template_is_found_in_batch(tokenizers: dict[str, Path], chosen: UnitSettings,
+                                                         tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.chat.template import ChatTemplate
 
     render = ChatTemplate.render

@@ -1,4 +1,4 @@
-"""Tokens and masks, compared with transformers' own rendering."""
+"""Tokens and masks, compared with transformers."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def encode_chat(encoder: Encoder, messages: tuple[tuple[str, str], ...]) -> tupl
     return batch.ids, types_of(batch)
 
 
-def test_text_is_transformers_ids_and_eos(folder: Path, encoder: Encoder) -> None:
+def test_text_ids_equal_transformers(folder: Path, encoder: Encoder) -> None:
     text = "def f(x):\n    return  x # 한국어\n\n"
     ids = encode_text(encoder, text)
     assert ids.tolist() == [*AutoTokenizer.from_pretrained(folder).encode(text), encoder.eos_id]
 
 
-def test_chat_is_transformers_rendering_with_masks(folder: Path, encoder: Encoder) -> None:
+def test_chat_ids_and_masks_equal_transformers(folder: Path, encoder: Encoder) -> None:
     loaded = AutoTokenizer.from_pretrained(folder)
     ids, types = encode_chat(encoder, CHAT)
     theirs = loaded.apply_chat_template([{"role": r, "content": c} for r, c in CHAT], tokenize=True,
@@ -71,7 +71,7 @@ def test_chat_is_transformers_rendering_with_masks(folder: Path, encoder: Encode
 @settings(max_examples=60)
 @given(parts=st.lists(st.sampled_from(
     ["<|end|>", "<|endofturn|>", "[PAD]", "<|reserved_40|>", "<|begin|>", " ", "hi", "<|", "<think>"])))
-def test_no_text_reaches_a_special_id(encoder: Encoder, parts: list[str]) -> None:
+def test_spelled_special_tokens_stay_text(encoder: Encoder, parts: list[str]) -> None:
     text = "".join(parts)
     ids = encode_text(encoder, text)
     assert (ids[:-1] >= 64).all() and ids[-1] == encoder.eos_id
@@ -99,8 +99,8 @@ def test_begin_and_end_are_settings(folder: Path) -> None:
             and len(chat) == len(encode_chat(Encoder(folder), CHAT)[0]) + 1)
 
 
-def test_eos_is_learned_where_nothing_else_ends_the_response(folder: Path, tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eos_is_learned_after_open_response(folder: Path, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     bare = shutil.copytree(folder, tmp_path / "bare")
     file = bare / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {
@@ -113,14 +113,14 @@ def test_eos_is_learned_where_nothing_else_ends_the_response(folder: Path, tmp_p
     assert ids[-1] == encoder.eos_id and types[-1] == TYPE_PROMPT
 
 
-def test_a_chat_of_which_nothing_is_learned_is_refused(encoder: Encoder) -> None:
+def test_chat_without_learned_turn_is_rejected(encoder: Encoder) -> None:
     asked = Message("user", "What is 2+2?")
     for messages in ((asked,), (asked, Message("assistant", "4", is_learned=False))):
         with pytest.raises(BadRecord, match="is a chat of which nothing is learned"):
             encoder.encode_batch([Document("", messages=messages)])
 
 
-def test_a_preference_is_two_sequences_that_differ_behind_the_prompt(encoder: Encoder) -> None:
+def test_preference_is_two_sequences_with_equal_prompt(encoder: Encoder) -> None:
     prompt = CHAT[:2]
     pair = Document("", messages=Conversation.of(*prompt).messages,
                     chosen=(Message("assistant", "It is 4."),),
@@ -135,7 +135,7 @@ def test_a_preference_is_two_sequences_that_differ_behind_the_prompt(encoder: En
         assert np.array_equal(batch.ids[part], ids) and np.array_equal(types_of(batch)[part], types)
 
 
-def test_an_assistant_in_the_prompt_of_a_preference_is_no_response(encoder: Encoder) -> None:
+def test_assistant_turn_in_preference_prompt_is_not_learned(encoder: Encoder) -> None:
     pair = Document("", messages=Conversation.of(*CHAT[:4]).messages,
                     chosen=(Message("assistant", "안녕하세요!"),), rejected=(Message("assistant", "No."),))
     batch = encoder.encode_batch([pair])
@@ -144,7 +144,7 @@ def test_an_assistant_in_the_prompt_of_a_preference_is_no_response(encoder: Enco
     assert "It is 4." not in encoder.decode(batch.ids[chosen][learned].tolist())
 
 
-def test_a_prompt_is_transformers_generation_prompt(folder: Path, encoder: Encoder) -> None:
+def test_prompt_equals_generation_prompt_of_transformers(folder: Path, encoder: Encoder) -> None:
     prompt = Conversation.of(*CHAT[:2]).messages
     batch = encoder.encode_batch([Document("", messages=prompt, awaits_response=True)])
     theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
@@ -153,7 +153,7 @@ def test_a_prompt_is_transformers_generation_prompt(folder: Path, encoder: Encod
     assert batch.ids.tolist() == theirs and set(types_of(batch).tolist()) == {TYPE_PROMPT}
 
 
-def test_a_changed_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_changed_tokenizer_is_rejected(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -171,9 +171,9 @@ def test_a_changed_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
     ("old/my.tiktoken", "old/my.tiktoken", "my-tokenizer"),
     ("old", "old", "old-tokenizer"),
 ])
-def test_a_tokenizer_of_others_is_refused_with_the_command_that_takes_it_over(
-        given: str, imported: str, output: str, folder: Path, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_tokenizer_is_rejected_with_import_command( given: str, imported: str, output: str,
+                                                           folder: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("hf", "packed/tokenizer"):
         (tmp_path / name).mkdir(parents=True)
@@ -188,8 +188,7 @@ def test_a_tokenizer_of_others_is_refused_with_the_command_that_takes_it_over(
     assert sov_data(["pack", "--tokenizer", given, "--input", ".", "--output", "o", "--dry-run"]) == 2
 
 
-def test_a_prompt_and_its_completion_are_trl_tokens_and_mask(folder: Path, encoder: Encoder,
-                                                             tmp_path: Path) -> None:
+def test_prompt_and_completion_equal_trl(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
     """As TRL prepares such rows: the ids of both rendered, of which those behind the prompt's, rendered with
     the beginning of an answer, are learned; here a turn's end is the last that is."""
     loaded = AutoTokenizer.from_pretrained(folder)
@@ -231,7 +230,7 @@ def pair(file: Path) -> Pair:
     return FastBpe(file, opened(file)), opened(file)
 
 
-def test_every_kind_of_character_gives_the_same_ids(pair: Pair) -> None:
+def test_fast_encoder_equals_tokenizers_on_every_kind_of_character(pair: Pair) -> None:
     fast, tokenizer = pair
     planes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 17)]
     blocks = ["x".join(map(chr, planes[i : i + 4096])) for i in range(0, len(planes), 4096)]
@@ -245,14 +244,14 @@ AWKWARD = "ab'sS 가\u1100\u1161\u0301\n\r\t1/\u3000\u017f<|end|>"
 
 @settings(max_examples=150)
 @given(text=st.one_of(st.text(max_size=80), st.text(alphabet=AWKWARD, max_size=80)))
-def test_drawn_text_gives_the_same_ids(pair: Pair, text: str) -> None:
+def test_fast_encoder_equals_tokenizers_on_random_text(pair: Pair, text: str) -> None:
     fast, tokenizer = pair
     assert fast.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.tier1_cases(6)
 @pytest.mark.parametrize("unit", [" ", "\n", " \n", "\u3000", "a", "가", "!"])
-def test_a_very_long_run_is_no_problem(pair: Pair, unit: str) -> None:
+def test_fast_encoder_accepts_long_whitespace(pair: Pair, unit: str) -> None:
     fast, tokenizer = pair
     text = f"x{unit * (200_000 // len(unit))}y"
     assert fast.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
@@ -289,14 +288,13 @@ def unmatched_text(raw: dict[str, Any]) -> None:
     (lambda raw: raw["model"]["vocab"].update({"zqzqzq": 384}), "not 256 bytes and one token for each merge"),
     (unmatched_text, "tiktoken differs on"),
 ])
-def test_what_tiktoken_cannot_express_is_left_to_tokenizers(tokenizers: dict[str, Path], tmp_path: Path,
-                                                            edit: Callable[[dict[str, Any]], Any],
-                                                            reason: str) -> None:
+def test_unsupported_tokenizer_is_not_fast(tokenizers: dict[str, Path], tmp_path: Path,
+                                           edit: Callable[[dict[str, Any]], Any], reason: str) -> None:
     file = edited(tokenizers["solar-open"] / "tokenizer.json", tmp_path / "tokenizer.json", edit)
     fast, sentence = load_fast_encoder(file, opened(file), ["some text"])
     assert fast is None and sentence.startswith("encoding with tokenizers, because") and reason in sentence
 
 
-def test_a_sound_tokenizer_is_expressed(file: Path) -> None:
+def test_supported_tokenizer_is_fast(file: Path) -> None:
     fast, sentence = load_fast_encoder(file, opened(file), ["some text", "한국어"])
     assert fast is not None and sentence.startswith("encoding with tiktoken: the same ids")

@@ -1,4 +1,4 @@
-"""`sov-data mix`: the sources of several folders with weights, sharing their files."""
+"""`sov-data mix`: weights, blends and links to input files."""
 
 from __future__ import annotations
 
@@ -41,8 +41,7 @@ def parts(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return folder / "text", folder / "chats"
 
 
-def test_weights_of_folders_are_divided_by_tokens_and_read_by_the_trainer(parts: tuple[Path, Path],
-                                                                          tmp_path: Path) -> None:
+def test_folder_weights_are_divided_by_tokens(parts: tuple[Path, Path], tmp_path: Path) -> None:
     text, chats = parts
     assert main(["mix", f"{text}:0.6", f"{chats}:0.2", "--output", str(tmp_path / "out")]) == 0
     weights = {s["name"]: s["weight"] for s in read_manifest(tmp_path / "out").content["sources"]}
@@ -61,8 +60,7 @@ def test_weights_of_folders_are_divided_by_tokens_and_read_by_the_trainer(parts:
             == (text / "many/train-00000.bin").stat().st_ino)
 
 
-def test_without_weights_tokens_decide_and_mixes_can_be_mixed(parts: tuple[Path, Path],
-                                                              tmp_path: Path) -> None:
+def test_mix_without_weights_uses_tokens_and_accepts_mixes(parts: tuple[Path, Path], tmp_path: Path) -> None:
     text, chats = parts
     write_mix([MixPart(text, None), MixPart(chats, None)], tmp_path / "plain")
     content = read_manifest(tmp_path / "plain").content["sources"]
@@ -74,8 +72,8 @@ def test_without_weights_tokens_decide_and_mixes_can_be_mixed(parts: tuple[Path,
             == pytest.approx([0.125, 0.375, 0.5]))
 
 
-def test_files_are_copied_where_they_cannot_be_linked(parts: tuple[Path, Path], tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mix_copies_files_across_devices(parts: tuple[Path, Path], tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
     def other_device(source: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
@@ -85,8 +83,8 @@ def test_files_are_copied_where_they_cannot_be_linked(parts: tuple[Path, Path], 
     assert (tmp_path / "out/few/train-00000.bin").stat().st_nlink == 1
 
 
-def test_a_damaged_tokenizer_is_not_handed_on_as_a_sound_one(parts: tuple[Path, Path], tmp_path: Path,
-                                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_mix_rejects_damaged_tokenizer(parts: tuple[Path, Path], tmp_path: Path,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(parts[0], tmp_path / "text")
     file = tmp_path / "text/tokenizer/tokenizer.json"
     file.write_text(file.read_text().replace("a", "b", 1))
@@ -95,8 +93,8 @@ def test_a_damaged_tokenizer_is_not_handed_on_as_a_sound_one(parts: tuple[Path, 
 
 
 @pytest.mark.deep
-def test_what_does_not_fit_together_is_refused(parts: tuple[Path, Path], tokenizers: dict[str, Path],
-                                               tmp_path: Path) -> None:
+def test_mix_rejects_contradicting_parts(parts: tuple[Path, Path], tokenizers: dict[str, Path],
+                                         tmp_path: Path) -> None:
     text, chats = parts
     (tmp_path / "x.txt").write_text("one document")
     pack_sources(tokenizers["k-exaone"], [PackSource("x", tmp_path / "x.txt")], tmp_path / "other",
@@ -117,8 +115,8 @@ def test_what_does_not_fit_together_is_refused(parts: tuple[Path, Path], tokeniz
     assert not (tmp_path / "new").exists()
 
 
-def test_what_one_part_holds_out_no_other_trains_on(tokenizers: dict[str, Path], tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_mix_rejects_heldout_documents_in_training(tokenizers: dict[str, Path], tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
     """The shared document is the one of smallest hash in one source, which gives it up,
     and not in the other."""
     texts = sorted((f"document {i} of many" for i in range(60)),
@@ -141,9 +139,9 @@ def test_what_one_part_holds_out_no_other_trains_on(tokenizers: dict[str, Path],
     assert verify_shards(tmp_path / "together")[0] == [] and shared in contents["other"]
 
 
-def test_a_blend_shares_phases_out_over_tagged_sources(parts: tuple[Path, Path], tokenizers: dict[str, Path],
-                                                       tmp_path: Path,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_blend_divides_phases_among_tagged_sources(parts: tuple[Path, Path], tokenizers: dict[str, Path],
+                                                   tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("ko", "en"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name} {i}"})
                                                           for i in range(60)))
@@ -176,8 +174,8 @@ phases:
     (["--blend", "solar-open", "--max-epochs", "0"], "--max-epochs 0: must be above 0"),
     (["--blend", "solar-open", "--tokens", "-1"], "--tokens -1: must be at least 0"),
 ])
-def test_mistakes_beside_blends_are_one_sentence(parts: tuple[Path, Path], tmp_path: Path, options: list[str],
-                                                 said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_blend_options_give_one_sentence(parts: tuple[Path, Path], tmp_path: Path, options: list[str],
+                                               said: str, capsys: pytest.CaptureFixture[str]) -> None:
     output = ["--output", str(tmp_path / "out")] if options not in ([], ["--dry-run"]) else []
     assert main(["mix", str(parts[0]), *options, *output]) == 2
     err = capsys.readouterr().err

@@ -57,7 +57,7 @@ def packed(corpus: Path, tokenizers: dict[str, Path], tmp_path_factory: pytest.T
     return output
 
 
-def test_every_document_is_found_once_as_its_own_text(packed: Path, corpus: Path) -> None:
+def test_every_document_is_packed_once(packed: Path, corpus: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(packed / "tokenizer")
     found = [tokenizer.decode(d[:-1]) for split in ("train", "heldout")
              for d in open_split(packed / f"web/{split}-00000").documents()]
@@ -67,8 +67,8 @@ def test_every_document_is_found_once_as_its_own_text(packed: Path, corpus: Path
     assert in_train == [t for t in texts if t in set(in_train)]  # the order of the file is kept
 
 
-def test_megatron_reads_the_shards_and_the_manifest_counts_them(packed: Path, tokenizers: dict[str, Path],
-                                                                corpus: Path) -> None:
+def test_megatron_reads_shards_with_counts_of_manifest(packed: Path, tokenizers: dict[str, Path],
+                                                       corpus: Path) -> None:
     content = read_manifest(packed, "tokens").content
     assert (content["tokenizer_sha256"]
             == hashlib.sha256((packed / "tokenizer/tokenizer.json").read_bytes()).hexdigest())
@@ -94,9 +94,9 @@ def test_megatron_reads_the_shards_and_the_manifest_counts_them(packed: Path, to
 
 
 @pytest.mark.deep
-def test_neither_workers_nor_units_nor_the_way_it_is_stored_change_the_bytes(
-        packed: Path, corpus: Path, tokenizers: dict[str, Path], tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_do_not_depend_on_workers_units_or_compression( packed: Path, corpus: Path,
+                                                             tokenizers: dict[str, Path], tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.plan_units, "__defaults__", (500,))
     monkeypatch.setattr(files.iter_spans, "__defaults__", (500,))
     web = (corpus / "web.jsonl").read_bytes()
@@ -138,8 +138,7 @@ def test_chats_have_sidecars(corpus: Path, tokenizers: dict[str, Path], tmp_path
         first[np.fromfile(output / "chat/train-00000.loss", "<f4", len(first)) == 1]).startswith("It is ")
 
 
-def test_preferences_are_pairs_on_one_side_and_in_one_shard(tokenizers: dict[str, Path],
-                                                            tmp_path: Path) -> None:
+def test_preference_pairs_stay_in_one_split_and_shard(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     rows = [{"prompt": f"How much is {i // 2} + 1?", "chosen": f"It is {i // 2 + 1}.",
              "rejected": f"No idea {i}."}
             for i in range(60)]
@@ -165,7 +164,7 @@ def test_preferences_are_pairs_on_one_side_and_in_one_shard(tokenizers: dict[str
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-def test_prompts_keep_what_a_reward_needs(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_prompts_keep_reward_fields(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     rows = [{"prompt": [{"role": "user", "content": f"{i} + 1?"}], "answer": i + 1} for i in range(30)]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pack_sources(tokenizers["solar-open"], [PackSource("asked", tmp_path / "asked.jsonl")], tmp_path / "out",
@@ -196,7 +195,7 @@ def test_sources_are_named_after_files_and_folders(corpus: Path) -> None:
             parse_sources(arguments)
 
 
-def test_mistakes_cost_one_sentence_and_leave_nothing(corpus: Path, tokenizers: dict[str, Path],
+def test_wrong_input_gives_one_sentence_and_no_output(corpus: Path, tokenizers: dict[str, Path],
                                                       tmp_path: Path,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
@@ -227,8 +226,8 @@ def test_mistakes_cost_one_sentence_and_leave_nothing(corpus: Path, tokenizers: 
     assert {p.name for p in tmp_path.iterdir()} == {"data", "new"}
 
 
-def test_a_tiny_source_is_never_held_out_wholly(tokenizers: dict[str, Path], tmp_path: Path,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiny_source_keeps_a_training_document(tokenizers: dict[str, Path], tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
     """Behind hours of work on others a source of one document is no reason to end with nothing."""
     (tmp_path / "one.jsonl").write_text('{"text": "almost surely held out", "part": "c"}')
     rows = [{"text": f"number {i}", "part": "a" if i < 3 else "b"} for i in range(4)]
@@ -278,9 +277,10 @@ def complete_units(output: Path) -> dict[Path, int]:
 
 
 @pytest.mark.deep
-def test_a_killed_command_leaves_no_worker_and_goes_on_where_it_was(
-        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-        ends: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_pack_leaves_no_worker_and_resumes( tokenizers: dict[str, Path], tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str],
+                                                  ends: Callable[[int], bool],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.plan_units, "__defaults__", (UNIT_BYTES,))
     output, text = tmp_path / "out", tmp_path / "long.txt"
     text.write_text("".join(f"{i} words in a long file\n\n" for i in range(80_000)))
@@ -310,8 +310,8 @@ BAD_LINES = {
     '{"id": 6, "text": "\\udc00"}': ("utf8", 8), '{"id": "first", "text": "again"}': ("duplicate_id", 9)}
 
 
-def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(
-        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quarantine_lists_bad_records_and_keeps_good_ones( tokenizers: dict[str, Path], tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     good = ['{"id": "first", "text": "one"}', '{"id": "last", "text": "two"}']
@@ -348,8 +348,8 @@ def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(
     assert texts == ["one", "two", "four", "seven"]
 
 
-def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], tmp_path: Path,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_rejected_by_template_is_named(tokenizers: dict[str, Path], tmp_path: Path,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tmp_path / "strict"
     shutil.copytree(tokenizers["solar-open"], tokenizer)
     config = json.loads((tokenizer / "tokenizer_config.json").read_text())
@@ -370,8 +370,8 @@ def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], 
     assert "prompts differ between training and inference" in capsys.readouterr().err
 
 
-def test_one_text_becomes_several_documents_of_which_one_is_held_out(
-        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_text_is_cut_into_documents( tokenizers: dict[str, Path], tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
     text = "".join(f"{i} 번째 문장입니다.\n\n" for i in range(800))
     (tmp_path / "Korean.txt").write_text(text)
     shards = {}
@@ -385,8 +385,8 @@ def test_one_text_becomes_several_documents_of_which_one_is_held_out(
     assert captured.out.count("is one text; cut at blank lines into documents of at most 4,000 bytes") == 1
 
 
-def test_each_line_is_a_document_and_one_document_is_warned_of(
-        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_become_documents_and_single_document_warns( tokenizers: dict[str, Path], tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     lines = [f"Line {i}\u2028 goes on." for i in range(60)]
     (tmp_path / "a.txt").write_text("\r\n".join([*lines[:30], "", "  \n"]) + "\n".join([*lines[30:], ""]))
     (tmp_path / "one.txt").write_text("A short text.\n")

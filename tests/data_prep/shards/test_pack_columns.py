@@ -1,4 +1,4 @@
-"""`sov-data pack --column`: numbers of records beside their tokens."""
+"""`sov-data pack --column` and `--bucket-by`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from megatron_sov.base.documents import RecordReading
 from megatron_sov.train.data.token_shards import open_sources
 
 
-def test_numbers_of_records_are_columns_of_their_tokens(tokenizers: dict[str, Path], tmp_path: Path,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
+def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_path: Path,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": f"{i} + 1?", "chosen": f"It is {i + 1}.", "rejected": "No idea." * (i % 3 + 1),
              "score": [i, -i], "step": i / 2} for i in range(20)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -65,8 +65,9 @@ def test_numbers_of_records_are_columns_of_their_tokens(tokenizers: dict[str, Pa
     ("text", ["score"], {"score": [1]}, ""),
     ("preference", ["score"], {"score": [1, 2, 3]}, "must be a number or a list of 2"),
 ])
-def test_what_is_no_column(tokenizers: dict[str, Path], tmp_path: Path, format_: str, columns: list[str],
-                           row: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_columns_are_rejected(tokenizers: dict[str, Path], tmp_path: Path, format_: str,
+                                    columns: list[str], row: dict[str, Any], said: str,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
     asked = {"text": "one and two", "prompt": "a", "chosen": "b", "rejected": "c"} | row
     (tmp_path / "asked.jsonl").write_text("".join(
         json.dumps(asked | {"text": f"number {i}", "prompt": str(i)}) + "\n" for i in range(9)))
@@ -78,8 +79,8 @@ def test_what_is_no_column(tokenizers: dict[str, Path], tmp_path: Path, format_:
     assert said in capsys.readouterr().err
 
 
-def test_a_field_sorts_records_into_sources_of_their_own(tokenizers: dict[str, Path], tmp_path: Path,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_bucket_field_makes_sources(tokenizers: dict[str, Path], tmp_path: Path,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"messages": [{"role": "user", "content": f"{i} + 1?"},
                           {"role": "assistant", "content": f"It is {i + 1}."}],
              "level": ["easy", "hard", 3][i % 3], "score": i} for i in range(60)]
@@ -112,8 +113,8 @@ def test_a_field_sorts_records_into_sources_of_their_own(tokenizers: dict[str, P
     assert main(["mix", str(tmp_path / "out"), "--output", str(tmp_path / "mixed")]) == 0
 
 
-def test_too_many_buckets_are_a_mistake(tokenizers: dict[str, Path], tmp_path: Path,
-                                        capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_buckets_are_rejected(tokenizers: dict[str, Path], tmp_path: Path,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"text": f"text {i}", "n": i, "kind": "x"} for i in range(65)]
     (tmp_path / "web.jsonl").write_text("\n".join(map(json.dumps, rows)))
     words = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--workers", "1", "--output",

@@ -1,4 +1,4 @@
-"""An artifact of token shards as its readers see it: sources, splits and shards in order."""
+"""Token shard artifacts: reading, indices, held-out rule."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CONTENT = {"sources": [source("web", 2, 1), source("books", 1, 0)]}
     ({"source": "web"}, ["web/train-00000", "web/train-00001", "web/heldout-00000"]),
     ({"split": "train"}, ["web/train-00000", "web/train-00001", "books/train-00000"]),
     ({"source": "books", "split": "heldout"}, [])])
-def test_shards_come_by_source_then_split_then_number(chosen: dict[str, str], prefixes: list[str]) -> None:
+def test_shards_are_ordered_by_source_split_and_number(chosen: dict[str, str], prefixes: list[str]) -> None:
     found = list(iter_shards(Path("data"), CONTENT, **chosen))
     assert [shard.prefix for shard in found] == [Path("data") / prefix for prefix in prefixes]
     for shard in found:
@@ -49,14 +49,14 @@ def test_shards_come_by_source_then_split_then_number(chosen: dict[str, str], pr
         assert shard.record["num_tokens"] == int(shard.prefix.name[-5:])
 
 
-def test_a_shard_opens_its_own_files(tmp_path: Path) -> None:
+def test_shard_opens_files(tmp_path: Path) -> None:
     (shard,) = iter_shards(tmp_path, CONTENT, source="books")
     with pytest.raises(UserError, match="train-00000"):
         shard.open()
 
 
 @pytest.mark.parametrize("version", [1, CONTENT_VERSION + 1])
-def test_another_layout_is_refused(version: int, tmp_path: Path) -> None:
+def test_another_content_version_is_rejected(version: int, tmp_path: Path) -> None:
     with create_artifact(tmp_path / "data", "tokens") as artifact:
         artifact.content.update(CONTENT | ({"content_version": version} if version > 1 else {}))
     with pytest.raises(UserError,
@@ -64,7 +64,7 @@ def test_another_layout_is_refused(version: int, tmp_path: Path) -> None:
         read_tokens_manifest(tmp_path / "data")
 
 
-def test_the_layout_that_is_written_now_is_read(tmp_path: Path) -> None:
+def test_current_content_version_is_read(tmp_path: Path) -> None:
     with create_artifact(tmp_path / "data", "tokens") as artifact:
         artifact.content.update(CONTENT | {"content_version": CONTENT_VERSION})
     assert read_tokens_manifest(tmp_path / "data").content["sources"] == CONTENT["sources"]
@@ -99,7 +99,7 @@ def test_megatron_reads_every_token(documents: Documents, dtype: str) -> None:
         assert [d.tolist() for d in open_split(prefix).documents()] == documents
 
 
-def test_files_equal_those_of_megatrons_own_builder(tmp_path: Path) -> None:
+def test_files_equal_megatrons_builder(tmp_path: Path) -> None:
     documents = [[5, 6, 7], [1], [2, 3]]
     write(tmp_path / "ours", documents, "int32")
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
@@ -115,7 +115,7 @@ def test_dtype_is_megatrons_choice(vocab_size: int) -> None:
     assert choose_token_dtype(vocab_size) == DType.optimal_dtype(vocab_size).__name__
 
 
-def test_sidecars_have_the_geometry_of_the_tokens(tmp_path: Path) -> None:
+def test_sidecars_have_an_entry_per_token(tmp_path: Path) -> None:
     write(tmp_path / "s", [[1, 2], [3]], "uint16", sidecars=True)
     assert np.fromfile(tmp_path / "s.loss", "<f4").tolist() == [1, 0, 1]
     assert np.fromfile(tmp_path / "s.type", np.uint8).tolist() == [1, 2, 0]
@@ -171,7 +171,7 @@ def heldout(share: float, count: int = 4000) -> set[int]:
     return set(np.flatnonzero(rule.is_heldout(hashes)).tolist())
 
 
-def test_the_share_is_met_and_a_larger_share_holds_out_more_of_the_same() -> None:
+def test_larger_heldout_share_extends_smaller() -> None:
     two, ten = heldout(0.02), heldout(0.10)
     assert two < ten
     assert 50 <= len(two) <= 115 and 330 <= len(ten) <= 470  # binomial, 4 standard deviations
@@ -179,20 +179,20 @@ def test_the_share_is_met_and_a_larger_share_holds_out_more_of_the_same() -> Non
 
 
 @given(st.text(), st.text())
-def test_equal_content_gives_equal_hashes_wherever_it_stands(a: str, b: str) -> None:
+def test_equal_content_gives_equal_hash(a: str, b: str) -> None:
     assert hash_document(Document("x.txt", a)) == hash_document(
         Document("y.jsonl:7", unicodedata.normalize("NFD", a)))
     same = unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)
     assert (hash_document(Document("", a)) == hash_document(Document("", b))) == same
 
 
-def test_chats_differ_by_roles_and_by_where_messages_end() -> None:
+def test_chat_hash_depends_on_roles_and_message_ends() -> None:
     chats = [(("user", "ab"), ("assistant", "c")), (("user", "a"), ("assistant", "bc")),
              (("system", "ab"), ("assistant", "c"))]
     assert len({hash_document(Document("", messages=Conversation.of(*chat).messages)) for chat in chats}) == 3
 
 
-def test_answers_to_one_prompt_stay_together() -> None:
+def test_answers_to_a_prompt_share_the_hash() -> None:
     prompt = (Message("user", "2 + 2?"),)
     pairs = [Document("", messages=prompt, chosen=(Message("assistant", c),),
                       rejected=(Message("assistant", "5"),))
@@ -208,7 +208,7 @@ def split_of(rule: HeldoutRule, hash_: int) -> bool:
     return bool(rule.is_heldout(np.array([hash_], np.uint64))[0])
 
 
-def test_a_small_source_gives_up_its_smallest_hash() -> None:
+def test_small_source_holds_out_smallest_hash() -> None:
     rule = HeldoutRule(1e-9)
     rule.add_source(1 << 60, (1 << 64) - 1)
     assert split_of(rule, 1 << 60) and not split_of(rule, (1 << 64) - 1)

@@ -1,4 +1,4 @@
-"""`sov-data verify`: sound shards pass, and each kind of damage is found and named."""
+"""`sov-data verify`, `stats` and `sample`."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
     (lambda d: (d / "chat/train-00000.type").write_bytes(b"\1"), "train-00000.type: has 1 bytes"),
     (lambda d: (d / "chat/train-00000.bin").write_bytes(b""), "train-00000.bin: has 0 bytes, the index says"),
 ])
-def test_damage_that_hashes_cannot_see(sound: Path, tmp_path: Path, damage: Callable[[Path], Any],
-                                       sentence: str) -> None:
+def test_damage_with_right_hashes_is_found(sound: Path, tmp_path: Path, damage: Callable[[Path], Any],
+                                           sentence: str) -> None:
     data = tmp_path / "copy"
     shutil.copytree(sound, data)
     damage(data)
@@ -100,7 +100,8 @@ def test_damage_that_hashes_cannot_see(sound: Path, tmp_path: Path, damage: Call
     assert any(sentence in problem for problem in verify_shards(data)[0])
 
 
-def test_wrong_counts_and_hashes(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_counts_and_hashes_are_found(sound: Path, tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "copy"
     shutil.copytree(sound, data)
     raw = json.loads((data / "manifest.json").read_text())
@@ -116,7 +117,7 @@ def test_wrong_counts_and_hashes(sound: Path, tmp_path: Path, capsys: pytest.Cap
     assert "tokenizer/tokenizer.json: has 2 bytes" in err
 
 
-def test_routes_are_checked_against_their_shape(sound: Path, tmp_path: Path) -> None:
+def test_routes_are_checked_against_shape(sound: Path, tmp_path: Path) -> None:
     data, shape = shutil.copytree(sound, tmp_path / "data"), RouteShape(2, 2, 4)
     raw = json.loads((data / "manifest.json").read_text())
     (source,) = raw["content"]["sources"]
@@ -158,16 +159,15 @@ def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return folder / "out"
 
 
-def test_a_tokenizer_that_cannot_be_read_costs_a_sentence(chats: Path, tmp_path: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_tokenizer_gives_one_sentence(chats: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(chats, tmp_path / "out")
     (tmp_path / "out/tokenizer/tokenizer.json").write_text('{"added_tokens": [5]}')
     assert main(["stats", str(tmp_path / "out")]) == 2
     assert "tokenizer.json: cannot be read as a tokenizer (TypeError" in capsys.readouterr().err
 
 
-def test_statistics_are_those_of_transformers_rendering(chats: Path,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_equal_transformers(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chats / "tokenizer")
     chats_ = [[{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}] for a in ANSWERS]
     rendered = [[*tokenizer.apply_chat_template(c, tokenize=True, return_dict=False), tokenizer.eos_token_id]
@@ -189,7 +189,7 @@ def test_statistics_are_those_of_transformers_rendering(chats: Path,
     assert json.loads(capsys.readouterr().out)["sources"]["chat"]["num_tokens"] == s["num_tokens"]
 
 
-def test_samples_mark_what_is_learned(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_mark_learned_tokens(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = sample_documents(chats, "chat", "train", 100, 1000, seed=0)
     headings, texts = lines[::3], lines[1::3]
     assert headings[0].startswith("== chat/train, document 0, ")
@@ -206,7 +206,7 @@ def test_samples_mark_what_is_learned(chats: Path, capsys: pytest.CaptureFixture
         assert f"{wrong[0]} {wrong[1]}: must be at least 1" in capsys.readouterr().err
 
 
-def test_both_sides_of_a_preference_are_named(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_samples_name_both_sides_of_a_preference(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}\n')
     pack_sources(tokenizers["k-exaone"], [PackSource("p", tmp_path / "p.jsonl")], tmp_path / "out",
          PackSettings(0, RecordReading("preference")))

@@ -14,7 +14,7 @@ from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan, pack_span
 from megatron_sov.engine.model.linear_attention import LinearAttention, RecurrentCache
 from megatron_sov.engine.parallel import context
 from megatron_sov.model.config import LinearAttentionConfig
-from megatron_sov.plan.footprint.activations import Tokens, _linear_attention
+from megatron_sov.plan.footprint.activations import Tokens, _estimate_linear_attention
 
 OF_KIMI = LinearAttentionConfig(3, 3, 8, 8, 8)
 OF_SOLAR = replace(OF_KIMI, negative_eigenvalues=True)
@@ -125,7 +125,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_plan_counts(layer: LinearAtt
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(states(tokens), packed_seq_params=row([0, tokens]))
     found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
-    counted = _linear_attention(layer.sizes, "fp64", Tokens(tokens, tokens, tokens), tp=1)
+    counted = _estimate_linear_attention(layer.sizes, "fp64", Tokens(tokens, tokens, tokens), tp=1)
     # the norm saves the layer's input; positions and masks, a few numbers per token, are not counted
     assert 0 <= found - sum(counted.values()) - tokens * HIDDEN * 8 <= tokens * 6 * 8
 

@@ -118,7 +118,7 @@ def test_transformer_engine_is_what_imports(site: Path, monkeypatch: pytest.Monk
 
 def test_signatures_are_compared_with_those_that_this_project_calls(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [contract.first_difference(name)[1] for name in ("megatron.core", "torch")] == ["", ""]
+    assert [contract.find_first_difference(name)[1] for name in ("megatron.core", "torch")] == ["", ""]
     (tmp_path / "engine_double").mkdir()
     wanted = {"f": "a, *, b=1", "A": "", "A.g": "self, x"}
     (tmp_path / "contract.json").write_text(json.dumps(
@@ -150,7 +150,7 @@ def test_signatures_are_read_from_every_folder_of_a_namespace_package(
     for file, wrong in (("extra", ""), ("needed", ""), ("absent", "shared_double/absent.py is gone")):
         (tmp_path / "contract.json").write_text(json.dumps(
             {"shared_double": {"version": "2", "files": {f"shared_double/{file}.py": {"f": "a"}}}}))
-        assert contract.first_difference("shared_double") == ("2", wrong)
+        assert contract.find_first_difference("shared_double") == ("2", wrong)
 
 
 def test_a_machine_with_gpus_cannot_train_without_transformer_engine(

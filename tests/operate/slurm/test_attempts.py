@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from megatron_sov.operate.slurm import attempts
-from megatron_sov.operate.slurm.attempts import History, first_failure, last_lines, progress_of
+from megatron_sov.operate.slurm.attempts import (
+    AttemptHistory, find_first_failure, measure_progress, read_last_lines)
 
 Question = Callable[..., str]
 
@@ -123,7 +124,7 @@ def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(
     logs = srun_says(run, "srun: error: n2: task 1: Exited with exit code 2\n",
                      "error: --data x: does not exist\n")
     told: list[str] = []
-    monkeypatch.setattr(attempts, "say", told.append)
+    monkeypatch.setattr(attempts, "log_message", told.append)
     assert question("end", "--code", "143", *logs) == "exit 2", (
         "the siblings' 143 hides the code of the first")
     assert told == ["attempt 1: mistake, rank 1 on n2 ended with exit code 2: error: --data x: "
@@ -178,8 +179,8 @@ def test_a_node_that_went_down_gets_a_strike(question: Question, run: Path) -> N
     question("begin")
     checkpoint(run, 10)
     assert question("begin", "--down", "n2,n9", restart=1) == "run"
-    history = History(run / "slurm", "7")
-    assert history.strikes() == {"n2": 1}
+    history = AttemptHistory(run / "slurm", "7")
+    assert history.count_strikes() == {"n2": 1}
     first = history.attempts[0].end
     assert (first is not None
             and (first["outcome"], first["reason"], first["progress"]) == ("cut_off", "n2 went down", 10))
@@ -233,51 +234,51 @@ def test_no_torch_is_imported() -> None:
 
 
 @pytest.fixture
-def history(tmp_path: Path) -> History:
-    return History(tmp_path, "7")
+def history(tmp_path: Path) -> AttemptHistory:
+    return AttemptHistory(tmp_path, "7")
 
 
-def attempt(history: History, before: int, after: int, **found: list[str]) -> None:
+def attempt(history: AttemptHistory, before: int, after: int, **found: list[str]) -> None:
     restart = len(history.attempts)
-    history.begin(restart, ["n1", "n2"], before)
-    history.end(restart, "crash", "why", after, **found)
+    history.record_begin(restart, ["n1", "n2"], before)
+    history.record_end(restart, "crash", "why", after, **found)
 
 
-def test_failures_in_a_row_begin_anew_with_progress(history: History) -> None:
+def test_failures_in_a_row_begin_anew_with_progress(history: AttemptHistory) -> None:
     attempt(history, 0, 0)
     attempt(history, 0, 0)
-    assert history.failures_in_a_row() == 2
+    assert history.count_failures() == 2
     attempt(history, 0, 10)
-    assert history.failures_in_a_row() == 0
+    assert history.count_failures() == 0
     attempt(history, 10, 10)
-    assert history.failures_in_a_row() == 1
+    assert history.count_failures() == 1
 
 
-def test_an_attempt_that_found_a_sick_node_does_not_count_as_a_failure(history: History) -> None:
+def test_an_attempt_that_found_a_sick_node_does_not_count_as_a_failure(history: AttemptHistory) -> None:
     attempt(history, 0, 0)
     attempt(history, 0, 0, sick=["n1"])
-    assert (history.failures_in_a_row(), history.excluded(2)) == (1, ["n1"])
+    assert (history.count_failures(), history.list_excluded(2)) == (1, ["n1"])
 
 
-def test_a_new_job_begins_with_a_clean_record(history: History, tmp_path: Path) -> None:
+def test_a_new_job_begins_with_a_clean_record(history: AttemptHistory, tmp_path: Path) -> None:
     attempt(history, 0, 0, blamed=["n1"])
-    later = History(tmp_path, "8")
-    assert later.attempts == [] and not later.strikes()
-    assert len(History(tmp_path, "7").attempts) == 1, "what was written is read again"
+    later = AttemptHistory(tmp_path, "8")
+    assert later.attempts == [] and not later.count_strikes()
+    assert len(AttemptHistory(tmp_path, "7").attempts) == 1, "what was written is read again"
 
 
 def test_progress_grows_with_checkpoints_of_all_stages_and_with_unfinished_parts(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert progress_of(run) == 0
+    assert measure_progress(run) == 0
     for name in ("checkpoints/step-20", "checkpoints/step-100", "checkpoints/.writing-step-200",
                  "stages/1-long/checkpoints/step-7", "rounds/0001"):
         (run / name).mkdir(parents=True)
-    assert progress_of(run) == 107
+    assert measure_progress(run) == 107
     (run / "rounds/0001/manifest.json").write_text("{}")  # published: no start writes it again
-    assert progress_of(run) == 108
+    assert measure_progress(run) == 108
     (tmp_path / ".run.units").mkdir()
     (tmp_path / ".run.units/0.bin").write_text("")
-    assert progress_of(run) == 109
+    assert measure_progress(run) == 109
 
 
 def test_the_parts_of_a_rollout_store_are_progress(tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_the_parts_of_a_rollout_store_are_progress(tmp_path: Path) -> None:
                  "rewards/0123456789ab/round-0001-piece-0000"):
         (tmp_path / "store" / part).mkdir(parents=True)
         (tmp_path / "store" / part / "manifest.json").write_text("{}")
-    assert progress_of(tmp_path / "store") == 3
+    assert measure_progress(tmp_path / "store") == 3
 
 
 # Which rank failed first, from srun's own words (as Slurm 22.05 writes them).
@@ -309,19 +310,19 @@ srun: error: n1: task 0: Exited with exit code 1
      "(Segmentation fault (core dumped))", None),
 ])
 def test_the_first_to_fail_is_named(log: str, sentence: str, code: int | None) -> None:
-    failure = first_failure(log)
+    failure = find_first_failure(log)
     assert failure is not None
     assert (str(failure), failure.exit_code) == (sentence, code)
 
 
 def test_other_words_of_srun_are_no_failure() -> None:
-    assert first_failure("srun: Job step aborted: Waiting up to 4 seconds for job step to finish.\n"
+    assert find_first_failure("srun: Job step aborted: Waiting up to 4 seconds for job step to finish.\n"
                          "srun: got SIGCONT\n") is None
 
 
 def test_the_end_of_a_log_shows_what_a_progress_bar_showed_last(tmp_path: Path) -> None:
     log = tmp_path / "rank-0.log"
     log.write_text("".join(f"line {i}\n" for i in range(30)) + "step 1\rstep 2\rstep 3\nerror: full\n")
-    shown = last_lines(log).splitlines()
+    shown = read_last_lines(log).splitlines()
     assert shown[-2:] == ["    step 3", "    error: full"] and len(shown) == 15
-    assert last_lines(tmp_path / "none.log") == ""
+    assert read_last_lines(tmp_path / "none.log") == ""

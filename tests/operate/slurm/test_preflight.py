@@ -15,21 +15,21 @@ import pytest
 import torch
 
 from megatron_sov.operate.slurm import preflight
-from megatron_sov.operate.slurm.attempts import sick_nodes
-from megatron_sov.operate.slurm.node_report import Report
-from megatron_sov.operate.slurm.preflight import timed_product
+from megatron_sov.operate.slurm.attempts import find_sick_nodes
+from megatron_sov.operate.slurm.node_report import NodeReport
+from megatron_sov.operate.slurm.preflight import time_product
 from megatron_sov.runs.gpu_driver import VisibleGpu
 from megatron_sov.work.clusters.cluster import PreflightConfig
 
 LIMITS = {**asdict(PreflightConfig()), "num_gpus": 8, "ranks_per_node": 1}
-SOUND = Report("n1", 0, num_gpus=8, free_disk_bytes=10**12, matmul_s=0.002, matmul_tflops=600.0,
+SOUND = NodeReport("n1", 0, num_gpus=8, free_disk_bytes=10**12, matmul_s=0.002, matmul_tflops=600.0,
                checksum=17.0, clock_skew_s=0.01, allreduce_s=0.1)
 
 
-def judge(folder: Path, *reports: Report, limits: dict[str, Any] = LIMITS) -> dict[str, str]:
+def judge(folder: Path, *reports: NodeReport, limits: dict[str, Any] = LIMITS) -> dict[str, str]:
     for i, report in enumerate(reports):
         (folder / f"rank-{i}.json").write_text(json.dumps(asdict(replace(report, rank=i))))
-    return sick_nodes(folder, ["n1", "n2", "n3"], limits)
+    return find_sick_nodes(folder, ["n1", "n2", "n3"], limits)
 
 
 OTHERS = (SOUND, replace(SOUND, node="n3"))
@@ -90,7 +90,7 @@ def test_a_product_on_a_gpu_is_timed_by_the_gpu(monkeypatch: pytest.MonkeyPatch)
             return "product"
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    assert timed_product(OnGpu(), OnGpu()) == ("product", pytest.approx(0.65e-3))
+    assert time_product(OnGpu(), OnGpu()) == ("product", pytest.approx(0.65e-3))
     assert done == ["mark", "product", "mark", "wait"]
 
 
@@ -100,14 +100,14 @@ def test_a_rank_tells_what_its_driver_says_and_whether_transformer_engine_import
                                                             VisibleGpu(1, "b", "H100", 79 << 30, 5 << 30)])
     monkeypatch.setattr(preflight, "find_gpu_fault", lambda uuid: f"cold in {uuid}")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    report = Report("n1", 1, num_gpus=2)
-    preflight._look_at_gpu(report)
+    report = NodeReport("n1", 1, num_gpus=2)
+    preflight._inspect_gpu(report)
     assert (report.gpu_uuid, report.gpu_used_bytes, report.gpu_illness) == ("b", 5 << 30, "cold in b")
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "transformer_engine.py").write_text("raise OSError('libcublas.so.13: cannot open\\nmore')")
     monkeypatch.setattr(preflight, "MATMUL_SIZE", {"cpu": 8})
-    report = Report("n1", 0)
-    preflight.look_alone(report, tmp_path / "scratch", transformer_engine=True)
+    report = NodeReport("n1", 0)
+    preflight.inspect_node(report, tmp_path / "scratch", transformer_engine=True)
     assert report.transformer_engine_error == "OSError: libcublas.so.13: cannot open"
     assert report.matmul_tflops > 0
 
@@ -125,7 +125,7 @@ def test_a_rank_that_never_came_is_laid_to_its_node(tmp_path: Path) -> None:
 def test_an_all_reduce_that_fails_without_a_culprit_is_laid_to_none(tmp_path: Path) -> None:
     hung = [replace(r, allreduce_s=None, error="timeout") for r in (*OTHERS, replace(SOUND, node="n2"))]
     assert judge(tmp_path, *hung) == {"all nodes": "the all-reduce did not end (timeout)"}
-    assert set(sick_nodes(tmp_path / "none", ["n1"], LIMITS)) == {"all nodes"}
+    assert set(find_sick_nodes(tmp_path / "none", ["n1"], LIMITS)) == {"all nodes"}
 
 
 def test_two_ranks_look_at_this_machine(tmp_path: Path, warm_python: str) -> None:
@@ -141,8 +141,8 @@ def test_two_ranks_look_at_this_machine(tmp_path: Path, warm_python: str) -> Non
         for rank, scratch in enumerate((tmp_path / "new", read_only))]
     assert [p.wait(600) for p in processes] == [0, 0]
     limits = {**LIMITS, "num_gpus": 0, "min_free_disk_bytes": 1, "max_matmul_ratio": 1000}
-    sick = sick_nodes(tmp_path, ["n1", "n2"], limits)
+    sick = find_sick_nodes(tmp_path, ["n1", "n2"], limits)
     assert set(sick) == {"n2"} and "disk cannot be written (/proc/scratch" in sick["n2"]
-    report = Report(**json.loads((tmp_path / "rank-0.json").read_text()))
+    report = NodeReport(**json.loads((tmp_path / "rank-0.json").read_text()))
     assert report.matmul_tflops > 0 and report.allreduce_s is not None and report.clock_skew_s is not None
     assert report.error == "" and report.free_disk_bytes > 0

@@ -16,7 +16,7 @@ import pytest
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.operate.slurm.stages import STAGES
-from megatron_sov.operate.slurm.submission import Prepared, SubmitRequest, prepare
+from megatron_sov.operate.slurm.submission import PreparedStage, SubmitRequest, prepare_stage
 from megatron_sov.work.clusters import client, cluster
 from megatron_sov.work.clusters.cluster import ClusterProfile, ContainerConfig, load_profile
 from megatron_sov.work.submit.arrays import _step_lines
@@ -47,8 +47,8 @@ ARGUMENTS = {
 NASTY = "it's $HOME `id` \"x\" \\ & | ; > * ? # ! ~ {} ()\t한국어"
 
 
-def prepared(stage: str, words: tuple[str, ...], profile: ClusterProfile, **request: Any) -> Prepared:
-    return prepare(SubmitRequest(stage, words, profile, **request), STAGE_PARSERS)
+def prepared(stage: str, words: tuple[str, ...], profile: ClusterProfile, **request: Any) -> PreparedStage:
+    return prepare_stage(SubmitRequest(stage, words, profile, **request), STAGE_PARSERS)
 
 
 def script(stage: str, profile: ClusterProfile, *more: str, **request: Any) -> str:
@@ -71,7 +71,7 @@ def test_every_stage_has_a_template_and_stands_on_the_page() -> None:
 
 EACH: tuple[tuple[str, dict[str, Any]], ...] = (
     *((stage, {}) for stage in STAGES), ("data", {"array": 2}), ("rl-generate", {"array": 2}),
-    ("pretrain", {"nodes": 4, "least": 1}))
+    ("pretrain", {"nodes": 4, "min_nodes": 1}))
 """Stage and what is asked for."""
 WHOLE = ("h100", "local")
 """Profiles with which every template is tried: with and without GPUs and an account."""
@@ -153,7 +153,7 @@ def test_jobs_that_share_a_store_are_an_array_of_one_command() -> None:
     assert "records=$records/task-$SLURM_ARRAY_TASK_ID" in text
     assert "--write-done" in text
     more = prepared("rl-generate", (*ARGUMENTS["rl-generate"], "--rounds", "4"), profile)
-    assert more.work.done != prepared("rl-generate", ARGUMENTS["rl-generate"], profile).work.done
+    assert more.work.completion != prepared("rl-generate", ARGUMENTS["rl-generate"], profile).work.completion
     with pytest.raises(UserError, match="leave it out for convert"):
         prepared("convert", ARGUMENTS["convert"], profile, array=2)
 
@@ -164,7 +164,7 @@ def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> N
                                        cluster.load_profile("h100", account="me"))).texts, \
         found.work
     assert words_of(text) == ["-m", "megatron_sov", *stage.split("-"), *ARGUMENTS[stage], "--resume"]
-    assert "#SBATCH --ntasks-per-node=8" in text and work.done == Path("runs/b/complete.json").absolute()
+    assert "#SBATCH --ntasks-per-node=8" in text and work.completion == Path.cwd() / "runs/b/complete.json"
     assert {path.name for path in work.inputs} == {"a", "p.jsonl"}, "the store need not be there yet"
     assert work.config is not None and [p.name for p in work.config.data.phases] == [
         "round-0001", "round-0002", "round-0003"]
@@ -218,7 +218,7 @@ def test_no_secret_of_the_submitter_stands_in_a_script(monkeypatch: pytest.Monke
 
 def test_settings_change_with_the_number_of_nodes() -> None:
     profile = dataclasses.replace(cluster.load_profile("local"), ranks_per_node=1)
-    text = script("pretrain", profile, "--set", "parallel.ep=4", nodes=4, least=1,
+    text = script("pretrain", profile, "--set", "parallel.ep=4", nodes=4, min_nodes=1,
                   settings={2: ("parallel.ep=2",), 1: ("parallel.ep=1",)})
     assert "#SBATCH --nodes=1-4\n" in text
 

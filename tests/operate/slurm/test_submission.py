@@ -16,9 +16,9 @@ from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm import submission
-from megatron_sov.operate.slurm.stages import check_inputs, work_of
+from megatron_sov.operate.slurm.stages import build_stage_work, check_inputs
 from megatron_sov.plan.pricing import Machines
-from megatron_sov.plan.search.default import find_layout
+from megatron_sov.plan.search.local_search import find_layout
 from megatron_sov.runs.folder import list_submitted_jobs
 from megatron_sov.work.clusters import client
 from megatron_sov.work.clusters.client import environment_outside_jobs
@@ -31,8 +31,8 @@ PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "
 def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    parts, join = submission.prepare(submission.SubmitRequest("data", PACK, load_profile("local"), array=2),
-                                     STAGE_PARSERS).jobs
+    parts, join = submission.prepare_stage(
+        submission.SubmitRequest("data", PACK, load_profile("local"), array=2), STAGE_PARSERS).jobs
     assert parts.array_inputs == ("a=x.jsonl", "b.jsonl", "c")
     assert parts.work.arguments == ("pack", "--tokenizer", "t", "--workers", "2")
     made = [tmp_path / "out.parts/part-0", tmp_path / "out.parts/part-1"]
@@ -47,7 +47,7 @@ def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str,
     """Return the settings by number of nodes that a submission to H100s gets."""
     profile = load_profile("h100", account="me")
     asked = submission.SubmitRequest("pretrain", (*SOLAR, *more), profile, nodes, **request)
-    return submission.prepare(asked, STAGE_PARSERS).jobs[0].layouts
+    return submission.prepare_stage(asked, STAGE_PARSERS).jobs[0].layouts
 
 
 @pytest.mark.deep
@@ -62,20 +62,20 @@ def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     assert layouts("--set", "parallel.pp=8") == {64: ()}
     assert layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
         64: ("parallel.pp=4", "train.micro_batch_size=3")}
-    script = submission.prepare(submission.SubmitRequest("pretrain", SOLAR,
+    script = submission.prepare_stage(submission.SubmitRequest("pretrain", SOLAR,
                                                          load_profile("h100", account="me"), 64),
                                 STAGE_PARSERS).jobs[0]
     stages = next(setting for setting in found.settings if setting.startswith("parallel.pp="))
-    assert script.asks_for.startswith("Asks for 64 x 8 GPUs; layout: ")
-    assert f"pp {stages.removeprefix('parallel.pp=')}, " in script.asks_for
+    assert script.resources.startswith("Asks for 64 x 8 GPUs; layout: ")
+    assert f"pp {stages.removeprefix('parallel.pp=')}, " in script.resources
 
 
 @pytest.mark.deep
 def test_a_job_that_loses_nodes_keeps_its_layout_while_that_fits() -> None:
     config = recipes.get("qwen3-8b")
     profile = load_profile("h100", account="me")
-    asked = submission.SubmitRequest("pretrain", ("qwen3-8b", *SOLAR[1:]), profile, 4, least=1)
-    found = submission.prepare(asked, STAGE_PARSERS).jobs[0].layouts
+    asked = submission.SubmitRequest("pretrain", ("qwen3-8b", *SOLAR[1:]), profile, 4, min_nodes=1)
+    found = submission.prepare_stage(asked, STAGE_PARSERS).jobs[0].layouts
     assert {1, 2, 4} <= set(found) and found[2] == found[4]
     for nodes, settings in found.items():
         assert not apply_settings(config, list(settings)).problems(nodes * profile.tasks_per_node)
@@ -87,12 +87,12 @@ def test_a_layout_that_does_not_fit_the_gpus_is_refused_with_one_that_does() -> 
         layouts("--set", "parallel.ep=8", "--set", "train.fp8=none", nodes=60)
     other = dataclasses.replace(load_profile("h100", account="me"), gpu="")
     asked = submission.SubmitRequest("pretrain", (*SOLAR, "--set", "parallel.ep=8"), other, 60)
-    assert submission.prepare(asked, STAGE_PARSERS).jobs[0].layouts == {60: ()}
+    assert submission.prepare_stage(asked, STAGE_PARSERS).jobs[0].layouts == {60: ()}
 
 
 def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = submission.prepare(submission.SubmitRequest("data", PACK, load_profile("local"), array=2),
+    text = submission.prepare_stage(submission.SubmitRequest("data", PACK, load_profile("local"), array=2),
                               STAGE_PARSERS).texts[0]
     block = text[text.index("inputs=("):text.index("run_step \"$attempt/srun.log\"")]
 
@@ -108,10 +108,10 @@ def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "submit_script", lambda script, after: "17")
     words = ("to-hf", str(tmp_path / "run"), str(tmp_path / "hf"))
-    prepared = submission.prepare(submission.SubmitRequest("convert", words, load_profile("local")),
+    prepared = submission.prepare_stage(submission.SubmitRequest("convert", words, load_profile("local")),
                                   STAGE_PARSERS)
-    assert submission.submit(prepared, []) == ["17"]
-    assert submission.submit(prepared, []) == ["17"], "the same code is not copied twice"
+    assert submission.submit_jobs(prepared, []) == ["17"]
+    assert submission.submit_jobs(prepared, []) == ["17"], "the same code is not copied twice"
     (code,) = (tmp_path / "hf.slurm").glob("code-*")
     program = ("import megatron_sov.operate.slurm.attempts as a, tokenizer, data_prep, slurm\n"
                "print(a.__file__, tokenizer.__file__, slurm.__file__)")
@@ -127,13 +127,13 @@ def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
 def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("to-hf", "run", str(tmp_path / "hf"))
-    prepared = submission.prepare(submission.SubmitRequest("convert", words, load_profile("local")),
+    prepared = submission.prepare_stage(submission.SubmitRequest("convert", words, load_profile("local")),
                                   STAGE_PARSERS)
     copies = submission.shutil.copyfile
     monkeypatch.setattr(submission.shutil, "copyfile", lambda a, b: copies(a, b) and b.write_text("#")
                         if b.name == "cli.py" else copies(a, b))
     with pytest.raises(UserError, match="the code changed while it was copied"):
-        submission.submit(prepared, [])
+        submission.submit_jobs(prepared, [])
     assert list((tmp_path / "hf.slurm").iterdir()) == []
 
 
@@ -143,7 +143,7 @@ def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,
     (("train", "--input", "there/a:b", "--output", "o"), "there/a:b"),
 ])
 def test_inputs_are_looked_for_without_name_and_weight(arguments: tuple[str, ...], path: str) -> None:
-    work = work_of("tokenizer", list(arguments), STAGE_PARSERS)
+    work = build_stage_work("tokenizer", list(arguments), STAGE_PARSERS)
     assert work.inputs == (Path(path).absolute(),)
     with pytest.raises(UserError, match="does not exist; make it before"):
         check_inputs(work, set())
@@ -159,8 +159,8 @@ def test_a_second_model_is_an_input_too(tmp_path: Path, monkeypatch: pytest.Monk
     stage, option = given
     for folder in ("tokens", "runs/sft"):
         (tmp_path / folder).mkdir(parents=True)
-    work = work_of(stage, ["tiny-solar-open", "--data", "tokens", "--from", "runs/sft", option, other,
-                           "--run", "runs/a"], STAGE_PARSERS)
+    work = build_stage_work(stage, ["tiny-solar-open", "--data", "tokens", "--from", "runs/sft", option,
+                                    other, "--run", "runs/a"], STAGE_PARSERS)
     with pytest.raises(UserError, match="runs/other does not exist; make it before"):
         check_inputs(work, set())
     check_inputs(work, {tmp_path / "runs/other"})
@@ -173,8 +173,8 @@ def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("chats.jsonl").touch()
     Path("runs/base").mkdir(parents=True)
-    work = work_of("sft", ["tiny-solar-open", "--data", given, "--from", "runs/base", "--run", "runs/a"],
-                   STAGE_PARSERS)
+    work = build_stage_work("sft", ["tiny-solar-open", "--data", given, "--from", "runs/base", "--run",
+                                    "runs/a"], STAGE_PARSERS)
     with pytest.raises(UserError, match=r"is a file, not a folder of token shards; pass a folder made by "
                                         r"`sov-data pack --tokenizer DIR --input chats.jsonl --output "):
         check_inputs(work, {tmp_path / "runs/base"} if promised else set())
@@ -226,4 +226,4 @@ def test_a_job_after_one_that_failed_is_taken_away(site: Path, cluster: Any) -> 
 
 def test_a_dry_run_among_the_arguments_of_a_chains_stage_is_refused() -> None:
     with pytest.raises(UserError, match=r"--dry-run: the job would train nothing; leave it out"):
-        work_of("pretrain", ["tiny-solar-open", "--data", "d", "--run", "r", "--dry-run"], STAGE_PARSERS)
+        build_stage_work("pretrain", [*SOLAR, "--dry-run"], STAGE_PARSERS)

@@ -86,8 +86,9 @@ def test_every_layout_that_a_job_may_have_is_proved_first(
         return num_ranks, SimpleNamespace(outcome="differs" if num_ranks == refuted_ranks else "equal")
 
     # the proofs themselves are tested in tests/proof, and import what no other test here needs
-    monkeypatch.setitem(sys.modules, "megatron_sov.proof.proving", SimpleNamespace(
-        EQUAL="equal", prove_run=prove_run, as_text=lambda small, verdict: f"{small}: {verdict.outcome}"))
+    monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", SimpleNamespace(
+        EQUAL="equal", prove_run=prove_run,
+        format_proof=lambda small, verdict: f"{small}: {verdict.outcome}"))
     assert cli.main(["submit", "pretrain", *HERE, "--prove", "--dry-run", "--nodes", "4", "--min-nodes", "2",
                      "--nodes-set", "2:parallel.ep=2", *RUN]) == code
 
@@ -100,7 +101,7 @@ def test_every_layout_that_a_job_may_have_is_proved_first(
 def test_what_is_missing_is_told_before_hours_of_proofs(
     site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "megatron_sov.proof.proving", None)  # whoever imports it fails
+    monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", None)  # whoever imports it fails
 
     assert cli.main(["submit", "pretrain", *HERE, "--prove", *RUN]) == 2
 

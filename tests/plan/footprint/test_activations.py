@@ -17,7 +17,9 @@ from megatron_sov.engine.model import delta_rule
 from megatron_sov.engine.model.linear_attention import LinearAttention
 from megatron_sov.engine.parallel import context
 from megatron_sov.model.config import LinearAttentionConfig, RunConfig, apply_settings
-from megatron_sov.plan.footprint.activations import Tokens, _linear_by_kernels, kept, kinds, saved, under_way
+from megatron_sov.plan.footprint.activations import (
+    Tokens, _estimate_fla_attention, count_pending_micro_batches, count_stored_bytes, estimate_saved,
+    list_layer_kinds)
 from tests.engine.model.test_linear_attention import Plain, row
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
@@ -60,26 +62,27 @@ def test_what_stays_until_the_backward_pass(recomputed: list[str], offloaded: li
     names = [f'gpu.{setting}={str(chosen).replace(chr(39), chr(34))}' for setting, chosen in
              (("recompute_modules", recomputed), ("offload_modules", offloaded))]
     config = solar("train.recompute=selective", *names)
-    (kind,) = set(kinds(config.model))
-    whole = saved(config, TOKENS, kind)
-    assert kept(config, TOKENS, kind, whole) == 2 * TOKENS * per_token
+    (kind,) = set(list_layer_kinds(config.model))
+    whole = estimate_saved(config, TOKENS, kind)
+    assert count_stored_bytes(config, TOKENS, kind, whole) == 2 * TOKENS * per_token
     assert whole.total == 2 * TOKENS * ALL
 
 
 def test_a_recomputed_layer_keeps_its_input() -> None:
     config = solar("train.recompute=true", "parallel.tp=4", "parallel.sp=true", "parallel.cp=2")
-    (kind,) = set(kinds(config.model))
-    assert kept(config, TOKENS, kind, saved(config, TOKENS, kind)) == 2 * TOKENS // 8 * HIDDEN
+    (kind,) = set(list_layer_kinds(config.model))
+    assert count_stored_bytes(config, TOKENS, kind, estimate_saved(
+        config, TOKENS, kind)) == 2 * TOKENS // 8 * HIDDEN
 
 
 def test_layers_differ_in_window_experts_and_positions() -> None:
     """K-EXAONE: a dense layer first, three windows before each layer that sees everything and has no
     positions."""
-    found = kinds(recipes.get("k-exaone-236b").model)
+    found = list_layer_kinds(recipes.get("k-exaone-236b").model)
     assert [kind.with_experts for kind in found].count(False) == 1 and not found[0].with_experts
     assert [kind.window for kind in found[:8]] == [128, 128, 128, 0] * 2
     assert all((kind.window > 0) == kind.rotates for kind in found)
-    second = kinds(recipes.get("k-exaone2-750b").model)
+    second = list_layer_kinds(recipes.get("k-exaone2-750b").model)
     assert [kind.window for kind in second[:6]] == [0, 4096, 128, 128, 128, 0]
     assert [kind.bounded for kind in second].count(True) == 16 and second[-1].bounded
 
@@ -100,7 +103,7 @@ TOGETHER = ("dense, pp 2 with vpp 2", "experts, tp 2 with sp, etp 2")
     (4, 3, 0, 16, [7, 4, 4]), (4, 3, 3, 16, [4, 4, 1])])
 def test_micro_batches_wait_for_their_backward_pass(pp: int, vpp: int, stage: int, micro_batches: int,
                                                     counts: list[int]) -> None:
-    assert under_way(pp, vpp, stage, micro_batches) == counts
+    assert count_pending_micro_batches(pp, vpp, stage, micro_batches) == counts
 
 
 @pytest.mark.parametrize("overlapped", [False, True])
@@ -115,7 +118,7 @@ def test_it_is_what_the_librarys_schedule_leaves_under_way(pp: int, vpp: int, *,
             4 * pp, vpp, pp, overlap_moe_expert_parallel_comm=overlapped, p2p_communicator=Mock(
                 pp_group=group, virtual_pipeline_model_parallel_size=vpp))
         first = [chunk for _, chunk in table[:ahead + 1]]
-        assert under_way(pp, vpp, stage, 4 * pp, overlapped=overlapped) == [
+        assert count_pending_micro_batches(pp, vpp, stage, 4 * pp, overlapped=overlapped) == [
             first.count(chunk) for chunk in range(vpp)]
 
 
@@ -177,13 +180,13 @@ def test_kernels_of_linear_attention_keep_what_is_said(
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         layer(inputs, packed_seq_params=row([0, 4096]))
-    said = _linear_by_kernels(sizes, Tokens(4096, 4096, 4096), 1)
+    said = _estimate_fla_attention(sizes, Tokens(4096, 4096, 4096), 1)
     assert sum(s.nbytes() for s in found.values()) == pytest.approx(sum(said.values()), rel=3e-3)
 
 
 def test_plan_counts_the_kernels_of_linear_attention_where_they_are_asked_for() -> None:
     config = apply_settings(recipes.get("tiny-solar-open2"), ["train.precision=bf16"])
-    kind = next(kind for kind in kinds(config.model) if kind.is_linear)
-    auto, torchs, fla = (saved(apply_settings(config, [f"gpu.linear_attention={way}"]), 512, kind).total
-                         for way in ("auto", "torch", "fla"))
+    kind = next(kind for kind in list_layer_kinds(config.model) if kind.is_linear)
+    auto, torchs, fla = (estimate_saved(apply_settings(config, [f"gpu.linear_attention={way}"]), 512,
+                                        kind).total for way in ("auto", "torch", "fla"))
     assert auto == torchs > fla

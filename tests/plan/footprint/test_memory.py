@@ -25,11 +25,11 @@ from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import count_params
-from megatron_sov.plan.calibration import fitting
-from megatron_sov.plan.calibration.fitting import node_bytes, refuse_on_nodes, refuse_on_this_node
-from megatron_sov.plan.footprint.activations import kinds, saved
-from megatron_sov.plan.footprint.held import stage_params
-from megatron_sov.plan.footprint.memory import account
+from megatron_sov.plan.footprint import gpu_capacity
+from megatron_sov.plan.footprint.activations import estimate_saved, list_layer_kinds
+from megatron_sov.plan.footprint.gpu_capacity import count_node_bytes, refuse_on_nodes, refuse_on_this_node
+from megatron_sov.plan.footprint.memory import build_account
+from megatron_sov.plan.footprint.stage_parameters import count_stage_params
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.clusters.units import GIB
@@ -70,7 +70,7 @@ def bytes_of_an_adapted_head() -> list[int]:
     assert head.requires_grad
     world.leave_world()
     # beside the head's own gradient, which without adapters there is as well
-    said = [account(c, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
+    said = [build_account(c, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
     return [sum(allocated.sizes.values()), said[0] - said[1]]
 
 
@@ -109,7 +109,7 @@ def test_a_divergence_takes_what_the_account_says(ranks: Any, job: Any) -> None:
                        model__vocab_size=WORDS)
 
     def head_bytes(*settings: str) -> int:
-        return account(apply_settings(config, list(settings)), 1, 0, 1024).head
+        return build_account(apply_settings(config, list(settings)), 1, 0, 1024).head
 
     asked = [(0.0, 0), (0.5, 0), (1.0, 0), (0.5, 2)]
     found = ranks(*(job(__file__, "peak_bytes_of_a_divergence", 1, {"beta": beta, "top_k": top_k})
@@ -132,7 +132,7 @@ def test_a_divergence_takes_what_the_account_says(ranks: Any, job: Any) -> None:
     ({"train__micro_batch_size": 2}, "layer_inputs", 2.0)])
 def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor: float) -> None:
     base = {"parallel__ep": 2, "parallel__zero1": "false", "train__global_batch_size": 512}
-    before, after = (account(config_of("solar-open-102b", **(base | c)), 16, 0, 131072)
+    before, after = (build_account(config_of("solar-open-102b", **(base | c)), 16, 0, 131072)
                      for c in ({}, change))
     assert getattr(after, item) / getattr(before, item) == pytest.approx(factor, rel=0.1)
 
@@ -140,7 +140,7 @@ def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor
 def test_items_add_up_to_what_the_device_holds() -> None:
     config = config_of("k-exaone-236b", parallel__ep=16, gpu__optimizer_offload=0.5, optim__name="adamw",
                        gpu__grad_dtype="bf16", train__fp8="mxfp8")
-    found = account(config, 64, 0, 4096)
+    found = build_account(config, 64, 0, 4096)
     assert found.on_host > 0 and found.head > found.one_layer > 0
     items = found.components()
     # the head is the peak, which a layer whose tokens are uneven stays below
@@ -153,7 +153,7 @@ def test_items_add_up_to_what_the_device_holds() -> None:
 
 
 def test_of_a_layer_and_the_head_the_larger_counts() -> None:
-    short, long = (account(config_of("solar-open-102b", parallel__ep=8), 64, 0, tokens)
+    short, long = (build_account(config_of("solar-open-102b", parallel__ep=8), 64, 0, tokens)
                    for tokens in (1024, 32_768))
     assert short.components()["head"] == short.head > short.one_layer
     assert long.components()["one_layer"] == long.one_layer > long.head
@@ -168,22 +168,22 @@ def test_rows_of_models_that_rotate_nothing_have_no_angles() -> None:
     """Of 1M tokens they would have a GiB, by cosine and sine of 128 channels in float32."""
     for recipe, angles in (("solar-open2-250b-extend", 0), ("k-exaone-236b", 2**20 * 128 * 2 * 4)):
         config = apply_settings(recipes.get(recipe), ["parallel.pp=1"])
-        assert account(config, 64, 0, 2**20).angles == angles, recipe
+        assert build_account(config, 64, 0, 2**20).angles == angles, recipe
 
 
 def test_uneven_routing_is_on_top() -> None:
     config = config_of("solar-open-102b", parallel__ep=8, train__recompute="false")
-    even, uneven = (account(config, 64, 0, 4096, imbalance) for imbalance in (1.0, 1.5))
+    even, uneven = (build_account(config, 64, 0, 4096, imbalance) for imbalance in (1.0, 1.5))
     assert even.imbalance == 0
-    (kind,) = set(kinds(config.model))
-    layer = saved(config, 4096, kind)
+    (kind,) = set(list_layer_kinds(config.model))
+    layer = estimate_saved(config, 4096, kind)
     # every layer's routed tokens once more by half; those that pass through one of them stay below the head
     assert uneven.imbalance == 48 * layer.routed // 2 and even.head > 1.5 * even.one_layer
     # where they do not, they count from there on
-    far = account(apply_settings(config, ["train.recompute=true"]), 64, 0, 4096, 8.0)
+    far = build_account(apply_settings(config, ["train.recompute=true"]), 64, 0, 4096, 8.0)
     assert far.components()["imbalance"] == (
         far.one_layer + 7 * (layer.routed + 3 * layer.expert_input) - far.head)
-    alone = account(config_of("solar-open-102b", parallel__ep=1), 64, 0, 4096, 1.5)
+    alone = build_account(config_of("solar-open-102b", parallel__ep=1), 64, 0, 4096, 1.5)
     assert alone.imbalance == 0  # a process with all experts has all tokens, whatever they visit
 
 
@@ -201,10 +201,10 @@ def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     sides = 2 * (m.hidden_size + q) + 2 * (m.hidden_size + kv) + 3 * (m.hidden_size + m.dense_ffn_dim)
     count, whole = 4 * m.num_layers * sides, count_params(m).total
-    found = account(config, 1, 0, 64)
+    found = build_account(config, 1, 0, 64)
     assert found.weights == 4 * (whole + count)
     assert (found.gradients, found.optimizer) == (4 * count, 8 * count)
-    full = account(config_of("tiny-qwen3", train__precision="fp32"), 1, 0, 64)
+    full = build_account(config_of("tiny-qwen3", train__precision="fp32"), 1, 0, 64)
     assert (full.gradients, full.optimizer) == (4 * whole, 8 * whole) and full.head > found.head
 
 
@@ -218,18 +218,18 @@ def offloaded(share: float, *settings: str) -> RunConfig:
 
 def test_a_node_pins_16_bytes_for_each_weight_that_its_processes_update() -> None:
     config = offloaded(0.5, "parallel.pp=2")
-    first, last = stage_params(config)
+    first, last = count_stage_params(config)
     # 64 processes: 32 for each stage share its dense weights, and 32 / ep each of the experts
     updated = [params.dense // 32 + params.experts // (32 // config.parallel.ep) for params in (first, last)]
     # whole parameters, until it is the share or more
-    assert 1 <= node_bytes(config, 64, range(8, 16)) / (8 * int(updated[0] * 16 * 0.5)) < 1.01
+    assert 1 <= count_node_bytes(config, 64, range(8, 16)) / (8 * int(updated[0] * 16 * 0.5)) < 1.01
     both = 4 * sum(int(count * 16 * 0.5) for count in updated)
-    assert 1 <= node_bytes(config, 64, range(28, 36)) / both < 1.05
+    assert 1 <= count_node_bytes(config, 64, range(28, 36)) / both < 1.05
 
 
 def test_a_share_that_no_node_has_room_for_is_refused_with_the_nearest_that_fits() -> None:
     config = offloaded(1.0)
-    needs = node_bytes(config, 512, range(8))
+    needs = count_node_bytes(config, 512, range(8))
     refuse_on_nodes(config, 512, 8, int(needs / 0.9) + 1, CHIPS["h200"])
     refuse_on_nodes(offloaded(0.0), 512, 8, 1, CHIPS["h200"])
     with pytest.raises(UserError, match=r"^gpu\.optimizer_offload = 1 pins .* GiB of host memory for the 8 "
@@ -247,9 +247,9 @@ def test_a_start_goes_by_what_the_machine_has_available(monkeypatch: pytest.Monk
     config = offloaded(1.0)
     for name, value in {"RANK": 11, "WORLD_SIZE": 512, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 8}.items():
         monkeypatch.setenv(name, str(value))
-    needs = node_bytes(config, 512, range(8, 16))
+    needs = count_node_bytes(config, 512, range(8, 16))
     available = SimpleNamespace(available=2 * needs)
-    monkeypatch.setattr(fitting.psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(gpu_capacity.psutil, "virtual_memory", lambda: available)
     refuse_on_this_node(config, None, None)
     available.available = int(0.55 * needs)
     with pytest.raises(UserError, match=r"that it has available; the nearest share that fits: "

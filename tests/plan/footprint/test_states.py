@@ -15,8 +15,8 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.process_memory import StatePlace
-from megatron_sov.plan.footprint.states import StageBuffers, states_of
-from megatron_sov.plan.search.space import layouts, space_of
+from megatron_sov.plan.footprint.states import StageBuffers, estimate_states
+from megatron_sov.plan.search.space import build_space, iter_layouts
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from plan_bytes import Drawn, draw, is_fused, said
@@ -100,7 +100,7 @@ def test_where_muon_keeps_one_moment_the_fullest_process_updates_tables() -> Non
     buffers = StageBuffers(config, 512, 0)
     sizes = [buffers.count_states(StatePlace(rank)).optimizer for rank in range(512)]
     # a few more bytes for one that has norms as well
-    assert buffers.count_states(buffers.fullest()).optimizer == pytest.approx(max(sizes), rel=1e-4)
+    assert buffers.count_states(buffers.find_fullest_place()).optimizer == pytest.approx(max(sizes), rel=1e-4)
     assert max(sizes) > sizes[0]
 
 
@@ -110,10 +110,11 @@ def test_what_is_remembered_of_one_layout_holds_for_those_that_share_it(settings
     """Of layouts that a search meets, uneven ones among them, against each one's own buffers."""
     config = apply_settings(recipes.get("tiny-k-exaone"), settings)
     every = [dataclasses.replace(config, parallel=parallel)
-             for parallel in layouts(config, space_of(config, 16, 8, beside=(1.3,)))
+             for parallel in iter_layouts(config, build_space(config, 16, 8, extra_layers=(1.3,)))
              if not parallel.problems(config.model, 16)]
     assert len(every) > 30 and any(one.parallel.pipeline_layout for one in every)
     for one in every:
         for stage in range(one.parallel.pp):
             buffers = StageBuffers(one, 16, stage)
-            assert states_of(one, 16, stage) == buffers.count_states(buffers.fullest()), (one.parallel, stage)
+            assert estimate_states(one, 16, stage) == buffers.count_states(
+                buffers.find_fullest_place()), (one.parallel, stage)

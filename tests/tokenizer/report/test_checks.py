@@ -61,7 +61,7 @@ def test_one_that_becomes_its_id_only_between_letters_is_found(toy: Toy) -> None
 def test_one_that_does_not_come_back_is_a_defect(toy: Toy) -> None:
     check = check_neutral(toy(special=SPECIAL, change=lambda text: text.replace("pad", "")))
     assert check.verdict == "bad"
-    assert check.numbers["not_given_back"] == ["pad"] and "; 1 do not come back" in check.summary
+    assert check.numbers["not_given_back"] == ["pad"] and "; 1 are not returned" in check.summary
 
 
 @pytest.mark.parametrize(("added", "tried"),

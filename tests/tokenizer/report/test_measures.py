@@ -105,7 +105,7 @@ def test_large_text_is_read_in_parts_from_all_over_it(tmp_path: Path) -> None:
     assert min(firsts) == 0 and max(firsts) > 4_000
     whole = read_text("big", tmp_path / "big.jsonl", 10**9)
     assert whole.whole and len(whole.chunks) == 10_000
-    part = whole.part(700_000)
+    part = whole.sample_chunks(700_000)
     assert len(part) == 1000 and part[1] == whole.chunks[10]
 
 
@@ -144,7 +144,7 @@ def few_characters(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_come_back(toy: Toy) -> None:
     opened = toy("가", "abc", "d\u00e9")
     check = check_scalars(opened)
-    assert (check.verdict, check.summary) == ("good", "4,096 characters tried, all come back")
+    assert (check.verdict, check.summary) == ("good", "4,096 characters tried, all are returned")
 
 
 def test_all_scalar_values_stand_in_blocks_and_surrogates_are_none() -> None:
@@ -166,13 +166,13 @@ def test_what_is_written_in_an_equivalent_way_is_a_remark(toy: Toy) -> None:
     check = check_scalars(opened)
     assert check.numbers["normalized"] == ["U+0344"] and check.numbers["lost"] == []
     assert (check.verdict == "note"
-            and check.summary.endswith("1 written in another, equivalent way (normalization)"))
+            and check.summary.endswith("1 replaced by equivalent text (normalization)"))
 
 
 def test_a_block_that_only_neighbours_spoil_is_told_with_how_it_was_written(toy: Toy) -> None:
     check = check_scalars(toy(change=lambda text: text.replace(" \u0e01 ", " ")))
-    assert check.numbers["lost_blocks"] == ["U+0800 to U+0FFF, behind a space"] and not check.numbers["lost"]
-    assert check.verdict == "bad" and "1 blocks do not come back" in check.summary
+    assert check.numbers["lost_blocks"] == ["U+0800 to U+0FFF, after a space"] and not check.numbers["lost"]
+    assert check.verdict == "bad" and "1 blocks are not returned" in check.summary
 
 
 def test_planes_without_characters_are_tried_side_by_side_only(toy: Toy,

@@ -16,7 +16,7 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.adapters import find_adapted_modules
 from megatron_sov.model.families.count import count_params
 from megatron_sov.model.process_memory import MemoryEstimate
-from megatron_sov.plan.calibration.fitting import estimate_memory
+from megatron_sov.plan.footprint.gpu_capacity import estimate_memory
 from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.checkpointer import TrainState
 from megatron_sov.train.data.ledger import LedgerEntry

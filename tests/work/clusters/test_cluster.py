@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError
-from megatron_sov.plan.search.recommended import RECOMMENDED
+from megatron_sov.plan.search.recommended_layouts import RECOMMENDED
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS, default_links, find_chip, find_device_chip
 from megatron_sov.work.clusters.units import GIB

@@ -24,7 +24,7 @@ from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.command_line import import_reference
 from megatron_sov.base.errors import ExitCode, UserError, format_error, format_install_command
 from megatron_sov.commands.operate.doctor.doctor import DoctorOptions
-from megatron_sov.operate.contract import first_difference
+from megatron_sov.operate.contract import find_first_difference
 from megatron_sov.sandbox.sandbox import machine_enclosure
 from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.clusters.units import GIB
@@ -217,7 +217,7 @@ def iter_contract_checks() -> Iterator[MachineCheck]:
         remedy = (TE_COMMAND if package == "transformer_engine"
                   else f"pip install the {distribution} of constraints.txt")
         try:
-            read_version, difference = first_difference(package)
+            read_version, difference = find_first_difference(package)
         except (OSError, SyntaxError, ValueError, RecursionError) as e:
             yield MachineCheck("signatures", "warning", f"the sources of {distribution} cannot be read "
                                f"({format_error(e)}) and compared with the supported version", remedy)

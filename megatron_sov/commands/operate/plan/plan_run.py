@@ -7,10 +7,11 @@ from megatron_sov.commands.operate.plan.plan import PlanOptions, RecipePlan
 from megatron_sov.model.config import RunConfig, parse_data_paths
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.recipes.requested import RecipeRequest, load_plugins, request_recipe
-from megatron_sov.plan.on_cluster import (
-    budget_rows, budget_text, memory_lines, placed, pretraining_requests, searched)
-from megatron_sov.plan.pages import telling
-from megatron_sov.plan.pricing import machines
+from megatron_sov.plan.cluster_plan import (
+    compute_budget_rows, format_budget, format_memory_lines, list_pretraining_requests, plan_on_cluster,
+    plan_with_sweep)
+from megatron_sov.plan.pages import layout_report
+from megatron_sov.plan.pricing import load_machines
 from megatron_sov.plan.speed.parameters import read_parameters
 from megatron_sov.schedules import Schedule
 
@@ -20,7 +21,7 @@ def plan_recipe(plan: RecipePlan) -> None:
     has_budget = options.days is not None or options.budget is not None
     if has_budget and options.recipe is None and not options.configs:
         load_plugins(options.plugins)
-        print_budget(options, pretraining_requests(options.settings))
+        print_budget(options, list_pretraining_requests(options.settings))
     else:
         print_plan(options, request_recipe(options))
 
@@ -32,7 +33,7 @@ def print_plan(options: PlanOptions, request: RecipeRequest) -> None:
         UserError: settings without a valid schedule, or a run that does not fit the cluster's GPUs.
     """
     if options.cluster is not None:
-        machines(options.cluster, options.nodes)
+        load_machines(options.cluster, options.nodes)
     request.config()
     stop_check()
     if options.days is not None or options.budget is not None:
@@ -46,15 +47,15 @@ def print_plan(options: PlanOptions, request: RecipeRequest) -> None:
 def print_budget(options: PlanOptions, requests: dict[str, RecipeRequest]) -> None:
     """Print the tokens that every recipe reaches within --days and --budget."""
     assert options.cluster is not None
-    where = machines(options.cluster, options.nodes)
+    where = load_machines(options.cluster, options.nodes)
     parameters = None if options.parameters is None else read_parameters(options.parameters)
-    rows = budget_rows(requests, where, options.days, options.budget, parameters)
+    rows = compute_budget_rows(requests, where, options.days, options.budget, parameters)
     if options.json:
         print(format_json({"cluster": options.cluster, "nodes": where.nodes, "gpus": where.num_ranks,
                            "days": options.days, "budget_usd": options.budget,
-                           "recipes": [row.as_json() for row in rows]}))
+                           "recipes": [row.to_json() for row in rows]}))
     else:
-        print(budget_text(rows, where))
+        print(format_budget(rows, where))
 
 
 def _print_schedule(options: PlanOptions, request: RecipeRequest) -> None:
@@ -63,25 +64,26 @@ def _print_schedule(options: PlanOptions, request: RecipeRequest) -> None:
     config.check(num_ranks)
     data_lines = _describe_data(options, config)
     if options.json:
-        print(format_json(telling.timetable_json(config)))
+        print(format_json(layout_report.timetable_to_json(config)))
     else:
-        print("\n".join([telling.size_line(config), *data_lines, memory_lines(config, num_ranks)]))
-        print(f"\n{telling.timetable_text(config)}")
+        print("\n".join([layout_report.format_model_size(config),
+              *data_lines, format_memory_lines(config, num_ranks)]))
+        print(f"\n{layout_report.format_timetable(config)}")
 
 
 def _print_on_cluster(options: PlanOptions, cluster: str, request: RecipeRequest) -> None:
     """Print layout, memory, speed, days and cost on a cluster."""
-    where = machines(cluster, options.nodes)
+    where = load_machines(cluster, options.nodes)
     parameters = None if options.parameters is None else read_parameters(options.parameters)
-    plan = (searched(request, where, _list_recipe_words(options), parameters) if options.sweep
-            else placed(request, where, parameters))
+    plan = (plan_with_sweep(request, where, _list_recipe_words(options), parameters) if options.sweep
+            else plan_on_cluster(request, where, parameters))
     data_lines = _describe_data(options, plan.config)
     if options.json:
-        print(format_json(telling.timetable_json(plan.config) | plan.as_json()))
+        print(format_json(layout_report.timetable_to_json(plan.config) | plan.to_json()))
         return
-    print("\n".join([*data_lines, plan.as_text()]))
+    print("\n".join([*data_lines, plan.format_text()]))
     if not options.sweep:
-        print(f"\n{telling.timetable_text(plan.config)}")
+        print(f"\n{layout_report.format_timetable(plan.config)}")
 
 
 def _describe_data(options: PlanOptions, config: RunConfig) -> list[str]:

@@ -4,9 +4,9 @@ from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import ExitCode
 from megatron_sov.commands.operate.plan.plan import LayoutProof
 from megatron_sov.commands.operate.plan.tuning_run import request_plan
-from megatron_sov.plan.on_cluster import placed
-from megatron_sov.plan.pricing import machines
-from megatron_sov.proof.proving import EQUAL, as_json, as_text, prove_run
+from megatron_sov.plan.cluster_plan import plan_on_cluster
+from megatron_sov.plan.pricing import load_machines
+from megatron_sov.proof.layout_proof import EQUAL, format_proof, proof_to_json, prove_run
 
 
 def prove_layout(proof: LayoutProof) -> int:
@@ -14,11 +14,11 @@ def prove_layout(proof: LayoutProof) -> int:
     if losses, gradients, weights or states differ."""
     options, request = proof.options, request_plan(proof.options)
     if options.cluster is not None:
-        where = machines(options.cluster, options.nodes)
-        config, num_ranks = placed(request, where).config, where.num_ranks
+        where = load_machines(options.cluster, options.nodes)
+        config, num_ranks = plan_on_cluster(request, where).config, where.num_ranks
     else:
         config = request.config()
         num_ranks = options.nproc or config.parallel.min_ranks
     small, verdict = prove_run(config, num_ranks)
-    print(format_json(as_json(small, verdict)) if options.json else as_text(small, verdict))
+    print(format_json(proof_to_json(small, verdict)) if options.json else format_proof(small, verdict))
     return ExitCode.OK if verdict.outcome == EQUAL else ExitCode.GATE_FAILED

@@ -18,7 +18,7 @@ from megatron_sov.model.objectives import COMMAND_FORMATS
 from megatron_sov.model.pretrained import CONFIG, find_hub_name, read_json
 from megatron_sov.model.recipes.requested import RecipeRequest, request_recipe
 from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, build_base_config, find_rate_settings
-from megatron_sov.plan.pricing import machines
+from megatron_sov.plan.pricing import load_machines
 from megatron_sov.runs.checkpoints import IMPORTED_RECIPE, read_checkpoint_settings
 from megatron_sov.runs.launch_environment import MAX_LOCAL_RANKS
 from megatron_sov.train.data.token_shards import open_sources
@@ -78,7 +78,8 @@ def _complete_request(options: PlanOptions, request: RecipeRequest, stage: Stage
                                warns=False, is_fixed=True)
         if stage == "sft":
             check_chats(config, sources)
-        num_gpus = machines(options.cluster, options.nodes).num_ranks if options.cluster else options.nproc
+        num_gpus = load_machines(
+            options.cluster, options.nodes).num_ranks if options.cluster else options.nproc
         config = complete_stage(request, config, stage, min(num_gpus or 1, MAX_LOCAL_RANKS)).config
         return dataclasses.replace(request, base=config)
     if not changed & {"train.steps", "train.tokens"}:

@@ -27,12 +27,12 @@ class ChainLink:
 
     name: str
     after: tuple[str, ...]
-    prepared: submission.Prepared
+    prepared: submission.PreparedStage
 
     @property
     def complete(self) -> bool:
         """Whether the stage's completion manifest exists."""
-        return self.prepared.work.done.is_file()
+        return self.prepared.work.completion.is_file()
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def submit_chain(chain: str, options: SubmitOptions) -> None:
     open_links = [link for link in links if not link.complete]
     # ask Slurm about every stage before the first submission
     for link in open_links:
-        submission.check(link.prepared)
+        submission.check_with_slurm(link.prepared)
     _submit_links(open_links, before, state_file)
     if not open_links:
         print(f"{chain}: every stage is complete")
@@ -109,7 +109,7 @@ def _submit_links(links: list[ChainLink], before: ChainSubmission, state_file: P
         for link in links:
             # a complete stage has no job
             after = [now.jobs[name][-1] for name in link.after if name in now.jobs]
-            now.jobs[link.name] = jobs = submission.submit(link.prepared, after)
+            now.jobs[link.name] = jobs = submission.submit_jobs(link.prepared, after)
             print(f"{link.name}: submitted as job {' and '.join(jobs)}"
                   + (f", after job {' and '.join(after)}" if after else ""))
         # inside `try`: --continue needs the file, so a failed write cancels the jobs
@@ -153,11 +153,11 @@ def prepare_links(chain: str, options: SubmitOptions) -> list[ChainLink]:
     for number, stage in enumerate(config.stages):
         before = (config.stages[number - 1].label,) if number else ()
         after = before if stage.after is None else stage.after
-        needs = tuple(link.prepared.work.done for link in links if link.name in after)
+        needs = tuple(link.prepared.work.completion for link in links if link.name in after)
         ready = _describe_script(chain, number, stage, options) if options.scripts is not None else None
         try:
             request = _build_request(config, stage, options, needs, ready)
-            prepared = submission.prepare(request, STAGE_PARSERS, check_data)
+            prepared = submission.prepare_stage(request, STAGE_PARSERS, check_data)
             links.append(ChainLink(stage.label, after, prepared))
         except UserError as e:
             raise UserError(f"{chain}: stage {stage.label}: {e}") from None

@@ -14,11 +14,11 @@ from megatron_sov.commands.train.setup.packed_files import find_files, fix_by_pa
 from megatron_sov.commands.train.setup.starts import find_start
 from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
 from megatron_sov.model.objectives import FORMATS
-from megatron_sov.operate.slurm.stages import StageWork, path_of
-from megatron_sov.operate.slurm.submission import Prepared, show
-from megatron_sov.plan.on_cluster import quote_run
-from megatron_sov.plan.pages.quote import QuoteTotals, totals
-from megatron_sov.plan.pricing import Machines, pricing
+from megatron_sov.operate.slurm.stages import StageWork, parse_source_path
+from megatron_sov.operate.slurm.submission import PreparedStage, print_scripts
+from megatron_sov.plan.cluster_plan import quote_run
+from megatron_sov.plan.pages.quotes import QuoteTotals, sum_quotes
+from megatron_sov.plan.pricing import Machines, build_pricing
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
 from megatron_sov.work.clusters.cluster import ClusterProfile, parse_time_limit
@@ -41,7 +41,7 @@ def check_data(work: StageWork) -> StageWork:
     config, request, recipe_data = work.config, work.request, work.config.data
     given = work.data or tuple(recipe_data.paths)
     _refuse_files(work)
-    if not given or not all((path_of(text) / MANIFEST).is_file() for text in given):
+    if not given or not all((parse_source_path(text) / MANIFEST).is_file() for text in given):
         return work
     config = dataclasses.replace(config,
                                  data=dataclasses.replace(config.data, paths=parse_data_paths(list(given))))
@@ -65,7 +65,7 @@ def check_data(work: StageWork) -> StageWork:
 
 def _refuse_files(work: StageWork) -> None:
     """Refuse files in --data: all processes in a job would pack them at once."""
-    if not any(path_of(text).is_file() for text in work.data):
+    if not any(parse_source_path(text).is_file() for text in work.data):
         return
     formats = list_packable_formats(work.kind.objective)
     tokenizer = find_tokenizer_folder(find_start(work.start_from)) if work.start_from else None
@@ -75,9 +75,9 @@ def _refuse_files(work: StageWork) -> None:
                         "with `sov-data pack`", fix)
 
 
-def show_dry_run(prepared: Prepared) -> None:
+def show_dry_run(prepared: PreparedStage) -> None:
     """Print the scripts and the summary as comments; on stderr too if stdout is a file or pipe."""
-    show(prepared)
+    print_scripts(prepared)
     lines = summarize(prepared)
     for line in lines:
         print(f"# {line}")
@@ -86,7 +86,7 @@ def show_dry_run(prepared: Prepared) -> None:
             print(line, file=sys.stderr)
 
 
-def summarize(prepared: Prepared) -> list[str]:
+def summarize(prepared: PreparedStage) -> list[str]:
     """Return a training stage's data, time and cost, a line each; [] for other stages."""
     work, job = prepared.work, prepared.jobs[0]
     if not work.kind.ranks or work.config is None:
@@ -94,13 +94,13 @@ def summarize(prepared: Prepared) -> list[str]:
     nodes, profile = max(job.layouts), job.profile
     settings = job.layouts[nodes]
     config = apply_settings(work.config, list(settings)) if settings else work.config
-    prices = pricing(Machines(job.cluster, profile, nodes))
+    prices = build_pricing(Machines(job.cluster, profile, nodes))
     quotes = quote_run(config, prices, (*work.settings, *settings)) if prices and _has_steps(config) else []
     unit = f"{profile.gpus_per_node} {prices.chip.name}" if prices else f"{profile.tasks_per_node} processes"
     lines = [f"summary   {work.stage} {config.recipe} on {nodes} x {unit}"]
     if not quotes:
         return [*lines, _format_data(work, config)]
-    total = totals(quotes)
+    total = sum_quotes(quotes)
     read = f"tokens    {format_count(total.tokens)}" if config.extend.stages else _format_data(work, config)
     return [*lines, read, f"time      {format_days(total.days * SECONDS_PER_DAY)}, "
             f"{format_value(total.gpu_hours, 3)} GPU-hours, predicted (docs/plan_speed.md)",

@@ -29,7 +29,7 @@ def submit_stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
                                        cluster.parse_node_settings(options.nodes_set), options.array,
                                        time_limit=options.time_limit, cluster=_get_cluster(options),
                                        engine_nodes=options.engine_nodes)
-    prepared = submission.prepare(request, STAGE_PARSERS, check_data)
+    prepared = submission.prepare_stage(request, STAGE_PARSERS, check_data)
     if options.prove and prepared.work.config is None:
         raise UserError(f"--prove: checks the layout of a training stage, and {stage} has no layout; leave "
                         "it out")
@@ -41,8 +41,8 @@ def submit_stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
         show_dry_run(prepared)
         return 0
     # last, because Slurm is slow
-    submission.check(prepared)
-    numbers = submission.submit(prepared, [])
+    submission.check_with_slurm(prepared)
+    numbers = submission.submit_jobs(prepared, [])
     print(f"submitted {stage} as job {' and '.join(numbers)}\nscript: {prepared.jobs[0].script}\n"
           f"log:    {prepared.work.records}/{numbers[0]}{'_*' if options.array else ''}.log")
     print("".join(f"{line}\n" for line in summarize(prepared)), end="")

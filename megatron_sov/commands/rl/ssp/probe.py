@@ -8,7 +8,7 @@ from typing import Annotated
 
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.base.documents.rows import check_rows
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, at_most_field, parse_nested
 from megatron_sov.commands.evaluate.eval_passk import PROMPT, JudgedSamplingOptions
 from megatron_sov.infer.request import RankOptions
@@ -77,7 +77,8 @@ def _parse_problem_set(text: str) -> dict[str, Path]:
     if domain and equals and name:
         return {domain: Path(name)}
     raise UserError(f"--problems {text}: must be DOMAIN=FILE.jsonl, e.g. algebra=algebra.jsonl, or "
-                    "a folder of `sov-data probing-sets`")
+                    "a folder of `sov-data probing-sets`",
+                    Fix(words={text: f"{Path(text).stem}={text}"}) if Path(text).is_file() else None)
 
 
 def _read_probing_sets(folder: Path) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from megatron_sov.model.families.count import count_params
 from megatron_sov.model.objectives import FORMATS
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import COMMANDS, Stage, find_rate_settings, find_stage_defaults
-from megatron_sov.plan.footprint.memory import account
+from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.data.ledger import count_unit_tokens
 from megatron_sov.train.data.streams import Cursor, DocumentStream
@@ -183,7 +183,7 @@ def _complete_rounds(request: RecipeRequest, config: RunConfig, nproc: int | Non
         config = apply_settings(config, [f"rollout.rounds={rounds}"])
         notes.append(f"{config.train.epochs:g} passes over {num_prompts:,} prompts = {rounds:,} rounds of "
                      f"{config.rollout.prompts_per_round:,}")
-    # RL runs have few, long steps. The interval must divide that of permanent checkpoints.
+    # RL runs have few, long steps. The interval must divide the permanent interval.
     every = CHECKPOINT_ROUNDS * config.rollout.steps_per_round
     if "train.checkpoint_every_steps" not in said and config.train.keep_every_steps % every == 0:
         config = _with_train(config, checkpoint_every_steps=min(config.train.checkpoint_every_steps, every))
@@ -246,6 +246,6 @@ def _fits_activations(config: RunConfig, seq_len: int) -> bool:
     """Return whether a micro-batch's activations stay within `LEAST_ACTIVATION_BYTES`."""
     alone = dataclasses.replace(config, parallel=ParallelConfig(), train=dataclasses.replace(
         config.train, global_batch_size=config.train.micro_batch_size))
-    memory = account(alone, 1, 0, seq_len)
+    memory = build_account(alone, 1, 0, seq_len)
     activation_bytes = memory.layer_inputs + max(memory.one_layer, memory.head)
     return activation_bytes <= max(LEAST_ACTIVATION_BYTES, memory.states)

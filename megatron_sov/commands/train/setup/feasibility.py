@@ -15,7 +15,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import compute_train_flops_per_token, count_params
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import MAX_DEFAULT_EPOCHS, Stage, refuse_pretraining_rate
-from megatron_sov.plan.calibration.fitting import refuse_on_this_machine
+from megatron_sov.plan.footprint.gpu_capacity import refuse_on_this_machine
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 from megatron_sov.train.data.token_shards import Source

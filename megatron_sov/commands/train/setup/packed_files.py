@@ -260,6 +260,9 @@ def _run(command: Sequence[str], output: Path) -> None:
     program, *words = command
     overwrite = ["--overwrite"] if output.exists() else []
     if code := run_command([PROGRAMS[program], *words, *overwrite], "the same command continues"):
+        if words[0] == "pack":  # whose error may name an option of its own
+            print("options of `sov-data pack`: run it yourself, as above with another --output, and pass "
+                  "that folder as --data", file=sys.stderr)
         raise SystemExit(code)
 
 

@@ -26,7 +26,7 @@ from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.process_memory import MemoryEstimate
 from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, request_training
 from megatron_sov.model.recipes.stage_defaults import Stage
-from megatron_sov.plan.calibration.fitting import estimate_memory
+from megatron_sov.plan.footprint.gpu_capacity import estimate_memory
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command, read_started_settings
 from megatron_sov.runs.launch_environment import num_ranks, refuse_lone_world_size, typed_command

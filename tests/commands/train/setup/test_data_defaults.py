@@ -17,7 +17,7 @@ from megatron_sov.model.config import PhaseConfig, RunConfig, apply_settings
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import DEFAULTS, Stage, build_base_config, find_stage_defaults
-from megatron_sov.plan.footprint.memory import account
+from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.token_shards import open_sources
 
@@ -188,7 +188,7 @@ def test_activations_of_a_micro_batch_stay_below_a_bound(hidden: int, layers: in
     config, _ = completed(asked, "policy", num_prompts=9)
 
     def activations(rows: int) -> tuple[int, int]:
-        found = account(dataclasses.replace(config, train=dataclasses.replace(
+        found = build_account(dataclasses.replace(config, train=dataclasses.replace(
             config.train, micro_batch_size=rows, global_batch_size=rows)), 1, 0, 256)
         return found.layer_inputs + max(found.one_layer, found.head), max(2 << 30, found.states)
 

@@ -19,8 +19,8 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.model.recipes.stage_defaults import Stage
-from megatron_sov.plan.calibration import fitting
-from megatron_sov.plan.footprint.memory import account
+from megatron_sov.plan.footprint import gpu_capacity
+from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.train.data.token_shards import open_sources
 from tests.commands.train.setup.test_data_defaults import completed, request
 
@@ -149,21 +149,21 @@ def test_memory_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, setti
                                           count: int) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), list(settings))
     pp = config.parallel.pp
-    needs = sum(account(config, count, stage, 256).states for stage in range(pp)) * count // pp
-    memory = SimpleNamespace(total=int(needs / fitting.USABLE_HOST_SHARE) + 2)
-    monkeypatch.setattr(fitting, "list_visible_gpus", list)
-    monkeypatch.setattr(fitting, "DRIVER_FILE", "/dev/none")
-    monkeypatch.setattr(fitting.psutil, "virtual_memory", lambda: memory)
-    fitting.refuse_on_this_machine(config, count)
+    needs = sum(build_account(config, count, stage, 256).states for stage in range(pp)) * count // pp
+    memory = SimpleNamespace(total=int(needs / gpu_capacity.USABLE_HOST_SHARE) + 2)
+    monkeypatch.setattr(gpu_capacity, "list_visible_gpus", list)
+    monkeypatch.setattr(gpu_capacity, "DRIVER_FILE", "/dev/none")
+    monkeypatch.setattr(gpu_capacity.psutil, "virtual_memory", lambda: memory)
+    gpu_capacity.refuse_on_this_machine(config, count)
     memory.total -= 4
     with pytest.raises(UserError, match=rf"^tiny-qwen3 on {count} process(es)? of this machine, which"):
-        fitting.refuse_on_this_machine(config, count)
+        gpu_capacity.refuse_on_this_machine(config, count)
     with monkeypatch.context() as driver:  # GPUs whose memory nobody shows
-        driver.setattr(fitting, "DRIVER_FILE", "/dev/null")
-        fitting.refuse_on_this_machine(config, count)
+        driver.setattr(gpu_capacity, "DRIVER_FILE", "/dev/null")
+        gpu_capacity.refuse_on_this_machine(config, count)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    fitting.refuse_on_this_machine(config, None)
+    gpu_capacity.refuse_on_this_machine(config, None)
 
 
 @pytest.mark.parametrize(("settings", "num_prompts", "refused"), [

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data_prep.curate.sources.parquet import _begin
+from data_prep.curate.sources.parquet import _get_start
 from data_prep.curate.sources.source import RawDocument
 
 TABLE = pa.table({"text": ["one", "", "셋"], "url": ["http://a.example", None, None],
@@ -68,4 +68,4 @@ def test_a_value_that_python_cannot_hold_costs_no_row(read) -> None:
     (4, 60, 4), (None, 60, 60), (0, 60, 60), (None, 10**9, 0), (-5, 60, 0), (None, None, 0)])
 def test_every_row_group_begins_somewhere_in_its_file(dictionary, data, begin: int) -> None:
     column = SimpleNamespace(dictionary_page_offset=dictionary, data_page_offset=data)
-    assert _begin(SimpleNamespace(column=lambda number: column), 1000) == begin
+    assert _get_start(SimpleNamespace(column=lambda number: column), 1000) == begin

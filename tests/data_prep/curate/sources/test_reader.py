@@ -71,7 +71,7 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     main = "from {module}"
     assert main in readers._CODE
     monkeypatch.setattr(readers, "_CODE", readers._CODE.replace(main, replaced + main))
-    monkeypatch.setattr(reader, "_kept", {})
+    monkeypatch.setattr(reader, "_processes", {})
 
     def read(words: str, **options: object) -> list[RawDocument | BrokenRecord]:
         (tmp_path / "a.txt").write_text(words)
@@ -98,20 +98,20 @@ def test_nothing_is_written_nor_other_files_read_nor_the_network_reached(read_wo
 
 def test_the_process_is_kept_for_the_next_file(read_words) -> None:
     read_words("one")
-    kept = next(iter(reader._kept.values()))
+    kept = next(iter(reader._processes.values()))
     read_words("two")
-    assert next(iter(reader._kept.values())) is kept
+    assert next(iter(reader._processes.values())) is kept
     read_words("crash")
-    assert kept not in reader._kept.values()
+    assert kept not in reader._processes.values()
 
 
 def test_a_process_that_finds_other_modules_than_this_one_is_replaced(
         read_words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_words("one")
-    kept = next(iter(reader._kept.values()))
+    kept = next(iter(reader._processes.values()))
     monkeypatch.syspath_prepend(tmp_path)  # as with a package that declares formats
     assert [raw.text for raw in read_words("two")] == ["two"]
-    assert next(iter(reader._kept.values())) is not kept
+    assert next(iter(reader._processes.values())) is not kept
 
 
 def test_the_process_ends_when_nobody_wants_the_rest(read_words, tmp_path: Path) -> None:
@@ -119,9 +119,9 @@ def test_the_process_ends_when_nobody_wants_the_rest(read_words, tmp_path: Path)
     found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
     documents = iter(found.read_piece(found.list_pieces()[0]))
     next(documents)
-    process = next(iter(reader._kept.values()))
+    process = next(iter(reader._processes.values()))
     documents.close()
-    assert not reader._kept and process._child.exit_code(0) == -signal.SIGKILL
+    assert not reader._processes and process._child.exit_code(0) == -signal.SIGKILL
 
 
 class Liar:
@@ -141,7 +141,7 @@ def test_what_is_no_answer_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "a.txt").write_text("x")
     found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
     list(found.read_piece(found.list_pieces()[0]))
-    monkeypatch.setattr(next(iter(reader._kept.values())), "channel", Liar(data).ours)
+    monkeypatch.setattr(next(iter(reader._processes.values())), "channel", Liar(data).ours)
     told = list(found.read_piece(found.list_pieces()[0]))
     assert [one.code for one in told if isinstance(one, BrokenRecord)] in (["parser"], ["crash"])
 

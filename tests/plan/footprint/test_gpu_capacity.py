@@ -13,10 +13,12 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import TABLES, count_params
-from megatron_sov.plan.calibration.fitting import changes, fits, fullest, nearest, refuse_too_large
-from megatron_sov.plan.footprint.held import held as held_by, stage_params
-from megatron_sov.plan.pricing import machines, pricing, run_stages
-from megatron_sov.plan.search.recommended import RECOMMENDED, recommended, says_layout, settings_for
+from megatron_sov.plan.footprint.gpu_capacity import (
+    find_fullest_stage, find_nearest_layout, fits_gpu, list_changed_settings, refuse_too_large)
+from megatron_sov.plan.footprint.stage_parameters import count_stage_params, list_stage_parameters as held_by
+from megatron_sov.plan.pricing import build_pricing, list_run_stages, load_machines
+from megatron_sov.plan.search.recommended_layouts import (
+    RECOMMENDED, find_recommended, get_recommended_settings, sets_layout)
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.units import GIB
 
@@ -40,13 +42,22 @@ def test_a_run_that_does_not_fit_is_refused_with_the_nearest_that_does() -> None
 def test_the_nearest_layout_is_the_one_with_fewest_doublings() -> None:
     """By brute force over what may be changed, on a GPU that the recipe's own layout does not fit."""
     config, gpu = recipes.get("k-exaone-236b"), CHIPS["h100"]
-    found = nearest(config, 512, gpu)
-    assert found is not None and changes(config.parallel, found) == ["parallel.pp=4"]
+    found = find_nearest_layout(config, 512, gpu)
+    assert found is not None and list_changed_settings(config.parallel, found) == ["parallel.pp=4"]
     for change in ({"pp": 2}, {"ep": 32}, {"ep": 8}, {"tp": 2, "sp": True}, {"ep": 8, "pp": 2}, {"ep": 64},
                    {"pp": 2, "ep": 32}):
         other = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **change))
-        assert other.problems(512) or not fits(other, 512, gpu) or (
-            fullest(other, 512)[1].total > fullest(dataclasses.replace(config, parallel=found), 512)[1].total)
+        assert other.problems(512) or not fits_gpu(
+    other,
+    512,
+    gpu) or (
+        find_fullest_stage(
+            other,
+            512)[1].total > find_fullest_stage(
+                dataclasses.replace(
+                    config,
+                    parallel=found),
+                     512)[1].total)
 
 
 def test_an_uneven_pipeline_is_kept_or_given_up_for_equal_stages() -> None:
@@ -58,8 +69,8 @@ def test_an_uneven_pipeline_is_kept_or_given_up_for_equal_stages() -> None:
     for layers, gib, changed in (("[11,13,13,11]", 60, []), ("[11,13,13,11]", 46, ["parallel.ep=8"]),
                                  ("[1,1,1,45]", 66, ["parallel.pipeline_layout=[]"])):
         config = solar(layers)
-        found = nearest(config, 512, Gpu("one", gib * GIB))
-        assert found is not None and changes(config.parallel, found) == changed, layers
+        found = find_nearest_layout(config, 512, Gpu("one", gib * GIB))
+        assert found is not None and list_changed_settings(config.parallel, found) == changed, layers
         assert apply_settings(config, changed).parallel == found
     with pytest.raises(UserError, match=r"that fits: --set 'parallel\.pipeline_layout=\[\]'"):
         refuse_too_large(solar("[1,1,1,45]"), 512, Gpu("one", 66 * GIB))
@@ -71,10 +82,10 @@ def test_every_recommended_layout_is_possible_and_serves(recipe: str) -> None:
     config = recipes.get(recipe)
     for gpu in RECOMMENDED[recipe]:
         for num_ranks in SIZES if recipe in BIG else (8, 64):
-            layout = recommended(config, num_ranks, gpu)
+            layout = find_recommended(config, num_ranks, gpu)
             assert layout is not None, (gpu, num_ranks)
-            assert says_layout(layout) or layout in ((), ("gpu.attention=fused",))
-            run = apply_settings(config, list(settings_for(config, num_ranks, gpu)))
+            assert sets_layout(layout) or layout in ((), ("gpu.attention=fused",))
+            run = apply_settings(config, list(get_recommended_settings(config, num_ranks, gpu)))
             assert run == apply_settings(config, list(layout)) and not run.problems(num_ranks)
             refuse_too_large(run, num_ranks, CHIPS[gpu])
 
@@ -84,31 +95,31 @@ def test_every_recommended_layout_is_possible_and_serves(recipe: str) -> None:
 def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(
         recipe: str, gpu: str, nodes: int, share: float) -> None:
     """By account, as a plan that says nothing has it; who has no HybridEP gets a layout without."""
-    where = machines(gpu, nodes)
-    prices = pricing(where)
+    where = load_machines(gpu, nodes)
+    prices = build_pricing(where)
     assert prices is not None
     reached = []
     for said in ([], ["parallel.expert_dispatcher=alltoall"]):
         config = apply_settings(recipes.get(recipe), said)
-        run = apply_settings(config, list(settings_for(config, where.num_ranks, gpu, said)))
+        run = apply_settings(config, list(get_recommended_settings(config, where.num_ranks, gpu, said)))
         assert run.parallel.expert_overlap == "micro_batches" and run.train.fp8 == "blockwise"
         assert run.parallel.expert_dispatcher == ("alltoall" if said else "hybridep")
-        reached.append(prices.step(run_stages(run, where.num_ranks, micro_batch_set=True)[0]).mfu)
+        reached.append(prices.time_step(list_run_stages(run, where.num_ranks, micro_batch_set=True)[0]).mfu)
     assert reached[0] > share > reached[1]
 
 
 def test_what_is_said_stays_under_a_recommended_layout() -> None:
     config = recipes.get("solar-open-102b-mid")
-    assert "gpu.attention=fused" in settings_for(config, 480, "b200")
+    assert "gpu.attention=fused" in get_recommended_settings(config, 480, "b200")
     said = ["gpu.attention=local"]
-    own = settings_for(apply_settings(config, said), 480, "b200", said)
+    own = get_recommended_settings(apply_settings(config, said), 480, "b200", said)
     assert own and not any(setting.startswith("gpu.attention") for setting in own)
 
 
 def test_a_recipe_without_recommendations_keeps_its_layout() -> None:
     tiny = recipes.get("tiny-solar-open")
-    assert settings_for(tiny, 8, "h100") == () and settings_for(tiny, 8, "") == ()
-    assert fits(tiny, 1, Gpu("a small one", 1 * GIB))
+    assert get_recommended_settings(tiny, 8, "h100") == () and get_recommended_settings(tiny, 8, "") == ()
+    assert fits_gpu(tiny, 1, Gpu("a small one", 1 * GIB))
 
 
 def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, int]]]]:
@@ -119,7 +130,7 @@ def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, in
     for name in BIG:
         config = recipes.get(name)
         for gpu, num_ranks in itertools.product(RECOMMENDED[name], SIZES):
-            layout = recommended(config, num_ranks, gpu)
+            layout = find_recommended(config, num_ranks, gpu)
             assert layout is not None
             run = apply_settings(config, list(layout))
             key = (config.model.family, str(run.parallel))
@@ -165,7 +176,7 @@ def test_modules_at_size_hold_what_the_account_counts(ranks: Any, job: Any, ever
     (big,), (small,) = ranks(*(job(__file__, "built", 1, {"big": big, "every": every})
                                for big in (True, False)))
     for (run, places), held in zip([*runs_of_big_recipes(every), *SMALL_RUNS], [*big, *small], strict=True):
-        said, p, count = stage_params(run), run.parallel, count_params(run.model)
+        said, p, count = count_stage_params(run), run.parallel, count_params(run.model)
         assert [h["params"] for h in held] == [dataclasses.asdict(said[stage]) for _, stage in places], p
         whole = {kind_of(run, stage): h["whole"] for (_, stage), h in zip(places, held, strict=True)}
         # stages that embed or predict beside the first one hold copies of its table

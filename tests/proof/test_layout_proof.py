@@ -23,14 +23,14 @@ from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
-from megatron_sov.proof.miniature import OFF, ROW_TOKENS, TOLD, Miniature, miniature
+from megatron_sov.proof.miniature import LEFT_OUT, OVERRIDES, ROW_TOKENS, Miniature, build_miniature
 
 cpu_shims.prepare_without_gpu()
-given = importlib.import_module("megatron_sov.proof.given")
-proving = importlib.import_module("megatron_sov.proof.proving")  # which imports megatron-core
+given = importlib.import_module("megatron_sov.proof.random_documents")
+layout_proof = importlib.import_module("megatron_sov.proof.layout_proof")  # which imports megatron-core
 context = importlib.import_module("megatron_sov.engine.parallel.context")
 parallel_state = importlib.import_module("megatron.core.parallel_state")
-DIFFERS, EQUAL, STANDS = proving.DIFFERS, proving.EQUAL, proving.STANDS
+DIFFERS, EQUAL, STANDS = layout_proof.DIFFERS, layout_proof.EQUAL, layout_proof.STANDS
 LAYOUT = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.ep=2", "train.global_batch_size=32")
 
 
@@ -41,14 +41,14 @@ CUT_ROW = "parallel.cp=2", "train.global_batch_size=8", "train.micro_batch_size=
 def small(tmp_path_factory: pytest.TempPathFactory) -> Miniature:
     """K-EXAONE's family with a prediction layer, on four processes."""
     documents = tmp_path_factory.mktemp("proof") / "documents"
-    found = miniature(apply_settings(recipes.get("tiny-k-exaone"), LAYOUT), 4, documents)
+    found = build_miniature(apply_settings(recipes.get("tiny-k-exaone"), LAYOUT), 4, documents)
     given.write_documents(documents, found.config)
     return found
 
 
 @pytest.fixture(scope="module")
 def whole(small: Miniature) -> Any:
-    return proving.play_alone(small)
+    return layout_proof.run_reference(small)
 
 
 def faulty(small: Miniature, whole: Any, kind: str, group: str, function: str,
@@ -61,7 +61,7 @@ def faulty(small: Miniature, whole: Any, kind: str, group: str, function: str,
         spoil(parts)
         return True
 
-    return proving.prove(small, meddle, whole)
+    return layout_proof.prove_miniature(small, meddle, whole)
 
 
 def halve(parts: Sequence[Any]) -> None:
@@ -90,9 +90,9 @@ def test_gradients_that_are_not_summed_over_data_are_found(small: Miniature, who
 
 def test_what_a_guard_refuses_in_the_layout_alone_differs(small: Miniature, whole: Any,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proving, "_step", lambda trainer: None)
+    monkeypatch.setattr(layout_proof, "_run_step", lambda trainer: None)
 
-    assert proving.prove(small, whole=whole).places == ["step 1: a guard refuses it"]
+    assert layout_proof.prove_miniature(small, whole=whole).places == ["step 1: a guard refuses it"]
 
 
 @pytest.mark.deep
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_is_read_at_another_place_is_found(small: Miniature, w
     monkeypatch.setattr(TensorReader, "read", lambda self, key, offset, shape: read(
         self, key, (0,) * len(offset), shape))
 
-    verdict = proving.prove(small, whole=whole)
+    verdict = layout_proof.prove_miniature(small, whole=whole)
 
     assert verdict.outcome == DIFFERS
     assert {place.partition(":")[0] for place in verdict.places} == {"read from one process' checkpoint"}
@@ -115,7 +115,7 @@ def test_a_checkpoint_with_other_numbers_is_found(small: Miniature, whole: Any,
     monkeypatch.setattr(host_snapshot.TensorWriter, "add", lambda self, key, block, *place: add(
         self, key, block.flip(0) if "linear_qkv.weight" in key else block, *place))
 
-    verdict = proving.prove(small, whole=whole)
+    verdict = layout_proof.prove_miniature(small, whole=whole)
 
     assert verdict.outcome == DIFFERS and len(verdict.places) > 2
     assert all(place.startswith("written into a checkpoint: ") and "linear_qkv" in place
@@ -130,7 +130,7 @@ def test_a_miniature_has_every_kind_of_attention(recipe: str, others: set[tuple[
     """The first layers of LLLG alone would all slide."""
     config = apply_settings(recipes.get(recipe), [
         "parallel.pp=1", "parallel.vpp=1", "parallel.pipeline_layout=[]"])
-    model = miniature(config, 64, Path("documents")).config.model
+    model = build_miniature(config, 64, Path("documents")).config.model
 
     # behind layers without experts, where there are any
     behind = model.num_dense_layers if model.num_experts else 0
@@ -144,7 +144,8 @@ def test_what_only_a_global_layer_does_wrong_is_found(monkeypatch: pytest.Monkey
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
         context.select_local(row) if len(row) == ROW_TOKENS else summed(row)))
 
-    assert proving.prove_run(apply_settings(recipes.get("tiny-exaone4"), CUT_ROW), 2)[1].outcome == DIFFERS
+    _, verdict = layout_proof.prove_run(apply_settings(recipes.get("tiny-exaone4"), CUT_ROW), 2)
+    assert verdict.outcome == DIFFERS
 
 
 def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +153,7 @@ def test_what_only_a_sliding_layer_does_wrong_is_found(monkeypatch: pytest.Monke
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
         summed(row) if len(row) == ROW_TOKENS else context.select_local(row)))
 
-    assert proving.prove_run(apply_settings(recipes.get("tiny-exaone4"), [
+    assert layout_proof.prove_run(apply_settings(recipes.get("tiny-exaone4"), [
         *CUT_ROW, "parallel.cp=4"]), 4)[1].outcome == DIFFERS
 
 
@@ -166,21 +167,21 @@ def test_a_standstill_is_a_refutation(small: Miniature, whole: Any, monkeypatch:
 
     monkeypatch.setattr(dispatcher, "all_to_all", skipping)
 
-    verdict = proving.prove(small, whole=whole)
+    verdict = layout_proof.prove_miniature(small, whole=whole)
 
     assert verdict.outcome in (STANDS, "fails") and verdict.places
 
 
 def test_a_loss_that_is_not_a_number_is_a_difference(small: Miniature, whole: Any,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    real = proving._step
+    real = layout_proof._run_step
 
     def spoilt(trainer: Any) -> dict[str, float]:
         return {**real(trainer), "loss": float("nan")}
 
-    monkeypatch.setattr(proving, "_step", spoilt)
+    monkeypatch.setattr(layout_proof, "_run_step", spoilt)
 
-    verdict = proving.prove(small, whole=whole)
+    verdict = layout_proof.prove_miniature(small, whole=whole)
 
     assert verdict.outcome == DIFFERS and "step 1: loss" in verdict.places
     # the second step of a refuted one is not played
@@ -192,21 +193,22 @@ def test_what_one_process_cannot_do_is_no_fault_of_a_layout(small: Miniature,
     def fails(trainer: Any) -> None:
         raise ValueError("no rows")
 
-    monkeypatch.setattr(proving, "_step", fails)
+    monkeypatch.setattr(layout_proof, "_run_step", fails)
 
     with pytest.raises(UserError, match="process cannot do"):
-        proving.play_alone(small)
+        layout_proof.run_reference(small)
 
 
 def test_an_element_that_two_hold_is_told_apart_from_numbers(small: Miniature) -> None:
-    held_twice = proving.Verdict(DIFFERS, 4, 1e-15, ["step 1: weights/a: 0 of 8 elements are written by "
+    held_twice = layout_proof.Verdict(DIFFERS, 4, 1e-15, ["step 1: weights/a: 0 of 8 elements are written by "
                                                      "nobody, 1 by several"])
 
-    assert "NOT equal to one process: not each element is held once" in proving.as_text(small, held_twice)
+    text = layout_proof.format_proof(small, held_twice)
+    assert "NOT equal to one process: not each element is held once" in text
 
 
 def test_json_has_no_infinity(small: Miniature) -> None:
-    found = proving.as_json(small, proving.Verdict(STANDS, 4, float("inf"), ["rank 0 waits"]))
+    found = layout_proof.proof_to_json(small, layout_proof.Verdict(STANDS, 4, float("inf"), ["rank 0 waits"]))
 
     assert json.loads(json.dumps(found, allow_nan=False))["largest"] is None
 
@@ -257,7 +259,7 @@ def test_losses_families_and_optimizers_are_equal(recipe: str, settings: tuple[s
     config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=8",
                                                   "train.micro_batch_size=1"])
 
-    small, verdict = proving.prove_run(config, num_ranks)
+    small, verdict = layout_proof.prove_run(config, num_ranks)
 
     assert (verdict.outcome, verdict.places) == (EQUAL, [])
     assert verdict.largest < 1e-12 and verdict.compared["weights"] > 10 and verdict.messages > 50
@@ -285,16 +287,15 @@ def own_values(values: dict[str, float], over: Any) -> dict[str, float]:
      "final_layernorm"),
     ("tiny-typhoon-s", ("parallel.tp=2", DISTILL, "distillation.top_k=4"), "engine.model.divergence",
      "_sum_over_group", lambda values: values, "final_layernorm")])
-def test_a_fault_of_every_built_in_loss_is_found(
-    recipe: str, settings: tuple[str, ...], module: str, name: str, wrong: Any, place: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_fault_of_every_built_in_loss_is_found(recipe: str, settings: tuple[str, ...], module: str, name:
+                                                 str, wrong: Any, place: str, monkeypatch:
+                                                 pytest.MonkeyPatch,) -> None:
     """It begins in the gradient of what the last layer gives to the loss."""
     config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=8",
                                                   "train.micro_batch_size=1"])
     monkeypatch.setattr(importlib.import_module(f"megatron_sov.{module}"), name, wrong)
 
-    verdict = proving.prove_run(config, 2 * config.parallel.ranks_per_replica)[1]
+    verdict = layout_proof.prove_run(config, 2 * config.parallel.ranks_per_replica)[1]
 
     assert verdict.outcome == DIFFERS and place in verdict.places[0]
 
@@ -302,7 +303,7 @@ def test_a_fault_of_every_built_in_loss_is_found(
 @pytest.mark.parametrize(("recipe", "missing"), [
     ("tiny-hyperclova-omni-sft", "encoder of pictures"), ("tiny-hyperclova-omni", "encoder of sound")])
 def test_what_is_left_out_is_told(recipe: str, missing: str, tmp_path: Path) -> None:
-    small = miniature(apply_settings(recipes.get(recipe), ()), 2, tmp_path / "documents")
+    small = build_miniature(apply_settings(recipes.get(recipe), ()), 2, tmp_path / "documents")
 
     assert small.config.problems(2) == []
     assert any(missing in what for what in small.left_out)
@@ -314,11 +315,11 @@ def test_sigterm_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(proving, "prove", ended)
+    monkeypatch.setattr(layout_proof, "prove_miniature", ended)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit) as ending:
-            proving.prove_run(recipes.get("tiny-qwen3"), 1)
+            layout_proof.prove_run(recipes.get("tiny-qwen3"), 1)
         assert ending.value.code == 128 + signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
@@ -331,7 +332,7 @@ def test_the_first_stage_does_forward_and_backward_passes_in_turns(pp: int, vpp:
     config = apply_settings(recipes.get("tiny-qwen3"), [
         f"model.num_layers={pp * vpp}", f"parallel.pp={pp}", f"parallel.vpp={vpp}",
         "train.micro_batch_size=1", "train.global_batch_size=64"])
-    train = miniature(config, 2 * pp, Path("documents")).config.train
+    train = build_miniature(config, 2 * pp, Path("documents")).config.train
 
     micro_batches = train.global_batch_size // 2
     warm_up = pp - 1 if vpp == 1 else 2 * (pp - 1) + (vpp - 1) * pp
@@ -353,7 +354,7 @@ def test_what_only_a_steady_pipeline_does_wrong_is_found(monkeypatch: pytest.Mon
     config = apply_settings(recipes.get("tiny-qwen3"), [
         "model.num_layers=3", "parallel.pp=3", "train.micro_batch_size=1", "train.global_batch_size=8"])
 
-    verdict = proving.prove_run(config, 3)[1]
+    verdict = layout_proof.prove_run(config, 3)[1]
 
     assert (verdict.outcome, verdict.places[0][:16]) == (DIFFERS, "step 1: backward")
 
@@ -367,7 +368,7 @@ def test_uneven_stages_of_a_miniature_are_uneven(layers: list[int], played: tupl
     config = apply_settings(recipes.get("tiny-qwen3"), [
         f"model.num_layers={sum(layers)}", f"parallel.pp={len(layers)}",
         f"parallel.pipeline_layout={layers}"])
-    small = miniature(config, len(layers), Path("documents"))
+    small = build_miniature(config, len(layers), Path("documents"))
 
     assert small.config.parallel.pipeline_layout == played
     assert any("are played" in what for what in small.left_out) == (len({*layers}) > len({*played}))
@@ -377,7 +378,7 @@ def test_uneven_stages_have_each_kind_of_layers() -> None:
     """Of DeepSeek-V3's layers the first three have no experts."""
     config = apply_settings(recipes.get("deepseek-v3"), [
         "parallel.pp=2", "parallel.tp=2", "parallel.ep=2", "parallel.pipeline_layout=[31, 30]"])
-    small = miniature(config, 4, Path("documents")).config
+    small = build_miniature(config, 4, Path("documents")).config
 
     assert small.parallel.pipeline_layout == (3, 1) and small.problems(4) == []
 
@@ -396,7 +397,7 @@ def test_a_place_in_the_model_that_only_knows_of_equal_stages_is_found(
     for module in [m for m in sys.modules.values() if hasattr(m, "get_transformer_layer_offset")]:
         monkeypatch.setattr(module, "get_transformer_layer_offset", of_equal)
 
-    assert proving.prove_run(config, len(layers))[1].outcome == DIFFERS
+    assert layout_proof.prove_run(config, len(layers))[1].outcome == DIFFERS
 
 
 def of_first_bucket(sync: Callable[..., None]) -> Callable[..., None]:
@@ -418,7 +419,7 @@ def test_gradients_that_are_only_summed_in_a_buffer_s_first_bucket_are_found(
     config = apply_settings(recipes.get("tiny-qwen3-moe"), [
         "parallel.overlap_grad_reduce=true", "train.micro_batch_size=1", "train.global_batch_size=8"])
 
-    verdict = proving.prove_run(config, 2)[1]
+    verdict = layout_proof.prove_run(config, 2)[1]
 
     assert verdict.outcome == DIFFERS
     assert {f"step 1: gradient of {name}" for name in (
@@ -436,7 +437,7 @@ HARMLESS = {
 
 
 def test_what_every_miniature_is_without_is_told_or_harmless() -> None:
-    assert OFF.keys() - TOLD.keys() == HARMLESS
+    assert OVERRIDES.keys() - LEFT_OUT.keys() == HARMLESS
 
 
 @pytest.mark.parametrize(("settings", "told"), [
@@ -451,7 +452,7 @@ def test_what_every_miniature_is_without_is_told_or_harmless() -> None:
 def test_a_setting_that_is_not_played_is_told(settings: tuple[str, ...], told: str) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), [
         "train.precision=bf16", "train.global_batch_size=8", "train.micro_batch_size=1", *settings])
-    small = miniature(config, 1, Path("documents"))
+    small = build_miniature(config, 1, Path("documents"))
 
     assert any(told in what for what in small.left_out)
 
@@ -460,7 +461,7 @@ def test_sound_runs_have_a_miniature() -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), [
         "optim.rewarm=[[4, 2]]", "model.head_dim=16", "model.rope_share=0.625",
         'optim.groups=[{"pattern": "decoder.layers.[1-3].*", "lr_scale": 2}, {"pattern": "*layers.3.*"}]'])
-    small = miniature(config, 1, Path("documents")).config
+    small = build_miniature(config, 1, Path("documents")).config
 
     assert (small.optim.rewarm, small.model.head_dim) == ((), 16)
     # the miniature has layers 0 and 1
@@ -468,17 +469,17 @@ def test_sound_runs_have_a_miniature() -> None:
 
 
 def test_a_rule_that_the_miniature_alone_breaks_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OFF, "train.average_last", 1)
+    monkeypatch.setitem(OVERRIDES, "train.average_last", 1)
 
     with pytest.raises(UserError, match=r"breaks a rule: .*average_last"):
-        miniature(recipes.get("tiny-qwen3"), 1, Path("documents"))
+        build_miniature(recipes.get("tiny-qwen3"), 1, Path("documents"))
 
 
 def test_a_pattern_of_a_tensor_that_the_miniature_lacks_is_told_as_such() -> None:
     config = apply_settings(recipes.get("tiny-k-exaone"), ['optim.groups=[{"pattern": "*.experts.15.*"}]'])
 
     with pytest.raises(UserError, match=r"rule: .*experts\.15.*matches no parameter"):
-        proving.prove_run(config, 1)
+        layout_proof.prove_run(config, 1)
 
 
 def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:
@@ -513,4 +514,4 @@ def test_taps_that_are_gathered_behind_other_work_are_waited_for() -> None:
     """No module that computes holds them or the norm of outputs of linear attention alone."""
     config = apply_settings(recipes.get("solar-open2-250b"), ["parallel.pp=1", "parallel.ep=2"])
     assert config.parallel.overlap_param_gather
-    assert proving.prove_run(config, 2)[1].outcome == EQUAL
+    assert layout_proof.prove_run(config, 2)[1].outcome == EQUAL

@@ -16,24 +16,25 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.plan.calibration.fitting import fullest
-from megatron_sov.plan.on_cluster import placed, searched
-from megatron_sov.plan.pages import quote as quote_tables, telling
-from megatron_sov.plan.pages.quote import (
-    Checkpoint, Quote, QuotedMemory, alike, as_json, gib, labels, tables, text, totals)
+from megatron_sov.plan.cluster_plan import plan_on_cluster, plan_with_sweep
+from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
+from megatron_sov.plan.pages import layout_report, quotes as quote_tables
+from megatron_sov.plan.pages.quotes import (
+    Checkpoint, Quote, QuotedMemory, build_tables, format_gib, format_table, group_quotes, label_groups,
+    quote_to_json, sum_quotes)
 from megatron_sov.plan.pricing import (
-    MAX_NODES, Machines, Pricing, RunStage, group_stages, machines, pricing, quote, refuse_precision,
-    run_stages)
-from megatron_sov.plan.speed.parameters import default
+    MAX_NODES, Machines, Pricing, RunStage, build_pricing, group_stages, list_run_stages, load_machines,
+    quote_stage, refuse_precision)
+from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.units import GIB
 
 
 @pytest.fixture(scope="module")
 def quotes() -> list[Quote]:
-    of = pricing(machines("b200", 60))
+    of = build_pricing(load_machines("b200", 60))
     assert of is not None
-    return [quote(stage, of) for stage in run_stages(recipes.get("solar-open-102b"), of.num_ranks)]
+    return [quote_stage(stage, of) for stage in list_run_stages(recipes.get("solar-open-102b"), of.num_ranks)]
 
 
 def test_figures_follow_from_each_other(quotes: list[Quote]) -> None:
@@ -54,30 +55,31 @@ def test_figures_follow_from_each_other(quotes: list[Quote]) -> None:
 
 
 def test_totals_are_sums(quotes: list[Quote]) -> None:
-    t = totals(quotes)
+    t = sum_quotes(quotes)
     assert t.tokens == sum(q.tokens for q in quotes)
     assert t.days == pytest.approx(sum(q.days for q in quotes))
     assert t.cost_usd == pytest.approx(sum(q.cost_usd for q in quotes))
     assert t.effective_share == pytest.approx(quotes[0].effective_share)
-    assert totals([replace(quotes[0], cost_range_usd=(0.0, 0.0))]).cost_range_usd == (quotes[0].cost_usd,) * 2
+    assert sum_quotes([replace(quotes[0], cost_range_usd=(0.0, 0.0))]
+                      ).cost_range_usd == (quotes[0].cost_usd,) * 2
 
 
 def test_a_quote_is_plain_values(quotes: list[Quote]) -> None:
-    said = json.loads(json.dumps(as_json(quotes[0])))
+    said = json.loads(json.dumps(quote_to_json(quotes[0])))
     assert said["step_s"] == quotes[0].step_s and said["memory"]["total_bytes"] == sum(
         said["memory"]["by_component"].values())
     assert math.isclose(said["gpu_hours"], quotes[0].gpu_hours)
 
 
 def test_tables_show_alike_stages_once(quotes: list[Quote]) -> None:
-    found = {table.title: table for table in tables(quotes)}
+    found = {table.title: table for table in build_tables(quotes)}
     assert [row[0] for row in found["What it takes"].rows] == ["1", "2.A", "2.B", "2.C", "total"]
-    assert labels(alike(quotes, lambda q: (q.seconds,))) == ["each stage"]
+    assert label_groups(group_quotes(quotes, lambda q: (q.seconds,))) == ["each stage"]
     other = replace(quotes[1], seconds={"dense": 1.0})
-    assert labels(alike([quotes[0], other], lambda q: (q.seconds,))) == ["1", "2.A"]
-    for table in tables(quotes):
+    assert label_groups(group_quotes([quotes[0], other], lambda q: (q.seconds,))) == ["1", "2.A"]
+    for table in build_tables(quotes):
         assert {len(row) for row in table.rows} == {len(table.head)}
-        body = text(table).splitlines()[1:]
+        body = format_table(table).splitlines()[1:]
         assert len({len(line) for line in body if line.split()[0] != "total"}) == 1  # right-aligned
 
 
@@ -85,7 +87,7 @@ def test_tables_show_alike_stages_once(quotes: list[Quote]) -> None:
 
 
 def test_memory_has_few_digits() -> None:
-    assert [gib(n * 2**30) for n in (0, 0.0123, 38.84, 2048)] == ["0.0", "0.012", "38.8", "2,048.0"]
+    assert [format_gib(n * 2**30) for n in (0, 0.0123, 38.84, 2048)] == ["0.0", "0.012", "38.8", "2,048.0"]
 
 
 # Tables of quotes: words that mean one thing, nothing where nothing is, and figures with their units.
@@ -105,73 +107,77 @@ def a_quote(**changes: Any) -> Quote:
 
 
 def test_components_are_told_apart_from_items_of_memory() -> None:
-    told = [row[0] for row in quote_tables.step([a_quote()]).rows]
+    told = [row[0] for row in quote_tables.build_step_table([a_quote()]).rows]
     assert told == ["dense", "memory-bound", "dp messages", "step"]
-    assert [row[0] for row in quote_tables.memory([a_quote()]).rows] == ["weights", "total", "may take"]
+    assert [row[0] for row in quote_tables.build_memory_table([a_quote()]).rows] == [
+                                                              "weights", "total", "may take"]
 
 
 def test_items_that_are_next_to_nothing_share_a_line() -> None:
-    found = quote_tables.seen(QuotedMemory({"weights": 1000, "a": 5, "b": 6}, 0), share=0.01)
-    assert found == {"weights": 1000, quote_tables.OTHERS: 11}
+    found = quote_tables.select_items(QuotedMemory({"weights": 1000, "a": 5, "b": 6}, 0), share=0.01)
+    assert found == {"weights": 1000, quote_tables.OTHER_ITEMS: 11}
 
 
 def test_totals_stand_below_several_stages_alone() -> None:
-    assert len(quote_tables.stages([a_quote()]).rows) == 1
-    *_, total = quote_tables.stages([a_quote(), a_quote(name="two")]).rows
+    assert len(quote_tables.build_stage_table([a_quote()]).rows) == 1
+    *_, total = quote_tables.build_stage_table([a_quote(), a_quote(name="two")]).rows
     assert total[0] == "total" and total[3] == "7.2 M" and total[-2:] == ["22 kWh", "$47"]
 
 
 def test_notes_are_said_once_with_the_range_of_prices() -> None:
-    assert quote_tables.notes([a_quote(), a_quote(name="two")]) == [
+    assert quote_tables.list_notes([a_quote(), a_quote(name="two")]) == [
         "Cost: 2.95 USD.", "At the prices that were found the whole is $32 to $80."]
-    assert quote_tables.notes([a_quote(cost_range_usd=(23.6, 23.6))]) == ["Cost: 2.95 USD."]
+    assert quote_tables.list_notes([a_quote(cost_range_usd=(23.6, 23.6))]) == ["Cost: 2.95 USD."]
 
 
 # A stage's price is made of the parts that the wings tell apart, each with its own assumption.
 
 
 def on(where: Machines) -> Pricing:
-    found = pricing(where)
+    found = build_pricing(where)
     assert found is not None
     return found
 
 
 def first(recipe: str, of: Pricing, *settings: str) -> RunStage:
-    return run_stages(apply_settings(recipes.get(recipe), list(settings)), of.num_ranks)[0]
+    return list_run_stages(apply_settings(recipes.get(recipe), list(settings)), of.num_ranks)[0]
 
 
 def test_memory_and_seconds_are_those_of_the_fullest_process_and_of_a_step() -> None:
-    of = on(machines("h100", 2))
+    of = on(load_machines("h100", 2))
     stage = first("qwen3-8b", of, "parallel.tp=2", "parallel.sp=true")
-    told = quote(stage, of)
-    assert told.memory.total_bytes == of.needs(stage) == fullest(stage.config, 16)[1].total
-    assert told.step_s == pytest.approx(of.step(stage).total_s)
-    assert told.seconds == of.seconds(stage)
+    told = quote_stage(stage, of)
+    assert told.memory.total_bytes == of.count_bytes(stage) == find_fullest_stage(stage.config, 16)[1].total
+    assert told.step_s == pytest.approx(of.time_step(stage).total_s)
+    assert told.seconds == of.time_step(stage).components
     assert told.num_gpus == 16 and told.gpu == "H100-80GB"
 
 
 def test_only_models_with_experts_meet_imbalance() -> None:
-    of = on(machines("b200", 8))
+    of = on(load_machines("b200", 8))
     dense, sparse = first("qwen3-8b", of), first("qwen3-moe-30b", of)
-    assert of.workload(dense).imbalance == 1 < of.workload(sparse).imbalance == default().real_imbalance
-    assert not any("busiest" in note for note in quote(dense, of).notes)
-    assert any("busiest" in note for note in quote(sparse, of).notes)
+    assert of.build_workload(dense).imbalance == 1 < of.build_workload(
+        sparse).imbalance == load_default_parameters().real_imbalance
+    assert not any("busiest" in note for note in quote_stage(dense, of).notes)
+    assert any("busiest" in note for note in quote_stage(sparse, of).notes)
 
 
 def test_what_nobody_has_said_of_the_storage_is_told() -> None:
-    where = machines("h100", 1)
+    where = load_machines("h100", 1)
     bare = replace(where, profile=replace(where.profile, storage_write_gbytes_per_s=0.0))
-    assert any("storage_write_gbytes_per_s" in n for n in quote(first("qwen3-8b", on(bare)), on(bare)).notes)
-    assert not any("storage" in n for n in quote(first("qwen3-8b", on(where)), on(where)).notes)
+    assert any("storage_write_gbytes_per_s" in n for n in quote_stage(
+        first("qwen3-8b", on(bare)), on(bare)).notes)
+    assert not any("storage" in n for n in quote_stage(first("qwen3-8b", on(where)), on(where)).notes)
 
 
 def test_own_parameters_and_own_price_change_what_they_are_about() -> None:
-    where = machines("h100", 1)
+    where = load_machines("h100", 1)
     cheap = replace(where, profile=replace(where.profile, price_per_gpu_hour=1.0))
-    told, stage = quote(first("qwen3-8b", on(cheap)), on(cheap)), first("qwen3-8b", on(where))
+    told, stage = quote_stage(first("qwen3-8b", on(cheap)), on(cheap)), first("qwen3-8b", on(where))
     assert told.cost_usd == pytest.approx(told.gpu_hours) and told.cost_range_usd == (told.cost_usd,) * 2
-    slow = Pricing(where, replace(default(), step_overhead_s=default().step_overhead_s + 10))
-    assert slow.step(stage).total_s == pytest.approx(on(where).step(stage).total_s + 10)
+    slow = Pricing(where, replace(load_default_parameters(),
+                   step_overhead_s=load_default_parameters().step_overhead_s + 10))
+    assert slow.time_step(stage).total_s == pytest.approx(on(where).time_step(stage).total_s + 10)
 
 
 @pytest.mark.parametrize(("cluster", "asked", "works"), [
@@ -181,7 +187,7 @@ def test_own_parameters_and_own_price_change_what_they_are_about() -> None:
 def test_products_that_a_chip_has_none_of(cluster: str, asked: str, works: str) -> None:
     config = recipes.get("qwen3-8b")
     fp8 = replace(config, train=replace(config.train, fp8=asked))
-    chip = machines(cluster, 1).chip
+    chip = load_machines(cluster, 1).chip
     assert chip is not None
     refuse_precision(config, chip)
     refuse_precision(replace(config, train=replace(config.train, fp8=works)), chip)
@@ -198,7 +204,7 @@ RAMP = ["train.ramp_from_batch_size=8", "train.ramp_increment=8", "train.ramp_st
 def test_the_table_shows_every_place_at_which_something_changes() -> None:
     config = apply_settings(recipes.get("tiny-solar-open"),
                             ["optim.schedule=wsd", "optim.rewarm=[[70, 9]]", *RAMP])
-    found = {row.step: row for row in telling.timetable_rows(config)}
+    found = {row.step: row for row in layout_report.build_timetable(config)}
     # warm-up over, ramp over, re-warmed, decay begins; then the four phases' first steps
     assert {20, 21, 40, 41, 79, 80, 160, 161} <= set(found)
     assert {start + 1 for start in config.phase_starts()} <= set(found)
@@ -212,7 +218,7 @@ def test_the_table_shows_every_place_at_which_something_changes() -> None:
 def test_a_ramp_of_many_stretches_does_not_fill_the_page() -> None:
     config = apply_settings(recipes.get("solar-open-102b"), [
         "train.ramp_from_batch_size=480", "train.ramp_increment=480", "train.ramp_steps=20000"])
-    assert 30 < len(telling.timetable_rows(config)) < 100
+    assert 30 < len(layout_report.build_timetable(config)) < 100
     assert len(Schedule(config).stretches) == 27 + 4
 
 
@@ -221,7 +227,7 @@ def test_the_command_prints_and_refuses(capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     others = "spanish 2.5 %, german 2.5 %, japanese 2.5 %, vietnamese 2.5 %"
     assert f"foundation: web 70 %, korean 10 %, {others}, code 10 %" in printed
-    assert "#" * telling.BAR_CHARACTERS in printed
+    assert "#" * layout_report.BAR_CHARACTERS in printed
     assert main(["plan", "k-exaone-236b", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["tokens"] == pytest.approx(11e12, rel=1e-4) and plan["schedule"][-1]["step"] == plan["steps"]
@@ -238,7 +244,7 @@ def test_the_command_prints_and_refuses(capsys: pytest.CaptureFixture[str]) -> N
 def test_phases_have_the_steps_and_tokens_of_the_schedule(recipe: str) -> None:
     config = apply_settings(recipes.get(recipe), ["train.ramp_from_batch_size=8", "train.ramp_increment=8",
                                                   "train.ramp_steps=30", "train.tokens=10000000000"])
-    schedule, stages = Schedule(config), run_stages(config, 8)
+    schedule, stages = Schedule(config), list_run_stages(config, 8)
     assert [s.name for s in stages] == [p.name for p in config.data.phases]
     assert sum(s.steps for s in stages) == schedule.num_steps
     assert sum(s.tokens for s in stages) == schedule.count_tokens(schedule.num_steps - 1)
@@ -249,45 +255,46 @@ def test_phases_have_the_steps_and_tokens_of_the_schedule(recipe: str) -> None:
 
 def test_stages_of_an_extension_are_those_that_extend_trains() -> None:
     config = recipes.get("k-exaone-236b-extend")
-    stages = run_stages(config, 512)
+    stages = list_run_stages(config, 512)
     assert [(s.name, s.kind, s.phase.seq_len, s.global_batch_size, s.steps) for s in stages] == [
         ("32k", "extension stage", 32768, 1024, 2000), ("256k", "extension stage", 262144, 128, 2000)]
     assert [s.tokens for s in stages] == [2000 * 1024 * 32768] * 2
     # `extend` fills a row of the longest stage with samples of a shorter one, unless somebody chose
     assert [s.config.train.micro_batch_size for s in stages] == [8, 1]
-    assert [s.config.train.micro_batch_size for s in run_stages(config, 512, micro_batch_set=True)] == [1, 1]
+    assert [s.config.train.micro_batch_size for s in list_run_stages(config, 512, micro_batch_set=True)] == [
+                                                                     1, 1]
     for stage in stages:
         stage.config.check(512)
 
 
 def test_stages_whose_steps_are_alike_are_one_kind() -> None:
-    stages = run_stages(recipes.get("solar-open-102b"), 480)
+    stages = list_run_stages(recipes.get("solar-open-102b"), 480)
     assert [(first.name, len(same)) for first, same in group_stages(stages)] == [("1", 4)]
-    assert len(group_stages(run_stages(recipes.get("solar-open-102b-extend"), 480))) == 2
+    assert len(group_stages(list_run_stages(recipes.get("solar-open-102b-extend"), 480))) == 2
 
 
 # Nodes of a profile: their number, their GPUs, what a run may take, and numbers that nobody means.
 
 
 def test_nodes_of_gpus() -> None:
-    found = machines("b200", 60)
+    found = load_machines("b200", 60)
     assert found.num_ranks == 480 and found.chip is not None
     assert 0.94 < found.limit_bytes / found.chip.memory_bytes < 0.96
-    assert found.with_nodes(3).num_ranks == 24 and machines("b200", None).nodes == 1
+    assert found.with_nodes(3).num_ranks == 24 and load_machines("b200", None).nodes == 1
 
 
 def test_links_that_nobody_has_said_are_missed_where_they_are_needed(tmp_path: Path) -> None:
     (file := tmp_path / "mine.yaml").write_text("description: no network\ngpu: h100\n")
-    one = machines(str(file), 1)
-    assert one.links().domain == 8
+    one = load_machines(str(file), 1)
+    assert one.compute_links().domain == 8
     with pytest.raises(UserError, match=r"--cluster .*mine.yaml: network_gbits_per_gpu is missing"):
-        one.with_nodes(2).links()
+        one.with_nodes(2).compute_links()
 
 
 @pytest.mark.parametrize("nodes", [0, -3, MAX_NODES + 1])
 def test_a_number_of_nodes_that_nobody_has(nodes: int) -> None:
     with pytest.raises(UserError, match=f"--nodes {nodes}: must be at least 1"):
-        machines("h100", nodes)
+        load_machines("h100", nodes)
 
 
 # A run on a cluster: whose layout it takes, and what a script reads of it.
@@ -299,8 +306,9 @@ def of(recipe: str, *settings: str) -> RecipeRequest:
 
 @pytest.mark.deep
 def test_a_layout_that_is_set_stays_and_one_that_is_not_is_recommended() -> None:
-    where = machines("h100", 64)
-    open_, own = placed(of("k-exaone-236b"), where), placed(of("k-exaone-236b", "parallel.pp=16"), where)
+    where = load_machines("h100", 64)
+    open_, own = plan_on_cluster(
+        of("k-exaone-236b"), where), plan_on_cluster(of("k-exaone-236b", "parallel.pp=16"), where)
     assert (open_.config.parallel.pp, open_.config.parallel.ep) == (2, 64)
     assert own.config.parallel.pp == 16
     assert own.config.parallel.ep == recipes.get("k-exaone-236b").parallel.ep
@@ -308,4 +316,4 @@ def test_a_layout_that_is_set_stays_and_one_that_is_not_is_recommended() -> None
 
 def test_a_search_needs_gpus_that_are_known() -> None:
     with pytest.raises(UserError, match="--sweep with --cluster one-node: gpu is empty in the profile"):
-        searched(of("tiny-solar-open"), machines("one-node", 1), ["tiny-solar-open"])
+        plan_with_sweep(of("tiny-solar-open"), load_machines("one-node", 1), ["tiny-solar-open"])

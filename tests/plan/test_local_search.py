@@ -9,10 +9,10 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.plan.calibration.fitting import fullest
-from megatron_sov.plan.pricing import machines, pricing
-from megatron_sov.plan.search.default import SPARE_SHARE, LocalSearch, find_layout, leaves_layout_open
-from megatron_sov.plan.search.sweep import search
+from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
+from megatron_sov.plan.pricing import build_pricing, load_machines
+from megatron_sov.plan.search.local_search import SPARE_SHARE, LocalSearch, find_layout, leaves_layout_open
+from megatron_sov.plan.search.sweep import search_layouts
 
 
 @pytest.mark.deep
@@ -22,15 +22,15 @@ from megatron_sov.plan.search.sweep import search
     ("gemma-3-1b", "a100", ()), ("tiny-solar-open", "h100", ()), ("tiny-qwen3-moe", "b200", ())])
 def test_the_default_is_as_fast_as_the_best_of_a_sweep_with_memory_to_spare(
         recipe: str, gpu: str, said: tuple[str, ...]) -> None:
-    config, where = apply_settings(recipes.get(recipe), list(said)), machines(gpu, 1)
-    prices, found = pricing(where), find_layout(config, where, said)
+    config, where = apply_settings(recipes.get(recipe), list(said)), load_machines(gpu, 1)
+    prices, found = build_pricing(where), find_layout(config, where, said)
     assert prices is not None and found is not None
-    swept = search(LocalSearch(config, prices, said).config, prices)
+    swept = search_layouts(LocalSearch(config, prices, said).config, prices)
     roomy = [one for one in swept.best if one.needs_bytes <= (1 - SPARE_SHARE) * prices.limit_bytes]
     assert found.seconds <= 1.05 * (roomy or swept.best)[0].seconds
     assert found.num_priced < swept.num_looked_at
     chosen = apply_settings(config, list(found.settings))
-    needs = fullest(chosen, where.num_ranks)[1].total
+    needs = find_fullest_stage(chosen, where.num_ranks)[1].total
     assert not chosen.problems(where.num_ranks)
     assert needs <= (1 - SPARE_SHARE if roomy else 1) * prices.limit_bytes
     assert len({setting.partition("=")[0] for setting in found.settings}) == len(found.settings)
@@ -39,8 +39,8 @@ def test_the_default_is_as_fast_as_the_best_of_a_sweep_with_memory_to_spare(
 
 @pytest.mark.deep
 def test_a_recipe_whose_own_layout_needs_more_processes_gets_one() -> None:
-    found = find_layout(recipes.get("k-exaone2-750b-extend"), machines("h200", 16))
-    assert found is not None and found.own_spare_share < 0 and "own does not fit" in found.line()
+    found = find_layout(recipes.get("k-exaone2-750b-extend"), load_machines("h200", 16))
+    assert found is not None and found.own_spare_share < 0 and "own does not fit" in found.format_line()
 
 
 @pytest.mark.deep
@@ -48,7 +48,7 @@ def test_a_recipe_whose_own_layout_needs_more_processes_gets_one() -> None:
     ("parallel.expert_dispatcher=alltoall",), ("train.fp8=none",), ("gpu.attention=local",)])
 def test_kernels_that_the_user_chose_stay(said: tuple[str, ...]) -> None:
     config = apply_settings(recipes.get("qwen3-moe-30b"), list(said))
-    found = find_layout(config, machines("h100", 2), said)
+    found = find_layout(config, load_machines("h100", 2), said)
     assert found is not None
     assert apply_settings(apply_settings(config, list(found.settings)), list(said)) == apply_settings(
         config, list(found.settings))
@@ -58,24 +58,24 @@ def test_kernels_that_the_user_chose_stay(said: tuple[str, ...]) -> None:
 def test_a_model_that_fills_the_gpus_gets_the_fastest_layout_that_fits() -> None:
     """102 B parameters on 64 H100 leave less than a tenth if the samples are long."""
     config = apply_settings(recipes.get("solar-open-102b"), ["parallel.expert_dispatcher=alltoall"])
-    where = machines("h100", 4)
+    where = load_machines("h100", 4)
     found = find_layout(config, where)
-    prices = pricing(where)
+    prices = build_pricing(where)
     assert prices is not None
     if found is None:
-        assert not search(config, prices).best
+        assert not search_layouts(config, prices).best
     else:
         chosen = apply_settings(config, list(found.settings))
-        assert fullest(chosen, where.num_ranks)[1].total <= prices.limit_bytes
+        assert find_fullest_stage(chosen, where.num_ranks)[1].total <= prices.limit_bytes
 
 
 @pytest.mark.parametrize(("recipe", "cluster"), [("qwen3-8b", "local"), ("vibethinker-1.5b-code", "h100")])
 def test_unknown_gpus_and_rounds_have_no_search(recipe: str, cluster: str) -> None:
-    assert find_layout(recipes.get(recipe), machines(cluster, 1)) is None
+    assert find_layout(recipes.get(recipe), load_machines(cluster, 1)) is None
 
 
 def test_rounds_whose_own_layout_breaks_a_rule_get_one_that_keeps_it() -> None:
-    config, where = recipes.get("tiny-typhoon-s-opd"), machines("h100", 1)
+    config, where = recipes.get("tiny-typhoon-s-opd"), load_machines("h100", 1)
     found = find_layout(config, where)
     assert config.problems(where.num_ranks) and found is not None
     assert not apply_settings(config, list(found.settings)).problems(where.num_ranks)

@@ -13,10 +13,11 @@ from torch import distributed as dist
 from megatron_sov import recipes
 from megatron_sov.engine.optimizer.meta import count_process_memory, use_fake_world
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.calibration.fitting import fullest
-from megatron_sov.plan.footprint.held import held, quantized_weight_bytes as kept_bytes, weight_bytes
-from megatron_sov.plan.footprint.memory import communicators, nccl_bytes
-from megatron_sov.plan.footprint.states import Size, laid_out
+from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
+from megatron_sov.plan.footprint.memory import count_communicators, count_nccl_bytes
+from megatron_sov.plan.footprint.stage_parameters import (
+    count_quantized_bytes as kept_bytes, count_weight_bytes, list_stage_parameters)
+from megatron_sov.plan.footprint.states import ParameterRun, lay_out_buffer
 
 LORA = ["lora.rank=4", "lora.targets=[\"all-linear\", \"lm_head\", \"embed_tokens\"]"]
 RUNS = (("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=2", "parallel.tp=2", "parallel.sp=true"], 8, 7),
@@ -51,7 +52,7 @@ def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, jo
         ((found,),) = run(job(__file__, "shapes_of_modules", 1, {"precision": precision}))
         for (recipe, settings, _, _), (stage, shapes) in zip(RUNS, found, strict=True):
             said = [[list(part.shape) for _, parts in runs for part in parts for _ in range(part.count)]
-                    for runs in held(config_of(recipe, settings, precision), stage)]
+                    for runs in list_stage_parameters(config_of(recipe, settings, precision), stage)]
             assert said == shapes, (recipe, precision)
 
 
@@ -61,7 +62,7 @@ def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, jo
 SIZES = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 6), st.booleans()), min_size=1, max_size=8)
 
 
-def one_by_one(sizes: list[Size], num_ranks: int, bucket_numel: int | None,
+def one_by_one(sizes: list[ParameterRun], num_ranks: int, bucket_numel: int | None,
                end_multiple: int) -> tuple[int, list[Counter[int]]]:
     """Return [elements of the buffer, what every rank updates of each mark], parameter by parameter."""
     multiple = math.lcm(num_ranks, end_multiple)
@@ -79,7 +80,7 @@ def one_by_one(sizes: list[Size], num_ranks: int, bucket_numel: int | None,
         offset = math.ceil(offset / 64) * 64
         if size.is_alone and buckets[-1]:
             close()
-        buckets[-1].append((offset, offset + size.numel, size.mark))
+        buckets[-1].append((offset, offset + size.numel, size.rule))
         offset += size.numel
         if size.is_alone or (bucket_numel is not None and offset - first >= bucket_numel):
             close()
@@ -100,23 +101,24 @@ def one_by_one(sizes: list[Size], num_ranks: int, bucket_numel: int | None,
 @given(SIZES, st.integers(1, 7), st.none() | st.integers(1, 3000), st.sampled_from([128, 1 << 16]))
 def test_runs_lie_as_their_parameters_do(drawn: list[tuple[int, int, bool]], num_ranks: int,
                                          bucket_numel: int | None, end_multiple: int) -> None:
-    sizes = [Size(numel, count, mark, alone) for mark, (numel, count, alone) in enumerate(drawn)]
-    buffer = laid_out(sizes, sharded=True, num_ranks=num_ranks, bucket_numel=bucket_numel,
+    sizes = [ParameterRun(numel, count, mark, alone) for mark, (numel, count, alone) in enumerate(drawn)]
+    buffer = lay_out_buffer(sizes, sharded=True, num_ranks=num_ranks, bucket_numel=bucket_numel,
                       end_multiple=end_multiple)
     numel, updated = one_by_one(sizes, num_ranks, bucket_numel, end_multiple)
     assert buffer.numel == numel
     for rank in range(num_ranks):
         found: Counter[int] = Counter()
-        for piece in buffer.updated(rank, num_ranks):
-            found[piece.mark] += piece.numel * piece.number
+        for piece in buffer.iter_updated(rank, num_ranks):
+            found[piece.rule] += piece.numel * piece.number
         assert found == updated[rank]
 
 
 @pytest.mark.parametrize(("sharded", "numel"), [(False, 100 + 2 * 70), (True, 384)])
 def test_gaps_are_zero1s(sharded: bool, numel: int) -> None:
     """By hand: 100 up to 128, 70 up to 192 twice; 326 up to a multiple of 3 and 128."""
-    sizes = [Size(100, 1, 0, False), Size(70, 2, 0, False)]
-    assert laid_out(sizes, sharded=sharded, num_ranks=3, bucket_numel=None, end_multiple=128).numel == numel
+    sizes = [ParameterRun(100, 1, 0, False), ParameterRun(70, 2, 0, False)]
+    assert lay_out_buffer(sizes, sharded=sharded, num_ranks=3,
+                          bucket_numel=None, end_multiple=128).numel == numel
 
 
 # Estimates of what libraries take, by their formulas.
@@ -162,12 +164,12 @@ def groups_of_a_step() -> list[int]:
 def test_communicators_are_those_of_a_step(ranks: Any, job: Any) -> None:
     ((found,),) = ranks(job(__file__, "groups_of_a_step", 1, {}))
     configs = [(apply_settings(recipes.get(recipe), settings), n) for recipe, settings, n in LAYOUTS]
-    assert [communicators(config, n) for config, n in configs] == found
+    assert [count_communicators(config, n) for config, n in configs] == found
     # none; all are the data-parallel group, without ZeRO-1 too; and data, tensor, pipeline, embeddings
     assert found[:4] == [0, 1, 1, 5]
     config, num_ranks = configs[1]
     # 4 MiB, 512 KiB and 4,800 KiB for each of 16 channels
-    assert nccl_bytes(config, num_ranks) == 16 * ((4 << 20) + (512 << 10) + (4800 << 10))
+    assert count_nccl_bytes(config, num_ranks) == 16 * ((4 << 20) + (512 << 10) + (4800 << 10))
 
 
 # What Transformer Engine keeps of quantised weights, against sizes counted by hand, and which weights
@@ -195,7 +197,7 @@ def solar(*changes: str) -> RunConfig:
     # two float32
     ("nvfp4", 320, 192, 320 * 192 + 384 * 12 + 256 * 20 + 8)])
 def test_a_weight_takes_what_is_counted_by_hand(fp8: str, rows: int, columns: int, by_hand: int) -> None:
-    assert weight_bytes(fp8, rows, columns) == by_hand
+    assert count_weight_bytes(fp8, rows, columns) == by_hand
 
 
 def test_layers_in_bf16_keep_nothing_beside_their_weights() -> None:
@@ -217,7 +219,8 @@ def test_the_prediction_layer_is_quantised_in_8_bits_alone() -> None:
 
 def test_the_account_of_a_process_has_them() -> None:
     """By hand: 9.2 GiB of weights in bf16 are 2.17 GiB of vocabulary and what is twice a byte."""
-    (_, before), (_, after) = (fullest(solar(*changes), 512) for changes in ((), ("train.fp8=tensorwise",)))
+    (_, before), (_, after) = (find_fullest_stage(solar(*changes), 512)
+     for changes in ((), ("train.fp8=tensorwise",)))
     assert after.total - before.total == after.quantized_weights
     attention = HIDDEN * HEAD_DIM * (64 + 2 * 8 + 64)
     experts = (NUM_EXPERTS // 8 + 1) * 3 * HIDDEN * 1280

@@ -15,11 +15,11 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.calibration.calibrate import (
-    FACTORS, NOISE, calibrate, calibration, fit, observations, scaled)
-from megatron_sov.plan.speed.parameters import default, read_parameters
-from megatron_sov.plan.speed.step import step_time
-from megatron_sov.plan.speed.workload import of_run
+from megatron_sov.plan.speed.calibration import (
+    FACTORS, NOISE, calibrate_from_runs, fit_calibration, fit_factors, read_observations, scale_parameters)
+from megatron_sov.plan.speed.parameters import load_default_parameters, read_parameters
+from megatron_sov.plan.speed.step import estimate_step
+from megatron_sov.plan.speed.workload import build_workload
 from megatron_sov.work.clusters.chips import default_links, find_chip
 
 CPU = "AMD EPYC"
@@ -37,21 +37,22 @@ def on_gpus(layout: str) -> tuple[RunConfig, int, float]:
         "train.micro_batch_size=1", *settings])
     on = find_chip("h100")
     phase = replace(config.data.phases[0], global_batch_size=config.train.global_batch_size)
-    workload = of_run(config, phase, num_ranks, on, default_links(on))
-    return config, num_ranks, step_time(workload, scaled(default(), TRUTH, [on])).total_s
+    workload = build_workload(config, phase, num_ranks, on, default_links(on))
+    return config, num_ranks, estimate_step(workload, scale_parameters(load_default_parameters(), TRUTH,
+                                                                       [on])).total_s
 
 
 def test_runs_on_gpus_teach_factors_and_the_error_falls(write_run: Any, tmp_path: Path) -> None:
     runs = [write_run(name, *on_gpus(name)) for name in LAYOUTS]
-    observed = observations(runs)
+    observed = read_observations(runs)
     assert [one.step_s for one in observed] == pytest.approx([on_gpus(name)[2] for name in LAYOUTS])
-    found = calibration(observed, default())
+    found = fit_calibration(observed, load_default_parameters())
     errors = [[abs(p / one.step_s - 1) for p, one in zip(seconds, observed, strict=True)]
               for seconds in (found.before_s, found.after_s)]
     assert max(errors[1]) < 0.02 < min(errors[0])
     assert found.factors["products"] == pytest.approx(0.85, rel=0.05)
 
-    text = calibrate(runs, tmp_path / "ours.json")
+    text = calibrate_from_runs(runs, tmp_path / "ours.json")
     assert "error, median over 3:" in text and "products  x 0.8" in text
     written = read_parameters(tmp_path / "ours.json")
     assert written.product_fraction == found.learned.product_fraction
@@ -64,7 +65,7 @@ def test_starts_of_one_layout_are_one_observation(write_run: Any) -> None:
     run = write_run("twice", config, num_ranks, step_s)
     events = (run / "events.jsonl").read_text()
     (run / "events.jsonl").write_text(events + events)
-    (one,) = observations([run])
+    (one,) = read_observations([run])
     assert one.step_s == pytest.approx(step_s) and one.num_steps == 2 * 16
 
 
@@ -85,19 +86,19 @@ def test_what_teaches_nothing_is_refused_in_a_sentence(write_run: Any, changes: 
     config, num_ranks, step_s = on_gpus("data-parallel")
     run = write_run("odd", config, num_ranks, step_s, **changes)
     with pytest.raises(UserError, match=r"--calibrate .*odd") as refusal:
-        calibrate([run])
+        calibrate_from_runs([run])
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_folders_that_are_no_runs_and_steps_that_wait_are_refused(write_run: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no run"):
-        calibrate([tmp_path / "nowhere"])
+        calibrate_from_runs([tmp_path / "nowhere"])
     waits = write_run("waits", recipes.get("tiny-typhoon-s-legal"), 1, 1.0, device=CPU, on_gpu=False)
     with pytest.raises(UserError, match=r"wait for what other jobs write"):
-        calibrate([waits])
+        calibrate_from_runs([waits])
     config, num_ranks, step_s = on_gpus("data-parallel")
     with pytest.raises(UserError, match=r"--output"):
-        calibrate([write_run("fine", config, num_ranks, step_s)], tmp_path)
+        calibrate_from_runs([write_run("fine", config, num_ranks, step_s)], tmp_path)
 
 
 def test_steps_that_take_no_time_or_forever_are_refused(write_run: Any) -> None:
@@ -105,7 +106,7 @@ def test_steps_that_take_no_time_or_forever_are_refused(write_run: Any) -> None:
     for name, step_s, said in (("instant", 1e-300, "which no run has"),
                                ("endless", 1e300, "has at most 0 steps")):
         with pytest.raises(UserError, match=said):
-            calibrate([write_run(name, config, num_ranks, step_s)])
+            calibrate_from_runs([write_run(name, config, num_ranks, step_s)])
 
 
 def test_a_run_is_not_written_over_by_what_it_teaches(write_run: Any) -> None:
@@ -113,7 +114,7 @@ def test_a_run_is_not_written_over_by_what_it_teaches(write_run: Any) -> None:
     run = write_run("kept", config, num_ranks, step_s)
     before = (run / "config.json").read_bytes()
     with pytest.raises(UserError, match="which is read; choose another path"):
-        calibrate([run], run / "config.json")
+        calibrate_from_runs([run], run / "config.json")
     assert (run / "config.json").read_bytes() == before
 
 
@@ -165,7 +166,7 @@ def sums(parts: np.ndarray) -> Callable[[dict[str, float]], Sequence[float]]:
 
 def test_the_optimum_is_that_of_a_search() -> None:
     measured = [float(s) for s in PARTS.sum(axis=1) * (1.1, 1.2, 0.95, 1.1, 1.05)]
-    found = fit(measured, sums(PARTS))
+    found = fit_factors(measured, sums(PARTS))
 
     def cost(logs: Sequence[float]) -> float:
         predicted = sums(PARTS)({name: math.exp(log) for name, log in zip(NAMES, logs, strict=True)})
@@ -181,8 +182,8 @@ def test_the_optimum_is_that_of_a_search() -> None:
 
 
 def test_factors_go_on_what_was_seen_and_shares_stay_shares() -> None:
-    base = default()
-    found = scaled(base, {"products": 2.0, "links": 0.5, "host": 3.0}, [find_chip("h100")])
+    base = load_default_parameters()
+    found = scale_parameters(base, {"products": 2.0, "links": 0.5, "host": 3.0}, [find_chip("h100")])
     assert found.product_fraction["hopper"]["bf16"] == min(1.0, 2 * base.product_fraction["hopper"]["bf16"])
     assert found.product_fraction["blackwell"] == base.product_fraction["blackwell"]
     assert found.inside_fraction == 0.5 * base.inside_fraction

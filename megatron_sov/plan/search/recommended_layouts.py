@@ -1,54 +1,52 @@
-"""The recommended layout of a recipe on so many GPUs of a kind."""
+"""The recommended layouts of recipes, by GPU and number of processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.calibration.fitting import fits, fullest
+from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage, fits_gpu
 from megatron_sov.work.clusters.chips import CHIPS
 from megatron_sov.work.clusters.units import GIB
 
-# Layouts of large recipes are what `plan --sweep` finds on 512 and 1,024 GPUs, of pretraining also on the
-# 480 of Solar Open's report: of the layouts within 2 % of the fastest one that leaves memory; behind them are
-# some that recompute every layer, which fit where those do not.  None has been timed.  Which one serves
-# depends on the number of processes: a global batch has to divide among the data-parallel ones (13,440
-# samples do over 480 processes and, where 4 compute a row together, over 512; over 1,024 they need 8), with
-# `parallel.vpp` among them and the stages.  Those for HybridEP come first, those that need nothing installed
-# next (docs/layouts.md says what they switch on).
+# Layouts for large recipes come from `plan --sweep` on 512 and 1,024 GPUs, for pretraining also on the 480
+# GPUs in Solar Open's report: among the layouts within 2 % of the fastest, one that leaves memory free.
+# Fallbacks that recompute every layer follow. No layout was timed. The number of processes decides which
+# layout is valid: a global batch has to divide among the data-parallel processes (13,440 samples do over 480
+# processes and, with 4 processes per row, over 512; over 1,024 they need 8), with `parallel.vpp` among the
+# chunks. Layouts for HybridEP come first, then layouts without additional packages (docs/layouts.md).
 
 Layout = tuple[str, ...]
-"""Settings as --set takes them: of `parallel`, the micro-batch, what is recomputed, and the attention of rows
-that are cut."""
+"""Settings as --set takes them: `parallel.*`, micro-batch size, recomputation, attention of split rows."""
 
 _SELECTIVE: Layout = ("train.recompute=selective", 'gpu.recompute_modules=["layernorm", "moe_act"]')
 _EXPERTS_AGAIN: Layout = ("train.recompute=selective", 'gpu.recompute_modules=["moe"]')
 _STORED: Layout = ("train.recompute=false",)
 _HALVES: Layout = ("parallel.tp=2", "parallel.sp=true")
 _NODE: Layout = ("parallel.ep=8",)
-"""Experts are exchanged inside a node."""
+"""Expert messages stay inside a node."""
 _FOUR_STAGES: Layout = ("parallel.pp=4", "parallel.pipeline_layout=[12, 12, 13, 11]")
 _FOUR_LIGHTER: Layout = ("parallel.pp=4", "parallel.pipeline_layout=[12, 13, 13, 10]")
 _SIX_STAGES: Layout = ("parallel.pp=6", "parallel.pipeline_layout=[8, 8, 8, 8, 9, 7]")
 _EIGHT_STAGES: Layout = ("parallel.pp=8", "parallel.pipeline_layout=[6, 6, 6, 6, 6, 6, 7, 5]")
 _EIGHT_LIGHTER: Layout = ("parallel.pp=8", "parallel.pipeline_layout=[6, 6, 6, 6, 6, 7, 7, 4]")
-"""Where the last stage weighs more beside layers: with prediction layers, or where messages cost little."""
+"""For a last stage with prediction layers, or for cheap messages."""
 _SIXTEEN_RUNS = "parallel.pipeline_layout=[3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4, 1]"
-"""Of models whose last stage has prediction layers."""
+"""For models with prediction layers on the last stage."""
 _EIGHT_RUNS = "parallel.pipeline_layout=[6, 6, 6, 6, 6, 6, 7, 5]"
 _TWELVE_RUNS = "parallel.pipeline_layout=[4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 5, 3]"
 _DEEP_RUNS = "parallel.pipeline_layout=[5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 1]"
-"""Of 78 layers before a prediction layer that is applied four times, each time with the head."""
+"""For 78 layers and a prediction layer that is applied four times, each time with the head."""
 _DEEP_HALVES: Layout = (*_HALVES, "parallel.pp=16", *_NODE, _DEEP_RUNS)
 _DEEP_STAGES: Layout = ("parallel.tp=1", "parallel.sp=false", "parallel.pp=8", "parallel.vpp=2", *_NODE,
                         _DEEP_RUNS)
 _TWO_ROWS: Layout = ("train.micro_batch_size=2",)
 _PASSES: Layout = ("parallel.expert_overlap=micro_batches",)
-"""Tokens travel to experts behind another micro-batch."""
+"""Expert messages overlap with another micro-batch."""
 _HYBRID: Layout = ("parallel.expert_dispatcher=hybridep",)
-"""Kernels that have to be installed; a layout behind it is without."""
+"""Needs installed kernels; a later layout works without them."""
 _WHOLE_ROWS: Layout = ("gpu.attention=fused",)
-"""Of rows that are cut each process attends over the whole row, for its share of the heads, by cuDNN."""
+"""Under context parallelism, cuDNN attends over whole rows for a share of the heads per process."""
 _HYBRID_STAGES: Layout = ("parallel.pp=4", "parallel.vpp=4", *_NODE)
 _QUARTERS: Layout = ("parallel.tp=4", "parallel.sp=true")
 
@@ -124,61 +122,62 @@ RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
     **dict.fromkeys(("qwen2-1.5b", "qwen3-4b", "qwen3-4b-2507", "qwen3-8b", "qwen3-moe-30b",
                      "qwen3-30b-a3b-2507", "typhoon-s-8b", "vibethinker-1.5b"),
                     _SMALL),
-    # with a teacher of 30 B beside
+    # on the same GPUs as a teacher with 30 B parameters
     "typhoon-s-8b-opd": dict.fromkeys(("h100", "h200", "b200"), (_ZERO1, (*_ZERO1, "parallel.pp=2"))),
 }
-"""Recipe -> kind of GPU (`clusters.chips.CHIPS`) -> layouts."""
-
-
+"""Recipe -> GPU (`clusters.chips.CHIPS`) -> layouts, best first."""
 SHOWN_RANKS = (8, 64, 480, 512, 1024)
-"""Numbers of processes that a table of layouts shows."""
-OF_LAYOUT = ("parallel.", "train.micro_batch_size=", "train.recompute=", "gpu.recompute_modules=")
-"""How settings begin that make a layout one's own."""
-DISPATCHER = "parallel.expert_dispatcher="
-"""Which kernels there are is a matter of what is installed: who names one is still recommended a layout."""
+"""Process counts in the table of docs/layouts.md."""
+LAYOUT_PREFIXES = ("parallel.", "train.micro_batch_size=", "train.recompute=", "gpu.recompute_modules=")
+"""Prefixes of settings that replace the recommended layout."""
+DISPATCHER = "parallel.expert_dispatcher"
+"""Setting that depends on the installed kernels: a user who sets it still gets a recommended layout."""
 
 
-def layouts(config: RunConfig, gpu: str) -> tuple[Layout, ...]:
-    """Return the recommended layouts of the recipe that `config` is, best first; none for other recipes."""
+def list_recommended(config: RunConfig, gpu: str) -> tuple[Layout, ...]:
+    """Return the recommended layouts of a recipe, best first; () for recipes outside the table."""
     return RECOMMENDED.get(config.recipe, {}).get(gpu, ())
 
 
-def recommended(config: RunConfig, num_ranks: int, gpu: str, said: Sequence[str] = ()) -> Layout | None:
-    """Return the first recommended layout that so many processes can have and that fits; None: there is
-    none.
+def find_recommended(config: RunConfig, num_ranks: int, gpu: str,
+                     user_settings: Sequence[str] = ()) -> Layout | None:
+    """Return the first recommended layout that is valid for `num_ranks` processes and fits; None: no layout
+    does.
 
     Args:
         config: the run.
-        num_ranks: processes.
-        gpu: kind of their GPUs.
-        said: settings that it has from --set, which stay: a layout for another dispatcher is passed over.
+        num_ranks: number of processes.
+        gpu: key in `CHIPS`.
+        user_settings: settings from --set, which stay: layouts with another dispatcher are skipped.
     """
-    named = {setting.partition("=")[0] for setting in said}
-    for layout in layouts(config, gpu):
-        if DISPATCHER[:-1] in named and any(setting.startswith(DISPATCHER) and setting not in said
-                                            for setting in layout):
+    fixed = {setting.partition("=")[0] for setting in user_settings}
+    for layout in list_recommended(config, gpu):
+        if DISPATCHER in fixed and any(_is_dispatcher(setting) and setting not in user_settings
+                                       for setting in layout):
             continue
-        layout = tuple(setting for setting in layout if setting.partition("=")[0] not in named)
+        layout = tuple(setting for setting in layout if setting.partition("=")[0] not in fixed)
         changed = apply_settings(config, list(layout))
-        if not changed.problems(num_ranks) and fits(changed, num_ranks, CHIPS[gpu]):
+        if not changed.problems(num_ranks) and fits_gpu(changed, num_ranks, CHIPS[gpu]):
             return layout
     return None
 
 
-def says_layout(settings: Sequence[str]) -> bool:
-    """Return whether one of some settings is about what a recommended layout says."""
-    return any(setting.startswith(OF_LAYOUT) and not setting.startswith(DISPATCHER) for setting in settings)
+def _is_dispatcher(setting: str) -> bool:
+    return setting.startswith(f"{DISPATCHER}=")
 
 
-def settings_for(config: RunConfig, num_ranks: int, gpu: str, said: Sequence[str] = ()) -> Layout:
-    """Return the settings that make a run's layout the recommended one, see `recommended`; none where none
-    is."""
-    return recommended(config, num_ranks, gpu, said) or ()
+def sets_layout(settings: Sequence[str]) -> bool:
+    """Return whether a setting replaces the recommended layout."""
+    return any(setting.startswith(LAYOUT_PREFIXES) and not _is_dispatcher(setting) for setting in settings)
 
 
-def memory_gib(config: RunConfig, layout: Layout, gpu: str) -> dict[int, float]:
-    """Return number of processes -> GiB that the fullest needs, where so many can have the layout and it
-    fits."""
+def get_recommended_settings(config: RunConfig, num_ranks: int, gpu: str,
+                             user_settings: Sequence[str] = ()) -> Layout:
+    return find_recommended(config, num_ranks, gpu, user_settings) or ()
+
+
+def compute_memory_gib(config: RunConfig, layout: Layout, gpu: str) -> dict[int, float]:
+    """Return the number of processes -> GiB on the fullest, for each count in `SHOWN_RANKS` that fits."""
     changed = apply_settings(config, list(layout))
-    return {n: fullest(changed, n)[1].total / GIB for n in SHOWN_RANKS
-            if not changed.problems(n) and fits(changed, n, CHIPS[gpu])}
+    return {num_ranks: find_fullest_stage(changed, num_ranks)[1].total / GIB for num_ranks in SHOWN_RANKS
+            if not changed.problems(num_ranks) and fits_gpu(changed, num_ranks, CHIPS[gpu])}

@@ -1,1 +1,0 @@
-"""Plans held against runs: what was measured, learned, expected, and what fits."""

@@ -1,0 +1,271 @@
+"""Checks that a run fits GPU and host memory (`memory.py`), and the nearest layout that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+
+import psutil
+
+from megatron_sov.base.errors import Fix, UserError
+from megatron_sov.base.figures import format_memory
+from megatron_sov.model import recipes
+from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_sov.model.process_memory import MemoryEstimate, StatePlace
+from megatron_sov.plan.footprint.activations import list_layer_kinds
+from megatron_sov.plan.footprint.memory import MemoryAccount, build_account
+from megatron_sov.plan.footprint.stage_parameters import list_chunk_layers
+from megatron_sov.plan.footprint.states import StageBuffers, estimate_states
+from megatron_sov.runs.gpu_driver import list_visible_gpus
+from megatron_sov.runs.launch_environment import has_launcher, num_ranks
+from megatron_sov.work.clusters.chips import Gpu
+from megatron_sov.work.clusters.units import GIB
+
+USABLE_SHARE = 0.95
+"""Usable share of a GPU's memory: the CUDA context, kernel code and workspaces of cuBLAS, cuDNN and
+Transformer Engine need the rest, 2 to 4 GiB of 79. Assumed; not measured."""
+MAX_TP = 8
+"""Largest proposed tensor parallel size: inside a node."""
+TEACHERS = {"typhoon-s-8b-opd": "qwen3-30b-a3b-2507"}
+"""Recipe -> recipe of the teacher (arXiv 2601.18129)."""
+
+
+def find_fullest_stage(config: RunConfig, num_ranks: int, teacher: ModelConfig |
+                       None = None) -> tuple[int, MemoryAccount]:
+    """Return the pipeline stage (0-based) with the fullest processes, and their account, at the longest
+    samples.
+
+    Args:
+        config: the run.
+        num_ranks: number of processes.
+        teacher: model on the same GPUs; None: the recipe's teacher, or one as large as the student, if rounds
+            learn distributions.
+    """
+    longest = max(phase.seq_len for phase in config.data.phases)
+    if teacher is None and config.objective.name == "policy" and config.policy.learns_distributions:
+        teacher_recipe = TEACHERS.get(config.recipe)
+        teacher = recipes.get(teacher_recipe).model if teacher_recipe else config.model
+    best: tuple[int, MemoryAccount] | None = None
+    for stage in _list_distinct_stages(config):
+        needs = build_account(config, num_ranks, stage, longest)
+        if teacher is not None:
+            states = estimate_states(dataclasses.replace(config, model=teacher), num_ranks, stage)
+            needs = dataclasses.replace(needs, teacher=states.weights)
+        if best is None or needs.total > best[1].total:
+            best = stage, needs
+    assert best is not None
+    return best
+
+
+def _list_distinct_stages(config: RunConfig) -> list[int]:
+    """Return the first stage of each kind: it has the most pending micro-batches of its kind."""
+    m, p = config.model, config.parallel
+    of_layers = list_layer_kinds(m)
+    stages: dict[tuple[object, ...], int] = {}
+    for stage in range(p.pp):
+        layers = list_chunk_layers(p, stage, m.num_layers)
+        # rules may name single layers, and under train.fp8 the first and last layers use bf16
+        kinds = tuple(tuple(sorted(of_layers[layer] for layer in chunk)) for chunk in layers)
+        edge = config.train.fp8 != "none" or config.optim.groups
+        stages.setdefault((kinds, stage == 0, stage == p.pp - 1, stage if edge else None), stage)
+    return list(stages.values())
+
+
+def estimate_memory(config: RunConfig, num_ranks: int) -> MemoryEstimate:
+    """Estimate the memory of a run's processes at the longest samples."""
+    first = build_account(config, num_ranks, 0, max(phase.seq_len for phase in config.data.phases))
+    return MemoryEstimate(states=first.states, peak=first.total, on_host=first.on_host,
+                          fullest=find_fullest_stage(config, num_ranks)[1].total)
+
+
+def get_usable_bytes(gpu: Gpu) -> int:
+    """Return the usable bytes of a GPU."""
+    return int(USABLE_SHARE * gpu.memory_bytes)
+
+
+def fits_gpu(config: RunConfig, num_ranks: int, gpu: Gpu) -> bool:
+    return find_fullest_stage(config, num_ranks)[1].total <= get_usable_bytes(gpu)
+
+
+def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
+    """Refuse a run that needs more than the usable GPU memory.
+
+    Raises:
+        UserError: with needed and usable GiB, and the nearest layout that fits.
+    """
+    stage, needs = find_fullest_stage(config, num_ranks)
+    if needs.total <= get_usable_bytes(gpu):
+        return
+    which = f" of pipeline stage {stage + 1}" if config.parallel.pp > 1 else ""
+    nearest = find_nearest_layout(config, num_ranks, gpu)
+    way_out = ("the nearest layout that fits: "
+               + " ".join(f"--set {shlex.quote(s)}" for s in list_changed_settings(config.parallel, nearest))
+               if nearest else "no layout fits so many processes: use more GPUs, or a larger parallel.cp for "
+                             "long samples")
+    raise UserError(
+        f"{config.recipe} on {num_ranks} processes: {_format_sizes(config.parallel)} needs "
+        f"{needs.total / GIB:.1f} GiB on each process{which} ({_format_items(needs)}), and a run may take "
+        f"{get_usable_bytes(gpu) / GIB:.1f} GiB of a {gpu.name} with "
+        f"{gpu.memory_bytes / GIB:.1f} GiB; {way_out}",
+        Fix(options=tuple(word for s in list_changed_settings(config.parallel, nearest)
+                          for word in ("--set", s)))
+        if nearest else None)
+
+
+def _format_items(needs: MemoryAccount) -> str:
+    """Format the items of an account in GiB."""
+    states = {"weights": needs.weights, "quantised weights": needs.quantized_weights,
+              "gradients": needs.gradients, "optimizer": needs.optimizer, "teacher": needs.teacher}
+    items = {name: n for name, n in states.items() if n or name not in ("quantised weights", "teacher")}
+    others = {"activations": needs.allocated - sum(items.values()),
+              "NCCL and gaps": needs.total - needs.allocated}
+    return ", ".join(f"{name} {n / GIB:.1f}" for name, n in (items | others).items())
+
+
+def find_nearest_layout(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | None:
+    """Return the fitting layout with the fewest changes to the run's: ZeRO-1 is free; each doubling of ep, pp
+    or tp, and giving up an uneven pipeline, counts as one. Ties go to the layout with least memory."""
+    p = config.parallel
+    best: tuple[float, float, ParallelConfig] | None = None
+    for candidate in _iter_candidates(config.model, p):
+        steps = sum(abs(math.log2(getattr(candidate, n) / getattr(p, n))) for n in ("ep", "pp", "tp"))
+        steps += candidate.pipeline_layout != p.pipeline_layout
+        # Before the slow account: a candidate with more changes cannot win.
+        if best is not None and steps > best[0]:
+            continue
+        changed = dataclasses.replace(config, parallel=candidate)
+        # The layout's own rules first: they are cheap, and break most candidates.
+        if candidate.problems(config.model, num_ranks) or changed.problems(num_ranks):
+            continue
+        needs = find_fullest_stage(changed, num_ranks)[1].total
+        if needs <= get_usable_bytes(gpu) and (best is None or (steps, needs) < best[:2]):
+            best = (steps, needs, candidate)
+    return best[2] if best else None
+
+
+def list_changed_settings(before: ParallelConfig, after: ParallelConfig) -> list[str]:
+    """Return the changes between two layouts, as --set takes them."""
+    values = {f.name: getattr(after, f.name) for f in dataclasses.fields(after)}
+    return [f"parallel.{name}={value if isinstance(value, str) else json.dumps(value)}"
+            for name, value in values.items() if value != getattr(before, name)]
+
+
+def _iter_candidates(model: ModelConfig, p: ParallelConfig) -> Iterator[ParallelConfig]:
+    """Yield layouts with ZeRO-1 and unchanged cp and etp: the run's own uneven pipeline, and equal stages."""
+    experts = _list_divisors(model.num_experts) if model.num_moe_layers() else [1]
+    if p.pipeline_layout:
+        for ep, tp in itertools.product(experts, _list_divisors(MAX_TP)):
+            yield dataclasses.replace(p, ep=ep, tp=tp, sp=tp > 1, zero1=True)
+    for ep, pp, tp in itertools.product(experts, _list_divisors(model.num_layers), _list_divisors(MAX_TP)):
+        vpp = p.vpp if pp > 1 and (model.num_layers // pp) % p.vpp == 0 else 1
+        yield dataclasses.replace(p, ep=ep, pp=pp, tp=tp, sp=tp > 1, vpp=vpp, zero1=True, pipeline_layout=())
+
+
+def _list_divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _format_sizes(p: ParallelConfig) -> str:
+    sizes = [f"{name} {getattr(p, name)}" for name in ("tp", "pp", "cp", "ep", "etp") if getattr(p, name) > 1]
+    return f"the layout {', '.join([*sizes, 'with ZeRO-1' if p.zero1 else 'without ZeRO-1'])}"
+
+
+USABLE_HOST_SHARE = 0.9
+"""Share of host memory that may be pinned; processes, data and the system need the rest. Assumed."""
+DRIVER_FILE = "/dev/nvidiactl"
+"""Device file of NVIDIA's driver: a machine with it has GPUs, even without `nvidia-smi`."""
+
+
+def count_node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:
+    """Return the pinned host bytes of `ranks` in a run on `count` processes."""
+    # Processes of a stage pin about equal amounts.
+    of_stage = [StageBuffers(config, count, stage).count_states(StatePlace()).on_host
+                for stage in range(config.parallel.pp)]
+    return sum(of_stage[rank // (count // config.parallel.pp)] for rank in ranks)
+
+
+def refuse_on_nodes(config: RunConfig, count: int, per_node: int, memory_bytes: int, gpu: Gpu | None) -> None:
+    """Refuse a run that pins more host memory than a node has.
+
+    Raises:
+        UserError: with needed and usable GiB, and the nearest share that fits.
+    """
+    if config.gpu.optimizer_offload:
+        nodes = [range(first, min(first + per_node, count)) for first in range(0, count, per_node)]
+        fullest = max(nodes, key=lambda ranks: count_node_bytes(config, count, ranks))
+        _refuse_offload(config, count, fullest, memory_bytes, "has", gpu)
+
+
+def refuse_on_this_node(config: RunConfig, nproc: int | None, gpu: Gpu | None) -> None:
+    """Refuse a run whose processes on this machine pin more host memory than is available, as
+    `refuse_on_nodes` does. No process of the run may have pinned memory yet."""
+    if not config.gpu.optimizer_offload:
+        return
+    count = num_ranks(nproc)
+    ranks = range(count)
+    if has_launcher():
+        first = int(os.environ.get("RANK", "0")) - int(os.environ.get("LOCAL_RANK", "0"))
+        ranks = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    _refuse_offload(config, count, ranks, psutil.virtual_memory().available, "has available", gpu)
+
+
+def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
+    """Refuse a run that the memory of this machine cannot hold: of its visible GPUs, or without GPUs the
+    host's, of which only weights, gradients and optimizer of the local processes are counted.
+
+    Args:
+        config: the run.
+        nproc: local processes; processes under a launcher check themselves.
+
+    Raises:
+        UserError: with needed and present memory.
+    """
+    if has_launcher():
+        return
+    count = num_ranks(nproc)
+    gpus = [Gpu(gpu.name, gpu.memory_bytes) for gpu in list_visible_gpus()[:count]]
+    for gpu in gpus:
+        refuse_too_large(config, count, gpu)
+    refuse_on_this_node(config, nproc, gpus[0] if gpus else None)
+    if gpus or os.path.exists(DRIVER_FILE):
+        return
+    pp, total_bytes = config.parallel.pp, psutil.virtual_memory().total
+    longest = max(phase.seq_len for phase in config.data.phases)
+    needs = sum(build_account(config, count, stage, longest).states for stage in range(pp)) * count // pp
+    if needs > USABLE_HOST_SHARE * total_bytes:
+        plural = "es" if count > 1 else ""
+        raise UserError(
+            f"{config.recipe} on {count} process{plural} of this machine, which has no GPU: weights, "
+            f"gradients and optimizer take {format_memory(needs)}, and the machine has "
+            f"{format_memory(total_bytes)}; take a smaller model (`megatron-sov recipes`), or a cluster: "
+            "`megatron-sov plan --cluster h100` shows what it needs, `megatron-sov submit` checks its job",
+            Fix(prefix="submit", options=("--cluster", "h100", "--account", "ACCOUNT", "--nodes", "1")))
+
+
+def _refuse_offload(config: RunConfig, count: int, ranks: Sequence[int], memory_bytes: int, has: str,
+            gpu: Gpu | None) -> None:
+    needs, usable = count_node_bytes(config, count, ranks), USABLE_HOST_SHARE * memory_bytes
+    if needs <= usable:
+        return
+    share = config.gpu.optimizer_offload
+    # in hundredths; lower it further because parameters move as a whole
+    nearest = math.floor(100 * share * usable / needs) / 100
+    changed = _set_offload_share(config, nearest)
+    while nearest > 0 and count_node_bytes(changed, count, ranks) > usable:
+        nearest = round(nearest - 0.01, 2)
+        changed = _set_offload_share(config, nearest)
+    way_out = (f"the nearest share that fits: --set gpu.optimizer_offload={nearest:g}"
+               if gpu is None or fits_gpu(changed, count, gpu) else
+               "no share fits both host and GPU: use more GPUs, or nodes with more memory")
+    raise UserError(f"gpu.optimizer_offload = {share:g} pins {needs / GIB:.1f} GiB of host memory for the "
+                    f"{len(ranks)} processes of a node, and a run may take {usable / GIB:.1f} GiB of the "
+                    f"{memory_bytes / GIB:.1f} GiB that it {has}; {way_out}")
+
+
+def _set_offload_share(config: RunConfig, share: float) -> RunConfig:
+    return dataclasses.replace(config, gpu=dataclasses.replace(config.gpu, optimizer_offload=share))

@@ -1,0 +1,293 @@
+"""Quotes: memory, speed, time and cost of a training stage on a cluster, and the tables of `plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_sov.base.figures import (
+    format_count, format_days, format_duration, format_energy, format_money, format_seconds, format_share,
+    format_size)
+from megatron_sov.work.clusters.units import GIB, HOURS_PER_DAY, SECONDS_PER_DAY
+
+COMPONENTS = {"memory": "memory-bound", "launch": "kernel launches", "bubble": "pipeline bubble"} | {
+    group: f"{group} messages" for group in ("tp", "cp", "ep", "pp", "dp")}
+"""Component of a step -> label, if the component's own name is ambiguous."""
+OTHER_ITEMS = "other items"
+SMALLEST_SHARE = 0.001
+"""Memory items with a smaller share are summed under `OTHER_ITEMS`."""
+
+
+@dataclass(frozen=True)
+class QuotedMemory:
+    """Predicted memory of the fullest process."""
+
+    by_component: Mapping[str, int]
+    """Item -> bytes on the device; the sum is the predicted peak."""
+    limit_bytes: int
+    """Usable bytes of the device; 0: unknown."""
+    stage: int = 0
+    """Pipeline stage of the process (0-based)."""
+    on_host_bytes: int = 0
+    """Pinned host memory, in bytes."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.by_component.values())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Size and timing of a run's checkpoints."""
+
+    size_bytes: int
+    """Bytes over all processes."""
+    write_s: float
+    """Seconds from the start of a save until the checkpoint is on disk."""
+    stall_s: float
+    """Seconds of `write_s` in which training waits."""
+    interval_s: float
+    """Best time between two checkpoints (Young 1974, Daly 2006)."""
+    interval_steps: int
+
+
+@dataclass(frozen=True)
+class Quote:
+    """Price of one stage: a phase in `data.phases`, or an entry in `extend.stages`."""
+
+    name: str
+    kind: str
+    """phase, extension stage or mid-training stage."""
+    gpu: str
+    """Product name, e.g. H100-80GB."""
+    num_gpus: int
+    tokens: int
+    """Tokens in all steps, padding included."""
+    steps: int
+    seq_len: int
+    global_batch_size: int
+    layout: Mapping[str, Any]
+    """Setting -> value (`choice_to_dict`)."""
+    memory: QuotedMemory
+    seconds: Mapping[str, float]
+    """Component -> seconds per step on the slowest process; the sum is the step time."""
+    tokens_per_s_per_gpu: float
+    tflops_per_gpu: float
+    """Model FLOPs per second and GPU, in units of 1e12."""
+    mfu: float
+    """Model FLOPs per second as a share of the chip's dense bf16 peak."""
+    hours: float
+    """Hours of training without interruptions."""
+    effective_share: float
+    """Share of wall-clock time spent on steps that count; checkpoints, lost steps and restarts take the
+    rest."""
+    energy_kwh: float
+    cost_usd: float
+    checkpoint: Checkpoint
+    cost_range_usd: tuple[float, float] = (0.0, 0.0)
+    """Lowest and highest cost for an estimated GPU price; zeros: the profile sets the price."""
+    bubble_share: float = 0.0
+    """Pipeline bubble as a share of the step."""
+    imbalance: float = 1.0
+    """Tokens on the busiest expert-parallel rank divided by the mean."""
+    notes: tuple[str, ...] = ()
+    """Sentences about assumptions and missing parts."""
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def days(self) -> float:
+        """Calendar days, failures included."""
+        return self.hours / HOURS_PER_DAY / self.effective_share
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.days * HOURS_PER_DAY * self.num_gpus
+
+
+@dataclass(frozen=True)
+class QuoteTotals:
+    """Sums over consecutive stages of a run."""
+
+    tokens: int
+    days: float
+    gpu_hours: float
+    energy_kwh: float
+    cost_usd: float
+    cost_range_usd: tuple[float, float]
+    """Lowest and highest cost; equal if the profile sets the price."""
+    effective_share: float
+    peak_memory_bytes: int
+
+    def scale_to_tokens(self, tokens: float) -> QuoteTotals:
+        """Scale the totals to `tokens` tokens at the same speed and the same mix of stages."""
+        share = tokens / self.tokens
+        low, high = self.cost_range_usd
+        return dataclasses.replace(
+            self, tokens=round(tokens), days=self.days * share, gpu_hours=self.gpu_hours * share,
+            energy_kwh=self.energy_kwh * share, cost_usd=self.cost_usd * share,
+            cost_range_usd=(low * share, high * share))
+
+
+def sum_quotes(quotes: Sequence[Quote]) -> QuoteTotals:
+    """Sum a non-empty sequence of stages."""
+    days = sum(q.days for q in quotes)
+    ranges = [q.cost_range_usd if any(q.cost_range_usd) else (q.cost_usd, q.cost_usd) for q in quotes]
+    return QuoteTotals(
+        tokens=sum(q.tokens for q in quotes), days=days, gpu_hours=sum(q.gpu_hours for q in quotes),
+        energy_kwh=sum(q.energy_kwh for q in quotes), cost_usd=sum(q.cost_usd for q in quotes),
+        cost_range_usd=(sum(low for low, _ in ranges), sum(high for _, high in ranges)),
+        effective_share=(sum(q.hours for q in quotes) / HOURS_PER_DAY / days if days else 1.0),
+        peak_memory_bytes=max(q.memory.total_bytes for q in quotes))
+
+
+def quote_to_json(quote: Quote) -> dict[str, Any]:
+    """Convert a quote to JSON values, with derived fields such as `days`."""
+    values = asdict(quote)
+    values["memory"] |= {"total_bytes": quote.memory.total_bytes}
+    return values | {"step_s": quote.step_s, "days": quote.days, "gpu_hours": quote.gpu_hours}
+
+
+def format_gib(num_bytes: float) -> str:
+    """Format bytes in GiB: 38.8; amounts below 0.05 GiB with two significant digits."""
+    return f"{num_bytes / GIB:,.1f}" if num_bytes >= GIB / 20 or not num_bytes else f"{num_bytes / GIB:.2g}"
+
+
+@dataclass(frozen=True)
+class QuoteTable:
+    """A text table: names in the first column, figures in all further columns."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def build_tables(quotes: Sequence[Quote]) -> list[QuoteTable]:
+    """Build all tables for a non-empty sequence of stages."""
+    return [build_stage_table(quotes), build_memory_table(quotes), build_step_table(quotes),
+            build_checkpoint_table(quotes)]
+
+
+def build_stage_table(quotes: Sequence[Quote]) -> QuoteTable:
+    """Build the table of time and cost per stage, with a total row for several stages."""
+    head = ["stage", "context", "batch", "tokens", "step", "tokens/s/GPU", "MFU", "time", "GPU-hours",
+            "energy", "cost"]
+    rows = [[q.name, f"{q.seq_len:,}", f"{q.global_batch_size:,}", format_count(q.tokens),
+             format_seconds(q.step_s), f"{q.tokens_per_s_per_gpu:,.0f}", format_share(q.mfu),
+             format_days(q.days * SECONDS_PER_DAY), format_count(q.gpu_hours), format_energy(q.energy_kwh),
+             format_money(q.cost_usd)] for q in quotes]
+    if len(quotes) > 1:
+        total = sum_quotes(quotes)
+        rows.append(["total", "", "", format_count(total.tokens), "", "", "",
+                     format_days(total.days * SECONDS_PER_DAY), format_count(total.gpu_hours),
+                     format_energy(total.energy_kwh), format_money(total.cost_usd)])
+    return QuoteTable("What it takes", head, rows)
+
+
+def build_memory_table(quotes: Sequence[Quote]) -> QuoteTable:
+    """Build the table of memory items on the fullest process, one column per kind of stage."""
+    groups = group_quotes(quotes, lambda q: q.memory)
+    memories = [group[0].memory for group in groups]
+    columns = [select_items(memory) for memory in memories]
+    names = list(dict.fromkeys(name for items in columns for name in items))
+    rows = [[_format_name(name), *(format_gib(items.get(name, 0)) for items in columns)] for name in names]
+    rows.append(["total", *(format_gib(memory.total_bytes) for memory in memories)])
+    if any(memory.limit_bytes for memory in memories):
+        rows.append(["may take", *(format_gib(memory.limit_bytes) for memory in memories)])
+    if any(memory.on_host_bytes for memory in memories):
+        rows.append(["in the host's memory", *(format_gib(memory.on_host_bytes) for memory in memories)])
+    stages = {memory.stage + 1 for memory in memories}
+    suffix = ""
+    if len(stages) == 1 and quotes[0].layout.get("pp", 1) > 1:
+        suffix = f", pipeline stage {stages.pop()}"
+    return QuoteTable(f"Memory of the fullest GPU in GiB{suffix}", ["item", *label_groups(groups)], rows)
+
+
+def select_items(memory: QuotedMemory, share: float = SMALLEST_SHARE) -> dict[str, int]:
+    """Return the memory items above `share` of the total, in bytes, and the sum of smaller items."""
+    large = {item: n for item, n in memory.by_component.items() if n > share * memory.total_bytes}
+    rest = memory.total_bytes - sum(large.values())
+    return large | ({OTHER_ITEMS: rest} if rest > SMALLEST_SHARE * memory.total_bytes else {})
+
+
+def build_step_table(quotes: Sequence[Quote]) -> QuoteTable:
+    """Build the table of seconds per step component, one column per kind of stage."""
+    groups = group_quotes(quotes, lambda q: q.seconds)
+    first = [group[0] for group in groups]
+    names = list(dict.fromkeys(name for q in first for name, seconds in q.seconds.items() if seconds))
+
+    def format_cell(q: Quote, name: str) -> str:
+        part = q.seconds.get(name, 0.0)
+        return f"{format_seconds(part)} {format_share(part / q.step_s):>6}" if part else "-"
+
+    rows = [[name_component(name), *(format_cell(q, name) for q in first)] for name in names]
+    rows.append(["step", *(f"{format_seconds(q.step_s)} {'100 %':>6}" for q in first)])
+    if any(q.imbalance > 1 for q in first):
+        rows.append(["busiest experts / mean", *(f"{q.imbalance:.2f}" for q in first)])
+    return QuoteTable("A step", ["component", *label_groups(groups)], rows)
+
+
+def name_component(name: str) -> str:
+    return COMPONENTS.get(name, _format_name(name))
+
+
+def build_checkpoint_table(quotes: Sequence[Quote]) -> QuoteTable:
+    """Build the table of checkpoint size, timing and interval, and the share of time spent training."""
+    groups = group_quotes(quotes, lambda q: (q.checkpoint, q.effective_share))
+    rows = []
+    for name, group in zip(label_groups(groups), groups, strict=True):
+        checkpoint = group[0].checkpoint
+        rows.append([name, format_size(checkpoint.size_bytes), format_seconds(checkpoint.write_s),
+                     format_seconds(checkpoint.stall_s),
+                     f"{checkpoint.interval_steps:,} steps, {format_duration(checkpoint.interval_s)}",
+                     format_share(group[0].effective_share)])
+    return QuoteTable("Checkpoints", ["stage", "size", "on disk after", "training waits", "best interval",
+                                      "effective training time"], rows)
+
+
+def group_quotes(quotes: Sequence[Quote], key: Callable[[Quote], object]) -> list[list[Quote]]:
+    """Group stages with equal keys; a table has one column per group."""
+    groups: list[list[Quote]] = []
+    for quote in quotes:
+        group = next((group for group in groups if key(group[0]) == key(quote)), None)
+        if group is None:
+            groups.append([quote])
+        else:
+            group.append(quote)
+    return groups
+
+
+def list_notes(quotes: Sequence[Quote]) -> list[str]:
+    """Return each distinct note, and a sentence about the range of the cost."""
+    low, high = sum_quotes(quotes).cost_range_usd
+    sentences = list(dict.fromkeys(note for q in quotes for note in q.notes))
+    if high > low:
+        sentences.append(f"At the prices that were found the whole is {format_money(low)} to "
+                         f"{format_money(high)}.")
+    return sentences
+
+
+def format_table(table: QuoteTable) -> str:
+    """Format a table for a terminal: names left-aligned, figures right-aligned."""
+    rows = [table.head, *table.rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.head))]
+    lines = [f"{table.title}:"]
+    for row in rows:
+        figures = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  " + "  ".join([row[0].ljust(widths[0]), *figures]).rstrip())
+    return "\n".join(lines)
+
+
+def label_groups(groups: list[list[Quote]]) -> list[str]:
+    """Return a column label per group: its stage names, or `each stage` for a single group."""
+    if len(groups) == 1 and len(groups[0]) > 1:
+        return ["each stage"]
+    return [", ".join(dict.fromkeys(q.name for q in group)) for group in groups]
+
+
+def _format_name(name: str) -> str:
+    return name.replace("_", " ")

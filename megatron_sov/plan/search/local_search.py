@@ -1,0 +1,246 @@
+"""The local search for the layout of `plan` and `submit`: the fastest one that leaves GPU memory free.
+
+A full sweep takes minutes. The local search prices a coarse grid, then changes a few settings of the best
+layouts at a time until no change helps: hundreds to thousands of layouts, in seconds
+(tests/plan/test_local_search.py compares its choices with full sweeps)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_days, format_share
+from megatron_sov.model import recipes
+from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.model.recipes.requested import RecipeRequest
+from megatron_sov.plan.pricing import Machines, Pricing, RunStage, build_pricing
+from megatron_sov.plan.search.recommended_layouts import (
+    find_recommended, get_recommended_settings, sets_layout)
+from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, get_current_choice, iter_layouts
+from megatron_sov.plan.search.sweep import build_stage_spaces
+from megatron_sov.plan.speed.parameters import Parameters
+
+SPARE_SHARE = 0.1
+"""Share of the usable GPU memory that the chosen layout leaves free, if a layout can."""
+NUM_STARTS = 6
+"""Grid layouts from which the local search starts."""
+LayoutCost = tuple[int, float]
+"""(0, seconds of all steps): fits; (1, missing bytes): too large; (2, 0): breaks a rule."""
+BROKEN: LayoutCost = (2, 0.0)
+SEARCHED = ("tp", "pp", "vpp", "pipeline_layout", "cp", "ep", "etp", "zero1", "expert_overlap")
+PIPELINE = ("pp", "vpp", "pipeline_layout")
+VARIED = ((*PIPELINE, "expert_overlap"), ("ep", "etp", "expert_overlap"), ("tp", "etp"), ("tp", "cp"),
+          ("zero1",), (*PIPELINE, "ep"), ("pp", "tp"))
+"""Groups of settings that one move changes together."""
+
+
+@dataclass(frozen=True)
+class DefaultLayout:
+    """Result of the local search."""
+
+    settings: tuple[str, ...]
+    """Changes from the run's own settings, as --set takes them."""
+    seconds: float
+    """Predicted time of all steps."""
+    own_seconds: float
+    """Predicted time of all steps in the recipe's own layout; infinite if that layout does not fit."""
+    own_spare_share: float
+    """Share of the usable GPU memory that the recipe's own layout leaves free; negative if it does not
+    fit."""
+    num_priced: int
+    """Number of priced layouts."""
+    spare_share: float
+    """Share of the usable GPU memory that the layout leaves free; below `SPARE_SHARE` if no layout leaves
+    more."""
+
+    def format_line(self) -> str:
+        own = "does not fit"
+        if self.own_seconds < math.inf:
+            own = f"takes {format_days(self.own_seconds)} and leaves {format_share(self.own_spare_share)}"
+        return (f"layout: fastest of {self.num_priced:,} priced, {format_days(self.seconds)} of training, "
+                f"leaves {format_share(self.spare_share)} of the GPU's memory; the recipe's own {own}")
+
+
+def leaves_layout_open(request: RecipeRequest) -> bool:
+    """Return whether the user leaves layout, micro-batch size and recomputation to the search: no --set, no
+    --config, no recipe of their own."""
+    base = request.base
+    default = recipes.get(base.recipe).parallel if base.recipe in recipes.names() else ParallelConfig()
+    return not request.from_file and not sets_layout(request.settings) and base.parallel == default
+
+
+def choose_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str],
+                  parameters: Parameters | None = None) -> tuple[tuple[str, ...], DefaultLayout | None]:
+    """Return the settings of the searched layout, and the search; if the search fails, the settings of the
+    recommended layout, and None."""
+    default = find_layout(config, machines, user_settings, parameters)
+    if default is None:
+        return get_cluster_recommendation(config, machines, user_settings), None
+    return default.settings, default
+
+
+def get_cluster_recommendation(config: RunConfig, machines: Machines,
+                               user_settings: Sequence[str]) -> tuple[str, ...]:
+    """Return the settings of the recommended layout for a run on a cluster; () if the table has none."""
+    gpu = machines.profile.gpu if machines.profile.gpus_per_node else ""
+    return get_recommended_settings(config, machines.num_ranks, gpu, user_settings)
+
+
+def find_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str] = (),
+                parameters: Parameters | None = None) -> DefaultLayout | None:
+    """Search for the fastest layout of a run on a cluster.
+
+    Args:
+        config: the run; kernels and precision stay fixed.
+        machines: nodes of the cluster.
+        user_settings: settings from --set, which stay fixed.
+        parameters: speed parameters; None: the package's.
+
+    Returns:
+        The fastest layout found. None: no layout fits, the profile does not describe its GPUs and links, or
+        the run has rounds of reinforcement learning and a valid recommended layout.
+    """
+    pricing = build_pricing(machines, parameters)
+    if pricing is None:
+        return None
+    recommended = apply_settings(config, list(get_cluster_recommendation(config, machines, user_settings)))
+    if config.objective.name == "policy" and not recommended.problems(machines.num_ranks):
+        return None
+    try:
+        return LocalSearch(config, pricing, user_settings).find_best()
+    except UserError:
+        return None
+
+
+class LocalSearch:
+    """Coordinate descent over layouts, from the cheapest layouts of a coarse grid."""
+
+    def __init__(self, config: RunConfig, pricing: Pricing, user_settings: Sequence[str]) -> None:
+        # kernels and dispatchers that the recipe recommends for these GPUs stay fixed
+        self.own_settings = find_recommended(config, pricing.num_ranks, pricing.machines.profile.gpu,
+                                             user_settings) or ()
+        self.config = apply_settings(config, list(self.own_settings))
+        self.pricing = pricing
+        fixed = {setting.partition("=")[0] for setting in user_settings}
+        spaces = build_stage_spaces(self.config, pricing, fixed)
+        self.stages: list[RunStage] = [stage for stage, _, _ in spaces]
+        self.space: LayoutSpace = spaces[0][1]
+        self.valid = [parallel for parallel in iter_layouts(self.config, self.space)
+                      if not parallel.problems(config.model, pricing.num_ranks)]
+        self.neighbours: list[dict[tuple[object, ...], list[ParallelConfig]]] = []
+        for varied in VARIED:
+            neighbours = defaultdict(list)
+            for parallel in self.valid:
+                neighbours[_get_fixed_values(parallel, varied)].append(parallel)
+            self.neighbours.append(neighbours)
+        self.costs: dict[LayoutChoice, LayoutCost] = {}
+        self.limit_bytes = 0.0
+        self._bytes: dict[LayoutChoice, int | None] = {}
+        self._seconds: dict[LayoutChoice, float] = {}
+
+    def find_best(self) -> DefaultLayout | None:
+        """Return the best layout that leaves `SPARE_SHARE`, else the best that fits at all, else None."""
+        for spare in (SPARE_SHARE, 0.0):
+            self.limit_bytes = (1 - spare) * self.pricing.limit_bytes
+            self.costs.clear()
+            best = min((self.descend_from(start) for start in self.list_starts()), key=self.get_cost)
+            if self.get_cost(best)[0] == 0:
+                return self.describe_layout(best)
+        return None
+
+    def describe_layout(self, best: LayoutChoice) -> DefaultLayout:
+        """Return the settings and time of a layout, next to the recipe's own layout."""
+        seconds, num_priced = self.get_cost(best)[1], len(self.costs)
+        self.limit_bytes = self.pricing.limit_bytes
+        self.costs.clear()
+        own_choice = get_current_choice(self.config)
+        own_cost = self.get_cost(own_choice)
+        # the memory of a layout that breaks a rule cannot be counted
+        own_spare = -math.inf if own_cost == BROKEN else self.compute_spare_share(own_choice)
+        settings = {setting.partition("=")[0]: setting
+                    for setting in (*self.own_settings, *best.list_settings(self.config))}
+        return DefaultLayout(tuple(settings.values()), seconds,
+                             own_cost[1] if own_cost[0] == 0 else math.inf,
+                             own_spare, num_priced, self.compute_spare_share(best))
+
+    def compute_spare_share(self, choice: LayoutChoice) -> float:
+        """Return the share of usable memory that the fullest GPU leaves free; the layout must be valid."""
+        num_bytes = self.count_bytes(choice)
+        assert num_bytes is not None, choice
+        return 1 - num_bytes / self.pricing.limit_bytes
+
+    def count_bytes(self, choice: LayoutChoice) -> int | None:
+        """Return the bytes on the fullest GPU over all stages; None if the layout breaks a rule."""
+        if choice not in self._bytes:
+            stages = self._apply_to_stages(choice)
+            is_broken = any(stage.config.problems(self.pricing.num_ranks) for stage in stages)
+            self._bytes[choice] = None if is_broken else max(map(self.pricing.count_bytes, stages))
+        return self._bytes[choice]
+
+    def estimate_seconds(self, choice: LayoutChoice) -> float:
+        """Return the predicted seconds of all steps."""
+        if choice not in self._seconds:
+            self._seconds[choice] = sum(self.pricing.time_step(stage).total_s * stage.steps
+                                        for stage in self._apply_to_stages(choice))
+        return self._seconds[choice]
+
+    def _apply_to_stages(self, choice: LayoutChoice) -> list[RunStage]:
+        return [stage.with_config(choice.apply_to(stage.config)) for stage in self.stages]
+
+    def get_cost(self, choice: LayoutChoice) -> LayoutCost:
+        """Return the cost of a layout, computed once per memory limit."""
+        if choice not in self.costs:
+            self.costs[choice] = self._compute_cost(choice)
+        return self.costs[choice]
+
+    def _compute_cost(self, choice: LayoutChoice) -> LayoutCost:
+        num_bytes = self.count_bytes(choice)
+        if num_bytes is None:
+            return BROKEN
+        lacks_bytes = num_bytes - self.limit_bytes
+        return (1, lacks_bytes) if lacks_bytes > 0 else (0, self.estimate_seconds(choice))
+
+    def list_starts(self) -> list[LayoutChoice]:
+        """Return the run's own layout, and the cheapest layouts of a grid over tp, pp, cp and ep, with all
+        further settings at their simplest."""
+        grid: dict[tuple[int, ...], ParallelConfig] = {}
+        for p in sorted(self.valid, key=_rank_complexity):
+            grid.setdefault((p.tp, p.pp, p.cp, p.ep), p)
+        cheapest = sorted((self.find_best_variant(parallel) for parallel in grid.values()), key=self.get_cost)
+        return [get_current_choice(self.config), *cheapest[:NUM_STARTS]]
+
+    def find_best_variant(self, parallel: ParallelConfig) -> LayoutChoice:
+        """Return the cheapest micro-batch size and recomputation for `parallel` settings."""
+        recomputes, variants = list(self.space.recompute), []
+        for size in sorted(self.space.micro_batch_size):
+            choices = [LayoutChoice(parallel, size, recompute) for recompute in recomputes]
+            variants += choices
+            # a larger micro-batch never needs less memory
+            recomputes = [choice.recompute for choice in choices if self.get_cost(choice)[0] != 1]
+        return min(variants, key=self.get_cost)
+
+    def descend_from(self, choice: LayoutChoice) -> LayoutChoice:
+        """Set one group of settings at a time to its best values, until no change helps."""
+        is_improved = True
+        while is_improved:
+            previous_cost = self.get_cost(choice)
+            for varied, neighbours in zip(VARIED, self.neighbours, strict=True):
+                moves = [dataclasses.replace(choice, parallel=parallel)
+                         for parallel in neighbours[_get_fixed_values(choice.parallel, varied)]]
+                choice = min([choice, *moves], key=self.get_cost)
+            choice = self.find_best_variant(choice.parallel)
+            is_improved = self.get_cost(choice) < previous_cost
+        return choice
+
+
+def _get_fixed_values(parallel: ParallelConfig, varied: Collection[str]) -> tuple[object, ...]:
+    """Return the values of the searched settings outside `varied`."""
+    return tuple(getattr(parallel, name) for name in SEARCHED if name not in varied)
+
+
+def _rank_complexity(p: ParallelConfig) -> tuple[int, ...]:
+    return len(p.pipeline_layout), p.vpp, p.etp, p.expert_overlap != "none", not p.zero1
