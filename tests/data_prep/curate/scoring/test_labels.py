@@ -142,7 +142,7 @@ def test_the_product_with_weights_is_that_of_the_row_and_leaves_no_trace() -> No
     for _ in range(2):
         products = [NGRAMS[2].compute_dot(text, weights) for text in TEXTS]
         assert products == pytest.approx(expected.tolist(), abs=1e-5)
-    assert not NGRAMS[2].counts("")[0].size
+    assert not NGRAMS[2].compute_row("")[0].size
 
 
 def test_a_text_is_read_to_max_chars() -> None:
