@@ -25,7 +25,7 @@ COMMANDS = {
         ("scorer train --labels quality.jsonl --kind classifier --output quality-model",
          "scorer check quality-model --labels others.jsonl")),
     "decontaminate": Command(
-        "data_prep.curate.decontaminate", "leave out records that hold text of benchmarks",
+        "data_prep.curate.decontaminate:DECONTAMINATE", "leave out records that hold text of benchmarks",
         DOCUMENTS, "decontamination.md",
         ("decontaminate --input traces.jsonl --benchmarks aime25.jsonl --output clean",
          "decontaminate --input chats.jsonl --format chat --benchmarks bench.jsonl --output clean")),
@@ -89,7 +89,7 @@ COMMANDS = {
         ("mix tokens:0.8 chats:0.2 --output mixed",
          "mix tokens --blend solar-open --output mixed --dry-run")),
     "inspect": Command(
-        "data_prep.curate.inspect",
+        "data_prep.curate.inspect:INSPECT",
         "show what token shards hold, or what each step of a pipeline kept and dropped",
         LOOK, "inspect.md", ("inspect tokens", "inspect corpus")),
     "stats": Command(

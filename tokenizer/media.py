@@ -52,7 +52,7 @@ def assign_media_ids(media_tokens: MediaTokens, existing_tokens: Collection[str]
     """Return the tokens to append after `num_ids` ids, in order, and their blocks.
 
     The order is marks, sounds, pictures, as in HyperCLOVA X 8B Omni; the marks end right before the first
-    block.  Existing marks keep their ids.
+    `VocabularyBlock`.  Existing marks keep their ids.
 
     Raises:
         UserError: the tokenizer has media tokens already, or a first id is taken or too large.
@@ -112,9 +112,9 @@ class _ExtendedTokenizer:
 
     raw: dict[str, Any]
     words: Sequence[str]
-    """New tokens in the order of ids."""
+    """New tokens, sorted by id."""
     first_id: int
-    """Id of the first new token."""
+    """First new id."""
     blocks: Sequence[VocabularyBlock]
 
     @property
@@ -123,7 +123,7 @@ class _ExtendedTokenizer:
 
 
 def _extend_tokenizer(source: Any, media_tokens: MediaTokens) -> _ExtendedTokenizer:
-    """Append media tokens to a copy of the source's tokenizer.json.
+    """Append media tokens to a copied tokenizer.json.
 
     Raises:
         UserError: see `assign_media_ids`; or the tokenizer's ids have gaps.

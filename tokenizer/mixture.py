@@ -1,9 +1,9 @@
 """Group training inputs, weigh the groups and choose which pieces of their text are counted.
 
-Documents are cut at blank lines into pieces of at most `PIECE_BYTES`.  A group with factor 2.3 counts every
-piece twice, and a third time each piece whose hash bucket lies below the bound that gives 0.3 of the group's
-bytes.  The choice depends on content alone, not on the order of files, and a smaller share is a subset of a
-larger share.  Files are read in units of work, one process per unit.
+`iter_pieces` cuts documents at blank lines into pieces up to `PIECE_BYTES`.  A group with factor 2.3 counts
+every piece twice, and the pieces in the lowest hash buckets, with 0.3 of the group's bytes, a third time.  So
+the choice depends on content alone, not on file order, and a smaller share is a subset of a larger share.
+Workers read files in a `CountUnit` each.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NAMED_INPUT = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
 @dataclasses.dataclass(frozen=True)
 class SourceGroup:
-    """Inputs of one language or domain."""
+    """Inputs for a language or domain."""
 
     name: str
     """Name in messages, manifest and mixtures; the path if the user typed no name."""
@@ -57,19 +57,19 @@ class SourceGroup:
 
 @dataclasses.dataclass(frozen=True)
 class GroupSizes:
-    """Amount of text in a group."""
+    """Text in a `SourceGroup`."""
 
     num_documents: int
     """Documents with text."""
     num_bytes: int
     """UTF-8 bytes."""
     bucket_bytes: NDArray[np.int64]
-    """Bytes of the pieces in each hash bucket, [NUM_BUCKETS]."""
+    """Piece bytes by hash bucket, [NUM_BUCKETS]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupShare:
-    """Number of times that the pieces of a group are counted."""
+    """Passes over a group's pieces."""
 
     full_passes: int
     """Passes over every piece."""
@@ -77,7 +77,6 @@ class GroupShare:
     """Pieces in the first `num_buckets` buckets are counted once more."""
 
     def count_passes(self, bucket: int) -> int:
-        """Return the number of times that a piece of a bucket is counted."""
         return self.full_passes + 1 if bucket < self.num_buckets else self.full_passes
 
 
@@ -118,7 +117,7 @@ def gather_groups(arguments: Sequence[str], mixture: str | None) -> list[SourceG
         mixture: a key of `MIXTURES`, which sets the weights.
 
     Raises:
-        UserError: two weights of a group contradict, or the inputs do not fit the mixture.
+        UserError: a group has two weights, or the inputs do not fit the mixture.
     """
     groups: dict[str, SourceGroup] = {}
     for argument in arguments:
@@ -193,7 +192,7 @@ class TextPiece:
     raw: bytes
     """UTF-8, at most `PIECE_BYTES`."""
     bucket: int
-    """First two bytes of the hash of `raw`."""
+    """First two hash bytes."""
 
     @property
     def text(self) -> str:
@@ -217,10 +216,10 @@ def build_group_facts(group: SourceGroup, sizes: GroupSizes, share: GroupShare) 
 
 @dataclasses.dataclass(frozen=True)
 class CountUnit:
-    """File spans of a group that a worker reads in one task."""
+    """File spans for a worker task."""
 
     group: int
-    """Index of the group."""
+    """Group index."""
     spans: tuple[FileSpan, ...]
 
     @property
@@ -264,7 +263,7 @@ def _hash_facts(facts: list[Any]) -> str:
 
 
 def _locate_fault(span: FileSpan, item: BadRecord) -> UserError:
-    """Return the error of a record with its line or row number in the file."""
+    """Return the error with the line or row number in the file."""
     try:
         # a span does not know its first line number, so read the file again from the start
         for _ in read_documents([span.file]):
@@ -286,14 +285,14 @@ def plan_count_units(groups: list[SourceGroup], unit_bytes: int) -> list[CountUn
 
 @dataclasses.dataclass(frozen=True)
 class UnitSizes:
-    """Amount of text in a unit, sparse because small units touch few buckets."""
+    """Text in a `CountUnit`, sparse because small units touch few buckets."""
 
     num_documents: int
     """Documents with text."""
     buckets: NDArray[np.int64]
     """Indices of buckets with pieces, rising."""
     num_bytes: NDArray[np.int64]
-    """Bytes of the pieces in each of `buckets`."""
+    """Piece bytes by `buckets`."""
 
     @staticmethod
     def from_bucket_bytes(num_documents: int, bucket_bytes: NDArray[np.int64]) -> UnitSizes:
@@ -304,7 +303,7 @@ class UnitSizes:
 
 def measure_groups(groups: list[SourceGroup], units: list[CountUnit], work: Path, workers: int,
                    progress: Callable[[int], object]) -> list[GroupSizes]:
-    """Read all units and return the size of each group; cache the result in the folder `work`.
+    """Read all units and sum `GroupSizes`; cache the result in the folder `work`.
 
     `progress` receives the bytes on disk of each unit read.
 
@@ -334,7 +333,7 @@ def measure_groups(groups: list[SourceGroup], units: list[CountUnit], work: Path
 
 def add_group_sizes(groups: list[SourceGroup], units: list[CountUnit],
                     unit_sizes: Iterable[UnitSizes]) -> list[GroupSizes]:
-    """Sum the sizes of units by group.
+    """Sum `unit_sizes` by group.
 
     Raises:
         UserError: a group has no text.
@@ -373,7 +372,7 @@ def _measure_unit(unit: CountUnit) -> UnitSizes:
 class PieceSampler:
     """Collects the pieces in the lowest hash buckets, before the size of their group is known.
 
-    The sample contains every share of the group of at most `limit_bytes` (see `choose_share`)."""
+    The sample contains every `GroupShare` up to `limit_bytes` (see `choose_share`)."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes

@@ -29,7 +29,7 @@ _WHITESPACE = {"runs": r"\s*[\r\n]+|\s+(?!\S)|\s+", "single": r"\s"}
 
 
 def _find_template_fault(template: str) -> Violation | None:
-    """Return the fault of a chat template, parsed as transformers parses it."""
+    """Parse a chat template as transformers does, and return the fault."""
     # jinja does not know the generation tag of transformers
     text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
@@ -45,7 +45,7 @@ def _find_template_fault(template: str) -> Violation | None:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """The rules of one tokenizer."""
+    """Rules for `sov-tokenizer train`."""
 
     name: str
     """Name on the command line and in the manifest."""
@@ -56,9 +56,9 @@ class Preset:
     special_tokens: dict[Annotated[str, MinLen(1)], NotNegativeInt]
     """Special token -> id below `num_special_ids`; the ids in between become `<|reserved_N|>`."""
     bos_token: str
-    """Begin of a document; the tokenizer never adds it."""
+    """Document begin; the tokenizer never adds it."""
     eos_token: str
-    """End of a document, and of generation."""
+    """Document end, and generation end."""
     pad_token: str
     """Fills batches; may be the end token."""
     chat_template: Annotated[str, Bound(_find_template_fault)]
@@ -70,7 +70,7 @@ class Preset:
     superword_pattern: str = ""
     """Split pattern of a finished SuperBPE tokenizer; its matches may contain several words. Empty: BPE."""
     superword_share: Fraction = 0.0
-    """Share of the vocabulary that spans words."""
+    """Share of superwords in the vocabulary."""
     max_superword_words: Annotated[int, Ge(2)] = 4
     """Maximum words in a token."""
 
@@ -106,7 +106,7 @@ class Preset:
              "needs a superword_pattern in which words join", "add it, or set 0"))
 
     def special_by_id(self) -> list[str]:
-        """Return special and reserved tokens in the order of ids."""
+        """Return special and reserved tokens, sorted by id."""
         names = {id_: token for token, id_ in self.special_tokens.items()}
         return [names.get(i, _format_reserved_name(i)) for i in range(self.num_special_ids)]
 
@@ -226,13 +226,13 @@ SMALLEST_MEMORY_GB = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class CountPlan:
-    """Settings of counting and learning."""
+    """Settings for `learn_vocabulary`."""
 
     preset: Preset
     vocab_size: int
-    """Number of ids, including special tokens."""
+    """Ids, including special tokens."""
     transition_size: int
-    """Number of ids at which words begin to join; `vocab_size` for plain BPE."""
+    """Ids before words join; `vocab_size` for plain BPE."""
     only_superwords: bool
     """Learn only superwords from there on, while the text has any. False: merge within words too."""
     superword_sample_bytes: int

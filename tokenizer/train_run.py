@@ -32,11 +32,11 @@ from tokenizer.presets import NUM_BYTES, CountPlan, Preset, load_preset
 from tokenizer.train import TokenizerTrainOptions, TrainRequest, apply_superword_options, make_plan
 
 MAX_CHECKED_BYTES = 2 << 20
-"""Maximum size of the inputs that `check_proposal` learns from."""
+"""Maximum input size for `check_proposal`."""
 TWO_STEP_CHARS = 50_000
-"""Characters of each sample that the naive loop encodes."""
+"""Characters per sample for `_encode_in_two_steps`."""
 BLOCK_CHARS, BLOCK_STEP = 4096, 13
-"""The check takes every 13th character of a block, with another offset for each separator."""
+"""`_iter_unicode_texts` takes every 13th character in a block, with another offset per separator."""
 _LOADING = threading.Lock()
 _CHECKED_INPUTS: set[tuple[str, ...]] = set()
 
@@ -117,9 +117,9 @@ class CheckFailed(Exception):
 @dataclasses.dataclass(frozen=True)
 class RoundTripCheck:
     sentence: str
-    """Proven facts and the amount of text."""
+    """Proven facts."""
     bytes_per_token: list[float]
-    """UTF-8 bytes of each sample divided by its number of tokens."""
+    """UTF-8 bytes per token, by sample."""
 
 
 def load_ahead() -> None:
@@ -135,13 +135,13 @@ def _import_transformers() -> Any:
 
 def check_round_trip(tokenizer: Tokenizer, preset: Preset, vocabulary: Vocabulary, stage_1: int, folder: Path,
           samples: list[str]) -> RoundTripCheck:
-    """Check a tokenizer on samples of its training text and on characters of all of Unicode.
+    """Check a tokenizer on training samples and on all Unicode blocks.
 
     Args:
         tokenizer: decodes.
-        preset: rules of the tokenizer.
+        preset: the tokenizer's rules.
         vocabulary: tokens and merges, without special ids.
-        stage_1: number of tokens of stage 1.
+        stage_1: tokens after stage 1.
         folder: contains tokenizer.json.
         samples: one text per group.
 
@@ -190,7 +190,7 @@ def _encode_with_transformers(folder: Path, texts: list[str]) -> list[list[int]]
 
 def _encode_in_two_steps(texts: list[str], vocabulary: Vocabulary, stage_1: int,
                          splitter: Splitter) -> Iterator[list[int]]:
-    """Encode texts naively: each unit with the merges of stage 1, then with the merges of stage 2."""
+    """Encode texts naively: merge each unit by stage 1, then by stage 2."""
     pairs = [(vocabulary.tokens[left], vocabulary.tokens[right]) for left, right in vocabulary.merges]
     ranks = {pair: float(id_) for id_, pair in enumerate(pairs, NUM_BYTES)}
     first = {pair: rank for pair, rank in ranks.items() if rank < stage_1}
@@ -209,7 +209,7 @@ def _encode_in_two_steps(texts: list[str], vocabulary: Vocabulary, stage_1: int,
 
 
 def _iter_unicode_texts() -> Iterator[str]:
-    """Yield characters of each Unicode block: adjacent, after a letter, after a space."""
+    """Yield characters from each Unicode block: adjacent, after a letter, after a space."""
     # the planes in between have no characters
     for start in (*range(0, 0x40000, BLOCK_CHARS), 0xE0000, 0xF0000, 0x10F000):
         codes = [c for c in range(start, start + BLOCK_CHARS) if not 0xD800 <= c < 0xE000]

@@ -1,1 +1,1 @@
-"""From raw documents to the sources of a curriculum: read, judged, deduplicated, decontaminated, mixed."""
+"""Curate raw documents: parse, filter, deduplicate, score, decontaminate."""

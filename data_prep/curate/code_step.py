@@ -1,4 +1,4 @@
-"""The step `code` of a pipeline: a function of the user's own, called for each document."""
+"""The pipeline step `code`: call a user's function for each document."""
 
 from __future__ import annotations
 
@@ -18,16 +18,12 @@ from megatron_sov.base.settings import Bound, ProblemCode, SettingsProblem, Viol
 MAX_REASON_CHARS = 80
 
 
-def _no_function(function: Path) -> Violation | None:
+def _find_function_problem(function: Path) -> Violation | None:
     return None if ".py:" in str(function) else (ProblemCode.BOUND, "must have the form FILE.py:FUNCTION", "")
 
 
 def load_function(reference: str) -> LoadedPlugin:
-    """Run the file of FILE.py:FUNCTION and return the function.
-
-    Raises:
-        UserError: the file cannot be run, or the name is no function of one Document.
-    """
+    """Import FILE.py:FUNCTION; raises `UserError` for a broken file or another signature."""
     loaded = load_plugin(reference)
     if not callable(loaded.value) or not accepts_arguments(loaded.value, ("document",)):
         raise UserError(f"{loaded.reference}: is {loaded.value!r}; a data step is a function of one Document "
@@ -37,13 +33,13 @@ def load_function(reference: str) -> LoadedPlugin:
 
 @dataclass(frozen=True)
 class StepCodeSettings:
-    """Which function."""
+    """Settings of `code`."""
 
-    function: Annotated[Path, Bound(_no_function)]
-    """FILE.py:FUNCTION; it takes a Document and returns one, or LeftOut(reason)."""
+    function: Annotated[Path, Bound(_find_function_problem)]
+    """FILE.py:FUNCTION; takes a Document and returns a Document or LeftOut(reason)."""
     files: tuple[Path, ...] = ()
-    """Files and folders that the function opens: where they change, the step is done again. Its own file and
-    the modules that this imports from its folder count without it."""
+    """Files and folders that the function opens; a change repeats the step. The function's file and its
+    imports from the same folder are included."""
 
     @property
     def file(self) -> Path:
@@ -60,45 +56,38 @@ class StepCodeSettings:
 
 
 class CodeStep(Step):
-    """Calls a function for each document."""
-
     kind = "code"
     shorthand = "function"
     Settings = StepCodeSettings
 
     def list_files(self) -> Sequence[Path]:
-        """Return the function's file, the modules that it imports from its folder, and the files that the
-        settings name."""
+        """List the function's file, its imports from the same folder, and `settings.files`."""
         settings: StepCodeSettings = self.settings
-        return sorted({settings.file, *settings.files, *(
-            file for name in load_function(str(settings.function)).files
-            if (file := Path(os.path.normpath(settings.file.parent / name))).is_file())})
+        imports = [Path(os.path.normpath(settings.file.parent / name))
+                   for name in load_function(str(settings.function)).files]
+        return sorted({settings.file, *settings.files, *(file for file in imports if file.is_file())})
 
     def load_inputs(self, view: View) -> None:
         loaded = load_function(str(self.settings.function))
         self._function, self._reference = loaded.value, loaded.reference
 
     def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return the outcome of the function for each document.
+        """Call the function; raises `UserError` if it fails or returns another type."""
+        return [self._call_function(Document(document.columns.get("where") or document.id, document.text,
+                                             id=document.id)) for document in documents]
 
-        Raises:
-            UserError: the function fails, or returns neither a text nor a reason.
-        """
-        return [self._call(Document(document.columns.get("where") or document.id, document.text,
-                                    id=document.id)) for document in documents]
-
-    def _call(self, document: Document) -> StepOutcome:
+    def _call_function(self, document: Document) -> StepOutcome:
         try:
-            # An error in the user's code is reported with the line of their file.
+            # Errors are reported with the line in the user's file.
             with report_plugin_errors(self._reference.rpartition(":")[0]):
-                made: Any = self._function(document)
+                result: Any = self._function(document)
         except UserError as e:
             raise UserError(f"{document.where}: data step {e}") from None
-        if isinstance(made, LeftOut):
-            if isinstance(made.reason, str) and 0 < len(made.reason) <= MAX_REASON_CHARS:
-                return StepOutcome(made.reason)
-        elif isinstance(made, Document) and made.kind == document.kind:
-            return StepOutcome(text=made.text)
-        raise UserError(f"{document.where}: data step {self._reference} returned {repr(made)[:100]}; it must "
-                        f"return a Document of kind {document.kind}, or LeftOut(reason) with a reason of at "
-                        f"most {MAX_REASON_CHARS} characters")
+        if isinstance(result, LeftOut):
+            if isinstance(result.reason, str) and 0 < len(result.reason) <= MAX_REASON_CHARS:
+                return StepOutcome(result.reason)
+        elif isinstance(result, Document) and result.kind == document.kind:
+            return StepOutcome(text=result.text)
+        raise UserError(f"{document.where}: data step {self._reference} returned {repr(result)[:100]}; it "
+                        f"must return a Document of kind {document.kind}, or LeftOut(reason) with a reason "
+                        f"of at most {MAX_REASON_CHARS} characters")

@@ -1,13 +1,11 @@
-"""`sov-data scorer train|check`: a model that gives texts a score, from labels of one's own."""
+"""Options of `sov-data scorer train` and `sov-data scorer check`."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from data_prep.curate.scoring.labels import format_metrics
 from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
 
 
@@ -39,29 +37,7 @@ class ScorerCheckOptions:
     """Print the figures as JSON."""
 
 
-def _check(args: ScorerCheckOptions) -> int:
-    from data_prep.curate.scoring.scorer import evaluate_scorer
-
-    kind, figures = evaluate_scorer(args.model, args.labels)
-    lines = [f"{args.model}, a {kind}", *format_metrics(kind, figures)]
-    if args.json:
-        lines = [json.dumps(figures)]
-    print("\n".join(lines))
-    return 0
-
-
-def _train(args: ScorerTrainOptions) -> int:
-    from data_prep.curate.scoring.scorer import TrainSettings, train_scorer
-
-    content = train_scorer(TrainSettings(args.labels, args.kind), args.output, overwrite=args.overwrite)
-    again = content["num_repeated"]
-    print(f"{args.labels}: {content['num_labels']:,} texts"
-          + (f" ({again:,} lines left out, whose text stood there before)" if again else ""))
-    print("\n".join(["held out:", *format_metrics(args.kind, content["heldout"])]))
-    print(f"wrote {args.output}")
-    return 0
-
-
-SCORER = ActionGroup({"train": DeclaredCommand(ScorerTrainOptions, _train),
-                      "check": DeclaredCommand(ScorerCheckOptions, _check)},
-                     "Train a model that scores texts, or evaluate a model on other labels.")
+SCORER = ActionGroup({
+    "train": DeclaredCommand(ScorerTrainOptions, run_function="data_prep.curate.scorer_run:run_train"),
+    "check": DeclaredCommand(ScorerCheckOptions, run_function="data_prep.curate.scorer_run:run_check")},
+    "Train a model that scores texts, or evaluate a model on other labels.")

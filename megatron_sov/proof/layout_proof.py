@@ -1,4 +1,5 @@
-"""A step of a layout beside the same step of one process, number for number."""
+"""The proof of a layout: two training steps with all its processes, compared with two steps of one
+process."""
 
 from __future__ import annotations
 
@@ -44,67 +45,63 @@ from megatron_sov.train.trainer import Trainer
 from megatron_sov.work.progress.progress_bar import create_bar
 
 STEPS = 2
-"""The second shows that what the first has left, weights and counters, is what all continue with."""
+"""The second step shows that weights and counters after the first step agree."""
 TOLERANCE = 1e-9
-"""Of a tensor's largest number.  Sums in another order are some 1e-15 apart in float64, and a fault of the
-layout, of which every number is a part, is not below 1e-6."""
+"""Largest difference relative to a tensor's largest number. Sums in another order differ by about 1e-15 in
+float64; a wrong layout differs by more than 1e-6."""
 SHOWN = 8
-"""Differences that a text names, and half the places of messages; JSON has all."""
+"""Differences in the text, and half the number of call sites; JSON has all."""
 ASSUMED = ("kernels compute what their plain versions do, messages arrive as sent, and sends never wait",
            "Transformer Engine's layers, and what they send under TP and SP, do what megatron-core's own "
            "layers do, which run here",
            "widths do not matter: heads, channels, experts and vocabulary are as few as the layout divides")
 FIRST_MOMENTS = ("exp_avg", "momentum")
-"""After the first step they are the gradient that was clipped, times one number for all."""
+"""Optimizer states that equal the clipped gradient after the first step, up to a factor."""
 _LOSS, _OPTIMIZER = "loss of ", "optimizer"
 EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 
 
 class _StepFailed(Exception):
-    """A step that one process does is refused in the layout, as a loss that is no number is."""
+    """The layout refuses a step that one process completes, e.g. for a NaN loss."""
 
 
 @dataclass(frozen=True)
 class ReferenceSteps:
-    """What one process has after its steps."""
+    """Results of one process."""
 
     numbers: list[dict[str, float]]
-    """Of each step."""
+    """Name -> value, per step."""
     tensors: list[dict[str, torch.Tensor]]
-    """Of each step: weights and states of the optimizer, whole."""
+    """Global weights and optimizer states, per step."""
     observed: ModuleSums
     checkpoint: Path
-    """Folder with the tensors after the first step, beside the documents."""
+    """Folder with the tensors after the first step."""
 
 
 @dataclass
 class Verdict:
-    """What a comparison found."""
+    """Result of a comparison."""
 
     outcome: str
     """`EQUAL`, `DIFFERS`, `STANDS` or `FAILS`."""
     num_ranks: int
     largest: float = 0.0
-    """Largest difference of a number that was compared, relative."""
+    """Largest relative difference."""
     places: list[str] = field(default_factory=list)
-    """What differs, what comes first in a step first."""
+    """Differing tensors and numbers, in the order of the step."""
     sites: list[str] = field(default_factory=list)
-    """What is sent where the first difference is."""
+    """Messages at the first difference."""
     losses: dict[str, float] = field(default_factory=dict)
-    """Term -> what one process finds in the first step."""
+    """Loss term -> value of one process in the first step."""
     compared: dict[str, int] = field(default_factory=dict)
-    """Kind -> how many."""
+    """Kind -> number of compared values."""
     messages: int = 0
-    """Calls of collectives and messages, by all processes together."""
+    """Collective and point-to-point calls over all processes."""
     seconds: float = 0.0
 
 
 def prove_run(config: RunConfig, num_ranks: int) -> tuple[Miniature, Verdict]:
-    """Return a run in miniature, and what the comparison of its layout with one process found.
-
-    Args:
-        config: the run.
-        num_ranks: its processes.
+    """Build the miniature of a run and compare its layout on `num_ranks` processes with one process.
 
     Raises:
         UserError: the run's settings break a rule.
@@ -120,21 +117,20 @@ def prove_run(config: RunConfig, num_ranks: int) -> tuple[Miniature, Verdict]:
 
 def prove_miniature(small: Miniature, meddle: MessageFault | None = None,
                     whole: ReferenceSteps | None = None) -> Verdict:
-    """Play two steps of a run's layout in this process, and compare them with one process'.
+    """Simulate two steps of a layout in this process, and compare them with one process.
 
-    Must run in a process that is in no process group and that computes on no GPU, before or afterwards
-    (`cpu_shims.prepare_without_gpu`).
+    This process must be in no process group and must never use a GPU (`cpu_shims.prepare_without_gpu`).
 
     Args:
-        small: the run.
-        meddle: does calls in another way (a fault on purpose).
-        whole: what one process has, where it is known.
+        small: the miniature.
+        meddle: injected message fault.
+        whole: results of one process; None: compute them.
 
     Raises:
-        UserError: the run's settings break a rule that shows when it is built.
+        UserError: settings that the model builder rejects.
     """
     began_s = time.monotonic()
-    # a backward pass stays in the thread of its process
+    # the backward pass must stay in the thread of its simulated process
     with torch.autograd.set_multithreading_enabled(False), _use_one_thread(), allow_float64:
         verdict = _compare_layout(small, run_reference(small) if whole is None else whole, meddle)
     verdict.seconds = time.monotonic() - began_s
@@ -142,16 +138,16 @@ def prove_miniature(small: Miniature, meddle: MessageFault | None = None,
 
 
 def run_reference(small: Miniature) -> ReferenceSteps:
-    """Return what one process has after the steps of a run; its checkpoint is left beside the documents.
+    """Run the steps in one process, and write a checkpoint next to the documents.
 
     Raises:
-        UserError: one process cannot do them either, so that there is nothing to compare a layout with.
+        UserError: one process fails too, so there is no reference.
     """
     checkpoint = Path(tempfile.mkdtemp(prefix="alone-", dir=small.folder))
     try:
         [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _run_reference_steps(
             small.on_one_process(), place, checkpoint))
-    except UserError as e:  # which would blame the user's settings, that name a tensor of the run alone
+    except UserError as e:  # its text would blame the user's settings
         raise UserError(f"the miniature of this run breaks a rule: {e}; not proved") from e
     except Exception as e:
         raise UserError(f"one process cannot do this step: {_format_failure(e)}; no layout is proved") from e
@@ -168,7 +164,7 @@ def _compare_layout(small: Miniature, whole: ReferenceSteps, meddle: MessageFaul
             seen[rank].note(site)
 
     ranks.watch = noted
-    # of one folder hundreds of processes would each read the index
+    # cached: hundreds of simulated processes read the same index
     with (create_bar("prove", small.num_ranks * (STEPS + 1), "step of a process") as bar,
           mock.patch.object(load, "TensorReader", functools.cache(TensorReader)),
           tempfile.TemporaryDirectory(prefix="layout-", dir=small.folder) as folder):
@@ -183,7 +179,7 @@ def _compare_layout(small: Miniature, whole: ReferenceSteps, meddle: MessageFaul
         except UserError:
             raise
         except Exception as e:
-            # a layout that does not even run is refuted too, and what it fell over is told
+            # a layout that crashes is refuted, too
             return Verdict(FAILS, small.num_ranks, float("inf"), [_format_failure(e)])
     verdict = _build_verdict(small, comparing, [seen[rank] for rank in sorted(seen)])
     verdict.messages = sum(ranks.sites.values())
@@ -192,20 +188,20 @@ def _compare_layout(small: Miniature, whole: ReferenceSteps, meddle: MessageFaul
 
 def _run_rank(config: RunConfig, place: ParallelWorld, comparing: _Comparison, seen: dict[int, ModuleSums],
           folder: Path) -> None:
-    """Do a process's steps, and then leave and take a checkpoint."""
+    """Run the steps of a process, write a checkpoint, and read the checkpoint of one process."""
     trainer = _build_trainer(config, place)
-    own = seen[place.rank] = observe_modules(trainer.model)
+    sums = seen[place.rank] = observe_modules(trainer.model)
     try:
         for step in range(STEPS):
-            own.begin(step + 1)
+            sums.begin(step + 1)
             if (numbers := _run_step(trainer)) is None:
                 comparing.numbers[f"step {step + 1}: a guard refuses it"] = float("inf")
             else:
                 comparing.add(step, trainer, place.rank, numbers)
             torch.distributed.barrier()
             if comparing.differs:
-                return  # what is wrong in a step spoils everything in the next one
-        own.begin(STEPS + 1)
+                return  # an error in one step affects everything in the next
+        sums.begin(STEPS + 1)
         _write_checkpoint(trainer, place, folder)
         _read_checkpoint(trainer, comparing.whole.checkpoint, num_updates=1)
         comparing.add_read(trainer)
@@ -214,8 +210,7 @@ def _run_rank(config: RunConfig, place: ParallelWorld, comparing: _Comparison, s
 
 
 def _build_verdict(small: Miniature, comparing: _Comparison, seen: Sequence[ModuleSums]) -> Verdict:
-    """Return what a comparison has found, the first step that differs first, and in it what passes through
-    modules."""
+    """Build the verdict: differences of the first differing step come first, modules before tensors."""
     whole, differing = comparing.whole, comparing.differing()
     verdict = Verdict(EQUAL, small.num_ranks, comparing.largest, compared=comparing.compared(small.config))
     verdict.losses = {name.removeprefix(_LOSS): value for name, value in whole.numbers[0].items()
@@ -242,24 +237,24 @@ def _format_failure(error: Exception) -> str:
 
 
 class _Comparison:
-    """What all processes hold, beside what one holds."""
+    """Comparison of all processes with one process."""
 
     def __init__(self, whole: ReferenceSteps) -> None:
         self.whole = whole
         self.numbers: dict[str, float] = {}
-        """Step and name -> largest difference."""
+        """Step and name -> largest relative difference."""
         self.apart: dict[tuple[int, str], float] = {}
-        """Step, tensor -> largest difference."""
+        """(step, tensor) -> largest relative difference."""
         self.gradients: dict[str, float] = {}
-        """Parameter -> largest difference of the gradient that the optimizer got in the first step."""
+        """Parameter -> largest relative difference of its gradient in the first step."""
         self.kept: dict[str, float] = {}
-        """Tensor of a checkpoint that is written or read -> largest difference."""
+        """Tensor in a written or read checkpoint -> largest relative difference."""
         self.replicas: dict[str, set[str]] = defaultdict(set)
-        """Kind -> tensors of which processes hold blocks that others write."""
+        """Kind -> tensors with replicas, which another process writes."""
         self._covered: dict[tuple[int, str], torch.Tensor] = {}
         self._steps: set[int] = set()
         self.done: Callable[[], Any] = lambda: None
-        """Called when a process has done a step."""
+        """Called after each step of a process."""
 
     @property
     def largest(self) -> float:
@@ -270,18 +265,18 @@ class _Comparison:
         return not self.largest <= TOLERANCE
 
     def add(self, step: int, trainer: Trainer, rank: int, numbers: Mapping[str, float]) -> None:
-        """Compare what a process holds after a step (from 0), and the step's numbers."""
+        """Compare a process's tensors after a step (0-based), and the step's numbers."""
         self._steps.add(step)
         for name in numbers.keys() - self.whole.numbers[step].keys():
             self.numbers[f"step {step + 1}: {name}: one process has none"] = float("inf")
         for name, value in self.whole.numbers[step].items():
-            # processes that hold no part of a router do not tell its biases
+            # processes without a router do not report its biases
             if name in numbers:
                 difference = abs(numbers[name] - value) / max(abs(value), 1e-6)
                 _update_largest(self.numbers, f"step {step + 1}: {name}", difference)
             elif not name.startswith("router bias"):
                 self.numbers[f"step {step + 1}: {name} of rank {rank}"] = float("inf")
-        # a wrong norm clips all alike: without that, gradients are wrong where they are
+        # a wrong norm scales all gradients; undo it to find the gradients that are wrong themselves
         limit = trainer.config.optim.clip_grad
         scale = (_compute_clip_scale(self.whole.numbers[step]["gradient norm"], limit)
                  / _compute_clip_scale(numbers["gradient norm"], limit))
@@ -296,16 +291,16 @@ class _Comparison:
                 self._covered[step, key][_get_slices(block)] += 1
             else:
                 self.replicas[key.partition("/")[0]].add(key)
-            whole = expected[_get_slices(block)]
-            _update_largest(self.apart, (step, key), _compute_difference(whole, block.data, expected))
+            reference = expected[_get_slices(block)]
+            _update_largest(self.apart, (step, key), _compute_difference(reference, block.data, expected))
             part, _, name = key.partition("/")
             if step == 0 and part in FIRST_MOMENTS:
                 _update_largest(self.gradients, name, _compute_difference(
-                    whole, block.data * scale, expected))
+                    reference, block.data * scale, expected))
         self.done()
 
     def add_read(self, trainer: Trainer) -> None:
-        """Compare what a process holds after it has read what one process had after the first step."""
+        """Compare a process's tensors after it read the checkpoint of one process."""
         for key, block in _iter_shards(trainer):
             expected = self.whole.tensors[0][key]
             _update_largest(self.kept, f"read from one process' checkpoint: {key}",
@@ -313,7 +308,7 @@ class _Comparison:
         self.done()
 
     def add_written(self, written: Mapping[str, torch.Tensor]) -> None:
-        """Compare the tensors that the layout has written, whole, with those of one process."""
+        """Compare the global tensors of the layout's checkpoint with one process."""
         expected = self.whole.tensors[-1]
         for key in expected.keys() | written.keys():
             name = f"written into a checkpoint: {key}"
@@ -322,7 +317,7 @@ class _Comparison:
                 self.kept[name] = _compute_difference(expected[key], written[key], expected[key])
 
     def compared(self, config: RunConfig) -> dict[str, int]:
-        """Return how many of each kind have been compared; of a kind that a run has not, none."""
+        """Count the compared values by kind."""
         names = {name.partition(": ")[2] for name in self.numbers}
         keys = {key for _, key in self.apart}
         begin = {"losses": _LOSS, "gradient norms": "gradient norm", "loads of experts": "load of expert",
@@ -337,30 +332,30 @@ class _Comparison:
                                                                  self.kept)}
 
     def differing(self) -> list[str]:
-        """Return what differs, gradients' moments before weights, and what is not written exactly once."""
+        """List differences, moments before weights, and elements without exactly one writer."""
         order = {"momentum": 0, "exp_avg": 0, "exp_avg_sq": 1, "master": 2, "weights": 3}
         wrong = sorted((step, order.get(key.partition("/")[0], 2), key)
                        for (step, key), value in self.apart.items() if not value <= TOLERANCE)
-        found = [f"step 1: gradient of {name}" for name, value in sorted(self.gradients.items())
+        differences = [f"step 1: gradient of {name}" for name, value in sorted(self.gradients.items())
                  if not value <= TOLERANCE]
-        # what a guard remembers is another number of the step
-        found += [name for name, value in sorted(self.numbers.items(), key=lambda one: (
+        # the guard's state comes after the step's own numbers
+        differences += [name for name, value in sorted(self.numbers.items(), key=lambda one: (
             ": guard's" in one[0], one)) if not value <= TOLERANCE]
-        found += [f"step {step + 1}: {name}: no process has it" for step in sorted(self._steps)
+        differences += [f"step {step + 1}: {name}: no process has it" for step in sorted(self._steps)
                   for name in self.whole.numbers[step] if f"step {step + 1}: {name}" not in self.numbers]
-        found += [f"step {step + 1}: {key}" for step, _, key in wrong]
+        differences += [f"step {step + 1}: {key}" for step, _, key in wrong]
         for (step, key), count in self._covered.items():
             if step == 0 and not bool((count == 1).all()):
-                found.append(f"step 1: {key}: {int((count == 0).sum())} of {count.numel()} elements are "
-                             f"written by nobody, {int((count > 1).sum())} by several")
+                differences.append(f"step 1: {key}: {int((count == 0).sum())} of {count.numel()} elements "
+                             f"are written by nobody, {int((count > 1).sum())} by several")
         for key in self.whole.tensors[0] if self.apart else ():
             if (0, key) not in self.apart:
-                found.append(f"step 1: {key}: is held by nobody")
-        return found + [name for name, value in sorted(self.kept.items()) if not value <= TOLERANCE]
+                differences.append(f"step 1: {key}: is held by nobody")
+        return differences + [name for name, value in sorted(self.kept.items()) if not value <= TOLERANCE]
 
 
 def _compute_clip_scale(norm: float, limit: float) -> float:
-    """Return what gradients are multiplied by, as the library does it."""
+    """Return the factor of gradient clipping, as in the library."""
     return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
 
 
@@ -369,15 +364,15 @@ def _get_slices(block: LocalShard) -> tuple[slice, ...]:
 
 
 def _compute_difference(expected: torch.Tensor, own: torch.Tensor, tensor: torch.Tensor) -> float:
-    """Return the largest difference, by the largest number of the tensor that this is a part of."""
+    """Return the largest difference of a shard, relative to the largest number in the global tensor."""
     if not own.numel():
         return 0.0
-    found = (expected.reshape(own.shape) - own.detach()).abs().max() / tensor.abs().max().clamp(min=1e-12)
-    return float(found)
+    difference = (expected.reshape(own.shape) - own.detach()).abs().max()
+    return float(difference / tensor.abs().max().clamp(min=1e-12))
 
 
 def _update_largest(largest: dict[Any, float], key: Any, value: float) -> None:
-    # nothing is smaller than NaN, which would pass for equal
+    # NaN compares as not greater, so it would pass
     largest[key] = max(largest.get(key, 0.0), value if value == value else float("inf"))
 
 
@@ -387,15 +382,15 @@ def _run_reference_steps(config: RunConfig, place: ParallelWorld, checkpoint: Pa
     numbers, tensors = [], []
     for step in range(STEPS):
         observed.begin(step + 1)
-        found = _run_step(trainer)
-        assert found is not None, "no guard refuses what one process does"
-        numbers.append(found)
-        whole: dict[str, torch.Tensor] = {}
+        step_numbers = _run_step(trainer)
+        assert step_numbers is not None, "no guard refuses what one process does"
+        numbers.append(step_numbers)
+        step_tensors: dict[str, torch.Tensor] = {}
         for key, block in _iter_shards(trainer):
-            if key not in whole:
-                whole[key] = torch.zeros(block.global_shape, dtype=block.data.dtype)
-            whole[key][_get_slices(block)] = block.data.detach().reshape(block.shape)
-        tensors.append(whole)
+            if key not in step_tensors:
+                step_tensors[key] = torch.zeros(block.global_shape, dtype=block.data.dtype)
+            step_tensors[key][_get_slices(block)] = block.data.detach().reshape(block.shape)
+        tensors.append(step_tensors)
         if step == 0:
             _write_checkpoint(trainer, place, checkpoint)
     return ReferenceSteps(numbers, tensors, observed, checkpoint)
@@ -414,13 +409,13 @@ def _build_trainer(config: RunConfig, place: ParallelWorld) -> Trainer:
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size, formats=None, warns=False)
     trainer = Trainer(config, place, RunFolder(Path(os.devnull)), sources, select_objective(config, sources))
-    # nobody needs to hear that numbers which were drawn are not those of a sound engine
+    # random log-probabilities would trigger the warning about an unsound engine
     vars(trainer.objective)["doubt"] = lambda step, meters: ""
     return trainer
 
 
 def _run_step(trainer: Trainer) -> dict[str, float] | None:
-    """Do a step; returns its numbers by name, or None: a guard refuses it."""
+    """Run a step; return its numbers by name, or None if a guard rejects it."""
     result = train_step(trainer)
     if result is None:
         return None
@@ -437,21 +432,20 @@ def _run_step(trainer: Trainer) -> dict[str, float] | None:
                        for i, value in enumerate(bias.tolist())}
     return {**{_LOSS + name: value for name, value in result.losses.items()},
             **{f"mean of {name}": value for name, value in result.meters.items()},
-            # what the guard remembers goes into checkpoints, and refuses later steps
+            # the guard's state is saved in checkpoints and rejects later steps
             "guard's loss": usual["losses"][-1], "guard's gradient norm": usual["grad_norms"][-1],
             "loss": result.loss, "tokens": float(result.num_tokens), **load,
             "gradient norm": result.grad_norm, **biases}
 
 
-# A checkpoint of a layout beside one of one process: each holds every tensor once, with the same numbers, and
-# the layout reads what one process wrote.  What stands in files belongs to no layout, so that what one layout
-# wrote, any other that is proved reads.
+# Checkpoints: the layout writes every tensor exactly once, with the numbers of one process, and reads the
+# checkpoint of one process. Files do not depend on the layout, so proved layouts read each other's.
 
 def _write_checkpoint(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
-    """Write the tensors of a checkpoint; called by all processes together.
+    """Write a checkpoint; collective.
 
     Raises:
-        ValueError: an element of a tensor is written by nobody, or by several.
+        ValueError: an element without exactly one writer.
     """
     snapshot = HostSnapshot()
     snapshot.copy_blocks({MODEL: list_local_shards(trainer.model, rounded=True),
@@ -470,34 +464,28 @@ def _write_checkpoint(trainer: Trainer, place: ParallelWorld, folder: Path) -> N
 
 
 def _read_checkpoint(trainer: Trainer, folder: Path, num_updates: int) -> None:
-    """Give a model and its optimizer what `_write` wrote, by whatever layout; called by all processes
-    together.
-
-    Args:
-        trainer: whose.
-        folder: with the tensors.
-        num_updates: that the optimizer had made.
+    """Load a checkpoint of any layout after `num_updates` optimizer steps; collective.
 
     Raises:
-        UserError: it has other tensors, or of other shapes.
+        UserError: missing tensors, or other shapes.
     """
     load.load_model(folder, trainer.model)
     load.load_optimizer(folder, trainer.optimizer, num_updates)
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors that `_write` wrote, whole, by the names that `_held` gives them."""
-    found: dict[str, torch.Tensor] = {}
+    """Return the global tensors of a checkpoint by the names in `_iter_shards`."""
+    tensors: dict[str, torch.Tensor] = {}
     for part, before in ((MODEL, "weights/"), (_OPTIMIZER, "")):
         reader = TensorReader(folder, part)
-        found |= {before + key: reader.read(key, (0,) * len(reader.get_shape(key)), reader.get_shape(key))
+        tensors |= {before + key: reader.read(key, (0,) * len(reader.get_shape(key)), reader.get_shape(key))
                   for key in sorted(reader.keys())}
-    return found
+    return tensors
 
 
 @contextlib.contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Have SIGTERM, which ends a process at once, leave no folder behind."""
+    """Turn SIGTERM into SystemExit, so that temporary folders are removed."""
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
@@ -514,17 +502,17 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _use_one_thread() -> Iterator[None]:
-    """Have torch compute by one thread: the many processes take turns as it is."""
-    before = torch.get_num_threads()
+    """Limit torch to one thread: the simulated processes take turns."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)
 
 
 def format_proof(small: Miniature, verdict: Verdict) -> str:
-    """Return lines for people."""
+    """Format the verdict for a terminal."""
     m, c = small.config.model, small.config
     lines = [f"{verdict.num_ranks} processes: {_format_layout(small)}",
              f"in miniature: {m.num_layers} layers, {m.num_experts} experts, {c.train.global_batch_size} "
@@ -547,11 +535,11 @@ def format_proof(small: Miniature, verdict: Verdict) -> str:
 
 
 def proof_to_json(small: Miniature, verdict: Verdict) -> dict[str, Any]:
-    """Return the same for programs."""
-    found = json.loads(json.dumps(dataclasses.asdict(verdict)))
+    """Convert the verdict to JSON values."""
+    values = json.loads(json.dumps(dataclasses.asdict(verdict)))
     # JSON has no infinity
     largest = verdict.largest if math.isfinite(verdict.largest) else None
-    return {**found, "largest": largest, "layout": dataclasses.asdict(small.config.parallel),
+    return {**values, "largest": largest, "layout": dataclasses.asdict(small.config.parallel),
             "tolerance": TOLERANCE, "assumed": list(ASSUMED), "not_covered": list(small.left_out)}
 
 

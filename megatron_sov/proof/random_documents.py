@@ -1,6 +1,5 @@
-"""What a run's losses read: random documents with a number for each token in every column that a built-in
-objective names, and a teacher of random opinions.  Who has said these numbers is nothing that a layout can
-get wrong: the losses that read them are the trainer's own."""
+"""Random training data for a proof: documents with every column of the built-in objectives, and a random
+teacher. A layout cannot depend on the source of these numbers."""
 
 from __future__ import annotations
 
@@ -31,35 +30,30 @@ from megatron_sov.train.objectives.data_objective import LanguageModelling
 SOURCE = "proof"
 NUM_DOCUMENTS = 600
 TOKEN_COLUMNS = (reference.COLUMN, policy.BEHAVIOUR, policy.OLD, policy.TEACHER)
-"""Columns of a log-probability for each token, about what a model says that has learned nothing."""
+"""Log-probability columns, one number per token, around those of an untrained model."""
 SPREAD = 1.5
-"""Of them, in nats: ratios to the policy lie on both sides of a clip."""
+"""Standard deviation in nats: importance ratios lie on both sides of a clip."""
 RESPONSE_COLUMNS = (policy.ADVANTAGE, preference.GROUP_SHARE, DESIRABLE)
-"""Columns of one number for all tokens of a document, from 0 to 1 (advantages: from -1)."""
+"""Columns with one number per document, from 0 to 1 (advantages: from -1)."""
 TEACHER_WIDTH = 8
 _LONGEST = 41
 
 
 def select_objective(config: RunConfig, sources: Sequence[Source]) -> Callable[[Any], Any]:
-    """Return what makes the objective that a run learns by."""
+    """Return the factory of a run's objective."""
     name = config.objective.name
     if name == "distill":
         return TeacherFactory(Distillation, [_RandomTeacher(config, sources)])
-    made: dict[str, Callable[[], Any]] = {
+    factories: dict[str, Callable[[], Any]] = {
         "lm": lambda: LanguageModelling, "sft": lambda: SupervisedFineTuning,
         "preference": lambda: preference.select_objective(config),
         "policy": lambda: policy.build_policy_objective(config)}
-    return made[name]()
+    return factories[name]()
 
 
 def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
-    """Write random documents as a token artifact: prompts, responses and, but among judged ones, plain text.
-
-    Args:
-        folder: the artifact.
-        config: the run that reads them.
-        seed: of what is drawn.
-    """
+    """Write random documents to `folder` as a token artifact: prompts, responses and, without judged
+    documents, plain text."""
     random, vocab_size = np.random.default_rng(seed), config.model.vocab_size
     method = config.preference.method if config.objective.name == "preference" else ""
     are_pairs, is_judged = method not in ("", "grouper"), config.objective.name in ("preference", "policy")
@@ -87,19 +81,19 @@ def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
 
 def _draw_document(random: np.random.Generator, num_tokens: int, vocab_size: int, is_judged: bool
               ) -> dict[str, np.ndarray]:
-    """Return a document's numbers; judged ones are a prompt and then a response, others mixed."""
+    """Return column -> array [num_tokens]; judged documents are a prompt and a response, others are mixed."""
     if is_judged:
         learned = np.arange(num_tokens) >= max(1, num_tokens // 3)
     else:
         learned = random.random(num_tokens) < 2 / 3
-    # both in each, or a step of few rows might have nothing that is learned
+    # each document has prompt and response, or a step with few rows might train on no token
     is_text = random.random(num_tokens) < (0 if is_judged else 0.25)
     types = np.where(learned, np.where(is_text, TYPE_TEXT, TYPE_RESPONSE), TYPE_PROMPT)
     numbers = {name: random.normal(-np.log(vocab_size), SPREAD, num_tokens).astype(np.float32)
                for name in TOKEN_COLUMNS}
-    # an engine is near the trainer, or corrections would mask all
+    # close to the trainer, or corrections would mask all tokens
     numbers[policy.BEHAVIOUR] = numbers[policy.OLD] + random.normal(0, 0.02, num_tokens).astype(np.float32)
-    # a reference that expects less than the policy: KTO's distance would be 0 for all, however it is summed
+    # below the policy: otherwise KTO's clamped distance is 0 however it is summed
     numbers[reference.COLUMN] -= 1
     return {"bin": random.integers(0, vocab_size, num_tokens), "loss": learned.astype(np.float32),
             "type": types, **numbers,
@@ -112,7 +106,7 @@ def _get_head_path(folder: Path) -> Path:
 
 
 class _RandomTeacher(StoredTeacher):
-    """A teacher whose opinions are drawn when they are asked for."""
+    """A teacher that draws random states on request."""
 
     def __init__(self, config: RunConfig, sources: Sequence[Source]) -> None:
         asked = config.distillation
@@ -128,13 +122,13 @@ class _RandomTeacher(StoredTeacher):
         super().__init__([files], asked, sources, config.model.vocab_size)
 
     def verify(self, world: ParallelWorld) -> None:
-        """There are no files that could be damaged."""
+        """No files to verify."""
 
 
 @functools.lru_cache(maxsize=1024)
 def _draw_states(top_k: int, vocab_size: int, is_silent: bool, document: int) -> torch.Tensor:
-    """Return rows as `StateFiles.read_states`, of all tokens of a document; a teacher of another tokenizer
-    says nothing at some."""
+    """Return all rows of a document, as `StateFiles.read_states`; a teacher with another tokenizer skips some
+    tokens."""
     random = torch.Generator().manual_seed(document)
     if not top_k:
         return torch.randn(_LONGEST, TEACHER_WIDTH, generator=random)

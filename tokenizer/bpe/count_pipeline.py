@@ -35,27 +35,27 @@ from tokenizer.mixture import (
 from tokenizer.presets import NUM_BYTES, CountPlan, Preset
 
 UNIT_BYTES = 32 << 20
-"""Bytes on disk of a unit: the most that a worker reads again after a kill."""
+"""Bytes on disk per unit, which a worker reads again after a kill."""
 WORKER_BYTES = 32 << 20
-"""Bytes on disk that justify the start-up time of one more process."""
+"""Bytes on disk that justify another process."""
 COUNTING_BYTES = 1 << 30
-"""Memory for the word tables of all workers together; larger tables go to disk."""
+"""Memory for all workers' word tables together; larger tables go to disk."""
 WORD_BYTES = 120
 """Memory per word in a worker's table: text, table entry, and copies during a write to disk."""
 LEAST_WORDS = 1000
-"""Minimum number of words in a worker's table before a write to disk."""
+"""Minimum words in a worker's table before a write to disk."""
 BASE_BYTES = 400_000_000
 """Memory for libraries, vocabulary and buffers."""
 LEARNING_BYTES_PER_BYTE = 40
-"""Memory of merging per byte of distinct words (measured by benchmarks/tokenizer_train.py)."""
+"""Memory of `MergeLearner` per byte in the `WordTable` (measured by benchmarks/tokenizer_train.py)."""
 SAMPLE_BYTES = 100_000
-"""Text per group for bytes per token and for the check of the finished tokenizer."""
+"""Text per group for bytes per token and for `check_round_trip`."""
 CODE_VERSION = 3
-"""Part of the cache key; increase it when the same text gives other counts."""
+"""In the cache key; increase `CODE_VERSION` when the same text gives other counts."""
 BLOCK_WORDS = 10_000
 """Words whose token ids are Python integers at the same time."""
 MIN_COUNT = 2
-"""Minimum count of a pair to merge."""
+"""Pairs with a lower count are not merged."""
 MOST_REPEATS = 100
 NEEDED_POWER = 1.6
 """Twice the merges need about 2^1.6 as much text (measured on 2 to 280 MB in ten languages)."""
@@ -70,18 +70,18 @@ class LearnedVocabulary:
 
     vocabulary: Vocabulary
     stage_1_tokens: int
-    """Bytes and merges of stage 1, without special ids."""
+    """Bytes and merges after stage 1, without special ids."""
     samples: dict[str, str]
-    """Group name -> sample of its text."""
+    """Group name -> text sample."""
     facts: list[dict[str, Any]]
-    """Manifest entry of each group."""
+    """Manifest entries by group."""
     stages: list[dict[str, Any]]
-    """Manifest entry of each stage: text, distinct and dropped words."""
+    """Manifest entries by stage: text, distinct and dropped words."""
 
 
 def learn_vocabulary(plan: CountPlan, groups: list[SourceGroup],
                      before_merging: Callable[[], object] = lambda: None) -> LearnedVocabulary:
-    """Learn a vocabulary from the text of groups.
+    """Learn a vocabulary with `learn_words` and, for SuperBPE, `learn_superwords`.
 
     `before_merging` runs after the words are counted; merging uses one core.
 
@@ -94,7 +94,7 @@ def learn_vocabulary(plan: CountPlan, groups: list[SourceGroup],
     plan = dataclasses.replace(plan, workers=min(plan.workers, 1 + input_bytes // WORKER_BYTES))
     vocabulary = Vocabulary(plan.preset.max_token_bytes)
     shares, factors = [GroupShare(1, 0)] * len(groups), [1.0] * len(groups)
-    # weights are shares of the text's size, so weighted inputs are measured before their words are counted
+    # weights are shares of text bytes, so measure the text before counting words
     if any(group.weight is not None for group in groups):
         with _create_bar("measuring text", input_bytes, "B") as progress:
             sizes = measure_groups(groups, units, plan.work, plan.workers, progress)
@@ -115,7 +115,7 @@ def learn_vocabulary(plan: CountPlan, groups: list[SourceGroup],
         learn_words(table, vocabulary, target, plan.preset, progress)
     _check_size(plan, vocabulary, plan.transition_size, counted_bytes)
     if plan.transition_size < plan.vocab_size:
-        # a smaller share is a subset of a larger share, so stage 1 counted this sample too
+        # stage 1 counted the sample too: a smaller share is a subset of a larger share
         fraction = min(1.0, plan.superword_sample_bytes / counted_bytes)
         shares = [choose_share(s, factor * fraction) for s, factor in zip(sizes, factors, strict=True)]
         superwords = _count_groups(plan, groups, units, shares, plan.preset.superword_pattern, "superwords")
@@ -154,14 +154,10 @@ def _print_group(group: SourceGroup, fact: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _CountedUnits:
-    """Counts of all units."""
-
     files: list[Path]
-    """Arrow file of each unit."""
+    """Arrow files by unit."""
     sizes: list[GroupSizes]
-    """Text of each group."""
     samplers: list[PieceSampler]
-    """Sample of each group."""
 
 
 def _count_groups(plan: CountPlan, groups: list[SourceGroup], units: list[CountUnit],
@@ -173,7 +169,7 @@ def _count_groups(plan: CountPlan, groups: list[SourceGroup], units: list[CountU
     def iter_sizes(progress: Progress) -> Iterator[UnitSizes]:
         """Yield sizes unit by unit; the sum over groups is smaller than all units' sizes."""
         counts = count_units(units, settings, plan.work, plan.workers, limit_bytes)
-        # in the order of units, so that the result does not depend on the speed of workers
+        # in unit order, so that the result does not depend on worker speed
         for unit, unit_counts in zip(units, counts, strict=True):
             files.append(unit_counts.file)
             for piece in unit_counts.sample_pieces:
@@ -186,7 +182,7 @@ def _count_groups(plan: CountPlan, groups: list[SourceGroup], units: list[CountU
 
 
 def _gather_table(plan: CountPlan, counted: _CountedUnits, noun: str) -> WordTable:
-    """Sum the counts of all units within --max-memory-gb."""
+    """Sum the counts within --max-memory-gb."""
     max_bytes = None
     if plan.max_memory_bytes is not None:
         max_bytes = (plan.max_memory_bytes - BASE_BYTES) // LEARNING_BYTES_PER_BYTE
@@ -219,7 +215,7 @@ def _check_size(plan: CountPlan, vocabulary: Vocabulary, target: int, counted_by
 
 
 def _choose_samples(groups: list[SourceGroup], counted: _CountedUnits) -> dict[str, str]:
-    """Return a sample of each group's text, sorted so that the order of files does not matter."""
+    """Return group name -> sample text, sorted so that the file order does not matter."""
     samples = {}
     for group, sizes, sampler in zip(groups, counted.sizes, counted.samplers, strict=True):
         share = choose_share(sizes, min(1.0, SAMPLE_BYTES / sizes.num_bytes))
@@ -230,16 +226,15 @@ def _choose_samples(groups: list[SourceGroup], counted: _CountedUnits) -> dict[s
 
 @dataclasses.dataclass(frozen=True)
 class CountSettings:
-    """Settings on which the counts of a unit depend."""
+    """Settings that determine `UnitCounts`."""
 
     preset: Preset
     pattern: str
     """Regular expression that splits text into words."""
     shares: tuple[GroupShare, ...]
-    """Share of each group."""
 
     def build_key(self, unit: CountUnit) -> str:
-        """Return the file name stem of a unit's counts."""
+        """Return the stem for the unit's `.arrow` and `.json` files."""
         share = dataclasses.asdict(self.shares[unit.group])
         return unit.build_key({"normalization": self.preset.normalization, "pattern": self.pattern,
                                "share": share, "code_version": CODE_VERSION})
@@ -247,23 +242,23 @@ class CountSettings:
 
 @dataclasses.dataclass(frozen=True)
 class UnitCounts:
-    """Word counts of a unit."""
+    """Result of `count_units` for a unit."""
 
     file: Path
     """Arrow file, `NUM_PARTS` record batches (word, count) per run."""
     counted_bytes: int
-    """Bytes of text counted, repeats included."""
+    """Counted text, including repeats."""
     sizes: UnitSizes
-    """All text of the unit, also pieces outside the share."""
+    """All text, including pieces outside the share."""
     sample_pieces: tuple[TextPiece, ...]
-    """Pieces for the sample of the group."""
+    """Pieces for the group's `PieceSampler`."""
 
 
 def count_units(units: list[CountUnit], settings: CountSettings, work: Path, workers: int,
                 limit_bytes: int) -> Iterator[UnitCounts]:
-    """Yield the counts of each unit in order; reuse files in the folder `work`.
+    """Yield the unit counts in order; reuse files in the folder `work`.
 
-    `limit_bytes` bounds the memory of all workers' tables together.
+    `limit_bytes` bounds the tables in all workers together.
 
     Raises:
         UserError: a file cannot be read, the disk is full, or a worker was killed.
@@ -279,10 +274,10 @@ def _create_counter(settings: CountSettings, splitter: Splitter, work: Path,
 
 
 class _UnitCounter:
-    """Counts the words of units in one process.
+    """Counts words in a worker process.
 
-    When the table reaches its limit, the worker writes it to the unit's file as a run.  A run is divided
-    into `NUM_PARTS` parts by word hash, and the same part of all runs fits into memory."""
+    When the `WordCounter` reaches `limit_words`, the worker writes a run to the unit's file.  A run is
+    divided by word hash into `NUM_PARTS` parts, so that `gather_words` can sum a part in memory."""
 
     def __init__(self, settings: CountSettings, splitter: Splitter, work: Path, limit_words: int) -> None:
         self._settings, self._splitter, self._work, self._limit_words = settings, splitter, work, limit_words
@@ -297,7 +292,7 @@ class _UnitCounter:
             with create_file(file) as temporary:
                 facts = self._count(unit, temporary)
             write_atomically(record, json.dumps(facts, ensure_ascii=False))
-        # read back even if just written, so that a resumed run gets the same values
+        # read back even after a write, because a resumed run reads the file too
         facts = json.loads(record.read_text(encoding="utf-8"))
         sizes = UnitSizes(facts["num_documents"], np.array(facts["buckets"], np.int64),
                           np.array(facts["bucket_bytes"], np.int64))
@@ -329,7 +324,7 @@ class _UnitCounter:
                     words.add_text(raw, splitter.find_ends(raw), num_passes)
                     # bytes before normalization, as in the shares
                     counted_bytes += num_passes * len(piece.raw)
-                    # words of text without spaces are long, so bound their text too
+                    # scripts without spaces have long words: bound the text too
                     if len(words) > self._limit_words or words.text_bytes > self._limit_text_bytes:
                         runs.write_run(words)
             runs.write_run(words)
@@ -343,8 +338,8 @@ def learn_words(table: WordTable, vocabulary: Vocabulary, num_tokens: int, prese
                 progress: Progress) -> None:
     """Merge bytes within words until the vocabulary has `num_tokens` or no pair reaches `MIN_COUNT`."""
     words = PretokenWords(get_byte_ids()[table.raw], table.lengths_bytes, table.counts)
-    # A letter, or the last byte of a wide space, followed by a space: learned in a run of spaces, such a
-    # merge would join two words of the finished tokenizer before either word is complete.
+    # A merge across a letter, or the last byte in a wide space, and a space would join two words in the
+    # finished tokenizer before either word is complete.
     rule = JoinRule(vocabulary.max_token_bytes, 0, keeps_words_apart=bool(preset.superword_pattern),
                     only_superwords=False)
     _learn_merges(words, rule, vocabulary, num_tokens, progress)
@@ -355,12 +350,12 @@ def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, 
     """Continue merging over units of several words (stage 2).
 
     Args:
-        table: units of the final pattern.
-        vocabulary: result of stage 1; receives the new tokens.
+        table: units split by `Preset.final_pattern`.
+        vocabulary: result from `learn_words`; receives the new tokens.
         num_tokens: tokens to reach; fewer if no pair occurs often enough.
-        max_words: maximum number of words in a token.
+        max_words: maximum words in a token.
         only_superwords: learn superwords while the text has any, then fill up within words. False: merge
-            across and within words, as published; the number of superwords then depends on the text.
+            across and within words, as published.
         progress: called with the number of new merges.
     """
     for restricts_merges in (True, False) if only_superwords else (False,):
@@ -370,14 +365,14 @@ def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, 
 
 
 def _encode_units(table: WordTable, vocabulary: Vocabulary) -> PretokenWords:
-    """Encode units with the vocabulary and drop units of a single token, which have no pair."""
+    """Encode units with the vocabulary; drop units with a single token, which have no pair."""
     lengths, symbols = _encode_words(table, vocabulary)
     has_pair = lengths > 1
     return PretokenWords(symbols[np.repeat(has_pair, lengths)], lengths[has_pair], table.counts[has_pair])
 
 
 def _encode_words(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Return the number of tokens of each word, [words], and the concatenated token ids."""
+    """Return token counts by word, [words], and concatenated token ids, [sum of counts]."""
     encode = vocabulary.as_tiktoken(ANYTHING).encode_ordinary
     lengths, symbols = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
     words = table.iter_words()

@@ -36,10 +36,10 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
         raw: UTF-8 text.
         kinds: see `tokenizer.bpe.splitter.Automaton`.
         steps: see `tokenizer.bpe.splitter.Automaton`.
-        ends: output, the end of each word in bytes; must have room for one word per byte.
+        ends: output, word ends in bytes; needs `len(raw)` elements.
 
     Returns:
-        The number of words.
+        `num_words`.
     """
     # the last column stands for the end of the text, for lookaheads
     at_end = steps.shape[1] - 1
@@ -59,7 +59,7 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
             if not state:
                 break
             place += size
-        # no match begins here, so the character belongs to the text between matches
+        # without a match the character belongs to the text between matches
         if matched < 0:
             at += _decode_code_point(raw, at)[1]
             continue
@@ -78,7 +78,7 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
 
 @jit_compile
 def _decode_code_point(raw: NDArray[np.uint8], place: int) -> tuple[np.int64, int]:
-    """Return the code point at a byte offset of UTF-8 text and its length in bytes."""
+    """Return the code point at a byte offset and its length in bytes."""
     byte = np.int64(raw[place])
     if byte < 0x80:
         return byte, 1
@@ -95,20 +95,20 @@ def _decode_code_point(raw: NDArray[np.uint8], place: int) -> tuple[np.int64, in
 def add_words(raw: NDArray[np.uint8], ends: NDArray[np.int32], times: int, slots: NDArray[np.uint64],
               text: NDArray[np.uint8], word_ends: NDArray[np.int64], counts: NDArray[np.int64],
               num_words: int) -> int:
-    """Add the words of a text to the hash table.
+    """Add the words in `raw` to the hash table.
 
     Args:
         raw: UTF-8 text.
-        ends: end of each word of `raw`.
+        ends: word ends in `raw`.
         times: count to add per word.
-        slots: hash table; its size is a power of two and at least twice the number of words.
-        text: concatenated bytes of the distinct words; needs room for `raw`.
-        word_ends: end of each distinct word in `text`; needs room for `len(ends)` more words.
-        counts: count of each distinct word; needs the same room.
-        num_words: number of distinct words before the call.
+        slots: hash table; its size is a power of two and at least `2 * num_words`.
+        text: concatenated distinct words; needs room for `raw`.
+        word_ends: ends in `text`; needs room for `len(ends)` more words.
+        counts: counts by distinct word; needs room for `len(ends)` more words.
+        num_words: distinct words before the call.
 
     Returns:
-        The number of distinct words after the call.
+        The distinct words after the call.
     """
     mask, begin = np.uint64(len(slots) - 1), np.int64(0)
     for end in ends:
@@ -154,7 +154,7 @@ def _is_equal(a: NDArray[np.uint8], start_a: np.int64, b: NDArray[np.uint8], sta
 
 @jit_compile
 def move_slots(slots: NDArray[np.uint64], larger: NDArray[np.uint64]) -> None:
-    """Copy the words of a hash table into a larger, empty hash table."""
+    """Copy `slots` into a larger, empty hash table."""
     mask = np.uint64(len(larger) - 1)
     for slot in slots:
         if slot:
@@ -166,7 +166,7 @@ def move_slots(slots: NDArray[np.uint64], larger: NDArray[np.uint64]) -> None:
 
 
 class WordCounter:
-    """Hash table of words and counts, in arrays that grow."""
+    """Hash table word -> count, in arrays that grow."""
 
     def __init__(self) -> None:
         self._slots: NDArray[np.uint64] = np.zeros(FIRST_SLOTS, np.uint64)
@@ -176,11 +176,10 @@ class WordCounter:
         self._size = 0
 
     def __len__(self) -> int:
-        """Number of distinct words."""
         return self._size
 
     def add_text(self, raw: bytes, ends: NDArray[np.int32], times: int) -> None:
-        """Add `times` to the count of each word of a text; the words end at `ends`."""
+        """Add `times` to the counts in `raw`, whose words end at `ends`."""
         # the compiled loop cannot grow arrays, so make room for the case that every word is new
         max_words = self._size + len(ends)
         self._text = _grow_array(self._text, self.text_bytes + len(raw))
@@ -194,14 +193,13 @@ class WordCounter:
 
     @property
     def text_bytes(self) -> int:
-        """Total bytes of the distinct words."""
         return int(self._ends[self._size - 1]) if self._size else 0
 
     def get_words(self) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the concatenated bytes of all words, and the end, count and part of each word."""
+        """Return concatenated words, `word_ends`, `counts` and parts, [words]."""
         used = self._slots[self._slots != 0]
         parts = np.empty(self._size, np.int64)
-        # the upper bits of the hash select the part, so a word has the same part in every run
+        # upper hash bits select the part: a word has the same part in every run
         parts[(used & NUMBER_MASK).astype(np.int64) - 1] = used >> np.uint64(2 * int(NUMBER_BITS) - PART_BITS)
         return self._text[: self.text_bytes], self._ends[: self._size], self._counts[: self._size], parts
 
@@ -225,17 +223,16 @@ class WordTable:
     """Distinct words by falling count."""
 
     raw: NDArray[np.uint8]
-    """Concatenated UTF-8 bytes of all words."""
+    """Concatenated words, UTF-8."""
     lengths_bytes: NDArray[np.int64]
-    """Bytes of each word, [words]."""
+    """[words]"""
     counts: NDArray[np.int64]
-    """Count of each word in the text, falling, [words]."""
+    """Falling, [words]."""
     min_count: int
-    """Words with a lower count were dropped to bound memory. 1: no word was dropped."""
+    """Words below `min_count` were dropped to bound memory. 1: no word was dropped."""
     dropped_words: int
-    """Number of dropped words."""
     dropped_share: float
-    """Bytes of dropped words divided by the bytes of the text."""
+    """Dropped bytes divided by text bytes."""
 
     def iter_words(self) -> Iterator[bytes]:
         raw, start = self.raw.tobytes(), 0

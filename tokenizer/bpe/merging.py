@@ -29,7 +29,7 @@ class JoinRule(NamedTuple):
     """Conditions on pairs that may merge."""
 
     max_bytes: int
-    """Maximum bytes of a token."""
+    """Maximum bytes in a token."""
     max_words: int
     """Maximum words in a token. 0: no limit."""
     keeps_words_apart: bool
@@ -39,42 +39,41 @@ class JoinRule(NamedTuple):
 
 
 class MergeStore(NamedTuple):
-    """State of learning, as arrays that the compiled loop modifies."""
+    """Arrays that `learn_merges` modifies."""
 
     symbols: NDArray[np.int32]
     """All words, separated by `END`.  A token over several positions has its id at the first and last
-    position and `DEAD` in between, so that both neighbours of a position are read without links."""
+    position and `DEAD` in between, so that neighbours are read without links."""
     level_starts: NDArray[np.int32]
-    """A level is a run of words of equal count: the first position of each level."""
+    """A level is a run with equal counts: first positions, [levels]."""
     level_counts: NDArray[np.int64]
-    """Count of the words of each level."""
+    """Word counts, [levels]."""
     block_levels: NDArray[np.int32]
-    """Level of every 2^BLOCK_BITS-th position, which shortens the search for a position's level."""
+    """Level at every 2^BLOCK_BITS-th position, to start `_get_word_count`."""
     heap: NDArray[np.int64]
     """Pairs, [capacity, 4]."""
     places: NDArray[np.int32]
-    """Positions of all pairs, concatenated, [capacity]."""
+    """Concatenated pair positions, [capacity]."""
     spans: NDArray[np.int32]
-    """Number of positions of each token, [tokens]."""
+    """Positions per token, [tokens]."""
     token_ends: NDArray[np.int64]
-    """End of each token in `token_bytes`, [tokens]."""
+    """Ends in `token_bytes`, [tokens]."""
     token_bytes: NDArray[np.uint8]
-    """Bytes of all tokens, concatenated, [capacity]."""
+    """Concatenated tokens, [capacity]."""
     traits: NDArray[np.int32]
-    """Properties of tokens that `JoinRule` reads, [tokens, NUM_TRAITS]."""
+    """Properties for `JoinRule`, [tokens, NUM_TRAITS]."""
     pair_counts: NDArray[np.int64]
-    """Scratch of `_add_pairs`, 0 between calls: counts by neighbour token, [tokens]."""
+    """Scratch in `_add_pairs`, 0 between calls: counts by neighbour, [tokens]."""
     pair_lengths: NDArray[np.int32]
-    """Scratch of `_add_pairs`, 0 between calls: number of positions by neighbour token, [tokens]."""
+    """Scratch in `_add_pairs`, 0 between calls: positions by neighbour, [tokens]."""
     pair_starts: NDArray[np.int64]
-    """Scratch of `_add_pairs`: next free index in `places` by neighbour token, [tokens]."""
+    """Scratch in `_add_pairs`: next free index in `places` by neighbour, [tokens]."""
     sizes: NDArray[np.int64]
-    """Used entries of heap, places and tokens, [NUM_SIZES]."""
+    """Used entries in `heap`, `places` and tokens, [NUM_SIZES]."""
 
 
 @jit_compile
 def _is_word_byte(byte: int) -> bool:
-    """Return whether a byte may be part of a letter."""
     return byte >= 0x80 or 0x41 <= byte <= 0x5A or 0x61 <= byte <= 0x7A
 
 
@@ -92,7 +91,7 @@ def set_token_traits(store: MergeStore, token: int) -> None:
     traits = store.traits[token]
     traits[SIZE_BYTES] = len(raw)
     traits[SPACES] = spaces
-    # a leading space belongs to the following word, so it separates no words
+    # a leading space belongs to the following word and separates nothing
     traits[INNER_SPACES] = spaces - first
     traits[ENDS_IN_WORD] = 1 if _is_word_byte(raw[-1]) else 0
     traits[BEGINS_NEXT_WORD] = 1 if first and (len(raw) == 1 or _is_word_byte(raw[1])) else 0
@@ -107,7 +106,6 @@ def set_all_traits(store: MergeStore) -> None:
 
 @jit_compile
 def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule) -> bool:
-    """Apply the rule to the traits of two tokens."""
     if left[SIZE_BYTES] + right[SIZE_BYTES] > rule.max_bytes:
         return False
     # each space inside the merged token begins a word
@@ -122,7 +120,7 @@ def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule)
 
 @jit_compile
 def _get_word_count(store: MergeStore, place: int) -> int:
-    """Return the count of the word at a position by a binary search for its level."""
+    """Search the level at a position and return `level_counts`."""
     low, high = store.block_levels[place >> BLOCK_BITS], store.block_levels[(place >> BLOCK_BITS) + 1]
     while low < high:
         middle = (low + high + 1) >> 1
@@ -158,7 +156,7 @@ def _push_pair(store: MergeStore, count: int, key: np.int64, start: int, length:
 
 @jit_compile
 def _sink_first(heap: NDArray[np.int64], size: int) -> None:
-    """Sift the first row of the heap down after its count fell."""
+    """Sift the first row down after its `COUNT` fell."""
     at = 0
     while 2 * at + 1 < size:
         child = 2 * at + 1
@@ -181,7 +179,7 @@ def _drop_first(store: MergeStore) -> None:
 @jit_compile
 def _add_pairs(store: MergeStore, token: int, token_is_left: bool, neighbours: NDArray[np.int32],
                places: NDArray[np.int32], rule: JoinRule, min_count: int) -> None:
-    """Add the pairs of a token: a neighbour and the position of the pair for each occurrence, [places]."""
+    """Add a token's pairs; `neighbours` and `places` have an element per occurrence, [places]."""
     counts, lengths, starts = store.pair_counts, store.pair_lengths, store.pair_starts
     distinct = np.empty(len(neighbours), np.int32)
     num_distinct = 0
@@ -196,7 +194,7 @@ def _add_pairs(store: MergeStore, token: int, token_is_left: bool, neighbours: N
     for i in range(num_distinct):
         neighbour = distinct[i]
         left, right = (token, neighbour) if token_is_left else (neighbour, token)
-        # -1: too rare or not allowed, so no positions are stored
+        # -1: too rare or not allowed; positions are not stored
         starts[neighbour] = -1
         if counts[neighbour] >= min_count and _may_join(store.traits[left], store.traits[right], rule):
             starts[neighbour] = store.sizes[PLACES_SIZE]
@@ -215,17 +213,17 @@ def _add_pairs(store: MergeStore, token: int, token_is_left: bool, neighbours: N
 
 @jit_compile
 def add_first_pairs(store: MergeStore, places: NDArray[np.int32], rule: JoinRule, min_count: int) -> int:
-    """Add the pairs of single symbols at positions sorted by left symbol.
+    """Add pairs at `places`, sorted by left symbol.
 
     Returns:
-        The number of positions added; fewer than `len(places)` if an array is full.
+        The positions added; fewer than `len(places)` if an array is full.
     """
     num_added = 0
     while num_added < len(places):
         left, end = store.symbols[places[num_added]], num_added
         while end < len(places) and store.symbols[places[end]] == left:
             end += 1
-        # stop before writing: the caller enlarges the arrays and calls again with the rest
+        # the caller enlarges the arrays and calls again
         if not _has_room(store, end - num_added):
             return num_added
         neighbours = np.empty(end - num_added, np.int32)
@@ -248,7 +246,7 @@ def learn_merges(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule,
     """Fill `merges`, [merges, (left, right, count)], until it is full, no pair remains or an array is full.
 
     Returns:
-        The number of merges, and the reason to stop: `EXHAUSTED`, `ENOUGH` or the array to enlarge.
+        `num_merges` and `EXHAUSTED`, `ENOUGH` or the array to enlarge.
     """
     heap, num_merges = store.heap, 0
     while num_merges < len(merges):
@@ -274,13 +272,12 @@ def learn_merges(store: MergeStore, merges: NDArray[np.int64], rule: JoinRule,
 
 @jit_compile
 def _refresh_first(store: MergeStore, min_count: int) -> int:
-    """Move the best pair to the top of the heap with its exact count.
+    """Move the best pair to the top with its exact `COUNT`.
 
-    Merges of other pairs remove positions of a pair, so the count on the heap is an upper bound.  A row is
-    counted again only at the top of the heap.
+    Later merges remove positions, so `COUNT` is an upper bound until the row reaches the top.
 
     Returns:
-        The number of the pair's positions; 0 if no pair remains.
+        The pair's `LENGTH`; 0 if no pair remains.
     """
     heap = store.heap
     while store.sizes[HEAP_SIZE]:
@@ -289,7 +286,7 @@ def _refresh_first(store: MergeStore, min_count: int) -> int:
         span, alive = store.spans[left], 0
         for i in range(start, start + length):
             place = store.places[i]
-            # compact the slice, so that a removed position is read once
+            # compact the slice, to read a removed position once
             if store.symbols[place] == left and store.symbols[place + span] == right:
                 store.places[start + alive] = place
                 alive += 1
@@ -311,7 +308,7 @@ def _refresh_first(store: MergeStore, min_count: int) -> int:
 @jit_compile
 def _merge_pair(store: MergeStore, left: int, right: int, places: NDArray[np.int32], rule: JoinRule,
            min_count: int) -> None:
-    """Merge a pair at its positions and add the pairs of the new token."""
+    """Merge a pair at its positions and call `_add_pairs` for the new token."""
     symbols, token = store.symbols, store.sizes[NUM_TOKENS]
     left_span = store.spans[left]
     span = left_span + store.spans[right]

@@ -23,7 +23,7 @@ from tokenizer.presets import Preset
 PROBE_CHARS = 20_000
 """Text per unit on which automaton and Oniguruma are compared."""
 MOST_STATES = 2000
-"""Maximum number of states of an automaton; repetition counts multiply states."""
+"""Maximum states; repetition counts multiply states."""
 MOST_CLASSES, MOST_KINDS = 60, 250
 DEAD_STATE, FIRST_STATE = 0, 1
 NUM_CODE_POINTS = 0x110000
@@ -60,7 +60,7 @@ class Splitter:
         return str(self._normalizer.normalize_str(text))
 
     def find_ends(self, raw: bytes) -> NDArray[np.int32]:
-        """Return the end in bytes of each piece of normalized UTF-8 text."""
+        """Return the piece ends in `raw`, normalized UTF-8, in bytes."""
         if self._automaton is None:
             pieces = self._oniguruma.pre_tokenize_str(raw.decode())
             return np.cumsum([len(piece.encode()) for piece, _ in pieces], dtype=np.int32)
@@ -69,7 +69,7 @@ class Splitter:
         return ends[: split_words(np.frombuffer(raw, np.uint8), kinds, steps, ends)]
 
     def split_text(self, text: str) -> list[str]:
-        """Return the pieces of normalized text; their concatenation is the text."""
+        """Split normalized text; `"".join(pieces)` is the text."""
         raw, ends = text.encode(), [0, *self.find_ends(text.encode()).tolist()]
         return [raw[start:end].decode() for start, end in pairwise(ends)]
 
@@ -90,7 +90,7 @@ class Automaton:
     a lookahead costs nothing."""
 
     kinds: NDArray[np.uint8]
-    """Kind of each code point, [code points]; the pattern treats code points of a kind alike."""
+    """Kinds, [code points]; the pattern treats code points with equal kind alike."""
     steps: NDArray[np.int32]
     """2 * next state by state and kind of the next character, + 1 if a match ends before that character,
     [states, kinds + 1]. The last column is the end of the text."""
@@ -113,7 +113,7 @@ def build_automaton(pattern: str) -> Automaton:
     _, firsts, kinds = np.unique(signatures, return_index=True, return_inverse=True)
     if len(firsts) > MOST_KINDS:
         raise UnsupportedPattern(f"{len(firsts)} kinds of characters")
-    # a code point outside the probe has the kind of the last probed code point before it
+    # a code point outside the probe has the kind of the preceding probed code point
     runs = np.diff(_build_probe()[0], append=NUM_CODE_POINTS)
     # the end of the text is in no class
     kind_classes = np.c_[members[:, firsts], np.zeros(len(members), np.bool_)]
@@ -153,7 +153,7 @@ def _has_case(text: str) -> bool:
 
 
 class _Program:
-    """A pattern as a list of instructions (operation, class index, next instructions, best first)."""
+    """A pattern as instructions (operation, class index, next instructions, best first)."""
 
     match = 0
 
@@ -192,7 +192,7 @@ class _Program:
 
     def _add_repeat(self, part: Node, least: int, most: int | None, after: int) -> int:
         if most is None:
-            # the loop refers to itself, so its instruction comes first and is completed after its body
+            # a loop refers to its own index: add the instruction first, complete it after the body
             loop = self._add_instruction("either", 0)
             self.code[loop] = ("either", 0, (self.add_node(part, loop), after))
             begin = loop
@@ -207,7 +207,7 @@ class _Program:
 
 
 def _determinize(program: _Program, start: int, kind_classes: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Return `Automaton.steps`; `kind_classes`: class membership of each kind, [classes, kinds + 1]."""
+    """Return `Automaton.steps`; `kind_classes`: class membership, [classes, kinds + 1]."""
     # ordered tuples: the same positions in another order prefer other matches
     numbers: dict[tuple[int, ...], int] = {(): DEAD_STATE, (start,): FIRST_STATE}
     steps = [[DEAD_STATE] * kind_classes.shape[1]]
@@ -237,7 +237,7 @@ def _find_next_state(program: _Program, state: tuple[int, ...],
         visited.add(position)
         operation, class_, after = program.code[position]
         if operation == "match":
-            # positions after a match have lower priority, so backtracking never reaches them
+            # positions after a match have lower priority: backtracking never reaches them
             return tuple(next_state), True
         if operation == "take":
             if in_class[class_]:

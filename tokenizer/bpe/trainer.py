@@ -24,11 +24,11 @@ from tokenizer.bpe.merging import (
     JoinRule, MergeStore, add_first_pairs, learn_merges, set_all_traits)
 
 FIRST_PLACES = 4_000_000
-"""Positions of single symbols that are sorted at a time."""
+"""Positions per sort in `_add_first_pairs`."""
 FIRST_PAIRS = 1 << 16
-"""Initial capacity of the heap."""
+"""Initial `MergeStore.heap` capacity."""
 BATCH_MERGES = 2048
-"""Merges per call of the compiled loop."""
+"""Merges per `learn_merges` call."""
 MAX_PLACES = 2**31 - 1
 _GROWTH = {HEAP_FULL: "heap", PLACES_FULL: "places", BYTES_FULL: "token_bytes"}
 
@@ -38,31 +38,31 @@ class PretokenWords:
     """Distinct words as ids, by falling count."""
 
     symbols: NDArray[np.integer]
-    """Concatenated ids of all words, [sum of lengths]."""
+    """Concatenated token ids, [sum of lengths]."""
     lengths: NDArray[np.int64]
-    """Number of ids of each word, [words]."""
+    """Ids per word, [words]."""
     counts: NDArray[np.int64]
-    """Count of each word in the text, falling, [words]."""
+    """Falling, [words]."""
 
 
 class Merge(NamedTuple):
-    """Ids of the merged tokens."""
+    """Token ids."""
 
     left: int
     right: int
     frequency: int
-    """Count of the pair in the text."""
+    """Pair count."""
 
 
 class MergeLearner:
     """Learns merges from words.
 
     Args:
-        words: words as ids of `tokens`.
-        tokens: bytes of the initial tokens; merges continue their ids.
-        rule: conditions on pairs.
-        min_count: minimum count of a pair.
-        max_merges: maximum number of merges.
+        words: ids index `tokens`.
+        tokens: initial tokens; merges continue their ids.
+        rule: see `JoinRule`.
+        min_count: minimum pair count.
+        max_merges: maximum merges.
 
     Raises:
         ValueError: the words need more than 2^31 positions.
@@ -88,14 +88,14 @@ class MergeLearner:
             for merge in merges[:num_merges].tolist():
                 yield Merge(*merge)
             num_remaining -= num_merges
-            # the loop stops before it changes an array, so it continues with a larger copy
+            # `learn_merges` stops before a write, and continues with a larger copy
             if status in _GROWTH:
                 self._grow_array(status)
 
     def _add_first_pairs(self) -> None:
-        """Add the pairs of single symbols, some left symbols at a time to bound the memory of sorting."""
+        """Call `add_first_pairs` for some left symbols at a time, to bound memory."""
         symbols, num_tokens = self._store.symbols, int(self._store.sizes[NUM_TOKENS])
-        # END between words is negative, so pairs never cross words
+        # pairs never cross words, because END is negative
         places = np.flatnonzero((symbols[:-1] >= 0) & (symbols[1:] >= 0)).astype(np.int32)
         lefts = symbols[places]
         # consecutive left symbols with about FIRST_PLACES positions form a group
@@ -110,7 +110,7 @@ class MergeLearner:
             while (num_added := add_first_pairs(self._store, group_places, self._rule,
                                                 self._min_count)) < len(group_places):
                 group_places = group_places[num_added:]
-                # room for all remaining positions, so this happens once per group
+                # room for all remaining positions: at most once per group
                 self._grow_array(HEAP_FULL, len(group_places))
                 self._grow_array(PLACES_FULL, len(group_places))
 

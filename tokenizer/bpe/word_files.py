@@ -24,7 +24,7 @@ MAX_BYTES = MAX_PLACES - 2
 
 
 class WordFileWriter:
-    """Writes the runs of a unit to an Arrow file."""
+    """Writes a unit's runs to an Arrow file."""
 
     def __init__(self, file: Path) -> None:
         self._schema = pa.schema([("word", pa.binary()), ("count", pa.int64())])
@@ -53,7 +53,7 @@ class WordFileWriter:
 
 
 def gather_words(files: list[Path], work: Path, max_bytes: int | None) -> WordTable:
-    """Sum the runs of all units.
+    """Sum all runs by word.
 
     Args:
         files: Arrow files from `WordFileWriter`.
@@ -85,7 +85,7 @@ def gather_words(files: list[Path], work: Path, max_bytes: int | None) -> WordTa
 
 @dataclass(frozen=True)
 class _Levels:
-    """Number and bytes of the words of each count."""
+    """Statistics by word count."""
 
     counts: NDArray[np.int64]
     """Distinct counts, rising."""
@@ -113,7 +113,7 @@ def _sum_by_count(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _choose_min_count(levels: _Levels, max_bytes: int) -> int:
-    """Return the lowest count such that all words of this count or more fit, with one end mark per word."""
+    """Return the lowest `min_count` whose words fit into `max_bytes`, with an end mark per word."""
     sizes = np.cumsum((levels.num_bytes + levels.num_words)[::-1])
     fitting = int(np.searchsorted(sizes, max_bytes, side="right"))
     return 1 if fitting == len(sizes) else int(levels.counts[::-1][fitting]) + 1
@@ -125,7 +125,7 @@ def _read_frequent_words(file: Path, min_count: int) -> Any:
 
 
 def _sum_part(files: list[Path], part: int, work: Path) -> Path:
-    """Sum a part of all runs and return the path of the Arrow file."""
+    """Sum a part over all runs and return the Arrow file."""
     batches = []
     for file in files:
         with pa.memory_map(str(file)) as source:

@@ -21,13 +21,13 @@ from tokenizer.report.measures import (
     HeldoutTextOptions, NamedText, TokenizerMeasures, TokenizerPath, measure_text, read_texts)
 
 SPEED_BYTES = 1_000_000
-"""Text for the measurement of speed, over all --text together."""
+"""Text for `measure_speeds`, over all --text together."""
 SPEED_ROUNDS = 2
 DEFAULT_HIDDEN_SIZE, DEFAULT_BODY_PARAMS = 4096, 8e9
 
 
 def build_text_table(comparison: dict[str, Any], key: str, form: str, title: str = "text") -> PageTable:
-    """Return a measurement of all tokenizers, a row per text."""
+    """Return the measurement `key` as a table, a row per text, a column per tokenizer (`PageTable`)."""
     rows = [[text, *(_format_value(t["texts"][text][key], form) for t in comparison["tokenizers"].values())]
             for text in comparison["texts"]]
     return PageTable([title, *comparison["tokenizers"]], rows)
@@ -38,7 +38,7 @@ def _format_value(value: float | None, form: str) -> str:
 
 
 def build_overlap_table(comparison: dict[str, Any]) -> PageTable:
-    """Return the share of the row's tokens that the column's tokenizer has."""
+    """Return `num_shared` and `share_of_first`, a row and a column per tokenizer."""
     names = list(comparison["tokenizers"])
     rows = []
     for name in names:
@@ -50,31 +50,31 @@ def build_overlap_table(comparison: dict[str, Any]) -> PageTable:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Size of the model for the estimate of FLOPs."""
+    """Model size for FLOPs estimates."""
 
     hidden_size: int
-    """Width of embedding and head."""
+    """Embedding and head width."""
     body_params: float
     """Active parameters per token, without embedding and head."""
 
     def embedding_params(self, vocab_size: int) -> int:
-        """Return the parameters of embedding and untied head; tied weights have half as many."""
+        """Return embedding and untied head parameters; tied weights have half as many."""
         return 2 * vocab_size * self.hidden_size
 
     def inference_flops_per_token(self, vocab_size: int) -> float:
-        """Return FLOPs of the forward pass: 2 per active parameter, including the head (arXiv 2001.08361).
+        """Return forward FLOPs: 2 per active parameter, including the head (arXiv 2001.08361).
 
         The embedding is a table look-up, and attention over the context is left out, as in the paper.
         """
         return 2 * (self.body_params + vocab_size * self.hidden_size)
 
     def training_flops_per_token(self, vocab_size: int) -> float:
-        """Return FLOPs of forward and backward pass: three times the forward pass."""
+        """Return forward and backward FLOPs: 3 * `inference_flops_per_token`."""
         return 3 * self.inference_flops_per_token(vocab_size)
 
 
 def choose_names(tokenizers: list[LoadedTokenizer]) -> list[str]:
-    """Return the folder or file name of each tokenizer; the whole path if two names are equal."""
+    """Return folder or file names; the whole path if two names are equal."""
     names = [t.name for t in tokenizers]
     return [name if names.count(name) == 1 else str(t.path)
             for name, t in zip(names, tokenizers, strict=True)]
@@ -84,8 +84,8 @@ def compute_costs(tokenizer: LoadedTokenizer, measured: list[TokenizerMeasures],
                   first_measured: list[TokenizerMeasures], size: ModelSize) -> dict[str, dict[str, Any]]:
     """Return text name -> measurements and costs relative to the first tokenizer.
 
-    `relative_tokens` is the cost in context, KV cache and generation steps; `relative_flops` includes the
-    cost of a larger head.
+    `relative_tokens` is the cost in context, KV cache and generation steps; `relative_flops` adds a
+    larger head.
     """
     flops = size.inference_flops_per_token(tokenizer.vocab_size)
     first_flops = size.inference_flops_per_token(first.vocab_size)
@@ -109,7 +109,7 @@ def measure_overlap(a: LoadedTokenizer, b: LoadedTokenizer) -> dict[str, Any]:
 
 
 def measure_speeds(tokenizers: list[LoadedTokenizer], texts: list[NamedText]) -> list[float]:
-    """Return MB of text per CPU second of each tokenizer, the best of `SPEED_ROUNDS` rounds."""
+    """Return MB per CPU second by tokenizer, the best in `SPEED_ROUNDS` rounds."""
     chunks = [chunk for text in texts for chunk in text.sample_chunks(SPEED_BYTES // len(texts))]
     num_bytes = sum(len(chunk.encode()) for chunk in chunks)
     best_s = [float("inf")] * len(tokenizers)
@@ -164,7 +164,7 @@ def run_compare(args: TokenizerCompareOptions) -> int:
 
 def compare_tokenizers(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
             body_params: float) -> dict[str, Any]:
-    """Return all measurements of tokenizers as JSON values."""
+    """Return all measurements as JSON values."""
     loaded = [open_tokenizer(path) for path in paths]
     stop_check()
     names, size = choose_names(loaded), ModelSize(hidden_size, body_params)

@@ -16,9 +16,9 @@ from tokenizer.presets import Preset
 TOKENIZER_JSON = "tokenizer.json"
 CONFIG_JSON = "tokenizer_config.json"
 FREE_IDS = 1 << 20
-"""Maximum number of unused ids below the largest id: reserved ids and media tokens."""
+"""Maximum unused ids below the largest id: reserved ids and media tokens."""
 ID_DIGITS = 9
-"""Maximum digits of an id."""
+"""Maximum digits in an id."""
 
 
 def get_token_ids(raw: dict[str, Any]) -> dict[str, int]:
@@ -45,7 +45,7 @@ def check_id_range(ids: Iterable[object], where: object) -> None:
 
 @contextlib.contextmanager
 def translate_panics(where: object) -> Iterator[None]:
-    """Convert the panic of a Rust library, a `BaseException`, to a `UserError`."""
+    """Convert a Rust panic, a `BaseException`, to a `UserError`."""
     try:
         yield
     except BaseException as e:

@@ -32,17 +32,17 @@ _BYTES = {format_byte_piece(b): bytes([b]) for b in range(256)}
 
 @dataclass(frozen=True)
 class ForeignTokenizer:
-    """A tokenizer as an equivalent tokenizer.json, with the encoder of its own library for comparison."""
+    """A tokenizer as an equivalent tokenizer.json, with its own library's encoder for comparison."""
 
     file: Path
     library: str
     """tokenizers, tiktoken or sentencepiece."""
     raw: dict[str, Any]
-    """Content of the equivalent tokenizer.json."""
+    """Equivalent tokenizer.json."""
     encode: Callable[[str], list[int]]
-    """Ids of ordinary text by the library."""
+    """The library's ids for ordinary text."""
     decode: Callable[[list[int]], str]
-    """Text of ids by the library."""
+    """The library's text for ids."""
     named_tokens: dict[str, str | None] = field(default_factory=dict)
     """bos_token, eos_token, pad_token; None if the source has no such token."""
     chat_template: str | None = None
@@ -82,7 +82,7 @@ def find_file(path: Path) -> Path:
 
 
 def open_foreign(path: Path, rules: Path | None = None) -> ForeignTokenizer:
-    """Read a tokenizer of any supported library.
+    """Read a tokenizer from a supported library.
 
     Args:
         path: file, or folder with the file.
@@ -101,7 +101,7 @@ def open_foreign(path: Path, rules: Path | None = None) -> ForeignTokenizer:
 
 
 def load_tokenizer(raw: dict[str, Any], where: object) -> Tokenizer:
-    """Load the content of a tokenizer.json; special tokens in a text stay ordinary text.
+    """Load a tokenizer.json; special tokens in a text stay ordinary text.
 
     `where` names the file in errors.
 
@@ -206,7 +206,7 @@ def _open_sentencepiece(file: Path) -> ForeignTokenizer:
 
 
 class LoadedTokenizer(ABC):
-    """A tokenizer of any library, without conversion.
+    """A tokenizer with its own library, without conversion.
 
     Special tokens in ordinary text stay text if the library supports it."""
 
@@ -226,7 +226,7 @@ class LoadedTokenizer(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of a model's embedding: the largest id + 1."""
+        """Rows in a model's embedding: the largest id + 1."""
         return max([*self.special, *self.added, *self.tokens]) + 1
 
     @abstractmethod
@@ -246,7 +246,7 @@ class LoadedTokenizer(ABC):
         """Decode ids; bytes of incomplete characters become U+FFFD."""
 
     def normalize(self, text: str) -> str:
-        """Return the expected value of `decode(encode(text))`."""
+        """Return the expected `decode(encode(text))`."""
         return text
 
 
@@ -388,12 +388,12 @@ def open_tokenizer(path: Path) -> LoadedTokenizer:
 
 
 def _decode_piece(piece: str) -> bytes:
-    """Return the bytes of a token in sentencepiece's spelling."""
+    """Return bytes from sentencepiece's spelling."""
     return _BYTES.get(piece) or piece.replace(SPACE, " ").encode()
 
 
 def _collect_types(rules: dict[str, Any] | None) -> set[str]:
-    """Return the types of a decoder or normalizer and of its nested steps."""
+    """Return the types in a decoder or normalizer, including nested steps."""
     if not rules:
         return set()
     inner = [*rules.get("decoders", []), *rules.get("normalizers", [])]

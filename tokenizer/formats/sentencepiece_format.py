@@ -21,7 +21,7 @@ SPACE = "▁"
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 NEVER = -1e6
-"""Score of pieces that text must not become, far below the score of any text."""
+"""Score for pieces that text must not become, far below other scores."""
 _REMEDY = format_install_command("sentencepiece")
 _EDGES, _RUNS = r"\A +| +\z", " {2,}"
 _MODELS = {3: "word", 4: "char"}
@@ -115,7 +115,7 @@ def from_sentencepiece(proto: Any, name: str) -> dict[str, Any]:
 
 
 def _find_model_fault(proto: Any) -> str:
-    """Return the first feature of a model that tokenizer.json cannot express, or an empty string."""
+    """Return the first feature that tokenizer.json cannot express, or an empty string."""
     trainer = proto.trainer_spec
     if trainer.model_type not in (UNIGRAM, BPE):
         model_type = _MODELS.get(trainer.model_type, trainer.model_type)
@@ -133,7 +133,6 @@ def _find_model_fault(proto: Any) -> str:
 
 
 def composes_characters(spec: Any) -> bool:
-    """Return whether a normalizer is a variant of NFKC."""
     return "nfkc" in spec.name
 
 
@@ -203,7 +202,7 @@ def to_sentencepiece(raw: dict[str, Any], named_tokens: dict[str, str | None]) -
     """Convert a tokenizer.json to a `.model` file.
 
     Args:
-        raw: content of the tokenizer.json.
+        raw: tokenizer.json.
         named_tokens: bos_token, eos_token and pad_token.
 
     Raises:
@@ -230,7 +229,7 @@ def to_sentencepiece(raw: dict[str, Any], named_tokens: dict[str, str | None]) -
 
 
 def _score_pieces(raw: dict[str, Any]) -> dict[str, tuple[float, int]]:
-    """Return piece -> (score, type) in the order of ids."""
+    """Return piece -> (score, type), sorted by id."""
     model = raw["model"]
     if model["type"] not in ("BPE", "Unigram"):
         raise NotSentencepiece(f"its model is {model['type']}, and sentencepiece has BPE and unigram")

@@ -66,7 +66,7 @@ def convert_to_oniguruma(pattern: str) -> str:
 
 
 def _find_class_end(pattern: str, start: int) -> int:
-    """Return the end of the character class at `start`; classes nest."""
+    """Return the end index for the character class at `start`; classes nest."""
     depth, position = 0, start
     while position < len(pattern):
         if pattern[position] == "\\":
@@ -83,10 +83,10 @@ def _find_class_end(pattern: str, start: int) -> int:
 
 @dataclass(frozen=True)
 class TiktokenRules:
-    """Content of the rules file: the arguments of tiktoken, and three named tokens for `import`."""
+    """The rules file: the arguments of tiktoken, and three named tokens for `import`."""
 
     pat_str: str
-    """Split pattern in the syntax of fancy-regex."""
+    """Split pattern in fancy-regex syntax."""
     special_tokens: dict[str, int]
     """Special token -> id."""
     name: str = "imported"
@@ -119,8 +119,8 @@ def to_tiktoken(raw: dict[str, Any], name: str,
     """Convert a tokenizer.json to ranks and rules.
 
     Args:
-        raw: content of the tokenizer.json.
-        name: name of the encoding.
+        raw: tokenizer.json.
+        name: encoding name.
         named_tokens: bos_token, eos_token and pad_token.
 
     Raises:
@@ -145,18 +145,17 @@ def to_tiktoken(raw: dict[str, Any], name: str,
 
 
 def format_ranks(ranks: dict[bytes, int]) -> bytes:
-    """Return the content of a ranks file in the order of ids."""
+    """Return a ranks file, sorted by id."""
     return b"".join(base64.b64encode(token) + b" %d\n" % id_
                     for token, id_ in sorted(ranks.items(), key=lambda e: e[1]))
 
 
 def get_rules_path(file: Path) -> Path:
-    """Return the path of the rules of a ranks file."""
     return file.with_name(file.name + ".json")
 
 
 def is_ranks_file(file: Path) -> bool:
-    """Return whether the first line of a file is a line of ranks."""
+    """Return whether the first line has base64, a space and an id."""
     with open(file, "rb") as f:
         return _parse_rank_line(f.readline(4096)) is not None
 
@@ -202,7 +201,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def read_rules(file: Path) -> TiktokenRules:
-    """Read the rules of a ranks file; unknown fields are ignored.
+    """Read a rules file; unknown fields are ignored.
 
     Raises:
         UserError: the file cannot be read, or a field is missing or wrong.

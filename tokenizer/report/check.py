@@ -21,8 +21,6 @@ def choose_verdict(is_bad: object, is_note: object) -> Verdict:
 
 @dataclass(frozen=True)
 class TokenizerCheck:
-    """Result of a check."""
-
     name: str
     """Key in the JSON file."""
     title: str
@@ -31,7 +29,7 @@ class TokenizerCheck:
     summary: str
     """A sentence with the main numbers."""
     numbers: dict[str, Any]
-    """All measurements as JSON values."""
+    """Measurements as JSON values for `format_json`."""
     tables: list[PageTable] = field(default_factory=list)
 
 
@@ -47,7 +45,7 @@ def format_tokens(tokens: list[bytes]) -> str:
 
 
 def is_text(token: bytes) -> bool:
-    """Return whether the bytes of a token are complete characters."""
+    """Return whether a token is valid UTF-8."""
     try:
         token.decode()
     except UnicodeDecodeError:
@@ -60,7 +58,7 @@ VERDICTS = {"good": Markup('<span class="good">good</span>'), "note": "note",
 
 
 def render_report(tokenizer: LoadedTokenizer, checks: list[TokenizerCheck]) -> str:
-    """Return the HTML page of a tokenizer's checks."""
+    """Return the HTML page."""
     overview = PageTable(["check", "verdict", "result"],
                          [[c.title, VERDICTS[c.verdict], c.summary] for c in checks])
     num_bad = sum(c.verdict == "bad" for c in checks)

@@ -35,7 +35,7 @@ EXAMPLES = ("\n    x", "\n        x", "\n\tx", "\n\n\nx", "a  b", "a\r\nb", "\n 
 _CONTROL = re.compile(r"\s*[<\[{|].*[>\]}|]\s*", re.DOTALL)
 """Shape of control tokens; other added tokens, such as runs of spaces, are meant to match in text."""
 CHECKS = ("texts", "used", "inventory", "superwords", "digits", "whitespace", "scalars", "neutral")
-"""Names of all checks, in the order of the report."""
+"""Check names in report order."""
 NEED_TEXT = frozenset(["texts", "used"])
 
 
@@ -63,7 +63,7 @@ def check_used(tokenizer: LoadedTokenizer, measured: list[TokenizerMeasures]) ->
 
 
 def count_digits_per_token(tokenizer: LoadedTokenizer, number: str) -> tuple[int, ...]:
-    """Return the number of digits in each token of a number, from the left."""
+    """Return digits per token, from the left."""
     pieces = get_token_bytes(tokenizer, f"n={number}")
     digits = (sum(len(run) for run in _DIGITS.findall(piece)) for piece in pieces)
     return tuple(n for n in digits if n)
@@ -120,7 +120,7 @@ def _collect_shapes(tokenizer: LoadedTokenizer, numbers: list[str]) -> dict[tupl
 
 
 def check_whitespace(tokenizer: LoadedTokenizer) -> TokenizerCheck:
-    """Check that decoding returns white space, and count the tokens of indentation by spaces and tabs."""
+    """Check that decoding returns white space, and count indentation tokens for spaces and tabs."""
     indents = {" ": MAX_SPACES, "\t": MAX_TABS}
     base = len(tokenizer.encode("if x:\nreturn y"))
     cost = {unit: [len(tokenizer.encode(f"if x:\n{unit * n}return y")) - base for n in range(1, most + 1)]
@@ -153,7 +153,7 @@ def check_whitespace(tokenizer: LoadedTokenizer) -> TokenizerCheck:
 def check_neutral(tokenizer: LoadedTokenizer) -> TokenizerCheck:
     """Check that ordinary text with a special token's spelling never becomes its id, and is returned.
 
-    Otherwise a user could write the end of a turn and speak for the assistant.  The summary also counts the
+    Otherwise a user could end a turn and speak for the assistant.  `num_ids_where_special_is_read` counts the
     ids that the library recognizes by default.
     """
     control = {i: t for i, t in sorted((tokenizer.special | tokenizer.added).items())

@@ -22,7 +22,7 @@ from tokenizer.formats.reader import LoadedTokenizer
 from tokenizer.report.check import TokenizerCheck, choose_verdict, format_token, is_text
 
 NUM_EXAMPLES = 20
-"""Maximum number of examples per table."""
+"""Maximum examples per table."""
 
 
 def get_token_bytes(tokenizer: LoadedTokenizer, text: str) -> list[bytes]:
@@ -62,7 +62,7 @@ class NamedText:
     chunks: list[str]
     """Documents; long documents in several chunks."""
     whole: bool
-    """Whether `chunks` is all text at the path."""
+    """Whether `chunks` has all text at `path`."""
 
     @cached_property
     def num_bytes(self) -> int:
@@ -81,7 +81,7 @@ class NamedText:
 
     @cached_property
     def has_words(self) -> bool:
-        """Whether spaces separate words: at most half of the letters are from scripts without spaces."""
+        """Whether spaces separate words: at most half of the letters match `_WITHOUT_SPACES`."""
         num_unspaced = sum(len(_WITHOUT_SPACES.findall(chunk)) for chunk in self.chunks)
         return 2 * num_unspaced <= sum(c.isalpha() for chunk in self.chunks for c in chunk)
 
@@ -155,13 +155,13 @@ def _iter_chunks(unit: tuple) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TokenizerMeasures:
-    """Measurements of a tokenizer on a text."""
+    """Result of `measure_text`."""
 
     text: NamedText
     counts: NDArray[np.int64]
-    """Count of each id, [vocab]."""
+    """Counts by id, [vocab_size]."""
     num_changed_chunks: int
-    """Number of chunks that decoding does not return, apart from the tokenizer's normalization."""
+    """Chunks that `decode` does not return, apart from `normalize`."""
 
     @property
     def num_tokens(self) -> int:
@@ -284,7 +284,7 @@ def count_words(token: bytes) -> int:
 
 
 def check_superwords(tokenizer: LoadedTokenizer) -> TokenizerCheck:
-    """Report the tokens of several words (SuperBPE, arXiv 2503.13423)."""
+    """Report tokens with several words (SuperBPE, arXiv 2503.13423)."""
     words = {id_: n for id_, token in tokenizer.tokens.items()
              if b" " in token and (n := count_words(token)) > 1}
     share = len(words) / tokenizer.vocab_size
@@ -318,13 +318,13 @@ class ScalarResults:
     changed: list[int] = field(default_factory=list)
     """Code points that become canonically equivalent text (NFC)."""
     lost: list[int] = field(default_factory=list)
-    """Code points that become other text."""
+    """Code points that become other text in `decode`."""
     lost_blocks: list[str] = field(default_factory=list)
-    """Blocks that become other text although each of their characters is returned."""
+    """`SEPARATORS` blocks that become other text although single characters do not."""
 
 
 def try_scalars(tokenizer: LoadedTokenizer, end: int = END) -> ScalarResults:
-    """Encode and decode the scalar values below `end` in blocks, with each of `SEPARATORS`."""
+    """Encode and decode scalar values below `end` in blocks, with all `SEPARATORS`."""
     results = ScalarResults()
     for codes in _iter_blocks(end):
         results.num_tried += len(codes)
@@ -364,7 +364,7 @@ def _iter_blocks(end: int) -> Iterator[list[int]]:
 
 
 def check_scalars(tokenizer: LoadedTokenizer) -> TokenizerCheck:
-    """Check that decoding returns every character of Unicode."""
+    """Check that decoding returns every Unicode character."""
     results = try_scalars(tokenizer)
     bad = bool(results.lost or results.lost_blocks)
     summary = f"{results.num_tried:,} characters tried"

@@ -1,4 +1,4 @@
-"""The file of a pipeline: sources, steps, output; every mistake in it is told at once, with its line."""
+"""Read pipeline files (sources, steps, output), and report all mistakes at once with their lines."""
 
 from __future__ import annotations
 
@@ -26,11 +26,9 @@ from megatron_sov.base.settings import (
     AtLeastOne, Bound, Fraction, LocatedDocument, NotBlank, Place, ProblemCode, SettingsProblem,
     find_rule_problems, parse_located_yaml, read_settings_text, split_key, try_parse_settings)
 
-# Settings of steps: paths that start at the pipeline file, and plain values to write down.
-
 
 def resolve_paths(settings: Any, folder: Path) -> Any:
-    """Return settings whose relative paths start at a folder instead of at the current one."""
+    """Join relative paths in settings with a folder."""
     if isinstance(settings, Path):
         return settings if settings == Path() else folder / settings
     if isinstance(settings, (tuple, list)):
@@ -38,70 +36,67 @@ def resolve_paths(settings: Any, folder: Path) -> Any:
     if isinstance(settings, dict):
         return {key: resolve_paths(value, folder) for key, value in settings.items()}
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
-        # Fields that the constructor does not take are made from those that it does.
+        # The constructor computes fields with `init=False`.
         changed = {f.name: resolve_paths(getattr(settings, f.name), folder)
                    for f in dataclasses.fields(settings) if f.init}
         return dataclasses.replace(settings, **changed)
     return settings
 
 
-def to_plain_values(settings: Any) -> Any:
-    return json.loads(TypeAdapter(type(settings)).dump_json(settings))
-
-
 @dataclass(frozen=True)
 class StepFilter:
-    """Which documents a step looks at; others pass untouched."""
+    """Selects documents for a step; other documents stay unchanged."""
 
     sources: tuple[str, ...] = ()
-    """Names of sources; empty: all."""
+    """Names of sources; (): all."""
     kinds: tuple[str, ...] = ()
-    """Values of the column `kind`; empty: all."""
+    """Values of the column `kind`; (): all."""
 
 
 @dataclass(frozen=True)
 class StepEntry:
     number: int
-    """Place in the file, from 1."""
+    """Position in the file, from 1."""
     kind: str
     written: Mapping[str, Any]
-    """Its settings as they stand in the file."""
+    """Settings as in the file, without defaults."""
     only: StepFilter = field(default_factory=StepFilter)
 
     def build_step(self, folder: Path) -> Step:
-        """Return the step, its relative paths starting at the pipeline file's folder."""
+        """Create the step; relative paths start at `folder`."""
         cls = load_step_class(self.kind)
         settings, problems = try_parse_settings(cls.Settings, self.written)
         assert not problems, problems
         return cls(resolve_paths(settings, folder))
 
     def to_settings(self) -> Any:
-        """Return all settings as plain values, defaults filled in, paths as they are written."""
-        return to_plain_values(try_parse_settings(load_step_class(self.kind).Settings, self.written)[0])
+        """Return plain values with defaults, and paths as in the file."""
+        settings = try_parse_settings(load_step_class(self.kind).Settings, self.written)[0]
+        return json.loads(TypeAdapter(type(settings)).dump_json(settings))
 
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """What becomes of the documents that are kept."""
+    """Names of the output's sources."""
 
     name: str = "{source}"
-    """Name of the output's source that a document goes to, made of columns in braces."""
+    """Pattern for the name of a document's source in the output; columns in braces."""
 
 
 @dataclass(frozen=True)
 class PackEntry:
-    """How the output is packed into token shards."""
+    """Settings for packing the output into token shards."""
 
     tokenizer: Path
-    """Tokenizer that `sov-tokenizer train` wrote."""
+    """Folder from `sov-tokenizer train`."""
     heldout: Fraction = 0.02
-    """Expected part of the documents in the split "heldout", in [0, 1)."""
+    """Expected share of the documents in the split "heldout"."""
     bos: Literal["none", "start"] = "none"
     """start: documents begin with bos."""
     eod: Literal["append", "none"] = "append"
     """append: documents end with eos."""
     shard_tokens: AtLeastOne = 2_000_000_000
-    """Most tokens of one shard."""
+    """Maximum tokens in a shard."""
 
     def problems(self) -> list[SettingsProblem]:
         return [] if (self.tokenizer / MANIFEST).is_file() else [SettingsProblem(
@@ -111,24 +106,20 @@ class PackEntry:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a pipeline file says."""
+    """Content of a pipeline file."""
 
     folder: Path
-    """Where it lies; its relative paths start there."""
+    """Folder of the file, where relative paths start."""
     name: str
-    """For people, and for the card."""
     sources: tuple[SourceSettings, ...]
-    """Raw documents."""
     steps: tuple[StepEntry, ...] = ()
-    """What is done with them, in order."""
     shard_bytes: int = 256_000_000
-    """Bytes on the disk of the pieces that make up one shard, about."""
+    """Approximate size of a shard's raw files."""
     on_bad: str = "quarantine"
-    """quarantine: broken files and records are listed and the run goes on; refuse: it stops at the first."""
+    """quarantine: list broken files and records; refuse: stop at the first."""
     output: OutputSettings = field(default_factory=OutputSettings)
-    """Where documents go that are kept."""
     pack: PackEntry | None = None
-    """How they are packed; None: the output is text."""
+    """None: the output is text without token shards."""
 
 
 PrintableText = Annotated[NotBlank, Bound(lambda text: None if text.isprintable() else (
@@ -137,7 +128,7 @@ PrintableText = Annotated[NotBlank, Bound(lambda text: None if text.isprintable(
 
 @dataclass(frozen=True)
 class _Head:
-    """The keys of the file that hold one value."""
+    """Keys of the file with a single value."""
 
     name: PrintableText
     shard_bytes: Annotated[int, Ge(1000)] = Pipeline.shard_bytes
@@ -145,11 +136,7 @@ class _Head:
 
 
 def load_pipeline(file: Path) -> Pipeline:
-    """Read a pipeline file.
-
-    Raises:
-        UserError: it cannot be read, or has mistakes; all of them are told, by line.
-    """
+    """Read a pipeline file; raises `UserError` for an unreadable file, or with all mistakes by line."""
     if not file.is_file():
         raise UserError(f"{file}: {'is a folder' if file.is_dir() else 'does not exist'}; pass a pipeline "
                         f"file: `cp {READY / 'tiny.yaml'} {file}`, and name your files in its `sources`")
@@ -157,241 +144,244 @@ def load_pipeline(file: Path) -> Pipeline:
 
 
 def read_pipeline(file: Path, located: LocatedDocument) -> Pipeline:
-    """Return the pipeline of values that stand in a file.
+    """Return the pipeline of parsed values; raises `UserError` with all mistakes by line.
 
     Args:
         file: for messages; relative paths start in its folder.
-        located: the values, and where they stand.
-
-    Raises:
-        UserError: they have mistakes; all of them are told, by line.
+        located: values with their lines.
     """
-    reader = _FileReader(file.absolute().parent, located)
-    pipeline = reader.read()
-    if found := sorted(set(reader.found)):
+    reader = _PipelineReader(file.absolute().parent, located)
+    pipeline = reader.read_pipeline()
+    if problems := sorted(set(reader.problems)):
         raise UserError(format_problems(str(file),
-                                        [f"{file}:{line}: {sentence}" for line, sentence in found]))
+                                        [f"{file}:{line}: {sentence}" for line, sentence in problems]))
     assert pipeline is not None
     return pipeline
 
 
-class _FileReader:
-    """Reads one file, and collects what is wrong with it."""
+class _PipelineReader:
+    """Parses a file and collects problems."""
 
     def __init__(self, folder: Path, located: LocatedDocument) -> None:
         self.folder, self.located = folder, located
-        self.found: list[tuple[int, str]] = [(p.line, p.sentence) for p in located.problems]
+        self.problems: list[tuple[int, str]] = [(p.line, p.sentence) for p in located.problems]
+        """Line and sentence."""
         self.columns: dict[str, ColumnType] = dict(SOURCE_COLUMNS)
 
-    def tell(self, place: Place, sentence: str) -> None:
-        self.found.append((self.located.line(place), sentence))
+    def add_problem(self, place: Place, sentence: str) -> None:
+        self.problems.append((self.located.line(place), sentence))
 
-    def read(self) -> Pipeline | None:
-        """Return the pipeline, or None where not even its outline stands."""
+    def read_pipeline(self) -> Pipeline | None:
+        """Return the pipeline, or None if there are problems."""
         raw = self.located.value
         if not isinstance(raw, dict):
-            if not self.found:
-                self.tell((), "holds no mapping; begin with `name:`, `sources:` and `steps:`, as the YAML "
-                          "files in data_prep/curate/pipelines do; code of datatrove runs by its own "
-                          "executors, and `sov-data pack --input FILE` reads the .jsonl that it writes")
+            if not self.problems:
+                self.add_problem(
+                    (), "holds no mapping; begin with `name:`, `sources:` and `steps:`, as the YAML "
+                    "files in data_prep/curate/pipelines do; code of datatrove runs by its own "
+                    "executors, and `sov-data pack --input FILE` reads the .jsonl that it writes")
             return None
         parts = ("sources", "steps", "output", "pack")
         known = [f.name for f in dataclasses.fields(_Head)] + list(parts)
         for key in raw:
             if key not in known:
-                self.tell((key,), f"{key}: is no key of a pipeline{suggest_name(key, known)}")
-        # Reading goes on after a mistake, so that a user sees all of them at once.
-        head = self._part(_Head, {k: v for k, v in raw.items() if k in known and k not in parts}, ())
-        sources = tuple(self._sources(raw.get("sources")))
+                self.add_problem((key,), f"{key}: is no key of a pipeline{suggest_name(key, known)}")
+        # Reading continues after a mistake, so that the user sees all mistakes at once.
+        head_values = {key: value for key, value in raw.items() if key in known and key not in parts}
+        head = self._parse_part(_Head, head_values, ())
+        sources = tuple(self._parse_sources(raw.get("sources")))
         written = raw["sources"] if isinstance(raw.get("sources"), list) else []
-        # From what is written and not from what was read: a source with a mistake still counts as one that
-        # `only` may name.
+        # From the file instead of `sources`: `only` may name a source with a mistake.
         kinds = {str(entry.get("name")): str(entry.get("kind") or "") for entry in written
                  if isinstance(entry, dict)}
-        steps = tuple(self._steps(raw.get("steps") or [], kinds))
-        output = self._part(OutputSettings, raw.get("output") or {}, ("output",))
+        steps = tuple(self._parse_steps(raw.get("steps") or [], kinds))
+        output = self._parse_part(OutputSettings, raw.get("output") or {}, ("output",))
         if output:
-            # Last, when all steps have added their columns.
-            for sentence in find_pattern_problems(output.name, self.columns, _givers):
-                self.tell(("output", "name"), f"name = {output.name!r}: {sentence}")
-        pack = self._part(PackEntry, raw["pack"], ("pack",)) if raw.get("pack") is not None else None
-        if self.found or head is None or output is None:
+            # After all steps have added their columns.
+            for sentence in find_pattern_problems(output.name, self.columns, _list_adding_steps):
+                self.add_problem(("output", "name"), f"name = {output.name!r}: {sentence}")
+        pack = self._parse_part(PackEntry, raw["pack"], ("pack",)) if raw.get("pack") is not None else None
+        if self.problems or head is None or output is None:
             return None
         return Pipeline(self.folder, head.name, sources, steps, head.shard_bytes, head.on_bad, output, pack)
 
-    def _part(self, cls: type[Any], written: Any, place: Place, kind: str = "") -> Any:
-        """Return a part of the file as its dataclass with paths resolved, or None; notes what is wrong.
+    def _parse_part(self, cls: type[Any], written: Any, place: Place, kind: str = "") -> Any:
+        """Return an instance of `cls` with resolved paths, or None after adding problems.
 
-        `kind` is the step, if the file writes another program's name for it.
+        `kind` is the step, if the file uses another program's name for it.
         """
         if not isinstance(written, dict):
-            self.tell(place, f"{place[-1]} = {written!r}: must be a mapping of settings")
+            self.add_problem(place, f"{place[-1]} = {written!r}: must be a mapping of settings")
             return None
         kind = kind or "".join(map(str, place[-1:]))
         settings, problems = try_parse_settings(cls, written, partial(_suggest_setting, kind))
         if settings is not None:
             settings = resolve_paths(settings, self.folder)
-            # Rules may open files, so paths are resolved first.
+            # Rules may open files, which needs resolved paths.
             problems = find_rule_problems(settings)
         for problem in problems:
-            self.tell((*place, *split_key(problem.key)), problem.sentence)
+            self.add_problem((*place, *split_key(problem.key)), problem.sentence)
         return None if problems else settings
 
-    def _sources(self, written: Any) -> Iterator[SourceSettings]:
+    def _parse_sources(self, written: Any) -> Iterator[SourceSettings]:
         if not isinstance(written, list) or not written:
-            self.tell(("sources",), "sources: must be a list of at least one source, each with `name` and "
-                                    "`path`")
+            self.add_problem(
+                ("sources",), "sources: must be a list of at least one source, each with `name` and `path`")
             return
         names: dict[str, int] = {}
         for i, entry in enumerate(written):
             place: Place = ("sources", i)
             if not isinstance(entry, dict):
-                self.tell(place, f"{entry!r}: a source is a mapping with `name` and `path`")
+                self.add_problem(place, f"{entry!r}: a source is a mapping with `name` and `path`")
                 continue
             if "folder" in entry:
-                self.tell((*place, "folder"), "folder: is no setting here; paths start at the pipeline file")
+                self.add_problem(
+                    (*place, "folder"), "folder: is no setting here; paths start at the pipeline file")
             path = {"path": [entry["path"]]} if isinstance(entry.get("path"), str) else {}
-            given = {**entry, **path, "folder": str(self.folder)}
-            source = self._part(SourceSettings, given, place)
+            source = self._parse_part(SourceSettings, {**entry, **path, "folder": str(self.folder)}, place)
             name = entry.get("name")
             if isinstance(name, str) and names.setdefault(name, i) != i:
-                self.tell((*place, "name"), f"name = {name!r}: line "
-                          f"{self.located.line(('sources', names[name], 'name'))} has a source of that name; "
-                          "name them apart")
+                self.add_problem(
+                    (*place, "name"), f"name = {name!r}: line "
+                    f"{self.located.line(('sources', names[name], 'name'))} has a source of that name; "
+                    "name them apart")
             elif source is not None:
                 yield source
 
-    def _steps(self, written: Any, sources: Mapping[str, str]) -> Iterator[StepEntry]:
-        """Yield the steps; `sources`: name -> kind, as they are written."""
+    def _parse_steps(self, written: Any, sources: Mapping[str, str]) -> Iterator[StepEntry]:
+        """Yield the steps; `sources`: name -> kind as in the file."""
         if not isinstance(written, list):
-            self.tell(("steps",), f"steps = {written!r}: must be a list of steps")
+            self.add_problem(("steps",), f"steps = {written!r}: must be a list of steps")
             return
-        are_kinds_told = False
+        has_kind_step = False
         for i, raw in enumerate(written):
             place: Place = ("steps", i)
             entry = {raw: {}} if isinstance(raw, str) else raw
             kinds = [key for key in entry if key != "only"] if isinstance(entry, dict) else []
             if len(kinds) != 1:
-                self.tell(place, f"step {i + 1}: must be the name of one step with its settings, and at most "
-                                 "`only` beside it")
+                self.add_problem(
+                    place, f"step {i + 1}: must be the name of one step with its settings, and at most "
+                    "`only` beside it")
             else:
                 kind = kinds[0]
                 if kind not in STEPS:
-                    kind = self._tell_unknown(kind, (*place, kind))
+                    kind = self._resolve_unknown_step(kind, (*place, kind))
                 if kind not in STEPS:
                     continue
-                only = self._part(StepFilter, entry.get("only") or {}, (*place, "only"))
+                only = self._parse_part(StepFilter, entry.get("only") or {}, (*place, "only"))
                 if only is not None:
                     self._check_only(only, sources, (*place, "only"))
-                    if not are_kinds_told:
+                    if not has_kind_step:
                         self._check_kinds_before(only, sources, (*place, "only"))
-                # From the step `kind` on, any document may be of any kind.
-                are_kinds_told |= kind == "kind"
-                yield from self._step(StepEntry(i + 1, kind, {}, only or StepFilter()), entry[kinds[0]],
+                # After the step `kind`, a document may have any kind.
+                has_kind_step |= kind == "kind"
+                yield from self._parse_step(StepEntry(i + 1, kind, {}, only or StepFilter()), entry[kinds[0]],
                                       (*place, kinds[0]))
 
-    def _tell_unknown(self, name: str, place: Place) -> str:
-        """Note a step of an unknown name; return the step that it means, or the name."""
-        meant = next(iter(index_words("steps").get(normalize_word(name), ())), "")
-        if meant in STEPS:
-            close = f"; it is {meant} here"
-        elif meant:
-            close = f"; `{meant}:` of the file does this, outside `steps`"
+    def _resolve_unknown_step(self, name: str, place: Place) -> str:
+        """Add a problem for an unknown step; return the likely step, or the name."""
+        likely = next(iter(index_words("steps").get(normalize_word(name), ())), "")
+        if likely in STEPS:
+            hint = f"; it is {likely} here"
+        elif likely:
+            hint = f"; `{likely}:` of the file does this, outside `steps`"
         else:
-            meant = find_nearest_name(name, STEPS)
-            close = suggest_successor(name, PIPELINE) or suggest_name(name, STEPS)
-            close += f" (there are: {', '.join(STEPS)})"
-        self.tell(place, f"{name}: is no step{close}")
-        return meant or name
+            likely = find_nearest_name(name, STEPS)
+            hint = suggest_successor(name, PIPELINE) or suggest_name(name, STEPS)
+            hint += f" (there are: {', '.join(STEPS)})"
+        self.add_problem(place, f"{name}: is no step{hint}")
+        return likely or name
 
     def _check_kinds_before(self, only: StepFilter, sources: Mapping[str, str], place: Place) -> None:
-        """Note that a step would pass over documents of the kinds that it names, since the step `kind`, which
-        tells them, comes later or never."""
-        asked = {name: kind for name, kind in sources.items() if not only.sources or name in only.sources}
-        if not only.kinds or not asked:
+        """Add a problem if no document has a kind in `only`: the step `kind` comes later or is missing."""
+        kinds = {name: kind for name, kind in sources.items() if not only.sources or name in only.sources}
+        if not only.kinds or not kinds:
             return
-        if unknown := [name for name, kind in asked.items() if kind == "auto"]:
-            self.tell((*place, "kinds"), f"kinds: the kind of source {unknown[0]!r} is auto, and not known "
-                                         "here; put the step kind before this one")
-        elif not set(only.kinds) & set(asked.values()):
-            self.tell((*place, "kinds"), f"kinds = {', '.join(only.kinds)}: no source here is of such a "
-                                         "kind, so no document would be looked at; mend it, or put the step "
-                                         "kind before this one")
+        if unknown := [name for name, kind in kinds.items() if kind == "auto"]:
+            self.add_problem(
+                (*place, "kinds"), f"kinds: the kind of source {unknown[0]!r} is auto, and not known "
+                "here; put the step kind before this one")
+        elif not set(only.kinds) & set(kinds.values()):
+            self.add_problem(
+                (*place, "kinds"), f"kinds = {', '.join(only.kinds)}: no source here is of such a "
+                "kind, so no document would be looked at; mend it, or put the step kind before this one")
 
     def _check_only(self, only: StepFilter, sources: Mapping[str, str], place: Place) -> None:
         for name in only.sources:
             if name not in sources:
-                self.tell((*place, "sources"), f"sources = {name!r}: there is no such source"
-                                               f"{suggest_name(name, sources)}")
+                self.add_problem((*place, "sources"), f"sources = {name!r}: there is no such source"
+                                          f"{suggest_name(name, sources)}")
         for kind in only.kinds:
             if kind not in KINDS:
-                self.tell((*place, "kinds"), f"kinds = {kind!r}: must be of {', '.join(filter(None, KINDS))}"
-                                             f"{suggest_name(kind, KINDS)}")
+                self.add_problem(
+                    (*place, "kinds"), f"kinds = {kind!r}: must be of {', '.join(filter(None, KINDS))}"
+                    f"{suggest_name(kind, KINDS)}")
 
-    def _step(self, entry: StepEntry, written: Any, place: Place) -> Iterator[StepEntry]:
+    def _parse_step(self, entry: StepEntry, written: Any, place: Place) -> Iterator[StepEntry]:
         try:
             cls = load_step_class(entry.kind)
         except UserError as e:
-            self.tell(place, str(e))
+            self.add_problem(place, str(e))
             return
         if cls.shorthand and isinstance(written, (str, int, float)):
             written = {cls.shorthand: written}
-        settings = self._part(cls.Settings, {} if written is None else written, place, entry.kind)
+        settings = self._parse_part(cls.Settings, {} if written is None else written, place, entry.kind)
         if settings is None:
-            # The columns count even so: steps behind would else be called wrong for this step's mistake.
+            # The columns count: otherwise this mistake would cause problems in later steps.
             self._add_columns(cls.added_columns, entry.kind, place)
             return
         step = cls(settings)
         for file in step.list_files():
             if not Path(file).exists():
-                self.tell(place, f"{entry.kind}: {file} does not exist; mend the path, which starts at the "
-                                 "pipeline file")
+                self.add_problem(
+                    place, f"{entry.kind}: {file} does not exist; mend the path, which starts at the "
+                    "pipeline file")
         for name in step.needed_columns:
             if name not in self.columns:
-                givers = _givers(name)
-                way = f"put the step {' or '.join(givers)} before it" if givers else "no step gives it"
-                self.tell(place, f"{entry.kind}: needs the column {name!r}, which nothing before it gives; "
-                                 f"{way}")
+                steps = _list_adding_steps(name)
+                fix = f"put the step {' or '.join(steps)} before it" if steps else "no step gives it"
+                self.add_problem(
+                    place, f"{entry.kind}: needs the column {name!r}, which nothing before it gives; {fix}")
         self._add_columns(step.added_columns, entry.kind, place)
         yield dataclasses.replace(entry, written=written or {})
 
-    def _add_columns(self, adds: Mapping[str, ColumnType], kind: str, place: Place) -> None:
-        for name, column_type in adds.items():
-            # Two steps may write the same column (the later value wins), but not of two types.
-            before = self.columns.setdefault(name, column_type)
-            if before != column_type:
-                self.tell(place, f"{kind}: adds the column {name!r} of type {column_type}, which has the "
-                                 f"type {before} before it; leave one of the steps out")
+    def _add_columns(self, columns: Mapping[str, ColumnType], kind: str, place: Place) -> None:
+        for name, column_type in columns.items():
+            # Two steps may write the same column (the later value wins), but with one type.
+            previous = self.columns.setdefault(name, column_type)
+            if previous != column_type:
+                self.add_problem(
+                    place, f"{kind}: adds the column {name!r} of type {column_type}, which has the "
+                    f"type {previous} before it; leave one of the steps out")
 
 
 def _suggest_setting(kind: str, key: str) -> str:
-    """Return our name of a removed or foreign setting of a step; "": unknown."""
-    ours = index_words("steps").get(normalize_word(f"{kind}.{key}"), ())
+    """Return our name for a removed or foreign setting of a step; "": unknown."""
+    names = index_words("steps").get(normalize_word(f"{kind}.{key}"), ())
     return suggest_successor(f"{kind}.{key}", PIPELINE).removeprefix("; ") or "".join(
-        f"it is {name.rpartition('.')[2]} here" for name in ours)
+        f"it is {name.rpartition('.')[2]} here" for name in names)
 
 
-def _givers(column: str) -> list[str]:
+def _list_adding_steps(column: str) -> list[str]:
     return [kind for kind in STEPS if column in load_step_class(kind).added_columns]
 
 
 # Names of the output's sources, made of documents' columns.
 
-
 OPEN_COLUMNS = frozenset(["where", "url", "title", "date", "own_id", "extra", "licence", "language_hint"])
-"""Columns whose values documents choose themselves: as names they would be without end."""
+"""Columns with values from documents, which would make unlimited names."""
 MISSING_VALUE = "none"
-"""Stands for a value that a document lacks."""
+"""Replaces null in a name."""
 
 
 def find_pattern_problems(pattern: str, columns: Mapping[str, ColumnType],
-                       givers: Callable[[str], Sequence[str]] = lambda column: ()) -> list[str]:
-    """Return one sentence for each rule that a pattern of names breaks.
+                          list_steps: Callable[[str], Sequence[str]] = lambda column: ()) -> list[str]:
+    """Return one sentence for each rule that a pattern breaks.
 
     Args:
-        pattern: names of columns in braces, and what stands between them.
-        columns: the columns that documents have.
-        givers: tells which steps would add a column.
+        pattern: names of columns in braces, and literal text.
+        columns: columns of the documents.
+        list_steps: column -> steps that would add it.
     """
     usable = [name for name, kind in columns.items()
               if kind in ("string", "bool") and name not in OPEN_COLUMNS]
@@ -399,37 +389,35 @@ def find_pattern_problems(pattern: str, columns: Mapping[str, ColumnType],
         parts = list(Formatter().parse(pattern))
     except ValueError as e:
         return [f"{e}; write columns in braces, e.g. '{{kind}}-{{level}}'"]
-    found = [f"{{{name}}} is no column that names can be made of here{_way(name, usable, columns, givers)} "
-             f"(there are: {', '.join(usable)})" for _, name, _, _ in parts
-             if name is not None and name not in usable]
+    problems = []
+    for _, name, _, _ in parts:
+        if name is not None and name not in usable:
+            steps = [] if name in columns else list_steps(name)
+            hint = f"; add the step {' or '.join(steps)}" if steps else suggest_name(name, usable)
+            problems.append(f"{{{name}}} is no column that names can be made of here{hint} "
+                            f"(there are: {', '.join(usable)})")
     if any(spec or conversion for _, _, spec, conversion in parts):
-        found.append("names take columns as they are; write nothing but their names in braces")
+        problems.append("names take columns as they are; write nothing but their names in braces")
     literal = "".join(text for text, _, _, _ in parts)
     if not pattern or re.search(r"[^\w.-]", literal) or pattern.startswith((".", "-")):
-        found.append("must be letters, digits, '.', '_', '-' and columns in braces")
-    return found
+        problems.append("must be letters, digits, '.', '_', '-' and columns in braces")
+    return problems
 
 
 def list_pattern_columns(pattern: str) -> frozenset[str]:
     return frozenset(name for _, name, _, _ in Formatter().parse(pattern) if name)
 
 
-def _way(name: str, usable: Sequence[str], columns: Mapping[str, ColumnType],
-         givers: Callable[[str], Sequence[str]]) -> str:
-    steps = [] if name in columns else givers(name)
-    return f"; add the step {' or '.join(steps)}" if steps else suggest_name(name, usable)
-
-
 def format_output_name(pattern: str, source: str, columns: Mapping[str, Any]) -> str:
-    """Return the name of the output's source that a document goes to."""
-    def text(name: str) -> str:
+    """Return the name of a document's source in the output."""
+    def format_value(name: str) -> str:
         value = source if name == "source" else columns.get(name)
         if isinstance(value, bool):
             return "yes" if value else "no"
-        # Names become folders: no text of a document may form a path.
+        # Names become folders, so values must not form paths.
         return re.sub(r"[^\w.-]", "-", value or MISSING_VALUE)
 
-    made = "".join(literal + ("" if name is None else text(name))
-                   for literal, name, _, _ in Formatter().parse(pattern))
-    # A name that begins with "." or "_" would be passed over by readers of datasets.
-    return made if made[:1].isalnum() else f"x{made}"
+    output_name = "".join(literal + ("" if name is None else format_value(name))
+                          for literal, name, _, _ in Formatter().parse(pattern))
+    # Dataset readers skip names that begin with "." or "_".
+    return output_name if output_name[:1].isalnum() else f"x{output_name}"

@@ -1,4 +1,4 @@
-"""Settings of n-grams, apart from what turns texts into them: a command's help needs no compiler."""
+"""Settings for hashed n-grams, without numba, so that `--help` stays fast."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from annotated_types import Ge, Le
 from megatron_sov.base.settings import Bound, ProblemCode, Violation
 
 
-def _no_power_of_two(number: int) -> Violation | None:
-    return None if number.bit_count() == 1 else (ProblemCode.BOUND, "must be a power of two",
-                                                 f"e.g. {1 << 18}")
+def _check_power_of_two(number: int) -> Violation | None:
+    if number.bit_count() == 1:
+        return None
+    return ProblemCode.BOUND, "must be a power of two", f"e.g. {1 << 18}"
 
 
 @dataclass(frozen=True)
 class NgramSettings:
-    """Which n-grams are looked at."""
+    """Settings for `Ngrams`."""
 
-    num_buckets: Annotated[int, Ge(1 << 8), Le(1 << 26), Bound(_no_power_of_two)] = 1 << 18
-    """Buckets that n-grams are hashed to; a power of two."""
+    num_buckets: Annotated[int, Ge(1 << 8), Le(1 << 26), Bound(_check_power_of_two)] = 1 << 18
+    """Hash buckets for n-grams; a power of two."""
     max_ngram: Annotated[int, Ge(1), Le(5)] = 2
-    """Units of the longest n-gram."""
+    """Units in the longest n-gram."""
     max_chars: Annotated[int, Ge(1), Le(1 << 24)] = 20_000
-    """Characters of a text that are read, from its beginning."""
+    """Characters to read from the start of a text."""

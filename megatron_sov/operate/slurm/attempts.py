@@ -412,7 +412,7 @@ def _clear_run_locks(job: AttemptedJob, queue: str) -> str | None:
             return WAIT
         else:
             log_message(f"{folder} is in use by job {holder['slurm_job']}, which is {state}; "
-                "wait for it or cancel it")
+                        "wait for it or cancel it")
             return f"exit {ExitCode.USER_ERROR}"
     return None
 

@@ -1,4 +1,4 @@
-"""Whether a run fits the memory of a GPU by the account of `memory.py`, and the nearest layout that does."""
+"""Checks that a run fits GPU and host memory (`memory.py`), and the nearest layout that fits."""
 
 from __future__ import annotations
 
@@ -27,57 +27,53 @@ from megatron_sov.work.clusters.chips import Gpu
 from megatron_sov.work.clusters.units import GIB
 
 USABLE_SHARE = 0.95
-"""Share of a GPU's memory that an account may fill: the rest is for what it leaves out, the CUDA context with
-its kernels' code and the workspaces of cuBLAS, cuDNN and Transformer Engine, 2 to 4 GiB of 79.  NCCL's
-buffers and the allocator's gaps are in the account.  Our choice; not measured yet."""
+"""Usable share of a GPU's memory: the CUDA context, kernel code and workspaces of cuBLAS, cuDNN and
+Transformer Engine need the rest, 2 to 4 GiB of 79. Assumed; not measured."""
 MAX_TP = 8
-"""Largest tensor parallel size that is proposed: inside a node."""
-
-
+"""Largest proposed tensor parallel size: inside a node."""
 TEACHERS = {"typhoon-s-8b-opd": "qwen3-30b-a3b-2507"}
-"""Recipe -> that of its teacher's model (arXiv 2601.18129)."""
+"""Recipe -> recipe of the teacher (arXiv 2601.18129)."""
 
 
 def find_fullest_stage(config: RunConfig, num_ranks: int, teacher: ModelConfig |
                        None = None) -> tuple[int, MemoryAccount]:
-    """Return the pipeline stage whose processes need most, and the account of one of them, at the run's
-    longest samples.
+    """Return the pipeline stage (0-based) with the fullest processes, and their account, at the longest
+    samples.
 
     Args:
-        config: of the run.
-        num_ranks: processes.
-        teacher: what lies beside the model; None: the teacher that the recipe has, or one as large as the
-            student, where rounds learn distributions, else none.
+        config: the run.
+        num_ranks: number of processes.
+        teacher: model on the same GPUs; None: the recipe's teacher, or one as large as the student, if rounds
+            learn distributions.
     """
     longest = max(phase.seq_len for phase in config.data.phases)
     if teacher is None and config.objective.name == "policy" and config.policy.learns_distributions:
-        known = TEACHERS.get(config.recipe)
-        teacher = recipes.get(known).model if known else config.model
-    found: tuple[int, MemoryAccount] | None = None
+        teacher_recipe = TEACHERS.get(config.recipe)
+        teacher = recipes.get(teacher_recipe).model if teacher_recipe else config.model
+    best: tuple[int, MemoryAccount] | None = None
     for stage in _list_distinct_stages(config):
         needs = build_account(config, num_ranks, stage, longest)
         if teacher is not None:
             states = estimate_states(dataclasses.replace(config, model=teacher), num_ranks, stage)
             needs = dataclasses.replace(needs, teacher=states.weights)
-        if found is None or needs.total > found[1].total:
-            found = stage, needs
-    assert found is not None
-    return found
+        if best is None or needs.total > best[1].total:
+            best = stage, needs
+    assert best is not None
+    return best
 
 
 def _list_distinct_stages(config: RunConfig) -> list[int]:
-    """Return the stages that are not like an earlier one, which has no fewer micro-batches under way: most
-    stages of a long pipeline hold the same."""
+    """Return the first stage of each kind: it has the most pending micro-batches of its kind."""
     m, p = config.model, config.parallel
     of_layers = list_layer_kinds(m)
-    known: dict[tuple[object, ...], int] = {}
+    stages: dict[tuple[object, ...], int] = {}
     for stage in range(p.pp):
         layers = list_chunk_layers(p, stage, m.num_layers)
-        # rules may name single layers; and the bf16 ones under train.fp8 are the first and the last
-        alike = tuple(tuple(sorted(of_layers[layer] for layer in chunk)) for chunk in layers)
+        # rules may name single layers, and under train.fp8 the first and last layers use bf16
+        kinds = tuple(tuple(sorted(of_layers[layer] for layer in chunk)) for chunk in layers)
         edge = config.train.fp8 != "none" or config.optim.groups
-        known.setdefault((alike, stage == 0, stage == p.pp - 1, stage if edge else None), stage)
-    return list(known.values())
+        stages.setdefault((kinds, stage == 0, stage == p.pp - 1, stage if edge else None), stage)
+    return list(stages.values())
 
 
 def estimate_memory(config: RunConfig, num_ranks: int) -> MemoryEstimate:
@@ -88,7 +84,7 @@ def estimate_memory(config: RunConfig, num_ranks: int) -> MemoryEstimate:
 
 
 def get_usable_bytes(gpu: Gpu) -> int:
-    """Return what an account may fill of a GPU's memory."""
+    """Return the usable bytes of a GPU."""
     return int(USABLE_SHARE * gpu.memory_bytes)
 
 
@@ -97,32 +93,32 @@ def fits_gpu(config: RunConfig, num_ranks: int, gpu: Gpu) -> bool:
 
 
 def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
-    """Refuse a run that does not fit, by its account.
+    """Refuse a run that needs more than the usable GPU memory.
 
     Raises:
-        UserError: what it needs, what there is, and the nearest layout that fits.
+        UserError: with needed and usable GiB, and the nearest layout that fits.
     """
     stage, needs = find_fullest_stage(config, num_ranks)
     if needs.total <= get_usable_bytes(gpu):
         return
     which = f" of pipeline stage {stage + 1}" if config.parallel.pp > 1 else ""
-    found = find_nearest_layout(config, num_ranks, gpu)
+    nearest = find_nearest_layout(config, num_ranks, gpu)
     way_out = ("the nearest layout that fits: "
-               + " ".join(f"--set {shlex.quote(s)}" for s in list_changed_settings(config.parallel, found))
-               if found else "no layout fits so many processes: use more GPUs, or a larger parallel.cp for "
+               + " ".join(f"--set {shlex.quote(s)}" for s in list_changed_settings(config.parallel, nearest))
+               if nearest else "no layout fits so many processes: use more GPUs, or a larger parallel.cp for "
                              "long samples")
     raise UserError(
         f"{config.recipe} on {num_ranks} processes: {_format_sizes(config.parallel)} needs "
         f"{needs.total / GIB:.1f} GiB on each process{which} ({_format_items(needs)}), and a run may take "
         f"{get_usable_bytes(gpu) / GIB:.1f} GiB of a {gpu.name} with "
         f"{gpu.memory_bytes / GIB:.1f} GiB; {way_out}",
-        Fix(options=tuple(word for s in list_changed_settings(config.parallel, found)
+        Fix(options=tuple(word for s in list_changed_settings(config.parallel, nearest)
                           for word in ("--set", s)))
-        if found else None)
+        if nearest else None)
 
 
 def _format_items(needs: MemoryAccount) -> str:
-    """Return what a process needs memory for, in GiB."""
+    """Format the items of an account in GiB."""
     states = {"weights": needs.weights, "quantised weights": needs.quantized_weights,
               "gradients": needs.gradients, "optimizer": needs.optimizer, "teacher": needs.teacher}
     items = {name: n for name, n in states.items() if n or name not in ("quantised weights", "teacher")}
@@ -132,37 +128,35 @@ def _format_items(needs: MemoryAccount) -> str:
 
 
 def find_nearest_layout(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | None:
-    """Return the layout that fits and differs least: in ZeRO-1, then in the sizes of ep, pp and tp, each
-    doubling being a step, as is giving up an uneven pipeline; of equal ones the one that leaves most memory.
-    """
+    """Return the fitting layout with the fewest changes to the run's: ZeRO-1 is free; each doubling of ep, pp
+    or tp, and giving up an uneven pipeline, counts as one. Ties go to the layout with least memory."""
     p = config.parallel
-    found: tuple[float, float, ParallelConfig] | None = None
+    best: tuple[float, float, ParallelConfig] | None = None
     for candidate in _iter_candidates(config.model, p):
         steps = sum(abs(math.log2(getattr(candidate, n) / getattr(p, n))) for n in ("ep", "pp", "tp"))
         steps += candidate.pipeline_layout != p.pipeline_layout
-        # Before the dear account: a candidate that differs more cannot win.
-        if found is not None and steps > found[0]:
+        # Before the slow account: a candidate with more changes cannot win.
+        if best is not None and steps > best[0]:
             continue
         changed = dataclasses.replace(config, parallel=candidate)
         # The layout's own rules first: they are cheap, and break most candidates.
         if candidate.problems(config.model, num_ranks) or changed.problems(num_ranks):
             continue
         needs = find_fullest_stage(changed, num_ranks)[1].total
-        if needs <= get_usable_bytes(gpu) and (found is None or (steps, needs) < found[:2]):
-            found = (steps, needs, candidate)
-    return found[2] if found else None
+        if needs <= get_usable_bytes(gpu) and (best is None or (steps, needs) < best[:2]):
+            best = (steps, needs, candidate)
+    return best[2] if best else None
 
 
 def list_changed_settings(before: ParallelConfig, after: ParallelConfig) -> list[str]:
-    """Return the settings that make one layout of another, as --set takes them."""
+    """Return the changes between two layouts, as --set takes them."""
     values = {f.name: getattr(after, f.name) for f in dataclasses.fields(after)}
     return [f"parallel.{name}={value if isinstance(value, str) else json.dumps(value)}"
             for name, value in values.items() if value != getattr(before, name)]
 
 
 def _iter_candidates(model: ModelConfig, p: ParallelConfig) -> Iterator[ParallelConfig]:
-    """Yield layouts with ZeRO-1 and the cp and etp of one: of equal stages, and those of an uneven pipeline
-    as they are."""
+    """Yield layouts with ZeRO-1 and unchanged cp and etp: the run's own uneven pipeline, and equal stages."""
     experts = _list_divisors(model.num_experts) if model.num_moe_layers() else [1]
     if p.pipeline_layout:
         for ep, tp in itertools.product(experts, _list_divisors(MAX_TP)):
@@ -181,32 +175,25 @@ def _format_sizes(p: ParallelConfig) -> str:
     return f"the layout {', '.join([*sizes, 'with ZeRO-1' if p.zero1 else 'without ZeRO-1'])}"
 
 
-# Whether a node has the host memory that `gpu.optimizer_offload` pins, and the nearest share that it has
-# it for.
-
-
 USABLE_HOST_SHARE = 0.9
-"""Share of a host's memory that may be pinned: the rest is for the processes themselves, data that waits, and
-the system.  Our choice; not measured yet."""
-
-
+"""Share of host memory that may be pinned; processes, data and the system need the rest. Assumed."""
 DRIVER_FILE = "/dev/nvidiactl"
-"""Device of NVIDIA's driver: a machine with it has GPUs, also if `nvidia-smi` is not installed."""
+"""Device file of NVIDIA's driver: a machine with it has GPUs, even without `nvidia-smi`."""
 
 
 def count_node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:
-    """Return what some processes of a run of `count` pin together."""
-    # One account per stage: processes of a stage pin about as much.
+    """Return the pinned host bytes of `ranks` in a run on `count` processes."""
+    # Processes of a stage pin about equal amounts.
     of_stage = [StageBuffers(config, count, stage).count_states(StatePlace()).on_host
                 for stage in range(config.parallel.pp)]
     return sum(of_stage[rank // (count // config.parallel.pp)] for rank in ranks)
 
 
 def refuse_on_nodes(config: RunConfig, count: int, per_node: int, memory_bytes: int, gpu: Gpu | None) -> None:
-    """Refuse a run that pins more than one of its nodes may give.
+    """Refuse a run that pins more host memory than a node has.
 
     Raises:
-        UserError: what it needs, what there is, and the nearest share that fits.
+        UserError: with needed and usable GiB, and the nearest share that fits.
     """
     if config.gpu.optimizer_offload:
         nodes = [range(first, min(first + per_node, count)) for first in range(0, count, per_node)]
@@ -232,11 +219,11 @@ def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
     host's, of which only weights, gradients and optimizer of the local processes are counted.
 
     Args:
-        config: of the run.
-        nproc: local processes; ranks of a launcher are left to their own checks.
+        config: the run.
+        nproc: local processes; processes under a launcher check themselves.
 
     Raises:
-        UserError: what the run needs, and what there is.
+        UserError: with needed and present memory.
     """
     if has_launcher():
         return
@@ -266,7 +253,7 @@ def _refuse_offload(config: RunConfig, count: int, ranks: Sequence[int], memory_
     if needs <= usable:
         return
     share = config.gpu.optimizer_offload
-    # as many elements as fit, in hundredths; and parameters move as a whole
+    # in hundredths; lower it further because parameters move as a whole
     nearest = math.floor(100 * share * usable / needs) / 100
     changed = _set_offload_share(config, nearest)
     while nearest > 0 and count_node_bytes(changed, count, ranks) > usable:

@@ -1,4 +1,4 @@
-"""`megatron-sov plan --calibrate RUN ...`: the parameters of speed, learned from a team's own runs."""
+"""`megatron-sov plan --calibrate RUN ...`: fit the speed parameters to the user's own runs."""
 
 from __future__ import annotations
 
@@ -29,47 +29,43 @@ from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS, Chip, Links, default_links, find_device_chip
 
 MOST = 10**9
-"""Of processes, tokens of a sample, samples and seconds of a step: no run has more."""
+"""Limit on processes, tokens per sample, samples and seconds per step in events."""
 LEAST_STEP_S = 1e-6
 LEAST_STEPS = 5
-"""Of a stretch, the first ones of a start left out: fewer say little."""
+"""Fewest steps per layout and batch size, without the first steps after a start."""
 WAITS = ("policy", "distill")
-"""Objectives whose steps wait for what other jobs write: their seconds are not those of the arithmetic."""
+"""Objectives whose steps wait for other jobs, so their times say nothing about speed."""
 NOISE = 0.03
-"""Standard deviation of the logarithm of a measured median step around the truth, and the model's own error
-between similar layouts."""
+"""Standard deviation of log(measured / predicted step time): measurement and model error."""
 HUBER = 2.0
-"""Residuals above so many standard deviations count by their size, not its square."""
+"""Residual in standard deviations above which the loss grows linearly (Huber)."""
 STEP, MAX_ROUNDS, ENOUGH = 1e-3, 30, 1e-5
 CLUSTER = "SOV_CLUSTER"
-"""Environment variable: the profile of the cluster that calibrating runs were on, as `--cluster` takes it."""
-
-
-# What runs have shown of speed: steps that were alike, and on what they ran, read from their folders.
+"""Environment variable with the cluster profile of the runs, as --cluster takes it."""
 
 
 @dataclass(frozen=True)
 class CalibrationPoint:
-    """Steps of one run, layout, length and batch size."""
+    """Measured step time of a run with one layout, sequence length and batch size."""
 
     run: str
     """The run folder's name."""
     config: RunConfig
-    """Its settings, in the layout of these steps."""
+    """Settings, with the layout of these steps."""
     phase: PhaseConfig
-    """Its length and batch size hold."""
+    """Phase with sequence length and batch size."""
     num_ranks: int
     chip: Chip
     step_s: float
     num_steps: int
-    """Steps that it is the median of."""
+    """Steps in the median."""
 
 
 def read_observations(runs: list[Path]) -> list[CalibrationPoint]:
-    """Return what runs have shown; there is something of each.
+    """Read step times from run folders.
 
     Raises:
-        UserError: a folder is no run, or nothing can be learned from it; the message says why.
+        UserError: a folder without a run, or a run without usable steps.
     """
     return [one for run in runs for one in _read_run(run)]
 
@@ -91,15 +87,15 @@ def _read_run(run: Path) -> list[CalibrationPoint]:
         raise UserError(f"--calibrate {run}: has at most {most} steps of one length and batch size (its "
                         f"first ones left out), and {LEAST_STEPS} are needed; let it run longer, or leave "
                         "it out")
-    found = [_read_observation(run, config, stretch) for stretch in enough]
-    return _merge_starts(found)
+    points = [_read_observation(run, config, stretch) for stretch in enough]
+    return _merge_starts(points)
 
 
 def _read_observation(run: Path, config: RunConfig, stretch: StepTiming) -> CalibrationPoint:
-    """Return what one stretch has shown.
+    """Read the step time of one stretch.
 
     Raises:
-        UserError: its start does not say on what it ran, or that is in no table.
+        UserError: an unknown device, or impossible values in events.
     """
     machine = stretch.start.get("machine")
     device = str(machine.get("device") or "") if isinstance(machine, dict) else ""
@@ -109,8 +105,8 @@ def _read_observation(run: Path, config: RunConfig, stretch: StepTiming) -> Cali
     if not stretch.start.get("on_gpu"):
         raise UserError(f"--calibrate {run}: ran on processors ({device}), and plan prices GPUs; leave it "
                         "out")
-    known = find_device_chip(device)
-    if known is None:
+    chip = find_device_chip(device)
+    if chip is None:
         raise UserError(f"--calibrate {run}: {device!r} is in no table of GPUs ({', '.join(sorted(CHIPS))}); "
                         "leave it out")
     layout = _parse_layout(run, config, stretch.start.get("layout"))
@@ -127,15 +123,15 @@ def _read_observation(run: Path, config: RunConfig, stretch: StepTiming) -> Cali
     return CalibrationPoint(
         run.resolve().name, dataclasses.replace(config, parallel=layout),
         PhaseConfig(stretch.phase, seq_len=stretch.seq_len, global_batch_size=stretch.global_batch_size),
-        int(num_ranks), known, step_s, len(stretch.warm_times_s()))
+        int(num_ranks), chip, step_s, len(stretch.warm_times_s()))
 
 
-def _parse_layout(run: Path, config: RunConfig, told: Any) -> ParallelConfig:
-    """Return the layout of a start: its config.json has that of the last one."""
+def _parse_layout(run: Path, config: RunConfig, recorded: Any) -> ParallelConfig:
+    """Parse the layout in a start event; `config.json` has only the last layout."""
     names = {f.name for f in dataclasses.fields(ParallelConfig)}
-    if not isinstance(told, dict) or not names & set(told):
+    if not isinstance(recorded, dict) or not names & set(recorded):
         raise UserError(f"--calibrate {run}: its {EVENTS} names no layout; leave it out")
-    values = dataclasses.asdict(config.parallel) | {k: v for k, v in told.items() if k in names}
+    values = dataclasses.asdict(config.parallel) | {k: v for k, v in recorded.items() if k in names}
     try:
         return TypeAdapter(ParallelConfig).validate_python(values)
     except ValidationError as e:
@@ -143,11 +139,11 @@ def _parse_layout(run: Path, config: RunConfig, told: Any) -> ParallelConfig:
                         "leave it out") from None
 
 
-def _merge_starts(found: list[CalibrationPoint]) -> list[CalibrationPoint]:
-    """Return one observation for steps of several starts that were alike: the mean by steps."""
+def _merge_starts(points: list[CalibrationPoint]) -> list[CalibrationPoint]:
+    """Merge observations with equal settings from several starts: the mean weighted by steps."""
     groups: dict[Any, list[CalibrationPoint]] = {}
-    for one in found:
-        # Whatever the seconds of a step depend on; the name of the phase is not among it.
+    for one in points:
+        # all settings that affect the step time; the phase's name does not
         key = (one.num_ranks, one.chip.key, repr(one.config.parallel), one.phase.seq_len,
                one.phase.global_batch_size)
         groups.setdefault(key, []).append(one)
@@ -159,11 +155,10 @@ def _merge_starts(found: list[CalibrationPoint]) -> list[CalibrationPoint]:
     return merged
 
 
-# Few factors on the shipped parameters that explain a team's own runs, each drawn towards 1. A run or two
-# cannot tell thirty parameters apart, but they do tell whether this machine's products, its links and its
-# hosts are faster or slower than those of published runs. So three factors are learned: the most probable
-# ones, where the logarithm of each is normal around 0, and that of measured / predicted around their effect
-# (maximum a posteriori, by damped Gauss-Newton; large residuals count less, after Huber).
+# A run or two cannot determine thirty parameters, but show whether products, links and hosts are faster than
+# in published runs. So three factors on the package's parameters are fitted: the maximum a posteriori, with
+# normal priors on their logarithms around 0 and a Huber loss on log(measured / predicted), by damped
+# Gauss-Newton.
 
 
 @dataclass(frozen=True)
@@ -171,7 +166,7 @@ class Factor:
     name: str
     meaning: str
     spread: float
-    """Standard deviation of its logarithm before anything was seen: how far machines differ."""
+    """Prior standard deviation of its logarithm."""
 
 
 FACTORS = (Factor("products", "share of the peak that matrix products and attention reach, on these chips",
@@ -180,14 +175,13 @@ FACTORS = (Factor("products", "share of the peak that matrix products and attent
 
 
 def scale_parameters(parameters: Parameters, factors: dict[str, float], chips: Sequence[Chip]) -> Parameters:
-    """Return parameters with factors on them; shares stay at most 1, and those of chips that nobody has seen
-    stay as they are."""
+    """Apply factors to parameters; shares are limited to 1, and chips without runs keep their shares."""
     products, links, host = (factors[f.name] for f in FACTORS)
-    seen = {one.generation for one in chips}
+    generations = {one.generation for one in chips}
     fractions = dict(parameters.product_fraction)
-    for family in seen & set(fractions):
+    for family in generations & set(fractions):
         fractions[family] = {unit: min(1.0, share * products) for unit, share in fractions[family].items()}
-    attention = {family: min(1.0, share * products) if family in seen else share
+    attention = {family: min(1.0, share * products) if family in generations else share
                  for family, share in parameters.attention_fraction.items()}
     return replace(
         parameters, product_fraction=fractions, attention_fraction=attention,
@@ -199,11 +193,11 @@ def scale_parameters(parameters: Parameters, factors: dict[str, float], chips: S
 
 def fit_factors(measured_s: Sequence[float],
         predict: Callable[[dict[str, float]], Sequence[float]]) -> dict[str, float]:
-    """Return the most probable factors, by name.
+    """Return factor name -> most probable value.
 
     Args:
-        measured_s: seconds of steps.
-        predict: factors -> the predicted seconds of the same steps.
+        measured_s: step times.
+        predict: factors -> predicted step times.
     """
     spreads = np.array([factor.spread for factor in FACTORS])
 
@@ -211,28 +205,28 @@ def fit_factors(measured_s: Sequence[float],
         return np.log(np.array(predict(_name_factors(logs))) / np.array(measured_s)) / NOISE
 
     def cost(logs: np.ndarray) -> float:
-        # minus the logarithm of the probability, up to a constant
+        # negative log posterior, up to a constant
         off = np.abs(residuals(logs))
         misfit = np.where(off <= HUBER, off * off / 2, HUBER * (off - HUBER / 2))
         return float(misfit.sum() + ((logs / spreads) ** 2).sum() / 2)
 
-    at = np.zeros(len(FACTORS))
+    point = np.zeros(len(FACTORS))
     for _ in range(MAX_ROUNDS):
-        now = residuals(at)
-        slopes = np.array([(residuals(at + STEP * unit) - now) / STEP for unit in np.eye(len(at))])
-        # Huber as weights of least squares: one odd run must not bend the factors for all others.
+        now = residuals(point)
+        slopes = np.array([(residuals(point + STEP * unit) - now) / STEP for unit in np.eye(len(point))])
+        # Huber loss as weights of least squares: one outlier must not bend the factors.
         weighted = slopes * np.minimum(1.0, HUBER / np.maximum(np.abs(now), HUBER))
-        # The prior's 1 / spread^2 on the diagonal makes it solvable where runs say nothing of a factor.
+        # The prior's 1 / spread^2 on the diagonal makes it solvable if runs do not depend on a factor.
         moved = np.linalg.solve(weighted @ slopes.T + np.diag(spreads ** -2.0),
-                                -weighted @ now - at / spreads ** 2)
+                                -weighted @ now - point / spreads ** 2)
         share = 1.0
         # Damped: a full step may overshoot, since shares stop at 1 and the cost is no parabola.
-        while share > 1e-3 and cost(at + share * moved) > cost(at):
+        while share > 1e-3 and cost(point + share * moved) > cost(point):
             share /= 2
-        at = at + share * moved
+        point = point + share * moved
         if share * np.abs(moved).max() < ENOUGH:
             break
-    return _name_factors(at)
+    return _name_factors(point)
 
 
 def _name_factors(logs: np.ndarray) -> dict[str, float]:
@@ -242,29 +236,29 @@ def _name_factors(logs: np.ndarray) -> dict[str, float]:
 @dataclass(frozen=True)
 class Calibration:
     learned: Parameters
-    """What explains them; what they did not show is as it was."""
+    """Fitted parameters; parameters without observations are unchanged."""
     factors: dict[str, float]
-    """Factor on the parameters before."""
+    """Factor name -> value."""
     observed: tuple[CalibrationPoint, ...]
     before_s: tuple[float, ...]
-    """Seconds of a step that were predicted before."""
+    """Step times predicted before the fit."""
     after_s: tuple[float, ...]
 
 
 def calibrate_from_runs(runs: Sequence[Path], out: Path | None = None, base: Parameters | None = None) -> str:
-    """Learn parameters, write them where `out` says, and return what came of it, for a terminal.
+    """Fit parameters, write them to `out`, and return the summary for a terminal.
 
     Raises:
-        UserError: nothing can be learned from a folder, or the file cannot be written.
+        UserError: a run without usable steps, or an output file that cannot be written.
     """
     if out is not None:
         refuse_input_as_output("--output", out, *(run / name for run in runs for name in (CONFIG, EVENTS)))
         check_output("--output", out)
-    found = fit_calibration(read_observations(list(runs)), base or load_default_parameters())
+    result = fit_calibration(read_observations(list(runs)), base or load_default_parameters())
     if out is not None:
-        write_output(out, format_json({"parameters": dataclasses.asdict(found.learned),
-                                   "provenance": _build_provenance(found)}))
-    return _format_calibration(found, out)
+        write_output(out, format_json({"parameters": dataclasses.asdict(result.learned),
+                                   "provenance": _build_provenance(result)}))
+    return _format_calibration(result, out)
 
 
 def fit_calibration(observed: Sequence[CalibrationPoint], base: Parameters) -> Calibration:
@@ -273,7 +267,6 @@ def fit_calibration(observed: Sequence[CalibrationPoint], base: Parameters) -> C
     def predicted(parameters: Parameters) -> tuple[float, ...]:
         return tuple(predict_step_s(one, parameters) for one in observed)
 
-    # Factors go on the parameters of the base: a second calibration starts from what the first one learned.
     factors = fit_factors([one.step_s for one in observed],
                           lambda tried: predicted(scale_parameters(base, tried, chips)))
     learned = scale_parameters(base, factors, chips)
@@ -281,8 +274,8 @@ def fit_calibration(observed: Sequence[CalibrationPoint], base: Parameters) -> C
 
 
 def find_links(chip: Chip, num_ranks: int) -> Links:
-    """Return what joins a run's GPUs: as the profile in `SOV_CLUSTER` has it, if it has these GPUs; else as
-    their maker builds servers."""
+    """Return the links between a run's GPUs: from the profile in `SOV_CLUSTER` if its GPUs match, else the
+    vendor's server design."""
     name = os.environ.get(CLUSTER, "")
     if name:
         try:
@@ -295,38 +288,38 @@ def find_links(chip: Chip, num_ranks: int) -> Links:
 
 
 def predict_step_s(one: CalibrationPoint, parameters: Parameters) -> float:
-    """Return the predicted seconds of a step.
+    """Predict the step time.
 
     Raises:
-        UserError: the chip has no products in the run's precision.
+        UserError: the chip has no tensor cores for the run's precision.
     """
     workload = build_workload(one.config, one.phase, one.num_ranks,
                               one.chip, find_links(one.chip, one.num_ranks))
     return sum(estimate_step(workload, parameters).components.values())
 
 
-def _build_provenance(found: Calibration) -> dict[str, object]:
-    return {"by": "megatron-sov plan --calibrate", "factors": found.factors, "from": [
+def _build_provenance(result: Calibration) -> dict[str, object]:
+    return {"by": "megatron-sov plan --calibrate", "factors": result.factors, "from": [
         {"run": one.run, "recipe": one.config.recipe, "device": one.chip.name, "processes": one.num_ranks,
          "seq_len": one.phase.seq_len, "global_batch_size": one.phase.global_batch_size,
          "steps": one.num_steps, "step_s": one.step_s, "before_s": before, "after_s": after}
-        for one, before, after in zip(found.observed, found.before_s, found.after_s, strict=True)]}
+        for one, before, after in zip(result.observed, result.before_s, result.after_s, strict=True)]}
 
 
-def _format_calibration(found: Calibration, out: Path | None) -> str:
-    """Return the steps with their errors before and after, and the factors."""
+def _format_calibration(result: Calibration, out: Path | None) -> str:
+    """Format the errors before and after the fit, and the factors."""
     lines = [f"{'run':<24} {'processes':>9} {'samples x tokens':>18} {'steps':>6} {'measured':>10} "
              f"{'before':>18} {'after':>18}"]
-    rows = zip(found.observed, found.before_s, found.after_s, strict=True)
+    rows = zip(result.observed, result.before_s, result.after_s, strict=True)
     for one, before_s, after_s in rows:
         batch = f"{one.phase.global_batch_size:,} x {one.phase.seq_len:,}"
         lines.append(f"{one.run[:24]:<24} {one.num_ranks:>9,} {batch:>18} {one.num_steps:>6,} "
                      f"{one.step_s:>8.4g} s {_format_prediction(before_s, one.step_s):>18} "
                      f"{_format_prediction(after_s, one.step_s):>18}")
     before, after = (statistics.median(abs(p / one.step_s - 1) for p, one in zip(
-        seconds, found.observed, strict=True)) for seconds in (found.before_s, found.after_s))
-    lines += ["", f"error, median over {len(found.observed)}: {before:.1%} before, {after:.1%} after"]
-    lines += [f"{factor.name:<9} x {found.factors[factor.name]:.3f}  {factor.meaning}" for factor in FACTORS]
+        seconds, result.observed, strict=True)) for seconds in (result.before_s, result.after_s))
+    lines += ["", f"error, median over {len(result.observed)}: {before:.1%} before, {after:.1%} after"]
+    lines += [f"{factor.name:<9} x {result.factors[factor.name]:.3f}  {factor.meaning}" for factor in FACTORS]
     if out is not None:
         lines.append(f"wrote {out}; `megatron-sov plan RECIPE --parameters {out}` plans with it")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The physical numbers of the model of speed, as the published runs have them."""
+"""Parameters of the speed model: fractions of hardware peaks and fixed costs, fitted to published runs."""
 
 from __future__ import annotations
 
@@ -13,108 +13,108 @@ from typing import Any
 from megatron_sov.base.errors import UserError, suggest_name
 
 UNITS = {"bf16": "bf16", "fp8": "fp8", "fp8_blockwise": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}
-"""Precision -> the tensor cores' peak that counts."""
+"""Precision -> tensor-core peak."""
 DIVISORS = ("_fraction", "_portable", "_power_w", "_ageing", "unfused_passes", "host_bytes_per_s")
-"""Ends of names by which something is divided."""
+"""Suffixes of parameters that are divisors."""
 MAX_BYTES = 1 << 20
-"""A larger file holds no parameters."""
+"""Limit on the size of a parameter file."""
 LEAST_DIVISOR, MOST_FRACTION, MOST = 1e-6, 1.5, 1e15
-"""Bounds of what a file may say: beyond them a step takes no time, or forever."""
+"""Bounds on values: beyond them a step takes no time, or forever."""
 
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """Fractions of published peaks that runs reach, and costs that no peak tells; fitted by
-    `benchmarks/plan_calibration.py` (docs/plan_speed.md)."""
+    """Fractions of hardware peaks, and fixed costs; fitted by `benchmarks/plan_calibration.py`
+    (docs/plan_speed.md)."""
 
     product_fraction: dict[str, dict[str, float]]
-    """Generation -> unit (bf16, fp8, fp4) -> share of the peak that a large matrix product reaches on the
-    generation's reference chip, throttling included."""
+    """Generation -> unit (bf16, fp8, fp4) -> share of the peak in a large matrix product on the reference
+    chip, throttling included."""
     reference_power_w: dict[str, float]
-    """Generation -> watts of its reference chip."""
+    """Generation -> power of the reference chip, in watts."""
     power_exponent: float
-    """Speed of a chip that is held to fewer watts: (watts / reference) to this power."""
+    """Exponent of (watts / reference watts) in the speed of a chip with a lower power limit."""
     product_half_depth: float
-    """Length of a product's sums at which it reaches half of that: filling and emptying of tiles."""
+    """Inner dimension at which a product reaches half of `product_fraction`: tiles fill and drain."""
     product_fill_s: float
-    """Seconds that a product loses to its first and last waves."""
+    """Seconds per product for the first and last waves."""
     attention_fraction: dict[str, float]
-    """Generation -> share of the bf16 peak that flash attention reaches on long rows and wide heads, the mean
-    over both passes."""
+    """Generation -> share of the bf16 peak in flash attention with long rows and wide heads, mean over
+    forward and backward."""
     attention_portable: dict[str, float]
-    """Generation -> share of that speed that kernels reach which were not made for it."""
+    """Generation -> relative speed of portable attention kernels."""
     attention_half_tokens: float
-    """Keys of a query at which attention reaches half of that: what blocks on the diagonal waste."""
+    """Keys per query at which attention reaches half of its speed: diagonal blocks waste work."""
     attention_half_width: float
-    """Width of a head at which attention reaches half of that."""
+    """Head width at which attention reaches half of its speed."""
     scan_fraction: float
-    """Share of the bf16 peak that the scan of Mamba layers reaches."""
+    """Share of the bf16 peak in the scan of Mamba layers."""
     expert_fraction: float
-    """Share of a large product's speed that the grouped one of experts reaches."""
+    """Speed of grouped expert products relative to a large product."""
     fused_expert_fraction: float
-    """The same where activation and quantisation run inside it."""
+    """`expert_fraction` for kernels with fused activation and quantization."""
     expert_half_tokens: float
-    """Tokens of an expert at which its product reaches half of that."""
+    """Tokens per expert at which its product reaches half of its speed."""
     hbm_fraction: float
-    """Share of the memory's bandwidth that kernels without products reach."""
+    """Share of the memory bandwidth in memory-bound kernels."""
     unfused_passes: float
-    """How many times more bytes pass where each operation has a kernel of its own."""
+    """Factor on memory traffic if each operation has its own kernel."""
     moe_passes: float
-    """How many times more bytes pass around experts than what must be read and written once."""
+    """Factor on the minimal memory traffic around experts."""
     quantize_passes: dict[str, float]
-    """Precision -> how many times each operand of a product passes through memory to be quantised."""
+    """Precision -> memory passes per operand for quantization."""
     layer_launch_s: float
-    """Seconds of the host for the kernels of a dense layer, forward and backward, without CUDA graphs."""
+    """Host seconds per dense layer for kernel launches, forward and backward, without CUDA graphs."""
     moe_launch_s: float
-    """The same for router, dispatch and experts of a layer with experts."""
+    """Host seconds per MoE layer for router, dispatch and experts."""
     moe_stall_s: float
-    """Seconds for which the GPU waits in a layer with experts, both passes, until the host knows how many
-    tokens each expert has; none where the whole step is one graph, or experts drop tokens."""
+    """Seconds per MoE layer, forward and backward, in which the GPU waits for the host to read token counts;
+    0 for full CUDA graphs and token dropping."""
     dropping_launch_share: float
-    """Share of the host's seconds for a layer with experts that is left where they drop tokens."""
+    """Factor on `moe_launch_s` under token dropping."""
     quantized_launch: dict[str, float]
-    """Precision -> how many times more seconds the host needs than in bf16."""
+    """Precision -> factor on host seconds relative to bf16."""
     graph_launch_share: float
-    """Share of the host's seconds that partial CUDA graphs leave."""
+    """Factor on host seconds under partial CUDA graphs."""
     moe_ageing: float
-    """How many times longer host and memory traffic of experts take with software a year older."""
+    """Factor per year of software age on host and memory time of experts."""
     dense_ageing: float
-    """How many times longer everything else takes with software a year older."""
+    """Factor per year of software age on all further times."""
     inside_fraction: float
-    """Share of the links' bandwidth inside an NVLink domain that collectives reach."""
+    """Share of the NVLink bandwidth in collectives."""
     between_fraction: float
-    """Share of the network's bandwidth between domains that collectives reach."""
+    """Share of the network bandwidth between NVLink domains in collectives."""
     ep_fraction: dict[str, float]
-    """Dispatcher -> share of the collectives' bandwidth that its exchange of tokens reaches."""
+    """Dispatcher -> bandwidth of its token exchange relative to collectives."""
     tp_exposed: float
-    """Share of tensor parallelism's messages that nothing hides."""
+    """Exposed share of tensor-parallel messages."""
     tp_exposed_overlapped: float
-    """The same where they run beside the products."""
+    """`tp_exposed` under overlap with products."""
     ep_exposed_overlapped: float
-    """Share of the exchange of tokens that stays visible beside another micro-batch."""
+    """Exposed share of expert messages under overlap with another micro-batch."""
     dp_exposed: float
-    """Share of the messages of ZeRO-1 that stays visible though computation would hide all."""
+    """Exposed share of ZeRO-1 messages that fit into computation time."""
     fsdp_exposed: float
-    """The same of sharded weights, which are gathered layer by layer."""
+    """`dp_exposed` for FSDP, which gathers weights layer by layer."""
     cp_exposed: float
-    """Share of context parallelism's messages that nothing hides."""
+    """Exposed share of context-parallel messages."""
     pp_exposed: float
-    """Share of the messages between pipeline stages that nothing hides."""
+    """Exposed share of messages between pipeline stages."""
     real_imbalance: float
-    """Tokens of the fullest expert-parallel rank in units of the mean under a learnt router."""
+    """Tokens on the fullest expert-parallel rank divided by the mean, for a trained router."""
     untuned_slowdown: float
-    """How much longer a step takes in runs that show that something works, not how fast it can be."""
+    """Factor on the step time of published runs without tuning."""
     host_bytes_per_s: float
-    """Bytes per second and GPU that an optimizer in host memory passes."""
+    """Bytes per second and GPU of an optimizer in host memory."""
     step_overhead_s: float
-    """Seconds of a step for what no layer does: reading data, norms of gradients, synchronisation."""
+    """Seconds per step outside layers: data loading, gradient norms, synchronization."""
 
 
 def parse_parameters(found: dict[str, Any]) -> Parameters:
-    """Return the parameters of a file's content; what the file leaves out is as in the package.
+    """Parse JSON values; missing parameters keep the package's values.
 
     Raises:
-        ValueError: a name that is no parameter, or a value that it cannot have.
+        ValueError: an unknown name, or an invalid value.
     """
     shipped = _read_shipped_parameters()
     values = {name: _check_value(name, value, shipped.get(name), shipped) for name, value in found.items()}
@@ -122,7 +122,7 @@ def parse_parameters(found: dict[str, Any]) -> Parameters:
 
 
 def _check_value(name: str, value: Any, shipped: Any, beside: Collection[str]) -> Any:
-    """Return a parameter's value, its table filled up with what the package has."""
+    """Check a value; tables are completed from the package's."""
     if shipped is None:
         raise ValueError(f"{name} is no parameter{suggest_name(name.rpartition('.')[2], beside)}")
     if isinstance(shipped, dict):
@@ -154,10 +154,10 @@ def load_default_parameters() -> Parameters:
 
 
 def read_parameters(path: Path) -> Parameters:
-    """Return what stands in a file.
+    """Read a file from `plan --calibrate`.
 
     Raises:
-        UserError: it cannot be read, or is no file of parameters.
+        UserError: an unreadable file, or invalid parameters.
     """
     way_out = "pass a file that `megatron-sov plan --calibrate RUN --output FILE` wrote"
     try:

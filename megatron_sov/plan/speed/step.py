@@ -13,23 +13,22 @@ from megatron_sov.plan.speed.traffic import Product
 from megatron_sov.plan.speed.workload import HEAD, Block, Workload
 
 EXPERT_STREAMS = 4
-"""Experts whose products Transformer Engine runs beside one another."""
+"""CUDA streams of Transformer Engine's grouped products."""
 HALF = 0.5
-"""Share that is computed again where every second layer or product is."""
+"""Recomputed share if every second layer or product is recomputed."""
 UPDATE_BYTES = {"adam": 34, "muon": 26}
-"""Bytes of memory that an update passes for each weight: gradient for the norm and for the update, master
-weight and moments in and out, the new weight."""
+"""Memory traffic per weight of an update, in bytes: gradient for norm and update, master weight and moments
+read and written, new weight."""
 OF_LAYERS: tuple[Literal["tp", "ep", "cp"], ...] = ("tp", "ep", "cp")
-"""Groups whose messages belong to layers: a stage with more of these sends more."""
+"""Groups with messages in every layer, so stages with more layers send more."""
 NEWTON_SCHULZ = 5 * 6
-"""FLOPs of Muon for a weight, in units of its matrix's smaller side: five iterations of three products
+"""FLOPs of Muon per weight, in units of the matrix's smaller dimension: five iterations of three products
 (arXiv 2502.16982)."""
 
 
-# FLOPs and bytes of a workload as seconds of the chip's tensor cores and memory (docs/plan_speed.md).
-
-
 class Clock:
+    """Converts FLOPs and bytes of a workload to seconds on the chip (docs/plan_speed.md)."""
+
     def __init__(self, w: Workload, p: Parameters) -> None:
         self.w, self.p = w, p
         self.family = w.chip.generation
@@ -42,7 +41,7 @@ class Clock:
                     / (1.0 if w.fused_kernels else p.unfused_passes))
 
     def peak(self, quantized: bool) -> float:
-        """Return the FLOP/s that large products reach."""
+        """Return the FLOP/s of large products."""
         unit = UNITS[self.w.precision] if quantized else "bf16"
         if unit == "fp4" and self.w.shape.num_mamba_layers:
             unit = "fp8"  # hybrids keep most products in 8 bits or more (arXiv 2509.25149, section 3)
@@ -50,14 +49,13 @@ class Clock:
                 / self.age)
 
     def again(self, part: str) -> float:
-        """Return how often the backward pass computes a part once more."""
+        """Return the mean number of recomputations of a part."""
         w = self.w
         if w.recompute == "none" or part == HEAD:
             return 0.0
         if w.recompute == "full" or (part and part in w.recompute_modules):
             return 1.0
-        # Sharded programs choose every second layer or product ("layer", "op"); all else is not computed
-        # again.
+        # "layer" and "op": every second layer or product
         return HALF if {"layer", "op"} & set(w.recompute_modules) else 0.0
 
     def passes(self, part: str, backward: float = 2.0) -> float:
@@ -67,7 +65,7 @@ class Clock:
         return sum(self.product(one) for one in products)
 
     def product(self, one: Product) -> float:
-        """Return the seconds of a product, all passes; frozen weights need no gradient."""
+        """Return the seconds of a product over all passes; frozen weights need no gradient."""
         w, p = self.w, self.p
         # A saturating curve: a product of depth `product_half_depth` reaches half of the peak.
         peak, launches = self.peak(one.quantized) * one.k / (one.k + p.product_half_depth), 1.0
@@ -102,11 +100,11 @@ class Clock:
         return self.passes(part) * flops / (self.w.chip.bf16_flops_per_s * self.p.scan_fraction)
 
     def passed(self, num_bytes: float, part: str) -> float:
-        """Return the seconds of kernels that pass so many bytes in a forward pass, all passes."""
+        """Return the seconds over all passes of kernels with `num_bytes` of traffic per forward pass."""
         return self.passes(part) * num_bytes / self.hbm
 
     def around(self, products: list[Product]) -> float:
-        """Return the seconds of what products bring with them: quantised operands, adapters."""
+        """Return the seconds for quantizing operands and for adapters."""
         seconds = 0.0
         if self.w.precision != "bf16":
             passes = self.p.quantize_passes[self.w.precision]
@@ -118,43 +116,43 @@ class Clock:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step on the slowest pipeline stage; they add up to `total_s`."""
+    """Seconds of an optimizer step on the slowest pipeline stage; `COMPONENTS` add up to `total_s`."""
 
     dense_s: float
     """Products of attention, Mamba, dense feed-forward networks and shared experts."""
     experts_s: float
     """Grouped products of routed experts."""
     attention_s: float
-    """Queries with keys, weights with values; scans of Mamba layers."""
+    """Attention products; scans of Mamba layers."""
     head_s: float
     memory_s: float
-    """Kernels without products: norms, rotation, activations, sorting of tokens, quantisation."""
+    """Memory-bound kernels: norms, rotation, activations, token permutation, quantization."""
     launch_s: float
     """Waiting for the host to launch kernels."""
     tp_s: float
-    """Messages of tensor parallelism that nothing hides."""
+    """Exposed tensor-parallel messages."""
     ep_s: float
-    """Exchange of tokens that nothing hides."""
+    """Exposed expert messages."""
     cp_s: float
-    """Messages of context parallelism that nothing hides."""
+    """Exposed context-parallel messages."""
     pp_s: float
-    """Messages between stages that nothing hides."""
+    """Exposed messages between stages."""
     dp_s: float
-    """Gradients and weights over data-parallel processes that nothing hides."""
+    """Exposed data-parallel messages."""
     bubble_s: float
-    """Waiting for the pipeline to fill and to drain."""
+    """Pipeline bubble."""
     optimizer_s: float
     other_s: float
-    """What no layer does, and what slows runs that nobody tuned."""
+    """Fixed overhead per step, and the slowdown of untuned runs."""
     tokens: int
     num_gpus: int
     flops_per_token: float
-    """Model FLOPs (`ModelShape.train_flops_per_token`, two thirds of it where adapters alone learn)."""
+    """Model FLOPs (`ModelShape.count_train_flops`); two thirds under LoRA."""
     peak_flops_per_s: float
 
     @property
     def components(self) -> dict[str, float]:
-        """Component -> seconds, as quotes and kept plans name them: without the unit."""
+        """Component without its unit suffix -> seconds."""
         return {name.removesuffix("_s"): getattr(self, name) for name in COMPONENTS}
 
     @property
@@ -175,12 +173,12 @@ class StepTime:
 
 
 COMPONENTS = tuple(f.name for f in fields(StepTime) if f.name.endswith("_s") and f.name != "peak_flops_per_s")
-"""Fields of a step's time that add up."""
+"""Fields that add up to the step time."""
 
 
 @dataclass
 class _MicroBatch:
-    """Seconds of a micro-batch on one pipeline stage, as they are summed up."""
+    """Seconds of a micro-batch by component."""
 
     dense: float = 0.0
     experts: float = 0.0
@@ -198,28 +196,28 @@ class _MicroBatch:
 
 
 class StepParts(NamedTuple):
-    """Seconds of a micro-batch, before a pipeline cuts them."""
+    """Seconds of a micro-batch over all pipeline stages."""
 
     trunk: _MicroBatch
-    """All layers but those of prediction."""
+    """Layers without prediction layers."""
     behind: _MicroBatch
-    """Multi-token prediction without its heads."""
+    """Prediction layers without heads."""
     head: _MicroBatch
-    """The output head and those of prediction layers, with their losses."""
+    """Heads of trunk and prediction layers, with losses."""
 
 
 PartsCache = dict[Workload, StepParts]
-"""What was reckoned before, by workloads that differ in what `StepParts` do not depend on."""
+"""Cache of `StepParts`, by workloads without pipeline and batch settings."""
 
 
 def estimate_step(w: Workload, parameters: Parameters | None = None,
                   known: PartsCache | None = None) -> StepTime:
-    """Return the seconds of a step.
+    """Estimate the seconds of a step.
 
     Args:
-        w: the step.
-        parameters: of the model of speed; None: those of the package.
-        known: parts that a search has met, which grows; for one set of parameters.
+        w: workload.
+        parameters: speed parameters; None: the package's.
+        known: cache for a search, valid for one set of parameters.
 
     Raises:
         UserError: the chip has no products in the workload's precision.
@@ -234,7 +232,7 @@ def estimate_step(w: Workload, parameters: Parameters | None = None,
         clock, known), sum(average[group] for group in OF_LAYERS))
     exposed = {group: spent * (crowded if group in OF_LAYERS else 1) for group, spent in average.items()}
     if w.overlap_ep:
-        # behind the computation of one micro-batch is no room for longer messages of another one
+        # messages longer than the micro-batch's computation stay exposed
         whole_s = _estimate_exposed_s(replace(w, overlap_ep=False), p, sent.get("ep")) / m * crowded
         exposed["ep"] = max(exposed["ep"], whole_s - stage.total)
     device = stage.total + sum(exposed.values())
@@ -260,8 +258,8 @@ def estimate_step(w: Workload, parameters: Parameters | None = None,
 
 
 def estimate_router_s(w: Workload, parameters: Parameters | None = None) -> float:
-    """Return the seconds of a step that routers take, of all stages' mean: their products, and the kernels
-    over scores of all experts; a part of `dense_s` and `memory_s`."""
+    """Return the seconds of routers in a step, mean over stages: products and score kernels; included in
+    `dense_s` and `memory_s`."""
     p, s = parameters or load_default_parameters(), w.shape
     clock, layers = Clock(w, p), s.num_moe_layers + (s.num_predictions if s.mtp_moe else 0)
     product = traffic.list_products(w, "beside experts")[:1]
@@ -270,9 +268,8 @@ def estimate_router_s(w: Workload, parameters: Parameters | None = None) -> floa
 
 
 def estimate_extra_layers(w: Workload, parameters: Parameters | None = None) -> float:
-    """Return what the last stage of a pipeline computes beside its layers, prediction layers and heads, in
-    units of a layer with its messages; as the fastest layouts have it, where nothing is recomputed and
-    experts are exchanged inside an NVLink domain."""
+    """Return the cost of prediction layers and heads on the last stage, in units of a layer with messages:
+    without recomputation and with experts inside an NVLink domain, as in fast layouts."""
     p = parameters or load_default_parameters()
     # A search compares layouts that differ in these: the answer must be the same for all of them.
     clock = Clock(replace(w, recompute="none", recompute_modules=(), ep=min(w.ep, w.links.domain)), p)
@@ -285,7 +282,7 @@ def estimate_extra_layers(w: Workload, parameters: Parameters | None = None) -> 
 
 
 def _estimate_parts(clock: Clock, known: PartsCache | None) -> StepParts:
-    """Return the seconds of a micro-batch, reckoned anew where nobody has before."""
+    """Return the seconds of a micro-batch, from the cache if possible."""
     if known is None:
         return StepParts(_estimate_trunk(clock), _estimate_prediction_layers(clock), _estimate_head(clock))
     # These do not change the seconds of a micro-batch before a pipeline cuts it, so a sweep reuses them.
@@ -296,41 +293,40 @@ def _estimate_parts(clock: Clock, known: PartsCache | None) -> StepParts:
 
 
 def _estimate_head(clock: Clock) -> _MicroBatch:
-    """Return the seconds of the output head and of those of prediction layers, with their losses."""
+    """Return the seconds of all heads with their losses."""
     w = clock.w
     return _MicroBatch(head=(1 + w.shape.num_predictions) * (clock.products(traffic.list_products(w, "head"))
                                                              + traffic.count_head_bytes(w) / clock.hbm))
 
 
 def _find_slowest_stage(w: Workload, parts: StepParts, messages_s: float) -> tuple[_MicroBatch, float, float]:
-    """Return the seconds of a micro-batch on the slowest stage, their mean over stages, and how many layers
-    that stage has, in units of their mean."""
-    s, (trunk, behind, head) = w.shape, parts
-    # What each stage would have if work could be split at will.
-    mean = (trunk.total + behind.total + head.total) / w.pp
+    """Return the seconds of a micro-batch on the slowest stage, the mean over stages, and the stage's layers
+    divided by the mean."""
+    s, (trunk, prediction, head) = w.shape, parts
+    mean = (trunk.total + prediction.total + head.total) / w.pp
     stage = _MicroBatch()
     # Uneven stages: either the one with most layers is slowest, or the last one with the head.
     if w.pp > 1 and w.stage_layers:
         last = _MicroBatch()
-        for part, share in ((trunk, w.stage_layers[-1] / s.num_layers), (behind, 1), (head, 1)):
+        for part, share in ((trunk, w.stage_layers[-1] / s.num_layers), (prediction, 1), (head, 1)):
             last.add(part, share)
         stage.add(trunk, max(w.stage_layers) / s.num_layers)
         crowded = [layers * w.pp / s.num_layers for layers in (max(w.stage_layers), w.stage_layers[-1])]
         slowest = max(((stage, crowded[0]), (last, crowded[1])),
                       key=lambda found: found[0].total + found[1] * messages_s)
         return slowest[0], mean, slowest[1]
-    whole = _MicroBatch()
-    whole.add(trunk, 1)
-    whole.add(behind, 1)
+    total = _MicroBatch()
+    total.add(trunk, 1)
+    total.add(prediction, 1)
     layers, runs = s.num_layers + s.num_predictions, w.pp * w.vpp
     if layers % runs:  # the last stage has fewer layers, and the head
-        stage.add(whole, -(-layers // runs) * w.vpp / layers)
+        stage.add(total, -(-layers // runs) * w.vpp / layers)
         if w.pp == 1 or stage.total < mean:
             stage = _MicroBatch()
-            stage.add(whole, 1 / w.pp)
+            stage.add(total, 1 / w.pp)
             stage.add(head, 1 / w.pp)
     else:
-        stage.add(whole, 1 / w.pp)
+        stage.add(total, 1 / w.pp)
         stage.add(head, 1)
     return stage, mean, 1.0
 
@@ -352,21 +348,20 @@ def _estimate_trunk(clock: Clock) -> _MicroBatch:
 
 
 def _estimate_prediction_layers(clock: Clock) -> _MicroBatch:
-    """Return the seconds of multi-token prediction without its heads."""
-    s, found = clock.w.shape, _MicroBatch()
+    """Return the seconds of prediction layers without heads."""
+    s, total = clock.w.shape, _MicroBatch()
     if s.num_predictions:
         ffn = _estimate_moe(clock) if s.mtp_moe else _estimate_block(
             clock, "dense", traffic.count_dense_bytes, "mlp")
         for part in (_estimate_attention(clock, s.mtp_window), ffn):
-            found.add(part, s.num_predictions)
-        found.dense += s.num_predictions * clock.products(traffic.list_products(clock.w, "prediction"))
-    return found
+            total.add(part, s.num_predictions)
+        total.dense += s.num_predictions * clock.products(traffic.list_products(clock.w, "prediction"))
+    return total
 
 
 def _estimate_block(clock: Clock, block: Block, passed_bytes: Callable[[
                     Workload], float], part: str) -> _MicroBatch:
-    """Return the seconds of a block's products, and of the kernels around them, which recomputation calls
-    `part`."""
+    """Return the seconds of a block's products and memory-bound kernels; `part`: recomputation module."""
     products = traffic.list_products(clock.w, block)
     scan = (clock.scan(traffic.count_mamba_scan_flops(clock.w)) if block == "mamba"
             else clock.scan(traffic.count_linear_scan_flops(clock.w), "") if block == "linear" else 0.0)
@@ -375,27 +370,27 @@ def _estimate_block(clock: Clock, block: Block, passed_bytes: Callable[[
 
 
 def _estimate_attention(clock: Clock, window: int) -> _MicroBatch:
-    found = _estimate_block(clock, "attention", traffic.count_attention_bytes, "")
-    found.attention = clock.attention(window)
-    return found
+    seconds = _estimate_block(clock, "attention", traffic.count_attention_bytes, "")
+    seconds.attention = clock.attention(window)
+    return seconds
 
 
 def _estimate_moe(clock: Clock) -> _MicroBatch:
-    beside, experts = traffic.list_products(
+    dense, experts = traffic.list_products(
         clock.w, "beside experts"), traffic.list_products(clock.w, "expert")
     activation = "moe" if clock.again("moe") else "moe_act"
-    memory = clock.passed(traffic.count_moe_bytes(clock.w), "moe") + clock.around(beside)
+    memory = clock.passed(traffic.count_moe_bytes(clock.w), "moe") + clock.around(dense)
     if not clock.w.fused_experts:
         memory += (clock.passed(traffic.count_activation_bytes(clock.w), activation) + clock.around(experts))
-    return _MicroBatch(dense=clock.products(beside), experts=clock.products(experts),
+    return _MicroBatch(dense=clock.products(dense), experts=clock.products(experts),
                        memory=memory * clock.p.moe_passes * clock.moe_age)
 
 
 def _estimate_exposed_s(w: Workload, p: Parameters, message: traffic.TrafficMessage | None) -> float:
-    """Return the seconds of a step's messages that nothing hides."""
+    """Return the exposed seconds of a step's messages."""
     if message is None:
         return 0.0
-    # the runs that the fit has seen show no gain of it: what runs beside products is no slower at least
+    # fitted runs show no gain; overlap is at least not slower
     beside_products = min(p.tp_exposed, p.tp_exposed_overlapped)
     share = {"tp": beside_products if w.overlap_tp else p.tp_exposed,
              "ep": p.ep_exposed_overlapped if w.overlap_ep else 1.0, "cp": p.cp_exposed,
@@ -407,8 +402,8 @@ def _estimate_exposed_s(w: Workload, p: Parameters, message: traffic.TrafficMess
 
 
 def _estimate_launch_s(clock: Clock) -> tuple[float, float]:
-    """Return the seconds that the host needs for the kernels of a micro-batch, and those for which the GPU
-    waits for it at every layer with experts."""
+    """Return the host seconds for kernel launches of a micro-batch, and the GPU's wait for token counts
+    in MoE layers."""
     w, p, s = clock.w, clock.p, clock.w.shape
     if w.cuda_graphs == "full":
         return 0.0, 0.0
@@ -424,12 +419,12 @@ def _estimate_launch_s(clock: Clock) -> tuple[float, float]:
 
 def _estimate_data_parallel_s(w: Workload, p: Parameters, message: traffic.TrafficMessage, micro_batch_s:
                               float) -> float:
-    """Return the seconds of data-parallel messages that computation does not hide."""
+    """Return the exposed seconds of data-parallel messages."""
     fraction = p.inside_fraction if message.link == "inside" else p.between_fraction
     seconds = message.num_bytes / message.bytes_per_s / fraction + message.count * message.latency_s
     sharded = w.sharding == "fsdp"
     hidden = micro_batch_s * (w.num_micro_batches if traffic.gathers_each_micro_batch(w) else 1)
-    # Without it gathering weights hides behind nothing; the backward pass is two thirds of a micro-batch.
+    # Without `overlap_param_gather`, only the backward pass (two thirds of a micro-batch) hides messages.
     hidden *= 1.0 if w.overlap_param_gather else 2 / 3
     hidden = hidden if w.overlap_grad_reduce or sharded else 0.0
     return max(0.0, seconds - hidden) + (p.fsdp_exposed if sharded else p.dp_exposed) * min(seconds, hidden)
@@ -443,10 +438,10 @@ def _estimate_update_s(clock: Clock) -> float:
     # Each process updates its share; experts have fewer copies to share with.
     if w.sharding != "none":
         dense, experts = dense / (w.dp * w.cp), experts / w.expert_dp
-    held = dense + experts
-    passed = held * UPDATE_BYTES[w.optimizer]
+    num_params = dense + experts
+    passed = num_params * UPDATE_BYTES[w.optimizer]
     seconds = passed * ((1 - w.offload) / clock.hbm + w.offload / clock.p.host_bytes_per_s)
     if w.optimizer == "muon":
-        # The smaller side of a matrix is taken to be the model's width.
-        seconds += held * NEWTON_SCHULZ * w.shape.hidden_size / clock.peak(False)
+        # The smaller dimension of a matrix is assumed to be the hidden size.
+        seconds += num_params * NEWTON_SCHULZ * w.shape.hidden_size / clock.peak(False)
     return seconds

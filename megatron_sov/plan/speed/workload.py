@@ -1,4 +1,4 @@
-"""What the arithmetic of speed needs of a model: sizes, whether they come from a recipe or from a table."""
+"""Inputs of the speed model: a model's shape, and the workload of an optimizer step."""
 
 from __future__ import annotations
 
@@ -14,96 +14,92 @@ from megatron_sov.work.clusters.chips import Chip, Links
 
 Block = Literal["attention", "linear", "mamba", "dense", "expert", "beside experts", "prediction", "head"]
 HEAD = "head"
-"""Part that no recomputation computes again: it goes by layers, and the head is behind them."""
+"""Part that is never recomputed: recomputation works by layers."""
 
 
 class MatrixWork(NamedTuple):
-    """A weight [rows, columns] that a token is multiplied with."""
+    """A weight [rows, columns] in a product with every token."""
 
     rows: float
     columns: float
     cut: Literal["rows", "columns", "tokens", ""]
-    """What of the product tensor parallelism shares: rows or columns of the weight, tokens, or nothing."""
+    """Dimension that tensor parallelism splits: rows or columns of the weight, tokens, or none."""
     part: str = ""
-    """What recomputation calls it: mla_up_proj, mlp, moe, shared_experts; `HEAD`; or nothing."""
+    """Name in `gpu.recompute_modules` (mla_up_proj, mlp, moe, shared_experts), `HEAD`, or empty."""
     quantized: bool = True
-    """Whether the workload's precision holds; routers and heads stay in bf16."""
+    """Whether the product uses `Workload.precision`; routers and heads use bf16."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder: layers of attention and a feed-forward network, or a hybrid with Mamba-2 layers."""
+    """Sizes of a decoder, or of a hybrid with Mamba-2 layers."""
 
     num_layers: int
     hidden_size: int
     num_heads: int
     head_dim: int
-    """Width of a head's queries and keys; under latent attention of their part without positions."""
+    """Width of queries and keys per head; under latent attention, of the part without positions."""
     num_kv_heads: int
     vocab_size: int
     dense_ffn_dim: int = 0
-    """Inner width of dense feed-forward layers."""
     gated: bool = True
-    """Whether feed-forward networks have a gate (three matrices, SwiGLU) or not (two)."""
+    """Three matrices per feed-forward network (SwiGLU) instead of two."""
     norms_per_block: float = 1
-    """Norms of an attention block or feed-forward network over the residual's width: before it, or behind it
-    too."""
+    """Norms over the residual per block: 1 (pre-norm), or 2 (pre- and post-norm)."""
     tied: bool = False
-    """Whether the output head is the embedding."""
+    """Tied embedding and head."""
     num_experts: int = 0
-    """Routed experts of a layer; 0: all layers are dense."""
+    """Routed experts per layer; 0: dense model."""
     num_experts_per_token: int = 0
-    """Routed experts that a token visits."""
     expert_ffn_dim: int = 0
     num_shared_experts: float = 0
-    """Width of what every token visits beside the routed experts, in units of `expert_ffn_dim`."""
+    """Width of shared experts in units of `expert_ffn_dim`."""
     num_dense_layers: int = 0
-    """Layers whose feed-forward network is dense, in a model with experts."""
+    """Dense layers in a model with experts."""
     num_mtp_layers: int = 0
     """Multi-token prediction layers."""
     mtp_moe: bool = False
-    """Whether those have experts (DeepSeek-V3) or are dense."""
+    """Whether prediction layers have experts (DeepSeek-V3)."""
     mtp_depths: int = 1
-    """How many times each of those is applied."""
+    """Applications of each prediction layer."""
     mtp_window: int = 0
-    """Keys that a query of those sees; 0: all."""
+    """Attention window of prediction layers, in keys; 0: none."""
     window: int = 0
-    """Keys that a query of a windowed layer sees, itself included; 0: no such layers."""
+    """Attention window in keys, the query included; 0: no windowed layers."""
     global_every: int = 0
-    """One in so many attention layers sees everything, the others `window` keys; 0: all see everything."""
+    """Every n-th attention layer is global, all further layers have `window`; 0: all layers are global."""
     layer_windows: tuple[tuple[int, int], ...] = ()
-    """(keys, layers) of the windowed layers, where these do not follow from the two above."""
+    """(window, number of layers), if `window` and `global_every` cannot express them."""
     q_lora_rank: int = 0
-    """Rank of the queries of latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1); 0: in full."""
+    """Query rank in latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1); 0: full rank."""
     kv_lora_rank: int = 0
-    """Rank of its keys and values; 0: the attention is not latent."""
+    """Key and value rank in latent attention; 0: no latent attention."""
     rope_head_dim: int = 0
-    """Width of the part of its heads that is rotated, beside `head_dim`."""
+    """Rotated width per head in latent attention, in addition to `head_dim`."""
     v_head_dim: int = 0
-    """Width of its values; 0: `head_dim`."""
+    """Value width per head in latent attention; 0: `head_dim`."""
     expert_latent_dim: int = 0
-    """Width that routed experts work in, between two projections (LatentMoE); 0: `hidden_size`."""
+    """Hidden width inside routed experts, between two projections (LatentMoE); 0: `hidden_size`."""
     linear: LinearAttentionConfig | None = None
-    """Sizes of linear attention."""
     num_linear_layers: int = 0
-    """Layers with linear attention in the place of the other."""
+    """Layers with linear attention instead of softmax attention."""
     attention_gate: bool = False
-    """Whether the other's output is gated, by as much as queries are projected to."""
+    """Whether softmax attention has an output gate, as wide as its queries."""
     num_mamba_layers: int = 0
-    """Layers with a Mamba-2 block in the place of attention."""
+    """Layers with a Mamba-2 block instead of attention."""
     num_ffn_layers: int = 0
-    """Layers that are feed-forward networks alone, in models whose layers are one block each (Nemotron-H);
-    0: every layer has one behind its attention or Mamba block."""
+    """Feed-forward layers in models with one block per layer (Nemotron-H); 0: every layer has a feed-forward
+    network."""
     mamba_num_heads: int = 0
-    """Heads of a Mamba-2 block (arXiv 2405.21060)."""
+    """Heads per Mamba-2 block (arXiv 2405.21060)."""
     mamba_head_dim: int = 0
     mamba_state_dim: int = 0
     mamba_num_groups: int = 0
-    """Groups of heads that share input and output projections of the state."""
+    """Groups of heads with shared projections of the state."""
 
     @property
     def num_attention_layers(self) -> int:
-        """Layers with attention whose queries see keys."""
+        """Layers with softmax attention."""
         return self.num_layers - self.num_linear_layers - self.num_mamba_layers - self.num_ffn_layers
 
     @property
@@ -116,7 +112,7 @@ class ModelShape:
 
     @property
     def windowed(self) -> tuple[tuple[int, int], ...]:
-        """(keys, layers) of the layers whose queries see so many keys at most."""
+        """(window, number of layers) of the windowed layers."""
         if self.layer_windows or not (self.window and self.global_every):
             return self.layer_windows
         return ((self.window, self.num_attention_layers - self.num_attention_layers // self.global_every),)
@@ -127,12 +123,12 @@ class ModelShape:
 
     @property
     def num_predictions(self) -> int:
-        """Applications of prediction layers."""
+        """Applications of all prediction layers."""
         return self.num_mtp_layers * self.mtp_depths
 
     @property
     def query_dim(self) -> int:
-        """Width of queries and keys of a head, the rotated part of latent attention included."""
+        """Width of queries and keys per head, with the rotated part of latent attention."""
         return self.head_dim + (self.rope_head_dim if self.kv_lora_rank else 0)
 
     @property
@@ -148,8 +144,7 @@ class ModelShape:
         return 3 if self.gated else 2
 
     def list_matrices(self, block: Block) -> list[MatrixWork]:
-        """Return the weights that tokens are multiplied with in one block of a layer, in an expert, between
-        a token's embedding and a prediction layer, or in the output head."""
+        """Return the weights of a block; "prediction" is the projection in front of a prediction layer."""
         h, inner = self.hidden_size, self.mamba_num_heads * self.mamba_head_dim
         if block == "attention":
             return self._attention()
@@ -166,15 +161,15 @@ class ModelShape:
         if block == "prediction":
             return [MatrixWork(h, 2 * h, "rows")]
         if block == "head":
-            # The head stays in bf16 under every recipe of 8 or 4 bits, and so does the router below.
+            # Head and router use bf16 under every 8- or 4-bit recipe.
             return [MatrixWork(self.vocab_size, h, "rows", HEAD, quantized=False)]
-        found = [MatrixWork(self.num_experts, h, "tokens", quantized=False)]
+        matrices = [MatrixWork(self.num_experts, h, "tokens", quantized=False)]
         if self.num_shared_experts:
-            found += self._feed_forward(self.num_shared_experts * self.expert_ffn_dim, h, "shared_experts")
+            matrices += self._feed_forward(self.num_shared_experts * self.expert_ffn_dim, h, "shared_experts")
         if self.expert_latent_dim:
-            found += [MatrixWork(self.expert_latent_dim, h, "tokens"),
+            matrices += [MatrixWork(self.expert_latent_dim, h, "tokens"),
                       MatrixWork(h, self.expert_latent_dim, "tokens")]
-        return found
+        return matrices
 
     def _attention(self) -> list[MatrixWork]:
         h, heads = self.hidden_size, self.num_heads
@@ -201,7 +196,7 @@ class ModelShape:
                 MatrixWork(values, linear.gate_rank, "rows")]
 
     def _feed_forward(self, inner: float, width: int, part: str) -> list[MatrixWork]:
-        """Return two matrices of a network, of which the first one has the gate, where there is one."""
+        """Return the up projection, with the gate, and the down projection."""
         return [MatrixWork((self.ffn_matrices - 1) * inner, width, "rows", part),
                 MatrixWork(width, inner, "columns", part)]
 
@@ -209,22 +204,21 @@ class ModelShape:
         return round(sum(one.rows * one.columns for one in self.list_matrices(block)))
 
     def count_experts_params(self, experts: int) -> int:
-        """Return the weights of a feed-forward network with so many routed experts."""
+        """Count the weights of an MoE block with `experts` routed experts."""
         return experts * self.count_block_params("expert") + self.count_block_params("beside experts")
 
     def params(self) -> int:
-        """Return the parameters, prediction layers left out; norms and biases, which no product has, too."""
+        """Count the parameters, without prediction layers, norms and biases."""
         return self._multiplied(self.num_experts) + (0 if self.tied else self.vocab_size * self.hidden_size)
 
     def count_mtp_params(self, experts: int) -> int:
-        """Return the weights of all prediction layers (projection, attention, feed-forward network), with so
-        many routed experts; their head is the trunk's."""
+        """Count the weights of all prediction layers, with `experts` routed experts and without the head."""
         ffn = self.count_experts_params(experts) if self.mtp_moe else self.count_block_params("dense")
         return self.num_mtp_layers * (self.count_block_params("prediction") + \
                                       self.count_block_params("attention") + ffn)
 
     def _multiplied(self, experts: int) -> int:
-        """Return the weights of the trunk's products and the head, with so many experts of each layer."""
+        """Count the weights in products of trunk and head, with `experts` routed experts per layer."""
         found = self.count_block_params("head")
         layers: dict[Block, int] = {"attention": self.num_attention_layers, "mamba": self.num_mamba_layers,
                                     "linear": self.num_linear_layers,
@@ -235,19 +229,15 @@ class ModelShape:
         return found
 
     def count_forward_flops(self, seq_len: int) -> float:
-        """Return the FLOPs of a token's forward pass, the mean over a row of one document.
-
-        Counted as in `families.count`: two for each weight of a product, prediction layers and their heads
-        included, and of attention the causal half.
-        """
+        """Return the mean FLOPs per token of a forward pass over a document of `seq_len` tokens: as in
+        `families.count`, two per weight, prediction layers included, and the causal half of attention."""
         predicting = (self.mtp_depths * self.count_mtp_params(self.num_experts_per_token)
                       + self.num_predictions * (self.vocab_size * self.hidden_size))
         return (self._token_flops(partial(compute_mean_keys, seq_len)) + 2 * predicting
                 + self.num_predictions * self._key_flops() * compute_mean_keys(seq_len, self.mtp_window))
 
     def _token_flops(self, keys: Callable[[int], float]) -> float:
-        """Return the FLOPs of a token in the trunk and the head, whose query sees so many keys under a window
-        (0: none)."""
+        """Return the FLOPs per token in trunk and head; `keys` maps a window (0: none) to keys per query."""
         seen = ((self.num_attention_layers - self.num_window_layers) * keys(0)
                 + sum(layers * keys(window) for window, layers in self.windowed))
         return (2 * self._multiplied(self.num_experts_per_token) + self._key_flops() * seen
@@ -255,16 +245,15 @@ class ModelShape:
                 + (0 if self.linear is None else 2 * self.num_linear_layers * self.linear.products_per_token))
 
     def _key_flops(self) -> int:
-        """Return the FLOPs of all heads of a layer for a query and a key: their product, and the value's."""
+        """Return the FLOPs per query and key in a layer, over all heads."""
         return 2 * self.num_heads * (self.query_dim + self.value_dim)
 
     def count_mamba_scan_flops(self) -> float:
-        """Return the FLOPs of a Mamba-2 block's state for a token, as a recurrence: it is written and read
-        (`megatron.core`'s count: 7 for each element of the state)."""
+        """Return the FLOPs per token of a Mamba-2 recurrence (`megatron.core`: 7 per state element)."""
         return 7 * self.mamba_num_heads * self.mamba_head_dim * self.mamba_state_dim
 
     def count_train_flops(self, seq_len: int) -> float:
-        """Return the model FLOPs of forward and backward pass of a token: three forward passes."""
+        """Return the model FLOPs per token of forward and backward pass: three forward passes."""
         return 3 * self.count_forward_flops(seq_len)
 
 
@@ -273,8 +262,7 @@ def build_shape(model: ModelConfig) -> ModelShape:
     """Return the shape of a recipe's model."""
     latent = model.latent_attention
     windowed = sum(kind == "sliding_attention" for kind in model.layer_types())
-    # A shape knows one period only ("every n-th layer is global"); with no global layer the period is
-    # beyond the last one.
+    # `global_every` expresses a single period; without global layers it exceeds the number of layers.
     attending = model.num_layers - model.num_linear_layers()
     num_global = attending - windowed
     every = attending // num_global if num_global else attending + 1
@@ -302,11 +290,8 @@ def build_shape(model: ModelConfig) -> ModelShape:
         v_head_dim=latent.v_head_dim if latent is not None else 0)
 
 
-# One optimizer step of one stage on a number of GPUs: what is computed, where, and how it is cut.
-
-
 Precision = Literal["bf16", "fp8", "fp8_blockwise", "mxfp8", "nvfp4"]
-"""Of the matrix products of layers: as `train.fp8` names them, fp8 being tensorwise or rowwise scales."""
+"""Precision of matrix products in layers; fp8 has tensorwise or rowwise scales."""
 PRECISIONS: dict[str, Precision] = {"none": "bf16", "tensorwise": "fp8", "delayed": "fp8",
                                     "blockwise": "fp8_blockwise", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}
 """`train.fp8` -> precision of a workload."""
@@ -320,73 +305,66 @@ class Workload:
     num_gpus: int
     seq_len: int
     micro_batch_size: int = 1
-    """Rows of one forward pass of one replica."""
     global_batch_size: int = 1
     document_tokens: int = 0
-    """Tokens of a document where attention does not cross documents; 0: a row is one document."""
+    """Tokens per packed document, the range of attention; 0: a row is one document."""
     tp: int = 1
     sp: bool = False
     pp: int = 1
     vpp: int = 1
-    """Runs of layers on each pipeline stage."""
+    """Chunks per pipeline stage."""
     stage_layers: tuple[int, ...] = ()
-    """Trunk layers of each stage of a pipeline, prediction layers and head being on the last one; empty:
-    nobody says, and stages are as even as can be."""
+    """Trunk layers per stage, with prediction layers and head on the last stage; empty: even stages."""
     cp: int = 1
     ep: int = 1
     etp: int = 1
     """Tensor parallel size inside an expert."""
     sharding: Literal["none", "zero1", "fsdp"] = "none"
-    """What data-parallel processes share: nothing, the optimizer's state, or weights and gradients too."""
+    """State sharded over data-parallel processes: none, optimizer (zero1), or everything (fsdp)."""
     sharding_group: int = 0
-    """Processes that share it, where copies of them exist (HSDP); 0: all data-parallel ones."""
+    """Size of a sharding group under HSDP; 0: all data-parallel processes."""
     precision: Precision = "bf16"
-    """Of the layers' matrix products."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again."""
     recompute_modules: tuple[str, ...] = ()
-    """What of it is selective: core_attn, layernorm, mlp, moe, moe_act, shared_experts, mla_up_proj; layer
-    for every second layer as a whole, op for every second product."""
+    """Selective recomputation: names as in `gpu.recompute_modules`; layer: every second layer; op: every
+    second product."""
     dispatcher: Literal["alltoall", "allgather", "deepep", "hybridep"] = "alltoall"
-    """How tokens reach their experts."""
     overlap_grad_reduce: bool = True
-    """Whether gradients are summed beside the backward pass."""
+    """Gradient reduction overlaps the backward pass."""
     overlap_param_gather: bool = True
-    """Whether weights are gathered beside the forward pass."""
+    """Weight gathering overlaps the forward pass."""
     overlap_tp: bool = False
-    """Whether messages of tensor parallelism run beside the products (user buffers, async TP)."""
+    """Tensor-parallel messages overlap products (user buffers, async TP)."""
     overlap_ep: bool = False
-    """Whether tokens travel to experts beside another micro-batch's computation."""
+    """Expert messages overlap another micro-batch."""
     cuda_graphs: Literal["none", "partial", "full"] = "none"
-    """Whether kernels of parts of a layer, or of the whole step, are launched as one."""
+    """partial: graphs for parts of layers; full: one graph per step."""
     fused_kernels: bool = True
-    """Whether what stands between products runs in few kernels (Transformer Engine, torch.compile), or each
-    operation in its own."""
+    """Fused kernels between products (Transformer Engine, torch.compile) instead of one per operation."""
     attention_kernel: Literal["newest", "portable"] = "newest"
-    """Whether attention has a kernel made for the chip's generation (cuDNN, FlashAttention 3), or one that
-    runs everywhere (FlashAttention 2, Triton)."""
+    """newest: kernels for the chip's generation (cuDNN, FlashAttention 3); portable: FlashAttention 2,
+    Triton."""
     exchanges_heads: bool = False
-    """Whether processes that share a row get the whole row of some heads, not the keys of all of it."""
+    """Context parallelism exchanges heads (all-to-all) instead of keys and values."""
     software_age_years: float = 0.0
-    """How much older the software is than the newest runs that the parameters were fitted to."""
+    """Age of the software relative to the newest fitted runs."""
     fused_experts: bool = False
-    """Whether activation and quantisation of experts run inside their grouped products."""
+    """Grouped products with fused activation and quantization."""
     dropless: bool = True
-    """Whether every token reaches its experts, so that the host has to know how many each has; otherwise all
-    have as many, and what is too much is dropped."""
+    """No token is dropped, so the host reads token counts per expert."""
     imbalance: float = 1.0
-    """Tokens of the fullest expert-parallel rank in units of the mean."""
+    """Tokens on the fullest expert-parallel rank divided by the mean."""
     grad_bytes: int = 4
-    """Bytes of a gradient that is summed."""
+    """Bytes per gradient element in reductions."""
     weight_bytes: int = 2
-    """Bytes of a weight that is gathered; those of tables count as the rest."""
+    """Bytes per gathered weight element."""
     optimizer: Literal["adam", "muon"] = "adam"
     offload: float = 0.0
-    """Share of the optimizer that lies and runs in host memory."""
+    """Share of the optimizer states in host memory."""
     tuned: bool = True
-    """Whether somebody looked for a fast layout; not so for runs that show that something works."""
+    """Whether the layout was tuned for speed."""
     objective: Literal["train", "lora"] = "train"
-    """Whether all weights learn, or adapters alone."""
+    """Train all weights, or LoRA adapters."""
 
     @property
     def dp(self) -> int:
@@ -398,7 +376,6 @@ class Workload:
 
     @property
     def num_micro_batches(self) -> int:
-        """Forward passes of a replica in a step."""
         return max(1, -(-self.global_batch_size // (self.dp * self.micro_batch_size)))
 
     @property
@@ -408,15 +385,15 @@ class Workload:
 
 def build_workload(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, links: Links,
            imbalance: float = 1.0) -> Workload:
-    """Return a step of a phase of a run."""
+    """Build the workload of a step in a phase."""
     p, t, g = config.parallel, config.train, config.gpu
     recompute: Literal["none", "selective", "full"] = "none"
     if t.recompute:
         recompute = "selective" if t.recompute == "selective" else "full"
     stages = tuple(len(p.stage_layers(stage, config.model.num_layers)) for stage in range(p.pp))
     muon = config.optim.name == "muon" or any(group.optimizer == "muon" for group in config.optim.groups)
-    # as `engine.model.gpu_settings.own_attention_serves` where Transformer Engine has kernels for all heads;
-    # its own kernel is that of FlashAttention 2
+    # as `engine.model.gpu_settings.own_attention_serves` if Transformer Engine supports all heads; our kernel
+    # is FlashAttention 2
     own = g.attention == "local" or (g.attention == "auto" and (p.cp > 1 or t.deterministic))
     return Workload(build_shape(config.model), chip, links, num_gpus, phase.seq_len, t.micro_batch_size,
                     phase.global_batch_size or t.global_batch_size, tp=p.tp, sp=p.sp, pp=p.pp, vpp=p.vpp,

@@ -183,7 +183,7 @@ def _complete_rounds(request: RecipeRequest, config: RunConfig, nproc: int | Non
         config = apply_settings(config, [f"rollout.rounds={rounds}"])
         notes.append(f"{config.train.epochs:g} passes over {num_prompts:,} prompts = {rounds:,} rounds of "
                      f"{config.rollout.prompts_per_round:,}")
-    # RL runs have few, long steps. The interval must divide that of permanent checkpoints.
+    # RL runs have few, long steps. The interval must divide the permanent interval.
     every = CHECKPOINT_ROUNDS * config.rollout.steps_per_round
     if "train.checkpoint_every_steps" not in said and config.train.keep_every_steps % every == 0:
         config = _with_train(config, checkpoint_every_steps=min(config.train.checkpoint_every_steps, every))

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep import cli
-from data_prep.curate.inspect import iter_step_lines
+from data_prep.curate.inspect_run import iter_step_lines
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 
 Done = list[tuple[str, str, int]]

@@ -102,12 +102,12 @@ TEXTS = ["Hello, World! hello WORLD hello_2", "안녕하세요 세계", "ปร�
     ("", []),
 ])
 def test_a_text_is_cut_into_units(text: str, units: list[str]) -> None:
-    assert NGRAMS[1].units(text) == units
+    assert NGRAMS[1].split_units(text) == units
 
 
 def rows_of_scikit_learn(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
     """Return rows (dense) by the library's own cutting, hashing, counting and scaling."""
-    joined = [" ".join(ngrams.units(text)) for text in texts]
+    joined = [" ".join(ngrams.split_units(text)) for text in texts]
     hashing = HashingVectorizer(analyzer="word", token_pattern=r"[^ ]+", lowercase=False, norm=None,
                                 ngram_range=(1, ngrams.settings.max_ngram), alternate_sign=False,
                                 n_features=ngrams.settings.num_buckets)
@@ -118,7 +118,7 @@ def rows_of_scikit_learn(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
 def rows_of_ours(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
     found = np.zeros((len(texts), ngrams.settings.num_buckets))
     for row, text in zip(found, texts, strict=True):
-        buckets, values = ngrams.row(text)
+        buckets, values = ngrams.compute_row(text)
         row[buckets] = values
     return found
 
@@ -140,17 +140,18 @@ def test_the_product_with_weights_is_that_of_the_row_and_leaves_no_trace() -> No
     weights = np.random.default_rng(0).normal(size=BUCKETS).astype(np.float32)
     expected = rows_of_ours(NGRAMS[2], TEXTS) @ weights
     for _ in range(2):
-        assert [NGRAMS[2].dot(text, weights) for text in TEXTS] == pytest.approx(expected.tolist(), abs=1e-5)
+        products = [NGRAMS[2].compute_dot(text, weights) for text in TEXTS]
+        assert products == pytest.approx(expected.tolist(), abs=1e-5)
     assert not NGRAMS[2].counts("")[0].size
 
 
 def test_a_text_is_read_to_max_chars() -> None:
     ngrams = Ngrams(NgramSettings(num_buckets=BUCKETS, max_chars=5))
-    assert ngrams.units("ab cd ef") == ["ab", "cd"]
+    assert ngrams.split_units("ab cd ef") == ["ab", "cd"]
 
 
 def test_half_a_surrogate_pair_is_a_sign_and_not_an_error() -> None:
-    assert NGRAMS[1].units("a\ud800b") == ["a", "?", "b"]
+    assert NGRAMS[1].split_units("a\ud800b") == ["a", "?", "b"]
 
 
 @pytest.mark.parametrize("settings", [

@@ -26,7 +26,7 @@ def test_a_score_is_the_formula_over_the_row(scorers: dict[str, Path], kind: Kin
     s = scorer.settings
     weights = load_file(scorers[kind] / WEIGHTS_FILE)["weights"]
     for text in ("the theorem explains energy", "click login sale " * 50, "", "설명"):
-        buckets, values = Ngrams(s.features).row(text)  # type: ignore[arg-type]
+        buckets, values = Ngrams(s.features).compute_row(text)  # type: ignore[arg-type]
         z = s.slope * (float(values @ weights[buckets]) + s.bias) + s.offset
         expected = 1 / (1 + np.exp(-z)) if kind == "classifier" else np.clip(z, 0, 5)
         assert scorer.score(text) == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,27 @@
+"""Run `sov-data scorer train` and `sov-data scorer check`."""
+
+from __future__ import annotations
+
+import json
+
+from data_prep.curate.scorer import ScorerCheckOptions, ScorerTrainOptions
+from data_prep.curate.scoring.labels import format_metrics
+from data_prep.curate.scoring.scorer import TrainSettings, evaluate_scorer, train_scorer
+
+
+def run_train(options: ScorerTrainOptions) -> None:
+    content = train_scorer(TrainSettings(options.labels, options.kind), options.output,
+                           overwrite=options.overwrite)
+    num_repeated = content["num_repeated"]
+    repeated = f" ({num_repeated:,} lines with a repeated text left out)" if num_repeated else ""
+    print(f"{options.labels}: {content['num_labels']:,} texts{repeated}")
+    print("\n".join(["held out:", *format_metrics(options.kind, content["heldout"])]))
+    print(f"wrote {options.output}")
+
+
+def run_check(options: ScorerCheckOptions) -> None:
+    kind, figures = evaluate_scorer(options.model, options.labels)
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        print("\n".join([f"{options.model}, a {kind}", *format_metrics(kind, figures)]))
