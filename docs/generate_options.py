@@ -62,7 +62,7 @@ def section(parser: argparse.ArgumentParser) -> Iterator[str]:
     program, _, rest = name.partition(" ")
     if parser.description and rest not in importlib.import_module(PROGRAMS[program]).COMMANDS:
         yield f"{_in_text(parser.description)}\n"
-    yield "| argument | what it is |\n|---|---|"
+    yield "| argument | meaning |\n|---|---|"
     for action in parser._actions:
         if not _is_of_all(action) and not isinstance(action, argparse._SubParsersAction):
             formatter = parser._get_formatter()

@@ -76,7 +76,7 @@ class Manifest:
     """An artifact's `manifest.json`."""
 
     kind: str
-    """Artifact type: "tokenizer", "tokens", "checkpoint", "hf_model"."""
+    """Artifact type: "tokens", "checkpoint" and others, mostly keys of `PRODUCERS`."""
     content: dict[str, Any]
     """Counts and metadata for readers."""
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -297,14 +297,16 @@ class ArtifactWriter:
             fsync_path(file)
         for folder in (p for p in entries if p.is_dir()):
             fsync_path(folder)
-        # `sha256` is the last field, so the last run of zeros in the text is its value
         manifest = Manifest(self.kind, self.content, self.settings, self.inputs, files, time.time(),
                             sha256=_NO_HASH)
+        # replace the placeholder by the hash; `sha256` is the last field, hence the last run of zeros
         head, _, tail = format_json(manifest).rpartition(_NO_HASH)
-        write_atomically(self.path / MANIFEST, head + _hash_around(head.encode(), tail.encode()) + tail)
+        sha256 = _hash_around(head.encode(), tail.encode())
+        write_atomically(self.path / MANIFEST, head + sha256 + tail)
 
 
 def _hash_around(head: bytes, tail: bytes) -> str:
+    """Return the hash of a manifest, given the text before and after the value of `sha256`."""
     return hashlib.sha256(head + _NO_HASH.encode() + tail).hexdigest()
 
 
@@ -380,8 +382,10 @@ def check_output_folder(path: Path, kind: str, overwrite: bool) -> None:
     """
     is_link, path = os.path.islink(path), resolve_link(path)
     check_creatable(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        if path.is_dir() and not is_link:
+    if not path.exists():
+        return
+    if path.is_dir() and not any(path.iterdir()):
+        if not is_link:
             path.rmdir()
         return
     is_ours = (path / MANIFEST).is_file() and read_manifest(path).kind == kind
@@ -453,8 +457,9 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
             raise UserError(f"{path}: does not exist, so it is not {expected}; check the path"
                             f"{suggest_download(path)}") from None
         # inside an artifact, or a folder in the cache of the Hugging Face hub
-        near = [*sorted(Path(path).glob("snapshots/*")), *([parent] if (parent := Path(path).parent) and (
-            parent / MANIFEST).is_file() else [])]
+        near = sorted(Path(path).glob("snapshots/*"))
+        if (Path(path).parent / MANIFEST).is_file():
+            near.append(Path(path).parent)
         raise UserError(f"{path}: has no {MANIFEST}, so it is not {expected}; "
                         f"pass the folder that {PRODUCERS.get(kind or '', 'the earlier step')} "
                         "wrote", Fix(words={str(path): str(near[-1])}) if near else None) from None
@@ -584,6 +589,7 @@ def find_damaged_files(path: str | Path, names: Iterable[str] | None = None, wor
 
 
 def find_file_damage(file: Path, record: FileRecord) -> str | None:
+    """Return a sentence if a file is missing or differs from its record, else None."""
     if not file.is_file():
         return f"{file}: is missing"
     if file.stat().st_size != record.size_bytes:

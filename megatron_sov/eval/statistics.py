@@ -75,8 +75,9 @@ def estimate_difference(before: Sequence[float], after: Sequence[float],
     _check_scores(before)
     _check_scores(after)
     differences = [new - old for old, new in zip(before, after, strict=True)]
-    value, (error, count) = fmean(differences), _compute_standard_error(differences, clusters)
-    if not all(0 <= score <= 1 for scores in (before, after) for score in scores):
+    value = fmean(differences)
+    error, count = _compute_standard_error(differences, clusters)
+    if not all(0 <= score <= 1 for score in (*before, *after)):
         interval = _build_t_interval(value, error, count - 1, confidence)
         return Mean(value, error, interval, len(differences), count)
     mean_size = len(differences) / count  # items in each of the two added clusters
@@ -168,12 +169,13 @@ def compute_mean_interval(shares: Sequence[float],
     # All right, all wrong, or a single cluster: each cluster counts as one binary sample.
     if max_variance <= 0 or len(sums) == 1:
         return _compute_score_interval(share, len(sums))
-    spread = math.fsum(residual**2 for residual in sums) / len(shares)
+    variance = math.fsum(residual**2 for residual in sums) / len(shares)  # per share, over clusters
     # Binary samples without clusters: Wilson's interval, without the corrections below.
-    if len(sums) == len(shares) and math.isclose(spread, max_variance):
+    if len(sums) == len(shares) and math.isclose(variance, max_variance):
         return _compute_score_interval(share, len(shares))
-    # equal shares between 0 and 1 have no variance: a share counts as at most 1000 samples (our choice)
-    effective = len(shares) * max_variance / max(spread, max_variance / 1000)
+    # equal shares between 0 and 1 have variance 0, and the quotient would be infinite: a share counts as at
+    # most 1000 samples (our choice)
+    effective = len(shares) * max_variance / max(variance, max_variance / 1000)
     probability = (1 + CONFIDENCE) / 2
     # With few clusters the variance is uncertain: use t instead of the normal quantile.
     correction = NormalDist().inv_cdf(probability) / compute_student_quantile(probability, len(sums) - 1)

@@ -37,8 +37,10 @@ FOREIGN = (*ALPACA, *DOLLY, *QUESTIONS, *MEDIA, KTO_TAG, LABEL)
 
 def parse_label(value: Any) -> bool | None:
     """Parse a boolean, a number or a text in `LABEL_WORDS`; None: not a label."""
-    is_scalar = isinstance(value, (bool, int, float, str))
-    return LABEL_WORDS.get(str(value).strip().lower().removesuffix(".0")) if is_scalar else None
+    if not isinstance(value, (bool, int, float, str)):
+        return None
+    word = str(value).strip().lower().removesuffix(".0")  # the number 1.0 is the label "1"
+    return LABEL_WORDS.get(word)
 
 
 def split_response(record: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +128,7 @@ def _from_questions(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
 
 
 def _is_tagged(record: Mapping[str, Any], kind: str | None) -> bool:
+    # judged responses are read as "preference": an unreadable tag becomes a label, which is then refused
     if kind == "preference" and KTO_TAG in record:
         return True
     return kind != "prompt" and parse_label(record.get(KTO_TAG)) is not None
@@ -300,9 +303,10 @@ def propose_field(record: Mapping[str, Any], target: str) -> str:
     among equals; "": no name has such a word."""
     candidates: list[tuple[int, int, str]] = []
     for name in record:
-        parts = re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower())
+        snake_case = re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()  # userPrompt -> user_prompt
+        words = re.findall("[a-z]+", snake_case)
         candidates += [(rank, len(name), name) for rank, word in enumerate(_FIELD_WORDS.get(target, ()))
-                       if word in parts]
+                       if word in words]
     return min(candidates)[2] if candidates else ""
 
 
@@ -324,14 +328,15 @@ def propose_columns(record: Mapping[str, Any], kind: str) -> str:
     values = {name: value for name, value in record.items() if isinstance(value, (str, list))}
     targets = ("messages", *_NEEDED[kind]) if kind == "chat" else _NEEDED[kind]
     for target in targets:
-        # for a table only column names are known, and the values are empty
-        candidates = {name: value for name, value in values.items() if name not in guesses.values()
-                      and (target != "messages" or isinstance(value, list) or value == "")}
+        candidates = {name: value for name, value in values.items() if name not in guesses.values()}
+        if target == "messages":  # a list, or "": for a table only column names are known
+            candidates = {name: value for name, value in candidates.items()
+                          if isinstance(value, list) or value == ""}
         if near := propose_field(candidates, target):
             guesses[target] = near
     if "messages" in guesses:
         guesses = {"messages": guesses["messages"]}
-    elif not guesses.keys() >= {*_NEEDED[kind]}:
+    elif not guesses.keys() >= {*_NEEDED[kind]}:  # names do not tell: guess from the order of the fields
         texts = [name for name, value in values.items() if isinstance(value, str)]
         # a prompt precedes its response in most files, but chosen and rejected have no usual order
         has_usual_order = kind != "preference" and len(texts) == len(_NEEDED[kind])

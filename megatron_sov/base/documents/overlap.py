@@ -112,10 +112,10 @@ def find_units(text: str) -> Units:
             # remove invisible characters first, because such a character must not split a word
             visible = np.flatnonzero(unit_scan.get_classes()[codes] != unit_scan.IGNORED)
             codes = codes[visible]
-    count = len(codes)
-    hashes, sizes = np.empty(count, np.uint64), np.empty(count, np.uint8)
-    begins, ends = np.empty(count, np.int64), np.empty(count, np.int64)
-    # the arrays have room for a unit per character; cut the arrays to the number of units
+    # `scan_units` fills these arrays, which have room for a unit per character
+    room = len(codes)
+    hashes, sizes = np.empty(room, np.uint64), np.empty(room, np.uint8)
+    begins, ends = np.empty(room, np.int64), np.empty(room, np.int64)
     count = unit_scan.scan_units(codes, unit_scan.get_classes(), unit_scan.hash_commands(), hashes, sizes,
                                  begins, ends)
     return Units(folded, visible, hashes[:count], sizes[:count], begins[:count], ends[:count])

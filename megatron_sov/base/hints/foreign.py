@@ -51,7 +51,7 @@ def read_recipe_name(run: Path) -> str:
 def parse_blend(words: Sequence[str]) -> list[str]:
     """Convert Megatron-LM's alternating weights and folders to `--data FOLDER:WEIGHT` options.
 
-    Weights of a repeated folder are added. Without such a blend the result is empty.
+    Weights of a repeated folder are added. Reading stops at the first pair that is not a weight and a path.
     """
     weights: dict[str, float] = {}
     for weight, path in zip(words[::2], words[1::2], strict=False):

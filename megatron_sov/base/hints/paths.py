@@ -29,8 +29,9 @@ _PLACEHOLDER = re.compile(r"[A-Z]+(?:_[A-Z]+)*(?:\.[a-z]+)?")
 
 def find_path_faults(program: str, line: Sequence[str]) -> Iterator[tuple[str, UserError]]:
     """Yield (path as typed, its fault) for the paths of a command line."""
-    # --option=value -> --option value
-    words = [part for word in line for part in (word.split("=", 1) if word[:2] == "--" else [word])]
+    words: list[str] = []
+    for word in line:  # --option=value -> --option value
+        words += word.split("=", 1) if word.startswith("--") else [word]
     for option, value in pairwise(words):
         path = re.sub(r"(?<=.):[\d.]+\Z", "", value)  # FOLDER:WEIGHT -> FOLDER; ":1" alone stays
         if "=" in path and not Path(path).exists():
@@ -63,16 +64,18 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     if source.name == "manifest.json" and classify_folder(source.parent) == "tokens":
         return UserError(f"--data {path}: is the manifest of token shards; pass their folder",
                          Fix(words={path: str(source.parent)}))
-    kind, kinds = classify_folder(source), load_table()["kinds"]
-    if kind in kinds and kind != "tokens":
-        return UserError(f"--data {path}: is {kinds[kind]}; pass token shards or a file of records",
+    kind, descriptions = classify_folder(source), load_table()["kinds"]
+    if kind == "tokens":
+        return None
+    if kind in descriptions:
+        return UserError(f"--data {path}: is {descriptions[kind]}; pass token shards or a file of records",
                          Fix(options=("--data", find_only_folder("tokens") or "DIR")))
     is_text_folder = source.is_dir() and any(
         name.endswith(DATA_SUFFIXES) for name in os.listdir(source) if name != "manifest.json")
-    # training commands pack a file themselves; `eval` needs token shards, `eval media` reads rows
+    # training commands pack a file themselves; `eval` and `plan` need token shards, `eval media` reads rows
     needs_shards = line[0] in ("eval", "plan") and "media" not in line[:2]
     is_unpacked_file = needs_shards and source.is_file() and source.name.endswith(DATA_SUFFIXES)
-    if kind == "tokens" or not (is_text_folder or is_unpacked_file):
+    if not is_text_folder and not is_unpacked_file:
         return None
     tokenizer, import_commands = _choose_tokenizer(line)
     shards = choose_free_path(f"{source.name.partition('.')[0]}-tokens")

@@ -41,6 +41,7 @@ class When:
     """Full dotted key of the deciding setting; ".rank" is a field in the class that declares the condition,
     and "*" stands for the items of a list, of which at least one must fulfil the condition."""
     holds: Callable[[Any], bool]
+    """Whether a value of the deciding setting fulfils the condition."""
     words: str
     """The condition after the key in a sentence: "is set"."""
     way_out: str = ""
@@ -142,8 +143,10 @@ def find_inert_settings(settings: Any, requested_keys: Iterable[str],
         requested_keys: dotted keys of the requested settings; a group stands for its changed fields.
         facts: see `Facts`.
     """
+    # a dict drops repeated keys and keeps the order
     leaves = dict.fromkeys(leaf for key in requested_keys for leaf in _iter_changed_keys(settings, key))
-    return list(filter(None, (_find_inert_problem(settings, leaf, facts) for leaf in leaves)))
+    problems = [_find_inert_problem(settings, leaf, facts) for leaf in leaves]
+    return [problem for problem in problems if problem is not None]
 
 
 def _find_inert_problem(settings: Any, key: str, facts: Facts) -> SettingsProblem | None:
@@ -176,7 +179,7 @@ def iter_conditions(settings: Any, key: str) -> Iterator[tuple[str, Condition]]:
 
 def _iter_changed_keys(settings: Any, key: str) -> Iterator[str]:
     """Yield dotted keys: `key` itself, or for a group the fields that differ from the defaults."""
-    [value] = _iter_values(settings, key.split("."))
+    [value] = _iter_values(settings, key.split("."))  # one value: the key has no "*"
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             factory = field.default_factory

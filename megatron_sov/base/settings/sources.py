@@ -99,8 +99,8 @@ def read_settings_text(file: Path, where: str = "") -> str:
                            ) from None
 
 
-def _refuse_file(where: str, rule: str, way_out: str, line: int = 0) -> SettingsError:
-    return SettingsError(where, [SettingsProblem(ProblemCode.FILE, "", rule, way_out=way_out, line=line)])
+def _refuse_file(where: str, fault: str, fix: str) -> SettingsError:
+    return SettingsError(where, [SettingsProblem(ProblemCode.FILE, "", fault, way_out=fix)])
 
 
 @cache
@@ -119,7 +119,10 @@ def _build_loader() -> Any:
 def _parse_integer(loader: Any, node: Any) -> int | str:
     """Parse an integer as in YAML 1.2: 010 is 10 (8 in YAML 1.1), and 1:30 stays text (90 in YAML 1.1)."""
     text = loader.construct_scalar(node).replace("_", "").lower()
-    return node.value if ":" in text else int(text, BASES.get(text.lstrip("-+")[:2], 10))
+    if ":" in text:
+        return str(node.value)
+    prefix = text.lstrip("-+")[:2]
+    return int(text, BASES.get(prefix, 10))
 
 
 def parse_located_yaml(text: str) -> LocatedDocument:
@@ -127,14 +130,14 @@ def parse_located_yaml(text: str) -> LocatedDocument:
     value, repeated_keys = _parse_json(text)
     if value is UNSET:
         return _read_yaml(text)
-    # the YAML parser adds the lines; its other problems do not concern JSON: it rejects tabs and misreads
-    # surrogate pairs (\ud83d\ude00)
+    # read again as YAML for the lines. Of YAML's problems only repeated keys count: it also rejects tabs and
+    # misreads surrogate pairs (\ud83d\ude00)
     located = _read_yaml(text.replace("\t", " "))
-    repeated = [problem for problem in located.problems if problem.code == ProblemCode.TWICE]
-    if not repeated:  # YAML stopped before the repeated key, so its line is unknown
-        repeated = [SettingsProblem(ProblemCode.TWICE, key, "is set twice", way_out="set it once")
-                    for key in repeated_keys]
-    located.problems, located.value = repeated, None if repeated else value
+    located.problems = [problem for problem in located.problems if problem.code == ProblemCode.TWICE]
+    if not located.problems:  # if YAML stopped before a repeated key, its line is unknown
+        located.problems = [SettingsProblem(ProblemCode.TWICE, key, "is set twice", way_out="set it once")
+                            for key in repeated_keys]
+    located.value = None if located.problems else value
     return located
 
 
@@ -163,7 +166,7 @@ def _parse_number(text: str) -> float:
 
 def _read_yaml(text: str) -> LocatedDocument:
     located = LocatedDocument()
-    # the constructor below raises on characters that YAML forbids: `finally` then disposes this empty loader
+    # a loader for `finally`: the constructor in the `try` block raises on characters that YAML forbids
     loader = _build_loader()("")
     try:
         loader = _build_loader()(text)
@@ -349,7 +352,8 @@ def assign_values(settings: Any, given: Mapping[str, Any], option: str, instead:
 
 def _assign_value(cls: Any, raw: Any, key: str, value: Any, instead: KeyHint) -> SettingsProblem | None:
     """Assign a value inside plain settings `raw` for class `cls`; return the key's problem, if any."""
-    parts, node, hint = key.split("."), raw, cls
+    parts = key.split(".")
+    node, hint = raw, cls  # the value on the path to the key, and its declared type
     for depth, part in enumerate(parts):
         above = ".".join(parts[:depth])
         # dotted keys change list items and never append
@@ -367,8 +371,8 @@ def _assign_value(cls: Any, raw: Any, key: str, value: Any, instead: KeyHint) ->
         if depth == len(parts) - 1:
             node[index] = value
         else:
-            below = node[index] if isinstance(node, list) else node.get(index)
-            if below is None:  # assigning inside a disabled group enables the group with default values
-                below = node[index] = {}
-            node = below
+            child = node[index] if isinstance(node, list) else node.get(index)
+            if child is None:  # assigning inside a disabled group enables the group with default values
+                child = node[index] = {}
+            node = child
     return None

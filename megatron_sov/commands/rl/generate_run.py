@@ -55,7 +55,7 @@ def generate_rollouts(request: RolloutsRequest) -> int:
     initial_policy = build_start_policy(start.path)
 
     def write_rounds(engine: Engine, load_policy: LoadPolicy) -> dict[str, Any]:
-        # Rank 0 creates the store before further ranks open it.
+        # `settings.open` creates the store: on rank 0 first, before the other ranks open it.
         run_on_first(lambda: write_unused_rows(settings.open().path, unused_rows))
         queue = _build_queue(request, settings.open(), prompts, source, start)
         if isinstance(engine, ServerEngine):
@@ -75,7 +75,9 @@ def _build_engine_settings(request: RolloutsRequest, start: Target) -> EngineSet
     name = options.engine or choose_engine(start)
     check_engine(name, start, options.engine_set, options.nproc, ENGINE_SET)
     check_sequence_length(rollout, environment, start)
-    if rollout.deadline_s and name not in (MEGATRON, *SERVER_ENGINES) and environment is None:
+    # episodes in an environment stop between two turns, with every engine
+    can_stop = name in (MEGATRON, *SERVER_ENGINES) or environment is not None
+    if rollout.deadline_s and not can_stop:
         raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot stop within a "
                         f"response; use --engine {MEGATRON}, or set it to 0")
     locations = options.places(options.run) if name in SERVER_ENGINES else None

@@ -275,11 +275,11 @@ class Chunk(LanguageModule):
                                 own=self.config.own_attention, host_bounds=inputs.host_bounds,
                                 shared=inputs.shared,
                                 bucketed=self.config.attention_backend.name != "unfused")
-        self.config.routing_step.shared = inputs.shared
+        self.config.routing_step.shared = inputs.shared  # the routers of all layers read it
         tokens = context.select_local(inputs.tokens)[None]
         positions = context.select_local(inputs.positions)[None]
-        embedded = self._insert_features(self._embed_tokens(tokens, positions), len(inputs.tokens),
-                                         inputs.encoder_inputs)
+        embedded = self._embed_tokens(tokens, positions)
+        embedded = self._insert_features(embedded, len(inputs.tokens), inputs.encoder_inputs)
         rotary = self._compute_angles(packed)
         # the fused kernel looks up each token's angles in the table
         if not self.config.apply_rope_fusion:
@@ -306,9 +306,8 @@ class Chunk(LanguageModule):
             Hidden states [tokens / sequence-parallel size, 1, hidden]; the row is not split for context
             parallelism.
         """
-        embedded = self._insert_features(self._embed_tokens(row.tokens[None], row.positions[None]),
-                                         len(row.tokens),
-                                         row.encoder_inputs, cut_for_context=False)
+        embedded = self._embed_tokens(row.tokens[None], row.positions[None])
+        embedded = self._insert_features(embedded, len(row.tokens), row.encoder_inputs, cut_for_context=False)
         return self.decoder(
             hidden_states=embedded, attention_mask=None,
             rotary_pos_emb=self._compute_angles(row.packed)[row.positions],
@@ -394,6 +393,7 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
     post_process: Any
 
     def __init__(self, chunk: Chunk, inputs: ModelInputs, first_route: int | None) -> None:
+        # without inputs: the library's first and last node, which would read them, are replaced below
         super().__init__(chunk, None, None, None)
         state, stream = self.state, self.pre_process.stream
 

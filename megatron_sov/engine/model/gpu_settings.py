@@ -110,8 +110,8 @@ class Fusion:
 
 
 FUSIONS = (
-    # the softmax scale contains YaRN's factor, so the kernel only rotates; the kernel for latent attention
-    # would need a table of cosines and sines
+    # models with YaRN may use it: the kernel only rotates, and the softmax scale has YaRN's factor. Latent
+    # attention has a kernel of its own, which would need a table of cosines and sines
     Fusion("rope_fusion", "apply_rope_fusion",
            lambda context: context.parallel.cp == 1 and context.model.latent_attention is None),
     Fusion("router_fusion", "moe_router_fusion", lambda context: context.model.num_moe_layers() > 0,
@@ -122,7 +122,7 @@ FUSIONS = (
     Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda context: True),
 )
 OVERLAP_FIELDS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
-"""Fields set after the config's validation."""
+"""Fields set after the config's validation, which would refuse float32 and MTP layers with them."""
 DISPATCH_OVERLAP_FIELD = "overlap_dispatch_backward_with_experts_wgrad"
 """Field for `parallel.expert_overlap` = weight_gradients."""
 TE_RECOMPUTE_MODULES = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
@@ -213,6 +213,7 @@ def uses_document_attention(context: KernelContext, attention: str, deterministi
     deterministic only for short rows, and some cuDNN versions lack a kernel for packed rows.
     """
     model = context.model
+    # with context parallelism under every attention: `exchanges_heads` tells which of the two is used
     if not context.te or context.parallel.cp > 1 or attention == "local":
         return True
     if attention != "auto":
@@ -234,8 +235,8 @@ def uses_delta_kernels(context: KernelContext, gpu: GpuConfig, deterministic: bo
 
 
 def exchanges_heads(context: KernelContext, attention: str) -> bool:
-    """Return whether context parallelism exchanges heads (all-to-all), for attention selected by name;
-    otherwise it gathers keys and values."""
+    """Return whether context parallelism exchanges heads by all-to-all: if the attention is a kernel of
+    Transformer Engine by name. Under "auto" and "local" it gathers keys and values."""
     return context.te and context.parallel.cp > 1 and attention not in ("auto", "local")
 
 
@@ -245,6 +246,7 @@ def _find_head_size_problem(model: ModelConfig) -> str:
     size = get_head_sizes(model)
     if max(size) <= 128 or not on_gpu() or torch.cuda.get_device_capability()[0] < BLACKWELL:
         return ""
+    # (query and key, value) head size -> first cuDNN version that trains it; 91100 is 9.11.0
     needed = {(192, 128): 91100, (256, 256): MIN_CUDNN_HEAD_256}.get(size)
     version = torch.backends.cudnn.version() or 0
     if needed is None:
@@ -265,7 +267,8 @@ def _find_nondeterminism() -> str:
 
 
 Rule = tuple[bool, str, str, str]
-"""(whether the setting is valid, setting, fault otherwise, fix)"""
+"""(whether the setting is valid, setting, fault otherwise, fix), for `find_broken_rules`: the setting, its
+value, the fault and the fix form the sentence of the error."""
 
 
 def check_gpu_settings(config: RunConfig, te: bool) -> None:
@@ -305,7 +308,7 @@ def _memory_rules(gpu: GpuConfig, te: bool) -> list[Rule]:
     expandable = [name for name in ALLOCATOR if EXPANDABLE in os.environ.get(name, "")]
     registers_graphs = bool(gpu.cuda_graphs) and os.environ.get("NCCL_GRAPH_REGISTER") != "0"
     # Transformer Engine's newer path offloads weights too; Megatron-Core supports the older path
-    lacks_older_path = bool(gpu.offload_modules) and os.environ.get("NVTE_CPU_OFFLOAD_V1") != "1"
+    can_offload = not gpu.offload_modules or os.environ.get("NVTE_CPU_OFFLOAD_V1") == "1"
     recompute_rules = [(te or module not in gpu.recompute_modules, "recompute_modules",
                         f"names {module}, which {NEEDS_TE}", f"name {instead}")
                        for module, instead in TE_RECOMPUTE_MODULES.items()]
@@ -319,7 +322,7 @@ def _memory_rules(gpu: GpuConfig, te: bool) -> list[Rule]:
     return [
         *recompute_rules,
         _require_te("offload_modules", te, bool(gpu.offload_modules)),
-        (not te or not lacks_older_path, "offload_modules",
+        (not te or can_offload, "offload_modules",
          "needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine is imported",
          "set it for all processes"),
         _require_te("cuda_graphs", te, bool(gpu.cuda_graphs)),
@@ -367,13 +370,13 @@ def _overlap_rules(config: RunConfig, te: bool) -> list[Rule]:
     has_bf16_layers = train.fp8 != "none" and num_bf16_layers > 0
     # Megatron-Core's micro-batch plan frees the experts' output in every layer of an FP8 run. With hybridep a
     # bf16 layer still needs that output, because the dispatcher returns the same tensor.
-    frees_needed_output = (parallel.expert_overlap == "micro_batches" and has_bf16_layers
-                           and parallel.expert_dispatcher == "hybridep")
+    keeps_needed_output = (parallel.expert_overlap != "micro_batches" or not has_bf16_layers
+                           or parallel.expert_dispatcher != "hybridep")
     return [
         _require_te("delay_weight_grads", te, parallel.delay_weight_grads),
         (te or not overlaps_weight_gradients, "expert_overlap", f"= weight_gradients {NEEDS_TE}",
          "use micro_batches"),
-        (not frees_needed_output, "expert_overlap", "= micro_batches frees tensors that layers in bf16 "
+        (keeps_needed_output, "expert_overlap", "= micro_batches frees tensors that layers in bf16 "
          "(train.fp8_bf16_layers_at_start and _at_end) still need, with parallel.expert_dispatcher = "
          "hybridep", "use deepep, or set both to 0")]
 

@@ -116,9 +116,11 @@ class WeightFiles:
             return files
 
     def delete_earlier_files(self, files: Sequence[str]) -> None:
-        """Delete the files from earlier calls."""
+        """Delete the files of earlier `write` calls; keep `files`, those of the last call."""
+        if not self._folder.is_dir():
+            return
         current_folders = {Path(file).parent.name for file in files}
-        for version_folder in self._folder.iterdir() if self._folder.is_dir() else ():
+        for version_folder in self._folder.iterdir():
             if version_folder.name not in current_folders:
                 shutil.rmtree(version_folder, ignore_errors=True)
 
@@ -150,7 +152,7 @@ class ServerEngine:
     def __init__(self, name: str, fleet: Fleet, folder: Path, weights: Path, room: int, *,
                  with_routes: bool = False) -> None:
         self._engine_name, self.fleet, self.room = name, fleet, room
-        self._shape = build_route_shape(HfWeights(folder).model) if with_routes else None
+        self._route_shape = build_route_shape(HfWeights(folder).model) if with_routes else None
         self._weight_version = WeightVersion(name)
         self._files = WeightFiles(weights)
         self._numbers = itertools.count()
@@ -174,7 +176,7 @@ class ServerEngine:
         """
         check_no_drafts(self._engine_name, sampling)
         check_no_rules(self._engine_name, sampling)
-        if sampling.with_routes and self._shape is None:
+        if sampling.with_routes and self._route_shape is None:
             raise ValueError(f"the engine {self._engine_name} was started without routes, but they are "
                              "requested")
         sampling.check()
@@ -218,6 +220,7 @@ class ServerEngine:
                 requests.append(replace(request, name=f"{self._request_prefix}-{next(self._numbers)}"))
         if not are_joined:
             return requests
+        # an equal share per server, rounded up, within the number of answers that a server accepts
         answers_per_server = -(-len(prompts) // self.fleet.num_servers)
         return _join_prompts(requests, min(answers_per_server, self.fleet.requests))
 
@@ -239,11 +242,11 @@ class ServerEngine:
         Raises:
             UserError: the routes do not match the model.
         """
-        assert self._shape is not None, "routes were not asked for"
+        assert self._route_shape is not None, "routes were not asked for"
         # aborted before a server began with the request: there are no routes
         if answer.reason == ABORTED and answer.routes is None:
-            return self._shape.absent(num_tokens)
-        return check_routes(answer.routes, num_tokens, self._shape)
+            return self._route_shape.absent(num_tokens)
+        return check_routes(answer.routes, num_tokens, self._route_shape)
 
     def close(self) -> None:
         self._files.delete_files()

@@ -48,17 +48,19 @@ from megatron_sov.train.objectives.objective import (
 
 DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"
 SPLIT = "heldout"
+"""Split on which `measure_heldout` measures the divergence."""
 
 
 class RunTeacher(Protocol):
     """Source of the distributions that a run learns."""
 
     teacher: str
-    """Weight digest from `hash_weights`."""
+    """Digest of the teacher's weights, from `hash_weights`."""
     divergence: Divergence
 
     def verify(self, world: ParallelWorld) -> None:
-        """Verify the teacher's files, or load the model; called by all processes together first."""
+        """Make the teacher ready: verify its files (`StoredTeacher`) or load its model (`LiveTeacher`).
+        Called first, by all processes together."""
         ...
 
     def attach_outputs(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
@@ -121,10 +123,10 @@ class StoredTeacher:
         files = [(folder / name, record) for folder in folders
                  for name, record in read_manifest(folder).files.items()]
         # Checksums read whole files, so processes share the work; all processes raise the same error.
-        local_files = range(world.rank, len(files), world.size)
-        damaged = next((index for index in local_files if find_file_damage(*files[index])), -1)
-        for index in map(int, collectives.gather_numbers(float(damaged))):
-            if index >= 0:
+        local_indices = range(world.rank, len(files), world.size)
+        first_damaged = next((index for index in local_indices if find_file_damage(*files[index])), -1)
+        for index in map(int, collectives.gather_numbers(float(first_damaged))):
+            if index >= 0:  # -1: the process found no damage
                 raise UserError(f"{find_file_damage(*files[index])}; make the states again with "
                                 "`megatron-sov distill states`")
 
@@ -169,10 +171,11 @@ class StoredTeacher:
         rows = torch.zeros(sum(end - first for first, end in pieces), files.width, dtype=files.dtype)
         if top_k:
             rows[:, :top_k] = torch.arange(top_k)  # distinct ids with log-probability 0
-        for local_slice, source, document, start, count in _iter_overlaps(origins, pieces):
-            # Rows of most probable tokens have equal shapes for all teachers.
+        for local_slice, source, document, first_token, num_tokens in _iter_overlaps(origins, pieces):
+            # Rows of most probable tokens have equal shapes for all teachers: read those of every teacher.
             if top_k or self._source_teachers[source] == teacher_index:
-                rows[local_slice] = self._by_source[source].read_states(source, split, document, start, count)
+                rows[local_slice] = self._by_source[source].read_states(source, split, document, first_token,
+                                                                        num_tokens)
         return rows
 
     def _load_head(self, teacher_index: int, head: Head) -> torch.Tensor:
@@ -231,8 +234,9 @@ class LiveTeacher:
             UserError: the teacher has another vocabulary size, reads shorter rows, or does not fit the
                 layout.
         """
-        distillation, teacher = config.distillation, read_checkpoint_settings(checkpoint)
-        self.teacher = hash_weights(Target(checkpoint, False))
+        distillation = config.distillation
+        teacher = read_checkpoint_settings(checkpoint)
+        self.teacher = hash_weights(Target(checkpoint, is_hf=False))
         self.divergence = Divergence(distillation.beta, distillation.temperature)
         self._path, self._settings = checkpoint, distillation
         # Expert parallelism and the pipeline layout fit the layers of the student only.
@@ -394,7 +398,7 @@ class TeacherFactory:
 
     build: Callable[[ObjectiveContext], Any]
     teachers: Sequence[RunTeacher]
-    """A single teacher; empty if the run is complete, and no objective is built."""
+    """The teacher, or none: a complete run and --dry-run build no objective, and open no states."""
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -437,7 +441,8 @@ def measure_teacher(view: GateView, sources: Sequence[Source], teacher: RunTeach
 
 
 def _sum_teacher_divergences(view: GateView, index: int, source: Source, teacher: RunTeacher) -> torch.Tensor:
-    """Return learned labels, and sums of divergence and KL over labels, [3] float64, on every process."""
+    """Return the number of learned labels, and the sums of divergence and KL over them,
+    [3] float64, on every process."""
     config, world, shard = view.config, view.world, source.open_split(SPLIT)
     seq_len, size = config.data.max_seq_len(), config.train.micro_batch_size
     samples = build_heldout_samples(shard, index, seq_len, config.data.heldout_tokens)

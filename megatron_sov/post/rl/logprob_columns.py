@@ -65,7 +65,7 @@ class LogprobColumns:
             UserError: the file of `OLD` is missing or damaged after the first step of a round, or the
                 reference or a teacher has changed since earlier rounds.
         """
-        if opened.documents is None:
+        if opened.documents is None:  # nothing in the round is learned
             return {}
         if REFERENCE in self.names:
             run_on_main(view.world, partial(
@@ -82,11 +82,12 @@ class LogprobColumns:
     def _load_column(self, view: FeedView, name: str, opened: PublishedRound, *,
                      is_first: bool) -> np.ndarray:
         file, num_tokens = column_file(opened.path, name), int(opened.starts[-1])
-        num_documents, num_skipped = len(opened.starts) - 1, 0
+        num_documents = len(opened.starts) - 1
+        num_skipped = 0  # the first documents, whose tokens have NaN in the column
         if name == OLD:
             # a step is a range of documents; the first learning step computes `OLD` itself: skip to its end
-            document_ranges = [step for i, step in enumerate(opened.steps) if i not in opened.idle]
-            num_skipped = document_ranges[0].stop if document_ranges else num_documents
+            learning_steps = [step for i, step in enumerate(opened.steps) if i not in opened.idle]
+            num_skipped = learning_steps[0].stop if learning_steps else num_documents
         if num_skipped == num_documents:
             return np.broadcast_to(np.float32(np.nan), num_tokens)
         identity = run_on_main(view.world, partial(self._identify_column, opened, name))
@@ -130,7 +131,8 @@ class LogprobColumns:
 
 
 def _check_models(file: Path, current: Mapping[str, str], message: str) -> None:
-    """Record the reference or teacher digests in `file`, and raise `UserError` if `file` has others."""
+    """Record the reference or teacher digests in `file`. Raise `UserError` if `file` has others, with
+    `message`: a template with {recorded} and {current}."""
     if not file.is_file():
         write_atomically(file, format_json(dict(current)))
         return
@@ -151,7 +153,8 @@ def _format_digests(models: Mapping[str, str]) -> str:
 def _describe_fix(opened: PublishedRound) -> str:
     run = RunFolder(opened.path.parents[1])
     # Published rounds can be trained again from an earlier checkpoint, or from the start.
-    steps_before = (int(opened.path.name) - 1) * len(opened.steps)  # steps of the earlier rounds
+    number = int(opened.path.name)  # RUN/rounds/0001
+    steps_before = (number - 1) * len(opened.steps)
     earlier = checkpoints.latest_checkpoint_until(run.checkpoints, steps_before)
     stale = "all checkpoints" if earlier is None else f"the checkpoints after {earlier.name}"
     return f"delete {stale} in {run.checkpoints}, and give the same command with --resume"

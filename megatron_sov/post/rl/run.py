@@ -30,8 +30,8 @@ from megatron_sov.post.rl.validation import Validation
 from megatron_sov.runs.rounds import RunPolicies
 from megatron_sov.train.feed import FeedView
 
-NO_ROUND = "data"
-"""Digest for a round that learns from packed data."""
+PACKED_DATA = "data"
+"""Stands for the digest of a round's documents in a round that learns from packed data."""
 POLL_S = (1.0, 10.0)
 """Bounds for the interval between two lookups in the store: a tenth of the time waited so far."""
 
@@ -42,7 +42,7 @@ class RolloutCycle:
 
     rollout: RolloutConfig
     policies: RunPolicies
-    """Weight identities after each round."""
+    """Digests of the policies, before the first and after each round."""
     rollouts: LiveRollouts | None
     """Generates and judges rounds; None: the jobs `rl generate` and `rl reward` do."""
     publisher: Publisher
@@ -68,7 +68,7 @@ class RolloutCycle:
         if self.loader.is_open(number):
             return None
         if is_first:
-            # caches the policy's digest, whose input `begin` replaces
+            # keeps the digest of the policy before the round: `begin`, below, overwrites its input
             self.policies.at(view.step)
             end_reason = self._validate_policy(view, number, asked_to_stop)
             if end_reason is not None:
@@ -76,17 +76,18 @@ class RolloutCycle:
         if not view.config.policy.is_on_policy(self.rollout.seed, number):
             # the digest of a policy covers its start, its settings and the data of each round
             if is_first:
-                self.policies.begin(view.step, NO_ROUND)
+                self.policies.begin(view.step, PACKED_DATA)
             self.meters = {}
             return None
         begin_s, figures = time.monotonic(), dict[str, float]()
         wait = RoundWait(view, number, self.wait_s, announces=self.rollouts is None)
         generated_for = ""
         while lacking := self.publisher.publish(number):
-            # `lacking` names the missing parts. It changes if the round has too few learning groups and needs
-            # further prompts: generate again. Otherwise wait for other jobs.
+            # `lacking` names the missing parts. Generate once per text: it changes if the round has too few
+            # learning groups and needs further prompts. Otherwise wait for other jobs.
             if self.rollouts is not None and lacking != generated_for:
-                generated_for, policy = lacking, self.policies.at(view.step)
+                generated_for = lacking
+                policy = self.policies.at(view.step)
                 _add_figures(figures, self.rollouts.write(view, number, policy, asked_to_stop))
                 _add_figures(figures, self.rollouts.judge(view, number, asked_to_stop))
                 continue
@@ -152,7 +153,7 @@ class RoundWait:
             self.announces = False
             self._announce_wait(lacking)
         view, waited_s = self.view, time.monotonic() - self.begin_s
-        # The clock of rank 0 decides for all ranks.
+        # Above 0 if any rank was asked to stop; whether it is late, the clock of rank 0 decides.
         ends = sum_dict({"asked": float(asked_to_stop()),
                          "late": float(view.world.is_main and waited_s >= self.wait_s)},
                         collectives.all_reduce_world)

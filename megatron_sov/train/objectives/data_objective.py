@@ -1,7 +1,9 @@
-"""Objectives over the data order: next-token prediction, with a term for multi-token prediction (MTP).
+"""Objectives over packed data, in contrast to rollouts: next-token prediction, with a term for multi-token
+prediction (MTP).
 
-The MTP term follows DeepSeek-V3 (arXiv 2412.19437, eq. 24-25): cross-entropies at further depths, summed over
-depths and divided by their targets. Models without prediction layers have no MTP term.
+The MTP term follows DeepSeek-V3 (arXiv 2412.19437, eq. 24-25): the cross-entropies of all prediction depths,
+summed and divided by the sum of their label weights. Models without prediction layers have no MTP term. A
+label is learned if its weight is above 0.
 """
 
 from __future__ import annotations
@@ -82,6 +84,7 @@ class DataObjective:
         self._typed = TypedLosses(config)
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
+        """Return the next packed batch; `policy` and `step` matter to other objectives only."""
         return self._batches.next()
 
     def _scale_label_weights(self, batch: GlobalBatch) -> GlobalBatch:
@@ -101,7 +104,8 @@ class DataObjective:
         total = torch.zeros((), device=batch.weights.device)
         for depth in self._mtp_depths:
             shifted = shift_labels(batch, depth)
-            total = total + head.cross_entropy(hidden[depth], shifted.labels, {MTP: shifted.weights})[0][MTP]
+            terms, _ = head.cross_entropy(hidden[depth], shifted.labels, {MTP: shifted.weights})
+            total = total + terms[MTP]
         return {MTP: total} if self._mtp_depths else {}
 
 
@@ -122,7 +126,7 @@ class LanguageModelling(DataObjective):
         self.meters = self._typed.meters
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count targets: label weights for the trunk, and over depths for the MTP term."""
+        """Set the denominators: the sum of label weights, and for the MTP term their sum over all depths."""
         batch = self._scale_label_weights(batch)
         on_host = [micro_batch.host for micro_batch in batch.micro_batches]
         targets = {LM: sum(float(micro_batch.weights.double().sum()) for micro_batch in on_host)}

@@ -2,7 +2,7 @@
 
 `RUN/evaluations/step-N.TASK.json` has the results, `step-N.TASK.failed` the reason for a failure, and
 `.step-N.TASK.submitted` marks a submitted job. A resumed run evaluates the exports that have none of these
-files. Scores of `lm` become events of the run. If a job ends after the run, the next `--resume` writes its
+files. Scores of `eval lm` become events of the run. If a job ends after it, the next `--resume` writes its
 events; until then the report reads its result file.
 """
 
@@ -76,7 +76,7 @@ class ExportEvaluations:
         steps = [int(number) for number in numbers if number.isdigit()]
         jobs = [EvalJob(step, name) for step in sorted(steps) for name in self._settings.tasks]
         # includes jobs with results, whose events are not written yet
-        self._submitted = [job for job in jobs if self._get_file(job, ".submitted").is_file()]
+        self._submitted = [job for job in jobs if self._get_hidden_file(job, ".submitted").is_file()]
         self._waiting = [job for job in jobs if job not in self._submitted and not self._has_ended(job)]
 
     def offer(self, step: int) -> None:
@@ -87,7 +87,7 @@ class ExportEvaluations:
         for job in jobs:
             # results of an earlier export must not count for the repeated export
             for file in (self._get_result(job), self._get_result(job).with_suffix(".failed"),
-                         self._get_file(job, ".submitted")):
+                         self._get_hidden_file(job, ".submitted")):
                 file.unlink(missing_ok=True)
             shutil.rmtree(_get_cache(self._get_result(job)), ignore_errors=True)
         self._submitted = [job for job in self._submitted if job.step != step]
@@ -116,7 +116,7 @@ class ExportEvaluations:
             self._start_job(self._waiting.pop(0))
 
     def wait(self) -> None:
-        """Finish local evaluations and submit remaining jobs, when the run ends."""
+        """When the run ends, finish local evaluations, or submit remaining jobs up to `max_waiting`."""
         self.poll(now=True)
         while self._running is not None or self._may_start():
             time.sleep(_SLEEP_S)
@@ -131,7 +131,7 @@ class ExportEvaluations:
     def _get_result(self, job: EvalJob) -> Path:
         return self.folder / f"{job.name}.json"
 
-    def _get_file(self, job: EvalJob, ending: str) -> Path:
+    def _get_hidden_file(self, job: EvalJob, ending: str) -> Path:
         return self.folder / f".{job.name}{ending}"
 
     def _may_start(self) -> bool:
@@ -145,7 +145,8 @@ class ExportEvaluations:
         command = self._build_command(job, self._exports / f"step-{job.step}", self._get_result(job))
         try:
             self.folder.mkdir(exist_ok=True)
-            self._running = _RunningEvaluation(job, BackgroundProcess(command, self._get_file(job, ".log")))
+            log = self._get_hidden_file(job, ".log")
+            self._running = _RunningEvaluation(job, BackgroundProcess(command, log))
         except OSError as e:
             self._record_failure(job, f"its process cannot be started ({e})")
 
@@ -166,14 +167,14 @@ class ExportEvaluations:
             self._record_success(job, took_s)
         elif self._settings.where == "slurm":
             # on the disk, because the job outlives this process and a resumed run reads its results
-            self._get_file(job, ".submitted").touch()
+            self._get_hidden_file(job, ".submitted").touch()
             self._submitted.append(job)
         else:
             self._record_failure(job, "its process ended without a result")
 
     def _check_submitted(self, job: EvalJob) -> None:
         """Read a submitted job's results, or record a failure after a timeout: failed jobs write no file."""
-        mark = self._get_file(job, ".submitted")
+        mark = self._get_hidden_file(job, ".submitted")
         waited_s = time.time() - mark.stat().st_mtime if mark.is_file() else 0.0
         if self._get_result(job).is_file():
             self._submitted.remove(job)
@@ -194,7 +195,7 @@ class ExportEvaluations:
         shutil.rmtree(_get_cache(self._get_result(job)), ignore_errors=True)
         for score in scores:
             self._record(EVAL_LM_EVENT, **score)
-        self._get_file(job, ".log").unlink(missing_ok=True)
+        self._get_hidden_file(job, ".log").unlink(missing_ok=True)
         self._record("evaluation", step=job.step, task=job.task, path=f"{EVALUATIONS}/{job.name}.json",
                      took_s=took_s)
 
@@ -213,7 +214,8 @@ def check_eval_tasks(config: RunConfig, sources: Sequence[Source]) -> None:
     """Raise `UserError` with the possible tasks if `evaluate.background.tasks` do not fit the run's data."""
     for task in config.evaluate.background.tasks:
         for source in sources:
-            if source.format not in TASK_FORMATS.get(task, (source.format,)):
+            # `lm` has its own data and is not in the table
+            if task in TASK_FORMATS and source.format not in TASK_FORMATS[task]:
                 possible = [name for name, formats in TASK_FORMATS.items() if source.format in formats]
                 raise UserError(
                     f"evaluate.background.tasks = {list(config.evaluate.background.tasks)}: {task} cannot "
@@ -231,7 +233,7 @@ def _read_score_events(file: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _get_cache(result: Path) -> Path:
-    """Return the folder in which `eval lm` caches answers, also after a failure."""
+    """Return the folder in which `eval lm` caches answers; a failed evaluation leaves it for the next one."""
     return result.with_name(f".{result.name.removesuffix('.json')}.cache")
 
 
