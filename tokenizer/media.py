@@ -174,17 +174,13 @@ def add_media(tokenizer: Path, output: Path, media_tokens: MediaTokens, *, overw
     _print_blocks(extended, checked, output)
 
 
-def _load_written_tokenizer(folder: Path) -> Any:
-    return load_tokenizer(read_json(folder / TOKENIZER_JSON), folder)
-
-
 def _check_ids(folder: Path, source: Any, extended: _ExtendedTokenizer) -> str:
     """Compare the ids of texts with the source's, encode each new token's text, and return a sentence.
 
     Raises:
         UserError: a text has other ids, or a new token is not recognized.
     """
-    encode = build_text_encoder(_load_written_tokenizer(folder))
+    encode = build_text_encoder(load_tokenizer(read_json(folder / TOKENIZER_JSON), folder))
     texts = list(iter_builtin_texts(source.raw))
     if difference := find_first_difference(texts, encode, source.encode):
         raise UserError(f"{source.file}: text would get other ids with media tokens in its vocabulary, "

@@ -171,7 +171,7 @@ def choose_diverse(solutions: list[Solution], most: int, max_similarity: float) 
     while chosen and len(chosen) < most:
         # maximum similarity to all chosen solutions: update by the last
         last = shingles[chosen[-1]]
-        similarities = [max(similarity, _compute_jaccard(last, candidate))
+        similarities = [max(similarity, len(last & candidate) / len(last | candidate))  # Jaccard
                         for similarity, candidate in zip(similarities, shingles, strict=True)]
         candidates = [i for i, similarity in enumerate(similarities)
                       if i not in chosen and similarity <= max_similarity]
@@ -184,10 +184,6 @@ def choose_diverse(solutions: list[Solution], most: int, max_similarity: float) 
 def _build_shingles(text: str) -> set[tuple[str, ...]]:
     words = text.split()
     return {tuple(words[i:i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
-
-
-def _compute_jaccard(first: set[tuple[str, ...]], second: set[tuple[str, ...]]) -> float:
-    return len(first & second) / len(first | second)
 
 
 def format_document(query: str, solutions: list[Solution], settings: TrajectorySettings) -> str:

@@ -340,20 +340,27 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
     return document
 
 
-def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
-    """Return a record's kind; refuse a record whose kind differs from `reading.kind`."""
+def list_kinds(record: Mapping[str, Any], text_field: str = "text") -> list[str]:
+    """Return the kinds as which a converted record can be read, the likeliest first."""
     # the order matters: a preference also has a prompt, and a chat may also have a text
     present = {"preference": "chosen" in record and "rejected" in record,
                "chat": "messages" in record or "conversations" in record
                or ("prompt" in record and get_completion_field(record) is not None),
                "prompt": "prompt" in record and "chosen" not in record,
-               "text": isinstance(record.get(reading.text_field), str)}
+               "text": isinstance(record.get(text_field), str)}
+    return [kind for kind, is_present in present.items() if is_present]
+
+
+def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
+    """Return a record's kind; refuse a record whose kind differs from `reading.kind`."""
+    kinds = list_kinds(record, reading.text_field)
     if reading.kind is None:
-        if present["chat"] or present["text"]:
-            return "chat" if present["chat"] else "text"
-    elif present[reading.kind]:
+        if "chat" in kinds or "text" in kinds:
+            return "chat" if "chat" in kinds else "text"
+    elif reading.kind in kinds:
         return reading.kind
-    elif found := next((kind for kind, is_present in present.items() if is_present), None):
+    elif kinds:
+        found = kinds[0]
         article = {"text": "plain text", "chat": "a chat", "preference": "a preference",
                    "prompt": "a prompt"}[found]
         # judged responses (KTO): chats would teach the bad responses too

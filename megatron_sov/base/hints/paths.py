@@ -14,16 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing
+from megatron_sov.base.hints.foreign import MAX_BYTES
 from megatron_sov.base.hints.kinds import DATA_SUFFIXES, classify_folder, find_only_folder
 from megatron_sov.base.hints.table import load_table
 from megatron_sov.base.hints.values import find_value
 
 DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
 INPUT_OPTIONS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--reference", "--base")
-_PACK_OPTIONS = {"sft": "--format chat ", "prefer": "--format preference ", "eval": "--heldout 0.5 "}
-"""Command -> options of `sov-data pack` for its data, with a blank at the end."""
-MAX_LINE_CHARS = 1 << 20
-"""Characters of a file's first line that are parsed to find its format."""
+_PACK_OPTIONS = {"sft": ["--format", "chat"], "prefer": ["--format", "preference"],
+                 "eval": ["--heldout", "0.5"]}
+"""Command -> options of `sov-data pack` for its data."""
 _PLACEHOLDER = re.compile(r"[A-Z]+(?:_[A-Z]+)*(?:\.[a-z]+)?")
 
 
@@ -77,40 +77,51 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     is_unpacked_file = needs_shards and source.is_file() and source.name.endswith(DATA_SUFFIXES)
     if not is_text_folder and not is_unpacked_file:
         return None
-    tokenizer, import_commands = _choose_tokenizer(line)
-    shards = choose_free_path(f"{source.name.partition('.')[0]}-tokens")
-    options = _PACK_OPTIONS.get(line[0], "") + (_choose_format(source) if is_unpacked_file else "")
-    pack_command = (f"sov-data pack --tokenizer {tokenizer} {options}"
-                    + shlex.join(["--input", path, "--output", shards]))
-    what = "a file" if is_unpacked_file else "a folder of text"
+    what, options = "a folder of text", _PACK_OPTIONS.get(line[0], [])
+    if is_unpacked_file:
+        what, options = "a file", options + _choose_format(source)
     return UserError(f"--data {path}: is {what}; pack it first",
-                     Fix(words={path: shards}, before=(*import_commands, pack_command)))
+                     fix_by_packing(path, Path(_choose_tokenizer(line)), options))
 
 
-def _choose_format(file: Path) -> str:
-    """Return the `--format` option for packing a file of JSON lines, by the fields of its first record."""
-    with contextlib.suppress(OSError, ValueError, AttributeError), file.open(encoding="utf-8") as lines:
-        fields = json.loads(lines.readline(MAX_LINE_CHARS)).keys()
-        if "chosen" in fields:
-            return "--format preference "
-        if fields & {"messages", "conversations"}:
-            return "--format chat "
-    return ""
+def _choose_format(file: Path) -> list[str]:
+    """Return the `--format` option for packing a file of JSON lines, by its first record; [] for text."""
+    # not at the top: needed after a mistake only
+    from megatron_sov.base.documents.layouts import convert_layout
+    from megatron_sov.base.documents.messages import BadRecord
+    from megatron_sov.base.documents.records import list_kinds
+
+    with contextlib.suppress(OSError, ValueError, AttributeError, BadRecord), file.open("rb") as f:
+        kinds = list_kinds(convert_layout(json.loads(f.readline(MAX_BYTES)), None))
+        if kinds and kinds[0] != "text":
+            return ["--format", kinds[0]]
+    return []
 
 
-def _choose_tokenizer(line: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """Return a tokenizer folder for packing and the commands that create it: from the command's model, else
-    one in the current folder, else the placeholder DIR."""
+def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
+    """Return the commands that pack a file, after the import of a tokenizer that exists and is not ours."""
+    commands = []
+    is_ours = classify_folder(tokenizer) == "tokenizer" and (tokenizer / "manifest.json").is_file()
+    if tokenizer.exists() and not is_ours:
+        imported = Path(choose_free_path(f"{tokenizer.name}-tokenizer"))
+        commands.append(["sov-tokenizer", "import", str(tokenizer), "--output", str(imported)])
+        tokenizer = imported
+    shards = choose_free_path(f"{Path(path).name.partition('.')[0]}-tokens")
+    commands.append(["sov-data", "pack", "--tokenizer", str(tokenizer), "--input", path, *options, "--output",
+                     shards])
+    return Fix(words={path: shards}, before=tuple(map(shlex.join, commands)))
+
+
+def _choose_tokenizer(line: Sequence[str]) -> str:
+    """Return a folder with a tokenizer: from the command's model, else the only one in the current folder,
+    else the placeholder DIR."""
     # `--from MODEL`, or a positional argument as in `eval lm MODEL`
     words = [word for word in (find_value(line, "--from"), *line[:3]) if word]
     of_runs = [folder for word in words for folder in sorted(Path(word).glob("checkpoints/*/tokenizer"))]
     if of_runs:
-        return str(of_runs[-1]), ()
+        return str(of_runs[-1])
     model = next((word for word in words if (Path(word) / "tokenizer.json").is_file()), "")
-    if model:
-        output = choose_free_path(f"{Path(model).name}-tokenizer")
-        return output, (shlex.join(["sov-tokenizer", "import", model, "--output", output]),)
-    return find_only_folder("tokenizer") or "DIR", ()
+    return model or find_only_folder("tokenizer") or "DIR"
 
 
 def _find_output_fault(path: str) -> UserError | None:

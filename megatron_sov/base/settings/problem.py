@@ -169,11 +169,12 @@ def _fix_value(problem: SettingsProblem) -> str | Fix:
     key, value = problem.key, problem.value_to_write
     if value.startswith(TOKENS_KEY):  # the setting that was typed goes
         return Fix(words={f"{key}={problem.value}": value})
-    if value.split() == [value] and key.startswith("--") and problem.value and isinstance(problem.value, str):
-        return Fix(words={problem.value: value})  # only the wrong one of several values
-    if not value or key.startswith("--"):
-        return Fix(options=(key, *value.split())) if value else ""
-    return f"{key}={value}" if "." in key else ""
+    if not key.startswith("--"):
+        return f"{key}={value}" if value and "." in key else ""
+    values = value.split()
+    if len(values) == 1 and problem.value and isinstance(problem.value, str):
+        return Fix(words={problem.value: value})  # only the wrong one of several typed values
+    return Fix(options=(key, *values)) if values else ""
 
 
 def _join_fixes(fixes: Sequence[str | Fix]) -> Fix | None:

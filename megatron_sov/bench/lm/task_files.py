@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,10 +92,10 @@ class TaskCatalog:
 
     def _build_unknown_error(self, name: str) -> UserError:
         if name.endswith((".yaml", ".yml")):
-            text = Path(name).read_text(encoding="utf-8", errors="replace") if Path(name).is_file() else ""
-            task = (re.search(r"^task: *([\w.-]+) *$", text, re.M) or [name, Path(name).stem])[1]
+            file = Path(name)
+            task = _get_task_name(_load_bounded_yaml(file)) if file.is_file() else None
             return UserError(f"task {name!r}: is a file, and --tasks takes names (`task:` in the file)",
-                             Fix(options=("--task-dir", str(Path(name).parent), "--tasks", task)))
+                             Fix(options=("--task-dir", str(file.parent), "--tasks", task or file.stem)))
         same_name = [problem for file, problem in self.problems.items() if Path(file).stem == name]
         problem = next(iter([*same_name, *self.problems.values()]), None)
         unreadable = f"; {len(self.problems)} files cannot be read, such as {problem}" if problem else ""
@@ -159,8 +158,8 @@ def find_tasks(folders: Sequence[TaskFolder]) -> TaskCatalog:
             except UserError as e:
                 catalog.problems[str(file)] = str(e)
                 continue
-            name = config.get("group") or config.get("task")
-            if not isinstance(name, str):
+            name = _get_task_name(config)
+            if name is None:
                 continue  # a file for `include`
             if name in definitions:
                 raise UserError(f"{file}: defines {name!r}, and so does {definitions[name].file}; rename "
@@ -171,6 +170,12 @@ def find_tasks(folders: Sequence[TaskFolder]) -> TaskCatalog:
         for tag in _list_texts(definition.config.get("tag"), f"{definition.file}: tag"):
             catalog.tags.setdefault(tag, []).append(name)
     return catalog
+
+
+def _get_task_name(config: Mapping[str, Any]) -> str | None:
+    """Return the name of the task or group in a file; None: a file for `include`."""
+    name = config.get("group") or config.get("task")
+    return name if isinstance(name, str) else None
 
 
 def _read_task_file(file: Path, root: Path, depth: int) -> dict[str, Any]:

@@ -63,11 +63,10 @@ class ChatOptions(PluginOptions, RankOptions):
 
 def chat(options: ChatOptions) -> int:
     """Answer lines from standard input until it ends."""
-    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", options.target):
-        address = f"http://{options.target}"
-        raise UserError(f"{options.target}: is an address without http://",
-                        Fix(words={options.target: address}))
     if not is_url(options.target):
+        if re.fullmatch(r"[\w.-]+:\d+(/.*)?", options.target) and not Path(options.target).exists():
+            raise UserError(f"{options.target}: is an address without http://",
+                            Fix(words={options.target: f"http://{options.target}"}))
         check_model_path(Path(options.target))
         check_model_folder(Path(options.target))
     if missing := find_missing_libraries():

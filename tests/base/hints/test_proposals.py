@@ -80,12 +80,18 @@ def test_an_option_leaves_with_its_value() -> None:
                                             Fix(options=("--run", "tokens-run"))]),
     ("pretrain x --data texts --run r", [Fix(words={"texts": "texts-tokens"}, before=(
         "sov-data pack --tokenizer tok --input texts --output texts-tokens",))]),
+    ("eval pairs run --data p.jsonl", [Fix(words={"p.jsonl": "p-tokens"}, before=(
+        "sov-tokenizer import run/checkpoints/step-2/tokenizer --output tokenizer-tokenizer",
+        "sov-data pack --tokenizer tokenizer-tokenizer --input p.jsonl --heldout 0.5 --format preference "
+        "--output p-tokens"))]),
     ("sft --from=hf --data DIR --run new", [])])
 def test_paths_are_judged_without_running_anything(line: str, fixes: list[Fix], tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in {"tokens/manifest.json": json.dumps({"kind": "tokens"}), "texts/a.txt": "a",
                        "tok/manifest.json": json.dumps({"kind": "tokenizer"}),
+                       "run/checkpoints/step-2/tokenizer/tokenizer.json": "{}",
+                       "p.jsonl": json.dumps({"instruction": "a", "chosen": "b", "rejected": "c"}),
                        "hf/config.json": "{}"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)

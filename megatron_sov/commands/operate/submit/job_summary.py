@@ -7,10 +7,11 @@ import sys
 from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_count, format_days, format_money, format_value
+from megatron_sov.base.hints.paths import fix_by_packing
 from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
 from megatron_sov.commands.train.setup.feasibility import count_epochs, count_tokens, refuse_unfit_data
-from megatron_sov.commands.train.setup.packed_files import find_files, fix_by_packing, list_packable_formats
+from megatron_sov.commands.train.setup.packed_files import find_files, list_packable_formats
 from megatron_sov.commands.train.setup.starts import find_start
 from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
 from megatron_sov.model.objectives import FORMATS
@@ -70,7 +71,7 @@ def _refuse_files(work: StageWork) -> None:
     formats = list_packable_formats(work.kind.objective)
     tokenizer = find_tokenizer_folder(find_start(work.start_from)) if work.start_from else None
     for file in find_files(work.data, work.target, formats, tokenizer):
-        fix = fix_by_packing(file.file, tokenizer, file.pack_options) if tokenizer else None
+        fix = fix_by_packing(str(file.file), tokenizer, file.pack_options) if tokenizer else None
         raise UserError(f"--data {file.argument}: is a file, and jobs read packed folders; pack it first "
                         "with `sov-data pack`", fix)
 
@@ -95,7 +96,8 @@ def summarize(prepared: PreparedStage) -> list[str]:
     settings = job.layouts[nodes]
     config = apply_settings(work.config, list(settings)) if settings else work.config
     prices = build_pricing(Machines(job.cluster, profile, nodes))
-    quotes = quote_run(config, prices, (*work.settings, *settings)) if prices and _has_steps(config) else []
+    has_steps = config.extend.stages or config.num_steps()
+    quotes = quote_run(config, prices, (*work.settings, *settings)) if prices and has_steps else []
     unit = f"{profile.gpus_per_node} {prices.chip.name}" if prices else f"{profile.tasks_per_node} processes"
     lines = [f"summary   {work.stage} {config.recipe} on {nodes} x {unit}"]
     if not quotes:
@@ -105,10 +107,6 @@ def summarize(prepared: PreparedStage) -> list[str]:
     return [*lines, read, f"time      {format_days(total.days * SECONDS_PER_DAY)}, "
             f"{format_value(total.gpu_hours, 3)} GPU-hours, predicted (docs/plan_speed.md)",
             f"cost      {_format_cost(total)}", f"jobs      {_format_jobs(total, profile, job.time_limit)}"]
-
-
-def _has_steps(config: RunConfig) -> bool:
-    return bool(config.extend.stages or config.num_steps())
 
 
 def _format_data(work: StageWork, config: RunConfig) -> str:

@@ -20,14 +20,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import (
-    MANIFEST, format_json, read_manifest, translate_disk_errors, write_atomically)
+from megatron_sov.base.artifacts import MANIFEST, format_json, translate_disk_errors, write_atomically
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents import KINDS, BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import format_location
 from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, warn
 from megatron_sov.base.hints.foreign import find_shards
+from megatron_sov.base.hints.paths import fix_by_packing
 from megatron_sov.model.config import split_weight
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.objectives import COMMAND_FORMATS
@@ -304,20 +304,6 @@ def _fix_table(file: Path) -> Fix | None:
     return Fix(words={str(file): target}, before=(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}",))
 
 
-def fix_by_packing(file: Path, tokenizer: Path, options: Sequence[str]) -> Fix:
-    """Return the commands that pack a file, after the import of a tokenizer that exists and is not ours."""
-    commands = []
-    is_ours = (tokenizer / MANIFEST).is_file() and read_manifest(tokenizer).kind == TOKENIZER
-    if tokenizer.exists() and not is_ours:
-        imported = Path(choose_free_path(f"{tokenizer.name}-tokenizer"))
-        commands.append(["sov-tokenizer", "import", str(tokenizer), "--output", str(imported)])
-        tokenizer = imported
-    shards = choose_free_path(f"{file.stem}-tokens")
-    commands.append(["sov-data", "pack", "--tokenizer", str(tokenizer), "--input", str(file), *options,
-                     "--output", shards])
-    return Fix(words={str(file): shards}, before=tuple(map(shlex.join, commands)))
-
-
 def _read_first_record(file: Path, reading: RecordReading) -> Any:
     """Return the first record of a file that is not empty, or its `BadRecord`; None for an empty file."""
     spans = next(iter(plan_units([file])), ())[:1]
@@ -357,6 +343,6 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
     is_usable = bool(fault.options) and "FIELD" not in fault.options[-1] and "prompt" not in fault.options
     if is_usable and tokenizer is not None:
         form = () if "--format" in fault.options else ("--format", formats[0])
-        fix = fix_by_packing(file, tokenizer, [*form, *fault.options])
+        fix = fix_by_packing(str(file), tokenizer, [*form, *fault.options])
     raise UserError(f"--data {location}: {fault.reason}; or pack it yourself "
                     "(`sov-data pack --help`), and pass the folder", fix)

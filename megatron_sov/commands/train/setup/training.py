@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, choose_free_path
+from megatron_sov.base.hints.paths import fix_by_packing
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.commands.train.kinds import STAGE_KINDS
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
 from megatron_sov.commands.train.setup.feasibility import refuse_unfit
 from megatron_sov.commands.train.setup.gates import build_gate, check_benchmarks
 from megatron_sov.commands.train.setup.packed_files import (
-    DataFile, FilePacking, find_files, fix_by_packing, list_packable_formats, warn_of_changed_files)
+    DataFile, FilePacking, find_files, list_packable_formats, warn_of_changed_files)
 from megatron_sov.commands.train.setup.stage_options import ExtendOptions, GateOptions, StageOptions
 from megatron_sov.commands.train.setup.starts import (
     find_start, find_start_tokenizer, propose_recipe, read_matching_model, refuse_many_converters)
@@ -264,7 +265,7 @@ def _fix_without_tokenizer(recipe: str | None, first: DataFile) -> Fix | None:
     if recipe not in recipes.names():
         return None
     size, name = recipes.get(recipe).model.vocab_size, choose_free_path(f"{first.file.stem}-tokenizer")
-    fix = fix_by_packing(first.file, Path(name), ["--format", first.format])
+    fix = fix_by_packing(str(first.file), Path(name), ["--format", first.format])
     learn = ["sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", str(size), "--input",
              str(first.file), "--output", name]
     return Fix(words=fix.words, before=(shlex.join(learn), *fix.before))
