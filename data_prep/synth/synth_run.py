@@ -1,7 +1,6 @@
 """Run `sov-data synth` from options to the finished source.
 
-Finished items lie in `.OUTPUT.work` and stay after the end, so that more input or other checks continue from
-the records; answers lie in OUTPUT.
+Finished items stay in `.OUTPUT.work`, so that more input or other checks can continue; answers are in OUTPUT.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from data_prep.libraries import find_library_problems
-from data_prep.synth import finishing
 from data_prep.synth.checks.settings import find_check_problems
 from data_prep.synth.declared.generator import PACKAGED, Generator, load_generator
 from data_prep.synth.models import Model, TokenBudget, open_clients
@@ -387,6 +385,8 @@ class ItemMaker:
 
 def finish_run(run: SynthRun, tally: RunTally) -> ExitCode:
     """Write the source from all finished items; raises `StopRequested` if items got no answer."""
+    from data_prep.synth import finishing  # half a second, which --list and refusals need not wait
+
     # an incomplete source can be inspected, and has no manifest
     finishing.finish(run.output, run.options.checks, run.options.workers or count_cores(),
                      is_complete=not tally.num_unanswered and not tally.defects)
