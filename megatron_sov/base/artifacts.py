@@ -33,6 +33,7 @@ _TEMPORARY_NAME = re.compile(r"\.(.+)\.tmp-.+-\d+")
 PRODUCERS = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
              "tokenizer": "`sov-tokenizer train` or `sov-tokenizer import`",
              "tokens": "`sov-data pack` or `sov-data mix`",
+             "rows": "`megatron-sov map`",
              "scorer": "`sov-data scorer train`",
              "difficulty_labels": "`sov-data difficulty label`",
              "probing_sets": "`sov-data probing-sets`",
@@ -467,6 +468,12 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
         raise UserError(f"{file}: is damaged ({e}); make the artifact again or restore "
                         "it from a copy") from None
     if kind is not None and manifest.kind != kind:
+        inputs = manifest.settings.get("inputs") if isinstance(manifest.settings, dict) else None
+        origins = [item["path"] for item in inputs or () if isinstance(item, dict) and "path" in item]
+        existing = [origin for origin in origins if Path(origin).exists()]
+        if kind == "rows" and existing:  # token shards
+            raise UserError(f"{path}: is a '{manifest.kind}' artifact, made of {existing[0]}, and rows of "
+                            f"text are needed; pass {existing[0]}", Fix(words={str(path): existing[0]}))
         raise UserError(f"{path}: is a '{manifest.kind}' artifact where a '{kind}' artifact is needed; "
                         f"pass the folder that {PRODUCERS.get(kind, 'the earlier step')} wrote")
     return manifest

@@ -35,7 +35,7 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     # `convert hf RUN OUT`: a direction, although a folder hf exists
     is_word = classify_folder(Path(word)) == "other" or bool(typed and Path(typed[0]).exists())
     if (text := texts.get(word.lower())) and is_word:
-        return _fill_template(f"{program} {word}: does not exist", text, typed)
+        return fill_template(f"{program} {word}: does not exist", text, typed)
     action = find_action(program, (word, *typed))
     if word.startswith("-") and action:
         return UserError(f"{program}: a command comes before its options",
@@ -147,7 +147,7 @@ def _unwrap_starter(rest: list[str]) -> list[str]:
     return [*rest, "--nproc", processes] if processes and "--nproc" not in rest else rest
 
 
-def _fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
+def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
     """Build the error for a foreign command from its text in `words.yaml`.
 
     The typed words replace the placeholders in the text's template, `program command --option VALUE`.
@@ -157,11 +157,16 @@ def _fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
     at = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)), len(words))
     if match is None or not typed or at == 1:  # 1: an option of the program, e.g. --version
         return UserError(f"{begin}; {text}")
-    values = [word for option, value in pairwise(words[at:]) if option.startswith("--")
-              and not value.startswith("--") and not is_placeholder(value)
-              and (option not in typed or option == "--set") for word in (option, value)]
+    values, switches = list[str](), list[str]()
+    for option, value in pairwise([*words[at:], "--"]):
+        is_typed = option in typed and option != "--set"
+        if option.startswith("--") and not is_placeholder(value) and not is_typed:
+            (switches if value.startswith("--") else values).append(option)
+            values += [value] * (not value.startswith("--"))
+    if "--list" in switches:
+        return UserError(f"{begin}; {text}", Fix(match[1]))
     sentence = text.replace(match[1], " ".join(words[:at]))
-    return UserError(f"{begin}; {sentence}", Fix(shlex.join([*words[:at], *values, *typed])))
+    return UserError(f"{begin}; {sentence}", Fix(shlex.join([*words[:at], *values, *typed, *switches])))
 
 
 def _drop_typed_options(way: str, typed: Sequence[str]) -> str:

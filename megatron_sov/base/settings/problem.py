@@ -150,7 +150,10 @@ class SettingsError(UserError):
             problems: at least one.
         """
         self.where, self.problems = where, tuple(problems)
-        fix = _join_fixes([problem.fix or _fix_value(problem) for problem in problems])
+        fixes = [(problem.code, problem.fix or _fix_value(problem)) for problem in problems]
+        # one broken rule may cause the next: only the first is mended
+        rules = [fix for code, fix in fixes if fix and code == ProblemCode.RULE]
+        fix = _join_fixes([fix for code, fix in fixes if code != ProblemCode.RULE or fix in rules[:1]])
         if len(problems) == 1:
             line = f", line {problems[0].line}" if problems[0].line else ""
             super().__init__((f"{where}{line}: " if where else "") + problems[0].sentence, fix)
