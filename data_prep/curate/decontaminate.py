@@ -77,7 +77,7 @@ def decontaminate_files(files: Sequence[Path], output: Path, settings: Benchmark
                             "of files")
     # Checked before the search, which may take hours.
     check_output_folder(output, KIND, overwrite)
-    search = settings.search()
+    search = settings.build_search()
     counts: dict[str, dict[str, int]] = {}
     with create_artifact(output, KIND, overwrite=overwrite) as artifact:
         hits: list[dict[str, Any]] = []

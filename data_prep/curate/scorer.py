@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from data_prep.libraries import find_library_problems
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
 
 
@@ -37,7 +39,13 @@ class ScorerCheckOptions:
     """Print the figures as JSON."""
 
 
+def _check_libraries(options: Any) -> Any:
+    if problems := find_library_problems("sov-data scorer", "sklearn", "threadpoolctl"):
+        raise UserError(problems[0])
+    return options
+
+
 SCORER = ActionGroup({
-    "train": DeclaredCommand(ScorerTrainOptions, run_function="data_prep.curate.scorer_run:run_train"),
-    "check": DeclaredCommand(ScorerCheckOptions, run_function="data_prep.curate.scorer_run:run_check")},
+    "train": DeclaredCommand(ScorerTrainOptions, _check_libraries, "data_prep.curate.scorer_run:run_train"),
+    "check": DeclaredCommand(ScorerCheckOptions, _check_libraries, "data_prep.curate.scorer_run:run_check")},
     "Train a model that scores texts, or evaluate a model on other labels.")

@@ -152,10 +152,10 @@ STEPS: dict[str, str] = {
     "minhash_dedup": "data_prep.curate.dedup.minhash:MinhashDedup",
     "paragraph_dedup": "data_prep.curate.dedup.exact:ParagraphDedup",
     "decontaminate": "data_prep.curate.decontamination.step:Decontaminate",
-    "quality": "data_prep.curate.scoring.kinds:Quality",
-    "education": "data_prep.curate.scoring.kinds:Education",
+    "quality": "data_prep.curate.scoring.scorer_steps:Quality",
+    "education": "data_prep.curate.scoring.scorer_steps:Education",
     "level": "data_prep.curate.scoring.levels:Level",
-    "kind": "data_prep.curate.scoring.kinds:ScorerKind",
+    "kind": "data_prep.curate.scoring.scorer_steps:DocumentKind",
 }
 """Name in pipeline files -> module:class."""
 

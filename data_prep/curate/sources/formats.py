@@ -63,12 +63,14 @@ def find_format_problems(format_: str, options: Mapping[str, Any]) -> list[Setti
         return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
                                 hint.removeprefix("; "))]
 
+    if missing := find_library_problems(f"format {format_}", *LIBRARIES.get(format_, ())):
+        return list(map(to_problem, missing))
+
     def suggest_key(key: str) -> str:
         return suggest_successor(f"{format_}.{key}", PIPELINE).removeprefix("; ")
 
     problems = try_parse_settings(load_reader_class(format_).Options, options, suggest_key)[1]
-    return [*map(to_problem, find_library_problems(f"format {format_}", *LIBRARIES.get(format_, ()))),
-            *(problem.with_prefix("options") for problem in problems)]
+    return [problem.with_prefix("options") for problem in problems]
 
 
 class AutoReader(FileReader):

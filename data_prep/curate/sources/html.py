@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from resiliparse.extract.html2text import extract_plain_text
+from resiliparse.parse.html import HTMLTree
+
 from data_prep.curate.sources.encodings import EncodingLimits, decode_page, read_unpacked
 from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty
 from data_prep.curate.sources.source import BrokenRecord, RawDocument
@@ -73,10 +76,6 @@ def build_page_document(source: str, place: str, job: ReadingJob, *,
 
 def extract_page_text(source: str, *, whole: bool = False) -> tuple[str, dict[str, Any]]:
     """Return the text, and columns title, url, date, licence and language_hint if the page has them."""
-    # Optional package (extra `data`), loaded in the reading process only.
-    from resiliparse.extract.html2text import extract_plain_text
-    from resiliparse.parse.html import HTMLTree
-
     tree = HTMLTree.parse(_prepare_page(source))
     if tree.body is None:
         return "", {}

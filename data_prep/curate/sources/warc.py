@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from warcio.archiveiterator import ArchiveIterator
+from warcio.bufferedreaders import ChunkedDataReader
+from warcio.exceptions import ArchiveLoadFailed
+
 from data_prep.curate.sources.encodings import DETECT, LimitBytes, decode_page, decode_text, open_unpacked
 from data_prep.curate.sources.html import NO_TEXT, HtmlOptions, build_page_document
 from data_prep.curate.sources.pdf import PdfOptions, build_pdf_document
@@ -41,10 +45,6 @@ class WarcReader(FileReader):
 
     @classmethod
     def iter_items(cls, job: ReadingJob) -> Iterator[SourceItem]:
-        # Optional package (extra `data`), loaded in the reading process only.
-        from warcio.archiveiterator import ArchiveIterator
-        from warcio.exceptions import ArchiveLoadFailed
-
         number = 0
         with open_unpacked(job.file) as file:
             # The iterator takes a read error for the end of the archive; `stream.error` has the difference.
@@ -169,8 +169,6 @@ class _Record:
 
     def _read_body(self, header: Any) -> bytes:
         """Return the decompressed body; raises `BadRecord` if it is too long, truncated or not decodable."""
-        from warcio.bufferedreaders import ChunkedDataReader  # optional package, see `iter_items`
-
         limit_bytes = self._job.options.record_bytes
         packing, transfer = (((header.get_header(name) or "") if header else "").strip().lower()
                              for name in ("Content-Encoding", "Transfer-Encoding"))
