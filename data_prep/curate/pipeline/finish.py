@@ -11,16 +11,12 @@ from typing import Any
 
 from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
 from data_prep.curate.pipeline.facts import get_facts_path, read_output_facts
-from data_prep.curate.pipeline.pipeline_file import list_pattern_columns
 from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link_or_copy
 from data_prep.curate.pipeline.tasks import get_pass_marks_folder
 from data_prep.damaged_files import explain_deletion, get_place_in_run
-from data_prep.shards.pack import PackSettings, PackSource
-from data_prep.shards.pack_run import pack_sources
 from megatron_sov.base.artifacts import (
-    MANIFEST, ArtifactWriter, FileRecord, create_folder, find_file_damage, manifest_sha256, read_manifest,
-    translate_disk_errors, write_atomically)
-from megatron_sov.base.documents import RecordReading
+    ArtifactWriter, FileRecord, create_folder, find_file_damage, read_manifest, translate_disk_errors,
+    write_atomically)
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.sealed import check_seal, open_sealed_parquet, read_sealed_json, read_sealed_lines
@@ -28,27 +24,22 @@ from megatron_sov.base.sealed import check_seal, open_sealed_parquet, read_seale
 MAX_PRINTED_NAMES = 6
 """Output names listed on the terminal."""
 KIND = "corpus"
-TEXT, TOKENS, QUARANTINE = "text", "tokens", "quarantine"
+TEXT, QUARANTINE = "text", "quarantine"
 SUMMARY, PIPELINE = "summary.json", "pipeline.json"
-EXCLUDED_FOLDERS = frozenset(["shards", "shared", "done", "logs", "plans", "slurm", TOKENS])
-"""Folders without files of the corpus: work files, logs, and token shards."""
+EXCLUDED_FOLDERS = frozenset(["shards", "shared", "done", "logs", "plans", "slurm", "tokens"])
+"""Folders without files of the corpus: work files, logs, and token shards packed into the run's folder."""
 MAX_CLOCK_DIFFERENCE_S = 60.0
 """Between the disk's clock and this machine's clock."""
-TAGS = ("kind", "level", "synthetic")
-"""Columns that blends select sources by, whether or not output names contain them."""
-NAME_TAGS = ("language",)
-"""Columns that become tags if output names contain them, which gives each source a single value."""
 
 
-def finish_run(plan: PipelinePlan, output: Path, workers: int) -> str:
+def finish_run(plan: PipelinePlan, output: Path) -> str:
     """Publish the corpus after all tasks; returns lines for the terminal.
 
     Raises:
-        UserError: all documents were dropped, the tokenizer does not fit, or writing fails.
+        UserError: all documents were dropped, or writing fails.
     """
     with translate_disk_errors(output):
-        # The order matters for a killed run: text, quarantine, summary, token shards, and last the manifest,
-        # which alone marks the corpus as complete.
+        # The order matters for a killed run: the manifest comes last, and alone marks the corpus as complete.
         num_shards = _publish_text(plan, output)
         _write_quarantine(plan, output)
         summary = build_summary(plan, output)
@@ -60,7 +51,6 @@ def finish_run(plan: PipelinePlan, output: Path, workers: int) -> str:
             raise UserError(f"{output}: no document is kept, so there is no output; "
                             f"{explain_empty_output(summary, output / QUARANTINE)} "
                             f"(all steps: {output / SUMMARY})")
-        _pack_tokens(plan, output, sorted(num_shards), workers)
         _write_manifest(plan, output, summary)
     return describe_output(summary, output, output / TEXT, output / QUARANTINE)
 
@@ -71,9 +61,7 @@ def is_complete(plan: PipelinePlan, output: Path) -> bool:
         manifest = read_manifest(output, KIND)
     except UserError:
         return False
-    # Token shards are no part of the corpus; they have their own manifest.
-    is_packed = plan.pipeline.pack is None or (output / TOKENS / MANIFEST).is_file()
-    return (manifest.content.get("address") == plan.address and is_packed
+    return (manifest.content.get("address") == plan.address
             and all(_is_unchanged(output / name, record, manifest.created_s)
                     for name, record in manifest.files.items()))
 
@@ -249,26 +237,6 @@ def _summarize_source(plan: PipelinePlan, source: SourcePlan, output: Path) -> d
             "raw_bytes": source.raw_bytes, "quarantine": steps[0]["broken"], "steps": steps}
 
 
-def _pack_tokens(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> None:
-    pack = plan.pipeline.pack
-    if pack is None:
-        return
-    tokens, mark = output / TOKENS, output / "done" / f"pack-{plan.address}"
-    # Packing may take hours, so a run killed afterwards does not repeat it. Another plan has another address.
-    if mark.exists() and (tokens / MANIFEST).is_file():
-        return
-    # A tag must have one value for a whole packed source, which depends on the columns and output names.
-    columns, pattern_columns = plan.list_columns(), list_pattern_columns(plan.pipeline.output.name)
-    tags = tuple(name for name in (*TAGS, *NAME_TAGS)
-                 if name in columns and (name in TAGS or name in pattern_columns))
-    settings = PackSettings(heldout_share=pack.heldout, bos=pack.bos, eod=pack.eod,
-                            shard_tokens=pack.shard_tokens, reading=RecordReading("text", tags=tags))
-    pack_sources(pack.tokenizer, [PackSource(name, output / TEXT / name) for name in names], tokens,
-                 settings, workers=workers, overwrite=tokens.exists())
-    mark.parent.mkdir(exist_ok=True)
-    write_atomically(mark, "")
-
-
 def _write_manifest(plan: PipelinePlan, output: Path, summary: dict[str, Any]) -> None:
     writer = ArtifactWriter(output, KIND)
     # Only files of the corpus are in the manifest, so that work files may be deleted.
@@ -278,7 +246,5 @@ def _write_manifest(plan: PipelinePlan, output: Path, summary: dict[str, Any]) -
         "sources": [entry["name"] for entry in summary["output"]],
         "num_documents": sum(entry["num_documents"] for entry in summary["output"]),
         "num_bytes": sum(entry["num_bytes"] for entry in summary["output"])}
-    if plan.pipeline.pack is not None:
-        writer.content["tokens_manifest_sha256"] = manifest_sha256(output / TOKENS)
     writer.settings = {"pipeline": plan.pipeline}
     writer.complete()

@@ -18,13 +18,12 @@ from pydantic import TypeAdapter
 from data_prep.curate.pipeline.step import SOURCE_COLUMNS, STEPS, ColumnType, Step, load_step_class
 from data_prep.curate.pipelines import READY
 from data_prep.curate.sources.source import KINDS, SourceSettings
-from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError, find_nearest_name, format_problems, suggest_name
 from megatron_sov.base.hints.removed import PIPELINE, suggest_successor
 from megatron_sov.base.hints.table import index_words, normalize_word
 from megatron_sov.base.settings import (
-    AtLeastOne, Bound, Fraction, LocatedDocument, NotBlank, Place, ProblemCode, SettingsProblem,
-    find_rule_problems, parse_located_yaml, read_settings_text, split_key, try_parse_settings)
+    Bound, LocatedDocument, NotBlank, Place, ProblemCode, find_rule_problems, parse_located_yaml,
+    read_settings_text, split_key, try_parse_settings)
 
 
 def resolve_paths(settings: Any, folder: Path) -> Any:
@@ -84,27 +83,6 @@ class OutputSettings:
 
 
 @dataclass(frozen=True)
-class PackEntry:
-    """Settings for packing the output into token shards."""
-
-    tokenizer: Path
-    """Folder from `sov-tokenizer train`."""
-    heldout: Fraction = 0.02
-    """Expected share of the documents in the split "heldout"."""
-    bos: Literal["none", "start"] = "none"
-    """start: documents begin with bos."""
-    eod: Literal["append", "none"] = "append"
-    """append: documents end with eos."""
-    shard_tokens: AtLeastOne = 2_000_000_000
-    """Maximum tokens in a shard."""
-
-    def problems(self) -> list[SettingsProblem]:
-        return [] if (self.tokenizer / MANIFEST).is_file() else [SettingsProblem(
-            ProblemCode.FILE, "tokenizer", "holds no tokenizer", self.tokenizer,
-            "train one with `sov-tokenizer train`, or leave `pack` out")]
-
-
-@dataclass(frozen=True)
 class Pipeline:
     """Content of a pipeline file."""
 
@@ -118,8 +96,6 @@ class Pipeline:
     on_bad: str = "quarantine"
     """quarantine: list broken files and records; refuse: stop at the first."""
     output: OutputSettings = field(default_factory=OutputSettings)
-    pack: PackEntry | None = None
-    """None: the output is text without token shards."""
 
 
 PrintableText = Annotated[NotBlank, Bound(lambda text: None if text.isprintable() else (
@@ -181,11 +157,12 @@ class _PipelineReader:
                     "files in data_prep/curate/pipelines do; code of datatrove runs by its own "
                     "executors, and `sov-data pack --input FILE` reads the .jsonl that it writes")
             return None
-        parts = ("sources", "steps", "output", "pack")
+        parts = ("sources", "steps", "output")
         known = [f.name for f in dataclasses.fields(_Head)] + list(parts)
         for key in raw:
             if key not in known:
-                self.add_problem((key,), f"{key}: is no key of a pipeline{suggest_name(key, known)}")
+                hint = suggest_successor(str(key), PIPELINE) or suggest_name(key, known)
+                self.add_problem((key,), f"{key}: is no key of a pipeline{hint}")
         # Reading continues after a mistake, so that the user sees all mistakes at once.
         head_values = {key: value for key, value in raw.items() if key in known and key not in parts}
         head = self._parse_part(_Head, head_values, ())
@@ -200,10 +177,9 @@ class _PipelineReader:
             # After all steps have added their columns.
             for sentence in find_pattern_problems(output.name, self.columns, _list_adding_steps):
                 self.add_problem(("output", "name"), f"name = {output.name!r}: {sentence}")
-        pack = self._parse_part(PackEntry, raw["pack"], ("pack",)) if raw.get("pack") is not None else None
         if self.problems or head is None or output is None:
             return None
-        return Pipeline(self.folder, head.name, sources, steps, head.shard_bytes, head.on_bad, output, pack)
+        return Pipeline(self.folder, head.name, sources, steps, head.shard_bytes, head.on_bad, output)
 
     def _parse_part(self, cls: type[Any], written: Any, place: Place, kind: str = "") -> Any:
         """Return an instance of `cls` with resolved paths, or None after adding problems.
@@ -284,7 +260,8 @@ class _PipelineReader:
         if likely in STEPS:
             hint = f"; it is {likely} here"
         elif likely:
-            hint = f"; `{likely}:` of the file does this, outside `steps`"
+            hint = suggest_successor(likely, PIPELINE) or (
+                f"; `{likely}:` of the file does this, outside `steps`")
         else:
             likely = find_nearest_name(name, STEPS)
             hint = suggest_successor(name, PIPELINE) or suggest_name(name, STEPS)
@@ -402,10 +379,6 @@ def find_pattern_problems(pattern: str, columns: Mapping[str, ColumnType],
     if not pattern or re.search(r"[^\w.-]", literal) or pattern.startswith((".", "-")):
         problems.append("must be letters, digits, '.', '_', '-' and columns in braces")
     return problems
-
-
-def list_pattern_columns(pattern: str) -> frozenset[str]:
-    return frozenset(name for _, name, _, _ in Formatter().parse(pattern) if name)
 
 
 def format_output_name(pattern: str, source: str, columns: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from data_prep.curate.pipeline.pipeline_file import Pipeline, StepEntry
 from data_prep.curate.pipeline.step import SOURCE_COLUMNS, ColumnType, Step
 from data_prep.curate.sources.formats import create_reader, load_reader_class
 from data_prep.curate.sources.source import SourcePiece, SourceSettings
-from megatron_sov.base.artifacts import MANIFEST, write_atomically
+from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.sealed import (
     SEAL, SEAL_PLACEHOLDER, read_sealed_json, read_sealed_lines, seal_bytes, write_sealed_json)
 
@@ -99,13 +99,10 @@ class PipelinePlan:
 
     @property
     def address(self) -> str:
-        """Address of the output, which depends on every step and on the tokenizer for packing."""
-        pack: dict[str, Any] | None = None
-        if self.pipeline.pack is not None:
-            pack = dataclasses.asdict(self.pipeline.pack)
-            pack["tokenizer"] = hash_tree(self.pipeline.pack.tokenizer / MANIFEST)
+        """Address of the output, which depends on every step."""
+        # `pack` is a removed setting; without the key, complete corpora of earlier releases would run again.
         return compute_address({"output": [[s.settings.name, s.layers[-1].folder] for s in self.sources],
-                                "pack": pack})
+                                "pack": None})
 
     def list_skip_notes(self) -> list[str]:
         return [f"source {source.settings.name}: {sentence}" for source in self.sources

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -92,7 +91,7 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
             print(f"{output}: complete from before")
             return
         _run_stages(plan, prepare_run(plan, output), output, workers, list(iter_stages(plan)))
-        description = finish_run(plan, output, workers)
+        description = finish_run(plan, output)
     print(description)
 
 
@@ -266,8 +265,6 @@ def describe_plan(plan: PipelinePlan, output: Path) -> str:
         total, num_open = len(list_tasks(plan, stage)), len(list_open_tasks(plan, stage, output))
         lines.append(f"  {stage.name}: {_format_count(total, stage.task_noun)}, {total - num_open:,} done, "
                      f"{num_open:,} to do")
-    if plan.pipeline.pack is not None:
-        lines.append(f"  pack: {plan.pipeline.pack.tokenizer}")
     return "\n".join(lines)
 
 
@@ -343,5 +340,5 @@ def run_array_task(plan_file: Path, output: Path, stage: PipelineStage, open_tas
 
 
 def run_finish_task(plan_file: Path, output: Path, index: int) -> None:
-    check_restarts("finish", "leave `pack` out and pack by `sov-data pack` in parts")
-    finish_run(PipelinePlan.read(plan_file), output, len(os.sched_getaffinity(0)))
+    check_restarts("finish", "give the job more time or memory")
+    finish_run(PipelinePlan.read(plan_file), output)

@@ -1,9 +1,9 @@
 """Train and evaluate scorers with scikit-learn.
 
-Scikit-learn fits the weights; penalty, slope and offset are chosen on texts outside the fit. A classifier is
-logistic regression with Platt's calibration (1999): the logistic function of slope * z + offset. A regressor is
-ridge regression, as in FineWeb-Edu (arXiv 2406.17557, section 4); slope and offset undo the shrinkage towards
-the mean by the penalty.
+Scikit-learn fits the weights; penalty, slope and offset are chosen on texts outside the fit. A classifier
+is logistic regression with Platt's calibration (1999): the logistic function of slope * z + offset. A
+regressor is ridge regression, as in FineWeb-Edu (arXiv 2406.17557, section 4); slope and offset undo the
+shrinkage towards the mean by the penalty.
 """
 
 from __future__ import annotations

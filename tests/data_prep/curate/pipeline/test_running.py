@@ -144,23 +144,6 @@ def test_nothing_kept_is_told(raw: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not (output / "manifest.json").exists() and (output / "summary.json").is_file()
 
 
-@pytest.mark.deep
-def test_the_output_is_packed_where_the_file_asks_for_it(raw: Path, tokenizers: dict[str, Path], done: Done
-                                                         ) -> None:
-    with open(raw / "pipeline.yaml", "a") as f:
-        f.write(f"pack: {{tokenizer: {tokenizers['solar-open']}, heldout: 0.2}}\n")
-    output = run(raw)
-    packed = read_manifest(output / "tokens", "tokens")
-    assert {source["name"]: source["tags"] for source in packed.content["sources"]} == {
-        "books-long": {"kind": [""], "synthetic": ["false"]},
-        "web-long": {"kind": ["en"], "synthetic": ["false"]},
-        "web-short": {"kind": ["en"], "synthetic": ["false"]}}, "blends choose by these"
-    change(raw, "heldout: 0.2", "heldout: 0.5")
-    done.clear()
-    run(raw)
-    assert done == [] and read_manifest(output / "tokens").sha256 != packed.sha256
-
-
 def test_names_and_fields_that_are_no_text_stop_no_run(raw: Path) -> None:
     """Bytes of a name that are no UTF-8, and halves of surrogate pairs inside a field."""
     (raw / "web" / os.fsdecode(b"na\xefve.txt")).write_text("text 0 " * 20)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from data_prep.curate.pipeline.step import load_step_class
-from data_prep.curate.scoring.scorer_steps import (
-    Education, EducationSettings, KindSettings, Quality, QualitySettings, DocumentKind)
 from data_prep.curate.scoring.scorer import load_scorer
+from data_prep.curate.scoring.scorer_steps import (
+    DocumentKind, Education, EducationSettings, KindSettings, Quality, QualitySettings)
 from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, docs, outcomes
 from tests.typed_words import keys_of
