@@ -18,7 +18,7 @@ from megatron_sov.base.artifacts import (
     ArtifactWriter, FileRecord, create_folder, find_file_damage, read_manifest, translate_disk_errors,
     write_atomically)
 from megatron_sov.base.documents.accounting import RecordAccount
-from megatron_sov.base.errors import UserError, escape_controls
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import check_seal, open_sealed_parquet, read_sealed_json, read_sealed_lines
 
 MAX_PRINTED_NAMES = 6
@@ -45,14 +45,15 @@ def finish_run(plan: PipelinePlan, output: Path) -> str:
         summary = build_summary(plan, output)
         summary["output"] = [{"name": name, "num_shards": num_shards[name], **facts}
                              for name, facts in read_output_facts(output / TEXT).items()]
-        summary["account"] = account_documents(summary).to_dict()
+        account = account_documents(summary)
+        summary["account"] = account.to_dict()
         write_atomically(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
         if not num_shards:
-            raise UserError(f"{output}: no document is kept, so there is no output; "
-                            f"{explain_empty_output(summary, output / QUARANTINE)} "
-                            f"(all steps: {output / SUMMARY})")
+            raise UserError(f"{output}: no document is kept, so there is no output ({account.describe()}); "
+                            f"change the steps that dropped most, or the files listed in "
+                            f"{output / QUARANTINE}, and run the command again")
         _write_manifest(plan, output, summary)
-    return describe_output(summary, output, output / TEXT, output / QUARANTINE)
+    return describe_output(summary, output)
 
 
 def is_complete(plan: PipelinePlan, output: Path) -> bool:
@@ -77,75 +78,36 @@ def _is_unchanged(file: Path, record: FileRecord, created_s: float) -> bool:
     return stat.st_ctime < created_s - MAX_CLOCK_DIFFERENCE_S or find_file_damage(file, record) is None
 
 
-# Sentences about a finished run.
-
-
-def describe_output(summary: dict[str, Any], output: Path, text: Path, quarantine: Path) -> str:
+def describe_output(summary: dict[str, Any], output: Path) -> str:
     """Return lines with the output's folders and document counts.
 
     Args:
         summary: content of summary.json.
         output: the run's folder.
-        text: folder with one folder for each output name.
-        quarantine: folder with a list of unreadable records for each source.
     """
     names = [entry["name"] for entry in summary["output"]]
     more = f" and {len(names) - MAX_PRINTED_NAMES:,} more" if len(names) > MAX_PRINTED_NAMES else ""
-    num_documents = sum(entry["num_documents"] for entry in summary["output"])
+    account = account_documents(summary)
     lines = [f"{output}: complete",
-             f"  {num_documents:,} documents in {text}: {', '.join(names[:MAX_PRINTED_NAMES])}{more}",
-             f"  {account_documents(summary).describe()}"]
-    if _count_broken(summary):
-        lines.append(f"  quarantine: {quarantine}")
+             f"  {account.num_written:,} documents in {output / TEXT}: "
+             f"{', '.join(names[:MAX_PRINTED_NAMES])}{more}", f"  {account.describe()}"]
+    if any(source["quarantine"] for source in summary["sources"]):
+        lines.append(f"  quarantine: {output / QUARANTINE}")
     return "\n".join([*lines, f"  what each step dropped: sov-data inspect {shlex.quote(str(output))}"])
 
 
 def account_documents(summary: dict[str, Any]) -> RecordAccount:
-    """Balance the documents in the sources against documents in output files, drops by steps, and the
-    quarantine."""
-    broken = _count_broken(summary)
-    reasons = _count_drops(summary, "{kind}: {reason}")
-    for (_, code), number in broken.items():
-        reasons[f"quarantine: {code}"] += number
-    num_read = sum(source["steps"][0]["documents_in"] for source in summary["sources"]) + broken.total()
-    return RecordAccount(num_read, sum(entry["num_documents"] for entry in summary["output"]), reasons,
-                         "documents")
-
-
-def explain_empty_output(summary: dict[str, Any], quarantine: Path) -> str:
-    """Return the most frequent reason for lost documents, and a fix.
-
-    Args:
-        summary: content of summary.json.
-        quarantine: folder with a list of unreadable records for each source.
-    """
-    dropped = _count_drops(summary, "{kind} ({reason})")
-    broken = _count_broken(summary)
-    if not dropped and not broken:
-        return "the sources' files are empty; name others"
-    if dropped.total() >= broken.total():
-        return f"most were dropped by {dropped.most_common(1)[0][0]}; change that step"
-    (name, code), number = broken.most_common(1)[0]
-    file = quarantine / f"{name}.jsonl"
-    with open(file, encoding="utf-8") as lines:
-        first = next(record for record in map(json.loads, lines) if record["code"] == code)
-    return escape_controls(f"most could not be read, as the first of {number:,} {code!r} in {file}: "
-                           f"{first['place']} {first['reason']}")
-
-
-def _count_drops(summary: dict[str, Any], key: str) -> Counter[str]:
-    """Sum dropped documents under keys made of the step's kind and the reason."""
-    drops: Counter[str] = Counter()
+    """Balance documents in the sources against output files, drops by steps, and the quarantine."""
+    num_read, reasons = 0, Counter[str]()
     for source in summary["sources"]:
+        num_read += source["steps"][0]["documents_in"] + sum(source["quarantine"].values())
+        for code, number in source["quarantine"].items():
+            reasons[f"quarantine: {code}"] += number
         for step in source["steps"]:
             for reason, numbers in step["dropped"].items():
-                drops[key.format(kind=step["kind"], reason=reason)] += numbers["documents"]
-    return drops
-
-
-def _count_broken(summary: dict[str, Any]) -> Counter[tuple[str, str]]:
-    return Counter({(source["name"], code): number for source in summary["sources"]
-                    for code, number in source["quarantine"].items()})
+                reasons[f"{step['kind']}: {reason}"] += numbers["documents"]
+    return RecordAccount(num_read, sum(entry["num_documents"] for entry in summary["output"]), reasons,
+                         "documents")
 
 
 # The parts of a corpus.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 import traceback
 from collections import deque
@@ -12,9 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
-
-from tqdm import tqdm
 
 from data_prep.curate.pipeline.command import DataRunOptions
 from data_prep.curate.pipeline.counts import DocumentCounts
@@ -32,6 +28,7 @@ from megatron_sov.base.sealed import read_sealed_json
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.processes.pool import LOST_WORKER, WorkerLost, WorkerPool
 from megatron_sov.work.progress.locks import lock_folder
+from megatron_sov.work.progress.progress_bar import create_bar
 from megatron_sov.work.submit.arrays import (
     FINISH, FINISH_CPUS, Arrays, ClusterOptions, Jobs, TaskFailed, check_no_active_jobs, check_quotable,
     check_restarts, load_array_profile, print_failures)
@@ -157,11 +154,20 @@ def _run_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: Pipeli
             running.append(task)
             yield stage, task
 
+    start_s = last_line_s = time.monotonic()
     try:
-        with StageProgress(stage.name, len(open_tasks), stage.task_noun) as progress:
-            for _ in pool.each(iter_items()):
+        with create_bar(stage.name, len(open_tasks), "task") as bar:
+            for num_done, _ in enumerate(pool.each(iter_items()), 1):
                 running.popleft()
-                progress.advance()
+                bar.update(1)
+                now_s = time.monotonic()
+                # A log file shows lines instead of a bar.
+                if bar.disable and now_s - last_line_s >= PROGRESS_LINE_S:
+                    last_line_s = now_s
+                    left_s = (now_s - start_s) / num_done * (len(open_tasks) - num_done)
+                    print(f"  {stage.name}: {num_done:,} of {len(open_tasks):,} {stage.task_noun} after "
+                          f"{format_duration(now_s - start_s)}, about {format_duration(left_s)} left",
+                          flush=True)
     except WorkerLost:
         names = ", ".join(f"{number} of source {source}"
                           for source, number in islice(running, MAX_NAMED_TASKS))
@@ -184,45 +190,6 @@ def _create_task_runner(plan_file: Path, output: Path) -> Callable[[tuple[Pipeli
             raise TaskFailed(f"step {stage.kind}: {''.join(traceback.format_exception(e))}") from None
 
     return run_item
-
-
-class StageProgress:
-    """Progress of a stage: a bar on a terminal, a line every minute in a log file.
-
-    Args:
-        name: the stage's.
-        total: number of tasks.
-        noun: plural word for tasks.
-    """
-
-    def __init__(self, name: str, total: int, noun: str) -> None:
-        self._name, self._total, self._noun, self._num_done = name, total, noun, 0
-        self._start_s = time.monotonic()
-        self._stopped = threading.Event()
-        self._printer = threading.Thread(target=self._print_lines, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._bar: Any = tqdm(total=self._total, desc=self._name, unit="task", disable=None, leave=False)
-        if self._bar.disable:
-            self._printer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._bar.close()
-
-    def advance(self) -> None:
-        self._num_done += 1
-        self._bar.update(1)
-
-    def _print_lines(self) -> None:
-        while not self._stopped.wait(PROGRESS_LINE_S):
-            print(self.format_line(time.monotonic() - self._start_s), flush=True)
-
-    def format_line(self, wall_s: float) -> str:
-        done, total = self._num_done, self._total
-        line = f"  {self._name}: {done:,} of {total:,} {self._noun} after {format_duration(wall_s)}"
-        return f"{line}, about {format_duration(wall_s / done * (total - done))} left" if done else line
 
 
 def _print_stage(plan: PipelinePlan, stage: PipelineStage, output: Path, num_done: int,
@@ -261,11 +228,7 @@ def describe_plan(plan: PipelinePlan, output: Path) -> str:
         lines += [f"    {sentence}" for sentence in source.notes]
     if is_complete(plan, output):
         return "\n".join([*lines, f"{output}: complete from before, nothing is done"])
-    for stage in iter_stages(plan):
-        total, num_open = len(list_tasks(plan, stage)), len(list_open_tasks(plan, stage, output))
-        lines.append(f"  {stage.name}: {_format_count(total, stage.task_noun)}, {total - num_open:,} done, "
-                     f"{num_open:,} to do")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_iter_progress_lines(plan, output)])
 
 
 def _format_count(count: int, plural: str) -> str:
