@@ -34,15 +34,15 @@ class DecontaminateOptions(BenchmarkSearchSettings):
     hits.json lists excluded records with the matching text."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file; several may follow, and it may be repeated."""
+    """A .jsonl file; several may follow, and the option may be repeated."""
     output: Annotated[Path, Flag(value="DIR")]
-    """Folder for the records that are kept, and hits.json."""
+    """Folder for the remaining records, and hits.json."""
     format: Literal["text", "chat", "preference", "prompt"] = "text"
-    """What the records hold."""
+    """Format of the records."""
     text_field: Annotated[str, Flag(value="NAME")] = "text"
-    """Field that holds the text."""
+    """Field with the text."""
     overwrite: bool = False
-    """Replace a corpus that is already there."""
+    """Replace an existing corpus."""
 
 
 def run_decontaminate(options: DecontaminateOptions) -> int:
@@ -97,7 +97,7 @@ def decontaminate_files(files: Sequence[Path], output: Path, settings: Benchmark
 
 
 def _write_clean_records(file: Path, artifact: ArtifactWriter, search: ItemSearch, reading: RecordReading,
-                hits: list[dict[str, Any]]) -> dict[str, int]:
+                         hits: list[dict[str, Any]]) -> dict[str, int]:
     counts = {"read": 0, "kept": 0, "left_out": 0}
     with open(artifact.path / file.name, "w", encoding="utf-8") as clean:
         for where, record in tqdm(read_objects(file), desc=file.name, unit=" records", disable=None):

@@ -13,7 +13,7 @@ from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerTrainOptions:
-    """Train a linear model over hashed n-grams, and print its figures on labels that were held out."""
+    """Train a linear model over hashed n-grams, and print its metrics on held-out labels."""
 
     labels: Annotated[Path, Flag(value="FILE")]
     """JSONL file of {"text": ..., "label": 0 or 1, or 0 to 5, "language": "ko"}; the language may be left
@@ -23,12 +23,12 @@ class ScorerTrainOptions:
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the scorer."""
     overwrite: bool = False
-    """Replace a scorer that is already there."""
+    """Replace an existing scorer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerCheckOptions:
-    """Print what a scorer is worth on labels that it was not trained on."""
+    """Print a scorer's metrics on labels outside its training."""
 
     model: Annotated[Path, Flag("DIR")]
     """Folder that `sov-data scorer train` wrote."""

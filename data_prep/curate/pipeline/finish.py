@@ -1,4 +1,4 @@
-"""Publish the results of all tasks as one corpus, which its manifest marks as complete."""
+"""Publish task results as a corpus; the manifest marks it as complete."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SUMMARY, PIPELINE = "summary.json", "pipeline.json"
 EXCLUDED_FOLDERS = frozenset(["shards", "shared", "done", "logs", "plans", "slurm", "tokens"])
 """Folders without files of the corpus: work files, logs, and token shards packed into the run's folder."""
 MAX_CLOCK_DIFFERENCE_S = 60.0
-"""Between the disk's clock and this machine's clock."""
+"""Maximum difference between the disk's clock and the machine's clock."""
 
 
 def finish_run(plan: PipelinePlan, output: Path) -> str:
@@ -131,7 +131,7 @@ def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
 
 
 def _list_output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
-    """List a shard's tables after checking all seals, so that no changed file is published."""
+    """List a shard's tables after checking their seals: no changed file is published."""
     folder = layer.get_result_path(output, shard)
     files = sorted(folder.glob("*.parquet"))
     num_rows = 0
@@ -159,7 +159,7 @@ def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
 
 
 def build_summary(plan: PipelinePlan, output: Path) -> dict[str, Any]:
-    """Return counts of the finished tasks as in summary.json, without its keys `output` and `account`."""
+    """Return the counts from finished tasks for summary.json, without the keys `output` and `account`."""
     shared = []
     for step in plan.steps:
         folders = {layer.shared for source in plan.sources for layer in source.layers

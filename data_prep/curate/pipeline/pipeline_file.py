@@ -1,4 +1,4 @@
-"""Read pipeline files (sources, steps, output), and report all mistakes at once with their lines."""
+"""Read pipeline files (sources, steps, output), and report every mistake with its line at once."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def resolve_paths(settings: Any, folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class StepFilter:
-    """Selects documents for a step; other documents stay unchanged."""
+    """Selects documents for a step; the rest stays unchanged."""
 
     sources: tuple[str, ...] = ()
-    """Names of sources; (): all."""
+    """Source names; (): every source."""
     kinds: tuple[str, ...] = ()
-    """Values of the column `kind`; (): all."""
+    """Values in the column `kind`; (): every kind."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class StepEntry:
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """Names of the output's sources."""
+    """How to name sources in the output."""
 
     name: str = "{source}"
-    """Pattern for the name of a document's source in the output; columns in braces."""
+    """Pattern for a document's output name; columns in braces."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Pipeline:
     sources: tuple[SourceSettings, ...]
     steps: tuple[StepEntry, ...] = ()
     shard_bytes: int = 256_000_000
-    """Approximate size of a shard's raw files."""
+    """Approximate raw bytes in a shard."""
     on_bad: str = "quarantine"
     """quarantine: list broken files and records; refuse: stop at the first."""
     output: OutputSettings = field(default_factory=OutputSettings)
@@ -104,7 +104,7 @@ PrintableText = Annotated[NotBlank, Bound(lambda text: None if text.isprintable(
 
 @dataclass(frozen=True)
 class _Head:
-    """Keys of the file with a single value."""
+    """Keys with a single value."""
 
     name: PrintableText
     shard_bytes: Annotated[int, Ge(1000)] = Pipeline.shard_bytes
@@ -112,7 +112,7 @@ class _Head:
 
 
 def load_pipeline(file: Path) -> Pipeline:
-    """Read a pipeline file; raises `UserError` for an unreadable file, or with all mistakes by line."""
+    """Read a pipeline file; raises `UserError` for an unreadable file, or with the mistakes by line."""
     if not file.is_file():
         raise UserError(f"{file}: {'is a folder' if file.is_dir() else 'does not exist'}; pass a pipeline "
                         f"file: `cp {READY / 'tiny.yaml'} {file}`, and name your files in its `sources`")
@@ -120,11 +120,11 @@ def load_pipeline(file: Path) -> Pipeline:
 
 
 def read_pipeline(file: Path, located: LocatedDocument) -> Pipeline:
-    """Return the pipeline of parsed values; raises `UserError` with all mistakes by line.
+    """Build the pipeline from parsed values; raises `UserError` with the mistakes by line.
 
     Args:
-        file: for messages; relative paths start in its folder.
-        located: values with their lines.
+        file: for messages; relative paths start in the file's folder.
+        located: values with lines.
     """
     reader = _PipelineReader(file.absolute().parent, located)
     pipeline = reader.read_pipeline()
@@ -148,7 +148,7 @@ class _PipelineReader:
         self.problems.append((self.located.line(place), sentence))
 
     def read_pipeline(self) -> Pipeline | None:
-        """Return the pipeline, or None if there are problems."""
+        """Return the pipeline, or None if the file has problems."""
         raw = self.located.value
         if not isinstance(raw, dict):
             if not self.problems:
@@ -182,9 +182,13 @@ class _PipelineReader:
         return Pipeline(self.folder, head.name, sources, steps, head.shard_bytes, head.on_bad, output)
 
     def _parse_part(self, cls: type[Any], written: Any, place: Place, kind: str = "") -> Any:
-        """Return an instance of `cls` with resolved paths, or None after adding problems.
+        """Parse settings with resolved paths, or return None after adding problems.
 
-        `kind` is the step, if the file uses another program's name for it.
+        Args:
+            cls: settings class.
+            written: values from the file.
+            place: for problems.
+            kind: our step's name, if the file has a foreign name.
         """
         if not isinstance(written, dict):
             self.add_problem(place, f"{place[-1]} = {written!r}: must be a mapping of settings")
@@ -333,7 +337,7 @@ class _PipelineReader:
 
 
 def _suggest_setting(kind: str, key: str) -> str:
-    """Return our name for a removed or foreign setting of a step; "": unknown."""
+    """Return our name for a step's removed or foreign setting; "": unknown."""
     names = index_words("steps").get(normalize_word(f"{kind}.{key}"), ())
     return suggest_successor(f"{kind}.{key}", PIPELINE).removeprefix("; ") or "".join(
         f"it is {name.rpartition('.')[2]} here" for name in names)
@@ -346,19 +350,19 @@ def _list_adding_steps(column: str) -> list[str]:
 # Names of the output's sources, made of documents' columns.
 
 OPEN_COLUMNS = frozenset(["where", "url", "title", "date", "own_id", "extra", "licence", "language_hint"])
-"""Columns with values from documents, which would make unlimited names."""
+"""Columns with values from documents, whose number is not limited."""
 MISSING_VALUE = "none"
 """Replaces null in a name."""
 
 
 def find_pattern_problems(pattern: str, columns: Mapping[str, ColumnType],
                           list_steps: Callable[[str], Sequence[str]] = lambda column: ()) -> list[str]:
-    """Return one sentence for each rule that a pattern breaks.
+    """Return a sentence for each broken rule.
 
     Args:
-        pattern: names of columns in braces, and literal text.
-        columns: columns of the documents.
-        list_steps: column -> steps that would add it.
+        pattern: column names in braces, and literal text.
+        columns: documents' columns.
+        list_steps: column -> steps that add the column.
     """
     usable = [name for name, kind in columns.items()
               if kind in ("string", "bool") and name not in OPEN_COLUMNS]
@@ -382,7 +386,7 @@ def find_pattern_problems(pattern: str, columns: Mapping[str, ColumnType],
 
 
 def format_output_name(pattern: str, source: str, columns: Mapping[str, Any]) -> str:
-    """Return the name of a document's source in the output."""
+    """Return a document's output name."""
     def format_value(name: str) -> str:
         value = source if name == "source" else columns.get(name)
         if isinstance(value, bool):

@@ -56,7 +56,7 @@ def run_from_options(options: DataRunOptions) -> None:
 
 
 def check_run_folder(output: Path) -> None:
-    """Raise `UserError` if a folder belongs to another program."""
+    """Raise `UserError` if a folder does not belong to a pipeline."""
     check_creatable(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
@@ -67,7 +67,7 @@ def check_run_folder(output: Path) -> None:
 
 
 def check_outside_sources(pipeline: Pipeline, output: Path) -> None:
-    """Raise `UserError` if the output folder is in a source, which would read the output as documents."""
+    """Raise `UserError` if a source contains the output folder: the source would read the output."""
     for source in pipeline.sources:
         for path in source.path:
             if output.resolve().is_relative_to((source.folder / path).resolve()):
@@ -76,7 +76,7 @@ def check_outside_sources(pipeline: Pipeline, output: Path) -> None:
 
 
 def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Run all open tasks, then publish the corpus.
+    """Run the open tasks and publish the corpus.
 
     Raises:
         UserError: invalid data or settings, or a full disk. Finished tasks stay.
@@ -93,7 +93,7 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
 
 
 def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Run the steps of a plan without writing a corpus; the layers have each document's outcome.
+    """Run a plan's steps without writing a corpus; layers hold the outcomes.
 
     Raises:
         UserError: see `run_pipeline`.
@@ -104,8 +104,8 @@ def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
 
 
 def prepare_run(plan: PipelinePlan, output: Path) -> Path:
-    """Write the plan for the tasks, and delete temporary files of killed tasks and the manifest of an earlier
-    plan. Returns the plan's file."""
+    """Write the plan for tasks, and delete killed tasks' temporary files and an earlier plan's manifest.
+    Returns the plan's file."""
     plans = output / "plans"
     plans.mkdir(exist_ok=True)
     file = plans / f"{plan.address}.json"
@@ -126,7 +126,7 @@ def prepare_run(plan: PipelinePlan, output: Path) -> Path:
 
 
 def list_open_tasks(plan: PipelinePlan, stage: PipelineStage, output: Path) -> list[Task]:
-    """List the unfinished tasks of a stage. A pass has no open tasks if all outcomes of its step exist."""
+    """List a stage's unfinished tasks. A pass has no open tasks if the step's outcomes exist."""
     # After the last outcome nothing reads the results of passes, so that the user may delete them.
     if stage.index >= 0 and not list_open_tasks(plan, PipelineStage(stage.number, stage.kind), output):
         return []
@@ -219,7 +219,7 @@ def read_stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) ->
 
 
 def describe_plan(plan: PipelinePlan, output: Path) -> str:
-    """Return lines with sources and steps, and the finished and open tasks of each stage."""
+    """Return lines with sources, and finished and open tasks for each stage."""
     lines = [f"{plan.pipeline.name}: {_format_count(len(plan.sources), 'sources')}, "
              f"{_format_count(len(plan.steps), 'steps')}"]
     for source in plan.sources:
@@ -240,7 +240,7 @@ def _format_count(count: int, plural: str) -> str:
 
 
 def submit_pipeline(pipeline: Pipeline, output: Path, options: ClusterOptions) -> None:
-    """Submit all open tasks, or print the progress of jobs already at work.
+    """Submit the open tasks, or print the progress if jobs are active.
 
     Args:
         pipeline: the pipeline file.

@@ -1,4 +1,4 @@
-"""Table of source formats; the format `auto` chooses a reader for each file by its ending."""
+"""Source formats; the format `auto` chooses a reader by file ending."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 
 
 def load_reader_class(format_: str) -> type[FileReader]:
-    """Import the reader of a format in `FORMATS`.
+    """Import a reader in `FORMATS`.
 
     Raises:
         UserError: a library for the format is not installed.
@@ -51,7 +51,7 @@ def load_reader_class(format_: str) -> type[FileReader]:
 
 
 def create_reader(source: SourceSettings) -> Reader:
-    """Create the reader of a source; raise `SettingsError` with all problems of the source."""
+    """Create a source's reader; raise `SettingsError` with the source's problems."""
     if problems := find_all_problems(source):
         raise SettingsError(f"source {source.name}", problems)
     return load_reader_class(source.format)(source)
@@ -74,14 +74,14 @@ def find_format_problems(format_: str, options: Mapping[str, Any]) -> list[Setti
 
 
 class AutoReader(FileReader):
-    """Reads files in several formats, each with its default options."""
+    """Reads files in several formats with default options."""
 
     format = "auto"
     version = 3  # follows the versions of HtmlReader, WarcReader and PdfReader
     Options = EncodingLimits
 
     def list_pieces(self) -> list[SourcePiece]:
-        """List the parts of the source in order.
+        """List the source's parts in order.
 
         Raises:
             UserError: an empty source, or a file in `source.path` with an unknown ending.

@@ -1,4 +1,4 @@
-"""Reader of web pages: main text by resiliparse (Bevendorff et al., "Elastic ChatNoir", ECIR 2018), and
+"""Reader for web pages: main text by resiliparse (Bevendorff et al., "Elastic ChatNoir", ECIR 2018), and
 metadata from the head."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data_prep.curate.sources.source import BrokenRecord, RawDocument
 from megatron_sov.base.documents import BadRecord
 
 NO_TEXT = "no_text"
-"""Code of a valid page without text."""
+"""Code for a valid page without text."""
 MAX_DEPTH = 500
 """Nested elements, as in browsers. From deeper pages only the words are taken, because the time to find the
 main text grows with the square of the depth."""
@@ -46,7 +46,7 @@ _EMPTY = re.compile(r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param
 
 @dataclass(frozen=True)
 class HtmlOptions(EncodingLimits):
-    """Options of `format: html`."""
+    """Options for `format: html`."""
 
     whole_page: bool = False
     """Keep menus, headers and footers."""
@@ -66,7 +66,7 @@ class HtmlReader(FileReader):
 
 def build_page_document(source: str, place: str, job: ReadingJob, *,
                         whole: bool) -> RawDocument | BrokenRecord:
-    """Return the document of an HTML page; `whole` keeps menus, headers and footers."""
+    """Build a document from an HTML page; `whole` keeps menus, headers and footers."""
     text, columns = extract_page_text(source, whole=whole)
     if not text.strip():
         reason = "holds no text but menus and links (whole_page: true keeps these)"

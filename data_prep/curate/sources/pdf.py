@@ -1,4 +1,4 @@
-"""Reader of PDF files: text by PDFium, with lines joined to paragraphs."""
+"""Reader for PDF files: text by PDFium, with lines joined to paragraphs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u
 
 @dataclass(frozen=True)
 class PdfOptions(EncodingLimits):
-    """Options of `format: pdf`."""
+    """Options for `format: pdf`."""
 
     time_s: Annotated[float, Ge(0.1), Le(86_400)] = 300.0
     """Processor time for one file; the elapsed time may be ten times as long."""
@@ -84,7 +84,7 @@ def _read_metadata(document: Any) -> dict[str, Any]:
 
 
 def _read_lines(document: Any, number: int) -> list[str]:
-    """Return the lines of a page; an unreadable page has none."""
+    """Return a page's lines; an unreadable page is empty."""
     try:
         page = document[number]
     except pypdfium2.PdfiumError:

@@ -1,4 +1,4 @@
-"""Reader of web archives: each page, text or PDF in a server's response is a document."""
+"""Reader for web archives: a page, text or PDF in a server's response is a document."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _HTML = frozenset(["text/html", "application/xhtml+xml"])
 
 @dataclass(frozen=True)
 class WarcOptions(HtmlOptions, PdfOptions):
-    """Options of `format: warc`: options for pages and PDFs, and a record limit."""
+    """Options for `format: warc`: options for pages and PDFs, and a record limit."""
 
     record_bytes: LimitBytes = 16 << 20
-    """Maximum bytes of a response; longer responses are left out."""
+    """Maximum bytes in a response; longer responses are left out."""
 
 
 class WarcReader(FileReader):
@@ -129,7 +129,7 @@ def _looks_unpacked(body: bytes) -> bool:
 
 
 class _Record:
-    """Reads the document of a response record."""
+    """Reads a response record's document."""
 
     def __init__(self, record: Any, place: str, job: ReadingJob) -> None:
         self._record, self._place, self._job = record, place, job
