@@ -33,7 +33,7 @@ class TokenizerTrainOptions:
     config: Annotated[Path | None, Flag(value="FILE")] = None
     """The rules of --preset custom, JSON or YAML."""
     vocab_size: int
-    """Number of ids, including special tokens and bytes."""
+    """Vocabulary size, with special tokens and bytes."""
     input: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH[:WEIGHT]", many=True)]
     """A text, .jsonl (field text, or messages) or .parquet file (also .gz, .zst) or a folder of such files;
     takes several paths, and may be repeated. Inputs with the same NAME form a group. Groups with a weight

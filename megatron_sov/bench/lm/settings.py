@@ -38,7 +38,7 @@ class LmEvalSettings(RankOptions):
     sources: TaskSources = field(default_factory=TaskSources)
     """Folders with tasks and their data."""
     num_items: Annotated[AtLeastOne | None, Flag("--limit")] = None
-    """Only the first N items of each task."""
+    """Only the first N items per task."""
     samples: AtLeastOne | None = None
     """Answers per item for tasks with a reward (default: the task's)."""
     judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()

@@ -39,7 +39,7 @@ class NeedleOptions(OutOptions, RankOptions):
     samples: int | None = None
     """Examples per cell (default: the setting)."""
     distractor_share: Annotated[float | None, Flag(value="S")] = None
-    """Share of the context that is filled with distractor needles (default: the setting)."""
+    """Context share filled with distractor needles (default: the setting)."""
     seed: int = 0
     """Random seed for keys, values and text (default 0)."""
     target: ModelPath
@@ -47,7 +47,7 @@ class NeedleOptions(OutOptions, RankOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
-    """Share of held-out pairs in which the chosen response is likelier than the rejected response."""
+    """Score held-out pairs: the share in which the chosen response is likelier than the rejected response."""
 
     target: ModelPath
 

@@ -43,7 +43,7 @@ class ConversionOptions(WrittenOptions, WorkersOptions, RedoOptions):
     """Options for conversions of whole models."""
 
     dtype: Annotated[DtypeName, Flag(value="D")] = "keep"
-    """Dtype of the written weights: float32, bfloat16, float16, float64, or keep (the source's dtype). With
+    """Dtype for the written weights: float32, bfloat16, float16, float64, or keep (the source's dtype). With
     keep, to-hf writes float32 for float64 and for an adapter."""
 
 
@@ -117,7 +117,7 @@ class AverageOptions(WrittenOptions, WorkersOptions, RedoOptions):
     """Run folder."""
     out: CheckpointOut
     last: int | None = None
-    """Number of complete checkpoints (default: all)."""
+    """Complete checkpoints to average (default: all)."""
     from_step: int | None = None
     """Skip checkpoints before this step."""
     to_step: int | None = None

@@ -68,9 +68,9 @@ class DistillOptions(GateOptions):
     restricts the teacher to the data from --data NAME=DIR; repeat the option for more teachers. Not needed if
     --states covers all data."""
     states_dtype: StatesDtype = "bfloat16"
-    """Dtype of teacher states made by this command."""
+    """Dtype for teacher states made by this command."""
     teacher_settings: Annotated[tuple[str, ...], Flag("--teacher-set", "key=value")] = ()
-    """Layout and precision of the teacher, e.g. --teacher-set parallel.tp=2."""
+    """The teacher's layout and precision, e.g. --teacher-set parallel.tp=2."""
     states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
     """Teacher outputs from `megatron-sov distill states`. If a folder is missing, the command first makes it
     for the uncovered data (default: RUN.states; for a teacher with NAME, RUN.states.NAME)."""

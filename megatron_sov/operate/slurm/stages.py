@@ -37,7 +37,7 @@ Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
 """Stage -> `add_arguments` of its command, for the `megatron-sov` commands."""
 ENGINE_SET = "--engine-set"
 
-PROFILES = f"{', '.join(cluster.list_profiles())}, or a YAML file of your own"
+PROFILES = f"{', '.join(cluster.list_profiles())}, or your own YAML file"
 
 
 @dataclass(frozen=True, kw_only=True)

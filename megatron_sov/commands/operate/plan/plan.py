@@ -34,7 +34,7 @@ class PlanOptions(RecipeOptions):
     """Show how many tokens a budget in US dollars buys on --cluster; with --days, the smaller limit
     applies."""
     data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
-    """Token shards from `sov-data pack`: show the number of epochs, and check the vocabulary."""
+    """Token shards from `sov-data pack`: show epochs, and check the vocabulary."""
     nproc: AtLeastOne | None = None
     """Check the settings for N processes (default: the fewest that the layout needs)."""
     cluster: Annotated[str | None, Flag(value="PROFILE", help=CLUSTER)] = None
