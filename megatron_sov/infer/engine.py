@@ -19,7 +19,7 @@ MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
 SERVER_ENGINES = (VLLM,)
 """Engines that run as servers."""
 ChosenEngine = Annotated[EngineName | None, Flag(
-    help="The program that runs the model (default: transformers for a Hugging Face folder)")]
+    help="Engine that runs the model (default: transformers for a Hugging Face folder)")]
 PRECISION_KEY = "train.precision"
 """Precision setting for megatron and transformers."""
 ENGINE_SET = "--engine-set"

@@ -42,14 +42,14 @@ class LmEvalSettings(RankOptions):
     samples: AtLeastOne | None = None
     """Answers per item for tasks with a reward (default: the task's)."""
     judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
-    """Setting of the reward, e.g. endpoint=http://localhost:8000/v1; may be repeated."""
+    """Reward setting, e.g. endpoint=http://localhost:8000/v1; may be repeated."""
     mode: Annotated[ThinkingMode | None, requires_field("chat_template")] = None
-    """Mode of a reasoning model (default: the task's)."""
+    """Mode for a reasoning model (default: the task's)."""
     engine: ChosenEngine = None
     workers: NotNegativeInt = 0
     """Processes for rewards (default: one for each core)."""
     cache: Annotated[Path | None, Flag(value="DIR", writes=True)] = None
-    """Folder of answers, which evaluations may share (default: OUT.cache)."""
+    """Folder for answers, which evaluations may share (default: OUT.cache)."""
     run: Annotated[Path | None, Flag(value="DIR")] = None
     """Also add the scores to this run's events, for its report."""
     num_fewshot: NotNegativeInt | None = None

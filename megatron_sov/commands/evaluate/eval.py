@@ -27,7 +27,7 @@ class NeedleOptions(OutOptions, RankOptions):
     data: Annotated[tuple[str, ...], Flag(value="DIR")]
     """Token shards with held-out documents."""
     language: Annotated[tuple[str, ...], Flag(value="SOURCE=LANGUAGE")] = ()
-    """Language of a source, if the text does not show it."""
+    """A source's language, if the text does not show it."""
     kinds: Annotated[tuple[NeedleKind, ...], Flag(many=True)] = ()
     """Question types (default: the setting)."""
     languages: Annotated[tuple[Language, ...], Flag(many=True)] = ()
@@ -35,7 +35,7 @@ class NeedleOptions(OutOptions, RankOptions):
     lengths: Annotated[tuple[int, ...], Flag(many=True)] = ()
     """Context lengths in tokens (default: the setting)."""
     depths: Annotated[tuple[float, ...], Flag(value="D", many=True)] = ()
-    """Depths of the first needle: 0 = start, 1 = end."""
+    """Depths for the first needle: 0 = start, 1 = end."""
     samples: int | None = None
     """Examples per cell (default: the setting)."""
     distractor_share: Annotated[float | None, Flag(value="S")] = None

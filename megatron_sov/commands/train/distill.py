@@ -36,7 +36,7 @@ class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOpt
     output: Annotated[Path, Flag(value="DIR")]
     """Artifact to write; a repeated command continues after a kill."""
     dtype: StatesDtype = "bfloat16"
-    """Dtype of the states."""
+    """Dtype for the states."""
     top_k: Annotated[NotNegativeInt, Flag(value="K")] = 0
     """Save the K most probable tokens and their log-probabilities instead of states."""
     temperature: Annotated[AboveZero, Flag(value="T")] = 1.0

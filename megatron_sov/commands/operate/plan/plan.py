@@ -44,7 +44,7 @@ class PlanOptions(RecipeOptions):
     """Compare all layouts on --cluster, take the fastest that fits, and explain the choice; --set parallel.*
     restricts the layouts."""
     prove: bool = False
-    """Train two steps with all processes of the layout here, in miniature and float64, and compare losses,
+    """Train two steps with all the layout's processes here, in miniature and float64, and compare losses,
     gradients, weights and states with one process; exit code 3 if they differ."""
     json: bool = False
     """Print JSON instead of tables."""
