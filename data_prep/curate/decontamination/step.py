@@ -99,7 +99,7 @@ def find_hits(text: str, search: ItemSearch, context_chars: int) -> list[Benchma
         for number, start, stop in found:
             known[number].append((start, stop))
         for number, start, stop in _found(other.text, search):
-            # Back from the plain text to the one that was written.
+            # Map the plain text back to the original text.
             start, stop = int(other.starts[start]), int(other.ends[stop - 1])
             if not any(a < stop and start < b for a, b in known[number]):
                 found.append((number, start, stop))

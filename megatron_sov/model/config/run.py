@@ -451,7 +451,7 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
 def _scale_phase_tokens(raw: dict[str, Any], previous: RunConfig, changes: Mapping[str, Any]) -> None:
     """Divide `train.tokens` over the phases in proportion to their previous tokens."""
     total = changes.get("train.tokens")
-    if not isinstance(total, int) or total <= 0:  # 0 is no budget; other types are rejected by `from_dict`
+    if not isinstance(total, int) or total <= 0:  # 0: no budget; other types are rejected by `from_dict`
         return
     if "train.steps" not in changes:
         raw["train"]["steps"] = 0
