@@ -54,7 +54,8 @@ LAYOUTS = """
 
 These layouts are recommended, best first. You get the first layout that fits your process count and the
 memory, with 5 % left free ([memory.md](memory.md)). `plan --sweep` chose them: among layouts at most 2 %
-slower than the fastest, the layout with the least memory. Figures are computed; no layout has run on a GPU yet.
+slower than the fastest, the layout with the least memory. Figures are computed; none is from
+a GPU yet.
 
 | command | use |
 |---|---|

@@ -311,7 +311,7 @@ SOURCES_2: Sources = {
     "data.phases.*.seq_len": ours(_NOT_READ),
     "data.phases.0.tokens": published(f"{ABSTRACT}: a 10 T token mixture"),
     "data.phases.1.tokens": ours(f"{CARD}: about 12 T in all, less the mixture"),
-    "data.phases.*.blend.*": ours(f"languages from {CARD}, agents from the abstract; no shares were available"),
+    "data.phases.*.blend.*": ours(f"languages from {CARD}, agents from the abstract; no shares are known"),
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps",
                      "optim.weight_decay", "optim.beta2"), ours(_AS_SOLAR)),
     "train.global_batch_size": ours(f"33.6 M tokens a step; {_NOT_READ}"),
