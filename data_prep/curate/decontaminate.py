@@ -34,11 +34,11 @@ class DecontaminateOptions(BenchmarkSearchSettings):
     hits.json lists excluded records with the matching text."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file; several may follow, and the option may be repeated."""
+    """A .jsonl file; takes several paths, and may be repeated."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the remaining records, and hits.json."""
     format: Literal["text", "chat", "preference", "prompt"] = "text"
-    """Format of the records."""
+    """Kind of record."""
     text_field: Annotated[str, Flag(value="NAME")] = "text"
     """Field with the text."""
     overwrite: bool = False

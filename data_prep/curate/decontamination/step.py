@@ -43,12 +43,12 @@ class BenchmarkSearchSettings:
     """Benchmarks to search for, and minimum lengths for a match."""
 
     benchmarks: Annotated[tuple[Path, ...], MinLen(1), Flag(many=True)]
-    """.jsonl files, or folders with .jsonl files; each line is a benchmark's record."""
+    """.jsonl files, or folders with such files; each line is a benchmark record."""
     fields: Annotated[tuple[str, ...], MinLen(1), Flag(value="NAME", many=True)] = FIELDS
-    """Fields of a record to search for, if present; a dot leads into an object."""
+    """Record fields to search, if present; a dot leads into an object."""
     ngram: Annotated[int, Ge(1), Le(1000)] = RUN_WORDS
-    """Words in a row that a text may not share with an item; a Thai, Chinese or Japanese character is a
-    quarter of a word, a Korean syllable a third."""
+    """Words in a row that a text may not share with an item; a Thai, Chinese or Japanese character counts as
+    a quarter word, a Korean syllable as a third."""
     min_words: Annotated[AtLeastOne, at_most_field("ngram")] = 5
     """Minimum words in an item shorter than `ngram`, which matches only as a whole."""
 
