@@ -51,7 +51,7 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     positionals = [str(action.metavar or action.dest) for action in parser._actions
                    if not action.option_strings]
     _check_resume(parser, typed)
-    # an optional --run is no output folder: `eval` adds its figures to the run's events
+    # an optional --run is not an output folder: `eval` adds its figures to the run's events
     kinds = {name: action for action in parser._actions for name in action.option_strings}
     rewrite = Rewrite(
         [name for name in options if name != "--run" or name not in optional], positionals,
