@@ -22,13 +22,8 @@ _STAGE_COMMANDS = {"pt": "train", "rm": "reward-model"}
 
 def build_command_error(program: str, word: str, choices: Sequence[str], typed: Sequence[str] = ()
                         ) -> UserError:
-    """Build the error for an unknown command, with the command of the same meaning.
-
-    Args:
-        program: the words before the unknown one, e.g. "megatron-sov convert".
-        word: the unknown command.
-        choices: the existing commands.
-    """
+    """Build the error for the unknown command `word` after `program`, e.g. "megatron-sov convert", with the
+    command of the same meaning."""
     if program == "sov-data" and (error := _propose_pipeline(word, typed)):
         return error
     texts = _index_command_texts(program, word, typed)
@@ -118,8 +113,8 @@ def find_action(program: str, typed: Sequence[str]) -> str:
 
 
 def unwrap_launcher(typed: Sequence[str]) -> list[str] | None:
-    """Return the command line for another program's: `axolotl train FILE`, or
-    `torchrun --nproc_per_node 8 -m megatron_sov sft ...`; None: the first word is no launcher."""
+    """Return the command line for `axolotl train FILE`, `torchrun ... -m megatron_sov sft ...` and the like;
+    None: the first word is no launcher."""
     word, rest = typed[0], list(typed[1:])
     launchers = load_table()["launchers"]
     if word in launchers["harnesses"].split():
@@ -148,10 +143,8 @@ def _unwrap_starter(rest: list[str]) -> list[str]:
 
 
 def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
-    """Build the error for a foreign command from its text in `words.yaml`.
-
-    The typed words replace the placeholders in the text's template, `program command --option VALUE`.
-    """
+    """Build the error for a foreign command: the typed words replace the placeholders in the text's template,
+    `program command --option VALUE`."""
     match = re.search(r"`((?:megatron-sov|sov-data|sov-tokenizer) [^`]+)`", text)
     words = shlex.split(match[1]) if match else []
     at = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)), len(words))
@@ -177,10 +170,8 @@ def _drop_typed_options(way: str, typed: Sequence[str]) -> str:
 
 
 def _append_typed(line: str, typed: Sequence[str]) -> str:
-    """Append the words typed after a path to a line.
-
-    The value of `--output` replaces OUT; direction options (--to hf) repeat the action and are dropped.
-    """
+    """Append the words typed after a path to a line, without direction options (--to hf); the value of
+    `--output` replaces OUT."""
     appended: list[str] = []
     output, words = "", list(typed)
     while words:

@@ -125,14 +125,8 @@ class _Proposal:
 
 def propose_line(program: str, typed: Sequence[str], error: UserError, check: Check,
                  find_check: Callable[[str], Check | None] = lambda program: None) -> UserError:
-    """Build one error for all faults of a command line, with the corrected line.
-
-    Args:
-        program: the program, e.g. "megatron-sov".
-        error: the first fault.
-        check: runs all checks of a line without executing it; raises `UserError`.
-        find_check: returns the check of another program of this package.
-    """
+    """Build one error for all faults of a command line, with the corrected line. `error` is the first fault,
+    `check` runs all checks of a line of `program`, and `find_check` returns the check of another program."""
     proposal, tried = _Proposal(program, typed, check, list(typed)), {tuple(typed)}
     fault: UserError | None = error
     while fault is not None and len(proposal.fixed) + len(proposal.unfixed) < MAX_FAULTS:

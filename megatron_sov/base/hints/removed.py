@@ -35,15 +35,7 @@ FOLDERS: dict[str, tuple[str, str]] = _TABLES["folders"]
 
 
 def check_command(program: str, words: Sequence[str]) -> None:
-    """Refuse a command line with a removed command or option.
-
-    Args:
-        program: e.g. "megatron-sov".
-        words: the words after the program, as typed.
-
-    Raises:
-        UserError: names the removed command or option and its successor.
-    """
+    """Refuse a command line with a removed command or option. Raises `UserError`: names the successor."""
     has_endpoint = any(word.startswith(("http://", "https://")) for word in words)
     for count in (3, 2, 1):
         command = " ".join([program, *words[:count]])
@@ -89,8 +81,7 @@ def drop_removed_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder that a removed command wrote. Raises `UserError`: names the command and its successor.
-    """
+    """Refuse a folder that a removed command wrote. Raises `UserError`: names the successor."""
     for name, (command, successor) in FOLDERS.items():
         if (path / name).is_file():
             raise UserError(f"{path}: holds {name} of {command}, which was removed in this version; "

@@ -27,15 +27,8 @@ _CONFIG_WORDS = ("config", "config_file", "config_path")
 
 
 def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[str]:
-    """Return a command line with renamed options under their new names.
-
-    Args:
-        parser: a command's parser without subcommands.
-
-    Raises:
-        UserError: lists unknown options and settings, with the corrected line if `words.yaml` has one of
-            them.
-    """
+    """Return a command line with renamed options under their new names. Raises `UserError`: lists all unknown
+    options and settings, with the corrected line."""
     options = list(parser._option_string_actions)
     if any(action.nargs == argparse.REMAINDER for action in parser._actions):
         _check_first_argument(parser, typed)
@@ -409,10 +402,8 @@ def _join_messages(rewrite: Rewrite) -> str:
 
 
 def _drop_repeated(parser: argparse.ArgumentParser, rewrite: Rewrite) -> list[str]:
-    """Return the words without unknown settings, and with one value for each setting and single option.
-
-    Typed values win over the values of foreign words.
-    """
+    """Return the words without unknown settings, and with one value for each setting and single option: the
+    typed one."""
     single = {name for action in parser._actions
               if type(action).__name__ in ("_StoreAction", "_StoreTrueAction") and action.nargs in (None, 0)
               for name in action.option_strings}
