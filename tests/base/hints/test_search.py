@@ -12,8 +12,8 @@ NAMES = RecipeOptions.list_settings()
 @pytest.mark.parametrize(("word", "setting"), [
     ("--clip-gradient-norm", "optim.clip_grad"), ("expert_dispatcher_kind", ""),
     ("initStandardDeviation", ""), ("--rotary-base", "model.rope_theta"),
-    ("--sliding-window-tokens", "model.sliding_window_tokens"), ("--awq", ""), ("--stride", ""), ("--the", ""),
-    ("--", "")])
+    ("--sliding-window-tokens", "model.sliding_window_tokens"), ("--awq", ""), ("--stride", ""),
+    ("--the", ""), ("--", "")])
 def test_finds_the_setting_with_all_parts_of_the_word(word: str, setting: str) -> None:
     assert find_by_parts(word, NAMES) == setting
 
