@@ -83,8 +83,8 @@ from tests.base.hints.test_words import answer
     ("megatron-sov codec encode d --output o",
      ["sov-data encode-media --output o", "--image-tokenizer CODEC"]),
     ("megatron-sov pretrain tiny-qwen3 --data t.txt --tokenizer tok --run r",
-     ["write\n  sov-data pack --tokenizer tok --input t.txt --format text --output t-tokens-2\n  megatron-sov "
-      "pretrain tiny-qwen3 --data t-tokens-2 --run r"]),
+     ["write\n  sov-data pack --tokenizer tok --input t.txt --format text --output t-tokens-2\n"
+      "  megatron-sov pretrain tiny-qwen3 --data t-tokens-2 --run r"]),
     ("sov-data stats t.jsonl --tokenizer tok",
      ["--tokenizer tok --input t.jsonl", "sov-data stats t-tokens-2"]),
     ("megatron-sov sft --from https://huggingface.co/Org/Name-1B --data d --run r",
