@@ -135,7 +135,7 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
         else:
             free = split_positionals(parser, rewrite.words)[0]
             has_room = len(free) + len(rewrite.first) < len(rewrite.positionals)
-            following = typed[i:i + _count_values(typed[i:])]
+            following = list(typed[i:i + _count_values(typed[i:])])
             num_values = 0 if equals else rewrite.count_values(word, following, has_room)
             rewrite.replace_option(word, [value] if equals else list(typed[i:i + num_values]))
             i += num_values

@@ -110,15 +110,11 @@ def _propose_new_run(options: ResumeOptions, first: TypedCommand, present: Path,
     typed = [part for word in options.arguments
              for part in (word.split("=", 1) if word.startswith("--") else [word])]
     new_run = ["--run", choose_free_path(str(options.run))]
-    options = _parse_words(["--until", "--inject"], words)
+    dropped = [f"{option} {value}" for option, value in itertools.pairwise(words)
+               if option in ("--until", "--inject")]
     line = apply_fix("megatron-sov", words, dataclasses.replace(
-        fix, options=(*typed, *new_run, *fix.options), left_out=("--resume", *options)))
+        fix, options=(*typed, *new_run, *fix.options), left_out=("--resume", *dropped)))
     return Fix(f"megatron-sov {shlex.join(line or words)}")
-
-
-def _parse_words(names: Sequence[str], words: Sequence[str]) -> list[str]:
-    """Return the options with these names, each with its value: "--until 3"."""
-    return [f"{option} {value}" for option, value in itertools.pairwise(words) if option in names]
 
 
 def _find_from(word: str, folder: Path) -> str:
