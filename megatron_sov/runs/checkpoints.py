@@ -193,7 +193,7 @@ def refuse_pointers(path: Path, option: str = "") -> None:
     for file in path.glob("*.safetensors"):
         is_short = file.stat().st_size < MAX_POINTER_BYTES
         if is_short and file.read_bytes().startswith(b"version https://git-lfs"):
-            raise UserError(f"{option}{path}: {file.name} is a Git LFS pointer, without weights; download them",
+            raise UserError(f"{option}{path}: {file.name} is a Git LFS pointer without weights; fetch them",
                             Fix(words={str(path): str(path)},
                                 before=(f"git -C {shlex.quote(str(path))} lfs pull",)))
 

@@ -116,7 +116,7 @@ class _Proposal:
         unfixed = [message for message in self.unfixed if not is_repeated(message, self.fixed)]
         # a line with the fault that a fix should have corrected is useless, as is a command of another kind
         is_unfit = line[0] != self.typed[0] and any(" artifact where " in message for message in unfixed)
-        if len(unfixed) < len(self.unfixed) or line == list(self.typed) or is_unfit:
+        if len(unfixed) < len(self.unfixed) or (line == list(self.typed) and not self.before) or is_unfit:
             return UserError(join_sentences([*self.fixed, *unfixed]))
         lines = [*self.before, f"{self.program} {shlex.join(line)}"]
         return UserError(join_sentences(self.fixed), Fix("\n  ".join(lines)),
