@@ -27,13 +27,13 @@ from megatron_sov.work.processes.channel import receive_message, send_message
 from megatron_sov.work.processes.process_tree import ProcessTreeUsage
 
 FIRST_UID, NUM_UIDS = 61184, 4336
-"""systemd's range for dynamic users; each `LandlockEnclosure` of root takes one."""
+"""systemd's range for dynamic users; a `LandlockEnclosure` of root takes one user."""
 FOLDER_FACTOR = 4
 """Largest folder under Landlock, in multiples of `Limits.file_bytes`."""
 PROGRAM_UID = 1000
-"""User of programs inside a user namespace."""
+"""User for programs inside a user namespace."""
 OUTER_UID = 65534
-"""User of root's programs outside the user namespace: nobody, so that limits apply."""
+"""User `nobody` for root's programs outside the user namespace, because root has no limits."""
 PRIVATE_FOLDER = "/tmp"
 _MAX_INODES = 4096
 _MOUNT_POINT = "/sys"
@@ -125,7 +125,7 @@ class NamespaceEnclosure(Enclosure):
         sc.drop_bounding_set()  # inherited by the template and all programs
         self._filter = restrictions.build_filter(namespaces=True, signal_scope=True, own_pid=1)
         self._has_program_user = os.getuid() != PROGRAM_UID
-        """Programs run as another user than the server."""
+        """Programs run as `PROGRAM_UID`, the server does not."""
 
     def create_folder(self) -> str:
         return PRIVATE_FOLDER
@@ -142,7 +142,7 @@ class NamespaceEnclosure(Enclosure):
         return pid
 
     def drop_privileges(self, folder: str, limits: Limits) -> None:
-        # a mount namespace per program, so that the tmpfs vanishes with the program
+        # the tmpfs vanishes with the program's own mount namespace
         sc.unshare(sc.CLONE_NEWNS)
         sc.mount("tmpfs", folder, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV,
                  f"size={limits.file_bytes},nr_inodes={_MAX_INODES},mode=700,uid={PROGRAM_UID},"
@@ -169,12 +169,8 @@ class NamespaceEnclosure(Enclosure):
 
 
 def build_id_maps(uid: int, gid: int) -> list[tuple[str, str, str]]:
-    """Return contents for a process's `setgroups`, `uid_map` and `gid_map`, the preferred choice first.
-
-    Args:
-        uid: user outside the namespace.
-        gid: group outside the namespace.
-    """
+    """Return contents for `setgroups`, `uid_map` and `gid_map`, for user `uid` and group `gid` outside the
+    namespace; the preferred choice comes first."""
     one_user = ("deny", f"{PROGRAM_UID} {uid} 1", f"{PROGRAM_UID} {gid} 1")
     if uid:
         return [one_user]
@@ -201,7 +197,7 @@ def _fork_first_process() -> int:
 
 
 def _build_file_tree(readable: list[str]) -> None:
-    """Build a file tree of readable paths and make it the root of this mount namespace."""
+    """Build a file tree of readable paths and `pivot_root` to the tree."""
     # private first: the machine must not see the mounts
     sc.mount("none", "/", None, sc.MS_REC | sc.MS_PRIVATE)
     root = _MOUNT_POINT
@@ -220,7 +216,7 @@ def _build_file_tree(readable: list[str]) -> None:
         sc.mount(path, target, None, sc.MS_BIND | sc.MS_REC)
     os.makedirs(f"{root}{PRIVATE_FOLDER}", exist_ok=True)
     os.symlink(PRIVATE_FOLDER, f"{root}/dev/shm")  # the C library's folder for named semaphores
-    # after the binds, so that all of them become read-only
+    # after the bind mounts, which become read-only too
     sc.make_read_only(root)
     sc.change_root(root)
 
@@ -311,7 +307,7 @@ class LandlockEnclosure(Enclosure):
 
 
 def _find_free_uid() -> int | None:
-    """Return a user for root's programs, or None if this process is not root or cannot change its user."""
+    """Return a user for root's programs; None without root or `CAP_SETUID`."""
     # by process number, so that concurrent sandboxes rarely share a user
     uid = FIRST_UID + os.getpid() % NUM_UIDS
     maps = [list(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]

@@ -73,7 +73,7 @@ def _measure_level(folder: int) -> tuple[int, int, list[str]]:
 def remove_folder(folder: str) -> None:
     """Remove a folder tree of any depth, without recursion and without long paths."""
     next_name = 0
-    # Each round moves the second level to the top, so the tree loses one level.
+    # A round moves the second level to the top: the tree loses a level.
     while subfolders := [entry for entry in _list_entries(folder) if entry.is_dir(follow_symlinks=False)]:
         for subfolder in subfolders:
             for entry in _list_entries(subfolder.path):

@@ -1,4 +1,4 @@
-"""Limits, programs and outcomes of the sandbox."""
+"""Limits, programs and outcomes for the sandbox."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 Status = Literal["ok", "error", "timeout", "memory", "output", "killed", "refused", "infrastructure"]
 FILE_NAME = "program.py"
-"""Name of the source in the program's working directory."""
+"""Source file in the program's working directory."""
 MAX_PROGRAM_BYTES = 16 << 20
 """Largest `source`, `files` and `stdin` together."""
 MAX_FILES = 1000
@@ -18,20 +18,20 @@ MIN_OPEN_FILES = 8
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for a program with all processes that the program starts."""
+    """Limits for a program and its child processes."""
 
     wall_s: float = 10
     """Clock time in seconds, without `starved_s`."""
     cpu_s: float = 10
     """Processor time in seconds."""
     memory_bytes: int = 512 << 20
-    """Address space per process (RLIMIT_AS), and resident memory of all processes together."""
+    """Address space per process (RLIMIT_AS), and total resident memory."""
     processes: int = 16
     """Processes and threads at a time, including the first."""
     files: int = 64
     """Open files per process (RLIMIT_NOFILE)."""
     file_bytes: int = 16 << 20
-    """File size (RLIMIT_FSIZE); in `namespaces` the size of all files together."""
+    """File size (RLIMIT_FSIZE); in `namespaces` the total size."""
     output_bytes: int = 1 << 20
     """Size of standard output; standard error has the same limit."""
 
@@ -88,7 +88,7 @@ class Outcome:
 
     status: Status
     """`ok`: exit code 0; `error`: another exit code; `timeout`, `memory`, `output`: over that limit;
-    `killed`: ended by a signal; `refused`: cannot be run; `infrastructure`: the sandbox failed, so the
+    `killed`: ended by a signal; `refused`: invalid program; `infrastructure`: the sandbox failed, and the
     program has no result."""
     exit_code: int | None
     """None unless the program exited by itself."""

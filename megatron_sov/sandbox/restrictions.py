@@ -25,7 +25,7 @@ SYSTEM_PATHS = ("/usr/bin", "/usr/include", "/usr/lib", "/usr/lib32", "/usr/lib6
                 "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 MAX_OPEN_FILES = 256
-"""RLIMIT_NOFILE of a reader process."""
+"""RLIMIT_NOFILE for `enclose_reader`."""
 MIN_LANDLOCK_VERSION = 3
 """Linux 6.2; older versions do not restrict truncate(2)."""
 SIGNAL_SCOPE_VERSION = 6
@@ -37,9 +37,9 @@ _RIGHTS_BY_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (
 _TCP_VERSION, _TCP, _SCOPES = 4, 3, 3
 _CREATE_RULESET_VERSION, _RULE_PATH_BENEATH = 1, 1
 CALLS_WITHOUT_NAMESPACES = {
-    # with these calls a process leaves its process group, by which the sandbox kills programs
+    # would leave the process group, by which the sandbox kills programs
     "setsid setpgid": errno.EPERM,
-    # Landlock does not restrict these calls; pretend success, because copying a file calls them
+    # not restricted by Landlock; pretend success, because `shutil.copy` ends with a chmod
     "chmod fchmod fchmodat utime utimes futimesat utimensat": 0,
     "chown lchown fchown fchownat inotify_add_watch": errno.EPERM,
     "setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr": errno.ENOTSUP,
@@ -94,7 +94,7 @@ def list_devices() -> list[str]:
 
 
 def list_readable_paths(folders: Iterable[str] = ()) -> list[str]:
-    """Return readable folders and files, with the targets of symbolic links and without nested paths.
+    """Return readable folders and files, with symbolic links' targets and without nested paths.
 
     Args:
         folders: folders besides the system's and the interpreter's.
@@ -117,8 +117,7 @@ def _list_interpreter_folders() -> list[str]:
 
 
 def _list_library_folders() -> list[str]:
-    """Return the folders of shared libraries in this process, e.g. from an environment module; a program may
-    load further libraries from these folders."""
+    """Return the folders of libraries in `/proc/self/maps`, e.g. from an environment module."""
     try:
         lines = Path("/proc/self/maps").read_text().split("\n")
     except OSError:
@@ -208,7 +207,7 @@ class _CallRule:
     """Relation of the masked word to `values` that makes the call fail."""
     values: tuple[int, ...] = ()
     mask: int = 0xFFFFFFFF
-    """Bits of the word to compare."""
+    """Bits to compare."""
 
 
 class _BpfInstruction(ctypes.Structure):

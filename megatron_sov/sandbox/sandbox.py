@@ -34,7 +34,7 @@ PACKAGES = ("numpy",)
 """Packages that programs may import besides the standard library."""
 DEFAULT_LIMITS = Limits()
 _ROOT = str(Path(__file__).parents[2])
-# The root comes last in the path: in an installation other packages are next to this one.
+# The root comes last in the path, because `site-packages` may shadow the standard library.
 _CODE = ("import sys; sys.path = sys.path[1:] + [sys.argv[2]]; "
          "from megatron_sov.sandbox.server import main; main(int(sys.argv[1]), sys.argv[2])")
 _END_LIMIT_S = 5.0
@@ -78,7 +78,8 @@ class Sandbox:
             self.enclosure = "command"
         else:
             self.enclosure = self._create_workers(enclosure, workers)
-        for worker in self._workers or [None] * workers:
+        idle: Sequence[Worker | None] = self._workers or [None] * workers
+        for worker in idle:
             self._idle_workers.put(worker)
 
     def _create_workers(self, enclosure: str, count: int) -> str:
@@ -109,7 +110,7 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """End all server processes, after their running programs."""
+        """End the server processes, after running programs."""
         self._is_closed = True
         for worker in self._workers:
             worker.stop()
@@ -164,7 +165,7 @@ def find_packages() -> dict[str, str]:
 
 
 def shared_sandbox(enclosure: str = "auto", command: Sequence[str] = (), workers: int = 1) -> Sandbox:
-    """Return this process's sandbox with these settings; it is closed at the process's exit.
+    """Return the process-wide `Sandbox` with the given settings, which ends with the process.
 
     Raises:
         UserError: a setting breaks a rule, or the machine cannot enclose programs.
@@ -177,7 +178,7 @@ def shared_sandbox(enclosure: str = "auto", command: Sequence[str] = (), workers
 
 
 def detect_enclosure() -> str:
-    """Return the strongest enclosure on this machine for this user.
+    """Return the strongest enclosure in `ENCLOSURES` on this machine.
 
     Raises:
         UserError: the machine cannot enclose programs; the message has the reasons.
@@ -263,7 +264,7 @@ class Worker:
     def stop(self) -> None:
         """End the server and its program."""
         if self._child is not None:
-            self._child.end()  # closes the channel, so that the server can remove its folders
+            self._child.end()  # first closes the channel: the server removes its folders
             self._child = None
         folder = self._settings["folder"]
         if folder and os.path.isdir(folder):  # the server was killed, or failed at the start

@@ -52,7 +52,7 @@ PRELOADED = (
 READY = b"."
 """Message of an enclosed process; any other message is an error."""
 STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
-"""Path of a standard stream -> file descriptor."""
+"""Standard stream's path -> file descriptor."""
 _READY_FD, _JOB_FD, _NUM_FILES = 3, 4, 5
 _FORKED = struct.Struct("<ii")
 """Process number, errno."""
@@ -70,8 +70,8 @@ def main(channel_fd: int, root: str) -> None:
     for module in PRELOADED:
         importlib.import_module(module)
     sys.path.remove(root)
-    # Prepare here everything that programs share: a fork copies each page that it writes, and these copies
-    # are most of a fork's cost. For the same reason the removed modules are not freed before the end.
+    # Prepare everything that programs share before forking: a fork copies every page that the program writes,
+    # and copying is most of the cost. For the same reason the removed modules are not freed before the end.
     own_modules = {name: sys.modules.pop(name) for name in list(sys.modules)
                    if name.partition(".")[0] == "megatron_sov"}
     prepare_interpreter()
@@ -108,14 +108,7 @@ def _create_enclosure(settings: dict[str, Any], channel: socket.socket) -> Enclo
 
 def _run_program(enclosure: Enclosure, template: Template, request: dict[str, Any],
                  channel: socket.socket) -> Outcome:
-    """Run a program; errors of the server become the status `infrastructure`.
-
-    Args:
-        enclosure: enclosure for the program.
-        template: process that forks the program.
-        request: message of `sandbox.Worker`.
-        channel: socket that closes when the caller ends.
-    """
+    """Run the program in a request of `sandbox.Worker`; a failed fork has the status `infrastructure`."""
     limits = Limits(**request["limits"])
     # each pipe has a server end and a program end
     pipes = [os.pipe() for _ in range(5)]
@@ -147,7 +140,7 @@ def _run_program(enclosure: Enclosure, template: Template, request: dict[str, An
 
 
 class PackageFinder:
-    """Import finder that does not list parent folders, which programs cannot read.
+    """Import finder for `PACKAGES` without listing `site-packages`, which programs cannot read.
 
     Args:
         folders: package -> folder.
@@ -187,7 +180,7 @@ class Template:
             OSError: the fork failed.
             EOFError: the template ended.
         """
-        # one byte and five files: the template receives nothing else about the program
+        # a byte and five files: all that the template receives about the program
         socket.send_fds(self._control, [b"f"], files)
         pid, error = _FORKED.unpack(self._receive(_FORKED.size))
         if error:
@@ -218,7 +211,7 @@ class Template:
 
 def _serve_forks(enclosure: Enclosure, control: socket.socket) -> None:
     """Fork programs in the template until the server ends."""
-    # adopt orphans of programs, so that they can be waited for
+    # adopt and reap orphans of programs
     sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
     while True:
         command, files, _, _ = socket.recv_fds(control, 1, _NUM_FILES)
@@ -400,7 +393,7 @@ def _compute_exit_code(function: Callable[[], object]) -> int:
 
 
 def _remove_own_frames(trace: types.TracebackType | None) -> types.TracebackType | None:
-    """Remove this module's frames from a traceback: the first ones, and frames of `_open_stream`."""
+    """Remove frames of this module from a traceback: at the beginning, and of `_open_stream`."""
     while trace and trace.tb_frame.f_code.co_filename == _compute_exit_code.__code__.co_filename:
         trace = trace.tb_next
     frame = trace

@@ -72,7 +72,7 @@ class _Supervisor:
     def __init__(self, program: SupervisedProgram) -> None:
         self._program = program
         self._poll = select.poll()
-        # a file that becomes readable at the process's end, so that a single poll waits for all events
+        # readable at the process's end, so that a single poll waits for every event
         self._exit_fd = os.pidfd_open(program.pid)
         pipes = program.pipes
         self._open_pipes: dict[int, bytearray] = {}
@@ -183,7 +183,7 @@ class _Supervisor:
                     self._read_pipe(fd)
 
     def _check_limits(self, now_s: float) -> None:
-        """Compare the resource usage of all processes together, which the kernel does not limit."""
+        """Compare the total resource usage, which the kernel does not limit."""
         if self._is_starting():
             self._time.begin()
             return
@@ -224,14 +224,8 @@ class _Supervisor:
 
 
 def _explain_exit(exit_code: int, stderr: str, cpu_s: float, limits: Limits) -> tuple[Status, str]:
-    """Return status and reason of a program within the supervisor's limits.
-
-    Args:
-        exit_code: exit code, or negative signal.
-        stderr: standard error.
-        cpu_s: processor time in seconds.
-        limits: limits that the kernel enforced.
-    """
+    """Return status and reason of a program that passed no limit of `_check_limits`; a negative `exit_code`
+    is a signal."""
     if exit_code == 0:
         return "ok", ""
     # the kernel sends SIGXCPU at the soft limit and SIGKILL at the hard limit

@@ -77,7 +77,7 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
-# Look up the functions before any fork: a fork copies each page that it writes.
+# Look up the functions before forking, because a fork copies the pages that change.
 _syscall, _prctl, _unshare, _mount = _libc.syscall, _libc.prctl, _libc.unshare, _libc.mount
 _COLUMN = MACHINES[platform.machine()][0] if platform.machine() in MACHINES else None
 
@@ -144,7 +144,7 @@ def prctl(option: int, *values: object) -> int:
 
 
 def set_capabilities(mask: int) -> None:
-    """Set the permitted and effective capabilities to `mask`, and the inheritable ones to none."""
+    """Set the permitted and effective capabilities to `mask`; clear the inheritable capabilities."""
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     low, high = mask & 0xFFFFFFFF, mask >> 32
     data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
@@ -166,7 +166,7 @@ def set_file_uid(uid: int) -> None:
 
 
 def drop_bounding_set() -> None:
-    """Drop all capabilities from the bounding set, so that no executed program gains a capability."""
+    """Empty the bounding set: no executed program gains a capability."""
     for capability in range(64):
         try:
             prctl(PR_CAPBSET_DROP, capability)
