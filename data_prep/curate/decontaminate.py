@@ -34,11 +34,11 @@ class DecontaminateOptions(BenchmarkSearchSettings):
     hits.json lists excluded records with the matching text."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file; several may follow, and it may be repeated."""
+    """A .jsonl file; takes several paths, and may be repeated."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the records that are kept, and hits.json."""
     format: Literal["text", "chat", "preference", "prompt"] = "text"
-    """What the records hold."""
+    """Kind of record."""
     text_field: Annotated[str, Flag(value="NAME")] = "text"
     """Field that holds the text."""
     overwrite: bool = False

@@ -14,7 +14,7 @@ class ScorerTrainOptions:
     """Train a linear model over hashed n-grams, and print its figures on labels that were held out."""
 
     labels: Annotated[Path, Flag(value="FILE")]
-    """JSONL file of {"text": ..., "label": 0 or 1, or 0 to 5, "language": "ko"}; the language may be left
+    """JSONL file with {"text": ..., "label": 0 or 1, or 0 to 5, "language": "ko"}; the language may be left
     out."""
     kind: Literal["classifier", "regressor"]
     """classifier: labels 0 and 1, scores are probabilities; regressor: 0 to 5."""
@@ -26,12 +26,12 @@ class ScorerTrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerCheckOptions:
-    """Print what a scorer is worth on labels that it was not trained on."""
+    """Measure a scorer on labels that it was not trained on."""
 
     model: Annotated[Path, Flag("DIR")]
     """Folder that `sov-data scorer train` wrote."""
     labels: Annotated[Path, Flag(value="FILE")]
-    """JSONL file of {"text": ..., "label": 0 or 1, or 0 to 5, "language": "ko"}; the language may be left
+    """JSONL file with {"text": ..., "label": 0 or 1, or 0 to 5, "language": "ko"}; the language may be left
     out."""
     json: bool = False
     """Print the figures as JSON."""

@@ -99,7 +99,7 @@ def find_hits(text: str, search: ItemSearch, context_chars: int) -> list[Benchma
         for number, start, stop in found:
             known[number].append((start, stop))
         for number, start, stop in _found(other.text, search):
-            # Back from the plain text to the one that was written.
+            # Map the plain text back to the original text.
             start, stop = int(other.starts[start]), int(other.ends[stop - 1])
             if not any(a < stop and start < b for a, b in known[number]):
                 found.append((number, start, stop))
@@ -205,12 +205,12 @@ class BenchmarkSearchSettings:
     """Which texts of benchmarks are looked for."""
 
     benchmarks: Annotated[tuple[Path, ...], MinLen(1), Flag(many=True)]
-    """.jsonl files, or folders of them; each line is a record of a benchmark."""
+    """.jsonl files, or folders with such files; each line is a benchmark record."""
     fields: Annotated[tuple[str, ...], MinLen(1), Flag(value="NAME", many=True)] = FIELDS
-    """Fields of a record, each of which is looked for where it is there; a dot leads into an object."""
+    """Record fields to search, if present; a dot leads into an object."""
     ngram: Annotated[int, Ge(1), Le(1000)] = RUN_WORDS
-    """Words in a row that a text may not share with an item; a character of Thai, Chinese or Japanese is a
-    quarter of a word, a syllable of Korean a third."""
+    """Words in a row that a text may not share with an item; a Thai, Chinese or Japanese character counts as
+    a quarter word, a Korean syllable as a third."""
     min_words: Annotated[AtLeastOne, at_most_field("ngram")] = 5
     """An item that is shorter than `ngram` is found as a whole, if it has at least so many words."""
 

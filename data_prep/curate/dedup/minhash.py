@@ -58,8 +58,8 @@ class MinhashSettings:
     rows_per_band: AtLeastOne = 6
     """Numbers of a band: more numbers make a common band depend more steeply on similarity."""
     ngram: Annotated[int, Ge(1), Le(1000)] = 5
-    """Words of a shingle; a character of Thai, Chinese or Japanese is a quarter of a word, a syllable of
-    Korean a third."""
+    """Words of a shingle; a Thai, Chinese or Japanese character counts as a quarter word, a Korean syllable
+    as a third."""
     seed: NotNegativeInt = 0
     """Seed of the permutations."""
     partitions: Partitions = 64
