@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -115,7 +114,6 @@ from tests.base.hints.test_words import answer
     ("megatron-sov sft --from hf --data quoted.jsonl --run r", ["> quoted-parsed.jsonl\n", "quoted-parsed"]),
     ("megatron-sov eval lm hf --tasks mmlu --output o", ["cais/mmlu", "--output o --data-dir DIR"]),
     ("sov-tokenizer compare tok tok --text 'Guten Tag'", ["'Guten Tag' > text.txt\n", "--text text.txt"]),
-    ("megatron-sov inspect partial", ["model.safetensors is in its manifest.json and missing"]),
     ("megatron-sov prefer --from hf --data kto1.jsonl --run r", ["sov-data unpaired --input kto1.jsonl"]),
     ("megatron-sov prefer --from hf --data kto.jsonl --run r",
      ["write\n  sov-data unpaired --input kto.jsonl --output kto-unpaired\n  megatron-sov prefer --from hf "
@@ -136,9 +134,6 @@ def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: P
                        "lfs/model.safetensors": "version https://git-lfs", "lfs/config.json": "{}",
                        "scored.jsonl": '{"prompt": "a", "responses": ["b", "c"], "scores": [9, 2]}',
                        "array.jsonl": '[\n {"text": "a"}\n]', "quoted.jsonl": '{"messages": "[]"}',
-                       "partial/manifest.json": json.dumps({
-                           "kind": "hf_model", "content": {}, "format_version": 1,
-                           "files": {"model.safetensors": {"sha256": "0" * 64, "size_bytes": 1}}}),
                        "tok/manifest.json": '{"kind": "tokenizer"}',
                        "kto.jsonl": '{"prompt": "a", "completion": "b", "label": true}',
                        "ds.json": '{"bf16": {"enabled": true}, "train_micro_batch_size_per_gpu": 2, '
