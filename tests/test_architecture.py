@@ -102,7 +102,6 @@ ALONE = {
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
     "megatron_sov/judge/tools/worlds/virtual_program.py": _INSIDE,
-    "megatron_sov/publish/report/validations.py": "held-out prompts of rl, not of the loss",
     "megatron_sov/sandbox/process_tree.py": "starts processes; tools are another subject",
     "data_prep/synth/readers/queries.py": "queries with constraints; other readers are another subject",
     "data_prep/synth/functions/registry.py": "names of functions; compiling a file is another subject",
