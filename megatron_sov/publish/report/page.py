@@ -28,13 +28,13 @@ def render_report(runs: list[Run], now_s: float | None = None) -> str:
     """Return the HTML report on the first run's model.
 
     Args:
-        runs: runs from `read_run`, in reading order; runs of other models are only named.
+        runs: runs from `read_run`, in reading order; runs of different models are only named.
         now_s: Unix time shown as the creation time; None: now.
     """
-    stages, others = split_by_model(runs)
+    stages, excluded = split_by_model(runs)
     recipe = next((run.recipe_name for run in stages if run.recipe_name), "")
     names = " + ".join(run.name for run in stages)
-    subtitle = f"{_build_subtitle(stages)} {_describe_others(others)}".strip()
+    subtitle = f"{_build_subtitle(stages)} {_describe_excluded(excluded)}".strip()
     return render_page("Training report", f"{recipe}: {names}" if recipe else names, subtitle,
                        [_build_chapter(run, stages) for run in stages],
                        verdict=build_verdict_sentence(stages), opening=build_opening(stages),
@@ -43,24 +43,24 @@ def render_report(runs: list[Run], now_s: float | None = None) -> str:
 
 
 def split_by_model(runs: list[Run]) -> tuple[list[Run], list[Run]]:
-    """Split runs into those with the first run's model, and others.
+    """Split runs into stages of the first run's model, and runs of different models.
 
     `run_start` records no parent run, so compare what no stage changes: family and number of parameters.
     Unrecorded values match any value.
     """
     identities = [(run.get_setting("model", "family"), run.get_start_field("num_params")) for run in runs]
-    stages, others = [], []
+    stages, excluded = [], []
     for run, identity in zip(runs, identities, strict=True):
         pairs = zip(identity, identities[0], strict=True)
         is_same = all(own == first or own is None or first is None for own, first in pairs)
-        (stages if is_same else others).append(run)
-    return stages, others
+        (stages if is_same else excluded).append(run)
+    return stages, excluded
 
 
-def _describe_others(others: list[Run]) -> str:
-    if not others:
+def _describe_excluded(runs: list[Run]) -> str:
+    if not runs:
         return ""
-    names = ", ".join(f"{run.name} ({run.recipe_name or 'unknown recipe'})" for run in others)
+    names = ", ".join(f"{run.name} ({run.recipe_name or 'unknown recipe'})" for run in runs)
     return f"Not in this report, because another model was trained: {names}; report such runs alone."
 
 

@@ -40,8 +40,9 @@ def round_charts(run: Run) -> list[Chart]:
 
     def draw(names: Iterable[str], rows: list[Event], unit: str, caption: str, default: float | None = None
              ) -> list[Chart]:
-        curves = [Curve(name, rounds, np.array([parse_number(row.get(name, default)) for row in rows]))
-                  for name in names]
+        # A round without the value has no point.
+        curves = [Curve(name, rounds, np.array([parse_number(row.get(name, default)) for row in rows])
+                        ).drop_nonfinite() for name in names]
         return draw_curves(curves, unit, caption, x_title="round")
 
     rewards = [{REWARD: mean.get(REWARD)} | row for mean, row in zip(means, components, strict=True)]

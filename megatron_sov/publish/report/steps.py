@@ -66,12 +66,12 @@ class StepTable:
 
     def build_curves(self) -> dict[str, dict[str, Curve]]:
         """Return group -> name -> curve; the group for plain fields (loss, lr, ...) is ""."""
-        steps = _as_int64(self._steps)
+        steps = _to_int64(self._steps)
         is_last = np.zeros(len(steps), dtype=bool)
         is_last[self._find_last_rows()] = True
         curves: dict[str, dict[str, Curve]] = {"": {}, **{group: {} for group in CURVE_GROUPS}}
         for (group, name), (row_array, value_array) in self._columns.items():
-            rows, values = _as_int64(row_array), np.frombuffer(value_array, dtype=np.float64)
+            rows, values = _to_int64(row_array), np.frombuffer(value_array, dtype=np.float64)
             counts = is_last[rows]
             # After a restart the order of steps differs from the order of rows.
             order = np.argsort(steps[rows[counts]], kind="stable")
@@ -83,7 +83,7 @@ class StepTable:
         rows = self._find_last_rows()
         if not len(rows):
             return []
-        steps, phases = _as_int64(self._steps)[rows], _as_int64(self._phases)[rows]
+        steps, phases = _to_int64(self._steps)[rows], _to_int64(self._phases)[rows]
         starts = [0, *(np.flatnonzero(np.diff(phases)) + 1).tolist()]
         names = list(self._phase_indices)
         return [(names[phases[start]], int(steps[start]), int(steps[end - 1]))
@@ -91,7 +91,7 @@ class StepTable:
 
     def _find_last_rows(self) -> npt.NDArray[np.int64]:
         """Return the last row per distinct step, in step order."""
-        steps = _as_int64(self._steps)
+        steps = _to_int64(self._steps)
         # np.unique returns first occurrences: reversed, they are the last.
         return len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]
 
@@ -135,5 +135,5 @@ def moving_mean(curve: Curve, window: int) -> Curve:
     return Curve(curve.name, curve.steps, (sums[high] - sums[low]) / (high - low))
 
 
-def _as_int64(column: array[int]) -> npt.NDArray[np.int64]:
+def _to_int64(column: array[int]) -> npt.NDArray[np.int64]:
     return np.frombuffer(column, dtype=np.int64) if column else np.empty(0, np.int64)
