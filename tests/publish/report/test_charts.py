@@ -215,7 +215,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json: is not valid JSON"):
         read_run(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"config\.json: holds a list"):
+    with pytest.raises(UserError, match=r"config\.json: contains a list"):
         read_run(tmp_path)
 
 
