@@ -7,8 +7,7 @@ from megatron_sov.commands.operate.plan.plan import PlanOptions, RecipePlan
 from megatron_sov.model.config import RunConfig, parse_data_paths
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.recipes.requested import RecipeRequest, request_recipe
-from megatron_sov.plan.cluster_plan import (
-    format_memory_lines, plan_on_cluster, plan_with_sweep)
+from megatron_sov.plan.cluster_plan import format_memory_lines, plan_on_cluster, plan_with_sweep
 from megatron_sov.plan.pages import layout_report
 from megatron_sov.plan.pricing import load_machines
 from megatron_sov.schedules import Schedule
