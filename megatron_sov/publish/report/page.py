@@ -49,7 +49,8 @@ def split_by_model(runs: list[Run]) -> tuple[list[Run], list[Run]]:
     Unrecorded values match any value.
     """
     identities = [(run.get_setting("model", "family"), run.get_start_field("num_params")) for run in runs]
-    stages, excluded = [], []
+    stages: list[Run] = []
+    excluded: list[Run] = []
     for run, identity in zip(runs, identities, strict=True):
         pairs = zip(identity, identities[0], strict=True)
         is_same = all(own == first or own is None or first is None for own, first in pairs)
