@@ -12,7 +12,6 @@ from tests.base.hints.test_words import answer
 
 @pytest.mark.parametrize(("typed", "parts"), [
     ("megatron-sov sft --from hf/model.safetensors --data d --run r", ["pass its folder, hf"]),
-    ("megatron-sov plan qwen3-8b --cluster h100 --days 2w", ["write 14"]),
     ("megatron-sov plan llama-3.1-70b --cluster h100", ["; its family has 'llama-3.1-8b' ("]),
     ("megatron-sov extend x --from hf --data d --run r --to 128k", ["data.phases.0.seq_len=131072"]),
     ("megatron-sov sft --config theirs.yml --run r", ["train.global_batch_size=8"]),
@@ -54,7 +53,6 @@ from tests.base.hints.test_words import answer
     ("sov-tokenizer train --input t.txt --vocab_size 32k --output o", ["32000", "--preset solar-open"]),
     ("megatron-sov sft --from m.gguf --data d --run r", [".gguf is not read", "*.safetensors"]),
     ("megatron-sov generate hf t.jsonl", ["generate hf --prompts t.jsonl"]),
-    ("megatron-sov plan qwen3-8b --cluster h100 --budget 50k", ["write 50000"]),
     ("megatron-sov submit job.sbatch --cluster h100", ["write\n  sbatch job.sbatch"]),
     ("sov-data mix d d --output o --seed 42 --num-tokens 1e6",
      ["--seed, --num-tokens: ", "mix d d --output o\n"]),
