@@ -106,7 +106,7 @@ from tests.base.hints.test_words import answer
     ("megatron-sov sft --from lfs --data chat.jsonl --run r",
      ["is a Git LFS pointer", "git -C lfs lfs pull\n  megatron-sov sft --from lfs"]),
     ("megatron-sov prefer --from hf --data scored.jsonl --run r",
-     ["sov-data pairs --input scored-groups.jsonl --output scored-pairs\n", "--data scored-pairs/pairs.jsonl"]),
+     ["sov-data pairs --input scored-groups.jsonl --output scored-pairs\n", "scored-pairs/pairs.jsonl"]),
     ("megatron-sov sft --from hf --data array.jsonl --run r",
      ["cp array.jsonl array.json\n  megatron-sov sft --from hf --data array.json"]),
     ("megatron-sov sft --from hf --data quoted.jsonl --run r", ["> quoted-parsed.jsonl\n", "quoted-parsed"]),

@@ -58,10 +58,11 @@ def print_logs(options: LogsOptions) -> None:
                         "leave --rank out")
     try:
         lines = RunLogReader(options.run, set(options.rank), options.tail).iter_lines(options.follow)
-        num_lines = 0
-        for num_lines, line in enumerate(lines, 1):
+        is_empty = True
+        for line in lines:
+            is_empty = False
             print(f"[{line.label}] {line.text}", flush=True)
-        if not num_lines:
+        if is_empty:
             print(f"{options.run}: has no log files: a run on one machine writes to its terminal; "
                   f"`megatron-sov status {options.run}` shows its state", file=sys.stderr)
     except KeyboardInterrupt:
