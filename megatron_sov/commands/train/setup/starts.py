@@ -71,11 +71,8 @@ def request_with_model(options: RecipeOptions, start_from: Path, stage: Stage) -
 
 
 def read_matching_model(start_from: Path, request: RecipeRequest) -> ModelConfig:
-    """Read the architecture from --from.
-
-    Raises:
-        UserError: --from names no model, or a model of another family than the recipe.
-    """
+    """Read the architecture from --from. Raises `UserError`: --from names no model, or a model of another
+    family than the recipe."""
     model = read_start_model(find_start(start_from))
     family = request.base.model.family
     for setting in request.settings:  # the last setting counts
