@@ -180,7 +180,7 @@ def _find_advice(proposal: _Proposal, fault: UserError) -> Fix | None:
             continue
         after = replace(proposal, line=line).run_check()
         if after is None or not (after.sentence == fault.sentence or words[0] in after.sentence
-                                 or words[1].partition("=")[0] in after.sentence):
+                                 or re.split("[=:]", words[1])[0] in after.sentence):
             return fix
     return None
 
