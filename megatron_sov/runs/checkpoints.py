@@ -170,8 +170,9 @@ def check_model_path(path: Path, option: str = "") -> None:
         if str(path) in recipes.names():
             raise UserError(f"{option}{path}: is a recipe, which comes before the options",
                             Fix(arguments=(str(path),), left_out=(f"{option}{path}",)))
+        fix = fix_missing(path) or (Fix(words={str(path): "MODEL"}) if path.is_file() else None)
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
-                        f"folder{suggest_download(path)}", fix_missing(path))
+                        f"folder{suggest_download(path)}", fix)
 
 
 def _refuse_address(address: str, option: str) -> None:
@@ -232,11 +233,13 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         command = _TAKEN_BY_COMMAND.get((kind, tuple(kinds)), "")
         fix = Fix(command=command) if command else None
         if kind == PEFT_ADAPTER and {CHECKPOINT_KIND, RUN} <= {*kinds}:
-            fix = _fix_adapter(path)
+            fix = fix_adapter(path)
         if kind == HF_MODEL and CHECKPOINT_KIND in kinds:  # the command is for `convert to-hf`
             converted = choose_free_path(f"{path.name}-checkpoint")
             fix = Fix(command=command, words={str(path): converted},
                       before=(shlex.join(["megatron-sov", "convert", "from-hf", str(path), converted]),))
+        if fix is None and HF_MODEL in kinds:
+            fix = Fix(words={str(path): "MODEL"})
         raise UserError(f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}",
                         fix)
     if not kind:
@@ -252,7 +255,7 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         raise UserError(f"{path}: {description}, so it is not {wanted}; {advice}pass {expected}")
 
 
-def _fix_adapter(path: Path) -> Fix:
+def fix_adapter(path: Path) -> Fix:
     """Return the commands that make checkpoints of an adapter and of the base model that it names."""
     try:
         config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))

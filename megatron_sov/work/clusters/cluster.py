@@ -330,7 +330,7 @@ def load_profile(name: str, *, account: str | None = None, partition: str | None
         nearest = find_nearest_name(name, list_profiles())
         raise UserError(f"--cluster {name}: there is no such profile{suggest_name(name, list_profiles())} "
                         f"(profiles: {', '.join(list_profiles())}; your own: a path that ends with .yaml)",
-                        Fix(options=("--cluster", nearest)) if nearest else None)
+                        Fix(options=("--cluster", nearest or "h100")))
     # check rules only after applying account and partition
     profile = parse_settings_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_sov.base.errors import ExitCode, Fix, UserError, format_problems
+from megatron_sov.base.errors import IS_CHECKING, ExitCode, Fix, UserError, format_problems
 from megatron_sov.commands.rl.cycle import RlRunOptions
 from megatron_sov.commands.rl.generate import RlGenerateOptions
 from megatron_sov.commands.rl.inputs.prompts import (
@@ -140,7 +140,7 @@ def check_rounds(options: RoundsOptions, complete: Callable[[RunConfig], RunConf
     first_round = select_round_prompts(prompts, stage.config.rollout, 1)
     check_reward_fields(options.reward, options.reward_set, first_round, f"--prompts {options.prompts}")
     check_teachers(options, stage.config.policy, options.reward, options.prompts, prompts)
-    if not options.dry_run:
+    if not (options.dry_run or IS_CHECKING.get()):
         from megatron_sov.commands.train.training_run import convert_request_start  # imports torch
 
         stage = convert_request_start(stage)
