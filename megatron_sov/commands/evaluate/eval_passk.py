@@ -16,7 +16,7 @@ from megatron_sov.commands.shared_options import FigureOptions, OverwriteOptions
 from megatron_sov.infer.engine import ChosenEngine
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions, ResponseSampling, Temperature
 from megatron_sov.judge.rewards.registry import VersionedReward, build_versioned_reward, request_reward
-from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.runs.checkpoints import check_model
 from megatron_sov.runs.folder import RunEvents
 
 PROMPT = "prompt"
@@ -39,7 +39,7 @@ class JudgedSamplingOptions(JudgeOptions):
     reward: RewardName
     reward_set: RewardSet = ()
     right_from: Annotated[Finite, Flag(value="R")] = 1.0
-    """Minimum reward of a correct response."""
+    """Minimum reward for a correct response."""
     samples: AtLeastOne = 8
     """Responses per prompt."""
     sampling: JudgedSampling = field(default_factory=JudgedSampling)
@@ -90,7 +90,7 @@ class PasskRequest:
 
 def check_passk(options: EvalPasskOptions) -> PasskRequest:
     events = RunEvents(options.run)
-    check_model_path(options.target)
+    check_model(options.target)
     reward_order = request_reward(options.reward, parse_nested(options.reward_set, "--reward-set"))
     reward = build_versioned_reward(reward_order)
     check_rows(options.input, field=PROMPT)
