@@ -455,7 +455,7 @@ def problems(house: list[Source]) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("rule", [rule.__name__ for rule in RULES])
+@pytest.mark.each("rule", [rule.__name__ for rule in RULES])
 def test_the_house_keeps_its_rules(rule: str, house: list[Source], problems: dict[str, list[str]]) -> None:
     assert {"base", "model", "engine", "tokenizer", "data_prep"} <= {s.hall for s in house}
     assert problems[rule] == []
@@ -528,7 +528,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "expected"), BAD)
+@pytest.mark.each(("name", "text", "expected"), BAD)
 def test_each_rule_sees_its_breach(tmp_path: Path, name: str, text: str, expected: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ WITH_EXAMPLES = sorted(
     if "    >>> " in file.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("module", WITH_EXAMPLES)
+@pytest.mark.each("module", WITH_EXAMPLES)
 def test_examples_print_what_they_show(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron_sov
 

@@ -66,7 +66,7 @@ def test_every_message_follows_the_rules() -> None:
             if (wrong := wrong_with(text))] == []
 
 
-@pytest.mark.parametrize(("call", "wrong"), [
+@pytest.mark.each(("call", "wrong"), [
     ('UserError(f"{path}: has no rows; write some")', ""), ('UserError(f"{path}: {reason}")', ""),
     ('UserError(reason)', ""), ('UserError("--top-k: must be 1 or more" + near)', ""),
     ('UserError()', "names nothing"), ('UserError("that must not be")', "names nothing"),

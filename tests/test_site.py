@@ -38,7 +38,7 @@ def test_the_navigation_has_every_page_once_under_the_heading_of_the_index() -> 
     assert "pretrain.md" in train and "sft.md" not in train
 
 
-@pytest.mark.parametrize(("page", "link", "led"), [
+@pytest.mark.each(("page", "link", "led"), [
     ("plan.md", "../benchmarks/a.txt", "repository/benchmarks/a.txt"),
     ("tutorials/company.md", "../../README.md", "../repository/README.md"),
     ("house.md", "../CONTRIBUTING.md", "CONTRIBUTING.md"),

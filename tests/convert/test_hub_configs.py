@@ -122,7 +122,7 @@ def test_hub_configs_name_their_sources() -> None:
     assert sum(entry["from"] != "from memory" for entry in entries.values()) >= 20
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.each("name", CONFIGS)
 def test_public_config_is_parsed(name: str) -> None:
     config = CONFIGS[name]
     family = models.get_family(config["model_type"])

@@ -190,7 +190,7 @@ def test_gc_takes_what_nobody_needs_and_no_more(store: RolloutStore) -> None:
     assert [path.name for path in (store.path / "rollouts").iterdir()] == [new.name]
 
 
-@pytest.mark.parametrize("words, sentence", [
+@pytest.mark.each("words, sentence", [
     (["gc", "nowhere"], "nowhere: is no rollout store"),
     (["show", "STORE", "piece", "0"], "PART 'piece': .* has no such part"),
     (["show", "STORE", format_part_name(1, 9), "0"], "PART 'round-0001-piece-0009': .* has no such part"),

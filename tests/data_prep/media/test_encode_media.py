@@ -153,7 +153,7 @@ def test_chats_and_documents_keep_fields() -> None:
     assert parsed({"content": [{"type": "video", "path": "v"}]}).kind == TEXT
 
 
-@pytest.mark.parametrize(("record", "words"), [
+@pytest.mark.each(("record", "words"), [
     ([], "an object with either"),
     ({"messages": [], "content": "a"},
                                                                    "either"),

@@ -48,7 +48,7 @@ def test_saved_codec_opens_with_the_same_weights(codec: Path) -> None:
                                 "num_parameters": sum(t.numel() for t in own.state_dict().values())}
 
 
-@pytest.mark.parametrize(("content", "said"), [
+@pytest.mark.each(("content", "said"), [
     ([], "names no kind of codec"), ({"codec": 3}, "names no kind of codec"),
     ({"codec": "os:system", "config": {}}, "'os:system' is not a kind of codec; there are vqmodel"),
     ({"codec": "ta-tok"}, "null must be an object of settings"),

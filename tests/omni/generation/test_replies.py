@@ -140,7 +140,7 @@ def written(made: BlockRules, seed: int) -> list[int]:
     return reply
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.each("seed", range(20))
 def test_allowed_replies_are_well_formed(seed: int) -> None:
     reply = written(rules(), seed)
     text = "".join(NAMES[i] for i in reply)

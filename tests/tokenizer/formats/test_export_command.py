@@ -91,7 +91,7 @@ def unmatched_text(raw: dict[str, Any]) -> None:
     raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "a+"
 
 
-@pytest.mark.parametrize(("edit", "sentence"), [
+@pytest.mark.each(("edit", "sentence"), [
     (unmatched_text, "cannot be exported, since tiktoken would not give the same ids for"),
     (lambda raw: raw.update(normalizer={"type": "Lowercase"}),
      "its normalizer Lowercase has no form in tiktoken"),

@@ -25,7 +25,7 @@ def test_several_faults_stand_in_one_argument() -> None:
         assert [parse_faults([f"{kind}@{state}=4"], 1)[0].state for state in states] == list(states)
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.each(("text", "said"), [
     ("kil@step=5", "there is no fault 'kil'; did you mean 'kill'?"),
     ("kill", "'' must be start=NUMBER or load=NUMBER or step=NUMBER or save=NUMBER or rank=NUMBER"),
     ("kill@rank=1", "must say once when it comes, by start=N or load=N or step=N or save=N"),

@@ -231,7 +231,7 @@ def test_a_damaged_record_says_nothing(run: Path, record: str) -> None:
     assert not found.recorded(run)
 
 
-@pytest.mark.parametrize(("objective", "name", "text", "words"), [
+@pytest.mark.each(("objective", "name", "text", "words"), [
     ("sft", "p.jsonl", '{"prompt": "p", "chosen": "c", "rejected": "r"}', "`megatron-sov prefer` learns"),
     ("preference", "c.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "`megatron-sov sft` le"),
     ("preference", "t.txt", "words", "`megatron-sov pretrain` learns"),

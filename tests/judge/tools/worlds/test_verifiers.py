@@ -257,7 +257,7 @@ def test_withheld_network_variables_are_reported(
         play(wrong_key=True).reset(TASK)
 
 
-@pytest.mark.parametrize("given, match", [
+@pytest.mark.each("given, match", [
     ({"config": "nowhere.toml"}, "is no file in TOML or JSON"),
     ({"config": __file__}, "is no file in TOML or JSON"),
     ({"python": "no-python"}, "names no program")])
