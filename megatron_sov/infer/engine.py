@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 EngineName = Literal["megatron", "transformers", "vllm"]
 MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
 """Engine names: megatron runs checkpoints at any layout, transformers and vllm run Hugging Face folders."""
-SERVER_ENGINES = (VLLM,)
-"""Engines that run as servers."""
 ChosenEngine = Annotated[EngineName | None, Flag(
-    help="What runs the model (default: transformers for a Hugging Face folder)")]
+    help="Engine that runs the model (default: transformers for a Hugging Face folder)")]
 PRECISION_KEY = "train.precision"
 """Precision setting for megatron and transformers."""
 ENGINE_SET = "--engine-set"
@@ -99,11 +97,11 @@ def run_with_engine(name: str, target: Target, work: Callable[[Engine], Any], *,
         from megatron_sov.infer.engines.load import run_megatron_engine
 
         return run_megatron_engine(target, settings, nproc, work, batching, option)
-    if name in SERVER_ENGINES:
+    if name == VLLM:
         from megatron_sov.infer.engines.server_engine import open_server_engine, parse_server_settings
 
-        with open_server_engine(name, target.path, target.vocab_size, longest,
-                                parse_server_settings(name, settings, option), places,
+        with open_server_engine(target.path, target.vocab_size, longest,
+                                parse_server_settings(settings, option), places,
                                 with_routes=with_routes) as engine:
             return work(engine)
     from megatron_sov.infer.engines.transformers_engine import HfEngine, load_configured_hf

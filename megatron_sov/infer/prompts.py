@@ -17,8 +17,7 @@ from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, open_tokenizer, read_chat_encoder
 from megatron_sov.chat.marks import build_text_decoder, prepend_mark
 from megatron_sov.convert.companion_files import read_generation_ids, to_id_list
-from megatron_sov.infer.engine import (
-    ENGINE_SET, MEGATRON, PRECISION_KEY, SERVER_ENGINES, TRANSFORMERS, ChosenEngine)
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, PRECISION_KEY, TRANSFORMERS, VLLM, ChosenEngine
 from megatron_sov.infer.request import GenerationResult, ServerLocations
 from megatron_sov.work.endpoints.transport import find_address_problems
 
@@ -111,7 +110,7 @@ class ServerOptions:
     engine_python: Annotated[Path | None, Flag(value="FILE")] = None
     """Python interpreter with the engine (default: $SOV_ENGINE_PYTHON, or the current interpreter)."""
     engine_url: Annotated[tuple[str, ...], Flag(value="URL")] = ()
-    """Address of a running server; repeat the option for several servers."""
+    """A running server's address; repeat the option for several servers."""
 
     def places(self, run: Path) -> ServerLocations:
         """Return a run's server addresses, log folder and interpreter.
@@ -355,7 +354,7 @@ def check_engine(engine: str, target: Target, settings: Sequence[str], nproc: in
     if engine != MEGATRON and not target.is_hf:
         raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
                         "convert it first with `megatron-sov convert to-hf`")
-    refused = settings if engine not in SERVER_ENGINES else ()  # settings of servers
+    refused = settings if engine != VLLM else ()  # settings of servers
     if engine == TRANSFORMERS:
         refused = [setting for setting in refused if setting.partition("=")[0] != PRECISION_KEY]
     refused_options = [*(f"{option} {setting}" for setting in refused),

@@ -39,9 +39,9 @@ class TokenizerImportOptions:
     overwrite: bool = False
     """Replace an existing tokenizer."""
     bos: Annotated[str | None, Flag(value="TOKEN")] = None
-    """Special token for the begin of a document, if the source has no such token."""
+    """Special token at a document's start, if the source has no such token."""
     eos: Annotated[str | None, Flag(value="TOKEN")] = None
-    """Special token for the end of a document, if the source has no such token."""
+    """Special token at a document's end, if the source has no such token."""
     pad: Annotated[str | None, Flag(value="TOKEN")] = None
     """Special token for padding (default: eos), if the source has no such token."""
 
@@ -103,7 +103,7 @@ class TokenizerExportOptions:
     format: Literal["tiktoken", "sentencepiece"]
     """Library to write for."""
     output: Annotated[Path, Flag(value="FILE")]
-    """The file of ranks, or the .model file."""
+    """The rank file, or the .model file."""
     text: tuple[Path, ...] = ()
     """Text on which ids are compared, in addition to built-in texts."""
     overwrite: bool = False

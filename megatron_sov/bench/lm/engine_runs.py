@@ -41,7 +41,7 @@ from megatron_sov.engine.parallel.values import broadcast_object
 from megatron_sov.engine.parallel.world import run_on_first
 from megatron_sov.eval.heldout_loss import ROW_TOKENS, group_into_rows
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.engine import MEGATRON, SERVER_ENGINES, TRANSFORMERS, run_with_engine
+from megatron_sov.infer.engine import MEGATRON, TRANSFORMERS, VLLM, run_with_engine
 from megatron_sov.infer.engines.load import LoadedModel, load_tokenizer, run_forward_model
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.engines.transformers_engine import HfEngine, load_configured_hf
@@ -192,7 +192,7 @@ def answer_requests(engine: AnswerEngine, requests: Sequence[Request], cache: Pa
                                   cache if loaded.world.is_main else None, flag)
 
         return bool(run_forward_model(engine.target, list(engine.settings), engine.nproc, run_ranks))
-    if engine.engine in SERVER_ENGINES:
+    if engine.engine == VLLM:
         if any(isinstance(request, LikelihoodRequest) for request in requests):
             raise UserError(f"--engine {engine.engine}: computes no likelihoods, which these tasks compare; "
                             "leave it out")

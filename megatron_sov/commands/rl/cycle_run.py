@@ -119,7 +119,7 @@ def _build_servers(request: CycleRequest, start: Target) -> LiveServers | None:
         return None
     # Servers load a Hugging Face folder; a checkpoint in --from is converted.
     return LiveServers(ServerSettings(
-        engine=options.engine, start=options.start_from, places=options.places(options.run),
-        servers=parse_server_settings(options.engine, options.engine_set, ENGINE_SET),
+        start=options.start_from, places=options.places(options.run),
+        servers=parse_server_settings(options.engine_set, ENGINE_SET),
         longest=count_max_tokens(config.rollout, None), vocab_size=start.vocab_size,
         with_routes=config.policy.router_replay))

@@ -6,9 +6,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.commands.rl.engines import RlEnginesOptions
@@ -17,7 +15,7 @@ from megatron_sov.commands.train.setup.data_defaults import complete_stage
 from megatron_sov.commands.train.setup.starts import request_with_model
 from megatron_sov.infer.engine import ENGINE_SET
 from megatron_sov.infer.engines.server_engine import parse_server_settings
-from megatron_sov.infer.engines.server_process import ServerProcess, check_engine_program
+from megatron_sov.infer.engines.server_process import ServerProcess, check_vllm_program
 from megatron_sov.model.pretrained import CONFIG, is_hf_folder
 
 POLL_S = 1.0
@@ -27,26 +25,12 @@ RESTART_S = 10.0
 new server."""
 
 
-class RestartableServer(Protocol):
-    """A server process that can be started repeatedly."""
-
-    log: Path
-
-    def start(self, should_stop: Callable[[], bool]) -> Any:
-        """Return after the server's first answer, or None if `should_stop` returned True."""
-        ...
-
-    def is_alive(self) -> bool: ...
-
-    def end(self) -> None: ...
-
-
 def keep_servers(options: RlEnginesOptions) -> None:
     """Keep the servers running until SIGTERM or SIGINT."""
-    check_engine_program(options.engine, (), options.engine_python)
+    check_vllm_program((), options.engine_python)
     request = request_with_model(options, options.start_from, "policy")
     config = complete_stage(request, request.config(), "policy", None, 0).config
-    settings = parse_server_settings(options.engine, options.engine_set, ENGINE_SET)
+    settings = parse_server_settings(options.engine_set, ENGINE_SET)
     places, host = options.places(options.run), socket.gethostname()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -60,7 +44,7 @@ def keep_servers(options: RlEnginesOptions) -> None:
             stop.set()
 
     servers = [ServerProcess(
-        options.engine, number, model, longest=count_max_tokens(config.rollout, None), settings=settings,
+        number, model, longest=count_max_tokens(config.rollout, None), settings=settings,
         logs=places.logs / host, with_routes=config.policy.router_replay, python=places.python,
         port=options.port + number)
         for number in range(settings.servers)]
@@ -73,7 +57,7 @@ def keep_servers(options: RlEnginesOptions) -> None:
         raise UserError(failures[0])
 
 
-def keep_server(server: RestartableServer, address: str, restarts: int, stop: threading.Event, *,
+def keep_server(server: ServerProcess, address: str, restarts: int, stop: threading.Event, *,
                 poll_s: float = POLL_S, restart_s: float = RESTART_S) -> str:
     """Keep a server running until `stop` is set; return the reason if it cannot be started, or ""."""
     num_failures = 0

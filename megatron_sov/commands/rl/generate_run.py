@@ -17,7 +17,7 @@ from megatron_sov.commands.rl.inputs.checks import RolloutsRequest
 from megatron_sov.commands.rl.inputs.prompts import check_sequence_length, check_tokenizer, count_max_tokens
 from megatron_sov.commands.rl.inputs.rollout_source import build_rollout_source
 from megatron_sov.engine.parallel.world import run_on_first
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, SERVER_ENGINES, Engine, choose_engine
+from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, VLLM, Engine, choose_engine
 from megatron_sov.infer.engines.server_engine import ServerEngine
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.prompts import check_engine
@@ -76,11 +76,11 @@ def _build_engine_settings(request: RolloutsRequest, start: Target) -> EngineSet
     check_engine(name, start, options.engine_set, options.nproc, ENGINE_SET)
     check_sequence_length(rollout, environment, start)
     # episodes in an environment stop between two turns, with every engine
-    can_stop = name in (MEGATRON, *SERVER_ENGINES) or environment is not None
+    can_stop = name in (MEGATRON, VLLM) or environment is not None
     if rollout.deadline_s and not can_stop:
         raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot stop within a "
                         f"response; use --engine {MEGATRON}, or set it to 0")
-    locations = options.places(options.run) if name in SERVER_ENGINES else None
+    locations = options.places(options.run) if name == VLLM else None
     max_tokens = count_max_tokens(rollout, environment)
     return EngineSettings(
         name=name, longest=max_tokens, batching=Batching(options.batch_size),

@@ -21,7 +21,8 @@ from typing import Protocol
 
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
-from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest, TokenServer
+from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
+from megatron_sov.work.endpoints.vllm_server import VllmServer
 
 LOOK_S = 1.0
 """Seconds between health checks."""
@@ -37,7 +38,7 @@ ATTEMPTS = 8
 class ServerKeeper(Protocol):
     """Starts and stops one server."""
 
-    def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
+    def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
         """Start the server and return it once healthy; None if `should_stop` returned True.
 
         Raises:
@@ -61,10 +62,10 @@ class AddressKeeper:
         wait_s: time to wait for its first answer.
     """
 
-    def __init__(self, server: TokenServer, wait_s: float) -> None:
+    def __init__(self, server: VllmServer, wait_s: float) -> None:
         self._server, self._wait_s = server, wait_s
 
-    def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
+    def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
         """Wait until the server answers, see `Keeper`."""
         ends_s = time.monotonic() + self._wait_s
         is_waiting = False
@@ -117,7 +118,7 @@ class _Member:
 
     def __init__(self, number: int, keeper: ServerKeeper) -> None:
         self.number, self.keeper = number, keeper
-        self.server: TokenServer | None = None
+        self.server: VllmServer | None = None
         """None while the server is down."""
         self.version: int | None = None
         """Version from the last update; None: the weights loaded at the start."""
@@ -368,7 +369,7 @@ class Fleet:
             except (BadAnswer, TimeoutError) as e:
                 self._drop_server(member, f"rejected the weights ({e})")
 
-    def _send_weights(self, member: _Member, server: TokenServer) -> None:
+    def _send_weights(self, member: _Member, server: VllmServer) -> None:
         weights = self._weights
         if weights is None or member.version == weights.version:
             return

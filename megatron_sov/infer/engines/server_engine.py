@@ -24,13 +24,13 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, apply_changes
 from megatron_sov.convert.sources import HfWeights
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet, ServerKeeper
-from megatron_sov.infer.engines.server_process import (
-    PROGRAMS, EngineServers, ServerProcess, check_engine_program)
+from megatron_sov.infer.engines.server_process import EngineServers, ServerProcess, check_vllm_program
 from megatron_sov.infer.request import (
     GenerationBounds, GenerationResult, NamedTensors, Sampling, ScoredTokens, ServerLocations, StopRule,
     Tokens, WeightVersion, check_no_drafts, check_no_rules)
 from megatron_sov.train.data.requirements import build_route_shape
 from megatron_sov.work.endpoints.token_server import ABORTED, TokenAnswer, TokenRequest
+from megatron_sov.work.endpoints.vllm_server import VLLM
 
 SHARD_BYTES = 1 << 30
 """Bytes per weight file; bounds the host memory for an update."""
@@ -43,26 +43,25 @@ _POLL_S = 0.2
 """Interval between calls of `GenerationBounds.should_stop`."""
 
 
-def parse_server_settings(engine: str, settings: Sequence[str], option: str) -> EngineServers:
+def parse_server_settings(settings: Sequence[str], option: str) -> EngineServers:
     """Parse `key=value` settings for engine servers.
 
     Raises:
-        UserError: a setting does not exist, is not supported by the engine, or contradicts another setting.
+        UserError: a setting does not exist, or contradicts another setting.
     """
     servers = apply_changes(EngineServers(), list(settings), option)
-    if problems := servers.problems() + servers.find_engine_problems(engine):
+    if problems := servers.problems():
         raise SettingsError(option, problems)
     return servers
 
 
 @contextlib.contextmanager
-def open_fleet(name: str, folder: Path, vocab_size: int, max_tokens: int, settings: EngineServers,
+def open_fleet(folder: Path, vocab_size: int, max_tokens: int, settings: EngineServers,
                locations: ServerLocations, *, with_routes: bool = False,
                stop_event: threading.Event | None = None) -> Iterator[Fleet]:
     """Yield running servers as a `Fleet`; the servers stop after the block.
 
     Args:
-        name: engine name.
         folder: Hugging Face folder of the model.
         vocab_size: vocabulary size of the model.
         max_tokens: tokens of the longest sequence, prompt and answer.
@@ -75,12 +74,11 @@ def open_fleet(name: str, folder: Path, vocab_size: int, max_tokens: int, settin
         UserError: no server can be started.
     """
     if not locations.command:
-        check_engine_program(name, locations.urls, locations.python)
-    keepers: list[ServerKeeper] = [
-        AddressKeeper(PROGRAMS[name].connect(url, settings), settings.start_s)
-        for url in locations.urls]
+        check_vllm_program(locations.urls, locations.python)
+    keepers: list[ServerKeeper] = [AddressKeeper(settings.connect(url), settings.start_s)
+                                   for url in locations.urls]
     if not keepers:
-        keepers = [ServerProcess(name, number, folder, max_tokens, settings, locations.logs,
+        keepers = [ServerProcess(number, folder, max_tokens, settings, locations.logs,
                                  with_routes=with_routes, python=locations.python, command=locations.command)
                    for number in range(settings.servers)]
     with Fleet(keepers, vocab_size, settings.room, settings.restarts, over=stop_event) as fleet:
@@ -138,7 +136,6 @@ class ServerEngine:
     """Inference engine on a `Fleet`.
 
     Args:
-        name: engine name.
         fleet: running servers.
         folder: Hugging Face folder of the loaded model.
         weights: folder for weight files.
@@ -149,11 +146,11 @@ class ServerEngine:
         UserError: `with_routes` for a model without experts.
     """
 
-    def __init__(self, name: str, fleet: Fleet, folder: Path, weights: Path, room: int, *,
-                 with_routes: bool = False) -> None:
-        self._engine_name, self.fleet, self.room = name, fleet, room
+    def __init__(self, fleet: Fleet, folder: Path, weights: Path, room: int, *, with_routes: bool = False
+                 ) -> None:
+        self.fleet, self.room = fleet, room
         self._route_shape = build_route_shape(HfWeights(folder).model) if with_routes else None
-        self._weight_version = WeightVersion(name)
+        self._weight_version = WeightVersion(VLLM)
         self._files = WeightFiles(weights)
         self._numbers = itertools.count()
         self._request_prefix = uuid.uuid4().hex[:12]
@@ -174,11 +171,10 @@ class ServerEngine:
         Raises:
             UserError: a server refuses a request, or servers died too often.
         """
-        check_no_drafts(self._engine_name, sampling)
-        check_no_rules(self._engine_name, sampling)
+        check_no_drafts(VLLM, sampling)
+        check_no_rules(VLLM, sampling)
         if sampling.with_routes and self._route_shape is None:
-            raise ValueError(f"the engine {self._engine_name} was started without routes, but they are "
-                             "requested")
+            raise ValueError("the vLLM servers were started without routes, but they are requested")
         sampling.check()
         stop, version = stop or StopRule(), self._weight_version.version
         limits = [sampling.max_new_tokens] * len(prompts) if bounds is None else list(bounds.limits)
@@ -227,7 +223,7 @@ class ServerEngine:
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Write weight files and let the servers read them, see `Engine.update`."""
         if weights is None:
-            raise ValueError(f"the engine {self._engine_name} has its own model: an update needs weights")
+            raise ValueError("vLLM has its own model: an update needs weights")
         with self._weight_version.replace_weights(version, weights):
             files = self._files.write(weights)
             self.fleet.update(files, version)
@@ -243,7 +239,7 @@ class ServerEngine:
             UserError: the routes do not match the model.
         """
         assert self._route_shape is not None, "routes were not asked for"
-        # aborted before a server began with the request: there are no routes
+        # aborted before a server began the request, so it has no routes
         if answer.reason == ABORTED and answer.routes is None:
             return self._route_shape.absent(num_tokens)
         return check_routes(answer.routes, num_tokens, self._route_shape)
@@ -311,7 +307,7 @@ def check_routes(routes: np.ndarray | None, num_tokens: int, shape: RouteShape) 
 
 
 @contextlib.contextmanager
-def open_server_engine(name: str, folder: Path, vocab_size: int, max_tokens: int, settings: EngineServers,
+def open_server_engine(folder: Path, vocab_size: int, max_tokens: int, settings: EngineServers,
                        locations: ServerLocations | None = None, *, with_routes: bool = False,
                        stop_event: threading.Event | None = None) -> Iterator[ServerEngine]:
     """Yield a `ServerEngine` whose servers stop after the block; see `open_fleet`. Without `locations`, logs
@@ -320,12 +316,12 @@ def open_server_engine(name: str, folder: Path, vocab_size: int, max_tokens: int
         if locations is None:
             logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="sov-engines-"))
             locations = ServerLocations(Path(logs))
-        fleet = stack.enter_context(open_fleet(name, folder, vocab_size, max_tokens, settings, locations,
+        fleet = stack.enter_context(open_fleet(folder, vocab_size, max_tokens, settings, locations,
                                                with_routes=with_routes, stop_event=stop_event))
         room = settings.room * (len(locations.urls) or settings.servers)
         # named after the log folder: a restarted run deletes files left by the killed run
         folder_id = hashlib.sha256(str(locations.logs.absolute()).encode()).hexdigest()[:16]
-        engine = ServerEngine(name, fleet, folder, settings.weights / f"sov-weights-{folder_id}", room,
+        engine = ServerEngine(fleet, folder, settings.weights / f"sov-weights-{folder_id}", room,
                               with_routes=with_routes)
         stack.callback(engine.close)
         yield engine

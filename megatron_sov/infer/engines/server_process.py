@@ -21,14 +21,14 @@ from annotated_types import Gt, Le
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
 from megatron_sov.infer import vllm_worker
-from megatron_sov.work.endpoints.token_server import TokenServer
 from megatron_sov.work.endpoints.transport import find_missing_libraries
-from megatron_sov.work.endpoints.vllm_server import VLLM, SendFiles, VllmServer
+from megatron_sov.work.endpoints.vllm_server import SendFiles, VllmServer
 from megatron_sov.work.processes.children import start_command
 from megatron_sov.work.processes.supervisor import SupervisedCommand
 
 ENGINE_PYTHON = "SOV_ENGINE_PYTHON"
-"""Environment variable with the engine's Python interpreter; engines need other library versions."""
+"""Environment variable with vLLM's Python interpreter; vLLM needs other library versions."""
+VLLM_MODULE = "vllm"
 BY = f"{ENGINE_PYTHON} (`rl run`, `rl generate`: or --engine-python)"
 WORKER_FOLDER = Path(vllm_worker.__file__).parent
 EXTENSION, BACKEND = "sov_vllm_worker.Extension", "sov_files"
@@ -41,33 +41,6 @@ _LOOK_S = 0.5
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
                    "MASTER_PORT")
 """Variables from a trainer's environment that a server would misread."""
-
-
-@dataclass(frozen=True)
-class EngineProgram:
-    """Start command and client for an inference engine."""
-
-    title: str
-    module: str
-    """The engine's Python module."""
-    words: tuple[str, ...]
-    """Interpreter arguments."""
-    connect: Callable[[str, EngineServers], TokenServer]
-    """Server address and settings -> client."""
-    quantizations: tuple[str, ...]
-    """Supported `quantization` values."""
-
-
-PROGRAMS = {
-    VLLM: EngineProgram(
-        "vLLM", "vllm", ("-m", "vllm.entrypoints.cli.main", "serve"),
-        lambda url, asked: VllmServer(url, answer_s=asked.answer_s, send=asked.create_sender()),
-        ("auto_awq", "auto_gptq", "awq", "awq_marlin", "compressed-tensors", "deepseek_v4_fp8",
-         "experts_int8", "fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor", "gpt_oss_mxfp4",
-         "gptq", "gptq_marlin", "humming", "inc", "int8_per_channel_weight_only", "modelopt",
-         "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8", "moe_wna16", "mxfp4", "mxfp8",
-         "nvfp4_per_token", "online", "quark", "torchao"))}
-"""Engine name -> program, for vLLM 0.32."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +59,7 @@ class EngineServers:
     memory_share: Annotated[float, Gt(0), Le(1)] = 0.9
     """Share of GPU memory that a server may use."""
     quantization: str = ""
-    """Quantization by the engine's name, e.g. fp8; empty: the stored weights."""
+    """vLLM's --quantization, e.g. fp8; empty: the stored weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights and computation; auto: the folder's dtype."""
     requests: AtLeastOne = 256
@@ -116,20 +89,16 @@ class EngineServers:
                                     "or none", list(self.devices))]
         return []
 
-    def find_engine_problems(self, engine: str) -> list[SettingsProblem]:
-        """Return a problem per setting that the engine does not support."""
-        program, p = PROGRAMS[engine], []
-        if self.quantization and self.quantization not in program.quantizations:
-            p.append(SettingsProblem(ProblemCode.RULE, "quantization", f"{program.title} has "
-                                     f"{', '.join(program.quantizations)}", self.quantization))
-        return p
-
     @property
     def room(self) -> int:
         """Answers that a server generates at a time."""
         return self.requests * self.dp
 
-    def create_sender(self) -> SendFiles | None:
+    def connect(self, url: str) -> VllmServer:
+        """Return a client of the server at `url`."""
+        return VllmServer(url, answer_s=self.answer_s, send=self._create_sender())
+
+    def _create_sender(self) -> SendFiles | None:
         """Return `send_files` for this process's device; None: the server reads files."""
         if self.transfer == "files":
             return None
@@ -152,64 +121,62 @@ def _find_interpreter(python: Path | None) -> str:
     return str(python or os.environ.get(ENGINE_PYTHON, "") or sys.executable)
 
 
-def check_engine_program(engine: str, urls: Sequence[str], python: Path | None) -> None:
+def check_vllm_program(urls: Sequence[str], python: Path | None) -> None:
     """Raise `UserError` if servers cannot be started or reached.
 
     Args:
-        engine: one of `PROGRAMS`.
         urls: addresses of running servers; empty: servers are started here.
-        python: Python interpreter with the engine; None uses `SOV_ENGINE_PYTHON` or the current interpreter.
+        python: Python interpreter with vLLM; None uses `SOV_ENGINE_PYTHON` or the current interpreter.
 
     Raises:
-        UserError: a client library is missing, or the interpreter does not exist or lacks the engine.
+        UserError: a client library is missing, or the interpreter does not exist or lacks vLLM.
     """
     if missing := find_missing_libraries():
-        raise UserError(f"--engine {engine}: {missing[0]}")
+        raise UserError(f"--engine vllm: {missing[0]}")
     if urls:
         return
-    word, program = _find_interpreter(python), PROGRAMS[engine]
+    word = _find_interpreter(python)
     if shutil.which(word) is None:
-        raise UserError(f"--engine {engine}: {word} is not an executable program; set the interpreter with "
-                        f"{program.title} by {BY}")
-    import_check = f"import importlib.util as i, sys; sys.exit(i.find_spec({program.module!r}) is None)"
+        raise UserError(f"--engine vllm: {word} is not an executable program; set the interpreter with vLLM "
+                        f"by {BY}")
+    import_check = f"import importlib.util as i, sys; sys.exit(i.find_spec({VLLM_MODULE!r}) is None)"
     with open(os.devnull, "w") as out:
         code = start_command([word, "-c", import_check], stdout=out, stderr=out.fileno(),
                              ends_with_this=True).wait()
     if code:
-        raise UserError(f"--engine {engine}: {word} has no {program.title}; install it into its own "
-                        f"environment and set its interpreter by {BY}, or leave --engine out")
+        raise UserError(f"--engine vllm: {word} has no vLLM; install it into its own environment and set its "
+                        f"interpreter by {BY}, or leave --engine out")
 
 
 class ServerProcess:
     """A server process started by this run. Only `end` may be called from another thread.
 
     Args:
-        engine: one of `PROGRAMS`.
         number: index among the servers of the run.
         folder: Hugging Face folder of the model.
         longest: tokens of the longest sequence.
         settings: settings of the servers.
         logs: log folder.
         with_routes: start the server with routes.
-        python: Python interpreter with the engine; None uses `SOV_ENGINE_PYTHON` or the current interpreter.
+        python: Python interpreter with vLLM; None uses `SOV_ENGINE_PYTHON` or the current interpreter.
         command: replaces interpreter and arguments.
         port: port that other machines can reach; 0 uses a free port of localhost.
     """
 
-    def __init__(self, engine: str, number: int, folder: Path, longest: int, settings: EngineServers,
-                 logs: Path, *, with_routes: bool = False, python: Path | None = None,
-                 command: tuple[str, ...] = (), port: int = 0) -> None:
-        self._engine, self._program = engine, PROGRAMS[engine]
+    def __init__(self, number: int, folder: Path, longest: int, settings: EngineServers, logs: Path, *,
+                 with_routes: bool = False, python: Path | None = None, command: tuple[str, ...] = (),
+                 port: int = 0) -> None:
         self.port, self._host = port, "0.0.0.0" if port else "127.0.0.1"
         self.number, self._folder, self._longest, self._settings = number, folder, longest, settings
         self._with_routes = with_routes
-        self._command = list(command) or [_find_interpreter(python), *self._program.words]
+        self._command = list(command) or [
+            _find_interpreter(python), "-m", "vllm.entrypoints.cli.main", "serve"]
         self.log = logs / f"engine-{number}.log"
         self._process: SupervisedCommand | None = None
         self._lock = threading.Lock()
         self._is_over = False
 
-    def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
+    def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
         """Start the server and return it once healthy; None if `should_stop` returned True.
 
         Raises:
@@ -222,7 +189,7 @@ class ServerProcess:
             if self._is_over:
                 return None
             self._process = SupervisedCommand(self.build_command(port), self._build_environment(), out)
-        server = self._program.connect(f"http://127.0.0.1:{port}", self._settings)
+        server = self._settings.connect(f"http://127.0.0.1:{port}")
         ends_s = time.monotonic() + self._settings.start_s
         while not server.is_healthy():
             if should_stop():
@@ -230,7 +197,7 @@ class ServerProcess:
             if not self.is_alive() or time.monotonic() >= ends_s:
                 why = "ended" if not self.is_alive() else f"was not ready in {self._settings.start_s:g} s"
                 last_lines = self._last_lines()
-                raise UserError(f"--engine {self._engine}: server {self.number} {why}"
+                raise UserError(f"--engine vllm: server {self.number} {why}"
                                 + (f"; the end of {self.log}:\n{last_lines}" if last_lines
                                    else f"; {self.log} is empty"))
             time.sleep(_LOOK_S)

@@ -1,4 +1,4 @@
-"""Interface of HTTP inference engines that accept and return token ids.
+"""Requests to HTTP inference servers by token ids, and their answers.
 
 No text is exchanged: training uses exactly the sampled ids, with their log-probabilities and the version of
 the weights that generated each token.
@@ -6,11 +6,12 @@ the weights that generated each token.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused, read_error_text
 from megatron_sov.work.endpoints.transport import Transport
@@ -95,49 +96,6 @@ class TokenAnswer:
         for span in self.versions:
             versions[span.start:span.end] = [span.version] * (min(span.end, count) - span.start)
         return versions
-
-
-class TokenServer(Protocol):
-    """An inference engine at an address; methods are thread-safe.
-
-    Methods raise `TimeoutError`, `BadAnswer` for unusable replies (`is_away` if unreachable), or
-    `RequestRefused` for permanent refusals.
-    """
-
-    url: str
-
-    def write(self, request: TokenRequest) -> list[TokenAnswer]:
-        """Generate `request.num_answers` answers; blocks until the last has ended."""
-        ...
-
-    def score(self, ids: Sequence[int]) -> list[float]:
-        """Return the log-probabilities of `ids[1:]` at temperature 1."""
-        ...
-
-    def abort(self, requests: Sequence[TokenRequest]) -> None:
-        """Abort requests; blocked `write` calls return the partial answers."""
-        ...
-
-    def pause(self) -> None:
-        """Suspend running requests."""
-        ...
-
-    def update(self, files: Sequence[str], version: int) -> None:
-        """Load new weights while paused.
-
-        Args:
-            files: safetensors files readable by the engine's machine, with Hugging Face tensor names.
-            version: version number for answers with these weights.
-        """
-        ...
-
-    def resume(self) -> None:
-        """Continue suspended requests after recomputing their keys and values."""
-        ...
-
-    def is_healthy(self) -> bool:
-        """Return whether the engine answers and its model is loaded."""
-        ...
 
 
 class ServerCalls:
@@ -253,16 +211,12 @@ def check_token_ids(values: Iterable[Any]) -> list[int]:
     return ids
 
 
-class AnswerParsing:
-    """Context that converts exceptions while parsing an answer to `BadAnswer`; servers may send anything."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, BadAnswer):
-            raise BadAnswer(f"{self._url}: the answer cannot be read ({type(error).__name__}: {error})"
-                            ) from None
+@contextlib.contextmanager
+def parse_answer(url: str) -> Iterator[None]:
+    """Convert exceptions while parsing an answer to `BadAnswer`; servers may send anything."""
+    try:
+        yield
+    except BadAnswer:
+        raise
+    except Exception as e:
+        raise BadAnswer(f"{url}: the answer cannot be read ({type(e).__name__}: {e})") from None

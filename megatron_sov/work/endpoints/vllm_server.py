@@ -1,4 +1,4 @@
-"""vLLM 0.32 as a `TokenServer`, with `/inference/v1/generate` (--enable-scale-out) and the control routes of
+"""Client of vLLM 0.32, with `/inference/v1/generate` (--enable-scale-out) and the control routes of
 VLLM_SERVER_DEV_MODE=1."""
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 from megatron_sov.base.errors import first_error_line
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.token_server import (
-    AnswerParsing, ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, check_token_ids,
+    ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers, check_token_ids, parse_answer,
     parse_version)
 
 VLLM = "vllm"
-"""Name of the engine in settings."""
+"""Name of the engine in settings and messages."""
 GENERATE_PATH = "/inference/v1/generate"
 COMPLETIONS_PATH = "/v1/completions"
 """Route of every vLLM server; reports neither weight versions nor routes of prompt tokens."""
@@ -28,7 +28,10 @@ transfer settings to the workers). Raises RuntimeError or OSError on failure."""
 
 
 class VllmServer:
-    """A vLLM server.
+    """A vLLM server at an address; methods are thread-safe.
+
+    Methods raise `TimeoutError`, `BadAnswer` for unusable replies (`is_unavailable` if unreachable), or
+    `RequestRefused` for permanent refusals.
 
     Args:
         url: address without path.
@@ -44,6 +47,7 @@ class VllmServer:
         self._path, self._model, self._send = GENERATE_PATH, "", send
 
     def write(self, request: TokenRequest) -> list[TokenAnswer]:
+        """Generate `request.num_answers` answers; blocks until the last has ended."""
         # no seed: on CPUs vLLM crashes with a seed when a prompt is prefilled in chunks
         sampling = {"max_tokens": request.max_new_tokens, "temperature": request.temperature,
                     "top_p": request.top_p, "top_k": request.top_k or -1, "logprobs": 0, "ignore_eos": True,
@@ -62,6 +66,7 @@ class VllmServer:
         return check_answers(self._request_completions(request, sampling), request.num_answers, self.url)
 
     def score(self, ids: Sequence[int]) -> list[float]:
+        """Return the log-probabilities of `ids[1:]` at temperature 1."""
         if self._path == GENERATE_PATH:
             try:
                 reply = self._calls.ask(GENERATE_PATH, {
@@ -75,7 +80,7 @@ class VllmServer:
                     raise
                 self._path = COMPLETIONS_PATH
             else:
-                with AnswerParsing(self.url):
+                with parse_answer(self.url):
                     return [float(place[str(token)]["logprob"])
                             for place, token in zip(reply["prompt_logprobs"][1:], ids[1:], strict=True)]
         # completions echo the prompt followed by one new token
@@ -83,10 +88,11 @@ class VllmServer:
                                 {"prompt": list(ids), "model": self._get_model_name(), "max_tokens": 1,
                                  "temperature": 1.0, "echo": True, "logprobs": 0,
                                  "request_id": uuid.uuid4().hex})
-        with AnswerParsing(self.url):
+        with parse_answer(self.url):
             return [float(value) for value in reply["choices"][0]["logprobs"]["token_logprobs"][1:len(ids)]]
 
     def abort(self, requests: Sequence[TokenRequest]) -> None:
+        """Abort requests; blocked `write` calls return the partial answers."""
         # each route prefixes request ids; vLLM ignores unknown ids
         self._calls.tell("/abort_requests", {
             "request_ids": [name for request in requests for name in (
@@ -94,9 +100,16 @@ class VllmServer:
                 *(f"cmpl-{request.name}-{place}" for place in range(len(request.prompts))))]})
 
     def pause(self) -> None:
+        """Suspend running requests."""
         self._calls.tell("/pause?mode=keep&clear_cache=false")
 
     def update(self, files: Sequence[str], version: int) -> None:
+        """Load new weights while paused.
+
+        Args:
+            files: safetensors files readable by the server's machine, with Hugging Face tensor names.
+            version: version number for answers with these weights.
+        """
         self._calls.tell("/init_weight_transfer_engine", {"init_info": {}})
         self._start_update()
         if self._send is None:
@@ -106,6 +119,7 @@ class VllmServer:
         self._calls.tell("/finish_weight_update", {"weight_version": str(version)})
 
     def resume(self) -> None:
+        """Continue suspended requests after recomputing their keys and values."""
         # without this reset, running requests would continue from keys and values of the old weights
         reply = self._calls.tell("/reset_prefix_cache?reset_running_requests=true")
         if isinstance(reply, Mapping) and reply.get("success") is False:
@@ -113,6 +127,7 @@ class VllmServer:
         self._calls.tell("/resume")
 
     def is_healthy(self) -> bool:
+        """Return whether the server answers and its model is loaded."""
         return self._calls.is_there("/health")
 
     def _start_update(self) -> None:
@@ -127,7 +142,7 @@ class VllmServer:
 
     def _transfer_weights(self, files: Sequence[str], send: SendFiles) -> None:
         reply = self._calls.look("/get_world_size")
-        with AnswerParsing(self.url):
+        with parse_answer(self.url):
             num_workers = int(reply["world_size"])
         try:
             send(files, self.url, num_workers,
@@ -143,7 +158,7 @@ class VllmServer:
                                  "return_tokens_as_token_ids": True, "request_id": request.name}
         body.pop("detokenize")
         reply = self._calls.ask(COMPLETIONS_PATH, body)
-        with AnswerParsing(self.url):
+        with parse_answer(self.url):
             return [TokenAnswer(check_token_ids(choice["token_ids"]),
                                 [float(value) for value in choice["logprobs"]["token_logprobs"]],
                                 str(choice["finish_reason"])) for choice in reply["choices"]]
@@ -151,14 +166,14 @@ class VllmServer:
     def _get_model_name(self) -> str:
         if not self._model:
             reply = self._calls.look("/v1/models")
-            with AnswerParsing(self.url):
+            with parse_answer(self.url):
                 self._model = str(reply["data"][0]["id"])
         return self._model
 
 
 def _parse_choices(reply: Any, url: str) -> list[TokenAnswer]:
     """Parse the choices from `/inference/v1/generate`."""
-    with AnswerParsing(url):
+    with parse_answer(url):
         return [_parse_choice(choice) for choice in reply["choices"]]
 
 

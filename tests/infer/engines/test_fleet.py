@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sov.base.errors import UserError
+from megatron_sov.infer.engines import server_process
 from megatron_sov.infer.engines.fleet import AddressKeeper, Fleet
 from megatron_sov.infer.engines.server_engine import (
     GROUP, GROUPED_TOKENS, ServerEngine, ServerLocations, WeightFiles, open_fleet)
 from megatron_sov.infer.engines.server_process import (
-    ENGINE_PYTHON, PROGRAMS, EngineServers, ServerProcess, check_engine_program)
+    ENGINE_PYTHON, EngineServers, ServerProcess, check_vllm_program)
 from megatron_sov.infer.request import GenerationBounds, Sampling, StopRule
-from megatron_sov.work.endpoints.token_server import TokenRequest, TokenServer
+from megatron_sov.work.endpoints.token_server import TokenRequest
 from megatron_sov.work.endpoints.vllm_server import VllmServer
 from tests.token_servers import VOCAB, VllmDouble, token_at
 
@@ -32,11 +33,11 @@ class DoubleKeeper:
         self._token_s, self._lives = token_s, lives
         self._settings = settings or EngineServers(answer_s=20)
 
-    def start(self, should_stop: Callable[[], bool]) -> TokenServer | None:
+    def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
         self.doubles.append(VllmDouble(self._token_s))
         if len(self.doubles) > self._lives:
             self.doubles[-1].is_dead = True
-        return PROGRAMS["vllm"].connect(self.doubles[-1].url, self._settings)
+        return self._settings.connect(self.doubles[-1].url)
 
     def is_alive(self) -> bool:
         return not self.doubles[-1].is_dead
@@ -138,7 +139,7 @@ def test_group_transfer_reaches_restarted_servers(fleets: Callable[..., Fleet], 
     fleet = fleets(keepers)
     while num_there(fleet) < 2:
         time.sleep(0.01)
-    engine = ServerEngine("vllm", fleet, tmp_path, tmp_path / "w", 4)
+    engine = ServerEngine(fleet, tmp_path, tmp_path / "w", 4)
     engine.update(iter({"w": torch.arange(3.0), "b": torch.ones(1, dtype=torch.bfloat16)}.items()), 5)
     assert engine.generate([[3, 1]], Sampling(6)).version == 5
     keepers[0].doubles[0].is_dead = True
@@ -154,7 +155,7 @@ def test_group_transfer_reaches_restarted_servers(fleets: Callable[..., Fleet], 
 def test_server_that_dies_during_transfer_gets_weights_again(fleets: Callable[..., Fleet], tmp_path: Path,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     keeper = DoubleKeeper(settings=EngineServers(answer_s=20, transfer="collective"))
-    engine = ServerEngine("vllm", fleets([keeper]), tmp_path, tmp_path / "w", 4)
+    engine = ServerEngine(fleets([keeper]), tmp_path, tmp_path / "w", 4)
     keeper.doubles[0].dies_in_transfer = True
     engine.update(iter({"w": torch.arange(3.0)}.items()), 5)
     assert [double.version for double in keeper.doubles] == ["default", "5"]
@@ -209,7 +210,7 @@ def test_repeated_server_deaths_raise_user_error(fleets: Callable[..., Fleet]) -
 
 def test_fleet_implements_engine(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     keeper = DoubleKeeper()
-    engine = ServerEngine("vllm", fleets([keeper]), tmp_path, tmp_path / "w", 4)
+    engine = ServerEngine(fleets([keeper]), tmp_path, tmp_path / "w", 4)
     first = [token_at([3, 1], place, 0) for place in range(6)]
     found = engine.generate([[3, 1], [3, 2]], Sampling(6), stop=StopRule((first[3],)))
     assert found.continuations[0] == first[:4] and found.finish_reasons[0] == "stop"
@@ -225,7 +226,7 @@ def test_fleet_implements_engine(fleets: Callable[..., Fleet], tmp_path: Path) -
 
 def test_short_samples_are_grouped_into_requests(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     fleet = fleets([DoubleKeeper()], 6)
-    engine = ServerEngine("vllm", fleet, tmp_path, tmp_path / "w", 6)
+    engine = ServerEngine(fleet, tmp_path, tmp_path / "w", 6)
 
     def counts(prompts: list[list[int]], *samplings: Sampling) -> list[int]:
         found = engine.requests(prompts, samplings, (2,))
@@ -247,7 +248,7 @@ def test_short_samples_are_grouped_into_requests(fleets: Callable[..., Fleet], t
 def test_joined_prompts_use_one_request_per_server(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     keepers = [DoubleKeeper(), DoubleKeeper()]
     fleet = fleets(keepers, 12)
-    engine = ServerEngine("vllm", fleet, tmp_path, tmp_path / "w", 24)
+    engine = ServerEngine(fleet, tmp_path, tmp_path / "w", 24)
     prompts, drawn = [[3 + k // 4] for k in range(24)], Sampling(5, temperature=1.0)
     found = engine.requests(prompts, [drawn] * 24, (2,), are_joined=True)
     assert [(request.prompts, request.count) for request in found] == [
@@ -267,7 +268,7 @@ def test_joined_prompts_use_one_request_per_server(fleets: Callable[..., Fleet],
 
 
 def test_bounds_abort_running_requests(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
-    engine = ServerEngine("vllm", fleets([DoubleKeeper(0.01)]), tmp_path, tmp_path / "w", 4)
+    engine = ServerEngine(fleets([DoubleKeeper(0.01)]), tmp_path, tmp_path / "w", 4)
     ended = threading.Event()
     threading.Timer(0.1, ended.set).start()
     found = engine.generate([[3, 1], [3, 2]], Sampling(400), bounds=GenerationBounds([3, 400], ended.is_set))
@@ -305,17 +306,17 @@ def test_interpreter_without_vllm_is_reported(tmp_path: Path, monkeypatch: pytes
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
     monkeypatch.setenv(ENGINE_PYTHON, str(python))
-    with pytest.raises(UserError, match=said), open_fleet("vllm", tmp_path, VOCAB, 8, EngineServers(),
+    with pytest.raises(UserError, match=said), open_fleet(tmp_path, VOCAB, 8, EngineServers(),
                                                           ServerLocations(tmp_path)):
         pass
     # one that has it; and others' servers need none
-    monkeypatch.setitem(PROGRAMS, "vllm", replace(PROGRAMS["vllm"], module="json"))
-    check_engine_program("vllm", (), Path(sys.executable))
-    check_engine_program("vllm", ("http://127.0.0.1:9",), python)
+    monkeypatch.setattr(server_process, "VLLM_MODULE", "json")
+    check_vllm_program((), Path(sys.executable))
+    check_vllm_program(("http://127.0.0.1:9",), python)
 
 
 def test_silent_server_exit_is_reported(tmp_path: Path) -> None:
-    server = ServerProcess("vllm", 0, tmp_path, 8, EngineServers(), tmp_path, command=("true",))
+    server = ServerProcess(0, tmp_path, 8, EngineServers(), tmp_path, command=("true",))
     with pytest.raises(UserError, match=r"server 0 ended; .*engine-0\.log is empty"):
         server.start(lambda: False)
     server.end()

@@ -41,7 +41,7 @@ ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=3, samples_per_prompt=2, pie
 
 def settings_of(folder: Path, urls: tuple[str, ...] = (), servers: EngineServers | None = None
                 ) -> ServerSettings:
-    return ServerSettings(engine="vllm", start=folder, places=ServerLocations(folder, urls), longest=8,
+    return ServerSettings(start=folder, places=ServerLocations(folder, urls), longest=8,
                           servers=servers or EngineServers(), vocab_size=VOCAB, with_routes=False)
 
 
@@ -70,7 +70,7 @@ class Desk:
         self.newest, self.taken = 0, list[int]()
         self.store = RolloutStore.create(folder / "store", "sha256:0", VOCAB)
         self.fleet = Fleet(keepers, VOCAB, 4, look_s=0.02, backoff_s=(0.01, 0.05)).__enter__()
-        self.engine = ServerEngine("vllm", self.fleet, folder, folder / "weights", 4)
+        self.engine = ServerEngine(self.fleet, folder, folder / "weights", 4)
         self.source = ResponseSource(Numbers(), rollout, "vllm", True, {})  # type: ignore[arg-type]
         self.requests = build_requests(self.engine, self.source, 4)
         pending = PendingPieces(

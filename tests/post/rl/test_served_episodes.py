@@ -152,7 +152,7 @@ class Job:
         self.store = RolloutStore.create(folder / "store", "sha256:0", ENCODER.end_ids[0] + 1)
         self.step, self.stack = 0, contextlib.ExitStack()
         fleet = self.stack.enter_context(Fleet(servers, ENCODER.end_ids[0] + 1, 4, look_s=0.02))
-        engine = ServerEngine("vllm", fleet, folder, folder / "weights", 4)
+        engine = ServerEngine(fleet, folder, folder / "weights", 4)
         engine._route_shape = SHAPE
         self.source = Episodes(
             table=EpisodeSettings(request_environment(world, {}), ENCODER, LIMITS,

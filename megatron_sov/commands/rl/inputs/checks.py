@@ -17,7 +17,7 @@ from megatron_sov.commands.train.setup.data_defaults import complete_stage
 from megatron_sov.commands.train.setup.starts import request_with_model
 from megatron_sov.commands.train.setup.training import TrainingRequest, check_stage, find_completed_run
 from megatron_sov.infer.engine import MEGATRON
-from megatron_sov.infer.engines.server_process import check_engine_program
+from megatron_sov.infer.engines.server_process import check_vllm_program
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import add_rounds, retain_policies
@@ -86,7 +86,7 @@ def check_cycle(options: RlRunOptions) -> CycleRequest | int:
         return ExitCode.OK
     # checked before anything is written; the first process runs the servers
     if options.engine != MEGATRON and is_first_rank():
-        check_engine_program(options.engine, options.engine_url, options.engine_python)
+        check_vllm_program(options.engine_url, options.engine_python)
     return CycleRequest(options, check_rounds(options, is_asked=options.environment is None))
 
 

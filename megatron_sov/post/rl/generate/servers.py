@@ -34,7 +34,6 @@ stays far below, a layer with wrong weights exceeds the limit."""
 class ServerSettings:
     """Settings to start a run's servers."""
 
-    engine: str
     start: Path
     """Checkpoint or Hugging Face folder from --from."""
     places: ServerLocations
@@ -83,7 +82,7 @@ class LiveServers:
             # Servers read its config.json and start with its weights.
             to_hf(target.path, model)
         self._context = open_server_engine(
-            settings.engine, model, settings.vocab_size, settings.longest, settings.servers,
+            model, settings.vocab_size, settings.longest, settings.servers,
             locations=settings.places, with_routes=settings.with_routes, stop_event=self._closed)
         self.engine = self._context.__enter__()
         if not settings.places.urls:
@@ -141,7 +140,7 @@ class LiveServers:
                 for logprobs in self.engine.fleet.score(text)]
         gap = self.meters["engine_gap_nats"] = max(gaps, default=0.0)
         if gap > MAX_GAP_NATS:
-            raise UserError(f"--engine {self.settings.engine}: a server's log-probabilities of a known text "
+            raise UserError("--engine vllm: a server's log-probabilities of a known text "
                             f"are {gap:.3g} nats a token from the trainer's at step {policy.step} (at most "
                             f"{MAX_GAP_NATS:g}): the server did not load the weights or computes another "
                             "model; look at its log")
