@@ -3,8 +3,6 @@
 pytest spends 13 ms of processor time on every case of `parametrize`, more than most rows take.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import itertools

@@ -1,8 +1,6 @@
 """The interface from Python: the page and the package agree, nothing heavy is imported,
 the page's example runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The door: quick help without torch, exit codes, and every command's own help."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib

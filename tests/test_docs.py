@@ -1,7 +1,5 @@
 """The pages tell the truth: commands parse, links lead somewhere, the list of settings is fresh."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import importlib

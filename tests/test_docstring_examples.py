@@ -1,7 +1,5 @@
 """The examples in docstrings run as they are printed there: what a class is for is shown by using it."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 from pathlib import Path

@@ -1,8 +1,6 @@
 """examples/families/: each file loads as its header says, its model is the released one, and bits and logits
 are those of transformers."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

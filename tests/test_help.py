@@ -1,8 +1,6 @@
 """What a newcomer types first: help of every command in this process, its examples, words of other programs,
 settings by their last name, and terminals without UTF-8."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os

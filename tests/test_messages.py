@@ -1,8 +1,6 @@
 """Every `UserError` of the tree has the form that its class asks for: it names a thing, says a rule or a
 fix, and has no debris.  A test of one mistake can then assert its code, key or value, not its words."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import itertools

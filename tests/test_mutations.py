@@ -5,8 +5,6 @@ Each case takes a sound command, breaks one argument or one file of its inputs (
 hashed again, as an attacker would), and runs it.  SOV_MUTATIONS=N tries N cases of each command.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,8 +1,6 @@
 """docs/results.md has every file of benchmarks/results/, and a sentence of a page that names such a file has
 no number that the file has not."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Learning rates, batch sizes and tokens of steps against closed forms,
 torch's own schedulers and plain counting."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

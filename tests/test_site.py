@@ -1,8 +1,6 @@
 """The site of the documents: its navigation, what it carries along, its reference, and that nothing in it is
 loaded from elsewhere."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import re

@@ -1,7 +1,5 @@
 """Which tests `make test` runs, and how long one may take."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from types import SimpleNamespace

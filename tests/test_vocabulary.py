@@ -1,7 +1,5 @@
 """One concept has one option in all programs: the table of CONTRIBUTING.md against the parsers."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Iterator

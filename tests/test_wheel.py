@@ -1,7 +1,5 @@
 """The wheel: it holds every file of our packages, and its commands work elsewhere, away from the sources."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

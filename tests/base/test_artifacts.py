@@ -1,7 +1,5 @@
 """Write, replace, verify and clean up artifacts; sealed files."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import hashlib

@@ -1,7 +1,5 @@
 """Parsers, messages and exit codes shared by all programs."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Format counts, sizes, durations, money and shares with three digits and one unit."""
 
-from __future__ import annotations
-
 import math
 import random
 import re

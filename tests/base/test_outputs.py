@@ -1,7 +1,5 @@
 """Check output paths and links before a command starts its work."""
 
-from __future__ import annotations
-
 import errno
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """What is tried on the first GPU runs to its end without one: with the double, on the CPU."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess

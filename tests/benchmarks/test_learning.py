@@ -1,7 +1,5 @@
 """Drivers of benchmarks: recipes of learning, means over seeds, and fitted parameters."""
 
-from __future__ import annotations
-
 import math
 import sys
 from copy import deepcopy

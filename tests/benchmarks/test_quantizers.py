@@ -1,8 +1,6 @@
 """The reference quantisers, held against all codes of their formats and against Transformer Engine's own
 references in Python."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ The texts were rendered by `transformers` from the published templates (the copi
 llama.cpp), behind what asks for a turn; Solar Open's is that of vLLM's parser.
 """
 
-from __future__ import annotations
-
 import json
 
 import pytest

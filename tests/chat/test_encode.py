@@ -1,7 +1,5 @@
 """Ids and types of chats, compared with transformers."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

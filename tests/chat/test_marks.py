@@ -1,7 +1,5 @@
 """Marks of released model families around thoughts and calls, and decoded responses."""
 
-from __future__ import annotations
-
 import json
 from random import Random
 from typing import Any

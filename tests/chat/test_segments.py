@@ -1,7 +1,5 @@
 """Segments of rendered conversations: template text and message contents."""
 
-from __future__ import annotations
-
 from itertools import groupby
 
 import pytest

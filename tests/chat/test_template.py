@@ -1,7 +1,5 @@
 """Chat templates: same text as transformers, sandbox, resource limits."""
 
-from __future__ import annotations
-
 import json
 import resource
 import threading

@@ -1,7 +1,5 @@
 """Token ids mean the same on both sides, or the data is refused."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Safetensors files: bits equal those of the safetensors library, and damage is named."""
 
-from __future__ import annotations
-
 import json
 import math
 import threading

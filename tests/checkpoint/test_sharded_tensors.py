@@ -1,7 +1,5 @@
 """Sharded tensors: any grid of blocks is read in any other grid, and invalid indices are rejected."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """`--dry-run` of the commands that train: what they would do, from the checks of a run, and nothing done."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

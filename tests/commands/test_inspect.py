@@ -1,7 +1,5 @@
 """`megatron-sov inspect`: what something is, from what, how far."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`megatron-sov score`: rows in order, nothing half-written, a killed command continued."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

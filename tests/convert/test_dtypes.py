@@ -1,7 +1,5 @@
 """Values are checked and rounded once, and a full disk is detected before writing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Conversion rejects unsupported tensors and fields of special families by name."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Tokenizer, chat template and token ids are copied with the weights; code is not."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """Malicious checkpoints raise one error; none of their code runs, and no output is written."""
 
-from __future__ import annotations
-
 import builtins
 import collections
 import io

@@ -5,8 +5,6 @@ same file, and stands in the export again.
 with one or two models are in `tests/model/families/published_configs.json`.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """FP8 weights of compressed-tensors are values times scale, and other formats are rejected."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

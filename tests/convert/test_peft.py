@@ -1,8 +1,6 @@
 """Adapters in PEFT's format: PEFT loads ours with equal logits, the round trip is bit-exact, and merging is
 exact."""
 
-from __future__ import annotations
-
 import json
 import math
 import zlib

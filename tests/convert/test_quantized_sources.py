@@ -1,7 +1,5 @@
 """Published FP8 weights with block scales."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Conversion rejects damaged inputs in both directions, by tensor name, and leaves no output."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Folders whose tensors or config do not match a supported model are rejected by name."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading

@@ -1,8 +1,6 @@
 """Rows of every layout that TRL's and LLaMA-Factory's pages describe, as `datasets` stores them: read as the
 chat template shows them, or refused by a sentence that says what takes them."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

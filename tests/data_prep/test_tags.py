@@ -1,7 +1,5 @@
 """Tags of sources: parsing, merging and selection."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

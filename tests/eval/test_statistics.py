@@ -1,7 +1,5 @@
 """Standard errors and intervals agree with numpy, scipy, a regression, and exhaustive counts."""
 
-from __future__ import annotations
-
 import math
 from statistics import fmean
 

@@ -1,7 +1,5 @@
 """Cached generation equals full forward passes for every kind of layer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Prompts from the command line and from files."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Objectives of one's own: what a class has to be, and what becomes of its settings."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

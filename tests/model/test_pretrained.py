@@ -1,8 +1,6 @@
 """A model of others is loaded with exactly the weights of its folder, or refused in a sentence that names the
 tensors."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Policy losses and gradients against the formulas of the papers, token by token."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

@@ -1,7 +1,5 @@
 """Preference losses of pairs, groups and single responses against formulas."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Held-out pairs ranked by response log-probabilities, within the sample length."""
 
-from __future__ import annotations
-
 import dataclasses
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """The terms of supervised fine-tuning and their denominators."""
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import pairwise
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Shared prompts: attention, loss, gradient and expert counts equal those of separate prompts."""
 
-from __future__ import annotations
-
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """A layout is compared with one process: right ones are equal, faults on purpose are found and their place is
 named."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import signal

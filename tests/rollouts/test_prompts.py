@@ -1,7 +1,5 @@
 """Prompts of rounds: known by their content, in an order that is a function, each once in an epoch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import pickle

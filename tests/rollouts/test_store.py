@@ -1,8 +1,6 @@
 """The store keeps what it is given: parts are whole or not there, whatever happens to the writer, and what a
 stranger wrote is read within bounds."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

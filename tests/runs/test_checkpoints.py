@@ -1,7 +1,5 @@
 """Finding, checking and pruning checkpoints."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Run folders: refused starts, and read-only checks."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

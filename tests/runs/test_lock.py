@@ -1,7 +1,5 @@
 """A folder admits a single living run; killed runs release the lock."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

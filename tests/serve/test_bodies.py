@@ -1,7 +1,5 @@
 """Bodies of requests: what is malformed is told in one sentence, which costs no more than the body."""
 
-from __future__ import annotations
-
 import json
 import tracemalloc
 from typing import Any

@@ -1,8 +1,6 @@
 """`megatron-sov chat`, as docs/chat.md types it: what is asked and shown, and what is kept of a
 conversation."""
 
-from __future__ import annotations
-
 import io
 import os
 import pty

@@ -1,8 +1,6 @@
 """The server in front of a scripted model: calls and thoughts, limits, clients that leave or do not take,
 keys, the end.  The model here writes what the user's message says, one token for each row."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """Answers while they are written: stops, turns and calls."""
 
-from __future__ import annotations
-
 import pytest
 from tokenizers import Tokenizer, decoders, models
 

@@ -1,7 +1,5 @@
 """Calls match the interfaces of the real libraries in contract.json."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

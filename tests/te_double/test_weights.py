@@ -1,8 +1,6 @@
 """FP8 weights (`train.fp8_weights`): training, checkpoints and exports have the same bits as with bf16
 weights, since both quantize the same bf16 values."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Inputs, groups and weights: how much of each text a tokenizer sees."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

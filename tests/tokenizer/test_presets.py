@@ -1,7 +1,5 @@
 """Presets: ids at their fixed places, split rules as published, chat forms as the models know them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Encoders start from Hugging Face folders: alone or inside a larger model, of exactly their sizes; and a run
 takes over the tokenizer settings of its start."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The order of a run's actions, with a trainer that only writes them down."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Byte-level BPE ranks, compiled functions and the shape of routes."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Parse messages of OpenAI and ShareGPT, and refuse malformed ones."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Shared runs of words, cutting text, script ranges and item search."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """Read files and spans as documents, and refuse malformed records with their location."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

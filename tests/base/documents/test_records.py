@@ -1,7 +1,5 @@
 """Read records of all layouts and file formats, and skip descriptions of datasets."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

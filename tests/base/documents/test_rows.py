@@ -1,7 +1,5 @@
 """Read rows of JSONL files, account for records, and choose training data from judged groups."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 from pathlib import Path

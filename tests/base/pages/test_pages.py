@@ -1,7 +1,5 @@
 """HTML pages: self-contained files, escaped text, contents."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

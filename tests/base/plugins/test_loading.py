@@ -1,7 +1,5 @@
 """Load plug-in files: values, recorded hashes and error messages."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Conditions of settings: violated conditions and the messages about inert settings."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Convert plain values, YAML, JSON and `key=value` changes to settings, and report problems."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence

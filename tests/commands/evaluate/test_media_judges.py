@@ -1,7 +1,5 @@
 """Rows of pairs of modalities, and figures that agree with jiwer and with counting."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import jiwer

@@ -1,7 +1,5 @@
 """`megatron-sov recipes`: the list, one recipe with its sources, and as JSON."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

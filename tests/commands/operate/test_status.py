@@ -1,7 +1,5 @@
 """`status`: a run's state from its folder, whatever became of it, and what is printed of it."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,8 +1,6 @@
 """`megatron-sov rl run --set policy.method=preference`: rounds of pairs and groups that the model writes, by
 one optimizer, beside transformers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

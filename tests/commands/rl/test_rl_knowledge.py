@@ -1,7 +1,5 @@
 """`megatron-sov rl knowledge`: what is kept, what is left out and why, and that it can be packed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

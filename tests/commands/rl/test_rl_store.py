@@ -1,7 +1,5 @@
 """`megatron-sov rl store`: the page is true, what is wrong is named, and nothing goes that nobody named."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

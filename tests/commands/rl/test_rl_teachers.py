@@ -1,8 +1,6 @@
 """`megatron-sov rl run --teacher ... --teacher-url ...`: what teachers say of the student's tokens, beside
 transformers."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator

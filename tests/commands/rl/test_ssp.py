@@ -1,7 +1,5 @@
 """`megatron-sov ssp probe`: planted answers, judged and estimated by the real commands."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """`megatron-sov tools`: the page's examples, a model that plays, and mistakes told in a sentence."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """`megatron-sov pretrain`: every mistake is one message and exit code 2, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Which settings each kind of stage reads, against the conditions under which they are declared to act."""
 
-from __future__ import annotations
-
 import dataclasses
 import fnmatch
 import json

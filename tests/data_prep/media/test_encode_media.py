@@ -1,7 +1,5 @@
 """`sov-data encode-media`: text, banks, resuming and cluster jobs."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`sov-data groups`, `pairs` and `unpaired`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

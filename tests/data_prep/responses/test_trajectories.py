@@ -1,7 +1,5 @@
 """`sov-data trajectories`: choosing solutions, formats and wrong input."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`sov-data adopt`: pairs from Megatron-LM's builder give the same artifact as `sov-data pack`."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tokens and masks, compared with transformers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

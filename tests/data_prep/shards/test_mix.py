@@ -1,7 +1,5 @@
 """`sov-data mix`: weights, blends and links to input files."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

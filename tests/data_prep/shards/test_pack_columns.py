@@ -1,7 +1,5 @@
 """`sov-data pack --column` and `--bucket-by`."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Token shard artifacts: reading, indices, held-out rule."""
 
-from __future__ import annotations
-
 import struct
 import tempfile
 import unicodedata

@@ -1,7 +1,5 @@
 """`sov-data verify`, `stats` and `sample`."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Attention over packed documents, with and without context parallelism, against a dense float64 softmax."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

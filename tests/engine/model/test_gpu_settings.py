@@ -1,7 +1,5 @@
 """Every setting reaches its Megatron-Core field, and settings that a machine cannot use are refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import sys

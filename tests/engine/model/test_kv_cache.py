@@ -1,7 +1,5 @@
 """Cached attention against a dense softmax over whole sequences, with spans of any length and rollbacks."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

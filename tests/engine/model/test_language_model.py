@@ -1,7 +1,5 @@
 """Documents of a row do not attend to each other at any layout, and positions restart at each document."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Attention with different value and query sizes against a dense softmax."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A flipped bit is detected, and its process is named."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Float64 angles and YaRN's factor against transformers, rotations against Megatron-Core."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

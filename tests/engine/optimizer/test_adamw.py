@@ -1,7 +1,5 @@
 """AdamW in host memory equals AdamW, and updates the tensors that Megatron-Core holds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

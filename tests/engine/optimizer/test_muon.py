@@ -1,7 +1,5 @@
 """Muon at any layout: each gathered matrix follows torch.optim.Muon step by step."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

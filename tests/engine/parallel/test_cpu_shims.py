@@ -1,7 +1,5 @@
 """CPU shims change what their docstrings say."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Settings before CUDA starts; tests/layouts/test_precision.py shows that runs repeat."""
 
-from __future__ import annotations
-
 import datetime
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Local ranks start and end together."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Simulated processes: collectives return torch's results, and deadlocks raise an error."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

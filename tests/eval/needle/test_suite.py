@@ -1,7 +1,5 @@
 """The needle suite: cells, scoring and questions."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable

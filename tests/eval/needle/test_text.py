@@ -1,7 +1,5 @@
 """Needle words are rare whole words of the language, and pairs of tests and training are disjoint."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 

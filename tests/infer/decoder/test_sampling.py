@@ -1,7 +1,5 @@
 """Samples follow the truncated distribution; speculative sampling does not change it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """transformers as an engine: generation defaults of the folder do not change the request."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

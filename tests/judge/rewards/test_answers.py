@@ -1,7 +1,5 @@
 """Choices, quantities and short answers: unusual correct forms, and plausible wrong ones."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

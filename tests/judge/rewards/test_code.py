@@ -1,7 +1,5 @@
 """Verdicts equal a plain interpreter, and solutions cannot forge them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Tests in a row: trivial and faulty tests are refused, and public formats work."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Weights, gates and domains, with rewards that record their rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

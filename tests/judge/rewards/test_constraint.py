@@ -1,7 +1,5 @@
 """Reward `constraint`: check functions of a row."""
 
-from __future__ import annotations
-
 import sys
 import types
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Reward `ifeval`: rows, arguments and refusals."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Reward `judge` with a misbehaving endpoint: no wrong scores, and every request counts."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

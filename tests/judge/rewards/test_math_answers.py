@@ -1,7 +1,5 @@
 """Verdicts equal math-verify's; hostile answers only affect their row."""
 
-from __future__ import annotations
-
 import sys
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Extraction of the program from a response."""
 
-from __future__ import annotations
-
 import pytest
 
 from megatron_sov.judge.rewards.program_text import (

@@ -1,7 +1,5 @@
 """Rewards by name and by file, invalid settings, and versions."""
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import inspect

@@ -1,7 +1,5 @@
 """Every row gets a status; a fault is never a reward of 0."""
 
-from __future__ import annotations
-
 import math
 from decimal import Decimal
 from fractions import Fraction

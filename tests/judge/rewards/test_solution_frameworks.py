@@ -1,7 +1,5 @@
 """The reimplemented part of pytest equals pytest; assertions are counted."""
 
-from __future__ import annotations
-
 import ast
 import itertools
 import math

@@ -1,8 +1,6 @@
 """Forms, lengths, repetitions and languages that are asked for, on answers that have them, miss them
 narrowly, or are hostile."""
 
-from __future__ import annotations
-
 import json
 import time
 

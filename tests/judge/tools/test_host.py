@@ -1,7 +1,5 @@
 """Environment processes: failed calls are reported and keep the state."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

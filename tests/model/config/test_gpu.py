@@ -1,7 +1,5 @@
 """What `train.fp8` asks of precision, model, layout and rows, one sentence for each rule."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

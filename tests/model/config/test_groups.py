@@ -1,7 +1,5 @@
 """Groups of a run's settings: what they derive, and the rules inside each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

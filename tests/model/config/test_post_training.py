@@ -1,7 +1,5 @@
 """Settings of learning from one's own responses: methods are parts by name, and each rule is told."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

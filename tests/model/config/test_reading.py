@@ -1,7 +1,5 @@
 """Settings survive JSON; `--set` knows types and neighbours; `--data` knows folders and weights."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

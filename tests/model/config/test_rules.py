@@ -1,7 +1,5 @@
 """What a run's settings are refused for, by code and key: bounds of one field, and rules between fields."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

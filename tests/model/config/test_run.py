@@ -1,7 +1,5 @@
 """A run's settings: frozen, explained, every problem listed at once, steps from the token budget."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import inspect

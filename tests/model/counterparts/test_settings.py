@@ -1,7 +1,5 @@
 """Settings of other stacks, as ours: read and never run, and nothing is passed over in silence."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

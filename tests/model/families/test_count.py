@@ -1,7 +1,5 @@
 """Parameter counts against the published figures and against transformers' own model classes."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

@@ -1,8 +1,6 @@
 """Families against transformers: every key, shape and dtype of the full-size models,
 and their parameter totals."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

@@ -1,8 +1,6 @@
 """Which layers slide and which are dense, read as transformers reads it;
 what we cannot express is refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Tensors whose rows stand by heads, and the config items of families with linear attention."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

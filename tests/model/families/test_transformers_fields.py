@@ -1,8 +1,6 @@
 """Which fields of a config.json are passed over: those that transformers' own source neither declares nor
 reads, and those of its base class at the value that changes nothing."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

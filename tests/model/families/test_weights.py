@@ -1,8 +1,6 @@
 """The weight map's vocabulary: interleaving against loops and against megatron, inversion,
 declarations that fail early."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Settings that cannot act are refused in every stage; where they act they are taken."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator

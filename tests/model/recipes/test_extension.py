@@ -1,7 +1,5 @@
 """A longer context: which rotations are stretched, from which length on, and how large micro-batches stay."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Published runs of reinforcement learning: their values, and what they leave to be set."""
 
-from __future__ import annotations
-
 from fnmatch import fnmatchcase
 
 import pytest

@@ -1,7 +1,5 @@
 """Recipes: every one builds and is sound; a tiny recipe keeps the structure of the big one."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

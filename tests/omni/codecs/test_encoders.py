@@ -1,7 +1,5 @@
 """Media encoders: shapes, independence of records, and the compressor's scan."""
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
 from typing import Any

@@ -1,7 +1,5 @@
 """Codec folders: round trip, hostile manifests and damaged weights."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

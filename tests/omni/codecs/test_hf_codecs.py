@@ -1,7 +1,5 @@
 """Codecs from transformers and diffusers folders agree with the official classes."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Import of published tokenizers, with doubles that have the authors' tensor names; and hostile files."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

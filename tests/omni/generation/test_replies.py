@@ -1,7 +1,5 @@
 """Generation of pictures and speech with the commands, and the token rules of media blocks."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """Splitting replies into parts."""
 
-from __future__ import annotations
-
 import pytest
 
 from megatron_sov.chat import media_tokens as spelling

@@ -1,7 +1,5 @@
 """Media items equal the output of OmniServe's chat template; banks; codecs of training data."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

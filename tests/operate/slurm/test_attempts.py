@@ -1,7 +1,5 @@
 """What a job's script is told: the decisions on every way in which an attempt can begin and end."""
 
-from __future__ import annotations
-
 import io
 import json
 import subprocess

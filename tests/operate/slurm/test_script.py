@@ -1,8 +1,6 @@
 """Job scripts: what is filled in reaches the program as it was typed; a real Slurm takes every template
 with every profile."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import os

@@ -1,7 +1,5 @@
 """What a submission lays beside a run: scripts, the code, where the parts of an array go."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import subprocess

@@ -1,7 +1,5 @@
 """Stored teacher outputs that do not match the settings are refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

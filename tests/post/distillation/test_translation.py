@@ -1,7 +1,5 @@
 """Translation of teacher probabilities to another tokenizer, compared with probabilities counted by bytes."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

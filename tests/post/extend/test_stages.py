@@ -1,8 +1,6 @@
 """Stages of an extension in one command: a gate that fails with exit code 3, continues with more steps, and
 passes."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

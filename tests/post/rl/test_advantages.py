@@ -1,7 +1,5 @@
 """Advantages against the formulas of the papers, by loops and enumeration."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

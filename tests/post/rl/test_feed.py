@@ -1,7 +1,5 @@
 """Rounds for the training loop: waiting for rounds, and log-probability columns of a fake model."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

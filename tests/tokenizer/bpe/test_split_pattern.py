@@ -1,7 +1,5 @@
 """Split patterns: what is read, automata whose matches are Oniguruma's, and patterns that cannot work."""
 
-from __future__ import annotations
-
 import pickle
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Merging by arrays: the merges of the textbook and of Hugging Face's trainer, also of superwords."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import random

@@ -1,8 +1,6 @@
 """`sov-tokenizer import`: the same ids as the library that a tokenizer was made for,
 or nothing is written."""
 
-from __future__ import annotations
-
 import functools
 import io
 import json

@@ -1,8 +1,6 @@
 """`sov-tokenizer export`: tiktoken and sentencepiece give the same ids from what was written,
 or nothing is written."""
 
-from __future__ import annotations
-
 import base64
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Tokenizers of every form, opened from a path: the ids, bytes and text of their own libraries."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Callable

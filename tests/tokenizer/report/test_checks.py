@@ -1,7 +1,5 @@
 """Checks of a tokenizer: special tokens, used tokens, planted defects."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Figures of texts against plain recomputation."""
 
-from __future__ import annotations
-
 import json
 import unicodedata
 from collections.abc import Callable

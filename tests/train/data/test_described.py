@@ -1,7 +1,5 @@
 """A manifest of tokens that lacks a part is refused by the part's name."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

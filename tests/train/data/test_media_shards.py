@@ -1,8 +1,6 @@
 """Pictures and sounds of token shards: a row has what its placeholders stand for, wherever documents are
 cut."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The order of samples, by brute force over random sources, curricula and interruptions."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import random

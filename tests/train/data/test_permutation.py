@@ -1,7 +1,5 @@
 """Shuffling by a keyed permutation."""
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest

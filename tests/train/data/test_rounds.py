@@ -1,7 +1,5 @@
 """The samples of rounds: exactly a step's documents, whole, at any layout, in any number of rows."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Token shards, read against Megatron-Core's own writer and reader."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Faults on purpose: how they are written, when they come, and that each comes once in the life of a run."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Traces of the steps that are set, and of what is left of them."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What a run says before its first step and behind its last one."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

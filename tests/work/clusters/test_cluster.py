@@ -1,7 +1,5 @@
 """Cluster profiles: the shipped ones are sound, and a mistake in one's own is said in a sentence."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Hostile endpoints (compressed, endless, slow answers) and concurrent equal requests."""
 
-from __future__ import annotations
-
 import gzip
 import importlib
 import json

@@ -1,7 +1,5 @@
 """Complete records survive kills; unfinished work of other commands is refused."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Progress: plain lines in a log, a bar on a terminal."""
 
-from __future__ import annotations
-
 import io
 import math
 from pathlib import Path

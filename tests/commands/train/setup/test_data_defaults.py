@@ -1,7 +1,5 @@
 """Defaults of the stages of post-training."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

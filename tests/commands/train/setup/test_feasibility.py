@@ -1,7 +1,5 @@
 """Runs that do not fit their data, the machine or their hours are refused until the user sets them."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Files of --data become token shards in the run's folder, once; the two commands are replaced by quick ones
 that write what the real ones write last."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Callable

@@ -2,8 +2,6 @@
 asks the endpoint that it is given, as the library's harnesses do.  `benchmarks/verifiers_worlds.py` plays the
 library itself."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Virtual worlds: tools and goals."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import replace

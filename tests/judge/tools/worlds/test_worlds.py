@@ -1,7 +1,5 @@
 """All built-in worlds: examples are solvable, and states round-trip through JSON."""
 
-from __future__ import annotations
-
 import json
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """Decoding of pictures, sounds and videos into arrays."""
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 
