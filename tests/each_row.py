@@ -20,7 +20,9 @@ def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: Any) -> 
     marks = [mark for mark in getattr(obj, "pytestmark", ()) if mark.name == "each"]
     if not marks or not collector.istestfunction(obj, name):
         return None
-    return list(collector._genfunctions(name, join_rows(obj, [mark.args for mark in marks])))
+    joined = join_rows(obj, [mark.args for mark in marks])
+    setattr(collector.obj, name, joined)  # from where an item takes its function
+    return list(collector._genfunctions(name, joined))
 
 
 def join_rows(test: Test, tables: Sequence[tuple[str | Sequence[str], Any]]) -> Test:
