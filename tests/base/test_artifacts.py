@@ -264,7 +264,7 @@ def rewritten(path: Path, **changes: Any) -> Path:
                                     {"size_bytes": 5}, {"digest": "", "size_bytes": 5}, []])
 def test_unknown_digest_algorithm_is_damage(tmp_path: Path, record: Any) -> None:
     path = rewritten(build(tmp_path / "a"), files={"sub/data.bin": record})
-    with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make the artifact again"):
+    with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make it again or restore"):
         read_manifest(path)
 
 
@@ -281,7 +281,7 @@ def test_newer_manifest_format_is_refused(tmp_path: Path) -> None:
 def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     path = build(tmp_path / "a")
     (path / MANIFEST).write_text(text)
-    with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make the artifact again"):
+    with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make it again or restore"):
         read_manifest(path)
 
 
