@@ -1,4 +1,4 @@
-"""Goodput and cost of a run: checkpoints, failures, energy and money.
+"""Estimate a run's goodput and cost: checkpoints, failures, energy and money.
 
 A run trains for `interval_s`, stops for `stall_s` while it copies its state, and continues while the copy is
 written for `write_s`; the next checkpoint waits for the previous one (`checkpoint/save.py`). After a failure
