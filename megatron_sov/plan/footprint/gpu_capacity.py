@@ -120,9 +120,9 @@ def _format_items(needs: MemoryAccount) -> str:
     states = {"weights": needs.weights, "quantised weights": needs.quantized_weights,
               "gradients": needs.gradients, "optimizer": needs.optimizer, "teacher": needs.teacher}
     items = {name: n for name, n in states.items() if n or name not in ("quantised weights", "teacher")}
-    others = {"activations": needs.allocated - sum(items.values()),
+    rest = {"activations": needs.allocated - sum(items.values()),
               "NCCL and gaps": needs.total - needs.allocated}
-    return ", ".join(f"{name} {n / GIB:.1f}" for name, n in (items | others).items())
+    return ", ".join(f"{name} {n / GIB:.1f}" for name, n in (items | rest).items())
 
 
 def find_nearest_layout(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | None:
@@ -154,7 +154,7 @@ def list_changed_settings(before: ParallelConfig, after: ParallelConfig) -> list
 
 
 def _iter_candidates(model: ModelConfig, p: ParallelConfig) -> Iterator[ParallelConfig]:
-    """Yield layouts with `zero1` and unchanged `cp` and `etp`: the `pipeline_layout` in `p`, and equal stages."""
+    """Yield layouts with `zero1` and unchanged `cp` and `etp`, with `p.pipeline_layout` and equal stages."""
     experts = _list_divisors(model.num_experts) if model.num_moe_layers() else [1]
     if p.pipeline_layout:
         for ep, tp in itertools.product(experts, _list_divisors(MAX_TP)):

@@ -73,7 +73,7 @@ def count_nccl_bytes(config: RunConfig, num_ranks: int) -> int:
     return count_communicators(config, num_ranks) * CHANNELS * (SIMPLE_BYTES + LL_BYTES + LL128_BYTES)
 
 
-ROWS_OF_PRODUCT = 8192
+PRODUCT_ROWS = 8192
 """Rows per product in the head's weight gradient (`engine.model.chunked_head`)."""
 LOGIT_BYTES = 4
 """The softmax uses float32, or the model's dtype if it is wider."""
@@ -210,7 +210,7 @@ def _count_head_bytes(config: RunConfig, local_tokens: int, row_tokens: int) -> 
     product = 0
     if adapts_head or not config.lora.on:
         weighted = max(item, LOGIT_BYTES) + (item if item < LOGIT_BYTES else 0)
-        added = min(rows, ROWS_OF_PRODUCT) * FLOAT32_BYTES if item < FLOAT32_BYTES else 0
+        added = min(rows, PRODUCT_ROWS) * FLOAT32_BYTES if item < FLOAT32_BYTES else 0
         product = m.hidden_size * (min(config.train.head_chunk_tokens, local_tokens) * weighted + added)
     return rows * (chunk + copy) + product + count_head_gradient_bytes(config, row_tokens)
 

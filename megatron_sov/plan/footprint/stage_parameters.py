@@ -203,8 +203,8 @@ def _iter_adapters(config: RunConfig, layers: list[int], is_first: bool, is_last
                 factors = [factor for module in modules for factor in _list_factors(module, lora, p)]
                 yield layer, tuple(factors) * count
     rows = -(-m.vocab_size // p.tp)
-    for linear, is_here in (("embedding.word_embeddings", is_first), ("output_layer", is_last)):
-        if is_here and linear in by_linear:
+    for linear, is_present in (("embedding.word_embeddings", is_first), ("output_layer", is_last)):
+        if is_present and linear in by_linear:
             yield None, _list_factors(by_linear[linear][0], lora, p, rows)
 
 

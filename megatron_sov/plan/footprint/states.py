@@ -24,7 +24,7 @@ from megatron_sov.plan.footprint.stage_parameters import (
 HOST = 4 * FLOAT32_BYTES
 """Host bytes per parameter under `gpu.optimizer_offload` (`engine/optimizer/adamw.py`): master weight, two
 moments and gradient."""
-DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK = 40_000_000, 1_000_000
+DEFAULT_BUCKET, DEFAULT_BUCKET_PER_RANK = 40_000_000, 1_000_000
 """Elements per bucket under `parallel.overlap_grad_reduce`: the first, or the second times the
 data-parallel size if larger (`DistributedDataParallel`, 0.19.2)."""
 START_MULTIPLE = 64
@@ -121,11 +121,11 @@ class ParameterBuffer:
 
     def iter_updated(self, rank: int, num_ranks: int) -> Iterator[StatePiece]:
         """Yield the pieces that rank `rank` out of `num_ranks` updates under ZeRO-1."""
-        for first, end, placed in self.buckets:
+        for first, end, parameters in self.buckets:
             # exact, because buckets are padded to a multiple of `num_ranks`
             share = (end - first) // num_ranks
             start = first + rank * share
-            for run in placed:
+            for run in parameters:
                 # Runs are sorted: later runs start after the shard, too.
                 if run.start >= start + share:
                     break
@@ -145,11 +145,11 @@ def lay_out_buffer(runs: Iterable[ParameterRun], *, sharded: bool, num_ranks: in
         end_multiple: alignment at a bucket's end, next to the number of processes.
     """
     if not sharded:
-        placed, offset = [], 0
+        parameters, offset = [], 0
         for run in runs:
-            placed.append(PlacedParameter(offset, run.numel, run))
+            parameters.append(PlacedParameter(offset, run.numel, run))
             offset += run.numel * run.number
-        return ParameterBuffer(offset, ((0, offset, tuple(placed)),) if placed else ())
+        return ParameterBuffer(offset, ((0, offset, tuple(parameters)),) if parameters else ())
     return _ShardedLayout(math.lcm(num_ranks, end_multiple), bucket_numel).lay_out(runs)
 
 
@@ -159,17 +159,17 @@ class _ShardedLayout:
     def __init__(self, end_multiple: int, bucket_numel: int | None) -> None:
         self._multiple, self._bucket_numel = end_multiple, bucket_numel
         self._buckets: list[tuple[int, int, tuple[PlacedParameter, ...]]] = []
-        self._placed: list[PlacedParameter] = []
+        self._parameters: list[PlacedParameter] = []
         self._first = self._offset = 0
 
     def lay_out(self, runs: Iterable[ParameterRun]) -> ParameterBuffer:
         for run in runs:
             self._offset = round_up(self._offset, START_MULTIPLE)
             # Tables on two stages are reduced separately: close the open bucket first.
-            if run.is_alone and self._placed:
+            if run.is_alone and self._parameters:
                 self._close_bucket()
             self._place_run(run)
-        if self._placed:
+        if self._parameters:
             self._close_bucket()
         return ParameterBuffer(self._offset, tuple(self._buckets))
 
@@ -186,28 +186,28 @@ class _ShardedLayout:
                 until_full = max(1, -(-missing // stride) + 1)
                 number, closes = min(rest, until_full), until_full <= rest
             part = run if number == run.number else run._replace(number=number)
-            self._placed.append(PlacedParameter(self._offset, stride, part))
-            self._offset = self._placed[-1].end
+            self._parameters.append(PlacedParameter(self._offset, stride, part))
+            self._offset = self._parameters[-1].end
             rest -= number
             if closes:
                 self._close_bucket()
 
     def _close_bucket(self) -> None:
         self._offset = round_up(self._offset, self._multiple)
-        self._buckets.append((self._first, self._offset, tuple(self._placed)))
-        self._first, self._placed = self._offset, []
+        self._buckets.append((self._first, self._offset, tuple(self._parameters)))
+        self._first, self._parameters = self._offset, []
 
 
-def _iter_overlap(placed: PlacedParameter, start: int, end: int) -> Iterator[StatePiece]:
+def _iter_overlap(block: PlacedParameter, start: int, end: int) -> Iterator[StatePiece]:
     """Yield the overlap between a run and elements `start` to `end`; complete parameters together."""
-    numel, count, rule, _ = placed.run
+    numel, count, rule, _ = block.run
 
     def count_elements(index: int) -> int:
-        begin = placed.start + index * placed.stride
+        begin = block.start + index * block.stride
         return max(0, min(end, begin + numel) - max(start, begin))
 
-    first = max(0, (start - placed.start) // placed.stride)
-    last = min(count - 1, (end - 1 - placed.start) // placed.stride)
+    first = max(0, (start - block.start) // block.stride)
+    last = min(count - 1, (end - 1 - block.start) // block.stride)
     # only the first and last parameter can be partial
     parts = [(first, 1)]
     if last - first > 1:
@@ -299,9 +299,10 @@ class StageBuffers:
         if not self._config.parallel.zero1 or len({rule.by_muon for rule in rules if not rule.frozen}) < 2:
             return StatePlace()
         num_shards, ranks = self._num_shards[False], {0}
-        for first, end, placed in (bucket for buffer in self._buffers[False] for bucket in buffer.buckets):
+        buckets = (bucket for buffer in self._buffers[False] for bucket in buffer.buckets)
+        for first, end, parameters in buckets:
             share = (end - first) // num_shards
-            for parameter in placed:
+            for parameter in parameters:
                 rule = rules[parameter.run.rule]
                 if not (rule.by_muon or rule.is_vector):
                     rank = (parameter.start - first) // share
@@ -349,7 +350,7 @@ class StageBuffers:
             return [piece for buffer in buffers
                     for piece in buffer.iter_updated(rank, self._num_shards[routed])]
         return [StatePiece(parameter.run.numel, parameter.run.number, parameter.run.rule)
-                for buffer in buffers for _, _, placed in buffer.buckets for parameter in placed]
+                for buffer in buffers for _, _, parameters in buffer.buckets for parameter in parameters]
 
     def _count_counter_bytes(self) -> int:
         """Return the model's buffer bytes: per router float32 token counts and biases, per chunk float32
@@ -379,7 +380,8 @@ def get_bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
     p = config.parallel
     if not p.overlap_grad_reduce:
         return None
-    return p.bucket_params or max(DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK * (num_ranks // p.ranks_per_replica))
+    num_replicas = num_ranks // p.ranks_per_replica
+    return p.bucket_params or max(DEFAULT_BUCKET, DEFAULT_BUCKET_PER_RANK * num_replicas)
 
 
 def find_update_rule(config: RunConfig, layer: int | None, part: LocalParameter) -> _UpdateRule:

@@ -432,7 +432,7 @@ def _estimate_data_parallel_s(w: Workload, p: Parameters, message: traffic.Traff
     fraction = p.inside_fraction if message.link == "inside" else p.between_fraction
     seconds = message.num_bytes / message.bytes_per_s / fraction + message.count * message.latency_s
     sharded = w.sharding == "fsdp"
-    hidden = micro_batch_s * (w.num_micro_batches if traffic.gathers_each_micro_batch(w) else 1)
+    hidden = micro_batch_s * (w.num_micro_batches if traffic.gathers_per_micro_batch(w) else 1)
     # Without `overlap_param_gather`, only the backward pass (two thirds of a micro-batch) hides messages.
     hidden *= 1.0 if w.overlap_param_gather else 2 / 3
     hidden = hidden if w.overlap_grad_reduce or sharded else 0.0

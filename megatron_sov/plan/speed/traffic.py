@@ -171,8 +171,8 @@ def count_head_bytes(w: Workload) -> float:
 def count_quantized_bytes(products: Iterable[Product], frozen: bool) -> float:
     """Return the traffic to quantize operands, forward and backward: inputs and output gradients are read in
     bf16 and written rowwise and columnwise; for frozen weights only rowwise."""
-    each = 3 if frozen else 4
-    return sum(each * (p.tokens * p.k + p.tokens * p.n) for p in products if p.quantized)
+    factor = 3 if frozen else 4
+    return sum(factor * (p.tokens * p.k + p.tokens * p.n) for p in products if p.quantized)
 
 
 def count_adapter_bytes(products: Iterable[Product]) -> float:
@@ -219,15 +219,15 @@ def count_layers_per_gpu(w: Workload) -> float:
     return w.shape.num_layers / w.pp
 
 
-def gathers_each_micro_batch(w: Workload) -> bool:
+def gathers_per_micro_batch(w: Workload) -> bool:
     """Return whether each micro-batch gathers the sharded weights; a pipeline gathers them once."""
     return w.sharding == "fsdp" and w.pp == 1
 
 
 def count_passes(w: Workload, module: str = "") -> float:
     """Return the message passes per micro-batch: forward, backward and recomputation."""
-    again = w.recompute == "full" or (w.recompute == "selective" and module in w.recompute_modules)
-    return 3 if again else 2
+    recomputes = w.recompute == "full" or (w.recompute == "selective" and module in w.recompute_modules)
+    return 3 if recomputes else 2
 
 
 def build_tensor_message(w: Workload) -> TrafficMessage:
@@ -342,7 +342,7 @@ def build_data_messages(w: Workload) -> list[TrafficMessage]:
         grads = params * w.grad_bytes * (2 if w.sharding == "none" else 1)
         weights = 0.0 if w.sharding == "none" else params * w.weight_bytes
         times = 1.0
-        if gathers_each_micro_batch(w):  # weights in both passes, gradients once
+        if gathers_per_micro_batch(w):  # weights in both passes, gradients once
             times = w.num_micro_batches
             weights *= 2
         volume = times * (grads + weights) * (shard - 1) / shard

@@ -399,7 +399,7 @@ def build_workload(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: C
     uses_muon = config.optim.name == "muon" or any(group.optimizer == "muon" for group in config.optim.groups)
     # As `engine.model.gpu_settings.own_attention_serves` if Transformer Engine supports all heads; our kernel
     # is FlashAttention 2.
-    own = g.attention == "local" or (g.attention == "auto" and (p.cp > 1 or t.deterministic))
+    uses_local = g.attention == "local" or (g.attention == "auto" and (p.cp > 1 or t.deterministic))
     return Workload(
         build_shape(config.model), chip, links, num_gpus, phase.seq_len, t.micro_batch_size,
         phase.global_batch_size or t.global_batch_size, tp=p.tp, sp=p.sp, pp=p.pp, vpp=p.vpp,
@@ -408,7 +408,7 @@ def build_workload(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: C
         recompute_modules=g.recompute_modules if recompute == "selective" else (),
         dispatcher=p.expert_dispatcher, overlap_grad_reduce=p.overlap_grad_reduce,
         overlap_param_gather=p.overlap_param_gather, overlap_ep=p.expert_overlap == "micro_batches",
-        attention_kernel="portable" if own else "newest", exchanges_heads=p.cp > 1 and not own,
+        attention_kernel="portable" if uses_local else "newest", exchanges_heads=p.cp > 1 and not uses_local,
         imbalance=imbalance, grad_bytes=2 if g.grad_dtype == "bf16" else 4,
         weight_bytes=1 if t.fp8_weights and t.fp8 != "mxfp8" else 2,
         optimizer="muon" if uses_muon else "adam", offload=g.optimizer_offload,
