@@ -112,7 +112,6 @@ def build_space(config: RunConfig, num_ranks: int, domain: int, fixed: Collectio
     cp = [size for size in _list_powers(min(MAX_CP, num_ranks))
           if size == 1 or longest // size >= MIN_LOCAL_TOKENS]
     ep = [size for size in _list_divisors(model.num_experts) if size <= num_ranks]
-    overlaps = ("none", "micro_batches") if current.expert_overlap == "none" else (current.expert_overlap,)
     space = LayoutSpace(
         tp=_include(tp, current.tp), pp=_include(pp, current.pp), vpp=_include(VPP, current.vpp),
         cp=_include(cp, current.cp), ep=_include(ep, current.ep) if has_experts else (1,),
@@ -120,7 +119,8 @@ def build_space(config: RunConfig, num_ranks: int, domain: int, fixed: Collectio
         zero1=(True,) if current.zero1 else (False, True),
         micro_batch_size=_include(MICRO_BATCH_SIZES, config.train.micro_batch_size),
         recompute=_list_recompute(config),
-        expert_overlap=overlaps)
+        expert_overlap=("none", "micro_batches") if current.expert_overlap == "none"
+        else (current.expert_overlap,))
     choice = get_current_choice(config)
     fixed_values: dict[str, Any] = {
         name: (getattr(current, name),) for name in (*AXES, "zero1", "expert_overlap")

@@ -166,8 +166,8 @@ class ModelShape:
             return [MatrixWork(self.vocab_size, h, "rows", HEAD, quantized=False)]
         matrices = [MatrixWork(self.num_experts, h, "tokens", quantized=False)]
         if self.num_shared_experts:
-            width = self.num_shared_experts * self.expert_ffn_dim
-            matrices += self._list_ffn_matrices(width, h, "shared_experts")
+            shared_dim = self.num_shared_experts * self.expert_ffn_dim
+            matrices += self._list_ffn_matrices(shared_dim, h, "shared_experts")
         if self.expert_latent_dim:
             matrices += [MatrixWork(self.expert_latent_dim, h, "tokens"),
                          MatrixWork(h, self.expert_latent_dim, "tokens")]
