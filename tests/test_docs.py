@@ -30,7 +30,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 from learning import PLACE, RECIPES, Recipe
 
 READ = [*PAGES, *SKILLS]
-KEYS_OF_TWO_CELLS = ("docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_worlds.md")
+KEYS_OF_TWO_CELLS = (
+    "docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_generators.md")
 """Pages with tables whose first cell does not say alone what a row is of."""
 TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "prefer": "preference",
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}

@@ -1,4 +1,4 @@
-"""`megatron-sov chat`, as docs/chat.md types it: what is asked and shown, and what is kept of a
+"""`megatron-sov chat`, as docs/serve.md types it: what is asked and shown, and what is kept of a
 conversation."""
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 from megatron_sov.cli import main
 from megatron_sov.serve.chat_session import ChatSession, find_chat_model
 from megatron_sov.work.endpoints.answers import RequestRefused
-from tests.pages_typed import ROOT, commands_of
+from tests.pages_typed import commands_of, page_section
 
-PAGE = (ROOT / "docs/chat.md").read_text()
+PAGE = page_section("serve.md", "Chat in the terminal")
 TYPED = commands_of(PAGE)
 
 

@@ -18,11 +18,7 @@ def plan_recipe(plan: RecipePlan) -> None:
 
 
 def print_plan(options: PlanOptions, request: RecipeRequest) -> None:
-    """Print the plan for a recipe or stage.
-
-    Raises:
-        UserError: settings without a valid schedule, or a run that does not fit the cluster's GPUs.
-    """
+    """Print the plan for a recipe or stage. Raises `UserError`: it does not fit the cluster's GPUs."""
     if options.cluster is not None:
         load_machines(options.cluster, options.nodes)
     request.config()
@@ -64,11 +60,7 @@ def _print_on_cluster(options: PlanOptions, cluster: str, request: RecipeRequest
 
 
 def _describe_data(options: PlanOptions, config: RunConfig) -> list[str]:
-    """Return lines with the passes over --data and with vocabulary settings to change.
-
-    Raises:
-        UserError: a --data folder without token shards, or a vocabulary larger than the model's.
-    """
+    """Return lines with the passes over --data and with vocabulary settings to change."""
     shards = [read_manifest(split_source_name(path)[1], "tokens").content
               for path in parse_data_paths(options.data)]
     if not shards:
