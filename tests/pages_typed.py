@@ -4,8 +4,6 @@ test types a page's commands, and what else may stand there.
 tests/test_docs.py asks, and docs/site/proof.py makes a page of the site of the answers.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import shlex

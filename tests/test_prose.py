@@ -4,8 +4,6 @@ sentences and the length of all pages together are held to limits.
 Code, tables and headings are not counted.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

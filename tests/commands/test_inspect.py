@@ -1,7 +1,5 @@
 """`megatron-sov inspect`: what something is, from what, how far."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -91,7 +89,7 @@ def test_what_has_no_manifest_is_named_by_its_kind(capsys: pytest.CaptureFixture
     assert "none: does not exist, and no work on it" in inspected(capsys, "none", code=2)
 
 
-@pytest.mark.parametrize("change", [{"content": [1]}, {"settings": "a"}, {"inputs": {"a": 1}},
+@pytest.mark.each("change", [{"content": [1]}, {"settings": "a"}, {"inputs": {"a": 1}},
                                     {"created_s": "now"}, {"created_s": 1e300}, {"files": 3},
                                     {"kind": 7, "inputs": ["a", {}]},
                                     {"inputs": [{"path": "a\0b", "kind": "rows"}]}])
