@@ -43,8 +43,7 @@ def find_live_teacher(options: ScoringTeacherOptions, tokenizer: Path) -> Path:
 
 
 def check_teacher_model(location: str, target: Target, config: RunConfig, tokenizer: Path) -> None:
-    """Check that a teacher has the run's architecture, because its weights temporarily replace the
-    model's."""
+    """Check that a teacher has the run's architecture: its weights temporarily replace the model's."""
     if not target.is_hf:
         model, teacher = asdict(config.model), asdict(target.model)
         different = [name for name in model if model[name] != teacher[name] and name not in TRAINING_FIELDS]
