@@ -330,11 +330,8 @@ def find_tokenizer_folder(start: Path) -> Path:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return `path` if it is a checkpoint, or the newest checkpoint of run `path`.
-
-    Raises:
-        UserError: `path` is neither, or the manifest is damaged.
-    """
+    """Return `path` if it is a checkpoint, or the newest checkpoint of run `path`. Raises `UserError`: `path`
+    is neither, or the manifest is damaged."""
     if not (path / CHECKPOINTS_FOLDER).is_dir():
         check_folder_kind(path, (CHECKPOINT_KIND, RUN), "a checkpoint or a run")
         read_manifest(path, CHECKPOINT_KIND)
@@ -352,11 +349,8 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_checkpoint_settings(path: Path) -> RunConfig:
-    """Read a checkpoint's settings and check its model config.
-
-    Raises:
-        UserError: the manifest is damaged or its settings are invalid.
-    """
+    """Read a checkpoint's settings and check its model config. Raises `UserError`: the manifest is damaged or
+    its settings are invalid."""
     # Read the manifest, not RUN/config.json: the run's settings may have changed since.
     raw = read_manifest(path, CHECKPOINT_KIND).settings
     try:
@@ -387,11 +381,8 @@ class AdapterBase:
 
 
 def read_adapter_base(path: Path) -> AdapterBase | None:
-    """Read the `AdapterBase` from an adapter checkpoint; None for full weights.
-
-    Raises:
-        UserError: the manifest is damaged.
-    """
+    """Read the `AdapterBase` from an adapter checkpoint; None for full weights. Raises `UserError`: the
+    manifest is damaged."""
     record = read_manifest(path, CHECKPOINT_KIND).content.get(BASE)
     return None if record is None else AdapterBase(Path(record["path"]), record["sha256"])
 
@@ -452,11 +443,8 @@ def hash_checkpoint_files(start: Path) -> str:
 
 
 def read_trained_tokens(path: Path) -> int:
-    """Return the longest training context in tokens, earlier stages and imported models included.
-
-    Raises:
-        UserError: `state.json` is damaged.
-    """
+    """Return the longest training context in tokens, earlier stages and imported models included. Raises
+    `UserError`: `state.json` is damaged."""
     settings = read_checkpoint_settings(path)
     if settings.recipe == IMPORTED_RECIPE:
         return settings.model.max_position_tokens
