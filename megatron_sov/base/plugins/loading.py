@@ -87,8 +87,9 @@ def load_plugin(reference: str) -> LoadedPlugin:
     if not hasattr(module, name):
         public_names = [n for n in vars(module) if not n.startswith("_")]
         own_names = _list_names(Path(place)) if place.endswith(".py") else []
-        meant = find_nearest_name(name, public_names) or "".join(own_names[-1:])
-        others = f"; it has {', '.join(own_names[-5:])}" if own_names else ""
+        meant = find_nearest_name(name, public_names)
+        others = f"; did you mean '{meant}'?" if meant else f"; it has {', '.join(own_names[-5:]) or 'none'}"
+        meant = meant or "".join(own_names[-1:])
         raise UserError(f"{reference}: {place} has no {name!r}{others}",
                         Fix(words={reference: f"{place}:{meant}"}) if meant else None)
     return LoadedPlugin(getattr(module, name), name, loaded.reference, loaded.files)

@@ -26,7 +26,6 @@ from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.stages.shared_copies import find_copy
 
-
 QUANTIZATION = "quantization_config"
 """Field in config.json with the number format of the weights, which settings do not need."""
 
