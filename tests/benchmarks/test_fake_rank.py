@@ -74,7 +74,7 @@ def test_a_step_is_sound_and_what_a_gpu_does_not_take_is_not() -> None:
     assert waits.pop("token_dispatcher.py:_maybe_dtoh_and_synchronize") == 2
     assert all(count <= 3 for count in waits.values()), waits
     assert "same device" in found["rows on the host"]["problem"]
-    assert found["rows waited for"]["problem"] == "waits for the device in microbatch.py:from_row"
+    assert found["rows waited for"]["problem"] == "waits for the device in microbatch.py:build_micro_batch"
     refused = "CUDA error: operation not permitted when stream is capturing"
     why = "the default stream waits for one that is captured"
     assert found["the default stream"]["problem"] == f"RuntimeError: {refused} ({why})"
