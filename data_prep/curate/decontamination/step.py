@@ -13,9 +13,9 @@ import regex
 from annotated_types import Ge, Le, MinLen
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
-from data_prep.json_lines import read_objects
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, to_plain_form
 from megatron_sov.base.documents.overlap import RUN_WORDS, Units, find_units, fold_text
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, ProblemCode, SettingsProblem, at_most_field
 
@@ -154,7 +154,7 @@ def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[SearchItem]
     found: list[SearchItem] = []
     for file in list_benchmark_files(paths):
         before = len(found)
-        for where, record in read_objects(file):
+        for where, record in read_records(file):
             id_ = next((str(record[name]) for name in _IDS if isinstance(record.get(name), (str, int))),
                        f"line {where.rpartition(':')[2]}")
             texts = {name: text for name in fields if (text := collect_text(_value(record, name))).strip()}

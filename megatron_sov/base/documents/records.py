@@ -287,7 +287,7 @@ def parse_json_value(record: Any, where: str, number: int, reading: RecordReadin
     """Parse a decoded JSON value. Raises `BadRecord`: the value is not an object of the expected kind."""
     if not isinstance(record, dict):
         raise BadRecord("json",
-                        f"is a JSON {type(record).__name__}, must be an object with 'text' or 'messages'")
+                        f"is a JSON {type(record).__name__}, must be an object")
     return parse(record, where, number, reading)
 
 
