@@ -24,8 +24,8 @@ COMMANDS = {
          "score --reward ./my_reward.py:Starts --input answers.jsonl --output own.jsonl")),
     "codec": Command(
         "megatron_sov.commands.models.codec:CODEC",
-        "import, reconstruct, inspect: codecs for pictures and sounds", DATA, "codecs.md",
-        ("codec import ta-tok ta_tok.pth ta-tok", "codec inspect ta-tok")),
+        "import, reconstruct: codecs for pictures and sounds", DATA, "codecs.md",
+        ("codec import ta-tok ta_tok.pth ta-tok",)),
     "recipes": Command(
         "megatron_sov.commands.models.recipes:RECIPES",
         "list the recipes, or print a recipe's settings with their sources", TRAIN, "recipes.md",

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from torch import distributed as dist
 
 from megatron_sov import recipes
-from megatron_sov.engine.optimizer.meta import count_process_memory, use_fake_world
+from tests.meta_memory import count_process_memory, use_fake_world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
 from megatron_sov.plan.footprint.memory import count_communicators, count_nccl_bytes
