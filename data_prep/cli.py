@@ -16,7 +16,7 @@ COMMANDS = {
         ("demo-corpus --output corpus", "demo-corpus --input my-texts --output corpus")),
     "run": Command(
         "data_prep.curate.pipeline.command:RUN",
-        "run a pipeline from raw documents to the sources of a curriculum", DOCUMENTS, "data_pipeline.md",
+        "run a pipeline from raw documents to curriculum sources", DOCUMENTS, "data_pipeline.md",
         ("run notes.yaml --output corpus --dry-run", "run notes.yaml --output corpus --workers 8")),
     "scorer": Command(
         "data_prep.curate.scorer:SCORER",
@@ -25,7 +25,7 @@ COMMANDS = {
         ("scorer train --labels quality.jsonl --kind classifier --output quality-model",
          "scorer check quality-model --labels others.jsonl")),
     "decontaminate": Command(
-        "data_prep.curate.decontaminate:DECONTAMINATE", "leave out records that hold text of benchmarks",
+        "data_prep.curate.decontaminate:DECONTAMINATE", "leave out records that hold benchmark text",
         DOCUMENTS, "decontamination.md",
         ("decontaminate --input traces.jsonl --benchmarks aime25.jsonl --output clean",
          "decontaminate --input chats.jsonl --format chat --benchmarks bench.jsonl --output clean")),
@@ -48,7 +48,7 @@ COMMANDS = {
          "difficulty grade --input problems.jsonl --model estimator --output graded")),
     "probing-sets": Command(
         "data_prep.synth.probing_sets:PROBING_SETS",
-        "freeze problems of `synth probes` into a set for each domain", RESPONSES, "synth_solutions.md",
+        "freeze problems from `synth probes` into a set for each domain", RESPONSES, "synth_solutions.md",
         ("probing-sets --input probes --output sets",
          "probing-sets --input probes more.jsonl --output sets --overwrite")),
     "trajectories": Command(
@@ -58,12 +58,12 @@ COMMANDS = {
         ("trajectories --input solutions.jsonl --output trajectories",
          "trajectories --input solutions.jsonl --output trajectories --overwrite")),
     "groups": Command(
-        "data_prep.responses.groups:GROUPS", "give each of a prompt's judged responses its advantage",
+        "data_prep.responses.groups:GROUPS", "compute advantages for each prompt's judged responses",
         RESPONSES, "prefer.md",
         ("groups --input judged.jsonl --output groups",
          "groups --input judged.jsonl --output groups --overwrite")),
     "pairs": Command(
-        "data_prep.responses.pairs:PAIRS", "pair the best and the worst of each prompt's judged responses",
+        "data_prep.responses.pairs:PAIRS", "pair the best and worst judged response for each prompt",
         RESPONSES, "prefer.md",
         ("pairs --input scored.jsonl --output pairs",
          "pairs --input scored.jsonl --output pairs --overwrite")),
@@ -84,17 +84,17 @@ COMMANDS = {
         ("adopt /their/code_text_document --tokenizer tokenizer --output tokens",
          "adopt web=/their/web_text_document --tokenizer tokenizer --output tokens")),
     "mix": Command(
-        "data_prep.shards.mix:MIX", "join token shards of several folders into one, with weights",
+        "data_prep.shards.mix:MIX", "join token shards from several folders into one, with weights",
         SHARDS, "mixtures.md",
         ("mix tokens:0.8 chats:0.2 --output mixed",
          "mix tokens --blend solar-open --output mixed --dry-run")),
     "inspect": Command(
         "data_prep.curate.inspect:INSPECT",
-        "show what token shards hold, or what each step of a pipeline kept and dropped",
+        "show the documents in token shards, or the kept and dropped records per pipeline step",
         LOOK, "inspect.md", ("inspect tokens", "inspect corpus")),
     "stats": Command(
         "data_prep.shards.stats:STATS",
-        "show lengths of documents, token types and special tokens, per source",
+        "show document lengths, token types and special tokens, per source",
         LOOK, "data.md", ("stats tokens", "stats chats")),
     "sample": Command(
         "data_prep.shards.sample:SAMPLE", "print documents, decoded, with their loss mask",

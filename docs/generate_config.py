@@ -19,7 +19,7 @@ from megatron_sov.base.settings.options import get_field_docstrings
 from megatron_sov.model.config import RunConfig
 
 PAGE = Path(__file__).parent / "config.md"
-BOUNDS = {"Ge": ">= {:,}", "Gt": "> {:,}", "Le": "<= {:,}", "Lt": "< {:,}", "MinLen": "of {} or more",
+BOUNDS = {"Ge": ">= {:,}", "Gt": "> {:,}", "Le": "<= {:,}", "Lt": "< {:,}", "MinLen": "({} or more)",
           "MultipleOf": "multiple of {}"}
 HEAD = """# Settings
 

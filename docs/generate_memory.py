@@ -31,22 +31,23 @@ HEAD = f"""# Memory at {SEQ_LEN:,} tokens
 
 <!-- Written by docs/generate_memory.py; change it there. -->
 
-GiB of the process that needs most, as `megatron-sov plan` computes it. The run has bf16, ZeRO-1, one sample
-in a micro-batch, and every layer recomputed.
+GiB for the process that needs most, as `megatron-sov plan` computes it. The run uses bf16, ZeRO-1, one sample
+per micro-batch, and recomputes every layer.
 
 | columns | how they are counted |
 |---|---|
-| weights, gradients, optimizer | exactly: compared with megatron-core on random layouts of all recipes \
+| weights, gradients, optimizer | exactly: compared with megatron-core on random layouts for all recipes \
 (`benchmarks/results/plan_bytes.txt`) |
 | layer inputs | the input of every layer and micro-batch in flight |
-| one layer, head | the inside of one layer with its gradients; the logits of a chunk with theirs. The \
-larger of the two counts |
+| one layer, head | one layer's activations with gradients; one chunk's logits with gradients. The \
+larger item counts |
 | imbalance | estimate: the fullest expert-parallel rank has a fifth more tokens than the mean |
-| NCCL, gaps | estimates: buffers of each communicator, gaps of the allocator \
+| NCCL, gaps | estimates: each communicator's buffers, the allocator's gaps \
 (`megatron_sov/plan/footprint/memory.py`) |
 
-Activations are compared with what autograd saves in whole steps (`benchmarks/results/plan_activations.txt`).
-Keep 5 % of your GPU's memory for the CUDA context and for workspaces of libraries.
+Activations are compared with the tensors that autograd saves in whole steps
+(`benchmarks/results/plan_activations.txt`).
+Keep 5 % of GPU memory free for the CUDA context and library workspaces.
 
 | recipe | processes | layout | stage | {" | ".join(COLUMNS.values())} | sum |
 |---|---|---|---|{"---|" * len(COLUMNS)}---|
@@ -57,9 +58,9 @@ CACHED = (8192, 32_768, SEQ_LEN)
 """Tokens of a sequence."""
 CACHED_RECIPES = ("solar-open-102b", "k-exaone-236b", "qwen3-moe-30b", "qwen3-8b")
 CACHES = f"""
-## Keys and values of a response
+## Keys and values during generation
 
-When you generate, global layers keep keys and values of every token, sliding layers of a window. GiB of one
+During generation, global layers store keys and values for every token, sliding layers for a window. GiB per
 sequence in bf16, over all processes that share it:
 
 | recipe | {" | ".join(f"{tokens:,} tokens" for tokens in CACHED)} |

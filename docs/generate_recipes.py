@@ -18,8 +18,8 @@ HEAD = """# Recipes
 
 <!-- Written by docs/generate_recipes.py from megatron_sov/model/recipes; change it there. -->
 
-A recipe is a configuration with the source of each value. You start a run from one, and change it with
-`--set`.
+A recipe is a configuration that names the source of each value. You start a run from a recipe, and change
+it with `--set`.
 
 ```bash
 megatron-sov recipes
@@ -27,47 +27,49 @@ megatron-sov recipes k-exaone-236b
 megatron-sov recipes tiny-k-exaone --set train.steps=100 --json
 ```
 
-The first command lists them. The second prints every setting of one with its source. The third prints the
-settings as JSON, as your `RUN/config.json` will hold them.
+The first command lists the recipes. The second prints every setting with its source. The third prints the
+settings as JSON, as in your `RUN/config.json`.
 
 | source | the value |
 |---|---|
 | `published` | is in a paper or report, or in its authors' code |
-| `config.json` | is in the config.json of the released model, or follows from its model class |
+| `config.json` | is in the released model's config.json, or follows from its model class |
 | `ours` | was not published: our choice, with the reason |
 | `default` | the recipe leaves the setting as it is ([config.md](config.md)) |
 | `yours` | was set by `--config` or `--set`, or by a recipe without a table |
 
 A `tiny-` recipe has the same structure at a size for two CPU cores. You can use its short or full name
-(`tiny-solar-open` is `tiny-solar-open-102b`). Values that shrinking changes are `ours`.
+(`tiny-solar-open` is `tiny-solar-open-102b`). Values changed for the small size are `ours`.
 
-K-EXAONE has Korean, English, Spanish, German, Japanese and Vietnamese. Its first two phases have a source for
-each except English, which is the rest of the web.
+K-EXAONE has Korean, English, Spanish, German, Japanese and Vietnamese. Its first two phases have a source per
+language; English is the remaining web text.
 
-## What there is
+## All recipes
 
-| recipe | tiny | is | and has |
+| recipe | tiny recipe | stage | model and length |
 |---|---|---|---|
 """
 LAYOUTS = """
 ## Layouts for GPUs
 
-These layouts are recommended, best first. You get the first one that fits your number of processes and the
-memory, with 5 % kept free ([memory.md](memory.md)). They come from `plan --sweep`: of the layouts within 2 %
-of the fastest, the one with the least memory. Figures are computed, and none has run on a GPU yet.
+These layouts are recommended, best first. You get the first layout that fits your process count and the
+memory, with 5 % left free ([memory.md](memory.md)). `plan --sweep` chose them: among layouts at most 2 %
+slower than the fastest, the layout with the least memory. Figures are computed; none is from
+a GPU yet.
 
-| command | what it does with them |
+| command | use |
 |---|---|
-| `recipes NAME` | shows them |
-| `plan --cluster`, `submit --cluster` | use the one for the cluster's GPUs, unless you set `parallel.*`, \
+| `recipes NAME` | shows the layouts |
+| `plan --cluster`, `submit --cluster` | use the layout for the cluster's GPUs, unless you set `parallel.*`, \
 the micro-batch or recomputation |
-| `pretrain`, `extend`, `sft`, `submit` | refuse a layout that does not fit, and name the nearest that does |
+| `pretrain`, `extend`, `sft`, `submit` | refuse a layout that does not fit, and name the nearest \
+layout that fits |
 
-| recipe | GPU | settings | GiB of a process |
+| recipe | GPU | settings | GiB per process |
 |---|---|---|---|
 """
 STAGES = """
-## Recipes of later stages
+## Recipes for later stages
 
 You use `-extend` recipes with `megatron-sov extend`, from the pretrained model: the published stages in
 order, each ending with the needle gate ([extend.md](extend.md)). `plan` shows steps and tokens:
@@ -86,14 +88,14 @@ probe and merge the checkpoints ([ssp.md](ssp.md)) |
 | typhoon-s-8b-opd | `rl run` | from the model that `typhoon-s-8b` fine-tuned, with `--teacher`, \
 `--reward none` and `--data` |
 | solar-open-102b-sft, k-exaone-236b-sft | `sft` | from the extended model |
-| solar-open-102b-dpo | `prefer` | pairs that there are, from the model of `solar-open-102b-rl` |
-| solar-open-102b-dpo-rounds | `rl run` | its own pairs, from the model of `solar-open-102b-dpo` |
-| k-exaone-236b-grouper | `prefer` | GrouPER, from the model of `k-exaone-236b-rl` |
+| solar-open-102b-dpo | `prefer` | given pairs, from `solar-open-102b-rl`'s model |
+| solar-open-102b-dpo-rounds | `rl run` | its own pairs, from `solar-open-102b-dpo`'s model |
+| k-exaone-236b-grouper | `prefer` | GrouPER, from `k-exaone-236b-rl`'s model |
 | typhoon-s-4b-legal, -agent | `rl run`, or the three jobs ([rl.md](rl.md)) | InK-GRPO |
 | vibethinker-1.5b-math-16k, -math-32k, -code | the same | MGPO; set its lambda and clip, which were not \
 published |
 | solar-open-102b-rl | the same | GSPO |
-| k-exaone-236b-rl | the same | AGAPO with a frozen router; set the bound of its ratios, which was not \
+| k-exaone-236b-rl | the same | AGAPO with a frozen router; set its ratio bound, which was not \
 published |
 
 ```sh
@@ -108,9 +110,9 @@ All other settings have the default. `*` matches any text.
 TAIL = """
 ## Add a recipe
 
-You need a function in `megatron_sov/model/recipes/` that returns a `RunConfig`, a table of sources, and an
-entry for both in `megatron_sov/model/recipes/__init__.py`. Keys of the table are dotted settings, and the
-last match counts. So a recipe derived from another one (`derive`) lists only its changes. A test fails if a
+You need a function in `megatron_sov/model/recipes/` that returns a `RunConfig`, a source table, and an
+entry for both in `megatron_sov/model/recipes/__init__.py`. Keys in the table are dotted settings, and the
+last match counts. So a derived recipe (`derive`) lists only its changes. A test fails if a
 value has no source, if an entry matches nothing, or if a value differs from its config.json.
 """
 

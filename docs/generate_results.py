@@ -11,50 +11,74 @@ from megatron_sov.base.artifacts import write_atomically
 
 PAGE = Path(__file__).parent / "results.md"
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
-VERDICTS = ("holds", "in part", "too few seeds", "fails", "old", "never run on a GPU")
 HEAD = """# Results
 
 <!-- Written by docs/generate_results.py from benchmarks/results/verdicts.yaml; change it there. -->
 
-What the benchmarks showed, good and bad, with a row for each file in `benchmarks/results/`. **All but what
-names an H200 ran on CPUs.** Models are tiny unless a row says otherwise. Figures of learning show you that a
-method works, not what a large model gains.
+Benchmarks ran on CPUs with tiny models unless a row names an H200 or a model. Learning results show that a
+method works, not how much a large model gains.
+
+## Ten figures that matter
+
+| claim | ours | peer | verdict | script |
+|---|---|---|---|---|
+"""
+VERDICTS = {
+    "holds": "the goal is met",
+    "in part": "the goal is met in part, or with the exception in the row",
+    "too few seeds": "one seed or one run: a hint",
+    "fails": "the goal is missed or the opposite is true",
+    "old": "a newer result replaces this one",
+    "never run on a GPU": "rehearsed on a CPU with stand-ins; the claim about GPUs is open",
+}
+AREAS = """
+## All results by area
+
+The link "output" opens the printed file. For a script with a commit in front, type
+`git show COMMIT:benchmarks/SCRIPT`.
 
 | verdict | meaning | rows |
 |---|---|---|
 """
-MEANINGS = {
-    "holds": "what was asked for was found",
-    "in part": "some of it was found, or it was found with an exception that the row names",
-    "too few seeds": "one seed or one run: a hint",
-    "fails": "the opposite was found, or nothing",
-    "old": "a newer run, which the row names, shows otherwise",
-    "never run on a GPU": "a rehearsal with doubles: the claim is about GPUs and is open",
-}
 
 
-def verdicts() -> dict[str, dict[str, dict[str, Any]]]:
-    """Return area -> name of a file without its ending -> what it shows."""
+def load_verdicts() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return area -> stem of a result file -> its entry in verdicts.yaml."""
     return dict(yaml.safe_load((RESULTS / "verdicts.yaml").read_text(encoding="utf-8")))
 
 
-def row(name: str, shown: dict[str, Any]) -> str:
-    """Return one line of an area's table."""
-    script = f"benchmarks/{shown.get('script', name)}.py"
-    link = f"[script](../{script})" if "script_commit" not in shown else (
-        f"`git show {shown['script_commit']}:{script}`")
-    return (f"| {shown['claim']} | {shown['verdict']} | {shown['date']} | [{shown['page']}]({shown['page']}) "
-            f"| [printed](../benchmarks/results/{name}.txt), {link} |\n")
+def link_script(name: str, entry: dict[str, Any]) -> str:
+    """Return a link to the benchmark script, or the commit and name of a removed script."""
+    script = f"{entry.get('script', name)}.py"
+    commit = entry.get("script_commit")
+    return f"`{commit}:{script}`" if commit else f"[{script}](../benchmarks/{script})"
+
+
+def format_figure(name: str, entry: dict[str, Any]) -> str:
+    """Format one row of the table of ten."""
+    figure = entry["figure"]
+    verdict = f"[{entry['verdict']}](../benchmarks/results/{name}.txt)"
+    return (f"| {figure['claim']} | {figure['ours']} | {figure['peer']} | {verdict} "
+            f"| {link_script(name, entry)} |\n")
+
+
+def format_result(name: str, entry: dict[str, Any]) -> str:
+    """Format one row of an area's table."""
+    return (f"| {entry['claim']} | {entry['verdict']} | {entry['date']} | [{entry['page']}]({entry['page']}) "
+            f"| [output](../benchmarks/results/{name}.txt), {link_script(name, entry)} |\n")
 
 
 def page() -> str:
     """Return the whole page."""
-    areas = verdicts()
-    given = [shown["verdict"] for rows in areas.values() for shown in rows.values()]
-    text = HEAD + "".join(f"| {v} | {MEANINGS[v]} | {given.count(v)} |\n" for v in VERDICTS)
-    for area, rows in areas.items():
-        text += f"\n## {area}\n\n| what it shows | verdict | date | page | files |\n|---|---|---|---|---|\n"
-        text += "".join(row(name, shown) for name, shown in rows.items())
+    areas = load_verdicts()
+    entries = {name: entry for area in areas.values() for name, entry in area.items()}
+    verdicts = [entry["verdict"] for entry in entries.values()]
+    text = HEAD + "".join(format_figure(name, entry) for name, entry in entries.items() if "figure" in entry)
+    text += AREAS + "".join(f"| {verdict} | {meaning} | {verdicts.count(verdict)} |\n"
+                            for verdict, meaning in VERDICTS.items())
+    for area, area_entries in areas.items():
+        text += f"\n### {area}\n\n| result | verdict | date | page | files |\n|---|---|---|---|---|\n"
+        text += "".join(format_result(name, entry) for name, entry in area_entries.items())
     return text
 
 

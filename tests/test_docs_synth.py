@@ -70,8 +70,8 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     lines = [line for name in ("kept", "rejected")
              for line in (output / f"{name}.jsonl").read_text().splitlines()]
     assert len(lines) == len(samples) > 0
-    promised = re.findall(r"^\| `([\w.*/-]+)`", SYNTH[SYNTH.index("## What comes out"):SYNTH.index(
-        "## It goes on")], re.MULTILINE)
+    promised = re.findall(r"^\| `([\w.*/-]+)`", SYNTH[SYNTH.index("## Output"):SYNTH.index(
+        "## Continue after")], re.MULTILINE)
     assert len(promised) == 6 and all(
         (output.parent / name if name.startswith(".") else output / name).exists() for name in promised)
 

@@ -40,7 +40,7 @@ def site(installed: Path, packed_data: Any, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-SECTIONS = ("A recipe", "An objective", "A policy or a pair", "A model family", "A step over rows")
+SECTIONS = ("A recipe", "An objective", "A policy or pair loss", "A model family", "A step over rows")
 """Those whose commands a test here types."""
 
 
@@ -135,7 +135,7 @@ def test_an_objective(site: Path, typed: Run) -> None:
 def test_a_policy_or_a_pair(site: Path, typed: Run) -> None:
     if not (site / "runs/tiny/complete.json").is_file():
         done(site, typed, "A recipe")
-    config = done(site, typed, "A policy or a pair")
+    config = done(site, typed, "A policy or pair loss")
     assert (config["objective"]["name"], config["train"]["epochs"]) == ("Hinge", 1)
     steps = [event for event in map(json.loads, (site / "runs/hinge/events.jsonl").open())
              if event["event"] == "step"]

@@ -60,6 +60,14 @@ def test_a_figure_that_the_file_has_not_is_found() -> None:
     assert missing("0.26 and 12.1", "0.273 12.0") == [0.26, 12.1]
 
 
+def test_every_number_of_a_claim_or_figure_is_in_the_result_file() -> None:
+    wrong = {name: absent for name, shown in SHOWN.items()
+             if (absent := missing(". ".join([shown["claim"], *shown.get("figure", {}).values()]),
+                                   (RESULTS / f"{name}.txt").read_text()))}
+    assert wrong == {}
+    assert sum("figure" in shown for shown in SHOWN.values()) == 10
+
+
 def test_every_file_has_a_verdict_a_page_and_a_script() -> None:
     assert sorted(SHOWN) == sorted(path.stem for path in RESULTS.glob("*.txt"))
     for name, shown in SHOWN.items():

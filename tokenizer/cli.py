@@ -16,12 +16,12 @@ COMMANDS = {
          "train --preset solar-open --vocab-size 65536 --input own=texts --output own-tokenizer")),
     "media": Command(
         "tokenizer.media:COMMAND",
-        "add tokens of pictures and sounds to a tokenizer", TRAIN, "media_data.md",
+        "add tokens for pictures and sounds to a tokenizer", TRAIN, "media_data.md",
         ("media tokenizer --image-tokens 65536 --output omni-tokenizer",
          "media tokenizer --audio-tokens 6561 --image-tokens 65536 --output omni-tokenizer")),
     "import": Command(
         "tokenizer.formats.commands:IMPORT",
-        "convert a tokenizer of Hugging Face, tiktoken or sentencepiece", MOVE, "tokenizer.md",
+        "convert a tokenizer from Hugging Face, tiktoken or sentencepiece", MOVE, "tokenizer.md",
         ("import qwen3-8b-base --output tokenizer", "import my.tiktoken --output tokenizer")),
     "export": Command(
         "tokenizer.formats.commands:EXPORT", "write a tokenizer for tiktoken", MOVE, "tokenizer.md",

@@ -34,13 +34,13 @@ class MediaTokens:
     """Codebooks of sounds and pictures."""
 
     audio_tokens: Annotated[NotNegativeInt, Le(10 ** DIGITS[AUDIO])] = 0
-    """Entries of the codebook of sounds (HyperCLOVA X 8B Omni: 6561; default: none)."""
+    """Codebook entries for sounds (HyperCLOVA X 8B Omni: 6561; default: none)."""
     image_tokens: Annotated[NotNegativeInt, Le(10 ** DIGITS[IMAGE])] = 0
-    """Entries of the codebook of pictures (HyperCLOVA X 8B Omni: 65536; default: none)."""
+    """Codebook entries for pictures (HyperCLOVA X 8B Omni: 65536; default: none)."""
     audio_first: Annotated[int | None, Flag(value="ID"), requires_field("audio_tokens")] = None
-    """Id of the first sound; unused ids before the block become reserved tokens (default: the next id)."""
+    """First sound id; unused ids before the block become reserved tokens (default: the next id)."""
     image_first: Annotated[int | None, Flag(value="ID"), requires_field("image_tokens")] = None
-    """Id of the first picture, likewise."""
+    """First picture id, likewise."""
 
     def problems(self) -> list[SettingsProblem]:
         return [] if self.audio_tokens or self.image_tokens else [

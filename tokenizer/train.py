@@ -28,14 +28,14 @@ class TokenizerTrainOptions:
     number of workers and any order of files. A killed command continues when you run it again."""
 
     preset: Annotated[str, Flag(value="NAME")]
-    """The tokenizer's rules. solar-open: BPE; k-exaone: SuperBPE, with tokens of several words too; custom:
-    the rules in --config."""
+    """The tokenizer's rules. solar-open: BPE; k-exaone: SuperBPE, with tokens that span words; custom: the
+    rules in --config."""
     config: Annotated[Path | None, Flag(value="FILE")] = None
-    """The rules of --preset custom, JSON or YAML."""
+    """The rules for --preset custom, JSON or YAML."""
     vocab_size: int
-    """Number of ids, including special tokens and bytes."""
+    """Vocabulary size, with special tokens and bytes."""
     input: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH[:WEIGHT]", many=True)]
-    """A text, .jsonl (field text, or messages) or .parquet file (also .gz, .zst) or a folder of such files;
+    """A text, .jsonl (field text, or messages) or .parquet file (also .gz, .zst) or a folder with such files;
     takes several paths, and may be repeated. Inputs with the same NAME form a group. Groups with a weight
     share their bytes by weight, by leaving out or repeating text."""
     mixture: Annotated[str | None, Flag(value="NAME")] = None
@@ -43,14 +43,14 @@ class TokenizerTrainOptions:
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the tokenizer."""
     superword_share: Annotated[Fraction | None, Flag(value="SHARE")] = None
-    """Part of the vocabulary that spans words (default: the preset's; 0: plain BPE)."""
+    """Vocabulary share for superwords (default: the preset's; 0: plain BPE)."""
     transition_size: Annotated[int | None, excludes_field("superword_share")] = None
     """Ids before words join. Merging then continues across and within words, as published, and the number of
     superwords depends on the text."""
     max_superword_words: Annotated[int, Ge(2)] | None = None
     """Most words in one token, at least 2 (default: the preset's, 4)."""
     superword_sample_mb: Annotated[AboveZero, Flag(value="MB")] = SUPERWORD_SAMPLE_MB
-    """Size of the text from which superwords are learned, sampled by hash."""
+    """Megabytes of text for learning superwords, sampled by hash."""
     max_memory_gb: Annotated[NotNegative | None, Flag(value="GB")] = None
     """Bound on memory; the rarest words are left out if they do not fit, and the manifest reports them
     (default: counting uses the disk, learning uses as much memory as the distinct words need)."""

@@ -34,15 +34,15 @@ class DecontaminateOptions(BenchmarkSearchSettings):
     hits.json lists excluded records with the matching text."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file; several may follow, and it may be repeated."""
+    """A .jsonl file; takes several paths, and may be repeated."""
     output: Annotated[Path, Flag(value="DIR")]
-    """Folder for the records that are kept, and hits.json."""
+    """Folder for the remaining records, and hits.json."""
     format: Literal["text", "chat", "preference", "prompt"] = "text"
-    """What the records hold."""
+    """Kind of record."""
     text_field: Annotated[str, Flag(value="NAME")] = "text"
-    """Field that holds the text."""
+    """Field with the text."""
     overwrite: bool = False
-    """Replace a corpus that is already there."""
+    """Replace an existing corpus."""
 
 
 def run_decontaminate(options: DecontaminateOptions) -> int:
@@ -77,7 +77,7 @@ def decontaminate_files(files: Sequence[Path], output: Path, settings: Benchmark
                             "of files")
     # Checked before the search, which may take hours.
     check_output_folder(output, KIND, overwrite)
-    search = settings.search()
+    search = settings.build_search()
     counts: dict[str, dict[str, int]] = {}
     with create_artifact(output, KIND, overwrite=overwrite) as artifact:
         hits: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ def decontaminate_files(files: Sequence[Path], output: Path, settings: Benchmark
 
 
 def _write_clean_records(file: Path, artifact: ArtifactWriter, search: ItemSearch, reading: RecordReading,
-                hits: list[dict[str, Any]]) -> dict[str, int]:
+                         hits: list[dict[str, Any]]) -> dict[str, int]:
     counts = {"read": 0, "kept": 0, "left_out": 0}
     with open(artifact.path / file.name, "w", encoding="utf-8") as clean:
         for where, record in tqdm(read_records(file), desc=file.name, unit=" records", disable=None):

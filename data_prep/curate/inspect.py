@@ -18,7 +18,7 @@ class DataInspectOptions(InspectionOptions):
     samples of dropped documents."""
 
     data: Annotated[Path, Flag("PATH")]
-    """Any artifact, file of rows, or the --output of a command that was killed."""
+    """Any artifact, file with rows, or a killed command's --output."""
 
 
 INSPECT = DeclaredCommand(DataInspectOptions, run_function="data_prep.curate.inspect_run:inspect_data")

@@ -4,40 +4,48 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from data_prep.libraries import find_library_problems
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerTrainOptions:
-    """Train a linear model over hashed n-grams, and print its figures on labels that were held out."""
+    """Train a linear model over hashed n-grams, and print its metrics on held-out labels."""
 
     labels: Annotated[Path, Flag(value="FILE")]
-    """JSONL file of {"text": ..., "label": 0 or 1, or 0 to 5, "language": "ko"}; the language may be left
+    """JSONL file with {"text": ..., "label": 0 or 1, or 0 to 5, "language": "ko"}; the language may be left
     out."""
     kind: Literal["classifier", "regressor"]
     """classifier: labels 0 and 1, scores are probabilities; regressor: 0 to 5."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the scorer."""
     overwrite: bool = False
-    """Replace a scorer that is already there."""
+    """Replace an existing scorer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorerCheckOptions:
-    """Print what a scorer is worth on labels that it was not trained on."""
+    """Measure a scorer on labels that it was not trained on."""
 
     model: Annotated[Path, Flag("DIR")]
     """Folder that `sov-data scorer train` wrote."""
     labels: Annotated[Path, Flag(value="FILE")]
-    """JSONL file of {"text": ..., "label": 0 or 1, or 0 to 5, "language": "ko"}; the language may be left
+    """JSONL file with {"text": ..., "label": 0 or 1, or 0 to 5, "language": "ko"}; the language may be left
     out."""
     json: bool = False
     """Print the figures as JSON."""
 
 
+def _check_libraries(options: Any) -> Any:
+    if problems := find_library_problems("sov-data scorer", "sklearn", "threadpoolctl"):
+        raise UserError(problems[0])
+    return options
+
+
 SCORER = ActionGroup({
-    "train": DeclaredCommand(ScorerTrainOptions, run_function="data_prep.curate.scorer_run:run_train"),
-    "check": DeclaredCommand(ScorerCheckOptions, run_function="data_prep.curate.scorer_run:run_check")},
+    "train": DeclaredCommand(ScorerTrainOptions, _check_libraries, "data_prep.curate.scorer_run:run_train"),
+    "check": DeclaredCommand(ScorerCheckOptions, _check_libraries, "data_prep.curate.scorer_run:run_check")},
     "Train a model that scores texts, or evaluate a model on other labels.")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from data_prep.curate.scorer import ScorerCheckOptions, ScorerTrainOptions
-from data_prep.curate.scoring.labels import format_metrics
-from data_prep.curate.scoring.scorer import TrainSettings, evaluate_scorer, train_scorer
+from data_prep.curate.scoring.metrics import format_metrics
+from data_prep.curate.scoring.training import TrainSettings, evaluate_scorer, train_scorer
 
 
 def run_train(options: ScorerTrainOptions) -> None:
@@ -20,8 +20,8 @@ def run_train(options: ScorerTrainOptions) -> None:
 
 
 def run_check(options: ScorerCheckOptions) -> None:
-    kind, figures = evaluate_scorer(options.model, options.labels)
+    kind, metrics = evaluate_scorer(options.model, options.labels)
     if options.json:
-        print(json.dumps(figures))
+        print(json.dumps(metrics))
     else:
-        print("\n".join([f"{options.model}, a {kind}", *format_metrics(kind, figures)]))
+        print("\n".join([f"{options.model}, a {kind}", *format_metrics(kind, metrics)]))

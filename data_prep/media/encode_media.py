@@ -50,25 +50,25 @@ class MediaSettings:
     media_root: Annotated[Path, Flag(value="DIR")]
     """Folder that media paths begin from; files outside are never read."""
     image_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec for discrete tokens of pictures (default: no tokens)."""
+    """Codec for discrete picture tokens (default: no tokens)."""
     audio_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec for discrete tokens of sounds (default: no tokens)."""
+    """Codec for discrete sound tokens (default: no tokens)."""
     continuous_pictures: Annotated[str, Flag(value="SIDE:SLOTS"),
                                    _bound_numbers("SIDE:SLOTS", 4096, 65536)] = ""
     """Keep pictures and video frames for the model's own encoder: height and width in pixels, and features
     per picture."""
     continuous_sounds: Annotated[str, Flag(value="MELS:SECONDS:SLOTS"),
                                  _bound_numbers("MELS:SECONDS:SLOTS", 1024, 600, 65536)] = ""
-    """Likewise spectrograms of sounds: mels, length of a piece, and features per piece."""
+    """Likewise sound spectrograms: mels, seconds per piece, and features per piece."""
     video_frames_per_s: Annotated[AboveZero, Flag(value="N")] = 1.0
     """Video frames per second."""
     video_frames: Annotated[AtLeastOne, Le(4096)] = 64
-    """Most frames of a video."""
+    """Most frames per video."""
     animated: Animated = "refuse"
     """Animated pictures: refuse, or take the first frame."""
     drawn: Drawn = "call"
-    """Pictures of an assistant: tool calls, as the published model draws, or in the message content, for
-    templates that show no calls."""
+    """Pictures that an assistant draws: tool calls, as the published model draws, or in the message content,
+    for templates that show no calls."""
     bad_media: BadMedia = "stop"
     """Bad records or media: stop at the first, or leave out bad records and list them in bad_media.jsonl."""
     device: Annotated[str, Flag(value="DEVICE")] = "cpu"

@@ -50,10 +50,10 @@ class GroupOptions:
     --column advantage --column group_share`."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file of groups, {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}, in which
-    prompts and responses may be lists of messages; or with a response per line, from `megatron-sov score` or
-    as TRL's completion with a label: successive rows of one prompt are a group. Several files may follow, and
-    it may be repeated."""
+    """A .jsonl file with groups, {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}, in
+    which prompts and responses may be message lists; or with a response per line, from `megatron-sov score`
+    or as TRL's completion with a label: successive rows with the same prompt are a group. Takes several
+    files, and may be repeated."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the corpus."""
     keep_unfinished: bool = False

@@ -50,9 +50,9 @@ class TrajectorySettings:
     least: Annotated[AtLeastOne, at_most_field("most")] = 2
     """Leave out queries with fewer different solutions."""
     most: AtLeastOne = 5
-    """Solutions of a document at most."""
+    """Maximum solutions per document."""
     max_similarity: Annotated[Share, Flag(value="S")] = 0.8
-    """Jaccard index of word triples; more similar solutions count as equal."""
+    """Jaccard index over word triples; more similar solutions count as equal."""
     think: Think = "tags"
     """Thoughts between <think> tags, without tags, or left out."""
     heading: Annotated[str, Bound(_check_heading)] = "Solution {}"
@@ -67,7 +67,7 @@ class TrajectoriesOptions:
     synth solutions`, give the solutions."""
 
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
-    """A .jsonl file with a query and solutions per line; several may follow, and it may be repeated."""
+    """A .jsonl file with a query and solutions per line; takes several paths, and may be repeated."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for trajectories.jsonl."""
     settings: TrajectorySettings = field(default_factory=TrajectorySettings)

@@ -46,13 +46,13 @@ class AdoptOptions:
     whether the text that they spell gives the same ids again."""
 
     pairs: Annotated[tuple[str, ...], Flag("[NAME=]PREFIX")]
-    """Path of PREFIX.bin and PREFIX.idx; each pair is one source, named after it unless NAME is given."""
+    """Path to PREFIX.bin and PREFIX.idx; each pair is one source, named after it unless NAME is given."""
     tokenizer: Annotated[Path, Flag(value="DIR")]
-    """Tokenizer of the pairs (`sov-tokenizer import` takes one over)."""
+    """Tokenizer for the pairs (`sov-tokenizer import` converts other formats)."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the token shards."""
     heldout: Annotated[Fraction, Flag(value="SHARE")] = 0.02
-    """Share of documents kept from training, chosen as in `sov-data pack`."""
+    """Share of documents held out from training, chosen as in `sov-data pack`."""
     eod: Literal["auto", "append", "none"] = "auto"
     """Whether documents end with the tokenizer's eos; auto: look."""
     link: bool = False

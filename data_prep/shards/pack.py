@@ -82,20 +82,20 @@ class PackOptions:
     tokenizer: Annotated[Path, Flag(value="DIR")]
     """Tokenizer from `sov-tokenizer train` or `import`."""
     input: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH", many=True)]
-    """A text, .jsonl, .json, .parquet or .arrow file (text and JSON also .gz and .zst) or a folder of them;
-    each is one source, named after the file or folder unless NAME is given; several may follow, and it may
-    be repeated."""
+    """A text, .jsonl, .json, .parquet or .arrow file (text and JSON also .gz and .zst) or a folder with such
+    files; each is one source, named after the file or folder unless NAME is given; takes several paths, and
+    may be repeated."""
     output: Annotated[Path, Flag(value="DIR")]
     """Folder for the token shards."""
     heldout: Annotated[Fraction, Flag(value="SHARE")] = PackSettings.heldout_share
-    """Share of documents kept from training, chosen by a hash of their text."""
+    """Share of documents held out from training, chosen by text hash."""
     format: Literal["text", "chat", "preference", "prompt"] = "text"
     """Record layout: text; chat: messages; preference: chosen and rejected; prompt: a prompt to respond
     to."""
     text_field: Annotated[str, Flag(value="NAME")] = RecordReading.text_field
     """Field or column with the text."""
     lines: bool = False
-    """Make each line of a text file a document."""
+    """Make each line in a text file a document."""
     renames: Annotated[tuple[str, ...], Flag("--columns", "TARGET=FIELD,...")] = ()
     """Read fields with other names, as prompt=instruction,response=output; FIELD+FIELD joins two fields by a
     line feed."""
@@ -103,7 +103,7 @@ class PackOptions:
     """A numeric field that goes with each token into the objective (for a preference also a list of two:
     chosen, rejected); it may be repeated."""
     bucket_by: Annotated[str | None, Flag(value="FIELD")] = None
-    """Make each value of this field a source, NAME-VALUE, for a curriculum's blends."""
+    """Make each value in this field a source, NAME-VALUE, for a curriculum's blends."""
     tags: Annotated[tuple[str, ...], Flag("--tag", "KEY|[SOURCE:]KEY=VALUE")] = ()
     """Tag sources in the manifest, for blends: by a record field (kind), or by a value (ko:kind=ko); it may
     be repeated."""

@@ -31,7 +31,7 @@ class SampleOptions:
     split: Literal["train", "heldout"] = "train"
     """Split to print."""
     count: AtLeastOne = 3
-    """Number of documents."""
+    """Documents to show."""
     max_tokens: AtLeastOne = 400
     """Tokens printed per document."""
     seed: int = 0

@@ -50,9 +50,9 @@ class DifficultyLabelOptions(DifficultyOutputOptions):
     comparisons`, into labels for `sov-data scorer train --kind regressor`."""
 
     answers: Annotated[tuple[Path, ...], Flag(value="DIR", many=True)]
-    """Output of `synth answers`, or kept.jsonl in the output; the folder name is the configuration name."""
+    """Output from `synth answers`, or its kept.jsonl; the folder name is the configuration name."""
     comparisons: Annotated[tuple[Path, ...], Flag(value="DIR", many=True)] = ()
-    """Output of `synth comparisons`, or kept.jsonl in the output."""
+    """Output from `synth comparisons`, or its kept.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +63,9 @@ class DifficultyGradeOptions(DifficultyOutputOptions):
     input: Annotated[tuple[Path, ...], Flag(value="FILE", many=True)]
     """A .jsonl file; several may follow, and the option may be repeated."""
     model: Annotated[Path | None, Flag(value="DIR")] = None
-    """Regressor that `sov-data scorer train` fitted to labels of `difficulty label`."""
+    """Regressor that `sov-data scorer train` fitted to labels from `difficulty label`."""
     labels: Annotated[Path | None, Flag(value="DIR")] = None
-    """Output of `difficulty label`, for measured pass rates."""
+    """Output from `difficulty label`, for measured pass rates."""
     cuts: Annotated[str, Flag(value="LOW:HIGH")] = "0.2:0.8"
     """Pass rates below LOW are hard, from HIGH on easy."""
     keep: Annotated[str, Flag(value="LOW:HIGH")] = "0:1"

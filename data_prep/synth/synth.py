@@ -25,7 +25,7 @@ class SynthModelOptions:
     engine: Annotated[str, Flag(value="URL|DIR")] = ""
     """Writing model: an OpenAI-compatible address up to /v1, or a checkpoint or Hugging Face folder."""
     model: Annotated[str, Flag(value="NAME")] = ""
-    """Name of the writing model at the address."""
+    """The writing model's name at the address."""
     api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
     """Environment variable with the key for the address (default: OPENAI_API_KEY)."""
     max_tokens_field: Annotated[MaxTokensField, Flag(value="NAME")] = "max_tokens"
@@ -33,14 +33,14 @@ class SynthModelOptions:
     judge_engine: Annotated[str, Flag(value="URL|DIR")] = ""
     """Judging model, as --engine (default: the writing model)."""
     judge_model: Annotated[str, Flag(value="NAME")] = ""
-    """Name of the judging model at the address."""
+    """The judging model's name at the address."""
     judge_api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
     """Environment variable with the key for the judge's address."""
     judge_max_tokens: AtLeastOne = 1024
-    """Longest answer of the judging model, including thoughts."""
+    """Maximum tokens per answer from the judging model, including thoughts."""
     accept_model: Annotated[tuple[str, ...], Flag(value="NAME")] = ()
-    """Accept answers of this model in addition to --model and --judge-model (default: refuse answers of other
-    models); may be repeated."""
+    """Accept answers from this model in addition to --model and --judge-model (default: refuse other models'
+    answers); may be repeated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +69,18 @@ class SynthOptions(SynthModelOptions, SynthLimitOptions):
     Generators: --list. Files in the output folder: docs/synth.md."""
 
     generator: Annotated[str, Flag("GENERATOR|FILE.yaml")] = ""
-    """Name of a generator, or a generator file."""
+    """A generator's name, or a generator file."""
     list: bool = False
-    """List the generators, or the settings of GENERATOR, and end."""
+    """List the generators, or GENERATOR's settings, and exit."""
     input: Annotated[tuple[Path, ...], Flag(many=True)] = ()
-    """Input of the generator: files, or folders with files."""
+    """Generator input: files, or folders with files."""
     output: Annotated[Path | None, Flag(value="DIR")] = None
     """Output folder."""
     changes: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
-    """Setting of the generator."""
+    """Generator setting."""
     checks: Annotated[Path | None, Flag(value="FILE.yaml")] = None
-    """Pipeline steps that judge all finished samples (default: the steps of the generator, or of its kind of
-    record)."""
+    """Pipeline steps that judge all finished samples (default: the steps for the generator, or for its record
+    kind)."""
     limit: AtLeastOne | None = None
     """Process the first N items only."""
     redo: bool = False

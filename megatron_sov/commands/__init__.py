@@ -19,7 +19,7 @@ COMMANDS = {
          "map corpus.jsonl ./my_map.py:Shorten --output shortened --set words=3")),
     "score": Command(
         "megatron_sov.commands.score:SCORE",
-        "score a file of responses with a reward: a verifier, a rule or a judge", DATA, "rewards.md",
+        "score responses in a file with a reward: a verifier, a rule or a judge", DATA, "rewards.md",
         ("score --reward math --input answers.jsonl --output math.jsonl",
          "score --reward ./my_reward.py:Starts --input answers.jsonl --output own.jsonl")),
     "codec": Command(
@@ -164,16 +164,16 @@ COMMANDS = {
         ("report runs/pretrain", "report runs/sft runs/dpo")),
     "submit": Command(
         "megatron_sov.commands.operate.submit.submit",
-        "submit a stage or a chain of stages to a Slurm cluster", OPERATE, "slurm.md",
+        "submit a stage or a chain to a Slurm cluster", OPERATE, "slurm.md",
         ("submit pretrain --cluster h100 --account mine --nodes 4 solar-open-102b --data tokens --run "
          "runs/big", "submit chain solar-open-102b --account mine --dry-run")),
     "status": Command(
         "megatron_sov.commands.operate.runs.status:STATUS",
-        "show step, speed, remaining time and restarts of runs", OPERATE, "watching.md",
+        "show the step, speed, remaining time and restarts for each run", OPERATE, "watching.md",
         ("status runs", "status runs/pretrain --follow")),
     "logs": Command(
         "megatron_sov.commands.operate.runs.logs:LOGS",
-        "show the logs of a run's processes, across ranks and restarts", OPERATE, "watching.md",
+        "show the logs from a run's processes, across ranks and restarts", OPERATE, "watching.md",
         ("logs runs/pretrain", "logs runs/pretrain --rank 3 --tail 20")),
     "doctor": Command(
         "megatron_sov.commands.operate.doctor.doctor:DOCTOR",

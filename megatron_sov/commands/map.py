@@ -54,7 +54,7 @@ class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
     threads: AtLeastOne = 1
     """Concurrent rows per process, for a class that waits for an endpoint."""
     ray: Annotated[str, Flag(value="ADDRESS")] = ""
-    """Run on a Ray cluster: HOST:PORT of the head node, or auto on a cluster node."""
+    """Run on a Ray cluster: the head node's HOST:PORT, or auto on a cluster node."""
     gpus: Annotated[NotNegative, requires_field("ray")] = 0.0
     """GPUs per process; may be a fraction."""
     skip_failures: bool = False

@@ -43,8 +43,7 @@ class ScoreOptions(JudgeOptions, RedoOptions):
     settings: Annotated[tuple[str, ...], Flag("--set", "key=value")] = ()
     """Reward setting, e.g. max_length=4096; may be repeated."""
     run: Annotated[Path | None, Flag(value="DIR")] = None
-    """Also record the mean reward in DIR/events.jsonl of the run that generated the responses, for the run's
-    report."""
+    """Also record the mean reward in DIR/events.jsonl; DIR is the run that generated the responses."""
 
 
 def score_rows(options: ScoreOptions) -> int:

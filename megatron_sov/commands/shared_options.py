@@ -27,7 +27,7 @@ class OverwriteOptions:
     """`--overwrite` for commands that write a file or a folder."""
 
     overwrite: bool = False
-    """Replace an existing output of the same kind."""
+    """Replace an existing output (same kind only)."""
 
 
 @dataclass(frozen=True, kw_only=True)

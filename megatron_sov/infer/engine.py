@@ -17,7 +17,7 @@ EngineName = Literal["megatron", "transformers", "vllm"]
 MEGATRON, TRANSFORMERS, VLLM = ENGINES = get_args(EngineName)
 """Engine names: megatron runs checkpoints at any layout, transformers and vllm run Hugging Face folders."""
 ChosenEngine = Annotated[EngineName | None, Flag(
-    help="What runs the model (default: transformers for a Hugging Face folder)")]
+    help="Engine that runs the model (default: transformers for a Hugging Face folder)")]
 PRECISION_KEY = "train.precision"
 """Precision setting for megatron and transformers."""
 ENGINE_SET = "--engine-set"

@@ -110,7 +110,7 @@ class ServerOptions:
     engine_python: Annotated[Path | None, Flag(value="FILE")] = None
     """Python interpreter with the engine (default: $SOV_ENGINE_PYTHON, or the current interpreter)."""
     engine_url: Annotated[tuple[str, ...], Flag(value="URL")] = ()
-    """Address of a running server; repeat the option for several servers."""
+    """A running server's address; repeat the option for several servers."""
 
     def places(self, run: Path) -> ServerLocations:
         """Return a run's server addresses, log folder and interpreter.

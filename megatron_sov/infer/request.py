@@ -25,10 +25,10 @@ STOP, LENGTH = "stop", "length"
 """Finish reasons with the names of inference servers: ended by `StopRule`, or at the length limit."""
 Temperature = Annotated[NotNegative, Flag(value="T", help="0 takes the most probable token; otherwise logits "
                                                           "are divided by it and sampled")]
-TopP = Annotated[float, Gt(0), Le(1), Flag(value="P", help="Sample from the smallest set of tokens with "
-                                                           "this probability (arXiv 1904.09751)")]
-SampleSeed = Annotated[NotNegativeInt, Flag(value="S", help="Of the samples")]
-BatchSize = Annotated[AtLeastOne, Flag(help="Sequences that are written at a time")]
+TopP = Annotated[float, Gt(0), Le(1), Flag(value="P", help="Sample from the most probable tokens with "
+                                                           "this total probability (arXiv 1904.09751)")]
+SampleSeed = Annotated[NotNegativeInt, Flag(value="S", help="Seed for sampling")]
+BatchSize = Annotated[AtLeastOne, Flag(help="Sequences per batch")]
 CACHE_TOKENS = 1 << 20
 """Maximum tokens in the KV cache; a single sequence is always allowed. Batches with short sequences do not
 reach the limit; if a GPU is too small for long sequences, lower the batch size."""
@@ -51,7 +51,7 @@ class Sampling:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}  # rules are code
     max_new_tokens: AtLeastOne = 64
-    """Maximum number of new tokens."""
+    """Maximum new tokens."""
     temperature: Temperature = 0.0
     top_k: Annotated[NotNegativeInt, Flag(value="K")] = 0
     """Sample from the `top_k` most probable tokens; 0: from the whole vocabulary."""

@@ -38,7 +38,7 @@ class InspectionOptions:
     rows: NotNegativeInt = 3
     """Rows to show."""
     verify: bool = False
-    """Check hashes and the rules of the artifact's kind; exit code 3 for problems."""
+    """Check hashes and the rules for this kind; exit code 3 for problems."""
     clear: bool = False
     """Delete unfinished work, which the same command would otherwise resume."""
     json: bool = False

@@ -32,7 +32,7 @@ class ServeSettings:
     name: Annotated[str, NO_FLAG] = "model"
     """Model name in requests."""
     host: Annotated[str, MinLen(1), Flag(value="ADDRESS")] = "127.0.0.1"
-    """Address or name to listen on; addresses outside of this machine need a key."""
+    """Address or name to listen on; addresses outside this machine need a key."""
     port: Annotated[int, Ge(0), Le(MAX_PORT)] = 8000
     """Port; 0 for a free port."""
     api_key: Annotated[str, NO_FLAG] = field(default="", repr=False)

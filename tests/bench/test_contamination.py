@@ -42,7 +42,7 @@ def test_items_that_decontamination_removes_are_found(scored: ScoredResults, tmp
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     (tmp_path / "bench.jsonl").write_text("".join(json.dumps({"id": i, "question": q}) + "\n"
                                                   for i, q in enumerate(QUESTIONS)))
-    search = BenchmarkSearchSettings(benchmarks=(tmp_path / "bench.jsonl",)).search()
+    search = BenchmarkSearchSettings(benchmarks=(tmp_path / "bench.jsonl",)).build_search()
     expected = {search.items[f.item].id for t in texts for f in search.find(find_units(t))}
     found = search_training_data(scored, [tmp_path / "train.jsonl"], RecordReading(), 1, show_progress=False)
     assert {hit.item for hit in found.hits} == expected == {"0"}

@@ -35,7 +35,7 @@ class TokenizerCompareOptions(HeldoutTextOptions):
 
     tokenizers: tuple[TokenizerPath, ...]
     hidden_size: AtLeastOne = DEFAULT_HIDDEN_SIZE
-    """Width of the model's embedding and head."""
+    """The model's embedding width."""
     body_params: Annotated[AboveZero, Flag(value="N")] = DEFAULT_BODY_PARAMS
     """Active parameters per token, without embedding and head."""
     json: Annotated[Path | None, Flag(value="FILE")] = None

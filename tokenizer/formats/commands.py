@@ -37,9 +37,9 @@ class TokenizerImportOptions:
     overwrite: bool = False
     """Replace an existing tokenizer."""
     bos: Annotated[str | None, Flag(value="TOKEN")] = None
-    """Special token for the begin of a document, if the source has no such token."""
+    """Special token at a document's start, if the source has no such token."""
     eos: Annotated[str | None, Flag(value="TOKEN")] = None
-    """Special token for the end of a document, if the source has no such token."""
+    """Special token at a document's end, if the source has no such token."""
     pad: Annotated[str | None, Flag(value="TOKEN")] = None
     """Special token for padding (default: eos), if the source has no such token."""
 
@@ -98,7 +98,7 @@ class TokenizerExportOptions:
     path: Annotated[Path, Flag("DIR")]
     """Folder with tokenizer.json, or the file."""
     output: Annotated[Path, Flag(value="FILE")]
-    """The file of ranks."""
+    """The rank file."""
     format: Literal["tiktoken"] = "tiktoken"
     """Library to write for."""
     text: tuple[Path, ...] = ()

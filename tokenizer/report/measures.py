@@ -48,7 +48,7 @@ class HeldoutTextOptions:
     """Held-out text."""
 
     text: Annotated[tuple[str, ...], Flag(value="[NAME=]PATH", many=True)] = ()
-    """Held-out text of a language or domain: a text file, .jsonl, .parquet or a folder of such files."""
+    """Held-out text for a language or domain: a text file, .jsonl, .parquet or a folder with such files."""
     max_text_mb: Annotated[AboveZero, Flag(value="MB")] = DEFAULT_MB
     """Maximum text per --text, spread evenly over its files."""
 

@@ -1,4 +1,4 @@
-"""Step `decontaminate`: documents that hold text of benchmarks are dropped."""
+"""Step `decontaminate`: drop documents that contain benchmark text."""
 
 from __future__ import annotations
 
@@ -19,215 +19,49 @@ from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, ProblemCode, SettingsProblem, at_most_field
 
-_CLUSTERS = regex.compile(r"\X")
-
-
-def locate_stretches(text: str, units: Units, stretches: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return where stretches of units begin and end in a text, in characters.
-
-    Args:
-        text: as it was written.
-        units: its units.
-        stretches: first unit, and the unit behind the last, of each.
-    """
-    spans = [units.span(begin, end) for begin, end in stretches]
-    # What folds to itself has the same places in both.
-    if units.folded == text:
-        return spans
-    # Folding may make one character of several, or several of one: the place widens to whole graphemes.
-    starts, ends = _clusters(text, units.folded)
-    return [(starts[start], ends[stop - 1]) for start, stop in spans]
-
-
-def _clusters(text: str, folded: str) -> tuple[list[int], list[int]]:
-    """Return for each character of the folded text where that from which it was made begins and ends:
-    what a reader takes for one character, which Unicode's forms do not reach beyond."""
-    starts: list[int] = []
-    ends: list[int] = []
-    is_folded = folded != unicodedata.normalize("NFKC", text)
-    for found in _CLUSTERS.finditer(text):
-        # `find_units` folds some texts, and others only into NFKC: the same is done here to each grapheme
-        # alone, and its length says how many folded characters are its own.
-        size = len(fold_text(found[0]) if is_folded else unicodedata.normalize("NFKC", found[0]))
-        starts += [found.start()] * size
-        ends += [found.end()] * size
-    if len(starts) != len(folded):  # a form that does: the whole text is the place
-        return [0] * len(folded), [len(text)] * len(folded)
-    return starts, ends
-
-
-MAX_HITS = 1000
-"""Of one text that are told; one that has so many is not worth more room."""
-MAX_SHOWN_CHARS = 1000
-"""Of a found text that are shown."""
-
-
-@dataclass(frozen=True)
-class BenchmarkHit:
-    """A place in a text that an item of a benchmark has too."""
-
-    benchmark: str
-    """Name of the benchmark's file."""
-    item: str
-    """Id of the record, or its line."""
-    field: str
-    """Field of the record."""
-    start: int
-    """Where the place begins in the text, in characters."""
-    stop: int
-    """Where it ends."""
-    before: str
-    """What stands before it."""
-    found: str
-    """What stands there."""
-    after: str
-    """What stands behind it."""
-
-
-def find_hits(text: str, search: ItemSearch, context_chars: int) -> list[BenchmarkHit]:
-    """Return what a text has of benchmarks.
-
-    Args:
-        text: to search.
-        search: for what.
-        context_chars: to show on either side.
-    """
-    # A text is searched twice: as it is, and without its markup. A place that both searches find counts once.
-    found = _found(text, search)
-    if (other := to_plain_form(text)) is not None:
-        known = defaultdict(list)
-        for number, start, stop in found:
-            known[number].append((start, stop))
-        for number, start, stop in _found(other.text, search):
-            # Back from the plain text to the one that was written.
-            start, stop = int(other.starts[start]), int(other.ends[stop - 1])
-            if not any(a < stop and start < b for a, b in known[number]):
-                found.append((number, start, stop))
-    hits = []
-    for number, start, stop in found[:MAX_HITS]:
-        item = search.items[number]
-        hits.append(BenchmarkHit(item.benchmark, item.id, item.field, start, stop,
-                        text[max(0, start - context_chars):start],
-                        text[start:min(stop, start + MAX_SHOWN_CHARS)], text[stop:stop + context_chars]))
-    return hits
-
-
-def _found(text: str, search: ItemSearch) -> list[tuple[int, int, int]]:
-    units = find_units(text)
-    found = search.find(units)[:MAX_HITS]
-    spans = locate_stretches(text, units, [(f.begin, f.end) for f in found]) if found else []
-    return [(one.item, *span) for one, span in zip(found, spans, strict=True)]
-
-
-FIELDS = ("question", "problem", "prompt", "query", "instruction", "text")
-"""Fields that are searched for where a record has them."""
-_IDS = ("id", "task_id", "question_id", "qid")
-
-
-def list_benchmark_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the .jsonl files of paths: files, or folders of them.
-
-    Raises:
-        UserError: one does not exist, or a folder has none.
-    """
-    found: list[Path] = []
-    for path in paths:
-        files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-        if not files or not all(file.is_file() for file in files):
-            raise UserError(f"benchmarks: {path}: is no file, and no folder with .jsonl files of records; "
-                            "nothing is fetched by a benchmark's name: save each as .jsonl, e.g. by "
-                            "datasets' `to_json`, and pass the files after --benchmarks, with blanks between")
-        found += files
-    return found
-
-
-def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[SearchItem]:
-    """Return the items of benchmarks, in order.
-
-    Args:
-        paths: .jsonl files, or folders of them.
-        fields: names of fields, each of which is an item where a record has it; a dot leads into an object.
-
-    Raises:
-        UserError: a file cannot be read, a line is no JSON object, or a record has none of the fields.
-    """
-    found: list[SearchItem] = []
-    for file in list_benchmark_files(paths):
-        before = len(found)
-        for where, record in read_records(file):
-            id_ = next((str(record[name]) for name in _IDS if isinstance(record.get(name), (str, int))),
-                       f"line {where.rpartition(':')[2]}")
-            texts = {name: text for name in fields if (text := collect_text(_value(record, name))).strip()}
-            # A record that is passed over in silence would be one that nothing is searched for.
-            if not texts:
-                raise UserError(f"{where}: has text in none of the fields {', '.join(fields)} (fields: "
-                                f"{', '.join(record) or 'none'}); name those of the benchmark with `fields`")
-            found += [SearchItem(file.stem, id_, name, text) for name, text in texts.items()]
-        if len(found) == before:
-            raise UserError(f"benchmarks: {file}: has no records; each line is a JSON object")
-    return found
-
-
-def _value(record: Mapping[str, Any], name: str) -> Any:
-    if name in record:
-        return record[name]
-    value: Any = record
-    for part in name.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
-def collect_text(value: Any) -> str:
-    """Return a value as text: a string, or all strings of a list, an object, or messages, in order."""
-    return "\n".join(_strings(value, 0))
-
-
-def _strings(value: Any, depth: int) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    # The bound on depth is for hostile files: nesting must not end the interpreter's stack.
-    elif isinstance(value, Mapping) and depth < 4:
-        for name, inner in value.items():
-            if name != "role":
-                yield from _strings(inner, depth + 1)
-    elif isinstance(value, list) and depth < 4:
-        for inner in value:
-            yield from _strings(inner, depth + 1)
-
-
 REASON = "text of a benchmark"
+FIELDS = ("question", "problem", "prompt", "query", "instruction", "text")
+"""Record fields to search for by default."""
 CONTEXT_CHARS = 100
-"""Characters shown on either side of a place."""
+"""Characters in `BenchmarkHit.before` and `BenchmarkHit.after`."""
+MAX_HITS = 1000
+"""Maximum hits to report for a text."""
+MAX_SHOWN_CHARS = 1000
+"""Maximum characters in `BenchmarkHit.found`."""
+MAX_FIELD_DEPTH = 4
+"""Nested lists and objects in a field; deeper strings are ignored, so that hostile files cannot overflow the
+stack."""
+_ID_FIELDS = ("id", "task_id", "question_id", "qid")
+_GRAPHEME = regex.compile(r"\X")
+
+Span = tuple[int, int]
+"""First index and end index, exclusive."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSearchSettings:
-    """Which texts of benchmarks are looked for."""
+    """Benchmarks to search for, and minimum lengths for a match."""
 
     benchmarks: Annotated[tuple[Path, ...], MinLen(1), Flag(many=True)]
-    """.jsonl files, or folders of them; each line is a record of a benchmark."""
+    """.jsonl files, or folders with such files; each line is a benchmark record."""
     fields: Annotated[tuple[str, ...], MinLen(1), Flag(value="NAME", many=True)] = FIELDS
-    """Fields of a record, each of which is looked for where it is there; a dot leads into an object."""
+    """Record fields to search, if present; a dot leads into an object."""
     ngram: Annotated[int, Ge(1), Le(1000)] = RUN_WORDS
-    """Words in a row that a text may not share with an item; a character of Thai, Chinese or Japanese is a
-    quarter of a word, a syllable of Korean a third."""
+    """Words in a row that a text may not share with an item; a Thai, Chinese or Japanese character counts as
+    a quarter word, a Korean syllable as a third."""
     min_words: Annotated[AtLeastOne, at_most_field("ngram")] = 5
-    """An item that is shorter than `ngram` is found as a whole, if it has at least so many words."""
+    """Minimum words in an item shorter than `ngram`, which matches only as a whole."""
 
-    def search(self) -> ItemSearch:
-        """Read the benchmarks.
-
-        Raises:
-            UserError: a file cannot be read, or a record has none of the fields.
-        """
+    def build_search(self) -> ItemSearch:
+        """Read the benchmarks; raises `UserError` as `read_items`."""
         return ItemSearch(read_items(self.benchmarks, self.fields), self.ngram, self.min_words)
 
 
 class DecontaminateSettings(BenchmarkSearchSettings):
-    """Settings of the step."""
+    """Settings for `decontaminate`."""
 
     def problems(self) -> list[SettingsProblem]:
-        """Return what is wrong with the benchmarks: now, and not when all documents are parsed."""
+        """Read the benchmarks now, so that a bad file stops the run before its documents are parsed."""
         try:
             read_items(self.benchmarks, self.fields)
         except UserError as e:
@@ -236,7 +70,7 @@ class DecontaminateSettings(BenchmarkSearchSettings):
 
 
 class Decontaminate(Step):
-    """Drops documents with text of benchmarks; the column `contamination` names the items."""
+    """Drops documents with benchmark text; the column `contamination` names the items."""
 
     kind = "decontaminate"
     version = 2  # looks at each document alone
@@ -248,12 +82,180 @@ class Decontaminate(Step):
         return list_benchmark_files(self.settings.benchmarks)
 
     def load_inputs(self, view: View) -> None:
-        self._search = self.settings.search()
+        self._search = self.settings.build_search()
 
     def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._outcome(document.text) for document in documents]
+        return [self._judge_text(document.text) for document in documents]
 
-    def _outcome(self, text: str) -> StepOutcome:
+    def _judge_text(self, text: str) -> StepOutcome:
         hits = find_hits(text, self._search, 0)
         items = " ".join(sorted({f"{hit.benchmark}:{hit.item}" for hit in hits}))
         return StepOutcome(REASON if hits else "", values={"contamination": items})
+
+
+@dataclass(frozen=True)
+class BenchmarkHit:
+    """A passage of a text that matches a benchmark item; field names are keys in hits.json."""
+
+    benchmark: str
+    """Stem of the benchmark's file name."""
+    item: str
+    """Id of the benchmark's record, or its line."""
+    field: str
+    """Field of the benchmark's record."""
+    start: int
+    """First character of the passage in the text."""
+    stop: int
+    """End character, exclusive."""
+    before: str
+    """Text before the passage."""
+    found: str
+    """The passage, cut to `MAX_SHOWN_CHARS`."""
+    after: str
+    """Text after the passage."""
+
+
+def find_hits(text: str, search: ItemSearch, context_chars: int) -> list[BenchmarkHit]:
+    """Search a text for benchmark items, both as written and without markup.
+
+    Args:
+        text: the text.
+        search: benchmark items.
+        context_chars: maximum characters in `BenchmarkHit.before` and `BenchmarkHit.after`.
+    """
+    matches = _find_matches(text, search)
+    if (plain := to_plain_form(text)) is not None:
+        spans_by_item = defaultdict(list)
+        for item_index, span in matches:
+            spans_by_item[item_index].append(span)
+        for item_index, (start, stop) in _find_matches(plain.text, search):
+            # From the plain form to the written text.
+            start, stop = int(plain.starts[start]), int(plain.ends[stop - 1])
+            # Both searches may find the same passage.
+            if not any(begin < stop and start < end for begin, end in spans_by_item[item_index]):
+                matches.append((item_index, (start, stop)))
+    hits = []
+    for item_index, (start, stop) in matches[:MAX_HITS]:
+        item = search.items[item_index]
+        hits.append(BenchmarkHit(
+            item.benchmark, item.id, item.field, start, stop, text[max(0, start - context_chars):start],
+            text[start:min(stop, start + MAX_SHOWN_CHARS)], text[stop:stop + context_chars]))
+    return hits
+
+
+def _find_matches(text: str, search: ItemSearch) -> list[tuple[int, Span]]:
+    """Return index into `search.items` and span in `text` for each match."""
+    units = find_units(text)
+    matches = search.find(units)[:MAX_HITS]
+    if not matches:
+        return []
+    spans = locate_stretches(text, units, [(match.begin, match.end) for match in matches])
+    return [(match.item, span) for match, span in zip(matches, spans, strict=True)]
+
+
+def locate_stretches(text: str, units: Units, stretches: Sequence[Span]) -> list[Span]:
+    """Convert spans in units to spans in characters.
+
+    Args:
+        text: the text as written.
+        units: units of `text`.
+        stretches: first unit and end unit, exclusive.
+    """
+    spans = [units.span(begin, end) for begin, end in stretches]
+    if units.folded == text:
+        return spans
+    # Folding may split or join characters: spans widen to whole graphemes.
+    starts, ends = _map_folded_characters(text, units.folded)
+    return [(starts[start], ends[stop - 1]) for start, stop in spans]
+
+
+def _map_folded_characters(text: str, folded: str) -> tuple[list[int], list[int]]:
+    """Return start and end of the grapheme in `text` for each character in `folded`.
+
+    Unicode's normal forms never combine characters across graphemes.
+    """
+    starts: list[int] = []
+    ends: list[int] = []
+    is_folded = folded != unicodedata.normalize("NFKC", text)
+    for match in _GRAPHEME.finditer(text):
+        # `find_units` folds some texts and only normalizes other texts; the same function on a grapheme gives
+        # its number of folded characters.
+        form = fold_text(match[0]) if is_folded else unicodedata.normalize("NFKC", match[0])
+        starts += [match.start()] * len(form)
+        ends += [match.end()] * len(form)
+    if len(starts) != len(folded):  # characters did combine: use the whole text
+        return [0] * len(folded), [len(text)] * len(folded)
+    return starts, ends
+
+
+def list_benchmark_files(paths: Iterable[Path]) -> list[Path]:
+    """List the .jsonl files in `paths`; raises `UserError` for a missing file or a folder without files."""
+    benchmark_files: list[Path] = []
+    for path in paths:
+        files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        if not files or not all(file.is_file() for file in files):
+            raise UserError(f"benchmarks: {path}: is no file, and no folder with .jsonl files of records; "
+                            "nothing is fetched by a benchmark's name: save each as .jsonl, e.g. by "
+                            "datasets' `to_json`, and pass the files after --benchmarks, with blanks between")
+        benchmark_files += files
+    return benchmark_files
+
+
+def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[SearchItem]:
+    """Read benchmark items, in order.
+
+    Args:
+        paths: .jsonl files, or folders with .jsonl files.
+        fields: each field with text is an item; a dot leads into an object.
+
+    Raises:
+        UserError: a file cannot be read or has no records, a line is no JSON object, or a record has text in
+            none of the fields.
+    """
+    items: list[SearchItem] = []
+    for file in list_benchmark_files(paths):
+        num_before = len(items)
+        for where, record in read_records(file):
+            texts = {name: collect_text(_get_field(record, name)) for name in fields}
+            texts = {name: text for name, text in texts.items() if text.strip()}
+            # Without the error, the record would silently not be searched for.
+            if not texts:
+                raise UserError(f"{where}: has text in none of the fields {', '.join(fields)} (fields: "
+                                f"{', '.join(record) or 'none'}); name those of the benchmark with `fields`")
+            item_id = _get_item_id(record, where)
+            items += [SearchItem(file.stem, item_id, name, text) for name, text in texts.items()]
+        if len(items) == num_before:
+            raise UserError(f"benchmarks: {file}: has no records; each line is a JSON object")
+    return items
+
+
+def _get_item_id(record: Mapping[str, Any], where: str) -> str:
+    for name in _ID_FIELDS:
+        if isinstance(record.get(name), (str, int)):
+            return str(record[name])
+    return f"line {where.rpartition(':')[2]}"
+
+
+def _get_field(record: Mapping[str, Any], name: str) -> Any:
+    if name in record:
+        return record[name]
+    value: Any = record
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def collect_text(value: Any) -> str:
+    """Join the strings in a value from JSON: a string, list, object, or messages without their roles."""
+    return "\n".join(_iter_strings(value, 0))
+
+
+def _iter_strings(value: Any, depth: int) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif depth < MAX_FIELD_DEPTH:
+        if isinstance(value, Mapping):
+            value = [inner for name, inner in value.items() if name != "role"]
+        if isinstance(value, list):
+            for inner in value:
+                yield from _iter_strings(inner, depth + 1)

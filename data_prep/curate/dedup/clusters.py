@@ -1,12 +1,11 @@
 """Choose the near duplicates to drop by greedy selection over pairs of similar documents, in bounded memory.
 
-Documents are considered by priority, length and number. A document stays unless a staying document is similar
-to it (the lexicographically first maximal independent set of the graph of similar pairs). Similarity is not
-transitive here: a document similar only to dropped documents stays.
+Documents are considered by priority, length and number. A document is dropped only if a kept document is
+similar (the kept documents are the lexicographically first maximal independent set in the graph of pairs). A
+document stays if only dropped documents are similar.
 
-Pairs sorted by their first document decide everything in one pass, because all documents before the first
-document are already decided. Pairs beyond the memory limit are distributed to files by quantiles of the order
-(a sample sort).
+A single pass over pairs in the order of first documents is enough: every earlier document is decided. Pairs
+beyond the memory limit are distributed to files by quantiles (a sample sort).
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ from numpy.typing import NDArray
 
 from data_prep.curate.dedup.minhash_loops import drop_similar, find_ranges
 from data_prep.curate.dedup.work_files import (
-    ROW_BITS, BucketWriter, Numbering, Records, Register, get_ranks, get_rows, join_blocks, read_array)
+    ROW_BITS, Numbering, Records, Register, create_bucket_file, get_ranks, get_rows, join_blocks, read_array)
 from data_prep.curate.pipeline.step import View
-from megatron_sov.base.artifacts import create_file
 
 EDGE = np.dtype([("order", "<u8"), ("first", "<u8"), ("second", "<u8")])
-"""Two similar documents: place of `first` in the order of documents, and both numbers."""
+"""Two similar documents: place of `first` in `DocumentOrder`, and both numbers."""
 DROPPED = np.dtype([("doc", "<u8"), ("keeper", "<u8")])
-"""Numbers of a dropped document and of the similar document that stays."""
+"""Numbers of a dropped document and a similar kept document."""
 EDGES_IN_MEMORY = 1 << 23
 """Pairs sorted at a time, some 200 MB."""
 _EDGE_BLOCK = 1 << 18
@@ -34,45 +32,44 @@ _CHARACTER_BITS = 40
 
 
 class Clusters:
-    """Selects the dropped documents and the keeper of each.
+    """Selects dropped documents and their keepers.
 
-    The keepers of all documents lie in a sparse file: only parts with near duplicates take disk and memory.
+    Keepers are in a sparse file: only parts with near duplicates take disk and memory.
     """
 
     def __init__(self, view: View, register: Register, folder: Path) -> None:
-        """Start with all documents kept; `folder` is empty and receives temporary files."""
+        """Create the file of keepers in `folder`, which is empty and receives temporary files."""
         self._numbering, self._folder = Numbering(view), folder
         # Earlier steps leave gaps between rows, so the last row counts and not the length of the table.
         counts = []
         for rank in range(len(view.shards)):
-            last_row = register.read(rank)["row"][-1:]
+            last_row = register.read_table(rank)["row"][-1:]
             counts.append(int(last_row[0]) + 1 if len(last_row) else 0)
         self._begins = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         folder.mkdir(parents=True, exist_ok=True)
         # A new file of zeros has no blocks on the disk.
         num_places = max(1, int(self._begins[-1]))
         self._keepers = np.asarray(np.memmap(folder / "keepers", np.uint64, "w+", shape=(num_places,)))
-        """Place of each document's keeper plus one; 0 if the document stays."""
+        """uint64 [documents]: place of the keeper plus 1; 0: the document stays."""
 
     def select_documents(self, files: Sequence[Path]) -> None:
-        """Choose the documents to drop; `files` are arrays of `EDGE`."""
+        """Choose the documents to drop; `files` hold `EDGE` records."""
         for edges in iter_edges_in_order(files, self._folder / "ranges"):
             drop_similar(self._keepers, self._compute_places(edges["first"]),
                          self._compute_places(edges["second"]))
 
     def write_dropped(self, path: Path) -> None:
         """Write a bucket file of `DROPPED` records with a bucket for each rank."""
-        with create_file(path, create_parents=True) as temporary:
-            writer = BucketWriter(temporary, len(self._numbering.shards))
-            for rank in range(len(self._numbering.shards)):
+        num_ranks = len(self._numbering.shards)
+        with create_bucket_file(path, num_ranks) as append_bucket:
+            for rank in range(num_ranks):
                 begin, end = self._begins[rank:rank + 2].tolist()
                 places = begin + np.flatnonzero(self._keepers[begin:end])
                 if len(places):
                     dropped = np.empty(len(places), DROPPED)
                     dropped["doc"] = self._compute_numbers(places)
                     dropped["keeper"] = self._compute_numbers(self._keepers[places].astype(np.int64) - 1)
-                    writer.append_bucket(rank, dropped)
-            writer.close()
+                    append_bucket(rank, dropped)
 
     def _compute_places(self, numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
         places: NDArray[np.int64] = self._begins[get_ranks(numbers)] + get_rows(numbers)
@@ -85,7 +82,7 @@ class Clusters:
 
 
 class DocumentOrder:
-    """Order of documents for selection: by priority, longest first, then by number."""
+    """Order for selection: by priority, longest documents first, by number."""
 
     def __init__(self, view: View) -> None:
         shards = Numbering(view).shards
@@ -95,14 +92,14 @@ class DocumentOrder:
 
     def compute_places(self, numbers: NDArray[np.uint64], characters: NDArray[np.uint64]
                        ) -> NDArray[np.uint64]:
-        """Return the place [n] uint64 of documents from their numbers [n] and lengths [n]; equal for ties."""
+        """Return places [n] uint64 from numbers [n] and lengths [n]; equal for ties."""
         longest = np.uint64((1 << _CHARACTER_BITS) - 1)
         shortfall = longest - np.minimum(characters.astype(np.uint64), longest)
         classes: NDArray[np.uint64] = self._class_by_rank[get_ranks(numbers)]
         return classes << np.uint64(_CHARACTER_BITS) | shortfall
 
     def build_edges(self, pairs: NDArray[np.uint64], characters: NDArray[np.uint64]) -> Records:
-        """Return `EDGE` records of pairs of numbers [n, 2] from the lengths [n, 2] of both documents."""
+        """Return `EDGE` records for pairs of numbers [n, 2] with lengths [n, 2]."""
         left, right = (self.compute_places(pairs[:, side], characters[:, side]) for side in (0, 1))
         is_swapped = (right < left) | ((right == left) & (pairs[:, 1] < pairs[:, 0]))
         edges = np.empty(len(pairs), EDGE)
@@ -121,18 +118,18 @@ def sort_edges(edges: Records) -> Records:
 
 
 def iter_edges_in_order(files: Sequence[Path], scratch: Path) -> Iterator[Records]:
-    """Yield the edges of all files in sorted blocks.
+    """Yield edges in sorted blocks.
 
     Args:
         files: unsorted arrays of `EDGE`.
-        scratch: temporary folder; receives a copy of the edges if they exceed `EDGES_IN_MEMORY`.
+        scratch: temporary folder; receives a copy if there are more than `EDGES_IN_MEMORY` edges.
     """
     num_edges = sum(len(read_array(file)) for file in files)
     num_ranges = -(-num_edges // EDGES_IN_MEMORY)
     if num_ranges <= 1:
         yield sort_edges(np.concatenate([np.empty(0, EDGE), *_iter_blocks(files)]))
         return
-    # Bounds are quantiles of every `step`-th edge, so that ranges hold about equally many edges.
+    # Bounds are quantiles of every `step`-th edge: ranges hold about equally many edges.
     step = max(1, num_edges // (1000 * num_ranges))
     sample = np.empty(0, EDGE)
     position = 0
@@ -158,7 +155,7 @@ def iter_edges_in_order(files: Sequence[Path], scratch: Path) -> Iterator[Record
 
 
 def _iter_blocks(files: Iterable[Path]) -> Iterator[Records]:
-    # Copies: mapped files would exceed the limit of some 65,000 maps per process.
+    # Copies: a process may hold only some 65,000 maps.
     arrays = (read_array(file) for file in files)
     return join_blocks((edges[start:start + _EDGE_BLOCK].copy() for edges in arrays
                         for start in range(0, len(edges), _EDGE_BLOCK)), _EDGE_BLOCK)

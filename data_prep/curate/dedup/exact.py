@@ -1,7 +1,7 @@
 """Steps `exact_dedup` and `paragraph_dedup`: drop repeated documents, cut repeated paragraphs.
 
-Both count 128-bit keys of more documents than fit into memory: a first pass writes the sorted keys of each
-shard, cut into partitions by their first bits; a second pass counts each partition in ranges of keys.
+Both count more 128-bit keys than fit into memory: a first pass writes the sorted keys for a shard, divided
+into partitions by the first bits; a second pass counts a partition in ranges of keys.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from data_prep.curate.dedup.work_files import (
-    Numbering, Records, Register, Slice, compute_key_partitions, get_ranks, join_blocks, list_part_files,
-    open_bucket, register_documents, write_buckets)
+    Numbering, Records, Register, Slice, compute_key_partitions, compute_partition_bounds, get_ranks,
+    iter_key_ranges, join_blocks, list_part_files, open_bucket, register_documents, write_buckets)
 from data_prep.curate.pipeline.step import KEPT, Doc, Pass, ShardRef, Step, StepOutcome, View
 from megatron_sov.base.artifacts import create_folder
 from megatron_sov.base.documents.overlap import fold_text
@@ -29,27 +29,27 @@ from megatron_sov.base.settings import AtLeastOne, Share
 
 KEY_BYTES = 16
 OCCURRENCE = np.dtype([("key", f"S{KEY_BYTES}"), ("doc", "<u8")])
-"""A key and the number of a document that has the key."""
+"""A key and the number of a document with the key."""
 SURPLUS = np.dtype([("doc", "<u8"), ("keeper", "<u8"), ("key", f"S{KEY_BYTES}")])
-"""A document, the first document with the same key, and the key that `doc` has to give up."""
+"""A document, the first document with the same key, and the key that `doc` loses."""
 RANGE_RECORDS = 1 << 20
 REASON = "exact duplicate"
 REPEATED_REASON = "mostly repeated paragraphs"
 
 Partitions = Annotated[int, Ge(1), Le(65536)]
-"""Tasks of a second pass; each writes a file."""
+"""Number of tasks in a second pass."""
 
 
 @dataclass(frozen=True)
 class ExactSettings:
-    """Settings of the step `exact_dedup`."""
+    """Settings for `exact_dedup`."""
 
     partitions: Partitions = 64
-    """Tasks of the second pass, the upper limit of its workers."""
+    """Tasks in the second pass, which limit the workers."""
 
 
 class ExactDedup(Step):
-    """Drops a document whose normalized text equals an earlier document's, by source priority, then order."""
+    """Drops documents whose normalized text equals an earlier document's, by source priority and order."""
 
     kind = "exact_dedup"
     added_columns = {"duplicate_of": "string"}
@@ -76,17 +76,17 @@ class ExactDedup(Step):
         write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
 
     def _compare_keys(self, view: View, task: int) -> None:
-        write_surplus(view, task, view.work_folder / "duplicates")
+        write_surplus(view, task, self.settings.partitions, view.work_folder / "duplicates")
 
 
 def _normalize_text(text: str) -> bytes:
-    """Encode `text` in NFKC with every run of whitespace as one space."""
+    """Encode `text` in NFKC, with single spaces for whitespace."""
     # Documents may hold lone surrogates, which strict UTF-8 refuses.
     return " ".join(unicodedata.normalize("NFKC", text).split()).encode(errors="surrogatepass")
 
 
 class DuplicateFilter:
-    """Drops the documents of record lists; holds the list of one shard in memory."""
+    """Drops listed documents; a single shard's list is in memory."""
 
     def __init__(self, view: View, reason: str, read_duplicates: Callable[[int], Records]) -> None:
         """`read_duplicates` maps a rank to records with `doc` (to drop) and `keeper`."""
@@ -108,7 +108,7 @@ class DuplicateFilter:
     def _load_shard(self, rank: int) -> None:
         records = self._read_duplicates(rank)
         self._keeper_ids = {}
-        # Sorted by keeper, so that the table of each keeper's shard is opened once.
+        # Sorted by keeper: each shard's table is opened once.
         for record in records[records["keeper"].argsort(kind="stable")]:
             row, keeper = int(record["doc"]) & 0xFFFFFFFF, int(record["keeper"])
             self._keeper_ids[row] = self._register.get_document_id(keeper)
@@ -118,20 +118,20 @@ class DuplicateFilter:
 
 @dataclass(frozen=True)
 class ParagraphSettings:
-    """Settings of the step `paragraph_dedup`."""
+    """Settings for `paragraph_dedup`."""
 
     min_chars: AtLeastOne = 30
-    """Shorter paragraphs stay; blanks at their ends do not count."""
+    """Minimum characters in a paragraph to cut, without blanks at the ends."""
     max_documents: AtLeastOne = 5
-    """A paragraph of more documents than this is cut from all but the first by source priority."""
+    """A paragraph in more documents stays only in the first document by source priority."""
     max_share: Share = 0.5
-    """A document that loses more of its characters is dropped."""
+    """A document that would lose a larger share is dropped."""
     partitions: Partitions = 64
-    """Tasks of the second pass, the upper limit of its workers."""
+    """Tasks in the second pass, which limit the workers."""
 
 
 class ParagraphDedup(Step):
-    """Cuts paragraphs of many documents, such as menus and notices, from all documents but the first."""
+    """Cuts paragraphs in many documents, e.g. menus and notices, except from the first document."""
 
     kind = "paragraph_dedup"
     added_columns = {"paragraphs_cut": "int64"}
@@ -167,7 +167,7 @@ class ParagraphDedup(Step):
             else:
                 remaining.append(content)
         text = "".join(remaining)
-        # Both sides of the share count characters without surrounding blanks.
+        # Both counts leave out surrounding blanks.
         if not text.strip() or num_cut_chars > self.settings.max_share * len(document.text.strip()):
             return StepOutcome(REPEATED_REASON, values={"paragraphs_cut": num_cut})
         return StepOutcome(text=text, values={"paragraphs_cut": num_cut})
@@ -193,28 +193,29 @@ class ParagraphDedup(Step):
         write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
 
     def _count_keys(self, view: View, task: int) -> None:
-        write_surplus(view, task, view.work_folder / "repeated", self.settings.max_documents)
+        write_surplus(view, task, self.settings.partitions, view.work_folder / "repeated",
+                      self.settings.max_documents)
 
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Position and key of a paragraph in a text."""
+    """A paragraph's position in a text, and its key."""
 
     start: int
     """First character."""
     stop: int
     """Character after the paragraph's line end."""
     key: bytes
-    """128-bit hash of the case-folded NFKC form with single spaces; empty if the paragraph is too short."""
+    """128-bit hash over the case-folded NFKC form with single spaces; empty if the paragraph is too short."""
 
 
 def iter_paragraphs(text: str, min_chars: int) -> Iterator[Paragraph]:
-    """Yield the lines of `text` as paragraphs that together cover all characters."""
+    """Yield the lines in `text`, including line ends, as paragraphs."""
     begin = 0
     # Folding neither adds nor removes line ends; one call for the text is as cheap as one for a line.
     for line, folded in zip(re.findall(r"[^\n]*\n|[^\n]+$", text), fold_text(text).split("\n"), strict=False):
         words, key = folded.split(), b""
-        # Length of the words joined by spaces, computed before joining: short lines need no hash.
+        # Length with single spaces, computed before joining: short lines need no hash.
         if sum(map(len, words)) + len(words) - 1 >= min_chars:
             plain = " ".join(words).encode(errors="surrogatepass")
             key = hashlib.blake2b(plain, digest_size=KEY_BYTES).digest()
@@ -223,7 +224,7 @@ def iter_paragraphs(text: str, min_chars: int) -> Iterator[Paragraph]:
 
 
 def write_occurrences(path: Path, keys: list[bytes], numbers: list[int], num_partitions: int) -> None:
-    """Write the keys of a shard with the number of each key's document, by partition."""
+    """Write a shard's keys with document numbers, by partition."""
     records = np.empty(len(keys), OCCURRENCE)
     records["key"], records["doc"] = keys, numbers
     # `lexsort` sorts by its last argument first: by key, then by document.
@@ -231,19 +232,22 @@ def write_occurrences(path: Path, keys: list[bytes], numbers: list[int], num_par
     write_buckets(path, records, compute_key_partitions(records["key"], num_partitions), num_partitions)
 
 
-def write_surplus(view: View, partition: int, output: Path, max_documents: int = 1) -> None:
-    """Write the `SURPLUS` records of one partition, in files with a bucket for each rank.
+def write_surplus(view: View, partition: int, num_partitions: int, output: Path,
+                  max_documents: int = 1) -> None:
+    """Write a partition's `SURPLUS` records, in files with a bucket for each rank.
 
     Args:
-        view: its folder `keys` holds a file of `write_occurrences` for each rank.
+        view: `view.work_folder / "keys"` holds a file from `write_occurrences` for each rank.
         partition: partition to count.
+        num_partitions: number of partitions.
         output: folder; receives a subfolder for the partition.
-        max_documents: a key of more documents stays with its first document only.
+        max_documents: a key in more documents stays only in the first document.
     """
     num_ranks = len(view.shards)
     slices = [open_bucket(view.work_folder / "keys" / f"{rank:06}", OCCURRENCE, partition)
               for rank in range(num_ranks)]
-    surplus = _iter_surplus(_iter_key_ranges(slices), max_documents)
+    bounds = compute_partition_bounds(partition, num_partitions)
+    surplus = _iter_surplus(iter_key_ranges(slices, *bounds, RANGE_RECORDS), max_documents)
     with create_folder(output / f"{partition:05}") as temporary:
         for number, block in enumerate(join_blocks(surplus, RANGE_RECORDS)):
             # Sorted by document, because the outcomes are read shard by shard.
@@ -252,30 +256,10 @@ def write_surplus(view: View, partition: int, output: Path, max_documents: int =
 
 
 def read_surplus(folder: Path, rank: int) -> Records:
-    """Read the `SURPLUS` records of a shard from the subfolders of all partitions, sorted by document."""
+    """Read a shard's `SURPLUS` records from the partitions' subfolders, sorted by document."""
     parts = [open_bucket(file, SURPLUS, rank).read_records() for file in list_part_files(folder)]
     records: Records = np.concatenate([np.empty(0, SURPLUS), *parts])
     return records[np.argsort(records["doc"], kind="stable")]
-
-
-def _iter_key_ranges(slices: list[Slice]) -> Iterator[list[Slice]]:
-    """Cut the slices of all shards at common keys into ranges of about `RANGE_RECORDS` records."""
-    num_ranges = -(-sum(records.num_records for records in slices) // RANGE_RECORDS)
-    if num_ranges <= 1:
-        yield slices
-        return
-    # Hashes spread evenly, so equal ranges of keys hold about equally many records. All slices are cut at the
-    # same bounds: the records of a key stay in one range. The last bound exceeds the highest key.
-    slices = [records for records in slices if records.num_records]
-    lowest = min(records.read_key(0) for records in slices)
-    highest = max(records.read_key(records.num_records - 1) for records in slices)
-    starts = [0] * len(slices)
-    for number in range(1, num_ranges + 1):
-        bound = lowest + (highest + 1 - lowest) * number // num_ranges
-        stops = [records.find_first_key(bound, start) for records, start in zip(slices, starts, strict=True)]
-        yield [records.slice_records(start, stop)
-               for records, start, stop in zip(slices, starts, stops, strict=True) if stop > start]
-        starts = stops
 
 
 def _iter_surplus(ranges: Iterator[list[Slice]], max_documents: int) -> Iterator[Records]:
@@ -287,7 +271,7 @@ def _iter_surplus(ranges: Iterator[list[Slice]], max_documents: int) -> Iterator
             continue
         for part in slices:
             records = part.read_records()
-            # A key above all frequent keys is clipped to the last one and fails the comparison below.
+            # A key above the last frequent key is clipped to the last key and fails the comparison below.
             places = np.minimum(np.searchsorted(keys, records["key"]), len(keys) - 1)
             is_surplus = (keys[places] == records["key"]) & (firsts[places] != records["doc"])
             surplus = np.empty(int(is_surplus.sum()), SURPLUS)
@@ -297,11 +281,11 @@ def _iter_surplus(ranges: Iterator[list[Slice]], max_documents: int) -> Iterator
 
 
 def _count_keys(slices: list[Slice]) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.uint64]]:
-    """Return distinct keys [n] ascending, the number of their documents, and their first document."""
+    """Return distinct keys [n] in ascending order, with document counts and first documents."""
     keys = np.empty(0, OCCURRENCE["key"])
     counts, firsts = np.empty(0, np.int64), np.empty(0, np.uint64)
-    # Each block is merged into the counts by one sort: memory holds an entry per key and one block, however
-    # often a key occurs.
+    # A sort merges each block into the counts: memory holds an entry per key and a block, however often a key
+    # occurs.
     for block in join_blocks((part.read_records() for part in slices), RANGE_RECORDS):
         keys = np.concatenate([keys, block["key"]])
         counts = np.concatenate([counts, np.ones(len(block), np.int64)])

@@ -1,9 +1,10 @@
 """Step `minhash_dedup`: drop a document if a kept document is nearly the same.
 
-MinHash signatures (Broder, 1997) with locality-sensitive hashing: a number of a signature is the minimum of
-the shingles' images under a permutation ``x -> a x + b`` of 32 bits with odd `a`; two texts agree in a number
-with the probability of their Jaccard similarity. With b bands of r numbers, texts of similarity s share a
-band with probability ``1 - (1 - s^r)^b``. Pairs with a common band are compared by their exact similarity.
+MinHash signatures (Broder, 1997) with locality-sensitive hashing: a number in a signature is the minimum over
+the shingles' images under a permutation ``x -> a x + b`` on 32 bits with odd `a`; two texts agree in a number
+with a probability equal to the Jaccard similarity. With b bands and r numbers per band, texts with similarity
+s share a band with probability ``1 - (1 - s^r)^b``. Pairs with a common band are compared by exact
+similarity.
 
 Passes: signatures (per shard), common bands (per partition), shingles and exact comparison (per shard), and
 selection (`clusters`, one task).
@@ -26,8 +27,9 @@ from data_prep.curate.dedup.clusters import DROPPED, EDGE, Clusters, DocumentOrd
 from data_prep.curate.dedup.exact import DuplicateFilter, Partitions
 from data_prep.curate.dedup.minhash_loops import count_common, hash_bands, lower_signature
 from data_prep.curate.dedup.work_files import (
-    ROW_MASK, Numbering, Records, Register, Slice, compute_key_partitions, get_ranks, get_rows, join_blocks,
-    list_part_files, open_bucket, register_documents, save_array, write_buckets)
+    ROW_MASK, Numbering, Records, Register, Slice, compute_key_partitions, compute_partition_bounds,
+    get_ranks, get_rows, iter_key_ranges, join_blocks, list_part_files, open_bucket, register_documents,
+    save_array, write_buckets)
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from data_prep.damaged_files import explain_deletion, get_place_in_run
 from megatron_sov.base.artifacts import create_file, create_folder
@@ -37,33 +39,33 @@ from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, ProblemCode, 
 
 REASON = "near duplicate"
 MAX_FIRST_DOCUMENTS = 12
-"""Documents of a band that every document of the band is compared with."""
+"""Documents in a band that every document in the band is compared with."""
 MAX_SIGNATURE_NUMBERS = 1024
 RANGE_RECORDS = 1 << 17
 PAIR_BLOCK = 1 << 18
 PAIR = np.dtype([("own", "<u8"), ("other", "<u8")])
 """Numbers of two documents."""
 BAND = np.dtype([("key", "<u8"), ("doc", "<u8"), ("characters", "<u4")])
-"""Key of a band of a signature, and number and length in characters of the document."""
+"""A band's key, and the document's number and length in characters."""
 
 
 @dataclass(frozen=True)
 class MinhashSettings:
-    """Settings of the step `minhash_dedup`."""
+    """Settings for `minhash_dedup`."""
 
     threshold: Annotated[float, Gt(0), Le(1)] = 0.8
-    """Jaccard similarity of two documents' shingles from which they are near duplicates."""
+    """Minimum Jaccard similarity between near duplicates' shingles."""
     num_bands: AtLeastOne = 20
-    """Bands of a signature; documents with a common band are compared."""
+    """Bands in a signature; documents with a common band are compared."""
     rows_per_band: AtLeastOne = 6
-    """Numbers of a band: more numbers make a common band depend more steeply on similarity."""
+    """Numbers in a band: more numbers make a common band depend more steeply on similarity."""
     ngram: Annotated[int, Ge(1), Le(1000)] = 5
-    """Words of a shingle; a character of Thai, Chinese or Japanese is a quarter of a word, a syllable of
-    Korean a third."""
+    """Words of a shingle; a Thai, Chinese or Japanese character counts as a quarter word, a Korean syllable
+    as a third."""
     seed: NotNegativeInt = 0
-    """Seed of the permutations."""
+    """Seed for the permutations."""
     partitions: Partitions = 64
-    """Tasks of the second pass, the upper limit of its workers."""
+    """Tasks in the second pass, which limit the workers."""
 
     def problems(self) -> list[SettingsProblem]:
         numbers = self.num_bands * self.rows_per_band
@@ -76,7 +78,7 @@ class MinhashSettings:
 
 
 class MinhashDedup(Step):
-    """Drops near duplicates of kept documents; the column `duplicate_of` names the kept document."""
+    """Drops documents similar to a kept document; the column `duplicate_of` names the kept document."""
 
     kind = "minhash_dedup"
     version = 3  # similarity is not transitive
@@ -138,7 +140,7 @@ class MinhashDedup(Step):
         for block in iter_similar_pairs(pairs, view.work_folder / "shingles", rank, self.settings.threshold):
             if not len(block):
                 continue
-            # All pairs of a block are between the same two shards.
+            # A block has pairs between the same two shards.
             lengths = [register.find_rows(int(get_ranks(side[:1])[0]), get_rows(side))["characters"]
                        for side in block.T]
             edges.append(order.build_edges(block, np.stack(lengths, axis=1)))
@@ -160,7 +162,7 @@ Signature = NDArray[np.uint32]
 
 
 class MinhashSigner:
-    """Computes MinHash signatures of texts and the keys of their bands."""
+    """Computes MinHash signatures and band keys."""
 
     def __init__(self, settings: MinhashSettings) -> None:
         generator = np.random.Generator(np.random.PCG64(settings.seed))
@@ -171,24 +173,24 @@ class MinhashSigner:
         self._num_bands, self._words = settings.num_bands, settings.ngram
 
     def compute_signature(self, text: str) -> Signature | None:
-        """Return the signature [bands x rows] uint32 of `text`, or None if `text` has no words."""
+        """Return the signature for `text`, uint32 [bands x rows], or None if `text` has no words."""
         shingles = _hash_shingles(text, self._words)
         if not len(shingles):
             return None
         signature = np.full(len(self._factors), 0xFFFFFFFF, np.uint32)
-        # Upper halves of the 64-bit hashes: 32-bit permutations are faster and precise enough for estimates.
+        # Upper halves of 64-bit hashes: 32-bit permutations are faster and precise enough for estimates.
         lower_signature((shingles >> np.uint64(32)).astype(np.uint32), self._factors, self._terms, signature)
         return signature
 
     def compute_band_keys(self, signatures: list[Signature]) -> NDArray[np.uint64]:
-        """Return the key of each band of each signature, [n, bands] uint64."""
+        """Return band keys, uint64 [num_signatures, bands]."""
         keys = np.empty((len(signatures), self._num_bands), np.uint64)
         hash_bands(np.array(signatures, np.uint32).reshape(-1, len(self._factors)), keys)
         return keys
 
 
 def compute_shingles(text: str, words: int) -> NDArray[np.uint64]:
-    """Return the distinct hashes, ascending, of all runs of `words` words; of a shorter text as a whole."""
+    """Return distinct hashes in ascending order for runs of `words` words; a shorter text is a single run."""
     return np.unique(_hash_shingles(text, words))
 
 
@@ -200,10 +202,10 @@ def _hash_shingles(text: str, words: int) -> NDArray[np.uint64]:
     return hash_stretches(units.hashes, np.array([0]), np.array([len(units.hashes)]))
 
 
-# Common bands are found in memory that does not grow with the corpus: as for exact keys (`dedup.exact`), a
-# shard's bands are written sorted and cut into partitions, and a partition is processed in ranges of keys.
-# All pairs of n documents with a common band would be n^2, so each document is paired only with the first
-# documents by `clusters.DocumentOrder`, the documents that stay.
+# Memory for common bands does not grow with the corpus: as for exact keys (`dedup.exact`), a shard's bands
+# are sorted and divided into partitions, and a partition is processed in ranges of keys. n documents with a
+# common band have n^2 pairs, so a document is paired only with the band's first documents by
+# `clusters.DocumentOrder`.
 
 def write_bands(path: Path, records: Records, num_partitions: int) -> None:
     records = records[np.argsort(records["key"], kind="stable")]
@@ -212,27 +214,18 @@ def write_bands(path: Path, records: Records, num_partitions: int) -> None:
 
 def iter_band_pairs(files: list[Path], order: DocumentOrder, partition: int, num_partitions: int
                     ) -> Iterator[NDArray[np.uint64]]:
-    """Yield pairs of numbers [n, 2] of documents with a common band.
+    """Yield document numbers [n, 2] for pairs with a common band.
 
     Args:
-        files: files of `write_bands` by rank.
-        order: selection order of documents.
+        files: files from `write_bands` by rank.
+        order: selection order.
         partition: partition to read.
-        num_partitions: partitions of each file.
+        num_partitions: number of partitions.
     """
-    slices = [part for file in files if (part := open_bucket(file, BAND, partition)).num_records]
-    total = sum(part.num_records for part in slices)
-    num_ranges = max(1, -(-total // RANGE_RECORDS))
-    # First key of this partition and of the next one: the inverse of `compute_key_partitions`.
-    low, high = (-(-(edge << 32) // num_partitions) << 32 for edge in (partition, partition + 1))
-    starts = [0] * len(slices)
-    for number in range(1, num_ranges + 1):
-        bound = low + (high - low) * number // num_ranges
-        stops = [part.num_records if number == num_ranges else part.find_first_key(bound, start)
-                 for part, start in zip(slices, starts, strict=True)]
-        parts = [part.slice_records(start, stop)
-                 for part, start, stop in zip(slices, starts, stops, strict=True)]
-        # A frequent band may fill several blocks: find its first documents before pairing any block.
+    slices = [open_bucket(file, BAND, partition) for file in files]
+    bounds = compute_partition_bounds(partition, num_partitions)
+    for parts in iter_key_ranges(slices, *bounds, RANGE_RECORDS):
+        # A frequent band may fill several blocks: find its first documents before pairing a block.
         firsts = np.empty(0, BAND)
         if sum(part.num_records for part in parts) > RANGE_RECORDS:
             for block in _iter_blocks(parts):
@@ -241,7 +234,6 @@ def iter_band_pairs(files: list[Path], order: DocumentOrder, partition: int, num
         for block in _iter_blocks(parts):
             records, is_of_block = _merge_bands(firsts, block, order)
             yield _pair_records(records, is_of_block)
-        starts = stops
 
 
 def _iter_blocks(parts: Iterable[Slice]) -> Iterator[Records]:
@@ -251,10 +243,10 @@ def _iter_blocks(parts: Iterable[Slice]) -> Iterator[Records]:
 
 
 def _merge_bands(firsts: Records, block: Records, order: DocumentOrder) -> tuple[Records, NDArray[np.bool_]]:
-    """Merge the first documents of bands with a block, each document of a band once.
+    """Merge the bands' first documents with a block, without repetitions.
 
     Returns:
-        Records sorted by band and selection order, and whether each record comes from `block`.
+        Records sorted by band and selection order, and whether a record comes from `block`.
     """
     # `block` comes first, so that the stable sort puts its record before an equal record of `firsts`.
     records = np.concatenate([block, firsts])
@@ -267,7 +259,7 @@ def _merge_bands(firsts: Records, block: Records, order: DocumentOrder) -> tuple
 
 
 def _count_earlier_equals(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return for each of ascending keys [n] the number of equal keys before it."""
+    """Count the equal keys before a key, for ascending keys [n]."""
     positions = np.arange(len(keys))
     is_begin = np.concatenate([[True], keys[1:] != keys[:-1]])
     counts: NDArray[np.int64] = positions - np.maximum.accumulate(np.where(is_begin, positions, 0))
@@ -275,12 +267,12 @@ def _count_earlier_equals(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def _pair_records(records: Records, is_of_block: NDArray[np.bool_]) -> NDArray[np.uint64]:
-    """Pair each record of the block with the first documents of its band; return numbers [n, 2]."""
+    """Pair records from the block with the band's first documents; return numbers [n, 2]."""
     places = _count_earlier_equals(records["key"])
     positions = np.arange(len(places))
     pairs = [np.empty((0, 2), np.int64)]
     for first in range(min(MAX_FIRST_DOCUMENTS, int(places.max(initial=0)))):
-        # A pair belongs to the block of its later document.
+        # A pair belongs to the later document's block.
         later = positions[(places > first) & is_of_block]
         pairs.append(np.stack([later, later - places[later] + first], axis=1))
     numbers: NDArray[np.uint64] = records["doc"][np.concatenate(pairs)]
@@ -288,8 +280,8 @@ def _pair_records(records: Records, is_of_block: NDArray[np.bool_]) -> NDArray[n
 
 
 def write_pairs(file: Path, pairs: NDArray[np.uint64], num_ranks: int) -> None:
-    """Write each pair of numbers [n, 2] once for the shard of either document."""
-    # Both shards write the shingles of their own documents.
+    """Write every pair [n, 2] for both documents' shards."""
+    # Both shards write shingles for their own documents.
     both = sort_distinct_pairs(np.concatenate([pairs, pairs[:, ::-1]]))
     records = np.empty(len(both), PAIR)
     records["own"], records["other"] = both[:, 0], both[:, 1]
@@ -297,14 +289,14 @@ def write_pairs(file: Path, pairs: NDArray[np.uint64], num_ranks: int) -> None:
 
 
 def read_pairs(folder: Path, rank: int) -> NDArray[np.uint64]:
-    """Read the pairs [n, 2] of a shard from all partitions' subfolders, own document first, ascending."""
+    """Read a shard's pairs [n, 2] from the partitions' subfolders: own document first, ascending."""
     parts = [open_bucket(file, PAIR, rank).read_records() for file in list_part_files(folder)]
     records = np.concatenate([np.empty(0, PAIR), *parts])
     return sort_distinct_pairs(np.stack([records["own"], records["other"]], axis=1))
 
 
 def sort_distinct_pairs(pairs: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Sort pairs [n, 2] and remove repetitions; several times as fast as `np.unique` over rows."""
+    """Sort pairs [n, 2] and remove repetitions, several times faster than `np.unique` over rows."""
     pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
     is_new = np.ones(len(pairs), np.bool_)
     is_new[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
@@ -312,14 +304,14 @@ def sort_distinct_pairs(pairs: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class ShingleSets:
-    """Shingles of the candidate documents of a shard, mapped from a file of `write_shingle_sets`."""
+    """A shard's shingles for candidate documents, mapped from a file by `write_shingle_sets`."""
 
     def __init__(self, file: Path) -> None:
         check_seal(file, explain_deletion(file), get_place_in_run(file))
         with open(file, "rb") as f:  # copy on write: compiled loops need writable arrays
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         words = np.frombuffer(mapped, np.uint64, (len(mapped) - len(SEAL_PLACEHOLDER)) // np.uint64().nbytes)
-        # Layout from the end: the number n of rows, n + 1 begins of sets, n rows.
+        # Layout from the end: number n of rows, n + 1 begins, n rows.
         num_rows = int(words[-1])
         self.shingles: NDArray[np.uint64] = words[:-2 * num_rows - 2]
         self.rows, self.begins = np.split(words[-2 * num_rows - 2:-1].view(np.int64), [num_rows])
@@ -327,9 +319,9 @@ class ShingleSets:
 
 def write_shingle_sets(file: Path, documents: Iterator[list[Doc]], rows: NDArray[np.int64],
                        words: int) -> None:
-    """Write the shingles of the documents with the given rows, for `ShingleSets`.
+    """Write shingles for the documents in `rows`, for `ShingleSets`.
 
-    A single file, because each task of the comparison opens the files of all other shards.
+    A single file, because every comparison task opens all shards' files.
     """
     wanted_rows = set(rows.tolist())
     begins = [0]
@@ -346,15 +338,15 @@ def write_shingle_sets(file: Path, documents: Iterator[list[Doc]], rows: NDArray
 
 def iter_similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold: float
                        ) -> Iterator[NDArray[np.uint64]]:
-    """Yield the pairs [n, 2] of a shard whose Jaccard similarity is at least `threshold`.
+    """Yield a shard's pairs [n, 2] with a Jaccard similarity of at least `threshold`.
 
     Args:
-        pairs: pairs of `read_pairs`.
-        folder: files of `write_shingle_sets` by rank.
-        rank: rank of the shard.
+        pairs: pairs from `read_pairs`.
+        folder: files from `write_shingle_sets` by rank.
+        rank: the shard's rank.
         threshold: in (0, 1].
     """
-    # Each pair is in the lists of both shards: the shard of the larger number compares it.
+    # Both shards list a pair: the larger number's shard compares.
     pairs = pairs[pairs[:, 0] > pairs[:, 1]]
     own = ShingleSets(folder / f"{rank:06}")
     for other_rank in np.unique(get_ranks(pairs[:, 1])).tolist():

@@ -1,4 +1,4 @@
-"""Compiled loops of near-duplicate search."""
+"""Compiled loops for near-duplicate search."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HALF = np.uint64(33)
 @jit_compile
 def lower_signature(shingles: NDArray[np.uint32], factors: NDArray[np.uint32], terms: NDArray[np.uint32],
                     signature: NDArray[np.uint32]) -> None:
-    """Lower `signature[i]` to the minimum of ``shingle * factors[i] + terms[i]`` over all shingles."""
+    """Lower `signature[i]` to the minimum over all shingles of ``shingle * factors[i] + terms[i]``."""
     for shingle in shingles:
         for i in range(len(factors)):
             image = np.uint32(shingle * factors[i] + terms[i])
@@ -24,7 +24,7 @@ def lower_signature(shingles: NDArray[np.uint32], factors: NDArray[np.uint32], t
 
 @jit_compile
 def hash_bands(signatures: NDArray[np.uint32], keys: NDArray[np.uint64]) -> None:
-    """Hash each band of each signature [n, bands x rows] with its band number into `keys` [n, bands]."""
+    """Hash the bands in signatures [n, bands x rows], with the band number, into `keys` [n, bands]."""
     rows = signatures.shape[1] // keys.shape[1]
     for i in range(len(signatures)):
         for band in range(keys.shape[1]):
@@ -41,14 +41,14 @@ def hash_bands(signatures: NDArray[np.uint32], keys: NDArray[np.uint64]) -> None
 def count_common(left: NDArray[np.uint64], left_begins: NDArray[np.int64], right: NDArray[np.uint64],
                  right_begins: NDArray[np.int64], pairs: NDArray[np.int64],
                  common: NDArray[np.int64]) -> None:
-    """Count the common elements of pairs of sets.
+    """Count common elements between sets.
 
     Args:
-        left: concatenated left sets, each ascending.
-        left_begins: first element of each left set, and the total number of elements.
-        right: concatenated right sets.
-        right_begins: first elements of the right sets.
-        pairs: [n, 2], index of a left set and of a right set.
+        left: concatenated ascending sets.
+        left_begins: begins in `left`, and the total number of elements.
+        right: concatenated ascending sets.
+        right_begins: begins in `right`, and the total number of elements.
+        pairs: [n, 2], index of a left set and a right set.
         common: [n], receives the counts.
     """
     for i in range(len(pairs)):
@@ -70,7 +70,7 @@ def count_common(left: NDArray[np.uint64], left_begins: NDArray[np.int64], right
 @jit_compile
 def find_ranges(bound_orders: NDArray[np.uint64], bound_firsts: NDArray[np.uint64],
                 orders: NDArray[np.uint64], firsts: NDArray[np.uint64], places: NDArray[np.int64]) -> None:
-    """Write to `places` [n] the number of ascending bounds at or below each (order, first)."""
+    """Count the ascending bounds at or below (order, first) into `places` [n]."""
     for i in range(len(orders)):
         low, high = 0, len(bound_orders)
         while low < high:
@@ -85,12 +85,12 @@ def find_ranges(bound_orders: NDArray[np.uint64], bound_firsts: NDArray[np.uint6
 
 @jit_compile
 def drop_similar(keepers: NDArray[np.uint64], firsts: NDArray[np.int64], seconds: NDArray[np.int64]) -> None:
-    """Drop the second document of each pair if the first stays and the second is not dropped yet.
+    """Drop a pair's second document if the first stays and the second is not dropped yet.
 
     Args:
-        keepers: place of each document's keeper plus one; 0 if the document stays.
-        firsts: places of the first documents [n], in selection order.
-        seconds: places of the second documents [n].
+        keepers: [documents], place of the keeper plus 1; 0: the document stays.
+        firsts: [n], places in selection order.
+        seconds: [n], places.
     """
     for i in range(len(firsts)):
         first, second = firsts[i], seconds[i]

@@ -1,19 +1,20 @@
-"""Files through which the passes of a deduplication step exchange records; each appears whole or not at all.
+"""Files with records that deduplication passes exchange; an incomplete file never gets its final name.
 
-A bucket file holds records sorted by bucket, after a header: number of buckets, first record of each bucket,
-checksum of each bucket. A pass over shards writes a bucket for each task of the next pass; the task reads its
-bucket from the files of all shards. Arrays (.npy) end with a seal (`megatron_sov.base.sealed`). Readers
-check both before use.
+A bucket file holds records sorted by bucket, after a header: the number of buckets, and for every bucket its
+first record and checksum. A pass over shards writes a bucket for each task in the next pass, and the task
+reads its bucket from every shard's file. Arrays (.npy) end with a seal (`megatron_sov.base.sealed`). Readers
+verify checksums and seals.
 
-A document number is ``rank << 32 | row``. Ranks order shards by descending priority of their source, then by
-their place in the pipeline. Of two equal texts the smaller document number stays.
+A document number is ``rank << 32 | row``. Ranks order shards by descending source priority, then as in the
+pipeline. If two texts are equal, the smaller document number stays.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,57 +38,46 @@ _BLOCK_BYTES = 1 << 20
 _OPEN_FILES = 64
 
 
+@contextmanager
+def create_bucket_file(path: Path, num_buckets: int) -> Iterator[Callable[[int, Records], None]]:
+    """Create a bucket file; yields a function that appends non-empty buckets, in ascending order."""
+    counts, checksums = np.zeros(num_buckets + 1, _PLACE), np.zeros(num_buckets, _PLACE)
+    num_records = 0
+    with create_file(path, create_parents=True) as temporary, open(temporary, "wb") as f:
+        # Space for the header, which is known after the last bucket.
+        f.seek(counts.nbytes + checksums.nbytes + _PLACE.itemsize)
+
+        def append_bucket(bucket: int, records: Records) -> None:
+            nonlocal num_records
+            checksums[bucket] = _compute_checksum(path, bucket, num_records, records)
+            counts[bucket + 1] = len(records)
+            num_records += len(records)
+            records.tofile(f)
+
+        yield append_bucket
+        f.seek(0)
+        np.concatenate([np.array([num_buckets], _PLACE), np.cumsum(counts), checksums]).tofile(f)
+
+
 def write_buckets(path: Path, records: Records, buckets: NDArray[np.int64], num_buckets: int) -> None:
     """Write `records` to a bucket file.
 
     Args:
         path: file to create.
         records: sorted by bucket.
-        buckets: bucket of each record, in [0, num_buckets), ascending.
-        num_buckets: buckets of the file, empty ones included.
+        buckets: bucket for each record, in [0, num_buckets), ascending.
+        num_buckets: number of buckets, including empty buckets.
     """
-    places = np.searchsorted(buckets, np.arange(num_buckets + 1)).astype(_PLACE)
-    checksums = np.zeros(num_buckets, _PLACE)
-    for bucket in np.unique(buckets).tolist():
-        begin, end = places[bucket:bucket + 2].tolist()
-        checksums[bucket] = _compute_checksum(path, bucket, begin, records[begin:end])
-    with create_file(path, create_parents=True) as temporary, open(temporary, "wb") as f:
-        np.array([num_buckets], _PLACE).tofile(f)
-        places.tofile(f)
-        checksums.tofile(f)
-        records.tofile(f)
-
-
-class BucketWriter:
-    """Writes a bucket file one bucket after the other, in ascending order."""
-
-    def __init__(self, path: Path, num_buckets: int) -> None:
-        """Create `path`, a temporary name."""
-        self._path, self._file = path, open(path, "wb")  # noqa: SIM115  (closed by `close`)
-        self._places, self._checksums = np.zeros(num_buckets + 1, _PLACE), np.zeros(num_buckets, _PLACE)
-        # Reserve the header: `close` fills its figures after the last bucket.
-        np.array([num_buckets], _PLACE).tofile(self._file)
-        self._places.tofile(self._file)
-        self._checksums.tofile(self._file)
-
-    def append_bucket(self, bucket: int, records: Records) -> None:
-        if len(records):
-            begin = int(self._places[bucket])
-            self._checksums[bucket] = _compute_checksum(self._path, bucket, begin, records)
-        # All later buckets begin after `records`, the empty ones too.
-        self._places[bucket + 1:] += np.uint64(len(records))
-        records.tofile(self._file)
-
-    def close(self) -> None:
-        self._file.seek(_PLACE.itemsize)
-        self._places.tofile(self._file)
-        self._checksums.tofile(self._file)
-        self._file.close()
+    with create_bucket_file(path, num_buckets) as append_bucket:
+        numbers, begins = np.unique(buckets, return_index=True)
+        ends = np.append(begins, len(records))[1:]
+        for bucket, begin, end in zip(numbers.tolist(), begins, ends, strict=True):
+            append_bucket(bucket, records[begin:end])
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Consecutive records of a bucket file, read on demand."""
+    """Consecutive records in a bucket file, read on demand."""
 
     path: Path
     dtype: np.dtype[Any]
@@ -109,16 +99,38 @@ class Slice:
         return records
 
     def read_key(self, place: int) -> int:
-        """Read the leading 64 bits of the key of record `place`."""
+        """Read the leading 64 bits of record `place`'s key."""
         return int(get_leading_bits(self.read_records(place, place + 1)["key"])[0])
 
     def find_first_key(self, bound: int, start: int) -> int:
-        """Find by binary search the first record from `start` on whose key is at least `bound`."""
+        """Find the first record from `start` on with a key of at least `bound`, by binary search."""
         return start + bisect_left(range(start, self.num_records), bound, key=self.read_key)
 
 
+def iter_key_ranges(slices: Sequence[Slice], low: int, high: int, max_records: int) -> Iterator[list[Slice]]:
+    """Cut sorted slices at common keys into ranges with about `max_records` records.
+
+    Hashes spread evenly, so equal ranges of keys hold about equally many records.
+
+    Args:
+        slices: slices with leading 64 bits of keys in [low, high).
+        low: lower bound.
+        high: upper bound.
+        max_records: records to hold in memory.
+    """
+    num_ranges = max(1, -(-sum(part.num_records for part in slices) // max_records))
+    starts = [0] * len(slices)
+    for number in range(1, num_ranges + 1):
+        bound = low + (high - low) * number // num_ranges
+        stops = [part.num_records if number == num_ranges else part.find_first_key(bound, start)
+                 for part, start in zip(slices, starts, strict=True)]
+        yield [part.slice_records(start, stop)
+               for part, start, stop in zip(slices, starts, stops, strict=True) if stop > start]
+        starts = stops
+
+
 def open_bucket(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
-    """Return the records of one bucket of a bucket file after reading them once to verify their checksum.
+    """Return a bucket's records after a first reading that verifies the checksum.
 
     Raises:
         UserError: the bucket is damaged.
@@ -204,7 +216,7 @@ def list_part_files(folder: Path) -> list[Path]:
 
 
 def join_blocks(pieces: Iterable[Records], min_records: int) -> Iterator[Records]:
-    """Concatenate `pieces` into blocks of at least `min_records` records; the last block may be smaller."""
+    """Concatenate `pieces` into blocks with at least `min_records` records; the last block may be smaller."""
     waiting: list[Records] = []
     count = 0
     for piece in pieces:
@@ -218,7 +230,7 @@ def join_blocks(pieces: Iterable[Records], min_records: int) -> Iterator[Records
 
 
 def get_leading_bits(keys: NDArray[Any]) -> NDArray[np.uint64]:
-    """Return the first 64 bits of keys (uint64, or 8 n bytes) as uint64 [n] in the order of the keys."""
+    """Return the first 64 bits of keys (uint64, or a multiple of 8 bytes) as uint64 [num_keys]."""
     if keys.dtype == np.uint64:
         return keys
     # Big-endian numbers sort like the bytes of the keys.
@@ -227,17 +239,23 @@ def get_leading_bits(keys: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def compute_key_partitions(keys: NDArray[Any], num_partitions: int) -> NDArray[np.int64]:
-    """Return the partition of each key [n]; ascending keys have ascending partitions."""
+    """Return the partition for each key [n]; ascending keys have ascending partitions."""
     # (upper 32 bits) * num_partitions / 2^32: even shares in the order of the keys, without a division.
     upper = get_leading_bits(keys) >> np.uint64(32)
     return (upper * np.uint64(num_partitions) >> np.uint64(32)).astype(np.int64)
 
 
+def compute_partition_bounds(partition: int, num_partitions: int) -> tuple[int, int]:
+    """Return the first key in a partition and in the next partition; inverse of `compute_key_partitions`."""
+    low, high = (-(-(edge << 32) // num_partitions) << 32 for edge in (partition, partition + 1))
+    return low, high
+
+
 class Numbering:
-    """Ranks of the shards of a view."""
+    """Ranks for the shards in a view."""
 
     def __init__(self, view: View) -> None:
-        # `sorted` is stable: shards of equal priority keep the order of the pipeline.
+        # `sorted` is stable: with equal priority, the pipeline determines the order.
         self.shards = sorted(view.shards, key=lambda shard: -view.get_priority(shard.source))
         """All shards by rank."""
         self.rank_by_shard = {shard: rank for rank, shard in enumerate(self.shards)}
@@ -252,14 +270,14 @@ def get_rows(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 class Register:
-    """Row, length and id of every document, in a .npy table for each shard."""
+    """Rows, lengths and ids for all documents, with a .npy table for each shard."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._tables: OrderedDict[int, NDArray[Any]] = OrderedDict()
 
-    def write(self, rank: int, documents: Sequence[tuple[int, int, str]]) -> None:
-        """Write the table of a shard from (row, characters, id) of each document, sorted by row."""
+    def write_table(self, rank: int, documents: Sequence[tuple[int, int, str]]) -> None:
+        """Write a shard's table from (row, characters, id) tuples, sorted by row."""
         # Fixed width: readers map the table into memory and read any row.
         ids = [id_.encode() for _, _, id_ in documents]
         width = max(map(len, ids), default=1)
@@ -269,8 +287,8 @@ class Register:
         table["id"] = ids
         write_array(self._folder / f"{rank:06}.npy", table)
 
-    def read(self, rank: int) -> NDArray[Any]:
-        """Return the table of a shard with the fields `row`, `characters`, `id`."""
+    def read_table(self, rank: int) -> NDArray[Any]:
+        """Return a shard's table with the fields `row`, `characters`, `id`."""
         if rank not in self._tables:
             self._tables[rank] = read_array(self._folder / f"{rank:06}.npy")
             if len(self._tables) > _OPEN_FILES:
@@ -279,7 +297,7 @@ class Register:
         return self._tables[rank]
 
     def find_rows(self, rank: int, rows: NDArray[np.int64]) -> NDArray[Any]:
-        table = self.read(rank)
+        table = self.read_table(rank)
         entries: NDArray[Any] = table[np.searchsorted(table["row"], rows)]
         return entries
 
@@ -289,10 +307,10 @@ class Register:
 
 
 def register_documents(view: View, shard: ShardRef, rank: int) -> Iterator[list[Doc]]:
-    """Yield the documents of a shard in batches; after the last batch write the shard's table."""
+    """Yield a shard's documents in batches; after the last batch write the shard's table."""
     entries: list[tuple[int, int, str]] = []
     for batch in view.iter_documents(shard):
         entries += [(document.row, len(document.text), document.id) for document in batch]
         yield batch
     # After the loop only: a consumer that stops early leaves no table.
-    Register(view.work_folder / "documents").write(rank, entries)
+    Register(view.work_folder / "documents").write_table(rank, entries)

@@ -1,4 +1,4 @@
-"""Counts of documents and bytes that a step kept, changed and dropped in a shard, with samples."""
+"""Count the documents and bytes that a step keeps, changes and drops in a shard, with samples."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SUMMED_FIELDS = ("documents_in", "bytes_in", "documents_kept", "bytes_kept", "d
 
 @dataclass
 class DocumentCounts:
-    """Counts for one shard, or summed over shards; field names are keys in the shard's JSON file."""
+    """Counts for a shard, or summed over shards; field names are keys in the shard's JSON file."""
 
     documents_in: int = 0
     """Documents passed to the step."""
     bytes_in: int = 0
-    """UTF-8 bytes in their text."""
+    """UTF-8 bytes in the text passed to the step."""
     documents_kept: int = 0
     bytes_kept: int = 0
     """UTF-8 bytes in the kept text, after the step."""
@@ -40,7 +40,7 @@ class DocumentCounts:
     wall_s: float = 0.0
     """Elapsed time, summed over shards."""
     seals: dict[str, str] = field(default_factory=dict)
-    """File name -> checksum, for each file that the shard's task wrote."""
+    """File name -> checksum, for files by the shard's task."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"dropped": []})
     """The `MAX_SAMPLES` dropped documents with the lowest hashes from `hash_sample_id`."""
 
@@ -93,12 +93,13 @@ class DocumentCounts:
 
 
 def hash_sample_id(sample: dict[str, Any]) -> bytes:
-    """Hash a document id for sample selection. All steps share the hash, so you can follow a document."""
+    """Hash a document id for sample selection. Every step uses the same hash, so you can follow a
+    document."""
     return hashlib.blake2b(sample["id"].encode(), digest_size=8).digest()
 
 
 def read_recorded_seal(file: Path) -> str:
-    """Return the checksum that the counts file of a shard records for `file`.
+    """Return the checksum for `file` in the shard's counts file.
 
     Raises:
         UserError: the counts file is missing or damaged, or does not name `file`.

@@ -1,6 +1,6 @@
-"""Documents and bytes of an output by language, kind, level, licence and source, for `summary.json`.
+"""Count an output's documents and bytes by language, kind, level, licence and source, for `summary.json`.
 
-The task that writes an output shard counts it (`write_shard_facts`), so that the summary of thousands of
+Tasks count output shards as soon as they are written (`write_shard_facts`): the summary of thousands of
 shards reads small files.
 """
 
@@ -48,7 +48,7 @@ def read_output_facts(texts: Path) -> dict[str, Facts]:
     """Return output name -> facts, sorted by name.
 
     Args:
-        texts: folder with one folder of shards for each output name.
+        texts: folder with a folder for each output name.
 
     Raises:
         UserError: the facts file of a shard is missing or damaged.

@@ -1,4 +1,4 @@
-"""Publish the results of all tasks as one corpus, which its manifest marks as complete."""
+"""Publish task results as a corpus; the manifest marks it as complete."""
 
 from __future__ import annotations
 
@@ -11,58 +11,49 @@ from typing import Any
 
 from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
 from data_prep.curate.pipeline.facts import get_facts_path, read_output_facts
-from data_prep.curate.pipeline.pipeline_file import list_pattern_columns
 from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link_or_copy
 from data_prep.curate.pipeline.tasks import get_pass_marks_folder
 from data_prep.damaged_files import explain_deletion, get_place_in_run
-from data_prep.shards.pack import PackSettings, PackSource
-from data_prep.shards.pack_run import pack_sources
 from megatron_sov.base.artifacts import (
-    MANIFEST, ArtifactWriter, FileRecord, create_folder, find_file_damage, manifest_sha256, read_manifest,
-    translate_disk_errors, write_atomically)
-from megatron_sov.base.documents import RecordReading
+    ArtifactWriter, FileRecord, create_folder, find_file_damage, read_manifest, translate_disk_errors,
+    write_atomically)
 from megatron_sov.base.documents.accounting import RecordAccount
-from megatron_sov.base.errors import UserError, escape_controls
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import check_seal, open_sealed_parquet, read_sealed_json, read_sealed_lines
 
 MAX_PRINTED_NAMES = 6
 """Output names listed on the terminal."""
 KIND = "corpus"
-TEXT, TOKENS, QUARANTINE = "text", "tokens", "quarantine"
+TEXT, QUARANTINE = "text", "quarantine"
 SUMMARY, PIPELINE = "summary.json", "pipeline.json"
-EXCLUDED_FOLDERS = frozenset(["shards", "shared", "done", "logs", "plans", "slurm", TOKENS])
-"""Folders without files of the corpus: work files, logs, and token shards."""
+EXCLUDED_FOLDERS = frozenset(["shards", "shared", "done", "logs", "plans", "slurm", "tokens"])
+"""Folders without files of the corpus: work files, logs, and token shards packed into the run's folder."""
 MAX_CLOCK_DIFFERENCE_S = 60.0
-"""Between the disk's clock and this machine's clock."""
-TAGS = ("kind", "level", "synthetic")
-"""Columns that blends select sources by, whether or not output names contain them."""
-NAME_TAGS = ("language",)
-"""Columns that become tags if output names contain them, which gives each source a single value."""
+"""Maximum difference between the disk's clock and the machine's clock."""
 
 
-def finish_run(plan: PipelinePlan, output: Path, workers: int) -> str:
+def finish_run(plan: PipelinePlan, output: Path) -> str:
     """Publish the corpus after all tasks; returns lines for the terminal.
 
     Raises:
-        UserError: all documents were dropped, the tokenizer does not fit, or writing fails.
+        UserError: all documents were dropped, or writing fails.
     """
     with translate_disk_errors(output):
-        # The order matters for a killed run: text, quarantine, summary, token shards, and last the manifest,
-        # which alone marks the corpus as complete.
+        # The order matters for a killed run: the manifest comes last, and alone marks the corpus as complete.
         num_shards = _publish_text(plan, output)
         _write_quarantine(plan, output)
         summary = build_summary(plan, output)
         summary["output"] = [{"name": name, "num_shards": num_shards[name], **facts}
                              for name, facts in read_output_facts(output / TEXT).items()]
-        summary["account"] = account_documents(summary).to_dict()
+        account = account_documents(summary)
+        summary["account"] = account.to_dict()
         write_atomically(output / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
         if not num_shards:
-            raise UserError(f"{output}: no document is kept, so there is no output; "
-                            f"{explain_empty_output(summary, output / QUARANTINE)} "
-                            f"(all steps: {output / SUMMARY})")
-        _pack_tokens(plan, output, sorted(num_shards), workers)
+            raise UserError(f"{output}: no document is kept, so there is no output ({account.describe()}); "
+                            f"change the steps that dropped most, or the files listed in "
+                            f"{output / QUARANTINE}, and run the command again")
         _write_manifest(plan, output, summary)
-    return describe_output(summary, output, output / TEXT, output / QUARANTINE)
+    return describe_output(summary, output)
 
 
 def is_complete(plan: PipelinePlan, output: Path) -> bool:
@@ -71,9 +62,7 @@ def is_complete(plan: PipelinePlan, output: Path) -> bool:
         manifest = read_manifest(output, KIND)
     except UserError:
         return False
-    # Token shards are no part of the corpus; they have their own manifest.
-    is_packed = plan.pipeline.pack is None or (output / TOKENS / MANIFEST).is_file()
-    return (manifest.content.get("address") == plan.address and is_packed
+    return (manifest.content.get("address") == plan.address
             and all(_is_unchanged(output / name, record, manifest.created_s)
                     for name, record in manifest.files.items()))
 
@@ -89,75 +78,36 @@ def _is_unchanged(file: Path, record: FileRecord, created_s: float) -> bool:
     return stat.st_ctime < created_s - MAX_CLOCK_DIFFERENCE_S or find_file_damage(file, record) is None
 
 
-# Sentences about a finished run.
-
-
-def describe_output(summary: dict[str, Any], output: Path, text: Path, quarantine: Path) -> str:
+def describe_output(summary: dict[str, Any], output: Path) -> str:
     """Return lines with the output's folders and document counts.
 
     Args:
         summary: content of summary.json.
         output: the run's folder.
-        text: folder with one folder for each output name.
-        quarantine: folder with a list of unreadable records for each source.
     """
     names = [entry["name"] for entry in summary["output"]]
     more = f" and {len(names) - MAX_PRINTED_NAMES:,} more" if len(names) > MAX_PRINTED_NAMES else ""
-    num_documents = sum(entry["num_documents"] for entry in summary["output"])
+    account = account_documents(summary)
     lines = [f"{output}: complete",
-             f"  {num_documents:,} documents in {text}: {', '.join(names[:MAX_PRINTED_NAMES])}{more}",
-             f"  {account_documents(summary).describe()}"]
-    if _count_broken(summary):
-        lines.append(f"  quarantine: {quarantine}")
+             f"  {account.num_written:,} documents in {output / TEXT}: "
+             f"{', '.join(names[:MAX_PRINTED_NAMES])}{more}", f"  {account.describe()}"]
+    if any(source["quarantine"] for source in summary["sources"]):
+        lines.append(f"  quarantine: {output / QUARANTINE}")
     return "\n".join([*lines, f"  what each step dropped: sov-data inspect {shlex.quote(str(output))}"])
 
 
 def account_documents(summary: dict[str, Any]) -> RecordAccount:
-    """Balance the documents in the sources against documents in output files, drops by steps, and the
-    quarantine."""
-    broken = _count_broken(summary)
-    reasons = _count_drops(summary, "{kind}: {reason}")
-    for (_, code), number in broken.items():
-        reasons[f"quarantine: {code}"] += number
-    num_read = sum(source["steps"][0]["documents_in"] for source in summary["sources"]) + broken.total()
-    return RecordAccount(num_read, sum(entry["num_documents"] for entry in summary["output"]), reasons,
-                         "documents")
-
-
-def explain_empty_output(summary: dict[str, Any], quarantine: Path) -> str:
-    """Return the most frequent reason for lost documents, and a fix.
-
-    Args:
-        summary: content of summary.json.
-        quarantine: folder with a list of unreadable records for each source.
-    """
-    dropped = _count_drops(summary, "{kind} ({reason})")
-    broken = _count_broken(summary)
-    if not dropped and not broken:
-        return "the sources' files are empty; name others"
-    if dropped.total() >= broken.total():
-        return f"most were dropped by {dropped.most_common(1)[0][0]}; change that step"
-    (name, code), number = broken.most_common(1)[0]
-    file = quarantine / f"{name}.jsonl"
-    with open(file, encoding="utf-8") as lines:
-        first = next(record for record in map(json.loads, lines) if record["code"] == code)
-    return escape_controls(f"most could not be read, as the first of {number:,} {code!r} in {file}: "
-                           f"{first['place']} {first['reason']}")
-
-
-def _count_drops(summary: dict[str, Any], key: str) -> Counter[str]:
-    """Sum dropped documents under keys made of the step's kind and the reason."""
-    drops: Counter[str] = Counter()
+    """Balance documents in the sources against output files, drops by steps, and the quarantine."""
+    num_read, reasons = 0, Counter[str]()
     for source in summary["sources"]:
+        num_read += source["steps"][0]["documents_in"] + sum(source["quarantine"].values())
+        for code, number in source["quarantine"].items():
+            reasons[f"quarantine: {code}"] += number
         for step in source["steps"]:
             for reason, numbers in step["dropped"].items():
-                drops[key.format(kind=step["kind"], reason=reason)] += numbers["documents"]
-    return drops
-
-
-def _count_broken(summary: dict[str, Any]) -> Counter[tuple[str, str]]:
-    return Counter({(source["name"], code): number for source in summary["sources"]
-                    for code, number in source["quarantine"].items()})
+                reasons[f"{step['kind']}: {reason}"] += numbers["documents"]
+    return RecordAccount(num_read, sum(entry["num_documents"] for entry in summary["output"]), reasons,
+                         "documents")
 
 
 # The parts of a corpus.
@@ -181,7 +131,7 @@ def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, int]:
 
 
 def _list_output_files(layer: Layer, output: Path, shard: int) -> list[Path]:
-    """List a shard's tables after checking all seals, so that no changed file is published."""
+    """List a shard's tables after checking their seals: no changed file is published."""
     folder = layer.get_result_path(output, shard)
     files = sorted(folder.glob("*.parquet"))
     num_rows = 0
@@ -209,7 +159,7 @@ def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
 
 
 def build_summary(plan: PipelinePlan, output: Path) -> dict[str, Any]:
-    """Return counts of the finished tasks as in summary.json, without its keys `output` and `account`."""
+    """Return the counts from finished tasks for summary.json, without the keys `output` and `account`."""
     shared = []
     for step in plan.steps:
         folders = {layer.shared for source in plan.sources for layer in source.layers
@@ -249,26 +199,6 @@ def _summarize_source(plan: PipelinePlan, source: SourcePlan, output: Path) -> d
             "raw_bytes": source.raw_bytes, "quarantine": steps[0]["broken"], "steps": steps}
 
 
-def _pack_tokens(plan: PipelinePlan, output: Path, names: list[str], workers: int) -> None:
-    pack = plan.pipeline.pack
-    if pack is None:
-        return
-    tokens, mark = output / TOKENS, output / "done" / f"pack-{plan.address}"
-    # Packing may take hours, so a run killed afterwards does not repeat it. Another plan has another address.
-    if mark.exists() and (tokens / MANIFEST).is_file():
-        return
-    # A tag must have one value for a whole packed source, which depends on the columns and output names.
-    columns, pattern_columns = plan.list_columns(), list_pattern_columns(plan.pipeline.output.name)
-    tags = tuple(name for name in (*TAGS, *NAME_TAGS)
-                 if name in columns and (name in TAGS or name in pattern_columns))
-    settings = PackSettings(heldout_share=pack.heldout, bos=pack.bos, eod=pack.eod,
-                            shard_tokens=pack.shard_tokens, reading=RecordReading("text", tags=tags))
-    pack_sources(pack.tokenizer, [PackSource(name, output / TEXT / name) for name in names], tokens,
-                 settings, workers=workers, overwrite=tokens.exists())
-    mark.parent.mkdir(exist_ok=True)
-    write_atomically(mark, "")
-
-
 def _write_manifest(plan: PipelinePlan, output: Path, summary: dict[str, Any]) -> None:
     writer = ArtifactWriter(output, KIND)
     # Only files of the corpus are in the manifest, so that work files may be deleted.
@@ -278,7 +208,5 @@ def _write_manifest(plan: PipelinePlan, output: Path, summary: dict[str, Any]) -
         "sources": [entry["name"] for entry in summary["output"]],
         "num_documents": sum(entry["num_documents"] for entry in summary["output"]),
         "num_bytes": sum(entry["num_bytes"] for entry in summary["output"])}
-    if plan.pipeline.pack is not None:
-        writer.content["tokens_manifest_sha256"] = manifest_sha256(output / TOKENS)
     writer.settings = {"pipeline": plan.pipeline}
     writer.complete()

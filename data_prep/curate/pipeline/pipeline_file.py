@@ -1,4 +1,4 @@
-"""Read pipeline files (sources, steps, output), and report all mistakes at once with their lines."""
+"""Read pipeline files (sources, steps, output), and report every mistake with its line at once."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from pydantic import TypeAdapter
 from data_prep.curate.pipeline.step import SOURCE_COLUMNS, STEPS, ColumnType, Step, load_step_class
 from data_prep.curate.pipelines import READY
 from data_prep.curate.sources.source import KINDS, SourceSettings
-from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import UserError, find_nearest_name, format_problems, suggest_name
 from megatron_sov.base.hints.removed import PIPELINE, suggest_successor
 from megatron_sov.base.hints.table import index_words, normalize_word
 from megatron_sov.base.settings import (
-    AtLeastOne, Bound, Fraction, LocatedDocument, NotBlank, Place, ProblemCode, SettingsProblem,
-    find_rule_problems, parse_located_yaml, read_settings_text, split_key, try_parse_settings)
+    Bound, LocatedDocument, NotBlank, Place, ProblemCode, find_rule_problems, parse_located_yaml,
+    read_settings_text, split_key, try_parse_settings)
 
 
 def resolve_paths(settings: Any, folder: Path) -> Any:
@@ -45,12 +44,12 @@ def resolve_paths(settings: Any, folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class StepFilter:
-    """Selects documents for a step; other documents stay unchanged."""
+    """Selects documents for a step; the rest stays unchanged."""
 
     sources: tuple[str, ...] = ()
-    """Names of sources; (): all."""
+    """Source names; (): every source."""
     kinds: tuple[str, ...] = ()
-    """Values of the column `kind`; (): all."""
+    """Values in the column `kind`; (): every kind."""
 
 
 @dataclass(frozen=True)
@@ -77,31 +76,10 @@ class StepEntry:
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """Names of the output's sources."""
+    """How to name sources in the output."""
 
     name: str = "{source}"
-    """Pattern for the name of a document's source in the output; columns in braces."""
-
-
-@dataclass(frozen=True)
-class PackEntry:
-    """Settings for packing the output into token shards."""
-
-    tokenizer: Path
-    """Folder from `sov-tokenizer train`."""
-    heldout: Fraction = 0.02
-    """Expected share of the documents in the split "heldout"."""
-    bos: Literal["none", "start"] = "none"
-    """start: documents begin with bos."""
-    eod: Literal["append", "none"] = "append"
-    """append: documents end with eos."""
-    shard_tokens: AtLeastOne = 2_000_000_000
-    """Maximum tokens in a shard."""
-
-    def problems(self) -> list[SettingsProblem]:
-        return [] if (self.tokenizer / MANIFEST).is_file() else [SettingsProblem(
-            ProblemCode.FILE, "tokenizer", "holds no tokenizer", self.tokenizer,
-            "train one with `sov-tokenizer train`, or leave `pack` out")]
+    """Pattern for a document's output name; columns in braces."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +92,10 @@ class Pipeline:
     sources: tuple[SourceSettings, ...]
     steps: tuple[StepEntry, ...] = ()
     shard_bytes: int = 256_000_000
-    """Approximate size of a shard's raw files."""
+    """Approximate raw bytes in a shard."""
     on_bad: str = "quarantine"
     """quarantine: list broken files and records; refuse: stop at the first."""
     output: OutputSettings = field(default_factory=OutputSettings)
-    pack: PackEntry | None = None
-    """None: the output is text without token shards."""
 
 
 PrintableText = Annotated[NotBlank, Bound(lambda text: None if text.isprintable() else (
@@ -128,7 +104,7 @@ PrintableText = Annotated[NotBlank, Bound(lambda text: None if text.isprintable(
 
 @dataclass(frozen=True)
 class _Head:
-    """Keys of the file with a single value."""
+    """Keys with a single value."""
 
     name: PrintableText
     shard_bytes: Annotated[int, Ge(1000)] = Pipeline.shard_bytes
@@ -136,7 +112,7 @@ class _Head:
 
 
 def load_pipeline(file: Path) -> Pipeline:
-    """Read a pipeline file; raises `UserError` for an unreadable file, or with all mistakes by line."""
+    """Read a pipeline file; raises `UserError` for an unreadable file, or with the mistakes by line."""
     if not file.is_file():
         raise UserError(f"{file}: {'is a folder' if file.is_dir() else 'does not exist'}; pass a pipeline "
                         f"file: `cp {READY / 'tiny.yaml'} {file}`, and name your files in its `sources`")
@@ -144,11 +120,11 @@ def load_pipeline(file: Path) -> Pipeline:
 
 
 def read_pipeline(file: Path, located: LocatedDocument) -> Pipeline:
-    """Return the pipeline of parsed values; raises `UserError` with all mistakes by line.
+    """Build the pipeline from parsed values; raises `UserError` with the mistakes by line.
 
     Args:
-        file: for messages; relative paths start in its folder.
-        located: values with their lines.
+        file: for messages; relative paths start in the file's folder.
+        located: values with lines.
     """
     reader = _PipelineReader(file.absolute().parent, located)
     pipeline = reader.read_pipeline()
@@ -172,7 +148,7 @@ class _PipelineReader:
         self.problems.append((self.located.line(place), sentence))
 
     def read_pipeline(self) -> Pipeline | None:
-        """Return the pipeline, or None if there are problems."""
+        """Return the pipeline, or None if the file has problems."""
         raw = self.located.value
         if not isinstance(raw, dict):
             if not self.problems:
@@ -181,11 +157,12 @@ class _PipelineReader:
                     "files in data_prep/curate/pipelines do; code of datatrove runs by its own "
                     "executors, and `sov-data pack --input FILE` reads the .jsonl that it writes")
             return None
-        parts = ("sources", "steps", "output", "pack")
+        parts = ("sources", "steps", "output")
         known = [f.name for f in dataclasses.fields(_Head)] + list(parts)
         for key in raw:
             if key not in known:
-                self.add_problem((key,), f"{key}: is no key of a pipeline{suggest_name(key, known)}")
+                hint = suggest_successor(str(key), PIPELINE) or suggest_name(key, known)
+                self.add_problem((key,), f"{key}: is no key of a pipeline{hint}")
         # Reading continues after a mistake, so that the user sees all mistakes at once.
         head_values = {key: value for key, value in raw.items() if key in known and key not in parts}
         head = self._parse_part(_Head, head_values, ())
@@ -200,15 +177,18 @@ class _PipelineReader:
             # After all steps have added their columns.
             for sentence in find_pattern_problems(output.name, self.columns, _list_adding_steps):
                 self.add_problem(("output", "name"), f"name = {output.name!r}: {sentence}")
-        pack = self._parse_part(PackEntry, raw["pack"], ("pack",)) if raw.get("pack") is not None else None
         if self.problems or head is None or output is None:
             return None
-        return Pipeline(self.folder, head.name, sources, steps, head.shard_bytes, head.on_bad, output, pack)
+        return Pipeline(self.folder, head.name, sources, steps, head.shard_bytes, head.on_bad, output)
 
     def _parse_part(self, cls: type[Any], written: Any, place: Place, kind: str = "") -> Any:
-        """Return an instance of `cls` with resolved paths, or None after adding problems.
+        """Parse settings with resolved paths, or return None after adding problems.
 
-        `kind` is the step, if the file uses another program's name for it.
+        Args:
+            cls: settings class.
+            written: values from the file.
+            place: for problems.
+            kind: our step's name, if the file has a foreign name.
         """
         if not isinstance(written, dict):
             self.add_problem(place, f"{place[-1]} = {written!r}: must be a mapping of settings")
@@ -284,7 +264,8 @@ class _PipelineReader:
         if likely in STEPS:
             hint = f"; it is {likely} here"
         elif likely:
-            hint = f"; `{likely}:` of the file does this, outside `steps`"
+            hint = suggest_successor(likely, PIPELINE) or (
+                f"; `{likely}:` of the file does this, outside `steps`")
         else:
             likely = find_nearest_name(name, STEPS)
             hint = suggest_successor(name, PIPELINE) or suggest_name(name, STEPS)
@@ -356,7 +337,7 @@ class _PipelineReader:
 
 
 def _suggest_setting(kind: str, key: str) -> str:
-    """Return our name for a removed or foreign setting of a step; "": unknown."""
+    """Return our name for a step's removed or foreign setting; "": unknown."""
     names = index_words("steps").get(normalize_word(f"{kind}.{key}"), ())
     return suggest_successor(f"{kind}.{key}", PIPELINE).removeprefix("; ") or "".join(
         f"it is {name.rpartition('.')[2]} here" for name in names)
@@ -369,19 +350,19 @@ def _list_adding_steps(column: str) -> list[str]:
 # Names of the output's sources, made of documents' columns.
 
 OPEN_COLUMNS = frozenset(["where", "url", "title", "date", "own_id", "extra", "licence", "language_hint"])
-"""Columns with values from documents, which would make unlimited names."""
+"""Columns with values from documents, whose number is not limited."""
 MISSING_VALUE = "none"
 """Replaces null in a name."""
 
 
 def find_pattern_problems(pattern: str, columns: Mapping[str, ColumnType],
                           list_steps: Callable[[str], Sequence[str]] = lambda column: ()) -> list[str]:
-    """Return one sentence for each rule that a pattern breaks.
+    """Return a sentence for each broken rule.
 
     Args:
-        pattern: names of columns in braces, and literal text.
-        columns: columns of the documents.
-        list_steps: column -> steps that would add it.
+        pattern: column names in braces, and literal text.
+        columns: documents' columns.
+        list_steps: column -> steps that add the column.
     """
     usable = [name for name, kind in columns.items()
               if kind in ("string", "bool") and name not in OPEN_COLUMNS]
@@ -404,12 +385,8 @@ def find_pattern_problems(pattern: str, columns: Mapping[str, ColumnType],
     return problems
 
 
-def list_pattern_columns(pattern: str) -> frozenset[str]:
-    return frozenset(name for _, name, _, _ in Formatter().parse(pattern) if name)
-
-
 def format_output_name(pattern: str, source: str, columns: Mapping[str, Any]) -> str:
-    """Return the name of a document's source in the output."""
+    """Return a document's output name."""
     def format_value(name: str) -> str:
         value = source if name == "source" else columns.get(name)
         if isinstance(value, bool):

@@ -1,5 +1,4 @@
-"""The plan of a run: shards of each source, steps for each source, and folders. Tasks read the plan from a
-JSON file in any process."""
+"""The plan for a run: shards, steps and folders for each source. Tasks read the plan from a JSON file."""
 
 from __future__ import annotations
 
@@ -20,25 +19,25 @@ from data_prep.curate.pipeline.pipeline_file import Pipeline, StepEntry
 from data_prep.curate.pipeline.step import SOURCE_COLUMNS, ColumnType, Step
 from data_prep.curate.sources.formats import create_reader, load_reader_class
 from data_prep.curate.sources.source import SourcePiece, SourceSettings
-from megatron_sov.base.artifacts import MANIFEST, write_atomically
+from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.sealed import (
     SEAL, SEAL_PLACEHOLDER, read_sealed_json, read_sealed_lines, seal_bytes, write_sealed_json)
 
 PARSE, OUTPUT = "parse", "output"
 PIECES = "pieces.jsonl"
-"""File with one line for each shard of a source: number, pieces, marks of the files."""
+"""File with a line for each shard: number, pieces, file marks."""
 MAX_PIECES = 100_000
-"""Maximum pieces in a shard, which may all be empty files or have no format."""
+"""Maximum pieces in a shard; empty files and files without a format count."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A folder with one file for each shard of a source."""
+    """A folder with a file for each shard in a source."""
 
     number: int
-    """0: parsed documents; then steps as in the pipeline file; last: the output."""
+    """0: parsed documents; 1 to n: steps in the pipeline file; n + 1: the output."""
     kind: str
-    """Name of the step, `PARSE`, or `OUTPUT`."""
+    """The step's name, `PARSE`, or `OUTPUT`."""
     folder: str
     """Relative to the run's output folder."""
     reasons: dict[str, Any]
@@ -54,7 +53,7 @@ class Layer:
         return output / self.folder / f"{shard:05d}.json"
 
     def get_quarantine_file(self, output: Path, shard: int) -> Path:
-        """Return the list of broken records; only the `PARSE` layer has one."""
+        """Return the file for broken records in a `PARSE` layer."""
         return output / self.folder / f"{shard:05d}.broken.jsonl"
 
     def get_result_path(self, output: Path, shard: int) -> Path:
@@ -67,7 +66,7 @@ class Layer:
 class SourcePlan:
     settings: SourceSettings
     shards: tuple[int, ...]
-    """Shard numbers, in the order of the documents."""
+    """Shard numbers, in document order."""
     num_files: int
     raw_bytes: int
     layers: tuple[Layer, ...]
@@ -86,7 +85,7 @@ class PassPlan:
 class StepPlan:
     entry: StepEntry
     sources: tuple[str, ...]
-    """Names of the sources that the step works on."""
+    """Sources that the step processes."""
     passes: tuple[PassPlan, ...]
     added_columns: dict[str, ColumnType]
 
@@ -99,13 +98,10 @@ class PipelinePlan:
 
     @property
     def address(self) -> str:
-        """Address of the output, which depends on every step and on the tokenizer for packing."""
-        pack: dict[str, Any] | None = None
-        if self.pipeline.pack is not None:
-            pack = dataclasses.asdict(self.pipeline.pack)
-            pack["tokenizer"] = hash_tree(self.pipeline.pack.tokenizer / MANIFEST)
+        """Address of the output, which depends on every step."""
+        # `pack` is a removed setting; without the key, complete corpora of earlier releases would run again.
         return compute_address({"output": [[s.settings.name, s.layers[-1].folder] for s in self.sources],
-                                "pack": pack})
+                                "pack": None})
 
     def list_skip_notes(self) -> list[str]:
         return [f"source {source.settings.name}: {sentence}" for source in self.sources
@@ -130,12 +126,12 @@ class PipelinePlan:
 
 
 def make_plan(pipeline: Pipeline, output: Path, *, writes_pieces: bool = True) -> PipelinePlan:
-    """List all inputs, cut them into shards and compute the folders.
+    """List the inputs, divide files into shards and compute folders.
 
     Args:
         pipeline: the pipeline file.
         output: the run's folder.
-        writes_pieces: write the pieces of each shard to `output`, for tasks.
+        writes_pieces: write the shards' pieces to `output`, for tasks.
 
     Raises:
         UserError: an unreadable input, or an empty source.
@@ -215,11 +211,11 @@ def _plan_source(source: SourceSettings, pipeline: Pipeline, output: Path, write
 
 
 def split_into_shards(pieces: Sequence[SourcePiece], shard_bytes: int) -> dict[int, list[SourcePiece]]:
-    """Return shard number -> pieces, in the order of the pieces.
+    """Return shard number -> pieces, in order.
 
     Args:
-        pieces: all pieces of a source.
-        shard_bytes: maximum size of a shard with more than one piece.
+        pieces: a source's pieces.
+        shard_bytes: maximum size for a shard with several pieces.
     """
     shards: list[list[SourcePiece]] = []
     size_bytes = 0

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import threading
 import time
 import traceback
 from collections import deque
@@ -13,9 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
-
-from tqdm import tqdm
 
 from data_prep.curate.pipeline.command import DataRunOptions
 from data_prep.curate.pipeline.counts import DocumentCounts
@@ -33,6 +28,7 @@ from megatron_sov.base.sealed import read_sealed_json
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.processes.pool import LOST_WORKER, WorkerLost, WorkerPool
 from megatron_sov.work.progress.locks import lock_folder
+from megatron_sov.work.progress.progress_bar import create_bar
 from megatron_sov.work.submit.arrays import (
     FINISH, FINISH_CPUS, Arrays, ClusterOptions, Jobs, TaskFailed, check_no_active_jobs, check_quotable,
     check_restarts, load_array_profile, print_failures)
@@ -60,7 +56,7 @@ def run_from_options(options: DataRunOptions) -> None:
 
 
 def check_run_folder(output: Path) -> None:
-    """Raise `UserError` if a folder belongs to another program."""
+    """Raise `UserError` if a folder does not belong to a pipeline."""
     check_creatable(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
@@ -71,7 +67,7 @@ def check_run_folder(output: Path) -> None:
 
 
 def check_outside_sources(pipeline: Pipeline, output: Path) -> None:
-    """Raise `UserError` if the output folder is in a source, which would read the output as documents."""
+    """Raise `UserError` if a source contains the output folder: the source would read the output."""
     for source in pipeline.sources:
         for path in source.path:
             if output.resolve().is_relative_to((source.folder / path).resolve()):
@@ -80,7 +76,7 @@ def check_outside_sources(pipeline: Pipeline, output: Path) -> None:
 
 
 def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Run all open tasks, then publish the corpus.
+    """Run the open tasks and publish the corpus.
 
     Raises:
         UserError: invalid data or settings, or a full disk. Finished tasks stay.
@@ -92,12 +88,12 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
             print(f"{output}: complete from before")
             return
         _run_stages(plan, prepare_run(plan, output), output, workers, list(iter_stages(plan)))
-        description = finish_run(plan, output, workers)
+        description = finish_run(plan, output)
     print(description)
 
 
 def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Run the steps of a plan without writing a corpus; the layers have each document's outcome.
+    """Run a plan's steps without writing a corpus; layers hold the outcomes.
 
     Raises:
         UserError: see `run_pipeline`.
@@ -108,8 +104,8 @@ def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
 
 
 def prepare_run(plan: PipelinePlan, output: Path) -> Path:
-    """Write the plan for the tasks, and delete temporary files of killed tasks and the manifest of an earlier
-    plan. Returns the plan's file."""
+    """Write the plan for tasks, and delete killed tasks' temporary files and an earlier plan's manifest.
+    Returns the plan's file."""
     plans = output / "plans"
     plans.mkdir(exist_ok=True)
     file = plans / f"{plan.address}.json"
@@ -130,7 +126,7 @@ def prepare_run(plan: PipelinePlan, output: Path) -> Path:
 
 
 def list_open_tasks(plan: PipelinePlan, stage: PipelineStage, output: Path) -> list[Task]:
-    """List the unfinished tasks of a stage. A pass has no open tasks if all outcomes of its step exist."""
+    """List a stage's unfinished tasks. A pass has no open tasks if the step's outcomes exist."""
     # After the last outcome nothing reads the results of passes, so that the user may delete them.
     if stage.index >= 0 and not list_open_tasks(plan, PipelineStage(stage.number, stage.kind), output):
         return []
@@ -158,11 +154,20 @@ def _run_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: Pipeli
             running.append(task)
             yield stage, task
 
+    start_s = last_line_s = time.monotonic()
     try:
-        with StageProgress(stage.name, len(open_tasks), stage.task_noun) as progress:
-            for _ in pool.each(iter_items()):
+        with create_bar(stage.name, len(open_tasks), "task") as bar:
+            for num_done, _ in enumerate(pool.each(iter_items()), 1):
                 running.popleft()
-                progress.advance()
+                bar.update(1)
+                now_s = time.monotonic()
+                # A log file shows lines instead of a bar.
+                if bar.disable and now_s - last_line_s >= PROGRESS_LINE_S:
+                    last_line_s = now_s
+                    left_s = (now_s - start_s) / num_done * (len(open_tasks) - num_done)
+                    print(f"  {stage.name}: {num_done:,} of {len(open_tasks):,} {stage.task_noun} after "
+                          f"{format_duration(now_s - start_s)}, about {format_duration(left_s)} left",
+                          flush=True)
     except WorkerLost:
         names = ", ".join(f"{number} of source {source}"
                           for source, number in islice(running, MAX_NAMED_TASKS))
@@ -185,45 +190,6 @@ def _create_task_runner(plan_file: Path, output: Path) -> Callable[[tuple[Pipeli
             raise TaskFailed(f"step {stage.kind}: {''.join(traceback.format_exception(e))}") from None
 
     return run_item
-
-
-class StageProgress:
-    """Progress of a stage: a bar on a terminal, a line every minute in a log file.
-
-    Args:
-        name: the stage's.
-        total: number of tasks.
-        noun: plural word for tasks.
-    """
-
-    def __init__(self, name: str, total: int, noun: str) -> None:
-        self._name, self._total, self._noun, self._num_done = name, total, noun, 0
-        self._start_s = time.monotonic()
-        self._stopped = threading.Event()
-        self._printer = threading.Thread(target=self._print_lines, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._bar: Any = tqdm(total=self._total, desc=self._name, unit="task", disable=None, leave=False)
-        if self._bar.disable:
-            self._printer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._bar.close()
-
-    def advance(self) -> None:
-        self._num_done += 1
-        self._bar.update(1)
-
-    def _print_lines(self) -> None:
-        while not self._stopped.wait(PROGRESS_LINE_S):
-            print(self.format_line(time.monotonic() - self._start_s), flush=True)
-
-    def format_line(self, wall_s: float) -> str:
-        done, total = self._num_done, self._total
-        line = f"  {self._name}: {done:,} of {total:,} {self._noun} after {format_duration(wall_s)}"
-        return f"{line}, about {format_duration(wall_s / done * (total - done))} left" if done else line
 
 
 def _print_stage(plan: PipelinePlan, stage: PipelineStage, output: Path, num_done: int,
@@ -253,7 +219,7 @@ def read_stage_counts(plan: PipelinePlan, stage: PipelineStage, output: Path) ->
 
 
 def describe_plan(plan: PipelinePlan, output: Path) -> str:
-    """Return lines with sources and steps, and the finished and open tasks of each stage."""
+    """Return lines with sources, and finished and open tasks for each stage."""
     lines = [f"{plan.pipeline.name}: {_format_count(len(plan.sources), 'sources')}, "
              f"{_format_count(len(plan.steps), 'steps')}"]
     for source in plan.sources:
@@ -262,13 +228,7 @@ def describe_plan(plan: PipelinePlan, output: Path) -> str:
         lines += [f"    {sentence}" for sentence in source.notes]
     if is_complete(plan, output):
         return "\n".join([*lines, f"{output}: complete from before, nothing is done"])
-    for stage in iter_stages(plan):
-        total, num_open = len(list_tasks(plan, stage)), len(list_open_tasks(plan, stage, output))
-        lines.append(f"  {stage.name}: {_format_count(total, stage.task_noun)}, {total - num_open:,} done, "
-                     f"{num_open:,} to do")
-    if plan.pipeline.pack is not None:
-        lines.append(f"  pack: {plan.pipeline.pack.tokenizer}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_iter_progress_lines(plan, output)])
 
 
 def _format_count(count: int, plural: str) -> str:
@@ -280,7 +240,7 @@ def _format_count(count: int, plural: str) -> str:
 
 
 def submit_pipeline(pipeline: Pipeline, output: Path, options: ClusterOptions) -> None:
-    """Submit all open tasks, or print the progress of jobs already at work.
+    """Submit the open tasks, or print the progress if jobs are active.
 
     Args:
         pipeline: the pipeline file.
@@ -343,5 +303,5 @@ def run_array_task(plan_file: Path, output: Path, stage: PipelineStage, open_tas
 
 
 def run_finish_task(plan_file: Path, output: Path, index: int) -> None:
-    check_restarts("finish", "leave `pack` out and pack by `sov-data pack` in parts")
-    finish_run(PipelinePlan.read(plan_file), output, len(os.sched_getaffinity(0)))
+    check_restarts("finish", "give the job more time or memory")
+    finish_run(PipelinePlan.read(plan_file), output)

@@ -1,9 +1,8 @@
-"""The interface of pipeline steps: documents in, one outcome for each document out.
+"""The interface for pipeline steps: documents in, an outcome for each document out.
 
-A step does not know where documents are stored or which process runs it. Each process builds a step once
-from its settings and calls `compute_outcomes` with batches of documents. A step that has to see all documents
-before it can judge one, e.g. a search for duplicates, lists passes. They run first, and each task of a pass
-may run in another process.
+A step does not know where documents are stored or which process runs the step. A process builds a step once
+from settings and calls `compute_outcomes` with batches. A step with outcomes that depend on all documents,
+e.g. a search for duplicates, lists passes, which run first. Tasks in a pass may run in different processes.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Doc:
 
     @property
     def sampling_key(self) -> str:
-        """Key for random choices. Unlike `id`, it does not change with the size of shards."""
+        """Key for random choices; unlike `id`, independent of shard sizes."""
         return f"{self.source}:{self.id.rpartition(':')[2]}"
 
 
@@ -49,7 +48,7 @@ class StepOutcome:
     """A step's result for a document."""
 
     reason: str = ""
-    """Why the document is dropped, in a few words that other documents share; "": kept."""
+    """Why the document is dropped, in a few words for counting; "": kept."""
     text: str | None = None
     """New text; None: unchanged."""
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -66,42 +65,42 @@ class ShardRef:
 
 
 class View(Protocol):
-    """A step's access to the documents of its pipeline."""
+    """A step's access to the pipeline's documents."""
 
     @property
     def shards(self) -> Sequence[ShardRef]:
-        """All shards that the step works on, ordered by source as in the pipeline file, then by number."""
+        """Shards for the step, ordered as sources in the pipeline file and by number."""
 
     @property
     def work_folder(self) -> Path:
-        """Folder that the passes of this step share. Passes publish files there by a rename."""
+        """Folder for the step's passes, which publish files by a rename."""
 
     def iter_documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
-        """Yield batches of the documents of a shard that no earlier step dropped, in order."""
+        """Yield batches with a shard's documents, in order, without documents dropped by earlier steps."""
 
     def get_priority(self, source: str) -> int:
-        """Return a source's `priority`; the source with the higher value keeps a text that both have."""
+        """Return a source's `priority`; the source with the higher value keeps a common text."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Work on all documents that precedes a step's outcomes."""
+    """Work over all documents before a step's outcomes."""
 
     name: str
     """One word, for folders and messages."""
     run: Callable[[View, int], None]
-    """Method of the step that runs one task. A repeated task must write the same files."""
+    """The step's method for a task. A repeated task must write the same files."""
     num_tasks: int | None = None
-    """Number of tasks; None: one for each shard, in the order of `View.shards`."""
+    """Number of tasks; None: a task for each shard in `View.shards`."""
 
 
 class Step(ABC):
-    """Base class of steps; an instance has the settings of one entry in a pipeline file."""
+    """Base class for steps; an instance has the settings from an entry in a pipeline file."""
 
     kind: ClassVar[str]
     """Name in pipeline files."""
     version: ClassVar[int] = 1
-    """Raised when equal documents and settings would give other outcomes or other files of passes."""
+    """Raised when equal documents and settings would give different outcomes or pass files."""
     added_columns: ClassVar[Mapping[str, ColumnType]] = {}
     """Column -> type, for columns that the step adds to every kept document."""
     needed_columns: ClassVar[Sequence[str]] = ()
@@ -109,27 +108,27 @@ class Step(ABC):
     shorthand: ClassVar[str] = ""
     """Setting that receives a single value in the pipeline file; "": the step needs a mapping."""
     Settings: ClassVar[type[Any]]
-    """Frozen dataclass with bounds as types and a docstring for each field. An optional method
-    `problems() -> list[SettingsProblem]` checks fields against each other."""
+    """Frozen dataclass with bounds as types and docstrings for fields. An optional method
+    `problems() -> list[SettingsProblem]` checks combinations of fields."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
     def list_files(self) -> Sequence[Path]:
-        """List files and folders that outcomes depend on; their contents enter the step's address."""
+        """List files and folders that outcomes depend on; the step's address includes the contents."""
         return ()
 
     def list_passes(self) -> Sequence[Pass]:
-        """List passes in order. A step without passes judges each document alone, and a changed source
-        repeats the step for that source only."""
+        """List passes in order. A step without passes judges documents alone: a changed source repeats the
+        step only for the source."""
         return ()
 
     def load_inputs(self, view: View) -> None:  # noqa: B027  (most steps load nothing)
-        """Load the data for `compute_outcomes`. Called once in each process, after all passes."""
+        """Load the data for `compute_outcomes`. Called once per process, after the passes."""
 
     @abstractmethod
     def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return one outcome for each document, in order. Outcomes must not depend on the batches."""
+        """Return an outcome for each document, in order. Outcomes must not depend on the batches."""
 
 
 SOURCE_COLUMNS: dict[str, ColumnType] = {
@@ -139,7 +138,7 @@ SOURCE_COLUMNS: dict[str, ColumnType] = {
 }
 """Column -> type before the first step; `extra` is JSON with the format's other fields."""
 RECORD_COLUMNS = ("licence", "url", "title", "date", "language_hint", "own_id")
-"""Columns that a record may set."""
+"""Columns that records may set."""
 
 
 STEPS: dict[str, str] = {
@@ -152,10 +151,10 @@ STEPS: dict[str, str] = {
     "minhash_dedup": "data_prep.curate.dedup.minhash:MinhashDedup",
     "paragraph_dedup": "data_prep.curate.dedup.exact:ParagraphDedup",
     "decontaminate": "data_prep.curate.decontamination.step:Decontaminate",
-    "quality": "data_prep.curate.scoring.kinds:Quality",
-    "education": "data_prep.curate.scoring.kinds:Education",
+    "quality": "data_prep.curate.scoring.scorer_steps:Quality",
+    "education": "data_prep.curate.scoring.scorer_steps:Education",
     "level": "data_prep.curate.scoring.levels:Level",
-    "kind": "data_prep.curate.scoring.kinds:ScorerKind",
+    "kind": "data_prep.curate.scoring.scorer_steps:DocumentKind",
 }
 """Name in pipeline files -> module:class."""
 

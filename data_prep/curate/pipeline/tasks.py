@@ -1,8 +1,8 @@
-"""Tasks of a run: each task handles one shard, or one part of a pass, in any process.
+"""Tasks in a run: a task handles a shard, or a part of a pass, in any process.
 
-A result is renamed to its final name last, so an existing file marks a finished task, which no process
-repeats. A shard has a base table with texts, and one layer table for each step with the same row groups. One
-row group at a time is in memory.
+A rename to the final name comes last: an existing result marks a finished task, and no process repeats the
+task. A shard has a base table with texts, and a layer table for each step with the same row groups. A single
+row group is in memory.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GROUP_BYTES, GROUP_ROWS = 8 << 20, 1000
 MAX_LISTED = 10_000
 """Broken records listed for each shard; further records are only counted."""
 MAX_NAMES = 256
-"""Output names in one shard; each has an open file."""
+"""Maximum output names in a shard, which are open files."""
 _ARROW_TYPES = {"string": pa.string(), "float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_(),
                 "list<string>": pa.list_(pa.string())}
 
@@ -62,14 +62,14 @@ Task = tuple[str, int]
 
 @dataclass(frozen=True)
 class PipelineStage:
-    """Tasks that may run in any order, after all tasks of the previous stages."""
+    """Tasks that may run in any order, after the previous stages."""
 
     number: int
-    """Number of the layer that the tasks write or prepare."""
+    """Layer number that the tasks write or prepare."""
     kind: str
-    """Name of the step, `PARSE` or `OUTPUT`."""
+    """The step's name, `PARSE` or `OUTPUT`."""
     index: int = -1
-    """Number of the pass; -1: tasks write a layer."""
+    """Pass number; -1: tasks write a layer."""
     pass_name: str = ""
 
     @property
@@ -183,10 +183,10 @@ def _run_open_task(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pip
 
 
 def measure_cpu_seconds(with_children: bool = False) -> float:
-    """Return the processor time of this process so far.
+    """Return the process's processor time.
 
     Args:
-        with_children: add running child processes; listing them takes longer than many tasks.
+        with_children: add running child processes, which takes longer than many tasks.
     """
     own = os.times()
     total = own.user + own.system + own.children_user + own.children_system
@@ -205,7 +205,7 @@ def _read_plan(file: Path) -> PipelinePlan:
 
 @lru_cache(maxsize=2)
 def _load_step(plan_file: Path, number: int, output: Path, *, loads_inputs: bool) -> Step:
-    """Return this process's instance of a step.
+    """Return the process's instance of a step.
 
     Raises:
         UserError: a file of the step changed after the plan was made.
@@ -236,7 +236,7 @@ class LayerRow:
 
 
 class LayerFile(TableFile):
-    """A step's layer over a shard: columns `reason` and `text`, then the step's columns."""
+    """A step's layer over a shard: columns `reason`, `text` and the step's columns."""
 
     def __init__(self, path: Path, added_columns: dict[str, ColumnType]) -> None:
         super().__init__(path, build_schema("reason", added_columns))
@@ -254,12 +254,12 @@ class LayerFile(TableFile):
 
 def iter_row_batches(source: str, files: Sequence[Path],
                      seals: Sequence[str] = ()) -> Iterator[list[LayerRow | None]]:
-    """Yield the row groups of a shard as documents after the last layer; None stands for a dropped document.
+    """Yield a shard's row groups as documents after the last layer; None stands for a dropped document.
 
     Args:
-        source: name of the source.
-        files: the base, then layers in order.
-        seals: recorded checksum of each file (`read_recorded_seal`); (): no check against the counts.
+        source: the source's name.
+        files: the base, and layers in order.
+        seals: recorded checksums (`read_recorded_seal`); (): no check against the counts.
 
     Raises:
         UserError: a file is missing, damaged, or belongs to another shard.
@@ -345,7 +345,7 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
 
 def _record_broken(item: BrokenRecord, pipeline: Pipeline, quarantine: IO[str], counts: DocumentCounts,
                    shard: int) -> None:
-    """Count a broken record. Only `MAX_LISTED` are listed: a source of a wrong format would fill the disk."""
+    """Count a broken record. Only `MAX_LISTED` are listed: a source in a wrong format would fill the disk."""
     if pipeline.on_bad == "refuse" and not item.is_left_out:
         raise UserError(f"{item.place}: {item.reason}; mend it, or list such records and go on: "
                         "on_bad: quarantine")
@@ -358,7 +358,7 @@ def _record_broken(item: BrokenRecord, pipeline: Pipeline, quarantine: IO[str], 
 
 
 class _RowBuffer:
-    """Documents of the next row group."""
+    """Documents for the next row group."""
 
     def __init__(self, source: SourceSettings, shard: int) -> None:
         self.source, self.shard = source, shard
@@ -405,7 +405,7 @@ def _replace_surrogates(text: str) -> str:
 
 
 class LayerView:
-    """The `View` of one step: documents that the previous steps kept, shard by shard."""
+    """A step's `View`: documents kept by previous steps, shard by shard."""
 
     def __init__(self, plan: PipelinePlan, step: StepPlan, output: Path) -> None:
         self.plan, self.step, self.output = plan, step, output
@@ -432,7 +432,7 @@ class LayerView:
         return self.plan.get_source(source).settings.priority
 
     def iter_groups(self, shard: ShardRef) -> Iterator[tuple[int, list[LayerRow | None]]]:
-        """Yield the number of the first row and the rows for each row group of a shard, before the step."""
+        """Yield first row number and rows for each row group in a shard, before the step."""
         files = [layer.get_table_file(self.output, shard.number)
                  for layer in self.plan.get_source(shard.source).layers
                  if layer.number < self.step.entry.number]
@@ -453,7 +453,7 @@ class LayerView:
 @contextmanager
 def _write_layer(plan: PipelinePlan, plan_file: Path, output: Path, stage: PipelineStage, shard: ShardRef,
                  file: Path) -> Iterator[DocumentCounts]:
-    """Write a step's layer over a shard; it gets its final name when the with block ends."""
+    """Write a step's layer over a shard; the file gets the final name when the with block ends."""
     step_plan = _get_step(plan, stage)
     view, counts = LayerView(plan, step_plan, output), DocumentCounts()
     step = _load_step(plan_file, stage.number, output, loads_inputs=True)
@@ -497,7 +497,8 @@ def _compute_outcomes(step: Step, step_plan: StepPlan, documents: list[Doc]) -> 
 @contextmanager
 def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, output: Path,
                        shard: int) -> Iterator[DocumentCounts]:
-    """Write a folder with a file for each output name; it gets its final name when the with block ends.
+    """Write a folder with a file for each output name; the folder gets the final name when the with block
+    ends.
 
     Raises:
         UserError: the documents have more than `MAX_NAMES` output names.
@@ -521,7 +522,7 @@ def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, out
 
 
 class _OutputSorter:
-    """Writes rows to one table for each output name."""
+    """Writes rows to a table for each output name."""
 
     def __init__(self, plan: PipelinePlan, folder: Path, stack: ExitStack) -> None:
         self.pattern, self.folder, self.stack = plan.pipeline.output.name, folder, stack

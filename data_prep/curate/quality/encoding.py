@@ -9,28 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+
+from ftfy import TextFixerConfig, fix_encoding
 
 from data_prep.curate.line_ends import unify_line_ends
-from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
+from data_prep.curate.pipeline.step import Doc, Step, StepOutcome
 from data_prep.curate.quality.identify import detect_form
-from data_prep.libraries import find_library_problems
-from megatron_sov.base.settings import SettingsProblem, to_problem
 
 
 @dataclass(frozen=True)
 class EncodingRepairSettings:
-    """No settings; checks that ftfy is installed."""
-
-    def problems(self) -> list[SettingsProblem]:
-        return list(map(to_problem, find_library_problems("the step encoding", "ftfy")))
+    """The step has no settings."""
 
 
 class RepairEncoding(Step):
     """Restores wrongly decoded lines, except in code; the column `lines_repaired` counts them."""
 
     kind = "encoding"
-    added_columns: ClassVar[dict[str, ColumnType]] = {"lines_repaired": "int64"}
+    added_columns = {"lines_repaired": "int64"}
     Settings = EncodingRepairSettings
 
     def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
@@ -46,8 +42,6 @@ class RepairEncoding(Step):
 
 def repair_encoding(text: str) -> tuple[str, int]:
     """Return `text` with wrongly decoded lines restored, and the number of restored lines."""
-    from ftfy import TextFixerConfig, fix_encoding  # optional package
-
     if text.isascii():
         return text, 0
     config = TextFixerConfig(explain=False)

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import MinLen
 
-from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
+from data_prep.curate.pipeline.step import Doc, Step, StepOutcome
 from data_prep.libraries import find_library_problems
 from megatron_sov.base.documents.scripts import count_letters_by_script
 from megatron_sov.base.settings import SettingsProblem, Share, choice_from, to_problem
@@ -271,15 +271,20 @@ def _get_label_weight(label: str) -> float:
     return _WEIGHTS.get(label, 1.0 if label in _COMMON or label == NOISE_LABEL else _RARE_WEIGHT)
 
 
+@lru_cache(maxsize=1)
+def _import_langid() -> Any:
+    from py3langid import langid  # optional package, slow to import
+
+    return langid
+
+
 def get_model_file() -> Path:
-    from py3langid.langid import MODEL_DIR, MODEL_FILE  # optional package, slow to import
-    return Path(MODEL_DIR) / MODEL_FILE
+    return Path(_import_langid().MODEL_DIR) / _import_langid().MODEL_FILE
 
 
 @lru_cache(maxsize=1)
 def _load_model() -> Any:
-    from py3langid.langid import LanguageIdentifier  # optional package, slow to import
-    return LanguageIdentifier.from_model_file(get_model_file(), norm_probs=True)
+    return _import_langid().LanguageIdentifier.from_model_file(get_model_file(), norm_probs=True)
 
 
 @dataclass(frozen=True)
@@ -301,8 +306,7 @@ class Language(Step):
     """Adds the columns `language`, `language_score` and `form`; drops by language and form."""
 
     kind = "language"
-    added_columns: ClassVar[dict[str, ColumnType]] = {
-        "language": "string", "language_score": "float32", "form": "string"}
+    added_columns = {"language": "string", "language_score": "float32", "form": "string"}
     Settings = LanguageSettings
     settings: LanguageSettings
 

@@ -1,31 +1,31 @@
-"""Step `level`: basic, L1, L2 or L3, by where a document's score stands among those of its language.
+"""Step `level`: rank documents by score within each language, and cut the ranks into basic, L1, L2 and L3.
 
 Solar Open keeps the top 50 % by educational score for L2 and the top 35 % for L3, with percentiles for each
-language.  No share for L1 is published that we know of: here it is every document that has a score, until
-`l1` says less; `basic` is what has none, or stands below it.
+language. We know of no published share for L1: by default every document with a score has at least L1.
 
-The cuts are exact.  A first pass writes for each shard the sorted keys of its documents, 8 bytes each; a
-second one finds the key of each cut byte by byte, by binary search in those files, and never holds more than
-one of them open.  Documents of one score are ordered by the hashes of their places, so a cut splits them
-in the same way every time, and a level has as many documents as its share says.
+Cuts are exact. A first pass writes the sorted keys of each shard's documents, 8 bytes each. A second pass
+finds the key of each cut byte by byte, by binary search in these files, with one file open at a time.
+Documents with equal scores are ordered by a hash, so that a cut always splits them alike and each level has
+its exact share.
 """
 
 from __future__ import annotations
 
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
 from numbers import Real
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Gt, Le
 
-from data_prep.curate.pipeline.step import ColumnType, Doc, Pass, Step, StepOutcome, View
+from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from data_prep.damaged_files import explain_deletion, get_place_in_run
 from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.errors import UserError
@@ -35,158 +35,169 @@ from megatron_sov.base.settings import AtLeastOne, NotBlank, at_most_field
 LEVELS = ("L1", "L2", "L3")
 BASIC = "basic"
 SMALL = "small languages together"
-_FILE = "levels.json"
+"""Pool for groups below `LevelSettings.min_documents`."""
+CUTS_FILE = "levels.json"
 ShareAboveZero = Annotated[float, Gt(0), Le(1)]
 
 
 @dataclass(frozen=True)
 class LevelSettings:
-    """Settings of `level`."""
+    """Settings for `level`."""
 
     by: NotBlank = "education"
-    """Column of scores; a higher one is better."""
+    """Column with scores; higher scores are better."""
     l1: ShareAboveZero = 1.0
-    """Share of the documents with a score that are L1 or better."""
+    """Share of scored documents with level L1 or better."""
     l2: Annotated[ShareAboveZero, at_most_field("l1")] = 0.5
-    """Share that is L2 or better."""
+    """Share with level L2 or better."""
     l3: Annotated[ShareAboveZero, at_most_field("l2")] = 0.35
-    """Share that is L3."""
+    """Share with level L3."""
     per: str = "language"
-    """Column whose values are each judged apart; "": all documents together."""
+    """Column that divides documents into groups with separate cuts; "": one group."""
     min_documents: AtLeastOne = 100
-    """A value of `per` with fewer documents is judged together with the others of that sort: a percentile
-    of a handful says nothing."""
+    """Groups with fewer documents share their cuts, because percentiles of few documents are noise."""
 
 
 class Level(Step):
-    """A column of levels."""
+    """Adds the column `level`."""
 
-    kind: ClassVar[str] = "level"
-    added_columns: ClassVar[Mapping[str, ColumnType]] = {"level": "string"}
+    kind = "level"
+    added_columns = {"level": "string"}
     Settings = LevelSettings
+    settings: LevelSettings
 
     def __init__(self, settings: LevelSettings) -> None:
         super().__init__(settings)
         self.needed_columns = tuple(filter(None, (settings.by, settings.per)))  # type: ignore[misc]
-        self._cuts: dict[str, list[int]] = {}
 
     def list_passes(self) -> Sequence[Pass]:
-        return (Pass("keys", self.write_keys), Pass("cuts", self.write_cuts, 1))
+        return (Pass("keys", self._write_keys), Pass("cuts", self._write_cuts, 1))
 
-    def write_keys(self, view: View, task: int) -> None:
-        """Write the sorted keys of a shard's documents, group after group."""
+    def load_inputs(self, view: View) -> None:
+        groups = _read_run_json(view.work_folder / CUTS_FILE)["groups"]
+        self._cuts: dict[str, list[int]] = {name: group["cuts"] for name, group in groups.items()}
+
+    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+        return [StepOutcome(values={"level": self._choose_level(document)}) for document in documents]
+
+    def _choose_level(self, document: Doc) -> str:
+        key = self._compute_key(document)
+        if key is None:
+            return BASIC
+        cuts = self._cuts[self._get_group(document)]
+        # Cuts fall from L3 to L1.
+        return next((level for level, cut in zip(LEVELS[::-1], cuts[::-1], strict=True) if key >= cut), BASIC)
+
+    def _get_group(self, document: Doc) -> str:
+        return str(document.columns.get(self.settings.per) or "") if self.settings.per else ""
+
+    def _compute_key(self, document: Doc) -> int | None:
+        """Return 64 bits that sort by score, then by hash; None without a score.
+
+        Raises:
+            UserError: the column `by` holds no number.
+        """
+        score = document.columns.get(self.settings.by)
+        if score is None:
+            return None
+        if isinstance(score, bool) or not isinstance(score, Real):
+            raise UserError(f"level: by = {self.settings.by}: document {document.id} has {str(score)[:40]!r} "
+                            "there, which is no number; name a column of scores")
+        if math.isnan(score):
+            return None
+        hashed = int.from_bytes(blake2b(document.sampling_key.encode(), digest_size=4).digest(), "little")
+        return _to_sortable(float(score)) << 32 | hashed
+
+    def _write_keys(self, view: View, task: int) -> None:
+        """Write an array with the keys of a shard's documents, sorted within each group."""
         groups: dict[str, list[int]] = {}
         num_without = 0
         for documents in view.iter_documents(view.shards[task]):
             for document in documents:
-                key = self._key(document)
+                key = self._compute_key(document)
                 if key is None:
                     num_without += 1
                 else:
-                    groups.setdefault(self._group(document), []).append(key)
-        # One array a shard: keys of a group next to each other and sorted, and where each group begins and
-        # ends.
-        places, start = {}, 0
-        for name in sorted(groups):
-            places[name] = [start, start + len(groups[name])]
-            start += len(groups[name])
-        found = np.concatenate([np.zeros(0, np.uint64), *(np.sort(np.array(groups[name], np.uint64))
-                                                          for name in sorted(groups))])
-        raw = io.BytesIO()
-        np.save(raw, found)
+                    groups.setdefault(self._get_group(document), []).append(key)
+        ranges: dict[str, list[int]] = {}
+        arrays = [np.zeros(0, np.uint64)]
+        start = 0
+        for name, keys in sorted(groups.items()):
+            ranges[name] = [start, start + len(keys)]
+            arrays.append(np.sort(np.array(keys, np.uint64)))
+            start += len(keys)
+        content = io.BytesIO()
+        np.save(content, np.concatenate(arrays))
         folder = view.work_folder / "keys"
         folder.mkdir(parents=True, exist_ok=True)
-        keys, beside = folder / f"{task:06d}.npy", folder / f"{task:06d}.json"
-        # The keys before the .json that names them: a pass that is killed in between leaves no list of keys
-        # that are not there.
-        write_atomically(keys, seal_bytes(raw.getvalue(), get_place_in_run(keys)))
-        write_sealed_json(beside, {"groups": places, "num_without": num_without}, get_place_in_run(beside))
+        keys_file, ranges_file = folder / f"{task:06d}.npy", folder / f"{task:06d}.json"
+        # The index comes last: a task killed before leaves no index to missing keys.
+        write_atomically(keys_file, seal_bytes(content.getvalue(), get_place_in_run(keys_file)))
+        write_sealed_json(ranges_file, {"groups": ranges, "num_without": num_without},
+                          get_place_in_run(ranges_file))
 
-    def write_cuts(self, view: View, task: int) -> None:
+    def _write_cuts(self, view: View, task: int) -> None:
         """Write the lowest key of each level for each group."""
-        shards = [(file.with_suffix(".npy"), read_sealed_json(file, explain_deletion(file),
-                                                               get_place_in_run(file)))
+        shards = [(file.with_suffix(".npy"), _read_run_json(file))
                   for file in sorted((view.work_folder / "keys").glob("*.json"))]
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for _, shard in shards:
             for name, (start, stop) in shard["groups"].items():
-                counts[name] = counts.get(name, 0) + stop - start
-        pool = {name: SMALL if count < self.settings.min_documents else name
-                for name, count in counts.items()}
-        totals: dict[str, int] = {}
+                counts[name] += stop - start
+        pools = {name: SMALL if count < self.settings.min_documents else name
+                 for name, count in counts.items()}
+        pool_counts: Counter[str] = Counter()
         for name, count in counts.items():
-            totals[pool[name]] = totals.get(pool[name], 0) + count
-        # As a fraction of the decimal that was written: 0.35 in binary would move a cut by a document.
+            pool_counts[pools[name]] += count
+        # Exact decimals: the binary value for 0.35 would move a cut by a document.
         shares = [Fraction(str(getattr(self.settings, level.lower()))) for level in LEVELS]
-        ranks = {name: [math.ceil(n * share) for share in shares] for name, n in totals.items()}
-        cuts = _cuts(shards, pool, ranks)
-        record = {"groups": {name: {"judged_as": pool[name], "num_documents": counts[name],
-                                    "cuts": cuts[pool[name]]} for name in sorted(counts)},
-                  "num_without_score": sum(shard["num_without"] for _, shard in shards)}
-        write_sealed_json(view.work_folder / _FILE, record, get_place_in_run(view.work_folder / _FILE))
+        ranks = {pool: [math.ceil(count * share) for share in shares] for pool, count in pool_counts.items()}
+        cuts = find_cuts(shards, pools, ranks)
+        file = view.work_folder / CUTS_FILE
+        groups = {name: {"judged_as": pools[name], "num_documents": counts[name], "cuts": cuts[pools[name]]}
+                  for name in sorted(counts)}
+        num_without = sum(shard["num_without"] for _, shard in shards)
+        write_sealed_json(file, {"groups": groups, "num_without_score": num_without}, get_place_in_run(file))
 
-    def load_inputs(self, view: View) -> None:
-        file = view.work_folder / _FILE
-        groups = read_sealed_json(file, explain_deletion(file), get_place_in_run(file))["groups"]
-        self._cuts = {name: group["cuts"] for name, group in groups.items()}
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        found = []
-        for document in documents:
-            key, level = self._key(document), BASIC
-            if key is not None:
-                cuts = self._cuts[self._group(document)]
-                level = next((name for name, cut in zip(LEVELS[::-1], cuts[::-1], strict=True)
-                              if key >= cut), BASIC)
-            found.append(StepOutcome(values={"level": level}))
-        return found
-
-    def _group(self, document: Doc) -> str:
-        return str(document.columns.get(self.settings.per) or "") if self.settings.per else ""
-
-    def _key(self, document: Doc) -> int | None:
-        """Return what documents are ordered by: the score, then the hash of the place; None without a score.
-
-        Raises:
-            UserError: the column holds something else.
-        """
-        score = document.columns.get(self.settings.by)
-        if score is not None and (isinstance(score, bool) or not isinstance(score, Real)):
-            raise UserError(f"level: by = {self.settings.by}: document {document.id} has {str(score)[:40]!r} "
-                            "there, which is no number; name a column of scores")
-        if score is None or math.isnan(score):
-            return None
-        # Ties are broken by a hash of the place: any share of them can be taken, and always the same.
-        hashed = int.from_bytes(blake2b(document.sampling_key.encode(), digest_size=4).digest(), "little")
-        return _to_sortable(float(score)) << 32 | hashed
+def _read_run_json(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = read_sealed_json(file, explain_deletion(file), get_place_in_run(file))
+    return content
 
 
 def _to_sortable(score: float) -> int:
-    """Return a float32 as a number of 32 bits that is larger where the float is."""
-    bits = int((np.float32(score) + np.float32(0.0)).view(np.uint32))  # -0.0 is 0.0
-    # IEEE floats sort as integers when the sign bit of positive ones is set and negative ones are flipped.
+    """Convert a float32 to 32 bits in the same order."""
+    bits = int((np.float32(score) + np.float32(0.0)).view(np.uint32))  # -0.0 becomes 0.0
+    # IEEE 754: set the sign bit of positive numbers, flip all bits of negative numbers.
     return bits ^ 0xFFFFFFFF if bits >> 31 else bits | 1 << 31
 
 
-def _cuts(shards: Sequence[tuple[Path, dict[str, Any]]], pool: Mapping[str, str],
-          ranks: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Return, for each pool and rank r, the r-th largest of its keys: the largest number that at least r keys
-    reach, found from its highest byte to its lowest."""
-    cuts = {name: np.zeros(len(wanted), np.uint64) for name, wanted in ranks.items()}
-    # Eight rounds, a byte each: 256 candidates share all bytes above. In every round each file is opened
-    # once.
+def find_cuts(shards: Sequence[tuple[Path, dict[str, Any]]], pools: Mapping[str, str],
+              ranks: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Find the r-th largest key of a pool for each rank r: the largest number that r keys reach.
+
+    Args:
+        shards: file with keys, and its index.
+        pools: group -> pool.
+        ranks: pool -> ranks.
+
+    Returns:
+        Pool -> keys.
+    """
+    cuts = {pool: np.zeros(len(pool_ranks), np.uint64) for pool, pool_ranks in ranks.items()}
+    # Eight rounds from the highest byte to the lowest; each opens every file once.
     for shift in range(56, -1, -8):
         bytes_ = np.arange(256, dtype=np.uint64) << np.uint64(shift)
-        tried = {name: found[:, None] | bytes_ for name, found in cuts.items()}
-        reached = {name: np.zeros(found.shape, np.int64) for name, found in tried.items()}
+        candidates = {pool: pool_cuts[:, None] | bytes_ for pool, pool_cuts in cuts.items()}
+        num_reaching = {pool: np.zeros(keys.shape, np.int64) for pool, keys in candidates.items()}
         for file, shard in shards:
             check_seal(file, explain_deletion(file), get_place_in_run(file))
             keys = np.load(file, mmap_mode="r" if shard["groups"] else None)
             for name, (start, stop) in shard["groups"].items():
-                below = np.searchsorted(keys[start:stop], tried[pool[name]], "left")
-                reached[pool[name]] += stop - start - below
-        for name, wanted in ranks.items():
-            # Counts fall as candidates rise: the last that enough keys reach has the right byte.
-            best = (reached[name] >= np.array(wanted)[:, None]).sum(axis=1) - 1
-            cuts[name] = tried[name][np.arange(len(wanted)), best]
-    return {name: found.tolist() for name, found in cuts.items()}
+                below = np.searchsorted(keys[start:stop], candidates[pools[name]], "left")
+                num_reaching[pools[name]] += stop - start - below
+        for pool, pool_ranks in ranks.items():
+            # Counts fall as candidates rise: the last candidate with enough keys has the right byte.
+            best = (num_reaching[pool] >= np.array(pool_ranks)[:, None]).sum(axis=1) - 1
+            cuts[pool] = candidates[pool][np.arange(len(pool_ranks)), best]
+    return {pool: pool_cuts.tolist() for pool, pool_cuts in cuts.items()}

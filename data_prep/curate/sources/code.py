@@ -1,4 +1,4 @@
-"""Reader of code repositories: each written source file is a document with language and licence."""
+"""Reader for code repositories: a source file written by people is a document with language and licence."""
 
 from __future__ import annotations
 
@@ -123,14 +123,14 @@ def find_exclusion(name: str, text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class CodeOptions(EncodingLimits):
-    """Options of `format: code`."""
+    """Options for `format: code`."""
 
     languages: tuple[str, ...] = ()
     """Languages to keep, e.g. "python"; (): all known languages, including markup and data formats."""
     licences: tuple[str, ...] = ()
     """SPDX names of licences to keep, "" for files without a licence; (): any."""
     keep_vendored: bool = False
-    """Keep copies of other projects."""
+    """Keep copies from other projects."""
     keep_generated: bool = False
     """Keep generated and minified files."""
     file_bytes: int = 1_000_000

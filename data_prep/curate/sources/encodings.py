@@ -30,16 +30,16 @@ LimitBytes = Annotated[int, Ge(1000)]
 
 @dataclass(frozen=True)
 class EncodingLimits:
-    """Limits in the options of every format."""
+    """Limits for every format."""
 
     time_s: Annotated[float, Ge(0.1), Le(86_400)] = 60.0
     """Processor time for reading one document; the elapsed time may be ten times as long."""
     memory_bytes: Annotated[int, Ge(1 << 29)] = 4 << 30
-    """Address space of the reading process; parsers alone take half a gigabyte."""
+    """Address space for the reading process; parsers alone take half a gigabyte."""
     document_bytes: LimitBytes = 64 << 20
-    """UTF-8 bytes of one document."""
+    """UTF-8 bytes in a document."""
     unpacked_bytes: LimitBytes = 1 << 30
-    """Unpacked bytes of one archive, or one file read into memory."""
+    """Unpacked bytes in an archive, or in a file read into memory."""
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def iter_limited_blocks(stream: IO[bytes], packed_bytes: int,
 
     Args:
         stream: unpacked bytes.
-        packed_bytes: size of the packed file.
+        packed_bytes: the packed file's size.
         max_bytes: limit for the whole stream.
     """
     total = 0

@@ -1,4 +1,4 @@
-"""Table of source formats; the format `auto` chooses a reader for each file by its ending."""
+"""Source formats; the format `auto` chooses a reader by file ending."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 
 
 def load_reader_class(format_: str) -> type[FileReader]:
-    """Import the reader of a format in `FORMATS`.
+    """Import a reader in `FORMATS`.
 
     Raises:
         UserError: a library for the format is not installed.
@@ -51,7 +51,7 @@ def load_reader_class(format_: str) -> type[FileReader]:
 
 
 def create_reader(source: SourceSettings) -> Reader:
-    """Create the reader of a source; raise `SettingsError` with all problems of the source."""
+    """Create a source's reader; raise `SettingsError` with the source's problems."""
     if problems := find_all_problems(source):
         raise SettingsError(f"source {source.name}", problems)
     return load_reader_class(source.format)(source)
@@ -63,23 +63,25 @@ def find_format_problems(format_: str, options: Mapping[str, Any]) -> list[Setti
         return [SettingsProblem(ProblemCode.CHOICE, "format", f"must be one of {', '.join(FORMATS)}", format_,
                                 hint.removeprefix("; "))]
 
+    if missing := find_library_problems(f"format {format_}", *LIBRARIES.get(format_, ())):
+        return list(map(to_problem, missing))
+
     def suggest_key(key: str) -> str:
         return suggest_successor(f"{format_}.{key}", PIPELINE).removeprefix("; ")
 
     problems = try_parse_settings(load_reader_class(format_).Options, options, suggest_key)[1]
-    return [*map(to_problem, find_library_problems(f"format {format_}", *LIBRARIES.get(format_, ()))),
-            *(problem.with_prefix("options") for problem in problems)]
+    return [problem.with_prefix("options") for problem in problems]
 
 
 class AutoReader(FileReader):
-    """Reads files in several formats, each with its default options."""
+    """Reads files in several formats with default options."""
 
     format = "auto"
     version = 3  # follows the versions of HtmlReader, WarcReader and PdfReader
     Options = EncodingLimits
 
     def list_pieces(self) -> list[SourcePiece]:
-        """List the parts of the source in order.
+        """List the source's parts in order.
 
         Raises:
             UserError: an empty source, or a file in `source.path` with an unknown ending.

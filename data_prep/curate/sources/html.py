@@ -1,4 +1,4 @@
-"""Reader of web pages: main text by resiliparse (Bevendorff et al., "Elastic ChatNoir", ECIR 2018), and
+"""Reader for web pages: main text by resiliparse (Bevendorff et al., "Elastic ChatNoir", ECIR 2018), and
 metadata from the head."""
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from resiliparse.extract.html2text import extract_plain_text
+from resiliparse.parse.html import HTMLTree
+
 from data_prep.curate.sources.encodings import EncodingLimits, decode_page, read_unpacked
 from data_prep.curate.sources.reader import FileReader, ReadingJob, drop_empty
 from data_prep.curate.sources.source import BrokenRecord, RawDocument
 from megatron_sov.base.documents import BadRecord
 
 NO_TEXT = "no_text"
-"""Code of a valid page without text."""
+"""Code for a valid page without text."""
 MAX_DEPTH = 500
 """Nested elements, as in browsers. From deeper pages only the words are taken, because the time to find the
 main text grows with the square of the depth."""
@@ -43,7 +46,7 @@ _EMPTY = re.compile(r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param
 
 @dataclass(frozen=True)
 class HtmlOptions(EncodingLimits):
-    """Options of `format: html`."""
+    """Options for `format: html`."""
 
     whole_page: bool = False
     """Keep menus, headers and footers."""
@@ -63,7 +66,7 @@ class HtmlReader(FileReader):
 
 def build_page_document(source: str, place: str, job: ReadingJob, *,
                         whole: bool) -> RawDocument | BrokenRecord:
-    """Return the document of an HTML page; `whole` keeps menus, headers and footers."""
+    """Build a document from an HTML page; `whole` keeps menus, headers and footers."""
     text, columns = extract_page_text(source, whole=whole)
     if not text.strip():
         reason = "holds no text but menus and links (whole_page: true keeps these)"
@@ -73,10 +76,6 @@ def build_page_document(source: str, place: str, job: ReadingJob, *,
 
 def extract_page_text(source: str, *, whole: bool = False) -> tuple[str, dict[str, Any]]:
     """Return the text, and columns title, url, date, licence and language_hint if the page has them."""
-    # Optional package (extra `data`), loaded in the reading process only.
-    from resiliparse.extract.html2text import extract_plain_text
-    from resiliparse.parse.html import HTMLTree
-
     tree = HTMLTree.parse(_prepare_page(source))
     if tree.body is None:
         return "", {}

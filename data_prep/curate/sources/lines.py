@@ -1,4 +1,4 @@
-"""Readers of plain text and JSON lines, compressed or not."""
+"""Readers for plain text and JSON lines, compressed or not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_sov.base.documents.records import explain_bytes
 COLUMN_NAMES = {"id": "own_id", "_id": "own_id", "url": "url", "uri": "url", "link": "url", "title": "title",
          "date": "date", "timestamp": "date", "created": "date", "licence": "licence", "license": "licence",
          "language": "language_hint", "lang": "language_hint"}
-"""Field of a record -> column; other fields keep their names."""
+"""Field in a record -> column; further fields keep their names."""
 MAX_FIELD_CHARS, MAX_FIELD_DEPTH = 4000, 20
 """Limits for fields other than the text; longer or deeper fields are left out."""
 
@@ -108,7 +108,7 @@ class _SpansReader(FileReader):
 
 @dataclass(frozen=True)
 class TextOptions(EncodingLimits):
-    """Options of `format: text`."""
+    """Options for `format: text`."""
 
     encoding: Encoding = "utf-8"
     """Encoding of all files; "detect": guess for each file."""

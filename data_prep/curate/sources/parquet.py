@@ -1,4 +1,4 @@
-"""Reader of Parquet files: each row is a document."""
+"""Reader for Parquet files: each row is a document."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _get_start(group: Any, size_bytes: int) -> int:
 
 
 class _RowGroup:
-    """Reads the documents of a row group."""
+    """Reads a row group's documents."""
 
     def __init__(self, job: ReadingJob, number: int) -> None:
         self._job, self._number = job, number

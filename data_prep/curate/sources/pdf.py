@@ -1,4 +1,4 @@
-"""Reader of PDF files: text by PDFium, with lines joined to paragraphs."""
+"""Reader for PDF files: text by PDFium, with lines joined to paragraphs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any
 
+import pypdfium2
 from annotated_types import Ge, Le
 
 from data_prep.curate.sources.encodings import EncodingLimits, read_unpacked
@@ -32,7 +33,7 @@ _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u30ff\u
 
 @dataclass(frozen=True)
 class PdfOptions(EncodingLimits):
-    """Options of `format: pdf`."""
+    """Options for `format: pdf`."""
 
     time_s: Annotated[float, Ge(0.1), Le(86_400)] = 300.0
     """Processor time for one file; the elapsed time may be ten times as long."""
@@ -51,8 +52,6 @@ class PdfReader(FileReader):
 
 def build_pdf_document(data: bytes, place: str) -> RawDocument:
     """Return a PDF's document; raises `BadRecord` for invalid and encrypted files, or without text."""
-    import pypdfium2  # optional package (extra `data`), loaded in the reading process only
-
     try:
         document = pypdfium2.PdfDocument(data)
     except pypdfium2.PdfiumError as e:
@@ -62,7 +61,7 @@ def build_pdf_document(data: bytes, place: str) -> RawDocument:
     # Pages are only valid until the document is closed.
     with document:
         columns = _read_metadata(document)
-        pages = [_read_lines(document, number, pypdfium2.PdfiumError) for number in range(len(document))]
+        pages = [_read_lines(document, number) for number in range(len(document))]
     text = "\n\n".join(filter(None, map(join_lines, _remove_heads(pages))))
     if not text:
         if any(pages):
@@ -84,11 +83,11 @@ def _read_metadata(document: Any) -> dict[str, Any]:
                        "date": "-".join(part for part in date.groups() if part) if date else ""})
 
 
-def _read_lines(document: Any, number: int, page_error: type[Exception]) -> list[str]:
-    """Return the lines of a page; an unreadable page has none."""
+def _read_lines(document: Any, number: int) -> list[str]:
+    """Return a page's lines; an unreadable page is empty."""
     try:
         page = document[number]
-    except page_error:
+    except pypdfium2.PdfiumError:
         return []
     try:
         text = page.get_textpage().get_text_bounded().encode("utf-8", "replace").decode()

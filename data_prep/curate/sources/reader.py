@@ -1,4 +1,4 @@
-"""Base class of readers: list a source's files, and read them in a separate process with limits."""
+"""Base class for readers: list a source's files, and read files in a separate process with limits."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from megatron_sov.sandbox.readers import KeptReader, Wording
 from megatron_sov.work.processes.channel import receive_message, send_message
 
 EMPTY = "empty"
-"""Code of a record without text, which is left out."""
+"""Code for a record without text, which is left out."""
 WORDING = Wording("parser", "read", "time_s")
 _MESSAGE_FACTOR = 8
 """Maximum JSON bytes for each byte of text; a control character takes six."""
 
 
 class FileReader:
-    """Base class of a format's reader. Subclasses implement `iter_documents`, or `iter_items` for files with
+    """Base class for a format's reader. Subclasses implement `iter_documents`, or `iter_items` for files with
     several parts."""
 
     format: ClassVar[str]
     version: ClassVar[int] = 1
-    """Raised when the reader gives another text for the same file, so that runs parse it again."""
+    """Raised when the reader gives a different text for the same file: runs parse files again."""
     suffixes: ClassVar[frozenset[str]] = frozenset()
     """Endings of files to read in folders, in lower case."""
     compressed: ClassVar[bool] = True
@@ -60,7 +60,7 @@ class FileReader:
         return [piece for name in names for piece in self.split_file(name)] + left_out
 
     def split_file(self, name: str) -> Iterator[SourcePiece]:
-        """Yield the pieces of a file; by default the whole file."""
+        """Yield a file's pieces; by default the whole file."""
         size_bytes = self.source.get_file(name).stat().st_size
         yield SourcePiece(self.format, name, 0, size_bytes, size_bytes)
 
@@ -74,7 +74,7 @@ class FileReader:
 
     @classmethod
     def iter_items(cls, job: ReadingJob) -> Iterator[SourceItem]:
-        """Yield the parts of a piece. Called in the reading process; a second call must give equal parts."""
+        """Yield a piece's parts. Called in the reading process; a second call must give equal parts."""
         yield SourceItem(job.name, lambda: cls.iter_documents(job))
 
     @classmethod
@@ -87,7 +87,7 @@ class FileReader:
 
 def list_source_files(source: SourceSettings, accepts_name: Callable[[str], bool],
                       left_out: list[SourcePiece] | None = None, notes: list[str] | None = None) -> list[str]:
-    """List the names of a source's files, sorted by folders, each once.
+    """List a source's file names, sorted by folders, without repetitions.
 
     A file in `source.path` is read under any name; from folders only accepted names are read.
 
@@ -155,7 +155,7 @@ class ReadingJob:
 
     piece: SourcePiece
     root: Path
-    """Folder of the piece's file names."""
+    """Folder for the piece's file names."""
     text_field: str
     """As `SourceSettings.text_field`."""
     options: Any
@@ -190,11 +190,11 @@ def _convert_lists(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SourceItem:
-    """A part of a piece with a time limit of its own."""
+    """A part with a separate time limit."""
 
     place: str
     read: Callable[[], Iterator[RawDocument | BrokenRecord]]
-    """May raise `BadRecord`, or any error of a parser."""
+    """May raise `BadRecord`, or any error from a parser."""
 
 
 def drop_empty(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def read_in_process(job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
 
 
 class _Progress:
-    """The item that a process is reading."""
+    """A process's current item."""
 
     number: int | None = None
     place = ""

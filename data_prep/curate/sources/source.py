@@ -1,4 +1,4 @@
-"""Settings of a source of raw documents, and the documents, broken records and pieces of its reader."""
+"""Settings for a source with raw documents, and a reader's documents, broken records and pieces."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_CONTENT_CHARS = 1000
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """One source of a pipeline file."""
+    """A source in a pipeline file."""
 
     name: SourceName
     """Name in counts, identifiers and folders."""
@@ -38,15 +38,15 @@ class SourceSettings:
     folder: Path = field(default=Path(), metadata={"is_written": False})
     """Folder of the pipeline file."""
     format: str = "auto"
-    """A key of `formats.FORMATS`."""
+    """A key in `formats.FORMATS`."""
     kind: Annotated[str, choice_from(lambda: KINDS)] = ""
-    """One of `KINDS`."""
+    """A value in `KINDS`."""
     licence: str = ""
     """SPDX expression or free text; "": unknown."""
     synthetic: bool = False
-    """Whether a model wrote it."""
+    """Whether a model wrote the text."""
     priority: int = 0
-    """If two sources have the same text, the higher priority keeps it."""
+    """If two sources have the same text, the source with the higher priority keeps the text."""
     text_field: str = "text"
     """Field or column with the text of a record."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class SourceSettings:
 
     @property
     def root(self) -> Path:
-        """The deepest folder that contains all paths; file names are relative to it."""
+        """The deepest folder with all paths; file names are relative to this folder."""
         paths = [Path(os.path.abspath(self.folder / path)) for path in self.path]
         # The parent folder for a file, because a name relative to the root must not be empty.
         return Path(os.path.commonpath([path if path.is_dir() else path.parent for path in paths]))
@@ -73,7 +73,7 @@ class SourceSettings:
 
 @dataclass(frozen=True)
 class SourcePiece:
-    """A part of a source that a reader can read alone; plain values for JSON."""
+    """A part for a reader to read alone; plain values for JSON."""
 
     format: str
     """Format, or `NO_FORMAT`; never "auto"."""
@@ -91,7 +91,7 @@ class SourcePiece:
 
 @dataclass(frozen=True)
 class RawDocument:
-    """A document as its reader returns it."""
+    """A document from a reader."""
 
     text: str
     """Never empty, without lone surrogates."""
@@ -110,9 +110,9 @@ class BrokenRecord:
     place: str
     """As `RawDocument.place`."""
     code: str
-    """One word for counts."""
+    """A word for counts."""
     reason: str
-    """Predicate of a sentence about the record."""
+    """Predicate for a sentence about the record."""
     content: str = ""
     """First `MAX_CONTENT_CHARS` characters."""
     is_left_out: bool = False
@@ -120,7 +120,7 @@ class BrokenRecord:
 
 
 class Reader(Protocol):
-    """Reads sources in one format."""
+    """Reads sources in a format."""
 
     notes: list[str]
     """Sentences about files that `list_pieces` skipped."""
@@ -129,7 +129,7 @@ class Reader(Protocol):
         """Receive a source without problems."""
 
     def list_pieces(self) -> list[SourcePiece]:
-        """List the parts of the source in a fixed order; raise `UserError` for an empty source."""
+        """List the source's parts in a fixed order; raise `UserError` for an empty source."""
 
     def read_piece(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
         """Yield the records in a piece, in order. Broken records raise no errors."""

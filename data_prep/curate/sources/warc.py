@@ -1,4 +1,4 @@
-"""Reader of web archives: each page, text or PDF in a server's response is a document."""
+"""Reader for web archives: a page, text or PDF in a server's response is a document."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from warcio.archiveiterator import ArchiveIterator
+from warcio.bufferedreaders import ChunkedDataReader
+from warcio.exceptions import ArchiveLoadFailed
 
 from data_prep.curate.sources.encodings import DETECT, LimitBytes, decode_page, decode_text, open_unpacked
 from data_prep.curate.sources.html import NO_TEXT, HtmlOptions, build_page_document
@@ -25,10 +29,10 @@ _HTML = frozenset(["text/html", "application/xhtml+xml"])
 
 @dataclass(frozen=True)
 class WarcOptions(HtmlOptions, PdfOptions):
-    """Options of `format: warc`: options for pages and PDFs, and a record limit."""
+    """Options for `format: warc`: options for pages and PDFs, and a record limit."""
 
     record_bytes: LimitBytes = 16 << 20
-    """Maximum bytes of a response; longer responses are left out."""
+    """Maximum bytes in a response; longer responses are left out."""
 
 
 class WarcReader(FileReader):
@@ -41,10 +45,6 @@ class WarcReader(FileReader):
 
     @classmethod
     def iter_items(cls, job: ReadingJob) -> Iterator[SourceItem]:
-        # Optional package (extra `data`), loaded in the reading process only.
-        from warcio.archiveiterator import ArchiveIterator
-        from warcio.exceptions import ArchiveLoadFailed
-
         number = 0
         with open_unpacked(job.file) as file:
             # The iterator takes a read error for the end of the archive; `stream.error` has the difference.
@@ -129,7 +129,7 @@ def _looks_unpacked(body: bytes) -> bool:
 
 
 class _Record:
-    """Reads the document of a response record."""
+    """Reads a response record's document."""
 
     def __init__(self, record: Any, place: str, job: ReadingJob) -> None:
         self._record, self._place, self._job = record, place, job
@@ -169,8 +169,6 @@ class _Record:
 
     def _read_body(self, header: Any) -> bytes:
         """Return the decompressed body; raises `BadRecord` if it is too long, truncated or not decodable."""
-        from warcio.bufferedreaders import ChunkedDataReader  # optional package, see `iter_items`
-
         limit_bytes = self._job.options.record_bytes
         packing, transfer = (((header.get_header(name) or "") if header else "").strip().lower()
                              for name in ("Content-Encoding", "Transfer-Encoding"))

@@ -336,7 +336,7 @@ def propose_columns(record: Mapping[str, Any], kind: str) -> str:
             guesses[target] = near
     if "messages" in guesses:
         guesses = {"messages": guesses["messages"]}
-    elif not guesses.keys() >= {*_NEEDED[kind]}:  # names do not tell: guess from the order of the fields
+    elif not guesses.keys() >= {*_NEEDED[kind]}:  # unknown field names: guess from the field order
         texts = [name for name, value in values.items() if isinstance(value, str)]
         # a prompt precedes its response in most files, but chosen and rejected have no usual order
         has_usual_order = kind != "preference" and len(texts) == len(_NEEDED[kind])

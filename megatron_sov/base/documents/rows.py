@@ -157,7 +157,7 @@ def parse_row(raw: bytes, field: str) -> Row | str:
     if not isinstance(row, dict):
         return f"is not a JSON object, but a {type(row).__name__}"
     if field and field not in row:
-        # an `answer` beside it is the reference, not the response
+        # a field `answer` holds the reference, not the response
         near = propose_field({name: row[name] for name in row if name != "answer"}, field)
         hint = f"; rename {near!r} to {field!r}" if near else ""
         return f"has no {field!r} (fields: {', '.join(list(row)[:8]) or 'none'}){hint}"

@@ -52,7 +52,7 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     positionals = [str(action.metavar or action.dest) for action in parser._actions
                    if not action.option_strings]
     _check_resume(parser, typed)
-    # an optional --run is no output folder: `eval` adds its figures to the run's events
+    # an optional --run is not an output folder: `eval` adds its figures to the run's events
     rewrite = Rewrite([name for name in options if name != "--run" or name not in optional], positionals,
                        getattr(cls, "find_setting", None) if "--set" in options else None, typed,
                        partial(list_help_texts, parser), parser.prog.removeprefix("megatron-sov "),

@@ -23,7 +23,7 @@ Kind = Literal["recipe", "model family", "objective", "reward", "tool environmen
 
 @dataclass(frozen=True)
 class PluginCode:
-    """Record of a loaded plug-in; reading the record from a file loads no code."""
+    """Record for a loaded plug-in; reading the record from a file loads no code."""
 
     kind: Kind
     """Plug-in kind."""

@@ -38,18 +38,18 @@ class LmEvalSettings(RankOptions):
     sources: TaskSources = field(default_factory=TaskSources)
     """Folders with tasks and their data."""
     num_items: Annotated[AtLeastOne | None, Flag("--limit")] = None
-    """Only the first N items of each task."""
+    """Only the first N items per task."""
     samples: AtLeastOne | None = None
     """Answers per item for tasks with a reward (default: the task's)."""
     judge: Annotated[tuple[str, ...], Flag(value="key=value")] = ()
-    """Setting of the reward, e.g. endpoint=http://localhost:8000/v1; may be repeated."""
+    """Reward setting, e.g. endpoint=http://localhost:8000/v1; may be repeated."""
     mode: Annotated[ThinkingMode | None, requires_field("chat_template")] = None
-    """Mode of a reasoning model (default: the task's)."""
+    """Mode for a reasoning model (default: the task's)."""
     engine: ChosenEngine = None
     workers: NotNegativeInt = 0
     """Processes for rewards (default: one for each core)."""
     cache: Annotated[Path | None, Flag(value="DIR", writes=True)] = None
-    """Folder of answers, which evaluations may share (default: OUT.cache)."""
+    """Folder for answers, which evaluations may share (default: OUT.cache)."""
     run: Annotated[Path | None, Flag(value="DIR")] = None
     """Also add the scores to this run's events, for its report."""
     num_fewshot: NotNegativeInt | None = None

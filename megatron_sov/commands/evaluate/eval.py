@@ -27,7 +27,7 @@ class NeedleOptions(OutOptions, RankOptions):
     data: Annotated[tuple[str, ...], Flag(value="DIR")]
     """Token shards with held-out documents."""
     language: Annotated[tuple[str, ...], Flag(value="SOURCE=LANGUAGE")] = ()
-    """Language of a source, if the text does not show it."""
+    """A source's language, if the text does not show it."""
     kinds: Annotated[tuple[NeedleKind, ...], Flag(many=True)] = ()
     """Question types (default: the setting)."""
     languages: Annotated[tuple[Language, ...], Flag(many=True)] = ()
@@ -35,11 +35,11 @@ class NeedleOptions(OutOptions, RankOptions):
     lengths: Annotated[tuple[int, ...], Flag(many=True)] = ()
     """Context lengths in tokens (default: the setting)."""
     depths: Annotated[tuple[float, ...], Flag(value="D", many=True)] = ()
-    """Depths of the first needle: 0 = start, 1 = end."""
+    """Depths for the first needle: 0 = start, 1 = end."""
     samples: int | None = None
     """Examples per cell (default: the setting)."""
     distractor_share: Annotated[float | None, Flag(value="S")] = None
-    """Share of the context that is filled with distractor needles (default: the setting)."""
+    """Context share filled with distractor needles (default: the setting)."""
     seed: int = 0
     """Random seed for keys, values and text (default 0)."""
     target: ModelPath
@@ -47,7 +47,7 @@ class NeedleOptions(OutOptions, RankOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PairsOptions(HeldoutOptions, OutOptions, RankOptions):
-    """Share of held-out pairs in which the chosen response is likelier than the rejected response."""
+    """Score held-out pairs: the share in which the chosen response is likelier than the rejected response."""
 
     target: ModelPath
 

@@ -26,7 +26,7 @@ MediaJudge = Callable[[Sequence[Path], Sequence[Sequence[str]]], Sequence[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalMediaOptions(CodecsOptions, FigureOptions, RankOptions):
-    """Accuracy of replies between text, pictures and speech. A judge recognises pictures and sounds."""
+    """Measure replies between text, pictures and speech. A judge recognises pictures and sounds."""
 
     target: ModelPath
     data: Annotated[tuple[str, ...], Flag(value="PAIR=FILE.jsonl")]

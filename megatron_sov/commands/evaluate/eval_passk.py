@@ -39,7 +39,7 @@ class JudgedSamplingOptions(JudgeOptions):
     reward: RewardName
     reward_set: RewardSet = ()
     right_from: Annotated[Finite, Flag(value="R")] = 1.0
-    """Minimum reward of a correct response."""
+    """Minimum reward for a correct response."""
     samples: AtLeastOne = 8
     """Responses per prompt."""
     sampling: JudgedSampling = field(default_factory=JudgedSampling)

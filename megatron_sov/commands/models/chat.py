@@ -34,7 +34,7 @@ class ChatSampling:
     temperature: Temperature = 0.7
     top_p: TopP = 1.0
     max_tokens: Annotated[AtLeastOne | None, Flag("--max-new-tokens")] = None
-    """Maximum tokens per answer (default: half of the model's context)."""
+    """Maximum tokens per answer (default: half the model's context)."""
     seed: SampleSeed | None = None
     """Random seed (default: a new seed per start)."""
 

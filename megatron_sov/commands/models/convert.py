@@ -43,7 +43,7 @@ class ConversionOptions(WrittenOptions, WorkersOptions, RedoOptions):
     """Options for conversions of whole models."""
 
     dtype: Annotated[DtypeName, Flag(value="D")] = "keep"
-    """Dtype of the written weights: float32, bfloat16, float16, float64, or keep (the source's dtype). With
+    """Dtype for the written weights: float32, bfloat16, float16, float64, or keep (the source's dtype). With
     keep, to-hf writes float32 for float64 and for an adapter."""
 
 
@@ -94,8 +94,8 @@ class ToPeftOptions(WrittenOptions):
     out: Annotated[Path, Flag("OUT")]
     """Folder to write."""
     base_name: Annotated[str | None, Flag(value="NAME")] = None
-    """Name or folder of the adapter's Hugging Face base model, for adapter_config.json (default: the name of
-    the converted folder)."""
+    """Name or folder for the adapter's Hugging Face base model, written to adapter_config.json (default: the
+    name of the converted folder)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class FromPeftOptions(WrittenOptions):
     """Folder with adapter_config.json and adapter_model.safetensors."""
     out: CheckpointOut
     base: Annotated[Path, Flag(value="CHECKPOINT")]
-    """Checkpoint of the adapter's base model (from `convert from-hf`)."""
+    """The adapter's base model as a checkpoint (from `convert from-hf`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class AverageOptions(WrittenOptions, WorkersOptions, RedoOptions):
     """Run folder."""
     out: CheckpointOut
     last: int | None = None
-    """Number of complete checkpoints (default: all)."""
+    """Complete checkpoints to average (default: all)."""
     from_step: int | None = None
     """Skip checkpoints before this step."""
     to_step: int | None = None
@@ -141,7 +141,7 @@ class VerifyOptions(PluginOptions, RankOptions, WorkersOptions, FigureOptions):
     no_load: bool = False
     """Compare files alone: load and run no model (saves memory)."""
     lengths: Annotated[tuple[AtLeastOne, ...], Flag(many=True)] = (1, 7, 64, 200)
-    """Token counts of the random prompts for both models."""
+    """Token counts for the random prompts."""
     card: Annotated[Path | None, Flag(value="FILE")] = None
     """Also write a verification card, e.g. OUT.verification.json."""
 

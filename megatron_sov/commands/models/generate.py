@@ -27,9 +27,9 @@ class CodecsOptions:
     """Codecs for pictures and sounds."""
 
     image_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that encodes prompt pictures; the codec of the model's training data."""
+    """Codec that encodes prompt pictures: the codec used in training."""
     audio_tokenizer: Annotated[Path | None, Flag(value="CODEC")] = None
-    """Codec that encodes prompt sounds; the codec of the model's training data."""
+    """Codec that encodes prompt sounds: the codec used in training."""
     image_decoder: Annotated[Path | None, Flag(value="CODEC")] = None
     """Codec that decodes generated picture tokens (vqmodel, janus-vq)."""
     vocoder: Annotated[Path | None, Flag(value="CODEC")] = None

@@ -111,8 +111,8 @@ class ParentProcess:
         if pid is None:
             return
         try:
-            # the parent is on the host and in the process table of this process; its start time tells it from
-            # a later process with the same pid
+            # the parent is on this host and in this process table; its start time distinguishes it from a
+            # later process with the same pid
             self._record = process_identity() | {"pid": pid, "started_s": psutil.Process(pid).create_time()}
         except psutil.Error:
             raise UserError(f"--parent-pid {pid}: there is no such process; start the server from a running "

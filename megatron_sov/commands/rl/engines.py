@@ -19,7 +19,7 @@ class RlEnginesOptions(RlRunOptions):
     with --engine-url."""
 
     port: Annotated[int, Ge(1), Le(65535), Flag(value="N")] = 8000
-    """Port of the first server; further servers use the next ports."""
+    """Port for the first server; further servers use the next ports."""
 
 
 def check_engines(options: RlEnginesOptions) -> RlEnginesOptions:

@@ -19,9 +19,9 @@ class RlGenerateOptions(RecipeOptions, PromptOptions, SamplingOptions, EngineOpt
     store: Annotated[Path, Flag(value="DIR", writes=True)]
     """Rollout store; created if it does not exist."""
     start_from: Annotated[Path, Flag("--from", "CHECKPOINT|HF_DIR")]
-    """Policy of the first round: the start of `rl train`."""
+    """Policy for the first round: the model that `rl train` starts from."""
     run: Annotated[Path, Flag(value="DIR", may_be_missing=True)]
-    """Run folder of `rl train`, whose checkpoints are the later policies; may not exist yet."""
+    """Run folder for `rl train`, whose checkpoints are the later policies; may not exist yet."""
     rounds: Annotated[str | None, Flag(value="A-B")] = None
     """Rounds to generate (default: all in rollout.rounds)."""
     wait: Annotated[NotNegative, Flag(value="SECONDS")] = 0.0

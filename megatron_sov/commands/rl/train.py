@@ -20,7 +20,7 @@ class RoundsOptions(TunedOptions, PromptOptions, StoreRewardOptions, ScoringTeac
     stage: ClassVar[str] = "rl"
     groups: ClassVar[tuple[str, ...]] = ("policy", "rollout", "distillation", "preference")
     validation: Annotated[Path | None, Flag(VALIDATION_OPTION, "FILE|DIR")] = None
-    """Held-out prompts in the form of --prompts. `rl run` evaluates its policies on them every
+    """Held-out prompts, in the same form as --prompts. `rl run` evaluates its policies on them every
     rollout.validation_every_rounds."""
 
     def deciding_options(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOpt
     output: Annotated[Path, Flag(value="DIR")]
     """Artifact to write; a repeated command continues after a kill."""
     dtype: StatesDtype = "bfloat16"
-    """Dtype of the states."""
+    """Dtype for the states."""
     top_k: Annotated[NotNegativeInt, Flag(value="K")] = 0
     """Save the K most probable tokens and their log-probabilities instead of states."""
     temperature: Annotated[AboveZero, Flag(value="T")] = 1.0
@@ -68,9 +68,9 @@ class DistillOptions(GateOptions):
     restricts the teacher to the data from --data NAME=DIR; repeat the option for more teachers. Not needed if
     --states covers all data."""
     states_dtype: StatesDtype = "bfloat16"
-    """Dtype of teacher states made by this command."""
+    """Dtype for teacher states made by this command."""
     teacher_settings: Annotated[tuple[str, ...], Flag("--teacher-set", "key=value")] = ()
-    """Layout and precision of the teacher, e.g. --teacher-set parallel.tp=2."""
+    """The teacher's layout and precision, e.g. --teacher-set parallel.tp=2."""
     states: Annotated[tuple[Path, ...], Flag(value="DIR")] = ()
     """Teacher outputs from `megatron-sov distill states`. If a folder is missing, the command first makes it
     for the uncovered data (default: RUN.states; for a teacher with NAME, RUN.states.NAME)."""

@@ -39,7 +39,7 @@ class ResumeOptions:
     run: Annotated[Path, Flag("RUN")]
     """Run folder."""
     arguments: Annotated[tuple[str, ...], Flag("ARGUMENTS", rest=True)] = ()
-    """Options of the original command, with new values: --nproc 4, --set train.steps=400, --dry-run."""
+    """The original command's options, with new values: --nproc 4, --set train.steps=400, --dry-run."""
 
 
 def resume_run(options: ResumeOptions) -> int:

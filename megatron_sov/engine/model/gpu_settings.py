@@ -213,7 +213,7 @@ def uses_document_attention(context: KernelContext, attention: str, deterministi
     deterministic only for short rows, and some cuDNN versions lack a kernel for packed rows.
     """
     model = context.model
-    # with context parallelism under every attention: `exchanges_heads` tells which of the two is used
+    # with context parallelism under every attention: `exchanges_heads` selects the method
     if not context.te or context.parallel.cp > 1 or attention == "local":
         return True
     if attention != "auto":

@@ -239,7 +239,7 @@ class ServerEngine:
             UserError: the routes do not match the model.
         """
         assert self._route_shape is not None, "routes were not asked for"
-        # aborted before a server began with the request: there are no routes
+        # aborted before a server began the request, so it has no routes
         if answer.reason == ABORTED and answer.routes is None:
             return self._route_shape.absent(num_tokens)
         return check_routes(answer.routes, num_tokens, self._route_shape)

@@ -26,7 +26,7 @@ def judge_texts(source: str, texts: list[str], first: int, call_s: float, out: i
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)
-    # Compile and run anew for each text, so that state from earlier texts does not count.
+    # Compile and run again for each text, so that state from earlier texts does not count.
     for place in range(first, len(texts)):
         signal.setitimer(signal.ITIMER_PROF, call_s)  # processor time; the signal ends the process
         verdict: Any = None

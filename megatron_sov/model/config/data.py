@@ -53,22 +53,22 @@ class PhaseConfig:
     """Share of `train.tokens` or `train.steps` for this phase, relative to the other phases' shares."""
     blend: dict[str, NotNegative] = field(default_factory=dict)
     """Source name -> weight (normalised). NAME@N selects documents with at least N tokens; NAME/N splits
-    documents into pieces of at most N tokens. Empty: the mixture file's weights for this phase name, else the
-    --data weights, with sources in proportion to their tokens."""
+    documents into pieces with at most N tokens. Empty: the mixture file's weights for this phase name, else
+    the --data weights, with sources in proportion to their tokens."""
     seq_len: SeqLen = 4096
     """Tokens per sample. rl: tokens per packed row; by default long enough for `rollout.max_prompt_tokens` +
     `rollout.max_new_tokens`."""
     global_batch_size: Samples = 0
     """Samples per optimizer step in this phase. 0: `train.global_batch_size`."""
     rewarm_steps: Steps = 0
-    """Optimizer steps at the start of the phase in which the learning rate rises from 0 again."""
+    """Optimizer steps at the phase's start in which the learning rate rises from 0 again."""
     lr: NotNegative = 0.0
-    """Peak learning rate of a separate schedule for this phase, from its first to its last step. 0: continue
+    """Peak learning rate in a separate schedule for this phase, from its first to its last step. 0: continue
     the run's schedule."""
     min_lr: NotNegative = 0.0
-    """Final learning rate of the phase's schedule. 0: `optim.min_lr`."""
+    """Final learning rate in the phase's schedule. 0: `optim.min_lr`."""
     schedule: Schedule | None = None
-    """Shape of the phase's schedule. null: `optim.schedule`."""
+    """The phase's schedule. null: `optim.schedule`."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class DataConfig:
         "phases": AnyOf(NOT_EXTENDING, is_unset("extend.stages"))}
 
     paths: dict[str, NotNegative] = field(default_factory=dict)
-    """Token shard folders (`sov-data pack`) -> share of the data (normalised); set by --data
-    [NAME=]DIR[:weight], where NAME renames the folder's sources."""
+    """Token shard folders (`sov-data pack`) -> data share (normalised); set by --data [NAME=]DIR[:weight],
+    where NAME renames the folder's sources."""
     packing: Literal["best_fit", "concat"] = "best_fit"
-    """best_fit: keep documents whole if they fit into a sample, and pad the rest of the sample; concat:
+    """best_fit: keep documents whole if they fit into a sample, and pad the remaining sample; concat:
     concatenate documents and cut at sample ends. Conversations always stay whole, and a pair shares a sample
     (see `over_long`)."""
     over_long: Literal["cut", "drop", "refuse"] = "cut"

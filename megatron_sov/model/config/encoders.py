@@ -20,7 +20,7 @@ Size = Annotated[int, Ge(1), Le(10_000_000)]
 
 @dataclass(frozen=True)
 class VisionEncoderConfig:
-    """Encoder for square images of a fixed size. Video frames are encoded as images."""
+    """Encoder for square images with a fixed size. Video frames are encoded as images."""
 
     kind: Literal["qwen2_5_vl", "siglip"] = "qwen2_5_vl"
     """Transformers class: `Qwen2_5_VisionTransformerPretrainedModel`, which merges neighbouring patches, or
@@ -40,7 +40,7 @@ class VisionEncoderConfig:
     ffn_dim: Size = 3456
     """Inner feed-forward width."""
     merge_size: Size = 2
-    """qwen2_5_vl: side, in patches, of the square merged into one feature."""
+    """qwen2_5_vl: patches per side in the square merged into one feature."""
     temporal_patch_size: Size = 2
     """qwen2_5_vl: frames per patch; a still image is repeated this many times."""
     window_size: Size = 112
@@ -48,7 +48,7 @@ class VisionEncoderConfig:
     full_attention_layers: tuple[NotNegativeInt, ...] = (7, 15, 23, 31)
     """qwen2_5_vl: layers (from 0) with attention over the whole image."""
     out_hidden_size: Size = 5120
-    """qwen2_5_vl: width of a merged feature before the adapter."""
+    """qwen2_5_vl: merged feature width before the adapter."""
     adapter: Literal["linear", "mlp"] = "linear"
     """Projection from features to `model.hidden_size`. linear: one matrix; mlp: two matrices with GELU in
     between."""
@@ -98,17 +98,17 @@ class VisionEncoderConfig:
 
 @dataclass(frozen=True)
 class AudioEncoderConfig:
-    """Encoder for log-mel spectrograms of fixed length, with Whisper's architecture."""
+    """Encoder for log-mel spectrograms with fixed length, with Whisper's architecture."""
 
     kind: Literal["qwen2_audio", "whisper"] = "qwen2_audio"
-    """Transformers class: `Qwen2AudioEncoder`, which averages pairs of Whisper features, or
+    """Transformers class: `Qwen2AudioEncoder`, which averages Whisper features in pairs, or
     `WhisperEncoder`."""
     placeholder_ids: tuple[NotNegativeInt, ...] = ()
     """Token ids replaced by one feature each."""
     num_mels: Size = 128
     """Mel bands in the spectrogram."""
     num_frames: Size = 3000
-    """Spectrogram frames per clip; 100 frames per second for 16 kHz audio with a hop of 160 samples."""
+    """Spectrogram frames per clip; 100 frames per second for 16 kHz audio with a 160-sample hop."""
     hidden_size: Size = 1280
     """Encoder width."""
     num_layers: Size = 32
@@ -124,11 +124,11 @@ class AudioEncoderConfig:
     """Features compressed into one by a Mamba-2 layer with learned queries (`omni/codecs/encoders.py`). 25
     turns 25 features per second into 1. 1: no compression."""
     compressor_size: Size = 3072
-    """Width of the compression layer."""
+    """Compression layer width."""
     compressor_head_dim: Size = 64
-    """Channels per head of the compression layer, whose inner width is 2 * `compressor_size`."""
+    """Channels per head in the compression layer, whose inner width is 2 * `compressor_size`."""
     compressor_state_size: Size = 128
-    """State size per channel of the compression layer."""
+    """State size per channel in the compression layer."""
 
     @property
     def features(self) -> int:

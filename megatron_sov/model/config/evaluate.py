@@ -34,50 +34,50 @@ class NeedleConfig:
     """single: text with one needle; multi-key: also needles with other keys as distractors, after RULER
     (arXiv 2404.06654)."""
     languages: tuple[Language, ...] = ()
-    """Languages of the haystack text, in tests and in training. Empty: all languages with text."""
+    """Haystack languages, in tests and in training. Empty: all languages with text."""
     lengths_tokens: tuple[int, ...] = (4096, 8192)
     """Tested context lengths, in tokens."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 0.95)
-    """Needle positions, from 0 (start) to 1 (end of the context)."""
+    """Needle positions, from 0 (start) to 1 (end)."""
     samples: int = 20
     """Samples per cell (kind x language x depth x length)."""
     distractor_share: float = 0.25
-    """multi-key: share of the context filled with distractor needles, so that their number grows with the
-    length."""
+    """multi-key: context share filled with distractor needles, so that longer contexts have more."""
     train_share: Fraction = 0.1
-    """Share of the extension's samples that are synthetic retrieval documents; keys and values differ from
-    those in the test."""
+    """Share of extension samples that are synthetic retrieval documents; keys and values differ from those in
+    the test."""
     train_needles: NotNegativeInt = 0
-    """Maximum needles per training document. 0: as many as fill `distractor_share` of the document, at least
+    """Maximum needles per training document. 0: enough to fill `distractor_share` of the document, at least
     12."""
     train_questions: AtLeastOne = 12
     """Maximum questions per training document, each about different needles; needles without a question are
     distractors."""
     answer_weight: AboveZero = 30.0
-    """Loss weight for answer words in training documents. If only a few per cent of the loss come from
-    answers, small models stop improving."""
+    """Loss weight for answer words in training documents. If answers contribute only a few per cent to the
+    loss, small models stop improving."""
     text_weight: NotNegative = 0.5
     """Loss weight for the other words in training documents. 0: learn answers only."""
 
 
 @dataclass(frozen=True)
 class PartConfig:
-    """A part of a stage's samples, with its share."""
+    """A part in a stage's samples, with its share."""
 
     name: Literal["long", "rehearsal", "trajectories", "replay"]
     """long: documents longer than the trained length; rehearsal (extension) and replay (midtraining):
-    documents split into pieces of the trained length; trajectories (midtraining): queries with solutions."""
+    documents split into pieces with the trained length; trajectories (midtraining): queries with
+    solutions."""
     share: AboveZero
-    """Share of the stage's samples, needle documents excluded."""
+    """Share among the stage's samples, without needle documents."""
     blend: dict[str, NotNegative] = field(default_factory=dict)
     """Source name -> weight, as in `data.phases`. NAME@N: documents with at least N tokens; NAME/N: documents
-    split into pieces of at most N tokens. Empty: all text sources (long: documents longer than the trained
-    length; rehearsal, replay: pieces of the trained length), or all chat sources for trajectories."""
+    split into pieces with at most N tokens. Empty: all text sources (long: documents longer than the trained
+    length; rehearsal, replay: pieces with the trained length), or all chat sources for trajectories."""
 
 
 @dataclass(frozen=True)
 class ExtendStageConfig:
-    """One stage of `extend`, executed as a separate run."""
+    """One `extend` stage, executed as a separate run."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {"tokens": is_unset(".steps")}
 
@@ -96,7 +96,7 @@ class ExtendStageConfig:
     blend: dict[str, NotNegative] = field(default_factory=dict)
     """Source name -> weight for samples outside `parts`. Empty: sources by their own share."""
     parts: tuple[PartConfig, ...] = ()
-    """Parts of the samples with fixed shares."""
+    """Sample parts with fixed shares."""
     global_batch_size: Samples = 0
     """Samples per optimizer step. 0: `train.global_batch_size`."""
     lr: NotNegative = 0.0
@@ -113,8 +113,8 @@ class ExtendStageConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Condition that ends a stage of `extend`: needle retrieval at the new length, without a worse loss at
-    the old length."""
+    """Condition that ends an `extend` stage: needle retrieval at the new length, without a worse loss at the
+    old length."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "min_accuracy loss_tolerance_nats scan_tokens max_overlap": is_set(".every_steps")}
@@ -122,15 +122,15 @@ class GateConfig:
     every_steps: NotNegativeInt = 0
     """Optimizer steps between checks. 0: no gate; the stage ends after its `steps`."""
     min_accuracy: Share = 0.9
-    """Retrieval accuracy for every combination of kind, language and length, over all depths. A single cell
-    fails if its whole confidence interval is below. 0: needles are measured and do not decide."""
+    """Retrieval accuracy for every kind, language and length, over all depths. A single cell fails if its
+    whole confidence interval is below. 0: needles are measured and do not decide."""
     loss_tolerance_nats: Annotated[float, Ge(0)] = 0.05
     """Allowed increase in the held-out loss at the previous length since the first stage began, in nats per
     token."""
     scan_tokens: AtLeastOne = 20_000_000
     """Maximum training tokens per source searched for the gate's questions and haystacks."""
     max_overlap: Share = 0.05
-    """Share of held-out text found in the training text above which the gate is rejected."""
+    """The gate is rejected if more than this share of held-out text is in the training text."""
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,11 @@ class LmEvalConfig:
         "mode": is_set(".apply_chat_template")}
 
     tasks: tuple[str, ...] = ()
-    """Names of tasks and groups (`--tasks`)."""
+    """Task and group names (`--tasks`)."""
     task_dirs: tuple[str, ...] = ()
     """Folders with your own tasks; earlier folders take precedence (`--task-dir`)."""
     data_dir: str = ""
-    """Value of ${DATA} in a task's data files (`--data-dir`). Empty: not defined."""
+    """Value for ${DATA} in a task's data files (`--data-dir`). Empty: not defined."""
     allow_task_code: bool = False
     """Let tasks in `task_dirs` run code (`--allow-task-code`)."""
     allow_download: bool = False
@@ -199,11 +199,11 @@ class LmEvalConfig:
     apply_chat_template: bool = False
     """Format prompts by the chat template (`--apply-chat-template`)."""
     mode: Literal["thinking", "no-thinking"] | None = None
-    """Mode of a reasoning model (`--mode`). null: the task's mode."""
+    """Mode for a reasoning model (`--mode`). null: the task's mode."""
     samples: AtLeastOne | None = None
     """Answers per item, for tasks that sample several (`--samples`). null: the task's number."""
     judge: tuple[str, ...] = ()
-    """`key=value` settings of the reward that scores answers (`--judge`)."""
+    """`key=value` settings for the reward that scores answers (`--judge`)."""
     batch_size: AtLeastOne | None = None
     """Answers generated at the same time (`--batch-size`). null: `eval lm` decides."""
     max_length_tokens: Annotated[int, Ge(2)] | None = None
@@ -230,7 +230,7 @@ class BackgroundEvalConfig:
     test set up by `needle`; pairs: share of held-out pairs with a likelier chosen response; lm: benchmarks
     set up by `evaluate.lm`. Empty: no evaluations."""
     where: Literal["local", "slurm"] = "local"
-    """local: a low-priority CPU process on the machine of rank 0; slurm: a separate Slurm job."""
+    """local: a low-priority CPU process on rank 0's machine; slurm: a separate Slurm job."""
     cluster: str = ""
     """slurm: cluster profile, as for `megatron-sov submit --cluster`."""
     timeout_s: AboveZero = 3600.0
@@ -241,7 +241,7 @@ class BackgroundEvalConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluation of a run."""
+    """Evaluation for a run."""
 
     background: BackgroundEvalConfig = BackgroundEvalConfig()
     """Evaluation jobs during training."""

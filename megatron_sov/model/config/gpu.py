@@ -188,9 +188,9 @@ class GpuConfig:
     Transformer Engine in plain torch; local: this framework's kernel. auto falls back to local without
     Transformer Engine, with `train.deterministic`, under context parallelism, and for head sizes whose packed
     rows Transformer Engine has no kernel for. Under context parallelism, a kernel set by name gets whole rows
-    of a share of the heads."""
+    for some of the heads."""
     linear_attention: Literal["auto", "torch", "fla"] = "auto"
-    """Kernels for linear attention in training. torch: plain torch; fla: Triton kernels of
+    """Kernels for linear attention in training. torch: plain torch; fla: Triton kernels from
     flash-linear-attention 0.6 or newer, for up to 256 key channels, not bit-reproducible; auto: fla in bf16
     on GPUs if installed and without `train.deterministic`, else torch. Generation uses torch. `plan` counts
     torch's memory unless you set fla."""
@@ -212,22 +212,22 @@ class GpuConfig:
     offload_modules: tuple[OffloadModule, ...] = ()
     """Modules whose inputs are moved to host memory between forward and backward pass."""
     cuda_graphs: tuple[GraphedPart, ...] = ()
-    """Parts of expert layers captured as CUDA graphs. moe_router: norm, router and shared experts;
-    moe_preprocess (only together with moe_router): also the steps up to the token exchange."""
+    """Expert layer parts captured as CUDA graphs. moe_router: norm, router and shared experts; moe_preprocess
+    (only together with moe_router): also the steps up to the token exchange."""
     shared_expert_overlap: Literal["on", "off"] = "off"
-    """Compute shared experts during the token exchange of routed experts."""
+    """Compute shared experts during the routed experts' token exchange."""
     exchange_sms: Annotated[int, Ge(0), Le(256)] = 0
-    """Streaming multiprocessors for the kernels of `parallel.expert_dispatcher` = deepep or hybridep; an even
-    number. 0: the kernels' default."""
+    """Streaming multiprocessors for `parallel.expert_dispatcher` = deepep or hybridep; an even number. 0: the
+    kernels' default."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which a bf16 model accumulates and reduces gradients. bf16 halves memory and messages, and
     rounds at every addition."""
     moment_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of AdamW's two moments for a bf16 model with ZeRO-1. bf16 saves 4 bytes per weight updated by a
+    """Dtype for AdamW's two moments for a bf16 model with ZeRO-1. bf16 saves 4 bytes per weight updated by a
     process, and rounds at every update."""
     optimizer_offload: Share = 0.0
     """Share of AdamW's master weights, moments and update placed on the CPU and in host memory, for a bf16
-    model with ZeRO-1. 0: none; 1: all. Every offloaded weight saves 12 bytes of GPU memory."""
+    model with ZeRO-1. 0: none; 1: all. Every offloaded weight saves 12 bytes in GPU memory."""
     pad_buckets: Literal["on", "off"] = "off"
     """Pad ZeRO-1 buckets to a multiple of 65,536 elements over all processes, a size for which NCCL's rings
     are fast."""
@@ -235,15 +235,15 @@ class GpuConfig:
     """Allocate gradients and parameters in buffers registered with NCCL, so that reductions need fewer
     streaming multiprocessors."""
     gc_every_steps: Steps = 0
-    """Steps between runs of Python's garbage collector, on all processes at the same time. 0: Python decides,
-    and processes wait for whichever process collects."""
+    """Steps between garbage collections in Python, on all processes at the same time. 0: Python decides, and
+    processes wait for whichever process collects."""
     profile_first_step: Steps = 0
     """First profiled step; process 0 writes a trace into RUN/profile. 0: no profile."""
     profile_last_step: Steps = 0
     """Last profiled step."""
     profiler: Literal["torch", "nsys"] = "torch"
-    """torch: PyTorch's profiler; nsys: NVIDIA Nsight Systems, for a command started by
-    `nsys profile --capture-range=cudaProfilerApi`. Phases of a step are named in the trace."""
+    """torch: PyTorch's profiler; nsys: NVIDIA Nsight Systems, for a command started by `nsys profile
+    --capture-range=cudaProfilerApi`. The trace names each phase in a step."""
     peak_tflops: NotNegative = 0.0
     """Peak dense TFLOP/s per GPU for the MFU (model FLOPs utilisation). 0: the GPU's known bf16 peak, also
     for FP8 and FP4."""

@@ -15,7 +15,7 @@ from megatron_sov.model.config.model import ModelConfig
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Parallel layout. The data parallel size is the number of processes divided by `tp * pp * cp`."""
+    """Parallel layout. The data parallel size is the process count divided by `tp * pp * cp`."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "bucket_params": is_set(".overlap_grad_reduce"),
@@ -37,9 +37,9 @@ class ParallelConfig:
     expert_dispatcher: Literal["alltoall", "allgather", "deepep", "hybridep"] = "alltoall"
     """How tokens reach their experts. alltoall: each token is sent to its experts' processes; allgather: all
     tokens are sent to all processes (for small `ep` and many experts per token); deepep, hybridep: alltoall
-    by the kernels of DeepEP or HybridEP on GPUs."""
+    by DeepEP or HybridEP kernels on GPUs."""
     expert_overlap: Literal["none", "micro_batches", "weight_gradients"] = "none"
-    """Computation during token exchange. micro_batches: layers of another micro-batch (Megatron-Core's 1F1B
+    """Computation during token exchange. micro_batches: another micro-batch's layers (Megatron-Core's 1F1B
     overlap); weight_gradients: expert weight gradients, in the backward pass only (needs Transformer Engine
     on a GPU)."""
     delay_weight_grads: bool = False
@@ -56,10 +56,10 @@ class ParallelConfig:
     """Parameters per message with `overlap_grad_reduce`. 0: the larger of 40 million and 1 million per
     data-parallel process."""
     pipeline_layout: tuple[AtLeastOne, ...] = ()
-    """Layers per pipeline stage, for unequal stages. With `vpp`, layers per model chunk in layer order: the
-    first chunk of every stage, then the second chunk of every stage. Empty: equal stages."""
+    """Layers per pipeline stage, for unequal stages. With `vpp`, layers per model chunk in layer order: every
+    stage's first chunk, then every stage's second chunk. Empty: equal stages."""
     cp: AtLeastOne = 1
-    """Context parallel size: processes that share each row of tokens, for long samples."""
+    """Context parallel size: processes that share each token row, for long samples."""
     timeout_s: AboveZero = 1800.0
     """Seconds after which a process stops waiting for other processes, at start-up or in a collective. Choose
     it longer than `guards.hang_timeout_s`, which writes stack traces first."""

@@ -26,24 +26,24 @@ TARGETS: tuple[str, ...] = get_args(Target)
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adaptation of a frozen model (docs/lora.md): W x becomes W x + alpha / rank B A x, and only A
+    """Low-rank adaptation for a frozen model (docs/lora.md): W x becomes W x + alpha / rank B A x, and only A
     and B are trained."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {"alpha targets dora": is_set(".rank")}
 
     rank: NotNegativeInt = 0
-    """Rank of A and B. 0: LoRA is off and all weights are trained."""
+    """Rank for A and B. 0: LoRA is off and all weights are trained."""
     alpha: AboveZero = 16.0
     """Update scale: alpha / `rank`."""
     targets: Annotated[tuple[Target, ...], MinLen(1)] = ("all-linear",)
     """Adapted modules. Attention: q_proj, k_proj, v_proj, o_proj; Kimi Delta Attention: b_proj, f_a_proj,
-    f_b_proj, g_a_proj, g_b_proj; output gate of Solar Open 2: g_proj; latent attention: q_a_proj, q_b_proj,
+    f_b_proj, g_a_proj, g_b_proj; Solar Open 2's output gate: g_proj; latent attention: q_a_proj, q_b_proj,
     kv_a_proj_with_mqa, kv_b_proj; dense layers and shared experts: gate_proj, up_proj, down_proj; experts:
-    all routed experts, with separate matrices per expert; lm_head; embed_tokens; all-linear: every module of
-    the model except lm_head and embed_tokens."""
+    all routed experts, with separate matrices per expert; lm_head; embed_tokens; all-linear: every module
+    except lm_head and embed_tokens."""
     dora: bool = False
-    """Also train the magnitude of each row in adapted matrices (DoRA); not available for routed experts,
-    lm_head and embed_tokens."""
+    """Also train each row's magnitude in adapted matrices (DoRA); not available for routed experts, lm_head
+    and embed_tokens."""
 
     @property
     def on(self) -> bool:

@@ -32,13 +32,13 @@ LAYER_TYPES: dict[str, LayerType] = {"L": "sliding_attention", "G": "full_attent
 
 @dataclass(frozen=True)
 class IdBlock:
-    """Consecutive token ids of a codebook (discrete audio or image tokens): code `i` has token id
-    `first + i`."""
+    """Consecutive token ids for a codebook (discrete audio or image tokens): code `i` has token id `first +
+    i`."""
 
     first: NotNegativeInt
-    """Token id of the codebook's code 0."""
+    """Token id for code 0."""
     size: AtLeastOne
-    """Number of codes."""
+    """Codebook size."""
 
     @property
     def end(self) -> int:
@@ -48,12 +48,12 @@ class IdBlock:
 
 @dataclass(frozen=True)
 class LatentAttentionConfig:
-    """Sizes of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1). Keys and values of
-    all heads are projected from a latent vector of width `kv_lora_rank`; a rotated key of width
-    `qk_rope_head_dim`, shared by all heads, carries the position."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1). All heads' keys and values
+    are projected from a latent vector with width `kv_lora_rank`; a rotated key with width `qk_rope_head_dim`,
+    shared by all heads, carries the position."""
 
     kv_lora_rank: Width
-    """Width of the latent vector from which keys and values are projected."""
+    """Latent vector width for keys and values."""
     qk_nope_head_dim: Width
     """Query and key channels per head without rotary position."""
     qk_rope_head_dim: Annotated[Width, MultipleOf(2)]
@@ -61,8 +61,7 @@ class LatentAttentionConfig:
     v_head_dim: Width
     """Value channels per head."""
     q_lora_rank: Width | None = None
-    """Width of the latent vector from which queries are projected. None: queries are projected from the
-    layer's input directly."""
+    """Latent vector width for queries. None: queries are projected from the layer's input directly."""
 
     @property
     def query_dim(self) -> int:
@@ -77,7 +76,7 @@ class LatentAttentionConfig:
 
 @dataclass(frozen=True)
 class LinearAttentionConfig:
-    """Sizes of linear attention (Kimi Delta Attention, arXiv 2510.26692). Each value head keeps a state
+    """Linear attention (Kimi Delta Attention, arXiv 2510.26692). Each value head keeps a state
     `[key_head_dim, value_head_dim]` whose size does not grow with the sequence."""
 
     num_key_heads: Annotated[int, Ge(1), Le(1_000_000)]
@@ -89,13 +88,13 @@ class LinearAttentionConfig:
     value_head_dim: Width
     """Channels per value head."""
     gate_rank: Width
-    """Rank of two low-rank projections: the decay per key channel, and the output gate."""
+    """Rank for two low-rank projections: the decay per key channel, and the output gate."""
     conv_taps: Annotated[int, Ge(1), Le(64)] = 4
-    """Kernel size, in tokens, of the causal convolution over queries, keys and values; includes the current
+    """Kernel size, in tokens, for the causal convolution over queries, keys and values; includes the current
     token."""
     negative_eigenvalues: bool = False
-    """Let the learning rate of the delta rule reach 2 instead of 1, so that a state can reverse its content
-    along a key (arXiv 2411.12537; used by Solar Open 2)."""
+    """Let the delta rule's learning rate reach 2 instead of 1, so that a state can reverse its content along
+    a key (arXiv 2411.12537; used by Solar Open 2)."""
 
     @property
     def projected(self) -> tuple[int, int, int, int]:
@@ -144,7 +143,7 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class Llama3RopeConfig:
-    """Rotary scaling of Llama 3.1; fields have their transformers names (`rope_type: llama3`)."""
+    """Llama 3.1's rotary scaling; fields have their transformers names (`rope_type: llama3`)."""
 
     factor: Divisor = 8.0
     """Divisor for frequencies with long wavelengths."""
@@ -183,7 +182,7 @@ class ModelConfig:
     vocab_size: Annotated[AtLeastOne, Le(100_000_000)]
     """Vocabulary size, reserved token ids included."""
     hidden_size: Annotated[AtLeastOne, Le(10_000_000)]
-    """Width of the residual stream."""
+    """Residual stream width."""
     num_layers: Annotated[AtLeastOne, Le(MAX_LAYERS)]
     """Transformer layers, without multi-token prediction layers."""
     num_heads: Million
@@ -195,7 +194,7 @@ class ModelConfig:
     num_dense_layers: NotNegativeInt = 0
     """First layers with a dense feed-forward network instead of experts."""
     dense_ffn_dim: FfnWidth = 0
-    """Inner width of dense feed-forward networks, including a dense multi-token prediction layer."""
+    """Inner width for dense feed-forward networks, including a dense multi-token prediction layer."""
     num_experts: Annotated[NotNegativeInt, Le(100_000)] = 128
     """Routed experts per layer. 0: all layers are dense."""
     num_experts_per_token: NotNegativeInt = 8
@@ -209,21 +208,21 @@ class ModelConfig:
     num_shared_experts: Annotated[NotNegativeInt, Le(1_000_000)] = 1
     """Shared experts, which process every token."""
     expert_ffn_dim: FfnWidth = 1280
-    """Inner width of a routed or shared expert."""
+    """Inner width for a routed or shared expert."""
     router_score: Literal["sigmoid", "softmax"] = "sigmoid"
     """Function from router logits to scores: sigmoid per expert (DeepSeek-V3), or softmax over all
     experts."""
     norm_topk_prob: bool = True
-    """Divide the scores of a token's chosen experts by their sum."""
+    """Divide a token's chosen expert scores by their sum."""
     router_bias: bool = True
     """Balance expert load with a bias that only affects which experts are chosen (arXiv 2408.15664). Needs
     `router_score=sigmoid`."""
     routed_scaling_factor: AboveZero = 1.0
-    """Factor on the combine weights of the chosen experts."""
+    """Factor on the chosen experts' combine weights."""
     router_bias_update_rate: NotNegative = 1e-3
     """Change in the selection bias per optimizer step (arXiv 2408.15664). 0 freezes the bias."""
     seq_aux_loss_coeff: NotNegative = 1e-4
-    """Weight of the sequence-level load-balancing loss (DeepSeek-V3, arXiv 2412.19437, equation 17)."""
+    """Sequence-level load-balancing loss weight (DeepSeek-V3, arXiv 2412.19437, equation 17)."""
     attention_pattern: Annotated[str, MinLen(1)] = "G"
     """Repeating pattern, one letter per layer: L = sliding window, G = global attention, D = linear
     attention."""
@@ -239,7 +238,7 @@ class ModelConfig:
     local_rope_theta: AboveZero | None = None
     """RoPE base in L layers. None: `rope_theta`."""
     rope_share: Annotated[float, Gt(0), Le(1)] = 1.0
-    """Share of a head's channels that rotate, counted from the first channel."""
+    """Share of head channels that rotate, counted from the first channel."""
     yarn: YarnConfig | None = None
     """YaRN scaling for contexts beyond the original length. None: plain RoPE."""
     llama3_rope: Llama3RopeConfig | None = None
@@ -261,7 +260,7 @@ class ModelConfig:
     """Clamp per layer for gate and up projections before the activation, experts included (K-EXAONE 2.0):
     gate <= limit, -limit <= up <= limit. 0: no clamp in that layer. Empty: no clamp."""
     block_norms: Literal["pre", "post", "both"] = "pre"
-    """Position of RMSNorm around attention and feed-forward network. pre: on the input; post: on the output,
+    """RMSNorm position around attention and feed-forward network. pre: on the input; post: on the output,
     before the residual addition; both: on input and output."""
     embedding_multiplier: AboveZero = 1.0
     """Factor on embeddings, as in maximal update parametrisation (arXiv 2203.03466)."""
@@ -291,23 +290,23 @@ class ModelConfig:
     max_position_tokens: Annotated[AtLeastOne, Le(MAX_SEQ_LEN)] = 131072
     """Longest supported context, in tokens."""
     latent_attention: LatentAttentionConfig | None = None
-    """Sizes of multi-head latent attention. None: standard attention."""
+    """Multi-head latent attention. None: standard attention."""
     linear_attention: LinearAttentionConfig | None = None
-    """Sizes of linear attention in D layers. None: the model has no D layers."""
+    """Linear attention in D layers. None: the model has no D layers."""
     attention_output_gate: bool = False
-    """Multiply every attention head's output by the sigmoid of a projection of the layer's input (Solar Open
+    """Multiply every attention head's output by a sigmoid gate projected from the layer's input (Solar Open
     2; arXiv 2505.06708). D layers are not affected."""
     audio_tokens: IdBlock | None = None
     """Token ids for discrete audio. None: the vocabulary has no audio tokens."""
     image_tokens: IdBlock | None = None
     """Token ids for discrete images. None: the vocabulary has no image tokens."""
     vision: VisionEncoderConfig | None = None
-    """Image encoder whose features replace the embeddings of placeholder tokens. None: no image encoder."""
+    """Image encoder whose features replace placeholder token embeddings. None: no image encoder."""
     audio: AudioEncoderConfig | None = None
-    """Audio encoder whose features replace the embeddings of placeholder tokens. None: no audio encoder."""
+    """Audio encoder whose features replace placeholder token embeddings. None: no audio encoder."""
     init_std: AboveZero = 0.02
-    """Standard deviation of initial weights. Matrices that write to the residual stream use `init_std` /
-    sqrt(2 * `num_layers`)."""
+    """Initial weights' standard deviation. Matrices that write to the residual stream use `init_std` / sqrt(2
+    * `num_layers`)."""
 
     def layer_types(self) -> list[LayerType]:
         pattern = self.attention_pattern or "G"

@@ -29,20 +29,20 @@ class DistillationConfig:
 
     beta: Share = 0.0
     """Generalised Jensen-Shannon divergence (arXiv 2306.13649, equation 1). 0: forward KL; 1: reverse KL; in
-    between: divergence from a mixture of student and teacher."""
+    between: divergence from a student-teacher mixture."""
     temperature: AboveZero = 1.0
-    """Divisor for the logits of student and teacher."""
+    """Divisor for student and teacher logits."""
     top_k: NotNegativeInt = 0
     """Stored teacher probabilities per position, for the most probable tokens. 0: store the teacher's final
     hidden states and learn the whole vocabulary."""
     keep_remainder: bool = True
-    """top_k: treat the probability of all other tokens together as one more event. False: normalise student
-    and teacher over the teacher's top_k tokens (arXiv 2601.18129)."""
+    """top_k: treat all other tokens together as one more event. False: normalise student and teacher over the
+    teacher's top_k tokens (arXiv 2601.18129)."""
     other_tokenizer: bool = False
     """top_k: the teacher has another tokenizer. The teacher's probabilities are matched byte by byte and
     converted to the student's tokens."""
     ce_coeff: NotNegative = 0.0
-    """Weight of an auxiliary cross-entropy on the data's tokens, over the same positions."""
+    """Weight for an auxiliary cross-entropy on the data's tokens, over the same positions."""
 
 
 PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "kto", "simper", "grouper"]
@@ -70,15 +70,14 @@ class PreferenceConfig:
     dpo over mean instead of summed log-probabilities (arXiv 2411.15124); simpo: dpo-norm without a reference,
     with a margin (arXiv 2405.14734); orpo: odds ratio plus cross-entropy on chosen responses, without a
     reference (arXiv 2403.07691); kto: single responses labelled good or bad (arXiv 2402.01306); simper:
-    inverse perplexities, without a reference and beta (arXiv 2502.00883); grouper: simper over groups of
-    responses with rewards (K-EXAONE)."""
+    inverse perplexities, without a reference and beta (arXiv 2502.00883); grouper: simper over response
+    groups with rewards (K-EXAONE)."""
     beta: AboveZero | None = None
-    """dpo, ipo, dpo-norm, kto: strength of the pull towards the reference model; simpo: slope of the loss;
-    orpo: weight of the odds ratio (lambda in the paper). null: the authors' value (0.1; dpo-norm 5; simpo
-    2)."""
+    """dpo, ipo, dpo-norm, kto: strength of the pull towards the reference model; simpo: loss slope; orpo:
+    odds ratio weight (lambda in the paper). null: the authors' value (0.1; dpo-norm 5; simpo 2)."""
     simpo_gamma: NotNegative = 0.5
-    """simpo: target margin of the chosen response, in units of beta times log-probability per token (the
-    authors use 0.3 to 5)."""
+    """simpo: target margin for the chosen response, in beta times log-probability per token (the authors use
+    0.3 to 5)."""
     desirable_weight: NotNegative = 1.0
     """kto: weight for good responses. The paper recommends total weights (number times weight) for good to
     bad between 1:1 and 4:3."""
@@ -87,7 +86,7 @@ class PreferenceConfig:
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """dpo, dpo-norm, simpo: assumed share of pairs with swapped labels (arXiv 2305.18290, appendix)."""
     chosen_coeff: NotNegative = 0.0
-    """Weight of an auxiliary cross-entropy on chosen responses, averaged over their tokens (arXiv
+    """Weight for an auxiliary cross-entropy on chosen responses, averaged over their tokens (arXiv
     2404.19733)."""
 
     @property
@@ -98,24 +97,24 @@ class PreferenceConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Rollouts of `rl`, in rounds of generation, reward and training. Sampling settings belong here because
-    the trainer computes log-probabilities at the sampling temperature."""
+    """Rollouts for `rl`, in rounds: generation, reward, training. Sampling settings belong here because the
+    trainer computes log-probabilities at the sampling temperature."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "": has_objective("policy"),
         "validation_every_rounds validation_samples validation_temperature": is_set("--validation")}
 
     rounds: NotNegativeInt = 0
-    """Rounds of generation, reward and training. 0: no reinforcement learning."""
+    """Rounds: generation, reward and training. 0: no reinforcement learning."""
     prompts_per_round: AtLeastOne = 64
-    """Prompts (groups of responses) trained per round."""
+    """Prompts (response groups) trained per round."""
     samples_per_prompt: AtLeastOne = 8
     """Responses per prompt: the group size."""
     steps_per_round: AtLeastOne = 1
-    """Optimizer steps per round, each on a part of the round's groups. 1: on-policy; more: off-policy, with
+    """Optimizer steps per round, each on some groups in the round. 1: on-policy; more: off-policy, with
     importance ratios against the policy at the round's start."""
     max_staleness: NotNegativeInt = 0
-    """Maximum lag, in rounds, of the policy that generates a round. 0: generation waits until the previous
+    """Maximum lag, in rounds, for the policy that generates a round. 0: generation waits until the previous
     round is trained."""
     temperature: AboveZero = 1.0
     """Sampling temperature; the trainer divides logits by it, too."""
@@ -127,20 +126,20 @@ class RolloutConfig:
     max_prompt_tokens: AtLeastOne = 1024
     """Maximum prompt length in tokens. Longer prompts are skipped and listed in the store."""
     piece_prompts: AtLeastOne = 8
-    """Prompts per work item. A generation job claims an item and publishes it as one part of the store."""
+    """Prompts per work item. A generation job claims an item and publishes it as one part in the store."""
     deadline_s: NotNegative = 0.0
-    """Seconds of generation after which an unfinished response is saved, to be continued by the next policy.
-    0: no deadline."""
+    """Generation seconds after which an unfinished response is saved, to be continued by the next policy. 0:
+    no deadline."""
     lease_s: Annotated[float, Ge(1), Lt(math.inf)] = 600.0
     """Seconds without a heartbeat after which another job may take over a claim."""
     keep_rounds: AtLeastOne = 2
     """Rounds before the newest round whose files stay in RUN/rounds. Of older rounds only manifests stay,
     once the oldest kept checkpoint is past them and while the store has their responses."""
     budgets_tokens: tuple[AtLeastOne, ...] = ()
-    """Requested response lengths in tokens, assigned in order to equal parts of a group. Empty: the prompt's
+    """Requested response lengths in tokens, assigned in order to equal parts in a group. Empty: the prompt's
     field `target_tokens`, if present."""
     budget_text: str = ""
-    """Text at the start of a response that states the requested length, with {tokens} for the number; counts
+    """Text at the response's start that states the requested length, with {tokens} for the number; counts
     towards the prompt. Empty: the length is not stated."""
     seed: NotNegativeInt = 0
     """Random seed for prompt order and sampling."""
@@ -289,8 +288,8 @@ def _draw_event(event: str, share: float) -> bool:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Policy loss for objective `policy`. `method` selects a set of parts; parts you set yourself take
-    precedence (table in docs/policy_methods.md)."""
+    """Policy loss for objective `policy`. `method` selects the parts; parts you set yourself take precedence
+    (table in docs/policy_methods.md)."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "": has_objective("policy"),
@@ -313,10 +312,10 @@ class PolicyConfig:
     method: PolicyMethod = "grpo"
     """grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo
     (2506.13585), agapo (K-EXAONE), agapo_exaone4 (EXAONE 4.0, 2507.11407), mgpo (2511.06221), ink_grpo
-    (2601.18129), pkpo (2505.15201), lapo_d and lapo_i (two stages of 2507.15758), hbpo (2507.15844), opd
+    (2601.18129), pkpo (2505.15201), lapo_d and lapo_i (the two stages in 2507.15758), hbpo (2507.15844), opd
     (on-policy distillation, Tinker cookbook), gkd (2306.13649: a teacher's `distillation` divergence instead
-    of rewards), preference (`preference` loss on the best and worst response of each group, or on all
-    responses with preference.method = grouper)."""
+    of rewards), preference (`preference` loss on each group's best and worst response, or on all responses
+    with preference.method = grouper)."""
     ratio: Ratio | None = None
     """Importance ratio between the current policy and the policy at the round's start, both computed by the
     trainer. token: one ratio per token; sequence: one per response, the geometric mean over its tokens."""
@@ -330,29 +329,30 @@ class PolicyConfig:
     advantage: Advantage | None = None
     """group: (reward - group mean) / group standard deviation; group_no_std: reward - group mean;
     leave_one_out: reward - mean of the group's other rewards; pass_at_k: a response's contribution to the
-    best of `pkpo_k` responses; range: rewards scaled to -1 (group minimum) .. 1 (group maximum); none: 0."""
+    maximum over `pkpo_k` responses; range: rewards scaled to -1 (group minimum) .. 1 (group maximum); none:
+    0."""
     normalise_over_batch: bool | None = None
     """Normalise advantages to mean 0 and standard deviation 1 over all responses in an optimizer step."""
     aggregation: Aggregation | None = None
-    """token: mean over the step's tokens; sequence: mean over responses of per-response token means;
-    constant: sum over tokens divided by responses x `rollout.max_new_tokens`."""
+    """token: mean over the step's tokens; sequence: mean over per-response token means; constant: sum over
+    tokens divided by responses x `rollout.max_new_tokens`."""
     kl: Kl | None = None
     """KL divergence from the model at the run's start. k1, k3: per-token estimators; sequence: cumulative
     over whole responses."""
     kl_coeff: NotNegative | None = None
-    """Weight of the KL divergence. 0: none."""
+    """KL divergence weight. 0: none."""
     kl_weighted: bool | None = None
-    """k3: multiply by the importance ratio, which makes the gradient that of the policy's KL divergence from
-    the reference even off-policy (arXiv 2512.02556, section 3.1)."""
+    """k3: multiply by the importance ratio, so that the gradient equals that for the policy's KL divergence
+    from the reference even off-policy (arXiv 2512.02556, section 3.1)."""
     mgpo_lambda: NotNegative | None = None
     """Emphasis on groups with half the responses right: advantages are multiplied by exp(-lambda D), where D
-    is the divergence between the share of right responses and 1/2 (arXiv 2511.06221). 0: off."""
+    is the divergence between the right share and 1/2 (arXiv 2511.06221). 0: off."""
     pkpo_k: NotNegativeInt | None = None
     """pass_at_k: k; the best among k responses counts."""
     length_reward: LengthReward | None = None
-    """Length reward for right responses. around_right: bonus near the lengths of the group's right responses;
-    target: bonus near the prompt's `target_tokens`; budget: replaces the reward by the reward of the
-    response's budget (`rollout.budgets_tokens`), reduced beyond the budget."""
+    """Length reward for right responses. around_right: bonus near the group's right response lengths; target:
+    bonus near the prompt's `target_tokens`; budget: replaces the reward by the reward for the response's
+    budget (`rollout.budgets_tokens`), reduced beyond the budget."""
     length_reward_coeff: NotNegative | None = None
     """around_right, target: maximum bonus; budget: reward for a budget with 0 tokens."""
     length_width_tokens: AboveZero | None = None
@@ -362,20 +362,21 @@ class PolicyConfig:
     """Action for groups with equal rewards below `right_from`. drop: leave them out; keep: train on them with
     `all_wrong_reward`."""
     all_wrong_reward: Annotated[float, Gt(-math.inf), Le(0)] | None = None
-    """keep: value added to the zero advantages of all-wrong groups before normalisation over the batch; a
+    """keep: value added to the zero advantages in all-wrong groups before normalisation over the batch; a
     small negative number, or 0."""
     all_right: Kept | None = None
     """Action for groups with equal rewards at or above `right_from`. drop: leave them out; keep: their
     advantages are 0, and they count in means and in the KL divergence."""
     max_gen_batches: AtLeastOne | None = None
     """Replace dropped groups by groups for further prompts, until `rollout.prompts_per_round` groups remain,
-    at most this multiple of prompts per round (arXiv 2503.14476, section 3.2). 1: no replacement."""
+    generating at most this many times the prompts per round (arXiv 2503.14476, section 3.2). 1: no
+    replacement."""
     right_from: Finite = 1.0
     """Reward at or above which a response counts as right."""
     overlong_buffer_tokens: NotNegativeInt | None = None
-    """Last tokens of `rollout.max_new_tokens` over which a length penalty grows from 0 to `overlong_penalty`
-    (arXiv 2503.14476, equation 13). 0: no penalty; null: a fifth of `rollout.max_new_tokens` for dapo, else
-    0."""
+    """Tokens at the end of `rollout.max_new_tokens` over which a length penalty grows from 0 to
+    `overlong_penalty` (arXiv 2503.14476, equation 13). 0: no penalty; null: a fifth of
+    `rollout.max_new_tokens` for dapo, else 0."""
     overlong_penalty: NotNegative = 1.0
     """Penalty subtracted from the reward for a response with maximum length."""
     mask_truncated: bool = False
@@ -392,24 +393,24 @@ class PolicyConfig:
     """Upper bound on the correction ratio. null: 2 for token_truncate (Yao et al. 2025); other corrections
     need a value."""
     geo_reject_high: Annotated[float, Gt(1), Lt(math.inf)] | None = None
-    """Reject responses whose geometric mean of trainer / engine ratios is above this or below
-    `geo_reject_low`, with any `correction`. null: reject none."""
+    """Reject responses whose geometric mean trainer / engine ratio is above this or below `geo_reject_low`,
+    with any `correction`. null: reject none."""
     geo_reject_low: Annotated[float, Ge(0), Lt(1)] | None = None
     """Lower bound on the geometric mean. null: 1 / `geo_reject_high`."""
     knowledge_coeff: NotNegative | None = None
-    """Weight of an auxiliary cross-entropy on --data text, averaged over the text's tokens (arXiv
+    """Weight for an auxiliary cross-entropy on --data text, averaged over the text's tokens (arXiv
     2601.18129). 0: none."""
     knowledge_share: Share | None = None
     """Probability that an optimizer step includes --data text."""
     knowledge_batch_size: NotNegativeInt | None = None
     """Text sequences in such a step."""
     opd_coeff: NotNegative | None = None
-    """Weight of on-policy distillation: adds coefficient x (teacher log-probability - policy log-probability
-    at the round's start) to each token's advantage, a per-token reverse KL to the teacher (--teacher,
+    """On-policy distillation weight: adds coefficient x (teacher log-probability - policy log-probability at
+    the round's start) to each token's advantage, a per-token reverse KL to the teacher (--teacher,
     --teacher-url). 0: no teacher."""
     on_policy_share: Annotated[float, Gt(0), Le(1)] = 1.0
     """gkd: probability that a round uses the policy's own responses; otherwise its steps learn from --data,
-    in batches of `train.global_batch_size`."""
+    in batches with `train.global_batch_size` samples."""
     reference: Literal["round", "run"] = "round"
     """preference: reference model for dpo, ipo and dpo-norm. round: model at the round's start, so every
     round can move as far again; run: model at the run's start."""

@@ -42,7 +42,7 @@ from megatron_sov.model.config.train import GuardConfig, ObsConfig, OptimConfig,
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Training objective, with the weights of its loss terms."""
+    """Training objective and its loss weights."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "text_coeff loss_per": has_objective("sft"),
@@ -57,7 +57,7 @@ class ObjectiveConfig:
     see `distillation`; policy: rewards for the model's own responses, see `policy` and `rollout`;
     FILE.py:NAME: your own objective (docs/own_code.md)."""
     text_coeff: NotNegative = 0.0
-    """sft: weight of an auxiliary cross-entropy on plain text, averaged over the text's tokens."""
+    """sft: weight for an auxiliary cross-entropy on plain text, averaged over the text's tokens."""
     loss_per: Literal["token", "turn", "sample"] = "token"
     """sft: unit with equal weight in the loss. token: every response token; turn: mean over every assistant
     turn; sample: mean over every conversation."""
@@ -71,7 +71,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of one stage of training; saved resolved as RUN/config.json.
+    """All settings for one training stage; saved resolved as RUN/config.json.
 
     >>> import megatron_sov
     >>> config = megatron_sov.apply_settings(megatron_sov.recipes.get("tiny-qwen3"), ["train.steps=3"])
@@ -116,7 +116,7 @@ class RunConfig:
     guards: GuardConfig = GuardConfig()
     """Checks during training."""
     lora: LoraConfig = LoraConfig()
-    """Low-rank adaptation of a frozen model."""
+    """Low-rank adaptation for a frozen model."""
     media: MediaConfig = MediaConfig()
     """Image and audio encoder training."""
     code: tuple[PluginCode, ...] = ()
@@ -451,7 +451,7 @@ def apply_settings(config: RunConfig, settings: Sequence[str], option: str = "--
 def _scale_phase_tokens(raw: dict[str, Any], previous: RunConfig, changes: Mapping[str, Any]) -> None:
     """Divide `train.tokens` over the phases in proportion to their previous tokens."""
     total = changes.get("train.tokens")
-    if not isinstance(total, int) or total <= 0:  # 0 is no budget; other types are rejected by `from_dict`
+    if not isinstance(total, int) or total <= 0:  # 0: no budget; other types are rejected by `from_dict`
         return
     if "train.steps" not in changes:
         raw["train"]["steps"] = 0

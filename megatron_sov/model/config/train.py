@@ -71,9 +71,9 @@ class OptimConfig:
     warmup_tokens: NotNegativeInt = 0
     """Linear warm-up in tokens with `schedule_by=tokens`, padding included."""
     decay_share: Annotated[float, Gt(0), Le(1)] = 0.2
-    """wsd: last share of the run in which the learning rate decays."""
+    """wsd: share of the run, at its end, in which the learning rate decays."""
     decay_form: Literal["linear", "cosine", "one_minus_sqrt"] = "linear"
-    """wsd: shape of the decay (one_minus_sqrt: arXiv 2405.18392)."""
+    """wsd: decay shape (one_minus_sqrt: arXiv 2405.18392)."""
     rewarm: tuple[tuple[NotNegativeInt, AtLeastOne], ...] = ()
     """Pairs [step, steps]: after optimizer step `step`, the learning rate rises again from 0 to the
     schedule's value over `steps` steps. You can add a pair to a resumed run, from its checkpoint onwards."""
@@ -90,11 +90,11 @@ class OptimConfig:
     muon_nesterov: bool = True
     """Muon: orthogonalise the gradient plus momentum (Nesterov) instead of the momentum alone."""
     muon_ns_steps: Annotated[int, Ge(1), Le(100)] = 5
-    """Muon: Newton-Schulz iterations, in the dtype of `train.precision`."""
+    """Muon: Newton-Schulz iterations, in `train.precision`'s dtype."""
     muon_ns_coefficients: tuple[Finite, Finite, Finite] = (3.4445, -4.7750, 2.0315)
     """Muon: a, b, c in the iteration x <- a x + b (x x^T) x + c (x x^T)^2 x."""
     muon_scale: Literal["match_rms_adamw", "original", "spectral"] = "match_rms_adamw"
-    """Muon: factor on the update of a matrix [rows (out), columns (in)]. match_rms_adamw: 0.2 sqrt(max(rows,
+    """Muon: factor on a matrix update [rows (out), columns (in)]. match_rms_adamw: 0.2 sqrt(max(rows,
     columns)), so updates have AdamW's size and AdamW's learning rates apply (arXiv 2502.16982); original:
     sqrt(max(1, rows / columns)); spectral: sqrt(rows / columns)."""
     clip_grad: Annotated[float, Ge(0)] = 1.0
@@ -127,10 +127,10 @@ class GuardConfig:
         "max_bias_spread": is_set("model.router_bias")}
 
     skip: bool = True
-    """Reject the update of a step whose loss or gradient norm is not finite or is a spike. False: a value
-    that is not finite ends the run."""
+    """Reject a step's update if its loss or gradient norm is not finite or spikes. False: a value that is not
+    finite ends the run."""
     window_steps: Annotated[int, Ge(20)] = 128
-    """Recent steps that define the normal range of loss and gradient norm. Spikes are detected once half the
+    """Recent steps that define the normal range for loss and gradient norm. Spikes are detected once half the
     window, and at least 20 steps, are filled."""
     sigma: NotNegative = 6.0
     """Standard deviations above the window's mean at which a value counts as a spike. 0: reject only values
@@ -154,13 +154,13 @@ class GuardConfig:
     """Reaction to silent data corruption (different replicas or repetitions). exit: end with code 77 before
     the next checkpoint; record: write an event and continue."""
     straggler_every_steps: NotNegativeInt = 100
-    """Steps over which the compute time of each process is averaged for the report. 0: never."""
+    """Steps over which each process's compute time is averaged for the report. 0: never."""
     straggler_ratio: Annotated[float, Gt(1)] = 1.5
     """Compute time relative to the median process at which a process is reported as slow."""
     routing_every_steps: NotNegativeInt = 20
-    """Steps between records of expert routing per layer; alarms are raised from these records. 0: never."""
+    """Steps between expert routing records per layer, which can raise alarms. 0: never."""
     min_load_entropy: Share = 0.5
-    """Alarm if the entropy of a layer's expert load, relative to a uniform load, falls below this share."""
+    """Alarm if a layer's expert load entropy, relative to a uniform load, falls below this share."""
     dead_after_records: AtLeastOne = 5
     """Alarm if an expert received no token in this many consecutive routing records."""
     max_bias_spread: Annotated[float, Gt(0)] = 1.0
@@ -170,7 +170,7 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class ObsConfig:
-    """Trackers of a run, in addition to events.jsonl and the progress bar."""
+    """Trackers for a run, in addition to events.jsonl and the progress bar."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "wandb_project": is_set(".wandb"),
@@ -208,7 +208,7 @@ class TrainConfig:
     steps: Steps = 0
     """Optimizer steps. 0: follows from token budgets."""
     tokens: Tokens = 0
-    """Token budget of the run. Setting it scales the budgets or steps of all phases in proportion."""
+    """The run's token budget. Setting it scales every phase's budget or steps in proportion."""
     epochs: Annotated[float, Ge(0), Le(10_000)] = 0.0
     """Passes over the data, which determine `steps` (rl: passes over the prompts, which determine
     `rollout.rounds`). 0: not used."""
@@ -218,21 +218,21 @@ class TrainConfig:
     global_batch_size: Annotated[AtLeastOne, Le(MAX_BATCH_SIZE)] = 512
     """Samples per optimizer step, over all processes."""
     ramp_from_batch_size: Samples = 0
-    """Samples in the first step of a batch size ramp towards `global_batch_size`. 0: no ramp."""
+    """Samples in the first step, if the batch size ramps up to `global_batch_size`. 0: no ramp."""
     ramp_increment: Samples = 0
-    """Samples added at each increase of the batch size."""
+    """Samples added at each batch size increase."""
     ramp_steps: Annotated[NotNegativeInt, Le(1_000_000)] = 0
-    """Optimizer steps of the ramp, divided into equal intervals."""
+    """Optimizer steps in the ramp, divided into equal intervals."""
     micro_batch_size: Annotated[AtLeastOne, Le(MAX_BATCH_SIZE)] = 1
-    """Samples per forward pass on a process. rl: maximum number of rows; by default enough rows for the
-    responses to a prompt, limited by memory (docs/rl.md)."""
+    """Samples per forward pass on a process. rl: maximum rows; by default enough for the responses to a
+    prompt, limited by memory (docs/rl.md)."""
     seed: int = 1234
     """Random seed for initial weights, data order and dropout."""
     precision: Literal["fp32", "bf16", "fp64"] = "bf16"
     """Dtype for weights and activations. bf16 keeps fp32 master weights and sums gradients in
     `gpu.grad_dtype`; fp64 is slow and serves to prove that layouts agree."""
     fp8: Literal["none", "tensorwise", "blockwise", "mxfp8", "nvfp4", "delayed"] = "none"
-    """Matrix products of transformer layers in 8 bits (nvfp4: 4 bits), by Transformer Engine on a GPU
+    """Matrix products in transformer layers in 8 bits (nvfp4: 4 bits), by Transformer Engine on a GPU
     (docs/fp8.md). Scales per tensor (tensorwise), per 128 values and 128 x 128 weights (blockwise), per 32
     values (mxfp8) or per 16 values (nvfp4). delayed is rejected: checkpoints do not store its scale
     history."""
@@ -263,23 +263,23 @@ class TrainConfig:
     checkpoint_every_steps: AtLeastOne = 1000
     """Steps between checkpoints; a final checkpoint is always written. rl: at most 10 rounds by default."""
     keep_checkpoints: NotNegativeInt = 2
-    """How many of the newest checkpoints to keep. 0: keep all."""
+    """Newest checkpoints to keep. 0: keep all."""
     export_every_checkpoints: NotNegativeInt = 0
     """Checkpoints between exports to Hugging Face folders in RUN/exports, written during training; includes
     the last checkpoint. 0: no exports."""
     average_last: Annotated[NotNegativeInt, Le(10_000)] = 0
-    """How many of the newest checkpoints are averaged into RUN/average when the run is complete, for
-    evaluation or as the start of the next stage; at most `keep_checkpoints`. 0: no average."""
+    """Newest checkpoints to average into RUN/average when the run is complete, for evaluation or to start the
+    next stage; at most `keep_checkpoints`. 0: no average."""
     average_weights: AverageKind = "uniform"
-    """Weights of the averaged checkpoints. uniform: equal; linear: 1, 2, 3, ... from oldest to newest; ema:
-    each weight is `average_decay` times the next newer one."""
+    """Weights for averaged checkpoints. uniform: equal; linear: 1, 2, 3, ... from oldest to newest; ema: each
+    weight is `average_decay` times the next newer one."""
     average_decay: Annotated[float, Gt(0), Le(1)] = 0.5
     """ema: ratio between the weights of consecutive checkpoints."""
     keep_every_steps: NotNegativeInt = 0
-    """Also keep checkpoints whose step is a multiple of this, for ever. 0: none."""
+    """Also keep, for ever, checkpoints at multiples of this step count. 0: none."""
     async_save: bool = True
-    """Write checkpoints in the background during training; needs host memory for a process's share of the
-    checkpoint."""
+    """Write checkpoints in the background during training; needs host memory for a process's checkpoint
+    share."""
     save_timeout_s: AboveZero = 1800.0
     """Seconds after which an unfinished checkpoint (for example on a hanging file system) ends the run."""
     eval_every_steps: NotNegativeInt = 500

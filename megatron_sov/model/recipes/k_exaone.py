@@ -141,12 +141,12 @@ EXTEND_SOURCES = derive_sources(SOURCES, {
     "train.fp8": ours("bf16: 8 bits are published for pretraining"),
     **PHASE_SOURCES,
     "optim.lr": ours("where pretraining ends; not published"),
-    "optim.min_lr": ours("a tenth of it; not published"),
+    "optim.min_lr": ours("a tenth of the peak; not published"),
     "optim.schedule": ours("not published"),
     "optim.warmup_steps": ours("not published"),
     "optim.decay_share": DEFAULT,
     "train.global_batch_size": ours("33.6 M tokens a step, as in pretraining; not published"),
-    "needle.lengths_tokens": ours("the lengths of pretraining and both stages"),
+    "needle.lengths_tokens": ours("pretraining's length and both stages'"),
     **dict.fromkeys(STAGE_CHOICES, ours("not published")),
     "extend.stages.*.seq_len": published(f"{REPORT}, context length extension: 8K -> 32K -> 256K"),
     "extend.stages.*.kind": published(f"{REPORT}, context length extension"),
@@ -163,7 +163,7 @@ SFT_SOURCES = derive_sources(SOURCES, {
     "train.fp8": ours("bf16: 8 bits are published for pretraining"),
     "data.phases.*": ours("not published"),
     "data.phases.*.blend.conversations": ours("the share is not published"),
-    "data.phases.*.blend.tools": ours("tasks with simulated tools and a check of success are published, not "
+    "data.phases.*.blend.tools": ours("tasks with simulated tools and a success check are published, not "
                                       "their share"),
     "optim.name": ours("as in pretraining; not published"),
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps",
@@ -231,10 +231,10 @@ def k_exaone2_750b_extend() -> RunConfig:
         extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
 
 
-_NOT_READ = "its report was not at hand"
+_NOT_READ = "the report was not available"
 SOURCES_2: Sources = derive_sources(SOURCES, {
     "model.*": config_json("LGAI-EXAONE/K-EXAONE-2.0-750B-A37B, as Megatron-Bridge, TensorRT-LLM and vLLM "
-                           "read it; its count of bytes agrees"),
+                           "read it; its byte count agrees"),
     "model.router_bias_update_rate": ours(f"as K-EXAONE; {_NOT_READ}"),
     "model.seq_aux_loss_coeff": ours(f"as K-EXAONE; {_NOT_READ}"),
     "model.mtp_loss_coeff": ours(f"as K-EXAONE; {_NOT_READ}"),
@@ -242,7 +242,7 @@ SOURCES_2: Sources = derive_sources(SOURCES, {
        for name in ("tp", "sp", "pp", "ep", "zero1", "pipeline_layout", "overlap_grad_reduce",
                     "overlap_param_gather")},
     "data.phases.*.name": ours(f"as K-EXAONE's; {_NOT_READ}"),
-    "data.phases.*.tokens": ours(f"2 T behind the growth; {_NOT_READ}"),
+    "data.phases.*.tokens": ours(f"2 T after the growth; {_NOT_READ}"),
     "data.phases.*.seq_len": ours(f"as K-EXAONE; {_NOT_READ}"),
     "data.phases.*.blend.*": ours(f"as K-EXAONE's; {_NOT_READ}"),
     "optim.name": ours(f"as K-EXAONE; {_NOT_READ}"),

@@ -112,7 +112,7 @@ HYPERCLOVA_SOURCES: Sources = {
         "num_experts", "rope_theta", "num_mtp_layers", "max_position_tokens")), _SIZES),
     "model.mtp_loss_coeff": ours("a scale is published, its value is not"),
     "model.norm_eps": _UNPUBLISHED,
-    "model.audio_tokens.*": published(f"{HYPERCLOVA_REPORT}, vocabulary: FSQ of 6,561 behind the text"),
+    "model.audio_tokens.*": published(f"{HYPERCLOVA_REPORT}, vocabulary: 6,561 FSQ tokens after the text"),
     "model.image_tokens.*": published(f"{HYPERCLOVA_REPORT}, vocabulary: 65,536 from 135,168"),
     "model.vision.*": _VIT,
     "model.vision.placeholder_ids": ours("as `sov-tokenizer media --audio-first 128606` numbers the marks"),
@@ -141,7 +141,7 @@ HYPERCLOVA_SFT_SOURCES = derive_sources(HYPERCLOVA_CONTINUOUS_SOURCES, {
     **dict.fromkeys((f"data.phases.*.{setting}" for setting in ("lr", "min_lr", "rewarm_steps")),
                     _UNPUBLISHED),
     "objective.name": published(f"{HYPERCLOVA_REPORT}, fine-tuning"),
-    "objective.text_coeff": ours("without plain text, bits per byte of it grow while media are learned"),
+    "objective.text_coeff": ours("without plain text, its bits per byte grow while media are learned"),
 })
 
 
@@ -210,10 +210,10 @@ TRAINING_SOURCES: Sources = {
     "parallel.*": ours("a layout that fits"),
     "data.phases.*.name": ours("one phase"),
     "data.phases.*.tokens": ours("a billion tokens, to be set"),
-    "data.phases.*.seq_len": ours("short enough for every one of these models"),
+    "data.phases.*.seq_len": ours("short enough for all these models"),
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps",
                      "optim.weight_decay"),
-                    ours("a low rate that leaves a trained model what it knows")),
+                    ours("a low rate, so that a trained model forgets little")),
     "train.global_batch_size": ours("half a million tokens a step"),
     "train.micro_batch_size": ours("memory"),
     "train.recompute": ours("memory"),
@@ -226,7 +226,7 @@ def moe_sources(released: str) -> Sources:
     return {
         "model.*": config_json(released),
         "model.router_bias_update_rate": DEFAULT,
-        "model.seq_aux_loss_coeff": ours("router_aux_loss_coef of config.json, for our form of the loss"),
+        "model.seq_aux_loss_coeff": ours("router_aux_loss_coef in config.json, for our form of the loss"),
         "model.mtp_*": DEFAULT,
         **TRAINING_SOURCES,
     }
@@ -252,7 +252,7 @@ DEEPSEEK_SOURCES = derive_sources(moe_sources(DEEPSEEK_RELEASED), {
     "model.mtp_loss_coeff": published(f"{REPORT}: 0.3 for the first 10 T tokens, then 0.1"),
 })
 KIMI_SOURCES = derive_sources(
-    moe_sources("moonshotai/Kimi-K2-Instruct, compared with MindSpeed-LLM's script of it"),
+    moe_sources("moonshotai/Kimi-K2-Instruct, compared with MindSpeed-LLM's script"),
     {"model.mtp_loss_coeff": ours("DeepSeek-V3's; it has no prediction layer")})
 
 
@@ -371,7 +371,7 @@ def typhoon_s_8b() -> RunConfig:
 _TYPHOON_TRAINER = published(f"{TYPHOON_SCRIPT} leaves it to transformers' trainer")
 TYPHOON_SOURCES: Sources = derive_sources(dense_sources("Qwen/Qwen3-8B-Base"), {
     "data.phases.*.name": ours("the stage"),
-    "data.phases.*.tokens": ours("2 epochs of about 340,000 samples are published, their tokens are not"),
+    "data.phases.*.tokens": ours("2 epochs over about 340,000 samples are published, their tokens are not"),
     "data.phases.*.seq_len": published(TYPHOON_SCRIPT),
     **dict.fromkeys(("optim.name", "optim.lr", "optim.schedule"), published(TYPHOON_SCRIPT)),
     "optim.warmup_steps": published(f"{TYPHOON_SCRIPT}: 5 % of the steps"),

@@ -43,8 +43,8 @@ def _sources(base: Sources, values: Values) -> Sources:
         **{key: source for key, (_, source) in values.items()},
         "data.phases.*": DEFAULT,
         "data.phases.*.name": ours("rounds are the phases"),
-        "data.phases.*.seq_len": ours("a row holds the longest prompt and response, or two of them"),
-        "train.steps": ours("rounds x steps of a round"),
+        "data.phases.*.seq_len": ours("a row holds one or two of the longest prompts and responses"),
+        "train.steps": ours("rounds x steps per round"),
         "train.global_batch_size": ours("a step has as many rows as its responses fill; this only has to "
                                         "suit the layout"),
         **dict.fromkeys(("extend.*", "needle.*", "preference.*"), DEFAULT)})
@@ -115,13 +115,13 @@ OPD: Values = {
     "rollout.samples_per_prompt": (1, _OPD),
     "rollout.temperature": (1.0, _OPD),
     "rollout.top_p": (0.95, _OPD),
-    "rollout.max_prompt_tokens": (2048, published("scb-10x/typhoon-s: 4,096 in all, 2,048 of a response")),
+    "rollout.max_prompt_tokens": (2048, published("scb-10x/typhoon-s: 4,096 in all, 2,048 per response")),
     "rollout.max_new_tokens": (2048, _OPD),
-    "rollout.rounds": (2500, published("scb-10x/typhoon-s: 1 epoch of about 160,000 prompts")),
+    "rollout.rounds": (2500, published("scb-10x/typhoon-s: 1 epoch over about 160,000 prompts")),
     "optim.lr": (1e-6, _OPD),
     "optim.schedule": ("cosine", _OPD),
     "optim.warmup_steps": (125, published("scb-10x/typhoon-s: 5 % of the steps")),
-    "train.global_batch_size": (64, published("scb-10x/typhoon-s: 64 samples of the data in a step")),
+    "train.global_batch_size": (64, published("scb-10x/typhoon-s: 64 data samples per step")),
 }
 OPD_SOURCES = derive_sources(_sources(TYPHOON_SOURCES, OPD), {
     "train.global_batch_size": OPD["train.global_batch_size"][1]})
@@ -143,7 +143,7 @@ def _mgpo(stage: str, response_tokens: int, length: ValueSource) -> Values:
         "policy.kl": ("none", source),
         "policy.aggregation": ("sequence", source),
         "rollout.max_new_tokens": (response_tokens, length),
-        "rollout.samples_per_prompt": (16, ours("not published: enough to tell shares of right answers")),
+        "rollout.samples_per_prompt": (16, ours("not published: enough to estimate shares of right answers")),
         "rollout.rounds": (100, ours("not published")),
         "optim.lr": (1e-6, ours("not published")),
         **_steady(1e-6),
@@ -152,7 +152,7 @@ def _mgpo(stage: str, response_tokens: int, length: ValueSource) -> Values:
 
 MATH_16K = _mgpo("mathematics at 16K", 16384, published(f"{VIBETHINKER}, training: 16K"))
 MATH_32K = _mgpo("mathematics at 32K", 32768, published(f"{VIBETHINKER}, training: 32K"))
-CODE = _mgpo("code", 32768, ours("not published: that of the stage before"))
+CODE = _mgpo("code", 32768, ours("not published: as in the stage before"))
 MATH_16K_SOURCES, MATH_32K_SOURCES, CODE_SOURCES = (
     _sources(VIBETHINKER_SOURCES, values) for values in (MATH_16K, MATH_32K, CODE))
 

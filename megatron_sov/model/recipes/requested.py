@@ -81,8 +81,8 @@ class TrainingOptions(RecipeOptions):
 
     data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR|FILE[:weight]")] = ()
     """Token shards from `sov-data pack`, or a file with chats, pairs or text (.jsonl, .json, .parquet, .txt),
-    packed into RUN/data with the tokenizer of --from. Repeat the option to mix data by weight. NAME renames
-    the sources."""
+    packed into RUN/data with --from's tokenizer. Repeat the option to mix data by weight. NAME renames the
+    sources."""
     deterministic: bool = False
     """Produce identical bits in every run (--set train.deterministic=true)."""
 

@@ -163,8 +163,8 @@ SOURCES: Sources = {
                     _OPTIMIZER),
     "optim.schedule": ours("the report gives both ends of the decay, not its form"),
     "train.micro_batch_size": ours("memory"),
-    "train.fp8": published(f"{REPORT}, infrastructure: FP8 beside bf16; blocks, which Hopper and Blackwell "
-                           "have, are ours; not yet run on a GPU"),
+    "train.fp8": published(f"{REPORT}, infrastructure: FP8 and bf16; our choice: blocks, for Hopper and "
+                           "Blackwell; not yet run on a GPU"),
     "train.recompute": published(f"{REPORT}, infrastructure"),
     "gpu.gc_every_steps": ours("processes collect garbage together"),
 }
@@ -192,13 +192,13 @@ EXTEND_SOURCES = derive_sources(SOURCES, {
     "optim.warmup_steps": ours("not published"),
     "optim.schedule": ours("not published"),
     "train.global_batch_size": _OPTIMIZER,
-    "needle.lengths_tokens": ours("the lengths of pretraining and both stages"),
+    "needle.lengths_tokens": ours("pretraining's length and both stages'"),
     **dict.fromkeys(STAGE_CHOICES, ours("not published")),
     "extend.stages.*.seq_len": published(f"{REPORT}, pretraining: 32K, 100K (102,400 is our reading)"),
     "extend.stages.*.global_batch_size": _OPTIMIZER,
     **dict.fromkeys(("extend.stages.*.yarn_factor", "extend.stages.*.yarn_original_tokens"),
                     ours("the released config's, at the last stage: nothing says when YaRN began")),
-    "extend.stages.*.blend.*": ours("sources of the published mid-training"),
+    "extend.stages.*.blend.*": ours("the published mid-training's sources"),
     "extend.stages.*.parts.*": ours("not published; rehearsal is phase 2.C again, as in mid-training"),
     "extend.gate.every_steps": ours("not published"),
     "extend.gate.min_accuracy": ours("not published"),
@@ -212,8 +212,8 @@ _OF_CONVERSATIONS: Sources = {
 }
 SFT_SOURCES = derive_sources(SOURCES, {
     **_OF_CONVERSATIONS,
-    "data.phases.*.blend.*": ours("the kinds are published, with 161,608 and 177,375 conversations of "
-                                  "agents; their shares are not"),
+    "data.phases.*.blend.*": ours("the kinds are published, with 161,608 and 177,375 agent "
+                                  "conversations; their shares are not"),
     "objective.name": published(f"{REPORT}, post-training: SFT"),
 })
 _PHASE_B = published(f"{REPORT}, SnapPO, phase B: iterative DPO")
@@ -223,7 +223,7 @@ DPO_SOURCES = derive_sources(SOURCES, {
                                   "shares are not"),
     "objective.name": _PHASE_B,
     "preference.method": _PHASE_B,
-    "preference.beta": ours("not published; what DPO's authors took (arXiv 2305.18290)"),
+    "preference.beta": ours("not published; the value in the DPO paper (arXiv 2305.18290)"),
 })
 
 
@@ -234,7 +234,7 @@ DPO_SOURCES = derive_sources(SOURCES, {
 # are our choice, marked as such.
 
 ABSTRACT = "arXiv 2607.20062, abstract"
-CARD = "the card of upstage/Solar-Open2-250B"
+CARD = "upstage/Solar-Open2-250B's card"
 
 PHASES_2 = (
     PhaseConfig("mixture", tokens=10 * TRILLION, seq_len=8192, blend={
@@ -298,7 +298,7 @@ def solar_open2_250b_extend() -> RunConfig:
         extend=ExtendConfig(stages=STAGES_2, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
 
 
-_NOT_READ = "its report was not at hand"
+_NOT_READ = "the report was not available"
 _AS_SOLAR = f"as Solar Open; {_NOT_READ}"
 SOURCES_2: Sources = {
     "model.*": config_json("upstage/Solar-Open2-250B, as transformers' class and vLLM's test have it; as "
@@ -309,9 +309,9 @@ SOURCES_2: Sources = {
     "parallel.*": ours("a layout that fits; none is published"),
     "data.phases.*.name": ours(_NOT_READ),
     "data.phases.*.seq_len": ours(_NOT_READ),
-    "data.phases.0.tokens": published(f"{ABSTRACT}: a mixture of 10 T tokens"),
-    "data.phases.1.tokens": ours(f"what {CARD} has beyond the mixture: about 12 T in all"),
-    "data.phases.*.blend.*": ours(f"languages by {CARD}, agents by the abstract; no shares were at hand"),
+    "data.phases.0.tokens": published(f"{ABSTRACT}: a 10 T token mixture"),
+    "data.phases.1.tokens": ours(f"{CARD}: about 12 T in all, less the mixture"),
+    "data.phases.*.blend.*": ours(f"languages from {CARD}, agents from the abstract; no shares are known"),
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.schedule", "optim.warmup_steps",
                      "optim.weight_decay", "optim.beta2"), ours(_AS_SOLAR)),
     "train.global_batch_size": ours(f"33.6 M tokens a step; {_NOT_READ}"),
@@ -324,7 +324,7 @@ EXTEND_SOURCES_2 = derive_sources(SOURCES_2, {
     "optim.lr": ours(f"about a tenth of pretraining's peak; {_NOT_READ}"),
     "optim.warmup_steps": ours(_NOT_READ),
     "train.global_batch_size": ours(f"33.6 M tokens a step, as in pretraining; {_NOT_READ}"),
-    "needle.lengths_tokens": ours("the lengths of pretraining and of all stages"),
+    "needle.lengths_tokens": ours("pretraining's length and the stages'"),
     **dict.fromkeys(STAGE_CHOICES, ours(_NOT_READ)),
     "extend.stages.0.seq_len": ours(_NOT_READ),
     "extend.stages.1.seq_len": ours(_NOT_READ),

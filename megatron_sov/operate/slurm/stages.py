@@ -37,7 +37,7 @@ Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
 """Stage -> `add_arguments` of its command, for the `megatron-sov` commands."""
 ENGINE_SET = "--engine-set"
 
-PROFILES = f"{', '.join(cluster.list_profiles())}, or a YAML file of your own"
+PROFILES = f"{', '.join(cluster.list_profiles())}, or your own YAML file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class SubmitOptions:
 
     cluster: Annotated[str | None, Flag(value="PROFILE", help=PROFILES)] = None
     nodes: AtLeastOne | None = None
-    """Nodes of a training stage (default 1)."""
+    """Nodes for a training stage (default 1)."""
     min_nodes: AtLeastOne | None = None
     """Continue with fewer nodes, down to this number, if nodes are missing."""
     nodes_set: Annotated[tuple[str, ...], Flag(value="N:key=value")] = ()
@@ -54,7 +54,7 @@ class SubmitOptions:
     engine_nodes: NotNegativeInt = 0
     """rl-run --engine vllm: additional nodes for engine servers."""
     array: NotNegativeInt = 0
-    """Divide the inputs of data pack, or the work of eval-lm, rl-generate and rl-reward, among N jobs
+    """Divide the inputs for data pack, or the work for eval-lm, rl-generate and rl-reward, among N jobs
     (default: one job)."""
     account: Annotated[str | None, Flag(value="NAME")] = None
     """Instead of the profile's."""

@@ -107,7 +107,7 @@ class StoredTeacher:
             self.teacher = ", ".join(f"{name}: {digest}" for name, digest in digests.items())
         self.divergence = Divergence(settings.beta, settings.temperature)
         self._settings = settings
-        # all folders of a teacher have the same head, so one of them per dtype supplies it
+        # a teacher's folders all have the same head, so one folder per dtype supplies it
         by_teacher = {(files.teacher, files.dtype): files for files in folders}
         teacher_keys = list(by_teacher)
         self._teacher_files = list(by_teacher.values())
@@ -172,7 +172,7 @@ class StoredTeacher:
         if top_k:
             rows[:, :top_k] = torch.arange(top_k)  # distinct ids with log-probability 0
         for local_slice, source, document, first_token, num_tokens in _iter_overlaps(origins, pieces):
-            # Rows of most probable tokens have equal shapes for all teachers: read those of every teacher.
+            # Top-k rows have equal shapes for all teachers: read every teacher's rows.
             if top_k or self._source_teachers[source] == teacher_index:
                 rows[local_slice] = self._by_source[source].read_states(source, split, document, first_token,
                                                                         num_tokens)

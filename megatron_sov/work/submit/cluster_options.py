@@ -13,8 +13,8 @@ class ClusterOptions:
     """Options for submitting a run."""
 
     cluster: Annotated[str, Flag(value="PROFILE")] = ""
-    """Submit the run to Slurm: a cluster profile that comes with the package, or a YAML file of your own."""
+    """Submit the run to Slurm: a cluster profile that comes with the package, or your own YAML file."""
     account: Annotated[str | None, Flag(value="NAME"), requires_field("cluster")] = None
     """Slurm account, where the profile names none."""
     partition: Annotated[str | None, Flag(value="NAME"), requires_field("cluster")] = None
-    """Slurm partition, in place of the profile's."""
+    """Slurm partition instead of the profile's."""

@@ -36,7 +36,7 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     for name in ("try_virtual", "my_try"):
         exec(Path(f"{name}.py").read_text(), {})
     assert capsys.readouterr().out.endswith("1.0\n1.0\n")
-    table = text.partition("## What goes wrong")[2]
+    table = text.partition("## Call faults")[2]
     faults = {name for row in re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE)
               for name in re.findall(r"`(\w+)`", row)}
     assert faults == set(FAULTS)

@@ -12,14 +12,14 @@ from datetime import date
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
+import phonenumbers
 import yaml
 from annotated_types import MinLen
 
-from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
-from data_prep.libraries import find_library_problems
-from megatron_sov.base.settings import Bound, ProblemCode, SettingsProblem, Violation, choice_from, to_problem
+from data_prep.curate.pipeline.step import Doc, Step, StepOutcome
+from megatron_sov.base.settings import Bound, ProblemCode, Violation, choice_from
 
 # Finders yield spans only if the surrounding text and the check digits confirm them: versions, dates,
 # identifiers and measurements look like personal numbers.
@@ -138,8 +138,6 @@ def _has_phone_format(written: str, is_announced: bool) -> bool:
 
 
 def _is_valid_phone(written: str, language: str) -> bool:
-    import phonenumbers  # optional package
-
     is_bare = written.isdigit()
     international = written.lstrip("(").startswith("+")
     # With a country code any plan counts; otherwise the plans for the language.
@@ -293,10 +291,6 @@ class PiiSettings:
     names_in: Annotated[str, choice_from(lambda: ("", *load_masked_names()["email"]))] = ""
     """Language for the names; "": the document's language, or English without names in it."""
 
-    def problems(self) -> list[SettingsProblem]:
-        problems = find_library_problems("the step pii", "phonenumbers") if "phone" in self.mask else []
-        return list(map(to_problem, problems))
-
 
 @lru_cache(maxsize=1)
 def load_masked_names() -> dict[str, dict[str, str]]:
@@ -309,7 +303,7 @@ class Pii(Step):
     """Masks personal data; the column `pii` counts masked spans by kind."""
 
     kind = "pii"
-    added_columns: ClassVar[dict[str, ColumnType]] = {"pii": "string"}
+    added_columns = {"pii": "string"}
     Settings = PiiSettings
     settings: PiiSettings
 

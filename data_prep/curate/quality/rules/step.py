@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Le
 
 from data_prep.curate.line_ends import strip_lines
-from data_prep.curate.pipeline.step import ColumnType, Doc, Step, StepOutcome
+from data_prep.curate.pipeline.step import Doc, Step, StepOutcome
 from data_prep.curate.quality.identify import Form
 from data_prep.curate.quality.rules.words import RuleWords, Unit
 from megatron_sov.base.settings import (
@@ -205,7 +205,7 @@ class Rules(Step):
     """Drops documents that break rules; adds `rules_word_count` and `rules_language`."""
 
     kind = "rules"
-    added_columns: ClassVar[dict[str, ColumnType]] = {"rules_word_count": "int64", "rules_language": "string"}
+    added_columns = {"rules_word_count": "int64", "rules_language": "string"}
     needed_columns = ("language",)
     Settings = RulesSettings
     settings: RulesSettings

@@ -17,7 +17,7 @@ class EvalDifferenceOptions:
     first: Annotated[Path, Flag("A.json")]
     """Results from `megatron-sov eval lm`."""
     second: Annotated[Path, Flag("B.json")]
-    """Results of the second model."""
+    """The second model's results."""
     tasks: Annotated[str | None, Flag(value="A,B")] = None
     """Compare only these tasks (default: tasks in both files)."""
     json: bool = False

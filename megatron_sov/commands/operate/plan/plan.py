@@ -34,7 +34,7 @@ class PlanOptions(RecipeOptions):
     """Show how many tokens a budget in US dollars buys on --cluster; with --days, the smaller limit
     applies."""
     data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
-    """Token shards from `sov-data pack`: show the number of epochs, and check the vocabulary."""
+    """Token shards from `sov-data pack`: show epochs, and check the vocabulary."""
     nproc: AtLeastOne | None = None
     """Check the settings for N processes (default: the fewest that the layout needs)."""
     cluster: Annotated[str | None, Flag(value="PROFILE", help=CLUSTER)] = None
@@ -44,7 +44,7 @@ class PlanOptions(RecipeOptions):
     """Compare all layouts on --cluster, take the fastest that fits, and explain the choice; --set parallel.*
     restricts the layouts."""
     prove: bool = False
-    """Train two steps with all processes of the layout here, in miniature and float64, and compare losses,
+    """Train two steps with all the layout's processes here, in miniature and float64, and compare losses,
     gradients, weights and states with one process; exit code 3 if they differ."""
     json: bool = False
     """Print JSON instead of tables."""

@@ -14,7 +14,7 @@ class ReportOptions:
     """Write one HTML report for a run, or for several consecutive runs."""
 
     runs: Annotated[tuple[Path, ...], Flag("RUN")]
-    """Run folders in order, e.g. of pretrain, extend and sft."""
+    """Run folders in order, e.g. from pretrain, extend and sft."""
     out: Annotated[Path | None, Flag("--output", "FILE")] = None
     """HTML file to write (default: report.html in the last RUN)."""
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}, or chain: several stages, from "
                                                        "a file")
     parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER,
-                        help="arguments of the stage's command, or the chain file")
+                        help="arguments for the stage's command, or the chain file")
     add_options(parser, SubmitOptions)
 
 

@@ -40,7 +40,7 @@ class SamplingOptions:
     plain: Annotated[bool, excludes_field("environment")] = False
     """Continue each prompt without the chat template."""
     environment: Annotated[str | None, Flag(
-        value="ENV", help=f"Play the prompts as tasks of {', '.join(BUILT_IN)}, or your own class, "
+        value="ENV", help=f"Play the prompts as tasks in {', '.join(BUILT_IN)}, or your own class, "
                           "FILE.py:NAME")] = None
     env_set: Annotated[tuple[str, ...], Flag(value="key=value"), requires_field("environment")] = ()
     """Setting for the environment; may be repeated."""

@@ -35,8 +35,8 @@ class ScoringTeacherOptions:
     """Teacher with the model's architecture (any architecture with policy.method=gkd). DOMAIN restricts the
     teacher to prompts with this `domain`. May be repeated."""
     teacher_url: Annotated[tuple[str, ...], Flag(value="[DOMAIN=]URL")] = ()
-    """vLLM or `megatron-sov serve` address of a teacher of any size with the model's tokenizer. May be
-    repeated, also for replicas of a teacher."""
+    """vLLM or `megatron-sov serve` address for a teacher with the model's tokenizer; any size. Repeat it for
+    more teachers or for replicas."""
 
     def parse_teachers(self) -> list[TeacherOption]:
         return [TeacherOption(CHECKPOINT_OPTION, *_split_domain(text)) for text in self.teacher] + [

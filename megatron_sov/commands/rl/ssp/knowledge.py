@@ -35,11 +35,11 @@ class KnowledgeOptions(OverwriteOptions):
     section_field: Annotated[str, Flag(value="FIELD")] = "section"
     """Field that names the section."""
     records_in: Annotated[str, Flag(value="FIELD")] = ""
-    """Field with a list of sections per record, e.g. a question's contexts."""
+    """Field with a record's list of sections, e.g. a question's contexts."""
     split: Annotated[Annotated[str, Bound(_check_split)] | None, Flag(value="FIELD=VALUE")] = None
     """Use only records with this value, e.g. split=train."""
     output: Annotated[Path, Flag(value="DIR")]
-    """Artifact to write: knowledge.jsonl, and counts of the omitted sections by reason."""
+    """Artifact to write: knowledge.jsonl, and omitted sections counted by reason."""
 
 
 def check_knowledge(options: KnowledgeOptions) -> KnowledgeOptions:

@@ -33,7 +33,7 @@ class StoreShowOptions(StoreOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class StoreGcOptions(StoreOptions):
-    """Delete leftovers of killed jobs, claims on finished work, and the named rewards or rounds."""
+    """Delete leftovers from killed jobs, claims on finished work, and the named rewards or rounds."""
 
     version: Annotated[tuple[str, ...], Flag(value="V")] = ()
     """Also delete the rewards with this version; may be repeated."""

@@ -81,7 +81,7 @@ class GateOptions(StageOptions):
     code 3 if a task got significantly worse."""
     tolerance: Annotated[NotNegative | None, Flag(value="T")] = None
     """--gate: largest accepted loss in a task's first metric, in the metric's unit (default 0.03: three
-    percentage points of accuracy)."""
+    percentage points for an accuracy)."""
     gate_with: Annotated[str | None, Flag(value="ARGUMENTS")] = None
     """--gate: further `eval lm` arguments in one word, e.g. --gate-with='--task-dir tasks --limit 500'."""
 

@@ -154,8 +154,9 @@ COUNTS = (5, 0, 7, 0, 0, 9)
 def _lengths(register: Register, draw: random.Random, longest: int) -> dict[int, int]:
     lengths: dict[int, int] = {}
     for rank, count in enumerate(COUNTS):
-        register.write(rank, [(row, draw.randrange(1, longest), f"web:{rank}:{row}") for row in range(count)])
-        lengths |= {rank << 32 | int(r["row"]): int(r["characters"]) for r in register.read(rank)}
+        register.write_table(rank, [(row, draw.randrange(1, longest), f"web:{rank}:{row}")
+                                    for row in range(count)])
+        lengths |= {rank << 32 | int(r["row"]): int(r["characters"]) for r in register.read_table(rank)}
     return lengths
 
 

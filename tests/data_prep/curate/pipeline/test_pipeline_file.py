@@ -55,7 +55,7 @@ EXPECTED = [
     "18: ", "no-model",
     "19: name = '{levle}-{url}': {levle} is no column that names can be made of here",
     "{url} is no column",
-    "20: heldout = 2",
+    "20: pack: is no key of a pipeline; it was removed in this version: after the run, `sov-data pack",
 ]
 
 

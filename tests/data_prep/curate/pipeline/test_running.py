@@ -140,25 +140,8 @@ def test_nothing_kept_is_told(raw: Path, capsys: pytest.CaptureFixture[str]) -> 
     change(raw, "shorten: {longest: 400}", "shorten: {not_below: 1000000}")
     output = run(raw, code=2)
     said = capsys.readouterr().err
-    assert "no document is kept" in said and "shorten (too short)" in said
+    assert "no document is kept" in said and "shorten: too short" in said
     assert not (output / "manifest.json").exists() and (output / "summary.json").is_file()
-
-
-@pytest.mark.deep
-def test_the_output_is_packed_where_the_file_asks_for_it(raw: Path, tokenizers: dict[str, Path], done: Done
-                                                         ) -> None:
-    with open(raw / "pipeline.yaml", "a") as f:
-        f.write(f"pack: {{tokenizer: {tokenizers['solar-open']}, heldout: 0.2}}\n")
-    output = run(raw)
-    packed = read_manifest(output / "tokens", "tokens")
-    assert {source["name"]: source["tags"] for source in packed.content["sources"]} == {
-        "books-long": {"kind": [""], "synthetic": ["false"]},
-        "web-long": {"kind": ["en"], "synthetic": ["false"]},
-        "web-short": {"kind": ["en"], "synthetic": ["false"]}}, "blends choose by these"
-    change(raw, "heldout: 0.2", "heldout: 0.5")
-    done.clear()
-    run(raw)
-    assert done == [] and read_manifest(output / "tokens").sha256 != packed.sha256
 
 
 def test_names_and_fields_that_are_no_text_stop_no_run(raw: Path) -> None:
@@ -205,5 +188,5 @@ def test_what_is_left_to_do_is_told(raw: Path, capsys: pytest.CaptureFixture[str
     assert "complete from before, nothing is done" in told(raw, capsys)
     change(raw, "longest: 300", "longest: 200")
     text = told(raw, capsys)
-    assert "01-shorten: 4 shards, 4 done, 0 to do" in text and "03-shorten: 4 shards, 0 done, 4 to do" in text
+    assert "01-shorten: 4 of 4 shards done" in text and "03-shorten: 0 of 4 shards done" in text
     assert (raw / "out/manifest.json").is_file(), "nothing is taken back"

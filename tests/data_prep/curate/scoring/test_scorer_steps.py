@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from data_prep.curate.pipeline.step import load_step_class
-from data_prep.curate.scoring.kinds import (
-    Education, EducationSettings, KindSettings, Quality, QualitySettings, ScorerKind)
 from data_prep.curate.scoring.scorer import load_scorer
+from data_prep.curate.scoring.scorer_steps import (
+    DocumentKind, Education, EducationSettings, KindSettings, Quality, QualitySettings)
 from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, docs, outcomes
 from tests.typed_words import keys_of
@@ -55,7 +55,7 @@ FORMULAS = r"Let $$x$$ be such that \frac{a}{b} \leq \sum_{i} x_i and \int f = 0
 
 
 def kind_of(work: Path, text: str, settings: KindSettings, **columns: Any) -> str:
-    (found,) = outcomes(ScorerKind, settings, MemoryView.of([[doc(text, **columns)]], work)).values()
+    (found,) = outcomes(DocumentKind, settings, MemoryView.of([[doc(text, **columns)]], work)).values()
     kind = found.values["kind"]
     assert isinstance(kind, str)
     return kind
@@ -84,7 +84,7 @@ def test_a_classifier_decides_about_its_domain(scorers: dict[str, Path], tmp_pat
     assert kind_of(tmp_path, taught, settings, language="en") == "domain:law"
     strict = KindSettings(domains={"law": scorers["classifier"]}, min_score=1.0)
     assert kind_of(tmp_path, COURT, strict, language="en") == "en"
-    assert len(ScorerKind(settings).list_files()) == 4
+    assert len(DocumentKind(settings).list_files()) == 4
 
 
 @pytest.mark.parametrize(("settings", "key"), [
