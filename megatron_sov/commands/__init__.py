@@ -55,9 +55,9 @@ COMMANDS = {
          "sft tiny-solar-open --from runs/pretrain --data chats --run runs/lora --set lora.rank=16")),
     "prefer": Command(
         "megatron_sov.commands.train.kinds:PREFER",
-        "learn from judged responses: DPO, IPO, SimPO, ORPO, KTO, SimPER, GrouPER", POST_TRAIN, "prefer.md",
+        "learn from judged responses: DPO, IPO, SimPO, ORPO, SimPER, GrouPER", POST_TRAIN, "prefer.md",
         ("prefer tiny-solar-open --from runs/sft --data pairs --run runs/dpo --set optim.lr=5e-5",
-         "prefer tiny-solar-open --from runs/sft --data unpaired --run runs/kto --method kto")),
+         "prefer tiny-solar-open --from runs/sft --data pairs --run runs/simper --method simper")),
     "distill": Command(
         "megatron_sov.commands.train.distill:DISTILL",
         "learn a teacher's distributions, over the whole vocabulary or its top tokens", POST_TRAIN,

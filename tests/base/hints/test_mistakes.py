@@ -76,9 +76,10 @@ from tests.base.hints.test_words import answer
       "policy.method=gkd --set policy.on_policy_share=0.5"]),
     ("megatron-sov prefer --from hf --data d --run r --method simpo --reference hf",
      ["simpo uses no reference; leave it out"]),
-    ("megatron-sov prefer --from hf --data kto.jsonl --run r",
-     ["write\n  sov-data unpaired --input kto.jsonl --output kto-unpaired\n  megatron-sov prefer --from hf "
-      "--data kto-unpaired/unpaired.jsonl --run r --method kto"]),
+    ("megatron-sov prefer --from hf --data judged.jsonl --run r",
+     ["write\n  sov-data pairs --input judged.jsonl --output judged-pairs\n  megatron-sov prefer --from hf "
+      "--data judged-pairs/pairs.jsonl --run r"]),
+    ("megatron-sov prefer --from hf --data d --run r --method kto", ["TRL's KTOTrainer"]),
 ])
 def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch,
@@ -91,7 +92,7 @@ def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: P
                        "chat.jsonl": '{"messages": [{"role": "user", "content": "a"}, '
                                      '{"role": "assistant", "content": "b"}]}',
                        "t.pdf": "%PDF", "d/web/train.bin": "x", "d/web/train.idx": "x",
-                       "kto.jsonl": '{"prompt": "a", "completion": "b", "label": true}',
+                       "judged.jsonl": '{"prompt": "a", "completion": "b", "label": true}',
                        "ds.json": '{"bf16": {"enabled": true}, "train_micro_batch_size_per_gpu": 2, '
                                   '"gradient_accumulation_steps": 4}',
                        "run/events.jsonl": "", "run/config.json": '{"recipe": "tiny-solar-open"}',
