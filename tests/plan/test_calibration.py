@@ -20,7 +20,7 @@ from megatron_sov.plan.speed.calibration import (
 from megatron_sov.plan.speed.parameters import load_default_parameters, read_parameters
 from megatron_sov.plan.speed.step import estimate_step
 from megatron_sov.plan.speed.workload import build_workload
-from megatron_sov.work.clusters.chips import default_links, find_chip
+from megatron_sov.work.clusters.chips import CHIPS, default_links
 
 CPU = "AMD EPYC"
 TRUTH = {"products": 0.85, "links": 0.6, "host": 1.3}
@@ -35,7 +35,7 @@ def on_gpus(layout: str) -> tuple[RunConfig, int, float]:
     config = apply_settings(recipes.get("qwen3-8b"), [
         "train.steps=20", 'data.phases=[{"name": "1", "seq_len": 4096}]', "train.global_batch_size=32",
         "train.micro_batch_size=1", *settings])
-    on = find_chip("h100")
+    on = CHIPS["h100"]
     phase = replace(config.data.phases[0], global_batch_size=config.train.global_batch_size)
     workload = build_workload(config, phase, num_ranks, on, default_links(on))
     return config, num_ranks, estimate_step(workload, scale_parameters(load_default_parameters(), TRUTH,
@@ -183,7 +183,7 @@ def test_the_optimum_is_that_of_a_search() -> None:
 
 def test_factors_go_on_what_was_seen_and_shares_stay_shares() -> None:
     base = load_default_parameters()
-    found = scale_parameters(base, {"products": 2.0, "links": 0.5, "host": 3.0}, [find_chip("h100")])
+    found = scale_parameters(base, {"products": 2.0, "links": 0.5, "host": 3.0}, [CHIPS["h100"]])
     assert found.product_fraction["hopper"]["bf16"] == min(1.0, 2 * base.product_fraction["hopper"]["bf16"])
     assert found.product_fraction["blackwell"] == base.product_fraction["blackwell"]
     assert found.inside_fraction == 0.5 * base.inside_fraction
