@@ -25,7 +25,8 @@ COMMANDS = {
     "codec": Command(
         "megatron_sov.commands.models.codec:CODEC",
         "import, reconstruct: codecs for pictures and sounds", DATA, "codecs.md",
-        ("codec import ta-tok ta_tok.pth ta-tok",)),
+        ("codec import ta-tok ta_tok.pth ta-tok",
+         "codec reconstruct image-tokenizer pictures/0.png --output again")),
     "recipes": Command(
         "megatron_sov.commands.models.recipes:RECIPES",
         "list the recipes, or print a recipe's settings with their sources", TRAIN, "recipes.md",
