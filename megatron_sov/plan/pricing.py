@@ -213,9 +213,9 @@ class Pricing:
         return estimate_extra_layers(self.build_workload(stage), self.parameters)
 
 
-def build_pricing(machines: Machines, parameters: Parameters | None = None) -> Pricing | None:
-    """Build the pricing with calibrated or the package's parameters; None: the profile names no GPUs."""
-    return Pricing(machines, parameters or load_default_parameters()) if machines.chip else None
+def build_pricing(machines: Machines) -> Pricing | None:
+    """Build the pricing; None: the cluster profile names no GPUs."""
+    return Pricing(machines, load_default_parameters()) if machines.chip else None
 
 
 def refuse_precision(config: RunConfig, chip: Chip) -> None:

@@ -72,7 +72,6 @@ COMMANDS = {
     "tokenizer compare": (sov_tokenizer,
                           "compare {data.tokenizer} {data.tokenizer} --text a={text} --json {out}"),
     "media": (sov_tokenizer, "media {data.tokenizer} --image-tokens 4 --output {out}"),
-    "plan": (megatron_sov, "plan --calibrate nowhere --output {out}"),
     "report": (megatron_sov, "report {text} --output {out}"),
     "eval": (megatron_sov, "eval ppl nowhere --data {data.text} --output {out}"),
     "generate": (megatron_sov, "generate {data.tokenizer} --prompt x --output {out}"),

@@ -22,7 +22,6 @@ from megatron_sov.plan.search.recommended_layouts import (
     find_recommended, get_recommended_settings, sets_layout)
 from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, get_current_choice, iter_layouts
 from megatron_sov.plan.search.sweep import build_stage_spaces
-from megatron_sov.plan.speed.parameters import Parameters
 
 SPARE_SHARE = 0.1
 """Share of the usable GPU memory that the chosen layout leaves free, if a layout can."""
@@ -73,11 +72,11 @@ def leaves_layout_open(request: RecipeRequest) -> bool:
     return not request.from_file and not sets_layout(request.settings) and base.parallel == default
 
 
-def choose_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str],
-                  parameters: Parameters | None = None) -> tuple[tuple[str, ...], DefaultLayout | None]:
+def choose_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str]
+                  ) -> tuple[tuple[str, ...], DefaultLayout | None]:
     """Return the settings of the searched layout, and the search; if the search fails, the settings of the
     recommended layout, and None."""
-    default = find_layout(config, machines, user_settings, parameters)
+    default = find_layout(config, machines, user_settings)
     if default is None:
         return get_cluster_recommendation(config, machines, user_settings), None
     return default.settings, default
@@ -90,21 +89,20 @@ def get_cluster_recommendation(config: RunConfig, machines: Machines,
     return get_recommended_settings(config, machines.num_ranks, gpu, user_settings)
 
 
-def find_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str] = (),
-                parameters: Parameters | None = None) -> DefaultLayout | None:
+def find_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str] = ()
+                ) -> DefaultLayout | None:
     """Search for the fastest layout of a run on a cluster.
 
     Args:
         config: the run; kernels and precision stay fixed.
         machines: nodes of the cluster.
         user_settings: settings from --set, which stay fixed.
-        parameters: speed parameters; None: the package's.
 
     Returns:
         The fastest layout found. None: no layout fits, the profile does not describe its GPUs and links, or
         the run has rounds of reinforcement learning and a valid recommended layout.
     """
-    pricing = build_pricing(machines, parameters)
+    pricing = build_pricing(machines)
     if pricing is None:
         return None
     recommended = apply_settings(config, list(get_cluster_recommendation(config, machines, user_settings)))

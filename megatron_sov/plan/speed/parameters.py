@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
-
-from megatron_sov.base.errors import UserError, suggest_name
 
 UNITS = {"bf16": "bf16", "fp8": "fp8", "fp8_blockwise": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}
 """Precision -> tensor-core peak."""
-DIVISORS = ("_fraction", "_portable", "_power_w", "_ageing", "unfused_passes", "host_bytes_per_s")
-"""Suffixes of parameters that are divisors."""
-MAX_BYTES = 1 << 20
-"""Limit on the size of a parameter file."""
-LEAST_DIVISOR, MOST_FRACTION, MOST = 1e-6, 1.5, 1e15
-"""Bounds on values: beyond them a step takes no time, or forever."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,67 +99,8 @@ class Parameters:
     """Seconds per step outside layers: data loading, gradient norms, synchronization."""
 
 
-def parse_parameters(found: dict[str, Any]) -> Parameters:
-    """Parse JSON values; missing parameters keep the package's values.
-
-    Raises:
-        ValueError: an unknown name, or an invalid value.
-    """
-    shipped = _read_shipped_parameters()
-    values = {name: _check_value(name, value, shipped.get(name), shipped) for name, value in found.items()}
-    return Parameters(**{**shipped, **values})
-
-
-def _check_value(name: str, value: Any, shipped: Any, beside: Collection[str]) -> Any:
-    """Check a value; tables are completed from the package's."""
-    if shipped is None:
-        raise ValueError(f"{name} is no parameter{suggest_name(name.rpartition('.')[2], beside)}")
-    if isinstance(shipped, dict):
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} = {value!r:.40} must be an object with {', '.join(shipped)}")
-        return {**shipped, **{key: _check_value(f"{name}.{key}", item, shipped.get(key), shipped)
-                              for key, item in value.items()}}
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= MOST:
-        raise ValueError(f"{name} = {value!r:.40} must be a number, not negative, and at most {MOST:g}")
-    root = name.partition(".")[0]
-    if root.endswith(DIVISORS) and shipped and value < LEAST_DIVISOR:
-        raise ValueError(f"{name} = {value!r} must be at least {LEAST_DIVISOR:g}: something is divided by it")
-    if root.endswith(("_fraction", "_exponent")) and value > MOST_FRACTION:
-        raise ValueError(f"{name} = {value!r:.40} must be a share, at most {MOST_FRACTION:g}")
-    return float(value)
-
-
-@cache
-def _read_shipped_parameters() -> dict[str, Any]:
-    text = importlib.resources.files("megatron_sov.plan.speed").joinpath("parameters.json").read_text("utf-8")
-    found: dict[str, Any] = json.loads(text)["parameters"]
-    return found
-
-
 @cache
 def load_default_parameters() -> Parameters:
-    return parse_parameters(_read_shipped_parameters())
-
-
-def read_parameters(path: Path) -> Parameters:
-    """Read a file from `plan --calibrate`.
-
-    Raises:
-        UserError: an unreadable file, or invalid parameters.
-    """
-    way_out = "pass a file that `megatron-sov plan --calibrate RUN --output FILE` wrote"
-    try:
-        with path.open(encoding="utf-8") as file:
-            # Bounded: the file may be anybody's, and of any size.
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES:,} characters")
-        content = json.loads(text)
-        if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict):
-            raise ValueError("it holds no object `parameters`")
-        return parse_parameters(content["parameters"])
-    except OSError as e:
-        raise UserError(f"--parameters {path}: cannot be read ({e.strerror}); {way_out}") from None
-    except (ValueError, TypeError, RecursionError) as e:
-        raise UserError(f"--parameters {path}: is no file of parameters ({e}); {way_out}") from None
+    """Load the package's parameters, `parameters.json`."""
+    text = importlib.resources.files("megatron_sov.plan.speed").joinpath("parameters.json").read_text("utf-8")
+    return Parameters(**json.loads(text)["parameters"])

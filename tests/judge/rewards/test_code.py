@@ -242,7 +242,7 @@ def test_invalid_tests_are_refused(tests: Any, what: str) -> None:
 
 def test_version_covers_the_sandbox_code() -> None:
     told = hash_code(CodeReward.__module__)
-    assert {f"megatron_sov.{name}" for name in ("sandbox.sandbox", "sandbox.supervise",
+    assert {f"megatron_sov.{name}" for name in ("sandbox.sandbox", "sandbox.supervision",
                                                 "work.processes.process_tree")} <= set(told)
 
 
