@@ -29,33 +29,33 @@ from megatron_sov.work.clusters.chips import Chip
 from megatron_sov.work.clusters.units import GIB, SECONDS_PER_DAY
 from megatron_sov.work.progress.progress_bar import create_bar
 
-LEAST_SHOWN_SHARE = 0.0005
+MIN_ITEM_SHARE = 0.0005
 """The memory line leaves out items with a smaller share of the total."""
 UNSEEN_ERROR = 0.25
-"""Relative error that covers nine tenths of the runs outside the fit
-(benchmarks/results/plan_calibration.txt)."""
+"""Relative error that covers nine tenths of the runs outside the fit (`plan_calibration.txt` in
+benchmarks/results)."""
 REFERENCE_TOKENS = 1_000_000_000_000
-"""Token count of the headline's second price, for pretraining runs with less than half as many tokens."""
+"""Token count for the headline's second price, for pretraining runs with less than half as many tokens."""
 ROUNDS_OBJECTIVE = "policy"
 ROUNDS = "rounds of reinforcement learning are not priced; multiply the seconds of one round of `rl run`"
 LENGTH_SETTINGS = ("train.tokens", "train.steps", "train.epochs", "rollout.rounds", "data.phases")
-"""Settings that change a run's number of tokens, next to `data.phases.N.tokens`."""
+"""Settings that change a run's token count, in addition to `data.phases.N.tokens`."""
 
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """Layout, memory and price of a run on a cluster."""
+    """A run's layout, memory and price on a cluster."""
 
     config: RunConfig
     machines: Machines
     length_source: str
-    """Setting that decides the number of tokens, or "the recipe's"."""
+    """Setting that decides the token count, or "the recipe's"."""
     quotes: list[Quote]
     """One quote per stage; empty if the profile does not name its GPUs."""
     sweep: SweepReport | None = None
-    """Result of --sweep."""
+    """Result from --sweep."""
     default: DefaultLayout | None = None
-    """Result of the local search that runs if the user sets no layout."""
+    """Result from `choose_layout`, which runs if the user sets no layout."""
 
     @cached_property
     def _fullest(self) -> tuple[int, MemoryAccount]:
@@ -91,7 +91,7 @@ class ClusterPlan:
         return line
 
     def format_text(self) -> str:
-        """Format the headline, layout and memory, then the tables of `quotes`."""
+        """Format the headline, layout and memory, then the tables for `quotes`."""
         lines = [self.format_headline(), *([self.default.format_line()] if self.default else []),
                  format_memory_lines(self.config, self.machines.num_ranks, self.machines.chip)]
         parts = ["\n".join(lines)]
@@ -112,7 +112,7 @@ class ClusterPlan:
         return self.config.objective.name == ROUNDS_OBJECTIVE
 
     def count_tokens(self) -> int:
-        """Count the training tokens of the run, padding included."""
+        """Count the run's training tokens, padding included."""
         if self.config.extend.stages and self.quotes:
             return sum_quotes(self.quotes).tokens
         schedule = Schedule(self.config)
@@ -135,17 +135,17 @@ def _format_time_and_cost(total: QuoteTotals) -> str:
 
 
 def _format_gpus(machines: Machines) -> str:
-    """Format the number of nodes and GPUs: `8 x 8 H100-80GB`."""
+    """Format node and GPU counts: `8 x 8 H100-80GB`."""
     nodes = f"{machines.nodes:,} x " if machines.nodes > 1 else ""
     kind = machines.chip.name if machines.chip else "processes"
     return f"{nodes}{machines.profile.tasks_per_node} {kind}"
 
 
 def format_memory_lines(config: RunConfig, num_ranks: int, chip: Chip | None = None) -> str:
-    """Format two lines: the layout, and the memory of the fullest process in GiB."""
+    """Format two lines: the layout, and the fullest process's `MemoryAccount` in GiB."""
     stage, account = find_fullest_stage(config, num_ranks)
     components = account.components() | ({"on_host": account.on_host} if account.on_host else {})
-    least = max(LEAST_SHOWN_SHARE * account.total, 1)
+    least = max(MIN_ITEM_SHARE * account.total, 1)
     items = ", ".join(f"{item.replace('_', ' ')} {_format_gib(n)}" for item, n in components.items()
                       if n >= least or item in ("weights", "gradients", "optimizer"))
     if chip:
@@ -164,8 +164,8 @@ def _format_gib(num_bytes: int) -> str:
 
 
 def find_length_source(request: RecipeRequest) -> str:
-    """Return the user's setting that decides a run's number of tokens; without such a setting, the recipe or
-    the default epochs over --data."""
+    """Return the user's setting that decides a run's token count; without such a setting, the recipe or the
+    default `train.epochs` over --data."""
     for setting in reversed([*sorted(request.layered), *request.settings]):
         key = setting.partition("=")[0]
         if key in LENGTH_SETTINGS or (key.startswith("data.phases.") and key.endswith(".tokens")):
@@ -177,7 +177,7 @@ def find_length_source(request: RecipeRequest) -> str:
 
 
 def plan_on_cluster(request: RecipeRequest, machines: Machines) -> ClusterPlan:
-    """Plan a run in its own layout; if the user sets no layout, a local search chooses one.
+    """Plan a run in its `config.parallel`; if the user sets no layout, `choose_layout` chooses.
 
     Raises:
         UserError: invalid settings, too little memory, or a profile without the fields that a price needs.
@@ -199,11 +199,11 @@ def plan_on_cluster(request: RecipeRequest, machines: Machines) -> ClusterPlan:
 
 
 def plan_with_sweep(request: RecipeRequest, machines: Machines, recipe: Sequence[str]) -> ClusterPlan:
-    """Plan a run in the fastest layout that fits; layout settings in --set stay fixed.
+    """Plan a run in the fastest fitting layout (`search_layouts`); layout settings in --set stay fixed.
 
     Args:
         request: recipe and settings.
-        machines: nodes of the cluster.
+        machines: nodes in the cluster.
         recipe: command-line words that name the recipe, for the submit command.
 
     Raises:
@@ -228,11 +228,11 @@ def plan_with_sweep(request: RecipeRequest, machines: Machines, recipe: Sequence
                        SweepReport(search, machines, settings, submit))
 
 
-def _refuse_few_nodes(config: RunConfig, placed_config: RunConfig, pricing: Pricing,
+def _refuse_few_nodes(config: RunConfig, searched_config: RunConfig, pricing: Pricing,
                       user_settings: Sequence[str]) -> None:
-    """Refuse a run that fits only on more nodes; the rule that its own layout breaks would mislead."""
+    """Refuse a run that fits only on more nodes: an error about `config.parallel` would mislead."""
     refuse_precision(config, pricing.chip)
-    if not placed_config.problems(pricing.num_ranks):
+    if not searched_config.problems(pricing.num_ranks):
         return
     nodes = find_fewest_nodes(config, pricing, {setting.partition("=")[0] for setting in user_settings})
     if nodes is not None:
@@ -241,7 +241,7 @@ def _refuse_few_nodes(config: RunConfig, placed_config: RunConfig, pricing: Pric
 
 
 def _refuse_too_large(config: RunConfig, pricing: Pricing) -> None:
-    """Refuse a run that does not fit; suggest a similar layout, --sweep or more nodes."""
+    """Refuse a run that does not fit; suggest `find_nearest_layout`, --sweep or more nodes."""
     try:
         refuse_too_large(config, pricing.num_ranks, pricing.chip)
     except UserError as e:
@@ -253,8 +253,8 @@ def _refuse_too_large(config: RunConfig, pricing: Pricing) -> None:
 
 
 def quote_run(config: RunConfig, pricing: Pricing, settings: Sequence[str]) -> list[Quote]:
-    """Quote each phase or extension stage of a run; [] for rounds of reinforcement learning, whose engines
-    have no price. `settings`: from --set."""
+    """Quote a run's stages (`list_run_stages`); [] for RL rounds, whose engines have no price. `settings`:
+    from --set."""
     if config.objective.name == ROUNDS_OBJECTIVE:
         return []
     micro_batch_set = any(s.startswith("train.micro_batch_size=") for s in settings)

@@ -1,7 +1,5 @@
 """Every fault on purpose: what the run does about it, and that it ends as a run without the same samples."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -34,7 +34,7 @@ def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
     blocks: dict[Block, int] = {
         "attention": shape.num_attention_layers + model.num_mtp_layers, "prediction": model.num_mtp_layers,
         **({"linear": shape.num_linear_layers} if shape.num_linear_layers else {}),
-        "dense": shape.num_feed_forward_layers - shape.num_moe_layers + dense, "beside experts": moe,
+        "dense": shape.num_feed_forward_layers - shape.num_moe_layers + dense, "moe": moe,
         "expert": moe * model.num_experts}
     for block, number in blocks.items():
         for one in shape.list_matrices(block):

@@ -1,4 +1,4 @@
-"""Parameters of the speed model: fractions of hardware peaks and fixed costs, fitted to published runs."""
+"""Speed model parameters, fitted to published runs (`parameters.json`)."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ UNITS = {"bf16": "bf16", "fp8": "fp8", "fp8_blockwise": "fp8", "mxfp8": "fp8", "
 
 @dataclass(frozen=True, eq=False)
 class Parameters:
-    """Fractions of hardware peaks, and fixed costs; fitted by `benchmarks/plan_calibration.py`
+    """Fractions below hardware peaks, and fixed costs; fitted by `benchmarks/plan_calibration.py`
     (docs/plan_speed.md)."""
 
     product_fraction: dict[str, dict[str, float]]
-    """Generation -> unit (bf16, fp8, fp4) -> share of the peak in a large matrix product on the reference
-    chip, throttling included."""
+    """Generation -> unit (bf16, fp8, fp4) -> share of the peak that a large matrix product reaches on the
+    reference chip, throttling included."""
     reference_power_w: dict[str, float]
-    """Generation -> power of the reference chip, in watts."""
+    """Generation -> the reference chip's power, in watts."""
     power_exponent: float
-    """Exponent of (watts / reference watts) in the speed of a chip with a lower power limit."""
+    """Exponent on (watts / `reference_power_w`) for a chip with a lower power limit."""
     product_half_depth: float
-    """Inner dimension at which a product reaches half of `product_fraction`: tiles fill and drain."""
+    """Inner dimension at which a product reaches half `product_fraction`: tiles fill and drain."""
     product_fill_s: float
     """Seconds per product for the first and last waves."""
     attention_fraction: dict[str, float]
-    """Generation -> share of the bf16 peak in flash attention with long rows and wide heads, mean over
-    forward and backward."""
+    """Generation -> share of the bf16 peak in flash attention with long rows and wide heads, forward and
+    backward."""
     attention_portable: dict[str, float]
-    """Generation -> relative speed of portable attention kernels."""
+    """Generation -> relative speed with `attention_kernel` portable."""
     attention_half_tokens: float
-    """Keys per query at which attention reaches half of its speed: diagonal blocks waste work."""
+    """Keys per query at which attention reaches half its speed: diagonal blocks waste work."""
     attention_half_width: float
-    """Head width at which attention reaches half of its speed."""
+    """Head width at which attention reaches half its speed."""
     scan_fraction: float
-    """Share of the bf16 peak in the scan of Mamba layers."""
+    """Share of the bf16 peak in Mamba scans."""
     expert_fraction: float
-    """Speed of grouped expert products relative to a large product."""
+    """Grouped expert products' speed relative to a large product."""
     fused_expert_fraction: float
     """`expert_fraction` for kernels with fused activation and quantization."""
     expert_half_tokens: float
-    """Tokens per expert at which its product reaches half of its speed."""
+    """Tokens per expert at which its product reaches half its speed."""
     hbm_fraction: float
     """Share of the memory bandwidth in memory-bound kernels."""
     unfused_passes: float
@@ -66,21 +66,21 @@ class Parameters:
     graph_launch_share: float
     """Factor on host seconds under partial CUDA graphs."""
     moe_ageing: float
-    """Factor per year of software age on host and memory time of experts."""
+    """Factor per year in `software_age_years` on host and memory time for experts."""
     dense_ageing: float
-    """Factor per year of software age on all further times."""
+    """Factor per year in `software_age_years` on all further times."""
     inside_fraction: float
     """Share of the NVLink bandwidth in collectives."""
     between_fraction: float
     """Share of the network bandwidth between NVLink domains in collectives."""
     ep_fraction: dict[str, float]
-    """Dispatcher -> bandwidth of its token exchange relative to collectives."""
+    """`parallel.expert_dispatcher` -> its bandwidth relative to collectives."""
     tp_exposed: float
     """Exposed share of tensor-parallel messages."""
     tp_exposed_overlapped: float
     """`tp_exposed` under overlap with products."""
     ep_exposed_overlapped: float
-    """Exposed share of expert messages under overlap with another micro-batch."""
+    """Exposed share of expert messages under `parallel.expert_overlap`."""
     dp_exposed: float
     """Exposed share of ZeRO-1 messages that fit into computation time."""
     fsdp_exposed: float
@@ -92,9 +92,9 @@ class Parameters:
     real_imbalance: float
     """Tokens on the fullest expert-parallel rank divided by the mean, for a trained router."""
     untuned_slowdown: float
-    """Factor on the step time of published runs without tuning."""
+    """Factor on the step time in published runs without tuning."""
     host_bytes_per_s: float
-    """Bytes per second and GPU of an optimizer in host memory."""
+    """Bytes per second and GPU in an optimizer update on the host (`gpu.optimizer_offload`)."""
     step_overhead_s: float
     """Seconds per step outside layers: data loading, gradient norms, synchronization."""
 

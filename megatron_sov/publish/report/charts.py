@@ -22,7 +22,7 @@ PER_TOKEN = "nats per token"
 LOSS_UNITS = {"lm": PER_TOKEN, "sft": PER_TOKEN, "distill": "distillation loss",
               "preference": "preference loss", "policy": "policy loss"}
 """Built-in objective -> unit of its training loss."""
-MAX_POINTS, MAX_POINTS_OF_SEVERAL = 200, 120
+MAX_POINTS, MAX_LINE_POINTS = 200, 120
 """Maximum points for a smoothed curve alone in its chart, and for other curves."""
 MIN_SMOOTHED_STEPS = 50
 """Curves with fewer points get no moving mean."""
@@ -79,7 +79,7 @@ def draw_curves(curves: Iterable[Curve], unit: str, caption: str, run: Run | Non
         notes += curve_notes
     y_axis = Axis(unit)
     if unit == "share":
-        maximum = max(max(one.y) for one in series)
+        maximum = max(max(line.y) for line in series)
         y_axis = Axis(unit, low=0.0, high=1.0 if 0.5 <= maximum <= 1 else None, is_share=True)
     plot = LinePlot(series, Axis(x_title), y_axis)
     if run is not None:
@@ -95,7 +95,7 @@ def _draw_curve(curve: Curve, colour: str, *, alone: bool, smooth: bool) -> tupl
     A smoothed curve has its values and its moving mean if it is alone, otherwise only the mean.
     """
     finite = curve.drop_nonfinite()
-    max_points = MAX_POINTS if alone and smooth else MAX_POINTS_OF_SEVERAL
+    max_points = MAX_POINTS if alone and smooth else MAX_LINE_POINTS
     notes = []
     if num_missing := len(curve.steps) - len(finite.steps):
         first = int(curve.steps[~np.isfinite(curve.values)][0])
@@ -113,7 +113,7 @@ def _draw_curve(curve: Curve, colour: str, *, alone: bool, smooth: bool) -> tupl
     return [values, means], [*notes, *_describe_omission(finite, max_points)]
 
 
-def build_series(curve: Curve, colour: str, max_points: int = MAX_POINTS_OF_SEVERAL) -> Series:
+def build_series(curve: Curve, colour: str, max_points: int = MAX_LINE_POINTS) -> Series:
     drawn = downsample(curve, max_points)
     return Series(curve.name, drawn.steps.tolist(), drawn.values.tolist(), colour)
 

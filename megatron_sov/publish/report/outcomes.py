@@ -35,15 +35,15 @@ def find_headline_curves(run: Run) -> list[tuple[Meter, Curve]]:
     """Return a run's headline meters from `run_start` with their curves; without any, the loss."""
     declared = run.get_start_field("headline")
     meters = read_headline({"headline": declared})[0] if declared else ()
-    found = []
+    headline = []
     for meter in meters:
         curve = _find_column(run, meter.name)
         if meter != LOSS and curve is not None and len(curve.drop_nonfinite().steps):
-            found.append((meter, curve))
+            headline.append((meter, curve))
     loss, unit = run.get_curve("loss"), get_loss_unit(run)
-    if not found and loss is not None and len(loss.drop_nonfinite().steps):
-        found.append((LOSS if unit == PER_TOKEN else Meter("loss", unit), loss))
-    return found
+    if not headline and loss is not None and len(loss.drop_nonfinite().steps):
+        headline.append((LOSS if unit == PER_TOKEN else Meter("loss", unit), loss))
+    return headline
 
 
 def _find_column(run: Run, name: str) -> Curve | None:

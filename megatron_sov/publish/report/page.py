@@ -53,7 +53,7 @@ def split_by_model(runs: list[Run]) -> tuple[list[Run], list[Run]]:
     excluded: list[Run] = []
     for run, identity in zip(runs, identities, strict=True):
         pairs = zip(identity, identities[0], strict=True)
-        is_same = all(own == first or own is None or first is None for own, first in pairs)
+        is_same = all(value == first or value is None or first is None for value, first in pairs)
         (stages if is_same else excluded).append(run)
     return stages, excluded
 

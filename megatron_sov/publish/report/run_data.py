@@ -23,9 +23,9 @@ from megatron_sov.runs.rounds import TRAINED_GROUPS
 CONFIG = "config.json"
 LEARNING_GROUPS = "learning_groups"
 """Curve name: fraction of a round's groups in training."""
-SHOWN_EVENTS = ("eval", "needle", "passk", "gate", "conversion", "checkpoint", "warning",
-                "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm", "forgetting_gate",
-                "score", *INCIDENT_NAMES)
+REPORTED_EVENTS = ("eval", "needle", "passk", "gate", "conversion", "checkpoint", "warning",
+                   "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm", "forgetting_gate",
+                   "score", *INCIDENT_NAMES)
 """Small and rare events that the report needs in full."""
 
 
@@ -64,7 +64,7 @@ class Run:
     gate_checks: list[dict[str, Any]] = field(default_factory=list)
     """The last gate check per step, in step order."""
     events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Name from `SHOWN_EVENTS` -> its events in file order."""
+    """Name from `REPORTED_EVENTS` -> its events in file order."""
     needles: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     """Manifest contents of RL rounds, in order."""
@@ -111,7 +111,7 @@ def read_run(path: Path) -> Run:
     """
     check_run_folder(path)
     steps, attempts = StepTable(), Attempts()
-    events: dict[str, list[dict[str, Any]]] = {name: [] for name in SHOWN_EVENTS}
+    events: dict[str, list[dict[str, Any]]] = {name: [] for name in REPORTED_EVENTS}
     samples: list[dict[str, Any]] = []
     responses: dict[str, dict[str, Any]] = {}
     for event in read_events(path / EVENTS):

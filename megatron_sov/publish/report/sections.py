@@ -76,8 +76,8 @@ def cut_lines(text: str, max_characters: int) -> str:
     end = head.rfind("\n")
     if end <= 0:
         end = head.rfind(" ")
-    shown = head[:end if end > 0 else max_characters]
-    return f"{shown.rstrip()}\n… ({len(text) - len(shown):,} more characters)"
+    head = head[:end if end > 0 else max_characters]
+    return f"{head.rstrip()}\n… ({len(text) - len(head):,} more characters)"
 
 
 # The table of sections, in reading order.

@@ -1,7 +1,5 @@
 """`sov-data groups` and `sov-data pairs`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -62,7 +60,7 @@ def test_packed_groups_learn_responses_only( tokenizers: dict[str, Path], tmp_pa
     assert not any("Welcome" in text for text in learned)
 
 
-@pytest.mark.parametrize(("record", "said"), [
+@pytest.mark.each(("record", "said"), [
     ("[1]", "in.jsonl:1: is a JSON list"),
     (group(1, 0, prompt=3), "in.jsonl:1: prompt"),
     (group(1, "good"), "responses[1]: reward is 'good', must be a finite number"),
@@ -160,7 +158,7 @@ def test_truncated_response_is_never_the_better(tmp_path: Path, capsys) -> None:
     assert len(paired("groups", "--keep-unfinished")[0]) == 8
 
 
-@pytest.mark.parametrize(("judged", "shown"), [
+@pytest.mark.each(("judged", "shown"), [
     ({"label": None}, "null"), ({"label": "good"}, '"good"'), ({"label": ""}, '""'),
     ({"label": 2}, "2"), ({"label": 0.5}, "0.5"), ({"label": []}, "[]"),
     ({"label": {"a": 1}}, '{"a": 1}'), ({"label": "좋음"}, '"좋음"'), ({"kto_tag": None}, "null"),
@@ -174,8 +172,8 @@ def test_other_labels_are_refused(judged: dict[str, Any], shown: str, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["label", "kto_tag"])
-@pytest.mark.parametrize(("good", "bad"), [
+@pytest.mark.each("name", ["label", "kto_tag"])
+@pytest.mark.each(("good", "bad"), [
     (True, False), (1, 0), (1.0, 0.0), ("true", "false"), ("True", "FALSE"), ("yes", "no"), ("Yes", " no "),
     ("1", "0"), ("1.0", 0)])
 def test_labelled_responses_become_pairs(good: Any, bad: Any, name: str, tmp_path: Path) -> None:
