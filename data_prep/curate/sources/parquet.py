@@ -11,12 +11,10 @@ from data_prep.curate.sources.lines import build_document
 from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem
 from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourcePiece
 from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.arrow_rows import iter_parquet_batches
 from megatron_sov.base.documents.files import open_parquet
-from megatron_sov.base.errors import first_error_line
 
 _PART_BYTES = 64 << 20
-_BATCH_ROWS = 256
-_BATCH_BYTES = 64 << 20
 
 
 class ParquetReader(FileReader):
@@ -63,20 +61,12 @@ class _RowGroup:
 
     def __call__(self) -> Iterator[RawDocument | BrokenRecord]:
         job, number = self._job, self._number
-        file = open_parquet(job.file)
-        group = file.metadata.row_group(number)
-        # Batches of about 64 MiB, by the group's mean row size.
-        rows = _BATCH_BYTES * max(group.num_rows, 1) // max(group.total_byte_size, 1)
         first_row = 0
-        try:
-            for batch in file.iter_batches(min(max(rows, 1), _BATCH_ROWS), row_groups=[number],
-                                           use_threads=False):
-                yield from _iter_batch(batch, f"{job.name}:{number}.", first_row, job)
-                # Counted over batches, so that places do not depend on the batch size.
-                first_row += batch.num_rows
-        except (pyarrow.ArrowException, OSError) as e:
-            raise BadRecord("parquet", f"is damaged ({first_error_line(e)[:200]}); what came before is "
-                                       "read; fetch it again") from None
+        file = open_parquet(job.file)
+        for batch in iter_parquet_batches(file, range(number, number + 1), use_threads=False):
+            yield from _iter_batch(batch, f"{job.name}:{number}.", first_row, job)
+            # Counted over batches: places do not depend on the batch size.
+            first_row += batch.num_rows
 
 
 def _iter_batch(batch: Any, prefix: str, first_row: int,
