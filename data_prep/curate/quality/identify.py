@@ -299,12 +299,9 @@ class Language(Step):
     def list_files(self) -> Sequence[Path]:
         return [get_model_file()]
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._judge_text(document.text) for document in documents]
-
-    def _judge_text(self, text: str) -> StepOutcome:
-        form = detect_form(text)
-        language, score = identify_language(extract_language_text(text, form))
+    def judge_document(self, document: Doc) -> StepOutcome:
+        form = detect_form(document.text)
+        language, score = identify_language(extract_language_text(document.text, form))
         values = {"language": language, "language_score": score, "form": form}
         return StepOutcome(reason=self._find_drop_reason(language, score, form), values=values)
 
