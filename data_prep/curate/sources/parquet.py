@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow
@@ -42,7 +43,7 @@ class ParquetReader(FileReader):
             yield SourceItem(job.name, lambda: iter(broken))
             return
         for number in groups:
-            yield SourceItem(f"{job.name}:{number}", _RowGroup(job, number))
+            yield SourceItem(f"{job.name}:{number}", partial(_read_row_group, job, number))
 
 
 def _get_start(group: Any, size_bytes: int) -> int:
@@ -53,32 +54,19 @@ def _get_start(group: Any, size_bytes: int) -> int:
     return offset if 0 <= offset < size_bytes else 0
 
 
-class _RowGroup:
-    """Reads a row group's documents."""
-
-    def __init__(self, job: ReadingJob, number: int) -> None:
-        self._job, self._number = job, number
-
-    def __call__(self) -> Iterator[RawDocument | BrokenRecord]:
-        job, number = self._job, self._number
-        first_row = 0
-        file = open_parquet(job.file)
-        for batch in iter_parquet_batches(file, range(number, number + 1), use_threads=False):
-            yield from _iter_batch(batch, f"{job.name}:{number}.", first_row, job)
-            # Counted over batches: places do not depend on the batch size.
-            first_row += batch.num_rows
-
-
-def _iter_batch(batch: Any, prefix: str, first_row: int,
-                job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
-    names = batch.schema.names
-    for row in range(batch.num_rows):
-        place = f"{prefix}{first_row + row + 1}"
-        try:
-            record = {name: _convert_value(batch.column(i)[row]) for i, name in enumerate(names)}
-            yield build_document(record, place, job)
-        except BadRecord as e:
-            yield job.build_broken(e, place, is_left_out=e.code == EMPTY)
+def _read_row_group(job: ReadingJob, number: int) -> Iterator[RawDocument | BrokenRecord]:
+    # Counted over batches: places do not depend on the batch size.
+    row = 0
+    for batch in iter_parquet_batches(open_parquet(job.file), range(number, number + 1), use_threads=False):
+        for i in range(batch.num_rows):
+            row += 1
+            place = f"{job.name}:{number}.{row}"
+            try:
+                record = {name: _convert_value(column[i])
+                          for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+                yield build_document(record, place, job)
+            except BadRecord as e:
+                yield job.build_broken(e, place, is_left_out=e.code == EMPTY)
 
 
 def _convert_value(scalar: Any) -> Any:
