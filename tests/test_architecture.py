@@ -95,7 +95,6 @@ MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "megatron_sov/base/documents/arrow_rows.py": "imports pyarrow, which its user must not import at the top",
     "megatron_sov/work/endpoints/http_client.py": "imports openai, which its user must not import at the top",
-    "megatron_sov/base/hints/search.py": "search by meaning; words of a line are another subject",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",
     "megatron_sov/infer/decoder/logprobs.py": "log-probabilities of given answers, at any layout",
     "megatron_sov/commands/rl/inputs/teacher_models.py": "opens teachers; rounds are another subject",

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -149,8 +150,12 @@ def check_model_path(path: Path, option: str = "") -> None:
         problem = "is no folder" if path.exists() else "does not exist"
         entries = path.parent.glob("*") if path.parent.name == CHECKPOINTS_FOLDER else ()
         if siblings := sorted(folder.name for folder in entries):
+            newest = latest_checkpoint(path.parent)
+            fix = Fix(words={str(path): str(newest)}) if newest and path.name.startswith("step-") else None
             raise UserError(f"{option}{path}: {problem}; "
-                            f"the run's checkpoints are {', '.join(siblings)[:500]}")
+                            f"the run's checkpoints are {', '.join(siblings)[:500]}", fix)
+        if re.match(r"https?:/", str(path)):
+            _refuse_address(str(path), option)
         if path.suffix in FOREIGN_MODEL_SUFFIXES:
             raise UserError(f"{option}{path}: {problem}: {path.suffix} is not read; download the original, "
                             "whose weights are *.safetensors: hf download OWNER/NAME --local-dir NAME, and "
@@ -166,6 +171,29 @@ def check_model_path(path: Path, option: str = "") -> None:
                             Fix(arguments=(str(path),), left_out=(f"{option}{path}",)))
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
                         f"folder{suggest_download(path)}", fix_missing(path))
+
+
+def _refuse_address(address: str, option: str) -> None:
+    """Raise `UserError` for an address in place of a model folder: of a page of the hub, or of a server."""
+    address = re.sub(r":/+", "://", address, count=1)  # a `Path` has lost a slash
+    if match := re.match(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/([\w.-]+))", address):
+        fix = Fix(words={address: match[2], address.replace("//", "/"): match[2]},
+                  before=(f"hf download {match[1]} --local-dir {match[2]}",))
+        raise UserError(f"{option}{address}: is a page on the hub; download the model first",
+                        fix)
+    folder = f"{option}HF_DIR".split()
+    raise UserError(f"{option}{address}: is a server's address, and weights are needed: a checkpoint, a run "
+                    "or a Hugging Face folder (`chat` talks to servers, `rl run --teacher-url` asks them)",
+                    Fix(options=tuple(folder)) if option else Fix(words={address: folder[0]}))
+
+
+def check_model(path: Path, option: str = "") -> None:
+    """Raise `UserError` if `path` is neither a Hugging Face folder nor a complete checkpoint, nor a run with
+    one."""
+    check_model_path(path, option)
+    check_model_folder(path)
+    if not is_hf_folder(path):
+        find_checkpoint(path)
 
 
 def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
@@ -302,7 +330,9 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(f"{path}: this run has no complete checkpoint yet")
     problem = find_manifest_damage(newest)
     if problem is not None:
-        raise UserError(f"{problem}; {suggest_replacement(newest)}")
+        earlier = _find_sound_checkpoint(newest)
+        fix = Fix(words={str(path): str(earlier)}) if earlier else None
+        raise UserError(f"{problem}; {suggest_replacement(newest)}", fix)
     return newest
 
 
@@ -466,11 +496,17 @@ def find_damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool 
 
 def suggest_replacement(path: Path) -> str:
     """Suggest a replacement for a damaged checkpoint: the previous sound one, or a copy."""
-    step = path.name[5:]
-    earlier = [p for number, p in _numbered_checkpoints(path.parent)
-               if step.isdigit() and number < int(step) and find_manifest_damage(p) is None]
-    return (f"use the checkpoint before it, {earlier[-1]}" if earlier
+    earlier = _find_sound_checkpoint(path)
+    return (f"use the checkpoint before it, {earlier}" if earlier
             else "there is no checkpoint before it; restore it from a copy")
+
+
+def _find_sound_checkpoint(damaged: Path) -> Path | None:
+    """Return the newest sound checkpoint before a damaged one."""
+    step = damaged.name[5:]
+    earlier = [path for number, path in _numbered_checkpoints(damaged.parent)
+               if step.isdigit() and number < int(step) and find_manifest_damage(path) is None]
+    return earlier[-1] if earlier else None
 
 
 def rename_damaged_checkpoint(path: Path) -> Path:

@@ -19,7 +19,7 @@ from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
 from megatron_sov.model.families.adapters import adapter_identity
-from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, check_run_folder
+from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, check_run_folder, find_runs
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, find_living_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
@@ -159,13 +159,21 @@ class RunFolder:
             else:
                 options = f"--config {shlex.quote(str(self.path / CONFIG))} in the recipe's place"
             raise UserError(f"{self.path}: was started with {'; '.join(descriptions)}; "
-                            f"resume with {options}, or start a new --run --from its checkpoint")
+                            f"a resumed run keeps this ({options}), and a new --run --from it "
+                            "takes another value",
+                            self._fix_by_new_run())
         completion = self.completion()
         # A stage with a passed gate is complete at any step.
         ended_early = completion is not None and (completion.get("gate") or {}).get("passed", False)
         if completion is not None and completion["step"] < config.num_steps() and not ended_early:
             raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = "
-                            f"{config.num_steps()} asks for more; start a new --run --from it")
+                            f"{config.num_steps()} asks for more; start a new --run --from it, with the "
+                            "steps that it adds", self._fix_by_new_run(
+                                "--set", f"train.steps={config.num_steps() - completion['step']}"))
+
+    def _fix_by_new_run(self, *options: str) -> Fix:
+        return Fix(options=(*options, "--from", str(self.path), "--run", str(self._next_free())),
+                   left_out=("--resume",))
 
     def _next_free(self) -> Path:
         """Return the first of RUN-2, RUN-3, ... that does not exist."""
@@ -301,8 +309,13 @@ def read_command(run: Path) -> TypedCommand:
     if not files:
         if not (run / CONFIG).is_file():
             if not run.exists():
-                raise UserError(f"{run}: does not exist; pass the folder of a training command's --run "
-                                "(`megatron-sov status FOLDER` lists the runs in a folder)")
+                fix = fix_missing(run)
+                near = [os.path.relpath(path) for path in find_runs(run.parent) or find_runs(Path())]
+                raise UserError(
+                    f"{os.path.relpath(run)}: does not exist; pass the folder of a training command's --run "
+                    + (f"(runs there: {', '.join(near)[:300]})" if near else
+                       "(`megatron-sov status FOLDER` lists the runs in a folder)"),
+                    fix if fix and not fix.before else None)
             check_run_folder(run)
         raise UserError(f"{run}: has no {COMMAND}: no command line of this version began it; type the whole "
                         "command again with --resume")

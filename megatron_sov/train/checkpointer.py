@@ -163,9 +163,9 @@ class Checkpointer:
         for name, manifest_hash in state["data"].items():
             # before a weight changes; cursors of removed sources are not used
             if self._data.get(name, manifest_hash) != manifest_hash:
-                raise UserError(f"source {name!r}: its data was packed anew since {path} was written, "
-                                "and the cursor into it means nothing now; resume with the data of before, "
-                                "or start a new --run --from that checkpoint")
+                raise UserError(f"source {name!r}: its data was packed again after {path} was written, so "
+                                "the checkpoint's position in it is invalid; restore the previous data, or "
+                                "start a new --run --from that checkpoint")
         self._load_model(path)
         load.load_optimizer(path, self._optimizer, state["num_updates"])
         for name, part in self._parts.items():
@@ -221,8 +221,8 @@ def check_adapter_base(newest: Path, start_from: Path) -> None:
         start = (checkpoints.read_adapter_base(start_from)
                  or checkpoints.AdapterBase.from_checkpoint(start_from))
         if start.sha256 != base.sha256:
-            raise UserError(f"--from {start_from}: is another model than {base.path}, beside which {newest} "
-                            "was trained; resume with that, or start a new --run")
+            raise UserError(f"--from {start_from}: is another model than {base.path}, the base model of "
+                            f"{newest}; resume with that, or start a new --run")
 
 
 @torch.no_grad()
@@ -276,8 +276,8 @@ def open_encoder(folder: Path, prefix: str,
         if tuple(shape) != shapes[key]:
             differing.append(f"{name} {list(shape)} instead of {list(shapes[key])}")
     if differing:
-        raise UserError(f"{setting}: {format_names(differing)}; set the sizes of model.{prefix[:-1]} as its "
-                        f"{CONFIG} has them")
+        raise UserError(f"{setting}: {format_names(differing)}; set model.{prefix[:-1]} to the sizes in "
+                        f"its {CONFIG}")
     _check_encoder_fields(folder, setting, encoder)
     return files, names
 
@@ -293,8 +293,8 @@ def _check_encoder_fields(folder: Path, setting: str,
         expected = list(value) if isinstance(value, tuple) else value
         their_value = config.get(theirs, value)
         if their_value != expected:
-            raise UserError(f"{setting}: its {CONFIG} has {theirs} = {their_value}, and the model's "
-                            f"{ours} is {value}; make them agree")
+            raise UserError(f"{setting}: its {CONFIG} has {theirs} = {their_value}, but the model has "
+                            f"{ours} = {value}; set both to the same value")
 
 
 def _read_companions(start: Path, data: Path) -> dict[str, bytes]:

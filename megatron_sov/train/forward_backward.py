@@ -220,8 +220,8 @@ def _stack_meters(sums: LossSums, names: tuple[str, ...]) -> torch.Tensor:
     Raises `UserError` if `sums.meters` differs from `names`, which the objective declares on every rank.
     """
     if set(sums.meters) != set(names):
-        raise UserError(f"the objective returned the meters {sorted(sums.meters)} and declares "
-                        f"{sorted(names)}; name in `meters` what its `loss` returns")
+        raise UserError(f"the objective's `loss` returned meters {sorted(sums.meters)}, but its `meters` "
+                        f"lists {sorted(names)}; list every returned meter")
     device = sums.by_source.device
     values = [torch.as_tensor(value, dtype=torch.float64, device=device).detach()
               for name in names for value in sums.meters[name]]

@@ -186,7 +186,7 @@ class Recorder:
                           grad_norm=rejection.grad_norm, ranks=ranks)
         if self._world.is_main:
             where = f" (not finite on rank {', '.join(map(str, ranks))})" if ranks else ""
-            warn(f"step {step} is not learned: {rejection.reason}{where}")
+            warn(f"step {step}: rejected: {rejection.reason}{where}")
 
     def warn_about_meters(self, step: int, doubt: str) -> None:
         """Warn with the first non-empty result from `get_doubt`."""
@@ -204,8 +204,8 @@ class Recorder:
             if limit and count > limit and name not in self._over_epochs:
                 self._over_epochs.add(name)
                 if self._world.is_main:
-                    warn(f"source {name} is gone through {count:.1f} times, more than data.max_epochs = "
-                         f"{limit:g}; add data or lower its weight", self.events.write, step=step)
+                    warn(f"source {name}: {count:.1f} epochs, more than data.max_epochs = {limit:g}; add "
+                         "data or lower its weight", self.events.write, step=step)
 
     def record_expert_load(self, step: int, load: torch.Tensor, **fields: Any) -> None:
         """Record each expert's share of its layer's tokens.

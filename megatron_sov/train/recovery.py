@@ -105,13 +105,13 @@ def rollback_weights(trainer: Trainer) -> None:
     last_good = step - num_rejected
     target = _find_rollback_target(trainer, last_good)
     if target is None:
-        available = "none before them"
+        available = "no earlier checkpoint exists"
         if rollbacks:
-            available = f"none before step {rollbacks[-1]['to']}, which was tried"
-        raise UserError(f"steps {last_good + 1} to {step} were refused in a row (the last one: "
-                        f"{rejection.reason}), and of checkpoints there is {available}; "
-                        f"lower optim.lr = {trainer.config.optim.lr:g} or look at the data, and start a new "
-                        "--run --from a checkpoint that you trust")
+            available = f"no checkpoint exists before step {rollbacks[-1]['to']}, which was tried"
+        raise UserError(f"steps {last_good + 1} to {step} were rejected in a row (the last: "
+                        f"{rejection.reason}), and {available}; lower optim.lr = "
+                        f"{trainer.config.optim.lr:g} or inspect the data, and start a new --run --from a "
+                        "checkpoint that you trust")
     target_step = trainer.restore_weights(target)
     guard.reset_rejections()
     trainer.batches.ledger.skip_steps(target_step, step)
@@ -119,9 +119,9 @@ def rollback_weights(trainer: Trainer) -> None:
     # later checkpoints hold weights of the rejected steps: a resumed run must not find one
     folder = trainer.folder.checkpoints
     run_on_main(trainer.world, lambda: checkpoints.delete_checkpoints_after(folder, target_step))
-    text = (f"steps {last_good + 1} to {step} were refused in a row ({rejection.reason}): "
-            f"weights and optimizer are those of step {target_step} again, and the samples of steps "
-            f"{target_step + 1} to {step} are passed over")
+    text = (f"steps {last_good + 1} to {step} were rejected in a row ({rejection.reason}): "
+            f"weights and optimizer are restored from step {target_step}, and the samples of steps "
+            f"{target_step + 1} to {step} are skipped")
     if trainer.world.is_main:
         warn(text, trainer.events.write, "rollback", step=step, back_to=target_step, refused=num_rejected)
 

@@ -36,7 +36,7 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
         done = command(folder, settings=("train.steps=1", f"train.seed={seed}"))
         assert done.returncode == 0, done.stderr
     lost = command(run, settings=LORA)
-    assert lost.returncode == 2 and "name it by --from" in lost.stderr and not run.exists()
+    assert lost.returncode == 2 and "base model; add --from" in lost.stderr and not run.exists()
     done = command(run, "--from", str(base), settings=LORA)
     assert done.returncode == 0, done.stderr
 

@@ -100,7 +100,7 @@ def test_why_a_run_ended_stands_in_its_status(pretrain: Any, run_command: Any, t
                  crashed: ("--inject", "raise@step=2", "--set", "train.max_restarts=0")}
     ended = {run: run_command(*pretrain(run, *words, settings=ENDED)) for run, words in arguments.items()}
     assert [ended[run].returncode for run in (refused, crashed, learned)] == [2, 1, 2]
-    sentences = {refused: "steps 1 to 2 were refused in a row (the last one: "
+    sentences = {refused: "steps 1 to 2 were rejected in a row (the last: "
                           "the loss is nan), and of checkpoints there is none",
                  learned: "step 3: the loss is nan and the gradient norm nan; "
                           "lower optim.lr = 0.004 and start a new --run --from "

@@ -94,8 +94,8 @@ def test_resume_accepts_run_of_earlier_defaults(tmp_path: Path) -> None:
 def test_error_lists_all_changed_settings(tmp_path: Path) -> None:
     folder = start_run(tmp_path / "run")
     with pytest.raises(UserError, match=r"optim.lr = (.*), now .*; optim.min_lr = (.*), now .*; train.seed = "
-                                        r"1234, now it is 1; resume with --set optim.lr=\1 --set "
-                                        r"optim.min_lr=\2 --set train.seed=1234, or"):
+                                        r"1234, now it is 1; a resumed run keeps this \(--set optim.lr=\1 "
+                                        r"--set optim.min_lr=\2 --set train.seed=1234\), and"):
         folder.enter(apply_settings(CONFIG_OF_RUN, ["optim.lr=0.01", "train.seed=1"]), resume=True)
 
 

@@ -64,7 +64,7 @@ def test_an_encoder_inside_a_larger_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("change", "message"), [
     ({"num_layers": 2}, "holds 0 encoders of kind 'siglip' with 2 layers"),
     ({"ffn_dim": 32}, r"mlp.fc1.weight \[24, 16\] instead of \[32, 16\]"),
-    ({"num_heads": 4}, "num_attention_heads = 2, and the model's num_heads is 4"),
+    ({"num_heads": 4}, "num_attention_heads = 2, but the model has num_heads = 4"),
     ({"kind": "qwen2_5_vl", "full_attention_layers": (0,)}, "holds 0 encoders of kind 'qwen2_5_vl'")])
 def test_another_encoder_is_refused(siglip: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

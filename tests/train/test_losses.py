@@ -215,6 +215,6 @@ def test_what_would_come_back_as_something_else_is_refused(state: object, said: 
 
 def test_a_step_that_learns_nothing_is_refused() -> None:
     batch = GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "mtp": 0.0})
-    with pytest.raises(UserError, match=r"learned .*response: 0, mtp"):
+    with pytest.raises(UserError, match=r"training target .*response: 0, mtp"):
         check_has_targets(batch, 3)
     check_has_targets(GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "text": 1.0}), 3)

@@ -123,8 +123,8 @@ def test_every_word_is_an_event_of_its_own(tmp_path: Path, capsys: pytest.Captur
     assert next((e["over_long"], e["over_long_are"]) for e in events if e["event"] == "data_consumed") == (
         {"chat": 3}, "cut")
     said = capsys.readouterr().err
-    assert f"warning: {warning['text']}\n" in said and "source web is gone through 9.0 times" in said
-    assert "warning: step 3 is not learned: the loss is nan (not finite on rank 1)\n" in said
+    assert f"warning: {warning['text']}\n" in said and "source web: 9.0 epochs" in said
+    assert "warning: step 3: rejected: the loss is nan (not finite on rank 1)\n" in said
 
 
 def test_other_processes_say_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,5 +164,5 @@ def test_a_source_is_named_once_and_only_above_the_limit(tmp_path: Path) -> None
     asked.warn_about_epochs(5, {"web": 21.5})
     for one in (r, free, asked):
         one.close()
-    assert [(e["step"], e["text"].split()[1]) for e in told(tmp_path)] == [
+    assert [(e["step"], e["text"].split()[1].rstrip(":")) for e in told(tmp_path)] == [
         (2, "web"), (3, "rare"), (5, "web")]

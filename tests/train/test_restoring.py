@@ -199,8 +199,8 @@ def test_weights_go_back_and_the_data_go_on(monkeypatch: pytest.MonkeyPatch) -> 
     assert [(e.first_step, e.skip) for e in run.batches.ledger.entries] == [
         (0, False), (20, True), (33, False)]
     assert run.told[0] == {"event": "rollback", "step": 33, "back_to": 20, "refused": 4, "text":
-                           "steps 30 to 33 were refused in a row (the loss is nan): weights and optimizer "
-                           "are those of step 20 again, and the samples of steps 21 to 33 are passed over"}
+                           "steps 30 to 33 were rejected in a row (the loss is nan): weights and optimizer "
+                           "are restored from step 20, and the samples of steps 21 to 33 are skipped"}
 
 
 def test_a_second_time_it_goes_further_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,13 +220,13 @@ def test_after_steps_that_were_learned_the_newest_checkpoint_is_good_again(
 
 
 @pytest.mark.parametrize(("checkpoints", "rollbacks", "said"), [
-    ([], [], "of checkpoints there is none before them"),
-    ([20, 33], [{"at": 33, "to": 20}], "of checkpoints there is none before step 20, which was tried")])
+    ([], [], "no earlier checkpoint exists"),
+    ([20, 33], [{"at": 33, "to": 20}], "no checkpoint exists before step 20, which was tried")])
 def test_where_nothing_is_left_to_try_the_run_ends(monkeypatch: pytest.MonkeyPatch, checkpoints: list[int],
                                                    rollbacks: list[dict[str, int]], said: str) -> None:
     run = Run(monkeypatch, checkpoints, now=37, refused=4, rollbacks=rollbacks)
     with pytest.raises(UserError) as e:
         recovery.rollback_weights(run)  # type: ignore[arg-type]
-    assert str(e.value).startswith("steps 34 to 37 were refused in a row (the last one: the loss is nan)")
+    assert str(e.value).startswith("steps 34 to 37 were rejected in a row (the last: the loss is nan)")
     assert said in str(e.value)
     assert run.checkpoints == checkpoints and run.told == [], "nothing was changed"

@@ -11,7 +11,7 @@ import torch
 
 def refusals(data: str, run: str) -> dict[str, Any]:
     """Runs inside a rank: what a trainer says when its loss is no number,
-    and when its data was packed anew."""
+    and when its data was packed again."""
     from megatron_sov import recipes
     from megatron_sov.base.errors import UserError
     from megatron_sov.engine.parallel import world
@@ -75,7 +75,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
              "remembers": again.objective.collected,  # type: ignore[attr-defined]
              "compares": trainer.guards.step_guard.compares_losses}
     again.checkpointer._data = dict.fromkeys(again.checkpointer._data, "0" * 64)
-    for name, action in (("packed anew", lambda: again.resume(saved)),
+    for name, action in (("packed again", lambda: again.resume(saved)),
                          ("no number", lambda: _spoil(trainer))):
         try:
             action()
@@ -100,7 +100,7 @@ def test_a_spoilt_step_and_changed_data_are_refused(ranks: Any, job: Any, packed
                                                     tmp_path: Path) -> None:
     ((said,),) = ranks(job(__file__, "refusals", 1,
                            {"data": str(packed_data.text), "run": str(tmp_path / "run")}))
-    assert "source 'even': its data was packed anew since" in said["packed anew"]
+    assert "source 'even': its data was packed again after" in said["packed again"]
     assert "step 2: the loss is nan" in said["no number"] and "lower optim.lr = 0.004" in said["no number"]
     assert (said["remembers"], said["compares"]) == (1, False), "what an objective knows is in the checkpoint"
     assert said["watched"] == [None, 1] and "collected" in said["events"]

@@ -97,7 +97,7 @@ FEATURES, FEATURE_DTYPE = "media", "int64"
 slots + slot; each bank numbers records from 0. Also the key for banks in a source's record."""
 NO_FEATURE = -1
 """Sidecar value for a token without feature."""
-DAMAGED = "`sov-data verify` names what is damaged, pack the data again"
+DAMAGED = "`sov-data verify` lists damaged files; pack the data again"
 
 WRITTEN = "written"
 """Ending for the response sidecar with a bit per token (highest bit first): whether a policy wrote the token.

@@ -16,15 +16,8 @@ _TEXT_OPTIONS = ("--prompts", "--input", "--text", "--data", "--prompt")
 
 
 def complete_line(parser: argparse.ArgumentParser, typed: Sequence[str], names: str) -> tuple[str, str]:
-    """Complete a command line with required arguments.
-
-    Args:
-        parser: the command's parser.
-        names: the missing arguments as argparse names them in its message.
-
-    Returns:
-        The choices of the missing options as the end of a message, and the complete line.
-    """
+    """Return the choices of missing options as the end of a message, and the line with placeholders for all
+    missing arguments; `names` lists them as argparse does in its message."""
     lacking = [action for action in parser._actions if action.required and _is_listed(action, names)]
     rows = load_table()["missing"]
     choices = []

@@ -13,7 +13,7 @@ from megatron_sov.base.settings import DeclaredCommand, Flag
 from megatron_sov.commands.models.generate import CodecsOptions, ReplySampling, check_decoders
 from megatron_sov.commands.shared_options import FigureOptions, ModelPath
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions
-from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.runs.checkpoints import check_model
 from megatron_sov.runs.folder import RunEvents
 
 TEXT, IMAGE, AUDIO = "text", "image", "audio"
@@ -75,7 +75,7 @@ class MediaEvaluation:
 
 def check_media(options: EvalMediaOptions) -> MediaEvaluation:
     events = RunEvents(options.run)
-    check_model_path(options.target)
+    check_model(options.target)
     rows = [_read_pair(argument) for argument in options.data]
     check_output("--output", options.output)
     judges = _load_judges(options, {PAIRS[name][1] for name, _ in rows})

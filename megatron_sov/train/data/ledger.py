@@ -91,7 +91,8 @@ def _compute_weights(index: int, phase: PhaseConfig, sources: list[Source]) -> d
     raw = phase.blend or {s.name: s.share for s in sources if tokens[s.name]}
     total = sum(raw.values())
     if total <= 0:
-        raise UserError(f"data.phases.{index} ({phase.name}): none of its sources has training tokens")
+        raise UserError(f"data.phases.{index} ({phase.name}): none of its sources has training tokens; "
+                        "add one to its blend")
     return {s.name: raw[s.name] / total for s in sources if raw.get(s.name, 0) > 0}
 
 
@@ -185,7 +186,7 @@ def check_units_fit(over_long: Sequence[OverLongUnits]) -> None:
                            f"sample of {units.seq_len} tokens, the longest has {units.longest_tokens}"
                            for units in over_long)
         longest_tokens = max(units.longest_tokens for units in over_long)
-        raise UserError(f"data.over_long = refuse, and {counts}; make samples longer "
+        raise UserError(f"data.over_long = refuse: {counts}; make samples longer "
                         f"(seq_len={longest_tokens}), or set data.over_long to drop or cut")
 
 
@@ -197,7 +198,7 @@ def check_pairs_fit(over_long: Sequence[OverLongUnits]) -> None:
     for pairs in over_long:
         if pairs.count == pairs.total:
             raise UserError(f"source {pairs.source!r}: each of its {pairs.total:,} pairs is longer than a "
-                            f"sample of {pairs.seq_len} tokens, and cut they may not differ any more; make "
+                            f"sample of {pairs.seq_len} tokens, and a cut may make the responses equal; make "
                             f"samples longer (seq_len={pairs.longest_tokens} fits all)")
 
 

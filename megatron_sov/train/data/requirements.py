@@ -37,17 +37,17 @@ def check_columns(sources: Sequence[Source], needed: Mapping[str, NeededColumn])
                 columns = source.train_documents.columns
             if name not in columns and (not column.formats or source.format in column.formats):
                 raise UserError(
-                    f"{source.artifact or 'a source made on the fly'}: source {source.name!r} has no column "
-                    f"{name!r} ({', '.join(columns) or 'it has none'}), and the objective reads it; "
-                    f"{column.made_by} makes it")
+                    f"{source.artifact or 'a generated source'}: source {source.name!r} has no column "
+                    f"{name!r} (columns: {', '.join(columns) or 'none'}), which the objective reads; "
+                    f"{column.made_by} writes it")
 
 
 def build_route_shape(model: ModelConfig) -> RouteShape:
     """Return the model's route shape. Raises `UserError` if no layer has experts."""
     if not model.num_moe_layers():
         raise UserError(f"model.num_experts = {model.num_experts} and model.num_dense_layers = "
-                        f"{model.num_dense_layers}: no layer has experts, so there are no routes; leave them "
-                        "out")
+                        f"{model.num_dense_layers}: no layer has experts, so there are no routes to "
+                        "replay; leave the routes out")
     return RouteShape(model.num_moe_layers(), model.num_experts_per_token, model.num_experts)
 
 
@@ -64,14 +64,14 @@ def check_route_shapes(sources: Sequence[Source], model: ModelConfig) -> None:
     for source in sources:
         if source.routes is None:
             continue
-        where, shape = source.artifact or "a source made on the fly", build_route_shape(model)
+        where, shape = source.artifact or "a generated source", build_route_shape(model)
         for name, setting in (("layers", "layers with experts"), ("top_k", "num_experts_per_token"),
                               ("num_experts", "num_experts")):
             source_size, model_size = getattr(source.routes, name), getattr(shape, name)
             if source_size != model_size:
                 raise UserError(f"{where}: source {source.name!r} has routes with {name} = {source_size}, "
-                                f"and the model's {setting} are {model_size}; replay routes of the same "
-                                "model, or write the data without them")
+                                f"but the model has {setting} = {model_size}; replay routes from the "
+                                "same model, or write the data without routes")
 
 
 def check_routes_and_encoders(sources: Sequence[Source], model: ModelConfig) -> None:

@@ -89,7 +89,7 @@ class RoundDocuments(DocumentView):
         """
         path = round_folder(self.folder, number)
         if damage := find_damaged_files(path, sorted(read_manifest(path).files)[rank::size]):
-            raise UserError(f"{damage[0]}; delete {path}, and the round is published anew from the store")
+            raise UserError(f"{damage[0]}; delete {path}, and the round is published again from the store")
 
     def read(self, number: int, seq_len: int, num_steps: int) -> PublishedRound:
         """Read a published round, without opening it.
@@ -103,20 +103,20 @@ class RoundDocuments(DocumentView):
         if content.get("round") != number or len(steps) != num_steps:
             raise UserError(f"{path}: is round {content.get('round')} with {len(steps)} steps, must be round "
                             f"{number} with rollout.steps_per_round = {num_steps}; delete the folder, and "
-                            "the round is published anew")
+                            "the round is published again")
         if not steps[-1].stop:
             return PublishedRound(path, None, steps, {}, np.zeros(1, np.int64))
         [source] = open_sources({str(path): 1.0}, self._vocab_size, (ROLLOUTS,))
         documents = source.open_split("train")
         lengths = np.asarray(documents.lengths[np.arange(len(documents.lengths))], np.int64)
         if steps[-1].stop != len(lengths):
-            raise UserError(f"{path}: has {len(lengths)} documents, and its steps {steps[-1].stop}; delete "
-                            "the folder, and the round is published anew")
+            raise UserError(f"{path}: has {len(lengths)} documents, but its steps cover {steps[-1].stop}; "
+                            "delete the folder, and the round is published again")
         # checked here, because the thread that prepares batches would fail in the middle of a step
         if lengths.max() > seq_len:
-            raise UserError(f"{path}: document {int(lengths.argmax())} has {lengths.max()} tokens, and a row "
-                            f"data.phases.0.seq_len = {seq_len}; a response is never cut: make rows longer, "
-                            "or responses shorter (rollout.max_new_tokens)")
+            raise UserError(f"{path}: document {int(lengths.argmax())} has {lengths.max()} tokens, more "
+                            f"than data.phases.0.seq_len = {seq_len}, and responses are never cut; raise "
+                            "seq_len, or lower rollout.max_new_tokens")
         return PublishedRound(path, documents, steps, {}, np.concatenate([[0], np.cumsum(lengths)]))
 
     def open(self, number: int, opened: PublishedRound) -> None:
@@ -195,9 +195,9 @@ def _parse_steps(path: Path, content: dict[str, Any]) -> tuple[range, ...]:
     try:
         steps = tuple(range(int(first), int(first) + int(count)) for first, count in content["steps"])
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path}: is no published round (steps: {type(e).__name__}: {e}); delete the folder, "
-                        "and the round is published anew") from None
+        raise UserError(f"{path}: is not a published round (steps: {type(e).__name__}: {e}); delete the "
+                        "folder, and the round is published again") from None
     if not steps or [s.start for s in steps] != [0, *(s.stop for s in steps[:-1])]:
-        raise UserError(f"{path}: its steps {content['steps']} do not follow one another; delete the folder, "
-                        "and the round is published anew")
+        raise UserError(f"{path}: its steps {content['steps']} are not consecutive; delete the folder, "
+                        "and the round is published again")
     return steps

@@ -90,11 +90,11 @@ class DocumentStream:
             if empty_windows > self.num_windows + 1:  # the current window may be used up
                 if self.cursor.over_long:
                     raise UserError(f"source {self.name!r}: all of its {len(self.documents.lengths)} "
-                                    f"training documents are longer than a sample of {seq_len} tokens, and "
-                                    "data.over_long = drop leaves them out; make samples longer (seq_len), "
-                                    "or set data.over_long=cut")
+                                    f"training documents are longer than seq_len = {seq_len}, and "
+                                    "data.over_long = drop omits them; raise seq_len, or set "
+                                    "data.over_long=cut")
                 raise UserError(f"source {self.name!r}: none of its {len(self.documents.lengths)} training "
-                                "documents holds a token, although its manifest counts some; "
+                                "documents contains a token, although its manifest counts some; "
                                 "run `sov-data verify` and pack the data again")
             self._next_window()
         self.cursor.tokens += sum(s.count for s in row)

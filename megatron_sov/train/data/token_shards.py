@@ -75,7 +75,7 @@ def map_numbers(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
     """Map a flat file with `count` numbers. Raises `UserError` if the file has a different size."""
     size_bytes, expected_bytes = file.stat().st_size, count * dtype.itemsize
     if size_bytes != expected_bytes:  # a slice beyond the end would silently be short
-        raise UserError(f"{file}: has {size_bytes} bytes, the index asks for {expected_bytes}; "
+        raise UserError(f"{file}: has {size_bytes} bytes, its index requires {expected_bytes}; "
                         "pack the data again")
     return np.frombuffer(map_file(file), dtype)
 
@@ -172,8 +172,8 @@ def warn_about_heldout_rules(contents: dict[str, dict[str, Any]]) -> None:
         rules = {path: content.get("heldout") for path, content in contents.items()
                  if any(s["format"] == kind for s in content["sources"])}
         if any(rule != next(iter(rules.values())) for rule in rules.values()) and is_first_rank():
-            warn(f"--data {', '.join(rules)}: documents were held out by different rules, so one may train "
-                 "on what another is judged by; `sov-data mix` joins them, and looks")
+            warn(f"--data {', '.join(rules)}: documents were held out by different rules, so one folder may "
+                 "train on another's held-out documents; join them by `sov-data mix`, which checks this")
 
 
 class Documents(Protocol):
@@ -291,9 +291,9 @@ class TokenShard:
             self.is_plain = self._loss is None and self._type is None and self._written is None
         except OSError as e:
             if e.errno == errno.EMFILE:
-                raise UserError(f"{prefix}: {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files are open, "
-                                "and this process may not open more; raise `ulimit -n`, or pack into larger "
-                                "shards (--shard-tokens)") from None
+                raise UserError(f"{prefix}: this process may not open more than "
+                                f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files; raise `ulimit -n`, "
+                                "or pack into larger shards (--shard-tokens)") from None
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
         except (IndexError, KeyError, ValueError) as e:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
@@ -328,8 +328,7 @@ class TokenShard:
         if count and ids.view(np.uint64).max() >= self._vocab_size:
             wrong = next(int(i) for i in ids if not 0 <= i < self._vocab_size)
             raise UserError(f"{self._get_file('.bin')}: document {document} has token id {wrong}, and its "
-                            f"tokenizer has {self._vocab_size} ids; `sov-data verify` names what is "
-                            "damaged, pack the data again")
+                            f"tokenizer has {self._vocab_size} ids; {DAMAGED}")
         return ids
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
@@ -363,8 +362,8 @@ class TokenShard:
         if not np.isfinite(numbers).all():
             wrong = numbers[~np.isfinite(numbers)][0]
             raise UserError(f"{self._get_file(f'.{suffix}')}: document {document} has {wrong} in column "
-                            f"{name!r}, must be a finite number; `sov-data verify` names what is damaged, "
-                            "make the column again")
+                            f"{name!r}, must be a finite number; make the column again "
+                            "(`sov-data verify` lists damaged files)")
         return numbers
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
@@ -395,8 +394,8 @@ class TokenShard:
         first = int(self.pointers[document]) // self.dtype.itemsize + start
         if not 0 <= first <= first + count <= len(self._tokens):  # a slice beyond the end would be short
             raise UserError(f"{self._get_file('.idx')}: document {document} has {self.lengths[document]} "
-                            f"tokens from byte {self.pointers[document]}, and the shard ends before; "
-                            "`sov-data verify` names what is damaged, pack the data again")
+                            f"tokens from byte {self.pointers[document]}, but the shard ends before; "
+                            f"{DAMAGED}")
         return slice(first, first + count)
 
 

@@ -45,22 +45,23 @@ def _build_view(name: str, sources_by_name: dict[str, Source]) -> Source | None:
     else:
         return None
     if not number.isdecimal() or int(number) < 1:
-        raise UserError(f"data.phases blend {name!r}: after the {mark} stands a number of tokens, e.g. "
+        raise UserError(f"data.phases blend {name!r}: must have a token count after {mark}, e.g. "
                         f"{base}{mark}8192")
     source, tokens = sources_by_name[base], int(number)
     if mark == PIECES_MARK:
         if source.is_chat:
-            raise UserError(f"data.phases blend {name!r}: conversations of {base} stay whole; "
-                            f"name {base} alone")
+            raise UserError(f"data.phases blend {name!r}: {base} holds conversations, which are not "
+                            f"split; write {base} without {mark}{number}")
         return _replace_documents(source, DocumentPieces(source.open_split("train"), tokens),
                                   source.num_tokens["train"], name=name, share=0.0)
     if source.group > 1:
-        raise UserError(f"data.phases blend {name!r}: documents of {base} belong together by "
-                        f"{source.group}; name {base} alone, and see data.over_long")
+        raise UserError(f"data.phases blend {name!r}: {base} has groups with {source.group} "
+                        f"documents, which stay together; write {base} without {mark}{number}, and see "
+                        "data.over_long")
     documents = LongDocuments(source.open_split("train"), tokens)
     if not len(documents.index):
-        raise UserError(f"data.phases blend {name!r}: source {base} has no document of {tokens} "
-                        "tokens or more")
+        raise UserError(f"data.phases blend {name!r}: source {base} has no document with "
+                        f"{tokens} or more tokens; choose a smaller number")
     return _replace_documents(source, documents, int(documents.lengths.sum()), name=name, share=0.0)
 
 

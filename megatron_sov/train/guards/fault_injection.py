@@ -126,7 +126,7 @@ class FaultInjector:
                 os.fsync(f.fileno())
         except FileExistsError:
             return False
-        warn(f"--inject {fault.name}: comes now")
+        warn(f"--inject {fault.name}: injected now")
         return True
 
 
@@ -144,8 +144,8 @@ def parse_faults(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
                 raise UserError(f"--inject {part}: rank {fault.rank} does not exist; "
                                 f"the run has {num_ranks} (counted from 0)")
             if fault in faults:
-                raise UserError(f"--inject {part}: is given twice, and a fault comes once; "
-                                "give the other one another step")
+                raise UserError(f"--inject {part}: is passed twice; choose another "
+                                "step for one of the two")
             faults.append(fault)
     return tuple(faults)
 
@@ -180,7 +180,7 @@ def _split_faults(text: str) -> Iterator[str]:
 def _parse_fault(text: str) -> Fault:
     kind, _, rest = text.partition("@")
     if kind not in FAULT_STATES:
-        raise UserError(f"--inject {text}: there is no fault {kind!r}{suggest_name(kind, FAULT_STATES)} "
+        raise UserError(f"--inject {text}: unknown fault {kind!r}{suggest_name(kind, FAULT_STATES)} "
                         f"(faults: {', '.join(FAULT_STATES)})")
     states, defaults = FAULT_STATES[kind], FAULT_OPTIONS.get(kind, {})
     values: dict[str, float] = {}
@@ -197,8 +197,8 @@ def _parse_fault(text: str) -> Fault:
             raise UserError(f"--inject {text}: {setting!r} must be {allowed}")
     named_states = [name for name in states if name in values]
     if len(named_states) != 1:
-        raise UserError(f"--inject {text}: must say once when it comes, "
-                        f"by {' or '.join(f'{state}=N' for state in states)}")
+        raise UserError(f"--inject {text}: must have exactly one of "
+                        f"{', '.join(f'{state}=N' for state in states)}")
     state = named_states[0]
     options = {name: values.get(name, default) for name, default in defaults.items()}
     numbers = {name: number for name, number in options.items() if number is not None}

@@ -200,11 +200,10 @@ def check_has_targets(batch: GlobalBatch, step: int) -> None:
     A loss of 0 would otherwise look perfect.
     """
     if not any(count > 0 for count in batch.targets.values()):
-        raise UserError(f"step {step}: none of its {batch.num_tokens} tokens is learned "
-                        f"({', '.join(f'{term}: 0' for term in batch.targets)} targets): its samples hold "
-                        "prompts alone; look at the data with `sov-data sample`, make samples longer "
-                        f"(seq_len, now {batch.seq_len}), or leave the step out with "
-                        f"--set data.skip_steps=[[{step},{step}]]")
+        raise UserError(f"step {step}: none of its {batch.num_tokens} tokens is a training target "
+                        f"({', '.join(f'{term}: 0' for term in batch.targets)}), because its samples contain "
+                        "only prompts; inspect the data with `sov-data sample`, raise seq_len (now "
+                        f"{batch.seq_len}), or skip the step with --set data.skip_steps=[[{step},{step}]]")
 
 
 def compute_total_loss(sums: LossSums, coefficients: Mapping[str, float],

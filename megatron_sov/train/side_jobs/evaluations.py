@@ -202,7 +202,7 @@ class ExportEvaluations:
     def _record_failure(self, job: EvalJob, reason: str) -> None:
         """Record a failure; an `OSError` becomes a warning and does not end the run."""
         self._record("evaluation", step=job.step, task=job.task, error=reason)
-        warn(f"the {job.task} of step {job.step} was not measured: {reason}", self._record, step=job.step)
+        warn(f"evaluation {job.task} at step {job.step} failed: {reason}", self._record, step=job.step)
         try:
             self.folder.mkdir(exist_ok=True)
             write_atomically(self._get_result(job).with_suffix(".failed"), reason + "\n")
@@ -219,8 +219,8 @@ def check_eval_tasks(config: RunConfig, sources: Sequence[Source]) -> None:
                 possible = [name for name, formats in TASK_FORMATS.items() if source.format in formats]
                 raise UserError(
                     f"evaluate.background.tasks = {list(config.evaluate.background.tasks)}: {task} cannot "
-                    f"judge by source {source.name!r}, which holds data of format {source.format!r}; ask for "
-                    + (" or ".join(possible) if possible else "none, and judge the exports by other data"))
+                    f"use source {source.name!r}, which holds data of format {source.format!r}; use "
+                    + (" or ".join(possible) if possible else "no task for this data"))
 
 
 def _read_score_events(file: Path, step: int) -> list[dict[str, Any]]:

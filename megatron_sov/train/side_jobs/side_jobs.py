@@ -69,7 +69,7 @@ def _warn_on_os_error(action: Callable[[], None]) -> None:
     try:
         action()
     except OSError as e:
-        warn(f"evaluations beside training cannot be followed ({e})")
+        warn(f"background evaluations cannot be followed ({e})")
 
 
 class GarbageCollector:
@@ -181,7 +181,7 @@ def average_checkpoints(run: Path, train: TrainConfig, record: Callable[..., Non
 
 def _record_average_failure(record: Callable[..., None], step: int, reason: str) -> None:
     record("average", step=step, error=reason)
-    warn(f"the mean of the run's checkpoints was not made: {reason}", record, step=step)
+    warn(f"checkpoint averaging failed: {reason}", record, step=step)
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ class CheckpointExports:
 
     def _record_failure(self, step: int, reason: str) -> None:
         self._record("export", step=step, error=reason)
-        warn(f"the export of step {step} was not made: {reason}", self._record, step=step)
+        warn(f"export of step {step} failed: {reason}", self._record, step=step)
         self._remove_source(step)
 
     def _remove_source(self, step: int) -> None:

@@ -88,7 +88,7 @@ def _launch_ranks(stage: Stage, data: StageData, launch: LaunchState, nproc: int
     _conclude_end_gate(stage.folder, stage.end_gate)
     if stage.folder.completion() is not None:
         for fault in list_pending_faults(stage.faults, stage.folder.path):
-            warn(f"--inject {fault.name}: never came")
+            warn(f"--inject {fault.name}: never happened")
         _finish_side_jobs(stage.folder, stage.config)
         return True
     failure = stage.folder.failure()
@@ -135,7 +135,7 @@ def report_completion(folder: RunFolder, config: RunConfig, completion: dict[str
     if is_first_rank():
         print(f"{folder.path}: is complete at step {completion['step']}")
         if gate is not None and gate not in completion:
-            warn(f"{folder.path}: was complete before a gate was asked for, and is not judged")
+            warn(f"{folder.path}: was complete before --gate was added, so the gate does not run")
     if not dry_run:
         _finish_side_jobs(folder, config)
 
@@ -171,8 +171,8 @@ def _check_start(stage: Stage, data: StageData) -> None:
     if (start := newest or stage.start_from) is not None:
         check_same_tokens(tokenizer_folder(data.sources), checkpoints.find_tokenizer_folder(start))
     elif stage.config.lora.on:
-        raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
-                        "exists; name it by --from")
+        raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters need a trained base model; add "
+                        "--from")
 
 
 def _open_data(stage: Stage) -> StageData:
@@ -183,8 +183,8 @@ def _open_data(stage: Stage) -> StageData:
     check_eval_tasks(stage.config, packed)
     chats = [s.name for s in packed if s.is_chat]
     if chats and stage.config.objective.name == "lm" and is_first_rank():
-        warn(f"{', '.join(chats)}: holds conversations, of which the answers alone are learned; "
-             "`megatron-sov sft` is made for them")
+        warn(f"{', '.join(chats)}: holds conversations, and only answers are learned; use "
+             "`megatron-sov sft` for conversations")
     tokenizer = tokenizer_folder(list(packed))
     if tokenizer is not None:
         read_tokenizer(tokenizer)  # damage would otherwise show only at the first evaluation

@@ -71,7 +71,7 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command
 
     exports = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.background.tasks=["ppl"]')
     assert main(command("prefer", tmp_path / "pairs", tmp_path / "no", "--from", str(base), *exports)) == 2
-    assert "ppl cannot judge by source 'pairs', which holds data of format 'preference'; ask for pairs" in (
+    assert "ppl cannot use source 'pairs', which holds data of format 'preference'; use pairs" in (
         capsys.readouterr().err)
     refused = command("prefer", packed_data.chats, tmp_path / "no", "--from", str(base))
     assert main(refused) == 2 and "holds data of format 'chat'" in capsys.readouterr().err

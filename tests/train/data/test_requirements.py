@@ -20,5 +20,5 @@ def test_data_without_a_column_are_refused_with_what_makes_it(make_source: Any) 
     with pytest.raises(UserError, match="sov-data pack --column score"):
         check_columns([scored, chat],
                                {"score": NeededColumn("sov-data pack --column score", formats=("chat",))})
-    with pytest.raises(UserError, match=r"column 'advantage' \(score\)"):
+    with pytest.raises(UserError, match=r"column 'advantage' \(columns: score\)"):
         check_columns([scored], {"advantage": NeededColumn("")})

@@ -130,10 +130,10 @@ def test_a_round_that_is_damaged_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(rounds_module, "read_manifest", lambda *_: SimpleNamespace(content=content))
         return RoundDocuments(tmp_path).read(1, 16, 2)
 
-    for content, why in (({}, "is no published round"),
-                         ({"round": 1, "steps": [[0, 2], [3, 1]]}, "do not follow"),
+    for content, why in (({}, "is not a published round"),
+                         ({"round": 1, "steps": [[0, 2], [3, 1]]}, "are not consecutive"),
                          ({"round": 2, "steps": [[0, 0], [0, 0]]}, "is round 2 with 2 .*, must be round 1")):
-        with pytest.raises(Exception, match=f"0001: .*{why}.*published anew"):
+        with pytest.raises(Exception, match=f"0001: .*{why}.*published again"):
             read(content)
     assert read({"round": 1, "steps": [[0, 0], [0, 0]]}).documents is None
 

@@ -94,7 +94,7 @@ def test_routes_of_another_model_are_refused(tmp_path: Path) -> None:
         other = dataclasses.replace(own, **{field: value})
         sources = open_sources({str(written(tmp_path / field, other)): 1.0}, 64)
         with pytest.raises(UserError, match=rf"{field}: source 'rollouts' has routes with {field} = {value}, "
-                                            rf"and the model's .* are {getattr(own, field)}"):
+                                            rf"but the model has .* = {getattr(own, field)}"):
             check_route_shapes(sources, MODEL)
     with pytest.raises(UserError, match="no layer has experts"):
         check_route_shapes(sources, recipes.get("tiny-qwen3").model)

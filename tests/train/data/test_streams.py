@@ -96,7 +96,7 @@ def test_what_is_longer_than_a_sample_is_counted_once_for_each_time_that_it_is_m
     assert (source.cursor.epoch, source.cursor.over_long) == (2, 6)
     again = stream([3, 9, 16, 30, 20], "drop", Cursor(**dataclasses.asdict(source.cursor)))
     assert again.cursor.over_long == 6, "what a resumed stream packs again it has counted"
-    with pytest.raises(UserError, match=r"data\.over_long = drop leaves"):
+    with pytest.raises(UserError, match=r"data\.over_long = drop omits"):
         stream([30, 9], "drop").next_sample(8)
 
 
@@ -134,7 +134,7 @@ def test_the_share_of_an_epoch_is_counted_by_rows() -> None:
 
 
 def test_a_source_without_a_token_is_refused_and_not_searched_for_ever() -> None:
-    with pytest.raises(UserError, match="20 training documents holds"):
+    with pytest.raises(UserError, match="20 training documents contains"):
         stream([0] * 20, "best_fit").next_sample(8)
 
 

@@ -67,8 +67,8 @@ def test_a_negative_id_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "damage", "said"), [
-    (".bin", lambda b: b[:-2], "a.bin: has 8 bytes, the index asks for 10"),
-    (".loss", lambda b: b + b"1234", "a.loss: has 24 bytes, the index asks for 20"),
+    (".bin", lambda b: b[:-2], "a.bin: has 8 bytes, its index requires 10"),
+    (".loss", lambda b: b + b"1234", "a.loss: has 24 bytes, its index requires 20"),
     (".idx", lambda b: b"PK" + b[2:], "a.idx: is not a Megatron index"),
     (".idx", lambda b: b[:40], "a: cannot be read as a token shard"),
     (".idx", lambda b: b[:17] + bytes([99]) + b[18:], "a: cannot be read as a token shard"),
@@ -260,7 +260,7 @@ except UserError as e:
 @pytest.mark.parametrize(("limits", "said"), [
     ((16, 4096), "93 documents"),
     ((16, 16),
-     "16 files are open, and this process may not open more; raise `ulimit -n`, or pack into larger shards"),
+     "this process may not open more than 16 files; raise `ulimit -n`, or pack into larger shards"),
 ])
 def test_more_shards_than_open_files_are_allowed(packed: tuple[Path, Path], limits: tuple[int, int],
                                                  said: str) -> None:

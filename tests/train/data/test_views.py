@@ -80,9 +80,9 @@ def test_long_documents_are_found_in_every_shard(numbered: Any, parts: list[list
 
 
 @pytest.mark.parametrize(("blend", "said"), [
-    ({"web@many": 1.0}, "'web@many': after the @ stands a number of tokens, e.g. web@8192"),
-    ({"web@²": 1.0}, "after the @ stands a number of tokens"),
-    ({"web@41": 1.0}, "source web has no document of 41 tokens or more"),
+    ({"web@many": 1.0}, "'web@many': must have a token count after @, e.g. web@8192"),
+    ({"web@²": 1.0}, "must have a token count after @"),
+    ({"web@41": 1.0}, "source web has no document with 41 or more tokens"),
     ({"wbe@12": 1.0}, "names source 'wbe@12', which the data does not have"),
 ])
 def test_what_is_not_there_is_named(blend: dict[str, float], said: str, web: Source) -> None:
@@ -148,8 +148,8 @@ def test_rows_are_packed_of_whole_pieces(make_source: Callable[..., Source]) -> 
     assert {s.count for sample in samples for s in sample.segments} == {1, 3, 4}
 
 
-@pytest.mark.parametrize(("name", "said"), [("web/0", "after the / stands a number of tokens, e.g. web/8192"),
-                                            ("web/many", "after the / stands a number of tokens")])
+@pytest.mark.parametrize(("name", "said"), [("web/0", "must have a token count after /, e.g. web/8192"),
+                                            ("web/many", "must have a token count after /")])
 def test_what_is_no_number_is_named(name: str, said: str, make_source: Callable[..., Source]) -> None:
     data = DataConfig(phases=(PhaseConfig("a", seq_len=16, blend={name: 1.0}),))
     with pytest.raises(UserError, match=said):

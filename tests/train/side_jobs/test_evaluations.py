@@ -134,9 +134,9 @@ def test_failing_hanging_and_crowded_out_judges_are_told_and_left(run: Run,
                           (20, "ppl", "it took more than evaluate.background.timeout_s = 1000"),
                           (40, "ppl", None), (50, "ppl", None)]
     assert (next(e["text"] for e in run.events if e["event"] == "warning")
-            == "the ppl of step 10 was not measured: no memory")
+            == "evaluation ppl at step 10 failed: no memory")
     assert (run.path / EVALUATIONS / "step-10.ppl.failed").read_text() == "no memory\n"
-    assert capsys.readouterr().err.count("warning: the ppl of step") == 3
+    assert capsys.readouterr().err.count("warning: evaluation ppl at step") == 3
     assert run.evaluations()._waiting == []  # what failed is not tried again
 
 

@@ -141,7 +141,7 @@ def test_a_failure_is_an_event_and_the_next_one_is_made(run: Run, capsys) -> Non
     assert "a newer checkpoint was ready" in by_step[40]["error"]
     assert "path" in by_step[60] and run.listing() == ["step-60"]
     assert sorted(e["step"] for e in run.events if e["event"] == "warning") == [20, 40]
-    assert "warning: the export of step 20 was not made" in capsys.readouterr().err
+    assert "warning: export of step 20 failed" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("forks")

@@ -71,7 +71,7 @@ def test_a_file_system_that_refuses_is_a_warning(refused: str, action: Callable[
     action(beside)
     assert asked[-1] == refused
     assert capsys.readouterr().err == (
-        "warning: evaluations beside training cannot be followed (stale file handle)\n")
+        "warning: background evaluations cannot be followed (stale file handle)\n")
 
 
 # The mean that a complete run leaves: made once, by the ordinary command, and a failure is an event.
@@ -120,4 +120,4 @@ def test_a_complete_run_leaves_the_mean_of_its_newest_checkpoints(
     shutil.rmtree(run / "average")
     average_checkpoints(run, TRAIN, record)
     assert told[-2] == {"event": "average", "step": 3, "error": "it failed"}
-    assert "the mean of the run's checkpoints was not made: it failed" in capsys.readouterr().err
+    assert "checkpoint averaging failed: it failed" in capsys.readouterr().err

@@ -306,4 +306,4 @@ def test_a_stage_is_complete_when_its_last_checkpoint_has_passed(
                                         "my_gate": {"passed": True}}
     assert made.folder.failure() is None and made.folder.held() is None
     assert run_stage(dataclasses.replace(made, end_gate=dataclasses.replace(gate, name="other")), 1)
-    assert "was complete before a gate was asked for" in capsys.readouterr().err
+    assert "was complete before --gate was added" in capsys.readouterr().err

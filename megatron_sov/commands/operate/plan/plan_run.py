@@ -35,8 +35,8 @@ def print_plan(options: PlanOptions, request: RecipeRequest) -> None:
     if options.cluster is not None:
         load_machines(options.cluster, options.nodes)
     request.config()
-    stop_check()
     if options.days is not None or options.budget is not None:
+        stop_check()
         print_budget(options, {request.base.recipe: request})
     elif options.cluster is not None:
         _print_on_cluster(options, options.cluster, request)
@@ -63,6 +63,7 @@ def _print_schedule(options: PlanOptions, request: RecipeRequest) -> None:
     num_ranks = options.nproc or config.parallel.min_ranks
     config.check(num_ranks)
     data_lines = _describe_data(options, config)
+    stop_check()
     if options.json:
         print(format_json(layout_report.timetable_to_json(config)))
     else:
@@ -75,9 +76,12 @@ def _print_on_cluster(options: PlanOptions, cluster: str, request: RecipeRequest
     """Print layout, memory, speed, days and cost on a cluster."""
     where = load_machines(cluster, options.nodes)
     parameters = None if options.parameters is None else read_parameters(options.parameters)
+    if options.sweep:
+        stop_check()  # takes minutes
     plan = (plan_with_sweep(request, where, _list_recipe_words(options), parameters) if options.sweep
             else plan_on_cluster(request, where, parameters))
     data_lines = _describe_data(options, plan.config)
+    stop_check()
     if options.json:
         print(format_json(layout_report.timetable_to_json(plan.config) | plan.to_json()))
         return

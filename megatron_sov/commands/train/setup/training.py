@@ -96,8 +96,8 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
     if options.start_from is not None:
         start = find_start(options.start_from)
         refuse_many_converters(start, options.run)
-    if IS_CHECKING.get():
-        RunFolder(options.run).check_available(options.resume)
+    if IS_CHECKING.get() or options.resume:
+        RunFolder(options.run).enter(config, options.resume)
     check_benchmarks(config)
     gate = build_gate(options, config, start) if isinstance(options, GateOptions) else None
     options.check_settings(config)
