@@ -89,7 +89,7 @@ class Ngrams:
         buffer, starts, ends, num_units = self._split_text(text)
         touched = np.empty(num_units * self.settings.max_ngram, np.int32)
         num_touched = _count_ngrams(buffer, starts, ends, num_units, self.settings.max_ngram,
-                             self.settings.num_buckets, self._counts, touched)
+                                    self.settings.num_buckets, self._counts, touched)
         return touched[:num_touched]
 
 
