@@ -19,8 +19,8 @@ from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
 from megatron_sov.base.documents.records import explain_bytes
 
 COLUMN_NAMES = {
-    "id": "own_id", "_id": "own_id", "url": "url", "uri": "url", "link": "url", "title": "title", "date": "date",
-    "timestamp": "date", "created": "date", "licence": "licence", "license": "licence",
+    "id": "own_id", "_id": "own_id", "url": "url", "uri": "url", "link": "url", "title": "title",
+    "date": "date", "timestamp": "date", "created": "date", "licence": "licence", "license": "licence",
     "language": "language_hint", "lang": "language_hint"}
 """Field in a record -> column; further fields keep their names."""
 MAX_FIELD_CHARS, MAX_FIELD_DEPTH = 4000, 20
