@@ -9,8 +9,7 @@ from typing import Any
 
 from data_prep.curate.sources.encodings import EncodingLimits
 from data_prep.curate.sources.reader import FileReader, format_file_name, list_source_files, raise_no_files
-from data_prep.curate.sources.source import (
-    NO_FORMAT, BrokenRecord, RawDocument, SourcePiece, SourceSettings)
+from data_prep.curate.sources.source import NO_FORMAT, BrokenRecord, RawDocument, SourcePiece, SourceSettings
 from data_prep.libraries import find_library_problems
 from megatron_sov.base.documents.files import is_description, is_records
 from megatron_sov.base.errors import UserError, suggest_name
