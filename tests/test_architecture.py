@@ -93,7 +93,6 @@ MAX_SOURCE_LINES = 132_420
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
-    "megatron_sov/base/documents/arrow_rows.py": "imports pyarrow, which its user must not import at the top",
     "megatron_sov/work/endpoints/http_client.py": "imports openai, which its user must not import at the top",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",
     "megatron_sov/infer/decoder/logprobs.py": "log-probabilities of given answers, at any layout",
