@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from annotated_types import Le
 
 from megatron_sov.base.artifacts import manifest_sha256, read_manifest
+from megatron_sov.base.errors import Fix
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, DeclaredCommand, Flag, ProblemCode, SettingsProblem, Violation, count_cores,
     requires_field)
@@ -82,7 +83,7 @@ class MediaSettings:
             return []
         return [SettingsProblem(ProblemCode.RULE, "", "nothing says what becomes of media", way_out=
                                 "pass --image-tokenizer, --audio-tokenizer, --continuous-pictures or "
-                                "--continuous-sounds")]
+                                "--continuous-sounds", fix=Fix(options=("--image-tokenizer", "CODEC")))]
 
     @property
     def picture_bank(self) -> tuple[int, int] | None:

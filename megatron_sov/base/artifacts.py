@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.digests import SHA256, hash_file, parse_digest_algorithm
-from megatron_sov.base.errors import Fix, UserError, choose_free_path, stop_check, suggest_download
+from megatron_sov.base.errors import (
+    Fix, UserError, choose_free_path, fix_missing, stop_check, suggest_download)
 from megatron_sov.base.outputs import check_creatable, resolve_link
 
 MANIFEST = "manifest.json"
@@ -33,6 +34,7 @@ _TEMPORARY_NAME = re.compile(r"\.(.+)\.tmp-.+-\d+")
 PRODUCERS = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
              "tokenizer": "`sov-tokenizer train` or `sov-tokenizer import`",
              "tokens": "`sov-data pack` or `sov-data mix`",
+             "rows": "`megatron-sov map`",
              "scorer": "`sov-data scorer train`",
              "difficulty_labels": "`sov-data difficulty label`",
              "probing_sets": "`sov-data probing-sets`",
@@ -431,8 +433,7 @@ def _has_ended(pid: int) -> bool:
 
 
 def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
-    """Read an artifact's manifest. Raises `UserError`: the manifest is missing, damaged or newer than this
-    code, or its kind is not `kind`."""
+    """Read an artifact's manifest. Raises `UserError`: it is missing, damaged, newer, or not of `kind`."""
     file = Path(path) / MANIFEST
     try:
         written = file.read_bytes()
@@ -455,7 +456,7 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
         expected = f"a '{kind}' artifact" if kind else "an artifact"
         if not Path(path).exists():
             raise UserError(f"{path}: does not exist, so it is not {expected}; check the path"
-                            f"{suggest_download(path)}") from None
+                            f"{suggest_download(path)}", fix_missing(path)) from None
         # inside an artifact, or a folder in the cache of the Hugging Face hub
         near = sorted(Path(path).glob("snapshots/*"))
         if (Path(path).parent / MANIFEST).is_file():
@@ -464,9 +465,12 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
                         f"pass the folder that {PRODUCERS.get(kind or '', 'the earlier step')} "
                         "wrote", Fix(words={str(path): str(near[-1])}) if near else None) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as e:
-        raise UserError(f"{file}: is damaged ({e}); make the artifact again or restore "
-                        "it from a copy") from None
+        raise UserError(f"{file}: is damaged ({e}); make it again or restore it from a copy") from None
     if kind is not None and manifest.kind != kind:
+        origins = re.findall(r"'path': '(.+?)'", str(manifest.settings.get("inputs")))  # of token shards
+        if kind == "rows" and origins and Path(origins[0]).exists():
+            raise UserError(f"{path}: is a '{manifest.kind}' artifact, made of {origins[0]}, and rows of "
+                            f"text are needed; pass {origins[0]}", Fix(words={str(path): origins[0]}))
         raise UserError(f"{path}: is a '{manifest.kind}' artifact where a '{kind}' artifact is needed; "
                         f"pass the folder that {PRODUCERS.get(kind, 'the earlier step')} wrote")
     return manifest
@@ -477,8 +481,7 @@ def _is_inside(name: str) -> bool:
 
 
 def parse_inputs(path: Path, manifest: Manifest) -> list[dict[str, str]]:
-    """Return `kind`, `path` and `manifest_sha256` per input artifact. Raises `UserError`: an input in the
-    manifest lacks one of these fields."""
+    """Return `kind`, `path` and `manifest_sha256` per input artifact. Raises `UserError`: one is missing."""
     inputs: list[Any] = list(manifest.inputs)
     for item in inputs:
         is_complete = isinstance(item, dict) and all(
@@ -490,10 +493,8 @@ def parse_inputs(path: Path, manifest: Manifest) -> list[dict[str, str]]:
 
 
 def list_input_paths(path: str, owner: Path) -> list[Path]:
-    """List the paths where an input may exist now: `path` itself, or next to `owner` if both were moved.
-
-    `owner` is the artifact or run built from the input. Next to it, an input may have its relative path, its
-    bare name, or the last three parts of its path (RUN/checkpoints/step-N).
+    """List the paths where an input may exist now: `path` itself, or next to `owner`, the artifact or run
+    built from it: its relative path, its bare name, or the last three parts of its path.
     """
     folder = owner.parent
     return [Path(path), folder / path, folder / Path(path).name, folder / Path(*Path(path).parts[-3:])]

@@ -45,13 +45,7 @@ EventRecorder = Callable[..., None]
 
 
 def warn(text: str, record: EventRecorder | None = None, event: str = "warning", **fields: Any) -> None:
-    """Print `warning: TEXT` to stderr and record an event with the same text.
-
-    Args:
-        record: writes the event; None: print only.
-        event: name of the event; its field `text` holds the warning.
-        fields: further fields of the event, such as `step`.
-    """
+    """Print `warning: TEXT` to stderr, and record an event with the same field `text` and further fields."""
     # a single write: lines from other processes must not come in between
     print(f"warning: {text}\n", end="", file=sys.stderr, flush=True)
     if record is not None:
@@ -205,10 +199,7 @@ class RowProblems(dict[str, list[str]]):
 
 
 def suggest_name(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return ``"; did you mean 'x'?"`` for `find_nearest_name`, or an empty string.
-
-    `prefix` precedes the suggested name in the sentence.
-    """
+    """Return ``"; did you mean 'x'?"`` for `find_nearest_name`, with `prefix` before the name, or ""."""
     nearest = find_nearest_name(name, known)
     return f"; did you mean '{prefix}{nearest}'?" if nearest else ""
 
@@ -261,15 +252,9 @@ def find_spelling(name: str, known: Iterable[str]) -> str:
 
 
 def suggest_download(path: str | os.PathLike[str], is_bare: bool = False, is_data: bool = False) -> str:
-    """Return the end of an error message about a missing path that may name a Hugging Face model or dataset.
-
-    Args:
-        is_bare: whether a model name without an owner counts, e.g. gpt2.
-        is_data: whether the path names a dataset.
-
-    Returns:
-        The download command in a clause; "" if `path` cannot be a name on the hub.
-    """
+    """Return the end of a message about a missing path, with the download command; "" if `path` cannot be the
+    name of a model or dataset (`is_data`) on the Hugging Face hub. With `is_bare`, a name without an owner
+    counts, e.g. gpt2."""
     # a bare name without digit or hyphen is rather a folder's
     bare = r"|(?=.*[\d-])" if is_bare else ""
     match = re.fullmatch(rf"(?:\w[\w.-]*/{bare})(\w[\w.-]*)", os.fspath(path))
@@ -294,13 +279,7 @@ def choose_free_path(name: str) -> str:
 
 def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data: bool = False) -> Fix | None:
     """Return the fix for a missing path: a neighbour with a similar name, a download from the Hugging Face
-    hub, or None.
-
-    Args:
-        path: the missing path, as typed.
-        is_bare: as in `suggest_download`.
-        is_data: whether the path names a dataset.
-    """
+    hub (see `suggest_download`), or None."""
     text = os.fspath(path)
     folder, name = os.path.split(text)
     is_long = len(name) >= MIN_MISSPELT

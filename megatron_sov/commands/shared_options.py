@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.settings import Flag, add_options
+from megatron_sov.model.config import parse_data_paths
+from megatron_sov.model.config.data import split_source_name
 
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
@@ -77,6 +81,12 @@ def list_option_words(options: Any) -> list[str]:
         for text in values:
             option_words += [f"{option}={text}"] if text.startswith("-") else [option, text]
     return [*arguments, *option_words]
+
+
+def check_token_shards(data: Sequence[str]) -> None:
+    """Raise `UserError` for a --data argument that is no folder of token shards."""
+    for path in parse_data_paths(data):
+        read_manifest(split_source_name(path)[1], "tokens")
 
 
 def parse_task_names(names: str | None) -> list[str]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_size
-from megatron_sov.sandbox.restrictions import limit
+from megatron_sov.sandbox.restrictions import set_limit
 
 MAX_NAME_CHARS = 80
 """Limit for a name in an error message."""
@@ -566,10 +566,10 @@ def read_in_subprocess(reader: str, path: Path, start: int = 0, length_bytes: in
 def main(request: str) -> None:
     """Parse a file; the subprocess's entry point."""
     arguments = json.loads(request)
-    limit(resource.RLIMIT_AS, arguments["memory_bytes"])
-    limit(resource.RLIMIT_CPU, arguments["time_s"])
-    limit(resource.RLIMIT_FSIZE, 0)
-    limit(resource.RLIMIT_CORE, 0)
+    set_limit(resource.RLIMIT_AS, arguments["memory_bytes"])
+    set_limit(resource.RLIMIT_CPU, arguments["time_s"])
+    set_limit(resource.RLIMIT_FSIZE, 0)
+    set_limit(resource.RLIMIT_CORE, 0)
     try:
         with open(arguments["path"], "rb") as f:
             f.seek(arguments["start"])

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -69,6 +70,7 @@ _TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (CHECKPOINT_KIND, (HF_
                      (HF_MODEL, (CHECKPOINT_KIND, RUN)): "convert from-hf",
                      (HF_MODEL, (RUN, CHECKPOINT_KIND)): "convert from-hf"}
 """Kind of a folder and the kinds that a command takes -> the command that converts in the other direction."""
+MAX_POINTER_BYTES = 1024
 TOKENIZER = "tokenizer.json"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
 """Text file suffixes."""
@@ -149,8 +151,12 @@ def check_model_path(path: Path, option: str = "") -> None:
         problem = "is no folder" if path.exists() else "does not exist"
         entries = path.parent.glob("*") if path.parent.name == CHECKPOINTS_FOLDER else ()
         if siblings := sorted(folder.name for folder in entries):
+            newest = latest_checkpoint(path.parent)
+            fix = Fix(words={str(path): str(newest)}) if newest and path.name.startswith("step-") else None
             raise UserError(f"{option}{path}: {problem}; "
-                            f"the run's checkpoints are {', '.join(siblings)[:500]}")
+                            f"the run's checkpoints are {', '.join(siblings)[:500]}", fix)
+        if re.match(r"https?:/", str(path)):
+            _refuse_address(str(path), option)
         if path.suffix in FOREIGN_MODEL_SUFFIXES:
             raise UserError(f"{option}{path}: {problem}: {path.suffix} is not read; download the original, "
                             "whose weights are *.safetensors: hf download OWNER/NAME --local-dir NAME, and "
@@ -164,8 +170,43 @@ def check_model_path(path: Path, option: str = "") -> None:
         if str(path) in recipes.names():
             raise UserError(f"{option}{path}: is a recipe, which comes before the options",
                             Fix(arguments=(str(path),), left_out=(f"{option}{path}",)))
+        fix = fix_missing(path) or (Fix(words={str(path): "MODEL"}) if path.is_file() else None)
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
-                        f"folder{suggest_download(path)}", fix_missing(path))
+                        f"folder{suggest_download(path)}", fix)
+
+
+def _refuse_address(address: str, option: str) -> None:
+    """Raise `UserError` for an address in place of a model folder: of a page of the hub, or of a server."""
+    address = re.sub(r":/+", "://", address, count=1)  # a `Path` has lost a slash
+    if match := re.match(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/([\w.-]+))", address):
+        fix = Fix(words={address: match[2], address.replace("//", "/"): match[2]},
+                  before=(f"hf download {match[1]} --local-dir {match[2]}",))
+        raise UserError(f"{option}{address}: is a page on the hub; download the model first",
+                        fix)
+    folder = f"{option}HF_DIR".split()
+    raise UserError(f"{option}{address}: is a server's address, and weights are needed: a checkpoint, a run "
+                    "or a Hugging Face folder (`chat` talks to servers, `rl run --teacher-url` asks them)",
+                    Fix(options=tuple(folder)) if option else Fix(words={address: folder[0]}))
+
+
+def refuse_pointers(path: Path, option: str = "") -> None:
+    """Raise `UserError` if a model folder's weights are Git LFS pointers."""
+    for file in path.glob("*.safetensors"):
+        is_short = file.stat().st_size < MAX_POINTER_BYTES
+        if is_short and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise UserError(f"{option}{path}: {file.name} is a Git LFS pointer without weights; fetch them",
+                            Fix(words={str(path): str(path)},
+                                before=(f"git -C {shlex.quote(str(path))} lfs pull",)))
+
+
+def check_model(path: Path, option: str = "") -> None:
+    """Raise `UserError` if `path` is neither a Hugging Face folder nor a complete checkpoint, nor a run with
+    one."""
+    check_model_path(path, option)
+    check_model_folder(path)
+    refuse_pointers(path, option)
+    if not is_hf_folder(path):
+        find_checkpoint(path)
 
 
 def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
@@ -192,11 +233,13 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         command = _TAKEN_BY_COMMAND.get((kind, tuple(kinds)), "")
         fix = Fix(command=command) if command else None
         if kind == PEFT_ADAPTER and {CHECKPOINT_KIND, RUN} <= {*kinds}:
-            fix = _fix_adapter(path)
+            fix = fix_adapter(path)
         if kind == HF_MODEL and CHECKPOINT_KIND in kinds:  # the command is for `convert to-hf`
             converted = choose_free_path(f"{path.name}-checkpoint")
             fix = Fix(command=command, words={str(path): converted},
                       before=(shlex.join(["megatron-sov", "convert", "from-hf", str(path), converted]),))
+        if fix is None and HF_MODEL in kinds:
+            fix = Fix(words={str(path): "MODEL"})
         raise UserError(f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}",
                         fix)
     if not kind:
@@ -212,7 +255,7 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         raise UserError(f"{path}: {description}, so it is not {wanted}; {advice}pass {expected}")
 
 
-def _fix_adapter(path: Path) -> Fix:
+def fix_adapter(path: Path) -> Fix:
     """Return the commands that make checkpoints of an adapter and of the base model that it names."""
     try:
         config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -287,11 +330,8 @@ def find_tokenizer_folder(start: Path) -> Path:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return `path` if it is a checkpoint, or the newest checkpoint of run `path`.
-
-    Raises:
-        UserError: `path` is neither, or the manifest is damaged.
-    """
+    """Return `path` if it is a checkpoint, or the newest checkpoint of run `path`. Raises `UserError`: `path`
+    is neither, or the manifest is damaged."""
     if not (path / CHECKPOINTS_FOLDER).is_dir():
         check_folder_kind(path, (CHECKPOINT_KIND, RUN), "a checkpoint or a run")
         read_manifest(path, CHECKPOINT_KIND)
@@ -302,16 +342,15 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(f"{path}: this run has no complete checkpoint yet")
     problem = find_manifest_damage(newest)
     if problem is not None:
-        raise UserError(f"{problem}; {suggest_replacement(newest)}")
+        earlier = _find_sound_checkpoint(newest)
+        fix = Fix(words={str(path): str(earlier)}) if earlier else None
+        raise UserError(f"{problem}; {suggest_replacement(newest)}", fix)
     return newest
 
 
 def read_checkpoint_settings(path: Path) -> RunConfig:
-    """Read a checkpoint's settings and check its model config.
-
-    Raises:
-        UserError: the manifest is damaged or its settings are invalid.
-    """
+    """Read a checkpoint's settings and check its model config. Raises `UserError`: the manifest is damaged or
+    its settings are invalid."""
     # Read the manifest, not RUN/config.json: the run's settings may have changed since.
     raw = read_manifest(path, CHECKPOINT_KIND).settings
     try:
@@ -342,11 +381,8 @@ class AdapterBase:
 
 
 def read_adapter_base(path: Path) -> AdapterBase | None:
-    """Read the `AdapterBase` from an adapter checkpoint; None for full weights.
-
-    Raises:
-        UserError: the manifest is damaged.
-    """
+    """Read the `AdapterBase` from an adapter checkpoint; None for full weights. Raises `UserError`: the
+    manifest is damaged."""
     record = read_manifest(path, CHECKPOINT_KIND).content.get(BASE)
     return None if record is None else AdapterBase(Path(record["path"]), record["sha256"])
 
@@ -407,11 +443,8 @@ def hash_checkpoint_files(start: Path) -> str:
 
 
 def read_trained_tokens(path: Path) -> int:
-    """Return the longest training context in tokens, earlier stages and imported models included.
-
-    Raises:
-        UserError: `state.json` is damaged.
-    """
+    """Return the longest training context in tokens, earlier stages and imported models included. Raises
+    `UserError`: `state.json` is damaged."""
     settings = read_checkpoint_settings(path)
     if settings.recipe == IMPORTED_RECIPE:
         return settings.model.max_position_tokens
@@ -466,11 +499,17 @@ def find_damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool 
 
 def suggest_replacement(path: Path) -> str:
     """Suggest a replacement for a damaged checkpoint: the previous sound one, or a copy."""
-    step = path.name[5:]
-    earlier = [p for number, p in _numbered_checkpoints(path.parent)
-               if step.isdigit() and number < int(step) and find_manifest_damage(p) is None]
-    return (f"use the checkpoint before it, {earlier[-1]}" if earlier
+    earlier = _find_sound_checkpoint(path)
+    return (f"use the checkpoint before it, {earlier}" if earlier
             else "there is no checkpoint before it; restore it from a copy")
+
+
+def _find_sound_checkpoint(damaged: Path) -> Path | None:
+    """Return the newest sound checkpoint before a damaged one."""
+    step = damaged.name[5:]
+    earlier = [path for number, path in _numbered_checkpoints(damaged.parent)
+               if step.isdigit() and number < int(step) and find_manifest_damage(path) is None]
+    return earlier[-1] if earlier else None
 
 
 def rename_damaged_checkpoint(path: Path) -> Path:

@@ -19,7 +19,7 @@ from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
 from megatron_sov.model.families.adapters import adapter_identity
-from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, check_run_folder
+from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, check_run_folder, find_runs
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, find_living_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
@@ -120,11 +120,8 @@ class RunFolder:
             self.release()
 
     def config(self) -> RunConfig | None:
-        """Read the run's `config.json`, or return None for a new folder.
-
-        Raises:
-            UserError: the file is damaged or from another version.
-        """
+        """Read the run's `config.json`, or return None for a new folder. Raises `UserError`: the file is
+        damaged or from another version."""
         file = self.path / CONFIG
         if not file.is_file():
             return None
@@ -135,12 +132,9 @@ class RunFolder:
                             "restore it or choose another --run") from None
 
     def enter(self, config: RunConfig, resume: bool) -> None:
-        """Check whether training with `config` may start in the folder; changes no files.
-
-        Raises:
-            UserError: the folder contains another artifact, an unexpected run, a run with other fixed
-                settings, or a complete run with fewer steps.
-        """
+        """Check whether training with `config` may start in the folder; changes no files. Raises `UserError`:
+        the folder contains another artifact, an unexpected run, a run with other fixed settings, or a
+        complete run with fewer steps."""
         earlier = self.check_available(resume)
         if earlier is None:
             if resume:
@@ -159,13 +153,21 @@ class RunFolder:
             else:
                 options = f"--config {shlex.quote(str(self.path / CONFIG))} in the recipe's place"
             raise UserError(f"{self.path}: was started with {'; '.join(descriptions)}; "
-                            f"resume with {options}, or start a new --run --from its checkpoint")
+                            f"a resumed run keeps this ({options}), and a new --run --from it "
+                            "takes another value",
+                            self._fix_by_new_run())
         completion = self.completion()
         # A stage with a passed gate is complete at any step.
         ended_early = completion is not None and (completion.get("gate") or {}).get("passed", False)
         if completion is not None and completion["step"] < config.num_steps() and not ended_early:
             raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = "
-                            f"{config.num_steps()} asks for more; start a new --run --from it")
+                            f"{config.num_steps()} asks for more; start a new --run --from it, with the "
+                            "steps that it adds", self._fix_by_new_run(
+                                "--set", f"train.steps={config.num_steps() - completion['step']}"))
+
+    def _fix_by_new_run(self, *options: str) -> Fix:
+        return Fix(options=(*options, "--from", str(self.path), "--run", str(self._next_free())),
+                   left_out=("--resume",))
 
     def _next_free(self) -> Path:
         """Return the first of RUN-2, RUN-3, ... that does not exist."""
@@ -184,11 +186,8 @@ class RunFolder:
                             "new run begins)", fix)
 
     def check_available(self, resume: bool) -> RunConfig | None:
-        """Return the settings of the run in the folder, or None if the folder is free.
-
-        Raises:
-            UserError: the folder contains other files, or a run although `resume` is false.
-        """
+        """Return the settings of the run in the folder, or None if the folder is free. Raises `UserError`:
+        the folder contains other files, or a run although `resume` is false."""
         # A refused command must not create a folder, so test the nearest existing parent.
         nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir():
@@ -292,17 +291,19 @@ class TypedCommand:
 
 
 def read_command(run: Path) -> TypedCommand:
-    """Read a run's `command.json`, or the latest stage's.
-
-    Raises:
-        UserError: no run, a run started from Python or by an earlier version, or a damaged file.
-    """
+    """Read a run's `command.json`, or the latest stage's. Raises `UserError`: no run, a run started from
+    Python or by an earlier version, or a damaged file."""
     files = [file for file in (run / COMMAND, *sorted(run.glob(f"{STAGES}/*/{COMMAND}"))) if file.is_file()]
     if not files:
         if not (run / CONFIG).is_file():
             if not run.exists():
-                raise UserError(f"{run}: does not exist; pass the folder of a training command's --run "
-                                "(`megatron-sov status FOLDER` lists the runs in a folder)")
+                fix = fix_missing(run)
+                near = [os.path.relpath(path) for path in find_runs(run.parent) or find_runs(Path())]
+                raise UserError(
+                    f"{os.path.relpath(run)}: does not exist; pass the folder of a training command's --run "
+                    + (f"(runs there: {', '.join(near)[:300]})" if near else
+                       "(`megatron-sov status FOLDER` lists the runs in a folder)"),
+                    fix if fix and not fix.before else None)
             check_run_folder(run)
         raise UserError(f"{run}: has no {COMMAND}: no command line of this version began it; type the whole "
                         "command again with --resume")
@@ -314,11 +315,8 @@ def read_command(run: Path) -> TypedCommand:
 
 
 def check_code_unchanged(run: Path, before: RunConfig, now: RunConfig) -> None:
-    """Check that user code (recipes, rewards, objectives) still has the hashes of the run's start.
-
-    Raises:
-        UserError: a file has changed.
-    """
+    """Check that user code (recipes, rewards, objectives) still has the hashes of the run's start. Raises
+    `UserError`: a file has changed."""
     earlier = {(code.kind, code.name): code for code in before.code}
     for code in now.code:
         started = earlier.get((code.kind, code.name))
@@ -338,11 +336,7 @@ def check_code_unchanged(run: Path, before: RunConfig, now: RunConfig) -> None:
 
 
 def _read_completion(file: Path) -> dict[str, Any]:
-    """Read a completion manifest and check its `step` and `gate`.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Read a completion manifest and check its `step` and `gate`. Raises `UserError`: the file is damaged."""
     try:
         manifest = dict(json.loads(file.read_text(encoding="utf-8")))
         if type(manifest.get("step")) is not int or not isinstance(manifest.get("gate") or {}, dict):
@@ -409,11 +403,7 @@ class RunEvents:
     """Event log for an existing run; with `run=None`, `add` does nothing."""
 
     def __init__(self, run: Path | None) -> None:
-        """Check that the folder contains a run.
-
-        Raises:
-            UserError: `events.jsonl` is missing.
-        """
+        """Check that the folder contains a run. Raises `UserError`: `events.jsonl` is missing."""
         if run is not None and not (run / EVENTS).is_file():
             raise UserError(f"--run {run}: holds no {EVENTS}, so it is not a run; "
                             "pass the folder of a training command's --run")

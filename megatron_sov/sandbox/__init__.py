@@ -1,1 +1,1 @@
-"""Where programs of a model run: processes that can neither reach out nor take more than they are given."""
+"""Run model-written programs, and read untrusted files, in processes with limits and without network."""

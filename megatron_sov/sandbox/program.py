@@ -1,4 +1,4 @@
-"""What a sandbox is given and what it gives back: limits, a program, what became of it."""
+"""Limits, programs and outcomes for the sandbox."""
 
 from __future__ import annotations
 
@@ -8,102 +8,99 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Status = Literal["ok", "error", "timeout", "memory", "output", "killed", "refused", "infrastructure"]
-MAX_SOURCE_BYTES = 16 << 20
-"""Of a program with its files and its input."""
+FILE_NAME = "program.py"
+"""Source file in the program's working directory."""
+MAX_PROGRAM_BYTES = 16 << 20
+"""Largest `source`, `files` and `stdin` together."""
 MAX_FILES = 1000
-"""That a program may be given."""
+MIN_OPEN_FILES = 8
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a program may take, with all processes that it starts."""
+    """Limits for a program and its child processes."""
 
     wall_s: float = 10
-    """Seconds by the clock."""
+    """Clock time in seconds, without `starved_s`."""
     cpu_s: float = 10
-    """Seconds of processors."""
+    """Processor time in seconds."""
     memory_bytes: int = 512 << 20
-    """Address space of each process, and resident memory of all together."""
+    """Address space per process (RLIMIT_AS), and total resident memory."""
     processes: int = 16
-    """Processes and threads at a time, the first one included."""
+    """Processes and threads at a time, including the first."""
     files: int = 64
-    """Open files of each process."""
+    """Open files per process (RLIMIT_NOFILE)."""
     file_bytes: int = 16 << 20
-    """Size of a file; in namespaces that of all its files together."""
+    """File size (RLIMIT_FSIZE); in `namespaces` the total size."""
     output_bytes: int = 1 << 20
-    """Standard output, and as many again of standard error."""
+    """Size of standard output; standard error has the same limit."""
 
     def problems(self) -> list[str]:
-        p = [f"{name} = {value} must be positive and finite" for name, value in vars(self).items()
-             if not (value > 0 and math.isfinite(value))]
-        if self.files < 8:
-            p.append(f"files = {self.files} must be at least 8: an interpreter has some open itself")
-        return p
+        problems = [f"{name} = {value} must be positive and finite" for name, value in vars(self).items()
+                    if not (value > 0 and math.isfinite(value))]
+        if self.files < MIN_OPEN_FILES:
+            problems.append(f"files = {self.files} must be at least {MIN_OPEN_FILES}: the interpreter opens "
+                            "files itself")
+        return problems
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program, what it reads and what lies beside it."""
+    """A Python program with input and files."""
 
     source: str
     stdin: str = ""
-    """What it reads from standard input."""
+    """Text for standard input."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Relative path -> text, in the folder that it starts in."""
-    arguments: tuple[str, ...] = ()
-    """Behind its name."""
-    language: str = "python"
-    """python, or a language that the sandbox has a command for."""
+    """Relative path -> text, in the program's working directory."""
 
-    def problem(self) -> str:
-        """Return why this is no program that can be run; empty: it is one."""
-        texts = {"source": self.source, "stdin": self.stdin, **self.files,
-                 **{f"argument {i}": value for i, value in enumerate(self.arguments)}}
+    def find_problem(self) -> str:
+        """Return the reason why the sandbox cannot run the program; "" for a valid program."""
         if len(self.files) > MAX_FILES:
             return f"has {len(self.files):,} files; at most {MAX_FILES:,} are taken"
-        size_bytes = 0
-        for name, text in texts.items():
+        num_bytes = 0
+        for name, text in [("source", self.source), ("stdin", self.stdin), *self.files.items()]:
             if not isinstance(text, str):
                 return f"{name} is of type {type(text).__name__}, and must be text"
             try:
-                size_bytes += len(text.encode())
+                num_bytes += len(text.encode())
             except UnicodeEncodeError:
                 return f"{name} has half of a surrogate pair, which no file can hold"
-        if size_bytes > MAX_SOURCE_BYTES:
-            return (f"has {size_bytes:,} bytes with its files and input; at most {MAX_SOURCE_BYTES:,} "
+        if num_bytes > MAX_PROGRAM_BYTES:
+            return (f"has {num_bytes:,} bytes with its files and input; at most {MAX_PROGRAM_BYTES:,} "
                     "are taken")
-        if any("\0" in value for value in self.arguments):
-            return "an argument has a zero byte, which no argument can hold"
-        bad = next((name for name in self.files if not _stays_inside(name)), None)
-        return "" if bad is None else f"files: {bad!r} must be a relative path without '..'"
+        for name in self.files:
+            if not _is_inside_path(name):
+                return f"files: {name!r} must be a relative path without '..'"
+        return ""
 
 
-def _stays_inside(name: str) -> bool:
-    parts = name.split("/")
-    return "\0" not in name and all(part not in ("", ".", "..") and len(part.encode()) < 256
-                                    for part in parts) and len(name) < 1000
+def _is_inside_path(name: str) -> bool:
+    """Return whether a relative path stays in its folder and is short enough for the kernel."""
+    if "\0" in name or len(name) >= 1000:
+        return False
+    return all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in name.split("/"))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program."""
+    """Result of a program."""
 
     status: Status
-    """ok: it ended with exit code 0; error: with another one; timeout, memory, output: it passed that limit;
-    killed: a signal ended it; refused: it is none that can be run; infrastructure: the sandbox failed, and
-    nothing is known about the program."""
+    """`ok`: exit code 0; `error`: another exit code; `timeout`, `memory`, `output`: over that limit;
+    `killed`: ended by a signal; `refused`: invalid program; `infrastructure`: the sandbox failed, and the
+    program has no result."""
     exit_code: int | None
-    """None where it did not end by itself."""
+    """None unless the program exited by itself."""
     stdout: str
-    """What it wrote, up to the limit; what is no UTF-8 is replaced."""
+    """Standard output up to the limit, decoded as UTF-8 with replacement characters."""
     stderr: str
-    """Likewise."""
+    """Standard error, like `stdout`."""
     reason: str
-    """One sentence for every status but ok."""
+    """One sentence; "" for `ok`."""
     wall_s: float
-    """Seconds by the clock."""
+    """Clock time in seconds."""
     cpu_s: float
-    """Seconds of processors, of all its processes that were waited for or seen at work."""
+    """Processor time in seconds."""
     starved_s: float = 0.0
-    """Of `wall_s`, seconds in which it was ready to run and had no processor: the machine's, not its own, and
-    not counted by the limit."""
+    """Seconds in `wall_s` without a processor although the program was ready to run; not limited."""

@@ -1,10 +1,8 @@
-"""What a process takes from itself for good: memory, files, system calls.  The enclosures and the readers of
-files of others are made of it.
+"""Limits, Landlock rules and system call filters of a process; none can be lifted again.
 
-Landlock has rules about files, TCP, signals and abstract sockets; constants and layouts are those of
-linux/landlock.h, see landlock(7).  The filter of system calls holds what a program has no use for and what
-leads out of its enclosure: a classic BPF program, see seccomp(2) and linux/filter.h. Calls that are not named
-pass, calls that are newer than the list do not exist for the program, and no call ends it: it sees an error.
+Landlock restricts files, TCP, signals and abstract sockets; constants and layouts are those of
+`linux/landlock.h`, see landlock(7). The system call filter is a classic BPF program, see seccomp(2) and
+`linux/filter.h`. Calls in `system_calls.FORBIDDEN_CALLS`, and calls above `LAST_KNOWN`, fail with an error.
 """
 
 from __future__ import annotations
@@ -23,149 +21,129 @@ from typing import Literal
 
 from megatron_sov.sandbox import system_calls as sc
 
-SYSTEM = ("/usr/bin", "/usr/include", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/bin", "/lib",
-          "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache")
+SYSTEM_PATHS = ("/usr/bin", "/usr/include", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/bin",
+                "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 MAX_OPEN_FILES = 256
-"""Of a reader."""
-NEEDED_ABI = 3
-"""Linux 6.2: an older one lets every file be cut to nothing by truncate(2)."""
-SIGNAL_SCOPE_ABI = 6
+"""RLIMIT_NOFILE for `enclose_reader`."""
+MIN_LANDLOCK_VERSION = 3
+"""Linux 6.2; older versions do not restrict truncate(2)."""
+SIGNAL_SCOPE_VERSION = 6
 """Linux 6.12."""
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE, _IOCTL_DEV = 1, 2, 4, 8, 1 << 14, 1 << 15
 _MAKE_CHAR, _MAKE_BLOCK = 1 << 6, 1 << 11
 _FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
-_FILES_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
-_TCP_ABI, _TCP, _SCOPES = 4, 3, 3
-_VERSION, _BENEATH = 1, 1
-# names and not numbers: `system_calls` has both machines' numbers
-ALWAYS = (
-    # other processes
-    "ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "process_mrelease", "kcmp",
-    "pidfd_open", "pidfd_getfd", "pidfd_send_signal", "migrate_pages", "move_pages", "sched_setscheduler",
-    "sched_setparam", "sched_setattr", "setpriority", "ioprio_set",
-    # the network; socketpair stays, which event loops need
-    "socket", "connect", "bind", "listen", "accept", "accept4",
-    # large and rarely used parts of the kernel, which is where its holes are
-    "io_uring_setup", "io_uring_enter", "io_uring_register", "bpf", "perf_event_open", "userfaultfd",
-    "keyctl", "add_key", "request_key", "modify_ldt", "personality", "uselib", "lookup_dcookie", "mbind",
-    "set_mempolicy", "set_mempolicy_home_node",
-    # namespaces, file systems, files by handles
-    "mount", "umount2", "pivot_root", "chroot", "move_mount", "open_tree", "fsopen", "fsconfig", "fsmount",
-    "fspick", "mount_setattr", "unshare", "setns", "name_to_handle_at", "open_by_handle_at", "fanotify_init",
-    "fanotify_mark", "quotactl", "quotactl_fd", "landlock_create_ruleset", "landlock_add_rule",
-    "landlock_restrict_self",
-    # the machine
-    "init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "reboot", "swapon",
-    "swapoff", "acct", "settimeofday", "clock_settime", "adjtimex", "clock_adjtime", "sethostname",
-    "setdomainname", "iopl", "ioperm", "syslog", "vhangup",
-    # memory that no limit of a process counts, and that may outlive it
-    "shmget", "shmat", "shmctl", "semget", "semop", "semctl", "semtimedop", "msgget", "msgsnd", "msgrcv",
-    "msgctl", "mq_open", "mq_unlink", "memfd_create", "memfd_secret",
-)
-WITHOUT_NAMESPACES = {
-    # with these a process leaves the group in which all are ended at once
+_RIGHTS_BY_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+_TCP_VERSION, _TCP, _SCOPES = 4, 3, 3
+_CREATE_RULESET_VERSION, _RULE_PATH_BENEATH = 1, 1
+CALLS_WITHOUT_NAMESPACES = {
+    # would leave the process group, by which the sandbox kills programs
     "setsid setpgid": errno.EPERM,
-    # Landlock does not watch them. They do nothing and say that they did: copying a file ends with them
+    # not restricted by Landlock; pretend success, because `shutil.copy` ends with a chmod
     "chmod fchmod fchmodat utime utimes futimesat utimensat": 0,
     "chown lchown fchown fchownat inotify_add_watch": errno.EPERM,
     "setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr": errno.ENOTSUP,
 }
-WITHOUT_SIGNAL_SCOPE = ("tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
+CALLS_WITHOUT_SIGNAL_SCOPE = ("tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
 _NEW_NAMESPACES = 0x7E020080
 _AF_UNIX, _SOCK_STREAM, _SOCK_FLAGS = 1, 1, 0o2004000
 _FCNTL = (8, 15, 1024, 1026)
-"""F_SETOWN, F_SETOWN_EX, which signal others; F_SETLEASE, F_NOTIFY, which look at what others do."""
+"""F_SETOWN and F_SETOWN_EX signal other processes; F_SETLEASE and F_NOTIFY observe other processes."""
 _IOCTL = (0x8901, 0x8902, 0x5412, 0x541C, 0x40086602, 0x40047602, 0x401C5820)
-"""FIOSETOWN, SIOCSPGRP, TIOCSTI, TIOCLINUX; FS_IOC_SETFLAGS, FS_IOC_SETVERSION, FS_IOC_FSSETXATTR, which
-change files that are open for reading."""
+"""FIOSETOWN, SIOCSPGRP, TIOCSTI, TIOCLINUX; FS_IOC_SETFLAGS, FS_IOC_SETVERSION and FS_IOC_FSSETXATTR change
+files that are open for reading."""
 _LOAD, _AND, _IF_EQUAL, _IF_ABOVE, _IF_SET, _RETURN = 0x20, 0x54, 0x15, 0x25, 0x45, 0x06
 _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 _SECCOMP_MODE_FILTER = 2
 _Instruction = tuple[int, int, int, int]
-
-
-def limit(kind: int, most: float) -> None:
-    """Let this process and those that it starts have no more, or less where the machine has a lower limit."""
-    hard = resource.getrlimit(kind)[1]
-    # hard and soft together: the process cannot raise it again
-    value = int(most) if hard == resource.RLIM_INFINITY else min(int(most), hard)
-    resource.setrlimit(kind, (value, value))
+"""BPF code, instructions to skip if true, if false, and value."""
 
 
 def enclose_reader(readable: list[str], memory_bytes: int) -> None:
-    """Take from this process, for good, what reading needs not: memory without end, writing, the network, and
-    where the kernel knows Landlock all files but those of `readable` and the interpreter's."""
-    limit(resource.RLIMIT_AS, memory_bytes)
-    limit(resource.RLIMIT_FSIZE, 0)
-    limit(resource.RLIMIT_CORE, 0)
-    limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
-    version = landlock_version()
-    if version < NEEDED_ABI or seccomp_problem():
+    """Restrict this process to reading files: limit memory, forbid writing and the network.
+
+    Where the kernel has Landlock, only `readable`, system and interpreter paths remain accessible.
+    """
+    set_limit(resource.RLIMIT_AS, memory_bytes)
+    set_limit(resource.RLIMIT_FSIZE, 0)
+    set_limit(resource.RLIMIT_CORE, 0)
+    set_limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)
+    version = get_landlock_version()
+    if version < MIN_LANDLOCK_VERSION or find_seccomp_problem():
         return
-    prefixes = [path for path in {sys.prefix, *readable} if os.path.isdir(path)]
+    folders = [path for path in {sys.prefix, *readable} if os.path.isdir(path)]
     sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
-    restrict_files(version, [*readable_paths(prefixes), *devices()], [])
-    install_filter(prepare_filter(namespaces=False, signal_scope=version >= SIGNAL_SCOPE_ABI,
-                                  own_pid=os.getpid()))
+    restrict_files(version, [*list_readable_paths(folders), *list_devices()], [])
+    install_filter(build_filter(namespaces=False, signal_scope=version >= SIGNAL_SCOPE_VERSION,
+                                own_pid=os.getpid()))
 
 
-def devices() -> list[str]:
+def set_limit(kind: int, limit: float) -> None:
+    """Set the soft and hard RLIMIT `kind` to `limit`, or to the present hard limit if lower."""
+    hard = resource.getrlimit(kind)[1]
+    # the hard limit too, or the process could raise the soft limit again
+    value = int(limit) if hard == resource.RLIM_INFINITY else min(int(limit), hard)
+    resource.setrlimit(kind, (value, value))
+
+
+# Paths.
+
+
+def list_devices() -> list[str]:
     return [device for device in DEVICES if os.path.exists(device)]
 
 
-def readable_paths(more: Iterable[str] = ()) -> list[str]:
-    """Return folders and files, none inside another; where a symbolic link leads, too.
+def list_readable_paths(folders: Iterable[str] = ()) -> list[str]:
+    """Return readable folders and files, with symbolic links' targets and without nested paths.
 
     Args:
-        more: further folders, as of another language's interpreter.
+        folders: folders besides the system's and the interpreter's.
     """
-    wanted = [*SYSTEM, *_interpreter(), *_loaded_libraries(), *more]
-    existing = sorted({form for path in wanted if os.path.exists(path)
-                       for form in (os.path.normpath(path), os.path.realpath(path))})
-    # a rule for a folder covers all below it
-    return [path for path in existing if not any(path.startswith(f"{other}/") for other in existing)]
+    wanted = [*SYSTEM_PATHS, *_list_interpreter_folders(), *_list_library_folders(), *folders]
+    existing: set[str] = set()
+    for path in wanted:
+        if os.path.exists(path):
+            existing |= {os.path.normpath(path), os.path.realpath(path)}
+    # a rule for a folder includes all paths below
+    return [path for path in sorted(existing)
+            if not any(path.startswith(f"{folder}/") for folder in existing)]
 
 
-def folders_of(executable: str) -> list[str]:
-    """Return what a program needs to run that lies outside of the system's folders: the prefix that it is
-    installed in, or its own folder where that is none."""
-    folder = Path(executable).resolve().parent
-    return [str(folder.parent if folder.name == "bin" and len(folder.parts) > 3 else folder)]
-
-
-def _interpreter() -> list[str]:
+def _list_interpreter_folders() -> list[str]:
     prefix = sys.base_prefix
     if prefix == "/usr":
         return []
     return [f"{prefix}/bin", f"{prefix}/lib"] if prefix == "/usr/local" else [prefix]
 
 
-def _loaded_libraries() -> list[str]:
-    """Return the folders of the shared libraries that this process has loaded from elsewhere: an
-    environment module's, say, which others of them will come from."""
+def _list_library_folders() -> list[str]:
+    """Return the folders of libraries in `/proc/self/maps`, e.g. from an environment module."""
     try:
         lines = Path("/proc/self/maps").read_text().split("\n")
     except OSError:
         return []
-    mapped = [line.split(None, 5) for line in lines]  # address, rights, offset, device, inode, file
-    files = {fields[5] for fields in mapped if len(fields) == 6}
+    mappings = [line.split(None, 5) for line in lines]  # address, rights, offset, device, inode, file
+    files = {fields[5] for fields in mappings if len(fields) == 6}
     return sorted({os.path.dirname(file) for file in files if file.startswith("/") and ".so" in file})
 
 
-class _Ruleset(ctypes.Structure):
+# Landlock.
+
+
+class _RulesetAttributes(ctypes.Structure):
     _fields_ = [("files", ctypes.c_uint64), ("network", ctypes.c_uint64), ("scopes", ctypes.c_uint64)]
 
 
-class _Beneath(ctypes.Structure):
+class _PathBeneathAttributes(ctypes.Structure):
     _pack_ = 1
     _fields_ = [("rights", ctypes.c_uint64), ("fd", ctypes.c_int32)]
 
 
-def landlock_version() -> int:
-    """Return the version that the kernel has; 0: none, or it is switched off."""
+def get_landlock_version() -> int:
+    """Return the kernel's Landlock ABI version; 0 without Landlock."""
     try:
-        return sc.call("landlock_create_ruleset", None, ctypes.c_size_t(0), ctypes.c_uint32(_VERSION))
+        return sc.call_by_number("landlock_create_ruleset", None, ctypes.c_size_t(0),
+                                 ctypes.c_uint32(_CREATE_RULESET_VERSION))
     except OSError as e:
         if e.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, None):
             return 0
@@ -173,97 +151,78 @@ def landlock_version() -> int:
 
 
 def restrict_files(version: int, readable: Iterable[str], writable: Iterable[str]) -> None:
-    """Keep this process, and all that it starts, to some paths, without TCP, for good; raises OSError.
+    """Restrict this process and its children to paths, without TCP.
 
     Args:
-        version: as `landlock_version` says.
-        readable: folders and files that may be read and run.
-        writable: those that may also be changed.
+        version: result of `get_landlock_version`.
+        readable: folders and files to read and execute.
+        writable: folders and files to read, execute and change.
+
+    Raises:
+        OSError: the kernel rejects the rules.
     """
-    # the newest set of rights that this kernel knows: an unknown bit is refused as a whole
-    rights = max((bits for first, bits in _FILES_BY_ABI.items() if first <= version))
-    rules = _Ruleset(rights, _TCP if version >= _TCP_ABI else 0,
-                     _SCOPES if version >= SIGNAL_SCOPE_ABI else 0)
-    fd = sc.call("landlock_create_ruleset", ctypes.byref(rules), ctypes.c_size_t(ctypes.sizeof(rules)),
-              ctypes.c_uint32(0))
+    # the newest rights that the kernel knows: an unknown bit makes the whole call fail
+    rights = max(bits for first, bits in _RIGHTS_BY_VERSION.items() if first <= version)
+    attributes = _RulesetAttributes(rights, _TCP if version >= _TCP_VERSION else 0,
+                                    _SCOPES if version >= SIGNAL_SCOPE_VERSION else 0)
+    fd = sc.call_by_number("landlock_create_ruleset", ctypes.byref(attributes),
+                           ctypes.c_size_t(ctypes.sizeof(attributes)), ctypes.c_uint32(0))
     try:
         for path in readable:
-            _allow(fd, path, rights & (_EXECUTE | _READ_FILE | _READ_DIR))
+            _add_path_rule(fd, path, rights & (_EXECUTE | _READ_FILE | _READ_DIR))
         for path in writable:
-            # no device files: they would lead past all of this
-            _allow(fd, path, rights & ~(_MAKE_CHAR | _MAKE_BLOCK))
-        sc.call("landlock_restrict_self", ctypes.c_int(fd), ctypes.c_uint32(0))
+            # device files would bypass all rules
+            _add_path_rule(fd, path, rights & ~(_MAKE_CHAR | _MAKE_BLOCK))
+        sc.call_by_number("landlock_restrict_self", ctypes.c_int(fd), ctypes.c_uint32(0))
     finally:
         os.close(fd)
 
 
-def _allow(ruleset: int, path: str, rights: int) -> None:
+def _add_path_rule(ruleset: int, path: str, rights: int) -> None:
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        # the kernel refuses rights of folders in a rule for a file
+        # the kernel rejects folder rights in a rule for a file
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             rights &= _FILE_RIGHTS
-        rule = _Beneath(rights, fd)
-        sc.call("landlock_add_rule", ctypes.c_int(ruleset), ctypes.c_int(_BENEATH), ctypes.byref(rule),
-             ctypes.c_uint32(0))
+        rule = _PathBeneathAttributes(rights, fd)
+        sc.call_by_number("landlock_add_rule", ctypes.c_int(ruleset), ctypes.c_int(_RULE_PATH_BENEATH),
+                          ctypes.byref(rule), ctypes.c_uint32(0))
     finally:
         os.close(fd)
+
+
+# System call filter.
 
 
 @dataclass(frozen=True)
-class PathRule:
-    """A call that fails, always or by the value of an argument."""
+class _CallRule:
+    """A system call that fails, always or for some values of an argument."""
 
     call: str
     error: int = errno.EPERM
-    """What it fails with; 0: it does nothing and seems to succeed."""
+    """errno; 0 skips the call and reports success."""
     word: int | None = None
-    """Half of an argument that is looked at: 2 n is the lower half of argument n; None: none is."""
+    """Index of a 32-bit half of the arguments: `2 * n` is the low half of argument `n`. None: always fail."""
     fails: Literal["in", "not in", "any bit of"] = "in"
-    """How the word has to stand to the values."""
+    """Relation of the masked word to `values` that makes the call fail."""
     values: tuple[int, ...] = ()
     mask: int = 0xFFFFFFFF
-    """Bits of the word that count."""
+    """Bits to compare."""
 
 
-class _Code(ctypes.Structure):
-    _fields_ = [("code", ctypes.c_uint16), ("yes", ctypes.c_uint8), ("no", ctypes.c_uint8),
+class _BpfInstruction(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_uint16), ("if_true", ctypes.c_uint8), ("if_false", ctypes.c_uint8),
                 ("value", ctypes.c_uint32)]
 
 
-class Filter(ctypes.Structure):
-    """A filter that is ready: making one takes milliseconds, as long as all the rest of a program's start."""
+class CallFilter(ctypes.Structure):
+    """`sock_fprog`: a compiled filter. Build it once, because building takes milliseconds."""
 
-    _fields_ = [("length", ctypes.c_uint16), ("code", ctypes.POINTER(_Code))]
-
-
-def _rules(namespaces: bool, signal_scope: bool, own_pid: int) -> list[PathRule]:
-    found = [PathRule(name) for name in ALWAYS]
-    found += [
-        PathRule("clone3", errno.ENOSYS),  # its flags lie in memory; the C library falls back on clone
-        PathRule("clone", word=0, fails="any bit of", values=(_NEW_NAMESPACES,)),
-        PathRule("socketpair", word=0, fails="not in", values=(_AF_UNIX,)),
-        # a pair of datagram sockets can be sent to other addresses
-        PathRule("socketpair", word=2, fails="not in", values=(_SOCK_STREAM,), mask=0xFFFFFFFF ^ _SOCK_FLAGS),
-        PathRule("sendto", word=8, fails="not in", values=(0,)),
-        PathRule("sendto", word=9, fails="not in", values=(0,)),
-        PathRule("fcntl", word=2, values=_FCNTL),
-        PathRule("ioctl", word=2, values=_IOCTL),
-        PathRule("prlimit64", word=0, fails="not in", values=(0,)),
-        PathRule("sched_setaffinity", word=0, fails="not in", values=(0,)),
-    ]
-    if not namespaces:
-        found += [PathRule(name, error) for names,
-                  error in WITHOUT_NAMESPACES.items() for name in names.split()]
-    if not (namespaces or signal_scope):
-        found += [PathRule(name) for name in WITHOUT_SIGNAL_SCOPE]
-        found += [PathRule("kill", word=0, fails="not in", values=(0, own_pid)),
-                  PathRule("tgkill", word=0, fails="not in", values=(own_pid,))]
-    return found
+    _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_BpfInstruction))]
 
 
-def seccomp_problem() -> str:
-    """Return why this machine has no filter; empty: it has one."""
+def find_seccomp_problem() -> str:
+    """Return the reason why this machine cannot filter system calls; "" if possible."""
     if platform.machine() not in sc.MACHINES:
         return f"no list of system calls for {platform.machine()}, only for {', '.join(sc.MACHINES)}"
     try:
@@ -273,56 +232,83 @@ def seccomp_problem() -> str:
     return ""
 
 
-def prepare_filter(*, namespaces: bool, signal_scope: bool, own_pid: int) -> Filter:
-    """Return the filter of a process.
+def build_filter(*, namespaces: bool, signal_scope: bool, own_pid: int) -> CallFilter:
+    """Build the system call filter for a process.
 
     Args:
-        namespaces: it has process, mount and network namespaces of its own.
-        signal_scope: Landlock keeps its signals inside.
-        own_pid: its number.
+        namespaces: the process has its own process, mount and network namespaces.
+        signal_scope: Landlock restricts the process's signals.
+        own_pid: process number.
     """
-    made = _assembled(_rules(namespaces, signal_scope, own_pid))
-    code = (_Code * len(made))(*[_Code(*instruction) for instruction in made])
-    return Filter(len(made), ctypes.cast(code, ctypes.POINTER(_Code)))
+    instructions = _compile_rules(_list_rules(namespaces, signal_scope, own_pid))
+    array = (_BpfInstruction * len(instructions))(*[_BpfInstruction(*fields) for fields in instructions])
+    return CallFilter(len(instructions), ctypes.cast(array, ctypes.POINTER(_BpfInstruction)))
 
 
-def install_filter(made: Filter) -> None:
-    """Filter the calls of this process and of all that it starts, for good; raises OSError.
+def install_filter(call_filter: CallFilter) -> None:
+    """Filter the system calls of this process and its children. Set PR_SET_NO_NEW_PRIVS before.
 
-    It must not be able to gain privileges (PR_SET_NO_NEW_PRIVS).
+    Raises:
+        OSError: the kernel rejects the filter.
     """
-    sc.prctl(sc.PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(made))
+    sc.prctl(sc.PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(call_filter))
 
 
-def _assembled(forbidden: Sequence[PathRule]) -> list[_Instruction]:
-    """Return the filter's instructions: (code, steps to skip if so, if not, value)."""
+def _list_rules(namespaces: bool, signal_scope: bool, own_pid: int) -> list[_CallRule]:
+    rules = [_CallRule(name) for name in sc.FORBIDDEN_CALLS]
+    rules += [
+        # a filter cannot read flags in memory; for ENOSYS the C library calls clone instead
+        _CallRule("clone3", errno.ENOSYS),
+        _CallRule("clone", word=0, fails="any bit of", values=(_NEW_NAMESPACES,)),
+        _CallRule("socketpair", word=0, fails="not in", values=(_AF_UNIX,)),
+        # datagram sockets can send to other addresses
+        _CallRule("socketpair", word=2, fails="not in", values=(_SOCK_STREAM,),
+                  mask=0xFFFFFFFF ^ _SOCK_FLAGS),
+        _CallRule("sendto", word=8, fails="not in", values=(0,)),
+        _CallRule("sendto", word=9, fails="not in", values=(0,)),
+        _CallRule("fcntl", word=2, values=_FCNTL),
+        _CallRule("ioctl", word=2, values=_IOCTL),
+        _CallRule("prlimit64", word=0, fails="not in", values=(0,)),
+        _CallRule("sched_setaffinity", word=0, fails="not in", values=(0,)),
+    ]
+    if not namespaces:
+        rules += [_CallRule(name, error) for names, error in CALLS_WITHOUT_NAMESPACES.items()
+                  for name in names.split()]
+        if not signal_scope:
+            rules += [_CallRule(name) for name in CALLS_WITHOUT_SIGNAL_SCOPE]
+            rules += [_CallRule("kill", word=0, fails="not in", values=(0, own_pid)),
+                      _CallRule("tgkill", word=0, fails="not in", values=(own_pid,))]
+    return rules
+
+
+def _compile_rules(rules: Sequence[_CallRule]) -> list[_Instruction]:
     architecture = sc.MACHINES[platform.machine()][1]
-    made: list[_Instruction] = [
-        # offset 4 of seccomp_data: numbers mean other calls on another architecture (32-bit calls of x86-64)
+    instructions: list[_Instruction] = [
+        # offset 4 of seccomp_data: 32-bit calls on x86-64 have other numbers
         (_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _ERROR | errno.ENOSYS),
         (_LOAD, 0, 0, 0),
-        # newer calls, and those of the x32 ABI, whose numbers have bit 30
+        # newer calls, and calls of the x32 ABI, whose numbers have bit 30
         (_IF_ABOVE, 0, 1, sc.LAST_KNOWN), (_RETURN, 0, 0, _ERROR | errno.ENOSYS)]
-    for rule in forbidden:
-        n = sc.number(rule.call)
-        if n is not None:
-            block = _block(rule)
-            made += [(_IF_EQUAL, 0, len(block), n), *block]
-    return [*made, (_RETURN, 0, 0, _ALLOW)]
+    for rule in rules:
+        number = sc.get_call_number(rule.call)
+        if number is not None:
+            block = _compile_rule(rule)
+            instructions += [(_IF_EQUAL, 0, len(block), number), *block]
+    return [*instructions, (_RETURN, 0, 0, _ALLOW)]
 
 
-def _block(rule: PathRule) -> list[_Instruction]:
-    """Return what is done for the call of a rule; it ends with the call's number loaded again."""
+def _compile_rule(rule: _CallRule) -> list[_Instruction]:
+    """Return the instructions for the rule's call; the last instruction loads the call's number again."""
     fail = (_RETURN, 0, 0, _ERROR | rule.error)
     if rule.word is None:
         return [fail]
     tests: list[_Instruction] = []
     for i, value in enumerate(rule.values):
-        # jumps count instructions to skip, and only go forward
-        behind = len(rule.values) - 1 - i
-        if rule.fails == "not in":  # any of them leads over the failure
-            tests.append((_IF_EQUAL, behind + 1, 0, value))
-        else:  # any of them leads to the failure, the last miss over it
-            kind = _IF_EQUAL if rule.fails == "in" else _IF_SET
-            tests.append((kind, behind, 0 if behind else 1, value))
+        # jumps count instructions to skip, forward only
+        remaining = len(rule.values) - 1 - i
+        if rule.fails == "not in":  # a match skips the failure
+            tests.append((_IF_EQUAL, remaining + 1, 0, value))
+        else:  # a match jumps to the failure, the last mismatch skips the failure
+            code = _IF_EQUAL if rule.fails == "in" else _IF_SET
+            tests.append((code, remaining, 0 if remaining else 1, value))
     return [(_LOAD, 0, 0, 16 + 4 * rule.word), (_AND, 0, 0, rule.mask), *tests, fail, (_LOAD, 0, 0, 0)]

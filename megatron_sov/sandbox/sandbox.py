@@ -1,5 +1,4 @@
-"""The sandbox: programs of a model run where they can do no harm, by servers of it, or by a command of the
-user's own (gVisor, bubblewrap, a container)."""
+"""Run model-written programs in server processes of the sandbox, or by the user's own enclosing command."""
 
 from __future__ import annotations
 
@@ -20,95 +19,89 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_sov.base.errors import UserError, format_problems
-from megatron_sov.sandbox.enclosures import EnclosureUnavailable, identity_maps, remove
-from megatron_sov.sandbox.program import Limits, Outcome, Program
-from megatron_sov.sandbox.restrictions import folders_of
-from megatron_sov.sandbox.supervise import MAX_STARVED_S, START_LIMIT_S, Ends, SupervisedProgram, supervise
+from megatron_sov.sandbox.enclosures import EnclosureUnavailable, build_id_maps
+from megatron_sov.sandbox.folders import remove_folder
+from megatron_sov.sandbox.program import FILE_NAME, Limits, Outcome, Program
+from megatron_sov.sandbox.supervision import (
+    MAX_STARVED_S, START_LIMIT_S, ProgramPipes, SupervisedProgram, supervise_program)
 from megatron_sov.work.processes.channel import receive_message, send_message
 from megatron_sov.work.processes.children import Child, start_interpreter
 from megatron_sov.work.processes.process_tree import ProcessTreeUsage
 
 ENCLOSURES = ("namespaces", "landlock")
-"""What the kernel may give, the stronger one first."""
-LANGUAGES: Mapping[str, tuple[str, ...]] = {"bash": ("bash", "{file}")}
-"""Beside python; those whose command is installed."""
+"""Enclosures by the kernel, the strongest first."""
 PACKAGES = ("numpy",)
-"""Packages of this environment that programs may import, beside the standard library."""
+"""Packages that programs may import besides the standard library."""
 DEFAULT_LIMITS = Limits()
 _ROOT = str(Path(__file__).parents[2])
-# last, for where it is installed other packages lie beside it
+# The root comes last in the path, because `site-packages` may shadow the standard library.
 _CODE = ("import sys; sys.path = sys.path[1:] + [sys.argv[2]]; "
          "from megatron_sov.sandbox.server import main; main(int(sys.argv[1]), sys.argv[2])")
 _END_LIMIT_S = 5.0
-_ANSWER_LIMIT_S = 600.0
-"""For the server, beyond the program's own limits."""
-PYTHON = ("python3", "{file}")
-FILE_NAME = "program.py"
+_REPLY_LIMIT_S = 600.0
+"""Time for the server's reply beyond the program's limits."""
 SANDBOXES: dict[tuple[str, tuple[str, ...], int], Sandbox] = {}
-"""Those that are shared: enclosure, command and workers -> sandbox."""
-_MAKING = threading.Lock()
+"""(enclosure, command, workers) -> shared sandbox."""
+_SANDBOXES_LOCK = threading.Lock()
 
 
 class Sandbox:
-    """Runs programs; a context, since its servers have to end. Threads may share one.
+    """Runs programs; threads may share a sandbox.
+
+    Use it as a context manager, because the server processes must be ended.
 
     Args:
-        limits: for programs that have none of their own.
-        enclosure: `namespaces`, `landlock`, or `auto`: the first of them that this machine gives.
-        workers: programs that run at a time.
-        command: an own command instead, which programs are run by: gVisor, bubblewrap, Apptainer.
-        languages: language -> command that runs a program in it; `{file}` stands for the program.
+        limits: default limits.
+        enclosure: `namespaces`, `landlock`, or `auto` for the strongest on this machine.
+        workers: programs at a time.
+        command: enclosing command instead, e.g. of gVisor, bubblewrap or Apptainer; `{folder}` is replaced
+            by the program's folder.
 
     Raises:
-        UserError: a setting breaks a rule, or the machine gives no enclosure.
+        UserError: a setting breaks a rule, or the machine cannot enclose programs.
     """
 
     enclosure: str
     """`namespaces`, `landlock` or `command`."""
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS, *, enclosure: str = "auto", workers: int = 1,
-                 command: Sequence[str] = (), languages: Mapping[str, Sequence[str]] = {}) -> None:
-        problems = limits.problems() + _problems(enclosure, workers, command)
+                 command: Sequence[str] = ()) -> None:
+        problems = limits.problems() + _find_problems(enclosure, workers, command)
         if problems:
             raise UserError(format_problems("sandbox", problems))
         self._limits, self._command = limits, tuple(command)
-        known = {**LANGUAGES, **{name: tuple(parts) for name, parts in languages.items()}}
-        self._languages = {name: parts for name, parts in known.items() if command or shutil.which(parts[0])}
-        self._free: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
-        self._num_workers, self._closed = workers, False
+        self._idle_workers: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
+        """Idle workers; None entries in place of workers if `command` is set."""
+        self._is_closed = False
         self._workers: list[Worker] = []
         if command:
             self.enclosure = "command"
-            for _ in range(workers):
-                self._free.put(None)
         else:
-            self._start(enclosure)
+            self.enclosure = self._create_workers(enclosure, workers)
+        idle: Sequence[Worker | None] = self._workers or [None] * workers
+        for worker in idle:
+            self._idle_workers.put(worker)
 
-    def _start(self, wanted: str) -> None:
-        """Start the first worker, which shows what the machine gives; the others start with their work."""
+    def _create_workers(self, enclosure: str, count: int) -> str:
+        """Create workers and start the first, to test the machine; return the enclosure's name."""
         packages = find_packages()
-        # the folders of these packages alone: all else that is installed beside them stays hidden
-        readable = sorted({*(folder for parts in self._languages.values()
-                             for folder in folders_of(shutil.which(parts[0]) or parts[0])),
-                           *(folder for folder in packages.values()),
-                           *(libraries for folder in packages.values()
-                             if os.path.isdir(libraries := f"{folder}.libs"))})
+        # only the packages' own folders: other installed packages stay hidden
+        readable = list(packages.values())
+        readable += [libraries for folder in packages.values()
+                     if os.path.isdir(libraries := f"{folder}.libs")]
         reasons = []
-        # tried and not asked: whether a kernel allows namespaces depends on its settings and on containers
-        for name in ENCLOSURES if wanted == "auto" else (wanted,):
-            first = Worker(name, readable, packages)
+        # test by starting: whether namespaces work depends on the kernel, its settings and the container
+        for name in ENCLOSURES if enclosure == "auto" else (enclosure,):
+            workers = [Worker(name, sorted(readable), packages) for _ in range(count)]
             try:
-                first.start()
+                workers[0].start()
             except EnclosureUnavailable as e:
                 reasons.append(f"{name}: {e}")
                 continue
-            self.enclosure = name
-            self._workers = [first, *(Worker(name, readable, packages) for _ in range(self._num_workers - 1))]
-            for worker in self._workers:
-                self._free.put(worker)
-            return
+            self._workers = workers
+            return name
         raise UserError(format_problems("sandbox: this machine cannot enclose a program", reasons,
-                                      "allow one of them, or set `command` to one that encloses programs"))
+                                        "allow one of them, or set `command` to one that encloses programs"))
 
     def __enter__(self) -> Self:
         return self
@@ -117,186 +110,173 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """End all servers, behind the programs that they run."""
-        self._closed = True
+        """End the server processes, after running programs."""
+        self._is_closed = True
         for worker in self._workers:
             worker.stop()
 
     def run(self, program: Program, limits: Limits | None = None) -> Outcome:
-        """Return what becomes of a program.
+        """Run a program and return the outcome.
 
         Args:
-            program: what to run.
-            limits: for this program, instead of the sandbox's.
+            program: the program.
+            limits: limits instead of the sandbox's.
 
         Raises:
             UserError: a limit breaks a rule.
         """
         if limits is not None and (problems := limits.problems()):
             raise UserError(format_problems("limits", problems))
-        if self._closed:
+        if self._is_closed:
             raise RuntimeError("this sandbox has been closed")
-        reason = program.problem() or self._language_problem(program.language)
-        if reason:
+        if reason := program.find_problem():
             return Outcome("refused", None, "", "", reason, 0.0, 0.0)
-        # a queue as a semaphore: who finds no free worker waits here
-        worker = self._free.get()
+        # waits for an idle worker
+        worker = self._idle_workers.get()
         try:
-            command = self._languages.get(program.language)
             if worker is None:
-                return run_in_command(self._command, command or PYTHON, program, limits or self._limits)
-            return worker.run(program, limits or self._limits, command)
+                return run_by_command(self._command, program, limits or self._limits)
+            return worker.run(program, limits or self._limits)
         finally:
-            self._free.put(worker)
+            self._idle_workers.put(worker)
 
-    def _language_problem(self, language: str) -> str:
-        if language == "python" or language in self._languages:
-            return ""
-        return (f"language = {language!r}: there is no command for it here; there are "
-                f"{', '.join(['python', *self._languages])}")
+
+def _find_problems(enclosure: str, workers: int, command: Sequence[str]) -> list[str]:
+    problems = []
+    if enclosure not in ("auto", "command", *ENCLOSURES):
+        problems.append(f"enclosure = {enclosure!r} must be auto, command or one of {', '.join(ENCLOSURES)}")
+    if workers < 1:
+        problems.append(f"workers = {workers} must be at least 1")
+    if command and enclosure not in ("auto", "command"):
+        problems.append(f"enclosure = {enclosure!r} with a command of your own: set one of them")
+    if enclosure == "command" and not command:
+        problems.append("enclosure = 'command' needs `command`")
+    if command and shutil.which(command[0], path=os.environ.get("PATH", os.defpath)) is None:
+        problems.append(f"command: {command[0]!r} is not installed, or not on the PATH")
+    return problems
 
 
 def find_packages() -> dict[str, str]:
-    """Return name -> folder of those of `PACKAGES` that this environment has, without links on the way: an
-    environment may be reached by one, which programs do not see."""
+    """Return package -> folder for the installed `PACKAGES`, with symbolic links resolved, because programs
+    cannot follow a link to a virtual environment."""
     specs = {name: importlib.util.find_spec(name) for name in PACKAGES}
     return {name: os.path.realpath(os.path.dirname(spec.origin))
             for name, spec in specs.items() if spec and spec.origin}
 
 
-def machine_enclosure() -> str:
-    """Return which enclosure this machine gives to the user that asks.
-
-    Raises:
-        UserError: none; with the reasons.
-    """
-    with Sandbox() as sandbox:
-        return sandbox.enclosure
-
-
-def _problems(enclosure: str, workers: int, command: Sequence[str]) -> list[str]:
-    p = []
-    if enclosure not in ("auto", "command", *ENCLOSURES):
-        p.append(f"enclosure = {enclosure!r} must be auto, command or one of {', '.join(ENCLOSURES)}")
-    if workers < 1:
-        p.append(f"workers = {workers} must be at least 1")
-    if command and enclosure not in ("auto", "command"):
-        p.append(f"enclosure = {enclosure!r} with a command of your own: set one of them")
-    if enclosure == "command" and not command:
-        p.append("enclosure = 'command' needs `command`")
-    if command and shutil.which(command[0], path=os.environ.get("PATH", os.defpath)) is None:
-        p.append(f"command: {command[0]!r} is not installed, or not on the PATH")
-    return p
-
-
 def shared_sandbox(enclosure: str = "auto", command: Sequence[str] = (), workers: int = 1) -> Sandbox:
-    """Return the sandbox of this process with these settings; it lives as long as the process.
+    """Return the process-wide `Sandbox` with the given settings, which ends with the process.
 
     Raises:
-        UserError: a setting breaks a rule, or the machine gives no enclosure.
+        UserError: a setting breaks a rule, or the machine cannot enclose programs.
     """
     key = (enclosure, tuple(command), workers)
-    with _MAKING:  # two threads would start two, one of which nobody ends
+    with _SANDBOXES_LOCK:  # without the lock, one of two concurrent sandboxes would never be closed
         if key not in SANDBOXES:
             SANDBOXES[key] = Sandbox(enclosure=enclosure, command=command, workers=workers)
         return SANDBOXES[key]
 
 
+def detect_enclosure() -> str:
+    """Return the strongest enclosure in `ENCLOSURES` on this machine.
+
+    Raises:
+        UserError: the machine cannot enclose programs; the message has the reasons.
+    """
+    with Sandbox() as sandbox:
+        return sandbox.enclosure
+
+
 class Worker:
-    """One server, which runs one program at a time.
+    """Connection to a server process, which runs one program at a time.
 
     Args:
         enclosure: `namespaces` or `landlock`.
-        readable: folders that programs may read beyond the usual ones.
-        packages: name -> folder of packages that programs may import.
+        readable: readable folders besides the system's and the interpreter's.
+        packages: importable package -> folder.
     """
 
     def __init__(self, enclosure: str, readable: list[str], packages: Mapping[str, str]) -> None:
-        self._order: dict[str, Any] = {"enclosure": enclosure, "readable": readable, "folder": "",
-                                       "packages": dict(packages)}
+        self._settings: dict[str, Any] = {"enclosure": enclosure, "readable": readable, "folder": "",
+                                          "packages": dict(packages)}
         self._child: Child | None = None
 
     def start(self) -> None:
-        """Start the server, unless it runs.
+        """Start the server process unless it is running.
 
         Raises:
-            Unavailable: it cannot enclose programs on this machine.
+            EnclosureUnavailable: the machine cannot provide the enclosure.
         """
         if self._child is not None:
             return
-        if self._order["enclosure"] == "landlock":  # namespaces have theirs in memory
-            self._order["folder"] = tempfile.mkdtemp(prefix="sandbox-")
-        # the interpreter itself and not a virtual environment's link: fewer folders have to be readable
+        if self._settings["enclosure"] == "landlock":
+            self._settings["folder"] = tempfile.mkdtemp(prefix="sandbox-")
+        # the base interpreter, not the virtual environment's link: fewer folders must be readable
         python = getattr(sys, "_base_executable", None) or sys.executable
         with tempfile.TemporaryFile() as errors:
-            # the hash seed is fixed, so that a program prints its sets in one order wherever it runs
+            # a fixed hash seed, so that programs print sets in equal order everywhere
             self._child = start_interpreter([python, "-s", "-S", "-c", _CODE], [_ROOT],
                                             {"PYTHONHASHSEED": "0"}, errors=errors, patience_s=_END_LIMIT_S)
             self._child.channel.settimeout(START_LIMIT_S)
             try:
-                self._begin(self._child.channel)
+                self._wait_for_start(self._child.channel)
             except (EOFError, OSError) as e:
                 self.stop()
                 errors.seek(0)
-                said = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-                raise EnclosureUnavailable(f"its server did not start ({said or e or 'it ended'})") from None
+                last_line = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+                raise EnclosureUnavailable(f"its server did not start ({last_line or e or 'it ended'})"
+                                           ) from None
             except EnclosureUnavailable:
                 self.stop()
                 raise
 
-    def _begin(self, channel: socket.socket) -> None:
-        send_message(channel, self._order)
+    def _wait_for_start(self, channel: socket.socket) -> None:
+        send_message(channel, self._settings)
         while True:
-            told = receive_message(channel)
-            if "enclosure" in told:
+            message = receive_message(channel)
+            if "enclosure" in message:
                 return
-            if "unavailable" in told:
-                raise EnclosureUnavailable(told["unavailable"])
-            send_message(channel, {"error": _map_users(told["map"])})
+            if "unavailable" in message:
+                raise EnclosureUnavailable(message["unavailable"])
+            send_message(channel, {"error": _write_id_maps(message["map"])})
 
-    def run(self, program: Program, limits: Limits, command: tuple[str, ...] | None) -> Outcome:
-        """Return what becomes of a program; a server that fails is replaced for the next one.
+    def run(self, program: Program, limits: Limits) -> Outcome:
+        """Run a program and return the outcome; a failed server is replaced before the next program.
 
         Args:
-            program: one without a problem.
-            limits: what it may take.
-            command: what runs its file; None: the server's own interpreter.
+            program: valid program.
+            limits: limits for the program.
         """
         try:
             self.start()
-            return self._ask({
-                "job": {"source": program.source, "files": dict(program.files),
-                        "arguments": list(program.arguments), "command": command and list(command)},
-                "stdin": program.stdin, "limits": dataclasses.asdict(limits)}, limits)
+            assert self._child is not None
+            channel = self._child.channel
+            # longer than every time limit in the server: afterwards the server hangs
+            channel.settimeout(START_LIMIT_S + limits.wall_s + MAX_STARVED_S + _REPLY_LIMIT_S)
+            send_message(channel, {"job": {"source": program.source, "files": dict(program.files)},
+                                   "stdin": program.stdin, "limits": dataclasses.asdict(limits)})
+            return Outcome(**receive_message(channel))
         except (EOFError, OSError, EnclosureUnavailable) as e:
             self.stop()
             return Outcome("infrastructure", None, "", "",
                            f"the sandbox's server failed ({e or 'it ended'})", 0.0, 0.0)
 
-    def _ask(self, request: dict[str, Any], limits: Limits) -> Outcome:
-        assert self._child is not None
-        channel = self._child.channel
-        # longer than anything the server itself waits for: passing it means that the server hangs
-        channel.settimeout(START_LIMIT_S + limits.wall_s + MAX_STARVED_S + _ANSWER_LIMIT_S)
-        send_message(channel, request)
-        return Outcome(**receive_message(channel))
-
     def stop(self) -> None:
-        """End the server with all that it runs."""
+        """End the server and its program."""
         if self._child is not None:
-            self._child.end()  # by itself, so that it removes what it made
+            self._child.end()  # first closes the channel: the server removes its folders
             self._child = None
-        folder = self._order["folder"]
-        if folder and os.path.isdir(folder):  # the server has been killed, or never began
+        folder = self._settings["folder"]
+        if folder and os.path.isdir(folder):  # the server was killed, or failed at the start
             with contextlib.suppress(OSError):
-                remove(folder)
+                remove_folder(folder)
 
 
-def _map_users(pid: int) -> str:
-    """Write the user and group maps of a server's namespace; returns why that failed."""
+def _write_id_maps(pid: int) -> str:
+    """Write the user and group maps of a server's namespace; return the error, "" for success."""
     error = ""
-    # the better map first; a machine may forbid it
-    for setgroups, users, groups in identity_maps(os.geteuid(), os.getegid()):
+    # some machines forbid the preferred map
+    for setgroups, users, groups in build_id_maps(os.geteuid(), os.getegid()):
         try:
             for name, text in (("uid_map", users), ("setgroups", setgroups), ("gid_map", groups)):
                 with contextlib.suppress(FileNotFoundError):
@@ -307,15 +287,14 @@ def _map_users(pid: int) -> str:
     return error
 
 
-def run_in_command(wrapper: Sequence[str], interpreter: Sequence[str], program: Program,
-                   limits: Limits) -> Outcome:
-    """Return what becomes of a program; limits of processes and files are the command's to keep.
+def run_by_command(command: Sequence[str], program: Program, limits: Limits) -> Outcome:
+    """Run a program by an enclosing command.
 
     Args:
-        wrapper: the command; `{folder}` stands for the program's folder.
-        interpreter: what it has to run; `{file}` stands for the program.
-        program: one without a problem.
-        limits: of time, output, and memory of all processes below the command.
+        command: enclosing command; `{folder}` is replaced by the program's folder.
+        program: valid program.
+        limits: limits of time and output, and of memory for all processes of the command. The command itself
+            must limit processes and files.
     """
     folder = tempfile.mkdtemp(prefix="program-")
     try:
@@ -323,44 +302,44 @@ def run_in_command(wrapper: Sequence[str], interpreter: Sequence[str], program: 
             os.makedirs(os.path.dirname(f"{folder}/{path}"), exist_ok=True)
             with open(f"{folder}/{path}", "w", encoding="utf-8", newline="") as f:
                 f.write(text)
-        parts = [part.replace("{folder}", folder) for part in wrapper]
-        parts += [part.replace("{file}", FILE_NAME) for part in interpreter]
-        return _supervised([*parts, *program.arguments], folder, program.stdin.encode(), limits)
+        parts = [part.replace("{folder}", folder) for part in command]
+        return _supervise_command([*parts, "python3", FILE_NAME], folder, program.stdin.encode(), limits)
     except OSError as e:
-        return Outcome("infrastructure", None, "", "", f"{wrapper[0]}: {e.strerror or e}", 0.0, 0.0)
+        return Outcome("infrastructure", None, "", "", f"{command[0]}: {e.strerror or e}", 0.0, 0.0)
     finally:
         with contextlib.suppress(OSError):  # a container may leave files of another user
-            remove(folder)
+            remove_folder(folder)
 
 
-def _supervised(parts: list[str], folder: str, given: bytes, limits: Limits) -> Outcome:
-    (stdin, feed), (out_read, out), (error_read, error) = (os.pipe() for _ in range(3))
+def _supervise_command(argv: list[str], folder: str, stdin: bytes, limits: Limits) -> Outcome:
+    (stdin_read, feed), (stdout_read, stdout), (stderr_read, stderr) = (os.pipe() for _ in range(3))
     try:
-        process = subprocess.Popen(parts, stdin=stdin, stdout=out, stderr=error, cwd=folder,
+        process = subprocess.Popen(argv, stdin=stdin_read, stdout=stdout, stderr=stderr, cwd=folder,
                                    start_new_session=True, env={
                                        "PATH": os.environ.get("PATH", os.defpath), "HOME": folder,
                                        "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0",
                                        "PYTHONINTMAXSTRDIGITS": "0"})
     except OSError:
-        for fd in (feed, out_read, error_read):
+        for fd in (feed, stdout_read, stderr_read):
             os.close(fd)
         raise
     finally:
-        for fd in (stdin, out, error):
+        for fd in (stdin_read, stdout, stderr):
             os.close(fd)
 
-    def kill() -> None:
+    def kill_group() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
-    def wait() -> tuple[int, float]:
-        _, status, used = os.wait4(process.pid, 0)
-        return status, used.ru_utime + used.ru_stime
+    def wait_for_process() -> tuple[int, float]:
+        _, status, usage = os.wait4(process.pid, 0)
+        return status, usage.ru_utime + usage.ru_stime
 
-    watch = ProcessTreeUsage(process.pid)
+    tree = ProcessTreeUsage(process.pid)
     try:
-        return supervise(SupervisedProgram(process.pid, Ends(feed, out_read, error_read), given, limits,
-                                           kill=kill, wait=wait, totals=watch.totals))
+        return supervise_program(SupervisedProgram(
+            process.pid, ProgramPipes(feed, stdout_read, stderr_read), stdin, limits, kill=kill_group,
+            wait=wait_for_process, totals=tree.totals))
     finally:
-        process.returncode = 0  # it has been waited for
-        watch.close()
+        process.returncode = 0  # already waited for
+        tree.close()

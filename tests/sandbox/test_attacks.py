@@ -385,8 +385,7 @@ def test_a_program_finds_nothing_of_the_programs_before_it(sandbox: Sandbox, mon
             f"# planted2source{i}\nopen('planted3made{i}', 'w').write('planted4text{i}')\n"
             f"import sys\nprint('planted5output{i}', input(), file=[sys.stdout, sys.stderr][{i} % 2])\n"
             f"sys.exit('planted6end{i}')",
-            stdin=f"planted7input{i}\n", files={f"planted8file{i}": "x" * 5000 + f"planted9text{i}"},
-            arguments=(f"planted10argument{i}",)))
+            stdin=f"planted7input{i}\n", files={f"planted8file{i}": "x" * 5000 + f"planted9text{i}"}))
     outcome = sandbox.run(Program(SEARCH + "look_at_all(); print(sorted(found))"))
     assert outcome.status == "ok", outcome
     assert secrets(outcome.stdout) == {"planted3own"}

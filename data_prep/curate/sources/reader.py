@@ -16,12 +16,12 @@ from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.files import explain_unreadable, format_skipped, is_hidden, walk_files
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.settings import parse_settings
-from megatron_sov.sandbox.readers import KeptReader, Wording
+from megatron_sov.sandbox.reader_process import ReaderProcess, ReaderWording
 from megatron_sov.work.processes.channel import receive_message, send_message
 
 EMPTY = "empty"
 """Code for a record without text, which is left out."""
-WORDING = Wording("parser", "read", "time_s")
+WORDING = ReaderWording("parser", "read", "time_s")
 _MESSAGE_FACTOR = 8
 """Maximum JSON bytes for each byte of text; a control character takes six."""
 
@@ -46,6 +46,7 @@ class FileReader:
         options = source.options
         self.options: Any = parse_settings(self.Options, options, "options") if options else self.Options()
         self.notes: list[str] = []
+        """Sentences about files that `list_pieces` skipped."""
 
     @classmethod
     def accepts_name(cls, name: str) -> bool:
@@ -55,6 +56,7 @@ class FileReader:
         return bool(stem) and dot + suffix in cls.suffixes
 
     def list_pieces(self) -> list[SourcePiece]:
+        """List the source's parts in a fixed order; raise `UserError` for an empty source."""
         left_out: list[SourcePiece] = []
         names = list_source_files(self.source, self.accepts_name, left_out, self.notes)
         return [piece for name in names for piece in self.split_file(name)] + left_out
@@ -236,7 +238,7 @@ class _Progress:
     place = ""
 
 
-class _ReadingProcess(KeptReader):
+class _ReadingProcess(ReaderProcess):
     def __init__(self, root: str, limits: EncodingLimits) -> None:
         super().__init__("data_prep.curate.sources.enclosed", root, {"memory_bytes": limits.memory_bytes},
                          limits.time_s, WORDING)
@@ -256,10 +258,10 @@ class _ReadingProcess(KeptReader):
         limits: EncodingLimits = job.options
         # A hostile file may control the sender, so every message is checked, first its size.
         max_bytes = _MESSAGE_FACTOR * limits.document_bytes + (1 << 20)
-        with self.asking() as channel:
+        with self.open_exchange() as channel:
             send_message(channel, {"job": job.to_message(), "skip": skip})
             while True:
-                self.wait_again()
+                self.reset_timeout()
                 message = receive_message(channel, max_bytes)
                 if "end" in message:
                     return
@@ -292,7 +294,7 @@ _processes: dict[int, _ReadingProcess] = {}
 
 def _get_process(root: str, limits: EncodingLimits) -> _ReadingProcess:
     process = _processes.get(os.getpid())
-    if process is not None and process.can_read(root, limits) and not process.is_worn:
+    if process is not None and process.can_read(root, limits) and not process.needs_replacement:
         return process
     if process is not None:
         process.end()

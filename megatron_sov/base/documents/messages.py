@@ -13,8 +13,9 @@ SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "a
                   "observation": "tool", "function_response": "tool"}
 """ShareGPT's `from` -> role."""
 
-ROLE_ALIASES = {"developer": "system", "function": "tool"}
-"""Role name in newer and older OpenAI models -> role."""
+ROLE_ALIASES = {"developer": "system", "function": "tool", "human": "user", "gpt": "assistant",
+                "bot": "assistant", "ai": "assistant", "model": "assistant"}
+"""Role name in newer and older OpenAI models, ShareGPT, LangChain and Gemini -> role."""
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Field names for an assistant's reasoning."""
 MESSAGE_FIELDS = frozenset(("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "train",

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_sov.base.documents.groups import are_equal
 from megatron_sov.base.documents.layouts import (
     COMPLETIONS, FOREIGN, KTO_TAG, LABEL, Renames, convert_layout, describe_foreign_turns,
-    get_completion_field, propose_columns, refuse_media, rename_fields)
+    get_completion_field, parse_label, propose_columns, refuse_media, rename_fields)
 from megatron_sov.base.documents.messages import (
     BadRecord, Conversation, Message, Messages, check_depth, parse_messages, parse_sharegpt,
     parse_tools_and_kwargs)
@@ -364,7 +364,7 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
         article = {"text": "plain text", "chat": "a chat", "preference": "a preference",
                    "prompt": "a prompt"}[found]
         # judged responses (KTO): chats would teach the bad responses too
-        if found == "chat" and isinstance(record.get(LABEL), bool):
+        if found == "chat" and parse_label(record.get(LABEL)) is not None:
             raise BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r}), but --format is "
                                       f"{reading.kind}; turn such rows into pairs with `sov-data unpaired`")
         addition = "" if found != "prompt" else (": no response is learned then; a chat has 'messages', or "

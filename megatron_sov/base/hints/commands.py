@@ -22,20 +22,15 @@ _STAGE_COMMANDS = {"pt": "train", "rm": "reward-model"}
 
 def build_command_error(program: str, word: str, choices: Sequence[str], typed: Sequence[str] = ()
                         ) -> UserError:
-    """Build the error for an unknown command, with the command of the same meaning.
-
-    Args:
-        program: the words before the unknown one, e.g. "megatron-sov convert".
-        word: the unknown command.
-        choices: the existing commands.
-    """
+    """Build the error for the unknown command `word` after `program`, e.g. "megatron-sov convert", with the
+    command of the same meaning."""
     if program == "sov-data" and (error := _propose_pipeline(word, typed)):
         return error
     texts = _index_command_texts(program, word, typed)
     # `convert hf RUN OUT`: a direction, although a folder hf exists
     is_word = classify_folder(Path(word)) == "other" or bool(typed and Path(typed[0]).exists())
     if (text := texts.get(word.lower())) and is_word:
-        return _fill_template(f"{program} {word}: does not exist", text, typed)
+        return fill_template(f"{program} {word}: does not exist", text, typed)
     action = find_action(program, (word, *typed))
     if word.startswith("-") and action:
         return UserError(f"{program}: a command comes before its options",
@@ -118,8 +113,8 @@ def find_action(program: str, typed: Sequence[str]) -> str:
 
 
 def unwrap_launcher(typed: Sequence[str]) -> list[str] | None:
-    """Return the command line for another program's: `axolotl train FILE`, or
-    `torchrun --nproc_per_node 8 -m megatron_sov sft ...`; None: the first word is no launcher."""
+    """Return the command line for `axolotl train FILE`, `torchrun ... -m megatron_sov sft ...` and the like;
+    None: the first word is no launcher."""
     word, rest = typed[0], list(typed[1:])
     launchers = load_table()["launchers"]
     if word in launchers["harnesses"].split():
@@ -147,21 +142,24 @@ def _unwrap_starter(rest: list[str]) -> list[str]:
     return [*rest, "--nproc", processes] if processes and "--nproc" not in rest else rest
 
 
-def _fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
-    """Build the error for a foreign command from its text in `words.yaml`.
-
-    The typed words replace the placeholders in the text's template, `program command --option VALUE`.
-    """
+def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
+    """Build the error for a foreign command: the typed words replace the placeholders in the text's template,
+    `program command --option VALUE`."""
     match = re.search(r"`((?:megatron-sov|sov-data|sov-tokenizer) [^`]+)`", text)
     words = shlex.split(match[1]) if match else []
     at = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)), len(words))
     if match is None or not typed or at == 1:  # 1: an option of the program, e.g. --version
         return UserError(f"{begin}; {text}")
-    values = [word for option, value in pairwise(words[at:]) if option.startswith("--")
-              and not value.startswith("--") and not is_placeholder(value)
-              and (option not in typed or option == "--set") for word in (option, value)]
+    values, switches = list[str](), list[str]()
+    for option, value in pairwise([*words[at:], "--"]):
+        is_typed = option in typed and option != "--set"
+        if option.startswith("--") and not is_placeholder(value) and not is_typed:
+            (switches if value.startswith("--") else values).append(option)
+            values += [value] * (not value.startswith("--"))
+    if "--list" in switches:
+        return UserError(f"{begin}; {text}", Fix(match[1]))
     sentence = text.replace(match[1], " ".join(words[:at]))
-    return UserError(f"{begin}; {sentence}", Fix(shlex.join([*words[:at], *values, *typed])))
+    return UserError(f"{begin}; {sentence}", Fix(shlex.join([*words[:at], *values, *typed, *switches])))
 
 
 def _drop_typed_options(way: str, typed: Sequence[str]) -> str:
@@ -172,10 +170,8 @@ def _drop_typed_options(way: str, typed: Sequence[str]) -> str:
 
 
 def _append_typed(line: str, typed: Sequence[str]) -> str:
-    """Append the words typed after a path to a line.
-
-    The value of `--output` replaces OUT; direction options (--to hf) repeat the action and are dropped.
-    """
+    """Append the words typed after a path to a line, without direction options (--to hf); the value of
+    `--output` replaces OUT."""
     appended: list[str] = []
     output, words = "", list(typed)
     while words:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, fix_missing
-from megatron_sov.base.hints.paths import find_path_faults
+from megatron_sov.base.hints.paths import find_path_faults, use_typed_tokenizer
 
 MAX_FAULTS = 8
 """Maximum faults collected from a command line."""
@@ -21,12 +21,15 @@ _PROGRAM = re.compile(r"(?:megatron-sov|sov-data|sov-tokenizer|submit)[a-z -]*: 
 _GROUPS = ("convert", "eval", "rl", "submit", "tools", "codec", "scorer")
 """First words of two-word commands."""
 _PLACEHOLDER = re.compile(r"(?!ACCOUNT\Z)(?:[AB]|[A-Z][A-Z_]+)(?:[|:,/][A-Z_]+)*(?:\.[a-z]+|\[:[A-Z]+\])?\Z"
-                          r"|\[NAME=\].*|(?:\w+=FIELD,?)+\Z|\w+=FILE\Z|(?:\w+\.)+\w+=[A-Z]+\Z")
+                          r"|\[NAME=\].*|(?:\w+=FIELD,?)+\Z|\w+=FILE\Z|\w+(?:\.\w+)*=[A-Z]{2,}\Z")
 """Word in a proposed line that the user must replace: DIR, FILE|DIR, DIR:WEIGHT, A.json, [NAME=]PATH,
 en=FILE, prompt=FIELD. Checks accept any ACCOUNT."""
 _ADVICE = re.compile(r"(?:pass|add|take|use|write|set|name yours with) `?(?:--set )?"
                      r"((--[a-z][\w-]*) (?!(?:to|or|and|for|of|in|on|is|with|as|if|by|the|a|at)\b)"
                      r"([^\s`;,)(]+)|[a-z_]+(?:\.\w+)+=[^\s`;,)(]+)(?! to `)")
+
+_SEVERAL = re.compile(r"\n| [|>] ")
+"""In several commands."""
 
 Check = Callable[[list[str]], object]
 
@@ -62,15 +65,17 @@ class _Proposal:
         """Return the next fault; None: the check passes or stops at a placeholder."""
         error = self.run_check()
         placeholders = [word for word in self.line if is_placeholder(word) and word not in self.typed]
-        if error is not None and not any(_names_word(error.sentence, word)
-                                         for word in [*placeholders, *self.new_paths]):
+        names = [*placeholders, *(word.partition("=")[0] for word in placeholders), *self.new_paths]
+        if error is not None and not any(_names_word(error.sentence, word) for word in names):
             return error
+        if error is not None and (other := self.find_independent_fault(error)) is not None:
+            return other
         return self.find_path_fault(self.messages, is_named=False)
 
     def find_path_fault(self, message: str, *, is_named: bool) -> UserError | None:
         """Return the first fault of a path that `message` names, or does not name; run no check."""
-        fault = next((fault for path, fault in find_path_faults(self.program, self.line)
-                      if _names_word(message, path) == is_named), None)
+        fault = next((fault for path, fault in find_path_faults(self.program, self.line, self.typed)
+                      if _names_word(message, path) == is_named and path not in self.new_paths), None)
         if fault is not None or not is_named or "does not exist" not in message:
             return fault
         # a misspelt path without an option
@@ -99,10 +104,11 @@ class _Proposal:
         if key not in self.results:
             self.results[key] = _run_check(self.check, words)
         error = self.results[key]
-        # the check may miss the hidden options
+        # the check may miss the hidden options, or a stand-in may not fit the other words
         is_caused = error and self.hidden and (re.search("required|missing", error.sentence) or any(
             _names_word(error.sentence, _get_key(pair)) for pair in self.hidden))
-        return None if is_caused else error
+        is_foreign = error and any(_names_word(error.sentence, word) for word in self.stand_ins.values())
+        return None if is_caused or is_foreign else error
 
     def build_error(self) -> UserError:
         """Build one error for all faults, with the line if it differs from the typed line."""
@@ -112,7 +118,7 @@ class _Proposal:
         unfixed = [message for message in self.unfixed if not is_repeated(message, self.fixed)]
         # a line with the fault that a fix should have corrected is useless, as is a command of another kind
         is_unfit = line[0] != self.typed[0] and any(" artifact where " in message for message in unfixed)
-        if len(unfixed) < len(self.unfixed) or line == list(self.typed) or is_unfit:
+        if len(unfixed) < len(self.unfixed) or (line == list(self.typed) and not self.before) or is_unfit:
             return UserError(join_sentences([*self.fixed, *unfixed]))
         lines = [*self.before, f"{self.program} {shlex.join(line)}"]
         return UserError(join_sentences(self.fixed), Fix("\n  ".join(lines)),
@@ -121,14 +127,8 @@ class _Proposal:
 
 def propose_line(program: str, typed: Sequence[str], error: UserError, check: Check,
                  find_check: Callable[[str], Check | None] = lambda program: None) -> UserError:
-    """Build one error for all faults of a command line, with the corrected line.
-
-    Args:
-        program: the program, e.g. "megatron-sov".
-        error: the first fault.
-        check: runs all checks of a line without executing it; raises `UserError`.
-        find_check: returns the check of another program of this package.
-    """
+    """Build one error for all faults of a command line, with the corrected line. `error` is the first fault,
+    `check` runs all checks of a line of `program`, and `find_check` returns the check of another program."""
     proposal, tried = _Proposal(program, typed, check, list(typed)), {tuple(typed)}
     fault: UserError | None = error
     while fault is not None and len(proposal.fixed) + len(proposal.unfixed) < MAX_FAULTS:
@@ -139,15 +139,15 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
             proposal.unfixed.append(fault.sentence)
             fault = proposal.find_independent_fault(fault)
             continue
-        fix = _select_part(proposal.line, fix)
+        fix = use_typed_tokenizer(typed, _select_part(proposal.line, fix))
         line = apply_fix(proposal.program, proposal.line, fix)
         if line is None:  # several lines, or a line for another program
             other_program, *line = shlex.split(fix.line)
-            other_check = None if "\n" in fix.line else find_check(other_program)
+            other_check = None if _SEVERAL.search(fix.line) else find_check(other_program)
             if other_check is None:
                 return UserError(join_sentences([*proposal.fixed, fault.sentence, *proposal.unfixed]), fix)
             proposal.program, proposal.check = other_program, other_check
-        if tuple(line) in tried and not fix.stand_ins:
+        if tuple(line) in tried and not (fix.stand_ins or fix.before):
             proposal.unfixed.append(fault.sentence)
             break
         tried.add(tuple(line))
@@ -182,7 +182,7 @@ def _find_advice(proposal: _Proposal, fault: UserError) -> Fix | None:
             continue
         after = replace(proposal, line=line).run_check()
         if after is None or not (after.sentence == fault.sentence or words[0] in after.sentence
-                                 or words[1].partition("=")[0] in after.sentence):
+                                 or re.split("[=:]", words[1])[0] in after.sentence):
             return fix
     return None
 
@@ -191,7 +191,7 @@ def apply_fix(program: str, line: Sequence[str], fix: Fix) -> list[str] | None:
     """Return the arguments changed by a fix; None: the fix is several lines or for another program."""
     if fix.line:
         words = shlex.split(fix.line)
-        return words[1:] if words[0] == program and "\n" not in fix.line else None
+        return words[1:] if words[0] == program and not _SEVERAL.search(fix.line) else None
     num_words = 2 if line[0] in _GROUPS else 1
     command = [*line[:1], fix.command] if line[0] == "submit" and fix.command else fix.command.split()
     changed = [*fix.prefix.split(), *(command or line[:num_words]), *fix.arguments,

@@ -16,15 +16,8 @@ _TEXT_OPTIONS = ("--prompts", "--input", "--text", "--data", "--prompt")
 
 
 def complete_line(parser: argparse.ArgumentParser, typed: Sequence[str], names: str) -> tuple[str, str]:
-    """Complete a command line with required arguments.
-
-    Args:
-        parser: the command's parser.
-        names: the missing arguments as argparse names them in its message.
-
-    Returns:
-        The choices of the missing options as the end of a message, and the complete line.
-    """
+    """Return the choices of missing options as the end of a message, and the line with placeholders for all
+    missing arguments; `names` lists them as argparse does in its message."""
     lacking = [action for action in parser._actions if action.required and _is_listed(action, names)]
     rows = load_table()["missing"]
     choices = []
@@ -32,7 +25,8 @@ def complete_line(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
         name = "".join(action.option_strings[:1])
         text = rows.get(name, {}).get("takes") or ", ".join(map(str, action.choices or ()))
         choices += [f"; {name} takes {text}"] if name and text else []
-    first = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
+    names_ = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
+    first = [rows.get(f"{parser.prog.partition(' ')[2]} {name}", {}).get("write", name) for name in names_]
     last = [f"{action.option_strings[0]} {choose_placeholder(action)}" for action in lacking
             if action.option_strings]
     # argparse fills positional arguments in their order

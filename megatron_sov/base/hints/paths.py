@@ -10,13 +10,14 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing
 from megatron_sov.base.hints.foreign import MAX_BYTES
 from megatron_sov.base.hints.kinds import DATA_SUFFIXES, classify_folder, find_only_folder
-from megatron_sov.base.hints.table import load_table
+from megatron_sov.base.hints.table import load_table, normalize_word
 from megatron_sov.base.hints.values import find_value
 
 DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
@@ -24,11 +25,19 @@ INPUT_OPTIONS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--referen
 _PACK_OPTIONS = {"sft": ["--format", "chat"], "prefer": ["--format", "preference"],
                  "eval": ["--heldout", "0.5"]}
 """Command -> options of `sov-data pack` for its data."""
+_SHARD_COMMANDS = ("stats", "verify", "sample", "mix", "inspect")
+"""Commands of sov-data whose arguments are folders of token shards."""
 _PLACEHOLDER = re.compile(r"[A-Z]+(?:_[A-Z]+)*(?:\.[a-z]+)?")
 
 
-def find_path_faults(program: str, line: Sequence[str]) -> Iterator[tuple[str, UserError]]:
-    """Yield (path as typed, its fault) for the paths of a command line."""
+def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = ()
+                     ) -> Iterator[tuple[str, UserError]]:
+    """Yield (path as typed, its fault) for the paths of a command line; `typed` may name a tokenizer that the
+    line does not take."""
+    if program == "sov-data" and line[0] in _SHARD_COMMANDS:
+        for path in line[1:]:
+            if Path(path).is_file() and path.endswith(DATA_SUFFIXES):
+                yield path, _ask_for_packing(path, [*typed, *line], "is a file of records", [])
     words: list[str] = []
     for word in line:  # --option=value -> --option value
         words += word.split("=", 1) if word.startswith("--") else [word]
@@ -41,7 +50,7 @@ def find_path_faults(program: str, line: Sequence[str]) -> Iterator[tuple[str, U
             continue
         fault = None
         if option in INPUT_OPTIONS:
-            fault = _find_input_fault(program, line, option, path)
+            fault = _find_input_fault(program, [*line, *typed], option, path)
         elif option == "--run" and program == "megatron-sov":
             fault = _find_output_fault(path)
         if fault is not None:
@@ -59,6 +68,10 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
         # a fix with commands downloads the data set; any other fix names a similar path that exists
         hint = "download it first" if fix.before else "take the one of a similar name"
         return UserError(f"{option} {path}: does not exist; {hint}", fix)
+    what = load_table()["kinds"].get(classify_folder(source), "")
+    if what and option in ("--prompts", "--input", "--validation"):
+        return UserError(f"{option} {path}: is {what}; pass a file of records or text",
+                         Fix(options=(option, "FILE.jsonl")))
     if option != "--data" or program != "megatron-sov":
         return None
     if source.name == "manifest.json" and classify_folder(source.parent) == "tokens":
@@ -73,15 +86,20 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     is_text_folder = source.is_dir() and any(
         name.endswith(DATA_SUFFIXES) for name in os.listdir(source) if name != "manifest.json")
     # training commands pack a file themselves; `eval` and `plan` need token shards, `eval media` reads rows
-    needs_shards = line[0] in ("eval", "plan") and "media" not in line[:2]
+    needs_shards = (line[0] in ("eval", "plan") and "media" not in line[:2]) or line[1] == "states"
     is_unpacked_file = needs_shards and source.is_file() and source.name.endswith(DATA_SUFFIXES)
     if not is_text_folder and not is_unpacked_file:
         return None
-    what, options = "a folder of text", _PACK_OPTIONS.get(line[0], [])
-    if is_unpacked_file:
-        what, options = "a file", options + _choose_format(source)
-    return UserError(f"--data {path}: is {what}; pack it first",
-                     fix_by_packing(path, Path(_choose_tokenizer(line)), options))
+    options = _PACK_OPTIONS.get(line[0], [])
+    return _ask_for_packing(path, line, "is a file" if is_unpacked_file else "is a folder of text", options,
+                            "--data ")
+
+
+def _ask_for_packing(path: str, line: Sequence[str], what: str, options: Sequence[str], option: str = ""
+                     ) -> UserError:
+    form = _choose_format(Path(path)) if Path(path).is_file() else []
+    return UserError(f"{option}{path}: {what}; pack it first",
+                     fix_by_packing(path, Path(_choose_tokenizer(line)), [*options, *form]))
 
 
 def _choose_format(file: Path) -> list[str]:
@@ -115,6 +133,8 @@ def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
 def _choose_tokenizer(line: Sequence[str]) -> str:
     """Return a folder with a tokenizer: from the command's model, else the only one in the current folder,
     else the placeholder DIR."""
+    if typed := _find_typed_tokenizer(line):
+        return typed
     # `--from MODEL`, or a positional argument as in `eval lm MODEL`
     words = [word for word in (find_value(line, "--from"), *line[:3]) if word]
     of_runs = [folder for word in words for folder in sorted(Path(word).glob("checkpoints/*/tokenizer"))]
@@ -122,6 +142,26 @@ def _choose_tokenizer(line: Sequence[str]) -> str:
         return str(of_runs[-1])
     model = next((word for word in words if (Path(word) / "tokenizer.json").is_file()), "")
     return model or find_only_folder("tokenizer") or "DIR"
+
+
+def _find_typed_tokenizer(typed: Sequence[str]) -> str:
+    """Return the existing path after `--tokenizer`, or after another program's word for it; "": none."""
+    names = {"tokenizer", *load_table()["options"]["--tokenizer"].split()}
+    parts = [part for word in typed for part in word.split("=", 1)]
+    return next((value for option, value in pairwise(parts) if option.startswith("--")
+                 and normalize_word(option) in names and Path(value).exists()), "")
+
+
+def use_typed_tokenizer(typed: Sequence[str], fix: Fix) -> Fix:
+    """Return a fix whose commands train a tokenizer, with the typed tokenizer in its place."""
+    tokenizer = _find_typed_tokenizer(typed)
+    if not tokenizer or not fix.before or not fix.before[0].startswith("sov-tokenizer train "):
+        return fix
+    imports = fix_by_packing("", Path(tokenizer), []).before[:-1]
+    ours = shlex.split(imports[-1])[-1] if imports else tokenizer
+    trained = shlex.split(fix.before[0])[-1]
+    pack = fix.before[-1].replace(f"--tokenizer {trained} ", f"--tokenizer {shlex.quote(ours)} ")
+    return replace(fix, before=(*imports, pack))
 
 
 def _find_output_fault(path: str) -> UserError | None:

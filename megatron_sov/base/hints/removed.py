@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
+from megatron_sov.base.hints.commands import fill_template
+from megatron_sov.base.hints.values import find_value
 
 _TABLES: Mapping[str, dict[str, Any]] = json.loads(
     Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
@@ -32,26 +36,37 @@ FOLDERS: dict[str, tuple[str, str]] = _TABLES["folders"]
 
 
 def check_command(program: str, words: Sequence[str]) -> None:
-    """Refuse a command line with a removed command or option.
-
-    Args:
-        program: e.g. "megatron-sov".
-        words: the words after the program, as typed.
-
-    Raises:
-        UserError: names the removed command or option and its successor.
-    """
+    """Refuse a command line with a removed command or option. Raises `UserError`: names the successor."""
     has_endpoint = any(word.startswith(("http://", "https://")) for word in words)
     for count in (3, 2, 1):
         command = " ".join([program, *words[:count]])
         if successor := COMMANDS.get(command):
-            raise UserError(f"{command}: was removed in this version; {successor}")
+            begin = f"{command}: was removed in this version"
+            raise UserError(f"{begin}; {successor}", fill_template(begin, successor, words[count:]).fix)
         for word in words[count:]:
             option = word.partition("=")[0]
             # --model named the model at an endpoint; without endpoint it is an lm-eval option (`words.py`)
             key = "--key-env" if option == "--model" and has_endpoint else option
             if successor := OPTIONS.get(f"{command} {key}"):
-                raise UserError(f"{command} {option}: was removed in this version; {successor}")
+                begin = f"{command} {option}: was removed in this version"
+                raise UserError(f"{begin}; {successor}", _find_fix(program, successor, option, words))
+
+
+def _find_fix(program: str, successor: str, option: str, words: Sequence[str]) -> Fix:
+    """Return the fix for a removed option, or second word of a command: the option or the filter that the
+    successor names, the command for the words after it, or the line without the option."""
+    if not option.startswith("-"):
+        return fill_template("", successor, words[2:]).fix or Fix()
+    value = find_value(words, option)
+    at = next(n for n, word in enumerate(words) if word.partition("=")[0] == option)
+    # a switch may stand before a positional argument
+    has_value = value and not value.startswith("-") and any(not word.startswith("-") for word in words[2:at])
+    left_out = (f"{option} {value}" if has_value else option, f"{option}={value}")
+    if has_value and "| grep" in successor:
+        rest = [word for n, word in enumerate(words) if n not in (at, at + 1)]
+        return Fix(f"{program} {shlex.join(rest)} | grep {shlex.quote(value)}")
+    renamed = re.search(r"(?:; |pass )(--[\w-]+) [A-Z]{2,}", successor)
+    return Fix(options=(renamed[1], value) if renamed and value else (), left_out=left_out)
 
 
 def drop_removed_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,8 +87,7 @@ def drop_removed_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder that a removed command wrote. Raises `UserError`: names the command and its successor.
-    """
+    """Refuse a folder that a removed command wrote. Raises `UserError`: names the successor."""
     for name, (command, successor) in FOLDERS.items():
         if (path / name).is_file():
             raise UserError(f"{path}: holds {name} of {command}, which was removed in this version; "

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from itertools import pairwise
@@ -16,8 +16,8 @@ from typing import Any
 from megatron_sov.base.errors import find_nearest_name, fix_missing
 from megatron_sov.base.hints.foreign import parse_blend
 from megatron_sov.base.hints.kinds import classify_word
-from megatron_sov.base.hints.search import describe_candidates, find_by_meaning
-from megatron_sov.base.hints.table import find_note, get_last_part, index_words, load_table, normalize_word
+from megatron_sov.base.hints.table import (
+    find_by_parts, find_note, get_last_part, index_words, load_table, normalize_word)
 from megatron_sov.base.hints.values import (
     GPUS_PER_NODE, SWITCHES, FindSetting, find_value, parse_cluster, translate_setting, translate_value)
 
@@ -37,14 +37,21 @@ class Rewrite:
     positionals: Sequence[str]
     find: FindSetting | None
     typed: Sequence[str]
-    read_texts: Callable[[], Mapping[str, str]] = dict
-    """Returns option or setting -> help; parses source files, so it is called for unknown words only."""
+    list_settings: Callable[[], Sequence[str]] = list
+    """Returns the names of all settings."""
+    is_recipe: Callable[[str], bool] = lambda word: False
+    repeated: Collection[str] = ()
+    """Options that may be given several times, with a value each."""
+    many: Collection[str] = ()
+    """Options that take several values."""
     command: str = ""
     """The command, after the program unless the program is megatron-sov."""
     exists: FindSetting | None = None
     """Whether a setting exists; None: unknown."""
     line: str = ""
     """The whole line, if another command is meant."""
+    before: list[str] = field(default_factory=list)
+    """Commands to run before the line."""
     other_command: str = ""
     """Another command of ours, with options, that takes the typed words."""
     resumed_run: str = ""
@@ -75,11 +82,6 @@ class Rewrite:
         names = {word for words in (load_table()["options"]["--cluster"], *rows) for word in words.split()}
         return any(normalize_word(word.partition("=")[0]) in names
                    for word in self.typed if word.startswith("-"))
-
-    def describe_nearest(self, word: str) -> str:
-        """Return the end of a sentence: the options and settings nearest in meaning to an unknown word."""
-        texts = self.read_texts()
-        return describe_candidates(find_by_meaning(word, texts), texts)
 
     def is_setting(self, key: str) -> bool:
         return self.exists is None or bool(self.exists(key))
@@ -116,6 +118,9 @@ class Rewrite:
         if value and value == find_value(self.typed, row.get("unless_value_of", "")):
             written = []  # prefer --ref_model MODEL --from MODEL
         self.weak_settings |= set(written) if row.get("weak") else set()
+        if "before" in row:
+            quoted = {name: shlex.quote(text) for name, text in holes.items()}
+            self.before.append(row["before"].format(**quoted))
         if "line" in row:
             self.line = row["line"].format(**{name: shlex.quote(text) for name, text in holes.items()})
         self.other_command = row.get("command", self.other_command)
@@ -174,6 +179,25 @@ class Rewrite:
         else:
             self._guess_option(option, values)
 
+    def count_values(self, option: str, words: Sequence[str], has_room: bool) -> int:
+        """Return how many of the words between a foreign option and the next option are its values.
+
+        Args:
+            has_room: whether a positional argument lacks a value: the last word may be meant for it.
+        """
+        word, num = normalize_word(option), len(words)
+        if not num:
+            return 0
+        ours = self._choose_option(word, list(words))
+        if ours in self.options and ours not in (*self.many, *self.repeated):
+            return 1
+        names = index_words("settings").get(word, ())
+        is_switch = any("=" in name for name in names)
+        is_known = bool(ours or names or find_note(option)) or any(
+            word in row["words"].split() for row in load_table()["in_command"])
+        is_other = self.is_recipe(words[-1]) or (Path(words[-1]).exists() and (is_switch or not is_known))
+        return num - 1 if has_room and not ours and is_other else num
+
     def _translate(self, word: str, values: list[str]) -> str:
         return translate_setting(word, values, self.find, self.typed) if self.find is not None else ""
 
@@ -209,20 +233,20 @@ class Rewrite:
         if name == "--data" and (blend := parse_blend(values)):
             self.add_words(f"{option} is --data here, with weights behind a colon", *blend)
         else:
-            self.add_words(f"{option} is {name} here", name, *translated)
+            repeats = name in self.repeated and name not in self.many and translated
+            pairs = [word for value in translated for word in (name, value)]
+            self.add_words(f"{option} is {name} here", *(pairs if repeats else (name, *translated)))
 
     def _guess_option(self, option: str, values: list[str]) -> None:
-        """Write the option with a similar name, or with the nearest meaning."""
+        """Write the option with a similar name, or the option or setting with the same parts in its name."""
         if nearest := find_nearest_option(option, self.options):
             self.add_words(f"{option}: nothing takes this; did you mean '{nearest}'?", nearest, *values)
-            return
-        texts = self.read_texts()
-        names = find_by_meaning(option, texts)
-        message = f"{option}: nothing takes this{describe_candidates(names, texts)}"
-        if len(names) == 1 and values and names[0] in self.options and names[0] not in self.typed:
-            self.add_words(message, names[0], *values)
+        elif (name := find_by_parts(option, self.options)) and name not in self.typed:
+            self._write_option(option, normalize_word(option), name, values)
+        elif values and (name := find_by_parts(option, self.list_settings())):
+            self.add_setting(option, f"{name}={values[0]}")
         else:
-            self.add_words(f"{message}; leave it out")
+            self.add_words(f"{option}: nothing takes this; leave it out")
 
     def add_changes(self, texts: Sequence[str]) -> None:
         """Write settings changes, `name=value`, under our names."""
@@ -260,11 +284,10 @@ class Rewrite:
                            translate_value(normalize_word(last), option, value))
         elif note := find_note(last):
             self.add_words(f"{key}: {note}")
-        elif nearest := _find_misspelt(key, self.read_texts()):
+        elif nearest := (_find_misspelt(key, self.list_settings())
+                         or find_by_parts(key, self.list_settings())):
             self.add_words(f"{key}: no such setting; did you mean '{nearest}'?", "--set",
                            f"{nearest}={value}")
-        elif nearest := self.describe_nearest(key):
-            self.messages.append(f"{key}: no such setting{nearest}")
         else:
             self.unknown_settings[f"{key}={value}"] = f"{key}: no such setting"
             self.words += ["--set", f"{key}={value}"]
@@ -285,9 +308,9 @@ def find_nearest_option(option: str, options: Sequence[str]) -> str:
     return nearest if difflib.SequenceMatcher(None, option, nearest).ratio() >= MIN_SIMILARITY else ""
 
 
-def _find_misspelt(key: str, texts: Mapping[str, str]) -> str:
+def _find_misspelt(key: str, names: Sequence[str]) -> str:
     """Return the setting in the same group with a similar name; "": none."""
     group, _, last = key.rpartition(".")
-    settings = [name.removeprefix("--set ").removesuffix("=VALUE").rpartition(".") for name in texts]
+    settings = [name.rpartition(".") for name in names]
     name = find_nearest_name(last, [setting[2] for setting in settings if setting[0] == group])
     return f"{group}.{name}" if name else ""

@@ -3,7 +3,8 @@ to options, settings and commands."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 FILE = Path(__file__).with_name("words.yaml")
 FILE_OPTIONS = ("--from", "--data", "--run", "--nproc", "--reward", "--prompts", "--nodes")
 """Options that `explain_key` may name for an unknown key of a configuration file."""
+MIN_PREFIX = 4
+"""Shortest stem that may abbreviate a longer stem: "norm" for "normalization"."""
+_ENDINGS = re.compile(r"(izations?|ations?|ings?|ers?|ed|es|e|s)\Z")
 
 
 @cache
@@ -18,7 +22,8 @@ def load_table() -> Mapping[str, Any]:
     """Load `words.yaml`: section name -> rows."""
     import yaml  # not at the top: `--help` of a program reads no YAML
 
-    rows: Mapping[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    rows: Mapping[str, Any] = yaml.load(FILE.read_text(encoding="utf-8"), loader)
     return rows
 
 
@@ -69,3 +74,35 @@ def explain_key(word: str) -> str:
 def _index_notes(section: str) -> dict[str, str]:
     """Return word -> sentence for the section `notes`, `instead` or `no_need`."""
     return {word: text for words, text in load_table()[section].items() for word in words.split()}
+
+
+def find_by_parts(word: str, names: Iterable[str]) -> str:
+    """Return the option or setting with every part of an unknown word (at least two parts) in its own name or
+    in one name of another program for it; "": none or several."""
+    query = set(split_stems(get_last_part(word)))
+    foreign: dict[str, list[set[str]]] = {}
+    for section in ("settings", "options"):
+        for theirs, ours in index_words(section).items():
+            for name in ours:
+                foreign.setdefault(name.partition("=")[0], []).append(set(split_stems(theirs)))
+    matching = [name for name in names if len(query) > 1 and any(
+        all(_has_stem(stems, part) for part in query)
+        for stems in (set(split_stems(name)), *foreign.get(name, ())))]
+    return matching[0] if len(matching) == 1 else ""
+
+
+def split_stems(text: str) -> list[str]:
+    """Split a name into lower-case words without endings; abbreviations are expanded, stop words dropped."""
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", text)]
+    abbreviations, stop_words = load_table()["abbreviations"], load_table()["stop_words"]
+    expanded = [part for word in words for part in abbreviations.get(word, word).split()]
+    return [_ENDINGS.sub("", word) if len(word) > 4 else word for word in expanded if word not in stop_words]
+
+
+def _has_stem(stems: set[str], query: str) -> bool:
+    """Return whether `stems` contain a stem, its beginning or its continuation (from `MIN_PREFIX`
+    letters)."""
+    if query in stems:
+        return True
+    return len(query) >= MIN_PREFIX and any(
+        len(stem) >= MIN_PREFIX and (stem.startswith(query) or query.startswith(stem)) for stem in stems)

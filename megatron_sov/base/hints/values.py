@@ -19,14 +19,8 @@ FindSetting = Callable[[str], str]
 
 
 def translate_setting(word: str, values: list[str], find: FindSetting, typed: Sequence[str]) -> str:
-    """Return `name=value` for a foreign word and its values; "": no counterpart.
-
-    Args:
-        word: the foreign option or setting.
-        values: its values, possibly none.
-        find: finds the setting.
-        typed: the command line, for values computed from several options.
-    """
+    """Return `name=value` for a foreign option or setting `word` with its values; "": no counterpart. Some
+    values are computed from several options in `typed`."""
     last = get_last_part(word)
     value = values[0] if values else ""
     translated = load_table()["values"].get(last, {}).get(value.lower()) if value else None

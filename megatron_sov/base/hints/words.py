@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,15 +27,8 @@ _CONFIG_WORDS = ("config", "config_file", "config_path")
 
 
 def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> list[str]:
-    """Return a command line with renamed options under their new names.
-
-    Args:
-        parser: a command's parser without subcommands.
-
-    Raises:
-        UserError: lists unknown options and settings, with the corrected line if `words.yaml` has one of
-            them.
-    """
+    """Return a command line with renamed options under their new names. Raises `UserError`: lists all unknown
+    options and settings, with the corrected line."""
     options = list(parser._option_string_actions)
     if any(action.nargs == argparse.REMAINDER for action in parser._actions):
         _check_first_argument(parser, typed)
@@ -53,10 +45,15 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
                    if not action.option_strings]
     _check_resume(parser, typed)
     # an optional --run is not an output folder: `eval` adds its figures to the run's events
-    rewrite = Rewrite([name for name in options if name != "--run" or name not in optional], positionals,
-                       getattr(cls, "find_setting", None) if "--set" in options else None, typed,
-                       partial(list_help_texts, parser), parser.prog.removeprefix("megatron-sov "),
-                       getattr(cls, "is_setting", None))
+    kinds = {name: action for action in parser._actions for name in action.option_strings}
+    rewrite = Rewrite(
+        [name for name in options if name != "--run" or name not in optional], positionals,
+        getattr(cls, "find_setting", None) if "--set" in options else None, typed,
+        list_settings=getattr(cls, "list_settings", list) if "--set" in options else list,
+        is_recipe=getattr(cls if "RECIPE" in positionals else None, "is_recipe", lambda word: False),
+        repeated=[name for name, action in kinds.items() if type(action).__name__ == "_AppendAction"],
+        many=[name for name, action in kinds.items() if action.nargs in ("+", "*")],
+        command=parser.prog.removeprefix("megatron-sov "), exists=getattr(cls, "is_setting", None))
     if kind:
         rewrite.add_words(f"{kind}: lm-eval's kind of model; leave it out")
     _read_words(parser, rewrite)
@@ -93,14 +90,6 @@ def _check_first_argument(parser: argparse.ArgumentParser, typed: Sequence[str])
                         Fix(f"{parser.prog} {shlex.join([value, *rest])}"))
 
 
-def list_help_texts(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return a command's options, and its settings as `--set` takes them -> help."""
-    texts = {action.option_strings[0]: (action.help or "").replace("%%", "%")
-             for action in parser._actions if action.option_strings}
-    settings: Mapping[str, str] = getattr(parser.get_default("options_class"), "setting_texts", dict)()
-    return texts | {f"--set {name}=VALUE": text for name, text in settings.items()}
-
-
 def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
     """Read the typed words in order and write their counterparts."""
     typed, options = rewrite.typed, list(parser._option_string_actions)
@@ -109,6 +98,7 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
                           *(word for word in blend if word != "--data"))
         typed = typed[_count_values(typed):]
     switches = {name for action in parser._actions if action.nargs == 0 for name in action.option_strings}
+    takes_several = any(action.nargs in ("+", "*") for action in parser._actions if not action.option_strings)
     i = 0
     while i < len(typed):
         text = typed[i]
@@ -127,7 +117,11 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
             rewrite.words += typed[i - 1:]
             return
         elif not _OPTION.match(word):
-            rewrite.words.append(text)
+            parts = _split_files("", [text]) if takes_several else []
+            if len(parts) > 1:
+                rewrite.add_words(f"{text}: several paths are words of their own", *parts)
+            else:
+                rewrite.words.append(text)
         elif word == "--set" and rewrite.find is not None:
             i = _read_change(rewrite, typed, i)
         elif get_last_part(word) in _CONFIG_WORDS and rewrite.find and (
@@ -139,9 +133,10 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
             num_used = _read_own_option(rewrite, text, [value] if equals else following, typed[i:])
             i += 0 if equals else num_used
         else:
-            num_values = 0 if equals else next(
-                (n for n, other in enumerate(typed[i:]) if _OPTION.match(other.partition("=")[0])),
-                len(typed) - i)
+            free = split_positionals(parser, rewrite.words)[0]
+            has_room = len(free) + len(rewrite.first) < len(rewrite.positionals)
+            following = list(typed[i:i + _count_values(typed[i:])])
+            num_values = 0 if equals else rewrite.count_values(word, following, has_room)
             rewrite.replace_option(word, [value] if equals else list(typed[i:i + num_values]))
             i += num_values
 
@@ -231,12 +226,12 @@ def _is_override(rewrite: Rewrite, key: str, equals: str, before: Sequence[str],
 
 def _count_values(words: Sequence[str]) -> int:
     """Return the number of words before the next option."""
-    return next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+    return next((n for n, word in enumerate(words) if _OPTION.match(word.partition("=")[0])), len(words))
 
 
 def _split_files(option: str, values: Sequence[str]) -> list[str]:
     """Return the files in a comma-separated list, if every file exists."""
-    parts = values[0].split(",") if values and option in ("--data", "--input", "--prompts") else []
+    parts = values[0].split(",") if values and option in ("", "--data", "--input", "--prompts") else []
     all_exist = bool(parts) and not Path(values[0]).exists() and all(
         Path(re.sub(r":[\d.]+$", "", part)).exists() for part in parts)
     return parts if all_exist else []
@@ -261,6 +256,10 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
     if any(action.nargs in ("+", "*", argparse.REMAINDER) for action in positionals):
         return
     free, others = split_positionals(parser, rewrite.words)
+    if len(free) > 2 and (command := load_table()["several"].get(rewrite.command)):
+        rewrite.words, rewrite.other_command = [*free[:-1], *others, "--output", free[-1]], command
+        rewrite.add_words(f"several checkpoints are taken by `megatron-sov {command}`")
+        return
     room = max(0, len(positionals) - len(rewrite.first))
     written = {word.partition("=")[0] for word in others}
     takes_recipe = bool(rewrite.positionals) and rewrite.positionals[0] == "RECIPE"
@@ -274,6 +273,8 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
     unplaced: list[str] = []
     for number, word in enumerate(free):
         kind = classify_word(word)
+        if kind == "absent" and re.fullmatch("[a-z]+", word) and "--reward" not in written:
+            kind = "name"
         # TARGET, RUN and the like come first and take any kind
         is_taken = number < room and not (takes_recipe and kind not in ("recipe", "code"))
         options = [option for option in KIND_OPTIONS[kind] if option in rewrite.options
@@ -293,9 +294,11 @@ def _is_unknown(word: str, rewrite: Rewrite) -> bool:
     name = normalize_word(word)
     if not word.startswith("--"):
         return name in index_words("options")
-    is_foreign = (rewrite.find is not None and name in index_words("settings")) or (
-        len(name) == 1 and name in index_words("options"))
-    return is_foreign or not any(option.startswith(word) for option in rewrite.options)
+    completions = [option for option in rewrite.options if option.startswith(word)]
+    ours = rewrite.find_option(name)
+    is_foreign = (rewrite.find is not None and name in index_words("settings")) or bool(
+        ours and ours not in completions)
+    return is_foreign or not completions
 
 
 def _rename_option(word: str, program: str, options: Sequence[str]) -> str:
@@ -349,7 +352,8 @@ def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError
     program = f"megatron-sov {rewrite.other_command}" if rewrite.other_command else parser.prog
     command = f"{program} {shlex.join([*first, *words])}".strip()
     options = [f"{option} {value}" for option, value in missing.items()]
-    return UserError(f"{parser.prog}: {_join_messages(rewrite)}", Fix(" ".join([command, *options])))
+    line = " ".join([command, *options])
+    return UserError(f"{parser.prog}: {_join_messages(rewrite)}", Fix(line, before=tuple(rewrite.before)))
 
 
 def _order_positionals(parser: argparse.ArgumentParser, rewrite: Rewrite, words: list[str]
@@ -405,10 +409,8 @@ def _join_messages(rewrite: Rewrite) -> str:
 
 
 def _drop_repeated(parser: argparse.ArgumentParser, rewrite: Rewrite) -> list[str]:
-    """Return the words without unknown settings, and with one value for each setting and single option.
-
-    Typed values win over the values of foreign words.
-    """
+    """Return the words without unknown settings, and with one value for each setting and single option: the
+    typed one."""
     single = {name for action in parser._actions
               if type(action).__name__ in ("_StoreAction", "_StoreTrueAction") and action.nargs in (None, 0)
               for name in action.option_strings}

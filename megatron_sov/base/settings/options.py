@@ -47,14 +47,8 @@ _VALUES: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 def format_dry_run(read: Sequence[Path], written: Sequence[Path], said: Sequence[tuple[str, Any]], *,
                    overwrite: bool) -> str:
-    """Format a command's plan.
-
-    Args:
-        read: input files and folders.
-        written: output paths.
-        said: (option, value) of options that differ from their defaults.
-        overwrite: whether existing outputs may be replaced.
-    """
+    """Format a command's plan: input paths, output paths, and (option, value) of `said` options that differ
+    from their defaults; `overwrite`: whether existing outputs may be replaced."""
     rows = [("reads", f"{path}: {_format_path_size(path)}") for path in read]
     rows += [("writes", f"{path}: {_format_output_state(path, overwrite)}") for path in written]
     rows += [("with", f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
@@ -119,12 +113,8 @@ def count_cores() -> int:
 
 
 def iter_core_quotas(groups: str, root: Path) -> Iterator[float]:
-    """Yield the CPU quotas, in cores, from a process's control groups and parent groups.
-
-    Args:
-        groups: content of /proc/PID/cgroup.
-        root: mount point of the control groups.
-    """
+    """Yield the CPU quotas, in cores, of a process's control groups and their parents, by the content of
+    /proc/PID/cgroup and the mount point `root`."""
     for line in filter(None, groups.split("\n")):
         _, controllers, group = line.split(":", 2)
         # cgroup v2 has one tree for all controllers, v1 one tree per controller
@@ -229,12 +219,8 @@ class DeclaredCommand:
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Declare a settings class's fields as parser arguments, and the class docstring as the description.
-
-    Args:
-        parser: receives the arguments; `read_options` checks their values.
-        cls: a frozen dataclass; fields of nested settings classes become arguments too, except `NO_FLAG`.
-    """
+    """Declare the fields of a frozen dataclass and of nested settings classes, except `NO_FLAG`, as parser
+    arguments, and the class docstring as the description."""
     if parser.description is None:
         parser.description = inspect.cleandoc(cls.__doc__ or "")
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -313,15 +299,8 @@ def _format_default(option: _Option) -> str:
 
 
 def read_options(cls: type[S], args: argparse.Namespace) -> S:
-    """Build a settings class from parsed arguments.
-
-    Args:
-        cls: the class passed to `add_options`.
-        args: the parser's result.
-
-    Raises:
-        SettingsError: all problems, under the options' names.
-    """
+    """Build the settings class passed to `add_options` from parsed arguments. Raises `SettingsError`: all
+    problems, under the options' names."""
     raw: dict[str, Any] = {}
     problems: list[SettingsProblem] = []
     names: dict[str, str] = {}

@@ -107,25 +107,16 @@ def to_problem(said: SettingsProblem | str) -> SettingsProblem:
 
 def find_broken_rules(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tuple[bool, str, str, str]
                 ) -> list[SettingsProblem]:
-    """Return a problem per broken rule.
-
-    Args:
-        settings: the object whose fields the keys name.
-        prefix: precedes the keys in the problems, e.g. "optim"; may be empty.
-        rules: (holds, dotted key, rule) or (holds, dotted key, rule, fix).
-    """
+    """Return a problem per broken rule of (holds, dotted key, rule) or (holds, dotted key, rule, fix), with
+    `prefix` before its key."""
     problems = [SettingsProblem(ProblemCode.RULE, key, rule, _get_value(settings, key), "".join(way_out))
                 for holds, key, rule, *way_out in rules if not holds]
     return [problem.with_prefix(prefix) for problem in problems] if prefix else problems
 
 
 def use_option_names(problems: Sequence[SettingsProblem], **options: str) -> list[SettingsProblem]:
-    """Return settings problems with command-line options in place of field names.
-
-    Args:
-        problems: problems whose keys are fields.
-        options: field -> option, if the option is not the field's name with hyphens.
-    """
+    """Return settings problems with command-line options in place of field names; `options`: field -> option
+    unless it is the field's name with hyphens."""
     def option(key: str) -> str:
         return options.get(key, f"--{key.replace('_', '-')}")
 
@@ -143,14 +134,12 @@ class SettingsError(UserError):
     """Invalid settings, with every problem."""
 
     def __init__(self, where: str, problems: Sequence[SettingsProblem]) -> None:
-        """Format the message.
-
-        Args:
-            where: the file, option or class at the beginning of the message; "": the command line.
-            problems: at least one.
-        """
+        """Format the message; it begins with `where`, a file, option or class; "": the command line."""
         self.where, self.problems = where, tuple(problems)
-        fix = _join_fixes([problem.fix or _fix_value(problem) for problem in problems])
+        fixes = [(problem.code, problem.fix or _fix_value(problem)) for problem in problems]
+        # one broken rule may cause the next: only the first is mended
+        rules = [fix for code, fix in fixes if fix and code == ProblemCode.RULE]
+        fix = _join_fixes([fix for code, fix in fixes if code != ProblemCode.RULE or fix in rules[:1]])
         if len(problems) == 1:
             line = f", line {problems[0].line}" if problems[0].line else ""
             super().__init__((f"{where}{line}: " if where else "") + problems[0].sentence, fix)

@@ -250,7 +250,10 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
             close = (suggest_successor(value) or _suggest_lower_case(value, choices)
                      or _suggest_equivalent(key, value) or suggest_name(value, choices))
             words = re.findall(r"[\w.-]+", value.lower())
-            ours = (value.lower(), _find_equivalent(key, value), find_nearest_name(value, choices))
+            ours = (value.lower(), _find_equivalent(key, value), find_nearest_name(value, choices),
+                    *re.findall(r"[\w.-]+", suggest_successor(value)))
+            # another program's word with a command of its own is not a misspelt choice
+            ours = ours if "`megatron-sov" not in close else ()
             nearest = next((word for word in ours if words and word in choices), "")
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "), value_to_write=nearest)
@@ -283,6 +286,8 @@ def _find_nearest_value(value: Any, lt: float = math.inf, le: float = math.inf, 
     if isinstance(value, (int, float)) and min(lt, le) == 1 and 2 <= value <= 100:
         return f"{value / 100:g}"
     bound = le if math.isfinite(le) else ge
+    if bound == 0 and isinstance(value, (int, float)) and value < 0:  # a sign too many
+        bound = -value
     return "" if bound is None else f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
@@ -294,7 +299,8 @@ def _suggest_lower_case(value: str, known: Collection[str]) -> str:
 def _suggest_equivalent(key: str, value: str) -> str:
     """Suggest our equivalent of another program's value: a value, a setting, a note or a command; "":
     unknown."""
-    command_notes = load_table()["commands"]["megatron-sov"] if key.rpartition(".")[2] == "method" else {}
+    is_method = key.rpartition(".")[2].lstrip("-") == "method"
+    command_notes = load_table()["commands"]["megatron-sov"] if is_method else {}
     command = next((text for words, text in command_notes.items() if value.lower() in words.split()), "")
     equivalent = _find_equivalent(key, value)
     if equivalent and not command:
@@ -306,7 +312,7 @@ def _suggest_equivalent(key: str, value: str) -> str:
 def _find_equivalent(key: str, value: str) -> str:
     """Return what another program's value of a setting or option is here; "": unknown."""
     values = load_table()["values"]
-    known = {**values.get(key.rpartition(".")[2], {}), **values.get(key, {})}
+    known = {**values.get(key.rpartition(".")[2].lstrip("-"), {}), **values.get(key, {})}
     return str(known.get(value.lower(), ""))
 
 

@@ -30,12 +30,10 @@ from megatron_sov.base.settings import parse_nested
 from megatron_sov.bench.lm.harness import suppress_output
 from megatron_sov.bench.lm.settings import LmEvalSettings, TaskSources
 from megatron_sov.bench.lm.task_files import (
-    SUITES, FunctionReference, TaskDefinition, find_source_tasks, iter_values, resolve_path)
+    DATA, SUITES, FunctionReference, TaskDefinition, find_source_tasks, iter_values, resolve_path)
 from megatron_sov.bench.lm.task_rows import LOADERS, TaskFileReader
 from megatron_sov.bench.suites.judging import AnswerJudge, parse_judging
 
-DATA = "${DATA}"
-"""Stands for `--data-dir` in paths of data files."""
 CODE_KEYS = ("process_docs", "process_results", "custom_dataset", "class", "doc_to_image", "doc_to_audio")
 """Settings whose values are code."""
 GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"}
@@ -58,10 +56,7 @@ class LoadedTasks:
 def load_tasks(names: Sequence[str], sources: TaskSources, settings: LmEvalSettings | None = None
                ) -> LoadedTasks:
     """Load tasks, groups and tags; `samples`, `judge`, `mode` and `workers` override the tasks' own values.
-
-    Raises:
-        UserError: an unknown, incomplete or forbidden task.
-    """
+    Raises `UserError`: an unknown, incomplete or forbidden task."""
     catalog = find_source_tasks(sources)
     names = catalog.expand_tags(names)
     with suppress_output():
@@ -152,11 +147,8 @@ def _build_entry(definition: TaskDefinition, sources: TaskSources) -> tuple[Entr
 
 def prepare_task(definition: TaskDefinition, data_dir: Path | None, *, may_download: bool
                  ) -> tuple[dict[str, Any], list[Path]]:
-    """Return a task's checked settings, and the absolute paths of its data files.
-
-    Raises:
-        UserError: forbidden code or downloads, or a missing file.
-    """
+    """Return a task's checked settings, and the absolute paths of its data files. Raises `UserError`:
+    forbidden code or downloads, or a missing file."""
     config = dict(definition.config)
     task = f"task {config.get('task')!r} ({definition.file})"
     for key, kind, form in (("dataset_path", str, "a text"), ("dataset_kwargs", dict, "names and values"),

@@ -10,7 +10,7 @@ from megatron_sov.bench.lm.harness import require_harness
 from megatron_sov.bench.lm.settings import LmEvalSettings
 from megatron_sov.bench.lm.task_files import check_task_names
 from megatron_sov.commands.shared_options import TARGET_HELP
-from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.runs.checkpoints import check_model
 from megatron_sov.work.endpoints.transport import is_url
 
 
@@ -31,7 +31,7 @@ def check_lm(options: EvalLmOptions) -> EvalLmOptions:
         raise UserError(f"{options.target}: `eval lm` runs checkpoints and Hugging Face folders; evaluate an "
                         "endpoint with lm-eval's own command: lm_eval --model local-chat-completions "
                         "--model_args base_url=URL,model=NAME")
-    check_model_path(Path(options.target))
+    check_model(Path(options.target))
     require_harness()
     check_task_names([name for name in options.tasks.split(",") if name], options.settings.sources)
     return options

@@ -16,7 +16,7 @@ from megatron_sov.commands.shared_options import FigureOptions, OverwriteOptions
 from megatron_sov.infer.engine import ChosenEngine
 from megatron_sov.infer.request import Batching, BatchSize, RankOptions, ResponseSampling, Temperature
 from megatron_sov.judge.rewards.registry import VersionedReward, build_versioned_reward, request_reward
-from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.runs.checkpoints import check_model
 from megatron_sov.runs.folder import RunEvents
 
 PROMPT = "prompt"
@@ -90,7 +90,7 @@ class PasskRequest:
 
 def check_passk(options: EvalPasskOptions) -> PasskRequest:
     events = RunEvents(options.run)
-    check_model_path(options.target)
+    check_model(options.target)
     reward_order = request_reward(options.reward, parse_nested(options.reward_set, "--reward-set"))
     reward = build_versioned_reward(reward_order)
     check_rows(options.input, field=PROMPT)

@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import AtLeastOne, Flag
-from megatron_sov.commands.shared_options import FigureOptions
-from megatron_sov.model.config import parse_data_paths
-from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.commands.shared_options import FigureOptions, check_token_shards
+from megatron_sov.runs.checkpoints import check_model
 from megatron_sov.runs.folder import RunEvents
 
 
@@ -34,6 +33,6 @@ def check_task(options: Any) -> Any:
     """Check --run, --output and TARGET, and return the options."""
     RunEvents(options.run)
     check_output("--output", options.out)
-    check_model_path(options.target)
-    parse_data_paths(getattr(options, "data", ()))
+    check_model(options.target)
+    check_token_shards(getattr(options, "data", ()))
     return options

@@ -14,7 +14,7 @@ from megatron_sov.commands.models.serve import ServeOptions
 from megatron_sov.commands.shared_options import AnyTarget, list_option_words
 from megatron_sov.infer.request import RankOptions, SampleSeed, Temperature, TopP
 from megatron_sov.model.recipes.requested import PluginOptions
-from megatron_sov.runs.checkpoints import check_model_folder, check_model_path
+from megatron_sov.runs.checkpoints import check_model
 from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn, find_chat_model
 from megatron_sov.serve.settings import ServeSettings
 from megatron_sov.work.endpoints.answers import BadAnswer
@@ -67,8 +67,7 @@ def chat(options: ChatOptions) -> int:
         if re.fullmatch(r"[\w.-]+:\d+(/.*)?", options.target) and not Path(options.target).exists():
             raise UserError(f"{options.target}: is an address without http://",
                             Fix(words={options.target: f"http://{options.target}"}))
-        check_model_path(Path(options.target))
-        check_model_folder(Path(options.target))
+        check_model(Path(options.target))
     if missing := find_missing_libraries():
         raise UserError(missing[0])
     stop_check()

@@ -18,7 +18,7 @@ from megatron_sov.infer.engine import MEGATRON, ChosenEngine
 from megatron_sov.infer.prompts import ModelPrompt, read_prompts
 from megatron_sov.infer.request import Batching, RankOptions, Sampling, WholeSampling
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.runs.checkpoints import check_model
 from megatron_sov.runs.folder import RunEvents
 
 
@@ -152,7 +152,7 @@ def check_generate(options: GenerateOptions) -> GenerateRequest | MediaRequest:
         return _check_media(options)
     prompts = [prompt for prompt in read_prompts(options.prompt, options.prompts)
                for _ in range(options.samples)]
-    check_model_path(options.target)
+    check_model(options.target)
     check_output("--output", options.output)
     return GenerateRequest(options, prompts, RunEvents(options.run))
 
@@ -170,7 +170,7 @@ def _check_media(options: GenerateOptions) -> MediaRequest:
     root = _find_common_folder([file for _, file in files])
     parts = [{"type": kind, "path": str(Path(os.path.abspath(file)).relative_to(root))}
              for kind, file in files]
-    check_model_path(options.target)
+    check_model(options.target)
     return MediaRequest(options, root, parts, output_folders)
 
 

@@ -15,7 +15,7 @@ from megatron_sov.infer.engine import PRECISION_KEY
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.pretrained import is_hf_folder
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import check_model_folder, check_model_path
+from megatron_sov.runs.checkpoints import check_model
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.serve.settings import ServeSettings
 
@@ -66,8 +66,7 @@ def check_serve(options: ServeOptions) -> ServeRequest:
     settings = dataclasses.replace(options.serving, name=options.model_name,
                                    api_key=_read_api_key(options.api_key_env))
     num_ranks(options.nproc)
-    check_model_path(options.target)
-    check_model_folder(options.target)
+    check_model(options.target)
     _refuse_layout(options)
     check_output("--address-file", settings.address_file)
     if importlib.util.find_spec("aiohttp") is None:

@@ -11,14 +11,14 @@ from typing import Annotated, ClassVar, Literal
 from megatron_sov.base.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AboveZero, DeclaredCommand, Flag, NotNegativeInt
-from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions
+from megatron_sov.commands.shared_options import OverwriteOptions, RedoOptions, check_token_shards
 from megatron_sov.commands.train.kinds import CHECK, RUN
 from megatron_sov.commands.train.setup.stage_options import GateOptions
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.runs.checkpoints import check_model, check_model_path
 
 TEACHER_STATES = "teacher_states"
 """Artifact kind for teacher outputs (`post.distillation.state_files`)."""
@@ -48,7 +48,8 @@ class DistillStatesOptions(PluginOptions, RankOptions, OverwriteOptions, RedoOpt
 
 def check_states(options: DistillStatesOptions) -> DistillStatesOptions:
     load_plugins(options.plugins)
-    check_model_path(options.teacher)
+    check_model(options.teacher)
+    check_token_shards(options.data)
     return options
 
 
@@ -88,7 +89,7 @@ class DistillOptions(GateOptions):
             raise UserError("--teacher: is missing; pass the teacher model, or --states with its outputs for "
                             "the data", Fix(options=("--teacher", "TEACHER")))
         for teacher in self.teacher:
-            check_model_path(Path(split_source_name(teacher)[1]), "--teacher ")
+            check_model(Path(split_source_name(teacher)[1]), "--teacher ")
         if not self.teacher:
             for path in self.states:
                 check_model_path(path, "--states ")

@@ -5,10 +5,10 @@ Settings and data come from RUN/config.json, other options from RUN/command.json
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_sov.base.command_line import Parser, check_arguments
-from megatron_sov.base.errors import IS_CHECKING, ExitCode, UserError
-from megatron_sov.base.hints.words import translate_options
+from megatron_sov.base.errors import IS_CHECKING, ExitCode, Fix, UserError, choose_free_path
+from megatron_sov.base.hints.lines import apply_fix
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import DeclaredCommand, Flag, read_options
 from megatron_sov.commands import COMMANDS
@@ -47,37 +47,82 @@ def resume_run(options: ResumeOptions) -> int:
     folder = options.run.absolute()
     first = read_command(folder)
     name, parser = _build_parser(first)
-    _check_arguments(name, options)
+    _check_arguments(name, options, first)
     first_options = _parse_options(parser, [*first.words[len(name.split()):], "--resume"])
     resumed = _replace_by_folder(first_options, folder, first)
     _refuse_unsaid_code(folder, first, list_option_words(resumed), options.arguments)
     words = [*list_option_words(dataclasses.replace(resumed, plugins=())), *options.arguments]
-    if IS_CHECKING.get():  # later checks need the present folder
-        with contextlib.chdir(first.folder if first.folder.is_dir() else Path.cwd()):
-            check_arguments(parser.parse_args(words), COMMANDS[name].load())
-        return ExitCode.OK
-    if first.folder != Path.cwd() and first.folder.is_dir():
+    present = Path.cwd()
+    if first.folder != present and first.folder.is_dir():
         os.chdir(first.folder)  # base of the command's relative paths
-        if is_first_rank():
+        if is_first_rank() and not IS_CHECKING.get():
             print(f"resume: relative paths start at {first.folder}, where the run was started")
-    if is_first_rank():
-        print(f"resume: megatron-sov {name} {shlex.join(words)}", flush=True)
-        for change in _list_changes(first_options, _parse_options(parser, words)):
-            print(f"resume: {change}", flush=True)
-    export_command([*name.split(), *words])
-    return int(COMMANDS[name].load().run(parser.parse_args(words)))
+    try:
+        if IS_CHECKING.get():
+            check_arguments(parser.parse_args(words), COMMANDS[name].load())
+            return ExitCode.OK
+        if is_first_rank():
+            print(f"resume: megatron-sov {name} {shlex.join(words)}", flush=True)
+            for change in _list_changes(parser, first_options, _parse_options(parser, words)):
+                print(f"resume: {change}", flush=True)
+        export_command([*name.split(), *words])
+        return int(COMMANDS[name].load().run(parser.parse_args(words)))
+    except UserError as e:
+        os.chdir(present)
+        if e.fix is None or "--from" not in e.fix.options:
+            raise
+        fix = dataclasses.replace(e.fix, options=(*e.fix.options, "--from", str(options.run), "--run",
+                                                  choose_free_path(str(options.run))))
+        raise UserError(e.sentence, _propose_new_run(options, first, present, fix)) from None
+    finally:
+        if IS_CHECKING.get():
+            os.chdir(present)
 
 
 RESUME = DeclaredCommand(ResumeOptions, resume_run)
 
 
-def _check_arguments(name: str, options: ResumeOptions) -> None:
-    """Raise `UserError` for unknown options and settings among the typed arguments, with a corrected line."""
+def _check_arguments(name: str, options: ResumeOptions, first: TypedCommand) -> None:
+    """Raise `UserError` for unknown options and settings among the typed arguments, with a corrected line,
+    and for options that cannot act on a run that exists."""
     parser = Parser(prog=f"megatron-sov resume {shlex.quote(str(options.run))}")
     COMMANDS[name].load().add_arguments(parser)
     for action in parser._actions:
         action.required = False
-    translate_options(parser, options.arguments)
+    typed = parser.parse_args(options.arguments)
+    start, run = getattr(typed, "start_from", None), getattr(typed, "run", None)
+    is_other_run = run is not None and Path(run).absolute() != options.run.absolute()
+    if start is None and not is_other_run:
+        return
+    refused = [f"--from {start}"] * (start is not None) + [f"--run {run}"] * is_other_run
+    fix = Fix(options=("--from", str(start or options.run), *(["--run", str(run)] if is_other_run else [])))
+    raise UserError(f"{', '.join(refused)}: a resumed run goes on with its own weights in its own folder; a "
+                    "new run begins with the weights of --from",
+                    _propose_new_run(options, first, Path.cwd(), fix))
+
+
+def _propose_new_run(options: ResumeOptions, first: TypedCommand, present: Path, fix: Fix) -> Fix:
+    """Return the first command with the typed arguments as a new run; `fix` has its --from and its --run, if
+    they were typed."""
+    words = [*first.words]
+    if first.folder != present:
+        words = [_find_from(word, first.folder) for word in words]
+    typed = [part for word in options.arguments
+             for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    new_run = ["--run", choose_free_path(str(options.run))]
+    dropped = [f"{option} {value}" for option, value in itertools.pairwise(words)
+               if option in ("--until", "--inject")]
+    line = apply_fix("megatron-sov", words, dataclasses.replace(
+        fix, options=(*typed, *new_run, *fix.options), left_out=("--resume", *dropped)))
+    return Fix(f"megatron-sov {shlex.join(line or words)}")
+
+
+def _find_from(word: str, folder: Path) -> str:
+    """Return a word [NAME=]PATH[:WEIGHT] with the path below `folder` if it exists there."""
+    match = re.fullmatch(r"((?:[\w-]+=)?)([^/].*?)((?::[\d.]+)?)", word)
+    if match and (folder / match[2]).exists():
+        return f"{match[1]}{folder / match[2]}{match[3]}"
+    return word
 
 
 def _refuse_unsaid_code(folder: Path, first: TypedCommand, words: list[str], arguments: Sequence[str]
@@ -143,9 +188,10 @@ def _replace_by_folder(options: Any, folder: Path, first: TypedCommand) -> Any:
                                deterministic=False)
 
 
-def _list_changes(before: Any, now: Any) -> list[str]:
+def _list_changes(parser: Parser, before: Any, now: Any) -> list[str]:
     """Describe the options that differ from the first command, a line per option."""
     lines = []
+    names = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     for field in dataclasses.fields(now):
         old, new = getattr(before, field.name), getattr(now, field.name)
         if field.name in REPLACED:
@@ -153,5 +199,5 @@ def _list_changes(before: Any, now: Any) -> list[str]:
         if field.name == "settings":
             lines += [f"--set {text}" for text in new]
         elif new != old:
-            lines.append(f"--{field.name.replace('_', '-')} was {old}, is {new}")
+            lines.append(f"{names[field.name]} was {old}, is {new}")
     return lines

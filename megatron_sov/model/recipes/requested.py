@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +17,10 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 from megatron_sov.base.errors import Fix, UserError, suggest_download, suggest_name
 from megatron_sov.base.plugins.loading import is_reference, load_plugin
-from megatron_sov.base.plugins.registry import Registry
+from megatron_sov.base.plugins.registry import Registry, suggest_same_family
 from megatron_sov.base.settings import (
     Flag, Place, ProblemCode, SettingsError, SettingsProblem, find_inert_settings, get_inner_hint,
     get_setting, list_fields, parse_located_yaml, read_settings_text)
-from megatron_sov.base.settings.options import get_field_docstrings
 from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import (
@@ -69,10 +69,13 @@ class RecipeOptions(PluginOptions):
     is_setting = staticmethod(is_setting)
 
     @staticmethod
-    def setting_texts() -> dict[str, str]:
-        """Return setting -> help text; for list items, settings of item 0."""
-        return {name: get_field_docstrings(cls).get(name.rpartition(".")[2], "")
-                for name, cls, has_settings in iter_settings(RunConfig) if not has_settings}
+    def list_settings() -> list[str]:
+        """Return the names of all settings; for list items, settings of item 0."""
+        return [name for name, _, has_settings in iter_settings(RunConfig) if not has_settings]
+
+    @staticmethod
+    def is_recipe(word: str) -> bool:
+        return word in recipes.names()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -289,9 +292,12 @@ def _load_recipe(recipe: str) -> RunConfig:
         raise UserError(f"{recipe}: is a setting in the place of RECIPE; write --set {shlex.quote(recipe)}, "
                         "and name a recipe (`megatron-sov recipes` lists them)")
     if suggest_download(recipe) and ":" not in recipe:
-        close = suggest_name(recipe.rpartition("/")[2].lower(), recipes.names())
+        name = recipe.rpartition("/")[2].lower()
+        close = suggest_name(name, recipes.names()) or suggest_same_family(name, recipes.names())
+        nearest = re.search(r"'(.*?)'", close)
         raise UserError(f"{recipe}: is a model name on the Hugging Face hub, not a recipe{close} "
-                        "(`megatron-sov recipes` lists them); pass weights by --from HF_DIR")
+                        "(`megatron-sov recipes` lists them); pass weights by --from HF_DIR",
+                        Fix(words={recipe: nearest[1]}) if nearest else None)
     name = recipes.RECIPE_PLUGINS.load(recipe) if is_reference(recipe) else recipe
     config, code = recipes.get(name), recipes.RECIPE_PLUGINS.code(name)
     if code is None:

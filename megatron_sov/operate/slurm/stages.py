@@ -211,9 +211,8 @@ def check_stage(stage: str) -> None:
                         Fix(command="pretrain", arguments=(stage,)))
     if Path(stage).suffix in (".sh", ".sbatch", ".slurm", ".job", ".py"):
         raise UserError(f"submit {stage}: `submit` writes the job's script itself; name the stage and its "
-                        f"arguments (a script of your own: sbatch {stage})",
-                        Fix("megatron-sov submit pretrain --cluster NAME --account NAME --nodes 1 RECIPE "
-                            "--data DIR --run DIR"))
+                        f"arguments (`megatron-sov submit STAGE --help`); Slurm takes a script of your own",
+                        Fix(f"sbatch {stage}"))
     raise UserError(f"stage {stage!r}: does not exist{suggest_name(stage, STAGES)} (stages: "
                     f"{', '.join(STAGES)}, chain)")
 

@@ -16,15 +16,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_sov.base.errors import stop_check
-from megatron_sov.work.processes.children import start_command
+from megatron_sov.work.processes.children import die_with_parent
 
 NOT_STARTED = 127
 """Exit code for a missing program, as in a shell."""
 _PR_SET_CHILD_SUBREAPER = 36
+_ROOT = str(Path(__file__).parents[3])
+# isolated, because the command's environment may name other modules in PYTHONPATH
+_KEEPER = ("-I", "-S", "-c", "import sys; sys.path.append(sys.argv[1]); "
+           f"from {__name__} import main; main()", _ROOT)
 _RETRY_S = 0.005
 _POLL_MS = 20
 
@@ -32,24 +37,34 @@ _POLL_MS = 20
 class SupervisedCommand:
     """A running command with descendants; ended when the `SupervisedCommand` is garbage collected."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], output: IO[Any]) -> None:
+    stdin: IO[bytes]
+    stdout: IO[bytes]
+    """Pipes to the command, if `output` is None."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str],
+                 output: IO[Any] | None) -> None:
         """Start the command.
 
         Args:
             command: program and arguments.
             environment: its environment.
-            output: file for standard output and error.
+            output: file for standard output and error; None: pipes, with standard error inherited.
         """
         stop_check()
         read_end, write_end = os.pipe()  # the keeper ends the command when this pipe closes
         self._wanted = os.fdopen(write_end, "wb", buffering=0)
         try:
+            has_pipes = output is None
             self._keeper = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(read_end), *command], stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, env=environment, pass_fds=[read_end],
+                [sys.executable, *_KEEPER, str(read_end), *command],
+                stdin=subprocess.PIPE if has_pipes else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if has_pipes else output,
+                stderr=None if has_pipes else subprocess.STDOUT, env=environment, pass_fds=[read_end],
                 start_new_session=True)
         finally:
             os.close(read_end)
+        if self._keeper.stdin is not None and self._keeper.stdout is not None:
+            self.stdin, self.stdout = self._keeper.stdin, self._keeper.stdout
 
     @property
     def is_alive(self) -> bool:
@@ -66,6 +81,10 @@ class SupervisedCommand:
             self._wanted.write(b"\0")
         self._wanted.close()
         self._keeper.wait()
+        for pipe in (self._keeper.stdin, self._keeper.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # unread input
+                    pipe.close()
 
 
 def kill_descendants() -> None:
@@ -104,7 +123,7 @@ def _supervise_command(until: int, command: Sequence[str]) -> int:
         leader.terminate()
 
     try:
-        leader = start_command(command, ends_with_this=True)
+        leader = subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid()))
     except OSError as e:
         print(f"{command[0]}: {e.strerror}", file=sys.stderr)
         return NOT_STARTED
@@ -124,5 +143,6 @@ def _supervise_command(until: int, command: Sequence[str]) -> int:
     return 128 + signal.SIGKILL if code is None else code if code >= 0 else 128 - code
 
 
-if __name__ == "__main__":
-    sys.exit(_supervise_command(int(sys.argv[1]), sys.argv[2:]))
+def main() -> None:
+    """Run the keeper: arguments are the root folder, the pipe and the command."""
+    sys.exit(_supervise_command(int(sys.argv[2]), sys.argv[3:]))

@@ -1,7 +1,5 @@
 """`megatron-sov resume`: which command it gives, and what it refuses.  tests/e2e/test_resume.py trains."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Sequence
@@ -76,6 +74,19 @@ def test_what_is_typed_behind_the_folder_goes_before_it_and_is_said(
     assert given[0].nproc == "4" and given[0].settings == ["train.steps=12"]
     told = capsys.readouterr().out.splitlines()[1:]
     assert sorted(told) == ["resume: --nproc was 2, is 4", "resume: --set train.steps=12"]
+
+
+@pytest.mark.parametrize(("typed", "line"), [
+    ("--from b", "pretrain tiny-qwen3 --data tokens:2 --nproc 2 --set train.steps=9 --run runs/a-2 --from b"),
+    ("--run b", "pretrain tiny-qwen3 --data tokens:2 --nproc 2 --set train.steps=9 --from runs/a --run b"),
+    ("--set optim.lr=1 --from b", "pretrain tiny-qwen3 --data tokens:2 --nproc 2 --set train.steps=9 --set "
+                                  "optim.lr=1 --run runs/a-2 --from b")])
+def test_other_weights_and_other_folders_are_a_new_run(
+        typed: str, line: str, begun: Begin, given: list[argparse.Namespace],
+        capsys: pytest.CaptureFixture[str]) -> None:
+    begun(*BEGAN)
+    assert cli.main(["resume", "runs/a", *typed.split()]) == 2 and not given
+    assert f"write\n  megatron-sov {line}\n" in capsys.readouterr().err
 
 
 def test_a_run_of_a_launcher_goes_on_with_as_many_processes(

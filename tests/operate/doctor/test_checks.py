@@ -1,7 +1,5 @@
 """The doctor on machines that we make up: packages, programs and libraries placed or taken away."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import shutil
@@ -220,7 +218,7 @@ def test_what_encloses_programs_is_found_by_enclosing_one(monkeypatch: pytest.Mo
     def refuse() -> str:
         raise UserError("none: 2 problems\n  namespaces: not allowed\n  landlock: version 0")
 
-    monkeypatch.setattr(doctor, "machine_enclosure", refuse)
+    monkeypatch.setattr(doctor, "detect_enclosure", refuse)
     check = only(doctor.iter_sandbox_checks())
     assert check.status == "missing" and "namespaces: not allowed; landlock: version 0" in check.detail
 

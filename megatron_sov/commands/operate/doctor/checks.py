@@ -25,7 +25,7 @@ from megatron_sov.base.command_line import import_reference
 from megatron_sov.base.errors import ExitCode, UserError, format_error, format_install_command
 from megatron_sov.commands.operate.doctor.doctor import DoctorOptions
 from megatron_sov.operate.contract import find_first_difference
-from megatron_sov.sandbox.sandbox import machine_enclosure
+from megatron_sov.sandbox.sandbox import detect_enclosure
 from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.clusters.units import GIB
 
@@ -268,7 +268,7 @@ def iter_optional_checks() -> Iterator[MachineCheck]:
 def iter_sandbox_checks() -> Iterator[MachineCheck]:
     """Start a program in the sandbox."""
     try:
-        enclosure = machine_enclosure()
+        enclosure = detect_enclosure()
     except UserError as e:
         reasons = "; ".join(line.strip() for line in str(e).splitlines()[1:])
         yield MachineCheck("Sandbox", "missing",

@@ -13,7 +13,7 @@ from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, at_mos
 from megatron_sov.commands.evaluate.eval_passk import PROMPT, JudgedSamplingOptions
 from megatron_sov.infer.request import RankOptions
 from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
-from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.runs.checkpoints import check_model
 
 PROBING_SETS = "probing_sets"
 """Artifact kind from `sov-data probing-sets`."""
@@ -59,7 +59,7 @@ def check_probe(options: SspProbeOptions) -> ProbeRequest:
         problems |= files
     build_versioned_reward(request_reward(options.reward, parse_nested(options.reward_set, "--reward-set")))
     for path in options.checkpoints:
-        check_model_path(path)
+        check_model(path)
     for file in problems.values():
         check_rows(file, "--problems", PROMPT)
     return ProbeRequest(options, problems)

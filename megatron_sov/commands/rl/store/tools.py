@@ -18,7 +18,7 @@ from megatron_sov.infer.request import WholeSampling
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import (
     BUILT_IN, ENVIRONMENT_PLUGINS, build_versioned_environment, read_tasks, request_environment)
-from megatron_sov.runs.checkpoints import check_model_path
+from megatron_sov.runs.checkpoints import check_model
 
 EPISODES_KIND = "episodes"
 
@@ -82,7 +82,7 @@ def check_episodes(options: ToolsRunOptions) -> EpisodesRequest:
     environment, version = build_versioned_environment(request)
     limits = apply_changes(LIMITS[options.limits], options.changes, "--limit")
     tasks = read_tasks(environment, options.environment, options.tasks)
-    check_model_path(options.target)
+    check_model(options.target)
     check_output_folder(options.output, EPISODES_KIND, options.overwrite)
     return EpisodesRequest(options, request, version, limits, tasks)
 

@@ -25,6 +25,7 @@ from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents import KINDS, BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import format_location
 from megatron_sov.base.documents.records import DESIRABLE
+from megatron_sov.base.documents.rows import fix_records
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, warn
 from megatron_sov.base.hints.foreign import find_shards
 from megatron_sov.base.hints.paths import fix_by_packing
@@ -133,8 +134,8 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
             continue
         suffix = named.file.suffix.lower()
         if refusal := next((text for names, text in REFUSED_FILES.items() if suffix in names.split()), ""):
-            shards = find_shards(str(named.file.with_suffix("")))
-            fix = Fix(words={typed: shards}) if Path(shards).is_dir() else _fix_table(named.file)
+            shards = find_shards(str(named.file.with_suffix(""))) if suffix in (".bin", ".idx") else ""
+            fix = Fix(words={typed: shards}) if shards and Path(shards).is_dir() else _fix_table(named.file)
             raise UserError(f"--data {argument}: {refusal}", fix)
         if named.name in files:
             raise UserError(f"--data {argument}: has the same name {named.name!r} as --data "
@@ -334,12 +335,20 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
         # `rl run` learns text next to its prompts; another command would not take its other options
         if fault.reason.startswith(f"is {kind},") and list(formats) != ["text"]:
             raise UserError(f"--data {location}: {sentence}", Fix(command=command))
+    if fault.reason.startswith("is a prompt,") and formats[0] in ("chat", "preference"):
+        raise UserError(f"--data {location}: is a prompt without a response; `megatron-sov rl run` learns "
+                        "from prompts and a reward (a chat has 'messages', or 'prompt' and 'completion')",
+                        Fix(command="rl run", left_out=(f"--data {file}",),
+                            options=("--prompts", str(file), "--reward", "math", "--store",
+                                     choose_free_path("new-store"))))
     fix = None
     if UNPAIRED in fault.reason and formats[0] == "preference":
         folder = choose_free_path(f"{file.stem}-unpaired")
         fix = Fix(words={str(file): f"{folder}/unpaired.jsonl"}, options=("--method", "kto"),
                   before=(f"{UNPAIRED} {shlex.join(['--input', str(file), '--output', folder])}",))
         raise UserError(f"--data {location}: is judged on its own; KTO learns from such responses", fix)
+    if fix := fix_records(file, fault.reason):
+        raise UserError(f"--data {location}: {fault.reason}", fix)
     is_usable = bool(fault.options) and "FIELD" not in fault.options[-1] and "prompt" not in fault.options
     if is_usable and tokenizer is not None:
         form = () if "--format" in fault.options else ("--format", formats[0])

@@ -29,8 +29,8 @@ from megatron_sov.chat.tool_calls import ServedTurn
 from megatron_sov.judge.rewards.reward import Score, shorten_reason
 from megatron_sov.judge.rewards.version import hash_code
 from megatron_sov.judge.tools.environment import InfrastructureFault, Observation, Task, TurnReply, World
-from megatron_sov.sandbox.process_tree import ProcessTree
 from megatron_sov.work.processes.children import foreign_environment
+from megatron_sov.work.processes.supervisor import SupervisedCommand
 
 MAX_LINE_BYTES = 256 << 20
 """Longest message from the library's process."""
@@ -82,7 +82,7 @@ class Verifiers(World):
     """Conversation that the next request must extend."""
 
     def __post_init__(self) -> None:
-        self._bridge: ProcessTree | None = None  # not a field, because fields are settings
+        self._bridge: SupervisedCommand | None = None  # not a field, because fields are settings
 
     def inputs(self) -> dict[str, Any]:
         """Return version inputs: settings file and bridge code."""
@@ -172,8 +172,8 @@ class Verifiers(World):
         path = os.pathsep.join((str(Path(program).absolute().parent), variables.get("PATH", os.defpath)))
         bridge = Path(__file__).with_name("verifiers_bridge.py")
         # -P: modules in this folder would shadow other packages.
-        self._bridge = ProcessTree([program, "-P", str(bridge), self.config],
-                                   {**variables, "PATH": path, "PYTHONPATH": folder})
+        self._bridge = SupervisedCommand([program, "-P", str(bridge), self.config],
+                                         {**variables, "PATH": path, "PYTHONPATH": folder}, None)
         message = self._receive()
         if "ready" not in message:
             self.end()

@@ -20,10 +20,10 @@ import numpy as np
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.errors import UserError, format_install_command
 from megatron_sov.omni.media.reading.limits import MediaLimits, VideoSampling
-from megatron_sov.sandbox.readers import KeptReader, ReaderEnded, Wording
+from megatron_sov.sandbox.reader_process import ReaderEnded, ReaderProcess, ReaderWording
 from megatron_sov.work.processes.channel import receive_message, send_message
 
-WORDING = Wording("decoder", "decode", "--max-time")
+WORDING = ReaderWording("decoder", "decode", "--max-time")
 MAX_HEADER_BYTES = 1 << 16
 _DTYPES = {"picture": "uint8", "sound": "float32", "video": "uint8"}
 
@@ -111,7 +111,7 @@ class MediaReader:
                                     "shrink it, or raise --max-file-bytes")
         process = self._idle.get()
         try:
-            if process is None or process.is_worn:
+            if process is None or process.needs_replacement:
                 if process is not None:
                     process.end()
                 process = _DecoderProcess(self.root, self.limits)
@@ -153,7 +153,7 @@ def resolve_media_path(root: Path, path: str) -> Path:
     return real_path
 
 
-class _DecoderProcess(KeptReader):
+class _DecoderProcess(ReaderProcess):
     """Connection to a process that runs `decoder_process`."""
 
     def __init__(self, root: Path, limits: MediaLimits) -> None:
@@ -168,7 +168,7 @@ class _DecoderProcess(KeptReader):
             BadRecord: the file cannot be decoded.
             ReaderEnded: the process ended or broke the protocol, and must be replaced.
         """
-        with self.asking() as channel:
+        with self.open_exchange() as channel:
             send_message(channel, request)
             header = receive_message(channel, MAX_HEADER_BYTES)
             if "bad" in header:

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.curate.sources import formats, reader
 from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourceSettings
-from megatron_sov.sandbox import readers
+from megatron_sov.sandbox import reader_process
 
 HOSTILE = '''
 import ctypes, os, socket, sys, time
@@ -69,8 +69,8 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     replaced = ("from data_prep.curate.sources import formats; "
                 "formats.FORMATS['text'] = 'hostile_reader:Reader'; ")
     main = "from {module}"
-    assert main in readers._CODE
-    monkeypatch.setattr(readers, "_CODE", readers._CODE.replace(main, replaced + main))
+    assert main in reader_process._CODE
+    monkeypatch.setattr(reader_process, "_CODE", reader_process._CODE.replace(main, replaced + main))
     monkeypatch.setattr(reader, "_processes", {})
 
     def read(words: str, **options: object) -> list[RawDocument | BrokenRecord]:
@@ -137,7 +137,7 @@ class Liar:
     b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"\x05" + bytes(7) + b'{"a":',
     b"\x0c" + bytes(7) + b'{"text": 12}'])
 def test_what_is_no_answer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr(readers, "END_LIMIT_S", 0.05)
+    monkeypatch.setattr(reader_process, "END_LIMIT_S", 0.05)
     (tmp_path / "a.txt").write_text("x")
     found = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
     list(found.read_piece(found.list_pieces()[0]))

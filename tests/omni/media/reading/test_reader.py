@@ -1,7 +1,5 @@
 """Decoding in child processes: paths outside the root, and decoders that crash, hang or write."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +13,7 @@ from PIL import Image
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.omni.media.reading.limits import MediaLimits
 from megatron_sov.omni.media.reading.reader import MediaReader
-from megatron_sov.sandbox import readers
+from megatron_sov.sandbox import reader_process
 
 HOSTILE = '''
 import os, time
@@ -91,7 +89,8 @@ def hostile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     (tmp_path / "code").mkdir()
     (tmp_path / "code/hostile.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path / "code")
-    monkeypatch.setattr(readers, "_CODE", readers._CODE.replace("from {", "import hostile; from {"))
+    code = reader_process._CODE.replace("from {", "import hostile; from {")
+    monkeypatch.setattr(reader_process, "_CODE", code)
     reader = MediaReader(root, MediaLimits(time_s=0.5))
 
     def read(name: str) -> str:
