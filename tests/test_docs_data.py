@@ -1,7 +1,5 @@
 """The pages about tokenizers and data: every command, snippet and setting on them works, in order."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json

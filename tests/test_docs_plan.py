@@ -1,7 +1,5 @@
 """The page about plans: every command on it does what it says, and every key of the JSON stands on it."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The pages about synthesis and difficulty: their commands run in order, against local endpoints."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

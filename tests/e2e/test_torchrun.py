@@ -1,8 +1,6 @@
 """Two nodes without Slurm: a torchrun agent on each, as docs/slurm.md shows;
 the same bits as two local processes."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

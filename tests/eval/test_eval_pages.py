@@ -1,7 +1,5 @@
 """Commands of docs/generate.md and the evaluation pages run in order, and the table of suites is correct."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,8 +1,6 @@
 """`megatron-sov chat`, as docs/serve.md types it: what is asked and shown, and what is kept of a
 conversation."""
 
-from __future__ import annotations
-
 import io
 import os
 import pty
@@ -158,7 +156,7 @@ def test_the_pages_commands_talk_to_a_checkpoint(talk: Any, tmp_path: Path, one_
     assert capsys.readouterr().out == f"user: 1 + 2?\nassistant: {written}\n"
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.each(("words", "said"), [
     (["nowhere"], "nowhere: does not exist"), ([""], "TARGET: is empty; must name a model"),
     (["http://h:0/v1"], "must be an address"),
     (["http://127.0.0.1:9/v1"], "the models cannot be listed (the connection failed"),

@@ -1,7 +1,5 @@
 """`megatron-sov eval passk`: figures of responses that are there, and of a model's own."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`megatron-sov codec`: its page, typed, and command lines that are refused."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

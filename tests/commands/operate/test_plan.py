@@ -1,7 +1,5 @@
 """`megatron-sov plan`: on a cluster it takes the recommended layout, and tells what that needs of a GPU."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

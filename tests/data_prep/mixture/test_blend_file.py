@@ -1,7 +1,5 @@
 """Blend files: shares, products of tags, Solar's table, mistakes."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections import Counter

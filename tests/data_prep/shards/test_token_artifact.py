@@ -1,7 +1,5 @@
 """Token shard artifacts: reading, indices, held-out rule."""
 
-from __future__ import annotations
-
 import struct
 import tempfile
 import unicodedata
@@ -36,7 +34,7 @@ def source(name: str, train: int, heldout: int) -> dict[str, Any]:
 CONTENT = {"sources": [source("web", 2, 1), source("books", 1, 0)]}
 
 
-@pytest.mark.parametrize(("chosen", "prefixes"), [
+@pytest.mark.each(("chosen", "prefixes"), [
     ({}, ["web/train-00000", "web/train-00001", "web/heldout-00000", "books/train-00000"]),
     ({"source": "web"}, ["web/train-00000", "web/train-00001", "web/heldout-00000"]),
     ({"split": "train"}, ["web/train-00000", "web/train-00001", "books/train-00000"]),
@@ -110,7 +108,7 @@ def test_files_equal_megatrons_builder(tmp_path: Path) -> None:
         assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
 
 
-@pytest.mark.parametrize("vocab_size", [2, 65499, 65500, 65501, 196608])
+@pytest.mark.each("vocab_size", [2, 65499, 65500, 65501, 196608])
 def test_dtype_is_megatrons_choice(vocab_size: int) -> None:
     assert choose_token_dtype(vocab_size) == DType.optimal_dtype(vocab_size).__name__
 
@@ -133,8 +131,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     write(prefix, [[1, 2], [3]], "uint16")
     good = (tmp_path / "s.idx").read_bytes()
     swapped = good[:34] + struct.pack("<ii", 1, 2) + good[42:]
-    for raw, rule in ((b"short", "has 5 bytes"), (b"X" + good[1:], "not an index of version 1"),
-                      (good + b"\0", "does not fit its 2"), (swapped, "without gaps")):
+    for raw, rule in ((b"short", "is no index"), (b"X" + good[1:], "is no index"),
+                      (good + b"\0", "does not fit its 2"), (swapped, "sequence 1 begins at byte 4")):
         (tmp_path / "s.idx").write_bytes(raw)
         with pytest.raises(UserError, match=rule):
             open_split(prefix)

@@ -39,7 +39,7 @@ def test_sound_nodes_pass(tmp_path: Path) -> None:
     assert judge(tmp_path, *OTHERS, replace(SOUND, node="n2")) == {}
 
 
-@pytest.mark.parametrize(("changed", "why"), [
+@pytest.mark.each(("changed", "why"), [
     ({"num_gpus": 7}, "7 GPUs, 8 wanted"),
     ({"disk_error": "/raid: Read-only file system", "free_disk_bytes": 0},
      "disk cannot be written (/raid: Read-only file system)"),
