@@ -42,11 +42,8 @@ class TaskFileReader:
     """Return `datasets.Dataset` objects, as `process_docs` in foreign tasks expects."""
 
     def __call__(self, **_: Any) -> dict[str, TaskRows] | dict[str, Dataset]:
-        """Return split -> rows; ignores the metadata and `dataset_kwargs` that lm-eval passes.
-
-        Raises:
-            UserError: a damaged file.
-        """
+        """Return split -> rows; ignores the metadata and `dataset_kwargs` that lm-eval passes. Raises
+        `UserError`: a damaged file."""
         splits = {split: self._read_split(files) for split, files in self.files.items()}
         if not self.to_dataset:
             return splits
@@ -60,11 +57,7 @@ class TaskFileReader:
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows in a file: JSON Lines, a JSON list, CSV or Parquet.
-
-    Raises:
-        UserError: a damaged file.
-    """
+    """Yield the rows in a file: JSON Lines, a JSON list, CSV or Parquet. Raises `UserError`: a damaged file."""
     if file.suffix in LOADERS["csv"]:
         return _read_csv(file)
     return (row for _, row in read_records(file))

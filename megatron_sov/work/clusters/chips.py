@@ -81,11 +81,8 @@ class Chip(Gpu):
     """tflops, hbm, nvlink, memory, network, power, server_power, price -> source."""
 
     def flops_per_s(self, precision: str) -> float:
-        """Return the dense peak for "bf16", "fp8" or "fp4".
-
-        Raises:
-            UserError: the chip does not support the precision.
-        """
+        """Return the dense peak for "bf16", "fp8" or "fp4". Raises `UserError`: the chip does not support the
+        precision."""
         peaks = {"bf16": self.bf16_flops_per_s, "fp8": self.fp8_flops_per_s, "fp4": self.fp4_flops_per_s}
         if not peaks.get(precision):
             supported = [name for name in PRECISIONS if peaks[name]]
