@@ -57,7 +57,7 @@ class TaskFileReader:
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows in a file: JSON Lines, a JSON list, CSV or Parquet. Raises `UserError`: a damaged file."""
+    """Yield the rows in a JSON Lines, JSON, CSV or Parquet file. Raises `UserError`: a damaged file."""
     if file.suffix in LOADERS["csv"]:
         return _read_csv(file)
     return (row for _, row in read_records(file))
