@@ -162,7 +162,7 @@ def host(measured: dict[str, Any]) -> Iterator[str]:
         "With 1.9 times its seconds, as here, the median error of 148 published rows with experts grows from "
         "5.7 to 9.3 %, the 90th percentile from 27 to 48 %, and 72 of 126 recommended layouts get slower by "
         "more than 2 %, most of them by half.  So one machine's host, under mirror images, does not replace "
-        "the fitted one; `--calibrate` learns yours.")
+        "the fitted one.")
 
 
 def main() -> None:

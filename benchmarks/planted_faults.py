@@ -1,17 +1,15 @@
-"""Plant faults in the source, and measure which of them `make test` and all tests of the same files find.
+"""Plant faults in the source, and measure which of them `make test` and `make deep` find.
 
-Usage: python benchmarks/planted_faults.py FOUND.jsonl [--sample N] [--seed S] [--hours H] [--area AREA]
+Usage: python benchmarks/planted_faults.py FOUND.jsonl [--area AREA] [--faults N] [--hours H] [--deep]
        python benchmarks/planted_faults.py FOUND.jsonl --table
 
-`benchmarks/data/planted_faults.yaml` names source files and the tests beside them.  Of each file a seeded
-draw takes faults, spread over its functions: a comparison, an operator, a condition, a number or a call is
-changed.  Each fault is planted in a copy of the repository, where the tests run without the `deep` mark and,
-if these pass, with it.  A fault that neither finds may change nothing; the figure is what `make test` finds
-of what all tests find.  A second start goes on where the first stopped.
-
-`--sample N` draws N faults by `--seed`, in turns from each area.  Of the tests in the table only those files
-run that import the faulted module, where there are any.  `python tests/made_once.py python
-benchmarks/planted_faults.py ...` makes the data of `token_shards` and `packed_data` once.
+`benchmarks/data/planted_faults.yaml` names source folders and test folders of each area.  A seeded draw takes
+faults of an area, at most one of each function: a comparison, an operator, a condition, a number or a call is
+changed.  All of them are planted at once in a copy of the repository, each switched off:
+`(wrong if _planted(7) else right)`.  The tests run once without a fault and record which faults each test
+reaches, in the processes that it starts too.  Then each fault is switched on in a fork of pytest, where the
+tests that reach it run, the cheapest file first, until one fails.  `--deep` does the same with the tests of
+tier 2, for the faults that `make test` has not found.  A second start goes on where the first stopped.
 
 `layout_proofs.py` plants faults of the same form in functions of its own process (`mutated`).
 """
@@ -20,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import atexit
 import contextlib
 import importlib
 import inspect
@@ -33,7 +32,8 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
@@ -43,20 +43,46 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "benchmarks/data/planted_faults.yaml"
+AREAS: dict[str, dict[str, str]] = yaml.safe_load(
+    (ROOT / "benchmarks/data/planted_faults.yaml").read_text(encoding="utf-8"))
 COPIED = ("megatron_sov", "data_prep", "tokenizer", "tests", "benchmarks", "docs", "slurm", "examples",
           "pyproject.toml", "setup.py", "Makefile", "README.md")
-LONGER, LEAST_S, MOST_S = 5.0, 120.0, 3600.0
-"""How many times longer than without a fault tests may take, at least and at most so many seconds: a fault
-may have a process wait for ever."""
+PLAN = "PLANTED_PLAN"
+"""Variable that names the plan of a session of pytest: faults, and the file of results."""
+FUTURE = "from __future__ import annotations\n"
+SWITCH = '''"""Switch of the planted faults: PLANTED_FAULT has the number of the fault that acts."""
+
+import os
+
+SEEN: set[int] = set()
+
+
+def planted(number: int) -> bool:
+    """Return whether this fault acts, and record in the file PLANTED_REACHED that it was reached."""
+    file = os.environ.get("PLANTED_REACHED")
+    if file and number not in SEEN:
+        SEEN.add(number)
+        try:
+            lines = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            os.write(lines, f"{number}\\n".encode())
+            os.close(lines)
+        except OSError:
+            pass
+    return os.environ.get("PLANTED_FAULT") == str(number)
+'''
+"""megatron_sov/planted_switch.py of the copy."""
+SLOWER, LEAST_S = 5.0, 60.0
+"""A run with a fault may take SLOWER times as long as without, and LEAST_S: a fault may have a process wait
+for ever."""
+MOST_S = 240.0
+"""Tests of a fault beyond so many seconds (without the fault) are left out, and the row says so."""
 OPERATORS: dict[type[ast.AST], ast.AST] = {
     ast.Lt: ast.LtE(), ast.LtE: ast.Lt(), ast.Gt: ast.GtE(), ast.GtE: ast.Gt(), ast.Eq: ast.NotEq(),
     ast.NotEq: ast.Eq(), ast.In: ast.NotIn(), ast.NotIn: ast.In(), ast.Is: ast.IsNot(), ast.IsNot: ast.Is(),
     ast.Add: ast.Sub(), ast.Sub: ast.Add(), ast.Mult: ast.Add(), ast.FloorDiv: ast.Mult(),
     ast.Div: ast.Mult(), ast.Mod: ast.FloorDiv(), ast.And: ast.Or(), ast.Or: ast.And()}
-LIBRARIES = ("hypothesis", "numpy", "psutil", "pyarrow.parquet", "torch", "transformers")
-"""Imported once; the tests of each fault run in a fork."""
-PASSED_OVER = (ast.Raise, ast.Assert, ast.JoinedStr, ast.FormattedValue, ast.arguments, ast.AnnAssign)
+PASSED_OVER = (ast.Raise, ast.Assert, ast.JoinedStr, ast.FormattedValue, ast.arguments, ast.AnnAssign,
+               ast.pattern)
 """Messages, checks of types and defaults: a fault there is none of what a program does."""
 
 
@@ -77,19 +103,6 @@ class Fault:
         place = self.place.rpartition(":")[2] if self.start is None else self.place
         return f"{place}: {self.right!r} is {self.wrong!r}"
 
-    def planted(self, source: str) -> str:
-        """Return a source with the fault in it.
-
-        Raises:
-            ValueError: the source does not hold `right`.
-        """
-        if self.right not in source or (
-                self.start is not None and not source.startswith(self.right, self.start)):
-            raise ValueError(f"{self.place} holds no {self.right!r}")
-        if self.start is None:
-            return source.replace(self.right, self.wrong)
-        return source[:self.start] + self.wrong + source[self.start + len(self.right):]
-
 
 @contextlib.contextmanager
 def mutated(fault: Fault) -> Iterator[None]:
@@ -100,7 +113,10 @@ def mutated(fault: Fault) -> Iterator[None]:
         found = inspect.getattr_static(found, part)
     function = inspect.unwrap(getattr(found, "__func__", found))
     assert isinstance(function, FunctionType)
-    source = fault.planted(textwrap.dedent(inspect.getsource(function)))
+    source = textwrap.dedent(inspect.getsource(function))
+    if fault.right not in source:
+        raise ValueError(f"{fault.place} holds no {fault.right!r}")
+    source = source.replace(fault.right, fault.wrong)
     # without decorators, and inside a function that has what it closes over
     source = "\n".join(("from __future__ import annotations",
                         f"def make({', '.join(function.__code__.co_freevars)}):",
@@ -114,18 +130,6 @@ def mutated(fault: Fault) -> Iterator[None]:
         yield
     finally:
         function.__code__ = right
-
-
-@contextlib.contextmanager
-def planted_in(folder: Path, fault: Fault) -> Iterator[None]:
-    """Plant a fault in a file of a copy of the repository."""
-    file = folder / fault.place.rpartition(":")[0]
-    right = file.read_text(encoding="utf-8")
-    file.write_text(fault.planted(right), encoding="utf-8")
-    try:
-        yield
-    finally:
-        file.write_text(right, encoding="utf-8")
 
 
 def changed(node: ast.AST) -> ast.AST | None:
@@ -158,8 +162,8 @@ def _nodes(node: ast.AST) -> Iterator[ast.AST]:
                 yield from _nodes(child)
 
 
-def faults_of(area: str, file: str, count: int) -> list[Fault]:
-    """Draw faults of a file: one of each function in turns."""
+def faults_of(area: str, file: str, draw: random.Random) -> Iterator[Fault]:
+    """Draw a fault of each function of a file."""
     source = (ROOT / file).read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
     starts = [0]
@@ -170,119 +174,31 @@ def faults_of(area: str, file: str, count: int) -> list[Fault]:
         """Return the place in characters of a line and a column, which ast counts in bytes."""
         return starts[number - 1] + len(lines[number - 1].encode()[:column].decode())
 
-    functions = []
+    if FUTURE not in source or "jit" in source:  # numba compiles no switch
+        return
     for function in ast.walk(ast.parse(source)):
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            found = []
-            for node in (n for statement in function.body for n in (statement, *_nodes(statement))
-                         if not isinstance(statement, PASSED_OVER)):
-                wrong = changed(node)
-                if wrong is not None:
-                    assert isinstance(node, (ast.expr, ast.stmt)) and node.end_lineno is not None
-                    start = offset(node.lineno, node.col_offset)
-                    right = source[start:offset(node.end_lineno, node.end_col_offset or 0)]
-                    text = ast.unparse(ast.fix_missing_locations(wrong))
-                    found.append(Fault(area, f"{file}:{node.lineno}", right,
-                                       text if isinstance(wrong, ast.Constant) else f"({text})", start))
-            if found:
-                functions.append(list(dict.fromkeys(found)))
-    draw = random.Random(file)
-    for found in functions:
-        draw.shuffle(found)
-    draw.shuffle(functions)
-    turns = [found[i] for i in range(max(map(len, functions), default=0)) for found in functions
-             if i < len(found)]
-    return turns[:count]
+        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        found = [(node, wrong) for statement in function.body if not isinstance(statement, PASSED_OVER)
+                 for node in (statement, *_nodes(statement)) if (wrong := changed(node)) is not None]
+        if found:
+            node, wrong = draw.choice(found)
+            assert isinstance(node, (ast.expr, ast.stmt)) and node.end_lineno is not None
+            start = offset(node.lineno, node.col_offset)
+            right = source[start:offset(node.end_lineno, node.end_col_offset or 0)]
+            text = ast.unparse(ast.fix_missing_locations(wrong))
+            yield Fault(area, f"{file}:{node.lineno}", right,
+                        text if isinstance(wrong, ast.Constant) else f"({text})", start)
 
 
-def module_name(file: str) -> str:
-    """Return the dotted name of a source file."""
-    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-
-
-def imported_modules(file: Path) -> set[str]:
-    """Return the modules that a file imports anywhere: `from a.b import c` counts as a.b and as a.b.c."""
-    modules = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return modules
-
-
-def focused_tests(fault: Fault, tests: list[str]) -> list[str]:
-    """Return the test files below `tests` that import the faulted module; all of `tests` if none does."""
-    faulted = module_name(fault.place.rpartition(":")[0])
-    files = sorted({file for name in tests for file in (
-        (ROOT / name).rglob("test_*.py") if (ROOT / name).is_dir() else [ROOT / name]) if file.is_file()})
-    importing = [file.relative_to(ROOT).as_posix() for file in files if faulted in imported_modules(file)]
-    return importing or tests
-
-
-def sampled(count: int, seed: int) -> list[tuple[Fault, list[str]]]:
-    """Draw `count` faults, in turns from each area, with their focused tests."""
-    areas: dict[str, list[tuple[Fault, list[str]]]] = {}
-    for fault, tests in drawn():
-        areas.setdefault(fault.kind, []).append((fault, tests))
-    draw = random.Random(seed)
-    for faults in areas.values():
-        draw.shuffle(faults)
-    turns = [faults[turn] for turn in range(max(map(len, areas.values()))) for faults in areas.values()
-             if turn < len(faults)]
-    return [(fault, focused_tests(fault, tests)) for fault, tests in turns[:count]]
-
-
-def drawn() -> list[tuple[Fault, list[str]]]:
-    """Return all faults of the table with the tests beside them, in an order of which any beginning is a
-    random sample."""
-    table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
-    found = [(fault, tests.split()) for area, files in table["areas"].items() for file, tests in files.items()
-             for fault in faults_of(area, file, table["faults_of_a_file"])]
-    random.Random(0).shuffle(found)
+def drawn(area: str, seed: int) -> list[Fault]:
+    """Return the faults of an area, in an order of which any beginning is a random sample."""
+    draw = random.Random(f"{area} {seed}")
+    files = [file.relative_to(ROOT).as_posix() for name in AREAS[area]["source"].split()
+             for file in sorted((ROOT / name).rglob("*.py"))]
+    found = [fault for file in files for fault in faults_of(area, file, draw)]
+    draw.shuffle(found)
     return found
-
-
-def run_tests(folder: Path, tests: list[str], marks: str, timeout_s: float = MOST_S) -> str:
-    """Run tests in a copy; return the first that failed, "stands still", or an empty text."""
-    output = folder.with_name(f"{folder.name}.out")
-    process = os.fork()
-    if process == 0:
-        _run_pytest(folder, output, ["-m", marks, *tests])
-    deadline_s = time.monotonic() + timeout_s
-    while not (ended := os.waitpid(process, os.WNOHANG))[0]:
-        if time.monotonic() > deadline_s:
-            os.killpg(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            return "stands still"
-        time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):  # processes that the tests have started
-        os.killpg(process, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(ended[1])
-    if code in (0, 5):  # 5: no test has these marks
-        return ""
-    text = output.read_text(errors="replace")
-    failed = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0][:200] if failed else f"exit code {code}: {text[-200:]}"
-
-
-def _run_pytest(folder: Path, output: Path, arguments: list[str]) -> NoReturn:
-    """Run pytest in this fork, which has imported the libraries and none of our packages."""
-    code = 1
-    try:
-        os.setsid()
-        stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(stream, 1)
-        os.dup2(stream, 2)
-        os.chdir(folder)
-        sys.path[0] = str(folder)
-        os.environ.pop("SOV_TESTS_SERVERS", None)  # workers of made_once.py have imported the sound source
-        os.environ |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-        code = int(pytest.main(["-x", "-q", "--no-header", "--tb=no", "-p", "no:anyio", "-p",
-                                "no:cacheprovider", *arguments]))
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
 
 
 def copied(folder: Path) -> None:
@@ -294,74 +210,238 @@ def copied(folder: Path) -> None:
             shutil.copy(ROOT / name, folder / name)
 
 
-def measure(out: Path, faults: list[tuple[Fault, list[str]]], most: int, hours: float, area: str | None
-            ) -> None:
-    """Plant faults one by one; a line of JSON each."""
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    done = {row["fault"] for row in rows}
-    sound: dict[tuple[str, ...], tuple[str, float]] = {}
-    """Marks and tests -> what fails without a fault, and the seconds that they take."""
-    until = time.monotonic() + 3600 * hours
-    with tempfile.TemporaryDirectory() as name, out.open("a", encoding="utf-8") as file:
-        folder = Path(name)
-        copied(folder)
-        for fault, tests in faults:
-            if len(done) >= most or time.monotonic() > until:
+def plant(folder: Path, faults: Sequence[Fault]) -> None:
+    """Plant faults, each switched off by its number, in a copy of the repository."""
+    (folder / "megatron_sov/planted_switch.py").write_text(SWITCH, encoding="utf-8")
+    for number, fault in sorted(enumerate(faults), key=lambda numbered: -(numbered[1].start or 0)):
+        file = folder / fault.place.rpartition(":")[0]
+        source, start = file.read_text(encoding="utf-8"), fault.start or 0
+        assert source.startswith(fault.right, start), fault
+        file.write_text(f"{source[:start]}({fault.wrong} if _planted({number}) else ({fault.right}))"
+                        f"{source[start + len(fault.right):]}", encoding="utf-8")
+    imported = "from megatron_sov.planted_switch import planted as _planted\n"
+    for name in {fault.place.rpartition(":")[0] for fault in faults}:
+        source = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(source.replace(FUTURE, f"{FUTURE[:-1]}; {imported}", 1), encoding="utf-8")
+
+
+class Reach:
+    """Plugin that has each test of this process write down which faults it reaches, to FOLDER/INDEX; what a
+    fixture reaches, to FOLDER/INDEX.setup."""
+
+    def __init__(self, folder: Path, items: Sequence[pytest.Item]) -> None:
+        self._folder, self._index = folder, {item: index for index, item in enumerate(items)}
+
+    def _write_to(self, name: str) -> None:
+        sys.modules["megatron_sov.planted_switch"].SEEN.clear()  # type: ignore[attr-defined]
+        os.environ["PLANTED_REACHED"] = str(self._folder / name)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        self._write_to(f"{self._index[item]}.setup")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        self._write_to(f"{self._index[item]}")
+
+
+class Measurement:
+    """The faults of a plan, measured by the tests of a session of pytest."""
+
+    def __init__(self, session: pytest.Session, folder: Path, plan: dict[str, Any]) -> None:
+        self.session, self.items, self.folder, self.plan = session, session.items, folder, plan
+        self.seconds: dict[int, float] = {}
+        """Index of a test that passes without a fault -> its seconds."""
+        self.reaching: dict[int, set[int]] = defaultdict(set)
+        """Fault -> indices of tests."""
+
+    def run(self) -> None:
+        """Measure each fault, and write a line of JSON."""
+        self._run_sound()
+        with open(self.plan["out"], "a", encoding="utf-8") as out:
+            for number, row in self.plan["faults"]:
+                if time.time() > self.plan["until"]:
+                    break
+                began = time.monotonic()
+                row[self.plan["tier"]], row["tests"], row["left out"] = self._find(number)
+                row["seconds"] = round(time.monotonic() - began)
+                print(json.dumps(row), file=out, flush=True)
+
+    def _run_sound(self) -> None:
+        reached = self.folder / "reached"
+        reached.mkdir()
+        began = time.monotonic()
+        rows = self._fork(range(len(self.items)), 1e9, Reach(reached, self.items))
+        print(f"{len(rows)} of {len(self.items)} tests in {time.monotonic() - began:.0f} s", file=sys.stderr)
+        by_fixture: dict[Any, set[int]] = defaultdict(set)
+        for index, failed, seconds in rows:
+            if failed:
+                print(f"fails without a fault: {failed}", file=sys.stderr)
+                continue
+            self.seconds[index] = seconds
+            for name, known in self.items[index]._fixtureinfo.name2fixturedefs.items():  # type: ignore
+                # those of tests/conftest.py reach no fault, or their data are made once, without one
+                if known[-1].scope != "function" and (known[-1].baseid not in ("", "tests")
+                                                      or name == "imported"):
+                    by_fixture[known[-1]].add(index)
+        for file in reached.iterdir():
+            tests = {index := int(file.stem)}
+            if file.suffix:  # who shares a fixture with this test reaches the faults, too
+                tests.update(*(same for same in by_fixture.values() if index in same))
+            for number in {int(line) for line in file.read_text().split()}:
+                self.reaching[number] |= tests & self.seconds.keys()
+
+    def _find(self, number: int) -> tuple[str, int, int]:
+        """Return the first test that fails with a fault, or "", how many tests reach the fault, and how many
+        of these were left out."""
+        files: dict[Path, list[int]] = defaultdict(list)
+        for index in sorted(self.reaching[number]):
+            files[self.items[index].path].append(index)
+        chosen: list[int] = []
+        seconds = 0.0
+        for indices in sorted(files.values(), key=lambda of: sum(self.seconds[index] for index in of)):
+            for index in indices:
+                if seconds < MOST_S:
+                    chosen.append(index)
+                    seconds += self.seconds[index]
+        reached = sum(map(len, files.values()))
+        if not chosen:
+            return "", reached, 0
+        os.environ["PLANTED_FAULT"] = str(number)
+        rows = self._fork(chosen, LEAST_S + SLOWER * seconds)
+        del os.environ["PLANTED_FAULT"]
+        failed = next((failed for _, failed, _ in rows if failed), "")
+        if not failed and len(rows) < len(chosen):
+            failed = f"ends or stands still: {self.items[chosen[len(rows)]].nodeid}"
+        return failed, reached, reached - len(chosen)
+
+    def _fork(self, indices: Sequence[int], timeout_s: float, reach: Reach | None = None
+              ) -> list[tuple[int, str, float]]:
+        """Run tests in a fork, without `reach` until one fails; return index, failed test and seconds of each
+        that ended."""
+        notes = self.folder / "notes.jsonl"
+        notes.write_text("")
+        if not (pid := os.fork()):
+            self._work(indices, notes, reach)
+        until = time.monotonic() + timeout_s
+        while not os.waitpid(pid, os.WNOHANG)[0]:
+            if time.monotonic() > until:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
                 break
-            if str(fault) in done or area not in (None, fault.kind):
-                continue
-            began, found = time.monotonic(), {"not deep": "", "deep": ""}
-            for marks in found:
-                if (of := (marks, *tests)) not in sound:
-                    started = time.monotonic()
-                    sound[of] = run_tests(folder, tests, marks), time.monotonic() - started
-                failed, seconds = sound[of]
-                if failed:
-                    print(f"passed over: {of} fail without a fault: {failed}", file=sys.stderr)
-                    found = {}
-                    break
-                with planted_in(folder, fault):
-                    found[marks] = run_tests(folder, tests, marks, max(LEAST_S, LONGER * seconds))
-                if found[marks]:
-                    break
-            if not found:
-                continue
-            first, every = found["not deep"], found["not deep"] or found["deep"]
-            row = {"area": fault.kind, "fault": str(fault), "make test": first, "all": every,
-                   "seconds": round(time.monotonic() - began)}
-            print(json.dumps(row), file=file, flush=True)
-            done.add(str(fault))
+            time.sleep(0.02)
+        with contextlib.suppress(ProcessLookupError):  # processes that the tests have started
+            os.killpg(pid, signal.SIGKILL)
+        return [json.loads(line) for line in notes.read_text().splitlines()]
+
+    def _work(self, indices: Sequence[int], notes: Path, reach: Reach | None) -> NoReturn:
+        from tests import forks
+
+        told: list[Any] = []
+
+        class Line:
+            send = told.append
+
+        try:
+            os.setsid()
+            atexit._clear()
+            # folders of temporary files get a number of their own
+            forks._begin_anew(self.session.config, Line, time.monotonic_ns())  # type: ignore[arg-type]
+            if reach:
+                self.session.config.pluginmanager.register(reach)
+            with notes.open("a", encoding="utf-8", buffering=1) as lines:
+                for index, following in zip(indices, [*indices[1:], None], strict=True):
+                    told.clear()
+                    began = time.monotonic()
+                    self.session.config.hook.pytest_runtest_protocol(
+                        item=self.items[index], nextitem=forks._AnyTest(self.session)
+                        if following is None else self.items[following])
+                    failed = any(what == "report" and data["outcome"] == "failed" for what, data in told)
+                    nodeid = self.items[index].nodeid if failed else ""
+                    print(json.dumps((index, nodeid, round(time.monotonic() - began, 3))), file=lines)
+                    if failed and not reach:
+                        break
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Measure faults with the tests of a session that has a plan."""
+    if PLAN not in os.environ:
+        return None
+    plan = json.loads(Path(os.environ[PLAN]).read_text())
+    Measurement(session, Path(os.environ[PLAN]).parent, plan).run()
+    return True
+
+
+def measure(area: str, out: Path, faults: list[Fault], tier: str, until: float) -> None:
+    """Plant the faults of an area in a copy, and start a session of its tests there."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "copy"
+        copied(folder)
+        plant(folder, faults)
+        plan = Path(name) / "plan.json"
+        rows = [(number, {"area": area, "fault": str(fault)}) for number, fault in enumerate(faults)]
+        plan.write_text(json.dumps({"out": str(out.absolute()), "tier": tier, "until": until,
+                                    "faults": rows}), encoding="utf-8")
+        marks = "deep" if tier == "make deep" else "not deep"
+        command = [sys.executable, "tests/made_once.py", sys.executable, "-m", "pytest", "-p",
+                   "planted_faults", "-q", "--no-header", "--tb=no", "-p", "no:anyio", "-p",
+                   "no:cacheprovider", "-m", marks, *AREAS[area]["tests"].split()]
+        subprocess.run(command, cwd=folder, check=False, env={
+            **os.environ, PLAN: str(plan), "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'benchmarks'}",
+            "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""})
+
+
+def read_rows(file: Path) -> dict[str, dict[str, Any]]:
+    """Return fault -> its row, where later lines of the file add to earlier ones."""
+    rows: dict[str, dict[str, Any]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        row = json.loads(line)
+        rows[row["fault"]] = rows.get(row["fault"], {}) | row
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield lines: an area, its faults, what is found by whom, and what only the deep tests find."""
+    """Yield lines: an area, its faults, what is found by whom, and what only `make deep` or nobody finds."""
     yield f"{'area':<12} faults  make test  all tests  share"
     for area in [*dict.fromkeys(row["area"] for row in rows), "all"]:
         of = [row for row in rows if area in (row["area"], "all")]
-        first, every = (sum(bool(row[by]) for row in of) for by in ("make test", "all"))
+        first = sum(bool(row["make test"]) for row in of)
+        every = sum(bool(row["make test"] or row.get("make deep")) for row in of)
         yield f"{area:<12} {len(of):6} {first:10} {every:10} {100 * first / max(every, 1):5.1f}%"
     for row in rows:
         if not row["make test"]:
-            yield f"{'only deep' if row['all'] else 'nobody'}: {row['fault']}"
+            by = row.get("make deep") or "nobody" if row["tests"] else "reached by no test"
+            yield f"{by}: {row['fault']}"
 
 
 def main(argv: list[str]) -> int:
     """Measure, or print what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("found", type=Path)
-    parser.add_argument("--sample", type=int, help="faults to draw, in turns from each area; default: all")
+    parser.add_argument("--faults", type=int, default=50, help="faults of each area")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most", type=int, default=10**9, help="faults, those of an earlier start included")
     parser.add_argument("--hours", type=float, default=24.0)
-    parser.add_argument("--area")
+    parser.add_argument("--area", choices=AREAS)
+    parser.add_argument("--deep", action="store_true")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args(argv)
-    if not args.table:
-        faults = sampled(args.sample, args.seed) if args.sample else drawn()
-        measure(args.found, faults, args.most, args.hours, args.area)
-    print("\n".join(table([json.loads(line) for line in args.found.read_text().splitlines()])))
+    for area in [] if args.table else [args.area] if args.area else AREAS:
+        rows = read_rows(args.found)
+        faults = drawn(area, args.seed)[:args.faults]
+        if args.deep:
+            faults = [f for f in faults if str(f) in rows and not rows[str(f)]["make test"]
+                      and "make deep" not in rows[str(f)]]
+        else:
+            faults = [f for f in faults if str(f) not in rows]
+        if faults:
+            measure(area, args.found, faults, "make deep" if args.deep else "make test",
+                    time.time() + 3600 * args.hours)
+    print("\n".join(table(list(read_rows(args.found).values()))))
     return 0
 
 

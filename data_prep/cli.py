@@ -26,7 +26,7 @@ COMMANDS = {
          "scorer check quality-model --labels others.jsonl")),
     "decontaminate": Command(
         "data_prep.curate.decontaminate:DECONTAMINATE", "leave out records that hold benchmark text",
-        DOCUMENTS, "decontamination.md",
+        DOCUMENTS, "dedup.md",
         ("decontaminate --input traces.jsonl --benchmarks aime25.jsonl --output clean",
          "decontaminate --input chats.jsonl --format chat --benchmarks bench.jsonl --output clean")),
     "encode-media": Command(
@@ -43,12 +43,12 @@ COMMANDS = {
     "difficulty": Command(
         "data_prep.synth.difficulty:DIFFICULTY",
         "label problems by the models that solved them, and write difficulty into rows",
-        RESPONSES, "difficulty.md",
+        RESPONSES, "synth_generators.md",
         ("difficulty label --answers small large --output labels",
          "difficulty grade --input problems.jsonl --model estimator --output graded")),
     "probing-sets": Command(
         "data_prep.synth.probing_sets:PROBING_SETS",
-        "freeze problems from `synth probes` into a set for each domain", RESPONSES, "synth_solutions.md",
+        "freeze problems from `synth probes` into a set for each domain", RESPONSES, "synth_generators.md",
         ("probing-sets --input probes --output sets",
          "probing-sets --input probes more.jsonl --output sets --overwrite")),
     "trajectories": Command(
@@ -85,13 +85,13 @@ COMMANDS = {
          "adopt web=/their/web_text_document --tokenizer tokenizer --output tokens")),
     "mix": Command(
         "data_prep.shards.mix:MIX", "join token shards from several folders into one, with weights",
-        SHARDS, "mixtures.md",
+        SHARDS, "curriculum.md",
         ("mix tokens:0.8 chats:0.2 --output mixed",
          "mix tokens --blend solar-open --output mixed --dry-run")),
     "inspect": Command(
         "data_prep.curate.inspect:INSPECT",
         "show the documents in token shards, or the kept and dropped records per pipeline step",
-        LOOK, "inspect.md", ("inspect tokens", "inspect corpus")),
+        LOOK, "watching.md", ("inspect tokens", "inspect corpus")),
     "stats": Command(
         "data_prep.shards.stats:STATS",
         "show document lengths, token types and special tokens, per source",

@@ -1,7 +1,5 @@
 """Ways to break what a command is given: arguments, files, folders and weights."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

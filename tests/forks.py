@@ -7,8 +7,6 @@ thousands of tests.  A fork asks for a file of tests when it has done one; they 
 which they were collected.  A test that ends its fork has failed, and another fork does the rest of its file.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import resource

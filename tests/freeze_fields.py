@@ -5,8 +5,6 @@ Run it after an upgrade of transformers, and read the difference: a new field ne
 config map if it changes the computation (`megatron_sov/model/families/family.py`).
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import json

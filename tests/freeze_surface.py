@@ -5,8 +5,6 @@ Usage: python tests/freeze_surface.py
 A line more is a promise to users; the commit that adds one says why it is worth it.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import re

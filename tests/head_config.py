@@ -1,7 +1,5 @@
 """What an output head reads of a model's configuration."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -5,8 +5,6 @@ behind `ranks` and `run_command`, which import all libraries, and the data of `t
     python tests/made_once.py COMMAND ARGUMENT ...          its exit code is the command's
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

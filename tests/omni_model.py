@@ -1,7 +1,5 @@
 """A drawn model that reads and writes pictures and sounds, as a checkpoint, and codecs of a few entries."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

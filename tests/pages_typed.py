@@ -4,8 +4,6 @@ test types a page's commands, and what else may stand there.
 tests/test_docs.py asks, and docs/site/proof.py makes a page of the site of the answers.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import shlex
@@ -25,20 +23,15 @@ ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov
 
 TYPED = {
     "README.md": "tests/test_readme.py",
-    "docs/chat.md": "tests/serve/test_chat.py",
-    "docs/codecs.md": "tests/commands/models/test_codec.py",
     "docs/convert.md": "tests/convert/test_convert_page.py",
     "docs/data.md": "tests/test_docs_data.py",
     "docs/data_pipeline.md": "tests/test_docs_data.py",
     "docs/data_scoring.md": "tests/test_docs_data.py",
-    "docs/decontamination.md": "tests/test_docs_data.py",
-    "docs/difficulty.md": "tests/test_docs_synth.py",
+    "docs/dedup.md": "tests/test_docs_data.py",
     "docs/eval.md": "tests/eval/test_eval_pages.py",
     "docs/eval_lm.md": "tests/eval/test_eval_pages.py",
-    "docs/eval_suites.md": "tests/eval/test_eval_pages.py",
     "docs/generate.md": "tests/eval/test_eval_pages.py",
     "docs/media_data.md": "tests/data_prep/media/test_page.py",
-    "docs/mixtures.md": "tests/data_prep/mixture/test_blend_file.py",
     "docs/omni.md": "tests/test_docs_omni.py",
     "docs/own_code.md": "tests/test_own_code.py",
     "docs/plan.md": "tests/test_docs_plan.py",
@@ -46,12 +39,9 @@ TYPED = {
     "docs/rollout_store.md": "tests/commands/rl/test_rl_store.py",
     "docs/serve.md": "tests/serve/test_serve.py",
     "docs/slurm.md": "tests/operate/slurm/test_submit.py",
-    "docs/synth_worlds.md": "tests/test_docs_synth.py",
-    "docs/synth_autoif.md": "tests/test_docs_synth.py",
-    "docs/synth_solutions.md": "tests/test_docs_synth.py",
+    "docs/synth_generators.md": "tests/test_docs_synth.py",
     "docs/tokenizer.md": "tests/test_docs_data.py",
     "docs/tools.md": "tests/commands/rl/test_tools.py",
-    "docs/torchrun.md": "tests/e2e/test_torchrun.py",
     "docs/tutorials/company.md": "tests/test_tutorials.py",
     "docs/tutorials/lora.md": "tests/test_tutorials.py",
     "docs/tutorials/national_lab.md": "tests/test_tutorials.py",
@@ -77,6 +67,11 @@ SHELL = {
 def page_text(name: str) -> str:
     """Return the text of a page in docs."""
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def page_section(name: str, heading: str) -> str:
+    """Return the text under a heading of level 2 of a page in docs."""
+    return page_text(name).partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -12,8 +12,6 @@ a double of Transformer Engine, with which models are configured as on a GPU and
 dtype; or another version of megatron-core.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import importlib

@@ -3,8 +3,6 @@
 Usage: python tests/releases.py    (as `make test`): says so where the lock is old, without asking an index
 """
 
-from __future__ import annotations
-
 import datetime
 import os
 import re

@@ -5,8 +5,6 @@ Run before pytest; the files lie in the folders `__pycache__`, and pytest leaves
 changed since.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 

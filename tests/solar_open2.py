@@ -4,8 +4,6 @@ written out here head by head, and Kimi Delta Attention as a loop over tokens (a
 Names of fields and tensors are those of `solar_open2` in transformers' main branch (pull request 47585).
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

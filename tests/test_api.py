@@ -1,8 +1,6 @@
 """The interface from Python: the page and the package agree, nothing heavy is imported,
 the page's example runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -77,7 +75,7 @@ def test_the_examples_of_the_page_run(packed_data: Any, tmp_path: Path, warm_pyt
     assert json.loads((tmp_path / "runs/dpo/complete.json").read_text())["step"] == 2
 
 
-@pytest.mark.parametrize(("function", "words"), [
+@pytest.mark.each(("function", "words"), [
     (lambda: api.sft("m", {"d": 2}, "r", settings={"train.epochs": 2, "a": [1]}, recipe="x", nproc=2,
                      resume=True),
      ["sft", "x", "--from", "m", "--data", "d:2.0", "--set", "train.epochs=2", "--set", "a=[1]", "--run", "r",

@@ -89,7 +89,7 @@ CUT_ANYWHERE = {
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
-MAX_SOURCE_LINES = 133_450
+MAX_SOURCE_LINES = 132_575
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
@@ -97,15 +97,15 @@ ALONE = {
     "megatron_sov/work/endpoints/http_client.py": "imports openai, which its user must not import at the top",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",
     "megatron_sov/infer/decoder/logprobs.py": "log-probabilities of given answers, at any layout",
-    "megatron_sov/commands/rl/inputs/teacher_models.py": "opens teachers; rounds are another subject",
+    "megatron_sov/commands/rl/inputs/teacher_models.py": "finds teachers; imports torch",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
     "megatron_sov/judge/tools/worlds/virtual_program.py": _INSIDE,
-    "megatron_sov/publish/report/validations.py": "held-out prompts of rl, not of the loss",
     "data_prep/synth/readers/queries.py": "queries with constraints; other readers are another subject",
     "data_prep/synth/functions/registry.py": "names of functions; compiling a file is another subject",
     "megatron_sov/train/guards/watchdog.py": "a thread that watches for steps that hang",
     "megatron_sov/proof/random_documents.py": "data of objectives; proving a layout is another subject",
+    "megatron_sov/operate/slurm/preflight_run.py": "imports torch; preflight reports a failing import",
     "megatron_sov/operate/contract.py": "parses sources of libraries; a machine is another subject",
 }
 """File that is short, has one user, and is not merged into it -> why."""
@@ -453,7 +453,7 @@ def problems(house: list[Source]) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("rule", [rule.__name__ for rule in RULES])
+@pytest.mark.each("rule", [rule.__name__ for rule in RULES])
 def test_the_house_keeps_its_rules(rule: str, house: list[Source], problems: dict[str, list[str]]) -> None:
     assert {"base", "model", "engine", "tokenizer", "data_prep"} <= {s.hall for s in house}
     assert problems[rule] == []
@@ -526,7 +526,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "expected"), BAD)
+@pytest.mark.each(("name", "text", "expected"), BAD)
 def test_each_rule_sees_its_breach(tmp_path: Path, name: str, text: str, expected: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)

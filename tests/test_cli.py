@@ -1,7 +1,5 @@
 """The door: quick help without torch, exit codes, and every command's own help."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib
@@ -42,8 +40,8 @@ def run_main(module: str, *argv: str, heavy: tuple[str, ...] = HEAVY) -> subproc
                           cwd=ROOT, timeout=600, env={**os.environ, "COLUMNS": "200"})
 
 
-@pytest.mark.parametrize("words", [[], ["--help"]], ids=["bare", "help"])
-@pytest.mark.parametrize("module", ENTRIES.values(), ids=ENTRIES)
+@pytest.mark.each("words", [[], ["--help"]])
+@pytest.mark.each("module", ENTRIES.values())
 def test_a_program_without_a_command_imports_no_library(module: str, words: list[str]) -> None:
     done = run_main(module, *words, heavy=(*HEAVY, "numpy", "pydantic", "pyarrow", "yaml", "jinja2"))
     assert done.returncode == (0 if words else 2), done.stderr
@@ -76,7 +74,7 @@ def test_every_command_explains_itself_without_a_heavy_library(program: str) -> 
         assert program != "megatron-sov" or info.help in " ".join(said[command].split())
 
 
-@pytest.mark.parametrize("command", ["convert", "codec", "eval", "tools", "rl store"])
+@pytest.mark.each("command", ["convert", "codec", "eval", "tools", "rl store"])
 def test_the_list_of_commands_names_what_each_of_several_does(command: str) -> None:
     parser = argparse.ArgumentParser()
     cli.COMMANDS[command].load().add_arguments(parser)
@@ -84,7 +82,7 @@ def test_the_list_of_commands_names_what_each_of_several_does(command: str) -> N
     assert set(actions.choices) == set(cli.COMMANDS[command].help.partition(":")[0].split(", "))
 
 
-@pytest.mark.parametrize("asked", ["--help", "-h", "help"])
+@pytest.mark.each("asked", ["--help", "-h", "help"])
 def test_help_lists_every_command(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([asked]) == 0
     printed = capsys.readouterr().out
@@ -105,7 +103,7 @@ def test_an_unknown_command_names_the_nearest(words: list[str], said: str, lines
     assert printed.err.splitlines()[1:] == lines
 
 
-@pytest.mark.parametrize("first", sorted({name.split()[0] for name in cli.COMMANDS if " " in name}))
+@pytest.mark.each("first", sorted({name.split()[0] for name in cli.COMMANDS if " " in name}))
 def test_the_first_of_two_words_lists_all_that_follow(first: str, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.suppress(SystemExit):
         assert cli.main([first, "--help"]) == 0
@@ -162,7 +160,7 @@ def test_refusals_that_need_no_torch_come_without_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("line", ["generate Qwen/Qwen3-8B --prompt x", "convert from-hf Qwen/Qwen3-8B out",
+@pytest.mark.each("line", ["generate Qwen/Qwen3-8B --prompt x", "convert from-hf Qwen/Qwen3-8B out",
                                   "sft tiny-qwen3 --data {there} --from Qwen/Qwen3-8B --run r"])
 def test_a_name_on_the_hub_is_answered_with_the_command_that_fetches_it(
         line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

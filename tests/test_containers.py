@@ -1,8 +1,6 @@
 """The container definitions: both make the same image, from what lies in the repository,
 at the versions of constraints.txt."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat

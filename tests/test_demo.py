@@ -1,7 +1,5 @@
 """`make demo`: how it divides its chats, and that what it types are commands which the programs know."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

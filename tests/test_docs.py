@@ -1,7 +1,5 @@
 """The pages tell the truth: commands parse, links lead somewhere, the list of settings is fresh."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import importlib
@@ -30,28 +28,28 @@ sys.path.append(str(ROOT / "benchmarks"))
 from learning import PLACE, RECIPES, Recipe
 
 READ = [*PAGES, *SKILLS]
-KEYS_OF_TWO_CELLS = ("docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_worlds.md")
+KEYS_OF_TWO_CELLS = (
+    "docs/media_encoders.md", "docs/memory.md", "docs/recipes.md", "docs/synth_generators.md")
 """Pages with tables whose first cell does not say alone what a row is of."""
 TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "prefer": "preference",
                               "distill": "distill", "rl run": "policy", "rl train": "policy"}
 """Command -> what it trains by."""
 
-CLAIMED = [(file.stem, PLACE.sub("0", command).partition(" > ")[0])
-           for file in sorted(RECIPES.glob("*.yaml")) for command in Recipe(file).commands()]
-"""Recipe and command of each claim, with a 0 in every place."""
-COMMANDS = [*(pytest.param(line, id=f"{name_of(page)}: {line[:60]}") for page in READ
-              for line in commands_of(page.read_text())),
-            *(pytest.param(line, id=f"recipe {recipe}: {line[:60]}") for recipe, line in CLAIMED)]
+CLAIMED = {PLACE.sub("0", command).partition(" > ")[0]
+           for file in RECIPES.glob("*.yaml") for command in Recipe(file).commands()}
+"""Commands of the claims, with a 0 in every place."""
+COMMANDS = sorted(CLAIMED.union(*(commands_of(page.read_text()) for page in READ)))
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.essential
+@pytest.mark.each("line", COMMANDS)
 def test_every_command_on_a_page_parses(line: str) -> None:
     parse(line)
 
 
-@pytest.mark.parametrize(
-    "line", [c for c in COMMANDS if c.values[0].startswith("megatron-sov ")
-             and cli.split_command(c.values[0].split()[1:])[0] in TRAINS])
+@pytest.mark.essential
+@pytest.mark.each("line", [line for line in COMMANDS if line.startswith("megatron-sov ")
+                           and cli.split_command(line.split()[1:])[0] in TRAINS])
 def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None:
     """At the number of processes that the command says, or where the environment decides at one that fits."""
     args = parse(line)
@@ -78,8 +76,8 @@ def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None
                                                   layout.etp * layout.ep * layout.pp)) == []
 
 
-@pytest.mark.parametrize("line", [
-    c for c in COMMANDS if re.match(r"megatron-sov (generate|serve|eval|convert) .*--nproc", c.values[0])])
+@pytest.mark.each("line", [
+    c for c in COMMANDS if re.match(r"megatron-sov (generate|serve|eval|convert) .*--nproc", c)])
 def test_a_layout_at_which_a_page_runs_a_checkpoint_fits_a_model_with_experts(line: str) -> None:
     """The tests that type these pages leave several processes to other tests."""
     args = parse(line)
@@ -98,7 +96,7 @@ def test_commands_are_found_and_wrong_ones_fail() -> None:
         parse(bad)
 
 
-@pytest.mark.parametrize("page", READ, ids=name_of)
+@pytest.mark.each("page", READ)
 def test_something_holds_every_line_of_a_shell_block(page: Path) -> None:
     lines = list(lines_of(shell_blocks(page.read_text())))
     assert [problem for problem in map(unheld, lines) if problem] == []
@@ -119,7 +117,7 @@ def test_bash_reads_every_shell_block() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("page", TYPED)
+@pytest.mark.each("page", TYPED)
 def test_a_page_that_is_said_to_be_typed_is_typed(page: str) -> None:
     typing = (ROOT / TYPED[page]).read_text()
     assert Path(page).name in typing or Path(page).stem in typing
@@ -148,7 +146,7 @@ def under_headings(page: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("page", READ, ids=name_of)
+@pytest.mark.each("page", READ)
 def test_links_lead_to_files_and_their_headings(page: Path) -> None:
     assert [(target, anchor) for target, anchor in links(page) if not target.exists()
             or (target in READ and anchor not in under_headings(target))] == []
@@ -158,7 +156,7 @@ QUESTIONS = re.findall(r"^\| (.+\?)[^|]* \| `([^`]+)` \| \[[^]]+\]\(([\w/]+\.md)
                        (ROOT / "docs/index.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize(("question", "typed", "page", "heading"), QUESTIONS)
+@pytest.mark.each(("question", "typed", "page", "heading"), QUESTIONS)
 def test_a_new_user_finds_the_answer_in_two_clicks(
         question: str, typed: str, page: str, heading: str) -> None:
     """From the README: a page, then the heading below which the command is."""
@@ -172,7 +170,7 @@ def test_a_new_user_finds_the_answer_in_two_clicks(
         parse(typed)
 
 
-@pytest.mark.parametrize("skill", SKILLS, ids=name_of)
+@pytest.mark.each("skill", SKILLS)
 def test_a_skill_says_what_it_is_and_when_it_is_read(skill: Path) -> None:
     front, text = re.split(r"^---$", skill.read_text(), flags=re.MULTILINE)[1:3]
     named = yaml.safe_load(front)
@@ -182,7 +180,7 @@ def test_a_skill_says_what_it_is_and_when_it_is_read(skill: Path) -> None:
     assert len(SKILLS) == 5 and f"skills/{named['name']}/SKILL.md)" in (ROOT / "docs/llms.txt").read_text()
 
 
-@pytest.mark.parametrize("page", READ, ids=name_of)
+@pytest.mark.each("page", READ)
 def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
@@ -198,7 +196,7 @@ def tables(text: str) -> list[list[list[str]]]:
             for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("page", READ, ids=name_of)
+@pytest.mark.each("page", READ)
 def test_no_row_of_a_table_is_there_twice(page: Path) -> None:
     if name_of(page) not in KEYS_OF_TWO_CELLS:
         for rows in tables(page.read_text()):
@@ -290,7 +288,7 @@ WHERE = re.findall(r"^\| ([^|]+) \| \[[^]]*\]\(\.\./([^)]+)\)[^|]*\| `(\w+)` \|$
                    (ROOT / "docs/house.md").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize(("what", "file", "name"), WHERE)
+@pytest.mark.each(("what", "file", "name"), WHERE)
 def test_what_the_page_says_is_in_a_file_is_there(what: str, file: str, name: str) -> None:
     assert len(WHERE) > 20
     assert re.search(rf"(def|class) {name}\b|^ *{name}\b.*=|^ *{name}: |\.{name}\b",

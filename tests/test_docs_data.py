@@ -1,7 +1,5 @@
 """The pages about tokenizers and data: every command, snippet and setting on them works, in order."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json
@@ -22,7 +20,7 @@ from data_prep.curate.scoring.labels import HIGHEST_LABELS
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.curate.scoring.planted import planted, write_lines
-from tests.pages_typed import blocks, page_text, shell_lines
+from tests.pages_typed import blocks, page_section, page_text, shell_lines
 
 MAINS = {"sov-tokenizer": tokenizer.cli.main, "sov-data": data_prep.cli.main}
 
@@ -166,9 +164,9 @@ def benchmarked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["dedup.md", "decontamination.md"])
-def test_the_steps_that_the_pages_show_have_these_settings(benchmarked: Path, page: str) -> None:
-    for block in blocks(page_text(page), "yaml"):
+@pytest.mark.parametrize("heading", ["Duplicates", "Decontamination"])
+def test_the_steps_that_the_page_shows_have_these_settings(benchmarked: Path, heading: str) -> None:
+    for block in blocks(page_section("dedup.md", heading), "yaml"):
         for step in yaml.safe_load(block)["steps"]:
             ((kind, settings),) = step.items()
             if "benchmarks" in settings:
@@ -177,7 +175,7 @@ def test_the_steps_that_the_pages_show_have_these_settings(benchmarked: Path, pa
 
 
 def test_the_commands_that_the_page_shows_run(benchmarked: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for line in blocks(page_text("decontamination.md"), "sh")[0].splitlines():
+    for line in blocks(page_section("dedup.md", "Decontamination"), "sh")[0].splitlines():
         assert data_prep.cli.main(shlex.split(line)[1:]) == 0
     assert ("chats.jsonl: 2 records read: 1 written, 1 set aside (1 text of benchmarks)"
             in capsys.readouterr().out)

@@ -1,8 +1,6 @@
 """docs/omni.md, typed as it stands with tiny codecs and few steps: from media to a model that is asked and
 judged."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The pages about synthesis and difficulty: their commands run in order, against local endpoints."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -30,9 +28,11 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 from tests.data_prep.synth.models import autoif, constraints, goals, tool_trajectories, worlds
 from tests.data_prep.synth.planted_rates import write_measurements
 from tests.data_prep.synth.scripted import by_system, generator
-from tests.pages_typed import blocks, page_text, shell_lines, shown_files
+from tests.pages_typed import blocks, page_section, page_text, shell_lines, shown_files
 
-SYNTH, AUTOIF, WORLDS = (page_text(f"{name}.md") for name in ("synth", "synth_autoif", "synth_worlds"))
+SYNTH = page_text("synth.md")
+SOLUTIONS, DIFFICULTY, AUTOIF, WORLDS = (page_section("synth_generators.md", heading) for heading in (
+    "Solutions and probing sets", "Problem difficulty", "Instructions and safety data", "Tool data"))
 ADDRESS = re.compile(r"http://localhost:\d+/v1")
 
 
@@ -169,11 +169,11 @@ def reply_to_problems(request: Mapping[str, Any]) -> str | Mapping[str, Any]:
 @pytest.mark.deep
 def test_solutions_and_probing_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shown = json.loads(blocks(page_text("synth_solutions.md"), "json")[0])
+    shown = json.loads(blocks(SOLUTIONS, "json")[0])
     (tmp_path / "problems.jsonl").write_text(json.dumps(shown) + "\n")
     (tmp_path / "topics.jsonl").write_text(json.dumps({"domain": "algebra", "topic": "gardens"}) + "\n")
     with serving(ScriptedEndpoint(reply_to_problems)) as server:
-        for words in list_words(page_text("synth_solutions.md")):
+        for words in list_words(SOLUTIONS):
             assert words[0] == "sov-data"
             # a process that judges is started for each core
             alone = ["--workers", "1"] if words[1] == "synth" else []
@@ -192,7 +192,7 @@ def test_difficulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "work/pairs.jsonl").rename(tmp_path / "work/pairs/kept.jsonl")
     (tmp_path / "problems.jsonl").write_text(json.dumps({"prompt": "What is 12 plus 30?"}) + "\n" +
                                            json.dumps({"prompt": "What is 120 times 30?"}) + "\n")
-    for words in list_words(page_text("difficulty.md")):
+    for words in list_words(DIFFICULTY):
         assert words[0] == "sov-data"
         if words[1] == "synth":
             build_parser().parse_args(words[1:])
@@ -201,15 +201,15 @@ def test_difficulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "work/graded/problems.jsonl").is_file()
 
 
-@pytest.mark.parametrize("name", ["synth_solutions.md", "difficulty.md"])
-def test_settings_and_checks_of_the_pages_exist(name: str) -> None:
-    for words in list_words(page_text(name)):
+@pytest.mark.parametrize("section", [SOLUTIONS, DIFFICULTY], ids=["solutions", "difficulty"])
+def test_settings_and_checks_of_the_pages_exist(section: str) -> None:
+    for words in list_words(section):
         if words[1] != "synth":
             continue
         known = load_generator(words[2]).Settings.__dataclass_fields__
         given = {word.partition("=")[0] for before, word in pairwise(words) if before == "--set"}
         assert given <= set(known), words
-    named = set(re.findall(r"`((?:min|max|num)_\w+)`", page_text(name))) - {"num_right", "num_answers"}
+    named = set(re.findall(r"`((?:min|max|num)_\w+)`", section)) - {"num_right", "num_answers"}
     generators = ("solutions", "probes", "answers", "comparisons")
     assert named <= {field for g in generators for field in load_generator(g).Settings.__dataclass_fields__}
 

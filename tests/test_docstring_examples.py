@@ -1,7 +1,5 @@
 """The examples in docstrings run as they are printed there: what a class is for is shown by using it."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 from pathlib import Path
@@ -15,7 +13,7 @@ WITH_EXAMPLES = sorted(
     if "    >>> " in file.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("module", WITH_EXAMPLES)
+@pytest.mark.each("module", WITH_EXAMPLES)
 def test_examples_print_what_they_show(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron_sov
 

@@ -1,8 +1,6 @@
 """examples/families/: each file loads as its header says, its model is the released one, and bits and logits
 are those of transformers."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable
@@ -126,7 +124,7 @@ def names_on_disk(name: str) -> str:
     return re.sub("mlp|gate_proj|up_proj|down_proj", lambda match: old[match[0]], name)
 
 
-@pytest.mark.parametrize("family", RECIPES)
+@pytest.mark.each("family", RECIPES)
 def test_a_recipe_is_the_released_model(family: str) -> None:
     from transformers import AutoConfig
 
@@ -174,7 +172,7 @@ def test_a_share_of_rotated_channels_is_said_once(tmp_path: Path) -> None:
 MOVED = [name for name, instead in removed.VALUES.items() if "examples/families" in instead]
 
 
-@pytest.mark.parametrize("name", MOVED)
+@pytest.mark.each("name", MOVED)
 def test_a_name_that_moved_says_where_to(name: str) -> None:
     place = re.search(r"examples/families/(\w+\.py):(\w+)", removed.VALUES[name])
     assert place and f"\n{place[2]} = Family(" in (ROOT / "examples/families" / place[1]).read_text()

@@ -1,7 +1,5 @@
 """examples/: each script as its header says to run it, on tiny data; the notebook cell by cell."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,8 +1,6 @@
 """Tests in forks of one process: two at a time, each with what it printed, and one that ends its process
 fails alone."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

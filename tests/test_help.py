@@ -1,8 +1,6 @@
 """What a newcomer types first: help of every command in this process, its examples, words of other programs,
 settings by their last name, and terminals without UTF-8."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os
@@ -24,7 +22,7 @@ ALL = [pytest.param(program, name, command, id=f"{program} {name}") for program,
        for name, command in importlib.import_module(module).COMMANDS.items()]
 
 
-@pytest.mark.parametrize(("program", "name", "command"), ALL)
+@pytest.mark.each(("program", "name", "command"), ALL)
 def test_the_help_of_a_command_ends_with_two_examples_that_parse_and_its_page(
         program: str, name: str, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     try:
@@ -58,7 +56,7 @@ def test_the_other_programs_group_theirs_too(program: str, capsys: pytest.Captur
         assert re.search(rf"^  {name} +{re.escape(command.help)}$", said, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("program", "word", "text"), [
+@pytest.mark.each(("program", "word", "text"), [
     pytest.param(program, row.split()[0], text, id=f"{program} {row.split()[0]}")
     for program, rows in words.load_table()["commands"].items() for row, text in rows.items()])
 def test_a_word_of_the_trade_leads_to_a_command_that_parses(
@@ -106,7 +104,7 @@ def test_an_unknown_command_does_not_repeat_all_names(capsys: pytest.CaptureFixt
                                        "lists what there is)\n")
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "eval-lm", "tokenizer", "chain"])
+@pytest.mark.each("stage", ["pretrain", "eval-lm", "tokenizer", "chain"])
 def test_help_behind_a_stage_of_submit_is_help(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         assert cli.main(["submit", stage, "--help"]) == 0
@@ -118,7 +116,7 @@ def test_help_behind_a_stage_of_submit_is_help(stage: str, capsys: pytest.Captur
             "chain": "solar-open-102b"}[stage] in said
 
 
-@pytest.mark.parametrize(("words", "meant"), [
+@pytest.mark.each(("words", "meant"), [
     ("pretrain tiny-qwen3 --data x --run y --learning-rate=1e-3", "--set optim.lr=1e-3"),
     ("prefer tiny-qwen3 --from x --data y --run z --beta 0.1", "--set preference.beta=0.1"),
     ("rl run tiny-qwen3 --beta 0.1", "--set policy.kl_coeff=0.1"),

@@ -1,8 +1,6 @@
 """Every `UserError` of the tree has the form that its class asks for: it names a thing, says a rule or a
 fix, and has no debris.  A test of one mistake can then assert its code, key or value, not its words."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import itertools
@@ -66,7 +64,7 @@ def test_every_message_follows_the_rules() -> None:
             if (wrong := wrong_with(text))] == []
 
 
-@pytest.mark.parametrize(("call", "wrong"), [
+@pytest.mark.each(("call", "wrong"), [
     ('UserError(f"{path}: has no rows; write some")', ""), ('UserError(f"{path}: {reason}")', ""),
     ('UserError(reason)', ""), ('UserError("--top-k: must be 1 or more" + near)', ""),
     ('UserError()', "names nothing"), ('UserError("that must not be")', "names nothing"),

@@ -5,8 +5,6 @@ Each case takes a sound command, breaks one argument or one file of its inputs (
 hashed again, as an attacker would), and runs it.  SOV_MUTATIONS=N tries N cases of each command.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -263,7 +261,7 @@ class Case:
                 f"{done.stderr[-3000:]}")
 
 
-@pytest.mark.parametrize(("name", "number"), cases(), ids=lambda value: str(value).replace(" ", "_"))
+@pytest.mark.each(("name", "number"), cases())
 def test_a_broken_command_ends_with_a_sentence(
         name: str, number: int, world: World, run_command: Callable[..., Any], tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +282,7 @@ def test_a_broken_command_ends_with_a_sentence(
         assert done.returncode, told
 
 
-@pytest.mark.parametrize("name", [*COMMANDS] if COUNT > 1 else ["pack"])  # all, for whoever tries many cases
+@pytest.mark.each("name", [*COMMANDS] if COUNT > 1 else ["pack"])  # all, for whoever tries many cases
 def test_nothing_broken_is_nothing_refused(name: str, world: World, run_command: Callable[..., Any],
                                            tmp_path: Path) -> None:
     case = Case(name, tmp_path / "case", world, run_command)

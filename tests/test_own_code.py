@@ -1,8 +1,6 @@
 """docs/own_code.md: its files and commands as they stand there, in a folder elsewhere, with the
 installed wheel; those that take long in forks of a process that has imported megatron."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,8 +1,6 @@
 """Names, docstrings, comments and pages keep their figures: a hall that meets a goal keeps meeting it, and a
 figure that misses its goal only moves towards it."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests import readability

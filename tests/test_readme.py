@@ -2,8 +2,6 @@
 the `.venv` of `make demo`.  The corpus is a few small documents, and two steps of few samples are trained.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import os

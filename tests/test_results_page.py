@@ -1,8 +1,6 @@
 """docs/results.md has every file of benchmarks/results/, and a sentence of a page that names such a file has
 no number that the file has not."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.pages_typed import PAGES, ROOT, name_of
+from tests.pages_typed import PAGES, ROOT
 
 RESULTS = ROOT / "benchmarks/results"
 VERDICTS = yaml.safe_load((RESULTS / "verdicts.yaml").read_text())
@@ -46,7 +44,7 @@ def sentences(page: str) -> Iterator[str]:
         yield from re.split(r"(?<=[.;])\s+(?=[A-Z`\[(])", block)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.each("page", PAGES)
 def test_figures_of_a_sentence_that_names_results_are_those_of_the_file(page: Path) -> None:
     wrong = {sentence: found for sentence in sentences(page.read_text())
              if (names := re.findall(r"benchmarks/results/(\w+)\.txt", sentence))

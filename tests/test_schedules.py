@@ -1,8 +1,6 @@
 """Learning rates, batch sizes and tokens of steps against closed forms,
 torch's own schedulers and plain counting."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any
@@ -33,7 +31,7 @@ def rates(num_steps: int, **settings: Any) -> list[float]:
     return [schedule.learning_rate(step) for step in range(num_steps)]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.each("schedule", SCHEDULES)
 def test_warm_up_is_linear_and_ends_at_the_peak(schedule: str) -> None:
     assert rates(20, schedule=schedule)[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
@@ -62,7 +60,7 @@ def test_linear_is_torchs() -> None:
     assert rates(20, schedule="linear")[4:] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("form", "left"), [("linear", [0.8, 0.6, 0.4, 0.2, 0.0]),
+@pytest.mark.each(("form", "left"), [("linear", [0.8, 0.6, 0.4, 0.2, 0.0]),
                                             ("cosine",
                                              [(1 + math.cos(math.pi * k / 5)) / 2 for k in range(1, 6)]),
                                             ("one_minus_sqrt", [1 - math.sqrt(k / 5) for k in range(1, 6)])])

@@ -1,8 +1,6 @@
 """The site of the documents: its navigation, what it carries along, its reference, and that nothing in it is
 loaded from elsewhere."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import re
@@ -38,7 +36,7 @@ def test_the_navigation_has_every_page_once_under_the_heading_of_the_index() -> 
     assert "pretrain.md" in train and "sft.md" not in train
 
 
-@pytest.mark.parametrize(("page", "link", "led"), [
+@pytest.mark.each(("page", "link", "led"), [
     ("plan.md", "../benchmarks/a.txt", "repository/benchmarks/a.txt"),
     ("tutorials/company.md", "../../README.md", "../repository/README.md"),
     ("house.md", "../CONTRIBUTING.md", "CONTRIBUTING.md"),

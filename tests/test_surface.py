@@ -1,7 +1,5 @@
 """Options and settings are promises: a change of them is made on purpose, in the file that lists them."""
 
-from __future__ import annotations
-
 import difflib
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which tests `make test` runs, and how long one may take."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests import tiers
+from tests.each_row import join_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +46,21 @@ def test_a_slow_machine_allows_more(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert judged(11.9, tmp_path).outcome == "passed"
     assert judged(12.1, tmp_path).outcome == "failed"
     assert tiers.measure_slowness() >= 1
+
+
+def test_each_row_that_fails_is_named(tmp_path: Path) -> None:
+    def check(tmp_path: Path, left: int, right: int) -> None:
+        (tmp_path / "of this row").mkdir()
+        if left:
+            assert left != right
+        else:
+            pytest.fail("0")
+
+    joined = join_rows(check, [("left", [0, 1, 2]), (("right",), [pytest.param(1), 3])])
+    with pytest.raises(BaseExceptionGroup, match="3 of 6 rows fail") as failed:
+        joined(tmp_path=tmp_path)
+    assert [error.__notes__ for error in failed.value.exceptions] == [
+        [f"in the row {{'right': {right}, 'left': {left}}}"] for right, left in ((1, 0), (1, 1), (3, 0))]
 
 
 def burn(seconds: float) -> None:

@@ -5,8 +5,6 @@ What the pages have alike is typed once.  What is gathered is a few small docume
 there.  `benchmarks/tutorials.py` types everything.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """One concept has one option in all programs: the table of CONTRIBUTING.md against the parsers."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Iterator
@@ -41,7 +39,7 @@ def _options() -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize(("concept", "option", "others"), [pytest.param(*row, id=row[1]) for row in ROWS])
+@pytest.mark.each(("concept", "option", "others"), [pytest.param(*row, id=row[1]) for row in ROWS])
 def test_a_concept_has_one_option(concept: str, option: str, others: str) -> None:
     assert option in _options(), concept
     assert {other: commands for other in re.findall(r"--[\w-]+", others)
@@ -66,7 +64,7 @@ def test_one_help_text_is_of_one_option() -> None:
     assert {text: names for text, names in found.items() if len(names) > 1 and names not in APART} == {}
 
 
-@pytest.mark.parametrize(("command", "old", "new"), [
+@pytest.mark.each(("command", "old", "new"), [
     (command, old, new) for command, rows in words.load_table()["renamed"].items()
     for old, new in rows.items()])
 def test_an_option_of_the_release_before_is_taken_with_a_note(

@@ -1,7 +1,5 @@
 """The wheel: it holds every file of our packages, and its commands work elsewhere, away from the sources."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -33,7 +31,7 @@ def test_the_wheel_holds_every_packaged_file_and_nothing_else(wheel: Path, packa
     assert "License-File: LICENSE" in metadata
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.each("command", COMMANDS)
 def test_the_commands_run_elsewhere(installed: Path, command: str) -> None:
     done = run_installed(installed, sys.executable, str(installed / "bin" / command), "--help")
     assert (done.returncode, done.stderr) == (0, "")

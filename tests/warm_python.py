@@ -11,8 +11,6 @@ A job's PYTHONPATH names a copy of the code, of the same bytes: modules that are
 read from there again, which a job with plain Python shows.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import ctypes

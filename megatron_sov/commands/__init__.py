@@ -10,7 +10,7 @@ DATA, TRAIN, POST_TRAIN, EVALUATE, PUBLISH, OPERATE = (
 COMMANDS = {
     "inspect": Command(
         "megatron_sov.commands.inspect:INSPECT",
-        "show the kind, inputs and sample rows of a folder or file", DATA, "inspect.md",
+        "show the kind, inputs and sample rows of a folder or file", DATA, "watching.md",
         ("inspect shards", "inspect runs/pretrain --verify")),
     "map": Command(
         "megatron_sov.commands.map:MAP",
@@ -24,7 +24,7 @@ COMMANDS = {
          "score --reward ./my_reward.py:Starts --input answers.jsonl --output own.jsonl")),
     "codec": Command(
         "megatron_sov.commands.models.codec:CODEC",
-        "import, reconstruct, inspect: codecs for pictures and sounds", DATA, "codecs.md",
+        "import, reconstruct, inspect: codecs for pictures and sounds", DATA, "media_data.md",
         ("codec import ta-tok ta_tok.pth ta-tok", "codec inspect ta-tok")),
     "recipes": Command(
         "megatron_sov.commands.models.recipes:RECIPES",
@@ -152,7 +152,7 @@ COMMANDS = {
          "convert from-hf hf checkpoint")),
     "chat": Command(
         "megatron_sov.commands.models.chat:CHAT",
-        "talk to a checkpoint, a Hugging Face folder or an endpoint in the terminal", PUBLISH, "chat.md",
+        "talk to a checkpoint, a Hugging Face folder or an endpoint in the terminal", PUBLISH, "serve.md",
         ("chat runs/sft", "chat hf --temperature 0.7")),
     "serve": Command(
         "megatron_sov.commands.models.serve:SERVE",
@@ -160,7 +160,7 @@ COMMANDS = {
         ("serve runs/sft --name mine --port 8000", "serve hf --api-key-env SERVE_KEY")),
     "report": Command(
         "megatron_sov.commands.operate.runs.report:REPORT",
-        "write a self-contained HTML report for one or more runs", PUBLISH, "report.md",
+        "write a self-contained HTML report for one or more runs", PUBLISH, "watching.md",
         ("report runs/pretrain", "report runs/sft runs/dpo")),
     "submit": Command(
         "megatron_sov.commands.operate.submit.submit",

@@ -153,11 +153,7 @@ class MapFinish:
 
 
 def map_rows(options: MapOptions) -> int:
-    """Execute or submit the unfinished batches.
-
-    Raises:
-        UserError: invalid rows, an invalid or failing step, or an output that cannot be written.
-    """
+    """Execute or submit the unfinished batches."""
     if options.rows.is_dir():
         read_manifest(options.rows, KIND)
     step = registry.request_plugin(options.step, parse_nested(options.settings), {}, STEPS)

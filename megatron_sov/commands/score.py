@@ -47,12 +47,8 @@ class ScoreOptions(JudgeOptions, RedoOptions):
 
 
 def score_rows(options: ScoreOptions) -> int:
-    """Score all rows and write the output at the end; a repeated command resumes after a kill.
-
-    Raises:
-        UserError: an unknown reward or setting, invalid rows, or an output that cannot be written.
-        GateFailed: no row has a reward; the output is complete.
-    """
+    """Score all rows and write the output at the end; a repeated command resumes after a kill. Raises
+    `GateFailed`: no row has a reward; the output is complete."""
     events = RunEvents(options.run)
     reward_order = request_reward(options.reward, parse_nested(options.settings))
     reward = build_versioned_reward(reward_order)

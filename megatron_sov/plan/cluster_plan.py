@@ -1,18 +1,16 @@
-"""The plan for a run on a cluster: layout, memory, time and cost; and the tokens that fit a budget."""
+"""Plan a run on a cluster: layout, memory, time and cost."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.figures import format_count, format_days, format_money, format_value
-from megatron_sov.model import recipes
+from megatron_sov.base.figures import format_count, format_days, format_money
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.model.families.count import count_params
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.footprint.gpu_capacity import (
     find_fullest_stage, find_nearest_layout, get_usable_bytes, refuse_on_nodes, refuse_too_large)
@@ -20,47 +18,44 @@ from megatron_sov.plan.footprint.memory import MemoryAccount
 from megatron_sov.plan.pages.layout_report import (
     SweepReport, format_layout, format_model_size, format_set_options, format_sizes, format_submit_command)
 from megatron_sov.plan.pages.quotes import (
-    Quote, QuoteTable, QuoteTotals, build_tables, format_gib, format_table, list_notes, quote_to_json,
-    sum_quotes)
+    Quote, QuoteTotals, build_tables, format_gib, format_table, list_notes, quote_to_json, sum_quotes)
 from megatron_sov.plan.pricing import (
     Machines, Pricing, build_pricing, list_run_stages, quote_stage, refuse_precision)
 from megatron_sov.plan.search.local_search import DefaultLayout, choose_layout, leaves_layout_open
-from megatron_sov.plan.search.space import choice_to_dict, get_current_choice
 from megatron_sov.plan.search.sweep import (
     SweepSearch, count_layouts, find_fewest_nodes, format_node_advice, has_fitting_layout, search_layouts)
-from megatron_sov.plan.speed.parameters import Parameters
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.chips import Chip
 from megatron_sov.work.clusters.units import GIB, SECONDS_PER_DAY
 from megatron_sov.work.progress.progress_bar import create_bar
 
-LEAST_SHOWN_SHARE = 0.0005
+MIN_ITEM_SHARE = 0.0005
 """The memory line leaves out items with a smaller share of the total."""
 UNSEEN_ERROR = 0.25
-"""Relative error that covers nine tenths of the runs outside the fit
-(benchmarks/results/plan_calibration.txt)."""
+"""Relative error that covers nine tenths of the runs outside the fit (`plan_calibration.txt` in
+benchmarks/results)."""
 REFERENCE_TOKENS = 1_000_000_000_000
-"""Token count of the headline's second price, for pretraining runs with less than half as many tokens."""
+"""Token count for the headline's second price, for pretraining runs with less than half as many tokens."""
 ROUNDS_OBJECTIVE = "policy"
 ROUNDS = "rounds of reinforcement learning are not priced; multiply the seconds of one round of `rl run`"
 LENGTH_SETTINGS = ("train.tokens", "train.steps", "train.epochs", "rollout.rounds", "data.phases")
-"""Settings that change a run's number of tokens, next to `data.phases.N.tokens`."""
+"""Settings that change a run's token count, in addition to `data.phases.N.tokens`."""
 
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """Layout, memory and price of a run on a cluster."""
+    """A run's layout, memory and price on a cluster."""
 
     config: RunConfig
     machines: Machines
     length_source: str
-    """Setting that decides the number of tokens, or "the recipe's"."""
+    """Setting that decides the token count, or "the recipe's"."""
     quotes: list[Quote]
     """One quote per stage; empty if the profile does not name its GPUs."""
     sweep: SweepReport | None = None
-    """Result of --sweep."""
+    """Result from --sweep."""
     default: DefaultLayout | None = None
-    """Result of the local search that runs if the user sets no layout."""
+    """Result from `choose_layout`, which runs if the user sets no layout."""
 
     @cached_property
     def _fullest(self) -> tuple[int, MemoryAccount]:
@@ -96,7 +91,7 @@ class ClusterPlan:
         return line
 
     def format_text(self) -> str:
-        """Format the headline, layout and memory, then the tables of `quotes`."""
+        """Format the headline, layout and memory, then the tables for `quotes`."""
         lines = [self.format_headline(), *([self.default.format_line()] if self.default else []),
                  format_memory_lines(self.config, self.machines.num_ranks, self.machines.chip)]
         parts = ["\n".join(lines)]
@@ -117,7 +112,7 @@ class ClusterPlan:
         return self.config.objective.name == ROUNDS_OBJECTIVE
 
     def count_tokens(self) -> int:
-        """Count the training tokens of the run, padding included."""
+        """Count the run's training tokens, padding included."""
         if self.config.extend.stages and self.quotes:
             return sum_quotes(self.quotes).tokens
         schedule = Schedule(self.config)
@@ -140,17 +135,17 @@ def _format_time_and_cost(total: QuoteTotals) -> str:
 
 
 def _format_gpus(machines: Machines) -> str:
-    """Format the number of nodes and GPUs: `8 x 8 H100-80GB`."""
+    """Format node and GPU counts: `8 x 8 H100-80GB`."""
     nodes = f"{machines.nodes:,} x " if machines.nodes > 1 else ""
     kind = machines.chip.name if machines.chip else "processes"
     return f"{nodes}{machines.profile.tasks_per_node} {kind}"
 
 
 def format_memory_lines(config: RunConfig, num_ranks: int, chip: Chip | None = None) -> str:
-    """Format two lines: the layout, and the memory of the fullest process in GiB."""
+    """Format two lines: the layout, and the fullest process's `MemoryAccount` in GiB."""
     stage, account = find_fullest_stage(config, num_ranks)
     components = account.components() | ({"on_host": account.on_host} if account.on_host else {})
-    least = max(LEAST_SHOWN_SHARE * account.total, 1)
+    least = max(MIN_ITEM_SHARE * account.total, 1)
     items = ", ".join(f"{item.replace('_', ' ')} {_format_gib(n)}" for item, n in components.items()
                       if n >= least or item in ("weights", "gradients", "optimizer"))
     if chip:
@@ -169,8 +164,8 @@ def _format_gib(num_bytes: int) -> str:
 
 
 def find_length_source(request: RecipeRequest) -> str:
-    """Return the user's setting that decides a run's number of tokens; without such a setting, the recipe or
-    the default epochs over --data."""
+    """Return the user's setting that decides a run's token count; without such a setting, the recipe or the
+    default `train.epochs` over --data."""
     for setting in reversed([*sorted(request.layered), *request.settings]):
         key = setting.partition("=")[0]
         if key in LENGTH_SETTINGS or (key.startswith("data.phases.") and key.endswith(".tokens")):
@@ -181,17 +176,16 @@ def find_length_source(request: RecipeRequest) -> str:
     return "the recipe's"
 
 
-def plan_on_cluster(request: RecipeRequest, machines: Machines,
-                    parameters: Parameters | None = None) -> ClusterPlan:
-    """Plan a run in its own layout; if the user sets no layout, a local search chooses one.
+def plan_on_cluster(request: RecipeRequest, machines: Machines) -> ClusterPlan:
+    """Plan a run in its `config.parallel`; if the user sets no layout, `choose_layout` chooses.
 
     Raises:
         UserError: invalid settings, too little memory, or a profile without the fields that a price needs.
     """
     config, settings = request.config(), list(request.settings)
-    pricing, default = build_pricing(machines, parameters), None
+    pricing, default = build_pricing(machines), None
     if leaves_layout_open(request):
-        chosen, default = choose_layout(config, machines, settings, parameters)
+        chosen, default = choose_layout(config, machines, settings)
         if pricing and default is None:
             _refuse_few_nodes(config, apply_settings(config, list(chosen)), pricing, settings)
         config, settings = apply_settings(config, list(chosen)), [*settings, *chosen]
@@ -204,20 +198,18 @@ def plan_on_cluster(request: RecipeRequest, machines: Machines,
                        quote_run(config, pricing, settings) if pricing else [], default=default)
 
 
-def plan_with_sweep(request: RecipeRequest, machines: Machines, recipe: Sequence[str],
-                    parameters: Parameters | None = None) -> ClusterPlan:
-    """Plan a run in the fastest layout that fits; layout settings in --set stay fixed.
+def plan_with_sweep(request: RecipeRequest, machines: Machines, recipe: Sequence[str]) -> ClusterPlan:
+    """Plan a run in the fastest fitting layout (`search_layouts`); layout settings in --set stay fixed.
 
     Args:
         request: recipe and settings.
-        machines: nodes of the cluster.
+        machines: nodes in the cluster.
         recipe: command-line words that name the recipe, for the submit command.
-        parameters: speed parameters; None: the package's.
 
     Raises:
         UserError: no layout fits, or the profile does not name its GPUs.
     """
-    pricing = build_pricing(machines, parameters)
+    pricing = build_pricing(machines)
     if pricing is None:
         raise UserError(f"--sweep with --cluster {machines.cluster}: {_explain_missing_price(machines)}")
     config = request.config()
@@ -236,11 +228,11 @@ def plan_with_sweep(request: RecipeRequest, machines: Machines, recipe: Sequence
                        SweepReport(search, machines, settings, submit))
 
 
-def _refuse_few_nodes(config: RunConfig, placed_config: RunConfig, pricing: Pricing,
+def _refuse_few_nodes(config: RunConfig, searched_config: RunConfig, pricing: Pricing,
                       user_settings: Sequence[str]) -> None:
-    """Refuse a run that fits only on more nodes; the rule that its own layout breaks would mislead."""
+    """Refuse a run that fits only on more nodes: an error about `config.parallel` would mislead."""
     refuse_precision(config, pricing.chip)
-    if not placed_config.problems(pricing.num_ranks):
+    if not searched_config.problems(pricing.num_ranks):
         return
     nodes = find_fewest_nodes(config, pricing, {setting.partition("=")[0] for setting in user_settings})
     if nodes is not None:
@@ -249,7 +241,7 @@ def _refuse_few_nodes(config: RunConfig, placed_config: RunConfig, pricing: Pric
 
 
 def _refuse_too_large(config: RunConfig, pricing: Pricing) -> None:
-    """Refuse a run that does not fit; suggest a similar layout, --sweep or more nodes."""
+    """Refuse a run that does not fit; suggest `find_nearest_layout`, --sweep or more nodes."""
     try:
         refuse_too_large(config, pricing.num_ranks, pricing.chip)
     except UserError as e:
@@ -261,8 +253,8 @@ def _refuse_too_large(config: RunConfig, pricing: Pricing) -> None:
 
 
 def quote_run(config: RunConfig, pricing: Pricing, settings: Sequence[str]) -> list[Quote]:
-    """Quote each phase or extension stage of a run; [] for rounds of reinforcement learning, whose engines
-    have no price. `settings`: from --set."""
+    """Quote a run's stages (`list_run_stages`); [] for RL rounds, whose engines have no price. `settings`:
+    from --set."""
     if config.objective.name == ROUNDS_OBJECTIVE:
         return []
     micro_batch_set = any(s.startswith("train.micro_batch_size=") for s in settings)
@@ -302,100 +294,3 @@ def _explain_no_fit(config: RunConfig, pricing: Pricing, search: SweepSearch, fi
         example = sweep.examples[sweep.broken.most_common()[0][0]]
         reason = f"every layout breaks a rule, most of them: {example}"
     return f"{run}: fits nowhere; {reason}; {format_node_advice(find_fewest_nodes(config, pricing, fixed))}"
-
-
-@dataclass(frozen=True)
-class BudgetRow:
-    """A recipe on a cluster, within --days and --budget."""
-
-    recipe: str
-    num_params: int
-    num_active_params: int
-    plan: ClusterPlan | None
-    """The run in the best layout; None: no layout fits."""
-    problem: str = ""
-    """Reason why no layout fits."""
-    tokens: int = 0
-    days: float = 0.0
-    cost_usd: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        values = {"recipe": self.recipe, "parameters": self.num_params,
-                  "active_parameters": self.num_active_params, "fits": self.plan is not None}
-        if self.plan is None:
-            return values | {"problem": self.problem}
-        return values | {
-            "tokens": self.tokens, "tokens_per_parameter": self.tokens / self.num_params, "days": self.days,
-            "cost_usd": self.cost_usd, "memory_bytes": sum_quotes(self.plan.quotes).peak_memory_bytes,
-            "layout": choice_to_dict(get_current_choice(self.plan.config))}
-
-
-def list_pretraining_requests(settings: Sequence[str]) -> dict[str, RecipeRequest]:
-    """Return recipe name -> request with the user's settings, for each pretraining recipe without `tiny-`."""
-    configs = {name: recipes.get(name) for name in recipes.names() if not name.startswith("tiny-")}
-    return {name: RecipeRequest(config, tuple(settings), False) for name, config in configs.items()
-            if config.objective.name == "lm" and not config.extend.stages}
-
-
-def compute_budget_rows(requests: Mapping[str, RecipeRequest], machines: Machines, days: float | None,
-                        usd: float | None, parameters: Parameters | None = None) -> list[BudgetRow]:
-    """Compute a row per recipe: fitting recipes first, small models before large models.
-
-    Args:
-        requests: recipe name -> recipe and settings.
-        machines: nodes of the cluster.
-        days: longest run in days; None: no limit.
-        usd: highest cost in US dollars; None: no limit.
-        parameters: speed parameters; None: the package's.
-
-    Raises:
-        UserError: a profile without GPUs, or a recipe with rounds of reinforcement learning.
-    """
-    if machines.chip is None:
-        raise UserError(f"--cluster {machines.cluster}: {_explain_missing_price(machines)}")
-    rows = []
-    with create_bar("recipes", len(requests), "recipe") as bar:
-        for name, request in requests.items():
-            rows.append(_compute_budget_row(name, request, machines, days, usd, parameters))
-            bar.update()
-    return sorted(rows, key=lambda row: (row.plan is None, row.num_params, row.recipe))
-
-
-def _compute_budget_row(name: str, request: RecipeRequest, machines: Machines, days: float | None,
-                        usd: float | None, parameters: Parameters | None) -> BudgetRow:
-    if request.base.objective.name == ROUNDS_OBJECTIVE:
-        raise UserError(f"{name}: is trained by rounds, not tokens; leave out --days and --budget, and set "
-                        "rollout.rounds")
-    try:
-        plan = plan_on_cluster(request, machines, parameters)
-    except UserError as e:
-        count = count_params(request.base.model)
-        return BudgetRow(name, count.total, count.active, None, str(e))
-    count = count_params(plan.config.model)
-    total = sum_quotes(plan.quotes)
-    share = min(limit / whole for limit, whole in ((days, total.days), (usd, total.cost_usd))
-                if limit is not None)
-    return BudgetRow(name, count.total, count.active, plan, "", round(plan.count_tokens() * share),
-                     total.days * share, total.cost_usd * share)
-
-
-def format_budget(rows: Sequence[BudgetRow], machines: Machines) -> str:
-    """Format the table of tokens within the budget, and a line per recipe that fits nowhere."""
-    head = ["recipe", "parameters", "active", "tokens", "tokens/parameter", "time", "cost", "GiB per GPU"]
-    cells, layouts = [], ["layout"]
-    for row in rows:
-        if row.plan is None:
-            continue
-        cells.append([row.recipe, format_count(row.num_params), format_count(row.num_active_params),
-                      format_count(row.tokens), format_value(row.tokens / row.num_params, 3),
-                      format_days(row.days * SECONDS_PER_DAY), format_money(row.cost_usd),
-                      format_gib(sum_quotes(row.plan.quotes).peak_memory_bytes)])
-        layouts.append(format_layout(get_current_choice(row.plan.config)))
-    title, *table = format_table(QuoteTable(
-        f"Tokens within the budget on {_format_gpus(machines)} ({format_gib(machines.limit_bytes)} GiB "
-        "usable per GPU)", head, cells)).split("\n")
-    width = max(map(len, table))
-    lines = [title, *(f"{line.ljust(width)}  {layout}" for line, layout in zip(table, layouts, strict=True))]
-    lines += [f"  {row.recipe} ({format_count(row.num_params)}): no layout; {row.problem}"
-              for row in rows if row.plan is None]
-    return "\n".join(lines)

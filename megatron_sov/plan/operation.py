@@ -1,4 +1,4 @@
-"""Goodput and cost of a run: checkpoints, failures, energy and money.
+"""Estimate a run's goodput and cost: checkpoints, failures, energy and money.
 
 A run trains for `interval_s`, stops for `stall_s` while it copies its state, and continues while the copy is
 written for `write_s`; the next checkpoint waits for the previous one (`checkpoint/save.py`). After a failure
@@ -24,21 +24,21 @@ from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.clusters.units import HOURS_PER_DAY, SECONDS_PER_HOUR, SECONDS_PER_YEAR
 
 HOST_COPY_BYTES_PER_S = 20e9
-"""GPU to pinned host memory: two thirds of the 32 GB/s of PCIe 4.0. Assumed; not measured."""
+"""GPU to pinned host memory: two thirds of PCIe 4.0's 32 GB/s. Assumed; not measured."""
 PROCESS_WRITE_BYTES_PER_S = 0.6e9
 """Least rate at which a process hashes, writes and syncs: 0.65 to 0.8 GB/s with two cores and one disk
 (benchmarks/results/checkpoint_speed.txt)."""
 LEAST_SHARE = 1e-3
-"""Smallest share of effective training time; `plan` refuses runs below it."""
+"""Smallest `Operation.effective_share`; `plan` refuses runs below."""
 DRAWN_SHARE = 0.82
-"""Power of a node in training, as a share of its maximum: 8.4 kW measured, of the 10.2 kW of 8 H100
+"""A node's power in training as a share of its maximum: 8.4 kW measured, 10.2 kW maximum for 8 H100
 (Latif et al., arXiv 2412.08602)."""
 WATTS_PER_KW = 1000
 
 
 @dataclass(frozen=True)
 class Operation:
-    """Checkpoint interval and goodput of a run on a cluster."""
+    """A run's checkpoint interval and goodput on a cluster."""
 
     checkpoint_bytes: int
     stall_s: float
@@ -50,10 +50,10 @@ class Operation:
     interval_s: float
     """`interval_steps` in seconds of training."""
     mtbf_s: float
-    """Mean time between failures of the whole run; infinite without failures."""
+    """Mean time between failures over all GPUs; infinite without failures."""
     effective_share: float
-    """Expected share of wall-clock time in steps that count."""
-    storage_known: bool
+    """Expected share of wall-clock time in steps that survive failures."""
+    has_storage_rate: bool
     """Whether the profile sets the storage bandwidth; otherwise `write_s` only counts the processes."""
 
 
@@ -85,13 +85,13 @@ def plan_operation(config: RunConfig, profile: ClusterProfile, num_gpus: int, st
 
 @dataclass(frozen=True)
 class FailureConditions:
-    """Failure rate and checkpoint timing of a run."""
+    """A run's failure rate and checkpoint timing."""
 
     failures_per_s: float
     restart_s: float
     """From a failure to the first new step: detection, start, checkpoint load."""
     interval_s: float
-    """Training between the starts of two checkpoints."""
+    """Training time from the start of a checkpoint to the start of the next."""
     stall_s: float
     """Training stands still per checkpoint."""
     write_s: float
@@ -104,14 +104,14 @@ class FailureConditions:
 
     @property
     def period_s(self) -> float:
-        """Wall-clock time between the starts of two checkpoints, without failures."""
+        """Wall-clock time from checkpoint start to checkpoint start, without failures."""
         return self.stall_s + max(self.interval_s, self.write_s)
 
 
 def compute_goodput(c: FailureConditions) -> float:
     """Return the expected share of effective training time in a long run.
 
-    Renewal reward: each start of training ends in a failure after a time t, exponential with rate L. The k-th
+    Renewal reward: training ends in a failure at a time t after its start, exponential with rate L. The k-th
     checkpoint is complete `interval_s + stall_s + write_s + (k - 1) period_s` after the start, so
     exp(-L (interval + stall + write)) / (1 - exp(-L period)) checkpoints are expected, each worth
     `interval_s`. A restart that may fail takes (1 / E exp(-L restart) - 1) / L on average. With `write_s` = 0
@@ -121,7 +121,7 @@ def compute_goodput(c: FailureConditions) -> float:
     if not rate:
         return c.interval_s / c.period_s
     successful_restarts = math.exp(-rate * c.restart_s)
-    # The first checkpoint counts once it is written; a failure before then loses the work.
+    # The first checkpoint counts after its write.
     first_s = c.interval_s + c.stall_s + c.write_s
     # expm1: 1 - exp(-x) for a small x
     num_checkpoints = math.exp(-rate * first_s) / -math.expm1(-rate * c.period_s)
@@ -145,7 +145,7 @@ def find_best_interval_s(c: FailureConditions) -> float:
 
 @dataclass(frozen=True)
 class CheckpointBytes:
-    """Bytes of a checkpoint over all processes."""
+    """Checkpoint bytes over all processes."""
 
     weights: int
     """Part `model`, or part `adapter` under LoRA."""
@@ -164,11 +164,12 @@ class WriteTimes:
     stall_s: float
     """Training waits: the copy to host memory or, without `train.async_save`, the whole write."""
     background_s: float
-    """The write next to the training; a failure before its end falls back to the previous checkpoint."""
+    """The write during training; after a failure before its end, the run restarts from the previous
+    checkpoint."""
 
 
 def count_checkpoint_bytes(config: RunConfig) -> CheckpointBytes:
-    """Count the bytes of a checkpoint; they do not depend on the layout."""
+    """Count a checkpoint's bytes, which do not depend on `config.parallel`."""
     return _count_checkpoint_bytes(config.model, config.lora, config.optim, config.train.precision,
                                    config.gpu.moment_dtype)
 
@@ -178,7 +179,7 @@ def _count_checkpoint_bytes(model: ModelConfig, lora: LoraConfig, optim: OptimCo
                             moment_dtype: str) -> CheckpointBytes:
     item, state_bytes = ITEM_BYTES[precision], _get_state_bytes(precision, moment_dtype)
     weights = optimizer = 0
-    # A run with adapters writes only the adapters; the frozen base has its own checkpoint.
+    # A run with adapters writes only the adapters.
     for tensor in _list_adapters(model, lora) if lora.on else _list_tensors(model):
         weights += tensor.num_elements * (FLOAT32_BYTES if tensor.is_bias else item)
         if not tensor.is_bias:
@@ -191,7 +192,7 @@ class _Tensor:
     key: str
     num_elements: int
     is_matrix: bool
-    """Whether the parameter (a single expert's) has two axes."""
+    """Whether the parameter has two axes, experts taken singly."""
     is_bias: bool = False
     """Whether it is a router's selection bias, which has no optimizer state."""
 
@@ -209,8 +210,8 @@ def _list_adapters(model: ModelConfig, lora: LoraConfig) -> list[_Tensor]:
 
 
 def _select_optimizer(optim: OptimConfig, tensor: _Tensor) -> str:
-    """Return adamw, muon or frozen, as `engine/optimizer/parameter_groups.py` does."""
-    # Muon orthogonalises matrices; embedding and head are looked up by rows, so AdamW updates them.
+    """Return adamw, muon or frozen, as in `engine/optimizer/parameter_groups.py`."""
+    # Muon orthogonalises matrices; AdamW updates the tables (embedding and head).
     uses_muon = tensor.is_matrix and tensor.key not in TABLES
     name: str = optim.name if uses_muon else "adamw"
     # No break: the last matching group wins.
@@ -223,7 +224,7 @@ def _select_optimizer(optim: OptimConfig, tensor: _Tensor) -> str:
 
 
 def _get_state_bytes(precision: str, moment_dtype: str) -> dict[str, int]:
-    """Return optimizer -> bytes of state per parameter."""
+    """Return optimizer -> state bytes per parameter."""
     if precision == "bf16":
         moment = BF16_BYTES if moment_dtype == "bf16" else FLOAT32_BYTES
         return {"adamw": FLOAT32_BYTES + 2 * moment, "muon": 2 * FLOAT32_BYTES, "frozen": 0}
@@ -232,13 +233,13 @@ def _get_state_bytes(precision: str, moment_dtype: str) -> dict[str, int]:
 
 
 def count_rank_bytes(config: RunConfig, num_ranks: int) -> int:
-    """Return the largest number of bytes that one process writes: weights on the first data-parallel rank,
-    and its share of the optimizer. Adapters are small, and counted as written by one process."""
+    """Return the maximum bytes that a process writes: weights on the first data-parallel rank, and its shard
+    of the optimizer states. Adapters are small: a single process writes all."""
     if config.lora.on:
         return count_checkpoint_bytes(config).total
     p, item = config.parallel, ITEM_BYTES[config.train.precision]
     state = _get_state_bytes(config.train.precision, config.gpu.moment_dtype)[config.optim.name]
-    # ZeRO-1 splits the state over data- and context-parallel processes; experts have fewer replicas.
+    # ZeRO-1 shards states over data- and context-parallel processes; experts have fewer replicas.
     shards = num_ranks // (p.tp * p.pp) if p.zero1 else 1
     expert_shards = num_ranks // (p.etp * p.ep * p.pp) if p.zero1 else 1
     return max(int((stage.dense + stage.experts) * item
@@ -257,7 +258,7 @@ def estimate_write_times(config: RunConfig, num_ranks: int, storage_bytes_per_s:
 
 @dataclass(frozen=True)
 class Cost:
-    """Time, energy and price of a run."""
+    """A run's time, energy and price."""
 
     hours: float
     """Wall-clock hours, failures included."""
@@ -269,7 +270,7 @@ class Cost:
     """At the lowest published price; equal to `usd` for a price from the profile."""
     usd_high: float
     price_note: str
-    """Source of the price, as a clause."""
+    """The price's source, as a clause."""
 
     @property
     def days(self) -> float:
@@ -281,10 +282,10 @@ def estimate_cost(train_s: float, num_gpus: int, profile: ClusterProfile, effect
     """Estimate hours, energy and price.
 
     Args:
-        train_s: seconds of all steps, without failures.
-        num_gpus: GPUs of the run.
+        train_s: seconds for all steps, without failures.
+        num_gpus: number of GPUs.
         profile: price, power and site.
-        effective_share: share of wall-clock time in steps that count (`compute_goodput`).
+        effective_share: result from `compute_goodput`.
 
     Raises:
         UserError: the profile does not name its GPUs.

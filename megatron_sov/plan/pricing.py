@@ -1,4 +1,4 @@
-"""The price of a run's stages on the nodes of a cluster: memory, time, checkpoints, failures and cost."""
+"""Price a run's stages on a cluster's nodes: memory, time, checkpoints, failures and cost."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.clusters.units import SECONDS_PER_HOUR
 
 MAX_NODES = 1_000_000
-"""Larger values of --nodes are taken for typing errors."""
+"""Larger values for --nodes are refused as typing errors."""
 PHASE = "phase"
 DOCUMENT_TOKENS = 1000
-"""Mean tokens of a conversation, the range of attention in packed rows (Typhoon-S: 340,000 conversations of
-about 1,000 tokens)."""
+"""Mean tokens per conversation, which limits attention in packed rows (Typhoon-S: 340,000 conversations
+with about 1,000 tokens)."""
 PACKED = ("sft", "preference", "distill")
 """Objectives that pack several conversations into a row."""
 KINDS = {"extension": "extension stage", "midtraining": "mid-training stage"}
@@ -39,10 +39,10 @@ KINDS = {"extension": "extension stage", "midtraining": "mid-training stage"}
 
 @dataclass(frozen=True)
 class Machines:
-    """Nodes of a cluster."""
+    """Nodes in a cluster."""
 
     cluster: str
-    """Name or file of the profile, as --cluster takes it."""
+    """Profile name or file, as in --cluster."""
     profile: ClusterProfile
     nodes: int
 
@@ -67,7 +67,7 @@ class Machines:
 
     @property
     def limit_bytes(self) -> int:
-        """Usable bytes of each GPU; 0: unknown."""
+        """Usable bytes per GPU; 0: unknown."""
         return get_usable_bytes(self.chip) if self.chip else 0
 
     def with_nodes(self, nodes: int) -> Machines:
@@ -78,7 +78,7 @@ def load_machines(name: str, nodes: int | None) -> Machines:
     """Load a cluster profile; `nodes` defaults to 1.
 
     Raises:
-        UserError: an unknown profile, or an invalid number of nodes.
+        UserError: an unknown profile, or invalid `nodes`.
     """
     number = 1 if nodes is None else nodes
     if not 1 <= number <= MAX_NODES:
@@ -89,7 +89,7 @@ def load_machines(name: str, nodes: int | None) -> Machines:
 
 @dataclass(frozen=True)
 class RunStage:
-    """A part of a run with equal steps: a phase in `data.phases`, or an entry in `extend.stages`."""
+    """A run's part with equal steps: a phase in `data.phases`, or an entry in `extend.stages`."""
 
     name: str
     kind: str
@@ -114,7 +114,7 @@ class RunStage:
 
 
 def list_run_stages(config: RunConfig, num_ranks: int, *, micro_batch_set: bool = False) -> list[RunStage]:
-    """Return the stages of a run, in order.
+    """Return a run's stages in order.
 
     Args:
         config: the run.
@@ -133,10 +133,10 @@ def list_run_stages(config: RunConfig, num_ranks: int, *, micro_batch_set: bool 
 
 
 def group_stages(stages: Sequence[RunStage]) -> list[tuple[RunStage, list[RunStage]]]:
-    """Group stages whose steps have equal cost: the first stage of each group, and the group."""
+    """Group stages with equally expensive steps: the first stage per group, and the group."""
     groups: dict[tuple[int, int, int], list[RunStage]] = {}
     for stage in stages:
-        # The seconds and bytes of a step depend on these values alone.
+        # These values determine a step's seconds and bytes.
         key = stage.phase.seq_len, stage.global_batch_size, stage.config.train.micro_batch_size
         groups.setdefault(key, []).append(stage)
     return [(group[0], group) for group in groups.values()]
@@ -150,7 +150,7 @@ def _select_phase(config: RunConfig, phase: PhaseConfig, *, keeps_ramp: bool) ->
 
 def _build_extension_stage(config: RunConfig, stage: ExtendStageConfig, num_ranks: int,
                            micro_batch_set: bool) -> RunStage:
-    """Build the most expensive case of an extension stage: its gate passes after the last step."""
+    """Build an extension stage's most expensive case: its gate passes after the last step."""
     size = stage.global_batch_size or config.train.global_batch_size
     steps = max(stage.max_steps, stage.steps or math.ceil(stage.tokens / (size * stage.seq_len))
                 or config.train.steps or config.num_steps())
@@ -169,7 +169,7 @@ def _build_extension_stage(config: RunConfig, stage: ExtendStageConfig, num_rank
 
 @dataclass(frozen=True)
 class Pricing:
-    """Memory and time of stages on the nodes of a cluster with known GPUs."""
+    """Memory and time for stages on nodes with known GPUs."""
 
     machines: Machines
     parameters: Parameters
@@ -181,7 +181,7 @@ class Pricing:
 
     @cached_property
     def limit_bytes(self) -> int:
-        """Usable bytes of each GPU."""
+        """Usable bytes per GPU."""
         return self.machines.limit_bytes
 
     @cached_property
@@ -198,7 +198,7 @@ class Pricing:
         return find_fullest_stage(stage.config, self.num_ranks)[1].total
 
     def build_workload(self, stage: RunStage) -> Workload:
-        """Build the workload of a step; routers have the imbalance of real routers."""
+        """Build the workload per step; routers have `Parameters.real_imbalance`."""
         imbalance = self.parameters.real_imbalance if stage.config.model.num_moe_layers() else 1.0
         work = build_workload(stage.config, stage.phase, self.num_ranks, self.chip, self.links, imbalance)
         if stage.config.objective.name in PACKED and not stage.config.extend.stages:
@@ -209,13 +209,13 @@ class Pricing:
         return estimate_step(self.build_workload(stage), self.parameters, self._parts_cache)
 
     def estimate_extra_layers(self, stage: RunStage) -> float:
-        """Return the cost of head and prediction layers on the last pipeline stage, in units of a layer."""
+        """Return the cost of head and prediction layers on the last pipeline stage, in layers."""
         return estimate_extra_layers(self.build_workload(stage), self.parameters)
 
 
-def build_pricing(machines: Machines, parameters: Parameters | None = None) -> Pricing | None:
-    """Build the pricing with calibrated or the package's parameters; None: the profile names no GPUs."""
-    return Pricing(machines, parameters or load_default_parameters()) if machines.chip else None
+def build_pricing(machines: Machines) -> Pricing | None:
+    """Build the pricing; None: the cluster profile names no GPUs."""
+    return Pricing(machines, load_default_parameters()) if machines.chip else None
 
 
 def refuse_precision(config: RunConfig, chip: Chip) -> None:
@@ -242,7 +242,7 @@ def refuse_precision(config: RunConfig, chip: Chip) -> None:
 
 
 def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
-    """Predict memory, time, failures and cost of a stage.
+    """Predict a stage's memory, time, failures and cost.
 
     Raises:
         UserError: the chip has no tensor cores for the run's precision.
@@ -277,7 +277,7 @@ def _list_notes(cost: Cost, operation: Operation, imbalance: float) -> list[str]
     if imbalance > 1:
         notes.append(f"The busiest experts are taken to meet {imbalance:.2f} times as many tokens as the "
                      "mean.")
-    if not operation.storage_known:
+    if not operation.has_storage_rate:
         notes.append("Nobody has said what the storage takes (storage_write_gbytes_per_s in the profile): "
                      "checkpoints are as fast as the processes can write at best.")
     return notes

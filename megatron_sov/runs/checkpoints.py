@@ -70,6 +70,7 @@ _TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (CHECKPOINT_KIND, (HF_
                      (HF_MODEL, (CHECKPOINT_KIND, RUN)): "convert from-hf",
                      (HF_MODEL, (RUN, CHECKPOINT_KIND)): "convert from-hf"}
 """Kind of a folder and the kinds that a command takes -> the command that converts in the other direction."""
+MAX_POINTER_BYTES = 1024
 TOKENIZER = "tokenizer.json"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
 """Text file suffixes."""
@@ -187,11 +188,22 @@ def _refuse_address(address: str, option: str) -> None:
                     Fix(options=tuple(folder)) if option else Fix(words={address: folder[0]}))
 
 
+def refuse_pointers(path: Path, option: str = "") -> None:
+    """Raise `UserError` if a model folder's weights are Git LFS pointers."""
+    for file in path.glob("*.safetensors"):
+        is_short = file.stat().st_size < MAX_POINTER_BYTES
+        if is_short and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise UserError(f"{option}{path}: {file.name} is a Git LFS pointer without weights; fetch them",
+                            Fix(words={str(path): str(path)},
+                                before=(f"git -C {shlex.quote(str(path))} lfs pull",)))
+
+
 def check_model(path: Path, option: str = "") -> None:
     """Raise `UserError` if `path` is neither a Hugging Face folder nor a complete checkpoint, nor a run with
     one."""
     check_model_path(path, option)
     check_model_folder(path)
+    refuse_pointers(path, option)
     if not is_hf_folder(path):
         find_checkpoint(path)
 

@@ -58,17 +58,7 @@ class ArtifactKind:
 
 
 def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, ArtifactKind]) -> None:
-    """Print information about a path.
-
-    Args:
-        path: any file or folder.
-        options: command options.
-        kinds: kind name -> display functions.
-
-    Raises:
-        UserError: the path does not exist, or megatron-sov did not create it.
-        GateFailed: `verify` found problems.
-    """
+    """Print information about a file or folder. Raises `GateFailed`: `verify` found problems."""
     facts = {**_describe_artifact(path), **_describe_unfinished_work(path), **_describe_path(path)}
     artifact = next((folder for folder in path.parents if (folder / MANIFEST).is_file()), None)
     if not facts and artifact is not None and path.exists():
@@ -103,11 +93,7 @@ def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, Art
 
 
 def _verify_artifact(path: Path, facts: Mapping[str, Any], kind: ArtifactKind | None) -> str:
-    """Return a success message.
-
-    Raises:
-        GateFailed: the artifact has problems.
-    """
+    """Return a success message. Raises `GateFailed`: the artifact has problems."""
     if kind is None and not (path / MANIFEST).is_file():
         raise UserError(f"{path}: --verify has nothing to compare it with; it has no {MANIFEST}")
     if problems := find_damaged_files(path) if kind is None else kind.problems(path):
@@ -123,6 +109,9 @@ def _describe_artifact(path: Path) -> dict[str, Any]:
         return {}
     manifest = read_manifest(path)
     check_kind(path, manifest.kind)
+    if missing := [name for name in manifest.files if not (path / name).exists()]:
+        raise UserError(f"{path}: {', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'} in its "
+                        f"{MANIFEST} and missing; copy or download the folder again")
     if not (isinstance(manifest.content, dict) and isinstance(manifest.settings, dict)
             and isinstance(manifest.inputs, list) and isinstance(manifest.created_s, int | float)
             and 0 <= manifest.created_s < MAX_TIME_S):

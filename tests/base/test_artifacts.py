@@ -1,7 +1,5 @@
 """Write, replace, verify and clean up artifacts; sealed files."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import hashlib
@@ -178,7 +176,7 @@ def test_full_disk_is_one_sentence_and_removes_temporary_folder(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("code", "sentence"), [
+@pytest.mark.each(("code", "sentence"), [
     (errno.ENOSPC, "no space left on the device"), (errno.EROFS, "cannot be written"),
     (errno.EACCES, "cannot be written"),
 ])
@@ -198,7 +196,7 @@ def test_atomic_write_keeps_old_content_on_disk_error(
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-@pytest.mark.parametrize(("path", "sentence"), [
+@pytest.mark.each(("path", "sentence"), [
     (".", "has no name of its own"), ("..", "has no name of its own"),
     ("file/x", "file is a file, so nothing can lie in it")])
 def test_impossible_artifact_paths_are_refused(
@@ -262,11 +260,11 @@ def rewritten(path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("record", [{"digest": "md5:12", "size_bytes": 5}, {"digest": 3, "size_bytes": 5},
+@pytest.mark.each("record", [{"digest": "md5:12", "size_bytes": 5}, {"digest": 3, "size_bytes": 5},
                                     {"size_bytes": 5}, {"digest": "", "size_bytes": 5}, []])
 def test_unknown_digest_algorithm_is_damage(tmp_path: Path, record: Any) -> None:
     path = rewritten(build(tmp_path / "a"), files={"sub/data.bin": record})
-    with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make the artifact again"):
+    with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make it again or restore"):
         read_manifest(path)
 
 
@@ -277,13 +275,13 @@ def test_newer_manifest_format_is_refused(tmp_path: Path) -> None:
         read_manifest(path)
 
 
-@pytest.mark.parametrize("text", [
+@pytest.mark.each("text", [
     "", "{", "[]", "{}", "null", '{"files": {}, "format_version": "x"}', '{"files": 3, "format_version": 1}',
 ])
 def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     path = build(tmp_path / "a")
     (path / MANIFEST).write_text(text)
-    with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make the artifact again"):
+    with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make it again or restore"):
         read_manifest(path)
 
 
@@ -332,7 +330,7 @@ def test_format_json_of_dataclasses_and_paths(tmp_path: Path) -> None:
         format_json({1, 2})
 
 
-@pytest.mark.parametrize("files", [{"../outside": 1}, {"/etc/passwd": 1}, {"": 1}, {"a/../../b": 1}])
+@pytest.mark.each("files", [{"../outside": 1}, {"/etc/passwd": 1}, {"": 1}, {"a/../../b": 1}])
 def test_manifest_refuses_files_outside_folder(tmp_path: Path, files: dict[str, int]) -> None:
     record = {"size_bytes": 1, "digest": f"blake3:{BLAKE3_OF_ABC}"}
     (tmp_path / "manifest.json").write_text(json.dumps({

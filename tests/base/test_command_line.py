@@ -1,7 +1,5 @@
 """Parsers, messages and exit codes shared by all programs."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import shlex
@@ -25,14 +23,14 @@ from tokenizer.cli import build_parser as sov_tokenizer
 ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
 
 
-@pytest.mark.parametrize("program", ENTRIES)
+@pytest.mark.each("program", ENTRIES)
 def test_version_of_each_program(program: str) -> None:
     done = subprocess.run([sys.executable, "-m", ENTRIES[program], "--version"], capture_output=True,
                           text=True, check=False, cwd=Path(__file__).parents[2])
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{program} {__version__}\n", "")
 
 
-@pytest.mark.parametrize(("outcome", "code", "message"), [
+@pytest.mark.each(("outcome", "code", "message"), [
     (7, 7, ""), (UserError("a: is b"), 2, "error: a: is b\n"),
     (UserError("\x1b[2Ja\n\tnicht schön"), 2, "error: \\x1b[2Ja\n\tnicht schön\n"),
     (GateFailed("too low"), 3, "gate: too low\n"),
@@ -82,7 +80,7 @@ def test_defect_keeps_traceback() -> None:
         run_to_exit_code(lambda: os.close(10 ** 6))  # type: ignore[func-returns-value]
 
 
-@pytest.mark.parametrize(("line", "message"), [
+@pytest.mark.each(("line", "message"), [
     ("pretrain tiny-solar-open --data d --run r --set train.steps=1 train.seed=2",
      "a setting follows --set; write\n  megatron-sov pretrain tiny-solar-open --data d --run r "
      "--set train.steps=1 --set train.seed=2\n"),
@@ -107,7 +105,7 @@ def test_unknown_words_become_one_sentence(line: str, message: str,
     assert error.startswith("error: ") and message in error and len(error.splitlines()) <= 3, error
 
 
-@pytest.mark.parametrize("line", ["--input a b --input c", "--input a --input b --input c", "--input a b c"])
+@pytest.mark.each("line", ["--input a b --input c", "--input a --input b --input c", "--input a b c"])
 def test_repeated_input_options_accumulate(line: str) -> None:
     def inputs(program: Parser, words: str) -> list[str]:
         return [str(value) for value in program.parse_args(f"{words} {line} --output o".split()).input]
@@ -132,7 +130,7 @@ def test_any_text_prints_in_any_locale() -> None:
     assert done.stdout.decode("ascii").strip() == text.encode("ascii", "backslashreplace").decode()
 
 
-@pytest.mark.parametrize(("code", "reported"), [(0, 0), (3, 3), (255, 255), (256, 1), (2 ** 70, 1), (-9, 1)])
+@pytest.mark.each(("code", "reported"), [(0, 0), (3, 3), (255, 255), (256, 1), (2 ** 70, 1), (-9, 1)])
 def test_exit_code_256_is_not_success(code: int, reported: int) -> None:
     assert run_to_exit_code(lambda: code) == reported
 
@@ -144,8 +142,8 @@ def test_exit_code_256_is_not_success(code: int, reported: int) -> None:
     assert ended.value.code == reported
 
 
-@pytest.mark.parametrize(("message", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-@pytest.mark.parametrize("program", ["megatron_sov", "data_prep", "tokenizer"])
+@pytest.mark.each(("message", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.each("program", ["megatron_sov", "data_prep", "tokenizer"])
 def test_openmp_threads_wait_passively_by_default(program: str, message: str | None, policy: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     if message is not None:

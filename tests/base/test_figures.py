@@ -1,7 +1,5 @@
 """Format counts, sizes, durations, money and shares with three digits and one unit."""
 
-from __future__ import annotations
-
 import math
 import random
 import re
@@ -13,7 +11,7 @@ from megatron_sov.base.figures import (
     format_share, format_size, format_value)
 
 
-@pytest.mark.parametrize(("count", "text"), [
+@pytest.mark.each(("count", "text"), [
     (0, "0"), (1, "1"), (0.5, "0.5"), (412, "412"), (999, "999"), (999.6, "1,000"), (999.96, "1 K"),
                                              (1000, "1 K"),
     (1234, "1.23 K"), (819_200, "819.2 K"), (999_499, "999.5 K"), (999_960, "1 M"), (999_800_000, "999.8 M"),
@@ -24,7 +22,7 @@ def test_format_count(count: float, text: str) -> None:
     assert format_count(count) == text
 
 
-@pytest.mark.parametrize(("num_bytes", "size", "memory"), [
+@pytest.mark.each(("num_bytes", "size", "memory"), [
     (0, "0 B", "0 GiB"), (999, "999 B", "0.976 KiB"), (1024, "1.02 kB", "1 KiB"),
                                                            (12_000, "12 kB", "11.7 KiB"),
     (1 << 20, "1.05 MB", "1 MiB"), (999_700, "1 MB", "976 KiB"), (512 << 20, "537 MB", "512 MiB"),
@@ -34,7 +32,7 @@ def test_format_size_and_memory(num_bytes: float, size: str, memory: str) -> Non
     assert (format_size(num_bytes), format_memory(num_bytes)) == (size, memory)
 
 
-@pytest.mark.parametrize(("seconds", "step", "span", "job"), [
+@pytest.mark.each(("seconds", "step", "span", "job"), [
     (0, "0 s", "0.0 s", "0 s"), (4e-6, "4 us", "0.0 s", "4 us"),
     (0.031, "31 ms", "0.0 s", "31 ms"), (0.9999, "1 s", "1.0 s", "1 s"),
     (59.96, "60 s", "1 min 0 s", "60 s"), (725, "725 s", "12 min 5 s", "12.1 minutes"),
@@ -46,14 +44,14 @@ def test_format_times(seconds: float, step: str, span: str, job: str) -> None:
     assert (format_seconds(seconds), format_duration(seconds), format_days(seconds)) == (step, span, job)
 
 
-@pytest.mark.parametrize(("amount", "text"), [
+@pytest.mark.each(("amount", "text"), [
     (0, "$0.00"), (4.214, "$4.21"), (9.996, "$10"), (244, "$244"), (12_300.4, "$12,300"),
     (999_999.6, "$1 M"), (4_210_000, "$4.21 M"), (1.2e9, "$1.2 B")])
 def test_format_money(amount: float, text: str) -> None:
     assert format_money(amount) == text
 
 
-@pytest.mark.parametrize(("share", "text"), [
+@pytest.mark.each(("share", "text"), [
     (0, "0 %"), (0.43, "43 %"), (0.227, "22.7 %"), (0.004, "0.4 %"), (1, "100 %"), (0.9999, "100 %"),
     (1.358, "136 %"), (12.5, "1,250 %"), (-0.034, "-3.4 %"), (math.nan, "–")])
 def test_format_share(share: float, text: str) -> None:

@@ -1,7 +1,5 @@
 """Check output paths and links before a command starts its work."""
 
-from __future__ import annotations
-
 import errno
 import os
 import tempfile
@@ -72,14 +70,13 @@ COMMANDS = {
     "tokenizer compare": (sov_tokenizer,
                           "compare {data.tokenizer} {data.tokenizer} --text a={text} --json {out}"),
     "media": (sov_tokenizer, "media {data.tokenizer} --image-tokens 4 --output {out}"),
-    "plan": (megatron_sov, "plan --calibrate nowhere --output {out}"),
     "report": (megatron_sov, "report {text} --output {out}"),
     "eval": (megatron_sov, "eval ppl nowhere --data {data.text} --output {out}"),
     "generate": (megatron_sov, "generate {data.tokenizer} --prompt x --output {out}"),
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.each("name", COMMANDS)
 def test_every_command_refuses_unwritable_output(
         name: str, packed_data: Any, capsys: pytest.CaptureFixture[str]) -> None:
     main, line = COMMANDS[name]
@@ -111,7 +108,7 @@ def test_links_out_of_foreign_folder_are_refused(tmp_path: Path) -> None:
     refuse_outside_link(snapshot, snapshot / "config.json")
 
 
-@pytest.mark.parametrize("name", ["a.pdf", "a", "a.json"])
+@pytest.mark.each("name", ["a.pdf", "a", "a.json"])
 def test_page_requires_html_suffix(name: str, tmp_path: Path) -> None:
     check_page("--output", None)
     check_page("--output", tmp_path / "a.html")

@@ -1,7 +1,5 @@
 """A rank's step on a GPU without memory: sound ones, and such as a GPU would not take."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import subprocess

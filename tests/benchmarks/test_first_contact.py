@@ -1,7 +1,5 @@
 """What is tried on the first GPU runs to its end without one: with the double, on the CPU."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess
@@ -118,7 +116,7 @@ def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path:
     assert len(figures) == 9
 
 
-@pytest.mark.parametrize(("name", "words"), LADDER)
+@pytest.mark.each(("name", "words"), LADDER)
 def test_each_step_of_the_big_rank_is_one_that_training_takes(name: str, words: tuple[str, ...]) -> None:
     problems = apply_settings(recipes.get(RECIPE), [*LAYOUT, *words]).problems(NUM_RANKS)
     # the batch of a run of so many processes is not what is measured

@@ -1,7 +1,5 @@
 """Drivers of benchmarks: recipes of learning, means over seeds, and fitted parameters."""
 
-from __future__ import annotations
-
 import math
 import sys
 from copy import deepcopy
@@ -24,7 +22,7 @@ from seeds import half_width, over_seeds
 FILES = sorted(RECIPES.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.each("file", FILES)
 def test_every_command_names_places_that_there_are(file: Path) -> None:
     recipe = Recipe(file)
     known = {"here", "learning", "seed", "base", *recipe.setup}
@@ -44,7 +42,7 @@ def test_every_command_names_places_that_there_are(file: Path) -> None:
             assert set(curve.get("not", [])) <= set(claim["arms"])
 
 
-@pytest.mark.parametrize(("text", "measure", "expected"), [
+@pytest.mark.each(("text", "measure", "expected"), [
     ('{"a": {"b": 2}}', {"file": "x.json", "value": "a/b"}, 2.0),
     ('{"a": [1, 3]}', {"file": "x.json", "value": "a/1"}, 3.0),
     ('{"a": {"x": {"v": 1}, "y": {"v": 3}}}', {"file": "x.json", "value": "a/*/v"}, 2.0),
@@ -57,7 +55,7 @@ def test_a_figure_is_what_its_keys_lead_to(text: str, measure: dict[str, str], e
     assert read_figure(tmp_path, measure) == expected
 
 
-@pytest.mark.parametrize(("differences", "bound", "seeds", "expected"), [
+@pytest.mark.each(("differences", "bound", "seeds", "expected"), [
     ([1.0, 1.1, 0.9], 0.0, 3, "holds"), ([1.0, 1.1, 0.9], 2.0, 3, "does not hold"),
     ([1.0, -1.0, 0.1], 0.0, 3, "undecided"), ([1.0, 1.1], 0.0, 3, "undecided"), ([1.0], 0.0, 1, "undecided"),
     ([1.0, 1.0, 1.0], 0.0, 3, "undecided"), ([-1.0, -1.1, -0.9], 0.0, 3, "does not hold"),

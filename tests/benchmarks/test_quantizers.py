@@ -1,8 +1,6 @@
 """The reference quantisers, held against all codes of their formats and against Transformer Engine's own
 references in Python."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from pathlib import Path
@@ -30,7 +28,7 @@ def positive_codes(form: str) -> np.ndarray:
     return values[values <= LARGEST[form]]  # what lies beyond stands for infinity and NaN
 
 
-@pytest.mark.parametrize("form", BITS)
+@pytest.mark.each("form", BITS)
 def test_every_number_of_16_bits_goes_to_the_nearest_code(form: str) -> None:
     every = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     every = every[every.isfinite()]
@@ -71,7 +69,7 @@ GOLDENS = {
 `NVFP4QuantizerRef` (pytorch/custom_recipes/reference_nvfp4.py) at commit d0067d0da, version 2.20.0.dev0."""
 
 
-@pytest.mark.parametrize(("way", "form"), GOLDENS)
+@pytest.mark.each(("way", "form"), GOLDENS)
 def test_the_same_bits_as_transformer_engines_references(way: str, form: str) -> None:
     x = sample(160, 288)
     made = {"tensorwise": lambda: tensorwise(x, form), "1 x 128": lambda: blocks(x, form, 1),
@@ -105,8 +103,8 @@ def test_a_rotation_spreads_an_outlier_and_keeps_products() -> None:
 LARGEST_ERROR = {"tensorwise": 0.05, "blockwise": 0.05, "mxfp8": 0.05, "nvfp4": 0.25}
 
 
-@pytest.mark.parametrize("recipe", LARGEST_ERROR)
-@pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
+@pytest.mark.each("recipe", LARGEST_ERROR)
+@pytest.mark.each("kind", ["fprop", "dgrad", "wgrad"])
 def test_products_are_near_the_exact_ones(recipe: str, kind: str) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(48, 160).bfloat16(), torch.randn(160, 32).bfloat16()

@@ -1,7 +1,5 @@
 """Kernels of the libraries that models reach on a GPU alone: run by Triton's interpreter, and compiled."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -4,8 +4,6 @@ The texts were rendered by `transformers` from the published templates (the copi
 llama.cpp), behind what asks for a turn; Solar Open's is that of vLLM's parser.
 """
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -49,7 +47,7 @@ TURNS: dict[str, tuple[CallForm, str, bool, str, tuple[ToolCall, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", TURNS)
+@pytest.mark.each("name", TURNS)
 def test_calls_of_released_templates_round_trip(name: str) -> None:
     form, text, in_thoughts, thoughts, calls = TURNS[name]
     said = "Let me check." if "Let me check." in text else ""
@@ -69,7 +67,7 @@ def test_calls_of_released_templates_round_trip(name: str) -> None:
     assert whole.content.startswith(told.content)
 
 
-@pytest.mark.parametrize(("form", "text", "code"), [
+@pytest.mark.each(("form", "text", "code"), [
     ("marked", "<tool_call>book\n</tool_call>", "json"),
     ("marked", '<tool_call>{"name": "book", "parameters": {}}</tool_call>', "form"),
     ("llama-3", '{"name": "book", "parameters": {"a": 1}', "json"),
@@ -82,7 +80,7 @@ def test_malformed_calls_of_each_form_are_reported(form: CallForm, text: str, co
     assert isinstance(call, BadCall) and call.code == code and len(call.reason) < 200
 
 
-@pytest.mark.parametrize("text", ['{"city": "Seoul"}', '{"name": "Kim", "age": 7}', "a {b}", '["name"]'])
+@pytest.mark.each("text", ['{"city": "Seoul"}', '{"name": "Kim", "age": 7}', "a {b}", '["name"]'])
 def test_json_answer_of_llama_is_no_call(text: str) -> None:
     assert parse_turn(text, form="llama-3") == WrittenTurn(text, ())
     assert parse_served_turn(text, False, TOOLS, "llama-3").content == text

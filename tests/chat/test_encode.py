@@ -1,7 +1,5 @@
 """Ids and types of chats, compared with transformers."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -56,8 +54,8 @@ def learned_text(tokenizer: PreTrainedTokenizerFast, template: str,
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False), chat.is_open
 
 
-@pytest.mark.parametrize("template", [PLAIN, CHATML], ids=["plain", "chatml"])
-@pytest.mark.parametrize("content", ["hello", "  hello \n", "\nhello", "", "hello\n\n", "안녕"])
+@pytest.mark.each("template", [PLAIN, CHATML])
+@pytest.mark.each("content", ["hello", "  hello \n", "\nhello", "", "hello\n\n", "안녕"])
 def test_prompt_ids_equal_inference_ids(tokenizer: PreTrainedTokenizerFast, template: str,
                                         content: str) -> None:
     ours = encoder(tokenizer, template).encode(Conversation.of(("user", content)), awaits_response=True)
@@ -67,7 +65,7 @@ def test_prompt_ids_equal_inference_ids(tokenizer: PreTrainedTokenizerFast, temp
     assert trained.ids[:len(theirs)] == theirs and trained.types[:len(theirs)].count(TYPE_RESPONSE) == 0
 
 
-@pytest.mark.parametrize(("template", "response", "fits"), [
+@pytest.mark.each(("template", "response", "fits"), [
     (PLAIN, "hello", False), (CHATML, "hello", True), (CHATML, "\n\nhello", False), (SPACED, "hello", True)])
 def test_later_turn_follows_inference_prompt(
         tokenizer: PreTrainedTokenizerFast, template: str, response: str, fits: bool) -> None:
@@ -182,7 +180,7 @@ def test_generation_blocks_locate_turns(tokenizer: PreTrainedTokenizerFast) -> N
     assert learned_texts(tokenizer, trims, spaced) == "HELLO[EOS]"
 
 
-@pytest.mark.parametrize(("template", "chat", "says"), [
+@pytest.mark.each(("template", "chat", "says"), [
     (FORGETS, AGENT, "with turn 2 changed once others follow"),
     (CHATML, AGENT, "has thoughts in message 2 that the chat template of tok does not show"),
     (CHATML, replace(AGENT, messages=(AGENT.messages[0], Message("assistant", "x", tool_calls=CALLS))),
@@ -241,7 +239,7 @@ def user_then(*answers: Message) -> Conversation:
         Message("user", f"q{i}"), answer)))
 
 
-@pytest.mark.parametrize("content", THOUGHTS)
+@pytest.mark.each("content", THOUGHTS)
 def test_thoughts_in_content_are_learned_as_thoughts(tokenizer: PreTrainedTokenizerFast,
                                                      content: str) -> None:
     thoughts, said = content.split("<think>", 1)[1].split("</think>", 1)
@@ -256,10 +254,10 @@ def test_thoughts_in_content_are_learned_as_thoughts(tokenizer: PreTrainedTokeni
         assert (ours.ids, ours.kinds, ours.is_open) == (theirs.ids, theirs.kinds, theirs.is_open)
 
 
-@pytest.mark.parametrize("template", [
+@pytest.mark.each("template", [
     CHATML, BARE, THINKS, CHATML.replace("{{ m.content", "{% if m.reasoning_content %}<think>\n"
                                          "{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content")])
-@pytest.mark.parametrize("content", THOUGHTS[:4])
+@pytest.mark.each("content", THOUGHTS[:4])
 def test_templates_receive_contents_unchanged(tokenizer: PreTrainedTokenizerFast,
                                               template: str, content: str) -> None:
     """The rendered white space must equal transformers' text."""
@@ -267,7 +265,7 @@ def test_templates_receive_contents_unchanged(tokenizer: PreTrainedTokenizerFast
     assert content.strip() in learned_texts(tokenizer, template, chat)
 
 
-@pytest.mark.parametrize("dropped", ["<think>b</think>c", "b\n</think>\n\nc",
+@pytest.mark.each("dropped", ["<think>b</think>c", "b\n</think>\n\nc",
                                      "<think>b</think><think>x</think>c"])
 def test_unlearned_turn_may_lose_thoughts(tokenizer: PreTrainedTokenizerFast, dropped: str) -> None:
     r1 = CHATML.replace("m.content", "m.content.split('</think>')[-1]")

@@ -1,7 +1,5 @@
 """Marks of released model families around thoughts and calls, and decoded responses."""
 
-from __future__ import annotations
-
 import json
 from random import Random
 from typing import Any
@@ -65,7 +63,7 @@ TURNS = {
 }
 
 
-@pytest.mark.parametrize(("text", "thoughts", "content", "calls"), TURNS.values(), ids=TURNS)
+@pytest.mark.each(("text", "thoughts", "content", "calls"), TURNS.values())
 def test_turn_parses_equally_in_every_family(
         text: str, thoughts: str, content: str, calls: tuple[ToolCall, ...]) -> None:
     assert parse_turn(text) == WrittenTurn(content, calls)
@@ -81,7 +79,7 @@ def test_turn_parses_equally_in_every_family(
     assert ("<think>" in get_text({"response": text}, "response")) == bool(thoughts)
 
 
-@pytest.mark.parametrize(("text", "code"), [
+@pytest.mark.each(("text", "code"), [
     (solar("f", "{'a': 1}"), "json"), (solar("f", '{"a": 1}', ""), "unclosed"), (solar("f", "[1]"), "form"),
     (solar("f", '{"a": 1} and more'), "json"), ("<|tool_call:begin|>x<|tool_call:end|>", "unclosed"),
     (solar("", "{"), "json"), ("<|tool_calls_section_begin|><|tool_call_begin|>f:0 {}", "unclosed"),
@@ -205,7 +203,7 @@ HOW: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens, before w
 }
 
 
-@pytest.mark.parametrize("family", HOW)
+@pytest.mark.each("family", HOW)
 def test_calls_come_from_mark_tokens_only(family: str) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

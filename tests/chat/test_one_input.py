@@ -1,8 +1,6 @@
 """pack, serve, generate, chat and RL render a conversation exactly
 like transformers' `apply_chat_template`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

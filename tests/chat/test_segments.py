@@ -1,7 +1,5 @@
 """Segments of rendered conversations: template text and message contents."""
 
-from __future__ import annotations
-
 from itertools import groupby
 
 import pytest
@@ -38,7 +36,7 @@ def test_template_sees_no_contents(messages: list[tuple[str, str]]) -> None:
             == "".join(f"<{role}></>" for role, _ in messages) + "</s>")
 
 
-@pytest.mark.parametrize("content", ["{{ 7 * 7 }}", "{% raw %}", "\ue0000\ue001", "<user>"])
+@pytest.mark.each("content", ["{{ 7 * 7 }}", "{% raw %}", "\ue0000\ue001", "<user>"])
 def test_hostile_content_remains_content(content: str) -> None:
     assert split_segments(FORM, ("user", content))[1] == ChatSegment(content, 0)
 
@@ -78,7 +76,7 @@ def test_prompt_ends_at_response() -> None:
 TURNS = "{% for m in messages %}<{{ m.role }}>CONTENT</>{% endfor %}"
 
 
-@pytest.mark.parametrize(("shows", "content", "refused"), [
+@pytest.mark.each(("shows", "content", "refused"), [
     ("{{ m.content | trim }}", "  hello \n", True), ("{{ m.content | trim }}", "hello", False),
     ("{{ m.content.split('</think>')[-1] }}", "<think>hm</think>yes", True),
     ("{{ m.content.split('</think>')[-1] }}", "yes", False),
@@ -113,7 +111,7 @@ def said(content: str = "", reasoning: str = "", calls: int = 0) -> Message:
     return Message("assistant", content, reasoning, (CALL,) * calls)
 
 
-@pytest.mark.parametrize(("message", "expected"), [
+@pytest.mark.each(("message", "expected"), [
     # Qwen3, K-EXAONE
     (said("It is 4.", "2 + 2"), [("t", "<think>\n2 + 2\n</think>"), ("a", "\n\nIt is 4.<|im_end|>")]),
     (said("", "add", 1), [("t", "<think>\nadd\n</think>"),
@@ -140,7 +138,7 @@ def test_marks_belong_to_their_parts(
     assert parts("".join(text for _, text in expected), message) == expected
 
 
-@pytest.mark.parametrize("expected", [
+@pytest.mark.each("expected", [
     [("a", "It is 4.")],
     [("t", "<think>2 + 2</think>"), ("a", "\nIt is 4.")],
     [("t", "2 + 2</think>"), ("a", "It is 4.")],

@@ -1,7 +1,5 @@
 """Chat templates: same text as transformers, sandbox, resource limits."""
 
-from __future__ import annotations
-
 import json
 import resource
 import threading
@@ -28,7 +26,7 @@ def test_templates_run_in_sandbox() -> None:
         render_text("{{ ''.__class__.__mro__[1].__subclasses__() }}", ("user", "a"))
 
 
-@pytest.mark.parametrize(("template", "says"), [
+@pytest.mark.each(("template", "says"), [
     ("{% for m in messages %}{{ m.content }}{% break %}{% endfor %}", "hi"),
     ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "hi"),
     ("{{ strftime_now('%Y')[:2] }}{{ messages[0].content }}", "20hi"),
@@ -44,7 +42,7 @@ def test_templates_have_functions_of_transformers(template: str, says: str) -> N
     assert ours == theirs == says
 
 
-@pytest.mark.parametrize(("template", "says"), [
+@pytest.mark.each(("template", "says"), [
     ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ 1 + 'a' }}", "TypeError"),
     ("{{ 'a' * 10**15 }}", "asked for more"),
     ("{% for i in range(10**6) %}{% endfor %}", "Range too big"),
@@ -167,14 +165,14 @@ def test_calls_are_parsed_in_order_with_surrounding_text() -> None:
     assert turn.content == "I look.\n\n Wait."
 
 
-@pytest.mark.parametrize("arguments", [{"text": "a </tool_call> b <tool_call> c"}, {"n": [1, {"x": None}]},
+@pytest.mark.each("arguments", [{"text": "a </tool_call> b <tool_call> c"}, {"n": [1, {"x": None}]},
                                        {"text": 'quote " and \\ and \n'}, {"n": 1e308}])
 def test_json_arguments_round_trip(arguments: dict) -> None:
     text = json.dumps({"name": "f", "arguments": arguments})
     assert parse_turn(call(text)).calls == (ToolCall("f", arguments),)
 
 
-@pytest.mark.parametrize("inside, code", [
+@pytest.mark.each("inside, code", [
     ("", "json"), ("f(1)", "json"), ("{'name': 'f', 'arguments': {}}", "json"),
     ('{"name": "f", "arguments": {}} {}', "json"), ('{"name": "f", "arguments": {"x": NaN}}', "json"),
     ('{"name": "f", "name": "g", "arguments": {}}', "json"), ("[" * 100_000, "json"),
@@ -191,7 +189,7 @@ def test_malformed_call_is_reported_and_parsing_continues(inside: str, code: str
     assert good == ToolCall("g", {})
 
 
-@pytest.mark.parametrize("text", ['<tool_call>{"name": "f", "arguments": {}}', "<tool_call>{", "<tool_call>"])
+@pytest.mark.each("text", ['<tool_call>{"name": "f", "arguments": {}}', "<tool_call>{", "<tool_call>"])
 def test_unclosed_call_is_malformed(text: str) -> None:
     (bad,) = parse_turn(text).calls
     assert isinstance(bad, BadCall) and bad.code == "unclosed"
@@ -208,7 +206,7 @@ def test_parsing_takes_linear_time(part: str) -> None:
     assert time.process_time() - began_s < 1.5 and num_parts // 2 <= len(calls) <= num_parts
 
 
-@pytest.mark.parametrize("num_chars", range(1000, 1050))
+@pytest.mark.each("num_chars", range(1000, 1050))
 def test_long_call_is_parsed(num_chars: int) -> None:
     for value in ("a" * num_chars, "\n\\\"" * (num_chars // 4),
                   ["x" * (num_chars - 9), 1e-5, -12345, True, None]):
@@ -217,7 +215,7 @@ def test_long_call_is_parsed(num_chars: int) -> None:
             ToolCall("f", arguments),)
 
 
-@pytest.mark.parametrize(("text", "content"), [
+@pytest.mark.each(("text", "content"), [
     ("<think>\nplan\n</think>\n\n    return 42\n", "    return 42"), ("    return 42\n", "    return 42"),
     ("\n\tx = 1", "\tx = 1"), ("plan</think>\n  - a\n    - b", "  - a\n    - b"),
     ("<think>x</think> a ", " a"),

@@ -1,8 +1,6 @@
 """Turn-by-turn encoding gives transformers' ids of the whole conversation if the model
 writes canonical tokens."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

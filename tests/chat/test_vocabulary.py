@@ -1,7 +1,5 @@
 """Token ids mean the same on both sides, or the data is refused."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -58,7 +56,7 @@ def test_missing_tokenizer_skips_comparison(tmp_path: Path) -> None:
     check_same_tokens(data, tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model": {}}'])
+@pytest.mark.each("content", ["{", "[]", '{"model": {}}'])
 def test_damaged_tokenizer_raises_user_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer.json: cannot be read as a tokenizer"):
@@ -104,7 +102,7 @@ BESIDE: dict[str, Callable[[Path], Path]] = {
     r": chat_template.jinja \(or chat_template in tokenizer_config.json\)": without_template}
 
 
-@pytest.mark.parametrize("field", CUTS)
+@pytest.mark.each("field", CUTS)
 def test_different_tokenization_is_rejected(field: str, bpe: Path, tmp_path: Path) -> None:
     other = changed(shutil.copytree(bpe, tmp_path / "other"), "tokenizer.json", CUTS[field])
     expected = rf"other/tokenizer.json: its {field} differs from that of .*, so the same text has other ids; "
@@ -114,7 +112,7 @@ def test_different_tokenization_is_rejected(field: str, bpe: Path, tmp_path: Pat
         check_same_tokenizer(bpe, other, "choose")
 
 
-@pytest.mark.parametrize("where", BESIDE)
+@pytest.mark.each("where", BESIDE)
 def test_comparison_includes_chat_format(where: str, bpe: Path, tmp_path: Path) -> None:
     other = BESIDE[where](shutil.copytree(bpe, tmp_path / "other"))
     check_same_tokens(other, bpe)
@@ -221,7 +219,7 @@ OTHER: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "end of a word": (update("model", end_of_word_suffix="s"), "end_of_word_suffix differs")}
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.each("name", SAME)
 def test_identity_ignores_file_layout(name: str, trained: Path, tmp_path: Path) -> None:
     other = rewritten(trained, tmp_path / "other", *SAME[name][:1], **SAME[name][1])
     assert behaviour(other) == behaviour(trained), "the library agrees"
@@ -229,7 +227,7 @@ def test_identity_ignores_file_layout(name: str, trained: Path, tmp_path: Path) 
     assert tokenizer_digest(other) == tokenizer_digest(trained) and find_difference(other, trained) is None
 
 
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.each("name", OTHER)
 def test_difference_names_first_field(name: str, trained: Path, tmp_path: Path) -> None:
     change, told = OTHER[name]
     other = rewritten(trained, tmp_path / "other", change)
@@ -261,7 +259,7 @@ MODELS: dict[str, dict[str, Any]] = {
                     {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}}}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.each("name", MODELS)
 def test_rewriting_by_library_keeps_identity(name: str, tmp_path: Path) -> None:
     """As `sov-tokenizer import` and `save_pretrained` do, also with the last digit of scores."""
     (tmp_path / "tokenizer.json").write_text(json.dumps(

@@ -1,7 +1,5 @@
 """Host snapshots: independent copies, reused memory, and writing by several threads."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Checkpoints are bit-equal across layouts, and errors reach every process."""
 
-from __future__ import annotations
-
 import errno
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Safetensors files: bits equal those of the safetensors library, and damage is named."""
 
-from __future__ import annotations
-
 import json
 import math
 import threading
@@ -50,7 +48,7 @@ def _with_header(path: Path, change: Callable[[dict[str, Any]], Any], tail: byte
     return path
 
 
-@pytest.mark.parametrize(("change", "tail", "expected"), [
+@pytest.mark.each(("change", "tail", "expected"), [
     (lambda h: h["b"].update(data_offsets=[8, 24], shape=[4]), b"",
      "b is cut off: the file ends 8 bytes too early"),
     (lambda h: h["b"].update(shape=[3]), b"", r"b has 8 bytes, which is not F32 \[3\]"),

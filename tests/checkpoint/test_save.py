@@ -1,7 +1,5 @@
 """Background saves write the copied values, and errors reach every process."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading

@@ -1,7 +1,5 @@
 """Sharded tensors: any grid of blocks is read in any other grid, and invalid indices are rejected."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -172,9 +170,9 @@ def test_damaged_checkpoint_raises_user_error(tmp_path: Path) -> None:
         TensorReader(tmp_path)
 
 
-@pytest.mark.parametrize("value", [[[]], [None, 2], ["6", 2], [6.0, 2], [True, 2], [-6, 2], [6], [6, 2, 1],
-                                   {}, "62", 6, None, [10**30, 2]], ids=str)
-@pytest.mark.parametrize("place", ["shape", "offset", "tensor"])
+@pytest.mark.each("value", [[[]], [None, 2], ["6", 2], [6.0, 2], [True, 2], [-6, 2], [6], [6, 2, 1],
+                                   {}, "62", 6, None, [10**30, 2]])
+@pytest.mark.each("place", ["shape", "offset", "tensor"])
 def test_invalid_sizes_in_index_raise_user_error(place: str, value: Any, tmp_path: Path) -> None:
     write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
     damaged(tmp_path, lambda index: (index["w"] if place == "tensor" else index["w"]["pieces"][0]).update(
@@ -183,8 +181,8 @@ def test_invalid_sizes_in_index_raise_user_error(place: str, value: Any, tmp_pat
         TensorReader(tmp_path).check_complete()
 
 
-@pytest.mark.parametrize("value", [5, None, ["x"], {}, "\0", "x" * 5000], ids=lambda v: str(v)[:8])
-@pytest.mark.parametrize("name", ["file", "name"])
+@pytest.mark.each("value", [5, None, ["x"], {}, "\0", "x" * 5000])
+@pytest.mark.each("name", ["file", "name"])
 def test_invalid_names_in_index_raise_user_error(name: str, value: Any, tmp_path: Path) -> None:
     write(tmp_path, torch.randn(6, 2), [((0, 0), (6, 2))])
     damaged(tmp_path, lambda index: index["w"]["pieces"][0].update({name: value}))

@@ -1,7 +1,5 @@
 """A teacher for the commands that have one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`--dry-run` of the commands that train: what they would do, from the checks of a run, and nothing done."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator
@@ -79,8 +77,8 @@ def dry(capsys: Any, folder: Path, *words: object) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("kind", ["run", "hf"])
-@pytest.mark.parametrize("command", ["pretrain", "sft", "prefer", "distill", "rl train", "rl run"])
+@pytest.mark.each("kind", ["run", "hf"])
+@pytest.mark.each("command", ["pretrain", "sft", "prefer", "distill", "rl train", "rl run"])
 def test_a_run_is_told_and_not_begun(capsys: Any, start: Start, command: str, kind: str) -> None:
     run = start.folder / "new"
     lines = dry(capsys, start.folder, *words_beside_start(command, start), "--from", start.starts[kind],
@@ -120,7 +118,7 @@ def test_mistakes_are_those_of_the_run(capsys: Any, packed_data: Any, tmp_path: 
     assert "its tokenizer has 368 ids" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [
+@pytest.mark.each("options", [
     GenerateOptions(target=Path("m"), prompt=("-1 plus 1?", "a  b"), chat=True, logprobs=True, json=True,
                     sampling=Sampling(5, 0.1, top_p=1e-9, num_drafts=2), nproc=3, settings=("a=1", "b=-x")),
     EvalPasskOptions(target=Path("m"), input=Path("p"), k=(1, 8), output=Path("o"), reward="math",

@@ -1,7 +1,5 @@
 """`megatron-sov inspect`: what something is, from what, how far."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -17,6 +15,7 @@ from megatron_sov.rollouts.rows import format_part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.work.progress.journal import open_journal, work_folder
 from megatron_sov.work.progress.resumable import part_folder
+from tests.pages_typed import page_section
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +89,7 @@ def test_what_has_no_manifest_is_named_by_its_kind(capsys: pytest.CaptureFixture
     assert "none: does not exist, and no work on it" in inspected(capsys, "none", code=2)
 
 
-@pytest.mark.parametrize("change", [{"content": [1]}, {"settings": "a"}, {"inputs": {"a": 1}},
+@pytest.mark.each("change", [{"content": [1]}, {"settings": "a"}, {"inputs": {"a": 1}},
                                     {"created_s": "now"}, {"created_s": 1e300}, {"files": 3},
                                     {"kind": 7, "inputs": ["a", {}]},
                                     {"inputs": [{"path": "a\0b", "kind": "rows"}]}])
@@ -128,7 +127,7 @@ def test_origins_are_followed_once_and_found_where_all_was_moved(capsys: pytest.
 
 
 def test_the_page_types_what_works(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[2] / "docs/inspect.md").read_text()
+    page = page_section("watching.md", "Inspect artifacts")
     os.rename("a", "shards")
     with (pytest.raises(KeyboardInterrupt),
           open_journal(Path("scored.jsonl"), "megatron-sov score", {}) as kept):

@@ -1,7 +1,5 @@
 """LoRA by the commands: train, resume to the same bits, look at it, merge it; another base is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

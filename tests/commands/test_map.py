@@ -1,7 +1,5 @@
 """`megatron-sov map`: rows in order, each batch done once, whoever does it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

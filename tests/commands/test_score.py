@@ -1,7 +1,5 @@
 """`megatron-sov score`: rows in order, nothing half-written, a killed command continued."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -111,7 +109,7 @@ def test_rows_of_which_none_has_a_reward_are_written_and_the_command_fails(
     assert "out.jsonl: none of its 2 rows has a reward; see their" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("lines", "said"), [
+@pytest.mark.each(("lines", "said"), [
     (b'{"response": "a"}\n[1]\n{"response": 3}\n{}\n{"response": "a"', [
         "line 2: is not a JSON object, but a list", "line 3: response is of type int, and must be text",
         "line 4: has no 'response'", "line 5: is not JSON"]),
@@ -131,7 +129,7 @@ def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, said: l
     assert sorted(os.listdir()) == ["rows.jsonl"]
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.each(("arguments", "said"), [
     (["--set", "langauge=ko"], "langauge: no such setting; did you mean 'language'?"),
     (["--set", "language"], "must have the form key=value"),
     (["--output", "rows.jsonl"], "is the --input"),

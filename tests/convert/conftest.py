@@ -1,7 +1,5 @@
 """Tiny random models of two families, written by transformers as the reference for conversion."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Models of Megatron-Core's own classes, saved by its `torch_dist` writer: jobs for ranks."""
 
-from __future__ import annotations
-
 import argparse
 import queue
 from pathlib import Path

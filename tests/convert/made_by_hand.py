@@ -1,7 +1,5 @@
 """A `torch_dist` checkpoint built from torch classes, so that any part can be damaged."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

@@ -1,7 +1,5 @@
 """The mean of checkpoints equals, bit for bit, the mean that torch computes in float64."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every command and snippet of docs/convert.md runs, in order."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """Values are checked and rounded once, and a full disk is detected before writing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,8 @@ from megatron_sov.convert.dtypes import DTYPES, check_space, choose_dtype, choos
 # One NaN or infinity anywhere is found, whatever the dtype; values that fit are converted as torch does it.
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.each("dtype", DTYPES.values())
+@pytest.mark.each("bad", [torch.nan, torch.inf, -torch.inf])
 def test_non_finite_value_is_found_at_any_position(dtype: torch.dtype, bad: float) -> None:
     for place in (0, 7, 31, 200, 1022):  # wherever it falls in the vectors that a processor takes at a time
         tensor = torch.randn(1023).to(dtype)

@@ -1,7 +1,5 @@
 """Conversion rejects unsupported tensors and fields of special families by name."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable
@@ -38,7 +36,7 @@ def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     return lambda tensors, config: config.update(fields)
 
 
-@pytest.mark.parametrize(("recipe", "damage", "expected"), [
+@pytest.mark.each(("recipe", "damage", "expected"), [
     ("tiny-exaone4", drop(POST), rf"1 missing \({POST}\)"),
     ("tiny-exaone4", add("model.layers.0.input_layernorm.weight"),
      r"1 unexpected \(model\.layers\.0\.input_layernorm\.weight\)"),
@@ -133,7 +131,7 @@ def test_prediction_layer_is_detected_from_tensors(tmp_path: Path) -> None:
     assert convert.open_weights(silent).model.num_mtp_layers == 1
 
 
-@pytest.mark.parametrize(("missing", "config", "expected"), [
+@pytest.mark.each(("missing", "config", "expected"), [
     ("model.layers.2.eh_proj", {}, r"1 missing \(model\.layers\.2\.eh_proj\.weight\)"),
     ("model.layers.2.mlp.gate.e_score", {}, r"1 missing \(model\.layers\.2\.mlp\.gate\.e_score_corr"),
     ("", {"num_hidden_layers": 1, "mlp_layer_types": ["dense"]}, "num_mtp_layers = 2 must be at most 1"),

@@ -1,7 +1,5 @@
 """`verify` passes for equal models, and reports differences."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Files and dtypes that from-hf and to-hf write, and outputs that they do not overwrite."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

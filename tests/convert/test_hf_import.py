@@ -1,7 +1,5 @@
 """Tokenizer, chat template and token ids are copied with the weights; code is not."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -48,9 +46,9 @@ def test_companion_files_are_copied(solar_dir: Path, tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
 
 
-@pytest.mark.parametrize("content", ["", "hello", "[1]", '{"a": 1',
+@pytest.mark.each("content", ["", "hello", "[1]", '{"a": 1',
                                      "version https://git-lfs.github.com/spec/v1"])
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.each("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 def test_damaged_companion_file_is_named(name: str, content: str, solar_dir: Path, tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source")
     (source / name).write_text(content)
@@ -128,7 +126,7 @@ NAMED: dict[str, tuple[dict[str, dict[str, Any]], TokenIds]] = {
     "nothing": ({}, TokenIds())}
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.each("name", NAMED)
 def test_special_ids_come_from_the_first_file(name: str, tmp_path: Path) -> None:
     """transformers' generate uses the same order of files; without an id it would never stop."""
     files, expected = NAMED[name]
@@ -376,7 +374,7 @@ def part(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda config: config["text_config"].update({name: value})
 
 
-@pytest.mark.parametrize(("change", "expected"), [
+@pytest.mark.each(("change", "expected"), [
     (lambda config: config.pop("text_config"), "text_config = None must hold the text model's"),
     (lambda config: config.update(architectures=["Gemma3ForSequenceClassification"]),
      r"architectures = \['Gemma3ForSequenceClassification'\], but model_type 'gemma3' is Gemma3ForCond"),

@@ -1,7 +1,5 @@
 """Malicious checkpoints raise one error; none of their code runs, and no output is written."""
 
-from __future__ import annotations
-
 import builtins
 import collections
 import io
@@ -141,7 +139,7 @@ CHANGED: dict[str, tuple[Callable[[Any], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", IN_PLACE_OF_THE_INDEX)
+@pytest.mark.each("name", IN_PLACE_OF_THE_INDEX)
 def test_malformed_index_is_rejected(name: str) -> None:
     value, sentence = IN_PLACE_OF_THE_INDEX[name]
     for protocol in (2, 4):
@@ -159,7 +157,7 @@ def test_malformed_pickle_is_rejected(name: str) -> None:
     assert sentence in str(refused.value)
 
 
-@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.each("name", CHANGED)
 def test_index_with_an_invalid_part_is_rejected(name: str, tmp_path: Path) -> None:
     change, sentence = CHANGED[name]
     with pytest.raises(ValueError, match=r".") as refused:
@@ -188,7 +186,7 @@ def _saved(value: Any) -> bytes:
     return raw.getvalue()
 
 
-@pytest.mark.parametrize(("raw", "sentence"), [
+@pytest.mark.each(("raw", "sentence"), [
     (_archive(pickle.dumps(Calls(os.system, touch()), 2)), "system"),
     (_saved(torch.zeros(4).numpy().tolist()), "does not describe a tensor"),
     (_saved(torch.zeros(4, 6).T), "is not contiguous"),

@@ -5,8 +5,6 @@ same file, and stands in the export again.
 with one or two models are in `tests/model/families/published_configs.json`.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -122,7 +120,7 @@ def test_hub_configs_name_their_sources() -> None:
     assert sum(entry["from"] != "from memory" for entry in entries.values()) >= 20
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.each("name", CONFIGS)
 def test_public_config_is_parsed(name: str) -> None:
     config = CONFIGS[name]
     family = models.get_family(config["model_type"])

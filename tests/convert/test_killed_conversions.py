@@ -1,7 +1,5 @@
 """A killed conversion leaves no output, resumes, and gives the bytes of an uninterrupted conversion."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

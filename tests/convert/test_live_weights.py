@@ -1,7 +1,5 @@
 """Weights of a live model: exports equal to-hf, and imports are the inverse, at every layout."""
 
-from __future__ import annotations
-
 import hashlib
 import zlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """FP8 weights of compressed-tensors are values times scale, and other formats are rejected."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -50,7 +48,7 @@ def test_fp8_weight_is_values_times_scale(solar_dir: Path, tmp_path: Path) -> No
     assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
 
 
-@pytest.mark.parametrize("field", [
+@pytest.mark.each("field", [
     FIELD | {"format": "nvfp4-pack-quantized"}, FIELD | {"format": "mxfp4-pack-quantized"},
     FIELD | {"format": "pack-quantized"}, FIELD | {"format": None}, FIELD | {"config_groups": {}},
     FIELD | {"config_groups": []}, FIELD | {"transform_config": {"a": 1}},
@@ -63,7 +61,7 @@ def test_other_compressed_tensors_formats_are_rejected(field: Any, solar_dir: Pa
         HfWeights(tmp_path / "other")
 
 
-@pytest.mark.parametrize(("change", "expected"), [
+@pytest.mark.each(("change", "expected"), [
     (lambda t, name: t.pop(f"{name}_scale"), "has no scale"),
     (lambda t, name: t.pop(name), "is missing, although"),
     (lambda t, name: t.update({f"{name}_scale": torch.ones(2)}), r"_scale is F32 \[2\] and must be"),

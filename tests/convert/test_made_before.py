@@ -1,8 +1,6 @@
 """Artifacts written with megatron-core 0.16.1: run and adapter continue with equal losses, exports are
 equal."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

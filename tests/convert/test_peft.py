@@ -1,8 +1,6 @@
 """Adapters in PEFT's format: PEFT loads ours with equal logits, the round trip is bit-exact, and merging is
 exact."""
 
-from __future__ import annotations
-
 import json
 import math
 import zlib
@@ -154,7 +152,7 @@ NAMES = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{x}.weight"
 GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
 
 
-@pytest.mark.parametrize(("config", "names", "said"), [
+@pytest.mark.each(("config", "names", "said"), [
     ({"peft_type": "IA3"}, NAMES, "peft_type = 'IA3'"),
     ({"lora_bias": True}, NAMES, "lora_bias = True in adapter_config.json is not supported"),
     ({"rank_pattern": {"q_proj": 8}}, NAMES, "rank_pattern = {'q_proj': 8}"),

@@ -1,7 +1,5 @@
 """Published FP8 weights with block scales."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +63,7 @@ def test_fp8_weights_are_scaled_per_block(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
 
 
-@pytest.mark.parametrize(("quantised", "expected"), [
+@pytest.mark.each(("quantised", "expected"), [
     ({**RELEASED, "weight_block_size": [1, 128]}, r"weight_block_size = \[1, 128\], but only"),
     ({**RELEASED, "quant_method": "awq"}, "quant_method = 'awq', but only"),
     ({"quant_method": "fp8"}, "weight_block_size = None, but only"),
@@ -80,7 +78,7 @@ def test_other_quantizations_are_rejected(quantised: Any, expected: str, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("change", "expected"), [
+@pytest.mark.each(("change", "expected"), [
     (lambda t: t.pop(f"{ODD}_scale_inv"), rf"{ODD} has no scale"),
     (lambda t: t.update({f"{ODD}_scale_inv": torch.ones(3, 2)}), r"F32 \[3, 2\] and must be F32 \[2, 3\]"),
     (lambda t: t.update({f"{ODD}_scale_inv": torch.ones(2, 3).half()}), r"is F16 \[2, 3\] and must be F32"),

@@ -1,7 +1,5 @@
 """Conversion rejects damaged inputs in both directions, by tensor name, and leaves no output."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -117,7 +115,7 @@ def refused(call: Callable[[Path], None], out: Path) -> str:
     return str(e.value)
 
 
-@pytest.mark.parametrize("case", HF)
+@pytest.mark.each("case", HF)
 def test_damaged_hf_folders_are_rejected(case: str, sound: dict[str, Path], tmp_path: Path) -> None:
     damage, expected = HF[case]
     folder = shutil.copytree(sound["hf"], tmp_path / "bad")
@@ -201,7 +199,7 @@ CHECKPOINT = {
 }
 
 
-@pytest.mark.parametrize("case", CHECKPOINT)
+@pytest.mark.each("case", CHECKPOINT)
 def test_damaged_checkpoints_are_rejected(case: str, sound: dict[str, Path], tmp_path: Path) -> None:
     damage, expected = CHECKPOINT[case]
     folder = shutil.copytree(sound["ckpt"], tmp_path / "bad")

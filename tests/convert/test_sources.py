@@ -1,7 +1,5 @@
 """Folders whose tensors or config do not match a supported model are rejected by name."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading
@@ -53,7 +51,7 @@ def test_prediction_layer_is_found_without_config_field(exaone_dir: Path, tmp_pa
     assert convert.open_weights(tmp_path / "silent").model.num_mtp_layers == 1
 
 
-@pytest.mark.parametrize(("fields", "expected"), [
+@pytest.mark.each(("fields", "expected"), [
     ({"swiglu_limits": [7.0] * 4}, "swiglu_limits = .* for each of num_hidden_layers = 5 layers"),
     ({"attention_chunk_size": 3}, r"attention_chunk_size = 3 \(read by transformers, but not supported"),
     ({"n_group": 3}, "model.num_expert_groups = 3 must divide model.num_experts = "),
@@ -158,7 +156,7 @@ def test_recomputed_tensors_are_not_converted(name: str, tmp_path: Path,
     load_pretrained(AutoModelForCausalLM, folder)  # as commands that run a folder by transformers do
 
 
-@pytest.mark.parametrize("name", [
+@pytest.mark.each("name", [
     "model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.bias", "bias", "model.layers.0.attn.weight",
     "model.rotary_emb.inv_freq.weight", "model.layers.2.input_layernorm.weight"])
 def test_unexpected_tensors_are_rejected_until_removed(name: str, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """A small tokenizer of each preset, trained once."""
 
-from __future__ import annotations
-
 import inspect
 import textwrap
 from pathlib import Path

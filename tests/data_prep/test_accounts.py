@@ -1,7 +1,5 @@
 """Accounts in `sov-data` commands: each record is written or set aside for a reason."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

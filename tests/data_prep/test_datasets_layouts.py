@@ -1,8 +1,6 @@
 """Rows of every layout that TRL's and LLaMA-Factory's pages describe, as `datasets` stores them: read as the
 chat template shows them, or refused by a sentence that says what takes them."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -202,7 +200,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.each("name", CHATS)
 def test_chats_are_what_the_template_shows(tmp_path: Path, folder: Path, encoder: Encoder, name: str) -> None:
     rows, conversations = CHATS[name]
     store(rows, tmp_path)
@@ -216,7 +214,7 @@ def test_chats_are_what_the_template_shows(tmp_path: Path, folder: Path, encoder
             STORED, expected)
 
 
-@pytest.mark.parametrize("name", PREFERENCES)
+@pytest.mark.each("name", PREFERENCES)
 def test_pairs_are_two_chats_with_one_prompt(tmp_path: Path, folder: Path, encoder: Encoder,
                                              name: str) -> None:
     store(PREFERENCES[name], tmp_path)
@@ -225,7 +223,7 @@ def test_pairs_are_two_chats_with_one_prompt(tmp_path: Path, folder: Path, encod
         STORED, expected)
 
 
-@pytest.mark.parametrize(("kind", "row", "proposed"), [
+@pytest.mark.each(("kind", "row", "proposed"), [
     ("chat", {"ask_user": "Sky?", "note": "x", "model_output": "blue"},
      "prompt=ask_user,response=model_output"),
     ("chat", {"a": "Sky?", "b": "blue"}, "prompt=a,response=b"),
@@ -289,7 +287,7 @@ def test_prompts_end_where_the_answer_begins(tmp_path: Path, folder: Path, encod
         STORED, expected)
 
 
-@pytest.mark.parametrize("name", JUDGED)
+@pytest.mark.each("name", JUDGED)
 def test_judged_responses_become_the_same_pairs(tmp_path: Path, name: str) -> None:
     store(JUDGED[name], tmp_path)
     for stored in STORED:
@@ -302,7 +300,7 @@ def test_judged_responses_become_the_same_pairs(tmp_path: Path, name: str) -> No
         assert found == {"Sky?": (blue, green, 1.0), "Grass?": (green, blue, 0.0)}
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.each("name", REFUSED)
 def test_other_rows_are_refused_with_what_takes_them(tmp_path: Path, name: str) -> None:
     row, wanted = REFUSED[name]
     stored = ["a.parquet"]

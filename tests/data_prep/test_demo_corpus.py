@@ -1,7 +1,5 @@
 """`sov-data demo-corpus`: sources from this machine or from user files."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from pathlib import Path

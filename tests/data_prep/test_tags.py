@@ -1,7 +1,5 @@
 """Tags of sources: parsing, merging and selection."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -37,7 +35,7 @@ def test_pack_records_source_tags(tokenizers: dict[str, Path], tmp_path: Path) -
                        "en-True": {"synthetic": ["true"]}}
 
 
-@pytest.mark.parametrize(("argument", "said"), [
+@pytest.mark.each(("argument", "said"), [
     ("Kind", "--tag 'Kind': 'Kind' cannot name a tag"), ("source=x", "'source' cannot name a tag"),
     ("kind=", "--tag 'kind=': '' cannot be a tag"), ("kind=a b", "'a b' cannot be a tag"),
     ("kind=web-*", "'web-*' cannot be a tag"), ("web:=x", "'' cannot name a tag"),

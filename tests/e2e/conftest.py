@@ -1,7 +1,5 @@
 """Commands as a user gives them, with small settings."""
 
-from __future__ import annotations
-
 import subprocess
 import time
 from collections.abc import Callable

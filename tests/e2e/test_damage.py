@@ -1,8 +1,6 @@
 """Checkpoints that are no longer what was written: found whatever the file and the damage,
 and replaced by the one before."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training goes on from a Hugging Face folder: the first loss is that model's loss on the first batch."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

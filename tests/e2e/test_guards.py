@@ -1,7 +1,5 @@
 """Every fault on purpose: what the run does about it, and that it ends as a run without the same samples."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -129,7 +127,7 @@ def _storm_is_told(run: Path) -> None:
                for e in events_of(run, "alarm") if e["step"] == 30)
     assert {tuple(e["layers"]) for e in events_of(run, "routing")} == {(1, 2)}
     assert {e.get("source") for e in events_of(run, "expert_load")} == {None, "even", "odd"}
-    *_, incidents = SECTIONS["Warnings and faults"].of(read_run(run)).tables
+    *_, incidents = SECTIONS["Warnings and faults"].build(read_run(run)).tables
     assert {row[1] for row in incidents.rows} == {
         "step not learned", "started again", "hang", "silent corruption", "alarm", "fault on purpose",
         "damaged checkpoint"}

@@ -1,7 +1,5 @@
 """Ctrl-C during a long step: an answer at once, and a second one leaves with everything on disk intact."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

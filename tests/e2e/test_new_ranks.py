@@ -1,8 +1,6 @@
 """On GPUs ranks are new processes that read their work from a file; here, by a double of the question whether
 there is a GPU, they are so on CPUs, and write what forked ones write."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

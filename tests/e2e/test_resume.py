@@ -1,7 +1,5 @@
 """A run that is stopped, killed and continued is the run that was left alone, bit for bit."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
-"""Two nodes without Slurm: a torchrun agent on each, as docs/torchrun.md shows;
+"""Two nodes without Slurm: a torchrun agent on each, as docs/slurm.md shows;
 the same bits as two local processes."""
-
-from __future__ import annotations
 
 import os
 import re
@@ -17,9 +15,10 @@ import pytest
 from torch.distributed import run as torchrun
 
 from megatron_sov.runs.obs.events import final_step_events, read_events
-from tests.pages_typed import blocks, page_text
+from tests.pages_typed import blocks, page_section
 
 STEPS = 6
+SECTION = page_section("slurm.md", "Several nodes without Slurm")
 HERE = {"$NODE_RANK": "{rank}", "node-0": "127.0.0.1", "$PORT": "{port}",
         "--nproc-per-node 8": "--nproc-per-node 1"}
 """What stands on the page -> what it is on this machine, whose nodes have one process each."""
@@ -27,7 +26,7 @@ HERE = {"$NODE_RANK": "{rank}", "node-0": "127.0.0.1", "$PORT": "{port}",
 
 def agent(rank: int, port: int, arguments: list[str]) -> list[str]:
     """Return the page's command for one node, with other arguments of `pretrain`."""
-    (command,) = (block for block in blocks(page_text("torchrun.md"), "sh") if "--node-rank" in block)
+    (command,) = (block for block in blocks(SECTION, "sh") if "--node-rank" in block)
     for there, here in HERE.items():
         assert there in command, there
         command = command.replace(there, here.format(rank=rank, port=port))
@@ -53,7 +52,7 @@ def test_torchrun_leaves_our_options_alone_on_every_page(page: str, command: str
 
 def test_without_the_two_dashes_torchrun_takes_our_option_for_its_own(
         capsys: pytest.CaptureFixture[str]) -> None:
-    (said,) = re.findall(r"ends with `([^`]*)`", page_text("torchrun.md"))
+    (said,) = re.findall(r"ends with `([^`]*)`", SECTION)
     with pytest.raises(SystemExit):
         torchrun.parse_args(["--nproc-per-node", "2", "-m", "megatron_sov", "pretrain", "--run", "r"])
     assert said in capsys.readouterr().err

@@ -1,7 +1,5 @@
 """The newest release of megatron-core, and the age of the lock."""
 
-from __future__ import annotations
-
 import datetime
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Routing against plain formulas: choice and weights as in transformers, balancing loss as in DeepSeek-V3."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

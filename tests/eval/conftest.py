@@ -1,7 +1,5 @@
 """Haystacks of the small tokenizer's text; its sources are code."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

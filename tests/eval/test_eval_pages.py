@@ -1,7 +1,5 @@
 """Commands of docs/generate.md and the evaluation pages run in order, and the table of suites is correct."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -16,9 +14,10 @@ from megatron_sov.bench.lm.task_files import SUITES, TaskFolder, find_tasks
 from megatron_sov.bench.lm.tasks import load_tasks
 from megatron_sov.bench.suites.judging import parse_judging
 from megatron_sov.cli import main
+from tests.pages_typed import page_section
 
 DOCS = Path(__file__).parents[2] / "docs"
-SUITES_PAGE = (DOCS / "eval_suites.md").read_text(encoding="utf-8")
+SUITES_PAGE = page_section("eval_lm.md", "Benchmark suites")
 
 
 def write_files(text: str, folder: Path) -> None:
@@ -30,8 +29,8 @@ def write_files(text: str, folder: Path) -> None:
 
 @pytest.mark.deep
 @pytest.mark.parametrize(("page", "count", "said"), [
-    ("generate.md", 5, ""), ("eval.md", 8, ""), ("eval_lm.md", 2, r"task +metric +value .* at limit\n"),
-    ("eval_suites.md", 1, r"aime24  avg@1 +0.0000")])
+    ("generate.md", 5, ""), ("eval.md", 8, ""),
+    ("eval_lm.md", 3, r"(?s)task +metric +value .* at limit\n.*aime24  avg@1 +0.0000")])
 def test_commands_of_the_page_run(page: str, count: int, said: str, one_rank: None, imported: dict[str, Path],
                                   hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
                                   monkeypatch: pytest.MonkeyPatch,
@@ -89,10 +88,11 @@ def _protocol(config: dict[str, Any]) -> str:
 
 def test_task_of_the_page_runs(tmp_path: Path) -> None:
     write_files(SUITES_PAGE, tmp_path)
-    (tmp_path / "capitals").mkdir()
+    (tmp_path / "capital-questions").mkdir()
     row = {"country": "Korea", "capital": "Seoul"}
-    (tmp_path / "capitals/test.jsonl").write_text(json.dumps(row) + "\n")
-    judge = load_tasks(["capitals"], TaskSources((tmp_path / "tasks",), tmp_path)).judges["capitals"]
+    (tmp_path / "capital-questions/test.jsonl").write_text(json.dumps(row) + "\n")
+    task = "capital-questions"
+    judge = load_tasks([task], TaskSources((tmp_path / "tasks",), tmp_path)).judges[task]
     judge.workers = 1
     answers = ["Answer: Seoul", "Answer: seoul.", "Answer: Busan", "I do not know where on earth it could be"]
     [judged] = judge.judge_answers([answers], [row])

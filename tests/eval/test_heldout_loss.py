@@ -1,7 +1,5 @@
 """Held-out documents are cut into rows, and unusable data are rejected."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Logits agree with transformers up to rounding for two families, and wrong details are detected."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Standard errors and intervals agree with numpy, scipy, a regression, and exhaustive counts."""
 
-from __future__ import annotations
-
 import math
 from statistics import fmean
 
@@ -87,7 +85,7 @@ def test_invalid_scores_raise_value_error(values: list[float]) -> None:
         estimate_difference([1.0, 0.0], [1.0])
 
 
-@pytest.mark.parametrize(("correct", "samples"), [(1, 20), (19, 20), (10, 20), (7, 100), (1, 2)])
+@pytest.mark.each(("correct", "samples"), [(1, 20), (19, 20), (10, 20), (7, 100), (1, 2)])
 def test_wilson_ends_solve_the_score_equation(correct: int, samples: int) -> None:
     share = correct / samples
     for end in compute_wilson_interval(correct, samples):
@@ -109,19 +107,19 @@ def test_wilson_interval_has_nominal_coverage() -> None:
     assert 0.94 < sum(held) / len(held) < 0.97 and min(held) > 0.9
 
 
-@pytest.mark.parametrize(("correct", "samples"), [(0, 0), (3, 2), (-1, 5)])
+@pytest.mark.each(("correct", "samples"), [(0, 0), (3, 2), (-1, 5)])
 def test_invalid_counts_of_a_share_raise_value_error(correct: int, samples: int) -> None:
     with pytest.raises(ValueError, match=f"{correct} of {samples} is not a share"):
         compute_wilson_interval(correct, samples)
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (5, 2.57058), (10, 2.22814),
+@pytest.mark.each(("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (5, 2.57058), (10, 2.22814),
                                                    (39, 2.02269), (120, 1.97993), (10_000, 1.95996)])
 def test_student_quantiles_equal_tables(freedom: int, quantile: float) -> None:
     assert compute_student_quantile(0.975, freedom) == pytest.approx(quantile, rel=2e-5)
 
 
-@pytest.mark.parametrize("shares", [[], [1.5], [-0.1, 0.5]])
+@pytest.mark.each("shares", [[], [1.5], [-0.1, 0.5]])
 def test_mean_of_invalid_shares_raises_value_error(shares: list[float]) -> None:
     with pytest.raises(ValueError, match="shares from 0 to 1"):
         compute_mean_interval(shares)
@@ -151,7 +149,7 @@ def test_prompts_with_too_few_samples_are_skipped() -> None:
     assert [(e.k, e.num_prompts) for e in estimate_majority_at_k(prompts, [1, 8])] == [(1, 2)]
 
 
-@pytest.mark.parametrize(("num_samples", "num_right", "k"), [(4, 5, 1), (4, 1, 5), (4, 1, 0)])
+@pytest.mark.each(("num_samples", "num_right", "k"), [(4, 5, 1), (4, 1, 5), (4, 1, 0)])
 def test_invalid_counts_raise_value_error(num_samples: int, num_right: int, k: int) -> None:
     with pytest.raises(ValueError, match="has no meaning"):
         compute_pass_at_k(num_samples, num_right, k)

@@ -1,7 +1,5 @@
 """Work runs equally on every engine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Prompts from the command line and from files."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +18,7 @@ def test_prompt_options_come_before_the_file(tmp_path: Path) -> None:
     assert read_prompts(["a"], None) == [ModelPrompt("a")]
 
 
-@pytest.mark.parametrize(("line", "sentence"), [
+@pytest.mark.each(("line", "sentence"), [
     ("{", "is not valid JSON"),
     ("[" * 200_000, "is not valid JSON"),
     ('["a"]', 'must be an object with "prompt"'),

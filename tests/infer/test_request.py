@@ -1,7 +1,5 @@
 """Sampling settings and stop rules."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

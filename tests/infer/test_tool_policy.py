@@ -1,7 +1,5 @@
 """An engine on several processes generates turns while only the first process plays episodes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Selects the layouts to test: every setting alone, and products that contain every possible pair of
 settings."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """K-EXAONE 2.0 written over transformers' class of K-EXAONE, which reads neither the windows of single layers
 nor their bounds: both as vLLM's `exaone_moe` reads and computes them (`sliding_windows`, `swiglu_limits`)."""
 
-from __future__ import annotations
-
 from types import MethodType
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Functions that run inside ranks: training steps and gradients of a real `Trainer`, as numbers and
 checkpoints."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import sys

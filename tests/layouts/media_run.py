@@ -1,8 +1,6 @@
 """Functions that run inside ranks: training steps on rows with images and audio, as numbers and
 checkpoints."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Functions that run inside ranks: dtypes of a real training step, and its bits."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 from unittest import mock

@@ -8,8 +8,6 @@ uneven parts and optimizers are tested in tests/proof. SOV_WRITE_TABLE=1 runs al
 rewrites it.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """Random models of every family with odd sizes, created by transformers: exports keep their bits at every
 layout, and logits equal transformers'."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path

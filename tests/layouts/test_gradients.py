@@ -4,8 +4,6 @@ K-EXAONE's MTP layer, which transformers lacks, is written here in plain torch; 
 computes GLM's and DeepSeek's.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

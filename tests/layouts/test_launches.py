@@ -4,8 +4,6 @@ A GPU is busy only while the host runs ahead: each launch costs some microsecond
 waits for all previously launched operations.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any

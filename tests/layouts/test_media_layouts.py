@@ -1,8 +1,6 @@
 """Images and audio in place of placeholder tokens: every layout computes the results of one process, which
 equal transformers' model with the same features."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Dtypes under `train.precision`, and repeated bits under `train.deterministic`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

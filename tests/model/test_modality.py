@@ -1,7 +1,5 @@
 """The seam to pictures and sounds: text does without the part `omni`; all else says that it is missing."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

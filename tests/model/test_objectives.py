@@ -1,7 +1,5 @@
 """Objectives of one's own: what a class has to be, and what becomes of its settings."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +60,7 @@ def test_types_that_are_known_to_checkers_alone_are_not_checked(tmp_path: Path) 
     objectives.check_objective(config_of(name, size="anything"))
 
 
-@pytest.mark.parametrize(("text", "message"), [
+@pytest.mark.each(("text", "message"), [
     (f"class Mine:\n    def __init__(self, config, batches): ...\n{METHODS}",
      r"has the signature Mine\(config, batches\); an objective needs Mine\(context"),
     (f"class Mine:\n    def __init__(self, context, *, must): ...\n{METHODS}",

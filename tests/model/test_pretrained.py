@@ -1,8 +1,6 @@
 """A model of others is loaded with exactly the weights of its folder, or refused in a sentence that names the
 tensors."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -61,8 +59,8 @@ def classify(folder: Path) -> None:
 LOADERS = {"generate, eval, serve": ("lm", load_hf, NORM), "a classifier": ("bert", classify, DENSE)}
 
 
-@pytest.mark.parametrize("kind", ["missing", "unexpected", "mismatched"])
-@pytest.mark.parametrize("command", LOADERS)
+@pytest.mark.each("kind", ["missing", "unexpected", "mismatched"])
+@pytest.mark.each("command", LOADERS)
 def test_every_command_refuses_other_tensors(command: str, kind: str, models: dict[str, Path],
                                              tmp_path: Path) -> None:
     model, load, name = LOADERS[command]
@@ -134,8 +132,8 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("load", [load_hf, convert.open_weights], ids=["transformers", "convert"])
-@pytest.mark.parametrize("case", FILES)
+@pytest.mark.each("load", [load_hf, convert.open_weights])
+@pytest.mark.each("case", FILES)
 def test_files_that_two_readers_would_take_otherwise(case: str, load: Any, models: dict[str, Path],
                                                      tmp_path: Path) -> None:
     load_hf(models["lm"]).save_pretrained(tmp_path / "bad", max_shard_size=1500)
@@ -157,7 +155,7 @@ def test_other_formats_beside_are_not_read(models: dict[str, Path], tmp_path: Pa
     assert convert.open_weights(folder).list_names()
 
 
-@pytest.mark.parametrize("named", ["other.safetensors", "sub/other.safetensors.index.json", 5])
+@pytest.mark.each("named", ["other.safetensors", "sub/other.safetensors.index.json", 5])
 def test_a_config_that_names_another_file_of_weights_is_refused(named: Any, models: dict[str, Path],
                                                                 tmp_path: Path) -> None:
     """transformers would read it, and the check of tensors the other one."""

@@ -1,7 +1,5 @@
 """Folders of tiny codecs with random weights, as transformers and diffusers write them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

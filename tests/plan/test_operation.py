@@ -111,7 +111,7 @@ def test_a_run_is_saved_as_often_as_daly_says() -> None:
     assert told.checkpoint_bytes == count_checkpoint_bytes(SOLAR).total
     assert told.interval_s == 10 * told.interval_steps == pytest.approx(
         daly_interval_s(told.stall_s, told.mtbf_s), abs=5)
-    assert told.mtbf_s / 86400 == pytest.approx(365.25 / (512 * 0.17)) and told.storage_known
+    assert told.mtbf_s / 86400 == pytest.approx(365.25 / (512 * 0.17)) and told.has_storage_rate
     assert 0.99 < told.effective_share < 1
 
 
@@ -124,7 +124,7 @@ def test_a_slow_store_sets_the_interval() -> None:
 def test_a_store_that_nobody_knows_and_a_cluster_that_never_fails() -> None:
     silent = replace(H100, storage_write_gbytes_per_s=0, failures_per_gpu_year=0)
     told = plan_operation(SOLAR, silent, 512, 10.0, 777)
-    assert not told.storage_known and told.interval_steps == 777 and math.isinf(told.mtbf_s)
+    assert not told.has_storage_rate and told.interval_steps == 777 and math.isinf(told.mtbf_s)
     assert told.write_s > 10 and told.effective_share > 0.999
 
 

@@ -53,7 +53,7 @@ def test_a_teacher_lies_beside_the_model_that_learns_its_distributions() -> None
     beside = find_fullest_stage(config, 8)[1].teacher
     # bf16 weights, with the gaps of their buffers
     assert beside == pytest.approx(
-        2 * build_shape(recipes.get("qwen3-30b-a3b-2507").model).params(), rel=0.01)
+        2 * build_shape(recipes.get("qwen3-30b-a3b-2507").model).count_params(), rel=0.01)
     assert find_fullest_stage(replace(config, recipe="mine"), 8)[
                               1].teacher == find_fullest_stage(config, 8)[1].weights
 

@@ -115,7 +115,7 @@ def test_components_are_told_apart_from_items_of_memory() -> None:
 
 def test_items_that_are_next_to_nothing_share_a_line() -> None:
     found = quote_tables.select_items(QuotedMemory({"weights": 1000, "a": 5, "b": 6}, 0), share=0.01)
-    assert found == {"weights": 1000, quote_tables.OTHER_ITEMS: 11}
+    assert found == {"weights": 1000, quote_tables.SMALL_ITEMS: 11}
 
 
 def test_totals_stand_below_several_stages_alone() -> None:

@@ -19,7 +19,7 @@ from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.operate.slurm.stages import build_stage_work
 from megatron_sov.plan.pages.layout_report import (
-    SHOWN_RULES, SweepReport, describe_broken_rules, describe_too_large, format_layout, format_recompute,
+    MAX_RULES, SweepReport, describe_broken_rules, describe_too_large, format_layout, format_recompute,
     format_set_options, format_sizes, format_submit_command)
 from megatron_sov.plan.pricing import Pricing, RunStage, build_pricing, list_run_stages, load_machines
 from megatron_sov.plan.search.space import (
@@ -147,7 +147,7 @@ def test_rare_rules_are_counted_together() -> None:
                                             way_out="change it"), count)
     lines = describe_broken_rules([sweep])
     assert lines[0] == "80 break a rule, as: rule a is broken"
-    assert len(lines) == SHOWN_RULES + 1 and lines[-1] == "30 break one of 2 other rules"
+    assert len(lines) == MAX_RULES + 1 and lines[-1] == "30 break one of 2 other rules"
     assert sweep.broken == Counter({f"rule {c} is broken": n for c, n in zip("abcdefgh", range(80, 0, -10),
                                                                              strict=True)})
 

@@ -57,7 +57,7 @@ def test_components_add_up() -> None:
 
 def test_products_take_their_flops_over_what_the_chip_reaches() -> None:
     time, p = estimate_step(workload()), load_default_parameters()
-    flops = 6 * (LLAMA.params() - 2 * LLAMA.vocab_size * LLAMA.hidden_size) * 8 * 8192
+    flops = 6 * (LLAMA.count_params() - 2 * LLAMA.vocab_size * LLAMA.hidden_size) * 8 * 8192
     peak = H100.bf16_flops_per_s * p.product_fraction["hopper"]["bf16"]
     # fills of kernels and the finite length of sums cost some percent more
     assert 1 < time.dense_s / (flops / peak) < 1.12
@@ -69,7 +69,7 @@ def test_the_routers_part_is_what_a_step_without_them_saves(monkeypatch: pytest.
     products = traffic.list_products
     monkeypatch.setattr(traffic, "SCORE_BYTES", 0)
     monkeypatch.setattr(traffic, "list_products", lambda w,
-                        block: products(w, block)[block == "beside experts":])
+                        block: products(w, block)[block == "moe":])
     without = estimate_step(work)
     assert 0 < part == pytest.approx(whole.dense_s + whole.memory_s - without.dense_s - without.memory_s)
 
@@ -200,7 +200,7 @@ def flops_of_all_gpus(w: Workload) -> float:
            + (layers - windowed) * traffic.count_attention_flops(w, 0)
            + windowed * traffic.count_attention_flops(w, s.window))
     if s.num_experts:
-        one += moe * (of("beside experts") + of("expert"))
+        one += moe * (of("moe") + of("expert"))
     return one * w.num_gpus
 
 
@@ -320,7 +320,7 @@ def test_held_weights_are_cut_over_their_groups() -> None:
     whole, experts = count_local_params(step_of(MOE))
     cut, cut_experts = count_local_params(step_of(MOE, tp=2, sp=True, ep=4))
     assert cut == pytest.approx(whole / 2) and cut_experts == pytest.approx(experts / 4)
-    assert whole + experts == pytest.approx(MOE.params())
+    assert whole + experts == pytest.approx(MOE.count_params())
 
 
 def test_experts_get_a_copy_for_each_rank_that_a_token_visits() -> None:

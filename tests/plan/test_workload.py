@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.count import (
     TABLES, compute_mean_keys, compute_train_flops_per_token, layer_weights)
 from megatron_sov.plan.speed import traffic
-from megatron_sov.plan.speed.parameters import load_default_parameters, parse_parameters, read_parameters
+from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, build_shape, build_workload
 from megatron_sov.work.clusters.chips import CHIPS, default_links, find_chip
 from tests.plan.published import published_shapes
@@ -36,7 +34,7 @@ def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
     blocks: dict[Block, int] = {
         "attention": shape.num_attention_layers + model.num_mtp_layers, "prediction": model.num_mtp_layers,
         **({"linear": shape.num_linear_layers} if shape.num_linear_layers else {}),
-        "dense": shape.num_feed_forward_layers - shape.num_moe_layers + dense, "beside experts": moe,
+        "dense": shape.num_feed_forward_layers - shape.num_moe_layers + dense, "moe": moe,
         "expert": moe * model.num_experts}
     for block, number in blocks.items():
         for one in shape.list_matrices(block):
@@ -158,25 +156,7 @@ def test_quantised_operands_and_adapters() -> None:
     assert traffic.count_adapter_bytes(products[:1]) == 2 * (10 * 20 + 2 * 10 * 30)
 
 
-# Parameters in files: the package's, and those that a team has learnt from its own runs.
-
-
-def test_a_file_may_hold_a_part(tmp_path: Path) -> None:
-    file = tmp_path / "ours.json"
-    file.write_text(json.dumps({"parameters": {"hbm_fraction": 0.5, "ep_fraction": {"deepep": 0.25}},
-                                "provenance": {"runs": 3}}))
-    found = read_parameters(file)
-    assert found.hbm_fraction == 0.5 and found.ep_fraction["deepep"] == 0.25
-    assert found.ep_fraction["alltoall"] == load_default_parameters().ep_fraction["alltoall"]
-    assert found.product_fraction == load_default_parameters().product_fraction
-
-
 def test_every_chip_has_shares_of_its_generation() -> None:
     p = load_default_parameters()
     tables = (p.product_fraction, p.attention_fraction, p.attention_portable, p.reference_power_w)
     assert all(one.generation in table for one in CHIPS.values() for table in tables)
-
-
-def test_parameters_are_read_as_they_are_written() -> None:
-    assert parse_parameters(dict(vars(load_default_parameters()))
-                            ).hbm_fraction == load_default_parameters().hbm_fraction

@@ -1,7 +1,5 @@
 """Packed preference pairs, and the states of a random teacher."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The policy objective: the loss against formulas on the model's logits, and equal at every layout."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

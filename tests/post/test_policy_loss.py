@@ -1,7 +1,5 @@
 """Policy losses and gradients against the formulas of the papers, token by token."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random
@@ -129,7 +127,7 @@ def written_out(policy: PolicyConfig, columns: Any, logprobs: Any,
     return loss, slopes
 
 
-@pytest.mark.parametrize("asked", CASES, ids=lambda asked: "-".join(map(str, asked.values())))
+@pytest.mark.each("asked", CASES)
 def test_loss_and_derivatives_are_the_papers(asked: dict[str, Any]) -> None:
     policy = PolicyConfig(**asked)
     loss, slopes, meters = ours(policy, *row())
@@ -140,8 +138,8 @@ def test_loss_and_derivatives_are_the_papers(asked: dict[str, Any]) -> None:
         assert 0 < meters["clip_share"] < 1, "the case shows nothing of the clip"
 
 
-@pytest.mark.parametrize("clip", ["two_sided", "cispo", "none"])
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.each("clip", ["two_sided", "cispo", "none"])
+@pytest.mark.each("ratio", ["token", "sequence"])
 def test_on_responses_of_the_policy_itself_every_method_is_reinforce(clip: Any, ratio: Any) -> None:
     columns, logprobs, responses = row()
     learned = responses.index < len(responses)
@@ -153,7 +151,7 @@ def test_on_responses_of_the_policy_itself_every_method_is_reinforce(clip: Any, 
     assert (meters["ratio"], meters["clip_share"], meters["engine_gap"], meters["engine_kl"]) == (1, 0, 0, 0)
 
 
-@pytest.mark.parametrize("method", ["gspo", "grpo", "dapo", "cispo"])
+@pytest.mark.each("method", ["gspo", "grpo", "dapo", "cispo"])
 def test_rounding_of_an_engine_clips_nothing_and_both_signs_teach(method: Any) -> None:
     """At the mismatch that arXiv 2510.11370 measured for Qwen3-8B: KL of 6.4e-4 a token, Gaussian."""
     torch.manual_seed(0)
@@ -243,9 +241,9 @@ def of_trl(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> An
     return ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
-@pytest.mark.parametrize("masked", ["some", "one whole response", "the whole batch"])
-@pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-@pytest.mark.parametrize("method", ["grpo", "gspo"])
+@pytest.mark.each("masked", ["some", "one whole response", "the whole batch"])
+@pytest.mark.each("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.each("method", ["grpo", "gspo"])
 def test_two_steps_of_a_round_move_a_model_as_trl_does(method: Any, correction: Any, masked: str) -> None:
     """A linear model learns a round of two batches; in the first `old` is the step's own."""
     asked: dict[str, Any] = {"method": method, "clip_low": 0.1, "clip_high": 0.1, "correction": correction,

@@ -1,7 +1,5 @@
 """Preference losses of pairs, groups and single responses against formulas."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -249,8 +247,8 @@ def test_losses_of_single_responses_are_the_papers(ranks: Any, job: Any, judged:
 MARGINS = (-30.0, -1.5, 0.0, 0.25, 4.0)
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.5])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.each("beta", [0.1, 0.5])
+@pytest.mark.each("smoothing", [0.0, 0.2])
 def test_dpo_is_the_papers(beta: float, smoothing: float) -> None:
     margins = torch.tensor(MARGINS, dtype=torch.float64, requires_grad=True)
     losses = dpo(margins, beta, smoothing)

@@ -1,7 +1,5 @@
 """Held-out pairs ranked by response log-probabilities, within the sample length."""
 
-from __future__ import annotations
-
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
@@ -61,7 +59,7 @@ def test_responses_after_the_sample_end_are_left_out(monkeypatch: pytest.MonkeyP
     assert preference.measure_heldout_pairs(view, [none], None) == {}
 
 
-@pytest.mark.parametrize("method", ["dpo", "ipo", "dpo-norm"])
+@pytest.mark.each("method", ["dpo", "ipo", "dpo-norm"])
 def test_a_model_that_equals_its_reference_is_right_in_half_of_the_pairs(method: Any) -> None:
     sums, lengths = torch.tensor([-3.0, -7.0, -2.0, -1.0]).double(), torch.tensor([1.0, 2, 3, 4]).double()
     asked = PreferenceConfig(method)

@@ -1,7 +1,5 @@
 """Reference log-probabilities: of training and held-out documents, and after a resume."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,8 +1,5 @@
 """`ResponseSpans`: learned labels per document, with padding between joined samples."""
 
-from __future__ import annotations
-
-
 def test_a_pair_that_lost_a_response_is_left_out() -> None:
     import torch
 

@@ -1,7 +1,5 @@
 """The terms of supervised fine-tuning and their denominators."""
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import pairwise
 from types import SimpleNamespace
@@ -103,7 +101,7 @@ def test_without_text_there_is_no_term_for_it() -> None:
         "response": 1.0, "mtp": 0.05}
 
 
-@pytest.mark.parametrize(("chats", "texts", "coeff", "message"), [
+@pytest.mark.each(("chats", "texts", "coeff", "message"), [
     ([], ["web"], 0.1, r"no source \(web\) contains conversations"),
     (["chat"], ["web"], 0, r"only the text term learns from the text in --data \(web\)"),
     (["chat"], [], 0.1, "text_coeff = 0.1 needs text in addition to conversations"),

@@ -1,7 +1,5 @@
 """Shared prompts: attention, loss, gradient and expert counts equal those of separate prompts."""
 
-from __future__ import annotations
-
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -175,7 +173,7 @@ def test_sharing_removes_only_prompt_tokens() -> None:
     assert remove_repeated_prompts(found) is found, "what is left is there once"
 
 
-@pytest.mark.parametrize("settings", [
+@pytest.mark.each("settings", [
     "policy.share_prompts=false", "parallel.tp=2", "parallel.pp=2", "parallel.cp=2", "model.num_mtp_layers=1",
     "train.hidden_dropout=0.1", "policy.router_replay=true", "train.fp8=tensorwise",
     "parallel.ep=2 parallel.expert_dispatcher=allgather"])

@@ -1,7 +1,5 @@
 """The best checkpoint of a domain by pass@k, and its confidence."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from itertools import combinations
 

@@ -1,8 +1,6 @@
 """A layout is compared with one process: right ones are equal, faults on purpose are found and their place is
 named."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import signal
@@ -122,7 +120,7 @@ def test_a_checkpoint_with_other_numbers_is_found(small: Miniature, whole: Any,
                for place in verdict.places)
 
 
-@pytest.mark.parametrize(("recipe", "others"), [
+@pytest.mark.each(("recipe", "others"), [
     ("solar-open2-250b", {("linear_attention", 0)}), ("k-exaone-236b", {("sliding_attention", 8)}),
     ("gemma-3-1b", {("sliding_attention", 8)}),
     ("k-exaone2-750b", {("sliding_attention", 8), ("sliding_attention", 12)})])
@@ -327,7 +325,7 @@ def test_sigterm_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (2, 4), (4, 2), (8, 3)])
+@pytest.mark.each(("pp", "vpp"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (2, 4), (4, 2), (8, 3)])
 def test_the_first_stage_does_forward_and_backward_passes_in_turns(pp: int, vpp: int) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), [
         f"model.num_layers={pp * vpp}", f"parallel.pp={pp}", f"parallel.vpp={vpp}",
@@ -359,7 +357,7 @@ def test_what_only_a_steady_pipeline_does_wrong_is_found(monkeypatch: pytest.Mon
     assert (verdict.outcome, verdict.places[0][:16]) == (DIFFERS, "step 1: backward")
 
 
-@pytest.mark.parametrize(("layers", "played"), [
+@pytest.mark.each(("layers", "played"), [
     ([12, 13, 13, 10], (2, 3, 3, 1)), ([2, 4], (1, 3)), ([5, 1], (3, 1)),
     ([6, *[5] * 6, 2], (2, *[1] * 7)), ([2, *[5] * 6, 6], (1, *[2] * 6, 3)),
     ([7, 5, 4, 2], (3, 2, 2, 1)), ([3, 3], (2, 2))])
@@ -440,7 +438,7 @@ def test_what_every_miniature_is_without_is_told_or_harmless() -> None:
     assert OVERRIDES.keys() - UNCOVERED.keys() == HARMLESS
 
 
-@pytest.mark.parametrize(("settings", "told"), [
+@pytest.mark.each(("settings", "told"), [
     (("train.hidden_dropout=0.1",), "dropout"), ((), "precision"),
     (("train.ramp_from_batch_size=4", "train.ramp_increment=4", "train.ramp_steps=10"), "batches that grow"),
     (("gpu.grad_dtype=bf16",), "sums of gradients in bf16"),

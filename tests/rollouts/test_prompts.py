@@ -1,7 +1,5 @@
 """Prompts of rounds: known by their content, in an order that is a function, each once in an epoch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import pickle
@@ -55,7 +53,7 @@ def test_equal_lines_are_asked_once_and_broken_ones_named(tmp_path: Path) -> Non
         read_prompts(file_with(tmp_path / "empty.jsonl"))
 
 
-@pytest.mark.parametrize("form", ["parquet", "arrow", "folder", "json"])
+@pytest.mark.each("form", ["parquet", "arrow", "folder", "json"])
 def test_tables_and_folders_of_datasets_are_read_with_names_of_their_own(form: str, tmp_path: Path) -> None:
     """The rows of GSM8K have a question and an answer; a table's row has null for what it lacks."""
     import pyarrow as pa
@@ -193,13 +191,13 @@ def test_budgets_divide_a_group_and_go_before_a_prompts_own() -> None:
     assert find_budget(RolloutConfig(), "p", {}, 3) is None
 
 
-@pytest.mark.parametrize("target", [0, -1, True, "5", 2.5])
+@pytest.mark.each("target", [0, -1, True, "5", 2.5])
 def test_a_target_that_is_no_number_of_tokens_is_named(target: Any) -> None:
     with pytest.raises(UserError, match=r"target_tokens = .*; write"):
         find_budget(RolloutConfig(), "p", {"target_tokens": target}, 0)
 
 
-@pytest.mark.parametrize("name", ["prompt", "messages", "dialog"])
+@pytest.mark.each("name", ["prompt", "messages", "dialog"])
 def test_nulls_with_which_a_table_fills_messages_go(tmp_path: Path, name: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,8 +1,6 @@
 """The store keeps what it is given: parts are whole or not there, whatever happens to the writer, and what a
 stranger wrote is read within bounds."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -406,7 +404,7 @@ def test_the_newest_part_says_how_much_there_will_be() -> None:
                        None) == "the ends of responses in 1 of 1 pieces of round 1"
 
 
-@pytest.mark.parametrize("provenance", [
+@pytest.mark.each("provenance", [
     {}, {"asked_rounds": 2}, {"asked_rounds": "2", "pieces_per_round": 1},
     {"asked_rounds": True, "pieces_per_round": True}, {"asked_rounds": -1, "pieces_per_round": 1}])
 def test_who_does_not_say_it_has_no_end(provenance: dict[str, Any]) -> None:

@@ -1,7 +1,5 @@
 """Finding, checking and pruning checkpoints."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -65,7 +63,7 @@ def test_find_damage_names_changed_file(run: Path) -> None:
     assert find_damage(run / "nowhere") == f"{run}/nowhere/manifest.json: is missing"
 
 
-@pytest.mark.parametrize(("name", "value", "said"), [
+@pytest.mark.each(("name", "value", "said"), [
     ("num_kv_heads", 0, "model.num_kv_heads = 0 must be at least 1"),
     ("num_layers", None, "model.num_layers = null"),
     ("no_such_field", 1, "model.no_such_field: no such setting"),
@@ -80,7 +78,7 @@ def test_invalid_model_settings_raise_user_error(name: str, value: object, said:
     assert "manifest.json: its settings cannot be used" in str(e.value) and said in str(e.value)
 
 
-@pytest.mark.parametrize("raw", [{}, {"recipe": "x", "model": None}, {"recipe": "x", "model": []}], ids=str)
+@pytest.mark.each("raw", [{}, {"recipe": "x", "model": None}, {"recipe": "x", "model": []}])
 def test_settings_of_other_artifacts_raise_user_error(raw: dict[str, object], tmp_path: Path) -> None:
     with create_artifact(tmp_path / "step-1", CHECKPOINT_KIND) as artifact:
         artifact.settings = raw
@@ -210,7 +208,7 @@ UNKNOWN = {"empty": ((), "is empty"), "read": (("README.md",), "holds README.md 
            "words": (("tokenizer.json",), "is a tokenizer without a model .*`sov-tokenizer import` takes it")}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.each("command", COMMANDS)
 def test_unknown_folder_error_describes_content(command: str, tmp_path: Path) -> None:
     for name, (files, said) in UNKNOWN.items():
         (tmp_path / name).mkdir()
@@ -221,7 +219,7 @@ def test_unknown_folder_error_describes_content(command: str, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.each("command", COMMANDS)
 def test_other_folder_kind_error_names_command(command: str, tmp_path: Path) -> None:
     kinds, call = COMMANDS[command]
     for kind in sorted(set(KIND_CONSUMERS) - set(kinds)):

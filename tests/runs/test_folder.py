@@ -1,7 +1,5 @@
 """Run folders: refused starts, and read-only checks."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -74,7 +72,7 @@ def test_start_records_previous_settings_and_command(tmp_path: Path, monkeypatch
     assert "parallel.tp was 1, is 2" in told["text"]
 
 
-@pytest.mark.parametrize("setting", ["model.num_layers=2", "optim.lr=0.1", "train.seed=7",
+@pytest.mark.each("setting", ["model.num_layers=2", "optim.lr=0.1", "train.seed=7",
                                      "train.precision=bf16", "data.packing=concat"])
 def test_resume_rejects_changed_fixed_settings(tmp_path: Path, setting: str) -> None:
     folder = start_run(tmp_path / "run")
@@ -99,7 +97,7 @@ def test_error_lists_all_changed_settings(tmp_path: Path) -> None:
         folder.enter(apply_settings(CONFIG_OF_RUN, ["optim.lr=0.01", "train.seed=1"]), resume=True)
 
 
-@pytest.mark.parametrize("setting",
+@pytest.mark.each("setting",
                          ["parallel.ep=2", "train.micro_batch_size=1", "train.checkpoint_every_steps=7",
                           "train.steps=300", "optim.rewarm=[[100, 20]]"])
 def test_resume_accepts_changed_machine_settings(tmp_path: Path, setting: str) -> None:
@@ -131,7 +129,7 @@ def test_complete_run_rejects_more_steps(tmp_path: Path) -> None:
         folder.enter(longer, resume=True)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"recipe": 3}', '{"step": [0]}', '{"step": 1, "gate": [1]}'])
+@pytest.mark.each("content", ["{", "[]", '{"recipe": 3}', '{"step": [0]}', '{"step": 1, "gate": [1]}'])
 def test_damaged_files_raise_user_error(tmp_path: Path, content: str) -> None:
     folder = start_run(tmp_path / "run")
     (tmp_path / "run" / CONFIG).write_text(content)
@@ -156,7 +154,7 @@ def config_with_code(kind: str, files: dict[str, str], reference: str = "/home/m
     return dataclasses.replace(CONFIG_OF_RUN, code=(code,))
 
 
-@pytest.mark.parametrize("kind", ["recipe", "model family", "objective"])
+@pytest.mark.each("kind", ["recipe", "model family", "objective"])
 def test_resume_rejects_changed_user_code(tmp_path: Path, kind: str) -> None:
     files = {"mine.py": "a" * 64, "beside.py": "b" * 64}
     folder = start_run(tmp_path / "run", config_with_code(kind, files))

@@ -1,7 +1,5 @@
 """How many processes a run has."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A folder admits a single living run; killed runs release the lock."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -136,7 +134,7 @@ def test_containers_with_equal_host_names_differ(tmp_path: Path) -> None:
         assert first.stdout.readline() == "False\n"
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", '{"host": 1}',
+@pytest.mark.each("content", ["", "[]", "null", '{"host": 1}',
                                      '{"host": "a", "pid": "x", "started_s": 1}'])
 def test_damaged_lock_is_free(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK).write_text(content)

@@ -1,7 +1,5 @@
 """Resumed rounds require the recorded settings."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A server in a process of its own, and its address."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Bodies of requests: what is malformed is told in one sentence, which costs no more than the body."""
 
-from __future__ import annotations
-
 import json
 import tracemalloc
 from typing import Any
@@ -25,7 +23,7 @@ COSTLY = {
 }
 
 
-@pytest.mark.parametrize("name", COSTLY)
+@pytest.mark.each("name", COSTLY)
 def test_a_body_that_is_wrong_all_over_costs_little_and_is_told_in_a_sentence(name: str) -> None:
     ask, body, said = COSTLY[name]
     tracemalloc.start()
@@ -39,20 +37,20 @@ def test_a_body_that_is_wrong_all_over_costs_little_and_is_told_in_a_sentence(na
     assert peak_bytes < 6_000_000
 
 
-@pytest.mark.parametrize(("prompt", "prompts"), [
+@pytest.mark.each(("prompt", "prompts"), [
     ('"a"', ("a",)), ('["a", "b"]', ("a", "b")), ("[1, 2]", ((1, 2),)), ("[[1], [2, 3]]", ((1,), (2, 3)))])
 def test_prompts_are_texts_or_ids(prompt: str, prompts: Any) -> None:
     assert parse_completion_body(f'{{"prompt": {prompt}}}'.encode(), "m").prompts == prompts
 
 
-@pytest.mark.parametrize(("options", "tells"), [("", False), (', "stream_options": {}', False),
+@pytest.mark.each(("options", "tells"), [("", False), (', "stream_options": {}', False),
                                                 (', "stream_options": {"include_usage": true}', True)])
 def test_a_stream_tells_usage_where_it_is_asked_to(options: str, tells: bool) -> None:
     asked: CompletionRequest = parse_chat_body(f'{{{HI}, "stream": true{options}}}'.encode(), "m")
     assert asked.include_usage is tells
 
 
-@pytest.mark.parametrize("options", ['{"include_usag": true}', '{"include_usage": 1}', "[]"])
+@pytest.mark.each("options", ['{"include_usag": true}', '{"include_usage": 1}', "[]"])
 def test_options_of_a_stream_that_are_none_are_refused(options: str) -> None:
     with pytest.raises(RefusedRequest, match="stream_options is"):
         parse_chat_body(f'{{{HI}, "stream_options": {options}}}'.encode(), "m")
@@ -88,14 +86,14 @@ OPENAI: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPENAI)
+@pytest.mark.each("name", OPENAI)
 def test_messages_of_openais_clients_are_read(name: str) -> None:
     sent, shown = OPENAI[name]
     [chat] = parse_chat_body(json.dumps({"messages": sent}).encode(), "m").prompts
     assert isinstance(chat, Conversation) and [m.to_dict() for m in chat.messages] == shown
 
 
-@pytest.mark.parametrize(("more", "said"), [
+@pytest.mark.each(("more", "said"), [
     ({"annotations": [{"type": "url_citation"}]}, "has 'annotations', which is not known"),
     ({"refusal": "no"}, "has 'refusal'"),
     ({"conten": "x"}, "'conten', which is not known; did you mean 'content'"),

@@ -1,7 +1,5 @@
-"""`megatron-sov chat`, as docs/chat.md types it: what is asked and shown, and what is kept of a
+"""`megatron-sov chat`, as docs/serve.md types it: what is asked and shown, and what is kept of a
 conversation."""
-
-from __future__ import annotations
 
 import io
 import os
@@ -26,9 +24,9 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 from megatron_sov.cli import main
 from megatron_sov.serve.chat_session import ChatSession, find_chat_model
 from megatron_sov.work.endpoints.answers import RequestRefused
-from tests.pages_typed import ROOT, commands_of
+from tests.pages_typed import commands_of, page_section
 
-PAGE = (ROOT / "docs/chat.md").read_text()
+PAGE = page_section("serve.md", "Chat in the terminal")
 TYPED = commands_of(PAGE)
 
 
@@ -158,7 +156,7 @@ def test_the_pages_commands_talk_to_a_checkpoint(talk: Any, tmp_path: Path, one_
     assert capsys.readouterr().out == f"user: 1 + 2?\nassistant: {written}\n"
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.each(("words", "said"), [
     (["nowhere"], "nowhere: does not exist"), ([""], "TARGET: is empty; must name a model"),
     (["http://h:0/v1"], "must be an address"),
     (["http://127.0.0.1:9/v1"], "the models cannot be listed (the connection failed"),

@@ -1,8 +1,6 @@
 """The chat page of `megatron-sov serve` in a browser: answers appear as text, keys work, two models answer
 side by side, and a key is taken from the address or asked for."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading

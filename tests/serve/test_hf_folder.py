@@ -1,8 +1,6 @@
 """A Hugging Face folder is served by transformers: its own greedy continuations, also of other families;
 and what only a checkpoint can be asked."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """A server of several processes, and of a model with linear attention."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -1,8 +1,6 @@
 """The server in front of a scripted model: calls and thoughts, limits, clients that leave or do not take,
 keys, the end.  The model here writes what the user's message says, one token for each row."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -366,7 +364,7 @@ def test_clients_are_told_no_folders_of_the_server(opened: Any, folder: Path) ->
         assert found.status_code == 400 and "with token id" in found.text and str(folder) not in found.text
 
 
-@pytest.mark.parametrize(("files", "ends"), [
+@pytest.mark.each(("files", "ends"), [
     ({}, set()), ({"generation_config.json": '{"eos_token_id": [3, 5, 7]}'}, {3, 5, 7}),
     ({"generation_config.json": '{"eos_token_id": 7}', "config.json": '{"eos_token_id": 9}'}, {7}),
     ({"config.json": '{"eos_token_id": 9}'}, {9}),

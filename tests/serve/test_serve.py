@@ -1,8 +1,6 @@
 """`megatron-sov serve`, as docs/serve.md types it: what the openai client gets is what `generate` writes;
 what is refused; how it ends."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

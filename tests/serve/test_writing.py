@@ -1,7 +1,5 @@
 """Answers while they are written: stops, turns and calls."""
 
-from __future__ import annotations
-
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
@@ -31,7 +29,7 @@ def test_what_is_sure_only_grows_and_is_never_a_part_of_a_character(by_bytes: To
     assert told == TEXT == writing.get_text()
 
 
-@pytest.mark.parametrize("stops", [("stop",), (": s", "sagt:"), ("곰 ",), ("🐻",), ("never",)])
+@pytest.mark.each("stops", [("stop",), (": s", "sagt:"), ("곰 ",), ("🐻",), ("never",)])
 def test_a_stop_string_ends_it_and_no_part_of_it_is_told(by_bytes: Tokenizer, stops: tuple[str, ...]) -> None:
     writing = AnswerText(by_bytes.decode, stops, ())
     wanted = min((TEXT.partition(stop)[0] for stop in stops), key=len)
@@ -79,7 +77,7 @@ TURNS = {
 }
 
 
-@pytest.mark.parametrize(("text", "in_thoughts", "expected"), TURNS.values(), ids=TURNS)
+@pytest.mark.each(("text", "in_thoughts", "expected"), TURNS.values())
 def test_a_turn_that_is_being_written_is_the_beginning_of_the_whole(text: str, in_thoughts: bool,
                                                                     expected: ServedTurn) -> None:
     assert parse_served_turn(text, in_thoughts, TOOLS) == expected

@@ -9,8 +9,6 @@ Usage: python tests/te_double/contract.py [--megatron] [--deep-ep FOLDER]
 megatron_sov/operate/contract.json. Sources are parsed, not imported, so no GPU is needed.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import functools

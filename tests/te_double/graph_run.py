@@ -1,7 +1,5 @@
 """Functions inside ranks: models of Transformer Engine modules, with and without CUDA graphs."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

@@ -5,8 +5,6 @@ Nothing is imported. A signature is text such as "(inp, is_first_microbatch=None
 without annotations.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib.util

@@ -1,8 +1,6 @@
 """Functions inside ranks: models of Transformer Engine modules with operands quantized by the reference
 quantizers."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import sys

@@ -1,7 +1,5 @@
 """Functions inside ranks: models of Transformer Engine modules, with the double."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import json

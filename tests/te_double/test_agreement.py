@@ -4,8 +4,6 @@ A double replaces Transformer Engine: the tests cover assembly, splitting, wrapp
 of models configured as on a GPU, not the real kernels.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which attention Transformer Engine's double selects for rows of documents."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Calls match the interfaces of the real libraries in contract.json."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -54,7 +52,7 @@ REASONS = {
 """Reasons in reviewed_fields.json for leaving fields of the library's configs unset."""
 
 
-@pytest.mark.parametrize("name", sorted(TE))
+@pytest.mark.each("name", sorted(TE))
 def test_the_double_has_the_real_signatures(name: str) -> None:
     ours, theirs = described(OURS, name), TE[name]
     if ours is None:
@@ -105,7 +103,7 @@ def test_the_installed_megatron_core_has_the_contracts_shape() -> None:
     assert None not in theirs["symbols"].values(), "a name that megatron-core has not"
 
 
-@pytest.mark.parametrize("config", contract.CONFIGS)
+@pytest.mark.each("config", contract.CONFIGS)
 def test_every_field_is_set_or_was_looked_at(config: str) -> None:
     """A new version's field may change training, and a field that is set must leave the list."""
     fields = set(THEIRS[contract.MEGATRON]["fields"][config])

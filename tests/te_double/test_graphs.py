@@ -4,8 +4,6 @@ The double's graphs replay the operators of their capture on its memory: a mask,
 another place changes the losses, and synchronization with the GPU ends the capture.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

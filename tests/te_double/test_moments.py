@@ -1,8 +1,6 @@
 """AdamW moments in bf16 with Megatron-Core's precision-aware optimizer over the double's FusedAdam, and a
 share of AdamW in host memory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """FP8 and FP4 training on a CPU: Megatron-Core's contexts choose the quantized products, the double quantizes
 with the reference quantizers, and runs repeat exactly."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

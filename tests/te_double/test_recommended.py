@@ -1,8 +1,6 @@
 """Selective recomputation and overlapped shared experts, in bf16 and each FP8 recipe: recomputed activations
 have the bits of stored ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

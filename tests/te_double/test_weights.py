@@ -1,8 +1,6 @@
 """FP8 weights (`train.fp8_weights`): training, checkpoints and exports have the same bits as with bf16
 weights, since both quantize the same bf16 values."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +60,7 @@ def test_what_is_saved_and_exported_is_that_of_bf16_weights(
         assert (before["in 8 bits"], after["in 8 bits"]) == (0, counted)
 
 
-@pytest.mark.parametrize(("settings", "said"), [
+@pytest.mark.each(("settings", "said"), [
     (["train.fp8=none"], "needs an 8-bit recipe"), (["train.fp8=nvfp4"], "needs an 8-bit recipe"),
     (["parallel.zero1=false", *(f"{s.partition('=')[0]}=false" for s in OVERLAP)],
      "needs parallel.zero1 = true"),

@@ -1,8 +1,6 @@
 """Small tokenizers made merge by merge, with planted defects; vocabularies learned in memory,
 the textbook's loop, and a toy."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable

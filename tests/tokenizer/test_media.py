@@ -1,7 +1,5 @@
 """`sov-tokenizer media`: tokens of media behind those of text."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

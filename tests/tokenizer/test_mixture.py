@@ -1,7 +1,5 @@
 """Inputs, groups and weights: how much of each text a tokenizer sees."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -46,7 +44,7 @@ def test_inputs_of_one_name_are_one_group_whatever_their_order() -> None:
     assert [g.name for g in gather_groups(["ko=c", "ko=b:3", "en=a:1"], None)] == ["en", "ko"]
 
 
-@pytest.mark.parametrize(("inputs", "mixture", "sentence"), [
+@pytest.mark.each(("inputs", "mixture", "sentence"), [
     (["en=a:1", "en=b:2"], None, "the group en has weight 1 already"),
     (["a", "a"], None, "is given twice"),
     (["en=a"], "solar", "--mixture 'solar': does not exist; did you mean 'solar-open'"),

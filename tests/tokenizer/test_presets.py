@@ -1,7 +1,5 @@
 """Presets: ids at their fixed places, split rules as published, chat forms as the models know them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,7 +42,7 @@ def test_a_custom_preset_comes_from_a_file(tmp_path: Path) -> None:
     assert load_preset("custom", file) == replace(SOLAR_OPEN, name="mine", max_token_bytes=16)
 
 
-@pytest.mark.parametrize(("change", "codes"), [
+@pytest.mark.each(("change", "codes"), [
     ({"special_tokens": {"<a>": 64}, "bos_token": "<a>", "eos_token": "<a>", "pad_token": "<a>"},
      [("rule", "special_tokens.<a>")]),
     ({"eos_token": "<none>"}, [("rule", "eos_token")]),
@@ -112,7 +110,7 @@ def test_yaml_is_read_as_json_is(tmp_path: Path) -> None:
     assert load_preset("custom", tmp_path / "rules.yaml") == load_preset("custom", tmp_path / "rules.json")
 
 
-@pytest.mark.parametrize(("digits", "whitespace", "found"), [
+@pytest.mark.each(("digits", "whitespace", "found"), [
     ("single", "runs", ["a", "  \n\n", " ", "1", "2", "3", "4", "5", "!"]),
     ("triples", "single", ["a", " ", " ", "\n", "\n", " ", "123", "45", "!"]),
     ("runs", "runs", ["a", "  \n\n", " ", "12345", "!"]),

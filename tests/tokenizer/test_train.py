@@ -1,8 +1,6 @@
 """`sov-tokenizer train`: the artifact, as transformers loads it, the same file by every way, and the
 command's manners."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """A world of one process, inside the process of the tests."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

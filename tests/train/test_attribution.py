@@ -1,7 +1,5 @@
 """Planted faults are put down to what they are: a process, its memory, the data, the optimisation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,8 +1,6 @@
 """Encoders start from Hugging Face folders: alone or inside a larger model, of exactly their sizes; and a run
 takes over the tokenizer settings of its start."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -109,7 +107,7 @@ def test_settings_of_the_base_are_taken_over(tmp_path: Path) -> None:
     assert taken_over(data, data) == {"tokenizer_config.json": IMPORTED["tokenizer_config.json"]}
 
 
-@pytest.mark.parametrize(("own", "config", "defaults"), [
+@pytest.mark.each(("own", "config", "defaults"), [
     ({"chat_template": "{{ y }}"}, {"chat_template": "{{ y }}"}, {"eos_token_id": 1, "top_p": 0.9}),
     ({"eos_token": "<end>"}, {"eos_token": "<end>"}, {"top_p": 0.9}),
     ({"bos_token": "<s>"}, {"bos_token": "<s>"}, {"eos_token_id": 1, "top_p": 0.9}),

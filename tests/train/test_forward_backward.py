@@ -1,8 +1,6 @@
 """Passes of a step: the same gradients however the batch is cut, sums that add up,
 and what is computed twice is equal."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterator

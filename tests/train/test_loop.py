@@ -1,7 +1,5 @@
 """The order of a run's actions, with a trainer that only writes them down."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -120,7 +118,7 @@ def actions(trainer: Recorded, stop_after: int = 10 ** 9, until: int | None = No
     return complete, [a for a in trainer.actions if not a.startswith(EVERY_STEP)]
 
 
-@pytest.mark.parametrize(("is_new", "has_heldout", "evaluated"), [
+@pytest.mark.each(("is_new", "has_heldout", "evaluated"), [
     (True, True, ["evaluate 0"]), (True, False, []), (False, True, [])])
 def test_a_new_run_is_evaluated_before_its_first_step(is_new: bool, has_heldout: bool,
                                                       evaluated: list[str]) -> None:

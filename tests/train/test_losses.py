@@ -1,7 +1,5 @@
 """Losses over the data order: sums, denominators and terms, against cross-entropy written out."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import sys

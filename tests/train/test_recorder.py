@@ -2,8 +2,6 @@
 all may be called.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ def test_figures_of_a_step() -> None:
     assert 1e7 < found["peak_memory_bytes"] < 1e11 and "reserved_memory_bytes" not in found
 
 
-@pytest.mark.parametrize(("name", "bf16"), [
+@pytest.mark.each(("name", "bf16"), [
     ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989.4),
     ("NVIDIA H200 NVL", 835.5), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA B200", 2250),
     ("NVIDIA GB200", 2500), ("NVIDIA T4", None)])

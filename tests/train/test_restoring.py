@@ -1,7 +1,5 @@
 """The checkpoint to go on from: the newest sound one; what is damaged is set aside, and said."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from types import SimpleNamespace

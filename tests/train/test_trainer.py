@@ -1,7 +1,5 @@
 """A trainer's refusals, and its figures."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A local Ray cluster with two nodes, also for benchmarks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Tables: first publisher wins, added columns, damage, deletable folders."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow as pa

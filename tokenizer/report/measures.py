@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.base.documents import Document, RecordReading, cut_text, list_files, plan_units, read_span
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError, choose_free_path
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.base.settings import AboveZero, Flag
 from tokenizer.formats.reader import LoadedTokenizer
@@ -92,14 +93,15 @@ class NamedText:
 
 
 def read_texts(arguments: Sequence[str], max_mb: float) -> list[NamedText]:
-    """Read the texts of `--text [NAME=]PATH ...`.
-
-    Raises:
-        UserError: a duplicate name, a missing path, or a file without text.
-    """
+    """Read the texts of `--text [NAME=]PATH ...`. Raises `UserError`: a repeated name, or no text."""
     texts: list[NamedText] = []
     for argument in arguments:
         name, path = parse_text(argument)
+        if not path.exists() and " " in str(path):
+            file = choose_free_path("text.txt")
+            command = f"printf '%s\\n' {shlex.quote(str(path))} > {file}"
+            raise UserError(f"--text {argument!r}: is a text, and a file is needed; write it into one",
+                            Fix(words={argument: file}, before=(command,)))
         if name in (text.name for text in texts):
             raise UserError(f"--text {argument!r}: the name {name!r} is taken by another text; name it, "
                             f"e.g. other={path}")
@@ -108,11 +110,8 @@ def read_texts(arguments: Sequence[str], max_mb: float) -> list[NamedText]:
 
 
 def parse_text(argument: str) -> tuple[str, Path]:
-    """Split `[NAME=]PATH`; the default name is the file or folder name without suffixes.
-
-    Raises:
-        UserError: the name or the path is empty.
-    """
+    """Split `[NAME=]PATH`; the default name is the file or folder name without suffixes. Raises `UserError`:
+    the name or the path is empty."""
     name, equals, path = argument.partition("=")
     if not equals or Path(argument).exists():
         return Path(argument).name.partition(".")[0] or argument, Path(argument)

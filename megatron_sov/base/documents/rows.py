@@ -8,13 +8,14 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_sov.base.documents.files import refuse_tables
 from megatron_sov.base.documents.layouts import propose_field
 from megatron_sov.base.documents.messages import MAX_LEVELS, BadRecord, check_depth
-from megatron_sov.base.errors import Fix, RowProblems, UserError
+from megatron_sov.base.errors import Fix, RowProblems, UserError, choose_free_path
 
 
 def reject_constant(name: str) -> NoReturn:
@@ -96,10 +97,38 @@ def fix_text_rows(file: Path, field: str) -> Fix | None:
     """Return the command that writes the lines of a text file as rows with `field`; None for other files."""
     if file.suffix not in (".txt", ".md", ".list"):
         return None
-    target = f"{file.with_suffix('')}.jsonl"
-    code = (f"import json; [print(json.dumps({{{field!r}: line.rstrip()}})) for line in open({str(file)!r}) "
-            "if line.strip()]")
-    return Fix(words={str(file): target}, before=(shlex.join([sys.executable, "-c", code]) + f" > {target}",))
+    return _fix_by_rewriting(file, f"{file.with_suffix('')}.jsonl", f"{{{field!r}: line.rstrip()}}")
+
+
+def _fix_by_rewriting(file: Path, target: str, row: str, *before: str) -> Fix:
+    """Return the command that writes `row`, an expression over `line`, for each line of a file."""
+    code = f"import json; [print(json.dumps({row})) for line in open({str(file)!r}) if line.strip()]"
+    command = f"{shlex.join([sys.executable, '-c', code])} > {shlex.quote(target)}"
+    return Fix(words={str(file): target}, before=(command, *before))
+
+
+def fix_records(file: Path, reason: str) -> Fix | None:
+    """Return the commands that turn a file of records into one that can be packed, by the fault of the first
+    record: a JSON array, messages as text, or responses with scores; None: another fault."""
+    begin = file.open("rb").readline(MAX_LINE_BYTES) if file.suffix == ".jsonl" else b""
+    if "an array of records" in reason:
+        target = choose_free_path(f"{file.with_suffix('')}.json")
+        return Fix(words={str(file): target}, before=(shlex.join(["cp", str(file), target]),))
+    if match := re.search(r"jq -c '\.(\w+) \|= fromjson'", reason):
+        row = f"json.loads(line) | {{{match[1]!r}: json.loads(json.loads(line)[{match[1]!r}])}}"
+        return _fix_by_rewriting(file, choose_free_path(f"{file.with_suffix('')}-parsed.jsonl"), row)
+    record = json.loads(begin) if "has no 'chosen' and 'rejected'" in reason and begin else {}
+    lists = {name: value for name, value in record.items() if isinstance(value, list) and value}
+    texts = next((name for name, value in lists.items() if isinstance(value[0], str)), "")
+    scores = next((name for name, value in lists.items() if isinstance(value[0], (int, float))), "")
+    if "prompt" not in record or not texts or not scores:
+        return None
+    row = ("(lambda r: {'prompt': r['prompt'], 'responses': [{'content': c, 'reward': s} for c, s in "
+           f"zip(r[{texts!r}], r[{scores!r}])]}})(json.loads(line))")
+    groups, pairs = (shlex.quote(choose_free_path(f"{file.with_suffix('')}-{end}"))
+                     for end in ("groups.jsonl", "pairs"))
+    fix = _fix_by_rewriting(file, groups, row, f"sov-data pairs --input {groups} --output {pairs}")
+    return replace(fix, words={str(file): f"{pairs}/pairs.jsonl"})
 
 
 def _fix_field(file: Path, field: str, problems: Sequence[str]) -> Fix | None:

@@ -73,7 +73,7 @@ class _Proposal:
     def find_path_fault(self, message: str, *, is_named: bool) -> UserError | None:
         """Return the first fault of a path that `message` names, or does not name; run no check."""
         fault = next((fault for path, fault in find_path_faults(self.program, self.line, self.typed)
-                      if _names_word(message, path) == is_named), None)
+                      if _names_word(message, path) == is_named and path not in self.new_paths), None)
         if fault is not None or not is_named or "does not exist" not in message:
             return fault
         # a misspelt path without an option
@@ -116,7 +116,7 @@ class _Proposal:
         unfixed = [message for message in self.unfixed if not is_repeated(message, self.fixed)]
         # a line with the fault that a fix should have corrected is useless, as is a command of another kind
         is_unfit = line[0] != self.typed[0] and any(" artifact where " in message for message in unfixed)
-        if len(unfixed) < len(self.unfixed) or line == list(self.typed) or is_unfit:
+        if len(unfixed) < len(self.unfixed) or (line == list(self.typed) and not self.before) or is_unfit:
             return UserError(join_sentences([*self.fixed, *unfixed]))
         lines = [*self.before, f"{self.program} {shlex.join(line)}"]
         return UserError(join_sentences(self.fixed), Fix("\n  ".join(lines)),
@@ -145,7 +145,7 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
             if other_check is None:
                 return UserError(join_sentences([*proposal.fixed, fault.sentence, *proposal.unfixed]), fix)
             proposal.program, proposal.check = other_program, other_check
-        if tuple(line) in tried and not fix.stand_ins:
+        if tuple(line) in tried and not (fix.stand_ins or fix.before):
             proposal.unfixed.append(fault.sentence)
             break
         tried.add(tuple(line))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from megatron_sov.base.documents.bounded_yaml import BoundedLoader
 from megatron_sov.base.errors import Fix, UserError, find_nearest_name
 from megatron_sov.bench.lm.settings import TaskSources
 
+DATA = "${DATA}"
+"""Stands for `--data-dir` in paths of data files."""
 MAX_FILE_BYTES = 4 << 20
 """Largest YAML file."""
 MAX_VALUES = 50_000
@@ -131,10 +134,18 @@ def find_source_tasks(sources: TaskSources) -> TaskCatalog:
 
 
 def check_task_names(names: Sequence[str], sources: TaskSources) -> None:
-    """Raise `UserError` for an unknown task; with `allow_download` lm-eval may have further tasks."""
+    """Raise `UserError` for an unknown task, and for a task whose files need --data-dir; with
+    `allow_download` lm-eval may have further tasks."""
     catalog = find_source_tasks(sources)
-    if not sources.allow_download:
-        catalog.list_required(catalog.expand_tags(names), {})
+    if sources.allow_download:
+        return
+    for name in catalog.list_required(catalog.expand_tags(names), {}):
+        config = catalog.definitions[name].config
+        files = re.findall(re.escape(DATA) + r"/([^'\"]+)", str(config.get("dataset_kwargs")))
+        if files and sources.data_dir is None:
+            publisher = ((config.get("metadata") or {}).get("sov") or {}).get("source", "the data set")
+            raise UserError(f"task {name!r}: needs {files[0]}; put {publisher} into a folder, and pass it "
+                            "as --data-dir DIR", Fix(options=("--data-dir", "DIR")))
 
 
 def find_tasks(folders: Sequence[TaskFolder]) -> TaskCatalog:

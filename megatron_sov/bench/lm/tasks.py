@@ -30,12 +30,10 @@ from megatron_sov.base.settings import parse_nested
 from megatron_sov.bench.lm.harness import suppress_output
 from megatron_sov.bench.lm.settings import LmEvalSettings, TaskSources
 from megatron_sov.bench.lm.task_files import (
-    SUITES, FunctionReference, TaskDefinition, find_source_tasks, iter_values, resolve_path)
+    DATA, SUITES, FunctionReference, TaskDefinition, find_source_tasks, iter_values, resolve_path)
 from megatron_sov.bench.lm.task_rows import LOADERS, TaskFileReader
 from megatron_sov.bench.suites.judging import AnswerJudge, parse_judging
 
-DATA = "${DATA}"
-"""Stands for `--data-dir` in paths of data files."""
 CODE_KEYS = ("process_docs", "process_results", "custom_dataset", "class", "doc_to_image", "doc_to_audio")
 """Settings whose values are code."""
 GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"}

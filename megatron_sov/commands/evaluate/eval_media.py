@@ -100,11 +100,8 @@ def _read_pair(argument: str) -> tuple[str, list[MediaRow]]:
 
 
 def read_media_rows(file: Path) -> list[MediaRow]:
-    """Read a JSONL file with `content`, `answer` and optionally `labels` per line.
-
-    Raises:
-        UserError: an unreadable or empty file, or a malformed line.
-    """
+    """Read a JSONL file with `content`, `answer` and optionally `labels` per line. Raises `UserError`: an
+    unreadable or empty file, or a malformed line."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
@@ -143,11 +140,8 @@ def _load_judges(options: EvalMediaOptions, reply_kinds: set[str]) -> dict[str, 
 
 
 def load_judge(reference: str) -> MediaJudge:
-    """Load FILE.py:NAME, a function (files, labels) -> texts.
-
-    Raises:
-        UserError: an invalid reference, or an object that is no function.
-    """
+    """Load FILE.py:NAME, a function (files, labels) -> texts. Raises `UserError`: an invalid reference, or an
+    object that is no function."""
     file, _, name = reference.rpartition(":")
     if not file.endswith(".py") or not name.isidentifier():
         raise UserError(f"judge {reference!r}: must have the form FILE.py:NAME")

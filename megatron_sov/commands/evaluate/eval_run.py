@@ -136,11 +136,8 @@ def _format_losses(losses: dict[str, dict[str, Any]]) -> str:
 
 
 def _build_suite(options: NeedleOptions, target: Target) -> NeedleSuite:
-    """Build the suite from the options and the target's settings.
-
-    Raises:
-        UserError: missing text, a text with another tokenizer, or sizes without an example.
-    """
+    """Build the suite from the options and the target's settings. Raises `UserError`: missing text, a text
+    with another tokenizer, or sizes without an example."""
     sources = open_sources(parse_data_paths(options.data), target.vocab_size or sys.maxsize, is_fixed=True)
     check_same_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     config = _apply_options(options, target.config.needle if target.config else NeedleConfig())

@@ -210,11 +210,8 @@ def _check_verify(options: VerifyOptions) -> VerifyOptions:
 
 
 def parse_model_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """Parse `--set model.NAME=VALUE` to `ModelConfig` fields.
-
-    Raises:
-        UserError: a name that is no field of the architecture.
-    """
+    """Parse `--set model.NAME=VALUE` to `ModelConfig` fields. Raises `UserError`: a name that is no field of
+    the architecture."""
     field_names = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "family"]
     parsed = parse_nested(settings)
     values = parsed.pop("model", {})

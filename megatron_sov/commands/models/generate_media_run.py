@@ -11,11 +11,8 @@ from megatron_sov.omni.generation.replies import MediaDecoders, MediaGeneration,
 
 
 def generate_media(request: MediaRequest) -> None:
-    """Answer every prompt, preceded by the media from the command line; print texts and file paths.
-
-    Raises:
-        UserError: a missing codec; see `generate_replies`.
-    """
+    """Answer every prompt, preceded by the media from the command line; print texts and file paths. Raises
+    `UserError`: a missing codec; see `generate_replies`."""
     options = request.options
     generation = MediaGeneration(
         build_prompt_media_encoder(options, request.root), build_media_decoders(options),

@@ -42,11 +42,7 @@ class RecipesOptions(RecipeOptions):
 
 
 def show_recipes(options: RecipesOptions) -> int:
-    """Print recipes, families and objectives, or the settings of one recipe with their sources.
-
-    Raises:
-        UserError: an unknown recipe or setting, or --set, --json or --yaml without a recipe.
-    """
+    """Print recipes, families and objectives, or the settings of one recipe with their sources."""
     if options.recipe is None and not options.configs:
         for option, is_set in (("--json", options.json), ("--yaml", options.yaml),
                                (f"--set {''.join(options.settings[:1])}", options.settings)):
@@ -80,11 +76,8 @@ def _derive_sources(name: str, base: RunConfig, config: RunConfig) -> Sources:
 
 
 def format_recipe_list(tiny: bool = False) -> str:
-    """List the recipes by job and size, then model families, objectives, and plugins.
-
-    Args:
-        tiny: list only the `tiny-` recipes, instead of the others.
-    """
+    """List the recipes by job and size, only the `tiny-` recipes or the others, then model families,
+    objectives, and plugins."""
     configs = {name: recipes.get(name) for name in recipes.names() if name.startswith(TINY) == tiny}
     counts = {name: count_params(config.model).total for name, config in configs.items()}
     width = max(map(len, configs))

@@ -101,11 +101,7 @@ class ParentProcess:
     """The process from `--parent-pid`: when it ends, the server stops."""
 
     def __init__(self, pid: int | None) -> None:
-        """Record a process's start time; None for no parent.
-
-        Raises:
-            UserError: no such process.
-        """
+        """Record a process's start time; None for no parent. Raises `UserError`: no such process."""
         self._record: dict[str, object] | None = None
         self._next_poll_s = 0.0
         if pid is None:

@@ -78,11 +78,8 @@ def add_teacher(request: TrainingRequest, stage: Stage) -> Stage:
 
 def _make_states(request: TrainingRequest, reader: DataReader, sources: list[Source]) -> None:
     """Run a teacher on data that no folder of states covers, and check that existing folders come from this
-    teacher.
-
-    Raises:
-        UserError: the teacher has another vocabulary, a folder is another teacher's, or several are missing.
-    """
+    teacher. Raises `UserError`: the teacher has another vocabulary, a folder is another teacher's, or several
+    are missing."""
     config, options, teacher = request.config, request.options, reader.teacher
     assert isinstance(options, DistillOptions) and teacher is not None
     distillation, target = config.distillation, find_target(teacher)

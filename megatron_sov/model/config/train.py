@@ -233,8 +233,8 @@ class TrainConfig:
     `gpu.grad_dtype`; fp64 is slow and serves to prove that layouts agree."""
     fp8: Literal["none", "tensorwise", "blockwise", "mxfp8", "nvfp4", "delayed"] = "none"
     """Matrix products in transformer layers in 8 bits (nvfp4: 4 bits), by Transformer Engine on a GPU
-    (docs/fp8.md). Scales per tensor (tensorwise), per 128 values and 128 x 128 weights (blockwise), per 32
-    values (mxfp8) or per 16 values (nvfp4). delayed is rejected: checkpoints do not store its scale
+    (docs/precision.md). Scales per tensor (tensorwise), per 128 values and 128 x 128 weights (blockwise), per
+    32 values (mxfp8) or per 16 values (nvfp4). delayed is rejected: checkpoints do not store its scale
     history."""
     fp8_format: Literal["auto", "e4m3", "hybrid"] = "auto"
     """8-bit format. e4m3: for all tensors; hybrid: e5m2 for gradients; auto: hybrid for tensorwise, else

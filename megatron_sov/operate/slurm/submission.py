@@ -18,7 +18,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jinja2
 
 import megatron_sov
 from megatron_sov.base.artifacts import create_folder, format_json, translate_disk_errors, write_atomically
@@ -31,9 +33,6 @@ from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.clusters import client, cluster
 from megatron_sov.work.clusters.cluster import ClusterProfile, parse_time_limit
-
-if TYPE_CHECKING:
-    import jinja2
 
 PLAIN = re.compile(r"[A-Za-z0-9_./:,=@+%-]+")
 PORTS = 20000, 10000
@@ -159,8 +158,6 @@ def _build_engine_words(job: SlurmJob) -> dict[str, Any]:
 
 @functools.cache
 def _build_environment(ready: bool) -> jinja2.Environment:
-    import jinja2  # only for submissions
-
     # the filter `sh` quotes for the shell; HTML escapes would corrupt scripts
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_read_template), undefined=jinja2.StrictUndefined, trim_blocks=True,

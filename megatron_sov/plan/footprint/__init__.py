@@ -1,1 +1,1 @@
-"""Bytes of one GPU: parameters, states, activations."""
+"""Bytes per GPU: parameters, states, activations."""

@@ -1,4 +1,4 @@
-"""Bytes of activations that layers save for the backward pass, before and after recomputation and offloading.
+"""Estimate the activation bytes that layers save, before and after recomputation and offloading.
 
 In bf16 by Transformer Engine's modules (2.20.2): a norm inside a linear layer saves input and output, linear
 layers and SwiGLU save inputs, fused attention saves queries, keys, values and output. Otherwise by modules of
@@ -30,9 +30,9 @@ Measured."""
 @dataclass(frozen=True)
 class SavedActivations:
     residuals: int = 0
-    """Inputs of norms over the residual; unfused norms also save normalized inputs."""
+    """Residual norm inputs; unfused norms also save normalized inputs."""
     qkv_input: int = 0
-    """Input of the projection to queries, keys and values."""
+    """Input to the projection to queries, keys and values (`linear_qkv`)."""
     qkv: int = 0
     """Projected queries, keys and values."""
     rotated: int = 0
@@ -40,19 +40,19 @@ class SavedActivations:
     core: int = 0
     """Attention output and softmax sums; without a fused kernel also window masks."""
     attended: int = 0
-    """Input of the output projection, if it differs from the attention output."""
+    """Input to the output projection (`linear_proj`), if it differs from the attention output."""
     gathered: int = 0
     """Gathered keys and values under context parallelism."""
     ffn_input: int = 0
-    """Input of the feed-forward network."""
+    """Input to the feed-forward network."""
     router: int = 0
     """Router scores, choices and token order."""
     expert_input: int = 0
     """Routed tokens in expert order."""
     expert_hidden: int = 0
-    """Gate and up projection of routed experts."""
+    """Gate and up projection in routed experts."""
     expert_activated: int = 0
-    """Input of the experts' down projection; unfused, also its factors."""
+    """Input to the experts' down projection; unfused, also its factors."""
     shared: int = 0
     """Activations inside shared experts."""
     dense: int = 0
@@ -86,7 +86,7 @@ def list_layer_kinds(m: ModelConfig) -> tuple[LayerKind, ...]:
 
 
 def get_prediction_kind(m: ModelConfig) -> LayerKind:
-    """Return the kind of the layer inside a multi-token prediction layer."""
+    """Return the layer kind inside a multi-token prediction layer."""
     return _build_kind(m, m.mtp_experts, m.mtp_layer_type(), m.mtp_window(), bounded=False)
 
 
@@ -96,19 +96,18 @@ def _build_kind(m: ModelConfig, with_experts: bool, attention: str, window: int,
 
 
 class Tokens(NamedTuple):
-    """Token counts of a micro-batch on one process."""
+    """Token counts in a micro-batch on a process."""
 
     row: int
-    """Tokens of all context-parallel processes."""
+    """Tokens over all context-parallel processes."""
     local: int
     share: int
     """Local tokens divided by tp under sequence parallelism."""
 
 
 def count_tokens(config: RunConfig, row_tokens: int) -> Tokens:
-    """Count the tokens of a process in a micro-batch of `row_tokens` tokens."""
+    """Count a process's tokens in a micro-batch with `row_tokens` tokens."""
     p = config.parallel
-    # Context parallelism splits the row first; sequence parallelism then splits the local tokens.
     local = row_tokens // p.cp
     return Tokens(row_tokens, local, local // (p.tp if p.sp else 1))
 
@@ -116,7 +115,7 @@ def count_tokens(config: RunConfig, row_tokens: int) -> Tokens:
 def estimate_saved(config: RunConfig, row_tokens: int, kind: LayerKind) -> SavedActivations:
     """Return the bytes that a layer saves without recomputation and with balanced routing."""
     p = config.parallel
-    # auto: kernels may be missing, and plain torch saves more
+    # `auto` may lack kernels, and plain torch saves more.
     by_kernels = config.gpu.linear_attention == "fla" and config.train.precision == "bf16"
     return _estimate_saved(config.model, config.train.precision, count_tokens(config, row_tokens), p.tp,
                            p.etp, p.cp, kind, by_kernels)
@@ -124,8 +123,8 @@ def estimate_saved(config: RunConfig, row_tokens: int, kind: LayerKind) -> Saved
 
 @lru_cache(maxsize=1 << 14)
 def _estimate_saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp: int, cp: int,
-           kind: LayerKind, by_kernels: bool) -> SavedActivations:
-    """Cached part of `estimate_saved`."""
+                    kind: LayerKind, by_kernels: bool) -> SavedActivations:
+    """Compute `estimate_saved` from hashable arguments, cached."""
     item, fused = ITEM_BYTES[precision], precision == "bf16"
     hidden = tokens.share * m.hidden_size * item
     # torch's norm saves its input, the normalized input and 1 / norm
@@ -140,7 +139,7 @@ def _estimate_saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp
                                 ffn_input=hidden, **attention, dense=inside)
     shared = m.num_shared_experts * m.expert_ffn_dim // tp
     routed, inner = tokens.share * m.num_experts_per_token, m.expert_ffn_dim // etp
-    # processes that share a split expert each have all of its tokens
+    # processes with parts of an expert have all its tokens
     arrived = routed * etp
     return SavedActivations(
         residuals=m.norms_per_layer() * norm, qkv_input=hidden, ffn_input=hidden, **attention,
@@ -152,8 +151,8 @@ def _estimate_saved(m: ModelConfig, precision: str, tokens: Tokens, tp: int, etp
 
 
 def _estimate_attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int, cp: int,
-               kind: LayerKind, by_kernels: bool) -> dict[str, int]:
-    """Return field of `SavedActivations` -> bytes that attention saves."""
+                        kind: LayerKind, by_kernels: bool) -> dict[str, int]:
+    """Return field in `SavedActivations` -> bytes that attention saves."""
     if kind.is_linear:
         assert m.linear_attention is not None
         if by_kernels:
@@ -173,25 +172,26 @@ def _estimate_attention(m: ModelConfig, precision: str, tokens: Tokens, tp: int,
     gate = tokens.local * queries * (2 * item + max(item, FLOAT32_BYTES)) if m.attention_output_gate else 0
     gathered = {"gathered": 0}
     if cp > 1:
-        # A process has two pieces of a row; each needs keys from one window back.
+        # A process has two pieces of a row, each with keys from one window back.
         reached = min(tokens.row, tokens.local + 2 * kind.window) if slides else tokens.row
         gathered["gathered"] = 2 * reached * keys * item
     if fused:
         return gathered | {"qkv": per_token * (queries + 2 * keys + copied) + gate,
-                        "rotated": per_token * (queries + keys), "core": per_token * queries + sums}
+                           "rotated": per_token * (queries + keys), "core": per_token * queries + sums}
     projected = per_token * (queries + 2 * keys)  # includes values
     qkv = projected + gate + per_token * (copied + (queries + keys if m.qk_norm else 0))
     if cp > 1 and not slides:  # attention to gathered keys is recomputed in the backward pass
         return gathered | {"qkv": qkv, "rotated": per_token * queries, "attended": per_token * queries}
     masks = _count_mask_elements(tokens.local, kind.window) * item if slides and cp == 1 else 0
+    attended = per_token * queries if slides else 0
     return gathered | {"qkv": qkv, "rotated": per_token * (queries + keys),
-                    "core": per_token * queries + sums + masks, "attended": per_token * queries * slides}
+                       "core": per_token * queries + sums + masks, "attended": attended}
 
 
 def _estimate_latent_attention(m: ModelConfig, latent: LatentAttentionConfig,
                                precision: str, tokens: Tokens, tp: int, cp: int) -> dict[str, int]:
     """Return the bytes that latent attention saves: both low-rank vectors before and after their norms, then
-    queries, keys and values of all heads. Not measured."""
+    all heads' queries, keys and values. Not measured."""
     item, heads = ITEM_BYTES[precision], m.num_heads // tp
     per_token, narrow = tokens.local * item, latent.kv_lora_rank + (latent.q_lora_rank or 0)
     # unfused kernels pad values to the width of queries
@@ -206,15 +206,15 @@ def _estimate_latent_attention(m: ModelConfig, latent: LatentAttentionConfig,
 def _estimate_linear_attention(linear: LinearAttentionConfig, precision: str, tokens: Tokens, tp: int
                       ) -> dict[str, int]:
     """Return the bytes that linear attention saves in plain torch: projections; in the state's precision,
-    inputs of each convolution tap, and its output before and after the activation; per chunk and head three
-    square matrices, both sides of the triangular system, and states; output, norm and gate."""
+    inputs per convolution tap, and outputs before and after the activation; per chunk and head three square
+    matrices, both sides in the triangular system, and states; output, norm and gate."""
     item, wide = ITEM_BYTES[precision], max(ITEM_BYTES[precision], FLOAT32_BYTES)
     channels = linear.num_key_heads * linear.convolved_channels // tp
     heads, keys, values = linear.num_key_heads // tp, linear.key_head_dim, linear.value_head_dim
     projected = (tokens.local * heads * (sum(linear.projected) + keys + values)
                  + tokens.share * 2 * linear.gate_rank)
-    inside = heads * (3 * DELTA_RULE_CHUNK + 23 * keys + 3 * values + 4) + \
-                      linear.state_size // tp // DELTA_RULE_CHUNK
+    inside = (heads * (3 * DELTA_RULE_CHUNK + 23 * keys + 3 * values + 4)
+              + linear.state_size // tp // DELTA_RULE_CHUNK)
     return {"gathered": 0, "qkv": projected * item,
             "rotated": tokens.local * wide * channels * (linear.conv_taps + 2),
             "core": tokens.local * wide * inside,
@@ -224,12 +224,12 @@ def _estimate_linear_attention(linear: LinearAttentionConfig, precision: str, to
 def _estimate_fla_attention(linear: LinearAttentionConfig, tokens: Tokens, tp: int) -> dict[str, int]:
     """Return the bytes that linear attention saves in bf16 with flash-linear-attention (fla-core 0.6.0,
     `save_for_backward` in `chunk.py`): queries, keys and values in bf16, learning rates, decays and their
-    sums in float32, and two square matrices per head and chunk. Everything around the kernel is as in plain
+    sums in float32, and two square matrices per head and chunk. Around the kernel it saves the same as plain
     torch."""
     item, wide = BF16_BYTES, FLOAT32_BYTES
     channels = linear.num_key_heads * linear.convolved_channels // tp
     heads, keys, values = linear.num_key_heads // tp, linear.key_head_dim, linear.value_head_dim
-    # also norms of queries and keys, and inputs of rates and decays
+    # also query and key norms, and inputs to rates and decays
     inside = heads * ((2 * keys + values + 2 * DELTA_RULE_CHUNK) * item + (4 * keys + 5) * wide)
     return {"gathered": 0, "qkv": tokens.share * 2 * linear.gate_rank * item,
             "rotated": tokens.local * wide * channels * (linear.conv_taps + 2),
@@ -238,65 +238,65 @@ def _estimate_fla_attention(linear: LinearAttentionConfig, tokens: Tokens, tp: i
 
 
 def _count_mask_elements(tokens: int, window: int) -> int:
-    """Count the mask elements of a document under a sliding window."""
+    """Count a document's mask elements under a sliding window, in blocks with `QUERY_BLOCK` queries."""
     return sum(min(QUERY_BLOCK, tokens - start) * (min(tokens, start + QUERY_BLOCK)
                                                    - max(0, start - window + 1))
                for start in range(0, tokens, QUERY_BLOCK))
 
 
-def count_stored_bytes(config: RunConfig, row_tokens: int, kind: LayerKind, whole: SavedActivations) -> int:
-    """Return how many bytes of a layer stay on the device until its backward pass, under `train.recompute`
-    and `gpu.offload_modules`.
+def count_stored_bytes(config: RunConfig, row_tokens: int, kind: LayerKind, saved: SavedActivations) -> int:
+    """Return a layer's bytes that stay on the device until its backward pass, under `train.recompute` and
+    `gpu.offload_modules`.
 
     Args:
-        config: settings.
-        row_tokens: tokens of a micro-batch, before it is cut over processes.
-        kind: of the layer.
-        whole: what it saves (`saved`).
+        config: the run.
+        row_tokens: tokens in a micro-batch, over all context-parallel processes.
+        kind: the layer's kind.
+        saved: result from `estimate_saved`.
     """
-    # Full recomputation keeps the layer's input and nothing else.
+    # Full recomputation only saves the layer's input.
     if config.train.recompute is True:
-        return count_tokens(config, row_tokens).share * config.model.hidden_size * (
-            ITEM_BYTES[config.train.precision])
-    return whole.total - _count_recomputed_bytes(config, whole, kind) - \
-                                                 _count_offloaded_bytes(config, whole, kind)
+        hidden = count_tokens(config, row_tokens).share * config.model.hidden_size
+        return hidden * ITEM_BYTES[config.train.precision]
+    return (saved.total - _count_recomputed_bytes(config, saved, kind)
+            - _count_offloaded_bytes(config, saved, kind))
 
 
-def _count_recomputed_bytes(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
-    """Return the bytes of a layer that `gpu.recompute_modules` recomputes."""
+def _count_recomputed_bytes(config: RunConfig, saved: SavedActivations, kind: LayerKind) -> int:
+    """Return a layer's bytes that `gpu.recompute_modules` recomputes."""
     modules, num_bytes = config.gpu.recompute_modules, 0
     fused = config.train.precision == "bf16"
     # recomputing fused attention saves nothing, and linear attention is not recomputed
     if "core_attn" in modules and not fused and not kind.is_linear:
-        num_bytes += whole.core
+        num_bytes += saved.core
     if "mlp" in modules:
-        num_bytes += whole.dense
-    # The whole block is recomputed, so its parts must not count twice.
+        num_bytes += saved.dense
+    # `moe` includes `moe_act` and `shared_experts`: count their bytes once.
     if "moe" in modules:
-        return num_bytes + whole.router + whole.routed + whole.shared
+        return num_bytes + saved.router + saved.routed + saved.shared
     if "layernorm" in modules and kind.with_experts and config.model.block_norms != "post":
-        num_bytes += whole.ffn_input  # all other norms are inside linear layers
+        num_bytes += saved.ffn_input  # linear layers contain all further norms
     if "moe_act" in modules:
-        num_bytes += whole.expert_activated
-    return num_bytes + (whole.shared if "shared_experts" in modules else 0)
+        num_bytes += saved.expert_activated
+    return num_bytes + (saved.shared if "shared_experts" in modules else 0)
 
 
-def _count_offloaded_bytes(config: RunConfig, whole: SavedActivations, kind: LayerKind) -> int:
-    """Return the bytes of a layer in host memory."""
+def _count_offloaded_bytes(config: RunConfig, saved: SavedActivations, kind: LayerKind) -> int:
+    """Return a layer's bytes in host memory (`gpu.offload_modules`)."""
     recomputed, m = config.gpu.recompute_modules, config.model
-    before_ffn = 0 if m.block_norms == "post" else whole.residuals // m.norms_per_layer()
-    parts = {"qkv_linear": whole.qkv_input, "core_attn": whole.qkv, "attn_proj": whole.core,
-             "mlp_norm": before_ffn, "expert_fc1": whole.expert_input,
-             "moe_act": whole.expert_hidden // (2 if kind.bounded else 1)}
+    before_ffn = 0 if m.block_norms == "post" else saved.residuals // m.norms_per_layer()
+    parts = {"qkv_linear": saved.qkv_input, "core_attn": saved.qkv, "attn_proj": saved.core,
+             "mlp_norm": before_ffn, "expert_fc1": saved.expert_input,
+             "moe_act": saved.expert_hidden // (2 if kind.bounded else 1)}
     if kind.is_linear:  # only the library's attention modules offload inputs
         parts |= dict.fromkeys(("qkv_linear", "core_attn", "attn_proj"), 0)
     return sum(parts[module] for module in config.gpu.offload_modules
                if not ("moe" in recomputed and module in ("expert_fc1", "moe_act")))
 
 
-def count_pending_micro_batches(pp: int, vpp: int, stage: int, num_micro_batches: int, *, overlapped: bool =
-                                False ) -> list[int]:
-    """Return the largest number of micro-batches that wait for the backward pass, per chunk of a stage.
+def count_pending_micro_batches(pp: int, vpp: int, stage: int, num_micro_batches: int, *,
+                                overlapped: bool = False) -> list[int]:
+    """Return the maximum number of micro-batches that wait for the backward pass, per chunk on a stage.
 
     1F1B (arXiv 2104.04473, section 2.2), interleaved (section 2.3): the warm-up follows the library
     (`schedules.get_pp_rank_microbatches`, 0.19.2), in groups of `pp` micro-batches per chunk.
@@ -322,17 +322,17 @@ class StoredActivations:
     waiting: int
     """Saved by layers, embedding and prediction layers for all pending micro-batches."""
     head: int
-    """Saved by the loss: gradients of hidden states and of the head's weight."""
+    """Gradients that the loss computes in the forward pass: hidden states and the head's weight."""
     recomputed: int
-    """Recomputed activations of the largest layer; 0 without recomputation."""
+    """Recomputed activations in the largest layer; 0 without `train.recompute`."""
     norms: int
-    """Part of `waiting` that the newest micro-batch saves after the trunk, freed before any recomputation."""
+    """Part in `waiting` that the newest micro-batch saves after the trunk, freed before recomputation."""
     largest: int
-    """Activations of the largest layer without recomputation."""
+    """Activations in the largest layer without recomputation."""
     unevenly: int
-    """Part of `waiting` in routed experts, which grows with imbalance."""
+    """Routed experts' bytes in `waiting`, which grow with imbalance."""
     layer_unevenly: int
-    """Part of `recomputed` in routed experts."""
+    """Routed experts' bytes in `recomputed`."""
 
     @property
     def saved(self) -> int:
@@ -341,48 +341,49 @@ class StoredActivations:
 
 
 def estimate_stored(config: RunConfig, stage: int, seq_len: int, num_micro_batches: int) -> StoredActivations:
-    """Return the bytes of activations on a process of a stage."""
+    """Return the activation bytes on a process on pipeline stage `stage` (0-based)."""
     m, p = config.model, config.parallel
     row = seq_len * config.train.micro_batch_size
-    of_layers = list_layer_kinds(m)
+    layer_kinds = list_layer_kinds(m)
     counts = count_pending_micro_batches(
         p.pp, p.vpp, stage, num_micro_batches, overlapped=p.expert_overlap == "micro_batches")
     last = stage == p.pp - 1
     kind_counts: dict[LayerKind, int] = {}
     for layers, count in zip(list_chunk_layers(p, stage, m.num_layers), counts, strict=True):
         for layer in layers:
-            # Layers of a kind save equal bytes, so only their number matters.
-            kind_counts[of_layers[layer]] = kind_counts.get(of_layers[layer], 0) + count
+            # Layers with equal kinds save equal bytes.
+            kind_counts[layer_kinds[layer]] = kind_counts.get(layer_kinds[layer], 0) + count
     if last and m.num_mtp_layers:
         kind = get_prediction_kind(m)
-        # Recomputation covers all applications at once and saves the first input.
+        # Full recomputation covers all applications at once and saves the first input.
         times = m.num_mtp_layers if config.train.recompute is True else m.num_predictions
         kind_counts[kind] = kind_counts.get(kind, 0) + counts[-1] * times
-    wholes = {kind: estimate_saved(config, row, kind) for kind in kind_counts}
-    keeps = {kind: count_stored_bytes(config, row, kind, whole) for kind, whole in wholes.items()}
-    waiting = sum(keeps[kind] * count for kind, count in kind_counts.items())
+    saved_by_kind = {kind: estimate_saved(config, row, kind) for kind in kind_counts}
+    stored = {kind: count_stored_bytes(config, row, kind, saved) for kind, saved in saved_by_kind.items()}
+    waiting = sum(stored[kind] * count for kind, count in kind_counts.items())
     if stage == 0:
         waiting += counts[0] * row // p.cp * INDEX_BYTES
     norms = _count_last_stage_bytes(config, row) if last else 0
     waiting += counts[-1] * norms
     recomputed = {}
     if config.train.recompute:
-        recomputed = {kind: wholes[kind].total - keeps[kind] for kind in kind_counts}
+        recomputed = {kind: saved_by_kind[kind].total - stored[kind] for kind in kind_counts}
     if last and m.num_mtp_layers and config.train.recompute is True:
-        recomputed[kind] = max(recomputed[kind], m.mtp_depths * wholes[kind].total - keeps[kind])
-    largest = max(kind_counts, key=lambda kind: wholes[kind].total)
-    return StoredActivations(waiting=waiting, head=count_head_gradient_bytes(config, row) if last else 0,
-                  recomputed=max(recomputed.values(), default=0), norms=norms, largest=wholes[largest].total,
-                  unevenly=_count_expert_bytes(config, kind_counts, wholes),
-                  layer_unevenly=wholes[largest].routed if recomputed.get(largest) else 0)
+        recomputed[kind] = max(recomputed[kind], m.mtp_depths * saved_by_kind[kind].total - stored[kind])
+    largest = max(kind_counts, key=lambda kind: saved_by_kind[kind].total)
+    return StoredActivations(
+        waiting=waiting, head=count_head_gradient_bytes(config, row) if last else 0,
+        recomputed=max(recomputed.values(), default=0), norms=norms, largest=saved_by_kind[largest].total,
+        unevenly=_count_expert_bytes(config, kind_counts, saved_by_kind),
+        layer_unevenly=saved_by_kind[largest].routed if recomputed.get(largest) else 0)
 
 
-def _count_expert_bytes(config: RunConfig, here: dict[LayerKind, int],
-                wholes: dict[LayerKind, SavedActivations]) -> int:
-    """Return the bytes of routed tokens in `waiting`."""
+def _count_expert_bytes(config: RunConfig, kind_counts: dict[LayerKind, int],
+                        saved_by_kind: dict[LayerKind, SavedActivations]) -> int:
+    """Return the routed tokens' bytes in `waiting`."""
     if config.train.recompute is True or "moe" in config.gpu.recompute_modules:
         return 0
-    return sum(wholes[kind].routed * count for kind, count in here.items())
+    return sum(saved_by_kind[kind].routed * count for kind, count in kind_counts.items())
 
 
 def _count_last_stage_bytes(config: RunConfig, row_tokens: int) -> int:
@@ -394,19 +395,19 @@ def _count_last_stage_bytes(config: RunConfig, row_tokens: int) -> int:
     norm = hidden if fused else 2 * hidden + tokens.share * item
     if not m.num_mtp_layers:
         return norm
-    around = m.num_predictions * tokens.local * INDEX_BYTES + (
-        # under recomputation: hidden states, and embeddings of each depth
-        (m.num_mtp_layers + m.num_predictions) * hidden if config.train.recompute is True
-        else m.num_predictions * (3 * norm + 2 * hidden))
-    return norm + around
+    predictions = m.num_predictions * (3 * norm + 2 * hidden)
+    if config.train.recompute is True:
+        # hidden states, and embeddings per depth
+        predictions = (m.num_mtp_layers + m.num_predictions) * hidden
+    return norm + m.num_predictions * tokens.local * INDEX_BYTES + predictions
 
 
 def count_head_gradient_bytes(config: RunConfig, row_tokens: int) -> int:
-    """Return the bytes of gradients that the losses compute in the forward pass: of all hidden states, and of
+    """Return the gradient bytes that the losses compute in the forward pass: for all hidden states, and for
     the head's weight (`engine.model.chunked_head`)."""
     m, item = config.model, ITEM_BYTES[config.train.precision]
     tokens, wide = count_tokens(config, row_tokens), max(ITEM_BYTES[config.train.precision], FLOAT32_BYTES)
     rows = -(-m.vocab_size // config.parallel.tp)
     trained = not config.lora.on or HEAD in config.lora.targets
-    of_weight = rows * m.hidden_size * wide if trained else 0
-    return (1 + m.num_predictions) * (of_weight + tokens.local * (m.hidden_size * item + wide))
+    weight_bytes = rows * m.hidden_size * wide if trained else 0
+    return (1 + m.num_predictions) * (weight_bytes + tokens.local * (m.hidden_size * item + wide))

@@ -1,4 +1,4 @@
-"""Checks that a run fits GPU and host memory (`memory.py`), and the nearest layout that fits."""
+"""Check that a run fits GPU and host memory (`memory.py`), and find the nearest fitting layout."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ Transformer Engine need the rest, 2 to 4 GiB of 79. Assumed; not measured."""
 MAX_TP = 8
 """Largest proposed tensor parallel size: inside a node."""
 TEACHERS = {"typhoon-s-8b-opd": "qwen3-30b-a3b-2507"}
-"""Recipe -> recipe of the teacher (arXiv 2601.18129)."""
+"""Recipe -> its teacher's recipe (arXiv 2601.18129)."""
 
 
-def find_fullest_stage(config: RunConfig, num_ranks: int, teacher: ModelConfig |
-                       None = None) -> tuple[int, MemoryAccount]:
-    """Return the pipeline stage (0-based) with the fullest processes, and their account, at the longest
-    samples.
+def find_fullest_stage(config: RunConfig, num_ranks: int, teacher: ModelConfig | None = None
+                       ) -> tuple[int, MemoryAccount]:
+    """Return the pipeline stage (0-based) with the fullest processes, and their `MemoryAccount`, at the
+    longest samples.
 
     Args:
         config: the run.
@@ -63,28 +63,27 @@ def find_fullest_stage(config: RunConfig, num_ranks: int, teacher: ModelConfig |
 
 
 def _list_distinct_stages(config: RunConfig) -> list[int]:
-    """Return the first stage of each kind: it has the most pending micro-batches of its kind."""
+    """Return a stage (0-based) per kind: the first, which has the most pending micro-batches."""
     m, p = config.model, config.parallel
-    of_layers = list_layer_kinds(m)
+    layer_kinds = list_layer_kinds(m)
     stages: dict[tuple[object, ...], int] = {}
     for stage in range(p.pp):
         layers = list_chunk_layers(p, stage, m.num_layers)
-        # rules may name single layers, and under train.fp8 the first and last layers use bf16
-        kinds = tuple(tuple(sorted(of_layers[layer] for layer in chunk)) for chunk in layers)
+        # `optim.groups` may name single layers, and under `train.fp8` the first and last layers use bf16.
+        kinds = tuple(tuple(sorted(layer_kinds[layer] for layer in chunk)) for chunk in layers)
         edge = config.train.fp8 != "none" or config.optim.groups
         stages.setdefault((kinds, stage == 0, stage == p.pp - 1, stage if edge else None), stage)
     return list(stages.values())
 
 
 def estimate_memory(config: RunConfig, num_ranks: int) -> MemoryEstimate:
-    """Estimate the memory of a run's processes at the longest samples."""
+    """Estimate the memory on a run's processes at the longest samples."""
     first = build_account(config, num_ranks, 0, max(phase.seq_len for phase in config.data.phases))
     return MemoryEstimate(states=first.states, peak=first.total, on_host=first.on_host,
                           fullest=find_fullest_stage(config, num_ranks)[1].total)
 
 
 def get_usable_bytes(gpu: Gpu) -> int:
-    """Return the usable bytes of a GPU."""
     return int(USABLE_SHARE * gpu.memory_bytes)
 
 
@@ -101,45 +100,44 @@ def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
     stage, needs = find_fullest_stage(config, num_ranks)
     if needs.total <= get_usable_bytes(gpu):
         return
-    which = f" of pipeline stage {stage + 1}" if config.parallel.pp > 1 else ""
-    nearest = find_nearest_layout(config, num_ranks, gpu)
-    way_out = ("the nearest layout that fits: "
-               + " ".join(f"--set {shlex.quote(s)}" for s in list_changed_settings(config.parallel, nearest))
-               if nearest else "no layout fits so many processes: use more GPUs, or a larger parallel.cp for "
-                             "long samples")
+    location = f" of pipeline stage {stage + 1}" if config.parallel.pp > 1 else ""
+    nearest, fix = find_nearest_layout(config, num_ranks, gpu), None
+    advice = "no layout fits so many processes: use more GPUs, or a larger parallel.cp for long samples"
+    if nearest is not None:
+        settings = list_changed_settings(config.parallel, nearest)
+        options = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+        advice = f"the nearest layout that fits: {options}"
+        fix = Fix(options=tuple(word for setting in settings for word in ("--set", setting)))
     raise UserError(
         f"{config.recipe} on {num_ranks} processes: {_format_sizes(config.parallel)} needs "
-        f"{needs.total / GIB:.1f} GiB on each process{which} ({_format_items(needs)}), and a run may take "
+        f"{needs.total / GIB:.1f} GiB on each process{location} ({_format_items(needs)}), and a run may take "
         f"{get_usable_bytes(gpu) / GIB:.1f} GiB of a {gpu.name} with "
-        f"{gpu.memory_bytes / GIB:.1f} GiB; {way_out}",
-        Fix(options=tuple(word for s in list_changed_settings(config.parallel, nearest)
-                          for word in ("--set", s)))
-        if nearest else None)
+        f"{gpu.memory_bytes / GIB:.1f} GiB; {advice}", fix)
 
 
 def _format_items(needs: MemoryAccount) -> str:
-    """Format the items of an account in GiB."""
+    """Format an account's items in GiB."""
     states = {"weights": needs.weights, "quantised weights": needs.quantized_weights,
               "gradients": needs.gradients, "optimizer": needs.optimizer, "teacher": needs.teacher}
     items = {name: n for name, n in states.items() if n or name not in ("quantised weights", "teacher")}
-    others = {"activations": needs.allocated - sum(items.values()),
+    rest = {"activations": needs.allocated - sum(items.values()),
               "NCCL and gaps": needs.total - needs.allocated}
-    return ", ".join(f"{name} {n / GIB:.1f}" for name, n in (items | others).items())
+    return ", ".join(f"{name} {n / GIB:.1f}" for name, n in (items | rest).items())
 
 
 def find_nearest_layout(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | None:
-    """Return the fitting layout with the fewest changes to the run's: ZeRO-1 is free; each doubling of ep, pp
-    or tp, and giving up an uneven pipeline, counts as one. Ties go to the layout with least memory."""
+    """Return the fitting layout with the fewest changes to `config.parallel`: ZeRO-1 is free; doubling `ep`,
+    `pp` or `tp`, and dropping `pipeline_layout`, counts as one. Ties go to the layout with least memory."""
     p = config.parallel
     best: tuple[float, float, ParallelConfig] | None = None
     for candidate in _iter_candidates(config.model, p):
         steps = sum(abs(math.log2(getattr(candidate, n) / getattr(p, n))) for n in ("ep", "pp", "tp"))
         steps += candidate.pipeline_layout != p.pipeline_layout
-        # Before the slow account: a candidate with more changes cannot win.
+        # Skip the slow account: a candidate with more changes cannot win.
         if best is not None and steps > best[0]:
             continue
         changed = dataclasses.replace(config, parallel=candidate)
-        # The layout's own rules first: they are cheap, and break most candidates.
+        # The layout's rules first: they are cheap and exclude most candidates.
         if candidate.problems(config.model, num_ranks) or changed.problems(num_ranks):
             continue
         needs = find_fullest_stage(changed, num_ranks)[1].total
@@ -156,7 +154,7 @@ def list_changed_settings(before: ParallelConfig, after: ParallelConfig) -> list
 
 
 def _iter_candidates(model: ModelConfig, p: ParallelConfig) -> Iterator[ParallelConfig]:
-    """Yield layouts with ZeRO-1 and unchanged cp and etp: the run's own uneven pipeline, and equal stages."""
+    """Yield layouts with `zero1` and unchanged `cp` and `etp`, with `p.pipeline_layout` and equal stages."""
     experts = _list_divisors(model.num_experts) if model.num_moe_layers() else [1]
     if p.pipeline_layout:
         for ep, tp in itertools.product(experts, _list_divisors(MAX_TP)):
@@ -176,17 +174,17 @@ def _format_sizes(p: ParallelConfig) -> str:
 
 
 USABLE_HOST_SHARE = 0.9
-"""Share of host memory that may be pinned; processes, data and the system need the rest. Assumed."""
+"""Maximum pinned share of host memory; processes, data and the system need the rest. Assumed."""
 DRIVER_FILE = "/dev/nvidiactl"
-"""Device file of NVIDIA's driver: a machine with it has GPUs, even without `nvidia-smi`."""
+"""NVIDIA's device file: a machine with the file has GPUs, even without `nvidia-smi`."""
 
 
 def count_node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:
-    """Return the pinned host bytes of `ranks` in a run on `count` processes."""
-    # Processes of a stage pin about equal amounts.
-    of_stage = [StageBuffers(config, count, stage).count_states(StatePlace()).on_host
-                for stage in range(config.parallel.pp)]
-    return sum(of_stage[rank // (count // config.parallel.pp)] for rank in ranks)
+    """Return the host bytes that `ranks` pin in a run on `count` processes."""
+    # Processes on a stage pin about equal amounts.
+    stage_bytes = [StageBuffers(config, count, stage).count_states(StatePlace()).on_host
+                   for stage in range(config.parallel.pp)]
+    return sum(stage_bytes[rank // (count // config.parallel.pp)] for rank in ranks)
 
 
 def refuse_on_nodes(config: RunConfig, count: int, per_node: int, memory_bytes: int, gpu: Gpu | None) -> None:
@@ -202,8 +200,8 @@ def refuse_on_nodes(config: RunConfig, count: int, per_node: int, memory_bytes: 
 
 
 def refuse_on_this_node(config: RunConfig, nproc: int | None, gpu: Gpu | None) -> None:
-    """Refuse a run whose processes on this machine pin more host memory than is available, as
-    `refuse_on_nodes` does. No process of the run may have pinned memory yet."""
+    """Refuse a run that pins more host memory on this machine than is available (`refuse_on_nodes`). Call
+    before a process pins memory."""
     if not config.gpu.optimizer_offload:
         return
     count = num_ranks(nproc)
@@ -215,8 +213,8 @@ def refuse_on_this_node(config: RunConfig, nproc: int | None, gpu: Gpu | None) -
 
 
 def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
-    """Refuse a run that the memory of this machine cannot hold: of its visible GPUs, or without GPUs the
-    host's, of which only weights, gradients and optimizer of the local processes are counted.
+    """Refuse a run that does not fit this machine's visible GPUs, or, without GPUs, its host memory: then
+    only the local processes' weights, gradients and optimizer states count.
 
     Args:
         config: the run.
@@ -248,23 +246,23 @@ def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
 
 
 def _refuse_offload(config: RunConfig, count: int, ranks: Sequence[int], memory_bytes: int, has: str,
-            gpu: Gpu | None) -> None:
+                    gpu: Gpu | None) -> None:
     needs, usable = count_node_bytes(config, count, ranks), USABLE_HOST_SHARE * memory_bytes
     if needs <= usable:
         return
     share = config.gpu.optimizer_offload
-    # in hundredths; lower it further because parameters move as a whole
+    # In hundredths, then lower: each parameter moves to the host entirely or not.
     nearest = math.floor(100 * share * usable / needs) / 100
     changed = _set_offload_share(config, nearest)
     while nearest > 0 and count_node_bytes(changed, count, ranks) > usable:
         nearest = round(nearest - 0.01, 2)
         changed = _set_offload_share(config, nearest)
-    way_out = (f"the nearest share that fits: --set gpu.optimizer_offload={nearest:g}"
-               if gpu is None or fits_gpu(changed, count, gpu) else
-               "no share fits both host and GPU: use more GPUs, or nodes with more memory")
+    advice = "no share fits both host and GPU: use more GPUs, or nodes with more memory"
+    if gpu is None or fits_gpu(changed, count, gpu):
+        advice = f"the nearest share that fits: --set gpu.optimizer_offload={nearest:g}"
     raise UserError(f"gpu.optimizer_offload = {share:g} pins {needs / GIB:.1f} GiB of host memory for the "
                     f"{len(ranks)} processes of a node, and a run may take {usable / GIB:.1f} GiB of the "
-                    f"{memory_bytes / GIB:.1f} GiB that it {has}; {way_out}")
+                    f"{memory_bytes / GIB:.1f} GiB that it {has}; {advice}")
 
 
 def _set_offload_share(config: RunConfig, share: float) -> RunConfig:

@@ -1,5 +1,5 @@
-"""Predicted GPU memory of a training process, item by item: exact states (`states`), saved activations
-(`activations`), quantized weights (`stage_parameters`), and estimates of library buffers.
+"""Predict a training process's GPU memory by items: exact states (`states`), saved activations
+(`activations`), quantized weights (`stage_parameters`), and estimated library buffers.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from megatron_sov.plan.footprint.states import estimate_states
 SIMPLE_BYTES = 4 << 20
 """Bytes per channel and peer: NCCL_BUFFSIZE (NCCL's user guide, "Environment variables")."""
 LL_BYTES = 8 * 512 * 8 * 16
-"""Bytes under protocol LL: 8 lines of 16 bytes for each of 512 threads, 8 steps (NCCL 2.2x,
+"""Bytes under protocol LL: 8 lines with 16 bytes for each of 512 threads, 8 steps (NCCL 2.2x,
 `src/include/device.h`: NCCL_LL_LINES_PER_THREAD, NCCL_LL_MAX_NTHREADS, NCCL_STEPS)."""
 LL128_BYTES = 120 * 640 * 8 * 8
-"""Bytes under protocol LL128: 120 numbers of 8 bytes for each of 640 threads, 8 steps (`device.h`)."""
+"""Bytes under protocol LL128: 120 numbers with 8 bytes for each of 640 threads, 8 steps (`device.h`)."""
 CHANNELS = 16
 """Channels per ring. NCCL opens 16 to 32 over NVLink and fewer over a network. Assumed."""
 EXPECTED_IMBALANCE = 1.2
@@ -37,19 +37,18 @@ def count_communicators(config: RunConfig, num_ranks: int) -> int:
     (`megatron.core.parallel_state`, 0.19.2). Groups with equal members and purpose share a communicator
     (`engine.parallel.world.make_groups`)."""
     p, m, stage = config.parallel, config.model, num_ranks // config.parallel.pp
-    # per axis: the distance between neighbours, and their number
+    # per axis: distance between neighbours, and size
     tp, cp, pp = (1, p.tp), (p.tp, p.cp), (stage, p.pp)
     dp = (p.tp * p.cp, stage // (p.tp * p.cp))
     groups = {("reductions", _merge_axes((1, num_ranks))), ("reductions", _merge_axes(cp, dp)),
-            ("reductions", _merge_axes(dp)), ("layers", _merge_axes(tp)), ("layers", _merge_axes(cp)),
-            ("stages", _merge_axes(pp))}
+              ("reductions", _merge_axes(dp)), ("layers", _merge_axes(tp)), ("layers", _merge_axes(cp)),
+              ("stages", _merge_axes(pp))}
     norms: list[tuple[tuple[int, int], ...]] = [(tp, pp)]
     if m.num_moe_layers():
         etp, ep = (1, p.etp), (p.etp, p.ep)
         groups |= {("layers", _merge_axes(tp, cp)), ("experts", _merge_axes(ep)),
-                   ("experts", _merge_axes(etp)),
-                 ("experts", _merge_axes(etp, ep)),
-                 ("experts' gradients", _merge_axes((p.etp * p.ep, stage // (p.etp * p.ep))))}
+                   ("experts", _merge_axes(etp)), ("experts", _merge_axes(etp, ep)),
+                   ("experts' gradients", _merge_axes((p.etp * p.ep, stage // (p.etp * p.ep))))}
         norms.append((etp, ep, pp))
     if not p.zero1:  # without ZeRO-1, norms are summed over the model-parallel processes
         groups |= {("reductions", _merge_axes(*axes)) for axes in norms}
@@ -70,22 +69,21 @@ def _merge_axes(*axes: tuple[int, int]) -> tuple[tuple[int, int], ...]:
 
 
 def count_nccl_bytes(config: RunConfig, num_ranks: int) -> int:
-    """Return the bytes of NCCL's buffers: per communicator and channel, the buffers of three protocols."""
+    """Return NCCL's buffer bytes: per communicator and channel, the buffers for three protocols."""
     return count_communicators(config, num_ranks) * CHANNELS * (SIMPLE_BYTES + LL_BYTES + LL128_BYTES)
 
 
-ROWS_OF_PRODUCT = 8192
-"""Rows per product in the gradient of the head's weight (`engine.model.chunked_head`)."""
+PRODUCT_ROWS = 8192
+"""Rows per product in the head's weight gradient (`engine.model.chunked_head`)."""
 LOGIT_BYTES = 4
 """The softmax uses float32, or the model's dtype if it is wider."""
 DISTILL = "distill"
 MATRIX_ROUND = 1 << 24
-"""Elements of whole matrices per process in a round of Muon's exchange (`engine.optimizer.muon`)."""
+"""Matrix elements per process in a round of Muon's exchange (`engine.optimizer.muon`)."""
 ROUND_COPIES = 4
 """Sent, received, gathered and updated matrices."""
 PASSING_COPIES = 3
-"""Temporary copies of each routed token: expert input and output in token order, and output in expert
-order."""
+"""Temporary copies per routed token: expert input and output in token order, and output in expert order."""
 
 
 @dataclass(frozen=True)
@@ -97,31 +95,31 @@ class MemoryAccount:
     """
 
     weights: int
-    """Weights, with the gaps of ZeRO-1's buffers."""
+    """Weights, with the gaps in ZeRO-1's buffers."""
     gradients: int
     """Gradient buffers."""
     optimizer: int
     layer_inputs: int
-    """Stored activations of all pending micro-batches."""
+    """Activations that pending micro-batches have stored."""
     one_layer: int
-    """Activations and gradients of the layer in progress, and temporary copies of routed tokens."""
+    """Activations and gradients in the current layer, and temporary copies of routed tokens."""
     head: int
-    """Logits of a chunk, gradients from the loss's forward pass, and the head merged with its adapter."""
+    """Logits in a chunk, gradients from the loss's forward pass, and the head merged with its adapter."""
     quantized_weights: int = 0
-    """Transformer Engine's 8- or 4-bit copies of weights under `train.fp8`; under `train.fp8_weights` they
+    """Transformer Engine's 8- or 4-bit weight copies under `train.fp8`; under `train.fp8_weights` they
     replace bf16 weights."""
     on_host: int = 0
     """Host memory under `gpu.optimizer_offload`: master weights, moments, gradients; not in `total`."""
     counters: int = 0
     """Router counters and selection biases, YaRN angles."""
     update: int = 0
-    """Temporary buffers of the update: float32 copies of bf16 gradients, Muon's matrices."""
+    """Temporary update buffers: float32 copies of bf16 gradients, Muon's matrices."""
     imbalance: int = 0
     """Additional activations on the fullest expert-parallel rank; an estimate."""
     angles: int = 0
-    """Cosines and sines of rotary positions."""
+    """Cosines and sines for rotary positions."""
     teacher: int = 0
-    """Weights of the teacher in rounds that learn distributions, in the model's layout."""
+    """The teacher's weights in rounds that learn distributions, in the model's layout."""
     nccl: int = 0
     """NCCL buffers; an estimate."""
     fragmentation: int = 0
@@ -150,8 +148,8 @@ class MemoryAccount:
 
 
 def build_account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
-            imbalance: float = EXPECTED_IMBALANCE) -> MemoryAccount:
-    """Predict the memory of the fullest process on pipeline stage `stage` (0-based).
+                  imbalance: float = EXPECTED_IMBALANCE) -> MemoryAccount:
+    """Predict the memory on the fullest process on pipeline stage `stage` (0-based).
 
     Args:
         config: the run.
@@ -166,13 +164,12 @@ def build_account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
     micro_batches = max(1, train.global_batch_size // (replicas * train.micro_batch_size))
     saved = estimate_stored(config, stage, seq_len, micro_batches)
     row = seq_len * train.micro_batch_size
-    passing = PASSING_COPIES * \
-        max(estimate_saved(config, row, kind).expert_input for kind in set(list_layer_kinds(m)))
-    # the layer in its backward pass, and its recomputed activations
+    passing = PASSING_COPIES * max(estimate_saved(config, row, kind).expert_input
+                                   for kind in set(list_layer_kinds(m)))
     one_layer = saved.largest + saved.recomputed + passing
     head = _count_head_bytes(config, row // p.cp, row) if stage == p.pp - 1 else 0
     excess = imbalance - 1 if p.ep > 1 else 0.0
-    # if the head is the peak, imbalance in a layer counts only above it
+    # If the head is the peak, imbalance in a layer counts only above the head.
     uneven = (int(excess * saved.unevenly)
               + max(one_layer + int(excess * (saved.layer_unevenly + passing)), head)
               - max(one_layer, head))
@@ -188,38 +185,39 @@ def build_account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
 
 
 def _count_update_bytes(config: RunConfig, states: States) -> int:
-    """Return the bytes of temporary buffers during an optimizer step."""
+    """Return the temporary buffer bytes during an optimizer step (`MemoryAccount.update`)."""
     bf16_sums = config.train.precision == "bf16" and config.gpu.grad_dtype == "bf16"
-    muon = "muon" in (config.optim.name, *(group.optimizer for group in config.optim.groups))
-    return ((states.updated * FLOAT32_BYTES if bf16_sums else 0)
-            + (ROUND_COPIES * MATRIX_ROUND * ITEM_BYTES[config.train.precision] if muon else 0))
+    num_bytes = states.updated * FLOAT32_BYTES if bf16_sums else 0
+    if "muon" in (config.optim.name, *(group.optimizer for group in config.optim.groups)):
+        num_bytes += ROUND_COPIES * MATRIX_ROUND * ITEM_BYTES[config.train.precision]
+    return num_bytes
 
 
 def _count_head_bytes(config: RunConfig, local_tokens: int, row_tokens: int) -> int:
-    """Return the bytes of the output head during the loss of a micro-batch."""
+    """Return the output head's bytes while a micro-batch's loss runs (`MemoryAccount.head`)."""
     m, item = config.model, ITEM_BYTES[config.train.precision]
     # float32 logits become the softmax and then the gradient in place; products need a bf16 copy
     logit_bytes = item if item >= LOGIT_BYTES else LOGIT_BYTES + item
     if config.objective.name == DISTILL:
         logit_bytes = _count_divergence_buffers(config.distillation) * max(item, LOGIT_BYTES)
     if m.logits_softcap is not None:
-        logit_bytes += max(item, LOGIT_BYTES)  # the slope of the cap
+        logit_bytes += max(item, LOGIT_BYTES)  # the cap's derivative
     chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
     adapts_head = config.lora.on and HEAD in config.lora.targets
     copy = m.hidden_size * item if adapts_head else 0  # the head merged with its adapter
     rows = -(-m.vocab_size // config.parallel.tp)
-    # a trained head also needs weighted hidden states, and in bf16 a copy of them and an unsummed product
+    # A trained head also needs weighted hidden states, and in bf16 their copy and an unsummed product.
     product = 0
     if adapts_head or not config.lora.on:
         weighted = max(item, LOGIT_BYTES) + (item if item < LOGIT_BYTES else 0)
-        added = min(rows, ROWS_OF_PRODUCT) * FLOAT32_BYTES if item < FLOAT32_BYTES else 0
+        added = min(rows, PRODUCT_ROWS) * FLOAT32_BYTES if item < FLOAT32_BYTES else 0
         product = m.hidden_size * (min(config.train.head_chunk_tokens, local_tokens) * weighted + added)
     return rows * (chunk + copy) + product + count_head_gradient_bytes(config, row_tokens)
 
 
 def _count_divergence_buffers(distillation: DistillationConfig) -> int:
-    """Return the peak number of logit-sized buffers per chunk in `engine.model.divergence`."""
+    """Return the maximum number of logit-sized buffers per chunk in `engine.model.divergence`."""
     if distillation.top_k:
-        return 3  # the student's log-probabilities, its probabilities, and their product
-    # log-probabilities and probabilities of both models; for mixtures also the mixture, and a difference
+        return 3  # the student's log-probabilities and probabilities, and the product
+    # both models' log-probabilities and probabilities; for mixtures also the mixture, and a difference
     return 6 if 0 < distillation.beta < 1 else 4

@@ -1,9 +1,9 @@
-"""The parameters on a process of a pipeline stage, in the order in which the library registers them (ZeRO-1
-lays its buffers out by it, see `states`), and the bytes of quantized weights.
+"""List the parameters on a pipeline stage's process, in megatron-core's registration order (ZeRO-1 lays out
+its buffers in this order, see `states`), and count quantized weights.
 
 Names and global shapes come from the family's weight map. Shards follow megatron-core: tp splits attention,
-Names and global shapes come from the family's weight map. Shards follow megatron-core: tp splits attention,
-on every process.
+dense networks, embedding and head; ep distributes experts and etp splits them; encoders are whole on every
+process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _ORDER = (
     "router.weight", "router.bias", "experts.experts.linear_fc1.weight", "experts.experts.linear_fc1.bias",
     "experts.experts.linear_fc2.weight", "experts.experts.linear_fc2.bias", "gate_weight", "linear_fc1",
     "linear_fc2", "mlp_bda", "final_layernorm")
-"""Parts of names, in the order in which Transformer Engine's modules register a layer's parameters."""
+"""Parts of parameter names, in the order in which Transformer Engine's modules register a layer."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class LocalParameter:
     """Consecutive parameters with equal shapes on a process."""
 
     key: str
-    """Name of the global tensor, with {l} for the layer."""
+    """The global tensor's name, with {l} for the layer."""
     shape: tuple[int, ...]
-    """Local shape of each parameter."""
+    """Local shape per parameter."""
     count: int = 1
-    """Number of parameters: local experts."""
+    """Number of parameters, e.g. local experts."""
     routed: bool = False
     """Routed experts, with replicas in the expert data-parallel group."""
     is_copied: bool = False
@@ -74,17 +74,17 @@ LayerParameters = tuple[int | None, tuple[LocalParameter, ...]]
 
 
 def list_stage_parameters(config: RunConfig, stage: int) -> list[list[LayerParameters]]:
-    """Return the parameters on a process of pipeline stage `stage` (0-based), by chunk."""
+    """Return the parameters on a process on pipeline stage `stage` (0-based), by chunk."""
     m, p = config.model, config.parallel
     # bf16 models use Transformer Engine's modules (`engine.model.specs.transformer_engine_serves`)
     fused = config.train.precision == "bf16"
     sizes = m, p.tp, p.ep, p.etp, fused
-    # Layers with experts are last; the first layer of a kind stands for all layers of that kind.
+    # Layers with experts are last; a kind's first layer represents its kind.
     first_moe = m.num_layers - m.num_moe_layers()
     kinds = [(layer >= first_moe, kind == "linear_attention") for layer, kind in enumerate(m.layer_types())]
     chunks = []
     for chunk, layers in enumerate(list_chunk_layers(p, stage, m.num_layers)):
-        # Chunks of a stage are not adjacent in the model: only chunk 0 of stage 0 has the embedding.
+        # Only chunk 0 on stage 0 has the embedding.
         is_first = stage == 0 and chunk == 0
         is_last = stage == p.pp - 1 and chunk == p.vpp - 1
         parameters: list[LayerParameters] = []
@@ -96,7 +96,7 @@ def list_stage_parameters(config: RunConfig, stage: int) -> list[list[LayerParam
             norm = LocalParameter("decoder.final_layernorm.weight", (m.hidden_size,))
             parameters.append((None, (norm,)))
             parameters += [(i, _list_layer(*sizes, None)) for i in range(m.num_mtp_layers)]
-            # A single stage with tied embeddings already has the table above.
+            # A single stage with tied embeddings already has the table.
             if not (is_first and m.tied_embeddings):
                 parameters.append((None, (_build_table(m, p, EMBEDDING if m.tied_embeddings else HEAD),)))
         if is_first:
@@ -122,9 +122,9 @@ def _list_encoders(m: ModelConfig) -> tuple[LayerParameters, ...]:
 
 
 def _build_table(m: ModelConfig, p: ParallelConfig, key: str) -> LocalParameter:
-    """Return the embedding or head, with rows padded to a multiple of `tp`; a tied head has the embedding's
-    name."""
-    # Both copies need the sum of both gradients, so they have their own bucket.
+    """Return the embedding or head, with rows padded to a multiple of `tp`; a tied head has the key
+    `EMBEDDING`."""
+    # Both copies need the summed gradient, so each copy has its own bucket.
     is_copied = key == EMBEDDING and p.pp > 1 and (m.tied_embeddings or m.num_mtp_layers > 0)
     return LocalParameter(key, (-(-m.vocab_size // p.tp), m.hidden_size), is_copied=is_copied)
 
@@ -135,7 +135,7 @@ def _find_position(key: str, fused: bool) -> tuple[int, int]:
     position = next((i for i, name in enumerate(_ORDER) if name in key), len(_ORDER))
     if fused or not key.endswith(".layer_norm_weight"):
         return position, 0
-    # without Transformer Engine a norm is its own module, before attention or after its projections
+    # Without Transformer Engine, norms are modules before attention or after its projections.
     norms = {"attention.linear_qkv": "input_layernorm", "attention.in_proj": "input_layernorm",
              "mlp.linear_fc1": "pre_mlp_layernorm"}
     module = next((norm for linear, norm in norms.items() if linear in key), "self_attn_bda")
@@ -145,16 +145,16 @@ def _find_position(key: str, fused: bool) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def _list_layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, layer: int | None
                 ) -> tuple[LocalParameter, ...]:
-    """Return the parameters of a layer in registration order.
+    """Return a layer's parameters in registration order.
 
     Args:
         m: model.
         tp: tensor parallel size.
         ep: expert parallel size.
         etp: tensor parallel size inside experts.
-        fused: whether Transformer Engine's modules are used, with norms inside linear layers, and the first
-            matrices of all experts before the second matrices.
-        layer: layer of the trunk; None: a prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+        fused: use Transformer Engine's modules, with norms inside linear layers, and all experts' first
+            matrices before the second matrices.
+        layer: layer in the trunk; None: a prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2).
     """
     weights = [weight for weight in layer_weights(m) if not weight.is_buffer
                and (weight.predicts if layer is None else layer in weight.layers)]
@@ -169,8 +169,8 @@ def _list_layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, layer: 
 
 
 def _repeat_experts(parts: list[LocalParameter], count: int, fused: bool) -> list[LocalParameter]:
-    """Return the parameters of `count` experts, given the parameters of one expert."""
-    # Without grouped products each expert is a module, which registers its own matrices.
+    """Return the parameters in `count` experts, given a single expert's parameters."""
+    # Without grouped products an expert is a module, which registers its matrices.
     if not fused:
         return parts * count
     half = len(parts) // 2
@@ -180,9 +180,9 @@ def _repeat_experts(parts: list[LocalParameter], count: int, fused: bool) -> lis
 
 
 def _shard_shape(key: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """Return the local shape of a parameter on one of `size` tensor-parallel processes."""
+    """Return a parameter's local shape on `size` tensor-parallel processes."""
     linear, _, name = key.rpartition(".")
-    # Fused norms carry the name of a split linear layer, but are whole.
+    # Fused norms have the name of a split linear layer, but are whole.
     if name == "layer_norm_weight":
         return shape
     if linear.endswith(SPLIT_BY_ROWS) or name in SPLIT_BY_HEADS:
@@ -192,7 +192,7 @@ def _shard_shape(key: str, shape: tuple[int, ...], size: int) -> tuple[int, ...]
 
 def _iter_adapters(config: RunConfig, layers: list[int], is_first: bool, is_last: bool
                    ) -> Iterator[LayerParameters]:
-    """Yield a chunk's adapters by layer, then adapters of embedding and head (`engine.model.adapters`)."""
+    """Yield a chunk's adapters by layer, then adapters on embedding and head (`engine.model.adapters`)."""
     m, p, lora = config.model, config.parallel, config.lora
     by_linear = _group_adapted_modules(m, lora)
     for layer in layers:
@@ -203,8 +203,8 @@ def _iter_adapters(config: RunConfig, layers: list[int], is_first: bool, is_last
                 factors = [factor for module in modules for factor in _list_factors(module, lora, p)]
                 yield layer, tuple(factors) * count
     rows = -(-m.vocab_size // p.tp)
-    for linear, is_here in (("embedding.word_embeddings", is_first), ("output_layer", is_last)):
-        if is_here and linear in by_linear:
+    for linear, is_present in (("embedding.word_embeddings", is_first), ("output_layer", is_last)):
+        if is_present and linear in by_linear:
             yield None, _list_factors(by_linear[linear][0], lora, p, rows)
 
 
@@ -219,9 +219,9 @@ def _group_adapted_modules(m: ModelConfig, lora: LoraConfig) -> dict[str, list[A
 
 def _list_factors(module: AdaptedModule, lora: LoraConfig, p: ParallelConfig, rows: int = 0
                   ) -> tuple[LocalParameter, ...]:
-    """Return A, B and, under DoRA, the row norms of an adapted module or expert
+    """Return `lora_A`, `lora_B` and, under `lora.dora`, the row norms for an adapted module or expert
     (`engine.model.lora.Factors`)."""
-    # At most one factor is split: B if the layer is split by rows, A if it is split by columns.
+    # A split by rows splits B, a split by columns splits A.
     size = p.etp if module.num_experts else p.tp
     is_split_by_rows = module.linear.endswith(SPLIT_BY_ROWS)
     is_split_by_columns = f"{module.linear}.weight".endswith(SPLIT_BY_COLUMNS)
@@ -239,7 +239,7 @@ def is_adapter(key: str) -> bool:
 
 
 def count_stage_params(config: RunConfig) -> list[StageParams]:
-    """Count the parameters on a process of each pipeline stage."""
+    """Count the parameters on a process, per pipeline stage."""
     stages = []
     for stage in range(config.parallel.pp):
         numel = {False: 0, True: 0}
@@ -254,27 +254,27 @@ def count_stage_params(config: RunConfig) -> list[StageParams]:
     return stages
 
 
-# Transformer Engine keeps quantized weights next to the bf16 weights under `train.fp8`, or instead of them
-# under `train.fp8_weights`. It quantizes a weight in the first micro-batch of a step into persistent buffers
-# (`_fp8_workspaces`, 2.20.2), or from its master weight after each update: rowwise for the forward pass,
+# Transformer Engine stores quantized weights next to the bf16 weights under `train.fp8`, without bf16 weights
+# under `train.fp8_weights`. In a step's first micro-batch it quantizes into persistent buffers
+# (`_fp8_workspaces`, 2.20.2), or from master weights after each update: rowwise for the forward pass,
 # columnwise for input gradients. Shapes follow its quantizers (`pytorch/tensor/*_tensor.py`: data and
 # `get_scale_shape`).
 
 
 def count_quantized_bytes(config: RunConfig, stage: int) -> int:
-    """Return the bytes of quantized weights on a process of pipeline stage `stage` (0-based)."""
+    """Return the quantized weights' bytes on a process on pipeline stage `stage` (0-based)."""
     return sum(part.count * count_weight_bytes(config.train.fp8, *part.shape)
                for part in iter_quantized(config, stage))
 
 
 def count_replaced_bytes(config: RunConfig, stage: int, elements: int) -> int:
-    """Return the bytes of bf16 weights that `train.fp8_weights` saves on a process of a stage. Under mxfp8,
-    megatron-core still keeps the buffer that gathers the remaining weights.
+    """Return the bf16 bytes that `train.fp8_weights` saves on a process on a stage. Under mxfp8,
+    megatron-core still has the buffer that gathers the remaining weights.
 
     Args:
         config: the run.
         stage: pipeline stage (0-based).
-        elements: all weights of the process.
+        elements: all weights on the process.
     """
     if not config.train.fp8_weights:
         return 0
@@ -283,7 +283,7 @@ def count_replaced_bytes(config: RunConfig, stage: int, elements: int) -> int:
 
 
 def iter_quantized(config: RunConfig, stage: int) -> Iterator[LocalParameter]:
-    """Yield the quantized weights on a process of a stage."""
+    """Yield the quantized weights on a process on a stage."""
     m, train = config.model, config.train
     if train.fp8 == "none":
         return
@@ -299,7 +299,7 @@ def iter_quantized(config: RunConfig, stage: int) -> Iterator[LocalParameter]:
 
 
 def count_weight_bytes(fp8: str, rows: int, columns: int) -> int:
-    """Return the bytes of both quantized copies of a weight [rows, columns], scales included.
+    """Return the bytes for both quantized copies of a weight [rows, columns], scales included.
 
     `tensorwise` assumes Hopper, whose tensor cores need a transposed copy; Blackwell needs none.
     """
@@ -312,7 +312,7 @@ def count_weight_bytes(fp8: str, rows: int, columns: int) -> int:
     if fp8 == "mxfp8":
         return (2 * numel + round_up(rows, 128) * round_up(columns // MX_VALUES, 4)
                 + round_up(rows // MX_VALUES, 4) * round_up(columns, 128))
-    # nvfp4: two values per byte, and the tensor's largest value for each copy
+    # nvfp4: two values per byte, and the tensor's maximum per copy
     return (numel + 2 * FLOAT32_BYTES + round_up(rows, 128) * round_up(-(-columns // NVFP4_VALUES), 4)
             + round_up(columns, 128) * round_up(-(-rows // NVFP4_VALUES), 4))
 

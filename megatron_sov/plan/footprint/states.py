@@ -1,7 +1,7 @@
-"""Bytes of weights, gradients and optimizer states on a training process, element by element.
+"""Count the bytes for weights, gradients and optimizer states on a training process, element by element.
 
 `tests/plan/footprint/test_states.py` and `benchmarks/plan_bytes.py` compare them with the library's own
-buffers (`engine.optimizer`) on meta tensors, in a fake group of all processes.
+buffers (`engine.optimizer`) on meta tensors, in a fake process group.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from megatron_sov.plan.footprint.stage_parameters import (
 HOST = 4 * FLOAT32_BYTES
 """Host bytes per parameter under `gpu.optimizer_offload` (`engine/optimizer/adamw.py`): master weight, two
 moments and gradient."""
-DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK = 40_000_000, 1_000_000
-"""Elements per bucket under `parallel.overlap_grad_reduce`: the maximum of the first, and the second times
-the data-parallel size (`DistributedDataParallel`, 0.19.2)."""
+DEFAULT_BUCKET, DEFAULT_BUCKET_PER_RANK = 40_000_000, 1_000_000
+"""Elements per bucket under `parallel.overlap_grad_reduce`: the first, or the second times the
+data-parallel size if larger (`DistributedDataParallel`, 0.19.2)."""
 START_MULTIPLE = 64
-"""Alignment of a parameter under ZeRO-1, in elements."""
+"""Parameter alignment under ZeRO-1, in elements."""
 END_MULTIPLE = 128
-"""Alignment of a bucket's end, in elements."""
+"""Alignment at a bucket's end, in elements."""
 FAST_END_MULTIPLE = 1 << 16
-"""Alignment of a bucket's end under `gpu.pad_buckets`, in elements."""
+"""Alignment at a bucket's end under `gpu.pad_buckets`, in elements."""
 MAX_CACHED = 1 << 16
 _states_cache: dict[tuple[object, ...], States] = {}
 
 
 def estimate_states(config: RunConfig, num_ranks: int, stage: int) -> States:
-    """Return the bytes on the fullest process of pipeline stage `stage` (0-based).
+    """Return the bytes on the fullest process on pipeline stage `stage` (0-based).
 
-    A search asks for the same states many times, so they are cached: sequence length, micro-batch size and
-    recomputation do not matter, and stages with as many layers of each kind are equal.
+    A search needs equal states many times, so results are cached: sequence length, micro-batch size and
+    recomputation do not matter, and stages with equal layer counts per kind are equal.
     """
     gpu, p, m = config.gpu, config.parallel, config.model
     key = (_strip_length(m), config.lora, config.media, config.optim, config.train.precision,
@@ -58,13 +58,13 @@ def estimate_states(config: RunConfig, num_ranks: int, stage: int) -> States:
 
 @lru_cache(maxsize=64)
 def _strip_length(m: ModelConfig) -> ModelConfig:
-    """Return a model without its maximum length, which extension stages change."""
+    """Drop `max_position_tokens`, which extension stages change."""
     return replace(m, max_position_tokens=0)
 
 
 def _build_layers_key(config: RunConfig, stage: int) -> tuple[tuple[int, ...], ...]:
-    """Return per chunk the numbers of dense and of all layers, or the layers if rules or adapters may name
-    single layers."""
+    """Return (dense layers, layers) per chunk, or the layers themselves if `optim.groups` or adapters may
+    name single layers."""
     m = config.model
     chunks = list_chunk_layers(config.parallel, stage, m.num_layers)
     if config.optim.groups or config.lora.on:
@@ -73,11 +73,10 @@ def _build_layers_key(config: RunConfig, stage: int) -> tuple[tuple[int, ...], .
     return tuple((sum(layer < first_moe for layer in layers), len(layers)) for layers in chunks)
 
 
-# The library's buffers, and each data-parallel process's shard: the arithmetic of `_ParamAndGradBuffer` in
-# `param_and_grad_buffer.py` (0.19.2), on runs of parameters with equal sizes (hundreds per stage, for tens of
-# thousands of parameters). Parameters lie in reverse order of registration. Under ZeRO-1, each starts at a
-# multiple of 64 elements, and each bucket ends at a multiple of 128 and of the number of processes, which
-# share it in equal parts.
+# The library's buffers and shards: the arithmetic in `_ParamAndGradBuffer` (`param_and_grad_buffer.py`,
+# 0.19.2) on runs of parameters with equal sizes (hundreds per stage, for tens of thousands of parameters).
+# Parameters are in reverse registration order. Under ZeRO-1, a parameter starts at a multiple of 64 elements,
+# and a bucket ends at a multiple of 128 and of the data-parallel size, so that shards are equal.
 
 
 class ParameterRun(NamedTuple):
@@ -86,13 +85,13 @@ class ParameterRun(NamedTuple):
     numel: int
     number: int
     rule: int
-    """Index of the update rule."""
+    """Update rule index."""
     is_alone: bool
     """Whether each parameter has its own bucket: tables on two pipeline stages."""
 
 
 class StatePiece(NamedTuple):
-    """Equal parts of parameters that a process updates."""
+    """Equal parts of parameters, which a process updates."""
 
     numel: int
     number: int
@@ -104,7 +103,7 @@ class PlacedParameter(NamedTuple):
 
     start: int
     stride: int
-    """Elements between the starts of two parameters."""
+    """Elements from a parameter's start to the next parameter's start."""
     run: ParameterRun
 
     @property
@@ -114,20 +113,20 @@ class PlacedParameter(NamedTuple):
 
 @dataclass(frozen=True)
 class ParameterBuffer:
-    """A buffer of parameters and gradients."""
+    """A buffer for parameters and gradients."""
 
     numel: int
     buckets: tuple[tuple[int, int, tuple[PlacedParameter, ...]], ...]
     """First element, end, and parameters."""
 
     def iter_updated(self, rank: int, num_ranks: int) -> Iterator[StatePiece]:
-        """Yield the pieces that rank `rank` of `num_ranks` updates under ZeRO-1."""
-        for first, end, placed in self.buckets:
-            # exact: a bucket's end is padded to a multiple of the number of processes
+        """Yield the pieces that rank `rank` out of `num_ranks` updates under ZeRO-1."""
+        for first, end, parameters in self.buckets:
+            # exact, because buckets are padded to a multiple of `num_ranks`
             share = (end - first) // num_ranks
             start = first + rank * share
-            for run in placed:
-                # Runs are sorted, so all later runs start after this process's shard, too.
+            for run in parameters:
+                # Runs are sorted: later runs start after the shard, too.
                 if run.start >= start + share:
                     break
                 if run.end > start:
@@ -143,34 +142,34 @@ def lay_out_buffer(runs: Iterable[ParameterRun], *, sharded: bool, num_ranks: in
         sharded: whether ZeRO-1 shards the buffer, with gaps.
         num_ranks: processes that share it.
         bucket_numel: elements at which a bucket is full; None: a single bucket.
-        end_multiple: alignment of a bucket's end, next to the number of processes.
+        end_multiple: alignment at a bucket's end, next to the number of processes.
     """
     if not sharded:
-        placed, offset = [], 0
+        parameters, offset = [], 0
         for run in runs:
-            placed.append(PlacedParameter(offset, run.numel, run))
+            parameters.append(PlacedParameter(offset, run.numel, run))
             offset += run.numel * run.number
-        return ParameterBuffer(offset, ((0, offset, tuple(placed)),) if placed else ())
+        return ParameterBuffer(offset, ((0, offset, tuple(parameters)),) if parameters else ())
     return _ShardedLayout(math.lcm(num_ranks, end_multiple), bucket_numel).lay_out(runs)
 
 
 class _ShardedLayout:
-    """The layout of a buffer under ZeRO-1, in progress."""
+    """Lays out a buffer under ZeRO-1."""
 
     def __init__(self, end_multiple: int, bucket_numel: int | None) -> None:
         self._multiple, self._bucket_numel = end_multiple, bucket_numel
         self._buckets: list[tuple[int, int, tuple[PlacedParameter, ...]]] = []
-        self._placed: list[PlacedParameter] = []
+        self._parameters: list[PlacedParameter] = []
         self._first = self._offset = 0
 
     def lay_out(self, runs: Iterable[ParameterRun]) -> ParameterBuffer:
         for run in runs:
             self._offset = round_up(self._offset, START_MULTIPLE)
-            # Tables on two stages are reduced separately, so the open bucket ends before them.
-            if run.is_alone and self._placed:
+            # Tables on two stages are reduced separately: close the open bucket first.
+            if run.is_alone and self._parameters:
                 self._close_bucket()
             self._place_run(run)
-        if self._placed:
+        if self._parameters:
             self._close_bucket()
         return ParameterBuffer(self._offset, tuple(self._buckets))
 
@@ -187,28 +186,28 @@ class _ShardedLayout:
                 until_full = max(1, -(-missing // stride) + 1)
                 number, closes = min(rest, until_full), until_full <= rest
             part = run if number == run.number else run._replace(number=number)
-            self._placed.append(PlacedParameter(self._offset, stride, part))
-            self._offset = self._placed[-1].end
+            self._parameters.append(PlacedParameter(self._offset, stride, part))
+            self._offset = self._parameters[-1].end
             rest -= number
             if closes:
                 self._close_bucket()
 
     def _close_bucket(self) -> None:
         self._offset = round_up(self._offset, self._multiple)
-        self._buckets.append((self._first, self._offset, tuple(self._placed)))
-        self._first, self._placed = self._offset, []
+        self._buckets.append((self._first, self._offset, tuple(self._parameters)))
+        self._first, self._parameters = self._offset, []
 
 
-def _iter_overlap(placed: PlacedParameter, start: int, end: int) -> Iterator[StatePiece]:
-    """Yield the overlap of a run with the elements from `start` to `end`; whole parameters together."""
-    numel, count, rule, _ = placed.run
+def _iter_overlap(block: PlacedParameter, start: int, end: int) -> Iterator[StatePiece]:
+    """Yield the overlap between a run and elements `start` to `end`; complete parameters together."""
+    numel, count, rule, _ = block.run
 
     def count_elements(index: int) -> int:
-        begin = placed.start + index * placed.stride
+        begin = block.start + index * block.stride
         return max(0, min(end, begin + numel) - max(start, begin))
 
-    first = max(0, (start - placed.start) // placed.stride)
-    last = min(count - 1, (end - 1 - placed.start) // placed.stride)
+    first = max(0, (start - block.start) // block.stride)
+    last = min(count - 1, (end - 1 - block.start) // block.stride)
     # only the first and last parameter can be partial
     parts = [(first, 1)]
     if last - first > 1:
@@ -230,7 +229,7 @@ class _UpdateRule:
 
 
 class _OptimizerBytes(NamedTuple):
-    """Memory of one of the library's two optimizers on a process."""
+    """Memory for an optimizer (dense parameters or routed experts) on a process."""
 
     optimizer: int
     on_host: int
@@ -239,7 +238,7 @@ class _OptimizerBytes(NamedTuple):
 
 
 class StageBuffers:
-    """The buffers of a pipeline stage, which determine the states of its processes."""
+    """A pipeline stage's buffers, which determine its processes' states."""
 
     def __init__(self, config: RunConfig, num_ranks: int, stage: int) -> None:
         p = config.parallel
@@ -258,7 +257,7 @@ class StageBuffers:
                 self._lay_out(parts, routed, is_first_chunk=stage == 0 and chunk == 0)
 
     def _find_rules(self, layer: int | None, parameters: tuple[LocalParameter, ...]) -> list[int]:
-        """Return the rule index per parameter; layers share them if no rule names a layer."""
+        """Return the rule index per parameter; layers share indices unless `optim.groups` names a layer."""
         if id(parameters) in self._rule_cache and not self._config.optim.groups:
             return self._rule_cache[id(parameters)]
         indices = []
@@ -274,7 +273,7 @@ class StageBuffers:
                  ) -> None:
         config = self._config
         runs = []
-        # Reversed: the backward pass finishes the last layers first, and buckets fill in that order.
+        # Reversed: the backward pass finishes the last layers first and fills buckets in its order.
         for part, rule in reversed(parts):
             if part.routed != routed:
                 continue
@@ -285,7 +284,7 @@ class StageBuffers:
                 runs.append(ParameterRun(part.numel, part.count, rule, part.is_copied))
         if not runs:
             return
-        # Only the first chunk of the first stage overlaps bucket by bucket; all others have one bucket.
+        # Only the first chunk on the first stage has several buckets.
         bucket_numel = get_bucket_numel(config, self._num_ranks) if is_first_chunk else None
         self._buffers[routed].append(lay_out_buffer(
             runs, sharded=config.parallel.zero1, num_ranks=self._num_shards[routed],
@@ -293,30 +292,31 @@ class StageBuffers:
             end_multiple=FAST_END_MULTIPLE if config.gpu.pad_buckets == "on" else END_MULTIPLE))
 
     def find_fullest_place(self) -> StatePlace:
-        """Return the process with most states: the first, or one that updates tables, because Muon keeps one
-        moment and AdamW two."""
+        """Return the process with most states: the first, or a process that updates tables, because Muon has
+        one moment and AdamW two."""
         rules = self._rules
-        # With one algorithm all shards are equal, so the first process is as full as any.
+        # With a single algorithm all shards are equal.
         if not self._config.parallel.zero1 or len({rule.by_muon for rule in rules if not rule.frozen}) < 2:
             return StatePlace()
         num_shards, ranks = self._num_shards[False], {0}
-        for first, end, placed in (bucket for buffer in self._buffers[False] for bucket in buffer.buckets):
+        buckets = (bucket for buffer in self._buffers[False] for bucket in buffer.buckets)
+        for first, end, parameters in buckets:
             share = (end - first) // num_shards
-            for parameter in placed:
+            for parameter in parameters:
                 rule = rules[parameter.run.rule]
                 if not (rule.by_muon or rule.is_vector):
                     rank = (parameter.start - first) // share
-                    # the first process with a part of a table, and the next, whose shard may be all table
+                    # the first process with a part of the table, and the next, whose shard may be all table
                     ranks |= {rank, min(rank + 1, (parameter.end - 1 - first) // share)}
         return StatePlace(max(sorted(ranks), key=lambda rank: self._count_bytes(False, rank).optimizer))
 
     def count_states(self, place: StatePlace) -> States:
-        """Return the bytes of the process at `place`."""
+        """Return the bytes on the process at `place`."""
         config = self._config
         item, bf16 = ITEM_BYTES[config.train.precision], config.train.precision == "bf16"
         numel = sum(buffer.numel for buffers in self._buffers.values() for buffer in buffers)
         dense, experts = self._count_bytes(False, place.dense), self._count_bytes(True, place.experts)
-        # Gradients are summed in float32 by default: bf16 sums would lose thousands of small terms.
+        # The default is float32: bf16 sums would lose thousands of small terms.
         gradient_bytes = max(item, FLOAT32_BYTES)
         if bf16 and config.gpu.grad_dtype == "bf16":
             gradient_bytes = BF16_BYTES
@@ -327,7 +327,7 @@ class StageBuffers:
             elements=self._trained + self._frozen)
 
     def _count_bytes(self, routed: bool, rank: int) -> _OptimizerBytes:
-        """Return the memory of the library's optimizer for dense parameters or for routed experts."""
+        """Return the optimizer memory for dense parameters or, if `routed`, for routed experts."""
         config = self._config
         item, bf16 = ITEM_BYTES[config.train.precision], config.train.precision == "bf16"
         moment, master = item, 0
@@ -344,17 +344,17 @@ class StageBuffers:
             offloaded * HOST, on_device)
 
     def _list_updated(self, routed: bool, rank: int) -> list[StatePiece]:
-        """Return the pieces that a process updates, of dense parameters or of routed experts."""
+        """Return the pieces that a process updates: dense parameters or, if `routed`, routed experts."""
         buffers = self._buffers[routed]
         if self._config.parallel.zero1:
             return [piece for buffer in buffers
                     for piece in buffer.iter_updated(rank, self._num_shards[routed])]
         return [StatePiece(parameter.run.numel, parameter.run.number, parameter.run.rule)
-                for buffer in buffers for _, _, placed in buffer.buckets for parameter in placed]
+                for buffer in buffers for _, _, parameters in buffer.buckets for parameter in parameters]
 
     def _count_counter_bytes(self) -> int:
-        """Return the bytes of model buffers: per router float32 token counts and biases, per chunk float32
-        cosines and sines of the original positions under YaRN (`YarnRotaryEmbedding`, 0.19.2), and encoders'
+        """Return the model's buffer bytes: per router float32 token counts and biases, per chunk float32
+        cosines and sines for the original positions under YaRN (`YarnRotaryEmbedding`, 0.19.2), and encoder
         buffers."""
         m = self._config.model
         first_moe, routers = m.num_layers - m.num_moe_layers(), 0
@@ -366,7 +366,7 @@ class StageBuffers:
             if key.startswith("mtp.layers.") and m.mtp_experts:
                 routers += 1
         cp = self._config.parallel.cp
-        # latent attention without YaRN also has angles, for the fewest possible positions
+        # Latent attention without YaRN also has angles, for the fewest possible positions.
         positions = 2 * cp if m.latent_attention is not None else 0
         if m.yarn is not None:
             positions = m.yarn.original_max_position_tokens
@@ -376,11 +376,12 @@ class StageBuffers:
 
 
 def get_bucket_numel(config: RunConfig, num_ranks: int) -> int | None:
-    """Return the elements at which a bucket of the first chunk is full; None: a single bucket."""
+    """Return the elements at which the first chunk's bucket is full; None: a single bucket."""
     p = config.parallel
     if not p.overlap_grad_reduce:
         return None
-    return p.bucket_params or max(DEFAULT_BUCKET, DEFAULT_BUCKET_OF_RANK * (num_ranks // p.ranks_per_replica))
+    num_replicas = num_ranks // p.ranks_per_replica
+    return p.bucket_params or max(DEFAULT_BUCKET, DEFAULT_BUCKET_PER_RANK * num_replicas)
 
 
 def find_update_rule(config: RunConfig, layer: int | None, part: LocalParameter) -> _UpdateRule:

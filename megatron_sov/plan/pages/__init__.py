@@ -1,1 +1,1 @@
-"""How a plan is told: text, page, timetable, quote."""
+"""Text, tables and JSON for a plan."""

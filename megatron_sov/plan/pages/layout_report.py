@@ -1,4 +1,4 @@
-"""Text and JSON of a plan: the schedule as a timetable, the layouts of a sweep, and the submit command."""
+"""Text and JSON for a plan: the schedule as a timetable, a sweep's layouts, and the submit command."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ NUM_EVEN_STEPS = 12
 MAX_CHANGES = 24
 """Limit on batch-size changes in the timetable; a ramp may have hundreds."""
 BAR_CHARACTERS = 32
-SHOWN = 10
-"""Layouts in the table of a sweep."""
-SHOWN_RULES = 6
+MAX_LAYOUTS = 10
+"""Layouts in a sweep's table."""
+MAX_RULES = 6
 """Broken rules with a line each; further rules share a line."""
 PLACEHOLDERS = {"extend": ("--from CHECKPOINT",), "sft": ("--from CHECKPOINT",),
                 "prefer": ("--from CHECKPOINT",),
@@ -34,17 +34,17 @@ PLACEHOLDERS = {"extend": ("--from CHECKPOINT",), "sft": ("--from CHECKPOINT",),
                 "rl-run": ("--from CHECKPOINT", "--teacher TEACHER", "--store STORE", "--prompts PROMPTS",
                            "--reward none"),
                 "rl-train": ("--from CHECKPOINT", "--store STORE", "--prompts PROMPTS", "--reward REWARD")}
-"""Stage -> required options next to --data and --run; the user replaces words in capitals by folders."""
+"""Stage -> required options in addition to --data and --run; words in capitals are placeholders."""
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """Result of `plan --sweep`."""
+    """Result from `plan --sweep`."""
 
     search: SweepSearch
     machines: Machines
     settings: list[str]
-    """Changes from the run's own settings to the fastest layout, as --set takes them."""
+    """Changes from the run's settings to the fastest layout, for --set."""
     submit: str
     """Command that submits the run in the fastest layout."""
 
@@ -60,13 +60,13 @@ class SweepReport:
         return [*lines, *describe_broken_rules(search.sweeps)]
 
     def build_table(self) -> QuoteTable:
-        """Build the table of the fastest layouts that fit all stages."""
+        """Build the table with the fastest layouts that fit all stages."""
         has_stages = len(self.search.sweeps) > 1
         head = ["", "layout", "GiB"]
         for stages in self.search.names:
             head += [f"step {stages}" if has_stages else "step", "tokens/s/GPU"]
         rows = []
-        for i, layout in enumerate(self.search.best[:SHOWN], 1):
+        for i, layout in enumerate(self.search.best[:MAX_LAYOUTS], 1):
             row = [f"{i}", format_layout(layout.choice), format_gib(layout.needs_bytes)]
             for sweep, result in zip(self.search.sweeps, self.search.find_results(layout.choice),
                                      strict=True):
@@ -90,9 +90,9 @@ class SweepReport:
                 "nearest_lacks_bytes": sweep.nearest[0] if sweep.nearest else None,
                 "rules": [{"count": count, "example": sweep.examples[rule]}
                           for rule, count in sweep.broken.most_common()],
-                "fastest": [self._result_to_json(sweep, result) for result in sweep.ranked[:SHOWN]]})
+                "fastest": [self._result_to_json(sweep, result) for result in sweep.ranked[:MAX_LAYOUTS]]})
         best = [{"layout": choice_to_dict(layout.choice), "memory_bytes": layout.needs_bytes,
-                 "seconds": layout.seconds} for layout in self.search.best[:SHOWN]]
+                 "seconds": layout.seconds} for layout in self.search.best[:MAX_LAYOUTS]]
         return {"looked_at": self.search.num_looked_at, "fit": len(self.search.best), "kinds": kinds,
                 "best": best, "settings": self.settings, "submit": self.submit}
 
@@ -148,8 +148,8 @@ def describe_broken_rules(sweeps: Sequence[Sweep]) -> list[str]:
         examples = {**sweep.examples, **examples}
     rules = counts.most_common()
     lines = [f"{count:,} break a rule, as: {examples[rule].partition(';')[0]}"
-             for rule, count in rules[:SHOWN_RULES]]
-    if rest := rules[SHOWN_RULES:]:
+             for rule, count in rules[:MAX_RULES]]
+    if rest := rules[MAX_RULES:]:
         lines.append(f"{sum(count for _, count in rest):,} break one of {len(rest)} other rules")
     return lines
 
@@ -182,7 +182,7 @@ def format_submit_command(config: RunConfig, machines: Machines, recipe: Sequenc
 
 @dataclass(frozen=True)
 class TimetableRow:
-    """One step of the schedule."""
+    """A step in the schedule."""
 
     step: int
     """1-based, as in `events.jsonl`."""
@@ -197,7 +197,7 @@ class TimetableRow:
 
 
 def select_steps(schedule: Schedule, num_even_steps: int) -> list[int]:
-    """Select steps (0-based): first, last, evenly spaced, and around changes of phase, batch size or rate."""
+    """Select steps (0-based): first, last, evenly spaced, and around changes in phase, batch size or rate."""
     last = schedule.num_steps - 1
     changes = [stretch.first_step for stretch in schedule.stretches]
     changes = changes[::-(-len(changes) // MAX_CHANGES)]
@@ -211,7 +211,7 @@ def build_timetable(config: RunConfig, num_even_steps: int = NUM_EVEN_STEPS) -> 
     schedule = Schedule(config)
     steps = select_steps(schedule, num_even_steps)
     rates = [schedule.learning_rate(step) for step in steps]
-    # a run of one step without warm-up has only the rate at the end of its decay, which may be 0
+    # A run with a single step may have rate 0, the end of its decay.
     highest = max(rates) or 1.0
     rows = []
     for step, lr in zip(steps, rates, strict=True):

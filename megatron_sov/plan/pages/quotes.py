@@ -1,4 +1,4 @@
-"""Quotes: memory, speed, time and cost of a training stage on a cluster, and the tables of `plan`."""
+"""Quotes for training stages on a cluster (memory, speed, time, cost), and the tables in `plan`."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from megatron_sov.work.clusters.units import GIB, HOURS_PER_DAY, SECONDS_PER_DAY
 
 COMPONENTS = {"memory": "memory-bound", "launch": "kernel launches", "bubble": "pipeline bubble"} | {
     group: f"{group} messages" for group in ("tp", "cp", "ep", "pp", "dp")}
-"""Component of a step -> label, if the component's own name is ambiguous."""
-OTHER_ITEMS = "other items"
+"""`StepTime` component -> label, if the component's name is ambiguous."""
+SMALL_ITEMS = "other items"
 SMALLEST_SHARE = 0.001
-"""Memory items with a smaller share are summed under `OTHER_ITEMS`."""
+"""Memory items with a smaller share are summed under `SMALL_ITEMS`."""
 
 
 @dataclass(frozen=True)
 class QuotedMemory:
-    """Predicted memory of the fullest process."""
+    """Predicted memory on the fullest process."""
 
     by_component: Mapping[str, int]
     """Item -> bytes on the device; the sum is the predicted peak."""
     limit_bytes: int
-    """Usable bytes of the device; 0: unknown."""
+    """Usable bytes on the device; 0: unknown."""
     stage: int = 0
-    """Pipeline stage of the process (0-based)."""
+    """The process's pipeline stage (0-based)."""
     on_host_bytes: int = 0
     """Pinned host memory, in bytes."""
 
@@ -40,14 +40,14 @@ class QuotedMemory:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Size and timing of a run's checkpoints."""
+    """A run's checkpoint size and timing."""
 
     size_bytes: int
     """Bytes over all processes."""
     write_s: float
     """Seconds from the start of a save until the checkpoint is on disk."""
     stall_s: float
-    """Seconds of `write_s` in which training waits."""
+    """Seconds within `write_s` in which training waits."""
     interval_s: float
     """Best time between two checkpoints (Young 1974, Daly 2006)."""
     interval_steps: int
@@ -55,7 +55,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Quote:
-    """Price of one stage: a phase in `data.phases`, or an entry in `extend.stages`."""
+    """A stage's price: a phase in `data.phases`, or an entry in `extend.stages`."""
 
     name: str
     kind: str
@@ -75,14 +75,13 @@ class Quote:
     """Component -> seconds per step on the slowest process; the sum is the step time."""
     tokens_per_s_per_gpu: float
     tflops_per_gpu: float
-    """Model FLOPs per second and GPU, in units of 1e12."""
+    """Model TFLOPs per second and GPU."""
     mfu: float
     """Model FLOPs per second as a share of the chip's dense bf16 peak."""
     hours: float
-    """Hours of training without interruptions."""
+    """Training hours without interruptions."""
     effective_share: float
-    """Share of wall-clock time spent on steps that count; checkpoints, lost steps and restarts take the
-    rest."""
+    """Share of wall-clock time in steps that survive failures (`Operation.effective_share`)."""
     energy_kwh: float
     cost_usd: float
     checkpoint: Checkpoint
@@ -111,7 +110,7 @@ class Quote:
 
 @dataclass(frozen=True)
 class QuoteTotals:
-    """Sums over consecutive stages of a run."""
+    """Sums over a run's consecutive stages."""
 
     tokens: int
     days: float
@@ -124,7 +123,7 @@ class QuoteTotals:
     peak_memory_bytes: int
 
     def scale_to_tokens(self, tokens: float) -> QuoteTotals:
-        """Scale the totals to `tokens` tokens at the same speed and the same mix of stages."""
+        """Scale the totals to `tokens` tokens at equal speed and stage proportions."""
         share = tokens / self.tokens
         low, high = self.cost_range_usd
         return dataclasses.replace(
@@ -134,7 +133,7 @@ class QuoteTotals:
 
 
 def sum_quotes(quotes: Sequence[Quote]) -> QuoteTotals:
-    """Sum a non-empty sequence of stages."""
+    """Sum stages; `quotes` is not empty."""
     days = sum(q.days for q in quotes)
     ranges = [q.cost_range_usd if any(q.cost_range_usd) else (q.cost_usd, q.cost_usd) for q in quotes]
     return QuoteTotals(
@@ -167,13 +166,13 @@ class QuoteTable:
 
 
 def build_tables(quotes: Sequence[Quote]) -> list[QuoteTable]:
-    """Build all tables for a non-empty sequence of stages."""
+    """Build all tables; `quotes` is not empty."""
     return [build_stage_table(quotes), build_memory_table(quotes), build_step_table(quotes),
             build_checkpoint_table(quotes)]
 
 
 def build_stage_table(quotes: Sequence[Quote]) -> QuoteTable:
-    """Build the table of time and cost per stage, with a total row for several stages."""
+    """Build the table with time and cost per stage; several stages have a total row."""
     head = ["stage", "context", "batch", "tokens", "step", "tokens/s/GPU", "MFU", "time", "GPU-hours",
             "energy", "cost"]
     rows = [[q.name, f"{q.seq_len:,}", f"{q.global_batch_size:,}", format_count(q.tokens),
@@ -189,7 +188,7 @@ def build_stage_table(quotes: Sequence[Quote]) -> QuoteTable:
 
 
 def build_memory_table(quotes: Sequence[Quote]) -> QuoteTable:
-    """Build the table of memory items on the fullest process, one column per kind of stage."""
+    """Build the table with memory items on the fullest process, a column per kind of stage."""
     groups = group_quotes(quotes, lambda q: q.memory)
     memories = [group[0].memory for group in groups]
     columns = [select_items(memory) for memory in memories]
@@ -208,14 +207,14 @@ def build_memory_table(quotes: Sequence[Quote]) -> QuoteTable:
 
 
 def select_items(memory: QuotedMemory, share: float = SMALLEST_SHARE) -> dict[str, int]:
-    """Return the memory items above `share` of the total, in bytes, and the sum of smaller items."""
+    """Return item -> bytes for items above `share` of the total; `SMALL_ITEMS` sums smaller items."""
     large = {item: n for item, n in memory.by_component.items() if n > share * memory.total_bytes}
     rest = memory.total_bytes - sum(large.values())
-    return large | ({OTHER_ITEMS: rest} if rest > SMALLEST_SHARE * memory.total_bytes else {})
+    return large | ({SMALL_ITEMS: rest} if rest > SMALLEST_SHARE * memory.total_bytes else {})
 
 
 def build_step_table(quotes: Sequence[Quote]) -> QuoteTable:
-    """Build the table of seconds per step component, one column per kind of stage."""
+    """Build the table with seconds per step component, a column per kind of stage."""
     groups = group_quotes(quotes, lambda q: q.seconds)
     first = [group[0] for group in groups]
     names = list(dict.fromkeys(name for q in first for name, seconds in q.seconds.items() if seconds))
@@ -236,7 +235,7 @@ def name_component(name: str) -> str:
 
 
 def build_checkpoint_table(quotes: Sequence[Quote]) -> QuoteTable:
-    """Build the table of checkpoint size, timing and interval, and the share of time spent training."""
+    """Build the table with checkpoint size, timing and interval, and `effective_share`."""
     groups = group_quotes(quotes, lambda q: (q.checkpoint, q.effective_share))
     rows = []
     for name, group in zip(label_groups(groups), groups, strict=True):
@@ -262,7 +261,7 @@ def group_quotes(quotes: Sequence[Quote], key: Callable[[Quote], object]) -> lis
 
 
 def list_notes(quotes: Sequence[Quote]) -> list[str]:
-    """Return each distinct note, and a sentence about the range of the cost."""
+    """Return distinct notes, and a sentence about `cost_range_usd`."""
     low, high = sum_quotes(quotes).cost_range_usd
     sentences = list(dict.fromkeys(note for q in quotes for note in q.notes))
     if high > low:

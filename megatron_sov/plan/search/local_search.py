@@ -1,6 +1,6 @@
-"""The local search for the layout of `plan` and `submit`: the fastest one that leaves GPU memory free.
+"""Search for the layout in `plan` and `submit`: the fastest that leaves GPU memory free.
 
-A full sweep takes minutes. The local search prices a coarse grid, then changes a few settings of the best
+A full sweep takes minutes. The local search prices a coarse grid, then changes a few settings in the best
 layouts at a time until no change helps: hundreds to thousands of layouts, in seconds
 (tests/plan/test_local_search.py compares its choices with full sweeps)."""
 
@@ -22,62 +22,59 @@ from megatron_sov.plan.search.recommended_layouts import (
     find_recommended, get_recommended_settings, sets_layout)
 from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, get_current_choice, iter_layouts
 from megatron_sov.plan.search.sweep import build_stage_spaces
-from megatron_sov.plan.speed.parameters import Parameters
 
 SPARE_SHARE = 0.1
-"""Share of the usable GPU memory that the chosen layout leaves free, if a layout can."""
+"""Share of usable GPU memory that the chosen layout leaves free, if a layout can."""
 NUM_STARTS = 6
 """Grid layouts from which the local search starts."""
 LayoutCost = tuple[int, float]
-"""(0, seconds of all steps): fits; (1, missing bytes): too large; (2, 0): breaks a rule."""
+"""(0, seconds for all steps): fits; (1, missing bytes): too large; (2, 0): breaks a rule."""
 BROKEN: LayoutCost = (2, 0.0)
 SEARCHED = ("tp", "pp", "vpp", "pipeline_layout", "cp", "ep", "etp", "zero1", "expert_overlap")
 PIPELINE = ("pp", "vpp", "pipeline_layout")
 VARIED = ((*PIPELINE, "expert_overlap"), ("ep", "etp", "expert_overlap"), ("tp", "etp"), ("tp", "cp"),
           ("zero1",), (*PIPELINE, "ep"), ("pp", "tp"))
-"""Groups of settings that one move changes together."""
+"""`parallel` settings that a move changes together."""
 
 
 @dataclass(frozen=True)
 class DefaultLayout:
-    """Result of the local search."""
+    """Result from the local search."""
 
     settings: tuple[str, ...]
-    """Changes from the run's own settings, as --set takes them."""
+    """Changes from the run's settings, for --set."""
     seconds: float
-    """Predicted time of all steps."""
+    """Predicted seconds for all steps."""
     own_seconds: float
-    """Predicted time of all steps in the recipe's own layout; infinite if that layout does not fit."""
+    """Predicted seconds for all steps in the recipe's layout; infinite if the layout does not fit."""
     own_spare_share: float
-    """Share of the usable GPU memory that the recipe's own layout leaves free; negative if it does not
-    fit."""
+    """Share of usable GPU memory that the recipe's layout leaves free; negative if it does not fit."""
     num_priced: int
-    """Number of priced layouts."""
+    """Priced layouts."""
     spare_share: float
-    """Share of the usable GPU memory that the layout leaves free; below `SPARE_SHARE` if no layout leaves
-    more."""
+    """Share of usable GPU memory that the layout leaves free; below `SPARE_SHARE` if no layout reaches it."""
 
     def format_line(self) -> str:
-        own = "does not fit"
+        outcome = "does not fit"
         if self.own_seconds < math.inf:
-            own = f"takes {format_days(self.own_seconds)} and leaves {format_share(self.own_spare_share)}"
+            outcome = f"takes {format_days(self.own_seconds)} and leaves {format_share(self.own_spare_share)}"
         return (f"layout: fastest of {self.num_priced:,} priced, {format_days(self.seconds)} of training, "
-                f"leaves {format_share(self.spare_share)} of the GPU's memory; the recipe's own {own}")
+                f"leaves {format_share(self.spare_share)} of the GPU's memory; the recipe's own {outcome}")
 
 
 def leaves_layout_open(request: RecipeRequest) -> bool:
     """Return whether the user leaves layout, micro-batch size and recomputation to the search: no --set, no
-    --config, no recipe of their own."""
+    --config, no recipe file."""
     base = request.base
     default = recipes.get(base.recipe).parallel if base.recipe in recipes.names() else ParallelConfig()
     return not request.from_file and not sets_layout(request.settings) and base.parallel == default
 
 
-def choose_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str],
-                  parameters: Parameters | None = None) -> tuple[tuple[str, ...], DefaultLayout | None]:
-    """Return the settings of the searched layout, and the search; if the search fails, the settings of the
-    recommended layout, and None."""
-    default = find_layout(config, machines, user_settings, parameters)
+def choose_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str]
+                  ) -> tuple[tuple[str, ...], DefaultLayout | None]:
+    """Return `DefaultLayout.settings` and the `DefaultLayout`; if the search fails, the recommended settings
+    and None."""
+    default = find_layout(config, machines, user_settings)
     if default is None:
         return get_cluster_recommendation(config, machines, user_settings), None
     return default.settings, default
@@ -85,26 +82,25 @@ def choose_layout(config: RunConfig, machines: Machines, user_settings: Sequence
 
 def get_cluster_recommendation(config: RunConfig, machines: Machines,
                                user_settings: Sequence[str]) -> tuple[str, ...]:
-    """Return the settings of the recommended layout for a run on a cluster; () if the table has none."""
+    """Return the recommended settings for a run on a cluster; () if `RECOMMENDED` has none."""
     gpu = machines.profile.gpu if machines.profile.gpus_per_node else ""
     return get_recommended_settings(config, machines.num_ranks, gpu, user_settings)
 
 
-def find_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str] = (),
-                parameters: Parameters | None = None) -> DefaultLayout | None:
-    """Search for the fastest layout of a run on a cluster.
+def find_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str] = ()
+                ) -> DefaultLayout | None:
+    """Search for a run's fastest layout on a cluster.
 
     Args:
         config: the run; kernels and precision stay fixed.
-        machines: nodes of the cluster.
+        machines: nodes in the cluster.
         user_settings: settings from --set, which stay fixed.
-        parameters: speed parameters; None: the package's.
 
     Returns:
-        The fastest layout found. None: no layout fits, the profile does not describe its GPUs and links, or
-        the run has rounds of reinforcement learning and a valid recommended layout.
+        The fastest layout. None: no layout fits, the profile does not describe its GPUs and links, or an RL
+        run has a valid recommended layout.
     """
-    pricing = build_pricing(machines, parameters)
+    pricing = build_pricing(machines)
     if pricing is None:
         return None
     recommended = apply_settings(config, list(get_cluster_recommendation(config, machines, user_settings)))
@@ -117,10 +113,10 @@ def find_layout(config: RunConfig, machines: Machines, user_settings: Sequence[s
 
 
 class LocalSearch:
-    """Coordinate descent over layouts, from the cheapest layouts of a coarse grid."""
+    """Coordinate descent over `LayoutChoice`, from the cheapest layouts in a coarse grid."""
 
     def __init__(self, config: RunConfig, pricing: Pricing, user_settings: Sequence[str]) -> None:
-        # kernels and dispatchers that the recipe recommends for these GPUs stay fixed
+        # recommended kernels and dispatchers stay fixed
         self.own_settings = find_recommended(config, pricing.num_ranks, pricing.machines.profile.gpu,
                                              user_settings) or ()
         self.config = apply_settings(config, list(self.own_settings))
@@ -143,7 +139,7 @@ class LocalSearch:
         self._seconds: dict[LayoutChoice, float] = {}
 
     def find_best(self) -> DefaultLayout | None:
-        """Return the best layout that leaves `SPARE_SHARE`, else the best that fits at all, else None."""
+        """Return the best layout that leaves `SPARE_SHARE` free, else the best fitting layout, else None."""
         for spare in (SPARE_SHARE, 0.0):
             self.limit_bytes = (1 - spare) * self.pricing.limit_bytes
             self.costs.clear()
@@ -153,22 +149,22 @@ class LocalSearch:
         return None
 
     def describe_layout(self, best: LayoutChoice) -> DefaultLayout:
-        """Return the settings and time of a layout, next to the recipe's own layout."""
+        """Return the layout's settings and time, next to the recipe's layout."""
         seconds, num_priced = self.get_cost(best)[1], len(self.costs)
         self.limit_bytes = self.pricing.limit_bytes
         self.costs.clear()
-        own_choice = get_current_choice(self.config)
-        own_cost = self.get_cost(own_choice)
-        # the memory of a layout that breaks a rule cannot be counted
-        own_spare = -math.inf if own_cost == BROKEN else self.compute_spare_share(own_choice)
+        current_choice = get_current_choice(self.config)
+        current_cost = self.get_cost(current_choice)
+        # An invalid layout has no memory account.
+        current_spare = -math.inf if current_cost == BROKEN else self.compute_spare_share(current_choice)
         settings = {setting.partition("=")[0]: setting
                     for setting in (*self.own_settings, *best.list_settings(self.config))}
         return DefaultLayout(tuple(settings.values()), seconds,
-                             own_cost[1] if own_cost[0] == 0 else math.inf,
-                             own_spare, num_priced, self.compute_spare_share(best))
+                             current_cost[1] if current_cost[0] == 0 else math.inf,
+                             current_spare, num_priced, self.compute_spare_share(best))
 
     def compute_spare_share(self, choice: LayoutChoice) -> float:
-        """Return the share of usable memory that the fullest GPU leaves free; the layout must be valid."""
+        """Return the free share of usable memory on the fullest GPU; the layout must be valid."""
         num_bytes = self.count_bytes(choice)
         assert num_bytes is not None, choice
         return 1 - num_bytes / self.pricing.limit_bytes
@@ -182,7 +178,7 @@ class LocalSearch:
         return self._bytes[choice]
 
     def estimate_seconds(self, choice: LayoutChoice) -> float:
-        """Return the predicted seconds of all steps."""
+        """Return the predicted seconds for all steps."""
         if choice not in self._seconds:
             self._seconds[choice] = sum(self.pricing.time_step(stage).total_s * stage.steps
                                         for stage in self._apply_to_stages(choice))
@@ -192,7 +188,7 @@ class LocalSearch:
         return [stage.with_config(choice.apply_to(stage.config)) for stage in self.stages]
 
     def get_cost(self, choice: LayoutChoice) -> LayoutCost:
-        """Return the cost of a layout, computed once per memory limit."""
+        """Return a layout's cost, computed once per `limit_bytes`."""
         if choice not in self.costs:
             self.costs[choice] = self._compute_cost(choice)
         return self.costs[choice]
@@ -205,7 +201,7 @@ class LocalSearch:
         return (1, lacks_bytes) if lacks_bytes > 0 else (0, self.estimate_seconds(choice))
 
     def list_starts(self) -> list[LayoutChoice]:
-        """Return the run's own layout, and the cheapest layouts of a grid over tp, pp, cp and ep, with all
+        """Return the run's layout, and the cheapest layouts in a grid over `tp`, `pp`, `cp` and `ep`, with
         further settings at their simplest."""
         grid: dict[tuple[int, ...], ParallelConfig] = {}
         for p in sorted(self.valid, key=_rank_complexity):
@@ -219,12 +215,12 @@ class LocalSearch:
         for size in sorted(self.space.micro_batch_size):
             choices = [LayoutChoice(parallel, size, recompute) for recompute in recomputes]
             variants += choices
-            # a larger micro-batch never needs less memory
+            # A larger micro-batch never needs less memory.
             recomputes = [choice.recompute for choice in choices if self.get_cost(choice)[0] != 1]
         return min(variants, key=self.get_cost)
 
     def descend_from(self, choice: LayoutChoice) -> LayoutChoice:
-        """Set one group of settings at a time to its best values, until no change helps."""
+        """Set a group in `VARIED` at a time to its best values, until no change helps."""
         is_improved = True
         while is_improved:
             previous_cost = self.get_cost(choice)
@@ -238,7 +234,7 @@ class LocalSearch:
 
 
 def _get_fixed_values(parallel: ParallelConfig, varied: Collection[str]) -> tuple[object, ...]:
-    """Return the values of the searched settings outside `varied`."""
+    """Return the values in `SEARCHED` outside `varied`."""
     return tuple(getattr(parallel, name) for name in SEARCHED if name not in varied)
 
 

@@ -1,4 +1,4 @@
-"""The recommended layouts of recipes, by GPU and number of processes."""
+"""Recommended layouts for recipes, by GPU and number of processes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megatron_sov.work.clusters.units import GIB
 # chunks. Layouts for HybridEP come first, then layouts without additional packages (docs/layouts.md).
 
 Layout = tuple[str, ...]
-"""Settings as --set takes them: `parallel.*`, micro-batch size, recomputation, attention of split rows."""
+"""Settings for --set: `parallel.*`, micro-batch size, recomputation, attention over split rows."""
 
 _SELECTIVE: Layout = ("train.recompute=selective", 'gpu.recompute_modules=["layernorm", "moe_act"]')
-_EXPERTS_AGAIN: Layout = ("train.recompute=selective", 'gpu.recompute_modules=["moe"]')
+_FEW_ACTIVATIONS: Layout = ("train.recompute=selective", 'gpu.recompute_modules=["moe"]')
 _STORED: Layout = ("train.recompute=false",)
 _HALVES: Layout = ("parallel.tp=2", "parallel.sp=true")
 _NODE: Layout = ("parallel.ep=8",)
@@ -36,7 +36,7 @@ _SIXTEEN_RUNS = "parallel.pipeline_layout=[3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3
 _EIGHT_RUNS = "parallel.pipeline_layout=[6, 6, 6, 6, 6, 6, 7, 5]"
 _TWELVE_RUNS = "parallel.pipeline_layout=[4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 5, 3]"
 _DEEP_RUNS = "parallel.pipeline_layout=[5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 6, 6, 1]"
-"""For 78 layers and a prediction layer that is applied four times, each time with the head."""
+"""For 78 layers and a prediction layer applied four times with the head (`mtp_depths`)."""
 _DEEP_HALVES: Layout = (*_HALVES, "parallel.pp=16", *_NODE, _DEEP_RUNS)
 _DEEP_STAGES: Layout = ("parallel.tp=1", "parallel.sp=false", "parallel.pp=8", "parallel.vpp=2", *_NODE,
                         _DEEP_RUNS)
@@ -45,18 +45,18 @@ _PASSES: Layout = ("parallel.expert_overlap=micro_batches",)
 """Expert messages overlap with another micro-batch."""
 _HYBRID: Layout = ("parallel.expert_dispatcher=hybridep",)
 """Needs installed kernels; a later layout works without them."""
-_WHOLE_ROWS: Layout = ("gpu.attention=fused",)
-"""Under context parallelism, cuDNN attends over whole rows for a share of the heads per process."""
+_FULL_ROWS: Layout = ("gpu.attention=fused",)
+"""Under context parallelism, cuDNN attends over full rows for some heads per process."""
 _HYBRID_STAGES: Layout = ("parallel.pp=4", "parallel.vpp=4", *_NODE)
 _QUARTERS: Layout = ("parallel.tp=4", "parallel.sp=true")
 
 _ZERO1: Layout = ("parallel.zero1=true",)
 _SMALL: dict[str, tuple[Layout, ...]] = dict.fromkeys(("h100", "h200", "b200"), (_ZERO1, (*_ZERO1, *_HALVES)))
 _SOLAR: tuple[Layout, ...] = ((*_EIGHT_STAGES, *_SELECTIVE), ("parallel.pp=4",), ("parallel.pp=8",))
-_SOLAR_MID: tuple[Layout, ...] = (("parallel.pp=2", "parallel.cp=8", *_STORED, *_WHOLE_ROWS),
-                                  ("parallel.pp=4", "parallel.cp=8", *_STORED, *_WHOLE_ROWS),
-                                  ("parallel.pp=4", "parallel.cp=4", *_WHOLE_ROWS),
-                                  ("parallel.pp=4", "parallel.cp=8", *_WHOLE_ROWS))
+_SOLAR_MID: tuple[Layout, ...] = (("parallel.pp=2", "parallel.cp=8", *_STORED, *_FULL_ROWS),
+                                  ("parallel.pp=4", "parallel.cp=8", *_STORED, *_FULL_ROWS),
+                                  ("parallel.pp=4", "parallel.cp=4", *_FULL_ROWS),
+                                  ("parallel.pp=4", "parallel.cp=8", *_FULL_ROWS))
 
 RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
     "solar-open-102b": {
@@ -77,22 +77,22 @@ RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
                  ("parallel.pp=2", "parallel.pipeline_layout=[25, 23]", *_TWO_ROWS, *_SELECTIVE),
                  (*_EIGHT_STAGES, *_TWO_ROWS, *_SELECTIVE), *_SOLAR)},
     "solar-open-102b-mid": {
-        "h100": ((*_HALVES, *_FOUR_STAGES, "parallel.cp=4", *_SELECTIVE, *_WHOLE_ROWS), *_SOLAR_MID[2:]),
+        "h100": ((*_HALVES, *_FOUR_STAGES, "parallel.cp=4", *_SELECTIVE, *_FULL_ROWS), *_SOLAR_MID[2:]),
         "h200": _SOLAR_MID, "b200": _SOLAR_MID},
     "solar-open-102b-extend": {
-        "h100": (("parallel.pp=4", "parallel.vpp=4", *_NODE, *_SELECTIVE, *_WHOLE_ROWS), _WHOLE_ROWS),
-        "h200": (("parallel.tp=2", "parallel.pp=4", "parallel.vpp=4", *_NODE, *_SELECTIVE, *_WHOLE_ROWS),
-                 _WHOLE_ROWS),
+        "h100": (("parallel.pp=4", "parallel.vpp=4", *_NODE, *_SELECTIVE, *_FULL_ROWS), _FULL_ROWS),
+        "h200": (("parallel.tp=2", "parallel.pp=4", "parallel.vpp=4", *_NODE, *_SELECTIVE, *_FULL_ROWS),
+                 _FULL_ROWS),
         "b200": (("parallel.tp=1", "parallel.sp=false", "parallel.pp=2", "parallel.vpp=4", *_NODE,
-                  *_EXPERTS_AGAIN, *_WHOLE_ROWS),
-                 ("parallel.tp=2", "parallel.pp=2", "parallel.cp=4", *_NODE, *_EXPERTS_AGAIN, *_WHOLE_ROWS),
-                 ("parallel.tp=2", "parallel.pp=2", *_NODE, *_SELECTIVE, *_WHOLE_ROWS), _WHOLE_ROWS)},
+                  *_FEW_ACTIVATIONS, *_FULL_ROWS),
+                 ("parallel.tp=2", "parallel.pp=2", "parallel.cp=4", *_NODE, *_FEW_ACTIVATIONS, *_FULL_ROWS),
+                 ("parallel.tp=2", "parallel.pp=2", *_NODE, *_SELECTIVE, *_FULL_ROWS), _FULL_ROWS)},
     "k-exaone-236b": {
         "h100": ((*_QUARTERS, "parallel.pp=2", "parallel.vpp=4", "parallel.ep=64", *_SELECTIVE, *_PASSES,
                   *_HYBRID),
                  (*_HALVES, "parallel.pp=4", "parallel.vpp=4", "parallel.cp=2", "parallel.ep=32", *_SELECTIVE,
-                  *_PASSES, *_WHOLE_ROWS),
-                 (*_EIGHT_LIGHTER, *_NODE, "parallel.cp=4", *_SELECTIVE, *_WHOLE_ROWS),
+                  *_PASSES, *_FULL_ROWS),
+                 (*_EIGHT_LIGHTER, *_NODE, "parallel.cp=4", *_SELECTIVE, *_FULL_ROWS),
                  ("parallel.pp=8", *_NODE), ("parallel.pp=4", "parallel.ep=16")),
         "h200": ((*_HALVES, "parallel.pp=2", "parallel.vpp=4", "parallel.ep=64",
                   "parallel.pipeline_layout=[6, 6, 6, 7, 7, 7, 7, 2]", *_SELECTIVE, *_PASSES, *_HYBRID),
@@ -102,18 +102,18 @@ RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
         "b200": ((*_HALVES, "parallel.pp=2", "parallel.vpp=4", "parallel.ep=32", *_STORED, *_PASSES,
                   *_HYBRID),
                  ("parallel.pp=4", "parallel.vpp=4", "parallel.cp=2", *_NODE,
-                  _SIXTEEN_RUNS, *_SELECTIVE, *_PASSES, *_WHOLE_ROWS),
+                  _SIXTEEN_RUNS, *_SELECTIVE, *_PASSES, *_FULL_ROWS),
                  ("parallel.pp=4", "parallel.vpp=4", "parallel.cp=2", *_NODE, _SIXTEEN_RUNS, *_SELECTIVE,
-                  *_WHOLE_ROWS),
+                  *_FULL_ROWS),
                  ("parallel.pp=2", *_NODE), ("parallel.pp=4", *_NODE))},
     "k-exaone-236b-extend": {
-        "h100": (("parallel.tp=2", "parallel.pp=8", "parallel.vpp=2", _SIXTEEN_RUNS, *_NODE, *_WHOLE_ROWS),
-                 _WHOLE_ROWS),
+        "h100": (("parallel.tp=2", "parallel.pp=8", "parallel.vpp=2", _SIXTEEN_RUNS, *_NODE, *_FULL_ROWS),
+                 _FULL_ROWS),
         "h200": (("parallel.tp=2", "parallel.pp=4", "parallel.vpp=4", _SIXTEEN_RUNS, *_NODE, "parallel.cp=4",
-                  *_WHOLE_ROWS), _WHOLE_ROWS),
+                  *_FULL_ROWS), _FULL_ROWS),
         "b200": (("parallel.tp=4", "parallel.pp=2", "parallel.vpp=4", *_NODE, "parallel.cp=4",
-                  _EIGHT_RUNS, *_TWO_ROWS, *_WHOLE_ROWS),
-                 ("parallel.tp=4", "parallel.pp=4", *_NODE, *_WHOLE_ROWS), _WHOLE_ROWS)},
+                  _EIGHT_RUNS, *_TWO_ROWS, *_FULL_ROWS),
+                 ("parallel.tp=4", "parallel.pp=4", *_NODE, *_FULL_ROWS), _FULL_ROWS)},
     "k-exaone2-750b": {"h100": (_DEEP_HALVES,), "h200": (_DEEP_STAGES, _DEEP_HALVES),
                        "b200": (_DEEP_STAGES, _DEEP_HALVES)},
     "solar-open2-250b": {
@@ -126,16 +126,16 @@ RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
     "typhoon-s-8b-opd": dict.fromkeys(("h100", "h200", "b200"), (_ZERO1, (*_ZERO1, "parallel.pp=2"))),
 }
 """Recipe -> GPU (`clusters.chips.CHIPS`) -> layouts, best first."""
-SHOWN_RANKS = (8, 64, 480, 512, 1024)
-"""Process counts in the table of docs/layouts.md."""
+TABLE_RANKS = (8, 64, 480, 512, 1024)
+"""Process counts in the table in docs/layouts.md."""
 LAYOUT_PREFIXES = ("parallel.", "train.micro_batch_size=", "train.recompute=", "gpu.recompute_modules=")
-"""Prefixes of settings that replace the recommended layout."""
+"""Prefixes: such settings replace the recommended layout."""
 DISPATCHER = "parallel.expert_dispatcher"
 """Setting that depends on the installed kernels: a user who sets it still gets a recommended layout."""
 
 
 def list_recommended(config: RunConfig, gpu: str) -> tuple[Layout, ...]:
-    """Return the recommended layouts of a recipe, best first; () for recipes outside the table."""
+    """Return a recipe's recommended layouts, best first; () for recipes outside `RECOMMENDED`."""
     return RECOMMENDED.get(config.recipe, {}).get(gpu, ())
 
 
@@ -148,7 +148,7 @@ def find_recommended(config: RunConfig, num_ranks: int, gpu: str,
         config: the run.
         num_ranks: number of processes.
         gpu: key in `CHIPS`.
-        user_settings: settings from --set, which stay: layouts with another dispatcher are skipped.
+        user_settings: settings from --set, which stay: layouts with a different dispatcher are skipped.
     """
     fixed = {setting.partition("=")[0] for setting in user_settings}
     for layout in list_recommended(config, gpu):
@@ -177,7 +177,7 @@ def get_recommended_settings(config: RunConfig, num_ranks: int, gpu: str,
 
 
 def compute_memory_gib(config: RunConfig, layout: Layout, gpu: str) -> dict[int, float]:
-    """Return the number of processes -> GiB on the fullest, for each count in `SHOWN_RANKS` that fits."""
+    """Return process count -> GiB on the fullest process, for fitting counts in `TABLE_RANKS`."""
     changed = apply_settings(config, list(layout))
-    return {num_ranks: find_fullest_stage(changed, num_ranks)[1].total / GIB for num_ranks in SHOWN_RANKS
+    return {num_ranks: find_fullest_stage(changed, num_ranks)[1].total / GIB for num_ranks in TABLE_RANKS
             if not changed.problems(num_ranks) and fits_gpu(changed, num_ranks, CHIPS[gpu])}

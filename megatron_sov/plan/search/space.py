@@ -13,9 +13,9 @@ from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_sov.plan.footprint.gpu_capacity import MAX_TP, list_changed_settings
 
 LEAST_GAIN = 0.01
-"""Smallest relative gain of the slowest stage for which uneven stages replace equal stages."""
+"""Smallest relative gain on the slowest stage for which uneven stages replace equal stages."""
 MAX_RELATIVE_CHUNK = 4 / 3
-"""Longest chunk of an interleaved pipeline, the head included, relative to the mean chunk. Longer chunks
+"""Longest chunk in an interleaved pipeline, the head included, relative to the mean chunk. Longer chunks
 would delay other stages by more than 1 % of a step (`tests/plan/test_search.py` simulates the schedule)."""
 MAX_CP = 64
 """Largest context parallel size."""
@@ -31,7 +31,7 @@ AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
 """Sizes in `parallel` that the search varies."""
 CHOICE_FIELDS = ("tp", "sp", "pp", "vpp", "cp", "ep", "etp", "zero1", "expert_dispatcher", "expert_overlap",
                  "pipeline_layout")
-"""Fields of `parallel` in the JSON of a layout."""
+"""Fields in `parallel` that a layout's JSON contains."""
 Recompute = tuple[bool | Literal["selective"], tuple[str, ...]]
 """`train.recompute` and `gpu.recompute_modules`."""
 
@@ -47,7 +47,7 @@ class LayoutSpace:
     cp: tuple[int, ...]
     ep: tuple[int, ...]
     etp: tuple[int, ...]
-    """`iter_layouts` uses 1, `tp` and the run's own value."""
+    """`iter_layouts` uses 1, `tp` and the run's value."""
     zero1: tuple[bool, ...]
     micro_batch_size: tuple[int, ...]
     recompute: tuple[Recompute, ...]
@@ -57,7 +57,7 @@ class LayoutSpace:
 
     @property
     def variants(self) -> int:
-        """Number of layouts with equal `parallel` settings."""
+        """Layouts with equal `parallel` settings."""
         return len(self.micro_batch_size) * len(self.recompute)
 
 
@@ -76,8 +76,8 @@ class LayoutChoice:
         return replace(config, parallel=self.parallel, gpu=replace(config.gpu, **gpu), train=train)
 
     def list_settings(self, config: RunConfig) -> list[str]:
-        """Return the changes from `config` to this layout, as --set takes them; for `extend` always with the
-        micro-batch size, because `extend` otherwise chooses it."""
+        """Return the changes from `config` to the layout, for --set; for `extend` always with the micro-batch
+        size, because `extend` otherwise chooses it."""
         settings = list_changed_settings(config.parallel, self.parallel)
         if self.micro_batch_size != config.train.micro_batch_size or config.extend.stages:
             settings.append(f"train.micro_batch_size={self.micro_batch_size}")
@@ -91,7 +91,7 @@ class LayoutChoice:
 
 def build_space(config: RunConfig, num_ranks: int, domain: int, fixed: Collection[str] = (),
                 extra_layers: Collection[float] = ()) -> LayoutSpace:
-    """Build the search space for a run; the run's own layout is included.
+    """Build the search space for a run; the run's layout is included.
 
     ZeRO-1 is on, because it saves memory and sends the same bytes; runs without it are tried both ways.
 
@@ -103,25 +103,28 @@ def build_space(config: RunConfig, num_ranks: int, domain: int, fixed: Collectio
         extra_layers: cost of the head and prediction layers on the last pipeline stage, in units of a layer;
             each value adds uneven pipelines.
     """
-    model, own = config.model, config.parallel
+    model, current = config.model, config.parallel
     longest = config.data.max_seq_len()
     has_experts = model.num_moe_layers() > 0
-    # Tensor parallelism sends messages in every layer, so it stays inside of NVLink.
+    # Tensor parallelism sends messages in every layer: stay inside NVLink.
     tp = _list_powers(min(MAX_TP, domain, num_ranks))
     pp = [size for size in _list_divisors(model.num_layers) if size <= num_ranks]
     cp = [size for size in _list_powers(min(MAX_CP, num_ranks))
           if size == 1 or longest // size >= MIN_LOCAL_TOKENS]
     ep = [size for size in _list_divisors(model.num_experts) if size <= num_ranks]
     space = LayoutSpace(
-        tp=_include(tp, own.tp), pp=_include(pp, own.pp), vpp=_include(VPP, own.vpp),
-        cp=_include(cp, own.cp), ep=_include(ep, own.ep) if has_experts else (1,),
-        etp=_include(tp, own.etp) if has_experts else (1,), zero1=(True,) if own.zero1 else (False, True),
+        tp=_include(tp, current.tp), pp=_include(pp, current.pp), vpp=_include(VPP, current.vpp),
+        cp=_include(cp, current.cp), ep=_include(ep, current.ep) if has_experts else (1,),
+        etp=_include(tp, current.etp) if has_experts else (1,),
+        zero1=(True,) if current.zero1 else (False, True),
         micro_batch_size=_include(MICRO_BATCH_SIZES, config.train.micro_batch_size),
         recompute=_list_recompute(config),
-        expert_overlap=("none", "micro_batches") if own.expert_overlap == "none" else (own.expert_overlap,))
+        expert_overlap=("none", "micro_batches") if current.expert_overlap == "none"
+        else (current.expert_overlap,))
     choice = get_current_choice(config)
-    fixed_values: dict[str, Any] = {name: (getattr(own, name),) for name in (*AXES, "zero1", "expert_overlap")
-                                    if f"parallel.{name}" in fixed}
+    fixed_values: dict[str, Any] = {
+        name: (getattr(current, name),) for name in (*AXES, "zero1", "expert_overlap")
+        if f"parallel.{name}" in fixed}
     if "train.micro_batch_size" in fixed:
         fixed_values["micro_batch_size"] = (choice.micro_batch_size,)
     if {"train.recompute", "gpu.recompute_modules"} & set(fixed):
@@ -132,10 +135,10 @@ def build_space(config: RunConfig, num_ranks: int, domain: int, fixed: Collectio
 
 def _list_uneven(config: RunConfig, space: LayoutSpace, num_ranks: int, fixed: Collection[str],
                  extra_layers: Collection[float]) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
-    """Return the run's own uneven pipeline, and uneven pipelines with a faster last stage; unlike equal
+    """Return the run's uneven pipeline, and uneven pipelines with a faster last stage; unlike equal
     stages, their number need not divide the layers."""
-    own, layers = config.parallel, config.model.num_layers
-    uneven = [(own.pp, own.vpp, own.pipeline_layout)] if own.pipeline_layout else []
+    current, layers = config.parallel, config.model.num_layers
+    uneven = [(current.pp, current.vpp, current.pipeline_layout)] if current.pipeline_layout else []
     if LAYOUT in fixed:
         return tuple(uneven)
     sizes = {*space.pp}
@@ -181,7 +184,7 @@ def find_uneven_split(num_layers: int, pp: int, vpp: int, extra_layers: float) -
 
 
 def _split_last_stage(layers: int, vpp: int, extra_layers: int) -> list[int]:
-    """Split the layers of the last stage into chunks; the head is in the last chunk."""
+    """Split the last stage's layers into chunks; the head is in the last chunk."""
     if vpp == 1:
         return [layers]
     in_last = max(1, _split_evenly(layers + extra_layers, vpp)[-1] - extra_layers)
@@ -195,13 +198,13 @@ def _split_evenly(total: int, parts: int) -> list[int]:
 
 
 def _list_recompute(config: RunConfig) -> tuple[Recompute, ...]:
-    """Return no, full and cheap selective recomputation, and the run's own setting."""
-    own: Recompute = (config.train.recompute, config.gpu.recompute_modules)
+    """Return no, full and cheap selective recomputation, and the run's current setting."""
+    current: Recompute = (config.train.recompute, config.gpu.recompute_modules)
     options: list[Recompute] = [(False, ())]
     if not config.gpu.offload_modules:  # offloading needs stored activations
         options.append((True, ()))
     options += [("selective", modules) for modules in _list_modules(config.model)]
-    return tuple(dict.fromkeys([*options, own]))
+    return tuple(dict.fromkeys([*options, current]))
 
 
 def _list_modules(model: ModelConfig) -> list[tuple[str, ...]]:
@@ -211,21 +214,21 @@ def _list_modules(model: ModelConfig) -> list[tuple[str, ...]]:
 
 
 def iter_layouts(config: RunConfig, space: LayoutSpace) -> Iterator[ParallelConfig]:
-    """Yield the `parallel` settings of a space; some violate a rule.
+    """Yield the `parallel` settings in a space; some violate a rule.
 
     Sequence parallelism accompanies tensor parallelism: it sends the same bytes and needs less memory.
     """
-    own = config.parallel
+    current = config.parallel
     for (pp, vpp, stages), tp, cp, ep, etp, zero1, overlap in itertools.product(
             (*_list_equal(config, space), *space.uneven), space.tp, space.cp, space.ep, space.etp,
             space.zero1, space.expert_overlap):
         # Experts are whole or split like dense layers: further sizes would multiply the space.
         # Most layouts cannot overlap the experts' messages, and are tried once.
         can_overlap = 1 < ep < config.model.num_experts and (pp == 1 or vpp > 1)
-        is_useful = overlap != "micro_batches" or can_overlap or overlap == own.expert_overlap
-        if etp in (1, tp, own.etp) and is_useful:
-            yield replace(own, tp=tp, sp=tp > 1, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, zero1=zero1,
-                          overlap_param_gather=own.overlap_param_gather and zero1, pipeline_layout=stages,
+        is_useful = overlap != "micro_batches" or can_overlap or overlap == current.expert_overlap
+        if etp in (1, tp, current.etp) and is_useful:
+            yield replace(current, tp=tp, sp=tp > 1, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, zero1=zero1,
+                          overlap_param_gather=current.overlap_param_gather and zero1, pipeline_layout=stages,
                           expert_overlap=overlap)
 
 
@@ -246,7 +249,7 @@ def get_current_choice(config: RunConfig) -> LayoutChoice:
 
 
 def choice_to_dict(choice: LayoutChoice) -> dict[str, Any]:
-    """Return the settings of a layout by name, as in the JSON of `plan`."""
+    """Return a layout's settings by name, as in `plan --json`."""
     parallel = dataclasses.asdict(choice.parallel)
     values = {name: parallel[name] for name in CHOICE_FIELDS}
     values["pipeline_layout"] = list(values["pipeline_layout"])
@@ -254,12 +257,12 @@ def choice_to_dict(choice: LayoutChoice) -> dict[str, Any]:
                      "recompute_modules": list(choice.recompute[1])}
 
 
-def _include(values: Iterable[int], own: int) -> tuple[int, ...]:
-    return tuple(sorted({*values, own}))
+def _include(values: Iterable[int], current: int) -> tuple[int, ...]:
+    return tuple(sorted({*values, current}))
 
 
 def _list_powers(limit: int) -> list[int]:
-    """Return the powers of two up to a limit, at least 1."""
+    """Return 1, 2, 4, ... up to `limit`, at least 1."""
     return [1 << i for i in range(limit.bit_length())] if limit >= 1 else [1]
 
 

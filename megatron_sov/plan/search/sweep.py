@@ -1,4 +1,4 @@
-"""The sweep over a run's layouts: broken rules, missing memory, and a ranking of fitting layouts by speed."""
+"""Sweep over a run's layouts: broken rules, missing memory, and fitting layouts ranked by speed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from megatron_sov.plan.search.space import (
     LayoutChoice, LayoutSpace, Recompute, build_space, iter_choices, iter_layouts)
 
 PROCESSES = "must divide the number of processes"
-"""Suffix of the rules on products of sizes."""
+"""Suffix in rules about products of sizes."""
 EVERY_NODE = 32
-"""`find_fewest_nodes` tries every node count up to this one."""
+"""`find_fewest_nodes` tries all node counts up to this number."""
 NODES_TRIED = (*range(1, EVERY_NODE + 1),
                *((EVERY_NODE << octave) * quarter // 4 for octave in range(7) for quarter in (5, 6, 7, 8)))
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A layout that fits one kind of stage."""
+    """A layout that fits a kind of stage."""
 
     choice: LayoutChoice
     needs_bytes: int
-    """Memory of the fullest process."""
+    """Bytes on the fullest process."""
     seconds: dict[str, float]
     """Component -> seconds per step."""
     step_s: float
@@ -37,7 +37,7 @@ class SweepResult:
 
 @dataclass
 class Sweep:
-    """Outcome of all layouts for one kind of stage."""
+    """Outcome over all layouts for a kind of stage."""
 
     stage: RunStage
     num_looked_at: int = 0
@@ -45,15 +45,15 @@ class Sweep:
     """Layouts that fit, fastest first."""
     num_too_large: int = 0
     nearest: tuple[int, LayoutChoice] | None = None
-    """Smallest number of missing bytes, and its layout; None: every valid layout fits."""
+    """Fewest missing bytes, and the layout; None: all valid layouts fit."""
     broken: Counter[str] = field(default_factory=Counter)
-    """Rule -> layouts that break this rule first."""
+    """Rule -> count of layouts that break the rule first."""
     examples: dict[str, str] = field(default_factory=dict)
-    """Rule -> error message of one layout."""
+    """Rule -> error message for a layout."""
 
     def record_broken(self, problem: SettingsProblem, count: int) -> None:
         sentence = problem.sentence
-        # The same rule with other numbers counts as one rule, and so do rules on products of sizes.
+        # A rule is counted once, without its numbers; rules about products of sizes too.
         rule = PROCESSES
         if PROCESSES not in sentence:
             rule = re.sub(r"\d[\d.,]*", "N", sentence.partition(";")[0])
@@ -68,22 +68,22 @@ class Sweep:
 
 @dataclass(frozen=True)
 class CommonLayout:
-    """A layout that fits all stages of a run."""
+    """A layout that fits all stages in a run."""
 
     choice: LayoutChoice
     needs_bytes: int
-    """Memory of the fullest process over all stages."""
+    """Bytes on the fullest process over all stages."""
     seconds: float
-    """Predicted seconds of all steps in all stages."""
+    """Predicted seconds for all steps in all stages."""
 
 
 @dataclass(frozen=True)
 class SweepSearch:
-    """Sweeps over all kinds of stages of a run."""
+    """Sweeps over a run's kinds of stages."""
 
     config: RunConfig
     sweeps: list[Sweep]
-    """One sweep per kind: stages with equal sequence length and batch size share a sweep."""
+    """A sweep per kind: stages with equal sequence length and batch size share a sweep."""
     names: list[str]
     best: list[CommonLayout]
     """Layouts that fit all stages, fastest first."""
@@ -93,14 +93,14 @@ class SweepSearch:
         return sum(sweep.num_looked_at for sweep in self.sweeps)
 
     def find_results(self, choice: LayoutChoice) -> list[SweepResult | None]:
-        """Return the result of a layout per kind of stage; None: it does not fit."""
+        """Return a layout's result per kind of stage; None: it does not fit."""
         return [next((result for result in sweep.ranked if result.choice == choice), None)
                 for sweep in self.sweeps]
 
 
 def search_layouts(config: RunConfig, pricing: Pricing, fixed: Collection[str] = (),
                    advance: Callable[[int], object] = lambda count: None) -> SweepSearch:
-    """Price every layout of a run; `fixed` names settings that keep their value.
+    """Price all layouts for a run; `fixed` names settings that keep their value.
 
     Raises:
         UserError: the chip has no tensor cores for the run's precision.
@@ -114,12 +114,12 @@ def search_layouts(config: RunConfig, pricing: Pricing, fixed: Collection[str] =
 
 def sweep_stage(stage: RunStage, space: LayoutSpace, pricing: Pricing,
                 advance: Callable[[int], object] = lambda count: None) -> Sweep:
-    """Price every layout of a space for one stage."""
+    """Price all layouts in `space` for a stage."""
     sweep = Sweep(stage)
     for parallel in iter_layouts(stage.config, space):
         problems = parallel.problems(stage.config.model, pricing.num_ranks)
         if problems:
-            # A broken rule on `parallel` affects all variants, so they are counted without being built.
+            # A broken rule about `parallel` affects all variants: count the variants without building them.
             sweep.record_broken(problems[0], space.variants)
         else:
             _try_variants(sweep, parallel, space, pricing)
@@ -131,8 +131,8 @@ def sweep_stage(stage: RunStage, space: LayoutSpace, pricing: Pricing,
 
 
 def _try_variants(sweep: Sweep, parallel: ParallelConfig, space: LayoutSpace, pricing: Pricing) -> None:
-    """Price all micro-batch sizes and recomputations for one `parallel`, smallest micro-batch first: if it
-    does not fit, no larger micro-batch does."""
+    """Price all micro-batch sizes and recomputations for `parallel`, smallest micro-batch first: if it does
+    not fit, larger micro-batches do not."""
     lacks: dict[Recompute, int] = {}
     for size in sorted(space.micro_batch_size):
         choices = [LayoutChoice(parallel, size, recompute) for recompute in space.recompute]
@@ -141,7 +141,7 @@ def _try_variants(sweep: Sweep, parallel: ParallelConfig, space: LayoutSpace, pr
                 sweep.record_too_large(choice, lacks[choice.recompute])
             continue
         stages = [sweep.stage.with_config(choice.apply_to(sweep.stage.config)) for choice in choices]
-        # All rules are checked once; further choices only need the rules about recomputation.
+        # Check all rules once; further choices only need the rules about recomputation.
         problems = stages[0].config.problems(pricing.num_ranks)
         recompute_problems = _find_recompute_problems(stages[0].config)
         general = [problem for problem in problems if problem not in recompute_problems]
@@ -171,7 +171,7 @@ def _find_recompute_problems(config: RunConfig) -> list[SettingsProblem]:
 
 
 def find_common_layouts(sweeps: Iterable[Sweep]) -> list[CommonLayout]:
-    """Return the layouts that fit every kind of stage, fastest over all steps first."""
+    """Return the layouts that fit all kinds of stages, fastest over all steps first."""
     sweeps = list(sweeps)
     results = [{result.choice: result for result in sweep.ranked} for sweep in sweeps]
     layouts = []
@@ -185,8 +185,8 @@ def find_common_layouts(sweeps: Iterable[Sweep]) -> list[CommonLayout]:
 
 
 def group_run_stages(config: RunConfig, num_ranks: int) -> list[tuple[RunStage, list[RunStage]]]:
-    """Return the kinds of stages of a run: a stage with the steps of its kind, and the stages."""
-    # a searched layout sets the micro-batch size
+    """Return a run's kinds of stages: a stage with the kind's total steps, and the kind's stages."""
+    # A searched layout sets `train.micro_batch_size`.
     stages = list_run_stages(config, num_ranks, micro_batch_set=True)
     return [(dataclasses.replace(first, steps=sum(stage.steps for stage in group),
                                  tokens=sum(stage.tokens for stage in group)), group)
@@ -195,8 +195,8 @@ def group_run_stages(config: RunConfig, num_ranks: int) -> list[tuple[RunStage, 
 
 def build_stage_spaces(config: RunConfig, pricing: Pricing, fixed: Collection[str]
                        ) -> list[tuple[RunStage, LayoutSpace, list[RunStage]]]:
-    """Return each kind of stage with its search space and its stages. Uneven pipelines that suit one kind are
-    tried for all kinds, because one layout serves the whole run.
+    """Return (stage, search space, stages) per kind of stage. All kinds try the same uneven pipelines,
+    because a run has a single layout.
 
     Raises:
         UserError: the chip has no tensor cores for the run's precision.
@@ -214,8 +214,8 @@ def count_layouts(config: RunConfig, pricing: Pricing, fixed: Collection[str] = 
 
 
 def find_fewest_nodes(config: RunConfig, pricing: Pricing, fixed: Collection[str] = ()) -> int | None:
-    """Return the fewest nodes in `NODES_TRIED`, above the present number, on which every stage has a fitting
-    layout; None: no count fits. Only full recomputation with the smallest micro-batch is tried."""
+    """Return the fewest nodes in `NODES_TRIED`, above `pricing.machines.nodes`, on which all stages fit with
+    full recomputation and the smallest micro-batch; None: no count fits."""
     for nodes in NODES_TRIED:
         if nodes > pricing.machines.nodes:
             larger = Pricing(pricing.machines.with_nodes(nodes), pricing.parameters)
@@ -225,7 +225,7 @@ def find_fewest_nodes(config: RunConfig, pricing: Pricing, fixed: Collection[str
 
 
 def format_node_advice(nodes: int | None) -> str:
-    """Format the result of `find_fewest_nodes` as the last clause of an error."""
+    """Format the result from `find_fewest_nodes` as an error's last clause."""
     if nodes is None:
         return (f"no number of nodes up to {NODES_TRIED[-1]:,} is enough: set less of the layout, take "
                 "larger GPUs, or shorter samples")
@@ -234,7 +234,7 @@ def format_node_advice(nodes: int | None) -> str:
 
 
 def has_fitting_layout(config: RunConfig, pricing: Pricing, fixed: Collection[str] = ()) -> bool:
-    """Return whether every stage fits with full recomputation and the smallest micro-batch."""
+    """Return whether all stages fit with full recomputation and the smallest micro-batch."""
     if _estimate_least_bytes(config, pricing.num_ranks) > pricing.limit_bytes:
         return False
     for stage, _ in group_run_stages(config, pricing.num_ranks):
@@ -242,19 +242,19 @@ def has_fitting_layout(config: RunConfig, pricing: Pricing, fixed: Collection[st
         full = tuple(recompute for recompute in space.recompute if recompute[0] is True)
         space = dataclasses.replace(space, micro_batch_size=space.micro_batch_size[:1],
                                     recompute=full or space.recompute)
-        if not _is_any_fitting(stage, space, pricing):
+        if not _has_fitting_choice(stage, space, pricing):
             return False
     return True
 
 
 def _estimate_least_bytes(config: RunConfig, num_ranks: int) -> float:
-    """Return a lower bound of a process's memory: all states shared evenly."""
-    # bf16 weight and gradient, float32 master weight, two bf16 moments; frozen or offloaded: the weight alone
+    """Return a lower bound on a process's bytes: all states sharded evenly."""
+    # bf16 weight and gradient, float32 master weight, two bf16 moments; frozen or offloaded: only the weight
     bytes_per_weight = 2 if config.lora.on or config.gpu.optimizer_offload else 2 + 2 + 4 + 2 * 2
     return bytes_per_weight * count_params(config.model).total / num_ranks
 
 
-def _is_any_fitting(stage: RunStage, space: LayoutSpace, pricing: Pricing) -> bool:
+def _has_fitting_choice(stage: RunStage, space: LayoutSpace, pricing: Pricing) -> bool:
     # layouts that split the weights most come first
     choices = sorted(iter_choices(stage.config, space), key=lambda choice: -(
         choice.parallel.tp * choice.parallel.pp * choice.parallel.ep * choice.parallel.cp))

@@ -1,11 +1,11 @@
-"""Matrix products, memory traffic and messages of one GPU in a step, with megatron-core's sharding.
+"""Count a GPU's matrix products, memory traffic and messages per step, with megatron-core's sharding.
 
-A product is [tokens, n] = [tokens, k] x [k, n]; the backward pass has two products of equal size, for the
+A product is [tokens, n] = [tokens, k] x [k, n]; the backward pass has two equally large products, for the
 gradients of input and weight.
 
-Messages have the volume of ring algorithms: a process sends (n - 1) / n of the tensor in an all-gather or
-reduce-scatter over n processes. Tensor and sequence parallelism: arXiv 2205.05198, section 4.2.2; sharding:
-ZeRO, arXiv 1910.02054, section 7; experts: a copy of a token per rank, or per NVLink domain, that it visits.
+Messages have the volume of ring algorithms: in an all-gather or reduce-scatter over n processes, a process
+sends (n - 1) / n of the tensor. Tensor and sequence parallelism: arXiv 2205.05198, section 4.2.2; sharding:
+ZeRO, arXiv 1910.02054, section 7; experts: a token copy per visited rank or NVLink domain.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_sov.plan.footprint.stage_parameters import FLOAT32_BYTES
 from megatron_sov.plan.speed.workload import Block, Workload
 
 ATTENTION_BACKWARD = 2.5
-"""FLOPs of flash attention's backward pass relative to the forward pass: five products instead of two
+"""Flash attention's backward FLOPs relative to its forward FLOPs: five products instead of two
 (arXiv 2205.14135, appendix B)."""
 
 
@@ -45,20 +45,20 @@ class Product:
 
 
 def count_local_tokens(w: Workload) -> float:
-    """Return the tokens of a micro-batch in the products of one GPU."""
+    """Return the tokens per micro-batch in a GPU's products: `micro_batch_size` x `seq_len` / `cp`."""
     return w.micro_batch_size * w.seq_len / w.cp
 
 
 def list_products(w: Workload, block: Block) -> list[Product]:
-    """Return the products of a block on one GPU; for routed experts, on the fullest GPU."""
+    """Return a block's products on a GPU; for routed experts, on the fullest GPU."""
     # Experts have their own process grid: etp splits them, ep distributes them.
     tokens, cut, groups = count_local_tokens(w), w.tp, 1.0
     if block == "expert":
         tokens, cut, groups = count_expert_rows(w), w.etp, w.shape.num_experts / w.ep
-    return [Product(tokens / w.tp if one.cut == "tokens" else tokens,
-                    one.rows / cut if one.cut == "rows" else one.rows,
-                    one.columns / cut if one.cut == "columns" else one.columns,
-                    groups, one.quantized, one.part) for one in w.shape.list_matrices(block)]
+    return [Product(tokens / w.tp if matrix.cut == "tokens" else tokens,
+                    matrix.rows / cut if matrix.cut == "rows" else matrix.rows,
+                    matrix.columns / cut if matrix.cut == "columns" else matrix.columns,
+                    groups, matrix.quantized, matrix.part) for matrix in w.shape.list_matrices(block)]
 
 
 def count_expert_rows(w: Workload) -> float:
@@ -66,14 +66,14 @@ def count_expert_rows(w: Workload) -> float:
 
 
 def count_attention_flops(w: Workload, window: int) -> float:
-    """Return the forward FLOPs of attention in a layer, causal half; `window` in keys (0: none)."""
+    """Return the forward FLOPs in causal attention per layer; `window` in keys (0: none)."""
     s = w.shape
     # Attention in packed rows stays inside documents.
     keys = compute_mean_keys(min(w.document_tokens or w.seq_len, w.seq_len), window)
     return 2 * count_local_tokens(w) * keys * s.num_heads / w.tp * (s.query_dim + s.value_dim)
 
 
-# Memory traffic of memory-bound kernels in the forward pass of a micro-batch, in bytes.
+# Memory traffic in bytes: memory-bound kernels in a micro-batch's forward pass.
 
 NUMBER_BYTES = 2
 NORM, RESIDUAL = 2, 3
@@ -86,9 +86,9 @@ SCORE_BYTES = 24
 PERMUTED = {"alltoall": 8, "allgather": 6, "deepep": 4, "hybridep": 4}
 """Dispatcher -> memory passes per routed token around the experts' products."""
 MAMBA_PASSES = 20
-"""Memory passes over the inner width: convolution, scan (float32 states of chunks), gate and norm."""
+"""Memory passes over the inner width: convolution, scan (float32 chunk states), gate and norm."""
 SCAN_CHUNK = 128
-"""Tokens per chunk of the scan (arXiv 2405.21060, section 6)."""
+"""Tokens per chunk in the scan (arXiv 2405.21060, section 6)."""
 
 
 def _count_residual_bytes(w: Workload) -> float:
@@ -98,11 +98,11 @@ def _count_residual_bytes(w: Workload) -> float:
 
 
 def count_attention_bytes(w: Workload) -> float:
-    """Return the traffic of an attention block: norm, rotation, residual."""
+    """Return an attention block's traffic: norm, rotation, residual."""
     s = w.shape
     kv_heads = s.num_heads if s.kv_lora_rank else s.num_kv_heads
     rotated = (s.num_heads + kv_heads) * s.query_dim / w.tp
-    # latent attention concatenates the parts of queries and keys in another copy
+    # Latent attention copies queries and keys again to concatenate their parts.
     copies = 4 if s.kv_lora_rank else 2
     return _count_residual_bytes(w) + copies * count_local_tokens(w) * rotated * NUMBER_BYTES
 
@@ -113,7 +113,7 @@ def count_mamba_bytes(w: Workload) -> float:
 
 
 def count_mamba_scan_flops(w: Workload) -> float:
-    """Return the forward FLOPs of a Mamba-2 chunked scan (arXiv 2405.21060, section 6)."""
+    """Return the forward FLOPs in a Mamba-2 chunked scan (arXiv 2405.21060, section 6)."""
     s = w.shape
     inner = s.mamba_num_heads * s.mamba_head_dim
     per_token = 2 * SCAN_CHUNK * (s.mamba_num_groups * s.mamba_state_dim + inner)
@@ -121,14 +121,14 @@ def count_mamba_scan_flops(w: Workload) -> float:
 
 
 def count_linear_bytes(w: Workload) -> float:
-    """Return the traffic of a linear attention block: norm, convolution, scan, gate, residual."""
+    """Return a linear attention block's traffic: norm, convolution, scan, gate, residual."""
     assert w.shape.linear is not None
     values = w.shape.linear.num_value_heads * w.shape.linear.value_head_dim / w.tp
     return _count_residual_bytes(w) + MAMBA_PASSES * count_local_tokens(w) * values * NUMBER_BYTES
 
 
 def count_linear_scan_flops(w: Workload) -> float:
-    """Return the forward FLOPs of the chunked delta rule: products inside a chunk and with the state, and the
+    """Return the forward FLOPs in the chunked delta rule: products inside a chunk and with the state, and the
     triangular system (arXiv 2406.06484, section 3.2). Not measured."""
     linear = w.shape.linear
     assert linear is not None
@@ -138,9 +138,9 @@ def count_linear_scan_flops(w: Workload) -> float:
 
 
 def count_dense_bytes(w: Workload) -> float:
-    """Return the traffic of a dense feed-forward block: norm, activation, residual."""
-    return _count_residual_bytes(w) + _count_activation_bytes(w,
-                                 count_local_tokens(w), w.shape.dense_ffn_dim / w.tp)
+    """Return a dense feed-forward block's traffic: norm, activation, residual."""
+    activation = _count_activation_bytes(w, count_local_tokens(w), w.shape.dense_ffn_dim / w.tp)
+    return _count_residual_bytes(w) + activation
 
 
 def count_activation_bytes(w: Workload) -> float:
@@ -149,39 +149,39 @@ def count_activation_bytes(w: Workload) -> float:
 
 
 def count_moe_bytes(w: Workload) -> float:
-    """Return the traffic of an MoE block without the experts' activation: norm, router, token permutation,
-    shared experts' activation, residual."""
-    s, own = w.shape, count_local_tokens(w) / w.tp
-    sorted_bytes = (PERMUTED[w.dispatcher] * own * w.etp * s.num_experts_per_token * w.imbalance
+    """Return an MoE block's traffic without `count_activation_bytes`: norm, router, token permutation, shared
+    experts' activation, residual."""
+    s, local = w.shape, count_local_tokens(w) / w.tp
+    sorted_bytes = (PERMUTED[w.dispatcher] * local * w.etp * s.num_experts_per_token * w.imbalance
                     * s.expert_width * NUMBER_BYTES)
     shared = _count_activation_bytes(w, count_local_tokens(w), s.num_shared_experts * s.expert_ffn_dim / w.tp)
     return _count_residual_bytes(w) + count_score_bytes(w) + sorted_bytes + shared
 
 
 def count_score_bytes(w: Workload) -> float:
-    """Return the traffic of router scores."""
+    """Return the router scores' traffic."""
     return count_local_tokens(w) / w.tp * w.shape.num_experts * SCORE_BYTES
 
 
 def count_head_bytes(w: Workload) -> float:
-    """Return the traffic of logits, forward and backward."""
+    """Return the logits' traffic, forward and backward."""
     return count_local_tokens(w) * w.shape.vocab_size / w.tp * LOGIT_BYTES
 
 
 def count_quantized_bytes(products: Iterable[Product], frozen: bool) -> float:
-    """Return the traffic of quantizing operands, forward and backward: inputs and output gradients are read
-    in bf16 and written rowwise and columnwise; for frozen weights only rowwise."""
-    each = 3 if frozen else 4
-    return sum(each * (p.tokens * p.k + p.tokens * p.n) for p in products if p.quantized)
+    """Return the traffic to quantize operands, forward and backward: inputs and output gradients are read in
+    bf16 and written rowwise and columnwise; for frozen weights only rowwise."""
+    factor = 3 if frozen else 4
+    return sum(factor * (p.tokens * p.k + p.tokens * p.n) for p in products if p.quantized)
 
 
 def count_adapter_bytes(products: Iterable[Product]) -> float:
-    """Return the forward traffic of adapters: read the input, read and write the product's output."""
+    """Return the adapters' forward traffic: read the input, read and write the product's output."""
     return sum((p.tokens * p.k + 2 * p.tokens * p.n) * NUMBER_BYTES for p in products)
 
 
 def _count_activation_bytes(w: Workload, rows: float, width: float) -> float:
-    """Return the traffic of an activation: read all inputs, write the output."""
+    """Return an activation's traffic: read all inputs, write the output."""
     return w.shape.ffn_matrices * rows * width * NUMBER_BYTES
 
 
@@ -192,15 +192,15 @@ ACTIVATION_BYTES = 2
 @dataclass(frozen=True)
 class TrafficMessage:
     group: Group
-    """Tensor, expert, context, pipeline or data parallelism (edp: of routed experts)."""
+    """Tensor, expert, context, pipeline or data parallelism (`edp`: routed experts)."""
     num_bytes: float
     """Bytes sent per step."""
     inside_share: float
-    """Share of bytes inside an NVLink domain."""
+    """Share inside an NVLink domain."""
     bytes_per_s: float
-    """Peak rate of the limiting links."""
+    """Peak rate on the limiting links."""
     count: float
-    """Number of messages, each with `latency_s`."""
+    """Messages, each with `latency_s`."""
     latency_s: float
 
     @property
@@ -209,9 +209,9 @@ class TrafficMessage:
 
 
 def list_messages(w: Workload) -> tuple[TrafficMessage, ...]:
-    """Return the messages of one GPU on a middle stage per step; none for groups with one process."""
-    messages = [build_tensor_message(w), build_expert_message(w), build_context_message(
-        w), build_pipeline_message(w), *build_data_messages(w)]
+    """Return a GPU's messages per step on a middle stage; groups with a single process have none."""
+    messages = [build_tensor_message(w), build_expert_message(w), build_context_message(w),
+                build_pipeline_message(w), *build_data_messages(w)]
     return tuple(m for m in messages if m.num_bytes)
 
 
@@ -219,15 +219,15 @@ def count_layers_per_gpu(w: Workload) -> float:
     return w.shape.num_layers / w.pp
 
 
-def gathers_each_micro_batch(w: Workload) -> bool:
+def gathers_per_micro_batch(w: Workload) -> bool:
     """Return whether each micro-batch gathers the sharded weights; a pipeline gathers them once."""
     return w.sharding == "fsdp" and w.pp == 1
 
 
 def count_passes(w: Workload, module: str = "") -> float:
     """Return the message passes per micro-batch: forward, backward and recomputation."""
-    again = w.recompute == "full" or (w.recompute == "selective" and module in w.recompute_modules)
-    return 3 if again else 2
+    recomputes = w.recompute == "full" or (w.recompute == "selective" and module in w.recompute_modules)
+    return 3 if recomputes else 2
 
 
 def build_tensor_message(w: Workload) -> TrafficMessage:
@@ -247,9 +247,9 @@ def build_tensor_message(w: Workload) -> TrafficMessage:
 
 
 def build_expert_message(w: Workload) -> TrafficMessage:
-    """Return dispatch and combine of tokens, forward and backward. Processes that share a split expert each
-    have all its tokens: `alltoall` gathers among them (`token_dispatcher` of megatron-core, 0.19.2), further
-    dispatchers send a copy to each process."""
+    """Return dispatch and combine, forward and backward. If `etp` splits an expert, its processes all have
+    its tokens: `alltoall` gathers between these processes (`token_dispatcher` in megatron-core 0.19.2),
+    further dispatchers send a copy to each process."""
     s, size, choices = w.shape, w.ep * w.etp, w.shape.num_experts_per_token
     moe = s.num_moe_layers + (s.num_predictions if s.mtp_moe else 0)
     if not moe or size == 1:
@@ -273,13 +273,13 @@ def build_expert_message(w: Workload) -> TrafficMessage:
 
 
 def build_context_message(w: Workload) -> TrafficMessage:
-    """Return the ring messages of keys, values and their gradients (arXiv 2310.01889); under a window only
-    the ends of the two pieces per process and row. With head exchange (arXiv 2309.14509), and always in
-    linear attention: queries, keys, values and outputs of every layer."""
+    """Return the ring messages with keys, values and their gradients (arXiv 2310.01889); under a window only
+    the ends of the two pieces per process and row. With `exchanges_heads` (arXiv 2309.14509), and always in
+    linear attention: queries, keys, values and outputs."""
     s, cp, (exchanged, messages) = w.shape, w.cp, _count_linear_exchange(w)
     layers = (s.num_attention_layers + s.num_predictions) / w.pp
     if w.exchanges_heads:
-        # each process has at least one key head
+        # a process has at least one key head
         heads = 2 * s.num_heads / w.tp + 2 * max(s.num_kv_heads / w.tp, cp)
         times = count_passes(w, "core_attn") * layers * w.num_micro_batches
         volume = times * (cp - 1) / cp * count_local_tokens(w) * heads * s.head_dim * ACTIVATION_BYTES
@@ -299,8 +299,8 @@ def build_context_message(w: Workload) -> TrafficMessage:
 
 
 def _count_linear_exchange(w: Workload) -> tuple[float, float]:
-    """Return bytes and number of messages that exchange heads in linear attention: convolution inputs and
-    gates in bf16, outputs in float32."""
+    """Return bytes and message count for head exchange in linear attention: convolution inputs and gates in
+    bf16, outputs in float32."""
     linear, cp = w.shape.linear, w.cp
     if linear is None:
         return 0.0, 0.0
@@ -316,7 +316,7 @@ def build_pipeline_message(w: Workload) -> TrafficMessage:
         return TrafficMessage("pp", 0, 1, 1, 0, 0)
     times = w.num_micro_batches * w.vpp * 2
     volume = times * count_local_tokens(w) / (w.tp if w.sp else 1) * w.shape.hidden_size * ACTIVATION_BYTES
-    # Stages are the outermost groups: neighbours share a domain only if the whole run does.
+    # Stages are the outermost groups: neighbours share a domain only if all GPUs do.
     inside = w.num_gpus <= w.links.domain
     rate = w.links.inside_bytes_per_s if inside else w.links.between_bytes_per_s
     latency = w.links.inside_latency_s if inside else w.links.between_latency_s
@@ -324,7 +324,7 @@ def build_pipeline_message(w: Workload) -> TrafficMessage:
 
 
 def build_data_messages(w: Workload) -> list[TrafficMessage]:
-    """Return the messages of gradients and weights: dense parameters, and routed experts."""
+    """Return the messages with gradients and weights: dense parameters (`dp`), routed experts (`edp`)."""
     if w.objective != "train":
         return []
     # Experts have fewer replicas, so their gradients are reduced in a smaller group.
@@ -336,21 +336,21 @@ def build_data_messages(w: Workload) -> list[TrafficMessage]:
         ("edp", experts, w.expert_dp, w.etp * w.ep, cut * w.tp // (w.etp * w.ep))]
     messages = []
     for name, params, size, stride, shared_by in per_group:
-        # Processes per sharded copy; HSDP has several copies, see below.
+        # processes per sharded copy; HSDP has several copies
         shard = max(1, min(size, shared_by))
         # An all-reduce is a reduce-scatter and an all-gather: twice the bytes.
         grads = params * w.grad_bytes * (2 if w.sharding == "none" else 1)
         weights = 0.0 if w.sharding == "none" else params * w.weight_bytes
         times = 1.0
-        if gathers_each_micro_batch(w):  # weights in both passes, gradients once
+        if gathers_per_micro_batch(w):  # weights in both passes, gradients once
             times = w.num_micro_batches
             weights *= 2
         volume = times * (grads + weights) * (shard - 1) / shard
-        # HSDP: shards of different copies are summed, too.
+        # HSDP also sums shards over the copies.
         if shard < size:
             volume += params * w.grad_bytes / shard * 2 * (1 - shard / size)
-        messages.append(_build_ring_message(name, w, volume, 0 if size ==
-                     1 else times * 3 * count_layers_per_gpu(w), size, stride))
+        count = 0 if size == 1 else times * 3 * count_layers_per_gpu(w)
+        messages.append(_build_ring_message(name, w, volume, count, size, stride))
     return messages
 
 
@@ -359,25 +359,19 @@ def count_local_params(w: Workload) -> tuple[float, float]:
     s = w.shape
     moe = s.num_moe_layers + (s.num_mtp_layers if s.mtp_moe else 0)
     experts = moe * s.num_experts * s.count_block_params("expert")
-    rest = s.params() + s.count_mtp_params(s.num_experts) - experts
+    rest = s.count_params() + s.count_mtp_params(s.num_experts) - experts
     return rest / (w.tp * w.pp), experts / (w.etp * w.ep * w.pp)
 
 
 def _expect_distinct_places(places: float, choices: int) -> float:
-    """Return the expected number of distinct places in `choices` uniform draws."""
-    # each place is missed with probability (1 - 1/n)^k
+    """Return the expected distinct places in `choices` uniform draws: n (1 - (1 - 1/n)^k)."""
     return places * (1 - (1 - 1 / places) ** choices) if places > 1 else 1.0
 
 
-def _build_ring_message(
-    group: Group,
-    w: Workload,
-    volume: float,
-    count: float,
-    size: int,
-     stride: int) -> TrafficMessage:
-    """Return the message of a ring with members `stride` ranks apart; members in a domain share its network
-    adapters (NCCL's rings)."""
+def _build_ring_message(group: Group, w: Workload, volume: float, count: float, size: int, stride: int
+                        ) -> TrafficMessage:
+    """Return the message in a ring whose members are `stride` ranks apart; members in an NVLink domain share
+    its network adapters (NCCL's rings)."""
     if size == 1 or not volume:
         return TrafficMessage(group, 0, 1, 1, 0, 0)
     members = max(1, w.links.domain // stride)

@@ -1,4 +1,4 @@
-"""Inputs of the speed model: a model's shape, and the workload of an optimizer step."""
+"""Inputs for the speed model: a model's shape, and the workload per optimizer step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megatron_sov.model.config import LinearAttentionConfig, ModelConfig, PhaseC
 from megatron_sov.model.families.count import compute_mean_keys
 from megatron_sov.work.clusters.chips import Chip, Links
 
-Block = Literal["attention", "linear", "mamba", "dense", "expert", "beside experts", "prediction", "head"]
+Block = Literal["attention", "linear", "mamba", "dense", "expert", "moe", "prediction", "head"]
 HEAD = "head"
-"""Part that is never recomputed: recomputation works by layers."""
+"""Name for the output head, which `train.recompute` never recomputes."""
 
 
 class MatrixWork(NamedTuple):
@@ -23,7 +23,7 @@ class MatrixWork(NamedTuple):
     rows: float
     columns: float
     cut: Literal["rows", "columns", "tokens", ""]
-    """Dimension that tensor parallelism splits: rows or columns of the weight, tokens, or none."""
+    """Dimension that tensor parallelism splits: the weight's rows or columns, tokens, or none."""
     part: str = ""
     """Name in `gpu.recompute_modules` (mla_up_proj, mlp, moe, shared_experts), `HEAD`, or empty."""
     quantized: bool = True
@@ -32,13 +32,13 @@ class MatrixWork(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder, or of a hybrid with Mamba-2 layers."""
+    """Sizes in a decoder, or in a hybrid with Mamba-2 layers."""
 
     num_layers: int
     hidden_size: int
     num_heads: int
     head_dim: int
-    """Width of queries and keys per head; under latent attention, of the part without positions."""
+    """Query and key width per head; under latent attention, without the rotated part."""
     num_kv_heads: int
     vocab_size: int
     dense_ffn_dim: int = 0
@@ -53,7 +53,7 @@ class ModelShape:
     num_experts_per_token: int = 0
     expert_ffn_dim: int = 0
     num_shared_experts: float = 0
-    """Width of shared experts in units of `expert_ffn_dim`."""
+    """Shared experts' width in units equal to `expert_ffn_dim`."""
     num_dense_layers: int = 0
     """Dense layers in a model with experts."""
     num_mtp_layers: int = 0
@@ -61,15 +61,15 @@ class ModelShape:
     mtp_moe: bool = False
     """Whether prediction layers have experts (DeepSeek-V3)."""
     mtp_depths: int = 1
-    """Applications of each prediction layer."""
+    """Applications per prediction layer."""
     mtp_window: int = 0
-    """Attention window of prediction layers, in keys; 0: none."""
+    """Prediction layers' attention window, in keys; 0: none."""
     window: int = 0
     """Attention window in keys, the query included; 0: no windowed layers."""
     global_every: int = 0
     """Every n-th attention layer is global, all further layers have `window`; 0: all layers are global."""
     layer_windows: tuple[tuple[int, int], ...] = ()
-    """(window, number of layers), if `window` and `global_every` cannot express them."""
+    """(window, layer count), if `window` and `global_every` cannot express the layers."""
     q_lora_rank: int = 0
     """Query rank in latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1); 0: full rank."""
     kv_lora_rank: int = 0
@@ -82,11 +82,11 @@ class ModelShape:
     """Hidden width inside routed experts, between two projections (LatentMoE); 0: `hidden_size`."""
     linear: LinearAttentionConfig | None = None
     num_linear_layers: int = 0
-    """Layers with linear attention instead of softmax attention."""
+    """Layers with linear attention in place of softmax attention."""
     attention_gate: bool = False
     """Whether softmax attention has an output gate, as wide as its queries."""
     num_mamba_layers: int = 0
-    """Layers with a Mamba-2 block instead of attention."""
+    """Layers with a Mamba-2 block in place of attention."""
     num_ffn_layers: int = 0
     """Feed-forward layers in models with one block per layer (Nemotron-H); 0: every layer has a feed-forward
     network."""
@@ -95,7 +95,7 @@ class ModelShape:
     mamba_head_dim: int = 0
     mamba_state_dim: int = 0
     mamba_num_groups: int = 0
-    """Groups of heads with shared projections of the state."""
+    """Head groups with shared state projections."""
 
     @property
     def num_attention_layers(self) -> int:
@@ -112,7 +112,7 @@ class ModelShape:
 
     @property
     def windowed(self) -> tuple[tuple[int, int], ...]:
-        """(window, number of layers) of the windowed layers."""
+        """(window, layer count) pairs for windowed layers."""
         if self.layer_windows or not (self.window and self.global_every):
             return self.layer_windows
         return ((self.window, self.num_attention_layers - self.num_attention_layers // self.global_every),)
@@ -123,12 +123,12 @@ class ModelShape:
 
     @property
     def num_predictions(self) -> int:
-        """Applications of all prediction layers."""
+        """Applications over all prediction layers."""
         return self.num_mtp_layers * self.mtp_depths
 
     @property
     def query_dim(self) -> int:
-        """Width of queries and keys per head, with the rotated part of latent attention."""
+        """Query and key width per head, with latent attention's rotated part."""
         return self.head_dim + (self.rope_head_dim if self.kv_lora_rank else 0)
 
     @property
@@ -144,20 +144,21 @@ class ModelShape:
         return 3 if self.gated else 2
 
     def list_matrices(self, block: Block) -> list[MatrixWork]:
-        """Return the weights of a block; "prediction" is the projection in front of a prediction layer."""
+        """Return a block's weights; "moe" is an MoE block without routed experts, "prediction" the projection
+        before a prediction layer."""
         h, inner = self.hidden_size, self.mamba_num_heads * self.mamba_head_dim
         if block == "attention":
-            return self._attention()
+            return self._list_attention_matrices()
         if block == "linear":
             assert self.linear is not None
-            return self._linear(self.linear)
+            return self._list_linear_matrices(self.linear)
         if block == "mamba":
             width = 2 * inner + 2 * self.mamba_num_groups * self.mamba_state_dim + self.mamba_num_heads
             return [MatrixWork(width, h, "rows"), MatrixWork(h, inner, "columns")]
         if block == "dense":
-            return self._feed_forward(self.dense_ffn_dim, h, "mlp")
+            return self._list_ffn_matrices(self.dense_ffn_dim, h, "mlp")
         if block == "expert":
-            return self._feed_forward(self.expert_ffn_dim, self.expert_width, "moe")
+            return self._list_ffn_matrices(self.expert_ffn_dim, self.expert_width, "moe")
         if block == "prediction":
             return [MatrixWork(h, 2 * h, "rows")]
         if block == "head":
@@ -165,108 +166,112 @@ class ModelShape:
             return [MatrixWork(self.vocab_size, h, "rows", HEAD, quantized=False)]
         matrices = [MatrixWork(self.num_experts, h, "tokens", quantized=False)]
         if self.num_shared_experts:
-            matrices += self._feed_forward(self.num_shared_experts * self.expert_ffn_dim, h, "shared_experts")
+            shared_dim = self.num_shared_experts * self.expert_ffn_dim
+            matrices += self._list_ffn_matrices(shared_dim, h, "shared_experts")
         if self.expert_latent_dim:
             matrices += [MatrixWork(self.expert_latent_dim, h, "tokens"),
-                      MatrixWork(h, self.expert_latent_dim, "tokens")]
+                         MatrixWork(h, self.expert_latent_dim, "tokens")]
         return matrices
 
-    def _attention(self) -> list[MatrixWork]:
+    def _list_attention_matrices(self) -> list[MatrixWork]:
         h, heads = self.hidden_size, self.num_heads
         out = MatrixWork(h, heads * self.value_dim, "columns")
         # Megatron computes queries, keys and values in one product.
         if not self.kv_lora_rank:
             queries = 2 * heads if self.attention_gate else heads
             return [MatrixWork((queries + 2 * self.num_kv_heads) * self.head_dim, h, "rows"), out]
-        # Latent attention: one narrow vector down, then keys and values of all heads up from it.
-        both = heads * (self.head_dim + self.value_dim)
-        found = [MatrixWork(self.kv_lora_rank + self.rope_head_dim, h, ""),
-                 MatrixWork(both, self.kv_lora_rank, "rows", "mla_up_proj"), out]
+        # Latent attention: project down to a narrow vector, then up to all heads' keys and values.
+        matrices = [MatrixWork(self.kv_lora_rank + self.rope_head_dim, h, ""),
+                    MatrixWork(heads * (self.head_dim + self.value_dim), self.kv_lora_rank, "rows",
+                               "mla_up_proj"), out]
         if not self.q_lora_rank:
-            return [*found, MatrixWork(heads * self.query_dim, h, "rows")]
-        return [*found, MatrixWork(self.q_lora_rank, h, ""),
+            return [*matrices, MatrixWork(heads * self.query_dim, h, "rows")]
+        return [*matrices, MatrixWork(self.q_lora_rank, h, ""),
                 MatrixWork(heads * self.query_dim, self.q_lora_rank, "rows", "mla_up_proj")]
 
-    def _linear(self, linear: LinearAttentionConfig) -> list[MatrixWork]:
+    def _list_linear_matrices(self, linear: LinearAttentionConfig) -> list[MatrixWork]:
         h, values = self.hidden_size, linear.num_value_heads * linear.value_head_dim
-        # two narrow vectors, then a decay of each channel of keys and the output's gates
+        # two narrow vectors, then decays per key channel and output gates
         return [MatrixWork(linear.num_key_heads * sum(linear.projected), h, "rows"),
                 MatrixWork(h, values, "columns"), MatrixWork(2 * linear.gate_rank, h, ""),
                 MatrixWork(linear.num_key_heads * linear.key_head_dim, linear.gate_rank, "rows"),
                 MatrixWork(values, linear.gate_rank, "rows")]
 
-    def _feed_forward(self, inner: float, width: int, part: str) -> list[MatrixWork]:
+    def _list_ffn_matrices(self, inner: float, width: int, part: str) -> list[MatrixWork]:
         """Return the up projection, with the gate, and the down projection."""
         return [MatrixWork((self.ffn_matrices - 1) * inner, width, "rows", part),
                 MatrixWork(width, inner, "columns", part)]
 
     def count_block_params(self, block: Block) -> int:
-        return round(sum(one.rows * one.columns for one in self.list_matrices(block)))
+        return round(sum(matrix.rows * matrix.columns for matrix in self.list_matrices(block)))
 
     def count_experts_params(self, experts: int) -> int:
-        """Count the weights of an MoE block with `experts` routed experts."""
-        return experts * self.count_block_params("expert") + self.count_block_params("beside experts")
+        """Count an MoE block's weights with `experts` routed experts."""
+        return experts * self.count_block_params("expert") + self.count_block_params("moe")
 
-    def params(self) -> int:
+    def count_params(self) -> int:
         """Count the parameters, without prediction layers, norms and biases."""
-        return self._multiplied(self.num_experts) + (0 if self.tied else self.vocab_size * self.hidden_size)
+        embedding = 0 if self.tied else self.vocab_size * self.hidden_size
+        return self._count_product_weights(self.num_experts) + embedding
 
     def count_mtp_params(self, experts: int) -> int:
-        """Count the weights of all prediction layers, with `experts` routed experts and without the head."""
+        """Count the weights in all prediction layers, with `experts` routed experts and without the head."""
         ffn = self.count_experts_params(experts) if self.mtp_moe else self.count_block_params("dense")
-        return self.num_mtp_layers * (self.count_block_params("prediction") + \
-                                      self.count_block_params("attention") + ffn)
+        projection, attention = self.count_block_params("prediction"), self.count_block_params("attention")
+        return self.num_mtp_layers * (projection + attention + ffn)
 
-    def _multiplied(self, experts: int) -> int:
+    def _count_product_weights(self, experts: int) -> int:
         """Count the weights in products of trunk and head, with `experts` routed experts per layer."""
-        found = self.count_block_params("head")
+        num_weights = self.count_block_params("head")
         layers: dict[Block, int] = {"attention": self.num_attention_layers, "mamba": self.num_mamba_layers,
                                     "linear": self.num_linear_layers,
                                     "dense": self.num_feed_forward_layers - self.num_moe_layers}
-        found += sum(number * self.count_block_params(block) for block, number in layers.items() if number)
+        num_weights += sum(count * self.count_block_params(block) for block, count in layers.items() if count)
         if self.num_moe_layers:
-            found += self.num_moe_layers * self.count_experts_params(experts)
-        return found
+            num_weights += self.num_moe_layers * self.count_experts_params(experts)
+        return num_weights
 
     def count_forward_flops(self, seq_len: int) -> float:
-        """Return the mean FLOPs per token of a forward pass over a document of `seq_len` tokens: as in
-        `families.count`, two per weight, prediction layers included, and the causal half of attention."""
+        """Return the mean forward FLOPs per token in a document with `seq_len` tokens (`families.count`):
+        two per weight, prediction layers included, and causal attention."""
         predicting = (self.mtp_depths * self.count_mtp_params(self.num_experts_per_token)
                       + self.num_predictions * (self.vocab_size * self.hidden_size))
-        return (self._token_flops(partial(compute_mean_keys, seq_len)) + 2 * predicting
-                + self.num_predictions * self._key_flops() * compute_mean_keys(seq_len, self.mtp_window))
+        return (self._count_token_flops(partial(compute_mean_keys, seq_len)) + 2 * predicting
+                + self.num_predictions * self._count_key_flops()
+                * compute_mean_keys(seq_len, self.mtp_window))
 
-    def _token_flops(self, keys: Callable[[int], float]) -> float:
+    def _count_token_flops(self, keys: Callable[[int], float]) -> float:
         """Return the FLOPs per token in trunk and head; `keys` maps a window (0: none) to keys per query."""
-        seen = ((self.num_attention_layers - self.num_window_layers) * keys(0)
-                + sum(layers * keys(window) for window, layers in self.windowed))
-        return (2 * self._multiplied(self.num_experts_per_token) + self._key_flops() * seen
+        num_keys = ((self.num_attention_layers - self.num_window_layers) * keys(0)
+                    + sum(layers * keys(window) for window, layers in self.windowed))
+        return (2 * self._count_product_weights(self.num_experts_per_token)
+                + self._count_key_flops() * num_keys
                 + self.num_mamba_layers * self.count_mamba_scan_flops()
                 + (0 if self.linear is None else 2 * self.num_linear_layers * self.linear.products_per_token))
 
-    def _key_flops(self) -> int:
+    def _count_key_flops(self) -> int:
         """Return the FLOPs per query and key in a layer, over all heads."""
         return 2 * self.num_heads * (self.query_dim + self.value_dim)
 
     def count_mamba_scan_flops(self) -> float:
-        """Return the FLOPs per token of a Mamba-2 recurrence (`megatron.core`: 7 per state element)."""
+        """Return the FLOPs per token in a Mamba-2 recurrence (`megatron.core`: 7 per state element)."""
         return 7 * self.mamba_num_heads * self.mamba_head_dim * self.mamba_state_dim
 
     def count_train_flops(self, seq_len: int) -> float:
-        """Return the model FLOPs per token of forward and backward pass: three forward passes."""
+        """Return the model FLOPs per token, forward and backward: three forward passes."""
         return 3 * self.count_forward_flops(seq_len)
 
 
 @cache
 def build_shape(model: ModelConfig) -> ModelShape:
-    """Return the shape of a recipe's model."""
+    """Convert a recipe's `model` settings to a shape."""
     latent = model.latent_attention
     windowed = sum(kind == "sliding_attention" for kind in model.layer_types())
-    # `global_every` expresses a single period; without global layers it exceeds the number of layers.
+    # `global_every` expresses a single period; without global layers it exceeds the layer count.
     attending = model.num_layers - model.num_linear_layers()
     num_global = attending - windowed
     every = attending // num_global if num_global else attending + 1
-    follows = not model.layer_windows and attending - attending // every == windowed
+    is_periodic = not model.layer_windows and attending - attending // every == windowed
     return ModelShape(
         num_layers=model.num_layers, hidden_size=model.hidden_size, num_heads=model.num_heads,
         head_dim=model.head_dim if latent is None else latent.qk_nope_head_dim,
@@ -281,7 +286,7 @@ def build_shape(model: ModelConfig) -> ModelShape:
         linear=model.linear_attention, num_linear_layers=model.num_linear_layers(),
         attention_gate=model.attention_output_gate,
         mtp_window=model.mtp_window() if model.num_mtp_layers else 0,
-        layer_windows=() if follows or not windowed else tuple(sorted(Counter(
+        layer_windows=() if is_periodic or not windowed else tuple(sorted(Counter(
             window for window in model.windows() if window).items())),
         window=model.sliding_window_tokens if windowed else 0, global_every=every if windowed else 0,
         q_lora_rank=(latent.q_lora_rank or 0) if latent is not None else 0,
@@ -291,10 +296,10 @@ def build_shape(model: ModelConfig) -> ModelShape:
 
 
 Precision = Literal["bf16", "fp8", "fp8_blockwise", "mxfp8", "nvfp4"]
-"""Precision of matrix products in layers; fp8 has tensorwise or rowwise scales."""
+"""Number format for matrix products in layers; fp8 has tensorwise or rowwise scales."""
 PRECISIONS: dict[str, Precision] = {"none": "bf16", "tensorwise": "fp8", "delayed": "fp8",
                                     "blockwise": "fp8_blockwise", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}
-"""`train.fp8` -> precision of a workload."""
+"""`train.fp8` -> `Workload.precision`."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +312,7 @@ class Workload:
     micro_batch_size: int = 1
     global_batch_size: int = 1
     document_tokens: int = 0
-    """Tokens per packed document, the range of attention; 0: a row is one document."""
+    """Tokens per packed document, which limits attention; 0: a row is one document."""
     tp: int = 1
     sp: bool = False
     pp: int = 1
@@ -322,7 +327,7 @@ class Workload:
     sharding: Literal["none", "zero1", "fsdp"] = "none"
     """State sharded over data-parallel processes: none, optimizer (zero1), or everything (fsdp)."""
     sharding_group: int = 0
-    """Size of a sharding group under HSDP; 0: all data-parallel processes."""
+    """Sharding group size under HSDP; 0: all data-parallel processes."""
     precision: Precision = "bf16"
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: tuple[str, ...] = ()
@@ -338,16 +343,16 @@ class Workload:
     overlap_ep: bool = False
     """Expert messages overlap another micro-batch."""
     cuda_graphs: Literal["none", "partial", "full"] = "none"
-    """partial: graphs for parts of layers; full: one graph per step."""
+    """partial: graphs inside layers; full: one graph per step."""
     fused_kernels: bool = True
-    """Fused kernels between products (Transformer Engine, torch.compile) instead of one per operation."""
+    """Fused kernels between products (Transformer Engine, torch.compile), not a kernel per operation."""
     attention_kernel: Literal["newest", "portable"] = "newest"
     """newest: kernels for the chip's generation (cuDNN, FlashAttention 3); portable: FlashAttention 2,
     Triton."""
     exchanges_heads: bool = False
-    """Context parallelism exchanges heads (all-to-all) instead of keys and values."""
+    """Context parallelism exchanges heads (all-to-all), not keys and values."""
     software_age_years: float = 0.0
-    """Age of the software relative to the newest fitted runs."""
+    """Software age relative to the newest fitted runs."""
     fused_experts: bool = False
     """Grouped products with fused activation and quantization."""
     dropless: bool = True
@@ -360,7 +365,7 @@ class Workload:
     """Bytes per gathered weight element."""
     optimizer: Literal["adam", "muon"] = "adam"
     offload: float = 0.0
-    """Share of the optimizer states in host memory."""
+    """Share of optimizer states in host memory (`gpu.optimizer_offload`)."""
     tuned: bool = True
     """Whether the layout was tuned for speed."""
     objective: Literal["train", "lora"] = "train"
@@ -384,25 +389,27 @@ class Workload:
 
 
 def build_workload(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: Chip, links: Links,
-           imbalance: float = 1.0) -> Workload:
-    """Build the workload of a step in a phase."""
+                   imbalance: float = 1.0) -> Workload:
+    """Build the workload for a step in `phase`, with the layout in `config.parallel`."""
     p, t, g = config.parallel, config.train, config.gpu
     recompute: Literal["none", "selective", "full"] = "none"
     if t.recompute:
         recompute = "selective" if t.recompute == "selective" else "full"
     stages = tuple(len(p.stage_layers(stage, config.model.num_layers)) for stage in range(p.pp))
-    muon = config.optim.name == "muon" or any(group.optimizer == "muon" for group in config.optim.groups)
-    # as `engine.model.gpu_settings.own_attention_serves` if Transformer Engine supports all heads; our kernel
-    # is FlashAttention 2
-    own = g.attention == "local" or (g.attention == "auto" and (p.cp > 1 or t.deterministic))
-    return Workload(build_shape(config.model), chip, links, num_gpus, phase.seq_len, t.micro_batch_size,
-                    phase.global_batch_size or t.global_batch_size, tp=p.tp, sp=p.sp, pp=p.pp, vpp=p.vpp,
-                    stage_layers=stages, cp=p.cp, ep=p.ep, etp=p.etp, sharding="zero1" if p.zero1 else "none",
-                    precision=PRECISIONS[t.fp8], recompute=recompute, recompute_modules=g.recompute_modules if
-                    recompute == "selective" else (), dispatcher=p.expert_dispatcher,
-                    overlap_grad_reduce=p.overlap_grad_reduce, overlap_param_gather=p.overlap_param_gather,
-                    overlap_ep=p.expert_overlap == "micro_batches", attention_kernel="portable" if own else
-                    "newest", exchanges_heads=p.cp > 1 and not own, imbalance=imbalance, grad_bytes=2 if
-                    g.grad_dtype == "bf16" else 4, weight_bytes=1 if t.fp8_weights and t.fp8 != "mxfp8" else
-                    2, optimizer="muon" if muon else "adam", offload=g.optimizer_offload, objective="lora" if
-                    config.lora.on else "train")
+    uses_muon = config.optim.name == "muon" or any(group.optimizer == "muon" for group in config.optim.groups)
+    # As `engine.model.gpu_settings.own_attention_serves` if Transformer Engine supports all heads; our kernel
+    # is FlashAttention 2.
+    uses_local = g.attention == "local" or (g.attention == "auto" and (p.cp > 1 or t.deterministic))
+    return Workload(
+        build_shape(config.model), chip, links, num_gpus, phase.seq_len, t.micro_batch_size,
+        phase.global_batch_size or t.global_batch_size, tp=p.tp, sp=p.sp, pp=p.pp, vpp=p.vpp,
+        stage_layers=stages, cp=p.cp, ep=p.ep, etp=p.etp, sharding="zero1" if p.zero1 else "none",
+        precision=PRECISIONS[t.fp8], recompute=recompute,
+        recompute_modules=g.recompute_modules if recompute == "selective" else (),
+        dispatcher=p.expert_dispatcher, overlap_grad_reduce=p.overlap_grad_reduce,
+        overlap_param_gather=p.overlap_param_gather, overlap_ep=p.expert_overlap == "micro_batches",
+        attention_kernel="portable" if uses_local else "newest", exchanges_heads=p.cp > 1 and not uses_local,
+        imbalance=imbalance, grad_bytes=2 if g.grad_dtype == "bf16" else 4,
+        weight_bytes=1 if t.fp8_weights and t.fp8 != "mxfp8" else 2,
+        optimizer="muon" if uses_muon else "adam", offload=g.optimizer_offload,
+        objective="lora" if config.lora.on else "train")

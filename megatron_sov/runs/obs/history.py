@@ -1,23 +1,17 @@
-"""Attempts, step times and incidents of a run, computed from its events.
+"""Attempts and incidents of a run, computed from its events.
 
 `status` and `--help` import this module: it must import quickly and access no files.
 """
 
 from __future__ import annotations
 
-import bisect
-import math
-import statistics
-from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.runs.obs.figures import parse_number, parse_whole_number
 
 UNFINISHED = "ended without a word (killed, or still running)"
 COMPLETE = "complete"
-MAX_WARM_UP_STEPS, WARM_UP_SHARE = 10, 0.2
-"""Warm-up steps to ignore after a start (compilation, caches, connections): a number and a maximum share."""
 INCIDENT_NAMES = {"skip": "step not learned", "attribution": "why it was not learned",
                   "rollback": "weights taken back", "restart": "started again",
                   "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
@@ -84,71 +78,6 @@ class Attempts:
             last.outcome = str(event.get("text") or "restarted").partition(";")[0]
         elif kind == "run_end":
             last.outcome = COMPLETE
-
-
-@dataclass
-class StepTiming:
-    """Timed steps with the same phase, batch size and process start."""
-
-    start: dict[str, Any]
-    phase: str
-    seq_len: int
-    """Tokens per sample."""
-    global_batch_size: int
-    """Samples per step."""
-    first_step: int = 0
-    """First recorded step, 1-based."""
-    last_step: int = 0
-    times_s: array[float] = field(default_factory=lambda: array("d"))
-    """Seconds per recorded step."""
-    follows: bool = False
-    """Whether the processes had already made steps in an earlier phase and were warm."""
-
-    def warm_times_s(self) -> list[float]:
-        """Return step times in seconds without warm-up steps."""
-        sound = [seconds for seconds in self.times_s if math.isfinite(seconds) and seconds > 0]
-        num_warm_up = 0 if self.follows else min(MAX_WARM_UP_STEPS, int(WARM_UP_SHARE * len(sound)))
-        return sound[num_warm_up:]
-
-    def median_s(self) -> float:
-        """Return the median step time in seconds, robust against stalls; NaN without steps."""
-        times_s = self.warm_times_s()
-        return statistics.median(times_s) if times_s else math.nan
-
-
-class StepTimings:
-    def __init__(self) -> None:
-        self.all: list[StepTiming] = []
-        self._start: dict[str, Any] | None = None
-        self._entries: list[tuple[int, dict[str, Any]]] = []
-        self._last: dict[str, Any] | None = None
-
-    def add(self, event: dict[str, Any]) -> None:
-        """Process a `run_start`, `phase` or `step` event; ignore others."""
-        # A new start may use another layout, hence another speed: drop earlier phases.
-        if event["event"] == "run_start":
-            self._start, self._entries, self._last = event, [], None
-        elif event["event"] == "phase" and self._start is not None:
-            self._entries.append((parse_whole_number(event.get("step")), event))
-        elif event["event"] == "step" and parse_whole_number(event.get("step")) and self._start is not None:
-            self._add_step(self._start, parse_whole_number(event["step"]),
-                           parse_number(event.get("step_time_s")))
-
-    def _add_step(self, start: dict[str, Any], step: int, seconds: float) -> None:
-        # Steps are 1-based; a phase event names its 0-based first step.
-        i = bisect.bisect_right(self._entries, step - 1, key=lambda phase: phase[0]) - 1
-        if i < 0:
-            return  # no phase covers the step: the event comes from another program
-        phase = self._entries[i][1]
-        # Compare by identity: two phases with equal fields remain two stretches.
-        if phase is not self._last:
-            follows, self._last = self._last is not None, phase
-            self.all.append(StepTiming(
-                start, str(phase.get("name") or ""), parse_whole_number(phase.get("seq_len")),
-                parse_whole_number(phase.get("global_batch_size")), step, follows=follows))
-        stretch = self.all[-1]
-        stretch.last_step = step
-        stretch.times_s.append(seconds)
 
 
 def is_incident(event: dict[str, Any]) -> bool:

@@ -1,7 +1,5 @@
 """Byte-level BPE ranks, compiled functions and the shape of routes."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +47,7 @@ def test_ranks_are_ids_of_bytes_and_merges() -> None:
     assert build_ranks(whole)[b"xyz"] == 259
 
 
-@pytest.mark.parametrize(("model", "reason"), [
+@pytest.mark.each(("model", "reason"), [
     ({"type": "Unigram"}, "its model is not plain byte-level BPE"),
     ({"merges": ["ab c", "a b"]}, "its ids do not rise with its merges"),
     ({"merges": ["a b"]}, "its vocabulary is not 256 bytes and one token for each merge"),
@@ -79,7 +77,7 @@ def test_reading_does_not_import_numba() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=600).returncode == 0
 
 
-@pytest.mark.parametrize(("experts", "dtype", "mark"), [
+@pytest.mark.each(("experts", "dtype", "mark"), [
     (128, "uint8", 255), (255, "uint8", 255), (256, "uint16", 65535), (512, "uint16", 65535)])
 def test_route_dtype_leaves_value_for_mark(experts: int, dtype: str, mark: int) -> None:
     shape = RouteShape(48, 8, experts)
@@ -89,7 +87,7 @@ def test_route_dtype_leaves_value_for_mark(experts: int, dtype: str, mark: int) 
     assert RouteShape.from_record(shape.record(), "x") == shape
 
 
-@pytest.mark.parametrize(("choice", "message"), [
+@pytest.mark.each(("choice", "message"), [
     ([1, 4], r"sends token 1 in layer 2 of those with experts to \[1, 4\]; expert numbers must lie below 4, "
              r"or all be 255"),
     ([3, 3], r"token 1 in layer 2 .* to \[3, 3\]; a token visits an expert of a layer once"),
@@ -108,7 +106,7 @@ def test_invalid_routes_name_token_and_layer(choice: list[int], message: str) ->
     assert "type uint16" in shape.problem(routes.astype(np.uint16))
 
 
-@pytest.mark.parametrize("record", [
+@pytest.mark.each("record", [
     None, {}, {"layers": 0, "top_k": 2, "num_experts": 4, "dtype": "uint8"},
     {"layers": 1, "top_k": 5, "num_experts": 4, "dtype": "uint8"},
     {"layers": 1, "top_k": 2, "num_experts": 4, "dtype": "uint16"}])

@@ -1,7 +1,5 @@
 """Parse messages of OpenAI and ShareGPT, and refuse malformed ones."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -59,7 +57,7 @@ def test_unread_message_fields_are_recorded() -> None:
     assert messages == parse_messages([USER, ANSWER], "m"), "a pair's sides may differ in them"
 
 
-@pytest.mark.parametrize(("content", "text"), [
+@pytest.mark.each(("content", "text"), [
     (["a"], "a"), (["a", "b"], "a\nb"), (["a\n", "", " b"], "a\n\n\n b"), (["서울", "🐻"], "서울\n🐻")])
 def test_text_parts_are_joined_by_line_feeds(content: list[str], text: str) -> None:
     parts = [{"type": "text", "text": part} for part in content]
@@ -81,7 +79,7 @@ def test_old_openai_calls_and_roles_are_converted() -> None:
     assert not any(m.unread for m in parse_messages(older, "m"))
 
 
-@pytest.mark.parametrize("call", [
+@pytest.mark.each("call", [
     {"id": None, "type": None, "function": {"name": "add", "arguments": None}},
     {"function": None, "name": "add", "arguments": {}}, {"function": {"name": "add"}},
     {"function": {"name": "add", "arguments": ""}}, {"function": {"name": "add", "arguments": "{}"}}])
@@ -96,7 +94,7 @@ def test_null_fields_count_as_missing(call: dict[str, Any]) -> None:
     assert parse_sharegpt(mixed, "conversations") == parse_messages([USER, ANSWER], "messages")
 
 
-@pytest.mark.parametrize(("messages", "reason"), [
+@pytest.mark.each(("messages", "reason"), [
     ([USER, RESULT], "result without a call: m\\[1\\]"),
     ([USER, calling(CALL), {**RESULT, "tool_call_id": "c9"}], "result of another call: .* is 'c9'"),
     ([USER, calling(CALL), ANSWER], "1 tool calls and 0 results before m\\[2\\]"),

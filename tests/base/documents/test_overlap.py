@@ -1,7 +1,5 @@
 """Shared runs of words, cutting text, script ranges and item search."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re
@@ -70,7 +68,7 @@ def test_korean_uses_thirty_syllables() -> None:
     assert list_units("GPT-4는 20개") == ["gpt", "4", "는", "20", "개"]
 
 
-@pytest.mark.parametrize(("markup", "plain"), [
+@pytest.mark.each(("markup", "plain"), [
     ("1,000,000 and 12 345 or 3.14", "1000000 and 12345 or 3 14"),
     ("in 1999 300 people, 1,23 and 1,2345", "in 1999 300 people 1 23 and 1 2345"),
     ("an exam-\n  ple of well-known\n\nend- of", "an example of well known end of"),
@@ -120,7 +118,7 @@ def read(text: str) -> object:
     return json.loads(text, parse_constant=reject_constant, parse_float=parse_finite)
 
 
-@pytest.mark.parametrize(("text", "why"), [
+@pytest.mark.each(("text", "why"), [
     ("NaN", "NaN is not JSON"), ("[-Infinity]", "-Infinity is not JSON"),
     ('{"a": 1e999}', "1e999 is more than")])
 def test_nan_and_infinity_are_refused(text: str, why: str) -> None:
@@ -170,7 +168,7 @@ SCRIPT_NAMES = {"thai": "THAI", "lao": "LAO", "tibetan letters": "TIBETAN", "tib
 """Script -> how the names of its characters begin."""
 
 
-@pytest.mark.parametrize("script", scripts.CODE_POINTS)
+@pytest.mark.each("script", scripts.CODE_POINTS)
 def test_script_ranges_contain_only_the_script(script: str) -> None:
     names = [unicodedata.name(chr(code)) for begin, end in scripts.CODE_POINTS[script]
              for code in range(begin, end) if unicodedata.category(chr(code))[0] in "LM"]
@@ -190,7 +188,7 @@ def test_script_ranges_are_complete() -> None:
     assert {name.split()[0] for name in missing} <= {"HIRAGANA", "KATAKANA"}, "archaic and small kana"
 
 
-@pytest.mark.parametrize(("text", "takes"), [
+@pytest.mark.each(("text", "takes"), [
     ("ไ", "runs rules scorers"), ("བ", "rules scorers"), ("ㅋ", "hangul rules"), ("ꥠ", "hangul scorers"),
     ("ㄅ", "rules"), ("ｶ", "rules"), ("々", "runs"), ("한", "hangul rules scorers"),
     ("漢", "runs rules scorers")])

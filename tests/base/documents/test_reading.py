@@ -1,7 +1,5 @@
 """Read files and spans as documents, and refuse malformed records with their location."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
@@ -106,7 +104,7 @@ def test_folder_is_read_recursively_in_order(tmp_path: Path) -> None:
     assert read(tmp_path) == ["a/y.txt", "a/z.py", "b.md"]
 
 
-@pytest.mark.parametrize("span_bytes", [150, 1000, 2_000_000])
+@pytest.mark.each("span_bytes", [150, 1000, 2_000_000])
 def test_spans_cover_all_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span_bytes: int) -> None:
     texts = ["a", "b" * 700, *(f"text {i}\n한국어" for i in range(300))]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts) + "\n\n")
@@ -145,7 +143,7 @@ def test_rejected_samples_are_skipped(tmp_path: Path) -> None:
 # One record as a document: what each kind needs, and what is refused with its place.
 
 
-@pytest.mark.parametrize(("line", "rule"), [
+@pytest.mark.each(("line", "rule"), [
     ("{bad", "is not valid JSON"),
     ("[1]", "is a JSON list"),
     ('{"txt": "a"}', "no string field 'text'"),
@@ -186,7 +184,7 @@ def test_preference_record_forms(tmp_path: Path, record: dict[str, object],
         "preference", prompt, chosen, rejected)
 
 
-@pytest.mark.parametrize(("record", "rule"), [
+@pytest.mark.each(("record", "rule"), [
     ({"prompt": "p", "chosen": "same", "rejected": "same"}, "nothing to prefer"),
     ({"chosen": "c", "rejected": "r"}, "has no prompt"),
     ({"prompt": "p", "chosen": [{"role": "user", "content": "c"}], "rejected": "r"},
@@ -218,7 +216,7 @@ def test_compressed_frames_are_joined(frames: list[bytes], size: int) -> None:
             assert b"".join(iter(lambda: f.read(size), b"")) == b"".join(frames)
 
 
-@pytest.mark.parametrize("cut", [1, 5, 500])
+@pytest.mark.each("cut", [1, 5, 500])
 def test_truncated_compressed_file_is_detected(tmp_path: Path, cut: int) -> None:
     raw = zstandard.compress(b"first") + zstandard.compress(bytes(range(256)) * 40, 1)
     (tmp_path / "a.zst").write_bytes(raw[: len(raw) - min(cut, len(raw) // 3)])

@@ -1,7 +1,5 @@
 """Read records of all layouts and file formats, and skip descriptions of datasets."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
@@ -72,7 +70,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.each("kind", KINDS)
 def test_records_are_equal_in_all_formats(tmp_path: Path, kind: str) -> None:
     form, row = KINDS[kind]
     records = {}
@@ -105,7 +103,7 @@ NULLS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", NULLS)
+@pytest.mark.each("name", NULLS)
 def test_written_nulls_stay(tmp_path: Path, name: str) -> None:
     row = NULLS[name]
     function = row["messages"][1]["tool_calls"][0]["function"]
@@ -155,7 +153,7 @@ def test_only_completion_is_trained_on(tmp_path: Path) -> None:
     assert auto.kind == "chat"
 
 
-@pytest.mark.parametrize(("row", "kind", "messages"), [
+@pytest.mark.each(("row", "kind", "messages"), [
     ({"prompt": "p", "completion": "c"}, "text", "is a chat.*--format chat"),
     ({"prompt": "p", "completion": "c"}, "preference", "is a chat.*--format chat"),
     ({"prompt": "p", "answer": "4"}, "chat", "no response is learned then; a chat has 'messages', or"),
@@ -192,14 +190,14 @@ HUB = {"README.md": CARD, "LICENSE": b"MIT", "LICENSE.txt": b"MIT", ".gitattribu
        "requirements.txt": b"numpy"}
 
 
-@pytest.mark.parametrize("data", [
+@pytest.mark.each("data", [
     {"data/train-0.parquet": as_parquet(ROWS)}, {"train.jsonl.gz": gzip.compress(as_lines(ROWS))},
     {"train.json": json.dumps(ROWS).encode()}, {"train.json": as_lines(ROWS)},
     {"data-0.arrow": as_arrow(ROWS), "state.json": b'{"a": 1}', "dataset_info.json": b'{\n"b": 2}',
      "cache-12.arrow": as_arrow(ROWS)},
     {"train/data-0.arrow": as_arrow(ROWS), "dataset_dict.json": b'{"splits": ["train"]}',
      "note.json": b"[1]"},
-], ids=["hub", "lines", "list", "lines in json", "save_to_disk", "dict on disk"])
+])
 def test_dataset_descriptions_are_skipped(tmp_path: Path, data: dict[str, bytes]) -> None:
     messages: list[str] = []
     files = list_files(fill(tmp_path, **HUB, **data), messages.append)
@@ -247,8 +245,8 @@ def test_missing_hub_dataset_suggests_download(tmp_path: Path, monkeypatch: pyte
         assert "hf download" not in str(e.value)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "data", "a.data", "a.txt.gz"])
-@pytest.mark.parametrize("content", [json.dumps(ROWS), json.dumps({"messages": ASK}, indent=2),
+@pytest.mark.each("name", ["a.txt", "data", "a.data", "a.txt.gz"])
+@pytest.mark.each("content", [json.dumps(ROWS), json.dumps({"messages": ASK}, indent=2),
                                      '\n [\n {"a": 1}, {"b": 2}]', '{"a\\"b": 1}\n{"a": 2}'])
 def test_json_in_text_file_is_refused(tmp_path: Path, name: str, content: str) -> None:
     raw = content.encode()
@@ -257,14 +255,14 @@ def test_json_in_text_file_is_refused(tmp_path: Path, name: str, content: str) -
         list(read_documents([tmp_path / name]))
 
 
-@pytest.mark.parametrize("content", ["{curly} text", "[1] A note.", '{ "quoted" text }', "[[wiki]] text",
+@pytest.mark.each("content", ["{curly} text", "[1] A note.", '{ "quoted" text }', "[[wiki]] text",
                                      "{}"])
 def test_text_with_brackets_is_text(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.txt").write_text(content)
     assert [d.text for d in read_documents([tmp_path / "a.txt"])] == [content]
 
 
-@pytest.mark.parametrize(("content", "messages", "num_good"), [
+@pytest.mark.each(("content", "messages", "num_good"), [
     ('[{"text": "a"}', "a ',' or the list's ']' must stand", 1),
     ('[{"text": "a"} {"text": "b"}]', "a ',' or the list's ']' must stand", 1),
     ('[{"text": "a"}, {"text": }]', "is not valid JSON", 1),
@@ -304,7 +302,7 @@ def test_duplicate_columns_are_refused(tmp_path: Path) -> None:
         list(read_documents([tmp_path / "a.parquet"]))
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
+@pytest.mark.each("step", [1, 2, 3, 7, 1000])
 def test_json_items_do_not_depend_on_block_size(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.base.documents.reading._BLOCK_BYTES", step)
     wanted = [{"a": "한\\n\"]}", "b": [1.5e-3, True, None, "\U0001f600"]}, [], 12.25, "x" * 50, {"c": {}}]
@@ -322,7 +320,7 @@ def test_overlong_json_item_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> No
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 
-@pytest.mark.parametrize(("scores", "tied"), [
+@pytest.mark.each(("scores", "tied"), [
     ({"chosen_score": 7, "rejected_score": 7}, "'chosen_score' = 7"),
     ({"score_chosen": 8.5, "score_rejected": 8.5}, "'score_chosen' = 8.5"),
     ({"chosen-rating": 4, "rejected-rating": 4.0}, "'chosen-rating' = 4"),
@@ -344,7 +342,7 @@ def test_pair_with_tied_scores_is_refused(tmp_path: Path, scores: dict[str, Any]
     assert tied in bad[0].reason
 
 
-@pytest.mark.parametrize(("begin", "words"), [
+@pytest.mark.each(("begin", "words"), [
     (b"%PDF-1.7\xff", "is a PDF"), (b"PK\x03\x04\xff", "ZIP file"), (b"\x1f\x8b\xff", "ending .gz"),
     (b"\x28\xb5\x2f\xfd\xff", "ending .zst"), (b"PAR1\xff", ".parquet"), (b"\xff\xfea\0", "iconv -f UTF-16"),
     (b"\xfe\xff\0a", "iconv -f UTF-16"), (b"\xb0\xa1", "iconv -f CP949"), (b"caf\xe9", "iconv -f CP1252")])

@@ -1,7 +1,5 @@
 """Read rows of JSONL files, account for records, and choose training data from judged groups."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 from pathlib import Path
@@ -35,7 +33,7 @@ def test_changed_values_have_dotted_names() -> None:
     assert list(iter_changes(before, now)) == [("settings.min_score", "0.5", "0.6"), ("old", "1", "null")]
 
 
-@pytest.mark.parametrize(("account", "line"), [
+@pytest.mark.each(("account", "line"), [
     (RecordAccount(0, 0), "0 records read: 0 written, 0 set aside"),
     (RecordAccount(1200, 1200, {"json": 0}), "1,200 records read: 1,200 written, 0 set aside"),
     (RecordAccount(8, 2, {"a": 1, "json": 4, "b": 1}),
@@ -47,7 +45,7 @@ def test_account_sentence(account: RecordAccount, line: str) -> None:
     assert account.describe() == line
 
 
-@pytest.mark.parametrize(("num_read", "num_written", "aside"), [
+@pytest.mark.each(("num_read", "num_written", "aside"), [
     (1, 0, {}), (0, 1, {}), (3, 1, {"json": 1}), (3, 1, {"json": 3}), (2, 2, {"json": 1, "empty": 0})])
 def test_unbalanced_account_raises(num_read: int, num_written: int, aside: dict[str, int]) -> None:
     with pytest.raises(RuntimeError, match=f"add up: {num_read} records read: {num_written} written"):
@@ -85,7 +83,7 @@ RESIDUES = [(0.1 + 0.2 + 0.3, 0.6), (0.1 + 0.2, 0.3), (0.7 + 0.1, 0.8), (1.1 + 2
 DIFFERENT = [(0.6, 0.60001), (0.0, 1e-6), (1.0, -1.0), (1e9, 1e9 + 1e3), (3, 4), (-1e-3, 1e-3)]
 
 
-@pytest.mark.parametrize(("first", "second", "equal"), [*((*pair, True) for pair in RESIDUES),
+@pytest.mark.each(("first", "second", "equal"), [*((*pair, True) for pair in RESIDUES),
                                                         *((*pair, False) for pair in DIFFERENT)])
 def test_rounding_is_not_a_preference(first: float, second: float, equal: bool) -> None:
     for rewards in ((first, second), (second, first)):

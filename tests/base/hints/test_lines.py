@@ -84,8 +84,6 @@ def test_a_fault_without_a_fix_is_in_the_message_too() -> None:
     ("megatron-sov sft --from hf --data t.jsonl --run o lora.rank=8",
      ["megatron-sov sft --from hf --data t.jsonl --run o --set lora.rank=8"]),
     # values
-    ("megatron-sov plan qwen3-8b --cluster h100 --nodes 8 --days 2w --budget 50k",
-     ["megatron-sov plan qwen3-8b --cluster h100 --nodes 8 --days 14 --budget 50000"]),
     ("megatron-sov recipes qwen3-8b --set optim.lr=0,1 --set optim.schedule=Cosine",
      ["megatron-sov recipes qwen3-8b --set optim.lr=0.1 --set optim.schedule=cosine"]),
     # kinds of files and folders

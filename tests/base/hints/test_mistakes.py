@@ -12,7 +12,6 @@ from tests.base.hints.test_words import answer
 
 @pytest.mark.parametrize(("typed", "parts"), [
     ("megatron-sov sft --from hf/model.safetensors --data d --run r", ["pass its folder, hf"]),
-    ("megatron-sov plan qwen3-8b --cluster h100 --days 2w", ["write 14"]),
     ("megatron-sov plan llama-3.1-70b --cluster h100", ["; its family has 'llama-3.1-8b' ("]),
     ("megatron-sov extend x --from hf --data d --run r --to 128k", ["data.phases.0.seq_len=131072"]),
     ("megatron-sov sft --config theirs.yml --run r", ["train.global_batch_size=8"]),
@@ -54,7 +53,6 @@ from tests.base.hints.test_words import answer
     ("sov-tokenizer train --input t.txt --vocab_size 32k --output o", ["32000", "--preset solar-open"]),
     ("megatron-sov sft --from m.gguf --data d --run r", [".gguf is not read", "*.safetensors"]),
     ("megatron-sov generate hf t.jsonl", ["generate hf --prompts t.jsonl"]),
-    ("megatron-sov plan qwen3-8b --cluster h100 --budget 50k", ["write 50000"]),
     ("megatron-sov submit job.sbatch --cluster h100", ["write\n  sbatch job.sbatch"]),
     ("sov-data mix d d --output o --seed 42 --num-tokens 1e6",
      ["--seed, --num-tokens: ", "mix d d --output o\n"]),
@@ -105,6 +103,15 @@ from tests.base.hints.test_words import answer
     ("megatron-sov resume missing", ["(runs there: run)"]),
     ("megatron-sov pretrain tiny-qwen3 --bf16 --data d --run r --no-such-option d2 x",
      ["--no-such-option: nothing takes this"]),
+    ("megatron-sov sft --from lfs --data chat.jsonl --run r",
+     ["is a Git LFS pointer", "git -C lfs lfs pull\n  megatron-sov sft --from lfs"]),
+    ("megatron-sov prefer --from hf --data scored.jsonl --run r",
+     ["sov-data pairs --input scored-groups.jsonl --output scored-pairs\n", "scored-pairs/pairs.jsonl"]),
+    ("megatron-sov sft --from hf --data array.jsonl --run r",
+     ["cp array.jsonl array.json\n  megatron-sov sft --from hf --data array.json"]),
+    ("megatron-sov sft --from hf --data quoted.jsonl --run r", ["> quoted-parsed.jsonl\n", "quoted-parsed"]),
+    ("megatron-sov eval lm hf --tasks mmlu --output o", ["cais/mmlu", "--output o --data-dir DIR"]),
+    ("sov-tokenizer compare tok tok --text 'Guten Tag'", ["'Guten Tag' > text.txt\n", "--text text.txt"]),
     ("megatron-sov prefer --from hf --data kto1.jsonl --run r", ["sov-data unpaired --input kto1.jsonl"]),
     ("megatron-sov prefer --from hf --data kto.jsonl --run r",
      ["write\n  sov-data unpaired --input kto.jsonl --output kto-unpaired\n  megatron-sov prefer --from hf "
@@ -122,6 +129,9 @@ def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: P
                                      '{"role": "assistant", "content": "b"}]}',
                        "t.pdf": "%PDF", "d/web/train.bin": "x", "d/web/train.idx": "x",
                        "kto1.jsonl": '{"prompt": "a", "completion": "b", "label": 1}',
+                       "lfs/model.safetensors": "version https://git-lfs", "lfs/config.json": "{}",
+                       "scored.jsonl": '{"prompt": "a", "responses": ["b", "c"], "scores": [9, 2]}',
+                       "array.jsonl": '[\n {"text": "a"}\n]', "quoted.jsonl": '{"messages": "[]"}',
                        "tok/manifest.json": '{"kind": "tokenizer"}',
                        "kto.jsonl": '{"prompt": "a", "completion": "b", "label": true}',
                        "ds.json": '{"bf16": {"enabled": true}, "train_micro_batch_size_per_gpu": 2, '

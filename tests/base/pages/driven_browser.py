@@ -1,7 +1,5 @@
 """A Chromium that is driven over its debugging protocol: keys are pressed, and what it shows is read."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import contextlib

@@ -1,7 +1,5 @@
 """HTML pages: self-contained files, escaped text, contents."""
 
-from __future__ import annotations
-
 import re
 
 import pytest
@@ -26,7 +24,7 @@ def test_page_escapes_text_and_allows_own_scripts_only() -> None:
     assert policy.startswith("default-src 'none'") and policy.count("sha256-") == 1
 
 
-@pytest.mark.parametrize(("cells", "is_figure"), [
+@pytest.mark.each(("cells", "is_figure"), [
     (["1", "2,048", "–"], True), (["12.5 %", "0.4 %", "100 %"], True), (["1.2 GiB", "–"], True),
     (["12 min 5 s", "3 d 4 h"], True), (["$4.21 M", "$12"], True), (["-0.05 %", "+1.24 %", "−3"], True),
     (["2 of 3", "1 to 250", "0.5 (0.4 to 0.6)"], True), (["1.2e-05 (document 3)"], True),

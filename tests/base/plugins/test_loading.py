@@ -1,7 +1,5 @@
 """Load plug-in files: values, recorded hashes and error messages."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from pathlib import Path
@@ -110,7 +108,7 @@ def test_failed_plugin_leaves_no_module(file: Path) -> None:
     assert set(sys.modules) == before
 
 
-@pytest.mark.parametrize(("reference", "message"), [
+@pytest.mark.each(("reference", "message"), [
     ("mine.py", "must have the form FILE.py:NAME"), (":x", "must have the form"),
     ("mine.py:", "must have the form"), ("mine.py:a b", "must have the form"),
     ("mine.py:a.b", "must have the form"), ("none.py:x", r"none.py: cannot be read \(No such file"),

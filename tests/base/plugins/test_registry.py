@@ -1,7 +1,5 @@
 """Register plug-ins by name; recorded references never execute code."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Conditions of settings: violated conditions and the messages about inert settings."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +51,7 @@ class Settings:
 WSD = (Item(), Item(1.0, schedule="wsd"))
 
 
-@pytest.mark.parametrize(("settings", "requested", "refused"), [
+@pytest.mark.each(("settings", "requested", "refused"), [
     ({}, "part.beta", "part.beta"), ({"name": "pairs"}, "part.beta", ""),
     ({"name": "rounds"}, "part.beta", "part.beta"), ({"name": "rounds", "rounds": 1}, "part.beta", ""),
     ({"name": "pairs"}, "part.gamma", "part.gamma"),
@@ -73,7 +71,7 @@ def test_find_inert_settings(settings: dict[str, Any], requested: str, refused: 
     assert {problem.code for problem in problems} <= {"inert"}
 
 
-@pytest.mark.parametrize(("settings", "key", "message"), [
+@pytest.mark.each(("settings", "key", "message"), [
     ({}, "items.0.min_lr", "items.0.min_lr = 0.0 has no effect with items.0.lr = 0.0: it acts when "
      "items.0.lr is set; leave it out, or change items.0.lr"),
     ({"name": "rounds"}, "part.beta", 'part.beta = 0.1 has no effect with name = "rounds" and rounds = 0: it '
@@ -97,7 +95,7 @@ def test_known_fact_decides_condition() -> None:
                             "holds chats; pack chats")
 
 
-@pytest.mark.parametrize(("key", "value"), [
+@pytest.mark.each(("key", "value"), [
     ("part.beta", 0.1), ("items.0.lr", 0.0), ("items.7.lr", None), ("table.en", 2.0), ("table.ko", None),
     ("block.beta", None), ("nothing", None)])
 def test_get_setting_by_dotted_key(key: str, value: Any) -> None:

@@ -106,7 +106,7 @@ def test_help_is_the_field_docstring() -> None:
     assert "made" not in output and "count [-h] --output DIR" in output
 
 
-@pytest.mark.parametrize(("typed", "code", "key", "sentence"), [
+@pytest.mark.each(("typed", "code", "key", "sentence"), [
     ("--heldout 1", "bound", "--heldout", "--heldout 1: must be below 1"),
     ("--heldout x", "type", "--heldout", '--heldout "x": must be a number'),
     ("--limit null", "type", "--limit", '--limit "null": must be a whole number'),

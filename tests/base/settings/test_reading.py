@@ -1,7 +1,5 @@
 """Convert plain values, YAML, JSON and `key=value` changes to settings, and report problems."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +30,7 @@ def test_iter_leaves_keeps_lists_and_empty_groups() -> None:
     assert leaves == {"a.b": "[1, {'c': 2}]", "a.d": "{}", "e": "None"}
 
 
-@pytest.mark.parametrize(("raw", "codes"), [
+@pytest.mark.each(("raw", "codes"), [
     ({}, [("missing", "name")]),
     ({"name": "x", "block": 3}, [("type", "block")]),
     ({"name": "x", "block": None}, [("type", "block")]),
@@ -71,7 +69,7 @@ def test_all_problems_have_code_and_key_in_field_order(raw: Any, codes: list[tup
     assert str(e.value).startswith("f.json: ")
 
 
-@pytest.mark.parametrize(("raw", "sentence"), [
+@pytest.mark.each(("raw", "sentence"), [
     ({"name": "x", "block": {"size": 0}}, "f: block.size = 0 must be at least 1"),
     ({"name": "x", "block": {"size": 10**7}}, "f: block.size = 10000000 must be at most 1,000,000"),
     ({"name": "x", "kind": "adam"}, "f: kind = \"adam\" must be 'adamw' or 'muon'; did you mean 'adamw'?"),
@@ -114,7 +112,7 @@ def test_parse_arguments_by_declared_types() -> None:
     assert e.value.codes == [("unknown", "scal"), ("missing", "limit"), ("type", "names.0")]
 
 
-@pytest.mark.parametrize(("text", "value"), [
+@pytest.mark.each(("text", "value"), [
     ("3", 3), ("1e-4", 1e-4), ("1e9", 10**9), ("1.0", 1), ("1.5", 1.5), ("true", True), ("True", True),
     ("null", None), ("None", None), ("ko", "ko"), ("", ""),
     ('"3"', "3"), ('{"en": 1}', {"en": 1}), ("[1]", [1]),
@@ -144,7 +142,7 @@ def test_change_reaches_list_items_and_disabled_groups() -> None:
     assert before == Recipe("x")
 
 
-@pytest.mark.parametrize(("setting", "code", "key"), [
+@pytest.mark.each(("setting", "code", "key"), [
     ("block.size", "form", ""), ("=1", "form", ""), ("block..size=1", "form", ""),
     ("block.size=[8", "json", "block.size"), ("weights={en: 1}", "json", "weights"),
     ('name="x', "json", "name"),
@@ -194,7 +192,7 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(9))
 
 
-@pytest.mark.parametrize(("text", "code", "line"), [
+@pytest.mark.each(("text", "code", "line"), [
     ("a: [1\n", "file", 2), ("a: b: c\n", "file", 1), ("a:\n\tb: 1\n", "file", 2),
     ("a: &a [*a]\n", "file", 1),
     (BOMB, "file", 1), ("[" * 30, "file", 1), ("a: 1\na: 2\n", "twice", 2),
@@ -208,7 +206,7 @@ def test_invalid_yaml_is_reported_with_line(text: str, code: str, line: int) -> 
     assert (problem.code, problem.line) == (code, line)
 
 
-@pytest.mark.parametrize("text", [
+@pytest.mark.each("text", [
     '{\n\t"a": 1\n}', json.dumps({"a": "\U0001f600 \u2028 x"}), '{"a": "x\\/y", "b": [1.5, null, true]}',
     '{"a": "\\\\ud83d"}', '[{"a:b": "#x"}]'])
 def test_json_is_parsed_as_json(text: str) -> None:
@@ -258,8 +256,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.each("mistake", MISTAKES)
+@pytest.mark.each("command", COMMANDS)
 def test_set_mistakes_have_equal_messages(
         command: str, mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:

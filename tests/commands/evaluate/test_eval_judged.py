@@ -1,7 +1,5 @@
 """`megatron-sov eval passk`: figures of responses that are there, and of a model's own."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -70,7 +68,7 @@ def test_responses_are_judged_and_counted(hf_models: dict[str, Path], monkeypatc
     rows = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == [1, 1, 0, 0, 0, 1, 0, 0]
     (event,) = read_events(Path(EVENTS))
-    section = SECTIONS["pass@k"].of(Run("r", {}, events={"passk": [event]}))
+    section = SECTIONS["pass@k"].build(Run("r", {}, events={"passk": [event]}))
     assert (event["event"], event["pass_at_k"]) == ("passk", found["pass_at_k"])
     assert "prompts.jsonl, stem" in section.charts[0].caption
 

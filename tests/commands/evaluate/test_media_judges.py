@@ -1,7 +1,5 @@
 """Rows of pairs of modalities, and figures that agree with jiwer and with counting."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import jiwer
@@ -33,7 +31,7 @@ def test_figures_count_what_was_recognised() -> None:
     assert "chance" not in compute_media_figures([MediaRow(WORDS, "a")], ["a"])
 
 
-@pytest.mark.parametrize(("line", "said"), [
+@pytest.mark.each(("line", "said"), [
     ("{", ":1: is not a"), ('{"content": [], "answer": "a"}', ":1: is not a"), ("", "has no rows"),
     ('{"content": [{"type": "text"}], "answer": ""}', ":1: is not a valid row"), ("[1]", ":1: is not a"),
     ('{"content": [{"type": "text"}], "answer": "a", "labels": "b"}', ":1: is not a valid row")])
@@ -56,7 +54,7 @@ def test_a_function_of_a_file_judges(tmp_path: Path) -> None:
     assert load_judge(f"{code}:seen")(FILES, LABELS) == ["one of 2", "two of 0"]
 
 
-@pytest.mark.parametrize(("code", "said"), [
+@pytest.mark.each(("code", "said"), [
     ("def seen(files, labels):\n    return ['a']\n", "returned .* for 2 files"),
     ("def seen(files, labels):\n    return [1, 2]\n", "returned .* for 2 files"),
     ("seen = 3\n", "a judge is a function")])
@@ -66,7 +64,7 @@ def test_a_judge_that_is_none_is_refused(tmp_path: Path, code: str, said: str) -
         load_judge(f"{tmp_path / 'mine.py'}:seen")(FILES, LABELS)
 
 
-@pytest.mark.parametrize("said", ["", "python3 judge.py", "judge.py", "mine.txt:seen"])
+@pytest.mark.each("said", ["", "python3 judge.py", "judge.py", "mine.txt:seen"])
 def test_a_judge_is_a_function(said: str) -> None:
     with pytest.raises(UserError, match=r"must have the form FILE\.py:NAME"):
         load_judge(said)

@@ -1,7 +1,5 @@
 """`megatron-sov codec`: its page, typed, and command lines that are refused."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -18,9 +16,9 @@ from megatron_sov.omni.codecs.folder import open_codec, save_codec
 from megatron_sov.omni.codecs.ta_tok import SiglipSettings, TATok, TATokSettings
 from megatron_sov.omni.generation.replies import MarkIds, split_reply
 from tests.omni import hf_folders
-from tests.pages_typed import ROOT, commands_of
+from tests.pages_typed import commands_of, page_section
 
-PAGE = (ROOT / "docs/codecs.md").read_text()
+PAGE = page_section("media_data.md", "Picture and sound codecs")
 
 
 @pytest.fixture

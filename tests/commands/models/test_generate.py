@@ -1,8 +1,6 @@
 """`megatron-sov generate`: one text whatever runs the model and however many processes,
 and events for the report."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

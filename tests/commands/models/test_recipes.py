@@ -1,7 +1,5 @@
 """`megatron-sov recipes`: the list, one recipe with its sources, and as JSON."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -83,7 +81,7 @@ def test_prints_a_recipe_that_reads_back(capsys: pytest.CaptureFixture[str]) -> 
     assert config.model == recipes.get("tiny-k-exaone").model
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
+@pytest.mark.each(("arguments", "sentence"), [
     (["tiny-solar-opne"], "did you mean 'tiny-solar-open'?"),
     (["tiny-solar-open", "--set", "train.stpes=7"], "did you mean 'train.steps'?"),
     (["--set", "train.steps=7"], "needs a recipe"),

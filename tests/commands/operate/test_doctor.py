@@ -1,7 +1,5 @@
 """`megatron-sov doctor`: exit codes and output."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

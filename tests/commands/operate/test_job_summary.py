@@ -1,7 +1,5 @@
 """What `submit` checks of a stage's data, and the summary of tokens, time and cost that it prints."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """`logs`: one stream from the files of all ranks and starts; a run is followed until it has ended and is
 quiet, and never longer than its reader wants."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`status`: a run's state from its folder, whatever became of it, and what is printed of it."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -76,7 +74,7 @@ def test_a_living_run_has_speed_time_left_and_starts_with_reasons(tmp_path: Path
             and "from step 0 to step 5, 2 processes: rank 1 was ended by SIGKILL" in text)
 
 
-@pytest.mark.parametrize(("events", "files", "state", "why"), [
+@pytest.mark.each(("events", "files", "state", "why"), [
     ([begin(100), *steps(1, 40, 90), (5, "run_end", {"step": 40})], {"complete.json": {"step": 40}},
      "complete", "at step 40"),
     ([begin(100), *steps(1, 9, 90), (5, "stop", {"step": 9, "reason": "SIGUSR1"})], {},
@@ -234,7 +232,7 @@ def test_several_runs_are_a_table_with_dashes_for_unknown_figures() -> None:
     assert format_runs([RUNNING]).splitlines()[1].startswith("runs/a  sft")
 
 
-@pytest.mark.parametrize(("heldout", "expected"), [
+@pytest.mark.each(("heldout", "expected"), [
     ({"en": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10}}, 1.0),
     ({"en": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10},
       "ko": {"loss": 2.0, "bits_per_byte": 2.0, "tokens": 20}}, 60 / (20 + 20)),
@@ -283,7 +281,7 @@ def test_a_run_is_followed_event_by_event(tmp_path: Path, monkeypatch: pytest.Mo
                     "saved checkpoints/step-4", "warning: loss rose", "the run is complete"]
 
 
-@pytest.mark.parametrize("later", [
+@pytest.mark.each("later", [
     {"event": "eval", "heldout": 7}, {"event": "eval"}, {"event": "eval", "heldout": {"web": 3}},
     {"event": "eval", "heldout": {"web": {"loss": "x"}}}, {"event": "checkpoint"},
     {"event": "warning", "text": "\x1b[2J"}, {"event": "stop", "time_s": "x"},

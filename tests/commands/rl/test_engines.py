@@ -1,7 +1,5 @@
 """`megatron-sov rl engines`: servers that are kept at work where a run cannot start them."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from pathlib import Path

@@ -137,7 +137,7 @@ def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
     assert all(PolicyConfig("gkd").is_on_policy(0, number) for number in range(1, 100))
 
 
-@pytest.mark.parametrize(("more", "said"), [
+@pytest.mark.each(("more", "said"), [
     (["--set", "rollout.max_staleness=1"], "max_staleness = 1 must be 0: with policy.on_policy_share = 0.5"),
     (["--set", "policy.method=opd"], 'on_policy_share = 0.5 has no effect with policy.method = "opd"'),
     (["--teacher", "math=elsewhere"], "learns from exactly one teacher checkpoint"),

@@ -1,8 +1,6 @@
 """A fine-tuned Hugging Face folder as the teacher of that folder, and as a user of its rollouts: both have
 one tokenizer, though `sov-tokenizer import` writes its file anew."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

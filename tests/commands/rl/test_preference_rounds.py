@@ -1,8 +1,6 @@
 """`megatron-sov rl run --set policy.method=preference`: rounds of pairs and groups that the model writes, by
 one optimizer, beside transformers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -197,7 +195,7 @@ def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, fold
         assert steps(run)[step]["loss"] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize(("settings", "said"), [
+@pytest.mark.each(("settings", "said"), [
     (("preference.method=kto",), 'preference.method = "kto" learns from single responses'),
     (("data.phases.0.seq_len=16",), "a row must hold a whole pair of responses, up to 2 x ("),
     (("policy.kl=k3", "policy.kl_coeff=0.1"),

@@ -1,7 +1,5 @@
 """`megatron-sov rl knowledge`: what is kept, what is left out and why, and that it can be packed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -75,7 +73,7 @@ def test_of_chats_the_assistants_turns_are_taken_and_it_can_be_packed(packed_dat
     assert "This act may be cited." in tokenizer.decode(ids) and "What does" not in tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.each(("arguments", "said"), [
     (["--split", "train"], '--split "train": must be FIELD=VALUE'),
     (["--records-in", "split"], "rows.jsonl: line 1: split is not a list of objects"),
     (["--text-field", "nothing"], "no section remains (7 without text, 1 of another split)"),

@@ -1,7 +1,5 @@
 """`megatron-sov rl run`: a run that writes its own rounds, killed, at another layout, with another reward."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`megatron-sov rl run --environment`: a run plays the tasks of its rounds itself, and learns from them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`megatron-sov rl store`: the page is true, what is wrong is named, and nothing goes that nobody named."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io
@@ -190,7 +188,7 @@ def test_gc_takes_what_nobody_needs_and_no_more(store: RolloutStore) -> None:
     assert [path.name for path in (store.path / "rollouts").iterdir()] == [new.name]
 
 
-@pytest.mark.parametrize("words, sentence", [
+@pytest.mark.each("words, sentence", [
     (["gc", "nowhere"], "nowhere: is no rollout store"),
     (["show", "STORE", "piece", "0"], "PART 'piece': .* has no such part"),
     (["show", "STORE", format_part_name(1, 9), "0"], "PART 'round-0001-piece-0009': .* has no such part"),

@@ -1,8 +1,6 @@
 """`megatron-sov rl run --teacher ... --teacher-url ...`: what teachers say of the student's tokens, beside
 transformers."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -133,7 +131,7 @@ def test_each_token_is_worth_what_its_teacher_gives_it_more_than_the_student(
     assert abs(told["reverse_kl_domains"]["a"]) > 1e-4, "two checkpoints are two models"
 
 
-@pytest.mark.parametrize(("more", "said"), [
+@pytest.mark.each(("more", "said"), [
     (["--set", "policy.method=grpo", "--set", "rollout.samples_per_prompt=2"],
      "learns from no teacher; set policy.method=opd or gkd, or policy.opd_coeff in addition to a reward"),
     (["--teacher", "a=elsewhere"], "scores the same prompts; prefix each with its domain"),

@@ -1,7 +1,5 @@
 """`megatron-sov rl train`: rounds that come while it runs, a killed run that goes on, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`megatron-sov rl generate` and `rl reward`: a tiny policy writes, a later one goes on, a reward judges."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

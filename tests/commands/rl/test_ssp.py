@@ -1,7 +1,5 @@
 """`megatron-sov ssp probe`: planted answers, judged and estimated by the real commands."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil
@@ -167,7 +165,7 @@ def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
     assert "--last 3: must be at least 2 and at most 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
+@pytest.mark.each(("arguments", "said"), [
     (["--problems", "algebra"], "--problems algebra: must be DOMAIN=FILE.jsonl"),
     (["--problems", "algebra=geometry.jsonl"], "domain algebra already has algebra.jsonl"),
     (["--problems", "statistics=empty.jsonl"], "--problems empty.jsonl: has no rows"),

@@ -1,7 +1,5 @@
 """`megatron-sov tools`: the page's examples, a model that plays, and mistakes told in a sentence."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -43,7 +41,7 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert all(f"| `{name}` |" in text for name in BUILT_IN)
 
 
-@pytest.mark.parametrize("words, told", [
+@pytest.mark.each("words, told", [
     (["calculators"], "did you mean 'calculator'"),
     (["tickets"], "use `virtual`, whose tasks describe tables and tools in Python"),
     (["calculator", "--set", "relative=1"], "relative: no such setting"),

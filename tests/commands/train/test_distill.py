@@ -1,7 +1,5 @@
 """`megatron-sov distill`: a teacher of another width reads the data once, and a student learns from it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`megatron-sov extend`: from a short run to a longer one, judged before and after."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`--gate`: what is asked of `eval lm`, when, and what comes of its answers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,10 +1,6 @@
 """`megatron-sov pretrain`: every mistake is one message and exit code 2, and leaves nothing behind."""
 
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +92,8 @@ def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_comman
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     assert run_command(*command("pretrain", [packed_data.text], base, settings=MODEL)).returncode == 0
     both = [packed_data.chats, packed_data.text]
-    argv = command("sft", both, tuned, "--from", str(base), "--nproc", "2",
-                   settings=("objective.text_coeff=0.3",))
-    done = subprocess.run([sys.executable, "-m", "megatron_sov", *argv], capture_output=True, text=True,
-                          check=False)
+    done = run_command(*command("sft", both, tuned, "--from", str(base), "--nproc", "2",
+                                settings=("objective.text_coeff=0.3",)))
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     steps = [e for e in read_events(tuned / "events.jsonl") if e["event"] == "step"]
     assert len(steps) == 2 and set(steps[0]["losses"]) == {"response", "text"}

@@ -1,7 +1,5 @@
 """`megatron-sov prefer`: pairs and groups, from a run, with a reference that is made once."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`megatron-sov resume`: which command it gives, and what it refuses.  tests/e2e/test_resume.py trains."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Sequence

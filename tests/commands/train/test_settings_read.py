@@ -1,7 +1,5 @@
 """Which settings each kind of stage reads, against the conditions under which they are declared to act."""
 
-from __future__ import annotations
-
 import dataclasses
 import fnmatch
 import json
@@ -177,7 +175,7 @@ def unlisted(keys: set[str], reasons: dict[str, str]) -> set[str]:
     return {key for key in keys if not any(fnmatch.fnmatch(key, pattern) for pattern in reasons)}
 
 
-@pytest.mark.distributed
+@pytest.mark.deep
 def test_stages_read_what_acts_and_nothing_else(stages: dict[str, StageReads]) -> None:
     read_idly = {key: (name, stage.reads[key]) for name, stage in stages.items()
                  for key in stage.inert() & stage.reads.keys()}

@@ -1,7 +1,5 @@
 """Memory of the machine is checked by the command, before the stage starts."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

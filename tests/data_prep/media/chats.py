@@ -1,7 +1,5 @@
 """Chats with media, and the type of the `encode` fixture."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

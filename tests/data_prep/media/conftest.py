@@ -1,7 +1,5 @@
 """Small media, codecs with results computed by hand, and a tokenizer with media tokens."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`sov-data encode-media`: text, banks, resuming and cluster jobs."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path
@@ -153,7 +151,7 @@ def test_chats_and_documents_keep_fields() -> None:
     assert parsed({"content": [{"type": "video", "path": "v"}]}).kind == TEXT
 
 
-@pytest.mark.parametrize(("record", "words"), [
+@pytest.mark.each(("record", "words"), [
     ([], "an object with either"),
     ({"messages": [], "content": "a"},
                                                                    "either"),

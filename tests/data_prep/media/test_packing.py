@@ -1,7 +1,5 @@
 """`sov-data pack` with a media corpus: media tokens, placeholders and features."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Commands in docs/media_data.md, run with small codecs."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Blend files: shares, products of tags, Solar's table, mistakes."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections import Counter
@@ -20,7 +18,7 @@ from data_prep.mixture.blend_file import (
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from tests.pages_typed import blocks, page_text, shell_lines
+from tests.pages_typed import blocks, page_section, shell_lines
 
 
 def written(folder: Path, text: str) -> Path:
@@ -254,7 +252,7 @@ def test_page_commands_run(tokenizers: dict[str, Path], tmp_path: Path,
         parquet.write_table(pyarrow.Table.from_pylist(rows), f"text/{name}/00000.parquet")
     Path("more").mkdir()
     Path("more/law.jsonl").write_text("\n".join(json.dumps({"text": f"Article {i}."}) for i in range(60)))
-    page = page_text("mixtures.md")
+    page = page_section("curriculum.md", "Data mixtures")
     [blend] = blocks(page, "yaml")
     Path("blend.yaml").write_text(blend)
     shown = [shlex.split(line) for line in shell_lines(page, "sh")]

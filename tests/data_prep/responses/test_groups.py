@@ -1,7 +1,5 @@
 """`sov-data groups`, `pairs` and `unpaired`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -63,7 +61,7 @@ def test_packed_groups_learn_responses_only( tokenizers: dict[str, Path], tmp_pa
     assert not any("Welcome" in text for text in learned)
 
 
-@pytest.mark.parametrize(("record", "said"), [
+@pytest.mark.each(("record", "said"), [
     ("[1]", "in.jsonl:1: is a JSON list"),
     (group(1, 0, prompt=3), "in.jsonl:1: prompt"),
     (group(1, "good"), "responses[1]: reward is 'good', must be a finite number"),
@@ -219,7 +217,7 @@ def test_good_truncated_response_needs_keep_unfinished(tmp_path: Path) -> None:
     assert len(made(tmp_path, lines, "--keep-unfinished")) == 3
 
 
-@pytest.mark.parametrize(("lines", "sentence"), [
+@pytest.mark.each(("lines", "sentence"), [
     ([{"prompt": "a", "response": "x", "label": True}, {"prompt": "a", "response": "y", "label": False}],
      "all responses are to one prompt"),
     ([{"prompt": "a", "response": "x", "label": True}, {"prompt": "b", "response": "y", "label": True}],
@@ -240,8 +238,8 @@ def test_unpaired_rejects_one_sided_input(lines: list[Any], sentence: str, tmp_p
     assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["label", "kto_tag"])
-@pytest.mark.parametrize(("good", "bad"), [
+@pytest.mark.each("name", ["label", "kto_tag"])
+@pytest.mark.each(("good", "bad"), [
     (True, False), (1, 0), (1.0, 0.0), ("true", "false"), ("True", "FALSE"), ("yes", "no"), ("Yes", " no "),
     ("1", "0"), ("1.0", 0)])
 def test_kto_rows_are_judged_responses(good: Any, bad: Any, name: str, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """`sov-data trajectories`: choosing solutions, formats and wrong input."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -48,7 +46,7 @@ def test_choose_diverse_takes_farthest_solutions() -> None:
     assert choose_diverse([], 5, 0.8) == []
 
 
-@pytest.mark.parametrize(("think", "told"), [
+@pytest.mark.each(("think", "told"), [
     ("tags", "<think>\nhm\n</think>\n\nyes"), ("plain", "hm\n\nyes"), ("drop", "yes")])
 def test_thoughts_have_three_formats(think: Any, told: str) -> None:
     settings = TrajectorySettings(think=think, heading="풀이 {}:")
@@ -56,7 +54,7 @@ def test_thoughts_have_three_formats(think: Any, told: str) -> None:
             == f"why?\n\n풀이 1:\n{told}\n\n풀이 2:\nno")
 
 
-@pytest.mark.parametrize(("record", "arguments", "said"), [
+@pytest.mark.each(("record", "arguments", "said"), [
     ({"query": "a", "solutions": "b"}, [], "in.jsonl:1: needs a string 'query' and a list 'solutions'"),
     ({"query": "a", "solutions": ["b", {"thinking": "c"}]}, [],
      "solutions[1] is {\"thinking\": \"c\"}, must be a string"),

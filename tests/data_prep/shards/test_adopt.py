@@ -1,7 +1,5 @@
 """`sov-data adopt`: pairs from Megatron-LM's builder give the same artifact as `sov-data pack`."""
 
-from __future__ import annotations
-
 import json
 import struct
 from pathlib import Path
@@ -104,7 +102,7 @@ def changed(pair: Path, folder: Path, at: int, raw: bytes) -> Path:
     return folder / "bad"
 
 
-@pytest.mark.parametrize(("at", "raw", "sentence"), [
+@pytest.mark.each(("at", "raw", "sentence"), [
     (0, b"nothing", "is no index of Megatron's indexed datasets"),
     (18, struct.pack("<Q", 7), "which does not fit its 7 sequences"),
     (HEADER.size, struct.pack("<i", -5), "sequence 0 has -5 tokens"),

@@ -1,7 +1,5 @@
 """Tokens and masks, compared with transformers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -164,7 +162,7 @@ def test_changed_tokenizer_is_rejected(folder: Path, tmp_path: Path) -> None:
         Encoder(tmp_path / "none")
 
 
-@pytest.mark.parametrize(("given", "imported", "output"), [
+@pytest.mark.each(("given", "imported", "output"), [
     ("hf", "hf", "hf-tokenizer"),
     ("packed", "packed/tokenizer", "packed-tokenizer"),  # token shards, a checkpoint: it lies inside
     ("hf/tokenizer.json", "hf/tokenizer.json", "tokenizer-tokenizer"),
@@ -275,7 +273,7 @@ def unmatched_text(raw: dict[str, Any]) -> None:
     raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "a+"
 
 
-@pytest.mark.parametrize(("edit", "reason"), [
+@pytest.mark.each(("edit", "reason"), [
     (swap_merges, "do not rise with its merges"),
     (lambda raw: raw.update(normalizer={"type": "Lowercase"}), "normalizer is Lowercase"),
     (lambda raw: raw.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True,

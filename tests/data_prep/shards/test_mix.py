@@ -1,7 +1,5 @@
 """`sov-data mix`: weights, blends and links to input files."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -166,7 +164,7 @@ phases:
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-@pytest.mark.parametrize(("options", "said"), [
+@pytest.mark.each(("options", "said"), [
     (["--tokens", "5"], "--tokens 5.0: is for --blend"),
     (["--dry-run"], "--dry-run: is for --blend"),
     ([], "--output: is missing"),

@@ -1,7 +1,5 @@
 """`sov-data pack` and `inspect`: shards from files, the same for any number of workers."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

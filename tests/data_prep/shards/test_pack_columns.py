@@ -1,7 +1,5 @@
 """`sov-data pack --column` and `--bucket-by`."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -54,7 +52,7 @@ def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_pa
     assert f"{damaged.name}: token 7 has inf in column 'score', must be a finite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("format_", "columns", "row", "said"), [
+@pytest.mark.each(("format_", "columns", "row", "said"), [
     ("text", ["Score"], {}, "--column: 'Score' cannot name a column (letters a-z and '_', and none of bin"),
     ("text", ["loss", "a", "a"], {}, "'loss' cannot name a column"),
     ("prompt", ["score"], {}, '--column "score": a prompt has no response to which'),

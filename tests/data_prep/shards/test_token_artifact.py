@@ -1,7 +1,5 @@
 """Token shard artifacts: reading, indices, held-out rule."""
 
-from __future__ import annotations
-
 import struct
 import tempfile
 import unicodedata
@@ -36,7 +34,7 @@ def source(name: str, train: int, heldout: int) -> dict[str, Any]:
 CONTENT = {"sources": [source("web", 2, 1), source("books", 1, 0)]}
 
 
-@pytest.mark.parametrize(("chosen", "prefixes"), [
+@pytest.mark.each(("chosen", "prefixes"), [
     ({}, ["web/train-00000", "web/train-00001", "web/heldout-00000", "books/train-00000"]),
     ({"source": "web"}, ["web/train-00000", "web/train-00001", "web/heldout-00000"]),
     ({"split": "train"}, ["web/train-00000", "web/train-00001", "books/train-00000"]),
@@ -110,7 +108,7 @@ def test_files_equal_megatrons_builder(tmp_path: Path) -> None:
         assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
 
 
-@pytest.mark.parametrize("vocab_size", [2, 65499, 65500, 65501, 196608])
+@pytest.mark.each("vocab_size", [2, 65499, 65500, 65501, 196608])
 def test_dtype_is_megatrons_choice(vocab_size: int) -> None:
     assert choose_token_dtype(vocab_size) == DType.optimal_dtype(vocab_size).__name__
 

@@ -1,7 +1,5 @@
 """`sov-data verify`, `stats` and `sample`."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -80,7 +78,7 @@ def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
         "train: 2 of 4 documents repeat an earlier one, token by token"]
 
 
-@pytest.mark.parametrize(("damage", "sentence"), [
+@pytest.mark.each(("damage", "sentence"), [
     (lambda d: set_token(d, 3, 384), "ids reach from 2 to 384, must lie in 0..383"),
     (lambda d: set_token(d, -1, 100), "1 documents do not end with id 2"),
     (leak, "1 documents are in both splits"),

@@ -1,8 +1,6 @@
 """Low-rank adapters: their first gradient follows from the full weight's, and they are equal at every
 layout."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Attention over packed documents, with and without context parallelism, against a dense float64 softmax."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -118,7 +116,7 @@ def test_memory_grows_with_the_length_and_not_with_its_square(ranks, job) -> Non
     assert 0 < long <= 4.5 * short
 
 
-@pytest.mark.parametrize(("longest", "tabled"), [(1, 1), (5, 8), (64, 64), (65, 100)])
+@pytest.mark.each(("longest", "tabled"), [(1, 1), (5, 8), (64, 64), (65, 100)])
 def test_the_librarys_attention_is_told_few_different_lengths(longest: int, tabled: int) -> None:
     packed = attention.pack_documents(torch.tensor([0, longest, 100]), longest, 100, own=False)
     assert packed.max_seqlen_q == packed.max_seqlen_kv == tabled

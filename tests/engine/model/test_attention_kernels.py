@@ -1,7 +1,5 @@
 """Transformer Engine's answer decides which kernel attends packed rows."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import logging

@@ -1,7 +1,5 @@
 """A chunk's layers have the numbers of their entries in our per-layer lists; its output head."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

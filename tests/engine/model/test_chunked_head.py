@@ -1,7 +1,5 @@
 """The number of head applications, saved and skipped tensors, and the scaling of bf16 gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,6 @@
 """Calls of flash-linear-attention's kernel: they match its signature, and with the package's plain torch
 version in place of the kernel the results equal ours."""
 
-from __future__ import annotations
 import __future__
 
 import ast

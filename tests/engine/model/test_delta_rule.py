@@ -1,7 +1,5 @@
 """The gated delta rule against transformers' function, and documents of a row against single documents."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Divergence from a teacher against the paper's formula over whole vocabularies in float64."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from itertools import product

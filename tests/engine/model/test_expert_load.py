@@ -1,7 +1,5 @@
 """Tokens per expert in training and evaluation; a rejected step leaves the biases unchanged."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

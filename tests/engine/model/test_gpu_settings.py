@@ -1,7 +1,5 @@
 """Every setting reaches its Megatron-Core field, and settings that a machine cannot use are refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import sys
@@ -152,7 +150,7 @@ def fields(config: RunConfig, te: bool) -> dict[str, Any]:
     return found | {"attention_backend": found["attention_backend"].name}
 
 
-@pytest.mark.parametrize("setting", CHANGES)
+@pytest.mark.each("setting", CHANGES)
 def test_each_setting_arrives_in_its_fields(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     changes, expected = CHANGES[setting]
@@ -222,7 +220,7 @@ def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: p
         gpu_settings.check_gpu_settings(apply_settings(config, ["gpu.linear_attention=fla"]), te=True)
 
 
-@pytest.mark.parametrize(("version", "told"), [
+@pytest.mark.each(("version", "told"), [
     ("0.4.2", "version 0.4.2 is older than 0.6"), ("0.5.1", "version 0.5.1 is older than 0.6"),
     ("", "version unknown"), ("0.6.0", ""), ("0.10.0", ""), ("1.0.dev1", "")])
 def test_older_kernels_do_not_serve(
@@ -253,7 +251,7 @@ def test_a_run_tells_what_auto_came_to() -> None:
     assert set(gpu_settings.resolve_auto_settings(config_with([]), te=False).values()) == {False, "local"}
 
 
-@pytest.mark.parametrize(("changes", "te", "environment", "keys"), [
+@pytest.mark.each(("changes", "te", "environment", "keys"), [
     ("gpu.swiglu_fusion=on", False, {}, "gpu.swiglu_fusion"),
     ("gpu.attention=fused", False, {}, "gpu.attention"),
     ("gpu.shared_expert_overlap=on", False, {}, "gpu.shared_expert_overlap"),
@@ -329,7 +327,7 @@ def test_a_deep_ep_that_does_not_serve_is_told_in_its_own_words(
             sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize(("capability", "cudnn", "changes", "own", "why"), [
+@pytest.mark.each(("capability", "cudnn", "changes", "own", "why"), [
     ((9, 0), 92500, "", False, ""), ((10, 0), 92500, "", False, ""),
     # rows with many documents exceed the deterministic fused kernel
     ((9, 0), 92500, "train.deterministic=true", True, "in every row on this GPU"),

@@ -1,7 +1,5 @@
 """Initial weights depend on (seed, name, index) only, and are equal at every layout."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

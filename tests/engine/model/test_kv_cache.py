@@ -1,7 +1,5 @@
 """Cached attention against a dense softmax over whole sequences, with spans of any length and rollbacks."""
 
-from __future__ import annotations
-
 import random
 
 import pytest
@@ -31,8 +29,8 @@ class Whole:
                             values).flatten(1)
 
 
-@pytest.mark.parametrize("step", [1, 3])
-@pytest.mark.parametrize("window", [0, 1, 5, 16, 100])
+@pytest.mark.each("step", [1, 3])
+@pytest.mark.each("window", [0, 1, 5, 16, 100])
 def test_pieces_give_what_whole_sequences_give(window: int, step: int,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "QUERY_BLOCK", 7)

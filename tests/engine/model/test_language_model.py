@@ -1,7 +1,5 @@
 """Documents of a row do not attend to each other at any layout, and positions restart at each document."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -60,8 +58,8 @@ def test_a_weight_elsewhere_is_named() -> None:
 # SwiGLU against Megatron-Core's formula, with equal bits.
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.each("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.each("weighted", [False, True])
 def test_values_and_gradients_are_autograds(dtype: torch.dtype, weighted: bool) -> None:
     prepare_without_gpu()
     from megatron_sov.engine.model.language_model import _apply_swiglu, _apply_weighted_swiglu

@@ -1,7 +1,5 @@
 """Attention with different value and query sizes against a dense softmax."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +18,7 @@ from tests.engine.model.test_adapters import LATENT, Learning, config_of
 HEADS, BOUNDS = 3, [0, 5, 5, 6, 20]
 
 
-@pytest.mark.parametrize(("nope", "rope", "value_width"), [(6, 4, 7), (6, 4, 10), (2, 4, 9)])
+@pytest.mark.each(("nope", "rope", "value_width"), [(6, 4, 7), (6, 4, 10), (2, 4, 9)])
 def test_values_of_any_width_are_attended_to_inside_documents(
         nope: int, rope: int, value_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "get_cp_size", lambda: 1)

@@ -1,7 +1,5 @@
 """Linear attention of a layer against transformers' modules, and cached spans against one pass."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Every element of the model is in exactly one block, and writing to a block changes the model."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

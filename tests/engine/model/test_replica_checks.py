@@ -1,7 +1,5 @@
 """A flipped bit is detected, and its process is named."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ from megatron_sov.train.loop import train_step
 from tests.tiny import tiny_trainer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.each("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_flipped_bit_changes_the_checksum_and_little_else(dtype: torch.dtype) -> None:
     tensors = [torch.randn(50, 7, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
     before, copy = compute_checksum(tensors), tensors[1].clone()

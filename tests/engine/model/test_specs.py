@@ -1,7 +1,5 @@
 """Recipes in Megatron-Core's config: sliding windows, rotation, MoE layers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Cross-entropy, log-probabilities, divergences, best tokens and logits of split heads and rows, with and
 without a softcap, against plain torch over whole logits in float64."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

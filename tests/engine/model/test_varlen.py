@@ -1,8 +1,6 @@
 """Bounds for torch's flash attention, checked with a plain torch double against a dense float64 softmax: at
 every split of a row, and for the signatures of this torch and torch 2.11."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """AdamW in host memory equals AdamW, and updates the tensors that Megatron-Core holds."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -44,7 +42,7 @@ def test_steps_are_the_formulas() -> None:
             torch.testing.assert_close(found.double(), value, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("share", "moved"), [(0.0, []), (0.01, [40]), (0.5, [40, 30]), (0.7, [40, 30]),
+@pytest.mark.each(("share", "moved"), [(0.0, []), (0.01, [40]), (0.5, [40, 30]), (0.7, [40, 30]),
                                               (0.71, [40, 30, 20]), (1.0, [40, 30, 20, 10])])
 def test_a_share_is_of_elements_and_never_less(share: float, moved: list[int]) -> None:
     groups = groups_of(40, 30, 20, 10)

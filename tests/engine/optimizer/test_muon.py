@@ -1,7 +1,5 @@
 """Muon at any layout: each gathered matrix follows torch.optim.Muon step by step."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -192,7 +190,7 @@ def test_every_matrix_moves_as_torchs_muon_moves_it_and_all_else_as_its_adamw(
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+@pytest.mark.each("shape", [(12, 40), (40, 12), (16, 16)])
 def test_the_update_is_torchs_bit_for_bit(shape: tuple[int, int]) -> None:
     update = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     low = update.bfloat16()

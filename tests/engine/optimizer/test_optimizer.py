@@ -1,7 +1,5 @@
 """The optimizer against torch's AdamW on the same gradients, and its state as named tensors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Rules by name: rates, weight decay, the other optimizer, and frozen parameters."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Compute time excludes the time that a process waits for others."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

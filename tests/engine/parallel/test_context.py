@@ -1,7 +1,5 @@
 """Split rows are gathered in order, and gradients count each token once."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

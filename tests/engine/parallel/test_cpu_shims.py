@@ -1,7 +1,5 @@
 """CPU shims change what their docstrings say."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -116,5 +114,6 @@ def test_the_library_still_needs_the_patch(defect: str, looks: list[dict[str, bo
     assert looks[0][defect], f"{defect}: the library is mended; its patch in library_patches.py can go"
 
 
+@pytest.mark.deep
 def test_the_defects_are_mended_where_the_cpu_shims_are_not_in_place(looks: list[dict[str, bool]]) -> None:
     assert looks[1] == {"norms": False, "split sizes": True}

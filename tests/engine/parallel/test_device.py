@@ -1,7 +1,5 @@
 """Settings before CUDA starts; tests/layouts/test_precision.py shows that runs repeat."""
 
-from __future__ import annotations
-
 import datetime
 import os
 from collections.abc import Iterator
@@ -184,7 +182,7 @@ def test_all_ranks_hear_of_one_that_has_no_gpu_of_its_own(monkeypatch: pytest.Mo
     assert "(a) is another rank's as well: LOCAL_RANK = 2 of 2 visible GPUs" in said
 
 
-@pytest.mark.parametrize(("local_rank", "count", "index"), [("3", 8, 3), ("3", 1, 0), ("5", 4, 1)])
+@pytest.mark.each(("local_rank", "count", "index"), [("3", 8, 3), ("3", 1, 0), ("5", 4, 1)])
 def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int, index: int,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that sees only its own GPU uses GPU 0."""

@@ -1,7 +1,5 @@
 """Local ranks start and end together."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -184,7 +182,7 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
     assert "error: rank 1 was ended by SIGKILL" in said
 
 
-@pytest.mark.parametrize(("said", "count", "threads"), [
+@pytest.mark.each(("said", "count", "threads"), [
     (None, 2, 4), (None, 16, 1), ("", 2, 4), ("0", 2, 4), ("many", 2, 4), ("9" * 5000, 2, 4),
     ("3", 2, 3), (" 5 ,2", 2, 5)])
 def test_ranks_share_the_cores_unless_the_environment_names_their_threads(

@@ -1,7 +1,5 @@
 """Simulated processes: collectives return torch's results, and deadlocks raise an error."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -142,8 +140,8 @@ def send(mine: torch.Tensor, is_first: bool) -> None:
     dist.send(mine, 1) if is_first else dist.recv(mine, 0)
 
 
-@pytest.mark.parametrize("other", [torch.zeros(4, 2), torch.zeros(4, dtype=torch.float64)])
-@pytest.mark.parametrize("call", [
+@pytest.mark.each("other", [torch.zeros(4, 2), torch.zeros(4, dtype=torch.float64)])
+@pytest.mark.each("call", [
     send, lambda mine, is_first: dist.all_reduce(mine), lambda mine, is_first: dist.broadcast(mine, 0),
     lambda mine, is_first: dist.all_gather([torch.empty_like(mine) for _ in range(2)], mine)])
 def test_numbers_that_are_not_as_many_or_of_another_kind_are_told(

@@ -1,7 +1,5 @@
 """The C++ extension of recomputed norms is compiled once, atomically and without a lock."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

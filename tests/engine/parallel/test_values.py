@@ -1,7 +1,5 @@
 """Named values survive the flat tensor, and sums equal the tensor's."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

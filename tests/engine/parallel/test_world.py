@@ -1,7 +1,5 @@
 """A process's place in the layout, and its groups."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest import mock
 

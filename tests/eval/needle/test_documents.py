@@ -1,8 +1,6 @@
 """Retrieval documents: questions repeat needles, weights are on answers, and each is a function of its
 index."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

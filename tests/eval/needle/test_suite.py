@@ -1,7 +1,5 @@
 """The needle suite: cells, scoring and questions."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable
@@ -161,8 +159,8 @@ def needles_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, Pair, Pair]]
     return found
 
 
-@pytest.mark.parametrize("distractors", [0, 5])
-@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+@pytest.mark.each("distractors", [0, 5])
+@pytest.mark.each("depth", [0.0, 0.5, 1.0])
 def test_example_asks_for_one_of_its_needles(distractors: int, depth: float,
                                              haystacks: dict[str, Haystack]) -> None:
     haystack = haystacks["heldout"]

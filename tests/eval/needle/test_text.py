@@ -1,7 +1,5 @@
 """Needle words are rare whole words of the language, and pairs of tests and training are disjoint."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 
@@ -77,7 +75,7 @@ def test_words_are_of_the_language(language: str, words: list[str], tmp_path: Pa
     assert not any(word.isascii() for word in found)
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.each("language", LANGUAGES)
 def test_words_fall_back_to_other_languages(language: str, token_shards: Path) -> None:
     form = build_needle_form(token_shards / "tokenizer", language)  # type: ignore[arg-type]
     assert form.language == language and len(form.words) == 64
@@ -94,7 +92,7 @@ def test_invalid_values_raise_user_error(token_shards: Path, tmp_path: Path) -> 
         build_needle_form(tmp_path, "english")
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.each("language", LANGUAGES)
 def test_test_and_training_phrases_are_disjoint(language: Language) -> None:
     sides = [list_phrases(language, test=test) for test in (True, False)]
     assert all(sides) and not set(sides[0]) & set(sides[1])

@@ -1,7 +1,5 @@
 """Cached generation equals full forward passes at every layout, with and without drafts."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from pathlib import Path

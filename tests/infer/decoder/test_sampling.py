@@ -1,7 +1,5 @@
 """Samples follow the truncated distribution; speculative sampling does not change it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,7 +20,7 @@ SAMPLINGS = [Sampling(temperature=0.7), Sampling(temperature=1.3, top_k=3),
              Sampling(temperature=2.0, top_k=1), Sampling(temperature=1.0, top_p=1e-9)]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.each("sampling", SAMPLINGS)
 def test_distributions_equal_transformers(sampling: Sampling) -> None:
     logits = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)) * 2
     expected = TemperatureLogitsWarper(sampling.temperature)(None, logits.double())

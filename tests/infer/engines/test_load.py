@@ -1,7 +1,5 @@
 """Loading a model: damage is reported by name, on other processes as well."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -88,7 +86,7 @@ def test_failed_start_reports_last_log_lines(tmp_path: Path) -> None:
         server(tmp_path, "--fails").start(never)
 
 
-@pytest.mark.parametrize(("given", "told"), [
+@pytest.mark.each(("given", "told"), [
     (["tp=0"], "tp"), (["memory_share=1.5"], "memory_share"), (["nothing=1"], "nothing"),
     (["dtype=bf17"], "dtype"),
     (["servers=2", 'devices=["0"]'], "must be 2, servers x tp x dp"), (["transfer=disk"], "transfer")])

@@ -1,7 +1,5 @@
 """Models that TARGET can name, and the settings to run a checkpoint."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

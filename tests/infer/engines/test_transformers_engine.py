@@ -1,7 +1,5 @@
 """transformers as an engine: generation defaults of the folder do not change the request."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json
@@ -69,7 +67,7 @@ def test_unloadable_folder_is_named(hf_models: dict[str, Path], tmp_path: Path) 
         load_hf(broken)
 
 
-@pytest.mark.parametrize("longest", [10, 1000, 16_384, 131_072, 262_144, 1 << 20])
+@pytest.mark.each("longest", [10, 1000, 16_384, 131_072, 262_144, 1 << 20])
 def test_mask_size_is_bounded_at_any_length(longest: int) -> None:
     slots, pages, pass_tokens = compute_cache_sizes(20, longest, Batching())
     assert pages * PAGE_TOKENS >= slots * longest

@@ -1,7 +1,5 @@
 """Forget rewards registered by a test; share a sandbox per enclosure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

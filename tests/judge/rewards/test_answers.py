@@ -1,7 +1,5 @@
 """Choices, quantities and short answers: unusual correct forms, and plausible wrong ones."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -16,7 +14,7 @@ def right(response: str, answer: object, **more) -> bool:
     return Stem(**settings).score({"response": response, "answer": answer, **more}).reward == 1.0
 
 
-@pytest.mark.parametrize(("response", "found"), [
+@pytest.mark.each(("response", "found"), [
     ("So\n\n$$\n73\n$$", "$73$"), ("So\n\\[ x = 7 \\].", "$x = 7$"),
     ("Answer:\n\n$$\n73\n$$\nas wanted", "$73$"),
     ("$$1$$ and\n$$2$$", "$2$"), ("$$1$$\n2", "2"), ("$$1$$\n" + "so " * 20, None), ("$$\n1", "1"),
@@ -26,7 +24,7 @@ def test_a_displayed_formula_is_an_answer(response: str, found: str | None) -> N
                                                        and len(extract_final_answer(response) or "") > 500)
 
 
-@pytest.mark.parametrize("answer", ["()", "...", "\"'\"", "[ ]", ["B", "?"]])
+@pytest.mark.each("answer", ["()", "...", "\"'\"", "[ ]", ["B", "?"]])
 def test_a_gold_answer_that_is_not_equal_to_itself_is_refused(answer: object) -> None:
     with pytest.raises(Refused, match=r"is not equal to itself as a text|answer ="):
         right("\\boxed{B}", answer)
@@ -37,7 +35,7 @@ def test_a_gold_quantity_may_have_a_name() -> None:
     assert not right("4 m/s", "v = 3 m/s")
 
 
-@pytest.mark.parametrize("response", [
+@pytest.mark.each("response", [
     "Because water is polar, the answer is B.", "Answer: (B)", "\\boxed{B}", "**Answer: B**",
     "B", "(b)", "A is wrong. C is wrong.\nFinal answer: B) polar", "정답: B", "정답은 B", "คำตอบคือ B",
     "<answer>B</answer>", "First I thought the answer is A. No: the answer is B", "Answer: polar bonds",
@@ -47,7 +45,7 @@ def test_choices_are_recognized(response: str) -> None:
     assert right(response, "B", choices=["ionic bonds", "polar bonds", "none"])
 
 
-@pytest.mark.parametrize("response", [
+@pytest.mark.each("response", [
     "The answer is A.", "\\boxed{A} or \\boxed{C}", "B is wrong, so the answer is C", "", "Bonds",
     "Answer: Because",
     "I do not know which of A, B, C, D it is, since all of them could be argued for at length",
@@ -56,7 +54,7 @@ def test_wrong_and_missing_choices(response: str) -> None:
     assert not right(response, "B")
 
 
-@pytest.mark.parametrize(("response", "answer"), [
+@pytest.mark.each(("response", "answer"), [
     ("so v = 3.0 m/s", "3 m/s"), ("The answer is $9.81\\,\\mathrm{m/s^{2}}$", "9.8 m/s^2"),
     ("\\boxed{5 km}", "5000 m"),
     ("\\boxed{1.2\\times 10^{3}\\ \\text{J}}", "1.2 kJ"), ("Answer: 1,234.5", "1234.5"),
@@ -75,7 +73,7 @@ def test_quantities_are_recognized(response: str, answer: str) -> None:
     assert right(response, answer)
 
 
-@pytest.mark.parametrize(("response", "answer"), [
+@pytest.mark.each(("response", "answer"), [
     ("\\boxed{3 m}", "3 s"), ("\\boxed{3 km}", "3 m"), ("\\boxed{3.2 m}", "3 m"), ("\\boxed{-3 m}", "3 m"),
     ("\\boxed{3 florins}", "3 m"), ("\\boxed{1e400}", "3"), ("\\boxed{10^{10^{10}}}", "3"),
     ("\\boxed{10**10**10}", "3"), ("\\boxed{3 Tm^99}", "3 m"), ("\\boxed{3 fm^-99}", "3 m"),
@@ -97,7 +95,7 @@ def test_a_unit_may_be_required() -> None:
     assert right("\\boxed{300 cm}", "3 m", unit_required=True)
 
 
-@pytest.mark.parametrize(("text", "value"), [("12", 12), ("1,000", 1000), (".5", 0.5), ("5 min", 300),
+@pytest.mark.each(("text", "value"), [("12", 12), ("1,000", 1000), (".5", 0.5), ("5 min", 300),
                                              ("25%", 0.25),
                                              ("3e-2 km", 30), ("x", None), ("", None), ("1" * 401, None)])
 def test_quantities_convert_to_si_units(text: str, value: float | None) -> None:
@@ -118,13 +116,13 @@ def test_short_answers_are_normalized() -> None:
     assert normalize_answer(" The  Ｗater. ") == "water"
 
 
-@pytest.mark.parametrize("answer", [None, 4, "", [], ["a", 1]])
+@pytest.mark.each("answer", [None, 4, "", [], ["a", 1]])
 def test_rows_without_an_answer_are_refused(answer: object) -> None:
     with pytest.raises(Refused, match="must be text, or a list"):
         Stem().score({"response": "x", "answer": answer})
 
 
-@pytest.mark.parametrize("text", ["\\boxed{" * 50_000, "answer is " * 50_000, "<answer>" * 50_000,
+@pytest.mark.each("text", ["\\boxed{" * 50_000, "answer is " * 50_000, "<answer>" * 50_000,
                                   "{" * 500_000,
                                   "a" * 1_000_000, "정답" * 100_000])
 def test_hostile_responses_are_fast(text: str) -> None:

@@ -4,8 +4,6 @@ Attacks on files and processes outside are those of tests/sandbox/test_attacks.p
 All of one enclosure share a server, so that what one of them leaves behind would pay, or harm, the next one.
 """
 
-from __future__ import annotations
-
 import pytest
 
 from megatron_sov.judge.rewards.code import CodeReward

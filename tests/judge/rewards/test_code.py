@@ -1,7 +1,5 @@
 """Verdicts equal a plain interpreter, and solutions cannot forge them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -146,7 +144,7 @@ EXPECTED = ["assert f(1) == 1234", "assert abs(f(1) - 1234) < 1e-6", "assert set
             "assert 1234 in [f(1)]", "assert all(map(lambda x: f(x) == 1234, range(9)))"]
 
 
-@pytest.mark.parametrize("name", CHEATS)
+@pytest.mark.each("name", CHEATS)
 def test_solutions_cannot_forge_verdicts(enclosure: str, name: str) -> None:
     result = share(enclosure, CHEATS[name], EXPECTED)
     assert (result.status, result.reward) == ("scored", 0.0), result
@@ -191,7 +189,7 @@ def test_all_or_nothing_is_the_default_and_says_why(enclosure: str) -> None:
     assert (endless.status, endless.reward) == ("timeout", 0.0) and "processors" in endless.components["why"]
 
 
-@pytest.mark.parametrize("outcome, status, reward", [
+@pytest.mark.each("outcome, status, reward", [
     (Outcome("infrastructure", None, "", "", "the server failed", 0, 0), "failed", None),
     (Outcome("infrastructure", None, "", "", "the machine is too busy", 630, 4.0, 600.0), "failed", None),
     (Outcome("timeout", None, "", "", "took longer than 30 s", 55, 0.1, 25.0), "timeout", 0.0),  # it slept
@@ -228,7 +226,7 @@ def test_slow_program_stays_within_the_row_limit(monkeypatch: pytest.MonkeyPatch
     assert keys_of(CodeReward(test_time_s=99)) == []
 
 
-@pytest.mark.parametrize("tests, what", [
+@pytest.mark.each("tests, what", [
     (None, "must be a list"), ([], "must be a list"), ([3], "must be a text of Python"),
     (["assert ("], "is no Python"),
     (["assert 1", {"stdin": "", "stdout": ""}], "inputs to read beside calls"),

@@ -1,7 +1,5 @@
 """Tests in a row: trivial and faulty tests are refused, and public formats work."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -29,7 +27,7 @@ NO_TESTS = [
     "x = lambda: add(1, 2) == 3", "async def main():\n    assert add(1, 2) == 3"]
 
 
-@pytest.mark.parametrize("test", NO_TESTS)
+@pytest.mark.each("test", NO_TESTS)
 def test_a_text_without_an_assertion_that_runs_is_refused(test: str) -> None:
     for response in (ADD, SUBTRACT):
         result = score(response, [test])
@@ -47,14 +45,14 @@ EMPTY_TESTS = [
     "assert add(1, 2) != 7", "add(1, 2)\nassert callable(add)"]
 
 
-@pytest.mark.parametrize("test", EMPTY_TESTS)
+@pytest.mark.each("test", EMPTY_TESTS)
 def test_a_row_that_every_program_would_pass_or_fail_is_refused(test: str) -> None:
     for response in (ADD, SUBTRACT):
         result = score(response, [test])
         assert (result.reward, result.status) == (None, "refused"), result
 
 
-@pytest.mark.parametrize("response, tests", [
+@pytest.mark.each("response, tests", [
     ("def find(x):\n    return None", ["assert find([]) is None"]),
     ("def find(x):\n    pass", [{"function": "find", "arguments": [3], "expected": None}]),
     ("def sort(x):\n    x.sort()", ["x = [2, 1]\nassert sort(x) is None\nassert x == [1, 2]"]),
@@ -80,7 +78,7 @@ FAULTY = ["import pandas\nassert add(1, 2) == 3", "from helpers import check_sum
           "raise ValueError('no data')\nadd(1, 2)"]
 
 
-@pytest.mark.parametrize("test", FAULTY)
+@pytest.mark.each("test", FAULTY)
 def test_tests_that_fail_by_themselves_are_refused(test: str) -> None:
     for response in (ADD, SUBTRACT, BROKEN, NOTHING, "no program"):
         result = score(response, ["assert add(1, 2) == 3", test])
@@ -88,7 +86,7 @@ def test_tests_that_fail_by_themselves_are_refused(test: str) -> None:
         assert "test 2 of 2 fails before it uses the program" in result.reason
 
 
-@pytest.mark.parametrize("test, told", [
+@pytest.mark.each("test, told", [
     ("import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertTrue(add)",
      "class T holds tests"),
     ("class TestAdd:\n    def test_a(self):\n        assert add(1, 2) == 3", "class TestAdd holds tests"),
@@ -156,7 +154,7 @@ def test_check_gets_the_one_function_of_the_program() -> None:
     assert score(method, check, entry_point="add; import os").status == "refused"
 
 
-@pytest.mark.parametrize("tests", [
+@pytest.mark.each("tests", [
     {"inputs": ["1 2\n", "3 4"], "outputs": ["3\n", "7"]}, '{"inputs": ["1 2"], "outputs": ["3"]}',
     '[{"input": "1 2", "output": "3", "testtype": "stdin"}]', [{"input": "1 2", "output": "3"}],
     {"inputs": [["1 2"]], "outputs": [["3"]]}, [{"stdin": "1 2", "stdout": ["3", ""]}]])
@@ -166,7 +164,7 @@ def test_inputs_of_taco_and_livecodebench_are_read(tests: Any) -> None:
     assert score(response.replace("sum", "max"), tests).reward == 0.0
 
 
-@pytest.mark.parametrize("tests, what", [
+@pytest.mark.each("tests, what", [
     ({"inputs": ["1"], "outputs": []}, "lists of one length"),
     ({"inputs": [[1]], "outputs": [1], "fn_name": "f"}, "write each as function"),
     ([{"input": "[1]", "output": "1", "testtype": "functional"}], "must be a text of Python"),
@@ -192,7 +190,7 @@ def test_names_that_tests_take_from_the_program() -> None:
         names("x = 1")
 
 
-@pytest.mark.parametrize("printed, expected, equal", [
+@pytest.mark.each("printed, expected, equal", [
     ("8\r\n\n9 \t\n\n", "8\n\n9", True), ("8", "8\n", True), ("", "\n\n", True), ("8\n9", "8 9", False),
     *((f"8{mark}9", "8\n9", False) for mark in "\x1c\x1d\x1e\x0b\x0c\r\x85\u2028\u2029"),
     *((f"8{mark}", "8", False) for mark in "\x1c\x85\u2028\xa0"), ("8\x1c9", "8\x1c9", True)])
@@ -200,7 +198,7 @@ def test_only_newlines_end_a_line(printed: str, expected: str, equal: bool) -> N
     assert is_same_output(printed, expected, "lines", 0.0) is equal
 
 
-@pytest.mark.parametrize("printed, expected, lines, tokens, close", [
+@pytest.mark.each("printed, expected, lines, tokens, close", [
     # printed, expected; equal by lines, by tokens, by lines with a tolerance of 1e-6
     ("1 2", "1 2", True, True, True), ("1  2", "1 2", False, True, True), ("1\n2", "1 2", False, True, False),
     (str(1 / 3), "0.333333333333", False, False, True), ("0.33334", "0.333333", False, False, False),
@@ -212,8 +210,7 @@ def test_only_newlines_end_a_line(printed: str, expected: str, equal: bool) -> N
     ("-0.0000001", "0.0", False, False, True), *((*pair, False, False, False) for pair in (
         ("nan", "0.5"), ("1e400", "1e401"), ("a 0.1", "b 0.1"), ("0.5 0.5", "0.5"), ("", "0.0"),
         ("0.5,", "0.5"), ("1_0.0", "10.0"), ("٣.0", "3.0"), ("9" * 300_000 + "x", "0.5"),
-        ("1e999999", "0.5")))],
-    ids=range(27))
+        ("1e999999", "0.5")))])
 def test_outputs_by_lines_tokens_and_within_a_tolerance(
         printed: str, expected: str, lines: bool, tokens: bool, close: bool) -> None:
     assert is_same_output(printed, expected, "lines", 0.0) is lines

@@ -1,7 +1,5 @@
 """Weights, gates and domains, with rewards that record their rows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +91,7 @@ def test_version_depends_on_parts_and_settings() -> None:
                 version(settings={"unit": "characters"})}) == 5
 
 
-@pytest.mark.parametrize(("settings", "problem"), [
+@pytest.mark.each(("settings", "problem"), [
     ({"parts": {}}, "parts = {} must have at least 1 items"),
     ({}, "parts: is missing; it has no default; set it"),
     ({"parts": {"a": {"reward": "composed"}}}, "is a composition itself"),

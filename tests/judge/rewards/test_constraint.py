@@ -1,7 +1,5 @@
 """Reward `constraint`: check functions of a row."""
 
-from __future__ import annotations
-
 import sys
 import types
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ TRUE = "def evaluate(response):\n    return True"
 BROKEN = "def evaluate(response):\n    return response[1000] == 'x'"
 
 
-@pytest.mark.parametrize(("response", "functions", "settings", "reward"), [
+@pytest.mark.each(("response", "functions", "settings", "reward"), [
     ("no comma", [NO_COMMA, SHORT], {}, 1.0),
     ("one, comma", [NO_COMMA], {}, 0.0),
     ("one, comma", [NO_COMMA, SHORT], {}, 1.0),  # half of them is enough
@@ -40,7 +38,7 @@ def test_reward(response: str, functions: list[str], settings: dict[str, Any], r
     assert (result.status, result.reward) == ("scored", reward)
 
 
-@pytest.mark.parametrize(("row", "reason"), [
+@pytest.mark.each(("row", "reason"), [
     ({}, "has no 'response'"),
     ({"response": "x"}, "functions = None must be a list"),
     ({"response": "x", "functions": []}, "must be a list"),
@@ -90,7 +88,7 @@ def asked(source: str, texts: Sequence[str], call_s: float = 0.5) -> list[Constr
     return check_texts(shared_sandbox(), source, texts, call_s=call_s)
 
 
-@pytest.mark.parametrize("source", HONEST)
+@pytest.mark.each("source", HONEST)
 def test_verdicts_equal_a_plain_interpreter(source: str) -> None:
     assert find_check_problem(source) == ""
     names: dict[str, object] = {}
@@ -123,7 +121,7 @@ def test_endless_call_is_the_last() -> None:
     assert (third.accepts, third.ended) == (None, False)
 
 
-@pytest.mark.parametrize(("body", "reason"), [
+@pytest.mark.each(("body", "reason"), [
     ("return 1", "gave a int, not True or False"),
     ("return None", "gave a NoneType"),
     ("return 'x' * 10**11 == ''", "MemoryError"),
@@ -161,7 +159,7 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("source", PROBLEMS, ids=range(len(PROBLEMS)))
+@pytest.mark.each("source", PROBLEMS)
 def test_invalid_sources_are_refused_before_running(source: str) -> None:
     assert PROBLEMS[source] in find_check_problem(source)
 
@@ -172,8 +170,8 @@ def test_setting_allows_a_library() -> None:
     assert find_check_problem(source, ["pythainlp"]) == ""
 
 
-@pytest.mark.parametrize("line", ["5", "null", '[[], true, "", "ended"]', '[0, "yes", 5, "ended"]',
-                                  "[" * 5000], ids=["number", "null", "place", "kinds", "deep"])
+@pytest.mark.each("line", ["5", "null", '[[], true, "", "ended"]', '[0, "yes", 5, "ended"]',
+                                  "[" * 5000])
 def test_forged_verdicts_are_ignored(line: str) -> None:
     source = f"""import collections
 def evaluate(response):

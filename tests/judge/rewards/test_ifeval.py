@@ -1,7 +1,5 @@
 """Reward `ifeval`: rows, arguments and refusals."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
@@ -43,7 +41,7 @@ def test_the_columns_of_the_data_set_are_read() -> None:
     assert len(load_checks()) == 25 + 58
 
 
-@pytest.mark.parametrize(("row", "reason"), [
+@pytest.mark.each(("row", "reason"), [
     ({}, "instructions = None must be a list"), ({"instructions": []}, "must be a list"),
     ({"instructions": ["x"]}, "'x' is not known"),
     ({"instructions": [{"id": "punctuation:no_coma"}]}, "did you mean 'punctuation:no_comma'"),

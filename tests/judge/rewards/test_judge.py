@@ -1,7 +1,5 @@
 """Reward `judge` with a misbehaving endpoint: no wrong scores, and every request counts."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time
@@ -261,7 +259,7 @@ def test_operational_settings_do_not_change_the_judge_version() -> None:
     assert len({version(), version(model="k"), version(rubric="x"), version(max_score=5)}) == 4
 
 
-@pytest.mark.parametrize(("settings", "problem"), [
+@pytest.mark.each(("settings", "problem"), [
     ({"endpoint": "localhost:8000"}, "must be an address"),
     ({"endpoint": f"http://u:{KEY}@h/v1"}, "holds a key"),
     ({"endpoint": "http://[h/v1"}, "must be an address"),

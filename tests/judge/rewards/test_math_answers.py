@@ -1,7 +1,5 @@
 """Verdicts equal math-verify's; hostile answers only affect their row."""
 
-from __future__ import annotations
-
 import sys
 from itertools import product
 from pathlib import Path
@@ -58,7 +56,7 @@ def test_benchmark_attacks_fail_and_honest_answers_pass(items: list[tuple[str, s
     assert [item for item, result in zip(items, results, strict=True) if result.reward != reward] == []
 
 
-@pytest.mark.parametrize(("answer", "response"), [
+@pytest.mark.each(("answer", "response"), [
     ("3\\sqrt{2}", "$3\\sqrt{2}$"), ("(1,2)", "the pair $(1,2)$"), ("\\frac{1}{2}", "1/2"),
     ("x^2+1", "$1+x^2$")])
 def test_answer_without_dollars_is_parsed(answer: str, response: str) -> None:
@@ -76,7 +74,7 @@ def test_adjacent_boxes_are_separate_numbers() -> None:
     assert Math().score({"answer": "204", "response": corrected}).reward == 1.0
 
 
-@pytest.mark.parametrize(("response", "own", "marked"), [
+@pytest.mark.each(("response", "own", "marked"), [
     ("There are 42 cases here and nobody has the time to go through all of them", 1.0, 0.0),
     ("Nobody has the time to go through all of them. The answer is 42.", 1.0, 1.0), ("\\boxed{42}", 1.0, 1.0),
     ("\\boxed{41}", 0.0, 0.0), ("It is somewhere between 1 and 42", 1.0, 0.0), ("So\n42", 1.0, 1.0),
@@ -90,7 +88,7 @@ def test_unmarked_numbers_are_not_answers(response: str, own: float,
     assert Math().score(row).reward == marked
 
 
-@pytest.mark.parametrize(("answer", "response", "reward"), [
+@pytest.mark.each(("answer", "response", "reward"), [
     ("42", "The answer is 42 million.", 0.0), ("42", "\\boxed{42\\text{ thousand}}", 0.0),
     ("42", "The answer is 42 squared", 0.0), ("42", "The answer is $42x$.", 0.0),
     ("42", "The answer is 42 square centimeters.", 1.0),
@@ -100,7 +98,7 @@ def test_multipliers_are_not_units(answer: str, response: str, reward: float) ->
     assert Math().score({"answer": answer, "response": response}).reward == reward
 
 
-@pytest.mark.parametrize("row", [{"response": "1"}, {"response": "1", "answer": ""},
+@pytest.mark.each("row", [{"response": "1"}, {"response": "1", "answer": ""},
                                  {"response": "1", "answer": "$$"},
                                  {"response": "1", "answer": 4}, {"response": "1", "answer": "9" * 10_001}])
 def test_a_row_without_a_readable_answer_is_refused(row: dict) -> None:
@@ -108,7 +106,7 @@ def test_a_row_without_a_readable_answer_is_refused(row: dict) -> None:
         Math().score(row)
 
 
-@pytest.mark.parametrize(("answer", "response"), [
+@pytest.mark.each(("answer", "response"), [
     ("80779853376", "\\boxed{123456 \\times 654321}"), ("1048576", "\\boxed{2^{20}}"),
     ("42", "\\boxed{17+25}"), ("\\frac{1}{3}", "\\boxed{\\int_0^1 x^2 dx}"),
     ("5050", "\\boxed{\\sum_{k=1}^{100} k}"), ("120", "\\boxed{\\binom{10}{3}}"),
@@ -122,7 +120,7 @@ def test_restated_questions_are_not_answers(answer: str, response: str) -> None:
     assert Math().score({"answer": answer, "response": response}).reward == 0.0
 
 
-@pytest.mark.parametrize(("answer", "given"), [
+@pytest.mark.each(("answer", "given"), [
     ("42", "42.0"), ("42", "+42"), ("42", "x=42"), ("42", "n_1 = 42"), ("42", "f(3)=42"),
     ("42", "6\\times 7=42"), ("42", "42\\%"), ("0.42", "42\\%"), ("42\\%", "42\\%"),
     ("42", "42\\text{ cm}^2"), ("42", "\\$42"), ("42", "42^\\circ"), ("42", "\\text{42}"),
@@ -138,7 +136,7 @@ def test_a_number_may_be_written_in_any_way(answer: str, given: str) -> None:
     assert Math().score({"answer": answer, "response": f"So \\boxed{{{given}}}."}).reward == 1.0
 
 
-@pytest.mark.parametrize(("boxes", "four", "both"), [
+@pytest.mark.each(("boxes", "four", "both"), [
     ("\\boxed{3}, no wait \\boxed{4}", 1.0, 0.0), ("\\boxed{3}\n\n\\boxed{4}", 1.0, 1.0),
     ("\\boxed{3}" + " and so on" * 30 + " \\boxed{4}", 1.0, 0.0), ("\\boxed{3}\\boxed{4}", 1.0, 1.0),
     ("\\boxed{3}, \\boxed{4} (as asked, in \\boxed{})", 0.0, 1.0), ("\\boxed{3} and \\boxed{4}", 0.0, 1.0)])
@@ -147,7 +145,7 @@ def test_last_boxes_form_the_answer(boxes: str, four: float, both: float) -> Non
         assert Math().score({"answer": answer, "response": boxes}).reward == reward
 
 
-@pytest.mark.parametrize(("response", "reward"), [
+@pytest.mark.each(("response", "reward"), [
     ("<think>\\boxed{42}</think> The answer is 41.", 0.0),
     ("<think>\\boxed{41}</think> The answer is 42.", 1.0),
     ("<think>\\boxed{42}</think> I do not know.", 0.0), ("\\boxed{41}</think>\\boxed{42}", 1.0)])
@@ -155,7 +153,7 @@ def test_boxes_in_thoughts_are_ignored(response: str, reward: float) -> None:
     assert Math().score({"answer": "42", "response": response}).reward == reward
 
 
-@pytest.mark.parametrize(("answer", "response", "reward"), [
+@pytest.mark.each(("answer", "response", "reward"), [
     ("7/2", "\\boxed{3 1/2}", 1.0), ("\\frac{7}{2}", "The answer is $3 1/2$.", 1.0),
     ("-7/2", "\\boxed{-3 1/2}", 1.0), ("31/2", "\\boxed{3 1/2}", 0.0), ("3/2", "\\boxed{3 1/2}", 0.0),
     ("7/2", "\\boxed{3, 1/2}", 0.0), ("7/2", "\\boxed{2 3/2}", 0.0), ("7/2", "\\boxed{1 3 1/2}", 0.0),
@@ -174,7 +172,7 @@ HOSTILE = ["10**10**10", "$10^{10^{10}}$", "\\boxed{" + "(" * 500 + "1" + ")" * 
            "$\\sum_{k=1}^{10^{12}} k^{99}$", "\ud800"]
 
 
-@pytest.mark.parametrize(("answer", "response", "reward"), [
+@pytest.mark.each(("answer", "response", "reward"), [
     ("5 km", "\\boxed{5 m}", 0), ("$5\\text{ km}$", "The answer is 5 m.", 0),
     ("5 cm", "\\boxed{5\\ \\text{cm}^2}", 0),
     ("90^\\circ", "\\boxed{90 \\text{ rad}}", 0), ("5 km", "\\boxed{5\\,\\mathrm{km}}", 1),
@@ -204,7 +202,7 @@ def test_libraries_are_part_of_the_version() -> None:
     assert set(Math.LIBRARIES) >= {"math-verify", "sympy"}
 
 
-@pytest.mark.parametrize(("answer", "response", "reward"), [
+@pytest.mark.each(("answer", "response", "reward"), [
     # rounded to decimals all of these are 0
     ("1.6 \\times 10^{-19}", "\\boxed{9.1 \\times 10^{-31}}", 0), ("0.0000005", "\\boxed{0.0000001}", 0),
     ("1.6 \\times 10^{-19}", "\\boxed{1.60e-19}", 1), ("0.0000005", "\\boxed{5 \\times 10^{-7}}", 1),
@@ -283,13 +281,13 @@ def test_gold_answers_are_parsed_completely(answer: str, given: str, reward: flo
     assert Math().score({"answer": answer, "response": f"So \\boxed{{{given}}}."}).reward == reward
 
 
-@pytest.mark.parametrize("answer", [
+@pytest.mark.each("answer", [
     answer for answer, _, _ in BOXED if "boxed" not in answer and "$" not in answer])
 def test_a_gold_answer_equals_itself(answer: str) -> None:
     assert Math().score({"answer": answer, "response": f"So \\boxed{{{answer}}}."}).reward == 1.0
 
 
-@pytest.mark.parametrize("answer", [
+@pytest.mark.each("answer", [
     "\\begin{cases} x+1 & x>0 \\\\ 0 & x \\le 0 \\end{cases}", "x \\equiv 3 \\pmod{7}", "A \\cap B",
     "2k\\pi, k \\in \\mathbb{Z}", "0.333...", "1 + 2 + \\cdots + n", "\\{x \\mid x > 3\\}", "0.\\overline{3}",
     "11:30 \\text{ a.m.}", "x=3 \\text{ if } y=2", "(A) 5", "5 million", "5 \\text{ million}", "about 3",
@@ -300,7 +298,7 @@ def test_partially_parsed_gold_answers_are_refused(answer: str) -> None:
             Math().score({"answer": answer, "response": response})
 
 
-@pytest.mark.parametrize(("answer", "response", "reward"), [
+@pytest.mark.each(("answer", "response", "reward"), [
     ("73", "Therefore\n\n$$\n73\n$$", 1), ("73", "Therefore\n\n\\[\n73\n\\]", 1), ("74", "So\n$$\n73\n$$", 0),
     ("73", "The answer is\n$$\n73\n$$", 1), ("73", "The answer is:\n\n\\[ x = 73 \\]\nas was wanted", 1),
     ("73", "$$73 = 70 + 3$$\nand so on, as far as anybody has the patience to go with it", 0),

@@ -1,7 +1,5 @@
 """Extraction of the program from a response."""
 
-from __future__ import annotations
-
 import pytest
 
 from megatron_sov.judge.rewards.program_text import (
@@ -18,7 +16,7 @@ def test_last_python_block_outside_thoughts_counts() -> None:
     assert extract_program("print(1)") == "print(1)"
 
 
-@pytest.mark.parametrize("response", [
+@pytest.mark.each("response", [
     f"```python\n{P}```\nOutput:\n```\n5\n```",
     f"```\n{P}```\nOutput:\n```\n5\n```\nand\n```\n[5]\n```",
     f"```python\n{P}```\n```output\nprint(6)\n```\n```text\nprint(7)\n```",
@@ -43,7 +41,7 @@ def test_the_program_that_prints_is_found(response: str) -> None:
     assert extract_program(response).strip() == P.strip()
 
 
-@pytest.mark.parametrize("response", [
+@pytest.mark.each("response", [
     f"```python\n{F}```\nUsage:\n```python\nprint(f(1))\n```",
     f"```python\n{F}```\nUsage:\n```python\nfrom solution import f\nprint(f(1))\n```",
     f"Draft:\n```python\ndef f(x): return 0\n```\nFinal:\n```python\n{F}```",
@@ -55,7 +53,7 @@ def test_the_program_that_prints_is_found(response: str) -> None:
     "1. Code:\n   ```python\n   def f(x):\n       return x + 1\n   ```\n"
     "2. Run:\n   ```python\n   f(1)\n   ```",
     F])
-@pytest.mark.parametrize("names", [("f",), ("f", "List"), ()])
+@pytest.mark.each("names", [("f",), ("f", "List"), ()])
 def test_the_program_that_tests_call_is_found(response: str, names: tuple[str, ...]) -> None:
     assert extract_program(response, names).startswith(F.rstrip())
 
@@ -77,11 +75,10 @@ def test_response_without_a_block_is_the_program() -> None:
     assert extract_program("```python\nbroken(\n```\n```\nno program\n```") == "broken(\n"
 
 
-@pytest.mark.parametrize("response", [
+@pytest.mark.each("response", [
     "```" + " " * 300_000, "`" * 300_000, "```\n" * 20_000, " " * 300_000 + "```", "~~~" + "`" * 300_000,
     "1. " * 100_000 + "```", "```python\n" + "-" * 300_000 + "1\n```", "```python\n" + "(" * 300_000,
-    "```\n" + "a" + ".b" * 100_000 + "\n```", "```python\n" + "if x: pass\nel" * 3000 + "if y: pass\n```"],
-    ids=range(10))
+    "```\n" + "a" + ".b" * 100_000 + "\n```", "```python\n" + "if x: pass\nel" * 3000 + "if y: pass\n```"])
 def test_long_lines_take_linear_time(response: str) -> None:
     assert isinstance(extract_program(response, ("f",)), str)
 
@@ -93,7 +90,7 @@ def test_top_level_definitions() -> None:
     assert tree is not None and set(find_definitions(tree)) == {"d", "e", "F", "h", "i", "j", "l"}
 
 
-@pytest.mark.parametrize("source, found", [
+@pytest.mark.each("source, found", [
     (F, ["f"]), ("def g(): pass\ndef f(): return g()", ["f"]), ("def f(): return f()", ["f"]),
     ("def a(): pass\ndef b(): pass", ["a", "b"]), ("x = 1", []), ("def f(:", None),
     ("class A:\n    def m(self): return g()\ndef g(): pass\ndef f(): pass", ["f"]),

@@ -1,7 +1,5 @@
 """Rewards by name and by file, invalid settings, and versions."""
 
-from __future__ import annotations
-
 import ast
 import asyncio
 import inspect
@@ -149,7 +147,7 @@ def by_trl(function: Any, rows: list[dict[str, Any]]) -> list[float | None]:
     return [None if math.isnan(value) else value for value in values.tolist()]
 
 
-@pytest.mark.parametrize("name", [
+@pytest.mark.each("name", [
     "chars", "in_a_tuple", "generated", "array", "array32", "scalars", "flags", "gaps", "nan", "short",
     "longest", "centred", "right", "later", "awaited", "called", "part", "tensor"])
 def test_trl_function_gets_the_arguments_of_trl(name: str, tmp_path: Path) -> None:
@@ -168,7 +166,7 @@ def test_trl_function_gets_the_arguments_of_trl(name: str, tmp_path: Path) -> No
     assert [one.reward for one in single] == [by_trl(scope[name], [row])[0] for row in rows]
 
 
-@pytest.mark.parametrize("name", ["many", "matrix", "number", "text", "infinite"])
+@pytest.mark.each("name", ["many", "matrix", "number", "text", "infinite"])
 def test_malformed_trl_results_fail(name: str, tmp_path: Path) -> None:
     (tmp_path / "functions.py").write_text(FUNCTIONS)
     reward = build_versioned_reward(request_reward(f"{tmp_path}/functions.py:{name}", {})).reward
@@ -225,7 +223,7 @@ def test_library_version_changes_the_version(monkeypatch: pytest.MonkeyPatch) ->
     assert of(Long()) != before
 
 
-@pytest.mark.parametrize(("old", "new", "same"), [
+@pytest.mark.each(("old", "new", "same"), [
     ("  # more is right", "  # long enough", True), ('"""Return it."""', '"""Say whether."""', True),
     ('"""The most."""', '"""At most."""', True), ("\n\ndef", "\n\n\n\ndef", True),
     ("LIMIT = 3", "LIMIT = 4", False), ("> LIMIT", ">= LIMIT", False),
@@ -271,7 +269,7 @@ def test_sources_of_all_rewards_are_hashed() -> None:
     assert Path(version.__file__).is_file()
 
 
-@pytest.mark.parametrize(("name", "settings", "row", "field"), [
+@pytest.mark.each(("name", "settings", "row", "field"), [
     ("math", {}, {}, "answer"), ("math", {}, {"answer": "42"}, ""), ("code", {}, {"answer": "42"}, "tests"),
     ("ifeval", {}, {"instruction_id_list": []}, ""), ("language", {}, {}, "language"),
     ("language", {"language": "ko"}, {}, ""), ("repetition", {}, {}, ""),

@@ -1,7 +1,5 @@
 """Every row gets a status; a fault is never a reward of 0."""
 
-from __future__ import annotations
-
 import math
 from decimal import Decimal
 from fractions import Fraction
@@ -28,7 +26,7 @@ class Gives:
 ROW = {"response": "4"}
 
 
-@pytest.mark.parametrize(("response", "said"), [
+@pytest.mark.each(("response", "said"), [
     ("It is 4.", "It is 4."), ("<think>3?</think>\nIt is 4.", "It is 4."), ("3?</think>It is 4.", "It is 4."),
     ("<think>It is 4.", ""), ("<|think|>It is 4.", ""),
     ("<|think|>3?<|end|><|begin|>assistant<|content|>It is 4.", "It is 4."),
@@ -41,13 +39,13 @@ def test_thoughts_and_calls_are_not_judged(response: str, said: str) -> None:
     assert get_content({"response": response}) == said
 
 
-@pytest.mark.parametrize(("given", "reward"), [(1, 1.0), (0.25, 0.25), (True, 1.0), (Fraction(1, 4), 0.25),
+@pytest.mark.each(("given", "reward"), [(1, 1.0), (0.25, 0.25), (True, 1.0), (Fraction(1, 4), 0.25),
                                                (Score(0.5, {"right": True}), 0.5)])
 def test_numbers_are_scores(given: object, reward: float) -> None:
     assert (run_reward(Gives(given), ROW).reward, run_reward(Gives(given), ROW).status) == (reward, "scored")
 
 
-@pytest.mark.parametrize(("given", "reason"), [
+@pytest.mark.each(("given", "reason"), [
     (math.nan, "nan, which is no finite number"), (math.inf, "no finite number"),
     (10**400, "no finite number"), (-1e308, "may not pass 1e+30"),
     ("1.0", "'1.0', a str, where a number belongs"), (None, "None, a NoneType"), (1j, "a complex"),
@@ -61,7 +59,7 @@ def test_invalid_return_values_fail_without_a_reward(given: object, reason: str)
     assert reason in result.reason
 
 
-@pytest.mark.parametrize(("error", "status"), [
+@pytest.mark.each(("error", "status"), [
     (Refused("has no 'answer'"), "refused"), (TimeoutError(), "timeout"), (MemoryError(), "refused")])
 def test_exceptions_become_results(error: BaseException, status: str) -> None:
     result = run_reward(Gives(error), ROW)

@@ -1,7 +1,5 @@
 """A reward that hangs, crashes or is random only affects its row."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

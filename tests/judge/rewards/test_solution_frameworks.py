@@ -1,7 +1,5 @@
 """The reimplemented part of pytest equals pytest; assertions are counted."""
 
-from __future__ import annotations
-
 import ast
 import itertools
 import math
@@ -41,9 +39,9 @@ def test_approx_takes_arrays_and_decimals() -> None:
     assert Decimal("0.1") != SUBSET.approx(0.2)
 
 
-@pytest.mark.parametrize("error", [ValueError("bad 3"), KeyError("x"), None, SystemExit(0)])
-@pytest.mark.parametrize("expected", [ValueError, (KeyError, ValueError), Exception, SystemExit])
-@pytest.mark.parametrize("match", [None, r"bad \d", "other"])
+@pytest.mark.each("error", [ValueError("bad 3"), KeyError("x"), None, SystemExit(0)])
+@pytest.mark.each("expected", [ValueError, (KeyError, ValueError), Exception, SystemExit])
+@pytest.mark.each("match", [None, r"bad \d", "other"])
 def test_raises_equals_pytest(error: BaseException | None, expected: Any, match: str | None) -> None:
     def outcome(library: Any) -> str:
         try:
@@ -57,7 +55,7 @@ def test_raises_equals_pytest(error: BaseException | None, expected: Any, match:
     assert outcome(SUBSET) == outcome(pytest)
 
 
-@pytest.mark.parametrize("text, counted", [
+@pytest.mark.each("text, counted", [
     ("assert x", 1), ("assert x\nassert x", 2), ("for _ in range(3):\n    assert x", 3), ("x == 1", 0),
     ("if x != 1: raise ValueError", 1), ("if x == 1:\n    pass\nelse:\n    raise ValueError", 1),
     ("if x == 1:\n    pass\nelif x: raise ValueError", 1), ("if x:\n    y = 2", 0),
@@ -96,7 +94,7 @@ def test_top_level_calls_are_found() -> None:
     assert sum(found) == 1
 
 
-@pytest.mark.parametrize("actual, expected, close", [
+@pytest.mark.each("actual, expected, close", [
     (0.1 + 0.2, 0.3, True), ([0.1 + 0.2, [1]], [0.3, [1]], True), ([1], [1, 1], False),
     ({"a": 1.0}, {"a": 1}, True),
     (1000000008, 1000000007, False), (1000000008.0, 1000000007, False), (1000000008.0, 1000000007.0, True),

@@ -1,8 +1,6 @@
 """Forms, lengths, repetitions and languages that are asked for, on answers that have them, miss them
 narrowly, or are hostile."""
 
-from __future__ import annotations
-
 import json
 import time
 
@@ -23,7 +21,7 @@ def reward(response: str, **settings) -> float:
     return Format(**settings).score({"response": response}).reward
 
 
-@pytest.mark.parametrize(("text", "has_them"), [
+@pytest.mark.each(("text", "has_them"), [
     ("<think>why</think><answer>4</answer>", True), (" <think>a < b</think>\n<answer>4</answer>\n", True),
     ("<think>why</think>", False), ("<answer>4</answer><think>why</think>", False),
     ("so: <think>why</think><answer>4</answer>", False), ("<think>why</think><answer>4</answer> done", False),
@@ -36,7 +34,7 @@ def test_tags_are_required_once_and_in_order(text: str, has_them: bool) -> None:
     assert has_tag_sequence(text, TAGS) is has_them
 
 
-@pytest.mark.parametrize(("text", "value"), [
+@pytest.mark.each(("text", "value"), [
     ('{"a": 1}', {"a": 1}), ('```json\n{"a": 1}\n```', {"a": 1}), ("```\n[1]\n```", [1]), ("3", 3),
     ("null", None),
     ("", NO_JSON), ("{'a': 1}", NO_JSON), ('{"a": 1} ok', NO_JSON), ("NaN", NO_JSON),
@@ -64,14 +62,14 @@ def test_pattern_must_match_the_whole_response() -> None:
     assert reward("The answer is 4. Or 5.", regex=r"The answer is \d+\.") == 0.0
 
 
-@pytest.mark.parametrize(("settings", "problem"), [
+@pytest.mark.each(("settings", "problem"), [
     ({}, "nothing is asked for"), ({"regex": "("}, 'regex = "(" is no regular expression'),
     ({"tags": ("a b",)}, 'tags.0 = "a b" must be a name')])
 def test_invalid_settings_are_refused(settings: dict, problem: str) -> None:
     assert problem in str(find_all_problems(Format(**settings))[0])
 
 
-@pytest.mark.parametrize(("length", "reward"), [
+@pytest.mark.each(("length", "reward"), [
     (0, 0.0), (16_384, 0.0), (16_385, -1 / 4096), (18_432, -0.5), (20_479, -4095 / 4096), (20_480, -1.0),
     (20_481, -1.0), (10**9, -1.0)])
 def test_equation_13_of_dapo(length: int, reward: float) -> None:
@@ -86,7 +84,7 @@ def test_length_in_characters_and_words() -> None:
     assert Length(max_length=20, buffer=4, min_length=19, unit="characters").score(row).reward == -1.0
 
 
-@pytest.mark.parametrize("num_tokens", [None, "4", -1, True, 2.5])
+@pytest.mark.each("num_tokens", [None, "4", -1, True, 2.5])
 def test_length_in_tokens_requires_num_tokens(num_tokens: object) -> None:
     with pytest.raises(Refused, match="must be the number of the response's tokens"):
         Length().score({"response": "x", "num_tokens": num_tokens})
@@ -106,7 +104,7 @@ def test_normal_text_has_no_penalty() -> None:
     assert reward_of_repetition("물은 산에서 더 낮은 온도에서 끓는다. 기압이 낮기 때문이다.") == 0.0
 
 
-@pytest.mark.parametrize("loop", ["I am sorry. " * 6, "a" * 100, "ha ha " * 10, "다시 " * 20, "\x07" * 60])
+@pytest.mark.each("loop", ["I am sorry. " * 6, "a" * 100, "ha ha " * 10, "다시 " * 20, "\x07" * 60])
 def test_a_loop_at_the_end_is_the_worst(loop: str) -> None:
     assert reward_of_repetition(SOUND + loop) == -1.0
 
@@ -117,7 +115,7 @@ def test_repeated_passage_counts_by_its_share() -> None:
     assert -1 < reward_of_repetition(paragraph * 2) < 0
 
 
-@pytest.mark.parametrize(("text", "piece", "repeats"), [
+@pytest.mark.each(("text", "piece", "repeats"), [
     ("xyabab", "ab", 2), ("abcabcabc", "abc", 3), ("abc", "", 1), ("", "", 1), ("aXbXaXbX", "aXbX", 2),
     ("zaaaa", "a", 4)])
 def test_final_loop_has_the_shortest_period(text: str, piece: str, repeats: int) -> None:
@@ -154,7 +152,7 @@ def reward_of_language(response: str, **settings) -> float:
     return LanguageReward(**settings).score({"response": response}).reward
 
 
-@pytest.mark.parametrize(("language", "text"), [
+@pytest.mark.each(("language", "text"), [
     ("ko", KOREAN), ("th", "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย"), ("ja", "東京は日本の首都です。カタカナ"),
     ("ru", "Москва — столица России"), ("en", "Seoul is the capital of Korea."), ("el", "Η Αθήνα"),
     ("ar", "القاهرة"),
@@ -174,7 +172,7 @@ def test_other_languages_count_up_to_a_share() -> None:
     assert reward_of_language(KOREAN + " 首都", language="ko") < 1.0
 
 
-@pytest.mark.parametrize("text", ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀",
+@pytest.mark.each("text", ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀",
                                   "```\ncode only\n```"])
 def test_text_without_letters_scores_0(text: str) -> None:
     assert reward_of_language(text, language="en") == 0.0

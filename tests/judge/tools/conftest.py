@@ -1,7 +1,5 @@
 """Forget environments registered by a test module."""
 
-from __future__ import annotations
-
 import pytest
 
 from megatron_sov.judge.tools.registry import ENVIRONMENT_PLUGINS

@@ -5,8 +5,6 @@ that no tokenizer would choose, turns without an end.  `problems_of` compares an
 the script remembers and with the template written out by hand.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Sequence

@@ -52,7 +52,7 @@ def test_arguments_of_the_right_types_reach_the_function() -> None:
     assert found.endswith("'sea', 1.0)")
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.each("change, told", [
     ({"nights": "2"}, "nights: Input should be a valid integer"), ({"nights": True}, "nights: "),
     ({"nights": 2.5}, "nights: "), ({"kinds": "a"}, "kinds: "), ({"kinds": [1]}, "kinds.0: "),
     ({"view": "lake"}, "view: Input should be 'sea' or 'yard'"), ({"city": None}, "city: "),
@@ -79,7 +79,7 @@ def odd(x: Tool) -> None:
     """Take a tool."""
 
 
-@pytest.mark.parametrize("function, told", [(untyped, "must have a name and a type"),
+@pytest.mark.each("function, told", [(untyped, "must have a name and a type"),
                                             (silent, "has no docstring"), (many, "must have a name"),
                                             (odd, "have no JSON schema")])
 def test_functions_without_a_schema_are_refused(function: Any, told: str) -> None:

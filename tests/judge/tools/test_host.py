@@ -1,7 +1,5 @@
 """Environment processes: failed calls are reported and keep the state."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +24,7 @@ def host() -> Iterator[EnvironmentHost]:
         yield found
 
 
-@pytest.mark.parametrize("how, fault", [
+@pytest.mark.each("how, fault", [
     ("raises", "failed"), ("nan", "result"), ("object", "result"), ("deep", "result"), ("memory", "memory"),
     ("leaves", "failed"), ("dies", "ended"), ("state", "state"), ("broken", "infrastructure")])
 def test_failed_call_changes_nothing(host: EnvironmentHost, how: str, fault: str) -> None:
@@ -46,7 +44,7 @@ def test_a_result_is_cut_to_the_limit_and_says_so(host: EnvironmentHost) -> None
     assert host.call(ToolCall("misbehave", {"how": "surrogate"})).text == "half ?"
 
 
-@pytest.mark.parametrize("call, fault, told", [
+@pytest.mark.each("call, fault, told", [
     (ToolCall("misbehaves", {}), "unknown_tool", "the tools are add, misbehave"),
     (ToolCall("_hang", {}), "unknown_tool", "the tools are"),
     (ToolCall("misbehave", {}), "arguments", "how: is missing"),
@@ -60,7 +58,7 @@ def test_malformed_calls_reach_no_tool(host: EnvironmentHost, call: ToolCall,
     assert json.loads(host.state) == {"count": 0}
 
 
-@pytest.mark.parametrize("answer", ["nan", "text", "raises"])
+@pytest.mark.each("answer", ["nan", "text", "raises"])
 def test_invalid_score_is_a_failure(host: EnvironmentHost, answer: str) -> None:
     host.reset(TASK)
     result = host.score(answer)

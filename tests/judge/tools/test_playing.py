@@ -1,7 +1,5 @@
 """Episodes with scripted turns: tokens, limits, and resumption after a kill."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """A small sound config, varied by the tests of the settings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,8 +1,6 @@
 """From token budgets, batch sizes and a ramp to optimizer steps: against adding up step by
 step, and by hand."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """What `train.fp8` asks of precision, model, layout and rows, one sentence for each rule."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -17,14 +15,14 @@ def tiny(*changes: str, recipe: str = "tiny-k-exaone") -> RunConfig:
     return apply_settings(recipes.get(recipe), [*SOUND, *changes])
 
 
-@pytest.mark.parametrize("recipe", ["tiny-k-exaone", "tiny-solar-open"])
-@pytest.mark.parametrize("fp8", ["tensorwise", "blockwise", "mxfp8", "nvfp4"])
+@pytest.mark.each("recipe", ["tiny-k-exaone", "tiny-solar-open"])
+@pytest.mark.each("fp8", ["tensorwise", "blockwise", "mxfp8", "nvfp4"])
 def test_the_tiny_recipes_take_every_recipe(recipe: str, fp8: str) -> None:
     assert tiny(f"train.fp8={fp8}", recipe=recipe).problems() == []
 
 
-@pytest.mark.parametrize("recipe", ["solar-open-102b", "k-exaone-236b"])
-@pytest.mark.parametrize("fp8", ["tensorwise", "blockwise", "mxfp8", "nvfp4"])
+@pytest.mark.each("recipe", ["solar-open-102b", "k-exaone-236b"])
+@pytest.mark.each("fp8", ["tensorwise", "blockwise", "mxfp8", "nvfp4"])
 def test_the_big_recipes_take_every_recipe(recipe: str, fp8: str) -> None:
     config = recipes.get(recipe)
     changed = replace(config, train=replace(config.train, fp8=fp8, tokens=10**9))
@@ -54,7 +52,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("changes", "sentence"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.each(("changes", "sentence"), BROKEN.values())
 def test_every_rule_is_told(changes: list[str], sentence: str) -> None:
     found = tiny(*changes).problems(8)
     assert [p for p in found if sentence in p.sentence], found

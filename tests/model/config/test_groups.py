@@ -1,7 +1,5 @@
 """Groups of a run's settings: what they derive, and the rules inside each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +13,7 @@ from megatron_sov.model.config import (
 from megatron_sov.model.recipes import get
 
 
-@pytest.mark.parametrize(("settings", "said"), [
+@pytest.mark.each(("settings", "said"), [
     ([], ""),
     (["model.latent_attention.kv_lora_rank=500"],
      "needs a multiple of 16, and model.latent_attention.kv_lora_rank = 500"),
@@ -32,7 +30,7 @@ def test_quantised_sizes_are_those_of_its_weights(settings: list[str], said: str
 # Settings of encoders: how many features they make, and everything that is wrong at once.
 
 
-@pytest.mark.parametrize(("encoder", "slots"), [
+@pytest.mark.each(("encoder", "slots"), [
     (VisionEncoderConfig(image_size=392), 196), (VisionEncoderConfig(image_size=56, merge_size=4), 1),
     (VisionEncoderConfig("siglip", image_size=384, patch_size=16), 576),
     (AudioEncoderConfig(), 750), (AudioEncoderConfig("whisper"), 1500),
@@ -98,7 +96,7 @@ def test_every_batch_size_of_ramp_and_phases_must_split_over_the_ranks(small: Sm
         ("train.ramp_from_batch_size", 4), ("data.phases.1.global_batch_size", 10)]
 
 
-@pytest.mark.parametrize(("settings", "num_ranks", "way_out"), [
+@pytest.mark.each(("settings", "num_ranks", "way_out"), [
     ("train.global_batch_size=510 train.micro_batch_size=8", 2, "set train.global_batch_size=512, or "
      "train.micro_batch_size=5"),
     ("train.global_batch_size=16 train.micro_batch_size=8", 3, "set train.global_batch_size=24"),

@@ -1,7 +1,5 @@
 """Settings of learning from one's own responses: methods are parts by name, and each rule is told."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ UNPUBLISHED: dict[str, dict[str, Any]] = {
 """Method -> what its authors left open, and a run has to say."""
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.each("method", METHODS)
 def test_a_method_asks_for_what_was_not_published_and_for_nothing_else(method: Any) -> None:
     missing = UNPUBLISHED.get(method, {})
     assert sorted(problem.key for problem in PolicyConfig(method).problems(ROUNDS)) == [
@@ -27,7 +25,7 @@ def test_a_method_asks_for_what_was_not_published_and_for_nothing_else(method: A
     assert PolicyConfig(method, **missing).problems(ROUNDS) == []
 
 
-@pytest.mark.parametrize(("settings", "key"), [
+@pytest.mark.each(("settings", "key"), [
     ({"clip_low": 1.5}, "clip_low"),
     ({"method": "dapo", "kl": "k1"}, "kl_coeff"),
     ({"method": "dapo", "clip": "cispo"}, "clip_high"),

@@ -1,7 +1,5 @@
 """Settings survive JSON; `--set` knows types and neighbours; `--data` knows folders and weights."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +48,7 @@ def test_a_config_reads_back_equal_from_its_json(config: RunConfig) -> None:
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize(("setting", "path", "value"), [
+@pytest.mark.each(("setting", "path", "value"), [
     ("optim.lr=1e-4", ("optim", "lr"), 1e-4),
     ("optim.lr=1", ("optim", "lr"), 1.0),
     ("parallel.sp=true", ("parallel", "sp"), True),
@@ -87,7 +85,7 @@ def test_unknown_settings_and_wrong_types_of_a_file_are_all_named_in_the_order_o
                              ("unknown", "train.stepz")]
 
 
-@pytest.mark.parametrize(("old", "now"), RENAMED.items())
+@pytest.mark.each(("old", "now"), RENAMED.items())
 def test_a_setting_of_an_earlier_version_is_refused_with_its_name_of_today(old: str, now: str, small: Small
                                                                            ) -> None:
     with pytest.raises(SettingsError, match=f"{old}: no such setting; it is now called {now}$"):
@@ -167,7 +165,7 @@ def test_numbers_follow_the_method_unless_they_are_set_too() -> None:
                    "preference.beta=0.3").preference.effective_beta == 0.3
 
 
-@pytest.mark.parametrize(("recipe", "given", "expected"), [
+@pytest.mark.each(("recipe", "given", "expected"), [
     ("tiny-solar-open", {"lr": 1e-5}, 1e-5 * 2e-4 / 4e-3),  # below the recipe's own least rate
     ("tiny-solar-open", {"lr": 1e-5, "min_lr": 1e-6}, 1e-6), ("tiny-solar-open", {"min_lr": 1e-6}, 1e-6),
     ("solar-open-102b-rl", {"lr": 1e-3}, 1e-3),  # a constant rate stays one

@@ -1,7 +1,5 @@
 """What a run's settings are refused for, by code and key: bounds of one field, and rules between fields."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +37,7 @@ def audio(**changes: Any) -> str:
     return f"model.audio={json.dumps({**AUDIO, **changes}, separators=(',', ':'))}"
 
 
-@pytest.mark.parametrize("settings", [
+@pytest.mark.each("settings", [
     "model.head_dim=15", "model.yarn.factor=0.0", "model.vision.std=[1,1,0]", "train.hidden_dropout=1",
     "parallel.pipeline_layout=[4,0]", "data.phases=[]", "data.phases.0.seq_len=1",
     "data.phases.0.blend.en=-1", "data.skip_steps=[[0,3]]", "optim.lr=1e999", "optim.rewarm=[[5,0]]",
@@ -54,7 +52,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     assert code == "bound" and found.startswith(key) and found.removeprefix(key).strip(".0123456789") == ""
 
 
-@pytest.mark.parametrize(("settings", "num_ranks", "keys"), [
+@pytest.mark.each(("settings", "num_ranks", "keys"), [
     # the architecture
     ("model.num_dense_layers=5 model.dense_ffn_dim=1", 1, "model.num_dense_layers"),
     ("model.num_dense_layers=1", 1, "model.dense_ffn_dim"),
@@ -247,7 +245,7 @@ def test_a_rule_between_settings_is_told_by_its_key(settings: str, num_ranks: in
     assert [(problem.code, problem.key) for problem in problems] == [("rule", key) for key in keys.split()]
 
 
-@pytest.mark.parametrize(("recipe", "settings", "key"), [
+@pytest.mark.each(("recipe", "settings", "key"), [
     ("tiny-qwen2", 'lora.targets=["lm_head"]', "lora.targets"),
     ("tiny-qwen2", 'lora.targets=["embed_tokens"]', "lora.targets"),
     ("tiny-qwen3", 'lora.dora=true lora.targets=["embed_tokens"]', "lora.dora"),

@@ -1,7 +1,5 @@
 """A run's settings: frozen, explained, every problem listed at once, steps from the token budget."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import inspect
@@ -22,7 +20,7 @@ def config_classes() -> list[type]:
     return [c for _, c in inspect.getmembers(config_module, inspect.isclass) if dataclasses.is_dataclass(c)]
 
 
-@pytest.mark.parametrize("cls", config_classes(), ids=lambda c: c.__name__)
+@pytest.mark.each("cls", config_classes())
 def test_settings_are_frozen_and_every_field_is_explained(cls: type) -> None:
     assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]

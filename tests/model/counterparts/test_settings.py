@@ -1,7 +1,5 @@
 """Settings of other stacks, as ours: read and never run, and nothing is passed over in silence."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ LLAMA = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
          "vocab_size": 96, "gated_linear_unit": True, "normalization": "RMSNorm", "seq_length": 64}
 
 
-@pytest.mark.parametrize(("stated", "sentence"), [
+@pytest.mark.each(("stated", "sentence"), [
     ({"normalization": "LayerNorm"}, "normalization = 'LayerNorm': only 'RMSNorm' is read"),
     ({"vocab_size": None}, "model.vocab_size is missing; pass --set model.vocab_size=N"),
     ({"moe_layer_freq": 2, "num_moe_experts": 4}, "all dense layers must come before layers with experts"),

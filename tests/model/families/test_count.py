@@ -1,7 +1,5 @@
 """Parameter counts against the published figures and against transformers' own model classes."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 
@@ -20,7 +18,7 @@ from megatron_sov.model.recipes import get, names
 pytestmark = pytest.mark.usefixtures("solar_open2")
 
 
-@pytest.mark.parametrize(("recipe", "total_b", "active_b", "mtp_b"), [
+@pytest.mark.each(("recipe", "total_b", "active_b", "mtp_b"), [
     ("solar-open-102b", 102.65, 12.05, 0.0),
     ("k-exaone-236b", 236.57, 23.67, 0.53),
     ("qwen3-moe-30b", 30.53, 3.35, 0.0),
@@ -73,7 +71,7 @@ def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
 # Which modules of a model an adapter adapts.
 
 
-@pytest.mark.parametrize("recipe", sorted(r for r in ONE_OF_EACH.values() if r.startswith("tiny-")))
+@pytest.mark.each("recipe", sorted(r for r in ONE_OF_EACH.values() if r.startswith("tiny-")))
 def test_what_may_be_adapted_is_every_linear_layer_and_table_of_transformers_model(recipe: str) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -92,7 +90,7 @@ def test_what_may_be_adapted_is_every_linear_layer_and_table_of_transformers_mod
     assert not resolve_targets(LoraConfig(rank=0), model)
 
 
-@pytest.mark.parametrize(("recipe", "targets"), [
+@pytest.mark.each(("recipe", "targets"), [
     ("tiny-qwen3", ["experts"]), ("tiny-qwen3-moe", ["up_proj"]), ("tiny-qwen3", ["f_a_proj"]),
     ("tiny-solar-open2", ["q_a_proj"]), ("tiny-deepseek-v3", ["k_proj"])])
 def test_targets_that_a_model_lacks_are_told(recipe: str, targets: list[str]) -> None:
@@ -141,7 +139,7 @@ def test_torch_counts_as_many_in_transformers(recipe: str) -> None:
     assert counter.get_total_flops() / SEQ_LEN == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize(("seq_len", "window"), [(1, 0), (7, 0), (7, 3), (7, 7), (7, 100)])
+@pytest.mark.each(("seq_len", "window"), [(1, 0), (7, 0), (7, 3), (7, 7), (7, 100)])
 def test_keys_that_a_query_sees(seq_len: int, window: int) -> None:
     seen = [min(i + 1, window or seq_len) for i in range(seq_len)]
     assert compute_mean_keys(seq_len, window) == pytest.approx(sum(seen) / seq_len)

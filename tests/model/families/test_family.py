@@ -1,8 +1,6 @@
 """Families against transformers: every key, shape and dtype of the full-size models,
 and their parameter totals."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace
@@ -120,7 +118,7 @@ def test_a_model_that_its_family_cannot_express_is_refused_with_every_reason() -
     assert len(re.findall(r"model\.(qk_norm|rope_on_global|num_shared_experts) =", str(e.value))) == 3
 
 
-@pytest.mark.parametrize(("field", "value"), [
+@pytest.mark.each(("field", "value"), [
     ("head_dim", 0), ("head_dim", -1), ("hidden_size", -4), ("num_layers", 10**15),
     ("num_mtp_layers", 10**15), ("attention_multiplier", 1e-320), ("attention_multiplier", 0.0)])
 def test_numbers_that_cannot_be_divided_by_or_counted_to_are_told(field: str, value: float) -> None:
@@ -132,7 +130,7 @@ def test_numbers_that_cannot_be_divided_by_or_counted_to_are_told(field: str, va
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
 
 
-@pytest.mark.parametrize(("field", "value"), [
+@pytest.mark.each(("field", "value"), [
     ("architectures", 3), ("architectures", [["a"]]), ("rope_parameters", 7), ("rope_parameters", [1]),
     ("initializer_range", {}), ("num_hidden_layers", "x"), ("num_key_value_heads", 0), ("hidden_size", []),
     *(("rope_parameters", YARN | wrong) for wrong in (
@@ -175,7 +173,7 @@ def test_a_config_json_that_describes_another_model_is_not_written() -> None:
 # config.json both ways: ours through transformers and back, and the older spelling of published configs.
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.each("name", recipes.names())
 def test_config_goes_to_transformers_and_comes_back(name: str) -> None:
     """Our config.json survives transformers' own config class: what it writes back describes the
     same architecture."""
@@ -214,7 +212,7 @@ RELEASED = {
     "hyperclovax-14b": "naver-hyperclovax/HyperCLOVAX-SEED-Think-14B"}
 
 
-@pytest.mark.parametrize(("name", "released"), RELEASED.items())
+@pytest.mark.each(("name", "released"), RELEASED.items())
 def test_released_configs_are_the_recipes_models(name: str, released: str) -> None:
     model = recipes.get(name).model
     assert models.get_family(model.family).from_hf_config(extract_text_config(PUBLISHED[released])) == model

@@ -1,8 +1,6 @@
 """Which layers slide and which are dense, read as transformers reads it;
 what we cannot express is refused."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any
@@ -50,7 +48,7 @@ def test_every_layer_of_qwen3_moe_slides_or_none() -> None:
     assert read(config_of("tiny-qwen3-moe", sliding_window=9)).attention_pattern == "G"
 
 
-@pytest.mark.parametrize(("fields", "dense"), [
+@pytest.mark.each(("fields", "dense"), [
     ({}, 0), ({"mlp_only_layers": [0, 1]}, 2), ({"mlp_only_layers": None, "decoder_sparse_step": None}, 0),
     ({"decoder_sparse_step": 4}, 3),
 ])
@@ -93,7 +91,7 @@ def test_windows_and_bounds_of_k_exaone_2_are_those_of_its_lists() -> None:
     assert (one.sliding_window_tokens, one.layer_windows) == (8, ())
 
 
-@pytest.mark.parametrize(("recipe", "fields", "sentence"), [
+@pytest.mark.each(("recipe", "fields", "sentence"), [
     ("tiny-qwen2", {"use_sliding_window": True, "sliding_window": None},
      "use_sliding_window = True needs sliding_window"),
     ("tiny-qwen3", {"layer_types": ["sliding_attention"] * 4}, "layer_types = .* names sliding layers, but"),
@@ -165,7 +163,7 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     assert read_latent(models.get_family("deepseek_v3").to_hf_config(model, "float32", TokenIds())) == model
 
 
-@pytest.mark.parametrize(("fields", "said"), [
+@pytest.mark.each(("fields", "said"), [
     ({"kv_lora_rank": None}, "lacks kv_lora_rank; add them"),
     ({"num_key_value_heads": 2}, "num_key_value_heads = 2, but only 4 is supported"),
     ({"head_dim": 32}, "head_dim = 32, but only 16 is supported"),

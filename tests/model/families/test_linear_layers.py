@@ -1,7 +1,5 @@
 """Tensors whose rows stand by heads, and the config items of families with linear attention."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -29,7 +27,7 @@ def numbered(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.arange(float(torch.Size(shape).numel())).reshape(shape)
 
 
-@pytest.mark.parametrize("name", [entry.megatron for entry in (*KIMI_DELTA, *GATED_ATTENTION)])
+@pytest.mark.each("name", [entry.megatron for entry in (*KIMI_DELTA, *GATED_ATTENTION)])
 def test_what_is_split_is_joined_again(name: str) -> None:
     one = link(name)
     block = numbered(one.block_shape)
@@ -76,7 +74,7 @@ def test_sizes_of_solar_open_2_are_said_in_a_part_or_follow_from_its_heads() -> 
         assert read({**SOLAR, **said})["linear_attention"] == usual | changed, said
 
 
-@pytest.mark.parametrize(("said", "message"), [
+@pytest.mark.each(("said", "message"), [
     ({"gqa_interval": 0}, "gqa_interval = 0 must be an integer of 1 or more"),
     ({"gqa_interval": 3.5}, "gqa_interval = 3.5 must be a whole number"),
     ({"gqa_layers": [0, 8]}, r"gqa_layers = \[0, 8\] must name layers from 0 to 7 once each"),
@@ -92,7 +90,7 @@ def test_layers_of_solar_open_2_that_are_not_understood(said: dict, message: str
         SolarLayers().read({**SOLAR, **said})
 
 
-@pytest.mark.parametrize(("field", "value"), [
+@pytest.mark.each(("field", "value"), [
     ("kda_use_full_proj", True), ("use_rope", True), ("hc_rate", 2), ("use_gqa_gate", False),
     ("use_gqa_gate_bias", True), ("attention_bias", True), ("num_nextn_predict_layers", 1)])
 def test_a_switch_of_solar_open_2_that_no_released_model_has_is_refused(field: str, value: object) -> None:

@@ -1,8 +1,6 @@
 """Which fields of a config.json are passed over: those that transformers' own source neither declares nor
 reads, and those of its base class at the value that changes nothing."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -67,7 +65,7 @@ PASSED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("recipe", "fields"), PASSED)
+@pytest.mark.each(("recipe", "fields"), PASSED)
 def test_fields_that_no_program_computes_with_are_passed_over(recipe: str, fields: dict[str, Any]) -> None:
     config = config_of(recipe)
     family = models.get_family(config["model_type"])
@@ -77,7 +75,7 @@ def test_fields_that_no_program_computes_with_are_passed_over(recipe: str, field
     assert family.from_hf_config(config | fields) == family.from_hf_config(config)
 
 
-@pytest.mark.parametrize(("recipe", "name"), [
+@pytest.mark.each(("recipe", "name"), [
     ("tiny-deepseek-v3", "norm_topk_prob"), ("tiny-deepseek-v3", "rope_interleave"),
     ("tiny-solar-open", "norm_topk_prob"),
     ("tiny-gemma3", "tie_word_embeddings")])
@@ -105,7 +103,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("recipe", "fields", "expected"), REFUSED)
+@pytest.mark.each(("recipe", "fields", "expected"), REFUSED)
 def test_fields_that_a_program_may_compute_with_are_refused(recipe: str, fields: dict[str, Any],
                                                             expected: str) -> None:
     config = config_of(recipe)
@@ -117,7 +115,7 @@ def test_fields_that_a_program_may_compute_with_are_refused(recipe: str, fields:
     assert family.from_hf_config(config | nothing) == family.from_hf_config(config)
 
 
-@pytest.mark.parametrize(("name", "hint"), [
+@pytest.mark.each(("name", "hint"), [
     ("solar-open", "solar_open"), ("Qwen3MoE", "qwen3_moe"), ("lama", "llama"),
     ("exaone_mo", "exaone_moe"), ("hyperclova_x", "hyperclovax"),
     *((name, None) for name in ("smollm3", "qwen4", "llama4", "gemma", "gemma3n", "ministral", "phi3",

@@ -1,8 +1,6 @@
 """The weight map's vocabulary: interleaving against loops and against megatron, inversion,
 declarations that fail early."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -104,7 +102,7 @@ def test_every_link_of_every_recipe_inverts_on_meta_and_covers_its_tensor() -> N
         assert elements == {key: torch.Size(shape).numel() for key, shape in shapes.items()}
 
 
-@pytest.mark.parametrize(("declare", "message"), [
+@pytest.mark.each(("declare", "message"), [
     (lambda: Same("a", "b", "V Z"), "'Z' in the shape"),
     (lambda: Same("a", "b", ""), "in the shape ''"),
     (lambda: Experts(Same("a", "b", "H")), "lacks the placeholder {e}"),

@@ -1,7 +1,5 @@
 """Settings that cannot act are refused in every stage; where they act they are taken."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -111,7 +109,7 @@ CANNOT_ACT = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "settings", "decider"), CANNOT_ACT)
+@pytest.mark.each(("stage", "settings", "decider"), CANNOT_ACT)
 def test_a_setting_that_cannot_act_is_refused(stage: str, settings: str, decider: str) -> None:
     [problem] = find_refused(request(stage, *settings.split()), **TEXT)
     assert problem.key == settings.split()[-1].partition("=")[0] and decider in problem.rule
@@ -147,7 +145,7 @@ ACTS = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "settings"), ACTS)
+@pytest.mark.each(("stage", "settings"), ACTS)
 def test_a_setting_that_acts_is_taken(stage: str, settings: str) -> None:
     formats = ["chat", "text"] if stage == "sft" else ["text"]
     assert find_refused(request(stage, *settings.split()), data=formats, validation="prompts.jsonl") == []
@@ -165,7 +163,7 @@ def test_own_objectives_may_read_anything(tmp_path: Path) -> None:
     assert asked.config().preference.beta == 0.5
 
 
-@pytest.mark.parametrize(("written", "refused"), [
+@pytest.mark.each(("written", "refused"), [
     ({"lora": {"alpha": 32.0}}, "lora.alpha"), ({"lora": {"alpha": 16.0}}, ""),
     ({"lora": {"alpha": 32.0, "rank": 2}}, ""), ({"preference": {"beta": 0.5, "method": "ipo"}},
                                                  "preference.beta preference.method"),
@@ -198,7 +196,7 @@ def test_the_file_of_another_run_is_taken_and_a_resumed_run_is_never_refused(tmp
     assert [p.key for p in find_refused(request_training(args, "lm", resumed=old))] == ["lora.alpha"]
 
 
-@pytest.mark.parametrize("recipe", [name for name in recipes.names()
+@pytest.mark.each("recipe", [name for name in recipes.names()
                                     if recipes.get(name).objective.name != "policy"])
 def test_train_tokens_scales_the_phases_of_every_recipe(recipe: str) -> None:
     before = recipes.get(recipe)
@@ -216,7 +214,7 @@ def test_train_tokens_scales_the_phases_of_every_recipe(recipe: str) -> None:
     assert apply_settings(after, ["train.tokens=200000000000"]) == after
 
 
-@pytest.mark.parametrize(("settings", "message"), [
+@pytest.mark.each(("settings", "message"), [
     ("train.tokens=1e6 train.steps=3", "train.tokens = 1000000 has no effect with train.steps = 3: "),
     ("train.tokens=1e6 data.phases.0.tokens=5", "train.tokens = 1000000 has no effect with data.phases.0."),
     ('train.tokens=1e6 data.phases=[{"name":"a","tokens":7}]', "with data.phases.0.tokens = 7: both say"),

@@ -1,7 +1,5 @@
 """A longer context: which rotations are stretched, from which length on, and how large micro-batches stay."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -57,7 +55,7 @@ def test_stages_as_phases_take_all_their_steps() -> None:
     assert (far.tokens, far.lr) == (999, 1e-4)
 
 
-@pytest.mark.parametrize(("limit_tokens", "seq_len", "per_rank", "expected"), [
+@pytest.mark.each(("limit_tokens", "seq_len", "per_rank", "expected"), [
     (2048, 512, 16, 4), (2048, 512, 6, 3), (2048, 1024, 7, 1), (256, 512, 8, 1), (2048, 256, 4, 4)])
 def test_micro_batches_keep_their_tokens_and_divide_the_batch(limit_tokens: int, seq_len: int, per_rank: int,
                                                              expected: int) -> None:

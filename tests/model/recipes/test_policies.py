@@ -1,7 +1,5 @@
 """Published runs of reinforcement learning: their values, and what they leave to be set."""
 
-from __future__ import annotations
-
 from fnmatch import fnmatchcase
 
 import pytest
@@ -19,7 +17,7 @@ LACKING = {"k-exaone-236b-rl": ("policy.clip_high=1.7",),
 """Recipe -> what was not published of it, so that a run has to set it; the values mean nothing."""
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.each("name", RUNS)
 def test_a_run_is_whole_with_what_was_not_published(name: str) -> None:
     config, lacking = get(name), LACKING.get(TINY.get(name, name), ())
     ranks = max(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
@@ -30,7 +28,7 @@ def test_a_run_is_whole_with_what_was_not_published(name: str) -> None:
         config.rollout.rounds * config.rollout.steps_per_round)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name in TINY])
+@pytest.mark.each("name", [name for name in RUNS if name in TINY])
 def test_a_tiny_run_keeps_the_method_and_is_small(name: str) -> None:
     big, tiny = get(TINY[name]), get(name)
     assert tiny.policy.method == big.policy.method and tiny.optim.groups == big.optim.groups
@@ -48,7 +46,7 @@ def test_typhoons_two_runs_differ_in_updates_lengths_and_text() -> None:
         "data.phases.0.seq_len": (6144, 10240)}
 
 
-@pytest.mark.parametrize(("name", "published", "chosen"), [
+@pytest.mark.each(("name", "published", "chosen"), [
     ("typhoon-s-4b-legal", ("policy.*", "rollout.temperature", "optim.lr"), ("rollout.rounds",)),
     ("vibethinker-1.5b-math-16k", ("policy.*", "rollout.max_new_tokens"),
      ("rollout.samples_per_prompt", "optim.lr")),

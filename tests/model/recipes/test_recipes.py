@@ -1,7 +1,5 @@
 """Recipes: every one builds and is sound; a tiny recipe keeps the structure of the big one."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math
@@ -37,7 +35,7 @@ def smallest_world(config: RunConfig) -> int:
     return math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.each("name", names())
 def test_every_recipe_builds_and_is_sound(name: str) -> None:
     config = get(name)
     assert config.recipe == name
@@ -51,7 +49,7 @@ def test_every_recipe_has_a_tiny_one_that_its_whole_name_finds() -> None:
     assert all(get(f"tiny-{big}") == get(tiny) for tiny, big in TINY.items())
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.each("name", TINY)
 def test_tiny_keeps_the_structure_of_the_big_recipe(name: str) -> None:
     tiny, big = get(name), get(TINY[name])
     # of as many layers as it has
@@ -204,7 +202,7 @@ def used_by(name: str) -> frozenset[str]:
     return frozenset(select_used(get(name), sources(name)))
 
 
-@pytest.mark.parametrize("name", BIG)
+@pytest.mark.each("name", BIG)
 def test_no_entry_of_a_table_is_idle(name: str) -> None:
     """But those that a recipe took over from the one that it goes back to."""
     used = used_by(name)
@@ -217,7 +215,7 @@ def test_no_entry_of_a_table_is_idle(name: str) -> None:
 RELEASED = [name for name in BIG if any(s.kind == "config.json" for s in sources(name).values())]
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.each("name", RELEASED)
 def test_what_is_said_to_stand_in_a_config_json_stands_there(name: str) -> None:
     """Read by the model's family, which says which settings the file or its class decides."""
     config = get(name)
@@ -235,7 +233,7 @@ def test_what_is_said_to_stand_in_a_config_json_stands_there(name: str) -> None:
     assert len(said) > 15
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.each("name", TINY)
 def test_a_tiny_recipe_inherits_what_it_did_not_shrink(name: str) -> None:
     big = {s.key: s for s in list_settings(get(TINY[name]), sources(TINY[name]))}
     tiny = list_settings(get(name), sources(name))
@@ -302,7 +300,7 @@ def test_layouts_divide_it() -> None:
     assert recipes.get("k-exaone2-750b-extend").problems(1024) == []
 
 
-@pytest.mark.parametrize("layers", [2, 6, 80])
+@pytest.mark.each("layers", [2, 6, 80])
 def test_another_depth_keeps_what_single_layers_have(layers: int) -> None:
     import dataclasses
 

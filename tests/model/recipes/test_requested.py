@@ -1,7 +1,5 @@
 """Which code a command runs: what its own line names, and nothing that a config or a checkpoint names."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

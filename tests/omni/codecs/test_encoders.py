@@ -1,7 +1,5 @@
 """Media encoders: shapes, independence of records, and the compressor's scan."""
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
 from typing import Any
@@ -25,7 +23,7 @@ def drawn(tokens: int) -> tuple[torch.Tensor, ...]:
             -torch.rand(3).double() * 3, *torch.randn(2, 2, tokens, 5).double())
 
 
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
+@pytest.mark.each("tokens", [1, 63, 64, 65, 200])
 def test_scan_equals_the_recurrence(tokens: int) -> None:
     x, dt, a, b, c = drawn(tokens)
     state, expected = torch.zeros(2, 3, 4, 5).double(), []
@@ -128,7 +126,7 @@ def records(config: Any, count: int) -> torch.Tensor:
     return torch.from_numpy(random.normal(size=(count, *config.record_shape)).astype(np.float16))
 
 
-@pytest.mark.parametrize(("encoders", "hidden_size"), [
+@pytest.mark.each(("encoders", "hidden_size"), [
     ((QWEN, QWEN_AUDIO), 32), ((SIGLIP, WHISPER), 32), (PUBLISHED, 4096)])
 def test_parameter_shapes_follow_from_the_config(encoders: tuple[Any, ...], hidden_size: int) -> None:
     made: dict[str, tuple[int, ...]] = {}
@@ -147,7 +145,7 @@ def test_published_encoders_have_the_published_number_of_features() -> None:
     assert not vision.problems(10) and not audio.problems(10)
 
 
-@pytest.mark.parametrize("config", [QWEN, SIGLIP, QWEN_AUDIO, WHISPER])
+@pytest.mark.each("config", [QWEN, SIGLIP, QWEN_AUDIO, WHISPER])
 def test_features_do_not_depend_on_the_batch(config: Any) -> None:
     torch.manual_seed(1)
     network = MediaEncoder(config, 32).double()

@@ -1,7 +1,5 @@
 """Codec folders: round trip, hostile manifests and damaged weights."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +46,7 @@ def test_saved_codec_opens_with_the_same_weights(codec: Path) -> None:
                                 "num_parameters": sum(t.numel() for t in own.state_dict().values())}
 
 
-@pytest.mark.parametrize(("content", "said"), [
+@pytest.mark.each(("content", "said"), [
     ([], "names no kind of codec"), ({"codec": 3}, "names no kind of codec"),
     ({"codec": "os:system", "config": {}}, "'os:system' is not a kind of codec; there are vqmodel"),
     ({"codec": "ta-tok"}, "null must be an object of settings"),

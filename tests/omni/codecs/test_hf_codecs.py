@@ -1,7 +1,5 @@
 """Codecs from transformers and diffusers folders agree with the official classes."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -88,7 +86,7 @@ def changed(folder: Path, **fields: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
-@pytest.mark.parametrize(("kind", "fields", "said"), [
+@pytest.mark.each(("kind", "fields", "said"), [
     ("vqmodel", {"num_vq_embeddings": 17}, "17"),
     ("dac", {"codebook_size": 2**60}, "is too large for a codec"),
     ("mimi", {"rope_parameters": {"rope_type": "none"}}, "cannot load it")])
@@ -101,7 +99,7 @@ def test_invalid_configs_are_refused(tmp_path: Path, kind: str, fields: dict[str
     assert not (tmp_path / "codec").exists()
 
 
-@pytest.mark.parametrize("kind", list(MADE))
+@pytest.mark.each("kind", list(MADE))
 def test_incomplete_weights_are_refused(tmp_path: Path, kind: str) -> None:
     save(kind, tmp_path / "hf")
     (file,) = (tmp_path / "hf").glob("*.safetensors")
@@ -133,7 +131,7 @@ def test_hostile_manifests_are_refused(tmp_path: Path, config: dict[str, Any], s
         open_codec(tmp_path / "bad")
 
 
-@pytest.mark.parametrize("rate_hz", [0, -1, None])
+@pytest.mark.each("rate_hz", [0, -1, None])
 def test_sound_codec_needs_a_rate(tmp_path: Path, rate_hz: int | None) -> None:
     save("dac", tmp_path / "hf")
     config = DacCodec.from_folder(tmp_path / "hf").settings.config
@@ -156,7 +154,7 @@ def test_invalid_side_and_codebook_count_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("kind", ["simvq", "fsq", "dit", "unit-bigvgan"])
+@pytest.mark.each("kind", ["simvq", "fsq", "dit", "unit-bigvgan"])
 def test_removed_codec_kinds_are_refused(tmp_path: Path, kind: str) -> None:
     with create_artifact(tmp_path / "old", "codec") as writer:
         save_file({"a": torch.zeros(1)}, writer.path / WEIGHTS)

@@ -1,7 +1,5 @@
 """Import of published tokenizers, with doubles that have the authors' tensor names; and hostile files."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -141,7 +139,7 @@ def test_unpickling_is_bounded_in_memory_and_time(
         import_codec("ta-tok", file, tmp_path / "codec")
 
 
-@pytest.mark.parametrize("kind", ["spread", "sparse", "compressed"])
+@pytest.mark.each("kind", ["spread", "sparse", "compressed"])
 def test_tensors_larger_than_their_file_are_refused(tmp_path: Path, kind: str) -> None:
     """A file of some kilobytes would fill the memory."""
     file = tmp_path / "small.pth"

@@ -1,7 +1,5 @@
 """Prompts with encoder features equal training rows, and answers have the same probabilities."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

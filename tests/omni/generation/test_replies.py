@@ -1,7 +1,5 @@
 """Generation of pictures and speech with the commands, and the token rules of media blocks."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -140,7 +138,7 @@ def written(made: BlockRules, seed: int) -> list[int]:
     return reply
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.each("seed", range(20))
 def test_allowed_replies_are_well_formed(seed: int) -> None:
     reply = written(rules(), seed)
     text = "".join(NAMES[i] for i in reply)

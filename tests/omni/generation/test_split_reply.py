@@ -1,7 +1,5 @@
 """Splitting replies into parts."""
 
-from __future__ import annotations
-
 import pytest
 
 from megatron_sov.chat import media_tokens as spelling
@@ -35,7 +33,7 @@ def test_formatted_blocks_split_into_parts() -> None:
         TextPart((0,))]
 
 
-@pytest.mark.parametrize(("ids", "parts"), [
+@pytest.mark.each(("ids", "parts"), [
     ([], []),
     (_ids(format_image_tokens([1, 2], 2, 1, 1))[:-1], [ImagePart((1, 2), (1, 1), complete=False)]),
     (_ids("<|discrete_image_start|>b"), [ImagePart((), (1, 1), complete=False), TextPart((1,))]),

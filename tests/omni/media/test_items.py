@@ -1,7 +1,5 @@
 """Media items equal the output of OmniServe's chat template; banks; codecs of training data."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -70,7 +68,7 @@ def test_codebook_tokens_parse_back() -> None:
     assert find_media_token("<|im_start|> <|vision|> <|vision1|>") == ""
 
 
-@pytest.mark.parametrize(("width", "height", "ratio"), [
+@pytest.mark.each(("width", "height", "ratio"), [
     (1000, 1000, (1, 1)), (1920, 1080, (16, 9)), (1080, 1920, (9, 16)), (10, 1, (2, 1)), (640, 480, (4, 3))])
 def test_nearest_ratio(width: int, height: int, ratio: tuple[int, int]) -> None:
     assert find_nearest_ratio(width, height) == ratio and len(RATIOS) == 13
@@ -90,7 +88,7 @@ def test_bank_shapes_round_trip() -> None:
     assert read_bank_shapes(record, "it") == SHAPES and read_bank_shapes(None, "it") == {}
 
 
-@pytest.mark.parametrize(("change", "words"), [
+@pytest.mark.each(("change", "words"), [
     ({"shape": [3, 4]}, "3 sizes"), ({"slots": 0}, "1,048,576 slots"), ({"dtype": "float64"}, "uint8"),
     ({"shape": [3, 1 << 20, 1 << 20]}, "bytes per record"), ({"shape": [1 << 22] * 3}, "bytes per record"),
     ({"slots": float("inf")}, "OverflowError"), ({"placeholder_ids": None}, "TypeError")])
@@ -112,7 +110,7 @@ def test_bank_of_partial_records_is_refused(tmp_path: Path) -> None:
     assert open_bank(file, shape).shape == (0, 3, 4, 4)
 
 
-@pytest.mark.parametrize(("frames", "slots"), [(1, 1), (4, 1), (5, 2), (300, 75), (299, 75)])
+@pytest.mark.each(("frames", "slots"), [(1, 1), (4, 1), (5, 2), (300, 75), (299, 75)])
 def test_short_sounds_use_their_share_of_slots(frames: int, slots: int) -> None:
     assert SHAPES[SOUNDS].count_slots(frames) == slots
 

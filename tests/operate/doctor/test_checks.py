@@ -1,7 +1,5 @@
 """The doctor on machines that we make up: packages, programs and libraries placed or taken away."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import shutil

@@ -1,7 +1,5 @@
 """A real Slurm cluster of four virtual nodes for the session, and a place to submit from."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path

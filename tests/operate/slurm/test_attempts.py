@@ -1,7 +1,5 @@
 """What a job's script is told: the decisions on every way in which an attempt can begin and end."""
 
-from __future__ import annotations
-
 import io
 import json
 import subprocess
@@ -299,7 +297,7 @@ srun: error: n1: task 0: Exited with exit code 1
 """
 
 
-@pytest.mark.parametrize(("log", "sentence", "code"), [
+@pytest.mark.each(("log", "sentence", "code"), [
     (KILLED, "rank 2 on n3 was ended by a signal (Killed)", None),
     ("srun: error: n2: tasks 8-15: Exited with exit code 2\n", "rank 8 on n2 ended with exit code 2", 2),
     ("srun: error: gpu-a[01]: task 1: Exited with exit code 9\nsrun: error: n1: tasks 0,3: Terminated\n",

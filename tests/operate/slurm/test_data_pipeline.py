@@ -1,7 +1,5 @@
 """A pipeline as arrays of a real Slurm: the same bytes as here, and a failed job is told and gone on from."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

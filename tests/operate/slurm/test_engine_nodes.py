@@ -1,8 +1,6 @@
 """Engine servers on nodes of their own, on a real Slurm: with doubles of the servers and of the run that asks
 them."""
 
-from __future__ import annotations
-
 import json
 import re
 import socket

@@ -1,8 +1,6 @@
 """Generated scripts on a real Slurm, submitted unchanged: what becomes of a run whose nodes are sick, die,
 or run out of time."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.operate.slurm import preflight
+from megatron_sov.operate.slurm import preflight_run
 from megatron_sov.operate.slurm.attempts import find_sick_nodes
 from megatron_sov.operate.slurm.node_report import NodeReport
-from megatron_sov.operate.slurm.preflight import time_product
+from megatron_sov.operate.slurm.preflight_run import time_product
 from megatron_sov.runs.gpu_driver import VisibleGpu
 from megatron_sov.work.clusters.cluster import PreflightConfig
 
@@ -39,7 +39,7 @@ def test_sound_nodes_pass(tmp_path: Path) -> None:
     assert judge(tmp_path, *OTHERS, replace(SOUND, node="n2")) == {}
 
 
-@pytest.mark.parametrize(("changed", "why"), [
+@pytest.mark.each(("changed", "why"), [
     ({"num_gpus": 7}, "7 GPUs, 8 wanted"),
     ({"disk_error": "/raid: Read-only file system", "free_disk_bytes": 0},
      "disk cannot be written (/raid: Read-only file system)"),
@@ -96,18 +96,18 @@ def test_a_product_on_a_gpu_is_timed_by_the_gpu(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_rank_tells_what_its_driver_says_and_whether_transformer_engine_imports(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "list_visible_gpus", lambda: [VisibleGpu(0, "a", "H100", 79 << 30, 0),
+    monkeypatch.setattr(preflight_run, "list_visible_gpus", lambda: [VisibleGpu(0, "a", "H100", 79 << 30, 0),
                                                             VisibleGpu(1, "b", "H100", 79 << 30, 5 << 30)])
-    monkeypatch.setattr(preflight, "find_gpu_fault", lambda uuid: f"cold in {uuid}")
+    monkeypatch.setattr(preflight_run, "find_gpu_fault", lambda uuid: f"cold in {uuid}")
     monkeypatch.setenv("LOCAL_RANK", "1")
     report = NodeReport("n1", 1, num_gpus=2)
-    preflight._inspect_gpu(report)
+    preflight_run._inspect_gpu(report)
     assert (report.gpu_uuid, report.gpu_used_bytes, report.gpu_illness) == ("b", 5 << 30, "cold in b")
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "transformer_engine.py").write_text("raise OSError('libcublas.so.13: cannot open\\nmore')")
-    monkeypatch.setattr(preflight, "MATMUL_SIZE", {"cpu": 8})
+    monkeypatch.setattr(preflight_run, "MATMUL_SIZE", {"cpu": 8})
     report = NodeReport("n1", 0)
-    preflight.inspect_node(report, tmp_path / "scratch", transformer_engine=True)
+    preflight_run.inspect_node(report, tmp_path / "scratch", transformer_engine=True)
     assert report.transformer_engine_error == "OSError: libcublas.so.13: cannot open"
     assert report.matmul_tflops > 0
 

@@ -1,8 +1,6 @@
 """slurm/scripts: what the chains give, what a real Slurm takes,
 and what runs when somebody types `sbatch`."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,8 +1,6 @@
 """Job scripts: what is filled in reaches the program as it was typed; a real Slurm takes every template
 with every profile."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import os
@@ -93,7 +91,7 @@ def test_a_real_slurm_takes_every_template(site: Path, name: str,
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("stage", "kind"),
+@pytest.mark.each(("stage", "kind"),
                          [*itertools.product(("pretrain", "data"), ("apptainer", "enroot", "pyxis"))])
 def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
     box = ContainerConfig(kind, "/images/my image.sif", ("/shared", "/raid:/scratch"))
@@ -126,7 +124,7 @@ def test_what_is_asked_for_wins_over_the_stage_and_the_stage_over_a_longer_profi
     assert limit("pretrain", "h100") == "1-00:00:00"
 
 
-@pytest.mark.parametrize(("stage", "loads"), [*itertools.product(("pretrain", "data"), ("true", "false"))])
+@pytest.mark.each(("stage", "loads"), [*itertools.product(("pretrain", "data"), ("true", "false"))])
 def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, loads: str) -> None:
     profile = dataclasses.replace(cluster.load_profile("h100", account="me"), setup=('echo "$UNSET_BY_ALL"',),
                                   modules=("cuda/13.0",))
@@ -237,7 +235,7 @@ IN_AN_ARRAY = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK
 """Slurm gives the last task of an array the number of the whole array."""
 
 
-@pytest.mark.parametrize(("variables", "name"), [
+@pytest.mark.each(("variables", "name"), [
     (IN_AN_ARRAY, "7_2"), ({**IN_AN_ARRAY, "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "8"}, "7_0"),
     ({"SLURM_JOB_ID": "7"}, "7")])
 def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dict[str, str], name: str

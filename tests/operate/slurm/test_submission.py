@@ -1,7 +1,5 @@
 """What a submission lays beside a run: scripts, the code, where the parts of an array go."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import subprocess
@@ -137,7 +135,7 @@ def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,
     assert list((tmp_path / "hf.slurm").iterdir()) == []
 
 
-@pytest.mark.parametrize(("arguments", "path"), [
+@pytest.mark.each(("arguments", "path"), [
     (("train", "--input", "en=there/x:0.5", "--output", "o"), "there/x"),
     (("train", "--input", "there/x:2", "--output", "o"), "there/x"),
     (("train", "--input", "there/a:b", "--output", "o"), "there/a:b"),
@@ -150,7 +148,7 @@ def test_inputs_are_looked_for_without_name_and_weight(arguments: tuple[str, ...
     check_inputs(work, {Path(path).absolute()})
 
 
-@pytest.mark.parametrize(("given", "other"), [
+@pytest.mark.each(("given", "other"), [
     (("distill", "--teacher"), "runs/other"), (("distill", "--teacher"), "tokens=runs/other"),
     (("prefer", "--reference"), "runs/other")])
 def test_a_second_model_is_an_input_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -166,8 +164,8 @@ def test_a_second_model_is_an_input_too(tmp_path: Path, monkeypatch: pytest.Monk
     check_inputs(work, {tmp_path / "runs/other"})
 
 
-@pytest.mark.parametrize("promised", [False, True])
-@pytest.mark.parametrize("given", ["chats.jsonl", "chats.jsonl:0.5", "web=chats.jsonl"])
+@pytest.mark.each("promised", [False, True])
+@pytest.mark.each("given", ["chats.jsonl", "chats.jsonl:0.5", "web=chats.jsonl"])
 def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                          given: str, promised: bool) -> None:
     monkeypatch.chdir(tmp_path)
@@ -183,7 +181,7 @@ def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeyp
 # What Slurm's programs say, in one line, and the jobs that are still in its hands.
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.each(("text", "said"), [
     ("sbatch: error: invalid partition specified: x\n"
      "sbatch: error: Batch job submission failed: Invalid partition\n",
      "invalid partition specified: x; Batch job submission failed: Invalid partition"),

@@ -1,7 +1,5 @@
 """`megatron-sov submit`: every mistake is one sentence, before anything is submitted or written."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

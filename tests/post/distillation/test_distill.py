@@ -1,7 +1,5 @@
 """Distillation losses against formulas in float64, document by document, and equal at every layout."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

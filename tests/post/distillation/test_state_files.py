@@ -1,7 +1,5 @@
 """Stored teacher outputs: rows by document and offset, with few open files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

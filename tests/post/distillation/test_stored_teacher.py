@@ -1,7 +1,5 @@
 """Stored teacher outputs that do not match the settings are refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,7 @@ def files_of(kept: StateFormat, **more: Any) -> Any:
     return SimpleNamespace(**(fields | more))
 
 
-@pytest.mark.parametrize(("kept", "asked", "vocab_size", "text"), [
+@pytest.mark.each(("kept", "asked", "vocab_size", "text"), [
     (StateFormat(), {"top_k": 8}, 368, r"states: holds the final hidden states of the teacher, and "
                                 r"distillation.top_k = 8 asks for the 8 most probable tokens; set it to 0"),
     (StateFormat(top_k=8), {}, 368,

@@ -1,8 +1,6 @@
 """The job `distill states`: hidden states equal those of transformers at every layout, killed jobs continue,
 and mismatched data or teachers are refused."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Translation of teacher probabilities to another tokenizer, compared with probabilities counted by bytes."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -54,7 +52,7 @@ def counted(made: Tokenizer, end: str) -> dict[tuple[int, ...], dict[int, float]
             for key, behind in found.items()}
 
 
-@pytest.mark.parametrize(("student", "teacher"), [(SHORT, LONG), (LONG, SHORT), (SHORT, SHORT), (LONG, []),
+@pytest.mark.each(("student", "teacher"), [(SHORT, LONG), (LONG, SHORT), (SHORT, SHORT), (LONG, []),
                                                   ([], LONG)])
 def test_a_teacher_that_knows_the_texts_says_how_probable_the_students_tokens_are(
         student: list[str], teacher: list[str], tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def cells(*correct: int, samples: int = 20, length: int = 512, kind: NeedleKind 
             for depth, right in zip(DEPTHS, correct, strict=False)]
 
 
-@pytest.mark.parametrize(("correct", "rows", "single"), [
+@pytest.mark.each(("correct", "rows", "single"), [
     ((20, 20, 20, 20, 20), 0, 0),
     # one miss of 20 is 5 %: single cells below 90 % are no evidence, their row reaches it
     ((18, 19, 17, 20, 18), 0, 0),
@@ -260,7 +260,7 @@ class Folder:
         return {"step": 4} if self._complete else None
 
 
-@pytest.mark.parametrize(("complete", "begins_s"),
+@pytest.mark.each(("complete", "begins_s"),
                          [(0, [1000, 5000, 6000]), (1, [1000, 1000, 6000]), (3, [1000] * 3)])
 def test_start_times_of_stages(complete: int, begins_s: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     config = apply_settings(get("tiny-solar-open"), ["extend.gate.every_steps=0"])
@@ -285,7 +285,7 @@ def test_start_times_of_stages(complete: int, begins_s: list[float], monkeypatch
     assert ran == [(f"stage-{i}", starts[i], begins_s[i]) for i in range(3)]
 
 
-@pytest.mark.parametrize(("lengths", "said"), [
+@pytest.mark.each(("lengths", "said"), [
     ("[64, 512]", None), ("[64]", "the gate asks at most 64 tokens, and the stage has 512"),
     ("[1024]", None)])
 def test_a_gate_with_short_needles_warns(lengths: str, said: str | None) -> None:

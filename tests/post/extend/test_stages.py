@@ -1,8 +1,6 @@
 """Stages of an extension in one command: a gate that fails with exit code 3, continues with more steps, and
 passes."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -255,7 +253,7 @@ def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path,
     assert near.extend.gate.every_steps == 20
 
 
-@pytest.mark.parametrize(("stage", "said"), [
+@pytest.mark.each(("stage", "said"), [
     ({"seq_len": 96, "kind": "midtraining"}, "needs a part named trajectories"),
     ({"seq_len": 96, "parts": [{"name": "replay", "share": 0.1}]},
      "a stage of kind extension can have long, rehearsal"),

@@ -1,7 +1,5 @@
 """Runs within ranks: the steps of published rounds as numbers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

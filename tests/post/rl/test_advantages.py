@@ -1,7 +1,5 @@
 """Advantages against the formulas of the papers, by loops and enumeration."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics
@@ -106,8 +104,8 @@ KEEPING = ["grpo", "dr_grpo", "gspo", "cispo", "mgpo", "ink_grpo", "pkpo", "lapo
 ASKED = {"mgpo": {"mgpo_lambda": 1.5}, "gspo": {"clip_low": 3e-4, "clip_high": 4e-4}, "pkpo": {"pkpo_k": 2}}
 
 
-@pytest.mark.parametrize("method", KEEPING)
-@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7, 1 / 3, -2.3, 1e6 / 7])
+@pytest.mark.each("method", KEEPING)
+@pytest.mark.each("reward", [0.0, 1.0, 0.1, 0.7, 1 / 3, -2.3, 1e6 / 7])
 def test_a_group_of_equal_rewards_has_advantages_of_exactly_0(method: str, reward: float) -> None:
     """The mean of n equal numbers is another number for most n: AdamW would turn that into whole steps."""
     policy = PolicyConfig(method, **{"all_right": "keep", "all_wrong": "keep", "all_wrong_reward": 0.0,
@@ -122,7 +120,7 @@ def test_a_group_of_equal_rewards_has_advantages_of_exactly_0(method: str, rewar
     assert parts.has_advantage(mixed.advantages)
 
 
-@pytest.mark.parametrize(("advantages", "learns"), [
+@pytest.mark.each(("advantages", "learns"), [
     ([], False), ([0.0], False), ([0.0, -0.0], False), ([1e-8, -1e-8], False), ([0.0, 1.1e-8], True),
     ([0.0, -1.1e-8], True), ([-1.0, 1.0], True), ([float("inf")], True)])
 def test_a_group_learns_by_any_advantage_beyond_the_tolerance(advantages: list[float], learns: bool) -> None:
@@ -231,7 +229,7 @@ def test_a_group_that_is_all_right_still_learns_lengths() -> None:
     assert group.reason == "" and np.argmin(group.advantages) == 0
 
 
-@pytest.mark.parametrize("rewards", [[0.1 + 0.2 + 0.3, 0.6, 0.6], [0.1 * 3, 0.3], [3e8, 1e9 * (0.1 + 0.2)]])
+@pytest.mark.each("rewards", [[0.1 + 0.2 + 0.3, 0.6, 0.6], [0.1 * 3, 0.3], [3e8, 1e9 * (0.1 + 0.2)]])
 def test_the_rounding_of_floats_is_no_advantage(rewards: list[float]) -> None:
     policy = PolicyConfig(method="dapo", right_from=rewards[0] - 0.1)
     assert parts.find_exclusion(np.array(rewards), policy) == parts.ALL_RIGHT

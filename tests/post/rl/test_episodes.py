@@ -1,7 +1,5 @@
 """Episodes as rows: deadlines and later policies change only the versions of tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

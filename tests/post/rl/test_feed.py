@@ -1,7 +1,5 @@
 """Rounds for the training loop: waiting for rounds, and log-probability columns of a fake model."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -192,7 +190,7 @@ RATES = [
     (0, 8, None, False, "0 of 8 groups learn .* equal worth"), (8, 8, None, True, "")]
 
 
-@pytest.mark.parametrize(("learn", "count", "rate", "is_first", "words"), RATES)
+@pytest.mark.each(("learn", "count", "rate", "is_first", "words"), RATES)
 def test_a_round_of_which_few_groups_learn_is_warned_of_with_a_remedy(
         learn: int, count: int, rate: float | None, is_first: bool, words: str) -> None:
     groups = {"learns": learn, "no_advantage": count - learn}

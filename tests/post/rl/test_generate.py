@@ -1,8 +1,6 @@
 """The generating job with a counting engine: no response is lost or written twice, and every token has its
 policy."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace

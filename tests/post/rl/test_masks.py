@@ -1,7 +1,5 @@
 """Tool results are no labels: a round of episodes from the store to packed rows."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

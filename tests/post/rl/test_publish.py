@@ -1,7 +1,5 @@
 """Publishing a round: documents compared with the rows in the store."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Rounds by engine servers: over HTTP, with a fake vLLM."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The judging job: each response once per version of a reward, without generation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

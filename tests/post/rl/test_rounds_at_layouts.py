@@ -1,7 +1,5 @@
 """Published rounds give equal steps at every layout and micro-batch size."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Episodes by servers: rows equal those of an engine, with delays and deadlines inside turns."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

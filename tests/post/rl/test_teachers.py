@@ -1,7 +1,5 @@
 """Scoring teachers: retries, refusals, and teachers per domain."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Validation of a run's policies: when it runs and which figures it records, on four prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

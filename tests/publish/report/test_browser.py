@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.publish.report.page import render
+from megatron_sov.publish.report.page import render_report
 from megatron_sov.publish.report.run_data import read_run
 
 OpenPage = Callable[[Path], tuple[str, list[str]]]
@@ -29,7 +29,7 @@ def write(page: str, folder: Path) -> Path:
 def test_every_chart_is_drawn_and_nothing_complains(runs: list[Path], tmp_path: Path,
                                                     open_page: OpenPage) -> None:
     """Of a run that has every kind of chart; several runs on a page are in the test of the layout."""
-    page = render([read_run(runs[1])])
+    page = render_report([read_run(runs[1])])
     dom, console = open_page(write(page, tmp_path))
     assert console == []
     body = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
@@ -45,7 +45,7 @@ def test_a_script_that_hostile_text_smuggles_in_is_refused(toy: Path, tmp_path: 
                                                            open_page: OpenPage) -> None:
     """Even if escaping failed somewhere: the page's policy stops the script and the load,
     and the console says so."""
-    page = render([read_run(toy)])
+    page = render_report([read_run(toy)])
     broken = page.replace("</footer>", "<script>document.title = 'hacked'</script><img "
                                        "src='https://evil.example/x.png'></footer>")
     dom, console = open_page(write(broken, tmp_path))
@@ -63,7 +63,7 @@ def test_the_layout_holds_on_every_screen_in_light_and_dark(
     # The second has every kind of chart; each more is drawn six times.
     first.curves = {group: {name: curve for name, curve in curves.items() if name in ("loss", "tokens")}
                     for group, curves in first.curves.items()}
-    screens = measure_page(write(render([first, second, other]), tmp_path), given)
+    screens = measure_page(write(render_report([first, second, other]), tmp_path), given)
     assert sorted(screens) == [(scheme, width) for scheme, width, _ in given]
     for (scheme, width), screen in screens.items():
         assert screen["dark"] == (scheme == "dark")

@@ -15,7 +15,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chart
 from megatron_sov.commands.operate.runs.run_state import format_run_state, read_run_state
 from megatron_sov.publish.report.charts import MAX_POINTS, heldout_charts, loss_charts, needle_charts
-from megatron_sov.publish.report.page import render
+from megatron_sov.publish.report.page import render_report
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.publish.report.steps import Curve, StepTable, downsample, moving_mean
 from megatron_sov.runs.obs.events import EVENTS, EventLog, final_step_events, parse_event, read_events
@@ -30,7 +30,8 @@ def test_the_loss_is_drawn_at_every_step_with_its_moving_mean(runs: list[Path]) 
     loss, _, by_source = loss_charts(run)
     raw, mean = loss.plot.series
     assert (raw.name, raw.is_faint, mean.name) == ("each step", True, "mean of 8 steps")
-    drawn = dict(zip(run.curve("loss").steps.tolist(), run.curve("loss").values.tolist(), strict=True))
+    curve = run.get_curve("loss")
+    drawn = dict(zip(curve.steps.tolist(), curve.values.tolist(), strict=True))
     assert len(raw.x) <= MAX_POINTS and all(drawn[x] == y for x, y in zip(raw.x, raw.y, strict=True))
     assert names(by_source) == ["english", "korean", "code"]
 
@@ -45,7 +46,7 @@ def test_a_diverged_run_is_reported_and_says_so(tmp_path: Path) -> None:
     for step in range(1, 101):
         log.write("step", step=step, loss=2.0 if step < 60 else float("nan"), grad_norm=float("inf"),
                   tokens=step)
-    page = render([read_run(tmp_path)])
+    page = render_report([read_run(tmp_path)])
     assert "41 values are not finite and not drawn (first at step 60)." in page
     assert "Global gradient norm" not in page  # nothing left to draw
 
@@ -87,8 +88,8 @@ steps_in_any_order = st.lists(st.fixed_dictionaries(
 def test_the_last_of_a_repeated_step_counts_as_in_final_steps(events: list[dict]) -> None:
     table = StepTable()
     for event in events:
-        table.add(event)
-    curves = table.curves()
+        table.add_event(event)
+    curves = table.build_curves()
     final = final_step_events(events)
     if final:
         loss = curves[""]["loss"]
@@ -106,20 +107,20 @@ def test_phases_are_what_the_steps_name() -> None:
     table = StepTable()
     # step 3 done again
     for step, phase in ((1, "a"), (2, "a"), (3, "b"), (4, "b"), (2, "a"), (3, "a"), (4, "b"), (5, "a")):
-        table.add({"event": "step", "step": step, "phase": phase})
-    assert table.phases() == [("a", 1, 3), ("b", 4, 4), ("a", 5, 5)]
-    assert StepTable().phases() == []
+        table.add_event({"event": "step", "step": step, "phase": phase})
+    assert table.find_phases() == [("a", 1, 3), ("b", 4, 4), ("a", 5, 5)]
+    assert StepTable().find_phases() == []
 
 
 def test_numbers_spelt_as_text_are_read() -> None:
     table = StepTable()
     for step, loss in enumerate((1.5, "nan", "inf", "-inf", None)):
-        table.add({"event": "step", "step": step, "loss": loss})
-    loss = table.curves()[""]["loss"]
+        table.add_event({"event": "step", "step": step, "loss": loss})
+    loss = table.build_curves()[""]["loss"]
     assert (loss.values[0] == 1.5 and math.isnan(loss.values[1])
             and loss.values[2:].tolist() == [math.inf, -math.inf])
     assert loss.steps.tolist() == [0, 1, 2, 3]  # a step without a loss has no point
-    assert loss.finite().steps.tolist() == [0]
+    assert loss.drop_nonfinite().steps.tolist() == [0]
 
 
 def test_downsampling_keeps_every_spike_of_a_long_curve() -> None:
@@ -127,7 +128,7 @@ def test_downsampling_keeps_every_spike_of_a_long_curve() -> None:
     values = noise.normal(size=300_000) * 0.01
     spikes = random.Random(0).sample(range(300_000), 100)
     values[spikes] = 5 + np.arange(100)
-    drawn = downsample(Curve("loss", np.arange(300_000) + 1, values))
+    drawn = downsample(Curve("loss", np.arange(300_000) + 1, values), 2000)
     assert len(drawn.steps) <= 2000
     assert drawn.steps[0] == 1 and drawn.steps[-1] == 300_000
     assert np.all(np.diff(drawn.steps) > 0)
@@ -146,10 +147,10 @@ def test_moving_mean_agrees_with_convolution() -> None:
 
 def test_a_crash_and_a_restart_make_two_attempts_and_one_curve(runs: list[Path]) -> None:
     run = read_run(runs[0])
-    assert run.curve("loss").steps.tolist() == list(range(1, 401))
+    assert run.get_curve("loss").steps.tolist() == list(range(1, 401))
     written = [e for e in read_events(runs[0] / "events.jsonl") if e["event"] == "step" and e["step"] == 220]
     assert len(written) == 2 and written[0]["loss"] != written[1]["loss"]
-    assert run.curve("loss").values[219] == written[1]["loss"]
+    assert run.get_curve("loss").values[219] == written[1]["loss"]
     first, second = run.attempts
     assert (first.last_step, first.outcome) == (233, "ended without a word (killed, or still running)")
     assert (second.last_step, second.outcome, second.resume_reason) == (
@@ -163,7 +164,7 @@ def test_wall_time_leaves_out_the_pause_between_attempts(tmp_path: Path) -> None
              for event, time_s in times]
     (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
     run = read_run(tmp_path)
-    assert run.wall_s() == 30 + 20
+    assert run.wall_time_s == 30 + 20
     assert run.attempts[1].outcome == "stopped: time limit"
 
 
@@ -214,7 +215,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json: is not valid JSON"):
         read_run(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"config\.json: holds a list"):
+    with pytest.raises(UserError, match=r"config\.json: contains a list"):
         read_run(tmp_path)
 
 
@@ -229,7 +230,7 @@ def test_fields_of_a_wrong_type_break_neither_report_nor_status(runs: list[Path]
     lines += [json.dumps(kinds["needle"] | {"cells": [cell, cell | {name: bad}]})
               for name in cell for bad in BAD]
     (tmp_path / EVENTS).write_text("\n".join([*map(json.dumps, kinds.values()), *lines]) + "\n")
-    assert "Held-out loss" in render([read_run(tmp_path)])
+    assert "Held-out loss" in render_report([read_run(tmp_path)])
     assert format_run_state(read_run_state(tmp_path))
 
 

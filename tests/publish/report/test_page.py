@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.base.pages.page import Chart, Panel
-from megatron_sov.publish.report.judgements import verdict_sentence
-from megatron_sov.publish.report.page import opening, render
+from megatron_sov.publish.report.outcomes import build_verdict_sentence
+from megatron_sov.publish.report.page import build_opening, render_report
 from megatron_sov.publish.report.run_data import read_run
-from megatron_sov.publish.report.sections import sections
+from megatron_sov.publish.report.sections import build_sections
 from megatron_sov.runs.obs.events import EventLog
 
 # The first screen: what was trained, on what, how it was judged, what it writes.
 
 def panels(*paths: Path) -> dict[str, Panel]:
-    return {panel.title: panel for panel in opening([read_run(path) for path in paths])}
+    return {panel.title: panel for panel in build_opening([read_run(path) for path in paths])}
 
 
 def write(run: Path, *events: dict) -> Path:
@@ -51,7 +51,7 @@ def test_five_samples_are_open_and_those_asked_before_come_first(tmp_path: Path)
         ("Before: a, step 5", "before"), ("After: b, step 5", "x7"), ("Expected", "t")]
     (alone,) = panels(write(tmp_path / "c", asked[0]))["What it writes"].comparisons
     assert alone.texts == [("c, step 5", "x0")]
-    page = render([read_run(first), read_run(tmp_path / "b")])
+    page = render_report([read_run(first), read_run(tmp_path / "b")])
     # the samples of b stand on the first screen
     assert "Show 4 more" in page and page.count("<h3>Samples</h3>") == 1
 
@@ -85,14 +85,14 @@ def stage(path: Path, num_steps: int, tokens: int, heldout_at: int) -> Path:
 
 def test_stages_follow_one_another_by_tokens(tmp_path: Path) -> None:
     runs = [read_run(stage(tmp_path / "a", 3, 100, 3)), read_run(stage(tmp_path / "b", 2, 10, 0))]
-    (heldout,) = {panel.title: panel for panel in opening(runs)}["Held-out quality"].charts
+    (heldout,) = {panel.title: panel for panel in build_opening(runs)}["Held-out quality"].charts
     assert lines(heldout) == {"en": ([300, 300], [2, 2])}  # the second was measured before b's first step
     assert heldout.plot.bands == [("a", 0.0, 300.0), ("b", 300.0, 320.0)]
 
 
 def test_steps_stand_for_tokens_where_a_stage_has_none(tmp_path: Path) -> None:
     runs = [read_run(stage(tmp_path / "a", 3, 100, 3)), read_run(stage(tmp_path / "b", 2, 0, 1))]
-    (heldout,) = {panel.title: panel for panel in opening(runs)}["Held-out quality"].charts
+    (heldout,) = {panel.title: panel for panel in build_opening(runs)}["Held-out quality"].charts
     assert lines(heldout) == {"en": ([3, 4], [2, 2])}
     assert heldout.plot.x.title == "optimizer steps"
 
@@ -128,7 +128,7 @@ class Document(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(runs: list[Path]) -> str:
-    return render([read_run(path) for path in runs])
+    return render_report([read_run(path) for path in runs])
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_hostile_names_stay_text_everywhere(tmp_path: Path, hostile: str) -> Non
     log.write("conversion", target=hostile,
               checks=[{"name": hostile, "value": hostile, "limit": 1, "passed": False}])
     log.write("stop", step=3, reason=hostile)
-    document = Document(page := render([read_run(tmp_path)]))
+    document = Document(page := render_report([read_run(tmp_path)]))
     assert not [tag for tag, _ in document.elements if tag in ("img", "b", "iframe")]
     assert [a for tag, a in document.elements if tag == "script"] == [{}] and "<img" not in page
     # in texts, names of phases, and texts under the pointer
@@ -182,15 +182,15 @@ def test_hostile_names_stay_text_everywhere(tmp_path: Path, hostile: str) -> Non
 
 
 def test_all_sections_stand_in_order_and_in_the_contents(runs: list[Path], document: Document) -> None:
-    shown = list(dict.fromkeys(s.title for path in runs for s in sections(read_run(path))))
+    shown = list(dict.fromkeys(s.title for path in runs for s in build_sections(read_run(path))))
     assert sorted(shown, key=EVERYTHING.index) == EVERYTHING
     anchors = {a["href"][1:] for tag, a in document.elements if tag == "a"}
     ids = {a["id"] for _, a in document.elements if "id" in a}
-    assert anchors <= ids and len(anchors) == 2 + sum(len(sections(read_run(path))) for path in runs)
+    assert anchors <= ids and len(anchors) == 2 + sum(len(build_sections(read_run(path))) for path in runs)
 
 
 def test_a_run_of_another_model_gets_one_sentence(runs: list[Path], toy: Path) -> None:
-    page = render([read_run(path) for path in (*runs, toy)], now_s=0)
+    page = render_report([read_run(path) for path in (*runs, toy)], now_s=0)
     assert "<h1>tiny-solar-open: pretrain + extend</h1>" in page
     assert ("A model of 2.89 M parameters, 1.12 M of them active for each token, "
             "trained on 3.28 M tokens") in page
@@ -214,7 +214,7 @@ def judged(folder: Path, *texts: str, bits: tuple[float, ...] = (), passed: bool
             "samples": 1, "interval": [0.0, 1.0]}
     found = [{"event": "needle", "step": 1, "score": 0.0, "cells": [cell]}] if needles else []
     samples = [{"event": "sample", "step": 1, "prompt": "p", "text": text} for text in texts]
-    return verdict_sentence([read_run(write(folder, *evals, *gates, *found, *samples))])
+    return build_verdict_sentence([read_run(write(folder, *evals, *gates, *found, *samples))])
 
 
 @pytest.mark.parametrize(("texts", "facts", "sentence"), [

@@ -8,16 +8,17 @@ from typing import Any
 
 from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import PageSection
-from megatron_sov.publish.report.judgements import scores_of, verdict_table
+from megatron_sov.publish.report.evaluations import needle_curves, read_evaluations, source_curves
+from megatron_sov.publish.report.outcomes import verdict_tables
 from megatron_sov.publish.report.run_data import Run, read_run
-from megatron_sov.publish.report.sections import SECTIONS, sections
-from megatron_sov.publish.report.steps import curves, needle_curves, pair_curves, read_evaluations
+from megatron_sov.publish.report.scores import read_scores
+from megatron_sov.publish.report.sections import SECTIONS, build_sections
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 
 
 def section(title: str, **events: list[dict[str, Any]]) -> PageSection:
     """Return a section of a run that has these events."""
-    return SECTIONS[title].of(Run("run", {}, scores=events.get("eval_lm", []), events=events))
+    return SECTIONS[title].build(Run("run", {}, scores=events.get("eval_lm", []), events=events))
 
 
 def event(task: str = "aime24", step: int | None = 100, value: Any = 0.5, **fields: Any) -> dict[str, Any]:
@@ -28,9 +29,9 @@ def event(task: str = "aime24", step: int | None = 100, value: Any = 0.5, **fiel
 
 
 def test_of_one_checkpoint_the_newest_measurement_counts() -> None:
-    scores = scores_of([event(value=0.1), event(step=200, value=0.7), event(value=0.3)])
+    scores = read_scores([event(value=0.1), event(step=200, value=0.7), event(value=0.3)])
     assert [(s.step, s.value) for s in scores] == [(100, 0.3), (200, 0.7)]
-    named = scores_of([event(metric="pass@k", k=8), event(metric="acc", filter="strict", mode="thinking")])
+    named = read_scores([event(metric="pass@k", k=8), event(metric="acc", filter="strict", mode="thinking")])
     assert [s.metric for s in named] == ["pass@8", "acc (strict, thinking)"]
 
 
@@ -51,9 +52,9 @@ def test_a_perplexity_is_no_share() -> None:
 def test_the_forgetting_gate_is_a_verdict() -> None:
     tasks = [{"task": "quiz", "verdict": "forgotten"}, {"task": "other", "verdict": "not proven"}]
     gate = {"event": "forgetting_gate", "step": 40, "passed": False, "tolerance": 0.03, "tasks": tasks}
-    (row,) = verdict_table([Run("tuned", {}, events={"forgetting_gate": [gate]})])[0].rows
+    (row,) = verdict_tables([Run("tuned", {}, events={"forgetting_gate": [gate]})])[0].rows
     assert "FAILED" in row[1] and row[2] == "tuned: worse on quiz, 1 not proven; tolerance 0.03"
-    assert verdict_table([Run("tuned", {})]) == []
+    assert verdict_tables([Run("tuned", {})]) == []
 
 
 def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:
@@ -84,12 +85,12 @@ def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> Non
     found = read_evaluations(tmp_path)
     assert [(b.step, b.task) for b in found] == [(20, "needle"), (20, "pairs"), (20, "ppl"), (40, "ppl"),
                                                  (100, "needle"), (100, "ppl")]
-    (bits,), (right,) = curves(found, "bits_per_byte"), needle_curves(found)
+    (bits,), (right,) = source_curves(found, "ppl", "bits_per_byte"), needle_curves(found)
     assert (bits.name, bits.steps.tolist(), bits.values.tolist()) == ("ko", [20, 100], [2.5, 1.5])
     assert (right.name, right.steps.tolist(), right.values.tolist()) == ("single, korean", [20], [62.5])
-    (ranked,) = pair_curves(found)
+    (ranked,) = source_curves(found, "pairs", "chosen_likelier", 100)
     assert (ranked.name, ranked.steps.tolist(), ranked.values.tolist()) == ("judged", [20], [75.0])
-    (section,) = sections(read_run(tmp_path))
+    (section,) = build_sections(read_run(tmp_path))
     assert section.title == "Evaluation during training" and len(section.charts) == 3
     (table,) = section.tables
     assert ([row[:2] for row in table.rows] == [["40", "ppl"], ["100", "needle"]]
@@ -107,7 +108,7 @@ def test_scores_that_a_job_brought_behind_the_end_stand_with_those_of_events(tmp
     log.close()
     run = read_run(tmp_path)
     assert [(score["step"], score["value"]) for score in run.scores] == [(20, 0.5), (40, 1.0)]
-    failures, scores = (next(s for s in sections(run) if s.title == title)
+    failures, scores = (next(s for s in build_sections(run) if s.title == title)
                         for title in ("Evaluation during training", "Scores"))
     assert len(scores.charts) == 1 and scores.tables[0].rows[0][:4] == ["quiz", "acc", "40", "100 %"]
     assert failures.tables[0].rows[0][:2] == ["60", "lm"]
@@ -132,7 +133,7 @@ def test_a_curve_for_each_set_of_prompts_and_step_and_the_newest_counts(tmp_path
         log.write("passk", step=step, input="data/aime.jsonl", reward="math", sampling=SAMPLING,
                   **figures(share))
     log.close()
-    (section,) = sections(read_run(tmp_path))
+    (section,) = build_sections(read_run(tmp_path))
     assert section.title == "pass@k" and len(section.charts) == 2
     assert section.charts[1].caption == "aime.jsonl, math, step 200: 95 % intervals over 30 prompts."
     assert [row[1:] for row in section.tables[0].rows] == [
@@ -154,7 +155,7 @@ def test_files_of_one_name_are_two_sets_of_prompts() -> None:
 
 
 def rows(own: list[Path]) -> list[list[str]]:
-    tables = verdict_table([read_run(path) for path in own])
+    tables = verdict_tables([read_run(path) for path in own])
     return [[cell.striptags() if hasattr(cell, "striptags") else cell for cell in row]
             for table in tables for row in table.rows]
 

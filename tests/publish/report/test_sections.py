@@ -10,15 +10,15 @@ import pytest
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.pages.page import Chart, PageSection
 from megatron_sov.cli import main
-from megatron_sov.publish.report.page import of_one_model, opening, render
+from megatron_sov.publish.report.page import build_opening, render_report, split_by_model
+from megatron_sov.publish.report.rl_rounds import validation_curves
 from megatron_sov.publish.report.run_data import Run, read_rounds, read_run
-from megatron_sov.publish.report.sections import MAX_ROWS, SECTIONS, cut_lines, key_figures, sections
-from megatron_sov.publish.report.validations import validation_curves
+from megatron_sov.publish.report.sections import MAX_ROWS, SECTIONS, build_sections, cut_lines, key_figures
 from megatron_sov.runs.obs.events import EventLog
 
 
 def section(run_dir: Path, title: str) -> PageSection:
-    return next(s for s in sections(read_run(run_dir)) if s.title == title)
+    return next(s for s in build_sections(read_run(run_dir)) if s.title == title)
 
 
 def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
@@ -26,14 +26,14 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     log.write("conversion", target="hf",
               checks=[{"name": "logits", "value": 2e-3, "limit": 1e-3, "passed": False}])
     run = read_run(tmp_path)
-    assert sections(run) == [] == key_figures(run)
-    assert [p.title for p in opening([run])] == ["Verdicts"] and opening([Run("a", {})]) == []
-    assert '<span class="bad">FAILED</span>' in render([run])
+    assert build_sections(run) == [] == key_figures(run)
+    assert [p.title for p in build_opening([run])] == ["Verdicts"] and build_opening([Run("a", {})]) == []
+    assert '<span class="bad">FAILED</span>' in render_report([run])
 
 
 def test_a_run_that_has_just_begun_says_so(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").touch()
-    assert "This run has recorded nothing yet." in render([read_run(tmp_path)])
+    assert "This run has recorded nothing yet." in render_report([read_run(tmp_path)])
 
 
 def test_key_figures(runs: list[Path]) -> None:
@@ -89,7 +89,7 @@ def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
     publish(tmp_path, 2, means={**means(0.75), "pass_rate": 0.625}, groups={"learns": 6, "all right": 2},
             unjudged={"failed": 3})
     publish(tmp_path, 1, means=means(0.5), groups={"learns": 8}, unjudged={})
-    section = SECTIONS["Rounds"].of(Run("rl", {}, rounds=read_rounds(tmp_path)))
+    section = SECTIONS["Rounds"].build(Run("rl", {}, rounds=read_rounds(tmp_path)))
     assert values(section.charts[0]) == {"reward": [0.5, 0.75], "<b>form</b>": [1, 1], "right": [0.5, 0.75]}
     assert values(section.charts[-1]) == {"all right": [0, 2], "learns": [8, 6]}
     assert section.tables[0].rows == [
@@ -101,7 +101,7 @@ def test_a_round_without_a_judged_response_and_a_damaged_one_break_nothing(tmp_p
     publish(tmp_path, 1, means={"responses": 0}, groups={}, late=[], unjudged={"failed": 9})
     publish(tmp_path, 2, means=means(0.5), groups={"learns": 1}, late=[], unjudged={})
     (tmp_path / "rounds" / "0002" / "manifest.json").write_text("{")
-    rows = SECTIONS["Rounds"].of(Run("rl", {}, rounds=read_rounds(tmp_path))).tables[0].rows
+    rows = SECTIONS["Rounds"].build(Run("rl", {}, rounds=read_rounds(tmp_path))).tables[0].rows
     assert [row[0] for row in rows] == ["1"] and rows[0][-1] == "failed 9"
 
 
@@ -110,7 +110,7 @@ def test_a_round_without_a_judged_response_and_a_damaged_one_break_nothing(tmp_p
 
 def names(*paths: Path) -> tuple[list[str], list[str]]:
     """Return the runs of the one model, and those of others."""
-    own, others = of_one_model([read_run(path) for path in paths])
+    own, others = split_by_model([read_run(path) for path in paths])
     return [run.name for run in own], [run.name for run in others]
 
 
@@ -169,7 +169,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_incidents_stand_in_the_order_of_time(run: Path) -> None:
-    (incidents,) = SECTIONS["Warnings and faults"].of(read_run(run)).tables
+    (incidents,) = SECTIONS["Warnings and faults"].build(read_run(run)).tables
     assert incidents.rows == [
         ["9", "step not learned", "the loss is nan; not finite on rank 3"],
         ["24", "alarm", "layer 2: the entropy of its expert load is 0.31"],
@@ -187,7 +187,7 @@ def test_a_long_list_is_cut_and_the_reader_is_told(tmp_path: Path) -> None:
     for step in range(1, MAX_ROWS + 31):
         log.write("skip", step=step, reason="the loss is inf", ranks=[])
     log.close()
-    (table,) = SECTIONS["Warnings and faults"].of(read_run(tmp_path)).tables
+    (table,) = SECTIONS["Warnings and faults"].build(read_run(tmp_path)).tables
     assert len(table.rows) == MAX_ROWS + 1 and table.rows[-1][2] == "… and 30 more in the run's events"
 
 
@@ -211,9 +211,9 @@ def write(path: Path) -> None:
 def test_the_report_shows_validations_and_the_newest_samples(tmp_path: Path) -> None:
     write(tmp_path)
     run = read_run(tmp_path)
-    validation, samples = sections(run)
+    validation, samples = build_sections(run)
     assert validation.title == "Validation" and len(validation.charts) == 5
-    assert validation.charts[1].caption.startswith("The share of held-out prompts of which one at least of k")
+    assert validation.charts[1].caption.startswith("Unbiased estimate of pass@k")
     (by_step,) = validation.tables
     assert len(by_step.rows) == 2 and by_step.rows[1] == [
         "10", "4", "8", "0.5000", "1: 50 % (10 % to 90 %); 2: 75 % (20 % to 100 %)", "12.0", "12.5 %"]
@@ -223,7 +223,7 @@ def test_the_report_shows_validations_and_the_newest_samples(tmp_path: Path) -> 
     table = samples.tables[0]
     assert table.head[0] == "prompt (validation at step 10)" and table.rows == [
         ["asked at 10", "<script>x</script>", "0.5", '{"format": 1.0}', "3", "stop"]]
-    assert "<script>x</script>" not in render([run])
+    assert "<script>x</script>" not in render_report([run])
 
 
 def test_the_command_writes_into_the_last_run(runs: list[Path], tmp_path: Path,

@@ -1,7 +1,5 @@
 """Run events: exact numbers, complete lines, and files of killed processes."""
 
-from __future__ import annotations
-
 import json
 import math
 import struct

@@ -1,7 +1,5 @@
 """The way from inputs to a vocabulary: what is seen of each group, and what the stages say."""
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Counting in compiled code: as Python's Counter, however often the table grows."""
 
-from __future__ import annotations
-
 import json
 import random
 import tracemalloc

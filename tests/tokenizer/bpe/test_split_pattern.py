@@ -1,7 +1,5 @@
 """Split patterns: what is read, automata whose matches are Oniguruma's, and patterns that cannot work."""
 
-from __future__ import annotations
-
 import pickle
 from itertools import pairwise
 
@@ -26,7 +24,7 @@ def test_a_pattern_is_read_as_a_tree() -> None:
         PatternSequence((PatternSequence((CharacterClass("'"), CharacterClass("(?i:s)"))),))))
 
 
-@pytest.mark.parametrize("pattern", [
+@pytest.mark.each("pattern", [
     "(a)", "a*?", "a++", "a{2}+", "(?<=a)b", r"\bx", "^a", "a$", r"(a)\1", r"\x41", "[]a]", "[a", "(?:a",
     "a)", "(?=ab)c", "(?i:[a-z])", "(?:a*)*b", "a{200}", "a{3,1}", "a*", "a|", "(?!a)", "{a"])
 def test_what_is_not_read_is_said_to_be(pattern: str) -> None:
@@ -34,7 +32,7 @@ def test_what_is_not_read_is_said_to_be(pattern: str) -> None:
         parse_pattern(pattern)
 
 
-@pytest.mark.parametrize("pattern", ["(?i:'ss)", "(?i:ﬀ|x)", "(?i:fi)"])
+@pytest.mark.each("pattern", ["(?i:'ss)", "(?i:ﬀ|x)", "(?i:fi)"])
 def test_letters_that_fold_into_one_are_left_to_oniguruma(pattern: str) -> None:
     with pytest.raises(UnsupportedPattern):
         parse_pattern(pattern)
@@ -124,7 +122,7 @@ def test_where_pieces_end_is_told_in_bytes() -> None:
         assert Splitter(SOLAR_OPEN, pattern).find_ends("가나 a".encode()).tolist()[0] == 6
 
 
-@pytest.mark.parametrize("pattern", ["a*", "a|", "(?=a)", r"\b", ".|^"])
+@pytest.mark.each("pattern", ["a*", "a|", "(?=a)", r"\b", ".|^"])
 def test_a_pattern_that_matches_nothing_is_refused(pattern: str) -> None:
     with pytest.raises(UserError, match="can match empty text"):
         build_splitter(pattern, "mine")

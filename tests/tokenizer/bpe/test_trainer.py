@@ -1,7 +1,5 @@
 """Merging by arrays: the merges of the textbook and of Hugging Face's trainer, also of superwords."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import random
@@ -37,7 +35,7 @@ def vocabulary(seed: int) -> dict[bytes, int]:
         draw.sample(sorted(words), len(words)))}
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.each("seed", range(20))
 def test_one_pair_for_each_token_says_all_that_ranks_say(seed: int) -> None:
     ranks = vocabulary(seed)
     encoding = tiktoken.Encoding("drawn", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
@@ -78,9 +76,8 @@ def test_few_letters_many_ties_and_overlaps(learn: Callable[..., Vocabulary],
     assert merges_of(learn(preset, 256 + 40, texts)) == brute_force(preset, 256 + 40, texts)
 
 
-@pytest.mark.parametrize("room", [3, 50_000])
-@pytest.mark.parametrize("preset", [SOLAR_OPEN, replace(K_EXAONE, superword_pattern="")],
-                         ids=lambda p: p.name)
+@pytest.mark.each("room", [3, 50_000])
+@pytest.mark.each("preset", [SOLAR_OPEN, replace(K_EXAONE, superword_pattern="")])
 def test_hugging_faces_trainer_gives_the_same(learn: Callable[..., Vocabulary], preset, room: int,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "FIRST_PAIRS", room)  # however often the arrays have to grow
@@ -113,7 +110,7 @@ def sizes_of(pieces: list[TextPiece]) -> GroupSizes:
     return GroupSizes(len(pieces), int(row.sum()), row)
 
 
-@pytest.mark.parametrize("num_buckets", [3, 40, NUM_BUCKETS])
+@pytest.mark.each("num_buckets", [3, 40, NUM_BUCKETS])
 def test_units_keep_every_piece_that_a_sample_of_their_group_may_hold(num_buckets: int) -> None:
     drawn = random.Random(num_buckets)
     units = [[TextPiece(b"x" * drawn.randrange(1, 300), drawn.randrange(num_buckets)) for _ in range(200)]
@@ -148,7 +145,7 @@ PHRASES = ("one of the {0}s", "in the {0}", "그 {0} 그리고", "{0}, {0}!\n")
 SUPER_TEXT = [" ".join(drawn.choice(PHRASES).format(n) for n in drawn.choices(NOUNS, k=80)) for _ in range(4)]
 
 
-@pytest.mark.parametrize(("max_words", "only"), [(2, False), (4, False), (4, True)])
+@pytest.mark.each(("max_words", "only"), [(2, False), (4, False), (4, True)])
 def test_both_stages_as_by_brute_force(learn: Callable[..., Vocabulary], brute_force: Callable[..., list],
                                        max_words: int, only: bool) -> None:
     preset = replace(K_EXAONE, max_superword_words=max_words)

@@ -1,7 +1,5 @@
 """Costs, overlap and speed of several tokenizers, by hand."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

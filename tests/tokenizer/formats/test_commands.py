@@ -1,8 +1,6 @@
 """`sov-tokenizer import`: the same ids as the library that a tokenizer was made for,
 or nothing is written."""
 
-from __future__ import annotations
-
 import functools
 import io
 import json
@@ -224,7 +222,7 @@ def broken_model(root: Path, **changes: Any) -> Path:
     return root / "bad.model"
 
 
-@pytest.mark.parametrize(("changes", "sentence"), [
+@pytest.mark.each(("changes", "sentence"), [
     ({"trainer_spec__model_type": 4}, "its model type is char, and only bpe and unigram"),
     ({"trainer_spec__treat_whitespace_as_suffix": True}, "it writes white space behind words"),
     ({"normalizer_spec__escape_whitespaces": False}, "it does not mark spaces"),
@@ -309,7 +307,7 @@ def _without_end(file: str) -> Callable[[Path, Path], Path]:
     return write
 
 
-@pytest.mark.parametrize("write", [
+@pytest.mark.each("write", [
     _ranks_of(b"YWI= 3000000000"),
     _rules_of(special_tokens={"<e>": 2**32}),
     _rules_of(pat_str=""),

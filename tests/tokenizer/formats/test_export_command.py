@@ -1,8 +1,6 @@
 """`sov-tokenizer export`: tiktoken and sentencepiece give the same ids from what was written,
 or nothing is written."""
 
-from __future__ import annotations
-
 import base64
 import json
 import shutil
@@ -91,7 +89,7 @@ def unmatched_text(raw: dict[str, Any]) -> None:
     raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "a+"
 
 
-@pytest.mark.parametrize(("edit", "sentence"), [
+@pytest.mark.each(("edit", "sentence"), [
     (unmatched_text, "cannot be exported, since tiktoken would not give the same ids for"),
     (lambda raw: raw.update(normalizer={"type": "Lowercase"}),
      "its normalizer Lowercase has no form in tiktoken"),

@@ -1,8 +1,6 @@
 """Building the files: special tokens cannot be reached by text, and bytes are spelled as the
 library spells them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tokenizers of every form, opened from a path: the ids, bytes and text of their own libraries."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Callable
@@ -108,7 +106,7 @@ def pieces(pattern: str, text: str) -> list[str]:
     return [piece for piece, _ in pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(text)]
 
 
-@pytest.mark.parametrize("pattern", [CL100K, O200K_PART, r"(?:a(b)?){1,2}+|[\]{1,2}+$]+|.|\n",
+@pytest.mark.each("pattern", [CL100K, O200K_PART, r"(?:a(b)?){1,2}+|[\]{1,2}+$]+|.|\n",
                                      r"^\p{L}+|\s|.", r"x{2}+|\{2}+|[^x]|x"])
 def test_translated_patterns_split_as_they_are_meant(pattern: str) -> None:
     for text in TEXTS:

@@ -1,7 +1,5 @@
 """Texts on which two forms of a tokenizer must agree."""
 
-from __future__ import annotations
-
 import json
 import unicodedata
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Figures of texts against plain recomputation."""
 
-from __future__ import annotations
-
 import json
 import unicodedata
 from collections.abc import Callable
@@ -30,7 +28,7 @@ def test_bytes_characters_and_words() -> None:
     assert (text.num_bytes, text.num_chars, text.num_words) == (14 + 11, 6 + 11, 4)
 
 
-@pytest.mark.parametrize(("text", "words"), [
+@pytest.mark.each(("text", "words"), [
     ("two words", True), ("한국어 문장", True), ("กำลังที่นี้", False), ("日本語と中文", False),
     ("日本 abcd", True), ("ខ្មែរ", False), ("12 34", True)])
 def test_words_are_parted_by_spaces_where_most_letters_are_of_such_a_script(text: str, words: bool) -> None:
@@ -116,7 +114,7 @@ def test_names_of_texts(tmp_path: Path) -> None:
     assert parse_text(f"{tmp_path}/x=y.txt") == ("x=y", tmp_path / "x=y.txt")
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
+@pytest.mark.each(("arguments", "sentence"), [
     (["=x"], "must be a path or NAME=PATH"), (["none.txt"], "does not exist"),
     (["a.txt", "b/a.txt"], "the name 'a' is taken"), (["empty.txt"], "holds no text"),
     (["latin.txt"], "is not UTF-8"), (["bad.jsonl"], "bad.jsonl: ")])
@@ -213,7 +211,7 @@ def test_gaps_and_twins_are_remarks(toy: Toy) -> None:
     assert check.summary.endswith("; 2 ids have no token; 2 tokens share their bytes with another")
 
 
-@pytest.mark.parametrize(("token", "words"), [
+@pytest.mark.each(("token", "words"), [
     (b" of the", 2), (b"the", 1), (b" 1 2", 0), ("한국 사람".encode(), 2), (b" a-b c.", 2),
     ("안 a".encode()[1:], 1)])
 def test_words_have_letters(token: bytes, words: int) -> None:

@@ -1,7 +1,5 @@
 """`sov-tokenizer report` and its page."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable

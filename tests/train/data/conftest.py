@@ -1,7 +1,5 @@
 """Sources whose every token tells where it comes from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

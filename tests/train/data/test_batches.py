@@ -1,7 +1,5 @@
 """Batches of ranks: together they are the order's samples, whatever is prepared ahead."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import threading

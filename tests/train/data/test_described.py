@@ -1,7 +1,5 @@
 """A manifest of tokens that lacks a part is refused by the part's name."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -14,7 +12,7 @@ WHOLE: dict[str, Any] = {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
     {"name": "web", "format": "text", "splits": {"train": {"num_tokens": 1, "shards": []}}}]}
 
 
-@pytest.mark.parametrize(("place", "said"), [
+@pytest.mark.each(("place", "said"), [
     (("vocab_size",), "lacks vocab_size"), (("sources",), "lacks sources"),
     (("sources", 0, "format"), r"lacks sources\[0\]\.format"),
     (("sources", 0, "splits"), r"lacks sources\[0\]\.splits"),

@@ -1,7 +1,5 @@
 """The ledger: what the settings plan, and what has happened."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

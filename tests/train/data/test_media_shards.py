@@ -1,8 +1,6 @@
 """Pictures and sounds of token shards: a row has what its placeholders stand for, wherever documents are
 cut."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -97,7 +95,7 @@ def test_views_of_a_source_keep_media(chain: ShardChain) -> None:
     assert said(LongDocuments(chain, 9).encoder_inputs(1, 2, 6)) == expected((2, 2, 6))
 
 
-@pytest.mark.parametrize(("pair", "message"), [
+@pytest.mark.each(("pair", "message"), [
     ((IMAGE_PAD, -1), "placeholder of pictures for feature -1"),
     ((IMAGE_PAD, 12), "feature 12, and there are 12"),
     ((9, 2), "feature 2 at token id 9, which is not a placeholder")])
@@ -107,7 +105,7 @@ def test_a_number_that_means_nothing_is_refused(tmp_path: Path, pair: tuple[int,
         ShardChain([tmp_path / "a"], 32, banks=BANKS).encoder_inputs(0, 0, 2)
 
 
-@pytest.mark.parametrize(("suffix", "size_bytes"), [(".media", 8), (".pictures", 47), (".sounds", None)])
+@pytest.mark.each(("suffix", "size_bytes"), [(".media", 8), (".pictures", 47), (".sounds", None)])
 def test_damaged_files_are_named(tmp_path: Path, suffix: str, size_bytes: int | None) -> None:
     write(tmp_path / "a", DOCUMENTS)
     file = (tmp_path / "a").with_suffix(suffix)

@@ -1,7 +1,5 @@
 """The order of samples, by brute force over random sources, curricula and interruptions."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import random
@@ -97,7 +95,7 @@ def changed_run(seed: int, make: MakeSource) -> tuple[SampleOrder, Steps]:
     return run(drawn.steps, begun, {k: (drawn.settings("abcd"), [*sources, added]) for k in drawn.kills()})
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.each("seed", range(12))
 def test_a_run_killed_at_any_step_goes_on_as_if_it_had_not_been(seed: int, make_source: MakeSource) -> None:
     drawn = Drawn(seed, make_source)
     settings = (drawn.settings("abc"), drawn.sources("abc"))
@@ -105,7 +103,7 @@ def test_a_run_killed_at_any_step_goes_on_as_if_it_had_not_been(seed: int, make_
             == run(drawn.steps, settings, {})[1])
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.each("seed", range(12))
 def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: MakeSource) -> None:
     """What several restarts with changed settings gave comes again from the last ledger alone."""
     order, taken = changed_run(seed, make_source)
@@ -117,7 +115,7 @@ def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: Make
     assert [recomputed.next_batch() for _ in taken] == taken
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.each("seed", range(12))
 def test_no_token_is_ahead_of_another_by_more_than_the_epoch(seed: int, make_source: MakeSource) -> None:
     """Over changed blends, lengths, batches, skips, an added source: each token as often as epochs are
     complete, or once more."""
@@ -148,7 +146,7 @@ def lengths_of(source: Source) -> list[int]:
     return np.asarray(source.open_split("train").lengths).tolist()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.each("seed", range(12))
 def test_every_entry_has_the_samples_of_its_weights(seed: int, make_source: MakeSource) -> None:
     order, taken = changed_run(seed, make_source)
     since: Counter[str] = Counter()

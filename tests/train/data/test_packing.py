@@ -1,7 +1,5 @@
 """Packing against the fewest rows there can be, and token by token."""
 
-from __future__ import annotations
-
 import math
 
 from hypothesis import given, settings, strategies as st

@@ -1,7 +1,5 @@
 """Shuffling by a keyed permutation."""
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest
@@ -41,7 +39,7 @@ def walked(index: int, size: int, *key: object) -> int:
             return value
 
 
-@pytest.mark.parametrize("span", [(0, 6), (-1, 2), (3, 2)])
+@pytest.mark.each("span", [(0, 6), (-1, 2), (3, 2)])
 def test_indices_outside_are_refused(span: tuple[int, int]) -> None:
     with pytest.raises(IndexError, match="permutation of 5"):
         Permutation(5).permute(*span)

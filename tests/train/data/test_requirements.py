@@ -1,7 +1,5 @@
 """What an objective asks of its data beside weights and types."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

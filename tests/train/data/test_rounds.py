@@ -1,7 +1,5 @@
 """The samples of rounds: exactly a step's documents, whole, at any layout, in any number of rows."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +64,7 @@ def test_a_step_has_its_documents_whole_and_no_others(numbered: Any) -> None:
     assert order.state.cursors["rollouts"].tokens == sum(map(sum, LENGTHS.values()))
 
 
-@pytest.mark.parametrize("dp_size", [1, 2, 3])
+@pytest.mark.each("dp_size", [1, 2, 3])
 def test_rows_are_filled_up_so_that_every_process_has_as_many(numbered: Any, dp_size: int) -> None:
     source, _ = opened(numbered, 1, 2)
     config = config_of()
@@ -138,7 +136,7 @@ def test_a_round_that_is_damaged_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert read({"round": 1, "steps": [[0, 0], [0, 0]]}).documents is None
 
 
-@pytest.mark.parametrize("together", [1, 2, 6])
+@pytest.mark.each("together", [1, 2, 6])
 def test_micro_batches_of_a_round_are_of_one_size_with_little_padding(together: int) -> None:
     for most in range(1, 9):
         for num_rows in range(1, 70):

@@ -1,7 +1,5 @@
 """Routes of token shards: written as a sidecar, read by memory map, in rows beside their own tokens."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

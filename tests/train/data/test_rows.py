@@ -1,7 +1,5 @@
 """Rows: which token is predicted from which, with what weight."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

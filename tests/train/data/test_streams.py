@@ -1,7 +1,5 @@
 """One source's stream: every token once an epoch, at changing sample lengths, over kills."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Token shards, read against Megatron-Core's own writer and reader."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
@@ -66,7 +64,7 @@ def test_a_negative_id_is_refused(tmp_path: Path) -> None:
         TokenShard(tmp_path / "a", 9).tokens(0, 0, 1)
 
 
-@pytest.mark.parametrize(("suffix", "damage", "said"), [
+@pytest.mark.each(("suffix", "damage", "said"), [
     (".bin", lambda b: b[:-2], "a.bin: has 8 bytes, its index requires 10"),
     (".loss", lambda b: b + b"1234", "a.loss: has 24 bytes, its index requires 20"),
     (".idx", lambda b: b"PK" + b[2:], "a.idx: is not a Megatron index"),

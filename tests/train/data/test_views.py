@@ -1,7 +1,5 @@
 """NAME@N: the long documents of a source as a source."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from dataclasses import replace

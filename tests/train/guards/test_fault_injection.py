@@ -1,7 +1,5 @@
 """Faults on purpose: how they are written, when they come, and that each comes once in the life of a run."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -25,7 +23,7 @@ def test_several_faults_stand_in_one_argument() -> None:
         assert [parse_faults([f"{kind}@{state}=4"], 1)[0].state for state in states] == list(states)
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.each(("text", "said"), [
     ("kil@step=5", "unknown fault 'kil'; did you mean 'kill'?"),
     ("kill", "'' must be start=NUMBER or load=NUMBER or step=NUMBER or save=NUMBER or rank=NUMBER"),
     ("kill@rank=1", "must have exactly one of start=N, load=N, step=N, save=N"),

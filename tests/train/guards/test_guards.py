@@ -1,7 +1,5 @@
 """The guards together: each looks at a step when it is due."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Alarms about routing: when they come, and that each comes once until it has passed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,8 +1,6 @@
 """Which steps are refused: numbers that are not finite, and spikes by OLMo-core's rule;
 the ledger says so afterwards."""
 
-from __future__ import annotations
-
 import math
 import random
 from typing import Any

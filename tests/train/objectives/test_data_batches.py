@@ -1,8 +1,6 @@
 """The order's batches as objectives get them: the same global batch however many processes share it,
 and the state behind it."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 from typing import Any

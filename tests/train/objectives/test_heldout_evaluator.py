@@ -1,7 +1,5 @@
 """Held-out loss and bits per byte against transformers and the bytes of the texts themselves."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

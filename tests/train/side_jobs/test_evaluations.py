@@ -1,8 +1,6 @@
 """Evaluations beside training: one after the other, never in the way; what fails or
 hangs is said and left."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

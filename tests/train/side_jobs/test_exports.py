@@ -1,8 +1,6 @@
 """Exports beside training: what `to_hf` writes, from a checkpoint that may be gone meanwhile;
 a failure is an event."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """Collections come at the steps that are set, and at no others."""
 
-from __future__ import annotations
-
 import gc
 
 import pytest

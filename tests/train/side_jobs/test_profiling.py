@@ -1,7 +1,5 @@
 """Traces of the steps that are set, and of what is left of them."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from dataclasses import replace
@@ -33,7 +31,7 @@ def traced(run: Path, steps: range, is_main: bool = True) -> dict[str, list[str]
     return found
 
 
-@pytest.mark.parametrize(("steps", "expected"), [
+@pytest.mark.each(("steps", "expected"), [
     (range(1, 6), {"steps-2-3.json.gz": ["[2, 2]", "[3, 3]"]}),
     (range(3, 6), {"steps-3-3.json.gz": ["[3, 3]"]}),  # resumed behind step 2
     (range(1, 3), {"steps-2-2.json.gz": ["[2, 2]"]}),  # ended before step 3
@@ -47,7 +45,7 @@ def test_other_processes_write_none(tmp_path: Path) -> None:
     assert traced(tmp_path, range(1, 6), is_main=False) == {}
 
 
-@pytest.mark.parametrize(("steps", "expected"), [
+@pytest.mark.each(("steps", "expected"), [
     (range(1, 6), ["2 on", "3 off"]), (range(1, 3), ["2 on", "2 off"]), (range(4, 6), [])])
 def test_nvidias_profiler_is_told_on_every_process(steps: range, expected: list[str], tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:

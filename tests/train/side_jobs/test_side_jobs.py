@@ -1,7 +1,5 @@
 """Exports and their evaluations together: what was exported is judged, and nothing of it can end a run."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run says before its first step and behind its last one."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -47,7 +45,7 @@ def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> N
     assert told[2] == "  data       web 800 tokens with padding"
 
 
-@pytest.mark.parametrize(("steps", "web", "code"), [
+@pytest.mark.each(("steps", "web", "code"), [
     (range(6), 1000, 600), (range(4), 800, 0), (range(5, 6), 100, 300)])
 def test_tokens_are_those_of_the_ledger(steps: range, web: float, code: float) -> None:
     found = count_planned_tokens(ENTRIES, steps)

@@ -1,7 +1,5 @@
 """Runs that start from one Hugging Face folder share its conversion, and never that of other files."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import threading

@@ -1,8 +1,6 @@
 """A stage from the outside: what is refused before any process starts, what restarts are told,
 how every end is said."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

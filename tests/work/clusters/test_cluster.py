@@ -1,7 +1,5 @@
 """Cluster profiles: the shipped ones are sound, and a mistake in one's own is said in a sentence."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +28,7 @@ def test_options_override_profile() -> None:
     assert (profile.tasks_per_node, profile.cpus_per_task) == (8, 14)
 
 
-@pytest.mark.parametrize(("text", "code", "key"), [
+@pytest.mark.each(("text", "code", "key"), [
     ("partitoin: a", "unknown", "partitoin"),
     ("container: {kind: docker}", "choice", "container.kind"),
     ("container: {kind: pyxis}", "rule", "container.image"),
@@ -68,7 +66,7 @@ def test_gpu_alias_error_suggests_key(tmp_path: Path) -> None:
         cluster.load_profile(str(file))
 
 
-@pytest.mark.parametrize(("text", "seconds"), [  # the forms of sbatch's manual
+@pytest.mark.each(("text", "seconds"), [  # the forms of sbatch's manual
     ("90", 5400), ("90:30", 5430), ("2:00:00", 7200), ("1-12", 129600), ("1-12:30", 131400),
     ("1-12:30:15", 131415), ("0", float("inf")), ("UNLIMITED", float("inf")),
 ])
@@ -76,7 +74,7 @@ def test_time_limits_follow_slurm(text: str, seconds: float) -> None:
     assert cluster.parse_time_limit(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["soon", "", "1:2:3:4", "-5", "1.5", "2h", "1-"])
+@pytest.mark.each("text", ["soon", "", "1:2:3:4", "-5", "1.5", "2h", "1-"])
 def test_invalid_time_limits_are_rejected(text: str) -> None:
     with pytest.raises(UserError, match="must be minutes, H:MM:SS or D-HH:MM:SS"):
         cluster.parse_time_limit(text)
@@ -131,7 +129,7 @@ def test_gpu_power_is_share_of_node() -> None:
 FIGURES = {"tflops", "hbm", "nvlink", "memory", "network", "power", "server_power", "price"}
 
 
-@pytest.mark.parametrize("key", CHIPS)
+@pytest.mark.each("key", CHIPS)
 def test_chip_figures_have_sources_and_are_plausible(key: str) -> None:
     found = CHIPS[key]
     assert set(found.sources) == FIGURES and all(len(source) > 8 for source in found.sources.values())
@@ -157,7 +155,7 @@ def test_chip_figures_match_datasheets() -> None:
     assert (CHIPS["h100"].memory_bytes, CHIPS["h200"].memory_bytes) == (79 * GIB, 139 * GIB)
 
 
-@pytest.mark.parametrize(("written", "key"), [
+@pytest.mark.each(("written", "key"), [
     ("H100-80GB", "h100"), ("h100", "h100"), ("A100-40GB", "a100-40"), ("A100", "a100"), ("GB300", "gb300"),
     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA B300 SXM6 AC", "b300"),
     ("H100-96GB(HBM2e500W)", "h100-96"), ("AMD Instinct MI300X", "mi300x")])

@@ -1,7 +1,5 @@
 """Hostile endpoints (compressed, endless, slow answers) and concurrent equal requests."""
 
-from __future__ import annotations
-
 import gzip
 import importlib
 import json
@@ -123,7 +121,7 @@ def test_unusable_answer_is_billed(tmp_path: Path) -> None:
         assert cache.usage().output_tokens == 9 + most.output_tokens
 
 
-@pytest.mark.parametrize("levels", [250, 900, 100_000])
+@pytest.mark.each("levels", [250, 900, 100_000])
 def test_deeply_nested_answer_is_rejected(levels: int) -> None:
     with pytest.raises(BadAnswer):
         parse_json_answer(b"[" * levels + b"]" * levels)
@@ -165,7 +163,7 @@ REFUSALS = {  # as these servers word them
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.each("name", REFUSALS)
 def test_permanent_refusal_is_reported_without_retry(
         name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message, kind, sentence = REFUSALS[name]
@@ -218,7 +216,7 @@ def test_substitute_model_is_reported_once(tmp_path: Path) -> None:
         strict._check_model(ASKED, {"model": "third"})
 
 
-@pytest.mark.parametrize(("text", "low", "high"), [
+@pytest.mark.each(("text", "low", "high"), [
     ("7", 7, 7), ("0.5", 0.5, 0.5), ("Thu, 01 Jan 2026 00:00:30 GMT", 30, 30),
     ("Thu, 01 Jan 2026 01:00:30 +0100", 30, 30), ("Fri, 09 Jan 2026 00:00:00 GMT", 60, 60),
     ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0), ("Thu Jan  1 00:00:30 2026", 30, 30),

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import base64
 import io
 import threading
@@ -129,7 +127,7 @@ def test_temporary_and_permanent_failures_differ(double: VllmDouble) -> None:
     assert told.value.is_unavailable and not server.is_healthy()
 
 
-@pytest.mark.parametrize(("choice", "told"), [
+@pytest.mark.each(("choice", "told"), [
     ({}, "KeyError: 'token_ids'"), ({"token_ids": ["x"]}, "ValueError"),
     ({"token_ids": [1], "finish_reason": "stop", "logprobs": {"content": [{}]}}, "KeyError: 'logprob'")])
 def test_incomplete_answer_is_rejected(choice: dict[str, Any], told: str) -> None:
@@ -137,7 +135,7 @@ def test_incomplete_answer_is_rejected(choice: dict[str, Any], told: str) -> Non
         _parse_choices({"choices": [choice]}, "http://here")
 
 
-@pytest.mark.parametrize(("answer", "told"), [
+@pytest.mark.each(("answer", "told"), [
     (TokenAnswer([1, 2], [-1.0], "stop"), "2 tokens but 1 log-probabilities"),
     (TokenAnswer([1], [-1.0], "repetition"), "'repetition'"),
     (TokenAnswer([1, 2], [-1.0, -9999.0], "stop"), "gives no probability"),
@@ -189,7 +187,7 @@ def _npy(save: Any, *parts: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-@pytest.mark.parametrize("lie", [
+@pytest.mark.each("lie", [
     {"token_ids": [5, 1e999]}, {"token_ids": [5, 6.7]}, {"token_ids": [5, True]},
     {"token_ids": [5, 1 << 31]}, {"token_ids": [5, -1]},
     {"weight_versions": [{"version": 1 << 31, "start": 0, "end": 2}]},

@@ -1,7 +1,5 @@
 """Background processes: low priority, ignored stop signals, end with the parent."""
 
-from __future__ import annotations
-
 import functools
 import json
 import operator

@@ -1,7 +1,5 @@
 """Complete records survive kills; unfinished work of other commands is refused."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -31,7 +29,7 @@ def write_records(out: Path, *records: tuple[int | str, bytes]) -> bytes:
     return (work_folder(out) / RECORDS).read_bytes() if records else b""
 
 
-@pytest.mark.parametrize("torn", [b"", b"[2, 1", b"[2, 1, 1]\n{", b"[2, 2, 1]\n{}\n", b"\0" * 40 + b"\n",
+@pytest.mark.each("torn", [b"", b"[2, 1", b"[2, 1, 1]\n{", b"[2, 2, 1]\n{}\n", b"\0" * 40 + b"\n",
                                   b"[2, -1, 0]\n", b"7\n{}\n"])
 def test_incomplete_record_is_dropped(torn: bytes, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
@@ -88,7 +86,7 @@ def test_journal_without_records_accepts_other_identity(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b'{"identity": 3}', b"\xff", b"null"])
+@pytest.mark.each("content", [b"", b"[" * 100_000, b'{"identity": 3}', b"\xff", b"null"])
 def test_damaged_job_file_counts_as_missing(tmp_path: Path, content: bytes) -> None:
     write_records(tmp_path / "out", (0, b""))
     (work_folder(tmp_path / "out") / JOB).write_bytes(content)

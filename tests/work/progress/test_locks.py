@@ -1,7 +1,5 @@
 """Folder locks and claims across processes."""
 
-from __future__ import annotations
-
 import errno
 import json
 import multiprocessing

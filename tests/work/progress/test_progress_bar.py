@@ -1,7 +1,5 @@
 """Progress: plain lines in a log, a bar on a terminal."""
 
-from __future__ import annotations
-
 import io
 import math
 from pathlib import Path
@@ -73,9 +71,9 @@ def test_close_before_first_step_writes_nothing() -> None:
 # The bar of long work: on a terminal, once it takes longer than a moment.
 
 
-@pytest.mark.parametrize(("delay_s", "shows", "screen", "seen"), [
+@pytest.mark.each(("delay_s", "shows", "screen", "seen"), [
     (0.0, True, Terminal(), True), (60.0, True, Terminal(), False), (0.0, False, Terminal(), False),
-    (0.0, True, io.StringIO(), False)], ids=["terminal", "a moment", "another process", "log file"])
+    (0.0, True, io.StringIO(), False)])
 def test_progress_files_show_completed_work(delay_s: float, shows: bool, screen: io.StringIO, seen: bool,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_bar, "SHOWN_AFTER_S", delay_s)

@@ -1,7 +1,5 @@
 """Resumable artifacts and parts: finished files survive kills and errors."""
 
-from __future__ import annotations
-
 import dataclasses
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Jobs on a real Ray cluster with two nodes: same bytes as a single process, no lost items."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator

@@ -18,11 +18,8 @@ EVENT = "eval_contamination"
 
 
 def compare_scores(options: EvalDifferenceOptions) -> None:
-    """Print the differences per metric with confidence intervals.
-
-    Raises:
-        UserError: a damaged file, or results with different settings.
-    """
+    """Print the differences per metric with confidence intervals. Raises `UserError`: a damaged file, or
+    results with different settings."""
     rows = compute_differences(read_scored_results(options.first), read_scored_results(options.second),
                                parse_task_names(options.tasks))
     values = {"first": str(options.first), "second": str(options.second),
@@ -33,11 +30,8 @@ def compare_scores(options: EvalDifferenceOptions) -> None:
 
 
 def find_contamination(options: EvalContaminationOptions) -> None:
-    """Add the contamination per task to OUT.json, and write the positions to OUT.hits.json.
-
-    Raises:
-        UserError: unreadable results or data.
-    """
+    """Add the contamination per task to OUT.json, and write the positions to OUT.hits.json. Raises
+    `UserError`: unreadable results or data."""
     events = RunEvents(options.run)
     scored = read_scored_results(options.results)
     reading = RecordReading(text_field=options.text_field)

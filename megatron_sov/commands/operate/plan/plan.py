@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import AboveZero, AtLeastOne, DeclaredCommand, Flag
+from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.work.clusters import cluster
 
-RUN_OPTIONS = ("recipe", "configs", "plugins", "settings", "data", "nproc", "cluster", "nodes", "sweep",
-               "prove", "json", "start_from", "days", "budget")
-"""Options that --calibrate refuses."""
 STAGES: dict[str, Stage] = {"sft": "sft", "prefer": "preference", "distill": "distill"}
 """Stage for --from, typed instead of RECIPE -> objective."""
 CLUSTER = ("Show memory, speed, days and cost on this cluster, with the recommended layout unless parallel.* "
@@ -25,14 +22,9 @@ class PlanOptions(RecipeOptions):
 
     recipe: Annotated[str | None, Flag("RECIPE")] = None
     """Recipe name (`megatron-sov recipes` lists names), or FILE.py:FUNCTION. With --from: sft (default),
-    prefer or distill. Without RECIPE, --days or --budget compares all recipes."""
+    prefer or distill."""
     start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = None
     """Plan fine-tuning for this model; from a Hugging Face folder, only config.json is read."""
-    days: Annotated[AboveZero | None, Flag(value="DAYS")] = None
-    """Show how many tokens RECIPE, or every pretraining recipe, processes on --cluster within DAYS days."""
-    budget: Annotated[AboveZero | None, Flag(value="USD")] = None
-    """Show how many tokens a budget in US dollars buys on --cluster; with --days, the smaller limit
-    applies."""
     data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
     """Token shards from `sov-data pack`: show epochs, and check the vocabulary."""
     nproc: AtLeastOne | None = None
@@ -48,12 +40,6 @@ class PlanOptions(RecipeOptions):
     gradients, weights and states with one process; exit code 3 if they differ."""
     json: bool = False
     """Print JSON instead of tables."""
-    calibrate: Annotated[tuple[Path, ...], Flag(value="RUN", many=True)] = ()
-    """Instead of RECIPE: fit the speed parameters to these runs."""
-    out: Annotated[Path | None, Flag("--output", "FILE")] = None
-    """Output file for --calibrate."""
-    parameters: Annotated[Path | None, Flag(value="FILE")] = None
-    """Use the speed parameters from --calibrate."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +61,8 @@ class LayoutProof(PlanRequest):
     """--prove."""
 
 
-class SpeedCalibration(PlanRequest):
-    """--calibrate."""
-
-
 def check_plan(options: PlanOptions) -> PlanRequest:
     """Raise `UserError` for options that contradict each other."""
-    if options.calibrate or options.out is not None:
-        _check_calibration(options)
-        return SpeedCalibration(options)
-    if options.cluster is None and options.parameters is not None:
-        raise UserError(f"--parameters {options.parameters}: needs a cluster; add --cluster")
     if options.cluster is None and (options.nodes is not None or options.sweep):
         option, fix = (("--sweep", "") if options.sweep
                        else (f"--nodes {options.nodes}", ", or pass --nproc"))
@@ -93,13 +70,9 @@ def check_plan(options: PlanOptions) -> PlanRequest:
     if options.cluster is not None and options.nproc is not None:
         raise UserError(f"--nproc {options.nproc}: --cluster {options.cluster} and --nodes decide; leave it "
                         "out")
-    if options.days is not None or options.budget is not None:
-        _check_budget(options)
-        _check_model(options)
-        return RecipePlan(options) if options.start_from is None else TuningPlan(options)
     _check_model(options)
     if options.prove:
-        extra = next((name for name in ("sweep", "data", "parameters") if getattr(options, name)), None)
+        extra = next((name for name in ("sweep", "data") if getattr(options, name)), None)
         if extra is not None:
             raise UserError(f"--prove: checks a layout, and --{extra} belongs to another plan; leave one out")
         return LayoutProof(options)
@@ -109,8 +82,7 @@ def check_plan(options: PlanOptions) -> PlanRequest:
 PLAN = DeclaredCommand(PlanOptions, check_plan, {
     RecipePlan: "megatron_sov.commands.operate.plan.plan_run:plan_recipe",
     TuningPlan: "megatron_sov.commands.operate.plan.tuning_run:plan_tuning",
-    LayoutProof: "megatron_sov.commands.operate.plan.prove_run:prove_layout",
-    SpeedCalibration: "megatron_sov.commands.operate.plan.calibrate_run:calibrate_speed"},
+    LayoutProof: "megatron_sov.commands.operate.plan.prove_run:prove_layout"},
     runs_in_checks=True)
 
 
@@ -125,23 +97,3 @@ def _check_model(options: PlanOptions) -> None:
         model = options.recipe if has_recipe else f"--config {options.configs[0]}"
         raise UserError(f"--from {options.start_from} and {model}: both name a model; leave one out, or name "
                         f"a stage instead of a recipe ({', '.join(STAGES)})")
-
-
-def _check_budget(options: PlanOptions) -> None:
-    option = "--days" if options.days is not None else "--budget"
-    if options.cluster is None:
-        raise UserError(f"{option}: needs a cluster; add --cluster")
-    if extra := [name for name in ("sweep", "prove") if getattr(options, name)]:
-        raise UserError(f"{option} and --{extra[0]}: exclude each other; leave one out")
-
-
-def _check_calibration(options: PlanOptions) -> None:
-    if not options.calibrate:
-        raise UserError(f"--output {options.out}: is for --calibrate RUN ...; add it, or redirect stdout for "
-                        "a plan")
-    if extra := [name for name in RUN_OPTIONS if getattr(options, name)]:
-        raise UserError(f"--calibrate {options.calibrate[0]}: fits existing runs, and {extra[0]} belongs to "
-                        "a planned run; leave one out")
-    if options.parameters is not None:
-        raise UserError(f"--parameters {options.parameters}: --calibrate starts from the package's "
-                        "parameters; leave it out")

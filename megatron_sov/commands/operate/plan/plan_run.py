@@ -1,4 +1,4 @@
-"""Runs `megatron-sov plan` for recipes: the schedule, the price on a cluster, or tokens within a budget."""
+"""Runs `megatron-sov plan` for recipes: the schedule, or the price on a cluster."""
 
 from megatron_sov.base.artifacts import format_json, read_manifest
 from megatron_sov.base.errors import UserError, stop_check
@@ -6,56 +6,26 @@ from megatron_sov.base.figures import format_count, format_value
 from megatron_sov.commands.operate.plan.plan import PlanOptions, RecipePlan
 from megatron_sov.model.config import RunConfig, parse_data_paths
 from megatron_sov.model.config.data import split_source_name
-from megatron_sov.model.recipes.requested import RecipeRequest, load_plugins, request_recipe
-from megatron_sov.plan.cluster_plan import (
-    compute_budget_rows, format_budget, format_memory_lines, list_pretraining_requests, plan_on_cluster,
-    plan_with_sweep)
+from megatron_sov.model.recipes.requested import RecipeRequest, request_recipe
+from megatron_sov.plan.cluster_plan import format_memory_lines, plan_on_cluster, plan_with_sweep
 from megatron_sov.plan.pages import layout_report
 from megatron_sov.plan.pricing import load_machines
-from megatron_sov.plan.speed.parameters import read_parameters
 from megatron_sov.schedules import Schedule
 
 
 def plan_recipe(plan: RecipePlan) -> None:
-    options = plan.options
-    has_budget = options.days is not None or options.budget is not None
-    if has_budget and options.recipe is None and not options.configs:
-        load_plugins(options.plugins)
-        print_budget(options, list_pretraining_requests(options.settings))
-    else:
-        print_plan(options, request_recipe(options))
+    print_plan(plan.options, request_recipe(plan.options))
 
 
 def print_plan(options: PlanOptions, request: RecipeRequest) -> None:
-    """Print the plan for a recipe or stage.
-
-    Raises:
-        UserError: settings without a valid schedule, or a run that does not fit the cluster's GPUs.
-    """
+    """Print the plan for a recipe or stage. Raises `UserError`: it does not fit the cluster's GPUs."""
     if options.cluster is not None:
         load_machines(options.cluster, options.nodes)
     request.config()
-    if options.days is not None or options.budget is not None:
-        stop_check()
-        print_budget(options, {request.base.recipe: request})
-    elif options.cluster is not None:
+    if options.cluster is not None:
         _print_on_cluster(options, options.cluster, request)
     else:
         _print_schedule(options, request)
-
-
-def print_budget(options: PlanOptions, requests: dict[str, RecipeRequest]) -> None:
-    """Print the tokens that every recipe reaches within --days and --budget."""
-    assert options.cluster is not None
-    where = load_machines(options.cluster, options.nodes)
-    parameters = None if options.parameters is None else read_parameters(options.parameters)
-    rows = compute_budget_rows(requests, where, options.days, options.budget, parameters)
-    if options.json:
-        print(format_json({"cluster": options.cluster, "nodes": where.nodes, "gpus": where.num_ranks,
-                           "days": options.days, "budget_usd": options.budget,
-                           "recipes": [row.to_json() for row in rows]}))
-    else:
-        print(format_budget(rows, where))
 
 
 def _print_schedule(options: PlanOptions, request: RecipeRequest) -> None:
@@ -75,11 +45,10 @@ def _print_schedule(options: PlanOptions, request: RecipeRequest) -> None:
 def _print_on_cluster(options: PlanOptions, cluster: str, request: RecipeRequest) -> None:
     """Print layout, memory, speed, days and cost on a cluster."""
     where = load_machines(cluster, options.nodes)
-    parameters = None if options.parameters is None else read_parameters(options.parameters)
     if options.sweep:
         stop_check()  # takes minutes
-    plan = (plan_with_sweep(request, where, _list_recipe_words(options), parameters) if options.sweep
-            else plan_on_cluster(request, where, parameters))
+    plan = (plan_with_sweep(request, where, _list_recipe_words(options)) if options.sweep
+            else plan_on_cluster(request, where))
     data_lines = _describe_data(options, plan.config)
     stop_check()
     if options.json:
@@ -91,11 +60,7 @@ def _print_on_cluster(options: PlanOptions, cluster: str, request: RecipeRequest
 
 
 def _describe_data(options: PlanOptions, config: RunConfig) -> list[str]:
-    """Return lines with the passes over --data and with vocabulary settings to change.
-
-    Raises:
-        UserError: a --data folder without token shards, or a vocabulary larger than the model's.
-    """
+    """Return lines with the passes over --data and with vocabulary settings to change."""
     shards = [read_manifest(split_source_name(path)[1], "tokens").content
               for path in parse_data_paths(options.data)]
     if not shards:

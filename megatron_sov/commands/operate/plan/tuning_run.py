@@ -32,11 +32,7 @@ def plan_tuning(plan: TuningPlan) -> None:
 
 
 def request_plan(options: PlanOptions) -> RecipeRequest:
-    """Build the request for a recipe or, with --from, for a post-training stage.
-
-    Raises:
-        UserError: an unusable model, or a stage of unknown length.
-    """
+    """Build the request for a recipe or, with --from, for a post-training stage."""
     if options.start_from is None:
         return request_recipe(options)
     stage = STAGES[options.recipe or "sft"]
@@ -66,11 +62,7 @@ def _build_base(start_from: Path, stage: Stage) -> RunConfig:
 
 
 def _complete_request(options: PlanOptions, request: RecipeRequest, stage: Stage) -> RecipeRequest:
-    """Add the settings that follow from --data, or from the stage's length.
-
-    Raises:
-        UserError: unreadable data, data of another format, or a stage of unknown length.
-    """
+    """Add the settings that follow from --data, or from the stage's length."""
     config = request.config()
     changed = {setting.partition("=")[0] for setting in request.settings}
     if config.data.paths:

@@ -6,6 +6,7 @@ write the same files next to the export. Hung processes write their stacks to `R
 """
 
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -43,11 +44,7 @@ class LogLine:
 
 
 def print_logs(options: LogsOptions) -> None:
-    """Print a run's lines with start and rank.
-
-    Raises:
-        UserError: a folder without a run, or a --rank without a file.
-    """
+    """Print a run's lines with start and rank. Raises `UserError`: no run, or no file of --rank."""
     runs = find_runs(options.run)
     if runs[-1] != options.run:
         raise UserError(f"{options.run}: contains runs, but is not a run; pass one of "
@@ -60,8 +57,14 @@ def print_logs(options: LogsOptions) -> None:
         raise UserError(f"--rank {options.rank[0]}: {options.run} has no file from this rank ({advice}); "
                         "leave --rank out")
     try:
-        for line in RunLogReader(options.run, set(options.rank), options.tail).iter_lines(options.follow):
+        lines = RunLogReader(options.run, set(options.rank), options.tail).iter_lines(options.follow)
+        is_empty = True
+        for line in lines:
+            is_empty = False
             print(f"[{line.label}] {line.text}", flush=True)
+        if is_empty:
+            print(f"{options.run}: has no log files: a run on one machine writes to its terminal; "
+                  f"`megatron-sov status {options.run}` shows its state", file=sys.stderr)
     except KeyboardInterrupt:
         pass
 

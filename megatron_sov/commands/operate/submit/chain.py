@@ -78,11 +78,7 @@ class ChainConfig:
 
 
 def get_work_folder() -> str:
-    """Return the absolute path in the environment variable WORK.
-
-    Raises:
-        UserError: WORK is not set.
-    """
+    """Return the absolute path in the environment variable WORK. Raises `UserError`: WORK is not set."""
     if not os.environ.get("WORK"):
         raise UserError("$WORK is not set; export WORK=FOLDER, a folder on a disk shared by all nodes")
     return str(Path(os.environ["WORK"]).absolute())
@@ -94,11 +90,8 @@ def list_chains() -> list[str]:
 
 
 def read_chain(name: str) -> ChainConfig:
-    """Read a chain file, by a name in `list_chains` or by its path.
-
-    Raises:
-        UserError: a missing or invalid file, or an invalid order of stages.
-    """
+    """Read a chain file, by a name in `list_chains` or by its path. Raises `UserError`: a missing or invalid
+    file, or an invalid order of stages."""
     if name in list_chains():
         text = cluster.list_packaged_files("chains")[name].read_text(encoding="utf-8")
     elif Path(name).is_file():

@@ -55,11 +55,8 @@ def run_chain(chain: str, options: SubmitOptions) -> None:
 
 
 def submit_chain(chain: str, options: SubmitOptions) -> None:
-    """Submit a chain's incomplete stages, after checks of all stages.
-
-    Raises:
-        UserError: an invalid file or stage, a problem with Slurm, or jobs of an earlier submission.
-    """
+    """Submit a chain's incomplete stages, after checks of all stages. Raises `UserError`: an invalid file or
+    stage, a problem with Slurm, or jobs of an earlier submission."""
     links = prepare_links(chain, options)
     if options.dry_run:
         for link in links:
@@ -143,11 +140,8 @@ def _describe_state(link: ChainLink, before: ChainSubmission, active: dict[str, 
 
 
 def prepare_links(chain: str, options: SubmitOptions) -> list[ChainLink]:
-    """Build the job scripts for a chain's stages, without writing a file or querying Slurm.
-
-    Raises:
-        UserError: an invalid stage, or two stages with the same folder.
-    """
+    """Build the job scripts for a chain's stages, without writing a file or querying Slurm. Raises
+    `UserError`: an invalid stage, or two stages with the same folder."""
     config = read_chain(chain)
     links: list[ChainLink] = []
     for number, stage in enumerate(config.stages):
@@ -192,11 +186,8 @@ def _describe_script(chain: str, number: int, stage: ChainStage, options: Submit
 
 
 def write_scripts(chain: str, folder: Path, options: SubmitOptions) -> list[Path]:
-    """Write a chain's scripts and return their paths in submission order.
-
-    Raises:
-        UserError: an invalid chain, or an existing script, which a user may have edited.
-    """
+    """Write a chain's scripts and return their paths in submission order. Raises `UserError`: an invalid
+    chain, or an existing script, which a user may have edited."""
     links = prepare_links(chain, options)
     scripts = {job.script: text for link in links
                for job, text in zip(link.prepared.jobs, link.prepared.texts, strict=True)}

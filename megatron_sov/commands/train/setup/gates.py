@@ -61,11 +61,8 @@ def build_gate(options: GateOptions, config: RunConfig, start: Path | None) -> F
 
 
 def check_benchmarks(config: RunConfig) -> None:
-    """Check that the benchmarks for exports (`evaluate.background.tasks`) can be measured.
-
-    Raises:
-        UserError: lm-eval is not installed, a folder is missing, or no folder has a task.
-    """
+    """Check that the benchmarks for exports (`evaluate.background.tasks`) can be measured. Raises
+    `UserError`: lm-eval is not installed, a folder is missing, or no folder has a task."""
     if "lm" not in config.evaluate.background.tasks:
         return
     from megatron_sov.bench.lm.harness import require_harness  # optional: `bench` and lm-eval

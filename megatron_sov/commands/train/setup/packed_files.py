@@ -25,6 +25,7 @@ from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents import KINDS, BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import format_location
 from megatron_sov.base.documents.records import DESIRABLE
+from megatron_sov.base.documents.rows import fix_records
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, warn
 from megatron_sov.base.hints.foreign import find_shards
 from megatron_sov.base.hints.paths import fix_by_packing
@@ -340,6 +341,8 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
         fix = Fix(words={str(file): f"{folder}/unpaired.jsonl"}, options=("--method", "kto"),
                   before=(f"{UNPAIRED} {shlex.join(['--input', str(file), '--output', folder])}",))
         raise UserError(f"--data {location}: is judged on its own; KTO learns from such responses", fix)
+    if fix := fix_records(file, fault.reason):
+        raise UserError(f"--data {location}: {fault.reason}", fix)
     is_usable = bool(fault.options) and "FIELD" not in fault.options[-1] and "prompt" not in fault.options
     if is_usable and tokenizer is not None:
         form = () if "--format" in fault.options else ("--format", formats[0])

@@ -18,7 +18,8 @@ from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
 from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, request_recipe
 from megatron_sov.model.recipes.stage_defaults import Stage, build_base_config
 from megatron_sov.runs.checkpoints import (
-    IMPORTED_RECIPE, check_model_path, find_checkpoint, find_tokenizer_folder, read_checkpoint_settings)
+    IMPORTED_RECIPE, check_model_path, find_checkpoint, find_tokenizer_folder, read_checkpoint_settings,
+    refuse_pointers)
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.stages.shared_copies import find_copy
@@ -27,6 +28,7 @@ from megatron_sov.train.stages.shared_copies import find_copy
 def find_start(start_from: Path) -> Path:
     """Return the checkpoint or Hugging Face folder in --from; for a run, its newest checkpoint."""
     check_model_path(start_from, "--from ")
+    refuse_pointers(start_from, "--from ")
     return start_from if is_hf_folder(start_from) else find_checkpoint(start_from)
 
 
@@ -69,11 +71,8 @@ def request_with_model(options: RecipeOptions, start_from: Path, stage: Stage) -
 
 
 def read_matching_model(start_from: Path, request: RecipeRequest) -> ModelConfig:
-    """Read the architecture from --from.
-
-    Raises:
-        UserError: --from names no model, or a model of another family than the recipe.
-    """
+    """Read the architecture from --from. Raises `UserError`: --from names no model, or a model of another
+    family than the recipe."""
     model = read_start_model(find_start(start_from))
     family = request.base.model.family
     for setting in request.settings:  # the last setting counts

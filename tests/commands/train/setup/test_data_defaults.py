@@ -1,7 +1,5 @@
 """Defaults of the stages of post-training."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path
@@ -67,7 +65,7 @@ def test_an_epoch_is_what_the_order_gives_until_a_source_is_gone_through(packed_
     assert order.count_epochs()[sources[0].name] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("stage", "settings", "params", "lr"), [
+@pytest.mark.each(("stage", "settings", "params", "lr"), [
     ("sft", [], 1e9, 2e-5), ("sft", [], 7e10, 2e-6), ("sft", ["lora.rank=8"], 1e9, 2e-4),
     ("preference", [], 1e9, 1e-6), ("preference", [], 8e9, 5e-7),
     ("preference", ["preference.method=orpo"], 1e9, 8e-6), ("policy", [], 1e9, 1e-6)])
@@ -117,7 +115,7 @@ def test_rounds_follow_from_prompts() -> None:
 LENGTHS = ("rollout.max_prompt_tokens=64", "rollout.max_new_tokens=64", "rollout.rounds=2")
 
 
-@pytest.mark.parametrize(("settings", "row", "rows", "batch"), [
+@pytest.mark.each(("settings", "row", "rows", "batch"), [
     ((), 256, 4, 4), (("rollout.samples_per_prompt=2",), 256, 1, 1),
     (("rollout.max_new_tokens=448",), 512, 8, 8),
     (("rollout.max_new_tokens=300",), 512, 6, 6),
@@ -137,7 +135,7 @@ def test_rows_of_rounds_follow_from_lengths_and_responses(settings: tuple[str, .
     assert not [p for p in add_rounds(config).problems() if p.key.startswith(("train.", "data."))]
 
 
-@pytest.mark.parametrize(("layout", "nproc", "rows", "batch"), [
+@pytest.mark.each(("layout", "nproc", "rows", "batch"), [
     ((), 1, 4, 4), ((), 2, 4, 8), ((), 3, 4, 12), (("parallel.tp=2",), 2, 1, 1),
     (("parallel.pp=2",), 2, 1, 1), (("parallel.cp=2",), 2, 1, 1), (("parallel.zero1=true",), 2, 4, 8)])
 def test_rows_of_rounds_suit_the_layout(layout: tuple[str, ...], nproc: int, rows: int, batch: int) -> None:
@@ -174,7 +172,7 @@ def test_files_of_settings_go_before_what_is_derived() -> None:
     assert (config.optim.lr, config.data.phases[0].seq_len, config.train.micro_batch_size) == (3e-4, 384, 2)
 
 
-@pytest.mark.parametrize(("hidden", "layers", "adapter"), [
+@pytest.mark.each(("hidden", "layers", "adapter"), [
     (64, 2, []), (576, 30, []), (576, 30, ["lora.rank=8"]), (2048, 24, []), (4096, 36, []),
     (4096, 36, ["lora.rank=8"]), (5120, 64, [])])
 def test_activations_of_a_micro_batch_stay_below_a_bound(hidden: int, layers: int,

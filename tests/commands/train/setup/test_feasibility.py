@@ -1,7 +1,5 @@
 """Runs that do not fit their data, the machine or their hours are refused until the user sets them."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path
@@ -92,7 +90,7 @@ FITS = "model.vocab_size=368"
 """The vocabulary of the tests' tokenizer."""
 
 
-@pytest.mark.parametrize("settings", [
+@pytest.mark.each("settings", [
     ("train.steps=90000",), ("train.epochs=30",), ("data.max_epochs=0",),
     ("data.max_epochs=100000",), ('data.phases=[{"name": "main", "seq_len": 64, "tokens": 9000000}]',),
     ("data.phases.0.seq_len=64",)])
@@ -100,7 +98,7 @@ def test_a_length_of_the_user_is_consent_to_many_epochs(packed_data: Any, settin
     assert why_refused(pretraining([packed_data.text], FITS, *settings)) == ""
 
 
-@pytest.mark.parametrize("settings", [
+@pytest.mark.each("settings", [
     (), ("optim.lr=1e-3",), ("train.global_batch_size=64",), ("data.max_epochs=4",), ("data.max_epochs=30",)])
 def test_many_epochs_of_a_recipes_own_budget_are_refused(packed_data: Any, settings: tuple[str, ...]) -> None:
     asked = pretraining([packed_data.text], FITS, "train.seed=1", *settings)
@@ -124,7 +122,7 @@ def test_epochs_count_the_tokens_of_every_phase(packed_data: Any) -> None:
     assert count_epochs(config, sources) == pytest.approx(96_000 / tokens, rel=0.05)
 
 
-@pytest.mark.parametrize(("rows", "allowed"), [
+@pytest.mark.each(("rows", "allowed"), [
     (368, True), (369, True), (384, True), (400, True), (512, True), (736, True), (737, False), (1024, False),
     (2048, False), (151_936, False), (262_144, False)])
 def test_a_recipe_for_another_tokenizer_is_refused(packed_data: Any, rows: int, allowed: bool) -> None:
@@ -142,7 +140,7 @@ def test_a_recipe_for_another_tokenizer_is_refused(packed_data: Any, rows: int, 
     assert why_refused(dataclasses.replace(asked, from_file=True)) == ""
 
 
-@pytest.mark.parametrize(("settings", "count"), [
+@pytest.mark.each(("settings", "count"), [
     ((), 1), ((), 2), (("train.precision=bf16",), 1), (("parallel.zero1=true",), 2), (("parallel.pp=2",), 2),
     (("parallel.tp=2",), 2)])
 def test_memory_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...],
@@ -166,7 +164,7 @@ def test_memory_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, setti
     gpu_capacity.refuse_on_this_machine(config, None)
 
 
-@pytest.mark.parametrize(("settings", "num_prompts", "refused"), [
+@pytest.mark.each(("settings", "num_prompts", "refused"), [
     ((), 1, True), ((), 2, True), (("optim.lr=1e-6",), 1, True), ((), 100_000, False),
     (("data.max_epochs=0",), 1, False), (("rollout.rounds=500",), 1, False), (("train.epochs=9",), 1, False),
     (("data.max_epochs=1e6",), 1, False)])

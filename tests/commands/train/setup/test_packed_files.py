@@ -1,8 +1,6 @@
 """Files of --data become token shards in the run's folder, once; the two commands are replaced by quick ones
 that write what the real ones write last."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Callable
@@ -231,7 +229,7 @@ def test_a_damaged_record_says_nothing(run: Path, record: str) -> None:
     assert not found.recorded(run)
 
 
-@pytest.mark.parametrize(("objective", "name", "text", "words"), [
+@pytest.mark.each(("objective", "name", "text", "words"), [
     ("sft", "p.jsonl", '{"prompt": "p", "chosen": "c", "rejected": "r"}', "`megatron-sov prefer` learns"),
     ("preference", "c.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "`megatron-sov sft` le"),
     ("preference", "t.txt", "words", "`megatron-sov pretrain` learns"),

@@ -1,7 +1,5 @@
 """From the command line to settings, with every mistake found before the work."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from pathlib import Path

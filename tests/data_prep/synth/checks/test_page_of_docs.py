@@ -1,4 +1,4 @@
-"""docs/synth_checks.md: its steps are sound, its program runs, its table of sources is
+"""docs/synth.md: its steps are sound, its program runs, its table of sources is
 whole."""
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 from made_runs import made_run, sample
 
 from data_prep.synth.checks.settings import DEFAULTS, SOURCES, find_check_problems
+from tests.pages_typed import page_section
 
-PAGE = (Path(__file__).parents[4] / "docs/synth_checks.md").read_text(encoding="utf-8")
+PAGE = page_section("synth.md", "Checks on all samples")
 
 
 def block(language: str) -> str:
@@ -41,5 +42,5 @@ def test_the_page_names_all_sources_and_all_generators_without_steps() -> None:
     cells = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
     assert [name for name in cells if name in SOURCES] == [*SOURCES]
     without = [file.stem for file in DEFAULTS.glob("*.yaml") if "steps: []" in file.read_text()]
-    told = PAGE[PAGE.index("What `answers`"):PAGE.index("goes through no step")]
+    told = PAGE[PAGE.index("The output of `answers`"):PAGE.index("goes through no step")]
     assert sorted(re.findall(r"`([\w-]+)`", told)) == sorted(without)

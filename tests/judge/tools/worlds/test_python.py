@@ -3,8 +3,6 @@
 The sandbox is a double here; its own tests say what it holds.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Retrieval world: BM25 search, reading by keys, configured names."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

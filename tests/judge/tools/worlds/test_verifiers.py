@@ -2,8 +2,6 @@
 asks the endpoint that it is given, as the library's harnesses do.  `benchmarks/verifiers_worlds.py` plays the
 library itself."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -257,7 +255,7 @@ def test_withheld_network_variables_are_reported(
         play(wrong_key=True).reset(TASK)
 
 
-@pytest.mark.parametrize("given, match", [
+@pytest.mark.each("given, match", [
     ({"config": "nowhere.toml"}, "is no file in TOML or JSON"),
     ({"config": __file__}, "is no file in TOML or JSON"),
     ({"python": "no-python"}, "names no program")])

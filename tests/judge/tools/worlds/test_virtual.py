@@ -1,7 +1,5 @@
 """Virtual worlds: tools and goals."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +30,7 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"name": name, "arguments": arguments}
 
 
-@pytest.mark.parametrize("name, arguments, code, told", [
+@pytest.mark.each("name, arguments, code, told", [
     ("borrow_book", {**BORROW, "member_id": "M2"}, "refused", "card is not active"),
     ("borrow_book", {**BORROW, "book_id": "B2"}, "refused", "no copy is on the shelf"),
     ("borrow_book", {**BORROW, "book_id": "B9"}, "refused", "there is no 'B9' in books"),
@@ -94,7 +92,7 @@ def test_a_task_may_have_tables_of_its_own() -> None:
     assert world.call("find_member", {"email": "mina@example.com"})["loans"] == ["L1"]
 
 
-@pytest.mark.parametrize("task, told", [
+@pytest.mark.each("task, told", [
     ({}, "the task's world: 1 problem"), ({"world": {"name": "x"}}, "the task's world: "),
     ({"world": LIBRARY}, "has no goal"),
     ({"world": LIBRARY, "goal": {}, "tables": {"books": {"B1": {}}}}, "title: Field required"),
@@ -118,7 +116,7 @@ def test_world_resumes_in_a_process_from_its_state() -> None:
         assert host.score("Done.").reward == 1
 
 
-@pytest.mark.parametrize("said, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
+@pytest.mark.each("said, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
                                           ("220.5", False), ("2200", False), ("A220", False)])
 def test_answers_match_whole_words(said: str, counts: bool) -> None:
     assert begun({"answers": ["220"]}).score(said).reward == counts
@@ -143,7 +141,7 @@ def test_example_world_is_valid() -> None:
         "type": "string", "description": "as find_books gives it."}
 
 
-@pytest.mark.parametrize("told, edit", [
+@pytest.mark.each("told, edit", [
     ("rules is 'None', must be text", lambda w: w.pop("rules")),
     ("has 'state'; it may have code, examples", lambda w: w.update(state={})),
     ("'text' is no type; a type is made of", lambda w: w["tables"]["books"]["columns"].update(x="text")),
@@ -169,7 +167,7 @@ def test_broken_rules_are_reported(told: str, edit: Callable[[Any], object]) -> 
     assert any(told in problem for problem in problems), problems
 
 
-@pytest.mark.parametrize("kind", [
+@pytest.mark.each("kind", [
     "'{}'", "list['{}']", "str | '{}'", "dict[str, '{}']", "list[Literal['a'], '{}']", "(str, int)", "3"])
 def test_no_type_of_a_world_is_evaluated_in_this_process(kind: str, tmp_path: Path) -> None:
     """Pydantic evaluates the text of a forward reference as Python."""
@@ -185,7 +183,7 @@ def test_tool_without_a_schema_is_a_world_problem() -> None:
     assert find_world_problems(edited(lambda w: w["tables"]["books"].update(free=[["x"]])))
 
 
-@pytest.mark.parametrize("world", [
+@pytest.mark.each("world", [
     None, [], "x", {"tables": float("nan")}, {"tables": {"a": 1}, "code": 3, "examples": [3, None]},
     {"tables": {"a": {"columns": {"b": 3}, "rows": {"A1": None}}}, "code": "def f(): pass"},
     {"name": "x", "rules": "y" * 500_000}])

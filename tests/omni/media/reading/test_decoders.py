@@ -1,7 +1,5 @@
 """Decoding of pictures, sounds and videos into arrays."""
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 
@@ -26,7 +24,7 @@ def save(folder: Path, picture: Image.Image, name: str = "a.png", **options: obj
     return folder / name
 
 
-@pytest.mark.parametrize(("mode", "colour", "expected"), [
+@pytest.mark.each(("mode", "colour", "expected"), [
     ("RGB", (10, 20, 30), (10, 20, 30)), ("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)),
     ("RGBA", (200, 0, 0, 0), (255, 255, 255)), ("LA", (0, 0), (255, 255, 255)), ("P", 0, (0, 0, 0)),
     ("RGBA", (0, 0, 0, 255), (0, 0, 0)), ("I;16", 0xABCD, (0xAB, 0xAB, 0xAB))])
@@ -98,7 +96,7 @@ def pitch_hz(samples: np.ndarray, rate_hz: int) -> float:
     return float(np.abs(np.fft.rfft(samples)).argmax() * rate_hz / len(samples))
 
 
-@pytest.mark.parametrize(("name", "rate_hz"), [
+@pytest.mark.each(("name", "rate_hz"), [
     ("a.wav", 8_000), ("a.wav", 44_100), ("a.flac", 16_000), ("a.ogg", 48_000), ("a.mp3", 22_050),
     ("a.wav", 11_111)])
 def test_resampling_keeps_pitch_length_and_loudness(tmp_path: Path, name: str, rate_hz: int) -> None:
@@ -111,7 +109,7 @@ def test_resampling_keeps_pitch_length_and_loudness(tmp_path: Path, name: str, r
     assert found.std() == pytest.approx(0.3536, rel=0.01)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.each("channels", [1, 2, 6])
 def test_channels_are_averaged(tmp_path: Path, channels: int) -> None:
     many = np.zeros((1600, channels))
     many[:, 0] = 0.5
@@ -120,9 +118,9 @@ def test_channels_are_averaged(tmp_path: Path, channels: int) -> None:
     np.testing.assert_allclose(found, 0.5 / channels, rtol=1e-6)
 
 
-@pytest.mark.parametrize("file_format", ["WAV", "WAVEX", "RF64"])
-@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
-@pytest.mark.parametrize("share", [0.3, 0.9, 0.9999])
+@pytest.mark.each("file_format", ["WAV", "WAVEX", "RF64"])
+@pytest.mark.each("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+@pytest.mark.each("share", [0.3, 0.9, 0.9999])
 def test_truncated_wav_is_refused(tmp_path: Path, file_format: str, subtype: str,
                                                           share: float) -> None:
     soundfile.write(tmp_path / "a.wav", SECOND, 48_000, format=file_format, subtype=subtype)
@@ -134,7 +132,7 @@ def test_truncated_wav_is_refused(tmp_path: Path, file_format: str, subtype: str
     assert refused.value.code == "truncated"
 
 
-@pytest.mark.parametrize("extra", ["chunks behind", "chunks before", "written into a pipe"])
+@pytest.mark.each("extra", ["chunks behind", "chunks before", "written into a pipe"])
 def test_wav_variants_are_read_completely(tmp_path: Path, extra: str) -> None:
     soundfile.write(tmp_path / "a.wav", SECOND, 48_000, subtype="PCM_16")
     whole = bytearray((tmp_path / "a.wav").read_bytes())
@@ -165,7 +163,7 @@ def write_bad(folder: Path) -> None:
     (folder / "rate.wav").write_bytes(raw)
 
 
-@pytest.mark.parametrize(("name", "code"), [
+@pytest.mark.each(("name", "code"), [
     ("silence.wav", "silence"), ("long.wav", "long"), ("numbers.wav", "numbers"), ("infinite.wav", "numbers"),
     ("loud.wav", "numbers"), ("no_sound.wav", "no_sound"), ("a.aiff", "no_sound"), ("rate.wav", "rate"),
     ("gone.wav", "no_sound")])

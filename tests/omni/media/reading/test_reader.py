@@ -1,7 +1,5 @@
 """Decoding in child processes: paths outside the root, and decoders that crash, hang or write."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

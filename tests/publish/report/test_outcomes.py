@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.publish.report.headline import gains, headlines
-from megatron_sov.publish.report.page import render
+from megatron_sov.publish.report.outcomes import find_headline_curves, gain_tables
+from megatron_sov.publish.report.page import render_report
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.runs.obs.meters import LOSS, Meter, build_headline_fields
@@ -43,8 +43,8 @@ def test_an_objective_is_judged_by_what_it_is_after(
         objective: str, declared: tuple[Meter, ...], titles: list[str], tmp_path: Path) -> None:
     start = build_headline_fields(declared, comparable=objective == "lm") if declared else {}
     run = read_run(write(tmp_path / "run", objective, **start))
-    assert [meter.title for meter, _ in headlines(run)] == titles
-    page = render([run])
+    assert [meter.title for meter, _ in find_headline_curves(run)] == titles
+    page = render_report([run])
     assert ("nats per token" in page) == (objective == "lm")
     assert titles[0] == "mean reward" or titles[0].lower() in page.lower()
 
@@ -52,14 +52,15 @@ def test_an_objective_is_judged_by_what_it_is_after(
 def test_a_run_may_declare_its_own_meters(tmp_path: Path) -> None:
     declared = [{"name": "mine", "unit": "share", "better": "higher", "label": "My share"},
                 {"name": "absent"}]
-    ((meter, curve),) = headlines(read_run(write(tmp_path / "run", "obj.py:Mine", headline=declared)))
+    run = read_run(write(tmp_path / "run", "obj.py:Mine", headline=declared))
+    ((meter, curve),) = find_headline_curves(run)
     assert (meter.name, meter.title, meter.text(0.5)) == ("mine", "My share", "50 %")
     assert curve.values.tolist() == [1, 2, 3, 4]
 
 
 def test_meters_that_are_none_leave_the_loss(tmp_path: Path) -> None:
     run = read_run(write(tmp_path / "run", "lm", headline=[{"name": "absent"}, "odd"]))
-    assert [meter.title for meter, _ in headlines(run)] == ["loss"]
+    assert [meter.title for meter, _ in find_headline_curves(run)] == ["loss"]
 
 
 def test_rounds_are_points_over_steps(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_each_stage_gains_on_its_first_figures(tmp_path: Path) -> None:
                     {"event": "step", "step": 1, "loss": 0.7, "meters": {"pairs_right": 0.5}},
                     {**pairs, "step": 1, "pairs_right": 1.0}, scored(float("nan")), headline=[
                         {**vars(PAIRS[0]), "heldout": "heldout_pairs.pairs_right"}], comparable_loss=False)
-    (table,) = gains([read_run(run) for run in (pretrain, sft, dpo)])
+    (table,) = gain_tables([read_run(run) for run in (pretrain, sft, dpo)])
     lower = "lower is better"
     assert table.rows == [
         ["pretrain", "held-out text, bits per byte", "5.000", "2.500", lower],
@@ -111,4 +112,4 @@ def test_each_stage_gains_on_its_first_figures(tmp_path: Path) -> None:
         ["sft", "held-out responses of chat, nats per token", "2.079", "1.386", lower],
         ["sft", "mean reward of 34 responses", "–", "0.25", "reward format"],
         ["dpo", "held-out pairs right", "50 %", "100 %", "higher is better"]]
-    assert gains([read_run(log_stage(tmp_path / "none", "lm"))]) == []
+    assert gain_tables([read_run(log_stage(tmp_path / "none", "lm"))]) == []
