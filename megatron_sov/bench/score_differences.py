@@ -84,11 +84,8 @@ class Difference:
 
 
 def read_scored_results(path: Path) -> ScoredResults:
-    """Read the results of `eval lm` with their items.
-
-    Raises:
-        UserError: unreadable or damaged files, or an items file from another evaluation.
-    """
+    """Read the results of `eval lm` with their items. Raises `UserError`: unreadable or damaged files, or an
+    items file from another evaluation."""
     results = read_results(path)
     items: dict[str, dict[str, ResultItem]] = {name: {} for name in results.tasks}
     for item in read_items(path, results):
@@ -103,11 +100,8 @@ def read_scored_results(path: Path) -> ScoredResults:
 
 def compute_differences(before: ScoredResults, after: ScoredResults, tasks: Sequence[str] = (),
                         confidence: float = CONFIDENCE) -> list[Difference]:
-    """Compute the difference in each metric of `tasks`, or of every common task.
-
-    Raises:
-        UserError: a missing task, no common task, or different measurements.
-    """
+    """Compute the difference in each metric of `tasks`, or of every common task. Raises `UserError`: a
+    missing task, no common task, or different measurements."""
     sides = (before, after)
     missing = [f"{side.path} has no task {name}" for name in tasks for side in sides
                if name not in side.results.tasks]

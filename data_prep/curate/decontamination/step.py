@@ -84,11 +84,8 @@ class Decontaminate(Step):
     def load_inputs(self, view: View) -> None:
         self._search = self.settings.build_search()
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._judge_text(document.text) for document in documents]
-
-    def _judge_text(self, text: str) -> StepOutcome:
-        hits = find_hits(text, self._search, 0)
+    def judge_document(self, document: Doc) -> StepOutcome:
+        hits = find_hits(document.text, self._search, 0)
         items = " ".join(sorted({f"{hit.benchmark}:{hit.item}" for hit in hits}))
         return StepOutcome(REASON if hits else "", values={"contamination": items})
 

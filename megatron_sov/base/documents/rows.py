@@ -85,7 +85,7 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
         if isinstance(row, str):
             problems.add(f"line {line}", row)
     if problems:
-        fix = fix_text_rows(path, field) or _fix_field(path, field, list(problems))
+        fix = fix_text_rows(path, field or "prompt") or _fix_field(path, field, list(problems))
         raise UserError(problems.format(f"{option} {path}", "correct or remove these lines"), fix)
     if not num_rows:
         needs = f" with a {ROW_FIELDS[field][1]} `{field}`" if field else ""

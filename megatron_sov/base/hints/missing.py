@@ -25,7 +25,8 @@ def complete_line(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
         name = "".join(action.option_strings[:1])
         text = rows.get(name, {}).get("takes") or ", ".join(map(str, action.choices or ()))
         choices += [f"; {name} takes {text}"] if name and text else []
-    first = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
+    names_ = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
+    first = [rows.get(f"{parser.prog.partition(' ')[2]} {name}", {}).get("write", name) for name in names_]
     last = [f"{action.option_strings[0]} {choose_placeholder(action)}" for action in lacking
             if action.option_strings]
     # argparse fills positional arguments in their order

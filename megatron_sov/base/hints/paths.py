@@ -68,6 +68,10 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
         # a fix with commands downloads the data set; any other fix names a similar path that exists
         hint = "download it first" if fix.before else "take the one of a similar name"
         return UserError(f"{option} {path}: does not exist; {hint}", fix)
+    what = load_table()["kinds"].get(classify_folder(source), "")
+    if what and option in ("--prompts", "--input", "--validation"):
+        return UserError(f"{option} {path}: is {what}; pass a file of records or text",
+                         Fix(options=(option, "FILE.jsonl")))
     if option != "--data" or program != "megatron-sov":
         return None
     if source.name == "manifest.json" and classify_folder(source.parent) == "tokens":

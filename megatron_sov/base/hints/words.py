@@ -256,6 +256,10 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
     if any(action.nargs in ("+", "*", argparse.REMAINDER) for action in positionals):
         return
     free, others = split_positionals(parser, rewrite.words)
+    if len(free) > 2 and (command := load_table()["several"].get(rewrite.command)):
+        rewrite.words, rewrite.other_command = [*free[:-1], *others, "--output", free[-1]], command
+        rewrite.add_words(f"several checkpoints are taken by `megatron-sov {command}`")
+        return
     room = max(0, len(positionals) - len(rewrite.first))
     written = {word.partition("=")[0] for word in others}
     takes_recipe = bool(rewrite.positionals) and rewrite.positionals[0] == "RECIPE"
@@ -269,6 +273,8 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
     unplaced: list[str] = []
     for number, word in enumerate(free):
         kind = classify_word(word)
+        if kind == "absent" and re.fullmatch("[a-z]+", word) and "--reward" not in written:
+            kind = "name"
         # TARGET, RUN and the like come first and take any kind
         is_taken = number < room and not (takes_recipe and kind not in ("recipe", "code"))
         options = [option for option in KIND_OPTIONS[kind] if option in rewrite.options
@@ -346,7 +352,8 @@ def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError
     program = f"megatron-sov {rewrite.other_command}" if rewrite.other_command else parser.prog
     command = f"{program} {shlex.join([*first, *words])}".strip()
     options = [f"{option} {value}" for option, value in missing.items()]
-    return UserError(f"{parser.prog}: {_join_messages(rewrite)}", Fix(" ".join([command, *options])))
+    line = " ".join([command, *options])
+    return UserError(f"{parser.prog}: {_join_messages(rewrite)}", Fix(line, before=tuple(rewrite.before)))
 
 
 def _order_positionals(parser: argparse.ArgumentParser, rewrite: Rewrite, words: list[str]

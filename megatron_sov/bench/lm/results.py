@@ -171,11 +171,8 @@ def get_items_path(output: Path) -> Path:
 
 
 def write_results(output: Path, results: Results, items: Iterable[ResultItem]) -> Results:
-    """Write the items file and the result file atomically; return the results with the items' hash.
-
-    Raises:
-        UserError: the folder is not writable.
-    """
+    """Write the items file and the result file atomically; return the results with the items' hash. Raises
+    `UserError`: the folder is not writable."""
     items_path = get_items_path(output)
     lines = b"".join(format_json_line(dataclasses.asdict(item)) for item in items)
     # items first: after a kill, earlier results no longer match the hash, which `read_items` reports
@@ -187,11 +184,7 @@ def write_results(output: Path, results: Results, items: Iterable[ResultItem]) -
 
 
 def read_results(path: Path) -> Results:
-    """Read a result file of `eval lm`.
-
-    Raises:
-        UserError: an unreadable, damaged or different file.
-    """
+    """Read a result file of `eval lm`. Raises `UserError`: an unreadable, damaged or different file."""
     try:
         raw = json.loads(path.read_bytes())
         if not isinstance(raw, dict) or raw.get("kind") != KIND:
@@ -209,11 +202,7 @@ def read_results(path: Path) -> Results:
 
 
 def read_items(output: Path, results: Results) -> Iterator[ResultItem]:
-    """Yield the items of a result file.
-
-    Raises:
-        UserError: a missing, damaged or different items file.
-    """
+    """Yield the items of a result file. Raises `UserError`: a missing, damaged or different items file."""
     # only the name: foreign results must not lead to another folder
     path = output.with_name(Path(results.items.get("file", "")).name or get_items_path(output).name)
     if not path.is_file():

@@ -149,11 +149,8 @@ def check_task_names(names: Sequence[str], sources: TaskSources) -> None:
 
 
 def find_tasks(folders: Sequence[TaskFolder]) -> TaskCatalog:
-    """Find the tasks in folders; earlier folders win.
-
-    Raises:
-        UserError: a missing folder, or two files with the same task.
-    """
+    """Find the tasks in folders; earlier folders win. Raises `UserError`: a missing folder, or two files with
+    the same task."""
     catalog = TaskCatalog()
     for folder in folders:
         if not folder.path.is_dir():

@@ -49,11 +49,8 @@ class TaskFileReader:
     """Return `datasets.Dataset` objects, as `process_docs` in foreign tasks expects."""
 
     def __call__(self, **_: Any) -> dict[str, TaskRows] | dict[str, Dataset]:
-        """Return split -> rows; ignores the metadata and `dataset_kwargs` that lm-eval passes.
-
-        Raises:
-            UserError: a damaged file.
-        """
+        """Return split -> rows; ignores the metadata and `dataset_kwargs` that lm-eval passes. Raises
+        `UserError`: a damaged file."""
         splits = {split: self._read_split(files) for split, files in self.files.items()}
         if not self.to_dataset:
             return splits
@@ -67,11 +64,7 @@ class TaskFileReader:
 
 
 def read_rows(loader: str, file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows in a file.
-
-    Raises:
-        UserError: a damaged file.
-    """
+    """Yield the rows in a file. Raises `UserError`: a damaged file."""
     read = {"json": _read_json, "csv": _read_csv, "parquet": _read_parquet}
     return read[loader](file)
 

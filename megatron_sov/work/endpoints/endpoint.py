@@ -187,11 +187,8 @@ class Endpoint:
         return None if name in ("", payload.get("model"), *self._accepted_models) else name
 
     def _check_model(self, payload: Mapping[str, Any], answer: Any) -> None:
-        """Report a substitute model, once per name.
-
-        Raises:
-            UserError: `accepted_models` do not contain it.
-        """
+        """Report a substitute model, once per name. Raises `UserError`: `accepted_models` do not contain
+        it."""
         name, requested = read_model_name(answer), payload.get("model")
         if name in ("", requested) or not isinstance(requested, str):
             return
@@ -216,11 +213,7 @@ class Endpoint:
         self._told(f"{self._url}: {why}; waiting up to {self._limits.patience_s:.0f} s for it")
 
     def _wait_for_turn(self) -> None:
-        """Wait for the next slot of `requests_per_minute`.
-
-        Raises:
-            UserError: the cost limit is reached.
-        """
+        """Wait for the next slot of `requests_per_minute`. Raises `UserError`: the cost limit is reached."""
         limits = self._limits
         if limits.max_cost and (spent := self._cache.cost()) >= limits.max_cost:
             raise UserError(f"max_cost = {limits.max_cost:g}: the endpoint has cost {spent:.4f} so far; "

@@ -134,8 +134,8 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
             continue
         suffix = named.file.suffix.lower()
         if refusal := next((text for names, text in REFUSED_FILES.items() if suffix in names.split()), ""):
-            shards = find_shards(str(named.file.with_suffix("")))
-            fix = Fix(words={typed: shards}) if Path(shards).is_dir() else _fix_table(named.file)
+            shards = find_shards(str(named.file.with_suffix(""))) if suffix in (".bin", ".idx") else ""
+            fix = Fix(words={typed: shards}) if shards and Path(shards).is_dir() else _fix_table(named.file)
             raise UserError(f"--data {argument}: {refusal}", fix)
         if named.name in files:
             raise UserError(f"--data {argument}: has the same name {named.name!r} as --data "
@@ -335,6 +335,12 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
         # `rl run` learns text next to its prompts; another command would not take its other options
         if fault.reason.startswith(f"is {kind},") and list(formats) != ["text"]:
             raise UserError(f"--data {location}: {sentence}", Fix(command=command))
+    if fault.reason.startswith("is a prompt,") and formats[0] in ("chat", "preference"):
+        raise UserError(f"--data {location}: is a prompt without a response; `megatron-sov rl run` learns "
+                        "from prompts and a reward (a chat has 'messages', or 'prompt' and 'completion')",
+                        Fix(command="rl run", left_out=(f"--data {file}",),
+                            options=("--prompts", str(file), "--reward", "math", "--store",
+                                     choose_free_path("new-store"))))
     fix = None
     if UNPAIRED in fault.reason and formats[0] == "preference":
         folder = choose_free_path(f"{file.stem}-unpaired")
