@@ -91,7 +91,7 @@ COMMANDS = {
     "inspect": Command(
         "data_prep.curate.inspect:INSPECT",
         "show the documents in token shards, or the kept and dropped records per pipeline step",
-        LOOK, "inspect.md", ("inspect tokens", "inspect corpus")),
+        LOOK, "watching.md", ("inspect tokens", "inspect corpus")),
     "stats": Command(
         "data_prep.shards.stats:STATS",
         "show document lengths, token types and special tokens, per source",

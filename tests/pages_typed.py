@@ -24,7 +24,6 @@ ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov
 TYPED = {
     "README.md": "tests/test_readme.py",
     "docs/convert.md": "tests/convert/test_convert_page.py",
-    "docs/curriculum.md": "tests/data_prep/mixture/test_blend_file.py",
     "docs/data.md": "tests/test_docs_data.py",
     "docs/data_pipeline.md": "tests/test_docs_data.py",
     "docs/data_scoring.md": "tests/test_docs_data.py",

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -86,27 +87,40 @@ class Ledger:
     def __init__(self) -> None:
         self.now = self.peak = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._sizes: dict[int, int] = {}
+        """Storage address -> counted bytes."""
 
     def note(self, tensors: Any) -> None:
-        """Take in what an operation gave."""
+        """Count the storages of tensors that an operation returned."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, FakeTensor):
                 self._enter(tensor.untyped_storage())
         if self.now > self.peak and not ((caller := _caller()) is not None and _is_kernel(caller)):
             self.peak = self.now
 
+    def resize(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Count a known storage as `size` bytes: the library frees activations by `resize_(0)`."""
+        place = storage._cdata
+        if place in self._known and self._known[place]() is not None:
+            self._count(place, size)
+
     def _enter(self, storage: torch.UntypedStorage) -> None:
-        place, blocks = storage._cdata, -(-storage.nbytes() // self.BLOCK)
+        place = storage._cdata
         if place in self._known and self._known[place]() is not None:
             return
 
         def leave(gone: weakref.ref[torch.UntypedStorage]) -> None:
             if self._known.get(place) is gone:
                 del self._known[place]
-                self.now -= blocks * self.BLOCK
+                self._count(place, 0)
 
         self._known[place] = weakref.ref(storage, leave)
-        self.now += blocks * self.BLOCK
+        self._count(place, storage.nbytes())
+
+    def _count(self, place: int, size: int) -> None:
+        in_blocks = -(-size // self.BLOCK) * self.BLOCK
+        self.now += in_blocks - self._sizes.get(place, 0)
+        self._sizes[place] = in_blocks
 
 
 class _Moment:
@@ -299,7 +313,14 @@ def used(num_routed: int) -> Iterator[Ledger]:
     """Compute with the GPU; `num_routed` is how often tokens of a micro-batch go to an expert.  Yields what
     lies in its memory."""
     ledger = Ledger()
-    with _Calls(), _Operations(num_routed, ledger):
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:
+        ledger.resize(storage, size)
+        return resize(storage, size)
+
+    with _Calls(), _Operations(num_routed, ledger), patch.object(
+            torch.UntypedStorage, "resize_", resize_and_count):
         yield ledger
 
 

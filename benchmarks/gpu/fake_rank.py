@@ -33,7 +33,7 @@ CASES: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
 CAPABILITY = {"h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
 """GPU -> what it says of itself."""
 ALLOWED = {
-    "forward_backward.py:run": "a stage's losses, once a step",
+    "forward_backward.py:compute_gradients": "a stage's losses, once a step",
     "collectives.py:all_reduce_dp": "their sum over processes",
     "collectives.py:broadcast_from_last_stage": "their sum for the other stages",
     "collectives.py:to_comm_device": "the way there of both",

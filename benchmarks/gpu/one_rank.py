@@ -65,7 +65,7 @@ class OneRank:
         batch = self.batch(number, num_micro_batches)
         wait()
         start = time.monotonic()
-        sums = self.computation.run(batch, self.objective, number)
+        sums = self.computation.compute_gradients(batch, self.objective, number)
         self.optimizer.step(self.config.optim.lr)
         wait()
         loss = sum(self.objective.coefficients[t] * v / batch.targets[t] for t, v in sums.terms.items())

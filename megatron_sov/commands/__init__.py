@@ -10,7 +10,7 @@ DATA, TRAIN, POST_TRAIN, EVALUATE, PUBLISH, OPERATE = (
 COMMANDS = {
     "inspect": Command(
         "megatron_sov.commands.inspect:INSPECT",
-        "show the kind, inputs and sample rows of a folder or file", DATA, "inspect.md",
+        "show the kind, inputs and sample rows of a folder or file", DATA, "watching.md",
         ("inspect shards", "inspect runs/pretrain --verify")),
     "map": Command(
         "megatron_sov.commands.map:MAP",

@@ -15,6 +15,7 @@ from megatron_sov.rollouts.rows import format_part_name
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.work.progress.journal import open_journal, work_folder
 from megatron_sov.work.progress.resumable import part_folder
+from tests.pages_typed import page_section
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +127,7 @@ def test_origins_are_followed_once_and_found_where_all_was_moved(capsys: pytest.
 
 
 def test_the_page_types_what_works(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[2] / "docs/inspect.md").read_text()
+    page = page_section("watching.md", "Inspect artifacts")
     os.rename("a", "shards")
     with (pytest.raises(KeyboardInterrupt),
           open_journal(Path("scored.jsonl"), "megatron-sov score", {}) as kept):

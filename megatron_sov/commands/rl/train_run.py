@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from megatron_sov.commands.rl.inputs.checks import RoundsRequest
-from megatron_sov.commands.rl.inputs.teacher_models import open_live_teacher, open_scoring_teachers
 from megatron_sov.commands.train.training_run import run_training
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.objectives import Factory, get_factory
@@ -23,7 +21,8 @@ from megatron_sov.post.rl.round_loader import RoundLoader
 from megatron_sov.post.rl.run import RolloutCycle
 from megatron_sov.post.rl.validation import SampledRounds, Validation
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
-from megatron_sov.runs.folder import ROUNDS, fixed_settings
+from megatron_sov.runs.folder import ROUNDS
+from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.runs.rounds import RunPolicies, build_start_policy
 from megatron_sov.train.data.rounds import BEHAVIOUR, build_rounds_source, find_round_documents
 from megatron_sov.train.data.token_shards import Source
@@ -47,17 +46,18 @@ def train_rounds(request: RoundsRequest, rollouts: LiveRollouts | None = None,
     options = request.options
     config, start, tokenizer = request.stage.config, request.start, request.tokenizer
     texts = open_text_sources(config)
-    policies = _build_policies(options.run, start, config, texts)
+    policies = _build_policies(request, texts)
     publisher = Publisher(
         config=config, rounds=options.run / ROUNDS, store=options.store, prompts=request.prompts,
         reward_version=request.reward_version, tokenizer=tokenizer, is_own=policies.is_own,
         chosen_by={} if rollouts is None else rollouts.settings.source.chosen_by)
     # Rounds published from a different store must not be trained as rounds from this store.
     publisher.check_store()
-    teacher = open_live_teacher(options, config, tokenizer, options.nproc)
+    teacher = None
+    if request.live_teacher is not None:
+        teacher = LiveTeacher(request.live_teacher, config, num_ranks(options.nproc))
     objective = _build_objective(config, teacher)
-    scoring_teachers = open_scoring_teachers(options, config, tokenizer) if teacher is None else ()
-    columns = select_columns(config, get_columns(objective), start, scoring_teachers)
+    columns = select_columns(config, get_columns(objective), start, request.scoring_teachers)
     # Rounds in this source open when they are published.
     source = build_rounds_source(options.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
                                  routes=columns.routes, published=(BEHAVIOUR, *list_number_columns(config)))
@@ -74,11 +74,11 @@ def train_rounds(request: RoundsRequest, rollouts: LiveRollouts | None = None,
         feed=cycle))
 
 
-def _build_policies(run: Path, start: Path, config: RunConfig, texts: Sequence[Source]) -> RunPolicies:
-    """Return a run's policies, identified by `fixed_settings(config)`, `train.steps` and data."""
+def _build_policies(request: RoundsRequest, texts: Sequence[Source]) -> RunPolicies:
+    """Return a run's policies, identified by the settings that change training, and by data."""
     digests = {text.name: hash_checkpoint_files(text.artifact) for text in texts if text.artifact is not None}
-    settings = fixed_settings(config) | {"train.steps": config.train.steps, "data": digests}
-    return RunPolicies(run, build_start_policy(start), config.rollout, settings)
+    return RunPolicies(request.options.run, build_start_policy(request.start), request.stage.config.rollout,
+                       {**request.policy_settings, "data": digests})
 
 
 def _build_objective(config: RunConfig, teacher: LiveTeacher | None) -> Factory:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.base.errors import ExitCode, Fix, UserError, format_problems
 from megatron_sov.commands.rl.cycle import RlRunOptions
@@ -24,8 +25,11 @@ from megatron_sov.model.config.run import add_rounds, retain_policies
 from megatron_sov.post.rl.reward import check_reward_fields, resolve_reward_version
 from megatron_sov.rollouts.prompts import PromptList, parse_round_range, select_round_prompts
 from megatron_sov.runs.checkpoints import check_model_path, find_tokenizer_folder
-from megatron_sov.runs.folder import FIXED_ROLLOUT_SETTINGS, RunFolder
+from megatron_sov.runs.folder import FIXED_ROLLOUT_SETTINGS, RunFolder, fixed_settings
 from megatron_sov.runs.launch_environment import is_first_rank
+
+if TYPE_CHECKING:
+    from megatron_sov.post.rl.teachers import ScoringTeacher
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class RoundsRequest:
     reward_version: str
     validation_prompts: PromptList | None
     """Prompts in --validation that training does not use; None: no validation."""
+    policy_settings: Mapping[str, Any]
+    """Settings with an effect on training, in JSON values; they identify the run's policies."""
+    live_teacher: Path | None = None
+    """Checkpoint whose distributions the run learns (policy.method=gkd)."""
+    scoring_teachers: tuple[ScoringTeacher, ...] = ()
+    """Teachers that score responses, ordered by domain."""
     wait_s: float = 0.0
     """Time limit per round for generation and judging."""
 
@@ -151,7 +161,17 @@ def check_rounds(options: RoundsOptions, complete: Callable[[RunConfig], RunConf
     if options.validation is not None:
         validation_prompts = read_validation_prompts(options.validation, options.renames, prompts,
                                                      is_asked=is_asked)
-    return RoundsRequest(options, stage, stage.start, tokenizer, prompts, version, validation_prompts)
+    settings = fixed_settings(stage.config) | {"train.steps": stage.config.train.steps}
+    request = RoundsRequest(options, stage, stage.start, tokenizer, prompts, version, validation_prompts,
+                            policy_settings=settings)
+    if not (options.teacher or options.teacher_url):
+        return request
+    from megatron_sov.commands.rl.inputs.teacher_models import (  # imports torch
+        find_live_teacher, find_scoring_teachers)
+
+    if stage.config.policy.learns_distributions:
+        return replace(request, live_teacher=find_live_teacher(options, tokenizer))
+    return replace(request, scoring_teachers=find_scoring_teachers(options, stage.config, tokenizer))
 
 
 def choose_rounds(text: str | None, last: int) -> range:

@@ -1,4 +1,4 @@
-"""Opens teachers for on-policy distillation and checks that they fit the run."""
+"""Finds the teachers of on-policy distillation and checks that they fit the run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.commands.rl.inputs.teachers import CHECKPOINT_OPTION, ScoringTeacherOptions
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.model.config import RunConfig
-from megatron_sov.post.distillation.distill import LiveTeacher
 from megatron_sov.post.rl.teachers import ScoringTeacher
 from megatron_sov.runs.checkpoints import check_model_path, hash_checkpoint_files
-from megatron_sov.runs.launch_environment import num_ranks
 
 SERVER_HINT = "serve it (`megatron-sov serve`), and pass --teacher-url"
 TRAINING_FIELDS = ("init_std", "mtp_loss_coeff", "router_bias_update_rate", "seq_aux_loss_coeff")
 """`ModelConfig` fields that do not change a forward pass."""
 
 
-def open_scoring_teachers(options: ScoringTeacherOptions, config: RunConfig, tokenizer: Path
+def find_scoring_teachers(options: ScoringTeacherOptions, config: RunConfig, tokenizer: Path
                           ) -> tuple[ScoringTeacher, ...]:
     """Return the teachers that score responses, ordered by domain."""
     urls: dict[str, list[str]] = {}
@@ -36,20 +34,16 @@ def open_scoring_teachers(options: ScoringTeacherOptions, config: RunConfig, tok
     return tuple(sorted(teachers, key=lambda teacher: teacher.domain))
 
 
-def open_live_teacher(options: ScoringTeacherOptions, config: RunConfig, tokenizer: Path, nproc: int | None
-                      ) -> LiveTeacher | None:
-    """Return the teacher whose distributions the run learns (policy.method=gkd), or None."""
-    if not config.policy.learns_distributions:
-        return None
+def find_live_teacher(options: ScoringTeacherOptions, tokenizer: Path) -> Path:
+    """Return the checkpoint whose distributions the run learns (policy.method=gkd)."""
     [teacher] = options.parse_teachers()
     target = _find_checkpoint(teacher.location)
     _check_tokenizer(teacher.location, target, tokenizer)
-    return LiveTeacher(target.path, config, num_ranks(nproc))
+    return target.path
 
 
 def check_teacher_model(location: str, target: Target, config: RunConfig, tokenizer: Path) -> None:
-    """Check that a teacher has the run's architecture, because its weights temporarily replace the
-    model's."""
+    """Check that a teacher has the run's architecture: its weights temporarily replace the model's."""
     if not target.is_hf:
         model, teacher = asdict(config.model), asdict(target.model)
         different = [name for name in model if model[name] != teacher[name] and name not in TRAINING_FIELDS]
