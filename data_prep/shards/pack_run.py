@@ -263,6 +263,8 @@ def _create_record_error(job: _PackJob, source: EncodedSource) -> UserError:
     place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
     items = (item for unit, _ in source.units for span in unit for item in read_span(span, reading))
     fix = _fix_record(_find_bad_record(items), reading.kind or "text")
+    if fix is None and Path(row["file"]).is_file():
+        fix = fix_records(Path(row["file"]), row["reason"])
     if fix is None and row["code"] == "json":  # the other lines can be packed
         fix = Fix(options=("--on-bad", "quarantine"))
     return UserError(f"{place}: {row['reason']}; or list such records and go on: --on-bad quarantine", fix)
