@@ -19,7 +19,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.accounting import RecordTally
@@ -28,6 +27,7 @@ from megatron_sov.base.documents.layouts import (
     KTO_TAG, LABEL, LABEL_WORDS, convert_layout, get_completion_field, parse_label, refuse_media,
     split_response)
 from megatron_sov.base.documents.messages import parse_messages
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.documents.records import NUM_PROMPT_FIELD, is_float32
 from megatron_sov.base.errors import Fix, UserError, choose_free_path
 from megatron_sov.base.settings import DeclaredCommand, Flag
@@ -176,7 +176,7 @@ def iter_groups(files: Sequence[Path], tally: RecordTally) -> Iterator[ResponseG
 
 
 def _iter_lines(file: Path, tally: RecordTally) -> Iterator[tuple[str, dict[str, Any]]]:
-    for where, record in read_objects(file):
+    for where, record in read_records(file):
         responses = record.get("responses")
         tally.num_read += len(responses) if isinstance(responses, list) else 1
         try:

@@ -203,23 +203,3 @@ def parse_row(raw: bytes, field: str) -> Row | str:
         except BadRecord as e:
             return str(e)
     return row
-
-
-def read_objects(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, object) from a JSONL file, refusing lone surrogates, which cannot be written as UTF-8.
-
-    Args:
-        what: subject of messages, e.g. "--tasks".
-
-    Raises:
-        UserError: the file is unreadable, or a line is invalid; names the first such line.
-    """
-    for line, raw in read_lines(path, what):
-        row = parse_row(raw, "")
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            row = "holds half of a surrogate pair, which is not text"
-        if isinstance(row, str):
-            raise UserError(f"{what} {path}: line {line}: {row}; each line is one JSON object")
-        yield line, dict(row)

@@ -136,15 +136,16 @@ from tests.base.hints.test_words import answer
     ("sov-data run t.jsonl --output o", ["path: t.jsonl", "sov-data run pipeline.yaml --output o"]),
     ("sov-data pairs --input answers.jsonl --output o",
      ["score --reward math --input answers.jsonl", "pairs --input answers-scored.jsonl"]),
-    ("sov-data adopt --input d --output o --tokenizer tok", ["is PREFIX here", "sov-data adopt d --output o"]),
+    ("sov-data adopt --input d --output o --tokenizer tok", ["is PREFIX here", "sov-data adopt d --out"]),
     ("sov-tokenizer import old --output o", ["GPT2TokenizerFast", "\n  sov-tokenizer import old --output o"]),
     ("sov-tokenizer import run2 --output o", ["write\n  sov-tokenizer import run2/tokenizer --output o"]),
     ("sov-tokenizer report tok", ["write\n  sov-tokenizer report tok --output report.html"]),
     ("sov-tokenizer encode tok Hello", ["T.from_file('tok/tokenizer.json').encode('Hello')"]),
-    ("megatron-sov prefer --from hf --data kto1.jsonl --run r", ["sov-data unpaired --input kto1.jsonl"]),
-    ("megatron-sov prefer --from hf --data kto.jsonl --run r",
-     ["write\n  sov-data unpaired --input kto.jsonl --output kto-unpaired\n  megatron-sov prefer --from hf "
-      "--data kto-unpaired/unpaired.jsonl --run r --method kto"]),
+    ("megatron-sov prefer --from hf --data judged1.jsonl --run r", ["sov-data pairs --input judged1.jsonl"]),
+    ("megatron-sov prefer --from hf --data judged.jsonl --run r",
+     ["write\n  sov-data pairs --input judged.jsonl --output judged-pairs\n  megatron-sov prefer --from hf "
+      "--data judged-pairs/pairs.jsonl --run r"]),
+    ("megatron-sov prefer --from hf --data d --run r --method kto", ["TRL's KTOTrainer"]),
 ])
 def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch,
@@ -157,7 +158,7 @@ def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: P
                        "chat.jsonl": '{"messages": [{"role": "user", "content": "a"}, '
                                      '{"role": "assistant", "content": "b"}]}',
                        "t.pdf": "%PDF", "d/web/train.bin": "x", "d/web/train.idx": "x",
-                       "kto1.jsonl": '{"prompt": "a", "completion": "b", "label": 1}',
+                       "judged1.jsonl": '{"prompt": "a", "completion": "b", "label": 1}',
                        "lfs/model.safetensors": "version https://git-lfs", "lfs/config.json": "{}",
                        "scored.jsonl": '{"prompt": "a", "responses": ["b", "c"], "scores": [9, 2]}',
                        "array.jsonl": '[\n {"text": "a"}\n]', "quoted.jsonl": '{"messages": "[]"}',
@@ -166,7 +167,7 @@ def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: P
                        "answers.jsonl": '{"prompt": "a", "response": "b", "answer": "b"}',
                        "old/vocab.json": "{}", "old/merges.txt": "", "run2/tokenizer/tokenizer.json": "{}",
                        "tok/manifest.json": '{"kind": "tokenizer"}',
-                       "kto.jsonl": '{"prompt": "a", "completion": "b", "label": true}',
+                       "judged.jsonl": '{"prompt": "a", "completion": "b", "label": true}',
                        "ds.json": '{"bf16": {"enabled": true}, "train_micro_batch_size_per_gpu": 2, '
                                   '"gradient_accumulation_steps": 4}',
                        "run/events.jsonl": "", "run/config.json": '{"recipe": "tiny-solar-open"}',
