@@ -7,13 +7,17 @@ from pathlib import Path
 
 from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.commands.models.recipes import format_recipe_summary
+from megatron_sov.model.config import apply_settings
 from megatron_sov.model.recipes import RECIPES, TINY, get, sources
 from megatron_sov.model.recipes.sources import DEFAULT, ValueSource, select_used
-from megatron_sov.plan.search import recommended_layouts
-from megatron_sov.plan.search.recommended_layouts import RECOMMENDED
+from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage, fits_gpu
+from megatron_sov.plan.search.recommended_layouts import RECOMMENDED, list_recommended
 from megatron_sov.work.clusters.chips import CHIPS
+from megatron_sov.work.clusters.units import GIB
 
 PAGE = Path(__file__).parent / "recipes.md"
+TABLE_RANKS = (8, 64, 480, 512, 1024)
+"""Process counts in the table of layouts."""
 HEAD = """# Recipes
 
 <!-- Written by docs/generate_recipes.py from megatron_sov/model/recipes; change it there. -->
@@ -145,8 +149,10 @@ def layouts() -> str:
     for name in RECOMMENDED:
         config = get(name)
         for kind, gpu in CHIPS.items():
-            for layout in recommended_layouts.list_recommended(config, kind):
-                needs = recommended_layouts.compute_memory_gib(config, layout, kind)
+            for layout in list_recommended(config, kind):
+                changed = apply_settings(config, list(layout))
+                needs = {ranks: find_fullest_stage(changed, ranks)[1].total / GIB for ranks in TABLE_RANKS
+                         if not changed.problems(ranks) and fits_gpu(changed, ranks, gpu)}
                 rows.append(f"| `{name}` | {gpu.name} | "
                             f"{', '.join(f'`{s}`' for s in layout) or 'its own'} | "
                             f"{', '.join(f'{n:.0f} on {ranks:,}' for ranks, n in needs.items())} |\n")

@@ -91,7 +91,7 @@ def _run_once(argv: list[str], only_checks: bool = False) -> int:
         return ExitCode.OK if argv else ExitCode.USER_ERROR
     if argv[0].startswith("-") and argv[0] not in ("--version",):
         raise build_order_error(PROGRAM, argv, COMMANDS)
-    if (meant := unwrap_launcher(argv)) is not None:
+    if argv[0] not in COMMANDS and (meant := unwrap_launcher(argv)) is not None:
         raise UserError(f"{PROGRAM} {argv[0]}: starts another program; {PROGRAM} starts its processes itself",
                         Fix(f"{PROGRAM} {shlex.join(meant)}"))
     name, rest = split_command(argv)

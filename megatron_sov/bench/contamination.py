@@ -66,11 +66,8 @@ class ContaminationCheck:
 
 def search_training_data(scored: ScoredResults, data: Sequence[Path], reading: RecordReading, workers: int,
                          show_progress: bool = True) -> ContaminationCheck:
-    """Search the training split of token shards, and text files in the format `reading`, for items.
-
-    Raises:
-        UserError: items without text, or unreadable data.
-    """
+    """Search the training split of token shards, and text files in the format `reading`, for items. Raises
+    `UserError`: items without text, or unreadable data."""
     texts = list_item_texts(scored)
     units = list_search_units(data)
     hits: dict[tuple[str, str, str], ItemHit] = {}
@@ -125,10 +122,7 @@ class _ShardUnit:
 
 def list_search_units(data: Sequence[Path]) -> list[Any]:
     """Return the work units of training data: file spans and ranges of `UNIT_DOCUMENTS` packed documents.
-
-    Raises:
-        UserError: no data files.
-    """
+    Raises `UserError`: no data files."""
     units: list[Any] = []
     for path in data:
         if not (path / MANIFEST).is_file() or read_manifest(path).kind != "tokens":

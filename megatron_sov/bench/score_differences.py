@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError, format_problems
+from megatron_sov.base.figures import align_columns
 from megatron_sov.bench.lm.results import (
-    Metric, ResultItem, Results, TaskScores, align_columns, format_score_name, read_items, read_results)
+    Metric, ResultItem, Results, TaskScores, format_score_name, read_items, read_results)
 from megatron_sov.eval.statistics import CONFIDENCE, estimate_difference
 
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"
@@ -84,11 +85,8 @@ class Difference:
 
 
 def read_scored_results(path: Path) -> ScoredResults:
-    """Read the results of `eval lm` with their items.
-
-    Raises:
-        UserError: unreadable or damaged files, or an items file from another evaluation.
-    """
+    """Read the results of `eval lm` with their items. Raises `UserError`: unreadable or damaged files, or an
+    items file from another evaluation."""
     results = read_results(path)
     items: dict[str, dict[str, ResultItem]] = {name: {} for name in results.tasks}
     for item in read_items(path, results):
@@ -103,11 +101,8 @@ def read_scored_results(path: Path) -> ScoredResults:
 
 def compute_differences(before: ScoredResults, after: ScoredResults, tasks: Sequence[str] = (),
                         confidence: float = CONFIDENCE) -> list[Difference]:
-    """Compute the difference in each metric of `tasks`, or of every common task.
-
-    Raises:
-        UserError: a missing task, no common task, or different measurements.
-    """
+    """Compute the difference in each metric of `tasks`, or of every common task. Raises `UserError`: a
+    missing task, no common task, or different measurements."""
     sides = (before, after)
     missing = [f"{side.path} has no task {name}" for name in tasks for side in sides
                if name not in side.results.tasks]

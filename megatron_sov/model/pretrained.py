@@ -11,12 +11,13 @@ import importlib
 import importlib.util
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.errors import UserError, format_error
+from megatron_sov.base.errors import Fix, UserError, choose_free_path, format_error
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLED = "pytorch_model*.bin"
@@ -81,9 +82,12 @@ def find_weight_files(folder: Path) -> dict[str, list[str]]:
                         f"{SINGLE_FILE}")
     if not (folder / read).is_file():
         if pickled := sorted(folder.glob(PICKLED)):
+            new = choose_free_path(f"{folder.name}-safetensors")
+            code = ("from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; [x."
+                    f"from_pretrained({str(folder)!r}).save_pretrained({new!r}) for x in (M, T)]")
             raise UserError(f"{pickled[0]}: is a pickle, and pickles can run code; if you trust it, convert "
-                            "the folder to safetensors (transformers: from_pretrained(FOLDER)"
-                            ".save_pretrained(NEW))")
+                            "the folder to safetensors",
+                            Fix(words={str(folder): new}, before=(shlex.join(["python", "-c", code]),)))
         raise UserError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX}; save the model with safetensors")
     if read == SINGLE_FILE:
         return {SINGLE_FILE: []}

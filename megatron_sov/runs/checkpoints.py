@@ -170,8 +170,9 @@ def check_model_path(path: Path, option: str = "") -> None:
         if str(path) in recipes.names():
             raise UserError(f"{option}{path}: is a recipe, which comes before the options",
                             Fix(arguments=(str(path),), left_out=(f"{option}{path}",)))
+        fix = fix_missing(path) or (Fix(words={str(path): "MODEL"}) if path.is_file() else None)
         raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
-                        f"folder{suggest_download(path)}", fix_missing(path))
+                        f"folder{suggest_download(path)}", fix)
 
 
 def _refuse_address(address: str, option: str) -> None:
@@ -232,11 +233,13 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         command = _TAKEN_BY_COMMAND.get((kind, tuple(kinds)), "")
         fix = Fix(command=command) if command else None
         if kind == PEFT_ADAPTER and {CHECKPOINT_KIND, RUN} <= {*kinds}:
-            fix = _fix_adapter(path)
+            fix = fix_adapter(path)
         if kind == HF_MODEL and CHECKPOINT_KIND in kinds:  # the command is for `convert to-hf`
             converted = choose_free_path(f"{path.name}-checkpoint")
             fix = Fix(command=command, words={str(path): converted},
                       before=(shlex.join(["megatron-sov", "convert", "from-hf", str(path), converted]),))
+        if fix is None and HF_MODEL in kinds:
+            fix = Fix(words={str(path): "MODEL"})
         raise UserError(f"{path}: is {description}, not {wanted}; {advice.format(path=path, name=path.name)}",
                         fix)
     if not kind:
@@ -252,7 +255,7 @@ def check_folder_kind(path: Path, kinds: Collection[str], wanted: str) -> None:
         raise UserError(f"{path}: {description}, so it is not {wanted}; {advice}pass {expected}")
 
 
-def _fix_adapter(path: Path) -> Fix:
+def fix_adapter(path: Path) -> Fix:
     """Return the commands that make checkpoints of an adapter and of the base model that it names."""
     try:
         config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -327,11 +330,8 @@ def find_tokenizer_folder(start: Path) -> Path:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return `path` if it is a checkpoint, or the newest checkpoint of run `path`.
-
-    Raises:
-        UserError: `path` is neither, or the manifest is damaged.
-    """
+    """Return `path` if it is a checkpoint, or the newest checkpoint of run `path`. Raises `UserError`: `path`
+    is neither, or the manifest is damaged."""
     if not (path / CHECKPOINTS_FOLDER).is_dir():
         check_folder_kind(path, (CHECKPOINT_KIND, RUN), "a checkpoint or a run")
         read_manifest(path, CHECKPOINT_KIND)
@@ -349,11 +349,8 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_checkpoint_settings(path: Path) -> RunConfig:
-    """Read a checkpoint's settings and check its model config.
-
-    Raises:
-        UserError: the manifest is damaged or its settings are invalid.
-    """
+    """Read a checkpoint's settings and check its model config. Raises `UserError`: the manifest is damaged or
+    its settings are invalid."""
     # Read the manifest, not RUN/config.json: the run's settings may have changed since.
     raw = read_manifest(path, CHECKPOINT_KIND).settings
     try:
@@ -384,11 +381,8 @@ class AdapterBase:
 
 
 def read_adapter_base(path: Path) -> AdapterBase | None:
-    """Read the `AdapterBase` from an adapter checkpoint; None for full weights.
-
-    Raises:
-        UserError: the manifest is damaged.
-    """
+    """Read the `AdapterBase` from an adapter checkpoint; None for full weights. Raises `UserError`: the
+    manifest is damaged."""
     record = read_manifest(path, CHECKPOINT_KIND).content.get(BASE)
     return None if record is None else AdapterBase(Path(record["path"]), record["sha256"])
 
@@ -449,11 +443,8 @@ def hash_checkpoint_files(start: Path) -> str:
 
 
 def read_trained_tokens(path: Path) -> int:
-    """Return the longest training context in tokens, earlier stages and imported models included.
-
-    Raises:
-        UserError: `state.json` is damaged.
-    """
+    """Return the longest training context in tokens, earlier stages and imported models included. Raises
+    `UserError`: `state.json` is damaged."""
     settings = read_checkpoint_settings(path)
     if settings.recipe == IMPORTED_RECIPE:
         return settings.model.max_position_tokens

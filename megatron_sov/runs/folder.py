@@ -120,11 +120,8 @@ class RunFolder:
             self.release()
 
     def config(self) -> RunConfig | None:
-        """Read the run's `config.json`, or return None for a new folder.
-
-        Raises:
-            UserError: the file is damaged or from another version.
-        """
+        """Read the run's `config.json`, or return None for a new folder. Raises `UserError`: the file is
+        damaged or from another version."""
         file = self.path / CONFIG
         if not file.is_file():
             return None
@@ -135,12 +132,9 @@ class RunFolder:
                             "restore it or choose another --run") from None
 
     def enter(self, config: RunConfig, resume: bool) -> None:
-        """Check whether training with `config` may start in the folder; changes no files.
-
-        Raises:
-            UserError: the folder contains another artifact, an unexpected run, a run with other fixed
-                settings, or a complete run with fewer steps.
-        """
+        """Check whether training with `config` may start in the folder; changes no files. Raises `UserError`:
+        the folder contains another artifact, an unexpected run, a run with other fixed settings, or a
+        complete run with fewer steps."""
         earlier = self.check_available(resume)
         if earlier is None:
             if resume:
@@ -192,11 +186,8 @@ class RunFolder:
                             "new run begins)", fix)
 
     def check_available(self, resume: bool) -> RunConfig | None:
-        """Return the settings of the run in the folder, or None if the folder is free.
-
-        Raises:
-            UserError: the folder contains other files, or a run although `resume` is false.
-        """
+        """Return the settings of the run in the folder, or None if the folder is free. Raises `UserError`:
+        the folder contains other files, or a run although `resume` is false."""
         # A refused command must not create a folder, so test the nearest existing parent.
         nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir():
@@ -300,11 +291,8 @@ class TypedCommand:
 
 
 def read_command(run: Path) -> TypedCommand:
-    """Read a run's `command.json`, or the latest stage's.
-
-    Raises:
-        UserError: no run, a run started from Python or by an earlier version, or a damaged file.
-    """
+    """Read a run's `command.json`, or the latest stage's. Raises `UserError`: no run, a run started from
+    Python or by an earlier version, or a damaged file."""
     files = [file for file in (run / COMMAND, *sorted(run.glob(f"{STAGES}/*/{COMMAND}"))) if file.is_file()]
     if not files:
         if not (run / CONFIG).is_file():
@@ -327,11 +315,8 @@ def read_command(run: Path) -> TypedCommand:
 
 
 def check_code_unchanged(run: Path, before: RunConfig, now: RunConfig) -> None:
-    """Check that user code (recipes, rewards, objectives) still has the hashes of the run's start.
-
-    Raises:
-        UserError: a file has changed.
-    """
+    """Check that user code (recipes, rewards, objectives) still has the hashes of the run's start. Raises
+    `UserError`: a file has changed."""
     earlier = {(code.kind, code.name): code for code in before.code}
     for code in now.code:
         started = earlier.get((code.kind, code.name))
@@ -351,11 +336,7 @@ def check_code_unchanged(run: Path, before: RunConfig, now: RunConfig) -> None:
 
 
 def _read_completion(file: Path) -> dict[str, Any]:
-    """Read a completion manifest and check its `step` and `gate`.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Read a completion manifest and check its `step` and `gate`. Raises `UserError`: the file is damaged."""
     try:
         manifest = dict(json.loads(file.read_text(encoding="utf-8")))
         if type(manifest.get("step")) is not int or not isinstance(manifest.get("gate") or {}, dict):
@@ -422,11 +403,7 @@ class RunEvents:
     """Event log for an existing run; with `run=None`, `add` does nothing."""
 
     def __init__(self, run: Path | None) -> None:
-        """Check that the folder contains a run.
-
-        Raises:
-            UserError: `events.jsonl` is missing.
-        """
+        """Check that the folder contains a run. Raises `UserError`: `events.jsonl` is missing."""
         if run is not None and not (run / EVENTS).is_file():
             raise UserError(f"--run {run}: holds no {EVENTS}, so it is not a run; "
                             "pass the folder of a training command's --run")

@@ -40,11 +40,8 @@ class RunLock:
         self._thread = threading.Thread(target=self._renew_lease, daemon=True)
 
     def acquire(self) -> None:
-        """Write `lock.json` and start the heartbeat.
-
-        Raises:
-            UserError: a living run holds the lock, or the folder is not writable.
-        """
+        """Write `lock.json` and start the heartbeat. Raises `UserError`: a living run holds the lock, or the
+        folder is not writable."""
         # One critical section: two starters that both find a dead holder must not both write.
         with translate_disk_errors(self._file), critical_section(self._file.parent):
             record = read_lock(self._file.parent)

@@ -180,11 +180,7 @@ class RunPolicies:
 
 
 def _hash_checkpoint_policy(path: Path) -> str:
-    """Return the digest of a checkpoint's policy.
-
-    Raises:
-        UserError: `state.json` is damaged.
-    """
+    """Return the digest of a checkpoint's policy. Raises `UserError`: `state.json` is damaged."""
     file = path / checkpoints.STATE_FILE
     try:
         state = json.loads(file.read_text(encoding="utf-8")).get(FEED_STATE)

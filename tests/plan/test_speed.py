@@ -14,12 +14,12 @@ from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.plan.speed.step import estimate_extra_layers, estimate_router_s, estimate_step
 from megatron_sov.plan.speed.traffic import count_local_params, list_messages
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, build_workload
-from megatron_sov.work.clusters.chips import CHIPS, default_links, find_chip
+from megatron_sov.work.clusters.chips import CHIPS, default_links
 from tests.plan.published import published_shapes
 
 LLAMA = published_shapes()["llama3-8b"]
 QWEN = published_shapes()["qwen3-30b-a3b"]
-H100 = find_chip("h100")
+H100 = CHIPS["h100"]
 
 
 def workload(**settings: object) -> Workload:
@@ -92,7 +92,7 @@ def test_no_run_is_faster_than_its_peak() -> None:
     (workload(tuned=False), workload()),
     (workload(overlap_grad_reduce=False), workload()),
     (workload(), workload(precision="fp8")),
-    (workload(), workload(chip=find_chip("b200"))),
+    (workload(), workload(chip=CHIPS["b200"])),
     (workload(), workload(document_tokens=512)),
     (workload(), workload(objective="lora")),
     (workload(tp=16, sp=True), workload(tp=8, sp=True)),
@@ -154,7 +154,7 @@ def test_the_slowest_stage_of_a_pipeline_whose_layers_are_known() -> None:
 
 def test_a_chip_without_the_precision_is_refused() -> None:
     with pytest.raises(UserError, match="fp8 on A100-80GB: is not supported by its tensor cores"):
-        estimate_step(workload(chip=find_chip("a100"), precision="fp8"))
+        estimate_step(workload(chip=CHIPS["a100"], precision="fp8"))
 
 
 def test_what_stands_beside_layers_is_what_an_uneven_pipeline_makes_up_for() -> None:

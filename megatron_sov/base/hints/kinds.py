@@ -10,8 +10,8 @@ from pathlib import Path
 KIND_OPTIONS = {
     "model": ("--from", "--tokenizer"), "hub": ("--from", "--tokenizer", "--data"),
     "tokenizer": ("--tokenizer",), "config": ("--config",), "tokens": ("--data",),
-    "data": ("--prompts", "--data", "--input", "--text"),
-    "absent": ("--run", "--prompt", "--output"),
+    "data": ("--prompts", "--data", "--input", "--text", "--output"),
+    "absent": ("--run", "--prompt", "--output"), "name": ("--reward", "--run", "--prompt", "--output"),
     "folder": ("--input", "--data", "--run"), "text": ("--prompt",),
     "code": (), "recipe": ()}
 """Kind of a word without an option -> options that take the kind, the likeliest first."""

@@ -68,6 +68,8 @@ class _Proposal:
         names = [*placeholders, *(word.partition("=")[0] for word in placeholders), *self.new_paths]
         if error is not None and not any(_names_word(error.sentence, word) for word in names):
             return error
+        if error is not None and (other := self.find_independent_fault(error)) is not None:
+            return other
         return self.find_path_fault(self.messages, is_named=False)
 
     def find_path_fault(self, message: str, *, is_named: bool) -> UserError | None:
@@ -180,7 +182,7 @@ def _find_advice(proposal: _Proposal, fault: UserError) -> Fix | None:
             continue
         after = replace(proposal, line=line).run_check()
         if after is None or not (after.sentence == fault.sentence or words[0] in after.sentence
-                                 or words[1].partition("=")[0] in after.sentence):
+                                 or re.split("[=:]", words[1])[0] in after.sentence):
             return fix
     return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,19 +49,24 @@ def check_command(program: str, words: Sequence[str]) -> None:
             key = "--key-env" if option == "--model" and has_endpoint else option
             if successor := OPTIONS.get(f"{command} {key}"):
                 begin = f"{command} {option}: was removed in this version"
-                raise UserError(f"{begin}; {successor}", _find_fix(successor, option, words[count:]))
+                raise UserError(f"{begin}; {successor}", _find_fix(program, successor, option, words))
 
 
-def _find_fix(successor: str, option: str, words: Sequence[str]) -> Fix | None:
-    """Return the fix for a removed option, or second word of a command; None: the successor names neither an
-    option with a value nor a command for the words after it."""
+def _find_fix(program: str, successor: str, option: str, words: Sequence[str]) -> Fix:
+    """Return the fix for a removed option, or second word of a command: the option or the filter that the
+    successor names, the command for the words after it, or the line without the option."""
     if not option.startswith("-"):
-        return fill_template("", successor, words[1:]).fix
-    renamed = re.search(r"(?:; |pass )(--[\w-]+) [A-Z]{2,}", successor)
+        return fill_template("", successor, words[2:]).fix or Fix()
     value = find_value(words, option)
-    if not renamed or not value:
-        return None
-    return Fix(options=(renamed[1], value), left_out=(f"{option} {value}", f"{option}={value}"))
+    at = next(n for n, word in enumerate(words) if word.partition("=")[0] == option)
+    # a switch may stand before a positional argument
+    has_value = value and not value.startswith("-") and any(not word.startswith("-") for word in words[2:at])
+    left_out = (f"{option} {value}" if has_value else option, f"{option}={value}")
+    if has_value and "| grep" in successor:
+        rest = [word for n, word in enumerate(words) if n not in (at, at + 1)]
+        return Fix(f"{program} {shlex.join(rest)} | grep {shlex.quote(value)}")
+    renamed = re.search(r"(?:; |pass )(--[\w-]+) [A-Z]{2,}", successor)
+    return Fix(options=(renamed[1], value) if renamed and value else (), left_out=left_out)
 
 
 def drop_removed_settings(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class Rewrite:
     """Whether a setting exists; None: unknown."""
     line: str = ""
     """The whole line, if another command is meant."""
+    before: list[str] = field(default_factory=list)
+    """Commands to run before the line."""
     other_command: str = ""
     """Another command of ours, with options, that takes the typed words."""
     resumed_run: str = ""
@@ -116,6 +118,9 @@ class Rewrite:
         if value and value == find_value(self.typed, row.get("unless_value_of", "")):
             written = []  # prefer --ref_model MODEL --from MODEL
         self.weak_settings |= set(written) if row.get("weak") else set()
+        if "before" in row:
+            quoted = {name: shlex.quote(text) for name, text in holes.items()}
+            self.before.append(row["before"].format(**quoted))
         if "line" in row:
             self.line = row["line"].format(**{name: shlex.quote(text) for name, text in holes.items()})
         self.other_command = row.get("command", self.other_command)
@@ -218,7 +223,8 @@ class Rewrite:
         if not name.startswith("-"):
             self.first += translated
             self.first_by_name[name] = translated
-            self.add_words(f"{option} is {name.partition('[')[0]} here, without an option")
+            plain = re.sub(r"\[.*?\]", "", name)  # DIR[:WEIGHT], [NAME=]PREFIX
+            self.add_words(f"{option} is {plain} here, without an option")
             return
         default = load_table()["values"].get(word, {}).get("")
         translated = translated or ([default] if default else [])

@@ -22,7 +22,8 @@ def load_table() -> Mapping[str, Any]:
     """Load `words.yaml`: section name -> rows."""
     import yaml  # not at the top: `--help` of a program reads no YAML
 
-    rows: Mapping[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    rows: Mapping[str, Any] = yaml.load(FILE.read_text(encoding="utf-8"), loader)
     return rows
 
 

@@ -256,6 +256,10 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
     if any(action.nargs in ("+", "*", argparse.REMAINDER) for action in positionals):
         return
     free, others = split_positionals(parser, rewrite.words)
+    if len(free) > 2 and (command := load_table()["several"].get(rewrite.command)):
+        rewrite.words, rewrite.other_command = [*free[:-1], *others, "--output", free[-1]], command
+        rewrite.add_words(f"several checkpoints are taken by `megatron-sov {command}`")
+        return
     room = max(0, len(positionals) - len(rewrite.first))
     written = {word.partition("=")[0] for word in others}
     takes_recipe = bool(rewrite.positionals) and rewrite.positionals[0] == "RECIPE"
@@ -269,6 +273,10 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
     unplaced: list[str] = []
     for number, word in enumerate(free):
         kind = classify_word(word)
+        if kind == "recipe" and not takes_recipe:
+            kind = "absent"
+        elif kind == "absent" and re.fullmatch("[a-z]+", word) and "--reward" not in written:
+            kind = "name"
         # TARGET, RUN and the like come first and take any kind
         is_taken = number < room and not (takes_recipe and kind not in ("recipe", "code"))
         options = [option for option in KIND_OPTIONS[kind] if option in rewrite.options
@@ -336,7 +344,7 @@ def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError
     _add_companions(rewrite)
     words = _drop_repeated(parser, rewrite)
     written = {word.partition("=")[0] for word in words}
-    missing = {action.option_strings[0]: choose_placeholder(action) for action in parser._actions
+    missing = {action.option_strings[0]: choose_placeholder(action, parser.prog) for action in parser._actions
                if action.required and action.option_strings and not set(action.option_strings) & written}
     if missing:
         rewrite.messages.append(_list_missing(missing))
@@ -346,7 +354,8 @@ def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError
     program = f"megatron-sov {rewrite.other_command}" if rewrite.other_command else parser.prog
     command = f"{program} {shlex.join([*first, *words])}".strip()
     options = [f"{option} {value}" for option, value in missing.items()]
-    return UserError(f"{parser.prog}: {_join_messages(rewrite)}", Fix(" ".join([command, *options])))
+    line = " ".join([command, *options])
+    return UserError(f"{parser.prog}: {_join_messages(rewrite)}", Fix(line, before=tuple(rewrite.before)))
 
 
 def _order_positionals(parser: argparse.ArgumentParser, rewrite: Rewrite, words: list[str]

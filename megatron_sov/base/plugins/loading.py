@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from megatron_sov.base.errors import Fix, UserError, suggest_name
+from megatron_sov.base.errors import Fix, UserError, find_nearest_name
 from megatron_sov.version import OUR_PACKAGES
 
 Kind = Literal["recipe", "model family", "objective", "reward", "tool environment", "step"]
@@ -86,7 +86,12 @@ def load_plugin(reference: str) -> LoadedPlugin:
         loaded = LoadedPlugin(None, name, reference, hash_module_files(module))
     if not hasattr(module, name):
         public_names = [n for n in vars(module) if not n.startswith("_")]
-        raise UserError(f"{reference}: {place} has no {name!r}{suggest_name(name, public_names)}")
+        own_names = _list_names(Path(place)) if place.endswith(".py") else []
+        meant = find_nearest_name(name, public_names)
+        others = f"; did you mean '{meant}'?" if meant else f"; it has {', '.join(own_names[-5:]) or 'none'}"
+        meant = meant or "".join(own_names[-1:])
+        raise UserError(f"{reference}: {place} has no {name!r}{others}",
+                        Fix(words={reference: f"{place}:{meant}"}) if meant else None)
     return LoadedPlugin(getattr(module, name), name, loaded.reference, loaded.files)
 
 

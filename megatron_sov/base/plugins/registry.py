@@ -136,7 +136,7 @@ class Registry(Generic[T]):
         if meant := load_table()["values"].get(f"--{self.kind}", {}).get(name.lower()):
             raise UserError(f"{self.kind} {name!r}: is {meant} here; write {meant}", Fix(words={name: meant}))
         raise UserError(self._explain_unknown(name, recorded), Fix(words={name: nearest}) if nearest else
-                        Fix(stand_ins={name: next(iter(self._built_in), name)}))
+                        Fix(stand_ins={name: max(self._built_in, key=lambda n: "tiny" in n, default=name)}))
 
     def code(self, name: str) -> PluginCode | None:
         """Return a registered plug-in's record; None for built-in code."""
@@ -187,9 +187,11 @@ def suggest_same_family(name: str, known: Iterable[str]) -> str:
 
 
 def _find_by_prefix(parts: Sequence[str], known: Iterable[str]) -> list[str]:
-    matches = [repr(candidate) for candidate in known
-               if parts and _split_name(candidate)[:len(parts)] == parts]
-    return matches[:MAX_PROPOSED]
+    split = {candidate: _split_name(candidate) for candidate in known} if parts else {}
+    matches = [name for name, words in split.items() if words[:len(parts)] == parts]
+    if not matches and parts[0].isdigit():  # 8b: the size at the end
+        matches = [name for name, words in split.items() if words[-len(parts):] == parts]
+    return list(map(repr, matches[:MAX_PROPOSED]))
 
 
 def _split_name(name: str) -> list[str]:

@@ -252,6 +252,8 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
             words = re.findall(r"[\w.-]+", value.lower())
             ours = (value.lower(), _find_equivalent(key, value), find_nearest_name(value, choices),
                     *re.findall(r"[\w.-]+", suggest_successor(value)))
+            # another program's word with a command of its own is not a misspelt choice
+            ours = ours if "`megatron-sov" not in close else ()
             nearest = next((word for word in ours if words and word in choices), "")
         return SettingsProblem(ProblemCode.CHOICE, key, f"must be {ctx.get('expected', 'another word')}",
                                value, close.removeprefix("; "), value_to_write=nearest)
@@ -284,6 +286,8 @@ def _find_nearest_value(value: Any, lt: float = math.inf, le: float = math.inf, 
     if isinstance(value, (int, float)) and min(lt, le) == 1 and 2 <= value <= 100:
         return f"{value / 100:g}"
     bound = le if math.isfinite(le) else ge
+    if bound == 0 and isinstance(value, (int, float)) and value < 0:  # a sign too many
+        bound = -value
     return "" if bound is None else f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 

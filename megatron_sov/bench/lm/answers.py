@@ -117,11 +117,7 @@ class AnswerCache(dict[str, Answer]):
         self.load_new_answers()
 
     def save_answers(self, answers: Mapping[str, Answer]) -> None:
-        """Write answers to this process's journal.
-
-        Raises:
-            UserError: the disk is full or not writable.
-        """
+        """Write answers to this process's journal. Raises `UserError`: the disk is full or not writable."""
         if self._journal is None:
             with translate_disk_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)

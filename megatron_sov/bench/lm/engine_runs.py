@@ -94,10 +94,7 @@ class Subject:
 
 def resolve_subject(path: str, settings: LmEvalSettings, with_hash: bool = True) -> Subject:
     """Resolve a target as typed; `with_hash` computes the content hash, which may read every weight file.
-
-    Raises:
-        UserError: no model at `path`, or settings that the model does not support.
-    """
+    Raises `UserError`: no model at `path`, or settings that the model does not support."""
     check_model_path(Path(path))
     target = find_target(Path(path))
     has_layout = bool(settings.settings) or settings.nproc is not None
@@ -131,11 +128,8 @@ def resolve_subject(path: str, settings: LmEvalSettings, with_hash: bool = True)
 
 
 def hash_model(target: Target) -> str:
-    """Hash a model's content: the hash of its manifest, or without a manifest of every file.
-
-    Raises:
-        UserError: a file differs from the manifest. Weight files with size and time as written are not read.
-    """
+    """Hash a model's content: the hash of its manifest, or without a manifest of every file. Raises
+    `UserError`: a file differs from the manifest. Weight files with size and time as written are not read."""
     folder = target.path
     if (folder / MANIFEST).is_file():
         written_ns = (folder / MANIFEST).stat().st_mtime_ns  # the manifest is written last

@@ -50,11 +50,7 @@ class EvaluatedLM(TemplateLM):
         """Further arguments for the chat template, e.g. `enable_thinking`."""
 
     def collect_requests(self, instances: Sequence[Instance]) -> list[Request]:
-        """Return the distinct requests for a task's instances.
-
-        Raises:
-            UserError: an unusable request.
-        """
+        """Return the distinct requests for a task's instances. Raises `UserError`: an unusable request."""
         self.requests, self._is_collecting = {}, True
         for kind in dict.fromkeys(instance.request_type for instance in instances):
             repeated = [instance for instance in instances if instance.request_type == kind
@@ -109,11 +105,7 @@ class EvaluatedLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
                             ) -> str:
         """Render messages with the chat template; without the system message if the template refuses it, as
-        lm-eval does.
-
-        Raises:
-            UserError: the template refuses the messages.
-        """
+        lm-eval does. Raises `UserError`: the template refuses the messages."""
         try:
             return str(self.tokenizer.apply_chat_template(
                 chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from megatron_sov.base.artifacts import format_json, sha256_file, write_output
 from megatron_sov.base.documents.rows import format_json_line
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import align_columns
 from megatron_sov.base.settings import Finite
 
 FORMAT_VERSION, KIND = 1, "eval-lm"
@@ -171,11 +172,8 @@ def get_items_path(output: Path) -> Path:
 
 
 def write_results(output: Path, results: Results, items: Iterable[ResultItem]) -> Results:
-    """Write the items file and the result file atomically; return the results with the items' hash.
-
-    Raises:
-        UserError: the folder is not writable.
-    """
+    """Write the items file and the result file atomically; return the results with the items' hash. Raises
+    `UserError`: the folder is not writable."""
     items_path = get_items_path(output)
     lines = b"".join(format_json_line(dataclasses.asdict(item)) for item in items)
     # items first: after a kill, earlier results no longer match the hash, which `read_items` reports
@@ -187,11 +185,7 @@ def write_results(output: Path, results: Results, items: Iterable[ResultItem]) -
 
 
 def read_results(path: Path) -> Results:
-    """Read a result file of `eval lm`.
-
-    Raises:
-        UserError: an unreadable, damaged or different file.
-    """
+    """Read a result file of `eval lm`. Raises `UserError`: an unreadable, damaged or different file."""
     try:
         raw = json.loads(path.read_bytes())
         if not isinstance(raw, dict) or raw.get("kind") != KIND:
@@ -209,11 +203,7 @@ def read_results(path: Path) -> Results:
 
 
 def read_items(output: Path, results: Results) -> Iterator[ResultItem]:
-    """Yield the items of a result file.
-
-    Raises:
-        UserError: a missing, damaged or different items file.
-    """
+    """Yield the items of a result file. Raises `UserError`: a missing, damaged or different items file."""
     # only the name: foreign results must not lead to another folder
     path = output.with_name(Path(results.items.get("file", "")).name or get_items_path(output).name)
     if not path.is_file():
@@ -263,14 +253,3 @@ def format_scores(results: Results) -> str:
             rows.append((name, label, value, interval, f"{task.items:,}", f"{task.failed:,}",
                          f"{task.at_limit:,}"))
     return align_columns(rows, left=(0, 1))
-
-
-def align_columns(rows: Sequence[Sequence[str]], left: Container[int]) -> str:
-    """Pad cells to columns, aligning columns in `left` to the left and others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) if column in left else cell.rjust(width)
-                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -56,10 +56,7 @@ class LoadedTasks:
 def load_tasks(names: Sequence[str], sources: TaskSources, settings: LmEvalSettings | None = None
                ) -> LoadedTasks:
     """Load tasks, groups and tags; `samples`, `judge`, `mode` and `workers` override the tasks' own values.
-
-    Raises:
-        UserError: an unknown, incomplete or forbidden task.
-    """
+    Raises `UserError`: an unknown, incomplete or forbidden task."""
     catalog = find_source_tasks(sources)
     names = catalog.expand_tags(names)
     with suppress_output():
@@ -150,11 +147,8 @@ def _build_entry(definition: TaskDefinition, sources: TaskSources) -> tuple[Entr
 
 def prepare_task(definition: TaskDefinition, data_dir: Path | None, *, may_download: bool
                  ) -> tuple[dict[str, Any], list[Path]]:
-    """Return a task's checked settings, and the absolute paths of its data files.
-
-    Raises:
-        UserError: forbidden code or downloads, or a missing file.
-    """
+    """Return a task's checked settings, and the absolute paths of its data files. Raises `UserError`:
+    forbidden code or downloads, or a missing file."""
     config = dict(definition.config)
     task = f"task {config.get('task')!r} ({definition.file})"
     for key, kind, form in (("dataset_path", str, "a text"), ("dataset_kwargs", dict, "names and values"),
@@ -179,7 +173,7 @@ def prepare_task(definition: TaskDefinition, data_dir: Path | None, *, may_downl
         if not isinstance(splits, dict):
             splits = {"train": splits}
         splits = {split: names if isinstance(names, list) else [names] for split, names in splits.items()}
-        config["custom_dataset"] = TaskFileReader(str(path), splits,
+        config["custom_dataset"] = TaskFileReader(splits,
                                                   to_dataset=config.get("process_docs") is not None)
     return config, files
 

@@ -186,11 +186,8 @@ class AnswerJudge:
 
     def judge_answers(self, answers: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]
                       ) -> list[Judged]:
-        """Score each item's answers (lm-eval's filter).
-
-        Raises:
-            UserError: an invalid reward setting, or no address for a judge.
-        """
+        """Score each item's answers (lm-eval's filter). Raises `UserError`: an invalid reward setting, or no
+        address for a judge."""
         rows = [build_reward_row(self.judging, doc, answer)
                 for doc, texts in zip(docs, answers, strict=True) for answer in texts]
         results = {name: iter(self._score_rows(name, {**self.judging.reward_settings, **settings}, rows))

@@ -1,6 +1,7 @@
 """Options and checks for the `megatron-sov convert` actions."""
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Gt, Le
 
-from megatron_sov.base.errors import UserError, suggest_name
+from megatron_sov.base.errors import Fix, UserError, suggest_name
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import ActionGroup, AtLeastOne, DeclaredCommand, Flag, parse_nested
 from megatron_sov.commands.shared_options import (
@@ -19,7 +20,8 @@ from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.train import AverageKind
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
-from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, HF_MODEL, RUN, check_folder_kind, check_model_path
+from megatron_sov.runs.checkpoints import (
+    CHECKPOINT_KIND, HF_MODEL, RUN, check_folder_kind, check_model_path, fix_adapter)
 
 RUN_MODULE = "megatron_sov.commands.models.convert_run"
 DtypeName = Literal["keep", "float32", "bfloat16", "float16", "float64"]
@@ -204,6 +206,15 @@ def _check_from_megatron(options: FromMegatronOptions) -> MegatronImport:
     return MegatronImport(options, family, overrides)
 
 
+def _check_from_peft(options: FromPeftOptions) -> FromPeftOptions:
+    fix = fix_adapter(options.peft_dir) if not options.base.exists() and options.peft_dir.is_dir() else None
+    if fix is not None:  # `fix.before` ends with the command itself
+        base = shlex.split(fix.before[-1])[-1]
+        raise UserError(f"{options.peft_dir}: names its base model; make a checkpoint of it for --base",
+                        Fix(options=("--base", base), before=fix.before[:-1]))
+    return _check_paths("peft_dir", "base")(options)
+
+
 def _check_verify(options: VerifyOptions) -> VerifyOptions:
     check_output("--card", options.card)
     return _check_paths("a", "b")(options)
@@ -232,7 +243,7 @@ CONVERT = ActionGroup({
     "from-megatron": DeclaredCommand(FromMegatronOptions, _check_from_megatron,
                                      f"{RUN_MODULE}:import_megatron"),
     "to-peft": DeclaredCommand(ToPeftOptions, _check_paths("checkpoint"), f"{RUN_MODULE}:export_peft"),
-    "from-peft": DeclaredCommand(FromPeftOptions, _check_paths("peft_dir", "base"),
+    "from-peft": DeclaredCommand(FromPeftOptions, _check_from_peft,
                                  f"{RUN_MODULE}:import_peft"),
     "average": DeclaredCommand(AverageOptions, _check_paths(), f"{RUN_MODULE}:average_checkpoints"),
     "verify": DeclaredCommand(VerifyOptions, _check_verify,

@@ -53,11 +53,7 @@ class EventLog:
         return self._file is not None
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append an event and hand its line to the operating system.
-
-        Raises:
-            UserError: the disk is full.
-        """
+        """Append an event and hand its line to the operating system. Raises `UserError`: the disk is full."""
         with self._turn:
             if self._file is None:
                 return

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_sov.base.errors import UserError, suggest_name
+from megatron_sov.base.errors import UserError
 from megatron_sov.work.clusters.units import GIB
 
 INSIDE_LATENCY_S = 3.3e-6
@@ -81,11 +81,8 @@ class Chip(Gpu):
     """tflops, hbm, nvlink, memory, network, power, server_power, price -> source."""
 
     def flops_per_s(self, precision: str) -> float:
-        """Return the dense peak for "bf16", "fp8" or "fp4".
-
-        Raises:
-            UserError: the chip does not support the precision.
-        """
+        """Return the dense peak for "bf16", "fp8" or "fp4". Raises `UserError`: the chip does not support the
+        precision."""
         peaks = {"bf16": self.bf16_flops_per_s, "fp8": self.fp8_flops_per_s, "fp4": self.fp4_flops_per_s}
         if not peaks.get(precision):
             supported = [name for name in PRECISIONS if peaks[name]]
@@ -141,19 +138,6 @@ def _normalize_name(name: str) -> str:
 
 CHIPS = _read_chips()
 """Name in cluster profiles and recommended layouts -> GPU."""
-
-
-def find_chip(name: str) -> Chip:
-    """Return the `Chip` with a key, name or alias, ignoring case and punctuation.
-
-    Raises:
-        UserError: unknown name; the message suggests the nearest.
-    """
-    match = find_device_chip(name)
-    if match is None:
-        raise UserError(f"GPU {name!r}: is not in the table{suggest_name(name.lower(), CHIPS)} "
-                        f"(GPUs: {', '.join(sorted(CHIPS))})")
-    return match
 
 
 def find_device_chip(name: str) -> Chip | None:

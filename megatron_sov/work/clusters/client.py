@@ -33,11 +33,8 @@ def environment_outside_jobs() -> dict[str, str]:
 
 def run_slurm_program(program: str, *arguments: str,
                       script: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a Slurm program such as `sinfo` or `sbatch`.
-
-    Raises:
-        UserError: the program is not installed, or the controller does not answer.
-    """
+    """Run a Slurm program such as `sinfo` or `sbatch`. Raises `UserError`: the program is not installed, or
+    the controller does not answer."""
     if program not in READING_PROGRAMS:
         stop_check()
     try:

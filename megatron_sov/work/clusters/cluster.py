@@ -195,11 +195,8 @@ class ClusterProfile:
 
     @property
     def chip(self) -> Chip:
-        """GPU model of the nodes.
-
-        Raises:
-            UserError: the nodes have no GPUs, or the profile does not name them.
-        """
+        """GPU model of the nodes. Raises `UserError`: the nodes have no GPUs, or the profile does not name
+        them."""
         if not (self.gpus_per_node and self.gpu):
             problem = "gpu is empty" if self.gpus_per_node else "gpus_per_node is 0"
             raise UserError(f"{problem} in the profile, so the nodes' GPUs are unknown; "
@@ -271,11 +268,8 @@ def list_profiles() -> list[str]:
 
 
 def parse_time_limit(text: str) -> float:
-    """Parse a time limit in any sbatch format; return seconds, infinity for no limit.
-
-    Raises:
-        UserError: unknown format.
-    """
+    """Parse a time limit in any sbatch format; return seconds, infinity for no limit. Raises `UserError`:
+    unknown format."""
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
     match = TIME_LIMIT.fullmatch(text)
@@ -291,11 +285,8 @@ def parse_time_limit(text: str) -> float:
 
 
 def parse_node_settings(arguments: Sequence[str]) -> dict[int, tuple[str, ...]]:
-    """Parse N:key=value arguments into number of nodes -> settings.
-
-    Raises:
-        UserError: an argument has another form.
-    """
+    """Parse N:key=value arguments into number of nodes -> settings. Raises `UserError`: an argument has
+    another form."""
     settings: dict[int, tuple[str, ...]] = {}
     for text in arguments:
         count, colon, setting = text.partition(":")
@@ -330,7 +321,7 @@ def load_profile(name: str, *, account: str | None = None, partition: str | None
         nearest = find_nearest_name(name, list_profiles())
         raise UserError(f"--cluster {name}: there is no such profile{suggest_name(name, list_profiles())} "
                         f"(profiles: {', '.join(list_profiles())}; your own: a path that ends with .yaml)",
-                        Fix(options=("--cluster", nearest)) if nearest else None)
+                        Fix(options=("--cluster", nearest or "h100")))
     # check rules only after applying account and partition
     profile = parse_settings_yaml(ClusterProfile, text, f"--cluster {name}", rules=False)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,

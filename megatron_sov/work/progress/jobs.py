@@ -47,11 +47,8 @@ class Job(Generic[Work]):
 
 
 def run_job(job: Job[Work], *, redo: bool = False) -> None:
-    """Execute unfinished items and write the output; a killed job resumes after its last record.
-
-    Raises:
-        UserError: another process holds the journal, or it belongs to another command.
-    """
+    """Execute unfinished items and write the output; a killed job resumes after its last record. Raises
+    `UserError`: another process holds the journal, or it belongs to another command."""
     with open_journal(job.output, job.made_by, job.identity, redo=redo) as journal:
         # Records are in item order: a single pass over the items reads the whole journal.
         old_records = journal.records()

@@ -76,11 +76,8 @@ class Journal:
         self._synced_s = time.monotonic()
 
     def add(self, records: Iterable[tuple[Item, bytes]]) -> None:
-        """Append records. A killed process loses no records, a power failure up to `SYNC_EVERY_S`.
-
-        Raises:
-            UserError: the disk is full or not writable.
-        """
+        """Append records. A killed process loses no records, a power failure up to `SYNC_EVERY_S`. Raises
+        `UserError`: the disk is full or not writable."""
         with translate_disk_errors(self.folder):
             for item, payload in records:
                 # length and checksum reveal an incomplete record regardless of its content

@@ -201,19 +201,12 @@ class Claim:
         self.renew()
 
     def renew(self) -> bool:
-        """Write a heartbeat; return whether this job still holds the claim.
-
-        Raises:
-            UserError: the folder is not writable.
-        """
+        """Write a heartbeat; return whether this job still holds the claim. Raises `UserError`: the folder is
+        not writable."""
         return self._write_state(is_released=False)
 
     def release(self) -> None:
-        """Release the claim after finished or failed work.
-
-        Raises:
-            UserError: the folder is not writable.
-        """
+        """Release the claim after finished or failed work. Raises `UserError`: the folder is not writable."""
         self._write_state(is_released=True)
 
     @contextlib.contextmanager
@@ -312,11 +305,8 @@ def lock_folder(folder: Path, label: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def try_lock_folder(folder: Path) -> Iterator[bool]:
-    """Lock a folder that exists only while locked; yield whether the lock succeeded.
-
-    Raises:
-        UserError: the folder cannot be created.
-    """
+    """Lock a folder that exists only while locked; yield whether the lock succeeded. Raises `UserError`: the
+    folder cannot be created."""
     with _attempt_lock(folder) as is_ours:
         try:
             yield is_ours

@@ -44,11 +44,8 @@ Work = Callable[[int], object]
 
 
 def load_array_profile(options: ClusterOptions) -> ClusterProfile:
-    """Load the `ClusterProfile` for a command's jobs.
-
-    Raises:
-        UserError: the profile is invalid, or arrays do not support its container.
-    """
+    """Load the `ClusterProfile` for a command's jobs. Raises `UserError`: the profile is invalid, or arrays
+    do not support its container."""
     profile = cluster.load_profile(options.cluster, account=options.account, partition=options.partition)
     if profile.container.kind == "enroot":
         raise UserError("container.kind = enroot: is not supported for job arrays; use pyxis, apptainer or "
@@ -163,11 +160,7 @@ class Arrays:
         self._before: _Array | None = None
 
     def __enter__(self) -> Self:
-        """Check that the cluster accepts jobs.
-
-        Raises:
-            UserError: the partition does not exist.
-        """
+        """Check that the cluster accepts jobs. Raises `UserError`: the partition does not exist."""
         client.check_partition(self._profile.partition)
         return self
 
@@ -266,11 +259,8 @@ class SharedWork:
 
 
 def submit_shares(output: Path, shared: SharedWork, profile: ClusterProfile, most_tasks: int) -> None:
-    """Submit unfinished items as an array, or report the progress of running jobs.
-
-    Raises:
-        UserError: problems with the output, the work or the cluster.
-    """
+    """Submit unfinished items as an array, or report the progress of running jobs. Raises `UserError`:
+    problems with the output, the work or the cluster."""
     check_quotable(output)
     slurm = slurm_folder(output)
     with lock_folder(slurm, output), translate_disk_errors(slurm):

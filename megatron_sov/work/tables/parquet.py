@@ -178,12 +178,8 @@ class TableFile:
         return self
 
     def write(self, columns: dict[str, list[Any]]) -> None:
-        """Write a row group.
-
-        Raises:
-            UserError: the disk is full.
-            pa.ArrowInvalid, pa.ArrowTypeError: a value does not fit its column's type.
-        """
+        """Write a row group. Raises `UserError`: the disk is full. pa.ArrowInvalid, pa.ArrowTypeError: a
+        value does not fit its column's type."""
         table = pa.table([pa.array(columns[f.name], f.type) for f in self.columns], self.columns)
         if table.num_rows:
             with translate_disk_errors(self.path):

@@ -129,11 +129,8 @@ class Table(Generic[P]):
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open the table in a folder.
-
-        Raises:
-            UserError: the folder contains no table, or a newer version's.
-        """
+        """Open the table in a folder. Raises `UserError`: the folder contains no table, or a newer
+        version's."""
         file = Path(path) / cls.HEAD
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
@@ -216,19 +213,13 @@ class Table(Generic[P]):
         return self.path / self.ADDED / version[:VERSION_CHARS] if version else self.path / self.ROWS
 
     def has_part(self, name: str, version: str = "") -> bool:
-        """Return whether a part, or a version's columns for it, is published.
-
-        Raises:
-            UserError: the part is damaged, or belongs to another table or version.
-        """
+        """Return whether a part, or a version's columns for it, is published. Raises `UserError`: the part is
+        damaged, or belongs to another table or version."""
         return self.part_path(name, version).exists() and self.part(name, version) is not None
 
     def part(self, name: str, version: str = "") -> P:
-        """Open a part, or a version's columns for it, without reading rows.
-
-        Raises:
-            UserError: the part is missing or damaged, or belongs to another table or version.
-        """
+        """Open a part, or a version's columns for it, without reading rows. Raises `UserError`: the part is
+        missing or damaged, or belongs to another table or version."""
         path = self.part_path(name, version)
         # folder names truncate versions, manifests do not: two versions may share a folder name
         part = self._open_part(path, self.ADDED if version else self.ROWS)
@@ -304,11 +295,8 @@ class Table(Generic[P]):
         return ""
 
     def read(self, part: P, schema: pa.Schema) -> pa.Table:
-        """Read columns of a part after checking its hash.
-
-        Raises:
-            UserError: the file is damaged, too large, or not written by the table.
-        """
+        """Read columns of a part after checking its hash. Raises `UserError`: the file is damaged, too large,
+        or not written by the table."""
         from megatron_sov.work.tables.parquet import read_table  # imports pyarrow, as above
 
         record = read_manifest(part.path).files[part.file.name]
@@ -400,11 +388,7 @@ class Table(Generic[P]):
 
 
 def delete_folders(found: Collection[DeletableFolder]) -> None:
-    """Delete folders, renaming each to a hidden name first.
-
-    Raises:
-        UserError: no permission.
-    """
+    """Delete folders, renaming each to a hidden name first. Raises `UserError`: no permission."""
     for item in found:
         hidden = item.path.with_name(f".{item.path.name}.gone-{uuid.uuid4().hex}")
         # suppressed: another process has deleted it

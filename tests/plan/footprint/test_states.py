@@ -48,7 +48,7 @@ ENCODERS = (
 
 def both(layouts: list[dict[str, Any]]) -> list[list[Any]]:
     """Return [what training makes of a process, what the plan says of it], of each layout."""
-    from megatron_sov.engine.optimizer.meta import count_process_memory
+    from tests.meta_memory import count_process_memory
 
     found = []
     for values in layouts:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.model.recipes.stage_defaults import Stage
@@ -66,7 +66,7 @@ def check_plan(options: PlanOptions) -> PlanRequest:
     if options.cluster is None and (options.nodes is not None or options.sweep):
         option, fix = (("--sweep", "") if options.sweep
                        else (f"--nodes {options.nodes}", ", or pass --nproc"))
-        raise UserError(f"{option}: needs a cluster; add --cluster{fix}")
+        raise UserError(f"{option}: needs a cluster; add --cluster{fix}", Fix(options=("--cluster", "h100")))
     if options.cluster is not None and options.nproc is not None:
         raise UserError(f"--nproc {options.nproc}: --cluster {options.cluster} and --nodes decide; leave it "
                         "out")

@@ -8,12 +8,10 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate.plan.plan import STAGES, PlanOptions, TuningPlan
 from megatron_sov.commands.operate.plan.plan_run import print_plan
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
-from megatron_sov.commands.train.setup.starts import find_start
+from megatron_sov.commands.train.setup.starts import find_start, read_config_model
 from megatron_sov.commands.train.setup.training import check_chats
 from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
-from megatron_sov.model.families import supported as families
 from megatron_sov.model.families.count import count_params
-from megatron_sov.model.families.family import extract_text_config
 from megatron_sov.model.objectives import COMMAND_FORMATS
 from megatron_sov.model.pretrained import CONFIG, find_hub_name, read_json
 from megatron_sov.model.recipes.requested import RecipeRequest, request_recipe
@@ -22,9 +20,6 @@ from megatron_sov.plan.pricing import load_machines
 from megatron_sov.runs.checkpoints import IMPORTED_RECIPE, read_checkpoint_settings
 from megatron_sov.runs.launch_environment import MAX_LOCAL_RANKS
 from megatron_sov.train.data.token_shards import open_sources
-
-QUANTIZATION = "quantization_config"
-"""Field in config.json with the number format of the weights, which a plan does not need."""
 
 
 def plan_tuning(plan: TuningPlan) -> None:
@@ -52,13 +47,7 @@ def _build_base(start_from: Path, stage: Stage) -> RunConfig:
         settings = read_checkpoint_settings(find_start(start_from))
         name = find_hub_name(start_from) if settings.recipe == IMPORTED_RECIPE else settings.recipe
         return build_base_config(name, settings.model, "bf16", stage, settings.lora)
-    try:
-        fields = extract_text_config(fields)
-        family = families.get_family(str(fields.get("model_type")))
-        model = family.from_hf_config({name: value for name, value in fields.items() if name != QUANTIZATION})
-    except UserError as e:
-        raise UserError(f"--from {start_from}: {e}") from None
-    return build_base_config(find_hub_name(start_from), model, "bf16", stage)
+    return build_base_config(find_hub_name(start_from), read_config_model(start_from), "bf16", stage)
 
 
 def _complete_request(options: PlanOptions, request: RecipeRequest, stage: Stage) -> RecipeRequest:

@@ -111,8 +111,8 @@ def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source], lengths: S
     raise UserError(f"train.steps = {config.num_steps():,}: reads the {format_count(tokens)} tokens of the "
                     f"data in {epochs:,.0f} epochs, and the limit is {limit:g}; set train.epochs, add data, "
                     f"or allow the epochs by --set data.max_epochs={math.ceil(epochs)}",
-                    Fix(options=("--set", "train.epochs=1"),
-                        left_out=tuple(f"--set {setting}" for setting in lengths)))
+                    Fix(options=("--set", f"data.max_epochs={math.ceil(epochs)}" if lengths else
+                                 "train.epochs=1")))
 
 
 def _refuse_many_passes(config: RunConfig, num_prompts: int, said: Collection[str]) -> None:

@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from megatron_sov import convert
-from megatron_sov.base.errors import Fix, UserError
+from megatron_sov.base.errors import IS_CHECKING, Fix, UserError
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, RunConfig
 from megatron_sov.model.families.count import count_params
-from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
+from megatron_sov.model.families.family import extract_text_config
+from megatron_sov.model.families.supported import get_family
+from megatron_sov.model.pretrained import CONFIG, find_hub_name, find_weight_files, is_hf_folder, read_json
 from megatron_sov.model.recipes.requested import RecipeOptions, RecipeRequest, request_recipe
 from megatron_sov.model.recipes.stage_defaults import Stage, build_base_config
 from megatron_sov.runs.checkpoints import (
@@ -23,6 +25,9 @@ from megatron_sov.runs.checkpoints import (
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.stages.shared_copies import find_copy
+
+QUANTIZATION = "quantization_config"
+"""Field in config.json with the number format of the weights, which settings do not need."""
 
 
 def find_start(start_from: Path) -> Path:
@@ -44,9 +49,23 @@ def find_start_tokenizer(start_from: Path | None) -> Path | None:
 
 def read_start_model(start: Path) -> ModelConfig:
     """Read the architecture from a checkpoint or Hugging Face folder, without weights."""
+    if is_hf_folder(start) and IS_CHECKING.get():
+        if missing := [name for name in find_weight_files(start) if not (start / name).is_file()]:
+            raise UserError(f"{start}: {missing[0]} is missing; download the folder again")
+        return read_config_model(start)
     if is_hf_folder(start):
         return convert.open_weights(start).model
     return read_checkpoint_settings(start).model
+
+
+def read_config_model(folder: Path) -> ModelConfig:
+    """Read the architecture from a Hugging Face folder's config.json alone, without torch."""
+    try:
+        fields = extract_text_config(read_json(folder / CONFIG))
+        family = get_family(str(fields.get("model_type")))
+        return family.from_hf_config({name: value for name, value in fields.items() if name != QUANTIZATION})
+    except UserError as e:
+        raise UserError(f"--from {folder}: {e}") from None
 
 
 def read_start_settings(start_from: Path, stage: Stage, has_gpus: bool | None = None) -> RunConfig:

@@ -85,6 +85,7 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
             size = mixed.train.micro_batch_size * num_ranks(options.nproc)
             mixed = apply_settings(mixed, [f"train.global_batch_size={size}"])
         mixed.check(num_ranks(options.nproc))
+        options.check_settings(mixed)
         raise DryRun
     completed = complete_stage(request, mixed, stage, options.nproc, num_prompts)
     config = complete(completed.config)
@@ -249,6 +250,8 @@ def _find_packing_tokenizer(options: StageOptions, first: DataFile) -> Path:
     tokenizer."""
     if options.start_from is not None:
         return find_tokenizer_folder(find_start(options.start_from))
+    if teachers := getattr(options, "teacher", ()):  # a student learns the teacher's tokens
+        return find_tokenizer_folder(find_start(Path(split_source_name(teachers[0])[1])))
     folders = [Path(split_source_name(split_weight(text, "--data")[0])[1]) for text in options.data]
     for folder in folders:
         if folder.is_dir():
