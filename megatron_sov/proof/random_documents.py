@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_sov.base.artifacts import create_artifact
-from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE, TYPE_TEXT
 from megatron_sov.engine.parallel.world import ParallelWorld
@@ -33,7 +32,7 @@ TOKEN_COLUMNS = (reference.COLUMN, policy.BEHAVIOUR, policy.OLD, policy.TEACHER)
 """Columns with a log-probability per token, around `-log(vocab_size)` as for an untrained model."""
 SPREAD = 1.5
 """Standard deviation in nats; large enough to clip importance ratios on both sides."""
-RESPONSE_COLUMNS = (policy.ADVANTAGE, preference.GROUP_SHARE, DESIRABLE)
+RESPONSE_COLUMNS = (policy.ADVANTAGE, preference.GROUP_SHARE)
 """Columns with one number per document, from 0 to 1 (advantages: from -1)."""
 TEACHER_WIDTH = 8
 _LONGEST = 41
@@ -93,8 +92,6 @@ def _draw_document(random: np.random.Generator, num_tokens: int, vocab_size: int
                for name in TOKEN_COLUMNS}
     # close to the trainer, or corrections would mask all tokens
     numbers[policy.BEHAVIOUR] = numbers[policy.OLD] + random.normal(0, 0.02, num_tokens).astype(np.float32)
-    # below the policy: otherwise KTO's clamped distance is 0 however it is summed
-    numbers[reference.COLUMN] -= 1
     return {"bin": random.integers(0, vocab_size, num_tokens), "loss": learned.astype(np.float32),
             "type": types, **numbers,
             **{name: np.full(num_tokens, random.uniform(-1 if name == policy.ADVANTAGE else 0, 1), np.float32)

@@ -238,7 +238,7 @@ BELOW_2_S = [
     ("tiny-qwen3-moe", ("parallel.tp=2", "parallel.sp=true", EXPERTS, "optim.name=muon"), 2, {"lm"}),
     ("tiny-qwen3", ("parallel.pp=2", *OVERLAP, "train.recompute=true", "optim.name=muon", FROZEN), 4, {"lm"})]
 SLOWER = [
-    ("tiny-solar-open-dpo", (*STAGES, "preference.method=kto", "preference.chosen_coeff=0.5"), 4,
+    ("tiny-solar-open-dpo", (*STAGES, "preference.chosen_coeff=0.5"), 4,
      {"preference", "chosen"}),
     ("tiny-solar-open-rl", CONTEXT, 4, {"policy"}),
     ("tiny-k-exaone", ("parallel.pp=2", "parallel.vpp=2", *OVERLAP, "objective.name=sft"), 4, {"response"}),
@@ -280,8 +280,6 @@ def own_values(values: dict[str, float], over: Any) -> dict[str, float]:
      "final_layernorm"),
     ("tiny-solar-open-dpo", CONTEXT[:1], "engine.model.logprobs", "context",
      SimpleNamespace(**vars(context) | {"select_local": lambda row: row[:len(row) // context.get_cp_size()]}),
-     "final_layernorm"),
-    ("tiny-solar-open-dpo", ("preference.method=kto",), "post.preference", "sum_dict", own_values,
      "final_layernorm"),
     ("tiny-typhoon-s", ("parallel.tp=2", DISTILL, "distillation.top_k=4"), "engine.model.divergence",
      "_sum_over_group", lambda values: values, "final_layernorm")])

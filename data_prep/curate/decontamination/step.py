@@ -13,9 +13,9 @@ import regex
 from annotated_types import Ge, Le, MinLen
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
-from data_prep.json_lines import read_objects
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, to_plain_form
 from megatron_sov.base.documents.overlap import RUN_WORDS, Units, find_units, fold_text
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, ProblemCode, SettingsProblem, at_most_field
 
@@ -212,7 +212,7 @@ def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[SearchItem]
     items: list[SearchItem] = []
     for file in list_benchmark_files(paths):
         num_before = len(items)
-        for where, record in read_objects(file):
+        for where, record in read_records(file):
             texts = {name: collect_text(_get_field(record, name)) for name in fields}
             texts = {name: text for name, text in texts.items() if text.strip()}
             # Without the error, the record would silently not be searched for.

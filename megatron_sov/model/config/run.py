@@ -190,9 +190,7 @@ class RunConfig:
         """Return the rules for `policy.method = preference`, which learns preferences from rounds."""
         method, rollout = self.preference.method, self.rollout
         compares = method in REFERENCE_METHODS and self.policy.reference == "round"
-        return [(method != "kto", "preference.method", "learns from single responses, and rounds have groups",
-                 "choose a method for pairs, or grouper"),
-                (not compares or not rollout.rounds or rollout.steps_per_round > 1, "rollout.steps_per_round",
+        return [(not compares or not rollout.rounds or rollout.steps_per_round > 1, "rollout.steps_per_round",
                  f"must be at least 2: in the first step of a round, preference.method = {method} compares "
                  "the model with itself", "set it, or policy.reference=run")]
 
