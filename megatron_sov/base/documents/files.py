@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import re
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from megatron_sov.base import sealed
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.documents.records import BadRecord
 from megatron_sov.base.errors import (
-    UserError, escape_controls, first_error_line, fix_missing, suggest_download)
+    Fix, UserError, escape_controls, first_error_line, fix_missing, suggest_download)
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -148,8 +149,11 @@ def find_media_corpus(path: Path) -> Path | None:
 def _refuse_missing(path: Path) -> NoReturn:
     """Raise `UserError` for a missing path, with a guess at the intended path."""
     if "://" in str(path) or re.match(r"(https?|s3|gs|hf):/", str(path)):
-        raise UserError(f"{path}: is an address, and nothing is downloaded here; copy it first (aws s3 "
-                        "cp, gsutil cp, hf download, wget) and pass the file or folder")
+        address = re.sub(r":/+", "://", str(path), count=1)  # a `Path` has lost a slash
+        fix = Fix(words={address: path.name}, before=(f"wget {shlex.quote(address)}",))
+        raise UserError(f"{address}: is an address, and nothing is downloaded here; copy it first (aws s3 "
+                        "cp, gsutil cp, hf download, wget) and pass the file or folder",
+                        fix if address.startswith("http") else None)
     siblings = [sibling.name for sibling in path.parent.glob("*")]
     if longer := [name for name in siblings if name.startswith(f"{path.name} ")]:
         raise UserError(f"{path}: does not exist; {longer[0]!r} does: put a name with a blank in quotes")
