@@ -263,9 +263,9 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"
     if kind in _BOUNDS:
-        numbers = {name: _format_number(number) for name, number in ctx.items()}
+        bounds = {name: _format_number(number) for name, number in ctx.items()}
         nearest = _find_nearest_value(value, **ctx)
-        return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**numbers), value,
+        return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**bounds), value,
                                f"write {nearest}" if "." in nearest else "", value_to_write=nearest)
     for begin, rule in _TYPES.items():
         if kind.startswith(f"{begin}_"):
