@@ -4,11 +4,10 @@ valid layouts of all recipes, as one rank of the whole world, on meta tensors.
 Usage: python benchmarks/plan_bytes.py [--number 240] [--seed 1] > benchmarks/results/plan_bytes.txt
 
 For each layout the library's own modules, data-parallel buffers and optimizer are made by one process that
-plays a random rank in a fake group of all ranks (`engine/optimizer/meta.py`), and every byte is
-compared: the gaps of ZeRO-1's buckets, filled-up vocabularies, copies of tied embeddings, the pieces of
-parameters that this rank updates, by AdamW or Muon, here or in host memory, and what is frozen.  Models in
-bf16 are made of Transformer Engine's modules, by its double of the tests, which has their parameters; others
-of torch's.
+plays a random rank in a fake group of all ranks (`tests/meta_memory.py`), and every byte is compared: the
+gaps of ZeRO-1's buckets, filled-up vocabularies, copies of tied embeddings, the pieces of parameters that
+this rank updates, by AdamW or Muon, here or in host memory, and what is frozen. Models in bf16 are made of
+Transformer Engine's modules, by its double of the tests, which has their parameters; others of torch's.
 """
 
 from __future__ import annotations
@@ -159,7 +158,8 @@ def said(layout: Drawn, stage: int, place: StatePlace) -> States:
 def compared(numbers: list[int], seed: int) -> list[dict[str, object]]:
     """Return what is built and what is said, for each layout; needs a process that has not imported
     megatron's groups yet."""
-    from megatron_sov.engine.optimizer.meta import count_process_memory
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.meta_memory import count_process_memory
 
     rows = []
     for number in numbers:

@@ -27,7 +27,7 @@ from plan_fit import PRIORS, Sample, error, fit
 from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.plan.speed.parameters import Parameters, load_default_parameters
 from megatron_sov.plan.speed.workload import ModelShape, Workload
-from megatron_sov.work.clusters.chips import default_links, find_chip
+from megatron_sov.work.clusters.chips import CHIPS, default_links
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "data" / "published_runs.jsonl"
@@ -80,7 +80,7 @@ def read_rows() -> list[Row]:
 def _workload(values: dict[str, Any]) -> Workload:
     """Return a workload from its fields as they stand in the file."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    on = find_chip(values.pop("chip"))
+    on = CHIPS[values.pop("chip")]
     network = values.pop("network_bytes_per_s", 0.0)
     links = replace(default_links(on), between_bytes_per_s=network) if network else default_links(on)
     return Workload(ModelShape(**values.pop("shape")), on, links, **values)

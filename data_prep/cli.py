@@ -67,12 +67,6 @@ COMMANDS = {
         RESPONSES, "prefer.md",
         ("pairs --input scored.jsonl --output pairs",
          "pairs --input scored.jsonl --output pairs --overwrite")),
-    "unpaired": Command(
-        "data_prep.responses.unpaired:UNPAIRED",
-        "put each judged response next to one to another prompt, for KTO",
-        RESPONSES, "prefer.md",
-        ("unpaired --input labelled.jsonl --output unpaired",
-         "unpaired --input labelled.jsonl --output unpaired --overwrite")),
     "pack": Command(
         "data_prep.shards.pack:PACK", "turn text, chats, preferences or prompts into token shards",
         SHARDS, "data.md",

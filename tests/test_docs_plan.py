@@ -26,7 +26,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(space, "VPP", (1,))
     monkeypatch.setattr(space, "MAX_TP", 4)
     monkeypatch.setattr(space, "_list_modules", lambda model: [])
-    monkeypatch.setattr(space, "_list_divisors", lambda n: [d for d in (1, 8, 16) if n % d == 0])
+    monkeypatch.setattr(space, "list_divisors", lambda n: [d for d in (1, 8, 16) if n % d == 0])
     monkeypatch.setattr(space, "_list_powers", lambda most: [p for p in (1, 4, 16) if p <= most])
 
 

@@ -90,7 +90,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
                 "--json", "@out"),
     "average": (M, "convert", "average", "@run", "@out"),
     "to-peft": (M, "convert", "to-peft", "@adapter", "@out"),
-    "codec inspect": (M, "codec", "inspect", "@codec"),
     "score math": (M, "score", "--reward", "math", "--input", "@answers", "--output", "@out",
                    "--workers", "1"),
     "rl reward": (M, "rl", "reward", "--store", "@store", "--reward", "length", "--reward-set",

@@ -24,10 +24,9 @@ COMMANDS = {
         "convert a tokenizer from Hugging Face, tiktoken or sentencepiece", MOVE, "tokenizer.md",
         ("import qwen3-8b-base --output tokenizer", "import my.tiktoken --output tokenizer")),
     "export": Command(
-        "tokenizer.formats.commands:EXPORT", "write a tokenizer for tiktoken or sentencepiece", MOVE,
-        "tokenizer.md",
+        "tokenizer.formats.commands:EXPORT", "write a tokenizer for tiktoken", MOVE, "tokenizer.md",
         ("export tokenizer --format tiktoken --output my.tiktoken",
-         "export tokenizer --format sentencepiece --output my.model")),
+         "export tokenizer --format tiktoken --output my.tiktoken --text corpus/korean.jsonl")),
     "report": Command(
         "tokenizer.report.command:REPORT", "check a tokenizer and write the results as a page", LOOK,
         "tokenizer.md",

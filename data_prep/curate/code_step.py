@@ -71,23 +71,20 @@ class CodeStep(Step):
         loaded = load_function(str(self.settings.function))
         self._function, self._reference = loaded.value, loaded.reference
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
+    def judge_document(self, document: Doc) -> StepOutcome:
         """Call the function; raises `UserError` if it fails or returns another type."""
-        return [self._call_function(Document(document.columns.get("where") or document.id, document.text,
-                                             id=document.id)) for document in documents]
-
-    def _call_function(self, document: Document) -> StepOutcome:
+        where = document.columns.get("where") or document.id
         try:
             # Errors are reported with the line in the user's file.
             with report_plugin_errors(self._reference.rpartition(":")[0]):
-                result: Any = self._function(document)
+                result: Any = self._function(Document(where, document.text, id=document.id))
         except UserError as e:
-            raise UserError(f"{document.where}: data step {e}") from None
+            raise UserError(f"{where}: data step {e}") from None
         if isinstance(result, LeftOut):
             if isinstance(result.reason, str) and 0 < len(result.reason) <= MAX_REASON_CHARS:
                 return StepOutcome(result.reason)
-        elif isinstance(result, Document) and result.kind == document.kind:
+        elif isinstance(result, Document) and result.kind == "text":
             return StepOutcome(text=result.text)
-        raise UserError(f"{document.where}: data step {self._reference} returned {repr(result)[:100]}; it "
-                        f"must return a Document of kind {document.kind}, or LeftOut(reason) with a reason "
-                        f"of at most {MAX_REASON_CHARS} characters")
+        raise UserError(f"{where}: data step {self._reference} returned {repr(result)[:100]}; it must return "
+                        "a Document of kind text, or LeftOut(reason) with a reason of at most "
+                        f"{MAX_REASON_CHARS} characters")

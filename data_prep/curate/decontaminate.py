@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 from tqdm import tqdm
 
 from data_prep.curate.decontamination.step import CONTEXT_CHARS, BenchmarkSearchSettings, find_hits
-from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import ArtifactWriter, check_output_folder, create_artifact, format_json
 from megatron_sov.base.documents import BadRecord, Document, RecordReading
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.item_search import ItemSearch
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.documents.records import parse_record
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.settings import DeclaredCommand, Flag
@@ -100,7 +100,7 @@ def _write_clean_records(file: Path, artifact: ArtifactWriter, search: ItemSearc
                          hits: list[dict[str, Any]]) -> dict[str, int]:
     counts = {"read": 0, "kept": 0, "left_out": 0}
     with open(artifact.path / file.name, "w", encoding="utf-8") as clean:
-        for where, record in tqdm(read_objects(file), desc=file.name, unit=" records", disable=None):
+        for where, record in tqdm(read_records(file), desc=file.name, unit=" records", disable=None):
             counts["read"] += 1
             record_hits = [hit for text in _extract_texts(record, where, reading)
                            for hit in find_hits(text, search, CONTEXT_CHARS)]

@@ -1,1 +1,1 @@
-"""Turn judged responses into training data: groups, pairs, KTO records, trajectories."""
+"""Turn judged responses into training data: groups, pairs, trajectories."""

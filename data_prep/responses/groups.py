@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.accounting import RecordTally
@@ -27,8 +27,9 @@ from megatron_sov.base.documents.layouts import (
     KTO_TAG, LABEL, LABEL_WORDS, convert_layout, get_completion_field, parse_label, refuse_media,
     split_response)
 from megatron_sov.base.documents.messages import parse_messages
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.documents.records import NUM_PROMPT_FIELD, is_float32
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError, choose_free_path
 from megatron_sov.base.settings import DeclaredCommand, Flag
 
 KIND = "corpus"
@@ -175,7 +176,7 @@ def iter_groups(files: Sequence[Path], tally: RecordTally) -> Iterator[ResponseG
 
 
 def _iter_lines(file: Path, tally: RecordTally) -> Iterator[tuple[str, dict[str, Any]]]:
-    for where, record in read_objects(file):
+    for where, record in read_records(file):
         responses = record.get("responses")
         tally.num_read += len(responses) if isinstance(responses, list) else 1
         try:
@@ -228,18 +229,25 @@ def _read_reward(record: dict[str, Any], where: str) -> Any:
     label = parse_label(record.get(LABEL))
     if label is None:
         label_text = json.dumps(record[LABEL], ensure_ascii=False)[:40] if LABEL in record else "missing"
+        file = Path(where.rpartition(":")[0])
+        scored = choose_free_path(f"{file.with_suffix('')}-scored.jsonl")
+        words = ["megatron-sov", "score", "--reward", "math", "--input", str(file), "--output", scored]
+        fix = Fix(words={str(file): scored}, before=(shlex.join(words),)) if LABEL not in record else None
         raise UserError(f"{where}: the label ({LABEL!r} or {KTO_TAG!r}) of the response is {label_text}, "
-                        f"must be one of {', '.join(LABEL_WORDS)}; correct it, give a 'reward', or remove "
-                        "the line")
+                        f"must be one of {', '.join(LABEL_WORDS)}; correct it, give a 'reward' "
+                        "(`megatron-sov score`), or remove the line", fix)
     return float(label)
 
 
 def _parse_group(record: dict[str, Any], where: str) -> ResponseGroup:
     if "prompt" not in record or not isinstance(record.get("responses"), list):
         if {"chosen", "rejected"} <= record.keys():
-            raise UserError(f"{where}: is a pair already; pack it by `sov-data pack --format preference`")
+            file = shlex.quote(where.rpartition(":")[0])
+            raise UserError(f"{where}: is a pair already; `megatron-sov prefer` learns from it",
+                            Fix(f"megatron-sov prefer --from MODEL --data {file} --run new-run"))
         raise UserError(f"{where}: needs a 'prompt' and a list 'responses', or a 'completion' with its "
-                        "'label'; add them")
+                        "'label'; responses are written by `megatron-sov generate --samples 4 "
+                        "--temperature 1`, rewards by `megatron-sov score`")
     # the output would silently overwrite these fields
     if reserved := {"messages", NUM_PROMPT_FIELD, *COLUMNS} & record.keys():
         raise UserError(f"{where}: has {min(reserved)!r}, which this step writes; remove it")

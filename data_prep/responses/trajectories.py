@@ -14,11 +14,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from data_prep.json_lines import read_objects
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents import BadRecord
 from megatron_sov.base.documents.accounting import RecordAccount, RecordTally
 from megatron_sov.base.documents.messages import parse_messages
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AtLeastOne, Bound, DeclaredCommand, Flag, ProblemCode, Share, Violation, at_most_field)
@@ -125,7 +125,7 @@ def read_queries(file: Path, tally: RecordTally) -> Iterator[tuple[str, list[Sol
 
 def _iter_lines(file: Path, tally: RecordTally) -> Iterator[tuple[str, str, list[Solution]]]:
     """Yield (group key, query, solutions) per line. Chats with equal questions have equal keys."""
-    for where, record in read_objects(file):
+    for where, record in read_records(file):
         if "messages" in record:
             tally.num_read += 1
             question, solution = _parse_chat(record, where)

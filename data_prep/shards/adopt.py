@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +18,10 @@ from data_prep.shards.heldout import HeldoutRule, hash_document
 from data_prep.shards.pack import PackSource, parse_sources
 from data_prep.shards.pack_run import copy_tokenizer
 from data_prep.shards.token_artifact import (
-    CONTENT_VERSION, HELDOUT, KIND, TRAIN, IndexedSplit, choose_token_dtype)
+    CONTENT_VERSION, HELDOUT, KIND, TRAIN, IndexedSplit, choose_token_dtype, open_pair)
 from megatron_sov.base.artifacts import check_output_folder, create_artifact, read_manifest
 from megatron_sov.base.documents import Document
-from megatron_sov.base.documents.shard_files import DTYPE_CODES, HEADER, MAGIC, VERSION, write_index
+from megatron_sov.base.documents.shard_files import write_index
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.settings import (
     AtLeastOne, DeclaredCommand, Flag, Fraction, ProblemCode, SettingsProblem)
@@ -34,9 +34,7 @@ MIN_AGREEMENT = 0.5
 """Minimum share of sampled ids before the first difference. The right tokenizer differs only at the end, if a
 sample ends inside a word."""
 MAX_DOCUMENT_TOKENS = (1 << 31) - 1
-_REMEDY = "restore it from a copy"
-_MODE_BYTES = 1
-"""Bytes per sequence at the end of an index for text and images."""
+_REMEDY = "name a pair that preprocess_data wrote, without .bin and .idx, or restore it from a copy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,74 +221,22 @@ def _detect_eos(prefix: Path, split: IndexedSplit, encoder: Encoder, eod: str) -
 
 
 def open_foreign_pair(prefix: Path) -> tuple[IndexedSplit, int]:
-    """Memory-map `PREFIX.bin` from Megatron-LM, Megatron-Bridge or NeMo, and check every number in
-    `PREFIX.idx`. Return documents, and the number of empty documents.
+    """Open a pair; return documents, and the number of empty documents.
 
     A foreign document may have several sequences (`--split-sentences`), which are joined, or no tokens. Empty
-    documents are left out, which changes no byte in `.bin`. Raises `UserError`: a missing file, another
-    version or dtype, or an index that contradicts `.bin`."""
-    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    try:
-        raw: NDArray[np.uint8] = np.zeros(0, np.uint8)
-        if os.path.getsize(index):
-            raw = np.memmap(index, np.uint8, mode="r")
-        size_bytes = tokens.stat().st_size
-    except OSError as e:
-        raise UserError(f"{e.filename}: cannot be read ({e.strerror}); pass the path that both files have, "
-                        "without .bin and .idx") from None
-    # layout: header, int32 lengths and int64 starts of sequences, int64 bounds of documents
-    dtype, num_sequences, num_bounds = _read_header(index, raw)
-    offset = HEADER.size
-    lengths = np.frombuffer(raw, "<i4", num_sequences, offset).astype(np.int64)
-    starts = np.frombuffer(raw, "<i8", num_sequences, offset + 4 * num_sequences)
-    bounds = np.frombuffer(raw, "<i8", num_bounds, offset + 12 * num_sequences)
-    if num_sequences and int(lengths.min()) < 0:
-        raise UserError(f"{index}: sequence {int(lengths.argmin())} has {lengths.min()} tokens; {_REMEDY}")
-    # a gap between sequences would shift later tokens
-    ends = np.cumsum(lengths) * dtype.itemsize
-    expected_starts = ends - lengths * dtype.itemsize
-    wrong = np.flatnonzero(starts != expected_starts)
-    if len(wrong):
-        raise UserError(f"{index}: sequence {wrong[0]} begins at byte {starts[wrong[0]]}, and the one "
-                        f"before it ends at {expected_starts[wrong[0]]}; {_REMEDY}")
-    if not num_bounds or bounds[0] != 0 or bounds[-1] != num_sequences or (np.diff(bounds) < 0).any():
-        raise UserError(f"{index}: its document bounds do not go from 0 to its {num_sequences} sequences in "
-                        f"order; {_REMEDY}")
-    expected_bytes = int(ends[-1]) if num_sequences else 0
-    if size_bytes != expected_bytes:
-        raise UserError(f"{tokens}: has {size_bytes} bytes, the index says {expected_bytes}; {_REMEDY}")
-    cumulative = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    document_lengths = np.diff(cumulative[bounds])
-    nonempty = document_lengths[document_lengths > 0]
+    documents are left out, which changes no byte in `.bin`. Raises `UserError` as `open_pair`."""
+    sequences, bounds = open_pair(prefix, _REMEDY)
+    cumulative = np.concatenate([np.zeros(1, np.int64), np.cumsum(sequences.lengths_tokens, dtype=np.int64)])
+    lengths = np.diff(cumulative[bounds])
+    nonempty = lengths[lengths > 0]
     if not len(nonempty):
-        raise UserError(f"{index}: holds no document; name another pair")
+        raise UserError(f"{prefix}.idx: holds no document; name another pair")
     if int(nonempty.max()) > MAX_DOCUMENT_TOKENS:
-        raise UserError(f"{index}: a document has {nonempty.max():,} tokens, and at most "
+        raise UserError(f"{prefix}.idx: a document has {nonempty.max():,} tokens, and at most "
                         f"{MAX_DOCUMENT_TOKENS:,} are read")
-    begins = (np.cumsum(nonempty) - nonempty) * dtype.itemsize
-    ids = np.memmap(tokens, dtype.newbyteorder("<"), mode="r")
-    split = IndexedSplit(dtype.name, nonempty.astype(np.int32), begins, ids)
-    return split, len(document_lengths) - len(nonempty)
-
-
-def _read_header(index: Path, raw: NDArray[np.uint8]) -> tuple[np.dtype[np.generic], int, int]:
-    """Return dtype, number of sequences and number of document bounds."""
-    if len(raw) < HEADER.size or bytes(raw[:len(MAGIC)]) != MAGIC:
-        raise UserError(f"{index}: is no index of Megatron's indexed datasets; name a pair that "
-                        "preprocess_data wrote (the old --dataset-impl lazy and cached are not read)")
-    _, version, code, num_sequences, num_bounds = HEADER.unpack_from(bytes(raw[:HEADER.size]))
-    dtypes = {c: name for name, c in DTYPE_CODES.items()}
-    if version != VERSION or code not in dtypes:
-        raise UserError(f"{index}: has version {version} and dtype code {code}; only version {VERSION} with "
-                        f"ids of {' or '.join(DTYPE_CODES)} is read")
-    size_bytes = HEADER.size + 12 * num_sequences + 8 * num_bounds
-    if len(raw) == size_bytes + _MODE_BYTES * num_sequences and num_sequences:
-        raise UserError(f"{index}: is of text and images (it has a mode for each sequence), which is not "
-                        "read; name a pair of text")
-    if len(raw) != size_bytes:
-        raise UserError(f"{index}: has {len(raw)} bytes, which does not fit its {num_sequences} sequences "
-                        f"and {num_bounds} document bounds; {_REMEDY}")
-    return np.dtype(dtypes[code]), num_sequences, num_bounds
+    begins = (np.cumsum(nonempty) - nonempty) * np.dtype(sequences.dtype).itemsize
+    return (replace(sequences, lengths_tokens=nonempty.astype(np.int32), starts_bytes=begins),
+            len(lengths) - len(nonempty))
 
 
 def _choose_dtype(pairs: list[Pair], encoder: Encoder, options: AdoptOptions) -> str:

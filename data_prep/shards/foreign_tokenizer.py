@@ -27,12 +27,7 @@ def explain_foreign_tokenizer(path: Path) -> str:
         return (f"does not exist; check the path. If it is a model's name on the Hugging Face hub: "
                 f"`hf download {path} --local-dir {name}`, then `sov-tokenizer import {name} --output "
                 f"{name}-tokenizer`, and pass --tokenizer {name}-tokenizer")
-    if path.is_file():
-        foreign = path if path.suffix in SUFFIXES else None
-    else:
-        folders = (folder for folder in (path, path / "tokenizer")
-                   if any(any(folder.glob(pattern)) for pattern in PATTERNS))
-        foreign = next(folders, None)
+    foreign = _find_foreign(path)
     if foreign is None:
         return ""
     output = shlex.quote(f"{_get_name(path)}-tokenizer")
@@ -46,9 +41,18 @@ def fix_foreign_tokenizer(path: Path) -> Fix | None:
     if not path.exists() and (fix is None or not fix.before):
         return fix
     output = f"{_get_name(path)}-tokenizer"
-    source = path if path.exists() else path.name
+    source = (_find_foreign(path) or path) if path.exists() else path.name
     words = ["sov-tokenizer", "import", str(source), "--output", output]
     return Fix(words={str(path): output}, before=(*(fix.before if fix else ()), shlex.join(words)))
+
+
+def _find_foreign(path: Path) -> Path | None:
+    """Return the file or folder with a tokenizer at a path, in a run its newest checkpoint's; None: none."""
+    if path.is_file():
+        return path if path.suffix in SUFFIXES else None
+    of_run = sorted(path.glob("checkpoints/*/tokenizer"))[-1:]
+    return next((folder for folder in (path, path / "tokenizer", *of_run)
+                 if any(any(folder.glob(pattern)) for pattern in PATTERNS)), None)
 
 
 def _get_name(path: Path) -> str:

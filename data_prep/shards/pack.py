@@ -17,7 +17,7 @@ from data_prep.tags import AssignedTag, parse_tags
 from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.documents.records import find_column_problems
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import (
     AtLeastOne, DeclaredCommand, Flag, Fraction, ProblemCode, SettingsProblem, count_cores)
 
@@ -169,7 +169,7 @@ def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
         file, colon, weight = path.rpartition(":")
         if colon and re.fullmatch(r"[0-9.]+", weight) and not Path(path).exists() and Path(file).exists():
             raise UserError(f"--input {argument!r}: packing takes no weight; pack {file}, and pass --data "
-                            f"SHARDS:{weight} to the training command")
+                            f"SHARDS:{weight} to the training command", Fix(words={argument: file}))
         if "*" in path and not Path(path).exists():  # a shell passes a pattern on if nothing matches
             raise UserError(f"--input {argument!r}: no file matches it; check the folder")
         if not _NAME.fullmatch(name) or name == "tokenizer":

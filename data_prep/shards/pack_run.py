@@ -34,6 +34,7 @@ from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.files import CORPUS_RECORDS, JSON_SUFFIX, RECORD_SUFFIXES, find_media_corpus
 from megatron_sov.base.documents.layouts import get_completion_field
 from megatron_sov.base.documents.reading import TABLE_SUFFIXES, find_unread_fields
+from megatron_sov.base.documents.rows import fix_records
 from megatron_sov.base.documents.shard_files import FEATURES
 from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.settings import SettingsError, find_all_problems, use_option_names
@@ -144,6 +145,7 @@ def check_proposal(options: PackOptions) -> None:
         if bad is not None and options.on_bad == "refuse":
             fix = Fix(options=("--on-bad", "quarantine")) if bad.code == "json" else None
             line = f":{bad.line}" if bad.line else ""
+            fix = (fix_records(source.path, bad.reason) if source.path.is_file() else None) or fix
             raise UserError(f"{source.path}{line}: {bad.reason}", _fix_record(bad, options.format) or fix)
 
 
@@ -261,6 +263,8 @@ def _create_record_error(job: _PackJob, source: EncodedSource) -> UserError:
     place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
     items = (item for unit, _ in source.units for span in unit for item in read_span(span, reading))
     fix = _fix_record(_find_bad_record(items), reading.kind or "text")
+    if fix is None and Path(row["file"]).is_file():
+        fix = fix_records(Path(row["file"]), row["reason"])
     if fix is None and row["code"] == "json":  # the other lines can be packed
         fix = Fix(options=("--on-bad", "quarantine"))
     return UserError(f"{place}: {row['reason']}; or list such records and go on: --on-bad quarantine", fix)

@@ -121,42 +121,78 @@ def choose_token_dtype(vocab_size: int) -> str:
 
 
 def open_split(prefix: Path) -> IndexedSplit:
-    """Memory-map `PREFIX.bin` and check every number in `PREFIX.idx`. Raises `UserError`: a file is missing,
-    or index and tokens disagree."""
-    index = Path(f"{prefix}.idx")
+    """Memory-map a shard of an artifact. Raises `UserError`: a file is missing, or index and tokens
+    disagree."""
+    split, bounds = open_pair(prefix, "pack the data again or restore it from a copy")
+    if not np.array_equal(bounds, np.arange(len(bounds))) or not (split.lengths_tokens > 0).all():
+        raise UserError(f"{prefix}.idx: has documents of several sequences, or without tokens; pack the data "
+                        "again")
+    return split
+
+
+def open_pair(prefix: Path, remedy: str) -> tuple[IndexedSplit, NDArray[np.int64]]:
+    """Memory-map `PREFIX.bin` from us, Megatron-LM, Megatron-Bridge or NeMo, and check every number in
+    `PREFIX.idx`.
+
+    Args:
+        prefix: path without endings.
+        remedy: end of messages, with the fix.
+
+    Returns:
+        Sequences, and document bounds int64 [documents + 1] in sequences.
+
+    Raises:
+        UserError: a missing file, another version or dtype, or an index that contradicts `.bin`.
+    """
+    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     try:
-        raw = index.read_bytes()
-        size_bytes = Path(f"{prefix}.bin").stat().st_size
+        raw: NDArray[np.uint8] = np.zeros(0, np.uint8)
+        if index.stat().st_size:
+            raw = np.memmap(index, np.uint8, mode="r")
+        size_bytes = tokens.stat().st_size
     except OSError as e:
-        raise UserError(f"{e.filename}: cannot be read ({e.strerror}); pack the data again or restore "
-                        "it from a copy") from None
-    if len(raw) < HEADER.size:
-        raise UserError(f"{index}: has {len(raw)} bytes, an index has at least {HEADER.size}; "
-                        "pack the data again")
-    magic, version, code, num_sequences, num_bounds = HEADER.unpack_from(raw)
-    dtypes = {c: name for name, c in DTYPE_CODES.items()}
-    if magic != MAGIC or version != VERSION or code not in dtypes:
-        raise UserError(f"{index}: is not an index of version {VERSION} with ids of "
-                        f"{' or '.join(DTYPE_CODES)}; pack the data again")
-    if len(raw) != HEADER.size + 12 * num_sequences + 8 * num_bounds:
-        raise UserError(f"{index}: has {len(raw)} bytes, which does not fit its {num_sequences} sequences; "
-                        "pack the data again")
-    dtype = np.dtype(dtypes[code])
+        raise UserError(f"{e.filename}: cannot be read ({e.strerror}); {remedy}") from None
+    dtype, num_sequences, num_bounds = _read_header(index, raw, remedy)
+    # layout: header, int32 lengths and int64 starts of sequences, int64 bounds of documents
     lengths = np.frombuffer(raw, "<i4", num_sequences, HEADER.size)
     starts = np.frombuffer(raw, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
     bounds = np.frombuffer(raw, "<i8", num_bounds, HEADER.size + 12 * num_sequences)
-    # lengths, starts and bounds are redundant: compare them, and compare the end with `.bin`
+    if num_sequences and int(lengths.min()) < 0:
+        raise UserError(f"{index}: sequence {int(lengths.argmin())} has {lengths.min()} tokens; {remedy}")
+    # a gap between sequences would shift later tokens
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    if not np.array_equal(bounds, np.arange(num_sequences + 1)) or (lengths <= 0).any() or \
-            not np.array_equal(starts, ends - lengths.astype(np.int64) * dtype.itemsize):
-        raise UserError(f"{index}: its documents do not follow one another without gaps; pack the data again")
+    expected_starts = ends - lengths.astype(np.int64) * dtype.itemsize
+    wrong = np.flatnonzero(starts != expected_starts)
+    if len(wrong):
+        raise UserError(f"{index}: sequence {wrong[0]} begins at byte {starts[wrong[0]]}, and the one "
+                        f"before it ends at {expected_starts[wrong[0]]}; {remedy}")
+    if not num_bounds or bounds[0] != 0 or bounds[-1] != num_sequences or (np.diff(bounds) < 0).any():
+        raise UserError(f"{index}: its document bounds do not go from 0 to its {num_sequences} sequences in "
+                        f"order; {remedy}")
     expected_bytes = int(ends[-1]) if num_sequences else 0
     if size_bytes != expected_bytes:
-        raise UserError(f"{prefix}.bin: has {size_bytes} bytes, the index says {expected_bytes}; "
-                        "pack the data again")
-    tokens = (np.memmap(f"{prefix}.bin", dtype.newbyteorder("<"), mode="r") if num_sequences
-              else np.zeros(0, dtype))
-    return IndexedSplit(dtype.name, lengths, starts, tokens)
+        raise UserError(f"{tokens}: has {size_bytes} bytes, the index says {expected_bytes}; {remedy}")
+    ids = np.memmap(tokens, dtype.newbyteorder("<"), mode="r") if expected_bytes else np.zeros(0, dtype)
+    return IndexedSplit(dtype.name, lengths, starts, ids), bounds
+
+
+def _read_header(index: Path, raw: NDArray[np.uint8], remedy: str) -> tuple[np.dtype[np.generic], int, int]:
+    """Return dtype, number of sequences and number of document bounds."""
+    if len(raw) < HEADER.size or bytes(raw[:len(MAGIC)]) != MAGIC:
+        raise UserError(f"{index}: is no index of Megatron's indexed datasets; {remedy}")
+    _, version, code, num_sequences, num_bounds = HEADER.unpack_from(bytes(raw[:HEADER.size]))
+    dtypes = {c: name for name, c in DTYPE_CODES.items()}
+    if version != VERSION or code not in dtypes:
+        raise UserError(f"{index}: has version {version} and dtype code {code}; only version {VERSION} with "
+                        f"ids of {' or '.join(DTYPE_CODES)} is read")
+    expected_bytes = HEADER.size + 12 * num_sequences + 8 * num_bounds
+    if len(raw) == expected_bytes + num_sequences and num_sequences:
+        raise UserError(f"{index}: is of text and images (it has a mode for each sequence), which is not "
+                        "read; name a pair of text")
+    if len(raw) != expected_bytes:
+        raise UserError(f"{index}: has {len(raw)} bytes, which does not fit its {num_sequences} sequences "
+                        f"and {num_bounds} document bounds; {remedy}")
+    return np.dtype(dtypes[code]), num_sequences, num_bounds
 
 
 def hash_token_documents(split: IndexedSplit, group: int,

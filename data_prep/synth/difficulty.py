@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.json_lines import read_objects
 from data_prep.synth.readers.problems import TEXT_FIELDS, find_problem_text
 from megatron_sov.base.artifacts import (
     check_output_folder, create_artifact, find_damaged_files, read_manifest)
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
 
@@ -163,7 +163,7 @@ def _name_configurations(paths: Sequence[Path]) -> list[str]:
 
 def _read_answers(file: Path, name: str, problems: dict[str, LabelledProblem]) -> None:
     """Add measurements to `problems` as configuration `name`."""
-    for place, record in read_objects(file):
+    for place, record in read_records(file):
         problem_id, text, right, count = (record.get(key) for key in ("problem_id", "prompt", "num_right",
                                                                       "num_answers"))
         # `type`, because bool is an int
@@ -185,7 +185,7 @@ def _read_answers(file: Path, name: str, problems: dict[str, LabelledProblem]) -
 def _iter_pairs(file: Path, problems: Mapping[str, LabelledProblem]) -> Iterator[tuple[str, str]]:
     """Yield the ids (easier, harder) for pairs of answered problems."""
     has_pairs = False
-    for place, record in read_objects(file):
+    for place, record in read_records(file):
         easier, harder = record.get("easier"), record.get("harder")
         if not isinstance(easier, str) or not isinstance(harder, str) or easier == harder:
             raise UserError(f"{place}: is no pair of `sov-data synth comparisons` (easier, harder); name its "
@@ -213,7 +213,7 @@ def grade_rows(options: DifficultyGradeOptions) -> ExitCode:
     with create_artifact(options.output, GRADED, overwrite=options.overwrite) as artifact:
         for path in options.input:
             with open(artifact.path / path.name, "w", encoding="utf-8") as file:
-                for place, record in read_objects(path):
+                for place, record in read_records(path):
                     rate, origin = _estimate_pass_rate(record, place, scorer, measured)
                     bucket, is_kept = BUCKETS[bisect_right(cuts, rate)], keep[0] <= rate <= keep[1]
                     counts[bucket].update(["kept" if is_kept else "left_out", origin])
@@ -273,7 +273,7 @@ def _read_measured_rates(labels: Path) -> dict[str, float]:
     read_manifest(labels, KIND)
     if damage := find_damaged_files(labels):
         raise UserError(f"{labels}: {damage[0]}; write the labels again")
-    return {row["problem"]: row["pass_rate"] for _, row in read_objects(labels / LABELS)}
+    return {row["problem"]: row["pass_rate"] for _, row in read_records(labels / LABELS)}
 
 
 def _estimate_pass_rate(record: Mapping[str, Any], place: str, scorer: Any, measured: Mapping[str, float]

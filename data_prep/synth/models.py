@@ -6,17 +6,15 @@ import contextlib
 import hashlib
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.synth.requests import ModelClient, Role, T
+from data_prep.synth.requests import Role
 from data_prep.synth.synth import MaxTokensField, SynthOptions
 from megatron_sov.base.errors import StopRequested, UserError, suggest_download
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
-from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, RequestRefused
 from megatron_sov.work.endpoints.cache import EndpointCache, Usage
 from megatron_sov.work.endpoints.endpoint import Endpoint, EndpointLimits
 from megatron_sov.work.endpoints.local_server import serve_model
@@ -112,32 +110,31 @@ def hash_model_folder(folder: Path, option: str = "--engine") -> str:
 
 
 class TokenBudget:
-    """Admits requests from any thread while used and reserved tokens stay within a limit. A request that
-    does not fit waits for running requests.
+    """Admits up to `threads` requests at a time, while used and reserved tokens stay within a limit. A
+    request that does not fit waits for running requests.
 
     Args:
+        threads: concurrent requests over all clients.
         limit: tokens read and written by all commands on a folder; 0: no limit.
         used: tokens of earlier commands.
         stop: ends the waiting.
     """
 
-    def __init__(self, limit: int, used: Usage, stop: StopSignal) -> None:
-        self._limit, self._stop = limit, stop
+    def __init__(self, threads: int, limit: int, used: Usage, stop: StopSignal) -> None:
+        self._threads, self._limit, self._stop = threads, limit, stop
         self._num_used, self._num_reserved, self._num_running = _count_tokens(used), 0, 0
         self._changed = threading.Condition()
 
     def enter(self, most: Usage) -> None:
-        """Reserve the worst case `most` for a request.
-
-        Raises:
-            StopRequested: the request would exceed the limit, or the run should stop.
-        """
+        """Reserve the worst case `most` for a request. Raises `StopRequested`: the request would exceed the
+        limit, or the run should stop."""
         tokens = _count_tokens(most)
         with self._changed:
             self._stop.check()
-            while self._limit and self._num_used + self._num_reserved + tokens > self._limit:
+            while (exceeds := self._limit and self._num_used + self._num_reserved + tokens > self._limit) or (
+                    self._num_running >= self._threads):
                 # no running request can release tokens, so waiting would never end
-                if not self._num_running:
+                if exceeds and not self._num_running:
                     raise StopRequested(
                         f"--max-tokens-total {self._limit}: {self._num_used:,} tokens are used, and the next "
                         f"request may take {tokens:,}; raise it, and the same command goes on")
@@ -160,48 +157,13 @@ def _count_tokens(usage: Usage) -> int:
     return usage.input_tokens + usage.output_tokens
 
 
-class EndpointClient:
-    """`ModelClient` over an `Endpoint`, limited to the run's concurrent requests.
-
-    Args:
-        endpoint: sends the requests.
-        model: model name.
-        slots: concurrent requests over all clients.
-        stop: ends the waiting for a slot.
-        patience_s: silence in seconds after which the endpoint counts as unavailable.
-    """
-
-    def __init__(self, endpoint: Endpoint, model: str, slots: threading.Semaphore, stop: StopSignal,
-                 patience_s: float) -> None:
-        self._endpoint, self._slots, self._stop, self._patience_s = endpoint, slots, stop, patience_s
-        self.model = model
-        self.key = endpoint.key
-
-    def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        """Return `read(answer)`. Raises as `Endpoint.ask` does, and `EndpointUnavailable` after
-        `patience_s` without any answer."""
-        with self._slots:
-            self._stop.check()
-            began_s = time.monotonic()
-            try:
-                return self._endpoint.ask(payload, read)
-            except RequestRefused:
-                raise
-            except (BadAnswer, TimeoutError) as e:
-                # a failed request concerns one item; silence towards all threads means unavailable
-                silent_s = time.monotonic() - max(began_s, self._endpoint.answered_s)
-                if silent_s >= self._patience_s and not isinstance(e, EndpointUnavailable):
-                    raise EndpointUnavailable(f"{e}; it has answered nobody for {silent_s:.0f} s") from None
-                raise
-
-
 @contextlib.contextmanager
 def open_clients(writer: Model, judge: Model, options: SynthOptions, cache: EndpointCache,
-                 budget: TokenBudget, stop: StopSignal) -> Iterator[dict[Role, ModelClient]]:
+                 stop: StopSignal) -> Iterator[dict[Role, Endpoint]]:
     """Yield a client for each role; a model folder is served while the context is open."""
-    slots = threading.Semaphore(options.threads)
+    budget = TokenBudget(options.threads, options.max_tokens_total, cache.usage(), stop)
     with contextlib.ExitStack() as stack:
-        clients: dict[Model, ModelClient] = {}
+        clients: dict[Model, Endpoint] = {}
         # writer and judge are often equal: serve the folder once
         for model in dict.fromkeys((writer, judge)):
             url, name, key = model.engine.rstrip("/"), model.name, ""
@@ -213,12 +175,11 @@ def open_clients(writer: Model, judge: Model, options: SynthOptions, cache: Endp
                 url, key, name = served.url, served.key, served.model
             # nobody restarts a local server
             patience_s = min(options.patience, LOCAL_PATIENCE_S) if model.is_local else options.patience
-            endpoint = Endpoint(f"{url}/chat/completions", model.key_env,
-                                EndpointLimits(options.timeout, options.max_attempts, BACKOFF_S, 0.0, 0.0,
-                                               0.0, 0.0, patience_s),
-                                cache, cache_name=model.compute_identity(), gate=budget, sleep=stop.sleep,
-                                report=lambda sentence: print(sentence, flush=True), key=key,
-                                transform=model.build_payload,
-                                accepted_models=None if model.is_local else options.accept_model)
-            clients[model] = EndpointClient(endpoint, name, slots, stop, patience_s)
+            clients[model] = Endpoint(f"{url}/chat/completions", model.key_env,
+                                      EndpointLimits(options.timeout, options.max_attempts, BACKOFF_S, 0.0,
+                                                     0.0, 0.0, 0.0, patience_s),
+                                      cache, cache_name=model.compute_identity(), gate=budget,
+                                      sleep=stop.sleep, model=name, key=key, transform=model.build_payload,
+                                      report=lambda sentence: print(sentence, flush=True),
+                                      accepted_models=None if model.is_local else options.accept_model)
         yield {"writer": clients[writer], "judge": clients[judge]}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_prep.json_lines import read_objects
 from data_prep.synth.readers.problems import list_line_files
 from megatron_sov.base.artifacts import check_output_folder, create_artifact
 from megatron_sov.base.documents.overlap import find_units
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import ExitCode, UserError
 from megatron_sov.base.settings import DeclaredCommand, Flag
 
@@ -37,7 +37,7 @@ def write_probing_sets(options: ProbingSetsOptions) -> ExitCode:
     check_output_folder(options.output, KIND, options.overwrite)
     problems: dict[bytes, dict[str, str]] = {}
     num_lines = 0
-    for place, record in (line for file in list_line_files(options.input) for line in read_objects(file)):
+    for place, record in (line for file in list_line_files(options.input) for line in read_records(file)):
         num_lines += 1
         problem = _read_problem(record, place)
         # hashes of words ignore case and punctuation

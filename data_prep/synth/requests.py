@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
@@ -13,6 +13,7 @@ from data_prep.synth.declared.templates import PromptTemplate
 from data_prep.synth.replies import NoReply, NoUsableReply, Reply, find_reply_fault, read_reply
 from megatron_sov.judge.rewards.judge import build_fenced_messages, parse_grade, replace_surrogates
 from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, RequestRefused
+from megatron_sov.work.endpoints.endpoint import Endpoint
 
 MAX_ATTEMPTS = 3
 """Requests for a usable reply, with different seeds; the cache stores every answer."""
@@ -25,16 +26,6 @@ Temperature = Annotated[float, Ge(0), Le(2)]
 Role = Literal["writer", "judge"]
 """writer: the model in --engine; judge: the model in --judge-engine, by default the writer."""
 Draw = Reply | NoUsableReply
-T = TypeVar("T")
-
-
-class ModelClient(Protocol):
-    """Model client: `key` hashes a request body, `ask` works as `Endpoint.ask`."""
-
-    @property
-    def model(self) -> str: ...
-    def key(self, payload: Mapping[str, Any]) -> str: ...
-    def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T: ...
 
 
 class Requester:
@@ -52,7 +43,7 @@ class Requester:
     """
 
     def __init__(self, item_id: str, prompts: Mapping[str, PromptTemplate],
-                 clients: Mapping[Role, ModelClient],
+                 clients: Mapping[Role, Endpoint],
                  map_draws: Callable[[Callable[[int], Draw], Iterable[int]], Iterator[Draw]] = map,
                  judge_max_tokens: int = JUDGE_MAX_TOKENS) -> None:
         self._item_id, self._prompts, self._clients = item_id, prompts, clients
@@ -116,10 +107,8 @@ class Requester:
     def request_grade(self, rubric: str, material: Mapping[str, str]) -> float:
         """Return the judge's grade, 0 to 10, for `material`, which stands between fences in the prompt.
 
-        An answer without a valid grade is retried and never counts as 0.
-
-        Raises:
-            NoUsableReply: no answer has a valid grade.
+        An answer without a valid grade is retried and never counts as 0. Raises `NoUsableReply`: no answer
+        has a valid grade.
         """
         material = {name: replace_surrogates(text) for name, text in material.items()}
         messages = build_fenced_messages(self._clients["judge"].model, replace_surrogates(rubric), material,

@@ -20,9 +20,9 @@ from typing import Any, get_origin, get_type_hints
 from data_prep.libraries import find_library_problems
 from data_prep.synth.checks.settings import find_check_problems
 from data_prep.synth.declared.generator import PACKAGED, Generator, load_generator
-from data_prep.synth.models import Model, TokenBudget, open_clients
+from data_prep.synth.models import Model, open_clients
 from data_prep.synth.replies import NoReply, NoUsableReply
-from data_prep.synth.requests import Draw, ModelClient, Requester, Role
+from data_prep.synth.requests import Draw, Requester, Role
 from data_prep.synth.run_records import (
     ANSWERS, RUN, FinishedItem, SynthRunRecord, hash_item, read_finished_items, read_run_record)
 from data_prep.synth.samples import GeneratedSample, GeneratorItem, replace_unwritable_sample
@@ -37,6 +37,7 @@ from megatron_sov.base.settings import (
     ProblemCode, SettingsError, SettingsProblem, count_cores, parse_nested, parse_settings, to_problem)
 from megatron_sov.work.endpoints.answers import EndpointUnavailable
 from megatron_sov.work.endpoints.cache import EndpointCache
+from megatron_sov.work.endpoints.endpoint import Endpoint
 from megatron_sov.work.endpoints.transport import find_missing_libraries
 from megatron_sov.work.processes.pool import StopSignal, map_in_threads
 from megatron_sov.work.progress.journal import (
@@ -62,11 +63,8 @@ class SynthRun:
 
     def read_items(self, report_repeated: Callable[[GeneratorItem], object] = lambda item: None
                    ) -> Iterator[tuple[int, GeneratorItem]]:
-        """Yield (number, item) for each different id; `report_repeated` receives repeated items.
-
-        Raises:
-            UserError: the generator does not support the input, or an id is invalid.
-        """
+        """Yield (number, item) for each different id; `report_repeated` receives repeated items. Raises
+        `UserError`: the generator does not support the input, or an id is invalid."""
         item_ids: set[str] = set()
         for item in self.generator.read_items(self.options.input):
             # repeated ids do not count towards the limit
@@ -83,12 +81,9 @@ class SynthRun:
 
 
 def run_synth(options: SynthOptions) -> ExitCode:
-    """List generators, or make the unfinished items and finish the source.
-
-    Raises:
-        UserError: settings, input, disk or endpoint are wrong; finished items stay.
-        StopRequested: a limit, a signal, or an unavailable endpoint; finished items stay.
-    """
+    """List generators, or make the unfinished items and finish the source. Raises `UserError`: settings,
+    input, disk or endpoint are wrong; finished items stay. Raises `StopRequested`: a limit, a signal, or an
+    unavailable endpoint; finished items stay."""
     if options.list:
         lines = (list_settings(options.generator) if options.generator else
                  [f"{name:<20} {load_generator(name).declared.help}" for name in PACKAGED])
@@ -297,8 +292,7 @@ def make_items(run: SynthRun, tally: RunTally) -> None:
     try:
         # a separate pool for draws: items wait for draws, and could occupy every thread in a shared pool
         with (stop.stop_on_signals(), ThreadPoolExecutor(options.threads) as draw_threads,
-              open_clients(run.writer, run.judge, options, cache,
-                           TokenBudget(options.max_tokens_total, cache.usage(), stop), stop) as clients):
+              open_clients(run.writer, run.judge, options, cache, stop) as clients):
             maker = ItemMaker(run, clients, draw_threads, stop)
             # numbers count the whole input: a number means the same item in every command
             items = ((number, item) for number, item in run.read_items() if item.id in tally.todo)
@@ -334,18 +328,14 @@ def _report_progress(generator: str, tally: RunTally, total: int, cache: Endpoin
 class ItemMaker:
     """Makes items, from any thread."""
 
-    def __init__(self, run: SynthRun, clients: Mapping[Role, ModelClient], draw_threads: ThreadPoolExecutor,
+    def __init__(self, run: SynthRun, clients: Mapping[Role, Endpoint], draw_threads: ThreadPoolExecutor,
                  stop: StopSignal) -> None:
         self._run, self._clients, self._draw_threads, self._stop = run, clients, draw_threads, stop
 
     def make_item(self, numbered: tuple[int, GeneratorItem]
                   ) -> tuple[int, GeneratorItem, FinishedItem | Exception]:
-        """Return number, item, and the finished item or the item's error.
-
-        Raises:
-            UserError: no request can succeed.
-            StopRequested: a signal, an exhausted budget or an unavailable endpoint.
-        """
+        """Return number, item, and the finished item or the item's error. Raises `UserError`: no request can
+        succeed. Raises `StopRequested`: a signal, an exhausted budget or an unavailable endpoint."""
         self._stop.check()
         number, item = numbered
         try:

@@ -115,6 +115,12 @@ class Parser(argparse.ArgumentParser):
             line = shlex.join([*(word for word in self._typed if word != rest[0]), option, rest[0]])
             raise UserError(f"{self.prog}: {rest[0]}: takes an option before it, {option}",
                             Fix(f"{self.prog} {line}"))
+        before = [word for word in self._typed if word not in rest]
+        if all(Path(word).exists() for word in rest) and (first := [w for w in before if Path(w).exists()]):
+            lines = [shlex.join([path if word == first[0] else word for word in before])
+                     for path in (first[0], *rest)]
+            raise UserError(f"{self.prog}: takes {first[0]} or {rest[0]}, one at a time",
+                            Fix("\n  ".join(f"{self.prog} {line}" for line in lines)))
         if not Counter(rest) - Counter(self._typed):
             remaining = list(self._typed)
             for word in reversed(rest):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 SIZE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -107,3 +107,14 @@ def _format_scaled(value: float, units: Sequence[tuple[float, str]], whole_below
         return format_value(value, 3)
     unit, name = units[-1]
     return f"{format_value(value / unit, 3)} {name}"
+
+
+def align_columns(rows: Sequence[Sequence[str]], left: Container[int]) -> str:
+    """Pad cells to columns, aligning columns in `left` to the left and others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) if column in left else cell.rjust(width)
+                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

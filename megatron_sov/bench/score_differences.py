@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError, format_problems
+from megatron_sov.base.figures import align_columns
 from megatron_sov.bench.lm.results import (
-    Metric, ResultItem, Results, TaskScores, align_columns, format_score_name, read_items, read_results)
+    Metric, ResultItem, Results, TaskScores, format_score_name, read_items, read_results)
 from megatron_sov.eval.statistics import CONFIDENCE, estimate_difference
 
 TIED, BETTER, WORSE, UNKNOWN = "not told apart", "better", "worse", "not known"

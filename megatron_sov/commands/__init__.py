@@ -24,8 +24,9 @@ COMMANDS = {
          "score --reward ./my_reward.py:Starts --input answers.jsonl --output own.jsonl")),
     "codec": Command(
         "megatron_sov.commands.models.codec:CODEC",
-        "import, reconstruct, inspect: codecs for pictures and sounds", DATA, "media_data.md",
-        ("codec import ta-tok ta_tok.pth ta-tok", "codec inspect ta-tok")),
+        "import, reconstruct: codecs for pictures and sounds", DATA, "media_data.md",
+        ("codec import ta-tok ta_tok.pth ta-tok",
+         "codec reconstruct image-tokenizer pictures/0.png --output again")),
     "recipes": Command(
         "megatron_sov.commands.models.recipes:RECIPES",
         "list the recipes, or print a recipe's settings with their sources", TRAIN, "recipes.md",
@@ -55,9 +56,9 @@ COMMANDS = {
          "sft tiny-solar-open --from runs/pretrain --data chats --run runs/lora --set lora.rank=16")),
     "prefer": Command(
         "megatron_sov.commands.train.kinds:PREFER",
-        "learn from judged responses: DPO, IPO, SimPO, ORPO, KTO, SimPER, GrouPER", POST_TRAIN, "prefer.md",
+        "learn from judged responses: DPO, IPO, SimPO, ORPO, SimPER, GrouPER", POST_TRAIN, "prefer.md",
         ("prefer tiny-solar-open --from runs/sft --data pairs --run runs/dpo --set optim.lr=5e-5",
-         "prefer tiny-solar-open --from runs/sft --data unpaired --run runs/kto --method kto")),
+         "prefer tiny-solar-open --from runs/sft --data pairs --run runs/simper --method simper")),
     "distill": Command(
         "megatron_sov.commands.train.distill:DISTILL",
         "learn a teacher's distributions, over the whole vocabulary or its top tokens", POST_TRAIN,

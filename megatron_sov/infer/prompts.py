@@ -13,7 +13,7 @@ from megatron_sov.base.documents.files import refuse_tables
 from megatron_sov.base.documents.rows import fix_text_rows
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, SettingsError
-from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
+from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.folder import TOKENIZER_JSON, open_tokenizer, read_chat_encoder
 from megatron_sov.chat.marks import build_text_decoder, prepend_mark
 from megatron_sov.convert.companion_files import read_generation_ids, to_id_list
@@ -38,11 +38,8 @@ class ModelPrompt:
 
 
 def read_prompts(texts: Sequence[str], file: Path | None) -> list[ModelPrompt]:
-    """Return prompts from options, then from a JSONL file with `prompt` and, optionally, `target`.
-
-    Raises:
-        UserError: there is no prompt, a prompt is empty, or a line of `file` is malformed.
-    """
+    """Return prompts from options, then from a JSONL file with `prompt` and, optionally, `target`. Raises
+    `UserError`: there is no prompt, a prompt is empty, or a line of `file` is malformed."""
     prompts = [ModelPrompt(text) for text in texts] + (_read_file(file) if file is not None else [])
     if not prompts and file is not None:
         raise UserError(f"--prompts {file}: is empty; pass a JSONL file with a prompt on each line")
@@ -113,11 +110,8 @@ class ServerOptions:
     """A running server's address; repeat the option for several servers."""
 
     def places(self, run: Path) -> ServerLocations:
-        """Return a run's server addresses, log folder and interpreter.
-
-        Raises:
-            UserError: --engine-url is not an address.
-        """
+        """Return a run's server addresses, log folder and interpreter. Raises `UserError`: --engine-url is
+        not an address."""
         for url in self.engine_url:
             if problems := find_address_problems("--engine-url", url, "the environment"):
                 raise SettingsError("", problems)
@@ -163,8 +157,6 @@ class PromptEncoder:
 
         tokenizer = load_tokenizer(target.tokenizer_folder)
         eos = tokenizer.eos_token_id
-        # A text without chat template ends with eos only.
-        self._eos = () if eos is None else (int(eos),)
         self.feature_tokens = (None if encoding is None
                                else _read_feature_tokens(target.tokenizer_folder, encoding))
         """Image and audio tokens in prompts; None encodes their marks as ordinary text."""
@@ -181,11 +173,8 @@ class PromptEncoder:
                                           lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
 
     def encode_prompts(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
-        """Encode prompts, see `encode_prompts`.
-
-        Raises:
-            UserError: a prompt is invalid, or the tokenizer has ids that the model lacks.
-        """
+        """Encode prompts, see `encode_prompts`. Raises `UserError`: a prompt is invalid, or the tokenizer has
+        ids that the model lacks."""
         _check_surrogates(prompts)
         if self.encoder is not None:
             ids = [_encode_chat(self.encoder, prompt) for prompt in prompts]
@@ -203,31 +192,10 @@ class PromptEncoder:
             self._tokenizer.encode(piece, add_special_tokens=False) if id_ is None else [id_])]
 
     def encode_text(self, text: str) -> list[int]:
-        """Encode the beginning of an answer, without chat template.
-
-        Raises:
-            UserError: the text is invalid, or the tokenizer has ids that the model lacks.
-        """
+        """Encode the beginning of an answer, without chat template. Raises `UserError`: the text is invalid,
+        or the tokenizer has ids that the model lacks."""
         _check_surrogates([text])
         ids = list(self._tokenizer.encode(text, add_special_tokens=False))
-        _check_ids([ids], self._target)
-        return ids
-
-    def encode_answer(self, text: str) -> list[int]:
-        """Encode a whole answer with its end: the end of an assistant turn, or eos without chat template.
-
-        Raises:
-            UserError: the text is invalid, or the tokenizer has ids that the model lacks.
-        """
-        if self.encoder is None:
-            return [*self.encode_text(text), *self._eos]
-        _check_surrogates([text])
-        try:
-            # the learned tokens in an assistant turn are the answer and its end
-            encoded = self.encoder.encode(Conversation.of(("user", "?"), ("assistant", text)))
-        except BadRecord as e:
-            raise UserError(f"the answer {text[:40]!r} {e}") from None
-        ids = [i for i, type_ in zip(encoded.ids, encoded.types, strict=True) if type_ == TYPE_RESPONSE]
         _check_ids([ids], self._target)
         return ids
 

@@ -1,14 +1,9 @@
-"""Preference losses: pairs (DPO, IPO, SimPO, ORPO, SimPER), groups with rewards (GrouPER), and single
-responses (KTO).
+"""Preference losses: pairs (DPO, IPO, SimPO, ORPO, SimPER) and groups with rewards (GrouPER).
 
 Losses are functions of log-probabilities of whole responses, in float64. P is the number of pairs. `chosen`
 and `rejected`, [P], are mean log-probabilities per token. The margin of a pair is the log ratio log p(policy)
 - log p(reference) of the chosen response, minus the log ratio of the rejected response. Pairs and groups
 count equally at any length: denominators count the pairs, or groups, in the global batch.
-
-For KTO (arXiv 2402.01306) a mismatched response follows each judged response: the same prompt with a response
-to another prompt. The log ratios of the mismatched responses estimate the divergence of the policy (z_0), one
-number per global batch, in an extra forward pass before the losses.
 """
 
 from __future__ import annotations
@@ -23,11 +18,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from megatron_sov.base.documents import ROLLOUTS
-from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.chat.encode import TYPE_RESPONSE
 from megatron_sov.engine.model.logprobs import Head
-from megatron_sov.engine.parallel import collectives
-from megatron_sov.engine.parallel.values import sum_dict
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import REFERENCE_METHODS, PreferenceConfig
 from megatron_sov.post import policy, reference
@@ -56,7 +48,6 @@ LogprobScorer = Callable[[Documents, range], np.ndarray]
 """(documents, indices) -> log p per token in the documents at `indices`, see `score_documents`."""
 ReferenceReader = Callable[[Source], np.ndarray | None]
 """Source -> reference log p for the tokens of `find_heldout_documents`; None if unknown."""
-UNPAIRED_COMMANDS = "`sov-data unpaired`, and then `sov-data pack --format preference --column desirable`,"
 
 
 def dpo(margins: torch.Tensor, beta: float, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -81,25 +72,6 @@ def ipo(margins: torch.Tensor, beta: float) -> torch.Tensor:
         beta: tau in the paper.
     """
     return (margins - 1 / (2 * beta)) ** 2
-
-
-def kto(ratios: torch.Tensor, desirable: torch.Tensor, distance: float, beta: float,
-        desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> torch.Tensor:
-    """Return KTO losses, [N]: ``w (1 - sigmoid(+-beta (ratio - z_0)))`` (arXiv 2402.01306, eq. 8, without the
-    constant lambda_y).
-
-    Args:
-        ratios: [N] log p(policy) - log p(reference) per response.
-        desirable: [N] bool: responses judged good.
-        distance: z_0, the estimated divergence of the policy from the reference.
-        beta: strength of the reference.
-        desirable_weight: weight of good responses.
-        undesirable_weight: weight of bad responses.
-    """
-    # The distance is constant within a step: only the ratios have a gradient.
-    scaled = beta * (ratios - distance)
-    return torch.where(desirable, desirable_weight * (1 - scaled.sigmoid()),
-                       undesirable_weight * (1 - (-scaled).sigmoid()))
 
 
 def simper(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -293,7 +265,7 @@ class PairLearning(DataObjective):
         hosts = [m.host for m in batch.micro_batches]
         responses = [find_responses(m) for m in hosts]
         targets = {PREFERENCE: sum(float(r.select_pairs().sum()) for r in responses)}
-        chosen = [self._cross_entropy_batch(m, r) for m, r in zip(hosts, responses, strict=True)]
+        chosen = [_restrict_weights(m, r.select_side(0)) for m, r in zip(hosts, responses, strict=True)]
         if CHOSEN in self.coefficients:
             targets[CHOSEN] = sum(float(m.weights.double().sum()) for m in chosen)
         return with_denominators(batch, targets | self._count_mtp_targets(chosen))
@@ -305,8 +277,12 @@ class PairLearning(DataObjective):
         sums = responses.sum_labels(logprobs)
         losses, compared = self._compute_losses(sums, batch, responses)
         complete = responses.select_pairs()
-        terms = self._compute_terms((losses * complete).sum(), logprobs, hidden, head,
-                                    self._cross_entropy_batch(batch, responses))
+        chosen = _restrict_weights(batch, responses.select_side(0))
+        terms = {PREFERENCE: (losses * complete).sum()}
+        if CHOSEN in self.coefficients:
+            # `where` instead of a product: labels that are not learned may have log p = -inf.
+            terms[CHOSEN] = -logprobs.double().where(chosen.weights > 0, 0.0).sum()
+        terms |= self._compute_mtp_sum(hidden, head, chosen)
         # Truncated pairs have values too; `complete` removes truncated pairs from every sum.
         meters = compute_pair_meters(self._preference, compared.detach())
         means = responses.average_labels(logprobs.detach())
@@ -314,18 +290,6 @@ class PairLearning(DataObjective):
         return LossSums(terms, _logged_losses(logprobs, batch, find_learned_labels(batch), self._num_sources),
                         meters={name: ((value * complete).sum(), complete.sum())
                                 for name, value in zip(self.meters, values, strict=True)})
-
-    def _cross_entropy_batch(self, batch: MicroBatch, responses: ResponseSpans) -> MicroBatch:
-        return _restrict_weights(batch, responses.select_side(0))
-
-    def _compute_terms(self, loss: torch.Tensor, logprobs: torch.Tensor, hidden: list[torch.Tensor],
-                       head: Head, chosen: MicroBatch) -> dict[str, torch.Tensor]:
-        """Return the loss terms in a micro-batch: the preference `loss`, and cross-entropy on `chosen`."""
-        terms = {PREFERENCE: loss}
-        if CHOSEN in self.coefficients:
-            # `where` instead of a product: labels that are not learned may have log p = -inf.
-            terms[CHOSEN] = -logprobs.double().where(chosen.weights > 0, 0.0).sum()
-        return terms | self._compute_mtp_sum(hidden, head, chosen)
 
     def _compute_losses(self, sums: torch.Tensor, batch: MicroBatch,
                         responses: ResponseSpans) -> tuple[torch.Tensor, torch.Tensor]:
@@ -412,10 +376,8 @@ class GroupLearning(DataObjective):
                                 "worse_logprob": ((means.detach() * worse).sum(), worse.sum())})
 
 
-def select_objective(config: RunConfig) -> type[PairLearning | GroupLearning | UnpairedLearning]:
+def select_objective(config: RunConfig) -> type[PairLearning | GroupLearning]:
     method = config.preference.method
-    if method == "kto":
-        return UnpairedLearning
     if method == "grouper":
         return GroupLearning
     return PairLearningWithReference if method in REFERENCE_METHODS else PairLearning
@@ -431,83 +393,6 @@ def _logged_losses(logprobs: torch.Tensor, batch: MicroBatch, counted: torch.Ten
     """Return the cross-entropy per source on `counted` labels, [T] bool; see `per_source`."""
     return per_source((-logprobs.detach()).where(counted, 0.0), counted.to(batch.weights.dtype),
                       batch.sources, num_sources)
-
-
-class UnpairedLearning(PairLearning):
-    """KTO: objective ``sum(response_losses) / responses + chosen_coeff * CE(good) / good_tokens``, with
-    multi-token prediction on good responses."""
-
-    columns = {reference.COLUMN: NeededColumn("`megatron-sov prefer`"),
-               DESIRABLE: NeededColumn(UNPAIRED_COMMANDS)}
-    meters = ("desirable_reward", "undesirable_reward", "distance")
-    comparable_loss = True
-    headline = (Meter("desirable_reward", "reward of good responses", better="higher"),
-                Meter("undesirable_reward", "of bad ones", better="lower"))
-
-    def __init__(self, context: ObjectiveContext) -> None:
-        super().__init__(context)
-        self._distance = 0.0
-        """z_0 in the current step."""
-
-    def collect(self, policy: object, step: int) -> GlobalBatch:
-        """Return the next batch in the data order, and compute z_0 for the losses in the step."""
-        batch = super().collect(policy, step)
-        self._distance = _estimate_distance(policy, batch)
-        return batch
-
-    def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
-        preference, responses = self._preference, find_responses(batch)
-        logprobs = head.logprobs(hidden[0], batch.labels)
-        # Even documents are the judged responses; odd documents are mismatched, for `_estimate_distance`.
-        ratios = _log_ratios(responses, logprobs, batch)[0::2]
-        desirable, complete = _is_desirable(responses, batch), responses.select_pairs()
-        losses = kto(ratios, desirable, self._distance, beta=preference.effective_beta,
-                     desirable_weight=preference.desirable_weight,
-                     undesirable_weight=preference.undesirable_weight)
-        terms = self._compute_terms((losses * complete).sum(), logprobs, hidden, head,
-                                    self._cross_entropy_batch(batch, responses))
-        rewards = preference.effective_beta * ratios.detach()
-        sides = desirable.double(), (~desirable).double()
-        counted = find_learned_labels(batch) & responses.select_side(0)
-        return LossSums(
-            terms, _logged_losses(logprobs, batch, counted, self._num_sources),
-            meters={name: ((rewards * side * complete).sum(), (side * complete).sum())
-                    for name, side in zip(self.meters, sides, strict=False)}
-            | {"distance": (self._distance * complete.sum(), complete.sum())})
-
-    def _cross_entropy_batch(self, batch: MicroBatch, responses: ResponseSpans) -> MicroBatch:
-        desirable = _is_desirable(responses, batch)
-        # Back to a flag per document; mismatched neighbours are not learned.
-        good = torch.stack([desirable, torch.zeros_like(desirable)], 1)
-        is_good = responses.spread_to_labels(good.flatten().double()) > 0
-        return _restrict_weights(batch, responses.select_side(0) & is_good)
-
-
-def _estimate_distance(policy: object, batch: GlobalBatch) -> float:
-    """Return z_0 on the last pipeline stage: the mean log ratio over mismatched responses in the global
-    batch, at least 0."""
-    def outputs(hidden: list[torch.Tensor], head: Head, micro_batch: MicroBatch) -> torch.Tensor:
-        responses = find_responses(micro_batch)
-        ratios = _log_ratios(responses, head.logprobs(hidden[0], micro_batch.labels), micro_batch)[1::2]
-        complete = responses.select_pairs()
-        return torch.stack([(ratios * complete).sum(), complete.sum()])
-
-    # Earlier pipeline stages have no outputs and add 0.
-    sums_of_batches = policy.map(batch.micro_batches, outputs)  # type: ignore[attr-defined]
-    total, count = torch.stack(sums_of_batches).sum(0).tolist() if sums_of_batches else (0.0, 0.0)
-    sums = sum_dict({"total": total, "count": count}, collectives.all_reduce_dp)
-    # A divergence is never negative; negative estimates are noise.
-    return max(sums["total"] / sums["count"], 0.0) if sums["count"] else 0.0
-
-
-def _log_ratios(responses: ResponseSpans, logprobs: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """Return log p(policy) - log p(reference) per response, [R]."""
-    return responses.sum_labels(logprobs) - responses.sum_labels(batch.columns[reference.COLUMN])
-
-
-def _is_desirable(responses: ResponseSpans, batch: MicroBatch) -> torch.Tensor:
-    """Return the responses judged good in column `DESIRABLE`, [R / 2] bool."""
-    return responses.average_labels(batch.columns[DESIRABLE])[0::2] > 0.5
 
 
 class RoundLearning(DataObjective):

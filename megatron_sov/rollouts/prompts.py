@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, overload
+from typing import Any, BinaryIO, overload
+
+import numpy as np
 
 from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.digests import SHA256, Digest
@@ -28,9 +29,6 @@ from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.rows import format_part_name
 from megatron_sov.runs.launch_environment import is_first_rank
-
-if TYPE_CHECKING:
-    import numpy as np  # functions import numpy themselves: `--help` does not load it
 
 OPTION = "--prompts"
 TARGET = "target_tokens"
@@ -56,11 +54,7 @@ class RolloutPrompt:
     """Option that names the file."""
 
     def conversation(self) -> Conversation:
-        """Return the prompt for a chat template.
-
-        Raises:
-            BadRecord: the record is not a prompt.
-        """
+        """Return the prompt for a chat template. Raises `BadRecord`: the record is not a prompt."""
         record = dict(self.record)
         # Files use both names; `parse_record` reads `prompt`.
         if "messages" in record:
@@ -92,8 +86,6 @@ class PromptList(Sequence[RolloutPrompt]):
     @classmethod
     def from_prompts(cls, prompts: Iterable[RolloutPrompt], option: str = OPTION) -> PromptList:
         """Write prompts to a temporary file, without repeated ids."""
-        import numpy as np
-
         with translate_disk_errors(Path(tempfile.gettempdir())):
             # Open until the list is deleted.
             file = tempfile.TemporaryFile()  # noqa: SIM115
@@ -145,8 +137,6 @@ class PromptList(Sequence[RolloutPrompt]):
 
     def read_record(self, prompt: str) -> Mapping[str, Any]:
         """Return the record of the prompt with id `prompt`, or raise `KeyError`."""
-        import numpy as np
-
         numbers, order = self._sorted_numbers
         index = int(np.searchsorted(numbers, number := np.uint64(int(prompt, 16))))
         if index == len(numbers) or numbers[index] != number:
@@ -165,14 +155,10 @@ class PromptList(Sequence[RolloutPrompt]):
         return replace(self, _rows=self._rows[indices])
 
     def find_indices(self, ids: Iterable[str]) -> np.ndarray:
-        import numpy as np
-
         id_numbers = np.array([int(prompt, 16) for prompt in ids], np.uint64)
         return np.flatnonzero(np.isin(self._numbers[self._rows], id_numbers))
 
     def exclude(self, ids: Iterable[str]) -> PromptList:
-        import numpy as np
-
         return self.select(np.delete(np.arange(len(self)), self.find_indices(ids)))
 
     def _read_prompt(self, row: int) -> RolloutPrompt:
@@ -366,8 +352,6 @@ def select_round_prompts(prompts: PromptList, rollout: RolloutConfig, number: in
     Each epoch is a permutation. A round may continue in the next epoch; its prompts come later there, so that
     no round contains a prompt twice.
     """
-    import numpy as np
-
     count, per_round = len(prompts), rollout.prompts_per_round
     if per_round > count:
         raise UserError(f"rollout.prompts_per_round = {per_round}: there are {count} prompts, and a round "
@@ -396,8 +380,6 @@ def plan_round_pieces(prompts: PromptList, rollout: RolloutConfig, number: int,
     Further prompts replace groups that do not learn; fewer pieces are returned at the end of the file. Their
     order depends on seed and round alone, so that the runs of a store agree.
     """
-    import numpy as np
-
     round_list = select_round_prompts(prompts, rollout, number)
     planned = split_into_pieces(round_list, number, rollout.piece_prompts)
     if more:
@@ -413,8 +395,6 @@ def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarra
     If a round began in the previous epoch, its prompts from there come after the end of that round. The end
     of that epoch depends on its own predecessor only if an epoch has fewer than two rounds.
     """
-    import numpy as np
-
     # Go back to an epoch that begins with a round, or whose end does not depend on earlier epochs.
     first = epoch
     while first * count % per_round and (count < 2 * per_round or first == epoch):
@@ -433,19 +413,8 @@ def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarra
 
 
 def _shuffle_indices(count: int, *entropy: int) -> np.ndarray:
-    import numpy as np
-
     # Seed and epoch form an entropy sequence, so that nearby seeds have unrelated orders.
     return np.random.default_rng(entropy).permutation(count)
-
-
-def parse_round_range(given: str) -> range:
-    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", given)
-    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not 1 <= first <= last:
-        raise UserError(f"--rounds {given}: must be a round, or the first and the last one, from 1, e.g. "
-                        "--rounds 2 or --rounds 3-7")
-    return range(first, last + 1)
 
 
 def find_budget(rollout: RolloutConfig, prompt: str, record: Mapping[str, Any], sample: int) -> int | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from megatron_sov.base.errors import UserError
 from megatron_sov.work.tables.table import TablePart
 
 if TYPE_CHECKING:
-    import numpy as np  # functions import numpy themselves: `--help` does not load it
+    import numpy as np  # `--help` does not load numpy
 
 STOP, LENGTH, UNFINISHED = "stop", "length", "unfinished"
 """Finish reasons: the model ended the response; the response reached the token limit; a deadline cut the
@@ -74,9 +77,8 @@ class Rollout:
     @property
     def is_written(self) -> np.ndarray:
         """[n] bool: whether a policy generated the token."""
-        import numpy as np
-
-        return np.asarray(self.versions != NOT_WRITTEN)
+        is_written: np.ndarray = self.versions != NOT_WRITTEN
+        return is_written
 
     @property
     def num_written(self) -> int:
@@ -85,27 +87,23 @@ class Rollout:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """The policy's turns, as half-open intervals in `tokens`."""
-        import numpy as np
-
-        written = np.concatenate([[False], self.is_written, [False]])
-        # Padded with False at both ends, so that edges come in pairs.
-        edges = np.flatnonzero(written[1:] != written[:-1])
-        return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))
+        is_written = self.is_written
+        edges = (is_written[1:] != is_written[:-1]).nonzero()[0] + 1
+        bounds = pairwise([0, *edges.tolist(), len(is_written)])
+        return [(start, end) for start, end in bounds if start < end and is_written[start]]
 
     def problems(self, vocab_size: int) -> list[str]:
         """Return a sentence for each broken rule; rows with problems are not trained on."""
-        import numpy as np
-
         n, written = len(self.tokens), self.is_written
-        ids = np.concatenate([self.prompt_tokens, self.tokens])
+        all_ids = [ids for ids in (self.prompt_tokens, self.tokens) if len(ids)]
         rules = [
             (len(self.logprobs) == n == len(self.versions),
              f"has {n} tokens, {len(self.logprobs)} log-probabilities and {len(self.versions)} versions; one "
              "belongs to each"),
             (len(self.prompt_tokens) > 0, "has no prompt"),
-            (not len(ids) or (ids.min() >= 0 and ids.max() < vocab_size),
+            (all(ids.min() >= 0 and ids.max() < vocab_size for ids in all_ids),
              f"has token ids outside of the vocabulary of {vocab_size}"),
-            (bool(np.isfinite(self.logprobs).all() and (self.logprobs <= 0).all()),
+            (((self.logprobs > -math.inf) & (self.logprobs <= 0)).all(),
              "has log-probabilities above 0, or not finite"),
             # Different lengths are reported above, and cannot be indexed.
             (len(written) != len(self.logprobs) or not self.logprobs[~written].any(),
@@ -192,6 +190,15 @@ def parse_part_name(name: str) -> tuple[int, int, int] | None:
     if match is None or not int(match[1]):
         return None
     return int(match[1]), int(match[2]), int(match[3] or 0)
+
+
+def parse_round_range(text: str) -> range:
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"--rounds {text}: must be a round, or the first and the last one, from 1, e.g. "
+                        "--rounds 2 or --rounds 3-7")
+    return range(first, last + 1)
 
 
 ROUNDS, PIECES, UNFINISHED_ROWS, GROWS = "asked_rounds", "pieces_per_round", "unfinished", "grows"

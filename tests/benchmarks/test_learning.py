@@ -12,7 +12,7 @@ from megatron_sov import recipes
 from megatron_sov.plan.speed.parameters import Parameters, load_default_parameters
 from megatron_sov.plan.speed.step import estimate_step
 from megatron_sov.plan.speed.workload import Workload, build_shape
-from megatron_sov.work.clusters.chips import default_links, find_chip
+from megatron_sov.work.clusters.chips import CHIPS, default_links
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from learning import PLACE, RECIPES, Recipe, interval_of, read_figure, verdict
@@ -91,7 +91,7 @@ def test_hidden_parameters_are_found() -> None:
     hidden = deepcopy(vars(load_default_parameters()))
     hidden["product_fraction"]["ampere"]["bf16"], hidden["hbm_fraction"] = 0.65, 0.6
     truth = Parameters(**hidden)
-    a100 = find_chip("a100")
+    a100 = CHIPS["a100"]
     samples = []
     for name in ("llama-3.1-8b", "exaone-4.0-1.2b", "qwen2-1.5b", "qwen3-4b", "qwen3-8b", "gemma-3-1b"):
         for seq_len in (512, 2048):

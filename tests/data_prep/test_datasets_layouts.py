@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from data_prep.responses.unpaired import UnpairedOptions, write_unpaired
+from data_prep.responses.groups import GroupTally, iter_groups
 from data_prep.shards.encode import Encoder
 from data_prep.shards.pack import PackSettings, PackSource
 from data_prep.shards.pack_run import pack_sources
@@ -121,9 +121,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "pair of strings": ({"chosen": "The sky is blue.", "rejected": "The sky is green."},
                         {"preference": "has no prompt: give 'prompt'"}),
     "prompt": ({"prompt": "Sky?"}, dict.fromkeys(("text", "chat", "preference"), "--format prompt")),
-    "judged": (JUDGED["trl"][0], dict.fromkeys(("text", "chat", "preference"), "`sov-data unpaired`")),
+    "judged": (JUDGED["trl"][0], dict.fromkeys(("text", "chat", "preference"), "`sov-data pairs`")),
     "judged sharegpt": (JUDGED["sharegpt"][0], dict.fromkeys(("text", "chat", "preference"),
-                                                             "`sov-data unpaired`")),
+                                                             "`sov-data pairs`")),
     "steps": ({"prompt": "a", "completions": ["b", "c"], "labels": [True, False]},
               dict.fromkeys(("text", "chat", "preference"), "train reward models of steps")),
     "pictures": ({"messages": qa("What?", "A cat"), "images": [{"bytes": IMAGE, "path": None}]},
@@ -288,16 +288,13 @@ def test_prompts_end_where_the_answer_begins(tmp_path: Path, folder: Path, encod
 
 
 @pytest.mark.each("name", JUDGED)
-def test_judged_responses_become_the_same_pairs(tmp_path: Path, name: str) -> None:
+def test_judged_responses_become_the_same_groups(tmp_path: Path, name: str) -> None:
     store(JUDGED[name], tmp_path)
     for stored in STORED:
-        write_unpaired(UnpairedOptions(input=(tmp_path / stored,), output=tmp_path / f"{stored}-out"))
-        lines = (tmp_path / f"{stored}-out/unpaired.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        found = {row["prompt"][0]["content"]: (row["chosen"], row["rejected"], row["desirable"][0])
-                 for row in rows}
+        found = {group.prompt[0]["content"]: (group.responses, group.rewards)
+                 for group in iter_groups([tmp_path / stored], GroupTally())}
         blue, green = [say("assistant", "blue")], [say("assistant", "green")]
-        assert found == {"Sky?": (blue, green, 1.0), "Grass?": (green, blue, 0.0)}
+        assert found == {"Sky?": ([blue], [1.0]), "Grass?": ([green], [0.0])}
 
 
 @pytest.mark.each("name", REFUSED)
@@ -321,7 +318,7 @@ def test_other_rows_are_refused_with_what_takes_them(tmp_path: Path, name: str) 
 def test_judged_pictures_and_chats_as_prompts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({**JUDGED["alpaca"][0], "images": ["a.jpg"]}))
     with pytest.raises(UserError, match=r"a\.jsonl:1: has 'images'.* encode-media"):
-        write_unpaired(UnpairedOptions(input=(tmp_path / "a.jsonl",), output=tmp_path / "out"))
+        list(iter_groups([tmp_path / "a.jsonl"], GroupTally()))
     (tmp_path / "b.jsonl").write_text(json.dumps({"messages": qa("a", "b")}))
     with pytest.raises(UserError, match="line 1: ends with an answer of the assistant"):
         read_prompts(tmp_path / "b.jsonl", is_asked=True)

@@ -129,5 +129,5 @@ def _storm_is_told(run: Path) -> None:
     assert {e.get("source") for e in events_of(run, "expert_load")} == {None, "even", "odd"}
     *_, incidents = SECTIONS["Warnings and faults"].build(read_run(run)).tables
     assert {row[1] for row in incidents.rows} == {
-        "step not learned", "started again", "hang", "silent corruption", "alarm", "fault on purpose",
+        "step rejected", "restart", "hang", "silent corruption", "alarm", "injected fault",
         "damaged checkpoint"}

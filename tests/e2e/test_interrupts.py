@@ -110,7 +110,7 @@ def test_why_a_run_ended_stands_in_its_status(pretrain: Any, run_command: Any, t
         assert main(["status", str(run)]) == 0
         status = capsys.readouterr().out
         assert f"  state       ended ({sentence}" in status
-        assert ("  incidents   2 x step not learned (megatron-sov logs" in status) == (run == refused)
+        assert ("  incidents   2 x step rejected (megatron-sov logs" in status) == (run == refused)
         assert main(["logs", str(run)]) == 0
         assert f"ended by an error: {sentence}" in capsys.readouterr().out
 

@@ -14,12 +14,12 @@ from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.plan.speed.step import estimate_extra_layers, estimate_router_s, estimate_step
 from megatron_sov.plan.speed.traffic import count_local_params, list_messages
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, build_workload
-from megatron_sov.work.clusters.chips import CHIPS, default_links, find_chip
+from megatron_sov.work.clusters.chips import CHIPS, default_links
 from tests.plan.published import published_shapes
 
 LLAMA = published_shapes()["llama3-8b"]
 QWEN = published_shapes()["qwen3-30b-a3b"]
-H100 = find_chip("h100")
+H100 = CHIPS["h100"]
 
 
 def workload(**settings: object) -> Workload:
@@ -83,7 +83,7 @@ def test_no_run_is_faster_than_its_peak() -> None:
             assert time.mfu < (1 if precision == "bf16" else 2), key
 
 
-@pytest.mark.parametrize(("slower", "faster"), [
+@pytest.mark.each(("slower", "faster"), [
     (workload(recompute="full"), workload(recompute="selective", recompute_modules=("core_attn",))),
     (workload(recompute="selective", recompute_modules=("core_attn",)), workload()),
     (workload(fused_kernels=False), workload()),
@@ -92,7 +92,7 @@ def test_no_run_is_faster_than_its_peak() -> None:
     (workload(tuned=False), workload()),
     (workload(overlap_grad_reduce=False), workload()),
     (workload(), workload(precision="fp8")),
-    (workload(), workload(chip=find_chip("b200"))),
+    (workload(), workload(chip=CHIPS["b200"])),
     (workload(), workload(document_tokens=512)),
     (workload(), workload(objective="lora")),
     (workload(tp=16, sp=True), workload(tp=8, sp=True)),
@@ -154,7 +154,7 @@ def test_the_slowest_stage_of_a_pipeline_whose_layers_are_known() -> None:
 
 def test_a_chip_without_the_precision_is_refused() -> None:
     with pytest.raises(UserError, match="fp8 on A100-80GB: is not supported by its tensor cores"):
-        estimate_step(workload(chip=find_chip("a100"), precision="fp8"))
+        estimate_step(workload(chip=CHIPS["a100"], precision="fp8"))
 
 
 def test_what_stands_beside_layers_is_what_an_uneven_pipeline_makes_up_for() -> None:
@@ -204,9 +204,9 @@ def flops_of_all_gpus(w: Workload) -> float:
     return one * w.num_gpus
 
 
-@pytest.mark.parametrize("name", ["llama3-8b", "qwen3-30b-a3b", "deepseek-v3", "k-exaone-236b", "kimi-k2",
+@pytest.mark.each("name", ["llama3-8b", "qwen3-30b-a3b", "deepseek-v3", "k-exaone-236b", "kimi-k2",
                                   "nemotron-3-nano", "nemotron-3-super", "gpt-oss-20b"])
-@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sp": True}, {"tp": 2, "sp": True, "cp": 2}, {"ep": 8},
+@pytest.mark.each("layout", [{}, {"tp": 2, "sp": True}, {"tp": 2, "sp": True, "cp": 2}, {"ep": 8},
                                     {"tp": 4, "sp": True, "ep": 4, "etp": 2}])
 def test_cut_work_is_all_work(name: str, layout: dict[str, int]) -> None:
     w = a_workload(name, **layout)
@@ -299,7 +299,7 @@ def test_recomputing_everything_sends_a_forward_pass_more() -> None:
     assert twice == pytest.approx(once * 3 / 2)
 
 
-@pytest.mark.parametrize(("sharding", "bytes_per_weight"), [("none", 2 * 4), ("zero1", 4 + 2),
+@pytest.mark.each(("sharding", "bytes_per_weight"), [("none", 2 * 4), ("zero1", 4 + 2),
                                                             ("fsdp", 4 + 2 * 2)])
 def test_data_parallelism_sends_what_zero_says(sharding: str, bytes_per_weight: int) -> None:
     """arXiv 1910.02054, section 7: an all-reduce is two of a ring's halves; stage 1 replaces one of them by

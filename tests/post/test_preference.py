@@ -1,6 +1,5 @@
 """Preference losses of pairs, groups and single responses against formulas."""
 
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.cli import main as sov_data
 from megatron_sov.engine.decode.forward_only import DocumentBatch
 from megatron_sov.engine.parallel import world
-from megatron_sov.post import preference, reference
+from megatron_sov.post import preference
 from megatron_sov.post.preference import (
     dpo, find_heldout_documents, grouper, orpo, select_objective, simper, simpo)
 from megatron_sov.post.reference import Reference
@@ -27,9 +25,6 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 12
             "preference.chosen_coeff=0.1", "train.global_batch_size=4", "optim.lr=0.01",
             "model.num_experts=8"]
 STEPS = 3
-BETA, WEIGHTS = 0.3, (1.2, 0.9)
-KTO = ["preference.method=kto", f"preference.beta={BETA}", f"preference.desirable_weight={WEIGHTS[0]}",
-       f"preference.undesirable_weight={WEIGHTS[1]}"]
 
 
 def _trainer(settings: list[str], data: str, run: Path) -> Any:
@@ -176,72 +171,6 @@ def test_losses_are_the_papers(ranks: Any, job: Any, pairs: Path, tmp_path: Path
             assert found["meters"][name] == pytest.approx(found["trl"][name], rel=1e-4, abs=1e-5), found
         assert found["measured"] == pytest.approx(
             found["trl"] | {"pairs": found["pairs"]}, rel=1e-4, abs=1e-5), found
-
-
-def kto_written_out(policy: Any, batch: Any) -> tuple[float, float]:
-    """Return loss and z_0 of a batch on one process, each response passed through the model alone."""
-    ratios, good = [], []
-    for m in batch.micro_batches:
-        for first, end in zip(m.inputs.host_bounds, m.inputs.host_bounds[1:], strict=False):
-            if m.inputs.padding[first]:
-                continue
-            ids = m.inputs.tokens[first:end].tolist()
-            logits = policy.logits(DocumentBatch([ids], torch.device("cpu")), torch.arange(len(ids))).double()
-            learned = (m.types[first:end] == 2) & (m.weights[first:end] > 0)
-            own = logits.log_softmax(-1)[torch.arange(len(ids)), m.labels[first:end]][learned].sum()
-            ratios.append(float(own - m.columns[reference.COLUMN][first:end].double()[learned].sum()))
-            good.append(bool(m.columns["desirable"][first:end][learned].mean() > 0.5))
-    distance = max(sum(ratios[1::2]) / len(ratios[1::2]), 0.0)
-    losses = [WEIGHTS[0] / (1 + math.exp(BETA * (ratio - distance))) if is_good
-              else WEIGHTS[1] / (1 + math.exp(-BETA * (ratio - distance)))
-              for ratio, is_good in zip(ratios[0::2], good[0::2], strict=True)]
-    return sum(losses) / len(losses), distance
-
-
-def kto_curve(data: str, run: str) -> list[dict[str, Any]]:
-    """Train; return each step's losses, meters and gradient norm, and what they are by hand."""
-    trainer = _trainer(KTO, data, Path(run))
-    collect, expected = trainer.objective.collect, list[tuple[float, float]]()
-
-    def seen(policy: Any, step: int) -> Any:
-        batch = collect(policy, step)
-        expected.append(kto_written_out(policy, batch))
-        return batch
-
-    trainer.objective.collect = seen
-    results = [train_step(trainer) for _ in range(STEPS)]
-    trainer.close()
-    world.leave_world()
-    return [{**r.losses, **r.meters, "by hand": found} for r, found in zip(results, expected, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def judged(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sums, two in three of which are judged good, packed."""
-    folder = tmp_path_factory.mktemp("judged")
-    (folder / "judged.jsonl").write_text("\n".join(json.dumps({
-        "prompt": f"What is {i} plus {i % 7}?", "label": i % 3 > 0,
-        "response": f"{i} plus {i % 7} is {i + i % 7}." if i % 3 else f"It is {i}, I am sure."})
-                                                   for i in range(60)))
-    assert sov_data(["unpaired", "--input", str(folder / "judged.jsonl"), "--output",
-                     str(folder / "unpaired")]) == 0
-    assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.2", "--workers", "1",
-                     "--format", "preference", "--column", "desirable", "--input",
-                     str(folder / "unpaired/unpaired.jsonl"), "--output", str(folder / "packed")]) == 0
-    return folder / "packed"
-
-
-@pytest.mark.essential
-@pytest.mark.distributed
-def test_losses_of_single_responses_are_the_papers(ranks: Any, job: Any, judged: Path,
-                                                   tmp_path: Path) -> None:
-    ((steps,),) = ranks(job(__file__, "kto_curve", 1, {"data": str(judged), "run": str(tmp_path)}))
-    expected = [step.pop("by hand") for step in steps]
-    # the reference keeps float32: some 40 numbers of 1e-7 each
-    for step, (loss, distance) in zip(steps, expected, strict=True):
-        assert (step["preference"], step["distance"]) == pytest.approx((loss, distance), rel=1e-5, abs=1e-5)
-    assert max(distance for _, distance in expected) > 0.01, "the estimate is told from none"
-    assert steps[-1]["desirable_reward"] > steps[-1]["undesirable_reward"]
 
 
 MARGINS = (-30.0, -1.5, 0.0, 0.25, 4.0)

@@ -380,4 +380,3 @@ def test_completions_end_where_the_folder_says(folder: Path, tmp_path: Path, fil
     asker = PromptEncoder(target, chat=False)
     eos = asker._tokenizer.eos_token_id
     assert set(asker.end_ids) - {eos} == ends and eos in asker.end_ids
-    assert asker.encode_answer("a")[-1] == eos

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,9 +14,8 @@ from megatron_sov.base.settings import DeclaredCommand, Flag
 from tokenizer.formats.hf_files import get_token_ids
 from tokenizer.formats.reader import ForeignTokenizer, find_file, open_foreign, open_hf
 from tokenizer.formats.sample_texts import find_first_difference, iter_builtin_texts, iter_user_texts
-from tokenizer.formats.sentencepiece_format import NotSentencepiece, create_processor, to_sentencepiece
 from tokenizer.formats.tiktoken_format import (
-    build_encoder, build_encoding, format_ranks, get_rules_path, to_tiktoken)
+    TiktokenRules, build_encoder, build_encoding, format_ranks, get_rules_path, to_tiktoken)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +55,8 @@ class ImportRequest:
 
 
 def check_import(options: TokenizerImportOptions) -> ImportRequest:
-    """Read the tokenizer.
-
-    Raises:
-        UserError: the tokenizer cannot be read or represented, has no end token, or the output exists.
-    """
+    """Read the tokenizer. Raises `UserError`: the tokenizer cannot be read or represented, has no end token,
+    or the output exists."""
     check_output_folder(options.output, "tokenizer", options.overwrite)
     source = open_foreign(options.path, options.rules)
     named = {"bos_token": options.bos, "eos_token": options.eos, "pad_token": options.pad}
@@ -70,11 +65,8 @@ def check_import(options: TokenizerImportOptions) -> ImportRequest:
 
 
 def _choose_special_tokens(source: ForeignTokenizer, named: dict[str, str | None]) -> dict[str, Any]:
-    """Return bos_token, eos_token and pad_token; options override the source, and pad defaults to eos.
-
-    Raises:
-        UserError: a name is not a token, or the end token is unknown.
-    """
+    """Return bos_token, eos_token and pad_token; options override the source, and pad defaults to eos. Raises
+    `UserError`: a name is not a token, or the end token is unknown."""
     special: dict[str, Any] = {**source.named_tokens, **named}
     ids = get_token_ids(source.raw)
     for name, token in special.items():
@@ -93,17 +85,16 @@ IMPORT = DeclaredCommand(TokenizerImportOptions, check_import, "tokenizer.format
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerExportOptions:
-    """Write a tokenizer for tiktoken (a file of ranks; pattern and special tokens in FILE.json) or for
-    sentencepiece (a .model file; byte-level BPE cannot be exported).
+    """Write a tokenizer for tiktoken: a file of ranks; pattern and special tokens in FILE.json.
 
     The ids are compared on built-in texts of all scripts and on --text before a file is written."""
 
     path: Annotated[Path, Flag("DIR")]
     """Folder with tokenizer.json, or the file."""
-    format: Literal["tiktoken", "sentencepiece"]
-    """Library to write for."""
     output: Annotated[Path, Flag(value="FILE")]
-    """The rank file, or the .model file."""
+    """The rank file."""
+    format: Literal["tiktoken"] = "tiktoken"
+    """Library to write for."""
     text: tuple[Path, ...] = ()
     """Text on which ids are compared, in addition to built-in texts."""
     overwrite: bool = False
@@ -111,13 +102,9 @@ class TokenizerExportOptions:
 
 
 def run_export(args: TokenizerExportOptions) -> int:
-    """Write a tokenizer for another library.
-
-    Raises:
-        UserError: the library cannot express the tokenizer, or would give other ids; no file is written then.
-    """
-    library, output = args.format, args.output
-    targets = [output, get_rules_path(output)] if library == "tiktoken" else [output]
+    """Write a tokenizer for tiktoken. Raises `UserError`: tiktoken cannot express the tokenizer, or would
+    give other ids; no file is written then."""
+    targets = args.output, get_rules_path(args.output)
     for target in targets:
         if target.is_dir() or (target.exists() and not args.overwrite):
             raise UserError(f"{target}: exists already; choose another file or pass --overwrite")
@@ -126,48 +113,34 @@ def run_export(args: TokenizerExportOptions) -> int:
     if file.suffix != ".json":
         raise UserError(f"{file}: is no tokenizer.json; convert it with `sov-tokenizer import` first")
     source = open_hf(file)
-    build_files = _build_tiktoken_files if library == "tiktoken" else _build_sentencepiece_file
-    contents, encode = build_files(source, output.stem)
+    try:
+        ranks, rules = to_tiktoken(source.raw, args.output.stem, source.named_tokens)
+    except NotByteBpe as e:
+        raise UserError(f"{file}: has no form in tiktoken: {e}") from None
+    _check_tokens(file, ranks, rules)
+    if rules.normalization:
+        print(f"tiktoken does not normalize: apply {rules.normalization} to text first")
     samples = [*iter_builtin_texts(source.raw), *iter_user_texts(args.text)]
-    if difference := find_first_difference(samples, encode, source.encode):
-        raise UserError(f"{file}: cannot be exported, since {library} would not give the same ids "
+    if difference := find_first_difference(samples, build_encoder(ranks, rules), source.encode):
+        raise UserError(f"{file}: cannot be exported, since tiktoken would not give the same ids "
                         f"for {difference}")
-    for target, content in zip(targets, contents, strict=True):
+    for target, content in zip(targets, (format_ranks(ranks), format_json(rules).encode()), strict=True):
         write_output(target, content)
         print(f"wrote {target}")
-    print(f"{library} gives the same ids on {sum(len(t.encode()) for t in samples) / 1e6:.2f} MB of text")
+    print(f"tiktoken gives the same ids on {sum(len(t.encode()) for t in samples) / 1e6:.2f} MB of text")
     return 0
 
 
-ExportedFiles = tuple[list[bytes], Callable[[str], list[int]]]
-"""Contents of the files, and the encoder of the library."""
-
-
-def _build_tiktoken_files(source: ForeignTokenizer, name: str) -> ExportedFiles:
-    try:
-        ranks, rules = to_tiktoken(source.raw, name, source.named_tokens)
-    except NotByteBpe as e:
-        raise UserError(f"{source.file}: has no form in tiktoken: {e}") from None
+def _check_tokens(file: Path, ranks: dict[bytes, int], rules: TiktokenRules) -> None:
     encoding = build_encoding(ranks, rules)
     for token, id_ in ranks.items():
         if encoding.decode_single_token_bytes(id_) != token or encoding.encode_single_token(token) != id_:
-            raise UserError(f"{source.file}: cannot be exported, since tiktoken would not keep token "
+            raise UserError(f"{file}: cannot be exported, since tiktoken would not keep token "
                             f"{token!r} with id {id_}")
     for special, id_ in rules.special_tokens.items():
         if encoding.encode(special, allowed_special="all") != [id_]:
-            raise UserError(f"{source.file}: cannot be exported, since tiktoken would not find special token "
+            raise UserError(f"{file}: cannot be exported, since tiktoken would not find special token "
                             f"{special!r} in text")
-    if rules.normalization:
-        print(f"tiktoken does not normalize: apply {rules.normalization} to text first")
-    return [format_ranks(ranks), format_json(rules).encode()], build_encoder(ranks, rules)
-
-
-def _build_sentencepiece_file(source: ForeignTokenizer, name: str) -> ExportedFiles:
-    try:
-        model = to_sentencepiece(source.raw, source.named_tokens)
-    except NotSentencepiece as e:
-        raise UserError(f"{source.file}: has no form in sentencepiece: {e}") from None
-    return [model], create_processor(model).encode
 
 
 EXPORT = DeclaredCommand(TokenizerExportOptions, run_export)

@@ -7,6 +7,7 @@ sentencepiece model.
 from __future__ import annotations
 
 import json
+import shlex
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from megatron_sov.base.documents.byte_bpe import byte_alphabet
-from megatron_sov.base.errors import UserError, fix_missing, suggest_download
+from megatron_sov.base.errors import Fix, UserError, fix_missing, suggest_download
 from megatron_sov.model.pretrained import read_json
 from tokenizer.formats import sentencepiece_format, tiktoken_format
 from tokenizer.formats.hf_files import (
@@ -54,11 +55,8 @@ class ForeignTokenizer:
 
 
 def find_file(path: Path) -> Path:
-    """Return the tokenizer file at a path or in a folder.
-
-    Raises:
-        UserError: the path does not exist, or the folder does not contain exactly one tokenizer.
-    """
+    """Return the tokenizer file at a path or in a folder. Raises `UserError`: the path does not exist, or the
+    folder does not contain exactly one tokenizer."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -69,15 +67,22 @@ def find_file(path: Path) -> Path:
         return path / TOKENIZER_JSON
     files = sorted([*path.glob("*.tiktoken"), *path.glob("*.model")])
     if len(files) != 1:
-        advice = f"pass {FORMS}"
+        advice, fix = f"pass {FORMS}", None
+        inside = [file for folder in ("tokenizer", "checkpoints/*/tokenizer")
+                  for file in path.glob(f"{folder}/{TOKENIZER_JSON}")]
         if (path / "merges.txt").is_file():
-            advice = ("make tokenizer.json of vocab.json and merges.txt: transformers' GPT2TokenizerFast("
-                      f"'{path}/vocab.json', '{path}/merges.txt').save_pretrained('{path}')")
+            advice = "make tokenizer.json of vocab.json and merges.txt"
+            code = (f"from transformers import GPT2TokenizerFast as T; T('{path}/vocab.json', "
+                    f"'{path}/merges.txt').save_pretrained('{path}')")
+            fix = Fix(words={str(path): str(path)}, before=(shlex.join(["python", "-c", code]),))
+        elif inside:
+            fix = Fix(words={str(path): str(inside[-1].parent)})
+            advice = f"pass {inside[-1].parent}"
         elif not files and (path / "config.json").is_file():
             advice = ("copy tokenizer.json, tokenizer_config.json and chat_template.jinja of the same model "
                       "into the folder")
         raise UserError(f"{path}: holds {len(files)} tokenizers "
-                        f"({', '.join(f.name for f in files) or 'no tokenizer.json'}); {advice}")
+                        f"({', '.join(f.name for f in files) or 'no tokenizer.json'}); {advice}", fix)
     return files[0]
 
 
@@ -103,10 +108,7 @@ def open_foreign(path: Path, rules: Path | None = None) -> ForeignTokenizer:
 def load_tokenizer(raw: dict[str, Any], where: object) -> Tokenizer:
     """Load a tokenizer.json; special tokens in a text stay ordinary text.
 
-    `where` names the file in errors.
-
-    Raises:
-        UserError: `tokenizers` cannot read it.
+    `where` names the file in errors. Raises `UserError`: `tokenizers` cannot read it.
     """
     try:
         with translate_panics(where):
@@ -126,11 +128,8 @@ def build_text_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
 
 
 def open_hf(file: Path) -> ForeignTokenizer:
-    """Read a tokenizer.json and, from its folder, tokenizer_config.json and the chat template.
-
-    Raises:
-        UserError: a file is damaged, or the model has dropout, which makes encoding random.
-    """
+    """Read a tokenizer.json and, from its folder, tokenizer_config.json and the chat template. Raises
+    `UserError`: a file is damaged, or the model has dropout, which makes encoding random."""
     raw = read_json(file)
     if (not isinstance(raw.get("model"), dict) or not isinstance(raw.get("added_tokens"), list)
             or "vocab" not in raw["model"]):
@@ -138,7 +137,8 @@ def open_hf(file: Path) -> ForeignTokenizer:
         raise UserError(f"{file}: has no model.vocab and added_tokens, so it is no tokenizer.json; " + (
             "of a vocab.json with merges.txt transformers makes one: `python -c \"from transformers import "
             f"AutoTokenizer as A; A.from_pretrained('{file.parent}').save_pretrained('DIR')\"`; pass DIR"
-            if is_pair else f"pass {FORMS}"))
+            if is_pair else f"pass {FORMS}"),
+            Fix(words={str(file): str(file.parent)}) if (file.parent / TOKENIZER_JSON).is_file() else None)
     try:
         ids = list(get_token_ids(raw).values())
     except (TypeError, ValueError, KeyError, AttributeError) as e:
@@ -370,11 +370,8 @@ class SentencePieceTokenizer(LoadedTokenizer):
 
 
 def open_tokenizer(path: Path) -> LoadedTokenizer:
-    """Load the tokenizer at a path with its own library.
-
-    Raises:
-        UserError: no tokenizer at the path, a damaged file, or an optional package is missing.
-    """
+    """Load the tokenizer at a path with its own library. Raises `UserError`: no tokenizer at the path, a
+    damaged file, or an optional package is missing."""
     file = find_file(path)
     tokenizer_class: type[LoadedTokenizer] = SentencePieceTokenizer
     if file.suffix == ".json":

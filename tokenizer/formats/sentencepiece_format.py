@@ -1,9 +1,9 @@
-"""Convert between tokenizer.json and sentencepiece's `.model` file (protobuf): BPE or unigram over
-characters, with bytes for other characters.
+"""Convert sentencepiece's `.model` file (protobuf) to a tokenizer.json: BPE or unigram over characters,
+with bytes for other characters.
 
 The converters of `transformers` and `tokenizers` depend on the model's class or assume the default
 normalizer, let ordinary text such as `<s>` or `<0x0A>` become that token, and list every split of a token.
-The commands compare ids with sentencepiece before they write a file.
+The import compares ids with sentencepiece before it writes a file.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import base64
 from itertools import pairwise
 from typing import Any
 
-from megatron_sov.base.documents.byte_bpe import parse_merges
 from megatron_sov.base.errors import UserError, format_install_command
 from tokenizer.bpe.segmenting import find_last_merge
-from tokenizer.formats.hf_files import build_special_token, get_token_ids
+from tokenizer.formats.hf_files import build_special_token
 
 SPACE = "▁"
 UNIGRAM, BPE = 1, 2
@@ -27,16 +26,8 @@ _EDGES, _RUNS = r"\A +| +\z", " {2,}"
 _MODELS = {3: "word", 4: "char"}
 
 
-class NotSentencepiece(Exception):
-    """sentencepiece cannot express a tokenizer; the message begins with "its"."""
-
-
 def import_sentencepiece() -> Any:
-    """Import the optional package sentencepiece.
-
-    Raises:
-        UserError: not installed.
-    """
+    """Import the optional package sentencepiece. Raises `UserError`: not installed."""
     try:
         import sentencepiece  # optional package
     except ImportError:
@@ -46,11 +37,7 @@ def import_sentencepiece() -> Any:
 
 
 def create_proto() -> Any:
-    """Return an empty ModelProto.
-
-    Raises:
-        UserError: sentencepiece or protobuf is not installed.
-    """
+    """Return an empty ModelProto. Raises `UserError`: sentencepiece or protobuf is not installed."""
     import_sentencepiece()
     try:
         from sentencepiece import sentencepiece_model_pb2 as format_  # needs protobuf, also optional
@@ -76,11 +63,8 @@ def get_special_tokens(proto: Any) -> dict[str, str | None]:
 
 
 def from_sentencepiece(proto: Any, name: str) -> dict[str, Any]:
-    """Convert a ModelProto to a tokenizer.json; `name` is the file in errors.
-
-    Raises:
-        UserError: `tokenizers` cannot express the model.
-    """
+    """Convert a ModelProto to a tokenizer.json; `name` is the file in errors. Raises `UserError`:
+    `tokenizers` cannot express the model."""
     trainer = proto.trainer_spec
     if fault := _find_model_fault(proto):
         raise UserError(f"{name}: {fault}")
@@ -196,115 +180,3 @@ def _build_unigram(proto: Any, name: str, unknown: int) -> dict[str, Any]:
         vocab.append([p.piece, 0.0 if p.type == USER_DEFINED else score])
     return {"type": "Unigram", "unk_id": unknown, "vocab": vocab,
             "byte_fallback": bool(proto.trainer_spec.byte_fallback)}
-
-
-def to_sentencepiece(raw: dict[str, Any], named_tokens: dict[str, str | None]) -> bytes:
-    """Convert a tokenizer.json to a `.model` file.
-
-    Args:
-        raw: tokenizer.json.
-        named_tokens: bos_token, eos_token and pad_token.
-
-    Raises:
-        NotSentencepiece: sentencepiece cannot express the tokenizer.
-    """
-    proto, model = create_proto(), raw["model"]
-    pieces = _score_pieces(raw)
-    for piece, (score, kind) in pieces.items():
-        proto.pieces.add(piece=piece, score=score, type=kind)
-    if sum(kind == UNKNOWN for _, kind in pieces.values()) != 1:
-        raise NotSentencepiece("its model has no token for the unknown, which sentencepiece always has")
-    _read_normalizers(raw, proto.normalizer_spec)
-    trainer, ids = proto.trainer_spec, {piece: id_ for id_, piece in enumerate(pieces)}
-    trainer.model_type = BPE if model["type"] == "BPE" else UNIGRAM
-    trainer.vocab_size, trainer.byte_fallback = len(pieces), bool(model.get("byte_fallback"))
-    trainer.unk_id = next(id_ for id_, (_, kind) in enumerate(pieces.values()) if kind == UNKNOWN)
-    trainer.unk_piece = list(pieces)[trainer.unk_id]
-    for field in ("bos", "eos", "pad"):
-        token = named_tokens.get(f"{field}_token")
-        setattr(trainer, f"{field}_id", ids.get(token, -1) if token else -1)
-        if token in ids:
-            setattr(trainer, f"{field}_piece", token)
-    return bytes(proto.SerializeToString())
-
-
-def _score_pieces(raw: dict[str, Any]) -> dict[str, tuple[float, int]]:
-    """Return piece -> (score, type), sorted by id."""
-    model = raw["model"]
-    if model["type"] not in ("BPE", "Unigram"):
-        raise NotSentencepiece(f"its model is {model['type']}, and sentencepiece has BPE and unigram")
-    if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise NotSentencepiece("its model has dropout, prefixes or suffixes")
-    added = {token["content"]: token for token in raw["added_tokens"]}
-    ids = get_token_ids(raw)
-    if model["type"] == "BPE":
-        merges = reversed(list(enumerate(parse_merges(raw))))
-        scores = {"".join(pair): -float(i) for i, pair in merges}
-        unknown = model.get("unk_token")
-    else:
-        scores = dict(model["vocab"])
-        unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else None
-    # an id is an index into the list of pieces
-    if sorted(ids.values()) != list(range(len(ids))):
-        raise NotSentencepiece("its ids have gaps")
-    byte_pieces = {format_byte_piece(b) for b in range(256)} if model.get("byte_fallback") else set()
-    isolated = set(_find_isolated_tokens(raw))
-    pieces: dict[str, tuple[float, int]] = {}
-    for piece in sorted(ids, key=ids.__getitem__):
-        # pieces without a merge, such as characters, rank after all merges
-        score, kind = scores.get(piece, -float(len(ids))), NORMAL
-        if piece == unknown:
-            score, kind = 0.0, UNKNOWN
-        elif piece in byte_pieces:
-            score, kind = 0.0, BYTE
-        elif piece in added:
-            score, kind = 0.0, CONTROL if added[piece]["special"] else USER_DEFINED
-        elif piece in isolated:
-            score, kind = 0.0, USER_DEFINED
-        pieces[piece] = (score, kind)
-    return pieces
-
-
-def _find_isolated_tokens(raw: dict[str, Any]) -> list[str]:
-    """Return the pieces in the pre-tokenizer's pattern, as `from_sentencepiece` writes it."""
-    step = raw.get("pre_tokenizer")
-    if step is None:
-        return []
-    if step["type"] == "ByteLevel" or "ByteLevel" in [p["type"] for p in step.get("pretokenizers", [])]:
-        raise NotSentencepiece("its tokens are merged bytes within the pieces of a regular expression, "
-                               "while sentencepiece merges characters and splits at spaces alone; "
-                               "take --format tiktoken")
-    pieces = {_escape_pattern(piece): piece for piece in get_token_ids(raw)}
-    parts = []
-    if step["type"] == "Split" and step["behavior"] == "Isolated":
-        parts = step["pattern"].get("Regex", "").split("|")
-    if not parts or not set(parts) <= pieces.keys():
-        raise NotSentencepiece(f"its pre-tokenizer {step['type']} splits text in a way that "
-                               "sentencepiece cannot")
-    return [pieces[part] for part in parts]
-
-
-def _read_normalizers(raw: dict[str, Any], spec: Any) -> None:
-    """Fill a NormalizerSpec from the steps that `_build_normalizers` writes."""
-    step = raw.get("normalizer") or {"type": "Sequence", "normalizers": []}
-    steps = list(step["normalizers"] if step["type"] == "Sequence" else [step])
-    spec.name = "identity"
-    if [s["type"] for s in steps[:2]] == ["NFC", "Precompiled"]:
-        spec.name = "nfkc"
-        steps.pop(0)
-    if steps and steps[0]["type"] == "Precompiled":
-        spec.precompiled_charsmap = base64.b64decode(steps.pop(0)["precompiled_charsmap"])
-        if not composes_characters(spec):
-            spec.name = "user_defined"
-    removals = [_build_replacement(_EDGES, "", "Regex"), _build_replacement(_RUNS, " ", "Regex")]
-    spec.remove_extra_whitespaces = steps[:2] == removals
-    if spec.remove_extra_whitespaces:
-        steps = steps[2:]
-    spec.add_dummy_prefix = steps[:1] == [{"type": "Prepend", "prepend": SPACE}]
-    if spec.add_dummy_prefix:
-        steps = steps[1:]
-    spec.escape_whitespaces = True
-    if not steps:
-        raise NotSentencepiece("its spaces are not marked as sentencepiece marks them")
-    if steps != [_build_replacement(" ", SPACE)]:
-        raise NotSentencepiece(f"its normalizer is {step}, which is none of the steps of sentencepiece")

@@ -13,9 +13,9 @@ import regex
 from annotated_types import Ge, Le, MinLen
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
-from data_prep.json_lines import read_objects
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem, to_plain_form
 from megatron_sov.base.documents.overlap import RUN_WORDS, Units, find_units, fold_text
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AtLeastOne, Flag, ProblemCode, SettingsProblem, at_most_field
 
@@ -84,11 +84,8 @@ class Decontaminate(Step):
     def load_inputs(self, view: View) -> None:
         self._search = self.settings.build_search()
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._judge_text(document.text) for document in documents]
-
-    def _judge_text(self, text: str) -> StepOutcome:
-        hits = find_hits(text, self._search, 0)
+    def judge_document(self, document: Doc) -> StepOutcome:
+        hits = find_hits(document.text, self._search, 0)
         items = " ".join(sorted({f"{hit.benchmark}:{hit.item}" for hit in hits}))
         return StepOutcome(REASON if hits else "", values={"contamination": items})
 
@@ -215,7 +212,7 @@ def read_items(paths: Iterable[Path], fields: Sequence[str]) -> list[SearchItem]
     items: list[SearchItem] = []
     for file in list_benchmark_files(paths):
         num_before = len(items)
-        for where, record in read_objects(file):
+        for where, record in read_records(file):
             texts = {name: collect_text(_get_field(record, name)) for name in fields}
             texts = {name: text for name, text in texts.items() if text.strip()}
             # Without the error, the record would silently not be searched for.

@@ -63,16 +63,16 @@ class ExactDedup(Step):
         folder = view.work_folder / "duplicates"
         self._duplicates = DuplicateFilter(view, REASON, lambda rank: read_surplus(folder, rank))
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return self._duplicates.judge_documents(documents)
+    def judge_document(self, document: Doc) -> StepOutcome:
+        return self._duplicates.judge_document(document)
 
     def _write_keys(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_by_shard[view.shards[task]]
         keys: list[bytes] = []
         numbers: list[int] = []
-        for batch in register_documents(view, view.shards[task], rank):
-            keys += [blake3(_normalize_text(document.text)).digest(KEY_BYTES) for document in batch]
-            numbers += [rank << 32 | document.row for document in batch]
+        for document in register_documents(view, view.shards[task], rank):
+            keys.append(blake3(_normalize_text(document.text)).digest(KEY_BYTES))
+            numbers.append(rank << 32 | document.row)
         write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
 
     def _compare_keys(self, view: View, task: int) -> None:
@@ -95,10 +95,7 @@ class DuplicateFilter:
         self._rank = -1
         self._keeper_ids: dict[int, str] = {}
 
-    def judge_documents(self, documents: Sequence[Doc]) -> list[StepOutcome]:
-        return [self._judge_document(document) for document in documents]
-
-    def _judge_document(self, document: Doc) -> StepOutcome:
+    def judge_document(self, document: Doc) -> StepOutcome:
         rank = self._numbering.rank_by_shard[ShardRef(document.source, document.shard)]
         if rank != self._rank:
             self._load_shard(rank)
@@ -147,10 +144,7 @@ class ParagraphDedup(Step):
         self._rank = -1
         self._keys_by_row: dict[int, set[bytes]] = {}
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._cut_document(document) for document in documents]
-
-    def _cut_document(self, document: Doc) -> StepOutcome:
+    def judge_document(self, document: Doc) -> StepOutcome:
         rank = self._numbering.rank_by_shard[ShardRef(document.source, document.shard)]
         if rank != self._rank:
             self._load_shard(rank)
@@ -183,13 +177,12 @@ class ParagraphDedup(Step):
         rank = Numbering(view).rank_by_shard[view.shards[task]]
         keys: list[bytes] = []
         numbers: list[int] = []
-        for batch in view.iter_documents(view.shards[task]):
-            for document in batch:
-                # A set: a paragraph repeated within a document counts once.
-                paragraphs = iter_paragraphs(document.text, self.settings.min_chars)
-                document_keys = {paragraph.key for paragraph in paragraphs if paragraph.key}
-                keys += sorted(document_keys)
-                numbers += [rank << 32 | document.row] * len(document_keys)
+        for document in view.iter_documents(view.shards[task]):
+            # A set: a paragraph repeated within a document counts once.
+            paragraphs = iter_paragraphs(document.text, self.settings.min_chars)
+            document_keys = {paragraph.key for paragraph in paragraphs if paragraph.key}
+            keys += sorted(document_keys)
+            numbers += [rank << 32 | document.row] * len(document_keys)
         write_occurrences(view.work_folder / "keys" / f"{rank:06}", keys, numbers, self.settings.partitions)
 
     def _count_keys(self, view: View, task: int) -> None:

@@ -97,8 +97,8 @@ class MinhashDedup(Step):
         self._duplicates = DuplicateFilter(
             view, REASON, lambda rank: open_bucket(file, DROPPED, rank).read_records())
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return self._duplicates.judge_documents(documents)
+    def judge_document(self, document: Doc) -> StepOutcome:
+        return self._duplicates.judge_document(document)
 
     def _sign_documents(self, view: View, task: int) -> None:
         signer = MinhashSigner(self.settings)
@@ -106,13 +106,12 @@ class MinhashDedup(Step):
         numbers: list[int] = []
         lengths: list[int] = []
         signatures: list[Signature] = []
-        for batch in register_documents(view, view.shards[task], rank):
-            for document in batch:
-                signature = signer.compute_signature(document.text)
-                if signature is not None:
-                    numbers.append(rank << 32 | document.row)
-                    lengths.append(len(document.text))
-                    signatures.append(signature)
+        for document in register_documents(view, view.shards[task], rank):
+            signature = signer.compute_signature(document.text)
+            if signature is not None:
+                numbers.append(rank << 32 | document.row)
+                lengths.append(len(document.text))
+                signatures.append(signature)
         records = np.empty((len(signatures), self.settings.num_bands), BAND)
         records["key"] = signer.compute_band_keys(signatures)
         records["doc"] = np.array(numbers, np.uint64)[:, None]
@@ -317,8 +316,7 @@ class ShingleSets:
         self.rows, self.begins = np.split(words[-2 * num_rows - 2:-1].view(np.int64), [num_rows])
 
 
-def write_shingle_sets(file: Path, documents: Iterator[list[Doc]], rows: NDArray[np.int64],
-                       words: int) -> None:
+def write_shingle_sets(file: Path, documents: Iterator[Doc], rows: NDArray[np.int64], words: int) -> None:
     """Write shingles for the documents in `rows`, for `ShingleSets`.
 
     A single file, because every comparison task opens all shards' files.
@@ -326,12 +324,11 @@ def write_shingle_sets(file: Path, documents: Iterator[list[Doc]], rows: NDArray
     wanted_rows = set(rows.tolist())
     begins = [0]
     with create_file(file, create_parents=True) as temporary, open(temporary, "wb") as f:
-        for batch in documents:
-            for document in batch:
-                if document.row in wanted_rows:
-                    shingles = compute_shingles(document.text, words)
-                    shingles.tofile(f)
-                    begins.append(begins[-1] + len(shingles))
+        for document in documents:
+            if document.row in wanted_rows:
+                shingles = compute_shingles(document.text, words)
+                shingles.tofile(f)
+                begins.append(begins[-1] + len(shingles))
         np.array([*np.sort(rows).tolist(), *begins, len(rows)], np.uint64).tofile(f)
         seal_file(temporary, get_place_in_run(file))
 

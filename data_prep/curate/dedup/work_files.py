@@ -306,11 +306,11 @@ class Register:
         return raw.decode()
 
 
-def register_documents(view: View, shard: ShardRef, rank: int) -> Iterator[list[Doc]]:
-    """Yield a shard's documents in batches; after the last batch write the shard's table."""
+def register_documents(view: View, shard: ShardRef, rank: int) -> Iterator[Doc]:
+    """Yield a shard's documents; after the last document write the shard's table."""
     entries: list[tuple[int, int, str]] = []
-    for batch in view.iter_documents(shard):
-        entries += [(document.row, len(document.text), document.id) for document in batch]
-        yield batch
+    for document in view.iter_documents(shard):
+        entries.append((document.row, len(document.text), document.id))
+        yield document
     # After the loop only: a consumer that stops early leaves no table.
     Register(view.work_folder / "documents").write_table(rank, entries)

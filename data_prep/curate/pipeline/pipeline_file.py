@@ -256,7 +256,7 @@ class _PipelineReader:
                 # After the step `kind`, a document may have any kind.
                 has_kind_step |= kind == "kind"
                 yield from self._parse_step(StepEntry(i + 1, kind, {}, only or StepFilter()), entry[kinds[0]],
-                                      (*place, kinds[0]))
+                                            (*place, kinds[0]))
 
     def _resolve_unknown_step(self, name: str, place: Place) -> str:
         """Add a problem for an unknown step; return the likely step, or the name."""
@@ -290,8 +290,9 @@ class _PipelineReader:
     def _check_only(self, only: StepFilter, sources: Mapping[str, str], place: Place) -> None:
         for name in only.sources:
             if name not in sources:
-                self.add_problem((*place, "sources"), f"sources = {name!r}: there is no such source"
-                                          f"{suggest_name(name, sources)}")
+                self.add_problem(
+                    (*place, "sources"),
+                    f"sources = {name!r}: there is no such source{suggest_name(name, sources)}")
         for kind in only.kinds:
             if kind not in KINDS:
                 self.add_problem(

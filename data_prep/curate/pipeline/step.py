@@ -1,7 +1,7 @@
 """The interface for pipeline steps: documents in, an outcome for each document out.
 
 A step does not know where documents are stored or which process runs the step. A process builds a step once
-from settings and calls `compute_outcomes` with batches. A step with outcomes that depend on all documents,
+from settings and calls `judge_document` for each document. A step with outcomes that depend on all documents,
 e.g. a search for duplicates, lists passes, which run first. Tasks in a pass may run in different processes.
 """
 
@@ -75,8 +75,8 @@ class View(Protocol):
     def work_folder(self) -> Path:
         """Folder for the step's passes, which publish files by a rename."""
 
-    def iter_documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
-        """Yield batches with a shard's documents, in order, without documents dropped by earlier steps."""
+    def iter_documents(self, shard: ShardRef) -> Iterator[Doc]:
+        """Yield a shard's documents, in order, without documents dropped by earlier steps."""
 
     def get_priority(self, source: str) -> int:
         """Return a source's `priority`; the source with the higher value keeps a common text."""
@@ -124,11 +124,11 @@ class Step(ABC):
         return ()
 
     def load_inputs(self, view: View) -> None:  # noqa: B027  (most steps load nothing)
-        """Load the data for `compute_outcomes`. Called once per process, after the passes."""
+        """Load the data for `judge_document`. Called once per process, after the passes."""
 
     @abstractmethod
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        """Return an outcome for each document, in order. Outcomes must not depend on the batches."""
+    def judge_document(self, document: Doc) -> StepOutcome:
+        """Return a document's outcome, which must not depend on previous calls."""
 
 
 SOURCE_COLUMNS: dict[str, ColumnType] = {

@@ -423,10 +423,9 @@ class LayerView:
                     return self.output / layer.shared
         return self.output
 
-    def iter_documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
+    def iter_documents(self, shard: ShardRef) -> Iterator[Doc]:
         for first, rows in self.iter_groups(shard):
-            if batch := [document for _, document in self.select_documents(shard, first, rows)]:
-                yield batch
+            yield from (document for _, document in self.select_documents(shard, first, rows))
 
     def get_priority(self, source: str) -> int:
         return self.plan.get_source(source).settings.priority
@@ -459,12 +458,10 @@ def _write_layer(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pipel
     step = _load_step(plan_file, stage.number, output, loads_inputs=True)
     with LayerFile(file, step_plan.added_columns) as layer:
         for first, rows in view.iter_groups(shard):
-            selected = view.select_documents(shard, first, rows)
             # Rows that the step does not select stay unchanged.
             outcomes: list[StepOutcome | None] = [None if row is None else KEPT for row in rows]
-            step_outcomes = _compute_outcomes(step, step_plan, [document for _, document in selected])
-            for (i, document), outcome in zip(selected, step_outcomes, strict=True):
-                outcomes[i] = outcome
+            for i, document in view.select_documents(shard, first, rows):
+                outcomes[i] = outcome = _judge_document(step, step_plan, document)
                 counts.add_document(document.id, outcome.reason, document.text, outcome.text)
             try:
                 layer.write_outcomes(outcomes)
@@ -475,20 +472,17 @@ def _write_layer(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pipel
         yield counts
 
 
-def _compute_outcomes(step: Step, step_plan: StepPlan, documents: list[Doc]) -> list[StepOutcome]:
-    outcomes = list(step.compute_outcomes(documents)) if documents else []
-    if len(outcomes) != len(documents):
-        raise RuntimeError(f"step {step.kind} gave {len(outcomes)} outcomes for {len(documents)} documents")
-    for i, (document, outcome) in enumerate(zip(documents, outcomes, strict=True)):
-        if unknown := set(outcome.values) - set(step_plan.added_columns):
-            raise RuntimeError(f"step {step.kind} gives columns that it does not add: {sorted(unknown)}")
-        # Texts of dropped and unchanged documents are not stored, which keeps layers small.
-        if outcome.text is not None and (outcome.reason or outcome.text == document.text):
-            outcomes[i] = StepOutcome(outcome.reason, None, outcome.values)
-        # A step that removes the whole text drops the document.
-        elif outcome.text is not None and not outcome.text.strip():
-            outcomes[i] = StepOutcome("nothing left", None, outcome.values)
-    return outcomes
+def _judge_document(step: Step, step_plan: StepPlan, document: Doc) -> StepOutcome:
+    outcome = step.judge_document(document)
+    if unknown := set(outcome.values) - set(step_plan.added_columns):
+        raise RuntimeError(f"step {step.kind} gives columns that it does not add: {sorted(unknown)}")
+    # Texts of dropped and unchanged documents are not stored, which keeps layers small.
+    if outcome.text is not None and (outcome.reason or outcome.text == document.text):
+        return StepOutcome(outcome.reason, None, outcome.values)
+    # A step that removes the whole text drops the document.
+    if outcome.text is not None and not outcome.text.strip():
+        return StepOutcome("nothing left", None, outcome.values)
+    return outcome
 
 
 # The last task of a shard: kept documents, sorted into one file for each output name.

@@ -7,7 +7,6 @@ forms stay unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ftfy import TextFixerConfig, fix_encoding
@@ -29,10 +28,7 @@ class RepairEncoding(Step):
     added_columns = {"lines_repaired": "int64"}
     Settings = EncodingRepairSettings
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._repair_document(document) for document in documents]
-
-    def _repair_document(self, document: Doc) -> StepOutcome:
+    def judge_document(self, document: Doc) -> StepOutcome:
         text, num_lines = repair_encoding(document.text)
         # Programs may hold wrong encodings on purpose, for example tests of decoders.
         if num_lines and document.columns.get("kind") != "math_code" and detect_form(document.text) != "code":

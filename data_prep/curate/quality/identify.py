@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from annotated_types import MinLen
 
 from data_prep.curate.pipeline.step import Doc, Step, StepOutcome
@@ -172,28 +173,13 @@ UNKNOWN_LANGUAGE = "und"
 NUM_PIECES, PIECE_CHARS = 5, 300
 """Number and length of the pieces that `identify_language` reads from a longer text."""
 
-LANGUAGE_BY_SCRIPT = {
-    "HANGUL": "ko", "THAI": "th", "KANA": "ja", "CJK": "zh", "GREEK": "el", "HEBREW": "he", "ARMENIAN": "hy",
-    "GEORGIAN": "ka", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml", "GUJARATI": "gu",
-    "GURMUKHI": "pa", "ORIYA": "or", "SINHALA": "si", "KHMER": "km", "LAO": "lo", "MYANMAR": "my",
-    "ETHIOPIC": "am", "TIBETAN": "bo",
-}
-"""Script -> its main language; Han counts as Japanese next to kana, as Korean next to more Hangul."""
-_SHARED = {
-    "CYRILLIC": "ba be bg ky kk mk mn os ru sr tg tt uk",
-    "ARABIC": "ar ary arz fa ps sdh ug ur uzs ku",
-    "DEVANAGARI": "hi mr ne sa gom",
-    "BENGALI": "bn as",
-    "LATIN": "ace af an az bcl br bs ca crh cs cy da de en eo es et eu ext fi fo fr fuv fy ga gcf gcr gd gl "
-             "gug guw ha hr ht hu id ig is it jv kab kik ku la lb lg lij ln lt ltg lv mg ms mt nl nn no nso "
-             "oc om pcm pl pt qu ro rw se sk sl sn so sq sr st sv sw tk tl tr uz vec vi vo wa xh yo zu",
-}
-LANGUAGES_BY_SCRIPT = {script: frozenset(names.split()) for script, names in _SHARED.items()}
-"""Script -> model labels of its languages."""
-_COMMON_NAMES = ("en ru de ja zh es fr it pt pl nl id tr vi cs ko fa ar sv uk hu el ro da th fi no sk bg hr "
-                 "he lt sr sl ca et hi bn lv ta sq az ka mk kk ml te ur mr ms gl ne eu sw tl af")
-_COMMON = frozenset(_COMMON_NAMES.split())
-"""Languages with much text on the web; the model guesses rare languages far more often than they occur."""
+_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+LANGUAGE_BY_SCRIPT: dict[str, str] = _TABLES["main_languages"]
+"""Script -> its main language."""
+LANGUAGES_BY_SCRIPT: dict[str, frozenset[str]] = {
+    script: frozenset(names.split()) for script, names in _TABLES["shared_scripts"].items()}
+"""Script -> model labels for the script's languages."""
+_COMMON = frozenset(_TABLES["common"].split())
 _RARE_WEIGHT = 0.2
 """Factor on the model's probability of a language outside `_COMMON`."""
 _WEIGHTS = {"ms": 0.1}
@@ -313,12 +299,9 @@ class Language(Step):
     def list_files(self) -> Sequence[Path]:
         return [get_model_file()]
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._judge_text(document.text) for document in documents]
-
-    def _judge_text(self, text: str) -> StepOutcome:
-        form = detect_form(text)
-        language, score = identify_language(extract_language_text(text, form))
+    def judge_document(self, document: Doc) -> StepOutcome:
+        form = detect_form(document.text)
+        language, score = identify_language(extract_language_text(document.text, form))
         values = {"language": language, "language_score": score, "form": form}
         return StepOutcome(reason=self._find_drop_reason(language, score, form), values=values)
 

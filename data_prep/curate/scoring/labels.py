@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data_prep.json_lines import read_objects
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import RowProblems, UserError
 
 Kind = Literal["classifier", "regressor"]
@@ -66,7 +66,7 @@ def read_labels(file: Path, kind: Kind, max_chars: int, *, min_labels: int = 1) 
     """
     labels: dict[bytes, Label] = {}
     problems, num_repeated = RowProblems(), 0
-    for where, record in read_objects(file):
+    for where, record in read_records(file):
         if problem := _find_label_problem(record, kind):
             problems.add(where, problem)
             continue

@@ -77,8 +77,8 @@ class Level(Step):
         groups = _read_run_json(view.work_folder / CUTS_FILE)["groups"]
         self._cuts: dict[str, list[int]] = {name: group["cuts"] for name, group in groups.items()}
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [StepOutcome(values={"level": self._choose_level(document)}) for document in documents]
+    def judge_document(self, document: Doc) -> StepOutcome:
+        return StepOutcome(values={"level": self._choose_level(document)})
 
     def _choose_level(self, document: Doc) -> str:
         key = self._compute_key(document)
@@ -112,13 +112,12 @@ class Level(Step):
         """Write an array with the keys of a shard's documents, sorted within each group."""
         groups: dict[str, list[int]] = {}
         num_without = 0
-        for documents in view.iter_documents(view.shards[task]):
-            for document in documents:
-                key = self._compute_key(document)
-                if key is None:
-                    num_without += 1
-                else:
-                    groups.setdefault(self._get_group(document), []).append(key)
+        for document in view.iter_documents(view.shards[task]):
+            key = self._compute_key(document)
+            if key is None:
+                num_without += 1
+            else:
+                groups.setdefault(self._get_group(document), []).append(key)
         ranges: dict[str, list[int]] = {}
         arrays = [np.zeros(0, np.uint64)]
         start = 0

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge, Le
 
-from data_prep.curate.scoring.ngram_settings import NgramSettings
 from megatron_sov.base.documents.compiled import jit_compile
 from megatron_sov.base.documents.scripts import SCORER_SCRIPTS, list_code_points
+from megatron_sov.base.settings import Bound, ProblemCode, Violation
 
 SEPARATOR, LETTER, SINGLE = 0, 1, 2
 """Character classes: between units, part of a run, unit by itself."""
@@ -26,6 +29,24 @@ _LAST_ASSIGNED = 0x20000
 _MASK = np.uint64(0xFFFFFFFF)
 _C1, _C2, _M5, _E6 = np.uint64(0xCC9E2D51), np.uint64(0x1B873593), np.uint64(5), np.uint64(0xE6546B64)
 _F1, _F2 = np.uint64(0x85EBCA6B), np.uint64(0xC2B2AE35)
+
+
+def _check_power_of_two(number: int) -> Violation | None:
+    if number.bit_count() == 1:
+        return None
+    return ProblemCode.BOUND, "must be a power of two", f"e.g. {1 << 18}"
+
+
+@dataclass(frozen=True)
+class NgramSettings:
+    """Settings for `Ngrams`."""
+
+    num_buckets: Annotated[int, Ge(1 << 8), Le(1 << 26), Bound(_check_power_of_two)] = 1 << 18
+    """Hash buckets for n-grams; a power of two."""
+    max_ngram: Annotated[int, Ge(1), Le(5)] = 2
+    """Units in the longest n-gram."""
+    max_chars: Annotated[int, Ge(1), Le(1 << 24)] = 20_000
+    """Characters to read from the start of a text."""
 
 
 class Ngrams:
@@ -68,7 +89,7 @@ class Ngrams:
         buffer, starts, ends, num_units = self._split_text(text)
         touched = np.empty(num_units * self.settings.max_ngram, np.int32)
         num_touched = _count_ngrams(buffer, starts, ends, num_units, self.settings.max_ngram,
-                             self.settings.num_buckets, self._counts, touched)
+                                    self.settings.num_buckets, self._counts, touched)
         return touched[:num_touched]
 
 

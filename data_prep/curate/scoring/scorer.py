@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from data_prep.curate.scoring.labels import HIGHEST_LABELS, Kind
-from data_prep.curate.scoring.ngram_settings import NgramSettings
-from data_prep.curate.scoring.ngrams import Ngrams
+from data_prep.curate.scoring.ngrams import Ngrams, NgramSettings
 from megatron_sov.base.artifacts import MANIFEST, find_damaged_files, format_json, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Finite, ProblemCode, SettingsProblem, parse_settings

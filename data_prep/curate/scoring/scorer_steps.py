@@ -81,15 +81,10 @@ class _ScoreStep(Step):
     def load_inputs(self, view: View) -> None:
         self._scorer = load_scorer(self.settings.model)
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        lowest = self.settings.min_score
-        outcomes = []
-        for document in documents:
-            score = self._scorer.score(document.text)
-            is_low = lowest is not None and score < lowest
-            reason = f"{self.kind} below {lowest:g}" if is_low else ""
-            outcomes.append(StepOutcome(reason, values={self.kind: score}))
-        return outcomes
+    def judge_document(self, document: Doc) -> StepOutcome:
+        score, lowest = self._scorer.score(document.text), self.settings.min_score
+        is_low = lowest is not None and score < lowest
+        return StepOutcome(f"{self.kind} below {lowest:g}" if is_low else "", values={self.kind: score})
 
 
 class Quality(_ScoreStep):
@@ -145,8 +140,8 @@ class DocumentKind(Step):
         self._scorers: dict[str, Scorer] = {
             name: load_scorer(folder) for name, folder in sorted(self.settings.domains.items())}
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [StepOutcome(values={"kind": self._choose_kind(document)}) for document in documents]
+    def judge_document(self, document: Doc) -> StepOutcome:
+        return StepOutcome(values={"kind": self._choose_kind(document)})
 
     def _choose_kind(self, document: Doc) -> str:
         # The pipeline file is more reliable than a model's guess.

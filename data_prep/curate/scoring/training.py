@@ -21,8 +21,7 @@ from threadpoolctl import threadpool_limits
 from data_prep.curate.scoring.labels import (
     MIN_LABELS, Kind, Label, check_label_variety, get_label_values, read_labels, split_labels)
 from data_prep.curate.scoring.metrics import compute_metrics
-from data_prep.curate.scoring.ngram_settings import NgramSettings
-from data_prep.curate.scoring.ngrams import Ngrams
+from data_prep.curate.scoring.ngrams import Ngrams, NgramSettings
 from data_prep.curate.scoring.scorer import ARTIFACT, Scorer, ScorerSettings, load_scorer, write_scorer
 from megatron_sov.base.artifacts import check_output_folder, create_artifact, sha256_file
 from megatron_sov.work.progress.progress_bar import create_bar

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,36 +23,6 @@ HEAD_CHARS = 3000
 MAX_LICENCE_BYTES = 1 << 20
 """Larger licence files are ignored."""
 _SPDX = re.compile(r"SPDX-License-Identifier:\s*([\w.+() -]+?)\s*(?:\*/|-->|$)", re.MULTILINE)
-_HEADERS = (
-    ("MPL-2.0", r"mozilla public license,? version 2\.0[ =-]*1\. definitions"),  # also names the GPL
-    ("AGPL-3.0", r"^gnu affero general public license version 3"),
-    ("LGPL-3.0", r"^gnu lesser general public license version 3"),
-    ("LGPL-2.1", r"^gnu lesser general public license version 2\.1"),
-    ("GPL-3.0", r"^gnu general public license version 3"),
-    ("GPL-2.0", r"^gnu general public license version 2"),
-    ("Apache-2.0", r"licensed under the apache license,? version 2\.0|"
-                   r"apache license,? version 2\.0,? january 2004"),
-    ("AGPL-3.0-or-later", r"gnu affero general public license.{0,200}either version 3"),
-    ("LGPL-3.0-or-later", r"gnu lesser general public license.{0,200}either version 3"),
-    ("LGPL-2.1-or-later", r"gnu lesser general public license.{0,200}either version 2\.1"),
-    ("GPL-3.0-or-later", r"gnu general public license.{0,200}either version 3"),
-    ("GPL-2.0-or-later", r"gnu general public license.{0,200}either version 2"),
-    ("GPL-2.0-only", r"gnu general public license,? version 2(?!.{0,80}\bor\b)"),
-    ("MPL-2.0", r"subject to the terms of the mozilla public license,? v\. 2\.0"),
-    ("BSD-3-Clause", r"redistribution and use in source and binary forms.{0,1200}neither the name"),
-    ("BSD-2-Clause", r"redistribution and use in source and binary forms"),
-    ("BSL-1.0", r"boost software license - version 1\.0"),
-    ("CC0-1.0", r"^creative commons legal code cc0 1\.0 universal|^cc0 1\.0 universal"),
-    ("MIT", r"permission is hereby granted, free of charge, to any person obtaining a copy"),
-    ("0BSD", r"permission to use, copy, modify, and/or distribute this software for any purpose with or "
-             r"without fee is hereby granted\."),
-    ("ISC", r"permission to use, copy, modify, and(?:/or)? distribute this software for any purpose with or "
-            r"without fee is hereby granted, provided"),
-    ("Unlicense", r"this is free and unencumbered software released into the public domain"),
-    ("Zlib", r"this software is provided '?as-is'?, without any express or implied warranty\. in no event"),
-)
-"""SPDX name and pattern for the head of a source or licence file, in lower case with single spaces. Specific
-patterns precede general patterns."""
 _COMMENT_SIGNS = re.compile(r"(?m)^[ \t]*(?:#+|//+|/?\*+/?|;+|--+|%+|\"\"\"|<!--)")
 _GENERATED = re.compile(
     r"@generated\b|do not (?:edit|modify)\b|don't (?:edit|modify)\b|auto-?\s?generated|"
@@ -72,21 +43,19 @@ def find_header_licence(text: str) -> str:
         return match[1].strip()
     # Without line ends and comment signs, a phrase of the licence is in one piece.
     plain = " ".join(_COMMENT_SIGNS.sub(" ", head).lower().split())
-    return next((name for name, pattern in _HEADERS if re.search(pattern, plain)), "")
+    return next((name for name, pattern in _load_tables()["licences"] if re.search(pattern, plain)), "")
 
 
 @cache
-def _load_tables() -> dict[str, dict[str, str] | list[str]]:
-    tables: dict[str, dict[str, str] | list[str]] = yaml.safe_load(
-        Path(__file__).with_name("code.yaml").read_text(encoding="utf-8"))
+def _load_tables() -> dict[str, Any]:
+    tables: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("code.yaml").read_text(encoding="utf-8"))
     return tables
 
 
 @cache
 def _load_languages() -> dict[str, str]:
-    table = _load_tables()["languages"]
-    assert isinstance(table, dict)
-    return {ending: language for language, endings in table.items() for ending in endings.split()}
+    return {ending: language for language, endings in _load_tables()["languages"].items()
+            for ending in endings.split()}
 
 
 @cache

@@ -9,8 +9,7 @@ from typing import Any
 
 from data_prep.curate.sources.encodings import EncodingLimits
 from data_prep.curate.sources.reader import FileReader, format_file_name, list_source_files, raise_no_files
-from data_prep.curate.sources.source import (
-    NO_FORMAT, BrokenRecord, RawDocument, Reader, SourcePiece, SourceSettings)
+from data_prep.curate.sources.source import NO_FORMAT, BrokenRecord, RawDocument, SourcePiece, SourceSettings
 from data_prep.libraries import find_library_problems
 from megatron_sov.base.documents.files import is_description, is_records
 from megatron_sov.base.errors import UserError, suggest_name
@@ -50,7 +49,7 @@ def load_reader_class(format_: str) -> type[FileReader]:
     return reader
 
 
-def create_reader(source: SourceSettings) -> Reader:
+def create_reader(source: SourceSettings) -> FileReader:
     """Create a source's reader; raise `SettingsError` with the source's problems."""
     if problems := find_all_problems(source):
         raise SettingsError(f"source {source.name}", problems)

@@ -23,11 +23,12 @@ MAX_DEPTH = 500
 main text grows with the square of the depth."""
 _DEEPER = " > ".join(["*"] * MAX_DEPTH)
 _INVISIBLE = ["[hidden]", '[style*="display:none" i]', '[style*="display: none" i]', '[aria-hidden="true"]',
-           "rt", "rp", "svg", "iframe", "object", "title", ".linenos", "a.headerlink", "a.anchor",
-           ".mw-editsection"]
+              "rt", "rp", "svg", "iframe", "object", "title", ".linenos", "a.headerlink", "a.anchor",
+              ".mw-editsection"]
 """Selectors of elements that are not visible text; `rt` is the pronunciation above a Japanese word."""
 _SURROUNDINGS = ["dialog", "[role=navigation]", "[role=banner]", "[role=contentinfo]", "[role=search]",
-           "[role=menu]", "[role=complementary]", "[role=dialog]", ".sphinxsidebar", ".breadcrumbs", ".toc"]
+                 "[role=menu]", "[role=complementary]", "[role=dialog]", ".sphinxsidebar", ".breadcrumbs",
+                 ".toc"]
 """Selectors of elements around the main text that resiliparse's rules ignore."""
 _BODY = re.compile(r"<body\b[^<>]*>|</head\s*>", re.IGNORECASE)
 _MATH = re.compile(r"<math\b(?:[^<]|<(?!/?math\b))*+</math>", re.IGNORECASE)
@@ -61,7 +62,7 @@ class HtmlReader(FileReader):
     @classmethod
     def iter_documents(cls, job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
         yield build_page_document(decode_page(read_unpacked(job.file, job.options)), job.name, job,
-                   whole=job.options.whole_page)
+                                  whole=job.options.whole_page)
 
 
 def build_page_document(source: str, place: str, job: ReadingJob, *,

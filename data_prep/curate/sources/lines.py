@@ -18,9 +18,10 @@ from megatron_sov.base.documents import DOCUMENT_BYTES, WHOLE_FILE_BYTES, BadRec
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
 from megatron_sov.base.documents.records import explain_bytes
 
-COLUMN_NAMES = {"id": "own_id", "_id": "own_id", "url": "url", "uri": "url", "link": "url", "title": "title",
-         "date": "date", "timestamp": "date", "created": "date", "licence": "licence", "license": "licence",
-         "language": "language_hint", "lang": "language_hint"}
+COLUMN_NAMES = {
+    "id": "own_id", "_id": "own_id", "url": "url", "uri": "url", "link": "url", "title": "title",
+    "date": "date", "timestamp": "date", "created": "date", "licence": "licence", "license": "licence",
+    "language": "language_hint", "lang": "language_hint"}
 """Field in a record -> column; further fields keep their names."""
 MAX_FIELD_CHARS, MAX_FIELD_DEPTH = 4000, 20
 """Limits for fields other than the text; longer or deeper fields are left out."""
@@ -193,7 +194,7 @@ class JsonlReader(_SpansReader):
                     yield build_document(_parse_line(line), place, job)
                 except BadRecord as e:
                     yield job.build_broken(BadRecord(e.code, str(e), content=line[:1000]), place,
-                                     is_left_out=e.code == EMPTY)
+                                           is_left_out=e.code == EMPTY)
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
@@ -221,7 +222,7 @@ def _iter_blocks(stream: IO[bytes], job: ReadingJob) -> Iterator[bytes]:
     if _is_packed(job):
         is_text = job.piece.format == "text"  # read into memory
         yield from iter_limited_blocks(stream, job.piece.size_bytes,
-                                 job.options.unpacked_bytes if is_text else math.inf)
+                                       job.options.unpacked_bytes if is_text else math.inf)
         return
     stream.seek(job.piece.start)
     num_bytes = job.piece.stop - job.piece.start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow
@@ -11,12 +12,10 @@ from data_prep.curate.sources.lines import build_document
 from data_prep.curate.sources.reader import EMPTY, FileReader, ReadingJob, SourceItem
 from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourcePiece
 from megatron_sov.base.documents import BadRecord
+from megatron_sov.base.documents.arrow_rows import iter_parquet_batches
 from megatron_sov.base.documents.files import open_parquet
-from megatron_sov.base.errors import first_error_line
 
 _PART_BYTES = 64 << 20
-_BATCH_ROWS = 256
-_BATCH_BYTES = 64 << 20
 
 
 class ParquetReader(FileReader):
@@ -44,7 +43,7 @@ class ParquetReader(FileReader):
             yield SourceItem(job.name, lambda: iter(broken))
             return
         for number in groups:
-            yield SourceItem(f"{job.name}:{number}", _RowGroup(job, number))
+            yield SourceItem(f"{job.name}:{number}", partial(_read_row_group, job, number))
 
 
 def _get_start(group: Any, size_bytes: int) -> int:
@@ -55,40 +54,19 @@ def _get_start(group: Any, size_bytes: int) -> int:
     return offset if 0 <= offset < size_bytes else 0
 
 
-class _RowGroup:
-    """Reads a row group's documents."""
-
-    def __init__(self, job: ReadingJob, number: int) -> None:
-        self._job, self._number = job, number
-
-    def __call__(self) -> Iterator[RawDocument | BrokenRecord]:
-        job, number = self._job, self._number
-        file = open_parquet(job.file)
-        group = file.metadata.row_group(number)
-        # Batches of about 64 MiB, by the group's mean row size.
-        rows = _BATCH_BYTES * max(group.num_rows, 1) // max(group.total_byte_size, 1)
-        first_row = 0
-        try:
-            for batch in file.iter_batches(min(max(rows, 1), _BATCH_ROWS), row_groups=[number],
-                                           use_threads=False):
-                yield from _iter_batch(batch, f"{job.name}:{number}.", first_row, job)
-                # Counted over batches, so that places do not depend on the batch size.
-                first_row += batch.num_rows
-        except (pyarrow.ArrowException, OSError) as e:
-            raise BadRecord("parquet", f"is damaged ({first_error_line(e)[:200]}); what came before is "
-                                       "read; fetch it again") from None
-
-
-def _iter_batch(batch: Any, prefix: str, first_row: int,
-                job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
-    names = batch.schema.names
-    for row in range(batch.num_rows):
-        place = f"{prefix}{first_row + row + 1}"
-        try:
-            record = {name: _convert_value(batch.column(i)[row]) for i, name in enumerate(names)}
-            yield build_document(record, place, job)
-        except BadRecord as e:
-            yield job.build_broken(e, place, is_left_out=e.code == EMPTY)
+def _read_row_group(job: ReadingJob, number: int) -> Iterator[RawDocument | BrokenRecord]:
+    # Counted over batches: places do not depend on the batch size.
+    row = 0
+    for batch in iter_parquet_batches(open_parquet(job.file), range(number, number + 1), use_threads=False):
+        for i in range(batch.num_rows):
+            row += 1
+            place = f"{job.name}:{number}.{row}"
+            try:
+                record = {name: _convert_value(column[i])
+                          for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+                yield build_document(record, place, job)
+            except BadRecord as e:
+                yield job.build_broken(e, place, is_left_out=e.code == EMPTY)
 
 
 def _convert_value(scalar: Any) -> Any:

@@ -46,6 +46,7 @@ class FileReader:
         options = source.options
         self.options: Any = parse_settings(self.Options, options, "options") if options else self.Options()
         self.notes: list[str] = []
+        """Sentences about files that `list_pieces` skipped."""
 
     @classmethod
     def accepts_name(cls, name: str) -> bool:
@@ -55,6 +56,7 @@ class FileReader:
         return bool(stem) and dot + suffix in cls.suffixes
 
     def list_pieces(self) -> list[SourcePiece]:
+        """List the source's parts in a fixed order; raise `UserError` for an empty source."""
         left_out: list[SourcePiece] = []
         names = list_source_files(self.source, self.accepts_name, left_out, self.notes)
         return [piece for name in names for piece in self.split_file(name)] + left_out

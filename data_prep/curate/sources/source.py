@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from annotated_types import MinLen
 
@@ -117,19 +117,3 @@ class BrokenRecord:
     """First `MAX_CONTENT_CHARS` characters."""
     is_left_out: bool = False
     """Whether the record is valid but unwanted, e.g. generated code."""
-
-
-class Reader(Protocol):
-    """Reads sources in a format."""
-
-    notes: list[str]
-    """Sentences about files that `list_pieces` skipped."""
-
-    def __init__(self, source: SourceSettings) -> None:
-        """Receive a source without problems."""
-
-    def list_pieces(self) -> list[SourcePiece]:
-        """List the source's parts in a fixed order; raise `UserError` for an empty source."""
-
-    def read_piece(self, piece: SourcePiece) -> Iterator[RawDocument | BrokenRecord]:
-        """Yield the records in a piece, in order. Broken records raise no errors."""

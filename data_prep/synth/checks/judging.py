@@ -18,7 +18,6 @@ from data_prep.curate.pipeline.finish import build_summary
 from data_prep.curate.pipeline.plan import PipelinePlan, SourcePlan, make_plan
 from data_prep.curate.pipeline.running import judge_documents
 from data_prep.damaged_files import explain_deletion
-from data_prep.json_lines import read_objects
 from data_prep.synth.checks.settings import (
     CONTEXT, INPUT, SOURCES, NoSample, choose_steps_file, extract_question, extract_texts, read_steps)
 from data_prep.synth.run_records import SynthRunRecord, read_finished_items
@@ -26,6 +25,7 @@ from data_prep.synth.samples import GeneratedSample, Kind, SampleVerdict
 from megatron_sov.base.artifacts import translate_disk_errors
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_span
 from megatron_sov.base.documents.files import JSONL_SUFFIXES, iter_spans
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import open_sealed_parquet
 from megatron_sov.work.progress.journal import work_folder
@@ -64,11 +64,8 @@ class JudgedSamples:
 
 
 def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, workers: int) -> JudgedSamples:
-    """Run the samples that passed the generator's checks through pipeline steps.
-
-    Raises:
-        UserError: a step, an input or the disk is wrong.
-    """
+    """Run the samples that passed the generator's checks through pipeline steps. Raises `UserError`: a step,
+    an input or the disk is wrong."""
     folder = work_folder(output) / FOLDER
     with translate_disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)
@@ -127,14 +124,11 @@ def _compute_context_id(text: str) -> str:
 
 
 def iter_input_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) for each document or record in an input, without empty texts.
-
-    Raises:
-        UserError: the input is missing or unreadable.
-    """
+    """Yield (place, text) for each document or record in an input, without empty texts. Raises `UserError`:
+    the input is missing or unreadable."""
     for file in list_files(path):
         if file.suffix.lower() in JSONL_SUFFIXES:
-            texts = ((place, extract_question(record)) for place, record in read_objects(file))
+            texts = ((place, extract_question(record)) for place, record in read_records(file))
         else:
             texts = ((f"{file}:{number}", "\n\n".join(document.texts()))
                      for number, document in enumerate(_iter_documents(file), 1))

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.json_lines import read_objects
 from data_prep.synth.samples import GeneratorItem
 from megatron_sov.base.documents import list_files
 from megatron_sov.base.documents.files import JSONL_SUFFIXES
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 
 TEXT_FIELDS = ("problem", "question", "query", "prompt", "instruction", "task", "messages", "text")
@@ -35,7 +35,7 @@ def read_problems(inputs: Sequence[Path], *, needs_answer: str = "") -> Iterator
     """
     problems: dict[str, tuple[str, dict[str, Any]]] = {}
     for file in list_line_files(inputs):
-        for place, record in read_objects(file):
+        for place, record in read_records(file):
             fields = _read_fields(record, place, needs_answer)
             problem_id = get_record_id(record, "\n".join([fields["problem"], *fields["choices"]]), place)
             # equal content is a repeated line, different content a mistake

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from data_prep.json_lines import read_objects
 from data_prep.synth.functions.constraints import find_wording_problem
 from data_prep.synth.functions.draws import draw_choice
 from data_prep.synth.functions.texts import LanguageCode
 from data_prep.synth.requests import Temperature
 from data_prep.synth.samples import GeneratorItem
 from megatron_sov.base.documents.files import ACCEPTED_SAMPLES, list_files
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError, format_problems
 from megatron_sov.base.settings import AtLeastOne, SettingsProblem, at_most_field, find_broken_rules
 from megatron_sov.judge.rewards.constraint import get_functions
@@ -73,14 +73,10 @@ class TestedConstraint:
 
 
 def read_constraints(file: Path) -> list[TestedConstraint]:
-    """Read `kept.jsonl` from the generator `constraints`.
-
-    Raises:
-        UserError: the file is unreadable or empty, or constraints are invalid; up to `MAX_LISTED` lines
-            are listed.
-    """
+    """Read `kept.jsonl` from the generator `constraints`. Raises `UserError`: the file is unreadable or
+    empty, or constraints are invalid; up to `MAX_LISTED` lines are listed."""
     constraints, problems = [], []
-    for place, record in read_objects(file):
+    for place, record in read_records(file):
         constraint, descriptions = record.get("prompt"), record.get("back", [])
         try:
             functions = get_functions(record, ())
@@ -123,16 +119,13 @@ def get_first_user_turn(record: dict[str, Any], place: str) -> str:
 def read_query_items(inputs: Sequence[Path], settings: QuerySettings) -> Iterator[GeneratorItem]:
     """Yield each different query in JSONL and Parquet files with a constraint.
 
-    The hash of the query chooses the constraint, so that a query keeps its constraint in every run and
-    input order.
-
-    Raises:
-        UserError: constraints or queries are unreadable, or a record has no prompt.
+    The hash of the query chooses the constraint, so that a query keeps its constraint in every run and input
+    order. Raises `UserError`: constraints or queries are unreadable, or a record has no prompt.
     """
     constraints = read_constraints(get_constraints_file(settings))
     digests: set[str] = set()
     for file in (file for path in inputs for file in list_files(path)):
-        for place, record in read_objects(file):
+        for place, record in read_records(file):
             if record.get("toxic") is True and not settings.toxic:
                 continue
             text = get_first_user_turn(record, place).strip()

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Le, MinLen
 
-from data_prep.json_lines import read_objects
 from data_prep.synth.functions.texts import (
     ID_CHARS, IdentifiableLanguage, fence_text, get_language_name, identify_certain_language)
 from data_prep.synth.readers.problems import get_record_id, list_line_files, read_problems
@@ -23,6 +22,7 @@ from data_prep.synth.requests import Temperature
 from data_prep.synth.samples import GeneratorItem
 from megatron_sov.base.documents import Document, RecordReading, list_files, read_documents
 from megatron_sov.base.documents.files import cut_text
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import UNIQUE_ITEMS, AtLeastOne, Bound, ProblemCode, at_most_field
 
@@ -82,7 +82,7 @@ class RecordOptions:
 
     def _read_items(self, inputs: Sequence[Path], settings: Any) -> Iterator[GeneratorItem]:
         for file in list_line_files(inputs):
-            for place, record in read_objects(file):
+            for place, record in read_records(file):
                 fields = self._read_fields(record, place)
                 content = (json.dumps(value, sort_keys=True) if name in self.objects else value
                            for name, value in fields.items())
@@ -129,11 +129,8 @@ class DocumentSettings:
 
 
 def read_document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterator[GeneratorItem]:
-    """Yield document pieces as items with the field `text`, without repetitions.
-
-    Raises:
-        UserError: a file is unreadable or holds other records, or no piece is long enough.
-    """
+    """Yield document pieces as items with the field `text`, without repetitions. Raises `UserError`: a file
+    is unreadable or holds other records, or no piece is long enough."""
     hashes: set[int] = set()
     reading = RecordReading(kind="text", text_field=settings.text_field)
     for path in inputs:

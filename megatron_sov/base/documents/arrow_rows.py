@@ -66,7 +66,8 @@ def _iter_slices(batches: Iterator[Any]) -> Iterator[Any]:
             yield batch.slice(start, _ROWS)
 
 
-def iter_parquet_batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
+def iter_parquet_batches(file: Any, row_groups: range, columns: list[str] | None = None, *,
+                         use_threads: bool = True) -> Iterator[Any]:
     """Yield rows of Parquet row groups in batches of at most `_ROWS` rows and about `_ROWS_BYTES`."""
     try:
         for number in row_groups:
@@ -74,9 +75,9 @@ def iter_parquet_batches(file: Any, row_groups: range, columns: list[str]) -> It
             # estimate from the mean row size of the group
             rows = _ROWS_BYTES * max(group.num_rows, 1) // max(group.total_byte_size, 1)
             yield from file.iter_batches(batch_size=min(max(rows, 1), _ROWS), row_groups=[number],
-                                         columns=columns)
+                                         columns=columns, use_threads=use_threads)
     except (pyarrow.ArrowException, OSError) as e:
-        raise BadRecord("parquet", f"is damaged ({first_error_line(e)}); what came before is read; "
+        raise BadRecord("parquet", f"is damaged ({first_error_line(e)[:200]}); what came before is read; "
                                    "fetch it again") from None
 
 

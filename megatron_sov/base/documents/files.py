@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import re
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from megatron_sov.base import sealed
 from megatron_sov.base.artifacts import MANIFEST, read_manifest
 from megatron_sov.base.documents.records import BadRecord
 from megatron_sov.base.errors import (
-    UserError, escape_controls, first_error_line, fix_missing, suggest_download)
+    Fix, UserError, escape_controls, first_error_line, fix_missing, suggest_download)
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -148,8 +149,11 @@ def find_media_corpus(path: Path) -> Path | None:
 def _refuse_missing(path: Path) -> NoReturn:
     """Raise `UserError` for a missing path, with a guess at the intended path."""
     if "://" in str(path) or re.match(r"(https?|s3|gs|hf):/", str(path)):
-        raise UserError(f"{path}: is an address, and nothing is downloaded here; copy it first (aws s3 "
-                        "cp, gsutil cp, hf download, wget) and pass the file or folder")
+        address = re.sub(r":/+", "://", str(path), count=1)  # a `Path` has lost a slash
+        fix = Fix(words={address: path.name}, before=(f"wget {shlex.quote(address)}",))
+        raise UserError(f"{address}: is an address, and nothing is downloaded here; copy it first (aws s3 "
+                        "cp, gsutil cp, hf download, wget) and pass the file or folder",
+                        fix if address.startswith("http") else None)
     siblings = [sibling.name for sibling in path.parent.glob("*")]
     if longer := [name for name in siblings if name.startswith(f"{path.name} ")]:
         raise UserError(f"{path}: does not exist; {longer[0]!r} does: put a name with a blank in quotes")
@@ -315,16 +319,16 @@ def format_skipped(others: Sequence[str], hidden: Sequence[str]) -> str:
     """
     if len(others) <= _MAX_NAMES:
         # name a few files; for many files, count their endings
-        shown = sorted(others)
+        examples = sorted(others)
     else:
         endings = Counter(Path(name).suffix.lower() or "no ending" for name in others).most_common()
         rest = sum(count for _, count in endings[_MAX_ENDINGS:])
-        shown = [f"{count:,} {ending}" for ending, count in endings[:_MAX_ENDINGS]]
-        shown += [f"{rest:,} others"] if rest else []
+        examples = [f"{count:,} {ending}" for ending, count in endings[:_MAX_ENDINGS]]
+        examples += [f"{rest:,} others"] if rest else []
     parts = []
     if others:
         noun = "file" if len(others) == 1 else "files"
-        parts.append(f"{len(others):,} {noun} ({', '.join(shown)})")
+        parts.append(f"{len(others):,} {noun} ({', '.join(examples)})")
     if hidden:
         hidden_names = [*sorted(hidden)[:_MAX_NAMES], *(["..."] if len(hidden) > _MAX_NAMES else [])]
         parts.append(f"{len(hidden):,} hidden ({', '.join(hidden_names)})")

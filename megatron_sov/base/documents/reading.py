@@ -147,7 +147,7 @@ def read_documents(files: Iterable[Path], reading: RecordReading | None = None) 
 
 def read_records(path: Path, tell: Callable[[str], object] = lambda sentence: None,
                  renames: Renames = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (location, fields) per record in a file or dataset folder, without conversion.
+    """Yield (location "FILE:NUMBER", fields) per record in a file or dataset folder, without conversion.
 
     Args:
         tell: as in `list_files`.
@@ -186,6 +186,11 @@ def find_unread_fields(span: FileSpan, reading: RecordReading) -> list[str]:
 
 def _number_fields(record: dict[str, Any], where: str, number: int, reading: RecordReading,
                    ) -> tuple[int, dict[str, Any]]:
+    try:
+        json.dumps(record, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), which is no "
+                                "character; remove it") from None
     return number, record
 
 

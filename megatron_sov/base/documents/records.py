@@ -117,8 +117,6 @@ ROLLOUTS = "rollouts"
 """Kind for token shards with a model's responses to prompts, as published by `rl`; no record kind."""
 DIALOGUE = ("messages", "conversations", "prompt", "chosen", "rejected", "tools", *COMPLETIONS)
 """Fields for messages and tool descriptions."""
-DESIRABLE = "desirable"
-"""Field and column for a judged response that is paired with a response to another prompt: 1 good, 0 bad."""
 NUM_PROMPT_FIELD = "num_prompt_messages"
 """Chat field: number of leading messages that form a prompt shared with other chats."""
 
@@ -287,7 +285,7 @@ def parse_json_value(record: Any, where: str, number: int, reading: RecordReadin
     """Parse a decoded JSON value. Raises `BadRecord`: the value is not an object of the expected kind."""
     if not isinstance(record, dict):
         raise BadRecord("json",
-                        f"is a JSON {type(record).__name__}, must be an object with 'text' or 'messages'")
+                        f"is a JSON {type(record).__name__}, must be an object")
     return parse(record, where, number, reading)
 
 
@@ -360,26 +358,26 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
     elif reading.kind in kinds:
         return reading.kind
     elif kinds:
-        found = kinds[0]
+        kind = kinds[0]
         article = {"text": "plain text", "chat": "a chat", "preference": "a preference",
-                   "prompt": "a prompt"}[found]
-        # judged responses (KTO): chats would teach the bad responses too
-        if found == "chat" and parse_label(record.get(LABEL)) is not None:
+                   "prompt": "a prompt"}[kind]
+        # judged responses: chats would teach the bad responses too
+        if kind == "chat" and parse_label(record.get(LABEL)) is not None:
             raise BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r}), but --format is "
-                                      f"{reading.kind}; turn such rows into pairs with `sov-data unpaired`")
-        addition = "" if found != "prompt" else (": no response is learned then; a chat has 'messages', or "
+                                      f"{reading.kind}; turn such rows into pairs with `sov-data pairs`")
+        addition = "" if kind != "prompt" else (": no response is learned then; a chat has 'messages', or "
                                                  "'prompt' and 'completion'")
-        if found == "prompt" and reading.kind == "preference" and len(record) > 2 and not isinstance(
+        if kind == "prompt" and reading.kind == "preference" and len(record) > 2 and not isinstance(
                 record.get("completions"), list):
             raise BadRecord("fields", "has no 'chosen' and 'rejected' (fields: "
                                       f"{', '.join(map(str, list(record)[:8]))}); pass --columns "
                                       "chosen=FIELD,rejected=FIELD to `sov-data pack --format preference`")
-        if found == "prompt" and isinstance(record.get("completions"), list):
+        if kind == "prompt" and isinstance(record.get("completions"), list):
             addition = (": its 'completions' are not learned; steps with labels train reward models of "
                         "steps, which no command here trains")
         raise BadRecord("fields", f"is {article}, but --format is {reading.kind}; "
-                                  f"pack it on its own with --format {found}{addition}",
-                        options=("--format", found))
+                                  f"pack it on its own with --format {kind}{addition}",
+                        options=("--format", kind))
     expected = ({"text": f"string field {reading.text_field!r}",
                  "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
                  "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]
@@ -424,7 +422,7 @@ def _parse_chat(record: dict[str, Any]) -> tuple[Messages, int]:
     if isinstance(record.get(LABEL), bool):
         raise BadRecord("fields", f"has a {LABEL!r} (or {KTO_TAG!r}), true or false, and a chat would learn "
                                   f"its {chat or name!r} either way; turn such rows into pairs with "
-                                  "`sov-data unpaired`")
+                                  "`sov-data pairs`")
     if chat is not None:
         parse = parse_messages if chat == "messages" else parse_sharegpt
         return parse(record[chat], chat), 0
@@ -505,10 +503,10 @@ def _parse_preference(record: dict[str, Any]) -> dict[str, Messages]:
     if not prompt:
         raise BadRecord("fields", "has no prompt: give 'prompt', or begin 'chosen' and 'rejected' with "
                                   "the same messages")
-    if chosen == rejected and DESIRABLE not in record:
+    if chosen == rejected:
         raise BadRecord("no_preference",
                         "has the same text as 'chosen' and as 'rejected'; there is nothing to prefer")
-    if DESIRABLE not in record and (tied := _find_tied_scores(record)):
+    if tied := _find_tied_scores(record):
         raise BadRecord("no_preference", f"has equal scores of both sides ({', '.join(tied)}); there is "
                                          "nothing to prefer")
     for side, messages in (("chosen", chosen), ("rejected", rejected)):

@@ -110,6 +110,10 @@ def _fix_by_rewriting(file: Path, target: str, row: str, *before: str) -> Fix:
 def fix_records(file: Path, reason: str) -> Fix | None:
     """Return the commands that turn a file of records into one that can be packed, by the fault of the first
     record: a JSON array, messages as text, or responses with scores; None: another fault."""
+    if match := re.search(r"iconv -f ([\w-]+) -t UTF-8", reason):
+        target = choose_free_path(f"{file.with_suffix('')}-utf8{file.suffix}")
+        command = f"{shlex.join(['iconv', '-f', match[1], '-t', 'UTF-8', str(file)])} > {shlex.quote(target)}"
+        return Fix(words={str(file): target}, before=(command,))
     begin = file.open("rb").readline(MAX_LINE_BYTES) if file.suffix == ".jsonl" else b""
     if "an array of records" in reason:
         target = choose_free_path(f"{file.with_suffix('')}.json")
@@ -199,23 +203,3 @@ def parse_row(raw: bytes, field: str) -> Row | str:
         except BadRecord as e:
             return str(e)
     return row
-
-
-def read_objects(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, object) from a JSONL file, refusing lone surrogates, which cannot be written as UTF-8.
-
-    Args:
-        what: subject of messages, e.g. "--tasks".
-
-    Raises:
-        UserError: the file is unreadable, or a line is invalid; names the first such line.
-    """
-    for line, raw in read_lines(path, what):
-        row = parse_row(raw, "")
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            row = "holds half of a surrogate pair, which is not text"
-        if isinstance(row, str):
-            raise UserError(f"{what} {path}: line {line}: {row}; each line is one JSON object")
-        yield line, dict(row)

@@ -145,6 +145,11 @@ def _unwrap_starter(rest: list[str]) -> list[str]:
 def fill_template(begin: str, text: str, typed: Sequence[str]) -> UserError:
     """Build the error for a foreign command: the typed words replace the placeholders in the text's template,
     `program command --option VALUE`."""
+    if code := re.search("`(python -c .*)`", text):
+        folders = [word for word in typed if Path(word).is_dir()] or ["DIR"]
+        rest = [word for word in typed if word not in folders and not word.startswith("-")] or ["TEXT"]
+        line = code[1].replace("DIR", folders[0]).replace("TEXT", " ".join(rest).replace("'", "\\'"))
+        return UserError(f"{begin}; {text.partition(': `')[0]}", Fix(line))
     match = re.search(r"`((?:megatron-sov|sov-data|sov-tokenizer) [^`]+)`", text)
     words = shlex.split(match[1]) if match else []
     at = next((n for n, word in enumerate(words) if word.startswith("-") or is_placeholder(word)), len(words))

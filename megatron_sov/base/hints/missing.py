@@ -27,7 +27,7 @@ def complete_line(parser: argparse.ArgumentParser, typed: Sequence[str], names: 
         choices += [f"; {name} takes {text}"] if name and text else []
     names_ = [str(action.metavar or action.dest) for action in lacking if not action.option_strings]
     first = [rows.get(f"{parser.prog.partition(' ')[2]} {name}", {}).get("write", name) for name in names_]
-    last = [f"{action.option_strings[0]} {choose_placeholder(action)}" for action in lacking
+    last = [f"{action.option_strings[0]} {choose_placeholder(action, parser.prog)}" for action in lacking
             if action.option_strings]
     # argparse fills positional arguments in their order
     positionals, options = split_positionals(parser, typed)
@@ -59,10 +59,11 @@ def find_text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence
                  and (option == "--prompt" or Path(word).exists())), "")
 
 
-def choose_placeholder(action: argparse.Action) -> str:
+def choose_placeholder(action: argparse.Action, program: str = "") -> str:
     """Return the value to write for a missing option: a new folder, the first choice, or the value's
     name."""
-    row = load_table()["missing"].get(action.option_strings[0], {})
+    rows, name = load_table()["missing"], action.option_strings[0]
+    row = rows.get(f"{program} {name}", rows.get(name, {}))
     if new := row.get("new"):
         return choose_free_path(new)
     if folder := find_only_folder(row["kind"]) if "kind" in row else "":

@@ -34,10 +34,18 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
                      ) -> Iterator[tuple[str, UserError]]:
     """Yield (path as typed, its fault) for the paths of a command line; `typed` may name a tokenizer that the
     line does not take."""
-    if program == "sov-data" and line[0] in _SHARD_COMMANDS:
+    if program == "sov-data" and line and line[0] in _SHARD_COMMANDS:
         for path in line[1:]:
             if Path(path).is_file() and path.endswith(DATA_SUFFIXES):
                 yield path, _ask_for_packing(path, [*typed, *line], "is a file of records", [])
+    if program == "sov-data" and line[0] == "run" and Path(line[1]).is_file() and (
+            line[1].endswith(DATA_SUFFIXES)):
+        pipeline = choose_free_path("pipeline.yaml")
+        text = ["name: web", "sources:", f"  - {{name: web, path: {line[1]}, kind: en}}", "steps:",
+                "  - exact_dedup: {}"]
+        yield line[1], UserError(f"{line[1]}: is a file of records, and a pipeline names it with its steps",
+                                 Fix(words={line[1]: pipeline},
+                                     before=(f"printf '%s\\n' {shlex.join(text)} > {pipeline}",)))
     words: list[str] = []
     for word in line:  # --option=value -> --option value
         words += word.split("=", 1) if word.startswith("--") else [word]
@@ -61,7 +69,8 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     source = Path(path)
     if not source.exists():
         if glob.glob(path):
-            return UserError(f"{option} {path}: is a pattern in quotes; leave them off")
+            return UserError(f"{option} {path}: is a pattern in quotes; pass the folder, or leave them off",
+                             Fix(words={path: os.path.dirname(path) or "."}))
         fix = fix_missing(path, is_data=option in DATA_OPTIONS)
         if fix is None:
             return None

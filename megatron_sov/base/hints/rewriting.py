@@ -223,7 +223,8 @@ class Rewrite:
         if not name.startswith("-"):
             self.first += translated
             self.first_by_name[name] = translated
-            self.add_words(f"{option} is {name.partition('[')[0]} here, without an option")
+            plain = re.sub(r"\[.*?\]", "", name)  # DIR[:WEIGHT], [NAME=]PREFIX
+            self.add_words(f"{option} is {plain} here, without an option")
             return
         default = load_table()["values"].get(word, {}).get("")
         translated = translated or ([default] if default else [])

@@ -273,7 +273,9 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
     unplaced: list[str] = []
     for number, word in enumerate(free):
         kind = classify_word(word)
-        if kind == "absent" and re.fullmatch("[a-z]+", word) and "--reward" not in written:
+        if kind == "recipe" and not takes_recipe:
+            kind = "absent"
+        elif kind == "absent" and re.fullmatch("[a-z]+", word) and "--reward" not in written:
             kind = "name"
         # TARGET, RUN and the like come first and take any kind
         is_taken = number < room and not (takes_recipe and kind not in ("recipe", "code"))
@@ -342,7 +344,7 @@ def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError
     _add_companions(rewrite)
     words = _drop_repeated(parser, rewrite)
     written = {word.partition("=")[0] for word in words}
-    missing = {action.option_strings[0]: choose_placeholder(action) for action in parser._actions
+    missing = {action.option_strings[0]: choose_placeholder(action, parser.prog) for action in parser._actions
                if action.required and action.option_strings and not set(action.option_strings) & written}
     if missing:
         rewrite.messages.append(_list_missing(missing))

@@ -10,8 +10,7 @@ import json
 import os
 import random
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -34,12 +33,9 @@ from megatron_sov.runs.launch_environment import has_launcher, is_first_rank
 from megatron_sov.runs.obs.events import (
     EVAL_LM_EVENT, EVENTS, build_score_events, is_score_recorded, read_events)
 from megatron_sov.work.processes.stop_signals import StopFlag, catch_stop_signals
-from megatron_sov.work.progress.locks import try_lock_folder
 
 FEWSHOT_SEED, PYTHON_SEED = 1234, 0
 """Seeds for few-shot examples, as in lm-eval."""
-JOIN_ATTEMPTS = 60
-"""Seconds to wait for another job that writes the same output."""
 
 
 def evaluate(target: str, tasks: Sequence[str], settings: LmEvalSettings) -> Results | None:
@@ -78,9 +74,9 @@ def evaluate(target: str, tasks: Sequence[str], settings: LmEvalSettings) -> Res
             raise
     for note in notes:
         print(escape_controls(note), file=sys.stderr)
-    with _lock_output(settings):
-        results = write_results(settings.output, results, items)
-        _record_events(events, settings, results)
+    # the jobs of an array write equal files
+    results = write_results(settings.output, results, items)
+    _record_events(events, settings, results)
     return results
 
 
@@ -166,11 +162,8 @@ def _set_num_fewshot(task: Any, option: int | None) -> int:
 
 def _answer_missing(subject: Subject, requests: Sequence[Request], answers: AnswerCache, flag: StopFlag
                     ) -> None:
-    """Answer the requests that the cache lacks.
-
-    Raises:
-        StopRequested: a signal arrived before the last answer.
-    """
+    """Answer the requests that the cache lacks. Raises `StopRequested`: a signal arrived before the last
+    answer."""
     num_missing = sum(request.key not in answers for request in requests)
     if 0 < num_missing < len(requests):
         print(f"{len(requests) - num_missing:,} of {len(requests):,} requests were answered before, and are "
@@ -195,17 +188,3 @@ def _record_events(events: RunEvents, settings: LmEvalSettings, results: Results
         # array jobs and repeated commands arrive with equal scores
         if not is_score_recorded(event, recorded):
             events.add(EVAL_LM_EVENT, **event)
-
-
-@contextlib.contextmanager
-def _lock_output(settings: LmEvalSettings) -> Iterator[None]:
-    """Lock the output: the jobs of an array write equal results at about the same time."""
-    folder = settings.output.with_name(f".{settings.output.name}.joining")
-    for _ in range(JOIN_ATTEMPTS):
-        with try_lock_folder(folder) as is_locked:
-            if is_locked:
-                yield
-                return
-        time.sleep(1)
-    raise UserError(f"--output {settings.output}: another process writes it (lock {folder}); wait for it, or "
-                    "name another output")

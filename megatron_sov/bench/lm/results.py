@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from megatron_sov.base.artifacts import format_json, sha256_file, write_output
 from megatron_sov.base.documents.rows import format_json_line
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import align_columns
 from megatron_sov.base.settings import Finite
 
 FORMAT_VERSION, KIND = 1, "eval-lm"
@@ -252,14 +253,3 @@ def format_scores(results: Results) -> str:
             rows.append((name, label, value, interval, f"{task.items:,}", f"{task.failed:,}",
                          f"{task.at_limit:,}"))
     return align_columns(rows, left=(0, 1))
-
-
-def align_columns(rows: Sequence[Sequence[str]], left: Container[int]) -> str:
-    """Pad cells to columns, aligning columns in `left` to the left and others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) if column in left else cell.rjust(width)
-                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

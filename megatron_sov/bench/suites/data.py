@@ -16,7 +16,7 @@ from typing import Any
 from lm_eval.api.samplers import ContextSampler
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.bench.lm.task_rows import LOADERS, TaskRows, read_rows
+from megatron_sov.bench.lm.task_rows import TaskRows, read_rows
 
 TEST = "test"
 LETTERS = "ABCDEFGHIJ"
@@ -44,8 +44,7 @@ def load_rows(data_files: Mapping[str, Any] | None = None, sov: Mapping[str, Any
     rows = TaskRows()
     for split, names in (data_files or {}).items():
         for path in map(Path, [names] if isinstance(names, str) else names):
-            loader = next(name for name, suffixes in LOADERS.items() if path.suffix in suffixes)
-            for number, raw in enumerate(read_rows(loader, path), 1):
+            for number, raw in enumerate(read_rows(path), 1):
                 row = rename_fields(raw, aliases)
                 if problems := [text for name, rule in rules.items()
                                 if (text := find_field_problem(name, rule, row))]:

@@ -1,11 +1,11 @@
 """Options and checks for `megatron-sov eval media`."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.plugins.loading import call_plugin, load_plugin
@@ -102,18 +102,12 @@ def _read_pair(argument: str) -> tuple[str, list[MediaRow]]:
 def read_media_rows(file: Path) -> list[MediaRow]:
     """Read a JSONL file with `content`, `answer` and optionally `labels` per line. Raises `UserError`: an
     unreadable or empty file, or a malformed line."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--data {file}: cannot be read ({e}); pass a JSONL file in UTF-8") from None
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for place, record in read_records(file):
         try:
-            rows.append(_parse_row(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UserError(f'{file}:{number}: is not a valid row ({type(e).__name__}: {e}); write '
+            rows.append(_parse_row(record))
+        except (KeyError, TypeError) as e:
+            raise UserError(f'{place}: is not a valid row ({type(e).__name__}: {e}); write '
                             f'{{"content": [parts], "answer": "..."}}') from None
     if not rows:
         raise UserError(f"--data {file}: has no rows")

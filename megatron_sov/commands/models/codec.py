@@ -1,4 +1,4 @@
-"""`megatron-sov codec import | reconstruct | inspect`."""
+"""`megatron-sov codec import | reconstruct`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,18 +46,7 @@ class ReconstructOptions:
     """Folder to write files into."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CodecInspectOptions:
-    """Show a codec's kind, settings, size and figures."""
-
-    codec: Annotated[Path, Flag("CODEC")]
-    """Folder of a codec."""
-    json: bool = False
-    """Print JSON."""
-
-
 RUN = "megatron_sov.commands.models.codec_run"
 CODEC = ActionGroup({
     "import": DeclaredCommand(CodecImportOptions, run_function=f"{RUN}:import_files"),
-    "inspect": DeclaredCommand(CodecInspectOptions, run_function=f"{RUN}:inspect_codec"),
     "reconstruct": DeclaredCommand(ReconstructOptions, run_function=f"{RUN}:reconstruct_files")})

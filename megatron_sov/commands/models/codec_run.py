@@ -1,9 +1,6 @@
 """Runs the `megatron-sov codec` actions."""
 
-from megatron_sov.base.artifacts import format_json
-from megatron_sov.commands.models.codec import (
-    KIND_OPTIONS, CodecImportOptions, CodecInspectOptions, ReconstructOptions)
-from megatron_sov.omni.codecs.folder import describe_codec
+from megatron_sov.commands.models.codec import KIND_OPTIONS, CodecImportOptions, ReconstructOptions
 from megatron_sov.omni.codecs.published import import_codec
 from megatron_sov.omni.generation.reconstruction import reconstruct_media
 
@@ -18,13 +15,3 @@ def import_files(options: CodecImportOptions) -> None:
 def reconstruct_files(options: ReconstructOptions) -> None:
     for file in reconstruct_media(options.codec, options.files, options.output):
         print(f"wrote {file}")
-
-
-def inspect_codec(options: CodecInspectOptions) -> None:
-    facts = describe_codec(options.codec)
-    if options.json:
-        print(format_json(facts), end="")
-        return
-    print(f"kind        {facts['codec']}\nparameters  {facts['num_parameters']:,}")
-    for name, value in facts["config"].items():
-        print(f"settings    {name} = {value}")

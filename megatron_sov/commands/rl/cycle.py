@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from megatron_sov.base.settings import DeclaredCommand, Flag, ProblemCode, SettingsProblem
-from megatron_sov.commands.rl.inputs.prompts import SamplingOptions
+from megatron_sov.commands.rl.inputs.options import SamplingOptions
 from megatron_sov.commands.rl.train import RoundsOptions
 from megatron_sov.commands.score import JudgeOptions
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON

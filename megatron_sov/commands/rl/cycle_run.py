@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_sov.commands.rl.inputs.checks import CycleRequest
+from megatron_sov.commands.rl.inputs.options import VALIDATION_OPTION
 from megatron_sov.commands.rl.inputs.prompts import (
-    VALIDATION_OPTION, EnvironmentRequest, check_sequence_length, count_max_tokens, drop_unused_prompts,
-    resolve_environment)
+    EnvironmentRequest, check_sequence_length, count_max_tokens, drop_unused_prompts, resolve_environment)
 from megatron_sov.commands.rl.inputs.rollout_source import build_rollout_source
 from megatron_sov.commands.rl.train_run import train_rounds
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON
@@ -64,7 +64,7 @@ class RolloutBuilder:
         config = rounds.stage.config
         source, unused = build_rollout_source(options, config, rounds.prompts, self.start,
                                               engine_name=options.engine, environment=self.environment)
-        prompts = options.drop_unused(rounds.prompts, unused, options.store)
+        prompts = drop_unused_prompts(f"--prompts {options.prompts}", rounds.prompts, unused, options.store)
         select_round_prompts(prompts, config.rollout, 1)  # refuses a file with too few prompts
         settings = GenerationSettings(
             store=StoreSettings(options.store, self.start.tokenizer_folder, self.start.vocab_size),

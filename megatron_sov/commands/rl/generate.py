@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.settings import DeclaredCommand, Flag, NotNegative
-from megatron_sov.commands.rl.inputs.prompts import PromptOptions, SamplingOptions
+from megatron_sov.commands.rl.inputs.options import PromptOptions, SamplingOptions
 from megatron_sov.infer.prompts import EngineOptions, ServerOptions
 from megatron_sov.model.recipes.requested import RecipeOptions
 

@@ -14,7 +14,8 @@ from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.commands.rl.generate import RlGenerateOptions
 from megatron_sov.commands.rl.inputs.checks import RolloutsRequest
-from megatron_sov.commands.rl.inputs.prompts import check_sequence_length, check_tokenizer, count_max_tokens
+from megatron_sov.commands.rl.inputs.prompts import (
+    check_sequence_length, check_tokenizer, count_max_tokens, drop_unused_prompts)
 from megatron_sov.commands.rl.inputs.rollout_source import build_rollout_source
 from megatron_sov.engine.parallel.world import run_on_first
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, VLLM, Engine, choose_engine
@@ -49,7 +50,7 @@ def generate_rollouts(request: RolloutsRequest) -> int:
     source, unused_rows = build_rollout_source(
         options, config, request.prompts, start, engine_name=engine.name, environment=request.environment)
     # unused: longer than `rollout.max_prompt_tokens`
-    prompts = options.drop_unused(request.prompts, unused_rows, options.store)
+    prompts = drop_unused_prompts(f"--prompts {options.prompts}", request.prompts, unused_rows, options.store)
     select_round_prompts(prompts, config.rollout, request.rounds[0])  # refuses a file with too few prompts
     settings = StoreSettings(options.store, start.tokenizer_folder, start.vocab_size)
     initial_policy = build_start_policy(start.path)

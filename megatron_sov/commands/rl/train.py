@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from megatron_sov.base.settings import DeclaredCommand, Flag, NotNegative, ProblemCode, SettingsProblem
-from megatron_sov.commands.rl.inputs.prompts import VALIDATION_OPTION, PromptOptions
+from megatron_sov.commands.rl.inputs.options import VALIDATION_OPTION, PromptOptions
 from megatron_sov.commands.rl.inputs.teachers import ScoringTeacherOptions
 from megatron_sov.commands.rl.store.reward import StoreRewardOptions
 from megatron_sov.commands.train.setup.stage_options import TunedOptions

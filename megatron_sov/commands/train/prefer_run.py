@@ -7,12 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.commands.train.setup.stage_options import PreferOptions
 from megatron_sov.commands.train.setup.training import TrainingRequest
-from megatron_sov.model.config import RunConfig
 from megatron_sov.post.preference import HELDOUT_PAIRS, find_heldout_documents, measure_heldout_pairs
 from megatron_sov.post.reference import COLUMN, Reference
 from megatron_sov.runs.checkpoints import find_checkpoint, latest_checkpoint
@@ -28,14 +26,14 @@ def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
     config, options = request.config, request.options
     assert isinstance(options, PreferOptions)
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, get_formats(stage.objective)))
-    needed_columns = get_columns(stage.objective)
-    if DESIRABLE not in needed_columns:
-        _refuse_single_judgements(config, sources)
-    # single judged responses (kto) contain no pairs to rank
-    pairs = [s for s in sources if s.format == "preference" and DESIRABLE not in needed_columns]
+    # earlier versions packed single responses for KTO, next to responses to other prompts
+    if unpaired := [source.name for source in sources if "desirable" in source.columns]:
+        raise UserError(f"--data {unpaired[0]}: has single responses for KTO, which is no longer here; make "
+                        "pairs by `sov-data pairs`")
+    pairs = [s for s in sources if s.format == "preference"]
     reference_path = None if options.reference is None else find_checkpoint(options.reference)
     reference = None
-    if COLUMN in needed_columns:
+    if COLUMN in get_columns(stage.objective):
         reference = _open_reference(request, sources, pairs, reference_path)
     compute_logprobs = None if reference is None else reference.heldout_logprobs
 
@@ -50,16 +48,6 @@ def add_reference(request: TrainingRequest, stage: Stage) -> Stage:
     inputs = () if reference_path is None else (describe_input(REFERENCE, reference_path),)
     return replace(stage, sources=sources if reference is None else reference.sources, before=before,
                    after=after, extra_inputs=inputs)
-
-
-def _refuse_single_judgements(config: RunConfig, sources: Sequence[Source]) -> None:
-    """Raise `UserError` if a method that compares pairs would get pairs of unrelated responses."""
-    method = config.preference.method
-    for source in sources:
-        if DESIRABLE in source.columns:
-            raise UserError(f"{source.artifact}: source {source.name!r} has single responses with the column "
-                            f"{DESIRABLE!r}, and preference.method = {method} needs pairs; pass --method "
-                            "kto, or make pairs (`sov-data pairs`)")
 
 
 def _open_reference(request: TrainingRequest, sources: tuple[Source, ...], pairs: Sequence[Source],

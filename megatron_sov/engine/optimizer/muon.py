@@ -345,7 +345,7 @@ def get_matrix_group(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     if parallel_state.get_expert_tensor_parallel_world_size() == 1:
         return parallel_state.get_expert_data_parallel_group()
     place = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
-    # not `gather_objects` as imported above: `optimizer.meta` replaces that name, and this call must stay
+    # not `gather_objects` as imported above: `tests.meta_memory` replaces that name, and this call must stay
     places = values.gather_objects(place)
     ranks = [[rank for rank, other in enumerate(places) if other == group_place]
              for group_place in sorted(set(places))]

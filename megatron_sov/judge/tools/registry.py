@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_sov.base.documents.rows import read_objects
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
@@ -81,7 +81,7 @@ def read_tasks(environment: Environment, name: str, path: Path | None) -> list[T
             raise UserError(f"tool environment {name}: brings no examples; write tasks into a file in JSON "
                             "lines and name it with --tasks")
         return list(examples)
-    tasks: list[Task] = [task for _, task in read_objects(path, "--tasks")]
+    tasks: list[Task] = [task for _, task in read_records(path)]
     if not tasks:
         raise UserError(f"--tasks {path}: has no tasks; each line is a JSON object")
     return tasks

@@ -45,10 +45,10 @@ class DistillationConfig:
     """Weight for an auxiliary cross-entropy on the data's tokens, over the same positions."""
 
 
-PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "kto", "simper", "grouper"]
-REFERENCE_METHODS = ("dpo", "ipo", "dpo-norm", "kto")
+PreferenceMethod = Literal["dpo", "ipo", "dpo-norm", "simpo", "orpo", "simper", "grouper"]
+REFERENCE_METHODS = ("dpo", "ipo", "dpo-norm")
 """Methods that compare the policy with a reference model."""
-BETAS = {"dpo": 0.1, "ipo": 0.1, "dpo-norm": 5.0, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
+BETAS = {"dpo": 0.1, "ipo": 0.1, "dpo-norm": 5.0, "simpo": 2.0, "orpo": 0.1}
 """Method -> default for `preference.beta`."""
 SMOOTHING_METHODS = ("dpo", "dpo-norm", "simpo")
 """Methods with label smoothing."""
@@ -62,27 +62,20 @@ class PreferenceConfig:
         "": has_objective_or_method("preference", "preference"),
         "beta": is_one_of(".method", *BETAS),
         "simpo_gamma": is_one_of(".method", "simpo"),
-        "desirable_weight undesirable_weight": is_one_of(".method", "kto"),
         "label_smoothing": is_one_of(".method", *SMOOTHING_METHODS)}
 
     method: PreferenceMethod = "dpo"
     """dpo: direct preference optimisation (arXiv 2305.18290); ipo: squared loss (arXiv 2310.12036); dpo-norm:
     dpo over mean instead of summed log-probabilities (arXiv 2411.15124); simpo: dpo-norm without a reference,
     with a margin (arXiv 2405.14734); orpo: odds ratio plus cross-entropy on chosen responses, without a
-    reference (arXiv 2403.07691); kto: single responses labelled good or bad (arXiv 2402.01306); simper:
-    inverse perplexities, without a reference and beta (arXiv 2502.00883); grouper: simper over response
-    groups with rewards (K-EXAONE)."""
+    reference (arXiv 2403.07691); simper: inverse perplexities, without a reference and beta (arXiv
+    2502.00883); grouper: simper over response groups with rewards (K-EXAONE)."""
     beta: AboveZero | None = None
-    """dpo, ipo, dpo-norm, kto: strength of the pull towards the reference model; simpo: loss slope; orpo:
+    """dpo, ipo, dpo-norm: strength of the pull towards the reference model; simpo: loss slope; orpo:
     odds ratio weight (lambda in the paper). null: the authors' value (0.1; dpo-norm 5; simpo 2)."""
     simpo_gamma: NotNegative = 0.5
     """simpo: target margin for the chosen response, in beta times log-probability per token (the authors use
     0.3 to 5)."""
-    desirable_weight: NotNegative = 1.0
-    """kto: weight for good responses. The paper recommends total weights (number times weight) for good to
-    bad between 1:1 and 4:3."""
-    undesirable_weight: NotNegative = 1.0
-    """kto: weight for bad responses."""
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
     """dpo, dpo-norm, simpo: assumed share of pairs with swapped labels (arXiv 2305.18290, appendix)."""
     chosen_coeff: NotNegative = 0.0

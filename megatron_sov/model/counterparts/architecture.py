@@ -56,19 +56,6 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "moe_apply_probs_on_input": (False,), "moe_expert_capacity_factor": (None,), "mrope_section": (None,),
 }
 """Megatron name -> values for which the model is supported."""
-COMBINED_NAMES = (
-    "num_query_groups", "kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "moe_layer_freq",
-    "moe_shared_expert_intermediate_size", "moe_router_topk_scaling_factor", "moe_router_pre_softmax",
-    "moe_router_load_balancing_type", "moe_aux_loss_coeff", "window_size", "window_attn_skip_freq",
-    "no_rope_freq", "rope_scaling", "rope_scaling_factor", "seq_len_interpolation_factor", "mtp_num_layers",
-    "mtp_loss_scaling_factor", "vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by",
-    "should_pad_vocab", "seq_length", "max_position_embeddings", "yarn_rotary_scaling_factor",
-    "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow", "yarn_mscale",
-    "yarn_mscale_all_dim", "mtp_enabled", "group_query_attention", "moe_router_num_groups",
-    "moe_router_group_topk",
-)
-"""Megatron names read in combination with others."""
-KNOWN_NAMES = frozenset({*RENAMED, *EXPERT_NAMES, *SUPPORTED_VALUES, *COMBINED_NAMES})
 MAX_COUNT = 1 << 53
 COUNTS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
           "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
@@ -356,11 +343,7 @@ MAX_BYTES = 8 << 20
 
 def read_sections(file: Path) -> dict[str, dict[str, Any]]:
     """Return the sections (model, train, optimizer, ...) of a Megatron-Bridge YAML file (`ConfigContainer`);
-    `_target_` stays text.
-
-    Raises:
-        UserError: the file is not YAML with plain values, or has no sections.
-    """
+    `_target_` stays text. Raises `UserError`: the file is not YAML with plain values, or has no sections."""
     try:
         if file.stat().st_size > MAX_BYTES:
             raise UserError(f"{file}: has {file.stat().st_size:,} bytes; a settings file has at most "

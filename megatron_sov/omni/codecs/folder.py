@@ -7,11 +7,10 @@ fill. Codecs are deterministic per device.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,38 +37,6 @@ WEIGHTS = "model.safetensors"
 MAX_CONFIG_BYTES = 1_000_000
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _REMEDY = "make the codec again, or restore it from a copy"
-
-
-class ImageTokenizer(Protocol):
-    """Encodes a picture as grid * grid ids."""
-
-    side_pixels: int
-    """Input height and width."""
-    grid: int
-    """Tokens per row and column; a picture has grid * grid tokens, row by row."""
-    codebook_size: int
-    """Vocabulary size."""
-
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Return int64 ids [n, grid * grid] for float32 pictures [n, 3, side, side] in 0..1."""
-        ...
-
-
-class AudioTokenizer(Protocol):
-    """Encodes sounds as ids at a fixed rate."""
-
-    sample_rate_hz: int
-    """Input sample rate; input is mono float32 in -1..1."""
-    samples_per_token: float
-    """Input samples per token; the last frame is padded with silence."""
-    codebook_size: int
-    """Vocabulary size."""
-    max_piece_s: float
-    """Length at which callers cut longer sounds, in seconds."""
-
-    def encode(self, sound: torch.Tensor) -> torch.Tensor:
-        """Return int64 ids [tokens] for samples [s]; the last frame is padded with silence."""
-        ...
 
 
 def save_codec(path: Path, kind: str, codec: nn.Module, *, facts: Mapping[str, Any] | None = None,
@@ -133,11 +100,8 @@ def read_codec(folder: Path) -> tuple[str, Any, Any]:
 
 
 def load_codec_class(kind: str, where: str) -> Any:
-    """Import and return a codec kind's class.
-
-    Raises:
-        UserError: the kind is unknown, or a package is not installed; `where` names the folder.
-    """
+    """Import and return a codec kind's class. Raises `UserError`: the kind is unknown, or a package is not
+    installed; `where` names the folder."""
     if kind not in CODEC_CLASSES:
         raise UserError(f"{where}: {kind!r} is not a kind of codec{suggest_successor(kind)}; there are "
                         f"{', '.join(CODEC_CLASSES)}")
@@ -194,21 +158,3 @@ def _check_header(file: Path, header: Mapping[str, Any], expected: Mapping[str, 
             raise UserError(f"{file}: {name} has numbers of kind {dtype}, not {tensor.dtype}; {_REMEDY}")
     if extra := [name for name in header if name not in expected]:
         raise UserError(f"{file}: has {extra[0]}, which its settings do not ask for; {_REMEDY}")
-
-
-def describe_codec(folder: Path) -> dict[str, Any]:
-    """Return a codec's `codec` (kind), `config`, `num_parameters` and `heldout` figures, if recorded.
-
-    Raises:
-        UserError: the folder is not a codec, or a file is damaged.
-    """
-    kind, settings, _ = read_codec(folder)
-    heldout = read_manifest(folder, ARTIFACT_KIND).content.get("heldout")
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read as a safetensors file ({e}); "
-                        f"{_REMEDY}") from None
-    return {"codec": kind, "config": to_plain_values(settings), "num_parameters": sum(sizes),
-            "heldout": heldout if isinstance(heldout, dict) else {}}

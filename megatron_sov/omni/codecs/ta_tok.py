@@ -119,7 +119,7 @@ class TATokSettings:
 
 
 class TATok(nn.Module):
-    """TA-Tok encoder; implements `folder.ImageTokenizer`."""
+    """TA-Tok encoder: a picture becomes `grid` * `grid` ids, row by row."""
 
     Settings = TATokSettings
 

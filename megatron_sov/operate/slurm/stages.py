@@ -138,7 +138,7 @@ STAGES = {
         "Reinforcement learning: judges the responses of a rollout store, on the cores of one node.",
         ("megatron_sov", "rl", "reward"), ranks=False, gpus=False, shares=True),
 }
-ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus", "pairs", "groups", "unpaired")}
+ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus", "pairs", "groups")}
 """Commands in `sov-tokenizer` and `sov-data` that write a folder with a manifest."""
 
 

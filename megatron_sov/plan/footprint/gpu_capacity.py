@@ -155,16 +155,16 @@ def list_changed_settings(before: ParallelConfig, after: ParallelConfig) -> list
 
 def _iter_candidates(model: ModelConfig, p: ParallelConfig) -> Iterator[ParallelConfig]:
     """Yield layouts with `zero1` and unchanged `cp` and `etp`, with `p.pipeline_layout` and equal stages."""
-    experts = _list_divisors(model.num_experts) if model.num_moe_layers() else [1]
+    experts = list_divisors(model.num_experts) if model.num_moe_layers() else [1]
     if p.pipeline_layout:
-        for ep, tp in itertools.product(experts, _list_divisors(MAX_TP)):
+        for ep, tp in itertools.product(experts, list_divisors(MAX_TP)):
             yield dataclasses.replace(p, ep=ep, tp=tp, sp=tp > 1, zero1=True)
-    for ep, pp, tp in itertools.product(experts, _list_divisors(model.num_layers), _list_divisors(MAX_TP)):
+    for ep, pp, tp in itertools.product(experts, list_divisors(model.num_layers), list_divisors(MAX_TP)):
         vpp = p.vpp if pp > 1 and (model.num_layers // pp) % p.vpp == 0 else 1
         yield dataclasses.replace(p, ep=ep, pp=pp, tp=tp, sp=tp > 1, vpp=vpp, zero1=True, pipeline_layout=())
 
 
-def _list_divisors(n: int) -> list[int]:
+def list_divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage, fits_gpu
+from megatron_sov.plan.footprint.gpu_capacity import fits_gpu
 from megatron_sov.work.clusters.chips import CHIPS
-from megatron_sov.work.clusters.units import GIB
 
 # Layouts for large recipes come from `plan --sweep` on 512 and 1,024 GPUs, for pretraining also on the 480
 # GPUs in Solar Open's report: among the layouts within 2 % of the fastest, one that leaves memory free.
@@ -126,8 +125,6 @@ RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
     "typhoon-s-8b-opd": dict.fromkeys(("h100", "h200", "b200"), (_ZERO1, (*_ZERO1, "parallel.pp=2"))),
 }
 """Recipe -> GPU (`clusters.chips.CHIPS`) -> layouts, best first."""
-TABLE_RANKS = (8, 64, 480, 512, 1024)
-"""Process counts in the table in docs/layouts.md."""
 LAYOUT_PREFIXES = ("parallel.", "train.micro_batch_size=", "train.recompute=", "gpu.recompute_modules=")
 """Prefixes: such settings replace the recommended layout."""
 DISPATCHER = "parallel.expert_dispatcher"
@@ -174,10 +171,3 @@ def sets_layout(settings: Sequence[str]) -> bool:
 def get_recommended_settings(config: RunConfig, num_ranks: int, gpu: str,
                              user_settings: Sequence[str] = ()) -> Layout:
     return find_recommended(config, num_ranks, gpu, user_settings) or ()
-
-
-def compute_memory_gib(config: RunConfig, layout: Layout, gpu: str) -> dict[int, float]:
-    """Return process count -> GiB on the fullest process, for fitting counts in `TABLE_RANKS`."""
-    changed = apply_settings(config, list(layout))
-    return {num_ranks: find_fullest_stage(changed, num_ranks)[1].total / GIB for num_ranks in TABLE_RANKS
-            if not changed.problems(num_ranks) and fits_gpu(changed, num_ranks, CHIPS[gpu])}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
-from megatron_sov.plan.footprint.gpu_capacity import MAX_TP, list_changed_settings
+from megatron_sov.plan.footprint.gpu_capacity import MAX_TP, list_changed_settings, list_divisors
 
 LEAST_GAIN = 0.01
 """Smallest relative gain on the slowest stage for which uneven stages replace equal stages."""
@@ -108,10 +108,10 @@ def build_space(config: RunConfig, num_ranks: int, domain: int, fixed: Collectio
     has_experts = model.num_moe_layers() > 0
     # Tensor parallelism sends messages in every layer: stay inside NVLink.
     tp = _list_powers(min(MAX_TP, domain, num_ranks))
-    pp = [size for size in _list_divisors(model.num_layers) if size <= num_ranks]
+    pp = [size for size in list_divisors(model.num_layers) if size <= num_ranks]
     cp = [size for size in _list_powers(min(MAX_CP, num_ranks))
           if size == 1 or longest // size >= MIN_LOCAL_TOKENS]
-    ep = [size for size in _list_divisors(model.num_experts) if size <= num_ranks]
+    ep = [size for size in list_divisors(model.num_experts) if size <= num_ranks]
     space = LayoutSpace(
         tp=_include(tp, current.tp), pp=_include(pp, current.pp), vpp=_include(VPP, current.vpp),
         cp=_include(cp, current.cp), ep=_include(ep, current.ep) if has_experts else (1,),
@@ -264,7 +264,3 @@ def _include(values: Iterable[int], current: int) -> tuple[int, ...]:
 def _list_powers(limit: int) -> list[int]:
     """Return 1, 2, 4, ... up to `limit`, at least 1."""
     return [1 << i for i in range(limit.bit_length())] if limit >= 1 else [1]
-
-
-def _list_divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]

@@ -16,13 +16,13 @@ from megatron_sov.base.settings import parse_nested
 from megatron_sov.judge.rewards.registry import build_versioned_reward, find_missing_field, request_reward
 from megatron_sov.judge.rewards.reward import Result
 from megatron_sov.judge.rewards.scoring import ScoringTally, create_runner, iter_batches, judges_in_groups
-from megatron_sov.rollouts.prompts import RolloutPrompt
 from megatron_sov.rollouts.rows import (
     JUDGED, LAST_TURN, UNFINISHED, RewardRow, Rollout, RolloutPart, can_grow, describe_missing_rows)
 from megatron_sov.work.progress.locks import Claims, IdleTimeout
 from megatron_sov.work.tables.table import AlreadyPublished
 
 if TYPE_CHECKING:
+    from megatron_sov.rollouts.prompts import RolloutPrompt  # numpy: not for `--help`
     from megatron_sov.rollouts.store import RolloutStore
 
 ENVIRONMENT = "environment"

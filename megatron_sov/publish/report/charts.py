@@ -23,7 +23,7 @@ LOSS_UNITS = {"lm": PER_TOKEN, "sft": PER_TOKEN, "distill": "distillation loss",
               "preference": "preference loss", "policy": "policy loss"}
 """Built-in objective -> unit of its training loss."""
 MAX_POINTS, MAX_LINE_POINTS = 200, 120
-"""Maximum points for a smoothed curve alone in its chart, and for other curves."""
+"""Maximum points in a smoothed curve that is alone in its chart, and in further curves (`downsample`)."""
 MIN_SMOOTHED_STEPS = 50
 """Curves with fewer points get no moving mean."""
 MIN_WINDOW_STEPS, MAX_WINDOW_STEPS, NUM_WINDOWS = 5, 500, 50
@@ -35,7 +35,7 @@ NEEDLE_TITLES = {"before": "Before the extension", "after": "After the extension
 
 @dataclass(frozen=True)
 class StepField:
-    """A field of `step` events with a chart of its own."""
+    """A field in `step` events with its own chart."""
 
     name: str
     unit: str
@@ -57,13 +57,13 @@ SPEED = (
 
 def draw_curves(curves: Iterable[Curve], unit: str, caption: str, run: Run | None = None, *,
                 x_title: str = "optimizer step", smooth: bool = False) -> list[Chart]:
-    """Draw curves in a single chart; without finite values return no chart.
+    """Draw curves in a `Chart`; without finite values return [].
 
     Args:
         curves: a curve per colour.
         unit: title of the y axis; "share" writes percentages.
         caption: sentence below the chart.
-        run: source of the phases and restarts in the background; None: no background.
+        run: adds `phases` and restarts in the background; None: no background.
         x_title: title of the x axis.
         smooth: draw moving means.
     """
@@ -134,13 +134,13 @@ def _list_phase_bands(phases: list[tuple[str, int, int]]) -> list[tuple[str, flo
 
 
 def get_loss_unit(run: Run) -> str:
-    """Return the unit of a run's training loss; nats per token for cross-entropy."""
+    """Return the training loss's unit by `objective.name`; `PER_TOKEN` for cross-entropy."""
     objective = str(run.get_setting("objective", "name") or "lm")
     return LOSS_UNITS.get(objective, f"loss of {objective}")
 
 
 def field_charts(run: Run, fields: Sequence[StepField]) -> list[Chart]:
-    """Return a chart per `step` field that the run has."""
+    """Return a chart per field that the run's `step` events have."""
     charts = []
     for declared in fields:
         if (curve := run.get_curve(declared.name)) is not None:
@@ -151,7 +151,7 @@ def field_charts(run: Run, fields: Sequence[StepField]) -> list[Chart]:
 
 
 def loss_charts(run: Run) -> list[Chart]:
-    """Return charts for the training loss, its terms and its sources; a single term or source has none."""
+    """Return charts for `loss`, `losses` and `losses_by_source`; a single term or source has none."""
     total, terms, sources = run.get_curve("loss"), run.curves["losses"], run.curves["losses_by_source"]
     unit = f"loss ({get_loss_unit(run)})"
     charts = draw_curves([total] if total else [], unit,
@@ -169,7 +169,7 @@ def meter_charts(run: Run) -> list[Chart]:
 
 
 def heldout_charts(run: Run) -> list[Chart]:
-    """Return held-out bits per byte per source, or the loss if bytes are unknown."""
+    """Return a chart with `bits_per_byte` per held-out source, or with `loss` if bytes are unknown."""
     bits = [source.bits_per_byte for source in run.heldout.values()]
     if len(bits) > 1 and run.overall_bits_per_byte:
         bits.append(run.overall_bits_per_byte)
@@ -181,7 +181,7 @@ def heldout_charts(run: Run) -> list[Chart]:
 
 
 def export_charts(run: Run) -> list[Chart]:
-    """Return charts for the evaluations of a run's exports."""
+    """Return charts for `Run.evaluations`: `ppl`, `needle` and `pairs`."""
     return [*draw_curves(source_curves(run.evaluations, "ppl", "bits_per_byte"), "bits per byte",
                          "Bits per byte of the exports.", run),
             *draw_curves(needle_curves(run.evaluations), "% right",
@@ -191,8 +191,8 @@ def export_charts(run: Run) -> list[Chart]:
 
 
 def needle_charts(needle: dict[str, Any]) -> list[Chart]:
-    """Return a heat map (depth x length) per needle kind and language; a cell shows the fraction of correct
-    answers and, under the pointer, counts and interval."""
+    """Return a heat map (depth x length) per kind and language in a `needle` event; a cell shows the fraction
+    of correct answers and, under the pointer, counts and interval."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in needle["cells"]:
         groups.setdefault((str(cell["kind"]), str(cell["language"])), []).append(cell)

@@ -25,7 +25,7 @@ MIN_SENTENCE_WORDS = 3
 
 
 def gain_tables(runs: Sequence[Run]) -> list[PageTable]:
-    """Return a table with first and last values per stage; nothing without measurements."""
+    """Return a `PageTable` with first and last values per stage; [] without measurements."""
     rows = [[run.name, *row] for run in runs for row in (
         *_text_gains(run), *_meter_gains(run), *_needle_gains(run), *_reward_means(run))]
     return [PageTable(["stage", "figure", "before", "after", "rule"], rows)] if rows else []
@@ -54,7 +54,7 @@ def _find_column(run: Run, name: str) -> Curve | None:
 
 
 def text_bits_per_byte(runs: Sequence[Run]) -> tuple[float, float]:
-    """Return held-out bits per byte before and after all stages; NaN if unknown.
+    """Return held-out `bits_per_byte` before and after all stages; NaN if unknown.
 
     Sources are the text sources (no conversations) in the first stage that has any; the last stage with the
     same sources gives the second value.
@@ -87,7 +87,7 @@ def _build_gain_row(figure: str, values: Sequence[float], text: Callable[[float]
 
 
 def _text_gains(run: Run) -> Iterator[list[str]]:
-    """Yield bits per byte on held-out text, and the loss per held-out source with conversations."""
+    """Yield `bits_per_byte` on held-out text, and `loss` per held-out source with conversations."""
     if get_loss_unit(run) != PER_TOKEN:
         return
     before, after = text_bits_per_byte([run])
@@ -102,7 +102,7 @@ def _text_gains(run: Run) -> Iterator[list[str]]:
 
 
 def _meter_gains(run: Run) -> Iterator[list[str]]:
-    """Yield the headline meters, on held-out data if the objective has any."""
+    """Yield the headline meters, on held-out data if `Meter.heldout` names an event."""
     for meter, curve in find_headline_curves(run):
         rule = f"{meter.better} is better" if meter.better else "–"
         kind, _, field = meter.heldout.partition(".")
@@ -123,7 +123,7 @@ def _needle_gains(run: Run) -> Iterator[list[str]]:
 
 
 def _reward_means(run: Run) -> Iterator[list[str]]:
-    """Yield the newest mean per reward from `score --run`."""
+    """Yield `mean_reward` from the newest `score` event per reward (`score --run`)."""
     for reward, event in {str(event.get("reward")): event for event in run.get_events("score")}.items():
         mean = parse_number(event.get("mean_reward"))
         if math.isfinite(mean):
@@ -132,7 +132,7 @@ def _reward_means(run: Run) -> Iterator[list[str]]:
 
 
 def verdict_tables(runs: list[Run]) -> list[PageTable]:
-    """Return a table with the verdicts on a model's stages; nothing without checks."""
+    """Return a `PageTable` with the verdicts on a model's stages; [] without checks."""
     rows = [*_stage_verdicts(runs)]
     for run in runs:
         rows += [*_gate_verdicts(run), *_forgetting_verdicts(run), *_needle_verdicts(run)]
@@ -175,7 +175,7 @@ def _stage_verdicts(runs: list[Run]) -> Iterator[list[str]]:
 
 
 def _gate_verdicts(run: Run) -> Iterator[list[str]]:
-    """Yield the last gate check."""
+    """Yield the last `gate` event."""
     for check in run.gate_checks[-1:]:
         loss, limit = parse_number(check.get("loss")), parse_number(check.get("loss_limit"))
         text = f"short-context loss {loss:.3f}, limit {limit:.3f}; step {int(check.get('step') or 0):,}"
@@ -204,7 +204,7 @@ def _forgetting_verdicts(run: Run) -> Iterator[list[str]]:
 
 
 def _needle_verdicts(run: Run) -> Iterator[list[str]]:
-    """Yield the newest needle test of a run without a gate: a figure without a verdict."""
+    """Yield the newest `needle` event in a run without `gate` events: a figure without a verdict."""
     needles = [needle for needle in run.needles if needle.get("cells")]
     if needles and not run.gate_checks:
         longest = max(int(cell["length_tokens"]) for cell in needles[-1]["cells"])

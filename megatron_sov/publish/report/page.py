@@ -25,10 +25,10 @@ HELDOUT_HEIGHT_PX = 180
 
 
 def render_report(runs: list[Run], now_s: float | None = None) -> str:
-    """Return the HTML report on the first run's model.
+    """Return the HTML report on the model in `runs[0]`.
 
     Args:
-        runs: runs from `read_run`, in reading order; runs of different models are only named.
+        runs: results from `read_run`, in reading order; runs of different models are only named.
         now_s: Unix time shown as the creation time; None: now.
     """
     stages, excluded = split_by_model(runs)
@@ -95,13 +95,13 @@ def _find_start_field(runs: list[Run], name: str) -> Any:
 
 
 def _count_tokens(runs: list[Run]) -> float:
-    """Return the trained tokens in all runs; runs without token counts add nothing."""
+    """Sum the last `tokens` in `step` events over runs; runs without `tokens` add nothing."""
     counts = [last_value(run.get_curve("tokens")) for run in runs]
     return sum(count for count in counts if not np.isnan(count))
 
 
 def _build_overview(runs: list[Run]) -> PageTable:
-    """Return a row per run: objective, size, time, results and outcome."""
+    """Return a row per run: `objective.name`, size, time, results and `Attempt.outcome`."""
     rows = []
     for run in runs:
         loss, tokens = run.get_curve("loss"), _count_tokens([run])
@@ -118,7 +118,7 @@ def _build_overview(runs: list[Run]) -> PageTable:
 
 
 def build_opening(runs: list[Run]) -> list[Panel]:
-    """Return the panels about a model's stages; panels without content are left out."""
+    """Return the first screen's `Panel`s; panels without content are left out."""
     samples = _list_samples(runs)
     panels = [
         Panel("Held-out quality", 12, charts=_draw_heldout(runs)),
@@ -130,9 +130,9 @@ def build_opening(runs: list[Run]) -> list[Panel]:
 
 
 def _draw_heldout(runs: list[Run]) -> list[Chart]:
-    """Draw held-out bits per byte over all stages, a line per source and a band per stage.
+    """Draw `bits_per_byte` over all stages, a line per held-out source and a band per stage.
 
-    The x axis counts tokens, or optimizer steps if a run has no token counts.
+    The x axis counts tokens, or optimizer steps if a run has no `tokens`.
     """
     has_tokens = all(run.get_curve("tokens") for run in runs)
     parts: dict[str, list[Curve]] = {}
@@ -171,7 +171,7 @@ def _convert_steps(steps: npt.NDArray[np.int64], tokens: Curve | None) -> npt.ND
 
 
 def _list_samples(runs: list[Run]) -> list[Comparison]:
-    """Return the last stage's samples; prompts that the first stage also has come first, with both texts."""
+    """Return the last stage's `sample` events; prompts from the first stage come first, with both texts."""
     sampled = [run for run in runs if run.samples]
     if not sampled:
         return []

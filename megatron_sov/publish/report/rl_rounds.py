@@ -30,7 +30,7 @@ Event = dict[str, Any]
 
 
 def round_charts(run: Run) -> list[Chart]:
-    """Return reward, length and groups over rounds."""
+    """Return charts over `Run.rounds`: `reward` with components, `response_tokens`, `truncated`, groups."""
     means = [content["means"] for content in run.rounds]
     groups = [content.get("groups") or {} for content in run.rounds]
     components = [mean.get("components") or {} for mean in means]
@@ -58,7 +58,7 @@ def round_charts(run: Run) -> list[Chart]:
 
 
 def round_tables(run: Run) -> list[PageTable]:
-    """Return a row per round, for the newest rounds."""
+    """Return a row per round, for the newest `MAX_ROUNDS`."""
     def format_counts(counts: Event | None) -> str:
         untrained = {name: count for name, count in (counts or {}).items() if name != TRAINED_GROUPS}
         return ", ".join(f"{name} {parse_number(untrained[name]):,.0f}" for name in sorted(untrained)) or "–"
@@ -89,7 +89,7 @@ def validation_curves(run: Run) -> dict[str, Curve]:
 
 
 def validation_charts(run: Run) -> list[Chart]:
-    """Return reward with components, pass@k, domains and lengths over steps."""
+    """Return charts over steps: `reward` with components, pass@k, domains, `response_tokens`, `truncated`."""
     curves = validation_curves(run)
 
     def draw(names: Sequence[str], unit: str, caption: str) -> list[Chart]:
@@ -120,7 +120,7 @@ def _format_curve_name(name: str) -> str:
 
 
 def validation_tables(run: Run) -> list[PageTable]:
-    """Return a row per validation, for the newest validations."""
+    """Return a row per `validation` event, for the newest `MAX_VALIDATIONS`."""
     events = final_step_events(run.get_events(VALIDATION), VALIDATION)
     return build_tables(events[-MAX_VALIDATIONS:], {
         "step": field_formatter("step", ",.0f"), "prompts": field_formatter("num_prompts", ",.0f"),
@@ -141,7 +141,7 @@ def _format_pass_at_k(event: Event) -> str:
 
 
 def response_tables(run: Run) -> list[PageTable]:
-    """Return sampled responses from the newest round and the newest validation."""
+    """Return sampled responses from `Run.responses`: the newest round and the newest validation."""
     tables = []
     for event in run.responses.values():
         first, *columns = RESPONSE_COLUMNS

@@ -28,7 +28,8 @@ MAX_SAMPLE_CHARACTERS = 2000
 
 
 def key_figures(run: Run) -> list[tuple[str, str, str]]:
-    """Return (label, value, detail) for the most important numbers; missing numbers are left out."""
+    """Return (label, value, detail) from `run_start`, `step`, `eval` and `needle` events; missing numbers are
+    left out."""
     figures = []
     loss = run.get_curve("loss")
     if num_params := run.get_start_field("num_params"):
@@ -62,7 +63,7 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
 
 
 def build_sections(run: Run, excluded_titles: Collection[str] = ()) -> list[PageSection]:
-    """Return a run's sections in reading order."""
+    """Return a run's `SECTIONS` in reading order, without empty sections."""
     sections = [section.build(run) for title, section in SECTIONS.items() if title not in excluded_titles]
     return [section for section in sections if section.charts or section.tables or section.samples]
 
@@ -131,7 +132,7 @@ def _describe_samples(run: Run) -> str:
 
 
 def _fault_tables(run: Run) -> list[PageTable]:
-    """Return the newest warnings, and incidents in time order."""
+    """Return the newest `warning` events, and `Run.incidents` in time order."""
     tables = build_tables(run.get_events("warning")[-MAX_ROWS:], {
         "step": _format_step, "warning": field_formatter("text", none="")})
     rows = [[_format_step(event), INCIDENT_NAMES[event["event"]], describe_incident(event)]
@@ -151,12 +152,12 @@ def _return_nothing(run: Run) -> list[Any]:
 
 @dataclass(frozen=True)
 class ReportSection:
-    """Contents of a report section, as functions that take the run."""
+    """A section's contents, as functions that take a `Run`."""
 
     title: str
     text: str | Callable[[Run], str] = ""
     fields: tuple[StepField, ...] = ()
-    """Fields of `step` events, each in a chart of its own."""
+    """Fields in `step` events, a chart per field."""
     charts: Callable[[Run], list[Chart]] = _return_nothing
     tables: Callable[[Run], list[PageTable]] = _return_nothing
     samples: Callable[[Run], list[dict[str, str]]] = _return_nothing

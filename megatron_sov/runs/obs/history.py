@@ -12,9 +12,9 @@ from megatron_sov.runs.obs.figures import parse_number, parse_whole_number
 
 UNFINISHED = "ended without a word (killed, or still running)"
 COMPLETE = "complete"
-INCIDENT_NAMES = {"skip": "step not learned", "attribution": "why it was not learned",
-                  "rollback": "weights taken back", "restart": "started again",
-                  "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
+INCIDENT_NAMES = {"skip": "step rejected", "attribution": "cause of a rejection",
+                  "rollback": "rollback", "restart": "restart",
+                  "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "injected fault",
                   "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
 """Incident event -> name in reports."""
 SKIPPED_BY_SETTING, NO_GRADIENT = INTENDED_SKIPS = ("data.skip_steps", "no advantages and no other gradient")

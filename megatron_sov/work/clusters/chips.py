@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from megatron_sov.base.errors import UserError, suggest_name
+from megatron_sov.base.errors import UserError
 from megatron_sov.work.clusters.units import GIB
 
 INSIDE_LATENCY_S = 3.3e-6
@@ -138,16 +138,6 @@ def _normalize_name(name: str) -> str:
 
 CHIPS = _read_chips()
 """Name in cluster profiles and recommended layouts -> GPU."""
-
-
-def find_chip(name: str) -> Chip:
-    """Return the `Chip` with a key, name or alias, ignoring case and punctuation. Raises `UserError`: unknown
-    name; the message suggests the nearest."""
-    match = find_device_chip(name)
-    if match is None:
-        raise UserError(f"GPU {name!r}: is not in the table{suggest_name(name.lower(), CHIPS)} "
-                        f"(GPUs: {', '.join(sorted(CHIPS))})")
-    return match
 
 
 def find_device_chip(name: str) -> Chip | None:

@@ -46,8 +46,8 @@ class EndpointLimits:
     """Price per million tokens."""
     output_price: float
     patience_s: float = 0.0
-    """Seconds since the endpoint's last answer to any request, for retries beyond `max_attempts` while the
-    endpoint is overloaded or unreachable."""
+    """Seconds since the endpoint's last answer to any request after which it counts as unavailable; until
+    then, an overloaded or unreachable endpoint is retried beyond `max_attempts`. 0: no such retries."""
 
 
 class RateGate(Protocol):
@@ -80,22 +80,24 @@ class Endpoint:
         key_env: environment variable with the API key; unset sends no key.
         limits: rate, cost and attempts.
         cache: answers to earlier requests.
-        known_as: replaces the address in cache keys; empty: the address.
+        cache_name: replaces the address in cache keys; empty: the address.
+        model: name of the model at the address.
         gate: admits each attempt.
         sleep: waits; may raise to abort.
-        told: called with a message when waiting for an overloaded or unreachable endpoint begins.
+        report: called with a message when waiting for an overloaded or unreachable endpoint begins.
         key: API key for a private server; overrides `key_env`.
-        sent: transforms a request before sending; cache and billing use the original.
+        transform: transforms a request before sending; cache and billing use the original.
         accepted_models: names of models whose answers to a request for another model are used; None: all.
     """
 
     def __init__(self, url: str, key_env: str, limits: EndpointLimits, cache: EndpointCache, *,
-                 cache_name: str = "",
+                 cache_name: str = "", model: str = "",
                  gate: RateGate | None = None, sleep: Callable[[float], object] = time.sleep,
                  report: Callable[[str], object] = lambda sentence: None, key: str = "",
                  transform: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
                  accepted_models: Collection[str] | None = None) -> None:
         self._url, self._key_env, self._limits, self._cache = url, key_env, limits, cache
+        self.model = model
         self._known_as, self._gate, self._sleep = cache_name or url, gate or OpenGate(), sleep
         self._transport = Transport(url, key_env, limits.timeout_s, key)
         self._sent = transform
@@ -163,13 +165,13 @@ class Endpoint:
                 raise
             except (TimeoutError, BadAnswer) as e:
                 is_away = getattr(e, "is_unavailable", False)
-                # patience counts from the endpoint's last answer to any request
                 if attempt >= limits.max_attempts:
+                    # patience counts from the endpoint's last answer to any request
                     waited_s = time.monotonic() - max(began_s, self.answered_s)
+                    if limits.patience_s and waited_s >= limits.patience_s:
+                        raise EndpointUnavailable(f"{self._url}: {e}, for {waited_s:.0f} s") from None
                     if not is_away or not limits.patience_s:
                         raise
-                    if waited_s >= limits.patience_s:
-                        raise EndpointUnavailable(f"{self._url}: {e}, for {waited_s:.0f} s") from None
                 if is_away:
                     self._report_wait(str(e))
                 # jitter, so that threads that failed together do not retry together

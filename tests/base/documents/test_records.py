@@ -158,7 +158,7 @@ def test_only_completion_is_trained_on(tmp_path: Path) -> None:
     ({"prompt": "p", "completion": "c"}, "preference", "is a chat.*--format chat"),
     ({"prompt": "p", "answer": "4"}, "chat", "no response is learned then; a chat has 'messages', or"),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "messages": ASK}, "prompt", "--format preference"),
-    ({"prompt": "p", "completion": "c", "label": False}, "chat", "`sov-data unpaired`"),
+    ({"prompt": "p", "completion": "c", "label": False}, "chat", "`sov-data pairs`"),
     ({"prompt": "p", "completion": ASK}, "chat", "no message of the assistant"),
     ({"prompt": "p", "completion": 4}, "chat", "must be a string, or a non-empty list"),
     ({"prompt": [], "completion": "c"}, "chat", "'prompt' must be a string, or a non-empty list"),
@@ -331,8 +331,7 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
     ({"chosen_score": 8, "rejected_score": 7}, ""), ({"chosen_score": 7, "rejected_score": 8}, ""),
     ({"chosen_score": None, "rejected_score": None}, ""), ({"chosen_score": 7}, ""),
     ({"chosen_score": "7", "rejected_score": "7"}, ""), ({"score": 7, "rejected_score": 7}, ""),
-    ({"chosen_tokens": 7, "rejected_tokens": 7}, ""),
-    ({"chosen_score": 7, "rejected_score": 7, "desirable": [1, 1]}, "")])
+    ({"chosen_tokens": 7, "rejected_tokens": 7}, "")])
 def test_pair_with_tied_scores_is_refused(tmp_path: Path, scores: dict[str, Any], tied: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_lines([PAIR, {**PAIR, **scores}, {**PAIR, "rejected": "a"}]))
     items = [item for span in iter_spans(tmp_path / "a.jsonl")

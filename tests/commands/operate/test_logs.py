@@ -64,7 +64,7 @@ def test_all_files_in_order_of_the_starts(run: Path, capsys: pytest.CaptureFixtu
     assert start.endswith("step 0: the run starts from step 0, with 2 rank(s)")
     assert (warning.startswith("[events] 20")
             and warning.endswith(" UTC step 1: warning: source korean is worn out"))
-    assert skip.endswith(" UTC step 3: step not learned: the loss is nan; not finite on rank 1")
+    assert skip.endswith(" UTC step 3: step rejected: the loss is nan; not finite on rank 1")
     assert failure.endswith(" UTC step 3: ended by an error: the disk is full")
 
 

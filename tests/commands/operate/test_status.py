@@ -217,7 +217,7 @@ runs/a: sft, tiny-solar-open
   step        1,200 of 4,000 (30%), phase main, 19.7 M tokens, loss 2.3457
   speed       51,234 tokens/s, 2 h 13 min left
   checkpoint  checkpoints/step-1000, 1 min 5 s ago
-  incidents   2 x warning, 3 x step not learned, 1 x alarm (megatron-sov logs runs/a)
+  incidents   2 x warning, 3 x step rejected, 1 x alarm (megatron-sov logs runs/a)
   starts      2
       1  2023-11-14 22:13:20 UTC  from step 0 to step 900, 8 processes: killed
       2  –  from step 900 to no step, 1 process: running"""

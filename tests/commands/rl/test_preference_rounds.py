@@ -196,7 +196,6 @@ def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, fold
 
 
 @pytest.mark.each(("settings", "said"), [
-    (("preference.method=kto",), 'preference.method = "kto" learns from single responses'),
     (("data.phases.0.seq_len=16",), "a row must hold a whole pair of responses, up to 2 x ("),
     (("policy.kl=k3", "policy.kl_coeff=0.1"),
      'policy.kl = "k3" has no effect with policy.method = "preference"'),

@@ -47,11 +47,11 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     (["calculator", "--set", "relative=1"], "relative: no such setting"),
     (["calculator", "--limit", "max_turn=1"], "did you mean 'max_turns'"),
     (["retrieval"], "corpus: is missing; it has no default; set it"),
-    (["calculator", "--tasks", "none.jsonl"], "--tasks none.jsonl: cannot be read"),
-    (["calculator", "--tasks", "tasks.jsonl"], "tasks.jsonl: line 2: is not JSON (NaN is not JSON)"),
+    (["calculator", "--tasks", "none.jsonl"], "none.jsonl: does not exist"),
+    (["calculator", "--tasks", "tasks.jsonl"], "tasks.jsonl:2: is a JSON list, must be an object"),
     (["calculator"], "nowhere")])
 def test_mistakes_are_one_sentence(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("tasks.jsonl").write_text('{"question": "?", "answer": "1"}\n{"question": NaN}\n')
+    Path("tasks.jsonl").write_text('{"question": "?", "answer": "1"}\n[1]\n')
     assert main(["tools", "run", words[0], "nowhere", "--output", "out", *words[1:]]) == 2
     seen = capsys.readouterr()
     assert told in seen.err and not seen.out  # before a world begins

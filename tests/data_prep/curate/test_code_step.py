@@ -10,7 +10,7 @@ from data_prep.curate.code_step import CodeStep, StepCodeSettings
 from data_prep.curate.pipeline.plan import hash_step_files
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import find_all_problems
-from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, outcomes
+from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, docs, outcomes
 from tests.typed_words import keys_of
 
 OWN = """import dataclasses
@@ -73,7 +73,7 @@ def test_what_fails_is_told_by_its_document(file: Path, tmp_path: Path, name: st
     step = CodeStep(StepCodeSettings(tmp_path / f"own.py:{name}"))
     step.load_inputs(MemoryView({}, tmp_path))
     with pytest.raises(UserError, match=message):
-        step.compute_outcomes(docs("x", where="a/page.html"))
+        step.judge_document(doc("x", where="a/page.html"))
 
 
 def test_named_files_are_part_of_the_step(file: Path, tmp_path: Path) -> None:

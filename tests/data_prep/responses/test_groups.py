@@ -1,4 +1,4 @@
-"""`sov-data groups`, `pairs` and `unpaired`."""
+"""`sov-data groups` and `sov-data pairs`."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,6 @@ from tokenizers import Tokenizer
 
 from data_prep.cli import main
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.documents import RecordReading, read_documents
 from megatron_sov.train.data.token_shards import open_sources
 
 
@@ -159,91 +158,29 @@ def test_truncated_response_is_never_the_better(tmp_path: Path, capsys) -> None:
     assert len(paired("groups", "--keep-unfinished")[0]) == 8
 
 
-def made(folder: Path, rows: list[dict[str, Any]], *more: str) -> list[dict[str, Any]]:
-    """Return what the command writes for lines."""
-    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert main(["unpaired", "--input", str(folder / "in.jsonl"), "--output", str(folder / "out"), *more,
-                 "--overwrite"]) == 0
-    return [json.loads(row) for row in (folder / "out/unpaired.jsonl").read_text().splitlines()]
-
-
-def said(row: dict[str, Any]) -> tuple[str, str, str, float]:
-    """Return prompt, response, mismatched response and whether it is a good one."""
-    assert row["desirable"][0] == row["desirable"][1]
-    return (row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"],
-            row["desirable"][0])
-
-
-def test_responses_are_paired_with_another_prompts(tmp_path: Path) -> None:
-    rows = made(tmp_path, [
-        {"prompt": "a", "response": "a1", "label": True}, {"prompt": "a", "response": "a2", "label": False},
-        {"prompt": "b", "response": "b1", "label": True},
-        {"prompt": "c", "responses": [{"content": "c1", "reward": 0.5}, {"content": "c2", "reward": 0.49}]}])
-    assert list(map(said, rows)) == [("b", "b1", "a1", 1.0), ("c", "c1", "b1", 1.0), ("c", "c2", "b1", 0.0),
-                                     ("a", "a1", "c1", 1.0), ("a", "a2", "c2", 0.0)]
-    assert read_manifest(tmp_path / "out", "corpus").content["responses"] == {
-        "num_good": 3, "num_bad": 2, "num_passed_over": 0}
-
-
-@pytest.mark.parametrize("in_lines", [True, False])
-def test_mismatched_responses_equal_matched_responses(in_lines: bool, tmp_path: Path) -> None:
-    """Of pairs, the good response first, the last of each prompt alone would be the bad ones."""
-    rows = made(tmp_path, [line for p in "abc" for line in (
-        [{"prompt": p, "response": p + sign, "label": sign == "+"} for sign in "+-"] if in_lines else
-        [{"prompt": p, "responses": [{"content": p + sign, "reward": int(sign == "+")} for sign in "+-"]}])])
-    matched, mismatched = ({said(row)[place] for row in rows} for place in (1, 2))
-    assert matched == mismatched == {p + sign for p in "abc" for sign in "+-"}
-
-
-def test_prompts_may_share_an_answer(tmp_path: Path) -> None:
-    made(tmp_path, [{"prompt": p, "completion": "Yes.", "label": p == "a"} for p in "ab"])
-    reading = RecordReading("preference", columns=("desirable",))
-    found = list(read_documents([tmp_path / "out/unpaired.jsonl"], reading))
-    assert [d.chosen == d.rejected for d in found] == [True, True]
-
-
-def test_repeated_prompt_is_not_another_prompt(tmp_path: Path) -> None:
-    rows = made(tmp_path, [{"prompt": p, "responses": [{"content": f"{p}{i}", "reward": i % 2}]}
-                           for i, p in enumerate("aabba")])
-    assert all(row["rejected"][0]["content"][0] != row["prompt"][0]["content"] for row in rows)
-    assert len(rows) == 5
-
-
-def test_good_truncated_response_needs_keep_unfinished(tmp_path: Path) -> None:
-    lines = [{"prompt": "a", "response": "cut", "reward": 1, "finish_reason": "length"},
-             {"prompt": "b", "response": "cut and bad", "reward": 0, "finish_reason": "length"},
-             {"prompt": "c", "response": "whole", "reward": 1, "finish_reason": "stop"}]
-    assert [said(row)[1] for row in made(tmp_path, lines)] == ["cut and bad", "whole"]
-    assert len(made(tmp_path, lines, "--keep-unfinished")) == 3
-
-
-@pytest.mark.each(("lines", "sentence"), [
-    ([{"prompt": "a", "response": "x", "label": True}, {"prompt": "a", "response": "y", "label": False}],
-     "all responses are to one prompt"),
-    ([{"prompt": "a", "response": "x", "label": True}, {"prompt": "b", "response": "y", "label": True}],
-     "2 responses are good"),
-    ([{"prompt": "a", "response": "x", "label": "yes"}], "are to one prompt, or there are none"),
-    *(([{"prompt": "a", "response": "x", "label": True}, {"prompt": "b", "response": "y", **judged}],
-       f"in.jsonl:2: the label ('label' or 'kto_tag') of the response is {shown}, must be one of true, false")
-      for judged, shown in [
-          ({"label": None}, "null"), ({"label": "good"}, '"good"'), ({"label": ""}, '""'),
-          ({"label": 2}, "2"), ({"label": 0.5}, "0.5"), ({"label": []}, "[]"),
-          ({"label": {"a": 1}}, '{"a": 1}'), ({"label": "좋음"}, '"좋음"'), ({"kto_tag": None}, "null"),
-          ({"kto_tag": "so"}, '"so"'), ({}, "missing")]),
-])
-def test_unpaired_rejects_one_sided_input(lines: list[Any], sentence: str, tmp_path: Path,
-                                          capsys: Any) -> None:
-    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert main(["unpaired", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 2
-    assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
+@pytest.mark.each(("judged", "shown"), [
+    ({"label": None}, "null"), ({"label": "good"}, '"good"'), ({"label": ""}, '""'),
+    ({"label": 2}, "2"), ({"label": 0.5}, "0.5"), ({"label": []}, "[]"),
+    ({"label": {"a": 1}}, '{"a": 1}'), ({"label": "좋음"}, '"좋음"'), ({"kto_tag": None}, "null"),
+    ({"kto_tag": "so"}, '"so"'), ({}, "missing")])
+def test_other_labels_are_refused(judged: dict[str, Any], shown: str, tmp_path: Path, capsys: Any) -> None:
+    file = write(tmp_path / "in.jsonl", {"prompt": "a", "response": "x", "label": True},
+                 {"prompt": "a", "response": "y", **judged})
+    assert main(["pairs", "--input", str(file), "--output", str(tmp_path / "out")]) == 2
+    assert (f"in.jsonl:2: the label ('label' or 'kto_tag') of the response is {shown}, must be one of true, "
+            "false") in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.each("name", ["label", "kto_tag"])
 @pytest.mark.each(("good", "bad"), [
     (True, False), (1, 0), (1.0, 0.0), ("true", "false"), ("True", "FALSE"), ("yes", "no"), ("Yes", " no "),
     ("1", "0"), ("1.0", 0)])
-def test_kto_rows_are_judged_responses(good: Any, bad: Any, name: str, tmp_path: Path) -> None:
-    say = [{"role": "assistant", "content": "b1"}]
-    rows = made(tmp_path, [{"prompt": "a", "completion": "a1", name: good},
-                           {"prompt": [{"role": "user", "content": "b"}], "completion": say, name: bad}])
-    assert sorted(map(said, rows)) == [("a", "a1", "b1", 1.0), ("b", "b1", "a1", 0.0)]
+def test_labelled_responses_become_pairs(good: Any, bad: Any, name: str, tmp_path: Path) -> None:
+    prompt, better, worse = ([{"role": role, "content": text}] for role, text in (
+        ("user", "a"), ("assistant", "a1"), ("assistant", "a2")))
+    file = write(tmp_path / "in.jsonl", {"prompt": prompt, "completion": worse, name: bad},
+                 {"prompt": prompt, "completion": "a1", name: good})
+    assert main(["pairs", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/pairs.jsonl").read_text()) == {
+        "prompt": prompt, "chosen": better, "rejected": worse}

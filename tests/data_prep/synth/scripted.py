@@ -6,16 +6,18 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_prep.synth.declared.generator import Generator, GeneratorDefinition, load_generator
-from data_prep.synth.requests import Requester, T
+from data_prep.synth.requests import Requester
 from data_prep.synth.samples import GeneratedSample, GeneratorItem
 from megatron_sov.base.settings import parse_settings
 from megatron_sov.work.endpoints.cache import EndpointCache
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from synthesis.endpoint import Replies, completion
+
+T = TypeVar("T")
 
 
 class ScriptedClient:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import to_plain_values
-from megatron_sov.omni.codecs.folder import ARTIFACT_KIND, WEIGHTS, describe_codec, open_codec, save_codec
+from megatron_sov.omni.codecs.folder import ARTIFACT_KIND, WEIGHTS, open_codec, save_codec
 from megatron_sov.omni.codecs.ta_tok import SiglipSettings, TATok, TATokSettings
 
 SETTINGS = TATokSettings(side_pixels=8, encoder=SiglipSettings(
@@ -41,9 +41,6 @@ def test_saved_codec_opens_with_the_same_weights(codec: Path) -> None:
     assert torch.equal(read.encode(pictures), own.eval().encode(pictures))
     assert (read.settings, read.training) == (SETTINGS, False)
     assert not any(p.requires_grad for p in read.parameters())
-    assert describe_codec(codec) == {"codec": "ta-tok", "config": to_plain_values(SETTINGS),
-                                "heldout": {"psnr_db": 20.5},
-                                "num_parameters": sum(t.numel() for t in own.state_dict().values())}
 
 
 @pytest.mark.each(("content", "said"), [
@@ -91,8 +88,6 @@ def test_damaged_weights_are_refused(codec: Path, tmp_path: Path) -> None:
         (codec / WEIGHTS).write_bytes(damage)
         with pytest.raises(UserError, match=r"model\.safetensors: has \d+ bytes"):
             open_codec(codec)
-        with pytest.raises(UserError, match="cannot be read"):
-            describe_codec(codec)
     (codec / WEIGHTS).unlink()
     (tmp_path / "elsewhere").write_bytes(b"")
     (codec / WEIGHTS).symlink_to(tmp_path / "elsewhere")

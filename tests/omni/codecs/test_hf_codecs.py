@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.omni.codecs.folder import WEIGHTS, describe_codec, open_codec
+from megatron_sov.omni.codecs.folder import WEIGHTS, open_codec
 from megatron_sov.omni.codecs.hf_codecs import DacCodec, HfAudioSettings
 from megatron_sov.omni.codecs.published import import_codec
 from tests.omni.hf_folders import MADE, save, vqmodel
@@ -42,7 +42,6 @@ def test_picture_codecs_equal_official_classes(tmp_path: Path, kind: str) -> Non
     again = codec.decode(found)
     torch.testing.assert_close(again, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
     assert again.shape == PICTURES.shape and float(again.std()) > 0.01
-    assert describe_codec(tmp_path / "codec")["codec"] == kind
 
 
 @pytest.mark.tier1_cases(2)

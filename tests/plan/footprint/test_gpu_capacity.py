@@ -155,7 +155,7 @@ def kind_of(run: RunConfig, stage: int) -> tuple[int, bool, bool]:
 def built(big: bool, every: bool) -> list[list[Any]]:
     """Build stages of these runs, or of small ones, on meta tensors, as one rank after the other, and return
     what they hold."""
-    from megatron_sov.engine.optimizer.meta import count_stage_parameters
+    from tests.meta_memory import count_stage_parameters
 
     return [[dataclasses.asdict(count_stage_parameters(run, num_ranks, stage)) for num_ranks, stage in places]
             for run, places in (runs_of_big_recipes(every) if big else SMALL_RUNS)]

@@ -11,13 +11,13 @@ from hypothesis import given, strategies as st
 from torch import distributed as dist
 
 from megatron_sov import recipes
-from megatron_sov.engine.optimizer.meta import count_process_memory, use_fake_world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
 from megatron_sov.plan.footprint.memory import count_communicators, count_nccl_bytes
 from megatron_sov.plan.footprint.stage_parameters import (
     count_quantized_bytes as kept_bytes, count_weight_bytes, list_stage_parameters)
 from megatron_sov.plan.footprint.states import ParameterRun, lay_out_buffer
+from tests.meta_memory import count_process_memory, use_fake_world
 
 LORA = ["lora.rank=4", "lora.targets=[\"all-linear\", \"lm_head\", \"embed_tokens\"]"]
 RUNS = (("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=2", "parallel.tp=2", "parallel.sp=true"], 8, 7),
@@ -185,7 +185,7 @@ def solar(*changes: str) -> RunConfig:
                                                            *changes])
 
 
-@pytest.mark.parametrize(("fp8", "rows", "columns", "by_hand"), [
+@pytest.mark.each(("fp8", "rows", "columns", "by_hand"), [
     # a byte for each value and one for each of the transposed copy, one float32 scale
     ("tensorwise", 300, 200, 60_000 + 60_000 + 4),
     # 3 x 2 blocks of 128: scales [3, 4] rowwise, the blocks of a row filled up to 4; [2, 4] columnwise

@@ -132,7 +132,7 @@ def test_a_run_that_has_not_recorded_its_size_is_kept_with_the_first(runs: list[
 # Samples end with a whole line.
 
 
-@pytest.mark.parametrize(("text", "shown"), [
+@pytest.mark.each(("text", "shown"), [
     ("short", "short"), ("exactly 10", "exactly 10"), ("", ""),
     ("one line\nand another", "one line\n… (12 more characters)"),
     ("0123456789\nnext", "0123456789\n… (5 more characters)"),
@@ -171,15 +171,15 @@ def run(tmp_path: Path) -> Path:
 def test_incidents_stand_in_the_order_of_time(run: Path) -> None:
     (incidents,) = SECTIONS["Warnings and faults"].build(read_run(run)).tables
     assert incidents.rows == [
-        ["9", "step not learned", "the loss is nan; not finite on rank 3"],
+        ["9", "step rejected", "the loss is nan; not finite on rank 3"],
         ["24", "alarm", "layer 2: the entropy of its expert load is 0.31"],
-        ["30", "fault on purpose", "--inject hang@step=30,rank=1"],
+        ["30", "injected fault", "--inject hang@step=30,rank=1"],
         ["30", "hang", "no progress; every process wrote its stacks into hang/ and ended: "
                        "rank 1 in faults.py, trigger; rank 0, 2 in schedule.py, all_reduce_world"],
-        ["20", "started again", "rank 1 ended with exit code 76; all processes are started again"],
+        ["20", "restart", "rank 1 ended with exit code 76; all processes are started again"],
         ["0", "damaged checkpoint", "model/0 has another hash; set aside as damaged-step-20"],
         ["35", "silent corruption", "silent corruption after step 35: weights differ"],
-        ["38", "weights taken back", "weights and optimizer are those of step 30 again"]]
+        ["38", "rollback", "weights and optimizer are those of step 30 again"]]
 
 
 def test_a_long_list_is_cut_and_the_reader_is_told(tmp_path: Path) -> None:

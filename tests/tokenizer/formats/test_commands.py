@@ -133,17 +133,6 @@ def test_sentencepieces_pieces_names_and_text(
         assert (model.unk_id() in ids) or loaded.decode(ids) == model.decode(ids)
 
 
-def test_back_to_sentencepiece(by_sentencepiece: tuple[sentencepiece.SentencePieceProcessor, Path]) -> None:
-    model, folder = by_sentencepiece
-    assert main(["export", str(folder), "--format", "sentencepiece", "--output",
-                 str(folder.parent / "back.model")]) == 0
-    back = sentencepiece.SentencePieceProcessor(model_file=str(folder.parent / "back.model"))
-    texts = [PROSE, "  <mask> a fact  <s>", "<0x41>\u0000", "e\u0301\u1112\u1161\u11ab ①", ""]
-    assert back.encode(texts) == model.encode(texts)
-    assert [back.decode(back.encode(t)) for t in texts] == [model.decode(model.encode(t)) for t in texts]
-    assert (back.bos_id(), back.eos_id(), back.unk_id()) == (model.bos_id(), model.eos_id(), model.unk_id())
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trained")

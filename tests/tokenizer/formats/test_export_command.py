@@ -1,5 +1,4 @@
-"""`sov-tokenizer export`: tiktoken and sentencepiece give the same ids from what was written,
-or nothing is written."""
+"""`sov-tokenizer export`: tiktoken gives the same ids from what was written, or nothing is written."""
 
 import base64
 import json
@@ -107,15 +106,6 @@ def test_what_tiktoken_has_no_form_for_is_refused(
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert not list(tmp_path.glob("out*"))
-
-
-def test_byte_level_bpe_has_no_form_in_sentencepiece(folder: Path, tmp_path: Path,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", str(folder), "--format", "sentencepiece", "--output",
-                 str(tmp_path / "out.model")]) == 2
-    assert ("sentencepiece merges characters and splits at spaces alone; take --format tiktoken"
-            in capsys.readouterr().err)
-    assert not list(tmp_path.iterdir())
 
 
 def test_files_are_replaced_only_on_request(folder: Path, tmp_path: Path,

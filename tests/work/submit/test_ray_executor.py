@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,13 +120,10 @@ class SlowFirst:
         *rest, newest = under_way
         return [newest], rest
 
-    def get(self, reference: list[Any]) -> bytes:
-        return str(reference).encode()
+    def get(self, reference: str) -> bytes:
+        return reference.encode()
 
 
 def test_slow_item_does_not_end_iteration() -> None:
-    actor = SimpleNamespace(is_there=SimpleNamespace(remote=object),
-                            do=SimpleNamespace(remote=lambda item: f"done {item}"))
-    processes = ray_executor._RayProcesses(SlowFirst(), lambda: actor, 2)
-    assert list(ray_executor._iter_records(processes, enumerate(range(40)))) == [
-        (number, f"done {number}".encode()) for number in range(40)]
+    records = ray_executor._iter_records(SlowFirst(), lambda item: f"done {item}", 2, enumerate(range(40)))
+    assert list(records) == [(number, f"done {number}".encode()) for number in range(40)]

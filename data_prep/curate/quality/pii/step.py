@@ -310,10 +310,7 @@ class Pii(Step):
     def list_files(self) -> Sequence[Path]:
         return [NAMES_FILE]
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._mask_document(document) for document in documents]
-
-    def _mask_document(self, document: Doc) -> StepOutcome:
+    def judge_document(self, document: Doc) -> StepOutcome:
         language = document.columns.get("language") or ""
         in_prose = (document.columns.get("form") or "prose") == "prose"
         kinds = [kind for kind in FINDERS

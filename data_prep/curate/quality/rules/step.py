@@ -217,10 +217,7 @@ class Rules(Step):
     def list_files(self) -> Sequence[Path]:
         return [LANGUAGES_FILE]
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [self._judge_document(document) for document in documents]
-
-    def _judge_document(self, document: Doc) -> StepOutcome:
+    def judge_document(self, document: Doc) -> StepOutcome:
         rules = self._get_rules(document.columns.get("language") or OTHER_LANGUAGES)
         if (document.columns.get("form") or "prose") not in self.settings.forms:
             return StepOutcome()

@@ -71,7 +71,7 @@ def _refuse_files(work: StageWork) -> None:
     formats = list_packable_formats(work.kind.objective)
     tokenizer = find_tokenizer_folder(find_start(work.start_from)) if work.start_from else None
     for file in find_files(work.data, work.target, formats, tokenizer):
-        fix = fix_by_packing(str(file.file), tokenizer, file.pack_options) if tokenizer else None
+        fix = fix_by_packing(str(file.file), tokenizer, ["--format", file.format]) if tokenizer else None
         raise UserError(f"--data {file.argument}: is a file, and jobs read packed folders; pack it first "
                         "with `sov-data pack`", fix)
 

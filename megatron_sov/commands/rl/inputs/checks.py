@@ -11,7 +11,7 @@ from megatron_sov.base.errors import IS_CHECKING, ExitCode, Fix, UserError, form
 from megatron_sov.commands.rl.cycle import RlRunOptions
 from megatron_sov.commands.rl.generate import RlGenerateOptions
 from megatron_sov.commands.rl.inputs.prompts import (
-    EnvironmentRequest, check_tokenizer, read_validation_prompts, resolve_environment)
+    EnvironmentRequest, check_tokenizer, read_training_prompts, read_validation_prompts, resolve_environment)
 from megatron_sov.commands.rl.inputs.teachers import check_teachers
 from megatron_sov.commands.rl.train import RlTrainOptions, RoundsOptions
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
@@ -23,7 +23,8 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.model.config.run import add_rounds, retain_policies
 from megatron_sov.post.rl.reward import check_reward_fields, resolve_reward_version
-from megatron_sov.rollouts.prompts import PromptList, parse_round_range, select_round_prompts
+from megatron_sov.rollouts.prompts import PromptList, select_round_prompts
+from megatron_sov.rollouts.rows import parse_round_range
 from megatron_sov.runs.checkpoints import check_model_path, find_tokenizer_folder
 from megatron_sov.runs.folder import FIXED_ROLLOUT_SETTINGS, RunFolder, fixed_settings
 from megatron_sov.runs.launch_environment import is_first_rank
@@ -103,7 +104,7 @@ def check_cycle(options: RlRunOptions) -> CycleRequest | int:
 def check_generate(options: RlGenerateOptions) -> RolloutsRequest:
     """Check settings, prompts and environment."""
     check_model_path(options.start_from, "--from ")
-    prompts = options.read(is_asked=options.environment is None)
+    prompts = read_training_prompts(options, is_asked=options.environment is None)
     request = request_with_model(options, options.start_from, "policy")
     # completed like in `rl train`, so that both jobs count rounds equally
     config = complete_stage(request, request.config(), "policy", None, len(prompts)).config
@@ -144,7 +145,7 @@ def check_rounds(options: RoundsOptions, complete: Callable[[RunConfig], RunConf
         complete: adds the settings that follow from others.
         is_asked: whether each row must be a prompt for a policy, see `read_prompts`.
     """
-    prompts = options.read(is_asked=is_asked)
+    prompts = read_training_prompts(options, is_asked=is_asked)
     version = resolve_reward_version(options.reward, options.reward_set)
     stage = check_stage(options, num_prompts=len(prompts), complete=complete)
     first_round = select_round_prompts(prompts, stage.config.rollout, 1)

@@ -1,4 +1,4 @@
-"""Options for prompts and environments, and checks that need no model."""
+"""Read prompts and environments from options, with checks that need no model."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.plugins.registry import PluginRequest
-from megatron_sov.base.settings import Flag, apply_changes, excludes_field, parse_nested, requires_field
+from megatron_sov.base.settings import apply_changes, parse_nested
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON
+from megatron_sov.commands.rl.inputs.options import VALIDATION_OPTION, PromptOptions, SamplingOptions
 from megatron_sov.infer.prompts import check_length
-from megatron_sov.infer.request import Batching, BatchSize
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
-from megatron_sov.judge.tools.registry import BUILT_IN, build_versioned_environment, request_environment
+from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.rollouts.prompts import (
@@ -26,49 +26,20 @@ from megatron_sov.runs.launch_environment import is_first_rank
 if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
 
-VALIDATION_OPTION = "--validation"
 MAX_LISTED_PROMPTS = 3
 """Limit on held-out prompts in a warning."""
 ROLLOUT_SETTINGS = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "max_new_tokens"}
 """Field in `EpisodeLimits` -> setting in `rollout` with the same meaning."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How responses are sampled from prompts."""
+def read_training_prompts(options: PromptOptions, *, is_asked: bool) -> PromptList:
+    """Read the distinct prompts in --prompts.
 
-    plain: Annotated[bool, excludes_field("environment")] = False
-    """Continue each prompt without the chat template."""
-    environment: Annotated[str | None, Flag(
-        value="ENV", help=f"Play the prompts as tasks in {', '.join(BUILT_IN)}, or your own class, "
-                          "FILE.py:NAME")] = None
-    env_set: Annotated[tuple[str, ...], Flag(value="key=value"), requires_field("environment")] = ()
-    """Setting for the environment; may be repeated."""
-    limit: Annotated[tuple[str, ...], Flag(value="key=value"), requires_field("environment")] = ()
-    """Limit for an episode, e.g. max_turns=7; may be repeated."""
-    batch_size: BatchSize = Batching.batch_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """Options that name the prompts."""
-
-    prompts: Annotated[Path, Flag(value="FILE|DIR")]
-    """Rows in JSON lines, JSON, Parquet or Arrow, or a `datasets` folder. A row has `prompt`, `messages` or a
-    task, and the fields that the reward needs."""
-    renames: Annotated[tuple[str, ...], Flag("--columns", "TARGET=FIELD,...")] = ()
-    """Rename fields: prompt=question,answer=solution; FIELD+FIELD joins two fields by a line feed."""
-
-    def read(self, *, is_asked: bool = False) -> PromptList:
-        """Read the distinct prompts.
-
-        Args:
-            is_asked: whether each row must be a prompt for a policy, see `read_prompts`.
-        """
-        return read_prompts(self.prompts, parse_renames(self.renames, ()), is_asked=is_asked)
-
-    def drop_unused(self, prompts: PromptList, unused: UnusedRows, store: Path) -> PromptList:
-        return drop_unused_prompts(f"--prompts {self.prompts}", prompts, unused, store)
+    Args:
+        options: options that name the prompts.
+        is_asked: whether each row must be a prompt for a policy, see `read_prompts`.
+    """
+    return read_prompts(options.prompts, parse_renames(options.renames, ()), is_asked=is_asked)
 
 
 def drop_unused_prompts(source: str, prompts: PromptList, unused: UnusedRows, store: Path) -> PromptList:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import Flag
 from megatron_sov.model.config.post_training import PolicyConfig
 from megatron_sov.post.rl.reward import NO_REWARD
-from megatron_sov.rollouts.prompts import PromptList
 from megatron_sov.rollouts.rows import read_domain
+
+if TYPE_CHECKING:
+    from megatron_sov.rollouts.prompts import PromptList  # numpy: not for `--help`
 
 CHECKPOINT_OPTION, URL_OPTION = "--teacher", "--teacher-url"
 

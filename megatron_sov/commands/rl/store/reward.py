@@ -13,7 +13,7 @@ from megatron_sov.base.settings import DeclaredCommand, Flag, NotNegative
 from megatron_sov.commands.score import REWARDS, JudgeOptions, RewardSet
 from megatron_sov.model.config.post_training import RolloutConfig
 from megatron_sov.post.rl.reward import ENVIRONMENT, NO_REWARD, resolve_reward_version
-from megatron_sov.rollouts.prompts import parse_round_range
+from megatron_sov.rollouts.rows import parse_round_range
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.settings import ActionGroup, DeclaredCommand, Flag
-from megatron_sov.rollouts.prompts import parse_round_range
+from megatron_sov.rollouts.rows import parse_round_range
 
 RUN_MODULE = "megatron_sov.commands.rl.store.store_run"
 

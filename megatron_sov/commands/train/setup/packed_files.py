@@ -24,7 +24,6 @@ from megatron_sov.base.artifacts import MANIFEST, format_json, translate_disk_er
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents import KINDS, BadRecord, RecordReading, plan_units, read_span
 from megatron_sov.base.documents.reading import format_location
-from megatron_sov.base.documents.records import DESIRABLE
 from megatron_sov.base.documents.rows import fix_records
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, warn
 from megatron_sov.base.hints.foreign import find_shards
@@ -59,8 +58,8 @@ RESERVED_NAME = "tokenizer"
 """Source name that `sov-data pack` refuses: the tokenizer's folder has it."""
 BEGUN = {"tokenizer": ""}
 """Record for an incomplete folder."""
-UNPAIRED = "sov-data unpaired"
-"""Command that prepares single judged responses for KTO."""
+PAIRS = "sov-data pairs"
+"""Command that makes pairs of judged responses."""
 PROGRAMS = {"sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
 """Program -> module."""
 
@@ -79,14 +78,6 @@ class DataFile:
     """Typed text, with its colon; "": not typed."""
     format: str = ""
     """Record format; "": the file was deleted after packing."""
-    columns: tuple[str, ...] = ()
-    """Numeric fields of the records that become columns."""
-
-    @property
-    def pack_options(self) -> list[str]:
-        """Return the options of `sov-data pack` for the file's records."""
-        columns = [word for column in self.columns for word in ("--column", column)]
-        return ["--format", self.format, *columns]
 
     def shards(self, run: Path) -> Path:
         """Return the packed file's folder."""
@@ -114,11 +105,8 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
                tokenizer: Path | None = None) -> list[DataFile]:
     """Return the --data arguments that name a file, or a deleted file that `run` has packed.
 
-    `formats` are those that the command learns from; proposed commands name `tokenizer`.
-
-    Raises:
-        UserError: two files have the same name, a weight is not a number, or the first record of a file has
-            another format.
+    `formats` are those that the command learns from; proposed commands name `tokenizer`. Raises `UserError`:
+    two files have the same name, a weight is not a number, or the first record of a file has another format.
     """
     files: dict[str, DataFile] = {}
     for argument in data:
@@ -143,7 +131,6 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
                             f"{shlex.quote(f'{named.name}2={typed}')}")
         if named.file.exists():
             named = dataclasses.replace(named, format=_detect_format(named.file, formats, tokenizer))
-            named = dataclasses.replace(named, columns=_find_columns(named))
         files[named.name] = named
     return list(files.values())
 
@@ -208,8 +195,7 @@ class FilePacking:
         """Return the inputs of a file's shards: digests and format."""
         if not named.file.exists():
             return named.recorded(self.run)
-        columns = {"columns": ",".join(named.columns)} if named.columns else {}
-        return {"file": str(named.file.absolute()), "digest": hash_file(named.file), **columns,
+        return {"file": str(named.file.absolute()), "digest": hash_file(named.file),
                 "format": named.format, "tokenizer": digest_tokenizer(self.tokenizer)}
 
     def _refuse_changed(self, stale: Sequence[DataFile], records: dict[DataFile, dict[str, str]]) -> None:
@@ -227,8 +213,8 @@ class FilePacking:
         return ["sov-tokenizer", "import", str(self.tokenizer), "--output", str(target / TOKENIZER)]
 
     def _pack_command(self, target: Path, named: DataFile) -> list[str]:
-        return ["sov-data", "pack", "--tokenizer", str(target / TOKENIZER), *named.pack_options, "--heldout",
-                str(HELDOUT_SHARE), "--input", f"{named.name}={named.file}", "--output",
+        return ["sov-data", "pack", "--tokenizer", str(target / TOKENIZER), "--format", named.format,
+                "--heldout", str(HELDOUT_SHARE), "--input", f"{named.name}={named.file}", "--output",
                 str(named.shards(target))]
 
     def _import(self, target: Path) -> None:
@@ -312,14 +298,6 @@ def _read_first_record(file: Path, reading: RecordReading) -> Any:
     return next((item for item in items if getattr(item, "code", "") != "empty"), None)
 
 
-def _find_columns(named: DataFile) -> tuple[str, ...]:
-    """Return the column that `sov-data unpaired` wrote, if the first record of a file has it."""
-    if named.format != "preference":
-        return ()
-    first = _read_first_record(named.file, RecordReading(named.format, columns=(DESIRABLE,)))
-    return () if first is None or isinstance(first, BadRecord) else (DESIRABLE,)
-
-
 def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -> str:
     """Return the first format in `formats` that fits the file's first record; `UserError` if none fits."""
     faults: list[BadRecord] = []
@@ -342,11 +320,11 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
                             options=("--prompts", str(file), "--reward", "math", "--store",
                                      choose_free_path("new-store"))))
     fix = None
-    if UNPAIRED in fault.reason and formats[0] == "preference":
-        folder = choose_free_path(f"{file.stem}-unpaired")
-        fix = Fix(words={str(file): f"{folder}/unpaired.jsonl"}, options=("--method", "kto"),
-                  before=(f"{UNPAIRED} {shlex.join(['--input', str(file), '--output', folder])}",))
-        raise UserError(f"--data {location}: is judged on its own; KTO learns from such responses", fix)
+    if PAIRS in fault.reason and formats[0] == "preference":
+        folder = choose_free_path(f"{file.stem}-pairs")
+        fix = Fix(words={str(file): f"{folder}/pairs.jsonl"},
+                  before=(f"{PAIRS} {shlex.join(['--input', str(file), '--output', folder])}",))
+        raise UserError(f"--data {location}: is judged on its own; this command learns from pairs", fix)
     if fix := fix_records(file, fault.reason):
         raise UserError(f"--data {location}: {fault.reason}", fix)
     is_usable = bool(fault.options) and "FIELD" not in fault.options[-1] and "prompt" not in fault.options

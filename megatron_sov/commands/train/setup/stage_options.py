@@ -125,7 +125,7 @@ class PreferOptions(TunedOptions):
     method: PreferenceMethod | None = None
     """The loss (--set preference.method=...; default dpo)."""
     reference: Annotated[Path | None, Flag(value="CHECKPOINT|RUN")] = None
-    """Reference model (dpo, ipo, dpo-norm, kto; default: the model in --from)."""
+    """Reference model (dpo, ipo, dpo-norm; default: the model in --from)."""
 
     def with_implied_settings(self) -> PreferOptions:
         if self.method is None:

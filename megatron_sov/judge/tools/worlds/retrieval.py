@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import MinLen
 
 from megatron_sov.base.digests import hash_file
-from megatron_sov.base.documents.rows import read_objects
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.documents.scripts import get_script
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
@@ -141,8 +141,8 @@ class Retrieval(AnsweredWorld):
     @cached_property
     def _loaded_documents(self) -> list[dict[str, Any]]:
         documents = []
-        for line, document in read_objects(Path(self.corpus), "corpus"):
-            where = f"corpus {self.corpus}: line {line}"
+        for place, document in read_records(Path(self.corpus)):
+            where = f"corpus {place}"
             if not isinstance(document.get(self.text), str):
                 raise UserError(f"{where}: its {self.text!r} must be text; name the field with text=...")
             if missing := [key for key in self.keys if not isinstance(document.get(key, ""), (str, int))]:

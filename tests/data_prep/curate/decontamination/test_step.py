@@ -36,7 +36,7 @@ def test_every_item_is_found_in_each_disguise(tmp_path: Path, bench: Path, disgu
     planted = docs(*(f"Some text.\n\n{DISGUISES[disguise](text)}\n\nMore of it." for text in ITEMS.values()))
     clean = docs(*CLEAN, shard=1)
     found = outcomes(Decontaminate, DecontaminateSettings(benchmarks=(bench,)),
-                     MemoryView.of([planted, clean], tmp_path / "work", batch=9))
+                     MemoryView.of([planted, clean], tmp_path / "work"))
     assert {ITEM: found[d.id].reason for ITEM, d in zip(ITEMS, planted, strict=True)} == dict.fromkeys(
         ITEMS, "text of a benchmark")
     assert not any(found[d.id].reason for d in clean)

@@ -69,7 +69,7 @@ def test_it_finds_what_all_pairs_have(tmp_path: Path) -> None:
     documents = docs(*planted(90))
     expected = by_brute_force(documents, 0.7, 3)
     assert len(expected) > 15
-    view = MemoryView.of([documents], tmp_path, batch=40)
+    view = MemoryView.of([documents], tmp_path)
     assert dropped(view, threshold=0.7, ngram=3, num_bands=100, rows_per_band=4) == expected
 
 
@@ -87,7 +87,7 @@ def test_each_text_that_goes_is_similar_to_a_kept_one(tmp_path: Path, chain: str
     documents = docs(*CHAINS[chain])
     shards = [documents[:15], docs(*CHAINS[chain][15:], shard=1)] if len(documents) > 15 else [documents]
     documents = [document for shard in shards for document in shard]
-    found = dropped(MemoryView.of(shards, tmp_path, batch=50), threshold=0.7, ngram=5,
+    found = dropped(MemoryView.of(shards, tmp_path), threshold=0.7, ngram=5,
                     num_bands=100, rows_per_band=3)
     assert found == by_brute_force(documents, 0.7, 5)
     sets = {d.id: set(compute_shingles(d.text, 5).tolist()) for d in documents}
@@ -105,7 +105,7 @@ def test_a_crowd_is_compared_with_its_longest_text(tmp_path: Path, monkeypatch: 
     texts = [text] * 60
     texts[longest_at] += " longer"
     shards = [docs(*texts[start:start + 15], shard=number) for number, start in enumerate(range(0, 60, 15))]
-    found = dropped(MemoryView.of(shards, tmp_path, batch=50))
+    found = dropped(MemoryView.of(shards, tmp_path))
     assert len(found) == 59 and set(found.values()) == {shards[longest_at // 15][longest_at % 15].id}
 
 
@@ -117,7 +117,7 @@ def test_the_cut_into_shards_and_ranges_changes_nothing(tmp_path: Path,
         monkeypatch.setattr(minhash, "RANGE_RECORDS", records)
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 60, size)]
         place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
-        found = dropped(MemoryView.of(shards, tmp_path / str(size), batch=9), threshold=0.6, ngram=2)
+        found = dropped(MemoryView.of(shards, tmp_path / str(size)), threshold=0.6, ngram=2)
         results.append({place[one]: place[other] for one, other in found.items()})
     assert results[0] == results[1] == results[2] != {}
 

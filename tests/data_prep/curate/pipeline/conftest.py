@@ -57,12 +57,9 @@ class Shorten(Step):
         found: tuple[Path, ...] = self.settings.lists
         return found
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        words = [word for file in self.settings.lists for word in file.read_text().split()]
-        return [self._outcome(document.text, words) for document in documents]
-
-    def _outcome(self, text: str, words: list[str]) -> StepOutcome:
-        for word in words:
+    def judge_document(self, document: Doc) -> StepOutcome:
+        text = document.text
+        for word in (word for file in self.settings.lists for word in file.read_text().split()):
             text = text.replace(word, "")
         if len(text) < self.settings.not_below:
             return StepOutcome("too short")
@@ -91,7 +88,7 @@ class Unique(Step):
     def hash(self, view: View, task: int) -> None:
         shard = view.shards[task]
         lines = [f"{hashlib.md5(d.text.encode()).hexdigest()} {9 - view.get_priority(d.source)} {task:05d} "
-                 f"{d.id}\n" for batch in view.iter_documents(shard) for d in batch]
+                 f"{d.id}\n" for d in view.iter_documents(shard)]
         (view.work_folder / f"hashes-{task:05d}").write_text("".join(lines))
 
     def choose(self, view: View, task: int) -> None:
@@ -107,8 +104,8 @@ class Unique(Step):
         self.chosen = {line for task in range(2)
                        for line in (view.work_folder / f"chosen-{task}").read_text().splitlines()}
 
-    def compute_outcomes(self, documents: Sequence[Doc]) -> Sequence[StepOutcome]:
-        return [StepOutcome("" if d.id in self.chosen else "seen before") for d in documents]
+    def judge_document(self, document: Doc) -> StepOutcome:
+        return StepOutcome("" if document.id in self.chosen else "seen before")
 
 
 @pytest.fixture(autouse=True)

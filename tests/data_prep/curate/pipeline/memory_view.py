@@ -1,4 +1,4 @@
-"""A pipeline in memory: steps are tried on a few documents, cut into batches in more ways than one."""
+"""A pipeline in memory: steps are tried on a few documents."""
 
 from __future__ import annotations
 
@@ -26,40 +26,31 @@ class MemoryView:
 
     documents_of: Mapping[ShardRef, Sequence[Doc]]
     work_folder: Path
-    batch: int = 2
-    """Documents of a batch."""
     priorities: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, shards: Sequence[Sequence[Doc]], work: Path, *, batch: int = 2,
-           **priorities: int) -> MemoryView:
+    def of(cls, shards: Sequence[Sequence[Doc]], work: Path, **priorities: int) -> MemoryView:
         """Return a view of shards, whose place their first documents say."""
-        return cls({ShardRef(found[0].source, found[0].shard): list(found) for found in shards}, work, batch,
+        return cls({ShardRef(found[0].source, found[0].shard): list(found) for found in shards}, work,
                    priorities)
 
     @property
     def shards(self) -> Sequence[ShardRef]:
         return list(self.documents_of)
 
-    def iter_documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
-        yield from batches(self.documents_of[shard], self.batch)
+    def iter_documents(self, shard: ShardRef) -> Iterator[Doc]:
+        yield from self.documents_of[shard]
 
     def get_priority(self, source: str) -> int:
         return self.priorities.get(source, 0)
-
-
-def batches(documents: Sequence[Doc], size: int) -> Iterator[list[Doc]]:
-    """Cut documents into batches."""
-    for start in range(0, len(documents), size):
-        yield list(documents[start:start + size])
 
 
 def outcomes(make: type[Step], settings: Any, view: MemoryView) -> dict[str, StepOutcome]:
     """Return id -> what a step makes of the documents of a view.
 
     Every pass and every shard has a step of its own, as in processes of their own; passes are run twice, the
-    second time backwards, and must leave the same files; documents are judged in batches of the view's size
-    and one at a time, with the same outcome.
+    second time backwards, and must leave the same files; documents are judged twice, the second time
+    backwards, with the same outcome.
     """
     for number, step_pass in enumerate(make(settings).list_passes()):
         tasks = list(range(len(view.shards) if step_pass.num_tasks is None else step_pass.num_tasks))
@@ -74,15 +65,13 @@ def outcomes(make: type[Step], settings: Any, view: MemoryView) -> dict[str, Ste
     for shard in view.shards:
         step = make(settings)
         step.load_inputs(view)
-        for batch in view.iter_documents(shard):
-            made = step.compute_outcomes(batch)
-            assert len(made) == len(batch), (make.kind, len(made), len(batch))
-            found |= {document.id: outcome for document, outcome in zip(batch, made, strict=True)}
+        for document in view.iter_documents(shard):
+            found[document.id] = step.judge_document(document)
         step = make(settings)
         step.load_inputs(view)
-        for document in view.documents_of[shard]:
-            (alone,) = step.compute_outcomes([document])
-            assert alone == found[document.id], f"{document.id}: another outcome alone than in a batch"
+        for document in reversed(view.documents_of[shard]):
+            again = step.judge_document(document)
+            assert again == found[document.id], f"{document.id}: another outcome after other documents"
     unknown = {name for outcome in found.values() for name in outcome.values} - set(make.added_columns)
     assert not unknown, f"{make.kind} gives columns that it does not name in `adds`: {sorted(unknown)}"
     return found

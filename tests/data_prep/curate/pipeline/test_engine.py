@@ -131,8 +131,8 @@ def test_a_defect_of_a_step_has_its_trace(raw: Path, monkeypatch: pytest.MonkeyP
     from data_prep.curate.pipeline import pipeline_file
     from megatron_sov.work.submit.arrays import TaskFailed
 
-    monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "compute_outcomes",
-                        lambda step, documents: documents[0].nothing)
+    monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "judge_document",
+                        lambda step, document: document.nothing)
     with pytest.raises(TaskFailed, match=r"no attribute 'nothing'\n.*source web, shard \d+, step shorten"):
         cli.main(command(raw, "--workers", "1"))
 
@@ -147,7 +147,7 @@ def test_a_disk_too_full_for_a_note_is_a_sentence(raw: Path, monkeypatch: pytest
 
     with pytest.raises(UserError, match="a sentence"), arrays.record_failure(raw / "nowhere", 0):
         raise UserError("a sentence")
-    monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "compute_outcomes", full)
+    monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "judge_document", full)
     assert cli.main(command(raw, "--workers", "1")) == 2
     said = capsys.readouterr().err
     assert "no space left on the device; free some space" in said and "Traceback" not in said

@@ -74,6 +74,6 @@ def test_pages_keep_the_bytes_that_are_needed() -> None:
 def test_code_is_left_alone() -> None:
     code = "def test():\n    value = fix('donâ€™t')\n    assert value == 1\n    return value\n" * 3
     step = RepairEncoding(EncodingRepairSettings())
-    outcomes = step.compute_outcomes([doc(code), doc("donâ€™t", kind="math_code")])
-    assert [outcome.text for outcome in outcomes] == [None, None]
-    assert step.compute_outcomes([doc("I donâ€™t know.")])[0].values == {"lines_repaired": 1}
+    assert step.judge_document(doc(code)).text is None
+    assert step.judge_document(doc("donâ€™t", kind="math_code")).text is None
+    assert step.judge_document(doc("I donâ€™t know.")).values == {"lines_repaired": 1}

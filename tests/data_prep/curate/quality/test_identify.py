@@ -163,7 +163,7 @@ PYTHON = "import sys\n\n\ndef main(path):\n    for line in open(path):\n        
 
 
 def outcome(text: str, **settings) -> StepOutcome:
-    return Language(LanguageSettings(**settings)).compute_outcomes([Doc("a:0:0", text, "a", 0, 0)])[0]
+    return Language(LanguageSettings(**settings)).judge_document(Doc("a:0:0", text, "a", 0, 0))
 
 
 def test_each_document_gets_its_language_and_form() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.curate.scoring.ngram_settings import NgramSettings
+from data_prep.curate.scoring.ngrams import NgramSettings
 from data_prep.curate.scoring.training import TrainSettings, train_scorer
 from tests.data_prep.curate.scoring.planted import planted, write_lines
 

@@ -12,8 +12,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
 from data_prep.curate.scoring.labels import Kind, Label, check_label_variety, read_labels, split_labels
-from data_prep.curate.scoring.ngram_settings import NgramSettings
-from data_prep.curate.scoring.ngrams import Ngrams
+from data_prep.curate.scoring.ngrams import Ngrams, NgramSettings
 from megatron_sov.base.errors import UserError
 from tests.typed_words import keys_of
 

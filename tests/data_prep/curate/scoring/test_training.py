@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from data_prep.curate.scoring.labels import Label
 from data_prep.curate.scoring.metrics import compute_metrics, format_metrics
-from data_prep.curate.scoring.ngram_settings import NgramSettings
+from data_prep.curate.scoring.ngrams import NgramSettings
 from data_prep.curate.scoring.training import (
     INVERSE_PENALTIES, PENALTIES, TrainSettings, fit_scorer, train_scorer)
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from data_prep.json_lines import read_objects
 from data_prep.synth.declared.generator import PACKAGED, load_generator
 from data_prep.synth.functions.answers import run_programs
 from data_prep.synth.functions.texts import is_refusal
 from data_prep.synth.replies import NoReply
 from data_prep.synth.samples import GeneratorItem
+from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
 from megatron_sov.sandbox.program import Outcome
 from tests.data_prep.synth.scripted import ScriptedRequester, by_system, generator, replies_of, samples_of
@@ -119,7 +119,7 @@ def test_items_of_safety_are_categories_by_calls(tmp_path: Path) -> None:
     items = list(made.read_items([]))
     assert len({item.id for item in items}) == len(items) == 38 * 2
     file, = made.list_files()
-    strategies = Counter(record["strategy"] for _, record in read_objects(file))
+    strategies = Counter(record["strategy"] for _, record in read_records(file))
     assert strategies == {"redirect": 30, "safe-complete": 8}
     (tmp_path / "a.jsonl").write_text(json.dumps({**CATEGORY, "withhold": 3}))
     with pytest.raises(UserError, match="withhold = '3' must be text"):

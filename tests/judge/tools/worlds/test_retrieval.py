@@ -85,8 +85,8 @@ def test_ranks_follow_the_bm25_formula() -> None:
     ({"corpus": "nowhere.jsonl"}, 'corpus = "nowhere.jsonl" is no file'),
     ({"read": "search_law"}, "must not be that of search"),
     ({"keys": []}, "keys"), ({"top_k": 0}, "top_k = 0"),
-    ({"text": "body"}, "line 1: its 'body' must be text"),
-    ({"keys": ["law"]}, "line 1: has no 'law'"), ({"query": "my query"}, 'query = "my query"')])
+    ({"text": "body"}, ":1: its 'body' must be text"),
+    ({"keys": ["law"]}, ":1: has no 'law'"), ({"query": "my query"}, 'query = "my query"')])
 def test_invalid_settings_are_named(corpus: Path, change: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         legal(corpus, change)

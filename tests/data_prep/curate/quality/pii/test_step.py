@@ -17,7 +17,7 @@ from megatron_sov.base.settings import find_all_problems
 
 def outcome(text: str, language: str = "en", form: str = "prose", **settings) -> StepOutcome:
     document = Doc("a:0:0", text, "a", 0, 0, {"language": language, "form": form})
-    return Pii(PiiSettings(**settings)).compute_outcomes([document])[0]
+    return Pii(PiiSettings(**settings)).judge_document(document)
 
 
 @pytest.mark.parametrize(("language", "text", "masked", "pii"), [

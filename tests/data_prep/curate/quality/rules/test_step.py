@@ -21,7 +21,7 @@ SENTENCES = ENGLISH.replace(",\n", ".\n")
 
 def outcome(text: str, language: str | None = "en", form: str | None = "prose", **settings) -> StepOutcome:
     document = Doc("a:0:0", text, "a", 0, 0, {"language": language, "form": form})
-    return Rules(RulesSettings(**settings)).compute_outcomes([document])[0]
+    return Rules(RulesSettings(**settings)).judge_document(document)
 
 
 @pytest.mark.parametrize(("text", "language"), [(ENGLISH, "en"), (KOREAN, "ko"), (THAI, "th")])
@@ -91,5 +91,5 @@ def test_shares_of_ngrams_can_be_written_in_a_pipeline_file() -> None:
     assert problems == [] and find_all_problems(settings) == []
     korean = " ".join([KOREAN.replace("\n", " ")] * 2)
     document = Doc("a:0:0", korean, "a", 0, 0, {"language": "ko", "form": "prose"})
-    assert Rules(RulesSettings()).compute_outcomes([document])[0].reason == "repetition: 5-grams"
-    assert Rules(settings).compute_outcomes([document])[0].reason == ""
+    assert Rules(RulesSettings()).judge_document(document).reason == "repetition: 5-grams"
+    assert Rules(settings).judge_document(document).reason == ""
