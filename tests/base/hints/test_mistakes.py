@@ -134,7 +134,7 @@ from tests.base.hints.test_words import answer
       "--reward-set parts.math.weight=1 --reward-set parts.format.weight=0.2"]),
     ("megatron-sov rl run --from hf --prompts t.jsonl --reward math --store s --run r --engine vllm --tp 2",
      ["--engine vllm --engine-set tp=2"]),
-    ("megatron-sov submit eval run --data d --cluster h100", ["submit eval ppl run --data d"]),
+    ("megatron-sov submit eval run --data d --cluster h100", ["ppl run --data d"]),
     ("megatron-sov rl store list d", ["write\n  megatron-sov inspect d"]),
     ("sov-data pack t.jsonl tok o1", ["--input t.jsonl --tokenizer tok --output o1"]),
     ("sov-tokenizer train --preset solar-open --vocab-size 320 --input http://h/a.jsonl --output o",
