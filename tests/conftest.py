@@ -542,6 +542,14 @@ def token_shards(tmp_path_factory: pytest.TempPathFactory,
     return _made_folder("token_shards", tmp_path_factory, run_command) / "shards"
 
 
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory,
+               run_command: Callable[..., subprocess.CompletedProcess[str]]) -> dict[str, Path]:
+    """Tokenizer artifacts with 384 ids: "solar-open" and "k-exaone"."""
+    folder = _made_folder("tokenizers", tmp_path_factory, run_command)
+    return {preset: folder / preset for preset in ("solar-open", "k-exaone")}
+
+
 def _random_solar() -> Any:
     from transformers import SolarOpenConfig, SolarOpenForCausalLM
 

@@ -8,6 +8,7 @@ import inspect
 import json
 import optparse
 import subprocess
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,15 @@ def make_packed_data(folder: Path, run: Run) -> None:
         run(*argv, program=program).check_returncode()
 
 
+def make_tokenizers(folder: Path, run: Run) -> None:
+    """Make the folder of the fixture `tokenizers`."""
+    (folder / "text.txt").write_text(inspect.getsource(textwrap)
+                                     + "한국어 문장입니다. 다른 한국어 문장입니다.\n" * 20)
+    for preset in ("solar-open", "k-exaone"):
+        run("train", "--preset", preset, "--vocab-size", "384", "--input", str(folder / "text.txt"),
+            "--output", str(folder / preset), program="sov-tokenizer").check_returncode()
+
+
 MAKERS: dict[str, Callable[[Path, Run], None]] = {
-    "token_shards": make_token_shards, "packed_data": make_packed_data}
+    "token_shards": make_token_shards, "packed_data": make_packed_data, "tokenizers": make_tokenizers}
 """Name of a fixture -> what makes its folder."""

@@ -19,7 +19,7 @@ def request(recipe: str, *settings: str) -> RecipeRequest:
     return RecipeRequest(recipes.get(recipe), settings, from_file=False)
 
 
-@pytest.mark.parametrize(("recipe", "nodes", "settings", "words"), [
+@pytest.mark.each(("recipe", "nodes", "settings", "words"), [
     ("qwen3-moe-30b", 8, (), "30.5 B parameters (3.35 B active) on 999.8 M tokens (the recipe's), 8 x 8"),
     ("qwen3-8b", 1, (), "8.19 B parameters (8.19 B active) on 999.8 M tokens (the recipe's), 8 H100"),
     ("qwen3-8b", 2, ("data.phases.0.tokens=200000000000",), "on 200 B tokens (data.phases.0.tokens), 2"),

@@ -69,7 +69,7 @@ def test_a_model_that_fills_the_gpus_gets_the_fastest_layout_that_fits() -> None
         assert find_fullest_stage(chosen, where.num_ranks)[1].total <= prices.limit_bytes
 
 
-@pytest.mark.parametrize(("recipe", "cluster"), [("qwen3-8b", "local"), ("vibethinker-1.5b-code", "h100")])
+@pytest.mark.each(("recipe", "cluster"), [("qwen3-8b", "local"), ("vibethinker-1.5b-code", "h100")])
 def test_unknown_gpus_and_rounds_have_no_search(recipe: str, cluster: str) -> None:
     assert find_layout(recipes.get(recipe), load_machines(cluster, 1)) is None
 
@@ -81,7 +81,7 @@ def test_rounds_whose_own_layout_breaks_a_rule_get_one_that_keeps_it() -> None:
     assert not apply_settings(config, list(found.settings)).problems(where.num_ranks)
 
 
-@pytest.mark.parametrize(("recipe", "settings", "from_file", "own", "open_"), [
+@pytest.mark.each(("recipe", "settings", "from_file", "own", "open_"), [
     ("solar-open-102b", (), False, {}, True), ("qwen3-8b", (), False, {}, True),
     ("solar-open-102b", ("parallel.expert_dispatcher=alltoall",), False, {}, True),
     ("solar-open-102b", ("train.steps=5",), False, {}, True),

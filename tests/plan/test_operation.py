@@ -66,11 +66,11 @@ def test_without_failures_checkpoints_alone_take_time() -> None:
     assert compute_goodput(replace(c, write_s=150)) == pytest.approx(100 / 155)
 
 
-@pytest.mark.parametrize("c", [
+@pytest.mark.each("c", [
     FailureConditions(1 / 18_000, RESTART_S, 300, 2, 60),
     FailureConditions(1 / 3_000, RESTART_S, 600, 30, 500),
     FailureConditions(1 / 900, RESTART_S, 300, 60, 0),
-], ids=["10,000 GPUs", "slow store", "hardly any progress"])
+])
 def test_the_simulation_agrees_with_the_closed_form(c: FailureConditions) -> None:
     """Within three standard errors, and those are below half a per cent."""
     found = [simulated(c, 400, seed) for seed in range(60)]
@@ -85,7 +85,7 @@ def test_a_checkpoint_that_is_waited_for_is_dalys_model() -> None:
     assert compute_goodput(FailureConditions(1 / m, r, tau, delta, 0)) == pytest.approx(daly)
 
 
-@pytest.mark.parametrize(("mtbf_s", "stall_s"), [(18_000, 2), (3_600, 30), (86_400, 120)])
+@pytest.mark.each(("mtbf_s", "stall_s"), [(18_000, 2), (3_600, 30), (86_400, 120)])
 def test_the_best_interval_is_dalys(mtbf_s: float, stall_s: float) -> None:
     c = FailureConditions(1 / mtbf_s, RESTART_S, 1.0, stall_s, 0)
     best = find_best_interval_s(c)

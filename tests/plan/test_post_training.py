@@ -28,7 +28,7 @@ def priced(name: str, *settings: str) -> Quote:
     return found
 
 
-@pytest.mark.parametrize(("settings", "left_out"), [
+@pytest.mark.each(("settings", "left_out"), [
     ((), ""), (("objective.name=distill",), "The teacher's forward passes and output head are not priced."),
     (("objective.name=preference",), "The forward passes of the reference are not priced"),
     (("objective.name=preference", "preference.method=simper"), "")])

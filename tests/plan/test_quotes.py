@@ -180,7 +180,7 @@ def test_own_parameters_and_own_price_change_what_they_are_about() -> None:
     assert slow.time_step(stage).total_s == pytest.approx(on(where).time_step(stage).total_s + 10)
 
 
-@pytest.mark.parametrize(("cluster", "asked", "works"), [
+@pytest.mark.each(("cluster", "asked", "works"), [
     ("a100", "tensorwise", "none"), ("h100", "nvfp4", "tensorwise"),
     # MXFP8 is Blackwell's, although Hopper has FP8
     ("h100", "mxfp8", "tensorwise"), ("h200", "mxfp8", "tensorwise"), ("a100", "mxfp8", "none")])
@@ -240,7 +240,7 @@ def test_the_command_prints_and_refuses(capsys: pytest.CaptureFixture[str]) -> N
 # A run is priced in stages: phases of a curriculum, or what `extend` trains one after the other.
 
 
-@pytest.mark.parametrize("recipe", ["solar-open-102b", "k-exaone-236b", "tiny-solar-open", "qwen3-8b"])
+@pytest.mark.each("recipe", ["solar-open-102b", "k-exaone-236b", "tiny-solar-open", "qwen3-8b"])
 def test_phases_have_the_steps_and_tokens_of_the_schedule(recipe: str) -> None:
     config = apply_settings(recipes.get(recipe), ["train.ramp_from_batch_size=8", "train.ramp_increment=8",
                                                   "train.ramp_steps=30", "train.tokens=10000000000"])
@@ -291,7 +291,7 @@ def test_links_that_nobody_has_said_are_missed_where_they_are_needed(tmp_path: P
         one.with_nodes(2).compute_links()
 
 
-@pytest.mark.parametrize("nodes", [0, -3, MAX_NODES + 1])
+@pytest.mark.each("nodes", [0, -3, MAX_NODES + 1])
 def test_a_number_of_nodes_that_nobody_has(nodes: int) -> None:
     with pytest.raises(UserError, match=f"--nodes {nodes}: must be at least 1"):
         load_machines("h100", nodes)

@@ -36,7 +36,7 @@ def prices(nodes: int) -> Pricing:
     return Pricing(load_machines("h100", nodes), load_default_parameters())
 
 
-@pytest.mark.parametrize(("nodes", "said"), [
+@pytest.mark.each(("nodes", "said"), [
     (6, "the fewest nodes that it fits are 6: --nodes 6"), (48, "48 nodes are enough: --nodes 48"),
     (None, "no number of nodes up to 4,096 is enough")])
 def test_nodes_in_words(nodes: int | None, said: str) -> None:
@@ -55,7 +55,7 @@ def test_the_fewest_nodes_are_those_below_which_nothing_fits() -> None:
 # What a plan tells to type is a command that `submit` takes.
 
 
-@pytest.mark.parametrize(("recipe", "stage"), [
+@pytest.mark.each(("recipe", "stage"), [
     ("tiny-solar-open", "pretrain"), ("tiny-k-exaone-extend", "extend"), ("tiny-typhoon-s", "sft"),
     ("tiny-solar-open-dpo", "prefer"), ("tiny-typhoon-s-opd", "rl-run"),
     ("tiny-solar-open-rl", "rl-train")])
@@ -155,7 +155,7 @@ def test_rare_rules_are_counted_together() -> None:
 # The grid holds the run's own layout, and what --set is told makes the very layout that was looked at.
 
 
-@pytest.mark.parametrize("recipe", ["solar-open-102b", "k-exaone-236b-extend", "qwen3-8b", "tiny-k-exaone"])
+@pytest.mark.each("recipe", ["solar-open-102b", "k-exaone-236b-extend", "qwen3-8b", "tiny-k-exaone"])
 def test_settings_make_the_layout(recipe: str) -> None:
     config = recipes.get(recipe)
     every = list(iter_choices(config, build_space(config, 512, 8)))
@@ -207,7 +207,7 @@ def slowest(stages: Sequence[int], beside: float) -> float:
     return max(*stages[:-1], stages[-1] + beside)
 
 
-@pytest.mark.parametrize("beside", [0.0, 0.4, 1.7, 3.0, 6.5])
+@pytest.mark.each("beside", [0.0, 0.4, 1.7, 3.0, 6.5])
 def test_no_other_cut_has_a_faster_slowest_stage(beside: float) -> None:
     for layers, pp in itertools.product(range(2, 11), (2, 3, 4)):
         every = [cut for cut in itertools.product(range(1, layers + 1), repeat=pp) if sum(cut) == layers]
@@ -250,7 +250,7 @@ def played(pp: int, vpp: int, runs: Sequence[int], beside: float, num_micro_batc
     return max(now)
 
 
-@pytest.mark.parametrize(("pp", "vpp", "beside"), [(8, 1, 3.2), (8, 2, 3.2), (4, 2, 3.2), (4, 4, 3.2),
+@pytest.mark.each(("pp", "vpp", "beside"), [(8, 1, 3.2), (8, 2, 3.2), (4, 2, 3.2), (4, 4, 3.2),
                                                    (2, 4, 2.2), (16, 1, 2.0)])
 def test_a_schedule_that_is_played_takes_what_a_plan_says(pp: int, vpp: int, beside: float) -> None:
     """The slowest stage for each micro-batch, and the bubble: (pp - 1) / vpp of what a mean stage takes."""
@@ -268,7 +268,7 @@ def test_runs_of_very_different_lengths_are_not_proposed() -> None:
     assert played(16, 2, runs, 2.0, 64) > 1.1 * 3 * (64 * max(stages) + 15 / 2 * sum(stages) / 16)
 
 
-@pytest.mark.parametrize(("pp", "vpp", "beside"), [(8, 1, 4.5), (4, 2, 2.2), (5, 1, 0.0), (4, 4, 3.0)])
+@pytest.mark.each(("pp", "vpp", "beside"), [(8, 1, 4.5), (4, 2, 2.2), (5, 1, 0.0), (4, 4, 3.0)])
 def test_training_takes_what_is_proposed(pp: int, vpp: int, beside: float) -> None:
     parallel = ParallelConfig(pp=pp, vpp=vpp, pipeline_layout=find_uneven_split(48, pp, vpp, beside))
     assert parallel.pipeline_layout and parallel.problems(replace(MODEL, num_layers=48), pp) == []

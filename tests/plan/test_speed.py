@@ -83,7 +83,7 @@ def test_no_run_is_faster_than_its_peak() -> None:
             assert time.mfu < (1 if precision == "bf16" else 2), key
 
 
-@pytest.mark.parametrize(("slower", "faster"), [
+@pytest.mark.each(("slower", "faster"), [
     (workload(recompute="full"), workload(recompute="selective", recompute_modules=("core_attn",))),
     (workload(recompute="selective", recompute_modules=("core_attn",)), workload()),
     (workload(fused_kernels=False), workload()),
@@ -204,9 +204,9 @@ def flops_of_all_gpus(w: Workload) -> float:
     return one * w.num_gpus
 
 
-@pytest.mark.parametrize("name", ["llama3-8b", "qwen3-30b-a3b", "deepseek-v3", "k-exaone-236b", "kimi-k2",
+@pytest.mark.each("name", ["llama3-8b", "qwen3-30b-a3b", "deepseek-v3", "k-exaone-236b", "kimi-k2",
                                   "nemotron-3-nano", "nemotron-3-super", "gpt-oss-20b"])
-@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sp": True}, {"tp": 2, "sp": True, "cp": 2}, {"ep": 8},
+@pytest.mark.each("layout", [{}, {"tp": 2, "sp": True}, {"tp": 2, "sp": True, "cp": 2}, {"ep": 8},
                                     {"tp": 4, "sp": True, "ep": 4, "etp": 2}])
 def test_cut_work_is_all_work(name: str, layout: dict[str, int]) -> None:
     w = a_workload(name, **layout)
@@ -299,7 +299,7 @@ def test_recomputing_everything_sends_a_forward_pass_more() -> None:
     assert twice == pytest.approx(once * 3 / 2)
 
 
-@pytest.mark.parametrize(("sharding", "bytes_per_weight"), [("none", 2 * 4), ("zero1", 4 + 2),
+@pytest.mark.each(("sharding", "bytes_per_weight"), [("none", 2 * 4), ("zero1", 4 + 2),
                                                             ("fsdp", 4 + 2 * 2)])
 def test_data_parallelism_sends_what_zero_says(sharding: str, bytes_per_weight: int) -> None:
     """arXiv 1910.02054, section 7: an all-reduce is two of a ring's halves; stage 1 replaces one of them by

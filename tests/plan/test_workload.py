@@ -25,7 +25,7 @@ ONE_OF_EACH = {recipes.get(name).model: name for name in recipes.names() if not 
 """Architecture -> a recipe that has it."""
 
 
-@pytest.mark.parametrize("name", sorted(ONE_OF_EACH.values()))
+@pytest.mark.each("name", sorted(ONE_OF_EACH.values()))
 def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
     model = recipes.get(name).model
     shape, said, mapped = build_shape(model), Counter[Any](), Counter[Any]()
@@ -49,7 +49,7 @@ def test_a_recipes_shape_multiplies_what_its_weight_map_has(name: str) -> None:
         assert shape.count_train_flops(seq_len) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("settings", "kernel", "exchanges"), [
+@pytest.mark.each(("settings", "kernel", "exchanges"), [
     ([], "newest", False), (["gpu.attention=local"], "portable", False),
     (["train.deterministic=true"], "portable", False), (["parallel.cp=2"], "portable", False),
     (["parallel.cp=2", "gpu.attention=fused"], "newest", True)])
@@ -85,7 +85,7 @@ def test_rows_of_linear_attention_are_exchanged_by_hand() -> None:
     assert found[0].num_bytes - found[1].num_bytes == 2 * 36 * once * work.num_micro_batches
 
 
-@pytest.mark.parametrize(("name", "seq_len", "gflops"), [
+@pytest.mark.each(("name", "seq_len", "gflops"), [
     # model TFLOP/s over tokens/s of Megatron-Bridge's tables, whose counter is megatron-core's
     ("llama3-8b", 8192, 1933e3 / 37556), ("llama3.1-405b", 8192, 2646e3 / 1048),
     ("qwen3-30b-a3b", 4096, 1041e3 / 45275), ("qwen3-235b-a22b", 4096, 1092e3 / 7376),

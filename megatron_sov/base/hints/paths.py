@@ -34,7 +34,7 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
                      ) -> Iterator[tuple[str, UserError]]:
     """Yield (path as typed, its fault) for the paths of a command line; `typed` may name a tokenizer that the
     line does not take."""
-    if program == "sov-data" and line[0] in _SHARD_COMMANDS:
+    if program == "sov-data" and line and line[0] in _SHARD_COMMANDS:
         for path in line[1:]:
             if Path(path).is_file() and path.endswith(DATA_SUFFIXES):
                 yield path, _ask_for_packing(path, [*typed, *line], "is a file of records", [])

@@ -26,16 +26,16 @@ def run(typed: str) -> int:
     return main(words)
 
 
-@pytest.mark.parametrize("typed", list(removed.COMMANDS))
-@pytest.mark.parametrize("more", ["", " --help", " commit RUN --log x.jsonl"])
+@pytest.mark.each("typed", list(removed.COMMANDS))
+@pytest.mark.each("more", ["", " --help", " commit RUN --log x.jsonl"])
 def test_a_removed_command_is_refused_with_what_to_use(typed: str, more: str,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert run(typed + more) == 2
     assert f"{typed}: was removed in this version; {removed.COMMANDS[typed]}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("typed", list(removed.OPTIONS))
-@pytest.mark.parametrize("more", [" x", "=x", ""])
+@pytest.mark.each("typed", list(removed.OPTIONS))
+@pytest.mark.each("more", [" x", "=x", ""])
 def test_a_removed_option_is_refused_with_what_to_use(typed: str, more: str,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     assert run(typed + more) == 2
@@ -53,7 +53,7 @@ def test_a_removed_word_elsewhere_is_no_command(words: list[str], capsys: pytest
     assert "was removed" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", list(removed.SETTINGS))
+@pytest.mark.each("name", list(removed.SETTINGS))
 def test_a_removed_setting_is_refused_and_its_default_in_an_old_run_is_passed_over(name: str) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), ["model.yarn={}"])
     assert name not in setting_names()

@@ -52,7 +52,7 @@ def test_a_row_that_every_program_would_pass_or_fail_is_refused(test: str) -> No
         assert (result.reward, result.status) == (None, "refused"), result
 
 
-@pytest.mark.each("response, tests", [
+@pytest.mark.parametrize("response, tests", [
     ("def find(x):\n    return None", ["assert find([]) is None"]),
     ("def find(x):\n    pass", [{"function": "find", "arguments": [3], "expected": None}]),
     ("def sort(x):\n    x.sort()", ["x = [2, 1]\nassert sort(x) is None\nassert x == [1, 2]"]),

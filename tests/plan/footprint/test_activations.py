@@ -43,7 +43,7 @@ def solar(*settings: str) -> RunConfig:
     return apply_settings(recipes.get("solar-open-102b"), ["parallel.ep=1", *settings])
 
 
-@pytest.mark.parametrize(("recomputed", "offloaded", "per_token"), [
+@pytest.mark.each(("recomputed", "offloaded", "per_token"), [
     ([], [], ALL),
     (["layernorm"], [], ALL - INPUT),
     (["moe_act"], [], ALL - ROUTED * FFN),
@@ -96,7 +96,7 @@ ALONE = ("dense, recomputed", "experts and a shared one", "windows, NoPE, predic
 TOGETHER = ("dense, pp 2 with vpp 2", "experts, tp 2 with sp, etp 2")
 
 
-@pytest.mark.parametrize(("pp", "vpp", "stage", "micro_batches", "counts"), [
+@pytest.mark.each(("pp", "vpp", "stage", "micro_batches", "counts"), [
     (1, 1, 0, 8, [1]), (4, 1, 0, 8, [4]), (4, 1, 3, 8, [1]), (4, 1, 0, 2, [2]),
     # by hand: of 2 stages the first runs 2 + 2 passes ahead, and one more before the first backward pass
     (2, 2, 0, 4, [3, 2]), (2, 2, 1, 4, [2, 1]), (2, 2, 0, 2, [2, 2]),
@@ -106,8 +106,8 @@ def test_micro_batches_wait_for_their_backward_pass(pp: int, vpp: int, stage: in
     assert count_pending_micro_batches(pp, vpp, stage, micro_batches) == counts
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
-@pytest.mark.parametrize(("pp", "vpp"), [(2, 2), (4, 2), (4, 3), (8, 4)])
+@pytest.mark.each("overlapped", [False, True])
+@pytest.mark.each(("pp", "vpp"), [(2, 2), (4, 2), (4, 3), (8, 4)])
 def test_it_is_what_the_librarys_schedule_leaves_under_way(pp: int, vpp: int, *, overlapped: bool) -> None:
     """Its order of chunks, its number of passes ahead, and the one that runs beside a backward pass."""
     from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table

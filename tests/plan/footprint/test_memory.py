@@ -122,7 +122,7 @@ def test_a_divergence_takes_what_the_account_says(ranks: Any, job: Any) -> None:
         assert capped - plain == pytest.approx(slope, rel=0.05)
 
 
-@pytest.mark.parametrize(("change", "item", "factor"), [
+@pytest.mark.each(("change", "item", "factor"), [
     ({"parallel__cp": 2}, "layer_inputs", 0.5), ({"parallel__pp": 2}, "layer_inputs", 1.0),
     ({"train__precision": "fp32"}, "layer_inputs", 2.0),
     ({"gpu__grad_dtype": "bf16"}, "gradients", 1 / 2), ({"parallel__ep": 16}, "imbalance", 1.0),
@@ -189,7 +189,7 @@ def test_uneven_routing_is_on_top() -> None:
 
 def test_the_page_is_what_the_script_writes() -> None:
     script = ROOT / "docs" / "generate_memory.py"
-    code = ("import sys, runpy; page = runpy.run_path(sys.argv[1])['page']; sys.stdout.write(page())")
+    code = "import sys, runpy; sys.stdout.write(runpy.run_path(sys.argv[1])['build_page']())"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(script)], capture_output=True,
                           text=True, check=True)
     assert done.stdout.endswith((ROOT / "docs" / "memory.md").read_text(encoding="utf-8"))
@@ -257,7 +257,7 @@ def test_a_start_goes_by_what_the_machine_has_available(monkeypatch: pytest.Monk
         refuse_on_this_node(config, None, None)
 
 
-@pytest.mark.parametrize("memory, num_bytes", [
+@pytest.mark.each("memory, num_bytes", [
     ("0", 0), ("500G", 500 << 30), ("2t", 2 << 40), ("1000", 1000 << 20), ("64MB", 64 << 20), ("all", 0)])
 def test_a_profile_has_memory_as_slurm_writes_it(memory: str, num_bytes: int) -> None:
     assert dataclasses.replace(ClusterProfile("x"), memory=memory).memory_bytes == num_bytes

@@ -185,7 +185,7 @@ def solar(*changes: str) -> RunConfig:
                                                            *changes])
 
 
-@pytest.mark.parametrize(("fp8", "rows", "columns", "by_hand"), [
+@pytest.mark.each(("fp8", "rows", "columns", "by_hand"), [
     # a byte for each value and one for each of the transposed copy, one float32 scale
     ("tensorwise", 300, 200, 60_000 + 60_000 + 4),
     # 3 x 2 blocks of 128: scales [3, 4] rowwise, the blocks of a row filled up to 4; [2, 4] columnwise

@@ -71,7 +71,7 @@ def test_every_byte_is_what_training_makes(ranks: Any, te_ranks: Any, job: Any) 
             assert made == predicted, layout
 
 
-@pytest.mark.parametrize(("settings", "weights", "gradients", "optimizer"), [
+@pytest.mark.each(("settings", "weights", "gradients", "optimizer"), [
     # 10 parameters of a dense model: each one's bytes
     (["train.precision=bf16"], 2, 4, 12), (["train.precision=fp32"], 4, 4, 8),
     (["train.precision=fp64"], 8, 8, 16), (["train.precision=bf16", "gpu.grad_dtype=bf16"], 2, 2, 12)])
@@ -104,7 +104,7 @@ def test_where_muon_keeps_one_moment_the_fullest_process_updates_tables() -> Non
     assert max(sizes) > sizes[0]
 
 
-@pytest.mark.parametrize("settings", [[], ["lora.rank=8"], [
+@pytest.mark.each("settings", [[], ["lora.rank=8"], [
     'optim.groups=[{"pattern": "decoder.layers.1.*", "frozen": true}]']])
 def test_what_is_remembered_of_one_layout_holds_for_those_that_share_it(settings: list[str]) -> None:
     """Of layouts that a search meets, uneven ones among them, against each one's own buffers."""

@@ -35,7 +35,7 @@ RL = (Meter("reward", "mean reward", better="higher"), Meter("response_tokens", 
 PAIRS = (Meter("pairs_right", "pairs right", "share", "higher"), Meter("margin", better="higher"))
 
 
-@pytest.mark.parametrize(("objective", "declared", "titles"), [
+@pytest.mark.each(("objective", "declared", "titles"), [
     ("policy", RL, ["mean reward", "response length"]), ("preference", PAIRS, ["pairs right", "margin"]),
     ("lm", (LOSS,), ["loss"]), ("lm", (), ["loss"]),
     ("policy", (), ["policy loss"]), ("obj.py:Mine", (), ["loss of obj.py:Mine"])])

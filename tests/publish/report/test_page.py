@@ -217,7 +217,7 @@ def judged(folder: Path, *texts: str, bits: tuple[float, ...] = (), passed: bool
     return build_verdict_sentence([read_run(write(folder, *evals, *gates, *found, *samples))])
 
 
-@pytest.mark.parametrize(("texts", "facts", "sentence"), [
+@pytest.mark.each(("texts", "facts", "sentence"), [
     (("It reads a file.", "Sy sppppp", "한국의 수도는 서울이다.", "Two words."), {},
      "2 of 4 answers are whole sentences."),
     ((), {"bits": (2.68, 2.45)}, "Held-out text 2.68 → 2.45 bits per byte."),

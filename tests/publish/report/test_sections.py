@@ -132,7 +132,7 @@ def test_a_run_that_has_not_recorded_its_size_is_kept_with_the_first(runs: list[
 # Samples end with a whole line.
 
 
-@pytest.mark.parametrize(("text", "shown"), [
+@pytest.mark.each(("text", "shown"), [
     ("short", "short"), ("exactly 10", "exactly 10"), ("", ""),
     ("one line\nand another", "one line\n… (12 more characters)"),
     ("0123456789\nnext", "0123456789\n… (5 more characters)"),
