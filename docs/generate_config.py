@@ -1,5 +1,4 @@
-"""Writes docs/config.md from the settings' own types, defaults and docstrings: `python
-docs/generate_config.py`."""
+"""Write docs/config.md from the types, defaults and docstrings in `megatron_sov/model/config`."""
 
 from __future__ import annotations
 
@@ -41,33 +40,68 @@ that decides; in a file of `--config` if it differs from the recipe's.
 """
 
 
-def nested_class(hint: Any) -> type | None:
-    """Return the settings class that a field holds, directly, optionally or as the items of a tuple."""
+def build_page() -> str:
+    return HEAD + "".join(iter_tables(RunConfig, "", "The run"))
+
+
+def iter_tables(settings_class: type, prefix: str, title: str) -> Iterator[str]:
+    """Yield a table for a settings class, then the tables for nested classes.
+
+    Args:
+        settings_class: dataclass.
+        prefix: key prefix, "" or ending with a dot.
+        title: heading.
+    """
+    docs, hints = get_field_docstrings(settings_class), get_type_hints(settings_class, include_extras=True)
+    rows, tables = [], []
+    for field in dataclasses.fields(settings_class):
+        key, annotation = prefix + field.name, format_type(hints[field.name])
+        nested = find_nested_class(hints[field.name])
+        if nested is not None:
+            nested_key = f"{key}.N" if annotation.startswith("tuple") else key
+            tables += iter_tables(nested, f"{nested_key}.", f"`{nested_key}`")
+        if nested is None or annotation != nested.__name__:
+            default = "the table below" if nested and field.default is not None else format_default(field)
+            cell = annotation.replace("|", "\\|")
+            meaning = docs[field.name] + format_conditions(settings_class, field.name, prefix)
+            rows.append(f"| `{key}` | `{cell}` | {default} | {meaning} |")
+    summary = " ".join(inspect.cleandoc((settings_class.__doc__ or "").partition("\n\n")[0]).split())
+    if conditions := format_conditions(settings_class, "", prefix):
+        rows.insert(0, f"| `{prefix}*` | | |{conditions} |")
+    yield (f"\n## {title}\n\n{summary}\n\n| setting | type | default | meaning |\n|---|---|---|---|\n"
+           + "\n".join(rows) + "\n")
+    yield from tables
+
+
+def find_nested_class(hint: Any) -> type | None:
+    """Return the settings class in a field's type: the type itself, in an Optional, or in a tuple."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
-    return next((c for c in (hint, *get_args(hint)) if dataclasses.is_dataclass(c) and isinstance(c, type)),
-                None)
+    return next((part for part in (hint, *get_args(hint))
+                 if dataclasses.is_dataclass(part) and isinstance(part, type)), None)
 
 
-def spelled(hint: Any) -> str:
-    """Return a type as Python spells it, with its bounds and without our names for it."""
+def format_type(hint: Any) -> str:
+    """Format a type like Python source, with bounds and without aliases."""
     args = get_args(hint)
     if get_origin(hint) is Annotated:
-        bounds = [BOUNDS[type(b).__name__].format(*dataclasses.astuple(b)) for b in hint.__metadata__
-                  if not isinstance(b, Bound)  # the field's own text tells of it
-                  and (not isinstance(b, (Lt, Gt)) or math.isfinite(*dataclasses.astuple(b)))]
-        return " ".join([spelled(args[0]), ", ".join(bounds)]).strip()
+        bounds = [BOUNDS[type(bound).__name__].format(*dataclasses.astuple(bound))
+                  for bound in hint.__metadata__
+                  if not isinstance(bound, Bound)  # described in the field's docstring
+                  and (not isinstance(bound, (Lt, Gt)) or math.isfinite(*dataclasses.astuple(bound)))]
+        return " ".join([format_type(args[0]), ", ".join(bounds)]).strip()
     if isinstance(hint, UnionType) or get_origin(hint) is Union:
-        return " | ".join(map(spelled, args))
+        return " | ".join(map(format_type, args))
     if get_origin(hint) is Literal:
         return repr(hint).removeprefix("typing.")
     if args:
-        return f"{get_origin(hint).__name__}[{', '.join('...' if a is ... else spelled(a) for a in args)}]"
+        parts = ", ".join("..." if arg is ... else format_type(arg) for arg in args)
+        return f"{get_origin(hint).__name__}[{parts}]"
     return "None" if hint is type(None) else hint.__name__
 
 
-def default_of(field: dataclasses.Field[Any]) -> str:
-    """Return a field's default as Python text; a field without one is set by the recipe."""
+def format_default(field: dataclasses.Field[Any]) -> str:
+    """Format a field's default as Python source; recipes set fields without a default."""
     if field.default is not dataclasses.MISSING:
         return f"`{field.default!r}`"
     if field.default_factory is not dataclasses.MISSING:
@@ -75,41 +109,13 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return "the recipe's"
 
 
-def acting(cls: type, name: str, path: str) -> str:
-    """Return a sentence with the conditions under which a field of a class acts, "": under which all do."""
-    texts = [condition.text(path.rstrip(".")) for names, condition in getattr(cls, "ACTS_WHEN", {}).items()
+def format_conditions(settings_class: type, name: str, prefix: str) -> str:
+    """Format a field's `ACTS_WHEN` conditions as a sentence; name "": conditions for all fields."""
+    texts = [condition.text(prefix.rstrip("."))
+             for names, condition in getattr(settings_class, "ACTS_WHEN", {}).items()
              if (name in names.split() if name else not names)]
     return f" Acts when {'; and '.join(texts)}." if texts else ""
 
 
-def sections(cls: type, path: str, title: str) -> Iterator[str]:
-    """Yield one table of a class's settings, then the tables of the classes that it holds;
-    `path` ends with a dot."""
-    docs, hints = get_field_docstrings(cls), get_type_hints(cls, include_extras=True)
-    rows, tables = [], []
-    for field in dataclasses.fields(cls):
-        key, annotation = path + field.name, spelled(hints[field.name])
-        inner = nested_class(hints[field.name])
-        if inner is not None:
-            below = f"{key}.N" if annotation.startswith("tuple") else key
-            tables += sections(inner, f"{below}.", f"`{below}`")
-        if inner is None or annotation != inner.__name__:
-            default = "the table below" if inner and field.default is not None else default_of(field)
-            in_cell = annotation.replace("|", "\\|")
-            meaning = docs[field.name] + acting(cls, field.name, path)
-            rows.append(f"| `{key}` | `{in_cell}` | {default} | {meaning} |")
-    about = " ".join(inspect.cleandoc((cls.__doc__ or "").partition("\n\n")[0]).split())
-    if condition := acting(cls, "", path):
-        rows.insert(0, f"| `{path}*` | | |{condition} |")
-    yield (f"\n## {title}\n\n{about}\n\n| setting | type | default | meaning |\n|---|---|---|---|\n"
-           + "\n".join(rows) + "\n")
-    yield from tables
-
-
-def page() -> str:
-    """Return the whole page."""
-    return HEAD + "".join(sections(RunConfig, "", "The run"))
-
-
 if __name__ == "__main__":
-    write_atomically(PAGE, page())
+    write_atomically(PAGE, build_page())

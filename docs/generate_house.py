@@ -1,4 +1,4 @@
-"""Write docs/pictures/house.svg, the halls in the order of tests/test_architecture.py with their imports.
+"""Write docs/pictures/house.svg: halls, ordered like `HALLS` in tests/test_architecture.py, with imports.
 
     python docs/generate_house.py              write the picture
     python docs/generate_house.py --counts     print the numbers of imports, lines and files with one user
@@ -44,12 +44,12 @@ SUBJECTS = {
     "commands": "declarations (NAME.py) and work (NAME_run.py)",
     "tokenizer": "sov-tokenizer", "data_prep": "sov-data",
 }
-"""Hall, or another program -> its subject in a few words."""
+"""Hall or other program -> subject."""
 LEFT, TOP, CELL, ROW = 470, 120, 34, 30
 
 
-def page() -> str:
-    """Return the SVG: a row per hall, with a mark in the column of each hall that it imports."""
+def build_page() -> str:
+    """Draw an SVG with a row per hall and a dot in each imported hall's column."""
     rules, halls = load_rules(), list(SUBJECTS)
     num_imports = count_imports(rules)
     width, height = LEFT + CELL * len(halls) + 20, TOP + ROW * len(halls) + 20
@@ -66,8 +66,8 @@ def page() -> str:
                      f'<text class="name" x="18" y="{y + 20}">{hall}</text>\n'
                      f'<text class="subject" x="112" y="{y + 20}">{escape(SUBJECTS[hall])}</text>\n')
         parts += [f'<circle cx="{LEFT + column * CELL + CELL // 2}" cy="{y + ROW // 2}" r="6" fill="#b5654a">'
-                  f"<title>{hall} imports {other}</title></circle>\n"
-                  for column, other in enumerate(halls) if num_imports[hall, other]]
+                  f"<title>{hall} imports {imported}</title></circle>\n"
+                  for column, imported in enumerate(halls) if num_imports[hall, imported]]
     style = ("text{font-family:system-ui,sans-serif;fill:#222}.name{font-size:14px;font-weight:600}"
              ".subject{font-size:12px}")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
@@ -77,37 +77,37 @@ def page() -> str:
 
 
 def format_counts() -> str:
-    """Format a table of imports between halls, the source lines, and the files with a single user."""
+    """Format import counts between halls, source lines, and the number of files with a single importer."""
     rules, halls = load_rules(), list(SUBJECTS)
     num_imports = count_imports(rules)
     lines = [" " * 10 + "".join(f"{hall[:8]:>9}" for hall in halls[:-2])]
-    lines += [f"{hall:<10}" + "".join(f"{num_imports[hall, other] or '.':>9}" for other in halls[:-2])
+    lines += [f"{hall:<10}" + "".join(f"{num_imports[hall, imported] or '.':>9}" for imported in halls[:-2])
               for hall in halls]
-    upwards = sum(number for (hall, other), number in num_imports.items()
-                  if halls.index(other) > halls.index(hall))
-    lines += [f"{len(num_imports)} arrows, {upwards} of them upwards", ""]
+    num_upwards = sum(number for (hall, imported), number in num_imports.items()
+                  if halls.index(imported) > halls.index(hall))
+    lines += [f"{len(num_imports)} arrows, {num_upwards} upwards", ""]
     sources = rules.sources(ROOT)
-    with_one_user = {module for module, users in rules.users_of(sources).items() if len(users) == 1}
-    with_packages = sum(len(users) == 1 for users in rules.users_of(sources, packages_too=True).values())
+    single_user = {module for module, users in rules.users_of(sources).items() if len(users) == 1}
+    num_with_packages = sum(len(users) == 1 for users in rules.users_of(sources, packages_too=True).values())
     return "\n".join([
         *lines, f"{'all':<10}{rules.count_lines(sources):>9,} lines", "",
-        f"{len(with_one_user)} files that one other file imports, of which a table names "
-        f"{len(with_one_user & rules.named_in_tables(sources))} too",
-        f"{with_packages} where `from package import module` counts as an import of the package as well"])
+        f"{len(single_user)} files with a single importer; tables name "
+        f"{len(single_user & rules.named_in_tables(sources))} of these",
+        f"{num_with_packages} if `from package import module` also counts as an import of the package"])
 
 
 def load_rules() -> ModuleType:
-    """Import tests/test_architecture.py, which is not in a package here."""
+    """Import tests/test_architecture.py by its path."""
     spec = importlib.util.spec_from_file_location("house_rules", ROOT / "tests/test_architecture.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 def count_imports(rules: ModuleType) -> Counter[tuple[str, str]]:
-    """Return (importing hall, imported hall) -> number of imports in `rules.sources`."""
+    """Count imports in `rules.sources` by (importing hall, imported hall)."""
     counter: Counter[tuple[str, str]] = Counter()
     for source in rules.sources(ROOT):
         for _, name in source.imports():
@@ -122,4 +122,4 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--counts"]:
         print(format_counts())
     else:
-        write_atomically(PICTURE, page())
+        write_atomically(PICTURE, build_page())

@@ -1,5 +1,4 @@
-"""Writes docs/llms.txt, the list of the pages for programs that read, from docs/index.md: `python
-docs/generate_index.py`."""
+"""Write docs/llms.txt, a list of the pages for language models, from docs/index.md."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ relative to docs/.
 """
 
 
-def page() -> str:
-    """Return the list: the headings of the index with a line for each page, then the skills of agents."""
+def build_page() -> str:
+    """List the pages below the headings of docs/index.md, then the agents' skills."""
     lines = [HEAD]
     for line in (DOCS / "index.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
@@ -38,5 +37,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    write_atomically(PAGE, page())
+    write_atomically(PAGE, build_page())
     print(PAGE)

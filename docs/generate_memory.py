@@ -1,5 +1,4 @@
-"""Writes docs/memory.md: what one process needs at 262,144 tokens, by the account: `python
-docs/generate_memory.py`."""
+"""Write docs/memory.md: memory per process at 262,144 tokens, computed by `build_account`."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ from pathlib import Path
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import write_atomically
-from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.config import apply_settings
 from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.plan.footprint.stage_parameters import BF16_BYTES, FLOAT32_BYTES
 from megatron_sov.plan.speed.workload import ModelShape, build_shape
@@ -26,7 +25,7 @@ LAYOUTS = (
 COLUMNS = {"weights": "weights", "gradients": "gradients", "optimizer": "optimizer",
            "layer_inputs": "layer inputs", "one_layer": "one layer", "head": "head", "imbalance": "imbalance",
            "angles": "angles", "nccl": "NCCL", "fragmentation": "gaps"}
-"""Item of an account -> its column; the others are 0 here, or nearly so, and stand in the sum."""
+"""Field of `MemoryAccount` -> column; other fields are about 0 and only in `total`."""
 HEAD = f"""# Memory at {SEQ_LEN:,} tokens
 
 <!-- Written by docs/generate_memory.py; change it there. -->
@@ -54,62 +53,59 @@ Keep 5 % of GPU memory free for the CUDA context and library workspaces.
 """
 
 
-CACHED = (8192, 32_768, SEQ_LEN)
-"""Tokens of a sequence."""
-CACHED_RECIPES = ("solar-open-102b", "k-exaone-236b", "qwen3-moe-30b", "qwen3-8b")
+CACHE_TOKENS = (8192, 32_768, SEQ_LEN)
+"""Sequence lengths in the second table."""
+CACHE_RECIPES = ("solar-open-102b", "k-exaone-236b", "qwen3-moe-30b", "qwen3-8b")
 CACHES = f"""
 ## Keys and values during generation
 
 During generation, global layers store keys and values for every token, sliding layers for a window. GiB per
 sequence in bf16, over all processes that share it:
 
-| recipe | {" | ".join(f"{tokens:,} tokens" for tokens in CACHED)} |
-|---|{"---|" * len(CACHED)}
+| recipe | {" | ".join(f"{tokens:,} tokens" for tokens in CACHE_TOKENS)} |
+|---|{"---|" * len(CACHE_TOKENS)}
 """
 
 
-def settings_of(recipe: str, layout: dict[str, int | bool]) -> RunConfig:
-    """Return a recipe at a layout and the length of the page."""
+def build_page() -> str:
+    return (HEAD + "".join(format_layout(*layout) for layout in LAYOUTS) + CACHES
+            + "".join(format_cache(recipe) for recipe in CACHE_RECIPES))
+
+
+def format_layout(recipe: str, num_ranks: int, layout: dict[str, int | bool]) -> str:
+    """Format a row for the pipeline stage with most memory."""
     changes = [f"parallel.{name}={value}" for name, value in layout.items()]
-    return apply_settings(recipes.get(recipe), [
+    config = apply_settings(recipes.get(recipe), [
         *changes, "train.precision=bf16", "train.fp8=none", "parallel.zero1=true",
         f"model.max_position_tokens={SEQ_LEN}"])
+    accounts = [build_account(config, num_ranks, stage, SEQ_LEN) for stage in range(config.parallel.pp)]
+    account = max(accounts, key=lambda account: account.total)
+    layout_text = ", ".join(name if value is True else f"{name} {value}" for name, value in layout.items())
+    sizes = [*(getattr(account, name) for name in COLUMNS), account.total]
+    return (f"| `{recipe}` | {num_ranks} | {layout_text} | {accounts.index(account) + 1} | "
+            + " | ".join(f"{size / GIB:.1f}" for size in sizes) + " |\n")
 
 
-def row(recipe: str, num_ranks: int, layout: dict[str, int | bool]) -> str:
-    """Return one line of the table, of the pipeline stage that needs most."""
-    config = settings_of(recipe, layout)
-    stage, needs = max(((i, build_account(config, num_ranks, i, SEQ_LEN)) for i in range(config.parallel.pp)),
-                       key=lambda found: found[1].total)
-    said = ", ".join(name if value is True else f"{name} {value}" for name, value in layout.items())
-    figures = [*(getattr(needs, name) for name in COLUMNS), needs.total]
-    return (f"| `{recipe}` | {num_ranks} | {said} | {stage + 1} | "
-            + " | ".join(f"{v / GIB:.1f}" for v in figures) + " |\n")
+def format_cache(recipe: str) -> str:
+    """Format a row for keys and values."""
+    shape = build_shape(recipes.get(recipe).model)
+    sizes = [compute_cache_bytes(shape, tokens) / GIB for tokens in CACHE_TOKENS]
+    return f"| `{recipe}` | " + " | ".join(f"{size:.2f}" for size in sizes) + " |\n"
 
 
-def kv_bytes(shape: ModelShape, tokens: int) -> float:
-    """Return the bytes that a sequence keeps in bf16 over all layers: global layers every token, sliding ones
-    their window, latent attention one vector for all heads, linear attention its state in float32."""
+def compute_cache_bytes(shape: ModelShape, tokens: int) -> float:
+    """Return the bf16 bytes per sequence over all layers.
+
+    Global layers store every token, sliding layers a window, latent attention one vector for all heads, and
+    linear attention a state in float32.
+    """
     width = (shape.kv_lora_rank + shape.rope_head_dim if shape.kv_lora_rank
              else 2 * shape.num_kv_heads * shape.head_dim)
-    kept = ((shape.num_attention_layers - shape.num_window_layers) * tokens
-            + sum(layers * min(tokens, window) for window, layers in shape.windowed))
+    num_stored = ((shape.num_attention_layers - shape.num_window_layers) * tokens
+                  + sum(layers * min(tokens, window) for window, layers in shape.windowed))
     states = 0 if shape.linear is None else shape.num_linear_layers * shape.linear.cached_size
-    return kept * width * BF16_BYTES + states * FLOAT32_BYTES
-
-
-def cache_row(recipe: str) -> str:
-    """Return one line of the table of keys and values."""
-    shape = build_shape(recipes.get(recipe).model)
-    figures = [kv_bytes(shape, tokens) / GIB for tokens in CACHED]
-    return f"| `{recipe}` | " + " | ".join(f"{v:.2f}" for v in figures) + " |\n"
-
-
-def page() -> str:
-    """Return the whole page."""
-    return (HEAD + "".join(row(*layout) for layout in LAYOUTS) + CACHES
-            + "".join(cache_row(recipe) for recipe in CACHED_RECIPES))
+    return num_stored * width * BF16_BYTES + states * FLOAT32_BYTES
 
 
 if __name__ == "__main__":
-    write_atomically(PAGE, page())
+    write_atomically(PAGE, build_page())

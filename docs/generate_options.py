@@ -1,5 +1,4 @@
-"""Writes docs/options.md, every option of every command, from what the commands declare: `python
-docs/generate_options.py`."""
+"""Write docs/options.md from the commands' parsers."""
 
 from __future__ import annotations
 
@@ -30,67 +29,66 @@ what you can change with `--set`. With `--dry-run` you see what would be read an
 """
 
 
-def listed(program: str) -> Iterator[str]:
-    """Yield the table of a program's commands, under the headings of its help."""
-    table = importlib.import_module(PROGRAMS[program]).COMMANDS
-    for heading in dict.fromkeys(command.group for command in table.values()):
+def build_page() -> str:
+    tables = [line for program in PROGRAMS for line in iter_command_table(program)]
+    sections = [line for program in PROGRAMS for parser in iter_parsers(build_full_parser(program))
+                for line in iter_section(parser)]
+    return "\n".join([HEAD, *tables, *sections]).rstrip() + "\n"
+
+
+def iter_command_table(program: str) -> Iterator[str]:
+    """Yield table lines for a program's commands, below the headings in `--help`."""
+    commands = importlib.import_module(PROGRAMS[program]).COMMANDS
+    for heading in dict.fromkeys(command.group for command in commands.values()):
         yield f"**{program}**: {heading.partition(' (')[0]}\n\n| command | does | page |\n|---|---|---|"
-        for name, command in table.items():
+        for name, command in commands.items():
             if command.group == heading:
                 yield f"| `{program} {name}` | {command.help} | [{command.page}]({command.page}) |"
         yield ""
 
 
-def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Yield the parser of each command below a parser, in the order of the program's help."""
-    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    own = [a for a in parser._actions if a not in below and not _is_of_all(a)]
-    if own:
+def iter_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield a parser with arguments, and its subcommands' parsers in the order in `--help`."""
+    subcommands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if any(action not in subcommands and not _is_common(action) for action in parser._actions):
         yield parser
-    for child in (child for action in below for child in action.choices.values()):
-        yield from commands(child)
+    for action in subcommands:
+        for child in action.choices.values():
+            yield from iter_parsers(child)
 
 
-def _is_of_all(action: argparse.Action) -> bool:
-    return isinstance(action, (argparse._HelpAction, argparse._VersionAction))
-
-
-def section(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Yield the lines of one command; what those of the tables above are for is said there."""
+def iter_section(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield lines for a command's section; commands in `iter_command_table` get no description."""
     name = parser.prog.replace(" [RECIPE]", "")
     yield f"## {name}\n"
-    program, _, rest = name.partition(" ")
-    if parser.description and rest not in importlib.import_module(PROGRAMS[program]).COMMANDS:
-        yield f"{_in_text(parser.description)}\n"
+    program, _, command = name.partition(" ")
+    if parser.description and command not in importlib.import_module(PROGRAMS[program]).COMMANDS:
+        yield f"{_escape_html(parser.description)}\n"
     yield "| argument | meaning |\n|---|---|"
     for action in parser._actions:
-        if not _is_of_all(action) and not isinstance(action, argparse._SubParsersAction):
+        if not _is_common(action) and not isinstance(action, argparse._SubParsersAction):
             formatter = parser._get_formatter()
-            shown = formatter._format_args(action, action.metavar or action.dest) if action.nargs != 0 else ""
-            typed = " ".join([*action.option_strings[:1], *([shown] if shown else [])])
-            needed = "Needed. " if action.required and action.option_strings else ""
+            values = "" if action.nargs == 0 else formatter._format_args(
+                action, action.metavar or action.dest)
+            usage = " ".join([*action.option_strings[:1], *([values] if values else [])])
+            prefix = "Needed. " if action.required and action.option_strings else ""
             text = formatter._expand_help(action) if action.help else ""
-            yield f"| `{_in_cell(typed)}` | {needed}{_in_cell(_in_text(text))} |"
+            yield f"| `{_escape_bars(usage)}` | {prefix}{_escape_bars(_escape_html(text))} |"
     yield ""
 
 
-def _in_text(text: str) -> str:
-    """Return text whose angle brackets are no HTML."""
+def _is_common(action: argparse.Action) -> bool:
+    return isinstance(action, (argparse._HelpAction, argparse._VersionAction))
+
+
+def _escape_html(text: str) -> str:
     return " ".join(text.split()).replace("<", "&lt;").replace("*", "\\*")
 
 
-def _in_cell(text: str) -> str:
+def _escape_bars(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def page() -> str:
-    """Return the whole page."""
-    tables = [line for program in PROGRAMS for line in listed(program)]
-    made = [line for program in PROGRAMS for command in commands(build_full_parser(program))
-            for line in section(command)]
-    return "\n".join([HEAD, *tables, *made]).rstrip() + "\n"
-
-
 if __name__ == "__main__":
-    write_atomically(PAGE, page().encode())
+    write_atomically(PAGE, build_page().encode())
     print(PAGE)

@@ -1,4 +1,4 @@
-"""Writes docs/recipes.md from the recipes' own tables of sources: `python docs/generate_recipes.py`."""
+"""Write docs/recipes.md from the recipes' source tables."""
 
 from __future__ import annotations
 
@@ -121,49 +121,51 @@ value has no source, if an entry matches nothing, or if a value differs from its
 """
 
 
-def overview() -> str:
-    """Return a line for every recipe but the tiny ones."""
-    tiny = {big: name for name, big in TINY.items()}
+def build_page() -> str:
+    tables = "".join(format_sources(name) for name in RECIPES if name not in TINY)
+    return HEAD + format_overview() + LAYOUTS + format_layouts() + STAGES + tables + TAIL
+
+
+def format_overview() -> str:
+    """Format a row for each recipe in `RECIPES` except `TINY`."""
+    tiny_names = {full: tiny for tiny, full in TINY.items()}
     rows = []
-    for name in (n for n in RECIPES if n not in TINY):
-        first = " ".join((inspect.getdoc(RECIPES[name].build) or "").partition("\n\n")[0].split())
-        about = first.removeprefix("Return ").rstrip(".")
-        rows.append(f"| `{name}` | `{tiny[name]}` | {about} | {format_recipe_summary(get(name))} |\n")
+    for name in RECIPES:
+        if name not in TINY:
+            docstring = inspect.getdoc(RECIPES[name].build) or ""
+            summary = " ".join(docstring.partition("\n\n")[0].split()).removeprefix("Return ").rstrip(".")
+            rows.append(f"| `{name}` | `{tiny_names[name]}` | {summary} | "
+                        f"{format_recipe_summary(get(name))} |\n")
     return "".join(rows)
 
 
-def table(name: str) -> str:
-    """Return the sources of one recipe, each with all settings that it gives."""
-    keys: dict[ValueSource, list[str]] = {}
-    for key, source in select_used(get(name), sources(name)).items():
-        if source != DEFAULT:
-            keys.setdefault(source, []).append(f"`{key}`")
-    rows = "".join(f"| {', '.join(found)} | {source.kind} | {source.where} |\n"
-                   for source, found in keys.items())
-    return f"\n### {name}\n\n| settings | source | where, or why |\n|---|---|---|\n{rows}"
-
-
-def layouts() -> str:
-    """Return a line for each recommended layout of a recipe."""
+def format_layouts() -> str:
+    """Format a row for each recommended layout."""
     rows = []
     for name in RECOMMENDED:
         config = get(name)
         for kind, gpu in CHIPS.items():
             for layout in list_recommended(config, kind):
                 changed = apply_settings(config, list(layout))
-                needs = {ranks: find_fullest_stage(changed, ranks)[1].total / GIB for ranks in TABLE_RANKS
-                         if not changed.problems(ranks) and fits_gpu(changed, ranks, gpu)}
-                rows.append(f"| `{name}` | {gpu.name} | "
-                            f"{', '.join(f'`{s}`' for s in layout) or 'its own'} | "
-                            f"{', '.join(f'{n:.0f} on {ranks:,}' for ranks, n in needs.items())} |\n")
-    return LAYOUTS + "".join(rows)
+                memory_gib = {ranks: find_fullest_stage(changed, ranks)[1].total / GIB
+                              for ranks in TABLE_RANKS
+                              if not changed.problems(ranks) and fits_gpu(changed, ranks, gpu)}
+                settings = ", ".join(f"`{setting}`" for setting in layout) or "its own"
+                sizes = ", ".join(f"{gib:.0f} on {ranks:,}" for ranks, gib in memory_gib.items())
+                rows.append(f"| `{name}` | {gpu.name} | {settings} | {sizes} |\n")
+    return "".join(rows)
 
 
-def page() -> str:
-    """Return the whole page."""
-    tables = "".join(table(name) for name in RECIPES if name not in TINY)
-    return HEAD + overview() + layouts() + STAGES + tables + TAIL
+def format_sources(name: str) -> str:
+    """Format a recipe's table: a row per source, with the settings from that source."""
+    keys: dict[ValueSource, list[str]] = {}
+    for key, source in select_used(get(name), sources(name)).items():
+        if source != DEFAULT:
+            keys.setdefault(source, []).append(f"`{key}`")
+    rows = "".join(f"| {', '.join(source_keys)} | {source.kind} | {source.where} |\n"
+                   for source, source_keys in keys.items())
+    return f"\n### {name}\n\n| settings | source | where, or why |\n|---|---|---|\n{rows}"
 
 
 if __name__ == "__main__":
-    write_atomically(PAGE, page())
+    write_atomically(PAGE, build_page())

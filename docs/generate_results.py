@@ -1,4 +1,4 @@
-"""Writes docs/results.md from benchmarks/results/verdicts.yaml: `python docs/generate_results.py`."""
+"""Write docs/results.md from benchmarks/results/verdicts.yaml."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ The link "output" opens the printed file. For a script with a commit in front, t
 
 
 def load_verdicts() -> dict[str, dict[str, dict[str, Any]]]:
-    """Return area -> stem of a result file -> its entry in verdicts.yaml."""
+    """Return area -> result file stem -> entry in verdicts.yaml."""
     return dict(yaml.safe_load((RESULTS / "verdicts.yaml").read_text(encoding="utf-8")))
 
 
 def link_script(name: str, entry: dict[str, Any]) -> str:
-    """Return a link to the benchmark script, or the commit and name of a removed script."""
+    """Return a link to the benchmark script, or a removed script's commit and name."""
     script = f"{entry.get('script', name)}.py"
     commit = entry.get("script_commit")
     return f"`{commit}:{script}`" if commit else f"[{script}](../benchmarks/{script})"
 
 
 def format_figure(name: str, entry: dict[str, Any]) -> str:
-    """Format one row of the table of ten."""
+    """Format a row for an entry with `figure`."""
     figure = entry["figure"]
     verdict = f"[{entry['verdict']}](../benchmarks/results/{name}.txt)"
     return (f"| {figure['claim']} | {figure['ours']} | {figure['peer']} | {verdict} "
@@ -63,13 +63,12 @@ def format_figure(name: str, entry: dict[str, Any]) -> str:
 
 
 def format_result(name: str, entry: dict[str, Any]) -> str:
-    """Format one row of an area's table."""
+    """Format a row in an area's table."""
     return (f"| {entry['claim']} | {entry['verdict']} | {entry['date']} | [{entry['page']}]({entry['page']}) "
             f"| [output](../benchmarks/results/{name}.txt), {link_script(name, entry)} |\n")
 
 
-def page() -> str:
-    """Return the whole page."""
+def build_page() -> str:
     areas = load_verdicts()
     entries = {name: entry for area in areas.values() for name, entry in area.items()}
     verdicts = [entry["verdict"] for entry in entries.values()]
@@ -83,4 +82,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    write_atomically(PAGE, page())
+    write_atomically(PAGE, build_page())

@@ -281,7 +281,7 @@ def test_pages_that_are_written_from_the_code_are_fresh(name: str, made: str) ->
     generator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generator)
     written = (ROOT / f"docs/{made}").read_text()
-    assert written == generator.page(), f"docs/{made} is stale: run `make docs`"
+    assert written == generator.build_page(), f"docs/{made} is stale: run `make docs`"
 
 
 WHERE = re.findall(r"^\| ([^|]+) \| \[[^]]*\]\(\.\./([^)]+)\)[^|]*\| `(\w+)` \|$",

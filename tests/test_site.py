@@ -29,7 +29,7 @@ def listed(nav: list[dict[str, str | list[str]]]) -> list[str]:
 
 def test_the_navigation_has_every_page_once_under_the_heading_of_the_index() -> None:
     index = (ROOT / "docs/index.md").read_text()
-    nav = hook("navigation").navigation(index, PAGES)
+    nav = hook("navigation").build_navigation(index, PAGES)
     assert sorted(listed(nav)) == PAGES
     assert {"Home": "index.md"} in nav and not any("More" in entry for entry in nav)
     (train,) = (entry["Train"] for entry in nav if "Train" in entry)
@@ -57,7 +57,7 @@ def test_links_out_of_the_pages_lead_to_a_copy_in_the_site(page: str, link: str,
 
 def test_the_reference_has_every_module_with_something_public_once() -> None:
     reference = hook("reference")
-    pages = dict(reference.groups())
+    pages = dict(reference.iter_pages())
     shown = [module for modules in pages.values() for module in modules]
     assert len(shown) == len(set(shown)) > 500
     for room in ("megatron_sov/runs/obs", "tokenizer/bpe", "megatron_sov"):  # by their syntax trees
@@ -66,7 +66,7 @@ def test_the_reference_has_every_module_with_something_public_once() -> None:
             for node in ast.parse(path.read_text()).body) and not path.name.startswith("__m")}
         assert public == {module for module in shown if module.parent == ROOT / room}
     base = "megatron_sov.base"
-    assert f"\n::: {base}.artifacts\n" in reference.page(base, pages[base])
+    assert f"\n::: {base}.artifacts\n" in reference.build_page(base, pages[base])
     assert "megatron_sov.engine.parallel" in pages
     assert [module.name for module in pages["megatron_sov.engine"]] == ["router.py"], "no wings"
     assert "megatron_sov.runs" in pages and "megatron_sov.runs.obs" not in pages

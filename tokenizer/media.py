@@ -52,10 +52,8 @@ def assign_media_ids(media_tokens: MediaTokens, existing_tokens: Collection[str]
     """Return the tokens to append after `num_ids` ids, in order, and their blocks.
 
     The order is marks, sounds, pictures, as in HyperCLOVA X 8B Omni; the marks end right before the first
-    `VocabularyBlock`.  Existing marks keep their ids.
-
-    Raises:
-        UserError: the tokenizer has media tokens already, or a first id is taken or too large.
+    `VocabularyBlock`.  Existing marks keep their ids. Raises `UserError`: the tokenizer has media tokens
+    already, or a first id is taken or too large.
     """
     first_tokens = (codebook_token(kind, 0) for kind in (AUDIO, IMAGE))
     if taken := next((token for token in first_tokens if token in existing_tokens), None):
@@ -123,11 +121,8 @@ class _ExtendedTokenizer:
 
 
 def _extend_tokenizer(source: Any, media_tokens: MediaTokens) -> _ExtendedTokenizer:
-    """Append media tokens to a copied tokenizer.json.
-
-    Raises:
-        UserError: see `assign_media_ids`; or the tokenizer's ids have gaps.
-    """
+    """Append media tokens to a copied tokenizer.json. Raises `UserError`: see `assign_media_ids`; or the
+    tokenizer's ids have gaps."""
     ids = dict(get_token_ids(source.raw))
     first = max(ids.values()) + 1
     words, blocks = assign_media_ids(media_tokens, ids.keys(), first)
@@ -147,12 +142,9 @@ def _extend_tokenizer(source: Any, media_tokens: MediaTokens) -> _ExtendedTokeni
 
 
 def add_media(tokenizer: Path, output: Path, media_tokens: MediaTokens, *, overwrite: bool = False) -> None:
-    """Append media tokens to the tokenizer artifact in a folder and write a new artifact.
-
-    Raises:
-        UserError: no tokenizer artifact, a damaged artifact, existing media tokens, or text would get other
-            ids; no output is written then.
-    """
+    """Append media tokens to the tokenizer artifact in a folder and write a new artifact. Raises `UserError`:
+    no tokenizer artifact, a damaged artifact, existing media tokens, or text would get other ids; no output
+    is written then."""
     check_output_folder(output, TOKENIZER, overwrite)
     manifest = read_manifest(tokenizer, TOKENIZER)
     if problems := find_damaged_files(tokenizer):
@@ -175,11 +167,8 @@ def add_media(tokenizer: Path, output: Path, media_tokens: MediaTokens, *, overw
 
 
 def _check_ids(folder: Path, source: Any, extended: _ExtendedTokenizer) -> str:
-    """Compare the ids of texts with the source's, encode each new token's text, and return a sentence.
-
-    Raises:
-        UserError: a text has other ids, or a new token is not recognized.
-    """
+    """Compare the ids of texts with the source's, encode each new token's text, and return a sentence. Raises
+    `UserError`: a text has other ids, or a new token is not recognized."""
     encode = build_text_encoder(load_tokenizer(read_json(folder / TOKENIZER_JSON), folder))
     texts = list(iter_builtin_texts(source.raw))
     if difference := find_first_difference(texts, encode, source.encode):

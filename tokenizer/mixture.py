@@ -81,11 +81,7 @@ class GroupShare:
 
 
 def parse_input(argument: str) -> SourceGroup:
-    """Parse `[NAME=]PATH[:WEIGHT]`.
-
-    Raises:
-        UserError: the weight is not a positive number.
-    """
+    """Parse `[NAME=]PATH[:WEIGHT]`. Raises `UserError`: the weight is not a positive number."""
     # an existing path may contain = and :
     if argument and Path(argument).exists():
         return SourceGroup(argument, (Path(argument),))
@@ -228,11 +224,8 @@ class CountUnit:
         return sum(span.size_bytes for span in self.spans)
 
     def build_key(self, settings: dict[str, Any]) -> str:
-        """Return a cache key that changes with the settings and with the modification time of a file.
-
-        Raises:
-            UserError: a file no longer exists.
-        """
+        """Return a cache key that changes with the settings and with the modification time of a file. Raises
+        `UserError`: a file no longer exists."""
         facts: list[Any] = [settings]
         for span in self.spans:
             try:
@@ -245,11 +238,8 @@ class CountUnit:
         return _hash_facts(facts)
 
     def iter_documents(self) -> Iterator[Document]:
-        """Yield the documents with text.
-
-        Raises:
-            UserError: a file cannot be read, is not UTF-8, or has a malformed record (line or row named).
-        """
+        """Yield the documents with text. Raises `UserError`: a file cannot be read, is not UTF-8, or has a
+        malformed record (line or row named)."""
         for span in self.spans:
             for item in read_span(span, RecordReading()):
                 if isinstance(item, Document):
@@ -274,11 +264,8 @@ def _locate_fault(span: FileSpan, item: BadRecord) -> UserError:
 
 
 def plan_count_units(groups: list[SourceGroup], unit_bytes: int) -> list[CountUnit]:
-    """Divide the files of all groups into units of about `unit_bytes` on disk.
-
-    Raises:
-        UserError: a path does not exist or contains no text file.
-    """
+    """Divide the files of all groups into units of about `unit_bytes` on disk. Raises `UserError`: a path
+    does not exist or contains no text file."""
     return [CountUnit(number, spans) for number, group in enumerate(groups) for path in group.paths
             for spans in plan_units(list_files(path, print), unit_bytes)]
 
@@ -305,10 +292,8 @@ def measure_groups(groups: list[SourceGroup], units: list[CountUnit], work: Path
                    progress: Callable[[int], object]) -> list[GroupSizes]:
     """Read all units and sum `GroupSizes`; cache the result in the folder `work`.
 
-    `progress` receives the bytes on disk of each unit read.
-
-    Raises:
-        UserError: a file cannot be read, or a group has no text.
+    `progress` receives the bytes on disk of each unit read. Raises `UserError`: a file cannot be read, or a
+    group has no text.
     """
     # the keys of all units name the cache file, so a modified input is read again
     file = work / f"sizes-{_hash_facts([unit.build_key({}) for unit in units])}.npz"
@@ -333,11 +318,7 @@ def measure_groups(groups: list[SourceGroup], units: list[CountUnit], work: Path
 
 def add_group_sizes(groups: list[SourceGroup], units: list[CountUnit],
                     unit_sizes: Iterable[UnitSizes]) -> list[GroupSizes]:
-    """Sum `unit_sizes` by group.
-
-    Raises:
-        UserError: a group has no text.
-    """
+    """Sum `unit_sizes` by group. Raises `UserError`: a group has no text."""
     documents, buckets = np.zeros(len(groups), np.int64), np.zeros((len(groups), NUM_BUCKETS), np.int64)
     for unit, sizes in zip(units, unit_sizes, strict=True):
         documents[unit.group] += sizes.num_documents

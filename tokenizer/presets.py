@@ -162,10 +162,8 @@ KINDS = {SOLAR_OPEN.name: "BPE", K_EXAONE.name: "SuperBPE: tokens of several wor
 def load_preset(name: str, file: Path | None) -> Preset:
     """Return a built-in preset, or read `custom` from a JSON or YAML file with the fields of `Preset`.
 
-    The file may have `digits` and `whitespace` (see `_Split`) instead of `split_pattern`.
-
-    Raises:
-        UserError: an unknown name, a missing or malformed file, or fields that break a rule.
+    The file may have `digits` and `whitespace` (see `_Split`) instead of `split_pattern`. Raises `UserError`:
+    an unknown name, a missing or malformed file, or fields that break a rule.
     """
     if name != CUSTOM:
         if file is not None:
@@ -200,11 +198,8 @@ class _Split:
 
 
 def _add_pattern(raw: dict[str, Any], where: str, lines: Mapping[Place, int]) -> dict[str, Any]:
-    """Replace `digits` and `whitespace` by a split pattern.
-
-    Raises:
-        SettingsError: unknown values, or the file has `split_pattern` too.
-    """
+    """Replace `digits` and `whitespace` by a split pattern. Raises `SettingsError`: unknown values, or the
+    file has `split_pattern` too."""
     choices = {key: raw[key] for key in ("digits", "whitespace") if key in raw}
     if "split_pattern" in raw:
         if choices:

@@ -78,11 +78,8 @@ def check_train(options: TokenizerTrainOptions) -> TrainRequest:
 
 
 def apply_superword_options(preset: Preset, args: TokenizerTrainOptions) -> Preset:
-    """Return the preset with the superword options applied.
-
-    Raises:
-        UserError: the preset has no superword pattern, or a number is out of range.
-    """
+    """Return the preset with the superword options applied. Raises `UserError`: the preset has no superword
+    pattern, or a number is out of range."""
     for option, value in (("--superword-share", args.superword_share),
                           ("--transition-size", args.transition_size),
                           ("--max-superword-words", args.max_superword_words)):
@@ -103,11 +100,8 @@ def apply_superword_options(preset: Preset, args: TokenizerTrainOptions) -> Pres
 
 
 def make_plan(preset: Preset, args: TokenizerTrainOptions) -> CountPlan:
-    """Build the counting plan.
-
-    Raises:
-        UserError: a number is out of range, or a pattern is not a regular expression.
-    """
+    """Build the counting plan. Raises `UserError`: a number is out of range, or a pattern is not a regular
+    expression."""
     if args.vocab_size < preset.smallest_vocab:
         raise UserError(f"--vocab-size {args.vocab_size}: must be at least {preset.smallest_vocab} "
                         f"({preset.num_special_ids} special ids + 256 bytes)")

@@ -42,12 +42,9 @@ _CHECKED_INPUTS: set[tuple[str, ...]] = set()
 
 
 def train_tokenizer(request: TrainRequest) -> None:
-    """Train a tokenizer and write it as an artifact of kind "tokenizer".
-
-    Raises:
-        UserError: unreadable input, a text too small for the vocabulary, or an output folder that exists.
-            No output is written then; the next run reuses the counts.
-    """
+    """Train a tokenizer and write it as an artifact of kind "tokenizer". Raises `UserError`: unreadable
+    input, a text too small for the vocabulary, or an output folder that exists. No output is written then;
+    the next run reuses the counts."""
     plan, output = request.plan, request.output
     started_s = time.monotonic()
     with open_parts(output, "sov-tokenizer train"):

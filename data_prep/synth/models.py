@@ -126,11 +126,8 @@ class TokenBudget:
         self._changed = threading.Condition()
 
     def enter(self, most: Usage) -> None:
-        """Reserve the worst case `most` for a request.
-
-        Raises:
-            StopRequested: the request would exceed the limit, or the run should stop.
-        """
+        """Reserve the worst case `most` for a request. Raises `StopRequested`: the request would exceed the
+        limit, or the run should stop."""
         tokens = _count_tokens(most)
         with self._changed:
             self._stop.check()

@@ -107,10 +107,8 @@ class Requester:
     def request_grade(self, rubric: str, material: Mapping[str, str]) -> float:
         """Return the judge's grade, 0 to 10, for `material`, which stands between fences in the prompt.
 
-        An answer without a valid grade is retried and never counts as 0.
-
-        Raises:
-            NoUsableReply: no answer has a valid grade.
+        An answer without a valid grade is retried and never counts as 0. Raises `NoUsableReply`: no answer
+        has a valid grade.
         """
         material = {name: replace_surrogates(text) for name, text in material.items()}
         messages = build_fenced_messages(self._clients["judge"].model, replace_surrogates(rubric), material,

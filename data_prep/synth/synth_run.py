@@ -63,11 +63,8 @@ class SynthRun:
 
     def read_items(self, report_repeated: Callable[[GeneratorItem], object] = lambda item: None
                    ) -> Iterator[tuple[int, GeneratorItem]]:
-        """Yield (number, item) for each different id; `report_repeated` receives repeated items.
-
-        Raises:
-            UserError: the generator does not support the input, or an id is invalid.
-        """
+        """Yield (number, item) for each different id; `report_repeated` receives repeated items. Raises
+        `UserError`: the generator does not support the input, or an id is invalid."""
         item_ids: set[str] = set()
         for item in self.generator.read_items(self.options.input):
             # repeated ids do not count towards the limit
@@ -84,12 +81,9 @@ class SynthRun:
 
 
 def run_synth(options: SynthOptions) -> ExitCode:
-    """List generators, or make the unfinished items and finish the source.
-
-    Raises:
-        UserError: settings, input, disk or endpoint are wrong; finished items stay.
-        StopRequested: a limit, a signal, or an unavailable endpoint; finished items stay.
-    """
+    """List generators, or make the unfinished items and finish the source. Raises `UserError`: settings,
+    input, disk or endpoint are wrong; finished items stay. Raises `StopRequested`: a limit, a signal, or an
+    unavailable endpoint; finished items stay."""
     if options.list:
         lines = (list_settings(options.generator) if options.generator else
                  [f"{name:<20} {load_generator(name).declared.help}" for name in PACKAGED])
@@ -340,12 +334,8 @@ class ItemMaker:
 
     def make_item(self, numbered: tuple[int, GeneratorItem]
                   ) -> tuple[int, GeneratorItem, FinishedItem | Exception]:
-        """Return number, item, and the finished item or the item's error.
-
-        Raises:
-            UserError: no request can succeed.
-            StopRequested: a signal, an exhausted budget or an unavailable endpoint.
-        """
+        """Return number, item, and the finished item or the item's error. Raises `UserError`: no request can
+        succeed. Raises `StopRequested`: a signal, an exhausted budget or an unavailable endpoint."""
         self._stop.check()
         number, item = numbered
         try:

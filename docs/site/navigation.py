@@ -1,5 +1,7 @@
-"""The site's navigation: a section for each heading of docs/index.md, with the pages of its table in their
-order; then what docs/site makes itself.  A page that no table lists stands under "More"."""
+"""mkdocs hook: build the navigation from docs/index.md, with a section per heading.
+
+Pages from other hooks come after the index's tables. Pages in no table are below "More".
+"""
 
 from __future__ import annotations
 
@@ -9,51 +11,52 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
-HOME, MORE, REFERENCE = "index.md", "More", "Reference"
-OF_PROJECT = ("commands.md", "CONTRIBUTING.md", "CHANGELOG.md")
-
-
-def sections(index: str) -> dict[str, list[str]]:
-    """Return heading -> pages of the table below it."""
-    found: dict[str, list[str]] = {}
-    for heading, text in re.findall(r"^## (.+)\n((?:(?!## ).*\n?)*)", index, re.MULTILINE):
-        found[heading] = re.findall(r"^\| \[[^]]*\]\(([\w/]+\.md)\)", text, re.MULTILINE)
-    return found
-
-
-def navigation(index: str, pages: list[str]) -> list[dict[str, str | list[str]]]:
-    """Return mkdocs' `nav` of the pages that exist, each of them once."""
-    listed = {name: [page for page in listed if page in pages] for name, listed in sections(index).items()}
-    known = {HOME, *OF_PROJECT, *(page for found in listed.values() for page in found)}
-    listed[REFERENCE] = [page for page in pages if page.startswith("reference/")]
-    listed["Project"] = [page for page in OF_PROJECT if page in pages]
-    listed[MORE] = [page for page in pages if page not in known | set(listed[REFERENCE])]
-    return [{"Home": HOME}, *({name: found} for name, found in listed.items() if found)]
+HOME = "index.md"
+PROJECT_PAGES = ("commands.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Lay the navigation out, behind the hooks that make pages."""
+    """Set `nav`; runs after the hooks that add pages."""
     home = files.get_file_from_path(HOME)
     assert home is not None
-    config.nav = navigation(home.content_string, [file.src_uri for file in files.documentation_pages()])
+    pages = [file.src_uri for file in files.documentation_pages()]
+    config.nav = build_navigation(home.content_string, pages)
     return files
 
 
-def titled(index: str, titles: dict[str, str]) -> str:
-    """Return the home page with the titles of pages in the place of their files' names."""
+def build_navigation(index: str, pages: list[str]) -> list[dict[str, str | list[str]]]:
+    """Return mkdocs' `nav` with every page once.
+
+    Args:
+        index: text of docs/index.md.
+        pages: existing pages.
+    """
+    sections: dict[str, list[str]] = {}
+    for heading, text in re.findall(r"^## (.+)\n((?:(?!## ).*\n?)*)", index, re.MULTILINE):
+        names = re.findall(r"^\| \[[^]]*\]\(([\w/]+\.md)\)", text, re.MULTILINE)
+        sections[heading] = [name for name in names if name in pages]
+    listed = {HOME, *PROJECT_PAGES, *(name for names in sections.values() for name in names)}
+    sections["Reference"] = [page for page in pages if page.startswith("reference/")]
+    sections["Project"] = [page for page in PROJECT_PAGES if page in pages]
+    sections["More"] = [page for page in pages if page not in listed and not page.startswith("reference/")]
+    return [{"Home": HOME}, *({heading: names} for heading, names in sections.items() if names)]
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Replace file names by page titles on the home page."""
+    if page.file.src_uri != HOME:
+        return markdown
+    matches = {file.src_uri: re.search(r"^# (.+)$", file.content_string, re.MULTILINE)
+               for file in files.documentation_pages()}
+    return insert_titles(markdown, {name: match[1] for name, match in matches.items() if match})
+
+
+def insert_titles(index: str, titles: dict[str, str]) -> str:
+    """Replace file names in link texts of the index's tables by titles."""
     return re.sub(r"^\| \[([\w/]+\.md)\]\(\1\)",
                   lambda row: f"| [{titles.get(row[1], row[1])}]({row[1]})", index, flags=re.MULTILINE)
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let the home page name pages as they name themselves."""
-    if page.file.src_uri != HOME:
-        return markdown
-    found = {file.src_uri: re.search(r"^# (.+)$", file.content_string, re.MULTILINE)
-             for file in files.documentation_pages()}
-    return titled(markdown, {name: title[1] for name, title in found.items() if title})
-
-
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Show the bars in the code of tables as GitHub does, without the backslash that keeps them in a cell."""
+    r"""Replace `\|` in table cells by `|`, as GitHub does."""
     return re.sub(r"<td[^>]*>.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), html, flags=re.DOTALL)

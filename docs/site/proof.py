@@ -1,4 +1,4 @@
-"""The page "Commands and tests": how many commands each page shows, and what holds them."""
+"""mkdocs hook: build the page "Commands and tests", with a count of tested commands per page."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ out or makes smaller.
 """
 
 
-def page() -> str:
-    """Return the page's Markdown."""
-    rows, sums = [], [0, 0, 0]
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add `commands.md`."""
+    files.append(File.generated(config, "commands.md", content=build_page()))
+    return files
+
+
+def build_page() -> str:
+    rows, sums, num_typed = [], [0, 0, 0], 0
     for path in PAGES:
         text, name = path.read_text(encoding="utf-8"), name_of(path)
         blocks = shell_blocks(text)
-        counts = [len(blocks), len(commands_of(text))]
-        counts.append(sum(1 for line in lines_of(blocks)) - sum(
-            1 for line in lines_of(blocks) if commands_of(f"```sh\n{line}\n```\n")))
+        num_commands = len(commands_of(text))
+        num_foreign = sum(1 for line in lines_of(blocks) if not commands_of(f"```sh\n{line}\n```\n"))
+        counts = [len(blocks), num_commands, num_foreign]
+        if name in TYPED:
+            num_typed += num_commands
         if any(counts):
             rows.append(f"| {name} | {' | '.join(map(str, counts))} | {TYPED.get(name, 'parsed')} |\n")
-            sums = [a + b for a, b in zip(sums, counts, strict=True)]
-    typed = sum(len(commands_of(path.read_text(encoding="utf-8")))
-                for path in PAGES if name_of(path) in TYPED)
-    total = f"| **all** | {' | '.join(map(str, sums))} | {typed} commands stand on pages that are typed |\n"
-    return HEAD + "".join(rows) + total
-
-
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the page."""
-    files.append(File.generated(config, "commands.md", content=page()))
-    return files
+            sums = [total + count for total, count in zip(sums, counts, strict=True)]
+    rows.append(f"| **all** | {' | '.join(map(str, sums))} | {num_typed} commands stand on pages that are "
+                "typed |\n")
+    return HEAD + "".join(rows)

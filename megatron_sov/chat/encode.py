@@ -220,10 +220,7 @@ class ChatEncoder:
         """Return the template's text of `chat` after the last turn end in `before`, up to the generation
         prompt.
 
-        Returns "" if the position is unknown.
-
-        Raises:
-            BadRecord: the template refuses a conversation.
+        Returns "" if the position is unknown. Raises `BadRecord`: the template refuses a conversation.
         """
         prefix, full_text = self._template.render(before), self._template.render(chat, awaits_response=True)
         ends = [self._special[id_] for id_ in self.end_ids()]
@@ -472,10 +469,7 @@ class TurnEncoder:
         self._text = build_marks_decoder(added, self.end_ids, encoder.decode, text_marks)
 
     def opening(self, chat: Conversation) -> list[int]:
-        """Encode the first prompt for the model.
-
-        Raises:
-            BadRecord: the template refuses the conversation.
+        """Encode the first prompt for the model. Raises `BadRecord`: the template refuses the conversation.
         """
         prompt = replace(chat, template_kwargs={**chat.template_kwargs, **self._template_kwargs})
         return self._encoder.encode(prompt, awaits_response=True).ids

@@ -20,11 +20,7 @@ SPECIAL_JSON = "special_tokens_map.json"
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """Load a folder's `tokenizer.json`.
-
-    Raises:
-        UserError: the file is unreadable.
-    """
+    """Load a folder's `tokenizer.json`. Raises `UserError`: the file is unreadable."""
     from tokenizers import Tokenizer  # the commands that import this module seldom open a tokenizer
 
     try:
@@ -60,11 +56,8 @@ def read_chat_encoder(folder: Path, inline: InlineTokens | None = None) -> ChatE
 
 
 def read_chat_fields(folder: Path) -> dict[str, Any]:
-    """Return "file: field" -> value for bos token, eos token and chat template; "" for missing fields.
-
-    Raises:
-        UserError: a file is unreadable.
-    """
+    """Return "file: field" -> value for bos token, eos token and chat template; "" for missing fields. Raises
+    `UserError`: a file is unreadable."""
     config = _read_config(folder)
     return {**{f"{CONFIG_JSON}: {name}": _token_text(config.get(name))
                for name in ("bos_token", "eos_token")},
@@ -78,11 +71,7 @@ def read_special_token(folder: Path, name: str) -> str:
 
 
 def read_chat_template(folder: Path) -> str:
-    """Return a folder's default chat template, or "".
-
-    Raises:
-        UserError: a file is unreadable.
-    """
+    """Return a folder's default chat template, or "". Raises `UserError`: a file is unreadable."""
     return _read_template(folder, _read_config(folder)) or ""
 
 

@@ -22,10 +22,7 @@ def limit_resources(cpu_s: float, memory_bytes: int) -> Iterator[None]:
     """Limit CPU time and address space growth of the block.
 
     The kernel enforces both through signals, which only reach the main thread: other threads are unlimited.
-
-    Raises:
-        TemplateTimeout: more than `cpu_s` seconds of CPU time.
-        MemoryError: more memory.
+    Raises `TemplateTimeout`: more than `cpu_s` seconds of CPU time. Raises `MemoryError`: more memory.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -64,11 +64,8 @@ def describe_blocks(blocks: Iterable[VocabularyBlock]) -> dict[str, dict[str, in
 
 
 def read_blocks(record: Any, where: str) -> dict[str, VocabularyBlock]:
-    """Parse blocks written by `describe_blocks` into kind -> block; {} without record.
-
-    Raises:
-        UserError: the record is invalid; `where` names its file.
-    """
+    """Parse blocks written by `describe_blocks` into kind -> block; {} without record. Raises `UserError`:
+    the record is invalid; `where` names its file."""
     try:
         return {kind: VocabularyBlock(kind, int(record[kind]["first"]), int(record[kind]["size"]))
                 for kind in (AUDIO, IMAGE) if kind in (record or {})}

@@ -90,11 +90,7 @@ class HostSnapshot:
 
     def write(self, folder: Path, rank: int) -> None:
         """Write the copy to files in `folder`, then a `SnapshotRecord` for the rank that completes the
-        checkpoint.
-
-        Raises:
-            OSError: the disk is full or not writable.
-        """
+        checkpoint. Raises `OSError`: the disk is full or not writable."""
         files = [(part, number, blocks) for part, part_blocks in self._parts.items()
                  for number, blocks in enumerate(_split_into_files(part_blocks))]
         written: list[tuple[str, TensorWriter, Index]] = []

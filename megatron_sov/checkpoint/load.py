@@ -81,11 +81,8 @@ _PER_COUNTER = 8
 
 
 def find_init_rule(key: str) -> str:
-    """Return the initial distribution for tensor `key`.
-
-    Raises:
-        ValueError: not exactly one pattern of `RULES` matches `key`.
-    """
+    """Return the initial distribution for tensor `key`. Raises `ValueError`: not exactly one pattern of
+    `RULES` matches `key`."""
     if is_encoder(key):
         return next(rule for pattern, rule in ENCODER_RULES if fnmatch.fnmatchcase(key, pattern))
     matches = [rule for pattern, rule in RULES if fnmatch.fnmatchcase(key, pattern)]
@@ -268,11 +265,8 @@ def find_damage(path: Path, *, weights_only: bool = False) -> str | None:
 
 
 def check_weights(path: Path) -> None:
-    """Check weight files against the checkpoint's manifest, a share per process (collective).
-
-    Raises:
-        UserError: on every process, naming the first damaged file and the newest sound checkpoint.
-    """
+    """Check weight files against the checkpoint's manifest, a share per process (collective). Raises
+    `UserError`: on every process, naming the first damaged file and the newest sound checkpoint."""
     problem = find_damage(path, weights_only=True)
     if problem is not None:
         raise UserError(f"{problem}; {checkpoints.suggest_replacement(path)}")
@@ -342,11 +336,8 @@ def _load_part(path: Path, part: str, model: LanguageModel, new_encoders: bool =
 
 @torch.no_grad()
 def load_optimizer(path: Path, optimizer: Optimizer, num_updates: int) -> None:
-    """Load this process's optimizer state from a checkpoint with any layout (collective).
-
-    Raises:
-        UserError: on every process: the checkpoint has no optimizer state, or a file is damaged.
-    """
+    """Load this process's optimizer state from a checkpoint with any layout (collective). Raises `UserError`:
+    on every process: the checkpoint has no optimizer state, or a file is damaged."""
     reader = TensorReader(path, "optimizer")
     with raise_on_all_ranks():
         _copy_blocks(path, reader, list(optimizer.state_shards()))

@@ -199,11 +199,7 @@ class CheckpointSaver:
             w.start_thread(w.complete, lambda: setattr(w, "completed", True))
 
     def finish(self) -> None:
-        """Wait for an unfinished save.
-
-        Raises:
-            UserError: see `advance`.
-        """
+        """Wait for an unfinished save. Raises `UserError`: see `advance`."""
         while self._writing is not None:
             waits_since_s = time.monotonic()
             # an iteration is a collective: ranks must iterate equally often
@@ -283,11 +279,8 @@ def _convert_os_errors(path: Path, rank: int) -> Iterator[None]:
 
 
 def _collect_weights(model: LanguageModel) -> dict[str, list[LocalShard]]:
-    """Return part -> blocks to save: the weights, or for a frozen model the adapter alone.
-
-    Raises:
-        UserError: the frozen weights are not from a checkpoint.
-    """
+    """Return part -> blocks to save: the weights, or for a frozen model the adapter alone. Raises
+    `UserError`: the frozen weights are not from a checkpoint."""
     if not model.lora.on:
         return {MODEL: list_local_shards(model, rounded=True)}
     if model.adapter_base is None:

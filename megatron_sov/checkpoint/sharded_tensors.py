@@ -89,11 +89,8 @@ class TensorWriter:
         return format_file_name(self.part, self.rank, self._number)
 
     def flush(self) -> None:
-        """Write the buffered blocks to a file and sync the file.
-
-        Raises:
-            OSError: the disk is full or not writable.
-        """
+        """Write the buffered blocks to a file and sync the file. Raises `OSError`: the disk is full or not
+        writable."""
         if self._pending:
             path = self.folder / self._next_file()
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,12 +107,8 @@ class TensorWriter:
 
 
 def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
-    """Merge the processes' indices and write `PART.index.json`.
-
-    Raises:
-        ValueError: two processes disagree on a tensor's dtype or shape, or the blocks of a tensor do not
-            cover every element exactly once.
-    """
+    """Merge the processes' indices and write `PART.index.json`. Raises `ValueError`: two processes disagree
+    on a tensor's dtype or shape, or the blocks of a tensor do not cover every element exactly once."""
     merged: Index = {}
     for index in indices:
         for key, entry in index.items():

@@ -37,11 +37,8 @@ class StoredBlock:
 
 def count_owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Count the pieces that cover each cell in the grid of piece boundaries; int32, with the axes of `shape`.
-
-    Raises:
-        ValueError: a piece exceeds `shape`, the grid has more than `MAX_CELLS_PER_PIECE` cells per piece, or
-            pieces overlap more than `MAX_OWNERS` times in the mean.
-    """
+    Raises `ValueError`: a piece exceeds `shape`, the grid has more than `MAX_CELLS_PER_PIECE` cells per
+    piece, or pieces overlap more than `MAX_OWNERS` times in the mean."""
     spans = [[(o, o + n) for o, n in zip(p["offset"], p["shape"], strict=True)] for p in pieces]
     if any(a < 0 or b > n for span in spans for (a, b), n in zip(span, shape, strict=True)):
         raise ValueError(f"a block reaches beyond its tensor of shape {list(shape)}")
@@ -86,18 +83,12 @@ class StoredTensors(ABC):
 
     @abstractmethod
     def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
-        """Read `block` (slices relative to the piece) from a stored piece.
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
+        """Read `block` (slices relative to the piece) from a stored piece. Raises `UserError`: the file is
+        missing or damaged."""
 
     def check_complete(self) -> None:
-        """Check, from the index alone, that a tensor's pieces cover every element exactly once.
-
-        Raises:
-            UserError: an element has no piece or several pieces; the message names the tensor.
-        """
+        """Check, from the index alone, that a tensor's pieces cover every element exactly once. Raises
+        `UserError`: an element has no piece or several pieces; the message names the tensor."""
         for key, pieces in self._pieces.items():
             try:
                 num_owners = count_owners(self._shapes[key], [dataclasses.asdict(p) for p in pieces])
@@ -130,11 +121,7 @@ class StoredTensors(ABC):
     def read(self, key: str, offset: Sequence[int] | None = None,
              shape: Sequence[int] | None = None) -> torch.Tensor:
         """Return the block of `shape` at `offset` (default: the whole tensor), copied from overlapping
-        pieces.
-
-        Raises:
-            UserError: a file is missing or damaged, or the pieces do not cover the block.
-        """
+        pieces. Raises `UserError`: a file is missing or damaged, or the pieces do not cover the block."""
         extent = tuple(shape) if shape is not None else self._shapes[key]
         start = tuple(offset) if offset is not None else (0,) * len(extent)
         candidates = self._find_candidates(key, start, extent)

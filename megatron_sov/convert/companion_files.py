@@ -84,11 +84,8 @@ def add_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
 
 
 def read_generation_ids(folder: Path) -> TokenIds:
-    """Return token ids for generation_config.json: the ids from `read_token_ids`, and the turn ends.
-
-    Raises:
-        UserError: see `read_token_ids`.
-    """
+    """Return token ids for generation_config.json: the ids from `read_token_ids`, and the turn ends. Raises
+    `UserError`: see `read_token_ids`."""
     return add_turn_ends(folder, read_token_ids(folder))
 
 
@@ -109,11 +106,8 @@ def to_id_list(ids: int | list[int] | None) -> list[int]:
 
 def read_token_ids(folder: Path) -> TokenIds:
     """Read a folder's token ids. The first file with an id wins: generation_config.json, config.json,
-    `text_config` in config.json, the tokenizer's special tokens.
-
-    Raises:
-        UserError: a file is damaged, or `eos_token` is not in the tokenizer.
-    """
+    `text_config` in config.json, the tokenizer's special tokens. Raises `UserError`: a file is damaged, or
+    `eos_token` is not in the tokenizer."""
     config = read_optional_json(folder / CONFIG)
     text_part = config.get("text_config")
     ids: dict[str, Any] = {}

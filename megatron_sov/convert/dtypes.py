@@ -34,11 +34,8 @@ def choose_export_dtype(dtype: str, fp32: bool, stored_dtype: torch.dtype) -> to
 
 def convert_tensor(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str,
                    fix: str = "use --dtype bfloat16 or keep") -> torch.Tensor:
-    """Cast a tensor to `dtype`; `fix` is the advice in the overflow message.
-
-    Raises:
-        UserError: `tensor` has NaN or infinity, or a value overflows `dtype` (float16: above 65504).
-    """
+    """Cast a tensor to `dtype`; `fix` is the advice in the overflow message. Raises `UserError`: `tensor` has
+    NaN or infinity, or a value overflows `dtype` (float16: above 65504)."""
     if not _is_finite(tensor):
         kind = "NaN" if bool(tensor.isnan().any()) else "infinity"
         raise UserError(f"{path}: {name} contains {kind} ({int((~tensor.isfinite()).sum())} of "

@@ -125,11 +125,8 @@ class SourceCheck:
         self._weights, self._damage, self._remedy, self._base = weights, damage, remedy, base
 
     def wait_for(self, names: Iterable[str]) -> None:
-        """Wait until the source files for the Hugging Face tensors `names` are verified.
-
-        Raises:
-            UserError: a file is missing or differs from the manifest; the message lists its tensors.
-        """
+        """Wait until the source files for the Hugging Face tensors `names` are verified. Raises `UserError`:
+        a file is missing or differs from the manifest; the message lists its tensors."""
         names = list(names)
         if self._base is not None:
             self._base.wait_for(names)

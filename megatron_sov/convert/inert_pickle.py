@@ -474,11 +474,8 @@ class TorchArchive:
             raise ValueError(f"it is not a torch.save archive ({e}) in the format since torch 1.6") from None
 
     def locate_tensor(self, value: Any) -> tuple[str, tuple[int, ...], int, int]:
-        """Return (dtype, shape, first byte, size in bytes) of a contiguous tensor in the header.
-
-        Raises:
-            ValueError: `value` is not a tensor, is not contiguous, or exceeds its storage.
-        """
+        """Return (dtype, shape, first byte, size in bytes) of a contiguous tensor in the header. Raises
+        `ValueError`: `value` is not a tensor, is not contiguous, or exceeds its storage."""
         if isinstance(value, InertCall) and value.name == PARAMETER and value.arguments:
             value = value.arguments[0]
         if not (isinstance(value, InertCall) and value.name == REBUILT and len(value.arguments) >= 4):

@@ -43,11 +43,8 @@ MAX_TRACKER_BYTES = 64
 
 
 def find_iteration(folder: Path) -> Path:
-    """Return the folder with the index: `folder` itself, or the newest iteration.
-
-    Raises:
-        UserError: there is no checkpoint, or its format or version is not supported.
-    """
+    """Return the folder with the index: `folder` itself, or the newest iteration. Raises `UserError`: there
+    is no checkpoint, or its format or version is not supported."""
     if not folder.is_dir():
         raise UserError(f"{folder}: is not a folder; pass a checkpoint of Megatron-LM or Megatron-Bridge")
     iteration_folder = folder

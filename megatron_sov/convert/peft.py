@@ -100,11 +100,7 @@ def from_peft_shape(module: AdaptedModule, tensor: str, value: torch.Tensor,
 
 
 def build_peft_config(model: ModelConfig, lora: LoraConfig, base_name: str) -> dict[str, Any]:
-    """Return adapter_config.json.
-
-    Raises:
-        UserError: PEFT does not support the adapter.
-    """
+    """Return adapter_config.json. Raises `UserError`: PEFT does not support the adapter."""
     modules: set[str] = set()
     parameters: set[str] = set()
     for module in find_adapted_modules(model, lora):
@@ -307,11 +303,8 @@ class UpdateRounding:
 
 
 def open_checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
-    """Open a checkpoint; an adapter is merged into the base.
-
-    Raises:
-        UserError: tensors do not match the model, or the base is missing.
-    """
+    """Open a checkpoint; an adapter is merged into the base. Raises `UserError`: tensors do not match the
+    model, or the base is missing."""
     base = read_adapter_base(path)
     return CheckpointWeights(path) if base is None else AdaptedWeights(path, base)
 
@@ -475,10 +468,7 @@ def _read_factor(weights: TensorFile, module: AdaptedModule, tensor: str,
 
 def open_weights(path: str | Path) -> Weights:
     """Open a checkpoint, the newest checkpoint of a run, or a Hugging Face folder; adapters are merged.
-
-    Raises:
-        UserError: `path` is none of these, or tensors do not match the model.
-    """
+    Raises `UserError`: `path` is none of these, or tensors do not match the model."""
     check_model_path(Path(path))
     path = resolve_run(Path(path))
     check_model_folder(path)

@@ -328,12 +328,9 @@ class CheckpointWeights:
 
 
 def check_dtypes(weights: Weights) -> None:
-    """Check tensor dtypes before the conversion.
-
-    Raises:
-        UserError: a weight is not floating-point, a router bias was rounded to 16 bits (its updates would
-            vanish), or tensors that become one tensor (query and key, experts of a layer) differ in dtype.
-    """
+    """Check tensor dtypes before the conversion. Raises `UserError`: a weight is not floating-point, a router
+    bias was rounded to 16 bits (its updates would vanish), or tensors that become one tensor (query and key,
+    experts of a layer) differ in dtype."""
     first_names: dict[str, str] = {}
     for link in weights.links:
         for name in link.hf_names:

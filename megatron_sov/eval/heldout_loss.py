@@ -150,11 +150,8 @@ def compute_rows_per_batch(loaded: LoadedModel, seq_len: int, max_tokens: int = 
 
 def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
     """Return source name -> loss for a transformers model, on the targets and contexts of
-    `evaluate_forward_model`.
-
-    Raises:
-        UserError: the data have images or audio, which the transformers model does not read.
-    """
+    `evaluate_forward_model`. Raises `UserError`: the data have images or audio, which the transformers model
+    does not read."""
     if media_sources := [f"{s.name} ({', '.join(s.banks)})" for s in data.sources if s.banks]:
         raise UserError(f"sources {'; '.join(media_sources)}: the transformers model reads text only; "
                         "evaluate the checkpoint itself, or use text data")

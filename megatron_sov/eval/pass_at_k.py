@@ -55,10 +55,8 @@ def compute_pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     """Return the probability that k samples, drawn from n without replacement, contain a right sample
     (`pass@k`).
 
-    1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. (arXiv 2107.03374, equation 1).
-
-    Raises:
-        ValueError: there are fewer than k samples, or more right samples than samples.
+    1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. (arXiv 2107.03374, equation 1). Raises
+    `ValueError`: there are fewer than k samples, or more right samples than samples.
     """
     if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
         raise ValueError(f"pass@{k} of {num_right} right among {num_samples} samples has no meaning")
@@ -73,10 +71,7 @@ def compute_majority_at_k(num_right: int, wrong: Mapping[str, int], num_silent: 
 
     A tie of m answers is broken uniformly. All draws are counted, as the coefficient of x^k in a product of
     one polynomial per answer: given a right samples among k, another answer may occur less than a times, or a
-    times (a tie).
-
-    Raises:
-        ValueError: there are fewer than k samples.
+    times (a tie). Raises `ValueError`: there are fewer than k samples.
     """
     sizes = Counter(wrong.values())
     num_samples = num_right + num_silent + sum(wrong.values())

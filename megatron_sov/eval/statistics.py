@@ -136,10 +136,8 @@ def _build_interval(mean: float, error: float, degrees: int, confidence: float) 
 def compute_wilson_interval(correct: int, samples: int) -> tuple[float, float]:
     """Return Wilson's score interval for a share (J. Am. Stat. Assoc. 22, 1927).
 
-    Its ends solve |correct / samples - p| = z sqrt(p (1 - p) / samples).
-
-    Raises:
-        ValueError: there is no sample, or `correct` is not between 0 and `samples`.
+    Its ends solve |correct / samples - p| = z sqrt(p (1 - p) / samples). Raises `ValueError`: there is no
+    sample, or `correct` is not between 0 and `samples`.
     """
     if not 0 <= correct <= samples or samples < 1:
         raise ValueError(f"{correct} of {samples} is not a share")
@@ -203,11 +201,8 @@ def compute_cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] |
 
 def compute_difference_interval(differences: Sequence[float]) -> tuple[float, float]:
     """Return a confidence interval for the mean of paired differences d between shares:
-    `compute_mean_interval` of (1 + d) / 2.
-
-    Raises:
-        ValueError: there is no difference, or one is not between -1 and 1.
-    """
+    `compute_mean_interval` of (1 + d) / 2. Raises `ValueError`: `differences` is empty, or has a number
+    outside -1 to 1."""
     low, high = compute_mean_interval([(1 + d) / 2 for d in differences])
     return 2 * low - 1, 2 * high - 1
 

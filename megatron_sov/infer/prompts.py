@@ -38,11 +38,8 @@ class ModelPrompt:
 
 
 def read_prompts(texts: Sequence[str], file: Path | None) -> list[ModelPrompt]:
-    """Return prompts from options, then from a JSONL file with `prompt` and, optionally, `target`.
-
-    Raises:
-        UserError: there is no prompt, a prompt is empty, or a line of `file` is malformed.
-    """
+    """Return prompts from options, then from a JSONL file with `prompt` and, optionally, `target`. Raises
+    `UserError`: there is no prompt, a prompt is empty, or a line of `file` is malformed."""
     prompts = [ModelPrompt(text) for text in texts] + (_read_file(file) if file is not None else [])
     if not prompts and file is not None:
         raise UserError(f"--prompts {file}: is empty; pass a JSONL file with a prompt on each line")
@@ -113,11 +110,8 @@ class ServerOptions:
     """A running server's address; repeat the option for several servers."""
 
     def places(self, run: Path) -> ServerLocations:
-        """Return a run's server addresses, log folder and interpreter.
-
-        Raises:
-            UserError: --engine-url is not an address.
-        """
+        """Return a run's server addresses, log folder and interpreter. Raises `UserError`: --engine-url is
+        not an address."""
         for url in self.engine_url:
             if problems := find_address_problems("--engine-url", url, "the environment"):
                 raise SettingsError("", problems)
@@ -179,11 +173,8 @@ class PromptEncoder:
                                           lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
 
     def encode_prompts(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
-        """Encode prompts, see `encode_prompts`.
-
-        Raises:
-            UserError: a prompt is invalid, or the tokenizer has ids that the model lacks.
-        """
+        """Encode prompts, see `encode_prompts`. Raises `UserError`: a prompt is invalid, or the tokenizer has
+        ids that the model lacks."""
         _check_surrogates(prompts)
         if self.encoder is not None:
             ids = [_encode_chat(self.encoder, prompt) for prompt in prompts]
@@ -201,11 +192,8 @@ class PromptEncoder:
             self._tokenizer.encode(piece, add_special_tokens=False) if id_ is None else [id_])]
 
     def encode_text(self, text: str) -> list[int]:
-        """Encode the beginning of an answer, without chat template.
-
-        Raises:
-            UserError: the text is invalid, or the tokenizer has ids that the model lacks.
-        """
+        """Encode the beginning of an answer, without chat template. Raises `UserError`: the text is invalid,
+        or the tokenizer has ids that the model lacks."""
         _check_surrogates([text])
         ids = list(self._tokenizer.encode(text, add_special_tokens=False))
         _check_ids([ids], self._target)

@@ -63,10 +63,7 @@ def run_with_policy(policy: EnginePolicy, work: Callable[[ToolPolicy], Any]) -> 
     """Run `work` with a policy and return the result (collective over the engine's processes).
 
     Only the first process runs `work`, so that tools act once; the other processes join its sampling and
-    return None.
-
-    Raises:
-        UserError: `work` raised it; on every process, so that none hangs.
+    return None. Raises `UserError`: `work` raised it; on every process, so that none hangs.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work(policy)

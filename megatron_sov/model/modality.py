@@ -141,11 +141,8 @@ def read_banks(record: Any, where: str) -> Banks:
 
 
 def check_encoders(model: ModelConfig, sources: Sequence[Any]) -> None:
-    """Check that a model has encoders for the images and audio of its data.
-
-    Raises:
-        UserError: encoders are missing or do not fit; the message names all sources.
-    """
+    """Check that a model has encoders for the images and audio of its data. Raises `UserError`: encoders are
+    missing or do not fit; the message names all sources."""
     if banks := {source.name: source.banks for source in sources if source.banks}:
         load_modality().check_banks(model, banks)
 
@@ -187,19 +184,13 @@ class FeatureTokens(InlineTokens, Protocol):
         ...
 
     def refuse_lost(self, ids: Sequence[int], texts: Sequence[str]) -> None:
-        """Reject a document if encoding lost some of its media tokens.
-
-        Raises:
-            BadRecord: tokens are missing.
-        """
+        """Reject a document if encoding lost some of its media tokens. Raises `BadRecord`: tokens are
+        missing."""
         ...
 
     def numbers(self, ids: Sequence[int], rows: Rows) -> np.ndarray:
         """Return the feature numbers of a document's tokens, for the sidecar file (`shard_files.FEATURES`).
-
-        Raises:
-            BadRecord: the numbers of placeholders and features differ.
-        """
+        Raises `BadRecord`: the numbers of placeholders and features differ."""
         ...
 
 
@@ -207,27 +198,17 @@ class Modality(Protocol):
     """Multimodal operations that text code needs."""
 
     def read_banks(self, record: Any, where: str) -> Banks:
-        """Return the banks described by a manifest record.
-
-        Raises:
-            UserError: the record is malformed; `where` names it.
-        """
+        """Return the banks described by a manifest record. Raises `UserError`: the record is malformed;
+        `where` names it."""
         ...
 
     def open_banks(self, prefix: Path, banks: Banks) -> BankReader:
-        """Open the banks of the token shard at `prefix`.
-
-        Raises:
-            UserError: a file is damaged or missing.
-        """
+        """Open the banks of the token shard at `prefix`. Raises `UserError`: a file is damaged or missing."""
         ...
 
     def check_banks(self, model: ModelConfig, banks: Mapping[str, Banks]) -> None:
-        """Check that a model has encoders for the banks of sources, by source name.
-
-        Raises:
-            UserError: encoders are missing or do not fit; the message names all sources.
-        """
+        """Check that a model has encoders for the banks of sources, by source name. Raises `UserError`:
+        encoders are missing or do not fit; the message names all sources."""
         ...
 
     def encoder(self, config: VisionEncoderConfig | AudioEncoderConfig, hidden_size: int) -> Any:

@@ -54,11 +54,8 @@ OBJECTIVE_PLUGINS: Registry[Callable[..., Any]] = Registry("objective", BUILT_IN
 
 
 def check_objective(config: RunConfig) -> None:
-    """Check that the objective exists and that `objective.options` match its arguments.
-
-    Raises:
-        UserError: unknown objective, or wrong options (all are named).
-    """
+    """Check that the objective exists and that `objective.options` match its arguments. Raises `UserError`:
+    unknown objective, or wrong options (all are named)."""
     name, options = config.objective.name, config.objective.options
     if name in BUILT_IN:
         return
@@ -127,11 +124,7 @@ class PluginFactory:
         return getattr(self.objective_class, "columns", {})
 
     def __call__(self, context: Any) -> Any:
-        """Create the objective.
-
-        Raises:
-            UserError: the objective has no `coefficients`.
-        """
+        """Create the objective. Raises `UserError`: the objective has no `coefficients`."""
         objective = self.objective_class(context, **self.config.objective.options)
         if not isinstance(getattr(objective, "coefficients", None), Mapping):
             raise UserError(f"objective {self.name}: has no `coefficients`, a dict of term -> its weight in "

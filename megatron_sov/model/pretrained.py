@@ -65,11 +65,8 @@ def find_hub_name(folder: Path) -> str:
 
 
 def find_weight_files(folder: Path) -> dict[str, list[str]]:
-    """Return weight file -> tensor names from the index ([] without an index).
-
-    Raises:
-        UserError: no weights, a damaged index or an index with outside paths, or ambiguous weights.
-    """
+    """Return weight file -> tensor names from the index ([] without an index). Raises `UserError`: no
+    weights, a damaged index or an index with outside paths, or ambiguous weights."""
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{folder}: holds {ADAPTER_CONFIG} next to a model's weights, and transformers adds "
                         "the adapter to the weights; merge it with PEFT, or move it to another folder")
@@ -213,10 +210,7 @@ def _refuse_unknown_type(folder: Path) -> None:
 
 def find_low_bit_options(folder: Path) -> dict[str, Any]:
     """Return `from_pretrained` arguments that dequantise low-bit weights to bfloat16; {} for other folders.
-
-    Raises:
-        UserError: the package that reads the folder is not installed.
-    """
+    Raises `UserError`: the package that reads the folder is not installed."""
     quantised = read_json(folder / CONFIG).get("quantization_config")
     if not isinstance(quantised, dict):
         return {}

@@ -426,11 +426,8 @@ def build_policy_objective(config: RunConfig) -> PolicyObjective:
 def open_text_sources(config: RunConfig) -> tuple[Source, ...]:
     """Open the packed text in `data.paths`, and with `policy.knowledge_coeff` chats as text.
 
-    With `policy.method = gkd`, text and chats keep the labels that `distill` learns.
-
-    Raises:
-        UserError: `data.paths` cannot be read, hold another format, or do not fit the vocabulary of the
-            model.
+    With `policy.method = gkd`, text and chats keep the labels that `distill` learns. Raises `UserError`:
+    `data.paths` cannot be read, hold another format, or do not fit the vocabulary of the model.
     """
     if not config.data.paths:
         return ()

@@ -107,11 +107,7 @@ class Reference:
 
     def score_heldout(self, view: GateView) -> None:
         """Compute missing parts by the trained model, whose weights must equal the reference; called by all
-        processes.
-
-        Raises:
-            UserError: RUN/reference belongs to another reference, or the disk is full.
-        """
+        processes. Raises `UserError`: RUN/reference belongs to another reference, or the disk is full."""
         begin_s = time.monotonic()
         parts, num_tokens = self._compute_missing(view, view.config.train.micro_batch_size)
         view.events.write("reference", parts=parts, tokens=num_tokens,
@@ -174,11 +170,8 @@ class Reference:
         return len(missing), num_tokens
 
     def check_unchanged(self) -> None:
-        """Check that a resumed run, whose weights differ from the reference by now, has every part.
-
-        Raises:
-            UserError: the data changed, samples became longer, or a part is missing or damaged.
-        """
+        """Check that a resumed run, whose weights differ from the reference by now, has every part. Raises
+        `UserError`: the data changed, samples became longer, or a part is missing or damaged."""
         file, identity = self._folder / IDENTITY, self._read_identity()
         data, max_tokens = identity.get("data_sha256", {}), identity.get("max_tokens", 0)
         changed = [name for name, sha256 in self._identity["data_sha256"].items() if data.get(name) != sha256]
@@ -251,11 +244,8 @@ class ReferenceFiles:
         return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     def column(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return log p for `count` tokens in a document from `start`, float32.
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
+        """Return log p for `count` tokens in a document from `start`, float32. Raises `UserError`: the file
+        is missing or damaged."""
         part, index = divmod(document, PART_DOCUMENTS)
         starts, numbers = self._open(part)
         logprobs: np.ndarray = numbers[starts[index] + start:starts[index] + start + count]

@@ -179,11 +179,8 @@ def read_candidates(probe: Path, requested: Sequence[ProbedCheckpoint]) -> list[
 
 def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, right_from: float
                 ) -> dict[str, Any]:
-    """Write the artifact `TABLE` and return the manifest content.
-
-    Raises:
-        UserError: responses of a checkpoint in a domain have too few rewards.
-    """
+    """Write the artifact `TABLE` and return the manifest content. Raises `UserError`: responses of a
+    checkpoint in a domain have too few rewards."""
     ks = sorted({1, k})
     measured = {(m.checkpoint, m.domain): m for c in candidates
                 for m in _measure_checkpoint(probe, c, ks, right_from)}

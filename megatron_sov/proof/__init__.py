@@ -1,4 +1,4 @@
-"""Comparison of a layout's training step with the step of one process. One process computes all ranks.
+"""Compare a layout's training steps with a single process; all ranks are simulated in this process.
 
 The import switches the process to megatron-core on CPUs, even if the machine has a GPU.
 """

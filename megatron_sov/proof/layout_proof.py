@@ -1,5 +1,4 @@
-"""The proof of a layout: two training steps with all its processes, compared with two steps of one
-process."""
+"""Prove a layout: compare two simulated training steps on `num_ranks` ranks with the reference process."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,10 +46,10 @@ from megatron_sov.work.progress.progress_bar import create_bar
 STEPS = 2
 """The second step shows that weights and counters after the first step agree."""
 TOLERANCE = 1e-9
-"""Largest difference relative to a tensor's largest number. Sums in another order differ by about 1e-15 in
-float64; a wrong layout differs by more than 1e-6."""
+"""Largest difference, relative to a tensor's largest number. The order of sums changes float64 results by
+about 1e-15; a wrong layout, by more than 1e-6."""
 SHOWN = 8
-"""Differences in the text, and half the number of call sites; JSON has all."""
+"""Most differences in `format_proof`, and half the most call sites; `proof_to_json` has all."""
 ASSUMED = ("kernels compute what their plain versions do, messages arrive as sent, and sends never wait",
            "Transformer Engine's layers, and what they send under TP and SP, do what megatron-core's own "
            "layers do, which run here",
@@ -62,12 +61,12 @@ EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 
 
 class _StepFailed(Exception):
-    """The layout refuses a step that one process completes, e.g. for a NaN loss."""
+    """The layout refuses a step that the reference completes, e.g. for a NaN loss."""
 
 
 @dataclass(frozen=True)
 class ReferenceSteps:
-    """Results of one process."""
+    """Results of `run_reference` on a single process."""
 
     numbers: list[dict[str, float]]
     """Name -> value, per step."""
@@ -80,7 +79,7 @@ class ReferenceSteps:
 
 @dataclass
 class Verdict:
-    """Result of a comparison."""
+    """Result of `prove_miniature`."""
 
     outcome: str
     """`EQUAL`, `DIFFERS`, `STANDS` or `FAILS`."""
@@ -88,20 +87,20 @@ class Verdict:
     largest: float = 0.0
     """Largest relative difference."""
     places: list[str] = field(default_factory=list)
-    """Differing tensors and numbers, in the order of the step."""
+    """Differing tensors and numbers, in `train_step` order."""
     sites: list[str] = field(default_factory=list)
     """Messages at the first difference."""
     losses: dict[str, float] = field(default_factory=dict)
-    """Loss term -> value of one process in the first step."""
+    """Loss term -> reference value in the first step."""
     compared: dict[str, int] = field(default_factory=dict)
-    """Kind -> number of compared values."""
+    """Kind -> number compared, from `_Comparison.count_values`."""
     messages: int = 0
-    """Collective and point-to-point calls over all processes."""
+    """Number of collective and point-to-point calls in `SimulatedRanks.sites`."""
     seconds: float = 0.0
 
 
 def prove_run(config: RunConfig, num_ranks: int) -> tuple[Miniature, Verdict]:
-    """Build the miniature of a run and compare its layout on `num_ranks` processes with one process.
+    """Build a run's miniature and compare the layout on `num_ranks` ranks with the reference.
 
     Raises:
         UserError: the run's settings break a rule.
@@ -115,16 +114,16 @@ def prove_run(config: RunConfig, num_ranks: int) -> tuple[Miniature, Verdict]:
         return small, prove_miniature(small)
 
 
-def prove_miniature(small: Miniature, meddle: MessageFault | None = None,
-                    whole: ReferenceSteps | None = None) -> Verdict:
-    """Simulate two steps of a layout in this process, and compare them with one process.
+def prove_miniature(small: Miniature, fault: MessageFault | None = None,
+                    reference: ReferenceSteps | None = None) -> Verdict:
+    """Simulate two steps of a layout in this process, and compare the results with the reference.
 
-    This process must be in no process group and must never use a GPU (`cpu_shims.prepare_without_gpu`).
+    Call `cpu_shims.prepare_without_gpu` before, without a process group.
 
     Args:
         small: the miniature.
-        meddle: injected message fault.
-        whole: results of one process; None: compute them.
+        fault: injected message fault.
+        reference: result of `run_reference`; None: compute it.
 
     Raises:
         UserError: settings that the model builder rejects.
@@ -132,48 +131,48 @@ def prove_miniature(small: Miniature, meddle: MessageFault | None = None,
     began_s = time.monotonic()
     # the backward pass must stay in the thread of its simulated process
     with torch.autograd.set_multithreading_enabled(False), _use_one_thread(), allow_float64:
-        verdict = _compare_layout(small, run_reference(small) if whole is None else whole, meddle)
+        verdict = _compare_layout(small, run_reference(small) if reference is None else reference, fault)
     verdict.seconds = time.monotonic() - began_s
     return verdict
 
 
 def run_reference(small: Miniature) -> ReferenceSteps:
-    """Run the steps in one process, and write a checkpoint next to the documents.
+    """Run the steps on a single rank, and write a checkpoint next to the documents.
 
     Raises:
-        UserError: one process fails too, so there is no reference.
+        UserError: the reference fails too.
     """
     checkpoint = Path(tempfile.mkdtemp(prefix="alone-", dir=small.folder))
     try:
-        [whole] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _run_reference_steps(
-            small.on_one_process(), place, checkpoint))
+        [reference] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _run_reference_steps(
+            small.build_reference_config(), place, checkpoint))
     except UserError as e:  # its text would blame the user's settings
         raise UserError(f"the miniature of this run breaks a rule: {e}; not proved") from e
     except Exception as e:
         raise UserError(f"one process cannot do this step: {_format_failure(e)}; no layout is proved") from e
-    return whole
+    return reference
 
 
-def _compare_layout(small: Miniature, whole: ReferenceSteps, meddle: MessageFault | None) -> Verdict:
-    ranks = SimulatedRanks(small.num_ranks, meddle)
-    comparing = _Comparison(whole)
-    seen: dict[int, ModuleSums] = {}
+def _compare_layout(small: Miniature, reference: ReferenceSteps, fault: MessageFault | None) -> Verdict:
+    ranks = SimulatedRanks(small.num_ranks, fault)
+    comparison = _Comparison(reference)
+    sums_by_rank: dict[int, ModuleSums] = {}
 
-    def noted(rank: int, site: CallSite) -> None:
-        if rank in seen:
-            seen[rank].note(site)
+    def record_site(rank: int, site: CallSite) -> None:
+        if rank in sums_by_rank:
+            sums_by_rank[rank].note(site)
 
-    ranks.watch = noted
+    ranks.watch = record_site
     # cached: hundreds of simulated processes read the same index
     with (create_bar("prove", small.num_ranks * (STEPS + 1), "step of a process") as bar,
           mock.patch.object(load, "TensorReader", functools.cache(TensorReader)),
           tempfile.TemporaryDirectory(prefix="layout-", dir=small.folder) as folder):
-        comparing.done = bar.update
+        comparison.done = bar.update
         try:
             ranks.run(small.config.parallel, lambda place: _run_rank(
-                small.config, place, comparing, seen, Path(folder)))
-            if not comparing.differs:
-                comparing.add_written(_read_tensors(Path(folder)))
+                small.config, place, comparison, sums_by_rank, Path(folder)))
+            if not comparison.differs:
+                comparison.add_written(_read_tensors(Path(folder)))
         except Deadlock as e:
             return Verdict(STANDS, small.num_ranks, float("inf"), [str(e)])
         except UserError:
@@ -181,47 +180,47 @@ def _compare_layout(small: Miniature, whole: ReferenceSteps, meddle: MessageFaul
         except Exception as e:
             # a layout that crashes is refuted, too
             return Verdict(FAILS, small.num_ranks, float("inf"), [_format_failure(e)])
-    verdict = _build_verdict(small, comparing, [seen[rank] for rank in sorted(seen)])
+    verdict = _build_verdict(small, comparison, [sums_by_rank[rank] for rank in sorted(sums_by_rank)])
     verdict.messages = sum(ranks.sites.values())
     return verdict
 
 
-def _run_rank(config: RunConfig, place: ParallelWorld, comparing: _Comparison, seen: dict[int, ModuleSums],
-          folder: Path) -> None:
-    """Run the steps of a process, write a checkpoint, and read the checkpoint of one process."""
+def _run_rank(config: RunConfig, place: ParallelWorld, comparison: _Comparison,
+              sums_by_rank: dict[int, ModuleSums], folder: Path) -> None:
+    """Run a rank's steps, write a checkpoint, and read the reference's checkpoint."""
     trainer = _build_trainer(config, place)
-    sums = seen[place.rank] = observe_modules(trainer.model)
+    sums = sums_by_rank[place.rank] = observe_modules(trainer.model)
     try:
         for step in range(STEPS):
             sums.begin(step + 1)
             if (numbers := _run_step(trainer)) is None:
-                comparing.numbers[f"step {step + 1}: a guard refuses it"] = float("inf")
+                comparison.numbers[f"step {step + 1}: a guard refuses it"] = float("inf")
             else:
-                comparing.add(step, trainer, place.rank, numbers)
+                comparison.add_step(step, trainer, place.rank, numbers)
             torch.distributed.barrier()
-            if comparing.differs:
+            if comparison.differs:
                 return  # an error in one step affects everything in the next
         sums.begin(STEPS + 1)
         _write_checkpoint(trainer, place, folder)
-        _read_checkpoint(trainer, comparing.whole.checkpoint, num_updates=1)
-        comparing.add_read(trainer)
+        _read_checkpoint(trainer, comparison.reference.checkpoint, num_updates=1)
+        comparison.add_read(trainer)
     except UserError as e:
         raise _StepFailed(str(e)) from e
 
 
-def _build_verdict(small: Miniature, comparing: _Comparison, seen: Sequence[ModuleSums]) -> Verdict:
-    """Build the verdict: differences of the first differing step come first, modules before tensors."""
-    whole, differing = comparing.whole, comparing.differing()
-    verdict = Verdict(EQUAL, small.num_ranks, comparing.largest, compared=comparing.compared(small.config))
-    verdict.losses = {name.removeprefix(_LOSS): value for name, value in whole.numbers[0].items()
+def _build_verdict(small: Miniature, comparison: _Comparison, sums: Sequence[ModuleSums]) -> Verdict:
+    """Build the verdict; the first differing step comes first, with modules before tensors."""
+    reference, differing = comparison.reference, comparison.list_differences()
+    verdict = Verdict(EQUAL, small.num_ranks, comparison.largest, compared=comparison.count_values())
+    verdict.losses = {name.removeprefix(_LOSS): value for name, value in reference.numbers[0].items()
                       if name.startswith(_LOSS)}
     for step in range(1, STEPS + 1):
-        of_step = f"step {step}: "
-        modules, sites = locate_difference(whole.observed, seen, step, TOLERANCE)
-        if modules or any(place.startswith(of_step) for place in differing):
-            verdict.places += [of_step + module for module in modules]
+        prefix = f"step {step}: "
+        modules, sites = locate_difference(reference.observed, sums, step, TOLERANCE)
+        if modules or any(place.startswith(prefix) for place in differing):
+            verdict.places += [prefix + module for module in modules]
             verdict.sites = verdict.sites or sites
-        verdict.places += [place for place in differing if place.startswith(of_step)]
+        verdict.places += [place for place in differing if place.startswith(prefix)]
         if verdict.places:
             break
     verdict.places += [place for place in differing if place not in verdict.places]
@@ -237,53 +236,54 @@ def _format_failure(error: Exception) -> str:
 
 
 class _Comparison:
-    """Comparison of all processes with one process."""
+    """Comparison of simulated ranks with the `ReferenceSteps`."""
 
-    def __init__(self, whole: ReferenceSteps) -> None:
-        self.whole = whole
+    def __init__(self, reference: ReferenceSteps) -> None:
+        self.reference = reference
         self.numbers: dict[str, float] = {}
         """Step and name -> largest relative difference."""
-        self.apart: dict[tuple[int, str], float] = {}
+        self.tensors: dict[tuple[int, str], float] = {}
         """(step, tensor) -> largest relative difference."""
         self.gradients: dict[str, float] = {}
-        """Parameter -> largest relative difference of its gradient in the first step."""
-        self.kept: dict[str, float] = {}
-        """Tensor in a written or read checkpoint -> largest relative difference."""
+        """Parameter -> largest relative gradient difference in the first step."""
+        self.checkpoint_tensors: dict[str, float] = {}
+        """Tensor written to or read from a checkpoint -> largest relative difference."""
         self.replicas: dict[str, set[str]] = defaultdict(set)
-        """Kind -> tensors with replicas, which another process writes."""
+        """Kind -> tensors with replicas."""
         self._covered: dict[tuple[int, str], torch.Tensor] = {}
         self._steps: set[int] = set()
         self.done: Callable[[], Any] = lambda: None
-        """Called after each step of a process."""
+        """Called after a rank's step."""
 
     @property
     def largest(self) -> float:
-        return max((*self.numbers.values(), *self.apart.values(), *self.kept.values()), default=0.0)
+        return max((*self.numbers.values(), *self.tensors.values(), *self.checkpoint_tensors.values()),
+                   default=0.0)
 
     @property
     def differs(self) -> bool:
         return not self.largest <= TOLERANCE
 
-    def add(self, step: int, trainer: Trainer, rank: int, numbers: Mapping[str, float]) -> None:
-        """Compare a process's tensors after a step (0-based), and the step's numbers."""
+    def add_step(self, step: int, trainer: Trainer, rank: int, numbers: Mapping[str, float]) -> None:
+        """Compare a rank's tensors after a step (0-based), and the step's numbers."""
         self._steps.add(step)
-        for name in numbers.keys() - self.whole.numbers[step].keys():
+        for name in numbers.keys() - self.reference.numbers[step].keys():
             self.numbers[f"step {step + 1}: {name}: one process has none"] = float("inf")
-        for name, value in self.whole.numbers[step].items():
+        for name, value in self.reference.numbers[step].items():
             # processes without a router do not report its biases
             if name in numbers:
                 difference = abs(numbers[name] - value) / max(abs(value), 1e-6)
                 _update_largest(self.numbers, f"step {step + 1}: {name}", difference)
             elif not name.startswith("router bias"):
                 self.numbers[f"step {step + 1}: {name} of rank {rank}"] = float("inf")
-        # a wrong norm scales all gradients; undo it to find the gradients that are wrong themselves
+        # a wrong norm scales every gradient; undo the scale to find wrong gradients
         limit = trainer.config.optim.clip_grad
-        scale = (_compute_clip_scale(self.whole.numbers[step]["gradient norm"], limit)
+        scale = (_compute_clip_scale(self.reference.numbers[step]["gradient norm"], limit)
                  / _compute_clip_scale(numbers["gradient norm"], limit))
         for key, block in _iter_shards(trainer):
-            expected = self.whole.tensors[step].get(key)
+            expected = self.reference.tensors[step].get(key)
             if expected is None:
-                self.apart[step, key] = float("inf")
+                self.tensors[step, key] = float("inf")
                 continue
             if (step, key) not in self._covered:
                 self._covered[step, key] = torch.zeros(block.global_shape, dtype=torch.int32)
@@ -291,71 +291,73 @@ class _Comparison:
                 self._covered[step, key][_get_slices(block)] += 1
             else:
                 self.replicas[key.partition("/")[0]].add(key)
-            reference = expected[_get_slices(block)]
-            _update_largest(self.apart, (step, key), _compute_difference(reference, block.data, expected))
+            expected_block = expected[_get_slices(block)]
+            _update_largest(self.tensors, (step, key),
+                            _compute_difference(expected_block, block.data, expected))
             part, _, name = key.partition("/")
             if step == 0 and part in FIRST_MOMENTS:
                 _update_largest(self.gradients, name, _compute_difference(
-                    reference, block.data * scale, expected))
+                    expected_block, block.data * scale, expected))
         self.done()
 
     def add_read(self, trainer: Trainer) -> None:
-        """Compare a process's tensors after it read the checkpoint of one process."""
+        """Compare a rank's tensors after reading the reference's checkpoint."""
         for key, block in _iter_shards(trainer):
-            expected = self.whole.tensors[0][key]
-            _update_largest(self.kept, f"read from one process' checkpoint: {key}",
-                      _compute_difference(expected[_get_slices(block)], block.data, expected))
+            expected = self.reference.tensors[0][key]
+            _update_largest(self.checkpoint_tensors, f"read from one process' checkpoint: {key}",
+                            _compute_difference(expected[_get_slices(block)], block.data, expected))
         self.done()
 
     def add_written(self, written: Mapping[str, torch.Tensor]) -> None:
-        """Compare the global tensors of the layout's checkpoint with one process."""
-        expected = self.whole.tensors[-1]
+        """Compare the global tensors in the layout's checkpoint with the reference."""
+        expected = self.reference.tensors[-1]
         for key in expected.keys() | written.keys():
             name = f"written into a checkpoint: {key}"
-            self.kept[name] = float("inf")
+            self.checkpoint_tensors[name] = float("inf")
             if key in expected and key in written and expected[key].shape == written[key].shape:
-                self.kept[name] = _compute_difference(expected[key], written[key], expected[key])
+                self.checkpoint_tensors[name] = _compute_difference(expected[key], written[key],
+                                                                    expected[key])
 
-    def compared(self, config: RunConfig) -> dict[str, int]:
-        """Count the compared values by kind."""
+    def count_values(self) -> dict[str, int]:
         names = {name.partition(": ")[2] for name in self.numbers}
-        keys = {key for _, key in self.apart}
-        begin = {"losses": _LOSS, "gradient norms": "gradient norm", "loads of experts": "load of expert",
-                 "biases of routers": "router bias"}
-        kinds = {"first moments": FIRST_MOMENTS, "second moments": ("exp_avg_sq",), "weights": ("weights",)}
-        return {**{kind: sum(name.startswith(start) for name in names) for kind, start in begin.items()},
-                "gradients": len(self.gradients), **{kind: sum(key.partition("/")[0] in parts for key in keys)
-                                                     for kind, parts in kinds.items()}, "replicas of weights":
-                len(self.replicas["weights"]), "modules": len(self.whole.observed.forward) // STEPS,
-                "tensors of its checkpoint": sum(name.startswith("written") for name in self.kept),
-                "tensors read from one process' checkpoint": sum(name.startswith("read") for name in
-                                                                 self.kept)}
+        parts = Counter(key.partition("/")[0] for key in {key for _, key in self.tensors})
+        num_read = sum(name.startswith("read") for name in self.checkpoint_tensors)
+        prefixes = {"losses": _LOSS, "gradient norms": "gradient norm", "loads of experts": "load of expert",
+                    "biases of routers": "router bias"}
+        return {**{kind: sum(name.startswith(prefix) for name in names) for kind, prefix in prefixes.items()},
+                "gradients": len(self.gradients), "first moments": sum(parts[name] for name in FIRST_MOMENTS),
+                "second moments": parts["exp_avg_sq"], "weights": parts["weights"],
+                "replicas of weights": len(self.replicas["weights"]),
+                "modules": len(self.reference.observed.forward) // STEPS,
+                "tensors of its checkpoint": len(self.checkpoint_tensors) - num_read,
+                "tensors read from one process' checkpoint": num_read}
 
-    def differing(self) -> list[str]:
-        """List differences, moments before weights, and elements without exactly one writer."""
+    def list_differences(self) -> list[str]:
+        """List values above `TOLERANCE`, moments before weights, and elements without a single writer."""
         order = {"momentum": 0, "exp_avg": 0, "exp_avg_sq": 1, "master": 2, "weights": 3}
         wrong = sorted((step, order.get(key.partition("/")[0], 2), key)
-                       for (step, key), value in self.apart.items() if not value <= TOLERANCE)
+                       for (step, key), value in self.tensors.items() if not value <= TOLERANCE)
         differences = [f"step 1: gradient of {name}" for name, value in sorted(self.gradients.items())
-                 if not value <= TOLERANCE]
-        # the guard's state comes after the step's own numbers
-        differences += [name for name, value in sorted(self.numbers.items(), key=lambda one: (
-            ": guard's" in one[0], one)) if not value <= TOLERANCE]
+                       if not value <= TOLERANCE]
+        # the guard's state comes after the step's numbers
+        numbers = sorted(self.numbers.items(), key=lambda item: (": guard's" in item[0], item))
+        differences += [name for name, value in numbers if not value <= TOLERANCE]
         differences += [f"step {step + 1}: {name}: no process has it" for step in sorted(self._steps)
-                  for name in self.whole.numbers[step] if f"step {step + 1}: {name}" not in self.numbers]
+                  for name in self.reference.numbers[step] if f"step {step + 1}: {name}" not in self.numbers]
         differences += [f"step {step + 1}: {key}" for step, _, key in wrong]
         for (step, key), count in self._covered.items():
             if step == 0 and not bool((count == 1).all()):
                 differences.append(f"step 1: {key}: {int((count == 0).sum())} of {count.numel()} elements "
-                             f"are written by nobody, {int((count > 1).sum())} by several")
-        for key in self.whole.tensors[0] if self.apart else ():
-            if (0, key) not in self.apart:
+                                   f"are written by nobody, {int((count > 1).sum())} by several")
+        for key in self.reference.tensors[0] if self.tensors else ():
+            if (0, key) not in self.tensors:
                 differences.append(f"step 1: {key}: is held by nobody")
-        return differences + [name for name, value in sorted(self.kept.items()) if not value <= TOLERANCE]
+        return differences + [name for name, value in sorted(self.checkpoint_tensors.items())
+                              if not value <= TOLERANCE]
 
 
 def _compute_clip_scale(norm: float, limit: float) -> float:
-    """Return the factor of gradient clipping, as in the library."""
+    """Return the gradient clipping factor as in `megatron.core`."""
     return min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
 
 
@@ -364,7 +366,7 @@ def _get_slices(block: LocalShard) -> tuple[slice, ...]:
 
 
 def _compute_difference(expected: torch.Tensor, own: torch.Tensor, tensor: torch.Tensor) -> float:
-    """Return the largest difference of a shard, relative to the largest number in the global tensor."""
+    """Return a shard's largest difference, relative to the largest number in the global `tensor`."""
     if not own.numel():
         return 0.0
     difference = (expected.reshape(own.shape) - own.detach()).abs().max()
@@ -372,7 +374,7 @@ def _compute_difference(expected: torch.Tensor, own: torch.Tensor, tensor: torch
 
 
 def _update_largest(largest: dict[Any, float], key: Any, value: float) -> None:
-    # NaN compares as not greater, so it would pass
+    # `max` would drop NaN
     largest[key] = max(largest.get(key, 0.0), value if value == value else float("inf"))
 
 
@@ -415,7 +417,7 @@ def _build_trainer(config: RunConfig, place: ParallelWorld) -> Trainer:
 
 
 def _run_step(trainer: Trainer) -> dict[str, float] | None:
-    """Run a step; return its numbers by name, or None if a guard rejects it."""
+    """Run a step; return name -> number, or None for a rejected step."""
     result = train_step(trainer)
     if result is None:
         return None
@@ -438,8 +440,9 @@ def _run_step(trainer: Trainer) -> dict[str, float] | None:
             "gradient norm": result.grad_norm, **biases}
 
 
-# Checkpoints: the layout writes every tensor exactly once, with the numbers of one process, and reads the
-# checkpoint of one process. Files do not depend on the layout, so proved layouts read each other's.
+# Checkpoints: the layout writes every tensor exactly once, with the reference's numbers, and reads the
+# reference's checkpoint. Files do not depend on the layout, so proved layouts share checkpoints.
+
 
 def _write_checkpoint(trainer: Trainer, place: ParallelWorld, folder: Path) -> None:
     """Write a checkpoint; collective.
@@ -449,15 +452,15 @@ def _write_checkpoint(trainer: Trainer, place: ParallelWorld, folder: Path) -> N
     """
     snapshot = HostSnapshot()
     snapshot.copy_blocks({MODEL: list_local_shards(trainer.model, rounded=True),
-                   _OPTIMIZER: trainer.optimizer.state_shards()}, tensors_change=False)
+                          _OPTIMIZER: trainer.optimizer.state_shards()}, tensors_change=False)
     snapshot.write(folder, place.rank)
     torch.distributed.barrier()
     if place.is_main:
-        written = [SnapshotRecord.read(folder, rank) for rank in range(place.size)]
+        snapshots = [SnapshotRecord.read(folder, rank) for rank in range(place.size)]
         for part in (MODEL, _OPTIMIZER):
-            write_index(folder, part, [index for one in written for index in one.indices[part]])
+            write_index(folder, part, [index for record in snapshots for index in record.indices[part]])
         artifact = ArtifactWriter(folder, CHECKPOINT_KIND)
-        artifact.hashed_files = {name: record for one in written for name, record in one.files.items()}
+        artifact.hashed_files = {name: file for record in snapshots for name, file in record.files.items()}
         artifact.content = {"step": trainer.optimizer.num_updates, "parts": [MODEL, _OPTIMIZER]}
         artifact.complete()
     torch.distributed.barrier()
@@ -474,25 +477,25 @@ def _read_checkpoint(trainer: Trainer, folder: Path, num_updates: int) -> None:
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the global tensors of a checkpoint by the names in `_iter_shards`."""
+    """Return key in `_iter_shards` -> global tensor in a checkpoint."""
     tensors: dict[str, torch.Tensor] = {}
-    for part, before in ((MODEL, "weights/"), (_OPTIMIZER, "")):
+    for part, prefix in ((MODEL, "weights/"), (_OPTIMIZER, "")):
         reader = TensorReader(folder, part)
-        tensors |= {before + key: reader.read(key, (0,) * len(reader.get_shape(key)), reader.get_shape(key))
+        tensors |= {prefix + key: reader.read(key, (0,) * len(reader.get_shape(key)), reader.get_shape(key))
                   for key in sorted(reader.keys())}
     return tensors
 
 
 @contextlib.contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that temporary folders are removed."""
-    def end(number: int, frame: Any) -> None:
+    """Turn SIGTERM into SystemExit, which removes temporary folders."""
+    def raise_exit(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
     is_ours = (threading.current_thread() is threading.main_thread()
                and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
     if is_ours:
-        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGTERM, raise_exit)
     try:
         yield
     finally:
@@ -502,7 +505,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _use_one_thread() -> Iterator[None]:
-    """Limit torch to one thread: the simulated processes take turns."""
+    """Limit torch to one thread, because simulated ranks take turns."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -529,8 +532,8 @@ def format_proof(small: Miniature, verdict: Verdict) -> str:
             lines.append(f"  and {len(verdict.places) - SHOWN} more")
         lines += [f"  sent there: {site}" for site in verdict.sites[:2 * SHOWN]]
     lines.append(f"{verdict.messages:,} messages, {verdict.seconds:.0f} s")
-    lines += [line for what in (*ASSUMED, *(f"not covered: {what}" for what in small.left_out))
-              for line in textwrap.wrap(f"- {what}", 110, subsequent_indent="  ")]
+    for item in (*ASSUMED, *(f"not covered: {part}" for part in small.uncovered)):
+        lines += textwrap.wrap(f"- {item}", 110, subsequent_indent="  ")
     return "\n".join(lines)
 
 
@@ -540,7 +543,7 @@ def proof_to_json(small: Miniature, verdict: Verdict) -> dict[str, Any]:
     # JSON has no infinity
     largest = verdict.largest if math.isfinite(verdict.largest) else None
     return {**values, "largest": largest, "layout": dataclasses.asdict(small.config.parallel),
-            "tolerance": TOLERANCE, "assumed": list(ASSUMED), "not_covered": list(small.left_out)}
+            "tolerance": TOLERANCE, "assumed": list(ASSUMED), "not_covered": list(small.uncovered)}
 
 
 def _format_outcome(verdict: Verdict) -> str:

@@ -1,8 +1,8 @@
-"""The miniature of a run: the same layout, kinds of layers and step settings, with the smallest widths that
-the layout divides, in float64.
+"""Build a run's miniature: equal layout, layer kinds and step settings, with minimal widths, in float64.
 
 A layout can split, send, sum or scale tensors wrongly. Such errors do not depend on a layer's width, as long
-as each process has a shard. """
+as each process has a shard.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, ap
 from megatron_sov.model.config.model import LAYER_TYPES
 
 HEAD_DIM = 8
-"""Some families rotate half of the channels, in pairs."""
+"""Some families rotate half the channels, in pairs (`rope_share`)."""
 VOCABULARY = 89
-"""A prime, so that tensor parallelism has to pad the vocabulary."""
+"""A prime: tensor parallelism must pad the vocabulary."""
 ROW_TOKENS = 32
 FEW_RUNS = 4
 MOST_ROWS = 128
@@ -45,11 +45,10 @@ OVERRIDES: dict[str, Any] = {
     "policy.router_replay": False,
     # no background threads: watchdogs could end a proof on a slow machine
     "guards.hang_timeout_s": 0, "data.prefetch_steps": 0}
-"""Settings that a float64 step on CPUs does not support, or that only slow it down; `left_out` names those
-that the run changes."""
+"""Settings without support for float64 on CPUs, or without effect on results. `uncovered` lists changes."""
 FP8 = ("fp8", "fp8_weights", "fp8_format", "fp8_bf16_layers_at_start", "fp8_bf16_layers_at_end",
        "fp8_pad_routed_tokens")
-LEFT_OUT = {**{f"train.{name}": "fp8 products" for name in FP8},
+UNCOVERED = {**{f"train.{name}": "fp8 products" for name in FP8},
         "train.precision": "the run's own precision, and weights in it beside those of the optimizer",
         "train.hidden_dropout": "dropout of hidden states", "train.ramp_from_batch_size": "batches that grow",
         "gpu.grad_dtype": "sums of gradients in bf16", "gpu.moment_dtype": "moments in bf16",
@@ -69,7 +68,7 @@ LEFT_OUT = {**{f"train.{name}": "fp8 products" for name in FP8},
         "model.audio_tokens": "weights of the losses of media's tokens"}
 """Changed setting -> part that the proof does not cover."""
 BUILT_IN_OBJECTIVES = ("lm", "sft", "preference", "distill", "policy")
-"""Built-in objectives: `random_documents` writes their columns."""
+"""Objectives with columns from `random_documents`."""
 TEACHER_TOKENS = 16
 NO_MEDIA: dict[str, Any] = {
     **{f"model.{part}": None for part in ("vision", "audio", "image_tokens", "audio_tokens")},
@@ -79,22 +78,21 @@ NO_MEDIA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Miniature:
-    """A run whose steps fit into one CPU process."""
+    """A run for a single CPU process."""
 
     config: RunConfig
     num_ranks: int
-    left_out: tuple[str, ...]
-    """Parts of the run that the miniature lacks."""
+    uncovered: tuple[str, ...]
+    """Parts missing from the miniature, from `UNCOVERED`."""
 
     @property
     def folder(self) -> Path:
-        """Folder of the documents and of temporary files."""
+        """Folder with documents and temporary files."""
         [documents] = self.config.data.paths
         return Path(documents).parent
 
-    def on_one_process(self) -> RunConfig:
-        """Return the run on one process, with the fewest micro-batches: their number is a part of the
-        layout."""
+    def build_reference_config(self) -> RunConfig:
+        """Return the config without a layout: one rank, and the fewest micro-batches."""
         lone, rows = ParallelConfig(), self.config.train.global_batch_size
         settings = {f"parallel.{name}": getattr(lone, name)
                  for name in ("tp", "sp", "pp", "vpp", "ep", "etp", "cp", "pipeline_layout", "zero1",
@@ -107,7 +105,7 @@ class Miniature:
 
 
 def build_miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
-    """Build the miniature of a run.
+    """Build a run's miniature.
 
     Args:
         config: the run.
@@ -131,7 +129,7 @@ def build_miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
         **_choose_widths(m, p)}
     if p.expert_dispatcher in ("deepep", "hybridep"):
         settings["parallel.expert_dispatcher"] = "alltoall"
-    if p.overlap_grad_reduce:  # so that one layer, and one expert, fills two buckets
+    if p.overlap_grad_reduce:  # a layer, and an expert, must fill two buckets
         settings["parallel.bucket_params"] = 8 * settings["model.hidden_size"]
     if config.objective.name not in BUILT_IN_OBJECTIVES:
         settings |= {"objective.name": "sft", "objective.options": {}}
@@ -146,7 +144,7 @@ def build_miniature(config: RunConfig, num_ranks: int, data: Path) -> Miniature:
     settings["model.attention_pattern"] = "".join(letter for letter, _ in kinds)
     if m.layer_windows:
         settings["model.layer_windows"] = [windows[window] for _, window in islice(cycle(kinds), sum(runs))]
-    if m.swiglu_limits:  # tight enough to clamp numbers of this size
+    if m.swiglu_limits:  # low enough to clamp small numbers
         settings["model.swiglu_limits"] = [min(limit, 0.01)
                                             for limit in m.fields_for_depth(sum(runs))["swiglu_limits"]]
     groups = [group for group in config.optim.groups if _matches_some_layer(group.pattern, sum(runs))]
@@ -159,8 +157,8 @@ def _check_miniature(config: RunConfig, num_ranks: int, settings: dict[str, Any]
     try:
         small = apply_settings(config, _format_settings(settings))
         small.check(num_ranks)
-        result = Miniature(small, num_ranks, tuple(dict.fromkeys(_list_left_out(config, small))))
-        result.on_one_process().check()
+        result = Miniature(small, num_ranks, tuple(dict.fromkeys(_list_uncovered(config, small))))
+        result.build_reference_config().check()
     except SettingsError as e:  # its text would blame the user's settings
         raise UserError(f"the miniature of this run breaks a rule: {e}; not proved") from e
     return result
@@ -173,8 +171,8 @@ def _matches_some_layer(pattern: str, num_layers: int) -> bool:
 
 
 def _choose_run_lengths(config: RunConfig) -> list[int]:
-    """Choose the layers per pipeline chunk: two for few chunks, one for many. Uneven chunks keep their order,
-    with one to three layers, so that stages start at other layers than even chunks would."""
+    """Choose the layers per pipeline chunk: two for up to `FEW_RUNS` chunks, else one. Uneven chunks keep the
+    order by size, with one to three layers, to start stages at uneven layers."""
     m, p = config.model, config.parallel
     chunk_lengths = p.pipeline_layout or (m.num_layers // (p.pp * p.vpp),) * (p.pp * p.vpp)
     if len(lengths := sorted({*chunk_lengths})) > 1:
@@ -197,15 +195,15 @@ def _starts_evenly(runs: Sequence[int]) -> bool:
 
 
 def _list_layer_kinds(m: ModelConfig) -> list[tuple[str, int]]:
-    """Return each distinct (pattern letter, window in tokens), in the order of the trunk's layers;
-    consecutive layers, such as LL in LLLG, would miss a kind."""
+    """Return the distinct (pattern letter, window in tokens) pairs in layer order. The first layers are not
+    enough: LL in LLLG would miss G."""
     letters = {kind: letter for letter, kind in LAYER_TYPES.items()}
     return [*dict.fromkeys(zip((letters[kind] for kind in m.layer_types()), m.windows(), strict=True))]
 
 
 def _choose_windows(config: RunConfig) -> dict[int, int]:
-    """Return window of the run -> window of the miniature, in tokens (0: none). Windows shorter than a
-    process's piece of a row stay shorter, because then only the ends of pieces are sent."""
+    """Return run window -> miniature window in tokens (0: none). Under context parallelism, a window shorter
+    than a rank's part of a row stays shorter, because then only the part's end is sent."""
     m, cp = config.model, config.parallel.cp
     run_windows = sorted({*m.windows(), m.sliding_window_tokens} - {0})
     piece, small_piece = (tokens // (2 * cp) for tokens in (
@@ -245,13 +243,13 @@ def _choose_widths(m: ModelConfig, p: ParallelConfig) -> dict[str, Any]:
 
 
 def _choose_head_dim(m: ModelConfig) -> int:
-    """Choose the channels per head, with an even number of rotated channels."""
+    """Choose `head_dim`, with an even number of rotated channels."""
     return next((size for size in range(HEAD_DIM, m.head_dim, 2) if m.rope_share == 1
                  or not size * m.rope_share % 2), max(HEAD_DIM, m.head_dim))
 
 
 def _choose_num_experts(m: ModelConfig, p: ParallelConfig) -> int:
-    """Choose the number of experts: at least two per process, with the run's number of groups."""
+    """Choose `num_experts`: at least two per process, with the run's `num_expert_groups`."""
     count = max(2 * p.ep, 2 * m.num_experts_per_token, 2 * m.num_expert_groups)
     step = _common_multiple(p.ep, m.num_expert_groups)
     return min(m.num_experts, -(-count // step) * step)
@@ -262,15 +260,15 @@ def _get_row_tokens(p: ParallelConfig) -> int:
 
 
 def _choose_batch_size(config: RunConfig, num_ranks: int) -> int:
-    """Choose the rows per step: more micro-batches than the first stage's warm-up, so that forward and
-    backward alternate. The warm-up has pp - 1 micro-batches or, interleaved, 2 (pp - 1) + (vpp - 1) pp of the
+    """Choose `global_batch_size`: more micro-batches than the first stage's warm-up, to alternate forward and
+    backward passes. The warm-up has pp - 1 micro-batches or, interleaved, 2 (pp - 1) + (vpp - 1) pp of the
     m * vpp chunk passes of m micro-batches."""
     p, replicas = config.parallel, num_ranks // config.parallel.ranks_per_replica
     return replicas * _choose_micro_batch(config) * (2 * p.pp if p.vpp > 1 else p.pp + 1)
 
 
 def _choose_micro_batch(config: RunConfig) -> int:
-    """Choose the rows per micro-batch: one or three, so that splitting into two halves cuts a row."""
+    """Choose `micro_batch_size`: one or three, to cut a row when splitting into halves."""
     return 1 if config.train.micro_batch_size == 1 else 3
 
 
@@ -290,14 +288,14 @@ def _format_settings(settings: dict[str, Any]) -> Sequence[str]:
             for name, value in settings.items()]
 
 
-def _list_left_out(config: RunConfig, small: RunConfig) -> Iterator[str]:
-    for name, part_name in LEFT_OUT.items():
+def _list_uncovered(config: RunConfig, small: RunConfig) -> Iterator[str]:
+    for name, part_name in UNCOVERED.items():
         part, _, key = name.partition(".")
         if getattr(getattr(config, part), key) != getattr(getattr(small, part), key) or (
                 name == "gpu.attention"):
             yield part_name
     windows = _choose_windows(config)
-    full, covered = (_collect_layers(m, known) for m, known in (
+    full, covered = (_collect_layers(m, mapping) for m, mapping in (
         (config.model, windows), (small.model, {window: window for window in windows.values()})))
     if full - covered:
         yield f"{len(full - covered)} kinds of layers, of which there are more than layers in miniature"

@@ -1,5 +1,5 @@
-"""Random training data for a proof: documents with every column of the built-in objectives, and a random
-teacher. A layout cannot depend on the source of these numbers."""
+"""Write random training data for a proof: documents with every column for `BUILT_IN_OBJECTIVES`, and a
+random teacher."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from megatron_sov.train.objectives.data_objective import LanguageModelling
 SOURCE = "proof"
 NUM_DOCUMENTS = 600
 TOKEN_COLUMNS = (reference.COLUMN, policy.BEHAVIOUR, policy.OLD, policy.TEACHER)
-"""Log-probability columns, one number per token, around those of an untrained model."""
+"""Columns with a log-probability per token, around `-log(vocab_size)` as for an untrained model."""
 SPREAD = 1.5
-"""Standard deviation in nats: importance ratios lie on both sides of a clip."""
+"""Standard deviation in nats; large enough to clip importance ratios on both sides."""
 RESPONSE_COLUMNS = (policy.ADVANTAGE, preference.GROUP_SHARE)
 """Columns with one number per document, from 0 to 1 (advantages: from -1)."""
 TEACHER_WIDTH = 8
@@ -39,7 +39,7 @@ _LONGEST = 41
 
 
 def select_objective(config: RunConfig, sources: Sequence[Source]) -> Callable[[Any], Any]:
-    """Return the factory of a run's objective."""
+    """Return the factory for a run's objective."""
     name = config.objective.name
     if name == "distill":
         return TeacherFactory(Distillation, [_RandomTeacher(config, sources)])
@@ -103,20 +103,21 @@ def _get_head_path(folder: Path) -> Path:
 
 
 class _RandomTeacher(StoredTeacher):
-    """A teacher that draws random states on request."""
+    """A `StoredTeacher` with random states."""
 
     def __init__(self, config: RunConfig, sources: Sequence[Source]) -> None:
-        asked = config.distillation
-        state_format = StateFormat("float32", asked.top_k, asked.temperature, asked.other_tokenizer)
+        settings = config.distillation
+        state_format = StateFormat("float32", settings.top_k, settings.temperature, settings.other_tokenizer)
         [folder] = config.data.paths
         files: Any = SimpleNamespace(
             folder=Path(folder), state_format=state_format, vocab_size=config.model.vocab_size,
             teacher=SOURCE, logits_softcap=None,
-            dtype=torch.int32 if asked.top_k else torch.float32, sources={0: 0}, hidden_size=TEACHER_WIDTH,
-            width=2 * asked.top_k or TEACHER_WIDTH, head=_get_head_path(Path(folder)),
+            dtype=torch.int32 if settings.top_k else torch.float32, sources={0: 0}, hidden_size=TEACHER_WIDTH,
+            width=2 * settings.top_k or TEACHER_WIDTH, head=_get_head_path(Path(folder)),
             read_states=lambda source, split, document, start, count: _draw_states(
-                asked.top_k, config.model.vocab_size, asked.other_tokenizer, document)[start:start + count])
-        super().__init__([files], asked, sources, config.model.vocab_size)
+                settings.top_k, config.model.vocab_size, settings.other_tokenizer,
+                document)[start:start + count])
+        super().__init__([files], settings, sources, config.model.vocab_size)
 
     def verify(self, world: ParallelWorld) -> None:
         """No files to verify."""
@@ -124,8 +125,8 @@ class _RandomTeacher(StoredTeacher):
 
 @functools.lru_cache(maxsize=1024)
 def _draw_states(top_k: int, vocab_size: int, is_silent: bool, document: int) -> torch.Tensor:
-    """Return all rows of a document, as `StateFiles.read_states`; a teacher with another tokenizer skips some
-    tokens."""
+    """Return a document's rows, like `StateFiles.read_states`; `is_silent` marks tokens without a teacher
+    distribution."""
     random = torch.Generator().manual_seed(document)
     if not top_k:
         return torch.randn(_LONGEST, TEACHER_WIDTH, generator=random)

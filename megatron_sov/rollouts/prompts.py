@@ -54,11 +54,7 @@ class RolloutPrompt:
     """Option that names the file."""
 
     def conversation(self) -> Conversation:
-        """Return the prompt for a chat template.
-
-        Raises:
-            BadRecord: the record is not a prompt.
-        """
+        """Return the prompt for a chat template. Raises `BadRecord`: the record is not a prompt."""
         record = dict(self.record)
         # Files use both names; `parse_record` reads `prompt`.
         if "messages" in record:

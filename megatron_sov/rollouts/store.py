@@ -69,11 +69,8 @@ NAMES = (*_ARRAYS, *_OTHERS)
 
 
 def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
-    """Convert rows to columns.
-
-    Raises:
-        ValueError: JSON cannot hold a record or an outcome, or routes have another dtype.
-    """
+    """Convert rows to columns. Raises `ValueError`: JSON cannot hold a record or an outcome, or routes have
+    another dtype."""
     list_columns = {name: build_list_column([getattr(row, name) for row in rows], dtype)
                     for name, dtype in _ARRAYS.items()}
     columns = _key_columns([row.key for row in rows]) | list_columns
@@ -257,11 +254,8 @@ class StoreSettings:
     vocab_size: int
 
     def open(self) -> RolloutStore:
-        """Open or create the store.
-
-        Raises:
-            UserError: the tokenizer cannot be read, or `path` is no store or has another tokenizer.
-        """
+        """Open or create the store. Raises `UserError`: the tokenizer cannot be read, or `path` is no store
+        or has another tokenizer."""
         return RolloutStore.create(self.path, tokenizer_digest(self.tokenizer), self.vocab_size)
 
 
@@ -304,12 +298,9 @@ class RolloutStore(Table[RolloutPart]):
         return int(self.identity["vocab_size"])
 
     def add_rollouts(self, name: str, rows: Sequence[Rollout], provenance: Mapping[str, Any]) -> None:
-        """Publish a part with rollouts, including rows with problems, which readers skip.
-
-        Raises:
-            AlreadyPublished: the part exists with other rows, which stay.
-            UserError: the rows cannot be written.
-        """
+        """Publish a part with rollouts, including rows with problems, which readers skip. Raises
+        `AlreadyPublished`: the part exists with other rows, which stay. Raises `UserError`: the rows cannot
+        be written."""
         path, numbers = self.part_path(name), parse_part_name(name)
         if numbers is not None and (strangers := {row.round for row in rows} - {numbers[0]}):
             raise ValueError(f"{name}: has a row of round {strangers.pop()}")
@@ -320,12 +311,8 @@ class RolloutStore(Table[RolloutPart]):
 
     def add_rewards(self, version: str, name: str, rows: Sequence[RewardRow],
                     provenance: Mapping[str, Any] | None = None) -> None:
-        """Publish rewards for the rows in a part.
-
-        Raises:
-            AlreadyPublished: the rewards exist with other rows, which stay.
-            UserError: the rows cannot be written.
-        """
+        """Publish rewards for the rows in a part. Raises `AlreadyPublished`: the rewards exist with other
+        rows, which stay. Raises `UserError`: the rows cannot be written."""
         path = self.part_path(name, version)
         if strangers := {row.reward_version for row in rows} - {version}:
             raise ValueError(f"{name}: has a reward of version {strangers.pop()!r}, not {version!r}")
@@ -371,11 +358,8 @@ class RolloutStore(Table[RolloutPart]):
         return table
 
     def read_rewards(self, version: str, name: str, rollouts: RolloutPart | None = None) -> list[RewardRow]:
-        """Return the rewards for the rows in a part.
-
-        Raises:
-            UserError: the rewards do not exist, are damaged, or judge rows that were replaced.
-        """
+        """Return the rewards for the rows in a part. Raises `UserError`: the rewards do not exist, are
+        damaged, or judge rows that were replaced."""
         part = self.part(name, version)
         # Rows that were deleted and generated again have equal keys.
         if rollouts is None and self.part_path(name).exists():

@@ -21,7 +21,7 @@ from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
-from megatron_sov.proof.miniature import LEFT_OUT, OVERRIDES, ROW_TOKENS, Miniature, build_miniature
+from megatron_sov.proof.miniature import OVERRIDES, ROW_TOKENS, UNCOVERED, Miniature, build_miniature
 
 cpu_shims.prepare_without_gpu()
 given = importlib.import_module("megatron_sov.proof.random_documents")
@@ -90,7 +90,7 @@ def test_what_a_guard_refuses_in_the_layout_alone_differs(small: Miniature, whol
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout_proof, "_run_step", lambda trainer: None)
 
-    assert layout_proof.prove_miniature(small, whole=whole).places == ["step 1: a guard refuses it"]
+    assert layout_proof.prove_miniature(small, reference=whole).places == ["step 1: a guard refuses it"]
 
 
 @pytest.mark.deep
@@ -100,7 +100,7 @@ def test_a_checkpoint_that_is_read_at_another_place_is_found(small: Miniature, w
     monkeypatch.setattr(TensorReader, "read", lambda self, key, offset, shape: read(
         self, key, (0,) * len(offset), shape))
 
-    verdict = layout_proof.prove_miniature(small, whole=whole)
+    verdict = layout_proof.prove_miniature(small, reference=whole)
 
     assert verdict.outcome == DIFFERS
     assert {place.partition(":")[0] for place in verdict.places} == {"read from one process' checkpoint"}
@@ -113,7 +113,7 @@ def test_a_checkpoint_with_other_numbers_is_found(small: Miniature, whole: Any,
     monkeypatch.setattr(host_snapshot.TensorWriter, "add", lambda self, key, block, *place: add(
         self, key, block.flip(0) if "linear_qkv.weight" in key else block, *place))
 
-    verdict = layout_proof.prove_miniature(small, whole=whole)
+    verdict = layout_proof.prove_miniature(small, reference=whole)
 
     assert verdict.outcome == DIFFERS and len(verdict.places) > 2
     assert all(place.startswith("written into a checkpoint: ") and "linear_qkv" in place
@@ -165,7 +165,7 @@ def test_a_standstill_is_a_refutation(small: Miniature, whole: Any, monkeypatch:
 
     monkeypatch.setattr(dispatcher, "all_to_all", skipping)
 
-    verdict = layout_proof.prove_miniature(small, whole=whole)
+    verdict = layout_proof.prove_miniature(small, reference=whole)
 
     assert verdict.outcome in (STANDS, "fails") and verdict.places
 
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_a_number_is_a_difference(small: Miniature, whole: An
 
     monkeypatch.setattr(layout_proof, "_run_step", spoilt)
 
-    verdict = layout_proof.prove_miniature(small, whole=whole)
+    verdict = layout_proof.prove_miniature(small, reference=whole)
 
     assert verdict.outcome == DIFFERS and "step 1: loss" in verdict.places
     # the second step of a refuted one is not played
@@ -302,7 +302,7 @@ def test_what_is_left_out_is_told(recipe: str, missing: str, tmp_path: Path) -> 
     small = build_miniature(apply_settings(recipes.get(recipe), ()), 2, tmp_path / "documents")
 
     assert small.config.problems(2) == []
-    assert any(missing in what for what in small.left_out)
+    assert any(missing in what for what in small.uncovered)
 
 
 def test_sigterm_leaves_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_uneven_stages_of_a_miniature_are_uneven(layers: list[int], played: tupl
     small = build_miniature(config, len(layers), Path("documents"))
 
     assert small.config.parallel.pipeline_layout == played
-    assert any("are played" in what for what in small.left_out) == (len({*layers}) > len({*played}))
+    assert any("are played" in what for what in small.uncovered) == (len({*layers}) > len({*played}))
 
 
 def test_uneven_stages_have_each_kind_of_layers() -> None:
@@ -433,7 +433,7 @@ HARMLESS = {
 
 
 def test_what_every_miniature_is_without_is_told_or_harmless() -> None:
-    assert OVERRIDES.keys() - LEFT_OUT.keys() == HARMLESS
+    assert OVERRIDES.keys() - UNCOVERED.keys() == HARMLESS
 
 
 @pytest.mark.each(("settings", "told"), [
@@ -450,7 +450,7 @@ def test_a_setting_that_is_not_played_is_told(settings: tuple[str, ...], told: s
         "train.precision=bf16", "train.global_batch_size=8", "train.micro_batch_size=1", *settings])
     small = build_miniature(config, 1, Path("documents"))
 
-    assert any(told in what for what in small.left_out)
+    assert any(told in what for what in small.uncovered)
 
 
 def test_sound_runs_have_a_miniature() -> None:

@@ -83,11 +83,8 @@ def learn_vocabulary(plan: CountPlan, groups: list[SourceGroup],
                      before_merging: Callable[[], object] = lambda: None) -> LearnedVocabulary:
     """Learn a vocabulary with `learn_words` and, for SuperBPE, `learn_superwords`.
 
-    `before_merging` runs after the words are counted; merging uses one core.
-
-    Raises:
-        UserError: a file cannot be read, a weight needs too many repeats, or the text is too small for the
-            vocabulary.
+    `before_merging` runs after the words are counted; merging uses one core. Raises `UserError`: a file
+    cannot be read, a weight needs too many repeats, or the text is too small for the vocabulary.
     """
     units = plan_count_units(groups, UNIT_BYTES)
     input_bytes = sum(unit.size_bytes for unit in units)
@@ -258,10 +255,8 @@ def count_units(units: list[CountUnit], settings: CountSettings, work: Path, wor
                 limit_bytes: int) -> Iterator[UnitCounts]:
     """Yield the unit counts in order; reuse files in the folder `work`.
 
-    `limit_bytes` bounds the tables in all workers together.
-
-    Raises:
-        UserError: a file cannot be read, the disk is full, or a worker was killed.
+    `limit_bytes` bounds the tables in all workers together. Raises `UserError`: a file cannot be read, the
+    disk is full, or a worker was killed.
     """
     limit_words = max(limit_bytes // max(min(workers, len(units)), 1) // WORD_BYTES, LEAST_WORDS)
     splitter = Splitter(settings.preset, settings.pattern)  # built once, not in every worker

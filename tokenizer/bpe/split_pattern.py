@@ -74,11 +74,8 @@ Node = CharacterClass | Lookahead | PatternSequence | PatternChoice | Repeat
 
 
 def parse_pattern(pattern: str) -> Node:
-    """Return the syntax tree of a pattern.
-
-    Raises:
-        UnsupportedPattern: unsupported syntax, or the pattern may match empty text.
-    """
+    """Return the syntax tree of a pattern. Raises `UnsupportedPattern`: unsupported syntax, or the pattern
+    may match empty text."""
     parser = _Parser(pattern)
     tree = parser.parse_choice(ignore_case=False)
     # such as a closing bracket without an opening bracket
@@ -228,10 +225,8 @@ def _find_long_foldings() -> frozenset[str]:
 def build_untrained_tokenizer(preset: Preset, pattern: str | None = None) -> Tokenizer:
     """Return a tokenizer with the preset's rules and no vocabulary.
 
-    `pattern`: the split pattern; None: the final pattern of the preset.
-
-    Raises:
-        UserError: the pattern is not a regular expression, or can match empty text.
+    `pattern`: the split pattern; None: the final pattern of the preset. Raises `UserError`: the pattern is
+    not a regular expression, or can match empty text.
     """
     tokenizer = Tokenizer(models.BPE())
     if preset.normalization == "nfc":
@@ -245,11 +240,8 @@ def build_untrained_tokenizer(preset: Preset, pattern: str | None = None) -> Tok
 
 
 def build_splitter(pattern: str, name: str) -> Any:
-    """Return the pre-tokenizer of Oniguruma for a pattern.
-
-    Raises:
-        UserError: the pattern does not compile, or can match empty text.
-    """
+    """Return the pre-tokenizer of Oniguruma for a pattern. Raises `UserError`: the pattern does not compile,
+    or can match empty text."""
     try:
         split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     except Exception as e:  # the binding raises a bare Exception
@@ -261,11 +253,8 @@ def build_splitter(pattern: str, name: str) -> Any:
 
 
 def check_coverage(pattern: str, name: str) -> None:
-    """Check that a pattern matches every character; tiktoken loses the text between matches.
-
-    Raises:
-        UserError: the pattern skips a character.
-    """
+    """Check that a pattern matches every character; tiktoken loses the text between matches. Raises
+    `UserError`: the pattern skips a character."""
     text = "".join(map(chr, iter_code_points()))
     # backwards too, after a space that some alternatives need
     for probe in (text, " " + text[::-1]):

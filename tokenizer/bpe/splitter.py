@@ -98,11 +98,7 @@ class Automaton:
 
 @lru_cache(maxsize=8)
 def build_automaton(pattern: str) -> Automaton:
-    """Compile a pattern.
-
-    Raises:
-        UnsupportedPattern: unsupported syntax, or the pattern is too large.
-    """
+    """Compile a pattern. Raises `UnsupportedPattern`: unsupported syntax, or the pattern is too large."""
     program = _Program()
     start = program.add_node(parse_pattern(pattern), program.match)
     if len(program.classes) > MOST_CLASSES:

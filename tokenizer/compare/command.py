@@ -43,11 +43,8 @@ class TokenizerCompareOptions(HeldoutTextOptions):
 
 
 def run_compare(args: TokenizerCompareOptions) -> int:
-    """Compare tokenizers, print tables and write the JSON file.
-
-    Raises:
-        UserError: fewer than two tokenizers, no text, an unreadable input, or an unwritable output.
-    """
+    """Compare tokenizers, print tables and write the JSON file. Raises `UserError`: fewer than two
+    tokenizers, no text, an unreadable input, or an unwritable output."""
     if len(args.tokenizers) < 2:
         raise UserError(f"{args.tokenizers[0]}: is the only tokenizer; name a second tokenizer")
     if not args.text:
@@ -74,7 +71,7 @@ def run_compare(args: TokenizerCompareOptions) -> int:
 
 def compare_tokenizers(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,
                        body_params: float) -> dict[str, Any]:
-    """Return all measurements as JSON values."""
+    """Return all measurements as JSON values for `format_json`."""
     loaded = [open_tokenizer(path) for path in paths]
     stop_check()
     names = choose_names(loaded)
@@ -88,8 +85,8 @@ def compare_tokenizers(paths: Sequence[Path], texts: list[NamedText], hidden_siz
         tokenizers[name] = {
             "path": str(tokenizer.path), "library": tokenizer.library, "vocab_size": tokenizer.vocab_size,
             "mb_per_cpu_s": speed,
-            "shared_with": {other_name: measure_shared_part(tokenizer, other)
-                            for other_name, other in zip(names, loaded, strict=True)},
+            "shared_with": {second_name: measure_shared_part(tokenizer, second)
+                            for second_name, second in zip(names, loaded, strict=True)},
             "texts": compute_costs(measured[number], measured[0], params[number] / params[0])}
     return {"hidden_size": hidden_size, "body_params": body_params, "texts": [text.name for text in texts],
             "tokenizers": tokenizers}
@@ -117,10 +114,10 @@ def compute_costs(measured: list[TokenizerMeasures], first: list[TokenizerMeasur
     return costs
 
 
-def measure_shared_part(tokenizer: LoadedTokenizer, other: LoadedTokenizer) -> float:
-    """Return the share of tokens whose bytes are a token of `other`, without special and added tokens."""
+def measure_shared_part(tokenizer: LoadedTokenizer, second: LoadedTokenizer) -> float:
+    """Return the share of tokens whose bytes are a token of `second`, without special and added tokens."""
     tokens = set(tokenizer.tokens.values())
-    return len(tokens & set(other.tokens.values())) / max(1, len(tokens))
+    return len(tokens & set(second.tokens.values())) / max(1, len(tokens))
 
 
 def measure_speeds(tokenizers: list[LoadedTokenizer], texts: list[NamedText]) -> list[float]:

@@ -55,11 +55,8 @@ class ImportRequest:
 
 
 def check_import(options: TokenizerImportOptions) -> ImportRequest:
-    """Read the tokenizer.
-
-    Raises:
-        UserError: the tokenizer cannot be read or represented, has no end token, or the output exists.
-    """
+    """Read the tokenizer. Raises `UserError`: the tokenizer cannot be read or represented, has no end token,
+    or the output exists."""
     check_output_folder(options.output, "tokenizer", options.overwrite)
     source = open_foreign(options.path, options.rules)
     named = {"bos_token": options.bos, "eos_token": options.eos, "pad_token": options.pad}
@@ -68,11 +65,8 @@ def check_import(options: TokenizerImportOptions) -> ImportRequest:
 
 
 def _choose_special_tokens(source: ForeignTokenizer, named: dict[str, str | None]) -> dict[str, Any]:
-    """Return bos_token, eos_token and pad_token; options override the source, and pad defaults to eos.
-
-    Raises:
-        UserError: a name is not a token, or the end token is unknown.
-    """
+    """Return bos_token, eos_token and pad_token; options override the source, and pad defaults to eos. Raises
+    `UserError`: a name is not a token, or the end token is unknown."""
     special: dict[str, Any] = {**source.named_tokens, **named}
     ids = get_token_ids(source.raw)
     for name, token in special.items():
@@ -108,11 +102,8 @@ class TokenizerExportOptions:
 
 
 def run_export(args: TokenizerExportOptions) -> int:
-    """Write a tokenizer for tiktoken.
-
-    Raises:
-        UserError: tiktoken cannot express the tokenizer, or would give other ids; no file is written then.
-    """
+    """Write a tokenizer for tiktoken. Raises `UserError`: tiktoken cannot express the tokenizer, or would
+    give other ids; no file is written then."""
     targets = args.output, get_rules_path(args.output)
     for target in targets:
         if target.is_dir() or (target.exists() and not args.overwrite):

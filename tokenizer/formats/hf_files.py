@@ -30,10 +30,7 @@ def get_token_ids(raw: dict[str, Any]) -> dict[str, int]:
 
 def check_id_range(ids: Iterable[object], where: object) -> None:
     """Check that ids are integers and not far above the number of tokens; libraries allocate memory per id.
-
-    Raises:
-        UserError: names the first bad id.
-    """
+    Raises `UserError`: names the first bad id."""
     ids = list(ids)
     limit = len(ids) + FREE_IDS
     for id_ in ids:
@@ -62,11 +59,8 @@ def build_special_token(id_: int, token: str) -> dict[str, Any]:
 
 
 def build_tokenizer(preset: Preset, vocabulary: Vocabulary) -> Tokenizer:
-    """Build a tokenizer with ids in the order special tokens, bytes, merges.
-
-    Raises:
-        UserError: an ordinary token has the spelling of a special token, so that text could become its id.
-    """
+    """Build a tokenizer with ids in the order special tokens, bytes, merges. Raises `UserError`: an ordinary
+    token has the spelling of a special token, so that text could become its id."""
     special = preset.special_by_id()
     tokens = [spell_token(token) for token in vocabulary.tokens]
     if taken := sorted(set(tokens) & set(special)):

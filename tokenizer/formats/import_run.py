@@ -24,11 +24,8 @@ PRESET = "imported"
 
 
 def write_import(request: ImportRequest) -> None:
-    """Write an artifact of kind "tokenizer".
-
-    Raises:
-        UserError: tokenizers or transformers would give other ids or text; no output is written then.
-    """
+    """Write an artifact of kind "tokenizer". Raises `UserError`: tokenizers or transformers would give other
+    ids or text; no output is written then."""
     source, special, options = request.source, request.special_tokens, request.options
     with create_artifact(options.output, "tokenizer", overwrite=options.overwrite) as artifact:
         (artifact.path / TOKENIZER_JSON).write_text(load_tokenizer(source.raw, source.file).to_str(),
@@ -46,11 +43,8 @@ def write_import(request: ImportRequest) -> None:
 
 def _compare_with_source(folder: Path, source: ForeignTokenizer,
                          paths: Sequence[Path]) -> tuple[str, dict[str, float]]:
-    """Compare the written files with the source; return a sentence and bytes per token of each path.
-
-    Raises:
-        UserError: ids or decoded text differ.
-    """
+    """Compare the written files with the source; return a sentence and bytes per token of each path. Raises
+    `UserError`: ids or decoded text differ."""
     tokenizer = load_tokenizer(read_json(folder / TOKENIZER_JSON), source.file)
     hf_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     user_texts = {str(path): list(iter_user_texts([path])) for path in paths}

@@ -55,11 +55,8 @@ class ForeignTokenizer:
 
 
 def find_file(path: Path) -> Path:
-    """Return the tokenizer file at a path or in a folder.
-
-    Raises:
-        UserError: the path does not exist, or the folder does not contain exactly one tokenizer.
-    """
+    """Return the tokenizer file at a path or in a folder. Raises `UserError`: the path does not exist, or the
+    folder does not contain exactly one tokenizer."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -111,10 +108,7 @@ def open_foreign(path: Path, rules: Path | None = None) -> ForeignTokenizer:
 def load_tokenizer(raw: dict[str, Any], where: object) -> Tokenizer:
     """Load a tokenizer.json; special tokens in a text stay ordinary text.
 
-    `where` names the file in errors.
-
-    Raises:
-        UserError: `tokenizers` cannot read it.
+    `where` names the file in errors. Raises `UserError`: `tokenizers` cannot read it.
     """
     try:
         with translate_panics(where):
@@ -134,11 +128,8 @@ def build_text_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
 
 
 def open_hf(file: Path) -> ForeignTokenizer:
-    """Read a tokenizer.json and, from its folder, tokenizer_config.json and the chat template.
-
-    Raises:
-        UserError: a file is damaged, or the model has dropout, which makes encoding random.
-    """
+    """Read a tokenizer.json and, from its folder, tokenizer_config.json and the chat template. Raises
+    `UserError`: a file is damaged, or the model has dropout, which makes encoding random."""
     raw = read_json(file)
     if (not isinstance(raw.get("model"), dict) or not isinstance(raw.get("added_tokens"), list)
             or "vocab" not in raw["model"]):
@@ -379,11 +370,8 @@ class SentencePieceTokenizer(LoadedTokenizer):
 
 
 def open_tokenizer(path: Path) -> LoadedTokenizer:
-    """Load the tokenizer at a path with its own library.
-
-    Raises:
-        UserError: no tokenizer at the path, a damaged file, or an optional package is missing.
-    """
+    """Load the tokenizer at a path with its own library. Raises `UserError`: no tokenizer at the path, a
+    damaged file, or an optional package is missing."""
     file = find_file(path)
     tokenizer_class: type[LoadedTokenizer] = SentencePieceTokenizer
     if file.suffix == ".json":

@@ -43,11 +43,8 @@ def iter_builtin_texts(raw: dict[str, Any]) -> Iterator[str]:
 
 
 def iter_user_texts(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield the text of files and folders in pieces, at most `BYTES_PER_FILE` per path.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+    """Yield the text of files and folders in pieces, at most `BYTES_PER_FILE` per path. Raises `UserError`: a
+    file cannot be read."""
     for path in paths:
         num_bytes = 0
         for document in read_documents(list_files(path, print)):

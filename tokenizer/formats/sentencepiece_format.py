@@ -27,11 +27,7 @@ _MODELS = {3: "word", 4: "char"}
 
 
 def import_sentencepiece() -> Any:
-    """Import the optional package sentencepiece.
-
-    Raises:
-        UserError: not installed.
-    """
+    """Import the optional package sentencepiece. Raises `UserError`: not installed."""
     try:
         import sentencepiece  # optional package
     except ImportError:
@@ -41,11 +37,7 @@ def import_sentencepiece() -> Any:
 
 
 def create_proto() -> Any:
-    """Return an empty ModelProto.
-
-    Raises:
-        UserError: sentencepiece or protobuf is not installed.
-    """
+    """Return an empty ModelProto. Raises `UserError`: sentencepiece or protobuf is not installed."""
     import_sentencepiece()
     try:
         from sentencepiece import sentencepiece_model_pb2 as format_  # needs protobuf, also optional
@@ -71,11 +63,8 @@ def get_special_tokens(proto: Any) -> dict[str, str | None]:
 
 
 def from_sentencepiece(proto: Any, name: str) -> dict[str, Any]:
-    """Convert a ModelProto to a tokenizer.json; `name` is the file in errors.
-
-    Raises:
-        UserError: `tokenizers` cannot express the model.
-    """
+    """Convert a ModelProto to a tokenizer.json; `name` is the file in errors. Raises `UserError`:
+    `tokenizers` cannot express the model."""
     trainer = proto.trainer_spec
     if fault := _find_model_fault(proto):
         raise UserError(f"{name}: {fault}")

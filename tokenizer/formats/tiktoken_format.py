@@ -172,11 +172,8 @@ def _parse_rank_line(line: bytes) -> tuple[bytes, int] | None:
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """Read a ranks file.
-
-    Raises:
-        UserError: a damaged line, a duplicate token or id, or one of the 256 bytes is missing.
-    """
+    """Read a ranks file. Raises `UserError`: a damaged line, a duplicate token or id, or one of the 256 bytes
+    is missing."""
     ranks: dict[bytes, int] = {}
     ids: set[int] = set()
     with open(file, "rb") as f:
@@ -201,11 +198,8 @@ def read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def read_rules(file: Path) -> TiktokenRules:
-    """Read a rules file; unknown fields are ignored.
-
-    Raises:
-        UserError: the file cannot be read, or a field is missing or wrong.
-    """
+    """Read a rules file; unknown fields are ignored. Raises `UserError`: the file cannot be read, or a field
+    is missing or wrong."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         rules = TiktokenRules(**{f.name: value[f.name] for f in fields(TiktokenRules) if f.name in value})
@@ -222,11 +216,8 @@ def read_rules(file: Path) -> TiktokenRules:
 
 
 def build_encoding(ranks: dict[bytes, int], rules: TiktokenRules) -> tiktoken.Encoding:
-    """Build the tiktoken encoding.
-
-    Raises:
-        UserError: a malformed pattern, or a special token has the id of an ordinary token.
-    """
+    """Build the tiktoken encoding. Raises `UserError`: a malformed pattern, or a special token has the id of
+    an ordinary token."""
     tokens = {id_: token for token, id_ in ranks.items()}
     for special, id_ in rules.special_tokens.items():
         if id_ in tokens:

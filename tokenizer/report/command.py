@@ -229,11 +229,8 @@ class TokenizerReportOptions(HeldoutTextOptions):
 
 
 def run_report(args: TokenizerReportOptions) -> int:
-    """Check a tokenizer and write the page.
-
-    Raises:
-        UserError: an unreadable tokenizer or text, an unknown check, or an unwritable output.
-    """
+    """Check a tokenizer and write the page. Raises `UserError`: an unreadable tokenizer or text, an unknown
+    check, or an unwritable output."""
     for name in args.skip:
         if name not in CHECKS:
             raise UserError(f"--skip {name}: is no check{suggest_name(name, CHECKS)} (checks: "

@@ -64,11 +64,8 @@ class JudgedSamples:
 
 
 def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, workers: int) -> JudgedSamples:
-    """Run the samples that passed the generator's checks through pipeline steps.
-
-    Raises:
-        UserError: a step, an input or the disk is wrong.
-    """
+    """Run the samples that passed the generator's checks through pipeline steps. Raises `UserError`: a step,
+    an input or the disk is wrong."""
     folder = work_folder(output) / FOLDER
     with translate_disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)
@@ -127,11 +124,8 @@ def _compute_context_id(text: str) -> str:
 
 
 def iter_input_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) for each document or record in an input, without empty texts.
-
-    Raises:
-        UserError: the input is missing or unreadable.
-    """
+    """Yield (place, text) for each document or record in an input, without empty texts. Raises `UserError`:
+    the input is missing or unreadable."""
     for file in list_files(path):
         if file.suffix.lower() in JSONL_SUFFIXES:
             texts = ((place, extract_question(record)) for place, record in read_records(file))

@@ -33,11 +33,8 @@ class NoSample(Exception):
 
 
 def extract_texts(kind: Kind, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return source -> text for a record's non-empty texts.
-
-    Raises:
-        NoSample: the record is malformed, empty or too long.
-    """
+    """Return source -> text for a record's non-empty texts. Raises `NoSample`: the record is malformed, empty
+    or too long."""
     try:
         texts = dict(_iter_texts(kind, record))
         size_bytes = sum(len(text.encode()) for text in texts.values())

@@ -59,12 +59,8 @@ class Player:
     """Prompt with which the writer plays the user; "": the user asks the task's question once."""
 
     def play_conversation(self, task: Mapping[str, Any]) -> Conversation:
-        """Play a conversation about a task and score the final state.
-
-        Raises:
-            NoReply: no answer, or the sandbox failed.
-            UserError: `task` belongs to no virtual world.
-        """
+        """Play a conversation about a task and score the final state. Raises `NoReply`: no answer, or the
+        sandbox failed. Raises `UserError`: `task` belongs to no virtual world."""
         virtual = Virtual()
         opening = virtual.reset(task)
         system = [{"role": "system", "content": opening.system}] if opening.system else []

@@ -326,11 +326,8 @@ class CompiledStep:
     """Steps inside `every`."""
 
     def run_step(self, draft: Draft, requester: Requester) -> Sequence[Draft] | None:
-        """Run the step on a draft; return replacement drafts if the step divides the sample.
-
-        Raises:
-            UserError: a value has the wrong type for the step.
-        """
+        """Run the step on a draft; return replacement drafts if the step divides the sample. Raises
+        `UserError`: a value has the wrong type for the step."""
         if not compute_value(self.values["when"], draft.fields):
             return None
         values = {part: compute_value(value, draft.fields)

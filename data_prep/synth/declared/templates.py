@@ -47,11 +47,8 @@ class BadTemplate(Exception):
 
 
 def parse_template(text: str, environment: PromptEnvironment) -> tuple[nodes.Template, frozenset[str]]:
-    """Return the template's syntax tree and field names.
-
-    Raises:
-        BadTemplate: the syntax is wrong, or the template accesses other files or Python internals.
-    """
+    """Return the template's syntax tree and field names. Raises `BadTemplate`: the syntax is wrong, or the
+    template accesses other files or Python internals."""
     try:
         tree = environment.parse(text)
         fields = frozenset(meta.find_undeclared_variables(tree)) - environment.globals.keys()

@@ -141,11 +141,8 @@ def _get_sandbox() -> Sandbox:
 
 
 def run_programs(replies: Sequence[str]) -> list[str]:
-    """Run the programs in complete replies in the sandbox, and return outputs that are a single line.
-
-    Raises:
-        NoReply: the machine failed; the item is tried again.
-    """
+    """Run the programs in complete replies in the sandbox, and return outputs that are a single line. Raises
+    `NoReply`: the machine failed; the item is tried again."""
     lines = []
     for reply in replies:
         source = "" if _is_cut(reply) else extract_program(reply)

@@ -213,12 +213,8 @@ class Acceptance:
 
 def count_accepting_functions(functions: Sequence[str], text: str,
                               segmenter: Literal["none", "rules", "pythainlp"]) -> Acceptance:
-    """Count the functions that accept a text, or a view with separated sentences or words.
-
-    Raises:
-        NoReply: the machine failed; the item is tried again.
-        UserError: the segmenter is not installed.
-    """
+    """Count the functions that accept a text, or a view with separated sentences or words. Raises `NoReply`:
+    the machine failed; the item is tried again. Raises `UserError`: the segmenter is not installed."""
     if len(text) > MAX_TEXT_CHARS:
         return Acceptance(0, f"has {len(text):,} characters")
     try:

@@ -73,12 +73,8 @@ class TestedConstraint:
 
 
 def read_constraints(file: Path) -> list[TestedConstraint]:
-    """Read `kept.jsonl` from the generator `constraints`.
-
-    Raises:
-        UserError: the file is unreadable or empty, or constraints are invalid; up to `MAX_LISTED` lines
-            are listed.
-    """
+    """Read `kept.jsonl` from the generator `constraints`. Raises `UserError`: the file is unreadable or
+    empty, or constraints are invalid; up to `MAX_LISTED` lines are listed."""
     constraints, problems = [], []
     for place, record in read_records(file):
         constraint, descriptions = record.get("prompt"), record.get("back", [])
@@ -123,11 +119,8 @@ def get_first_user_turn(record: dict[str, Any], place: str) -> str:
 def read_query_items(inputs: Sequence[Path], settings: QuerySettings) -> Iterator[GeneratorItem]:
     """Yield each different query in JSONL and Parquet files with a constraint.
 
-    The hash of the query chooses the constraint, so that a query keeps its constraint in every run and
-    input order.
-
-    Raises:
-        UserError: constraints or queries are unreadable, or a record has no prompt.
+    The hash of the query chooses the constraint, so that a query keeps its constraint in every run and input
+    order. Raises `UserError`: constraints or queries are unreadable, or a record has no prompt.
     """
     constraints = read_constraints(get_constraints_file(settings))
     digests: set[str] = set()

@@ -129,11 +129,8 @@ class DocumentSettings:
 
 
 def read_document_items(inputs: Sequence[Path], settings: DocumentSettings) -> Iterator[GeneratorItem]:
-    """Yield document pieces as items with the field `text`, without repetitions.
-
-    Raises:
-        UserError: a file is unreadable or holds other records, or no piece is long enough.
-    """
+    """Yield document pieces as items with the field `text`, without repetitions. Raises `UserError`: a file
+    is unreadable or holds other records, or no piece is long enough."""
     hashes: set[int] = set()
     reading = RecordReading(kind="text", text_field=settings.text_field)
     for path in inputs:

@@ -319,16 +319,16 @@ def format_skipped(others: Sequence[str], hidden: Sequence[str]) -> str:
     """
     if len(others) <= _MAX_NAMES:
         # name a few files; for many files, count their endings
-        shown = sorted(others)
+        examples = sorted(others)
     else:
         endings = Counter(Path(name).suffix.lower() or "no ending" for name in others).most_common()
         rest = sum(count for _, count in endings[_MAX_ENDINGS:])
-        shown = [f"{count:,} {ending}" for ending, count in endings[:_MAX_ENDINGS]]
-        shown += [f"{rest:,} others"] if rest else []
+        examples = [f"{count:,} {ending}" for ending, count in endings[:_MAX_ENDINGS]]
+        examples += [f"{rest:,} others"] if rest else []
     parts = []
     if others:
         noun = "file" if len(others) == 1 else "files"
-        parts.append(f"{len(others):,} {noun} ({', '.join(shown)})")
+        parts.append(f"{len(others):,} {noun} ({', '.join(examples)})")
     if hidden:
         hidden_names = [*sorted(hidden)[:_MAX_NAMES], *(["..."] if len(hidden) > _MAX_NAMES else [])]
         parts.append(f"{len(hidden):,} hidden ({', '.join(hidden_names)})")

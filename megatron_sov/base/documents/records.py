@@ -358,26 +358,26 @@ def _choose_kind(record: dict[str, Any], reading: RecordReading) -> str:
     elif reading.kind in kinds:
         return reading.kind
     elif kinds:
-        found = kinds[0]
+        kind = kinds[0]
         article = {"text": "plain text", "chat": "a chat", "preference": "a preference",
-                   "prompt": "a prompt"}[found]
+                   "prompt": "a prompt"}[kind]
         # judged responses: chats would teach the bad responses too
-        if found == "chat" and parse_label(record.get(LABEL)) is not None:
+        if kind == "chat" and parse_label(record.get(LABEL)) is not None:
             raise BadRecord("fields", f"is a response with a {LABEL!r} (or {KTO_TAG!r}), but --format is "
                                       f"{reading.kind}; turn such rows into pairs with `sov-data pairs`")
-        addition = "" if found != "prompt" else (": no response is learned then; a chat has 'messages', or "
+        addition = "" if kind != "prompt" else (": no response is learned then; a chat has 'messages', or "
                                                  "'prompt' and 'completion'")
-        if found == "prompt" and reading.kind == "preference" and len(record) > 2 and not isinstance(
+        if kind == "prompt" and reading.kind == "preference" and len(record) > 2 and not isinstance(
                 record.get("completions"), list):
             raise BadRecord("fields", "has no 'chosen' and 'rejected' (fields: "
                                       f"{', '.join(map(str, list(record)[:8]))}); pass --columns "
                                       "chosen=FIELD,rejected=FIELD to `sov-data pack --format preference`")
-        if found == "prompt" and isinstance(record.get("completions"), list):
+        if kind == "prompt" and isinstance(record.get("completions"), list):
             addition = (": its 'completions' are not learned; steps with labels train reward models of "
                         "steps, which no command here trains")
         raise BadRecord("fields", f"is {article}, but --format is {reading.kind}; "
-                                  f"pack it on its own with --format {found}{addition}",
-                        options=("--format", found))
+                                  f"pack it on its own with --format {kind}{addition}",
+                        options=("--format", kind))
     expected = ({"text": f"string field {reading.text_field!r}",
                  "chat": "'messages', 'conversations', or 'prompt' and 'completion'",
                  "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]

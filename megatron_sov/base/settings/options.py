@@ -320,11 +320,11 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
         node[option.path[-1]] = list(map(convert, value)) if option.repeats else convert(value)
     invalid_texts: dict[str, str] = {}
     # JSON cannot hold invalid UTF-8: replace invalid texts by placeholders and restore the texts afterwards
-    settings, found = try_parse_settings(cls,
-                                         _map_texts(raw, lambda text: _replace_bytes(text, invalid_texts)))
+    settings, further_problems = try_parse_settings(
+        cls, _map_texts(raw, lambda text: _replace_bytes(text, invalid_texts)))
     if invalid_texts:
         settings = _map_texts(settings, lambda text: invalid_texts.get(text, text))
-    problems += found
+    problems += further_problems
     if settings is not None and not problems:
         problems = find_rule_problems(settings)
     # a dry run comes last: it reports every mistake in the options first

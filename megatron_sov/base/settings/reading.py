@@ -263,9 +263,9 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"
     if kind in _BOUNDS:
-        shown = {name: _format_number(number) for name, number in ctx.items()}
+        bounds = {name: _format_number(number) for name, number in ctx.items()}
         nearest = _find_nearest_value(value, **ctx)
-        return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**shown), value,
+        return SettingsProblem(ProblemCode.BOUND, key, _BOUNDS[kind].format(**bounds), value,
                                f"write {nearest}" if "." in nearest else "", value_to_write=nearest)
     for begin, rule in _TYPES.items():
         if kind.startswith(f"{begin}_"):
@@ -312,8 +312,8 @@ def _suggest_equivalent(key: str, value: str) -> str:
 def _find_equivalent(key: str, value: str) -> str:
     """Return what another program's value of a setting or option is here; "": unknown."""
     values = load_table()["values"]
-    known = {**values.get(key.rpartition(".")[2].lstrip("-"), {}), **values.get(key, {})}
-    return str(known.get(value.lower(), ""))
+    translations = {**values.get(key.rpartition(".")[2].lstrip("-"), {}), **values.get(key, {})}
+    return str(translations.get(value.lower(), ""))
 
 
 def _suggest_value(expected: str, value: Any, key: str) -> str:

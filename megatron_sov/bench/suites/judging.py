@@ -304,10 +304,7 @@ def extract_answer(pattern: str, text: str) -> str | None:
     """Return the first group in a pattern's last match; None without a match.
 
     `BOXED` returns the last box, or a text without boxes unchanged: math-verify in the reward `math` reads
-    the boxes 20 and 204 in one response as 20204.
-
-    Raises:
-        TimeoutError: the pattern takes too long.
+    the boxes 20 and 204 in one response as 20204. Raises `TimeoutError`: the pattern takes too long.
     """
     if pattern == BOXED:
         box = extract_last_box(text)

@@ -35,11 +35,8 @@ class MrcrScorer:
     """
 
     def score(self, row: Row) -> Score:
-        """Score `response` against `answer`; 0 if the response does not begin with `prefix`.
-
-        Raises:
-            Refused: the row has no `prefix` or `answer`.
-        """
+        """Score `response` against `answer`; 0 if the response does not begin with `prefix`. Raises
+        `Refused`: the row has no `prefix` or `answer`."""
         response = unquote_marks(get_text(row, "response"))
         answer, prefix = get_text(row, "answer"), get_text(row, "prefix")
         if not response.startswith(prefix):
@@ -59,11 +56,7 @@ class ShortAnswerScorer:
     """Require equal words instead of F1."""
 
     def score(self, row: Row) -> Score:
-        """Score `response` against `answer`.
-
-        Raises:
-            Refused: the row has no `answer`.
-        """
+        """Score `response` against `answer`. Raises `Refused`: the row has no `answer`."""
         response, answer = (_normalize_answer(get_text(row, name)) for name in ("response", "answer"))
         if self.exact or (response != answer and {response, answer} & {"yes", "no", "noanswer"}):
             return Score(float(response == answer), {"extracted": response})
@@ -89,11 +82,7 @@ def _build_instructions(doc: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_code_tests(doc: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a LiveCodeBench problem's `tests` for the reward `code`.
-
-    Raises:
-        Refused: unreadable tests.
-    """
+    """Return a LiveCodeBench problem's `tests` for the reward `code`. Raises `Refused`: unreadable tests."""
     tests = [*_read_tests(doc, "public_test_cases"), *_read_tests(doc, "private_test_cases")]
     if not tests:
         raise Refused("the problem has no tests")
@@ -114,11 +103,8 @@ def _read_tests(doc: Mapping[str, Any], field: str) -> list[Any]:
 
 
 def unpack_tests(value: str, field: str) -> str:
-    """Decode base64, zlib and a pickled text.
-
-    Raises:
-        Refused: another format, more than `MAX_BYTES`, or a pickle with anything but a text.
-    """
+    """Decode base64, zlib and a pickled text. Raises `Refused`: another format, more than `MAX_BYTES`, or a
+    pickle with anything but a text."""
     try:
         stream = zlib.decompressobj()
         # bounded: a small text may unpack to more than the memory

@@ -30,12 +30,9 @@ POLL_S = 1.0
 
 
 def serve_target(request: ServeRequest) -> None:
-    """Serve checkpoints with our decoder, Hugging Face folders with transformers' continuous batching.
-
-    Raises:
-        UserError: an unusable model, tokenizer or address.
-        SystemExit: another rank failed and printed the reason.
-    """
+    """Serve checkpoints with our decoder, Hugging Face folders with transformers' continuous batching. Raises
+    `UserError`: an unusable model, tokenizer or address. Raises `SystemExit`: another rank failed and printed
+    the reason."""
     target, settings = find_target(request.target), request.settings
     parent = ParentProcess(settings.parent_pid)
     max_length = _choose_max_length(target, settings)

@@ -156,11 +156,8 @@ def find_transformer_engine_error() -> str:
 
 
 def uses_transformer_engine(dtype: torch.dtype) -> bool:
-    """Return `needs_transformer_engine(dtype)` and check that Transformer Engine imports.
-
-    Raises:
-        UserError: the model needs Transformer Engine, and the import fails.
-    """
+    """Return `needs_transformer_engine(dtype)` and check that Transformer Engine imports. Raises `UserError`:
+    the model needs Transformer Engine, and the import fails."""
     if not needs_transformer_engine(dtype):
         return False
     if error := find_transformer_engine_error():

@@ -131,11 +131,8 @@ class ChainedOptimizer:
 
 
 def build_rules(model: LanguageModel, config: OptimConfig) -> Rules:
-    """Return `id(parameter)` -> `GroupRule`. Collective.
-
-    Raises:
-        UserError: on every process, if a group's pattern matches no tensor or every parameter is frozen.
-    """
+    """Return `id(parameter)` -> `GroupRule`. Collective. Raises `UserError`: on every process, if a group's
+    pattern matches no tensor or every parameter is frozen."""
     lookup, rule_by_id, matched = ParameterLookup(model), {}, set()
     for block in list_declared_blocks(model):
         parameter = lookup.find_parameter(block)

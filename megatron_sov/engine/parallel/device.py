@@ -40,10 +40,8 @@ def enable_determinism() -> None:
     """Make torch, cuBLAS, cuDNN, NCCL and Transformer Engine choose deterministic algorithms.
 
     Operations without a deterministic algorithm raise an error. The model's part is Megatron-Core's
-    `deterministic_mode`, set by `model/specs.py`.
-
-    Raises:
-        UserError: an environment variable has a conflicting value.
+    `deterministic_mode`, set by `model/specs.py`. Raises `UserError`: an environment variable has a
+    conflicting value.
     """
     for name, allowed in DETERMINISM_VARIABLES.items():
         value = os.environ.setdefault(name, allowed[0])
@@ -100,11 +98,8 @@ _variables: dict[str, str] = {}
 
 def set_run_variables(config: RunConfig) -> None:
     """Set the variables from `build_run_variables` that the environment lacks; call before CUDA starts.
-    Replaces values from an earlier run in this process.
-
-    Raises:
-        UserError: the environment conflicts with a setting.
-    """
+    Replaces values from an earlier run in this process. Raises `UserError`: the environment conflicts with a
+    setting."""
     gpus = list_visible_gpus()
     for name, value in _variables.items():
         if os.environ.get(name) == value:

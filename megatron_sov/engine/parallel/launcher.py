@@ -67,11 +67,8 @@ class _Pickler(cloudpickle.Pickler):
 
 
 def read_plan(descriptor: int) -> Callable[[], Any]:
-    """Read the work from a plan file and prepare this process for it.
-
-    Raises:
-        UserError: a user's file raises an error or has changed.
-    """
+    """Read the work from a plan file and prepare this process for it. Raises `UserError`: a user's file
+    raises an error or has changed."""
     # all ranks share the file offset: use pread
     file = io.BytesIO(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
     os.close(descriptor)

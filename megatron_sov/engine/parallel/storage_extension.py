@@ -45,11 +45,8 @@ def find_missing_tools() -> list[str]:
 
 def load_storage_extension(recompute_modules: Collection[str] | None) -> None:
     """Compile and load the extension if the recomputed modules need it; called by all processes together.
-
-    Raises:
-        UserError: a node lacks the compiler or ninja, or the compilation fails (on every process); this
-            process does not see the compiled file.
-    """
+    Raises `UserError`: a node lacks the compiler or ninja, or the compilation fails (on every process); this
+    process does not see the compiled file."""
     needed = RECOMPUTED_BY_EXTENSION.intersection(recompute_modules or ())
     if not needed or random._share_storage_ext is not None:
         return

@@ -24,11 +24,8 @@ def flatten_tensors(values: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def unflatten_tensors(flat: torch.Tensor, shapes: Shapes) -> dict[str, torch.Tensor]:
-    """Split a flat tensor by name; inverse of `flatten_tensors`. The results share memory with `flat`.
-
-    Raises:
-        ValueError: the number of elements differs from the shapes'.
-    """
+    """Split a flat tensor by name; inverse of `flatten_tensors`. The results share memory with `flat`. Raises
+    `ValueError`: the number of elements differs from the shapes'."""
     sizes = [math.prod(shape) for shape in shapes.values()]
     if sum(sizes) != flat.numel():
         raise ValueError(f"{flat.numel()} numbers are not {dict(shapes)}")

@@ -169,11 +169,8 @@ def leave_world() -> None:
 
 
 def run_on_main(place: ParallelWorld, action: Callable[[], Any]) -> Any:
-    """Call `action` on rank 0 and return its plain result on every rank.
-
-    Raises:
-        UserError: on every rank, if `action` raises it, so that no rank waits for rank 0.
-    """
+    """Call `action` on rank 0 and return its plain result on every rank. Raises `UserError`: on every rank,
+    if `action` raises it, so that no rank waits for rank 0."""
     return _run_on_one(place.is_main, action)
 
 
@@ -184,11 +181,8 @@ def run_on_first(action: Callable[[], Any]) -> Any:
 
 def run_on_each_rank(action: Callable[[int, int], Any]) -> list[Any]:
     """Call `action(rank, size)` on every process and return all results by rank. A process without process
-    group counts as the only one.
-
-    Raises:
-        UserError: on every rank after all have finished, if `action` raises it on any.
-    """
+    group counts as the only one. Raises `UserError`: on every rank after all have finished, if `action`
+    raises it on any."""
     if not dist.is_initialized():
         return [action(0, 1)]
     result, problem = None, None

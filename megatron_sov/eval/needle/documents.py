@@ -122,10 +122,7 @@ def _compute_weights(settings: NeedleConfig, slots: Slots, pair_weights: Sequenc
 
 def build_needle_source(documents: NeedleDocuments, share: float, name: str = SOURCE_NAME) -> Source:
     """Wrap the documents as a source with a sample share of `share`, next to data with a total share of 1.
-
-    Raises:
-        UserError: documents are too short for a needle.
-    """
+    Raises `UserError`: documents are too short for a needle."""
     for form in (haystack.form for haystack in documents.haystacks):
         if documents.max_needles(form) < 1:
             raise UserError(f"needle documents of {documents.length_tokens} tokens are too short for a "

@@ -131,11 +131,7 @@ class NeedleSuite:
 
 
 def build_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int = 0) -> NeedleSuite:
-    """Build the `NeedleSuite` for a `NeedleConfig` over held-out text.
-
-    Raises:
-        UserError: invalid values.
-    """
+    """Build the `NeedleSuite` for a `NeedleConfig` over held-out text. Raises `UserError`: invalid values."""
     return NeedleSuite(tuple(haystacks), config.kinds, config.lengths_tokens, config.depths, config.samples,
                        config.distractor_share, seed)
 
@@ -220,11 +216,8 @@ def build_example(haystack: Haystack, generator: np.random.Generator, length: in
 
 
 def count_distractors(kind: NeedleKind, form: NeedleForm, length: int, share: float) -> int:
-    """Return how many distractors fill `share` of the context, limited by keys and space.
-
-    Raises:
-        UserError: the context is too short for the kind.
-    """
+    """Return how many distractors fill `share` of the context, limited by keys and space. Raises `UserError`:
+    the context is too short for the kind."""
     min_distractors = 0 if kind == "single" else MIN_DISTRACTORS
     needle_tokens = form.needle_tokens(test=True)
     fixed = 2 * needle_tokens + PAIR_TOKENS

@@ -82,11 +82,8 @@ class NeedleForm:
 
 
 def build_needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
-    """Build a language's `NeedleForm` for a tokenizer from the whole words merged last.
-
-    Raises:
-        UserError: there is no tokenizer, or it has fewer than `MIN_WORDS` whole words.
-    """
+    """Build a language's `NeedleForm` for a tokenizer from the whole words merged last. Raises `UserError`:
+    the tokenizer is missing, or has fewer than `MIN_WORDS` whole words."""
     tokenizer = open_tokenizer(tokenizer_folder)
     special = list_special_tokens(tokenizer)
     words = _find_words(tokenizer, special, _SCRIPTS[language])

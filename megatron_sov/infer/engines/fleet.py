@@ -39,11 +39,8 @@ class ServerKeeper(Protocol):
     """Starts and stops one server."""
 
     def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
-        """Start the server and return it once healthy; None if `should_stop` returned True.
-
-        Raises:
-            UserError: the server does not start.
-        """
+        """Start the server and return it once healthy; None if `should_stop` returned True. Raises
+        `UserError`: the server does not start."""
         ...
 
     def is_alive(self) -> bool:
@@ -210,11 +207,8 @@ class Fleet:
         return self._over.is_set()
 
     def submit(self, request: TokenRequest) -> Future[list[TokenAnswer]]:
-        """Enqueue a request; the future is running once a server has the request.
-
-        Raises:
-            UserError: a token id is outside the vocabulary, or no server can be restarted.
-        """
+        """Enqueue a request; the future is running once a server has the request. Raises `UserError`: a token
+        id is outside the vocabulary, or no server can be restarted."""
         if not all(ids and min(ids) >= 0 and max(ids) < self._vocab_size for ids in request.prompts):
             raise UserError(f"request {request.name}: has no token ids, or ids outside the model's "
                             f"vocab_size = {self._vocab_size}, which would crash the server")

@@ -38,11 +38,8 @@ class LoadedModel:
 
 
 def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
-    """Load this process's part of a checkpoint's model (collective).
-
-    Raises:
-        UserError: the checkpoint is damaged, or `config.model` has another architecture.
-    """
+    """Load this process's part of a checkpoint's model (collective). Raises `UserError`: the checkpoint is
+    damaged, or `config.model` has another architecture."""
     load.check_weights(path)
     # Keep the GPU settings of the training: Megatron refuses a second attention backend in one process.
     # Settings for backward passes are dropped.
@@ -105,11 +102,7 @@ def run_megatron_engine(target: Target, settings: Sequence[str], nproc: int | No
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load a model's tokenizer.
-
-    Raises:
-        UserError: tokenizer.json is missing or damaged.
-    """
+    """Load a model's tokenizer. Raises `UserError`: tokenizer.json is missing or damaged."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: has no tokenizer.json; copy the tokenizer of the model to this folder")
     try:

@@ -44,11 +44,8 @@ _POLL_S = 0.2
 
 
 def parse_server_settings(settings: Sequence[str], option: str) -> EngineServers:
-    """Parse `key=value` settings for engine servers.
-
-    Raises:
-        UserError: a setting does not exist, or contradicts another setting.
-    """
+    """Parse `key=value` settings for engine servers. Raises `UserError`: a setting does not exist, or
+    contradicts another setting."""
     servers = apply_changes(EngineServers(), list(settings), option)
     if problems := servers.problems():
         raise SettingsError(option, problems)
@@ -233,10 +230,8 @@ class ServerEngine:
     def extract_routes(self, answer: TokenAnswer, num_tokens: int) -> np.ndarray:
         """Return the expert routes for the first `num_tokens` tokens of prompt and answer.
 
-        Engines return [tokens - 1, layers, top_k], with zeros for leading dense layers.
-
-        Raises:
-            UserError: the routes do not match the model.
+        Engines return [tokens - 1, layers, top_k], with zeros for leading dense layers. Raises `UserError`:
+        the routes do not match the model.
         """
         assert self._route_shape is not None, "routes were not asked for"
         # aborted before a server began the request, so it has no routes

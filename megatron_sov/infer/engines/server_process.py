@@ -177,11 +177,8 @@ class ServerProcess:
         self._is_over = False
 
     def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
-        """Start the server and return it once healthy; None if `should_stop` returned True.
-
-        Raises:
-            UserError: the server ends or takes too long; the message has its last log lines.
-        """
+        """Start the server and return it once healthy; None if `should_stop` returned True. Raises
+        `UserError`: the server ends or takes too long; the message has its last log lines."""
         self.kill()
         port = self.port or _free_port()
         self.log.parent.mkdir(parents=True, exist_ok=True)

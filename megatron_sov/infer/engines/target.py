@@ -100,11 +100,8 @@ class Target:
 
 
 def find_target(path: Path) -> Target:
-    """Return the model at a path.
-
-    Raises:
-        UserError: `path` is neither a checkpoint, a run with a checkpoint, nor a Hugging Face folder.
-    """
+    """Return the model at a path. Raises `UserError`: `path` is neither a checkpoint, a run with a
+    checkpoint, nor a Hugging Face folder."""
     check_model_path(path)
     if convert.is_hf_folder(path):
         return Target(path, True)

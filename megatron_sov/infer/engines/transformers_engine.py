@@ -39,10 +39,7 @@ PASS_TOKENS = 1024
 
 def load_configured_hf(folder: Path, settings: Sequence[str] = (), option: str = "--set") -> Any:
     """Load a transformers model in the precision of `settings` (`train.precision=NAME`), see `load_hf`.
-
-    Raises:
-        UserError: the precision does not exist.
-    """
+    Raises `UserError`: the precision does not exist."""
     precision = [choose_inference_precision(), *(setting.partition("=")[2] for setting in settings)][-1]
     if precision not in PRECISION:
         raise UserError(f"{option} {settings[-1]}: must be one of {', '.join(PRECISION)}")
@@ -100,10 +97,8 @@ class HfEngine:
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None) -> GenerationResult:
         """Continue prompts, see `Engine.generate`; samples depend on the whole batch, which shares a seed.
-
-        Raises:
-            UserError: transformers failed for a prompt, e.g. for lack of memory, or routes are requested.
-        """
+        Raises `UserError`: transformers failed for a prompt, e.g. for lack of memory, or routes are
+        requested."""
         check_no_drafts("transformers", sampling)
         check_no_rules("transformers", sampling)
         check_no_routes("transformers", sampling)
@@ -193,11 +188,8 @@ class _View(torch.Tensor):
 
 
 def get_live_views(model: Any) -> dict[str, torch.Tensor]:
-    """Return tensor name in the files -> view into the model's memory.
-
-    Raises:
-        UserError: transformers' conversion copies a tensor, so it cannot be updated in place.
-    """
+    """Return tensor name in the files -> view into the model's memory. Raises `UserError`: transformers'
+    conversion copies a tensor, so it cannot be updated in place."""
     live = model.state_dict()
     # files store a tied head once; the conversion may return copies, so only the names are used
     tensors = {name: live[name] for name in remove_tied_weights_from_state_dict(dict(live), model)}

@@ -23,10 +23,7 @@ _SOURCE = re.compile(r"\w[\w.-]*")
 
 def split_source_name(path: str) -> tuple[str, str]:
     """Split [NAME=]FOLDER, a path of token shards, into source name and folder; the name is "" if absent.
-
-    Raises:
-        UserError: NAME has characters that source names must not have.
-    """
+    Raises `UserError`: NAME has characters that source names must not have."""
     name, equals, folder = path.partition("=")
     # An existing folder may have "=" in its name.
     if not equals or Path(path).exists():

@@ -526,11 +526,8 @@ def _explain_missing(folder: str) -> str:
 
 
 def parse_data_paths(data: Sequence[str]) -> dict[str, float]:
-    """Parse --data arguments into [NAME=]FOLDER -> weight; the weight defaults to 1.
-
-    Raises:
-        UserError: a folder that does not exist or is given twice, or an invalid weight.
-    """
+    """Parse --data arguments into [NAME=]FOLDER -> weight; the weight defaults to 1. Raises `UserError`: a
+    folder that does not exist or is given twice, or an invalid weight."""
     paths: dict[str, float] = {}
     for argument in data:
         path, weight = split_weight(argument, f"--data {argument}")
@@ -551,11 +548,8 @@ def parse_data_paths(data: Sequence[str]) -> dict[str, float]:
 
 def add_rounds(config: RunConfig) -> RunConfig:
     """Return `config` with one phase per round; `train.steps` follows from `rollout`, the row length from the
-    first phase.
-
-    Raises:
-        UserError: no rounds, a row too short for the longest response, or a phase with its own learning rate.
-    """
+    first phase. Raises `UserError`: no rounds, a row too short for the longest response, or a phase with its
+    own learning rate."""
     rollout, train = config.rollout, config.train
     if rollout.rounds < 1:
         raise UserError(f"rollout.rounds = {rollout.rounds}: nothing to train; set it to at least 1")

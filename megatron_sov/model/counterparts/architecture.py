@@ -343,11 +343,7 @@ MAX_BYTES = 8 << 20
 
 def read_sections(file: Path) -> dict[str, dict[str, Any]]:
     """Return the sections (model, train, optimizer, ...) of a Megatron-Bridge YAML file (`ConfigContainer`);
-    `_target_` stays text.
-
-    Raises:
-        UserError: the file is not YAML with plain values, or has no sections.
-    """
+    `_target_` stays text. Raises `UserError`: the file is not YAML with plain values, or has no sections."""
     try:
         if file.stat().st_size > MAX_BYTES:
             raise UserError(f"{file}: has {file.stat().st_size:,} bytes; a settings file has at most "

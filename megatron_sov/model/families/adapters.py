@@ -87,11 +87,8 @@ def find_adaptable_modules(model: ModelConfig) -> frozenset[str]:
 
 
 def resolve_targets(lora: LoraConfig, model: ModelConfig) -> frozenset[str]:
-    """Return the targets adapted in `model`, with all-linear replaced by module names.
-
-    Raises:
-        SettingsError: a target does not exist in the model.
-    """
+    """Return the targets adapted in `model`, with all-linear replaced by module names. Raises
+    `SettingsError`: a target does not exist in the model."""
     if not lora.on:
         return frozenset()
     named, having = frozenset(lora.targets) - {ALL_LINEAR}, find_adaptable_modules(model)

@@ -39,11 +39,8 @@ class NestedTextModel:
     """Transformers' defaults for fields of `text_config` that the family requires."""
 
     def extract_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the text model's config.json.
-
-        Raises:
-            UserError: `text_config` is missing, belongs to another family, or contradicts the outer config.
-        """
+        """Return the text model's config.json. Raises `UserError`: `text_config` is missing, belongs to
+        another family, or contradicts the outer config."""
         nested = config.get("text_config")
         if not isinstance(nested, dict):
             raise UserError(f"config.json: text_config = {nested!r} must hold the text model's settings in a "
@@ -66,11 +63,7 @@ class NestedTextModel:
 
     def map_tensor_names(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         """Return family name -> folder name for text and unknown tensors, and the folder names of excluded
-        tensors.
-
-        Raises:
-            UserError: two tensors map to the same name.
-        """
+        tensors. Raises `UserError`: two tensors map to the same name."""
         folder_names: dict[str, str] = {}
         excluded = []
         for name in names:

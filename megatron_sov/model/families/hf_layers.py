@@ -106,11 +106,8 @@ class SlidingSwitch:
     names: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the switch, the window and, with `by_layer`, the explicit list.
-
-        Raises:
-            UserError: layers differ although `by_layer` is False.
-        """
+        """Return the switch, the window and, with `by_layer`, the explicit list. Raises `UserError`: layers
+        differ although `by_layer` is False."""
         types = model.layer_types()
         slides = "sliding_attention" in types
         written = {"use_sliding_window": slides, "sliding_window": model.sliding_window_tokens or None}

@@ -392,11 +392,7 @@ class Link:
 
 def build_links(sections: Sequence[WeightSection], model: ModelConfig) -> list[Link]:
     """Return links for all tensors in `model`: tensors outside layers, layers in order, multi-token
-    prediction.
-
-    Raises:
-        ValueError: the map names a tensor twice.
-    """
+    prediction. Raises `ValueError`: the map names a tensor twice."""
     trunk = [s for s in sections if not s.where.startswith("mtp")]
     prediction = [s for s in sections if s.where.startswith("mtp")]
     # In layer order, so a streaming converter holds the tensors of one layer at a time.

@@ -284,21 +284,15 @@ def find_family_recipes(family: str) -> list[str]:
 def get(name: str) -> RunConfig:
     """Return the config for recipe `name`: built-in, from an installed package, or from the command line.
 
-    Tiny recipes also have long names, such as `tiny-solar-open-102b`.
-
-    Raises:
-        UserError: unknown recipe (the message names the nearest and lists all), or a plug-in that returns no
-            config.
+    Tiny recipes also have long names, such as `tiny-solar-open-102b`. Raises `UserError`: unknown recipe (the
+    message names the nearest and lists all), or a plug-in that returns no config.
     """
     return _find_recipe(name).build()
 
 
 def sources(name: str) -> Sources:
-    """Return the sources for a recipe's values; {} if its author gave none.
-
-    Raises:
-        UserError: unknown recipe; the message names the nearest and lists all.
-    """
+    """Return the sources for a recipe's values; {} if its author gave none. Raises `UserError`: unknown
+    recipe; the message names the nearest and lists all."""
     recipe = _find_recipe(name)
     if big := TINY.get(recipe.build().recipe if name.startswith("tiny-") else ""):
         return derive_sources(RECIPES[big].sources,

@@ -91,11 +91,8 @@ class TrainingOptions(RecipeOptions):
 
 
 def load_plugins(references: Sequence[str]) -> None:
-    """Run the files named by --plugin and register their families and objectives.
-
-    Raises:
-        UserError: a file fails, or names neither a family nor an objective.
-    """
+    """Run the files named by --plugin and register their families and objectives. Raises `UserError`: a file
+    fails, or names neither a family nor an objective."""
     for reference in references:
         loaded = load_plugin(reference)
         (models.FAMILY_PLUGINS
@@ -324,11 +321,8 @@ class ConfigLayer:
     lines: Mapping[Place, int]
 
     def apply_to(self, base: RunConfig) -> RunConfig:
-        """Return `base` with the file's settings.
-
-        Raises:
-            SettingsError: all invalid settings, with line numbers.
-        """
+        """Return `base` with the file's settings. Raises `SettingsError`: all invalid settings, with line
+        numbers."""
         changes = {".".join(place): value for place, value in _iter_leaves(RunConfig, self.value, ())}
         changes.pop("recipe", None)
         try:

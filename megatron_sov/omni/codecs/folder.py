@@ -100,11 +100,8 @@ def read_codec(folder: Path) -> tuple[str, Any, Any]:
 
 
 def load_codec_class(kind: str, where: str) -> Any:
-    """Import and return a codec kind's class.
-
-    Raises:
-        UserError: the kind is unknown, or a package is not installed; `where` names the folder.
-    """
+    """Import and return a codec kind's class. Raises `UserError`: the kind is unknown, or a package is not
+    installed; `where` names the folder."""
     if kind not in CODEC_CLASSES:
         raise UserError(f"{where}: {kind!r} is not a kind of codec{suggest_successor(kind)}; there are "
                         f"{', '.join(CODEC_CLASSES)}")

@@ -139,11 +139,8 @@ class HfCodec(nn.Module):
 
     @classmethod
     def _load_network(cls, folder: Path) -> tuple[Any, Config]:
-        """Load a network in float32 and return it with the sizes in its config.
-
-        Raises:
-            UserError: files are missing, damaged, pickled, or belong to another model.
-        """
+        """Load a network in float32 and return it with the sizes in its config. Raises `UserError`: files are
+        missing, damaged, pickled, or belong to another model."""
         if problems := list(find_config_problems(read_json(folder / CONFIG))):
             raise UserError(format_problems(f"{folder / CONFIG}", problems[:20]))
         model = load_pretrained(cls.load_model_class(), folder)

@@ -145,11 +145,7 @@ class MediaDecoders:
 
     @cached_property
     def codecs(self) -> dict[str, Any]:
-        """Kind -> opened codec.
-
-        Raises:
-            UserError: a codec is of another kind or cannot decode.
-        """
+        """Kind -> opened codec. Raises `UserError`: a codec is of another kind or cannot decode."""
         codecs = {}
         for kind, folder in self.folders.items():
             codec = open_codec(folder)

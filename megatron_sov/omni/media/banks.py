@@ -68,10 +68,7 @@ class BankShape:
 
     @classmethod
     def from_record(cls, kind: str, record: Any, where: str) -> BankShape:
-        """Parse a manifest record.
-
-        Raises:
-            UserError: the record is malformed; `where` names the manifest.
+        """Parse a manifest record. Raises `UserError`: the record is malformed; `where` names the manifest.
         """
         try:
             shape = cls(kind, tuple(int(n) for n in record["shape"]), int(record["slots"]),
@@ -91,11 +88,8 @@ class BankShape:
 
 
 def read_bank_shapes(record: Any, where: str) -> dict[str, BankShape]:
-    """Return kind -> bank shape from a manifest's `FEATURES` record; {} for None.
-
-    Raises:
-        UserError: the record is malformed; `where` names the manifest.
-    """
+    """Return kind -> bank shape from a manifest's `FEATURES` record; {} for None. Raises `UserError`: the
+    record is malformed; `where` names the manifest."""
     if record is None:
         return {}
     if not isinstance(record, dict) or not set(record) <= set(BANK_KINDS):
@@ -105,11 +99,8 @@ def read_bank_shapes(record: Any, where: str) -> dict[str, BankShape]:
 
 
 def open_bank(file: Path, shape: BankShape) -> np.ndarray:
-    """Memory-map a bank's records, [rows, *shape].
-
-    Raises:
-        UserError: the file is missing, or its size is not a multiple of the record size.
-    """
+    """Memory-map a bank's records, [rows, *shape]. Raises `UserError`: the file is missing, or its size is
+    not a multiple of the record size."""
     try:
         size_bytes = file.stat().st_size
         if size_bytes % shape.record_bytes:

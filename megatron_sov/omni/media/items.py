@@ -122,11 +122,8 @@ class MediaVocabulary:
         self._slots = dict(encoding.slots)
 
     def split(self, text: str) -> list[tuple[str, int | None]]:
-        """Split a text into (ordinary text, None) and (media token, id).
-
-        Raises:
-            BadRecord: the tokenizer lacks a media token.
-        """
+        """Split a text into (ordinary text, None) and (media token, id). Raises `BadRecord`: the tokenizer
+        lacks a media token."""
         parts: list[tuple[str, int | None]] = []
         start = 0
         for match in MEDIA_TOKEN.finditer(text):
@@ -149,10 +146,8 @@ class MediaVocabulary:
     def refuse_lost(self, ids: Sequence[int], texts: Sequence[str]) -> None:
         """Check that encoding preserved the media tokens of a document's `texts`.
 
-        A chat template may drop tool calls, or format their arguments in another way.
-
-        Raises:
-            BadRecord: the numbers of media tokens differ.
+        A chat template may drop tool calls, or format their arguments in another way. Raises `BadRecord`: the
+        numbers of media tokens differ.
         """
         num_expected = sum(len(MEDIA_TOKEN.findall(text)) for text in texts)
         num_encoded = sum(token_id in self.ids for token_id in ids)

@@ -87,11 +87,8 @@ class StoredTeacher:
 
     def __init__(self, folders: Sequence[StateFiles], settings: DistillationConfig, sources: Sequence[Source],
                  vocab_size: int) -> None:
-        """Assign `folders` to `sources`.
-
-        Raises:
-            UserError: `check_outputs` fails, or a source has no outputs.
-        """
+        """Assign `folders` to `sources`. Raises `UserError`: `check_outputs` fails, or a source has no
+        outputs."""
         for files in folders:
             check_outputs(files, settings, vocab_size)
         self._by_source = {index: files for files in folders for index in files.sources}
@@ -228,12 +225,8 @@ class LiveTeacher:
     """
 
     def __init__(self, checkpoint: Path, config: RunConfig, num_ranks: int) -> None:
-        """Check the teacher against the run's settings.
-
-        Raises:
-            UserError: the teacher has another vocabulary size, reads shorter rows, or does not fit the
-                layout.
-        """
+        """Check the teacher against the run's settings. Raises `UserError`: the teacher has another
+        vocabulary size, reads shorter rows, or does not fit the layout."""
         distillation = config.distillation
         teacher = read_checkpoint_settings(checkpoint)
         self.teacher = hash_weights(Target(checkpoint, is_hf=False))

@@ -152,11 +152,8 @@ class StateFiles:
 
     def read_states(self, source: int, split: str, document: int, start: int, count: int) -> torch.Tensor:
         """Return the rows of `count` tokens in a document, [count, width], as a view. A token's row predicts
-        the next token.
-
-        Raises:
-            UserError: the artifact has no states for the document, or a file has another size.
-        """
+        the next token. Raises `UserError`: the artifact has no states for the document, or a file has another
+        size."""
         key = self.sources[source], split
         part_index = int(np.searchsorted(self._first_documents.get(key, ()), document, side="right")) - 1
         part = self._parts[key][part_index] if part_index >= 0 else None

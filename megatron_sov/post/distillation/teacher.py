@@ -221,11 +221,8 @@ class TeacherDocuments:
 
     def read_part(self, part: StatesPart) -> tuple[list[list[int]], list[TranslatedDocument]]:
         """Return the teacher token ids per document in a part, and with `translation` the translations.
-
-        Raises:
-            UserError: a document is too long for the teacher, or the tokenizer of the teacher changes the
-                text.
-        """
+        Raises `UserError`: a document is too long for the teacher, or the tokenizer of the teacher changes
+        the text."""
         shard = self.sources[part.source].open_split(part.split)
         numbers = range(part.first_document, part.first_document + part.num_documents)
         documents = [shard.tokens(number, 0, int(shard.lengths[number])).tolist() for number in numbers]

@@ -157,10 +157,7 @@ class TokenTranslation:
 
     def translate_document(self, ids: Sequence[int]) -> TranslatedDocument:
         """Encode the student tokens' text by the teacher; shared special tokens stay, others become text.
-
-        Raises:
-            UserError: the bytes are not UTF-8, or the tokenizer of the teacher changes the text.
-        """
+        Raises `UserError`: the bytes are not UTF-8, or the tokenizer of the teacher changes the text."""
         teacher_ids: list[int] = []
         lengths: list[int] = []
         student_lengths: list[int] = []

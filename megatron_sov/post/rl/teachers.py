@@ -77,11 +77,8 @@ def read_document_domains(opened: PublishedRound) -> list[str]:
 
 def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: PublishedRound, file: Path,
                    identity: str) -> None:
-    """Write log p(label) by the teachers per token in a round; called by all processes together.
-
-    Raises:
-        UserError: a domain has no teacher, a server rejects a response or does not answer, or the disk is
-            full.
+    """Write log p(label) by the teachers per token in a round; called by all processes together. Raises
+    `UserError`: a domain has no teacher, a server rejects a response or does not answer, or the disk is full.
     """
     assert opened.documents is not None, f"{opened.path} has no documents"
     document_teachers = _assign_teachers(opened, teachers)
@@ -219,11 +216,8 @@ class _ScoringRequests:
             self.numbers[begin + 1:end] = self._request_scores(document, ids)
 
     def _request_scores(self, document: int, ids: Sequence[int]) -> np.ndarray:
-        """Return log p for `ids[1:]` by the first server that answers.
-
-        Raises:
-            UserError: a server rejects the tokens, or no server answers within `ATTEMPTS`.
-        """
+        """Return log p for `ids[1:]` by the first server that answers. Raises `UserError`: a server rejects
+        the tokens, or no server answers within `ATTEMPTS`."""
         for attempt in range(ATTEMPTS):
             # Attempts rotate through the servers.
             server = self._servers[(document + attempt) % len(self._servers)]

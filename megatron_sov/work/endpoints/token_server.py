@@ -158,11 +158,8 @@ class ServerCalls:
 
 
 def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list[TokenAnswer]:
-    """Check number and consistency of answers; return them.
-
-    Raises:
-        BadAnswer: wrong number or inconsistent fields.
-    """
+    """Check number and consistency of answers; return them. Raises `BadAnswer`: wrong number or inconsistent
+    fields."""
     if len(answers) != expected:
         raise BadAnswer(f"{where}: returned {len(answers)} answers instead of {expected}")
     for answer in answers:
@@ -200,11 +197,7 @@ def parse_version(value: Any) -> int:
 
 
 def check_token_ids(values: Iterable[Any]) -> list[int]:
-    """Check that values are int token ids; fractions are not rounded.
-
-    Raises:
-        ValueError: another value.
-    """
+    """Check that values are int token ids; fractions are not rounded. Raises `ValueError`: another value."""
     ids = list(values)
     if invalid := [value for value in ids if type(value) is not int or not 0 <= value < _INT32]:
         raise ValueError(f"{str(invalid[0])[:40]!r} is not a token id")

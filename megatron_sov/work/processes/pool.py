@@ -171,10 +171,8 @@ class WorkerPool(Generic[Item, Result]):
     def each(self, items: Iterable[Item]) -> Iterator[Result]:
         """Yield the result for each item in order; items are consumed as needed.
 
-        With a single worker or a single item, this process does the work.
-
-        Raises:
-            WorkerLost: a worker was killed from outside.
+        With a single worker or a single item, this process does the work. Raises `WorkerLost`: a worker was
+        killed from outside.
         """
         # for one item or worker, starting processes would cost more than the work
         remaining = iter(items)

@@ -148,10 +148,7 @@ class Claims:
         """Claim an item; return None for items of living jobs.
 
         A claim without heartbeat for a whole lease since this job's first look is taken over, as is a claim
-        whose process has ended on this machine.
-
-        Raises:
-            UserError: the folder is not writable.
+        whose process has ended on this machine. Raises `UserError`: the folder is not writable.
         """
         with translate_disk_errors(self._folder):
             (self._folder / name).mkdir(parents=True, exist_ok=True)

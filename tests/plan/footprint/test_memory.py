@@ -189,7 +189,7 @@ def test_uneven_routing_is_on_top() -> None:
 
 def test_the_page_is_what_the_script_writes() -> None:
     script = ROOT / "docs" / "generate_memory.py"
-    code = ("import sys, runpy; page = runpy.run_path(sys.argv[1])['page']; sys.stdout.write(page())")
+    code = "import sys, runpy; sys.stdout.write(runpy.run_path(sys.argv[1])['build_page']())"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(script)], capture_output=True,
                           text=True, check=True)
     assert done.stdout.endswith((ROOT / "docs" / "memory.md").read_text(encoding="utf-8"))

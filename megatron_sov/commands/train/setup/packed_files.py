@@ -105,11 +105,8 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
                tokenizer: Path | None = None) -> list[DataFile]:
     """Return the --data arguments that name a file, or a deleted file that `run` has packed.
 
-    `formats` are those that the command learns from; proposed commands name `tokenizer`.
-
-    Raises:
-        UserError: two files have the same name, a weight is not a number, or the first record of a file has
-            another format.
+    `formats` are those that the command learns from; proposed commands name `tokenizer`. Raises `UserError`:
+    two files have the same name, a weight is not a number, or the first record of a file has another format.
     """
     files: dict[str, DataFile] = {}
     for argument in data:

@@ -66,11 +66,8 @@ def read_picture(file: Path, request: PictureRequest,
 
 
 def open_picture(file: Path, limits: MediaLimits) -> ImageFile:
-    """Open a picture and check its size, without decoding pixels.
-
-    Raises:
-        BadRecord: the file is not a picture, or too large.
-    """
+    """Open a picture and check its size, without decoding pixels. Raises `BadRecord`: the file is not a
+    picture, or too large."""
     Image.MAX_IMAGE_PIXELS = None  # `limits.pixels` replaces Pillow's own limit
     try:
         picture = Image.open(file, formats=PICTURE_FORMATS)
@@ -86,11 +83,8 @@ def open_picture(file: Path, limits: MediaLimits) -> ImageFile:
 
 
 def to_upright_rgb(picture: Image.Image) -> Image.Image:
-    """Decode a picture to RGB, rotated as its EXIF data say, with transparency on white.
-
-    Raises:
-        BadRecord: the picture is truncated or damaged, or its pixels cannot be converted to RGB.
-    """
+    """Decode a picture to RGB, rotated as its EXIF data say, with transparency on white. Raises `BadRecord`:
+    the picture is truncated or damaged, or its pixels cannot be converted to RGB."""
     try:
         picture.load()
         return _to_rgb(ImageOps.exif_transpose(picture))
@@ -159,10 +153,8 @@ def read_sound(file: Path, rate_hz: int, limits: MediaLimits) -> tuple[np.ndarra
 def check_wav_length(file: Path) -> None:
     """Check that a WAV file holds all bytes that its header states; ignore other formats.
 
-    libsndfile accepts a truncated file as a shorter sound.
-
-    Raises:
-        BadRecord: the data are shorter than the length in the header.
+    libsndfile accepts a truncated file as a shorter sound. Raises `BadRecord`: the data are shorter than the
+    length in the header.
     """
     if not file.is_file():
         return  # libsndfile reports the error
@@ -195,11 +187,8 @@ def check_wav_length(file: Path) -> None:
 
 
 def _read_mono(sound: Any, limits: MediaLimits) -> np.ndarray:
-    """Return the mean over channels, float32 [samples] at the file's own rate.
-
-    Raises:
-        BadRecord: the sound is too long or truncated, or its rate or channel count is implausible.
-    """
+    """Return the mean over channels, float32 [samples] at the file's own rate. Raises `BadRecord`: the sound
+    is too long or truncated, or its rate or channel count is implausible."""
     if not MIN_RATE_HZ <= sound.samplerate <= MAX_RATE_HZ or not 0 < sound.channels <= MAX_CHANNELS:
         raise BadRecord("rate", f"has {sound.channels} channels of {sound.samplerate} samples a second, "
                                 f"which must be 1 to {MAX_CHANNELS}, and {MIN_RATE_HZ:,} to "

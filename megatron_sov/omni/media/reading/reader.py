@@ -84,11 +84,8 @@ class MediaReader:
                 process.end()
 
     def read_picture(self, path: str, sides: tuple[int, ...], animated: str = "refuse") -> DecodedMedia:
-        """Decode a picture once per side, see `decoders.read_picture`.
-
-        Raises:
-            BadRecord: the file cannot be decoded; the reason completes a sentence that begins with its name.
-        """
+        """Decode a picture once per side, see `decoders.read_picture`. Raises `BadRecord`: the file cannot be
+        decoded; the reason completes a sentence that begins with its name."""
         max_bytes = sum(3 * side * side for side in sides)
         return self._decode(path, {"kind": "picture", "sides": list(sides), "animated": animated}, max_bytes)
 
@@ -162,12 +159,8 @@ class _DecoderProcess(ReaderProcess):
 
     def request_arrays(self, request: dict[str, Any],
                        max_bytes: int) -> tuple[dict[str, Any], list[np.ndarray]]:
-        """Return the facts about a file and its decoded arrays.
-
-        Raises:
-            BadRecord: the file cannot be decoded.
-            ReaderEnded: the process ended or broke the protocol, and must be replaced.
-        """
+        """Return the facts about a file and its decoded arrays. Raises `BadRecord`: the file cannot be
+        decoded. Raises `ReaderEnded`: the process ended or broke the protocol, and must be replaced."""
         with self.open_exchange() as channel:
             send_message(channel, request)
             header = receive_message(channel, MAX_HEADER_BYTES)

@@ -63,10 +63,8 @@ class ResponseSource:
         """Return prompt id -> token count for prompts longer than `rollout.max_prompt_tokens`.
 
         All prompts are measured before the first round, because a run cannot replace a prompt of a late
-        round.
-
-        Raises:
-            UserError: a prompt is empty, the chat template rejects it, or all prompts are too long.
+        round. Raises `UserError`: a prompt is empty, the chat template rejects it, or all prompts are too
+        long.
         """
         too_long: dict[str, int] = {}
         shortest: list[int] = []

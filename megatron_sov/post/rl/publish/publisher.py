@@ -88,11 +88,9 @@ class Publisher:
     def publish(self, number: int) -> str:
         """Publish a round if it is complete; return a description of missing parts, or "" if it is published.
 
-        All processes call `publish` together; they share the pieces to judge and the shards to write.
-
-        Raises:
-            UserError: the store contains other rounds, a response is longer than a row or has another
-                temperature, or the disk is full.
+        All processes call `publish` together; they share the pieces to judge and the shards to write. Raises
+        `UserError`: the store contains other rounds, a response is longer than a row or has another
+        temperature, or the disk is full.
         """
         with contextlib.ExitStack() as building:
             inputs = run_on_first(partial(self._find_inputs, number))

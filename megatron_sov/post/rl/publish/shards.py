@@ -100,12 +100,9 @@ class ShardWriter:
         return dtypes
 
     def write(self, folder: Path, shard: RoundShard) -> WrittenShard:
-        """Write a shard into the round's `folder`, and sync the files to disk.
-
-        Raises:
-            UserError: a response is longer than a row or has another temperature, lacks routes or has routes
-                of another model, or the store or the disk is damaged.
-        """
+        """Write a shard into the round's `folder`, and sync the files to disk. Raises `UserError`: a response
+        is longer than a row or has another temperature, lacks routes or has routes of another model, or the
+        store or the disk is damaged."""
         prefix = folder / shard.prefix
         counts, written = dict.fromkeys(COUNTS, 0), [np.zeros(0, bool)]
         with translate_disk_errors(folder):
