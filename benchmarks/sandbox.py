@@ -1,12 +1,11 @@
-"""How fast programs run in the sandbox, and whether honest ones are affected.
+"""Measure programs per second in the sandbox, and compare outputs with `subprocess.run`.
 
 Usage: python benchmarks/sandbox.py [--before CHECKOUT] [--repetitions 3] > benchmarks/results/sandbox.txt
 
-500 honest programs (25 kinds, 20 inputs each) run in each enclosure that this machine has, with as many
-workers as cores; what they print and exit with is compared with `subprocess.run([python, "-I", "-S", file])`.
-That one runs half of them in each repetition, in as many threads.  CHECKOUT is an older tree of this
-repository.  All take turns, each in a process of its own, so that they meet the same noise; the least of the
-repetitions counts.  CPU seconds are those of this process and of all that have ended below it.
+500 programs (25 kinds, 20 inputs each) run in each enclosure of this machine, with a worker per core. Output
+and exit code are compared with `subprocess.run([python, "-I", "-S", file])`, which runs half the programs per
+repetition. CHECKOUT is an older tree of this repository. Arms take turns, each in a new process, and the
+minimum over the repetitions counts. CPU seconds include ended child processes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -60,104 +59,105 @@ KINDS = (
     "import statistics as s; print(s.median(range({n})), s.pstdev(range({n})))",
 )
 ROOT = Path(__file__).parents[1]
-ALONE = "subprocess.run"
+DIRECT = "subprocess.run"
 ENCLOSURES = ("namespaces", "landlock")
 INPUTS = range(3, 63, 3)
-
-
-def programs() -> list[Program]:
-    """Return the programs, kinds and inputs mixed."""
-    return [Program(kind.format(n=n), stdin=f"{n} {n + 1} 7\n") for n in INPUTS for kind in KINDS]
-
-
-def timed(what: Callable[[], Sequence[tuple[int, str]]]) -> tuple[Sequence[tuple[int, str]], float, float]:
-    """Return what a call gives, its seconds by the clock and those of processors."""
-    def cpu_s() -> float:
-        return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (
-            resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
-
-    wall_s, before_s = time.monotonic(), cpu_s()
-    found = what()
-    return found, time.monotonic() - wall_s, cpu_s() - before_s
-
-
-def alone(chosen: Sequence[Program], workers: int) -> list[tuple[int, str]]:
-    """Return exit code and output of programs, each in an interpreter that is started for it."""
-    def run(program: Program) -> tuple[int, str]:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "program.py").write_text(program.source)
-            done = subprocess.run([sys.executable, "-I", "-S", "program.py"], cwd=folder, text=True,
-                                  input=program.stdin, capture_output=True)
-            return done.returncode, done.stdout
-
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(run, chosen))
-
-
-def enclosed(name: str, chosen: Sequence[Program], workers: int) -> list[tuple[int, str]]:
-    """Return the same from a sandbox, the start of its servers included."""
-    with Sandbox(enclosure=name, workers=workers) as sandbox, ThreadPoolExecutor(workers) as pool:
-        return [(-1 if outcome.exit_code is None else outcome.exit_code, outcome.stdout)
-                for outcome in pool.map(sandbox.run, chosen)]
-
-
-def arm(name: str, chosen: Sequence[Program], workers: int) -> None:
-    """Run programs in one way, and print what was found and took how long for the process that compares."""
-    try:
-        run = alone if name == ALONE else partial(enclosed, name)
-        print(json.dumps(timed(lambda: run(chosen, workers))))
-    except UserError as e:
-        sys.exit(" ".join(str(e).split()))
+Arm = tuple[str, str]  # enclosure or `DIRECT`, and tree
+Results = Sequence[tuple[int, str]]
+"""Exit code and standard output per program."""
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--arm", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    workers, chosen = len(os.sched_getaffinity(0)), programs()
-    if args.arm:  # in a process of its own, with the tree that PYTHONPATH names
-        arm(args.arm[0], chosen[int(args.arm[1])::2] if args.arm[0] == ALONE else chosen, workers)
+    workers = len(os.sched_getaffinity(0))
+    programs = [Program(kind.format(n=n), stdin=f"{n} {n + 1} 7\n") for n in INPUTS for kind in KINDS]
+    if args.arm:  # in a child process, with the tree in PYTHONPATH
+        name, first = args.arm
+        run_arm(name, programs[int(first)::2] if name == DIRECT else programs, workers)
         return
     trees = {"before": args.before, "now": ROOT} if args.before else {"now": ROOT}
-    arms = [(ALONE, "now"), *((name, tree) for name in ENCLOSURES for tree in trees)]
+    arms = [(DIRECT, "now"), *((name, tree) for name in ENCLOSURES for tree in trees)]
     print(f"{platform.machine()}, Linux {platform.release()}, {workers} cores, Python "
           f"{platform.python_version()}, load {os.getloadavg()[0]:.1f}; {workers} workers; the least of "
           f"{args.repetitions} interleaved", flush=True)
-    least: dict[tuple[str, str], list[float]] = {}
-    right: dict[int, list[object]] = {}
-    found: dict[tuple[str, str], list[list[object]]] = {}
-    for turn in range(args.repetitions):
+    least_s: dict[Arm, list[float]] = {}
+    expected: dict[int, list[object]] = {}
+    results: dict[Arm, list[list[object]]] = {}
+    for repetition in range(args.repetitions):
         for name, tree in list(arms):
-            done = subprocess.run([sys.executable, __file__, "--arm", name, str(turn % 2)], check=False,
-                                  text=True, capture_output=True,
-                                  env={**os.environ, "PYTHONPATH": str(trees[tree])})
-            if done.returncode:
-                print(f"{name}, {tree}: {done.stderr.strip()}", flush=True)
+            process = subprocess.run([sys.executable, __file__, "--arm", name, str(repetition % 2)],
+                                     check=False, text=True, capture_output=True,
+                                     env={**os.environ, "PYTHONPATH": str(trees[tree])})
+            if process.returncode:
+                print(f"{name}, {tree}: {process.stderr.strip()}", flush=True)
                 arms.remove((name, tree))
                 continue
-            outcomes, *seconds = json.loads(done.stdout)
-            if name == ALONE:
-                right |= dict(zip(range(turn % 2, len(chosen), 2), outcomes, strict=True))
-            found[name, tree] = outcomes
-            least[name, tree] = list(map(min, seconds, least.get((name, tree), seconds)))
+            arm_results, *seconds = json.loads(process.stdout)
+            if name == DIRECT:
+                expected |= dict(zip(range(repetition % 2, len(programs), 2), arm_results, strict=True))
+            results[name, tree] = arm_results
+            least_s[name, tree] = list(map(min, seconds, least_s.get((name, tree), seconds)))
+    print_table(least_s, results, expected)
+    direct_s = least_s[DIRECT, "now"][0] / len(results[DIRECT, "now"])
+    for (name, tree), (wall_s, cpu_s) in least_s.items():
+        if tree == "now" and name != DIRECT:
+            speedup = direct_s / wall_s * len(programs)
+            print(f"{name}: {speedup:.1f} times as many programs/s as subprocess.run")
+            if (name, "before") in least_s:
+                print(f"{name}: {cpu_s / least_s[name, 'before'][1]:.2f} of the CPU seconds of before")
+
+
+def print_table(least_s: dict[Arm, list[float]], results: dict[Arm, list[list[object]]],
+                expected: dict[int, list[object]]) -> None:
+    """Print a row per arm: least wall and CPU seconds, and the number of results unlike `DIRECT`."""
     print(f"{'':<22}{'programs':>9}{'seconds':>9}{'per s':>8}{'CPU s':>8}{'per CPU s':>11}  other outcomes")
-    for (name, tree), (wall_s, cpu_s) in least.items():
-        others = "" if name == ALONE else sum(
-            found[name, tree][i] != outcome for i, outcome in right.items())
-        count = len(found[name, tree])
-        label = name if name == ALONE else f"{name}, {tree}"
+    for (name, tree), (wall_s, cpu_s) in least_s.items():
+        num_different = "" if name == DIRECT else sum(
+            results[name, tree][i] != result for i, result in expected.items())
+        count = len(results[name, tree])
+        label = name if name == DIRECT else f"{name}, {tree}"
         print(f"{label:<22}{count:>9}{wall_s:>9.1f}{count / wall_s:>8.1f}{cpu_s:>8.1f}{count / cpu_s:>11.1f}"
-              f"  {others}")
-    of_alone_s = least[ALONE, "now"][0] / len(found[ALONE, "now"])
-    for (name, tree), (wall_s, cpu_s) in least.items():
-        if tree == "now" and name != ALONE:
-            beside = f", {cpu_s / least[name, 'before'][1]:.2f} of the CPU seconds of before" * (
-                (name, "before") in least)
-            print(f"{name}: {of_alone_s / wall_s * len(chosen):.1f} times as many programs/s as "
-                  f"subprocess.run{beside}")
+              f"  {num_different}")
+
+
+def run_arm(name: str, programs: Sequence[Program], workers: int) -> None:
+    """Run programs and print JSON: results, wall seconds, CPU seconds."""
+    run = run_directly if name == DIRECT else partial(run_enclosed, name)
+    before_s, cpu_before_s = time.monotonic(), read_cpu_s()
+    try:
+        results = run(programs, workers)
+    except UserError as e:
+        sys.exit(" ".join(str(e).split()))
+    print(json.dumps([results, time.monotonic() - before_s, read_cpu_s() - cpu_before_s]))
+
+
+def read_cpu_s() -> float:
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def run_directly(programs: Sequence[Program], workers: int) -> Results:
+    """Run each program in a new interpreter."""
+    def run_program(program: Program) -> tuple[int, str]:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "program.py").write_text(program.source)
+            process = subprocess.run([sys.executable, "-I", "-S", "program.py"], cwd=folder, text=True,
+                                     input=program.stdin, capture_output=True)
+            return process.returncode, process.stdout
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(run_program, programs))
+
+
+def run_enclosed(name: str, programs: Sequence[Program], workers: int) -> Results:
+    """Run programs in a sandbox, whose start counts."""
+    with Sandbox(enclosure=name, workers=workers) as sandbox, ThreadPoolExecutor(workers) as pool:
+        return [(-1 if outcome.exit_code is None else outcome.exit_code, outcome.stdout)
+                for outcome in pool.map(sandbox.run, programs)]
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ def run_command(argv: list[str], began_s: float) -> int:
 
 def _run_once(argv: list[str], only_checks: bool = False) -> int:
     """Run a command line once; `only_checks`: see `check_arguments`."""
+    if argv[-1:] == ["help"] and len(argv) in (2, 3):
+        argv = [*argv[:-1], "--help"]
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):

@@ -42,7 +42,7 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     if typed and typed[at] in choices and is_argument and (not at or Path(word).exists()):
         return UserError(f"{program}: {typed[at]} comes before {word}",
                          Fix(f"{program} {shlex.join([typed[at], word, *typed[:at], *typed[at + 1:]])}"))
-    paths = load_table()["paths"].get(program)
+    paths = load_table()["paths"].get(program.replace("submit ", "megatron-sov ", 1))
     if paths and (os.sep in word or Path(word).exists()):
         ways = paths.get(classify_folder(Path(word)), paths["other"])
         return UserError(f"{program}: {word} is a path, and an action must come before it",
@@ -107,7 +107,7 @@ def _fill_path_lines(program: str, ways: Sequence[str], path: str, typed: Sequen
 
 def find_action(program: str, typed: Sequence[str]) -> str:
     """Return the action that takes one of the typed options; "": none."""
-    options = load_table()["by_option"].get(program, {})
+    options = load_table()["by_option"].get(program.replace("submit ", "megatron-sov ", 1), {})
     typed_options = {normalize_word(word.partition("=")[0]) for word in typed if word.startswith("--")}
     return next((action for option, action in options.items() if normalize_word(option) in typed_options), "")
 

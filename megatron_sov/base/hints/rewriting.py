@@ -109,12 +109,16 @@ class Rewrite:
         row = next((row for row in load_table()["in_command"]
                     if _matches_row(row, self.command, option, value, is_existing)
                     and not any(fnmatch(word, row.get("unless", "-")) for word in self.typed)
+                    and ("if" not in row or row["if"] in self.typed)
                     and ("outside" not in row or self._is_outside(value, row["outside"]))
                     and set(str(row.get("needs", "")).split()) <= set(self.options)), None)
         if row is None:
             return False
         holes = self._list_holes(value)
         written = [word.format(**holes) for word in shlex.split(row.get("write", ""))]
+        rewards = find_value(self.typed, "--reward", "--reward_funcs").split(",")
+        for name, item in zip(rewards, value.split(","), strict=False) if "each" in row else ():
+            written += [word.format(name=name, item=item) for word in row["each"].split()]
         if value and value == find_value(self.typed, row.get("unless_value_of", "")):
             written = []  # prefer --ref_model MODEL --from MODEL
         self.weak_settings |= set(written) if row.get("weak") else set()
@@ -195,7 +199,8 @@ class Rewrite:
         is_switch = any("=" in name for name in names)
         is_known = bool(ours or names or find_note(option)) or any(
             word in row["words"].split() for row in load_table()["in_command"])
-        is_other = self.is_recipe(words[-1]) or (Path(words[-1]).exists() and (is_switch or not is_known))
+        is_path = Path(words[-1]).exists() and words[-1].lower() not in ("lora", "qlora", *SWITCHES)
+        is_other = self.is_recipe(words[-1]) or (is_path and (is_switch or not is_known))
         return num - 1 if has_room and not ours and is_other else num
 
     def _translate(self, word: str, values: list[str]) -> str:

@@ -129,6 +129,13 @@ from tests.base.hints.test_words import answer
     ("megatron-sov prefer --from hf --data d --run r --reference_free true", ["simpo, orpo and simper"]),
     ("megatron-sov rl run --from hf --prompts d2 --reward math --store s --run r", ["--prompts FILE.jsonl"]),
     ("megatron-sov pretrain tiny-qwen3 --data d --run r --hours 2", ["timeout --signal TERM 2h"]),
+    ("megatron-sov rl run --from hf --prompts t.jsonl --reward math,format --reward_weights 1,0.2 --run r",
+     ["--reward composed --reward-set parts.math.reward=math --reward-set parts.format.reward=format "
+      "--reward-set parts.math.weight=1 --reward-set parts.format.weight=0.2"]),
+    ("megatron-sov rl run --from hf --prompts t.jsonl --reward math --store s --run r --engine vllm --tp 2",
+     ["--engine vllm --engine-set tp=2"]),
+    ("megatron-sov submit eval run --data d --cluster h100", ["ppl run --data d"]),
+    ("megatron-sov rl store list d", ["write\n  megatron-sov inspect d"]),
     ("sov-data pack t.jsonl tok o1", ["--input t.jsonl --tokenizer tok --output o1"]),
     ("sov-tokenizer train --preset solar-open --vocab-size 320 --input http://h/a.jsonl --output o",
      ["wget http://h/a.jsonl\n", "--input a.jsonl"]),
