@@ -1,5 +1,5 @@
-"""Kernels in Triton of Transformer Engine and of both versions of megatron-core, run by Triton's interpreter
-on the CPU against the tests' double and formulas in torch.
+"""Triton kernels of Transformer Engine and megatron-core, run by Triton's interpreter on the CPU against the
+tests' double and formulas in torch.
 
 Usage: python benchmarks/gpu/triton_interpreter.py [--quick]      --quick: smaller, and one dtype
 

@@ -30,6 +30,6 @@ def test_their_results_are_those_of_the_double_and_of_torch(path: str) -> None:
                           capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) == 35 and all(case["error"] <= case["limit"] for case in cases)
+    assert len(cases) == 25 and all(case["error"] <= case["limit"] for case in cases)
     assert {case["case"].partition(":")[0] for case in cases} == {
         "Transformer Engine 2.20.2", *(f"megatron-core {v}" for v in triton_interpreter.megatrons())}
