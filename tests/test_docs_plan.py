@@ -36,7 +36,9 @@ def test_a_command_on_the_page_runs(line: str, narrow: None, capsys: pytest.Capt
     words = shlex.split(line)
     assert main(words[1:]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    if "--json" in words:
+    if "--days" in words:
+        assert "tokens/parameter" in said and "14 days" in said
+    elif "--json" in words:
         assert json.loads(said)["totals"]["cost_usd"] > 1e6
     else:
         for table in ("What it takes", "Memory of the fullest GPU", "A step", "Checkpoints"):

@@ -79,7 +79,7 @@ class ClusterPlan:
 
     def format_headline(self) -> str:
         """Format one line: parameters, tokens and their source, GPUs, time and cost."""
-        line = f"{format_model_size(self.config)} on {self._format_length()}, {_format_gpus(self.machines)}"
+        line = f"{format_model_size(self.config)} on {self._format_length()}, {format_gpus(self.machines)}"
         if not self.quotes:
             return line
         total = sum_quotes(self.quotes)
@@ -101,7 +101,7 @@ class ClusterPlan:
             parts += [format_table(table) for table in build_tables(self.quotes)]
             parts.append("\n".join([self._format_uncertainty(), *list_notes(self.quotes)]))
         else:
-            reason = ROUNDS if self._has_rounds() else _explain_missing_price(self.machines)
+            reason = ROUNDS if self._has_rounds() else explain_missing_price(self.machines)
             parts.append(f"no price: {reason}")
         if self.sweep:
             parts.append(f"settings: {format_set_options(self.sweep.settings) or 'as the recipe has them'}\n"
@@ -134,7 +134,7 @@ def _format_time_and_cost(total: QuoteTotals) -> str:
     return f"{format_days(total.days * SECONDS_PER_DAY)}, {format_money(total.cost_usd)}"
 
 
-def _format_gpus(machines: Machines) -> str:
+def format_gpus(machines: Machines) -> str:
     """Format node and GPU counts: `8 x 8 H100-80GB`."""
     nodes = f"{machines.nodes:,} x " if machines.nodes > 1 else ""
     kind = machines.chip.name if machines.chip else "processes"
@@ -211,7 +211,7 @@ def plan_with_sweep(request: RecipeRequest, machines: Machines, recipe: Sequence
     """
     pricing = build_pricing(machines)
     if pricing is None:
-        raise UserError(f"--sweep with --cluster {machines.cluster}: {_explain_missing_price(machines)}")
+        raise UserError(f"--sweep with --cluster {machines.cluster}: {explain_missing_price(machines)}")
     config = request.config()
     fixed = {setting.partition("=")[0] for setting in request.settings}
     pricing.links  # noqa: B018  # raises for incomplete profiles before the search starts
@@ -236,7 +236,7 @@ def _refuse_few_nodes(config: RunConfig, searched_config: RunConfig, pricing: Pr
         return
     nodes = find_fewest_nodes(config, pricing, {setting.partition("=")[0] for setting in user_settings})
     if nodes is not None:
-        raise UserError(f"{config.recipe} on {_format_gpus(pricing.machines)}: fits nowhere; "
+        raise UserError(f"{config.recipe} on {format_gpus(pricing.machines)}: fits nowhere; "
                         f"{format_node_advice(nodes)}")
 
 
@@ -269,7 +269,7 @@ def _refuse_on_host(config: RunConfig, machines: Machines) -> None:
                         machines.chip)
 
 
-def _explain_missing_price(machines: Machines) -> str:
+def explain_missing_price(machines: Machines) -> str:
     try:
         machines.profile.chip  # noqa: B018  # raises the error that explains it
     except UserError as e:

@@ -1,12 +1,14 @@
-"""The first line of a plan: parameters, tokens, GPUs, time and cost."""
+"""The first line of a plan (parameters, tokens, GPUs, time, cost), and tokens within a budget."""
 
 from __future__ import annotations
 
 import pytest
 
 from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_days, format_money
 from megatron_sov.model.recipes.requested import RecipeRequest
+from megatron_sov.plan.budget import compute_budget_rows, format_budget, list_pretraining_requests
 from megatron_sov.plan.cluster_plan import plan_on_cluster
 from megatron_sov.plan.pages.quotes import sum_quotes
 from megatron_sov.plan.pricing import load_machines
@@ -50,3 +52,53 @@ def test_a_trillion_tokens_cost_what_a_plan_of_a_trillion_tokens_says(recipe: st
     whole = sum_quotes(plan_on_cluster(request(recipe, LAYOUT, *size,
                        "data.phases.0.tokens=1000000000000"), where).quotes)
     assert (short.days, short.cost_usd) == pytest.approx((whole.days, whole.cost_usd), rel=0.01)
+
+
+@pytest.mark.parametrize(("recipe", "days", "usd", "nodes"), [
+    ("qwen3-8b", 14, None, 8), ("qwen3-8b", 0.25, None, 1), ("qwen3-8b", None, 5000, 2),
+    ("qwen3-8b", 14, 5000, 8), ("qwen3-8b", 1, 1e6, 8), ("gemma-3-1b", 3, None, 1),
+    ("llama-3.1-8b", None, 1e6, 8), ("qwen3-4b", 30, 1e4, 4)])
+def test_a_budget_buys_the_tokens_whose_plan_costs_the_budget(
+        recipe: str, days: float | None, usd: float | None, nodes: int) -> None:
+    where = load_machines("h100", nodes)
+    [row] = compute_budget_rows({recipe: request(recipe, LAYOUT)}, where, days, usd)
+    assert row.tokens > 0 and row.days <= (days or 1e9) * 1.0001 and row.cost_usd <= (usd or 1e9) * 1.0001
+    asked = request(recipe, LAYOUT, f"data.phases.0.tokens={row.tokens}")
+    again = sum_quotes(plan_on_cluster(asked, where).quotes)
+    assert (again.days, again.cost_usd) == pytest.approx((row.days, row.cost_usd), rel=0.02)
+    reached = [days is not None and row.days == pytest.approx(days),
+               usd is not None and row.cost_usd == pytest.approx(usd)]
+    assert any(reached)
+    assert row.to_json()["tokens_per_parameter"] == row.tokens / row.num_params
+
+
+@pytest.mark.deep
+def test_the_table_has_what_fits_first_and_names_the_nodes_that_the_others_need() -> None:
+    where = load_machines("h100", 1)
+    requests = {"deepseek-v3": request("deepseek-v3"), "qwen3-8b": request("qwen3-8b", LAYOUT),
+                "gemma-3-1b": request("gemma-3-1b", LAYOUT)}
+    rows = compute_budget_rows(requests, where, 14, None)
+    assert [row.recipe for row in rows] == ["gemma-3-1b", "qwen3-8b", "deepseek-v3"]
+    title, head, first, _, last = format_budget(rows, where).splitlines()
+    assert title == "Tokens within the budget on 8 H100-80GB (75.0 GiB usable per GPU):"
+    assert head.split()[:4] == ["recipe", "parameters", "active", "tokens"] and head.endswith("  layout")
+    assert first.split()[:3] == ["gemma-3-1b", "999.9", "M"] and "14 days" in first
+    assert last.endswith("deepseek-v3 on 8 H100-80GB: fits nowhere; the fewest nodes that it fits are 32: "
+                         "--nodes 32")
+    assert not rows[-1].to_json()["fits"]
+
+
+def test_the_table_is_of_recipes_that_pretrain_large_models() -> None:
+    found = list_pretraining_requests(["train.global_batch_size=1024"])
+    assert {"qwen3-moe-30b", "deepseek-v3", "solar-open-102b", "gemma-3-1b"} <= set(found)
+    others = ("-rl", "-sft", "-extend")
+    assert not [name for name in found if name.startswith("tiny-") or name.endswith(others)]
+    assert all(asked.config().train.global_batch_size == 1024 for asked in found.values())
+
+
+def test_rounds_have_no_tokens_and_unknown_gpus_no_price() -> None:
+    with pytest.raises(UserError, match="solar-open-102b-rl: is trained by rounds, not tokens"):
+        compute_budget_rows({"solar-open-102b-rl": request("solar-open-102b-rl")},
+                            load_machines("h100", 16), 14, None)
+    with pytest.raises(UserError, match="--cluster one-node: gpu is empty in the profile"):
+        compute_budget_rows({"qwen3-8b": request("qwen3-8b")}, load_machines("one-node", 1), 14, None)

@@ -181,8 +181,12 @@ def test_a_stage_without_data_is_as_long_as_a_setting_says(
     (["sft"], "sft: is a stage, which needs a model: add --from FOLDER"),
     (["rl", "--from", "MODEL"], "and rl: both name a model"),
     (["--from", "MODEL", "--data", "nowhere"], "nowhere"),
+    (["--from", "MODEL", "--budget", "500", "--sweep", "--set", "train.steps=5"],
+     "--budget and --sweep: exclude each other"),
+    (["--days", "-1"], "--days"),
+    (["qwen3-8b", "--days", "3", "--prove"], "--days and --prove: exclude each other"),
 ])
-def test_a_model_that_says_too_little_or_too_much_is_refused(
+def test_a_model_or_a_budget_that_says_too_little_or_too_much_is_refused(
         words: list[str], sentence: str, own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed = [str(own_model) if word == "MODEL" else word for word in words]
     assert main(["plan", *typed, "--cluster", "h100"]) == 2

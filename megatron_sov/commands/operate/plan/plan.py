@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.errors import Fix, UserError
-from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag
+from megatron_sov.base.settings import AboveZero, AtLeastOne, DeclaredCommand, Flag
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.work.clusters import cluster
@@ -22,9 +22,14 @@ class PlanOptions(RecipeOptions):
 
     recipe: Annotated[str | None, Flag("RECIPE")] = None
     """Recipe name (`megatron-sov recipes` lists names), or FILE.py:FUNCTION. With --from: sft (default),
-    prefer or distill."""
+    prefer or distill. Without RECIPE, --days or --budget compares all recipes."""
     start_from: Annotated[Path | None, Flag("--from", "CHECKPOINT|RUN|HF_DIR")] = None
     """Plan fine-tuning for this model; from a Hugging Face folder, only config.json is read."""
+    days: Annotated[AboveZero | None, Flag(value="DAYS")] = None
+    """Show how many tokens RECIPE, or every pretraining recipe, processes on --cluster within DAYS days."""
+    budget: Annotated[AboveZero | None, Flag(value="USD")] = None
+    """Show how many tokens a budget in US dollars buys on --cluster; with --days, the smaller limit
+    applies."""
     data: Annotated[tuple[str, ...], Flag(value="[NAME=]DIR[:weight]")] = ()
     """Token shards from `sov-data pack`: show epochs, and check the vocabulary."""
     nproc: AtLeastOne | None = None
@@ -71,6 +76,8 @@ def check_plan(options: PlanOptions) -> PlanRequest:
         raise UserError(f"--nproc {options.nproc}: --cluster {options.cluster} and --nodes decide; leave it "
                         "out")
     _check_model(options)
+    if options.days is not None or options.budget is not None:
+        _check_budget(options)
     if options.prove:
         extra = next((name for name in ("sweep", "data") if getattr(options, name)), None)
         if extra is not None:
@@ -97,3 +104,11 @@ def _check_model(options: PlanOptions) -> None:
         model = options.recipe if has_recipe else f"--config {options.configs[0]}"
         raise UserError(f"--from {options.start_from} and {model}: both name a model; leave one out, or name "
                         f"a stage instead of a recipe ({', '.join(STAGES)})")
+
+
+def _check_budget(options: PlanOptions) -> None:
+    option = "--days" if options.days is not None else "--budget"
+    if options.cluster is None:
+        raise UserError(f"{option}: needs a cluster; add --cluster", Fix(options=("--cluster", "h100")))
+    if extra := [name for name in ("sweep", "prove") if getattr(options, name)]:
+        raise UserError(f"{option} and --{extra[0]}: exclude each other; leave one out")

@@ -1,4 +1,4 @@
-"""Runs `megatron-sov plan` for recipes: the schedule, or the price on a cluster."""
+"""Runs `megatron-sov plan` for recipes: the schedule, the price on a cluster, or tokens within a budget."""
 
 from megatron_sov.base.artifacts import format_json, read_manifest
 from megatron_sov.base.errors import UserError, stop_check
@@ -6,7 +6,8 @@ from megatron_sov.base.figures import format_count, format_value
 from megatron_sov.commands.operate.plan.plan import PlanOptions, RecipePlan
 from megatron_sov.model.config import RunConfig, parse_data_paths
 from megatron_sov.model.config.data import split_source_name
-from megatron_sov.model.recipes.requested import RecipeRequest, request_recipe
+from megatron_sov.model.recipes.requested import RecipeRequest, load_plugins, request_recipe
+from megatron_sov.plan.budget import compute_budget_rows, format_budget, list_pretraining_requests
 from megatron_sov.plan.cluster_plan import format_memory_lines, plan_on_cluster, plan_with_sweep
 from megatron_sov.plan.pages import layout_report
 from megatron_sov.plan.pricing import load_machines
@@ -14,7 +15,14 @@ from megatron_sov.schedules import Schedule
 
 
 def plan_recipe(plan: RecipePlan) -> None:
-    print_plan(plan.options, request_recipe(plan.options))
+    options = plan.options
+    has_budget = options.days is not None or options.budget is not None
+    if has_budget and options.recipe is None and not options.configs:
+        load_plugins(options.plugins)
+        stop_check()
+        _print_budget(options, list_pretraining_requests(options.settings))
+    else:
+        print_plan(options, request_recipe(options))
 
 
 def print_plan(options: PlanOptions, request: RecipeRequest) -> None:
@@ -22,10 +30,26 @@ def print_plan(options: PlanOptions, request: RecipeRequest) -> None:
     if options.cluster is not None:
         load_machines(options.cluster, options.nodes)
     request.config()
-    if options.cluster is not None:
+    if options.days is not None or options.budget is not None:
+        stop_check()
+        _print_budget(options, {request.base.recipe: request})
+    elif options.cluster is not None:
         _print_on_cluster(options, options.cluster, request)
     else:
         _print_schedule(options, request)
+
+
+def _print_budget(options: PlanOptions, requests: dict[str, RecipeRequest]) -> None:
+    """Print the tokens that every recipe reaches within --days and --budget."""
+    assert options.cluster is not None
+    where = load_machines(options.cluster, options.nodes)
+    rows = compute_budget_rows(requests, where, options.days, options.budget)
+    if options.json:
+        print(format_json({"cluster": options.cluster, "nodes": where.nodes, "gpus": where.num_ranks,
+                           "days": options.days, "budget_usd": options.budget,
+                           "recipes": [row.to_json() for row in rows]}))
+    else:
+        print(format_budget(rows, where))
 
 
 def _print_schedule(options: PlanOptions, request: RecipeRequest) -> None:
