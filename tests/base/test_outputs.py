@@ -72,7 +72,7 @@ COMMANDS = {
     "media": (sov_tokenizer, "media {data.tokenizer} --image-tokens 4 --output {out}"),
     "report": (megatron_sov, "report {text} --output {out}"),
     "eval": (megatron_sov, "eval ppl nowhere --data {data.text} --output {out}"),
-    "generate": (megatron_sov, "generate {data.tokenizer} --prompt x --output {out}"),
+    "generate": (megatron_sov, "generate {model} --prompt x --output {out}"),
 }
 
 
@@ -80,9 +80,12 @@ COMMANDS = {
 def test_every_command_refuses_unwritable_output(
         name: str, packed_data: Any, capsys: pytest.CaptureFixture[str]) -> None:
     main, line = COMMANDS[name]
-    text = packed_data.tokenizer.parent / "even.jsonl"
+    text, model = (packed_data.tokenizer.parent / name for name in ("even.jsonl", "model"))
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text('{"model_type": "qwen3"}')
+    (model / "model.safetensors").touch()
     for out, why in ((NOWHERE, "nothing can be made in /proc"), (text / "x", "even.jsonl is a file")):
-        words = line.format(data=packed_data, text=text, out=out).split()
+        words = line.format(data=packed_data, text=text, model=model, out=out).split()
         assert main(words) == 2
         error = capsys.readouterr().err
         assert why in error and len(error.splitlines()) == 1, error

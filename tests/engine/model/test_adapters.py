@@ -160,7 +160,9 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
         grew = max(grew, float(found["adapter"][of.key(A)].abs().max()))
         compared.append(of.name)
     world.leave_world()
-    return {"worst": worst, "losses": losses, "compared": compared, "of A": grew}
+    spreads = [float(a.std()) * (3 * a.shape[-1]) ** 0.5 for key, a in values.items() if "embed" not in key]
+    return {"worst": worst, "losses": losses, "compared": compared, "of A": grew,
+            "spread": sum(spreads) / len(spreads)}
 
 
 @pytest.mark.parametrize(("recipe", "settings", "names"), [
@@ -175,6 +177,7 @@ def test_the_first_gradient_of_b_is_the_whole_one_times_a_transposed(
     ((found,),) = ranks(job(__file__, "full_gradients", 1, {"recipe": recipe, "settings": settings}))
     assert found["losses"][0] == found["losses"][1], "B is 0: nothing is added"
     assert found["worst"] < 1e-12 and found["of A"] == 0
+    assert found["spread"] == pytest.approx(1, abs=0.1), "variance 1 / (3 inputs), as in PEFT"
     assert set(names) <= set(found["compared"])
 
 
