@@ -273,7 +273,7 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
     unplaced: list[str] = []
     for number, word in enumerate(free):
         kind = classify_word(word)
-        if kind == "recipe" and not takes_recipe:
+        if kind == "recipe" and not takes_recipe and "=" not in word:
             kind = "absent"
         elif kind == "absent" and re.fullmatch("[a-z]+", word) and "--reward" not in written:
             kind = "name"

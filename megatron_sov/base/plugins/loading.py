@@ -88,7 +88,8 @@ def load_plugin(reference: str) -> LoadedPlugin:
         public_names = [n for n in vars(module) if not n.startswith("_")]
         own_names = _list_names(Path(place)) if place.endswith(".py") else []
         meant = find_nearest_name(name, public_names)
-        others = f"; did you mean '{meant}'?" if meant else f"; it has {', '.join(own_names[-5:]) or 'none'}"
+        listed = f"; it has {', '.join(own_names[-5:])}" if own_names else ""
+        others = f"; did you mean '{meant}'?" if meant else listed
         meant = meant or "".join(own_names[-1:])
         raise UserError(f"{reference}: {place} has no {name!r}{others}",
                         Fix(words={reference: f"{place}:{meant}"}) if meant else None)
