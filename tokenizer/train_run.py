@@ -1,8 +1,8 @@
 """Run `sov-tokenizer train`: learn a vocabulary, write the Hugging Face files and check them.
 
 The check proves three facts about the files: decoding returns the text (after the preset's normalization),
-tiktoken and `transformers` give the same ids, and a naive loop with stage 1 followed by stage 2 gives the
-same tokens as all merges in order.
+tiktoken and `transformers` give the same ids, and a naive loop that first merges in words (stage 1) and then
+across words (stage 2: superwords) gives the same tokens as all merges in order.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _write_artifact(artifact: ArtifactWriter, trained: Tokenizer, plan: CountPla
     (artifact.path / CONFIG_JSON).write_text(format_json(build_preset_config(preset)), encoding="utf-8")
     samples = learned.samples
     checked = check_round_trip(trained, preset, learned.vocabulary, learned.stage_1_tokens, artifact.path,
-                    list(samples.values()))
+                               list(samples.values()))
     print(checked.sentence)
     ratios = dict(zip(samples, checked.bytes_per_token, strict=True))
     for name, ratio in ratios.items():
@@ -103,7 +103,7 @@ def check_proposal(args: TokenizerTrainOptions) -> None:
         return
     plan = make_plan(apply_superword_options(load_preset(args.preset, args.config), args), args)
     with tempfile.TemporaryDirectory() as work:
-        # in an empty context the inner run is not a check itself
+        # `stop_check` ends the check of a proposed command, but not a run in an empty context
         contextvars.Context().run(learn_vocabulary, dataclasses.replace(plan, work=Path(work)), groups)
 
 
@@ -131,15 +131,15 @@ def _import_transformers() -> Any:
 
 
 def check_round_trip(tokenizer: Tokenizer, preset: Preset, vocabulary: Vocabulary, stage_1: int, folder: Path,
-          samples: list[str]) -> RoundTripCheck:
+                     samples: list[str]) -> RoundTripCheck:
     """Check a tokenizer on training samples and on all Unicode blocks.
 
     Args:
-        tokenizer: decodes.
+        tokenizer: the tokenizer, for decoding.
         preset: the tokenizer's rules.
         vocabulary: tokens and merges, without special ids.
-        stage_1: tokens after stage 1.
-        folder: contains tokenizer.json.
+        stage_1: number of tokens after stage 1; all tokens without superwords.
+        folder: contains tokenizer.json, for encoding.
         samples: one text per group.
 
     Raises:
@@ -150,19 +150,19 @@ def check_round_trip(tokenizer: Tokenizer, preset: Preset, vocabulary: Vocabular
     ids = _encode_with_transformers(folder, texts)
     normal = [splitter.normalize(text) for text in texts]
     _check_equal("decoding does not give back", texts, tokenizer.decode_batch(ids, skip_special_tokens=False),
-            normal)
+                 normal)
     encoding = vocabulary.as_tiktoken(preset.final_pattern)
     first = preset.num_special_ids
     # an independent implementation of the same merges
     tiktoken_ids = encoding.encode_ordinary_batch(normal, num_threads=len(os.sched_getaffinity(0)))
     _check_equal("tiktoken and transformers differ on", texts,
-            [[i + first for i in row] for row in tiktoken_ids], ids)
+                 [[i + first for i in row] for row in tiktoken_ids], ids)
     if stage_1 < len(vocabulary.tokens):
         heads = [text[:TWO_STEP_CHARS] for text in normal[: len(samples)]]
         # SuperBPE learns in two stages and encodes in one step
         one_step = [encoding.encode_ordinary(text) for text in heads]
         _check_equal("two steps differ from one on", heads,
-                list(_encode_in_two_steps(heads, vocabulary, stage_1, splitter)), one_step)
+                     list(_encode_in_two_steps(heads, vocabulary, stage_1, splitter)), one_step)
     num_bytes = sum(len(text.encode()) for text in texts)
     sentence = (f"checked on {num_bytes / 1e6:.1f} MB: decoding gives the text back, "
                 "tiktoken and transformers give the same ids")

@@ -38,7 +38,7 @@ def iter_step_lines(output: Path) -> Iterator[str]:
     yield (f"{'source':<16} {'step':<24} {'documents in':>12} {'kept':>12} {'changed':>12} "
            f"{'text kept':>10}  dropped")
     for source, step in _read_steps(output):
-        reasons = Counter({reason: numbers["documents"] for reason, numbers in step["dropped"].items()})
+        reasons = Counter(step["dropped"])
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common(MAX_REASONS))
         if len(reasons) > MAX_REASONS:
             dropped += f", {len(reasons) - MAX_REASONS} more reasons"
@@ -69,7 +69,7 @@ def _read_steps(output: Path) -> list[tuple[str, dict[str, Any]]]:
             for name in ("number", "documents_in", "documents_kept", "documents_changed", "bytes_kept"):
                 step[name] = int(step[name])
             step["kind"] = str(step["kind"])
-            step["dropped"] = {str(reason): {"documents": int(numbers["documents"])}
+            step["dropped"] = {str(reason): int(numbers["documents"])
                                for reason, numbers in step["dropped"].items()}
             for sample in step["samples"]["dropped"]:
                 sample |= {name: str(sample[name]) for name in ("id", "reason", "before")}
@@ -83,5 +83,5 @@ def _decode_documents(data: Path, count: int) -> list[str]:
         lines = sample_documents(data, None, "train", count, SampleOptions.max_tokens, 0)
     except UserError as e:  # all documents are held out, or the shards have no tokenizer
         return [f"no document can be shown: {e}"]
-    # Three lines for each document: place, text, empty line.
+    # `sample_documents` returns three lines for each document: place, text, empty line.
     return [f"{head} {text}" for head, text in zip(lines[::3], lines[1::3], strict=True)]

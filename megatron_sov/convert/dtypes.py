@@ -23,7 +23,7 @@ def check_dtype_name(dtype: str) -> None:
 
 
 def choose_dtype(dtype: str, fp32: bool, stored_dtype: torch.dtype) -> torch.dtype:
-    """Return a tensor's dtype in a checkpoint; `fp32` tensors are always float32."""
+    """Return a tensor's dtype in a checkpoint: float32 for `fp32` tensors, the stored dtype for "keep"."""
     return torch.float32 if fp32 else DTYPES.get(dtype, stored_dtype)
 
 

@@ -33,10 +33,10 @@ SIGNAL_SCOPE_VERSION = 6
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE, _IOCTL_DEV = 1, 2, 4, 8, 1 << 14, 1 << 15
 _MAKE_CHAR, _MAKE_BLOCK = 1 << 6, 1 << 11
 _FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
-_RIGHTS_BY_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
-_TCP_VERSION, _TCP, _SCOPES = 4, 3, 3
+_RIGHTS_BY_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}  # all rights
+_TCP_VERSION, _TCP, _SCOPES = 4, 0b11, 0b11  # bind and connect; abstract sockets and signals
 _CREATE_RULESET_VERSION, _RULE_PATH_BENEATH = 1, 1
-CALLS_WITHOUT_NAMESPACES = {
+CALLS_WITHOUT_NAMESPACES = {  # calls -> error; 0: skip the call and report success
     # would leave the process group, by which the sandbox kills programs
     "setsid setpgid": errno.EPERM,
     # not restricted by Landlock; pretend success, because `shutil.copy` ends with a chmod
@@ -45,15 +45,15 @@ CALLS_WITHOUT_NAMESPACES = {
     "setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr": errno.ENOTSUP,
 }
 CALLS_WITHOUT_SIGNAL_SCOPE = ("tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
-_NEW_NAMESPACES = 0x7E020080
-_AF_UNIX, _SOCK_STREAM, _SOCK_FLAGS = 1, 1, 0o2004000
+_NEW_NAMESPACES = 0x7E020080  # all CLONE_NEW* flags
+_AF_UNIX, _SOCK_STREAM, _SOCK_FLAGS = 1, 1, 0o2004000  # flags: SOCK_CLOEXEC, SOCK_NONBLOCK
 _FCNTL = (8, 15, 1024, 1026)
 """F_SETOWN and F_SETOWN_EX signal other processes; F_SETLEASE and F_NOTIFY observe other processes."""
 _IOCTL = (0x8901, 0x8902, 0x5412, 0x541C, 0x40086602, 0x40047602, 0x401C5820)
 """FIOSETOWN, SIOCSPGRP, TIOCSTI, TIOCLINUX; FS_IOC_SETFLAGS, FS_IOC_SETVERSION and FS_IOC_FSSETXATTR change
 files that are open for reading."""
 _LOAD, _AND, _IF_EQUAL, _IF_ABOVE, _IF_SET, _RETURN = 0x20, 0x54, 0x15, 0x25, 0x45, 0x06
-_ALLOW, _ERROR = 0x7FFF0000, 0x00050000
+_ALLOW, _ERROR = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW, and SECCOMP_RET_ERRNO with the error's number
 _SECCOMP_MODE_FILTER = 2
 _Instruction = tuple[int, int, int, int]
 """BPF code, instructions to skip if true, if false, and value."""
@@ -264,11 +264,11 @@ def _list_rules(namespaces: bool, signal_scope: bool, own_pid: int) -> list[_Cal
         # datagram sockets can send to other addresses
         _CallRule("socketpair", word=2, fails="not in", values=(_SOCK_STREAM,),
                   mask=0xFFFFFFFF ^ _SOCK_FLAGS),
-        _CallRule("sendto", word=8, fails="not in", values=(0,)),
-        _CallRule("sendto", word=9, fails="not in", values=(0,)),
+        _CallRule("sendto", word=8, fails="not in", values=(0,)),  # argument 4, the address, must be null:
+        _CallRule("sendto", word=9, fails="not in", values=(0,)),  # lower and upper half
         _CallRule("fcntl", word=2, values=_FCNTL),
         _CallRule("ioctl", word=2, values=_IOCTL),
-        _CallRule("prlimit64", word=0, fails="not in", values=(0,)),
+        _CallRule("prlimit64", word=0, fails="not in", values=(0,)),  # process 0: the caller
         _CallRule("sched_setaffinity", word=0, fails="not in", values=(0,)),
     ]
     if not namespaces:

@@ -71,9 +71,9 @@ class ForwardBackward:
             local_sums = torch.zeros(size, dtype=torch.float64)
         # before the sum over ranks, which would spread a NaN to every rank
         self.is_finite = bool(local_sums.isfinite().all())
-        # after the check for finite values: route counts are equal on all stages
+        # not in `packed_sums`: every stage can count its rows' routes
         local_sums = torch.cat([local_sums, _count_replayed_routes(batch.micro_batches)])
-        # only the last stage has losses: a message over data-parallel ranks, then a message over stages
+        # only the last stage has losses: sum over the data-parallel ranks, then broadcast from the last stage
         global_sums = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local_sums))
         totals = unflatten_tensors(global_sums, {**self._list_shapes(objective), ROUTES: (2,)})
         by_source = totals.pop(BY_SOURCE)
@@ -95,7 +95,7 @@ class ForwardBackward:
         if turn:
             self._inject_miscompute(step)
         self._expert_load.reset_counts()
-        seed_step(self._config.train.seed, step - 1)
+        seed_step(self._config.train.seed, step - 1)  # for the step itself, which follows
 
     def recompute_step(self, batch: GlobalBatch, objective: Objective, step: int) -> LocalResult:
         """Repeat this rank's part in `step` (from 1) with equal random numbers."""
@@ -112,7 +112,7 @@ class ForwardBackward:
 
     def _run_passes(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch], objective: Objective,
                     loss_factor: float) -> list[Any]:
-        """Run the pipeline schedule; on the last stage, return packed sums for each micro-batch.
+        """Run the pipeline schedule; on the last stage, return each micro-batch's sums in a flat tensor.
 
         `micro_batches` may be a prefix of `batch.micro_batches`. `loss_factor` is 1, or the factor of an
         injected fault.
@@ -195,9 +195,9 @@ class LocalResult:
     """A rank's result for a step, before sums over ranks."""
 
     sums: torch.Tensor
-    """[micro-batches, values] float64 on the host: packed sums; empty before the last pipeline stage."""
+    """[micro-batches, values] float64 on the host: loss sums; empty on all but the last pipeline stage."""
     gradients: int | None
-    """Local gradient checksum; `None` if `overlap_grad_reduce` summed them over ranks."""
+    """Local gradient checksum; `None` if `overlap_grad_reduce` sums gradients over ranks before."""
     losses: tuple[float, ...] = ()
     """Mean loss per target, for each micro-batch."""
 

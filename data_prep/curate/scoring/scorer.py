@@ -38,7 +38,7 @@ class ScorerSettings:
     bias: Finite
     """``z = row @ weights + bias``."""
     slope: Finite
-    """The score is ``slope * z + offset`` after the logistic function, or clamped to [0, 5]."""
+    """``y = slope * z + offset``; the score is the logistic function of y, or y clamped to [0, 5]."""
     offset: Finite
 
 
@@ -56,11 +56,11 @@ class Scorer:
     def score(self, text: str) -> float:
         """Return the score in [0, 1] (classifier) or [0, 5] (regressor), rounded to float32."""
         s = self.settings
-        z = s.slope * (self._features.compute_dot(text, self._weights) + s.bias) + s.offset
+        y = s.slope * (self._features.compute_dot(text, self._weights) + s.bias) + s.offset
         if s.kind == "regressor":
-            return float(np.float32(min(max(z, 0.0), float(HIGHEST_LABELS[s.kind]))))
-        # Each form of the logistic function overflows only on the other side.
-        score = 1.0 / (1.0 + math.exp(-z)) if z > 0 else math.exp(z) / (1.0 + math.exp(z))
+            return float(np.float32(min(max(y, 0.0), float(HIGHEST_LABELS[s.kind]))))
+        # Two equal forms of the logistic function: `math.exp` gets no positive number and cannot overflow.
+        score = 1.0 / (1.0 + math.exp(-y)) if y > 0 else math.exp(y) / (1.0 + math.exp(y))
         return float(np.float32(score))
 
 

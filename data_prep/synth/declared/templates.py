@@ -1,7 +1,7 @@
 """Jinja templates for prompts and values in generator files, in Jinja's sandbox.
 
-A field is text inside one message: a document cannot open a turn and is never parsed as a template. Compiling
-refuses attributes with a leading underscore and includes of other files.
+A field's value is inserted as text of one message: a document in it can neither open a turn nor act as a
+template. Compiling refuses attributes with a leading underscore and includes of other files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_sov.base.settings import NotBlank
 
 
 class PromptEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with multiplication for numbers only: `'x' * 10**10` would fill the memory."""
+    """Jinja's sandbox without `**`, and with `*` for numbers only: `'x' * 10**10` would fill the memory."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -58,7 +58,7 @@ def parse_template(text: str, environment: PromptEnvironment) -> tuple[nodes.Tem
     attributes += [(node.lineno, node.arg.value) for node in tree.find_all(nodes.Getitem)
                    if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str)]
     attributes += [(node.lineno, "_attr") for node in tree.find_all(nodes.Filter) if node.name == "attr"]
-    for line, name in reversed(attributes):  # innermost first
+    for line, name in reversed(attributes):  # innermost first; "_attr": a filter that reads any attribute
         if name.startswith("_"):
             raise BadTemplate(f"line {line} reads the attribute {name!r}; templates may read fields alone, "
                               "remove it")
@@ -106,7 +106,7 @@ class PromptTemplate:
             return [{"role": role, "content": template.render(fields).strip()}
                     for role, template in self.messages]
         except NoReply:
-            raise
+            raise  # a function in the template had no answer: the item is tried again later
         except Exception as e:  # expressions over model output may raise anything
             raise UserError(f"prompt {self.name}: cannot be rendered ({_format_template_error(e)}); it is "
                             f"given {', '.join(sorted(fields)) or 'no field'}") from None
@@ -141,7 +141,7 @@ class CompiledValue:
                             "of the generator's file") from None
         if isinstance(value, Undefined):
             raise UserError(f"{self.raw}: has no value; mend this value of the generator's file")
-        return list(value) if isinstance(value, Iterator) else value
+        return list(value) if isinstance(value, Iterator) else value  # filters such as `map` are lazy
 
 
 def _format_template_error(error: Exception) -> str | None:
@@ -163,7 +163,7 @@ def compile_value(raw: Any) -> CompiledValue | dict[str, Any] | list[Any]:
     is_expression = (isinstance(first, nodes.Output) and len(first.nodes) == 1
                      and not isinstance(first.nodes[0], nodes.TemplateData))
     if is_expression:
-        text = raw.strip().removeprefix("{{").removesuffix("}}").strip("-")
+        text = raw.strip().removeprefix("{{").removesuffix("}}").strip("-")  # "{{- ... -}}" trims blanks
         function: Any = VALUES.compile_expression(text, undefined_to_none=False)
     else:
         function = VALUES.from_string(raw).render
@@ -190,8 +190,8 @@ def compute_value(value: Any, fields: Mapping[str, Any]) -> Any:
 def compute_record(value: Any, fields: Mapping[str, Any]) -> Any:
     """Compute a sample's record, without values for which `fields` lacks a field.
 
-    A failed sample lacks the fields of later steps. A mapping in a list is omitted as a whole, such as a
-    message without `content`.
+    A failed sample lacks the fields of later steps. A list loses only the items that read such a field; a
+    mapping inside is omitted as a whole, such as a message without `content`.
     """
     if isinstance(value, dict):
         return {name: compute_record(part, fields) for name, part in value.items()

@@ -1,7 +1,7 @@
 """Byte-level BPE in a tokenizer.json: split pattern, rank per token's bytes, and alphabet.
 
 tiktoken merges by the rank of the result, `tokenizers` by its list of merges, and their regular expressions
-and Unicode tables differ. `adversarial_texts` yields inputs on which to compare two encoders of one
+and Unicode tables differ. `iter_adversarial_texts` yields inputs on which to compare two encoders of one
 tokenizer.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """Split pattern of the pre-tokenizer ByteLevel with `use_regex` (tokenizers: byte_level.rs)."""
-_LAST_PLANES_STEP = 7
+_LAST_PLANES_STEP = 7  # `_iter_characters` yields every 7th character of Unicode planes 2 and 3
 
 
 class NotByteBpe(Exception):
@@ -59,9 +59,9 @@ def build_ranks(raw: dict[str, Any]) -> dict[bytes, int]:
                 ranks_by_bytes[bytes(characters[c] for c in token)] = id_
     except KeyError:
         raise NotByteBpe("its vocabulary is not spelled in bytes") from None
-    # 256 bytes: every text can be encoded; no token without a merge: ranks alone would create such a token
+    # with all 256 bytes every text can be encoded; a token without a merge would be created by ranks alone
     num_bytes = sum(len(token) == 1 for token in ranks_by_bytes)
-    num_expected = len(set(products)) + num_bytes
+    num_expected = num_bytes + len(products)
     if num_bytes != 256 or (num_expected != len(ranks_by_bytes) and not model.get("ignore_merges")):
         raise NotByteBpe("its vocabulary is not 256 bytes and one token for each merge")
     return ranks_by_bytes

@@ -31,7 +31,7 @@ SIDES = ("chosen", "rejected")
 """Fields with the better and the worse response of a preference pair."""
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 """Fields in which other tools store media next to a text with references."""
-FOREIGN = (*ALPACA, *DOLLY, *QUESTIONS, *MEDIA, KTO_TAG, LABEL)
+LAYOUT_FIELDS = (*ALPACA, *DOLLY, *QUESTIONS, *MEDIA, KTO_TAG, LABEL)
 """Fields that determine a record's layout, in addition to message fields."""
 
 
@@ -77,9 +77,9 @@ def get_completion_field(record: Mapping[str, Any]) -> str | None:
     return next((name for name in COMPLETIONS if record.get(name) is not None), None)
 
 
-# `RecordLayout.applies` and `convert` take (record, kind). A record of kind "prompt" has a task for
-# reinforcement learning: the reward reads the fields next to the prompt (an answer, a label), so conversions
-# leave them in the record.
+# The functions below are `applies` and `convert` of a `RecordLayout`, and take (record, kind). Kind "prompt"
+# is a task for reinforcement learning: the reward reads the fields next to the prompt (an answer, a label),
+# so conversions leave them in the record.
 
 
 def is_alpaca(record: Mapping[str, Any], kind: str | None) -> bool:
@@ -92,7 +92,7 @@ def is_alpaca(record: Mapping[str, Any], kind: str | None) -> bool:
 
 def _from_alpaca(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     if not {"input", "output"} & record.keys():
-        record = {DOLLY.get(name, name): value for name, value in record.items()}
+        record = {DOLLY.get(name, name): value for name, value in record.items()}  # rename Dolly's fields
     for name in ("instruction", "input", "output"):
         if record.get(name) is not None and not isinstance(record[name], str):
             raise BadRecord("fields", f"{name!r} is {str(record[name])[:40]!r}, must be a string")
@@ -128,7 +128,7 @@ def _from_questions(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
 
 
 def _is_tagged(record: Mapping[str, Any], kind: str | None) -> bool:
-    # judged responses are read as "preference": an unreadable tag becomes a label, which is then refused
+    # judged responses are read as "preference", and an unreadable tag must be refused: it becomes a label too
     if kind == "preference" and KTO_TAG in record:
         return True
     return kind != "prompt" and parse_label(record.get(KTO_TAG)) is not None
@@ -139,14 +139,14 @@ def _from_tagged(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     return {LABEL: record[KTO_TAG] if label is None else label, **_omit_fields(record, (KTO_TAG,))}
 
 
-def _is_shared_pair(record: Mapping[str, Any], kind: str | None) -> bool:
+def _is_sharegpt_pair(record: Mapping[str, Any], kind: str | None) -> bool:
     return (kind is not None and _find_chat_field(record) is not None
             and all(isinstance(record.get(side), dict) for side in SIDES))
 
 
-def _from_shared_pair(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
+def _from_sharegpt_pair(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
     chat = _find_chat_field(record)
-    assert chat is not None, "_is_shared_pair requires a chat"
+    assert chat is not None, "_is_sharegpt_pair requires a chat"
     sides = {side: convert_sharegpt([record[side]], side) for side in SIDES}
     return {"prompt": convert_sharegpt(record[chat], chat), **sides,
             **_omit_fields(record, (chat, "prompt", *SIDES))}
@@ -187,12 +187,12 @@ LAYOUTS = (
     RecordLayout("Alpaca pairs", ("instruction", "chosen", "rejected"), "--format preference", is_alpaca,
                  _from_alpaca),
     RecordLayout("ShareGPT pairs", ("conversations", "chosen", "rejected"), "--format preference",
-                 _is_shared_pair, _from_shared_pair),
+                 _is_sharegpt_pair, _from_sharegpt_pair),
     RecordLayout("Pairs with a question", ("question", "chosen", "rejected"), "--format preference",
                  _is_questions, _from_questions),
     RecordLayout("Prompts", ("prompt",), "--format prompt"),
 )
-"""The known layouts; conversions run in table order."""
+"""The known layouts; conversions run in table order, and after a conversion its `applies` is false."""
 
 
 def convert_layout(record: dict[str, Any], kind: str | None) -> dict[str, Any]:
@@ -250,14 +250,14 @@ def rename_fields(record: dict[str, Any], renames: Renames) -> dict[str, Any]:
         if missing := [name for name in sources if name not in record]:
             raise BadRecord("fields", f"has no field {missing[0]!r}, which --columns names "
                                       f"(fields: {', '.join(record) or 'none'})")
-        values = [record[name] for name in sources]
-        if len(values) > 1:
-            if not_text := [name for name in sources if not isinstance(record[name], str | None)]:
-                name = not_text[0]
-                raise BadRecord("fields", f"has {str(record[name])[:40]!r} in field {name!r}, must be a "
-                                          "string to be joined by --columns")
-            values = ["\n".join(filter(None, values))]
-        renamed[target] = values[0]
+        if len(sources) == 1:
+            renamed[target] = record[sources[0]]
+            continue
+        if not_text := [name for name in sources if not isinstance(record[name], str | None)]:
+            name = not_text[0]
+            raise BadRecord("fields", f"has {str(record[name])[:40]!r} in field {name!r}, must be a "
+                                      "string to be joined by --columns")
+        renamed[target] = "\n".join(filter(None, (record[name] for name in sources)))
     return renamed
 
 
@@ -271,8 +271,8 @@ def unread_fields(record: dict[str, Any], kind: str, renames: Renames, read: Col
         read: fields that the reader of `kind` uses.
     """
     converted = convert_layout(rename_fields(record, renames), kind)
-    # a conversion renames the fields of other tools: one that still has its old name is unread, even if that
-    # name is in `read`. "system" and responses have the same name in our own layouts.
+    # a conversion renames the fields of other tools: with the old name a field is unread, even if `read` has
+    # the name. "system" and `COMPLETIONS` keep their names in a conversion.
     foreign = {*ALPACA, *DOLLY, *QUESTIONS, KTO_TAG} - {"system", *COMPLETIONS}
     used = {*read} - foreign
     unread = converted.keys() - used
@@ -329,7 +329,7 @@ def propose_columns(record: Mapping[str, Any], kind: str) -> str:
     targets = ("messages", *_NEEDED[kind]) if kind == "chat" else _NEEDED[kind]
     for target in targets:
         candidates = {name: value for name, value in values.items() if name not in guesses.values()}
-        if target == "messages":  # a list, or "": for a table only column names are known
+        if target == "messages":  # a list, or "" if only a table's column names are known
             candidates = {name: value for name, value in candidates.items()
                           if isinstance(value, list) or value == ""}
         if near := propose_field(candidates, target):

@@ -15,7 +15,7 @@ from megatron_sov.base.documents.files import (
     ARROW_SUFFIXES, BYTE_ORDER_MARK, DOCUMENT_BYTES, JSON_SUFFIX, JSONL_SUFFIXES, PARQUET_SUFFIX,
     TEXT_SUFFIXES, WHOLE_FILE_BYTES, FileSpan, cut_at_blank_lines, is_records, iter_spans, list_files,
     open_bytes, open_parquet)
-from megatron_sov.base.documents.layouts import FOREIGN, Renames, unread_fields
+from megatron_sov.base.documents.layouts import LAYOUT_FIELDS, Renames, unread_fields
 from megatron_sov.base.documents.records import (
     DIALOGUE, BadRecord, Document, RecordParser, RecordReading, create_length_error, decode_utf8,
     explain_bytes, find_table_problem, list_read_fields, parse_json_value, parse_line, parse_record)
@@ -339,7 +339,7 @@ class CountedSpan:
         cells = head.decode(errors="replace").split(TABLE_SUFFIXES[self.span.suffix])
         names = [name.strip().strip('"') for name in cells]
         # columns with names of known fields: the table contains records
-        record_fields = {self.reading.text_field, *DIALOGUE, *FOREIGN}
+        record_fields = {self.reading.text_field, *DIALOGUE, *LAYOUT_FIELDS}
         if self.reading.kind not in (None, "text") or record_fields & {*names}:
             raise BadRecord("table", f"is a table (columns: {', '.join(names)[:200]}); save it as Parquet or "
                                      "JSON lines, e.g. with to_parquet or to_json of `datasets`")

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_sov.base.documents.groups import are_equal
 from megatron_sov.base.documents.layouts import (
-    COMPLETIONS, FOREIGN, KTO_TAG, LABEL, Renames, convert_layout, describe_foreign_turns,
+    COMPLETIONS, KTO_TAG, LABEL, LAYOUT_FIELDS, Renames, convert_layout, describe_foreign_turns,
     get_completion_field, parse_label, propose_columns, refuse_media, rename_fields)
 from megatron_sov.base.documents.messages import (
     BadRecord, Conversation, Message, Messages, check_depth, parse_messages, parse_sharegpt,
@@ -411,7 +411,7 @@ def find_table_problem(names: Iterable[str], reading: RecordReading) -> BadRecor
 
 def list_read_fields(reading: RecordReading) -> set[str]:
     """Return the field names that a reading uses, in any layout."""
-    return {*DIALOGUE, *FOREIGN, "id", "chat_template_kwargs", NUM_PROMPT_FIELD, reading.bucket_by,
+    return {*DIALOGUE, *LAYOUT_FIELDS, "id", "chat_template_kwargs", NUM_PROMPT_FIELD, reading.bucket_by,
             *reading.columns, *reading.tags, *(name for _, sources in reading.renames for name in sources)}
 
 

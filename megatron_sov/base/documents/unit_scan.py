@@ -21,14 +21,14 @@ WORD_SIZE, QUARTER_SIZE, THIRD_SIZE = 12, 3, 4
 """Unit sizes in twelfths of a word."""
 _TAG_CHARACTERS, _NAME_CHARACTERS = 400, 12
 """Longest tag, and longest name for an entity or TeX command, in characters."""
-_OFFSET, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
-_MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
-_HALF = np.uint64(33)
+_OFFSET, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)  # FNV-1a
+_MIX_1, _MIX_2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)  # MurmurHash3
+_SHIFT = np.uint64(33)
 _COMMA, _STOP, _QUOTE, _LOW_LINE, _BLANK, _HYPHEN = 0x2C, 0x2E, 0x27, 0x5F, 0x20, 0x2D
-_LESS, _MORE, _AND, _SEMICOLON, _BACKSLASH, _SLASH, _MARK, _NUMBER = (
+_LESS, _GREATER, _AMPERSAND, _SEMICOLON, _BACKSLASH, _SLASH, _EXCLAMATION, _HASH = (
     0x3C, 0x3E, 0x26, 0x3B, 0x5C, 0x2F, 0x21, 0x23)
-_APOSTROPHE, _ARABIC_THOUSANDS = 0x2019, 0x066C
-_NEW_LINE, _RETURN, _TAB = 0x0A, 0x0D, 0x09
+_APOSTROPHE, _ARABIC_THOUSANDS, _UNICODE_HYPHEN = 0x2019, 0x066C, 0x2010
+_NEW_LINE, _RETURN, _TAB, _ZERO, _NINE, _A, _Z = 0x0A, 0x0D, 0x09, 0x30, 0x39, 0x61, 0x7A
 _INVISIBLE = ((0x034F, 0x0350), (0x115F, 0x1161), (0x17B4, 0x17B6), (0x180B, 0x1810), (0x3164, 0x3165),
               (0xFE00, 0xFE10), (0xFFA0, 0xFFA1), (0xE0000, 0xE1000))
 """Invisible code points (Default_Ignorable_Code_Point) outside the category Cf."""
@@ -50,7 +50,7 @@ def fold_case(codes: NDArray[np.uint32], folds: NDArray[np.uint32], classes: NDA
         classes: code point -> class.
 
     Returns:
-        Bit 1: some characters are `IGNORED`; bit 2: some fold to several code points and stay unchanged.
+        Flags: 1 if some characters are `IGNORED`, 2 if some stay, because they fold to several code points.
     """
     flags = 0
     for i in range(len(codes)):
@@ -85,8 +85,8 @@ def scan_units(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: 
     Returns:
         The number of units.
     """
-    count, at, begin, end, group, num_groups = 0, 0, 0, 0, 0, 0
-    is_open = is_number = False
+    count, at, begin, end, group_digits, num_groups = 0, 0, 0, 0, 0, 0
+    is_open = is_number = False  # whether a word has begun, and has only digits
     value = _OFFSET
     while at < len(codes):
         code = np.int64(codes[at])
@@ -94,10 +94,10 @@ def scan_units(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: 
         if kind == WORD or kind >= DIGIT:
             if not is_open:
                 is_open = is_number = True
-                begin, group, num_groups, value = at, 0, 0, _OFFSET
+                begin, group_digits, num_groups, value = at, 0, 0, _OFFSET
             if kind >= DIGIT:
-                code = 48 + kind - DIGIT
-                group += 1
+                code = _ZERO + kind - DIGIT
+                group_digits += 1
             else:
                 is_number = False
             value = (value ^ np.uint64(code)) * _PRIME
@@ -105,8 +105,8 @@ def scan_units(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands: 
             end = at
             continue
         if is_open and kind == SEPARATOR:
-            if is_number and _is_thousands_separator(codes, classes, at, group, num_groups):
-                at, group, num_groups = at + 1, 0, num_groups + 1
+            if is_number and _is_thousands_separator(codes, classes, at, group_digits, num_groups):
+                at, group_digits, num_groups = at + 1, 0, num_groups + 1
                 continue
             next_at = 0 if is_number else _skip_hyphen(codes, classes, at)
             if next_at:
@@ -142,21 +142,21 @@ def hash_word(codes: NDArray[np.uint32]) -> np.uint64:
 @jit_compile
 def _mix_bits(value: np.uint64) -> np.uint64:
     """Spread differences between words over 64 bits (finalizer of MurmurHash3)."""
-    value = (value ^ (value >> _HALF)) * _MIX_1
-    value = (value ^ (value >> _HALF)) * _MIX_2
-    return value ^ (value >> _HALF)
+    value = (value ^ (value >> _SHIFT)) * _MIX_1
+    value = (value ^ (value >> _SHIFT)) * _MIX_2
+    return value ^ (value >> _SHIFT)
 
 
 @jit_compile
-def _is_thousands_separator(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int, group: int,
-                            num_groups: int) -> bool:
-    """Return whether the character at `at`, between digits, separates thousands: 1,000 and 1 000 equal
-    1000."""
+def _is_thousands_separator(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int,
+                            group_digits: int, num_groups: int) -> bool:
+    """Return whether the character at `at` separates thousands: 1,000 and 1 000 equal 1000. The number has
+    `num_groups` groups before the last separator, and `group_digits` digits after it."""
     code = codes[at]
     if code not in (_COMMA, _STOP, _QUOTE, _LOW_LINE, _BLANK, _APOSTROPHE, _ARABIC_THOUSANDS):
         return False
     # groups have three digits; only the first group may be shorter
-    if not (group == 3 or (num_groups == 0 and 1 <= group < 3)) or at + 3 >= len(codes):
+    if not (group_digits == 3 or (num_groups == 0 and 1 <= group_digits < 3)) or at + 3 >= len(codes):
         return False
     for place in range(at + 1, at + 4):
         if classes[codes[place]] < DIGIT:
@@ -168,7 +168,7 @@ def _is_thousands_separator(codes: NDArray[np.uint32], classes: NDArray[np.uint8
 @jit_compile
 def _skip_hyphen(codes: NDArray[np.uint32], classes: NDArray[np.uint8], at: int) -> int:
     """Return the index after a hyphen and a line end inside a word, or 0."""
-    if codes[at] != _HYPHEN and codes[at] != 0x2010:
+    if codes[at] != _HYPHEN and codes[at] != _UNICODE_HYPHEN:
         return 0
     at += 1
     num_lines = 0
@@ -191,23 +191,23 @@ def _skip_markup(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands
         return after
     if code == _LESS:
         first = codes[after]
-        if 0x61 <= first <= 0x7A or first in (_SLASH, _MARK):
+        if _A <= first <= _Z or first in (_SLASH, _EXCLAMATION):
             # limited search: many `<` without `>` must cost linear time
             for place in range(after + 1, min(after + _TAG_CHARACTERS, len(codes))):
-                if codes[place] == _MORE:
+                if codes[place] == _GREATER:
                     return place + 1
                 if codes[place] == _LESS:
                     return after
-    elif code == _AND:
+    elif code == _AMPERSAND:
         place = after
         while (place < min(after + _NAME_CHARACTERS, len(codes))
-               and (codes[place] == _NUMBER or 0x30 <= codes[place] <= 0x39 or 0x61 <= codes[place] <= 0x7A)):
+               and (codes[place] == _HASH or _ZERO <= codes[place] <= _NINE or _A <= codes[place] <= _Z)):
             place += 1
         if after < place < len(codes) and codes[place] == _SEMICOLON:
             return place + 1
     elif code == _BACKSLASH:
         place = after
-        while place < len(codes) and 0x61 <= codes[place] <= 0x7A and place <= after + _NAME_CHARACTERS:
+        while place < len(codes) and _A <= codes[place] <= _Z and place <= after + _NAME_CHARACTERS:
             place += 1
         if place > after:
             name = hash_word(codes[after:place])
@@ -219,7 +219,7 @@ def _skip_markup(codes: NDArray[np.uint32], classes: NDArray[np.uint8], commands
 
 @jit_compile
 def find_run_ends(sizes: NDArray[np.uint8], target: int, ends: NDArray[np.int64]) -> int:
-    """Find the shortest run of units from each unit on that reaches a size.
+    """Find, for each unit, the end of the shortest run of units that begins there and reaches a size.
 
     Args:
         sizes: size of each unit.

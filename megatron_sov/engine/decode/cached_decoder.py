@@ -1,8 +1,8 @@
 """Generate with a KV cache, at any `ParallelConfig`.
 
-A row of spans passes through the pipeline stages one after the other, and through all chunks of an
-interleaved stage in turn. Processes of a context-parallel group read different sequences, as data-parallel
-processes do: a single new token cannot be split.
+A row (`SpanRow`) packs spans, the new tokens of several sequences. It passes through the pipeline stages, and
+through all chunks of an interleaved stage in turn. Processes of a context-parallel group read different
+sequences, as data-parallel processes do: a single new token cannot be split.
 """
 
 from __future__ import annotations
@@ -119,20 +119,20 @@ class CachedDecoder:
         """Run the trunk on new tokens, in a row of the length that `agree_row_tokens` returned."""
         row = pack_spans(spans, row_tokens, get_local_device())
         config, hidden = self._model.config, None
-        first, stages = (parallel_state.get_pipeline_model_parallel_rank() == 0,
-                         config.pipeline_model_parallel_size)
-        shape = (row_tokens // (config.tensor_model_parallel_size if config.sequence_parallel else 1), 1,
-                 config.hidden_size)
+        is_first_stage = parallel_state.get_pipeline_model_parallel_rank() == 0
+        num_stages = config.pipeline_model_parallel_size
+        local_tokens = row_tokens // (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+        shape = (local_tokens, 1, config.hidden_size)
         group: Any = parallel_state.get_pipeline_model_parallel_group()
         record: dict[int, list[torch.Tensor]] = {}
         config.routing_step.record = record if self._with_routes else None
         for number, chunk in enumerate(self._model.chunks):
-            if stages > 1 and not (first and number == 0):
+            if num_stages > 1 and not (is_first_stage and number == 0):
                 hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=get_local_device())
                 dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
             chunk.set_input_tensor(hidden)
             hidden = chunk.forward_cached(row)
-            if stages > 1 and not (self.last_stage and number == len(self._model.chunks) - 1):
+            if num_stages > 1 and not (self.last_stage and number == len(self._model.chunks) - 1):
                 dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group)
         config.routing_step.record = None
         return DecodeOutput(row, hidden if self.last_stage else None,
@@ -193,18 +193,18 @@ class CachedDecoder:
         """Combine a row's routes over the replica's tp x pp group: a process recorded only local layers, and
         under sequence parallelism only local tokens."""
         config, group = self._model.config, parallel_state.get_model_parallel_group()
-        first = 1 + config.moe_layer_freq.index(1)
+        first_layer = 1 + config.moe_layer_freq.index(1)  # layers count from 1
         # a dtype that all backends can sum
         dtype = torch.uint8 if config.num_moe_experts <= torch.iinfo(torch.uint8).max else torch.int32
         routes = torch.zeros(row_tokens, sum(config.moe_layer_freq), config.moe_router_topk, dtype=dtype,
                              device=get_local_device())
-        part, rank = 0, parallel_state.get_tensor_model_parallel_rank()
+        begin, rank = 0, parallel_state.get_tensor_model_parallel_rank()
         if config.sequence_parallel:
-            part = rank * (row_tokens // config.tensor_model_parallel_size)
-        elif rank:  # same tokens as the first process
+            begin = rank * (row_tokens // config.tensor_model_parallel_size)
+        elif rank:  # rank 0 has the same tokens, and the sum must count them once
             record = {}
         for layer, (experts,) in record.items():
-            routes[part:part + len(experts), layer - first] = experts.to(dtype)
+            routes[begin:begin + len(experts), layer - first_layer] = experts.to(dtype)
         if group.size() > 1:
             dist.all_reduce(routes, group=group)
         return routes.cpu()

@@ -45,10 +45,10 @@ def find_differing_replicas(model: LanguageModel) -> list[int]:
     Without a majority (two replicas), all ranks of the group are returned.
     """
     model.finish_param_gather()
+    # True: tensors of routed experts, which have a data-parallel group of their own
     tensors: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for parameter in model.parameters():
-        # routed experts have a data-parallel group of their own
-        tensors[not getattr(parameter, "allreduce", True)].append(parameter)
+        tensors[not getattr(parameter, "allreduce", True)].append(parameter)  # `allreduce` = False: expert
     tensors[False] += [b for name, b in model.named_buffers() if name.endswith("expert_bias")]
     groups = {False: parallel_state.get_data_parallel_group(with_context_parallel=True),
               True: parallel_state.get_expert_data_parallel_group()}
@@ -66,7 +66,7 @@ def _differs_from_majority(local_checksum: torch.Tensor, group: Any) -> bool:
     dist.all_gather(gathered, tensor, group=group)
     values = Counter(int(t) for t in gathered)
     value, count = values.most_common(1)[0]
-        # with two replicas either may be wrong: report both
+    # with two replicas either may be wrong: report both
     return len(values) > 1 and (count * 2 <= group.size() or int(local_checksum) != value)
 
 

@@ -33,13 +33,13 @@ def patch_defects() -> None:
 
 def _patch_empty_experts() -> None:
     """Transformer Engine's permutation asserts that local experts receive a token, and its inverse returns no
-    rows for no tokens, while the library needs zeros. With few tokens, some processes receive none."""
+    rows instead of zeros without tokens. Processes that receive no token use the unfused functions."""
     permute, unpermute = token_dispatcher.permute, token_dispatcher.unpermute
 
     @functools.wraps(permute)
     def permute_any(tokens: Any, routing_map: Any, probs: Any = None, num_out_tokens: Any = None,
                     fused: bool = False, **options: Any) -> Any:
-        # do not synchronize for a count on the GPU: it counts all choices of a router and is never 0
+        # reading a count on the GPU would synchronize; such a count has all choices of a router, never 0
         on_host = num_out_tokens is not None and not getattr(num_out_tokens, "is_cuda", False)
         fused = fused and not (on_host and int(num_out_tokens) == 0)
         return permute(tokens, routing_map, probs, num_out_tokens, fused=fused, **options)

@@ -82,7 +82,7 @@ class VisionEncoderConfig:
         # qwen2_5_vl rotates channel pairs along two image axes, so a head has a multiple of 4 channels.
         per_heads = self.num_heads * (4 if merges else 1)
         return find_broken_rules(
-            self, "model.vision", _placeholders(self.placeholder_ids, vocab_size),
+            self, "model.vision", _build_placeholder_rule(self.placeholder_ids, vocab_size),
             (self.image_size % side == 0, "image_size",
              f"must be a multiple of {side}, the side of one feature in pixels"),
             (self.image_size % side > 0 or self.slots <= MAX_FEATURES, "image_size",
@@ -164,7 +164,7 @@ class AudioEncoderConfig:
         frames_per_feature = self._frames_per_feature * self.compression
         is_multiple = self.num_frames % frames_per_feature == 0
         return find_broken_rules(
-            self, "model.audio", _placeholders(self.placeholder_ids, vocab_size),
+            self, "model.audio", _build_placeholder_rule(self.placeholder_ids, vocab_size),
             (is_multiple, "num_frames",
              f"must be a multiple of {frames_per_feature}, the frames of one feature"),
             (not is_multiple or self.slots <= MAX_FEATURES, "num_frames",
@@ -197,6 +197,6 @@ class MediaConfig:
     """Hugging Face folder with initial weights for the audio encoder. Empty: as for `vision_from`."""
 
 
-def _placeholders(ids: tuple[int, ...], vocab_size: int) -> tuple[bool, str, str]:
+def _build_placeholder_rule(ids: tuple[int, ...], vocab_size: int) -> tuple[bool, str, str]:
     return (bool(ids) and max(ids) < vocab_size, "placeholder_ids",
             f"must name at least one id, all below model.vocab_size = {vocab_size}")

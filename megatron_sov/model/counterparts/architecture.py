@@ -23,7 +23,7 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import COMMON_VALUES
 
 Stated = Mapping[str, Any]
-
+"""Setting under Megatron's name -> value; a setting that the source does not mention is missing."""
 RENAMED = {
     "num_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_heads",
     "layernorm_epsilon": "norm_eps", "add_qkv_bias": "qkv_bias", "qk_layernorm": "qk_norm",
@@ -79,17 +79,17 @@ def normalize_arguments(args: Stated) -> dict[str, Any]:
     """Return Megatron-LM arguments (a Namespace's `vars`) under `TransformerConfig` names."""
     stated = dict(args)
 
-    def moved(theirs: str, name: str, of: Callable[[Any], Any] = lambda value: value) -> None:
-        if theirs in stated:
-            stated[name] = of(stated.pop(theirs))
+    def move_key(old: str, new: str, convert: Callable[[Any], Any] = lambda value: value) -> None:
+        if old in stated:
+            stated[new] = convert(stated.pop(old))
 
-    moved("norm_epsilon", "layernorm_epsilon")
-    moved("apply_layernorm_1p", "layernorm_zero_centered_gamma")
-    moved("num_experts", "num_moe_experts")
-    moved("untie_embeddings_and_output_weights", "share_embeddings_and_output_weights", lambda said: not said)
-    moved("use_rope_scaling", "rope_scaling")
-    moved("disable_bias_linear", "add_bias_linear", lambda said: not said)
-    moved("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
+    move_key("norm_epsilon", "layernorm_epsilon")
+    move_key("apply_layernorm_1p", "layernorm_zero_centered_gamma")
+    move_key("num_experts", "num_moe_experts")
+    move_key("untie_embeddings_and_output_weights", "share_embeddings_and_output_weights", lambda on: not on)
+    move_key("use_rope_scaling", "rope_scaling")
+    move_key("disable_bias_linear", "add_bias_linear", lambda on: not on)
+    move_key("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
     if "swiglu" in stated:
         is_swiglu = bool(stated.pop("swiglu"))
         # Without --swiglu Megatron-LM computes GELU.
@@ -115,13 +115,12 @@ def infer_architecture(stated: Stated, family: str = "",
     """
     check_counts(stated)
     fields, problems = infer_model_fields(stated)
-    overrides_known = dict(overrides or {})
+    fields |= overrides or {}
     missing = [name for name in ("num_layers", "hidden_size", "num_heads", "vocab_size")
-               if name not in {**fields, **overrides_known}]
+               if name not in fields]
     problems += [f"model.{name} is missing; pass --set model.{name}=N" for name in missing]
     if problems:
         raise UserError(format_problems("the model's settings", problems))
-    fields |= overrides_known
     # Families with experts are skipped for dense models, although their number of experts could be 0.
     names = [family] if family else [
         name for name, candidate in models.FAMILIES.items()
@@ -131,9 +130,9 @@ def infer_architecture(stated: Stated, family: str = "",
                 for field, plain in COMMON_VALUES.items())]
     fitting = {name: model for name in names if (model := _build_model(name, fields)) is not None}
     # If several families can express the model, prefer families with the fewest optional features.
-    fewest = min((len(models.get_family(name).varies) for name in fitting), default=0)
-    fitting = {name: model for name,
-               model in fitting.items() if len(models.get_family(name).varies) == fewest}
+    num_varied = {name: len(models.get_family(name).varies) for name in fitting}
+    fewest = min(num_varied.values(), default=0)
+    fitting = {name: model for name, model in fitting.items() if num_varied[name] == fewest}
     if len(fitting) == 1:
         return next(iter(fitting.values()))
     if fitting:
@@ -159,7 +158,7 @@ def infer_model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
         try:
             fields |= part(stated)
         except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as e:
-            problems.append(str(e) if type(e) is ValueError
+            problems.append(str(e) if type(e) is ValueError  # raised by `part`, with a sentence
                             else f"a value cannot be read ({type(e).__name__}: {e})")
     for name in ("vocab_size", "padded_vocab_size"):
         if stated.get(name) is not None:
@@ -200,14 +199,14 @@ def _infer_feed_forward(stated: Stated) -> dict[str, Any]:
     dense = _count_dense_layers(stated.get("moe_layer_freq", 1), stated["num_layers"])
     score = stated.get("moe_router_score_function", "softmax")
     fields: dict[str, Any] = {"num_experts_per_token": 2}  # Megatron's default
-    fields |= {ours: stated[theirs] for theirs,
-               ours in EXPERT_NAMES.items() if stated.get(theirs) is not None}
+    fields |= {ours: stated[theirs] for theirs, ours in EXPERT_NAMES.items()
+               if stated.get(theirs) is not None}
     fields |= {"expert_ffn_dim": inner, "num_shared_experts": shared // inner, "num_dense_layers": dense,
                "router_score": score, "router_bias": bool(stated.get("moe_router_enable_expert_bias", False)),
                "routed_scaling_factor": stated.get("moe_router_topk_scaling_factor") or 1.0,
-              # Softmax over chosen experts equals softmax over all experts divided by the chosen sum.
+               # Softmax over chosen experts equals softmax over all experts divided by the chosen sum.
                "norm_topk_prob": score == "sigmoid" or not stated.get("moe_router_pre_softmax", False),
-              # Megatron builds the prediction layer like the last transformer layer.
+               # Megatron builds the prediction layer like the last transformer layer.
                "dense_ffn_dim": ffn if dense else 0, "mtp_experts": bool(stated.get("mtp_num_layers")),
                **_infer_groups(stated)}
     if stated.get("moe_router_load_balancing_type") == "seq_aux_loss":
@@ -243,7 +242,7 @@ def _count_dense_layers(frequency: Any, num_layers: int) -> int:
 
 def _parse_list(text: str) -> list[int]:
     """Return the numbers in Megatron-LM's list syntax, with products and sums of lists such as
-    `[0]*3+[1]*58`; the text is parsed, not evaluated."""
+    `[0]*3+[1]*58`."""
     values: list[int] = []
     for term in text.replace(" ", "").strip("()").split("+"):
         # Checkpoints are untrusted input, so the text is parsed, not evaluated.
@@ -286,26 +285,26 @@ def _infer_pattern(stated: Stated) -> dict[str, Any]:
                              "with sliding layers")
         return {}
     left = (window if isinstance(window, (list, tuple)) else _parse_list(f"[{str(window).strip('()[]')}]"))[0]
-    slides = [True] * num_layers
-    if frequency is not None:  # a number: every n-th layer is global; a list: flags of sliding layers
-        slides = [flag != is_every for flag, is_every in _expand_frequency(frequency, num_layers)]
+    flags, is_number = _expand_frequency([True] * num_layers if frequency is None else frequency, num_layers)
+    # a number flags every n-th layer, which is global; a list flags the sliding layers
+    slides = [not flag for flag in flags] if is_number else flags
     letters = "".join("L" if layer_slides else "G" for layer_slides in slides)
     fields = {"attention_pattern": shortest_pattern(letters), "sliding_window_tokens": left + 1}
     if no_rope:
-        if [not flag for flag, _ in _expand_frequency(no_rope, num_layers)] != slides:
+        if [not flag for flag in _expand_frequency(no_rope, num_layers)[0]] != slides:
             raise ValueError("no_rope_freq and window_attn_skip_freq: only layers without a window may be "
                              "without RoPE")
         fields["rope_on_global"] = False
     return fields
 
 
-def _expand_frequency(frequency: Any, num_layers: int) -> list[tuple[bool, bool]]:
-    """Return (flag, is every n-th layer) per layer, for a frequency (every n-th layer) or a list of flags."""
+def _expand_frequency(frequency: Any, num_layers: int) -> tuple[list[bool], bool]:
+    """Return a flag per layer, and whether `frequency` is a number n, which flags every n-th layer."""
     if isinstance(frequency, str):
         frequency = int(frequency) if frequency.isdigit() else _parse_list(frequency)
     if isinstance(frequency, int):
-        return [((layer + 1) % frequency == 0, True) for layer in range(num_layers)]
-    return [(bool(flag), False) for flag in frequency]
+        return [(layer + 1) % frequency == 0 for layer in range(num_layers)], True
+    return [bool(flag) for flag in frequency], False
 
 
 def _infer_prediction(stated: Stated) -> dict[str, Any]:
@@ -334,7 +333,6 @@ def _find_mismatches(name: str, fields: Mapping[str, Any]) -> list[str]:
     except SettingsError as e:
         return [problem.sentence for problem in e.problems]
     return [problem.sentence for problem in model.problems() + models.get_family(name).problems(model)]
-
 
 
 MAX_BYTES = 8 << 20

@@ -98,7 +98,6 @@ def extract_text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config if inside is None else inside.extract_config(config)
 
 
-
 ANY_VALUE = object()
 HARMLESS_FIELDS: dict[str, Any] = {
     # Execution options, file names, classifier heads and weight initialisation.
@@ -232,12 +231,12 @@ class Family:
         bounds."""
         # A field that the config map cannot write must have its common value, or exports would lose it.
         fixed = {name: value for name, value in COMMON_VALUES.items() if name not in self.varies}
-        fixed |= self.structure
-        p = find_broken_rules(model, "model", *(
-            (getattr(model, name) == value, name, f"must be {format_setting(value)} in family '{self.name}'")
-            for name, value in fixed.items()), (
-                not self.needs_shared_expert or model.num_shared_experts >= 1, "num_shared_experts",
-                f"must be at least 1 in family '{self.name}'"))
+        where = f"in family '{self.name}'"
+        rules = [(getattr(model, name) == value, name, f"must be {format_setting(value)} {where}")
+                 for name, value in (fixed | self.structure).items()]
+        rules.append((not self.needs_shared_expert or model.num_shared_experts >= 1, "num_shared_experts",
+                      f"must be at least 1 {where}"))
+        p = find_broken_rules(model, "model", *rules)
         for item in self.config:
             try:
                 # Items raise for models that they cannot write.
@@ -330,7 +329,7 @@ class Family:
             config = _drop_fields(config, PREDICTION_NAMES) | {
                 PREDICTION_NAMES[0]: _count_layers_after_trunk(config.get("num_hidden_layers"), tensor_names)}
         elif "num_mtp_layers" not in self.structure and any(n.startswith("mtp.") for n in tensor_names):
-            config.setdefault("num_nextn_predict_layers", 1)
+            config.setdefault(PREDICTION_NAMES[0], 1)
         model_fields: dict[str, Any] = {"family": self.name, **self.structure, **self.training}
         for item in self.config:
             try:
@@ -392,8 +391,8 @@ class Family:
             defined |= self._read_config(written, ()).keys()
         except (UserError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError):
             return []  # the family has no model of these sizes; the first export checks the fields
-        return [f.name
-                for f in fields(model) if f.name in find_computed_fields(model) and f.name not in defined]
+        computed = find_computed_fields(model)
+        return [f.name for f in fields(model) if f.name in computed and f.name not in defined]
 
 
 def find_computed_fields(model: ModelConfig) -> set[str]:

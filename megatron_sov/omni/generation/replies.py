@@ -293,7 +293,7 @@ def split_reply(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: Ma
             picture = [] if picture is None else picture
             picture.append(entry)
             continue
-        if token_id in marks.image[:1]:
+        if token_id in marks.image[:1]:  # the start mark; () in a vocabulary without marks
             end_picture(complete=False)
             picture = []
             continue
@@ -393,14 +393,14 @@ class BlockRules:
                 return kind_by_start[written[place]], written[place + 1:]
         return "", ()
 
-    def _list_picture_ids(self, entries: Sequence[int]) -> list[int]:
-        """Return the ids that may follow `entries` in an open picture."""
+    def _list_picture_ids(self, written: Sequence[int]) -> list[int]:
+        """Return the ids that may follow `written`, the ids after the start mark of an open picture."""
         names = [media_tokens.ratio_token(width, height) for width, height in media_tokens.RATIOS]
         ratio_ids = [self.mark_ids[name] for name in names if name in self.mark_ids]
-        if ratio_ids and not entries:
+        if ratio_ids and not written:
             return ratio_ids
         # The ratio precedes the first row and an end of line follows each row, if the vocabulary has marks.
-        place, row_tokens = len(entries), self.grid
+        place, row_tokens = len(written), self.grid
         if ratio_ids:
             place -= 1
         if media_tokens.END_OF_LINE in self.mark_ids:

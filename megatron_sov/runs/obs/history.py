@@ -17,10 +17,10 @@ INCIDENT_NAMES = {"skip": "step rejected", "attribution": "cause of a rejection"
                   "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "injected fault",
                   "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
 """Incident event -> name in reports."""
-SKIPPED_BY_SETTING, NO_GRADIENT = INTENDED_SKIPS = ("data.skip_steps", "no advantages and no other gradient")
-"""Intended skip reasons: `data.skip_steps`, and RL rounds without gradient."""
+SKIPPED_BY_SETTING, NO_GRADIENT = "data.skip_steps", "no advantages and no other gradient"
+INTENDED_SKIPS = (SKIPPED_BY_SETTING, NO_GRADIENT)  # reasons; the second is for RL rounds
 EVENT_TEXTS = {"run_start": "the run starts from step {resumed_from}, with {num_ranks} rank(s)",
-        "stop": "the run stops: {reason}", "run_end": "the run is complete"}
+               "stop": "the run stops: {reason}", "run_end": "the run is complete"}
 """Event -> text for events without a `text` field."""
 
 
@@ -49,15 +49,14 @@ class Attempts:
 
     def add(self, event: dict[str, Any]) -> None:
         """Process an event; events after an attempt's end (a later conversion) have no effect."""
-        # `resume` may precede or follow its `run_start`.
         kind, last = event["event"], self.all[-1] if self.all else None
+        # `resume` may follow its `run_start`, or precede it, if the last attempt has made steps.
+        if kind == "resume" and (last is None or last.last_step is not None):
+            self._resume_reason = str(event.get("reason") or "")
+            return
         if kind == "run_start":
             self.all.append(last := Attempt(event, resume_reason=self._resume_reason))
             self._resume_reason = ""
-        # If the last attempt has made steps, the reason belongs to the next start.
-        elif kind == "resume" and (last is None or last.last_step is not None):
-            self._resume_reason = str(event.get("reason") or "")
-            return
         # A conversion days later must not lengthen a finished attempt.
         if last is None or last.outcome != UNFINISHED:
             return
@@ -88,9 +87,8 @@ def is_incident(event: dict[str, Any]) -> bool:
 def describe_incident(event: dict[str, Any]) -> str:
     kind = event["event"]
     if kind == "skip":
-        ranks = event.get("ranks") or []
-        return str(event.get("reason", "")) + (f"; not finite on rank {', '.join(map(str, ranks))}"
-                                               if ranks else "")
+        reason, ranks = str(event.get("reason", "")), ", ".join(map(str, event.get("ranks") or []))
+        return f"{reason}; not finite on rank {ranks}" if ranks else reason
     if kind == "hang":
         places = (f"rank {', '.join(map(str, ranks))} in {place}"
                   for place, ranks in (event.get("places") or {}).items())

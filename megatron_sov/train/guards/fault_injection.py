@@ -59,7 +59,7 @@ class FaultInjector:
         self._faults = faults
         self._rank = rank
         self._folder = run / FAULTS
-        self._recorded: set[str] = set()
+        self._with_event: set[str] = set()
 
     def take_due(self, kind: str, state: str, step: int) -> Fault | None:
         """Return a fault that is due on this rank after recording its occurrence, else None."""
@@ -105,14 +105,14 @@ class FaultInjector:
         for file in sorted(self._folder.glob("*.json"), key=lambda f: f.stat().st_mtime_ns):
             # a mark on the disk: a resumed run must not write the event again
             mark = file.with_suffix(".told")
-            if file.name not in self._recorded and not mark.exists():
+            if file.name not in self._with_event and not mark.exists():
                 try:
                     record = json.loads(file.read_text(encoding="utf-8"))
                 except ValueError:  # another rank is writing it
                     continue
                 events.write("fault", **record)
                 mark.touch()
-            self._recorded.add(file.name)
+            self._with_event.add(file.name)
 
     def _record_occurrence(self, fault: Fault, step: int) -> bool:
         """Record in RUN/faults that a fault occurs now; return False if it occurred before."""

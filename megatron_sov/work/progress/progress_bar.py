@@ -28,7 +28,7 @@ def create_bar(title: str, total: int, unit: str, visible: bool = True) -> tqdm[
         unit: noun for a part; large counts are abbreviated.
         visible: False on ranks that should stay silent.
     """
-    stop_check()  # the checks of the command are complete
+    stop_check()  # the work begins here: the check of a proposed command line must end before
     # disable=None: tqdm appears on a terminal only
     return _open_bar(total=total, desc=title, unit=unit, unit_scale=True, delay=SHOWN_AFTER_S,
                      disable=None if visible else True)

@@ -1,6 +1,4 @@
-"""Runs `megatron-sov submit STAGE`."""
-
-from collections.abc import Sequence
+"""Run `megatron-sov submit STAGE`."""
 
 from megatron_sov.base.command_line import import_reference
 from megatron_sov.base.errors import ExitCode, Fix, UserError
@@ -23,11 +21,11 @@ def submit_stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
         raise UserError(f"--scripts {options.scripts}: belongs to a chain; "
                         "--dry-run prints the script of a stage")
     check_stage(stage)
-    profile = cluster.load_profile(_get_cluster(options, stage, argv), account=options.account,
-                                   partition=options.partition)
+    cluster_name = _get_cluster(options, stage)
+    profile = cluster.load_profile(cluster_name, account=options.account, partition=options.partition)
     request = submission.SubmitRequest(stage, tuple(argv), profile, options.nodes or 1, options.min_nodes,
                                        cluster.parse_node_settings(options.nodes_set), options.array,
-                                       time_limit=options.time_limit, cluster=_get_cluster(options),
+                                       time_limit=options.time_limit, cluster=cluster_name,
                                        engine_nodes=options.engine_nodes)
     prepared = submission.prepare_stage(request, STAGE_PARSERS, check_data)
     if options.prove and prepared.work.config is None:
@@ -49,7 +47,7 @@ def submit_stage(stage: str, argv: list[str], options: SubmitOptions) -> int:
     return 0
 
 
-def _get_cluster(options: SubmitOptions, stage: str = "", argv: Sequence[str] = ()) -> str:
+def _get_cluster(options: SubmitOptions, stage: str) -> str:
     """Return --cluster; the error for a missing --cluster proposes further missing options."""
     if options.cluster is not None:
         return options.cluster
@@ -59,7 +57,7 @@ def _get_cluster(options: SubmitOptions, stage: str = "", argv: Sequence[str] = 
     if options.nodes is None:
         advice.append("--nodes N (default 1)")
     advice.append("--partition and --time replace the profile's")
-    options_typed = [("--cluster", "h100", options.cluster), ("--account", "ACCOUNT", options.account),
-                     ("--nodes", "1", options.nodes if STAGES[stage].ranks else 1)]
-    missing = [word for name, value, typed in options_typed if typed is None for word in (name, value)]
+    proposals = [("--cluster", "h100", options.cluster), ("--account", "ACCOUNT", options.account),
+                 ("--nodes", "1", options.nodes if STAGES[stage].ranks else 1)]  # no ranks, no --nodes
+    missing = [word for name, example, value in proposals if value is None for word in (name, example)]
     raise UserError(f"--cluster: is missing; {'; '.join(advice)}", Fix(options=tuple(missing)))
