@@ -57,7 +57,7 @@ def iter_dropped_samples(output: Path, count: int) -> Iterator[str]:
 
 
 def _read_steps(output: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return source name and step counts from summary.json, with checked types."""
+    """Return (source name, step) from summary.json; the step's fields that are shown have checked types."""
     file = output / SUMMARY
     try:
         if file.stat().st_size > MAX_SUMMARY_BYTES:
@@ -80,7 +80,7 @@ def _read_steps(output: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _decode_documents(data: Path, count: int) -> list[str]:
     try:
-        lines = sample_documents(data, None, "train", count, SampleOptions.max_tokens, 0)
+        lines = sample_documents(data, None, "train", count, SampleOptions.max_tokens, seed=0)
     except UserError as e:  # all documents are held out, or the shards have no tokenizer
         return [f"no document can be shown: {e}"]
     # `sample_documents` returns three lines for each document: place, text, empty line.

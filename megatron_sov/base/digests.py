@@ -43,7 +43,7 @@ class Digest:
 
 
 def hash_file(path: Path, algorithm: str = BLAKE3) -> str:
-    # unbuffered: no copy between the file and the hash
+    """Return the digest of a file; it is read unbuffered, without a copy between file and hash."""
     digest, block = Digest(algorithm), memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as f:
         while count := f.readinto(block):

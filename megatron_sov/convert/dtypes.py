@@ -1,4 +1,4 @@
-"""Convert tensor dtypes for conversion, and check that values are finite and the disk has enough space."""
+"""Tensor dtypes in conversions, with checks that values are finite and the disk has enough space."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ _Instruction = tuple[int, int, int, int]
 def enclose_reader(readable: list[str], memory_bytes: int) -> None:
     """Restrict this process to reading files: limit memory, forbid writing and the network.
 
-    Where the kernel has Landlock, only `readable`, system and interpreter paths remain accessible.
+    Where the kernel has Landlock, only folders in `readable`, system and interpreter paths remain accessible.
     """
     set_limit(resource.RLIMIT_AS, memory_bytes)
     set_limit(resource.RLIMIT_FSIZE, 0)
@@ -161,7 +161,7 @@ def restrict_files(version: int, readable: Iterable[str], writable: Iterable[str
     Raises:
         OSError: the kernel rejects the rules.
     """
-    # the newest rights that the kernel knows: an unknown bit makes the whole call fail
+    # all rights that this kernel knows: an unknown bit makes the whole call fail
     rights = max(bits for first, bits in _RIGHTS_BY_VERSION.items() if first <= version)
     attributes = _RulesetAttributes(rights, _TCP if version >= _TCP_VERSION else 0,
                                     _SCOPES if version >= SIGNAL_SCOPE_VERSION else 0)
@@ -284,9 +284,9 @@ def _list_rules(namespaces: bool, signal_scope: bool, own_pid: int) -> list[_Cal
 def _compile_rules(rules: Sequence[_CallRule]) -> list[_Instruction]:
     architecture = sc.MACHINES[platform.machine()][1]
     instructions: list[_Instruction] = [
-        # offset 4 of seccomp_data: 32-bit calls on x86-64 have other numbers
+        # offset 4 of seccomp_data is the architecture: 32-bit calls on x86-64 have other numbers
         (_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _ERROR | errno.ENOSYS),
-        (_LOAD, 0, 0, 0),
+        (_LOAD, 0, 0, 0),  # offset 0 is the call's number
         # newer calls, and calls of the x32 ABI, whose numbers have bit 30
         (_IF_ABOVE, 0, 1, sc.LAST_KNOWN), (_RETURN, 0, 0, _ERROR | errno.ENOSYS)]
     for rule in rules:
@@ -298,7 +298,7 @@ def _compile_rules(rules: Sequence[_CallRule]) -> list[_Instruction]:
 
 
 def _compile_rule(rule: _CallRule) -> list[_Instruction]:
-    """Return the instructions for the rule's call; the last instruction loads the call's number again."""
+    """Return the instructions for a call: its arguments begin at offset 16; the end reloads its number."""
     fail = (_RETURN, 0, 0, _ERROR | rule.error)
     if rule.word is None:
         return [fail]

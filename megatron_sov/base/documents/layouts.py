@@ -174,7 +174,7 @@ LAYOUTS = (
     RecordLayout("ShareGPT", ("conversations",), "--format chat"),
     RecordLayout("Prompt and completion (TRL)", ("prompt", "completion"), "--format chat"),
     RecordLayout("Prompt and response", ("prompt", "response"), "--format chat"),
-    # these conversions write prompts and messages, to which those further down add a label or a pair
+    # conversions run in this order: later ones add a label or a pair to the prompts that earlier ones write
     RecordLayout("Alpaca", ("instruction", "input", "output"), "--format chat", is_alpaca, _from_alpaca),
     RecordLayout("Dolly", ("instruction", "context", "response"), "--format chat", is_alpaca, _from_alpaca),
     RecordLayout("Question and answer (GSM8K)", ("question", "answer"), "--format chat", _is_questions,
@@ -299,8 +299,8 @@ _NEEDED = {"chat": ("prompt", "response"), "preference": ("chosen", "rejected", 
 
 
 def propose_field(record: Mapping[str, Any], target: str) -> str:
-    """Return the record's field whose name has the earliest word in `_FIELD_WORDS[target]`, the shorter name
-    among equals; "": no name has such a word."""
+    """Return the field whose name contains a word of `_FIELD_WORDS[target]`: the word that comes first there,
+    then the shortest name; "": no such field."""
     candidates: list[tuple[int, int, str]] = []
     for name in record:
         snake_case = re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()  # userPrompt -> user_prompt

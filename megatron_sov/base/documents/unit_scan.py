@@ -227,7 +227,7 @@ def find_run_ends(sizes: NDArray[np.uint8], target: int, ends: NDArray[np.int64]
         ends: output, end index (exclusive) of each run; room for one per unit.
 
     Returns:
-        The number of runs: later units have too little text after them.
+        The number of runs; from the units after these, the text is too short for a run.
     """
     # both ends only move forward: linear time
     size, end = np.int64(0), 0
@@ -280,5 +280,5 @@ def get_folds() -> NDArray[np.uint32]:
 
 @lru_cache(maxsize=1)
 def hash_commands() -> NDArray[np.uint64]:
-    """Return sorted hashes for the TeX commands that `scan_units` ignores."""
+    """Return the sorted hashes of `_COMMANDS`, for `scan_units`."""
     return np.sort(np.array([hash_word(to_code_points(name)) for name in _COMMANDS], np.uint64))

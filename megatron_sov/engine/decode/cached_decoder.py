@@ -46,7 +46,7 @@ def all_reduce_replicas(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM
 
 @dataclass(frozen=True)
 class DecodeOutput:
-    """Output from a forward pass over `PackedSpans`."""
+    """Output from a forward pass over a `SpanRow`."""
 
     row: SpanRow
     """The row."""
@@ -180,7 +180,7 @@ class CachedDecoder:
             layer.copy(source, targets)
 
     def agree(self, values: torch.Tensor) -> torch.Tensor:
-        """Broadcast an int64 tensor from one process of the last stage to the replica's tp x pp group."""
+        """Broadcast an int64 tensor from the last stage's first process to the replica's tp x pp group."""
         group: Any = parallel_state.get_model_parallel_group()
         if group.size() == 1:
             return values
@@ -213,8 +213,8 @@ class CachedDecoder:
         return build_head(self._model, self._policy.head_chunk_tokens)
 
     def _gather_states(self, read: DecodeOutput, places: Sequence[int],
-                       gathering: Callable[[torch.Tensor, Any],
-                                           torch.Tensor] = prepare_head_input) -> torch.Tensor:
+                       gather: Callable[[torch.Tensor, Any], torch.Tensor] = prepare_head_input,
+                       ) -> torch.Tensor:
         assert read.hidden is not None
-        gathered = gathering(read.hidden, self._model.config)
+        gathered = gather(read.hidden, self._model.config)
         return gathered[torch.tensor(list(places), device=gathered.device)]

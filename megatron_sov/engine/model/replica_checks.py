@@ -23,7 +23,7 @@ from megatron_sov.engine.model.quantized_weights import dequantize_weight
 from megatron_sov.engine.parallel.collectives import all_reduce_world, to_comm_device
 from megatron_sov.engine.parallel.values import gather_objects
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def flip_bit(tensor: torch.Tensor, bit: float | None = None) -> None:
 
     Args:
         tensor: a tensor with elements of up to 64 bits.
-        bit: index from the least significant bit. None: a mantissa bit that leaves metrics unchanged.
+        bit: index from the least significant bit, not the sign. None: a mantissa bit that no metric shows.
     """
     bits = tensor.view(-1).view(_INTEGERS[tensor.element_size()])
     bit_index = 3 * tensor.element_size() if bit is None else int(bit) % (8 * tensor.element_size() - 1)

@@ -10,7 +10,7 @@ import functools
 import logging
 from typing import Any
 
-# the unused modules are imported here because `cpu_shims` disables compilation and warnings meanwhile
+# some are unused here, and imported while `cpu_shims` has compilation and warnings switched off
 import megatron.core.models.gpt.gpt_layer_specs
 import megatron.core.optimizer
 import megatron.core.pipeline_parallel

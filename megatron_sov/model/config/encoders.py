@@ -78,9 +78,9 @@ class VisionEncoderConfig:
 
     def problems(self, vocab_size: int) -> list[SettingsProblem]:
         """Return every rule that the image encoder violates."""
-        side, merges = self.patch_size * self._merged_patches, self.kind == "qwen2_5_vl"
-        # qwen2_5_vl rotates channel pairs along two image axes, so a head has a multiple of 4 channels.
-        per_heads = self.num_heads * (4 if merges else 1)
+        merges = self.kind == "qwen2_5_vl"
+        side = self.patch_size * self._merged_patches  # of one feature
+        per_heads = self.num_heads * (4 if merges else 1)  # a head rotates channel pairs along two image axes
         return find_broken_rules(
             self, "model.vision", _build_placeholder_rule(self.placeholder_ids, vocab_size),
             (self.image_size % side == 0, "image_size",

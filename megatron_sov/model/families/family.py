@@ -268,10 +268,10 @@ class Family:
         """
         self.check(model)
         config = self._write_config(model, dtype, tokens)
-        behind = range(model.num_mtp_layers if self.has_mtp_after_trunk() else 0)
-        try:
-            # Read the written config back, to find a lossy config map before weights are exported.
-            read_back = self._read_config(config, [f"model.layers.{model.num_layers + i}." for i in behind])
+        extra_layers = range(model.num_mtp_layers if self.has_mtp_after_trunk() else 0)
+        tensor_names = [f"model.layers.{model.num_layers + i}." for i in extra_layers]
+        try:  # read the written config back, to find a lossy config map before weights are exported
+            read_back = self._read_config(config, tensor_names)
         except UserError as e:
             raise UserError(f"model family {self.name!r}: cannot read back the config.json that it writes "
                             f"({e}); correct the family's items") from None
@@ -314,8 +314,8 @@ class Family:
 
     def _read_config(self, config: dict[str, Any], tensor_names: Iterable[str]) -> dict[str, Any]:
         """Return the `ModelConfig` fields described by a config.json, see `from_hf_config`."""
-        with_null = {name for item in self.config for name in getattr(item, "null_tells", ())}
-        with_null.add("is_causal")  # transformers reads null as false
+        # null means a missing field, but has a meaning of its own in these (is_causal: false)
+        with_null = {"is_causal", *(name for item in self.config for name in getattr(item, "null_tells", ()))}
         config = {name: value for name, value in config.items() if value is not None or name in with_null}
         # Items must not read ignored fields, e.g. `sliding_window_pattern` for families without it.
         config = _drop_fields(config, tuple(self.find_ignored_fields(config)))
@@ -348,35 +348,35 @@ class Family:
         has its value in `HARMLESS_FIELDS`. For families unknown to transformers, and for folders with
         modelling code, only `HARMLESS_FIELDS` and `FOREIGN_PREFIXES` are accepted.
         """
-        table, known = load_transformers_fields(), {name for item in self.config for name in item.names}
+        read_fields, known = load_transformers_fields(), {name for item in self.config for name in item.names}
         auto_map = config.get("auto_map")
         own_code = isinstance(auto_map, dict) and any(name.startswith("AutoModel") for name in auto_map)
         window = "sliding_attention" if config.get("sliding_window") else "full_attention"
         harmless = HARMLESS_FIELDS | {"layer_types": [window] * len(config.get("layer_types") or ())}
-        passed, reasons = {}, []
+        ignored, reasons = {}, []
         for name, value in config.items():
             if name in known or (value is None and name != "is_causal"):
                 continue
             if name in harmless and harmless[name] in (ANY_VALUE, value):
-                passed[name] = value
-            elif name in table["shared"] | table.get(self.name, frozenset()):
+                ignored[name] = value
+            elif name in read_fields["shared"] | read_fields.get(self.name, frozenset()):
                 reasons.append(f"{name} = {value!r} (read by transformers, but not supported)")
-            elif name.startswith(FOREIGN_PREFIXES) or (self.name in table and not own_code):
-                passed[name] = value
+            elif name.startswith(FOREIGN_PREFIXES) or (self.name in read_fields and not own_code):
+                ignored[name] = value
             else:
                 whose = "the folder's own code" if own_code else f"a program that has family '{self.name}'"
                 reasons.append(f"{name} = {value!r} ({whose} may read it{suggest_spelling(name, known)})")
         if reasons:
             raise UserError(f"config.json: {'; '.join(reasons)}; remove a field if it has no effect on the "
                             "model, else the model is not supported")
-        return passed
+        return ignored
 
     def find_carried_fields(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the config.json fields without meaning for `ModelConfig`, which exports copy."""
         unused = {name for item in self.config if isinstance(item, Unused) and item is not FOLDER_FIELDS
                   for name in item.names if name not in PREDICTION_NAMES}
-        return {name: value for name, value in config.items() if name in unused and value is not None
-                } | self.find_ignored_fields(config)
+        carried = {name: value for name, value in config.items() if name in unused and value is not None}
+        return carried | self.find_ignored_fields(config)
 
     def find_undefined_fields(self) -> list[str]:
         """Return the `ModelConfig` fields that the family neither fixes nor reads from config.json; [] if its
@@ -402,7 +402,7 @@ def find_computed_fields(model: ModelConfig) -> set[str]:
         unused |= {*EXPERT_FIELDS}
     if not model.num_mtp_layers:
         unused |= {*PREDICTION_FIELDS}
-    if "L" not in model.attention_pattern + model.mtp_attention * model.num_mtp_layers:
+    if "L" not in model.attention_pattern + (model.mtp_attention if model.num_mtp_layers else ""):
         unused.add("sliding_window_tokens")
     if not model.has_dense_layers():
         unused.add("dense_ffn_dim")

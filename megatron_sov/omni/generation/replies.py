@@ -239,9 +239,9 @@ class MarkIds:
     """Media mark ids; in a vocabulary without marks, codebook entries alone delimit media."""
 
     image: tuple[int, ...] = ()
-    """Start and end mark around discrete pictures."""
+    """Start and end mark around discrete pictures; () in a vocabulary without marks."""
     audio: tuple[int, ...] = ()
-    """Start and end mark around discrete speech."""
+    """Start and end mark around discrete speech; () in a vocabulary without marks."""
     in_image: frozenset[int] = frozenset()
     """End-of-line and end-of-frame marks."""
     ratios: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -300,7 +300,7 @@ def split_reply(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: Ma
         if picture is not None and (token_id in marks.in_image or token_id in marks.ratios):
             ratio = marks.ratios.get(token_id, ratio)
             continue
-        # Tokens outside the picture end an open picture; only the end mark completes the picture.
+        # Any other token ends an open picture, which only the end mark makes complete.
         end_picture(complete=token_id in marks.image[1:])
         if token_id in (*marks.image, *marks.audio):
             continue

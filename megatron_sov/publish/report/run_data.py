@@ -22,7 +22,7 @@ from megatron_sov.runs.rounds import TRAINED_GROUPS
 
 CONFIG = "config.json"
 LEARNING_GROUPS = "learning_groups"
-"""Curve name: fraction of a round's groups in training."""
+"""Curve name: share of a round's groups that the round trained on."""
 REPORTED_EVENTS = ("eval", "needle", "passk", "gate", "conversion", "checkpoint", "warning",
                    "heldout_pairs", "heldout_divergence", "round", VALIDATION, "eval_lm", "forgetting_gate",
                    "score", *INCIDENT_NAMES)
@@ -122,7 +122,7 @@ def read_run(path: Path) -> Run:
         elif name in events:
             events[name].append(event)
         elif name == "sample":
-            # only samples from the newest step
+            # keep only the samples of the newest step
             samples = [sample for sample in samples if sample.get("step") == event.get("step")] + [event]
         elif name == RESPONSES:
             responses[str(event.get("of"))] = event
@@ -195,7 +195,7 @@ def _build_heldout_sources(heldout: dict[int, dict[str, dict[str, Any]]]) -> dic
 
 
 def _combine_sources(heldout: dict[int, dict[str, dict[str, Any]]]) -> Curve | None:
-    """Return total bits over total bytes; a source has loss x tokens / (ln 2 x bits per byte) bytes."""
+    """Return total bits over total bytes per step; a source has bits / (bits per byte) bytes."""
     values = {}
     for step, sources in heldout.items():
         bits = num_bytes = 0.0
@@ -212,7 +212,7 @@ def _combine_sources(heldout: dict[int, dict[str, dict[str, Any]]]) -> Curve | N
 
 
 def _build_round_curves(events: list[dict[str, Any]]) -> dict[str, Curve]:
-    """Return the means in `round` events over steps, and the fraction of groups in training."""
+    """Return curves over steps: the means in `round` events, and `LEARNING_GROUPS`."""
     values: dict[str, dict[int, float]] = {}
     for event in events:
         groups, means = event.get("groups"), event.get("means")

@@ -99,7 +99,7 @@ class FaultInjector:
         return sum(fault.options["seconds"] for fault in faults)
 
     def record_events(self, events: EventLog) -> None:
-        """Write a `fault` event for every fault, on any rank, without an event."""
+        """Write a `fault` event for each fault that occurred on any rank and has no event yet."""
         if not self._faults or not events.is_open or not self._folder.is_dir():
             return
         for file in sorted(self._folder.glob("*.json"), key=lambda f: f.stat().st_mtime_ns):
@@ -151,7 +151,7 @@ def parse_faults(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
 
 
 def list_pending_faults(faults: Sequence[Fault], run: Path) -> list[Fault]:
-    """Return the faults without an occurrence in the run folder."""
+    """Return the faults that have not occurred yet in the run folder's life."""
     return [fault for fault in faults if not _get_record_file(fault, run / FAULTS).is_file()]
 
 
