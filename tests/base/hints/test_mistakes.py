@@ -13,6 +13,8 @@ from tests.base.hints.test_words import answer
 @pytest.mark.parametrize(("typed", "parts"), [
     ("megatron-sov sft --from hf/model.safetensors --data d --run r", ["pass its folder, hf"]),
     ("megatron-sov plan qwen3-8b --cluster h100 --days 2w", ["write 14"]),
+    ("megatron-sov convert to-hf base o --iteration 15", ["RUN/checkpoints/step-N"]),
+    ("megatron-sov tools run python sft --output o --max_turns 3", ["--limit max_turns=3"]),
     ("megatron-sov plan qwen3-8b --cluster h100 --budget 50k", ["write 50000"]),
     ("megatron-sov plan llama-3.1-70b --cluster h100", ["; its family has 'llama-3.1-8b' ("]),
     ("megatron-sov extend x --from hf --data d --run r --to 128k", ["data.phases.0.seq_len=131072"]),
