@@ -134,6 +134,8 @@ class CompiledValue:
             return self.raw
         try:
             value = self.function(**{name: fields[name] for name in self.field_names if name in fields})
+            if isinstance(value, Iterator):  # filters such as `map` are lazy
+                return list(value)
         except (UserError, NoReply):
             raise
         except Exception as e:  # expressions over model output may raise anything
@@ -141,7 +143,7 @@ class CompiledValue:
                             "of the generator's file") from None
         if isinstance(value, Undefined):
             raise UserError(f"{self.raw}: has no value; mend this value of the generator's file")
-        return list(value) if isinstance(value, Iterator) else value  # filters such as `map` are lazy
+        return value
 
 
 def _format_template_error(error: Exception) -> str | None:

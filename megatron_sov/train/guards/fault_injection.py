@@ -192,7 +192,7 @@ def _parse_fault(text: str) -> Fault:
             values[name] = math.nan
         must_be_integer = name in (*states, "rank", "bit")
         is_valid = 0 <= values[name] < math.inf and not (must_be_integer and values[name] % 1)
-        if not is_valid or not (must_be_integer or name in defaults):
+        if not is_valid or name not in (*states, "rank", *defaults):
             allowed = " or ".join(f"{option}=NUMBER" for option in (*states, "rank", *defaults))
             raise UserError(f"--inject {text}: {setting!r} must be {allowed}")
     named_states = [name for name in states if name in values]

@@ -213,7 +213,8 @@ def test_a_file_that_is_no_mapping_is_refused(text: str, tmp_path: Path) -> None
     ({"each": {"word": "{{ summary }}"}}, "must be a list"),
     ({"judge": "Good?", "material": {"a": "b"}, "least": "{{ summary }}"}, "TypeError|ValueError"),
     ({"set": {"a": "{{ without(summary, '(') }}"}}, "cannot be computed"),
-    ({"set": {"a": "{{ summary / 2 }}"}}, "cannot be computed")])
+    ({"set": {"a": "{{ summary / 2 }}"}}, "cannot be computed"),
+    ({"set": {"a": "{{ [summary] | map('abs') }}"}}, "cannot be computed")])
 def test_a_value_of_another_type_ends_the_run_in_a_sentence(step: dict[str, Any], said: str, tmp_path: Path
                                                             ) -> None:
     model = by_system(You_write="<summary>a</summary>", grade=5)

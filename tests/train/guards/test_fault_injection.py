@@ -27,7 +27,7 @@ def test_several_faults_stand_in_one_argument() -> None:
     ("kil@step=5", "unknown fault 'kil'; did you mean 'kill'?"),
     ("kill", "'' must be start=NUMBER or load=NUMBER or step=NUMBER or save=NUMBER or rank=NUMBER"),
     ("kill@rank=1", "must have exactly one of start=N, load=N, step=N, save=N"),
-    ("nan@step=x", "'step=x' must be"),
+    ("nan@step=x", "'step=x' must be"), ("kill@step=5,bit=3", "'bit=3' must be"),
     ("kill@step=1,load=2", "must have exactly one of"),
     ("nan@step=1,rank=2", "rank 2 does not exist; the run has 2"),
     ("nan@step=1,nan@step=1", "is passed twice"),
