@@ -115,8 +115,8 @@ def test_an_objective(site: Path, typed: Run) -> None:
     refused = typed("megatron-sov pretrain ./my_recipe.py:tiny --data tokens --run runs/unweighted "
                     "--set objective.name=my_weighted.py:Weighted")
     assert refused.returncode == 2 and (
-        "has no column 'weight' (it has none), and the objective reads it; sov-data pack --column weight "
-        "makes it") in refused.stderr
+        "has no column 'weight' (columns: none), which the objective reads; sov-data pack --column weight "
+        "writes it") in refused.stderr
     config = json.loads((site / "runs/focal/config.json").read_text())
     assert config["objective"] == {"name": "Focal", "text_coeff": 0.0, "loss_per": "token",
                                    "audio_weight": 1.0, "image_weight": 1.0, "options": {"gamma": 1.5}}

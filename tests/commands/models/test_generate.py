@@ -95,8 +95,9 @@ ROW = '{"content": [{"type": "text", "text": "Draw one."}], "answer": "one"}'
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> Path:
     monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(hf_models["solar_open"])
     Path("rows.jsonl").write_text(ROW)
     Path("bad.jsonl").write_text("{}")
     Path("a.png").write_bytes(b"no picture")
@@ -110,10 +111,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("generate run --image a.png --engine vllm", "cannot enforce whole media blocks"),
     ("generate run --image a.png --max-audio-tokens -1", "--max-audio-tokens -1"),
     ("generate run --image a.png", "run: does not exist"),
-    ("eval media . --data smell-text=rows.jsonl --media-root . --files f", "must have the form PAIR=FILE"),
-    ("eval media . --data text-image=bad.jsonl --media-root . --files f", "bad.jsonl:1: is not a valid row"),
-    ("eval media . --data text-image=rows.jsonl --media-root . --files f", "needs --image-judge"),
-    ("eval media . --data text-image=rows.jsonl --media-root . --files f --image-judge 'a b'",
+    ("eval media model --data smell-text=rows.jsonl --media-root . --files f", "must have the form PAIR=FILE"),
+    ("eval media model --data text-image=bad.jsonl --media-root . --files f", "bad.jsonl:1: is not a valid row"),
+    ("eval media model --data text-image=rows.jsonl --media-root . --files f", "needs --image-judge"),
+    ("eval media model --data text-image=rows.jsonl --media-root . --files f --image-judge 'a b'",
      "must have the form FILE.py:NAME"),
 ])
 def test_a_bad_command_line_is_one_sentence(here: Path, capsys: pytest.CaptureFixture[str], line: str,
@@ -121,4 +122,4 @@ def test_a_bad_command_line_is_one_sentence(here: Path, capsys: pytest.CaptureFi
     assert cli.main(shlex.split(line)) == 2
     told = capsys.readouterr().err
     assert said in told and "Traceback" not in told
-    assert sorted(p.name for p in here.iterdir()) == ["a.png", "bad.jsonl", "rows.jsonl"]
+    assert sorted(p.name for p in here.iterdir()) == ["a.png", "bad.jsonl", "model", "rows.jsonl"]

@@ -43,7 +43,7 @@ def test_a_scorer_is_trained_and_judged(folder: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(("argv", "said"), [
-    (train(labels="none.jsonl"), "none.jsonl: cannot be read"),
+    (train(labels="none.jsonl"), "none.jsonl: does not exist"),
     (train(labels="few.jsonl"), "has 20 labelled texts that differ; at least 50 are needed"),
     (train(labels="ones.jsonl"), "0 of 100 texts have label 0"),
     (train(labels="scale.jsonl"), "must be 0 or 1 (a scale from 0 to 5 is for --kind regressor)"),

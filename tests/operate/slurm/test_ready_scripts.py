@@ -20,7 +20,6 @@ from megatron_sov import cli, recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.settings import read_command_options
-from megatron_sov.bench.lm.settings import TaskSources
 from megatron_sov.bench.lm.task_files import check_task_names
 from megatron_sov.commands.operate.submit.chain import list_chains, read_chain
 from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
@@ -71,7 +70,7 @@ def test_what_submit_does_not_look_at_is_sound(name: str) -> None:
         if stage.stage == "rl-run":
             assert resolve_reward_version(options.reward, options.reward_set), stage
         elif stage.stage == "eval-lm":
-            check_task_names(options.tasks.split(","), TaskSources())
+            check_task_names(options.tasks.split(","), options.settings.sources)
 
 
 @pytest.mark.parametrize("name", BIG)

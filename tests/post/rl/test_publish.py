@@ -434,5 +434,5 @@ def test_publishing_rejects_foreign_stores(publisher: Publisher, write_round: An
     rounds = RoundDocuments(publisher.rounds, 368)
     with pytest.raises(UserError, match="round 1 with 2"):
         rounds.read(1, 32, 3)
-    with pytest.raises(UserError, match=r"row data.phases.0.seq_len = 10"):
+    with pytest.raises(UserError, match=r"more than data.phases.0.seq_len = 10"):
         rounds.read(1, 10, 2)

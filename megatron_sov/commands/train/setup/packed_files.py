@@ -46,8 +46,8 @@ LEARNED_BY = {"a preference": ("prefer", "is a pair of responses; `megatron-sov 
                                          "learns from text")}
 """Record type in `sov-data pack` messages -> the command that learns from it, and a message."""
 REFUSED_FILES = {
-    ".csv .tsv .xlsx": "is a table; save its rows as JSON lines, e.g. pandas.read_csv(FILE) or read_excel(FILE)"
-                       ".to_json(OUT, orient='records', lines=True)",
+    ".csv .tsv .xlsx": "is a table; save its rows as JSON lines, e.g. pandas.read_csv(FILE) or "
+                       "read_excel(FILE).to_json(OUT, orient='records', lines=True)",
     ".pdf .docx .html .epub .warc": "is a document; `sov-data run PIPELINE.yaml --output DIR` extracts its "
                                     "text",
     ".bin .idx": "is one file of token shards or of Megatron-LM; pass the folder of shards, or make one by "
