@@ -184,8 +184,8 @@ def _refuse_address(address: str, option: str) -> None:
         raise UserError(f"{option}{address}: is a page on the hub; download the model first",
                         fix)
     folder = f"{option}HF_DIR".split()
-    raise UserError(f"{option}{address}: is a server's address, and weights are needed; pass a checkpoint, a "
-                    "run or a Hugging Face folder (`chat` talks to servers, `rl run --teacher-url` asks them)",
+    raise UserError(f"{option}{address}: is a server's address, and weights are needed; pass a checkpoint, "
+                    "run or Hugging Face folder (`chat` talks to servers, `rl run --teacher-url` asks them)",
                     Fix(options=tuple(folder)) if option else Fix(words={address: folder[0]}))
 
 
