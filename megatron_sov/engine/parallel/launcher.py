@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import cloudpickle
@@ -131,7 +132,7 @@ def launch_ranks(main: Callable[[], Any], nproc: int | None, num_threads: int = 
     if has_launcher():
         if num_threads:
             torch.set_num_threads(num_threads)
-        return _run_rank(main)
+        return _run_rank(lambda: main)
     count = num_ranks(nproc)
     torch.set_num_threads(num_threads or _count_threads(count))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -157,7 +158,7 @@ def run_in_fork(work: Callable[[], Any]) -> int:
 
     Under torchrun or Slurm this process runs it itself.
     """
-    return _run_rank(work) if has_launcher() else _run_round(work, 1, new_processes=False).code
+    return _run_rank(lambda: work) if has_launcher() else _run_round(work, 1, new_processes=False).code
 
 
 def _count_threads(count: int) -> int:
@@ -191,14 +192,22 @@ def _run_round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _
         new_processes: start new processes instead of forks.
     """
     gc.freeze()  # otherwise garbage collection would touch, and copy, shared pages
+    launcher = os.getpid()
     door = socket.create_server((LOCALHOST, 0), backlog=count)
     port = door.getsockname()[1]
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
+    children: list[int] = []
     with write_plan_file(main,
                          torch.get_num_threads()) if new_processes else contextlib.nullcontext() as plan:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until `_wait` can pass them on
-        children = [_fork_rank(main, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, door, plan)
-                    for rank in range(count)]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for rank in range(count):
+            child = os.fork()
+            if child == 0:
+                own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                _run_and_exit(partial(_prepare_fork, main, launcher, door, own, plan))
+            children.append(child)
     # The launcher holds the store in memory: it survives every rank and does not depend on disk space. Its
     # thread starts after the last fork: a rank forked while the thread holds a lock of the C library would
     # wait forever.
@@ -209,25 +218,17 @@ def _run_round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _
     return outcome
 
 
-def _fork_rank(main: Callable[[], Any], environment: dict[str, str], door: socket.socket,
-               plan: int | None) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parent = os.getpid()
-    child = os.fork()
-    if child:
-        return child
-
-    def start_rank() -> Any:
-        die_with_parent(parent)
-        door.close()  # belongs to the launcher
-        os.environ.update(environment)
-        if plan is not None:  # the new process stays bound to its parent; signals wait until work begins
-            _become_new_process(plan)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        return main()
-
-    _run_and_exit(start_rank)
+def _prepare_fork(main: Callable[[], Any], launcher: int, door: socket.socket, environment: dict[str, str],
+                  plan: int | None) -> Callable[[], Any]:
+    """Turn a forked process into a rank, and return the rank's work. With a plan file, replace the process by
+    a new process instead, see `be_rank`."""
+    die_with_parent(launcher)
+    door.close()  # belongs to the launcher
+    os.environ.update(environment)
+    if plan is not None:  # the new process stays bound to its parent; signals wait until work begins
+        _become_new_process(plan)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    return main
 
 
 def _become_new_process(plan: int) -> NoReturn:
@@ -244,19 +245,19 @@ def be_rank(plan: int) -> NoReturn:
     Args:
         plan: descriptor of the plan file.
     """
-    def start_rank() -> Any:
+    def prepare() -> Callable[[], Any]:
         main = read_plan(plan)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        return main()
+        return main
 
-    _run_and_exit(start_rank)
+    _run_and_exit(prepare)
 
 
-def _run_and_exit(main: Callable[[], Any]) -> NoReturn:
-    """Run a rank and exit with the rank's `ExitCode`."""
+def _run_and_exit(prepare: Callable[[], Callable[[], Any]]) -> NoReturn:
+    """Run the rank whose work `prepare` returns, and exit with the rank's `ExitCode`."""
     code: int = ExitCode.CRASH
     try:
-        code = _run_rank(main)
+        code = _run_rank(prepare)
     except KeyboardInterrupt:  # before the rank handled signals
         code = ExitCode.INTERRUPTED
     except BaseException:
@@ -268,8 +269,10 @@ def _run_and_exit(main: Callable[[], Any]) -> NoReturn:
         os._exit(code)
 
 
-def _run_rank(main: Callable[[], Any]) -> int:
+def _run_rank(prepare: Callable[[], Callable[[], Any]]) -> int:
+    """Run the work that `prepare` returns, and return its exit code; the first failing rank prints why."""
     try:
+        main = prepare()
         return to_exit_code(main() or 0)
     except (UserError, SilentCorruption) as e:
         if _fails_first():

@@ -34,7 +34,7 @@ def config_of(**policy: Any) -> RunConfig:
 
 def opened(numbered: Any, *numbers: int) -> tuple[Source, RoundDocuments]:
     """Return a source of rounds of which some are open."""
-    source = build_rounds_source(Path("rounds"), 10**6, None, ["old"])
+    source = build_rounds_source(RoundDocuments(Path("rounds"), 10**6, ["old"]), None)
     documents = source.train_documents
     assert isinstance(documents, RoundDocuments)
     for number in numbers:
