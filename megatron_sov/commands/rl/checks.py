@@ -13,7 +13,7 @@ from megatron_sov.base.errors import IS_CHECKING, Fix, UserError, format_problem
 from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.base.settings import apply_changes, parse_nested
 from megatron_sov.chat.vocabulary import TOKENIZER_JSON
-from megatron_sov.commands.rl.rounds import (
+from megatron_sov.commands.rl.options import (
     CHECKPOINT_OPTION, VALIDATION_OPTION, PromptOptions, RlGenerateOptions, RlRunOptions, RlTrainOptions,
     RoundsOptions, SamplingOptions, ScoringTeacherOptions, TeacherOption)
 from megatron_sov.commands.train.setup.data_defaults import complete_stage

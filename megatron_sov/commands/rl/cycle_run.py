@@ -8,8 +8,8 @@ from functools import partial
 from megatron_sov.commands.rl.checks import (
     CycleRequest, EnvironmentRequest, check_sequence_length, count_max_tokens, drop_unused_prompts,
     resolve_environment)
+from megatron_sov.commands.rl.options import VALIDATION_OPTION
 from megatron_sov.commands.rl.rollout_source import build_rollout_source
-from megatron_sov.commands.rl.rounds import VALIDATION_OPTION
 from megatron_sov.commands.rl.train_run import add_rounds
 from megatron_sov.commands.train.setup.training import TrainingRequest
 from megatron_sov.commands.train.training_run import run_training

@@ -14,8 +14,8 @@ from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.commands.rl.checks import (
     RolloutsRequest, check_sequence_length, check_tokenizer, count_max_tokens, drop_unused_prompts)
+from megatron_sov.commands.rl.options import RlGenerateOptions
 from megatron_sov.commands.rl.rollout_source import build_rollout_source
-from megatron_sov.commands.rl.rounds import RlGenerateOptions
 from megatron_sov.engine.parallel.world import run_on_first
 from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, VLLM, Engine, choose_engine
 from megatron_sov.infer.engines.server_engine import ServerEngine

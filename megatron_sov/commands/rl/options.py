@@ -1,5 +1,5 @@
-"""The commands that generate, judge and train rounds: `megatron-sov rl run`, `rl train`, `rl generate` and
-`rl engines`."""
+"""Options of the commands that generate, judge and train rounds: `megatron-sov rl run`, `rl train`,
+`rl generate` and `rl engines`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from megatron_sov.judge.tools.registry import BUILT_IN
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import ENVIRONMENT
 
-CHECKPOINT_OPTION, URL_OPTION = "--teacher", "--teacher-url"
-VALIDATION_OPTION = "--validation"
+CHECKPOINT_OPTION, URL_OPTION, VALIDATION_OPTION = "--teacher", "--teacher-url", "--validation"
 RunEngine = Literal["megatron", "vllm"]
 
 
@@ -117,8 +116,7 @@ class RlTrainOptions(RoundsOptions):
             self.validation, "use `rl run`, or measure its checkpoints by `megatron-sov eval passk`")]
 
 
-TRAIN = DeclaredCommand(RlTrainOptions, "megatron_sov.commands.rl.checks:check_train",
-                        RUN_TRAINING)
+TRAIN = DeclaredCommand(RlTrainOptions, "megatron_sov.commands.rl.checks:check_train", RUN_TRAINING)
 
 
 @dataclass(frozen=True, kw_only=True)
