@@ -21,80 +21,10 @@ from megatron_sov.engine.model.logprobs import Head, build_head
 from megatron_sov.engine.parallel import collectives, context
 from megatron_sov.engine.router import replay_routes
 
-
-class HasInputs(Protocol):
-    """A micro-batch: model inputs, and more fields as the objective needs."""
-
-    @property
-    def inputs(self) -> ModelInputs:
-        """`ModelInputs` for the chunks."""
-        ...
-
-
 Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 """(last stage's hidden states, micro-batch) -> (scalar to differentiate, result)."""
-
-
-def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *,
-                 forward_only: bool) -> list[Any]:
-    """Run micro-batches through the pipeline stages by Megatron-Core's schedule
-    (`get_forward_backward_func`).
-
-    Args:
-        chunks: the model's chunks; for gradients, their data-parallel wrappers.
-        micro_batches: micro-batches of this data-parallel rank, equal on every pipeline stage.
-        loss: called on the last stage. Scalars are summed over micro-batches and data-parallel processes,
-            never averaged.
-        row_tokens: tokens per micro-batch.
-        forward_only: without gradients.
-
-    Returns:
-        The second value that `loss` returned for each micro-batch; empty before the last stage.
-    """
-
-    def forward(iterator: Iterator[tuple[HasInputs, int | None]], model: Any,
-                return_schedule_plan: bool = False) -> tuple[Any, Callable[[torch.Tensor], Any]]:
-        batch, first_route = next(iterator)
-        run = model.build_schedule_plan if return_schedule_plan else model
-        return run(batch.inputs, first_route), partial(_compute_loss, loss, batch)
-
-    interleaved = len(chunks) > 1
-    # an interleaved pipeline takes micro-batches in groups of its size: an evaluation fills up its last group
-    # and drops the surplus results
-    count = len(micro_batches)
-    surplus: int = (-count % parallel_state.get_pipeline_model_parallel_world_size()
-                    if interleaved and forward_only else 0)
-    fed = [*micro_batches, *[micro_batches[-1]] * surplus]
-    config = get_model_config(chunks[0])
-    with (contextlib.nullcontext() if forward_only else offloaded_activations(config),
-          replay_routes(config, [batch.inputs.routes for batch in fed]) as firsts):
-        routed = list(zip(fed, firsts, strict=True))
-        try:
-            results: list[Any] = get_forward_backward_func()(
-                forward_step_func=forward,
-                data_iterator=[iter(routed) for _ in chunks] if interleaved else iter(routed),
-                model=list(chunks) if interleaved else chunks[0], num_microbatches=len(fed),
-                seq_length=row_tokens, micro_batch_size=1, decoder_seq_length=row_tokens,
-                forward_only=forward_only)
-        finally:
-            # generation passes no mask to the routers, and must not use the last row's
-            config.routing_step.padding = None
-    return results[:count]
-
-
-def _compute_loss(loss: Loss, batch: HasInputs,
-                  hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    scalar, extra = loss(hidden, batch)
-    return scalar, torch.ones((), dtype=torch.int, device=scalar.device), extra
-
-
 Outputs = Callable[[list[torch.Tensor], Head, Any], Any]
 """(hidden states per depth, head, micro-batch) -> anything; called on the last pipeline stage."""
-
-
-def split_depths(hidden: torch.Tensor, num_predictions: int) -> list[torch.Tensor]:
-    """Split hidden states [depths * tokens, 1, hidden] into one tensor per depth."""
-    return list(hidden.chunk(1 + num_predictions, dim=0))
 
 
 class ForwardModel:
@@ -163,3 +93,70 @@ class DocumentBatch:
             cu_seqlens=torch.tensor([0, *spans]).cumsum(0).to(torch.int32).to(device),
             max_document_tokens=max(spans), padding=(torch.arange(len(flat)) >= sum(lengths)).to(device),
             host_bounds=[0, *accumulate(spans)])
+
+
+def run_pipeline(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *,
+                 forward_only: bool) -> list[Any]:
+    """Run micro-batches through the pipeline stages by Megatron-Core's schedule
+    (`get_forward_backward_func`).
+
+    Args:
+        chunks: the model's chunks; for gradients, their data-parallel wrappers.
+        micro_batches: micro-batches of this data-parallel rank, equal on every pipeline stage.
+        loss: called on the last stage. Scalars are summed over micro-batches and data-parallel processes,
+            never averaged.
+        row_tokens: tokens per micro-batch.
+        forward_only: without gradients.
+
+    Returns:
+        The second value that `loss` returned for each micro-batch; empty before the last stage.
+    """
+
+    def forward(iterator: Iterator[tuple[HasInputs, int | None]], model: Any,
+                return_schedule_plan: bool = False) -> tuple[Any, Callable[[torch.Tensor], Any]]:
+        batch, first_route = next(iterator)
+        run = model.build_schedule_plan if return_schedule_plan else model
+        return run(batch.inputs, first_route), partial(_compute_loss, loss, batch)
+
+    interleaved = len(chunks) > 1
+    # an interleaved pipeline takes micro-batches in groups of its size: an evaluation fills up its last group
+    # and drops the surplus results
+    count = len(micro_batches)
+    surplus: int = (-count % parallel_state.get_pipeline_model_parallel_world_size()
+                    if interleaved and forward_only else 0)
+    fed = [*micro_batches, *[micro_batches[-1]] * surplus]
+    config = get_model_config(chunks[0])
+    with (contextlib.nullcontext() if forward_only else offloaded_activations(config),
+          replay_routes(config, [batch.inputs.routes for batch in fed]) as firsts):
+        routed = list(zip(fed, firsts, strict=True))
+        try:
+            results: list[Any] = get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=[iter(routed) for _ in chunks] if interleaved else iter(routed),
+                model=list(chunks) if interleaved else chunks[0], num_microbatches=len(fed),
+                seq_length=row_tokens, micro_batch_size=1, decoder_seq_length=row_tokens,
+                forward_only=forward_only)
+        finally:
+            # generation passes no mask to the routers, and must not use the last row's
+            config.routing_step.padding = None
+    return results[:count]
+
+
+class HasInputs(Protocol):
+    """A micro-batch: model inputs, and more fields as the objective needs."""
+
+    @property
+    def inputs(self) -> ModelInputs:
+        """`ModelInputs` for the chunks."""
+        ...
+
+
+def _compute_loss(loss: Loss, batch: HasInputs,
+                  hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    scalar, extra = loss(hidden, batch)
+    return scalar, torch.ones((), dtype=torch.int, device=scalar.device), extra
+
+
+def split_depths(hidden: torch.Tensor, num_predictions: int) -> list[torch.Tensor]:
+    """Split hidden states [depths * tokens, 1, hidden] into one tensor per depth."""
+    return list(hidden.chunk(1 + num_predictions, dim=0))

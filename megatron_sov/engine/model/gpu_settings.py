@@ -26,6 +26,24 @@ from megatron_sov.model.config.gpu import fp8_format
 
 QUANTIZATION_FIELDS = ("fp8", "fp4", "moe_router_padding_for_quantization")
 """Fields by which Megatron-Core's forward passes decide whether to quantize."""
+OVERLAP_FIELDS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
+"""Fields set after the config's validation, which would refuse float32 and MTP layers with them."""
+DISPATCH_OVERLAP_FIELD = "overlap_dispatch_backward_with_experts_wgrad"
+"""Field for `parallel.expert_overlap` = weight_gradients."""
+TE_RECOMPUTE_MODULES = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
+"""Modules whose recomputation needs Transformer Engine -> modules to name without it."""
+MIN_CUDNN_HEAD_256 = 92500
+"""First cuDNN version that trains packed rows with head size 256 on Blackwell."""
+NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Both names of torch's allocator variable."""
+EXPANDABLE = "expandable_segments:True"
+"""Option in `ALLOCATOR` that conflicts with NCCL's registration."""
+MAX_FLA_KEY_DIM = 256
+"""Maximum key head size in flash-linear-attention's kernels."""
+Rule = tuple[bool, str, str, str]
+"""(whether the setting is valid, setting, fault otherwise, fix), for `find_broken_rules`: the setting, its
+value, the fault and the fix form the sentence of the error."""
 
 
 def fp8_settings(train: TrainConfig) -> dict[str, Any]:
@@ -121,19 +139,6 @@ FUSIONS = (
            lambda context: context.model.activation != "gelu_tanh"),
     Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda context: True),
 )
-OVERLAP_FIELDS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
-"""Fields set after the config's validation, which would refuse float32 and MTP layers with them."""
-DISPATCH_OVERLAP_FIELD = "overlap_dispatch_backward_with_experts_wgrad"
-"""Field for `parallel.expert_overlap` = weight_gradients."""
-TE_RECOMPUTE_MODULES = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
-"""Modules whose recomputation needs Transformer Engine -> modules to name without it."""
-MIN_CUDNN_HEAD_256 = 92500
-"""First cuDNN version that trains packed rows with head size 256 on Blackwell."""
-NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
-ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Both names of torch's allocator variable."""
-EXPANDABLE = "expandable_segments:True"
-"""Option in `ALLOCATOR` that conflicts with NCCL's registration."""
 
 
 def transformer_settings(gpu: GpuConfig, train: TrainConfig, context: KernelContext) -> dict[str, Any]:
@@ -222,10 +227,6 @@ def uses_document_attention(context: KernelContext, attention: str, deterministi
         _find_head_size_problem(model) or find_kernel_problem(model, context.parallel.tp, attention))
 
 
-MAX_FLA_KEY_DIM = 256
-"""Maximum key head size in flash-linear-attention's kernels."""
-
-
 def uses_delta_kernels(context: KernelContext, gpu: GpuConfig, deterministic: bool) -> bool:
     """Return whether `LinearAttention` layers train with flash-linear-attention's kernels; Triton autotunes
     the kernels in each process, so results are not deterministic."""
@@ -264,11 +265,6 @@ def _find_nondeterminism() -> str:
     if capability[0] >= BLACKWELL and (torch.backends.cudnn.version() or 0) < MIN_CUDNN_DETERMINISTIC:
         return f"on this GPU before cuDNN {MIN_CUDNN_DETERMINISTIC}"
     return ""
-
-
-Rule = tuple[bool, str, str, str]
-"""(whether the setting is valid, setting, fault otherwise, fix), for `find_broken_rules`: the setting, its
-value, the fault and the fix form the sentence of the error."""
 
 
 def check_gpu_settings(config: RunConfig, te: bool) -> None:
@@ -406,4 +402,3 @@ def _attention_rules(config: RunConfig, context: KernelContext) -> list[Rule]:
             rules.append((f"needs the variable {name} = {wanted} or none, and the environment has {value}",
                           "unset it"))
     return [(False, "attention", fault, fix) for fault, fix in rules]
-

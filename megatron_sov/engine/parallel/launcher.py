@@ -34,54 +34,6 @@ from megatron_sov.model.families import supported as models
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks
 from megatron_sov.work.processes.children import STOP_SIGNALS, die_with_parent
 
-# Plan files: the launcher pickles the work of new processes to an unnamed file, open only in the launcher and
-# the ranks, so no foreign process can have written the pickle.
-
-@contextlib.contextmanager
-def write_plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
-    """Yield the descriptor for a file from which new processes read work.
-
-    Args:
-        work: runs one rank. The pickle contains its references; modules by name, users' files by path and
-            hash.
-        num_threads: CPU threads per rank.
-    """
-    with tempfile.TemporaryFile() as file:
-        # first the part that makes the pickle importable
-        pickle.dump((num_threads, list_executed_files(), models.FAMILY_PLUGINS.named()), file)
-        _Pickler(file).dump(work)
-        file.flush()
-        yield file.fileno()
-
-
-class _Pickler(cloudpickle.Pickler):
-    """Pickler that refuses memory-mapped arrays, which every rank would copy into memory."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        base = obj
-        while isinstance(base, (np.ndarray, memoryview)):
-            base = base.base if isinstance(base, np.ndarray) else base.obj
-        if isinstance(base, mmap.mmap):
-            raise TypeError("an array is a map of a file: what holds it must say, in __reduce__, "
-                            "how it is opened again")
-        return super().reducer_override(obj)
-
-
-def read_plan(descriptor: int) -> Callable[[], Any]:
-    """Read the work from a plan file and prepare this process for it. Raises `UserError`: a user's file
-    raises an error or has changed."""
-    # all ranks share the file offset: use pread
-    file = io.BytesIO(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
-    os.close(descriptor)
-    num_threads, files, families = pickle.load(file)  # noqa: S301
-    torch.set_num_threads(num_threads)
-    execute_files(files)
-    for reference in families:
-        models.FAMILY_PLUGINS.load(reference)
-    work: Callable[[], Any] = pickle.load(file)  # noqa: S301
-    return work
-
-
 FINAL_CODES = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
 """Exit codes without restart: complete, user error, stopped with everything saved."""
 SAME_INTERRUPT_S = 0.5
@@ -90,20 +42,6 @@ _NEW_PROCESS = f"""import sys
 sys.path[:] = sys.argv[2:]
 from {__name__} import be_rank
 be_rank(int(sys.argv[1]))"""
-
-
-@dataclass(frozen=True)
-class RestartPolicy:
-    """Restart policy for local ranks after a fault, for `launch_ranks`."""
-
-    limit: int
-    """Maximum consecutive restarts without progress."""
-    progress: Callable[[], Any]
-    """Returns a value that changes when the run progresses."""
-    note: Callable[[int, str], None]
-    """Called before each restart with exit code and cause."""
-    give_up: Callable[[int, str], None]
-    """Called instead of `note` after too many restarts."""
 
 
 def launch_ranks(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
@@ -150,6 +88,20 @@ def launch_ranks(main: Callable[[], Any], nproc: int | None, num_threads: int = 
             restarts.give_up(outcome.code, outcome.cause)
             return outcome.code
         restarts.note(outcome.code, outcome.cause)
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """Restart policy for local ranks after a fault, for `launch_ranks`."""
+
+    limit: int
+    """Maximum consecutive restarts without progress."""
+    progress: Callable[[], Any]
+    """Returns a value that changes when the run progresses."""
+    note: Callable[[int, str], None]
+    """Called before each restart with exit code and cause."""
+    give_up: Callable[[int, str], None]
+    """Called instead of `note` after too many restarts."""
 
 
 def run_in_fork(work: Callable[[], Any]) -> int:
@@ -362,3 +314,51 @@ def _send_signal(children: list[int], number: int) -> None:
             os.kill(child, number)
         except ProcessLookupError:
             continue
+
+
+@contextlib.contextmanager
+def write_plan_file(work: Callable[[], Any], num_threads: int) -> Iterator[int]:
+    """Yield the descriptor for a file from which new processes read work.
+
+    The file has no name and is open only in the launcher and the ranks, so no foreign process can have
+    written the pickle.
+
+    Args:
+        work: runs one rank. The pickle contains its references; modules by name, users' files by path and
+            hash.
+        num_threads: CPU threads per rank.
+    """
+    with tempfile.TemporaryFile() as file:
+        # first the part that makes the pickle importable
+        pickle.dump((num_threads, list_executed_files(), models.FAMILY_PLUGINS.named()), file)
+        _Pickler(file).dump(work)
+        file.flush()
+        yield file.fileno()
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Pickler that refuses memory-mapped arrays, which every rank would copy into memory."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        base = obj
+        while isinstance(base, (np.ndarray, memoryview)):
+            base = base.base if isinstance(base, np.ndarray) else base.obj
+        if isinstance(base, mmap.mmap):
+            raise TypeError("an array is a map of a file: what holds it must say, in __reduce__, "
+                            "how it is opened again")
+        return super().reducer_override(obj)
+
+
+def read_plan(descriptor: int) -> Callable[[], Any]:
+    """Read the work from a plan file and prepare this process for it. Raises `UserError`: a user's file
+    raises an error or has changed."""
+    # all ranks share the file offset: use pread
+    file = io.BytesIO(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+    os.close(descriptor)
+    num_threads, files, families = pickle.load(file)  # noqa: S301
+    torch.set_num_threads(num_threads)
+    execute_files(files)
+    for reference in families:
+        models.FAMILY_PLUGINS.load(reference)
+    work: Callable[[], Any] = pickle.load(file)  # noqa: S301
+    return work

@@ -22,6 +22,25 @@ from megatron_sov.infer.decoder.generator import DecodingBatch
 from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRule
 
 
+def generate_live(model: ForwardModel, batching: Batching, longest: int,
+                  source: RequestSource | None) -> None:
+    """Generate until the source ends the generation (collective).
+
+    Args:
+        model: model that generates.
+        batching: memory limits.
+        longest: tokens of the longest sequence, prompt and continuation.
+        source: queue of requests; None on all processes except the first.
+    """
+    room = batching.slots(batching.batch_size, longest, model.model.architecture.count_state_tokens())
+    cache = CacheSize(room, longest)
+    with CachedDecoder(model, cache) as decoder:
+        live = _Live(DecodingBatch(decoder, cache, batching.prefill_tokens), cache.slots)
+        while live.apply_changes(source):
+            if (events := live.decode_row()) and source is not None:
+                source.report_tokens(events)
+
+
 @dataclass(frozen=True)
 class NewSequence:
     """A sequence that joins the batch."""
@@ -94,25 +113,6 @@ class _LiveSequence:
     """Stop tokens."""
     continuation: Continuation | None
     """State of the sequence; None on the other processes."""
-
-
-def generate_live(model: ForwardModel, batching: Batching, longest: int,
-                  source: RequestSource | None) -> None:
-    """Generate until the source ends the generation (collective).
-
-    Args:
-        model: model that generates.
-        batching: memory limits.
-        longest: tokens of the longest sequence, prompt and continuation.
-        source: queue of requests; None on all processes except the first.
-    """
-    room = batching.slots(batching.batch_size, longest, model.model.architecture.count_state_tokens())
-    cache = CacheSize(room, longest)
-    with CachedDecoder(model, cache) as decoder:
-        live = _Live(DecodingBatch(decoder, cache, batching.prefill_tokens), cache.slots)
-        while live.apply_changes(source):
-            if (events := live.decode_row()) and source is not None:
-                source.report_tokens(events)
 
 
 class _Live:
