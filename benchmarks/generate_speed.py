@@ -60,7 +60,8 @@ def main() -> None:
     from megatron_sov.infer.request import Sampling
     from megatron_sov.model.config import apply_settings
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.data.token_shards import Source, TokenShard
+    from megatron_sov.train.data.sources import Source
+    from megatron_sov.train.data.token_shards import TokenShard
     from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer

@@ -77,7 +77,7 @@ class Way:
 
 def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     """Return our way, its model and its optimizer."""
-    from megatron_sov.checkpoint import load
+    from megatron_sov.checkpoint import initial_weights, load
     from megatron_sov.engine.decode import forward_only
     from megatron_sov.engine.decode.forward_only import DocumentBatch
     from megatron_sov.engine.model.expert_load import ExpertLoad
@@ -87,7 +87,7 @@ def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     from megatron_sov.engine.parallel.device import get_local_device
 
     model = build_model(config.model, config.parallel, config.train, config.gpu, config.lora)
-    load.initialize_weights(model, config.model, 1)
+    initial_weights.initialize_weights(model, config.model, 1)
     load.load_model(base, model)
     optimizer = Optimizer(model, config.optim)
     model.config.finalize_model_grads_func = ExpertLoad(model).finalize_gradients
@@ -151,7 +151,7 @@ def measure(turns: int) -> None:
     import transformers
 
     from megatron_sov import convert
-    from megatron_sov.checkpoint import load
+    from megatron_sov.checkpoint import initial_weights, save
     from megatron_sov.convert.peft import to_peft
     from megatron_sov.engine.model.language_model import build_model
 
@@ -161,14 +161,14 @@ def measure(turns: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = build_model(full.model, full.parallel, full.train)
-        load.initialize_weights(model, full.model, 1)
-        load.save_checkpoint(folder / "base", model, None, {"step": 0, "tokens": 0}, full.to_dict(), None)
+        initial_weights.initialize_weights(model, full.model, 1)
+        save.save_checkpoint(folder / "base", model, None, {"step": 0, "tokens": 0}, full.to_dict(), None)
         convert.to_hf(folder / "base", folder / "hf")
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(full.model.vocab_size, (TOKENS + 1,), generator=generator)
         lora, lora_model, lora_optimizer = ours(folder / "base", adapted, tokens)
         whole, whole_model, whole_optimizer = ours(folder / "base", full, tokens)
-        load.save_checkpoint(folder / "begin", lora_model, None, {"step": 0, "tokens": 0},
+        save.save_checkpoint(folder / "begin", lora_model, None, {"step": 0, "tokens": 0},
                              adapted.to_dict(), None)
         to_peft(folder / "begin", folder / "peft")
 
@@ -182,7 +182,7 @@ def measure(turns: int) -> None:
         sizes = {}
         for kind, its_model, optimizer, config in (("LoRA", lora_model, lora_optimizer, adapted),
                                                    ("full", whole_model, whole_optimizer, full)):
-            load.save_checkpoint(folder / kind, its_model, optimizer, {"step": 1, "tokens": 1},
+            save.save_checkpoint(folder / kind, its_model, optimizer, {"step": 1, "tokens": 1},
                                  config.to_dict(), None)
             sizes[kind] = folder_bytes(folder / kind)
         print(f"\ncheckpoint with the optimizer's state: LoRA {sizes['LoRA'] / MIB:.2f} MiB, full "

@@ -25,7 +25,7 @@ from megatron_sov.runs.folder import ROUNDS, fixed_settings
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.runs.rounds import RunPolicies, build_start_policy
 from megatron_sov.train.data.rounds import BEHAVIOUR, RoundDocuments, build_rounds_source
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.objectives.objective import get_columns
 from megatron_sov.train.stages.stage import Stage
 

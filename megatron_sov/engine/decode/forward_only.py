@@ -19,7 +19,7 @@ from megatron_sov.engine.model.gpu_settings import disable_quantization
 from megatron_sov.engine.model.language_model import LanguageModel, prepare_head_input
 from megatron_sov.engine.model.logprobs import Head, build_head
 from megatron_sov.engine.parallel import collectives, context
-from megatron_sov.engine.router import replay_routes
+from megatron_sov.engine.route_replay import replay_routes
 
 Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 """(last stage's hidden states, micro-batch) -> (scalar to differentiate, result)."""

@@ -105,7 +105,7 @@ class LinearAdapter(torch.nn.Module):
     def __init__(self, modules: Sequence[AdaptedModule], lora: LoraConfig, config: Any,
                  expert: int | None = None,
                  rows: int | None = None) -> None:
-        """Create the factors; `load.initialize_weights` sets their values.
+        """Create the factors; `initial_weights.initialize_weights` sets their values.
 
         Args:
             modules: the adapted modules inside the layer.
@@ -268,7 +268,7 @@ class EmbeddingAdapter(torch.nn.Module):
     """The token embedding's adapter (`LoraConfig`)."""
 
     def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, rows: int) -> None:
-        """Create the factors; `load.initialize_weights` sets their values.
+        """Create the factors; `initial_weights.initialize_weights` sets their values.
 
         Args:
             of: the adapted embedding module.

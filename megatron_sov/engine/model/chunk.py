@@ -111,8 +111,8 @@ class Chunk(LanguageModule):
 
         Args:
             inputs: the whole row.
-            first_route: row of its first token in the route table (`router.replay_routes`). None: routers
-                choose the experts.
+            first_route: row of its first token in the route table (`route_replay.replay_routes`). None:
+                routers choose the experts.
         """
         row = self.prepare_layer_inputs(inputs, first_route)
         hidden = self.decoder(

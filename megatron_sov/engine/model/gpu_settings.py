@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import SettingsError, find_broken_rules
-from megatron_sov.engine import router
+from megatron_sov.engine import fused_routing
 from megatron_sov.engine.model.attention_kernels import (
     TE_ATTENTION_VARIABLES, find_kernel_problem, get_head_sizes)
 from megatron_sov.engine.parallel.device import (
@@ -133,7 +133,7 @@ FUSIONS = (
     Fusion("rope_fusion", "apply_rope_fusion",
            lambda context: context.parallel.cp == 1 and context.model.latent_attention is None),
     Fusion("router_fusion", "moe_router_fusion", lambda context: context.model.num_moe_layers() > 0,
-           lambda model: not router.find_fusion_problem(model)),
+           lambda model: not fused_routing.find_fusion_problem(model)),
     Fusion("permute_fusion", "moe_permute_fusion", lambda context: context.model.num_moe_layers() > 0),
     Fusion("swiglu_fusion", "bias_activation_fusion",
            lambda context: context.model.activation != "gelu_tanh"),
@@ -293,7 +293,7 @@ def _fusion_rules(gpu: GpuConfig, context: KernelContext) -> list[Rule]:
         fault = "has no effect in this model and layout" if context.te else NEEDS_TE
         rules.append((not is_unusable, fusion.setting, fault, "leave it out"))
     fuses_router = gpu.router_fusion == "on" and context.te and context.model.num_moe_layers() > 0
-    router_problem = router.find_fusion_problem(context.model) if fuses_router else ""
+    router_problem = fused_routing.find_fusion_problem(context.model) if fuses_router else ""
     return [*rules, (not router_problem, "router_fusion", router_problem, ""),
             _require_te("shared_expert_overlap", context.te, gpu.shared_expert_overlap != "off")]
 

@@ -38,7 +38,7 @@ from megatron_sov.runs.obs.meters import Meter
 from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.requirements import NeededColumn
 from megatron_sov.train.data.rows import RowOrigin, build_heldout_samples, build_row, join_rows
-from megatron_sov.train.data.token_shards import TEXTS, Source
+from megatron_sov.train.data.sources import TEXTS, Source
 from megatron_sov.train.guards.gate import GateView
 from megatron_sov.train.objectives.data_batches import ObjectiveContext
 from megatron_sov.train.objectives.data_objective import DataObjective

@@ -27,7 +27,7 @@ from megatron_sov.post.extend.stages import (
     Decontamination, PlannedStage, check_contamination, search_contamination)
 from megatron_sov.runs.checkpoints import find_checkpoint, find_tokenizer_folder, latest_checkpoint
 from megatron_sov.runs.launch_environment import get_command_start, is_first_rank
-from megatron_sov.train.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import TEXTS, Source, open_sources, tokenizer_folder
 from megatron_sov.train.data.views import PIECES_MARK
 from megatron_sov.train.guards.fault_injection import Fault
 from megatron_sov.train.guards.gate import EndGate, GateView

@@ -15,7 +15,8 @@ import numpy as np
 from megatron_sov.base.errors import UserError, suggest_name
 from megatron_sov.model.config import PhaseConfig, RunConfig, data
 from megatron_sov.train.data.rounds import ROUNDS_SOURCE, RoundDocuments, find_round_documents
-from megatron_sov.train.data.token_shards import ChainedLengths, Lengths, Source
+from megatron_sov.train.data.sources import Source
+from megatron_sov.train.data.token_shards import ChainedLengths, Lengths
 
 
 class Ledger:

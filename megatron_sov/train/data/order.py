@@ -14,9 +14,10 @@ from typing import Any
 from megatron_sov.model.config import RunConfig
 from megatron_sov.train.data.ledger import Ledger, LedgerEntry, plan_ledger
 from megatron_sov.train.data.rounds import ROUNDS_SOURCE, RoundDocuments, find_round_documents
+from megatron_sov.train.data.sources import Source
 from megatron_sov.train.data.streams import (
     Cursor, DocumentStream, Packing, Row, pack_units, pack_units_nearby)
-from megatron_sov.train.data.token_shards import Documents, Source
+from megatron_sov.train.data.token_shards import Documents
 
 
 class SampleOrder:

@@ -18,8 +18,9 @@ from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.shard_files import RouteShape
 from megatron_sov.base.errors import UserError
+from megatron_sov.train.data.sources import Source, open_sources
 from megatron_sov.train.data.streams import PackedSegment
-from megatron_sov.train.data.token_shards import Documents, DocumentView, Source, open_sources
+from megatron_sov.train.data.token_shards import Documents, DocumentView
 
 ROUNDS_SOURCE = "rollouts"
 """Source name."""

@@ -24,7 +24,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.evaluate import EvalTask, LmEvalConfig
 from megatron_sov.runs.folder import EVALUATIONS, EXPORTS
 from megatron_sov.runs.obs.events import EVAL_LM_EVENT, build_score_events
-from megatron_sov.train.data.token_shards import TEXTS, Source
+from megatron_sov.train.data.sources import TEXTS, Source
 from megatron_sov.work.processes.background import BackgroundProcess
 
 POLL_INTERVAL_S = 1.0

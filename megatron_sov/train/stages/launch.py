@@ -21,7 +21,7 @@ from megatron_sov.runs.launch_environment import get_command_start, has_launcher
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.train.data.ledger import check_pairs_fit, check_units_fit, count_over_long, plan_ledger
 from megatron_sov.train.data.requirements import check_columns, check_routes_and_encoders
-from megatron_sov.train.data.token_shards import open_sources, tokenizer_folder
+from megatron_sov.train.data.sources import open_sources, tokenizer_folder
 from megatron_sov.train.data.views import add_source_views
 from megatron_sov.train.guards.fault_injection import list_pending_faults
 from megatron_sov.train.guards.gate import EndGate

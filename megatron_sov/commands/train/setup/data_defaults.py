@@ -15,8 +15,8 @@ from megatron_sov.model.recipes.stage_defaults import COMMANDS, Stage, find_rate
 from megatron_sov.plan.footprint.memory import build_account
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.data.ledger import count_unit_tokens
+from megatron_sov.train.data.sources import Source, open_sources
 from megatron_sov.train.data.streams import Cursor, DocumentStream
-from megatron_sov.train.data.token_shards import Source, open_sources
 
 LEAST_SEQ_LEN, MOST_SEQ_LEN, TEXT_SEQ_LEN = 256, 8192, 2048
 """Limits for the default sample length in tokens, and the default length for text."""

@@ -18,7 +18,7 @@ from megatron_sov.model.recipes.stage_defaults import MAX_DEFAULT_EPOCHS, Stage,
 from megatron_sov.plan.footprint.gpu_capacity import refuse_on_this_machine
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import has_launcher, num_ranks
-from megatron_sov.train.data.token_shards import Source
+from megatron_sov.train.data.sources import Source
 from megatron_sov.work.clusters.chips import find_device_chip
 from megatron_sov.work.clusters.units import SECONDS_PER_HOUR
 

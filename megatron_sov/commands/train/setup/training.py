@@ -32,7 +32,7 @@ from megatron_sov.plan.footprint.gpu_capacity import estimate_memory
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
 from megatron_sov.runs.folder import CONFIG, RunFolder, read_command, read_started_settings
 from megatron_sov.runs.launch_environment import num_ranks, refuse_lone_world_size, typed_command
-from megatron_sov.train.data.token_shards import Source, open_sources
+from megatron_sov.train.data.sources import Source, open_sources
 from megatron_sov.train.data.views import apply_data_phases
 from megatron_sov.train.guards.fault_injection import Fault, parse_faults
 
