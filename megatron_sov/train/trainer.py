@@ -18,6 +18,7 @@ import torch._dynamo  # torch would import it with the first optimizer: here, fo
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_duration
+from megatron_sov.checkpoint import initial_weights
 from megatron_sov.checkpoint.save import SavedCheckpoint
 from megatron_sov.engine.decode.forward_only import ForwardModel
 from megatron_sov.engine.model import replica_checks
