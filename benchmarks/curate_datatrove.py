@@ -1,4 +1,4 @@
-"""One corpus through `sov-data run` and through the same pipeline built from datatrove's own steps.
+"""The same corpus through `sov-data run` and through a pipeline of datatrove's own steps.
 
     python benchmarks/curate_datatrove.py --folder FOLDER --peer PYTHON [--size-mb 60] [--documents 100000]
 

@@ -1,5 +1,5 @@
-"""How fast `sov-data pack` is beside Megatron-LM's way and datatrove, on the same text,
-with the same bytes as a result.
+"""Speed of `sov-data pack`, compared with Megatron-LM's preprocessing and datatrove on the same text, with
+identical bytes.
 
     python benchmarks/data_pack.py [--megabytes 40] [--input PATH ...] [--datatrove-python PYTHON]
 

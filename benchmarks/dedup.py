@@ -1,4 +1,5 @@
-"""Near duplicates: precision and recall beside other tools, memory and time at ten times the shards, speed.
+"""Near-duplicate removal: precision and recall compared with other tools; memory, time and speed at ten times
+the shards.
 
     python benchmarks/dedup.py [--shards 4] [--documents 1000] [--others FOLDER]
 

@@ -1,4 +1,4 @@
-"""Kill a command again and again, at any moment, and compare its end with that of a run that was left alone.
+"""Kill a command again and again at random moments, and compare its result with that of an undisturbed run.
 
     python benchmarks/kills.py TARGET [TARGET ...] [--kills 20] [--seed 0]
 

@@ -1,4 +1,4 @@
-"""Recommended layouts against one process, and faults on purpose in what is sent.
+"""Compare recommended layouts with one process, and check that planted communication faults are found.
 
 Usage: python benchmarks/layout_proofs.py layouts [RECIPE GPU RANKS ...]
        python benchmarks/layout_proofs.py recommended

@@ -1,5 +1,5 @@
-"""One optimizer step on a single sequence of 131,072 tokens: its peak memory against the account
-of `plan/footprint/memory.py`.
+"""Peak memory of an optimizer step on one sequence of 131,072 tokens, compared with
+`plan/footprint/memory.py`.
 
 Usage: python benchmarks/long_sequence.py [--lengths 32768 131072] > benchmarks/results/long_sequence.txt
 

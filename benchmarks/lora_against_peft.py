@@ -1,4 +1,4 @@
-"""Adapters beside PEFT's, and beside full training: time of a step, memory, bytes of a checkpoint.
+"""LoRA adapters compared with PEFT and full training: step time, memory, and bytes of a checkpoint.
 
 Usage: python benchmarks/lora_against_peft.py [--turns 7] > benchmarks/results/lora_against_peft.txt
 

@@ -1,4 +1,4 @@
-"""Are the pool's verdicts those of math-verify, how fast is it, and which answers fool `math` and `stem`?
+"""Math rewards against math-verify: equal verdicts, speed, and answers that fool `math` and `stem`.
 
 Usage: PYTHONPATH=TRL python benchmarks/math_verdicts.py > benchmarks/results/math_verdicts.txt
 TRL is a folder with an unpacked wheel of TRL, whose `accuracy_reward` judges the third part too.

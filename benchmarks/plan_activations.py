@@ -1,4 +1,4 @@
-"""Activations that `plan` says, against what autograd saves in a whole step of the ordinary loop.
+"""Activation bytes that `plan` predicts, compared with the tensors that autograd saves in a complete step.
 
 Usage: python benchmarks/plan_activations.py > benchmarks/results/plan_activations.txt
 

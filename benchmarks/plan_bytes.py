@@ -1,5 +1,5 @@
-"""Bytes of weights, gradients and optimizer that `plan` says, against those of what training builds: random
-valid layouts of all recipes, as one rank of the whole world, on meta tensors.
+"""Bytes of weights, gradients and optimizer states that `plan` predicts, compared with those that training
+allocates: random valid layouts of all recipes, one rank of the whole world, on meta tensors.
 
 Usage: python benchmarks/plan_bytes.py [--number 240] [--seed 1] > benchmarks/results/plan_bytes.txt
 

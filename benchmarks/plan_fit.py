@@ -1,4 +1,4 @@
-"""Fitting the parameters of the model of speed to measured runs: few numbers, each near what is physical.
+"""Fit the parameters of the speed model to measured runs, with few parameters near their physical values.
 
 Least squares of the logarithm of predicted over measured throughput, with a soft loss (a row that lies far
 off counts little) and a prior for each number: how far it may go from where vendors and papers have it.

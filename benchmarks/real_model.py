@@ -1,4 +1,4 @@
-"""A pretrained model from the Hub through every command, each figure beside that of an independent program.
+"""A pretrained model from the Hub through every command, each figure next to that of an independent program.
 
 Usage: python benchmarks/real_model.py --work DIR [--only STEP ...] > benchmarks/results/real_model.txt
 

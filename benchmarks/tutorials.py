@@ -1,4 +1,4 @@
-"""Types what the tutorials do on a laptop, command by command, and prints how long each took.
+"""Run the laptop commands of the tutorials one by one, and print the time of each.
 
     python benchmarks/tutorials.py [--folder DIR] [--steps 2] [--pages national_lab company ...]
 

@@ -1,4 +1,4 @@
-"""Ways to break what a command is given: arguments, files, folders and weights."""
+"""Broken command inputs for `test_mutations.py`: arguments, files, folders and weights."""
 
 import json
 import os

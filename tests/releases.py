@@ -1,4 +1,4 @@
-"""Wheels of other projects whose sources tests read, and newer releases of megatron-core than the lock's.
+"""Download sources of other projects that tests read, and look up newer releases of megatron-core.
 
 Usage: python tests/releases.py    (as `make test`): says so where the lock is old, without asking an index
 """

@@ -1,5 +1,4 @@
-"""The interface from Python: the page and the package agree, nothing heavy is imported,
-the page's example runs."""
+"""The Python interface: the page matches the package, imports stay light, and the page's example runs."""
 
 import json
 import os

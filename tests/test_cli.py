@@ -1,4 +1,4 @@
-"""The door: quick help without torch, exit codes, and every command's own help."""
+"""The program's entry: fast help without torch, exit codes, and the help of every command."""
 
 import argparse
 import ast

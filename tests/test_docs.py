@@ -1,4 +1,4 @@
-"""The pages tell the truth: commands parse, links lead somewhere, the list of settings is fresh."""
+"""Pages: their commands parse, their links resolve, and generated pages are up to date."""
 
 import ast
 import dataclasses

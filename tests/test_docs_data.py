@@ -1,4 +1,4 @@
-"""The pages about tokenizers and data: every command, snippet and setting on them works, in order."""
+"""Pages about tokenizers and data: every command, snippet and setting works, in order."""
 
 import dataclasses
 import inspect

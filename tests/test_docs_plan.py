@@ -1,4 +1,4 @@
-"""The page about plans: every command on it does what it says, and every key of the JSON stands on it."""
+"""docs/plan.md: its commands print what it says, and it explains every JSON key."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The pages about synthesis and difficulty: their commands run in order, against local endpoints."""
+"""Pages about synthesis and difficulty: their commands run in order, against local endpoints."""
 
 import json
 import re

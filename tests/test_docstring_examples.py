@@ -1,4 +1,4 @@
-"""The examples in docstrings run as they are printed there: what a class is for is shown by using it."""
+"""Examples in docstrings run and print what they show."""
 
 import doctest
 import importlib

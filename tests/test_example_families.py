@@ -1,5 +1,5 @@
-"""examples/families/: each file loads as its header says, its model is the released one, and bits and logits
-are those of transformers."""
+"""examples/families/: each file loads as its header says, counts the parameters of the released model, and
+agrees with transformers in bits and logits."""
 
 import json
 import re

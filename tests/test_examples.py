@@ -1,4 +1,4 @@
-"""examples/: each script as its header says to run it, on tiny data; the notebook cell by cell."""
+"""examples/: each script runs as its header says, on tiny data, and the notebook runs cell by cell."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Tests in forks of one process: two at a time, each with what it printed, and one that ends its process
-fails alone."""
+"""The fork runner of `forks.py`: two files at a time, separate output, and a crashed process fails only its
+own test."""
 
 import os
 import re

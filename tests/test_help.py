@@ -1,5 +1,5 @@
-"""What a newcomer types first: help of every command in this process, its examples, words of other programs,
-settings by their last name, and terminals without UTF-8."""
+"""Help for newcomers: every command's help and examples, words of other programs, settings by their last
+name, and terminals without UTF-8."""
 
 import contextlib
 import importlib

@@ -1,5 +1,5 @@
-"""Whatever stands on a command line or in the files it names, a command ends with a sentence and one of the
-exit codes that scripts know: no traceback, no endless work, nothing half-made.
+"""Broken command lines and input files: every command ends with one message and a documented exit code,
+without traceback, endless work or partial output.
 
 Each case takes a sound command, breaks one argument or one file of its inputs (whose manifest is often
 hashed again, as an attacker would), and runs it.  SOV_MUTATIONS=N tries N cases of each command.

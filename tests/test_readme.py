@@ -1,6 +1,5 @@
-"""Types the commands of "From raw text to a chat" in the README, line by line, in an empty folder that has
-the `.venv` of `make demo`.  The corpus is a few small documents, and two steps of few samples are trained.
-"""
+"""The commands of "From raw text to a chat" in the README, line by line, in an empty folder with the
+`.venv` of `make demo`, on a small corpus and with two steps per stage."""
 
 import inspect
 import json

@@ -1,5 +1,4 @@
-"""Learning rates, batch sizes and tokens of steps against closed forms,
-torch's own schedulers and plain counting."""
+"""Learning rates, batch sizes and tokens of steps against closed forms, torch's schedulers, and counting."""
 
 import math
 from dataclasses import replace

@@ -1,5 +1,4 @@
-"""The site of the documents: its navigation, what it carries along, its reference, and that nothing in it is
-loaded from elsewhere."""
+"""The documentation site: navigation, copied files, API reference, and no resources from elsewhere."""
 
 import ast
 import importlib.util

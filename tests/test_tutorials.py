@@ -1,5 +1,5 @@
-"""The tutorials: the first commands under "On a laptop" are typed in order, up to those that take long; what
-stands under the other headings is submitted as a dry run, or priced.
+"""Tutorials: the commands under "On a laptop" run in order up to the slow ones; commands under other headings
+run as dry runs or plans.
 
 What the pages have alike is typed once.  What is gathered is a few small documents; the rest is what stands
 there.  `benchmarks/tutorials.py` types everything.

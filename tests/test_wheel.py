@@ -1,4 +1,4 @@
-"""The wheel: it holds every file of our packages, and its commands work elsewhere, away from the sources."""
+"""The wheel contains every file of our packages, and its commands work without the sources."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
-"""Python that starts in no time, for jobs of the virtual cluster and for commands that start others: the
-other side of warm_client.py.
+"""A Python server that forks in milliseconds, for jobs of the virtual cluster and for commands that start
+others; its client is warm_client.py.
 
 To start Python with torch and megatron costs each rank and each look at a node seconds of a core.  Here the
 worker of the tests, which has imported all, forks a process that waits at a socket; whatever a job asks

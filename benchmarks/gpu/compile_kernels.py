@@ -1,5 +1,5 @@
-"""Kernels in Triton that models of ours reach on a GPU, compiled without one for Hopper and Blackwell, at the
-sizes of the recommended layouts: registers, spills and shared memory.
+"""Compile the Triton kernels of our models for Hopper and Blackwell without a GPU, at the sizes of the
+recommended layouts: registers, spills and shared memory.
 
 Usage: python benchmarks/gpu/compile_kernels.py > benchmarks/results/ptx.txt
 

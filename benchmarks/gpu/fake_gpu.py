@@ -1,4 +1,4 @@
-"""A GPU without memory: tensors on it have a shape, a dtype and a device, and no numbers.
+"""A GPU without memory: its tensors have shape, dtype and device, but no values.
 
 They are torch's fake tensors; what is on the host is real, and any torch will do, with CUDA or without.  So
 a process does all that it does beside a GPU, at any size.  A tensor of the host among those of the GPU

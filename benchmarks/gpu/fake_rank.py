@@ -1,4 +1,4 @@
-"""One rank of a large run does a training step at its own sizes, on a GPU without memory.
+"""One rank of a large run does a training step at full size, on a GPU without memory.
 
 Usage: python benchmarks/gpu/fake_rank.py [RECIPE GPU RANKS [SETTING ...]]
 

@@ -1,6 +1,5 @@
-"""One rank of solar-open-102b at expert parallel size 64, in a group of 512 of which the others are mirror
-images: memory against the account, and TFLOP/s step by step of what can be switched on.
-"""
+"""One rank of solar-open-102b at expert-parallel size 64, in a group of 512 mirrored ranks: memory against
+the account, and TFLOP/s as features are switched on."""
 
 from __future__ import annotations
 

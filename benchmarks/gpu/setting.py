@@ -1,5 +1,4 @@
-"""What every part of the first contact has: where results go, whether it is a dry run, what it costs, and
-commands."""
+"""The setting of every first-contact part: result folder, dry run, measured costs, and commands."""
 
 from __future__ import annotations
 

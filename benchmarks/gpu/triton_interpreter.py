@@ -1,5 +1,5 @@
-"""Triton kernels of Transformer Engine and megatron-core, run by Triton's interpreter on the CPU against the
-tests' double and formulas in torch.
+"""Triton kernels of Transformer Engine and megatron-core in Triton's CPU interpreter, compared with the
+tests' double and with torch formulas.
 
 Usage: python benchmarks/gpu/triton_interpreter.py [--quick]      --quick: smaller, and one dtype
 

@@ -1,5 +1,5 @@
-"""Facts of invented people, drawn by lot: questions, answers and the sentences that tell them, as commands of
-recipes about knowledge name them, `facts.py:FactChats`, `:FactReading`, `:FactTexts` and `:FactQuestions`.
+"""Random facts about invented people, as questions, answers and texts, for recipes about knowledge:
+`facts.py:FactChats`, `:FactReading`, `:FactTexts`, `:FactQuestions`.
 
 A start has read and been asked the same facts of `KNOWN` people, so that it can answer what it reads; of all
 others it has seen values by lot.  Who has read no sentence of these is right one time in eight; half of a

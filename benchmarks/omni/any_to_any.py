@@ -1,5 +1,5 @@
-"""A tiny model from pictures, speech and text to any of them, trained by the real commands and judged by
-others.
+"""A tiny model from images, speech and text to any of them: trained with the real commands, scored by
+independent models.
 
     python benchmarks/omni/any_to_any.py --work FOLDER > benchmarks/results/omni_any_to_any.txt
 

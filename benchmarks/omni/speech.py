@@ -1,4 +1,4 @@
-"""Speech whose words are known, and a recogniser that we did not train: sound for the proofs of media.
+"""Speech with known words, and an independent recognizer to score generated speech.
 
 espeak-ng speaks (any of its voices; `en-us` and `ko` are used), PocketSphinx hears: one of a list of words,
 by a grammar, with its American English model.

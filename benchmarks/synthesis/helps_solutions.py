@@ -1,4 +1,4 @@
-"""What solutions that models wrote teach a small model, with the checks and without them.
+"""Effect of model-written solutions on a small model, with and without checks of the solutions.
 
     python benchmarks/synthesis/helps_solutions.py --work FOLDER [--seeds 0 1 2] [--arms kept unchecked]
     python benchmarks/synthesis/helps_solutions.py --work FOLDER --print

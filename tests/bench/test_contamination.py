@@ -1,4 +1,4 @@
-"""Items of a score in training text: found in files and in token shards, by the search of `sov-data`."""
+"""Evaluation items in training text: the search of `sov-data` finds them in text files and token shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two results are compared item by item, and only where they were measured alike."""
+"""Compare two results item by item, and refuse results that were measured differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank's step on a GPU without memory: sound ones, and such as a GPU would not take."""
+"""A training step on a GPU without memory: correct steps pass, and steps that a GPU would reject fail."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What is tried on the first GPU runs to its end without one: with the double, on the CPU."""
+"""The script for the first GPU run completes on a CPU with the Transformer Engine double."""
 
 import json
 import math

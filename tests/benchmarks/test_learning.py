@@ -1,4 +1,4 @@
-"""Drivers of benchmarks: recipes of learning, means over seeds, and fitted parameters."""
+"""Benchmark drivers: recipes of learning runs, means over seeds, and fitted parameters."""
 
 import math
 import sys

@@ -1,5 +1,5 @@
-"""The reference quantisers, held against all codes of their formats and against Transformer Engine's own
-references in Python."""
+"""Reference quantizers against all codes of their formats, and against Transformer Engine's Python
+references."""
 
 import hashlib
 import sys

@@ -1,4 +1,4 @@
-"""Kernels of the libraries that models reach on a GPU alone: run by Triton's interpreter, and compiled."""
+"""Triton kernels that our models reach only on a GPU: run in Triton's interpreter, and compiled."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Marks of released model families around thoughts and calls, and decoded responses."""
+"""Markers of thoughts and tool calls in released model families, and decoded responses."""
 
 import json
 from random import Random

@@ -1,4 +1,4 @@
-"""Token ids mean the same on both sides, or the data is refused."""
+"""Data and model must agree on the meaning of token ids; other data is refused."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`megatron-sov inspect`: what something is, from what, how far."""
+"""`megatron-sov inspect`: the kind, origin and progress of checkpoints, runs and data."""
 
 import json
 import os

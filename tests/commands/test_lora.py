@@ -1,4 +1,4 @@
-"""LoRA by the commands: train, resume to the same bits, look at it, merge it; another base is refused."""
+"""LoRA with the commands: train, resume bit for bit, inspect, merge; another base model is refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`megatron-sov score`: rows in order, nothing half-written, a killed command continued."""
+"""`megatron-sov score`: rows keep their order, no partial output, and a killed command continues."""
 
 import json
 import os

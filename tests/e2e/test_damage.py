@@ -1,5 +1,4 @@
-"""Checkpoints that are no longer what was written: found whatever the file and the damage,
-and replaced by the one before."""
+"""Damaged checkpoints: any damage to any file is detected, and the run loads the previous checkpoint."""
 
 import json
 import shutil

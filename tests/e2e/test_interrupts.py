@@ -1,4 +1,4 @@
-"""Ctrl-C during a long step: an answer at once, and a second one leaves with everything on disk intact."""
+"""Ctrl-C during a long step: immediate acknowledgement, and a second Ctrl-C exits without damage on disk."""
 
 import os
 import signal

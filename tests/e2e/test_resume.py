@@ -1,4 +1,4 @@
-"""A run that is stopped, killed and continued is the run that was left alone, bit for bit."""
+"""A run that is stopped, killed and resumed has the same bits as an uninterrupted run."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""The seam to pictures and sounds: text does without the part `omni`; all else says that it is missing."""
+"""The interface to images and audio: text works without the `omni` part, and other data reports it as
+missing."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
-"""The default layout: as fast as a full sweep finds, with memory to spare, and what the user set stays."""
+"""The default layout: as fast as the result of a full sweep, with spare memory, and with the user's
+settings unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is paid for a run is the sum of its stages, and every figure follows from its neighbours."""
+"""The price of a run is the sum of its stages, and every figure follows from others on the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search says where nothing fits: how many nodes would do."""
+"""Searches for a layout, and the number of nodes that is proposed if none fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes and FLOPs of models against counts made elsewhere: the recipes, makers' tables, torch's counter."""
+"""Sizes and FLOPs of models against recipes, vendors' tables and torch's counter."""
 
 from __future__ import annotations
 

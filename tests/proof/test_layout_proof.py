@@ -1,5 +1,4 @@
-"""A layout is compared with one process: right ones are equal, faults on purpose are found and their place is
-named."""
+"""Layout proofs: correct layouts equal one process, and planted faults are detected and located."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Prompts of rounds: known by their content, in an order that is a function, each once in an epoch."""
+"""Prompts of rounds: identified by content, ordered by a function, and each used once in an epoch."""
 
 import hashlib
 import json

@@ -1,5 +1,5 @@
-"""The store keeps what it is given: parts are whole or not there, whatever happens to the writer, and what a
-stranger wrote is read within bounds."""
+"""The rollout store: parts are complete or absent, whatever happens to the writer, and files from others
+are read within bounds."""
 
 import dataclasses
 import json

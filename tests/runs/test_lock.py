@@ -1,4 +1,4 @@
-"""A folder admits a single living run; killed runs release the lock."""
+"""The lock of a run's folder: a single living run, and release after a kill."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""What a sandbox gives back, and what becomes of it when something goes wrong on its side."""
+"""Outputs of a sandbox, and recovery from failures of its own processes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""`megatron-sov chat`, as docs/serve.md types it: what is asked and shown, and what is kept of a
-conversation."""
+"""`megatron-sov chat` as on docs/serve.md: prompts, output, and the saved conversation."""
 
 import io
 import os

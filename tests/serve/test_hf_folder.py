@@ -1,5 +1,5 @@
-"""A Hugging Face folder is served by transformers: its own greedy continuations, also of other families;
-and what only a checkpoint can be asked."""
+"""Serving a Hugging Face folder with transformers: its own greedy continuations, and requests that only a
+checkpoint supports."""
 
 import json
 import re

@@ -1,5 +1,5 @@
-"""The server in front of a scripted model: calls and thoughts, limits, clients that leave or do not take,
-keys, the end.  The model here writes what the user's message says, one token for each row."""
+"""The server with a scripted model that writes the user's message, one token a row: tool calls, thoughts,
+limits, slow and lost clients, access keys, shutdown."""
 
 import asyncio
 import contextlib

@@ -1,5 +1,5 @@
-"""`megatron-sov serve`, as docs/serve.md types it: what the openai client gets is what `generate` writes;
-what is refused; how it ends."""
+"""`megatron-sov serve` as on docs/serve.md: the openai client gets the text of `generate`; refused
+requests; shutdown."""
 
 import contextlib
 import io

@@ -1,5 +1,5 @@
-"""Small tokenizers made merge by merge, with planted defects; vocabularies learned in memory,
-the textbook's loop, and a toy."""
+"""Small tokenizers built merge by merge, with planted defects; vocabularies trained in memory; the textbook
+algorithm."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Inputs, groups and weights: how much of each text a tokenizer sees."""
+"""Inputs, groups and weights: how much of each text a tokenizer is trained on."""
 
 import json
 from pathlib import Path

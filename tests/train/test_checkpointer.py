@@ -1,5 +1,5 @@
-"""Encoders start from Hugging Face folders: alone or inside a larger model, of exactly their sizes; and a run
-takes over the tokenizer settings of its start."""
+"""Media encoders start from Hugging Face folders, alone or inside a larger model; a run inherits tokenizer
+settings from its start."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The order of a run's actions, with a trainer that only writes them down."""
+"""The order of actions in the training loop, with a trainer that only records calls."""
 
 import os
 import signal

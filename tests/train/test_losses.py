@@ -1,4 +1,4 @@
-"""Losses over the data order: sums, denominators and terms, against cross-entropy written out."""
+"""Pretraining losses: sums, denominators and terms against explicit cross-entropy."""
 
 import dataclasses
 import itertools

@@ -1,6 +1,4 @@
-"""What a run tells about itself, event by event; on other processes than the first nothing is written and
-all may be called.
-"""
+"""Events that a run writes. Ranks other than 0 write nothing, and every method may be called on all ranks."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The checkpoint to go on from: the newest sound one; what is damaged is set aside, and said."""
+"""The checkpoint to resume from: the latest valid one. Damaged checkpoints are set aside with a warning."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whatever an earlier version had and this one has not is refused by its name, with what serves instead."""
+"""Removed commands, options, settings and files are refused by name, with their replacement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`eval lm` from a command to a table: item by item what lm-eval's own model gives."""
+"""`eval lm` end to end: scores equal those of lm-eval's own model, item by item."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Foreign task folders: what they would run, fetch or read is refused by name."""
+"""Task folders from elsewhere: code, downloads and files outside the folder are refused by name."""
 
 from __future__ import annotations
 

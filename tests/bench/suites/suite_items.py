@@ -1,4 +1,5 @@
-"""Synthetic items of every suite: files, and a right, a wrong and an unreadable answer to the first one.
+"""Synthetic items of every suite: data files, and one correct, one wrong and one unreadable answer to the
+first item.
 
 Those that are written out stand in suite_items.yaml; those that are computed stand here.
 """

@@ -1,4 +1,5 @@
-"""avg@k, pass@k and cons@k of judged samples against all draws by hand; what has no reward is named."""
+"""avg@k, pass@k and cons@k of scored samples against an enumeration of all draws; items without a reward
+are named."""
 
 from __future__ import annotations
 

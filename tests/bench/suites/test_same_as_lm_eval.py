@@ -1,4 +1,4 @@
-"""Prompts and scores of suites that lm-eval has as well are lm-eval's own, item by item."""
+"""Suites that lm-eval also has: prompts and scores equal lm-eval's, item by item."""
 
 from __future__ import annotations
 

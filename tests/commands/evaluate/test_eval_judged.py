@@ -1,4 +1,4 @@
-"""`megatron-sov eval passk`: figures of responses that are there, and of a model's own."""
+"""`megatron-sov eval passk`: figures of given responses, and of responses that a model generates."""
 
 import json
 from pathlib import Path

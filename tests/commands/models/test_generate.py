@@ -1,5 +1,5 @@
-"""`megatron-sov generate`: one text whatever runs the model and however many processes,
-and events for the report."""
+"""`megatron-sov generate`: the same text from every engine and number of processes, and events for the
+report."""
 
 import json
 import shlex

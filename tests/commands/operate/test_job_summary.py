@@ -1,4 +1,4 @@
-"""What `submit` checks of a stage's data, and the summary of tokens, time and cost that it prints."""
+"""`submit`: checks of a stage's data, and the summary of tokens, time and cost that it prints."""
 
 from pathlib import Path
 from typing import Any

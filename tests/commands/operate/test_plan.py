@@ -1,4 +1,5 @@
-"""`megatron-sov plan`: on a cluster it takes the recommended layout, and tells what that needs of a GPU."""
+"""`megatron-sov plan`: uses the recommended layout on a cluster, and prints the memory and time that it
+needs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`status`: a run's state from its folder, whatever became of it, and what is printed of it."""
+"""`megatron-sov status`: the state of a run from its folder, and its printed form."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""`megatron-sov rl engines`: servers that are kept at work where a run cannot start them."""
+"""`megatron-sov rl engines`: start engine servers for a run, and restart those that end."""
 
 import threading
 from collections.abc import Callable

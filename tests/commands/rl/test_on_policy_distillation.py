@@ -1,5 +1,5 @@
-"""`megatron-sov rl run --set policy.method=gkd`: a teacher's whole distribution over what the student writes,
-and over data in its place; beside transformers and `distill`."""
+"""`megatron-sov rl run --set policy.method=gkd`: distillation on student text and on data, compared with
+transformers and `distill`."""
 
 from __future__ import annotations
 

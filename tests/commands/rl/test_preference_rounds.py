@@ -1,5 +1,5 @@
-"""`megatron-sov rl run --set policy.method=preference`: rounds of pairs and groups that the model writes, by
-one optimizer, beside transformers."""
+"""`megatron-sov rl run --set policy.method=preference`: rounds of generated pairs and groups, compared with
+transformers."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`megatron-sov rl knowledge`: what is kept, what is left out and why, and that it can be packed."""
+"""`megatron-sov rl knowledge`: which rows it selects, why it drops others, and packing of its output."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""`megatron-sov rl run`: a run that writes its own rounds, killed, at another layout, with another reward."""
+"""`megatron-sov rl run`: a run that generates its own rounds, after a kill, at another layout, and with
+another reward."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`megatron-sov rl run --environment`: a run plays the tasks of its rounds itself, and learns from them."""
+"""`megatron-sov rl run --environment`: a run plays the tasks of its rounds and learns from them."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`megatron-sov rl store`: the page is true, what is wrong is named, and nothing goes that nobody named."""
+"""`megatron-sov rl store`: the commands of its page, error messages, and removal of named rounds only."""
 
 import contextlib
 import dataclasses

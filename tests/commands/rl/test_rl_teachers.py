@@ -1,5 +1,5 @@
-"""`megatron-sov rl run --teacher ... --teacher-url ...`: what teachers say of the student's tokens, beside
-transformers."""
+"""`megatron-sov rl run --teacher ... --teacher-url ...`: teachers' log-probabilities of student tokens,
+compared with transformers."""
 
 import json
 import re

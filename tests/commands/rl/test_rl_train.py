@@ -1,4 +1,4 @@
-"""`megatron-sov rl train`: rounds that come while it runs, a killed run that goes on, and what is refused."""
+"""`megatron-sov rl train`: rounds that arrive during training, a killed run that resumes, and refusals."""
 
 import json
 from collections.abc import Callable

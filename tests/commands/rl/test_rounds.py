@@ -1,4 +1,5 @@
-"""`megatron-sov rl generate` and `rl reward`: a tiny policy writes, a later one goes on, a reward judges."""
+"""`megatron-sov rl generate` and `rl reward`: a tiny policy generates, a later policy continues, a reward
+scores."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`megatron-sov ssp probe`: planted answers, judged and estimated by the real commands."""
+"""`megatron-sov ssp probe`: planted answers, scored and estimated by the real commands."""
 
 import json
 import shlex

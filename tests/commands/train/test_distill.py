@@ -1,4 +1,4 @@
-"""`megatron-sov distill`: a teacher of another width reads the data once, and a student learns from it."""
+"""`megatron-sov distill`: a teacher of another width computes states once, and a student learns from them."""
 
 import json
 from pathlib import Path

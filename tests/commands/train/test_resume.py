@@ -1,4 +1,4 @@
-"""`megatron-sov resume`: which command it gives, and what it refuses.  tests/e2e/test_resume.py trains."""
+"""`megatron-sov resume`: the command that it runs, and refusals. tests/e2e/test_resume.py trains."""
 
 import argparse
 import json

@@ -1,3 +1,5 @@
+"""A fleet of engine servers: a shared queue of requests, weight transfers, and servers that die."""
+
 import sys
 import threading
 import time

@@ -1,3 +1,5 @@
+"""Engine server processes: start, health checks, and end."""
+
 import json
 import os
 import signal

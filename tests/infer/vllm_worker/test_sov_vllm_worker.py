@@ -1,3 +1,5 @@
+"""The worker extension that receives policy weights inside vLLM."""
+
 import importlib
 import sys
 import threading

@@ -1,4 +1,4 @@
-"""Forget rewards registered by a test; share a sandbox per enclosure."""
+"""Fixtures: rewards registered by one test only, and one sandbox per enclosure."""
 
 from collections.abc import Iterator
 

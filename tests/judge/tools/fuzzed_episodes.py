@@ -1,4 +1,4 @@
-"""Fuzzed tool episodes: a script in the place of a model writes turns of every kind.
+"""Fuzzed tool episodes: a script instead of a model writes turns of every kind.
 
 Calls, several calls at once, calls that are no JSON or name no tool, texts that spell special tokens, tokens
 that no tokenizer would choose, turns without an end.  `problems_of` compares an episode with the turns that

@@ -1,5 +1,5 @@
-"""From token budgets, batch sizes and a ramp to optimizer steps: against adding up step by
-step, and by hand."""
+"""Optimizer steps from token budgets, batch sizes and a batch-size ramp, against summing step by step and
+by hand."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What `train.fp8` asks of precision, model, layout and rows, one sentence for each rule."""
+"""Requirements of `train.fp8` on precision, model, layout and rows: one message for each rule."""
 
 from dataclasses import replace
 

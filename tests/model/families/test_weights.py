@@ -1,5 +1,5 @@
-"""The weight map's vocabulary: interleaving against loops and against megatron, inversion,
-declarations that fail early."""
+"""Weight maps: interleaving against loops and Megatron-Core, inversion, and declarations that fail at
+import."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Recipes: every one builds and is sound; a tiny recipe keeps the structure of the big one."""
+"""Every recipe builds and is valid, and a tiny recipe keeps the structure of the large one."""
 
 import importlib.util
 import json

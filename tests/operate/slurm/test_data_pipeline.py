@@ -1,4 +1,5 @@
-"""A pipeline as arrays of a real Slurm: the same bytes as here, and a failed job is told and gone on from."""
+"""A data pipeline as Slurm arrays: the same bytes as a local run, and a failed job is reported and
+resumed."""
 
 import hashlib
 import json

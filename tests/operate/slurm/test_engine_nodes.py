@@ -1,5 +1,4 @@
-"""Engine servers on nodes of their own, on a real Slurm: with doubles of the servers and of the run that asks
-them."""
+"""Engine servers on their own Slurm nodes, with doubles of the servers and of the run."""
 
 import json
 import re

@@ -1,5 +1,5 @@
-"""Generated scripts on a real Slurm, submitted unchanged: what becomes of a run whose nodes are sick, die,
-or run out of time."""
+"""Generated scripts, submitted unchanged to a real Slurm: runs with sick nodes, dead nodes and time
+limits."""
 
 import json
 import shlex

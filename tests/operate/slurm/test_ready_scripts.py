@@ -1,5 +1,5 @@
-"""slurm/scripts: what the chains give, what a real Slurm takes,
-and what runs when somebody types `sbatch`."""
+"""The scripts in slurm/scripts: the chains they submit, their acceptance by a real Slurm, and a real
+`sbatch` run."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Job scripts: what is filled in reaches the program as it was typed; a real Slurm takes every template
-with every profile."""
+"""Job scripts: arguments reach the program unchanged, and a real Slurm accepts every template with every
+profile."""
 
 import dataclasses
 import itertools

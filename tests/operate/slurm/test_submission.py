@@ -1,4 +1,4 @@
-"""What a submission lays beside a run: scripts, the code, where the parts of an array go."""
+"""The files of a submission: scripts, a copy of the code, and the outputs of array parts."""
 
 import dataclasses
 import itertools

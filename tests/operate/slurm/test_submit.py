@@ -1,4 +1,4 @@
-"""`megatron-sov submit`: every mistake is one sentence, before anything is submitted or written."""
+"""`megatron-sov submit`: every mistake is one message, before anything is submitted or written."""
 
 import json
 import shlex

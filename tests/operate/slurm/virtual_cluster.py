@@ -1,5 +1,5 @@
-"""A private, real Slurm cluster on this machine: its own controller, and several nodes that
-can die and freeze.
+"""A private, real Slurm cluster on this machine: a controller, and several nodes that tests can kill and
+freeze.
 
 Daemons run in the foreground as children of this process.  Each node lives in its own process, host name and
 mount namespaces, so that its death is one SIGKILL and takes everything that ran there.  Needs root and

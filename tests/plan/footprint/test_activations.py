@@ -1,4 +1,4 @@
-"""What a layer saves, and what recomputing and offloading leave of it, against sums by hand in bf16;
+"""Saved activations of a layer, with recomputation and offloading, against sums by hand in bf16;
 `benchmarks/plan_activations.py` measures them in float32."""
 
 from __future__ import annotations

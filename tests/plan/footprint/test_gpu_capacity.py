@@ -1,5 +1,4 @@
-"""What does not fit a GPU is refused with what would; big recipes have layouts that fit, at the sizes that
-they run at."""
+"""Layouts that exceed a GPU are refused with one that fits, and large recipes fit at their usual sizes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The account of a process: items against their settings, the head against what autograd really keeps, the
-page as made."""
+"""The memory account of a process: items against their settings, the output head against autograd, and the
+printed page."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Bytes of weights, gradients and optimizer: exactly those that training makes, on meta tensors in a fake
-group of all processes.  `benchmarks/plan_bytes.py` has hundreds of layouts; here are some of its first ones,
-and two of big models."""
+"""Bytes of weights, gradients and optimizer states equal those that training allocates, on meta tensors in
+a fake world. `benchmarks/plan_bytes.py` compares hundreds of layouts; this file has a few, and two of large
+models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures: what is drawn, and what the note below says was not."""
+"""Charts of the report, and the note about series that were not drawn."""
 
 from __future__ import annotations
 

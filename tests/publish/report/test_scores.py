@@ -1,4 +1,4 @@
-"""Scores in the report: the newest of each checkpoint, what is missing by name, verdicts."""
+"""Scores in the report: the latest per checkpoint, names of missing ones, and verdicts."""
 
 from __future__ import annotations
 

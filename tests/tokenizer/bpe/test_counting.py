@@ -1,4 +1,4 @@
-"""Counting in compiled code: as Python's Counter, however often the table grows."""
+"""Compiled word counting equals Python's Counter, however often the hash table grows."""
 
 import json
 import random

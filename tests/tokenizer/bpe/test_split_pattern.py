@@ -1,4 +1,4 @@
-"""Split patterns: what is read, automata whose matches are Oniguruma's, and patterns that cannot work."""
+"""Split patterns: parsing, automata with Oniguruma's matches, and patterns that are refused."""
 
 import pickle
 from itertools import pairwise

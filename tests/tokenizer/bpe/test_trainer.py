@@ -1,4 +1,4 @@
-"""Merging by arrays: the merges of the textbook and of Hugging Face's trainer, also of superwords."""
+"""Merges by arrays equal the textbook algorithm and Hugging Face's trainer, with and without superwords."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""Texts on which two forms of a tokenizer must agree."""
+"""Texts on which two formats of a tokenizer must agree."""
 
 import json
 import unicodedata

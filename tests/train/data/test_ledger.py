@@ -1,4 +1,4 @@
-"""The ledger: what the settings plan, and what has happened."""
+"""The ledger: planned phases from the settings, and recorded events."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Packing against the fewest rows there can be, and token by token."""
+"""Packing algorithms against the optimal number of rows, and token by token."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The samples of rounds: exactly a step's documents, whole, at any layout, in any number of rows."""
+"""Samples of rollout rounds: exactly a step's documents, whole, at any layout and in any number of rows."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Token shards, read against Megatron-Core's own writer and reader."""
+"""Token shards against Megatron-Core's own writer and reader."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""NAME@N: the long documents of a source as a source."""
+"""`NAME@N`: the documents of a source with at least N tokens, as a source of their own."""
 
 import dataclasses
 from collections.abc import Callable

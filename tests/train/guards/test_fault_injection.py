@@ -1,4 +1,4 @@
-"""Faults on purpose: how they are written, when they come, and that each comes once in the life of a run."""
+"""Injected faults: their notation, when they occur, and that each occurs once in a run."""
 
 import json
 import math

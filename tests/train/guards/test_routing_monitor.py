@@ -1,4 +1,4 @@
-"""Alarms about routing: when they come, and that each comes once until it has passed."""
+"""Routing alarms: raised when a threshold is crossed, once until the condition has passed."""
 
 from pathlib import Path
 from types import SimpleNamespace

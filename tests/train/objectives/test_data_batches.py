@@ -1,5 +1,5 @@
-"""The order's batches as objectives get them: the same global batch however many processes share it,
-and the state behind it."""
+"""Batches of the sample order for objectives: the same global batch for any number of processes, and the
+saved position."""
 
 import json
 from types import SimpleNamespace

@@ -1,5 +1,4 @@
-"""Evaluations beside training: one after the other, never in the way; what fails or
-hangs is said and left."""
+"""Evaluations next to training: one at a time, without delaying steps; failures and hangs are reported."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What a run says before its first step and behind its last one."""
+"""The messages of a run before its first and after its last step."""
 
 import dataclasses
 import json

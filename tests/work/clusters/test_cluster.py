@@ -1,4 +1,4 @@
-"""Cluster profiles: the shipped ones are sound, and a mistake in one's own is said in a sentence."""
+"""Cluster profiles: shipped profiles are valid, and a mistake in a user's profile is one message."""
 
 from dataclasses import replace
 from pathlib import Path

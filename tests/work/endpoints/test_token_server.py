@@ -1,3 +1,5 @@
+"""The client of a token-level engine server: sampled tokens, weight updates, retries and rejected answers."""
+
 import base64
 import io
 import threading

@@ -1,4 +1,4 @@
-"""Defaults of the stages of post-training."""
+"""Default settings of post-training stages that follow from the data."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Runs that do not fit their data, the machine or their hours are refused until the user sets them."""
+"""Runs that do not fit their data, GPUs or time limit are refused until the user decides."""
 
 import dataclasses
 import math
