@@ -292,12 +292,12 @@ def compare(folder: Path, count: int) -> None:
 
 
 def digest(folder: Path) -> str:
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.suffix in (".gz", ".parquet")):
         raw = file.read_bytes()
-        found.update(str(file.relative_to(folder)).encode())
-        found.update(gzip.decompress(raw) if file.suffix == ".gz" else raw)
-    return found.hexdigest()[:12]
+        result.update(str(file.relative_to(folder)).encode())
+        result.update(gzip.decompress(raw) if file.suffix == ".gz" else raw)
+    return result.hexdigest()[:12]
 
 
 def kill(folder: Path, peer: str, stage: str) -> None:

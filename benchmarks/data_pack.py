@@ -122,10 +122,10 @@ def texts(inputs: list[Path], limit_bytes: int) -> Iterator[str]:
     passed = 0
     while streams and passed < limit_bytes:
         for stream in list(streams):
-            found = list(islice(stream, 20))
-            if not found:
+            result = list(islice(stream, 20))
+            if not result:
                 streams.remove(stream)
-            for text in found:
+            for text in result:
                 passed += len(text.encode())
                 yield text
 

@@ -64,9 +64,9 @@ class OneDocument:
 
 def resident_bytes(which: str) -> int:
     """Return this process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
-    found = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None, which
-    return int(found[1]) << 10
+    match = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None, which
+    return int(match[1]) << 10
 
 
 def config_of(tokens: int) -> RunConfig:

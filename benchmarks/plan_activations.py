@@ -188,8 +188,8 @@ def measured(case: Case) -> list[tuple[int, int]]:
         folder = Path(name)
 
         def rank() -> int:
-            found = saved_bytes(config, folder)
-            (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+            result = saved_bytes(config, folder)
+            (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
             return 0
 
         if code := launcher.launch_ranks(rank, case.nproc, num_threads=1):

@@ -53,11 +53,11 @@ def measure(tree: Path, module: str, words: list[str]) -> tuple[float, int]:
     """Return the processor seconds of one command, its children's included, and its exit code; 100: it has
     imported torch."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", PROGRAM.format(module=module), *words], cwd=tree,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                          env={**os.environ, "PYTHONPATH": str(tree)}, check=False)
+    completed = subprocess.run([sys.executable, "-c", PROGRAM.format(module=module), *words], cwd=tree,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "PYTHONPATH": str(tree)}, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.returncode
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, completed.returncode
 
 
 def main() -> None:

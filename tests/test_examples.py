@@ -57,9 +57,9 @@ def typed(site: Path, run_command: Any, warm_python: str, monkeypatch: pytest.Mo
 
     def run(name: str) -> str:
         program, *words = command_of(name)
-        done = run_command(*words, program=program)
-        assert done.returncode == 0, (name, done.stderr)
-        return f"{done.stdout}{done.stderr}"
+        result = run_command(*words, program=program)
+        assert result.returncode == 0, (name, result.stderr)
+        return f"{result.stdout}{result.stderr}"
 
     return run
 

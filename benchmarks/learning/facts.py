@@ -54,9 +54,9 @@ def drawn(seed: int, people: tuple[str, ...]) -> list[Fact]:
 
 def facts(seed: int, half: str) -> list[Fact]:
     """Return those of a seed that are asked, or those that only texts tell."""
-    found = drawn(seed, PEOPLE)
-    middle = len(found) // 2
-    return {"asked": found[:middle], "told": found[middle:]}[half]
+    result = drawn(seed, PEOPLE)
+    middle = len(result) // 2
+    return {"asked": result[:middle], "told": result[middle:]}[half]
 
 
 def mixed(seed: int, count: int) -> list[Fact]:

@@ -92,5 +92,5 @@ def recognise(sound: np.ndarray[Any, Any], words: Sequence[str] = WORDS) -> str:
     decoder.start_utt()
     decoder.process_raw(samples.tobytes(), no_search=False, full_utt=True)
     decoder.end_utt()
-    found = decoder.hyp()
-    return found.hypstr if found is not None else ""
+    result = decoder.hyp()
+    return result.hypstr if result is not None else ""

@@ -124,9 +124,9 @@ def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     made = tokenizer(request.param)
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     made.save(str(file))
-    found = build_text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
-                               lambda ids: str(made.decode(ids, skip_special_tokens=True)))
-    return request.param, lambda text: made.encode(text).ids, found
+    text_decoder = build_text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
+                                      lambda ids: str(made.decode(ids, skip_special_tokens=True)))
+    return request.param, lambda text: made.encode(text).ids, text_decoder
 
 
 def test_response_text_contains_marks_without_frames(decode: Any) -> None:

@@ -49,12 +49,12 @@ def _network(limit: float) -> Any:
 
 def _experts(limit: float) -> Any:
     def forward(self: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        found = torch.zeros_like(x)
+        result = torch.zeros_like(x)
         for expert in range(self.num_experts):
             token, place = torch.where(chosen == expert)
             gate, up = linear(x[token], self.gate_up_proj[expert]).chunk(2, -1)
             out = linear(_activated(gate, up, limit), self.down_proj[expert])
-            found = found.index_add(0, token, out * weights[token, place, None])
-        return found
+            result = result.index_add(0, token, out * weights[token, place, None])
+        return result
 
     return forward

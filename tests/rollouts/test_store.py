@@ -48,9 +48,9 @@ def long_rollout(count: int, logprobs: np.ndarray) -> Rollout:
 
 def judged(row: Rollout, reward: float | None = 1.0, **changes: Any) -> RewardRow:
     """What reward v1 said of a row."""
-    found = RewardRow(row.key, row.attempt, "v1" * 8, reward, "failed" if reward is None else "scored",
-                      {"format": 0.5})
-    return dataclasses.replace(found, **changes)
+    reward_row = RewardRow(row.key, row.attempt, "v1" * 8, reward, "failed" if reward is None else "scored",
+                           {"format": 0.5})
+    return dataclasses.replace(reward_row, **changes)
 
 
 def bits(row: Rollout | RewardRow) -> dict[str, Any]:
