@@ -145,9 +145,9 @@ def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
     (["--set", "distillation.other_tokenizer=true", "--set", "distillation.top_k=4"],
      "a teacher with another tokenizer reads whole documents"),
 ])
-def test_what_cannot_be_learned_is_told_before_anything_begins(
-        more: list[str], said: str, folder: Path, command: Command, capsys: pytest.CaptureFixture[str]
-        ) -> None:
+def test_impossible_runs_are_refused_before_work_starts(more: list[str], said: str, folder: Path,
+                                                        command: Command,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("refused", *more)) == 2
     assert said in capsys.readouterr().err
     assert not (folder / "refused").exists()

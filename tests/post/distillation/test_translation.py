@@ -54,8 +54,8 @@ def counted(made: Tokenizer, end: str) -> dict[tuple[int, ...], dict[int, float]
 
 @pytest.mark.each(("student", "teacher"), [(SHORT, LONG), (LONG, SHORT), (SHORT, SHORT), (LONG, []),
                                                   ([], LONG)])
-def test_a_teacher_that_knows_the_texts_says_how_probable_the_students_tokens_are(
-        student: list[str], teacher: list[str], tmp_path: Path) -> None:
+def test_translated_probabilities_equal_byte_counts(student: list[str], teacher: list[str],
+                                                    tmp_path: Path) -> None:
     """Whatever both write " a", " a " or " an" with; in the other direction tokens begin inside of others."""
     both = translation(tokenizer(tmp_path / "s", student), tokenizer(tmp_path / "t", teacher, end="</s>"))
     ours, theirs = opened(tmp_path / "s"), opened(tmp_path / "t")
@@ -83,7 +83,7 @@ def test_a_teacher_that_knows_the_texts_says_how_probable_the_students_tokens_ar
     assert num_rows > 0.6 * num_own
 
 
-def test_a_special_token_that_the_teacher_lacks_is_read_as_its_text(tmp_path: Path) -> None:
+def test_an_unknown_special_token_is_read_as_text(tmp_path: Path) -> None:
     student = tokenizer(tmp_path / "s", [])
     made = opened(student)
     made.add_special_tokens([AddedToken("<|user|>", special=True)])
