@@ -1,5 +1,4 @@
-"""The rules of the house, read from the syntax trees of all sources: who may import whom,
-and how large things may be.
+"""Architecture rules, read from the syntax trees of all sources: imports between halls, and size limits.
 
 Each rule is proven on a bad tree as well, so that a rule that sees nothing cannot pass for a
 rule that is kept.

@@ -288,8 +288,7 @@ def parse_json_value(record: Any, where: str, number: int, reading: RecordReadin
     """Parse a decoded JSON value. Raises `BadRecord`: the value is not an object of the expected kind, or is
     a prompt, which takes all fields along, with a lone surrogate."""
     if not isinstance(record, dict):
-        raise BadRecord("json",
-                        f"is a JSON {type(record).__name__}, must be an object")
+        raise BadRecord("json", f"is a JSON {type(record).__name__}, must be an object")
     if may_have_surrogates and reading.kind == "prompt":
         count_text_bytes(json.dumps(record, ensure_ascii=False))
     return parse(record, where, number, reading)

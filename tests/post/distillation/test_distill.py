@@ -70,7 +70,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
     for kind in KINDS:
         trainer, _, sources = _begin(kind, FEWER, data, states)
         asked = trainer.config.distillation
-        said = StateFiles(Path(states) / FOLDERS.get(kind, ("top",))[0], sources)
+        state_files = StateFiles(Path(states) / FOLDERS.get(kind, ("top",))[0], sources)
         exact = {index: files for name in (FOLDERS["two"] if kind == "two" else FOLDERS["whole"])
                  for files in [StateFiles(Path(states) / name, sources)] for index in files.sources}
         train_step(trainer)
@@ -104,7 +104,7 @@ def written_out(data: list[str], states: str) -> list[dict[str, float]]:
                 learned = (m.weights[here] > 0).double()
                 heard = learned
                 if asked.other_tokenizer:
-                    rows = said.read_states(source, "train", document, start, count)
+                    rows = state_files.read_states(source, "train", document, start, count)
                     heard = learned * (unpack_rows(rows)[1][:, 0] <= 0)
                 wanted["cross_entropy"] += float((picked.double() * learned).sum())
                 for name, values in (("divergence", divergence), ("kl", kl), ("entropy", entropy),
