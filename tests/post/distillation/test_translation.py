@@ -41,7 +41,7 @@ LONG = ["s a", "Ġ a", "Ġa Ġ", "Ġa n", "b r", "y Ġan", "l e"]
 
 
 def counted(made: Tokenizer, end: str) -> dict[tuple[int, ...], dict[int, float]]:
-    """Return the tokens behind each beginning of a sentence, with their probabilities."""
+    """Return the tokens after each sentence prefix, with their probabilities."""
     found: dict[tuple[int, ...], dict[int, float]] = {}
     for text, share in SENTENCES.items():
         ids = [*made.encode(text).ids, made.token_to_id(end)]
@@ -56,7 +56,7 @@ def counted(made: Tokenizer, end: str) -> dict[tuple[int, ...], dict[int, float]
                                                   ([], LONG)])
 def test_translated_probabilities_equal_byte_counts(student: list[str], teacher: list[str],
                                                     tmp_path: Path) -> None:
-    """Whatever both write " a", " a " or " an" with; in the other direction tokens begin inside of others."""
+    """Both may write " a", " a " or " an"; in the other direction tokens begin inside others."""
     both = translation(tokenizer(tmp_path / "s", student), tokenizer(tmp_path / "t", teacher, end="</s>"))
     ours, theirs = opened(tmp_path / "s"), opened(tmp_path / "t")
     wanted, known, size = counted(ours, END), counted(theirs, "</s>"), theirs.get_vocab_size()
