@@ -1,4 +1,4 @@
-"""The door: quick help without torch, exit codes, and every command's own help."""
+"""The program's entry: fast help without torch, exit codes, and the help of every command."""
 
 import argparse
 import ast
@@ -43,9 +43,9 @@ def run_main(module: str, *argv: str, heavy: tuple[str, ...] = HEAVY) -> subproc
 @pytest.mark.each("words", [[], ["--help"]])
 @pytest.mark.each("module", ENTRIES.values())
 def test_a_program_without_a_command_imports_no_library(module: str, words: list[str]) -> None:
-    done = run_main(module, *words, heavy=(*HEAVY, "numpy", "pydantic", "pyarrow", "yaml", "jinja2"))
-    assert done.returncode == (0 if words else 2), done.stderr
-    assert "heavy" not in done.stderr
+    result = run_main(module, *words, heavy=(*HEAVY, "numpy", "pydantic", "pyarrow", "yaml", "jinja2"))
+    assert result.returncode == (0 if words else 2), result.stderr
+    assert "heavy" not in result.stderr
 
 
 @pytest.mark.essential
@@ -65,10 +65,10 @@ def test_every_command_explains_itself_without_a_heavy_library(program: str) -> 
         f"    found = [m for m in {heavy!r} if m in sys.modules]\n"
         "    if code or found:\n"
         "        sys.exit(f'{command} --help: exit code {code}, imported {found}')\n")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
-                          timeout=600, env={**os.environ, "COLUMNS": "200"}, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    said = dict(part.split("\n", 1) for part in done.stdout.split("@@ ")[1:])
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
+                               timeout=600, env={**os.environ, "COLUMNS": "200"}, check=False)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    said = dict(part.split("\n", 1) for part in completed.stdout.split("@@ ")[1:])
     for command, info in module.COMMANDS.items():
         assert f"usage: {program} {command}" in said[command]
         assert program != "megatron-sov" or info.help in " ".join(said[command].split())
@@ -153,10 +153,10 @@ def test_refusals_that_need_no_torch_come_without_it(tmp_path: Path) -> None:
         "    if code != 2 or heavy:\n"
         "        sys.exit(f'{line}: exit code {code}, imported {heavy}')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
-                          timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("error: ") == len(lines) and "Traceback" not in done.stderr
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
+                               timeout=600, check=False)
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stderr.count("error: ") == len(lines) and "Traceback" not in completed.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,5 @@
-"""The container definitions: both make the same image, from what lies in the repository,
-at the versions of constraints.txt."""
+"""Container definitions: both build the same image from the repository, with the versions of
+constraints.txt."""
 
 import os
 import re

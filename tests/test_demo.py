@@ -1,4 +1,4 @@
-"""`make demo`: how it divides its chats, and that what it types are commands which the programs know."""
+"""`make demo`: the split of its chats, and commands that the programs accept."""
 
 import json
 import sys

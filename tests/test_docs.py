@@ -1,4 +1,4 @@
-"""The pages tell the truth: commands parse, links lead somewhere, the list of settings is fresh."""
+"""Pages: their commands parse, their links resolve, and generated pages are up to date."""
 
 import ast
 import dataclasses
@@ -62,12 +62,12 @@ def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None
     if args.recipe is None and args.configs:
         return
     model = recipes.get("tiny-solar-open").model  # in the place of --from
-    asked = request_training(
+    request = request_training(
         args, trains_by, needs_data=False, lengthens=command == "extend",
         of_model=None if stage is None else lambda: build_base_config("model", model, "fp32", stage))
     options = {"preference.method": getattr(args, "method", None),
                "distillation.top_k": getattr(args, "top_k", None)}
-    config = asked.config(own=[f"{key}={value}" for key, value in options.items() if value is not None])
+    config = request.config(own=[f"{key}={value}" for key, value in options.items() if value is not None])
     if stage is not None and args.recipe is not None and recipes.get(args.recipe).objective.name == "lm" \
             and not any(setting.startswith("optim.lr=") for setting in args.settings):
         refuse_pretraining_rate(config, stage, count_params(config.model).total)
@@ -113,8 +113,8 @@ def test_a_line_that_nothing_holds_is_found() -> None:
 def test_bash_reads_every_shell_block() -> None:
     """All in one file, each in a function of its own: placeholders such as <name> are quoted."""
     script = "".join(f"f() {{\n{block}\n}}\n" for page in READ for block in shell_blocks(page.read_text()))
-    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    completed = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert (completed.returncode, completed.stderr) == (0, "")
 
 
 @pytest.mark.each("page", TYPED)
@@ -127,8 +127,8 @@ def test_a_page_that_is_said_to_be_typed_is_typed(page: str) -> None:
 
 def links(page: Path) -> list[tuple[Path, str]]:
     """Return where a page's links into the repository lead: file or folder, and heading or ""."""
-    found = re.findall(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", page.read_text())
-    return [((page.parent / target).resolve() if target else page, anchor) for target, anchor in found]
+    result = re.findall(r"\]\(([^)#:\s]*)(?:#([^)]*))?\)", page.read_text())
+    return [((page.parent / target).resolve() if target else page, anchor) for target, anchor in result]
 
 
 @cache
@@ -205,9 +205,9 @@ def test_no_row_of_a_table_is_there_twice(page: Path) -> None:
 
 
 def test_the_page_lists_the_extras_that_there_are() -> None:
-    found = re.search(r"^EXTRAS = (\{.*?^\})", (ROOT / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
-    assert found is not None
-    extras = ast.literal_eval(found[1])
+    match = re.search(r"^EXTRAS = (\{.*?^\})", (ROOT / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
+    assert match is not None
+    extras = ast.literal_eval(match[1])
     section = (ROOT / "docs/install.md").read_text().partition("\n## Extras\n")[2].partition("\n## ")[0]
     rows = {row[0].strip("`"): row[2] for table in tables(section) for row in table}
     assert sorted(rows) == sorted(extras)

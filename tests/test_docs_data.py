@@ -1,4 +1,4 @@
-"""The pages about tokenizers and data: every command, snippet and setting on them works, in order."""
+"""Pages about tokenizers and data: every command, snippet and setting works, in order."""
 
 import dataclasses
 import inspect
@@ -123,10 +123,10 @@ def test_what_the_page_on_scoring_shows_runs(tmp_path: Path, monkeypatch: pytest
                                              capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     page = page_text("data_scoring.md")
-    shown = json.loads(*blocks(page, "json"))
-    assert 0 <= shown["label"] <= HIGHEST_LABELS["regressor"]
+    parsed = json.loads(*blocks(page, "json"))
+    assert 0 <= parsed["label"] <= HIGHEST_LABELS["regressor"]
     write_lines(tmp_path / "quality.jsonl", planted("classifier", 120))
-    write_lines(tmp_path / "education.jsonl", [shown, *planted("regressor", 120)])
+    write_lines(tmp_path / "education.jsonl", [parsed, *planted("regressor", 120)])
     write_lines(tmp_path / "others.jsonl", planted("regressor", 50, seed=3))
     for line in shell_lines(page, "sh"):
         program, *argv = shlex.split(line)

@@ -1,5 +1,5 @@
-"""examples/families/: each file loads as its header says, its model is the released one, and bits and logits
-are those of transformers."""
+"""examples/families/: each file loads as its header says, counts the parameters of the released model, and
+agrees with transformers in bits and logits."""
 
 import json
 import re
@@ -36,9 +36,9 @@ RECIPES = {"mixtral": ("mixtral_8x7b", "mistralai/Mixtral-8x7B-v0.1", 46.703e9, 
 
 def reference_of(name: str) -> str:
     """Return FILE.py:NAME of a family, by the header of its file, and load it."""
-    found = HEADER.match(FILES[name].read_text())
-    assert found, name
-    reference = str(ROOT / found[2])
+    result = HEADER.match(FILES[name].read_text())
+    assert result, name
+    reference = str(ROOT / result[2])
     assert models.FAMILY_PLUGINS.load(reference) == name
     return reference
 
@@ -189,6 +189,6 @@ def test_a_folder_of_a_family_that_is_not_built_in_is_refused_with_what_to_use(
         config = json.loads((folder / "config.json").read_text()) | {"model_type": family}
         (folder / "config.json").write_text(json.dumps(config))
         assert main(["convert", "from-hf", str(folder), str(tmp_path / "out")]) == 2
-        told = capsys.readouterr().err
-        assert f"model family '{family}': is not supported" in told and instead in told
+        errors = capsys.readouterr().err
+        assert f"model family '{family}': is not supported" in errors and instead in errors
         assert not (tmp_path / "out").exists()

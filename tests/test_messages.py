@@ -1,5 +1,5 @@
-"""Every `UserError` of the tree has the form that its class asks for: it names a thing, says a rule or a
-fix, and has no debris.  A test of one mistake can then assert its code, key or value, not its words."""
+"""Every `UserError` in the source names a thing and gives a rule or a fix. Tests of single mistakes can
+then assert code, key or value instead of words."""
 
 import ast
 import contextlib

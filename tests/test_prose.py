@@ -1,5 +1,5 @@
-"""Pages are written for somebody who reads quickly and whose first language may not be English: words,
-sentences and the length of all pages together are held to limits.
+"""Pages are written for readers in a hurry whose first language may not be English: limits for words,
+sentences and total length.
 
 Code, tables and headings are not counted.
 """

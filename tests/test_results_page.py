@@ -1,5 +1,5 @@
-"""docs/results.md has every file of benchmarks/results/, and a sentence of a page that names such a file has
-no number that the file has not."""
+"""docs/results.md lists every file of benchmarks/results/, and a sentence that cites such a file contains
+only numbers from the file."""
 
 import re
 from collections.abc import Iterator

@@ -1,5 +1,4 @@
-"""Learning rates, batch sizes and tokens of steps against closed forms,
-torch's own schedulers and plain counting."""
+"""Learning rates, batch sizes and tokens of steps against closed forms, torch's schedulers, and counting."""
 
 import math
 from dataclasses import replace
@@ -65,9 +64,9 @@ def test_linear_is_torchs() -> None:
                                              [(1 + math.cos(math.pi * k / 5)) / 2 for k in range(1, 6)]),
                                             ("one_minus_sqrt", [1 - math.sqrt(k / 5) for k in range(1, 6)])])
 def test_wsd_is_constant_then_decays_in_its_form(form: str, left: list[float]) -> None:
-    found = rates(20, schedule="wsd", decay_share=0.25, decay_form=form)
-    assert found[3:15] == [1.0] * 12
-    assert found[15:] == pytest.approx([0.1 + 0.9 * part for part in left])
+    result = rates(20, schedule="wsd", decay_share=0.25, decay_form=form)
+    assert result[3:15] == [1.0] * 12
+    assert result[15:] == pytest.approx([0.1 + 0.9 * part for part in left])
     assert compute_decay_factor(form, 0.0) == 1.0 and compute_decay_factor(form, 1.0) == pytest.approx(0.0)
 
 
@@ -116,10 +115,10 @@ def test_a_phase_warms_up_again_or_has_a_schedule_of_its_own() -> None:
     plain = rates(24, phases=PHASES, schedule="wsd")
     own = replace(PHASES[2], lr=0.5, min_lr=0.02, schedule="linear", rewarm_steps=2)
     again = (PHASES[0], replace(PHASES[1], rewarm_steps=4), own)
-    found = rates(24, phases=again, schedule="wsd")
-    assert found[:12] == plain[:12] and found[16:20] == plain[16:20]
-    assert found[12:16] == pytest.approx([value * k / 4 for k, value in enumerate(plain[12:16], 1)])
-    assert found[20:] == pytest.approx([0.25, 0.5, 0.26, 0.02])  # up in two steps, down in two
+    result = rates(24, phases=again, schedule="wsd")
+    assert result[:12] == plain[:12] and result[16:20] == plain[16:20]
+    assert result[12:16] == pytest.approx([value * k / 4 for k, value in enumerate(plain[12:16], 1)])
+    assert result[20:] == pytest.approx([0.25, 0.5, 0.26, 0.02])  # up in two steps, down in two
 
 
 def test_a_resumed_run_warms_up_again_where_it_is_told_to() -> None:

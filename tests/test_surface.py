@@ -1,4 +1,4 @@
-"""Options and settings are promises: a change of them is made on purpose, in the file that lists them."""
+"""Options and settings change only together with tests/surface.txt, which lists them."""
 
 import difflib
 import sys

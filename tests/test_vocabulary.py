@@ -1,4 +1,4 @@
-"""One concept has one option in all programs: the table of CONTRIBUTING.md against the parsers."""
+"""A concept has the same option in all programs: the table of CONTRIBUTING.md against the parsers."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""The wheel: it holds every file of our packages, and its commands work elsewhere, away from the sources."""
+"""The wheel contains every file of our packages, and its commands work without the sources."""
 
 import os
 import subprocess
@@ -33,16 +33,16 @@ def test_the_wheel_holds_every_packaged_file_and_nothing_else(wheel: Path, packa
 
 @pytest.mark.each("command", COMMANDS)
 def test_the_commands_run_elsewhere(installed: Path, command: str) -> None:
-    done = run_installed(installed, sys.executable, str(installed / "bin" / command), "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert command in done.stdout
+    result = run_installed(installed, sys.executable, str(installed / "bin" / command), "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert command in result.stdout
 
 
 @pytest.mark.deep
 def test_ready_scripts_are_written_from_the_wheel(installed: Path) -> None:
-    done = run_installed(installed, sys.executable, str(installed / "bin/megatron-sov"), "submit", "chain",
-                         "tiny-solar-open", "--scripts", "scripts")
-    assert (done.returncode, done.stderr) == (0, "")
+    result = run_installed(installed, sys.executable, str(installed / "bin/megatron-sov"), "submit", "chain",
+                           "tiny-solar-open", "--scripts", "scripts")
+    assert (result.returncode, result.stderr) == (0, "")
     written = sorted(p.name for p in (installed.parent / "scripts").iterdir())
     assert written == sorted(p.name for p in (ROOT / "slurm/scripts/tiny-solar-open").iterdir())
     assert "export WORK=/a/folder" in (installed.parent / "scripts" / written[0]).read_text()
@@ -53,7 +53,7 @@ def test_what_runs_is_the_wheel_with_its_data_files(installed: Path) -> None:
         "import importlib.resources as r, megatron_sov.model.recipes as m, megatron_sov.base.pages as p\n"
         "print(m.__file__, r.files(p).joinpath('templates/page.html.j2').is_file(), m.names()[0])"
     )
-    done = run_installed(installed, sys.executable, "-c", program)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(installed / "megatron_sov/model/recipes/__init__.py"), "True",
-                                   recipes.names()[0]]
+    result = run_installed(installed, sys.executable, "-c", program)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(installed / "megatron_sov/model/recipes/__init__.py"), "True",
+                                     recipes.names()[0]]

@@ -68,8 +68,7 @@ def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
                 counts["num_tokens"] += len(document["bin"])
         counts["num_bytes"] = counts["num_tokens"]
         record = build_source_record(SOURCE, "preference" if are_pairs else "chat",
-                                     ("loss", "type", *columns),
-                               [{"prefix": SOURCE, **counts}])
+                                     ("loss", "type", *columns), [{"prefix": SOURCE, **counts}])
         artifact.content = {"content_version": CONTENT_VERSION, "tokenizer_sha256": "0" * 64, "vocab_size":
                             vocab_size, "dtype": "uint16", "eod": "none", "bos_id": None, "eos_id": None,
                             "sources": [record | {"group_documents": 2 if are_pairs else 1}]}

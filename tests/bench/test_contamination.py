@@ -1,4 +1,4 @@
-"""Items of a score in training text: found in files and in token shards, by the search of `sov-data`."""
+"""Evaluation items in training text: the search of `sov-data` finds them in text files and token shards."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ SCORES = [1.0, 1.0, 0.0, 0.0]
 @pytest.fixture
 def scored(tmp_path: Path, written_scores: Callable[..., Path]) -> ScoredResults:
     """Return four questions, of which the first two are answered."""
-    found = read_scored_results(written_scores(tmp_path / "out.json", SCORES))
-    items = {str(i): dataclasses.replace(found.items["quiz"][str(i)], question=text)
+    result = read_scored_results(written_scores(tmp_path / "out.json", SCORES))
+    items = {str(i): dataclasses.replace(result.items["quiz"][str(i)], question=text)
              for i, text in enumerate(QUESTIONS)}
-    return dataclasses.replace(found, items={"quiz": items})
+    return dataclasses.replace(result, items={"quiz": items})
 
 
 def test_items_that_decontamination_removes_are_found(scored: ScoredResults, tmp_path: Path) -> None:
@@ -44,11 +44,11 @@ def test_items_that_decontamination_removes_are_found(scored: ScoredResults, tmp
                                                   for i, q in enumerate(QUESTIONS)))
     search = BenchmarkSearchSettings(benchmarks=(tmp_path / "bench.jsonl",)).build_search()
     expected = {search.items[f.item].id for t in texts for f in search.find(find_units(t))}
-    found = search_training_data(scored, [tmp_path / "train.jsonl"], RecordReading(), 1, show_progress=False)
-    assert {hit.item for hit in found.hits} == expected == {"0"}
-    assert found.hits[0].where.endswith("train.jsonl:2") and found.hits[0].field == "question"
-    assert found.too_short == {"quiz": 1} and found.num_documents == 4
-    told = found.results.tasks["quiz"].contamination
+    result = search_training_data(scored, [tmp_path / "train.jsonl"], RecordReading(), 1, show_progress=False)
+    assert {hit.item for hit in result.hits} == expected == {"0"}
+    assert result.hits[0].where.endswith("train.jsonl:2") and result.hits[0].field == "question"
+    assert result.too_short == {"quiz": 1} and result.num_documents == 4
+    told = result.results.tasks["quiz"].contamination
     assert (told.items_hit, told.value_without) == (1, pytest.approx(1 / 3))
 
 

@@ -1,4 +1,4 @@
-"""Two results are compared item by item, and only where they were measured alike."""
+"""Compare two results item by item, and refuse results that were measured differently."""
 
 from __future__ import annotations
 
@@ -140,10 +140,11 @@ def verdict(written_scores: Written, tmp_path: Path, before: list[float], after:
 ])
 def test_few_items_prove_little_and_many_prove_much(written_scores: Written, tmp_path: Path, lost: int,
                                                     items: int, tolerance: float, word: str) -> None:
-    found = verdict(written_scores, tmp_path, [1.0] * items, [0.0] * lost + [1.0] * (items - lost), tolerance)
-    assert [task.verdict for task in found.tasks] == [word]
-    assert found.passed == (word != FORGOTTEN)
-    assert word in found.format_lines()[0] and f"tolerance {tolerance:g}" in found.format_lines()[0]
+    result = verdict(written_scores, tmp_path, [1.0] * items, [0.0] * lost + [1.0] * (items - lost),
+                     tolerance)
+    assert [task.verdict for task in result.tasks] == [word]
+    assert result.passed == (word != FORGOTTEN)
+    assert word in result.format_lines()[0] and f"tolerance {tolerance:g}" in result.format_lines()[0]
 
 
 def test_a_loss_is_forgotten_upwards(written_scores: Written, tmp_path: Path) -> None:
@@ -155,8 +156,8 @@ def test_a_loss_is_forgotten_upwards(written_scores: Written, tmp_path: Path) ->
 
 def test_a_figure_that_is_missing_does_not_pass(written_scores: Written, tmp_path: Path) -> None:
     paths = written_scores(tmp_path / "a.json", [1.0, 0.0]), written_scores(tmp_path / "b.json", [None, None])
-    found = judge_forgetting(*map(read_scored_results, paths), 0.03)
-    assert not found.passed and "not known" in found.format_lines()[0]
+    result = judge_forgetting(*map(read_scored_results, paths), 0.03)
+    assert not result.passed and "not known" in result.format_lines()[0]
 
 
 def test_a_group_is_judged_by_its_tasks(written_scores: Written, tmp_path: Path) -> None:

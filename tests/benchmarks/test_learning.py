@@ -1,4 +1,4 @@
-"""Drivers of benchmarks: recipes of learning, means over seeds, and fitted parameters."""
+"""Benchmark drivers: recipes of learning runs, means over seeds, and fitted parameters."""
 
 import math
 import sys
@@ -101,7 +101,7 @@ def test_hidden_parameters_are_found() -> None:
     samples[3] = replace(samples[3], tokens_per_s_per_gpu=samples[3].tokens_per_s_per_gpu * 3)
     priors = {"product_fraction.ampere.bf16": Prior(0.8, 3.0, 0.4, 1.0),
               "hbm_fraction": Prior(0.8, 3.0, 0.3, 1.0)}
-    found = fit(samples, priors, load_default_parameters())
-    assert math.isclose(found.product_fraction["ampere"]["bf16"], 0.65, rel_tol=0.03)
-    assert math.isclose(found.hbm_fraction, 0.6, rel_tol=0.06)
-    assert all(abs(error(s, found)) < 0.02 for i, s in enumerate(samples) if i != 3)
+    result = fit(samples, priors, load_default_parameters())
+    assert math.isclose(result.product_fraction["ampere"]["bf16"], 0.65, rel_tol=0.03)
+    assert math.isclose(result.hbm_fraction, 0.6, rel_tol=0.06)
+    assert all(abs(error(s, result)) < 0.02 for i, s in enumerate(samples) if i != 3)

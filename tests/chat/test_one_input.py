@@ -57,10 +57,11 @@ ANSWER = say("assistant", "    indented", reasoning_content="So: cold.")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     path, imported = tmp_path_factory.mktemp("tokenizer"), tmp_path_factory.mktemp("imported") / "tokenizer"
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", chat_template=QWEN3,
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=QWEN3,
                             extra_special_tokens=["<|im_start|>", "<|endoftext|>"]).save_pretrained(path)
     assert main(["import", str(path), "--output", str(imported)]) == 0
     return imported

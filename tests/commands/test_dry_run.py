@@ -1,4 +1,4 @@
-"""`--dry-run` of the commands that train: what they would do, from the checks of a run, and nothing done."""
+"""`--dry-run` of training commands: the same checks as a run, and no effect on disk."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""`megatron-sov inspect`: what something is, from what, how far."""
+"""`megatron-sov inspect`: the kind, origin and progress of checkpoints, runs and data."""
 
 import json
 import os
@@ -32,8 +32,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def inspected(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
     assert main(["inspect", *words]) == code
-    found = capsys.readouterr()
-    return found.err if code else found.out
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
 
 
 def test_an_artifact_tells_its_facts_its_origins_and_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,8 +44,8 @@ def test_an_artifact_tells_its_facts_its_origins_and_its_rows(capsys: pytest.Cap
     assert told[5] == '  row 1: {"n": 2}' and len(told) == 8
     os.rename("a", "moved")
     assert "made from rows a (not here)" in inspected(capsys, "c")
-    found = json.loads(inspected(capsys, "c", "--json", "--rows", "1"))
-    assert found["made_from"][0]["made_from"][0]["state"] == "not here" and found["rows"] == [{"n": 2}]
+    parsed = json.loads(inspected(capsys, "c", "--json", "--rows", "1"))
+    assert parsed["made_from"][0]["made_from"][0]["state"] == "not here" and parsed["rows"] == [{"n": 2}]
     assert json.loads(inspected(capsys, "c", "--json", "--verify")) == json.loads(
         inspected(capsys, "c", "--json"))
 
@@ -98,8 +98,8 @@ def test_a_hostile_manifest_is_one_sentence_or_told_as_text(change: dict[str, ob
     manifest = json.loads(Path("a/manifest.json").read_text())
     Path("a/manifest.json").write_text(json.dumps({**manifest, "sha256": "", **change}))
     assert main(["inspect", "a"]) in (0, 2)
-    found = capsys.readouterr()
-    assert "is damaged" in found.err or "kind" in found.out
+    captured = capsys.readouterr()
+    assert "is damaged" in captured.err or "kind" in captured.out
 
 
 def test_an_empty_or_damaged_table_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`megatron-sov map`: rows in order, each batch done once, whoever does it."""
+"""`megatron-sov map`: rows keep their order, and each batch is computed once, whichever worker takes it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`megatron-sov score`: rows in order, nothing half-written, a killed command continued."""
+"""`megatron-sov score`: rows keep their order, no partial output, and a killed command continues."""
 
 import json
 import os
@@ -182,10 +182,10 @@ def test_a_killed_command_goes_on_where_it_was(capsys: pytest.CaptureFixture[str
     Path("judged").write_text("")
     assert score("--set", "language=ko") == 2
     assert main(command) == 0
-    said = capsys.readouterr()
-    assert 'reward was "Counts", and is "language"' in said.err
-    assert "400 rows read: 400 scored, 0 set aside; mean reward 199.5000" in said.out
-    assert "256 rows were already scored" in said.out
+    captured = capsys.readouterr()
+    assert 'reward was "Counts", and is "language"' in captured.err
+    assert "400 rows read: 400 scored, 0 set aside; mean reward 199.5000" in captured.out
+    assert "256 rows were already scored" in captured.out
     assert [row["reward"] for row in read()] == list(range(400))
     again = set(map(int, Path("judged").read_text().split()))
     assert again == set(range(256, 400))

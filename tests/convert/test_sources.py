@@ -151,8 +151,8 @@ def test_recomputed_tensors_are_not_converted(name: str, tmp_path: Path,
     error = capsys.readouterr().err
     assert error.count("warning") == 1
     assert f"tensors that are not converted: {name} (programs compute" in error
-    found = load_file(back / "model.safetensors")
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    file = load_file(back / "model.safetensors")
+    assert file.keys() == expected.keys() and all(torch.equal(file[key], expected[key]) for key in file)
     load_pretrained(AutoModelForCausalLM, folder)  # as commands that run a folder by transformers do
 
 

@@ -1,5 +1,4 @@
-"""Checkpoints that are no longer what was written: found whatever the file and the damage,
-and replaced by the one before."""
+"""Damaged checkpoints: any damage to any file is detected, and the run loads the previous checkpoint."""
 
 import json
 import shutil
@@ -52,8 +51,8 @@ def hashes(run: Path, step: int) -> dict[str, str]:
 def kept(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_command: Any) -> Path:
     """A run on two processes that kept a checkpoint of every step."""
     run = tmp_path_factory.mktemp("kept") / "run"
-    done = run_command(*pretrain(run, *EP2, settings=SETTINGS))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*pretrain(run, *EP2, settings=SETTINGS))
+    assert result.returncode == 0, result.stderr
     return run
 
 
@@ -78,14 +77,14 @@ def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(
     for step, (name, spoil) in in_the_way.items():
         spoil(folder_of(broken, step) / name)
     (broken / "checkpoints" / ".writing-step-9-0a1b2c3d").mkdir()
-    done = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
+    assert result.returncode == 0, result.stderr
     found = [e for e in read_events(broken / "events.jsonl")
              if e["event"] in ("damaged_checkpoint", "resume")]
     assert [e.get("path") for e in found] == [*(f"checkpoints/step-{step}" for step in in_the_way), None]
     for event, (step, (name, _)) in zip(found, in_the_way.items(), strict=False):
         assert f"checkpoints/step-{step}/{name}: " in event["reason"]
-        assert f"warning: {event['reason']}; step-{step} is renamed to damaged-step-{step}" in done.stderr
+        assert f"warning: {event['reason']}; step-{step} is renamed to damaged-step-{step}" in result.stderr
         assert (broken / "checkpoints" / f"damaged-step-{step}").is_dir(), "never deleted"
     assert found[-1]["reason"] == "continued from step-2"
     assert all(hashes(broken, step) == hashes(kept, step) for step in range(1, STEPS + 1))
@@ -96,10 +95,10 @@ def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(
     (lost / "complete.json").unlink()
     deleted(folder_of(lost, 1) / "state.json")
     for _ in range(2):  # and it stays refused
-        done = run_command(*pretrain(lost, *EP2, "--resume", settings=SETTINGS))
-        assert done.returncode == 2 and "Traceback" not in done.stderr
+        result = run_command(*pretrain(lost, *EP2, "--resume", settings=SETTINGS))
+        assert result.returncode == 2 and "Traceback" not in result.stderr
         assert ("no sound checkpoint is left (damaged-step-1); restore one from a copy as step-N"
-                in done.stderr)
+                in result.stderr)
 
 
 def test_every_damage_to_every_file_is_found(kept: Path, tmp_path: Path) -> None:
@@ -143,9 +142,9 @@ def test_a_run_does_not_start_from_a_damaged_one(
         kept: Path, tmp_path: Path, pretrain: Any, run_command: Any) -> None:
     shutil.copytree(folder_of(kept, 8), folder_of(tmp_path / "run", 8))
     truncated(folder_of(tmp_path / "run", 8) / "model/00000/rank-00000-00000.safetensors")
-    done = run_command(*pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS))
-    assert done.returncode == 2 and ("there is no checkpoint before it; restore it from "
-                                     "a copy") in done.stderr, done.stderr
+    result = run_command(*pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS))
+    assert result.returncode == 2 and ("there is no checkpoint before it; restore it from "
+                                       "a copy") in result.stderr, result.stderr
     assert not (tmp_path / "new").exists()
 
 
@@ -157,11 +156,11 @@ FULL_DISK = ("train.steps=4", "train.checkpoint_every_steps=2")
 
 def test_a_checkpoint_that_does_not_fit(tmp_path: Path, pretrain: Any, run_command: Any) -> None:
     run = tmp_path / "run"
-    done = run_command(*pretrain(run, "--nproc", "2", settings=FULL_DISK), file_limit_bytes=100_000)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and done.stderr.count("\nerror: ") + done.stderr.startswith(
-        "error: ") == 1, done.stderr
-    assert "free some space" in done.stderr
+    result = run_command(*pretrain(run, "--nproc", "2", settings=FULL_DISK), file_limit_bytes=100_000)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr and result.stderr.count("\nerror: ") + result.stderr.startswith(
+        "error: ") == 1, result.stderr
+    assert "free some space" in result.stderr
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "command.json", "config.json",
                                                    "events.jsonl"]
     assert list((run / "checkpoints").iterdir()) == []
@@ -173,7 +172,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path, pretrain: Any, run_comma
 
 
 def test_events_that_do_not_fit(tmp_path: Path, pretrain: Any, run_command: Any) -> None:
-    done = run_command(*pretrain(tmp_path / "run", settings=("train.steps=40",)), file_limit_bytes=9_000)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("error: ") == 1, (
-        done.stderr)
-    assert "events.jsonl: larger than the limit on file sizes" in done.stderr
+    result = run_command(*pretrain(tmp_path / "run", settings=("train.steps=40",)), file_limit_bytes=9_000)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("error: ") == 1, result.stderr
+    assert "events.jsonl: larger than the limit on file sizes" in result.stderr

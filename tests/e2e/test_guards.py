@@ -1,4 +1,4 @@
-"""Every fault on purpose: what the run does about it, and that it ends as a run without the same samples."""
+"""Injected faults: the run's reaction, and an end equal to that of a run without the same samples."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Ctrl-C during a long step: an answer at once, and a second one leaves with everything on disk intact."""
+"""Ctrl-C during a long step: immediate acknowledgement, and a second Ctrl-C exits without damage on disk."""
 
 import os
 import signal
@@ -80,8 +80,8 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_comma
                                        f"megatron-sov resume {run}")
     assert "Traceback" not in errors
     # The fault came in the run; without it the command goes on from the checkpoint.
-    done = run_command("resume", str(run))
-    assert done.returncode == 0, done.stderr
+    result = run_command("resume", str(run))
+    assert result.returncode == 0, result.stderr
     assert [event["step"] for event in events(run, "eval")] == [0, 8]  # a resumed run is not evaluated again
 
 
@@ -146,8 +146,8 @@ def test_a_checkpoint_that_is_being_written_when_an_error_comes_is_there_afterwa
     (tmp_path / "mine.py").write_text(FAILING)
     settings = (*ENDED, f"objective.name={tmp_path}/mine.py:Failing", "train.checkpoint_every_steps=2",
                 "train.max_restarts=0")
-    done = run_command(*pretrain(tmp_path / "run", "--nproc", "2", settings=settings))
-    assert (done.returncode, "ValueError: a defect of one process" in done.stderr) == (1, True), done.stderr
+    result = run_command(*pretrain(tmp_path / "run", "--nproc", "2", settings=settings))
+    assert result.returncode == 1 and "ValueError: a defect of one process" in result.stderr, result.stderr
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
     saved = [e for e in read_events(tmp_path / "run" / EVENTS) if e["event"] == "checkpoint"]
     assert [(e["step"], e["save_s"] > 1) for e in saved] == [(2, True)]

@@ -1,5 +1,5 @@
-"""On GPUs ranks are new processes that read their work from a file; here, by a double of the question whether
-there is a GPU, they are so on CPUs, and write what forked ones write."""
+"""On GPUs each rank is a new process that reads its work from a file. A double of the GPU check makes that
+happen on a CPU, and the results equal those of forked ranks."""
 
 import os
 from pathlib import Path

@@ -17,11 +17,11 @@ def test_the_engine_runs_on_the_newest_release() -> None:
     newest = releases.newest_version()
     if not newest or not releases.is_newer(newest, releases.locked_version()):
         pytest.skip(f"the index has no newer release than {releases.locked_version()}")
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:anyio", "tests/engine", "tests/checkpoint"],
         env=releases.environment(releases.fetched(releases.LIBRARY, newest)), cwd=releases.ROOT,
         capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{releases.LIBRARY} {newest}: {done.stdout[-4000:]}"
+    assert completed.returncode == 0, f"{releases.LIBRARY} {newest}: {completed.stdout[-4000:]}"
 
 
 @pytest.mark.parametrize(("listed", "newest"), [

@@ -1,4 +1,4 @@
-"""Objectives of one's own: what a class has to be, and what becomes of its settings."""
+"""User-defined objectives: required methods, and their settings."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A model of others is loaded with exactly the weights of its folder, or refused in a sentence that names the
+"""Pretrained models load exactly the weights of their folder, or are refused with the names of the
 tensors."""
 
 import json

@@ -89,11 +89,11 @@ def test_the_table_has_what_fits_first_and_names_the_nodes_that_the_others_need(
 
 
 def test_the_table_is_of_recipes_that_pretrain_large_models() -> None:
-    found = list_pretraining_requests(["train.global_batch_size=1024"])
-    assert {"qwen3-moe-30b", "deepseek-v3", "solar-open-102b", "gemma-3-1b"} <= set(found)
+    result = list_pretraining_requests(["train.global_batch_size=1024"])
+    assert {"qwen3-moe-30b", "deepseek-v3", "solar-open-102b", "gemma-3-1b"} <= set(result)
     others = ("-rl", "-sft", "-extend")
-    assert not [name for name in found if name.startswith("tiny-") or name.endswith(others)]
-    assert all(asked.config().train.global_batch_size == 1024 for asked in found.values())
+    assert not [name for name in result if name.startswith("tiny-") or name.endswith(others)]
+    assert all(asked.config().train.global_batch_size == 1024 for asked in result.values())
 
 
 def test_rounds_have_no_tokens_and_unknown_gpus_no_price() -> None:

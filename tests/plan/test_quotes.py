@@ -1,4 +1,4 @@
-"""What is paid for a run is the sum of its stages, and every figure follows from its neighbours."""
+"""The price of a run is the sum of its stages, and every figure follows from others on the page."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def test_totals_are_sums(quotes: list[Quote]) -> None:
 
 
 def test_a_quote_is_plain_values(quotes: list[Quote]) -> None:
-    said = json.loads(json.dumps(quote_to_json(quotes[0])))
-    assert said["step_s"] == quotes[0].step_s and said["memory"]["total_bytes"] == sum(
-        said["memory"]["by_component"].values())
-    assert math.isclose(said["gpu_hours"], quotes[0].gpu_hours)
+    parsed = json.loads(json.dumps(quote_to_json(quotes[0])))
+    assert parsed["step_s"] == quotes[0].step_s and parsed["memory"]["total_bytes"] == sum(
+        parsed["memory"]["by_component"].values())
+    assert math.isclose(parsed["gpu_hours"], quotes[0].gpu_hours)
 
 
 def test_tables_show_alike_stages_once(quotes: list[Quote]) -> None:
@@ -114,8 +114,8 @@ def test_components_are_told_apart_from_items_of_memory() -> None:
 
 
 def test_items_that_are_next_to_nothing_share_a_line() -> None:
-    found = quote_tables.select_items(QuotedMemory({"weights": 1000, "a": 5, "b": 6}, 0), share=0.01)
-    assert found == {"weights": 1000, quote_tables.SMALL_ITEMS: 11}
+    result = quote_tables.select_items(QuotedMemory({"weights": 1000, "a": 5, "b": 6}, 0), share=0.01)
+    assert result == {"weights": 1000, quote_tables.SMALL_ITEMS: 11}
 
 
 def test_totals_stand_below_several_stages_alone() -> None:
@@ -134,9 +134,9 @@ def test_notes_are_said_once_with_the_range_of_prices() -> None:
 
 
 def on(where: Machines) -> Pricing:
-    found = build_pricing(where)
-    assert found is not None
-    return found
+    pricing = build_pricing(where)
+    assert pricing is not None
+    return pricing
 
 
 def first(recipe: str, of: Pricing, *settings: str) -> RunStage:
@@ -277,10 +277,10 @@ def test_stages_whose_steps_are_alike_are_one_kind() -> None:
 
 
 def test_nodes_of_gpus() -> None:
-    found = load_machines("b200", 60)
-    assert found.num_ranks == 480 and found.chip is not None
-    assert 0.94 < found.limit_bytes / found.chip.memory_bytes < 0.96
-    assert found.with_nodes(3).num_ranks == 24 and load_machines("b200", None).nodes == 1
+    machines = load_machines("b200", 60)
+    assert machines.num_ranks == 480 and machines.chip is not None
+    assert 0.94 < machines.limit_bytes / machines.chip.memory_bytes < 0.96
+    assert machines.with_nodes(3).num_ranks == 24 and load_machines("b200", None).nodes == 1
 
 
 def test_links_that_nobody_has_said_are_missed_where_they_are_needed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a search says where nothing fits: how many nodes would do."""
+"""Searches for a layout, and the number of nodes that is proposed if none fits."""
 
 from __future__ import annotations
 
@@ -170,9 +170,9 @@ def test_a_runs_own_layout_is_among_those_looked_at() -> None:
         assert get_current_choice(config) in set(iter_choices(config, build_space(config, 512, 8))), recipe
     uneven = apply_settings(recipes.get("k-exaone-236b"), [
         "parallel.pp=4", "parallel.pipeline_layout=[13,12,12,11]"])
-    found = list(iter_layouts(uneven, build_space(uneven, 512, 8)))
-    assert uneven.parallel in found
-    assert {p.pipeline_layout for p in found if p.pp == 4} == {(), (13, 12, 12, 11)}
+    result = list(iter_layouts(uneven, build_space(uneven, 512, 8)))
+    assert uneven.parallel in result
+    assert {p.pipeline_layout for p in result if p.pp == 4} == {(), (13, 12, 12, 11)}
 
 
 def test_uneven_pipelines_are_looked_at_where_the_last_stage_has_more_to_do() -> None:
@@ -211,10 +211,10 @@ def slowest(stages: Sequence[int], beside: float) -> float:
 def test_no_other_cut_has_a_faster_slowest_stage(beside: float) -> None:
     for layers, pp in itertools.product(range(2, 11), (2, 3, 4)):
         every = [cut for cut in itertools.product(range(1, layers + 1), repeat=pp) if sum(cut) == layers]
-        found = find_uneven_split(layers, pp, 1, beside)
-        if found:
-            assert slowest(found, beside) == min(slowest(cut, beside) for cut in every)
-            assert sorted(found[:-1]) == list(found[:-1]), "larger stages come late"
+        result = find_uneven_split(layers, pp, 1, beside)
+        if result:
+            assert slowest(result, beside) == min(slowest(cut, beside) for cut in every)
+            assert sorted(result[:-1]) == list(result[:-1]), "larger stages come late"
         elif every:  # equal stages, which are as good but for little
             assert min(slowest(cut, beside) for cut in every) >= (1 - LEAST_GAIN) * (layers // pp + beside)
 
@@ -297,9 +297,9 @@ SMALL = LayoutSpace(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), 
 
 
 def prices_of_sweep(cluster: str, nodes: int) -> Pricing:
-    found = build_pricing(load_machines(cluster, nodes))
-    assert found is not None
-    return found
+    pricing = build_pricing(load_machines(cluster, nodes))
+    assert pricing is not None
+    return pricing
 
 
 def tried(stage: RunStage, of: Pricing) -> dict[Any, tuple[float, float]]:
@@ -346,9 +346,9 @@ def test_the_best_is_the_best_of_every_combination(cluster: str, nodes: int) -> 
     pytest.param("qwen3-moe-30b", "b200", 1, marks=pytest.mark.deep)])
 def test_training_takes_every_proposed_layout(recipe: str, cluster: str, nodes: int) -> None:
     of, config = prices_of_sweep(cluster, nodes), recipes.get(recipe)
-    found = search_layouts(config, of)
-    assert found.best
-    for one in found.best[::max(1, len(found.best) // 10)]:
+    result = search_layouts(config, of)
+    assert result.best
+    for one in result.best[::max(1, len(result.best) // 10)]:
         said = apply_settings(config, one.choice.list_settings(config))
         said.check(of.num_ranks)
         for stage in list_run_stages(said, of.num_ranks, micro_batch_set=True):
@@ -358,19 +358,19 @@ def test_training_takes_every_proposed_layout(recipe: str, cluster: str, nodes: 
 
 def test_broken_rules_are_told_once_each() -> None:
     of = prices_of_sweep("h100", 12)
-    found = sweep_stage(list_run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0], SMALL, of)
-    assert sum(found.broken.values()) > 100
-    lines = describe_broken_rules([found, found])
-    assert len(lines) == len(found.broken)
+    result = sweep_stage(list_run_stages(recipes.get("solar-open-102b"), of.num_ranks)[0], SMALL, of)
+    assert sum(result.broken.values()) > 100
+    lines = describe_broken_rules([result, result])
+    assert len(lines) == len(result.broken)
     assert len([line for line in lines if "number of processes" in line]) == 1
-    assert f"{2 * found.broken.most_common()[0][1]:,} break a rule" in lines[0]
+    assert f"{2 * result.broken.most_common()[0][1]:,} break a rule" in lines[0]
 
 
 def test_what_is_set_stays() -> None:
     of = prices_of_sweep("h100", 2)
     config = apply_settings(recipes.get("qwen3-8b"), ["parallel.tp=4", "parallel.sp=true",
                                                       "train.recompute=true"])
-    found = search_layouts(config, of, {"parallel.tp", "train.recompute"})
-    assert {c.choice.parallel.tp for c in found.best} == {4}
-    assert {c.choice.recompute for c in found.best} == {(True, ())}
-    assert len({c.choice.parallel.pp for c in found.best}) > 1
+    result = search_layouts(config, of, {"parallel.tp", "train.recompute"})
+    assert {c.choice.parallel.tp for c in result.best} == {4}
+    assert {c.choice.recompute for c in result.best} == {(True, ())}
+    assert len({c.choice.parallel.pp for c in result.best}) > 1

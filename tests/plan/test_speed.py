@@ -1,4 +1,4 @@
-"""The time of a step: by hand where one thing bounds it, and how it changes with each setting."""
+"""Step times: by hand where one resource is the bound, and their change with each setting."""
 
 from __future__ import annotations
 

@@ -53,11 +53,11 @@ class Rollouts:
         return self._drawn(document, 0).integers(5, 360, self.lengths[document])[start:start + count]
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
-        found = np.full(self.lengths[document], 2, np.uint8)
-        found[:4 + document % 5] = 1
+        result = np.full(self.lengths[document], 2, np.uint8)
+        result[:4 + document % 5] = 1
         if document % 3 == 0:
-            found[9:11] = 1
-        return found[start:start + count]
+            result[9:11] = 1
+        return result[start:start + count]
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
         learns = document % 7 != 6  # the others' groups were left out
@@ -107,8 +107,8 @@ def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, A
         results.append(_written_out(trainer.policy, first))
         trainer.objective.collect = lambda policy, step: collect(policy, step) if step else first
     for _ in range(STEPS):
-        found = train_step(trainer)
-        results.append({"loss": found.loss, "grad_norm": found.grad_norm, **found.losses, **found.meters})
+        result = train_step(trainer)
+        results.append({"loss": result.loss, "grad_norm": result.grad_norm, **result.losses, **result.meters})
     trainer.close()
     world.leave_world()
     return results

@@ -1,5 +1,4 @@
-"""A layout is compared with one process: right ones are equal, faults on purpose are found and their place is
-named."""
+"""Layout proofs: correct layouts equal one process, and planted faults are detected and located."""
 
 import importlib
 import json
@@ -39,9 +38,9 @@ CUT_ROW = "parallel.cp=2", "train.global_batch_size=8", "train.micro_batch_size=
 def small(tmp_path_factory: pytest.TempPathFactory) -> Miniature:
     """K-EXAONE's family with a prediction layer, on four processes."""
     documents = tmp_path_factory.mktemp("proof") / "documents"
-    found = build_miniature(apply_settings(recipes.get("tiny-k-exaone"), LAYOUT), 4, documents)
-    given.write_documents(documents, found.config)
-    return found
+    miniature = build_miniature(apply_settings(recipes.get("tiny-k-exaone"), LAYOUT), 4, documents)
+    given.write_documents(documents, miniature.config)
+    return miniature
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +205,10 @@ def test_an_element_that_two_hold_is_told_apart_from_numbers(small: Miniature) -
 
 
 def test_json_has_no_infinity(small: Miniature) -> None:
-    found = layout_proof.proof_to_json(small, layout_proof.Verdict(STANDS, 4, float("inf"), ["rank 0 waits"]))
+    result = layout_proof.proof_to_json(small, layout_proof.Verdict(STANDS, 4, float("inf"),
+                                                                    ["rank 0 waits"]))
 
-    assert json.loads(json.dumps(found, allow_nan=False))["largest"] is None
+    assert json.loads(json.dumps(result, allow_nan=False))["largest"] is None
 
 
 DISTILL = "objective.name=distill"
@@ -479,13 +479,13 @@ def test_a_pattern_of_a_tensor_that_the_miniature_lacks_is_told_as_such() -> Non
 
 
 def test_the_command_tells_and_ends_with_0(run_command: Any) -> None:
-    done = run_command("plan", "tiny-qwen3", "--set", "parallel.tp=2", "--set", "parallel.pp=2", "--nproc",
-                       "4", "--prove", "--json")
+    result = run_command("plan", "tiny-qwen3", "--set", "parallel.tp=2", "--set", "parallel.pp=2", "--nproc",
+                         "4", "--prove", "--json")
 
-    found = json.loads(done.stdout)
-    assert done.returncode == 0, done.stderr
-    assert found["outcome"] == EQUAL and found["num_ranks"] == 4 and found["layout"]["pp"] == 2
-    assert any("Transformer Engine" in line for line in found["assumed"])
+    parsed = json.loads(result.stdout)
+    assert result.returncode == 0, result.stderr
+    assert parsed["outcome"] == EQUAL and parsed["num_ranks"] == 4 and parsed["layout"]["pp"] == 2
+    assert any("Transformer Engine" in line for line in parsed["assumed"])
 
 
 def test_the_command_names_what_differs_and_ends_with_3(capsys: pytest.CaptureFixture[str],
@@ -495,14 +495,14 @@ def test_the_command_names_what_differs_and_ends_with_3(capsys: pytest.CaptureFi
 
     assert cli.main(["plan", "tiny-qwen3", "--set", "parallel.pp=2", "--nproc", "4", "--prove"]) == 3
 
-    said = capsys.readouterr().out
-    assert "NOT equal to one process" in said and "  step 1: backward of decoder.final_layernorm" in said
+    output = capsys.readouterr().out
+    assert "NOT equal to one process" in output and "  step 1: backward of decoder.final_layernorm" in output
 
 
 def test_options_of_another_plan_are_refused(run_command: Any) -> None:
-    done = run_command("plan", "tiny-qwen3", "--prove", "--sweep", "--cluster", "h100")
+    result = run_command("plan", "tiny-qwen3", "--prove", "--sweep", "--cluster", "h100")
 
-    assert done.returncode == 2 and "--prove" in done.stderr and "--sweep" in done.stderr
+    assert result.returncode == 2 and "--prove" in result.stderr and "--sweep" in result.stderr
 
 
 @pytest.mark.deep

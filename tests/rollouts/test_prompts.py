@@ -1,4 +1,4 @@
-"""Prompts of rounds: known by their content, in an order that is a function, each once in an epoch."""
+"""Prompts of rounds: identified by content, ordered by a function, and each used once in an epoch."""
 
 import hashlib
 import json
@@ -77,9 +77,9 @@ def test_tables_and_folders_of_datasets_are_read_with_names_of_their_own(form: s
     expected = read_prompts(file_with(
         tmp_path / "a.jsonl", '{"prompt": "1+1", "answer": "2", "tests": ["assert 1"]}',
         '{"prompt": "2+2", "answer": "4", "tests": [], "target_tokens": 7}'))
-    found = read_prompts(path, parse_renames(["prompt=question,answer=solution"], ()))
-    assert found == expected and [len(places) for places in found.repeats.values()] == [1]
-    assert found[0].conversation().messages[0].content == "1+1"
+    result = read_prompts(path, parse_renames(["prompt=question,answer=solution"], ()))
+    assert result == expected and [len(places) for places in result.repeats.values()] == [1]
+    assert result[0].conversation().messages[0].content == "1+1"
     with pytest.raises(UserError, match="field 'ask', which --columns"):
         read_prompts(path, parse_renames(["prompt=ask"], ()))
 
@@ -112,8 +112,9 @@ def test_what_a_folder_has_that_may_not_be_meant_is_told(tmp_path: Path,
         (tmp_path / f"data/{split}/rows.jsonl").write_text(json.dumps({"prompt": split}))
     (tmp_path / "data/model.bin").write_bytes(b"1")
     assert len(read_prompts(tmp_path / "data")) == 2
-    told = capsys.readouterr().err
-    assert "--prompts" in told and "model.bin" in told and "splits" in told and "as one source" in told
+    errors = capsys.readouterr().err
+    assert "--prompts" in errors and "model.bin" in errors and "splits" in errors
+    assert "as one source" in errors
 
 
 def test_what_is_set_aside_is_listed_and_counted_by_all_who_share_a_store(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_nulls_with_which_a_table_fills_messages_go(tmp_path: Path, name: str) -
             {name: chat({"unit": "C", "day": None}), "tests": {"a": None, "b": 2}}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     renames = parse_renames([f"prompt={name}"], ()) if name == "dialog" else ()
-    found = read_prompts(tmp_path / "a.parquet", renames, is_asked=True)
-    calls = [prompt.conversation().messages[1].tool_calls[0]["function"]["arguments"] for prompt in found]
+    result = read_prompts(tmp_path / "a.parquet", renames, is_asked=True)
+    calls = [prompt.conversation().messages[1].tool_calls[0]["function"]["arguments"] for prompt in result]
     assert calls == [{"city": "Seoul", "day": None}, {"unit": "C", "day": None}]
-    assert [prompt.record["tests"] for prompt in found] == [row["tests"] for row in rows]
+    assert [prompt.record["tests"] for prompt in result] == [row["tests"] for row in rows]

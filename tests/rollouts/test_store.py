@@ -1,5 +1,5 @@
-"""The store keeps what it is given: parts are whole or not there, whatever happens to the writer, and what a
-stranger wrote is read within bounds."""
+"""The rollout store: parts are complete or absent, whatever happens to the writer, and files from others
+are read within bounds."""
 
 import dataclasses
 import json
@@ -48,9 +48,9 @@ def long_rollout(count: int, logprobs: np.ndarray) -> Rollout:
 
 def judged(row: Rollout, reward: float | None = 1.0, **changes: Any) -> RewardRow:
     """What reward v1 said of a row."""
-    found = RewardRow(row.key, row.attempt, "v1" * 8, reward, "failed" if reward is None else "scored",
-                      {"format": 0.5})
-    return dataclasses.replace(found, **changes)
+    reward_row = RewardRow(row.key, row.attempt, "v1" * 8, reward, "failed" if reward is None else "scored",
+                           {"format": 0.5})
+    return dataclasses.replace(reward_row, **changes)
 
 
 def bits(row: Rollout | RewardRow) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Programs that try to get out, or to take more than they are given, in each enclosure of this machine."""
+"""Programs that try to leave the sandbox or exceed its limits, in each enclosure of this machine."""
 
 from __future__ import annotations
 

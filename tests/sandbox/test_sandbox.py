@@ -1,4 +1,4 @@
-"""What a sandbox gives back, and what becomes of it when something goes wrong on its side."""
+"""Outputs of a sandbox, and recovery from failures of its own processes."""
 
 from __future__ import annotations
 
@@ -181,17 +181,17 @@ NOBODY = 65534
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A folder of a user who is not root, whom no folder is closed to."""
-    made = Path(tempfile.mkdtemp(prefix="folders-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="folders-", dir="/tmp"))
     is_root = os.geteuid() == 0
     if is_root:
-        os.chown(made, NOBODY, NOBODY)
+        os.chown(path, NOBODY, NOBODY)
         os.seteuid(NOBODY)
     try:
-        yield made
+        yield path
     finally:
         if is_root:
             os.seteuid(0)
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def test_what_lies_deeper_than_any_path_is_counted(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bodies of requests: what is malformed is told in one sentence, which costs no more than the body."""
+"""Request bodies: a malformed one gets a one-sentence error, at a cost bounded by its length."""
 
 import json
 import tracemalloc

@@ -1,5 +1,4 @@
-"""`megatron-sov chat`, as docs/serve.md types it: what is asked and shown, and what is kept of a
-conversation."""
+"""`megatron-sov chat` as on docs/serve.md: prompts, output, and the saved conversation."""
 
 import io
 import os
@@ -73,10 +72,10 @@ class Shown:
 
 def test_each_piped_line_gets_one_answer_and_nothing_else_is_printed(endpoint: ScriptedEndpoint, talk: Any
                                                                      ) -> None:
-    found = talk("one\n\ntwo\n/think\n/clear\nthree\n/thnk\n/quit\nfour\n", endpoint.url, "--system",
-                 "Be brief.", "--top-p", "0.9", "--seed", "5")
-    assert found.out == "1 asked, last one\n2 asked, last two\n1 asked, last three\n"
-    assert "I count them." in found.err and "/thnk: does not exist; did you mean 'think'?" in found.err
+    result = talk("one\n\ntwo\n/think\n/clear\nthree\n/thnk\n/quit\nfour\n", endpoint.url, "--system",
+                  "Be brief.", "--top-p", "0.9", "--seed", "5")
+    assert result.out == "1 asked, last one\n2 asked, last two\n1 asked, last three\n"
+    assert "I count them." in result.err and "/thnk: does not exist; did you mean 'think'?" in result.err
     first, second, third = endpoint.requests
     assert [m["content"] for m in second["messages"]] == ["Be brief.", "one", "1 asked, last one", "two"]
     assert (first["temperature"], first["top_p"]) == (0.7, 0.9)
@@ -163,8 +162,8 @@ def test_the_pages_commands_talk_to_a_checkpoint(talk: Any, tmp_path: Path, one_
     (["a", "--tools", "no"], "--tools: was removed in this version")])
 def test_a_mistake_is_one_sentence(words: list[str], said: str, capsys: Any) -> None:
     assert main(["chat", *words]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and said in told and "Traceback" not in told
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and said in errors and "Traceback" not in errors
 
 
 def test_a_model_without_a_template_is_refused(endpoint: ScriptedEndpoint, capsys: Any) -> None:

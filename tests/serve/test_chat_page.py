@@ -1,5 +1,5 @@
-"""The chat page of `megatron-sov serve` in a browser: answers appear as text, keys work, two models answer
-side by side, and a key is taken from the address or asked for."""
+"""The chat page of `megatron-sov serve` in a browser: streamed answers, keys, two models next to each
+other, and access keys."""
 
 import json
 import sys

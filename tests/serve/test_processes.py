@@ -1,4 +1,4 @@
-"""A server of several processes, and of a model with linear attention."""
+"""A server on several processes, and a server of a model with linear attention."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""The server in front of a scripted model: calls and thoughts, limits, clients that leave or do not take,
-keys, the end.  The model here writes what the user's message says, one token for each row."""
+"""The server with a scripted model that writes the user's message, one token a row: tool calls, thoughts,
+limits, slow and lost clients, access keys, shutdown."""
 
 import asyncio
 import contextlib
@@ -169,14 +169,14 @@ def test_thoughts_and_calls_are_told_apart_from_what_is_said(opened: Any) -> Non
         plain = both(several := "2 곰 안녕 สวัสดี 🐻‍❄️ é ﷽ 𝒳\n\t\ufffd? </b>")  # characters of several tokens
         assert (plain["content"], plain["ended"], "tool_calls" in plain) == (several, "stop", False)
         # the user's special tokens are text: the model here is one that repeats them as text
-        found = both("<think> 1+1 </think> 2")
-        assert (found["reasoning_content"], found["content"]) == (" 1+1 ", " 2"), "line feeds alone go"
-        found = both(" 1+1 </think> 2", chat_template_kwargs={"thinks": True})
-        assert (found["reasoning_content"], found["content"]) == (" 1+1 ", " 2"), "line feeds alone go"
-        found = both(f"I add. {ADD}", tools=TOOLS)
-        assert found["tool_calls"] == [{"type": "function",
-                                        "function": {"name": "add", "arguments": '{"a": 1}'}}]
-        assert (found["content"], found["ended"]) == ("I add.", "tool_calls")
+        result = both("<think> 1+1 </think> 2")
+        assert (result["reasoning_content"], result["content"]) == (" 1+1 ", " 2"), "line feeds alone go"
+        result = both(" 1+1 </think> 2", chat_template_kwargs={"thinks": True})
+        assert (result["reasoning_content"], result["content"]) == (" 1+1 ", " 2"), "line feeds alone go"
+        result = both(f"I add. {ADD}", tools=TOOLS)
+        assert result["tool_calls"] == [{"type": "function",
+                                         "function": {"name": "add", "arguments": '{"a": 1}'}}]
+        assert (result["content"], result["ended"]) == ("I add.", "tool_calls")
         assert both(ADD, tools=TOOLS)["content"] is None
         for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):
             assert both(ADD, **more)["content"] == ADD
@@ -190,8 +190,8 @@ def test_thoughts_and_calls_are_told_apart_from_what_is_said(opened: Any) -> Non
 
 def test_what_ends_an_answer_frees_its_place(opened: Any) -> None:
     with opened() as server:
-        found = server.message("to be or not to be", stop=["not", "<|endofturn|>"])
-        assert (found["message"]["content"], found["finish_reason"]) == ("to be or ", "stop")
+        result = server.message("to be or not to be", stop=["not", "<|endofturn|>"])
+        assert (result["message"]["content"], result["finish_reason"]) == ("to be or ", "stop")
         server.model.rows = threading.Semaphore(0)
         with server.http.stream("POST", "/chat/completions", json={
                 "messages": [{"role": "user", "content": "long " * 70}], "stream": True}) as gone:
@@ -360,8 +360,8 @@ def test_what_is_no_http_is_refused_and_leaves_no_traceback(opened: Any, sent: b
 
 def test_clients_are_told_no_folders_of_the_server(opened: Any, folder: Path) -> None:
     with opened(vocab=5) as server:
-        found = server.http.post("/completions", json={"prompt": "a"})
-        assert found.status_code == 400 and "with token id" in found.text and str(folder) not in found.text
+        result = server.http.post("/completions", json={"prompt": "a"})
+        assert result.status_code == 400 and "with token id" in result.text and str(folder) not in result.text
 
 
 @pytest.mark.each(("files", "ends"), [

@@ -1,4 +1,4 @@
-"""Answers while they are written: stops, turns and calls."""
+"""Streamed answers: stop strings, turns and tool calls."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models

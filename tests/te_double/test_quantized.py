@@ -31,10 +31,10 @@ def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any)
     cases = {("tiny-k-exaone", "blockwise"): (DENSE_LAYER, 2 * MOE_LAYER + PREDICTION_LAYER, MOE_LAYER),
              ("tiny-k-exaone", "nvfp4"): (DENSE_LAYER + PREDICTION_LAYER, 2 * MOE_LAYER, MOE_LAYER)}
     settings = ["train.fp8_bf16_layers_at_start=1", "train.fp8_bf16_layers_at_end=1"]
-    found = te_ranks(*(job(RUN, "losses", 1, {"recipe": recipe, "settings": [*settings, f"train.fp8={fp8}"],
-                                              "path": str(packed_data.text), "steps": 1})
-                       for recipe, fp8 in cases))
-    for ((_, fp8), (at_start, quantised, at_end)), (rank,) in zip(cases.items(), found, strict=True):
+    result = te_ranks(*(job(RUN, "losses", 1, {"recipe": recipe, "settings": [*settings, f"train.fp8={fp8}"],
+                                               "path": str(packed_data.text), "steps": 1})
+                        for recipe, fp8 in cases))
+    for ((_, fp8), (at_start, quantised, at_end)), (rank,) in zip(cases.items(), result, strict=True):
         expected = {of(kind, name): MICRO_BATCHES * count for kind in ("fprop", "dgrad", "wgrad")
                     for name, count in ((fp8, quantised), ("", at_start + at_end))}
         assert rank["products"] == expected
@@ -45,10 +45,10 @@ def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any)
                          ids=["mxfp8", "all"])
 def test_losses_follow_bf16(te_ranks: Any, job: Any, packed_data: Any, kinds: tuple[str, ...]) -> None:
     """Losses stay close to bf16."""
-    found = te_ranks(*(job(RUN, "losses", 1, {
+    result = te_ranks(*(job(RUN, "losses", 1, {
         "recipe": "tiny-solar-open", "path": str(packed_data.text), "steps": 2,
         "settings": [f"train.fp8={fp8}", "model.num_layers=2"]}) for fp8 in ("none", *kinds)))
-    bf16, *others = (rank["losses"] for (rank,) in found)
+    bf16, *others = (rank["losses"] for (rank,) in result)
     for fp8, losses in zip(kinds, others, strict=True):
         apart = [abs(a / b - 1) for a, b in zip(losses, bf16, strict=True)]
         assert 0 < max(apart) < (0.02 if fp8 == "nvfp4" else 0.01), (fp8, apart)

@@ -28,10 +28,10 @@ def test_losses_are_those_of_bf16_weights(te_ranks: Any, job: Any, packed_data: 
                                           cases: list[tuple[str, list[str]]]) -> None:
     """With tensor, expert and pipeline parallelism, and gathers at once or overlapped with the forward
     pass."""
-    found = te_ranks(*(job(RUN, "losses", 2, {"recipe": recipe, "path": str(packed_data.text), "steps": 2,
-                                              "settings": [*settings, "parallel.zero1=true", *more]})
-                       for recipe, settings in cases for more in ([], [IN_8_BITS])))
-    for case, bf16, in_8_bits in zip(cases, found[::2], found[1::2], strict=True):
+    result = te_ranks(*(job(RUN, "losses", 2, {"recipe": recipe, "path": str(packed_data.text), "steps": 2,
+                                               "settings": [*settings, "parallel.zero1=true", *more]})
+                        for recipe, settings in cases for more in ([], [IN_8_BITS])))
+    for case, bf16, in_8_bits in zip(cases, result[::2], result[1::2], strict=True):
         assert in_8_bits == bf16, case
 
 

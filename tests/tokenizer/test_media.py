@@ -1,4 +1,4 @@
-"""`sov-tokenizer media`: tokens of media behind those of text."""
+"""`sov-tokenizer media`: media tokens have ids after the text tokens."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Presets: ids at their fixed places, split rules as published, chat forms as the models know them."""
+"""Presets: special tokens at fixed ids, published split rules, and the chat formats of their models."""
 
 import json
 from dataclasses import asdict, replace

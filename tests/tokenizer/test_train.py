@@ -1,5 +1,5 @@
-"""`sov-tokenizer train`: the artifact, as transformers loads it, the same file by every way, and the
-command's manners."""
+"""`sov-tokenizer train`: the artifact as transformers loads it, identical bytes with every number of
+workers, and messages."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""Planted faults are put down to what they are: a process, its memory, the data, the optimisation."""
+"""Planted faults are attributed to their cause: a process, its memory, the data, or the optimization."""
 
 from collections.abc import Iterator
 from pathlib import Path

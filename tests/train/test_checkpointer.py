@@ -1,5 +1,5 @@
-"""Encoders start from Hugging Face folders: alone or inside a larger model, of exactly their sizes; and a run
-takes over the tokenizer settings of its start."""
+"""Media encoders start from Hugging Face folders, alone or inside a larger model; a run inherits tokenizer
+settings from its start."""
 
 import dataclasses
 import json
@@ -118,16 +118,17 @@ def test_the_form_of_chats_is_that_of_the_data(
     base = written(tmp_path / "base", BASE)
     data = written(tmp_path / "data", IMPORTED | {
         "tokenizer_config.json": IMPORTED["tokenizer_config.json"] | own})
-    found = taken_over(base, data)
-    assert found["tokenizer_config.json"] == BASE["tokenizer_config.json"] | config
-    assert found["generation_config.json"] == defaults
+    result = taken_over(base, data)
+    assert result["tokenizer_config.json"] == BASE["tokenizer_config.json"] | config
+    assert result["generation_config.json"] == defaults
 
 
 def test_a_template_of_the_data_stands_in_for_the_file_of_the_base(tmp_path: Path) -> None:
     base = written(tmp_path / "base", BASE)
     (base / "chat_template.jinja").write_text("{{ z }}")
-    found = taken_over(base, written(tmp_path / "data", IMPORTED))
-    assert found["tokenizer_config.json"]["chat_template"] == "{{ x }}" and "chat_template.jinja" not in found
+    result = taken_over(base, written(tmp_path / "data", IMPORTED))
+    assert result["tokenizer_config.json"]["chat_template"] == "{{ x }}"
+    assert "chat_template.jinja" not in result
 
 
 def test_nothing_is_taken_over_from_another_tokenizer(tmp_path: Path) -> None:

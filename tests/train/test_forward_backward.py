@@ -1,5 +1,5 @@
-"""Passes of a step: the same gradients however the batch is cut, sums that add up,
-and what is computed twice is equal."""
+"""Forward and backward passes of a step: gradients do not depend on the micro-batches, and recomputed
+values are equal."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The order of a run's actions, with a trainer that only writes them down."""
+"""The order of actions in the training loop, with a trainer that only records calls."""
 
 import os
 import signal
@@ -135,9 +135,9 @@ def test_a_run_ends_behind_the_step_that_is_named() -> None:
 
 
 def test_evaluations_and_checkpoints_come_when_they_are_due_and_at_the_end() -> None:
-    found = actions(Recorded(7, eval_every_steps=3, checkpoint_every_steps=2))
-    assert found == (True, ["save 2", "evaluate 3", "save 4", "evaluate 6", "save 6", "evaluate 7", "save 7",
-                            "saved 7", "run_end 7"])
+    result = actions(Recorded(7, eval_every_steps=3, checkpoint_every_steps=2))
+    assert result == (True, ["save 2", "evaluate 3", "save 4", "evaluate 6", "save 6", "evaluate 7", "save 7",
+                             "saved 7", "run_end 7"])
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -244,10 +244,10 @@ with stop.answer_first_signal(lambda name: answers.append((name, time.monotonic(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_the_first_signal_is_answered_from_a_thread(number: signal.Signals) -> None:
-    done = subprocess.run([sys.executable, "-c", ANSWERED, str(int(number))], capture_output=True, text=True,
-                          env=os.environ, check=False)
-    assert (done.returncode, done.stdout.splitlines()) == (
-        0, [f"{number.name} ['{number.name}']", "2 True"]), done.stderr
+    completed = subprocess.run([sys.executable, "-c", ANSWERED, str(int(number))], capture_output=True,
+                               text=True, env=os.environ, check=False)
+    assert (completed.returncode, completed.stdout.splitlines()) == (
+        0, [f"{number.name} ['{number.name}']", "2 True"]), completed.stderr
 
 
 def test_the_time_that_work_still_needs_follows_from_earlier_work(monkeypatch: pytest.MonkeyPatch) -> None:

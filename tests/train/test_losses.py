@@ -1,4 +1,4 @@
-"""Losses over the data order: sums, denominators and terms, against cross-entropy written out."""
+"""Pretraining losses: sums, denominators and terms against explicit cross-entropy."""
 
 import dataclasses
 import itertools
@@ -86,18 +86,18 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
             weight, wanted = weights[place + depth], tokens[place + 1 + depth]
             counted += weight
             expected -= weight * float(logits[depth][place].log_softmax(-1)[wanted])
-    found = objective_with(depths)
-    assert found._mtp_coefficient == {MTP: 0.3}
-    assert found._count_mtp_targets([batch, batch]) == {MTP: pytest.approx(2 * counted)} and counted > 3
-    assert (float(found._compute_mtp_sum(logits, Logits(), batch)[MTP])  # type: ignore[arg-type]
+    result = objective_with(depths)
+    assert result._mtp_coefficient == {MTP: 0.3}
+    assert result._count_mtp_targets([batch, batch]) == {MTP: pytest.approx(2 * counted)} and counted > 3
+    assert (float(result._compute_mtp_sum(logits, Logits(), batch)[MTP])  # type: ignore[arg-type]
             == pytest.approx(expected, rel=1e-5))
 
 
 def test_without_prediction_layers_there_is_no_such_term() -> None:
-    found = objective_with(0)
+    result = objective_with(0)
     batch: Any = SimpleNamespace(weights=torch.ones(1))
-    assert found._mtp_coefficient == {} and found._count_mtp_targets([]) == {}
-    assert found._compute_mtp_sum([], None, batch) == {}  # type: ignore[arg-type]
+    assert result._mtp_coefficient == {} and result._count_mtp_targets([]) == {}
+    assert result._compute_mtp_sum([], None, batch) == {}  # type: ignore[arg-type]
 
 
 # Losses by type of label, against sums taken label by label.
@@ -191,8 +191,8 @@ def test_a_term_without_targets_adds_nothing_and_stays_in_the_graph() -> None:
 
 def test_losses_by_source_are_weighted_sums_and_weights() -> None:
     losses, weights = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 0.5, 0.0, 2.0])
-    found = per_source(losses, weights, torch.tensor([0, 2, 2, 0]), 3)
-    assert found.tolist() == [[9.0, 3.0], [0.0, 0.0], [1.0, 0.5]] and found.dtype == torch.float64
+    result = per_source(losses, weights, torch.tensor([0, 2, 2, 0]), 3)
+    assert result.tolist() == [[9.0, 3.0], [0.0, 0.0], [1.0, 0.5]] and result.dtype == torch.float64
 
 
 def test_what_an_objective_remembers_is_json() -> None:

@@ -1,4 +1,4 @@
-"""The checkpoint to go on from: the newest sound one; what is damaged is set aside, and said."""
+"""The checkpoint to resume from: the latest valid one. Damaged checkpoints are set aside with a warning."""
 
 import time
 from pathlib import Path
@@ -110,7 +110,7 @@ def synced(run: str) -> dict[str, Any]:
 
     for part in parts.values():
         part.value = "changed"
-    done = checkpointer.load(folder.checkpoint(3), load_data_order=False)
+    result = checkpointer.load(folder.checkpoint(3), load_data_order=False)
     went_on = [part.value for part in parts.values()]
     checkpointer.load(folder.checkpoint(3))
     waiting = Checkpointer(apply_settings(config, ["train.async_save=false"]), folder, [], model, optimizer,
@@ -119,8 +119,8 @@ def synced(run: str) -> dict[str, Any]:
     waiting.finish()
     copied = [bool(c._saver._snapshot._memory) for c in (checkpointer, waiting)]
     world.leave_world()
-    return {"told": told, "done": [done.step, done.tokens, done.wall_s], "went on": went_on, "copied": copied,
-            "resumed": [part.value for part in parts.values()]}
+    return {"told": told, "done": [result.step, result.tokens, result.wall_s], "went on": went_on,
+            "copied": copied, "resumed": [part.value for part in parts.values()]}
 
 
 class Memory:

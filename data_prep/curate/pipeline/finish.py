@@ -88,8 +88,7 @@ def describe_output(summary: dict[str, Any], output: Path) -> str:
     names = [entry["name"] for entry in summary["output"]]
     more = f" and {len(names) - MAX_PRINTED_NAMES:,} more" if len(names) > MAX_PRINTED_NAMES else ""
     account = account_documents(summary)
-    lines = [f"{output}: complete",
-             f"  {account.num_written:,} documents in {output / TEXT}: "
+    lines = [f"{output}: complete", f"  {account.num_written:,} documents in {output / TEXT}: "
              f"{', '.join(names[:MAX_PRINTED_NAMES])}{more}", f"  {account.describe()}"]
     if any(source["quarantine"] for source in summary["sources"]):
         lines.append(f"  quarantine: {output / QUARANTINE}")
@@ -176,8 +175,7 @@ def _sum_pass_times(marks_folder: Path) -> Iterator[dict[str, Any]]:
         marks = sorted(mark for mark in folder.iterdir() if not mark.name.startswith("."))
         times = [read_sealed_json(mark, explain_deletion(mark), get_place_in_run(mark)) for mark in marks]
         yield {"name": folder.name.partition("-")[2], "num_tasks_done": len(times),
-               "cpu_s": sum(time["cpu_s"] for time in times),
-               "wall_s": sum(time["wall_s"] for time in times)}
+               "cpu_s": sum(time["cpu_s"] for time in times), "wall_s": sum(time["wall_s"] for time in times)}
 
 
 def _summarize_source(plan: PipelinePlan, source: SourcePlan, output: Path) -> dict[str, Any]:

@@ -173,8 +173,7 @@ def _run_stage(pool: WorkerPool[tuple[PipelineStage, Task], None], stage: Pipeli
                           for source, number in islice(running, MAX_NAMED_TASKS))
         more = f" and {len(running) - MAX_NAMED_TASKS} more" if len(running) > MAX_NAMED_TASKS else ""
         raise UserError(f"step {stage.kind}: {LOST_WORKER}; these tasks are not finished: {names}{more}; "
-                        "take fewer --workers or smaller shard_bytes, and run the command again"
-                        ) from None
+                        "take fewer --workers or smaller shard_bytes, and run the command again") from None
 
 
 def _create_task_runner(plan_file: Path, output: Path) -> Callable[[tuple[PipelineStage, Task]], None]:

@@ -134,8 +134,7 @@ class Step(ABC):
 SOURCE_COLUMNS: dict[str, ColumnType] = {
     "source": "string", "where": "string", "kind": "string", "licence": "string", "synthetic": "bool",
     "url": "string", "title": "string", "date": "string", "language_hint": "string", "own_id": "string",
-    "extra": "string",
-}
+    "extra": "string"}
 """Column -> type before the first step; `extra` is JSON with the format's other fields."""
 RECORD_COLUMNS = ("licence", "url", "title", "date", "language_hint", "own_id")
 """Columns that records may set."""
@@ -145,8 +144,7 @@ STEPS: dict[str, str] = {
     "code": "data_prep.curate.code_step:CodeStep",
     "encoding": "data_prep.curate.quality.encoding:RepairEncoding",
     "language": "data_prep.curate.quality.identify:Language",
-    "rules": "data_prep.curate.quality.rules.step:Rules",
-    "pii": "data_prep.curate.quality.pii.step:Pii",
+    "rules": "data_prep.curate.quality.rules.step:Rules", "pii": "data_prep.curate.quality.pii.step:Pii",
     "exact_dedup": "data_prep.curate.dedup.exact:ExactDedup",
     "minhash_dedup": "data_prep.curate.dedup.minhash:MinhashDedup",
     "paragraph_dedup": "data_prep.curate.dedup.exact:ParagraphDedup",
@@ -154,8 +152,7 @@ STEPS: dict[str, str] = {
     "quality": "data_prep.curate.scoring.scorer_steps:Quality",
     "education": "data_prep.curate.scoring.scorer_steps:Education",
     "level": "data_prep.curate.scoring.levels:Level",
-    "kind": "data_prep.curate.scoring.scorer_steps:DocumentKind",
-}
+    "kind": "data_prep.curate.scoring.scorer_steps:DocumentKind"}
 """Name in pipeline files -> module:class."""
 
 

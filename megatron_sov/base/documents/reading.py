@@ -259,8 +259,7 @@ class CountedSpan:
                 if isinstance(item, BadRecord):
                     raise item
                 yield parse_json_value(item, f"{self.span.file}:{self.num_lines}", self.num_lines,
-                                       self.reading,
-                                       self.parse)
+                                       self.reading, self.parse)
             except BadRecord as e:
                 yield _at_line(e, self.num_lines, b"")
 
@@ -293,8 +292,7 @@ class CountedSpan:
             self._refuse_table()
         if self.reading.kind not in (None, "text"):
             raise BadRecord("fields", f"is plain text, but --format is {self.reading.kind}; "
-                                      "pack it on its own with --format text",
-                            options=("--format", "text"))
+                                      "pack it on its own with --format text", options=("--format", "text"))
         if fields := (*self.reading.columns, *filter(None, [self.reading.bucket_by]), *self.reading.tags):
             raise BadRecord("fields", f"is plain text, which has no field {fields[0]!r}; "
                                       "pass JSONL or Parquet")

@@ -284,8 +284,7 @@ def parse_json_value(record: Any, where: str, number: int, reading: RecordReadin
                      parse: RecordParser) -> Any:
     """Parse a decoded JSON value. Raises `BadRecord`: the value is not an object of the expected kind."""
     if not isinstance(record, dict):
-        raise BadRecord("json",
-                        f"is a JSON {type(record).__name__}, must be an object")
+        raise BadRecord("json", f"is a JSON {type(record).__name__}, must be an object")
     return parse(record, where, number, reading)
 
 

@@ -24,8 +24,7 @@ class DistillationConfig:
     """Distillation loss for objective `distill`."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "": has_objective_or_method("distill", "gkd"),
-        "keep_remainder": is_set(".top_k")}
+        "": has_objective_or_method("distill", "gkd"), "keep_remainder": is_set(".top_k")}
 
     beta: Share = 0.0
     """Generalised Jensen-Shannon divergence (arXiv 2306.13649, equation 1). 0: forward KL; 1: reverse KL; in
@@ -241,8 +240,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hbpo": {"clip_low": 0.2, "clip_high": 0.28, "length_reward": "budget", "length_reward_coeff": 4.0},
     "opd": {"clip": "none", "advantage": "none", "opd_coeff": 1.0},
     "gkd": {"clip": "none", "advantage": "none"},
-    "preference": {"clip": "none", "advantage": "range", **_DROP_EQUAL_GROUPS},
-}
+    "preference": {"clip": "none", "advantage": "range", **_DROP_EQUAL_GROUPS}}
 """Method -> parts that differ from the defaults in `PolicyParts`. None: a number the authors did not publish,
 which the run must set."""
 REQUIRED_NUMBERS = (("clip", ("two_sided",), "clip_low"), ("clip", ("two_sided", "cispo"), "clip_high"),

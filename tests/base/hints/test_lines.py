@@ -1,4 +1,4 @@
-"""Proposed lines: all faults of a command in one message, and the line that passes its checks."""
+"""Proposed command lines: one message names all faults, and the proposed line passes the command's checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistakes of newcomers: what the answer must name, so that the next line works."""
+"""Typical first mistakes: the message names everything that the next command line needs to work."""
 
 from __future__ import annotations
 

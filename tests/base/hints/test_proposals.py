@@ -1,4 +1,4 @@
-"""Lines with several faults: all are named, and the proposed line has none of them."""
+"""Command lines with several faults: the message names all of them, and the proposed line has none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever an earlier version had and this one has not is refused by its name, with what serves instead."""
+"""Removed commands, options, settings and files are refused by name, with their replacement."""
 
 from __future__ import annotations
 
@@ -84,9 +84,10 @@ def test_a_folder_of_a_removed_command_is_refused_by_whatever_opens_it(
     (tmp_path / file).write_text("{}")
     for words in (["inspect"], ["status"], ["convert", "inspect"], ["report"]):
         assert main([*words, str(tmp_path)]) == 2
-        told = capsys.readouterr().err
-        assert f"holds {file} of {removed.FOLDERS[file][0]}, which was removed in this version" in told, words
-        assert removed.FOLDERS[file][1] in told
+        errors = capsys.readouterr().err
+        owner, replacement = removed.FOLDERS[file]
+        assert f"holds {file} of {owner}, which was removed in this version" in errors, words
+        assert replacement in errors
 
 
 @pytest.mark.parametrize("kind", list(removed.KINDS))

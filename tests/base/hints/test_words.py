@@ -1,4 +1,4 @@
-"""Command lines with words of other programs, and the whole command that the answer has for each."""
+"""Command lines in the words of other programs, and the complete command that the message proposes."""
 
 from __future__ import annotations
 

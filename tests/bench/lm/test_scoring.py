@@ -1,4 +1,4 @@
-"""From answers to figures: a figure that divides by zero or fails is named, never 0."""
+"""Scores from answers: a metric that fails or divides by zero is reported by name, never as 0."""
 
 from __future__ import annotations
 

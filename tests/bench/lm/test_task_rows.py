@@ -1,4 +1,4 @@
-"""Data files of tasks are read as they are written: no value changes its type, whatever it looks like."""
+"""Data files of tasks: every value keeps its type."""
 
 from __future__ import annotations
 

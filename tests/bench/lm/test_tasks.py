@@ -1,4 +1,4 @@
-"""Foreign task folders: what they would run, fetch or read is refused by name."""
+"""Task folders from elsewhere: code, downloads and files outside the folder are refused by name."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def test_pipes_and_links_to_outside_are_not_read(folder: Path) -> None:
     os.mkfifo(folder / "pipe.yaml")  # would wait for a writer for ever
     (folder.parent / "outside.yaml").write_text("task: outside")
     (folder / "link.yaml").symlink_to(folder.parent / "outside.yaml")
-    found = find_tasks([TaskFolder(folder, False)])
-    assert not found.definitions
-    assert {Path(file).name: said for file, said in found.problems.items()} == {
+    result = find_tasks([TaskFolder(folder, False)])
+    assert not result.definitions
+    assert {Path(file).name: said for file, said in result.problems.items()} == {
         "pipe.yaml": f"{folder}/pipe.yaml: is no readable file; the task folder is incomplete",
         "link.yaml": f"{folder}/link.yaml: is a link out of {folder}; copy the file into the folder"}
     assert list(find_tasks([TaskFolder(folder, True)]).definitions) == ["outside"]
@@ -173,5 +173,5 @@ def test_no_prompt_holds_its_own_answer(folder: Path, split: str, monkeypatch: p
 
 def test_warnings_of_lm_eval_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load(folder, PLAIN.replace(", higher_is_better: true", ""))
-    told = capsys.readouterr().err
-    assert "lm-eval: " in told and "higher_is_better is not" in told and "Custom kwargs" not in told
+    errors = capsys.readouterr().err
+    assert "lm-eval: " in errors and "higher_is_better is not" in errors and "Custom kwargs" not in errors

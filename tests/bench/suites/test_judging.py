@@ -1,4 +1,5 @@
-"""avg@k, pass@k and cons@k of judged samples against all draws by hand; what has no reward is named."""
+"""avg@k, pass@k and cons@k of scored samples against an enumeration of all draws; items without a reward
+are named."""
 
 from __future__ import annotations
 
@@ -64,9 +65,9 @@ def scored(asked: Judging, answers: Sequence[Sequence[str]], gold: Any = "4", **
     """Return the figures of items with these answers, and why they have none."""
     judge = AnswerJudge(asked, 1)
     doc = {"gold": gold, **more}
-    found = judge.judge_answers(answers, [doc] * len(answers))
-    return ([judge.count_metrics(doc, [judged]) for judged in found],
-            [judge.describe_failure(judged) for judged in found])
+    result = judge.judge_answers(answers, [doc] * len(answers))
+    return ([judge.count_metrics(doc, [judged]) for judged in result],
+            [judge.describe_failure(judged) for judged in result])
 
 
 def test_samples_are_judged_and_answers_vote(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,4 @@
-"""Every suite: its data are accepted, its prompt is asked, and a right, a wrong and an unreadable answer get
-what they deserve."""
+"""Every suite loads its data, builds its prompt, and scores a correct, a wrong and an unreadable answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Rows of pairs of modalities, and figures that agree with jiwer and with counting."""
+"""`megatron-sov eval media`: rows of input and output modality, and figures that agree with jiwer and with
+counting."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""`megatron-sov generate`: one text whatever runs the model and however many processes,
-and events for the report."""
+"""`megatron-sov generate`: the same text from every engine and number of processes, and events for the
+report."""
 
 import json
 import shlex
@@ -42,8 +42,8 @@ def test_prompts_come_from_a_file_and_texts_go_into_the_report(one_rank: None, i
     samples = list(read_events(tmp_path / EVENTS))
     assert [(s["event"], s["step"], s["prompt"], s["target"]) for s in samples] \
         == [("sample", 0, "import", "os"), ("sample", 0, "return", None)]
-    shown = capsys.readouterr().out
-    assert all(s["prompt"] + s["text"] in shown for s in samples)
+    output = capsys.readouterr().out
+    assert all(s["prompt"] + s["text"] in output for s in samples)
 
 
 def test_the_end_of_the_assistants_turn_ends_a_chat(one_rank: None, imported: dict[str, Path],
@@ -120,6 +120,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, P
 def test_a_bad_command_line_is_one_sentence(here: Path, capsys: pytest.CaptureFixture[str], line: str,
                                             said: str) -> None:
     assert cli.main(shlex.split(line)) == 2
-    told = capsys.readouterr().err
-    assert said in told and "Traceback" not in told
+    errors = capsys.readouterr().err
+    assert said in errors and "Traceback" not in errors
     assert sorted(p.name for p in here.iterdir()) == ["a.png", "bad.jsonl", "model", "rows.jsonl"]

@@ -1,4 +1,4 @@
-"""`megatron-sov recipes`: the list, one recipe with its sources, and as JSON."""
+"""`megatron-sov recipes`: the list, one recipe with its sources, and JSON."""
 
 import json
 from pathlib import Path

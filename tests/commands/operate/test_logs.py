@@ -1,5 +1,4 @@
-"""`logs`: one stream from the files of all ranks and starts; a run is followed until it has ended and is
-quiet, and never longer than its reader wants."""
+"""`megatron-sov logs`: merges the files of all ranks and starts, and follows a run until it ends."""
 
 import json
 import time

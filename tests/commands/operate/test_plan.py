@@ -1,4 +1,5 @@
-"""`megatron-sov plan`: on a cluster it takes the recommended layout, and tells what that needs of a GPU."""
+"""`megatron-sov plan`: uses the recommended layout on a cluster, and prints the memory and time that it
+needs."""
 
 import json
 import re
@@ -87,8 +88,8 @@ def test_what_an_offloaded_optimizer_pins_has_to_fit_the_profiles_memory(
 def test_gpus_that_nobody_has_named_have_a_layout_and_no_price(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "tiny-solar-open", "--cluster", "one-node", "--set",
                  "train.micro_batch_size=2"]) == 0
-    said = capsys.readouterr().out
-    assert "no price: gpu is empty in the profile" in said and "What it takes" not in said
+    output = capsys.readouterr().out
+    assert "no price: gpu is empty in the profile" in output and "What it takes" not in output
 
 
 def test_where_nothing_fits_a_search_tells_what_lacks_and_how_many_nodes_would_do(
@@ -98,9 +99,9 @@ def test_where_nothing_fits_a_search_tells_what_lacks_and_how_many_nodes_would_d
     asked = ["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--set", "parallel.ep=1",
              "--set", "parallel.pp=1", "--set", "parallel.tp=1"]
     assert main(asked) == 2
-    said = capsys.readouterr().err
-    assert "qwen3-moe-30b on 1 node of 8 H100-80GB: fits nowhere; the nearest layout lacks" in said
-    assert "no number of nodes up to 4,096 is enough: set less of the layout" in said
+    errors = capsys.readouterr().err
+    assert "qwen3-moe-30b on 1 node of 8 H100-80GB: fits nowhere; the nearest layout lacks" in errors
+    assert "no number of nodes up to 4,096 is enough: set less of the layout" in errors
 
 
 # A model of the user's own, of which config.json alone is there.

@@ -1,4 +1,4 @@
-"""`status`: a run's state from its folder, whatever became of it, and what is printed of it."""
+"""`megatron-sov status`: the state of a run from its folder, and its printed form."""
 
 import json
 import math
@@ -92,9 +92,9 @@ def test_a_run_that_does_not_live_says_why(tmp_path: Path, events: Any, files: d
     run = write_run(tmp_path / "run", *events)
     for name, content in files.items():
         (run / name).write_text(json.dumps(content))
-    found = read_run_state(run, NOW_S)
-    assert (found.state, found.why) == (state, why)
-    assert format_run_state(found).startswith(f"{run}: pretrain, tiny-solar-open\n")
+    result = read_run_state(run, NOW_S)
+    assert (result.state, result.why) == (state, why)
+    assert format_run_state(result).startswith(f"{run}: pretrain, tiny-solar-open\n")
 
 
 SQUEUE = """#!/bin/sh
@@ -294,8 +294,8 @@ def test_odd_events_do_not_end_it_and_ctrl_c_does(later: dict[str, Any], tmp_pat
     hold(run)
     at_once(monkeypatch, run, [later])
     assert cli.main(["status", str(run), "--follow"]) == 0
-    told = capsys.readouterr()
-    assert told.err == "" and "\x1b" not in told.out
+    captured = capsys.readouterr()
+    assert captured.err == "" and "\x1b" not in captured.out
 
 
 def test_one_run_is_followed_and_not_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,5 @@
-"""`megatron-sov rl run --set policy.method=preference`: rounds of pairs and groups that the model writes, by
-one optimizer, beside transformers."""
+"""`megatron-sov rl run --set policy.method=preference`: rounds of generated pairs and groups, compared with
+transformers."""
 
 import math
 from collections.abc import Callable
@@ -60,8 +60,8 @@ def command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, command: Command, run_command: Any) -> Path:
-    done = run_command(*command("whole", f"preference.beta={BETA}"))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*command("whole", f"preference.beta={BETA}"))
+    assert result.returncode == 0, result.stderr
     return folder / "whole"
 
 
@@ -165,9 +165,9 @@ def test_pairs_are_learned_against_the_weights_that_begin_the_round(whole: Path,
 @pytest.mark.deep
 def test_pairs_are_learned_against_the_start_of_the_run(whole: Path, folder: Path, teacher: Path,
                                                         command: Command, run_command: Any) -> None:
-    done = run_command(*command("fixed", f"preference.beta={BETA}", "policy.reference=run",
-                                store="whole-store"))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*command("fixed", f"preference.beta={BETA}", "policy.reference=run",
+                                  store="whole-store"))
+    assert result.returncode == 0, result.stderr
     run = folder / "fixed"
     taken = documents(run, 2)[1]
     now, then = (means_of_transformers(run, at, taken, teacher, folder)[0] for at in (3, 0))
@@ -178,9 +178,9 @@ def test_pairs_are_learned_against_the_start_of_the_run(whole: Path, folder: Pat
 @pytest.mark.parametrize("method", ["simper", "grouper"])
 def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, folder: Path, teacher: Path,
                                                   command: Command, run_command: Any) -> None:
-    done = run_command(*command(method, f"preference.method={method}", "rollout.rounds=1",
-                                store="whole-store"))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*command(method, f"preference.method={method}", "rollout.rounds=1",
+                                  store="whole-store"))
+    assert result.returncode == 0, result.stderr
     run = folder / method
     for step, taken in enumerate(documents(run, 1)):
         sums, counts = means_of_transformers(run, step, taken, teacher, folder)

@@ -1,4 +1,4 @@
-"""`megatron-sov rl knowledge`: what is kept, what is left out and why, and that it can be packed."""
+"""`megatron-sov rl knowledge`: which rows it selects, why it drops others, and packing of its output."""
 
 import json
 from pathlib import Path
@@ -54,8 +54,9 @@ def test_each_section_is_there_once_as_an_assistants_turn_alone(capsys: pytest.C
                                      "without_document_or_section": 1, "of_another_split": 1},
                        "tests": {"answers": 2, "too_short": 1}}
     assert find_damaged_files("out") == []
-    said = capsys.readouterr().out
-    assert "3 kept" in said and "1 in test answers" in said and "1 of 2 answers have fewer than ten" in said
+    output = capsys.readouterr().out
+    assert "3 kept" in output and "1 in test answers" in output
+    assert "1 of 2 answers have fewer than ten" in output
 
 
 def test_of_chats_the_assistants_turns_are_taken_and_it_can_be_packed(packed_data) -> None:

@@ -1,4 +1,4 @@
-"""`megatron-sov rl store`: the page is true, what is wrong is named, and nothing goes that nobody named."""
+"""`megatron-sov rl store`: the commands of its page, error messages, and removal of named rounds only."""
 
 import contextlib
 import dataclasses
@@ -84,8 +84,8 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
     text = page_text("rollout_store.md")
     (program,) = blocks(text, "python")
     exec(program, {})
-    found = capsys.readouterr().out
-    assert json.loads(found.replace("'", '"')) == {"prompt": ["p0", "p1"], "reward_mean": [0.5, 0.5]}
+    output = capsys.readouterr().out
+    assert json.loads(output.replace("'", '"')) == {"prompt": ["p0", "p1"], "reward_mean": [0.5, 0.5]}
     for line in shell_lines(text, "bash"):
         assert main(shlex.split(line)[1:]) == 0, line
     assert not list(Path("work/store/rollouts").iterdir()) and not list(Path("work/store/rewards").iterdir())
@@ -100,10 +100,10 @@ def test_the_page_is_true(sound: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_show_prints_a_row_without_its_control_characters(sound: Path) -> None:
     code, out, _ = told("show", str(sound), format_part_name(1, 0), "1")
     assert code == 0 and out.endswith("response:\nit is\\x1b[2J 4\n") and "\x1b" not in out
-    found = json.loads(told("show", str(sound), format_part_name(1, 0), "1", "--json")[1])
-    assert found["turns"] == [{"tokens": [0, 1], "versions": [3], "mean_logprob": -0.5},
-                              {"tokens": [2, 3], "versions": [4], "mean_logprob": -1.5}]
-    assert [(said["reward_version"], said["reward"]) for said in found["rewards"]] == [(VERSION, 1.0)]
+    parsed = json.loads(told("show", str(sound), format_part_name(1, 0), "1", "--json")[1])
+    assert parsed["turns"] == [{"tokens": [0, 1], "versions": [3], "mean_logprob": -0.5},
+                               {"tokens": [2, 3], "versions": [4], "mean_logprob": -1.5}]
+    assert [(said["reward_version"], said["reward"]) for said in parsed["rewards"]] == [(VERSION, 1.0)]
 
 
 def file_of(store: RolloutStore, below: str) -> Path:

@@ -1,5 +1,5 @@
-"""`megatron-sov rl run --teacher ... --teacher-url ...`: what teachers say of the student's tokens, beside
-transformers."""
+"""`megatron-sov rl run --teacher ... --teacher-url ...`: teachers' log-probabilities of student tokens,
+compared with transformers."""
 
 import json
 import re
@@ -42,9 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server() -> Iterator[VllmDouble]:
     """A teacher that gives token t the log-probability -t / 100."""
-    found = VllmDouble(vocab_size=368)
-    yield found
-    found.close()
+    vllm_double = VllmDouble(vocab_size=368)
+    yield vllm_double
+    vllm_double.close()
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def command(folder: Path, teacher: Path, tiny: list[str], server: VllmDouble) ->
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, command: Command, run_command: Any) -> Path:
-    done = run_command(*command("whole"))
-    assert done.returncode == 0, done.stderr
+    result = run_command(*command("whole"))
+    assert result.returncode == 0, result.stderr
     return folder / "whole"
 
 
@@ -78,9 +78,9 @@ def column(run: Path, number: int = 1) -> np.ndarray:
 def documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]:
     """Return the tokens of each document of a round, and which the student wrote."""
     [source] = open_sources({str(run / f"rounds/{number:04d}"): 1.0}, 368, ("rollouts",))
-    found = source.open_split("train")
-    return [(found.tokens(d, 0, n).tolist(), found.loss_weights(d, 0, n) > 0)
-            for d, n in enumerate(np.asarray(found.lengths[np.arange(len(found.lengths))]).tolist())]
+    split = source.open_split("train")
+    return [(split.tokens(d, 0, n).tolist(), split.loss_weights(d, 0, n) > 0)
+            for d, n in enumerate(np.asarray(split.lengths[np.arange(len(split.lengths))]).tolist())]
 
 
 def hf_logprobs(checkpoint: Path, folder: Path, tokens: list[list[int]]) -> list[np.ndarray]:

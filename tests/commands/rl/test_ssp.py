@@ -1,4 +1,4 @@
-"""`megatron-sov ssp probe`: planted answers, judged and estimated by the real commands."""
+"""`megatron-sov ssp probe`: planted answers, scored and estimated by the real commands."""
 
 import json
 import shlex
@@ -83,17 +83,17 @@ def probe(*arguments: str) -> dict[str, Any]:
 def test_the_planted_best_of_each_domain_is_found_and_nothing_is_asked_twice(
         asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     EventLog(Path(EVENTS)).close()
-    found = probe("first", "second")
+    result = probe("first", "second")
     assert asked == ["first", "second"]
     # of 6 pairs of four samples with one right answer three hold it, so both solve half of algebra: the
     # earlier one is taken
-    assert [(c["domain"], c["checkpoint"], c["value"], c["as_good"]) for c in found["choice"]] == [
+    assert [(c["domain"], c["checkpoint"], c["value"], c["as_good"]) for c in result["choice"]] == [
         ("algebra", "first", 0.5, ["second"]), ("geometry", "first", 0.5, [])]
-    found = probe("third", "--run", ".")
+    result = probe("third", "--run", ".")
     assert asked == ["first", "second", "third"]
-    assert [(c["domain"], c["checkpoint"], c["value"]) for c in found["choice"]] == [
+    assert [(c["domain"], c["checkpoint"], c["value"]) for c in result["choice"]] == [
         ("algebra", "first", 0.5), ("geometry", "third", 1.0)]
-    assert [c["name"] for c in found["checkpoints"]] == ["first", "second", "third"]
+    assert [c["name"] for c in result["checkpoints"]] == ["first", "second", "third"]
     assert "*100.0% 34%-100%" in capsys.readouterr().out
     assert [i["kind"] for i in read_manifest("probe/table").inputs] == ["passk"] * 3
 
@@ -135,15 +135,15 @@ def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
         shutil.copytree(imported["solar_open"], f"run/checkpoints/step-{step}")
     EventLog(Path("run", EVENTS)).close()
     Path("run/checkpoints/.writing-step-300").mkdir()
-    found = probe("run")
-    assert [c["name"] for c in found["checkpoints"]] == ["run/step-100", "run/step-200"]
+    result = probe("run")
+    assert [c["name"] for c in result["checkpoints"]] == ["run/step-100", "run/step-200"]
     assert main(["ssp", "fuse", "probe", "--output", "merged"]) == 0
     assert "0.5 of" in capsys.readouterr().out
-    found = probe("merged", "--run", "run")
+    result = probe("merged", "--run", "run")
     assert asked == ["step-100", "step-200", "merged"]
     # never what is merged
-    assert [c["checkpoint"] for c in found["choice"]] == ["run/step-100", "run/step-200"]
-    gains = {(g["domain"], g["k"]): g["gain"] for g in found["merged"]}
+    assert [c["checkpoint"] for c in result["choice"]] == ["run/step-100", "run/step-200"]
+    gains = {(g["domain"], g["k"]): g["gain"] for g in result["merged"]}
     # the second problem of algebra: one right answer of four is in half of the pairs
     assert gains == {("algebra", 1): 0.375, ("algebra", 2): 0.25, ("geometry", 1): 0.0, ("geometry", 2): 0.0}
 

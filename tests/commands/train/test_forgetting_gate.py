@@ -1,4 +1,4 @@
-"""`--gate`: what is asked of `eval lm`, when, and what comes of its answers."""
+"""`--gate` of post-training stages: when `eval lm` runs, with which arguments, and how its scores decide."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`megatron-sov resume`: which command it gives, and what it refuses.  tests/e2e/test_resume.py trains."""
+"""`megatron-sov resume`: the command that it runs, and refusals. tests/e2e/test_resume.py trains."""
 
 import argparse
 import json
@@ -72,8 +72,8 @@ def test_what_is_typed_behind_the_folder_goes_before_it_and_is_said(
     begun(*BEGAN)
     assert cli.main(["resume", "runs/a", "--nproc", "4", "--set", "train.steps=12"]) == 0
     assert given[0].nproc == "4" and given[0].settings == ["train.steps=12"]
-    told = capsys.readouterr().out.splitlines()[1:]
-    assert sorted(told) == ["resume: --nproc was 2, is 4", "resume: --set train.steps=12"]
+    output = capsys.readouterr().out.splitlines()[1:]
+    assert sorted(output) == ["resume: --nproc was 2, is 4", "resume: --set train.steps=12"]
 
 
 @pytest.mark.parametrize(("typed", "line"), [
@@ -132,8 +132,8 @@ def test_code_that_only_the_folder_names_is_not_run(
     run = begun(*BEGAN, "--plugin", "evil.py:X")
     (tmp_path / "evil.py").write_text("open('ran', 'w')\n")
     assert cli.main(["resume", "runs/a"]) == 2
-    said = capsys.readouterr().err
-    assert f"type `megatron-sov resume {run} --plugin {tmp_path}/evil.py:X`" in said
+    errors = capsys.readouterr().err
+    assert f"type `megatron-sov resume {run} --plugin {tmp_path}/evil.py:X`" in errors
     assert not given and not (tmp_path / "ran").exists()
     assert cli.main(["resume", "runs/a", "--plugin", "evil.py:X"]) == 0
     assert given[0].plugins == ["evil.py:X"]

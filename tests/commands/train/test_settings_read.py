@@ -1,4 +1,4 @@
-"""Which settings each kind of stage reads, against the conditions under which they are declared to act."""
+"""Settings that each kind of stage reads, against their declared conditions (`ACTS_WHEN`)."""
 
 import dataclasses
 import fnmatch

@@ -91,10 +91,10 @@ class Learning:
             return total, total.detach()
 
         self.optimizer.zero_grad()
-        found = forward_only.run_pipeline(self.optimizer.wrapped,
-                                          micro_batches(self.config.model.vocab_size), loss, ROW_TOKENS,
-                                          forward_only=False)
-        return float(sum(found))
+        result = forward_only.run_pipeline(self.optimizer.wrapped,
+                                           micro_batches(self.config.model.vocab_size), loss, ROW_TOKENS,
+                                           forward_only=False)
+        return float(sum(result))
 
     def tensors(self, prefix: str = "adapter.") -> dict[str, Any]:
         """Gather whole tensors as nested lists on rank 0."""

@@ -1,4 +1,4 @@
-"""A chunk's layers have the numbers of their entries in our per-layer lists; its output head."""
+"""Layers of a model chunk have their global numbers in per-layer settings; the chunk's output head."""
 
 from typing import Any
 

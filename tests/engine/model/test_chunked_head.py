@@ -139,7 +139,7 @@ def test_the_heads_gradient_is_summed_in_float32_under_bf16(
     states, weight = (t.detach().double().requires_grad_() for t in bf16[:2])
     losses = torch.nn.functional.cross_entropy(states @ weight.T, bf16[2], reduction="none")
     (losses * bf16[3]).sum().backward()
-    found = way(bf16, Chunking(8, VOCABULARY))
-    assert found.dtype == torch.bfloat16
-    error = (found.double() - weight.grad).norm() / weight.grad.norm()
+    result = way(bf16, Chunking(8, VOCABULARY))
+    assert result.dtype == torch.bfloat16
+    error = (result.double() - weight.grad).norm() / weight.grad.norm()
     assert error < 4e-3, f"{error:.1e}"

@@ -107,10 +107,10 @@ def test_tokens_one_by_one_and_a_state_that_goes_on_are_the_same_as_chunks(faste
 def test_the_convolution_stays_inside_documents() -> None:
     torch.manual_seed(0)
     row, weight = torch.randn(sum(LENGTHS), 10, dtype=torch.float64), torch.randn(10, 4, dtype=torch.float64)
-    found = apply_short_convolution(row, weight, chunk_documents(bounds(LENGTHS), CPU).positions)
+    result = apply_short_convolution(row, weight, chunk_documents(bounds(LENGTHS), CPU).positions)
     for start, _, stop in bounds(LENGTHS):
         alone = row[start:stop]
         expected = torch.conv1d(alone.T[None], weight[:, None], padding=3, groups=10)[0, :, :len(alone)].T
-        torch.testing.assert_close(found[start:stop], expected, atol=1e-13, rtol=1e-12)
+        torch.testing.assert_close(result[start:stop], expected, atol=1e-13, rtol=1e-12)
         windows = convolve_windows(torch.cat([alone.new_zeros(3, 10), alone])[None], weight)[0]
         torch.testing.assert_close(windows, expected, atol=1e-13, rtol=1e-12)

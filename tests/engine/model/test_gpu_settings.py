@@ -79,13 +79,13 @@ def test_a_chip_that_cannot_is_told_what_it_can(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_cpu_is_refused_before_anything_starts(run_command, packed_data, tmp_path: Path) -> None:
-    done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
-                       str(tmp_path / "run"), "--set", "train.precision=bf16",
-                       "--set", "train.fp8=tensorwise", "--set", "model.vocab_size=368",
-                       "--set", "train.steps=2")
-    assert done.returncode == 2, done.stderr
-    assert "train.fp8 = tensorwise needs an NVIDIA GPU with Transformer Engine" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+    result = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
+                         str(tmp_path / "run"), "--set", "train.precision=bf16",
+                         "--set", "train.fp8=tensorwise", "--set", "model.vocab_size=368",
+                         "--set", "train.steps=2")
+    assert result.returncode == 2, result.stderr
+    assert "train.fp8 = tensorwise needs an NVIDIA GPU with Transformer Engine" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
 
 
 def test_what_is_only_read_is_not_quantised() -> None:
@@ -182,9 +182,9 @@ def test_the_page_says_of_each_setting_where_it_goes_and_how_it_is_proven() -> N
 
 
 def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_config() -> None:
-    found = fields(config_with([]), te=False)
-    assert not any(found[fusion.field] for fusion in FUSIONS) and found["attention_backend"] == "auto"
-    assert found["grad_reduce_in_fp32"] and found["moe_token_dispatcher_type"] == "alltoall"
+    result = fields(config_with([]), te=False)
+    assert not any(result[fusion.field] for fusion in FUSIONS) and result["attention_backend"] == "auto"
+    assert result["grad_reduce_in_fp32"] and result["moe_token_dispatcher_type"] == "alltoall"
     # as `plan` reads the settings of a run on GPUs
     everything = [change for changes, _ in CHANGES.values() for change in changes]
     assert not any(fields(config_with(everything), te=False)[fusion.field] for fusion in FUSIONS)

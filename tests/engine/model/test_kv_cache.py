@@ -58,11 +58,11 @@ def test_pieces_give_what_whole_sequences_give(window: int, step: int,
         row = [torch.cat([getattr(s, name)[d:d + n] for s, d, n in zip(sequences, done, lengths, strict=True)]
                          + [torch.full((2, HEADS if name == "q" else KV_HEADS, DIM), torch.nan).double()])
                for name in "qkv"]
-        found = layer(*row, None, packed_seq_params=PackedSpans(groups=groups))
+        result = layer(*row, None, packed_seq_params=PackedSpans(groups=groups))
         expected = torch.cat([s.dense(window)[d:d + n]
                               for s, d, n in zip(sequences, done, lengths, strict=True)])
-        assert torch.allclose(found[:-2], expected, atol=1e-12), turn
-        assert not found[-2:].any(), "padding"
+        assert torch.allclose(result[:-2], expected, atol=1e-12), turn
+        assert not result[-2:].any(), "padding"
         done = [d + n for d, n in zip(done, lengths, strict=True)]
         lasts = lengths
     assert max(done) > 20

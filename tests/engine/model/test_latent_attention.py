@@ -28,16 +28,16 @@ def test_values_of_any_width_are_attended_to_inside_documents(
     config = SimpleNamespace(qk_head_dim=nope, qk_pos_emb_head_dim=rope, v_head_dim=value_width,
                              kv_channels=rope)
     attention = LatentDocumentAttention(config, 1, None, "self", softmax_scale=0.3)
-    found = attention(query, key, value, None,
-                      packed_seq_params=pack_documents(torch.tensor(BOUNDS, dtype=torch.int32), 14, 20))
+    result = attention(query, key, value, None,
+                       packed_seq_params=pack_documents(torch.tensor(BOUNDS, dtype=torch.int32), 14, 20))
     document = torch.bucketize(torch.arange(20), torch.tensor(BOUNDS[1:]), right=True)
     seen = (document[:, None] == document) & torch.ones(20, 20).tril().bool()
     scores = torch.einsum("qhd,khd->hqk", query, key).mul(0.3).masked_fill(~seen, -torch.inf)
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
-    assert found.shape == (20, HEADS * value_width)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    weights = torch.randn(found.shape, generator=draw, dtype=torch.float64)
-    ours, theirs = (torch.autograd.grad((out * weights).sum(), value)[0] for out in (found, expected))
+    assert result.shape == (20, HEADS * value_width)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(result.shape, generator=draw, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((out * weights).sum(), value)[0] for out in (result, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 

@@ -41,11 +41,11 @@ def made(sizes: LinearAttentionConfig) -> LinearAttention:
                              params_dtype=torch.float32, layernorm_epsilon=1e-6, sequence_parallel=False,
                              delta_kernels=False)
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    found = LinearAttention(config, 1, (Plain, Plain, Plain), sizes, SimpleNamespace(tp=alone))
+    linear_attention = LinearAttention(config, 1, (Plain, Plain, Plain), sizes, SimpleNamespace(tp=alone))
     draw = torch.Generator().manual_seed(0)
-    for name, parameter in found.named_parameters():
+    for name, parameter in linear_attention.named_parameters():
         parameter.data = torch.randn(parameter.shape, generator=draw) * 0.4 - (1.5 if "A_log" in name else 0)
-    return found.double()
+    return linear_attention.double()
 
 
 def states(tokens: int = TOKENS) -> torch.Tensor:
@@ -122,10 +122,10 @@ def test_what_is_kept_for_the_backward_pass_is_what_plan_counts(layer: LinearAtt
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(states(tokens), packed_seq_params=row([0, tokens]))
-    found = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+    result = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
     counted = _estimate_linear_attention(layer.sizes, "fp64", Tokens(tokens, tokens, tokens), tp=1)
     # the norm saves the layer's input; positions and masks, a few numbers per token, are not counted
-    assert 0 <= found - sum(counted.values()) - tokens * HIDDEN * 8 <= tokens * 6 * 8
+    assert 0 <= result - sum(counted.values()) - tokens * HIDDEN * 8 <= tokens * 6 * 8
 
 
 def test_answers_that_share_a_prompt_are_whole_documents(layer: LinearAttention) -> None:

@@ -59,10 +59,10 @@ def test_the_process_whose_weight_changed_is_named_where_a_majority_knows_better
         ranks: Any, job: Any) -> None:
     cases = [({}, 3, [1], False, [1]), ({"ep": 2}, 2, [1], False, [0, 1]), ({"ep": 2}, 4, [3], True, [1, 3]),
              ({"tp": 2, "sp": True}, 2, [1], False, []), ({}, 3, [], False, [])]
-    found = ranks(
+    result = ranks(
         *[job(__file__, "replicas", nproc, {"layout": layout, "flipped_on": flipped, "expert": expert})
           for layout, nproc, flipped, expert, _ in cases])
-    for per_rank, (layout, nproc, flipped, _, named) in zip(found, cases, strict=True):
+    for per_rank, (layout, nproc, flipped, _, named) in zip(result, cases, strict=True):
         assert per_rank == [[[], named]] * nproc, (layout, flipped)
 
 

@@ -109,11 +109,11 @@ def test_a_range_of_elements_is_a_few_rectangles_in_the_order_of_the_elements(sh
     start = data.draw(st.integers(0, size))
     stop = data.draw(st.integers(start, size))
     numbers = np.arange(size).reshape(shape)
-    found = list(iter_rectangles(shape, start, stop))
+    result = list(iter_rectangles(shape, start, stop))
     taken = [numbers[tuple(slice(o, o + n) for o, n in zip(place, extent, strict=True))].ravel()
-             for place, extent in found]
+             for place, extent in result]
     assert np.concatenate([*taken, np.empty(0, int)]).tolist() == list(range(start, stop))
-    assert len(found) <= 2 * len(shape) - 1
+    assert len(result) <= 2 * len(shape) - 1
     assert all(part.size for part in taken)
 
 

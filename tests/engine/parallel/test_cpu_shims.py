@@ -101,9 +101,9 @@ print(json.dumps([before, look(), config.sequence_parallel]))
 @pytest.fixture(scope="module")
 def looks() -> list[dict[str, bool]]:
     """Return a process's state before and after, with a library without Transformer Engine."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LIBRARY], capture_output=True,
-                          text=True, check=True)
-    before, after, flag = json.loads(done.stdout)
+    completed = subprocess.run([sys.executable, "-W", "ignore", "-c", LIBRARY], capture_output=True,
+                               text=True, check=True)
+    before, after, flag = json.loads(completed.stdout)
     assert flag is True
     return [before, after]
 

@@ -114,14 +114,14 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
 @pytest.mark.distributed
 def test_dropout_resumes_to_the_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
     runs = {"alone": (1, {}, 0.1), "recomputed": (1, {}, 0.1, True), "without": (1, {}, 0.0)}
-    found = dict(zip(runs, ranks(*(
+    result = dict(zip(runs, ranks(*(
         job(__file__, "pieces", nproc, {"data": str(packed_data.text), "run": str(tmp_path / name),
                                         "layout": layout, "dropout": dropout, "recompute": bool(more)})
         for name, (nproc, layout, dropout, *more) in runs.items())), strict=True))
-    for name, results in found.items():
+    for name, results in result.items():
         assert all(r["same"] and r["differing"] == [] for r in results), name
         assert all(r["losses"] == results[0]["losses"] for r in results), name
-    losses = {name: [loss for loss, _ in results[0]["losses"]] for name, results in found.items()}
+    losses = {name: [loss for loss, _ in results[0]["losses"]] for name, results in result.items()}
     assert losses["recomputed"] == losses["alone"]
     assert all(abs(a - b) > 1e-6 for a, b in zip(losses["alone"], losses["without"], strict=True))
 

@@ -55,9 +55,9 @@ def _objects(rank: int, size: int) -> list[Any]:
 
 def test_calls_give_what_they_are_defined_to() -> None:
     mine = [torch.arange(3.0) + 10 * rank for rank in range(3)]
-    found = SimulatedRanks(3).run(ParallelConfig(), everything)
+    result = SimulatedRanks(3).run(ParallelConfig(), everything)
 
-    for rank, results in enumerate(found):
+    for rank, results in enumerate(result):
         expected = {
             "sum": sum(mine[1:], mine[0]), "max": mine[2], "mean": mine[1], "broadcast": mine[1],
             "gathered": torch.cat(mine), "together": torch.cat(mine),
@@ -76,11 +76,11 @@ def test_each_process_is_at_its_own_place() -> None:
                 parallel_state.get_pipeline_model_parallel_rank(), place.dp_rank,
                 dist.get_process_group_ranks(parallel_state.get_data_parallel_group()))
 
-    found = SimulatedRanks(8).run(ParallelConfig(tp=2, pp=2), place_of)
+    result = SimulatedRanks(8).run(ParallelConfig(tp=2, pp=2), place_of)
 
     # tensor-parallel ranks are adjacent, then data-parallel ranks, then stages
-    assert found == [(rank, rank, rank % 2, rank // 4, rank // 2 % 2,
-                      [rank // 4 * 4 + rank % 2, rank // 4 * 4 + rank % 2 + 2]) for rank in range(8)]
+    assert result == [(rank, rank, rank % 2, rank // 4, rank // 2 % 2,
+                       [rank // 4 * 4 + rank % 2, rank // 4 * 4 + rank % 2 + 2]) for rank in range(8)]
     assert not dist.is_initialized()
 
 

@@ -19,8 +19,8 @@ def test_what_is_packed_comes_back_by_name() -> None:
               "none": torch.zeros(0, 2, dtype=torch.float64)}
     flat = flatten_tensors(values)
     assert flat.tolist() == [2.5, 0, 1, 2, 3, 4, 5]
-    found = unflatten_tensors(flat, {name: tuple(value.shape) for name, value in values.items()})
-    assert list(found) == list(values) and all(torch.equal(found[name], values[name]) for name in values)
+    result = unflatten_tensors(flat, {name: tuple(value.shape) for name, value in values.items()})
+    assert list(result) == list(values) and all(torch.equal(result[name], values[name]) for name in values)
 
 
 def test_whole_numbers_stay_whole() -> None:
@@ -37,9 +37,9 @@ def test_another_number_of_elements_is_refused() -> None:
 def sums() -> list[Any]:
     """Inside ranks: named values of each rank."""
     place = world.join_world(ParallelConfig())
-    found = sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, all_reduce_world)
+    result = sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, all_reduce_world)
     world.leave_world()
-    return [found[name] for name in ("one", "rank", "third")]
+    return [result[name] for name in ("one", "rank", "third")]
 
 
 @pytest.mark.distributed

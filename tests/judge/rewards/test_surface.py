@@ -1,5 +1,5 @@
-"""Forms, lengths, repetitions and languages that are asked for, on answers that have them, miss them
-narrowly, or are hostile."""
+"""Requested forms, lengths, repetitions and languages: answers that meet them, narrowly miss them, or are
+hostile."""
 
 import json
 import time

@@ -1,5 +1,5 @@
-"""From token budgets, batch sizes and a ramp to optimizer steps: against adding up step by
-step, and by hand."""
+"""Optimizer steps from token budgets, batch sizes and a batch-size ramp, against summing step by step and
+by hand."""
 
 import dataclasses
 
@@ -73,9 +73,9 @@ def test_given_steps_are_shared_out_by_what_the_phases_need() -> None:
 @given(st.lists(st.floats(0.01, 10), min_size=1, max_size=6), st.integers(1, 500))
 def test_every_step_belongs_to_one_phase(shares: list[float], steps: int) -> None:
     phases = tuple(PhaseConfig(str(i), share=share) for i, share in enumerate(shares))
-    found = phase_steps(DataConfig(phases=phases), TrainConfig(steps=steps))
-    assert sum(found) == steps and min(found) >= 0
-    for share, count in zip(shares, found, strict=True):
+    result = phase_steps(DataConfig(phases=phases), TrainConfig(steps=steps))
+    assert sum(result) == steps and min(result) >= 0
+    for share, count in zip(shares, result, strict=True):
         assert count == pytest.approx(steps * share / sum(shares), abs=1)
 
 

@@ -1,4 +1,4 @@
-"""Groups of a run's settings: what they derive, and the rules inside each."""
+"""Groups of settings: derived values, and the rules within each group."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""Settings of learning from one's own responses: methods are parts by name, and each rule is told."""
+"""Settings of post-training methods: methods are combinations of named parts, and every broken rule is
+reported."""
 
 import re
 from pathlib import Path

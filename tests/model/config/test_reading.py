@@ -1,4 +1,5 @@
-"""Settings survive JSON; `--set` knows types and neighbours; `--data` knows folders and weights."""
+"""Settings survive JSON; `--set` reads types and suggests similar keys; `--data` reads folders and
+weights."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a run's settings are refused for, by code and key: bounds of one field, and rules between fields."""
+"""Refused settings by code and key: bounds of single fields, and rules between fields."""
 
 import json
 from collections.abc import Callable

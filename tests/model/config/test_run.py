@@ -1,4 +1,4 @@
-"""A run's settings: frozen, explained, every problem listed at once, steps from the token budget."""
+"""Run settings: frozen, documented, all problems in one list, and steps from the token budget."""
 
 import ast
 import dataclasses

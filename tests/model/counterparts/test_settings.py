@@ -1,4 +1,5 @@
-"""Settings of other stacks, as ours: read and never run, and nothing is passed over in silence."""
+"""Convert settings of Megatron-LM and other programs to ours: files are never executed, and no setting is
+dropped silently."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
-"""Which layers slide and which are dense, read as transformers reads it;
-what we cannot express is refused."""
+"""Sliding and dense layers of a config.json, as transformers reads them; unsupported structures are
+refused."""
 
 import json
 from dataclasses import replace

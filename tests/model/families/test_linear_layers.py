@@ -1,4 +1,4 @@
-"""Tensors whose rows stand by heads, and the config items of families with linear attention."""
+"""Tensors whose rows are grouped by head, and config fields of families with linear attention."""
 
 from dataclasses import replace
 

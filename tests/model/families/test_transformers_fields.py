@@ -1,5 +1,5 @@
-"""Which fields of a config.json are passed over: those that transformers' own source neither declares nor
-reads, and those of its base class at the value that changes nothing."""
+"""Ignored fields of a config.json: fields that transformers neither declares nor reads, and base-class
+fields at their neutral value."""
 
 import json
 from typing import Any

@@ -1,5 +1,5 @@
-"""The weight map's vocabulary: interleaving against loops and against megatron, inversion,
-declarations that fail early."""
+"""Weight maps: interleaving against loops and Megatron-Core, inversion, and declarations that fail at
+import."""
 
 import math
 from dataclasses import replace
@@ -65,9 +65,9 @@ def test_megatron_reads_the_interleaved_rows_as_query_key_value() -> None:
 
 def test_gate_comes_before_up_and_experts_are_stacked() -> None:
     section = WeightSection("once", "mlp.", "m.", (Experts(GateUp("fc1", "{e}.gate", "{e}.up", "I H")),))
-    found = build_links([section], TINY)
-    assert len(found) == TINY.num_experts
-    link = found[3]
+    links = build_links([section], TINY)
+    assert len(links) == TINY.num_experts
+    link = links[3]
     assert (link.key, link.shape, link.offset, link.extent) == ("mlp.fc1", (8, 256, 128), (3, 0, 0),
                                                                 (1, 256, 128))
     gate, up = torch.randn(128, 128), torch.randn(128, 128)

@@ -1,4 +1,4 @@
-"""Settings that cannot act are refused in every stage; where they act they are taken."""
+"""Settings without effect are refused in every stage; settings with an effect are accepted."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Published runs of reinforcement learning: their values, and what they leave to be set."""
+"""Published reinforcement-learning runs: their values, and the settings that they leave open."""
 
 from fnmatch import fnmatchcase
 

@@ -1,4 +1,4 @@
-"""Recipes: every one builds and is sound; a tiny recipe keeps the structure of the big one."""
+"""Every recipe builds and is valid, and a tiny recipe keeps the structure of the large one."""
 
 import importlib.util
 import json
@@ -279,9 +279,9 @@ def test_the_released_folder_has_this_architecture_to_the_byte() -> None:
     named = {name for link in models.get_family(model.family).links(model) for name in link.hf_names}
 
     assert (held, len(named)) == (SIZE_BYTES, TENSORS)
-    found = count_params(model)
-    assert found.total + found.mtp == pytest.approx(749.4e9, rel=1e-3)
-    assert found.active == pytest.approx(37e9, rel=0.01)
+    result = count_params(model)
+    assert result.total + result.mtp == pytest.approx(749.4e9, rel=1e-3)
+    assert result.active == pytest.approx(37e9, rel=0.01)
 
 
 def test_windows_and_bounds_are_those_that_programs_read() -> None:

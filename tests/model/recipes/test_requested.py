@@ -1,4 +1,5 @@
-"""Which code a command runs: what its own line names, and nothing that a config or a checkpoint names."""
+"""Code that a command may execute: only files on its own command line, never files named in a config or
+checkpoint."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The doctor on machines that we make up: packages, programs and libraries placed or taken away."""
+"""`doctor` on simulated machines: packages, programs and libraries added or removed."""
 
 import importlib.metadata
 import json

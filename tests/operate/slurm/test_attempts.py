@@ -1,4 +1,4 @@
-"""What a job's script is told: the decisions on every way in which an attempt can begin and end."""
+"""Decisions of a job script for every way in which an attempt can start and end."""
 
 import io
 import json

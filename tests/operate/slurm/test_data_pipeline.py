@@ -1,4 +1,5 @@
-"""A pipeline as arrays of a real Slurm: the same bytes as here, and a failed job is told and gone on from."""
+"""A data pipeline as Slurm arrays: the same bytes as a local run, and a failed job is reported and
+resumed."""
 
 import hashlib
 import json
@@ -77,8 +78,8 @@ def test_arrays_leave_what_processes_here_leave(cluster: Any, site: Path, capsys
     assert "stopped by: source notes, shard " in printed and ", code: " in printed
     assert "division by zero" in printed
     assert "00-parse: 3 of 3 shards done" in printed and "submitted 3 jobs" in printed
-    found = cluster.wait(Jobs.read(site / "there").numbers["finish"])
-    assert found["JobState"] == "COMPLETED", (site / "there/logs/finish").glob("**/*.out")
+    result = cluster.wait(Jobs.read(site / "there").numbers["finish"])
+    assert result["JobState"] == "COMPLETED", (site / "there/logs/finish").glob("**/*.out")
     assert cli.main(command) == 0
     assert "complete from before" in capsys.readouterr().out
     assert text_hashes(site / "there") == text_hashes(site / "here") != {}

@@ -1,4 +1,4 @@
-"""The look at every node: what makes a node sick, and one real look by two ranks."""
+"""The check of every node before a job: what makes a node sick, and one real check by two ranks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""slurm/scripts: what the chains give, what a real Slurm takes,
-and what runs when somebody types `sbatch`."""
+"""The scripts in slurm/scripts: the chains they submit, their acceptance by a real Slurm, and a real
+`sbatch` run."""
 
 import json
 import os
@@ -265,8 +265,8 @@ def test_the_scripts_of_a_tiny_recipe_run_to_their_end(name: str, last: str, clu
                  "--kill-on-invalid-dep=yes") if before else ()
         jobs[script.stem.partition("-")[2]] = send(script, *after)
     for label, job in jobs.items():
-        found = cluster.wait(job, timeout_s=600)
-        assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), (label, log_of(job, work))
+        result = cluster.wait(job, timeout_s=600)
+        assert (result["JobState"], result["ExitCode"]) == ("COMPLETED", "0:0"), (label, log_of(job, work))
     trained = [stage.label for stage in stages if STAGES[stage.stage].ranks]
     assert set(trained) <= set(jobs)
     for run in trained:

@@ -1,5 +1,5 @@
-"""Job scripts: what is filled in reaches the program as it was typed; a real Slurm takes every template
-with every profile."""
+"""Job scripts: arguments reach the program unchanged, and a real Slurm accepts every template with every
+profile."""
 
 import dataclasses
 import itertools
@@ -114,10 +114,10 @@ def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
 
 def test_what_is_asked_for_wins_over_the_stage_and_the_stage_over_a_longer_profile() -> None:
     def limit(stage: str, name: str, **request: Any) -> str:
-        found = re.search(r"^#SBATCH --time=(.*)$",
+        match = re.search(r"^#SBATCH --time=(.*)$",
                           script(stage, cluster.load_profile(name, account="me"), **request), re.MULTILINE)
-        assert found is not None
-        return found[1]
+        assert match is not None
+        return match[1]
 
     assert limit("convert", "h100") == "4:00:00" and limit("convert", "local") == "2:00:00"
     assert limit("convert", "h100", time_limit="30") == limit("eval", "h100", time_limit="30") == "30"
@@ -130,12 +130,12 @@ def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, 
                                   modules=("cuda/13.0",))
     head = script(stage, profile).partition("# -- where things are")[0]
     shell = f"module() {{ {loads}; }}\n{head}\necho went on; echo $UNSET_BY_ALL; echo not reached"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    completed = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     if loads == "true":
-        assert done.stdout == "\nwent on\n" and "UNSET_BY_ALL: unbound variable" in done.stderr
+        assert completed.stdout == "\nwent on\n" and "UNSET_BY_ALL: unbound variable" in completed.stderr
     else:
-        assert (done.returncode == 2 and done.stdout == "\n"
-                and done.stderr == "job: modules of the profile cannot be loaded\n")
+        assert (completed.returncode == 2 and completed.stdout == "\n"
+                and completed.stderr == "job: modules of the profile cannot be loaded\n")
 
 
 def test_jobs_that_share_a_store_are_an_array_of_one_command() -> None:
@@ -273,9 +273,10 @@ def test_the_first_node_is_where_ranks_meet_by_its_address_where_its_name_does_n
     (tmp_path / "getent").write_text(f"#!/bin/bash\nexit {0 if resolves else 2}\n")
     for program in ("scontrol", "getent"):
         (tmp_path / program).chmod(0o755)
-    done = subprocess.run(["bash", "-uc", f'PATH={tmp_path}:$PATH nodes=n7,n8\n{lines}\necho "$MASTER_ADDR"'],
-                          capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == address
+    completed = subprocess.run(["bash", "-uc",
+                                f'PATH={tmp_path}:$PATH nodes=n7,n8\n{lines}\necho "$MASTER_ADDR"'],
+                               capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == address
 
 
 def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -> None:
@@ -287,9 +288,10 @@ def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -
     exported = next(line for line in text.splitlines() if line.startswith("export TMPDIR="))
     carried = next(line for line in text.splitlines() if line.startswith("export JOB_TMPDIR="))
     shell = f'{exported}\n{carried}\n{as_rank}\nTMPDIR=/tmp bash -c "$as_rank" rank printenv TMPDIR'
-    done = subprocess.run(["bash", "-c", shell], env={"PATH": os.environ["PATH"], "USER": "ada"},
-                          capture_output=True, text=True)
-    assert done.stdout == f"{tmp_path}/no such/folder/ada\n" and (tmp_path / "no such/folder/ada").is_dir()
+    completed = subprocess.run(["bash", "-c", shell], env={"PATH": os.environ["PATH"], "USER": "ada"},
+                               capture_output=True, text=True)
+    assert completed.stdout == f"{tmp_path}/no such/folder/ada\n"
+    assert (tmp_path / "no such/folder/ada").is_dir()
 
 
 def test_engine_servers_have_whole_nodes_of_their_own(site: Path) -> None:

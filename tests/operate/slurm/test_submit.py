@@ -1,4 +1,4 @@
-"""`megatron-sov submit`: every mistake is one sentence, before anything is submitted or written."""
+"""`megatron-sov submit`: every mistake is one message, before anything is submitted or written."""
 
 import json
 import shlex
@@ -54,8 +54,8 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     (site / "tokens").mkdir()
     before = sorted(site.rglob("*"))
     assert cli.main(["submit", *words]) == 2
-    said = capsys.readouterr().err
-    assert sentence in said and said.count("\n") == 1 + said.count("; write\n"), said
+    errors = capsys.readouterr().err
+    assert sentence in errors and errors.count("\n") == 1 + errors.count("; write\n"), errors
     assert sorted(site.rglob("*")) == before
 
 
@@ -140,8 +140,8 @@ def test_a_mistake_in_a_chain_is_one_sentence(site: Path, capsys: pytest.Capture
     (site / "chain.yaml").write_text(text)
     before = sorted(site.rglob("*"))
     assert cli.main(["submit", "chain", "chain.yaml"]) == 2
-    said = capsys.readouterr().err
-    assert sentence.replace("{site}", str(site)) in said and said.count("\n") == 1, said
+    errors = capsys.readouterr().err
+    assert sentence.replace("{site}", str(site)) in errors and errors.count("\n") == 1, errors
     assert sorted(site.rglob("*")) == before
 
 
@@ -149,9 +149,9 @@ def test_a_dry_run_shows_every_script(site: Path, capsys: pytest.CaptureFixture[
     (site / "t").mkdir()
     (site / "chain.yaml").write_text(f"cluster: site.yaml\nstages: [{PACK}, {TRAIN}]")
     assert cli.main(["submit", "chain", "chain.yaml", "--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    assert "# pretrain: to be submitted, after data" in shown and shown.count("#!/bin/bash") == 2
-    assert f"for needed in {site}/tokens/manifest.json; do" in shown
+    output = capsys.readouterr().out
+    assert "# pretrain: to be submitted, after data" in output and output.count("#!/bin/bash") == 2
+    assert f"for needed in {site}/tokens/manifest.json; do" in output
     assert not (site / "run").exists()
 
 
@@ -163,10 +163,10 @@ def test_a_job_that_could_not_begin_its_work_says_why(site: Path, capsys: pytest
     (site / "tokens.slurm").mkdir()
     (site / "tokens.slurm/999998.log").write_text("job: modules of the profile cannot be loaded\n")
     assert cli.main(["submit", "chain", "chain.yaml"]) == 2
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert ("data: not complete, its job ended before it started work: "
-            "modules of the profile cannot be loaded\n" in said)
-    assert "pretrain: not complete, its job 999999 never began" in said
+            "modules of the profile cannot be loaded\n" in output)
+    assert "pretrain: not complete, its job 999999 never began" in output
 
 
 def test_stage_options_belong_into_the_file(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a layer saves, and what recomputing and offloading leave of it, against sums by hand in bf16;
+"""Saved activations of a layer, with recomputation and offloading, against sums by hand in bf16;
 `benchmarks/plan_activations.py` measures them in float32."""
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def test_a_recomputed_layer_keeps_its_input() -> None:
 def test_layers_differ_in_window_experts_and_positions() -> None:
     """K-EXAONE: a dense layer first, three windows before each layer that sees everything and has no
     positions."""
-    found = list_layer_kinds(recipes.get("k-exaone-236b").model)
-    assert [kind.with_experts for kind in found].count(False) == 1 and not found[0].with_experts
-    assert [kind.window for kind in found[:8]] == [128, 128, 128, 0] * 2
-    assert all((kind.window > 0) == kind.rotates for kind in found)
+    result = list_layer_kinds(recipes.get("k-exaone-236b").model)
+    assert [kind.with_experts for kind in result].count(False) == 1 and not result[0].with_experts
+    assert [kind.window for kind in result[:8]] == [128, 128, 128, 0] * 2
+    assert all((kind.window > 0) == kind.rotates for kind in result)
     second = list_layer_kinds(recipes.get("k-exaone2-750b").model)
     assert [kind.window for kind in second[:6]] == [0, 4096, 128, 128, 128, 0]
     assert [kind.bounded for kind in second].count(True) == 16 and second[-1].bounded
@@ -138,8 +138,8 @@ def trained(name: str) -> list[int]:
 def test_a_step_saves_what_is_said(ranks: Any, job: Any) -> None:
     cases = [case for case in CASES if case.name in (*ALONE, *TOGETHER)]
     assert len(cases) == 6
-    found = ranks(*(job(__file__, "trained", case.nproc, {"name": case.name}) for case in cases))
-    for case, of_ranks in zip(cases, found, strict=True):
+    result = ranks(*(job(__file__, "trained", case.nproc, {"name": case.name}) for case in cases))
+    for case, of_ranks in zip(cases, result, strict=True):
         for stage, num_bytes in of_ranks:
             assert said(case.config, stage, case.nproc) == pytest.approx(num_bytes, rel=0.05), case.name
 

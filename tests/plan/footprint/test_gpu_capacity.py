@@ -1,5 +1,4 @@
-"""What does not fit a GPU is refused with what would; big recipes have layouts that fit, at the sizes that
-they run at."""
+"""Layouts that exceed a GPU are refused with one that fits, and large recipes fit at their usual sizes."""
 
 from __future__ import annotations
 
@@ -42,8 +41,8 @@ def test_a_run_that_does_not_fit_is_refused_with_the_nearest_that_does() -> None
 def test_the_nearest_layout_is_the_one_with_fewest_doublings() -> None:
     """By brute force over what may be changed, on a GPU that the recipe's own layout does not fit."""
     config, gpu = recipes.get("k-exaone-236b"), CHIPS["h100"]
-    found = find_nearest_layout(config, 512, gpu)
-    assert found is not None and list_changed_settings(config.parallel, found) == ["parallel.pp=4"]
+    result = find_nearest_layout(config, 512, gpu)
+    assert result is not None and list_changed_settings(config.parallel, result) == ["parallel.pp=4"]
     for change in ({"pp": 2}, {"ep": 32}, {"ep": 8}, {"tp": 2, "sp": True}, {"ep": 8, "pp": 2}, {"ep": 64},
                    {"pp": 2, "ep": 32}):
         other = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **change))
@@ -56,7 +55,7 @@ def test_the_nearest_layout_is_the_one_with_fewest_doublings() -> None:
             512)[1].total > find_fullest_stage(
                 dataclasses.replace(
                     config,
-                    parallel=found),
+                    parallel=result),
                      512)[1].total)
 
 
@@ -69,9 +68,9 @@ def test_an_uneven_pipeline_is_kept_or_given_up_for_equal_stages() -> None:
     for layers, gib, changed in (("[11,13,13,11]", 60, []), ("[11,13,13,11]", 46, ["parallel.ep=8"]),
                                  ("[1,1,1,45]", 66, ["parallel.pipeline_layout=[]"])):
         config = solar(layers)
-        found = find_nearest_layout(config, 512, Gpu("one", gib * GIB))
-        assert found is not None and list_changed_settings(config.parallel, found) == changed, layers
-        assert apply_settings(config, changed).parallel == found
+        result = find_nearest_layout(config, 512, Gpu("one", gib * GIB))
+        assert result is not None and list_changed_settings(config.parallel, result) == changed, layers
+        assert apply_settings(config, changed).parallel == result
     with pytest.raises(UserError, match=r"that fits: --set 'parallel\.pipeline_layout=\[\]'"):
         refuse_too_large(solar("[1,1,1,45]"), 512, Gpu("one", 66 * GIB))
 

@@ -1,5 +1,5 @@
-"""The account of a process: items against their settings, the head against what autograd really keeps, the
-page as made."""
+"""The memory account of a process: items against their settings, the output head against autograd, and the
+printed page."""
 
 from __future__ import annotations
 
@@ -112,10 +112,10 @@ def test_a_divergence_takes_what_the_account_says(ranks: Any, job: Any) -> None:
         return build_account(apply_settings(config, list(settings)), 1, 0, 1024).head
 
     asked = [(0.0, 0), (0.5, 0), (1.0, 0), (0.5, 2)]
-    found = ranks(*(job(__file__, "peak_bytes_of_a_divergence", 1, {"beta": beta, "top_k": top_k})
-                    for beta, top_k in asked))
+    result = ranks(*(job(__file__, "peak_bytes_of_a_divergence", 1, {"beta": beta, "top_k": top_k})
+                     for beta, top_k in asked))
     slope = head_bytes("model.logits_softcap=3") - head_bytes()
-    for (beta, top_k), ((peak, plain, capped),) in zip(asked, found, strict=True):
+    for (beta, top_k), ((peak, plain, capped),) in zip(asked, result, strict=True):
         said = head_bytes("objective.name=distill", f"distillation.beta={beta}",
                           f"distillation.top_k={top_k}") - head_bytes()
         assert peak - plain == pytest.approx(said, rel=0.05), f"beta {beta}, top-k {top_k}"
@@ -140,16 +140,16 @@ def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor
 def test_items_add_up_to_what_the_device_holds() -> None:
     config = config_of("k-exaone-236b", parallel__ep=16, gpu__optimizer_offload=0.5, optim__name="adamw",
                        gpu__grad_dtype="bf16", train__fp8="mxfp8")
-    found = build_account(config, 64, 0, 4096)
-    assert found.on_host > 0 and found.head > found.one_layer > 0
-    items = found.components()
+    account = build_account(config, 64, 0, 4096)
+    assert account.on_host > 0 and account.head > account.one_layer > 0
+    items = account.components()
     # the head is the peak, which a layer whose tokens are uneven stays below
     assert items.pop("one_layer") == items.pop("teacher") == items.pop("imbalance") == 0
     assert all(value > 0 for value in items.values())
-    assert found.total == sum(items.values())
-    assert found.allocated == found.total - found.nccl - found.fragmentation
+    assert account.total == sum(items.values())
+    assert account.allocated == account.total - account.nccl - account.fragmentation
     # gradients of what is updated here, in float32
-    assert found.update == 4 * found.optimizer // 12
+    assert account.update == 4 * account.optimizer // 12
 
 
 def test_of_a_layer_and_the_head_the_larger_counts() -> None:
@@ -190,9 +190,9 @@ def test_uneven_routing_is_on_top() -> None:
 def test_the_page_is_what_the_script_writes() -> None:
     script = ROOT / "docs" / "generate_memory.py"
     code = "import sys, runpy; sys.stdout.write(runpy.run_path(sys.argv[1])['build_page']())"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(script)], capture_output=True,
-                          text=True, check=True)
-    assert done.stdout.endswith((ROOT / "docs" / "memory.md").read_text(encoding="utf-8"))
+    completed = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(script)], capture_output=True,
+                               text=True, check=True)
+    assert completed.stdout.endswith((ROOT / "docs" / "memory.md").read_text(encoding="utf-8"))
 
 
 def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
@@ -201,11 +201,11 @@ def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     sides = 2 * (m.hidden_size + q) + 2 * (m.hidden_size + kv) + 3 * (m.hidden_size + m.dense_ffn_dim)
     count, whole = 4 * m.num_layers * sides, count_params(m).total
-    found = build_account(config, 1, 0, 64)
-    assert found.weights == 4 * (whole + count)
-    assert (found.gradients, found.optimizer) == (4 * count, 8 * count)
+    account = build_account(config, 1, 0, 64)
+    assert account.weights == 4 * (whole + count)
+    assert (account.gradients, account.optimizer) == (4 * count, 8 * count)
     full = build_account(config_of("tiny-qwen3", train__precision="fp32"), 1, 0, 64)
-    assert (full.gradients, full.optimizer) == (4 * whole, 8 * whole) and full.head > found.head
+    assert (full.gradients, full.optimizer) == (4 * whole, 8 * whole) and full.head > account.head
 
 
 # What an offloaded optimizer pins on a node, by hand; and what is refused with which share.

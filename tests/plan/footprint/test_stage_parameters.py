@@ -1,4 +1,4 @@
-"""Parameters one by one, against those of the library's modules in their order."""
+"""Parameters of a pipeline stage, one by one, against Megatron-Core's modules in their order."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Bytes of weights, gradients and optimizer: exactly those that training makes, on meta tensors in a fake
-group of all processes.  `benchmarks/plan_bytes.py` has hundreds of layouts; here are some of its first ones,
-and two of big models."""
+"""Bytes of weights, gradients and optimizer states equal those that training allocates, on meta tensors in
+a fake world. `benchmarks/plan_bytes.py` compares hundreds of layouts; this file has a few, and two of large
+models."""
 
 from __future__ import annotations
 
@@ -77,9 +77,10 @@ def test_every_byte_is_what_training_makes(ranks: Any, te_ranks: Any, job: Any) 
     (["train.precision=fp64"], 8, 8, 16), (["train.precision=bf16", "gpu.grad_dtype=bf16"], 2, 2, 12)])
 def test_a_parameter_has_bytes_by_its_precision(settings: list[str], weights: int, gradients: int,
                                                 optimizer: int) -> None:
-    found = StageBuffers(apply_settings(recipes.get("tiny-qwen3"), settings), 1, 0).count_states(StatePlace())
-    count = found.elements
-    assert (found.weights, found.gradients, found.optimizer) == (
+    result = StageBuffers(apply_settings(recipes.get("tiny-qwen3"), settings), 1,
+                          0).count_states(StatePlace())
+    count = result.elements
+    assert (result.weights, result.gradients, result.optimizer) == (
         weights * count, gradients * count, optimizer * count)
 
 

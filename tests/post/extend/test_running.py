@@ -144,11 +144,12 @@ def test_failure_completion_and_checkpoint_tell_all_checks(judged: Any) -> None:
     after.restore(json.loads(json.dumps(gate.state())))
     assert after.state() == gate.state() and after.failure() == gate.failure()
     steps(other, (12, 20))
-    done = after.completion(other)
-    assert done["needle"] == {"right": 20} and done["gate"]["passed"] and done["gate"]["start_loss"] == 2.0
-    assert [(c["step"], c["passed"]) for c in done["gate"]["checks"]] == [
+    result = after.completion(other)
+    assert result["needle"] == {"right": 20} and result["gate"]["passed"]
+    assert result["gate"]["start_loss"] == 2.0
+    assert [(c["step"], c["passed"]) for c in result["gate"]["checks"]] == [
         (4, False), (8, False), (10, False), (12, True)]
-    assert done["gate"]["decontamination"] == {"questions_found": 0}
+    assert result["gate"]["decontamination"] == {"questions_found": 0}
     assert len(gate.state()["checks"]) == 3, "what was restored is a copy"
 
 
@@ -291,5 +292,5 @@ def test_start_times_of_stages(complete: int, begins_s: list[float], monkeypatch
 def test_a_gate_with_short_needles_warns(lengths: str, said: str | None) -> None:
     phases = 'data.phases=[{"name": "a", "seq_len": 128}, {"name": "b", "seq_len": 512}]'
     config = apply_settings(get("tiny-solar-open"), [phases, f"needle.lengths_tokens={lengths}"])
-    found = describe_small_suite(config)
-    assert found is None if said is None else said in str(found)
+    result = describe_small_suite(config)
+    assert result is None if said is None else said in str(result)

@@ -70,21 +70,21 @@ def test_equal_windows_have_equal_hashes_and_others_differ(text: list[int], wind
 
 
 def test_clean_text_is_clean() -> None:
-    found = search_contamination([QUESTION], [source([random_text(1, 5000)], [random_text(2, 640)])], 10_000)
-    assert (found.questions_found, found.windows, found.windows_found,
-            found.overlap) == (0, 20, 0, 0)
-    assert found.scanned_tokens == found.train_tokens == {"web": 5000}
-    check_contamination(found, 0.0)
+    result = search_contamination([QUESTION], [source([random_text(1, 5000)], [random_text(2, 640)])], 10_000)
+    assert (result.questions_found, result.windows, result.windows_found,
+            result.overlap) == (0, 20, 0, 0)
+    assert result.scanned_tokens == result.train_tokens == {"web": 5000}
+    check_contamination(result, 0.0)
 
 
 def test_search_finds_shared_ranges_of_two_windows() -> None:
     held = random_text(2, 640)
     for start in (0, 7, 101, 640 - 2 * WINDOW_TOKENS):
         train = random_text(1, 333) + held[start:start + 2 * WINDOW_TOKENS] + random_text(3, 50)
-        found = search_contamination([QUESTION], [source([random_text(4, 90), train], [held])], 10_000)
-        assert found.windows_found >= 1
+        result = search_contamination([QUESTION], [source([random_text(4, 90), train], [held])], 10_000)
+        assert result.windows_found >= 1
     with pytest.raises(UserError, match="held-out text occurs"):
-        check_contamination(found, 0.01)
+        check_contamination(result, 0.01)
 
 
 def test_search_finds_questions_within_documents_only() -> None:
@@ -98,8 +98,8 @@ def test_search_finds_questions_within_documents_only() -> None:
 
 def test_the_search_ends_at_its_bound_and_says_so() -> None:
     sources = [source([random_text(1, 900), [*QUESTION]], [random_text(2, 64)])]
-    found = search_contamination([QUESTION], sources, 500)
-    assert (found.scanned_tokens, found.train_tokens, found.questions_found) == (
+    result = search_contamination([QUESTION], sources, 500)
+    assert (result.scanned_tokens, result.train_tokens, result.questions_found) == (
         {"web": 500}, {"web": 903}, 0)
 
 
@@ -185,9 +185,9 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 def short_run(run_command: Any, token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step at 64 tokens, which no test changes."""
     run = tmp_path_factory.mktemp("stages") / "short"
-    done = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
-                       *words(SHORT | {"train.num_threads": 1}))
-    assert done.returncode == 0, done.stderr
+    result = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
+                         *words(SHORT | {"train.num_threads": 1}))
+    assert result.returncode == 0, result.stderr
     return run
 
 

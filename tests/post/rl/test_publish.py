@@ -192,8 +192,8 @@ def test_publishing_warns_about_responses_of_other_runs(publisher: Publisher, wr
     publisher = dataclasses.replace(publisher, is_own=lambda step, sha256: not step)
     assert publisher.publish(1) == "" and capsys.readouterr().err == ""
     assert publisher.publish(2) == ""
-    said = capsys.readouterr().err
-    assert f"of step 2 began responses of round 2 and does not belong to {tmp_path}" in said
+    errors = capsys.readouterr().err
+    assert f"of step 2 began responses of round 2 and does not belong to {tmp_path}" in errors
 
 
 def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none(

@@ -74,10 +74,10 @@ def test_each_teacher_reads_its_own_documents_and_servers_share_them(opened: Pub
     assert told(opened, *teachers) == expected
     assert [len(asked["token_ids"]) for asked in other.asked] in ([2, 5], [5, 2])
     assert sorted(len(asked["token_ids"]) for asked in one.asked) == [3, 4], "one token has no label"
-    found = compute_reverse_kl(opened, np.array(expected) / -100)
+    result = compute_reverse_kl(opened, np.array(expected) / -100)
     apart = np.array(expected)[np.array(expected) > 0] / 100 - 0.25
-    assert found["reverse_kl"] == pytest.approx(apart.mean())
-    domains: Any = found["reverse_kl_domains"]
+    assert result["reverse_kl"] == pytest.approx(apart.mean())
+    domains: Any = result["reverse_kl_domains"]
     assert domains == {"code": pytest.approx(apart[5:].mean()), "math": pytest.approx(apart[:2].mean())}
     with pytest.raises(UserError, match=r"responses of domain '(math|)'"):
         told(opened, ScoringTeacher("code", urls=(other.url,)))

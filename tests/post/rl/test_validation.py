@@ -29,19 +29,19 @@ REWARDS = {"a": (1.0, 0.0), "b": (0.0, 0.0), "c": (1.0, None)}
 @pytest.fixture
 def store(tmp_path: Path) -> RolloutStore:
     """A validation of three prompts in two pieces, with two responses each; one has no reward."""
-    found = RolloutStore.create(tmp_path / "validation", "0" * 64, 100)
+    result = RolloutStore.create(tmp_path / "validation", "0" * 64, 100)
     for piece, prompts in enumerate(("ab", "c")):
         rows = [Rollout(Key(prompt, sample, "p", "s"), 1, 0,
                         {"prompt": prompt * 3000, "domain": "x" if prompt == "a" else "y"},
                         np.ones(1, np.int32), np.ones(n, np.int32), np.zeros(n, np.float32),
                         np.zeros(n, np.int32), "length" if sample else "stop", prompt, 1.0, "megatron", 0, 1)
                 for prompt in prompts for sample, n in enumerate((2, 3))]
-        found.add_rollouts(format_part_name(1, piece), rows, {})
-        found.add_rewards(VERSION, format_part_name(1, piece), [
+        result.add_rollouts(format_part_name(1, piece), rows, {})
+        result.add_rewards(VERSION, format_part_name(1, piece), [
             RewardRow(row.key, 0, VERSION, reward, "scored" if reward is not None else "timeout",
                       {} if reward is None else {"format": reward / 2})
             for row in rows for reward in [REWARDS[row.key.prompt][row.key.sample]]], {})
-    return found
+    return result
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The report in a real browser: every chart is drawn, no script complains, hostile text runs nothing."""
+"""The report in a real browser: all charts are drawn, no script fails, and hostile text is not executed."""
 
 from __future__ import annotations
 

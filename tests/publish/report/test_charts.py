@@ -1,4 +1,4 @@
-"""Figures: what is drawn, and what the note below says was not."""
+"""Charts of the report, and the note about series that were not drawn."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ def test_the_last_of_a_repeated_step_counts_as_in_final_steps(events: list[dict]
     for name in ("en", "ko"):
         expected = {e["step"]: e["losses_by_source"][name]
                     for e in final if name in e.get("losses_by_source", {})}
-        found = curves["losses_by_source"].get(name)
-        assert expected == (dict(zip(found.steps.tolist(), found.values.tolist(), strict=True))
-                            if found else {})
+        result = curves["losses_by_source"].get(name)
+        assert expected == (dict(zip(result.steps.tolist(), result.values.tolist(), strict=True))
+                            if result else {})
 
 
 def test_phases_are_what_the_steps_name() -> None:

@@ -1,4 +1,4 @@
-"""What a run is judged by on the first screens: a loss of tokens, or what its objective is after."""
+"""Headline figures of a run: the token loss, or the measure of its objective."""
 
 from __future__ import annotations
 

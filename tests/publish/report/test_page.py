@@ -1,4 +1,4 @@
-"""The report as a file: complete in itself, hostile text stays text, every section with data is there."""
+"""The report file: self-contained, escaped text, and every section that has data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores in the report: the newest of each checkpoint, what is missing by name, verdicts."""
+"""Scores in the report: the latest per checkpoint, names of missing ones, and verdicts."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def test_of_one_checkpoint_the_newest_measurement_counts() -> None:
 
 
 def test_the_section_has_a_line_for_each_task() -> None:
-    found = section("Scores", eval_lm=[event(), event(step=200, value=0.62, interval=[0.5, 0.7]),
-                                       event("own", step=200, value=None, interval=None)])
-    assert len(found.charts) == 1 and found.charts[0].plot.series[0].name == "aime24, acc"
-    (ours,) = found.tables
+    result = section("Scores", eval_lm=[event(), event(step=200, value=0.62, interval=[0.5, 0.7]),
+                                        event("own", step=200, value=None, interval=None)])
+    assert len(result.charts) == 1 and result.charts[0].plot.series[0].name == "aime24, acc"
+    (ours,) = result.tables
     assert ours.rows[0] == ["aime24", "acc", "200", "62 %", "50 % to 70 %", "30", "0", "2"]
     assert ours.rows[1][3:5] == ["not known", "–"]
 
 
 def test_a_perplexity_is_no_share() -> None:
-    found = section("Scores", eval_lm=[event(metric="word_perplexity", value=14.2, interval=None)])
-    assert found.tables[0].rows[0][3] == "14.2"
+    result = section("Scores", eval_lm=[event(metric="word_perplexity", value=14.2, interval=None)])
+    assert result.tables[0].rows[0][3] == "14.2"
 
 
 def test_the_forgetting_gate_is_a_verdict() -> None:
@@ -82,13 +82,13 @@ def write(run: Path) -> None:
 
 def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> None:
     write(tmp_path)
-    found = read_evaluations(tmp_path)
-    assert [(b.step, b.task) for b in found] == [(20, "needle"), (20, "pairs"), (20, "ppl"), (40, "ppl"),
-                                                 (100, "needle"), (100, "ppl")]
-    (bits,), (right,) = source_curves(found, "ppl", "bits_per_byte"), needle_curves(found)
+    result = read_evaluations(tmp_path)
+    assert [(b.step, b.task) for b in result] == [(20, "needle"), (20, "pairs"), (20, "ppl"), (40, "ppl"),
+                                                  (100, "needle"), (100, "ppl")]
+    (bits,), (right,) = source_curves(result, "ppl", "bits_per_byte"), needle_curves(result)
     assert (bits.name, bits.steps.tolist(), bits.values.tolist()) == ("ko", [20, 100], [2.5, 1.5])
     assert (right.name, right.steps.tolist(), right.values.tolist()) == ("single, korean", [20], [62.5])
-    (ranked,) = source_curves(found, "pairs", "chosen_likelier", 100)
+    (ranked,) = source_curves(result, "pairs", "chosen_likelier", 100)
     assert (ranked.name, ranked.steps.tolist(), ranked.values.tolist()) == ("judged", [20], [75.0])
     (section,) = build_sections(read_run(tmp_path))
     assert section.title == "Evaluation during training" and len(section.charts) == 3
@@ -146,8 +146,8 @@ def test_a_curve_for_each_set_of_prompts_and_step_and_the_newest_counts(tmp_path
 def test_files_of_one_name_are_two_sets_of_prompts() -> None:
     events = [{"step": 1, "input": file, "reward": "math", **figures(0.5)}
               for file in ("gsm8k/test.jsonl", "math/test.jsonl", "aime.jsonl")]
-    found = section("pass@k", passk=events)
-    assert [row[0] for row in found.tables[0].rows] == [
+    result = section("pass@k", passk=events)
+    assert [row[0] for row in result.tables[0].rows] == [
         "gsm8k/test.jsonl, math", "math/test.jsonl, math", "aime.jsonl, math"]
 
 

@@ -1,4 +1,4 @@
-"""The way from inputs to a vocabulary: what is seen of each group, and what the stages say."""
+"""From input files to a vocabulary: the share of each group that is counted, and the progress messages."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Counting in compiled code: as Python's Counter, however often the table grows."""
+"""Compiled word counting equals Python's Counter, however often the hash table grows."""
 
 import json
 import random
@@ -51,8 +51,8 @@ def test_the_table_grows_and_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None
     counter = WordCounter()
     for start in range(0, 3000, 100):
         add(counter, [str(n).encode() for n in range(start, start + 150)], 1)
-    found = counted(counter)
-    assert len(found) == 3050 and found[b"149"] == 2 and found[b"50"] == 1
+    result = counted(counter)
+    assert len(result) == 3050 and result[b"149"] == 2 and result[b"50"] == 1
     counter.clear()
     assert not counted(counter)
     add(counter, [b"again"], 7)

@@ -1,4 +1,4 @@
-"""Split patterns: what is read, automata whose matches are Oniguruma's, and patterns that cannot work."""
+"""Split patterns: parsing, automata with Oniguruma's matches, and patterns that are refused."""
 
 import pickle
 from itertools import pairwise
@@ -77,9 +77,9 @@ def test_the_first_alternative_wins_not_the_longest() -> None:
 
 
 def test_long_runs_take_two_looks_not_many() -> None:
-    found = build_automaton(LLAMA_3)
+    automaton = build_automaton(LLAMA_3)
     raw = np.full(1 << 20, ord(" "), np.uint8)
-    assert split_words(raw, found.kinds, found.steps, np.empty(len(raw), np.int32)) == 1
+    assert split_words(raw, automaton.kinds, automaton.steps, np.empty(len(raw), np.int32)) == 1
 
 
 def test_too_large_a_pattern_is_left_to_oniguruma(monkeypatch: pytest.MonkeyPatch) -> None:

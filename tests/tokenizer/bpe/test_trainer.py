@@ -1,4 +1,4 @@
-"""Merging by arrays: the merges of the textbook and of Hugging Face's trainer, also of superwords."""
+"""Merges by arrays equal the textbook algorithm and Hugging Face's trainer, with and without superwords."""
 
 import inspect
 import json
@@ -88,8 +88,8 @@ def test_hugging_faces_trainer_gives_the_same(learn: Callable[..., Vocabulary], 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     expected = json.loads(theirs.to_str())["model"]["merges"]
     assert len(expected) > 800
-    found = merges_of(learn(preset, 2000, TEXT))
-    assert [[spell_token(a), spell_token(b)] for a, b in found] == [list(e) for e in expected]
+    result = merges_of(learn(preset, 2000, TEXT))
+    assert [[spell_token(a), spell_token(b)] for a, b in result] == [list(e) for e in expected]
 
 
 def test_counts_beyond_32_bits() -> None:
@@ -149,18 +149,18 @@ SUPER_TEXT = [" ".join(drawn.choice(PHRASES).format(n) for n in drawn.choices(NO
 def test_both_stages_as_by_brute_force(learn: Callable[..., Vocabulary], brute_force: Callable[..., list],
                                        max_words: int, only: bool) -> None:
     preset = replace(K_EXAONE, max_superword_words=max_words)
-    found = learn(preset, 420, SUPER_TEXT, transition=330, only=only)
-    assert merges_of(found) == brute_force(preset, 420, SUPER_TEXT, transition=330, only=only)
-    words = [len(t.decode(errors="replace").split()) for t in found.tokens]
-    assert max(words) == max_words and found.count_superwords() > 20
+    result = learn(preset, 420, SUPER_TEXT, transition=330, only=only)
+    assert merges_of(result) == brute_force(preset, 420, SUPER_TEXT, transition=330, only=only)
+    words = [len(t.decode(errors="replace").split()) for t in result.tokens]
+    assert max(words) == max_words and result.count_superwords() > 20
 
 
 @given(st.lists(st.text(alphabet="ab  ", max_size=60), min_size=1, max_size=6), st.booleans())
 def test_random_letters_and_spaces_as_by_brute_force(learn: Callable[..., Vocabulary],
                                                      brute_force: Callable[..., list], texts: list[str],
                                                      only: bool) -> None:
-    found = learn(K_EXAONE, 300, texts, transition=262, only=only)
-    assert merges_of(found) == brute_force(K_EXAONE, 300, texts, transition=262, only=only)
+    result = learn(K_EXAONE, 300, texts, transition=262, only=only)
+    assert merges_of(result) == brute_force(K_EXAONE, 300, texts, transition=262, only=only)
 
 
 def test_where_stage_2_is_for_superwords_they_are_as_many_as_its_tokens(

@@ -1,4 +1,4 @@
-"""`sov-tokenizer export`: tiktoken gives the same ids from what was written, or nothing is written."""
+"""`sov-tokenizer export`: tiktoken gives the same ids with the exported file, or there is no output."""
 
 import base64
 import json

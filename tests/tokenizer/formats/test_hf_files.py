@@ -1,5 +1,5 @@
-"""Building the files: special tokens cannot be reached by text, and bytes are spelled as the
-library spells them."""
+"""Files of an exported tokenizer: text never encodes to special tokens, and bytes are spelled as in the
+`tokenizers` library."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Tokenizers of every form, opened from a path: the ids, bytes and text of their own libraries."""
+"""Tokenizers of every format, opened from a path: ids, bytes and text equal those of their own libraries."""
 
 import base64
 import json

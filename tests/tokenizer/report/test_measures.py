@@ -1,4 +1,4 @@
-"""Figures of texts against plain recomputation."""
+"""Measures of a tokenizer on texts, against a plain computation."""
 
 import json
 import unicodedata

@@ -1,4 +1,4 @@
-"""`sov-tokenizer report` and its page."""
+"""`sov-tokenizer report`, and the commands of its page."""
 
 import hashlib
 import json

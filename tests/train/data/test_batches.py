@@ -1,4 +1,4 @@
-"""Batches of ranks: together they are the order's samples, whatever is prepared ahead."""
+"""Batches of ranks: together they contain the order's samples, with any amount of prefetching."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A manifest of tokens that lacks a part is refused by the part's name."""
+"""A token manifest without a required part is refused with the name of the part."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""The ledger: what the settings plan, and what has happened."""
+"""The ledger: planned phases from the settings, and recorded events."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,11 +32,11 @@ def steps_of(entries: list[LedgerEntry]) -> list[tuple[int, str, int, bool]]:
 def test_phases_ramp_and_skips_by_hand(sources: list[Source]) -> None:
     """The ramp counts from the start of the run and goes on in the second phase,
     whose full size is another."""
-    found = plan_ledger(config(PhaseConfig("a"), PhaseConfig("b", global_batch_size=6),
+    result = plan_ledger(config(PhaseConfig("a"), PhaseConfig("b", global_batch_size=6),
                         skip_steps=((3, 4), (12, 12)), ramp_from_batch_size=2, ramp_increment=2,
                         ramp_steps=12), sources)
-    assert steps_of(found) == [(0, "a", 2, False), (2, "a", 2, True), (4, "a", 4, False), (8, "a", 6, False),
-                               (10, "b", 6, False), (11, "b", 6, True), (12, "b", 6, False)]
+    assert steps_of(result) == [(0, "a", 2, False), (2, "a", 2, True), (4, "a", 4, False), (8, "a", 6, False),
+                                (10, "b", 6, False), (11, "b", 6, True), (12, "b", 6, False)]
 
 
 def test_an_empty_blend_takes_each_artifacts_share_of_what_has_tokens(sources: list[Source]) -> None:
@@ -51,10 +51,10 @@ def test_a_blend_is_normalised_and_a_weight_of_zero_leaves_out(sources: list[Sou
 
 
 def test_a_phase_too_short_for_a_step_leaves_no_trace(sources: list[Source]) -> None:
-    found = plan_ledger(config(PhaseConfig("a", share=99), PhaseConfig("b", share=0.1),
-                               PhaseConfig("c", share=50),
+    result = plan_ledger(config(PhaseConfig("a", share=99), PhaseConfig("b", share=0.1),
+                                PhaseConfig("c", share=50),
                         steps=3), sources)
-    assert steps_of(found) == [(0, "a", 8, False), (2, "c", 8, False)]
+    assert steps_of(result) == [(0, "a", 8, False), (2, "c", 8, False)]
 
 
 @pytest.mark.parametrize(("blend", "said"), [

@@ -1,5 +1,5 @@
-"""Pictures and sounds of token shards: a row has what its placeholders stand for, wherever documents are
-cut."""
+"""Images and audio in token shards: a row has the features of its placeholders, wherever documents are
+split."""
 
 import dataclasses
 from pathlib import Path

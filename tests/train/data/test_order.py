@@ -1,4 +1,4 @@
-"""The order of samples, by brute force over random sources, curricula and interruptions."""
+"""The sample order against brute force, over random sources, curricula and interruptions."""
 
 import dataclasses
 import json

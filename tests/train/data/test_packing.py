@@ -1,4 +1,4 @@
-"""Packing against the fewest rows there can be, and token by token."""
+"""Packing algorithms against the optimal number of rows, and token by token."""
 
 import math
 
@@ -77,11 +77,11 @@ def test_units_stay_whole_and_in_order(counts: list[tuple[int, ...]], drop: bool
     assert over_long == sum(sum(unit) > SEQ_LEN for unit in counts)
     assert all(sum(s.count for s in row) <= SEQ_LEN for row in rows)
     of_rows = [s for row in rows for s in row]
-    found = sorted(of_rows[i:i + 3] for i in range(0, len(of_rows), 3))
-    assert [[s.document for s in unit] for unit in found] == [
+    result = sorted(of_rows[i:i + 3] for i in range(0, len(of_rows), 3))
+    assert [[s.document for s in unit] for unit in result] == [
         [3 * i, 3 * i + 1, 3 * i + 2] for i, unit in enumerate(counts) if not drop or sum(unit) <= SEQ_LEN]
     assert all(len(row) % 3 == 0 for row in rows)
-    for unit in found:
+    for unit in result:
         whole, kept = counts[unit[0].document // 3], [s.count for s in unit]
         if sum(whole) <= SEQ_LEN:
             assert tuple(kept) == whole

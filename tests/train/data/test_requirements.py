@@ -1,4 +1,4 @@
-"""What an objective asks of its data beside weights and types."""
+"""Columns that an objective requires of its data in addition to weights and token types."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The samples of rounds: exactly a step's documents, whole, at any layout, in any number of rows."""
+"""Samples of rollout rounds: exactly a step's documents, whole, at any layout and in any number of rows."""
 
 import dataclasses
 from pathlib import Path
@@ -180,12 +180,12 @@ def blends(config: RunConfig, recipe: RunConfig | None = None) -> dict[str, dict
 @pytest.mark.parametrize("recipe", ["solar-open-102b", "tiny-solar-open"])
 def test_a_recipe_trains_on_the_sources_of_the_mix(mixed: Path, recipe: str) -> None:
     config = run_on(mixed, recipe=recipe)
-    found = apply_data_phases(config, config)
+    result = apply_data_phases(config, config)
     assert {name: blends(config)[name] for name in SHARES} == SHARES
-    for phase, own in zip(found.data.phases, config.data.phases, strict=True):
+    for phase, own in zip(result.data.phases, config.data.phases, strict=True):
         assert dataclasses.replace(phase, blend=own.blend) == own, "all but the blend stays"
         assert phase.name in SHARES or phase.blend == own.blend
-    assert apply_data_phases(found, config) == found, "a run that goes on has the same settings"
+    assert apply_data_phases(result, config) == result, "a run that goes on has the same settings"
 
 
 def test_a_blend_of_its_own_over_these_sources_stays(mixed: Path) -> None:

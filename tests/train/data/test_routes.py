@@ -1,4 +1,5 @@
-"""Routes of token shards: written as a sidecar, read by memory map, in rows beside their own tokens."""
+"""Expert routes in token shards: written as a sidecar file, memory-mapped, and packed into rows with their
+tokens."""
 
 import dataclasses
 from pathlib import Path

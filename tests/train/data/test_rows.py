@@ -1,4 +1,4 @@
-"""Rows: which token is predicted from which, with what weight."""
+"""Packed rows: labels, loss weights and positions of every token."""
 
 from typing import Any
 

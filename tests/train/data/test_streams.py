@@ -1,4 +1,4 @@
-"""One source's stream: every token once an epoch, at changing sample lengths, over kills."""
+"""The stream of one source: every token once an epoch, at changing sample lengths and after kills."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""NAME@N: the long documents of a source as a source."""
+"""`NAME@N`: the documents of a source with at least N tokens, as a source of their own."""
 
 import dataclasses
 from collections.abc import Callable
@@ -104,12 +104,12 @@ def test_units_are_measured_by_the_shortest_sample_that_they_are_read_at(make_so
     sources = [make_source("web", [100]), make_source("chat", [5, 17, 16, 90], is_chat=True),
                replace(make_source("pairs", [9, 8, 8, 8, 1, 30], is_chat=True), format="preference", group=2),
                make_source("unused", [99], is_chat=True)]
-    found = count_over_long(sources, ENTRIES)
-    assert found == [OverLongUnits("chat", 16, 2, 4, 90), OverLongUnits("pairs", 16, 2, 3, 31)]
+    result = count_over_long(sources, ENTRIES)
+    assert result == [OverLongUnits("chat", 16, 2, 4, 90), OverLongUnits("pairs", 16, 2, 3, 31)]
     with pytest.raises(UserError, match="90; source 'pairs': 2"):
-        check_units_fit(found)
+        check_units_fit(result)
     check_units_fit(count_over_long(sources[:1], ENTRIES))
-    check_pairs_fit(found)
+    check_pairs_fit(result)
 
 
 def test_pairs_of_which_each_would_be_cut_are_refused(make_source: Any) -> None:

@@ -1,4 +1,4 @@
-"""Faults on purpose: how they are written, when they come, and that each comes once in the life of a run."""
+"""Injected faults: their notation, when they occur, and that each occurs once in a run."""
 
 import json
 import math
@@ -13,12 +13,13 @@ from megatron_sov.train.guards.fault_injection import (
 
 
 def test_several_faults_stand_in_one_argument() -> None:
-    found = parse_faults(
+    faults = parse_faults(
         ["kill@step=5,rank=1,nan@step=9", "spike@step=3,factor=50", "slow-rank@rank=1,step=7,seconds=0.5"], 2)
-    assert found == (Fault("kill", "step", 5, 1), Fault("nan", "step", 9),
-                     Fault("spike", "step", 3, 0, {"factor": 50.0}),
-                     Fault("slow-rank", "step", 7, 1, {"seconds": 0.5, "steps": 100.0}))
-    assert [parse_faults([f.name], 2)[0] for f in found] == list(found), "a fault's name is how it is written"
+    assert faults == (Fault("kill", "step", 5, 1), Fault("nan", "step", 9),
+                      Fault("spike", "step", 3, 0, {"factor": 50.0}),
+                      Fault("slow-rank", "step", 7, 1, {"seconds": 0.5, "steps": 100.0}))
+    assert [parse_faults([f.name],
+                         2)[0] for f in faults] == list(faults), "a fault's name is how it is written"
     for kind, states in FAULT_STATES.items():
         assert [parse_faults([f"{kind}@{state}=4"], 1)[0].state for state in states] == list(states)
 

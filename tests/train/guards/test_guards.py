@@ -1,4 +1,4 @@
-"""The guards together: each looks at a step when it is due."""
+"""All guards together: each checks the steps at which it is due."""
 
 import json
 import subprocess

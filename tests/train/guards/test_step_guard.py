@@ -1,5 +1,4 @@
-"""Which steps are refused: numbers that are not finite, and spikes by OLMo-core's rule;
-the ledger says so afterwards."""
+"""Rejected steps: non-finite numbers, and spikes by OLMo-core's rule, with their entries in the ledger."""
 
 import math
 import random

@@ -1,5 +1,5 @@
-"""The order's batches as objectives get them: the same global batch however many processes share it,
-and the state behind it."""
+"""Batches of the sample order for objectives: the same global batch for any number of processes, and the
+saved position."""
 
 import json
 from types import SimpleNamespace
@@ -125,5 +125,5 @@ def test_a_row_is_sent_in_one_piece_and_counted_where_it_was(
     for name in ("labels", "weights", "types", "sources"):
         there, here = getattr(micro_batches[0], name), getattr(micro_batches[0].host, name)
         assert (there.dtype, there.shape) == (here.dtype, here.shape)
-    found = objective.prepare(GlobalBatch(micro_batches, 8, 2, "main"))
-    assert (found.targets, found.num_tokens) == (expected.targets, expected.num_tokens)
+    result = objective.prepare(GlobalBatch(micro_batches, 8, 2, "main"))
+    assert (result.targets, result.num_tokens) == (expected.targets, expected.num_tokens)

@@ -1,4 +1,4 @@
-"""Held-out loss and bits per byte against transformers and the bytes of the texts themselves."""
+"""Held-out loss and bits per byte, compared with transformers and the bytes of the texts."""
 
 import itertools
 import json

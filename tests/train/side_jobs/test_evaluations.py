@@ -1,5 +1,4 @@
-"""Evaluations beside training: one after the other, never in the way; what fails or
-hangs is said and left."""
+"""Evaluations next to training: one at a time, without delaying steps; failures and hangs are reported."""
 
 import argparse
 import json
@@ -234,9 +233,9 @@ def test_a_run_judges_its_exports_as_it_judges_itself(
                "data.heldout_tokens=256", "train.precision=fp32",
                'evaluate.background.tasks=["ppl", "lm"]', 'evaluate.lm.tasks=["capitals"]',
                f"evaluate.lm.task_dirs={json.dumps([str(capitals(tmp_path / 'tasks'))])}"]
-    done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
-                       str(tmp_path / "run"), *(f"--set={change}" for change in changes))
-    assert done.returncode == 0, done.stderr
+    result = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
+                         str(tmp_path / "run"), *(f"--set={change}" for change in changes))
+    assert result.returncode == 0, result.stderr
     events = list(read_events(tmp_path / "run" / EVENTS))
     told, benchmarks = [e for e in events if e["event"] == "evaluation"]
     beside = json.loads((tmp_path / "run" / told["path"]).read_text())
@@ -247,11 +246,11 @@ def test_a_run_judges_its_exports_as_it_judges_itself(
         assert beside[source]["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-4)
         assert beside[source]["tokens"] == figures["tokens"]
     (score,) = [e for e in events if e["event"] == "eval_lm"]
-    found = read_results(tmp_path / "run" / benchmarks["path"])
+    outcome = read_results(tmp_path / "run" / benchmarks["path"])
     assert (score["step"], score["task"], score["items"]) == (2, "capitals", 3)
-    assert score["value"] == found.tasks["capitals"].metrics[0].value in (0, 1 / 3, 2 / 3, 1)
-    assert found.model.path == str(tmp_path / "run/exports/step-2")
-    assert score["model_hash"] == found.model.hash
+    assert score["value"] == outcome.tasks["capitals"].metrics[0].value in (0, 1 / 3, 2 / 3, 1)
+    assert outcome.model.path == str(tmp_path / "run/exports/step-2")
+    assert score["model_hash"] == outcome.model.hash
     assert cli.main(["report", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run/report.html").read_text()
     assert "Evaluation during training" in page and ">capitals</t" in page

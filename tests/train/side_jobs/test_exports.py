@@ -1,5 +1,5 @@
-"""Exports beside training: what `to_hf` writes, from a checkpoint that may be gone meanwhile;
-a failure is an event."""
+"""Exports next to training equal `to_hf`, even if the checkpoint is deleted meanwhile; a failure is an
+event."""
 
 import contextlib
 import dataclasses

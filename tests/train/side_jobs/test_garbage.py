@@ -1,4 +1,4 @@
-"""Collections come at the steps that are set, and at no others."""
+"""Garbage collection at the configured steps only."""
 
 import gc
 

@@ -1,4 +1,4 @@
-"""Traces of the steps that are set, and of what is left of them."""
+"""Profiles of the configured steps, and after a resume of the remaining ones."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Exports and their evaluations together: what was exported is judged, and nothing of it can end a run."""
+"""Exports and evaluations together: exports are evaluated, and failures never end a run."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a run says before its first step and behind its last one."""
+"""The messages of a run before its first and after its last step."""
 
 import dataclasses
 import json
@@ -48,8 +48,8 @@ def test_a_run_says_what_it_is_about_to_do(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.each(("steps", "web", "code"), [
     (range(6), 1000, 600), (range(4), 800, 0), (range(5, 6), 100, 300)])
 def test_tokens_are_those_of_the_ledger(steps: range, web: float, code: float) -> None:
-    found = count_planned_tokens(ENTRIES, steps)
-    assert (found["web"], found["code"]) == (web, code)
+    result = count_planned_tokens(ENTRIES, steps)
+    assert (result["web"], result["code"]) == (web, code)
 
 
 def test_a_run_says_what_came_of_it(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs that start from one Hugging Face folder share its conversion, and never that of other files."""
+"""Runs that start from the same Hugging Face folder share its conversion; other files are converted again."""
 
 import os
 import shutil

@@ -1,5 +1,5 @@
-"""A stage from the outside: what is refused before any process starts, what restarts are told,
-how every end is said."""
+"""A training stage from outside: refusals before any process starts, arguments of restarts, and messages at
+every end."""
 
 import dataclasses
 import json

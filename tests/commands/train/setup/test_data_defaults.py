@@ -1,4 +1,4 @@
-"""Defaults of the stages of post-training."""
+"""Default settings of post-training stages that follow from the data."""
 
 import dataclasses
 import math
@@ -31,8 +31,8 @@ def request(paths: list[Path], *settings: str, stage: Stage = "sft", recipe: str
 
 
 def completed(asked: RecipeRequest, stage: Stage = "sft", **more: Any) -> tuple[RunConfig, str]:
-    found = complete_stage(asked, asked.config(), stage, None, **more)
-    return found.config, ", ".join(found.notes)
+    result = complete_stage(asked, asked.config(), stage, None, **more)
+    return result.config, ", ".join(result.notes)
 
 
 def test_a_stage_without_a_recipe_follows_from_data_and_table(packed_data: Any) -> None:
@@ -166,9 +166,9 @@ def test_files_of_settings_go_before_what_is_derived() -> None:
     base = apply_settings(build_base_config("mine", MODEL, "fp32", "policy"), [
         "objective.name=policy", "optim.lr=3e-4", "data.phases.0.seq_len=384", "train.micro_batch_size=2",
         *LENGTHS])
-    asked = RecipeRequest(base, (), from_file=False, is_model_only=True, layered=frozenset(
+    recipe_request = RecipeRequest(base, (), from_file=False, is_model_only=True, layered=frozenset(
         {"optim.lr", "data.phases", "train.micro_batch_size", "rollout.rounds"}))
-    config, _ = completed(asked, "policy", num_prompts=40)
+    config, _ = completed(recipe_request, "policy", num_prompts=40)
     assert (config.optim.lr, config.data.phases[0].seq_len, config.train.micro_batch_size) == (3e-4, 384, 2)
 
 
@@ -181,14 +181,15 @@ def test_activations_of_a_micro_batch_stay_below_a_bound(hidden: int, layers: in
                                 max_position_tokens=32768)
     base = apply_settings(build_base_config("mine", model, "fp32", "policy"),
                           ["objective.name=policy", *adapter])
-    asked = RecipeRequest(base, ("rollout.max_prompt_tokens=100", "rollout.max_new_tokens=156",
-                                 "rollout.samples_per_prompt=64"), from_file=False, is_model_only=True)
-    config, _ = completed(asked, "policy", num_prompts=9)
+    recipe_request = RecipeRequest(base, ("rollout.max_prompt_tokens=100", "rollout.max_new_tokens=156",
+                                          "rollout.samples_per_prompt=64"), from_file=False,
+                                   is_model_only=True)
+    config, _ = completed(recipe_request, "policy", num_prompts=9)
 
     def activations(rows: int) -> tuple[int, int]:
-        found = build_account(dataclasses.replace(config, train=dataclasses.replace(
+        account = build_account(dataclasses.replace(config, train=dataclasses.replace(
             config.train, micro_batch_size=rows, global_batch_size=rows)), 1, 0, 256)
-        return found.layer_inputs + max(found.one_layer, found.head), max(2 << 30, found.states)
+        return account.layer_inputs + max(account.one_layer, account.head), max(2 << 30, account.states)
 
     rows = config.train.micro_batch_size
     most, bound = activations(rows)

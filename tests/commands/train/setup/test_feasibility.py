@@ -1,4 +1,4 @@
-"""Runs that do not fit their data, the machine or their hours are refused until the user sets them."""
+"""Runs that do not fit their data, GPUs or time limit are refused until the user decides."""
 
 import dataclasses
 import math
@@ -172,10 +172,11 @@ def test_few_prompts_are_not_drawn_very_often_unless_set(settings: tuple[str, ..
                                                          refused: bool) -> None:
     base = recipes.get("tiny-solar-open-rl")
     base = apply_settings(base, ["rollout.rounds=90"])
-    asked = RecipeRequest(base, settings, from_file=False)
-    config = add_rounds(asked.config())
+    recipe_request = RecipeRequest(base, settings, from_file=False)
+    config = add_rounds(recipe_request.config())
     try:
-        refuse_unfit(asked, config, "policy", None, is_initial=False, dry_run=True, num_prompts=num_prompts)
+        refuse_unfit(recipe_request, config, "policy", None, is_initial=False, dry_run=True,
+                     num_prompts=num_prompts)
         said = ""
     except UserError as e:
         said = str(e)

@@ -1,5 +1,5 @@
-"""Files of --data become token shards in the run's folder, once; the two commands are replaced by quick ones
-that write what the real ones write last."""
+"""Text and chat files given as `--data` are packed once into the run's folder. Doubles replace the two
+packing commands and write the same last file."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""From the command line to settings, with every mistake found before the work."""
+"""From a command line to the settings of a stage: every mistake is reported before any work."""
 
 import dataclasses
 import shutil
