@@ -186,11 +186,6 @@ def find_unread_fields(span: FileSpan, reading: RecordReading) -> list[str]:
 
 def _number_fields(record: dict[str, Any], where: str, number: int, reading: RecordReading,
                    ) -> tuple[int, dict[str, Any]]:
-    try:
-        json.dumps(record, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), which is no "
-                                "character; remove it") from None
     return number, record
 
 
