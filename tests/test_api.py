@@ -34,7 +34,7 @@ def test_the_page_has_every_name_and_no_other() -> None:
 
 
 @pytest.mark.deep
-def test_what_importing_brings() -> None:
+def test_import_loads_nothing_heavy() -> None:
     """Nothing heavy; and names on megatron prepare the process first,
     or warnings about missing GPU packages abound."""
     result = python(
@@ -124,10 +124,9 @@ def test_mistakes_are_raised_with_the_commands_own_words(tmp_path: Path) -> None
     (1, "Traceback ...\n",
      RuntimeError("megatron-sov eval ended with exit code 1; see stderr")),
 ])
-def test_how_a_command_ended_is_how_the_function_ends(
-    code: int, said: str, error: Exception, monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_how_a_command_ended_is_how_the_function_ends(code: int, said: str, error: Exception,
+                                                      monkeypatch: pytest.MonkeyPatch,
+                                                      capfd: pytest.CaptureFixture[str]) -> None:
     program = f"import sys; sys.stderr.write({said!r}); sys.exit({code})"
     real = subprocess.Popen
     monkeypatch.setattr(children.subprocess, "Popen",

@@ -467,7 +467,7 @@ def test_no_files_import_each_other_in_a_circle(tmp_path: Path, house: list[Sour
     assert sorted(set(circles(sources(tmp_path)))) == ["tokenizer.a", "tokenizer.b"]
 
 
-def test_a_short_file_with_one_user_stands_in_its_user(tmp_path: Path, house: list[Source]) -> None:
+def test_short_files_have_more_than_one_user(tmp_path: Path, house: list[Source]) -> None:
     assert sorted(lonely(house)) == sorted(ALONE)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer/a.py").write_text("from tokenizer import b\nfrom tokenizer.c import x\n"

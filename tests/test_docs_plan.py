@@ -61,7 +61,7 @@ def keys_of(found: Any) -> set[str]:
     return {key for value in found for key in keys_of(value)} if isinstance(found, list) else set()
 
 
-def test_every_key_of_the_json_stands_on_the_page(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_json_key_is_on_the_page(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     told = set(re.findall(r"`([a-z_]+)`", PAGE))

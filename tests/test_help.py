@@ -59,8 +59,8 @@ def test_the_other_programs_group_theirs_too(program: str, capsys: pytest.Captur
 @pytest.mark.each(("program", "word", "text"), [
     pytest.param(program, row.split()[0], text, id=f"{program} {row.split()[0]}")
     for program, rows in words.load_table()["commands"].items() for row, text in rows.items()])
-def test_a_word_of_the_trade_leads_to_a_command_that_parses(
-        program: str, word: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_word_of_the_trade_leads_to_a_command_that_parses(program: str, word: str, text: str,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
     first, *group = program.split()
     with contextlib.suppress(SystemExit):
         assert importlib.import_module(ENTRIES[first]).main([*group, word, "--anything"]) == 2
@@ -106,7 +106,7 @@ def test_an_unknown_command_does_not_repeat_all_names(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.each("stage", ["pretrain", "eval-lm", "tokenizer", "chain"])
-def test_help_behind_a_stage_of_submit_is_help(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_after_a_submit_stage_prints_help(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         assert cli.main(["submit", stage, "--help"]) == 0
     except SystemExit as e:
@@ -128,8 +128,8 @@ def test_help_behind_a_stage_of_submit_is_help(stage: str, capsys: pytest.Captur
     ("recipes tiny-qwen3 --set bf16=true", "--set train.precision=bf16"),
     ("recipes tiny-qwen3 --set train.stesp=1", "did you mean 'train.steps'?"),
 ])
-def test_a_setting_is_found_by_what_people_call_it(words: str, meant: str,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_setting_is_found_by_its_common_name(words: str, meant: str,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words.split()) == 2
     assert meant in capsys.readouterr().err
 

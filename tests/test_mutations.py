@@ -261,9 +261,9 @@ class Case:
 
 
 @pytest.mark.each(("name", "number"), cases())
-def test_a_broken_command_ends_with_a_sentence(
-        name: str, number: int, world: World, run_command: Callable[..., Any], tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_command_ends_with_a_sentence(name: str, number: int, world: World,
+                                               run_command: Callable[..., Any], tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(f"{name} {number}")
     case = Case(name, tmp_path / "case", world, run_command)
     by_file = bool(case.places) and rng.random() < 0.5
@@ -282,8 +282,8 @@ def test_a_broken_command_ends_with_a_sentence(
 
 
 @pytest.mark.each("name", [*COMMANDS] if COUNT > 1 else ["pack"])  # all, for whoever tries many cases
-def test_nothing_broken_is_nothing_refused(name: str, world: World, run_command: Callable[..., Any],
-                                           tmp_path: Path) -> None:
+def test_intact_commands_are_accepted(name: str, world: World, run_command: Callable[..., Any],
+                                      tmp_path: Path) -> None:
     case = Case(name, tmp_path / "case", world, run_command)
     result = case.run()
     assert result.returncode == (2 if name in REFUSED else 0), case.told("", result)

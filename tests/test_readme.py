@@ -52,9 +52,8 @@ def gather(folder: Path) -> None:
 
 @pytest.mark.essential
 @pytest.mark.distributed
-def test_the_way_of_a_model_works_as_it_is_typed(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],
-        warm_python: str) -> None:
+def test_readme_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                      run_command: Callable[..., Any], warm_python: str) -> None:
     activate, demo_corpus, *lines, serve = block_under("From raw text to a chat")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     monkeypatch.chdir(tmp_path)

@@ -32,8 +32,8 @@ def under(heading: str, text: str) -> list[str]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_what_the_tutorials_do_on_a_laptop_works_as_it_is_typed(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any]) -> None:
+def test_laptop_commands_of_tutorials_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          run_command: Callable[..., Any]) -> None:
     monkeypatch.chdir(tmp_path)
     typed: set[str] = set()
     for name, text in PAGES.items():
@@ -59,8 +59,9 @@ CLUSTER = [pytest.param(line, id=f"{name}: {line[:60]}") for name, text in PAGES
 
 @pytest.mark.deep
 @pytest.mark.parametrize("line", CLUSTER)
-def test_what_is_sent_to_a_cluster_would_be_taken(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_cluster_commands_of_tutorials_pass_a_dry_run(line: str, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORK", str(tmp_path / "shared"))
     for folder in re.findall(r"(?:--from|--data|--teacher|--states|to-hf) (\S+)", line):
@@ -73,9 +74,10 @@ def test_what_is_sent_to_a_cluster_would_be_taken(line: str, tmp_path: Path, mon
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_lora_on_a_hugging_face_model_works_as_it_is_typed(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],
-        hf_models: dict[str, Path], warm_python: str) -> None:
+def test_lora_on_a_hugging_face_model_works_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           run_command: Callable[..., Any],
+                                                           hf_models: dict[str, Path],
+                                                           warm_python: str) -> None:
     """With a tiny model, and few steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `sft` packs, and `chat` serves

@@ -64,7 +64,7 @@ def told_by(function: str, names: Collection[str]) -> dict[str, Any]:
 
 
 @pytest.mark.deep
-def test_a_step_is_sound_and_what_a_gpu_does_not_take_is_not() -> None:
+def test_a_valid_step_passes_and_gpu_only_errors_are_detected() -> None:
     result = told_by("cases", [*CASES, "counted"])
     # the logits, the head's gradients and products, but for small ones beside them
     counted, said = (result["counted"][name] for name in ("peak bytes", "account bytes"))

@@ -47,7 +47,7 @@ def quick(out: str) -> None:
 
 
 @pytest.mark.deep
-def test_parts_pass_and_are_kept(te_ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_parts_pass_and_store_their_results(te_ranks: Any, job: Any, tmp_path: Path) -> None:
     te_ranks(job(__file__, "quick", 1, {"out": str(tmp_path)}))
     result = started(tmp_path, "--parts", ",".join(QUICK))
     results = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in QUICK}
@@ -117,7 +117,7 @@ def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path:
 
 
 @pytest.mark.each(("name", "words"), LADDER)
-def test_each_step_of_the_big_rank_is_one_that_training_takes(name: str, words: tuple[str, ...]) -> None:
+def test_big_rank_uses_settings_that_training_accepts(name: str, words: tuple[str, ...]) -> None:
     problems = apply_settings(recipes.get(RECIPE), [*LAYOUT, *words]).problems(NUM_RANKS)
     # the batch of a run of so many processes is not what is measured
     assert [p for p in problems if "global_batch_size" not in p.key] == [], name
@@ -134,7 +134,7 @@ def test_the_real_library_has_the_contracts_shape() -> None:
                                  f"{TE}.pytorch.gone": "()"}, sources))) == 3
 
 
-def test_what_is_no_number_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`max` and `>` both pass over NaN, the first thing that a broken kernel gives."""
     nan = float("nan")
     assert largest([1.0, 3.0, 2.0]) == 3

@@ -45,7 +45,7 @@ def test_prediction_layer_of_another_family_is_rejected(solar_dir: Path, tmp_pat
     assert "unexpected (mtp.norm.weight)" in refused(bad, tmp_path)
 
 
-def test_prediction_layer_is_found_without_config_field(exaone_dir: Path, tmp_path: Path) -> None:
+def test_prediction_layer_is_detected_without_config_field(exaone_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(exaone_dir, tmp_path / "silent")
     set_config(tmp_path / "silent", num_nextn_predict_layers=None)
     assert convert.open_weights(tmp_path / "silent").model.num_mtp_layers == 1

@@ -37,7 +37,7 @@ CORE = ("megatron_sov.convert", "megatron_sov.train.trainer", "megatron_sov.infe
 
 
 @pytest.mark.deep
-def test_the_core_loads_nothing_of_the_part() -> None:
+def test_core_imports_no_omni_module() -> None:
     """What a module imports as it is loaded is told by test_architecture.py, too."""
     program = PROGRAM.format(modules=", ".join(CORE))
     completed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,

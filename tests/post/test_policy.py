@@ -145,8 +145,8 @@ def _written_out(model: Any, batch: Any) -> dict[str, float]:
 
 
 @pytest.mark.distributed
-def test_terms_equal_the_formulas_and_masked_steps_learn_nothing(
-        ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_terms_equal_the_formulas_and_masked_steps_have_no_gradient(ranks: Any, job: Any,
+                                                                    tmp_path: Path) -> None:
     (alone,), (masked,) = ranks(*(job(__file__, "curve", 1, {"settings": settings, "run": str(tmp_path),
                                                              "write_out": not settings})
                                   for settings in ([], ALL_MASKED)))
@@ -181,7 +181,7 @@ def test_the_objective_requires_the_columns_of_its_settings() -> None:
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
-def test_a_gap_to_the_engine_blames_precision_only_where_the_round_is_fresh(max_staleness: int) -> None:
+def test_engine_gap_blames_precision_only_for_fresh_rounds(max_staleness: int) -> None:
     learning: Any = PolicyLearning.__new__(PolicyLearning)
     learning._rollout = SimpleNamespace(max_staleness=max_staleness, steps_per_round=1)
     said = learning.doubt(1, {"engine_kl": 0.2})

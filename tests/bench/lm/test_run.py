@@ -117,7 +117,7 @@ def test_a_checkpoint_split_over_processes_is_too(
 
 
 @pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.deep)])
-def test_answers_of_a_checkpoint_end_where_those_of_its_folder_do(
+def test_checkpoint_and_hf_folder_stop_at_the_same_tokens(
         tp: int, task_dir: Path, hf_models: dict[str, Path], tmp_path: Path, as_one_rank: dict[str, str],
         run_command: Callable[..., subprocess.CompletedProcess[str]],
         monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_answers_of_a_checkpoint_end_where_those_of_its_folder_do(
 
 
 @pytest.mark.deep
-def test_a_killed_evaluation_goes_on_behind_what_was_answered(one_rank: None, task_dir: Path,
+def test_a_killed_evaluation_resumes_after_its_stored_answers(one_rank: None, task_dir: Path,
                                                               imported: dict[str, Path], tmp_path: Path,
                                                               monkeypatch, capsys) -> None:
     def argv(name: str) -> list[str]:
@@ -203,8 +203,8 @@ def test_a_signal_stops_it_in_good_order(one_rank: None, task_dir: Path, importe
 
 
 @pytest.mark.deep
-def test_mistakes_are_told_in_one_sentence(task_dir: Path, hf_models: dict[str, Path], tmp_path: Path,
-                                           capsys) -> None:
+def test_mistakes_are_reported_in_one_sentence(task_dir: Path, hf_models: dict[str, Path], tmp_path: Path,
+                                               capsys) -> None:
     model, out = str(hf_models[FAMILY]), str(tmp_path / "out.json")
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -143,9 +143,9 @@ def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
     (["--set", "policy.method=opd"], 'on_policy_share = 0.5 has no effect with policy.method = "opd"'),
     (["--teacher", "math=elsewhere"], "learns from exactly one teacher checkpoint"),
 ])
-def test_what_cannot_be_learned_is_told_before_anything_begins(
-        more: list[str], said: str, folder: Path, command: Command, capsys: pytest.CaptureFixture[str]
-        ) -> None:
+def test_impossible_runs_are_refused_before_work_starts(more: list[str], said: str, folder: Path,
+                                                        command: Command,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("refused", *more)) == 2
     assert said in capsys.readouterr().err
     assert not (folder / "refused").exists()

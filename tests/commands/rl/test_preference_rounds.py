@@ -119,8 +119,8 @@ def test_a_round_has_the_best_and_the_worst_of_each_group(whole: Path, folder: P
         assert content["groups"]["learns"] == len(expected) > 1
 
 
-def means_of_transformers(run: Path, step: int, taken: list[Any], start: Path, folder: Path
-                          ) -> tuple[np.ndarray, np.ndarray]:
+def means_of_transformers(run: Path, step: int, taken: list[Any], start: Path,
+                          folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return [documents] sums of log-probabilities of learned tokens behind so many steps, and their counts,
     by transformers' model."""
     import torch
@@ -147,8 +147,8 @@ def dpo(policy: np.ndarray, reference: np.ndarray) -> float:
                           for c, r in zip(apart[0::2], apart[1::2], strict=True)]))
 
 
-def test_pairs_are_learned_against_the_weights_that_begin_the_round(whole: Path, folder: Path, teacher: Path
-                                                                    ) -> None:
+def test_pairs_are_learned_against_the_weights_that_begin_the_round(whole: Path, folder: Path,
+                                                                    teacher: Path) -> None:
     taken = [*documents(whole, 1), *documents(whole, 2)]
     for step in (1, 3):
         # the second of each round, behind the first
@@ -201,9 +201,9 @@ def test_inverse_perplexities_of_pairs_and_groups(method: str, whole: Path, fold
      'policy.kl = "k3" has no effect with policy.method = "preference"'),
     (("policy.method=gspo",), 'keep_unfinished = true has no effect with policy.method = "gspo"'),
 ])
-def test_what_cannot_be_learned_is_told_before_anything_begins(
-        settings: tuple[str, ...], said: str, folder: Path, command: Command,
-        capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_runs_are_refused_before_work_starts(settings: tuple[str, ...], said: str, folder: Path,
+                                                        command: Command,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command("refused", *settings)) == 2
     assert said in capsys.readouterr().err
     assert not (folder / "refused").exists()

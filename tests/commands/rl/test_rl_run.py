@@ -186,8 +186,9 @@ def test_each_policy_is_validated_once_under_the_runs_own_reward(killed: Path) -
 
 
 @pytest.mark.deep
-def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
-        whole: Path, folder: Path, command: Command, run_command: Any) -> None:
+def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(whole: Path, folder: Path,
+                                                                              command: Command,
+                                                                              run_command: Any) -> None:
     store = RolloutStore.open(folder / "whole-store")
 
     def parts() -> dict[str, str]:
@@ -219,8 +220,8 @@ def test_another_reward_judges_what_is_there_and_another_run_learns_from_it(
 
 
 @pytest.mark.deep
-def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_experts_again(
-        folder: Path, command: Command, run_command: Any) -> None:
+def test_several_rounds_at_once_replay_the_experts_of_their_tokens(folder: Path, command: Command,
+                                                                   run_command: Any) -> None:
     result = run_command(*command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",
                                   "--set", "rollout.steps_per_round=1",
                                   "--set", "policy.router_replay=true", "--set", "policy.method=gspo",
@@ -239,8 +240,8 @@ def test_a_policy_may_write_several_rounds_at_once_and_its_tokens_find_their_exp
         assert step["meters"]["engine_kl"] > 0
 
 
-def test_what_cannot_be_run_is_told_before_anything_begins(folder: Path, command: Command, teacher: Path,
-                                                           capsys: Any, run_command: Any) -> None:
+def test_invalid_runs_are_refused_before_work_starts(folder: Path, command: Command, teacher: Path,
+                                                     capsys: Any, run_command: Any) -> None:
     def refused(*more: str) -> str:
         assert main(command("refused", *more)) == 2
         return str(capsys.readouterr().err)

@@ -124,7 +124,7 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed: Path, roun
     assert terms[0]["kl"] == pytest.approx(0, abs=1e-9) and terms[2]["kl"] > 1e-3
 
 
-def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path, capsys: Any,
+def test_mistakes_are_reported_before_work_starts(rounds: Rounds, tmp_path: Path, capsys: Any,
                                                   tiny: list[str]) -> None:
     def refused(*more: str) -> str:
         assert main(rounds.command(tmp_path / "no store", str(tmp_path / "run"), *tiny, *more)) == 2

@@ -78,9 +78,9 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     assert (hashed, begun) == ([1], [made.settings["teacher"]])
 
 
-def test_each_teacher_reads_the_data_of_its_name(packed_data: Any, teacher: Path, tiny: list[str],
-                                                 tmp_path: Path, capsys: Any,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_teacher_scores_the_data_with_its_name(packed_data: Any, teacher: Path, tiny: list[str],
+                                                    tmp_path: Path, capsys: Any,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.post.distillation import teacher as teaching
 
     read: list[tuple[str, list[str], str]] = []

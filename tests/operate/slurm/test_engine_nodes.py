@@ -63,9 +63,8 @@ while not (run / "complete.json").exists():
 
 
 @pytest.mark.distributed
-def test_servers_on_nodes_of_their_own_are_started_again_and_end_with_the_job(
-        cluster: Any, site: Path, submit: Callable[..., str], small: tuple[str, ...], warm_python: str
-) -> None:
+def test_engine_servers_restart_and_end_with_the_job(cluster: Any, site: Path, submit: Callable[..., str],
+                                                     small: tuple[str, ...], warm_python: str) -> None:
     vllm, python = site / "vllm-python", site / "python"
     vllm.write_text(SERVER.format(python=sys.executable))
     (site / "run.py").write_text(RUN)

@@ -25,7 +25,7 @@ BIG = [name for name in RECOMMENDED if count_params(recipes.get(name).model).tot
 SIZES = (512, 1024)
 
 
-def test_a_run_that_does_not_fit_is_refused_with_the_nearest_that_does() -> None:
+def test_an_oversized_run_is_refused_with_the_nearest_fitting_layout() -> None:
     """The figures of the issue: 33.7 GiB of weights and 67.4 of gradients on each of 480 processes."""
     solar = apply_settings(recipes.get("solar-open-102b"), ["train.fp8=none"])
     with pytest.raises(UserError, match=r"^solar-open-102b on 480 processes: the layout ep 8, with ZeRO-1 "
@@ -59,7 +59,7 @@ def test_the_nearest_layout_is_the_one_with_fewest_doublings() -> None:
                      512)[1].total)
 
 
-def test_an_uneven_pipeline_is_kept_or_given_up_for_equal_stages() -> None:
+def test_nearest_layout_keeps_or_replaces_an_uneven_pipeline() -> None:
     """More experts to a process, or fewer, is a step; equal stages are one too."""
     def solar(layers: str) -> RunConfig:
         return apply_settings(recipes.get("solar-open-102b"), [
@@ -91,8 +91,9 @@ def test_every_recommended_layout_is_possible_and_serves(recipe: str) -> None:
 
 @pytest.mark.parametrize(("recipe", "gpu", "nodes", "share"), [
     ("solar-open-102b", "b200", 60, 0.36), ("k-exaone-236b", "h100", 64, 0.40)])
-def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(
-        recipe: str, gpu: str, nodes: int, share: float) -> None:
+def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(recipe: str, gpu: str,
+                                                                             nodes: int,
+                                                                             share: float) -> None:
     """By account, as a plan that says nothing has it; who has no HybridEP gets a layout without."""
     where = load_machines(gpu, nodes)
     prices = build_pricing(where)
@@ -107,7 +108,7 @@ def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(
     assert reached[0] > share > reached[1]
 
 
-def test_what_is_said_stays_under_a_recommended_layout() -> None:
+def test_user_settings_stay_under_a_recommended_layout() -> None:
     config = recipes.get("solar-open-102b-mid")
     assert "gpu.attention=fused" in get_recommended_settings(config, 480, "b200")
     said = ["gpu.attention=local"]
@@ -170,7 +171,7 @@ SMALL_RUNS = [(dataclasses.replace(recipes.get(name), parallel=layout), [(8, i) 
 @pytest.mark.distributed
 @pytest.mark.deep
 @pytest.mark.parametrize("every", [False, True], ids=["some", "every"])
-def test_modules_at_size_hold_what_the_account_counts(ranks: Any, job: Any, every: bool) -> None:
+def test_full_size_modules_match_the_account(ranks: Any, job: Any, every: bool) -> None:
     """Megatron-core's own modules in a fake group of all ranks, against formula and unsharded model."""
     (big,), (small,) = ranks(*(job(__file__, "built", 1, {"big": big, "every": every})
                                for big in (True, False)))

@@ -91,7 +91,7 @@ def test_gate_checks_before_the_first_step_and_records_the_search(judged: Any, c
                                               "512 tokens: 0 of 20 right")
 
 
-def test_it_looks_every_so_many_steps_and_after_the_last_one(judged: Any) -> None:
+def test_gate_checks_periodically_and_after_the_last_step(judged: Any) -> None:
     run = Run()
     judged(run)
     steps(run, *((step, 0) for step in range(1, 11)))
@@ -180,15 +180,15 @@ def cells(*correct: int, samples: int = 20, length: int = 512, kind: NeedleKind 
     ((3, 4, 2, 5, 3), 1, 5),
     ((0, 0, 0, 0, 0), 1, 5),
 ])
-def test_a_row_reaches_the_threshold_and_no_cell_lies_below_it_for_sure(correct: tuple[int, ...], rows: int,
-                                                                        single: int) -> None:
+def test_gate_passes_if_rows_reach_the_threshold_and_no_cell_is_clearly_below(
+        correct: tuple[int, ...], rows: int, single: int) -> None:
     verdict = decide_verdict(cells(*correct), 2.0, 2.0, GATE)
     assert (len(verdict.failing_rows), len(verdict.failing_cells)) == (rows, single)
     assert verdict.passed == (not rows and not single)
     assert len(verdict.lines()) == rows + single
 
 
-def test_every_length_and_kind_is_a_row_of_its_own() -> None:
+def test_every_length_and_kind_is_a_separate_row() -> None:
     good, bad = (cells(20, 20, 20, 20, 20),
                  cells(20, 20, 15, 15, 15, length=2048) + cells(17, 17, 17, 17, 17, kind="multi-key"))
     verdict = decide_verdict(good + bad, 2.0, 2.0, GATE)

@@ -162,9 +162,9 @@ DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
     (PolicyConfig("grpo"), {"num_mtp_layers": 1}, [1, 2]),
     (PolicyConfig("grpo"), {"num_mtp_layers": 1, "mtp_loss_coeff": 0.0}, [2]),
     (PolicyConfig("grpo"), {"objective": "mine"}, [1, 2])])
-def test_a_step_is_passed_over_where_nothing_has_a_gradient(
-        policy: PolicyConfig, model: dict[str, Any], computed: list[int], view: Any, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_gradients_is_skipped(policy: PolicyConfig, model: dict[str, Any], computed: list[int],
+                                             view: Any, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step has advantages of 0, the second one that is not, the third no document."""
     monkeypatch.setitem(STEPS, 1, (range(2), range(2, 4), range(4, 4)))
     monkeypatch.setattr(Told, "column", lambda self, name, document, start, count: np.full(
@@ -191,8 +191,8 @@ RATES = [
 
 
 @pytest.mark.each(("learn", "count", "rate", "is_first", "words"), RATES)
-def test_a_round_of_which_few_groups_learn_is_warned_of_with_a_remedy(
-        learn: int, count: int, rate: float | None, is_first: bool, words: str) -> None:
+def test_a_round_with_few_learning_groups_warns_with_a_remedy(learn: int, count: int, rate: float | None,
+                                                              is_first: bool, words: str) -> None:
     groups = {"learns": learn, "no_advantage": count - learn}
     means = {} if rate is None else {"pass_rate": rate}
     result = find_round_problem({"groups": groups, "means": means}, is_first=is_first)

@@ -68,7 +68,7 @@ def validation_of(store: RolloutStore, every: int = 2, num_responses: int = 6,
                       right_from=1.0, samples=SampledRounds(2, 6), measured_by=measured), asked
 
 
-def test_figures_are_of_all_responses_and_of_each_domain(store: RolloutStore, view: Any) -> None:
+def test_validation_figures_cover_all_responses_and_each_domain(store: RolloutStore, view: Any) -> None:
     validation, _ = validation_of(store)
     assert validation.validate(view, 1, POLICY, lambda: False) is None
     (name, samples), (event, told) = view.told
@@ -104,8 +104,7 @@ def test_policies_are_validated_when_it_is_due_and_once(store: RolloutStore, vie
     assert again.validate(view, 1, POLICY, lambda: False) is None and asked == [] and not view.told
 
 
-def test_a_run_that_was_validated_by_something_else_is_refused_before_anything_is_trained(
-        store: RolloutStore, view: Any) -> None:
+def test_changed_validation_settings_are_refused_before_training(store: RolloutStore, view: Any) -> None:
     validation, _ = validation_of(store)
     validation.validate(view, 1, POLICY, lambda: False)
     log = EventLog(store.path.parent / "events.jsonl")
@@ -124,8 +123,8 @@ def test_digests_of_validation_conditions() -> None:
     prompts = PromptList.from_prompts(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
     rollout = RolloutConfig().for_validation(3)
 
-    def measured(asked: PromptList = prompts, reward: str = "v", right_from: float = 1.0, **more: Any
-                 ) -> dict[str, str]:
+    def measured(asked: PromptList = prompts, reward: str = "v", right_from: float = 1.0,
+                 **more: Any) -> dict[str, str]:
         return digest_conditions(prompts=asked, reward_version=reward, rollout=replace(rollout, **more),
                                  chosen_by={"plain": True}, right_from=right_from)
 
