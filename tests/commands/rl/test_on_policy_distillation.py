@@ -142,8 +142,6 @@ def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
     (["--set", "rollout.max_staleness=1"], "max_staleness = 1 must be 0: with policy.on_policy_share = 0.5"),
     (["--set", "policy.method=opd"], 'on_policy_share = 0.5 has no effect with policy.method = "opd"'),
     (["--teacher", "math=elsewhere"], "learns from exactly one teacher checkpoint"),
-    (["--set", "distillation.other_tokenizer=true", "--set", "distillation.top_k=4"],
-     "a teacher with another tokenizer reads whole documents"),
 ])
 def test_impossible_runs_are_refused_before_work_starts(more: list[str], said: str, folder: Path,
                                                         command: Command,

@@ -154,7 +154,6 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ('objective.audio_weight=0.5 model.audio_tokens={"first":0,"size":8}', 1, ""),
     ("distillation.beta=0.5 distillation.top_k=511 distillation.keep_remainder=false", 1, ""),
     ("distillation.top_k=512", 1, "distillation.top_k"),
-    ("distillation.other_tokenizer=true", 1, "distillation.other_tokenizer"),
     ("preference.chosen_coeff=0.1 preference.method=orpo", 1, "preference.chosen_coeff"),
     ("preference.chosen_coeff=0.5 preference.method=grouper", 1, "preference.chosen_coeff"),
     ("rollout.steps_per_round=3", 1, "rollout.prompts_per_round"),
