@@ -55,11 +55,7 @@ class Machines:
         return self.profile.chip if self.profile.gpus_per_node and self.profile.gpu else None
 
     def compute_links(self) -> Links:
-        """Return bandwidth and latency between the GPUs.
-
-        Raises:
-            UserError: the profile lacks them.
-        """
+        """Return bandwidth and latency between the GPUs. Raises `UserError`: the profile lacks them."""
         try:
             return cluster.compute_links(self.profile, self.num_ranks)
         except UserError as e:
@@ -75,11 +71,8 @@ class Machines:
 
 
 def load_machines(name: str, nodes: int | None) -> Machines:
-    """Load a cluster profile; `nodes` defaults to 1.
-
-    Raises:
-        UserError: an unknown profile, or invalid `nodes`.
-    """
+    """Load a cluster profile; `nodes` defaults to 1. Raises `UserError`: an unknown profile, or invalid
+    `nodes`."""
     number = 1 if nodes is None else nodes
     if not 1 <= number <= MAX_NODES:
         raise UserError(f"--nodes {number}: must be at least 1"
@@ -219,11 +212,8 @@ def build_pricing(machines: Machines) -> Pricing | None:
 
 
 def refuse_precision(config: RunConfig, chip: Chip) -> None:
-    """Refuse `train.fp8` on a chip whose tensor cores lack the format.
-
-    Raises:
-        UserError: with the nearest precision that works.
-    """
+    """Refuse `train.fp8` on a chip whose tensor cores lack the format. Raises `UserError`: with the nearest
+    precision that works."""
     precision = config.train.fp8
     unit = UNITS[PRECISIONS[precision]]
     if unit == "bf16":
@@ -242,11 +232,8 @@ def refuse_precision(config: RunConfig, chip: Chip) -> None:
 
 
 def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
-    """Predict a stage's memory, time, failures and cost.
-
-    Raises:
-        UserError: the chip has no tensor cores for the run's precision.
-    """
+    """Predict a stage's memory, time, failures and cost. Raises `UserError`: the chip has no tensor cores for
+    the run's precision."""
     refuse_precision(stage.config, pricing.chip)
     pipeline_stage, account = find_fullest_stage(stage.config, pricing.num_ranks)
     work, step = pricing.build_workload(stage), pricing.time_step(stage)

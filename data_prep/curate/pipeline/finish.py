@@ -33,11 +33,8 @@ MAX_CLOCK_DIFFERENCE_S = 60.0
 
 
 def finish_run(plan: PipelinePlan, output: Path) -> str:
-    """Publish the corpus after all tasks; returns lines for the terminal.
-
-    Raises:
-        UserError: all documents were dropped, or writing fails.
-    """
+    """Publish the corpus after all tasks; returns lines for the terminal. Raises `UserError`: all documents
+    were dropped, or writing fails."""
     with translate_disk_errors(output):
         # The order matters for a killed run: the manifest comes last, and alone marks the corpus as complete.
         num_shards = _publish_text(plan, output)

@@ -92,11 +92,8 @@ class Level(Step):
         return str(document.columns.get(self.settings.per) or "") if self.settings.per else ""
 
     def _compute_key(self, document: Doc) -> int | None:
-        """Return 64 bits that sort by score, then by hash; None without a score.
-
-        Raises:
-            UserError: the column `by` holds no number.
-        """
+        """Return 64 bits that sort by score, then by hash; None without a score. Raises `UserError`: the
+        column `by` holds no number."""
         score = document.columns.get(self.settings.by)
         if score is None:
             return None
