@@ -111,8 +111,8 @@ def _describe_artifact(path: Path) -> dict[str, Any]:
     check_kind(path, manifest.kind)
     if missing := [name for name in manifest.files if not (path / name).exists()]:
         verb = "is" if len(missing) == 1 else "are"
-        warn(escape_controls(f"{path}: {', '.join(missing[:3])} {verb} in its {MANIFEST} and missing; copy or "
-                             "download the folder again"))
+        warn(escape_controls(f"{path}: {', '.join(missing[:3])} {verb} in its {MANIFEST} and missing; copy "
+                             "or download the folder again"))
     if not (isinstance(manifest.content, dict) and isinstance(manifest.settings, dict)
             and isinstance(manifest.inputs, list) and isinstance(manifest.created_s, int | float)
             and 0 <= manifest.created_s < MAX_TIME_S):
