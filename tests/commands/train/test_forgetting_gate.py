@@ -134,7 +134,7 @@ def test_what_is_not_there_is_named_before_the_first_step(tmp_path: Path) -> Non
         refuse(here, 'evaluate.lm.tasks=["capitels"]')
     (tmp_path / "capitals.yaml").write_text(
         "task: capitals\nmetadata: a note\ndataset_kwargs: {data_files: '${DATA}/d.jsonl'}\n")
-    with pytest.raises(UserError, match="needs d.jsonl; put the data set into a folder"):
+    with pytest.raises(UserError, match=r"needs d\.jsonl; put the data set into a folder"):
         refuse(here)
     refuse(here, f"evaluate.lm.data_dir={tmp_path}")
     for name, value in (("task_dirs", '["no such"]'), ("data_dir", "no such")):
