@@ -26,7 +26,7 @@ import numpy as np
 from annotated_types import Gt, Le
 
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
-from data_prep.damaged_files import explain_deletion, get_place_in_run
+from data_prep.damaged_files import explain_deletion, get_place_in_run, read_run_json
 from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import check_seal, seal_bytes, write_sealed_json
