@@ -1,4 +1,4 @@
-"""How fast conversion is beside copying the same bytes, and how much memory it takes, in both directions.
+"""Speed and memory of conversion in both directions, compared with copying the same bytes.
 
     python benchmarks/convert_speed.py [--gigabytes 4.5] [--workers 2] [--rounds 3] [--folder DIR]
 

@@ -1,4 +1,4 @@
-"""One corpus through `sov-data run` and through the same pipeline built from datatrove's own steps.
+"""The same corpus through `sov-data run` and through a pipeline of datatrove's own steps.
 
     python benchmarks/curate_datatrove.py --folder FOLDER --peer PYTHON [--size-mb 60] [--documents 100000]
 
@@ -292,12 +292,12 @@ def compare(folder: Path, count: int) -> None:
 
 
 def digest(folder: Path) -> str:
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.suffix in (".gz", ".parquet")):
         raw = file.read_bytes()
-        found.update(str(file.relative_to(folder)).encode())
-        found.update(gzip.decompress(raw) if file.suffix == ".gz" else raw)
-    return found.hexdigest()[:12]
+        result.update(str(file.relative_to(folder)).encode())
+        result.update(gzip.decompress(raw) if file.suffix == ".gz" else raw)
+    return result.hexdigest()[:12]
 
 
 def kill(folder: Path, peer: str, stage: str) -> None:

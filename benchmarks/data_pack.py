@@ -1,5 +1,5 @@
-"""How fast `sov-data pack` is beside Megatron-LM's way and datatrove, on the same text,
-with the same bytes as a result.
+"""Speed of `sov-data pack`, compared with Megatron-LM's preprocessing and datatrove on the same text, with
+identical bytes.
 
     python benchmarks/data_pack.py [--megabytes 40] [--input PATH ...] [--datatrove-python PYTHON]
 
@@ -122,10 +122,10 @@ def texts(inputs: list[Path], limit_bytes: int) -> Iterator[str]:
     passed = 0
     while streams and passed < limit_bytes:
         for stream in list(streams):
-            found = list(islice(stream, 20))
-            if not found:
+            result = list(islice(stream, 20))
+            if not result:
                 streams.remove(stream)
-            for text in found:
+            for text in result:
                 passed += len(text.encode())
                 yield text
 

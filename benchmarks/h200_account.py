@@ -1,4 +1,5 @@
-"""What `plan` says of one rank of solar-open-102b, against what an H200 measured: bytes and milliseconds.
+"""The memory and time that `plan` predicts for one rank of solar-open-102b, compared with measurements on an
+H200.
 
 Usage: python benchmarks/h200_account.py > benchmarks/results/h200_account.txt
 

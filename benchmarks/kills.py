@@ -1,4 +1,4 @@
-"""Kill a command again and again, at any moment, and compare its end with that of a run that was left alone.
+"""Kill a command again and again at random moments, and compare its result with that of an undisturbed run.
 
     python benchmarks/kills.py TARGET [TARGET ...] [--kills 20] [--seed 0]
 
@@ -363,9 +363,9 @@ class KilledTarget:
         if self.target.notes_items:
             self.num_again += self._count_noted() - self.num_noted
             self.num_lost += NUM_ROWS - self.num_distinct
-        found = self.target.content(self.output)
-        others = sorted(name for name in self.expected.keys() | found.keys()
-                        if self.expected.get(name) != found.get(name))
+        result = self.target.content(self.output)
+        others = sorted(name for name in self.expected.keys() | result.keys()
+                        if self.expected.get(name) != result.get(name))
         if others:
             print(f"{self.name}: {len(others)} of {len(self.expected)} differ, {others[:5]}", flush=True)
         return not others

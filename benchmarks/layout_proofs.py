@@ -1,4 +1,4 @@
-"""Recommended layouts against one process, and faults on purpose in what is sent.
+"""Compare recommended layouts with one process, and check that planted communication faults are found.
 
 Usage: python benchmarks/layout_proofs.py layouts [RECIPE GPU RANKS ...]
        python benchmarks/layout_proofs.py recommended
@@ -180,10 +180,10 @@ def layout(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str] | None
     config = recipes.get(recipe)
     if settings is None:
         settings = get_recommended_settings(config, num_ranks, gpu)
-    found = proof_to_json(*prove_run(apply_settings(config, settings), num_ranks))
+    result = proof_to_json(*prove_run(apply_settings(config, settings), num_ranks))
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return found | {"settings": settings, "cpu_s": usage.ru_utime + usage.ru_stime,
-                    "peak_bytes": usage.ru_maxrss * 1024}
+    return result | {"settings": settings, "cpu_s": usage.ru_utime + usage.ru_stime,
+                     "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def every_recommended() -> Iterator[tuple[str, str, int, tuple[str, ...]]]:
@@ -205,16 +205,16 @@ def layouts(cases: Iterable[tuple[str, str, int, Sequence[str] | None]]) -> bool
     """Prove layouts one after the other; returns whether all are equal to one process."""
     equal = True
     for recipe, gpu, num_ranks, settings in cases:
-        done = subprocess.run([sys.executable, __file__, "one", recipe, gpu, str(num_ranks),
-                               *([] if settings is None else ["--", *settings])], text=True,
-                              stdout=subprocess.PIPE, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        equal &= found["outcome"] == "equal"
-        print(f"{recipe} on {num_ranks} {gpu}: {found['outcome']}, {found['largest']:.1e} apart at most, "
-              f"{found['messages']:,} messages, {found['cpu_s'] / 60:.1f} processor minutes "
-              f"({found['seconds'] / 60:.0f} by the clock), {found['peak_bytes'] / 2**30:.1f} GiB "
-              f"({' '.join(found['settings'])})", flush=True)
-        for place in [*found["places"], *found["sites"]][:10]:
+        completed = subprocess.run([sys.executable, __file__, "one", recipe, gpu, str(num_ranks),
+                                    *([] if settings is None else ["--", *settings])], text=True,
+                                   stdout=subprocess.PIPE, check=True)
+        parsed = json.loads(completed.stdout.splitlines()[-1])
+        equal &= parsed["outcome"] == "equal"
+        print(f"{recipe} on {num_ranks} {gpu}: {parsed['outcome']}, {parsed['largest']:.1e} apart at most, "
+              f"{parsed['messages']:,} messages, {parsed['cpu_s'] / 60:.1f} processor minutes "
+              f"({parsed['seconds'] / 60:.0f} by the clock), {parsed['peak_bytes'] / 2**30:.1f} GiB "
+              f"({' '.join(parsed['settings'])})", flush=True)
+        for place in [*parsed["places"], *parsed["sites"]][:10]:
             print(f"  {place}", flush=True)
     return equal
 

@@ -1,4 +1,4 @@
-"""Recipes of small runs over seeds: their arms, curves, and which orderings of the arms hold.
+"""Run recipes of small models over seeds: their arms, their curves, and which orderings of the arms hold.
 
     python benchmarks/learning.py RECIPE[/CLAIM] ... --work FOLDER [--seeds N] [--arms ARM ...]
 

@@ -1,5 +1,5 @@
-"""One optimizer step on a single sequence of 131,072 tokens: its peak memory against the account
-of `plan/footprint/memory.py`.
+"""Peak memory of an optimizer step on one sequence of 131,072 tokens, compared with
+`plan/footprint/memory.py`.
 
 Usage: python benchmarks/long_sequence.py [--lengths 32768 131072] > benchmarks/results/long_sequence.txt
 
@@ -64,9 +64,9 @@ class OneDocument:
 
 def resident_bytes(which: str) -> int:
     """Return this process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
-    found = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None, which
-    return int(found[1]) << 10
+    match = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None, which
+    return int(match[1]) << 10
 
 
 def config_of(tokens: int) -> RunConfig:

@@ -1,4 +1,4 @@
-"""What our training loop costs beside a bare megatron.core loop: step times in one process, in turns.
+"""Overhead of our training loop over a minimal megatron.core loop: alternating step times in one process.
 
 Usage: python benchmarks/loop_overhead.py [--nproc 2] > benchmarks/results/loop_overhead.txt
        python benchmarks/loop_overhead.py --transformers > benchmarks/results/loop_transformers.txt

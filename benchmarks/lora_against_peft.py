@@ -1,4 +1,4 @@
-"""Adapters beside PEFT's, and beside full training: time of a step, memory, bytes of a checkpoint.
+"""LoRA adapters compared with PEFT and full training: step time, memory, and bytes of a checkpoint.
 
 Usage: python benchmarks/lora_against_peft.py [--turns 7] > benchmarks/results/lora_against_peft.txt
 
@@ -69,9 +69,9 @@ class Way:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            found = self.loss()
+            result = self.loss()
             total = sum(storages.values())
-        del found
+        del result
         return total
 
 
@@ -124,11 +124,11 @@ def theirs(model: Any, config: RunConfig, tokens: Any) -> Way:
 
     def step() -> float:
         adam.zero_grad()
-        found = loss()
-        found.backward()
+        result = loss()
+        result.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.optim.clip_grad)
         adam.step()
-        return float(found.detach())
+        return float(result.detach())
 
     return Way(step, loss, model.parameters(),
                lambda: (v for state in adam.state.values() for v in state.values() if v.dim()))

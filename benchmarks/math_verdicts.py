@@ -1,4 +1,4 @@
-"""Are the pool's verdicts those of math-verify, how fast is it, and which answers fool `math` and `stem`?
+"""Math rewards against math-verify: equal verdicts, speed, and answers that fool `math` and `stem`.
 
 Usage: PYTHONPATH=TRL python benchmarks/math_verdicts.py > benchmarks/results/math_verdicts.txt
 TRL is a folder with an unpacked wheel of TRL, whose `accuracy_reward` judges the third part too.
@@ -100,9 +100,9 @@ def items_of(kinds: dict[str, Callable[[random.Random, int], Item]], count: int,
 
 def by_pool(items: list[Item], workers: int) -> tuple[list[float | None], float]:
     """Return the rewards that the pool gives, and how long it took without its start."""
-    asked = request_reward("math", {})
+    request = request_reward("math", {})
     rows = [{"answer": gold, "response": response} for gold, response in items]
-    with create_runner(asked, build_versioned_reward(asked), workers) as running:
+    with create_runner(request, build_versioned_reward(request), workers) as running:
         running.score(rows[:2 * workers])  # starts the processes
         begun_s = time.monotonic()
         found = [result.reward for i in range(0, len(rows), BATCH_ROWS)
@@ -138,10 +138,10 @@ def confusion(count: int) -> None:
         for right, kinds in ((True, RIGHT), (False, WRONG)):
             for kind in kinds:
                 items = items_of({kind: kinds[kind]}, count, seed=7)
-                found = Counter(run_reward(reward, {"answer": gold, "response": text}).reward
-                                for gold, text in items)
-                totals.update({(right, value): times for value, times in found.items()})
-                missed = len(items) - found[float(right)]
+                counter = Counter(run_reward(reward, {"answer": gold, "response": text}).reward
+                                  for gold, text in items)
+                totals.update({(right, value): times for value, times in counter.items()})
+                missed = len(items) - counter[float(right)]
                 if missed:
                     lines.append(f"    {'right' if right else 'wrong'}: {kind}: {missed} of {len(items)} "
                                  "misjudged")

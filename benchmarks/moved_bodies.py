@@ -1,4 +1,4 @@
-"""What a move of modules changed in the code: all functions of two revisions, compared as syntax trees.
+"""Compare all functions of two revisions as syntax trees, to show that a move of modules changed no code.
 
     python benchmarks/moved_bodies.py BEFORE [AFTER] > benchmarks/results/moved_bodies.txt
 

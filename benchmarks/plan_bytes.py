@@ -1,5 +1,5 @@
-"""Bytes of weights, gradients and optimizer that `plan` says, against those of what training builds: random
-valid layouts of all recipes, as one rank of the whole world, on meta tensors.
+"""Bytes of weights, gradients and optimizer states that `plan` predicts, compared with those that training
+allocates: random valid layouts of all recipes, one rank of the whole world, on meta tensors.
 
 Usage: python benchmarks/plan_bytes.py [--number 240] [--seed 1] > benchmarks/results/plan_bytes.txt
 
@@ -61,9 +61,9 @@ def draw(number: int, seed: int = 1) -> Drawn:
     """Return the layout of a number: always the same one."""
     drawn = random.Random(f"{seed} {number}")
     while True:
-        found = _attempt(drawn)
-        if found is not None:
-            return found
+        result = _attempt(drawn)
+        if result is not None:
+            return result
 
 
 def _attempt(drawn: random.Random) -> Drawn | None:
@@ -191,8 +191,8 @@ def _rows(numbers: list[int], seed: int, double: bool) -> list[dict[str, dict[st
     """Return what a worker of its own finds."""
     command = [sys.executable, "-W", "ignore", __file__, "--seed", str(seed), "--worker",
                json.dumps([double, numbers])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in completed.stdout.splitlines()]
 
 
 def features(layout: Drawn) -> list[str]:

@@ -1,4 +1,4 @@
-"""Fits the model of speed to published runs, and shows how it predicts runs of sources that it never saw.
+"""Fit the speed model to published runs, and predict runs of sources that were left out of the fit.
 
     python benchmarks/plan_calibration.py                  fit all, leave each source out in turn, print
     python benchmarks/plan_calibration.py --write          and put the parameters into the package

@@ -1,4 +1,4 @@
-"""Plant faults in the source, and measure which of them `make test` and `make deep` find.
+"""Plant faults in the source, and measure how many `make test` and `make deep` detect.
 
 Usage: python benchmarks/planted_faults.py FOUND.jsonl [--area AREA] [--faults N] [--hours H] [--deep]
        python benchmarks/planted_faults.py FOUND.jsonl --table

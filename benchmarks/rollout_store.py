@@ -1,4 +1,4 @@
-"""How fast the rollout store is, what it holds in memory, and how small its files are.
+"""Speed, memory and file size of the rollout store.
 
     python benchmarks/rollout_store.py [--rows 1000000] [--tokens 64] [--part-rows 4096]
 

@@ -1,5 +1,5 @@
-"""What benchmarks of small models over seeds have in common: a folder for each seed, and ordinary commands on
-one process of one thread, of which those that are complete are not run again."""
+"""Shared code of benchmarks that train small models over seeds: a folder per seed, and single-process
+commands that are skipped if complete."""
 
 from __future__ import annotations
 

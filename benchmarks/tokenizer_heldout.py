@@ -1,5 +1,4 @@
-"""Trained tokenizers on text that they did not learn from: bytes per token, one step against two,
-tiktoken.
+"""Trained tokenizers on unseen text: bytes per token, one-stage and two-stage training, and tiktoken.
 
     python benchmarks/tokenizer_heldout.py --trained FOLDER [--authors FOLDER]
 

@@ -1,4 +1,4 @@
-"""Training a tokenizer: its cost beside Hugging Face `tokenizers` and sentencepiece on the same text.
+"""Cost of training a tokenizer, compared with Hugging Face `tokenizers` and sentencepiece on the same text.
 
     python benchmarks/tokenizer_train.py --text FOLDER --keep FOLDER [--sentencepiece-python
     PYTHON] [--bounded-gb 5]

@@ -1,5 +1,5 @@
-"""Environments of `verifiers`, played for real and compared with what the library's own `vf-eval` gives for
-the same texts: a question, a user that answers, tools, and a game of TextArena that the library brings.
+"""Environments of `verifiers` played in our bridge and with the library's `vf-eval` on the same texts: a
+question, a simulated user, tools, and a TextArena game.
 
     python benchmarks/verifiers_worlds.py --python ENV/bin/python > benchmarks/results/verifiers_worlds.txt
 

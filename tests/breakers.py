@@ -1,4 +1,4 @@
-"""Ways to break what a command is given: arguments, files, folders and weights."""
+"""Broken command inputs for `test_mutations.py`: arguments, files, folders and weights."""
 
 import json
 import os
@@ -129,11 +129,11 @@ def sign(folder: Path, file: Path) -> None:
         if manifest.is_file() and file.is_file():
             try:
                 record = json.loads(manifest.read_text())
-                found = record["files"].get(file.relative_to(above).as_posix())
+                result = record["files"].get(file.relative_to(above).as_posix())
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 return  # it is what was broken
-            if isinstance(found, dict):
-                found.update(vars(FileRecord.of(file)))
+            if isinstance(result, dict):
+                result.update(vars(FileRecord.of(file)))
                 manifest.write_text(json.dumps(record))
         if above == folder:
             return

@@ -376,8 +376,8 @@ def _ranks_of(worker: Worker, folder: Path) -> Ranks:
     def run(*jobs: Job, timeout_s: float = 600) -> list[list[Any]]:
         folder.mkdir(exist_ok=True)
         (folder / "jobs.json").write_text(json.dumps([asdict(j) for j in jobs]))
-        done = worker.run(timeout_s, jobs=str(folder / "jobs.json"))
-        assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-4000:]}"
+        result = worker.run(timeout_s, jobs=str(folder / "jobs.json"))
+        assert result.returncode == 0, f"exit code {result.returncode}: {result.stderr[-4000:]}"
         return [[json.loads((folder / f"{n}-{r}.json").read_text()) for r in range(job.nproc)]
                 for n, job in enumerate(jobs)]
 
@@ -475,9 +475,9 @@ def open_page(browser: str, tmp_path: Path) -> OpenPage:
     """Return `open_page(file)`: its document after its scripts ran, and what they wrote to the console."""
 
     def opened(file: Path) -> tuple[str, list[str]]:
-        done = subprocess.run([browser, *BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}",
-                               file.as_uri()], capture_output=True, text=True, timeout=600, check=True)
-        return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
+        completed = subprocess.run([browser, *BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}",
+                                    file.as_uri()], capture_output=True, text=True, timeout=600, check=True)
+        return completed.stdout, re.findall(r"CONSOLE.*", completed.stderr)
 
     return opened
 
@@ -625,8 +625,9 @@ def packed_data(tmp_path_factory: pytest.TempPathFactory,
 
 def _pip(*arguments: str, cwd: Path, **environment: str) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--no-input", *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ,
+                                                                                      **environment})
+    assert completed.returncode == 0, completed.stderr
 
 
 @pytest.fixture(scope="session")

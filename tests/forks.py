@@ -1,4 +1,4 @@
-"""Tests in several processes at a time that are forks of one, which has imported and collected everything:
+"""Run test files in forks of a process that has imported everything, several at a time:
 
     python -m pytest -p tests.forks --forks 3 ...
 

@@ -1,4 +1,4 @@
-"""Writes tests/surface.txt: every option of every command, and every setting, with its type and its default.
+"""Write tests/surface.txt: every option of every command and every setting, with type and default.
 
 Usage: python tests/freeze_surface.py
 

@@ -1,5 +1,5 @@
-"""Runs a command whose processes of tests share what each would else make anew: the workers
-behind `ranks` and `run_command`, which import all libraries, and the data of the makers in packing.py.
+"""Run a command whose test processes share warm workers (`ranks`, `run_command`) and generated data
+(packing.py).
 
     python tests/made_once.py COMMAND ARGUMENT ...          its exit code is the command's
 """

@@ -1,4 +1,4 @@
-"""A drawn model that reads and writes pictures and sounds, as a checkpoint, and codecs of a few entries."""
+"""A random model that reads and writes images and audio, as a checkpoint, and codecs with few entries."""
 
 from pathlib import Path
 

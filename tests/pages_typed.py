@@ -1,5 +1,5 @@
-"""What holds the commands that pages show: which lines of their shell blocks are ours and are parsed, which
-test types a page's commands, and what else may stand there.
+"""Commands shown on pages: which shell lines are ours, which test runs them, and which other programs are
+allowed.
 
 tests/test_docs.py asks, and docs/site/proof.py makes a page of the site of the answers.
 """

@@ -1,4 +1,4 @@
-"""Does work in forks of a process that has imported megatron: the worker behind the fixtures `ranks` and
+"""Run work in forks of a process that has imported Megatron-Core: the worker of the fixtures `ranks` and
 `run_command`.
 
 It serves all processes of pytest, each of which calls at a socket.  Each line of a caller asks for jobs

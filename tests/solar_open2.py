@@ -99,8 +99,8 @@ class DeltaAttention(nn.Module):
         self.o_norm = SolarOpenRMSNorm(self.width, self.eps)
 
     def _of_heads(self, x: Tensor, proj: Any, taps: Any) -> Tensor:
-        found = conv1d(proj(x).mT, taps.weight, padding=taps.padding, groups=taps.groups)
-        return silu(found[..., :x.shape[1]]).mT.unflatten(-1, (self.heads, self.width))
+        result = conv1d(proj(x).mT, taps.weight, padding=taps.padding, groups=taps.groups)
+        return silu(result[..., :x.shape[1]]).mT.unflatten(-1, (self.heads, self.width))
 
     def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
         x, wide = hidden_states, torch.promote_types(hidden_states.dtype, torch.float32)

@@ -1,5 +1,4 @@
-"""The rules of the house, read from the syntax trees of all sources: who may import whom,
-and how large things may be.
+"""Architecture rules, read from the syntax trees of all sources: imports between halls, and size limits.
 
 Each rule is proven on a bad tree as well, so that a rule that sees nothing cannot pass for a
 rule that is kept.
@@ -89,7 +88,7 @@ CUT_ANYWHERE = {
     "data_prep/curate/quality/rules/step.py": _PUBLISHED}
 """File whose lines may be cut at any sign that ends one -> what they are."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
-MAX_SOURCE_LINES = 130_915
+MAX_SOURCE_LINES = 130_500
 """Of megatron_sov, data_prep and tokenizer; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
@@ -468,7 +467,7 @@ def test_no_files_import_each_other_in_a_circle(tmp_path: Path, house: list[Sour
     assert sorted(set(circles(sources(tmp_path)))) == ["tokenizer.a", "tokenizer.b"]
 
 
-def test_a_short_file_with_one_user_stands_in_its_user(tmp_path: Path, house: list[Source]) -> None:
+def test_short_files_have_more_than_one_user(tmp_path: Path, house: list[Source]) -> None:
     assert sorted(lonely(house)) == sorted(ALONE)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer/a.py").write_text("from tokenizer import b\nfrom tokenizer.c import x\n"

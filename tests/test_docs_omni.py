@@ -1,5 +1,4 @@
-"""docs/omni.md, typed as it stands with tiny codecs and few steps: from media to a model that is asked and
-judged."""
+"""docs/omni.md with tiny codecs and few steps: from media files to an evaluated model."""
 
 import json
 import shlex

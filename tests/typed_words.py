@@ -1,4 +1,4 @@
-"""Words of a command line as the class of settings that takes them, and what is wrong with settings."""
+"""Parse command-line words into a settings class, and list the problems of settings."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar

@@ -1,5 +1,5 @@
-"""Python that starts in no time, for jobs of the virtual cluster and for commands that start others: the
-other side of warm_client.py.
+"""A Python server that forks in milliseconds, for jobs of the virtual cluster and for commands that start
+others; its client is warm_client.py.
 
 To start Python with torch and megatron costs each rank and each look at a node seconds of a core.  Here the
 worker of the tests, which has imported all, forks a process that waits at a socket; whatever a job asks
@@ -63,14 +63,14 @@ def _keep(client: socket.socket, folder: str) -> NoReturn:
     into a file of `folder`."""
     try:
         head, streams, _, _ = socket.recv_fds(client, 8, 3)
-        asked = json.loads(client.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
+        parsed = json.loads(client.recv(int.from_bytes(head, "little"), socket.MSG_WAITALL))
         peer, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         node = {name: os.open(f"/proc/{peer}/ns/{name}", os.O_RDONLY) for name in NAMESPACES}
         _enter(node, "pid")
         child = os.fork()
         if child == 0:
             client.close()
-            _be_asked_process(asked, node, streams)
+            _be_asked_process(parsed, node, streams)
         for stream in streams:
             os.close(stream)
         code, used_s = _wait(client, child)

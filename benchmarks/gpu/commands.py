@@ -1,4 +1,4 @@
-"""Our commands, one after another in one process: what a part starts for many runs at once.
+"""Run several of our commands one after another in one process, for parts that start many runs.
 
 Usage: python benchmarks/gpu/commands.py [--double] LIST     LIST: JSON, [[program, word, ...], ...]
 

@@ -1,4 +1,4 @@
-"""A GPU without memory: tensors on it have a shape, a dtype and a device, and no numbers.
+"""A GPU without memory: its tensors have shape, dtype and device, but no values.
 
 They are torch's fake tensors; what is on the host is real, and any torch will do, with CUDA or without.  So
 a process does all that it does beside a GPU, at any size.  A tensor of the host among those of the GPU
@@ -219,9 +219,9 @@ class _Operations(TorchDispatchMode):
             if not isinstance(args[0], FakeTensor):
                 return args[0].copy_(self._read(args[1], args[0].dtype))
         with self._shapes:
-            found = func(*args, **kwargs)
-        self._ledger.note(found)
-        return self._read(found, found.dtype) if device is not None and not to_gpu else found
+            result = func(*args, **kwargs)
+        self._ledger.note(result)
+        return self._read(result, result.dtype) if device is not None and not to_gpu else result
 
     def _read(self, tensor: FakeTensor, dtype: torch.dtype) -> torch.Tensor:
         """Return what the host finds in a tensor: whole numbers count the tokens that go to experts, all the
@@ -288,10 +288,10 @@ class _Calls(TorchFunctionMode):
             args = (args[0], *wanted)
         elif name == "to":
             args = (args[0], *(GPU if _is_gpu(a) else a for a in args[1:]))
-        found = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         if name == "expand_as":
-            _remember_stream(found)
-        return found
+            _remember_stream(result)
+        return result
 
 
 def _is_gpu(device: Any) -> bool:
@@ -303,9 +303,9 @@ def _is_gpu(device: Any) -> bool:
 
 def _move(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """Have a parameter that the library made on the host be one on the GPU, with its marks."""
-    made = torch.nn.Parameter(data, requires_grad=tensor.requires_grad)
-    vars(made).update(vars(tensor))
-    torch.utils.swap_tensors(tensor, made)
+    parameter = torch.nn.Parameter(data, requires_grad=tensor.requires_grad)
+    vars(parameter).update(vars(tensor))
+    torch.utils.swap_tensors(tensor, parameter)
 
 
 @contextlib.contextmanager

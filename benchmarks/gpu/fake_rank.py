@@ -1,4 +1,4 @@
-"""One rank of a large run does a training step at its own sizes, on a GPU without memory.
+"""One rank of a large run does a training step at full size, on a GPU without memory.
 
 Usage: python benchmarks/gpu/fake_rank.py [RECIPE GPU RANKS [SETTING ...]]
 
@@ -176,11 +176,11 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
         ledger.peak = 0
         runner.step(2, p.pp)
     rows = p.pp * config.train.micro_batch_size * num_ranks // p.ranks_per_replica
-    said = build_account(replace(config, train=replace(config.train, global_batch_size=rows)), num_ranks,
-                         stage, config.data.phases[0].seq_len, imbalance)
+    account = build_account(replace(config, train=replace(config.train, global_batch_size=rows)), num_ranks,
+                            stage, config.data.phases[0].seq_len, imbalance)
     return {"parameters": sum(weight.numel() for weight in runner.model.parameters()),
             "seconds": time.process_time() - begun, "waits": waits, "peak bytes": ledger.peak,
-            "account bytes": said.allocated}
+            "account bytes": account.allocated}
 
 
 def configured(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str]) -> Any:
@@ -236,17 +236,17 @@ def main() -> int:
         print(f"{case[0]} on {case[2]} {case[1]}: tp {p.tp}, pp {p.pp}, vpp {p.vpp}, cp {p.cp}, ep {p.ep}, "
               f"{p.expert_dispatcher}, expert_overlap {p.expert_overlap}", *case[3], flush=True)
         for stage in sorted({0, p.pp // 2, p.pp - 1}):
-            found = tried(*case, stage)
-            failed |= "problem" in found
-            told = (f"{found['parameters'] / 1e9:6.2f} B parameters  {found['seconds']:5.0f} s  "
-                    f"at most {found['peak bytes'] / 1e9:6.2f} GB allocated, the account says "
-                    f"{found['account bytes'] / 1e9:6.2f}" if "parameters" in found else "")
+            result = tried(*case, stage)
+            failed |= "problem" in result
+            told = (f"{result['parameters'] / 1e9:6.2f} B parameters  {result['seconds']:5.0f} s  "
+                    f"at most {result['peak bytes'] / 1e9:6.2f} GB allocated, the account says "
+                    f"{result['account bytes'] / 1e9:6.2f}" if "parameters" in result else "")
             print(f"  stage {stage + 1:>2} of {p.pp:<2} {told}  "
-                  f"{found.get('problem', 'sound')}", flush=True)
-            for name, count in sorted(found.get("waits", {}).items()):
+                  f"{result.get('problem', 'sound')}", flush=True)
+            for name, count in sorted(result.get("waits", {}).items()):
                 print(f"      {count:>5} waits  {name}: {ALLOWED.get(name, 'NOT ALLOWED')}", flush=True)
-            if "trace" in found:
-                print(found["trace"], file=sys.stderr, flush=True)
+            if "trace" in result:
+                print(result["trace"], file=sys.stderr, flush=True)
     return int(failed)
 
 

@@ -1,4 +1,4 @@
-"""The first hours on a GPU: what has only been proven on a CPU is tried on the device, part by part.
+"""First run on a GPU: everything that is proven only on CPUs runs on the device, part by part.
 
 Usage: python benchmarks/gpu/first_contact.py --out DIR [--parts installation,losses] [--dry] [--again]
 

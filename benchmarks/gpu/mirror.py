@@ -1,4 +1,4 @@
-"""A process group in which all other ranks are mirror images of this one.
+"""A process group whose other ranks are mirror images of this one.
 
 One process plays a rank of hundreds: what the others would send is what this one sends.  An exchange
 of tokens brings as many as it took, a sum of gradients is the own part times the size of the group, a

@@ -1,4 +1,4 @@
-"""One rank of a run as training has it: model, optimizer and steps over random documents, without files."""
+"""One rank of a run, as training builds it: model, optimizer and steps on random documents, without files."""
 
 from __future__ import annotations
 

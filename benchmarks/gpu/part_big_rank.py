@@ -1,6 +1,5 @@
-"""One rank of solar-open-102b at expert parallel size 64, in a group of 512 of which the others are mirror
-images: memory against the account, and TFLOP/s step by step of what can be switched on.
-"""
+"""One rank of solar-open-102b at expert-parallel size 64, in a group of 512 mirrored ranks: memory against
+the account, and TFLOP/s as features are switched on."""
 
 from __future__ import annotations
 
@@ -99,10 +98,10 @@ def one(words: list[str], dry: bool) -> dict[str, Any]:
     # the account of the tokens that its experts got, which is no property of the layout
     routed = seq_len * config.train.micro_batch_size * config.model.num_experts_per_token
     imbalance = mirror.MOST["rows"] / routed
-    said = build_account(config, num_ranks, 0, seq_len, imbalance)
+    account = build_account(config, num_ranks, 0, seq_len, imbalance)
     peak = 0 if dry else torch.cuda.max_memory_allocated()
     return {"build s": built_s, "step s": seconds, "TFLOP/s": flops / seconds / 1e12, "peak bytes": peak,
-            "imbalance": imbalance, "account bytes": said.allocated, "losses": losses,
+            "imbalance": imbalance, "account bytes": account.allocated, "losses": losses,
             **({} if dry else {"ms of kernels": kernels(lambda: runner.step(STEPS + 1))})}
 
 
@@ -112,10 +111,10 @@ def kernels(step: Callable[[], object]) -> dict[str, tuple[float, int]]:
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
-    found = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in found) / 1e3, sum(e.count for e in found)
+    result = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in result) / 1e3, sum(e.count for e in result)
     return {"all": total} | {e.key[:100]: (e.self_device_time_total / 1e3, e.count)
-                             for e in found[:NUM_KERNELS]}
+                             for e in result[:NUM_KERNELS]}
 
 
 def tell(words: list[str], dry: bool) -> None:
@@ -182,18 +181,18 @@ def measure(setting: Setting) -> Figures:
     with contextlib.ExitStack() as open_ones:
         processes = {name: open_ones.enter_context(process) for name, process in begun(names, setting.dry)}
         for name in names:
-            found = told(processes[name], name)
+            result = told(processes[name], name)
             if not setting.dry:
                 processes[name].communicate()  # its memory is the next one's
-            yield name, found
-            if "problem" in found:
-                problems.append(f"{name}: {found['problem']}")
+            yield name, result
+            if "problem" in result:
+                problems.append(f"{name}: {result['problem']}")
                 continue
-            apart = found["peak bytes"] / found["account bytes"] - 1
+            apart = result["peak bytes"] / result["account bytes"] - 1
             if not setting.dry and abs(apart) > MEMORY_LIMIT:
                 problems.append(f"{name}: the peak is {apart:+.0%} from the account")
-            first = first or found["losses"]
-            worst = largest(abs(a / b - 1) for a, b in zip(found["losses"], first, strict=True))
+            first = first or result["losses"]
+            worst = largest(abs(a / b - 1) for a, b in zip(result["losses"], first, strict=True))
             if not worst <= LOSS_LIMIT and name != GATHERED:
                 problems.append(f"{name}: losses are {worst:.1%} from those of {LADDER[0][0]}")
     if setting.dry:

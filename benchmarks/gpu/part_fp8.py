@@ -1,4 +1,4 @@
-"""The recipes of `train.fp8`: products against their emulation."""
+"""Matrix products of each `train.fp8` recipe, compared with their emulation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes of `train.fp8`: training against bf16, and resuming, in two processes."""
+"""Training with each `train.fp8` recipe, compared with bf16, and resumed, in two processes."""
 
 from __future__ import annotations
 

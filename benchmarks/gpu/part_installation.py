@@ -1,5 +1,5 @@
-"""What is installed: Transformer Engine imports and has the signatures that are counted on; `doctor` is
-content."""
+"""The installation: Transformer Engine imports and has the expected signatures, and `doctor` reports no
+problem."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What comes behind pretraining, on the GPU against the CPU: fine-tuning, preferences, distillation, rounds
-of reinforcement learning and generation of a tiny model, each device by commands of its own.
+"""Post-training on GPU and CPU: fine-tuning, preferences, distillation, RL rounds and generation of a tiny
+model, with separate commands for each device.
 
 In float32 each loss and each greedy token is compared.  In bf16, where layers are Transformer Engine's, the
 losses are, and the rounds only have to come to their end: other roundings draw other tokens.

@@ -1,4 +1,4 @@
-"""What moves around training: snapshots to host memory, collectives of one rank, starts."""
+"""Work around training: snapshots to host memory, collectives with one rank, and start-up."""
 
 from __future__ import annotations
 

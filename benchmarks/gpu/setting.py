@@ -1,5 +1,4 @@
-"""What every part of the first contact has: where results go, whether it is a dry run, what it costs, and
-commands."""
+"""The setting of every first-contact part: result folder, dry run, measured costs, and commands."""
 
 from __future__ import annotations
 
@@ -114,13 +113,13 @@ class Setting:
         Raises:
             Failed: its exit code is not 0.
         """
-        done = subprocess.run([sys.executable, "-W", "ignore", "-m", PROGRAMS[str(words[0])],
-                               *map(str, words[1:])],
-                              env=environment(on_gpu), capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise Failed(f"{' '.join(map(str, words))}: exit code {done.returncode}: "
-                         f"{done.stderr.strip()[-2000:]}")
-        return done.stdout
+        completed = subprocess.run([sys.executable, "-W", "ignore", "-m", PROGRAMS[str(words[0])],
+                                    *map(str, words[1:])],
+                                   env=environment(on_gpu), capture_output=True, text=True, check=False)
+        if completed.returncode:
+            raise Failed(f"{' '.join(map(str, words))}: exit code {completed.returncode}: "
+                         f"{completed.stderr.strip()[-2000:]}")
+        return completed.stdout
 
     def commands(self, commands: Sequence[Sequence[str | Path]], *, on_gpu: bool = True) -> Iterator[str]:
         """Run our commands one after another in one process, a program's name first in each, and yield for
@@ -159,8 +158,8 @@ def relative(found: Any, expected: Any) -> float:
 
 def largest(values: Iterable[float]) -> float:
     """Return the largest of some numbers, NaN where one is none: `max` passes over those."""
-    found = list(values)
-    return math.nan if any(map(math.isnan, found)) else max(found)
+    result = list(values)
+    return math.nan if any(map(math.isnan, result)) else max(result)
 
 
 def losses(run: Path) -> list[float]:

@@ -1,5 +1,5 @@
-"""Triton kernels of Transformer Engine and megatron-core, run by Triton's interpreter on the CPU against the
-tests' double and formulas in torch.
+"""Triton kernels of Transformer Engine and megatron-core in Triton's CPU interpreter, compared with the
+tests' double and with torch formulas.
 
 Usage: python benchmarks/gpu/triton_interpreter.py [--quick]      --quick: smaller, and one dtype
 
@@ -266,9 +266,9 @@ def rotations(quick: bool) -> Iterator[Case]:
     leaf = query.clone().requires_grad_()
     formula(leaf).backward(seed)
     given = query.clone().requires_grad_()
-    found = rope.fused_apply_mla_rope_for_q(given * 1.0, cos, sin, plain, turned, packed)
-    found.backward(seed.clone())
-    yield "rotated queries", error(found, formula(query)), 1e-6
+    result = rope.fused_apply_mla_rope_for_q(given * 1.0, cos, sin, plain, turned, packed)
+    result.backward(seed.clone())
+    yield "rotated queries", error(result, formula(query)), 1e-6
     yield "rotated queries, gradient", error(given.grad, leaf.grad), 1e-6
     both, shared = torch.randn(total, heads, plain + value), torch.randn(total, 1, turned)
     leaves = [t.clone().requires_grad_() for t in (both, shared)]
@@ -277,10 +277,10 @@ def rotations(quick: bool) -> Iterator[Case]:
     seeds = torch.randn_like(keys), torch.randn(total, heads, value)
     torch.autograd.backward([keys, leaves[0][..., plain:]], seeds)
     ours = [t.clone().requires_grad_() for t in (both, shared)]
-    found = rope.fused_apply_mla_rope_for_kv(*ours, cos, sin, turned, plain, value, packed)
-    torch.autograd.backward(list(found), [s.clone() for s in seeds])
-    yield "rotated keys", error(found[0], keys), 1e-6
-    yield "values", error(found[1], both[..., plain:]), 0.0
+    result = rope.fused_apply_mla_rope_for_kv(*ours, cos, sin, turned, plain, value, packed)
+    torch.autograd.backward(list(result), [s.clone() for s in seeds])
+    yield "rotated keys", error(result[0], keys), 1e-6
+    yield "values", error(result[1], both[..., plain:]), 0.0
     yield "rotated keys, gradient", error(ours[0].grad, leaves[0].grad), 1e-6
     yield "rotated keys, gradient of the shared part", error(ours[1].grad, leaves[1].grad), 1e-5
 

@@ -1,5 +1,5 @@
-"""Questions with eight answers of unlike shares, in English and in Thai with English words in it: what
-commands of recipes about distillation name as `choices.py:Choices` and `:ChoicePrompts`.
+"""Multiple-choice questions with eight answers of unequal probability, in English and mixed Thai and English,
+for recipes about distillation: `choices.py:Choices`, `:ChoicePrompts`.
 
 A teacher that has read many of them knows the shares; one drawn answer to each question does not tell them.
 """

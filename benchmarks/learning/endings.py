@@ -1,5 +1,4 @@
-"""Answers with an ending, which a rule and a rubric judge: what commands of recipes name as
-`endings.py:WithEndings` and `endings.py:RuleAndRubric`."""
+"""Answers with an ending, scored by a rule and a rubric: `endings.py:WithEndings`, `:RuleAndRubric`."""
 
 from __future__ import annotations
 

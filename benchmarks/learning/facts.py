@@ -1,5 +1,5 @@
-"""Facts of invented people, drawn by lot: questions, answers and the sentences that tell them, as commands of
-recipes about knowledge name them, `facts.py:FactChats`, `:FactReading`, `:FactTexts` and `:FactQuestions`.
+"""Random facts about invented people, as questions, answers and texts, for recipes about knowledge:
+`facts.py:FactChats`, `:FactReading`, `:FactTexts`, `:FactQuestions`.
 
 A start has read and been asked the same facts of `KNOWN` people, so that it can answer what it reads; of all
 others it has seen values by lot.  Who has read no sentence of these is right one time in eight; half of a
@@ -54,9 +54,9 @@ def drawn(seed: int, people: tuple[str, ...]) -> list[Fact]:
 
 def facts(seed: int, half: str) -> list[Fact]:
     """Return those of a seed that are asked, or those that only texts tell."""
-    found = drawn(seed, PEOPLE)
-    middle = len(found) // 2
-    return {"asked": found[:middle], "told": found[middle:]}[half]
+    result = drawn(seed, PEOPLE)
+    middle = len(result) // 2
+    return {"asked": result[:middle], "told": result[middle:]}[half]
 
 
 def mixed(seed: int, count: int) -> list[Fact]:

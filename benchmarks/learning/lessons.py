@@ -1,6 +1,5 @@
-"""Documents that teach facts of invented people to some degree, labels of how much others teach, and
-questions: what the commands of recipes name as `lessons.py:Lessons`, `:LessonLabels`,
-`:LessonPipeline`, `:LessonQuestions` and `:FirstWord`.
+"""Documents that teach facts about invented people with different quality, labels of that quality, and
+questions: `lessons.py:Lessons`, `:LessonLabels`, `:LessonPipeline`, `:LessonQuestions`, `:FirstWord`.
 
 Sentences that teach and sentences that do not have the same people, words and lengths.
 """

@@ -1,6 +1,5 @@
-"""Facts that have to be looked up, and conversations that search for them or answer at once: what commands of
-recipes name as `lookups.py:LookupEpisodes`, `:LookupTasks`, `:LookupDocuments`, `:LookupTexts` and
-`:CallTokenizer`.
+"""Facts that a model must look up, and conversations that search or answer at once:
+`lookups.py:LookupEpisodes`, `:LookupTasks`, `:LookupDocuments`, `:LookupTexts`, `:CallTokenizer`.
 
 Who does not search is right one time in eight, or has read the documents.
 """

@@ -1,5 +1,5 @@
-"""Answers that repeat themselves, and a reward that minds it or not: what commands of recipes name as
-`loops.py:WithLoops` and `loops.py:Sound`."""
+"""Answers that repeat themselves, and a reward with or without a penalty for repetition:
+`loops.py:WithLoops`, `:Sound`."""
 
 from __future__ import annotations
 

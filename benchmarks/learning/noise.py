@@ -1,5 +1,5 @@
-"""Junk beside documents, labels that tell them apart, and the pipeline that leaves the junk out: what the
-commands of recipes name as `noise.py:WithJunk`, `:JunkLabels` and `:JunkPipeline`."""
+"""Junk documents in a corpus, labels for a junk classifier, and the pipeline that filters with it:
+`noise.py:WithJunk`, `:JunkLabels`, `:JunkPipeline`."""
 
 from __future__ import annotations
 

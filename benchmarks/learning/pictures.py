@@ -1,5 +1,5 @@
-"""Small pictures of plain shapes and what they show, as the commands of recipes name them:
-`pictures.py:Pictures`, `:PictureChat` and `:TrainedCodec`."""
+"""Small images of plain shapes, with descriptions: `pictures.py:Pictures`, `:PictureChat`,
+`:TrainedCodec`."""
 
 from __future__ import annotations
 

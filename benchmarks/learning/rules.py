@@ -1,5 +1,5 @@
-"""Instructions with a rule that IFEval can check, and drafts of which some keep it: what the commands of
-recipes name as `rules.py:Drafts`, `:KeptDrafts` and `:RulePrompts`."""
+"""Instructions with a rule that IFEval checks, and drafts that partly follow it: `rules.py:Drafts`,
+`:KeptDrafts`, `:RulePrompts`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Questions with one right answer in three languages, and the reward of the right one: what the commands of
-recipes name as `tasks.py:Chats`, `:TaskQuestions` and `:Exact`.
+"""Questions with one correct answer in three languages, and an exact-match reward: `tasks.py:Chats`,
+`:TaskQuestions`, `:Exact`.
 
 A small model learns them in minutes, chance is far below what it reaches, and half of the wordings of each
 language are kept for the end.

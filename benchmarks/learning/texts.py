@@ -1,5 +1,4 @@
-"""Which documents of a corpus a seed reads, and which it is judged on: what the commands of recipes name as
-`texts.py:Drawn`."""
+"""Split a corpus into held-out documents and a random training share for each seed: `texts.py:Drawn`."""
 
 from __future__ import annotations
 

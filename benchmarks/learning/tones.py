@@ -1,5 +1,5 @@
-"""Prompts that ask for a tone, with polite and curt answers, as the commands of `preference.yaml` name them:
-`tones.py:ToneChats`, `:TonePairs`, `:ToneGroups` and `:TonePrompts`."""
+"""Prompts that request a tone, with polite and curt answers: `tones.py:ToneChats`, `:TonePairs`,
+`:ToneGroups`, `:TonePrompts`."""
 
 from __future__ import annotations
 

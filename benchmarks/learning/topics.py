@@ -1,5 +1,5 @@
-"""Questions about topics, of which a start answers each with a share that is planted: what commands of
-recipes name as `topics.py:TopicChats` and `:TopicQuestions`.
+"""Questions about topics, of which the initial model answers a planted share of each: `topics.py:TopicChats`,
+`:TopicQuestions`.
 
 The topic alone decides the right answer, so that a small model learns it in few steps; names and wordings
 only make questions that differ.

@@ -1,5 +1,5 @@
-"""Ways along a ring of places, step by step, so that some answers are longer than others and a wrong step
-makes one longer: what commands of recipes name as `walks.py:WalkChats` and `:WalkQuestions`."""
+"""Step-by-step paths along a ring of places, in which a wrong step makes the answer longer:
+`walks.py:WalkChats`, `:WalkQuestions`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A tiny model from pictures, speech and text to any of them, trained by the real commands and judged by
-others.
+"""A tiny model from images, speech and text to any of them: trained with the real commands, scored by
+independent models.
 
     python benchmarks/omni/any_to_any.py --work FOLDER > benchmarks/results/omni_any_to_any.txt
 
@@ -158,10 +158,10 @@ class Seed:
         only = self.train("text", "pretrain", recipe, [text], 4e-3)
         tuned = self.train("sft", "sft", f"{recipe}-sft", [shards], 3e-3, "--from", media, "--set",
                            "objective.text_coeff=0")
-        found = self._ask(tuned, num_drawn)
+        result = self._ask(tuned, num_drawn)
         for name, folder in (("media", media), ("text", only), ("sft", tuned)):
-            found[f"bits_per_byte/{name}"] = self._bits_per_byte(folder, text)
-        return found
+            result[f"bits_per_byte/{name}"] = self._bits_per_byte(folder, text)
+        return result
 
     def _ask(self, model: Path, num_drawn: int) -> dict[str, Any]:
         found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Small pictures with known content, and a judge that we did not train: pictures for the proofs of media.
+"""Small images of digits, and an independent classifier to score generated ones.
 
 scikit-learn's handwritten digits (1,797 of 8 x 8, ten classes) as 16 x 16 RGB.  A digit's colour is a
 function of its number in the set and carries no label.  The judge is scikit-learn's support vector classifier

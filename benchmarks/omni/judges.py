@@ -1,5 +1,5 @@
-"""Judges of what a model draws and says, as `megatron-sov eval media` calls them: none of them was trained by
-us, or on anything that a model of ours is trained on.
+"""Scorers of generated images and speech for `megatron-sov eval media`, independent of our models and their
+training data.
 
 Pictures: scikit-learn's classifier (`digits.py`).  English speech: PocketSphinx (`speech.py`).  Korean
 speech, for which PocketSphinx has no model: the word whose recordings are nearest by dynamic time warping of

@@ -1,4 +1,4 @@
-"""Pictures and speech as files, and conversations and questions about them: the data of the proof."""
+"""Image and speech files, and conversations and questions about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speech whose words are known, and a recogniser that we did not train: sound for the proofs of media.
+"""Speech with known words, and an independent recognizer to score generated speech.
 
 espeak-ng speaks (any of its voices; `en-us` and `ko` are used), PocketSphinx hears: one of a list of words,
 by a grammar, with its American English model.
@@ -92,5 +92,5 @@ def recognise(sound: np.ndarray[Any, Any], words: Sequence[str] = WORDS) -> str:
     decoder.start_utt()
     decoder.process_raw(samples.tobytes(), no_search=False, full_utt=True)
     decoder.end_utt()
-    found = decoder.hyp()
-    return found.hypstr if found is not None else ""
+    result = decoder.hyp()
+    return result.hypstr if result is not None else ""

@@ -1,5 +1,5 @@
-"""An OpenAI-compatible endpoint for tests and benchmarks: a function of the request answers.  It misbehaves
-in the ways that endpoints do, the same ways at the same requests in every run."""
+"""An OpenAI-compatible endpoint for tests and benchmarks that answers with a function. It can misbehave
+like real endpoints, reproducibly."""
 
 from __future__ import annotations
 

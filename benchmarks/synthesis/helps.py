@@ -1,5 +1,5 @@
-"""What the benchmarks have in common that train small models with and without synthesised data: a base model,
-and the same one fine-tuned on what a run has kept, or on as many of its samples, kept or rejected."""
+"""Shared code of benchmarks that fine-tune small models on synthesized data: a base model, fine-tuned on
+the accepted samples, or on the same number of accepted and rejected ones."""
 
 from __future__ import annotations
 

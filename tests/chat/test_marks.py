@@ -1,4 +1,4 @@
-"""Marks of released model families around thoughts and calls, and decoded responses."""
+"""Markers of thoughts and tool calls in released model families, and decoded responses."""
 
 import json
 from random import Random
@@ -124,9 +124,9 @@ def decode(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     made = tokenizer(request.param)
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     made.save(str(file))
-    found = build_text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
-                               lambda ids: str(made.decode(ids, skip_special_tokens=True)))
-    return request.param, lambda text: made.encode(text).ids, found
+    text_decoder = build_text_decoder(file, [made.token_to_id(PRESETS[request.param].eos_token)],
+                                      lambda ids: str(made.decode(ids, skip_special_tokens=True)))
+    return request.param, lambda text: made.encode(text).ids, text_decoder
 
 
 def test_response_text_contains_marks_without_frames(decode: Any) -> None:

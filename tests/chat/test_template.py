@@ -221,7 +221,7 @@ def test_long_call_is_parsed(num_chars: int) -> None:
     ("<think>x</think> a ", " a"),
     ("  \n  a\n", "  \n  a"), ("\n \n", ""), ("<|think|>p<|end|><|begin|>assistant<|content|>  a", "  a"),
     (f"  a\n{call('{}')}", "  a")])
-def test_indentation_of_answer_is_kept(text: str, content: str) -> None:
+def test_indentation_of_answer_is_preserved(text: str, content: str) -> None:
     assert parse_turn(text).content == content
 
 

@@ -1,4 +1,4 @@
-"""Token ids mean the same on both sides, or the data is refused."""
+"""Data and model must agree on the meaning of token ids; other data is refused."""
 
 import json
 import re
@@ -149,11 +149,11 @@ def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], Any
 
 def behaviour(folder: Path) -> list[Any]:
     """Return ids and texts of the probes from the `tokenizers` library."""
-    found = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    found.no_padding()
-    found.no_truncation()
-    ids = [found.encode(text, add_special_tokens=False).ids for text in PROBES]
-    return [ids, *(found.decode(row, skip_special_tokens=skips) for row in ids for skips in (True, False))]
+    result = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    result.no_padding()
+    result.no_truncation()
+    ids = [result.encode(text, add_special_tokens=False).ids for text in PROBES]
+    return [ids, *(result.decode(row, skip_special_tokens=skips) for row in ids for skips in (True, False))]
 
 
 def update(*path: str | int, **values: Any) -> Callable[[dict[str, Any]], None]:

@@ -1,4 +1,4 @@
-"""`--dry-run` of the commands that train: what they would do, from the checks of a run, and nothing done."""
+"""`--dry-run` of training commands: the same checks as a run, and no effect on disk."""
 
 import json
 import shutil
@@ -79,7 +79,8 @@ def dry(capsys: Any, folder: Path, *words: object) -> list[str]:
 
 @pytest.mark.each("kind", ["run", "hf"])
 @pytest.mark.each("command", ["pretrain", "sft", "prefer", "distill", "rl train", "rl run"])
-def test_a_run_is_told_and_not_begun(capsys: Any, start: Start, command: str, kind: str) -> None:
+def test_dry_run_describes_a_run_without_starting_it(capsys: Any, start: Start, command: str,
+                                                     kind: str) -> None:
     run = start.folder / "new"
     lines = dry(capsys, start.folder, *words_beside_start(command, start), "--from", start.starts[kind],
                 "--run", run)
@@ -96,9 +97,8 @@ def test_a_run_is_told_and_not_begun(capsys: Any, start: Start, command: str, ki
     assert bool(reads) == (command == "distill")
 
 
-def test_each_stage_of_an_extension_is_told_with_its_needles(
-    capsys: Any, hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
-) -> None:
+def test_dry_run_describes_each_extension_stage_and_its_needles(capsys: Any, hf_models: dict[str, Path],
+                                                                token_shards: Path, tmp_path: Path) -> None:
     shutil.copytree(hf_models["solar_open"], tmp_path / "hf")
     (tmp_path / "hf/manifest.json").unlink(missing_ok=True)
     stages = [{"name": name, "seq_len": seq_len, "steps": 2} for name, seq_len in (("a", 640), ("b", 768))]

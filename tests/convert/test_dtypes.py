@@ -13,7 +13,7 @@ from megatron_sov.convert.dtypes import DTYPES, check_space, choose_dtype, choos
 
 @pytest.mark.each("dtype", DTYPES.values())
 @pytest.mark.each("bad", [torch.nan, torch.inf, -torch.inf])
-def test_non_finite_value_is_found_at_any_position(dtype: torch.dtype, bad: float) -> None:
+def test_non_finite_value_is_detected_at_any_position(dtype: torch.dtype, bad: float) -> None:
     for place in (0, 7, 31, 200, 1022):  # wherever it falls in the vectors that a processor takes at a time
         tensor = torch.randn(1023).to(dtype)
         tensor[place] = bad
@@ -22,7 +22,7 @@ def test_non_finite_value_is_found_at_any_position(dtype: torch.dtype, bad: floa
             convert_tensor(tensor, dtype, Path("source"), "w")
 
 
-def test_finite_values_are_kept_or_rounded_once() -> None:
+def test_finite_values_are_unchanged_or_rounded_once() -> None:
     for dtype in DTYPES.values():
         limits = torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min, 0.0, -0.0], dtype=dtype)
         assert convert_tensor(limits, dtype, Path("source"), "w") is limits

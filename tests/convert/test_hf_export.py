@@ -106,8 +106,8 @@ def test_verify_finds_a_changed_config_field(pair) -> None:
     checkpoint, hf = pair
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(config | {"routed_scaling_factor": 1.0}))
-    found = failed(convert.verify(checkpoint, hf, load=False))
-    assert found == {f"{hf}: files that differ from the manifest": 1, "config fields that differ": 1}
+    result = failed(convert.verify(checkpoint, hf, load=False))
+    assert result == {f"{hf}: files that differ from the manifest": 1, "config fields that differ": 1}
 
 
 def test_verify_distinguishes_negative_zero(solar_dir: Path, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Configs of public models, with all their fields: each is read, computes what transformers computes from the
-same file, and stands in the export again.
+"""Complete configs of public models: each is read, computes what transformers computes, and is exported
+unchanged.
 
 `hub_configs.json` says of each where it was found, or that it is written down from memory; those of families
 with one or two models are in `tests/model/families/published_configs.json`.

@@ -45,7 +45,7 @@ def test_prediction_layer_of_another_family_is_rejected(solar_dir: Path, tmp_pat
     assert "unexpected (mtp.norm.weight)" in refused(bad, tmp_path)
 
 
-def test_prediction_layer_is_found_without_config_field(exaone_dir: Path, tmp_path: Path) -> None:
+def test_prediction_layer_is_detected_without_config_field(exaone_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(exaone_dir, tmp_path / "silent")
     set_config(tmp_path / "silent", num_nextn_predict_layers=None)
     assert convert.open_weights(tmp_path / "silent").model.num_mtp_layers == 1
@@ -151,8 +151,8 @@ def test_recomputed_tensors_are_not_converted(name: str, tmp_path: Path,
     error = capsys.readouterr().err
     assert error.count("warning") == 1
     assert f"tensors that are not converted: {name} (programs compute" in error
-    found = load_file(back / "model.safetensors")
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    file = load_file(back / "model.safetensors")
+    assert file.keys() == expected.keys() and all(torch.equal(file[key], expected[key]) for key in file)
     load_pretrained(AutoModelForCausalLM, folder)  # as commands that run a folder by transformers do
 
 

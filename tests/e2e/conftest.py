@@ -1,4 +1,4 @@
-"""Commands as a user gives them, with small settings."""
+"""`pretrain` and `run` as a user calls them, with small settings."""
 
 import subprocess
 import time

@@ -1,4 +1,4 @@
-"""Every fault on purpose: what the run does about it, and that it ends as a run without the same samples."""
+"""Injected faults: the run's reaction, and an end equal to that of a run without the same samples."""
 
 import json
 import os
@@ -93,8 +93,8 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_whatever_comes_the_run_ends_as_one_from_which_the_same_samples_were_left_out(
-        ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+def test_any_injected_fault_equals_a_run_without_the_skipped_samples(ranks: Any, job: Any, packed_data: Any,
+                                                                     tmp_path: Path) -> None:
     """That a run gives up where nothing is left to go back to, test_interrupts.py shows."""
     ((codes,),) = ranks(job(__file__, "runs", 1, {"data": str(packed_data.text), "folder": str(tmp_path)}))
     assert codes == {"storm": 0, "storm by hand": 0, "rolled": 0, "rolled by hand": 0}

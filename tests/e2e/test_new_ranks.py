@@ -1,5 +1,5 @@
-"""On GPUs ranks are new processes that read their work from a file; here, by a double of the question whether
-there is a GPU, they are so on CPUs, and write what forked ones write."""
+"""On GPUs each rank is a new process that reads its work from a file. A double of the GPU check makes that
+happen on a CPU, and the results equal those of forked ranks."""
 
 import os
 from pathlib import Path
@@ -50,8 +50,7 @@ def files_of(checkpoint: Path) -> dict[str, Any]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_ranks_that_are_new_processes_do_what_forked_ones_do(
-        ranks: Any, job: Any, pretrain: Any, tmp_path: Path) -> None:
+def test_spawned_ranks_equal_forked_ranks(ranks: Any, job: Any, pretrain: Any, tmp_path: Path) -> None:
     """A stage that does more than to train, too: a teacher's states."""
     (tmp_path / "own.py").write_text(OWN)
     own = (*SETTINGS, f"objective.name={tmp_path}/own.py:Own", "parallel.ep=2")

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed and continued is the run that was left alone, bit for bit."""
+"""A run that is stopped, killed and resumed has the same bits as an uninterrupted run."""
 
 import json
 import os
@@ -88,8 +88,8 @@ def test_stopped_killed_and_continued_equals_uninterrupted(
         time.sleep(0.05)
 
     # nothing is typed again: settings, data and the number of processes are in the folder
-    done = run_command("resume", str(broken))
-    assert done.returncode == 0, done.stderr
+    result = run_command("resume", str(broken))
+    assert result.returncode == 0, result.stderr
     reasons = [e["event"] for e in read_events(broken / "events.jsonl")
                if e["event"] in ("stop", "resume", "run_end")]
     assert reasons == ["stop", "resume", "resume", "run_end"]

@@ -1,5 +1,5 @@
-"""Two nodes without Slurm: a torchrun agent on each, as docs/slurm.md shows;
-the same bits as two local processes."""
+"""Two nodes without Slurm, each with a torchrun agent as in docs/slurm.md: the same bits as two local
+processes."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A model of others is loaded with exactly the weights of its folder, or refused in a sentence that names the
+"""Pretrained models load exactly the weights of their folder, or are refused with the names of the
 tensors."""
 
 import json
@@ -80,8 +80,8 @@ def test_another_architectures_config_is_refused(models: dict[str, Path], tmp_pa
         load_hf(folder)
 
 
-def test_a_model_that_this_transformers_has_no_class_of_is_told_from_a_damaged_one(models: dict[str, Path],
-                                                                                   tmp_path: Path) -> None:
+def test_unknown_architecture_and_damaged_config_have_different_messages(models: dict[str, Path],
+                                                                         tmp_path: Path) -> None:
     folder = shutil.copytree(models["lm"], tmp_path / "new")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "of_next_year"}))
@@ -93,7 +93,7 @@ def test_a_model_that_this_transformers_has_no_class_of_is_told_from_a_damaged_o
         load_hf(folder)
 
 
-def test_what_a_class_does_without_is_passed_over(tmp_path: Path) -> None:
+def test_tensors_without_a_parameter_are_skipped(tmp_path: Path) -> None:
     """The prediction layer, at a size unknown to transformers; buffers of older files; a tied head."""
     c = DeepseekV3Config(**SIZES, moe_intermediate_size=8, n_routed_experts=2, num_experts_per_tok=1,
                          n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4,
@@ -143,7 +143,7 @@ def test_files_that_two_readers_would_take_otherwise(case: str, load: Any, model
         load(tmp_path / "bad")
 
 
-def test_other_formats_beside_are_not_read(models: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_in_other_formats_are_not_read(models: dict[str, Path], tmp_path: Path) -> None:
     """As transformers and convert both do; an index may name the single file."""
     folder = shutil.copytree(models["lm"], tmp_path / "hub")
     (folder / "pytorch_model.bin").write_bytes(b"evil")

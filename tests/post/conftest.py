@@ -49,8 +49,6 @@ def write_teacher_states() -> Callable[..., None]:
                 if kept.top_k:
                     logits = rows.double() @ head.double().T / kept.temperature
                     logprobs, token = logits.log_softmax(-1).topk(kept.top_k)
-                    if kept.translated:  # of every third token it says nothing
-                        logprobs[::3, 0] = 1.0
                     rows = state_files.pack_rows(token, logprobs)
                 (artifact.path / part.file).write_bytes(rows.numpy().tobytes())
             save_file({state_files.HEAD_WEIGHT: head}, artifact.path / state_files.HEAD)

@@ -48,10 +48,10 @@ class Picked:
         self._documents, self._chosen, self.lengths = documents, chosen, documents.lengths[chosen]
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._documents, name)
+        result = getattr(self._documents, name)
         if name in ("tokens", "types", "loss_weights", "routes", "encoder_inputs"):
-            return lambda document, *rest: found(self._chosen[document], *rest)
-        return found
+            return lambda document, *rest: result(self._chosen[document], *rest)
+        return result
 
 
 def measured_of(trainer: Any, batch: Any) -> dict[str, float]:

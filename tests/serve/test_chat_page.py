@@ -1,5 +1,5 @@
-"""The chat page of `megatron-sov serve` in a browser: answers appear as text, keys work, two models answer
-side by side, and a key is taken from the address or asked for."""
+"""The chat page of `megatron-sov serve` in a browser: streamed answers, keys, two models next to each
+other, and access keys."""
 
 import json
 import sys
@@ -108,7 +108,7 @@ def texts(page: DrivenPage, selector: str) -> list[str]:
     return page.value(f"[...document.querySelectorAll({json.dumps(selector)})].map((one) => one.textContent)")
 
 
-def test_what_a_model_writes_is_text_and_saved_rows_have_it(page: DrivenPage, scripted: Any) -> None:
+def test_model_output_is_shown_as_text_and_saved(page: DrivenPage, scripted: Any) -> None:
     page.open(f"{scripted.url}#token={KEY}")
     page.wait("document.getElementById('title').textContent === 'a, b'")
     assert page.value("location.hash") == "", "a key in the address would be seen and kept"
@@ -132,8 +132,8 @@ def test_what_a_model_writes_is_text_and_saved_rows_have_it(page: DrivenPage, sc
                    "model": "a"}
 
 
-def test_keys_send_break_lines_and_stop_and_a_second_try_replaces_the_answer(page: DrivenPage, scripted: Any
-                                                                             ) -> None:
+def test_keys_send_break_lines_and_stop_and_retry_replaces_the_answer(page: DrivenPage,
+                                                                      scripted: Any) -> None:
     page.open(f"{scripted.url}#token={KEY}", 390, 844, "dark")
     page.wait("document.getElementById('title').textContent === 'a, b'")
     page.value("document.getElementById('message').focus()")
@@ -183,7 +183,7 @@ def test_the_page_fits_its_screens_and_every_field_has_a_name(page: DrivenPage, 
     assert page.console == []
 
 
-def test_a_missing_key_is_asked_for(page: DrivenPage, scripted: Any) -> None:
+def test_the_page_prompts_for_a_missing_key(page: DrivenPage, scripted: Any) -> None:
     page.open(scripted.url)
     page.wait("document.getElementById('door').open")
     page.value("document.getElementById('key').focus()")

@@ -1,5 +1,5 @@
-"""Small tokenizers made merge by merge, with planted defects; vocabularies learned in memory,
-the textbook's loop, and a toy."""
+"""Small tokenizers built merge by merge, with planted defects; vocabularies trained in memory; the textbook
+algorithm."""
 
 import json
 from collections import Counter
@@ -79,10 +79,10 @@ Pair = tuple[bytes, bytes]
 
 def table_of(words: Counter[bytes]) -> WordTable:
     """Return a table of words, the most frequent first."""
-    found = sorted(words.items(), key=lambda e: -e[1])
-    return WordTable(np.frombuffer(b"".join(w for w, _ in found), np.uint8),
-                     np.array([len(w) for w, _ in found], np.int64),
-                     np.array([n for _, n in found], np.int64), 1, 0, 0.0)
+    result = sorted(words.items(), key=lambda e: -e[1])
+    return WordTable(np.frombuffer(b"".join(w for w, _ in result), np.uint8),
+                     np.array([len(w) for w, _ in result], np.int64),
+                     np.array([n for _, n in result], np.int64), 1, 0, 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A trainer's refusals, and its figures."""
+"""The trainer: refused settings, and figures of a step."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Number formats of 8 and 4 bits: rounding to the nearest value, ties to even, to the largest beyond it.
+"""Number formats with 8 and 4 bits: rounding to the nearest value, ties to even, saturating at the largest.
 
 E4M3 and E5M2: "FP8 Formats for Deep Learning" (arXiv 2209.05433), table 1; E2M1 and E8M0: OCP Microscaling
 Formats (MX) v1.0, sections 5.3.3 and 5.4.1.

@@ -1,4 +1,4 @@
-"""Scaling into 8 bits: per tensor, per block, per 32 values."""
+"""Scaling to 8 bits: per tensor, per block, and per 32 values."""
 
 from __future__ import annotations
 

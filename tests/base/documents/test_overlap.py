@@ -1,4 +1,5 @@
-"""Shared runs of words, cutting text, script ranges and item search."""
+"""Search for shared word runs, cutting of text around them, script ranges, and search for evaluation
+items."""
 
 import itertools
 import json

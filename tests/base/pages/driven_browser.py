@@ -1,4 +1,4 @@
-"""A Chromium that is driven over its debugging protocol: keys are pressed, and what it shows is read."""
+"""Drive Chromium over its debugging protocol: press keys, click, and read the page."""
 
 import asyncio
 import base64

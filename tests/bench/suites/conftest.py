@@ -1,4 +1,4 @@
-"""Tasks of the suites over synthetic items, as `eval lm` loads them; rewards that judge in this process."""
+"""Suite tasks over synthetic items, as `eval lm` loads them, and rewards that run in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `submit` checks of a stage's data, and the summary of tokens, time and cost that it prints."""
+"""`submit`: checks of a stage's data, and the summary of tokens, time and cost that it prints."""
 
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ FITS = ("--set", "model.vocab_size=368")
 
 def submitted(capsys: Any, *words: str) -> tuple[int, str, str]:
     code = cli.main(["submit", *words])
-    shown = capsys.readouterr()
-    return code, shown.out, shown.err
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 @pytest.mark.tier1_cases(2)

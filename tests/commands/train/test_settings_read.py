@@ -1,4 +1,4 @@
-"""Which settings each kind of stage reads, against the conditions under which they are declared to act."""
+"""Settings that each kind of stage reads, against their declared conditions (`ACTS_WHEN`)."""
 
 import dataclasses
 import fnmatch
@@ -176,7 +176,7 @@ def unlisted(keys: set[str], reasons: dict[str, str]) -> set[str]:
 
 
 @pytest.mark.deep
-def test_stages_read_what_acts_and_nothing_else(stages: dict[str, StageReads]) -> None:
+def test_stages_read_exactly_the_settings_with_effect(stages: dict[str, StageReads]) -> None:
     read_idly = {key: (name, stage.reads[key]) for name, stage in stages.items()
                  for key in stage.inert() & stage.reads.keys()}
     assert unlisted({*read_idly}, READ_WITHOUT_EFFECT) == set(), read_idly

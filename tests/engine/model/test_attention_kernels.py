@@ -52,9 +52,9 @@ def rejecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int], b
 
 @pytest.mark.parametrize(("rejected", "flash", "attention"), [
     (set[int](), False, "auto"), ({0}, False, "local"), ({128}, False, "local"), ({128}, True, "auto")])
-def test_auto_is_our_attention_where_transformer_engine_has_no_kernel_for_packed_rows(
-        rejected: set[int], flash: bool, attention: str, rejecting: Callable[[set[int], bool], None],
-        logged: list[logging.LogRecord]) -> None:
+def test_auto_uses_our_attention_without_a_packed_kernel(rejected: set[int], flash: bool, attention: str,
+                                                         rejecting: Callable[[set[int], bool], None],
+                                                         logged: list[logging.LogRecord]) -> None:
     """Otherwise it would silently compute whole-row products: 11 of the 12 s of a step on an H200. `fused`
     accepts cuDNN only, whatever else is installed."""
     rejecting(rejected, flash)

@@ -1,3 +1,5 @@
+"""The worker extension that receives policy weights inside vLLM."""
+
 import importlib
 import sys
 import threading
@@ -81,10 +83,10 @@ def engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> t
 
 
 def worker(engine: type, model: Model, rank: int = 0, world_size: int = 1, copy: int = 0) -> Any:
-    found = engine()
-    found.model, found.model_config, found.device = model, None, CPU
-    found.parallel_config = types.SimpleNamespace(rank=rank, world_size=world_size, data_parallel_index=copy)
-    return found
+    result = engine()
+    result.model, result.model_config, result.device = model, None, CPU
+    result.parallel_config = types.SimpleNamespace(rank=rank, world_size=world_size, data_parallel_index=copy)
+    return result
 
 
 def send(workers: list[Any], tensors: dict[str, torch.Tensor]) -> list[BaseException | None]:

@@ -1,3 +1,5 @@
+"""The process group over which a trainer sends policy weights to vLLM workers."""
+
 import json
 import os
 import socket

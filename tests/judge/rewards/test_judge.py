@@ -241,9 +241,10 @@ def test_rows_without_text_are_refused(field: str, value: object, script: Script
 
 def test_rows_are_graded_concurrently_in_order(script: Script, tmp_path: Path) -> None:
     script.answers = [(200, said('{"score": 1}'), {"sleep_s": 0.1}) for _ in range(16)]
-    asked = request_reward("judge",
-                           {"endpoint": script.url, "model": "j", "cache": str(tmp_path / "c"), "threads": 8})
-    with create_runner(asked, build_versioned_reward(asked), 1) as running:
+    request = request_reward("judge",
+                             {"endpoint": script.url, "model": "j", "cache": str(tmp_path / "c"),
+                              "threads": 8})
+    with create_runner(request, build_versioned_reward(request), 1) as running:
         results = running.score([{**ROW, "response": str(i)} for i in range(15)])
     assert [result.reward for result in results] == [0.0] * 15
     assert 1 < script.most_under_way <= 8

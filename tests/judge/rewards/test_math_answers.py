@@ -37,8 +37,8 @@ def test_verdicts_equal_math_verify() -> None:
     golds = {gold: parse(gold if "$" in gold else f"\\boxed{{{gold}}}") for gold in GOLDS}
     found = {response: parse(response) for response in RESPONSES}
     own = [verify(golds[gold], found[response]) for gold, response in pairs]
-    asked = request_reward("math", {})
-    with create_runner(asked, build_versioned_reward(asked), 2) as running:
+    request = request_reward("math", {})
+    with create_runner(request, build_versioned_reward(request), 2) as running:
         results = running.score([{"answer": gold, "response": response} for gold, response in pairs])
     assert len(pairs) > 200
     assert [pair for pair, result, verdict in zip(pairs, results, own, strict=True)
@@ -49,9 +49,9 @@ def test_verdicts_equal_math_verify() -> None:
 @pytest.mark.parametrize(("items", "reward"), [(FOOLING, 0.0), (HONEST, 1.0)], ids=["fooling", "honest"])
 def test_benchmark_attacks_fail_and_honest_answers_pass(items: list[tuple[str, str]],
                                                                          reward: float) -> None:
-    asked = request_reward("math", {})
+    request = request_reward("math", {})
     assert len(items) == len(set(items)) == 44
-    with create_runner(asked, build_versioned_reward(asked), 1) as running:
+    with create_runner(request, build_versioned_reward(request), 1) as running:
         results = running.score([{"answer": gold, "response": response} for gold, response in items])
     assert [item for item, result in zip(items, results, strict=True) if result.reward != reward] == []
 
@@ -185,8 +185,8 @@ def test_another_unit_is_another_answer(answer: str, response: str, reward: floa
 
 def test_hostile_answers_score_0() -> None:
     rows = [{"answer": "42", "response": text} for text in [*HOSTILE, "\\boxed{42}"]]
-    asked = request_reward("math", {"cpu_limit_s": 1.0})
-    with create_runner(asked, build_versioned_reward(asked), 2) as running:
+    request = request_reward("math", {"cpu_limit_s": 1.0})
+    with create_runner(request, build_versioned_reward(request), 2) as running:
         *results, honest = running.score(rows)
         (unfair,) = running.score([{"answer": "1000000000!", "response": "\\boxed{42}"}])
     assert honest.reward == 1.0

@@ -1,4 +1,4 @@
-"""Fuzzed tool episodes: a script in the place of a model writes turns of every kind.
+"""Fuzzed tool episodes: a script instead of a model writes turns of every kind.
 
 Calls, several calls at once, calls that are no JSON or name no tool, texts that spell special tokens, tokens
 that no tokenizer would choose, turns without an end.  `problems_of` compares an episode with the turns that
@@ -133,9 +133,9 @@ def played(world: str, num_episodes: int, folder: Path,
     chat = chat_encoder()
     encoder = TurnEncoder(chat, "the script's tokenizer")
     policy = FuzzedPolicy(world, chat, encoder.end_ids[0])
-    asked = request_environment(world, {})
-    environment: Any = build_versioned_environment(asked)[0]
+    request = request_environment(world, {})
+    environment: Any = build_versioned_environment(request)[0]
     tasks = [environment.EXAMPLES[n % len(environment.EXAMPLES)] for n in range(num_episodes)]
     with open_journal(folder / world, "play", {"world": world}) as journal:
-        table = EpisodeSettings(asked, encoder, LIMITS, parallel)
+        table = EpisodeSettings(request, encoder, LIMITS, parallel)
         return play_episodes(tasks, wrapped(policy), table, open_episode_lines(journal)), policy, encoder

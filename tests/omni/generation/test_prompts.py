@@ -86,8 +86,9 @@ def site(made: Site, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Site:
 def asked(tokenizers: dict[str, Path] | None = None, **options: Any) -> Any:
     """Encode both prompts."""
 
-    shown = PromptMediaEncoder(Path(), tokenizers or {"image": Path("pictures"), "audio": Path("sounds")})
-    return encode_media_prompts(find_target(Path("model")), [RECORD, OTHER], shown, **options)
+    prompt_media_encoder = PromptMediaEncoder(Path(), tokenizers or {"image": Path("pictures"),
+                                                                     "audio": Path("sounds")})
+    return encode_media_prompts(find_target(Path("model")), [RECORD, OTHER], prompt_media_encoder, **options)
 
 
 def test_prompt_equals_the_start_of_its_training_row(site: Site) -> None:

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of four virtual nodes for the session, and a place to submit from."""
+"""A real Slurm cluster of four virtual nodes, and a folder to submit from."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -1,5 +1,5 @@
-"""A private, real Slurm cluster on this machine: its own controller, and several nodes that
-can die and freeze.
+"""A private, real Slurm cluster on this machine: a controller, and several nodes that tests can kill and
+freeze.
 
 Daemons run in the foreground as children of this process.  Each node lives in its own process, host name and
 mount namespaces, so that its death is one SIGKILL and takes everything that ran there.  Needs root and
@@ -93,8 +93,8 @@ def why_not() -> str | None:
         return "a private Slurm cluster needs root"
     if missing := [name for name in DAEMONS if not shutil.which(name)]:
         return f"not installed: {', '.join(missing)} (make slurm)"
-    done = subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True, check=False)
-    return done.stderr.strip() or "namespaces are not permitted here" if done.returncode else None
+    completed = subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True, check=False)
+    return completed.stderr.strip() or "namespaces are not permitted here" if completed.returncode else None
 
 
 class VirtualCluster:
@@ -202,10 +202,10 @@ class VirtualCluster:
 
     def run(self, *command: str, check: bool = True, **options: Any) -> str:
         """Run a client program; returns what it printed."""
-        done = subprocess.run(command, env=self.env, text=True, capture_output=True, timeout=600,
-                              check=False, **options)
-        assert not (check and done.returncode), (command, done.stdout, done.stderr)
-        return done.stdout.strip()
+        completed = subprocess.run(command, env=self.env, text=True, capture_output=True, timeout=600,
+                                   check=False, **options)
+        assert not (check and completed.returncode), (command, completed.stdout, completed.stderr)
+        return completed.stdout.strip()
 
     def sbatch(self, *arguments: str, **options: Any) -> str:
         """Submit a script; returns the job's number."""
@@ -214,10 +214,10 @@ class VirtualCluster:
     def job(self, number: str) -> dict[str, str]:
         """Return what the controller knows about a job; it is asked again where it has no time to answer."""
         for _ in range(600):
-            found = dict(re.findall(r"(\w+)=(\S*)",
-                                    self.run("scontrol", "-o", "show", "job", number, check=False)))
-            if "JobState" in found:
-                return found
+            result = dict(re.findall(r"(\w+)=(\S*)",
+                                     self.run("scontrol", "-o", "show", "job", number, check=False)))
+            if "JobState" in result:
+                return result
             time.sleep(0.5)
         raise TimeoutError(f"job {number}: the controller does not answer")
 

@@ -1,4 +1,4 @@
-"""Parameters one by one, against those of the library's modules in their order."""
+"""Parameters of a pipeline stage, one by one, against Megatron-Core's modules in their order."""
 
 from __future__ import annotations
 
@@ -99,8 +99,9 @@ def one_by_one(sizes: list[ParameterRun], num_ranks: int, bucket_numel: int | No
 
 
 @given(SIZES, st.integers(1, 7), st.none() | st.integers(1, 3000), st.sampled_from([128, 1 << 16]))
-def test_runs_lie_as_their_parameters_do(drawn: list[tuple[int, int, bool]], num_ranks: int,
-                                         bucket_numel: int | None, end_multiple: int) -> None:
+def test_buffer_of_parameter_runs_equals_one_by_one_layout(drawn: list[tuple[int, int, bool]], num_ranks: int,
+                                                           bucket_numel: int | None,
+                                                           end_multiple: int) -> None:
     sizes = [ParameterRun(numel, count, mark, alone) for mark, (numel, count, alone) in enumerate(drawn)]
     buffer = lay_out_buffer(sizes, sharded=True, num_ranks=num_ranks, bucket_numel=bucket_numel,
                       end_multiple=end_multiple)
@@ -196,11 +197,11 @@ def solar(*changes: str) -> RunConfig:
     # half a byte for a value; 192 / 16 = 12 scales of each of 384 rows, 320 / 16 = 20 of each of 256 columns;
     # two float32
     ("nvfp4", 320, 192, 320 * 192 + 384 * 12 + 256 * 20 + 8)])
-def test_a_weight_takes_what_is_counted_by_hand(fp8: str, rows: int, columns: int, by_hand: int) -> None:
+def test_bytes_per_weight_equal_hand_counts(fp8: str, rows: int, columns: int, by_hand: int) -> None:
     assert count_weight_bytes(fp8, rows, columns) == by_hand
 
 
-def test_layers_in_bf16_keep_nothing_beside_their_weights() -> None:
+def test_bf16_layers_have_no_fp8_copies() -> None:
     """Half of the first of four stages, and of the last one."""
     sums = [[kept_bytes(solar("train.fp8=mxfp8", *changes), stage) for stage in range(4)] for changes in (
         (), ("train.fp8_bf16_layers_at_start=6", "train.fp8_bf16_layers_at_end=6"))]

@@ -192,12 +192,12 @@ def test_publishing_warns_about_responses_of_other_runs(publisher: Publisher, wr
     publisher = dataclasses.replace(publisher, is_own=lambda step, sha256: not step)
     assert publisher.publish(1) == "" and capsys.readouterr().err == ""
     assert publisher.publish(2) == ""
-    said = capsys.readouterr().err
-    assert f"of step 2 began responses of round 2 and does not belong to {tmp_path}" in said
+    errors = capsys.readouterr().err
+    assert f"of step 2 began responses of round 2 and does not belong to {tmp_path}" in errors
 
 
-def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none(
-        publisher: Publisher, write_round: Any) -> None:
+def test_excluded_groups_are_counted_by_reason_and_a_step_may_be_empty(publisher: Publisher,
+                                                                       write_round: Any) -> None:
     store = write(publisher, write_round, judge=False)
     ids = [prompt.id for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)]
     rewards = {0: [1, 1, 1, 1], 1: [0, 0, 0, 0], 2: [None, None, None, 1], 3: [1, 0, None, 0],

@@ -1,4 +1,4 @@
-"""A run folder with every kind of event, as a training run would leave it."""
+"""A run folder with every kind of event that training writes."""
 
 from __future__ import annotations
 

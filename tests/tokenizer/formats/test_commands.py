@@ -1,5 +1,4 @@
-"""`sov-tokenizer import`: the same ids as the library that a tokenizer was made for,
-or nothing is written."""
+"""`sov-tokenizer import`: the same ids as the library for which a tokenizer was made, or no output."""
 
 import functools
 import io

@@ -1,4 +1,5 @@
-"""Routes of token shards: written as a sidecar, read by memory map, in rows beside their own tokens."""
+"""Expert routes in token shards: written as a sidecar file, memory-mapped, and packed into rows with their
+tokens."""
 
 import dataclasses
 from pathlib import Path
@@ -45,7 +46,7 @@ def written(folder: Path, shape: RouteShape, **changes: Any) -> Path:
     return folder
 
 
-def test_routes_stand_in_a_row_beside_their_own_tokens(tmp_path: Path) -> None:
+def test_routes_are_packed_with_their_tokens(tmp_path: Path) -> None:
     shape = build_route_shape(MODEL)
     assert (shape.layers, shape.top_k, shape.num_experts) == (
         MODEL.num_layers - MODEL.num_dense_layers, MODEL.num_experts_per_token, MODEL.num_experts)

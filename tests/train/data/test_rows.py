@@ -1,4 +1,4 @@
-"""Rows: which token is predicted from which, with what weight."""
+"""Packed rows: labels, loss weights and positions of every token."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ def test_held_out_samples_stop_at_their_budget(numbered: Any, lengths: list[int]
     assert {s.source for s in samples} == {3}
 
 
-def test_joined_rows_keep_their_documents_apart(numbered: Any) -> None:
+def test_joined_rows_keep_documents_separate(numbered: Any) -> None:
     documents = numbered([4, 6])
     rows = [build_row(OrderedSample(i, (PackedSegment(i, 0, 4),)), documents, 5,
                        columns=("score",)) for i in range(2)]

@@ -1,4 +1,4 @@
-"""One source's stream: every token once an epoch, at changing sample lengths, over kills."""
+"""The stream of one source: every token once an epoch, at changing sample lengths and after kills."""
 
 import dataclasses
 import json
@@ -62,8 +62,9 @@ def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packin
        st.sampled_from(["truncate", "drop"]), st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=40),
        st.integers(0, 40))
 @SETTINGS
-def test_pairs_stay_whole_in_one_row_at_changing_lengths_and_over_kills(
-        pairs: list[tuple[int, int]], packing: Packing, wanted: list[int], killed: int) -> None:
+def test_pairs_stay_whole_in_one_row_at_changing_lengths_and_over_kills(pairs: list[tuple[int, int]],
+                                                                        packing: Packing, wanted: list[int],
+                                                                        killed: int) -> None:
     corpus = [n for pair in [*pairs, (2, 3)] for n in pair]
 
     def of_pairs(cursor: Cursor) -> DocumentStream:
@@ -87,7 +88,7 @@ def test_pairs_stay_whole_in_one_row_at_changing_lengths_and_over_kills(
             assert len(counted) == len(corpus) // 2
 
 
-def test_what_is_longer_than_a_sample_is_counted_once_for_each_time_that_it_is_met() -> None:
+def test_overlong_documents_are_counted_at_each_occurrence() -> None:
     source = stream([3, 9, 16, 30, 20], "drop")
     given_ = {(s.document, s.count) for _ in range(6) for s in source.next_sample(16)}
     assert given_ == {(0, 3), (1, 9), (2, 16)}

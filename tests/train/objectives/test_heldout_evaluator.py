@@ -1,4 +1,4 @@
-"""Held-out loss and bits per byte against transformers and the bytes of the texts themselves."""
+"""Held-out loss and bits per byte, compared with transformers and the bytes of the texts."""
 
 import itertools
 import json
@@ -139,8 +139,8 @@ def said_of(ids: Any, types: Any, inside: int, tokenizer: Any) -> str:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_turns_of_conversations_and_what_they_say_are_told_apart(ranks: Any, job: Any, packed_data: Any,
-                                                                 tmp_path: Path) -> None:
+def test_turn_marks_and_turn_contents_are_measured_separately(ranks: Any, job: Any, packed_data: Any,
+                                                              tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     def turns(i: int, count: int) -> list[dict[str, str]]:

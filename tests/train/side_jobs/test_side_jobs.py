@@ -1,4 +1,4 @@
-"""Exports and their evaluations together: what was exported is judged, and nothing of it can end a run."""
+"""Exports and evaluations together: exports are evaluated, and failures never end a run."""
 
 import shutil
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[SideJobs, lis
     return SideJobs(tmp_path, recipes.get("tiny-solar-open"), lambda event, **fields: None), asked, fails
 
 
-def test_what_is_exported_is_judged_and_both_are_followed_and_ended(jobs: Any) -> None:
+def test_exports_are_evaluated_and_both_processes_end(jobs: Any) -> None:
     beside, asked, _ = jobs
     beside.offer(10, Path("step-10"), last=False)
     for action in (beside.poll, beside.wait, beside.close):
@@ -92,8 +92,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return []
 
 
-def test_a_complete_run_leaves_the_mean_of_its_newest_checkpoints(
-        tmp_path: Path, imported: dict[str, Path], told: list[dict[str, Any]], capsys: Any) -> None:
+def test_a_complete_run_leaves_the_mean_of_its_newest_checkpoints(tmp_path: Path, imported: dict[str, Path],
+                                                                  told: list[dict[str, Any]],
+                                                                  capsys: Any) -> None:
     def record(name: str, **fields: Any) -> None:
         told.append({"event": name, **fields})
 

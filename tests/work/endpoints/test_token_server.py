@@ -1,3 +1,5 @@
+"""The client of a token-level engine server: sampled tokens, weight updates, retries and rejected answers."""
+
 import base64
 import io
 import threading
@@ -21,9 +23,9 @@ PROMPT = [5, 6, 7]
 
 @pytest.fixture
 def double() -> Iterator[VllmDouble]:
-    found = VllmDouble()
-    yield found
-    found.close()
+    vllm_double = VllmDouble()
+    yield vllm_double
+    vllm_double.close()
 
 
 def words(count: int, version: int = 0) -> list[int]:
@@ -99,13 +101,14 @@ def test_several_answers_per_request(double: VllmDouble, route: str) -> None:
 
 
 def test_prompts_of_request_are_answered_in_order(double: VllmDouble) -> None:
-    asked = TokenRequest("a", PROMPT, 4, count=2, others=([8, 9], [4]))
-    answers = VllmServer(double.url).write(asked)
+    token_request = TokenRequest("a", PROMPT, 4, count=2, others=([8, 9], [4]))
+    answers = VllmServer(double.url).write(token_request)
     assert [answer.tokens for answer in answers] == [
         [token_at(prompt, place, 0) for place in range(4)] for prompt in (PROMPT, [8, 9], [4]) for _ in "12"]
     # vLLM tells no versions of them; a server of ours has no tokenizer, and refuses to tell texts
     assert not answers[0].versions and all(body["return_tokens_as_token_ids"] for body in double.asked)
-    assert (asked.num_answers, VllmServer(double.url).write(TokenRequest("b", PROMPT, 4))[0].versions) == (
+    assert (token_request.num_answers, VllmServer(double.url).write(TokenRequest("b", PROMPT,
+                                                                                 4))[0].versions) == (
         6, (VersionSpan(0, 0, 4),))
 
 

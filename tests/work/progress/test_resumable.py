@@ -96,7 +96,7 @@ def test_matching_parts_are_reused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parts_of_other_commands_are_kept(tmp_path: Path) -> None:
+def test_parts_of_other_commands_are_not_removed(tmp_path: Path) -> None:
     build_parts(tmp_path / "out", ["ab1"])
     with (pytest.raises(UserError, match=r"out: .* unfinished work of another command: .*inspect .* --clear"
                                          r"(.|\n)*command was .sov-data pack., and is .sov-tokenizer train."),

@@ -1,6 +1,5 @@
-"""The world of `verifiers`, played through its bridge against a small double of the library: its environment
-asks the endpoint that it is given, as the library's harnesses do.  `benchmarks/verifiers_worlds.py` plays the
-library itself."""
+"""The `verifiers` world, played through its bridge against a small double of the library.
+`benchmarks/verifiers_worlds.py` uses the library itself."""
 
 import contextlib
 import json
