@@ -51,7 +51,7 @@ def test_every_command_on_a_page_parses(line: str) -> None:
 @pytest.mark.each("line", [line for line in COMMANDS if line.startswith("megatron-sov ")
                            and cli.split_command(line.split()[1:])[0] in TRAINS])
 def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None:
-    """At the number of processes that the command says, or where the environment decides at one that fits."""
+    """With the command's number of processes, or any fitting number if the environment decides."""
     args = parse(line)
     command = cli.split_command(line.split()[1:])[0]
     trains_by = TRAINS[command]
@@ -79,7 +79,7 @@ def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None
 @pytest.mark.each("line", [
     c for c in COMMANDS if re.match(r"megatron-sov (generate|serve|eval|convert) .*--nproc", c)])
 def test_layouts_on_pages_fit_a_model_with_experts(line: str) -> None:
-    """The tests that type these pages leave several processes to other tests."""
+    """Tests that run these pages leave several processes to other tests."""
     args = parse(line)
     config = dataclasses.replace(recipes.get("solar-open-102b"), parallel=ParallelConfig())
     asked = args.settings if hasattr(args.settings, "settings") else args
@@ -133,8 +133,8 @@ def links(page: Path) -> list[tuple[Path, str]]:
 
 @cache
 def under_headings(page: Path) -> dict[str, str]:
-    """Return a heading as links name it -> what is below it, to the next of its level or above; "": before
-    the first section."""
+    """Return link anchor -> text below the heading, up to the next heading of its level or above; "" is the
+    text before the first."""
     text = page.read_text()
     without = re.sub(r"^```.*?^```", lambda code: re.sub(r"^#", " ", code[0], flags=re.MULTILINE), text,
                      flags=re.MULTILINE | re.DOTALL)
@@ -216,7 +216,7 @@ def test_the_page_lists_all_extras() -> None:
 
 
 def test_no_page_installs_the_project_by_name() -> None:
-    """No package index has it: whoever registers it there would have his code run."""
+    """No package index has the project, so a stranger who registers the name could execute code."""
     folders = [ROOT / name for name in ("megatron_sov", "data_prep", "tokenizer", "slurm", "docs",
                                         "containers", "benchmarks", "examples")]
     files = [*ROOT.glob("*.*"), *(p for folder in folders for p in folder.rglob("*"))]
@@ -262,7 +262,7 @@ def test_the_page_of_the_house_shows_every_hall() -> None:
 
 
 def test_llms_txt_has_a_line_for_every_page() -> None:
-    """For programs that read: the pages of the index, with what each is for."""
+    """The file lists the pages of the index for programs, with their subjects."""
     text = (ROOT / "docs/llms.txt").read_text()
     lines = dict(re.findall(r"^- \[([\w/]+\.md)\]\(\1\): (.+)$", text, re.MULTILINE))
     rows = dict(re.findall(r"^\| \[([\w/]+\.md)\]\(\1\) \| (.+) \|$", (ROOT / "docs/index.md").read_text(),

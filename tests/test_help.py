@@ -108,7 +108,7 @@ def test_a_word_of_the_trade_leads_to_a_command_that_parses(program: str, word: 
         assert _begin(line) in said
         if len(line.split()) > 3:
             parse(line)
-    # of a command, not of an option of the program, the answer has one line, without what nothing takes
+    # for a command, in contrast to a program option, the message has one line without unknown words
     first = next((_begin(line) for line in named if " " in _begin(line)), "")
     lines = [line.strip() for line in proposed.partition("\nthis line still has a fault")[0].splitlines()]
     assert len(lines) == 1 if first else len(lines) <= 1

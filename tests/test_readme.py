@@ -35,7 +35,7 @@ def block_under(heading: str) -> list[str]:
 
 
 def gather(folder: Path) -> None:
-    """Write what `sov-data demo-corpus` would, in small."""
+    """Write a small version of the files of `sov-data demo-corpus`."""
     modules = {"english": (textwrap,), "code": (inspect,)}
     with create_artifact(folder, "corpus") as corpus:
         for name, sources in modules.items():

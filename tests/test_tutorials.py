@@ -26,7 +26,7 @@ TRAINS = ("megatron-sov pretrain", "megatron-sov convert", "megatron-sov sft")
 
 
 def under(heading: str, text: str) -> list[str]:
-    """Return what is typed under a heading, up to the next one of its level."""
+    """Return the commands under a heading, up to the next heading of its level."""
     return list(lines_of(shell_blocks(text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0])))
 
 
@@ -49,7 +49,7 @@ def test_laptop_commands_of_tutorials_run(tmp_path: Path, monkeypatch: pytest.Mo
                 printed = f"{result.stdout[-500:]}\n{result.stderr[-3000:]}"
                 assert result.returncode == 0, f"{name}: {line}\n{printed}"
                 typed.add(line)
-    assert len(typed) == 6  # and what is gathered
+    assert len(typed) == 6  # and the collected files
 
 
 CLUSTER = [pytest.param(line, id=f"{name}: {line[:60]}") for name, text in PAGES.items()

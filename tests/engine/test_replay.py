@@ -30,7 +30,7 @@ PADDED = 25
 
 
 def drawn_routes(num_tokens: int, layers: int, seed: int) -> np.ndarray:
-    """Return random routes that no router would choose; one in eight is unknown."""
+    """Return random routes that a router would not choose; one in eight is unknown."""
     shape, random = RouteShape(layers, TOP_K, EXPERTS), np.random.default_rng(seed)
     routes = random.permuted(np.tile(np.arange(EXPERTS), (num_tokens, layers, 1)), axis=2)[:, :, :TOP_K]
     routes = routes.astype(shape.dtype)

@@ -162,7 +162,7 @@ def test_an_unknown_price_is_a_range() -> None:
     assert estimate_cost(3600, 1, replace(H100, gpu="gb300")).price_note.startswith("a guess: ")
 
 
-# The bytes of a checkpoint are those of real ones on disk.
+# Checkpoint bytes equal those of real checkpoints on disk.
 
 
 SMALL = ("model.vocab_size=97", "model.hidden_size=32", "model.head_dim=8", "model.num_layers=2",

@@ -51,7 +51,7 @@ def test_fewest_nodes_are_minimal() -> None:
     assert find_fewest_nodes(in_bf16, prices(2)) == 6
 
 
-# What a plan tells to type is a command that `submit` takes.
+# The command that a plan proposes is accepted by `submit`.
 
 
 @pytest.mark.each(("recipe", "stage"), [
@@ -151,7 +151,7 @@ def test_rare_rules_are_counted_together() -> None:
                                                                              strict=True)})
 
 
-# The grid holds the run's own layout, and what --set is told makes the very layout that was looked at.
+# The grid contains the run's own layout, and the proposed --set values reproduce the searched layout.
 
 
 @pytest.mark.each("recipe", ["solar-open-102b", "k-exaone-236b-extend", "qwen3-8b", "tiny-k-exaone"])
@@ -252,7 +252,7 @@ def played(pp: int, vpp: int, runs: Sequence[int], beside: float, num_micro_batc
 @pytest.mark.each(("pp", "vpp", "beside"), [(8, 1, 3.2), (8, 2, 3.2), (4, 2, 3.2), (4, 4, 3.2),
                                                    (2, 4, 2.2), (16, 1, 2.0)])
 def test_simulated_pipeline_schedule_equals_the_plan(pp: int, vpp: int, beside: float) -> None:
-    """The slowest stage for each micro-batch, and the bubble: (pp - 1) / vpp of what a mean stage takes."""
+    """The slowest stage per micro-batch, plus the bubble: (pp - 1) / vpp times the mean stage."""
     runs = find_uneven_split(48, pp, vpp, beside)
     for layers in filter(None, (runs, (48 // pp // vpp,) * (pp * vpp))):
         stages = [sum(layers[stage::pp]) + beside * (stage == pp - 1) for stage in range(pp)]
@@ -276,7 +276,7 @@ def test_training_accepts_proposed_layouts(pp: int, vpp: int, beside: float) -> 
 
 
 def test_the_head_is_on_the_last_run_of_the_last_stage() -> None:
-    # 10 layers and 2.2 layers' worth beside: 6, and 4 with the head
+    # 10 layers and a head worth 2.2 layers: 6, and 4 with the head
     assert find_uneven_split(48, 4, 2, 2.2) == (6, 6, 6, 6, 6, 7, 7, 4)
 
 
@@ -285,8 +285,7 @@ def test_equal_stages_without_gain_from_uneven_ones() -> None:
     assert find_uneven_split(4, 8, 1, 1.0) == (), "fewer layers than stages"
 
 
-# A search finds what trying every combination finds, proposes nothing that training would refuse, and
-# counts what it leaves out.
+# A search equals trying every combination, proposes only accepted layouts, and counts excluded ones.
 
 
 SMALL = LayoutSpace(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), etp=(1, 2),

@@ -175,7 +175,7 @@ def test_a_stage_with_more_layers_sends_more() -> None:
     assert uneven.tp_s == pytest.approx(even.tp_s * 24 / 16)
 
 
-# Products of one GPU: those of all GPUs together are the model's, however it is cut.
+# Matrix products per GPU: summed over GPUs they equal the model's, at any layout.
 
 
 def a_workload(name: str, **settings: object) -> Workload:
@@ -211,7 +211,7 @@ def flops_of_all_gpus(w: Workload) -> float:
 def test_cut_work_is_all_work(name: str, layout: dict[str, int]) -> None:
     w = a_workload(name, **layout)
     if w.shape.kv_lora_rank and w.tp > 1:
-        return  # the projections down to the ranks are whole on each rank; told apart below
+        return  # the low-rank projections are replicated on each rank; tested below
     at_once = w.num_gpus // (w.tp * w.cp) * w.seq_len * w.micro_batch_size
     expected = w.shape.count_forward_flops(w.seq_len) * at_once
     scan = w.shape.num_mamba_layers * w.shape.count_mamba_scan_flops() * at_once
@@ -302,7 +302,7 @@ def test_recomputing_everything_sends_a_forward_pass_more() -> None:
 @pytest.mark.each(("sharding", "bytes_per_weight"), [("none", 2 * 4), ("zero1", 4 + 2),
                                                             ("fsdp", 4 + 2 * 2)])
 def test_data_parallel_bytes_equal_the_zero_paper(sharding: str, bytes_per_weight: int) -> None:
-    """arXiv 1910.02054, section 7: an all-reduce is two of a ring's halves; stage 1 replaces one of them by
+    """arXiv 1910.02054, section 7: an all-reduce is two ring halves; stage 1 replaces one of them by
     gathering weights, stage 3 gathers them in both passes."""
     w = step_of(sharding=sharding)
     params = count_local_params(w)[0]
@@ -324,7 +324,7 @@ def test_weights_are_sharded_over_their_groups() -> None:
 
 
 def test_experts_get_a_copy_for_each_rank_that_a_token_visits() -> None:
-    """All-to-all sends one for each choice; DeepEP one for each rank: 8 (1 - (7/8)^4) of 8 ranks."""
+    """All-to-all sends a copy per chosen expert; DeepEP one per rank: 8 (1 - (7/8)^4) of 8 ranks."""
     token = 1024 * 2
     passes = 4 * 2 * 2  # layers, dispatch and combination, both passes
     assert sent(step_of(MOE, ep=8))["ep"] == pytest.approx(passes * 2048 * token * 4 * 7 / 8)
@@ -334,7 +334,7 @@ def test_experts_get_a_copy_for_each_rank_that_a_token_visits() -> None:
 
 
 def test_expert_tensor_parallel_processes_all_receive_tokens() -> None:
-    """All-to-all gathers what arrived, 4 rows for each token, among the 2 processes of an expert."""
+    """The 2 processes of an expert gather all received tokens, 4 rows per token."""
     unit = 4 * 2 * 2 * 2048 * 1024 * 2
     assert sent(step_of(MOE, ep=4, etp=2))["ep"] == pytest.approx(unit * (4 * 3 / 4 + 4))
     assert sent(step_of(MOE, ep=1, etp=2))["ep"] == pytest.approx(unit * 4)
@@ -363,7 +363,7 @@ def test_layers_with_a_window_pass_the_ends_of_pieces_alone() -> None:
 
 
 def test_copies_of_sharded_weights_are_fewer_of_experts() -> None:
-    """HSDP over 4 of 8 processes: with ep 2 each expert is on 4, shared by 2 of them."""
+    """HSDP over 4 of 8 processes: with ep 2 each expert is on 4 processes, sharded over 2 of them."""
     w = step_of(MOE, sharding="fsdp", sharding_group=4, ep=2)
     dense, experts = count_local_params(w)
     assert sent(w)["dp"] == pytest.approx(dense * ((4 + 2 * 2) * 3 / 4 + 4 / 4 * 2 * 1 / 2))

@@ -27,8 +27,8 @@ def pairs(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_teacher_states() -> Callable[..., None]:
-    """Return `write(out, data, kept, part_tokens=400, teacher="one")`: an artifact as a teacher with random
-    states leaves it, the same states whatever is kept of them; any other teacher is a wider model."""
+    """Return `write(out, data, kept, part_tokens=400, teacher="one")`: write the artifact of a teacher with
+    random states, which do not depend on `kept`; any other teacher name is a wider model."""
     import torch
     from safetensors.torch import save_file
 

@@ -50,7 +50,7 @@ def test_responses_after_the_sample_end_are_excluded(monkeypatch: pytest.MonkeyP
     source = Source("pairs", None, "preference", {}, {"train": 0, "heldout": 59}, 1.0)
     documents = Pairs()
     monkeypatch.setattr(Source, "open_split", lambda self, split: documents)
-    # right, wrong, a tie, right by what a sample holds; of the last one's response no sample holds anything
+    # correct, wrong, a tie, correct within the sample; the last response is outside every sample
     expected = {"pairs": 4, "chosen_likelier": 2.5 / 4, "pairs_right": 2.5 / 4, "margin": 0.25}
     assert preference.measure_heldout_pairs(view, [source], None) == {"pairs": expected}
     assert events == [{"name": "heldout_pairs", "step": 3, "source": "pairs", **expected}]

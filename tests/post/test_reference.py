@@ -52,7 +52,7 @@ def test_heldout_logprobs_are_stored_like_samples(pairs: Path, tmp_path: Path) -
 
 
 def start(folder: Path, weights: str) -> Path:
-    """Return what stands for a checkpoint that was made just now."""
+    """Return a stand-in for a newly written checkpoint."""
     with create_artifact(folder, "checkpoint") as artifact:
         (artifact.path / "model.safetensors").write_text(weights)
     return folder

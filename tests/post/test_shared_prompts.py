@@ -98,8 +98,8 @@ def curve(shares: bool, run: str) -> list[dict[str, Any]]:
 
 
 def compare_attention() -> list[float]:
-    """Return for each window and block the largest difference of outputs and gradients from those of the row
-    in which each document has its own beginning."""
+    """Return, for each window and block, the largest difference of outputs and gradients from a row in which
+    each document has its own prompt."""
     from megatron.core.transformer import TransformerConfig
 
     world.join_world(ParallelConfig())

@@ -129,14 +129,14 @@ def test_a_miniature_has_every_kind_of_attention(recipe: str, others: set[tuple[
         "parallel.pp=1", "parallel.vpp=1", "parallel.pipeline_layout=[]"])
     model = build_miniature(config, 64, Path("documents")).config.model
 
-    # behind layers without experts, where there are any
+    # after the dense layers, if there are any
     behind = model.num_dense_layers if model.num_experts else 0
     assert {*zip(model.layer_types()[behind:], model.windows()[behind:], strict=True)} == {
         *others, ("full_attention", 0)}
 
 
 def test_a_fault_of_global_attention_layers_only_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its keys are those of the whole row, of a sliding layer's only ends of pieces are sent."""
+    """Global layers exchange keys of the whole row; sliding layers only send the ends of chunks."""
     summed = context._reduce_scatter
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
         context.select_local(row) if len(row) == ROW_TOKENS else summed(row)))
@@ -261,7 +261,7 @@ def test_objectives_families_and_optimizers_equal_one_process(recipe: str, setti
     assert (verdict.outcome, verdict.places) == (EQUAL, [])
     assert verdict.largest < 1e-12 and verdict.compared["weights"] > 10 and verdict.messages > 50
     assert small.config.objective.name == config.objective.name
-    # a loss of which nothing is learned would be equal too
+    # a loss that is always zero would be equal too
     assert terms <= {name for name, value in verdict.losses.items() if value}
 
 
@@ -285,7 +285,7 @@ def own_values(values: dict[str, float], over: Any) -> dict[str, float]:
 def test_a_fault_in_every_built_in_loss_is_detected(recipe: str, settings: tuple[str, ...], module: str, name:
                                                     str, wrong: Any, place: str, monkeypatch:
                                                     pytest.MonkeyPatch,) -> None:
-    """It begins in the gradient of what the last layer gives to the loss."""
+    """The difference begins in the gradient that the loss returns to the last layer."""
     config = apply_settings(recipes.get(recipe), [*settings, "train.global_batch_size=8",
                                                   "train.micro_batch_size=1"])
     monkeypatch.setattr(importlib.import_module(f"megatron_sov.{module}"), name, wrong)
@@ -404,7 +404,7 @@ def of_first_bucket(sync: Callable[..., None]) -> Callable[..., None]:
 
 
 def test_a_missing_sum_after_the_first_bucket_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under overlap the first stage sends its gradients, and those of its experts, in several buckets."""
+    """With overlap the first stage reduces its gradients, including those of experts, in several buckets."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
 
     for name in ("start_grad_sync", "finish_grad_sync"):
@@ -421,7 +421,7 @@ def test_a_missing_sum_after_the_first_bucket_is_detected(monkeypatch: pytest.Mo
 
 
 HARMLESS = {
-    # how long the run is and what it reads
+    # length of the run, and its data
     "train.tokens", "train.epochs", "train.steps", "data.heldout_tokens", "data.max_epochs",
     "data.skip_steps",
     # by how much a step changes weights, and where they begin; a product in more pieces; a kernel's cores

@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Model:
-    """Writes the answer that stands in the prompt."""
+    """A model that writes the answer contained in the prompt."""
 
     encoder: RequestEncoder
     scheduler: BatchScheduler
@@ -88,7 +88,7 @@ class Model:
             places = {number: answer for number, answer in places.items() if answer}
 
     def answer(self, joining: NewSequence) -> list[int]:
-        """Return what is between the user's mark and the end of the turn, and that end."""
+        """Return the text between the user's mark and the end of the turn, and that end."""
         tokenizer = self.encoder._tokenizer
         said = tokenizer.decode(list(joining.prompt), skip_special_tokens=False)
         said = said.rpartition("<|user|>")[2].partition("<|endofturn|>")[0]
@@ -195,7 +195,7 @@ def test_a_finished_answer_frees_its_slot(opened: Any) -> None:
         server.model.rows = threading.Semaphore(0)
         with server.http.stream("POST", "/chat/completions", json={
                 "messages": [{"role": "user", "content": "long " * 70}], "stream": True}) as gone:
-            next(gone.iter_bytes())  # what a stream begins with, before the first row
+            next(gone.iter_bytes())  # the start of a stream, before the first row
 
         def left() -> bool:
             server.model.rows.release()
@@ -225,7 +225,7 @@ def test_excess_requests_are_refused_and_waiting_ones_answered_in_order(opened: 
     with opened(max_waiting=3) as server, ThreadPoolExecutor(4) as pool:
         server.model.rows = threading.Semaphore(0)
         asked = []
-        for number in range(4):  # the model stands still behind the first one
+        for number in range(4):  # the model pauses after the first one
             asked.append(pool.submit(server.chat, f"{number}"))
             until(lambda n=number: bool(server.model.joined) and num_waiting(server) == n)
         refused = server.chat("4")
@@ -298,7 +298,7 @@ def test_requests_without_key_are_refused(opened: Any) -> None:
 
 
 def talk(server: Open, said: bytes) -> bytes:
-    """Say something over a bare connection, and return what comes until the server hangs up."""
+    """Send bytes over a plain connection, and return the reply until the server closes it."""
     host, port = server.url.removesuffix("/v1").removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=600) as connection:
         connection.sendall(said)

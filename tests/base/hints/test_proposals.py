@@ -49,7 +49,7 @@ def test_a_recommended_value_is_in_the_line(sentence: str, write: str) -> None:
 
 
 def test_later_faults_are_found_with_a_placeholder_value() -> None:
-    """A reward that nothing replaces, and a method that has an equivalent."""
+    """A reward without a replacement, and a method with an equivalent."""
     def check(line: list[str]) -> None:
         if "math" not in line:
             raise UserError("reward 'mine': does not exist", Fix(stand_ins={"mine": "math"}))

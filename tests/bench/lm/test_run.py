@@ -39,7 +39,7 @@ def reference(task_dir: Path, hf_models: dict[str, Path]) -> dict[str, Any]:
             task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
             task.set_fewshot_seed(1234)
         model, tokenizer = load_hf(hf_models[FAMILY]), load_tokenizer(hf_models[FAMILY])
-        model.generation_config.eos_token_id = tokenizer.eos_token_id  # or sequences go on behind their end
+        model.generation_config.eos_token_id = tokenizer.eos_token_id  # or sequences continue after their end
         result = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), loaded,
                           bootstrap_iters=0)
     finally:
@@ -96,7 +96,7 @@ def test_a_hugging_face_folder_is_scored_as_lm_eval_does(task_dir: Path, hf_mode
     assert [e["step"] for e in events] == [41] * 9
     assert {e["output"] for e in events} == {str(out)}
 
-    # what was answered is never asked again, the results are the same to the byte, and the run knows already
+    # stored answers are not generated again, the results have the same bytes, and the run has recorded them
     before = out.read_bytes()
     assert main(argv) == 0
     assert "asked" not in capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_a_killed_evaluation_resumes_after_its_stored_answers(one_rank: None, ta
         nonlocal calls
         calls += 1
         if calls % 3 == 0:
-            raise KeyboardInterrupt  # as good as a kill: nothing behind it is written
+            raise KeyboardInterrupt  # equivalent to a kill: nothing is written afterwards
         asked.extend(request.key for request in chunk)
         return plain(model, running, chunk, flag)
 

@@ -251,7 +251,7 @@ def test_held_out_quality_counts_every_byte_once(tmp_path: Path, heldout: Any,
 
 
 def at_once(monkeypatch: pytest.MonkeyPatch, run: Path, *later: list[dict[str, Any]]) -> None:
-    """Have `--follow` find more events whenever it sleeps, and Ctrl-C where none are left."""
+    """Make `--follow` find new events at every sleep, and Ctrl-C when none remain."""
     pieces = iter(later)
 
     def sleep(_: float) -> None:

@@ -73,8 +73,8 @@ def losses(run: Path) -> list[tuple[float, float]]:
 
 
 def divergence_of_transformers(run: Path, number: int, folder: Path, teacher: Path) -> tuple[float, float]:
-    """Return the mean generalised JSD and forward KL over what the student wrote in a round, by torch's own
-    KL of the two models' logits, as TRL's GKD trainer has it."""
+    """Return mean generalized JSD and forward KL over the student's text of a round, with torch's KL of the
+    two models' logits, as in TRL's GKD trainer."""
     import torch
     from torch.nn.functional import kl_div
     from transformers import AutoModelForCausalLM

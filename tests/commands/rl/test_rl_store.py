@@ -40,7 +40,7 @@ def rollout(prompt: str, sample: int, **changes: Any) -> Rollout:
 
 
 def filled(path: Path) -> RolloutStore:
-    """Return a store of one round: two pieces, of which one response was continued, and a reward."""
+    """Return a store of one round: two pieces, one continued response, and a reward."""
     store = RolloutStore.create(path, "sha256:ab", 100)
     late = rollout("p1", 0, finish_reason=UNFINISHED)
     parts = {format_part_name(1, 0): [rollout("p0", 0), rollout("p0", 1)],
@@ -72,7 +72,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(sound: Path, tmp_path: Path) -> RolloutStore:
-    """A copy of it to break."""
+    """A copy of the store, for damage."""
     shutil.copytree(sound, tmp_path / "store")
     return RolloutStore.open(tmp_path / "store")
 

@@ -84,7 +84,7 @@ def documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]:
 
 
 def hf_logprobs(checkpoint: Path, folder: Path, tokens: list[list[int]]) -> list[np.ndarray]:
-    """Return what transformers' model says of each token but the first of texts."""
+    """Return transformers' log-probabilities of each token of texts but the first."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -116,7 +116,7 @@ def test_token_advantage_is_teacher_minus_student_log_probability(whole: Path, t
     advantages = [(theirs - own)[written[1:]] for theirs, own, (_, written) in zip(
         teachers, student, there, strict=True)]
     told, step = events(whole, "round")[0], events(whole, "step")[0]
-    # --reward none: there is no reward of 0 to tell, and what the run is after is told in its place
+    # --reward none: no reward of 0 is printed, but the figure that the run optimizes
     assert "reward" not in told["means"] and "reward" not in step["meters"]
     headline, _ = read_headline(events(whole, "run_start")[0])
     assert format_step(step, headline, comparable=False).startswith("KL to the teacher ")

@@ -75,7 +75,7 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(asked: list[str]
 
 
 def _greedy(run_command: Any, checkpoint: Path, file: Path) -> dict[str, tuple[list[int], str]]:
-    """Return what `generate` says to each prompt."""
+    """Return the greedy output of `generate` for each prompt."""
     texts = [f"What is {i} plus 1?" for i in range(2)] + ["Name a river."]
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     result = run_command("generate", str(checkpoint), "--prompts", str(file), "--chat", "--max-new-tokens",

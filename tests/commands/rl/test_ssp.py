@@ -140,7 +140,7 @@ def test_experts_of_a_run_are_merged_and_compared_with_the_merge(asked: list[str
     assert "0.5 of" in capsys.readouterr().out
     result = probe("merged", "--run", "run")
     assert asked == ["step-100", "step-200", "merged"]
-    # never what is merged
+    # never the merged checkpoint
     assert [c["checkpoint"] for c in result["choice"]] == ["run/step-100", "run/step-200"]
     gains = {(g["domain"], g["k"]): g["gain"] for g in result["merged"]}
     # the second problem of algebra: one right answer of four is in half of the pairs
@@ -149,7 +149,8 @@ def test_experts_of_a_run_are_merged_and_compared_with_the_merge(asked: list[str
     assert main(["convert", "average", "run", "both"]) == 0
     for name in read_manifest("both").files:
         assert Path("both", name).read_bytes() == Path("merged", name).read_bytes()
-    # one that is the best everywhere is the merge, bit for bit, so that a road goes on whatever was found
+    # a checkpoint that is best in every domain is the merge, bit for bit, so that the next stage always has a
+    # start
     first = "run/checkpoints/step-100"
     assert main(["ssp", "probe", first, *ASK[:-1], "alone"]) == 0
     assert main(["ssp", "fuse", "alone", "--output", "same"]) == 0

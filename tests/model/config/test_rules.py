@@ -44,7 +44,7 @@ def audio(**changes: Any) -> str:
     "policy.kl_coeff=NaN", "lora.targets=[]",
 ])
 def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> None:
-    """Bounds that are more than a limit of one number."""
+    """Bounds that are more than a minimum or maximum."""
     with pytest.raises(SettingsError) as e:
         apply_settings(small(), [settings])
     key = settings.partition("=")[0]
@@ -226,7 +226,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
      "parallel.delay_weight_grads"),
     ("gpu.pad_buckets=on", 1, "gpu.pad_buckets"),
     ("gpu.profile_first_step=3 gpu.profile_last_step=2", 1, "gpu.profile_first_step"),
-    # what watches and measures
+    # guards and measurements
     ("guards.probe_every_steps=5 guards.attribute=true", 1, "guards.probe_every_steps guards.attribute"),
     ("guards.attribute=true guards.skip=false train.deterministic=true", 1, "guards.attribute"),
     ('evaluate.background.tasks=["ppl"]', 1, "evaluate.background.tasks"),

@@ -39,7 +39,7 @@ def smallest_world(config: RunConfig) -> int:
 def test_every_recipe_builds_and_is_sound(name: str) -> None:
     config = get(name)
     assert config.recipe == name
-    # what a recipe may leave to be set: test_policies.py says which
+    # recipes may leave settings open: test_policies.py lists them
     assert [p for p in config.problems(smallest_world(config)) if not p.rule.startswith("is missing: ")] == []
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -204,7 +204,7 @@ def used_by(name: str) -> frozenset[str]:
 
 @pytest.mark.each("name", BIG)
 def test_no_entry_of_a_table_is_idle(name: str) -> None:
-    """But those that a recipe took over from the one that it goes back to."""
+    """Except entries that a recipe inherits from its base recipe."""
     used = used_by(name)
     others = {key for other in BIG if other != name for key in used_by(other)}
     assert set(sources(name)) - used <= others
@@ -243,7 +243,8 @@ def test_a_tiny_recipe_inherits_other_settings(name: str) -> None:
 
 
 def test_values_are_named_as_settings_are() -> None:
-    """Nested, in lists and in tables; the last match holds; what is None by default is set as a whole."""
+    """Nested, in lists and in tables; the last match wins; a group that is None by default is set as a
+    whole."""
     config = get("solar-open-102b")
     config = replace(config, model=replace(config.model, yarn=YarnConfig()), optim=OptimConfig(lr=1.0),
                      data=replace(config.data, phases=(PhaseConfig("a", blend={"b/64": 2.0}),)))

@@ -47,7 +47,7 @@ ENCODERS = (
 
 
 def both(layouts: list[dict[str, Any]]) -> list[list[Any]]:
-    """Return [what training makes of a process, what the plan says of it], of each layout."""
+    """Return [bytes allocated by training, bytes predicted by plan] for each layout."""
     from tests.meta_memory import count_process_memory
 
     found = []

@@ -94,7 +94,7 @@ def test_reasons_for_excluding_a_group() -> None:
     assert not kept[0].advantages.any()
     assert [g.reason for g in of([[0.0, 0.5], [0.5, 0.5]], PolicyConfig("dapo", right_from=0.5))] == [
         "", "all_right"]
-    taught = of([[1.0], [0.0, 1.0], []], PolicyConfig("opd"))  # by a teacher, whatever the reward
+    taught = of([[1.0], [0.0, 1.0], []], PolicyConfig("opd"))  # by a teacher, independent of the reward
     assert [(g.reason, g.advantages.tolist()) for g in taught] == [("", [0]), ("", [0, 0]), ("too_few", [])]
     assert of([[0.0, 1.0, 1.0]], PolicyConfig("pkpo", pkpo_k=4))[0].reason == "too_few"
     assert of([[0.1 + 0.2, 0.3]], PolicyConfig("dapo"))[0].reason == "all_wrong"  # the same but for rounding

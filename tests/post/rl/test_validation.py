@@ -73,7 +73,7 @@ def test_validation_figures_cover_all_responses_and_each_domain(store: RolloutSt
     assert validation.validate(view, 1, POLICY, lambda: False) is None
     (name, samples), (event, told) = view.told
     assert event == "validation" and told["statuses"] == {"scored": 5, "timeout": 1}
-    # a prompt counts once, whatever share of its responses has a reward
+    # a prompt counts once, even if only some of its responses have a reward
     assert told["reward"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert [(one["k"], one["value"]) for one in told["pass_at_k"]] == [(1, pytest.approx(0.5))]
     assert (told["response_tokens"], told["truncated"], told["write_s"]) == (2.5, 0.5, 2.0)
@@ -119,7 +119,8 @@ def test_changed_validation_settings_are_refused_before_training(store: RolloutS
 
 
 def test_digests_of_validation_conditions() -> None:
-    """What no response or verdict depends on is left out: the order of prompts, and how many at a time."""
+    """Excludes everything without effect on responses and verdicts: the order of prompts, and the number at a
+    time."""
     prompts = PromptList.from_prompts(RolloutPrompt(f"{i:016x}", {"prompt": str(i)}) for i in range(3))
     rollout = RolloutConfig().for_validation(3)
 

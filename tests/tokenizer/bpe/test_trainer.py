@@ -27,8 +27,7 @@ from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 # Merging by ranks, against tiktoken; and the one pair of tokens that makes a token.
 
 def vocabulary(seed: int) -> dict[bytes, int]:
-    """Bytes, and random strings over three letters in any order: by no means all of them can be
-    reached by merging."""
+    """Bytes, and random strings over three letters in random order, many of which merging can never reach."""
     draw = random.Random(seed)
     words = {bytes(draw.choices(b"abc", k=draw.randint(2, 6))) for _ in range(40)}
     return {bytes([b]): b for b in range(256)} | {word: 256 + i for i, word in enumerate(
@@ -54,7 +53,7 @@ def test_a_token_that_merging_cannot_make_has_no_pair() -> None:
     ranks: dict[str, float] = {"bc": 3, "ab": 4, "abc": 5, "cab": 6, "cabc": 2, "acac": 7}
     assert find_last_merge(list("abc"), ranks) == ("a", "bc")
     assert find_last_merge(list("cab"), ranks) == ("c", "ab")
-    assert find_last_merge(list("cabc"), ranks) == ("c", "abc")  # made of what ranks behind it
+    assert find_last_merge(list("cabc"), ranks) == ("c", "abc")  # built from lower-ranked tokens
     assert find_last_merge(list("acac"), ranks) is None
 
 

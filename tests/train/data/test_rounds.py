@@ -33,7 +33,7 @@ def config_of(**policy: Any) -> RunConfig:
 
 
 def opened(numbered: Any, *numbers: int) -> tuple[Source, RoundDocuments]:
-    """Return a source of rounds of which some are open."""
+    """Return a source of rounds, some of them open."""
     source = build_rounds_source(Path("rounds"), 10**6, None, ["old"])
     documents = source.train_documents
     assert isinstance(documents, RoundDocuments)

@@ -24,7 +24,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Lengths:
-    """Documents of which only the lengths matter."""
+    """Documents that have only lengths."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = np.array(lengths, np.int32)
@@ -38,8 +38,8 @@ def stream(corpus: list[int], packing: Packing, cursor: Cursor | None = None,
 @given(corpora, packings, st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=60))
 @SETTINGS
 def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packing, wanted: list[int]) -> None:
-    """Samples of any lengths in any order; what an epoch gave is judged when it is over,
-    and never more than once before."""
+    """With samples of any lengths in any order. An epoch is checked at its end; before that no token occurs
+    twice."""
     source = stream(corpus, packing)
     seen: dict[int, Counter[tuple[int, int]]] = {}
     for seq_len in wanted:

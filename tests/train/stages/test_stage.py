@@ -34,7 +34,7 @@ Launched = Callable[[Callable[[], int], RestartPolicy], int]
 
 
 class Launcher:
-    """Stands for `launcher.launch`: starts no process, and does what a test says."""
+    """Stands for `launcher.launch`: starts no process, and runs a function of the test."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -70,7 +70,7 @@ def events(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
 
 
 def open_run(stage: Stage) -> None:
-    """Do what the processes of a stage do before their first step."""
+    """Do the work of a stage's processes before their first step."""
     stage.folder.create()
     stage.folder.declare(stage.config)
     (stage.folder.path / EVENTS).touch()

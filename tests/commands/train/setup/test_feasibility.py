@@ -69,7 +69,7 @@ def test_runs_of_days_are_refused_unless_set(packed_data: Any, monkeypatch: pyte
 
 def pretraining(paths: list[Path], *settings: str, recipe: str = "tiny-qwen3",
                 **changes: Any) -> RecipeRequest:
-    """Return what `pretrain RECIPE --data ... --set ...` asks for."""
+    """Return the request of `pretrain RECIPE --data ... --set ...`."""
     base = recipes.get(recipe)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=dict.fromkeys(
         map(str, paths), 1.0)))
