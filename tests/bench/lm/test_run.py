@@ -118,10 +118,10 @@ def test_jobs_that_end_together_record_each_score_once(tmp_path: Path, monkeypat
     both_have_read = threading.Barrier(2)
 
     def read_together(file: Path) -> list[dict[str, Any]]:
-        events = read_events(file)
+        events = list(read_events(file))
         with contextlib.suppress(threading.BrokenBarrierError):
             both_have_read.wait(timeout=1)
-        return list(events)
+        return events
 
     monkeypatch.setattr(evaluation, "read_events", read_together)
     settings = LmEvalSettings(output=tmp_path / "out.json", run=tmp_path)
