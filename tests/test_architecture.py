@@ -105,7 +105,6 @@ ALONE = {
     "megatron_sov/train/guards/watchdog.py": "a thread that watches for steps that hang",
     "megatron_sov/proof/random_documents.py": "data of objectives; proving a layout is another subject",
     "megatron_sov/operate/slurm/preflight_run.py": "imports torch; preflight reports a failing import",
-    "megatron_sov/work/submit/ray_executor.py": "imports ray; other executors are in `work` too",
     "megatron_sov/operate/contract.py": "parses sources of libraries; a machine is another subject",
 }
 """File that is short, has one user, and is not merged into it -> why."""

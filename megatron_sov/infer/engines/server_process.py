@@ -21,7 +21,7 @@ from annotated_types import Gt, Le
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import AboveZero, AtLeastOne, ProblemCode, SettingsProblem
 from megatron_sov.infer import vllm_worker
-from megatron_sov.infer.engine import VLLM
+from megatron_sov.infer.request import VLLM
 from megatron_sov.work.endpoints.transport import find_missing_libraries
 from megatron_sov.work.endpoints.vllm_server import SendFiles, VllmServer
 from megatron_sov.work.processes.children import start_command
