@@ -70,7 +70,8 @@ def break_a_rule(draw: random.Random, text: str) -> str:
 
 
 def documents(count: int, chars: int, questions: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (folder, document); `planted` of a document has what was planted, and of a copy its original."""
+    """Yield (folder, document); `planted` names the defect planted in a document, or the original of a
+    copy."""
     draw = random.Random(0)
     known: dict[str, list[tuple[str, str]]] = {folder: [] for folder in FOLDERS}
     for number in range(count):
@@ -243,7 +244,7 @@ def measured(process: subprocess.Popen[bytes]) -> str:
 
 
 def fates_of_ours(folder: Path) -> dict[str, str]:
-    """Return id of each document -> the step that dropped it, or "kept"."""
+    """Return document id -> the step that dropped the document, or "kept"."""
     import pyarrow.parquet as pq
 
     found: dict[str, str] = {}

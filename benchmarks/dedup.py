@@ -66,7 +66,7 @@ def text(draw: random.Random, count: int) -> list[str]:
 
 
 def copy_of(words: list[str], similarity: float, draw: random.Random) -> list[str]:
-    """Return words of which so many are exchanged that about `similarity` of the shingles are the same."""
+    """Return a copy of `words` with so many replaced that about `similarity` of the shingles are equal."""
     # of n shingles a changed word takes WORDS, and s = (n - c) / (n + c)
     changed = len(words) * (1 - similarity) / (1 + similarity) / WORDS
     result = list(words)
@@ -76,7 +76,7 @@ def copy_of(words: list[str], similarity: float, draw: random.Random) -> list[st
 
 
 def planted(num_groups: int) -> list[list[str]]:
-    """Return documents, each second of which is like the one before it."""
+    """Return documents in which every second one is a near copy of the document before it."""
     draw = random.Random(0)
     found = []
     for number in range(num_groups):
@@ -105,7 +105,7 @@ def run_passes(step: Step, view: FolderView) -> None:
 
 
 def ours(documents: list[list[str]]) -> Pairs:
-    """Return the pairs of documents of which one goes because of the other."""
+    """Return pairs (removed document, document that it duplicates)."""
     with tempfile.TemporaryDirectory() as folder:
         view = FolderView(Path(folder) / "in", Path(folder) / "work")
         write_shards(view.folder, [" ".join(words) for words in documents], 250)
@@ -187,8 +187,8 @@ def quality(num_groups: int) -> None:
 
 def measured(kind: str, num_shards: int, num_documents: int, answer: multiprocessing.Queue[tuple[float, ...]]
              ) -> None:
-    """Do a step over made shards; answer peak megabytes before and behind it, CPU seconds, megabytes of
-    text."""
+    """Run a step on generated shards; return peak megabytes before and after it, CPU seconds, and megabytes
+    of text."""
     steps: dict[str, Step] = {
         "exact_dedup": ExactDedup(ExactSettings()), "paragraph_dedup": ParagraphDedup(ParagraphSettings()),
         "minhash_dedup": MinhashDedup(MinhashSettings())}
@@ -218,7 +218,7 @@ def peak_mebibytes() -> float:
 
 
 def _one(folder: Path) -> Path:
-    """Write one small shard, so that what is compiled and loaded is there before the clock starts."""
+    """Process one small shard, so that compilation and imports happen before the clock starts."""
     write_shards(folder / "warm", ["a b c d e f g"] * 3, 3)
     return folder / "warm"
 

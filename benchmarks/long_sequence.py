@@ -36,7 +36,7 @@ SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "m
 
 
 class OneDocument:
-    """Documents of one length (a `data.shards.Documents`); each is drawn anew."""
+    """Documents of one length with random tokens (a `data.shards.Documents`)."""
 
     is_plain, columns = True, ()
 
@@ -81,7 +81,7 @@ def config_of(tokens: int) -> RunConfig:
 
 
 def step(config: RunConfig, folder: Path) -> None:
-    """Train one step and write what this process needed; runs on every rank."""
+    """Train one step, and write the memory that this process used; runs on every rank."""
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling

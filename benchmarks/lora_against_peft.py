@@ -52,11 +52,11 @@ class Way:
         self.step, self.loss, self.weights, self.state = step, loss, list(weights), state
 
     def trained(self) -> list[Any]:
-        """Return what has gradients."""
+        """Return the trainable parameters."""
         return [weight for weight in self.weights if weight.requires_grad]
 
     def saved_bytes(self) -> int:
-        """Return what autograd keeps of a micro-batch."""
+        """Return the bytes that autograd saves for a micro-batch."""
         import torch
 
         weights = {weight.untyped_storage().data_ptr() for weight in self.weights}

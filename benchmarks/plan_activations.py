@@ -105,7 +105,7 @@ CASES = (
 
 
 class Kept:
-    """A tensor that autograd has saved, for as long as it has it."""
+    """A tensor that autograd has saved, until autograd frees it."""
 
     def __init__(self, tensor: torch.Tensor, counter: Counter, storage: int) -> None:
         self.tensor, self._counter, self._storage = tensor, counter, storage

@@ -58,7 +58,7 @@ class Road:
         work.mkdir(parents=True, exist_ok=True)
 
     def run(self, *words: str, program: str = "megatron_sov", stdin: str = "", code: int = 0) -> str:
-        """Run one of our commands in the work folder; return what it printed."""
+        """Run one of our commands in the work folder, and return its output."""
         completed = subprocess.run([sys.executable, "-m", program, *words], cwd=self.work, input=stdin,
                                    text=True,
                                    capture_output=True, check=False, env={**os.environ, "COLUMNS": "200"})
@@ -304,7 +304,7 @@ def eval_ppl(road: Road) -> Outcome:
 
 
 def find_number(value: Any, name: str) -> Any:
-    """Return the first number of that name in nested JSON."""
+    """Return the first number with that key in nested JSON."""
     if isinstance(value, dict):
         if isinstance(value.get(name), (int, float)):
             return value[name]
@@ -464,7 +464,7 @@ def read_rollouts(store: Path, name: str) -> list[dict[str, Any]]:
 
 
 def distil(road: Road) -> Outcome:
-    """The model fine-tuned from a folder teaches that folder: both have one tokenizer."""
+    """Distill the folder into itself, with its fine-tuned model as teacher: both have one tokenizer."""
     sft(road)
     road.once("runs/opd", "rl", "run", "--from", "my-model", "--teacher", "runs/sft", "--prompts",
               "prompts.jsonl", "--reward", "none", "--store", "opd-store", "--run", "runs/opd", *sets(

@@ -43,7 +43,7 @@ def shortened(line: str, num_steps: int | None) -> str:
 
 
 def type_line(line: str, folder: Path) -> dict[str, object]:
-    """Run a command in the folder; returns what it was, its code and its seconds."""
+    """Run a command in the folder; return the command, its exit code and its seconds."""
     program, *argv = shlex.split(line)
     began_s, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     completed = subprocess.run([sys.executable, "-m", ENTRIES[program], *argv], cwd=folder, check=False,

@@ -64,7 +64,7 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, 
 
 
 @pytest.mark.deep
-def test_what_the_pages_on_tokenizers_and_data_show_runs(texts: Path) -> None:
+def test_commands_of_tokenizer_and_data_pages_run(texts: Path) -> None:
     shown = [shlex.split(line) for page in ("tokenizer.md", "data.md")
              for line in shell_lines(page_text(page), "sh")]
     assert len(shown) == 21
@@ -119,8 +119,8 @@ def test_the_page_on_pipelines_names_every_step() -> None:
 
 
 @pytest.mark.deep
-def test_what_the_page_on_scoring_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_of_the_scoring_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     page = page_text("data_scoring.md")
     parsed = json.loads(*blocks(page, "json"))

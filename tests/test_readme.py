@@ -35,7 +35,7 @@ def block_under(heading: str) -> list[str]:
 
 
 def gather(folder: Path) -> None:
-    """Write what `sov-data demo-corpus` would, in small."""
+    """Write a small version of the files of `sov-data demo-corpus`."""
     modules = {"english": (textwrap,), "code": (inspect,)}
     with create_artifact(folder, "corpus") as corpus:
         for name, sources in modules.items():
@@ -52,9 +52,8 @@ def gather(folder: Path) -> None:
 
 @pytest.mark.essential
 @pytest.mark.distributed
-def test_the_way_of_a_model_works_as_it_is_typed(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],
-        warm_python: str) -> None:
+def test_readme_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                      run_command: Callable[..., Any], warm_python: str) -> None:
     activate, demo_corpus, *lines, serve = block_under("From raw text to a chat")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     monkeypatch.chdir(tmp_path)

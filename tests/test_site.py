@@ -98,7 +98,7 @@ FROM_CONTRIBUTING = ("house", "own_code", "families")
 INDEX = "# All\n\n## One\n\n| page | job |\n|---|---|\n| [a.md](a.md) | x |\n"
 
 
-def test_nothing_of_the_site_is_loaded_from_elsewhere(build: Callable[..., Path]) -> None:
+def test_the_site_loads_no_external_resource(build: Callable[..., Path]) -> None:
     site = build(index=INDEX, a="# Page A\n\nsee [a file](../constraints.txt) and https://elsewhere.example\n",
                  new="# Not listed\n")
     for page in ("index.html", "a.html", "new.html"):
@@ -120,7 +120,7 @@ def test_links_that_lead_nowhere_end_the_build(build: Callable[..., Path]) -> No
         build(index=INDEX, a="# Page A\n\n[one](gone.md) [two](index.md#nowhere) [three](../gone.txt)\n")
 
 
-def test_the_house_shows_every_hall_in_its_order_and_nothing_that_points_down() -> None:
+def test_house_picture_shows_halls_in_order_without_upward_imports() -> None:
     house = hook("generate_house", "docs")
     table, picture = house.load_rules(), house.PICTURE.read_text()  # that it is fresh, test_docs.py shows
     result = re.findall(r"<title>(\w+) imports (\w+)</title>", picture)

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 def write_media(root: Path, seed: int = 0) -> dict[str, list[Row]]:
-    """Write pictures and sounds below a folder, and return what each is; names tell nothing."""
+    """Write images and sounds below a folder, and return their labels; file names reveal nothing."""
     draw, index = random.Random(seed), dict[str, list[Row]]()
     for name in ("train", "heldout"):
         seen, labels = part(name)

@@ -37,8 +37,8 @@ CORE = ("megatron_sov.convert", "megatron_sov.train.trainer", "megatron_sov.infe
 
 
 @pytest.mark.deep
-def test_the_core_loads_nothing_of_the_part() -> None:
-    """What a module imports as it is loaded is told by test_architecture.py, too."""
+def test_core_imports_no_omni_module() -> None:
+    """test_architecture.py also checks imports at module level."""
     program = PROGRAM.format(modules=", ".join(CORE))
     completed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
                                check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -71,7 +71,7 @@ def test_a_resumed_run_has_the_same_bits(te_ranks: Any, job: Any, packed_data: A
 
 
 @pytest.mark.distributed
-def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed_data: Any) -> None:
+def test_weights_are_quantized_again_in_each_step(te_ranks: Any, job: Any, packed_data: Any) -> None:
     """Transformer Engine reuses quantized weights until the library reports an update."""
     ((found,),) = te_ranks(job(RUN, "quantises_weights", 1, {
         "recipe": "tiny-solar-open", "path": str(packed_data.text),
@@ -87,8 +87,8 @@ def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed
         ("tiny-k-exaone", ["parallel.zero1=true", "gpu.optimizer_offload=0.5", "gpu.router_fusion=on"]),
         ("tiny-qwen3-moe", ["parallel.expert_dispatcher=allgather"])], marks=pytest.mark.deep)],
     ids=["8 bits", "offloaded, gathered experts"])
-def test_what_a_gpu_computes_with_was_sent_to_it(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
-                                                 cases: list[tuple[str, list[str]]]) -> None:
+def test_host_tensors_in_gpu_operations_are_refused(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                                    cases: list[tuple[str, list[str]]]) -> None:
     """Host tensors, and tensors read from numpy, are refused in GPU kernels and torch operations."""
     quick = ["model.num_layers=2", "train.global_batch_size=1", "data.heldout_tokens=128"]
     arguments = {"cases": [(recipe, [*quick, *more]) for recipe, more in cases],

@@ -124,11 +124,9 @@ def tokenizer_of(learn: Callable[..., Vocabulary]) -> Callable[..., Tokenizer]:
 
 
 class BruteForce:
-    """BPE as the textbook has it: count all pairs, merge the best, again.
-
-    The best is the most frequent; of equal ones that of the lower left id, then of the lower right one.  Ids
-    follow the characters by which `tokenizers` spells bytes, then the order of the merges.
-    """
+    """Textbook BPE: count all pairs, merge the best, repeat. The best pair is the most frequent; ties go to
+    the lower left id, then the lower right id. Ids follow the byte characters of `tokenizers`, then the order
+    of merges."""
 
     def __init__(self, alphabet: list[bytes], max_token_bytes: int) -> None:
         self.ids = {b: i for i, b in enumerate(alphabet)}
@@ -201,7 +199,8 @@ def brute_force() -> Callable[..., list[Pair]]:
 
 
 class Toy(LoadedTokenizer):
-    """Takes the longest token at every place; special tokens stand behind all others and stay text."""
+    """A tokenizer that takes the longest token at every position; special tokens come last and are never
+    encoded from text."""
 
     library = "toy"
 

@@ -13,7 +13,7 @@ from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
 from data_prep.curate.pipeline.facts import get_facts_path, read_output_facts
 from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link_or_copy
 from data_prep.curate.pipeline.tasks import get_pass_marks_folder
-from data_prep.damaged_files import explain_deletion, get_place_in_run
+from data_prep.damaged_files import explain_deletion, read_run_json
 from megatron_sov.base.artifacts import (
     ArtifactWriter, FileRecord, create_folder, find_file_damage, read_manifest, translate_disk_errors,
     write_atomically)
@@ -170,7 +170,7 @@ def build_summary(plan: PipelinePlan, output: Path) -> dict[str, Any]:
 def _sum_pass_times(marks_folder: Path) -> Iterator[dict[str, Any]]:
     for folder in sorted(marks_folder.glob("*")):
         marks = sorted(mark for mark in folder.iterdir() if not mark.name.startswith("."))
-        times = [read_sealed_json(mark, explain_deletion(mark), get_place_in_run(mark)) for mark in marks]
+        times = [read_run_json(mark) for mark in marks]
         yield {"name": folder.name.partition("-")[2], "num_tasks_done": len(times),
                "cpu_s": sum(time["cpu_s"] for time in times), "wall_s": sum(time["wall_s"] for time in times)}
 

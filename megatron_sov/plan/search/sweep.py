@@ -212,7 +212,7 @@ def find_fewest_nodes(config: RunConfig, pricing: Pricing, fixed: Collection[str
     full recomputation and the smallest micro-batch; None: no count fits."""
     for nodes in NODES_TRIED:
         if nodes > pricing.machines.nodes:
-            larger = Pricing(pricing.machines.with_nodes(nodes), pricing.parameters)
+            larger = Pricing(pricing.machines.with_nodes(nodes))
             if has_fitting_layout(config, larger, fixed):
                 return nodes
     return None

@@ -142,7 +142,7 @@ def test_rejected_samples_are_skipped(tmp_path: Path) -> None:
     assert list_source_files(source, lambda name: name.endswith(".jsonl")) == expected
 
 
-# One record as a document: what each kind needs, and what is refused with its place.
+# One record as a document: required fields of each kind, and refusals with their location.
 
 
 @pytest.mark.each(("line", "rule"), [

@@ -115,8 +115,8 @@ def responses(folder: str) -> list[dict]:
 
 
 @pytest.mark.deep
-def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_command_resumes(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", PROMPTS)
     monkeypatch.setattr(eval_passk, "CALL_SAMPLES", 8)  # two prompts
     calls: list[int] = []
@@ -145,9 +145,8 @@ def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monke
     assert sorted(p.name for p in Path().iterdir()) == ["out", "prompts.jsonl", "whole"]
 
 
-def test_a_checkpoint_on_two_processes_writes_what_one_writes(one_rank: None, imported: dict[str, Path],
-                                                              run_command,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_on_two_processes_generates_the_same_as_on_one(
+        one_rank: None, imported: dict[str, Path], run_command, capsys: pytest.CaptureFixture[str]) -> None:
     write("prompts.jsonl", PROMPTS[:2])
     command = [str(imported["solar_open"]), *ASK]
     passk(capsys, *command, "--output", "one")

@@ -53,7 +53,7 @@ BROKEN = {
 
 
 @pytest.mark.each(("changes", "sentence"), BROKEN.values())
-def test_every_rule_is_told(changes: list[str], sentence: str) -> None:
+def test_every_broken_rule_is_reported(changes: list[str], sentence: str) -> None:
     result = tiny(*changes).problems(8)
     assert [p for p in result if sentence in p.sentence], result
 

@@ -29,8 +29,8 @@ ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=2, pie
 
 
 class Counting:
-    """An engine that counts on from a prompt's last token, one token in a second, up to an end that the
-    prompt decides; its log-probabilities tell its weights."""
+    """An engine that counts up from a prompt's last token, one token per second, to an end that the prompt
+    decides; its log-probabilities encode its weights."""
 
     def __init__(self) -> None:
         self.now_s, self.step, self.streams = 0.0, 0, [0]
@@ -97,7 +97,7 @@ def policy(step: int) -> Policy:
 
 
 class Job:
-    """One generating job; `newest` gives the newest policy whenever it is asked."""
+    """One generating job; `newest` returns the newest policy whenever it is called."""
 
     def __init__(self, store: Path, prompts: PromptList, newest: Callable[[], int],
                  rollout: RolloutConfig = ROLLOUT, further: Any = None, **queue: Any) -> None:
@@ -275,13 +275,13 @@ def test_further_prompts_are_generated_until_the_round_is_trained(
     assert {row.key.prompt for row in rows_of(job.store)} == asked
     is_final = True
     assert "round 2 waits for a policy" in job.run()["waits_for"]
-    # a job that begins now knows what was asked
+    # a job that starts now knows the earlier requests
     again = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (more, is_final))
     assert again.run()["parts"] == 0 and "round 2 waits" in again.queue.summary["waits_for"]
 
 
 class Hanging(Counting):
-    """Gives the responses to one prompt no token, and counts its passes by what is in them."""
+    """Produces no token for one prompt, and counts its passes by their content."""
 
     def __init__(self, hangs: int) -> None:
         super().__init__()

@@ -159,7 +159,7 @@ def test_chip_figures_match_datasheets() -> None:
     ("H100-80GB", "h100"), ("h100", "h100"), ("A100-40GB", "a100-40"), ("A100", "a100"), ("GB300", "gb300"),
     ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA B300 SXM6 AC", "b300"),
     ("H100-96GB(HBM2e500W)", "h100-96"), ("AMD Instinct MI300X", "mi300x")])
-def test_chip_is_found_by_every_alias(written: str, key: str) -> None:
+def test_chip_is_resolved_by_every_alias(written: str, key: str) -> None:
     assert find_device_chip(written) is CHIPS[key] and hash(CHIPS[key]) == hash(replace(CHIPS[key]))
 
 
