@@ -153,7 +153,8 @@ def over_another_group(call_site: Any) -> Iterator[list[int]]:
 
     def call(group: Any, kind: str, part: Any, work: Any) -> Any:
         if simulated_messages.find_call_site(kind, group._description) == call_site:
-            for other in distributed_c10d._world.pg_map:
+            groups: Any = distributed_c10d._world.pg_map
+            for other in groups:
                 if other.size() == group.size() and other._members != group._members:
                     moved_ranks.append(group._rank)
                     return original(other, kind, part, work)
@@ -264,12 +265,12 @@ def plant_faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = 
                 if only and (f"a message {OTHER_GROUP}", name, str(site)) not in only:
                     continue
                 with over_another_group(site) as moved_ranks:
-                    verdict = None
+                    redirected = None
                     if "object" not in site.where:
-                        verdict = prove_miniature(miniature, None, reference)
-                if moved_ranks and verdict is not None:
-                    print_fault(f"a message {OTHER_GROUP}", name, str(site), verdict,
-                                names_call_site(verdict, site))
+                        redirected = prove_miniature(miniature, None, reference)
+                if moved_ranks and redirected is not None:
+                    print_fault(f"a message {OTHER_GROUP}", name, str(site), redirected,
+                                names_call_site(redirected, site))
             for fault in message_faults:
                 if only and (f"a message {fault.way}", name, str(fault.site)) not in only:
                     continue

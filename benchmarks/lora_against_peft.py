@@ -91,7 +91,8 @@ def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     load.load_model(base, model)
     optimizer = Optimizer(model, config.optim)
     model.config.finalize_model_grads_func = ExpertLoad(model).finalize_gradients
-    batch = type("Batch", (), {"inputs": DocumentBatch([tokens[:-1].tolist()], get_local_device()).inputs})
+    inputs = DocumentBatch([tokens[:-1].tolist()], get_local_device()).inputs
+    batch: Any = type("Batch", (), {"inputs": inputs})
 
     def loss(hidden: Any, _: Any) -> tuple[Any, Any]:
         import torch

@@ -12,7 +12,7 @@ ENDINGS = {"polite": "Thank you for asking.", "curt": "Now go away."}
 NUM_LEARNED, NUM_ASKED = 480, 40
 
 
-def draw_prompts(seed: int) -> list[tuple[str, str, str, str]]:
+def draw_prompts(seed: int) -> list[tuple[str, ...]]:
     """Return prompt, beginning of an answer, right and wrong ending of all prompts, in an order by seed."""
     found = [(f"Be {tone}: name {a} and {b}.", f"They are {a} and {b}.", ENDINGS[tone],
               *(ending for name, ending in ENDINGS.items() if name != tone))

@@ -29,13 +29,12 @@ from megatron_sov.plan.search.space import (
 from megatron_sov.plan.search.sweep import (
     Sweep, SweepResult, SweepSearch, find_common_layouts, find_fewest_nodes, format_node_advice,
     has_fitting_layout, search_layouts, sweep_stage)
-from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.work.clusters.units import GIB
 
 
 def build_pricing_for(nodes: int) -> Pricing:
-    """Return the pricing of H100 nodes with default parameters."""
-    return Pricing(load_machines("h100", nodes), load_default_parameters())
+    """Return the pricing of H100 nodes."""
+    return Pricing(load_machines("h100", nodes))
 
 
 @pytest.mark.each(("nodes", "message"), [
