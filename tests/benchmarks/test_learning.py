@@ -1,4 +1,4 @@
-"""Drivers of benchmarks: recipes of learning, means over seeds, and fitted parameters."""
+"""Benchmark drivers: recipes of learning runs, means over seeds, and fitted parameters."""
 
 import math
 import sys
@@ -15,7 +15,7 @@ from megatron_sov.plan.speed.workload import Workload, build_shape
 from megatron_sov.work.clusters.chips import CHIPS, default_links
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from learning import PLACE, RECIPES, Recipe, interval_of, read_figure, verdict
+from learning import PLACEHOLDER, RECIPES, Recipe, compute_interval, decide, read_figure
 from plan_fit import PRIORS, Prior, Sample, error, fit
 from seeds import half_width, over_seeds
 
@@ -23,18 +23,19 @@ FILES = sorted(RECIPES.glob("*.yaml"))
 
 
 @pytest.mark.each("file", FILES)
-def test_every_command_names_places_that_there_are(file: Path) -> None:
+def test_every_command_names_existing_placeholders(file: Path) -> None:
     recipe = Recipe(file)
-    known = {"here", "learning", "seed", "base", *recipe.setup}
+    known_placeholders = {"here", "learning", "seed", "base", *recipe.setup}
     for command in recipe.commands():
-        assert set(PLACE.findall(command)) <= known, command
+        assert set(PLACEHOLDER.findall(command)) <= known_placeholders, command
         for script in (word for word in command.split() if "{learning}/" in word):
             assert (RECIPES / script.partition("{learning}/")[2].partition(":")[0]).is_file(), script
     for name, claim in recipe.claims.items():
-        needed = recipe.needed(name)
-        used = {place for arm in claim["arms"].values() for command in arm
-                for place in PLACE.findall(recipe.spell(command)) if place in recipe.setup}
-        assert used <= set(needed)
+        setups = recipe.list_setups(name)
+        used = {placeholder for arm in claim["arms"].values() for command in arm
+                for placeholder in PLACEHOLDER.findall(recipe.fill_words(command))
+                if placeholder in recipe.setup}
+        assert used <= set(setups)
         for test in claim["tests"]:
             assert {test["lower"], test["higher"]} <= set(claim["arms"])
             assert test["measure"] in claim["measures"]
@@ -49,8 +50,8 @@ def test_every_command_names_places_that_there_are(file: Path) -> None:
     ('{"r": 1}\n{"r": 0}\n', {"file": "x.jsonl", "value": "r"}, 0.5),
     ('{"event": "a", "v": 1}\n{"event": "a", "v": 5}\n{"event": "b", "v": 9}\n',
      {"file": "x.jsonl", "value": "v", "event": "a"}, 5.0)])
-def test_a_figure_is_what_its_keys_lead_to(text: str, measure: dict[str, str], expected: float,
-                                           tmp_path: Path) -> None:
+def test_a_figure_is_read_by_its_path_of_keys(text: str, measure: dict[str, str], expected: float,
+                                              tmp_path: Path) -> None:
     (tmp_path / measure["file"]).write_text(text)
     assert read_figure(tmp_path, measure) == expected
 
@@ -62,32 +63,32 @@ def test_a_figure_is_what_its_keys_lead_to(text: str, measure: dict[str, str], e
     ([-0.01, -0.02, -0.015], -0.1, 3, "holds")])
 def test_a_verdict_follows_from_the_interval(differences: list[float], bound: float, seeds: int,
                                              expected: str) -> None:
-    assert verdict(differences, bound, seeds) == expected
+    assert decide(differences, bound, seeds) == expected
 
 
 def test_the_interval_is_students() -> None:
-    low, high = interval_of([1.0, 2.0, 3.0]) or (0, 0)
+    low, high = compute_interval([1.0, 2.0, 3.0]) or (0, 0)
     assert (low, high) == (pytest.approx(2 - 2.4841, abs=1e-3), pytest.approx(2 + 2.4841, abs=1e-3))
 
 
-def test_three_seeds_have_an_interval_and_one_has_none() -> None:
+def test_three_seeds_give_an_interval_and_one_seed_none() -> None:
     assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3 ** 0.5, rel=1e-6)
     assert over_seeds([1.0, 2.0, 3.0], "+.2f") == "+2.00 ± 2.48"
     assert over_seeds([0.25], ".1%") == "25.0%"
 
 
-def test_all_that_is_fitted_lies_within_what_is_possible() -> None:
+def test_fitted_parameters_stay_within_their_bounds() -> None:
     for path, prior in PRIORS.items():
-        found: object = vars(load_default_parameters())
+        value: object = vars(load_default_parameters())
         for name in path.split("."):
-            assert isinstance(found, dict)
-            found = found[name]
-        assert isinstance(found, float)
-        assert prior.low <= found <= prior.high * 1.0001, path
+            assert isinstance(value, dict)
+            value = value[name]
+        assert isinstance(value, float)
+        assert prior.low <= value <= prior.high * 1.0001, path
         assert prior.low <= prior.value <= prior.high, path
 
 
-def test_hidden_parameters_are_found() -> None:
+def test_fit_recovers_planted_parameters() -> None:
     hidden = deepcopy(vars(load_default_parameters()))
     hidden["product_fraction"]["ampere"]["bf16"], hidden["hbm_fraction"] = 0.65, 0.6
     truth = Parameters(**hidden)
@@ -101,7 +102,7 @@ def test_hidden_parameters_are_found() -> None:
     samples[3] = replace(samples[3], tokens_per_s_per_gpu=samples[3].tokens_per_s_per_gpu * 3)
     priors = {"product_fraction.ampere.bf16": Prior(0.8, 3.0, 0.4, 1.0),
               "hbm_fraction": Prior(0.8, 3.0, 0.3, 1.0)}
-    found = fit(samples, priors, load_default_parameters())
-    assert math.isclose(found.product_fraction["ampere"]["bf16"], 0.65, rel_tol=0.03)
-    assert math.isclose(found.hbm_fraction, 0.6, rel_tol=0.06)
-    assert all(abs(error(s, found)) < 0.02 for i, s in enumerate(samples) if i != 3)
+    result = fit(samples, priors, load_default_parameters())
+    assert math.isclose(result.product_fraction["ampere"]["bf16"], 0.65, rel_tol=0.03)
+    assert math.isclose(result.hbm_fraction, 0.6, rel_tol=0.06)
+    assert all(abs(error(s, result)) < 0.02 for i, s in enumerate(samples) if i != 3)

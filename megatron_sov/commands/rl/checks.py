@@ -19,9 +19,9 @@ from megatron_sov.commands.rl.options import (
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
 from megatron_sov.commands.train.setup.starts import request_with_model
 from megatron_sov.commands.train.setup.training import TrainingRequest, check_stage, find_completed_run
-from megatron_sov.infer.engine import MEGATRON
 from megatron_sov.infer.engines.server_process import check_vllm_program
 from megatron_sov.infer.prompts import check_length
+from megatron_sov.infer.request import MEGATRON
 from megatron_sov.judge.tools.environment import LIMITS, EpisodeLimits
 from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 from megatron_sov.model.config import RunConfig

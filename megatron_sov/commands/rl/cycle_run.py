@@ -13,10 +13,10 @@ from megatron_sov.commands.rl.rollout_source import build_rollout_source
 from megatron_sov.commands.rl.train_run import add_rounds
 from megatron_sov.commands.train.setup.training import TrainingRequest
 from megatron_sov.commands.train.training_run import run_training
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON
+from megatron_sov.infer.engine import ENGINE_SET
 from megatron_sov.infer.engines.server_engine import parse_server_settings
 from megatron_sov.infer.engines.target import Target, find_target
-from megatron_sov.infer.request import Batching
+from megatron_sov.infer.request import MEGATRON, Batching
 from megatron_sov.post.rl.generate.live import LiveRollouts
 from megatron_sov.post.rl.generate.requests import RequestWriter
 from megatron_sov.post.rl.generate.servers import LiveServers, ServerSettings

@@ -16,8 +16,8 @@ from megatron_sov.commands.rl.store.reward import StoreRewardOptions
 from megatron_sov.commands.score import JudgeOptions
 from megatron_sov.commands.train.kinds import RUN_TRAINING
 from megatron_sov.commands.train.setup.stage_options import TunedOptions
-from megatron_sov.infer.engine import ENGINE_SET, MEGATRON, EngineOptions, ServerOptions
-from megatron_sov.infer.request import Batching, BatchSize
+from megatron_sov.infer.engine import ENGINE_SET, EngineOptions, ServerOptions
+from megatron_sov.infer.request import MEGATRON, Batching, BatchSize
 from megatron_sov.judge.tools.registry import BUILT_IN
 from megatron_sov.model.recipes.requested import RecipeOptions
 from megatron_sov.post.rl.reward import ENVIRONMENT

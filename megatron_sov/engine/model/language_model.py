@@ -36,8 +36,7 @@ ENCODER_TRAINING = MediaConfig()
 class LanguageModel(torch.nn.ModuleList):
     """The local part of the model: a `Chunk`, or several with an interleaved pipeline."""
 
-    def __init__(self, chunks: list[Chunk], architecture: ModelConfig,
-                 lora: LoraConfig = NO_ADAPTERS,
+    def __init__(self, chunks: list[Chunk], architecture: ModelConfig, lora: LoraConfig = NO_ADAPTERS,
                  encoder_training: MediaConfig = ENCODER_TRAINING) -> None:
         super().__init__(chunks)
         self.architecture = architecture
