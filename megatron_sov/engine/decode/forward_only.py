@@ -43,7 +43,7 @@ class ForwardModel:
         if not micro_batches:
             return []
 
-        def last_stage(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Any]:
+        def compute_outputs(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Any]:
             depths = split_depths(hidden, self._depths)
             return (torch.zeros((), device=hidden.device),
                     outputs(depths, build_head(self.model, self.head_chunk_tokens), batch))
@@ -55,7 +55,7 @@ class ForwardModel:
             # all rows have equal length: stages agree on message shapes before the first message
             row_tokens = len(micro_batches[0].inputs.tokens)
             with disable_quantization(self.config):
-                return run_pipeline(self.model.chunks, micro_batches, last_stage, row_tokens,
+                return run_pipeline(self.model.chunks, micro_batches, compute_outputs, row_tokens,
                                     forward_only=True)
         finally:
             self.model.train(was_training)

@@ -114,11 +114,11 @@ def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source], lengths: S
                                  "train.epochs=1")))
 
 
-def _refuse_many_passes(config: RunConfig, num_prompts: int, said: Collection[str]) -> None:
+def _refuse_many_passes(config: RunConfig, num_prompts: int, requested: Collection[str]) -> None:
     """Refuse a recipe's rounds if they draw the prompts very often."""
     rollout, limit = config.rollout, max(MAX_DEFAULT_EPOCHS, config.data.max_epochs)
     passes = rollout.rounds * rollout.prompts_per_round / num_prompts
-    if config.data.max_epochs and passes > limit and not {"rollout.rounds", "train.epochs"} & set(said):
+    if config.data.max_epochs and passes > limit and not {"rollout.rounds", "train.epochs"} & set(requested):
         raise UserError(f"rollout.rounds = {rollout.rounds:,}: draw each of {num_prompts:,} prompts "
                         f"{passes:,.0f} times, and the limit is {limit:g}; add prompts, or set "
                         "rollout.rounds or train.epochs", Fix(options=("--set", "train.epochs=1")))
