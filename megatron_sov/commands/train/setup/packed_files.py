@@ -135,9 +135,9 @@ class FilePacking:
                 changed = f"tokenizer of {self.tokenizer}"
                 if before.get("digest") != records[data_file]["digest"]:
                     changed = str(data_file.file)
-                raise UserError(f"--data {data_file.argument}: {changed} has changed since {self.run} packed "
-                                f"it; restore it, continue with {data_file.shards(self.run)} by `megatron-sov "
-                                f"resume {shlex.quote(str(self.run))}`, or start a new --run")
+                raise UserError(f"--data {data_file.argument}: {changed} has changed since {self.run} "
+                                f"packed it; restore it, continue with {data_file.shards(self.run)} by "
+                                f"`megatron-sov resume {shlex.quote(str(self.run))}`, or start a new --run")
 
     def _import_command(self, target: Path) -> list[str]:
         return ["sov-tokenizer", "import", str(self.tokenizer), "--output", str(target / TOKENIZER)]
