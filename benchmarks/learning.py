@@ -1,20 +1,29 @@
 """Recipes of small runs over seeds: their arms, curves, and which orderings of the arms hold.
 
-    python benchmarks/learning.py RECIPE[/CLAIM] ... --work FOLDER [--seeds N] [--arms ARM ...]
+    python benchmarks/learning.py RECIPE[/CLAIM] ... --work FOLDER [--seeds N] [--arms ARM ...] [--digest]
 
-RECIPE is a file `learning/RECIPE.yaml`; without CLAIM all its claims run.  A claim has arms as ordinary
-commands, the figure that is read of each arm, and tests of the form "this arm lies below that one by more
-than a bound".  Arms of one seed are paired; a test holds if Student's 95 % interval of the differences lies
-above the bound.  `curves` are fields of an arm's events, printed as means over the seeds.  With fewer seeds
-than the claim asks for every test is undecided.  A killed command goes on after the last command that ended.
+RECIPE is a file `learning/RECIPE.yaml` (toy models) or `real/RECIPE.yaml` (SmolLM2-135M-Instruct); without CLAIM
+all its claims run.  A claim has arms as ordinary commands, the figure that is read of each arm, and tests of
+the form "this arm lies below that one by more than a bound".  Arms of one seed are paired; a test holds if
+Student's 95 % interval of the differences lies above the bound.  `curves` are fields of an arm's events, printed
+as means over the seeds.  With fewer seeds than the claim asks for every test is undecided.  A killed command
+goes on after the last command that ended.
+
+`outside SCRIPT` runs a script in the environment of the setup `outside`.  `registered` is the digest of the
+claim's text and commands (`--digest` prints it): a claim that was edited after its registration is refused.
+No seed starts after `budget_s` processor seconds.  `start` names an arm and the range in which its figure has to
+lie with the first seed, or no other arm runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -26,7 +35,7 @@ from typing import Any
 import yaml
 from seeds import half_width
 
-RECIPES = Path(__file__).with_name("learning")
+FOLDERS = [Path(__file__).with_name(name) for name in ("learning", "real")]
 CURVE_POINTS = 8
 PROGRAMS = {"megatron-sov": "megatron_sov", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 PLACE = re.compile(r"\{([a-z]\w*)\}")
@@ -39,6 +48,7 @@ class Recipe:
     def __init__(self, file: Path) -> None:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
         self.name = file.stem
+        self.scripts = {file.parent.name: str(file.parent)}
         self.claims: dict[str, dict[str, Any]] = raw["claims"]
         self.words: dict[str, str] = raw.get("words", {})
         self.setup: dict[str, list[str]] = raw.get("setup", {})
@@ -55,6 +65,24 @@ class Recipe:
         lists = [*self.setup.values(), *(c.get("base", []) for c in claims),
                  *(arm for c in claims for arm in c["arms"].values())]
         yield from (self.spell(command) for commands in lists for command in commands)
+
+    def digest(self, name: str) -> str:
+        """Return the first 16 digits of the SHA-256 of a claim, with its commands and setups written out."""
+        claim = {key: value for key, value in self.claims[name].items() if key != "registered"}
+        setups = {setup: self.setup[setup] for setup in self.needed(name)}
+        text = self.spell(json.dumps([claim, setups], sort_keys=True))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def check_registration(self, name: str) -> None:
+        """Refuse a claim whose text is not the registered text.
+
+        Raises:
+            SystemExit: the digests differ.
+        """
+        registered = self.claims[name].get("registered")
+        if registered not in (None, self.digest(name)):
+            raise SystemExit(f"{self.name}/{name}: registered as {registered}, but its text now has the digest "
+                             f"{self.digest(name)}; undo the edit, or register a new claim")
 
     def needed(self, name: str) -> list[str]:
         """Return the setups that a claim reads, each after those that it reads itself."""
@@ -78,11 +106,28 @@ def run_commands(folder: Path, commands: Sequence[str], places: Mapping[str, str
         words, target = (words[:-2], words[-1]) if ">" in words[-2:-1] else (words, "")
         with open(folder / "log", "ab") as log, open(target or os.devnull, "wb") as out:
             command = [sys.executable, "-P", "-W", "ignore", "-m", PROGRAMS[words[0]], *words[1:]]
+            if words[0] == "outside":
+                command = [f"{places['outside']}/bin/python", "-W", "ignore", *words[1:]]
+            elif words[0] == "python":
+                command = [sys.executable, *words[1:]]
+            began_s = read_child_seconds()
             code = subprocess.run(command, stdout=out if target else log, stderr=log, cwd=folder, check=False,
                                   env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         if code:
             raise SystemExit(f"{folder / 'log'}: {shlex.join(words[:3])} ended with exit code {code}")
+        (folder / "seconds").write_text(str(read_seconds(folder) + read_child_seconds() - began_s))
         done.write_text(str(number + 1))
+
+
+def read_child_seconds() -> float:
+    """Return the processor seconds of all processes that this process has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def read_seconds(folder: Path) -> float:
+    """Return the processor seconds that the commands of a folder, and of the folders in it, have taken."""
+    return sum(float(file.read_text()) for file in folder.rglob("seconds"))
 
 
 def read_figure(folder: Path, measure: Mapping[str, str]) -> float:
@@ -158,9 +203,10 @@ def run_claim(recipe: Recipe, name: str, work: Path, num_seeds: int | None,
         num_seeds: how many seeds to run; None: as many as the claim asks for.
         only: the arms to run; empty: all.
     """
+    recipe.check_registration(name)
     claim = recipe.claims[name]
     arms = [arm for arm in claim["arms"] if not only or arm in only]
-    places = {"learning": str(RECIPES)}
+    places = dict(recipe.scripts)
     for setup in recipe.needed(name):
         folder = work / "setup" / setup
         run_commands(folder, [recipe.spell(command) for command in recipe.setup[setup]], places)
@@ -168,12 +214,18 @@ def run_claim(recipe: Recipe, name: str, work: Path, num_seeds: int | None,
     folders = []
     for seed in range(num_seeds or claim["seeds"]):
         folder = work / name / f"seed-{seed}"
+        if seed and read_seconds(work / name) > claim.get("budget_s", math.inf):
+            break
         own = {**places, "seed": str(seed), "base": str(folder / "base")}
         run_commands(folder / "base", [recipe.spell(command) for command in claim.get("base", [])], own)
         for arm in arms:
             run_commands(folder / arm, [recipe.spell(command) for command in claim["arms"][arm]], own)
+            if not seed and arm == claim.get("start", {}).get("arm"):
+                check_start(claim, folder / arm)
         folders.append(folder)
-    print(f"\n{recipe.name}/{name}: {len(folders)} seeds\n  {claim['says'].strip()}")
+    print(f"\n{recipe.name}/{name}: {len(folders)} of {claim['seeds']} seeds, registered as "
+          f"{claim.get('registered', 'nothing')}, {read_seconds(work / name) / 3600:.2f} processor hours"
+          f"\n  {claim['says'].strip()}")
     found = {measure: {arm: [read_figure(folder / arm, what) for folder in folders] for arm in arms}
              for measure, what in claim["measures"].items()}
     for measure, of_arms in found.items():
@@ -187,6 +239,19 @@ def run_claim(recipe: Recipe, name: str, work: Path, num_seeds: int | None,
         print_test(test, found[test["measure"]], claim["seeds"])
 
 
+def check_start(claim: Mapping[str, Any], folder: Path) -> None:
+    """Stop if the figure of a claim's start leaves no room for its arms.
+
+    Raises:
+        SystemExit: the figure lies outside of the claim's range.
+    """
+    start = claim["start"]
+    figure = read_figure(folder, claim["measures"][start["measure"]])
+    if not start["floor"] <= figure <= start["ceiling"]:
+        raise SystemExit(f"{folder}: {start['measure']} of the start is {figure:.3f}, and the claim needs "
+                         f"{start['floor']} to {start['ceiling']}; no other arm ran")
+
+
 def print_test(test: Mapping[str, Any], figures: Mapping[str, Sequence[float]], num_seeds: int) -> None:
     """Print whether an arm lies above another one by more than the bound of a test."""
     differences = [a - b for a, b in zip(figures[test["higher"]], figures[test["lower"]], strict=True)]
@@ -197,25 +262,35 @@ def print_test(test: Mapping[str, Any], figures: Mapping[str, Sequence[float]], 
           f"{fmean(differences):+.4f}{written}")
 
 
+def find_recipes() -> list[Path]:
+    """Return the files of all recipes."""
+    return sorted(file for folder in FOLDERS for file in folder.glob("*.yaml"))
+
+
 def main() -> None:
     """Run claims one after the other."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("claims", nargs="+", metavar="RECIPE[/CLAIM]",
-                        help=f"recipes: {', '.join(sorted(file.stem for file in RECIPES.glob('*.yaml')))}")
-    parser.add_argument("--work", type=Path, required=True, help="folder of all runs")
+                        help=f"recipes: {', '.join(file.stem for file in find_recipes())}")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="folder of all runs")
+    parser.add_argument("--digest", action="store_true", help="print the digests of the claims, and run nothing")
     parser.add_argument("--seeds", type=int, help="how many (default: as many as a claim asks for)")
     parser.add_argument("--arms", nargs="+", default=[], help="arms to run (default: all)")
     args = parser.parse_args()
     asked_for: list[tuple[Recipe, str]] = []
     for asked in args.claims:
         name, _, claim = asked.partition("/")
-        if not (file := RECIPES / f"{name}.yaml").is_file():
-            parser.error(f"{name}: {RECIPES} has no recipe of this name")
-        recipe = Recipe(file)
+        files = [file for file in find_recipes() if file.stem == name]
+        if not files:
+            parser.error(f"{name}: no file of this name in {', '.join(folder.name for folder in FOLDERS)}")
+        recipe = Recipe(files[0])
         if claim and claim not in recipe.claims:
-            parser.error(f"{asked}: no claim of {file}; it has {', '.join(recipe.claims)}")
+            parser.error(f"{asked}: no claim of {files[0]}; it has {', '.join(recipe.claims)}")
         asked_for += [(recipe, one) for one in ([claim] if claim else recipe.claims)]
     for recipe, claim in asked_for:
+        if args.digest:
+            print(f"{recipe.name}/{claim} {recipe.digest(claim)}")
+            continue
         run_claim(recipe, claim, args.work.absolute() / recipe.name, args.seeds, args.arms)
 
 
