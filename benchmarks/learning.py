@@ -2,17 +2,17 @@
 
     python benchmarks/learning.py RECIPE[/CLAIM] ... --work FOLDER [--seeds N] [--arms ARM ...] [--digest]
 
-RECIPE is a file `learning/RECIPE.yaml` (toy models) or `real/RECIPE.yaml` (SmolLM2-135M-Instruct); without CLAIM
-all its claims run.  A claim has arms as ordinary commands, the figure that is read of each arm, and tests of
-the form "this arm lies below that one by more than a bound".  Arms of one seed are paired; a test holds if
-Student's 95 % interval of the differences lies above the bound.  `curves` are fields of an arm's events, printed
-as means over the seeds.  With fewer seeds than the claim asks for every test is undecided.  A killed command
-goes on after the last command that ended.
+RECIPE is a file `learning/RECIPE.yaml` (toy models) or `real/RECIPE.yaml` (SmolLM2-135M-Instruct); without
+CLAIM all its claims run.  A claim has arms as ordinary commands, the figure that is read of each arm, and
+tests of the form "this arm lies below that one by more than a bound".  Arms of one seed are paired; a test
+holds if Student's 95 % interval of the differences lies above the bound.  `curves` are fields of an arm's
+events, printed as means over the seeds.  With fewer seeds than the claim asks for every test is undecided.
+A killed command goes on after the last command that ended.
 
-`outside SCRIPT` runs a script in the environment of the setup `outside`.  `registered` is the digest of the
-claim's text and commands (`--digest` prints it): a claim that was edited after its registration is refused.
-No seed starts after `budget_s` processor seconds.  `start` names an arm and the range in which its figure has to
-lie with the first seed, or no other arm runs.
+A command may also be `python SCRIPT`, or the path of a program in a setup.  `registered` is the digest of
+the claim's text and commands (`--digest` prints it): a claim that was edited after its registration is
+refused. No seed starts after `budget_s` processor seconds.  `start` names an arm and the range in which its
+figure of the first seed has to lie, or no other arm runs.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Recipe:
         """
         registered = self.claims[name].get("registered")
         if registered not in (None, self.digest(name)):
-            raise SystemExit(f"{self.name}/{name}: registered as {registered}, but its text now has the digest "
-                             f"{self.digest(name)}; undo the edit, or register a new claim")
+            raise SystemExit(f"{self.name}/{name}: registered as {registered}, but its text now has the "
+                             f"digest {self.digest(name)}; undo the edit, or register a new claim")
 
     def needed(self, name: str) -> list[str]:
         """Return the setups that a claim reads, each after those that it reads itself."""
@@ -105,9 +105,9 @@ def run_commands(folder: Path, commands: Sequence[str], places: Mapping[str, str
                  for word in shlex.split(commands[number])]
         words, target = (words[:-2], words[-1]) if ">" in words[-2:-1] else (words, "")
         with open(folder / "log", "ab") as log, open(target or os.devnull, "wb") as out:
-            command = [sys.executable, "-P", "-W", "ignore", "-m", PROGRAMS[words[0]], *words[1:]]
-            if words[0] == "outside":
-                command = [f"{places['outside']}/bin/python", "-W", "ignore", *words[1:]]
+            command = words
+            if words[0] in PROGRAMS:
+                command = [sys.executable, "-P", "-W", "ignore", "-m", PROGRAMS[words[0]], *words[1:]]
             elif words[0] == "python":
                 command = [sys.executable, *words[1:]]
             began_s = read_child_seconds()
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("claims", nargs="+", metavar="RECIPE[/CLAIM]",
                         help=f"recipes: {', '.join(file.stem for file in find_recipes())}")
     parser.add_argument("--work", type=Path, default=Path("work"), help="folder of all runs")
-    parser.add_argument("--digest", action="store_true", help="print the digests of the claims, and run nothing")
+    parser.add_argument("--digest", action="store_true", help="print the claims' digests, and run nothing")
     parser.add_argument("--seeds", type=int, help="how many (default: as many as a claim asks for)")
     parser.add_argument("--arms", nargs="+", default=[], help="arms to run (default: all)")
     args = parser.parse_args()

