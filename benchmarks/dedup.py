@@ -1,4 +1,5 @@
-"""Near duplicates: precision and recall beside other tools, memory and time at ten times the shards, speed.
+"""Near-duplicate removal: precision and recall compared with other tools; memory, time and speed at ten times
+the shards.
 
     python benchmarks/dedup.py [--shards 4] [--documents 1000] [--others FOLDER]
 
@@ -72,17 +73,17 @@ def text(draw: random.Random, count: int) -> list[str]:
 
 
 def copy_of(words: list[str], similarity: float, draw: random.Random) -> list[str]:
-    """Return words of which so many are exchanged that about `similarity` of the shingles are the same."""
+    """Return a copy of `words` with so many replaced that about `similarity` of the shingles are equal."""
     # of n shingles a changed word takes WORDS, and s = (n - c) / (n + c)
     changed = len(words) * (1 - similarity) / (1 + similarity) / WORDS
-    found = list(words)
+    result = list(words)
     for place in draw.sample(range(len(words)), max(1, round(changed))):
-        found[place] = f"x{draw.randrange(10**6)}"
-    return found
+        result[place] = f"x{draw.randrange(10**6)}"
+    return result
 
 
 def planted(num_groups: int) -> list[list[str]]:
-    """Return documents, each second of which is like the one before it."""
+    """Return documents in which every second one is a near copy of the document before it."""
     draw = random.Random(0)
     found = []
     for number in range(num_groups):
@@ -111,7 +112,7 @@ def run_passes(step: Step, view: FolderView) -> None:
 
 
 def ours(documents: list[list[str]], verify: str) -> Pairs:
-    """Return the pairs of documents of which one goes because of the other."""
+    """Return pairs (removed document, document that it duplicates)."""
     with tempfile.TemporaryDirectory() as folder:
         view = FolderView(Path(folder) / "in", Path(folder) / "work")
         write_shards(view.folder, [" ".join(words) for words in documents], 250)
@@ -135,10 +136,10 @@ def by_datasketch(documents: list[list[str]]) -> Pairs:
 
     index, found = MinHashLSH(threshold=THRESHOLD, num_perm=120), set()
     for number, words in enumerate(documents):
-        made = MinHash(num_perm=120)
-        made.update_batch([" ".join(s).encode() for s in shingle_set(words)])
-        found |= {(int(other), number) for other in index.query(made)}
-        index.insert(str(number), made)
+        min_hash = MinHash(num_perm=120)
+        min_hash.update_batch([" ".join(s).encode() for s in shingle_set(words)])
+        found |= {(int(other), number) for other in index.query(min_hash)}
+        index.insert(str(number), min_hash)
     return found
 
 
@@ -176,7 +177,7 @@ def quality(num_groups: int) -> None:
     for name, tool in tools.items():
         start = time.process_time()
         try:
-            found = tool()
+            result = tool()
         except ImportError as e:
             print(f"{name:16} {e}")
             continue
@@ -185,17 +186,17 @@ def quality(num_groups: int) -> None:
         for pair, value in similar.items():
             if value >= 0.5:
                 bins[int(value * 20) / 20] += 1
-                hits[int(value * 20) / 20] += pair in found
-        right = len(found & wanted)
-        print(f"{name:16} precision {right / max(len(found), 1):.3f}, recall {right / len(wanted):.3f}, "
+                hits[int(value * 20) / 20] += pair in result
+        right = len(result & wanted)
+        print(f"{name:16} precision {right / max(len(result), 1):.3f}, recall {right / len(wanted):.3f}, "
               f"{time.process_time() - start:.1f} CPU s; found at "
               + ", ".join(f"{low:.2f}: {hits[low]}/{bins[low]}" for low in sorted(bins)))
 
 
 def measured(kind: str, num_shards: int, num_documents: int, answer: multiprocessing.Queue[tuple[float, ...]]
              ) -> None:
-    """Do a step over made shards; answer peak megabytes before and behind it, CPU seconds, megabytes of
-    text."""
+    """Run a step on generated shards; return peak megabytes before and after it, CPU seconds, and megabytes
+    of text."""
     steps: dict[str, Step] = {
         "exact_dedup": ExactDedup(ExactSettings()), "paragraph_dedup": ParagraphDedup(ParagraphSettings()),
         "minhash, exact": MinhashDedup(MinhashSettings()),
@@ -226,7 +227,7 @@ def peak_mebibytes() -> float:
 
 
 def _one(folder: Path) -> Path:
-    """Write one small shard, so that what is compiled and loaded is there before the clock starts."""
+    """Process one small shard, so that compilation and imports happen before the clock starts."""
     write_shards(folder / "warm", ["a b c d e f g"] * 3, 3)
     return folder / "warm"
 

@@ -1,4 +1,4 @@
-"""What our training loop costs beside a bare megatron.core loop: step times in one process, in turns.
+"""Overhead of our training loop over a minimal megatron.core loop: alternating step times in one process.
 
 Usage: python benchmarks/loop_overhead.py [--nproc 2] > benchmarks/results/loop_overhead.txt
        python benchmarks/loop_overhead.py --transformers > benchmarks/results/loop_transformers.txt
@@ -93,7 +93,7 @@ def ready_batches(config: RunConfig, place: world.ParallelWorld, source: Source)
 
 
 def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Source) -> Callable[[], None]:
-    """Return a bare step of our model: what is left of ours without the loop."""
+    """Return a bare training step of our model, without our loop."""
     import torch
 
     from megatron_sov.checkpoint import load
@@ -297,7 +297,7 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
 
 
 def beside_transformers(turns: int) -> None:
-    """Measure beside transformers, each kind of model in a process of its own."""
+    """Compare with transformers, each model in its own process."""
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}; {turns} steps of 2 x {SEQ_LEN} tokens, fp32, one thread",
           flush=True)

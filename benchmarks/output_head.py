@@ -1,4 +1,4 @@
-"""What output head and loss take of one micro-batch, forward and backward: CPU time and memory.
+"""CPU time and memory of output head and loss for one micro-batch, forward and backward.
 
 Usage: python benchmarks/output_head.py > benchmarks/results/output_head.txt
 

@@ -1,4 +1,4 @@
-"""`@pytest.mark.each(names, rows)`: like `parametrize`, in one test, which names each row that fails.
+"""`@pytest.mark.each(names, rows)`: `parametrize` inside a single test, which lists every row that fails.
 
 pytest spends 13 ms of processor time on every case of `parametrize`, more than most rows take.
 """

@@ -1,4 +1,4 @@
-"""Which tests `make test` runs, and how long one may take."""
+"""The tests that `make test` runs, and their time limit."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pictures and speech as files, and conversations and questions about them: the data of the proof."""
+"""Image and speech files, and conversations and questions about them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 def write_media(root: Path, seed: int = 0) -> dict[str, list[Row]]:
-    """Write pictures and sounds below a folder, and return what each is; names tell nothing."""
+    """Write images and sounds below a folder, and return their labels; file names reveal nothing."""
     draw, index = random.Random(seed), dict[str, list[Row]]()
     for name in ("train", "heldout"):
         seen, labels = part(name)

@@ -1,4 +1,4 @@
-"""The model's folder with the commands that were typed in it, and the references in transformers."""
+"""Run commands in the model's folder, and compute references with transformers."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class Road:
         work.mkdir(parents=True, exist_ok=True)
 
     def run(self, *words: str, program: str = "megatron_sov", stdin: str = "", code: int = 0) -> str:
-        """Run one of our commands in the work folder; return what it printed."""
-        done = subprocess.run([sys.executable, "-m", program, *words], cwd=self.work, input=stdin, text=True,
-                              capture_output=True, check=False, env={**os.environ, "COLUMNS": "200"})
-        if done.returncode != code:
-            raise RuntimeError(f"{' '.join(words)}: exit {done.returncode}\n{done.stdout[-2000:]}"
-                               f"\n{done.stderr[-3000:]}")
-        return done.stdout + done.stderr
+        """Run one of our commands in the work folder, and return its output."""
+        completed = subprocess.run(
+            [sys.executable, "-m", program, *words], cwd=self.work, input=stdin, text=True, capture_output=True,
+            check=False, env={**os.environ, "COLUMNS": "200"})
+        if completed.returncode != code:
+            raise RuntimeError(f"{' '.join(words)}: exit {completed.returncode}\n{completed.stdout[-2000:]}"
+                               f"\n{completed.stderr[-3000:]}")
+        return completed.stdout + completed.stderr
 
     def once(self, target: str, *words: str, program: str = "megatron_sov") -> None:
         """Run a command that makes a folder or file, unless an earlier run of the script has made it."""
@@ -77,9 +78,9 @@ def load_reference(folder: Path) -> tuple[Any, Any]:
 
 
 def encode_question(tokenizer: Any, question: str) -> list[int]:
-    found = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
-                                          return_dict=True)
-    return list(found["input_ids"])
+    encoded = tokenizer.apply_chat_template([{"role": "user", "content": question}],
+                                            add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def generate_greedily(model: Any, tokenizer: Any, ids: list[int], count: int) ->
 
 
 def find_number(value: Any, name: str) -> Any:
-    """Return the first number of that name in nested JSON."""
+    """Return the first number with that key in nested JSON."""
     if isinstance(value, dict):
         if isinstance(value.get(name), (int, float)):
             return value[name]

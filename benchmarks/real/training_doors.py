@@ -51,12 +51,12 @@ def train_two_steps(model: Any, loss: Callable[[], torch.Tensor], lr: float) -> 
     """Return the loss before and after a step of AdamW with the gradient norm clipped to 1."""
     trained = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    found = loss()
-    found.backward()
+    result = loss()
+    result.backward()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     adam.step()
     with torch.no_grad():
-        return [found.item(), loss().item()]
+        return [result.item(), loss().item()]
 
 
 def read_losses(road: Road, run: str) -> list[float]:
@@ -169,7 +169,7 @@ def read_rollouts(store: Path, name: str) -> list[dict[str, Any]]:
 
 
 def distill_on_policy(road: Road) -> Outcome:
-    """The model fine-tuned from a folder teaches that folder: both have one tokenizer."""
+    """Distill the folder into itself, with its fine-tuned model as teacher: both have one tokenizer."""
     fine_tune(road)
     road.once("runs/opd", "rl", "run", "--from", "my-model", "--teacher", "runs/sft", "--prompts",
               "prompts.jsonl", "--reward", "none", "--store", "opd-store", "--run", "runs/opd", *sets(

@@ -90,5 +90,4 @@ class SynthOptions(SynthModelOptions, SynthLimitOptions):
     """Processes for the checks (default: this machine's cores)."""
 
 
-SYNTH = DeclaredCommand(SynthOptions, run_function="data_prep.synth.synth_run:run_synth",
-                        runs_in_checks=True)
+SYNTH = DeclaredCommand(SynthOptions, run_function="data_prep.synth.synth_run:run_synth", runs_in_checks=True)

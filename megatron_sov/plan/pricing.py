@@ -260,16 +260,14 @@ def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
         tokens=stage.tokens, steps=stage.steps, seq_len=stage.phase.seq_len,
         global_batch_size=stage.global_batch_size, layout=choice_to_dict(get_current_choice(stage.config)),
         memory=QuotedMemory(account.components(), pricing.limit_bytes, pipeline_stage, account.on_host),
-        seconds=step.components,
-        bubble_share=step.bubble_s / step.total_s, imbalance=work.imbalance,
+        seconds=step.components, bubble_share=step.bubble_s / step.total_s, imbalance=work.imbalance,
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu, tflops_per_gpu=step.tflops_per_gpu, mfu=step.mfu,
         hours=train_s / SECONDS_PER_HOUR, effective_share=operation.effective_share,
         energy_kwh=cost.energy_kwh, cost_usd=cost.usd, cost_range_usd=(cost.usd_low, cost.usd_high),
         checkpoint=Checkpoint(operation.checkpoint_bytes, operation.stall_s + operation.write_s,
                               operation.stall_s, operation.interval_s, operation.interval_steps),
         notes=(*_list_notes(cost, operation, work.imbalance),
-               *_list_router_notes(work, step, pricing.parameters),
-               *_list_packing_notes(stage.config, work)))
+               *_list_router_notes(work, step, pricing.parameters), *_list_packing_notes(stage.config, work)))
 
 
 def _list_notes(cost: Cost, operation: Operation, imbalance: float) -> list[str]:

@@ -46,8 +46,7 @@ PRELOADED = (
     "hashlib", "heapq", "inspect", "io", "itertools", "json", "locale", "logging", "math", "numbers",
     "operator", "os", "pathlib", "pickle", "queue", "random", "re", "shutil", "socket", "statistics",
     "string", "struct", "subprocess", "sys", "tempfile", "textwrap", "threading", "time", "traceback",
-    "types", "typing", "unicodedata", "uuid", "warnings", "zlib",
-)
+    "types", "typing", "unicodedata", "uuid", "warnings", "zlib")
 """Modules to import before forking."""
 READY = b"."
 """Message of an enclosed process; any other message is an error."""

@@ -13,10 +13,10 @@ def two_nodes() -> Iterator[Any]:
     """Give a cluster of two nodes with a core each."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={
+    cluster = Cluster(initialize_head=True, head_node_args={
         "num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES})
-    made.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
     try:
-        yield made
+        yield cluster
     finally:
-        made.shutdown()
+        cluster.shutdown()

@@ -53,7 +53,7 @@ def finish_run(plan: PipelinePlan, output: Path) -> str:
                             f"change the steps that dropped most, or the files listed in "
                             f"{output / QUARANTINE}, and run the command again")
         _write_manifest(plan, output, summary)
-    return describe_output(summary, output)
+    return describe_output(summary, account, output)
 
 
 def is_complete(plan: PipelinePlan, output: Path) -> bool:
@@ -78,18 +78,17 @@ def _is_unchanged(file: Path, record: FileRecord, created_s: float) -> bool:
     return stat.st_ctime < created_s - MAX_CLOCK_DIFFERENCE_S or find_file_damage(file, record) is None
 
 
-def describe_output(summary: dict[str, Any], output: Path) -> str:
+def describe_output(summary: dict[str, Any], account: RecordAccount, output: Path) -> str:
     """Return lines with the output's folders and document counts.
 
     Args:
         summary: content of summary.json.
+        account: result of `account_documents`.
         output: the run's folder.
     """
     names = [entry["name"] for entry in summary["output"]]
     more = f" and {len(names) - MAX_PRINTED_NAMES:,} more" if len(names) > MAX_PRINTED_NAMES else ""
-    account = account_documents(summary)
-    lines = [f"{output}: complete",
-             f"  {account.num_written:,} documents in {output / TEXT}: "
+    lines = [f"{output}: complete", f"  {account.num_written:,} documents in {output / TEXT}: "
              f"{', '.join(names[:MAX_PRINTED_NAMES])}{more}", f"  {account.describe()}"]
     if any(source["quarantine"] for source in summary["sources"]):
         lines.append(f"  quarantine: {output / QUARANTINE}")
@@ -176,8 +175,7 @@ def _sum_pass_times(marks_folder: Path) -> Iterator[dict[str, Any]]:
         marks = sorted(mark for mark in folder.iterdir() if not mark.name.startswith("."))
         times = [read_sealed_json(mark, explain_deletion(mark), get_place_in_run(mark)) for mark in marks]
         yield {"name": folder.name.partition("-")[2], "num_tasks_done": len(times),
-               "cpu_s": sum(time["cpu_s"] for time in times),
-               "wall_s": sum(time["wall_s"] for time in times)}
+               "cpu_s": sum(time["cpu_s"] for time in times), "wall_s": sum(time["wall_s"] for time in times)}
 
 
 def _summarize_source(plan: PipelinePlan, source: SourcePlan, output: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from data_prep.curate.sources.formats import create_reader
 from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourceSettings
 from data_prep.damaged_files import explain_deletion, get_place_in_run
 from megatron_sov.base.artifacts import create_file, create_folder, translate_disk_errors
+from megatron_sov.base.documents.records import count_text_bytes
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.sealed import SEAL, SEAL_PLACEHOLDER, read_seal, seal_file, write_sealed_json
 from megatron_sov.work.tables.parquet import TableFile, iter_row_groups
@@ -386,7 +387,7 @@ class _RowBuffer:
                                                           default=str))
         for name, values in self._columns.items():
             values.append(row[name])
-        self._size_bytes += len(document.text.encode())
+        self._size_bytes += count_text_bytes(document.text)
         return identifier
 
     def pop_rows(self) -> dict[str, list[Any]]:
@@ -398,7 +399,7 @@ class _RowBuffer:
 
 def _replace_surrogates(text: str) -> str:
     """Replace lone surrogates, which UTF-8 cannot encode, by "?"."""
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 # The middle tasks of a shard: a step's outcomes.

@@ -23,19 +23,15 @@ FORMATS: dict[str, str] = {
     "text": "data_prep.curate.sources.lines:TextReader",
     "jsonl": "data_prep.curate.sources.lines:JsonlReader",
     "parquet": "data_prep.curate.sources.parquet:ParquetReader",
-    "html": "data_prep.curate.sources.html:HtmlReader",
-    "warc": "data_prep.curate.sources.warc:WarcReader",
-    "pdf": "data_prep.curate.sources.pdf:PdfReader",
-    "code": "data_prep.curate.sources.code:CodeReader",
-}
+    "html": "data_prep.curate.sources.html:HtmlReader", "warc": "data_prep.curate.sources.warc:WarcReader",
+    "pdf": "data_prep.curate.sources.pdf:PdfReader", "code": "data_prep.curate.sources.code:CodeReader"}
 """Name in pipeline files -> module:class of its reader."""
 AUTO_FORMATS = ("text", "jsonl", "parquet", "html", "warc", "pdf", "code")
 """Formats that `auto` tries in this order; the first that accepts a name reads the file."""
 _PAGES = ("resiliparse", "charset_normalizer")
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "html": _PAGES, "pdf": ("pypdfium2",), "warc": ("warcio", "pypdfium2", *_PAGES),
-    "code": ("charset_normalizer",), "auto": ("warcio", "pypdfium2", *_PAGES),
-}
+    "code": ("charset_normalizer",), "auto": ("warcio", "pypdfium2", *_PAGES)}
 """Format -> modules for the reading process. Without this check every file would count as broken."""
 
 

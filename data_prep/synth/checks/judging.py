@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from data_prep.curate.pipeline.counts import read_recorded_seal
 from data_prep.curate.pipeline.finish import build_summary
+from data_prep.curate.pipeline.pipeline_file import check_libraries
 from data_prep.curate.pipeline.plan import PipelinePlan, SourcePlan, make_plan
 from data_prep.curate.pipeline.running import judge_documents
 from data_prep.damaged_files import explain_deletion
@@ -72,9 +73,11 @@ def judge_samples(output: Path, run: SynthRunRecord, checks: Path | None, worker
         folders = _write_texts(output, run, folder / TEXTS)
     if not folders:
         return JudgedSamples()
-    pipeline = read_steps(choose_steps_file(checks, run.generator, run.kind), folders)
+    file = choose_steps_file(checks, run.generator, run.kind)
+    pipeline = read_steps(file, folders)
     if not pipeline.steps:
         return JudgedSamples()
+    check_libraries(pipeline, file)
     plan = make_plan(pipeline, folder)
     judge_documents(plan, folder, workers)
     dropped, changed = _collect_results(plan, folder)

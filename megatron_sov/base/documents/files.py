@@ -78,8 +78,7 @@ TEXT_SUFFIXES = JSONL_SUFFIXES | frozenset([
     ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".go", ".rs", ".js", ".jsx", ".ts",
     ".tsx", ".mjs", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".swift", ".cs", ".sh", ".bash",
     ".sql", ".cmake", ".html", ".htm", ".css", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".csv",
-    ".tsv", ".log", ".srt",
-])
+    ".tsv", ".log", ".srt"])
 """Endings read from a folder; a file passed by name may have any ending."""
 PARQUET_SUFFIX = ".parquet"
 ARROW_SUFFIXES = frozenset([".arrow", ".feather"])

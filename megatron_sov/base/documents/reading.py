@@ -186,11 +186,6 @@ def find_unread_fields(span: FileSpan, reading: RecordReading) -> list[str]:
 
 def _number_fields(record: dict[str, Any], where: str, number: int, reading: RecordReading,
                    ) -> tuple[int, dict[str, Any]]:
-    try:
-        json.dumps(record, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), which is no "
-                                "character; remove it") from None
     return number, record
 
 
@@ -259,8 +254,7 @@ class CountedSpan:
                 if isinstance(item, BadRecord):
                     raise item
                 yield parse_json_value(item, f"{self.span.file}:{self.num_lines}", self.num_lines,
-                                       self.reading,
-                                       self.parse)
+                                       self.reading, self.parse)
             except BadRecord as e:
                 yield _at_line(e, self.num_lines, b"")
 
@@ -293,8 +287,7 @@ class CountedSpan:
             self._refuse_table()
         if self.reading.kind not in (None, "text"):
             raise BadRecord("fields", f"is plain text, but --format is {self.reading.kind}; "
-                                      "pack it on its own with --format text",
-                            options=("--format", "text"))
+                                      "pack it on its own with --format text", options=("--format", "text"))
         if fields := (*self.reading.columns, *filter(None, [self.reading.bucket_by]), *self.reading.tags):
             raise BadRecord("fields", f"is plain text, which has no field {fields[0]!r}; "
                                       "pass JSONL or Parquet")

@@ -173,8 +173,7 @@ def prepare_task(definition: TaskDefinition, data_dir: Path | None, *, may_downl
         if not isinstance(splits, dict):
             splits = {"train": splits}
         splits = {split: names if isinstance(names, list) else [names] for split, names in splits.items()}
-        config["custom_dataset"] = TaskFileReader(splits,
-                                                  to_dataset=config.get("process_docs") is not None)
+        config["custom_dataset"] = TaskFileReader(splits, to_dataset=config.get("process_docs") is not None)
     return config, files
 
 

@@ -93,8 +93,7 @@ def _connect_ray(address: str) -> Any:
         import ray  # optional package
     except ImportError:
         raise UserError(f"--ray {address}: Ray is not installed; install it with "
-                        f"{format_install_command('ray')}"
-                        ) from None
+                        f"{format_install_command('ray')}") from None
     # nodes share a file system; prefer this code over installed packages
     code = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
     try:

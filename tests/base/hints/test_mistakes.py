@@ -1,4 +1,4 @@
-"""Mistakes of newcomers: what the answer must name, so that the next line works."""
+"""Typical first mistakes: the message names everything that the next command line needs to work."""
 
 from __future__ import annotations
 
@@ -158,9 +158,9 @@ from tests.base.hints.test_words import answer
       "--data judged-pairs/pairs.jsonl --run r"]),
     ("megatron-sov prefer --from hf --data d --run r --method kto", ["TRL's KTOTrainer"]),
 ])
-def test_the_answer_names_what_to_type(typed: str, parts: list[str], tmp_path: Path,
-                                       monkeypatch: pytest.MonkeyPatch,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "d/manifest.json": "{}",
                        "d/shard.bin": "x", "m.gguf": "GGUF", "cut.parquet": "PAR1",

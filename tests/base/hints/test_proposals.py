@@ -1,4 +1,4 @@
-"""Lines with several faults: all are named, and the proposed line has none of them."""
+"""Command lines with several faults: the message names all of them, and the proposed line has none."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_a_recommended_value_is_in_the_line(sentence: str, write: str) -> None:
     assert lines(str(error)) == [write] * bool(write)
 
 
-def test_a_stand_in_lets_further_faults_be_found() -> None:
-    """A reward that nothing replaces, and a method that has an equivalent."""
+def test_later_faults_are_found_with_a_placeholder_value() -> None:
+    """A reward without a replacement, and a method with an equivalent."""
     def check(line: list[str]) -> None:
         if "math" not in line:
             raise UserError("reward 'mine': does not exist", Fix(stand_ins={"mine": "math"}))

@@ -1,3 +1,5 @@
+"""Supervised commands: their descendants end with the command and with the process that owns it."""
+
 import json
 import os
 import signal

@@ -91,7 +91,7 @@ def test_lost_node_loses_no_items(cluster: Any) -> None:
         Path("lost").touch()
 
     thread = run_when_started(lambda: node.node_id in nodes(), lose)
-    rows = [{"n": n, "until": "lost"} for n in range(400)]  # each node waits with what it has begun
+    rows = [{"n": n, "until": "lost"} for n in range(400)]  # each node waits with its unfinished items
     assert run_map(cluster, "out", *rows, workers=3) == 0
     thread.join(0)
     assert not thread.is_alive(), "the node was lost while it worked"

@@ -261,8 +261,7 @@ def _is_extension(path: Path, config: RunConfig) -> bool:
 def _build_start(attempt: Attempt) -> RunStart:
     start = attempt.start
     return RunStart(parse_number(start.get("time_s")), parse_whole_number(start.get("resumed_from")),
-                 attempt.last_step,
-                 parse_whole_number(start.get("num_ranks")), attempt.outcome)
+                 attempt.last_step, parse_whole_number(start.get("num_ranks")), attempt.outcome)
 
 
 def _set_state(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, float, float, float]],

@@ -77,7 +77,6 @@ def check_benchmarks(config: RunConfig) -> None:
                             "run starts")
     try:
         check_task_names(lm.tasks, TaskSources(folders=tuple(map(Path, lm.task_dirs)),
-                                             allow_code=lm.allow_task_code,
-                                             allow_download=lm.allow_download))
+                                             allow_code=lm.allow_task_code, allow_download=lm.allow_download))
     except UserError as e:
         raise UserError(f"evaluate.lm.tasks = {list(lm.tasks)}: {e}") from None
