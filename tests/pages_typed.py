@@ -37,6 +37,7 @@ TYPED = {
     "docs/plan.md": "tests/test_docs_plan.py",
     "docs/rewards.md": "tests/commands/test_score.py",
     "docs/rollout_store.md": "tests/commands/rl/test_rl_store.py",
+    "docs/real_model.md": "tests/benchmarks/test_real_model.py",
     "docs/serve.md": "tests/serve/test_serve.py",
     "docs/slurm.md": "tests/operate/slurm/test_submit.py",
     "docs/synth_generators.md": "tests/test_docs_synth.py",

@@ -36,7 +36,8 @@ TRAINS: dict[str, BuiltIn] = {"pretrain": "lm", "extend": "lm", "sft": "sft", "p
 """Command -> what it trains by."""
 
 CLAIMED = {PLACE.sub("0", command).partition(" > ")[0]
-           for file in find_recipes() for command in Recipe(file).commands()}
+           for file in find_recipes() for command in Recipe(file).commands()
+           if command.split()[0] in ENTRIES}
 """Commands of the claims, with a 0 in every place."""
 COMMANDS = sorted(CLAIMED.union(*(commands_of(page.read_text()) for page in READ)))
 

@@ -34,8 +34,8 @@ class Road:
     def run(self, *words: str, program: str = "megatron_sov", stdin: str = "", code: int = 0) -> str:
         """Run one of our commands in the work folder, and return its output."""
         completed = subprocess.run(
-            [sys.executable, "-m", program, *words], cwd=self.work, input=stdin, text=True, capture_output=True,
-            check=False, env={**os.environ, "COLUMNS": "200"})
+            [sys.executable, "-m", program, *words], cwd=self.work, input=stdin, text=True,
+            capture_output=True, check=False, env={**os.environ, "COLUMNS": "200"})
         if completed.returncode != code:
             raise RuntimeError(f"{' '.join(words)}: exit {completed.returncode}\n{completed.stdout[-2000:]}"
                                f"\n{completed.stderr[-3000:]}")

@@ -4,9 +4,9 @@ Usage: python benchmarks/real/speed.py --work DIR --outside ENVIRONMENT [--only 
 
 DIR is the folder of `doors.py`, ENVIRONMENT that of `model_folder.py`, the output
 benchmarks/results/real_speed.txt. Both sides run the same rows in float32 on one thread, one process after
-the other. A step is the median of all steps but the first; a generation counts the tokens of the responses;
-an evaluation is its whole command. Memory is the peak of the process; in training that before the last
-step, because only our command writes a checkpoint afterwards.
+the other. A step is the fastest but the first, because other programs on the machine only slow a step; a
+generation counts the tokens of the responses; an evaluation is its whole command. Memory is the peak of the
+process; in training that before the last step, because only our command writes a checkpoint afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -81,13 +80,13 @@ class Bench:
         return found[kind], found["peak_bytes"]
 
     def time_trl(self, name: str, kind: str, rows: str, *words: str) -> Measurement:
-        """Run a trainer of TRL; return the median of its steps, and its peak memory."""
+        """Run a trainer of TRL; return its fastest step but the first, and its peak memory."""
         run = self.folder / f"{name}.trl"
         peak_bytes = self.run(f"{name}.trl", self.python, "-W", "ignore", HERE / "outside_trl.py", kind,
                               "--model", self.road.model, "--input", self.road.work / rows, "--run", run,
                               "--steps", str(NUM_STEPS), *words).peak_bytes
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-        return Measurement(statistics.median(event["processor_s"] for event in events[1:]), peak_bytes)
+        return Measurement(min(event["processor_s"] for event in events[1:]), peak_bytes)
 
 
 def train_settings(*more: str) -> list[str]:
@@ -104,7 +103,7 @@ def compare_training(bench: Bench, kind: str, goal: str, rows: str, data: str, c
     batch = len(bench.road.read_rows(rows))
     theirs = bench.time_trl(kind, kind, rows, "--batch", str(batch))
     peer = "TRL and PEFT" if kind == "lora" else "TRL"
-    return Comparison(f"a step of {batch} rows", peer, Measurement(statistics.median(steps[1:]), peak_bytes),
+    return Comparison(f"a step of {batch} rows", peer, Measurement(min(steps[1:]), peak_bytes),
                       theirs, goal)
 
 
@@ -142,7 +141,7 @@ def compare_round(bench: Bench) -> Comparison:
     theirs = bench.time_trl("round", "grpo", "words.jsonl", "--batch", str(ROUND_PROMPTS), "--samples",
                             str(ROUND_SAMPLES), "--max-new-tokens", str(ROUND_TOKENS))
     unit = f"a round of {ROUND_PROMPTS} prompts x {ROUND_SAMPLES} responses of {ROUND_TOKENS} tokens"
-    return Comparison(unit, "TRL's GRPOTrainer", Measurement(statistics.median(steps[1:]), peak_bytes),
+    return Comparison(unit, "TRL's GRPOTrainer", Measurement(min(steps[1:]), peak_bytes),
                       theirs, "0.33")
 
 
