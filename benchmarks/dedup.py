@@ -34,7 +34,6 @@ from data_prep.curate.pipeline.step import Doc, ShardRef, Step
 THRESHOLD = 0.8
 WORDS = 5
 SIMILARITIES = (0.95, 0.9, 0.85, 0.82, 0.78, 0.75, 0.7, 0.6, 0.5)
-BATCH = 256
 Pairs = set[tuple[int, int]]
 
 
@@ -50,17 +49,11 @@ class FolderView:
         """Return all shards."""
         return [ShardRef("web", number) for number in range(len(list(self.folder.glob("*.jsonl"))))]
 
-    def iter_documents(self, shard: ShardRef) -> Iterator[list[Doc]]:
-        """Yield a shard's documents in batches."""
-        batch = []
+    def iter_documents(self, shard: ShardRef) -> Iterator[Doc]:
+        """Yield a shard's documents."""
         with open(self.folder / f"{shard.number}.jsonl") as f:
             for row, line in enumerate(f):
-                id_ = f"web:{shard.number}:{row:016x}"
-                batch.append(Doc(id_, json.loads(line), "web", shard.number, row))
-                if len(batch) == BATCH:
-                    yield batch
-                    batch = []
-        yield batch
+                yield Doc(f"web:{shard.number}:{row:016x}", json.loads(line), "web", shard.number, row)
 
     def get_priority(self, source: str) -> int:
         """Return the same for all."""
@@ -111,22 +104,22 @@ def run_passes(step: Step, view: FolderView) -> None:
             step_pass.run(view, task)
 
 
-def ours(documents: list[list[str]], verify: str) -> Pairs:
+def ours(documents: list[list[str]]) -> Pairs:
     """Return pairs (removed document, document that it duplicates)."""
     with tempfile.TemporaryDirectory() as folder:
         view = FolderView(Path(folder) / "in", Path(folder) / "work")
         write_shards(view.folder, [" ".join(words) for words in documents], 250)
-        step = MinhashDedup(MinhashSettings(threshold=THRESHOLD, ngram=WORDS, verify=verify, partitions=4))
+        step = MinhashDedup(MinhashSettings(threshold=THRESHOLD, ngram=WORDS, partitions=4))
         run_passes(step, view)
         step.load_inputs(view)
         found: Pairs = set()
         for shard in view.shards:
-            for batch in view.iter_documents(shard):
-                for document, outcome in zip(batch, step.compute_outcomes(batch), strict=True):
-                    if outcome.reason:
-                        _, number, row = str(outcome.values["duplicate_of"]).split(":")
-                        pair = sorted([document.shard * 250 + document.row, int(number) * 250 + int(row, 16)])
-                        found.add((pair[0], pair[1]))
+            for document in view.iter_documents(shard):
+                outcome = step.judge_document(document)
+                if outcome.reason:
+                    _, number, row = str(outcome.values["duplicate_of"]).split(":")
+                    pair = sorted([document.shard * 250 + document.row, int(number) * 250 + int(row, 16)])
+                    found.add((pair[0], pair[1]))
     return found
 
 
@@ -171,9 +164,8 @@ def quality(num_groups: int) -> None:
     wanted = {pair for pair, value in similar.items() if value >= THRESHOLD}
     print(f"{len(documents)} documents, {len(wanted)} pairs at {THRESHOLD} and above")
     tools: dict[str, Callable[[], Pairs]] = {
-        "ours, exact": lambda: ours(documents, "exact"),
-        "ours, estimated": lambda: ours(documents, "estimated"),
-        "datasketch": lambda: by_datasketch(documents), "rensa": lambda: by_rensa(documents)}
+        "ours": lambda: ours(documents), "datasketch": lambda: by_datasketch(documents),
+        "rensa": lambda: by_rensa(documents)}
     for name, tool in tools.items():
         start = time.process_time()
         try:
@@ -199,8 +191,7 @@ def measured(kind: str, num_shards: int, num_documents: int, answer: multiproces
     of text."""
     steps: dict[str, Step] = {
         "exact_dedup": ExactDedup(ExactSettings()), "paragraph_dedup": ParagraphDedup(ParagraphSettings()),
-        "minhash, exact": MinhashDedup(MinhashSettings()),
-        "minhash, estimated": MinhashDedup(MinhashSettings(verify="estimated"))}
+        "minhash_dedup": MinhashDedup(MinhashSettings())}
     step = steps[kind]
     with tempfile.TemporaryDirectory() as folder:
         view = FolderView(Path(folder) / "in", Path(folder) / "work")
@@ -235,7 +226,7 @@ def _one(folder: Path) -> Path:
 def scaling(num_shards: int, num_documents: int) -> None:
     """Print memory and speed at so many shards and at ten times as many."""
     context = multiprocessing.get_context("spawn")
-    for kind in ("exact_dedup", "paragraph_dedup", "minhash, exact", "minhash, estimated"):
+    for kind in ("exact_dedup", "paragraph_dedup", "minhash_dedup"):
         for count in (num_shards, 10 * num_shards):
             answer: multiprocessing.Queue[tuple[float, ...]] = context.Queue()
             child = context.Process(target=measured, args=(kind, count, num_documents, answer))

@@ -120,7 +120,7 @@ def hash_run(run: Path) -> dict[str, str]:
     Raises:
         SystemExit: a checkpoint is damaged.
     """
-    hashes = {}
+    hashes: dict[str, str] = {}
     for path in sorted((run / "checkpoints").iterdir()):
         if (problem := find_damage(path)) is not None:
             raise SystemExit(f"{problem}: not whole")

@@ -153,7 +153,8 @@ def over_another_group(at: Any) -> Iterator[list[int]]:
 
     def call(group: Any, kind: str, part: Any, work: Any) -> Any:
         if simulated_messages.find_call_site(kind, group._description) == at:
-            for other in distributed_c10d._world.pg_map:
+            others: Any = distributed_c10d._world.pg_map
+            for other in others:
                 if other.size() == group.size() and other._members != group._members:
                     moved.append(group._rank)
                     return real(other, kind, part, work)
@@ -262,9 +263,9 @@ def faults(names: Sequence[str], only: Collection[tuple[str, str, str]] = ()) ->
                 if only and (f"a message {OTHER_GROUP}", name, str(site)) not in only:
                     continue
                 with over_another_group(site) as moved:
-                    verdict = prove_miniature(small, None, whole) if "object" not in site.where else None
-                if moved and verdict is not None:
-                    _told(f"a message {OTHER_GROUP}", name, str(site), verdict, _names(verdict, site))
+                    other = prove_miniature(small, None, whole) if "object" not in site.where else None
+                if moved and other is not None:
+                    _told(f"a message {OTHER_GROUP}", name, str(site), other, _names(other, site))
             for fault in sent:
                 if only and (f"a message {fault.way}", name, str(fault.site)) not in only:
                     continue

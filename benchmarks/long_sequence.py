@@ -61,6 +61,10 @@ class OneDocument:
         """Not to be called."""
         raise KeyError(name)
 
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """Not to be called."""
+        raise KeyError("routes")
+
 
 def resident_bytes(which: str) -> int:
     """Return this process's resident memory, now (VmRSS) or at its peak (VmHWM)."""

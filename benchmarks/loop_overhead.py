@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,7 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_shard(folder)
-            if launcher.launch_ranks(lambda folder=folder: measure(args.turns, folder), nproc, num_threads=1):
+            if launcher.launch_ranks(partial(measure, args.turns, folder), nproc, num_threads=1):
                 sys.exit(1)
 
 
@@ -305,8 +306,7 @@ def beside_transformers(turns: int) -> None:
         folder = Path(name)
         write_shard(folder)
         for kind in BESIDE:
-            if launcher.launch_ranks(lambda kind=kind: measure_transformers(turns, folder, kind), 1,
-                                     num_threads=1):
+            if launcher.launch_ranks(partial(measure_transformers, turns, folder, kind), 1, num_threads=1):
                 sys.exit(1)
 
 

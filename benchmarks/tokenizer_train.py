@@ -127,7 +127,7 @@ def train_command(preset: str, vocab_size: int, text: Path, output: Path, *more:
 
 def split(source: Path, work: Path) -> dict[str, int]:
     """Write documents to `train` and `held`; returns the bytes of text to train on of each language."""
-    sizes = {}
+    sizes: dict[str, int] = {}
     for name in ("train", "held"):
         (work / name).mkdir()
     for file in sorted(source.glob("*.jsonl")):

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -162,7 +162,8 @@ def rows_of(capability: int) -> Iterator[str]:
     """Yield a line for each kernel."""
     import torch
 
-    libraries = [(f"Transformer Engine {kernels.TE_VERSION}", launch_transformer_engine, None)]
+    libraries: list[tuple[str, Callable[[], None], Path | None]] = [
+        (f"Transformer Engine {kernels.TE_VERSION}", launch_transformer_engine, None)]
     libraries += [(f"megatron-core {version}", launch_megatron, home)
                   for version, home in kernels.megatrons().items()]
     result = compile_in_place_of_launches(capability)

@@ -275,7 +275,8 @@ class _Calls(TorchFunctionMode):
             return args[0]
         if name == "tensor" and kwargs.get("device") == GPU:
             return func(*args, **kwargs | {"device": CPU}).to(GPU)
-        if func == torch.Tensor.data.__set__ and not isinstance(args[0], FakeTensor):
+        if func == torch.Tensor.data.__set__ and not isinstance(  # type: ignore[attr-defined]
+                args[0], FakeTensor):
             return _move(*args) if isinstance(args[1], FakeTensor) else func(*args, **kwargs)
         if name == "cuda":
             name, func, args = "to", torch.Tensor.to, (args[0], GPU)

@@ -162,8 +162,8 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
     placement.CHIP = placement.Chip(CAPABILITY[gpu])
     dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
     # patterns of names match on some stage
-    parameter_groups.gather_objects = lambda value: [
-        ({group.pattern for group in config.optim.groups}, True)]
+    patterns = {group.pattern for group in config.optim.groups}
+    parameter_groups.gather_objects = lambda value, group=None: [(patterns, True)]
     tokens = config.data.phases[0].seq_len * config.train.micro_batch_size // p.cp // (p.tp if p.sp else 1)
     begun = time.process_time()
     if imbalance != 1:

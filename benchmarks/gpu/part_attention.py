@@ -102,7 +102,8 @@ def compare(way: Any, setting: Setting, heads: tuple[int, int], bounds: list[int
     shape = [(bounds[-1], n, 32 if setting.dry else 128) for n in (heads[0], heads[1], heads[1])]
     given = [torch.randn(s, device=setting.device, dtype=dtype) for s in shape]
     found, exact = ([t.clone().to(kind).requires_grad_() for t in given] for kind in (dtype, torch.float32))
-    ours, theirs = way(*found, bounds, window), reference(*exact, bounds, window)
+    q, k, v = exact
+    ours, theirs = way(*found, bounds, window), reference(q, k, v, bounds, window)
     seed = torch.randn_like(theirs)
     ours.backward(seed.to(ours.dtype))
     theirs.backward(seed)

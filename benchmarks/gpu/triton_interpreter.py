@@ -155,7 +155,7 @@ def permutations(quick: bool) -> Iterator[Case]:
         yield f"unpermute, weighted, gradient of rows, {name}", error(found[0], leaf.grad), limit
         # the kernel leaves entries of unchosen experts unwritten or zero
         yield (f"unpermute, weighted, gradient of weights, {name}",
-               error(found[1] * routing, merging.grad * routing), limit)
+               error(found[1] * routing, merging.grad * routing), limit)  # type: ignore[operator]
         sizes = torch.tensor([5, 0, 9, tokens - 14])
         order = torch.tensor([2, 0, 3, 1])
         chunk_map = kernels.make_chunk_sort_map(sizes, order, tokens, 4)

@@ -170,14 +170,11 @@ def test_unknown_storage_is_reported() -> None:
     assert not any("storage" in n for n in quote_stage(first("qwen3-8b", on(where)), on(where)).notes)
 
 
-def test_user_parameters_and_price_change_only_their_figures() -> None:
+def test_a_profile_with_a_price_sets_the_cost() -> None:
     where = load_machines("h100", 1)
     cheap = replace(where, profile=replace(where.profile, price_per_gpu_hour=1.0))
-    told, stage = quote_stage(first("qwen3-8b", on(cheap)), on(cheap)), first("qwen3-8b", on(where))
+    told = quote_stage(first("qwen3-8b", on(cheap)), on(cheap))
     assert told.cost_usd == pytest.approx(told.gpu_hours) and told.cost_range_usd == (told.cost_usd,) * 2
-    slow = Pricing(where, replace(load_default_parameters(),
-                   step_overhead_s=load_default_parameters().step_overhead_s + 10))
-    assert slow.time_step(stage).total_s == pytest.approx(on(where).time_step(stage).total_s + 10)
 
 
 @pytest.mark.each(("cluster", "asked", "works"), [

@@ -28,12 +28,11 @@ from megatron_sov.plan.search.space import (
 from megatron_sov.plan.search.sweep import (
     Sweep, SweepResult, SweepSearch, find_common_layouts, find_fewest_nodes, format_node_advice,
     has_fitting_layout, search_layouts, sweep_stage)
-from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.work.clusters.units import GIB
 
 
 def prices(nodes: int) -> Pricing:
-    return Pricing(load_machines("h100", nodes), load_default_parameters())
+    return Pricing(load_machines("h100", nodes))
 
 
 @pytest.mark.each(("nodes", "said"), [

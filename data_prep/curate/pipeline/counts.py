@@ -100,11 +100,8 @@ def hash_sample_id(sample: dict[str, Any]) -> bytes:
 
 
 def read_recorded_seal(file: Path) -> str:
-    """Return the checksum for `file` in the shard's counts file.
-
-    Raises:
-        UserError: the counts file is missing or damaged, or does not name `file`.
-    """
+    """Return the checksum for `file` in the shard's counts file. Raises `UserError`: the counts file is
+    missing or damaged, or does not name `file`."""
     # Output files are in a folder named by the shard's number; its counts are next to that folder.
     shard = file.parent if file.parent.name.isdigit() else file
     counts = shard.with_name(f"{shard.name.partition('.')[0]}.json")

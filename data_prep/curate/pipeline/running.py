@@ -82,11 +82,8 @@ def check_outside_sources(pipeline: Pipeline, output: Path) -> None:
 
 
 def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Run the open tasks and publish the corpus.
-
-    Raises:
-        UserError: invalid data or settings, or a full disk. Finished tasks stay.
-    """
+    """Run the open tasks and publish the corpus. Raises `UserError`: invalid data or settings, or a full
+    disk. Finished tasks stay."""
     # One run at a time in a folder: the lock excludes local runs, active jobs exclude runs on a cluster.
     with lock_folder(output, output), translate_disk_errors(output):
         check_no_active_jobs(output)
@@ -99,11 +96,8 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
 
 
 def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Run a plan's steps without writing a corpus; layers hold the outcomes.
-
-    Raises:
-        UserError: see `run_pipeline`.
-    """
+    """Run a plan's steps without writing a corpus; layers hold the outcomes. Raises `UserError`: see
+    `run_pipeline`."""
     with lock_folder(output, output), translate_disk_errors(output):
         _run_stages(plan, prepare_run(plan, output), output, workers,
                     [stage for stage in iter_stages(plan) if stage.kind != OUTPUT])

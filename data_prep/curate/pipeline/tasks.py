@@ -123,11 +123,8 @@ def get_pass_marks_folder(work_folder: Path) -> Path:
 
 
 def run_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> None:
-    """Run a task unless its result exists.
-
-    Raises:
-        UserError: invalid data or settings, or a full disk; the message names the task.
-    """
+    """Run a task unless its result exists. Raises `UserError`: invalid data or settings, or a full disk; the
+    message names the task."""
     plan = _read_plan(plan_file)
     mark = get_done_mark(plan, stage, task, output)
     # A cluster may assign a task to two workers: the second finds the result.
@@ -206,11 +203,8 @@ def _read_plan(file: Path) -> PipelinePlan:
 
 @lru_cache(maxsize=2)
 def _load_step(plan_file: Path, number: int, output: Path, *, loads_inputs: bool) -> Step:
-    """Return the process's instance of a step.
-
-    Raises:
-        UserError: a file of the step changed after the plan was made.
-    """
+    """Return the process's instance of a step. Raises `UserError`: a file of the step changed after the plan
+    was made."""
     plan = _read_plan(plan_file)
     step = plan.steps[number - 1].entry.build_step(plan.pipeline.folder)
     if loads_inputs:
@@ -303,11 +297,8 @@ def _overlay(previous: list[Any], updates: list[Any]) -> list[Any]:
 @contextmanager
 def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Path,
                 shard: int) -> Iterator[DocumentCounts]:
-    """Write a shard's documents; the table gets its final name when the with block ends.
-
-    Raises:
-        UserError: a broken record, if the pipeline has `on_bad: refuse`.
-    """
+    """Write a shard's documents; the table gets its final name when the with block ends. Raises `UserError`:
+    a broken record, if the pipeline has `on_bad: refuse`."""
     counts, buffer = DocumentCounts(), _RowBuffer(source.settings, shard)
     listed = layer.get_quarantine_file(output, shard)
     listed.parent.mkdir(parents=True, exist_ok=True)
@@ -493,11 +484,7 @@ def _judge_document(step: Step, step_plan: StepPlan, document: Doc) -> StepOutco
 def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, output: Path,
                        shard: int) -> Iterator[DocumentCounts]:
     """Write a folder with a file for each output name; the folder gets the final name when the with block
-    ends.
-
-    Raises:
-        UserError: the documents have more than `MAX_NAMES` output names.
-    """
+    ends. Raises `UserError`: the documents have more than `MAX_NAMES` output names."""
     counts = DocumentCounts()
     files = [other.get_table_file(output, shard) for other in source.layers[:-1]]
     with create_folder(layer.get_result_path(output, shard)) as temporary:

@@ -260,11 +260,8 @@ class _ReadingProcess(ReaderProcess):
         return has_limits and Path(root).is_relative_to(self._root)
 
     def read(self, job: ReadingJob, skip: int, progress: _Progress) -> Iterator[RawDocument | BrokenRecord]:
-        """Yield the records in a piece after the first `skip` items.
-
-        Raises:
-            BadRecord: the process ended, or sent an invalid message.
-        """
+        """Yield the records in a piece after the first `skip` items. Raises `BadRecord`: the process ended,
+        or sent an invalid message."""
         limits: EncodingLimits = job.options
         # A hostile file may control the sender, so every message is checked, first its size.
         max_bytes = _MESSAGE_FACTOR * limits.document_bytes + (1 << 20)

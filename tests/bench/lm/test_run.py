@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_sov import convert
-from megatron_sov.bench.lm import engine_runs, results
+from megatron_sov.bench.lm import engine_runs, evaluation, results
+from megatron_sov.bench.lm.results import EvaluatedModel, Metric, TaskScores
+from megatron_sov.bench.lm.settings import LmEvalSettings
 from megatron_sov.cli import main
 from megatron_sov.infer.engines.load import load_tokenizer
 from megatron_sov.infer.engines.transformers_engine import load_hf
+from megatron_sov.runs.folder import RunEvents
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 TASKS = ("last_word", "rolling", "words", "letters", "stopped", "unended")
@@ -102,6 +108,28 @@ def test_a_hugging_face_folder_is_scored_as_lm_eval_does(task_dir: Path, hf_mode
     assert "asked" not in capsys.readouterr().err
     assert out.read_bytes() == before
     assert len([e for e in read_events(tmp_path / EVENTS) if e["event"] == "eval_lm"]) == 9
+
+
+def test_jobs_that_end_together_record_each_score_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                       ) -> None:
+    (tmp_path / EVENTS).touch()
+    scores = TaskScores("sha256:a", "multiple_choice", 6, (Metric("acc", 0.5),))
+    result = results.Results(EvaluatedModel("hf", "sha256:b", "huggingface", step=3), {"quiz": scores}, {})
+    both_have_read = threading.Barrier(2)
+
+    def read_together(file: Path) -> list[dict[str, Any]]:
+        events = list(read_events(file))
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_have_read.wait(timeout=1)
+        return events
+
+    monkeypatch.setattr(evaluation, "read_events", read_together)
+    settings = LmEvalSettings(output=tmp_path / "out.json", run=tmp_path)
+    with ThreadPoolExecutor(2) as jobs:
+        for job in [jobs.submit(evaluation._record_events, RunEvents(tmp_path), settings, result)
+                    for _ in range(2)]:
+            job.result()
+    assert [(e["task"], e["value"]) for e in read_events(tmp_path / EVENTS)] == [("quiz", 0.5)]
 
 
 @pytest.mark.deep

@@ -236,6 +236,8 @@ def test_several_runs_are_a_table_with_dashes_for_unknown_figures() -> None:
     ({"en": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10}}, 1.0),
     ({"en": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10},
       "ko": {"loss": 2.0, "bits_per_byte": 2.0, "tokens": 20}}, 60 / (20 + 20)),
+    ({"en": {"loss": 2.0, "bits_per_byte": 1.5, "tokens": 10},  # a source without bytes counts nowhere
+      "images": {"loss": 9.0, "bits_per_byte": "nan", "tokens": 5}}, 1.5),
     ({"en": {"loss": 2.0, "tokens": 10}}, None),
     ({"en": {"loss": 2.0, "bits_per_byte": 0, "tokens": 10}}, None),
     ({"en": {"loss": "nan", "bits_per_byte": "nan", "tokens": 10}}, None),

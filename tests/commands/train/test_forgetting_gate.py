@@ -132,6 +132,11 @@ def test_missing_gate_inputs_are_named_before_the_first_step(tmp_path: Path) -> 
     refuse("evaluate.lm.allow_download=true")  # lm-eval may have it
     with pytest.raises(UserError, match=r"evaluate.lm.tasks = \['capitels'\]: .* did you mean .*capitals"):
         refuse(here, 'evaluate.lm.tasks=["capitels"]')
+    (tmp_path / "capitals.yaml").write_text(
+        "task: capitals\nmetadata: a note\ndataset_kwargs: {data_files: '${DATA}/d.jsonl'}\n")
+    with pytest.raises(UserError, match=r"needs d\.jsonl; put the data set into a folder"):
+        refuse(here)
+    refuse(here, f"evaluate.lm.data_dir={tmp_path}")
     for name, value in (("task_dirs", '["no such"]'), ("data_dir", "no such")):
         with pytest.raises(UserError, match=f"evaluate.lm.{name} = no such: is not a folder"):
             refuse(here, f"evaluate.lm.{name}={value}")

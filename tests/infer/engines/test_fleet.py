@@ -310,7 +310,7 @@ def test_interpreter_without_vllm_is_reported(tmp_path: Path, monkeypatch: pytes
                                                           ServerLocations(tmp_path)):
         pass
     # one that has it; and others' servers need none
-    monkeypatch.setattr(server_process, "VLLM_MODULE", "json")
+    monkeypatch.setattr(server_process, "VLLM", "json")
     check_vllm_program((), Path(sys.executable))
     check_vllm_program(("http://127.0.0.1:9",), python)
 
