@@ -54,18 +54,13 @@ class PasskRun:
     def engine(self) -> str:
         return self.options.engine or choose_engine(self.target)
 
-    @property
-    def call_samples(self) -> int:
-        """Responses per engine call."""
-        return BATCHES_PER_CALL * self.options.batch_size
-
     @cached_property
     def model(self) -> dict[str, Any]:
         """Model and sampling settings, which determine the responses."""
         options = self.options
         return {"path": str(self.target.path), "step": self.target.step, "engine": self.engine,
                 "settings": list(options.settings), "chat": options.chat, "stop": list(options.stop),
-                "samples": options.samples, "samples_a_call": self.call_samples,
+                "samples": options.samples, "samples_a_call": BATCHES_PER_CALL * options.batch_size,
                 # the batch size may change an engine's rounding
                 "sampling": asdict(options.sampling), "batch_size": options.batch_size,
                 "files": fingerprint_folder(self.target.path)}
@@ -128,7 +123,7 @@ def _sample(run: PasskRun) -> Path:
     check_length(target, longest, "prompt and --max-new-tokens", "shorten one of them")
     check_engine(run.engine, target, options.settings, options.nproc)
     # fixed calls: in some engines, samples depend on the batch; a resumed command needs equal batches
-    prompts_per_call = max(1, run.call_samples // options.samples)
+    prompts_per_call = max(1, BATCHES_PER_CALL * options.batch_size // options.samples)
     calls = [range(len(rows))[begin:begin + prompts_per_call]
              for begin in range(0, len(rows), prompts_per_call)]
 
