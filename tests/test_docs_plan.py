@@ -1,4 +1,4 @@
-"""The page about plans: every command on it does what it says, and every key of the JSON stands on it."""
+"""The page about plans: every command on it does what it says, and every key of the JSON is in formats.md."""
 
 import json
 import re
@@ -10,10 +10,11 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.plan.search import space
-from tests.pages_typed import page_text, shell_lines
+from tests.pages_typed import page_section, page_text, shell_lines
 
 PAGE = page_text("plan.md")
-COMMANDS = shell_lines(PAGE)
+KEYS = page_section("formats.md", "plan --json")
+COMMANDS = shell_lines(PAGE) + shell_lines(KEYS)
 OF_FILES = ("--prove",)
 """Commands that play all processes: `tests/proof` runs them."""
 
@@ -64,7 +65,7 @@ def keys_of(found: Any) -> set[str]:
 def test_every_key_of_the_json_stands_on_the_page(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    told = set(re.findall(r"`([a-z_]+)`", PAGE))
+    told = set(re.findall(r"`([a-z_]+)`", KEYS))
     fine = {"count", "example"}  # of a rule
     assert keys_of(plan) - told - fine == set()
     assert plan["sweep"]["looked_at"] == sum(
